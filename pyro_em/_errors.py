@@ -1,0 +1,83 @@
+"""The exceptions, the warning and the one builder of their messages.
+
+Every message says where, what, why, and which fixes to try, in that order, so that a reader of a
+traceback needs nothing else. Several problems of one model are collected into one exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+class PyroEMError(Exception):
+    """Base class of everything that this library raises on purpose."""
+
+
+class ModelError(PyroEMError, ValueError):
+    """The model cannot be treated exactly as it is written."""
+
+
+class DataError(PyroEMError, ValueError):
+    """The data do not fit the model: missing, infinite, of a wrong shape, impossible."""
+
+
+class UsageError(PyroEMError, ValueError):
+    """A call whose arguments contradict each other or the model."""
+
+
+class DegenerateError(PyroEMError, ArithmeticError):
+    """An update had no finite, non-degenerate solution; it has been rolled back."""
+
+
+class PyroEMWarning(UserWarning):
+    """Something that a user can act upon and that does not stop a fit."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about a model or its data.
+
+    Attributes:
+        where: The place, for instance ``"site 'x'"``.
+        what: What was found there.
+        why: Why that stops the computation, or an empty string.
+        fixes: What to try, most likely first.
+        kind: The exception class that suits it.
+    """
+
+    where: str
+    what: str
+    why: str = ""
+    fixes: tuple[str, ...] = ()
+    kind: type[PyroEMError] = ModelError
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}"]
+        if self.why:
+            lines.append(f"  Why: {self.why}")
+        if self.fixes:
+            lines.append("  Try one of the following fixes:")
+            lines.extend(f"    - {fix}" for fix in self.fixes)
+        return "\n".join(lines)
+
+
+def message(where: str, what: str, why: str = "", fixes: Sequence[str] = ()) -> str:
+    """Build the four-part text of an error or a warning.
+
+    Example:
+        >>> print(message("site 'x'", "2 of 10 values are NaN.", fixes=["pass obs_mask"]))
+        site 'x': 2 of 10 values are NaN.
+          Try one of the following fixes:
+            - pass obs_mask
+    """
+    return str(Problem(where, what, why, tuple(fixes)))
+
+
+def raise_problems(problems: Sequence[Problem]) -> NoReturn:
+    """Raise one exception that lists ``problems``; its class is that of the first."""
+    if len(problems) == 1:
+        raise problems[0].kind(str(problems[0]))
+    text = "\n".join(f"{i}. {problem}" for i, problem in enumerate(problems, start=1))
+    raise problems[0].kind(f"{len(problems)} problems:\n{text}")

@@ -1,0 +1,348 @@
+"""The only file that touches Pyro's internals: running a model under handlers.
+
+Three kinds of run, in the order in which a model is looked at:
+
+* a *plain* run: nothing enumerated, validation on; it initialises parameters and shows shapes;
+* a *provenance* run: every latent's value carries its name, so that each site's distribution tells
+  which latents reach it;
+* an *enumerated* run: discrete latents take all their values along dimensions of their own, and
+  every read of a parameter yields one leaf of the autograd graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.ops.provenance import get_provenance, track_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import biject_to, constraints, transform_to
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TracedParameter:
+    """A parameter as one run of a model read it.
+
+    Attributes:
+        name: Its name in Pyro's param store.
+        unconstrained: The leaf tensor that an optimiser would step.
+        constraint: Where the constrained value lives.
+        leaf: The tensor to which autograd leads from every use of the parameter in this run.
+        declared: Texts of all constraints under which this run declared the parameter.
+        initial_shape: The shape that the model asked for, where it said one.
+    """
+
+    name: str
+    unconstrained: torch.Tensor
+    constraint: constraints.Constraint
+    leaf: torch.Tensor
+    declared: tuple[str, ...] = ()
+    initial_shape: torch.Size | None = None
+
+    def value(self) -> torch.Tensor:
+        """The current constrained value, detached."""
+        with torch.no_grad():
+            return transform_to(self.constraint)(self.unconstrained).detach()
+
+
+class ParameterCapture(Messenger):
+    """Record every parameter that a model reads, and hand out one detached leaf per name.
+
+    Args:
+        values: Constrained values to hand out instead, possibly attached to an autograd graph.
+        look_at_initial_shape: Whether to evaluate lazy initial values for their shape.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor] | None = None,
+        look_at_initial_shape: bool = False,
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.look_at_initial_shape = look_at_initial_shape
+        self.parameters: dict[str, TracedParameter] = {}
+
+    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+        name, value = msg["name"], msg["value"]
+        given = msg["kwargs"].get("constraint")
+        store = pyro.get_param_store()
+        constraint = store._constraints.get(name, given) if name in store else given
+        constraint = constraints.real if constraint is None else constraint
+        known = self.parameters.get(name)
+        # pyro.param("p") without an initial value reads and declares nothing.
+        declares = len(msg["args"]) > 1 and given is not None
+        declared = (known.declared if known else ()) + ((repr(given),) if declares else ())
+        if declares and repr(constraint) != repr(given):
+            declared = (*declared, repr(constraint))
+        if known is None:
+            unconstrained = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if isinstance(value, torch.nn.Parameter):
+                # A plain nn.Parameter is read directly by its module, not through this message.
+                leaf = value
+            elif self.values is not None and name in self.values:
+                leaf = self.values[name]
+            else:
+                leaf = value.detach().clone().requires_grad_(value.is_floating_point())
+            shape = self._initial_shape(msg)
+        else:
+            unconstrained, leaf, shape = known.unconstrained, known.leaf, known.initial_shape
+        self.parameters[name] = TracedParameter(
+            name, unconstrained, constraint, leaf, tuple(dict.fromkeys(declared)), shape
+        )
+        msg["value"] = leaf
+
+    def _initial_shape(self, msg: dict[str, Any]) -> torch.Size | None:
+        if not self.look_at_initial_shape or len(msg["args"]) < 2:
+            return None
+        initial = msg["args"][1]
+        if callable(initial) and not isinstance(initial, torch.Tensor):
+            with torch.random.fork_rng(devices=[]):
+                initial = initial()
+        return initial.shape if isinstance(initial, torch.Tensor) else None
+
+
+class _TagLatents(Messenger):
+    """Tag the value of each unobserved site with the site's own name."""
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if is_latent(msg):
+            untagged = msg["value"]
+            msg["value"] = track_provenance(
+                getattr(untagged, "_t", untagged), frozenset({msg["name"]})
+            )
+
+
+class _MarkForEnumeration(Messenger):
+    """Ask Pyro to enumerate the given sites in parallel, whatever the model says of them."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or msg["name"] not in self.names:
+            msg["infer"].pop("enumerate", None)
+            return
+        msg["infer"]["enumerate"] = "parallel"
+        msg["infer"].pop("num_samples", None)
+
+
+class OutputTooLarge(Exception):
+    """An operation inside a model made a tensor above the limit; holds its size in cells."""
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(f"{cells} cells")
+        self.cells = cells
+
+
+class _SizeGuard(TorchDispatchMode):
+    """Stop a run as soon as one operation's output exceeds a number of cells."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.numel() > self.limit:
+            raise OutputTooLarge(out.numel())
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The sites and the parameters of one run of a model."""
+
+    sites: dict[str, dict[str, Any]]
+    parameters: dict[str, TracedParameter]
+    scopes: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
+def is_latent(site: Mapping[str, Any]) -> bool:
+    """Whether a traced site is an unobserved random choice of the model."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic", False)
+    )
+
+
+def is_factor(site: Mapping[str, Any]) -> bool:
+    """Whether a traced site contributes a density: latents, observations, ``pyro.factor``."""
+    if site["type"] != "sample" or site_is_subsample(site):
+        return False
+    return not site["infer"].get("_deterministic", False)
+
+
+def is_subsample(site: Mapping[str, Any]) -> bool:
+    """Whether a traced site holds the indices of a plate."""
+    return site["type"] == "sample" and site_is_subsample(site)
+
+
+@contextmanager
+def _same_random_state(active: bool = True) -> Iterator[None]:
+    if not active:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_state: bool) -> Run:
+    """Run a model once as Pyro would, with validation on; parameters are initialised."""
+    capture = ParameterCapture(look_at_initial_shape=True)
+    with (
+        _same_random_state(keep_random_state),
+        torch.enable_grad(),
+        pyro.validation_enabled(True),
+        capture,
+    ):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    return Run(dict(trace.nodes), capture.parameters)
+
+
+def _tensors_of(fn: Any) -> Iterator[torch.Tensor]:
+    """Every tensor that a distribution object holds, through its wrappers."""
+    for item in vars(fn).values():
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, torch.distributions.Distribution):
+            yield from _tensors_of(item)
+        elif isinstance(item, (list, tuple)):
+            for part in item:
+                if isinstance(part, torch.Tensor):
+                    yield part
+                elif isinstance(part, torch.distributions.Distribution) or hasattr(part, "inv"):
+                    yield from _tensors_of(part)
+
+
+def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
+    """Run a model with tagged latents; ``scopes`` says which latents reach each site."""
+    capture = ParameterCapture()
+    with (
+        _same_random_state(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        _TagLatents(),
+        capture,
+    ):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    scopes = {}
+    for name, site in trace.nodes.items():
+        if not is_factor(site):
+            continue
+        scope: frozenset[str] = frozenset()
+        for tensor in _tensors_of(site["fn"]):
+            scope |= get_provenance(tensor)
+        scope |= get_provenance(site["mask"]) | get_provenance(site["scale"])
+        if site["is_observed"]:
+            scope |= get_provenance(site["value"])
+        scopes[name] = scope
+    return Run(dict(trace.nodes), capture.parameters, scopes)
+
+
+def enumerated_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    latents: frozenset[str],
+    max_plate_nesting: int,
+    values: Mapping[str, torch.Tensor] | None = None,
+    limit: int | None = None,
+    random_seed: int | None = None,
+) -> Run:
+    """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        latents: Names of the sites to enumerate.
+        max_plate_nesting: Number of dimensions that belong to plates.
+        values: Constrained parameter values to use instead of the current ones.
+        limit: Raise `OutputTooLarge` when one operation's output has more cells.
+        random_seed: Start this run from another random state.
+    """
+    capture = ParameterCapture(values)
+    with (
+        _same_random_state(),
+        torch.enable_grad(),
+        pyro.validation_enabled(False),
+        poutine.trace() as tracer,
+        poutine.enum(first_available_dim=-1 - max_plate_nesting),
+        _MarkForEnumeration(latents),
+        capture,
+    ):
+        if random_seed is not None:
+            torch.manual_seed(random_seed)
+        if limit is None:
+            model(*args, **kwargs)
+        else:
+            with _SizeGuard(limit):
+                model(*args, **kwargs)
+    return Run(dict(tracer.trace.nodes), capture.parameters)
+
+
+def unwrap(fn: Any) -> tuple[Any, int, list[Any]]:
+    """Strip Independent, Expanded and Masked from a distribution.
+
+    Returns:
+        The base distribution, the number of its batch dimensions that are event dimensions of
+        ``fn``, and the masks of the stripped wrappers.
+    """
+    reinterpreted, masks = 0, []
+    while True:
+        if isinstance(fn, torch.distributions.Independent):
+            reinterpreted += fn.reinterpreted_batch_ndims
+        elif isinstance(fn, dist.torch_distribution.MaskedDistribution):
+            masks.append(fn._mask)
+        elif not isinstance(fn, dist.torch_distribution.ExpandedDistribution):
+            return fn, reinterpreted, masks
+        fn = fn.base_dist
+
+
+def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None:
+    """Write a constrained value in place into the parameter's unconstrained leaf."""
+    with torch.no_grad():
+        transform = transform_to(parameter.constraint)
+        parameter.unconstrained.copy_(transform.inv(value))
+
+
+def has_finite_support(fn: Any) -> bool:
+    """Whether Pyro can enumerate a distribution."""
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution's support is discrete."""
+    try:
+        return bool(fn.support.is_discrete)
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def feasible_event(fn: Any, like: torch.Tensor) -> torch.Tensor:
+    """One value in the support of ``fn``, of shape ``event_shape``, typed as ``like``."""
+    with torch.no_grad():
+        zeros = torch.zeros(fn.event_shape, dtype=like.dtype, device=like.device)
+        for candidate in (zeros, zeros + 1):
+            if bool(fn.support.check(candidate).all()):
+                return candidate
+        transform = biject_to(fn.support)
+        shape = transform.inverse_shape(fn.shape())
+        value = transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        return value.reshape(-1, *fn.event_shape)[0]

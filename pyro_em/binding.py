@@ -1,0 +1,463 @@
+r"""How parameters reach a distribution's argument: selection, affine, opaque.
+
+The autograd graph of an argument a(θ) is read, never the user's source. With J = ∂a/∂θ, both
+Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
+
+* a is a *selection* of θ if every node is a view, an index or a stack: J t for t = 0, 1, 2, … is
+  then the index map, and θ[index] must equal a to the bit;
+* an invertible elementwise map f of a selection has one nonzero per row of J: (J t) / (J 1) is the
+  index map, and a = f(θ[index]); the estimate passes through f⁻¹ (invariance of the MLE);
+* a known factor c in a = c f(θ[index]) is an exposure;
+* a is *affine* if every node is linear in θ: a = J θ + offset;
+* ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
+  are normalised already this is the identity, and the graph is cut there.
+
+Anything else is *opaque* and goes to a gradient step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+_VIEWS = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Alias",
+        "AsStrided",
+        "Cat",
+        "Clone",
+        "Diagonal",
+        "Expand",
+        "Flip",
+        "Gather",
+        "Index",
+        "IndexSelect",
+        "MovedimIntList",
+        "Permute",
+        "Repeat",
+        "RepeatInterleave",
+        "ReshapeAlias",
+        "Roll",
+        "Select",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Stack",
+        "T",
+        "Take",
+        "TakeAlongDim",
+        "ToCopy",
+        "Transpose",
+        "Unbind",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+    for i in range(4)
+)
+_LINEAR = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Add",
+        "Sub",
+        "Rsub",
+        "Neg",
+        "Sum",
+        "Mean",
+        "Mul",
+        "Div",
+        "Mm",
+        "Mv",
+        "Bmm",
+        "Dot",
+        "Addmm",
+        "Addmv",
+        "Baddbmm",
+        "Cumsum",
+    )
+    for i in range(4)
+)
+_BILINEAR = ("Mul", "Div", "Mm", "Mv", "Bmm", "Dot", "Addmm", "Addmv", "Baddbmm")
+
+
+@dataclass(frozen=True)
+class ElementwiseMap:
+    """An invertible map of single numbers that autograd shows as one node."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+_MAPS = {
+    "Exp": ElementwiseMap("exp", torch.exp, torch.log),
+    "Log": ElementwiseMap("log", torch.log, torch.exp),
+    "Sqrt": ElementwiseMap("sqrt", torch.sqrt, torch.square),
+    "Rsqrt": ElementwiseMap("rsqrt", torch.rsqrt, lambda a: a**-2),
+    "Reciprocal": ElementwiseMap("reciprocal", torch.reciprocal, torch.reciprocal),
+    "Sigmoid": ElementwiseMap("sigmoid", torch.sigmoid, torch.logit),
+    "Softplus": ElementwiseMap(
+        "softplus", torch.nn.functional.softplus, lambda a: a + torch.log(-torch.expm1(-a))
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The elements of an argument that come from one parameter.
+
+    Attributes:
+        param: The parameter's name.
+        index: For each element of the argument the flat index into the parameter, −1 where the
+            element comes from elsewhere. # argument's shape
+        maps: Elementwise maps between the selected element and the argument, innermost first.
+        factor: A known positive factor, or None. # argument's shape
+    """
+
+    param: str
+    index: Tensor
+    maps: tuple[ElementwiseMap, ...] = ()
+    factor: Tensor | None = None
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The argument's elements at a parameter value (anything where ``index`` is −1)."""
+        out = parameter.reshape(-1)[self.index.clamp(min=0)]
+        for m in self.maps:
+            out = m.forward(out)
+        return out if self.factor is None else out * self.factor
+
+    def inverse(self, natural: Tensor) -> Tensor:
+        """The parameter's elements whose maps give ``natural`` (before any factor)."""
+        for m in reversed(self.maps):
+            natural = m.inverse(natural)
+        return natural
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """Which parameters reach one argument, and how.
+
+    Attributes:
+        how: ``"constant"``, ``"selection"``, ``"affine"`` or ``"opaque"``.
+        params: Names of the parameters that reach it.
+        constant: The argument where no parameter reaches it, or the offset of an affine map.
+        selections: One part per parameter.
+        jacobians: ∂a/∂θ of an affine map, per parameter. # (*argument, parameter.numel())
+        reason: Why it is no stronger, in words.
+    """
+
+    how: str
+    params: tuple[str, ...]
+    constant: Tensor
+    selections: tuple[Selection, ...] = ()
+    jacobians: Mapping[str, Tensor] | None = None
+    reason: str = ""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the argument can be recomputed from the parameters without the model."""
+        return self.how != "opaque"
+
+    def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The argument at parameter ``values``; differentiable in them."""
+        if self.how == "constant":
+            return self.constant
+        if self.how == "affine":
+            assert self.jacobians is not None
+            out = self.constant
+            for name, jacobian in self.jacobians.items():
+                out = out + jacobian @ values[name].reshape(-1)
+            return out
+        if self.how == "opaque":
+            raise ValueError("an opaque binding cannot be evaluated without its model")
+        out = self.constant
+        for part in self.selections:
+            out = torch.where(part.index >= 0, part.forward(values[part.param]), out)
+        return out
+
+
+def bind(
+    argument: Tensor,
+    leaves: Mapping[str, Tensor],
+    *,
+    normalised: bool = False,
+    allow_affine: bool = False,
+    max_cells: int = 2**27,
+) -> Binding:
+    """Read off an argument's autograd graph how parameters reach it.
+
+    Args:
+        argument: The value that a distribution holds.
+        leaves: The leaf tensor of each parameter in this run.
+        normalised: Whether the distribution normalises the rows of this argument.
+        allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
+        max_cells: The largest Jacobian to form.
+
+    Returns:
+        The strongest binding that holds.
+    """
+    detached = argument.detach()
+    if not argument.requires_grad:
+        return Binding("constant", (), detached)
+    start = torch.autograd.graph.get_gradient_edge(argument)
+    reached = _leaves_below(start.node, leaves)
+    if reached is None:
+        return Binding(
+            "opaque", (), detached, reason="a tensor that is no registered parameter reaches it"
+        )
+    names = tuple(reached)
+    if not names:
+        return Binding("constant", (), detached)
+    selection = _as_selection(argument, start, names, leaves, normalised)
+    if isinstance(selection, Binding):
+        return selection
+    if allow_affine:
+        affine = _as_affine(argument, start, names, leaves, max_cells)
+        if isinstance(affine, Binding):
+            return affine
+        return Binding("opaque", names, detached, reason=affine)
+    return Binding("opaque", names, detached, reason=selection)
+
+
+def _base_name(node: Node) -> str:
+    return node.name().split("::")[-1].split("Backward")[0]
+
+
+def _is_leaf(node: Node) -> bool:
+    return node.name().endswith("AccumulateGrad")
+
+
+def _parents(node: Node) -> list[tuple[Node, int]]:
+    return [(n, i) for n, i in node.next_functions if n is not None]
+
+
+def _nodes_below(node: Node) -> list[Node]:
+    seen: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen[n] = None
+            stack.extend(m for m, _ in _parents(n))
+    return list(seen)
+
+
+def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> list[str] | None:
+    """Names of the parameters below a node in the order of ``leaves``; None if a leaf is unknown."""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    found = set()
+    for n in _nodes_below(node):
+        if _is_leaf(n):
+            name = names.get(id(n.variable))  # type: ignore[attr-defined]
+            if name is None:
+                return None
+            found.add(name)
+    return [name for name in leaves if name in found]
+
+
+def _normalisation(node: Node) -> tuple[Node, int] | None:
+    """The input x of a node x / x.sum(−1) or x − x.logsumexp(−1), if it is one."""
+    parents = _parents(node)
+    if len(parents) != 2 or _base_name(node) not in ("Div", "Sub"):
+        return None
+    (x, i), (total, _) = parents
+    if _base_name(total) not in ("Sum", "Logsumexp"):
+        return None
+    below = _parents(total)
+    return (x, i) if len(below) == 1 and below[0] == (x, i) else None
+
+
+def _forward_maps(
+    output: Tensor | GradientEdge, shape: Sequence[int], source: Tensor | GradientEdge, like: Tensor
+) -> Callable[[Tensor | None], Tensor]:
+    """t ↦ J t for the map from ``source`` to ``output``; None stands for t = 0, 1, 2, …"""
+    v = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device, requires_grad=True)
+    outputs = (output,)
+    (g,) = torch.autograd.grad(outputs, (source,), (v,), create_graph=True)  # type: ignore[arg-type]
+
+    def forward(t: Tensor | None) -> Tensor:
+        if t is None:
+            t = torch.arange(g.numel(), dtype=g.dtype, device=g.device)
+        else:
+            t = t.expand(g.shape)
+        if not g.requires_grad:
+            return torch.zeros_like(v)
+        out = torch.autograd.grad(g, v, t.reshape(g.shape), retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(v) if out is None else out
+
+    forward.source_shape = g.shape  # type: ignore[attr-defined]
+    return forward
+
+
+def _as_selection(
+    argument: Tensor,
+    start: GradientEdge,
+    names: Sequence[str],
+    leaves: Mapping[str, Tensor],
+    normalised: bool,
+) -> Binding | str:
+    """A selection binding, or the reason why there is none."""
+    tops: list[Tensor] = []  # index maps of the segments above each cut
+    edge: Tensor | GradientEdge = argument
+    node, shape = start.node, argument.shape
+    while True:
+        walk = node
+        while not _is_leaf(walk) and walk.name() in _VIEWS and len(_parents(walk)) == 1:
+            walk = _parents(walk)[0][0]
+        cut = _normalisation(walk) if normalised else None
+        if cut is None:
+            break
+        below = GradientEdge(cut[0], cut[1])
+        if _is_leaf(cut[0]):
+            source: Tensor | GradientEdge = cut[0].variable  # type: ignore[attr-defined]
+        else:
+            source = below
+        above = GradientEdge(walk, 0)
+        if walk is not node or isinstance(edge, Tensor):
+            forward = _forward_maps(edge, shape, above, argument)
+            tops.append(forward(None).round().long())
+            shape = forward.source_shape  # type: ignore[attr-defined]
+        node, edge = cut[0], source
+    maps, has_factor, problem = _read_maps(node)
+    if problem:
+        return problem
+    constant = argument.detach()
+    parts = []
+    covered = torch.zeros(shape, dtype=torch.bool, device=argument.device)
+    for name in names:
+        leaf = leaves[name]
+        if edge is leaf:
+            index = torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
+            used = torch.ones_like(index, dtype=torch.bool)
+        else:
+            forward = _forward_maps(edge, shape, leaf, argument)
+            ones = torch.ones((), dtype=argument.dtype, device=argument.device)
+            slope = forward(ones)
+            used = slope != 0
+            ratio = forward(None) / torch.where(used, slope, 1.0)
+            index = torch.where(used, ratio.round(), -1).long()
+            if not bool(torch.isfinite(slope).all()):
+                return "its derivative is not finite at the present parameters"
+        if bool((used & covered).any()):
+            return "several parameters meet in one element"
+        covered |= used
+        parts.append(Selection(name, index, maps))
+    for top in reversed(tops):
+        parts = [Selection(p.param, p.index.reshape(-1)[top], p.maps) for p in parts]
+    checked = []
+    for part in parts:
+        used = part.index >= 0
+        predicted = part.forward(leaves[part.param].detach())
+        if has_factor:
+            factor = torch.where(used, constant / predicted, 1.0)
+            if not bool((torch.isfinite(factor) & (factor > 0)).all()):
+                return "its known factor is not positive"
+            part = Selection(part.param, part.index, maps, factor)
+        else:
+            exact = not maps and not tops
+            close = (
+                predicted == constant
+                if exact
+                else torch.isclose(predicted, constant, rtol=1e-4, atol=1e-6)
+            )
+            if not bool((close | ~used).all()):
+                return "its elements are not those of the parameter"
+        if maps:
+            selected = leaves[part.param].detach().reshape(-1)[part.index.clamp(min=0)]
+            back = part.inverse(constant if part.factor is None else constant / part.factor)
+            same = torch.isclose(back, selected, rtol=1e-3, atol=1e-5) | ~torch.isfinite(back)
+            if not bool((same | ~used).all()):
+                return "its elementwise map cannot be inverted at the present parameters"
+        checked.append(part)
+    return Binding("selection", tuple(names), constant, tuple(checked))
+
+
+def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
+    """Elementwise maps and a known factor between a node and its leaves.
+
+    Returns:
+        The maps (innermost first), whether there is a constant factor outside them, and a reason
+        why the graph is no selection (empty when it is).
+    """
+    maps: list[ElementwiseMap] = []
+    has_factor = False
+    while not _is_leaf(node):
+        parents, base = _parents(node), _base_name(node)
+        if node.name() in _VIEWS:
+            if len(parents) > 1:
+                break
+        elif base in _MAPS and len(parents) == 1:
+            if base == "Softplus" and getattr(node, "_saved_beta", 1) != 1:
+                return (), False, "softplus with a beta other than one"
+            maps.append(_MAPS[base])
+        elif base == "Pow" and len(parents) == 1:
+            exponent = float(getattr(node, "_saved_exponent", math.nan))
+            if not math.isfinite(exponent) or exponent == 0:
+                return (), False, "a power whose exponent is not a known number"
+            maps.append(_power(exponent))
+        elif base in ("Mul", "Div") and len(parents) == 1 and not maps:
+            # A division *by* the parameter shows the same node; the check below refuses it.
+            if base == "Div" and node.next_functions[0][0] is None:
+                return (), False, "a division by the parameter"
+            has_factor = True
+        else:
+            return (), False, f"an operation that is no selection reaches it ({base.lower()})"
+        node = parents[0][0]
+    for n in _nodes_below(node):
+        if not _is_leaf(n) and n.name() not in _VIEWS:
+            return (), False, f"an operation that is no selection reaches it ({_base_name(n).lower()})"
+    return tuple(reversed(maps)), has_factor, ""
+
+
+def _power(exponent: float) -> ElementwiseMap:
+    """x ↦ x^e on the positive numbers."""
+    return ElementwiseMap(
+        f"power {exponent:g}", lambda a: a**exponent, lambda a: a.clamp(min=0) ** (1 / exponent)
+    )
+
+
+def _as_affine(
+    argument: Tensor,
+    start: GradientEdge,
+    names: Sequence[str],
+    leaves: Mapping[str, Tensor],
+    max_cells: int,
+) -> Binding | str:
+    """An affine binding with its Jacobians, or the reason why there is none."""
+    for node in _nodes_below(start.node):
+        if _is_leaf(node) or node.name() in _VIEWS:
+            continue
+        base = _base_name(node)
+        if node.name() not in _LINEAR:
+            return f"an operation that is not linear reaches it ({base.lower()})"
+        parents = _parents(node)
+        if base == "Div" and (len(parents) > 1 or node.next_functions[0][0] is None):
+            return "a division by a parameter reaches it"
+        if base.startswith("Addm") or base == "Baddbmm":
+            product = [n for n, _ in node.next_functions[1:] if n is not None]
+            if len(product) > 1:
+                return "a product of parameters reaches it"
+        elif base in _BILINEAR and len(parents) > 1:
+            return "a product of parameters reaches it"
+    size = sum(leaves[name].numel() for name in names)
+    if size * argument.numel() > max_cells:
+        return f"its Jacobian would have {size * argument.numel():,} cells"
+    offset = argument.detach()
+    jacobians = {}
+    for name in names:
+        leaf = leaves[name]
+        forward = _forward_maps(argument, argument.shape, leaf, argument)
+        columns = []
+        for j in range(leaf.numel()):
+            unit = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+            unit[j] = 1
+            columns.append(forward(unit.reshape(leaf.shape)))
+        jacobians[name] = torch.stack(columns, -1)
+        offset = offset - jacobians[name] @ leaf.detach().reshape(-1)
+    return Binding("affine", tuple(names), offset, jacobians=jacobians)

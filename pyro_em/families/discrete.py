@@ -1,0 +1,154 @@
+"""Categorical, OneHotCategorical, Multinomial, Bernoulli, Binomial, Geometric.
+
+An exact zero in ``probs`` has log-density −inf here, where Pyro clamps it to log(eps): structural
+zeros stay zero through EM. In products with counts, 0 · −inf counts as 0.
+"""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.families.record import (
+    LOG_SIMPLEX,
+    LOGIT,
+    Arguments,
+    Family,
+    Kind,
+    Rule,
+    Statistics,
+)
+
+
+def _log_probs(arguments: Arguments) -> Tensor:
+    if "logits" in arguments:
+        return torch.log_softmax(arguments["logits"], -1)
+    probs = arguments["probs"]
+    return log_or_minus_infinity(probs)
+
+
+def log_or_minus_infinity(p: Tensor) -> Tensor:
+    """log p with log 0 = −inf and a zero gradient there."""
+    positive = p > 0
+    return torch.where(positive, torch.where(positive, p, 1.0).log(), -torch.inf)
+
+
+def _multiply(count: Tensor, log_p: Tensor) -> Tensor:
+    """count · log p with 0 · −inf = 0."""
+    return torch.where(count == 0, 0.0, count * log_p)
+
+
+def _categorical_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    log_p = _log_probs(arguments)
+    index = value.long()
+    batch = torch.broadcast_shapes(index.shape, log_p.shape[:-1])
+    index = index.expand(batch).unsqueeze(-1)
+    return log_p.expand(*batch, log_p.shape[-1]).gather(-1, index).squeeze(-1)
+
+
+def _one_hot_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    return _multiply(value, _log_probs(arguments)).sum(-1)
+
+
+def _multinomial_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    coefficient = (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
+    return coefficient + _multiply(value, _log_probs(arguments)).sum(-1)
+
+
+def _log_odds(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """log p and log(1 − p)."""
+    if "logits" in arguments:
+        logits = arguments["logits"]
+        return torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+    p = arguments["probs"]
+    return log_or_minus_infinity(p), log_or_minus_infinity(1 - p)
+
+
+def _bernoulli_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    log_p, log_q = _log_odds(arguments)
+    return _multiply(value, log_p) + _multiply(1 - value, log_q)
+
+
+def _binomial_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    log_p, log_q = _log_odds(arguments)
+    n = arguments["total_count"]
+    coefficient = (n + 1).lgamma() - (value + 1).lgamma() - (n - value + 1).lgamma()
+    density = coefficient + _multiply(value, log_p) + _multiply(n - value, log_q)
+    return torch.where((value < 0) | (value > n), -torch.inf, density)
+
+
+def _geometric_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    log_p, log_q = _log_odds(arguments)
+    return log_p + _multiply(value, log_q)
+
+
+def _as_float(value: Tensor, arguments: Arguments) -> Tensor:
+    return value.to(next(iter(arguments.values())).dtype)
+
+
+def _counts_of_index(value: Tensor, arguments: Arguments) -> Statistics:
+    size = _log_probs(arguments).shape[-1]
+    one_hot = torch.nn.functional.one_hot(value.long(), size)
+    return {"count": one_hot.to(_log_probs(arguments).dtype)}
+
+
+def _counts(value: Tensor, arguments: Arguments) -> Statistics:
+    return {"count": value}
+
+
+def _simplex(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    return stats["count"], stats["count"].sum(-1, keepdim=True)
+
+
+def _successes(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    return stats["success"], stats["trial"]
+
+
+SIMPLEX = {
+    "probs": Rule(Kind.SIMPLEX, _simplex),
+    "logits": Rule(Kind.SIMPLEX, _simplex, LOG_SIMPLEX),
+}
+PROBABILITY = {
+    "probs": Rule(Kind.PROBABILITY, _successes),
+    "logits": Rule(Kind.PROBABILITY, _successes, LOGIT),
+}
+
+FAMILIES = (
+    Family(dist.Categorical, _counts_of_index, SIMPLEX, log_density=_categorical_log_density),
+    Family(
+        dist.OneHotCategorical, _counts, SIMPLEX, log_density=_one_hot_log_density, event_dim=1
+    ),
+    Family(
+        dist.Multinomial,
+        _counts,
+        SIMPLEX,
+        log_density=_multinomial_log_density,
+        constants=("total_count",),
+        event_dim=1,
+    ),
+    Family(
+        dist.Bernoulli,
+        lambda x, a: {"success": x, "trial": torch.ones_like(x)},
+        PROBABILITY,
+        log_density=_bernoulli_log_density,
+    ),
+    Family(
+        dist.Binomial,
+        lambda x, a: {
+            "success": x,
+            "trial": a["total_count"].expand(
+                torch.broadcast_shapes(a["total_count"].shape, x.shape)
+            ),
+        },
+        PROBABILITY,
+        log_density=_binomial_log_density,
+        constants=("total_count",),
+    ),
+    Family(
+        dist.Geometric,
+        lambda x, a: {"success": torch.ones_like(x), "trial": 1 + x},
+        PROBABILITY,
+        log_density=_geometric_log_density,
+    ),
+)

@@ -1,0 +1,173 @@
+r"""Normal, LogNormal, MultivariateNormal and Laplace.
+
+Squares are taken about the location of the E-step, d = x − loc, so that nothing cancels near the
+optimum: with δ = new loc − old loc,
+
+    Σ w (x − loc_new)² = Σ w d² − 2 δ Σ w d + δ² Σ w.
+
+The rules below receive the *current* arguments and, as the statistic ``reference``, the location
+about which the squares were taken.
+"""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.families.record import (
+    CHOLESKY,
+    PRECISION,
+    Arguments,
+    Family,
+    Kind,
+    Rule,
+    Statistics,
+    weigh,
+)
+
+
+def _deviations(value: Tensor, arguments: Arguments) -> Statistics:
+    d = value - arguments["loc"]
+    return {"deviation": d, "square": d * d}
+
+
+def _log_deviations(value: Tensor, arguments: Arguments) -> Statistics:
+    return _deviations(value.log(), arguments)
+
+
+def _mean(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    precision = arguments["scale"] ** -2
+    weight = stats["weight"] * precision
+    return (stats["deviation"] + stats["weight"] * stats["reference:loc"]) * precision, weight
+
+
+def _variance(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    shift = arguments["loc"] - stats["reference:loc"]
+    total = stats["square"] - 2 * shift * stats["deviation"] + shift**2 * stats["weight"]
+    return total, stats["weight"].expand(total.shape)
+
+
+def _scatter(
+    weights: Tensor, value: Tensor, arguments: Arguments, keep: tuple[bool, ...]
+) -> Statistics:
+    """Σ w d and Σ w d dᵀ without a (*batch, D, D) tensor: batched matrix products."""
+    d = value - arguments["loc"]
+    first = weigh(weights, d, keep)
+    n_batch = weights.dim()
+    batch = torch.broadcast_shapes(weights.shape, d.shape[:-1])
+    d = d.expand(*batch, d.shape[-1])
+    w = weights.expand(batch)
+    kept = [i for i in range(n_batch) if keep[i]]
+    summed = [i for i in range(n_batch) if not keep[i]]
+    d = d.permute(*kept, *summed, n_batch).reshape(*[batch[i] for i in kept], -1, d.shape[-1])
+    w = w.permute(*kept, *summed).reshape(*[batch[i] for i in kept], -1, 1)
+    second = (w * d).mT @ d
+    shape = [batch[i] if keep[i] else 1 for i in range(n_batch)]
+    return {"deviation": first, "square": second.reshape(*shape, *second.shape[-2:])}
+
+
+def _precision_matrix(arguments: Arguments) -> Tensor:
+    if "precision_matrix" in arguments:
+        return arguments["precision_matrix"]
+    if "scale_tril" in arguments:
+        return torch.cholesky_inverse(arguments["scale_tril"])
+    return torch.cholesky_inverse(torch.linalg.cholesky(arguments["covariance_matrix"]))
+
+
+def _mean_vector(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    precision = _precision_matrix(arguments)
+    weight = stats["weight"].unsqueeze(-1)
+    total = stats["deviation"] + weight * stats["reference:loc"]
+    return (precision @ total.unsqueeze(-1)).squeeze(-1), precision * weight.unsqueeze(-1)
+
+
+def _covariance(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    shift = (arguments["loc"] - stats["reference:loc"]).unsqueeze(-1)
+    first = stats["deviation"].unsqueeze(-1)
+    weight = stats["weight"][..., None, None]
+    cross = first @ shift.mT
+    total = stats["square"] - cross - cross.mT + weight * (shift @ shift.mT)
+    return total, weight
+
+
+def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    if "scale_tril" in arguments:
+        tril = arguments["scale_tril"]
+    elif "covariance_matrix" in arguments:
+        tril = torch.linalg.cholesky(arguments["covariance_matrix"])
+    else:
+        # Λ = U Uᵀ reversed gives the Cholesky factor of Λ⁻¹ without forming the inverse.
+        flipped = torch.linalg.cholesky(arguments["precision_matrix"].flip(-2, -1))
+        upper = flipped.flip(-2, -1).mT
+        eye = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
+        tril = torch.linalg.solve_triangular(upper, eye, upper=False)
+    d = value - arguments["loc"]
+    n_batch = d.dim() - 1
+    tril = tril.reshape((1,) * (n_batch + 2 - tril.dim()) + tril.shape)
+    # Dimensions that share one matrix become right-hand sides of one triangular solve.
+    shared = [i for i in range(n_batch) if tril.shape[i] == 1]
+    own = [i for i in range(n_batch) if tril.shape[i] != 1]
+    sizes = [max(d.shape[i], tril.shape[i]) for i in own]
+    matrix = tril.reshape([tril.shape[i] for i in own] + list(tril.shape[-2:]))
+    rows = d.permute(*own, n_batch, *shared).reshape(
+        [d.shape[i] for i in own] + [d.shape[-1], -1]
+    )
+    rows = rows.expand(*sizes, *rows.shape[-2:])
+    white = torch.linalg.solve_triangular(matrix.expand(*sizes, -1, -1), rows, upper=False)
+    distance = (white * white).sum(-2)
+    distance = distance.reshape(sizes + [d.shape[i] for i in shared])
+    order = own + shared
+    distance = distance.permute([order.index(i) for i in range(n_batch)])
+    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = d.shape[-1] * torch.log(torch.tensor(2 * torch.pi, dtype=d.dtype))
+    return -0.5 * (distance + constant.to(d.device)) - log_det
+
+
+def _laplace_statistics(value: Tensor, arguments: Arguments) -> Statistics:
+    return {"absolute": (value - arguments["loc"]).abs()}
+
+
+def _absolute_scale(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    return stats["absolute"], stats["weight"].expand(stats["absolute"].shape)
+
+
+def _median_weight(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError("a weighted median is taken from the data, not from sums")
+
+
+_SPREADS = {
+    "covariance_matrix": Rule(Kind.COVARIANCE, _covariance),
+    "scale_tril": Rule(Kind.COVARIANCE, _covariance, CHOLESKY),
+    "precision_matrix": Rule(Kind.COVARIANCE, _covariance, PRECISION),
+}
+
+FAMILIES = (
+    Family(
+        dist.Normal,
+        _deviations,
+        {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
+    ),
+    Family(
+        dist.LogNormal,
+        _log_deviations,
+        {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
+    ),
+    Family(
+        dist.MultivariateNormal,
+        lambda x, a: {"deviation": x - a["loc"]},
+        {"loc": Rule(Kind.MEAN_VECTOR, _mean_vector), **_SPREADS},
+        log_density=_multivariate_normal_log_density,
+        accumulate=_scatter,
+        event_dim=1,
+    ),
+    Family(
+        dist.Laplace,
+        _laplace_statistics,
+        {
+            "loc": Rule(Kind.MEDIAN, _median_weight),
+            "scale": Rule(Kind.ABSOLUTE_SCALE, _absolute_scale),
+        },
+        additive=False,
+    ),
+)

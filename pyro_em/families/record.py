@@ -1,0 +1,216 @@
+r"""The record of a distribution family, and the few shapes that a closed-form update can have.
+
+For a family with sufficient statistics T(x), the part of the expected log joint that an argument
+sees depends on the data only through S = Σ_cells w T(x), which is additive over data, sites and
+time steps. A `Rule` turns S into a numerator and a denominator for one argument, given the
+others. What happens next depends only on the rule's `Kind`: numerators and denominators of all
+uses of a parameter are added, and the kind's solution is taken. Two uses of one parameter can be
+added if and only if their kinds are equal, because a kind *is* a functional form:
+
+| kind | form in the argument a | maximiser |
+|---|---|---|
+| mean | −½ d a² + n a | n / d |
+| scale | −d log a − n / (2 a²) | √(n / d) |
+| absolute scale | −d log a − n / a | n / d |
+| probability | n log a + (d − n) log(1 − a) | n / d |
+| rate | n log a − d a | n / d |
+| simplex | Σ_k n_k log a_k | n / Σ n |
+| mean vector | −½ aᵀ d a + nᵀ a | d⁻¹ n |
+| covariance | −½ d log det a − ½ tr(a⁻¹ n) | n / d |
+| median | −Σ_i w_i abs(x_i − a) | weighted median (from data, not additive) |
+
+Source: Wainwright and Jordan (2008), section 3; Meng and Rubin (1993) for one argument at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+Arguments = Mapping[str, Tensor]
+Statistics = dict[str, Tensor]
+
+
+class Kind(Enum):
+    """The functional form of the expected log joint in one argument (see the module's table)."""
+
+    MEAN = "mean"
+    SCALE = "scale"
+    ABSOLUTE_SCALE = "absolute scale"
+    PROBABILITY = "probability"
+    RATE = "rate"
+    SIMPLEX = "simplex"
+    MEAN_VECTOR = "mean vector"
+    COVARIANCE = "covariance"
+    MEDIAN = "median"
+
+    @property
+    def event_dim(self) -> int:
+        """Rightmost dimensions of one solution: a number, a vector or a matrix."""
+        return {Kind.SIMPLEX: 1, Kind.MEAN_VECTOR: 1, Kind.COVARIANCE: 2}.get(self, 0)
+
+    @property
+    def is_location(self) -> bool:
+        """Whether the argument is updated before the family's scale."""
+        return self in (Kind.MEAN, Kind.MEAN_VECTOR, Kind.MEDIAN)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether zero is a collapse rather than a value."""
+        return self in (Kind.SCALE, Kind.ABSOLUTE_SCALE, Kind.COVARIANCE)
+
+
+def log_of(p: Tensor) -> Tensor:
+    """log p, floored where p = 0 so that a logit stays finite."""
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+
+
+def _logit(p: Tensor) -> Tensor:
+    return log_of(p) - log_of(1 - p)
+
+
+def _cholesky(c: Tensor) -> Tensor:
+    return torch.linalg.cholesky(c)
+
+
+def _inverse(c: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(c))
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a kind's natural value becomes the distribution's argument, and back."""
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+IDENTITY = Link("identity", lambda a: a, lambda a: a)
+LOGIT = Link("logit", _logit, torch.sigmoid)
+LOG_SIMPLEX = Link("log", log_of, lambda a: torch.softmax(a, -1))
+CHOLESKY = Link("Cholesky factor", _cholesky, lambda a: a @ a.mT)
+PRECISION = Link("inverse", _inverse, _inverse)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The closed-form update of one argument, the others given.
+
+    Attributes:
+        kind: The functional form.
+        contribution: From summed statistics and the arguments at the cells where they were summed
+            to (numerator, denominator), each of shape ``(*cells, *event)``.
+        link: From the kind's natural value to the argument.
+    """
+
+    kind: Kind
+    contribution: Callable[[Statistics, Arguments], tuple[Tensor, Tensor]]
+    link: Link = IDENTITY
+
+
+def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
+    """Sum ``weights * statistic`` over the batch dimensions that are not kept.
+
+    Args:
+        weights: Expected counts. # (*batch,)
+        statistic: T(x), broadcastable from the left. # (*batch or 1s, *event)
+        keep: For each batch dimension, whether the result keeps it.
+
+    Returns:
+        The weighted sum. # (*batch with 1 where summed, *event)
+
+    Example:
+        >>> weigh(torch.ones(2, 3), torch.arange(3.).reshape(1, 3), (True, False))
+        tensor([[3.],
+                [3.]])
+    """
+    n_batch = weights.dim()
+    event = statistic.shape[n_batch:]
+    letters = [chr(ord("a") + i) for i in range(26)] + [chr(ord("A") + i) for i in range(26)]
+    batch_letters, event_letters = letters[:n_batch], letters[n_batch : n_batch + len(event)]
+    # A dimension of size one is left out of an operand, so that no product is ever expanded.
+    in_w = [i for i in range(n_batch) if weights.shape[i] != 1]
+    in_t = [i for i in range(n_batch) if statistic.shape[i] != 1]
+    out = [i for i in range(n_batch) if keep[i] and (i in in_w or i in in_t)]
+    w = weights.reshape([weights.shape[i] for i in in_w])
+    t = statistic.reshape([statistic.shape[i] for i in in_t] + list(event))
+    equation = "{},{}->{}".format(
+        "".join(batch_letters[i] for i in in_w),
+        "".join([batch_letters[i] for i in in_t] + event_letters),
+        "".join([batch_letters[i] for i in out] + event_letters),
+    )
+    total = torch.einsum(equation, w, t.to(w.dtype))
+    sizes = torch.broadcast_shapes(weights.shape, statistic.shape[:n_batch])
+    shape = [sizes[i] if i in out else 1 for i in range(n_batch)]
+    return total.reshape(shape + list(event))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A distribution family with closed-form updates.
+
+    Attributes:
+        distribution: The exact class that the record is for (subclasses do not inherit it).
+        statistics: T(x) per named statistic, from a value and the arguments at which the E-step
+            was made (a point of reference, so that squares do not cancel). Each result has shape
+            ``(*batch, *statistic event)``; batch dimensions may be of size one.
+        rules: The update of each argument that has one.
+        log_density: log p(x | arguments); by default the distribution's own ``log_prob``.
+        accumulate: Replaces the weighted sum of ``statistics`` where the full T(x) must not be
+            formed. Takes (weights, value, arguments, keep) like `weigh`.
+        constants: Arguments that are never parameters (``total_count``).
+        additive: Whether statistics can be summed over parts of the data.
+
+    Example:
+        >>> from pyro_em.families import family_of
+        >>> import pyro.distributions as dist
+        >>> sorted(family_of(dist.Poisson(1.0)).rules)
+        ['rate']
+    """
+
+    distribution: type
+    statistics: Callable[[Tensor, Arguments], Statistics]
+    rules: Mapping[str, Rule]
+    log_density: Callable[[Tensor, Arguments], Tensor] | None = None
+    accumulate: Callable[[Tensor, Tensor, Arguments, tuple[bool, ...]], Statistics] | None = None
+    constants: tuple[str, ...] = ()
+    argument_event_dims: Mapping[str, int] = field(default_factory=dict)
+    event_dim: int = 0
+    additive: bool = True
+
+    @property
+    def name(self) -> str:
+        """The distribution's name, for plans and messages."""
+        return self.distribution.__name__
+
+    def argument_event_dim(self, name: str) -> int:
+        """Rightmost dimensions of one value of an argument."""
+        if name in self.argument_event_dims:
+            return self.argument_event_dims[name]
+        return self.rules[name].kind.event_dim if name in self.rules else 0
+
+    def log_prob(self, value: Tensor, arguments: Arguments) -> Tensor:
+        """log p(value | arguments) in nats, of the broadcast batch shape."""
+        if self.log_density is not None:
+            return self.log_density(value, arguments)
+        return self.distribution(**arguments, validate_args=False).log_prob(value)
+
+    def expected_statistics(
+        self, weights: Tensor, value: Tensor, arguments: Arguments, keep: tuple[bool, ...]
+    ) -> Statistics:
+        """S = Σ w T(x), summed over the batch dimensions that are not kept; ``weight`` is Σ w."""
+        if self.accumulate is not None:
+            stats = self.accumulate(weights, value, arguments, keep)
+        else:
+            stats = {
+                name: weigh(weights, t, keep)
+                for name, t in self.statistics(value, arguments).items()
+            }
+        one = torch.ones((1,) * weights.dim(), dtype=weights.dtype, device=weights.device)
+        stats["weight"] = weigh(weights, one, keep)
+        return stats

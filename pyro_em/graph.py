@@ -1,0 +1,664 @@
+"""FactorGraph: what one enumerated run of a model says, in a compact layout.
+
+A factor keeps only the dimensions that it really has: its plates, left to right, then the latents
+in its scope. Expanded dimensions are of size one. Factors of equal form (the time steps of a
+chain) are stacked into one `Group` with a leading dimension of members, so that each is evaluated
+and updated by one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em import _pyro
+from pyro_em._errors import DataError, ModelError, Problem, message, raise_problems
+from pyro_em.binding import Binding, Selection, bind
+from pyro_em.families import Family, family_of, given_arguments
+from pyro_em.structure import SiteInfo, Structure, frames_of, mask_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Latent:
+    """A latent that is summed: its support and where it lives.
+
+    Attributes:
+        name: The site's name.
+        plates: Its plates, left to right.
+        support: All its values. # (K, *event)
+        batch_dims: For each batch dimension of the site, the plate's name or None.
+    """
+
+    name: str
+    plates: tuple[str, ...]
+    support: Tensor
+    batch_dims: tuple[str | None, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.support.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """One site's log density over its plates and its latents, ready to be stacked."""
+
+    info: SiteInfo
+    dims: tuple[str, ...]
+    sizes: tuple[int, ...]
+    family: Family | None
+    event_dims: int
+    arguments: dict[str, Tensor]
+    bindings: dict[str, Binding]
+    value: Tensor
+    mask: Tensor | None
+    scale: Tensor | float
+    raw: Tensor | None
+    raw_params: tuple[str, ...] | None
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What two factors must share to be stacked."""
+        if self.family is None:
+            return ("single", self.info.name)
+        return (
+            self.family.distribution,
+            self.info.observed,
+            len(self.info.plates),
+            self.sizes,
+            self.event_dims,
+            tuple(self.value.shape),
+            self.value.dtype,
+            None if self.mask is None else tuple(self.mask.shape),
+            tuple(
+                (
+                    name,
+                    tuple(self.arguments[name].shape),
+                    b.how,
+                    b.params,
+                    tuple(
+                        (s.param, tuple(m.name for m in s.maps), s.factor is None)
+                        for s in b.selections
+                    ),
+                )
+                for name, b in self.bindings.items()
+            ),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Factors of equal form, stacked along a leading dimension of members.
+
+    Attributes:
+        members: The sites, in model order.
+        dims: For each member the names of its dimensions: plates, then latents.
+        n_plates: How many of the dimensions are plates.
+        sizes: Their sizes.
+        family: The record that evaluates and updates them, or None.
+        event_dims: Reinterpreted batch dimensions (``to_event``) of each argument.
+        arguments: The traced arguments. # (members, *dims or 1s, *event)
+        bindings: How parameters reach each argument, with stacked index maps.
+        value: Observed or enumerated values. # (members, *dims or 1s, *event)
+        mask: Where the factor counts, or None. # (members, *dims or 1s)
+        scale: Per member, what multiplies it outside the logarithm.
+        raw: The traced log density where no record evaluates it. # (members, *dims)
+        raw_params: Parameters that reach ``raw``; None where an unknown tensor does.
+        observed: Whether the members are observed.
+    """
+
+    members: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    n_plates: int
+    sizes: tuple[int, ...]
+    family: Family | None
+    event_dims: int
+    arguments: Mapping[str, Tensor]
+    bindings: Mapping[str, Binding]
+    value: Tensor
+    mask: Tensor | None
+    scale: tuple[Tensor | float, ...]
+    raw: Tensor | None
+    raw_params: tuple[str, ...] | None
+    observed: bool
+    distribution: str
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its density can be recomputed from parameters without the model."""
+        if self.family is None:
+            assert self.raw is not None
+            return not self.raw.requires_grad
+        fixed = [self.value, *((self.mask,) if self.mask is not None else ())]
+        scales = [s for s in self.scale if isinstance(s, Tensor)]
+        return all(b.is_static for b in self.bindings.values()) and not any(
+            t.requires_grad for t in fixed + scales
+        )
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """All parameters that reach the group."""
+        if self.family is None:
+            return self.raw_params or ()
+        names = [p for b in self.bindings.values() for p in b.params]
+        return tuple(dict.fromkeys(names))
+
+    def evaluate_arguments(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The arguments at parameter values, or as traced where ``values`` is None."""
+        if values is None:
+            return dict(self.arguments)
+        return {
+            name: b.evaluate(values) if b.is_static else self.arguments[name]
+            for name, b in self.bindings.items()
+        }
+
+    def log_density(self, arguments: Mapping[str, Tensor] | None = None) -> Tensor:
+        """log p of every cell, zero where an observation is masked. # (members, *sizes)"""
+        full = (len(self.members), *self.sizes)
+        if self.family is None:
+            assert self.raw is not None
+            return self.raw.expand(full)
+        log_p = self.family.log_prob(
+            self.value, self.arguments if arguments is None else arguments
+        )
+        if self.event_dims:
+            log_p = log_p.sum(tuple(range(-self.event_dims, 0)))
+        log_p = log_p.expand(full)
+        if self.mask is not None and self.observed:
+            log_p = torch.where(self.mask, log_p, 0.0)
+        return log_p
+
+
+@dataclass(frozen=True, eq=False)
+class FactorGraph:
+    """A traced model: plates, latents, stacked factors with bindings, parameters."""
+
+    structure: Structure
+    latents: Mapping[str, Latent]
+    groups: tuple[Group, ...]
+    parameters: Mapping[str, _pyro.TracedParameter]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every density can be recomputed from the parameters without the model."""
+        return all(g.is_static for g in self.groups)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest floating dtype among the densities."""
+        dtypes = [
+            t.dtype
+            for g in self.groups
+            for t in (*g.arguments.values(), g.value, *((g.raw,) if g.raw is not None else ()))
+            if t.is_floating_point()
+        ]
+        return max(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.get_default_dtype())
+
+    def group_of(self, site: str) -> tuple[Group, int]:
+        """The group that holds a site, and the site's place in it."""
+        for group in self.groups:
+            if site in group.members:
+                return group, group.members.index(site)
+        raise KeyError(site)
+
+    def dim_size(self, dim: str) -> int:
+        """The size of a plate or of a latent's support."""
+        if dim in self.latents:
+            return self.latents[dim].size
+        return self.structure.plates[dim].size
+
+
+def trace_graph(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    *,
+    limit: int | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    random_seed: int | None = None,
+    with_bindings: bool = True,
+) -> FactorGraph:
+    """Run the model with its latents enumerated and bring every factor into the compact layout.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found.
+        limit: Stop when an operation inside the model makes more cells.
+        values: Constrained parameter values to trace at; the current ones by default.
+        random_seed: Trace from another random state.
+        with_bindings: Whether to read off how parameters reach the arguments.
+
+    Raises:
+        ModelError: If the model cannot run with its latents enumerated, or reads a latent outside
+            its ``pyro.markov`` scope.
+    """
+    run = _run_enumerated(model, args, kwargs, structure, limit, values, random_seed)
+    sites = {n: s for n, s in run.sites.items() if n in structure.sites}
+    if list(sites) != list(structure.sites):
+        raise ModelError(
+            message(
+                "model",
+                "its sites differ from run to run.",
+                "an exact posterior needs the same sites whatever the latents' values are",
+                ["use torch.where or indexing instead of Python branches on random values"],
+            )
+        )
+    layout = _Layout(sites, structure)
+    leaves = {name: p.leaf for name, p in run.parameters.items()}
+    factors = [
+        layout.factor(name, leaves if with_bindings else None) for name in structure.sites
+    ]
+    if layout.problems:
+        raise_problems(layout.problems)
+    latents = {name: layout.latent(name) for name in structure.latents}
+    return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
+
+
+def _run_enumerated(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    limit: int | None,
+    values: Mapping[str, Tensor] | None,
+    random_seed: int | None,
+) -> _pyro.Run:
+    if structure.max_plate_nesting + _needed_dims(structure) > 64:
+        names = ", ".join(f"'{n}'" for n in structure.latents[:3])
+        raise ModelError(
+            message(
+                f"latents {names}, …",
+                f"{len(structure.latents)} enumerated sites need a dimension each; torch has 64.",
+                "outside pyro.markov every enumerated site keeps its dimension for good",
+                [
+                    "write a chain as: for t in pyro.markov(range(T)): ...",
+                    "write a tree with nested `with pyro.markov():` scopes",
+                    "put independent latents into a pyro.plate",
+                ],
+            )
+        )
+    try:
+        return _pyro.enumerated_run(
+            model,
+            args,
+            kwargs,
+            latents=frozenset(structure.latents),
+            max_plate_nesting=structure.max_plate_nesting,
+            values=values,
+            limit=limit,
+            random_seed=random_seed,
+        )
+    except _pyro.OutputTooLarge as error:
+        raise ModelError(
+            message(
+                "model",
+                f"with its latents enumerated, one operation makes {error.cells:,} cells; the "
+                f"budget is max_enumeration={limit:,}.",
+                "a value inside the model combines too many latents",
+                ["raise max_enumeration", "let each factor depend on fewer latents"],
+            )
+        ) from None
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise ModelError(_enumeration_message(error, structure)) from error
+
+
+def _needed_dims(structure: Structure) -> int:
+    # Sites of a markov chain share dimensions; how many Pyro will use is only known by running.
+    # More than 64 latents without recycling show as an overflow, so count the visible ones only.
+    widest = max((len(info.scope) for info in structure.sites.values()), default=0)
+    return widest
+
+
+def _enumeration_message(error: Exception, structure: Structure) -> str:
+    text = str(error)
+    names = ", ".join(f"'{n}'" for n in structure.latents[:5])
+    floats = [
+        n for n in structure.latents if structure.sites[n].distribution in ("Bernoulli", "Binomial")
+    ]
+    where = f"latent {names}" if len(structure.latents) == 1 else f"latents {names}"
+    if "tensors used as indices" in text or "only integer tensors" in text:
+        shown = ", ".join(f"'{n}'" for n in floats) or names
+        return message(
+            f"site {shown}",
+            "its value is used as an index, but Bernoulli and Binomial values are floats.",
+            "torch indexes with integers only",
+            ["index with z.long()"],
+        )
+    if "Boolean value of Tensor" in text or "is ambiguous" in text:
+        return message(
+            where,
+            "the model branches on an enumerated value (`if z:`).",
+            "all values of a latent are present at once, so that a Python branch has no single answer",
+            ["use torch.where(z.bool(), a, b)", "index a parameter: torch.stack([b, a])[z.long()]"],
+        )
+    if "a Tensor with" in text and "cannot be converted to Scalar" in text:
+        return message(
+            where,
+            "the model turns an enumerated value into a Python number (.item(), int(), float()).",
+            "all values of a latent are present at once",
+            ["keep it a tensor and index or broadcast with it"],
+        )
+    if "dimensions" in text and ("64" in text or "too many" in text.lower()):
+        return message(
+            where,
+            f"{len(structure.latents)} enumerated sites need more dimensions than torch's 64.",
+            "outside pyro.markov every enumerated site keeps its dimension for good",
+            [
+                "write a chain as: for t in pyro.markov(range(T)): ...",
+                "write a tree with nested `with pyro.markov():` scopes",
+                "put independent latents into a pyro.plate",
+            ],
+        )
+    return message(
+        where,
+        f"the model fails when its latents are enumerated: {type(error).__name__}: {text}",
+        "an enumerated value has extra dimensions on the left, one per latent",
+        [
+            "index with the latent from the left and use ... for the rest: mu[z], Vindex(A)[..., z, :]",
+            "do not reshape, concatenate or loop over a latent's value",
+        ],
+    )
+
+
+class _Layout:
+    """Brings traced tensors into the compact layout."""
+
+    def __init__(self, sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+        self.sites = sites
+        self.structure = structure
+        self.problems: list[Problem] = []
+        self.dim_of: dict[str, int] = {}
+        self.id_of: dict[str, int] = {}
+        self.name_of: dict[int, str] = {}
+        for name in structure.latents:
+            infer = sites[name]["infer"]
+            self.dim_of[name] = infer["_enumerate_dim"]
+            self.id_of[name] = infer["_dim_to_id"][infer["_enumerate_dim"]]
+            self.name_of[self.id_of[name]] = name
+
+    def latent(self, name: str) -> Latent:
+        site = self.sites[name]
+        fn, value = site["fn"], site["value"]
+        event_dim = fn.event_dim
+        batch = value.dim() - event_dim
+        at = batch + self.dim_of[name]
+        support = value
+        for dim in reversed(range(batch)):
+            if dim != at:
+                support = support.select(dim, 0)
+        by_dim = {f.dim: f.name for f in frames_of(site).values()}
+        rank = self.structure.sites[name].batch_dim
+        dims = tuple(by_dim.get(d) for d in range(-rank, 0))
+        return Latent(name, tuple(frames_of(site)), support.detach(), dims)
+
+    def factor(self, name: str, leaves: Mapping[str, Tensor] | None) -> Factor:
+        site, info = self.sites[name], self.structure.sites[name]
+        fn, value = site["fn"], site["value"]
+        visible = site["infer"].get("_dim_to_id", {})
+        scope = self._scope(name, info, visible, fn, value)
+        plate_dims = [self.structure.plates[p].dim for p in info.plates]
+        dims = plate_dims + [self.dim_of[z] for z in scope]
+        sizes = [self.structure.plates[p].size for p in info.plates]
+        sizes += [self._support_size(z) for z in scope]
+        base, reinterpreted, _ = _pyro.unwrap(fn)
+        family = family_of(fn)
+        mask = self._mask(site, dims)
+        if mask is not None and not info.observed and mask.shape[len(plate_dims) :].numel() != 1:
+            self.problems.append(
+                Problem(
+                    f"site '{name}'",
+                    "its mask depends on a latent.",
+                    "a latent is either there or not; only observations may be masked by latents",
+                    ("mask the observed sites below it instead",),
+                )
+            )
+        scale = site["scale"]
+        if isinstance(scale, Tensor):
+            scale = compact(scale, 0, dims) if scale.dim() else float(scale)
+        value = self._without_masked_nonsense(fn, value, site)
+        compact_value = compact(value, fn.event_dim, dims)
+        arguments: dict[str, Tensor] = {}
+        bindings: dict[str, Binding] = {}
+        raw, raw_params = None, None
+        if family is None:
+            log_p = fn.log_prob(value)
+            mask_now = mask_tensor(site)
+            if isinstance(mask_now, Tensor) and info.observed:
+                log_p = torch.where(mask_now, log_p, 0.0)
+            elif mask_now is False and info.observed:
+                log_p = torch.zeros_like(log_p)
+            raw = compact(log_p, 0, dims)
+            if leaves is not None:
+                b = bind(raw, leaves)
+                raw_params = b.params
+                if b.how == "opaque" and not b.params:
+                    raw_params = None
+        else:
+            compact_value = _typed(compact_value, given_arguments(base, family), family)
+            for arg, tensor in given_arguments(base, family).items():
+                event = reinterpreted + family.argument_event_dim(arg)
+                tensor = compact(tensor, event, dims, collapse=reinterpreted)
+                if tensor.dtype != compact_value.dtype and compact_value.is_floating_point():
+                    tensor = tensor.to(compact_value.dtype)
+                arguments[arg] = tensor
+                if leaves is None:
+                    bindings[arg] = Binding("opaque", (), tensor.detach())
+                    continue
+                bindings[arg] = bind(
+                    tensor,
+                    leaves,
+                    normalised=arg in ("probs", "logits")
+                    and family.argument_event_dim(arg) == 1,
+                    allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
+                )
+        return Factor(
+            replace(info, scope=tuple(scope)),
+            info.plates + tuple(scope),
+            tuple(sizes),
+            family,
+            reinterpreted if family is not None else 0,
+            arguments,
+            bindings,
+            compact_value,
+            mask,
+            scale,
+            raw,
+            raw_params,
+        )
+
+    def _support_size(self, name: str) -> int:
+        site = self.sites[name]
+        return site["value"].shape[self.dim_of[name] - site["fn"].event_dim]
+
+    def _scope(
+        self, name: str, info: SiteInfo, visible: Mapping[int, int], fn: Any, value: Tensor
+    ) -> list[str]:
+        shown = set(visible.values())
+        scope = []
+        for latent in info.scope:
+            if self.id_of[latent] in shown:
+                scope.append(latent)
+                continue
+            self.problems.append(
+                Problem(
+                    f"site '{name}'",
+                    f"it uses latent '{latent}' outside that latent's pyro.markov scope.",
+                    "the latent's dimension is reused by then, and Pyro would compute a wrong "
+                    "density in silence",
+                    (
+                        "raise history= of the pyro.markov that holds them, for instance "
+                        "pyro.markov(range(T), history=2)",
+                        f"read '{latent}' only in steps within its history",
+                    ),
+                )
+            )
+        # Dimensions that the tags did not show (a value that left torch and came back).
+        shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+        for dim, ident in visible.items():
+            latent = self.name_of.get(ident, "")
+            if latent and latent not in info.scope and len(shape) >= -dim and shape[dim] > 1:
+                scope.append(latent)
+        order = {n: i for i, n in enumerate(self.structure.latents)}
+        return sorted(set(scope), key=order.__getitem__)
+
+    def _mask(self, site: Mapping[str, Any], dims: Sequence[int]) -> Tensor | None:
+        mask = mask_tensor(site)
+        if mask is None:
+            return None
+        if isinstance(mask, Tensor) and mask.dim():
+            return compact(mask, 0, dims)
+        device = site["value"].device
+        return torch.as_tensor(mask, device=device).reshape((1,) * len(dims))
+
+    def _without_masked_nonsense(
+        self, fn: Any, value: Tensor, site: Mapping[str, Any]
+    ) -> Tensor:
+        """Replace masked observations by a feasible value: 0 · NaN is NaN in a statistic."""
+        mask = mask_tensor(site)
+        if not site["is_observed"] or mask is None or type(_pyro.unwrap(fn)[0]).__name__ == "Unit":
+            return value
+        event_dim = fn.event_dim
+        batch = value.shape[: value.dim() - event_dim]
+        if not isinstance(mask, Tensor) or mask.dim() == 0:
+            if bool(mask):
+                return value
+            event = _pyro.feasible_event(fn, value)
+            return event.expand(value.shape).clone()
+        shape = torch.broadcast_shapes(mask.shape, batch)
+        mask = mask.expand(shape)
+        value = value.expand(shape + value.shape[value.dim() - event_dim :])
+        if bool(mask.all()):
+            return value
+        if bool(mask.any()):
+            event = value[mask][0]
+        else:
+            event = _pyro.feasible_event(fn, value)
+        return torch.where(mask.reshape(shape + (1,) * event_dim), value, event)
+
+
+def compact(
+    tensor: Tensor, event_dim: int, dims: Sequence[int], collapse: int = 0
+) -> Tensor:
+    """Keep only the batch dimensions ``dims`` (from the right), in that order; expanded ones as 1.
+
+    Args:
+        tensor: A traced tensor. # (*batch, *event)
+        event_dim: How many of its rightmost dimensions are kept whole.
+        dims: Negative positions among the batch dimensions.
+        collapse: How many of the leftmost event dimensions may be collapsed too when expanded.
+
+    Returns:
+        A view. # (*dims, *event)
+
+    Example:
+        >>> compact(torch.zeros(2, 1, 5, 3), 1, [-1, -3]).shape
+        torch.Size([5, 2, 3])
+    """
+    batch = tensor.dim() - event_dim
+    if batch < 0:  # an argument that broadcasts over reinterpreted dimensions
+        tensor = tensor.reshape((1,) * -batch + tuple(tensor.shape))
+        batch = 0
+    for d in range(batch + collapse):
+        if tensor.shape[d] > 1 and tensor.stride(d) == 0:
+            tensor = tensor.narrow(d, 0, 1)
+    present = [batch + d for d in dims if batch + d >= 0]
+    others = [d for d in range(batch) if d not in present]
+    for d in others:
+        if tensor.shape[d] != 1:
+            raise DataError(
+                message(
+                    "model",
+                    f"a tensor of shape {tuple(tensor.shape)} has a dimension that belongs to no "
+                    "plate and no latent of its site.",
+                    "",
+                    ["wrap the site in a pyro.plate", "use .to_event"],
+                )
+            )
+    order = [*present, *others, *range(batch, tensor.dim())]
+    if order != list(range(tensor.dim())):
+        tensor = tensor.permute(order)
+    sizes = iter(tensor.shape[: len(present)])
+    shape = [next(sizes) if batch + d >= 0 else 1 for d in dims]
+    target = shape + list(tensor.shape[batch:])
+    return tensor if list(tensor.shape) == target else tensor.reshape(target)
+
+
+def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:
+    """Observed counts as numbers of the arguments' dtype; categories stay integers."""
+    if family.name == "Categorical":
+        return value
+    dtypes = [t.dtype for t in arguments.values() if t.is_floating_point()]
+    if not dtypes:
+        return value
+    dtype = max(dtypes, key=lambda d: torch.finfo(d).bits)
+    if value.is_floating_point():
+        dtype = torch.promote_types(dtype, value.dtype)
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _stack(factors: Sequence[Factor]) -> list[Group]:
+    by_signature: dict[tuple[Any, ...], list[Factor]] = {}
+    for f in factors:
+        by_signature.setdefault(f.signature, []).append(f)
+    return [_group(members) for members in by_signature.values()]
+
+
+def _group(members: Sequence[Factor]) -> Group:
+    first = members[0]
+    n = len(first.info.plates)
+    masks = [f.mask for f in members if f.mask is not None]
+    return Group(
+        tuple(f.info.name for f in members),
+        tuple(f.dims for f in members),
+        n,
+        first.sizes,
+        first.family,
+        first.event_dims,
+        {a: _stack_tensors([f.arguments[a] for f in members]) for a in first.arguments},
+        {a: _stack_bindings([f.bindings[a] for f in members]) for a in first.bindings},
+        _stack_tensors([f.value for f in members]),
+        _stack_tensors(masks) if masks else None,
+        tuple(f.scale for f in members),
+        None if first.raw is None else first.raw.unsqueeze(0),
+        first.raw_params,
+        first.info.observed,
+        first.info.distribution,
+    )
+
+
+def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
+    first = bindings[0]
+    selections = []
+    for i, part in enumerate(first.selections):
+        same = [b.selections[i] for b in bindings]
+        factor = None
+        if part.factor is not None:
+            factor = _stack_tensors([s.factor for s in same if s.factor is not None])
+        index = _stack_tensors([s.index for s in same])
+        selections.append(Selection(part.param, index, part.maps, factor))
+    jacobians = None
+    if first.jacobians is not None:
+        jacobians = {
+            name: _stack_tensors([b.jacobians[name] for b in bindings if b.jacobians is not None])
+            for name in first.jacobians
+        }
+    return Binding(
+        first.how,
+        first.params,
+        _stack_tensors([b.constant for b in bindings]),
+        tuple(selections),
+        jacobians,
+        first.reason,
+    )
