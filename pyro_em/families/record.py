@@ -211,6 +211,9 @@ class Family:
                 name: weigh(weights, t, keep)
                 for name, t in self.statistics(value, arguments).items()
             }
-        one = torch.ones((1,) * weights.dim(), dtype=weights.dtype, device=weights.device)
+        # A dimension along which only the data vary still counts its elements.
+        batch = value.shape[: weights.dim()]
+        shape = [1 if w > 1 else v for w, v in zip(weights.shape, batch, strict=True)]
+        one = torch.ones(shape, dtype=weights.dtype, device=weights.device)
         stats["weight"] = weigh(weights, one, keep)
         return stats

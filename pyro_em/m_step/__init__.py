@@ -1,0 +1,211 @@
+"""The M-step: θ ← argmax E_q[log p(x, z; θ)], block after block, each exact given the others.
+
+Locations come first, then spreads and everything else in closed form, then gradient steps; each
+block sees the new values of those before it (Meng and Rubin, 1993), so that the bound never falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import DegenerateError, message
+from pyro_em._pyro import write_unconstrained
+from pyro_em.families import Kind
+from pyro_em.graph import FactorGraph
+from pyro_em.m_step.closed_form import closed_form
+from pyro_em.m_step.gradient import maximise
+from pyro_em.m_step.least_squares import least_squares
+from pyro_em.m_step.updates import (
+    ClosedForm,
+    Fixed,
+    Gradient,
+    LeastSquares,
+    ParameterUpdate,
+    Update,
+    decide_updates,
+    groups_reached,
+)
+from pyro_em.posterior import dot
+from pyro_em.statistics import expected_statistics, group_statistics
+
+Evaluate = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+
+
+@dataclass
+class MStepState:
+    """What is kept from one M-step to the next: the user's optimisers."""
+
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MStepReport:
+    """What an M-step has to say: events without mass, kept at their former values."""
+
+    massless: Mapping[str, tuple[int, ...]]
+
+
+def m_step(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    counts: Sequence[Tensor],
+    arguments: Sequence[Mapping[str, Tensor]],
+    evaluate: Evaluate,
+    state: MStepState,
+) -> MStepReport:
+    """Update every parameter in place; nothing is changed if any update is degenerate.
+
+    Args:
+        graph: The factor graph with bindings.
+        updates: What was decided per parameter.
+        counts: Expected counts per group.
+        arguments: Arguments per group at the E-step.
+        evaluate: From constrained values to log densities per group.
+        state: Kept between M-steps.
+
+    Raises:
+        DegenerateError: Naming parameter and component; all parameters are as before.
+    """
+    before = {n: p.unconstrained.detach().clone() for n, p in graph.parameters.items()}
+    try:
+        return _m_step(graph, updates, counts, arguments, evaluate, state)
+    except BaseException:
+        with torch.no_grad():
+            for name, p in graph.parameters.items():
+                p.unconstrained.copy_(before[name])
+        raise
+
+
+def _m_step(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    counts: Sequence[Tensor],
+    arguments: Sequence[Mapping[str, Tensor]],
+    evaluate: Evaluate,
+    state: MStepState,
+) -> MStepReport:
+    values = {n: p.value() for n, p in graph.parameters.items()}
+    exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
+    needed = groups_reached(graph, {u.name for u in exact})
+    needed = [g for g in needed if graph.groups[g].family is not None]
+    with torch.no_grad():
+        collected = expected_statistics(graph, counts, arguments, needed)
+        statistics = {g: collected.of(g) for g in needed}
+        current = [dict(a) for a in arguments]
+        massless: dict[str, tuple[int, ...]] = {}
+
+        def refresh(names: set[str]) -> None:
+            for g in groups_reached(graph, names):
+                group = graph.groups[g]
+                if group.family is None:
+                    continue
+                for argument, binding in group.bindings.items():
+                    if binding.is_static and names.intersection(binding.params):
+                        current[g][argument] = binding.evaluate(values)
+                if not group.family.additive and g in statistics:
+                    # Absolute deviations do not shift: take them again about the new location.
+                    statistics[g] = group_statistics(group, counts[g], current[g])
+
+        done: set[str] = set()
+        for update in sorted(exact, key=_order):
+            if update.name in done:
+                continue
+            if isinstance(update.update, LeastSquares):
+                new = least_squares(update.block, graph, statistics, current, values)
+            else:
+                value, empty = closed_form(
+                    update, graph, statistics, current, counts, values[update.name]
+                )
+                new = {update.name: value}
+                if empty:
+                    massless[update.name] = tuple(empty)
+            for name, value in new.items():
+                _require_finite(name, value)
+                write_unconstrained(graph.parameters[name], value)
+                # Continue with what the store holds: a transform may round.
+                values[name] = graph.parameters[name].value()
+            done.update(new)
+            refresh(set(new))
+    _gradient_blocks(graph, updates, counts, evaluate, state, values)
+    return MStepReport(massless)
+
+
+def _order(update: ParameterUpdate) -> int:
+    if isinstance(update.update, LeastSquares):
+        return 0
+    return 0 if update.kind is not None and update.kind.is_location else 1
+
+
+def _require_finite(name: str, value: Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise DegenerateError(
+            message(
+                f"parameter '{name}'",
+                "its update is not finite; nothing was changed.",
+                "the data do not determine it, or a component is empty",
+                ["start elsewhere (init='random', num_restarts)"],
+            )
+        )
+
+
+def _gradient_blocks(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    counts: Sequence[Tensor],
+    evaluate: Evaluate,
+    state: MStepState,
+    values: Mapping[str, Tensor],
+) -> None:
+    by_update: list[tuple[Gradient, list[str]]] = []
+    for u in updates.values():
+        if not isinstance(u.update, Gradient):
+            continue
+        for known, names in by_update:
+            if known == u.update:
+                names.append(u.name)
+                break
+        else:
+            by_update.append((u.update, [u.name]))
+    weight = max(1.0, max((float(c.sum()) for c in counts), default=1.0))
+    for update, names in by_update:
+        reached = groups_reached(graph, set(names))
+        fixed = {n: p.value() for n, p in graph.parameters.items() if n not in names}
+
+        def objective(
+            moved: Mapping[str, Tensor],
+            fixed: Mapping[str, Tensor] = fixed,
+            reached: Sequence[int] = tuple(reached),
+        ) -> Tensor:
+            tables = evaluate({**fixed, **moved})
+            return torch.stack([dot(counts[g], tables[g]) for g in reached]).sum()
+
+        if reached:
+            maximise(
+                [graph.parameters[n] for n in names],
+                objective,
+                update,
+                state.optimizers,
+                weight,
+                static=graph.is_static,
+            )
+            for n in names:
+                _require_finite(n, graph.parameters[n].value())
+
+
+__all__ = [
+    "ClosedForm",
+    "Fixed",
+    "Gradient",
+    "Kind",
+    "LeastSquares",
+    "MStepReport",
+    "MStepState",
+    "ParameterUpdate",
+    "Update",
+    "decide_updates",
+    "m_step",
+]

@@ -1,0 +1,313 @@
+r"""Closed-form M-step: add the numerators and denominators of all uses, solve by kind.
+
+    θ ← f⁻¹(solve(Σ_uses n, Σ_uses d))
+
+A component without mass keeps its former value. A spread that collapses is floored where the user
+asked for it, otherwise refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import DegenerateError, message
+from pyro_em.families import Kind
+from pyro_em.families.record import Statistics
+from pyro_em.graph import FactorGraph
+from pyro_em.m_step.updates import ClosedForm, ParameterUpdate, Use, bounds
+
+Values = dict[str, Tensor]
+
+
+def closed_form(
+    update: ParameterUpdate,
+    graph: FactorGraph,
+    statistics: Mapping[int, Statistics],
+    arguments: Sequence[Mapping[str, Tensor]],
+    counts: Sequence[Tensor],
+    value: Tensor,
+) -> tuple[Tensor, list[int]]:
+    """The maximiser of the expected log joint in one parameter.
+
+    Args:
+        update: The decided update.
+        graph: The factor graph.
+        statistics: Expected statistics per group.
+        arguments: The current arguments per group.
+        counts: Expected counts per group (for order statistics).
+        value: The parameter's current value.
+
+    Returns:
+        The new value, and the flat indices of events that had no mass and were kept.
+
+    Raises:
+        DegenerateError: If a variance collapses, or no finite solution exists.
+    """
+    kind = update.kind
+    assert kind is not None
+    if kind is Kind.MEDIAN:
+        return _medians(update, graph, arguments, counts, value)
+    event = kind.event_dim
+    n_events = value.numel() // _prod(value.shape[value.dim() - event :])
+    numerator, denominator = None, None
+    for use in update.uses:
+        n, d = _scattered(use, statistics[use.group], arguments[use.group], value, event)
+        numerator = n if numerator is None else numerator + n
+        denominator = d if denominator is None else denominator + d
+    assert numerator is not None and denominator is not None
+    used = _used_events(update.uses, value, event)
+    old = _natural(update, value.reshape(n_events, *value.shape[value.dim() - event :]))
+    natural, massless = _solve(kind, numerator, denominator)
+    keep = massless | ~used
+    floor = update.update.floor if isinstance(update.update, ClosedForm) else 0.0
+    mass = denominator.reshape(n_events, -1).amax(-1) if kind is not Kind.SIMPLEX else None
+    natural = _checked_spread(update, graph, kind, natural, keep, floor, old, mass)
+    shaped = keep.reshape(-1, *(1,) * event)
+    natural = torch.where(shaped, torch.ones_like(natural) if event < 2 else _eye(natural), natural)
+    linked = update.uses[0].rule.link.forward(natural)
+    new = update.uses[0].selection.inverse(linked)
+    rows = value.reshape(new.shape)
+    new = torch.where(shaped, rows, new).reshape(value.shape)
+    if event == 0:
+        interval = bounds(graph.parameters[update.name].constraint)
+        if interval is not None:
+            new = torch.where(keep.reshape(value.shape), value, new.clamp(*interval))
+    if not bool(torch.isfinite(new).all()):
+        bad = int((~torch.isfinite(new)).reshape(n_events, -1).any(-1).nonzero()[0])
+        raise DegenerateError(
+            message(
+                f"parameter '{update.name}', {_component(value, event, bad)}",
+                "its update is not finite; nothing was changed.",
+                _sites(update, graph),
+                ["check the data at this site", "start elsewhere (init='random', num_restarts)"],
+            )
+        )
+    return new, [int(i) for i in (massless & used).nonzero().reshape(-1)]
+
+
+def _prod(shape: Sequence[int]) -> int:
+    out = 1
+    for s in shape:
+        out *= s
+    return out
+
+
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def _component(value: Tensor, event: int, flat: int) -> str:
+    shape = value.shape[: value.dim() - event]
+    if not shape:
+        return "its only component"
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    shown = index[0] if len(index) == 1 else tuple(reversed(index))
+    return f"component {shown}"
+
+
+def _sites(update: ParameterUpdate, graph: FactorGraph) -> str:
+    names = [graph.groups[u.group].members[0] for u in update.uses]
+    return "it is estimated from site " + ", ".join(f"'{n}'" for n in dict.fromkeys(names))
+
+
+def _natural(update: ParameterUpdate, rows: Tensor) -> Tensor:
+    """Parameter events as natural values of the kind."""
+    out = rows
+    for m in update.uses[0].selection.maps:
+        out = m.forward(out)
+    return update.uses[0].rule.link.inverse(out)
+
+
+def _used_events(uses: Sequence[Use], value: Tensor, event: int) -> Tensor:
+    size = _prod(value.shape[value.dim() - event :])
+    used = torch.zeros(value.numel() // size, dtype=torch.bool, device=value.device)
+    for use in uses:
+        index = use.selection.index
+        used[(index[index >= 0] // size).reshape(-1)] = True
+    return used
+
+
+def _scattered(
+    use: Use, statistics: Statistics, arguments: Mapping[str, Tensor], value: Tensor, event: int
+) -> tuple[Tensor, Tensor]:
+    """Numerators and denominators of one use, summed onto the parameter's events."""
+    with torch.no_grad():
+        detached = {n: a.detach() for n, a in arguments.items()}
+        n, d = use.rule.contribution(statistics, detached)
+    index = use.selection.index
+    cells = index.shape[: index.dim() - event]
+    n_event = n.shape[len(cells) :]
+    d_event = d.shape[len(cells) :]
+    batch = torch.broadcast_shapes(n.shape[: len(cells)], d.shape[: len(cells)])
+    n, d = n.expand(*batch, *n_event), d.expand(*batch, *d_event)
+    if use.selection.factor is not None:
+        c = use.selection.factor
+        if use.rule.kind is Kind.RATE:
+            d = d * c
+        elif use.rule.kind is Kind.SCALE:
+            n = n / c**2
+        else:
+            n, d = n * c, d * c**2
+    n, d = _sum_to(n, cells, len(n_event)), _sum_to(d, cells, len(d_event))
+    size = _prod(value.shape[value.dim() - event :])
+    n_events = value.numel() // size
+    first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+    row = torch.where(first >= 0, first // size, n_events).reshape(-1)
+    d_out = d.new_zeros(n_events + 1, *d_event).index_add(0, row, d.reshape(-1, *d_event))
+    if use.rule.kind is Kind.SIMPLEX:
+        # Rows may be permuted: scatter element by element.
+        flat = torch.where(index >= 0, index, value.numel()).reshape(-1)
+        n_flat = n.new_zeros(value.numel() + 1).index_add(0, flat, n.reshape(-1))
+        return n_flat[:-1].reshape(n_events, -1), d_out[:-1]
+    n_out = n.new_zeros(n_events + 1, *n_event).index_add(0, row, n.reshape(-1, *n_event))
+    return n_out[:-1], d_out[:-1]
+
+
+def _sum_to(tensor: Tensor, cells: Sequence[int], event: int) -> Tensor:
+    axes = [i for i, size in enumerate(cells) if size == 1 and tensor.shape[i] > 1]
+    tensor = tensor.sum(axes, keepdim=True) if axes else tensor
+    return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])
+
+
+def _solve(kind: Kind, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """The natural values, and which events had no mass."""
+    if kind is Kind.SIMPLEX:
+        total = n.sum(-1, keepdim=True)
+        massless = (total <= 0).reshape(-1)
+        return n / torch.where(total > 0, total, 1.0), massless
+    if kind is Kind.MEAN_VECTOR:
+        massless = ~(d.diagonal(dim1=-2, dim2=-1) > 0).all(-1)
+        safe = torch.where(massless[:, None, None], _eye(d), d)
+        return torch.linalg.solve(safe, n.unsqueeze(-1)).squeeze(-1), massless
+    massless = ~(d.reshape(d.shape[0], -1).amax(-1) > 0)
+    if kind is Kind.RATE:
+        # An exponential rate without any waiting time has no finite maximiser; leave it to the check.
+        massless = massless & ~(n > 0)
+    shape = (-1,) + (1,) * (d.dim() - 1)
+    ratio = n / torch.where(massless.reshape(shape), 1.0, d)
+    if kind is Kind.SCALE:
+        return ratio.clamp(min=0).sqrt(), massless
+    if kind is Kind.COVARIANCE:
+        return (ratio + ratio.mT) / 2, massless
+    if kind is Kind.PROBABILITY:
+        return ratio.clamp(0, 1), massless
+    return ratio, massless
+
+
+def _checked_spread(
+    update: ParameterUpdate,
+    graph: FactorGraph,
+    kind: Kind,
+    natural: Tensor,
+    keep: Tensor,
+    floor: float,
+    old: Tensor,
+    mass: Tensor | None,
+) -> Tensor:
+    """Floor a spread where asked, refuse a collapse by name."""
+    if not kind.is_spread:
+        return natural
+    eps = torch.finfo(natural.dtype).eps
+    if kind is Kind.COVARIANCE:
+        if not bool(torch.isfinite(natural).all()):
+            return natural
+        eigenvalues, vectors = torch.linalg.eigh(natural)
+        if floor > 0:
+            low = (eigenvalues < floor).any(-1)
+            clipped = vectors @ torch.diag_embed(eigenvalues.clamp(min=floor)) @ vectors.mT
+            return torch.where((low & ~keep)[:, None, None], clipped, natural)
+        largest = eigenvalues[..., -1]
+        smallest = eigenvalues[..., 0]
+        before = torch.linalg.eigvalsh(old)[..., 0]
+        size = natural.shape[-1]
+        # Below the rounding of the largest eigenvalue a matrix is singular; so many data as
+        # dimensions, or fewer, span no volume.
+        singular = smallest <= 8 * size * eps * largest
+        assert mass is not None
+        few = (mass < size + 1 + 1e-6) & (smallest < 1e-8 * before)
+        bad = (singular | few) & ~keep
+        spread, word = smallest, "its covariance collapses: smallest eigenvalue"
+    else:
+        if floor > 0:
+            least = floor**0.5 if kind is Kind.SCALE else floor
+            return torch.where(keep, natural, natural.clamp(min=least))
+        assert mass is not None
+        variance = natural if kind is Kind.ABSOLUTE_SCALE else natural**2
+        previous = old if kind is Kind.ABSOLUTE_SCALE else old**2
+        magnitude = _magnitude(update, graph).to(natural.dtype)
+        few = (mass < 1.5) & (variance < 1e-8 * previous)
+        bad = ((natural <= 8 * eps * magnitude) | (natural == 0) | few) & ~keep
+        spread, word = variance, "its variance collapses: it would become"
+    if bool(bad.any()):
+        k = int(bad.nonzero()[0])
+        assert mass is not None
+        raise DegenerateError(
+            message(
+                f"parameter '{update.name}', "
+                + _component(graph.parameters[update.name].leaf, kind.event_dim, k),
+                f"{word} {float(spread[k]):.3g} from {float(mass[k]):.3g} observations. "
+                "The update was rolled back.",
+                "a component that holds a single point (or a line) has unbounded likelihood; "
+                + _sites(update, graph),
+                [
+                    "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+                    f"set a floor: updates={{'{update.name}': ClosedForm(floor=1e-3)}}",
+                    "use fewer components, or share the spread between them",
+                ],
+            )
+        )
+    return natural
+
+
+def _magnitude(update: ParameterUpdate, graph: FactorGraph) -> Tensor:
+    """The largest value among the data of a spread: what rounding is relative to."""
+    sizes = []
+    for use in update.uses:
+        value = graph.groups[use.group].value
+        if value.is_floating_point():
+            sizes.append(value.abs().max())
+    return torch.stack(sizes).max() if sizes else torch.zeros(())
+
+
+def _medians(
+    update: ParameterUpdate,
+    graph: FactorGraph,
+    arguments: Sequence[Mapping[str, Tensor]],
+    counts: Sequence[Tensor],
+    value: Tensor,
+) -> tuple[Tensor, list[int]]:
+    """Weighted medians: a second pass over the data, one sort per element."""
+    points: list[list[Tensor]] = [[] for _ in range(value.numel())]
+    weights: list[list[Tensor]] = [[] for _ in range(value.numel())]
+    for use in update.uses:
+        group = graph.groups[use.group]
+        index = use.selection.index
+        w = counts[use.group].to(value.dtype)
+        w = w.reshape(w.shape + (1,) * group.event_dims) / arguments[use.group]["scale"].detach()
+        shape = torch.broadcast_shapes(index.shape, w.shape, group.value.shape)
+        full, x, w = index.expand(shape), group.value.expand(shape), w.expand(shape)
+        for j in range(value.numel()):
+            chosen = full == j
+            points[j].append(x[chosen])
+            weights[j].append(w[chosen])
+    new, massless = value.reshape(-1).clone(), []
+    for j in range(value.numel()):
+        if not points[j]:
+            continue
+        x, w = torch.cat(points[j]), torch.cat(weights[j])
+        if x.numel() == 0:
+            continue
+        if not float(w.sum()) > 0:
+            massless.append(j)
+            continue
+        order = x.argsort()
+        total = w[order].cumsum(0)
+        at = int(torch.searchsorted(total, total[-1] / 2))
+        new[j] = update.uses[0].selection.inverse(x[order][min(at, len(x) - 1)])
+    return new.reshape(value.shape), massless

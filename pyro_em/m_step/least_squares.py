@@ -1,0 +1,97 @@
+r"""Weighted least squares for a Normal whose ``loc`` is affine in parameters.
+
+    δ = (Σ_cells w/σ² J Jᵀ)⁺ Σ_cells (w/σ²) J (x̄ − loc),    θ ← θ + δ,
+
+for all parameters of one argument at once. The pseudo-inverse leaves directions that the data do
+not identify where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_em.binding import Binding
+from pyro_em.families.record import Statistics
+from pyro_em.graph import FactorGraph
+
+
+def least_squares(
+    block: Sequence[str],
+    graph: FactorGraph,
+    statistics: Mapping[int, Statistics],
+    arguments: Sequence[Mapping[str, Tensor]],
+    values: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """New values of all parameters of a block.
+
+    Args:
+        block: Parameter names.
+        graph: The factor graph.
+        statistics: Expected statistics per group.
+        arguments: The current arguments per group.
+        values: The current parameters.
+    """
+    sizes = [values[p].numel() for p in block]
+    gram: Tensor | None = None
+    moment: Tensor | None = None
+    for g, group in enumerate(graph.groups):
+        binding = group.bindings.get("loc")
+        if binding is None or not set(block).intersection(binding.params):
+            continue
+        stats = statistics[g]
+        scale = arguments[g]["scale"].detach()
+        loc = arguments[g]["loc"].detach()
+        precision = scale**-2
+        weight = stats["weight"] * precision
+        residual = (
+            stats["deviation"] + stats["weight"] * (stats["reference:loc"] - loc)
+        ) * precision
+        cells = binding.constant.shape
+        weight, residual = torch.broadcast_tensors(weight, residual)
+        weight, residual = _sum_to(weight, cells), _sum_to(residual, cells)
+        design = torch.cat([_design(binding, p, values[p]) for p in block], -1)
+        design = design.reshape(-1, sum(sizes))
+        w, r = weight.reshape(-1, 1), residual.reshape(-1)
+        part_gram, part_moment = design.mT @ (w * design), design.mT @ r
+        gram = part_gram if gram is None else gram + part_gram
+        moment = part_moment if moment is None else moment + part_moment
+    assert gram is not None and moment is not None
+    step = _solve(gram, moment)
+    new, at = {}, 0
+    for p, size in zip(block, sizes, strict=True):
+        new[p] = values[p] + step[at : at + size].reshape(values[p].shape)
+        at += size
+    return new
+
+
+def _sum_to(tensor: Tensor, cells: Sequence[int]) -> Tensor:
+    axes = [i for i, size in enumerate(cells) if size == 1 and tensor.shape[i] > 1]
+    tensor = tensor.sum(axes, keepdim=True) if axes else tensor
+    return tensor.expand(tuple(cells))
+
+
+def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
+    """∂loc/∂θ. # (*cells, parameter.numel())"""
+    if binding.jacobians is not None:
+        if name in binding.jacobians:
+            return binding.jacobians[name]
+    for part in binding.selections:
+        if part.param == name:
+            eye = torch.eye(value.numel() + 1, value.numel(), dtype=value.dtype, device=value.device)
+            rows = eye[torch.where(part.index >= 0, part.index, value.numel())]
+            return rows if part.factor is None else rows * part.factor.unsqueeze(-1)
+    return value.new_zeros(*binding.constant.shape, value.numel())
+
+
+def _solve(gram: Tensor, moment: Tensor) -> Tensor:
+    """Pseudo-inverse solution with columns scaled to unit length."""
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(gram.dtype).tiny), 1.0).rsqrt()
+    scaled = gram * scale * scale.unsqueeze(-1)
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    limit = eigenvalues[-1] * gram.shape[0] * torch.finfo(gram.dtype).eps
+    inverse = torch.where(eigenvalues > limit, 1 / eigenvalues.clamp(min=limit), 0.0)
+    return scale * (vectors @ (inverse * (vectors.mT @ (scale * moment))))

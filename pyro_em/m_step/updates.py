@@ -1,0 +1,352 @@
+"""The updates that a parameter can have, as values: what a user may ask for, and what was decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.binding import Binding, Selection
+from pyro_em.families import Kind, Rule
+from pyro_em.graph import FactorGraph, Group
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The exact maximiser given all other parameters.
+
+    Attributes:
+        floor: The smallest variance (for a covariance: the smallest eigenvalue); 0 for none. A
+            variance below it is set to it, nothing is ever added.
+
+    Example:
+        >>> ClosedForm(floor=1e-3)
+        ClosedForm(floor=0.001)
+    """
+
+    floor: float = 0.0
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Weighted least squares, jointly for all parameters of one affine ``loc``."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient step on the expected log joint in the unconstrained space.
+
+    Attributes:
+        optimizer: A callable from a list of tensors to a torch optimiser, or None for L-BFGS with
+            a line search to convergence, under which the objective cannot fall.
+        steps: Steps of the optimiser per M-step, or iterations of L-BFGS at most.
+
+    Example:
+        >>> Gradient(lambda p: torch.optim.Adam(p, lr=0.01), steps=5).steps
+        5
+    """
+
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    steps: int = 100
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The parameter is never changed."""
+
+
+Update = ClosedForm | LeastSquares | Gradient | Fixed
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One place where a parameter is used: an argument of a group of factors."""
+
+    group: int
+    argument: str
+    selection: Selection
+    rule: Rule
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterUpdate:
+    """What was decided for one parameter, and why.
+
+    Attributes:
+        name: The parameter.
+        update: The update.
+        reason: Why, in words.
+        uses: The places of a closed form.
+        block: Parameters solved for together (least squares).
+    """
+
+    name: str
+    update: Update
+    reason: str
+    uses: tuple[Use, ...] = ()
+    block: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind | None:
+        """The functional form of a closed-form update."""
+        return self.uses[0].rule.kind if self.uses else None
+
+
+def decide_updates(
+    graph: FactorGraph, requested: Mapping[str, Update]
+) -> dict[str, ParameterUpdate]:
+    """Choose the strongest update that is exact for each parameter, by looking only.
+
+    Args:
+        graph: A traced graph with bindings.
+        requested: The user's wishes by exact parameter name.
+    """
+    strongest = {name: _strongest(graph, name) for name in graph.parameters}
+    decided = {}
+    for name, found in strongest.items():
+        wish = requested.get(name)
+        decided[name] = found if wish is None else _granted(found, wish)
+    least_squares = {n for n, u in decided.items() if isinstance(u.update, LeastSquares)}
+    # A mean that shares an argument with a regression coefficient is solved for with it.
+    changed = True
+    while changed:
+        changed = False
+        for group in graph.groups:
+            binding = group.bindings.get("loc")
+            if binding is None or not least_squares.intersection(binding.params):
+                continue
+            for p in binding.params:
+                is_mean = decided[p].kind is Kind.MEAN and _is_plain_mean(decided[p])
+                if p not in least_squares and is_mean:
+                    least_squares.add(p)
+                    changed = True
+    for block in _blocks(graph, least_squares):
+        for p in block:
+            reason = decided[p].reason if isinstance(decided[p].update, LeastSquares) else (
+                "a mean in one argument with regression coefficients"
+            )
+            decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block)
+    return decided
+
+
+def _is_plain_mean(update: ParameterUpdate) -> bool:
+    return all(u.selection.factor is None and not u.selection.maps for u in update.uses)
+
+
+def _granted(found: ParameterUpdate, wish: Update) -> ParameterUpdate:
+    if isinstance(wish, ClosedForm) and isinstance(found.update, ClosedForm):
+        return ParameterUpdate(found.name, wish, found.reason, found.uses)
+    if isinstance(wish, LeastSquares) and isinstance(found.update, LeastSquares):
+        return found
+    if isinstance(wish, (ClosedForm, LeastSquares)):
+        return ParameterUpdate(
+            found.name,
+            found.update,
+            f"{type(wish).__name__} was asked for, but {found.reason}",
+            found.uses,
+        )
+    return ParameterUpdate(found.name, wish, "as the user asked")
+
+
+def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
+    uses: list[Use] = []
+    affine = False
+    weakest = ""
+    seen = False
+    constraint = graph.parameters[name].constraint
+    if not graph.parameters[name].unconstrained.is_floating_point():
+        return ParameterUpdate(name, Fixed(), "it holds integers")
+    for g, group in enumerate(graph.groups):
+        if group.family is None:
+            if group.raw_params is None or name in group.raw_params:
+                weakest = weakest or f"{group.distribution} at '{group.members[0]}' has no record"
+                seen = True
+            continue
+        for argument, binding in group.bindings.items():
+            if binding.how == "opaque" and not binding.params:
+                continue
+            if name not in binding.params:
+                continue
+            seen = True
+            where = f"{group.distribution}.{argument} at '{group.members[0]}'"
+            if binding.how == "opaque":
+                weakest = weakest or f"{binding.reason} in {where}"
+            elif binding.how == "affine":
+                affine = True
+                if not _is_real(constraint):
+                    weakest = weakest or f"its constraint {constraint} bounds {where}"
+            else:
+                use, problem = _as_use(graph, g, argument, binding, name)
+                if use is None:
+                    weakest = weakest or f"{problem} in {where}"
+                else:
+                    uses.append(use)
+    if not seen:
+        return ParameterUpdate(name, Fixed(), "no factor depends on it")
+    if weakest:
+        return ParameterUpdate(name, Gradient(), weakest)
+    if affine:
+        if all(u.rule.kind is Kind.MEAN for u in uses) and all(
+            not u.selection.maps for u in uses
+        ):
+            return ParameterUpdate(name, LeastSquares(), "loc is affine in it")
+        return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
+    problem = _disagreement(uses)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    problem = _outside(uses[0], constraint)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    groups = [graph.groups[u.group] for u in uses]
+    places = ", ".join(
+        dict.fromkeys(
+            f"{g.distribution}.{u.argument}" for g, u in zip(groups, uses, strict=True)
+        )
+    )
+    return ParameterUpdate(
+        name, ClosedForm(), f"{places} selects it ({uses[0].rule.kind.value})", tuple(uses)
+    )
+
+
+def _as_use(
+    graph: FactorGraph, g: int, argument: str, binding: Binding, name: str
+) -> tuple[Use | None, str]:
+    group = graph.groups[g]
+    assert group.family is not None
+    rule = group.family.rules.get(argument)
+    if rule is None:
+        return None, "no closed form is known for this argument"
+    selection = next(s for s in binding.selections if s.param == name)
+    if selection.factor is not None:
+        scalable = rule.kind in (Kind.RATE, Kind.SCALE, Kind.MEAN) and rule.link.name == "identity"
+        if not scalable:
+            return None, "a factor multiplies it"
+    event = rule.kind.event_dim
+    if event:
+        if selection.maps:
+            return None, "an elementwise map of whole rows"
+        problem = _whole_events(selection.index, graph.parameters[name].leaf, event, rule.kind)
+        if problem:
+            return None, problem
+    return Use(g, argument, selection, rule), ""
+
+
+def _whole_events(index: Tensor, parameter: Tensor, event: int, kind: Kind) -> str:
+    """A closed form maximises over whole rows or matrices: they must map one to one."""
+    if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
+        return "only part of a row of the parameter is used"
+    size = math.prod(parameter.shape[-event:])
+    rows = index.reshape(-1, size)
+    rows = rows[(rows >= 0).any(-1)]
+    if bool((rows < 0).any()):
+        return "a row is partly constant"
+    first = rows.min(-1).values
+    if bool((first % size != 0).any()):
+        return "its rows are not rows of the parameter"
+    offsets = rows - first.unsqueeze(-1)
+    if kind is Kind.SIMPLEX:
+        offsets = offsets.sort(-1).values
+    expected = torch.arange(size, device=index.device)
+    if not bool((offsets == expected).all()):
+        return "its rows are not rows of the parameter"
+    return ""
+
+
+def _disagreement(uses: Sequence[Use]) -> str:
+    first = uses[0]
+    for u in uses[1:]:
+        if u.rule.kind is not first.rule.kind or u.rule.link.name != first.rule.link.name:
+            return f"it is a {first.rule.kind.value} here and a {u.rule.kind.value} there"
+        if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
+            return "different maps of it are used"
+        if first.rule.kind is Kind.MEDIAN:
+            continue
+    return ""
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    base = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    return type(base) is type(constraints.real)
+
+
+def bounds(constraint: constraints.Constraint) -> tuple[float, float] | None:
+    """The interval in which each element of a parameter may lie; None if it is no interval."""
+    base: Any = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if type(base) is type(constraints.real):
+        return -math.inf, math.inf
+    try:
+        lower = getattr(base, "lower_bound", -math.inf)
+        upper = getattr(base, "upper_bound", math.inf)
+        if not hasattr(base, "lower_bound") and not hasattr(base, "upper_bound"):
+            return None
+        if torch.as_tensor(lower).numel() > 1 or torch.as_tensor(upper).numel() > 1:
+            return None
+        return float(lower), float(upper)
+    except (TypeError, ValueError):
+        return None
+
+
+def _outside(use: Use, constraint: constraints.Constraint) -> str:
+    """Why a solution may leave the parameter's constraint, or nothing."""
+    kind, link = use.rule.kind, use.rule.link.name
+    base: Any = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if _is_real(constraint):
+        return ""
+    if kind.event_dim == 0:
+        return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
+    if kind is Kind.SIMPLEX:
+        interval = bounds(constraint)
+        inside = interval is not None and interval[0] <= 0 and interval[1] >= 1
+        if base is constraints.simplex or (inside and link == "identity"):
+            return ""
+        return f"its constraint {constraint} may exclude the solution"
+    if kind is Kind.COVARIANCE:
+        lower = {constraints.lower_cholesky}
+        softplus = getattr(constraints, "softplus_lower_cholesky", None)
+        positive = {constraints.positive_definite}
+        name = repr(base)
+        if link == "Cholesky factor":
+            allowed = base in lower or "LowerCholesky" in name or base is softplus
+        else:
+            allowed = base in positive or "PositiveDefinite" in name
+        return "" if allowed else f"its constraint {constraint} may exclude the solution"
+    return f"its constraint {constraint} may exclude the solution"
+
+
+def _blocks(graph: FactorGraph, names: set[str]) -> list[tuple[str, ...]]:
+    """Parameters that meet in one affine argument, directly or through others."""
+    blocks: list[set[str]] = []
+    for group in graph.groups:
+        binding = group.bindings.get("loc")
+        if binding is None:
+            continue
+        here = names.intersection(binding.params)
+        if not here:
+            continue
+        touching = [b for b in blocks if b & here]
+        merged = here.union(*touching)
+        blocks = [b for b in blocks if not b & here] + [merged]
+    order = {n: i for i, n in enumerate(graph.parameters)}
+    return [tuple(sorted(b, key=order.__getitem__)) for b in blocks]
+
+
+def groups_reached(graph: FactorGraph, names: set[str]) -> list[int]:
+    """Indices of the groups whose density depends on any of the parameters."""
+
+    def reaches(group: Group) -> bool:
+        if group.family is None and group.raw_params is None:
+            return True
+        return bool(names.intersection(group.params))
+
+    return [i for i, g in enumerate(graph.groups) if reaches(g)]

@@ -1,0 +1,95 @@
+"""ExpectedStatistics: what the M-step needs to know of the data, as one additive value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_em.families.record import Arguments, Statistics
+from pyro_em.graph import FactorGraph, Group
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedStatistics:
+    """E_q[T(x)] per group of factors, summed over every dimension that no argument varies along.
+
+    Values computed about the same reference arguments can be added and scaled.
+
+    Attributes:
+        sums: Per group the family's statistics and ``weight``.
+        references: Per group the arguments about which they were taken.
+    """
+
+    sums: Mapping[int, Statistics]
+    references: Mapping[int, Arguments]
+
+    def __add__(self, other: ExpectedStatistics) -> ExpectedStatistics:
+        sums = {
+            g: {name: stats[name] + other.sums[g][name] for name in stats}
+            for g, stats in self.sums.items()
+        }
+        return ExpectedStatistics(sums, self.references)
+
+    def __mul__(self, factor: float) -> ExpectedStatistics:
+        sums = {g: {n: factor * s for n, s in stats.items()} for g, stats in self.sums.items()}
+        return ExpectedStatistics(sums, self.references)
+
+    __rmul__ = __mul__
+
+    def of(self, group: int) -> Statistics:
+        """The statistics of a group together with their references."""
+        named = {f"reference:{n}": a for n, a in self.references[group].items()}
+        return {**self.sums[group], **named}
+
+
+def group_statistics(group: Group, counts: Tensor, arguments: Arguments) -> Statistics:
+    """Σ counts · T(x) for one group, kept along the dimensions in which an argument varies.
+
+    Args:
+        group: The stacked factors.
+        counts: Expected counts. # (members, *sizes)
+        arguments: The arguments of the E-step. # (members, *sizes or 1s, *event)
+
+    Returns:
+        Statistics. # (members, *sizes or 1s, *to_event dims, *event)
+    """
+    family = group.family
+    assert family is not None
+    batch = 1 + len(group.sizes) + group.event_dims
+    varying = [
+        any(
+            a.shape[d] > 1
+            for name, a in arguments.items()
+            if a.dim() - family.argument_event_dim(name) == batch
+        )
+        for d in range(batch)
+    ]
+    weights = counts.to(group.value.dtype if group.value.is_floating_point() else _dtype(arguments))
+    weights = weights.reshape(weights.shape + (1,) * group.event_dims)
+    return family.expected_statistics(weights, group.value, arguments, tuple(varying))
+
+
+def _dtype(arguments: Arguments):  # noqa: ANN202
+    return next(a.dtype for a in arguments.values() if a.is_floating_point())
+
+
+def expected_statistics(
+    graph: FactorGraph,
+    counts: Sequence[Tensor],
+    arguments: Sequence[Arguments],
+    groups: Sequence[int],
+) -> ExpectedStatistics:
+    """Collect the statistics of some groups of a graph.
+
+    Args:
+        graph: The factor graph.
+        counts: Expected counts per group.
+        arguments: Arguments per group at the E-step.
+        groups: Which groups to collect.
+    """
+    sums = {g: group_statistics(graph.groups[g], counts[g], arguments[g]) for g in groups}
+    return ExpectedStatistics(
+        sums, {g: {n: a.detach() for n, a in arguments[g].items()} for g in groups}
+    )
