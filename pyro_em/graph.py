@@ -213,6 +213,7 @@ class FactorGraph:
         return self.structure.plates[dim].size
 
 
+@torch.enable_grad()
 def trace_graph(
     model: _pyro.Model,
     args: tuple,

@@ -32,7 +32,7 @@ from pyro_em.m_step.updates import (
 from pyro_em.posterior import dot
 from pyro_em.statistics import expected_statistics, group_statistics
 
-Evaluate = Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
 
 @dataclass
@@ -64,7 +64,7 @@ def m_step(
         updates: What was decided per parameter.
         counts: Expected counts per group.
         arguments: Arguments per group at the E-step.
-        evaluate: From constrained values to log densities per group.
+        evaluate: From constrained values and group numbers to those groups' log densities.
         state: Kept between M-steps.
 
     Raises:
@@ -180,7 +180,7 @@ def _gradient_blocks(
             fixed: Mapping[str, Tensor] = fixed,
             reached: Sequence[int] = tuple(reached),
         ) -> Tensor:
-            tables = evaluate({**fixed, **moved})
+            tables = evaluate({**fixed, **moved}, reached)
             return torch.stack([dot(counts[g], tables[g]) for g in reached]).sum()
 
         if reached:

@@ -1,0 +1,62 @@
+"""Exact expectation-maximisation for latent variable models written in Pyro.
+
+A user writes an ordinary Pyro model and hands it to `ExactPosteriorEM`. The library finds which
+latents have an exact posterior and which parameters have a closed-form update, and does that.
+
+Glossary, used throughout:
+
+* N data, K states or components, D features, T time steps;
+* x observed, z latent, θ parameters, q(z) any distribution over the latents;
+* log evidence: log p(x; θ), the log-likelihood of the observed data, in nats;
+* ELBO: E_q[log p(x, z; θ)] + H(q), never above the log evidence;
+* E-step: q ← p(z | x; θ); M-step: θ ← argmax of the expected log joint E_q[log p(x, z; θ)];
+* responsibilities: the posterior marginals q(z_n = k) of a mixture;
+* sufficient statistics: T(x), what a family's density needs to know of x;
+* site, plate, guide, param: as in Pyro.
+"""
+
+from pyro_em._errors import (
+    DataError,
+    DegenerateError,
+    ModelError,
+    PyroEMError,
+    PyroEMWarning,
+    UsageError,
+)
+from pyro_em.elbo import ELBOTerms
+from pyro_em.em import ExactPosteriorEM
+from pyro_em.families import Family, Kind, Link, Rule, register_family
+from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares
+from pyro_em.plan import Plan
+from pyro_em.posterior import Posterior
+from pyro_em.result import EMResult, EMStatus, EMStep, History
+from pyro_em.standard_errors import StandardErrors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClosedForm",
+    "DataError",
+    "DegenerateError",
+    "ELBOTerms",
+    "EMResult",
+    "EMStatus",
+    "EMStep",
+    "ExactPosteriorEM",
+    "Family",
+    "Fixed",
+    "Gradient",
+    "History",
+    "Kind",
+    "LeastSquares",
+    "Link",
+    "ModelError",
+    "Plan",
+    "Posterior",
+    "PyroEMError",
+    "PyroEMWarning",
+    "Rule",
+    "StandardErrors",
+    "UsageError",
+    "register_family",
+]

@@ -1,0 +1,245 @@
+"""Plan: the decisions about a model, as a value that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyro_em._errors import ModelError, message
+from pyro_em.contraction import ContractionPlan, plan_contraction
+from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares, ParameterUpdate
+from pyro_em.structure import Structure
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one unobserved site is treated, and why.
+
+    Attributes:
+        site: The site's name.
+        distribution: Its distribution.
+        route: ``"enumerate"`` or ``"integrates to one"``.
+        size: Number of values summed over, or None.
+        plates: Its plates.
+        reason: Why, in words.
+    """
+
+    site: str
+    distribution: str
+    route: str
+    size: int | None
+    plates: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Routes, updates, reasons and cost; ``print(plan)`` shows them as tables.
+
+    Attributes:
+        routes: One per unobserved site.
+        updates: One per parameter.
+        cells: Cells of the contraction's largest tensor.
+        largest: The names of its dimensions.
+        compiled: Whether iterations run without the Python model.
+        observed: Names and distributions of the observed sites.
+        edges: Pairs (parent, child) of the model's directed graph, latents to sites.
+        notes: Warnings in words.
+    """
+
+    routes: tuple[Route, ...]
+    updates: Mapping[str, ParameterUpdate]
+    cells: int
+    largest: tuple[str, ...]
+    compiled: bool
+    observed: tuple[tuple[str, str], ...]
+    edges: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether every update is an exact maximisation or a safeguarded step."""
+        return not any(
+            isinstance(u.update, Gradient) and u.update.optimizer is not None
+            for u in self.updates.values()
+        )
+
+    @property
+    def graph(self) -> Any:
+        """The model as a ``networkx.DiGraph`` from latents to the sites that read them.
+
+        Raises:
+            ImportError: If networkx is not installed (``pip install pyro-em[graph]``).
+        """
+        import networkx
+
+        graph = networkx.DiGraph()
+        graph.add_nodes_from((r.site, {"observed": False}) for r in self.routes)
+        graph.add_nodes_from((name, {"observed": True}) for name, _ in self.observed)
+        graph.add_edges_from(self.edges)
+        return graph
+
+    def __str__(self) -> str:
+        parts = [
+            "Latents",
+            _table(
+                ("site", "distribution", "plates", "route", "reason"),
+                [
+                    (
+                        name,
+                        r.distribution if r.size is None else f"{r.distribution} ({r.size})",
+                        ", ".join(r.plates) or "-",
+                        r.route,
+                        r.reason,
+                    )
+                    for name, r in _folded(self.routes)
+                ],
+            ),
+            "Parameters",
+            _table(
+                ("parameter", "update", "reason"),
+                [(u.name, _update_name(u), u.reason) for u in self.updates.values()],
+            ),
+            f"Cost: the largest table has {self.cells:,} cells ({' x '.join(self.largest) or '1'}).",
+            "Iterations: "
+            + (
+                "compiled, the model is not run again."
+                if self.compiled
+                else "the model is run again at each (generic path)."
+            ),
+        ]
+        parts.extend(f"Note: {n}" for n in self.notes)
+        return "\n".join(parts)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
+def _folded(routes: tuple[Route, ...]) -> list[tuple[str, Route]]:
+    """The steps of a chain on one line: z_0 … z_99 (100)."""
+    groups: dict[tuple[Any, ...], list[Route]] = {}
+    for r in routes:
+        stem = r.site.rstrip("0123456789")
+        numbered = stem != r.site
+        key = (stem if numbered else r.site, numbered, r.distribution, r.route, r.size, r.plates)
+        groups.setdefault(key, []).append(r)
+    folded = []
+    for members in groups.values():
+        if len(members) < 4:
+            folded.extend((r.site, r) for r in members)
+        else:
+            name = f"{members[0].site} … {members[-1].site} ({len(members)} sites)"
+            folded.append((name, members[0]))
+    return folded
+
+
+def _update_name(update: ParameterUpdate) -> str:
+    match update.update:
+        case ClosedForm(floor=floor):
+            return "closed form" + (f", floor {floor:g}" if floor else "")
+        case LeastSquares():
+            others = [p for p in update.block if p != update.name]
+            return "least squares" + (f" with {', '.join(others)}" if others else "")
+        case Gradient(optimizer=None):
+            return "gradient (L-BFGS)"
+        case Gradient(steps=steps):
+            return f"gradient ({steps} optimiser steps)"
+        case Fixed():
+            return "fixed"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return "  none"
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join(lines)
+
+
+def contraction_from_structure(structure: Structure) -> ContractionPlan:
+    """The elimination order and its cost, before anything is enumerated."""
+    infos = list(structure.sites.values())
+    latents = {name: structure.sites[name] for name in structure.latents}
+    sizes = {p: plate.size for p, plate in structure.plates.items()}
+    sizes.update({name: info.support_size or 1 for name, info in latents.items()})
+    return plan_contraction(
+        [info.plates + info.scope for info in infos],
+        {name: info.plates for name, info in latents.items()},
+        sizes,
+        own_latent=[None if i.observed else i.name for i in infos],
+    )
+
+
+def check_budget(structure: Structure, plan: ContractionPlan, limit: int) -> None:
+    """Refuse an enumeration past the budget, before it is paid.
+
+    Raises:
+        ModelError: With the size of the largest table.
+    """
+    if plan.cells <= limit:
+        return
+    latents = [d for d in plan.largest if d in structure.latents]
+    shown = ", ".join(f"'{n}'" for n in latents[:5]) + (", …" if len(latents) > 5 else "")
+    size = f"{plan.cells:,}" if plan.cells < 10**15 else f"{plan.cells:.3g}"
+    coupling = [
+        i.name for i in structure.sites.values() if len(set(i.scope) & set(latents)) > 2
+    ]
+    why = f"{len(latents)} latents meet in one table"
+    if coupling:
+        why += f", coupled by site '{coupling[0]}'"
+    raise ModelError(
+        message(
+            f"latents {shown}",
+            f"enumerating them needs a table of {size} cells; the budget is "
+            f"max_enumeration={limit:,}.",
+            why,
+            [
+                "let each observation depend on fewer latents",
+                "pass a larger max_enumeration if memory allows (8 bytes a cell, a few copies)",
+                "fit a subset of the data",
+            ],
+        )
+    )
+
+
+def routes_of(structure: Structure, distributions: Mapping[str, str]) -> tuple[Route, ...]:
+    """The route of every unobserved site."""
+    routes = []
+    for name in structure.latents:
+        info = structure.sites[name]
+        routes.append(
+            Route(
+                name,
+                info.distribution,
+                "enumerate",
+                info.support_size,
+                info.plates,
+                "finite support, exact sum",
+            )
+        )
+    for name in structure.barren:
+        routes.append(
+            Route(
+                name,
+                distributions.get(name, ""),
+                "integrates to one",
+                None,
+                (),
+                "no observed site depends on it",
+            )
+        )
+    return tuple(routes)
+
+
+def edges_of(structure: Structure) -> tuple[tuple[str, str], ...]:
+    """Directed edges from latents to the sites whose densities read them."""
+    return tuple(
+        (parent, info.name)
+        for info in structure.sites.values()
+        for parent in info.scope
+        if parent != info.name
+    )

@@ -1,0 +1,396 @@
+"""Program: a model with its data, ready for E-steps and M-steps, compiled or generic.
+
+The generic path runs the Python model at each evaluation and stands on its own. Where every binding
+is a selection or affine, and a run with moved parameters and another random state confirms it, the
+program is compiled: arguments flow from the parameters through the bindings, and the model is not
+run again except to verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_em import _pyro
+from pyro_em._errors import ModelError, UsageError, message
+from pyro_em.contraction import ContractionPlan
+from pyro_em.graph import FactorGraph, trace_graph
+from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
+from pyro_em.m_step.updates import Gradient
+from pyro_em.plan import (
+    Plan,
+    check_budget,
+    contraction_from_structure,
+    edges_of,
+    routes_of,
+)
+from pyro_em.posterior import (
+    Posterior,
+    check_scales,
+    contraction_of,
+    exact_posterior,
+)
+from pyro_em.structure import Structure, examine
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The factors at some parameter values.
+
+    Attributes:
+        graph: The graph that they belong to.
+        arguments: Per group.
+        tables: Log densities per group.
+    """
+
+    graph: FactorGraph
+    arguments: list[dict[str, Tensor]]
+    tables: list[Tensor]
+
+
+@dataclass(eq=False)
+class Program:
+    """A model with its data; see the module's text.
+
+    Attributes:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: The skeleton found by looking.
+        graph: The latest trace.
+        contraction: The elimination order.
+        updates: What was decided per parameter.
+        compiled: Whether evaluations skip the model.
+        notes: Warnings in words.
+        distributions: Distributions of barren sites, for the plan.
+    """
+
+    model: _pyro.Model
+    args: tuple
+    kwargs: dict[str, Any]
+    structure: Structure
+    graph: FactorGraph
+    contraction: ContractionPlan
+    updates: Mapping[str, ParameterUpdate]
+    compiled: bool
+    requested: Mapping[str, Update]
+    notes: tuple[str, ...] = ()
+    state: MStepState = field(default_factory=MStepState)
+
+    def evaluate(self) -> Evaluation:
+        """The factors at the current parameters."""
+        with torch.no_grad():
+            if self.compiled:
+                values = {n: p.value() for n, p in self.graph.parameters.items()}
+                arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
+            else:
+                self.graph = self._trace()
+                arguments = [dict(g.arguments) for g in self.graph.groups]
+            tables = [
+                g.log_density(a) for g, a in zip(self.graph.groups, arguments, strict=True)
+            ]
+        return Evaluation(self.graph, arguments, [t.detach() for t in tables])
+
+    def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
+        """The exact E-step."""
+        evaluation = evaluation or self.evaluate()
+        return exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
+
+    def m_step(self, counts: Sequence[Tensor], evaluation: Evaluation) -> MStepReport:
+        """The M-step; parameters are written in place."""
+        return m_step(
+            evaluation.graph,
+            self.updates,
+            counts,
+            evaluation.arguments,
+            self.log_densities_at,
+            self.state,
+        )
+
+    def log_densities_at(
+        self, values: Mapping[str, Tensor], groups: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Differentiable log densities of some groups at constrained values."""
+        if self.graph.is_static and self.compiled:
+            return {
+                g: self.graph.groups[g].log_density(
+                    self.graph.groups[g].evaluate_arguments(values)
+                )
+                for g in groups
+            }
+        graph = self._trace(values=values, with_bindings=False)
+        by_site = {
+            name: table
+            for group in graph.groups
+            for name, table in zip(group.members, group.log_density().unbind(0), strict=True)
+        }
+        return {
+            g: torch.stack([by_site[name] for name in self.graph.groups[g].members])
+            for g in groups
+        }
+
+    def _trace(
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        random_seed: int | None = None,
+        with_bindings: bool = True,
+    ) -> FactorGraph:
+        return trace_graph(
+            self.model,
+            self.args,
+            self.kwargs,
+            self.structure,
+            values=values,
+            random_seed=random_seed,
+            with_bindings=with_bindings,
+        )
+
+    def disagreements(
+        self, values: Mapping[str, Tensor] | None = None, random_seed: int | None = None
+    ) -> list[tuple[str, str]]:
+        """Sites and arguments of a fresh trace that differ from what the bindings predict."""
+        current = {n: p.value() for n, p in self.graph.parameters.items()}
+        predicted_at = {**current, **(values or {})}
+        try:
+            fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)
+        except ModelError:
+            return [("model", "its sites")]
+        traced: dict[tuple[str, str], Tensor] = {}
+        for group in fresh.groups:
+            for i, site in enumerate(group.members):
+                for name, tensor in _static_parts(group, i):
+                    traced[site, name] = tensor
+        found = []
+        for group in self.graph.groups:
+            arguments = group.evaluate_arguments(predicted_at)
+            for i, site in enumerate(group.members):
+                for name, tensor in _static_parts(group, i, arguments):
+                    binding = group.bindings.get(name)
+                    if binding is not None and not binding.is_static:
+                        continue
+                    other = traced.get((site, name))
+                    if other is None or not _same(tensor, other):
+                        found.append((site, name))
+        return found
+
+    def plan(self) -> Plan:
+        """The decisions, as a value that prints."""
+        kinds = {r: "" for r in self.structure.barren}
+        return Plan(
+            routes_of(self.structure, kinds),
+            self.updates,
+            self.contraction.cells,
+            self.contraction.largest,
+            self.compiled,
+            tuple((i.name, i.distribution) for i in self.structure.sites.values() if i.observed),
+            edges_of(self.structure),
+            self.notes,
+        )
+
+
+def _static_parts(
+    group: Any, i: int, arguments: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (group.arguments if arguments is None else arguments).items():
+        yield name, tensor[i]
+    yield "value", group.value[i]
+    if group.mask is not None:
+        yield "mask", group.mask[i]
+    yield "scale", torch.as_tensor(group.scale[i])
+    if group.raw is not None:
+        yield "log density", group.raw[i]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype == torch.bool or not a.is_floating_point():
+        return a.shape == b.shape and bool((a == b).all())
+    try:
+        a, b = torch.broadcast_tensors(a.detach(), b.detach())
+    except RuntimeError:
+        return False
+    tolerance = 64 * torch.finfo(a.dtype).eps
+    near = torch.isclose(a, b.to(a.dtype), rtol=tolerance**0.75, atol=tolerance**0.75, equal_nan=True)
+    return bool(near.all())
+
+
+def build_program(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    requested: Mapping[str, Update],
+    max_plate_nesting: int | None,
+    max_enumeration: int,
+    first_look: bool = True,
+    compile_plan: bool = True,
+) -> Program:
+    """Look at a model and its data, decide everything, pay nothing yet.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        requested: The user's updates, by parameter name or glob.
+        max_plate_nesting: As the user gave it.
+        max_enumeration: The budget in cells.
+        first_look: Whether the plain run may advance the random state.
+        compile_plan: Whether to compile where that is provably right.
+
+    Raises:
+        PyroEMError: If the model cannot be treated exactly, with all findings.
+    """
+    structure = examine(
+        model, args, kwargs, max_plate_nesting=max_plate_nesting, first_look=first_look
+    )
+    check_budget(structure, contraction_from_structure(structure), max_enumeration)
+    graph = trace_graph(model, args, kwargs, structure, limit=max(max_enumeration, 2**20))
+    contraction = contraction_of(graph)
+    check_budget(structure, contraction, max_enumeration)
+    notes = tuple(check_scales(graph, contraction))
+    wishes = _matched(requested, graph)
+    updates = decide_updates(graph, wishes)
+    program = Program(
+        model, args, kwargs, structure, graph, contraction, updates, False, wishes, notes
+    )
+    if not compile_plan:
+        return program
+    off = _verify(program)
+    program.compiled = graph.is_static and not off
+    if off:
+        distrust(program, off)
+    return program
+
+
+def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
+    """Hand every parameter of a site whose bindings are wrong to a gradient step."""
+    program.compiled = False
+    sites = {site for site, _ in off}
+    updates = dict(program.updates)
+    for group in program.graph.groups:
+        if not sites.intersection(group.members) and "model" not in sites:
+            continue
+        for name in group.params:
+            if isinstance(updates[name].update, Gradient):
+                continue
+            wish = program.requested.get(name)
+            if wish is None or not isinstance(wish, Gradient):
+                where = ", ".join(f"'{s}' ({a})" for s, a in list(off)[:3])
+                updates[name] = ParameterUpdate(
+                    name,
+                    Gradient(),
+                    f"the model changes {where} in a way that no binding shows "
+                    "(detach, .item(), a branch on a value, randomness)",
+                )
+    program.updates = updates
+
+
+def _verify(program: Program) -> list[tuple[str, str]]:
+    """Trace once with all free parameters moved inside their constraints and another random state."""
+    generator = torch.Generator().manual_seed(20)
+    moved = {}
+    direct = {}
+    for name, p in program.graph.parameters.items():
+        if not p.unconstrained.is_floating_point():
+            continue
+        u = p.unconstrained.detach()
+        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64).to(u)
+        new = u + 0.1 * noise
+        if p.leaf is p.unconstrained:
+            direct[name] = new
+        with torch.no_grad():
+            moved[name] = transform_to(p.constraint)(new)
+    with parameters_at(
+        {n: program.graph.parameters[n] for n in direct}, direct, unconstrained=True
+    ):
+        return program.disagreements(moved, random_seed=20)
+
+
+@contextmanager
+def parameters_at(
+    parameters: Mapping[str, _pyro.TracedParameter],
+    values: Mapping[str, Tensor],
+    *,
+    unconstrained: bool = False,
+) -> Iterator[None]:
+    """Hold parameters at other values inside a ``with`` block; they are restored afterwards.
+
+    Raises:
+        UsageError: If a name is unknown or a value has another shape.
+    """
+    for name, value in values.items():
+        if name not in parameters:
+            known = ", ".join(f"'{n}'" for n in parameters) or "none"
+            raise UsageError(
+                message(
+                    f"params['{name}']",
+                    f"the model has no such parameter; it has: {known}.",
+                    fixes=["use the parameter's name in Pyro's param store"],
+                )
+            )
+        shape = parameters[name].leaf.shape
+        if not unconstrained and torch.as_tensor(value).shape != shape:
+            raise UsageError(
+                message(
+                    f"params['{name}']",
+                    f"its shape is {tuple(torch.as_tensor(value).shape)}, not {tuple(shape)}.",
+                    "a value replaces the whole parameter",
+                )
+            )
+        constraint = parameters[name].constraint
+        if not unconstrained and not bool(
+            torch.as_tensor(constraint.check(torch.as_tensor(value))).all()
+        ):
+            raise UsageError(
+                message(
+                    f"params['{name}']",
+                    f"its value is outside the constraint {constraint}.",
+                    "values are constrained ones, as pyro.param returns them",
+                )
+            )
+    before = {n: parameters[n].unconstrained.detach().clone() for n in values}
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                if unconstrained:
+                    parameters[name].unconstrained.copy_(value)
+                else:
+                    leaf = parameters[name].leaf
+                    _pyro.write_unconstrained(
+                        parameters[name], torch.as_tensor(value).detach().to(leaf)
+                    )
+        yield
+    finally:
+        with torch.no_grad():
+            for name, old in before.items():
+                parameters[name].unconstrained.copy_(old)
+
+
+def _matched(requested: Mapping[str, Update], graph: FactorGraph) -> dict[str, Update]:
+    """The user's updates per parameter; exact names win over globs.
+
+    Raises:
+        UsageError: If a name matches no parameter.
+    """
+    from fnmatch import fnmatchcase
+
+    out: dict[str, Update] = {}
+    for pattern in sorted(requested, key=lambda p: p in graph.parameters):
+        hits = [n for n in graph.parameters if n == pattern or fnmatchcase(n, pattern)]
+        if not hits:
+            known = ", ".join(f"'{n}'" for n in graph.parameters) or "none"
+            raise UsageError(
+                message(
+                    f"updates['{pattern}']",
+                    f"no parameter matches; the model has: {known}.",
+                    "a misspelt name would be ignored in silence",
+                    ["use a parameter's name or a glob such as 'decoder*'"],
+                )
+            )
+        out.update({n: requested[pattern] for n in hits})
+    return out

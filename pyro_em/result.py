@@ -1,0 +1,261 @@
+"""What a fit returns: `EMResult`, its status, its history, its table."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em._pyro import TracedParameter
+from pyro_em.m_step import Fixed, ParameterUpdate
+from pyro_em.plan import Plan
+from pyro_em.posterior import Posterior
+from pyro_em.standard_errors import StandardErrors
+
+
+class EMStatus(Enum):
+    """Why a fit ended; each value is the sentence that a user reads."""
+
+    CONVERGED = "The estimated remaining gain is below tol."
+    ROUNDING = "Two successive gains are within rounding of the objective: no more can be gained."
+    MAX_STEPS = "The given number of steps was run."
+    INTERRUPTED = "The fit was interrupted; the parameters are those of the last complete step."
+    STOPPED = "A callback asked to stop."
+    DEGENERATE = "An update was degenerate and was rolled back; the parameters are the last good ones."
+    SYMMETRIC = (
+        "The components are exchangeable at this point and cannot separate: "
+        "start elsewhere (init='random')."
+    )
+    FELL = "The objective fell by more than rounding; the parameters before the fall were kept."
+
+
+@dataclass(frozen=True)
+class History(Sequence[float]):
+    """The bound at the parameters *entering* each step; ``after_m_step`` holds the other half.
+
+    Example:
+        >>> h = History((-10.0, -9.0), (-9.5, -8.9))
+        >>> h[0], h.after_m_step[0], len(h)
+        (-10.0, -9.5, 2)
+    """
+
+    entering: tuple[float, ...]
+    after_m_step: tuple[float, ...]
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.entering[i]
+
+    def __len__(self) -> int:
+        return len(self.entering)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.entering)
+
+
+@dataclass(frozen=True, eq=False)
+class EMStep:
+    """One step of EM, as ``steps`` yields it and callbacks receive it.
+
+    Attributes:
+        index: 0 for the first.
+        elbo: The bound at the parameters entering the step, after its E-step.
+        log_evidence: The same number for an exact posterior.
+        after_m_step: The bound ELBO(q, θ_new) after the M-step.
+        posterior: The q of this step's E-step.
+        params: Constrained parameters after the M-step.
+        seconds: Since the loop began.
+    """
+
+    index: int
+    elbo: float
+    log_evidence: float | None
+    after_m_step: float
+    posterior: Posterior
+    params: Mapping[str, Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class EMResult:
+    """A fitted model; everything is computed at the *returned* parameters.
+
+    Attributes:
+        params: Constrained values by name.
+        log_evidence: log p(x; θ) in nats.
+        elbo: The bound, equal to the evidence when exact.
+        posterior: The E-step at ``params``.
+        history: See `History`.
+        converged: Whether a stopping rule was met.
+        status: Why it ended.
+        message: More about the status (which component was degenerate), or its sentence.
+        num_steps: E-step and M-step pairs done by this call.
+        total_steps: The same over all calls of ``fit`` since the last reset.
+        seconds: Wall-clock time.
+        plan: The decisions.
+        rate: The measured rate of convergence (last ratio of successive gains), or None.
+        starts: Final log evidence of every start, best first start included; nan if degenerate.
+        num_rows: N of the BIC: elements of the outermost data plate, weighted by scale.
+        num_free_parameters: Through constraints; structural zeros and fixed ones not counted.
+    """
+
+    params: Mapping[str, Tensor]
+    log_evidence: float
+    elbo: float
+    posterior: Posterior
+    history: History
+    converged: bool
+    status: EMStatus
+    message: str
+    num_steps: int
+    total_steps: int
+    seconds: float
+    plan: Plan
+    rate: float | None
+    starts: tuple[float, ...]
+    num_rows: float
+    num_free_parameters: int
+    start: str
+    seed: int | None
+    dtype: torch.dtype
+    _standard_errors: Callable[[], StandardErrors] = field(repr=False)
+
+    @property
+    def bic(self) -> float:
+        """−2 log evidence + p log N; lower is better."""
+        return -2 * self.log_evidence + self.num_free_parameters * math.log(max(self.num_rows, 1))
+
+    @property
+    def aic(self) -> float:
+        """−2 log evidence + 2 p; lower is better."""
+        return -2 * self.log_evidence + 2 * self.num_free_parameters
+
+    @property
+    def icl(self) -> float:
+        """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better."""
+        return self.bic + 2 * self.posterior.entropy()
+
+    def standard_errors(self) -> StandardErrors:
+        """Standard errors at ``params``, from the Hessian of the exact log evidence.
+
+        Returns:
+            A mapping from parameter to standard errors of its shape, with ``covariance`` and
+            ``notes``; nan on boundaries and where the data do not identify a parameter.
+        """
+        return self._standard_errors()
+
+    def summary(self) -> Any:
+        """A table of the fit: a pandas DataFrame where pandas is installed, else a `Table`."""
+        rows = self._rows()
+        try:
+            import pandas
+        except ImportError:
+            return Table(tuple(rows))
+        return pandas.DataFrame(rows, columns=["quantity", "value"]).set_index("quantity")
+
+    def _rows(self) -> list[tuple[str, Any]]:
+        import pyro_em
+
+        rows: list[tuple[str, Any]] = [
+            ("log evidence (nats)", self.log_evidence),
+            ("status", self.status.value),
+            ("converged", self.converged),
+            ("steps", self.num_steps),
+            ("rate of convergence", self.rate),
+            ("seconds", round(self.seconds, 3)),
+            ("free parameters p", self.num_free_parameters),
+            ("rows N", self.num_rows),
+            ("BIC (lower is better)", self.bic),
+            ("AIC (lower is better)", self.aic),
+            ("ICL (lower is better)", self.icl),
+        ]
+        for name, value in self.params.items():
+            flat = value.reshape(-1).tolist()
+            if value.dim() == 0:
+                rows.append((name, flat[0]))
+            elif len(flat) <= 64:
+                index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape))
+                index = index.reshape(len(flat), -1).tolist()
+                rows.extend(
+                    (f"{name}[{', '.join(map(str, i))}]", v) for i, v in zip(index, flat, strict=True)
+                )
+            else:
+                rows.append((name, f"tensor of shape {tuple(value.shape)}"))
+        rows += [
+            ("start", self.start),
+            ("seed", self.seed),
+            ("dtype", str(self.dtype).removeprefix("torch.")),
+            ("pyro_em", pyro_em.__version__),
+            ("pyro", pyro.__version__),
+            ("torch", torch.__version__),
+            ("python", platform.python_version()),
+        ]
+        return rows
+
+    def __str__(self) -> str:
+        rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"
+        return (
+            f"log evidence {self.log_evidence:.6f} after {self.num_steps} steps"
+            f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
+            f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
+            f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
+        )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a quantity and its value, printed in two columns."""
+
+    rows: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in self.rows)
+
+    __repr__ = __str__
+
+
+def free_parameters(
+    parameters: Mapping[str, TracedParameter],
+    updates: Mapping[str, ParameterUpdate],
+    structural_zeros: Mapping[str, Tensor],
+) -> int:
+    """Number of free parameters through their constraints.
+
+    Args:
+        parameters: All parameters.
+        updates: Their updates; fixed ones are not counted.
+        structural_zeros: Per parameter where a probability was zero from the start.
+
+    Returns:
+        K − 1 for a simplex of K, D (D + 1) / 2 for a covariance, one per number otherwise.
+    """
+    total = 0
+    for name, p in parameters.items():
+        if isinstance(updates[name].update, Fixed):
+            continue
+        value = p.value()
+        base = p.constraint
+        while isinstance(base, constraints.independent):
+            base = base.base_constraint
+        text = repr(base) + type(base).__name__
+        if base is constraints.simplex:
+            zeros = structural_zeros.get(name, torch.zeros_like(value, dtype=torch.bool))
+            alive = (~zeros).sum(-1) - 1
+            total += int(alive.clamp(min=0).sum())
+        elif "PositiveDefinite" in text or "LowerCholesky" in text:
+            d = value.shape[-1]
+            total += value.numel() // (d * d) * d * (d + 1) // 2
+        elif "CorrCholesky" in text or "CorrMatrix" in text:
+            d = value.shape[-1]
+            total += value.numel() // (d * d) * d * (d - 1) // 2
+        else:
+            total += value.numel()
+    return total

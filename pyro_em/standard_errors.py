@@ -1,0 +1,228 @@
+r"""Standard errors from the observed information.
+
+    I(u) = −∂² log p(x; θ(u)) / ∂u²,   cov(θ) = J B (Bᵀ I B)⁻¹ Bᵀ Jᵀ,   J = ∂θ/∂u.
+
+The Hessian is that of the exact log evidence, by differentiating the contraction twice, in Pyro's
+unconstrained coordinates u. B spans the directions in which the model can move: a softmax of K
+numbers has K − 1 of them, a coordinate on its boundary none. Any further null direction of I means
+that the data do not identify the parameter.
+
+Source: Louis (1982) for the observed information of incomplete data; the delta method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_em._errors import UsageError, message
+from pyro_em._pyro import TracedParameter
+
+
+@dataclass(frozen=True, eq=False)
+class StandardErrors(Mapping[str, Tensor]):
+    """Standard errors by parameter; nan where there is none, and a note that says why.
+
+    Attributes:
+        values: One tensor per parameter, of its shape.
+        covariance: Of all free parameters, flattened in the order of ``values``.
+        notes: Sentences about boundaries and what is not identified.
+    """
+
+    values_by_name: dict[str, Tensor]
+    covariance: Tensor
+    notes: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values_by_name[name]
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __repr__(self) -> str:
+        lines = [f"{name}: {value.tolist()}" for name, value in self.values_by_name.items()]
+        return "\n".join([*lines, *(f"Note: {n}" for n in self.notes)])
+
+
+def standard_errors(
+    parameters: Sequence[TracedParameter],
+    log_evidence: Callable[[Mapping[str, Tensor]], Tensor],
+) -> StandardErrors:
+    """Standard errors of constrained parameters at their current values.
+
+    Args:
+        parameters: The free parameters.
+        log_evidence: From constrained values to the log evidence, twice differentiable.
+
+    Raises:
+        UsageError: If there is no parameter.
+    """
+    if not parameters:
+        raise UsageError(
+            message("standard_errors", "no parameter is free.", "all are fixed or unused")
+        )
+    variables = [
+        p.unconstrained if p.leaf is p.unconstrained else p.unconstrained.detach().clone()
+        for p in parameters
+    ]
+    for v in variables:
+        v.requires_grad_(True)
+    with torch.enable_grad():
+        values = {
+            p.name: transform_to(p.constraint)(v)
+            for p, v in zip(parameters, variables, strict=True)
+        }
+        total = log_evidence(values)
+        information = -_hessian(total, variables)
+        jacobian = _jacobian([values[p.name] for p in parameters], variables)
+    notes: list[str] = []
+    basis = _basis(parameters, variables, values, jacobian, notes)
+    covariance = torch.full_like(jacobian @ jacobian.mT, torch.nan)
+    reduced = basis.mT @ information @ basis
+    scale = reduced.diagonal().abs().clamp(min=torch.finfo(reduced.dtype).tiny).rsqrt()
+    eigenvalues, vectors = torch.linalg.eigh(reduced * scale * scale.unsqueeze(-1))
+    small = 1e-9 if reduced.dtype == torch.float64 else 1e-4
+    negative = eigenvalues < -small
+    null = eigenvalues.abs() <= small
+    if bool(negative.any()):
+        notes.append(
+            "the observed information is not positive definite: these parameters are no maximum "
+            "of the evidence; fit to convergence first (a smaller tol)."
+        )
+    inverse = torch.where(null | negative, 0.0, 1 / torch.where(null, 1.0, eigenvalues))
+    half = jacobian @ basis * scale @ vectors
+    covariance = (half * inverse) @ half.mT
+    variance = covariance.diagonal().clone()
+    lost = half[:, null | negative].abs().amax(-1) if bool((null | negative).any()) else None
+    if lost is not None:
+        unidentified = lost > 1e-6 * half.abs().amax().clamp(min=1e-300)
+        variance[unidentified] = torch.nan
+        if bool(null.any()):
+            names = _names(parameters, values, unidentified)
+            notes.append(
+                f"not identified by the data: {names}. The evidence is flat along "
+                f"{int(null.sum())} direction(s) that move them."
+            )
+    # A row without any free direction is a boundary value: it has no standard error.
+    stuck = (jacobian @ basis).abs().amax(-1) == 0 if basis.shape[1] else variance == variance
+    variance[stuck] = torch.nan
+    errors, at = {}, 0
+    for p in parameters:
+        size = values[p.name].numel()
+        errors[p.name] = variance[at : at + size].sqrt().reshape(values[p.name].shape).detach()
+        at += size
+    return StandardErrors(errors, covariance.detach(), tuple(notes))
+
+
+def _names(
+    parameters: Sequence[TracedParameter], values: Mapping[str, Tensor], chosen: Tensor
+) -> str:
+    names, at = [], 0
+    for p in parameters:
+        size = values[p.name].numel()
+        if bool(chosen[at : at + size].any()):
+            names.append(f"'{p.name}'")
+        at += size
+    return ", ".join(names)
+
+
+def _hessian(total: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(total, variables, create_graph=True, allow_unused=True)
+    flat = torch.cat(
+        [
+            torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
+            for v, g in zip(variables, gradients, strict=True)
+        ]
+    )
+    return _jacobian([flat], variables)
+
+
+def _jacobian(outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
+    rows = []
+    for out in outputs:
+        for element in out.reshape(-1):
+            if not element.requires_grad:
+                rows.append(torch.cat([torch.zeros_like(v).reshape(-1) for v in variables]))
+                continue
+            parts = torch.autograd.grad(
+                element, variables, retain_graph=True, allow_unused=True
+            )
+            rows.append(
+                torch.cat(
+                    [
+                        torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
+                        for v, g in zip(variables, parts, strict=True)
+                    ]
+                )
+            )
+    return torch.nan_to_num(torch.stack(rows).detach())
+
+
+def _basis(
+    parameters: Sequence[TracedParameter],
+    variables: Sequence[Tensor],
+    values: Mapping[str, Tensor],
+    jacobian: Tensor,
+    notes: list[str],
+) -> Tensor:
+    """Orthonormal directions in u along which θ moves. # (all u, free directions)"""
+    total = jacobian.shape[1]
+    columns: list[Tensor] = []
+    at = 0
+    for p, v in zip(parameters, variables, strict=True):
+        size = v.numel()
+        boundary = _on_boundary(p, values[p.name].detach()).reshape(-1)
+        if bool(boundary.any()):
+            notes.append(
+                f"parameter '{p.name}' has {int(boundary.sum())} value(s) on the boundary of its "
+                "constraint; they are held there and have no standard error."
+            )
+        if _is_simplex(p.constraint):
+            k = v.shape[-1]
+            for row in range(size // k):
+                inner = [j for j in range(k) if not bool(boundary[row * k + j])]
+                # Helmert contrasts: orthonormal and orthogonal to the softmax's null direction.
+                for m in range(1, len(inner)):
+                    c = jacobian.new_zeros(total)
+                    for j in inner[:m]:
+                        c[at + row * k + j] = 1.0
+                    c[at + row * k + inner[m]] = -float(m)
+                    columns.append(c / c.norm())
+        else:
+            for j in range(size):
+                moves = bool(jacobian[:, at + j].abs().max() > 0)
+                if moves and not (boundary.numel() == size and bool(boundary[j])):
+                    c = jacobian.new_zeros(total)
+                    c[at + j] = 1.0
+                    columns.append(c)
+        at += size
+    return torch.stack(columns, -1) if columns else jacobian.new_zeros(total, 0)
+
+
+def _is_simplex(constraint: constraints.Constraint) -> bool:
+    base = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    return base is constraints.simplex
+
+
+def _on_boundary(p: TracedParameter, value: Tensor) -> Tensor:
+    base = p.constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    near = 1e-7
+    if base is constraints.simplex:
+        return value < near
+    out = torch.zeros_like(value, dtype=torch.bool)
+    for name, sign in (("lower_bound", 1), ("upper_bound", -1)):
+        bound = getattr(base, name, None)
+        if bound is not None:
+            out |= sign * (value - bound) < near * (1 + abs(float(bound)))
+    return out

@@ -1,0 +1,165 @@
+"""Where a fit begins: assignments of the latents, from which an M-step makes parameters.
+
+"Things are easy when we know z": a q(z) that comes from labels, from probabilities or from chance
+is handed to the M-step. Exact zeros of the model are respected, so that structural zeros survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import UsageError, message
+from pyro_em.contraction import ContractionPlan, log_sum_exp, maximum
+from pyro_em.graph import FactorGraph, Latent
+from pyro_em.posterior import run_contraction
+
+Start = None | Literal["random"] | Mapping[str, Any]
+
+
+def random_counts(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    tables: Sequence[Tensor],
+    *,
+    generator: torch.Generator,
+    hard: bool,
+) -> list[Tensor]:
+    """Expected counts of random assignments.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+        tables: Its log densities; only their exact zeros are used.
+        generator: Source of randomness.
+        hard: One value per latent rather than random probabilities.
+    """
+    unary = {}
+    for name, latent in graph.latents.items():
+        sizes = [graph.dim_size(d) for d in latent.plates] + [latent.size]
+        uniform = torch.rand(sizes, generator=generator, dtype=torch.float64)
+        # −log(−log u) is Gumbel: its argmax is a uniform label. log(−log u) + const. are the logs
+        # of a point drawn uniformly from the simplex.
+        exponential = -(uniform.clamp(min=1e-300)).log()
+        noise = -exponential.log() if hard else exponential.clamp(min=1e-300).log()
+        unary[name] = noise.to(tables[0].device)
+    flat = [_support_only(t) for t in tables]
+    return _counts_with(graph, plan, flat, unary, hard=hard)
+
+
+def given_counts(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    tables: Sequence[Tensor],
+    assignments: Mapping[str, Any],
+) -> list[Tensor]:
+    """Expected counts of given labels or probabilities.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+        tables: Its log densities.
+        assignments: For each latent integer labels (*plates,) or probabilities (*plates, K). Latents
+            that are not named take their posterior given the named ones.
+
+    Raises:
+        UsageError: If a name is unknown or a shape is wrong.
+    """
+    unary = {}
+    for name, given in assignments.items():
+        own = name
+        if name in graph.structure.masked_pairs and f"{name}_unobserved" in graph.latents:
+            own = f"{name}_unobserved"
+        if own not in graph.latents:
+            known = ", ".join(f"'{n}'" for n in graph.latents) or "none"
+            raise UsageError(
+                message(
+                    f"init['{name}']",
+                    f"it is no summed latent of this model; those are: {known}.",
+                    fixes=["name one of them"],
+                )
+            )
+        unary[own] = _log_unary(graph, graph.latents[own], name, torch.as_tensor(given))
+    complete = all(n in unary for n in graph.latents)
+    used = [_support_only(t) for t in tables] if complete else list(tables)
+    return _counts_with(graph, plan, used, unary, hard=False)
+
+
+def _log_unary(graph: FactorGraph, latent: Latent, name: str, given: Tensor) -> Tensor:
+    sizes = [graph.dim_size(d) for d in latent.plates]
+    own = [graph.dim_size(d) if d is not None else 1 for d in latent.batch_dims]
+    if given.is_floating_point() and list(given.shape) in ([*sizes, latent.size], [*own, latent.size]):
+        p = given.to(torch.float64).reshape(*sizes, latent.size)
+        if bool((p < 0).any()) or bool((p.sum(-1) <= 0).any()):
+            raise UsageError(
+                message(f"init['{name}']", "its rows are not probabilities.", "negative or all zero")
+            )
+        return torch.where(p > 0, p.clamp(min=1e-300).log(), -torch.inf)
+    if list(given.shape) not in (sizes, own):
+        raise UsageError(
+            message(
+                f"init['{name}']",
+                f"its shape is {tuple(given.shape)}.",
+                f"labels have shape {tuple(sizes)}, probabilities {(*sizes, latent.size)}",
+            )
+        )
+    labels = given.long().reshape(sizes)
+    if bool(((labels < 0) | (labels >= latent.size)).any()):
+        raise UsageError(
+            message(
+                f"init['{name}']",
+                f"labels run from {int(labels.min())} to {int(labels.max())}.",
+                f"the latent has {latent.size} values, 0 … {latent.size - 1}",
+            )
+        )
+    hot = torch.nn.functional.one_hot(labels, latent.size)
+    return torch.where(hot > 0, 0.0, -torch.inf).to(torch.float64)
+
+
+def _support_only(table: Tensor) -> Tensor:
+    return torch.where(table == -torch.inf, -torch.inf, 0.0)
+
+
+def _counts_with(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    tables: Sequence[Tensor],
+    unary: Mapping[str, Tensor],
+    *,
+    hard: bool,
+) -> list[Tensor]:
+    """Posterior counts of tables with one more unary term per latent."""
+    with_unary = []
+    for group, table in zip(graph.groups, tables, strict=True):
+        table = table.to(torch.float64)
+        if group.observed:
+            with_unary.append(table)
+            continue
+        parts = []
+        for i, name in enumerate(group.members):
+            part = table[i]
+            if name in unary:
+                latent = graph.latents[name]
+                have = (*latent.plates, name)
+                u = unary[name].permute([have.index(d) for d in group.dims[i] if d in have])
+                shape = [graph.dim_size(d) if d in have else 1 for d in group.dims[i]]
+                part = part + u.reshape(shape)
+            parts.append(part)
+        with_unary.append(torch.stack(parts))
+    result = run_contraction(graph, plan, with_unary, ring=maximum if hard else log_sum_exp)
+    if not bool(torch.isfinite(result.log_evidence)):
+        raise UsageError(
+            message(
+                "init",
+                "the given labels are impossible under the model's exact zeros.",
+                "some label has probability zero, or the data have",
+                ["give probabilities instead of labels", "check structural zeros"],
+            )
+        )
+    return [
+        cells if g.mask is None else cells * g.mask
+        for g, cells in zip(graph.groups, result.cells, strict=True)
+    ]
