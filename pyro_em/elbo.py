@@ -3,7 +3,7 @@ r"""The one objective: ELBO(q, θ) = E_q[log p(x, z; θ)] + H(q), and its terms.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class ELBOTerms:
     kl: float | None
     log_prior: float = 0.0
     standard_error: float | None = 0.0
-    pointwise: Tensor | None = None
+    pointwise: Tensor | None = field(default=None, repr=False)
 
     def __float__(self) -> float:
         return self.value

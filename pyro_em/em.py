@@ -856,8 +856,9 @@ def _is_symmetric(q: Posterior) -> bool:
             if not axes:
                 continue
             part = table[i]
-            spread = part.amax(axes) - part.amin(axes)
-            if not bool((spread.abs() <= 1e-9 * part.abs().amax().clamp(min=1.0)).all()):
+            low, high = part.amin(axes), part.amax(axes)
+            near = high - low <= 1e-9 * high.abs().clamp(min=1.0)
+            if not bool((near | (low == high)).all()):
                 return False
     return True
 

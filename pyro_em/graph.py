@@ -406,7 +406,9 @@ class _Layout:
         visible = site["infer"].get("_dim_to_id", {})
         scope = self._scope(name, info, visible, fn, value)
         plate_dims = [self.structure.plates[p].dim for p in info.plates]
-        dims = plate_dims + [self.dim_of[z] for z in scope]
+        dims: list[int | None] = [*plate_dims]
+        # A latent of one value has no dimension of its own: Pyro may give it to another.
+        dims += [self.dim_of[z] if self._support_size(z) > 1 else None for z in scope]
         sizes = [self.structure.plates[p].size for p in info.plates]
         sizes += [self._support_size(z) for z in scope]
         base, reinterpreted, _ = _pyro.unwrap(fn)
@@ -485,7 +487,7 @@ class _Layout:
         shown = set(visible.values())
         scope = []
         for latent in info.scope:
-            if self.id_of[latent] in shown:
+            if self.id_of[latent] in shown or self._support_size(latent) == 1:
                 scope.append(latent)
                 continue
             self.problems.append(
@@ -510,7 +512,7 @@ class _Layout:
         order = {n: i for i, n in enumerate(self.structure.latents)}
         return sorted(set(scope), key=order.__getitem__)
 
-    def _mask(self, site: Mapping[str, Any], dims: Sequence[int]) -> Tensor | None:
+    def _mask(self, site: Mapping[str, Any], dims: Sequence[int | None]) -> Tensor | None:
         mask = mask_tensor(site)
         if mask is None:
             return None
@@ -546,14 +548,14 @@ class _Layout:
 
 
 def compact(
-    tensor: Tensor, event_dim: int, dims: Sequence[int], collapse: int = 0
+    tensor: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0
 ) -> Tensor:
     """Keep only the batch dimensions ``dims`` (from the right), in that order; expanded ones as 1.
 
     Args:
         tensor: A traced tensor. # (*batch, *event)
         event_dim: How many of its rightmost dimensions are kept whole.
-        dims: Negative positions among the batch dimensions.
+        dims: Negative positions among the batch dimensions; None inserts one of size one.
         collapse: How many of the leftmost event dimensions may be collapsed too when expanded.
 
     Returns:
@@ -570,7 +572,7 @@ def compact(
     for d in range(batch + collapse):
         if tensor.shape[d] > 1 and tensor.stride(d) == 0:
             tensor = tensor.narrow(d, 0, 1)
-    present = [batch + d for d in dims if batch + d >= 0]
+    present = [batch + d for d in dims if d is not None and batch + d >= 0]
     others = [d for d in range(batch) if d not in present]
     for d in others:
         if tensor.shape[d] != 1:
@@ -587,7 +589,7 @@ def compact(
     if order != list(range(tensor.dim())):
         tensor = tensor.permute(order)
     sizes = iter(tensor.shape[: len(present)])
-    shape = [next(sizes) if batch + d >= 0 else 1 for d in dims]
+    shape = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
     target = shape + list(tensor.shape[batch:])
     return tensor if list(tensor.shape) == target else tensor.reshape(target)
 

@@ -199,10 +199,10 @@ def _static_parts(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (group.arguments if arguments is None else arguments).items():
         yield name, tensor[i]
-    yield "value", group.value[i]
+    yield "value of the site", group.value[i]
     if group.mask is not None:
-        yield "mask", group.mask[i]
-    yield "scale", torch.as_tensor(group.scale[i])
+        yield "poutine.mask", group.mask[i]
+    yield "poutine.scale", torch.as_tensor(group.scale[i])
     if group.raw is not None:
         yield "log density", group.raw[i]
 

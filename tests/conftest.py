@@ -1,0 +1,25 @@
+"""Every test starts with an empty param store, a seed, float64 and one thread for tiny ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyro
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("suite")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+    pyro.clear_param_store()
