@@ -411,7 +411,11 @@ def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
         node = parents[0][0]
     for n in _nodes_below(node):
         if not _is_leaf(n) and n.name() not in _VIEWS:
-            return (), False, f"an operation that is no selection reaches it ({_base_name(n).lower()})"
+            return (
+                (),
+                False,
+                f"an operation that is no selection reaches it ({_base_name(n).lower()})",
+            )
     return tuple(reversed(maps)), has_factor, ""
 
 

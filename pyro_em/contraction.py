@@ -189,7 +189,8 @@ class _Planner:
         self.plates_of, self.plates, self.sizes = plates_of, plates, sizes
         self.own_latent = own_latent
         self.steps: list[_Eliminate | _Reduce] = []
-        self.cells, self.largest = 1, ()
+        self.cells = 1
+        self.largest: tuple[str, ...] = ()
         self.same_scale: list[tuple[int, int]] = []
         self.scale_of: dict[int, int | None] = {i: i for i in range(self.n_factors)}
         self.locals_scaled_by: dict[int, int] = {}
@@ -318,9 +319,7 @@ class _Planner:
 
     def _agree_on_scale(self, component: Sequence[int], holders: Mapping[str, set[int]]) -> None:
         """Everything summed with a latent is scaled as the latent's own site is."""
-        owners = [
-            s for s in component if s < self.n_factors and self.own_latent[s] in holders
-        ]
+        owners = [s for s in component if s < self.n_factors and self.own_latent[s] in holders]
         reference = owners[0] if owners else None
         for s in component:
             if reference is None:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -395,9 +396,7 @@ class ExactPosteriorEM:
 
     # ------------------------------------------------------------------ inside
 
-    def _look(
-        self, args: tuple, kwargs: dict[str, Any], *, compile_plan: bool = True
-    ) -> Program:
+    def _look(self, args: tuple, kwargs: dict[str, Any], *, compile_plan: bool = True) -> Program:
         requested = dict(self.updates)
         program = build_program(
             self.model,
@@ -581,9 +580,9 @@ class ExactPosteriorEM:
         except KeyboardInterrupt:
             run.status = EMStatus.INTERRUPTED
             _restore(program, run.parameters)
-        if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING) and run.last is not None:
-            if _is_symmetric(run.last.q) and run.num_steps:
-                run.status = EMStatus.SYMMETRIC
+        stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
+        if stopped and run.last is not None and _is_symmetric(run.last.q):
+            run.status = EMStatus.SYMMETRIC
         return run
 
     def _apply_init(self, program: Program, init: Any, generator: torch.Generator) -> None:
@@ -620,7 +619,7 @@ class ExactPosteriorEM:
         if new >= old - allowed or not program.plan().is_monotone:
             return False
         losses = {}
-        for g, group in enumerate(program.graph.groups):
+        for g in range(len(program.graph.groups)):
             change = float(dot(before.q.counts[g], after.evaluation.tables[g])) - float(
                 dot(before.q.counts[g], before.evaluation.tables[g])
             )
@@ -662,7 +661,11 @@ class ExactPosteriorEM:
             )
         if acceleration is not None:
             raise UsageError(
-                message("fit", f"acceleration={acceleration!r} is not available.", fixes=["leave it out"])
+                message(
+                    "fit",
+                    f"acceleration={acceleration!r} is not available.",
+                    fixes=["leave it out"],
+                )
             )
         if max_steps < 0 or tol < 0 or num_restarts < 1 or math.isnan(tol):
             raise UsageError(
@@ -809,7 +812,7 @@ def _should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | No
     """The stopping rule: estimated remaining gain g a / (1 − a), or rounding."""
     if tol == 0:
         return None
-    gains = [b - a for a, b in zip(path, path[1:], strict=False)]
+    gains = [b - a for a, b in pairwise(path)]
     if len(gains) < 6:
         return None
     rounding = 8 * eps * max(1.0, abs(path[-1]))
@@ -818,7 +821,7 @@ def _should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | No
     last = gains[-6:]
     if min(last) <= 0:
         return None
-    ratio = max(b / a for a, b in zip(last, last[1:], strict=False))
+    ratio = max(b / a for a, b in pairwise(last))
     if ratio >= 1:
         return None
     remaining = last[-1] * ratio / (1 - ratio)
@@ -826,7 +829,7 @@ def _should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | No
 
 
 def _rate(path: Sequence[float]) -> float | None:
-    gains = [b - a for a, b in zip(path, path[1:], strict=False)]
+    gains = [b - a for a, b in pairwise(path)]
     rounding = 1e-13 * max(1.0, abs(path[-1]))
     clear = [g for g in gains if g > rounding]
     if len(clear) < 3:

@@ -163,9 +163,7 @@ class Group:
         if self.family is None:
             assert self.raw is not None
             return self.raw.expand(full)
-        log_p = self.family.log_prob(
-            self.value, self.arguments if arguments is None else arguments
-        )
+        log_p = self.family.log_prob(self.value, self.arguments if arguments is None else arguments)
         if self.event_dims:
             log_p = log_p.sum(tuple(range(-self.event_dims, 0)))
         log_p = log_p.expand(full)
@@ -254,9 +252,7 @@ def trace_graph(
         )
     layout = _Layout(sites, structure)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
-    factors = [
-        layout.factor(name, leaves if with_bindings else None) for name in structure.sites
-    ]
+    factors = [layout.factor(name, leaves if with_bindings else None) for name in structure.sites]
     if layout.problems:
         raise_problems(layout.problems)
     latents = {name: layout.latent(name) for name in structure.latents}
@@ -458,8 +454,7 @@ class _Layout:
                 bindings[arg] = bind(
                     tensor,
                     leaves,
-                    normalised=arg in ("probs", "logits")
-                    and family.argument_event_dim(arg) == 1,
+                    normalised=arg in ("probs", "logits") and family.argument_event_dim(arg) == 1,
                     allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
                 )
         return Factor(
@@ -521,9 +516,7 @@ class _Layout:
         device = site["value"].device
         return torch.as_tensor(mask, device=device).reshape((1,) * len(dims))
 
-    def _without_masked_nonsense(
-        self, fn: Any, value: Tensor, site: Mapping[str, Any]
-    ) -> Tensor:
+    def _without_masked_nonsense(self, fn: Any, value: Tensor, site: Mapping[str, Any]) -> Tensor:
         """Replace masked observations by a feasible value: 0 · NaN is NaN in a statistic."""
         mask = mask_tensor(site)
         if not site["is_observed"] or mask is None or type(_pyro.unwrap(fn)[0]).__name__ == "Unit":

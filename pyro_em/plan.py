@@ -124,7 +124,7 @@ def _folded(routes: tuple[Route, ...]) -> list[tuple[str, Route]]:
         numbered = stem != r.site
         key = (stem if numbered else r.site, numbered, r.distribution, r.route, r.size, r.plates)
         groups.setdefault(key, []).append(r)
-    folded = []
+    folded: list[tuple[str, Route]] = []
     for members in groups.values():
         if len(members) < 4:
             folded.extend((r.site, r) for r in members)
@@ -185,9 +185,7 @@ def check_budget(structure: Structure, plan: ContractionPlan, limit: int) -> Non
     latents = [d for d in plan.largest if d in structure.latents]
     shown = ", ".join(f"'{n}'" for n in latents[:5]) + (", …" if len(latents) > 5 else "")
     size = f"{plan.cells:,}" if plan.cells < 10**15 else f"{plan.cells:.3g}"
-    coupling = [
-        i.name for i in structure.sites.values() if len(set(i.scope) & set(latents)) > 2
-    ]
+    coupling = [i.name for i in structure.sites.values() if len(set(i.scope) & set(latents)) > 2]
     why = f"{len(latents)} latents meet in one table"
     if coupling:
         why += f", coupled by site '{coupling[0]}'"

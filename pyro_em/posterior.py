@@ -1,6 +1,6 @@
 r"""The E-step: evidence and posterior of every factor's cells, and the `Posterior` that users hold.
 
-    q(z) = p(z | x; θ) = Π_f f(z) / p(x; θ)
+q(z) = p(z | x; θ) = Π_f f(z) / p(x; θ)
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from pyro_em.graph import FactorGraph, Group, Latent
 Tables = Sequence[Tensor]
 
 
-def contraction_of(
-    graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()
-) -> ContractionPlan:
+def contraction_of(graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()) -> ContractionPlan:
     """The elimination order for a graph's factors, groups unstacked, plus ``extra`` tables."""
     dims: list[tuple[str, ...]] = [d for g in graph.groups for d in g.dims]
     own: list[str | None] = [
@@ -203,8 +201,11 @@ def _refuse_impossible(graph: FactorGraph, result: EStep, tables: Tables) -> Non
                 f"{d} = {i}" for d, i in zip(group.dims[index[0]], index[1:], strict=False)
             )
             break
-    names = f"site '{site}'" if site else "observed sites " + ", ".join(
-        f"'{m}'" for g in graph.groups if g.observed for m in g.members[:2]
+    names = (
+        f"site '{site}'"
+        if site
+        else "observed sites "
+        + ", ".join(f"'{m}'" for g in graph.groups if g.observed for m in g.members[:2])
     )
     raise DataError(
         message(
@@ -331,7 +332,9 @@ class Posterior:
         extra = tuple(wanted)
         plan = contraction_of(self.graph, [extra])
         zeros = torch.zeros(
-            [self.graph.dim_size(d) for d in extra], dtype=torch.float64, device=self.cells[0].device
+            [self.graph.dim_size(d) for d in extra],
+            dtype=torch.float64,
+            device=self.cells[0].device,
         )
         result = run_contraction(self.graph, plan, self.tables, extra=[zeros])
         return self._normalised(result.cells[-1], 2)
@@ -397,11 +400,17 @@ class Posterior:
         for name, mask in self.graph.structure.masked_pairs.items():
             if f"{name}_unobserved" in out:
                 out[name] = self._where_observed(name, mask, out[f"{name}_unobserved"])
-        return {n: out[n] for n in (*self.graph.latents, *self.graph.structure.masked_pairs) if n in out}
+        return {
+            n: out[n] for n in (*self.graph.latents, *self.graph.structure.masked_pairs) if n in out
+        }
 
     def _where_observed(self, name: str, mask: Tensor, unobserved: Tensor) -> Tensor:
         value = self._observed_value(name).to(unobserved.dtype)
-        shape = mask.shape + (1,) * (value.dim() - mask.dim()) if value.dim() > mask.dim() else mask.shape
+        shape = (
+            mask.shape + (1,) * (value.dim() - mask.dim())
+            if value.dim() > mask.dim()
+            else mask.shape
+        )
         return torch.where(mask.reshape(shape), value, unobserved)
 
     def _observed_value(self, name: str) -> Tensor:
@@ -459,7 +468,7 @@ class Posterior:
 
     def _shaped(self, table: Tensor, latent: Latent) -> Tensor:
         """From (plates, K) to the site's own batch dimensions, size-one ones kept."""
-        sizes = {p: s for p, s in zip(latent.plates, table.shape, strict=False)}
+        sizes = dict(zip(latent.plates, table.shape, strict=False))
         shape = [sizes[d] if d is not None else 1 for d in latent.batch_dims]
         return table.reshape(*shape, latent.size).to(self.graph.dtype)
 
@@ -607,9 +616,7 @@ def product_posterior(
                     table = table * p.reshape(shape)
             parts.append(table.expand(group.sizes))
         cell = torch.stack(parts)
-        count = torch.stack(
-            [c * s for c, s in zip(cell, group.scale, strict=True)]
-        )
+        count = torch.stack([c * s for c, s in zip(cell, group.scale, strict=True)])
         count = count if group.mask is None else count * group.mask
         cells.append(cell)
         counts.append(count)

@@ -92,9 +92,7 @@ class Program:
             else:
                 self.graph = self._trace()
                 arguments = [dict(g.arguments) for g in self.graph.groups]
-            tables = [
-                g.log_density(a) for g, a in zip(self.graph.groups, arguments, strict=True)
-            ]
+            tables = [g.log_density(a) for g, a in zip(self.graph.groups, arguments, strict=True)]
         return Evaluation(self.graph, arguments, [t.detach() for t in tables])
 
     def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
@@ -119,9 +117,7 @@ class Program:
         """Differentiable log densities of some groups at constrained values."""
         if self.graph.is_static and self.compiled:
             return {
-                g: self.graph.groups[g].log_density(
-                    self.graph.groups[g].evaluate_arguments(values)
-                )
+                g: self.graph.groups[g].log_density(self.graph.groups[g].evaluate_arguments(values))
                 for g in groups
             }
         graph = self._trace(values=values, with_bindings=False)
@@ -131,8 +127,7 @@ class Program:
             for name, table in zip(group.members, group.log_density().unbind(0), strict=True)
         }
         return {
-            g: torch.stack([by_site[name] for name in self.graph.groups[g].members])
-            for g in groups
+            g: torch.stack([by_site[name] for name in self.graph.groups[g].members]) for g in groups
         }
 
     def _trace(
@@ -181,7 +176,7 @@ class Program:
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
-        kinds = {r: "" for r in self.structure.barren}
+        kinds = dict.fromkeys(self.structure.barren, "")
         return Plan(
             routes_of(self.structure, kinds),
             self.updates,
@@ -215,7 +210,9 @@ def _same(a: Tensor, b: Tensor) -> bool:
     except RuntimeError:
         return False
     tolerance = 64 * torch.finfo(a.dtype).eps
-    near = torch.isclose(a, b.to(a.dtype), rtol=tolerance**0.75, atol=tolerance**0.75, equal_nan=True)
+    near = torch.isclose(
+        a, b.to(a.dtype), rtol=tolerance**0.75, atol=tolerance**0.75, equal_nan=True
+    )
     return bool(near.all())
 
 
@@ -392,5 +389,5 @@ def _matched(requested: Mapping[str, Update], graph: FactorGraph) -> dict[str, U
                     ["use a parameter's name or a glob such as 'decoder*'"],
                 )
             )
-        out.update({n: requested[pattern] for n in hits})
+        out.update(dict.fromkeys(hits, requested[pattern]))
     return out

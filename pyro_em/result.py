@@ -29,7 +29,9 @@ class EMStatus(Enum):
     MAX_STEPS = "The given number of steps was run."
     INTERRUPTED = "The fit was interrupted; the parameters are those of the last complete step."
     STOPPED = "A callback asked to stop."
-    DEGENERATE = "An update was degenerate and was rolled back; the parameters are the last good ones."
+    DEGENERATE = (
+        "An update was degenerate and was rolled back; the parameters are the last good ones."
+    )
     SYMMETRIC = (
         "The components are exchangeable at this point and cannot separate: "
         "start elsewhere (init='random')."
@@ -184,7 +186,8 @@ class EMResult:
                 index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape))
                 index = index.reshape(len(flat), -1).tolist()
                 rows.extend(
-                    (f"{name}[{', '.join(map(str, i))}]", v) for i, v in zip(index, flat, strict=True)
+                    (f"{name}[{', '.join(map(str, i))}]", v)
+                    for i, v in zip(index, flat, strict=True)
                 )
             else:
                 rows.append((name, f"tensor of shape {tuple(value.shape)}"))

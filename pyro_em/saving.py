@@ -72,9 +72,7 @@ def restore(state: Mapping[str, Any], parameters: Mapping[str, TracedParameter])
             p.unconstrained.copy_(state["unconstrained"][name])
 
 
-def first_difference(
-    state: Mapping[str, Any], parameters: Mapping[str, TracedParameter]
-) -> str:
+def first_difference(state: Mapping[str, Any], parameters: Mapping[str, TracedParameter]) -> str:
     """What first distinguishes a file's model from this one; empty if nothing does."""
     for name in state["names"]:
         if name not in parameters:

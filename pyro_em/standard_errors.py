@@ -12,7 +12,7 @@ Source: Louis (1982) for the observed information of incomplete data; the delta 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +40,7 @@ class StandardErrors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.values_by_name[name]
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[str]:
         return iter(self.values_by_name)
 
     def __len__(self) -> int:
@@ -151,9 +151,7 @@ def _jacobian(outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
             if not element.requires_grad:
                 rows.append(torch.cat([torch.zeros_like(v).reshape(-1) for v in variables]))
                 continue
-            parts = torch.autograd.grad(
-                element, variables, retain_graph=True, allow_unused=True
-            )
+            parts = torch.autograd.grad(element, variables, retain_graph=True, allow_unused=True)
             rows.append(
                 torch.cat(
                     [

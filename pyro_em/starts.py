@@ -91,11 +91,16 @@ def given_counts(
 def _log_unary(graph: FactorGraph, latent: Latent, name: str, given: Tensor) -> Tensor:
     sizes = [graph.dim_size(d) for d in latent.plates]
     own = [graph.dim_size(d) if d is not None else 1 for d in latent.batch_dims]
-    if given.is_floating_point() and list(given.shape) in ([*sizes, latent.size], [*own, latent.size]):
+    if given.is_floating_point() and list(given.shape) in (
+        [*sizes, latent.size],
+        [*own, latent.size],
+    ):
         p = given.to(torch.float64).reshape(*sizes, latent.size)
         if bool((p < 0).any()) or bool((p.sum(-1) <= 0).any()):
             raise UsageError(
-                message(f"init['{name}']", "its rows are not probabilities.", "negative or all zero")
+                message(
+                    f"init['{name}']", "its rows are not probabilities.", "negative or all zero"
+                )
             )
         return torch.where(p > 0, p.clamp(min=1e-300).log(), -torch.inf)
     if list(given.shape) not in (sizes, own):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_em.families.record import Arguments, Statistics
@@ -71,7 +72,7 @@ def group_statistics(group: Group, counts: Tensor, arguments: Arguments) -> Stat
     return family.expected_statistics(weights, group.value, arguments, tuple(varying))
 
 
-def _dtype(arguments: Arguments):  # noqa: ANN202
+def _dtype(arguments: Arguments) -> torch.dtype:
     return next(a.dtype for a in arguments.values() if a.is_floating_point())
 
 

@@ -298,9 +298,7 @@ def _plates(
     return plates, tuple(random_plates)
 
 
-def _barren(
-    factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]]
-) -> tuple[str, ...]:
+def _barren(factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
     """Unobserved sites that cannot be enumerated and reach no observation."""
     used: set[str] = set()
     # A site is needed if it is observed or enumerable, or if a needed site depends on it; the

@@ -41,7 +41,7 @@ class Network:
         for cell in itertools.product(*(range(self.sizes[i]) for i in latents)):
             value = dict(self.observed) | dict(zip(latents, cell, strict=True))
             out[cell] = math.prod(
-                float(self.tables[i][tuple(value[p] for p in self.parents[i]) + (value[i],)])
+                float(self.tables[i][(*(value[p] for p in self.parents[i]), value[i])])
                 for i in range(len(self.sizes))
             )
         return out
@@ -58,7 +58,9 @@ def random_network(seed: int, *, zeros: bool, tiny: bool) -> Network:
         sizes.append(int(rng.integers(2, 4)))
         possible = list(range(i))
         k = min(len(possible), int(rng.integers(0, 4)))
-        parents.append(tuple(sorted(int(p) for p in rng.choice(possible, k, replace=False))) if k else ())
+        parents.append(
+            tuple(sorted(int(p) for p in rng.choice(possible, k, replace=False))) if k else ()
+        )
         shape = [sizes[p] for p in parents[i]] + [sizes[i]]
         table = rng.dirichlet(np.ones(sizes[i]), size=shape[:-1] or None)
         if tiny:

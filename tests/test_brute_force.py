@@ -142,7 +142,9 @@ def test_a_tree_of_fifty_nodes() -> None:
         for i in range(n):
             p = torch.tensor(root) if i == 0 else torch.tensor(trans[i])[z[parent[i]]]
             z.append(pyro.sample(f"z{i}", dist.Categorical(p)))
-            pyro.sample(f"x{i}", dist.Categorical(torch.tensor(emit[i])[z[i]]), obs=torch.tensor(x[i]))
+            pyro.sample(
+                f"x{i}", dist.Categorical(torch.tensor(emit[i])[z[i]]), obs=torch.tensor(x[i])
+            )
 
     up = [emit[i][:, x[i]].copy() for i in range(n)]
     for i in range(n - 1, 0, -1):
@@ -293,7 +295,9 @@ def test_nested_markov_scopes_and_a_second_order_chain() -> None:
     def up(depth: int) -> np.ndarray:
         if depth == 0:
             return np.ones(K)
-        step = np.array([[A[v, v, z] for z in range(K)] for v in range(K)]) @ (E[:, 1] * up(depth - 1))
+        step = np.array([[A[v, v, z] for z in range(K)] for v in range(K)]) @ (
+            E[:, 1] * up(depth - 1)
+        )
         return step**2
 
     q = ExactPosteriorEM(lambda: tree(5, torch.tensor(0), "n")).posterior()

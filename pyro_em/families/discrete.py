@@ -116,9 +116,7 @@ PROBABILITY = {
 
 FAMILIES = (
     Family(dist.Categorical, _counts_of_index, SIMPLEX, log_density=_categorical_log_density),
-    Family(
-        dist.OneHotCategorical, _counts, SIMPLEX, log_density=_one_hot_log_density, event_dim=1
-    ),
+    Family(dist.OneHotCategorical, _counts, SIMPLEX, log_density=_one_hot_log_density, event_dim=1),
     Family(
         dist.Multinomial,
         _counts,

@@ -110,9 +110,7 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
     own = [i for i in range(n_batch) if tril.shape[i] != 1]
     sizes = [max(d.shape[i], tril.shape[i]) for i in own]
     matrix = tril.reshape([tril.shape[i] for i in own] + list(tril.shape[-2:]))
-    rows = d.permute(*own, n_batch, *shared).reshape(
-        [d.shape[i] for i in own] + [d.shape[-1], -1]
-    )
+    rows = d.permute(*own, n_batch, *shared).reshape([d.shape[i] for i in own] + [d.shape[-1], -1])
     rows = rows.expand(*sizes, *rows.shape[-2:])
     white = torch.linalg.solve_triangular(matrix.expand(*sizes, -1, -1), rows, upper=False)
     distance = (white * white).sum(-2)

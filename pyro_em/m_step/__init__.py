@@ -190,7 +190,6 @@ def _gradient_blocks(
                 update,
                 state.optimizers,
                 weight,
-                static=graph.is_static,
             )
             for n in names:
                 _require_finite(n, graph.parameters[n].value())

@@ -27,8 +27,6 @@ def maximise(
     update: Gradient,
     state: dict[str, torch.optim.Optimizer],
     weight: float,
-    *,
-    static: bool = True,
 ) -> None:
     """Raise the expected log joint over some parameters, writing them in place.
 
@@ -38,7 +36,6 @@ def maximise(
         update: How.
         state: Where a torch optimiser is kept between M-steps.
         weight: Total expected count, by which Q is divided so that tolerances do not depend on N.
-        static: Whether the objective is a plain function of values (then Newton steps follow).
     """
     before = [p.unconstrained.detach().clone() for p in parameters]
     direct = [p.leaf is p.unconstrained for p in parameters]  # nn.Parameter: read by its module
@@ -52,7 +49,8 @@ def maximise(
 
     def loss() -> Tensor:
         values = {
-            p.name: transform_to(p.constraint)(v) for p, v in zip(parameters, variables, strict=True)
+            p.name: transform_to(p.constraint)(v)
+            for p, v in zip(parameters, variables, strict=True)
         }
         return -objective(values) / weight
 
@@ -62,13 +60,18 @@ def maximise(
     with torch.no_grad():
         start = float(loss())
     _lbfgs(variables, loss, update.steps)
-    if static and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
+    if sum(v.numel() for v in variables) <= _NEWTON_SIZE:
         _newton(variables, loss)
     with torch.no_grad():
         end = float(loss())
-        improved = end <= start
+        improved = end <= start + _rounding(start, variables[0])
         for p, v, b in zip(parameters, variables, before, strict=True):
             p.unconstrained.copy_(v if improved else b)
+
+
+def _rounding(value: float, like: Tensor) -> float:
+    """What a sum of this size may be off by."""
+    return 8 * torch.finfo(like.dtype).eps * max(1.0, abs(value))
 
 
 def _step_optimizer(
@@ -158,7 +161,9 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
             for v in variables:
                 v += step[at : at + v.numel()].reshape(v.shape)
                 at += v.numel()
-            better = float(loss()) <= float(value.detach())
+            # Near the optimum the gain is below rounding while the step is not.
+            old_value = float(value.detach())
+            better = float(loss()) <= old_value + _rounding(old_value, variables[0])
             if not better:
                 for v, o in zip(variables, old, strict=True):
                     v.copy_(o)

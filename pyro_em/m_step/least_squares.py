@@ -75,12 +75,13 @@ def _sum_to(tensor: Tensor, cells: Sequence[int]) -> Tensor:
 
 def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
     """∂loc/∂θ. # (*cells, parameter.numel())"""
-    if binding.jacobians is not None:
-        if name in binding.jacobians:
-            return binding.jacobians[name]
+    if binding.jacobians is not None and name in binding.jacobians:
+        return binding.jacobians[name]
     for part in binding.selections:
         if part.param == name:
-            eye = torch.eye(value.numel() + 1, value.numel(), dtype=value.dtype, device=value.device)
+            eye = torch.eye(
+                value.numel() + 1, value.numel(), dtype=value.dtype, device=value.device
+            )
             rows = eye[torch.where(part.index >= 0, part.index, value.numel())]
             return rows if part.factor is None else rows * part.factor.unsqueeze(-1)
     return value.new_zeros(*binding.constant.shape, value.numel())

@@ -127,8 +127,10 @@ def decide_updates(
                     changed = True
     for block in _blocks(graph, least_squares):
         for p in block:
-            reason = decided[p].reason if isinstance(decided[p].update, LeastSquares) else (
-                "a mean in one argument with regression coefficients"
+            reason = (
+                decided[p].reason
+                if isinstance(decided[p].update, LeastSquares)
+                else ("a mean in one argument with regression coefficients")
             )
             decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block)
     return decided
@@ -191,9 +193,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
     if affine:
-        if all(u.rule.kind is Kind.MEAN for u in uses) and all(
-            not u.selection.maps for u in uses
-        ):
+        if all(u.rule.kind is Kind.MEAN for u in uses) and all(not u.selection.maps for u in uses):
             return ParameterUpdate(name, LeastSquares(), "loc is affine in it")
         return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
     problem = _disagreement(uses)
@@ -204,9 +204,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         return ParameterUpdate(name, Gradient(), problem)
     groups = [graph.groups[u.group] for u in uses]
     places = ", ".join(
-        dict.fromkeys(
-            f"{g.distribution}.{u.argument}" for g, u in zip(groups, uses, strict=True)
-        )
+        dict.fromkeys(f"{g.distribution}.{u.argument}" for g, u in zip(groups, uses, strict=True))
     )
     return ParameterUpdate(
         name, ClosedForm(), f"{places} selects it ({uses[0].rule.kind.value})", tuple(uses)
