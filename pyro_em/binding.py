@@ -150,6 +150,7 @@ class Binding:
         selections: One part per parameter.
         jacobians: ∂a/∂θ of an affine map, per parameter. # (*argument, parameter.numel())
         reason: Why it is no stronger, in words.
+        normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
     """
 
     how: str
@@ -158,6 +159,7 @@ class Binding:
     selections: tuple[Selection, ...] = ()
     jacobians: Mapping[str, Tensor] | None = None
     reason: str = ""
+    normalise: str = ""
 
     @property
     def is_static(self) -> bool:
@@ -179,14 +181,20 @@ class Binding:
         out = self.constant
         for part in self.selections:
             out = torch.where(part.index >= 0, part.forward(values[part.param]), out)
-        return out
+        return _normalised(out, self.normalise)
+
+
+def _normalised(rows: Tensor, how: str) -> Tensor:
+    if how == "probs":
+        return rows / rows.sum(-1, keepdim=True)
+    return rows.log_softmax(-1) if how == "logits" else rows
 
 
 def bind(
     argument: Tensor,
     leaves: Mapping[str, Tensor],
     *,
-    normalised: bool = False,
+    normalised: str = "",
     allow_affine: bool = False,
     max_cells: int = 2**27,
 ) -> Binding:
@@ -195,7 +203,8 @@ def bind(
     Args:
         argument: The value that a distribution holds.
         leaves: The leaf tensor of each parameter in this run.
-        normalised: Whether the distribution normalises the rows of this argument.
+        normalised: ``"probs"`` or ``"logits"`` where the distribution normalises this argument's
+            rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
         max_cells: The largest Jacobian to form.
 
@@ -300,7 +309,7 @@ def _as_selection(
     start: GradientEdge,
     names: Sequence[str],
     leaves: Mapping[str, Tensor],
-    normalised: bool,
+    normalised: str,
 ) -> Binding | str:
     """A selection binding, or the reason why there is none."""
     tops: list[Tensor] = []  # index maps of the segments above each cut
@@ -350,32 +359,31 @@ def _as_selection(
         parts.append(Selection(name, index, maps))
     for top in reversed(tops):
         parts = [Selection(p.param, p.index.reshape(-1)[top], p.maps) for p in parts]
+    how = normalised if tops else ""
     checked = []
     for part in parts:
         used = part.index >= 0
-        predicted = part.forward(leaves[part.param].detach())
         if has_factor:
-            factor = torch.where(used, constant / predicted, 1.0)
+            if how:
+                return "a factor multiplies rows that are normalised"
+            factor = torch.where(used, constant / part.forward(leaves[part.param].detach()), 1.0)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 return "its known factor is not positive"
             part = Selection(part.param, part.index, maps, factor)
-        else:
-            exact = not maps and not tops
-            close = (
-                predicted == constant
-                if exact
-                else torch.isclose(predicted, constant, rtol=1e-4, atol=1e-6)
-            )
-            if not bool((close | ~used).all()):
-                return "its elements are not those of the parameter"
-        if maps:
+        if maps and not how:
             selected = leaves[part.param].detach().reshape(-1)[part.index.clamp(min=0)]
             back = part.inverse(constant if part.factor is None else constant / part.factor)
             same = torch.isclose(back, selected, rtol=1e-3, atol=1e-5) | ~torch.isfinite(back)
             if not bool((same | ~used).all()):
                 return "its elementwise map cannot be inverted at the present parameters"
         checked.append(part)
-    return Binding("selection", tuple(names), constant, tuple(checked))
+    binding = Binding("selection", tuple(names), constant, tuple(checked), normalise=how)
+    predicted = binding.evaluate({name: leaves[name].detach() for name in names})
+    exact = not maps and not how and not has_factor
+    close = torch.isclose(predicted, constant, rtol=1e-5, atol=1e-7, equal_nan=True)
+    if not bool(((predicted == constant) if exact else close).all()):
+        return "its elements are not those of the parameter"
+    return binding
 
 
 def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:

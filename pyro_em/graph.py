@@ -80,6 +80,7 @@ class Factor:
                     name,
                     tuple(self.arguments[name].shape),
                     b.how,
+                    b.normalise,
                     b.params,
                     tuple(
                         (s.param, tuple(m.name for m in s.maps), s.factor is None)
@@ -454,7 +455,7 @@ class _Layout:
                 bindings[arg] = bind(
                     tensor,
                     leaves,
-                    normalised=arg in ("probs", "logits") and family.argument_event_dim(arg) == 1,
+                    normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
                 )
         return Factor(
@@ -657,4 +658,5 @@ def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
         tuple(selections),
         jacobians,
         first.reason,
+        first.normalise,
     )
