@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from pyro_em import saving
 from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
 from pyro_em.elbo import ELBOTerms, elbo_terms
-from pyro_em.m_step import Gradient, Update
+from pyro_em.m_step import Gradient, Update, apply_floors
 from pyro_em.plan import Plan
 from pyro_em.posterior import (
     Posterior,
@@ -544,6 +544,7 @@ class ExactPosteriorEM:
         run = _Run(_snapshot(program))
         try:
             self._apply_init(program, init, generator)
+            apply_floors(program.graph, program.updates)
             at = self._e_step(program)
         except DegenerateError as error:
             if r == 0:

@@ -16,7 +16,7 @@ from pyro_em._errors import DegenerateError, message
 from pyro_em._pyro import write_unconstrained
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
-from pyro_em.m_step.closed_form import closed_form
+from pyro_em.m_step.closed_form import apply_floor, closed_form
 from pyro_em.m_step.gradient import maximise
 from pyro_em.m_step.least_squares import least_squares
 from pyro_em.m_step.updates import (
@@ -134,6 +134,16 @@ def _m_step(
     return MStepReport(massless)
 
 
+def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> None:
+    """Raise spreads that start below the floor that the user asked for."""
+    with torch.no_grad():
+        for name, update in updates.items():
+            value = graph.parameters[name].value()
+            raised = apply_floor(update, value)
+            if not torch.equal(raised, value):
+                write_unconstrained(graph.parameters[name], raised)
+
+
 def _order(update: ParameterUpdate) -> int:
     if isinstance(update.update, LeastSquares):
         return 0
@@ -205,6 +215,7 @@ __all__ = [
     "MStepState",
     "ParameterUpdate",
     "Update",
+    "apply_floors",
     "decide_updates",
     "m_step",
 ]

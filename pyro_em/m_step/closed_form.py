@@ -88,6 +88,32 @@ def closed_form(
     return new, [int(i) for i in (massless & used).nonzero().reshape(-1)]
 
 
+def apply_floor(update: ParameterUpdate, value: Tensor) -> Tensor:
+    """A parameter's value with its spread raised to the floor that the user asked for.
+
+    A start below the floor would make the first floored update look like a fall of the evidence.
+    """
+    kind = update.kind
+    floor = update.update.floor if isinstance(update.update, ClosedForm) else 0.0
+    if kind is None or not kind.is_spread or floor <= 0:
+        return value
+    rows = value.reshape(-1, *value.shape[value.dim() - kind.event_dim :])
+    natural, low = _floored(kind, _natural(update, rows), floor)
+    raised = update.uses[0].selection.inverse(update.uses[0].rule.link.forward(natural))
+    return torch.where(low.reshape(-1, *(1,) * kind.event_dim), raised, rows).reshape(value.shape)
+
+
+def _floored(kind: Kind, natural: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Spreads raised to a floor on the variance, and which of them were below it."""
+    if kind is Kind.COVARIANCE:
+        eigenvalues, vectors = torch.linalg.eigh(natural)
+        low = (eigenvalues < floor).any(-1)
+        clipped = vectors @ torch.diag_embed(eigenvalues.clamp(min=floor)) @ vectors.mT
+        return torch.where(low[:, None, None], clipped, natural), low
+    least = floor**0.5 if kind is Kind.SCALE else floor
+    return natural.clamp(min=least), natural < least
+
+
 def _prod(shape: Sequence[int]) -> int:
     out = 1
     for s in shape:
@@ -214,14 +240,13 @@ def _checked_spread(
     if not kind.is_spread:
         return natural
     eps = torch.finfo(natural.dtype).eps
+    if not bool(torch.isfinite(natural).all()):
+        return natural
+    if floor > 0:
+        raised, _ = _floored(kind, natural, floor)
+        return torch.where(keep.reshape(-1, *(1,) * kind.event_dim), natural, raised)
     if kind is Kind.COVARIANCE:
-        if not bool(torch.isfinite(natural).all()):
-            return natural
-        eigenvalues, vectors = torch.linalg.eigh(natural)
-        if floor > 0:
-            low = (eigenvalues < floor).any(-1)
-            clipped = vectors @ torch.diag_embed(eigenvalues.clamp(min=floor)) @ vectors.mT
-            return torch.where((low & ~keep)[:, None, None], clipped, natural)
+        eigenvalues = torch.linalg.eigvalsh(natural)
         largest = eigenvalues[..., -1]
         smallest = eigenvalues[..., 0]
         before = torch.linalg.eigvalsh(old)[..., 0]
@@ -234,9 +259,6 @@ def _checked_spread(
         bad = (singular | few) & ~keep
         spread, word = smallest, "its covariance collapses: smallest eigenvalue"
     else:
-        if floor > 0:
-            least = floor**0.5 if kind is Kind.SCALE else floor
-            return torch.where(keep, natural, natural.clamp(min=least))
         assert mass is not None
         variance = natural if kind is Kind.ABSOLUTE_SCALE else natural**2
         previous = old if kind is Kind.ABSOLUTE_SCALE else old**2
