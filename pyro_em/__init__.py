@@ -15,6 +15,8 @@ Glossary, used throughout:
 * site, plate, guide, param: as in Pyro.
 """
 
+from importlib.metadata import version
+
 from pyro_em._errors import (
     DataError,
     DegenerateError,
@@ -32,7 +34,7 @@ from pyro_em.posterior import Posterior
 from pyro_em.result import EMResult, EMStatus, EMStep, History
 from pyro_em.standard_errors import StandardErrors
 
-__version__ = "0.1.0"
+__version__ = version("pyro-em")
 
 __all__ = [
     "ClosedForm",

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from importlib.metadata import version
 from typing import Any
 
 import pyro
@@ -163,8 +164,6 @@ class EMResult:
         return pandas.DataFrame(rows, columns=["quantity", "value"]).set_index("quantity")
 
     def _rows(self) -> list[tuple[str, Any]]:
-        import pyro_em
-
         rows: list[tuple[str, Any]] = [
             ("log evidence (nats)", self.log_evidence),
             ("status", self.status.value),
@@ -195,7 +194,7 @@ class EMResult:
             ("start", self.start),
             ("seed", self.seed),
             ("dtype", str(self.dtype).removeprefix("torch.")),
-            ("pyro_em", pyro_em.__version__),
+            ("pyro_em", version("pyro-em")),
             ("pyro", pyro.__version__),
             ("torch", torch.__version__),
             ("python", platform.python_version()),

@@ -7,6 +7,7 @@ and Pyro, so that they run in any test framework.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import pyro
@@ -277,7 +278,7 @@ def check_model(
         start = {n: p.unconstrained.detach().clone() for n, p in program.graph.parameters.items()}
         compiled = em.fit(*args, max_steps=steps, tol=0, progress=False, **kwargs)
         path = [*compiled.history, compiled.log_evidence]
-        falls = [b - a for a, b in zip(path, path[1:], strict=False)]
+        falls = [b - a for a, b in pairwise(path)]
         assert min(falls, default=0.0) >= -rtol * size, f"the evidence fell by {-min(falls):.3g}"
         _check_stationary(program, args, kwargs, em)
         with torch.no_grad():
