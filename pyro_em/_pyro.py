@@ -156,7 +156,10 @@ class _SizeGuard(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.numel() > self.limit:
-            raise OutputTooLarge(out.numel())
+            # An expanded view has many elements and little memory: count what is stored.
+            stored = out.untyped_storage().nbytes() // out.element_size()
+            if stored > self.limit:
+                raise OutputTooLarge(stored)
         return out
 
 

@@ -190,10 +190,20 @@ def _normalised(rows: Tensor, how: str) -> Tensor:
     return rows.log_softmax(-1) if how == "logits" else rows
 
 
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A place in an autograd graph: what is differentiated, its node, its shape."""
+
+    edge: Tensor | GradientEdge
+    node: Node
+    shape: tuple[int, ...]
+
+
 def bind(
     argument: Tensor,
     leaves: Mapping[str, Tensor],
     *,
+    layout: Callable[[Tensor], Tensor] = lambda t: t,
     normalised: str = "",
     allow_affine: bool = False,
     max_cells: int = 2**27,
@@ -201,8 +211,10 @@ def bind(
     """Read off an argument's autograd graph how parameters reach it.
 
     Args:
-        argument: The value that a distribution holds.
+        argument: The value that a distribution holds, expanded as it may be.
         leaves: The leaf tensor of each parameter in this run.
+        layout: Views that bring the argument into the compact layout; the binding is that of
+            ``layout(argument)``.
         normalised: ``"probs"`` or ``"logits"`` where the distribution normalises this argument's
             rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
@@ -211,27 +223,46 @@ def bind(
     Returns:
         The strongest binding that holds.
     """
-    detached = argument.detach()
+    constant = layout(argument.detach())
     if not argument.requires_grad:
-        return Binding("constant", (), detached)
+        return Binding("constant", (), constant)
     start = torch.autograd.graph.get_gradient_edge(argument)
     reached = _leaves_below(start.node, leaves)
     if reached is None:
         return Binding(
-            "opaque", (), detached, reason="a tensor that is no registered parameter reaches it"
+            "opaque", (), constant, reason="a tensor that is no registered parameter reaches it"
         )
     names = tuple(reached)
     if not names:
-        return Binding("constant", (), detached)
-    selection = _as_selection(argument, start, names, leaves, normalised)
+        return Binding("constant", (), constant)
+    point = _below_expansion(_Point(argument, start.node, tuple(argument.shape)))
+    index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
+    top = layout(index.expand(argument.shape))
+    selection = _as_selection(point, top, constant, names, leaves, normalised)
     if isinstance(selection, Binding):
         return selection
     if allow_affine:
-        affine = _as_affine(argument, start, names, leaves, max_cells)
+        affine = _as_affine(point, top, constant, names, leaves, max_cells)
         if isinstance(affine, Binding):
             return affine
-        return Binding("opaque", names, detached, reason=affine)
-    return Binding("opaque", names, detached, reason=selection)
+        return Binding("opaque", names, constant, reason=affine)
+    return Binding("opaque", names, constant, reason=selection)
+
+
+def _below_expansion(point: _Point) -> _Point:
+    """Step below Expand nodes: above them a derivative would have N × K × D × D cells."""
+    while point.node.name() == "ExpandBackward0":
+        shape = tuple(point.node._saved_self_sym_sizes)  # type: ignore[attr-defined]
+        parent, output = point.node.next_functions[0]
+        assert parent is not None
+        point = _point_at(parent, output, shape)
+    return point
+
+
+def _point_at(node: Node, output: int, shape: tuple[int, ...]) -> _Point:
+    if _is_leaf(node):
+        return _Point(node.variable, node, shape)  # type: ignore[attr-defined]
+    return _Point(GradientEdge(node, output), node, shape)
 
 
 def _base_name(node: Node) -> str:
@@ -305,49 +336,42 @@ def _forward_maps(
 
 
 def _as_selection(
-    argument: Tensor,
-    start: GradientEdge,
+    point: _Point,
+    top: Tensor,
+    constant: Tensor,
     names: Sequence[str],
     leaves: Mapping[str, Tensor],
     normalised: str,
 ) -> Binding | str:
     """A selection binding, or the reason why there is none."""
-    tops: list[Tensor] = []  # index maps of the segments above each cut
-    edge: Tensor | GradientEdge = argument
-    node, shape = start.node, argument.shape
-    while True:
-        walk = node
+    how = ""
+    while normalised:
+        walk = point.node
         while not _is_leaf(walk) and walk.name() in _VIEWS and len(_parents(walk)) == 1:
             walk = _parents(walk)[0][0]
-        cut = _normalisation(walk) if normalised else None
+        cut = _normalisation(walk)
         if cut is None:
             break
-        below = GradientEdge(cut[0], cut[1])
-        if _is_leaf(cut[0]):
-            source: Tensor | GradientEdge = cut[0].variable  # type: ignore[attr-defined]
-        else:
-            source = below
-        above = GradientEdge(walk, 0)
-        if walk is not node or isinstance(edge, Tensor):
-            forward = _forward_maps(edge, shape, above, argument)
-            tops.append(forward(None).round().long())
+        shape = point.shape
+        if walk is not point.node:
+            forward = _forward_maps(point.edge, shape, GradientEdge(walk, 0), constant)
+            top = forward(None).round().long().reshape(-1)[top]
             shape = forward.source_shape  # type: ignore[attr-defined]
-        node, edge = cut[0], source
+        point, how = _point_at(cut[0], cut[1], tuple(shape)), normalised
+    edge, node, shape = point.edge, point.node, point.shape
     maps, has_factor, problem = _read_maps(node)
     if problem:
         return problem
-    constant = argument.detach()
     parts = []
-    covered = torch.zeros(shape, dtype=torch.bool, device=argument.device)
+    covered = torch.zeros(shape, dtype=torch.bool, device=constant.device)
     for name in names:
         leaf = leaves[name]
         if edge is leaf:
             index = torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
             used = torch.ones_like(index, dtype=torch.bool)
         else:
-            forward = _forward_maps(edge, shape, leaf, argument)
-            ones = torch.ones((), dtype=argument.dtype, device=argument.device)
-            slope = forward(ones)
+            forward = _forward_maps(edge, shape, leaf, constant)
+            slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
             used = slope != 0
             ratio = forward(None) / torch.where(used, slope, 1.0)
             index = torch.where(used, ratio.round(), -1).long()
@@ -356,10 +380,7 @@ def _as_selection(
         if bool((used & covered).any()):
             return "several parameters meet in one element"
         covered |= used
-        parts.append(Selection(name, index, maps))
-    for top in reversed(tops):
-        parts = [Selection(p.param, p.index.reshape(-1)[top], p.maps) for p in parts]
-    how = normalised if tops else ""
+        parts.append(Selection(name, index.reshape(-1)[top], maps))
     checked = []
     for part in parts:
         used = part.index >= 0
@@ -435,14 +456,15 @@ def _power(exponent: float) -> ElementwiseMap:
 
 
 def _as_affine(
-    argument: Tensor,
-    start: GradientEdge,
+    point: _Point,
+    top: Tensor,
+    constant: Tensor,
     names: Sequence[str],
     leaves: Mapping[str, Tensor],
     max_cells: int,
 ) -> Binding | str:
     """An affine binding with its Jacobians, or the reason why there is none."""
-    for node in _nodes_below(start.node):
+    for node in _nodes_below(point.node):
         if _is_leaf(node) or node.name() in _VIEWS:
             continue
         base = _base_name(node)
@@ -458,18 +480,18 @@ def _as_affine(
         elif base in _BILINEAR and len(parents) > 1:
             return "a product of parameters reaches it"
     size = sum(leaves[name].numel() for name in names)
-    if size * argument.numel() > max_cells:
-        return f"its Jacobian would have {size * argument.numel():,} cells"
-    offset = argument.detach()
+    if size * constant.numel() > max_cells:
+        return f"its Jacobian would have {size * constant.numel():,} cells"
+    offset = constant
     jacobians = {}
     for name in names:
         leaf = leaves[name]
-        forward = _forward_maps(argument, argument.shape, leaf, argument)
+        forward = _forward_maps(point.edge, point.shape, leaf, constant)
         columns = []
         for j in range(leaf.numel()):
             unit = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
             unit[j] = 1
-            columns.append(forward(unit.reshape(leaf.shape)))
+            columns.append(forward(unit.reshape(leaf.shape)).reshape(-1)[top])
         jacobians[name] = torch.stack(columns, -1)
         offset = offset - jacobians[name] @ leaf.detach().reshape(-1)
     return Binding("affine", tuple(names), offset, jacobians=jacobians)

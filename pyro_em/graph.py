@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -445,16 +446,20 @@ class _Layout:
             compact_value = _typed(compact_value, given_arguments(base, family), family)
             for arg, tensor in given_arguments(base, family).items():
                 event = reinterpreted + family.argument_event_dim(arg)
-                tensor = compact(tensor, event, dims, collapse=reinterpreted)
-                if tensor.dtype != compact_value.dtype and compact_value.is_floating_point():
-                    tensor = tensor.to(compact_value.dtype)
-                arguments[arg] = tensor
+                layout = partial(
+                    compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor
+                )
+                kept = layout(tensor)
+                if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
+                    kept = kept.to(compact_value.dtype)
+                arguments[arg] = kept
                 if leaves is None:
-                    bindings[arg] = Binding("opaque", (), tensor.detach())
+                    bindings[arg] = Binding("opaque", (), kept.detach())
                     continue
                 bindings[arg] = bind(
                     tensor,
                     leaves,
+                    layout=layout,
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
                 )
@@ -542,7 +547,11 @@ class _Layout:
 
 
 def compact(
-    tensor: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0
+    tensor: Tensor,
+    event_dim: int,
+    dims: Sequence[int | None],
+    collapse: int = 0,
+    like: Tensor | None = None,
 ) -> Tensor:
     """Keep only the batch dimensions ``dims`` (from the right), in that order; expanded ones as 1.
 
@@ -551,6 +560,7 @@ def compact(
         event_dim: How many of its rightmost dimensions are kept whole.
         dims: Negative positions among the batch dimensions; None inserts one of size one.
         collapse: How many of the leftmost event dimensions may be collapsed too when expanded.
+        like: The tensor of the same shape whose strides say what is expanded; by default this one.
 
     Returns:
         A view. # (*dims, *event)
@@ -559,13 +569,14 @@ def compact(
         >>> compact(torch.zeros(2, 1, 5, 3), 1, [-1, -3]).shape
         torch.Size([5, 2, 3])
     """
+    like = tensor if like is None else like
     batch = tensor.dim() - event_dim
+    expanded = [d for d in range(batch + collapse) if like.shape[d] > 1 and like.stride(d) == 0]
+    for d in expanded:
+        tensor = tensor.narrow(d, 0, 1)
     if batch < 0:  # an argument that broadcasts over reinterpreted dimensions
         tensor = tensor.reshape((1,) * -batch + tuple(tensor.shape))
         batch = 0
-    for d in range(batch + collapse):
-        if tensor.shape[d] > 1 and tensor.stride(d) == 0:
-            tensor = tensor.narrow(d, 0, 1)
     present = [batch + d for d in dims if d is not None and batch + d >= 0]
     others = [d for d in range(batch) if d not in present]
     for d in others:
