@@ -265,6 +265,14 @@ def _point_at(node: Node, output: int, shape: tuple[int, ...]) -> _Point:
     return _Point(GradientEdge(node, output), node, shape)
 
 
+def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+    """Names of the parameters that reach a tensor; None where an unknown leaf does."""
+    if not tensor.requires_grad:
+        return ()
+    found = _leaves_below(torch.autograd.graph.get_gradient_edge(tensor).node, leaves)
+    return None if found is None else tuple(found)
+
+
 def _base_name(node: Node) -> str:
     return node.name().split("::")[-1].split("Backward")[0]
 

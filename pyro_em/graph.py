@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, ModelError, Problem, message, raise_problems
-from pyro_em.binding import Binding, Selection, bind
+from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
 from pyro_em.structure import SiteInfo, Structure, frames_of, mask_tensor
 
@@ -75,6 +75,7 @@ class Factor:
             self.event_dims,
             tuple(self.value.shape),
             self.value.dtype,
+            self.raw_params,
             None if self.mask is None else tuple(self.mask.shape),
             tuple(
                 (
@@ -110,7 +111,8 @@ class Group:
         mask: Where the factor counts, or None. # (members, *dims or 1s)
         scale: Per member, what multiplies it outside the logarithm.
         raw: The traced log density where no record evaluates it. # (members, *dims)
-        raw_params: Parameters that reach ``raw``; None where an unknown tensor does.
+        raw_params: Parameters that reach ``raw``, or the value of a family's site; None where an
+            unknown tensor does.
         observed: Whether the members are observed.
     """
 
@@ -148,6 +150,7 @@ class Group:
         if self.family is None:
             return self.raw_params or ()
         names = [p for b in self.bindings.values() for p in b.params]
+        names.extend(self.raw_params or ())
         return tuple(dict.fromkeys(names))
 
     def evaluate_arguments(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -201,10 +204,11 @@ class FactorGraph:
 
     def group_of(self, site: str) -> tuple[Group, int]:
         """The group that holds a site, and the site's place in it."""
-        for group in self.groups:
-            if site in group.members:
-                return group, group.members.index(site)
-        raise KeyError(site)
+        return self._places[site]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Group, int]]:
+        return {name: (g, i) for g in self.groups for i, name in enumerate(g.members)}
 
     def dim_size(self, dim: str) -> int:
         """The size of a plate or of a latent's support."""
@@ -374,6 +378,7 @@ class _Layout:
         self.sites = sites
         self.structure = structure
         self.problems: list[Problem] = []
+        self.order = {n: i for i, n in enumerate(structure.latents)}
         self.dim_of: dict[str, int] = {}
         self.id_of: dict[str, int] = {}
         self.name_of: dict[int, str] = {}
@@ -428,7 +433,10 @@ class _Layout:
         compact_value = compact(value, fn.event_dim, dims)
         arguments: dict[str, Tensor] = {}
         bindings: dict[str, Binding] = {}
-        raw, raw_params = None, None
+        raw: Tensor | None = None
+        raw_params: tuple[str, ...] | None = ()
+        if leaves is not None:
+            raw_params = parameters_below(compact_value, leaves)
         if family is None:
             log_p = fn.log_prob(value)
             mask_now = mask_tensor(site)
@@ -438,10 +446,7 @@ class _Layout:
                 log_p = torch.zeros_like(log_p)
             raw = compact(log_p, 0, dims)
             if leaves is not None:
-                b = bind(raw, leaves)
-                raw_params = b.params
-                if b.how == "opaque" and not b.params:
-                    raw_params = None
+                raw_params = parameters_below(raw, leaves)
         else:
             compact_value = _typed(compact_value, given_arguments(base, family), family)
             for arg, tensor in given_arguments(base, family).items():
@@ -510,8 +515,7 @@ class _Layout:
             latent = self.name_of.get(ident, "")
             if latent and latent not in info.scope and len(shape) >= -dim and shape[dim] > 1:
                 scope.append(latent)
-        order = {n: i for i, n in enumerate(self.structure.latents)}
-        return sorted(set(scope), key=order.__getitem__)
+        return sorted(set(scope), key=self.order.__getitem__)
 
     def _mask(self, site: Mapping[str, Any], dims: Sequence[int | None]) -> Tensor | None:
         mask = mask_tensor(site)

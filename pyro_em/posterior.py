@@ -5,7 +5,7 @@ q(z) = p(z | x; θ) = Π_f f(z) / p(x; θ)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -116,6 +116,21 @@ class EStep:
     cells: list[Tensor]
 
 
+def _forward(
+    graph: FactorGraph, plan: ContractionPlan, tables: Tables, ring: Ring, extra: Tables
+) -> tuple[list[Tensor], list[tuple[tuple[str, ...], Tensor]], Tensor]:
+    """Leaves per group, terms and their sum, in float64."""
+    leaves = [t.detach().to(torch.float64).requires_grad_() for t in (*tables, *extra)]
+    n = len(tables)
+    flat = [part for leaf in leaves[:n] for part in leaf.unbind(0)] + leaves[n:]
+    scales = scales_of(graph)
+    if scales is not None:
+        scales = [*scales, *(1.0 for _ in extra)]
+    terms = contract(plan, flat, scales=scales, ring=ring)
+    return leaves, terms, evidence(terms)
+
+
+@torch.enable_grad()
 def run_contraction(
     graph: FactorGraph,
     plan: ContractionPlan,
@@ -132,17 +147,27 @@ def run_contraction(
         ring: How variables are eliminated.
         extra: Tables of zeros whose gradients are wanted too; they come last in ``cells``.
     """
-    leaves = [t.detach().to(torch.float64).requires_grad_() for t in (*log_densities, *extra)]
-    with torch.enable_grad():
-        n = len(log_densities)
-        tables = [part for leaf in leaves[:n] for part in leaf.unbind(0)] + leaves[n:]
-        scales = scales_of(graph)
-        if scales is not None:
-            scales = [*scales, *(1.0 for _ in extra)]
-        terms = contract(plan, tables, scales=scales, ring=ring)
-        total = evidence(terms)
-        cells = torch.autograd.grad(total, leaves) if torch.isfinite(total) else leaves
+    leaves, terms, total = _forward(graph, plan, log_densities, ring, extra)
+    cells = torch.autograd.grad(total, leaves) if torch.isfinite(total) else leaves
     return EStep(total.detach(), [(d, t.detach()) for d, t in terms], list(cells))
+
+
+@torch.enable_grad()
+def draw(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    log_densities: Tables,
+    n: int,
+    generator: torch.Generator | None,
+) -> Iterator[list[Tensor]]:
+    """Exact posterior draws: one forward pass, and a backward pass that draws for each.
+
+    Yields:
+        Per group the cells that were drawn, marked by their scale.
+    """
+    leaves, _, total = _forward(graph, plan, log_densities, drawing(generator), ())
+    for _ in range(n):
+        yield list(torch.autograd.grad(total, leaves, retain_graph=True))
 
 
 def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> EStep:
@@ -351,7 +376,8 @@ class Posterior:
                 for name, latent in self.graph.latents.items()
             }
         plan = contraction_of(self.graph)
-        return self._assignment(run_contraction(self.graph, plan, self.tables, ring=maximum))
+        result = run_contraction(self.graph, plan, self.tables, ring=maximum)
+        return self._assignment(result.cells)
 
     def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draw jointly from the posterior.
@@ -369,12 +395,8 @@ class Posterior:
         if not self.exact:
             return self._sample_product(n, generator)
         plan = contraction_of(self.graph)
-        draws = [
-            self._assignment(
-                run_contraction(self.graph, plan, self.tables, ring=drawing(generator))
-            )
-            for _ in range(n)
-        ]
+        results = draw(self.graph, plan, self.tables, n, generator)
+        draws = [self._assignment(cells) for cells in results]
         return {name: torch.stack([d[name] for d in draws]) for name in draws[0]}
 
     def _sample_product(self, n: int, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -387,9 +409,9 @@ class Posterior:
             out[name] = latent.support[drawn.T.reshape(n, *p.shape[:-1])]
         return out
 
-    def _assignment(self, result: EStep) -> dict[str, Tensor]:
+    def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
         out = {}
-        for group, cells in zip(self.graph.groups, result.cells, strict=True):
+        for group, cells in zip(self.graph.groups, marked, strict=True):
             if group.observed:
                 continue
             for i, name in enumerate(group.members):
@@ -583,7 +605,8 @@ def product_posterior(
             )
         )
     for name, latent in graph.latents.items():
-        p = torch.as_tensor(marginals[name]).to(torch.float64)
+        device = log_densities[0].device
+        p = torch.as_tensor(marginals[name]).to(dtype=torch.float64, device=device)
         sizes = [graph.dim_size(d) for d in latent.plates]
         shape = [graph.dim_size(d) if d is not None else 1 for d in latent.batch_dims]
         if list(p.shape) not in ([*sizes, latent.size], [*shape, latent.size]):
@@ -607,7 +630,7 @@ def product_posterior(
     for group in graph.groups:
         parts = []
         for dims in group.dims:
-            table = torch.ones((1,) * len(dims), dtype=torch.float64)
+            table = log_densities[0].new_ones((1,) * len(dims), dtype=torch.float64)
             for d in dims:
                 if d in graph.latents:
                     have = (*graph.latents[d].plates, d)

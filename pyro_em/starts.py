@@ -82,7 +82,9 @@ def given_counts(
                     fixes=["name one of them"],
                 )
             )
-        unary[own] = _log_unary(graph, graph.latents[own], name, torch.as_tensor(given))
+        unary[own] = _log_unary(
+            graph, graph.latents[own], name, torch.as_tensor(given).to(tables[0].device)
+        )
     complete = all(n in unary for n in graph.latents)
     used = [_support_only(t) for t in tables] if complete else list(tables)
     return _counts_with(graph, plan, used, unary, hard=False)

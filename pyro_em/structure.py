@@ -153,8 +153,6 @@ def examine(
             _support_size(site["fn"]) if name in latents else None,
             len(site["fn"].batch_shape),
         )
-    if not sites or all(not info.observed for info in sites.values()):
-        sites = sites  # a model without data is refused by whoever needs data
     for info in sites.values():
         problems.extend(_scope_problems(info, sites))
     nesting = max((-p.dim for p in plates.values()), default=0)
@@ -341,7 +339,21 @@ def _latent_problems(
         return []
     children = [n for n, scope in scopes.items() if name in scope and n != name]
     because = "other sites depend on it: " + ", ".join(repr(c) for c in children[:5])
-    kind = type(_pyro.unwrap(fn)[0]).__name__
+    base, joined, _ = _pyro.unwrap(fn)
+    kind = type(base).__name__
+    if joined and _enumerable(base):
+        return [
+            Problem(
+                f"site '{name}'",
+                f"a latent vector of {kind} values (.to_event) cannot be enumerated.",
+                "its values would be all combinations of its elements",
+                (
+                    "put its dimension into a pyro.plate instead of .to_event, if the elements are "
+                    "independent given their parents",
+                    "use one Categorical over the combinations that matter",
+                ),
+            )
+        ]
     if _pyro.is_discrete(fn):
         return [
             Problem(

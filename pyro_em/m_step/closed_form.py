@@ -246,23 +246,25 @@ def _checked_spread(
         raised, _ = _floored(kind, natural, floor)
         return torch.where(keep.reshape(-1, *(1,) * kind.event_dim), natural, raised)
     if kind is Kind.COVARIANCE:
-        eigenvalues = torch.linalg.eigvalsh(natural)
-        largest = eigenvalues[..., -1]
-        smallest = eigenvalues[..., 0]
+        smallest = torch.linalg.eigvalsh(natural)[..., 0]
         before = torch.linalg.eigvalsh(old)[..., 0]
         size = natural.shape[-1]
-        # Below the rounding of the largest eigenvalue a matrix is singular; so many data as
-        # dimensions, or fewer, span no volume.
-        singular = smallest <= 8 * size * eps * largest
+        variances = natural.diagonal(dim1=-2, dim2=-1)
+        flat = (variances.clamp(min=0).sqrt() <= 8 * eps * _magnitude(update, graph)).any(-1)
+        # Units of the features do not matter: it is the correlations that are singular. As many
+        # data as dimensions, or fewer, span no volume.
+        unit = variances.clamp(min=torch.finfo(natural.dtype).tiny).rsqrt()
+        correlation = unit.unsqueeze(-1) * natural * unit.unsqueeze(-2)
+        singular = torch.linalg.eigvalsh(correlation)[..., 0] <= 8 * size * eps
         assert mass is not None
         few = (mass < size + 1 + 1e-6) & (smallest < 1e-8 * before)
-        bad = (singular | few) & ~keep
+        bad = (flat | singular | few) & ~keep
         spread, word = smallest, "its covariance collapses: smallest eigenvalue"
     else:
         assert mass is not None
         variance = natural if kind is Kind.ABSOLUTE_SCALE else natural**2
         previous = old if kind is Kind.ABSOLUTE_SCALE else old**2
-        magnitude = _magnitude(update, graph).to(natural.dtype)
+        magnitude = _magnitude(update, graph).max().to(natural.dtype)
         few = (mass < 1.5) & (variance < 1e-8 * previous)
         bad = ((natural <= 8 * eps * magnitude) | (natural == 0) | few) & ~keep
         spread, word = variance, "its variance collapses: it would become"
@@ -288,13 +290,15 @@ def _checked_spread(
 
 
 def _magnitude(update: ParameterUpdate, graph: FactorGraph) -> Tensor:
-    """The largest value among the data of a spread: what rounding is relative to."""
+    """The largest value among the data of a spread, per feature: what rounding is relative to."""
     sizes = []
     for use in update.uses:
-        value = graph.groups[use.group].value
-        if value.is_floating_point():
-            sizes.append(value.abs().max())
-    return torch.stack(sizes).max() if sizes else torch.zeros(())
+        group = graph.groups[use.group]
+        assert group.family is not None
+        x = group.value.detach().abs()
+        event = group.family.event_dim
+        sizes.append(x.reshape(-1, *x.shape[x.dim() - event :]).amax(0))
+    return torch.stack(sizes).amax(0)
 
 
 def _medians(

@@ -169,6 +169,9 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"{group.distribution} at '{group.members[0]}' has no record"
                 seen = True
             continue
+        if group.raw_params is None or name in group.raw_params:
+            weakest = weakest or f"the value of '{group.members[0]}' depends on it"
+            seen = True
         for argument, binding in group.bindings.items():
             if binding.how == "opaque" and not binding.params:
                 continue
