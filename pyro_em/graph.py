@@ -274,20 +274,6 @@ def _run_enumerated(
     values: Mapping[str, Tensor] | None,
     random_seed: int | None,
 ) -> _pyro.Run:
-    if structure.max_plate_nesting + _needed_dims(structure) > 64:
-        names = ", ".join(f"'{n}'" for n in structure.latents[:3])
-        raise ModelError(
-            message(
-                f"latents {names}, …",
-                f"{len(structure.latents)} enumerated sites need a dimension each; torch has 64.",
-                "outside pyro.markov every enumerated site keeps its dimension for good",
-                [
-                    "write a chain as: for t in pyro.markov(range(T)): ...",
-                    "write a tree with nested `with pyro.markov():` scopes",
-                    "put independent latents into a pyro.plate",
-                ],
-            )
-        )
     try:
         return _pyro.enumerated_run(
             model,
@@ -311,13 +297,6 @@ def _run_enumerated(
         ) from None
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ModelError(_enumeration_message(error, structure)) from error
-
-
-def _needed_dims(structure: Structure) -> int:
-    # Sites of a markov chain share dimensions; how many Pyro will use is only known by running.
-    # More than 64 latents without recycling show as an overflow, so count the visible ones only.
-    widest = max((len(info.scope) for info in structure.sites.values()), default=0)
-    return widest
 
 
 def _enumeration_message(error: Exception, structure: Structure) -> str:
@@ -349,7 +328,7 @@ def _enumeration_message(error: Exception, structure: Structure) -> str:
             "all values of a latent are present at once",
             ["keep it a tensor and index or broadcast with it"],
         )
-    if "dimensions" in text and ("64" in text or "too many" in text.lower()):
+    if "64 dim" in text or "too many dimensions" in text.lower():
         return message(
             where,
             f"{len(structure.latents)} enumerated sites need more dimensions than torch's 64.",
