@@ -6,13 +6,20 @@ traceback needs nothing else. Several problems of one model are collected into o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 
 class PyroEMError(Exception):
-    """Base class of everything that this library raises on purpose."""
+    """Base class of everything that this library raises on purpose.
+
+    Attributes:
+        problems: The findings behind the message, where there are several or they are collected.
+    """
+
+    problems: tuple[Problem, ...] = ()
 
 
 class ModelError(PyroEMError, ValueError):
@@ -76,8 +83,29 @@ def message(where: str, what: str, why: str = "", fixes: Sequence[str] = ()) -> 
 
 
 def raise_problems(problems: Sequence[Problem]) -> NoReturn:
-    """Raise one exception that lists ``problems``; its class is that of the first."""
-    if len(problems) == 1:
-        raise problems[0].kind(str(problems[0]))
-    text = "\n".join(f"{i}. {problem}" for i, problem in enumerate(problems, start=1))
-    raise problems[0].kind(f"{len(problems)} problems:\n{text}")
+    """Raise one exception that lists ``problems``; its class is that of the first.
+
+    The same finding at many sites of a chain is told once.
+    """
+    folded = _folded(problems)
+    if len(folded) == 1:
+        text = folded[0]
+    else:
+        lines = "\n".join(f"{i}. {one}" for i, one in enumerate(folded, start=1))
+        text = f"{len(folded)} problems:\n{lines}"
+    error = problems[0].kind(text)
+    error.problems = tuple(problems)
+    raise error
+
+
+def _folded(problems: Sequence[Problem]) -> list[str]:
+    alike: dict[str, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"\d+", "#", str(problem)), []).append(problem)
+    texts = []
+    for members in alike.values():
+        head, _, rest = str(members[0]).partition("\n")
+        if len(members) > 1:
+            head += f" (and {len(members) - 1} more alike, up to {members[-1].where})"
+        texts.append(head + ("\n" + rest if rest else ""))
+    return texts

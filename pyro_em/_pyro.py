@@ -163,6 +163,32 @@ class _SizeGuard(TorchDispatchMode):
         return out
 
 
+class _WatchPlates(Messenger):
+    """Note plates of size zero before Pyro divides by their size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty: list[str] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) and getattr(msg["fn"], "size", None) == 0:
+            self.empty.append(msg["name"])
+
+
+class RunFailed(Exception):
+    """A model raised; holds what it did until then.
+
+    Attributes:
+        error: What the model raised.
+        run: The sites and parameters so far.
+        empty_plates: Plates of size zero.
+    """
+
+    def __init__(self, error: Exception, run: Run, empty_plates: tuple[str, ...]) -> None:
+        super().__init__(str(error))
+        self.error, self.run, self.empty_plates = error, run, empty_plates
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """The sites and the parameters of one run of a model."""
@@ -205,16 +231,27 @@ def _same_random_state(active: bool = True) -> Iterator[None]:
 
 
 def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_state: bool) -> Run:
-    """Run a model once as Pyro would, with validation on; parameters are initialised."""
+    """Run a model once as Pyro would, with validation on; parameters are initialised.
+
+    Raises:
+        RunFailed: If the model raises.
+    """
     capture = ParameterCapture(look_at_initial_shape=True)
+    tracer, watch = poutine.trace(), _WatchPlates()
     with (
         _same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(True),
+        tracer,
+        watch,
         capture,
     ):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    return Run(dict(trace.nodes), capture.parameters)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            run = Run(dict(tracer.trace.nodes), capture.parameters)
+            raise RunFailed(error, run, tuple(watch.empty)) from error
+    return Run(dict(tracer.trace.nodes), capture.parameters)
 
 
 def _tensors_of(fn: Any) -> Iterator[torch.Tensor]:

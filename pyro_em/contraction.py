@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em._errors import ModelError, message
+from pyro_em._errors import Problem, raise_problems
 
 Ring = Callable[[Tensor], Tensor]
 
@@ -232,17 +232,19 @@ class _Planner:
 
     def _refuse(self, outer: Sequence[str], leaf: frozenset[str]) -> None:
         names = " and ".join(f"'{v}'" for v in outer)
-        raise ModelError(
-            message(
-                f"latents {names}",
-                "they are coupled across the plates " + ", ".join(sorted(leaf)) + ".",
-                "each element of one plate meets each of the other, so the exact sum is "
-                "exponential in a plate's size",
-                [
-                    "put the latents into a common plate",
-                    "replace a small plate by a Python loop",
-                ],
-            )
+        raise_problems(
+            [
+                Problem(
+                    f"latents {names}",
+                    "they are coupled across the plates " + ", ".join(sorted(leaf)) + ".",
+                    "each element of one plate meets each of the other, so the exact sum is "
+                    "exponential in a plate's size",
+                    (
+                        "put the latents into a common plate",
+                        "replace a small plate by a Python loop",
+                    ),
+                )
+            ]
         )
 
     def _components(self, slots: Sequence[int], leaf: frozenset[str]) -> list[list[int]]:
@@ -473,4 +475,7 @@ def _dims_of_message(plan: ContractionPlan, slot: int) -> tuple[str, ...]:
 
 def evidence(terms: Iterable[tuple[tuple[str, ...], Tensor]]) -> Tensor:
     """The log evidence in nats: the sum of a contraction's terms."""
-    return torch.stack([value.sum() for _, value in terms]).sum()
+    total = torch.zeros((), dtype=torch.float64)
+    for _, value in terms:
+        total = total.to(value.device) + value.sum()
+    return total

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_em import saving
-from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
+from pyro_em._errors import PyroEMWarning, UsageError, message
 from pyro_em.elbo import ELBOTerms, elbo_terms
-from pyro_em.m_step import Gradient, Update, apply_floors
+from pyro_em.loop import Bar, Run, advance, as_step, best_of, e_step, restore, run_start, snapshot
+from pyro_em.m_step import Gradient, Update
+from pyro_em.outcome import build_result
 from pyro_em.plan import Plan
-from pyro_em.posterior import (
-    Posterior,
-    dot,
-    expected_log_joint,
-    product_posterior,
-    run_contraction,
-    scales_of,
-)
-from pyro_em.program import Evaluation, Program, build_program, distrust, parameters_at
-from pyro_em.result import EMResult, EMStatus, EMStep, History, free_parameters
-from pyro_em.standard_errors import StandardErrors
-from pyro_em.standard_errors import standard_errors as observed_information
-from pyro_em.starts import Start, given_counts, random_counts
-
-logger = logging.getLogger("pyro_em")
+from pyro_em.posterior import Posterior, product_posterior
+from pyro_em.program import Evaluation, Program, build_program, parameters_at
+from pyro_em.result import EMResult, EMStatus, EMStep
+from pyro_em.starts import Start
 
 _FIT_KEYWORDS = (
     "max_steps",
@@ -54,15 +42,6 @@ _FIT_KEYWORDS = (
     "validation",
     "schedule",
 )
-_STOCHASTIC = ("batch_size", "num_epochs", "num_data", "validation", "schedule")
-
-
-@dataclass(eq=False)
-class _Iterate:
-    """Where the loop stands: parameters are in the store, the E-step at them is here."""
-
-    evaluation: Evaluation
-    q: Posterior
 
 
 class ExactPosteriorEM:
@@ -144,6 +123,17 @@ class ExactPosteriorEM:
                     ["pass lambda params: torch.optim.Adam(params, lr=0.01)"],
                 )
             )
+        for name, update in dict(updates or {}).items():
+            if not isinstance(update, Update):
+                shown = update.__name__ if isinstance(update, type) else repr(update)
+                raise UsageError(
+                    message(
+                        f"updates['{name}']",
+                        f"{shown} is no update.",
+                        "an unknown word would leave the parameter alone in silence",
+                        ["use an instance: Fixed(), ClosedForm(), LeastSquares() or Gradient()"],
+                    )
+                )
         self.model = model
         self.guide = guide
         self.optim = optim
@@ -195,6 +185,7 @@ class ExactPosteriorEM:
         Returns:
             The bound in nats; ``float(...)`` of it is its value.
         """
+        self._check_collisions(args, ("q", "params"), "elbo")
         program = self._look(args, kwargs, compile_plan=False)
         with parameters_at(program.graph.parameters, dict(params or {})):
             evaluation = program.evaluate()
@@ -241,11 +232,11 @@ class ExactPosteriorEM:
         """
         program = self._ready(args, kwargs)
         begin = time.perf_counter()
-        at = self._e_step(program)
+        at = e_step(program)
         index = 0
         while True:
-            before, at = at, self._advance(program, at, verify=index == 0)
-            yield self._as_step(program, index, before, at, begin)
+            before, at = at, advance(program, at, verify=index == 0)
+            yield as_step(program, index, before, at, begin)
             index += 1
 
     def fit(
@@ -302,28 +293,29 @@ class ExactPosteriorEM:
             "validation": validation,
             "schedule": schedule,
         }
-        self._check_fit_arguments(args, given, acceleration, max_steps, tol, num_restarts)
+        callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
+        self._check_fit_arguments(
+            args, given, acceleration, max_steps, tol, num_restarts, callbacks
+        )
         begin = time.perf_counter()
         program = self._ready(args, kwargs)
-        for note in program.notes:
-            warnings.warn(note, PyroEMWarning, stacklevel=2)
         generator = torch.Generator().manual_seed(
             int(torch.randint(2**31, ())) if seed is None else seed
         )
-        bar = _Bar(progress, max_steps, num_restarts)
-        runs: list[_Run] = []
+        bar = Bar(progress, max_steps, num_restarts)
+        runs: list[Run] = []
         try:
-            origin = _snapshot(program)
+            origin = snapshot(program)
             for r in range(num_restarts):
                 if r:
-                    _restore(program, origin)
-                run = self._one_start(
+                    restore(program, origin)
+                run = run_start(
                     program,
                     "random hard" if r else init,
                     generator,
                     max_steps,
                     tol,
-                    tuple(callbacks),
+                    callbacks,
                     bar,
                     r,
                     begin,
@@ -333,10 +325,10 @@ class ExactPosteriorEM:
                     break
         finally:
             bar.close()
-        best = _best(runs)
-        _restore(program, best.parameters)
+        best = best_of(runs)
+        restore(program, best.parameters)
         self._total_steps += best.num_steps
-        return self._as_result(program, best, runs, init, seed, num_restarts, begin)
+        return build_result(program, best, runs, init, seed, num_restarts, begin, self._total_steps)
 
     # ------------------------------------------------------------------ keeping
 
@@ -397,15 +389,16 @@ class ExactPosteriorEM:
     # ------------------------------------------------------------------ inside
 
     def _look(self, args: tuple, kwargs: dict[str, Any], *, compile_plan: bool = True) -> Program:
-        requested = dict(self.updates)
+        self._check_model_keywords(kwargs)
         program = build_program(
             self.model,
             args,
             kwargs,
-            requested=requested,
+            requested=self.updates,
             max_plate_nesting=self.max_plate_nesting,
             max_enumeration=self.max_enumeration,
             first_look=self._program is None,
+            guide_given=self.guide is not None,
             compile_plan=compile_plan,
         )
         if self.optim is not None:
@@ -422,9 +415,9 @@ class ExactPosteriorEM:
         for name, p in program.graph.parameters.items():
             self._initial.setdefault(name, p.unconstrained.detach().clone())
         if self._pending is not None:
-            saving.restore(self._pending, program.graph.parameters)
-            self._total_steps = int(self._pending["total_steps"])
-            self._pending = None
+            state, self._pending = self._pending, None
+            saving.restore(state, program.graph.parameters)
+            self._total_steps = int(state["total_steps"])
         self._program = program
         return program
 
@@ -434,7 +427,7 @@ class ExactPosteriorEM:
         if not any(g.observed for g in program.graph.groups):
             raise UsageError(
                 message(
-                    "fit",
+                    "ExactPosteriorEM",
                     "the model has no observation.",
                     "its evidence is constant, so that there is nothing to learn from",
                     ["pass data to pyro.sample(..., obs=...)", "check that data is not None"],
@@ -443,7 +436,7 @@ class ExactPosteriorEM:
         if not program.graph.parameters:
             raise UsageError(
                 message(
-                    "fit",
+                    "ExactPosteriorEM",
                     "the model has no parameters.",
                     "EM maximises the evidence over parameters",
                     [
@@ -462,6 +455,8 @@ class ExactPosteriorEM:
                     ["leave subsample_size out"],
                 )
             )
+        for note in program.notes:
+            warnings.warn(note, PyroEMWarning, stacklevel=3)
         return program
 
     def _as_posterior(
@@ -482,165 +477,6 @@ class ExactPosteriorEM:
             )
         return q
 
-    def _e_step(self, program: Program) -> _Iterate:
-        evaluation = program.evaluate()
-        return _Iterate(evaluation, program.posterior(evaluation))
-
-    def _advance(self, program: Program, at: _Iterate, *, verify: bool) -> _Iterate:
-        """One M-step from the E-step ``at``, and the E-step at the new parameters."""
-        origin = _snapshot(program)
-        program.m_step(at.q.counts, at.evaluation)
-        if verify and program.compiled:
-            off = program.disagreements()
-            if off:
-                site, argument = off[0]
-                warnings.warn(
-                    message(
-                        f"site '{site}', argument '{argument}'",
-                        "it is not what the compiled plan predicts; continuing on the generic path.",
-                        "the model changes in a way that its autograd graph does not show",
-                        ["avoid detach, .item() and branches on parameters in the model"],
-                    ),
-                    PyroEMWarning,
-                    stacklevel=4,
-                )
-                _restore(program, origin)
-                distrust(program, off)
-                at = self._e_step(program)
-                program.m_step(at.q.counts, at.evaluation)
-        try:
-            return self._e_step(program)
-        except BaseException:
-            _restore(program, origin)
-            raise
-
-    def _as_step(
-        self, program: Program, index: int, before: _Iterate, after: _Iterate, begin: float
-    ) -> EMStep:
-        assert before.q.log_evidence is not None
-        bound = expected_log_joint(before.q.counts, after.evaluation.tables) + before.q.entropy()
-        return EMStep(
-            index,
-            before.q.log_evidence,
-            before.q.log_evidence,
-            bound,
-            before.q,
-            {n: p.value() for n, p in program.graph.parameters.items()},
-            time.perf_counter() - begin,
-        )
-
-    def _one_start(
-        self,
-        program: Program,
-        init: Any,
-        generator: torch.Generator,
-        max_steps: int,
-        tol: float,
-        callbacks: Sequence[Callable[[EMStep], Any]],
-        bar: _Bar,
-        r: int,
-        begin: float,
-    ) -> _Run:
-        run = _Run(_snapshot(program))
-        try:
-            self._apply_init(program, init, generator)
-            apply_floors(program.graph, program.updates)
-            at = self._e_step(program)
-        except DegenerateError as error:
-            if r == 0:
-                raise
-            run.status, run.message = EMStatus.DEGENERATE, str(error)
-            return run
-        run.record(program, at)
-        if r == 0:
-            _warn_if_symmetric(at.q)
-        eps = torch.finfo(program.graph.dtype).eps
-        try:
-            for index in range(max_steps):
-                before = at
-                at = self._advance(program, before, verify=index == 0)
-                if self._fell(program, before, at, eps):
-                    _restore(program, run.parameters)
-                    run.status = EMStatus.FELL
-                    break
-                step = self._as_step(program, index, before, at, begin)
-                run.entering.append(step.elbo)
-                run.after.append(step.after_m_step)
-                run.record(program, at)
-                assert at.q.log_evidence is not None
-                bar.update(r, at.q.log_evidence)
-                if any(callback(step) is True for callback in callbacks):
-                    run.status = EMStatus.STOPPED
-                    break
-                status = _should_stop([*run.entering, at.q.log_evidence], tol, eps)
-                if status is not None:
-                    run.status = status
-                    break
-        except DegenerateError as error:
-            run.status, run.message = EMStatus.DEGENERATE, str(error)
-        except KeyboardInterrupt:
-            run.status = EMStatus.INTERRUPTED
-            _restore(program, run.parameters)
-        stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
-        if stopped and run.last is not None and _is_symmetric(run.last.q):
-            run.status = EMStatus.SYMMETRIC
-        return run
-
-    def _apply_init(self, program: Program, init: Any, generator: torch.Generator) -> None:
-        if init is None:
-            return
-        evaluation = program.evaluate()
-        if isinstance(init, str) and init in ("random", "random hard"):
-            if not program.graph.latents:
-                return
-            counts = random_counts(
-                evaluation.graph,
-                program.contraction,
-                evaluation.tables,
-                generator=generator,
-                hard=init == "random hard",
-            )
-        elif isinstance(init, Mapping):
-            counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, init)
-        else:
-            raise UsageError(
-                message(
-                    "init",
-                    f"{init!r} is not understood.",
-                    fixes=["use None, 'random', or {site: labels or probabilities}"],
-                )
-            )
-        program.m_step(counts, evaluation)
-
-    def _fell(self, program: Program, before: _Iterate, after: _Iterate, eps: float) -> bool:
-        """Promise: the objective never falls; a fall is reported with the site that did it."""
-        old, new = before.q.log_evidence, after.q.log_evidence
-        assert old is not None and new is not None
-        allowed = (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(old))
-        if new >= old - allowed or not program.plan().is_monotone:
-            return False
-        losses = {}
-        for g in range(len(program.graph.groups)):
-            change = float(dot(before.q.counts[g], after.evaluation.tables[g])) - float(
-                dot(before.q.counts[g], before.evaluation.tables[g])
-            )
-            losses[g] = change
-        worst = min(losses, key=losses.__getitem__)
-        group = program.graph.groups[worst]
-        names = ", ".join(f"'{n}'" for n in group.params) or "none"
-        warnings.warn(
-            message(
-                f"site '{group.members[0]}', parameters {names}",
-                f"the log evidence fell from {old:.9g} to {new:.9g}; the expected log joint of this "
-                f"site changed by {losses[worst]:.3g}. The parameters before the fall were kept.",
-                "an exact EM step cannot do that: rounding, or a model that hides a dependence",
-                ["use float64", "avoid detach and branches on parameters in the model"],
-            ),
-            PyroEMWarning,
-            stacklevel=4,
-        )
-        return True
-
     def _check_fit_arguments(
         self,
         args: tuple,
@@ -649,6 +485,7 @@ class ExactPosteriorEM:
         max_steps: int,
         tol: float,
         num_restarts: int,
+        callbacks: Iterable[Any],
     ) -> None:
         given = [n for n, v in stochastic.items() if v is not None]
         if given:
@@ -676,273 +513,55 @@ class ExactPosteriorEM:
                     "max_steps and tol cannot be negative, num_restarts is at least one",
                 )
             )
-        target = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        try:
-            parameters = list(inspect.signature(target).parameters.values())
-        except (TypeError, ValueError):
-            return
-        left = parameters[len(args) :]
-        clash = [p.name for p in left if p.name in _FIT_KEYWORDS]
-        if clash:
+        callbacks_ok = all(callable(c) for c in callbacks)
+        if not callbacks_ok:
             raise UsageError(
                 message(
                     "fit",
-                    f"the model's argument '{clash[0]}' is also a keyword of fit.",
+                    "callbacks holds something that cannot be called.",
+                    fixes=["pass a list of functions of one EMStep: callbacks=[watch]"],
+                )
+            )
+        self._check_collisions(args, _FIT_KEYWORDS, "fit")
+
+    def _signature(self) -> list[inspect.Parameter]:
+        target = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
+        try:
+            return list(inspect.signature(target).parameters.values())
+        except (TypeError, ValueError):
+            return []
+
+    def _check_collisions(self, args: tuple, keywords: Iterable[str], method: str) -> None:
+        """Refuse a model whose argument could not be told from a keyword of a method."""
+        left = self._signature()[len(args) :]
+        clash = [p for p in left if p.name in tuple(keywords)]
+        if clash:
+            by_position = clash[0].kind is not inspect.Parameter.KEYWORD_ONLY
+            raise UsageError(
+                message(
+                    method,
+                    f"the model's argument '{clash[0].name}' is also a keyword of {method}.",
                     "it could not be passed to the model by name",
-                    ["pass it by position", "rename it in the model"],
+                    (["pass it by position"] if by_position else []) + ["rename it in the model"],
                 )
             )
 
-    def _as_result(
-        self,
-        program: Program,
-        run: _Run,
-        runs: Sequence[_Run],
-        init: Any,
-        seed: int | None,
-        num_restarts: int,
-        begin: float,
-    ) -> EMResult:
-        assert run.last is not None
-        if program.compiled and run.num_steps:
-            off = program.disagreements()
-            if off:
-                site, argument = off[0]
-                warnings.warn(
-                    message(
-                        f"site '{site}', argument '{argument}'",
-                        "at the end of the fit it differs from the compiled plan.",
-                        "the model changes in a way that its autograd graph does not show; the "
-                        "result's evidence has been computed from the model itself",
-                        ["avoid detach, .item() and branches on parameters in the model"],
-                    ),
-                    PyroEMWarning,
-                    stacklevel=3,
-                )
-                distrust(program, off)
-                run.last = self._e_step(program)
-        q = run.last.q
-        assert q.log_evidence is not None
-        text = run.message or run.status.value
-        if run.status is EMStatus.DEGENERATE:
-            warnings.warn(text, PyroEMWarning, stacklevel=3)
-        parameters = program.graph.parameters
-        rows = _num_rows(program)
-        if num_restarts > 1:
-            start = f"best of {len(runs)} starts"
-        elif init is None:
-            start = "values in the model"
-        else:
-            start = init if isinstance(init, str) else "given: " + ", ".join(init)
-        values = {n: p.value() for n, p in parameters.items()}
-        zeros = {n: v == 0 for n, v in run.initial_values.items()}
-        logger.info("fit: %s log evidence %.6f", run.status.name, q.log_evidence)
-        return EMResult(
-            params=values,
-            log_evidence=q.log_evidence,
-            elbo=q.log_evidence,
-            posterior=q,
-            history=History(tuple(run.entering), tuple(run.after)),
-            converged=run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
-            status=run.status,
-            message=text,
-            num_steps=run.num_steps,
-            total_steps=self._total_steps,
-            seconds=time.perf_counter() - begin,
-            plan=program.plan(),
-            rate=_rate([*run.entering, q.log_evidence]),
-            starts=tuple(r.log_evidence for r in runs),
-            num_rows=rows,
-            num_free_parameters=free_parameters(parameters, program.updates, zeros),
-            start=start,
-            seed=seed,
-            dtype=program.graph.dtype,
-            _standard_errors=lambda: _standard_errors(program, values),
-        )
-
-
-@dataclass(eq=False)
-class _Run:
-    """One start: its path and where it stands."""
-
-    parameters: dict[str, Tensor]
-    status: EMStatus = EMStatus.MAX_STEPS
-    message: str = ""
-    last: _Iterate | None = None
-
-    def __post_init__(self) -> None:
-        self.entering: list[float] = []
-        self.after: list[float] = []
-        self.initial_values: dict[str, Tensor] = {}
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.entering)
-
-    @property
-    def log_evidence(self) -> float:
-        if self.last is None or self.last.q.log_evidence is None:
-            return math.nan
-        return self.last.q.log_evidence
-
-    def record(self, program: Program, at: _Iterate) -> None:
-        """Remember parameters and E-step of the last complete step."""
-        if not self.initial_values:
-            self.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
-        self.parameters, self.last = _snapshot(program), at
-
-
-def _best(runs: Sequence[_Run]) -> _Run:
-    """The best evidence among sound starts; a degenerate one only where there is no other."""
-    usable = [r for r in runs if r.last is not None]
-    sound = [r for r in usable if r.status is not EMStatus.DEGENERATE]
-    return max(sound or usable, key=lambda r: r.log_evidence)
-
-
-def _snapshot(program: Program) -> dict[str, Tensor]:
-    return {n: p.unconstrained.detach().clone() for n, p in program.graph.parameters.items()}
-
-
-def _restore(program: Program, values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            program.graph.parameters[name].unconstrained.copy_(value)
-
-
-def _should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | None:
-    """The stopping rule: estimated remaining gain g a / (1 − a), or rounding."""
-    if tol == 0:
-        return None
-    gains = [b - a for a, b in pairwise(path)]
-    if len(gains) < 6:
-        return None
-    rounding = 8 * eps * max(1.0, abs(path[-1]))
-    if all(abs(g) <= rounding for g in gains[-2:]):
-        return EMStatus.ROUNDING
-    last = gains[-6:]
-    if min(last) <= 0:
-        return None
-    ratio = max(b / a for a, b in pairwise(last))
-    if ratio >= 1:
-        return None
-    remaining = last[-1] * ratio / (1 - ratio)
-    return EMStatus.CONVERGED if last[-1] < tol and remaining < tol else None
-
-
-def _rate(path: Sequence[float]) -> float | None:
-    gains = [b - a for a, b in pairwise(path)]
-    rounding = 1e-13 * max(1.0, abs(path[-1]))
-    clear = [g for g in gains if g > rounding]
-    if len(clear) < 3:
-        return None
-    return clear[-1] / clear[-2]
-
-
-def _is_symmetric(q: Posterior) -> bool:
-    """Whether the data say nothing of any latent: every posterior equals its prior."""
-    if not q.graph.latents:
-        return False
-    informative = {
-        d
-        for g in q.graph.groups
-        if g.observed
-        for dims in g.dims
-        for d in dims
-        if d in q.graph.latents
-    }
-    if not informative or all(q.graph.latents[n].size == 1 for n in informative):
-        return False
-    for group, table in zip(q.graph.groups, q.tables, strict=True):
-        if not group.observed:
-            continue
-        for i, dims in enumerate(group.dims):
-            axes = [k for k, d in enumerate(dims) if d in q.graph.latents]
-            if not axes:
+    def _check_model_keywords(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse a keyword that neither the method nor the model knows."""
+        parameters = self._signature()
+        if not parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+            return
+        known = [p.name for p in parameters]
+        for name in kwargs:
+            if name in known:
                 continue
-            part = table[i]
-            low, high = part.amin(axes), part.amax(axes)
-            near = high - low <= 1e-9 * high.abs().clamp(min=1.0)
-            if not bool((near | (low == high)).all()):
-                return False
-    return True
-
-
-def _warn_if_symmetric(q: Posterior) -> None:
-    if _is_symmetric(q):
-        names = ", ".join(f"'{n}'" for n in list(q.graph.latents)[:3])
-        warnings.warn(
-            message(
-                f"latents {names}",
-                "the start is symmetric: every value explains the data equally well.",
-                "EM cannot leave such a saddle; all components stay equal",
-                [
-                    "fit(..., init='random', seed=0)",
-                    "give the components different initial values",
-                ],
-            ),
-            PyroEMWarning,
-            stacklevel=5,
-        )
-
-
-def _num_rows(program: Program) -> float:
-    """Elements of the outermost data plate, weighted by sample weights."""
-    structure = program.structure
-    observed = [i for i in structure.sites.values() if i.observed and i.plates]
-    if not observed:
-        return 1.0
-    shared = set.intersection(*(set(i.plates) for i in observed)) or set(observed[0].plates)
-    outermost = min(shared, key=lambda p: structure.plates[p].dim)
-    size = structure.plates[outermost].size
-    for group in program.graph.groups:
-        for i, scale in enumerate(group.scale):
-            dims = group.dims[i]
-            if isinstance(scale, Tensor) and group.observed and outermost in dims:
-                axis = dims.index(outermost)
-                if scale.shape[axis] == size:
-                    axes = [k for k in range(scale.dim()) if k != axis]
-                    return float((scale.amax(axes) if axes else scale).sum())
-    return float(structure.plates[outermost].full_size)
-
-
-def _standard_errors(program: Program, values: Mapping[str, Tensor]) -> StandardErrors:
-    from pyro_em.m_step import Fixed
-
-    parameters = program.graph.parameters
-    free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
-    order = range(len(program.graph.groups))
-
-    def log_evidence(moved: Mapping[str, Tensor]) -> Tensor:
-        from pyro_em.contraction import contract, evidence
-
-        fixed = {n: p.value() for n, p in parameters.items() if n not in moved}
-        tables = program.log_densities_at({**fixed, **moved}, list(order))
-        flat = [part for g in order for part in tables[g].to(torch.float64).unbind(0)]
-        return evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
-
-    with parameters_at(parameters, values):
-        return observed_information(free, log_evidence)
-
-
-class _Bar:
-    """The progress bar: evidence per step, over all starts."""
-
-    def __init__(self, progress: bool | None, max_steps: int, starts: int) -> None:
-        disable = None if progress is None else not progress
-        self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
-        self.max_steps, self.starts, self.current = max_steps, starts, 0
-
-    def update(self, start: int, log_evidence: float) -> None:
-        if start != self.current:
-            self.bar.n = start * self.max_steps
-            self.current = start
-        label = f"EM start {start + 1}/{self.starts}" if self.starts > 1 else "EM"
-        self.bar.set_description(label, refresh=False)
-        self.bar.set_postfix_str(f"log evidence {log_evidence:.6f}", refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-__all__ = ["ExactPosteriorEM", "run_contraction"]
+            near = difflib.get_close_matches(name, [*_FIT_KEYWORDS, *known], n=1)
+            raise UsageError(
+                message(
+                    f"keyword '{name}'",
+                    "neither the method nor the model has such an argument"
+                    + (f"; did you mean '{near[0]}'?" if near else "."),
+                    "keywords that are not the method's own go to the model",
+                    ["the model takes: " + ", ".join(known)],
+                )
+            )

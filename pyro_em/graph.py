@@ -8,6 +8,7 @@ and updated by one call.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, ModelError, Problem, message, raise_problems
+from pyro_em.advice import on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
-from pyro_em.structure import SiteInfo, Structure, frames_of, mask_tensor
+from pyro_em.findings import mask_tensor
+from pyro_em.structure import SiteInfo, Structure, frames_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +259,14 @@ def trace_graph(
                 ["use torch.where or indexing instead of Python branches on random values"],
             )
         )
+    if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
+        raise_problems([too_many_dimensions(list(structure.latents))])
     layout = _Layout(sites, structure)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
+    for name in structure.sites:
+        layout.find_out_of_scope(name)
+    if layout.problems:
+        raise_problems(layout.problems)
     factors = [layout.factor(name, leaves if with_bindings else None) for name in structure.sites]
     if layout.problems:
         raise_problems(layout.problems)
@@ -295,59 +304,9 @@ def _run_enumerated(
                 ["raise max_enumeration", "let each factor depend on fewer latents"],
             )
         ) from None
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise ModelError(_enumeration_message(error, structure)) from error
-
-
-def _enumeration_message(error: Exception, structure: Structure) -> str:
-    text = str(error)
-    names = ", ".join(f"'{n}'" for n in structure.latents[:5])
-    floats = [
-        n for n in structure.latents if structure.sites[n].distribution in ("Bernoulli", "Binomial")
-    ]
-    where = f"latent {names}" if len(structure.latents) == 1 else f"latents {names}"
-    if "tensors used as indices" in text or "only integer tensors" in text:
-        shown = ", ".join(f"'{n}'" for n in floats) or names
-        return message(
-            f"site {shown}",
-            "its value is used as an index, but Bernoulli and Binomial values are floats.",
-            "torch indexes with integers only",
-            ["index with z.long()"],
-        )
-    if "Boolean value of Tensor" in text or "is ambiguous" in text:
-        return message(
-            where,
-            "the model branches on an enumerated value (`if z:`).",
-            "all values of a latent are present at once, so that a Python branch has no single answer",
-            ["use torch.where(z.bool(), a, b)", "index a parameter: torch.stack([b, a])[z.long()]"],
-        )
-    if "a Tensor with" in text and "cannot be converted to Scalar" in text:
-        return message(
-            where,
-            "the model turns an enumerated value into a Python number (.item(), int(), float()).",
-            "all values of a latent are present at once",
-            ["keep it a tensor and index or broadcast with it"],
-        )
-    if "64 dim" in text or "too many dimensions" in text.lower():
-        return message(
-            where,
-            f"{len(structure.latents)} enumerated sites need more dimensions than torch's 64.",
-            "outside pyro.markov every enumerated site keeps its dimension for good",
-            [
-                "write a chain as: for t in pyro.markov(range(T)): ...",
-                "write a tree with nested `with pyro.markov():` scopes",
-                "put independent latents into a pyro.plate",
-            ],
-        )
-    return message(
-        where,
-        f"the model fails when its latents are enumerated: {type(error).__name__}: {text}",
-        "an enumerated value has extra dimensions on the left, one per latent",
-        [
-            "index with the latent from the left and use ... for the rest: mu[z], Vindex(A)[..., z, :]",
-            "do not reshape, concatenate or loop over a latent's value",
-        ],
-    )
+    except Exception as error:
+        latents = {n: structure.sites[n].distribution for n in structure.latents}
+        raise ModelError(str(on_failure(error, latents, enumerated=True))) from error
 
 
 class _Layout:
@@ -386,7 +345,7 @@ class _Layout:
         site, info = self.sites[name], self.structure.sites[name]
         fn, value = site["fn"], site["value"]
         visible = site["infer"].get("_dim_to_id", {})
-        scope = self._scope(name, info, visible, fn, value)
+        scope = self._scope(info, visible, fn, value)
         plate_dims = [self.structure.plates[p].dim for p in info.plates]
         dims: list[int | None] = [*plate_dims]
         # A latent of one value has no dimension of its own: Pyro may give it to another.
@@ -466,28 +425,48 @@ class _Layout:
         site = self.sites[name]
         return site["value"].shape[self.dim_of[name] - site["fn"].event_dim]
 
-    def _scope(
-        self, name: str, info: SiteInfo, visible: Mapping[int, int], fn: Any, value: Tensor
-    ) -> list[str]:
-        shown = set(visible.values())
-        scope = []
-        for latent in info.scope:
+    def find_out_of_scope(self, name: str) -> None:
+        """Note every latent that a site reads outside the latent's markov scope."""
+        site = self.sites[name]
+        shown = set(site["infer"].get("_dim_to_id", {}).values())
+        for latent in self.structure.sites[name].scope:
             if self.id_of[latent] in shown or self._support_size(latent) == 1:
-                scope.append(latent)
                 continue
+            if site["infer"].get("_markov_scope") is None:
+                fixes: tuple[str, ...] = (
+                    f"move site '{name}' into the loop, beside '{latent}'",
+                    "replace pyro.markov(range(T), history=...) by range(T) if T is small",
+                )
+            else:
+                fixes = (
+                    "raise history= of the pyro.markov that holds them to the number of steps "
+                    f"between them: pyro.markov(range(T), history={self._lag(latent, shown)})",
+                    f"read '{latent}' only in steps within its history",
+                )
             self.problems.append(
                 Problem(
                     f"site '{name}'",
                     f"it uses latent '{latent}' outside that latent's pyro.markov scope.",
                     "the latent's dimension is reused by then, and Pyro would compute a wrong "
                     "density in silence",
-                    (
-                        "raise history= of the pyro.markov that holds them, for instance "
-                        "pyro.markov(range(T), history=2)",
-                        f"read '{latent}' only in steps within its history",
-                    ),
+                    fixes,
                 )
             )
+
+    def _lag(self, latent: str, shown: set[int]) -> int:
+        """Steps between a latent and the latest one of its kind that is visible."""
+
+        def stem(name: str) -> str:
+            return re.sub(r"\d+", "#", name)
+
+        kind = [n for n in self.structure.latents if stem(n) == stem(latent)]
+        visible = [i for i, n in enumerate(kind) if self.id_of[n] in shown]
+        return max(2, max(visible, default=0) - kind.index(latent))
+
+    def _scope(
+        self, info: SiteInfo, visible: Mapping[int, int], fn: Any, value: Tensor
+    ) -> list[str]:
+        scope = list(info.scope)
         # Dimensions that the tags did not show (a value that left torch and came back).
         shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
         for dim, ident in visible.items():

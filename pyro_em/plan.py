@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pyro_em._errors import ModelError, message
+from pyro_em._errors import Problem
+from pyro_em.advice import sites_in_words
 from pyro_em.contraction import ContractionPlan, plan_contraction
 from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares, ParameterUpdate
 from pyro_em.structure import Structure
@@ -174,37 +175,32 @@ def contraction_from_structure(structure: Structure) -> ContractionPlan:
     )
 
 
-def check_budget(structure: Structure, plan: ContractionPlan, limit: int) -> None:
-    """Refuse an enumeration past the budget, before it is paid.
-
-    Raises:
-        ModelError: With the size of the largest table.
-    """
+def budget_problems(structure: Structure, plan: ContractionPlan, limit: int) -> list[Problem]:
+    """An enumeration past the budget, with the size of its largest table."""
     if plan.cells <= limit:
-        return
+        return []
     latents = [d for d in plan.largest if d in structure.latents]
-    shown = ", ".join(f"'{n}'" for n in latents[:5]) + (", …" if len(latents) > 5 else "")
     size = f"{plan.cells:,}" if plan.cells < 10**15 else f"{plan.cells:.3g}"
     coupling = [i.name for i in structure.sites.values() if len(set(i.scope) & set(latents)) > 2]
     why = f"{len(latents)} latents meet in one table"
     if coupling:
         why += f", coupled by site '{coupling[0]}'"
-    raise ModelError(
-        message(
-            f"latents {shown}",
+    return [
+        Problem(
+            sites_in_words(latents),
             f"enumerating them needs a table of {size} cells; the budget is "
             f"max_enumeration={limit:,}.",
             why,
-            [
+            (
                 "let each observation depend on fewer latents",
                 "pass a larger max_enumeration if memory allows (8 bytes a cell, a few copies)",
                 "fit a subset of the data",
-            ],
+            ),
         )
-    )
+    ]
 
 
-def routes_of(structure: Structure, distributions: Mapping[str, str]) -> tuple[Route, ...]:
+def routes_of(structure: Structure) -> tuple[Route, ...]:
     """The route of every unobserved site."""
     routes = []
     for name in structure.latents:
@@ -219,11 +215,11 @@ def routes_of(structure: Structure, distributions: Mapping[str, str]) -> tuple[R
                 "finite support, exact sum",
             )
         )
-    for name in structure.barren:
+    for name, distribution in structure.barren.items():
         routes.append(
             Route(
                 name,
-                distributions.get(name, ""),
+                distribution,
                 "integrates to one",
                 None,
                 (),

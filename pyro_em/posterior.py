@@ -195,7 +195,7 @@ def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> 
             )
     result = run_contraction(graph, plan, log_densities)
     if not bool(torch.isfinite(result.log_evidence)):
-        _refuse_impossible(graph, result, log_densities)
+        _refuse_impossible(graph, plan, log_densities)
     _check_sums(graph, result)
     return result
 
@@ -206,37 +206,42 @@ def _where(graph: FactorGraph, group: Group, index: tuple[int, ...]) -> str:
     return "at " + ", ".join(shown) if shown else ""
 
 
-def _refuse_impossible(graph: FactorGraph, result: EStep, tables: Tables) -> None:
-    where, site = "", ""
-    for dims, term in result.terms:
+def _refuse_impossible(graph: FactorGraph, plan: ContractionPlan, tables: Tables) -> None:
+    """Name the first observed site, in model order, that no assignment can explain, and its row."""
+    observed = [
+        (g, i, name)
+        for g, group in enumerate(graph.groups)
+        if group.observed
+        for i, name in enumerate(group.members)
+    ]
+    order = {name: k for k, name in enumerate(graph.structure.sites)}
+    observed.sort(key=lambda item: order[item[2]])
+
+    def terms_of_first(n: int) -> list[tuple[tuple[str, ...], Tensor]]:
+        """The evidence of the first n observed sites alone."""
+        kept = [t.clone() for t in tables]
+        for g, i, _ in observed[n:]:
+            kept[g][i] = 0.0
+        return run_contraction(graph, plan, kept).terms
+
+    def impossible(n: int) -> bool:
+        return any(bool((t == -torch.inf).any()) for _, t in terms_of_first(n))
+
+    low, high = 0, len(observed)  # possible with `low` sites, impossible with `high`
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if impossible(middle) else (middle, high)
+    row = ""
+    for dims, term in terms_of_first(high):
         if bool((term == -torch.inf).any()):
             index = (term == -torch.inf).nonzero()[0]
-            where = ", ".join(f"{d} = {int(i)}" for d, i in zip(dims, index, strict=True))
+            row = ", ".join(f"{d} = {int(i)}" for d, i in zip(dims, index, strict=True))
             break
-    # Prefer the observed site whose density is zero under every value of its latents.
-    for group, table in zip(graph.groups, tables, strict=True):
-        if not group.observed:
-            continue
-        n_latent = table.dim() - 1 - group.n_plates
-        worst = table.amax(tuple(range(-n_latent, 0))) if n_latent else table
-        if bool((worst == -torch.inf).any()):
-            index = tuple(int(i) for i in (worst == -torch.inf).nonzero()[0])
-            site = group.members[index[0]]
-            where = ", ".join(
-                f"{d} = {i}" for d, i in zip(group.dims[index[0]], index[1:], strict=False)
-            )
-            break
-    names = (
-        f"site '{site}'"
-        if site
-        else "observed sites "
-        + ", ".join(f"'{m}'" for g in graph.groups if g.observed for m in g.members[:2])
-    )
     raise DataError(
         message(
-            names,
+            f"site '{observed[high - 1][2]}'" if observed else "model",
             "the data are impossible under the model (log evidence −inf)"
-            + (f", first at {where}." if where else "."),
+            + (f", first at {row}." if row else "."),
             "every assignment of the latents has a probability of exactly zero",
             [
                 "check for exact zeros in probabilities (structural zeros stay zero)",
@@ -617,7 +622,8 @@ def product_posterior(
                     "plates first, left to right, the support last",
                 )
             )
-        if bool((p < 0).any()) or float((p.sum(-1) - 1).abs().max()) > 1e-5:
+        # Written so that NaN fails too.
+        if not bool((p >= 0).all()) or not float((p.sum(-1) - 1).abs().max()) <= 1e-5:
             raise UsageError(
                 message(
                     f"q['{name}']",

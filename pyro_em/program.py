@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, UsageError, message
+from pyro_em._errors import ModelError, UsageError, message, raise_problems
 from pyro_em.contraction import ContractionPlan
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Gradient
 from pyro_em.plan import (
     Plan,
-    check_budget,
+    budget_problems,
     contraction_from_structure,
     edges_of,
     routes_of,
@@ -68,7 +68,6 @@ class Program:
         updates: What was decided per parameter.
         compiled: Whether evaluations skip the model.
         notes: Warnings in words.
-        distributions: Distributions of barren sites, for the plan.
     """
 
     model: _pyro.Model
@@ -176,9 +175,8 @@ class Program:
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
-        kinds = dict.fromkeys(self.structure.barren, "")
         return Plan(
-            routes_of(self.structure, kinds),
+            routes_of(self.structure),
             self.updates,
             self.contraction.cells,
             self.contraction.largest,
@@ -225,6 +223,7 @@ def build_program(
     max_plate_nesting: int | None,
     max_enumeration: int,
     first_look: bool = True,
+    guide_given: bool = False,
     compile_plan: bool = True,
 ) -> Program:
     """Look at a model and its data, decide everything, pay nothing yet.
@@ -237,18 +236,31 @@ def build_program(
         max_plate_nesting: As the user gave it.
         max_enumeration: The budget in cells.
         first_look: Whether the plain run may advance the random state.
+        guide_given: Whether the user gave a guide, for the wording of findings.
         compile_plan: Whether to compile where that is provably right.
 
     Raises:
         PyroEMError: If the model cannot be treated exactly, with all findings.
     """
-    structure = examine(
-        model, args, kwargs, max_plate_nesting=max_plate_nesting, first_look=first_look
+    structure, problems = examine(
+        model,
+        args,
+        kwargs,
+        max_plate_nesting=max_plate_nesting,
+        first_look=first_look,
+        guide_given=guide_given,
     )
-    check_budget(structure, contraction_from_structure(structure), max_enumeration)
+    n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
+    try:
+        cost = contraction_from_structure(structure)
+        found = budget_problems(structure, cost, max_enumeration)
+    except ModelError as error:
+        found = [] if problems else list(error.problems)
+    problems[n_latent:n_latent] = found
+    if problems:
+        raise_problems(problems)
     graph = trace_graph(model, args, kwargs, structure, limit=max(max_enumeration, 2**20))
     contraction = contraction_of(graph)
-    check_budget(structure, contraction, max_enumeration)
     notes = tuple(check_scales(graph, contraction))
     wishes = _matched(requested, graph)
     updates = decide_updates(graph, wishes)

@@ -98,10 +98,12 @@ def _log_unary(graph: FactorGraph, latent: Latent, name: str, given: Tensor) -> 
         [*own, latent.size],
     ):
         p = given.to(torch.float64).reshape(*sizes, latent.size)
-        if bool((p < 0).any()) or bool((p.sum(-1) <= 0).any()):
+        if not bool((p >= 0).all()) or not bool((p.sum(-1) > 0).all()):  # NaN fails too
             raise UsageError(
                 message(
-                    f"init['{name}']", "its rows are not probabilities.", "negative or all zero"
+                    f"init['{name}']",
+                    "its rows are not probabilities.",
+                    "a value is negative or NaN, or a row is all zero",
                 )
             )
         return torch.where(p > 0, p.clamp(min=1e-300).log(), -torch.inf)
@@ -111,6 +113,15 @@ def _log_unary(graph: FactorGraph, latent: Latent, name: str, given: Tensor) -> 
                 f"init['{name}']",
                 f"its shape is {tuple(given.shape)}.",
                 f"labels have shape {tuple(sizes)}, probabilities {(*sizes, latent.size)}",
+            )
+        )
+    if given.is_floating_point() and not bool((given == given.round()).all()):
+        raise UsageError(
+            message(
+                f"init['{name}']",
+                "labels must be whole numbers.",
+                "one label per element of the latent's plates",
+                ["pass integer labels", f"pass probabilities of shape {(*sizes, latent.size)}"],
             )
         )
     labels = given.long().reshape(sizes)

@@ -1,0 +1,315 @@
+"""Findings about a model, its parameters and its data, each as a `Problem` in four parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em import _pyro
+from pyro_em._errors import DataError, ModelError, Problem
+
+
+def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
+    """The conjunction of the masks on a site and on its distribution's wrappers."""
+    _, _, masks = _pyro.unwrap(site["fn"])
+    mask: Tensor | bool | None = None
+    for m in (site["mask"], *masks):
+        if m is None or m is True:
+            continue
+        mask = m if mask is None else mask & m
+    return mask
+
+
+def parameter_problems(run: _pyro.Run) -> list[Problem]:
+    """Two constraints, a stale shape, a value that is not finite."""
+    problems = []
+    for p in run.parameters.values():
+        where = f"parameter '{p.name}'"
+        if len(p.declared) > 1:
+            problems.append(
+                Problem(
+                    where,
+                    f"it is declared under {len(p.declared)} constraints: "
+                    + " and ".join(p.declared)
+                    + ".",
+                    "Pyro keeps the first and ignores the others in silence",
+                    ("give every pyro.param of this name the same constraint", "rename one"),
+                )
+            )
+        shape = p.value().shape
+        if p.initial_shape is not None and p.initial_shape != shape:
+            problems.append(
+                Problem(
+                    where,
+                    f"the param store holds a value of shape {tuple(shape)}, but the model now asks "
+                    f"for shape {tuple(p.initial_shape)}.",
+                    "Pyro would return the old value in silence",
+                    (
+                        "call pyro.clear_param_store() first",
+                        "run in a scope of its own: with pyro.get_param_store().scope(): ...",
+                    ),
+                )
+            )
+        if not bool(torch.isfinite(p.value()).all()):
+            problems.append(
+                Problem(
+                    where,
+                    "its current value is not finite.",
+                    "no exact step starts from there",
+                    ("give it a finite initial value", "call pyro.clear_param_store() first"),
+                )
+            )
+    return problems
+
+
+def latent_problems(
+    name: str,
+    site: Mapping[str, Any],
+    scopes: Mapping[str, frozenset[str]],
+    *,
+    guide_given: bool,
+) -> list[Problem]:
+    """A latent without an exact posterior."""
+    fn = site["fn"]
+    if _pyro.has_finite_support(fn):
+        return []
+    children = [n for n, scope in scopes.items() if name in scope and n != name]
+    because = "other sites depend on it: " + ", ".join(repr(c) for c in children[:5])
+    base, joined, _ = _pyro.unwrap(fn)
+    kind = type(base).__name__
+    if joined and _pyro.has_finite_support(base):
+        return [
+            Problem(
+                f"site '{name}'",
+                f"a latent vector of {kind} values (.to_event) cannot be enumerated.",
+                "its values would be all combinations of its elements",
+                (
+                    "put its dimension into a pyro.plate instead of .to_event, if the elements are "
+                    "independent given their parents",
+                    "use one Categorical over the combinations that matter",
+                ),
+            )
+        ]
+    if _pyro.is_discrete(fn):
+        return [
+            Problem(
+                f"site '{name}'",
+                f"a latent {kind} has infinite support and cannot be enumerated.",
+                because,
+                (
+                    "truncate it: a Categorical over the values 0 … K−1 that matter",
+                    "observe it",
+                ),
+            )
+        ]
+    return [
+        Problem(
+            f"site '{name}'",
+            f"a continuous latent ({kind}) has no exact posterior here and "
+            + ("the guide is not used by this version." if guide_given else "no guide was given."),
+            because,
+            (
+                "make it a parameter: pyro.param instead of pyro.sample",
+                "put it on a grid: a Categorical over grid points",
+                "observe it with obs=, or condition on it",
+            ),
+        )
+    ]
+
+
+def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
+    """A batch dimension outside every plate would silently meet an enumerated one."""
+    fn = site["fn"]
+    if not isinstance(site["value"], Tensor):
+        return []
+    frames = {f.dim: f for f in site["cond_indep_stack"] if f.dim is not None}
+    batch, event_dim = fn.batch_shape, fn.event_dim
+    value_shape = site["value"].shape
+    where = f"site '{name}'"
+    if site["is_observed"] and event_dim:
+        if value_shape[-event_dim:] != fn.event_shape:
+            return [
+                Problem(
+                    where,
+                    f"the observed value has shape {tuple(value_shape)}, whose last "
+                    f"{event_dim} dimension(s) should be {tuple(fn.event_shape)}.",
+                    f"the distribution's event shape is {tuple(fn.event_shape)}",
+                    ("pass data with that many features", "change the parameters' last dimension"),
+                    DataError,
+                )
+            ]
+        value_shape = value_shape[:-event_dim]
+    try:
+        shape = torch.broadcast_shapes(batch, value_shape) if site["is_observed"] else batch
+    except RuntimeError:
+        return [
+            Problem(
+                where,
+                f"the observed value has batch shape {tuple(value_shape)}, the distribution "
+                f"{tuple(batch)}; they do not broadcast.",
+                "each element of a plate needs its own observation",
+                ("make the plate's size that of the data",),
+                DataError,
+            )
+        ]
+    problems = []
+    for dim in range(-len(shape), 0):
+        if shape[dim] == 1:
+            continue
+        own = batch[dim] if len(batch) >= -dim else 1
+        if dim not in frames and own == 1:
+            problems.append(
+                Problem(
+                    where,
+                    f"the observed value has batch shape {tuple(value_shape)}, the distribution "
+                    f"{tuple(batch)}: dimension {dim} of size {shape[dim]} is outside every plate.",
+                    "it would be taken as repeated observations, or meet an enumerated dimension",
+                    (
+                        f"wrap the site in pyro.plate(..., {shape[dim]}, dim={dim})",
+                        ".to_event(1) if the last dimension holds the features of one observation",
+                        "drop a dimension of size one from the data: x.squeeze(-1)",
+                    ),
+                    DataError if frames else ModelError,
+                )
+            )
+        elif dim not in frames:
+            problems.append(
+                Problem(
+                    where,
+                    f"batch dimension {dim} of size {shape[dim]} is outside every plate.",
+                    "it would coincide with the dimension of an enumerated latent, and the evidence "
+                    "would be wrong in silence",
+                    (
+                        f"wrap the site in pyro.plate(..., {shape[dim]}, dim={dim})",
+                        ".to_event(n) if the dimension belongs to one observation",
+                    ),
+                )
+            )
+        elif frames[dim].size != shape[dim]:
+            problems.append(
+                Problem(
+                    where,
+                    f"plate '{frames[dim].name}' has size {frames[dim].size}, the site "
+                    f"{shape[dim]} in dimension {dim}.",
+                    "",
+                    (
+                        "make the plate's size that of the data's dimension",
+                        ".to_event(1) if the last dimension holds the features of one observation",
+                    ),
+                    DataError,
+                )
+            )
+    return problems
+
+
+def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
+    """Observed values that are no numbers, or that the distribution cannot produce."""
+    fn, value = site["fn"], site["value"]
+    masked_by_user = name.endswith("_observed") and site["mask"] is not None
+    where = f"site '{name.removesuffix('_observed') if masked_by_user else name}'"
+    if not isinstance(value, Tensor):
+        kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
+        return [
+            Problem(
+                where,
+                f"the observed value is a {kind}, not a tensor.",
+                "Pyro's densities take torch tensors",
+                ("pass torch.as_tensor(x)",),
+                DataError,
+            )
+        ]
+    if type(_pyro.unwrap(fn)[0]).__name__ == "Unit":
+        return []
+    if value.is_complex():
+        return [
+            Problem(
+                where,
+                "the observed values are complex.",
+                "no distribution here has a complex support",
+                ("observe x.real and x.imag",),
+                DataError,
+            )
+        ]
+    event_dim = fn.event_dim
+    bad = ~torch.isfinite(value) if value.is_floating_point() else torch.zeros_like(value).bool()
+    mask = mask_tensor(site)
+    if mask is False:
+        return []
+    if isinstance(mask, Tensor):
+        shown = mask.reshape(mask.shape + (1,) * event_dim)
+        try:
+            bad = bad & shown
+        except RuntimeError:
+            return []
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        nan = int((bad & torch.isnan(value)).sum())
+        count = int(bad.sum())
+        kind = "NaN" if nan == count else "infinite" if nan == 0 else "NaN or infinite"
+        rows = ".all(-1)" if event_dim else ""
+        remedy = f"pyro.sample(..., obs=x, obs_mask=torch.isfinite(x){rows})"
+        if masked_by_user:
+            fixes: tuple[str, ...] = (
+                f"set obs_mask to False there: obs_mask = obs_mask & torch.isfinite(x){rows}",
+            )
+            kind += " where obs_mask is True"
+        else:
+            fixes = (f"mark them as missing: {remedy}", "drop the rows that hold them")
+        return [
+            Problem(
+                where,
+                f"{count} of {value.numel()} observed values are {kind}, the first at index {first}.",
+                "a density cannot be evaluated there",
+                fixes,
+                DataError,
+            )
+        ]
+    try:
+        inside = fn.support.check(value)
+    except (NotImplementedError, AttributeError, RuntimeError):
+        return []
+    if isinstance(mask, Tensor):
+        inside = inside | ~mask
+    if bool(inside.all()):
+        return []
+    first = tuple(int(i) for i in (~inside).nonzero()[0])
+    count = int((~inside).sum())
+    base = type(_pyro.unwrap(fn)[0]).__name__
+    return [
+        Problem(
+            where,
+            f"{count} of {inside.numel()} observed values are outside the support of {base}, the "
+            f"first at index {first}.",
+            f"its support is {fn.support}",
+            ("check the data", "choose a distribution whose support holds them"),
+            DataError,
+        )
+    ]
+
+
+def scope_problems(
+    name: str, scope: Sequence[str], plates: Mapping[str, Sequence[str]]
+) -> list[Problem]:
+    """A latent of a plate that is read from outside the plate."""
+    problems = []
+    for latent in scope:
+        if latent == name or latent not in plates:
+            continue
+        outside = [p for p in plates[latent] if p not in plates[name]]
+        if outside:
+            problems.append(
+                Problem(
+                    f"site '{name}'",
+                    f"it reads latent '{latent}' of plate '{outside[0]}' from outside that plate.",
+                    "all elements of the plate would be coupled: an enumeration of "
+                    "K to the power of the plate's size",
+                    (
+                        f"put '{name}' inside plate '{outside[0]}'",
+                        "replace the plate by a Python loop if it is very small",
+                    ),
+                )
+            )
+    return problems

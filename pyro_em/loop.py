@@ -1,0 +1,352 @@
+"""The loop: E-step, M-step, E-step, …, with its promises, its stopping rule and its starts."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_em._errors import DataError, DegenerateError, PyroEMWarning, UsageError, message
+from pyro_em.advice import sites_in_words
+from pyro_em.m_step import apply_floors
+from pyro_em.posterior import Posterior, dot, expected_log_joint
+from pyro_em.program import Evaluation, Program, distrust
+from pyro_em.result import EMStatus, EMStep
+from pyro_em.starts import given_counts, random_counts
+
+
+@dataclass(eq=False)
+class Iterate:
+    """Where the loop stands: parameters are in the store, the E-step at them is here."""
+
+    evaluation: Evaluation
+    q: Posterior
+
+
+@dataclass(eq=False)
+class Run:
+    """One start: its path and where it stands."""
+
+    parameters: dict[str, Tensor]
+    status: EMStatus = EMStatus.MAX_STEPS
+    message: str = ""
+    last: Iterate | None = None
+    entering: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    initial_values: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """Complete steps."""
+        return len(self.entering)
+
+    @property
+    def log_evidence(self) -> float:
+        """At the last complete step; nan if there is none."""
+        if self.last is None or self.last.q.log_evidence is None:
+            return math.nan
+        return self.last.q.log_evidence
+
+    def record(self, program: Program, at: Iterate) -> None:
+        """Remember parameters and E-step of the last complete step."""
+        if not self.initial_values:
+            self.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
+        self.parameters, self.last = snapshot(program), at
+
+
+def e_step(program: Program) -> Iterate:
+    """The exact E-step at the parameters in the store."""
+    evaluation = program.evaluate()
+    return Iterate(evaluation, program.posterior(evaluation))
+
+
+def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
+    """One M-step from the E-step ``at``, and the E-step at the new parameters."""
+    origin = snapshot(program)
+    program.m_step(at.q.counts, at.evaluation)
+    if verify and program.compiled:
+        off = program.disagreements()
+        if off:
+            site, argument = off[0]
+            warnings.warn(
+                message(
+                    f"site '{site}', argument '{argument}'",
+                    "it is not what the compiled plan predicts; continuing on the generic path.",
+                    "the model changes in a way that its autograd graph does not show",
+                    ["avoid detach, .item() and branches on parameters in the model"],
+                ),
+                PyroEMWarning,
+                stacklevel=4,
+            )
+            restore(program, origin)
+            distrust(program, off)
+            at = e_step(program)
+            program.m_step(at.q.counts, at.evaluation)
+    try:
+        return e_step(program)
+    except BaseException:
+        restore(program, origin)
+        raise
+
+
+def as_step(program: Program, index: int, before: Iterate, after: Iterate, begin: float) -> EMStep:
+    """A step as users see it: the bound entering it and the bound after its M-step."""
+    assert before.q.log_evidence is not None
+    bound = expected_log_joint(before.q.counts, after.evaluation.tables) + before.q.entropy()
+    return EMStep(
+        index,
+        before.q.log_evidence,
+        before.q.log_evidence,
+        bound,
+        before.q,
+        {n: p.value() for n, p in program.graph.parameters.items()},
+        time.perf_counter() - begin,
+    )
+
+
+def run_start(
+    program: Program,
+    init: Any,
+    generator: torch.Generator,
+    max_steps: int,
+    tol: float,
+    callbacks: Sequence[Callable[[EMStep], Any]],
+    bar: Bar,
+    r: int,
+    begin: float,
+) -> Run:
+    """Run EM from one start until something stops it.
+
+    Args:
+        program: The model with its data.
+        init: The start: None, ``"random"``, ``"random hard"`` or {site: assignments}.
+        generator: Source of random starts.
+        max_steps: Steps at most.
+        tol: Estimated remaining gain at which to stop, in nats.
+        callbacks: Called with each step; one that returns True stops the run.
+        bar: The progress bar.
+        r: The start's number; only the first one may raise.
+        begin: When the fit began, for the steps' seconds.
+
+    Returns:
+        The run; the parameters in the store are those of its last complete step.
+    """
+    run = Run(snapshot(program))
+    try:
+        _apply_init(program, init, generator)
+        apply_floors(program.graph, program.updates)
+        at = e_step(program)
+    except (DegenerateError, DataError) as error:
+        if r == 0:
+            restore(program, run.parameters)
+            raise
+        run.status, run.message = EMStatus.DEGENERATE, str(error)
+        return run
+    run.record(program, at)
+    symmetric = is_symmetric(at.q)
+    if symmetric and bar.starts == 1:
+        _warn_symmetric(at.q)
+    eps = torch.finfo(program.graph.dtype).eps
+    try:
+        for index in range(max_steps):
+            before = at
+            at = advance(program, before, verify=index == 0)
+            if _fell(program, before, at, eps):
+                restore(program, run.parameters)
+                run.status = EMStatus.FELL
+                break
+            step = as_step(program, index, before, at, begin)
+            run.entering.append(step.elbo)
+            run.after.append(step.after_m_step)
+            run.record(program, at)
+            assert at.q.log_evidence is not None
+            bar.update(r, at.q.log_evidence)
+            if any(callback(step) is True for callback in callbacks):
+                run.status = EMStatus.STOPPED
+                break
+            status = should_stop([*run.entering, at.q.log_evidence], tol, eps)
+            if status is not None:
+                run.status = status
+                break
+    except (DegenerateError, DataError) as error:
+        run.status, run.message = EMStatus.DEGENERATE, str(error)
+    except KeyboardInterrupt:
+        run.status = EMStatus.INTERRUPTED
+        restore(program, run.parameters)
+    stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
+    if symmetric and stopped and run.last is not None and is_symmetric(run.last.q):
+        run.status = EMStatus.SYMMETRIC
+    return run
+
+
+def _apply_init(program: Program, init: Any, generator: torch.Generator) -> None:
+    if init is None:
+        return
+    evaluation = program.evaluate()
+    if isinstance(init, str) and init in ("random", "random hard"):
+        if not program.graph.latents:
+            return
+        counts = random_counts(
+            evaluation.graph,
+            program.contraction,
+            evaluation.tables,
+            generator=generator,
+            hard=init == "random hard",
+        )
+    elif isinstance(init, Mapping):
+        counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, init)
+    else:
+        raise UsageError(
+            message(
+                "init",
+                f"{init!r} is not understood.",
+                fixes=["use None, 'random', or {site: labels or probabilities}"],
+            )
+        )
+    program.m_step(counts, evaluation)
+
+
+def _fell(program: Program, before: Iterate, after: Iterate, eps: float) -> bool:
+    """Promise: the objective never falls; a fall is reported with the site that did it."""
+    old, new = before.q.log_evidence, after.q.log_evidence
+    assert old is not None and new is not None
+    allowed = (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(old))
+    if new >= old - allowed or not program.plan().is_monotone:
+        return False
+    losses = {}
+    for g in range(len(program.graph.groups)):
+        change = float(dot(before.q.counts[g], after.evaluation.tables[g])) - float(
+            dot(before.q.counts[g], before.evaluation.tables[g])
+        )
+        losses[g] = change
+    worst = min(losses, key=losses.__getitem__)
+    group = program.graph.groups[worst]
+    names = ", ".join(f"'{n}'" for n in group.params) or "none"
+    warnings.warn(
+        message(
+            f"site '{group.members[0]}', parameters {names}",
+            f"the log evidence fell from {old:.9g} to {new:.9g}; the expected log joint of this "
+            f"site changed by {losses[worst]:.3g}. The parameters before the fall were kept.",
+            "an exact EM step cannot do that: rounding, or a model that hides a dependence",
+            ["use float64", "avoid detach and branches on parameters in the model"],
+        ),
+        PyroEMWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """The best evidence among sound starts; a degenerate one only where there is no other."""
+    usable = [r for r in runs if r.last is not None]
+    sound = [r for r in usable if r.status is not EMStatus.DEGENERATE]
+    return max(sound or usable, key=lambda r: r.log_evidence)
+
+
+def snapshot(program: Program) -> dict[str, Tensor]:
+    """Copies of all unconstrained parameters."""
+    return {n: p.unconstrained.detach().clone() for n, p in program.graph.parameters.items()}
+
+
+def restore(program: Program, values: Mapping[str, Tensor]) -> None:
+    """Write a snapshot back, in place."""
+    with torch.no_grad():
+        for name, value in values.items():
+            program.graph.parameters[name].unconstrained.copy_(value)
+
+
+def should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | None:
+    """The stopping rule: estimated remaining gain g a / (1 − a), or rounding."""
+    if tol == 0:
+        return None
+    gains = [b - a for a, b in pairwise(path)]
+    if len(gains) < 6:
+        return None
+    rounding = 8 * eps * max(1.0, abs(path[-1]))
+    if all(abs(g) <= rounding for g in gains[-2:]):
+        return EMStatus.ROUNDING
+    last = gains[-6:]
+    if min(last) <= 0:
+        return None
+    ratio = max(b / a for a, b in pairwise(last))
+    if ratio >= 1:
+        return None
+    remaining = last[-1] * ratio / (1 - ratio)
+    return EMStatus.CONVERGED if last[-1] < tol and remaining < tol else None
+
+
+def rate_of_convergence(path: Sequence[float]) -> float | None:
+    """The last ratio of successive gains that is clear of rounding; None where there is none."""
+    gains = [b - a for a, b in pairwise(path)]
+    rounding = 1e-13 * max(1.0, abs(path[-1]))
+    clear = [g for g in gains if g > rounding]
+    if len(clear) < 3:
+        return None
+    return clear[-1] / clear[-2]
+
+
+def is_symmetric(q: Posterior) -> bool:
+    """Whether the data say nothing of any latent: each of its values explains them equally well."""
+    if not q.graph.latents:
+        return False
+    informative = False
+    for group, table in zip(q.graph.groups, q.tables, strict=True):
+        if not group.observed or (group.mask is not None and not bool(group.mask.any())):
+            continue
+        for i, dims in enumerate(group.dims):
+            axes = [k for k, d in enumerate(dims) if d in q.graph.latents and table[i].shape[k] > 1]
+            if not axes:
+                continue
+            informative = True
+            low, high = table[i].amin(axes), table[i].amax(axes)
+            near = high - low <= 1e-9 * high.abs().clamp(min=1.0)
+            if not bool((near | (low == high)).all()):
+                return False
+    return informative
+
+
+def _warn_symmetric(q: Posterior) -> None:
+    warnings.warn(
+        message(
+            sites_in_words(list(q.graph.latents)),
+            "the start is symmetric: every value explains the data equally well.",
+            "EM cannot leave such a saddle; all components stay equal",
+            [
+                "fit(..., init='random', seed=0)",
+                "give the components different initial values",
+            ],
+        ),
+        PyroEMWarning,
+        stacklevel=4,
+    )
+
+
+class Bar:
+    """The progress bar: evidence per step, over all starts."""
+
+    def __init__(self, progress: bool | None, max_steps: int, starts: int) -> None:
+        disable = None if progress is None else not progress
+        self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
+        self.max_steps, self.starts, self.current = max_steps, starts, 0
+
+    def update(self, start: int, log_evidence: float) -> None:
+        """One more step of a start."""
+        if start != self.current:
+            self.bar.n = start * self.max_steps
+            self.current = start
+        label = f"EM start {start + 1}/{self.starts}" if self.starts > 1 else "EM"
+        self.bar.set_description(label, refresh=False)
+        self.bar.set_postfix_str(f"log evidence {log_evidence:.6f}", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()

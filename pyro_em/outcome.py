@@ -1,0 +1,138 @@
+"""From a finished run to the `EMResult` that a user holds."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import PyroEMWarning, message
+from pyro_em.contraction import contract, evidence
+from pyro_em.loop import Run, e_step, rate_of_convergence
+from pyro_em.m_step import Fixed
+from pyro_em.posterior import scales_of
+from pyro_em.program import Program, distrust, parameters_at
+from pyro_em.result import EMResult, EMStatus, History, free_parameters
+from pyro_em.standard_errors import StandardErrors, standard_errors
+
+logger = logging.getLogger("pyro_em")
+
+
+def build_result(
+    program: Program,
+    run: Run,
+    runs: Sequence[Run],
+    init: Any,
+    seed: int | None,
+    num_restarts: int,
+    begin: float,
+    total_steps: int,
+) -> EMResult:
+    """Collect a run into a result; everything is at the returned parameters.
+
+    Args:
+        program: The model with its data; its parameters are those of ``run``.
+        run: The best run.
+        runs: All of them.
+        init: The start that the user asked for.
+        seed: The user's seed.
+        num_restarts: How many starts were asked for.
+        begin: When the fit began.
+        total_steps: Steps of all calls of ``fit`` so far.
+    """
+    assert run.last is not None
+    if program.compiled and run.num_steps:
+        off = program.disagreements()
+        if off:
+            site, argument = off[0]
+            warnings.warn(
+                message(
+                    f"site '{site}', argument '{argument}'",
+                    "at the end of the fit it differs from the compiled plan.",
+                    "the model changes in a way that its autograd graph does not show; the "
+                    "result's evidence has been computed from the model itself",
+                    ["avoid detach, .item() and branches on parameters in the model"],
+                ),
+                PyroEMWarning,
+                stacklevel=3,
+            )
+            distrust(program, off)
+            run.last = e_step(program)
+    q = run.last.q
+    assert q.log_evidence is not None
+    text = run.message or run.status.value
+    if run.status is EMStatus.DEGENERATE:
+        warnings.warn(text, PyroEMWarning, stacklevel=3)
+    parameters = program.graph.parameters
+    rows = _num_rows(program)
+    if num_restarts > 1:
+        start = f"best of {len(runs)} starts"
+    elif init is None:
+        start = "values in the model"
+    else:
+        start = init if isinstance(init, str) else "given: " + ", ".join(init)
+    values = {n: p.value() for n, p in parameters.items()}
+    zeros = {n: v == 0 for n, v in run.initial_values.items()}
+    logger.info("fit: %s log evidence %.6f", run.status.name, q.log_evidence)
+    return EMResult(
+        params=values,
+        log_evidence=q.log_evidence,
+        elbo=q.log_evidence,
+        posterior=q,
+        history=History(tuple(run.entering), tuple(run.after)),
+        converged=run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
+        status=run.status,
+        message=text,
+        num_steps=run.num_steps,
+        total_steps=total_steps,
+        seconds=time.perf_counter() - begin,
+        plan=program.plan(),
+        rate=rate_of_convergence([*run.entering, q.log_evidence]),
+        starts=tuple(r.log_evidence for r in runs),
+        num_rows=rows,
+        num_free_parameters=free_parameters(parameters, program.updates, zeros),
+        start=start,
+        seed=seed,
+        dtype=program.graph.dtype,
+        _standard_errors=lambda: _observed_information(program, values),
+    )
+
+
+def _num_rows(program: Program) -> float:
+    """Elements of the outermost data plate, weighted by sample weights."""
+    structure = program.structure
+    observed = [i for i in structure.sites.values() if i.observed and i.plates]
+    if not observed:
+        return 1.0
+    shared = set.intersection(*(set(i.plates) for i in observed)) or set(observed[0].plates)
+    outermost = min(shared, key=lambda p: structure.plates[p].dim)
+    size = structure.plates[outermost].size
+    for group in program.graph.groups:
+        for i, scale in enumerate(group.scale):
+            dims = group.dims[i]
+            if isinstance(scale, Tensor) and group.observed and outermost in dims:
+                axis = dims.index(outermost)
+                if scale.shape[axis] == size:
+                    axes = [k for k in range(scale.dim()) if k != axis]
+                    return float((scale.amax(axes) if axes else scale).sum())
+    return float(structure.plates[outermost].full_size)
+
+
+def _observed_information(program: Program, values: Mapping[str, Tensor]) -> StandardErrors:
+    parameters = program.graph.parameters
+    free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
+    order = range(len(program.graph.groups))
+
+    def log_evidence(moved: Mapping[str, Tensor]) -> Tensor:
+        fixed = {n: p.value() for n, p in parameters.items() if n not in moved}
+        tables = program.log_densities_at({**fixed, **moved}, list(order))
+        flat = [part for g in order for part in tables[g].to(torch.float64).unbind(0)]
+        return evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
+
+    with parameters_at(parameters, values):
+        return standard_errors(free, log_evidence)
