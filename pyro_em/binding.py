@@ -95,15 +95,24 @@ class ElementwiseMap:
     inverse: Callable[[Tensor], Tensor]
 
 
+def _positive(a: Tensor) -> Tensor:
+    """Zero raised to the smallest number, so that an estimate on the boundary stays finite."""
+    return a.clamp(min=torch.finfo(a.dtype).tiny)
+
+
 _MAPS = {
-    "Exp": ElementwiseMap("exp", torch.exp, torch.log),
+    "Exp": ElementwiseMap("exp", torch.exp, lambda a: _positive(a).log()),
     "Log": ElementwiseMap("log", torch.log, torch.exp),
     "Sqrt": ElementwiseMap("sqrt", torch.sqrt, torch.square),
-    "Rsqrt": ElementwiseMap("rsqrt", torch.rsqrt, lambda a: a**-2),
+    "Rsqrt": ElementwiseMap("rsqrt", torch.rsqrt, lambda a: _positive(a) ** -2),
     "Reciprocal": ElementwiseMap("reciprocal", torch.reciprocal, torch.reciprocal),
-    "Sigmoid": ElementwiseMap("sigmoid", torch.sigmoid, torch.logit),
+    "Sigmoid": ElementwiseMap(
+        "sigmoid", torch.sigmoid, lambda a: _positive(a).log() - _positive(1 - a).log()
+    ),
     "Softplus": ElementwiseMap(
-        "softplus", torch.nn.functional.softplus, lambda a: a + torch.log(-torch.expm1(-a))
+        "softplus",
+        torch.nn.functional.softplus,
+        lambda a: a + torch.log(_positive(-torch.expm1(-a))),
     ),
 }
 

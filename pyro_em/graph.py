@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import _pyro
-from pyro_em._errors import DataError, ModelError, Problem, message, raise_problems
+from pyro_em._errors import ModelError, Problem, message, raise_problems
 from pyro_em.advice import on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
@@ -267,7 +267,25 @@ def trace_graph(
         layout.find_out_of_scope(name)
     if layout.problems:
         raise_problems(layout.problems)
-    factors = [layout.factor(name, leaves if with_bindings else None) for name in structure.sites]
+    factors = []
+    for name in structure.sites:
+        try:
+            factors.append(layout.factor(name, leaves if with_bindings else None))
+        except _Stray as stray:
+            shape, size = stray.args
+            layout.problems.append(
+                Problem(
+                    f"site '{name}'",
+                    f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
+                    f"of size {size} belongs to no plate and no latent of the site.",
+                    "an enumerated value has its own dimension on the left of all plates",
+                    (
+                        "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
+                        "reshape on a latent's value",
+                        "wrap the site in a pyro.plate, or use .to_event",
+                    ),
+                )
+            )
     if layout.problems:
         raise_problems(layout.problems)
     latents = {name: layout.latent(name) for name in structure.latents}
@@ -508,6 +526,10 @@ class _Layout:
         return torch.where(mask.reshape(shape + (1,) * event_dim), value, event)
 
 
+class _Stray(Exception):
+    """A dimension that belongs to no plate and no latent; holds the tensor's shape and its size."""
+
+
 def compact(
     tensor: Tensor,
     event_dim: int,
@@ -543,15 +565,7 @@ def compact(
     others = [d for d in range(batch) if d not in present]
     for d in others:
         if tensor.shape[d] != 1:
-            raise DataError(
-                message(
-                    "model",
-                    f"a tensor of shape {tuple(tensor.shape)} has a dimension that belongs to no "
-                    "plate and no latent of its site.",
-                    "",
-                    ["wrap the site in a pyro.plate", "use .to_event"],
-                )
-            )
+            raise _Stray(tuple(tensor.shape), tensor.shape[d])
     order = [*present, *others, *range(batch, tensor.dim())]
     if order != list(range(tensor.dim())):
         tensor = tensor.permute(order)

@@ -42,6 +42,7 @@ class Run:
     entering: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
     initial_values: dict[str, Tensor] = field(default_factory=dict)
+    verified: dict[str, Tensor] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -61,6 +62,13 @@ class Run:
             self.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
         self.parameters, self.last = snapshot(program), at
 
+    def go_back(self, program: Program) -> None:
+        """Return to the parameters after the first step, the last that were verified."""
+        assert self.verified is not None
+        restore(program, self.verified)
+        del self.entering[1:], self.after[1:]
+        self.message = ""
+
 
 def e_step(program: Program) -> Iterate:
     """The exact E-step at the parameters in the store."""
@@ -75,17 +83,7 @@ def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
     if verify and program.compiled:
         off = program.disagreements()
         if off:
-            site, argument = off[0]
-            warnings.warn(
-                message(
-                    f"site '{site}', argument '{argument}'",
-                    "it is not what the compiled plan predicts; continuing on the generic path.",
-                    "the model changes in a way that its autograd graph does not show",
-                    ["avoid detach, .item() and branches on parameters in the model"],
-                ),
-                PyroEMWarning,
-                stacklevel=4,
-            )
+            _warn_disagreement(off[0], "it is not")
             restore(program, origin)
             distrust(program, off)
             at = e_step(program)
@@ -154,19 +152,50 @@ def run_start(
     symmetric = is_symmetric(at.q)
     if symmetric and bar.starts == 1:
         _warn_symmetric(at.q)
+    _iterate(program, run, at, max_steps, tol, callbacks, bar, r, begin)
+    if program.compiled and run.num_steps > 1 and run.verified is not None:
+        off = program.disagreements()
+        if off:
+            _warn_disagreement(off[0], "at the end of the fit it was not")
+            distrust(program, off)
+            run.go_back(program)
+            left = max_steps - run.num_steps
+            _iterate(program, run, e_step(program), left, tol, callbacks, bar, r, begin)
+    stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
+    if symmetric and stopped and run.last is not None and is_symmetric(run.last.q):
+        run.status = EMStatus.SYMMETRIC
+    return run
+
+
+def _iterate(
+    program: Program,
+    run: Run,
+    at: Iterate,
+    max_steps: int,
+    tol: float,
+    callbacks: Sequence[Callable[[EMStep], Any]],
+    bar: Bar,
+    r: int,
+    begin: float,
+) -> None:
+    """Steps from ``at`` until one of the rules stops the run."""
     eps = torch.finfo(program.graph.dtype).eps
+    run.status = EMStatus.MAX_STEPS
+    run.record(program, at)
     try:
-        for index in range(max_steps):
-            before = at
-            at = advance(program, before, verify=index == 0)
+        for _ in range(max_steps):
+            before, first = at, run.num_steps == 0
+            at = advance(program, before, verify=first)
             if _fell(program, before, at, eps):
                 restore(program, run.parameters)
                 run.status = EMStatus.FELL
                 break
-            step = as_step(program, index, before, at, begin)
+            step = as_step(program, run.num_steps, before, at, begin)
             run.entering.append(step.elbo)
             run.after.append(step.after_m_step)
             run.record(program, at)
+            if first:
+                run.verified = run.parameters
             assert at.q.log_evidence is not None
             bar.update(r, at.q.log_evidence)
             if any(callback(step) is True for callback in callbacks):
@@ -181,10 +210,21 @@ def run_start(
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
         restore(program, run.parameters)
-    stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
-    if symmetric and stopped and run.last is not None and is_symmetric(run.last.q):
-        run.status = EMStatus.SYMMETRIC
-    return run
+
+
+def _warn_disagreement(place: tuple[str, str], when: str) -> None:
+    site, argument = place
+    warnings.warn(
+        message(
+            f"site '{site}', argument '{argument}'",
+            f"{when} what the compiled plan predicts; the fit continues on the generic path from "
+            "the last verified parameters.",
+            "the model changes in a way that its autograd graph does not show",
+            ["avoid detach, .item() and branches on parameters in the model"],
+        ),
+        PyroEMWarning,
+        stacklevel=5,
+    )
 
 
 def _apply_init(program: Program, init: Any, generator: torch.Generator) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em._errors import PyroEMWarning, message
+from pyro_em._errors import PyroEMWarning
 from pyro_em.contraction import contract, evidence
-from pyro_em.loop import Run, e_step, rate_of_convergence
+from pyro_em.loop import Run, rate_of_convergence
 from pyro_em.m_step import Fixed
 from pyro_em.posterior import scales_of
-from pyro_em.program import Program, distrust, parameters_at
+from pyro_em.program import Program, parameters_at
 from pyro_em.result import EMResult, EMStatus, History, free_parameters
 from pyro_em.standard_errors import StandardErrors, standard_errors
 
@@ -46,23 +46,6 @@ def build_result(
         total_steps: Steps of all calls of ``fit`` so far.
     """
     assert run.last is not None
-    if program.compiled and run.num_steps:
-        off = program.disagreements()
-        if off:
-            site, argument = off[0]
-            warnings.warn(
-                message(
-                    f"site '{site}', argument '{argument}'",
-                    "at the end of the fit it differs from the compiled plan.",
-                    "the model changes in a way that its autograd graph does not show; the "
-                    "result's evidence has been computed from the model itself",
-                    ["avoid detach, .item() and branches on parameters in the model"],
-                ),
-                PyroEMWarning,
-                stacklevel=3,
-            )
-            distrust(program, off)
-            run.last = e_step(program)
     q = run.last.q
     assert q.log_evidence is not None
     text = run.message or run.status.value

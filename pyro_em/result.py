@@ -247,15 +247,18 @@ def free_parameters(
         base = p.constraint
         while isinstance(base, constraints.independent):
             base = base.base_constraint
-        text = repr(base) + type(base).__name__
+        shape = type(base).__name__.lstrip("_")
         if base is constraints.simplex:
             zeros = structural_zeros.get(name, torch.zeros_like(value, dtype=torch.bool))
             alive = (~zeros).sum(-1) - 1
             total += int(alive.clamp(min=0).sum())
-        elif "PositiveDefinite" in text or "LowerCholesky" in text:
+        elif shape.endswith("PositiveDefinite") or shape in (
+            "LowerCholesky",
+            "SoftplusLowerCholesky",
+        ):
             d = value.shape[-1]
             total += value.numel() // (d * d) * d * (d + 1) // 2
-        elif "CorrCholesky" in text or "CorrMatrix" in text:
+        elif shape in ("CorrCholesky", "CorrMatrix", "UnitLowerCholesky"):
             d = value.shape[-1]
             total += value.numel() // (d * d) * d * (d - 1) // 2
         else:

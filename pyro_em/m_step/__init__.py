@@ -124,10 +124,10 @@ def _m_step(
                 if empty:
                     massless[update.name] = tuple(empty)
             for name, value in new.items():
-                _require_finite(name, value)
                 write_unconstrained(graph.parameters[name], value)
                 # Continue with what the store holds: a transform may round.
                 values[name] = graph.parameters[name].value()
+                _require_finite(name, values[name])
             done.update(new)
             refresh(set(new))
     _gradient_blocks(graph, updates, counts, evaluate, state, values)

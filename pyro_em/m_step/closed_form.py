@@ -323,6 +323,7 @@ def _medians(
             points[j].append(x[chosen])
             weights[j].append(w[chosen])
     new, massless = value.reshape(-1).clone(), []
+    interval = bounds(graph.parameters[update.name].constraint)
     for j in range(value.numel()):
         if not points[j]:
             continue
@@ -336,4 +337,6 @@ def _medians(
         total = w[order].cumsum(0)
         at = int(torch.searchsorted(total, total[-1] / 2))
         new[j] = update.uses[0].selection.inverse(x[order][min(at, len(x) - 1)])
+        if interval is not None:
+            new[j] = new[j].clamp(*interval)  # the profile is concave
     return new.reshape(value.shape), massless

@@ -122,6 +122,7 @@ def decide_updates(
                 continue
             for p in binding.params:
                 is_mean = decided[p].kind is Kind.MEAN and _is_plain_mean(decided[p])
+                is_mean = is_mean and _is_real(graph.parameters[p].constraint)
                 if p not in least_squares and is_mean:
                     least_squares.add(p)
                     changed = True
@@ -261,8 +262,10 @@ def _whole_events(index: Tensor, parameter: Tensor, event: int, kind: Kind) -> s
 def _disagreement(uses: Sequence[Use]) -> str:
     first = uses[0]
     for u in uses[1:]:
-        if u.rule.kind is not first.rule.kind or u.rule.link.name != first.rule.link.name:
+        if u.rule.kind is not first.rule.kind:
             return f"it is a {first.rule.kind.value} here and a {u.rule.kind.value} there"
+        if u.rule.link.name != first.rule.link.name:
+            return f"it is a {first.argument} here and a {u.argument} there"
         if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
             return "different maps of it are used"
         if first.rule.kind is Kind.MEDIAN:
@@ -313,14 +316,12 @@ def _outside(use: Use, constraint: constraints.Constraint) -> str:
             return ""
         return f"its constraint {constraint} may exclude the solution"
     if kind is Kind.COVARIANCE:
-        lower = {constraints.lower_cholesky}
-        softplus = getattr(constraints, "softplus_lower_cholesky", None)
-        positive = {constraints.positive_definite}
-        name = repr(base)
-        if link == "Cholesky factor":
-            allowed = base in lower or "LowerCholesky" in name or base is softplus
-        else:
-            allowed = base in positive or "PositiveDefinite" in name
+        # Exact types: a unit or correlation Cholesky factor has another maximiser.
+        allowed = type(base).__name__.lstrip("_") in (
+            ("LowerCholesky", "SoftplusLowerCholesky")
+            if link == "Cholesky factor"
+            else ("PositiveDefinite", "SoftplusPositiveDefinite", "PositiveSemidefinite")
+        )
         return "" if allowed else f"its constraint {constraint} may exclude the solution"
     return f"its constraint {constraint} may exclude the solution"
 
