@@ -40,6 +40,8 @@ class TracedParameter:
         leaf: The tensor to which autograd leads from every use of the parameter in this run.
         declared: Texts of all constraints under which this run declared the parameter.
         initial_shape: The shape that the model asked for, where it said one.
+        is_foreign: Whether the store holds another tensor than the ``nn.Parameter`` that the
+            module reads.
     """
 
     name: str
@@ -48,6 +50,7 @@ class TracedParameter:
     leaf: torch.Tensor
     declared: tuple[str, ...] = ()
     initial_shape: torch.Size | None = None
+    is_foreign: bool = False
 
     def value(self) -> torch.Tensor:
         """The current constrained value, detached."""
@@ -95,10 +98,13 @@ class ParameterCapture(Messenger):
             else:
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())
             shape = self._initial_shape(msg)
+            own = msg["args"][1] if len(msg["args"]) > 1 else None
+            foreign = isinstance(own, torch.nn.Parameter) and own is not value and "$$$" not in name
         else:
             unconstrained, leaf, shape = known.unconstrained, known.leaf, known.initial_shape
+            foreign = known.is_foreign
         self.parameters[name] = TracedParameter(
-            name, unconstrained, constraint, leaf, tuple(dict.fromkeys(declared)), shape
+            name, unconstrained, constraint, leaf, tuple(dict.fromkeys(declared)), shape, foreign
         )
         msg["value"] = leaf
 

@@ -39,18 +39,21 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
         top = x.amax(-1, keepdim=True)
-        top = torch.where(torch.isfinite(top), top, 0.0)
-        out = ((x - top).exp().sum(-1)).log() + top.squeeze(-1)
-        ctx.save_for_backward(x, out)
+        weights = (x - torch.where(torch.isfinite(top), top, 0.0)).exp()
+        total = weights.sum(-1, keepdim=True)
+        out = (total.log() + torch.where(torch.isfinite(top), top, 0.0)).squeeze(-1)
+        ctx.save_for_backward(x, weights, total)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        x, out = ctx.saved_tensors
-        # For second derivatives the value must depend on x again.
-        out = _LogSumExp.apply(x) if torch.is_grad_enabled() else out
-        safe = torch.where(torch.isfinite(out), out, 0.0).unsqueeze(-1)
-        return grad.unsqueeze(-1) * (x - safe).exp()
+        x, weights, total = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # For second derivatives the weights must depend on x again.
+            out = _LogSumExp.apply(x)
+            safe = torch.where(torch.isfinite(out), out, 0.0).unsqueeze(-1)
+            return grad.unsqueeze(-1) * (x - safe).exp()
+        return weights * (grad.unsqueeze(-1) / torch.where(total > 0, total, 1.0))
 
 
 def log_sum_exp(x: Tensor) -> Tensor:

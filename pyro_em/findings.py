@@ -39,6 +39,20 @@ def parameter_problems(run: _pyro.Run) -> list[Problem]:
                     ("give every pyro.param of this name the same constraint", "rename one"),
                 )
             )
+        if p.is_foreign:
+            problems.append(
+                Problem(
+                    where,
+                    "the param store's tensor of this name belongs to another module or function.",
+                    "the module reads its own nn.Parameter, so that what is fitted would not reach "
+                    "it",
+                    (
+                        "call pyro.clear_param_store() first",
+                        "run in a scope of its own: with pyro.get_param_store().scope(): ...",
+                        "use pyro.settings.set(module_local_params=True)",
+                    ),
+                )
+            )
         shape = p.value().shape
         if p.initial_shape is not None and p.initial_shape != shape:
             problems.append(

@@ -288,6 +288,7 @@ def trace_graph(
             )
     if layout.problems:
         raise_problems(layout.problems)
+    factors = _count_where_needed(factors, structure)
     latents = {name: layout.latent(name) for name in structure.latents}
     return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
 
@@ -586,6 +587,40 @@ def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Te
     if value.is_floating_point():
         dtype = torch.promote_types(dtype, value.dtype)
     return value if value.dtype == dtype else value.to(dtype)
+
+
+def _count_where_needed(factors: Sequence[Factor], structure: Structure) -> list[Factor]:
+    """Counts of a masked latent are dropped only where nothing that counts depends on it.
+
+    A padded step of a chain, masked with all below it, sums to one and must not be counted. A
+    masked latent above an observation that is not masked takes part in the evidence, and EM has to
+    count it. The unobserved part of an ``obs_mask`` site is not read where it is masked.
+    """
+    unread = {f"{name}_unobserved" for name in structure.masked_pairs}
+    if all(f.mask is None or f.info.observed for f in factors):
+        return list(factors)
+    children: dict[str, list[Factor]] = {}
+    for f in factors:
+        for latent in f.info.scope:
+            if latent != f.info.name:
+                children.setdefault(latent, []).append(f)
+    counted: dict[str, Factor] = {}
+    for f in reversed(factors):
+        mask = f.mask
+        if mask is not None and not f.info.observed and f.info.name not in unread:
+            plates = f.info.plates
+            for child in children.get(f.info.name, ()):
+                below = counted[child.info.name].mask
+                if below is None:
+                    mask = torch.ones_like(mask)
+                    break
+                alive = below.reshape((*below.shape[: len(child.info.plates)], -1)).any(-1)
+                beyond = [i for i, p in enumerate(child.info.plates) if p not in plates]
+                for i in reversed(beyond):
+                    alive = alive.any(i)
+                mask = mask | alive.reshape(alive.shape + (1,) * (mask.dim() - alive.dim()))
+        counted[f.info.name] = f if mask is f.mask else replace(f, mask=mask)
+    return [counted[f.info.name] for f in factors]
 
 
 def _stack(factors: Sequence[Factor]) -> list[Group]:

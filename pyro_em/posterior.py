@@ -5,13 +5,14 @@ q(z) = p(z | x; θ) = Π_f f(z) / p(x; θ)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_em._errors import DataError, ModelError, PyroEMError, UsageError, message
+from pyro_em._errors import DataError, DegenerateError, ModelError, PyroEMError, UsageError, message
 from pyro_em.contraction import (
     ContractionPlan,
     Ring,
@@ -148,7 +149,8 @@ def run_contraction(
         extra: Tables of zeros whose gradients are wanted too; they come last in ``cells``.
     """
     leaves, terms, total = _forward(graph, plan, log_densities, ring, extra)
-    cells = torch.autograd.grad(total, leaves) if torch.isfinite(total) else leaves
+    usable = bool(leaves) and bool(torch.isfinite(total))
+    cells = torch.autograd.grad(total, leaves) if usable else leaves
     return EStep(total.detach(), [(d, t.detach()) for d, t in terms], list(cells))
 
 
@@ -177,8 +179,9 @@ def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> 
         DataError: If the data are impossible under the model, or a density is not a number.
     """
     for group, table in zip(graph.groups, log_densities, strict=True):
-        bad = torch.isnan(table) | (table == torch.inf)
-        if bool(bad.any()):
+        largest = float(table.amax()) if table.numel() else 0.0
+        if largest != largest or largest == math.inf:
+            bad = torch.isnan(table) | (table == torch.inf)
             index = tuple(int(i) for i in bad.nonzero()[0])
             site = group.members[index[0]]
             value = "NaN" if bool(torch.isnan(table[index])) else "+inf"
@@ -193,10 +196,12 @@ def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> 
                     ],
                 )
             )
+        if largest > 1e9:  # no normalised density on float data comes near it
+            _refuse_unbounded(graph, log_densities)
     result = run_contraction(graph, plan, log_densities)
     if not bool(torch.isfinite(result.log_evidence)):
         _refuse_impossible(graph, plan, log_densities)
-    _check_sums(graph, result)
+    _check_sums(graph, result, log_densities)
     return result
 
 
@@ -251,7 +256,25 @@ def _refuse_impossible(graph: FactorGraph, plan: ContractionPlan, tables: Tables
     )
 
 
-def _check_sums(graph: FactorGraph, result: EStep) -> None:
+def _refuse_unbounded(graph: FactorGraph, tables: Tables) -> None:
+    """A log density beyond float64's resolution is the sign of an objective without a maximum."""
+    for group, table in zip(graph.groups, tables, strict=True):
+        size = table[torch.isfinite(table)].abs()
+        if size.numel() and float(size.max()) > 1e9:
+            names = ", ".join(f"'{n}'" for n in group.params) or "none"
+            raise DegenerateError(
+                message(
+                    f"site '{group.members[0]}', parameters {names}",
+                    f"its log density reaches {float(size.max()):.3g} nats. The update was rolled "
+                    "back.",
+                    "the objective seems to grow without bound"
+                    + (" (pyro.factor is unnormalised)" if group.distribution == "Unit" else ""),
+                    ["constrain or fix the parameter", "check the data's units"],
+                )
+            )
+
+
+def _check_sums(graph: FactorGraph, result: EStep, tables: Tables) -> None:
     """Promise: every posterior sums to one (times its scale)."""
     for group, cells in zip(graph.groups, result.cells, strict=True):
         if group.observed:
@@ -263,7 +286,8 @@ def _check_sums(graph: FactorGraph, result: EStep) -> None:
             if isinstance(scale, Tensor):
                 expected = scale.reshape(scale.shape[: group.n_plates])
             off = (total[i] - expected).abs().max() if total[i].numel() else total.new_zeros(())
-            if float(off) > 1e-6 * float(torch.as_tensor(expected).abs().max()):
+            if not float(off) <= 1e-6 * float(torch.as_tensor(expected).abs().max()):
+                _refuse_unbounded(graph, tables)
                 raise PyroEMError(
                     message(
                         f"site '{group.members[i]}'",
@@ -328,7 +352,7 @@ class Posterior:
         Raises:
             UsageError: If no such latent was summed.
         """
-        if site in self.graph.structure.masked_pairs and f"{site}_unobserved" in self.graph.latents:
+        if self._own_name(site) != site:
             return self._with_observed(site)
         latent = self._latent(site)
         group, i = self.graph.group_of(site)
@@ -348,9 +372,12 @@ class Posterior:
         Returns:
             Probabilities. # (*plates of both, K_a, K_b)
         """
-        first, second = self._latent(a), self._latent(b)
         if a == b:
             return torch.diag_embed(self.probs(a))
+        own_a, own_b = self._own_name(a), self._own_name(b)
+        if (own_a, own_b) != (a, b):
+            return self._joint_with_observed(a, b, own_a, own_b)
+        first, second = self._latent(a), self._latent(b)
         plates = self._ordered({*first.plates, *second.plates})
         wanted = [*plates, a, b]
         for group, cells in zip(self.graph.groups, self.cells, strict=True):
@@ -376,10 +403,11 @@ class Posterior:
             For each latent its values, from its support. # (*plates, *event)
         """
         if not self.exact:
-            return {
+            best = {
                 name: latent.support[self.probs(name).argmax(-1)]
                 for name, latent in self.graph.latents.items()
             }
+            return self._under_user_names(best)
         plan = contraction_of(self.graph)
         result = run_contraction(self.graph, plan, self.tables, ring=maximum)
         return self._assignment(result.cells)
@@ -424,21 +452,20 @@ class Posterior:
                 keep = [d for d in group.dims[i] if d in latent.plates] + [name]
                 table = self._shaped(_marginal(cells[i], group.dims[i], keep), latent)
                 out[name] = latent.support[table.argmax(-1)]
+        return self._under_user_names(out)
+
+    def _under_user_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values of ``obs_mask`` sites under the user's names, with what was observed."""
         for name, mask in self.graph.structure.masked_pairs.items():
-            if f"{name}_unobserved" in out:
-                out[name] = self._where_observed(name, mask, out[f"{name}_unobserved"])
-        return {
-            n: out[n] for n in (*self.graph.latents, *self.graph.structure.masked_pairs) if n in out
-        }
+            hidden = f"{name}_unobserved"
+            if hidden in values:
+                values[name] = self._where_observed(name, mask, values.pop(hidden))
+        return values
 
     def _where_observed(self, name: str, mask: Tensor, unobserved: Tensor) -> Tensor:
-        value = self._observed_value(name).to(unobserved.dtype)
-        shape = (
-            mask.shape + (1,) * (value.dim() - mask.dim())
-            if value.dim() > mask.dim()
-            else mask.shape
-        )
-        return torch.where(mask.reshape(shape), value, unobserved)
+        event_dim = self.graph.latents[f"{name}_unobserved"].support.dim() - 1
+        value = self._observed_value(name).to(unobserved.dtype).reshape(unobserved.shape)
+        return torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, unobserved)
 
     def _observed_value(self, name: str) -> Tensor:
         group, i = self.graph.group_of(f"{name}_observed")
@@ -446,21 +473,55 @@ class Posterior:
         latent = self.graph.latents[f"{name}_unobserved"]
         plates = value.shape[: group.n_plates]
         event = value.shape[len(group.dims[i]) :]
-        value = value.reshape(*plates, *event)
+        value = value.reshape((*plates, *event))
         sizes = [self.graph.dim_size(p) for p in latent.plates]
-        return value.expand(*sizes, *event)
+        return value.expand((*sizes, *event))
+
+    def _own_name(self, site: str) -> str:
+        """The summed site behind a name: that of the unobserved part under ``obs_mask``."""
+        hidden = f"{site}_unobserved"
+        masked = site in self.graph.structure.masked_pairs and hidden in self.graph.latents
+        return hidden if masked else site
 
     def _with_observed(self, name: str) -> Tensor:
+        """Marginals of an ``obs_mask`` site: one-hot where it was observed."""
         latent = self.graph.latents[f"{name}_unobserved"]
         probs = self.probs(f"{name}_unobserved")
         value = self._observed_value(name)
         event_dim = latent.support.dim() - 1
         same = value.unsqueeze(value.dim() - event_dim) == latent.support.to(value.dtype)
-        hot = same.reshape(*same.shape[: same.dim() - event_dim], -1)
-        if event_dim:
-            hot = same.all(-1) if event_dim == 1 else same.flatten(-event_dim).all(-1)
+        hot = same.flatten(same.dim() - event_dim).all(-1) if event_dim else same
         mask = self.graph.structure.masked_pairs[name]
+        hot = hot.reshape(probs.shape)
         return torch.where(mask.unsqueeze(-1), hot.to(probs.dtype), probs)
+
+    def _joint_with_observed(self, a: str, b: str, own_a: str, own_b: str) -> Tensor:
+        """Where one of the two was observed the joint is a product of the marginals."""
+        joint = self.joint(own_a, own_b)
+        first, second = self._latent(own_a), self._latent(own_b)
+        plates = self._ordered({*first.plates, *second.plates})
+        product = self._over(a, first, plates).unsqueeze(-1) * self._over(
+            b, second, plates
+        ).unsqueeze(-2)
+        observed = torch.zeros(product.shape[:-2], dtype=torch.bool, device=product.device)
+        for name, latent in ((a, first), (b, second)):
+            mask = self.graph.structure.masked_pairs.get(name)
+            if mask is not None and latent.name != name:
+                flat = mask.expand([self._batch_size(latent, d) for d in latent.batch_dims])
+                observed = observed | self._lay_out(flat, latent, plates)
+        return torch.where(observed[..., None, None], product, joint)
+
+    def _batch_size(self, latent: Latent, dim: str | None) -> int:
+        return 1 if dim is None else self.graph.dim_size(dim)
+
+    def _lay_out(self, table: Tensor, latent: Latent, plates: Sequence[str]) -> Tensor:
+        """A table over a latent's own batch dimensions, and more, over some plates."""
+        beyond = table.shape[len(latent.batch_dims) :]
+        shape = [self.graph.dim_size(d) if d in latent.plates else 1 for d in plates]
+        return table.reshape(*shape, *beyond)
+
+    def _over(self, site: str, latent: Latent, plates: Sequence[str]) -> Tensor:
+        return self._lay_out(self.probs(site), latent, plates)
 
     def _cells(self, group: Group) -> Tensor:
         return self.cells[self.graph.groups.index(group)]
@@ -485,13 +546,8 @@ class Posterior:
         return table.to(self.graph.dtype)
 
     def _product(self, first: Latent, second: Latent, plates: list[str]) -> Tensor:
-        def over(latent: Latent) -> Tensor:
-            p = self.probs(latent.name)
-            p = p.reshape([s for s in p.shape[:-1] if s != 1 or len(latent.plates)] + [p.shape[-1]])
-            shape = [self.graph.dim_size(d) if d in latent.plates else 1 for d in plates]
-            return p.reshape(*shape, p.shape[-1])
-
-        return over(first).unsqueeze(-1) * over(second).unsqueeze(-2)
+        a, b = (self._over(latent.name, latent, plates) for latent in (first, second))
+        return a.unsqueeze(-1) * b.unsqueeze(-2)
 
     def _shaped(self, table: Tensor, latent: Latent) -> Tensor:
         """From (plates, K) to the site's own batch dimensions, size-one ones kept."""

@@ -273,6 +273,17 @@ def build_program(
     program.compiled = graph.is_static and not off
     if off:
         distrust(program, off)
+        random = program.disagreements(random_seed=21)
+        if random:
+            site, argument = random[0]
+            program.notes += (
+                message(
+                    f"site '{site}' ({argument})",
+                    "the model draws random numbers that reach it.",
+                    "every step uses one and the same draw; another call would draw others",
+                    ["draw outside the model and pass the numbers as an argument"],
+                ),
+            )
     return program
 
 

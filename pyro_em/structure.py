@@ -134,7 +134,11 @@ def examine(
     tagged = _pyro.provenance_run(model, args, kwargs)
     if set(tagged.scopes) != set(factors):
         _refuse_changing(sorted(set(tagged.scopes) ^ set(factors)))
-    barren = _barren(factors, tagged.scopes)
+    # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
+    unused = {n for n, s in factors.items() if _pyro.is_latent(s) and _masked_out(s)}
+    unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
+    scopes = {n: scope - unused for n, scope in tagged.scopes.items()}
+    barren = _barren(factors, scopes)
     masked_pairs = {
         name: _obs_mask(plain.sites[f"{name}_observed"])
         for name, site in plain.sites.items()
@@ -152,10 +156,10 @@ def examine(
         if name in barren:
             continue
         is_latent = name in latents
-        scope = set(tagged.scopes[name]) | ({name} if is_latent else set())
+        scope = set(scopes[name]) | ({name} if is_latent else set())
         found = of_latents if is_latent else of_others
         if is_latent:
-            found.extend(latent_problems(name, site, tagged.scopes, guide_given=guide_given))
+            found.extend(latent_problems(name, site, scopes, guide_given=guide_given))
         else:
             found.extend(data_problems(name, site))
         found.extend(shape_problems(name, site))
@@ -289,6 +293,11 @@ def _barren(factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]]) ->
         if name not in needed and _enumerable(site["fn"]) and scopes[name] - {name} <= needed:
             needed.add(name)
     return tuple(n for n in factors if n not in needed)
+
+
+def _masked_out(site: Mapping[str, Any]) -> bool:
+    mask = mask_tensor(site)
+    return mask is False or (isinstance(mask, Tensor) and not bool(mask.any()))
 
 
 def _enumerable(fn: Any) -> bool:

@@ -276,6 +276,7 @@ def test_reset_returns_to_the_model() -> None:
     em.fit(X)
     em.reset()
     assert em.evaluate_loss(X) == pytest.approx(start)
+    pyro.clear_param_store()
     module = MixtureModule()
     em = ExactPosteriorEM(module)
     em.fit(X)
