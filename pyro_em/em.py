@@ -164,7 +164,7 @@ class ExactPosteriorEM:
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """The E-step at the current parameters, for these data; changes nothing."""
-        return self._look(args, kwargs, compile_plan=False).posterior()
+        return self._look(args, kwargs, look_only=True).posterior()
 
     def elbo(
         self,
@@ -186,7 +186,7 @@ class ExactPosteriorEM:
             The bound in nats; ``float(...)`` of it is its value.
         """
         self._check_collisions(args, ("q", "params"), "elbo")
-        program = self._look(args, kwargs, compile_plan=False)
+        program = self._look(args, kwargs, look_only=True)
         with parameters_at(program.graph.parameters, dict(params or {})):
             evaluation = program.evaluate()
             at = program.posterior(evaluation)
@@ -366,7 +366,7 @@ class ExactPosteriorEM:
         state = saving.read(path)
         if args or kwargs or self._program is not None:
             if args or kwargs:
-                self._look(args, kwargs, compile_plan=False)
+                self._look(args, kwargs, look_only=True)
             assert self._program is not None
             saving.restore(state, self._program.graph.parameters)
             self._total_steps = int(state["total_steps"])
@@ -388,7 +388,7 @@ class ExactPosteriorEM:
 
     # ------------------------------------------------------------------ inside
 
-    def _look(self, args: tuple, kwargs: dict[str, Any], *, compile_plan: bool = True) -> Program:
+    def _look(self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False) -> Program:
         self._check_model_keywords(kwargs)
         program = build_program(
             self.model,
@@ -399,7 +399,7 @@ class ExactPosteriorEM:
             max_enumeration=self.max_enumeration,
             first_look=self._program is None,
             guide_given=self.guide is not None,
-            compile_plan=compile_plan,
+            look_only=look_only,
         )
         if self.optim is not None:
             program.updates = {

@@ -68,6 +68,8 @@ class Program:
         updates: What was decided per parameter.
         compiled: Whether evaluations skip the model.
         notes: Warnings in words.
+        traced_at: Versions of the parameters at the latest trace, so that it can be used again.
+        look_only: Whether bindings are left out, because no M-step follows.
     """
 
     model: _pyro.Model
@@ -81,6 +83,15 @@ class Program:
     requested: Mapping[str, Update]
     notes: tuple[str, ...] = ()
     state: MStepState = field(default_factory=MStepState)
+    traced_at: tuple[int, ...] = ()
+    look_only: bool = False
+
+    def __post_init__(self) -> None:
+        self.traced_at = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        """Counts of in-place writes: equal as long as no parameter has been written."""
+        return tuple(p.unconstrained._version for p in self.graph.parameters.values())
 
     def evaluate(self) -> Evaluation:
         """The factors at the current parameters."""
@@ -89,7 +100,9 @@ class Program:
                 values = {n: p.value() for n, p in self.graph.parameters.items()}
                 arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
             else:
-                self.graph = self._trace()
+                if self._versions() != self.traced_at:
+                    self.graph = self._trace(with_bindings=not self.look_only)
+                    self.traced_at = self._versions()
                 arguments = [dict(g.arguments) for g in self.graph.groups]
             tables = [g.log_density(a) for g, a in zip(self.graph.groups, arguments, strict=True)]
         return Evaluation(self.graph, arguments, [t.detach() for t in tables])
@@ -224,7 +237,7 @@ def build_program(
     max_enumeration: int,
     first_look: bool = True,
     guide_given: bool = False,
-    compile_plan: bool = True,
+    look_only: bool = False,
 ) -> Program:
     """Look at a model and its data, decide everything, pay nothing yet.
 
@@ -237,7 +250,7 @@ def build_program(
         max_enumeration: The budget in cells.
         first_look: Whether the plain run may advance the random state.
         guide_given: Whether the user gave a guide, for the wording of findings.
-        compile_plan: Whether to compile where that is provably right.
+        look_only: Whether only an E-step is wanted, so that bindings need not be read.
 
     Raises:
         PyroEMError: If the model cannot be treated exactly, with all findings.
@@ -259,7 +272,14 @@ def build_program(
     problems[n_latent:n_latent] = found
     if problems:
         raise_problems(problems)
-    graph = trace_graph(model, args, kwargs, structure, limit=max(max_enumeration, 2**20))
+    graph = trace_graph(
+        model,
+        args,
+        kwargs,
+        structure,
+        limit=max(max_enumeration, 2**20),
+        with_bindings=not look_only,
+    )
     contraction = contraction_of(graph)
     notes = tuple(check_scales(graph, contraction))
     wishes = _matched(requested, graph)
@@ -267,7 +287,8 @@ def build_program(
     program = Program(
         model, args, kwargs, structure, graph, contraction, updates, False, wishes, notes
     )
-    if not compile_plan:
+    program.look_only = look_only
+    if look_only:
         return program
     off = _verify(program)
     program.compiled = graph.is_static and not off

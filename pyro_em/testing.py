@@ -371,7 +371,8 @@ def _check_generic(
     steps: int,
     slack: float,
 ) -> None:
-    program = em._look(args, kwargs, compile_plan=False)
+    program = em._look(args, kwargs)
+    program.compiled = False
     generic = []
     for _ in range(steps):
         evaluation = program.evaluate()
