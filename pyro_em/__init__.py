@@ -33,6 +33,7 @@ from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
 from pyro_em.result import EMResult, EMStatus, EMStep, History
 from pyro_em.standard_errors import StandardErrors
+from pyro_em.svi import TraceExact_ELBO
 
 __version__ = version("pyro-em")
 
@@ -59,6 +60,7 @@ __all__ = [
     "PyroEMWarning",
     "Rule",
     "StandardErrors",
+    "TraceExact_ELBO",
     "UsageError",
     "register_family",
 ]
