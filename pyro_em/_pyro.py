@@ -334,7 +334,10 @@ def enumerated_run(
         capture,
     ):
         if random_seed is not None:
-            torch.manual_seed(random_seed)
+            # torch.manual_seed would queue a seed for devices that are not initialised yet.
+            torch.default_generator.manual_seed(random_seed)
+            if torch.cuda.is_initialized():
+                torch.cuda.manual_seed(random_seed)
         if limit is None:
             model(*args, **kwargs)
         else:

@@ -88,11 +88,22 @@ _BILINEAR = ("Mul", "Div", "Mm", "Mv", "Bmm", "Dot", "Addmm", "Addmv", "Baddbmm"
 
 @dataclass(frozen=True)
 class ElementwiseMap:
-    """An invertible map of single numbers that autograd shows as one node."""
+    """An invertible map of single numbers that autograd shows as one node.
+
+    Attributes:
+        name: Shown in plans.
+        forward: The map.
+        inverse: Its inverse; values outside the map's range go to the nearest end.
+    """
 
     name: str
     forward: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+
+    @property
+    def has_pole(self) -> bool:
+        """Whether a value outside the range has no nearest value inside."""
+        return self.name in ("reciprocal", "rsqrt") or self.name.startswith("power -")
 
 
 def _positive(a: Tensor) -> Tensor:
@@ -103,9 +114,11 @@ def _positive(a: Tensor) -> Tensor:
 _MAPS = {
     "Exp": ElementwiseMap("exp", torch.exp, lambda a: _positive(a).log()),
     "Log": ElementwiseMap("log", torch.log, torch.exp),
-    "Sqrt": ElementwiseMap("sqrt", torch.sqrt, torch.square),
+    "Sqrt": ElementwiseMap("sqrt", torch.sqrt, lambda a: a.clamp(min=0).square()),
     "Rsqrt": ElementwiseMap("rsqrt", torch.rsqrt, lambda a: _positive(a) ** -2),
-    "Reciprocal": ElementwiseMap("reciprocal", torch.reciprocal, torch.reciprocal),
+    "Reciprocal": ElementwiseMap(
+        "reciprocal", torch.reciprocal, lambda a: torch.where(a == 0, _positive(a), a).reciprocal()
+    ),
     "Sigmoid": ElementwiseMap(
         "sigmoid", torch.sigmoid, lambda a: _positive(a).log() - _positive(1 - a).log()
     ),

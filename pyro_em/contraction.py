@@ -112,7 +112,6 @@ class _Eliminate:
     alignments: tuple[_Align, ...]
     exponents: tuple[tuple[str, int] | None, ...]
     output: int
-    has_variable: bool
 
 
 @dataclass(frozen=True)
@@ -358,7 +357,6 @@ class _Planner:
                 tuple(self._align(self.dims[s], dims) for s in inputs),
                 tuple(exponents),
                 out,
-                True,
             )
         )
         self.dims[out] = dims[:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import math
 import time
 import warnings
@@ -18,8 +19,19 @@ from torch import Tensor
 from pyro_em import saving
 from pyro_em._errors import PyroEMWarning, UsageError, message
 from pyro_em.elbo import ELBOTerms, elbo_terms
-from pyro_em.loop import Bar, Run, advance, as_step, best_of, e_step, restore, run_start, snapshot
-from pyro_em.m_step import Gradient, Update
+from pyro_em.loop import (
+    Bar,
+    Run,
+    advance,
+    as_step,
+    best_of,
+    e_step,
+    fell,
+    restore,
+    run_start,
+    snapshot,
+)
+from pyro_em.m_step import Gradient, Update, apply_floors
 from pyro_em.outcome import build_result
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior, product_posterior
@@ -114,6 +126,12 @@ class ExactPosteriorEM:
                     ["use strategy='exact'", "use pyro.infer.SVI for a guide's bound"],
                 )
             )
+        if num_particles < 1:
+            raise UsageError(
+                message(
+                    "ExactPosteriorEM", f"num_particles={num_particles} is no number of samples."
+                )
+            )
         if isinstance(optim, pyro.optim.PyroOptim):
             raise UsageError(
                 message(
@@ -163,7 +181,18 @@ class ExactPosteriorEM:
         return self._look(args, kwargs).plan()
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
-        """The E-step at the current parameters, for these data; changes nothing."""
+        """The E-step at the current parameters, for these data; changes nothing.
+
+        Args:
+            *args: The model's arguments; data of any size.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            q(z) = p(z | x; θ) with its log evidence.
+
+        Raises:
+            PyroEMError: If the model cannot be treated exactly, or the data are impossible.
+        """
         return self._look(args, kwargs, look_only=True).posterior()
 
     def elbo(
@@ -194,7 +223,12 @@ class ExactPosteriorEM:
             return elbo_terms(evaluation.graph, given, evaluation.tables, at)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """−ELBO at the current parameters, in nats, as ``SVI.evaluate_loss``."""
+        """−ELBO at the current parameters, in nats, as ``SVI.evaluate_loss``.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+        """
         evidence = self.posterior(*args, **kwargs).log_evidence
         assert evidence is not None
         return -evidence
@@ -211,6 +245,7 @@ class ExactPosteriorEM:
             DegenerateError: If an update was degenerate; it has been rolled back.
         """
         program = self._ready(args, kwargs)
+        apply_floors(program.graph, program.updates)
         evaluation = program.evaluate()
         q = program.posterior(evaluation)
         program.m_step(q.counts, evaluation)
@@ -219,7 +254,17 @@ class ExactPosteriorEM:
         return -q.log_evidence
 
     def m_step(self, q: Posterior | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
-        """The M-step for a given q: a `Posterior`, or {site: probabilities}."""
+        """The M-step for a given q; parameters are written in place.
+
+        Args:
+            q: A `Posterior`, or {site: probabilities (*plates, K)} for every summed latent.
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            UsageError: If q does not fit the model.
+            DegenerateError: If an update was degenerate; it has been rolled back.
+        """
         program = self._ready(args, kwargs)
         evaluation = program.evaluate()
         given = self._as_posterior(q, evaluation)
@@ -228,16 +273,28 @@ class ExactPosteriorEM:
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:
         """EM without an end: yields each step after its M-step; the caller breaks.
 
-        Parameters are in the param store before a step is yielded.
+        Parameters are in the param store before a step is yielded. The iterator ends only if the
+        evidence falls, which is said in a warning.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
         """
         program = self._ready(args, kwargs)
+        apply_floors(program.graph, program.updates)
+        return self._steps(program)
+
+    def _steps(self, program: Program) -> Iterator[EMStep]:
         begin = time.perf_counter()
         at = e_step(program)
-        index = 0
-        while True:
+        for index in itertools.count():
+            origin = snapshot(program)
             before, at = at, advance(program, at, verify=index == 0)
+            if fell(program, before, at):
+                restore(program, origin)
+                return
+            self._total_steps += 1
             yield as_step(program, index, before, at, begin)
-            index += 1
 
     def fit(
         self,
@@ -323,6 +380,10 @@ class ExactPosteriorEM:
                 runs.append(run)
                 if run.status in (EMStatus.INTERRUPTED, EMStatus.STOPPED):
                     break
+        except BaseException:
+            if runs:  # nothing already fitted is lost
+                restore(program, best_of(runs).parameters)
+            raise
         finally:
             bar.close()
         best = best_of(runs)
@@ -374,7 +435,11 @@ class ExactPosteriorEM:
             self._pending = state
 
     def reset(self) -> None:
-        """Forget what was fitted: parameters return to the values at which the model began."""
+        """Forget what was fitted.
+
+        Parameters that the model initialises leave the param store, so that its next run makes them
+        anew; ``nn.Parameter``s return to the values at which they were first seen.
+        """
         store = pyro.get_param_store()
         if self._program is not None:
             for name, p in self._program.graph.parameters.items():
@@ -395,19 +460,13 @@ class ExactPosteriorEM:
             args,
             kwargs,
             requested=self.updates,
+            gradient=None if self.optim is None else Gradient(self.optim, 1),
             max_plate_nesting=self.max_plate_nesting,
             max_enumeration=self.max_enumeration,
             first_look=self._program is None,
             guide_given=self.guide is not None,
             look_only=look_only,
         )
-        if self.optim is not None:
-            program.updates = {
-                n: type(u)(n, Gradient(self.optim, 1), u.reason)
-                if isinstance(u.update, Gradient) and u.update.optimizer is None
-                else u
-                for n, u in program.updates.items()
-            }
         if self.guide is not None:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
         if self._program is not None:
@@ -556,11 +615,16 @@ class ExactPosteriorEM:
             if name in known:
                 continue
             near = difflib.get_close_matches(name, [*_FIT_KEYWORDS, *known], n=1)
+            if name in _FIT_KEYWORDS:
+                what = "it is a keyword of fit, which this method does not have."
+            elif near:
+                what = f"neither the method nor the model has it; did you mean '{near[0]}'?"
+            else:
+                what = "neither the method nor the model has such an argument."
             raise UsageError(
                 message(
                     f"keyword '{name}'",
-                    "neither the method nor the model has such an argument"
-                    + (f"; did you mean '{near[0]}'?" if near else "."),
+                    what,
                     "keywords that are not the method's own go to the model",
                     ["the model takes: " + ", ".join(known)],
                 )

@@ -88,6 +88,20 @@ def latent_problems(
 ) -> list[Problem]:
     """A latent without an exact posterior."""
     fn = site["fn"]
+    total = getattr(_pyro.unwrap(fn)[0], "total_count", None)
+    if (
+        isinstance(total, Tensor)
+        and total.numel()
+        and not bool((total == total.reshape(-1)[0]).all())
+    ):
+        return [
+            Problem(
+                f"site '{name}'",
+                "a latent Binomial whose total_count varies cannot be enumerated.",
+                "its support differs from element to element",
+                ("use one total_count", "use a Categorical over the values that matter"),
+            )
+        ]
     if _pyro.has_finite_support(fn):
         return []
     children = [n for n, scope in scopes.items() if name in scope and n != name]

@@ -58,8 +58,6 @@ class Run:
 
     def record(self, program: Program, at: Iterate) -> None:
         """Remember parameters and E-step of the last complete step."""
-        if not self.initial_values:
-            self.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
         self.parameters, self.last = snapshot(program), at
 
     def go_back(self, program: Program) -> None:
@@ -138,6 +136,7 @@ def run_start(
         The run; the parameters in the store are those of its last complete step.
     """
     run = Run(snapshot(program))
+    run.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
     try:
         _apply_init(program, init, generator)
         apply_floors(program.graph, program.updates)
@@ -147,6 +146,12 @@ def run_start(
             restore(program, run.parameters)
             raise
         run.status, run.message = EMStatus.DEGENERATE, str(error)
+        return run
+    except KeyboardInterrupt:
+        restore(program, run.parameters)
+        if r == 0:
+            raise
+        run.status = EMStatus.INTERRUPTED
         return run
     run.record(program, at)
     symmetric = is_symmetric(at.q)
@@ -186,7 +191,7 @@ def _iterate(
         for _ in range(max_steps):
             before, first = at, run.num_steps == 0
             at = advance(program, before, verify=first)
-            if _fell(program, before, at, eps):
+            if fell(program, before, at):
                 restore(program, run.parameters)
                 run.status = EMStatus.FELL
                 break
@@ -254,10 +259,11 @@ def _apply_init(program: Program, init: Any, generator: torch.Generator) -> None
     program.m_step(counts, evaluation)
 
 
-def _fell(program: Program, before: Iterate, after: Iterate, eps: float) -> bool:
+def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     """Promise: the objective never falls; a fall is reported with the site that did it."""
     old, new = before.q.log_evidence, after.q.log_evidence
     assert old is not None and new is not None
+    eps = torch.finfo(program.graph.dtype).eps
     allowed = (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(old))
     if new >= old - allowed or not program.plan().is_monotone:
         return False

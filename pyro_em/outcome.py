@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_em._errors import PyroEMWarning
 from pyro_em.contraction import contract, evidence
-from pyro_em.loop import Run, rate_of_convergence
+from pyro_em.loop import Run, rate_of_convergence, snapshot
 from pyro_em.m_step import Fixed
 from pyro_em.posterior import scales_of
 from pyro_em.program import Program, parameters_at
@@ -60,6 +60,7 @@ def build_result(
     else:
         start = init if isinstance(init, str) else "given: " + ", ".join(init)
     values = {n: p.value() for n, p in parameters.items()}
+    unconstrained = snapshot(program)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
     logger.info("fit: %s log evidence %.6f", run.status.name, q.log_evidence)
     return EMResult(
@@ -82,7 +83,7 @@ def build_result(
         start=start,
         seed=seed,
         dtype=program.graph.dtype,
-        _standard_errors=lambda: _observed_information(program, values),
+        _standard_errors=lambda: _observed_information(program, unconstrained),
     )
 
 
@@ -106,7 +107,8 @@ def _num_rows(program: Program) -> float:
     return float(structure.plates[outermost].full_size)
 
 
-def _observed_information(program: Program, values: Mapping[str, Tensor]) -> StandardErrors:
+def _observed_information(program: Program, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
+    """Standard errors at the parameters of a finished fit, wherever the store is now."""
     parameters = program.graph.parameters
     free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
     order = range(len(program.graph.groups))
@@ -117,5 +119,5 @@ def _observed_information(program: Program, values: Mapping[str, Tensor]) -> Sta
         flat = [part for g in order for part in tables[g].to(torch.float64).unbind(0)]
         return evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
 
-    with parameters_at(parameters, values):
+    with parameters_at(parameters, unconstrained, unconstrained=True):
         return standard_errors(free, log_evidence)

@@ -34,7 +34,7 @@ class Route:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Routes, updates, reasons and cost; ``print(plan)`` shows them as tables.
 
@@ -112,6 +112,8 @@ class Plan:
         ]
         parts.extend(f"Note: {n}" for n in self.notes)
         return "\n".join(parts)
+
+    __repr__ = __str__
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))

@@ -22,7 +22,7 @@ PALETTE = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7
 
 
 def evidence(result: EMResult | History, ax: Axes | None = None, **style: Any) -> Axes:
-    """Draw the log evidence entering each step, and the bound after each M-step.
+    """Draw the log evidence entering each step, and after the last one.
 
     Args:
         result: A fit or its history.
@@ -40,7 +40,7 @@ def evidence(result: EMResult | History, ax: Axes | None = None, **style: Any) -
     ax.plot(range(len(path)), path, marker="o", markersize=3, **{"color": PALETTE[0], **style})
     ax.set_xlabel("EM step")
     ax.set_ylabel("log evidence (nats)")
-    ax.set_title("The evidence never falls")
+    ax.set_title("Log evidence per EM step")
     return ax
 
 

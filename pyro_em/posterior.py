@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def check_scales(graph: FactorGraph, plan: ContractionPlan) -> list[str]:
     observed = [g.observed for g in graph.groups for _ in g.members]
 
     def equal(a: Tensor | float, b: Tensor | float) -> bool:
-        ta, tb = torch.as_tensor(a), torch.as_tensor(b)
+        ta, tb = torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()
         return ta.numel() == tb.numel() and bool((ta.reshape(-1) == tb.reshape(-1)).all())
 
     for a, b in plan.same_scale:
@@ -323,6 +323,7 @@ class Posterior:
         log_evidence: log p(x; θ) in nats; None for a q that a user gave.
         exact: Whether this is p(z | x; θ).
         tables: The log densities behind it.
+        entropy_value: H(q) in nats.
         pointwise: The evidence per element of the outermost data plate, where there is one.
     """
 
@@ -334,7 +335,14 @@ class Posterior:
     tables: list[Tensor]
     entropy_value: float
     pointwise: Tensor | None = None
-    _marginals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(
+            f"{n} {tuple(self.graph.dim_size(p) for p in v.plates)}x{v.size}"
+            for n, v in list(self.graph.latents.items())[:4]
+        )
+        more = ", …" if len(self.graph.latents) > 4 else ""
+        return f"Posterior(exact={self.exact}, log_evidence={self.log_evidence}, {sites}{more})"
 
     def entropy(self) -> float:
         """H(q) = −E_q[log q(z)] in nats, scaled as the sites are."""
@@ -422,6 +430,8 @@ class Posterior:
         Returns:
             For each latent its drawn values. # (n, *plates, *event)
         """
+        if n < 1:
+            raise UsageError(message("sample", f"n={n}: at least one draw is needed."))
         generator = None
         if seed is not None:
             generator = torch.Generator(device=self.cells[0].device).manual_seed(seed)
@@ -557,7 +567,7 @@ class Posterior:
 
 
 def _marginal(cells: Tensor, dims: Sequence[str], keep: Sequence[str]) -> Tensor:
-    """Sum over latents that are not kept; of plates that are not kept any element will do."""
+    """Sum over the dimensions that are not kept; tables are normalised afterwards."""
     dims = list(dims)
     plates_beyond = [i for i, d in enumerate(dims) if d not in keep]
     table = cells

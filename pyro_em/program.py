@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, UsageError, message, raise_problems
 from pyro_em.contraction import ContractionPlan
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
-from pyro_em.m_step.updates import Gradient
+from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
     Plan,
     budget_problems,
@@ -83,8 +83,9 @@ class Program:
     requested: Mapping[str, Update]
     notes: tuple[str, ...] = ()
     state: MStepState = field(default_factory=MStepState)
-    traced_at: tuple[int, ...] = ()
     look_only: bool = False
+    gradient: Gradient | None = None
+    traced_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.traced_at = self._versions()
@@ -127,15 +128,17 @@ class Program:
         self, values: Mapping[str, Tensor], groups: Sequence[int]
     ) -> dict[int, Tensor]:
         """Differentiable log densities of some groups at constrained values."""
-        if self.graph.is_static and self.compiled:
+        if self.compiled:
             return {
                 g: self.graph.groups[g].log_density(self.graph.groups[g].evaluate_arguments(values))
                 for g in groups
             }
         graph = self._trace(values=values, with_bindings=False)
+        wanted = {name for g in groups for name in self.graph.groups[g].members}
         by_site = {
             name: table
             for group in graph.groups
+            if wanted.intersection(group.members)
             for name, table in zip(group.members, group.log_density().unbind(0), strict=True)
         }
         return {
@@ -233,6 +236,7 @@ def build_program(
     kwargs: dict[str, Any],
     *,
     requested: Mapping[str, Update],
+    gradient: Gradient | None = None,
     max_plate_nesting: int | None,
     max_enumeration: int,
     first_look: bool = True,
@@ -246,6 +250,7 @@ def build_program(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         requested: The user's updates, by parameter name or glob.
+        gradient: The update of parameters without a closed form; L-BFGS if None.
         max_plate_nesting: As the user gave it.
         max_enumeration: The budget in cells.
         first_look: Whether the plain run may advance the random state.
@@ -283,11 +288,21 @@ def build_program(
     contraction = contraction_of(graph)
     notes = tuple(check_scales(graph, contraction))
     wishes = _matched(requested, graph)
-    updates = decide_updates(graph, wishes)
+    updates = decide_updates(graph, wishes, gradient)
     program = Program(
-        model, args, kwargs, structure, graph, contraction, updates, False, wishes, notes
+        model,
+        args,
+        kwargs,
+        structure,
+        graph,
+        contraction,
+        updates,
+        compiled=False,
+        requested=wishes,
+        notes=notes,
+        look_only=look_only,
+        gradient=gradient,
     )
-    program.look_only = look_only
     if look_only:
         return program
     off = _verify(program)
@@ -317,17 +332,15 @@ def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
         if not sites.intersection(group.members) and "model" not in sites:
             continue
         for name in group.params:
-            if isinstance(updates[name].update, Gradient):
+            if isinstance(updates[name].update, (Gradient, Fixed)):
                 continue
-            wish = program.requested.get(name)
-            if wish is None or not isinstance(wish, Gradient):
-                where = ", ".join(f"'{s}' ({a})" for s, a in list(off)[:3])
-                updates[name] = ParameterUpdate(
-                    name,
-                    Gradient(),
-                    f"the model changes {where} in a way that no binding shows "
-                    "(detach, .item(), a branch on a value, randomness)",
-                )
+            where = ", ".join(f"'{s}' ({a})" for s, a in list(off)[:3])
+            updates[name] = ParameterUpdate(
+                name,
+                program.gradient or Gradient(),
+                f"the model changes {where} in a way that no binding shows "
+                "(detach, .item(), a branch on a value, randomness)",
+            )
     program.updates = updates
 
 
@@ -340,7 +353,7 @@ def _verify(program: Program) -> list[tuple[str, str]]:
         if not p.unconstrained.is_floating_point():
             continue
         u = p.unconstrained.detach()
-        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64).to(u)
+        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64, device="cpu").to(u)
         new = u + 0.1 * noise
         if p.leaf is p.unconstrained:
             direct[name] = new
@@ -384,9 +397,7 @@ def parameters_at(
                 )
             )
         constraint = parameters[name].constraint
-        if not unconstrained and not bool(
-            torch.as_tensor(constraint.check(torch.as_tensor(value))).all()
-        ):
+        if not unconstrained and not _allowed(torch.as_tensor(value), constraint):
             raise UsageError(
                 message(
                     f"params['{name}']",
@@ -410,6 +421,14 @@ def parameters_at(
         with torch.no_grad():
             for name, old in before.items():
                 parameters[name].unconstrained.copy_(old)
+
+
+def _allowed(value: Tensor, constraint: constraints.Constraint) -> bool:
+    """Whether a value satisfies a constraint or lies on the boundary that estimates may reach."""
+    interval = bounds(constraint)
+    if interval is not None:
+        return bool(((value >= interval[0]) & (value <= interval[1])).all())
+    return bool(torch.as_tensor(constraint.check(value)).all())
 
 
 def _matched(requested: Mapping[str, Update], graph: FactorGraph) -> dict[str, Update]:

@@ -86,7 +86,7 @@ class EMStep:
     seconds: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EMResult:
     """A fitted model; everything is computed at the *returned* parameters.
 
@@ -100,13 +100,16 @@ class EMResult:
         status: Why it ended.
         message: More about the status (which component was degenerate), or its sentence.
         num_steps: E-step and M-step pairs done by this call.
-        total_steps: The same over all calls of ``fit`` since the last reset.
+        total_steps: Steps of ``fit``, ``step`` and ``steps`` together since the last reset.
         seconds: Wall-clock time.
         plan: The decisions.
         rate: The measured rate of convergence (last ratio of successive gains), or None.
-        starts: Final log evidence of every start, best first start included; nan if degenerate.
+        starts: Final log evidence of every start, in order; nan where none was reached.
         num_rows: N of the BIC: elements of the outermost data plate, weighted by scale.
         num_free_parameters: Through constraints; structural zeros and fixed ones not counted.
+        start: Where the best run began, in words.
+        seed: The seed that was given.
+        dtype: Of the densities.
     """
 
     params: Mapping[str, Tensor]
@@ -200,6 +203,9 @@ class EMResult:
             ("python", platform.python_version()),
         ]
         return rows
+
+    def __repr__(self) -> str:
+        return f"EMResult: {self}"
 
     def __str__(self) -> str:
         rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"

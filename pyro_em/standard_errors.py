@@ -28,8 +28,9 @@ class StandardErrors(Mapping[str, Tensor]):
     """Standard errors by parameter; nan where there is none, and a note that says why.
 
     Attributes:
-        values: One tensor per parameter, of its shape.
-        covariance: Of all free parameters, flattened in the order of ``values``.
+        values_by_name: One tensor per parameter, of its shape.
+        covariance: Of all free parameters, flattened in the order of ``values_by_name``; nan in the
+            rows and columns of those without a standard error.
         notes: Sentences about boundaries and what is not identified.
     """
 
@@ -84,7 +85,6 @@ def standard_errors(
         jacobian = _jacobian([values[p.name] for p in parameters], variables)
     notes: list[str] = []
     basis = _basis(parameters, variables, values, jacobian, notes)
-    covariance = torch.full_like(jacobian @ jacobian.mT, torch.nan)
     reduced = basis.mT @ information @ basis
     scale = reduced.diagonal().abs().clamp(min=torch.finfo(reduced.dtype).tiny).rsqrt()
     eigenvalues, vectors = torch.linalg.eigh(reduced * scale * scale.unsqueeze(-1))
@@ -113,6 +113,8 @@ def standard_errors(
     # A row without any free direction is a boundary value: it has no standard error.
     stuck = (jacobian @ basis).abs().amax(-1) == 0 if basis.shape[1] else variance == variance
     variance[stuck] = torch.nan
+    covariance[torch.isnan(variance), :] = torch.nan
+    covariance[:, torch.isnan(variance)] = torch.nan
     errors, at = {}, 0
     for p in parameters:
         size = values[p.name].numel()
@@ -219,8 +221,11 @@ def _on_boundary(p: TracedParameter, value: Tensor) -> Tensor:
     if base is constraints.simplex:
         return value < near
     out = torch.zeros_like(value, dtype=torch.bool)
+    both = hasattr(base, "lower_bound") and hasattr(base, "upper_bound")
     for name, sign in (("lower_bound", 1), ("upper_bound", -1)):
         bound = getattr(base, name, None)
-        if bound is not None:
+        if bound is not None and both:
             out |= sign * (value - bound) < near * (1 + abs(float(bound)))
+        elif bound is not None:
+            out |= value == bound
     return out

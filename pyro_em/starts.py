@@ -40,7 +40,7 @@ def random_counts(
     unary = {}
     for name, latent in graph.latents.items():
         sizes = [graph.dim_size(d) for d in latent.plates] + [latent.size]
-        uniform = torch.rand(sizes, generator=generator, dtype=torch.float64)
+        uniform = torch.rand(sizes, generator=generator, dtype=torch.float64, device="cpu")
         # −log(−log u) is Gumbel: its argmax is a uniform label. log(−log u) + const. are the logs
         # of a point drawn uniformly from the simplex.
         exponential = -(uniform.clamp(min=1e-300)).log()

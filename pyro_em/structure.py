@@ -6,7 +6,6 @@ treatment wrong or impossible is collected as a `Problem`; latents come first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,10 +83,6 @@ class Structure:
     parameters: Mapping[str, _pyro.TracedParameter]
     masked_pairs: Mapping[str, Tensor] = field(default_factory=dict)
     random_plates: tuple[str, ...] = ()
-
-    def plate_size(self, names: tuple[str, ...]) -> int:
-        """Number of cells of the product of some plates."""
-        return math.prod(self.plates[n].size for n in names)
 
 
 def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def examine(
             site["is_observed"],
             site_plates[name],
             tuple(sorted(scope, key=order.__getitem__)),
-            _support_size(site["fn"]) if is_latent else None,
+            _support_size(site["fn"]) if is_latent and not found else None,
             len(site["fn"].batch_shape),
         )
     nesting = max((-p.dim for p in plates.values()), default=0)

@@ -17,7 +17,7 @@ from torch.distributions import transform_to
 
 from pyro_em.contraction import contract, evidence
 from pyro_em.graph import trace_graph
-from pyro_em.posterior import scales_of
+from pyro_em.posterior import e_step, scales_of
 from pyro_em.program import build_program
 
 
@@ -85,12 +85,12 @@ class TraceExact_ELBO(ELBO):
         graph = trace_graph(
             model, args, kwargs, program.structure, values=values, with_bindings=False
         )
-        tables = [
-            table
-            for group in graph.groups
-            for table in group.log_density().to(torch.float64).unbind(0)
-        ]
-        return -evidence(contract(program.contraction, tables, scales=scales_of(graph)))
+        tables = [group.log_density().to(torch.float64) for group in graph.groups]
+        flat = [part for table in tables for part in table.unbind(0)]
+        loss = -evidence(contract(program.contraction, flat, scales=scales_of(graph)))
+        if not bool(torch.isfinite(loss)):
+            e_step(graph, program.contraction, [t.detach() for t in tables])  # says why
+        return loss
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

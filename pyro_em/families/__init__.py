@@ -56,6 +56,18 @@ def register_family(family: Family, *, replace: bool = False) -> Family:
                 fixes=["build one with pyro_em.Family(distribution, statistics, rules)"],
             )
         )
+    sound = isinstance(family.distribution, type) and callable(family.statistics)
+    known = getattr(family.distribution, "arg_constraints", {}) if sound else {}
+    wrong = [n for n, r in family.rules.items() if n not in known or not isinstance(r, Rule)]
+    if not sound or wrong:
+        raise UsageError(
+            message(
+                "register_family",
+                f"the record is malformed: {', '.join(wrong) or 'distribution or statistics'}.",
+                "distribution is a class, statistics a function, rules map its arguments to Rules",
+                [f"its arguments are: {', '.join(known)}"] if known else [],
+            )
+        )
     if family.distribution in _REGISTRY and not replace:
         raise UsageError(
             message(

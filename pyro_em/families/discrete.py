@@ -83,10 +83,6 @@ def _geometric_log_density(value: Tensor, arguments: Arguments) -> Tensor:
     return log_p + _multiply(value, log_q)
 
 
-def _as_float(value: Tensor, arguments: Arguments) -> Tensor:
-    return value.to(next(iter(arguments.values())).dtype)
-
-
 def _counts_of_index(value: Tensor, arguments: Arguments) -> Statistics:
     size = _log_probs(arguments).shape[-1]
     one_hot = torch.nn.functional.one_hot(value.long(), size)

@@ -5,11 +5,13 @@ optimum: with δ = new loc − old loc,
 
     Σ w (x − loc_new)² = Σ w d² − 2 δ Σ w d + δ² Σ w.
 
-The rules below receive the *current* arguments and, as the statistic ``reference``, the location
+The rules below receive the *current* arguments and, as the statistic ``reference:loc``, the location
 about which the squares were taken.
 """
 
 from __future__ import annotations
+
+import math
 
 import pyro.distributions as dist
 import torch
@@ -120,8 +122,7 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
     order = own + shared
     distance = distance.permute([order.index(i) for i in range(n_batch)])
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    constant = d.shape[-1] * torch.log(torch.tensor(2 * torch.pi, dtype=d.dtype))
-    return -0.5 * (distance + constant.to(d.device)) - log_det
+    return -0.5 * (distance + d.shape[-1] * math.log(2 * math.pi)) - log_det
 
 
 def _laplace_statistics(value: Tensor, arguments: Arguments) -> Statistics:
@@ -152,6 +153,7 @@ FAMILIES = (
         dist.LogNormal,
         _log_deviations,
         {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
+        magnitude=lambda x: x.log().abs(),
     ),
     Family(
         dist.MultivariateNormal,

@@ -25,7 +25,7 @@ Source: Wainwright and Jordan (2008), section 3; Meng and Rubin (1993) for one a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -83,7 +83,13 @@ def _inverse(c: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Link:
-    """How a kind's natural value becomes the distribution's argument, and back."""
+    """How a kind's natural value becomes the distribution's argument, and back.
+
+    Attributes:
+        name: Shown where two uses of a parameter disagree.
+        forward: From the natural value (a probability) to the argument (a logit).
+        inverse: Back.
+    """
 
     name: str
     forward: Callable[[Tensor], Tensor]
@@ -164,7 +170,10 @@ class Family:
         accumulate: Replaces the weighted sum of ``statistics`` where the full T(x) must not be
             formed. Takes (weights, value, arguments, keep) like `weigh`.
         constants: Arguments that are never parameters (``total_count``).
+        event_dim: Rightmost dimensions of one observation (1 for vectors).
         additive: Whether statistics can be summed over parts of the data.
+        magnitude: The size of data on the scale of the location, against which a spread is called
+            collapsed; the absolute value by default.
 
     Example:
         >>> from pyro_em.families import family_of
@@ -179,9 +188,9 @@ class Family:
     log_density: Callable[[Tensor, Arguments], Tensor] | None = None
     accumulate: Callable[[Tensor, Tensor, Arguments, tuple[bool, ...]], Statistics] | None = None
     constants: tuple[str, ...] = ()
-    argument_event_dims: Mapping[str, int] = field(default_factory=dict)
     event_dim: int = 0
     additive: bool = True
+    magnitude: Callable[[Tensor], Tensor] = torch.abs
 
     @property
     def name(self) -> str:
@@ -190,8 +199,6 @@ class Family:
 
     def argument_event_dim(self, name: str) -> int:
         """Rightmost dimensions of one value of an argument."""
-        if name in self.argument_event_dims:
-            return self.argument_event_dims[name]
         return self.rules[name].kind.event_dim if name in self.rules else 0
 
     def log_prob(self, value: Tensor, arguments: Arguments) -> Tensor:

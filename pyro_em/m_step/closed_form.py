@@ -64,7 +64,7 @@ def closed_form(
     keep = massless | ~used
     floor = update.update.floor if isinstance(update.update, ClosedForm) else 0.0
     mass = denominator.reshape(n_events, -1).amax(-1) if kind is not Kind.SIMPLEX else None
-    natural = _checked_spread(update, graph, kind, natural, keep, floor, old, mass)
+    natural = _checked_spread(update, graph, kind, natural, keep, floor, old, mass, value)
     shaped = keep.reshape(-1, *(1,) * event)
     natural = torch.where(shaped, torch.ones_like(natural) if event < 2 else _eye(natural), natural)
     linked = update.uses[0].rule.link.forward(natural)
@@ -235,6 +235,7 @@ def _checked_spread(
     floor: float,
     old: Tensor,
     mass: Tensor | None,
+    value: Tensor,
 ) -> Tensor:
     """Floor a spread where asked, refuse a collapse by name."""
     if not kind.is_spread:
@@ -250,7 +251,7 @@ def _checked_spread(
         before = torch.linalg.eigvalsh(old)[..., 0]
         size = natural.shape[-1]
         variances = natural.diagonal(dim1=-2, dim2=-1)
-        flat = (variances.clamp(min=0).sqrt() <= 8 * eps * _magnitude(update, graph)).any(-1)
+        flat = (variances.clamp(min=0).sqrt() <= 8 * eps * _magnitude(update, graph, value)).any(-1)
         # Units of the features do not matter: it is the correlations that are singular. As many
         # data as dimensions, or fewer, span no volume.
         unit = variances.clamp(min=torch.finfo(natural.dtype).tiny).rsqrt()
@@ -264,7 +265,7 @@ def _checked_spread(
         assert mass is not None
         variance = natural if kind is Kind.ABSOLUTE_SCALE else natural**2
         previous = old if kind is Kind.ABSOLUTE_SCALE else old**2
-        magnitude = _magnitude(update, graph).max().to(natural.dtype)
+        magnitude = _magnitude(update, graph, value).to(natural.dtype)
         few = (mass < 1.5) & (variance < 1e-8 * previous)
         bad = ((natural <= 8 * eps * magnitude) | (natural == 0) | few) & ~keep
         spread, word = variance, "its variance collapses: it would become"
@@ -289,16 +290,35 @@ def _checked_spread(
     return natural
 
 
-def _magnitude(update: ParameterUpdate, graph: FactorGraph) -> Tensor:
-    """The largest value among the data of a spread, per feature: what rounding is relative to."""
-    sizes = []
+def _magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
+    """The largest value among the data of each spread: what its rounding is relative to.
+
+    Returns:
+        One number per event of the parameter, or one per feature. # (events,) or (events, D)
+    """
+    assert update.kind is not None
+    event = update.kind.event_dim
+    size = _prod(value.shape[value.dim() - event :])
+    n_events = value.numel() // size
+    out: Tensor | None = None
     for use in update.uses:
         group = graph.groups[use.group]
         assert group.family is not None
-        x = group.value.detach().abs()
-        event = group.family.event_dim
-        sizes.append(x.reshape(-1, *x.shape[x.dim() - event :]).amax(0))
-    return torch.stack(sizes).amax(0)
+        x = group.family.magnitude(group.value.detach())
+        index = use.selection.index
+        first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+        features = x.shape[first.dim() :]
+        axes = [i for i, n in enumerate(first.shape) if n == 1 and x.shape[i] > 1]
+        x = x.amax(axes, keepdim=True) if axes else x
+        batch = torch.broadcast_shapes(first.shape, x.shape[: first.dim()])
+        row = torch.where(first >= 0, first // size, n_events).expand(batch).reshape(-1)
+        x = x.expand(*batch, *features).reshape(len(row), *features)
+        if out is None:
+            out = x.new_zeros(n_events + 1, *features)
+        row = row.reshape(-1, *(1,) * len(features)).expand(x.shape)
+        out = out.scatter_reduce(0, row, x, "amax")
+    assert out is not None
+    return out[:-1]
 
 
 def _medians(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em._errors import UsageError, message
 from pyro_em.binding import Binding, Selection
 from pyro_em.families import Kind, Rule
 from pyro_em.graph import FactorGraph, Group
@@ -30,6 +31,10 @@ class ClosedForm:
     """
 
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.floor >= 0:
+            raise UsageError(message("ClosedForm", f"floor={self.floor} is no variance."))
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Gradient:
 
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
     steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(message("Gradient", f"steps={self.steps} would change nothing."))
 
 
 @dataclass(frozen=True)
@@ -98,19 +107,23 @@ class ParameterUpdate:
 
 
 def decide_updates(
-    graph: FactorGraph, requested: Mapping[str, Update]
+    graph: FactorGraph, requested: Mapping[str, Update], default: Gradient | None = None
 ) -> dict[str, ParameterUpdate]:
     """Choose the strongest update that is exact for each parameter, by looking only.
 
     Args:
         graph: A traced graph with bindings.
         requested: The user's wishes by exact parameter name.
+        default: The gradient update where there is no closed form; L-BFGS if None.
     """
     strongest = {name: _strongest(graph, name) for name in graph.parameters}
     decided = {}
     for name, found in strongest.items():
         wish = requested.get(name)
-        decided[name] = found if wish is None else _granted(found, wish)
+        if wish is None and default is not None and isinstance(found.update, Gradient):
+            decided[name] = ParameterUpdate(name, default, found.reason)
+        else:
+            decided[name] = found if wish is None else _granted(found, wish)
     least_squares = {n for n, u in decided.items() if isinstance(u.update, LeastSquares)}
     # A mean that shares an argument with a regression coefficient is solved for with it.
     changed = True
@@ -228,6 +241,8 @@ def _as_use(
         scalable = rule.kind in (Kind.RATE, Kind.SCALE, Kind.MEAN) and rule.link.name == "identity"
         if not scalable:
             return None, "a factor multiplies it"
+    if rule.kind.is_location and any(m.has_pole for m in selection.maps):
+        return None, "its map has a pole, and a location may lie beyond it"
     event = rule.kind.event_dim
     if event:
         if selection.maps:
@@ -268,8 +283,6 @@ def _disagreement(uses: Sequence[Use]) -> str:
             return f"it is a {first.argument} here and a {u.argument} there"
         if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
             return "different maps of it are used"
-        if first.rule.kind is Kind.MEDIAN:
-            continue
     return ""
 
 
