@@ -25,10 +25,17 @@ from pyro_em.starts import given_counts, random_counts
 
 @dataclass(eq=False)
 class Iterate:
-    """Where the loop stands: parameters are in the store, the E-step at them is here."""
+    """Where the loop stands: parameters are in the store, the E-step at them is here.
+
+    Attributes:
+        evaluation: The factors at the parameters.
+        q: The E-step there.
+        massless: Per parameter the components that had no mass in the M-step before.
+    """
 
     evaluation: Evaluation
     q: Posterior
+    massless: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -77,7 +84,7 @@ def e_step(program: Program) -> Iterate:
 def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
     """One M-step from the E-step ``at``, and the E-step at the new parameters."""
     origin = snapshot(program)
-    program.m_step(at.q.counts, at.evaluation)
+    report = program.m_step(at.q.counts, at.evaluation)
     if verify and program.compiled:
         off = program.disagreements()
         if off:
@@ -85,9 +92,11 @@ def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
             restore(program, origin)
             distrust(program, off)
             at = e_step(program)
-            program.m_step(at.q.counts, at.evaluation)
+            report = program.m_step(at.q.counts, at.evaluation)
     try:
-        return e_step(program)
+        reached = e_step(program)
+        reached.massless = report.massless
+        return reached
     except BaseException:
         restore(program, origin)
         raise

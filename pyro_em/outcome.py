@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em._errors import PyroEMWarning
+from pyro_em._errors import PyroEMWarning, message
 from pyro_em.contraction import contract, evidence
 from pyro_em.loop import Run, rate_of_convergence, snapshot
-from pyro_em.m_step import Fixed
+from pyro_em.m_step import Fixed, Kind
 from pyro_em.posterior import scales_of
 from pyro_em.program import Program, parameters_at
 from pyro_em.result import EMResult, EMStatus, History, free_parameters
@@ -52,6 +52,7 @@ def build_result(
     if run.status is EMStatus.DEGENERATE:
         warnings.warn(text, PyroEMWarning, stacklevel=3)
     parameters = program.graph.parameters
+    _say_massless(program, run)
     rows = _num_rows(program)
     if num_restarts > 1:
         start = f"best of {len(runs)} starts"
@@ -85,6 +86,31 @@ def build_result(
         dtype=program.graph.dtype,
         _standard_errors=lambda: _observed_information(program, unconstrained),
     )
+
+
+def _say_massless(program: Program, run: Run) -> None:
+    """Name components that no observation belongs to; rows of probabilities may well be unused."""
+    assert run.last is not None
+    by_component: dict[int, list[str]] = {}
+    for name, events in run.last.massless.items():
+        if program.updates[name].kind is not Kind.SIMPLEX:
+            for k in events:
+                by_component.setdefault(k, []).append(name)
+    for k, names in by_component.items():
+        shown = ", ".join(f"'{n}'" for n in names)
+        warnings.warn(
+            message(
+                f"component {k} of parameter{'s' * (len(names) > 1)} {shown}",
+                "no observation had any weight in it at the last step; its value was kept.",
+                "an empty component is not estimated by the data",
+                [
+                    "use fewer components",
+                    "start elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+                ],
+            ),
+            PyroEMWarning,
+            stacklevel=4,
+        )
 
 
 def _num_rows(program: Program) -> float:
