@@ -118,6 +118,23 @@ class ParameterCapture(Messenger):
         return initial.shape if isinstance(initial, torch.Tensor) else None
 
 
+class _KeepValues(Messenger):
+    """Give unobserved sites the values that they had in a plain run: nothing is drawn again.
+
+    Some distributions cannot be sampled with tagged arguments, none at a trial point of a line
+    search that is far off.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not msg["done"] and is_latent(msg):
+            msg["value"] = self.values[msg["name"]]
+            msg["done"] = True
+
+
 class _TagLatents(Messenger):
     """Tag the value of each unobserved site with the site's own name."""
 
@@ -275,14 +292,22 @@ def _tensors_of(fn: Any) -> Iterator[torch.Tensor]:
                     yield from _tensors_of(part)
 
 
-def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
-    """Run a model with tagged latents; ``scopes`` says which latents reach each site."""
+def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
+    """Run a model with tagged latents; ``scopes`` says which latents reach each site.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        plain: A plain run, whose latent values are used again.
+    """
     capture = ParameterCapture()
     with (
         _same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
         _TagLatents(),
+        _KeepValues({n: s["value"] for n, s in plain.sites.items() if is_latent(s)}),
         capture,
     ):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -307,6 +332,7 @@ def enumerated_run(
     *,
     latents: frozenset[str],
     max_plate_nesting: int,
+    kept: Mapping[str, torch.Tensor],
     values: Mapping[str, torch.Tensor] | None = None,
     limit: int | None = None,
     random_seed: int | None = None,
@@ -319,6 +345,7 @@ def enumerated_run(
         kwargs: Its keyword arguments.
         latents: Names of the sites to enumerate.
         max_plate_nesting: Number of dimensions that belong to plates.
+        kept: Values of unobserved sites that are not enumerated.
         values: Constrained parameter values to use instead of the current ones.
         limit: Raise `OutputTooLarge` when one operation's output has more cells.
         random_seed: Start this run from another random state.
@@ -331,6 +358,7 @@ def enumerated_run(
         poutine.trace() as tracer,
         poutine.enum(first_available_dim=-1 - max_plate_nesting),
         _MarkForEnumeration(latents),
+        _KeepValues(kept),
         capture,
     ):
         if random_seed is not None:

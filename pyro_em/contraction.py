@@ -360,8 +360,10 @@ class _Planner:
             )
         )
         self.dims[out] = dims[:-1]
-        references = [self.locals_scaled_by.get(s) for s in inputs]
-        self.scale_of[out] = references[0]
+        references = [r for s in inputs if (r := self.locals_scaled_by.get(s)) is not None]
+        self.scale_of[out] = references[0] if references else None
+        if references:  # what is summed on with other latents keeps the component's scale
+            self.locals_scaled_by[out] = references[0]
         return out
 
     @staticmethod

@@ -34,7 +34,7 @@ from pyro_em.loop import (
 from pyro_em.m_step import Gradient, Update, apply_floors
 from pyro_em.outcome import build_result
 from pyro_em.plan import Plan
-from pyro_em.posterior import Posterior, product_posterior
+from pyro_em.posterior import Posterior, product_posterior, regrouped
 from pyro_em.program import Evaluation, Program, build_program, parameters_at
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
@@ -523,9 +523,8 @@ class ExactPosteriorEM:
     ) -> Posterior:
         if not isinstance(q, Posterior):
             return product_posterior(evaluation.graph, q, evaluation.tables)
-        same = [g.members for g in q.graph.groups] == [g.members for g in evaluation.graph.groups]
-        sizes = [g.sizes for g in q.graph.groups] == [g.sizes for g in evaluation.graph.groups]
-        if not (same and sizes):
+        laid_out = regrouped(q, evaluation.graph)
+        if laid_out is None:
             raise UsageError(
                 message(
                     "q",
@@ -534,7 +533,7 @@ class ExactPosteriorEM:
                     ["compute it with em.posterior on the same arguments"],
                 )
             )
-        return q
+        return laid_out
 
     def _check_fit_arguments(
         self,

@@ -309,6 +309,7 @@ def _run_enumerated(
             kwargs,
             latents=frozenset(structure.latents),
             max_plate_nesting=structure.max_plate_nesting,
+            kept=structure.kept_values,
             values=values,
             limit=limit,
             random_seed=random_seed,

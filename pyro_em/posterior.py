@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -575,6 +575,27 @@ def _marginal(cells: Tensor, dims: Sequence[str], keep: Sequence[str]) -> Tensor
         table = table.sum(i)
     names = [d for d in dims if d in keep]
     return table.permute([names.index(d) for d in keep])
+
+
+def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
+    """A posterior laid out for another graph of the same model and data; None if it is not."""
+    by_site = {
+        name: (g.dims[i], g.sizes, q.cells[k][i], q.counts[k][i])
+        for k, g in enumerate(q.graph.groups)
+        for i, name in enumerate(g.members)
+    }
+    names = [name for g in graph.groups for name in g.members]
+    if set(names) != set(by_site):
+        return None
+    cells, counts = [], []
+    for group in graph.groups:
+        for i, name in enumerate(group.members):
+            dims, sizes, _, _ = by_site[name]
+            if dims != group.dims[i] or sizes != group.sizes:
+                return None
+        cells.append(torch.stack([by_site[name][2] for name in group.members]))
+        counts.append(torch.stack([by_site[name][3] for name in group.members]))
+    return replace(q, graph=graph, cells=cells, counts=counts)
 
 
 def exact_posterior(

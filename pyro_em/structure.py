@@ -73,6 +73,7 @@ class Structure:
         parameters: The parameters that the model read.
         masked_pairs: For each ``obs_mask`` site the user's name -> its mask.
         random_plates: Plates with random subsampling.
+        kept_values: Values of the barren sites, which nothing that counts depends on.
     """
 
     plates: Mapping[str, Plate]
@@ -83,6 +84,7 @@ class Structure:
     parameters: Mapping[str, _pyro.TracedParameter]
     masked_pairs: Mapping[str, Tensor] = field(default_factory=dict)
     random_plates: tuple[str, ...] = ()
+    kept_values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def examine(
             )
         )
     plates, random_plates = _plates(plain.sites, factors)
-    tagged = _pyro.provenance_run(model, args, kwargs)
+    tagged = _pyro.provenance_run(model, args, kwargs, plain)
     if set(tagged.scopes) != set(factors):
         _refuse_changing(sorted(set(tagged.scopes) ^ set(factors)))
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
@@ -191,6 +193,7 @@ def examine(
         plain.parameters,
         masked_pairs,
         random_plates,
+        {n: factors[n]["value"].detach() for n in barren},
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
 

@@ -34,6 +34,15 @@ def _deviations(value: Tensor, arguments: Arguments) -> Statistics:
     return {"deviation": d, "square": d * d}
 
 
+def _normal_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    d = (value - arguments["loc"]) / arguments["scale"]
+    return -0.5 * (d * d + math.log(2 * math.pi)) - arguments["scale"].log()
+
+
+def _log_normal_log_density(value: Tensor, arguments: Arguments) -> Tensor:
+    return _normal_log_density(value.log(), arguments) - value.log()
+
+
 def _log_deviations(value: Tensor, arguments: Arguments) -> Statistics:
     return _deviations(value.log(), arguments)
 
@@ -148,11 +157,13 @@ FAMILIES = (
         dist.Normal,
         _deviations,
         {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
+        log_density=_normal_log_density,
     ),
     Family(
         dist.LogNormal,
         _log_deviations,
         {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
+        log_density=_log_normal_log_density,
         magnitude=lambda x: x.log().abs(),
     ),
     Family(

@@ -6,12 +6,14 @@ start is discarded, so that the objective cannot fall. Small problems are finish
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_em._errors import PyroEMError
 from pyro_em._pyro import TracedParameter
 from pyro_em.m_step.updates import Gradient
 
@@ -60,13 +62,22 @@ def maximise(
     with torch.no_grad():
         start = float(loss())
     _lbfgs(variables, loss, update.steps)
-    if sum(v.numel() for v in variables) <= _NEWTON_SIZE:
+    if _value(loss) < math.inf and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
         _newton(variables, loss)
+    end = _value(loss)
     with torch.no_grad():
-        end = float(loss())
         improved = end <= start + _rounding(start, variables[0])
         for p, v, b in zip(parameters, variables, before, strict=True):
             p.unconstrained.copy_(v if improved else b)
+
+
+def _value(loss: Callable[[], Tensor]) -> float:
+    """The loss, or infinity where the model cannot run."""
+    try:
+        with torch.no_grad():
+            return float(loss())
+    except PyroEMError:
+        return math.inf
 
 
 def _rounding(value: float, like: Tensor) -> float:
@@ -108,10 +119,22 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
         line_search_fn="strong_wolfe",
     )
 
+    best = math.inf
+
     def closure() -> Tensor:
-        with torch.enable_grad():
-            value = loss()
-            gradients = torch.autograd.grad(value, variables, allow_unused=True)
+        nonlocal best
+        try:
+            with torch.enable_grad():
+                value = loss()
+                gradients = torch.autograd.grad(value, variables, allow_unused=True)
+        except PyroEMError:
+            if best == math.inf:
+                raise
+            # A trial point at which the model cannot run is a bad one, not the end of the fit.
+            for v in variables:
+                v.grad = torch.zeros_like(v)
+            return torch.as_tensor(best + 1e3 * (1 + abs(best)))
+        best = min(best, float(value.detach()))
         for v, g in zip(variables, gradients, strict=True):
             # A coordinate at infinity is a structural zero: it stays.
             v.grad = torch.zeros_like(v) if g is None else torch.where(torch.isfinite(v), g, 0.0)
@@ -163,7 +186,7 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
                 at += v.numel()
             # Near the optimum the gain is below rounding while the step is not.
             old_value = float(value.detach())
-            better = float(loss()) <= old_value + _rounding(old_value, variables[0])
+            better = _value(loss) <= old_value + _rounding(old_value, variables[0])
             if not better:
                 for v, o in zip(variables, old, strict=True):
                     v.copy_(o)
