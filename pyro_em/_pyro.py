@@ -131,8 +131,8 @@ class _KeepValues(Messenger):
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.values and not msg["done"] and is_latent(msg):
+            # Not marked as done: the enumerating handler still has to note the site's scope.
             msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
 
 
 class _TagLatents(Messenger):
