@@ -15,7 +15,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 def test_readme_blocks_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.set_default_dtype(torch.float32)  # as in a user's session
+    torch.set_default_dtype(torch.float32)  # torch's own default
     before = dict(_REGISTRY)
     space: dict[str, object] = {}
     try:
