@@ -205,6 +205,14 @@ class FactorGraph:
         ]
         return max(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.get_default_dtype())
 
+    @property
+    def eps(self) -> float:
+        """The rounding of the coarsest floating tensor: densities, data or parameters."""
+        parameters = [p.unconstrained for p in self.parameters.values()]
+        tensors = [t for g in self.groups for t in (*g.arguments.values(), g.value)]
+        floating = [t.dtype for t in (*parameters, *tensors) if t.is_floating_point()]
+        return max((torch.finfo(d).eps for d in floating), default=torch.finfo(self.dtype).eps)
+
     def group_of(self, site: str) -> tuple[Group, int]:
         """The group that holds a site, and the site's place in it."""
         return self._places[site]

@@ -193,7 +193,7 @@ def _iterate(
     begin: float,
 ) -> None:
     """Steps from ``at`` until one of the rules stops the run."""
-    eps = torch.finfo(program.graph.dtype).eps
+    eps = program.graph.eps
     run.status = EMStatus.MAX_STEPS
     run.record(program, at)
     try:
@@ -272,7 +272,7 @@ def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     """Promise: the objective never falls; a fall is reported with the site that did it."""
     old, new = before.q.log_evidence, after.q.log_evidence
     assert old is not None and new is not None
-    eps = torch.finfo(program.graph.dtype).eps
+    eps = program.graph.eps
     allowed = (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(old))
     if new >= old - allowed or not program.plan().is_monotone:
         return False

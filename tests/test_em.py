@@ -425,3 +425,11 @@ def test_check_model_on_a_chain_in_a_plate() -> None:
                 pyro.sample(f"y{t}", dist.Normal(mu[z], s[z]), obs=y[:, t])
 
     check_model(model, torch.randn(5, 6))
+
+
+def test_float32_parameters_beside_float64_data_do_not_seem_to_fall() -> None:
+    torch.set_default_dtype(torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = ExactPosteriorEM(mixture).fit(X)
+    assert result.converged and result.params["mu"].dtype == torch.float32
