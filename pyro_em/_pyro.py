@@ -399,6 +399,20 @@ def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None
         parameter.unconstrained.copy_(transform.inv(value))
 
 
+def snapshot(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
+    """Copies of all unconstrained parameters."""
+    return {name: p.unconstrained.detach().clone() for name, p in parameters.items()}
+
+
+def restore(
+    parameters: Mapping[str, TracedParameter], unconstrained: Mapping[str, torch.Tensor]
+) -> None:
+    """Write unconstrained values back in place."""
+    with torch.no_grad():
+        for name, value in unconstrained.items():
+            parameters[name].unconstrained.copy_(value)
+
+
 def has_finite_support(fn: Any) -> bool:
     """Whether Pyro can enumerate a distribution."""
     return bool(getattr(fn, "has_enumerate_support", False))

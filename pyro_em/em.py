@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em import saving
 from pyro_em._errors import PyroEMWarning, UsageError, message
+from pyro_em._pyro import restore, snapshot
 from pyro_em.elbo import ELBOTerms, elbo_terms
 from pyro_em.loop import (
     Bar,
@@ -27,9 +28,7 @@ from pyro_em.loop import (
     best_of,
     e_step,
     fell,
-    restore,
     run_start,
-    snapshot,
 )
 from pyro_em.m_step import Gradient, Update, apply_floors
 from pyro_em.outcome import build_result
@@ -288,10 +287,10 @@ class ExactPosteriorEM:
         begin = time.perf_counter()
         at = e_step(program)
         for index in itertools.count():
-            origin = snapshot(program)
+            origin = snapshot(program.graph.parameters)
             before, at = at, advance(program, at, verify=index == 0)
             if fell(program, before, at):
-                restore(program, origin)
+                restore(program.graph.parameters, origin)
                 return
             self._total_steps += 1
             yield as_step(program, index, before, at, begin)
@@ -362,10 +361,10 @@ class ExactPosteriorEM:
         bar = Bar(progress, max_steps, num_restarts)
         runs: list[Run] = []
         try:
-            origin = snapshot(program)
+            origin = snapshot(program.graph.parameters)
             for r in range(num_restarts):
                 if r:
-                    restore(program, origin)
+                    restore(program.graph.parameters, origin)
                 run = run_start(
                     program,
                     "random hard" if r else init,
@@ -382,12 +381,12 @@ class ExactPosteriorEM:
                     break
         except BaseException:
             if runs:  # nothing already fitted is lost
-                restore(program, best_of(runs).parameters)
+                restore(program.graph.parameters, best_of(runs).parameters)
             raise
         finally:
             bar.close()
         best = best_of(runs)
-        restore(program, best.parameters)
+        restore(program.graph.parameters, best.parameters)
         self._total_steps += best.num_steps
         return build_result(program, best, runs, init, seed, num_restarts, begin, self._total_steps)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_em._errors import DataError, DegenerateError, PyroEMWarning, UsageError, message
+from pyro_em._pyro import restore, snapshot
 from pyro_em.advice import sites_in_words
 from pyro_em.m_step import apply_floors
 from pyro_em.posterior import Posterior, dot, expected_log_joint
@@ -65,12 +66,12 @@ class Run:
 
     def record(self, program: Program, at: Iterate) -> None:
         """Remember parameters and E-step of the last complete step."""
-        self.parameters, self.last = snapshot(program), at
+        self.parameters, self.last = snapshot(program.graph.parameters), at
 
     def go_back(self, program: Program) -> None:
         """Return to the parameters after the first step, the last that were verified."""
         assert self.verified is not None
-        restore(program, self.verified)
+        restore(program.graph.parameters, self.verified)
         del self.entering[1:], self.after[1:]
         self.message = ""
 
@@ -83,13 +84,13 @@ def e_step(program: Program) -> Iterate:
 
 def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
     """One M-step from the E-step ``at``, and the E-step at the new parameters."""
-    origin = snapshot(program)
+    origin = snapshot(program.graph.parameters)
     report = program.m_step(at.q.counts, at.evaluation)
     if verify and program.compiled:
         off = program.disagreements()
         if off:
             _warn_disagreement(off[0], "it is not")
-            restore(program, origin)
+            restore(program.graph.parameters, origin)
             distrust(program, off)
             at = e_step(program)
             report = program.m_step(at.q.counts, at.evaluation)
@@ -98,7 +99,7 @@ def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
         reached.massless = report.massless
         return reached
     except BaseException:
-        restore(program, origin)
+        restore(program.graph.parameters, origin)
         raise
 
 
@@ -144,7 +145,7 @@ def run_start(
     Returns:
         The run; the parameters in the store are those of its last complete step.
     """
-    run = Run(snapshot(program))
+    run = Run(snapshot(program.graph.parameters))
     run.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
     try:
         _apply_init(program, init, generator)
@@ -152,12 +153,12 @@ def run_start(
         at = e_step(program)
     except (DegenerateError, DataError) as error:
         if r == 0:
-            restore(program, run.parameters)
+            restore(program.graph.parameters, run.parameters)
             raise
         run.status, run.message = EMStatus.DEGENERATE, str(error)
         return run
     except KeyboardInterrupt:
-        restore(program, run.parameters)
+        restore(program.graph.parameters, run.parameters)
         if r == 0:
             raise
         run.status = EMStatus.INTERRUPTED
@@ -201,7 +202,7 @@ def _iterate(
             before, first = at, run.num_steps == 0
             at = advance(program, before, verify=first)
             if fell(program, before, at):
-                restore(program, run.parameters)
+                restore(program.graph.parameters, run.parameters)
                 run.status = EMStatus.FELL
                 break
             step = as_step(program, run.num_steps, before, at, begin)
@@ -223,7 +224,7 @@ def _iterate(
         run.status, run.message = EMStatus.DEGENERATE, str(error)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
-        restore(program, run.parameters)
+        restore(program.graph.parameters, run.parameters)
 
 
 def _warn_disagreement(place: tuple[str, str], when: str) -> None:
@@ -304,18 +305,6 @@ def best_of(runs: Sequence[Run]) -> Run:
     usable = [r for r in runs if r.last is not None]
     sound = [r for r in usable if r.status is not EMStatus.DEGENERATE]
     return max(sound or usable, key=lambda r: r.log_evidence)
-
-
-def snapshot(program: Program) -> dict[str, Tensor]:
-    """Copies of all unconstrained parameters."""
-    return {n: p.unconstrained.detach().clone() for n, p in program.graph.parameters.items()}
-
-
-def restore(program: Program, values: Mapping[str, Tensor]) -> None:
-    """Write a snapshot back, in place."""
-    with torch.no_grad():
-        for name, value in values.items():
-            program.graph.parameters[name].unconstrained.copy_(value)
 
 
 def should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | None:

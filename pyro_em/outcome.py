@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import PyroEMWarning, message
+from pyro_em._pyro import snapshot
 from pyro_em.contraction import contract, evidence
-from pyro_em.loop import Run, rate_of_convergence, snapshot
+from pyro_em.loop import Run, rate_of_convergence
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.posterior import scales_of
 from pyro_em.program import Program, parameters_at
@@ -61,7 +62,7 @@ def build_result(
     else:
         start = init if isinstance(init, str) else "given: " + ", ".join(init)
     values = {n: p.value() for n, p in parameters.items()}
-    unconstrained = snapshot(program)
+    unconstrained = snapshot(parameters)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
     logger.info("fit: %s log evidence %.6f", run.status.name, q.log_evidence)
     return EMResult(

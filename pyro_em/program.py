@@ -80,7 +80,6 @@ class Program:
     contraction: ContractionPlan
     updates: Mapping[str, ParameterUpdate]
     compiled: bool
-    requested: Mapping[str, Update]
     notes: tuple[str, ...] = ()
     state: MStepState = field(default_factory=MStepState)
     look_only: bool = False
@@ -287,8 +286,7 @@ def build_program(
     )
     contraction = contraction_of(graph)
     notes = tuple(check_scales(graph, contraction))
-    wishes = _matched(requested, graph)
-    updates = decide_updates(graph, wishes, gradient)
+    updates = decide_updates(graph, _matched(requested, graph), gradient)
     program = Program(
         model,
         args,
@@ -298,7 +296,6 @@ def build_program(
         contraction,
         updates,
         compiled=False,
-        requested=wishes,
         notes=notes,
         look_only=look_only,
         gradient=gradient,
@@ -405,7 +402,7 @@ def parameters_at(
                     "values are constrained ones, as pyro.param returns them",
                 )
             )
-    before = {n: parameters[n].unconstrained.detach().clone() for n in values}
+    before = _pyro.snapshot({n: parameters[n] for n in values})
     try:
         with torch.no_grad():
             for name, value in values.items():
@@ -418,9 +415,7 @@ def parameters_at(
                     )
         yield
     finally:
-        with torch.no_grad():
-            for name, old in before.items():
-                parameters[name].unconstrained.copy_(old)
+        _pyro.restore(parameters, before)
 
 
 def _allowed(value: Tensor, constraint: constraints.Constraint) -> bool:

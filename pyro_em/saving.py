@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from pyro_em._errors import UsageError, message
-from pyro_em._pyro import TracedParameter
+from pyro_em._pyro import TracedParameter, snapshot
+from pyro_em._pyro import restore as write_back
 
 FORMAT = "pyro_em 1"
 
@@ -19,7 +20,7 @@ def pack(parameters: Mapping[str, TracedParameter], extra: Mapping[str, Any]) ->
     return {
         "format": FORMAT,
         "names": list(parameters),
-        "unconstrained": {n: p.unconstrained.detach().cpu().clone() for n, p in parameters.items()},
+        "unconstrained": {n: t.cpu() for n, t in snapshot(parameters).items()},
         "constraints": {n: repr(p.constraint) for n, p in parameters.items()},
         **extra,
     }
@@ -67,9 +68,7 @@ def restore(state: Mapping[str, Any], parameters: Mapping[str, TracedParameter])
                 ["build the model as it was when the file was saved"],
             )
         )
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.unconstrained.copy_(state["unconstrained"][name])
+    write_back(parameters, state["unconstrained"])
 
 
 def first_difference(state: Mapping[str, Any], parameters: Mapping[str, TracedParameter]) -> str:

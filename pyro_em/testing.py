@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em._errors import UsageError, message
+from pyro_em._pyro import restore, snapshot
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.families import _REGISTRY, Family, Kind
 from pyro_em.m_step import ClosedForm
@@ -295,15 +296,13 @@ def check_model(
         _check_other_q(em, args, kwargs, q, seed, rtol * size)
         if not program.graph.parameters or not any(g.observed for g in program.graph.groups):
             return
-        start = {n: p.unconstrained.detach().clone() for n, p in program.graph.parameters.items()}
+        start = snapshot(program.graph.parameters)
         compiled = em.fit(*args, max_steps=steps, tol=0, progress=False, **kwargs)
         path = [*compiled.history, compiled.log_evidence]
         falls = [b - a for a, b in pairwise(path)]
         assert min(falls, default=0.0) >= -rtol * size, f"the evidence fell by {-min(falls):.3g}"
         _check_stationary(program, args, kwargs, em)
-        with torch.no_grad():
-            for n, p in program.graph.parameters.items():
-                p.unconstrained.copy_(start[n])
+        restore(program.graph.parameters, start)
         _check_generic(em, args, kwargs, path, steps, rtol * size)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import DegenerateError, message
-from pyro_em._pyro import write_unconstrained
+from pyro_em._pyro import restore, snapshot, write_unconstrained
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.closed_form import apply_floor, closed_form
@@ -70,13 +70,11 @@ def m_step(
     Raises:
         DegenerateError: Naming parameter and component; all parameters are as before.
     """
-    before = {n: p.unconstrained.detach().clone() for n, p in graph.parameters.items()}
+    before = snapshot(graph.parameters)
     try:
         return _m_step(graph, updates, counts, arguments, evaluate, state)
     except BaseException:
-        with torch.no_grad():
-            for name, p in graph.parameters.items():
-                p.unconstrained.copy_(before[name])
+        restore(graph.parameters, before)
         raise
 
 
@@ -130,7 +128,7 @@ def _m_step(
                 _require_finite(name, values[name])
             done.update(new)
             refresh(set(new))
-    _gradient_blocks(graph, updates, counts, evaluate, state, values)
+    _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
 
 
@@ -168,7 +166,6 @@ def _gradient_blocks(
     counts: Sequence[Tensor],
     evaluate: Evaluate,
     state: MStepState,
-    values: Mapping[str, Tensor],
 ) -> None:
     by_update: list[tuple[Gradient, list[str]]] = []
     for u in updates.values():

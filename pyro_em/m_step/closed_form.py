@@ -19,8 +19,6 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.updates import ClosedForm, ParameterUpdate, Use, bounds
 
-Values = dict[str, Tensor]
-
 
 def closed_form(
     update: ParameterUpdate,
@@ -180,7 +178,7 @@ def _scattered(
             n = n / c**2
         else:
             n, d = n * c, d * c**2
-    n, d = _sum_to(n, cells, len(n_event)), _sum_to(d, cells, len(d_event))
+    n, d = sum_to(n, cells, len(n_event)), sum_to(d, cells, len(d_event))
     size = _prod(value.shape[value.dim() - event :])
     n_events = value.numel() // size
     first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
@@ -195,7 +193,8 @@ def _scattered(
     return n_out[:-1], d_out[:-1]
 
 
-def _sum_to(tensor: Tensor, cells: Sequence[int], event: int) -> Tensor:
+def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:
+    """Sum over the cells that an argument is constant along, and expand to its cells."""
     axes = [i for i, size in enumerate(cells) if size == 1 and tensor.shape[i] > 1]
     tensor = tensor.sum(axes, keepdim=True) if axes else tensor
     return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_em.binding import Binding
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
+from pyro_em.m_step.closed_form import sum_to
 
 
 def least_squares(
@@ -51,7 +52,7 @@ def least_squares(
         ) * precision
         cells = binding.constant.shape
         weight, residual = torch.broadcast_tensors(weight, residual)
-        weight, residual = _sum_to(weight, cells), _sum_to(residual, cells)
+        weight, residual = sum_to(weight, cells), sum_to(residual, cells)
         design = torch.cat([_design(binding, p, values[p]) for p in block], -1)
         design = design.reshape(-1, sum(sizes))
         w, r = weight.reshape(-1, 1), residual.reshape(-1)
@@ -65,12 +66,6 @@ def least_squares(
         new[p] = values[p] + step[at : at + size].reshape(values[p].shape)
         at += size
     return new
-
-
-def _sum_to(tensor: Tensor, cells: Sequence[int]) -> Tensor:
-    axes = [i for i, size in enumerate(cells) if size == 1 and tensor.shape[i] > 1]
-    tensor = tensor.sum(axes, keepdim=True) if axes else tensor
-    return tensor.expand(tuple(cells))
 
 
 def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
