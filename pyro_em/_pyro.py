@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import pyro
@@ -221,14 +222,99 @@ class Run:
     scopes: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
+class Role(Enum):
+    """What a site of a model paired with its guide stands for."""
+
+    DATA = "data"  # observed by the user
+    LATENT = "latent"  # to be summed
+    POINT = "point"  # a latent of the model at a point estimate: its density is a log prior
+    SAMPLED = "sampled"  # a latent of the model at a value that the guide drew
+    GUIDE = "guide"  # a site of the guide whose value was drawn
+
+
+_ROLE = "_pyro_em_role"
+
+
+def role_of(site: Mapping[str, Any]) -> Role:
+    """The role of a traced site."""
+    marked = site["infer"].get(_ROLE)
+    if marked is not None:
+        return Role(marked)
+    return Role.DATA if site["is_observed"] else Role.LATENT
+
+
 def is_latent(site: Mapping[str, Any]) -> bool:
-    """Whether a traced site is an unobserved random choice of the model."""
+    """Whether a traced site is an unobserved random choice that no guide drew."""
     return (
         site["type"] == "sample"
         and not site["is_observed"]
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic", False)
+        and role_of(site) is Role.LATENT
     )
+
+
+def is_auxiliary(site: Mapping[str, Any]) -> bool:
+    """Whether a guide marks a site as one that the model lacks."""
+    return bool(site["infer"].get("is_auxiliary", False))
+
+
+class GiveValues(Messenger):
+    """Run a model with some latents at values from elsewhere, marked by their role.
+
+    Args:
+        values: The values.
+        roles: What each of them is.
+        subsamples: Indices that the guide's plates drew, to be used again.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor],
+        roles: Mapping[str, Role],
+        subsamples: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.values, self.roles, self.subsamples = values, roles, subsamples
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            if name in self.subsamples:
+                msg["value"], msg["done"] = self.subsamples[name], True
+            return
+        if name in self.values and not msg["is_observed"]:
+            msg["value"], msg["is_observed"] = self.values[name], True
+            msg["infer"] = {**msg["infer"], _ROLE: self.roles[name].value}
+
+
+class GuideSites(Messenger):
+    """Run a guide inside a model's trace: record values, rename what counts, hide the rest.
+
+    Args:
+        shown: Sites whose log density counts; they appear as ``guide:name``.
+    """
+
+    prefix = "guide:"
+
+    def __init__(self, shown: frozenset[str]) -> None:
+        super().__init__()
+        self.shown = shown
+        self.values: dict[str, torch.Tensor] = {}
+        self.subsamples: dict[str, torch.Tensor] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) or msg["name"] not in self.shown:
+            msg["stop"] = True
+            return
+        msg["name"] = self.prefix + msg["name"]
+        msg["infer"] = {**msg["infer"], _ROLE: Role.GUIDE.value}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg):
+            self.subsamples[msg["name"]] = msg["value"]
+        else:
+            self.values[msg["name"].removeprefix(self.prefix)] = msg["value"]
 
 
 def is_factor(site: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pyro_em._pyro import Role
 from pyro_em.graph import FactorGraph
 from pyro_em.posterior import Posterior, dot
 
@@ -64,17 +65,18 @@ def elbo_terms(
     entropy = q.entropy()
     value = joint + entropy
     unnormalised = any(g.distribution == "Unit" for g in graph.groups)
-    reconstruction = sum(p for g, p in zip(graph.groups, parts, strict=True) if g.observed)
-    prior = joint - reconstruction
+    data = [g.role is Role.DATA for g in graph.groups]
+    reconstruction = sum(p for is_data, p in zip(data, parts, strict=True) if is_data)
     assert at.log_evidence is not None
     return ELBOTerms(
         value=value,
         exact=True,
         log_evidence=at.log_evidence,
-        gap=at.log_evidence - value,
+        gap=at.log_evidence - (value - at.log_prior),
         expected_log_joint=joint,
         entropy=entropy,
         reconstruction=None if unnormalised else reconstruction,
-        kl=None if unnormalised else -prior - entropy,
+        kl=None if unnormalised else reconstruction + at.log_prior - value,
+        log_prior=at.log_prior,
         pointwise=at.pointwise,
     )

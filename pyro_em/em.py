@@ -288,7 +288,7 @@ class ExactPosteriorEM:
         at = e_step(program)
         for index in itertools.count():
             origin = snapshot(program.graph.parameters)
-            before, at = at, advance(program, at, verify=index == 0)
+            before, at = at, advance(program, at, index=index, verify=index == 0)
             if fell(program, before, at):
                 restore(program.graph.parameters, origin)
                 return
@@ -358,7 +358,7 @@ class ExactPosteriorEM:
         generator = torch.Generator().manual_seed(
             int(torch.randint(2**31, ())) if seed is None else seed
         )
-        bar = Bar(progress, max_steps, num_restarts)
+        bar = Bar(progress, max_steps, num_restarts, program.objective_name)
         runs: list[Run] = []
         try:
             origin = snapshot(program.graph.parameters)

@@ -64,6 +64,7 @@ class Factor:
     scale: Tensor | float
     raw: Tensor | None
     raw_params: tuple[str, ...] | None
+    value_binding: Binding | None
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -72,7 +73,7 @@ class Factor:
             return ("single", self.info.name)
         return (
             self.family.distribution,
-            self.info.observed,
+            self.info.role,
             len(self.info.plates),
             self.sizes,
             self.event_dims,
@@ -80,21 +81,20 @@ class Factor:
             self.value.dtype,
             self.raw_params,
             None if self.mask is None else tuple(self.mask.shape),
+            None if self.value_binding is None else _form(self.value_binding),
             tuple(
-                (
-                    name,
-                    tuple(self.arguments[name].shape),
-                    b.how,
-                    b.normalise,
-                    b.params,
-                    tuple(
-                        (s.param, tuple(m.name for m in s.maps), s.factor is None)
-                        for s in b.selections
-                    ),
-                )
+                (name, tuple(self.arguments[name].shape), *_form(b))
                 for name, b in self.bindings.items()
             ),
         )
+
+
+def _form(binding: Binding) -> tuple[Any, ...]:
+    """What two bindings must share to be stacked."""
+    parts = tuple(
+        (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in binding.selections
+    )
+    return (binding.how, binding.normalise, binding.params, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,10 @@ class Group:
         raw: The traced log density where no record evaluates it. # (members, *dims)
         raw_params: Parameters that reach ``raw``, or the value of a family's site; None where an
             unknown tensor does.
-        observed: Whether the members are observed.
+        observed: Whether the members have a value.
+        distribution: Its name.
+        role: What the members stand for.
+        value_binding: How parameters reach the value, where they do.
     """
 
     members: tuple[str, ...]
@@ -134,6 +137,8 @@ class Group:
     raw_params: tuple[str, ...] | None
     observed: bool
     distribution: str
+    role: _pyro.Role = _pyro.Role.DATA
+    value_binding: Binding | None = None
 
     @property
     def is_static(self) -> bool:
@@ -141,7 +146,13 @@ class Group:
         if self.family is None:
             assert self.raw is not None
             return not self.raw.requires_grad
-        fixed = [self.value, *((self.mask,) if self.mask is not None else ())]
+        if self.value_binding is None:
+            fixed = [self.value]
+        else:
+            fixed = []
+            if not self.value_binding.is_static:
+                return False
+        fixed += [self.mask] if self.mask is not None else []
         scales = [s for s in self.scale if isinstance(s, Tensor)]
         return all(b.is_static for b in self.bindings.values()) and not any(
             t.requires_grad for t in fixed + scales
@@ -165,13 +176,38 @@ class Group:
             for name, b in self.bindings.items()
         }
 
-    def log_density(self, arguments: Mapping[str, Tensor] | None = None) -> Tensor:
+    def weights(self) -> Tensor:
+        """What multiplies each member's log density: scale, and zero where it is masked."""
+        ones = (1,) * len(self.sizes)
+        parts = [
+            s if isinstance(s, Tensor) else self.value.new_full(ones, s, dtype=torch.float64)
+            for s in self.scale
+        ]
+        out = torch.stack(torch.broadcast_tensors(*parts))
+        return out if self.mask is None else out * self.mask
+
+    def evaluate_value(self, values: Mapping[str, Tensor] | None) -> Tensor:
+        """The members' values at parameter values, or as traced where ``values`` is None."""
+        if values is None or self.value_binding is None or not self.value_binding.is_static:
+            return self.value
+        return self.value_binding.evaluate(values)
+
+    def log_density_at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """log p of every cell at parameter values, through the bindings. # (members, *sizes)"""
+        return self.log_density(self.evaluate_arguments(values), self.evaluate_value(values))
+
+    def log_density(
+        self, arguments: Mapping[str, Tensor] | None = None, value: Tensor | None = None
+    ) -> Tensor:
         """log p of every cell, zero where an observation is masked. # (members, *sizes)"""
         full = (len(self.members), *self.sizes)
         if self.family is None:
             assert self.raw is not None
             return self.raw.expand(full)
-        log_p = self.family.log_prob(self.value, self.arguments if arguments is None else arguments)
+        log_p = self.family.log_prob(
+            self.value if value is None else value,
+            self.arguments if arguments is None else arguments,
+        )
         if self.event_dims:
             log_p = log_p.sum(tuple(range(-self.event_dims, 0)))
         log_p = log_p.expand(full)
@@ -401,8 +437,12 @@ class _Layout:
         bindings: dict[str, Binding] = {}
         raw: Tensor | None = None
         raw_params: tuple[str, ...] | None = ()
+        value_binding: Binding | None = None
         if leaves is not None:
             raw_params = parameters_below(compact_value, leaves)
+            if raw_params and family is not None and info.observed:
+                layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
+                value_binding = bind(value, leaves, layout=layout)
         if family is None:
             log_p = fn.log_prob(value)
             mask_now = mask_tensor(site)
@@ -447,6 +487,7 @@ class _Layout:
             scale,
             raw,
             raw_params,
+            value_binding,
         )
 
     def _support_size(self, name: str) -> int:
@@ -659,6 +700,10 @@ def _group(members: Sequence[Factor]) -> Group:
         first.raw_params,
         first.info.observed,
         first.info.distribution,
+        first.info.role,
+        None
+        if first.value_binding is None
+        else _stack_bindings([f.value_binding for f in members if f.value_binding is not None]),
     )
 
 

@@ -38,6 +38,12 @@ class Iterate:
     q: Posterior
     massless: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def objective(self) -> float:
+        """What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact."""
+        assert self.q.bound is not None
+        return self.q.bound
+
 
 @dataclass(eq=False)
 class Run:
@@ -58,11 +64,9 @@ class Run:
         return len(self.entering)
 
     @property
-    def log_evidence(self) -> float:
-        """At the last complete step; nan if there is none."""
-        if self.last is None or self.last.q.log_evidence is None:
-            return math.nan
-        return self.last.q.log_evidence
+    def objective(self) -> float:
+        """The bound at the last complete step; nan if there is none."""
+        return math.nan if self.last is None else self.last.objective
 
     def record(self, program: Program, at: Iterate) -> None:
         """Remember parameters and E-step of the last complete step."""
@@ -76,14 +80,14 @@ class Run:
         self.message = ""
 
 
-def e_step(program: Program) -> Iterate:
-    """The exact E-step at the parameters in the store."""
+def e_step(program: Program, index: int = 0) -> Iterate:
+    """The E-step of step ``index`` at the parameters in the store."""
     evaluation = program.evaluate()
-    return Iterate(evaluation, program.posterior(evaluation))
+    return Iterate(evaluation, program.e_step(evaluation, index))
 
 
-def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
-    """One M-step from the E-step ``at``, and the E-step at the new parameters."""
+def advance(program: Program, at: Iterate, *, index: int, verify: bool) -> Iterate:
+    """The M-step of step ``index`` from the E-step ``at``, and the E-step at the new parameters."""
     origin = snapshot(program.graph.parameters)
     report = program.m_step(at.q.counts, at.evaluation)
     if verify and program.compiled:
@@ -92,10 +96,10 @@ def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
             _warn_disagreement(off[0], "it is not")
             restore(program.graph.parameters, origin)
             distrust(program, off)
-            at = e_step(program)
+            at = e_step(program, index)
             report = program.m_step(at.q.counts, at.evaluation)
     try:
-        reached = e_step(program)
+        reached = e_step(program, index + 1)
         reached.massless = report.massless
         return reached
     except BaseException:
@@ -105,11 +109,10 @@ def advance(program: Program, at: Iterate, *, verify: bool) -> Iterate:
 
 def as_step(program: Program, index: int, before: Iterate, after: Iterate, begin: float) -> EMStep:
     """A step as users see it: the bound entering it and the bound after its M-step."""
-    assert before.q.log_evidence is not None
     bound = expected_log_joint(before.q.counts, after.evaluation.tables) + before.q.entropy()
     return EMStep(
         index,
-        before.q.log_evidence,
+        before.objective,
         before.q.log_evidence,
         bound,
         before.q,
@@ -200,7 +203,7 @@ def _iterate(
     try:
         for _ in range(max_steps):
             before, first = at, run.num_steps == 0
-            at = advance(program, before, verify=first)
+            at = advance(program, before, index=run.num_steps, verify=first)
             if fell(program, before, at):
                 restore(program.graph.parameters, run.parameters)
                 run.status = EMStatus.FELL
@@ -211,13 +214,12 @@ def _iterate(
             run.record(program, at)
             if first:
                 run.verified = run.parameters
-            assert at.q.log_evidence is not None
-            bar.update(r, at.q.log_evidence)
+            bar.update(r, at.objective)
             if any(callback(step) is True for callback in callbacks):
                 run.status = EMStatus.STOPPED
                 break
-            status = should_stop([*run.entering, at.q.log_evidence], tol, eps)
-            if status is not None:
+            status = should_stop([*run.entering, at.objective], tol, eps)
+            if status is not None and program.may_stop(run.num_steps):
                 run.status = status
                 break
     except (DegenerateError, DataError) as error:
@@ -271,11 +273,10 @@ def _apply_init(program: Program, init: Any, generator: torch.Generator) -> None
 
 def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     """Promise: the objective never falls; a fall is reported with the site that did it."""
-    old, new = before.q.log_evidence, after.q.log_evidence
-    assert old is not None and new is not None
+    old, new = before.objective, after.objective
     eps = program.graph.eps
     allowed = (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(old))
-    if new >= old - allowed or not program.plan().is_monotone:
+    if new >= old - allowed or not program.is_monotone:
         return False
     losses = {}
     for g in range(len(program.graph.groups)):
@@ -289,7 +290,7 @@ def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     warnings.warn(
         message(
             f"site '{group.members[0]}', parameters {names}",
-            f"the log evidence fell from {old:.9g} to {new:.9g}; the expected log joint of this "
+            f"the {program.objective_name} fell from {old:.9g} to {new:.9g}; the expected log joint of this "
             f"site changed by {losses[worst]:.3g}. The parameters before the fall were kept.",
             "an exact EM step cannot do that: rounding, or a model that hides a dependence",
             ["use float64", "avoid detach and branches on parameters in the model"],
@@ -304,7 +305,7 @@ def best_of(runs: Sequence[Run]) -> Run:
     """The best evidence among sound starts; a degenerate one only where there is no other."""
     usable = [r for r in runs if r.last is not None]
     sound = [r for r in usable if r.status is not EMStatus.DEGENERATE]
-    return max(sound or usable, key=lambda r: r.log_evidence)
+    return max(sound or usable, key=lambda r: r.objective)
 
 
 def should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | None:
@@ -376,19 +377,22 @@ def _warn_symmetric(q: Posterior) -> None:
 class Bar:
     """The progress bar: evidence per step, over all starts."""
 
-    def __init__(self, progress: bool | None, max_steps: int, starts: int) -> None:
+    def __init__(
+        self, progress: bool | None, max_steps: int, starts: int, objective_name: str
+    ) -> None:
         disable = None if progress is None else not progress
         self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
         self.max_steps, self.starts, self.current = max_steps, starts, 0
+        self.objective_name = objective_name
 
-    def update(self, start: int, log_evidence: float) -> None:
+    def update(self, start: int, objective: float) -> None:
         """One more step of a start."""
         if start != self.current:
             self.bar.n = start * self.max_steps
             self.current = start
         label = f"EM start {start + 1}/{self.starts}" if self.starts > 1 else "EM"
         self.bar.set_description(label, refresh=False)
-        self.bar.set_postfix_str(f"log evidence {log_evidence:.6f}", refresh=False)
+        self.bar.set_postfix_str(f"{self.objective_name} {objective:.6f}", refresh=False)
         self.bar.update()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import PyroEMWarning, message
-from pyro_em._pyro import snapshot
+from pyro_em._pyro import Role, snapshot
 from pyro_em.contraction import contract, evidence
 from pyro_em.loop import Run, rate_of_convergence
 from pyro_em.m_step import Fixed, Kind
@@ -20,6 +20,7 @@ from pyro_em.posterior import scales_of
 from pyro_em.program import Program, parameters_at
 from pyro_em.result import EMResult, EMStatus, History, free_parameters
 from pyro_em.standard_errors import StandardErrors, standard_errors
+from pyro_em.strategies import Hard
 
 logger = logging.getLogger("pyro_em")
 
@@ -48,7 +49,9 @@ def build_result(
     """
     assert run.last is not None
     q = run.last.q
-    assert q.log_evidence is not None
+    exact = q if q.exact else program.posterior(run.last.evaluation)
+    q = q if isinstance(program.strategy, Hard) else exact
+    assert exact.log_evidence is not None and q.bound is not None
     text = run.message or run.status.value
     if run.status is EMStatus.DEGENERATE:
         warnings.warn(text, PyroEMWarning, stacklevel=3)
@@ -64,11 +67,11 @@ def build_result(
     values = {n: p.value() for n, p in parameters.items()}
     unconstrained = snapshot(parameters)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
-    logger.info("fit: %s log evidence %.6f", run.status.name, q.log_evidence)
+    logger.info("fit: %s log evidence %.6f", run.status.name, exact.log_evidence)
     return EMResult(
         params=values,
-        log_evidence=q.log_evidence,
-        elbo=q.log_evidence,
+        log_evidence=exact.log_evidence,
+        elbo=q.bound,
         posterior=q,
         history=History(tuple(run.entering), tuple(run.after)),
         converged=run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
@@ -78,8 +81,8 @@ def build_result(
         total_steps=total_steps,
         seconds=time.perf_counter() - begin,
         plan=program.plan(),
-        rate=rate_of_convergence([*run.entering, q.log_evidence]),
-        starts=tuple(r.log_evidence for r in runs),
+        rate=rate_of_convergence([*run.entering, q.bound]),
+        starts=tuple(r.objective for r in runs),
         num_rows=rows,
         num_free_parameters=free_parameters(parameters, program.updates, zeros),
         start=start,
@@ -117,7 +120,7 @@ def _say_massless(program: Program, run: Run) -> None:
 def _num_rows(program: Program) -> float:
     """Elements of the outermost data plate, weighted by sample weights."""
     structure = program.structure
-    observed = [i for i in structure.sites.values() if i.observed and i.plates]
+    observed = [i for i in structure.sites.values() if i.role is Role.DATA and i.plates]
     if not observed:
         return 1.0
     shared = set.intersection(*(set(i.plates) for i in observed)) or set(observed[0].plates)
@@ -126,7 +129,7 @@ def _num_rows(program: Program) -> float:
     for group in program.graph.groups:
         for i, scale in enumerate(group.scale):
             dims = group.dims[i]
-            if isinstance(scale, Tensor) and group.observed and outermost in dims:
+            if isinstance(scale, Tensor) and group.role is Role.DATA and outermost in dims:
                 axis = dims.index(outermost)
                 if scale.shape[axis] == size:
                     axes = [k for k in range(scale.dim()) if k != axis]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import DataError, DegenerateError, ModelError, PyroEMError, UsageError, message
+from pyro_em._pyro import Role
 from pyro_em.contraction import (
     ContractionPlan,
     Ring,
@@ -321,6 +322,8 @@ class Posterior:
         cells: Per group the probability of every cell, unscaled. # (members, *sizes)
         counts: Per group expected counts: scaled and masked. # (members, *sizes)
         log_evidence: log p(x; θ) in nats; None for a q that a user gave.
+        log_prior: Log density of point-estimated latents in nats; the evidence excludes it.
+        bound: ELBO(q, θ) in nats, log prior included; None for a q that a user gave.
         exact: Whether this is p(z | x; θ).
         tables: The log densities behind it.
         entropy_value: H(q) in nats.
@@ -335,6 +338,8 @@ class Posterior:
     tables: list[Tensor]
     entropy_value: float
     pointwise: Tensor | None = None
+    log_prior: float = 0.0
+    bound: float | None = None
 
     def __repr__(self) -> str:
         sites = ", ".join(
@@ -602,23 +607,119 @@ def exact_posterior(
     graph: FactorGraph, plan: ContractionPlan, log_densities: Sequence[Tensor]
 ) -> Posterior:
     """Run the E-step and wrap it."""
-    result = e_step(graph, plan, log_densities)
-    cells, counts = [], []
-    for group, table in zip(graph.groups, result.cells, strict=True):
-        cells.append(_unscaled(group, table))
-        counts.append(table if group.mask is None else table * group.mask)
-    log_evidence = float(result.log_evidence)
+    points = [k for k, g in enumerate(graph.groups) if g.role is Role.POINT]
+    separate, held = _without_priors(graph, log_densities)
+    result = e_step(graph, plan, held)
+    cells, counts = _cells_and_counts(graph, result.cells)
     expected = expected_log_joint(counts, log_densities)
+    log_prior = _separate_log_prior(graph, separate, counts, log_densities)
+    total = float(result.log_evidence) + log_prior
+    if len(separate) < len(points):
+        log_prior += _joint_log_prior(graph, plan, held)
     return Posterior(
         graph,
         cells,
         counts,
-        log_evidence,
+        total - log_prior,
         True,
         [t.detach() for t in log_densities],
-        log_evidence - expected,
-        _pointwise(graph, result),
+        total - expected,
+        _pointwise(graph, result) if len(separate) == len(points) else None,
+        log_prior,
+        total,
     )
+
+
+def _cells_and_counts(graph: FactorGraph, scaled: Tables) -> tuple[list[Tensor], list[Tensor]]:
+    """Probabilities of cells, and expected counts, from the gradient of a contraction."""
+    cells, counts = [], []
+    for group, table in zip(graph.groups, scaled, strict=True):
+        cells.append(_unscaled(group, table))
+        counts.append(table if group.mask is None else table * group.mask)
+    return cells, counts
+
+
+def wrapped(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    log_densities: Tables,
+    scaled: Tables,
+    *,
+    bound: float,
+    entropy: float,
+) -> Posterior:
+    """A q that is not the exact posterior, from its cells.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+        log_densities: Per group, at θ.
+        scaled: Per group scale × probability of every cell. # (members, *sizes)
+        bound: ELBO(q, θ) in nats, log prior included.
+        entropy: H(q) in nats.
+    """
+    cells, counts = _cells_and_counts(graph, scaled)
+    separate, held = _without_priors(graph, log_densities)
+    log_prior = _separate_log_prior(graph, separate, counts, log_densities)
+    if any(g.role is Role.POINT for k, g in enumerate(graph.groups) if k not in separate):
+        log_prior += _joint_log_prior(graph, plan, held)
+    return Posterior(
+        graph,
+        cells,
+        counts,
+        None,
+        False,
+        [t.detach() for t in log_densities],
+        entropy,
+        None,
+        log_prior,
+        bound,
+    )
+
+
+def _without_priors(graph: FactorGraph, tables: Tables) -> tuple[list[int], list[Tensor]]:
+    """Groups that are log priors on their own, and the tables with those left out."""
+    separate = [
+        k
+        for k, g in enumerate(graph.groups)
+        if g.role is Role.POINT and not any(d in graph.latents for ds in g.dims for d in ds)
+    ]
+    return separate, [torch.zeros_like(t) if k in separate else t for k, t in enumerate(tables)]
+
+
+def _separate_log_prior(
+    graph: FactorGraph, separate: Sequence[int], counts: Tables, tables: Tables
+) -> float:
+    """The log density of point-estimated latents that no summed latent reaches, in nats."""
+    total = 0.0
+    for k in separate:
+        part = float(dot(counts[k], tables[k]))
+        if not math.isfinite(part):
+            group = graph.groups[k]
+            bad = ~torch.isfinite(tables[k])
+            site = group.members[int(bad.nonzero()[0][0])] if bool(bad.any()) else group.members[0]
+            raise DegenerateError(
+                message(
+                    f"site '{site}'",
+                    f"its log prior is {part} at the present point estimate.",
+                    f"the density of {group.distribution} is unbounded or zero there",
+                    [
+                        "use a prior that is bounded at the boundary (concentrations of at least 1)",
+                        "start elsewhere: init_loc_fn= of AutoDelta",
+                    ],
+                )
+            )
+        total += part
+    return total
+
+
+def _joint_log_prior(graph: FactorGraph, plan: ContractionPlan, tables: Tables) -> float:
+    """log p(h) of point-estimated latents below summed ones: the evidence without the data."""
+    without_data = [
+        torch.zeros_like(t) if g.role is Role.DATA else t
+        for g, t in zip(graph.groups, tables, strict=True)
+    ]
+    return float(run_contraction(graph, plan, without_data).log_evidence)
 
 
 def _unscaled(group: Group, table: Tensor) -> Tensor:
@@ -645,7 +746,7 @@ def dot(weight: Tensor, table: Tensor) -> Tensor:
 
 
 def _pointwise(graph: FactorGraph, result: EStep) -> Tensor | None:
-    plates = [g for g in graph.groups if g.observed]
+    plates = [g for g in graph.groups if g.role is Role.DATA]
     common = [set(g.dims[i][: g.n_plates]) for g in plates for i in range(len(g.members))]
     if not common:
         return None

@@ -19,6 +19,7 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, UsageError, message, raise_problems
+from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
@@ -36,6 +37,7 @@ from pyro_em.posterior import (
     contraction_of,
     exact_posterior,
 )
+from pyro_em.strategies import Annealed, EStepStrategy, Hard, MonteCarlo, e_step_of
 from pyro_em.structure import Structure, examine
 
 
@@ -70,6 +72,8 @@ class Program:
         notes: Warnings in words.
         traced_at: Versions of the parameters at the latest trace, so that it can be used again.
         look_only: Whether bindings are left out, because no M-step follows.
+        gradient: The update of parameters without a closed form.
+        strategy: Another E-step than the exact one.
     """
 
     model: _pyro.Model
@@ -84,6 +88,7 @@ class Program:
     state: MStepState = field(default_factory=MStepState)
     look_only: bool = False
     gradient: Gradient | None = None
+    strategy: EStepStrategy | None = None
     traced_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,18 +104,54 @@ class Program:
             if self.compiled:
                 values = {n: p.value() for n, p in self.graph.parameters.items()}
                 arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
+                at = [g.evaluate_value(values) for g in self.graph.groups]
             else:
                 if self._versions() != self.traced_at:
                     self.graph = self._trace(with_bindings=not self.look_only)
                     self.traced_at = self._versions()
                 arguments = [dict(g.arguments) for g in self.graph.groups]
-            tables = [g.log_density(a) for g, a in zip(self.graph.groups, arguments, strict=True)]
+                at = [g.value for g in self.graph.groups]
+            tables = [
+                g.log_density(a, x)
+                for g, a, x in zip(self.graph.groups, arguments, at, strict=True)
+            ]
         return Evaluation(self.graph, arguments, [t.detach() for t in tables])
 
     def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
         """The exact E-step."""
         evaluation = evaluation or self.evaluate()
         return exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
+
+    def e_step(self, evaluation: Evaluation, index: int = 0) -> Posterior:
+        """The E-step of the strategy; ``index`` is the number of the step."""
+        return e_step_of(
+            self.strategy, evaluation.graph, self.contraction, evaluation.tables, index
+        )
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether the objective can never fall by more than rounding."""
+        if isinstance(self.strategy, (MonteCarlo, Annealed)):
+            return False
+        return not any(
+            isinstance(u.update, Gradient) and u.update.optimizer is not None
+            for u in self.updates.values()
+        )
+
+    @property
+    def objective_name(self) -> str:
+        """What a fit raises, in words."""
+        if isinstance(self.strategy, Hard):
+            return "log joint at the most probable assignment"
+        if any(g.role is Role.POINT for g in self.graph.groups):
+            return "log evidence + log prior"
+        return "log evidence"
+
+    def may_stop(self, step: int) -> bool:
+        """Whether a stopping rule has a meaning after ``step`` steps."""
+        if isinstance(self.strategy, MonteCarlo):
+            return False
+        return not isinstance(self.strategy, Annealed) or self.strategy.beta(max(step - 6, 0)) == 1
 
     def m_step(self, counts: Sequence[Tensor], evaluation: Evaluation) -> MStepReport:
         """The M-step; parameters are written in place."""
@@ -128,10 +169,7 @@ class Program:
     ) -> dict[int, Tensor]:
         """Differentiable log densities of some groups at constrained values."""
         if self.compiled:
-            return {
-                g: self.graph.groups[g].log_density(self.graph.groups[g].evaluate_arguments(values))
-                for g in groups
-            }
+            return {g: self.graph.groups[g].log_density_at(values) for g in groups}
         graph = self._trace(values=values, with_bindings=False)
         wanted = {name for g in groups for name in self.graph.groups[g].members}
         by_site = {
@@ -178,8 +216,9 @@ class Program:
         found = []
         for group in self.graph.groups:
             arguments = group.evaluate_arguments(predicted_at)
+            at = group.evaluate_value(predicted_at)
             for i, site in enumerate(group.members):
-                for name, tensor in _static_parts(group, i, arguments):
+                for name, tensor in _static_parts(group, i, arguments, at):
                     binding = group.bindings.get(name)
                     if binding is not None and not binding.is_static:
                         continue
@@ -196,18 +235,25 @@ class Program:
             self.contraction.cells,
             self.contraction.largest,
             self.compiled,
-            tuple((i.name, i.distribution) for i in self.structure.sites.values() if i.observed),
+            tuple(
+                (i.name, i.distribution)
+                for i in self.structure.sites.values()
+                if i.role is Role.DATA
+            ),
             edges_of(self.structure),
             self.notes,
         )
 
 
 def _static_parts(
-    group: Any, i: int, arguments: Mapping[str, Tensor] | None = None
+    group: Any,
+    i: int,
+    arguments: Mapping[str, Tensor] | None = None,
+    value: Tensor | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (group.arguments if arguments is None else arguments).items():
         yield name, tensor[i]
-    yield "value of the site", group.value[i]
+    yield "value of the site", (group.value if value is None else value)[i]
     if group.mask is not None:
         yield "poutine.mask", group.mask[i]
     yield "poutine.scale", torch.as_tensor(group.scale[i])
@@ -241,6 +287,7 @@ def build_program(
     first_look: bool = True,
     guide_given: bool = False,
     look_only: bool = False,
+    strategy: EStepStrategy | None = None,
 ) -> Program:
     """Look at a model and its data, decide everything, pay nothing yet.
 
@@ -255,6 +302,7 @@ def build_program(
         first_look: Whether the plain run may advance the random state.
         guide_given: Whether the user gave a guide, for the wording of findings.
         look_only: Whether only an E-step is wanted, so that bindings need not be read.
+        strategy: Another E-step than the exact one.
 
     Raises:
         PyroEMError: If the model cannot be treated exactly, with all findings.
@@ -299,6 +347,7 @@ def build_program(
         notes=notes,
         look_only=look_only,
         gradient=gradient,
+        strategy=strategy,
     )
     if look_only:
         return program

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, Problem, UsageError, message, raise_problems
+from pyro_em._pyro import Role
 from pyro_em.advice import on_failure
 from pyro_em.findings import (
     data_problems,
@@ -43,11 +44,12 @@ class SiteInfo:
     Attributes:
         name: The site's name.
         distribution: The name of its distribution.
-        observed: Whether it has an observed value.
+        observed: Whether it has a value: observed, estimated or drawn by a guide.
         plates: Names of its plates, left to right.
         scope: Latents on which its density depends, itself included if latent, in model order.
         support_size: Number of values of an enumerable latent, else None.
         batch_dim: Number of its batch dimensions.
+        role: What it stands for.
     """
 
     name: str
@@ -57,6 +59,7 @@ class SiteInfo:
     scope: tuple[str, ...]
     support_size: int | None
     batch_dim: int
+    role: Role = Role.DATA
 
 
 @dataclass(frozen=True)
@@ -157,18 +160,19 @@ def examine(
         found = of_latents if is_latent else of_others
         if is_latent:
             found.extend(latent_problems(name, site, scopes, guide_given=guide_given))
-        else:
+        elif _pyro.role_of(site) is Role.DATA:
             found.extend(data_problems(name, site))
         found.extend(shape_problems(name, site))
         found.extend(scope_problems(name, sorted(scope), site_plates))
         sites[name] = SiteInfo(
             name,
             _name_of(site),
-            site["is_observed"],
+            not is_latent,
             site_plates[name],
             tuple(sorted(scope, key=order.__getitem__)),
             _support_size(site["fn"]) if is_latent and not found else None,
             len(site["fn"].batch_shape),
+            _pyro.role_of(site),
         )
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])

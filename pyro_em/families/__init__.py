@@ -14,12 +14,13 @@ import torch
 
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import unwrap
-from pyro_em.families import counts_and_times, discrete, normal
+from pyro_em.families import counts_and_times, discrete, normal, priors
+from pyro_em.families.priors import conjugate
 from pyro_em.families.record import Family, Kind, Link, Rule, weigh
 
 _REGISTRY: dict[type, Family] = {
     family.distribution: family
-    for module in (discrete, counts_and_times, normal)
+    for module in (discrete, counts_and_times, normal, priors)
     for family in module.FAMILIES
 }
 
@@ -68,7 +69,8 @@ def register_family(family: Family, *, replace: bool = False) -> Family:
                 [f"its arguments are: {', '.join(known)}"] if known else [],
             )
         )
-    if family.distribution in _REGISTRY and not replace:
+    known_record = _REGISTRY.get(family.distribution)
+    if known_record is not None and known_record.rules and not replace:
         raise UsageError(
             message(
                 "register_family",
@@ -128,6 +130,7 @@ __all__ = [
     "Kind",
     "Link",
     "Rule",
+    "conjugate",
     "family_of",
     "given_arguments",
     "register_family",

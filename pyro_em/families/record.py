@@ -25,7 +25,7 @@ Source: Wainwright and Jordan (2008), section 3; Meng and Rubin (1993) for one a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -171,6 +171,7 @@ class Family:
             formed. Takes (weights, value, arguments, keep) like `weigh`.
         constants: Arguments that are never parameters (``total_count``).
         event_dim: Rightmost dimensions of one observation (1 for vectors).
+        event_dims: Rightmost dimensions of one value of an argument that has no rule.
         additive: Whether statistics can be summed over parts of the data.
         magnitude: The size of data on the scale of the location, against which a spread is called
             collapsed; the absolute value by default.
@@ -189,6 +190,7 @@ class Family:
     accumulate: Callable[[Tensor, Tensor, Arguments, tuple[bool, ...]], Statistics] | None = None
     constants: tuple[str, ...] = ()
     event_dim: int = 0
+    event_dims: Mapping[str, int] = field(default_factory=dict)
     additive: bool = True
     magnitude: Callable[[Tensor], Tensor] = torch.abs
 
@@ -199,7 +201,9 @@ class Family:
 
     def argument_event_dim(self, name: str) -> int:
         """Rightmost dimensions of one value of an argument."""
-        return self.rules[name].kind.event_dim if name in self.rules else 0
+        if name in self.rules:
+            return self.rules[name].kind.event_dim
+        return self.event_dims.get(name, 0)
 
     def log_prob(self, value: Tensor, arguments: Arguments) -> Tensor:
         """log p(value | arguments) in nats, of the broadcast batch shape."""

@@ -113,7 +113,7 @@ def _m_step(
             if update.name in done:
                 continue
             if isinstance(update.update, LeastSquares):
-                new = least_squares(update.block, graph, statistics, current, values)
+                new = least_squares(update.block, graph, statistics, current, values, updates)
             else:
                 value, empty = closed_form(
                     update, graph, statistics, current, counts, values[update.name]

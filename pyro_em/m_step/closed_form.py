@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import DegenerateError, message
-from pyro_em.families import Kind
+from pyro_em.binding import Selection
+from pyro_em.families import Kind, conjugate
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
-from pyro_em.m_step.updates import ClosedForm, ParameterUpdate, Use, bounds
+from pyro_em.m_step.updates import ClosedForm, ParameterUpdate, Prior, Use, bounds
 
 
 def closed_form(
@@ -56,6 +57,11 @@ def closed_form(
         numerator = n if numerator is None else numerator + n
         denominator = d if denominator is None else denominator + d
     assert numerator is not None and denominator is not None
+    for prior in update.priors:
+        n, d = _prior_contribution(update, prior, graph, value, event)
+        numerator, denominator = numerator + n, denominator + d
+    if update.priors:
+        _refuse_boundary_mode(update, graph, kind, numerator, denominator, value)
     used = _used_events(update.uses, value, event)
     old = _natural(update, value.reshape(n_events, *value.shape[value.dim() - event :]))
     natural, massless = _solve(kind, numerator, denominator)
@@ -164,17 +170,24 @@ def _scattered(
     with torch.no_grad():
         detached = {n: a.detach() for n, a in arguments.items()}
         n, d = use.rule.contribution(statistics, detached)
-    index = use.selection.index
+    return _onto_events(use.rule.kind, use.selection, n, d, value, event)
+
+
+def _onto_events(
+    kind: Kind, selection: Selection, n: Tensor, d: Tensor, value: Tensor, event: int
+) -> tuple[Tensor, Tensor]:
+    """Sum numerators and denominators of an argument's cells onto the parameter's events."""
+    index = selection.index
     cells = index.shape[: index.dim() - event]
     n_event = n.shape[len(cells) :]
     d_event = d.shape[len(cells) :]
     batch = torch.broadcast_shapes(n.shape[: len(cells)], d.shape[: len(cells)])
     n, d = n.expand(*batch, *n_event), d.expand(*batch, *d_event)
-    if use.selection.factor is not None:
-        c = use.selection.factor
-        if use.rule.kind is Kind.RATE:
+    if selection.factor is not None:
+        c = selection.factor
+        if kind is Kind.RATE:
             d = d * c
-        elif use.rule.kind is Kind.SCALE:
+        elif kind is Kind.SCALE:
             n = n / c**2
         else:
             n, d = n * c, d * c**2
@@ -184,13 +197,83 @@ def _scattered(
     first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
     row = torch.where(first >= 0, first // size, n_events).reshape(-1)
     d_out = d.new_zeros(n_events + 1, *d_event).index_add(0, row, d.reshape(-1, *d_event))
-    if use.rule.kind is Kind.SIMPLEX:
+    if kind is Kind.SIMPLEX:
         # Rows may be permuted: scatter element by element.
         flat = torch.where(index >= 0, index, value.numel()).reshape(-1)
         n_flat = n.new_zeros(value.numel() + 1).index_add(0, flat, n.reshape(-1))
         return n_flat[:-1].reshape(n_events, -1), d_out[:-1]
     n_out = n.new_zeros(n_events + 1, *n_event).index_add(0, row, n.reshape(-1, *n_event))
     return n_out[:-1], d_out[:-1]
+
+
+def _prior_contribution(
+    update: ParameterUpdate, prior: Prior, graph: FactorGraph, value: Tensor, event: int
+) -> tuple[Tensor, Tensor]:
+    """What a conjugate prior adds, on the parameter's events."""
+    group = graph.groups[prior.group]
+    assert group.family is not None and update.kind is not None
+    maps = tuple(m.name for m in update.uses[0].selection.maps)
+    rule = conjugate(group.family.distribution, update.kind, maps)
+    assert rule is not None
+    n, d = rule({name: a.detach() for name, a in group.arguments.items()})
+    batch = prior.selection.index.dim() - event
+    weight = group.weights()
+    for _ in range(batch - weight.dim()):
+        weight = weight.unsqueeze(-1)
+    n = n * weight.reshape(weight.shape + (1,) * (n.dim() - batch))
+    d = d * weight.reshape(weight.shape + (1,) * (d.dim() - batch))
+    return _onto_events(update.kind, prior.selection, n, d, value, event)
+
+
+def _refuse_boundary_mode(
+    update: ParameterUpdate,
+    graph: FactorGraph,
+    kind: Kind,
+    n: Tensor,
+    d: Tensor,
+    value: Tensor,
+) -> None:
+    """A prior such as Dirichlet(0.5) is unbounded where a component has too little data."""
+    if kind is Kind.SIMPLEX:
+        bad = n
+    elif kind is Kind.PROBABILITY:
+        bad = torch.minimum(n, d - n)
+    elif kind is Kind.RATE:
+        bad = n
+    elif kind is Kind.SCALE:
+        bad = d
+    else:
+        return
+    size = float(d.abs().max().clamp(min=1.0))
+    rounding = 64 * torch.finfo(n.dtype).eps * size
+    rounded = (bad < 0) & (bad >= -rounding)
+    if kind is Kind.SIMPLEX:
+        n.masked_fill_(rounded, 0.0)
+    bad = bad.masked_fill(rounded, 0.0)
+    if not bool((bad < 0).any()):
+        return
+    place = (bad < 0).nonzero()[0].tolist()
+    event = 1 if kind is Kind.SIMPLEX else 0
+    row = _component(value, event, place[0]) if value.dim() > event else ""
+    where = f"{row}, value {place[1]}" if row and event else row
+    where = where or (f"component {place[1]}" if event else "its only component")
+    sites = ", ".join(f"'{graph.groups[p.group].members[0]}'" for p in update.priors)
+    names = "/".join(sorted({graph.groups[p.group].distribution for p in update.priors}))
+    raise DegenerateError(
+        message(
+            f"site {sites}, {where}",
+            f"its posterior mode is on the boundary: expected count plus prior count minus one is "
+            f"{float(bad[tuple(place)]):.4g} < 0, and the density is unbounded there. The update "
+            "was rolled back.",
+            f"a {names} prior with a concentration below one favours the boundary more than these "
+            "data speak against it",
+            [
+                "use a concentration of at least one (exactly one is maximum likelihood)",
+                "make it a parameter without a prior: pyro.param instead of pyro.sample",
+                "use a guide with a spread: ExactPosteriorEM(model, AutoNormal)",
+            ],
+        )
+    )
 
 
 def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from pyro_em.binding import Binding
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.closed_form import sum_to
+from pyro_em.m_step.updates import ParameterUpdate
 
 
 def least_squares(
@@ -25,6 +26,7 @@ def least_squares(
     statistics: Mapping[int, Statistics],
     arguments: Sequence[Mapping[str, Tensor]],
     values: Mapping[str, Tensor],
+    updates: Mapping[str, ParameterUpdate],
 ) -> dict[str, Tensor]:
     """New values of all parameters of a block.
 
@@ -34,6 +36,7 @@ def least_squares(
         statistics: Expected statistics per group.
         arguments: The current arguments per group.
         values: The current parameters.
+        updates: What was decided per parameter, for Normal priors: ridge regression.
     """
     sizes = [values[p].numel() for p in block]
     gram: Tensor | None = None
@@ -60,6 +63,21 @@ def least_squares(
         gram = part_gram if gram is None else gram + part_gram
         moment = part_moment if moment is None else moment + part_moment
     assert gram is not None and moment is not None
+    at = 0
+    for p, size in zip(block, sizes, strict=True):
+        for prior in updates[p].priors:
+            group = graph.groups[prior.group]
+            loc, scale = (group.arguments[a].detach() for a in ("loc", "scale"))
+            weight = group.weights()
+            weight = weight.reshape(weight.shape + (1,) * (prior.selection.index.dim() - weight.dim()))
+            index = prior.selection.index
+            precision = (weight * scale**-2).expand(index.shape).reshape(-1).to(gram.dtype)
+            target = loc.expand(index.shape).reshape(-1)
+            column = at + index.reshape(-1)
+            pull = precision * (target - values[p].reshape(-1)[index.reshape(-1)])
+            gram = gram + torch.diag(gram.new_zeros(len(gram)).index_add(0, column, precision))
+            moment = moment.index_add(0, column, pull)
+        at += size
     step = _solve(gram, moment)
     new, at = {}, 0
     for p, size in zip(block, sizes, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em._errors import UsageError, message
+from pyro_em._pyro import Role
 from pyro_em.binding import Binding, Selection
-from pyro_em.families import Kind, Rule
+from pyro_em.families import Kind, Rule, conjugate
 from pyro_em.graph import FactorGraph, Group
 
 
@@ -83,6 +84,14 @@ class Use:
 
 
 @dataclass(frozen=True, eq=False)
+class Prior:
+    """A prior on a parameter: the group of the point-estimated site whose value it is."""
+
+    group: int
+    selection: Selection
+
+
+@dataclass(frozen=True, eq=False)
 class ParameterUpdate:
     """What was decided for one parameter, and why.
 
@@ -92,6 +101,7 @@ class ParameterUpdate:
         reason: Why, in words.
         uses: The places of a closed form.
         block: Parameters solved for together (least squares).
+        priors: Conjugate priors that a closed form takes in.
     """
 
     name: str
@@ -99,6 +109,7 @@ class ParameterUpdate:
     reason: str
     uses: tuple[Use, ...] = ()
     block: tuple[str, ...] = ()
+    priors: tuple[Prior, ...] = ()
 
     @property
     def kind(self) -> Kind | None:
@@ -146,7 +157,7 @@ def decide_updates(
                 if isinstance(decided[p].update, LeastSquares)
                 else ("a mean in one argument with regression coefficients")
             )
-            decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block)
+            decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block, decided[p].priors)
     return decided
 
 
@@ -156,21 +167,17 @@ def _is_plain_mean(update: ParameterUpdate) -> bool:
 
 def _granted(found: ParameterUpdate, wish: Update) -> ParameterUpdate:
     if isinstance(wish, ClosedForm) and isinstance(found.update, ClosedForm):
-        return ParameterUpdate(found.name, wish, found.reason, found.uses)
+        return replace(found, update=wish)
     if isinstance(wish, LeastSquares) and isinstance(found.update, LeastSquares):
         return found
     if isinstance(wish, (ClosedForm, LeastSquares)):
-        return ParameterUpdate(
-            found.name,
-            found.update,
-            f"{type(wish).__name__} was asked for, but {found.reason}",
-            found.uses,
-        )
+        return replace(found, reason=f"{type(wish).__name__} was asked for, but {found.reason}")
     return ParameterUpdate(found.name, wish, "as the user asked")
 
 
 def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     uses: list[Use] = []
+    priors: list[Prior] = []
     affine = False
     weakest = ""
     seen = False
@@ -184,7 +191,11 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 seen = True
             continue
         if group.raw_params is None or name in group.raw_params:
-            weakest = weakest or f"the value of '{group.members[0]}' depends on it"
+            prior = _as_prior(graph, g, name)
+            if prior is None:
+                weakest = weakest or f"the value of '{group.members[0]}' depends on it"
+            else:
+                priors.append(prior)
             seen = True
         for argument, binding in group.bindings.items():
             if binding.how == "opaque" and not binding.params:
@@ -193,7 +204,9 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 continue
             seen = True
             where = f"{group.distribution}.{argument} at '{group.members[0]}'"
-            if binding.how == "opaque":
+            if group.role is Role.POINT:
+                weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
+            elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
             elif binding.how == "affine":
                 affine = True
@@ -210,9 +223,18 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
     if affine:
-        if all(u.rule.kind is Kind.MEAN for u in uses) and all(not u.selection.maps for u in uses):
-            return ParameterUpdate(name, LeastSquares(), "loc is affine in it")
+        plain = all(u.rule.kind is Kind.MEAN and not u.selection.maps for u in uses)
+        if plain and all(_is_normal(graph.groups[p.group]) for p in priors):
+            reason = "loc is affine in it" + (", with a Normal prior" if priors else "")
+            return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
+        if plain:
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal")
         return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
+    if not uses:
+        return ParameterUpdate(name, Gradient(), "only priors depend on it")
+    problem = _not_conjugate(graph, uses[0], priors)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
     problem = _disagreement(uses)
     if problem:
         return ParameterUpdate(name, Gradient(), problem)
@@ -223,9 +245,51 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     places = ", ".join(
         dict.fromkeys(f"{g.distribution}.{u.argument}" for g, u in zip(groups, uses, strict=True))
     )
+    kinds = {graph.groups[p.group].distribution for p in priors}
+    with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
     return ParameterUpdate(
-        name, ClosedForm(), f"{places} selects it ({uses[0].rule.kind.value})", tuple(uses)
+        name,
+        ClosedForm(),
+        f"{places} selects it ({uses[0].rule.kind.value}){with_prior}",
+        tuple(uses),
+        priors=tuple(priors),
     )
+
+
+def _as_prior(graph: FactorGraph, g: int, name: str) -> Prior | None:
+    """The prior of a point-estimated site whose value is one whole parameter."""
+    group = graph.groups[g]
+    binding = group.value_binding
+    if group.role is not Role.POINT or binding is None or binding.how != "selection":
+        return None
+    selection = next((s for s in binding.selections if s.param == name), None)
+    plain = selection is not None and not selection.maps and selection.factor is None
+    alone = len(binding.selections) == 1 and not any(
+        d in graph.latents for dims in group.dims for d in dims
+    )
+    constant = all(not b.params for b in group.bindings.values())
+    return Prior(g, selection) if selection is not None and plain and alone and constant else None
+
+
+def _is_normal(group: Group) -> bool:
+    return group.family is not None and group.family.name == "Normal"
+
+
+def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str:
+    """Why a prior does not keep the form of a closed update, or nothing."""
+    maps = tuple(m.name for m in use.selection.maps)
+    for prior in priors:
+        group = graph.groups[prior.group]
+        assert group.family is not None
+        known = conjugate(group.family.distribution, use.rule.kind, maps)
+        if known is None or use.rule.link.name != "identity":
+            return f"its {group.distribution} prior is not conjugate to a {use.rule.kind.value}"
+        event = use.rule.kind.event_dim
+        if event and _whole_events(
+            prior.selection.index, graph.parameters[prior.selection.param].leaf, event, use.rule.kind
+        ):
+            return f"its {group.distribution} prior is on other rows"
+    return ""
 
 
 def _as_use(
