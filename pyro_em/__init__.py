@@ -25,35 +25,48 @@ from pyro_em._errors import (
     PyroEMWarning,
     UsageError,
 )
+from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
+from pyro_em.drawn import DrawnPosterior
 from pyro_em.elbo import ELBOTerms
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.families import Family, Kind, Link, Rule, register_family
+from pyro_em.importance import EvidenceEstimate
 from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
 from pyro_em.result import EMResult, EMStatus, EMStep, History
 from pyro_em.standard_errors import StandardErrors
+from pyro_em.strategies import Annealed, Hard, MonteCarlo
 from pyro_em.svi import TraceExact_ELBO
+from pyro_em.training import Alternating
 
 __version__ = version("pyro-em")
 
 __all__ = [
+    "Alternating",
+    "Annealed",
+    "AutoAmortizedCategorical",
+    "AutoAmortizedNormal",
     "ClosedForm",
     "DataError",
     "DegenerateError",
+    "DrawnPosterior",
     "ELBOTerms",
     "EMResult",
     "EMStatus",
     "EMStep",
+    "EvidenceEstimate",
     "ExactPosteriorEM",
     "Family",
     "Fixed",
     "Gradient",
+    "Hard",
     "History",
     "Kind",
     "LeastSquares",
     "Link",
     "ModelError",
+    "MonteCarlo",
     "Plan",
     "Posterior",
     "PyroEMError",

@@ -11,7 +11,7 @@ Three kinds of run, in the order in which a model is looked at:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -65,15 +65,18 @@ class ParameterCapture(Messenger):
     Args:
         values: Constrained values to hand out instead, possibly attached to an autograd graph.
         look_at_initial_shape: Whether to evaluate lazy initial values for their shape.
+        hand_out: Whether leaves are handed out at all; parameters are only recorded otherwise.
     """
 
     def __init__(
         self,
         values: Mapping[str, torch.Tensor] | None = None,
         look_at_initial_shape: bool = False,
+        hand_out: bool = True,
     ) -> None:
         super().__init__()
         self.values = values
+        self.hand_out = hand_out
         self.look_at_initial_shape = look_at_initial_shape
         self.parameters: dict[str, TracedParameter] = {}
 
@@ -107,7 +110,11 @@ class ParameterCapture(Messenger):
         self.parameters[name] = TracedParameter(
             name, unconstrained, constraint, leaf, tuple(dict.fromkeys(declared)), shape, foreign
         )
-        msg["value"] = leaf
+        if self.hand_out:
+            if leaf is not value and hasattr(value, "unconstrained"):
+                # A PyroModule that declares its parameter in this run asks for the leaf below.
+                leaf.unconstrained = value.unconstrained  # type: ignore[attr-defined]
+            msg["value"] = leaf
 
     def _initial_shape(self, msg: dict[str, Any]) -> torch.Size | None:
         if not self.look_at_initial_shape or len(msg["args"]) < 2:
@@ -211,6 +218,64 @@ class RunFailed(Exception):
     def __init__(self, error: Exception, run: Run, empty_plates: tuple[str, ...]) -> None:
         super().__init__(str(error))
         self.error, self.run, self.empty_plates = error, run, empty_plates
+
+
+class ScalePlates(Messenger):
+    """Multiply the scale of every site inside some plates: a batch stands for all data.
+
+    Args:
+        factors: Per plate its factor.
+    """
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name in self.factors:
+                msg["scale"] = msg["scale"] * self.factors[frame.name]
+
+
+class OnlySites(Messenger):
+    """Hide sites that do not count, and enumerate some in parallel.
+
+    Args:
+        hidden: Sites that outer handlers must not see.
+        enumerated: Sites to enumerate; no other one is.
+    """
+
+    def __init__(self, hidden: frozenset[str], enumerated: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.hidden, self.enumerated = hidden, enumerated
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.hidden:
+            msg["stop"] = True
+            return
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        infer = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+        if msg["name"] in self.enumerated:
+            infer["enumerate"] = "parallel"
+        msg["infer"] = infer
+
+
+class MaskSites(Messenger):
+    """Leave sites out of the density: observed ones, or all.
+
+    Args:
+        observed_only: Whether only sites with an observed value are masked.
+    """
+
+    def __init__(self, observed_only: bool) -> None:
+        super().__init__()
+        self.observed_only = observed_only
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) or (self.observed_only and not msg["is_observed"]):
+            return
+        msg["mask"] = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,6 +404,52 @@ def _same_random_state(active: bool = True) -> Iterator[None]:
         yield
 
 
+def drawn_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], unneeded: Collection[str] = ()
+) -> Run:
+    """Run a model paired with its guide once, drawing on; parameters stay attached.
+
+    Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
+    ``unneeded`` excepted.
+    """
+    with pyro.validation_enabled(False), poutine.trace() as tracer:
+        model(*args, **kwargs)
+    tracer.trace.compute_log_prob(
+        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded
+    )
+    return Run(dict(tracer.trace.nodes), {})
+
+
+def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sites of one run, without densities and without gradients."""
+    with torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
+        model(*args, **kwargs)
+    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Another random state inside a block; the present one where ``seed`` is None."""
+    if seed is None:
+        yield
+        return
+    with _same_random_state():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def parameters_read() -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the unconstrained tensor of every parameter that is read inside, by name."""
+    found: dict[str, torch.Tensor] = {}
+    with poutine.trace(param_only=True) as tracer:
+        yield found
+    for name, site in tracer.trace.nodes.items():
+        if site["type"] == "param" and site["value"] is not None:
+            value = site["value"]
+            found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
 def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_state: bool) -> Run:
     """Run a model once as Pyro would, with validation on; parameters are initialised.
 
@@ -422,6 +533,8 @@ def enumerated_run(
     values: Mapping[str, torch.Tensor] | None = None,
     limit: int | None = None,
     random_seed: int | None = None,
+    keep_random_state: bool = True,
+    attached: bool = False,
 ) -> Run:
     """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
 
@@ -435,10 +548,12 @@ def enumerated_run(
         values: Constrained parameter values to use instead of the current ones.
         limit: Raise `OutputTooLarge` when one operation's output has more cells.
         random_seed: Start this run from another random state.
+        keep_random_state: Whether the global random state is restored.
+        attached: Whether parameters stay attached to their unconstrained leaves.
     """
-    capture = ParameterCapture(values)
+    capture = ParameterCapture(values, hand_out=not attached)
     with (
-        _same_random_state(),
+        _same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(False),
         poutine.trace() as tracer,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from pyro_em._pyro import Role
 from pyro_em.graph import FactorGraph
 from pyro_em.posterior import Posterior, dot
+from pyro_em.variational import Particle, Variational, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +27,11 @@ class ELBOTerms:
         log_evidence: log p(x; θ), None unless it can be computed exactly.
         gap: log_evidence − (value − log_prior).
         expected_log_joint: E_q[log p(x, z; θ)].
-        entropy: H(q).
+        entropy: H(q); a Monte Carlo estimate where a guide draws.
         reconstruction: E_q[log p(x | z; θ)]; None with ``pyro.factor`` terms.
         kl: KL(q(z) ‖ p(z; θ)); None with ``pyro.factor`` terms.
         log_prior: Log density of point-estimated parameters.
-        standard_error: Of ``value``; 0 where nothing is sampled.
+        standard_error: Of ``value``; 0 where nothing is sampled, None with one draw.
         pointwise: One log evidence per element of the outermost data plate, or None.
     """
 
@@ -80,3 +82,64 @@ def elbo_terms(
         log_prior=at.log_prior,
         pointwise=at.pointwise,
     )
+
+
+def drawn_terms(
+    variational: Variational,
+    args: tuple,
+    kwargs: dict[str, Any],
+    num_particles: int,
+    at: Posterior | None,
+) -> ELBOTerms:
+    """The bound of a pair of model and guide at the current parameters.
+
+    Args:
+        variational: The pair.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        num_particles: Draws to average over; one is enough where nothing is random.
+        at: The exact posterior, where the model has one.
+    """
+    n = 1 if variational.is_exact else num_particles
+    draws = [split(variational, args, kwargs) for _ in range(n)]
+    parts = [d for d, _ in draws]
+    value = sum(p.value for p in parts) / n
+    reconstruction = sum(p.reconstruction for p in parts) / n
+    log_prior = sum(p.log_prior for p in parts) / n
+    entropy = sum(p.entropy for p in parts) / n
+    if variational.is_exact:
+        error: float | None = 0.0
+    elif n == 1:
+        error = None
+    else:
+        spread = sum((p.value - value) ** 2 for p in parts) / (n - 1)
+        error = (spread / n) ** 0.5
+    evidence = None if at is None else at.log_evidence
+    unnormalised = any(i.distribution == "Unit" for i in variational.bare.sites.values())
+    return ELBOTerms(
+        value=value,
+        exact=variational.is_exact,
+        log_evidence=evidence,
+        gap=None if evidence is None else evidence - (value - log_prior),
+        expected_log_joint=value - entropy,
+        entropy=entropy,
+        reconstruction=None if unnormalised else reconstruction,
+        kl=None if unnormalised else reconstruction + log_prior - value,
+        log_prior=log_prior,
+        standard_error=error,
+        pointwise=_pointwise(variational, [p for _, p in draws if p is not None]),
+    )
+
+
+def _pointwise(variational: Variational, particles: Sequence[Particle]) -> Tensor | None:
+    """The bound per element of the outermost data plate, where nothing is outside it."""
+    plate = variational.data_plate
+    if plate is None or not particles:
+        return None
+    total: Tensor | None = None
+    for particle in particles:
+        inside, outside = particle.along(plate)
+        if inside is None or bool(outside != 0):
+            return None
+        total = inside if total is None else total + inside
+    return None if total is None else total / len(particles)

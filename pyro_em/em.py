@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import itertools
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,23 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em import saving
+from pyro_em import saving, stochastic
 from pyro_em._errors import PyroEMWarning, UsageError, message
-from pyro_em._pyro import restore, snapshot
-from pyro_em.elbo import ELBOTerms, elbo_terms
+from pyro_em._pyro import Role, TracedParameter, restore, snapshot
+from pyro_em.arguments import (
+    FIT_KEYWORDS,
+    check_collisions,
+    check_constructor,
+    check_fit,
+    check_model_keywords,
+    refuse_exact_keywords,
+    refuse_stochastic_keywords,
+)
+from pyro_em.batches import Batch, Batches, is_loader
+from pyro_em.drawn import DrawnPosterior
+from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
+from pyro_em.importance import EvidenceEstimate
+from pyro_em.looking import Looker, Strategy, plan_of
 from pyro_em.loop import (
     Bar,
     Run,
@@ -30,52 +41,47 @@ from pyro_em.loop import (
     fell,
     run_start,
 )
-from pyro_em.m_step import Gradient, Update, apply_floors
-from pyro_em.outcome import build_result
+from pyro_em.m_step import LeastSquares, Update, apply_floors
+from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior, product_posterior, regrouped
-from pyro_em.program import Evaluation, Program, build_program, parameters_at
+from pyro_em.program import Evaluation, Program, parameters_at
+from pyro_em.proposals import estimate_evidence
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
-
-_FIT_KEYWORDS = (
-    "max_steps",
-    "tol",
-    "num_restarts",
-    "init",
-    "seed",
-    "progress",
-    "callbacks",
-    "acceleration",
-    "batch_size",
-    "num_epochs",
-    "num_data",
-    "validation",
-    "schedule",
-)
+from pyro_em.training import Alternating, Optimizer, Trainer
+from pyro_em.variational import Variational
 
 
 class ExactPosteriorEM:
-    r"""Expectation-maximisation on an ordinary Pyro model.
-
-    E-step: q(z) = p(z | x; θ), summed exactly over all discrete latents. M-step:
-    θ ← argmax E_q[log p(x, z; θ)], in closed form where the model allows it. Then
+    r"""Coordinate ascent on the ELBO of an ordinary Pyro model: EM where it can, SVI where it must.
 
         log p(x; θ) = ELBO(q, θ) + KL(q ‖ p(z | x; θ))
 
-    never decreases.
+    E-step: q(z) = p(z | x; θ), summed exactly over discrete latents. M-step:
+    θ ← argmax E_q[log p(x, z; θ)], in closed form where the model allows it. Then the evidence
+    never decreases. Latents without an exact posterior take their values from the guide: as point
+    estimates, whose log prior then joins the objective, or as draws, and the bound
+
+        ELBO = E_{q(h | x)}[log Σ_z p(x, z, h; θ) − log q(h | x)]
+
+    is raised by stochastic gradients.
 
     Args:
         model: A Pyro model: a function with ``pyro.param``, or a ``PyroModule``. It needs no
             annotation: no ``config_enumerate``, no ``max_plate_nesting``.
-        guide: Accepted for models that come with one; where every latent has an exact posterior it
-            stays unused, and the plan says so.
-        optim: A callable from a list of tensors to a torch optimiser; it replaces L-BFGS for
-            parameters without a closed form, with one step per M-step.
-        strategy: ``"exact"``.
+        guide: A guide for any of the latents, an autoguide class or a factory from a model to a
+            guide (``AutoNormal``; built on the model with its discrete sites hidden), or
+            ``"map"`` for point estimates. Sites with an exact posterior leave theirs unused.
+        optim: A callable from a list of tensors to a torch optimiser, or a ``pyro.optim`` object.
+            For drawn bounds it moves all parameters (Adam with learning rate 0.005 where None);
+            in an exact fit it replaces L-BFGS for parameters without a closed form, with one step
+            per M-step.
+        strategy: ``"exact"``, ``"guide"`` (the guide for everything that it covers), `Hard`,
+            `MonteCarlo`, `Annealed`, or a dict from latents or globs to these.
         updates: What to do with parameters, by name or glob: `ClosedForm`, `LeastSquares`,
             `Gradient`, `Fixed`.
-        num_particles: For guides; an exact posterior needs one.
+        num_particles: Draws from the guide per step and per bound.
         max_plate_nesting: Number of plate dimensions; found by looking where left out.
         max_enumeration: Cells of the largest tensor that an enumeration may need.
 
@@ -99,68 +105,34 @@ class ExactPosteriorEM:
     def __init__(
         self,
         model: Callable[..., Any],
-        guide: Callable[..., Any] | None = None,
-        optim: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+        guide: Callable[..., Any] | str | None = None,
+        optim: Optimizer | pyro.optim.PyroOptim | None = None,
         *,
-        strategy: str = "exact",
+        strategy: Strategy | Mapping[str, Strategy] = "exact",
         updates: Mapping[str, Update] | None = None,
         num_particles: int = 1,
         max_plate_nesting: int | None = None,
         max_enumeration: int = 2**27,
     ) -> None:
-        if not callable(model):
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    f"model is {type(model).__name__}, not a callable.",
-                    fixes=["pass the function itself, not the result of calling it"],
-                )
-            )
-        if strategy != "exact":
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    f"strategy={strategy!r} is not available.",
-                    "this version sums every latent exactly",
-                    ["use strategy='exact'", "use pyro.infer.SVI for a guide's bound"],
-                )
-            )
-        if num_particles < 1:
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM", f"num_particles={num_particles} is no number of samples."
-                )
-            )
-        if isinstance(optim, pyro.optim.PyroOptim):
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    "optim is a pyro.optim object.",
-                    "one torch optimiser serves all parameters of a gradient M-step",
-                    ["pass lambda params: torch.optim.Adam(params, lr=0.01)"],
-                )
-            )
-        for name, update in dict(updates or {}).items():
-            if not isinstance(update, Update):
-                shown = update.__name__ if isinstance(update, type) else repr(update)
-                raise UsageError(
-                    message(
-                        f"updates['{name}']",
-                        f"{shown} is no update.",
-                        "an unknown word would leave the parameter alone in silence",
-                        ["use an instance: Fixed(), ClosedForm(), LeastSquares() or Gradient()"],
-                    )
-                )
+        check_constructor(model, guide, strategy, dict(updates or {}), num_particles)
         self.model = model
-        self.guide = guide
-        self.optim = optim
-        self.updates = dict(updates or {})
-        self.max_plate_nesting = max_plate_nesting
-        self.max_enumeration = max_enumeration
+        self.num_particles = num_particles
+        self._looker = Looker(
+            model, guide, optim, strategy, dict(updates or {}), max_plate_nesting, max_enumeration
+        )
         self._program: Program | None = None
+        self._trainer: Trainer | None = None
         self._total_steps = 0
         self._initial: dict[str, Tensor] = {}
         self._pending: dict[str, Any] | None = None
+        self._parameters: dict[str, TracedParameter] = {}
+        self._optimizers: dict[str, Any] = {}
+        self._form: Any = None
+
+    @property
+    def guide(self) -> Any:
+        """The guide: as given, or once data have been seen the one that was built."""
+        return self._looker.guide if self._looker.built is None else self._looker.built
 
     # ------------------------------------------------------------------ looking
 
@@ -177,9 +149,13 @@ class ExactPosteriorEM:
         Raises:
             PyroEMError: If the model cannot be treated exactly; all findings in one message.
         """
-        return self._look(args, kwargs).plan()
+        found = self._look(args, kwargs)
+        if isinstance(found, Program):
+            return found.plan()
+        updates = self._looker.updates_for(found.parameters)
+        return plan_of(found, updates, self._looker.optim is not None)
 
-    def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
+    def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
         """The E-step at the current parameters, for these data; changes nothing.
 
         Args:
@@ -187,18 +163,23 @@ class ExactPosteriorEM:
             **kwargs: The model's keyword arguments.
 
         Returns:
-            q(z) = p(z | x; θ) with its log evidence.
+            q(z) = p(z | x; θ) with its log evidence; draws of the guide where a latent has no exact
+            posterior.
 
         Raises:
-            PyroEMError: If the model cannot be treated exactly, or the data are impossible.
+            PyroEMError: If a latent has no route, or the data are impossible.
         """
-        return self._look(args, kwargs, look_only=True).posterior()
+        found = self._look(args, kwargs, look_only=True)
+        if isinstance(found, Program):
+            return found.e_step(found.evaluate())
+        return DrawnPosterior(found, args, kwargs)
 
     def elbo(
         self,
         *args: Any,
         q: Posterior | Mapping[str, Tensor] | None = None,
         params: Mapping[str, Tensor] | None = None,
+        num_particles: int | None = None,
         **kwargs: Any,
     ) -> ELBOTerms:
         """ELBO(q, θ) and its terms.
@@ -208,17 +189,38 @@ class ExactPosteriorEM:
             q: A `Posterior` (of any parameters), or {site: probabilities} standing for the product
                 of its marginals; the exact posterior at θ by default.
             params: Constrained values to evaluate at instead of the current ones, which stay.
+            num_particles: Draws from the guide; those of the constructor where None.
             **kwargs: The model's keyword arguments.
 
         Returns:
             The bound in nats; ``float(...)`` of it is its value.
         """
-        self._check_collisions(args, ("q", "params"), "elbo")
-        program = self._look(args, kwargs, look_only=True)
+        check_collisions(self.model, args, ("q", "params", "num_particles"), "elbo")
+        found = self._look(args, kwargs, look_only=True)
+        if isinstance(found, Variational):
+            if q is not None:
+                program = self._looker.exact_beside(found, args, kwargs)
+                if program is None:
+                    raise UsageError(
+                        message(
+                            "elbo",
+                            "q was given, but the model has latents without an exact posterior.",
+                            "a table of probabilities can stand for discrete latents only",
+                            ["leave q out: the guide is q"],
+                        )
+                    )
+            else:
+                with parameters_at(found.parameters, dict(params or {})):
+                    beside = self._looker.exact_beside(found, args, kwargs)
+                    at = None if beside is None else beside.posterior()
+                    n = num_particles or self.num_particles
+                    return drawn_terms(found, args, kwargs, n, at)
+        else:
+            program = found
         with parameters_at(program.graph.parameters, dict(params or {})):
             evaluation = program.evaluate()
             at = program.posterior(evaluation)
-            given = at if q is None else self._as_posterior(q, evaluation)
+            given = program.e_step(evaluation) if q is None else self._as_posterior(q, evaluation)
             return elbo_terms(evaluation.graph, given, evaluation.tables, at)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -228,14 +230,49 @@ class ExactPosteriorEM:
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
         """
-        evidence = self.posterior(*args, **kwargs).log_evidence
-        assert evidence is not None
-        return -evidence
+        found = self._look(args, kwargs, look_only=True)
+        if isinstance(found, Variational):
+            draws = found.draws(args, kwargs, self.num_particles)
+            return -float(torch.stack(draws).mean())
+        return _loss(found.e_step(found.evaluate()))
+
+    def estimate_evidence(
+        self,
+        *args: Any,
+        num_particles: int = 1000,
+        proposal: str | None = None,
+        **kwargs: Any,
+    ) -> EvidenceEstimate:
+        """The importance-weighted bound on the log evidence, with diagnostics of its weights.
+
+        log p(x) ≥ E[log (1/S) Σ_s p(x, z_s) / q(z_s)], tight as S grows.
+
+        Args:
+            *args: The model's arguments.
+            num_particles: Draws S.
+            proposal: Where z_s comes from: ``"guide"`` (latents that are summed exactly stay so),
+                ``"prior"`` or ``"posterior"`` (discrete models only); by default the guide where
+                it draws anything, else the posterior.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            The bound, its standard error, effective sample size and Pareto k̂.
+
+        Raises:
+            UsageError: If there is no such proposal for this model.
+        """
+        check_collisions(self.model, args, ("num_particles", "proposal"), "estimate_evidence")
+        found = self._look(args, kwargs, look_only=True)
+        return estimate_evidence(self._looker, found, args, kwargs, num_particles, proposal)
 
     # ------------------------------------------------------------------ stepping
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One E-step and one M-step.
+        """One E-step and one M-step; one stochastic step on this batch where a guide draws.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
 
         Returns:
             The loss (−ELBO, nats) at the parameters *entering* the step, as ``SVI.step``.
@@ -243,14 +280,26 @@ class ExactPosteriorEM:
         Raises:
             DegenerateError: If an update was degenerate; it has been rolled back.
         """
+        if args and is_loader(args[0]):
+            raise UsageError(
+                message(
+                    "step",
+                    "a DataLoader was given.",
+                    "one step takes one batch",
+                    ["for batch in loader: em.step(batch)", "em.fit(loader, num_epochs=...)"],
+                )
+            )
         program = self._ready(args, kwargs)
+        if isinstance(program, Trainer):
+            loss = program.step(args, kwargs)
+            self._total_steps += 1
+            return loss
         apply_floors(program.graph, program.updates)
         evaluation = program.evaluate()
-        q = program.posterior(evaluation)
+        q = program.e_step(evaluation, self._total_steps)
         program.m_step(q.counts, evaluation)
         self._total_steps += 1
-        assert q.log_evidence is not None
-        return -q.log_evidence
+        return _loss(q)
 
     def m_step(self, q: Posterior | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         """The M-step for a given q; parameters are written in place.
@@ -265,6 +314,15 @@ class ExactPosteriorEM:
             DegenerateError: If an update was degenerate; it has been rolled back.
         """
         program = self._ready(args, kwargs)
+        if isinstance(program, Trainer):
+            raise UsageError(
+                message(
+                    "m_step",
+                    "the guide draws latents of this model.",
+                    "an M-step on its own needs a posterior that is summed",
+                    ["use step or fit"],
+                )
+            )
         evaluation = program.evaluate()
         given = self._as_posterior(q, evaluation)
         program.m_step(given.counts, evaluation)
@@ -273,15 +331,25 @@ class ExactPosteriorEM:
         """EM without an end: yields each step after its M-step; the caller breaks.
 
         Parameters are in the param store before a step is yielded. The iterator ends only if the
-        evidence falls, which is said in a warning.
+        objective falls, which is said in a warning.
 
         Args:
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
         """
         program = self._ready(args, kwargs)
+        if isinstance(program, Trainer):
+            return self._stochastic_steps(program, args, kwargs)
         apply_floors(program.graph, program.updates)
         return self._steps(program)
+
+    def _stochastic_steps(
+        self, trainer: Trainer, args: tuple, kwargs: dict[str, Any]
+    ) -> Iterator[EMStep]:
+        same = itertools.repeat(Batch(args, kwargs))
+        for step in stochastic.steps(trainer, same, None, time.perf_counter()):
+            self._total_steps += 1
+            yield replace(step, params=_values(trainer.variational.parameters))
 
     def _steps(self, program: Program) -> Iterator[EMStep]:
         begin = time.perf_counter()
@@ -313,11 +381,13 @@ class ExactPosteriorEM:
         schedule: Any = None,
         **kwargs: Any,
     ) -> EMResult:
-        """Run EM until the estimated remaining gain is below ``tol``.
+        """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
 
         Args:
-            *args: The model's arguments.
-            max_steps: Steps at most; exactly so many with ``tol=0``.
+            *args: The model's arguments; where a guide draws latents also one ``DataLoader``, whose
+                batches are the model's arguments.
+            max_steps: Steps at most; exactly so many with ``tol=0``. Stochastic fits run so many
+                steps where ``num_epochs`` is None.
             tol: Estimated remaining gain in nats at which to stop: g a / (1 − a), with g the last
                 gain and a the largest ratio of successive gains in the last five steps. A plateau
                 can hide more.
@@ -329,11 +399,13 @@ class ExactPosteriorEM:
             progress: Whether to show a bar; by default where the output is a terminal.
             callbacks: Called with each `EMStep`; one that returns True stops the fit.
             acceleration: None.
-            batch_size: For guides only.
-            num_epochs: For guides only.
-            num_data: For guides only.
-            validation: For guides only.
-            schedule: For guides only.
+            batch_size: Stochastic fits: rows per batch, drawn anew in each epoch; the rows of a
+                batch count N / batch_size times, what is outside the data's plate once.
+            num_epochs: Stochastic fits: passes over the data.
+            num_data: Stochastic fits: N, where a ``DataLoader`` does not know it.
+            validation: Stochastic fits: arguments (a tensor, a tuple or a ``DataLoader``) whose
+                bound is taken after each epoch, into ``history.validation``.
+            schedule: Stochastic fits: None moves guide and model together; see `Alternating`.
             **kwargs: The model's keyword arguments.
 
         Returns:
@@ -350,11 +422,30 @@ class ExactPosteriorEM:
             "schedule": schedule,
         }
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
-        self._check_fit_arguments(
-            args, given, acceleration, max_steps, tol, num_restarts, callbacks
-        )
+        check_fit(max_steps, tol, num_restarts, callbacks, acceleration, num_epochs)
         begin = time.perf_counter()
-        program = self._ready(args, kwargs)
+        first = next(iter(args[0])) if args and is_loader(args[0]) else None
+        if first is not None:
+            looked = (*(first if isinstance(first, (tuple, list)) else (first,)), *args[1:])
+        else:
+            looked = args
+        check_collisions(self.model, looked, FIT_KEYWORDS, "fit")
+        program = self._ready(looked, kwargs)
+        if isinstance(program, Trainer):
+            refuse_exact_keywords(init, num_restarts)
+            return self._fit_stochastic(
+                program, args, kwargs, given, max_steps, seed, progress, callbacks, begin
+            )
+        refuse_stochastic_keywords(given)
+        if first is not None:
+            raise UsageError(
+                message(
+                    "fit",
+                    "a DataLoader was given.",
+                    "an exact fit uses all data at every step",
+                    ["pass the data themselves"],
+                )
+            )
         generator = torch.Generator().manual_seed(
             int(torch.randint(2**31, ())) if seed is None else seed
         )
@@ -390,6 +481,56 @@ class ExactPosteriorEM:
         self._total_steps += best.num_steps
         return build_result(program, best, runs, init, seed, num_restarts, begin, self._total_steps)
 
+    def _fit_stochastic(
+        self,
+        trainer: Trainer,
+        args: tuple,
+        kwargs: dict[str, Any],
+        given: Mapping[str, Any],
+        max_steps: int,
+        seed: int | None,
+        progress: bool | None,
+        callbacks: tuple[Callable[[EMStep], Any], ...],
+        begin: float,
+    ) -> EMResult:
+        schedule, validation = given["schedule"], given["validation"]
+        if schedule is not None and not isinstance(schedule, Alternating):
+            raise UsageError(
+                message(
+                    "fit",
+                    f"schedule={schedule!r} is not understood.",
+                    fixes=["use None or Alternating(guide_steps, model_steps)"],
+                )
+            )
+        if seed is not None:
+            torch.manual_seed(seed)
+        order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        batches = Batches(args, kwargs, given["batch_size"], given["num_data"], order)
+        held_out = None
+        if validation is not None:
+            aside = validation if isinstance(validation, tuple) else (validation,)
+            held_out = Batches(aside, kwargs, None, None, None)
+        parameters = trainer.variational.parameters
+        run = stochastic.run(
+            trainer,
+            batches,
+            max_steps=max_steps,
+            num_epochs=given["num_epochs"],
+            schedule=schedule,
+            validation=held_out,
+            callbacks=callbacks,
+            parameters=lambda: _values(parameters),
+            progress=progress,
+            begin=begin,
+        )
+        self._total_steps += len(run.bounds)
+        plan = plan_of(
+            trainer.variational,
+            self._looker.updates_for(parameters),
+            self._looker.optim is not None,
+        )
+        return build_stochastic_result(trainer, batches, run, plan, seed, begin, self._total_steps)
+
     # ------------------------------------------------------------------ keeping
 
     def save(self, path: str | Path) -> None:
@@ -398,7 +539,7 @@ class ExactPosteriorEM:
         Raises:
             UsageError: If the model has not been run yet.
         """
-        if self._program is None:
+        if not self._parameters:
             raise UsageError(
                 message(
                     "save",
@@ -406,8 +547,10 @@ class ExactPosteriorEM:
                     fixes=["call fit, step or plan first"],
                 )
             )
-        extra = {"total_steps": self._total_steps}
-        torch.save(saving.pack(self._program.graph.parameters, extra), path)
+        extra: dict[str, Any] = {"total_steps": self._total_steps}
+        if self._trainer is not None:
+            extra["optimizers"] = self._trainer.state()
+        torch.save(saving.pack(self._parameters, extra), path)
 
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """Load parameters that ``save`` wrote.
@@ -424,14 +567,11 @@ class ExactPosteriorEM:
             UsageError: If the file belongs to another model; names the first difference.
         """
         state = saving.read(path)
-        if args or kwargs or self._program is not None:
-            if args or kwargs:
-                self._look(args, kwargs, look_only=True)
-            assert self._program is not None
-            saving.restore(state, self._program.graph.parameters)
-            self._total_steps = int(state["total_steps"])
-        else:
-            self._pending = state
+        if args or kwargs:
+            self._look(args, kwargs, look_only=True)
+        self._pending = state
+        if self._parameters:
+            self._restore_pending()
 
     def reset(self) -> None:
         """Forget what was fitted.
@@ -440,49 +580,56 @@ class ExactPosteriorEM:
         anew; ``nn.Parameter``s return to the values at which they were first seen.
         """
         store = pyro.get_param_store()
-        if self._program is not None:
-            for name, p in self._program.graph.parameters.items():
+        if self._parameters:
+            for name, p in self._parameters.items():
                 if isinstance(p.unconstrained, torch.nn.Parameter):
                     with torch.no_grad():
                         p.unconstrained.copy_(self._initial[name])
                 elif name in store:
                     del store[name]
-        self._program, self._total_steps, self._pending = None, 0, None
-        self._initial = {}
+        self._program, self._trainer, self._total_steps, self._pending = None, None, 0, None
+        self._initial, self._parameters = {}, {}
+        self._looker.built, self._looker.seen = None, False
 
     # ------------------------------------------------------------------ inside
 
-    def _look(self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False) -> Program:
-        self._check_model_keywords(kwargs)
-        program = build_program(
-            self.model,
-            args,
-            kwargs,
-            requested=self.updates,
-            gradient=None if self.optim is None else Gradient(self.optim, 1),
-            max_plate_nesting=self.max_plate_nesting,
-            max_enumeration=self.max_enumeration,
-            first_look=self._program is None,
-            guide_given=self.guide is not None,
-            look_only=look_only,
-        )
-        if self.guide is not None:
-            program.notes += ("the guide is not used: every latent has an exact posterior.",)
-        if self._program is not None:
-            program.state = self._program.state
-        for name, p in program.graph.parameters.items():
+    def _look(
+        self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+    ) -> Program | Variational:
+        check_model_keywords(self.model, kwargs)
+        found = self._looker.look(args, kwargs, look_only=look_only)
+        if isinstance(found, Program):
+            self._parameters = dict(found.graph.parameters)
+            if self._program is not None:
+                found.state = self._program.state
+            self._program = found
+        else:
+            self._parameters = found.parameters
+        for name, p in self._parameters.items():
             self._initial.setdefault(name, p.unconstrained.detach().clone())
-        if self._pending is not None:
-            state, self._pending = self._pending, None
-            saving.restore(state, program.graph.parameters)
-            self._total_steps = int(state["total_steps"])
-        self._program = program
-        return program
+        self._restore_pending()
+        return found
 
-    def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program:
+    def _restore_pending(self) -> None:
+        """Write parameters that ``load`` read before the model had been run."""
+        if self._pending is None:
+            return
+        state, self._pending = self._pending, None
+        saving.restore(state, self._parameters)
+        self._total_steps = int(state["total_steps"])
+        self._optimizers = dict(state.get("optimizers", {}))
+
+    def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """Look, and refuse what has nothing to fit."""
-        program = self._look(args, kwargs)
-        if not any(g.observed for g in program.graph.groups):
+        form = _form_of(args, kwargs)
+        if self._trainer is not None and form == self._form and self._alive():
+            return self._trainer  # batches of one form have the same routes
+        found = self._look(args, kwargs)
+        if isinstance(found, Variational):
+            self._form = form
+            return self._trainer_of(found)
+        program = found
+        if not any(g.role is Role.DATA for g in program.graph.groups):
             raise UsageError(
                 message(
                     "ExactPosteriorEM",
@@ -517,6 +664,45 @@ class ExactPosteriorEM:
             warnings.warn(note, PyroEMWarning, stacklevel=3)
         return program
 
+    def _alive(self) -> bool:
+        """Whether the param store still holds what the last look found."""
+        store = pyro.get_param_store()
+        return all(
+            isinstance(p.unconstrained, torch.nn.Parameter)
+            or store._params.get(name) is p.unconstrained
+            for name, p in self._parameters.items()
+        )
+
+    def _trainer_of(self, variational: Variational) -> Trainer:
+        """The optimisers for a pair; they live on while parameters are the same."""
+        if not variational.parameters:
+            raise UsageError(
+                message(
+                    "ExactPosteriorEM",
+                    "neither the model nor the guide has parameters.",
+                    "there is nothing to fit",
+                    ["declare what is to be learned with pyro.param, or use an autoguide"],
+                )
+            )
+        for name, update in self._looker.updates_for(variational.parameters).items():
+            if isinstance(update, LeastSquares):
+                raise UsageError(
+                    message(
+                        f"updates['{name}']",
+                        "least squares needs an exact fit; here the guide draws latents.",
+                        fixes=["leave it out, or use ClosedForm(step_size=...)"],
+                    )
+                )
+        if self._trainer is None:
+            self._trainer = Trainer(
+                variational, self._looker.optim, self._looker.updates_for, self.num_particles
+            )
+            self._trainer.pending = dict(self._optimizers)
+        else:
+            variational.baselines = self._trainer.variational.baselines
+            self._trainer.variational = variational
+        return self._trainer
+
     def _as_posterior(
         self, q: Posterior | Mapping[str, Tensor], evaluation: Evaluation
     ) -> Posterior:
@@ -534,96 +720,22 @@ class ExactPosteriorEM:
             )
         return laid_out
 
-    def _check_fit_arguments(
-        self,
-        args: tuple,
-        stochastic: Mapping[str, Any],
-        acceleration: str | None,
-        max_steps: int,
-        tol: float,
-        num_restarts: int,
-        callbacks: Iterable[Any],
-    ) -> None:
-        given = [n for n, v in stochastic.items() if v is not None]
-        if given:
-            raise UsageError(
-                message(
-                    "fit",
-                    f"{', '.join(given)}: an exact fit uses all data at every step.",
-                    "these arguments belong to stochastic objectives",
-                    ["leave them out"],
-                )
-            )
-        if acceleration is not None:
-            raise UsageError(
-                message(
-                    "fit",
-                    f"acceleration={acceleration!r} is not available.",
-                    fixes=["leave it out"],
-                )
-            )
-        if max_steps < 0 or tol < 0 or num_restarts < 1 or math.isnan(tol):
-            raise UsageError(
-                message(
-                    "fit",
-                    f"max_steps={max_steps}, tol={tol}, num_restarts={num_restarts}.",
-                    "max_steps and tol cannot be negative, num_restarts is at least one",
-                )
-            )
-        callbacks_ok = all(callable(c) for c in callbacks)
-        if not callbacks_ok:
-            raise UsageError(
-                message(
-                    "fit",
-                    "callbacks holds something that cannot be called.",
-                    fixes=["pass a list of functions of one EMStep: callbacks=[watch]"],
-                )
-            )
-        self._check_collisions(args, _FIT_KEYWORDS, "fit")
 
-    def _signature(self) -> list[inspect.Parameter]:
-        target = self.model.forward if isinstance(self.model, torch.nn.Module) else self.model
-        try:
-            return list(inspect.signature(target).parameters.values())
-        except (TypeError, ValueError):
-            return []
+def _form_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What batches of one kind of data share: everything but the number of rows."""
+    out: list[Any] = []
+    for a in (*args, *(kwargs[k] for k in sorted(kwargs))):
+        if isinstance(a, Tensor):
+            out.append((a.dtype, a.device, a.dim(), tuple(a.shape[1:])))
+        else:
+            out.append(a if isinstance(a, (int, float, str, bool, type(None))) else id(a))
+    return (tuple(out), tuple(sorted(kwargs)))
 
-    def _check_collisions(self, args: tuple, keywords: Iterable[str], method: str) -> None:
-        """Refuse a model whose argument could not be told from a keyword of a method."""
-        left = self._signature()[len(args) :]
-        clash = [p for p in left if p.name in tuple(keywords)]
-        if clash:
-            by_position = clash[0].kind is not inspect.Parameter.KEYWORD_ONLY
-            raise UsageError(
-                message(
-                    method,
-                    f"the model's argument '{clash[0].name}' is also a keyword of {method}.",
-                    "it could not be passed to the model by name",
-                    (["pass it by position"] if by_position else []) + ["rename it in the model"],
-                )
-            )
 
-    def _check_model_keywords(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse a keyword that neither the method nor the model knows."""
-        parameters = self._signature()
-        if not parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-            return
-        known = [p.name for p in parameters]
-        for name in kwargs:
-            if name in known:
-                continue
-            near = difflib.get_close_matches(name, [*_FIT_KEYWORDS, *known], n=1)
-            if name in _FIT_KEYWORDS:
-                what = "it is a keyword of fit, which this method does not have."
-            elif near:
-                what = f"neither the method nor the model has it; did you mean '{near[0]}'?"
-            else:
-                what = "neither the method nor the model has such an argument."
-            raise UsageError(
-                message(
-                    f"keyword '{name}'",
-                    what,
-                    "keywords that are not the method's own go to the model",
-                    ["the model takes: " + ", ".join(known)],
-                )
-            )
+def _loss(q: Posterior) -> float:
+    assert q.bound is not None
+    return -q.bound
+
+
+def _values(parameters: Mapping[str, TracedParameter]) -> dict[str, Tensor]:
+    return {n: p.value() for n, p in parameters.items()}

@@ -83,8 +83,6 @@ def latent_problems(
     name: str,
     site: Mapping[str, Any],
     scopes: Mapping[str, frozenset[str]],
-    *,
-    guide_given: bool,
 ) -> list[Problem]:
     """A latent without an exact posterior."""
     fn = site["fn"]
@@ -129,6 +127,7 @@ def latent_problems(
                 because,
                 (
                     "truncate it: a Categorical over the values 0 … K−1 that matter",
+                    "give a guide that samples it: ExactPosteriorEM(model, guide)",
                     "observe it",
                 ),
             )
@@ -136,13 +135,13 @@ def latent_problems(
     return [
         Problem(
             f"site '{name}'",
-            f"a continuous latent ({kind}) has no exact posterior here and "
-            + ("the guide is not used by this version." if guide_given else "no guide was given."),
+            f"a continuous latent ({kind}) has no exact posterior here and no guide was given.",
             because,
             (
+                "give a guide: ExactPosteriorEM(model, guide), or a class: AutoNormal",
+                "take a point estimate under its prior: ExactPosteriorEM(model, guide='map')",
+                "let a network be the guide: ExactPosteriorEM(model, AutoAmortizedNormal)",
                 "make it a parameter: pyro.param instead of pyro.sample",
-                "put it on a grid: a Categorical over grid points",
-                "observe it with obs=, or condition on it",
             ),
         )
     ]

@@ -275,6 +275,8 @@ def trace_graph(
     values: Mapping[str, Tensor] | None = None,
     random_seed: int | None = None,
     with_bindings: bool = True,
+    keep_random_state: bool = True,
+    attached: bool = False,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -287,12 +289,24 @@ def trace_graph(
         values: Constrained parameter values to trace at; the current ones by default.
         random_seed: Trace from another random state.
         with_bindings: Whether to read off how parameters reach the arguments.
+        keep_random_state: Whether the global random state is restored after the run.
+        attached: Whether densities stay attached to the unconstrained parameters.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, or reads a latent outside
             its ``pyro.markov`` scope.
     """
-    run = _run_enumerated(model, args, kwargs, structure, limit, values, random_seed)
+    run = _run_enumerated(
+        model,
+        args,
+        kwargs,
+        structure,
+        limit=limit,
+        values=values,
+        random_seed=random_seed,
+        keep_random_state=keep_random_state,
+        attached=attached,
+    )
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
         raise ModelError(
@@ -342,9 +356,9 @@ def _run_enumerated(
     args: tuple,
     kwargs: dict[str, Any],
     structure: Structure,
+    *,
     limit: int | None,
-    values: Mapping[str, Tensor] | None,
-    random_seed: int | None,
+    **how: Any,
 ) -> _pyro.Run:
     try:
         return _pyro.enumerated_run(
@@ -354,9 +368,8 @@ def _run_enumerated(
             latents=frozenset(structure.latents),
             max_plate_nesting=structure.max_plate_nesting,
             kept=structure.kept_values,
-            values=values,
             limit=limit,
-            random_seed=random_seed,
+            **how,
         )
     except _pyro.OutputTooLarge as error:
         raise ModelError(

@@ -210,6 +210,7 @@ def _iterate(
                 break
             step = as_step(program, run.num_steps, before, at, begin)
             run.entering.append(step.elbo)
+            assert step.after_m_step is not None
             run.after.append(step.after_m_step)
             run.record(program, at)
             if first:
@@ -290,8 +291,8 @@ def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     warnings.warn(
         message(
             f"site '{group.members[0]}', parameters {names}",
-            f"the {program.objective_name} fell from {old:.9g} to {new:.9g}; the expected log joint of this "
-            f"site changed by {losses[worst]:.3g}. The parameters before the fall were kept.",
+            f"the {program.objective_name} fell from {old:.9g} to {new:.9g}; the expected log joint "
+            f"of this site changed by {losses[worst]:.3g}. The parameters before the fall were kept.",
             "an exact EM step cannot do that: rounding, or a model that hides a dependence",
             ["use float64", "avoid detach and branches on parameters in the model"],
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,16 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em._errors import PyroEMWarning, message
+from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
 from pyro_em._pyro import Role, snapshot
+from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
+from pyro_em.drawn import DrawnPosterior
 from pyro_em.loop import Run, rate_of_convergence
 from pyro_em.m_step import Fixed, Kind
+from pyro_em.plan import Plan
 from pyro_em.posterior import scales_of
 from pyro_em.program import Program, parameters_at
-from pyro_em.result import EMResult, EMStatus, History, free_parameters
+from pyro_em.result import EMResult, EMStatus, History, Params, free_parameters
 from pyro_em.standard_errors import StandardErrors, standard_errors
+from pyro_em.stochastic import StochasticRun, bound_of
 from pyro_em.strategies import Hard
+from pyro_em.training import Trainer
 
 logger = logging.getLogger("pyro_em")
 
@@ -64,7 +70,7 @@ def build_result(
         start = "values in the model"
     else:
         start = init if isinstance(init, str) else "given: " + ", ".join(init)
-    values = {n: p.value() for n, p in parameters.items()}
+    values = Params({n: p.value() for n, p in parameters.items()}, _point_sites(program))
     unconstrained = snapshot(parameters)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
     logger.info("fit: %s log evidence %.6f", run.status.name, exact.log_evidence)
@@ -89,6 +95,87 @@ def build_result(
         seed=seed,
         dtype=program.graph.dtype,
         _standard_errors=lambda: _observed_information(program, unconstrained),
+        log_prior=exact.log_prior,
+    )
+
+
+def _point_sites(program: Program) -> dict[str, str]:
+    """For each point-estimated site the one parameter that holds its value."""
+    return {
+        site: group.value_binding.params[0]
+        for group in program.graph.groups
+        if group.role is Role.POINT and group.value_binding is not None
+        for site in group.members
+        if len(group.value_binding.params) == 1 and len(group.members) == 1
+    }
+
+
+def build_stochastic_result(
+    trainer: Trainer,
+    batches: Batches,
+    run: StochasticRun,
+    plan: Plan,
+    seed: int | None,
+    begin: float,
+    total_steps: int,
+) -> EMResult:
+    """Collect a stochastic run; the bound is recomputed at the returned parameters.
+
+    Args:
+        trainer: The pair with its optimisers.
+        batches: The data.
+        run: The path.
+        plan: The decisions.
+        seed: The user's seed.
+        begin: When the fit began.
+        total_steps: Steps of all calls so far.
+    """
+    variational = trainer.variational
+    parameters = variational.parameters
+    try:
+        bound = bound_of(trainer, batches, trainer.num_particles)
+    except DegenerateError:
+        bound = math.nan
+    status = run.status
+    if status is EMStatus.MAX_STEPS:
+        status = EMStatus.STEPS_DONE
+    first = next(iter(batches.epoch(shuffle=False)))
+    return EMResult(
+        params=Params({n: p.value() for n, p in parameters.items()}, variational.point_sites),
+        log_evidence=None,
+        elbo=bound,
+        posterior=DrawnPosterior(
+            variational,
+            batches.args if batches.loader is None else first.args,
+            batches.kwargs,
+        ),
+        history=History(tuple(run.bounds), (), tuple(run.validation)),
+        converged=True if status is EMStatus.STOPPED else None,
+        status=status,
+        message=run.message or status.value,
+        num_steps=len(run.bounds),
+        total_steps=total_steps,
+        seconds=time.perf_counter() - begin,
+        plan=plan,
+        rate=None,
+        starts=(bound,),
+        num_rows=float(batches.total or first.size or 1),
+        num_free_parameters=free_parameters(parameters, plan.updates, {}),
+        start="values in the model",
+        seed=seed,
+        dtype=torch.get_default_dtype(),
+        _standard_errors=_no_standard_errors,
+    )
+
+
+def _no_standard_errors() -> StandardErrors:
+    raise UsageError(
+        message(
+            "standard_errors",
+            "the log evidence of this model is not known: a guide draws latents.",
+            "observed information is the curvature of the exact evidence",
+            ["see the guide's scales for posterior spread"],
+        )
     )
 
 

@@ -20,7 +20,7 @@ class Route:
     Attributes:
         site: The site's name.
         distribution: Its distribution.
-        route: ``"enumerate"`` or ``"integrates to one"``.
+        route: ``"enumerate"``, ``"integrates to one"``, ``"point estimate"`` or ``"guide"``.
         size: Number of values summed over, or None.
         plates: Its plates.
         reason: Why, in words.
@@ -47,6 +47,8 @@ class Plan:
         observed: Names and distributions of the observed sites.
         edges: Pairs (parent, child) of the model's directed graph, latents to sites.
         notes: Warnings in words.
+        stochastic: Whether each step draws from the guide.
+        gives_up: What the strategy does without, in words.
     """
 
     routes: tuple[Route, ...]
@@ -57,11 +59,13 @@ class Plan:
     observed: tuple[tuple[str, str], ...]
     edges: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
+    stochastic: bool = False
+    gives_up: str = ""
 
     @property
     def is_monotone(self) -> bool:
         """Whether every update is an exact maximisation or a safeguarded step."""
-        return not any(
+        return not self.stochastic and not any(
             isinstance(u.update, Gradient) and u.update.optimizer is not None
             for u in self.updates.values()
         )
@@ -102,14 +106,18 @@ class Plan:
                 ("parameter", "update", "reason"),
                 [(u.name, _update_name(u), u.reason) for u in self.updates.values()],
             ),
-            f"Cost: the largest table has {self.cells:,} cells ({' x '.join(self.largest) or '1'}).",
-            "Iterations: "
-            + (
-                "compiled, the model is not run again."
-                if self.compiled
-                else "the model is run again at each (generic path)."
-            ),
         ]
+        if self.largest or not self.stochastic:
+            dims = " x ".join(self.largest) or "1"
+            parts.append(f"Cost: the largest table has {self.cells:,} cells ({dims}).")
+        if self.stochastic:
+            parts.append("Iterations: stochastic, each draws from the guide.")
+        elif self.compiled:
+            parts.append("Iterations: compiled, the model is not run again.")
+        else:
+            parts.append("Iterations: the model is run again at each (generic path).")
+        if self.gives_up:
+            parts.append(f"Strategy: {self.gives_up}")
         parts.extend(f"Note: {n}" for n in self.notes)
         return "\n".join(parts)
 
@@ -146,6 +154,8 @@ def _update_name(update: ParameterUpdate) -> str:
             return "least squares" + (f" with {', '.join(others)}" if others else "")
         case Gradient(optimizer=None):
             return "gradient (L-BFGS)"
+        case Gradient(steps=1):
+            return "gradient (optimiser)"
         case Gradient(steps=steps):
             return f"gradient ({steps} optimiser steps)"
         case Fixed():

@@ -35,8 +35,8 @@ def evidence(result: EMResult | History, ax: Axes | None = None, **style: Any) -
     ax = _axes(ax)
     history = result.history if isinstance(result, EMResult) else result
     path = list(history)
-    if isinstance(result, EMResult):
-        path.append(result.log_evidence)
+    if isinstance(result, EMResult) and result.log_evidence is not None:
+        path.append(result.elbo)
     ax.plot(range(len(path)), path, marker="o", markersize=3, **{"color": PALETTE[0], **style})
     ax.set_xlabel("EM step")
     ax.set_ylabel("log evidence (nats)")

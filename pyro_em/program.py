@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, dec
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
     Plan,
+    Route,
     budget_problems,
     contraction_from_structure,
     edges_of,
@@ -37,7 +39,14 @@ from pyro_em.posterior import (
     contraction_of,
     exact_posterior,
 )
-from pyro_em.strategies import Annealed, EStepStrategy, Hard, MonteCarlo, e_step_of
+from pyro_em.strategies import (
+    Annealed,
+    EStepStrategy,
+    Hard,
+    MonteCarlo,
+    e_step_of,
+    gives_up,
+)
 from pyro_em.structure import Structure, examine
 
 
@@ -74,6 +83,7 @@ class Program:
         look_only: Whether bindings are left out, because no M-step follows.
         gradient: The update of parameters without a closed form.
         strategy: Another E-step than the exact one.
+        routes: Rows of the plan where a guide takes part.
     """
 
     model: _pyro.Model
@@ -89,6 +99,7 @@ class Program:
     look_only: bool = False
     gradient: Gradient | None = None
     strategy: EStepStrategy | None = None
+    routes: tuple[Route, ...] = ()
     traced_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -230,7 +241,7 @@ class Program:
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
         return Plan(
-            routes_of(self.structure),
+            self.routes or routes_of(self.structure),
             self.updates,
             self.contraction.cells,
             self.contraction.largest,
@@ -242,6 +253,7 @@ class Program:
             ),
             edges_of(self.structure),
             self.notes,
+            gives_up=gives_up(self.strategy),
         )
 
 
@@ -285,9 +297,9 @@ def build_program(
     max_plate_nesting: int | None,
     max_enumeration: int,
     first_look: bool = True,
-    guide_given: bool = False,
     look_only: bool = False,
     strategy: EStepStrategy | None = None,
+    routes: tuple[Route, ...] = (),
 ) -> Program:
     """Look at a model and its data, decide everything, pay nothing yet.
 
@@ -300,9 +312,9 @@ def build_program(
         max_plate_nesting: As the user gave it.
         max_enumeration: The budget in cells.
         first_look: Whether the plain run may advance the random state.
-        guide_given: Whether the user gave a guide, for the wording of findings.
         look_only: Whether only an E-step is wanted, so that bindings need not be read.
         strategy: Another E-step than the exact one.
+        routes: Rows of the plan where a guide takes part.
 
     Raises:
         PyroEMError: If the model cannot be treated exactly, with all findings.
@@ -313,7 +325,6 @@ def build_program(
         kwargs,
         max_plate_nesting=max_plate_nesting,
         first_look=first_look,
-        guide_given=guide_given,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     try:
@@ -334,7 +345,7 @@ def build_program(
     )
     contraction = contraction_of(graph)
     notes = tuple(check_scales(graph, contraction))
-    updates = decide_updates(graph, _matched(requested, graph), gradient)
+    updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
     program = Program(
         model,
         args,
@@ -348,6 +359,7 @@ def build_program(
         look_only=look_only,
         gradient=gradient,
         strategy=strategy,
+        routes=routes,
     )
     if look_only:
         return program
@@ -475,19 +487,17 @@ def _allowed(value: Tensor, constraint: constraints.Constraint) -> bool:
     return bool(torch.as_tensor(constraint.check(value)).all())
 
 
-def _matched(requested: Mapping[str, Update], graph: FactorGraph) -> dict[str, Update]:
+def matched(requested: Mapping[str, Update], parameters: Mapping[str, Any]) -> dict[str, Update]:
     """The user's updates per parameter; exact names win over globs.
 
     Raises:
         UsageError: If a name matches no parameter.
     """
-    from fnmatch import fnmatchcase
-
     out: dict[str, Update] = {}
-    for pattern in sorted(requested, key=lambda p: p in graph.parameters):
-        hits = [n for n in graph.parameters if n == pattern or fnmatchcase(n, pattern)]
+    for pattern in sorted(requested, key=lambda p: p in parameters):
+        hits = [n for n in parameters if n == pattern or fnmatchcase(n, pattern)]
         if not hits:
-            known = ", ".join(f"'{n}'" for n in graph.parameters) or "none"
+            known = ", ".join(f"'{n}'" for n in parameters) or "none"
             raise UsageError(
                 message(
                     f"updates['{pattern}']",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em._pyro import TracedParameter
+from pyro_em.drawn import DrawnPosterior
 from pyro_em.m_step import Fixed, ParameterUpdate
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
@@ -37,12 +38,16 @@ class EMStatus(Enum):
         "The components are exchangeable at this point and cannot separate: "
         "start elsewhere (init='random')."
     )
+    STEPS_DONE = "All steps of the stochastic fit were done; no rule of convergence was given."
     FELL = "The objective fell by more than rounding; the parameters before the fall were kept."
 
 
 @dataclass(frozen=True)
 class History(Sequence[float]):
     """The bound at the parameters *entering* each step; ``after_m_step`` holds the other half.
+
+    In a stochastic fit it is the bound of each step's batch, scaled to all data; ``validation``
+    holds (step, bound) after each epoch.
 
     Example:
         >>> h = History((-10.0, -9.0), (-9.5, -8.9))
@@ -51,7 +56,8 @@ class History(Sequence[float]):
     """
 
     entering: tuple[float, ...]
-    after_m_step: tuple[float, ...]
+    after_m_step: tuple[float, ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
 
     def __getitem__(self, i: Any) -> Any:
         return self.entering[i]
@@ -63,6 +69,24 @@ class History(Sequence[float]):
         return iter(self.entering)
 
 
+class Params(dict[str, Tensor]):
+    """Constrained values by parameter name; a point-estimated site's own name works too.
+
+    Example:
+        >>> Params({"AutoDelta.rate": torch.tensor(2.0)}, {"rate": "AutoDelta.rate"})["rate"]
+        tensor(2.)
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], sites: Mapping[str, str] | None = None):
+        super().__init__(values)
+        self.sites = dict(sites or {})
+
+    def __missing__(self, name: str) -> Tensor:
+        if name in self.sites:
+            return self[self.sites[name]]
+        raise KeyError(name)
+
+
 @dataclass(frozen=True, eq=False)
 class EMStep:
     """One step of EM, as ``steps`` yields it and callbacks receive it.
@@ -70,9 +94,9 @@ class EMStep:
     Attributes:
         index: 0 for the first.
         elbo: The bound at the parameters entering the step, after its E-step.
-        log_evidence: The same number for an exact posterior.
-        after_m_step: The bound ELBO(q, θ_new) after the M-step.
-        posterior: The q of this step's E-step.
+        log_evidence: log p(x; θ) where the E-step computed it.
+        after_m_step: The bound ELBO(q, θ_new) after the M-step; None in a stochastic step.
+        posterior: The q of this step's E-step; None in a stochastic step.
         params: Constrained parameters after the M-step.
         seconds: Since the loop began.
     """
@@ -80,8 +104,8 @@ class EMStep:
     index: int
     elbo: float
     log_evidence: float | None
-    after_m_step: float
-    posterior: Posterior
+    after_m_step: float | None
+    posterior: Posterior | None
     params: Mapping[str, Tensor]
     seconds: float
 
@@ -92,17 +116,18 @@ class EMResult:
 
     Attributes:
         params: Constrained values by name.
-        log_evidence: log p(x; θ) in nats.
-        elbo: The bound, equal to the evidence when exact.
+        log_evidence: log p(x; θ) in nats; None where a guide draws latents.
+        elbo: The bound, log prior included; evidence plus log prior when exact.
         posterior: The E-step at ``params``.
         history: See `History`.
-        converged: Whether a stopping rule was met.
+        converged: Whether a stopping rule was met; None in a stochastic fit without a rule.
         status: Why it ended.
         message: More about the status (which component was degenerate), or its sentence.
         num_steps: E-step and M-step pairs done by this call.
         total_steps: Steps of ``fit``, ``step`` and ``steps`` together since the last reset.
         seconds: Wall-clock time.
         plan: The decisions.
+        log_prior: Log density of point-estimated latents in nats.
         rate: The measured rate of convergence (last ratio of successive gains), or None.
         starts: Final log evidence of every start, in order; nan where none was reached.
         num_rows: N of the BIC: elements of the outermost data plate, weighted by scale.
@@ -113,11 +138,11 @@ class EMResult:
     """
 
     params: Mapping[str, Tensor]
-    log_evidence: float
+    log_evidence: float | None
     elbo: float
-    posterior: Posterior
+    posterior: Posterior | DrawnPosterior
     history: History
-    converged: bool
+    converged: bool | None
     status: EMStatus
     message: str
     num_steps: int
@@ -132,21 +157,26 @@ class EMResult:
     seed: int | None
     dtype: torch.dtype
     _standard_errors: Callable[[], StandardErrors] = field(repr=False)
+    log_prior: float = 0.0
 
     @property
-    def bic(self) -> float:
-        """−2 log evidence + p log N; lower is better."""
+    def bic(self) -> float | None:
+        """−2 log evidence + p log N; lower is better; None without an evidence."""
+        if self.log_evidence is None:
+            return None
         return -2 * self.log_evidence + self.num_free_parameters * math.log(max(self.num_rows, 1))
 
     @property
-    def aic(self) -> float:
-        """−2 log evidence + 2 p; lower is better."""
+    def aic(self) -> float | None:
+        """−2 log evidence + 2 p; lower is better; None without an evidence."""
+        if self.log_evidence is None:
+            return None
         return -2 * self.log_evidence + 2 * self.num_free_parameters
 
     @property
-    def icl(self) -> float:
+    def icl(self) -> float | None:
         """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better."""
-        return self.bic + 2 * self.posterior.entropy()
+        return None if self.bic is None else self.bic + 2 * self.posterior.entropy()
 
     def standard_errors(self) -> StandardErrors:
         """Standard errors at ``params``, from the Hessian of the exact log evidence.
@@ -169,6 +199,8 @@ class EMResult:
     def _rows(self) -> list[tuple[str, Any]]:
         rows: list[tuple[str, Any]] = [
             ("log evidence (nats)", self.log_evidence),
+            ("ELBO (nats)", self.elbo),
+            ("log prior (nats)", self.log_prior),
             ("status", self.status.value),
             ("converged", self.converged),
             ("steps", self.num_steps),
@@ -209,8 +241,14 @@ class EMResult:
 
     def __str__(self) -> str:
         rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"
+        if self.log_evidence is None:
+            return (
+                f"ELBO {self.elbo:.6f} after {self.num_steps} steps ({self.seconds:.2f} s)\n"
+                f"{self.message}"
+            )
+        prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"
         return (
-            f"log evidence {self.log_evidence:.6f} after {self.num_steps} steps"
+            f"log evidence {self.log_evidence:.6f}{prior} after {self.num_steps} steps"
             f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
             f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
             f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"

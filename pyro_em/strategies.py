@@ -115,6 +115,28 @@ class Annealed:
 EStepStrategy = Hard | MonteCarlo | Annealed
 
 
+def gives_up(strategy: EStepStrategy | None) -> str:
+    """What a strategy does without, in words for the plan."""
+    match strategy:
+        case Hard():
+            return (
+                "Hard(): one assignment instead of a posterior; raises log p(x, z) at it, not the "
+                "evidence."
+            )
+        case MonteCarlo(num_samples=n):
+            return (
+                f"MonteCarlo({n}): averages over {n} draws instead of sums; no step is sure to rise, "
+                "a fit ends at max_steps."
+            )
+        case Annealed():
+            return (
+                "Annealed(): the posterior to a power below one until the schedule ends; the "
+                "evidence may fall meanwhile."
+            )
+        case _:
+            return ""
+
+
 def e_step_of(
     strategy: EStepStrategy | None,
     graph: FactorGraph,
@@ -162,9 +184,7 @@ def _monte_carlo(graph: FactorGraph, plan: ContractionPlan, tables: Tables, n: i
     return replace(q, entropy_value=entropy, log_evidence=exact.log_evidence)
 
 
-def _annealed(
-    graph: FactorGraph, plan: ContractionPlan, tables: Tables, beta: float
-) -> Posterior:
+def _annealed(graph: FactorGraph, plan: ContractionPlan, tables: Tables, beta: float) -> Posterior:
     # 0 · −inf must stay −inf: structural zeros are impossible at every temperature.
     cooled = [torch.where(t == -torch.inf, t, beta * t) for t in tables]
     result = e_step(graph, plan, cooled)

@@ -50,6 +50,7 @@ class SiteInfo:
         support_size: Number of values of an enumerable latent, else None.
         batch_dim: Number of its batch dimensions.
         role: What it stands for.
+        is_discrete: Whether its support is discrete.
     """
 
     name: str
@@ -60,6 +61,7 @@ class SiteInfo:
     support_size: int | None
     batch_dim: int
     role: Role = Role.DATA
+    is_discrete: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Structure:
         masked_pairs: For each ``obs_mask`` site the user's name -> its mask.
         random_plates: Plates with random subsampling.
         kept_values: Values of the barren sites, which nothing that counts depends on.
+        fns: The distributions of the unobserved sites, as the plain run made them.
     """
 
     plates: Mapping[str, Plate]
@@ -88,6 +91,7 @@ class Structure:
     masked_pairs: Mapping[str, Tensor] = field(default_factory=dict)
     random_plates: tuple[str, ...] = ()
     kept_values: Mapping[str, Tensor] = field(default_factory=dict)
+    fns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def examine(
         kwargs: Its keyword arguments.
         max_plate_nesting: The user's own number of plate dimensions, checked against the shapes.
         first_look: Whether this run may advance the random state, as Pyro's first run does.
-        guide_given: Whether the user gave a guide, for the wording.
+        guide_given: Whether latents without an exact posterior may go to a guide.
 
     Returns:
         The skeleton, and all findings: latents first, then parameters, then the other sites.
@@ -158,21 +162,26 @@ def examine(
         is_latent = name in latents
         scope = set(scopes[name]) | ({name} if is_latent else set())
         found = of_latents if is_latent else of_others
+        no_route: list[Problem] = []
         if is_latent:
-            found.extend(latent_problems(name, site, scopes, guide_given=guide_given))
+            no_route = latent_problems(name, site, scopes)
+            if not guide_given:
+                found.extend(no_route)
         elif _pyro.role_of(site) is Role.DATA:
             found.extend(data_problems(name, site))
         found.extend(shape_problems(name, site))
-        found.extend(scope_problems(name, sorted(scope), site_plates))
+        if not guide_given:
+            found.extend(scope_problems(name, sorted(scope), site_plates))
         sites[name] = SiteInfo(
             name,
             _name_of(site),
             not is_latent,
             site_plates[name],
             tuple(sorted(scope, key=order.__getitem__)),
-            _support_size(site["fn"]) if is_latent and not found else None,
+            _support_size(site["fn"]) if is_latent and not no_route else None,
             len(site["fn"].batch_shape),
             _pyro.role_of(site),
+            _pyro.is_discrete(site["fn"]),
         )
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
@@ -198,6 +207,7 @@ def examine(
         masked_pairs,
         random_plates,
         {n: factors[n]["value"].detach() for n in barren},
+        {n: factors[n]["fn"] for n in (*latents, *barren)},
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
 

@@ -23,6 +23,7 @@ from pyro_em.em import ExactPosteriorEM
 from pyro_em.families import _REGISTRY, Family, Kind
 from pyro_em.m_step import ClosedForm
 from pyro_em.posterior import expected_log_joint
+from pyro_em.program import Program
 
 
 def check_family(
@@ -281,6 +282,7 @@ def check_model(
     with pyro.get_param_store().scope():
         em = ExactPosteriorEM(model)
         program = em._look(args, kwargs)
+        assert isinstance(program, Program)
         if rtol is None:
             rtol = 1e-9 if program.graph.dtype == torch.float64 else 1e-5
         q = program.posterior()
@@ -394,6 +396,7 @@ def _check_generic(
     slack: float,
 ) -> None:
     program = em._look(args, kwargs)
+    assert isinstance(program, Program)
     program.compiled = False
     generic = []
     for _ in range(steps):

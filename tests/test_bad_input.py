@@ -97,6 +97,10 @@ def shared(x: Tensor, loc: Callable[[Tensor, Tensor], Any], draw: Any = label) -
         pyro.sample("x", dist.Normal(torch.as_tensor(loc(mu, z)), 1.0), obs=x)
 
 
+def empty(*args: Any) -> None:
+    """A guide without sites."""
+
+
 def gmm(x: Tensor, mask: Tensor | None = None, k: int = 2) -> None:
     rows(x, lambda mu: (mu if k == 2 else means(k))[label(k=k)], mask)
 
@@ -276,7 +280,7 @@ REFUSED: dict[str, tuple[type[PyroEMError], Callable[[], Any], str]] = {
     "impossible chain": (DataError, lambda: fit(left_to_right, tensor([0, 1, 0])), "'x_2' | impos"),
     # latents and enumeration
     "continuous": (ModelError, lambda: fit(rows, X, drawn), "'z' | continuous | Normal | guide"),
-    "guide given": (ModelError, lambda: EM(rows, gmm).fit(X, drawn), "'z' | guide is not used"),
+    "guide lacks it": (ModelError, lambda: EM(rows, empty).fit(X, drawn), "'z' | guide lacks it"),
     "infinite": (ModelError, lambda: fit(rows, X, counted), "'z' | Poisson | infinite support"),
     "event latent": (ModelError, lambda: fit(event_bits, tensor(1.0)), "'z' | to_event"),
     "budget": (ModelError, lambda: EM(gmm, max_enumeration=9).fit(X), "'z' | 10 cells | tion=9"),

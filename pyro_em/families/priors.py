@@ -86,7 +86,7 @@ def _mvn_mean_vector(a: Arguments) -> tuple[Tensor, Tensor]:
     if "precision_matrix" in a:
         precision = a["precision_matrix"]
     else:
-        factor = a["scale_tril"] if "scale_tril" in a else None
+        factor = a.get("scale_tril")
         if factor is None:
             factor = torch.linalg.cholesky(a["covariance_matrix"])
         precision = torch.cholesky_inverse(factor)

@@ -30,7 +30,7 @@ from pyro_em.m_step.updates import (
     groups_reached,
 )
 from pyro_em.posterior import dot
-from pyro_em.statistics import expected_statistics, group_statistics
+from pyro_em.statistics import ExpectedStatistics, expected_statistics, group_statistics
 
 Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
@@ -56,6 +56,7 @@ def m_step(
     arguments: Sequence[Mapping[str, Tensor]],
     evaluate: Evaluate,
     state: MStepState,
+    collected: ExpectedStatistics | None = None,
 ) -> MStepReport:
     """Update every parameter in place; nothing is changed if any update is degenerate.
 
@@ -66,13 +67,14 @@ def m_step(
         arguments: Arguments per group at the E-step.
         evaluate: From constrained values and group numbers to those groups' log densities.
         state: Kept between M-steps.
+        collected: Expected statistics to use instead of those of ``counts``.
 
     Raises:
         DegenerateError: Naming parameter and component; all parameters are as before.
     """
     before = snapshot(graph.parameters)
     try:
-        return _m_step(graph, updates, counts, arguments, evaluate, state)
+        return _m_step(graph, updates, counts, arguments, evaluate, state, collected)
     except BaseException:
         restore(graph.parameters, before)
         raise
@@ -85,13 +87,14 @@ def _m_step(
     arguments: Sequence[Mapping[str, Tensor]],
     evaluate: Evaluate,
     state: MStepState,
+    collected: ExpectedStatistics | None = None,
 ) -> MStepReport:
     values = {n: p.value() for n, p in graph.parameters.items()}
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
-    needed = groups_reached(graph, {u.name for u in exact})
-    needed = [g for g in needed if graph.groups[g].family is not None]
+    needed = groups_needed(graph, updates)
     with torch.no_grad():
-        collected = expected_statistics(graph, counts, arguments, needed)
+        if collected is None:
+            collected = expected_statistics(graph, counts, arguments, needed)
         statistics = {g: collected.of(g) for g in needed}
         current = [dict(a) for a in arguments]
         massless: dict[str, tuple[int, ...]] = {}
@@ -130,6 +133,12 @@ def _m_step(
             refresh(set(new))
     _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
+
+
+def groups_needed(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[int]:
+    """Groups whose expected statistics the closed forms and least squares need."""
+    names = {u.name for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))}
+    return [g for g in groups_reached(graph, names) if graph.groups[g].family is not None]
 
 
 def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> None:
@@ -214,5 +223,6 @@ __all__ = [
     "Update",
     "apply_floors",
     "decide_updates",
+    "groups_needed",
     "m_step",
 ]

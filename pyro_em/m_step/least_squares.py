@@ -69,7 +69,9 @@ def least_squares(
             group = graph.groups[prior.group]
             loc, scale = (group.arguments[a].detach() for a in ("loc", "scale"))
             weight = group.weights()
-            weight = weight.reshape(weight.shape + (1,) * (prior.selection.index.dim() - weight.dim()))
+            weight = weight.reshape(
+                weight.shape + (1,) * (prior.selection.index.dim() - weight.dim())
+            )
             index = prior.selection.index
             precision = (weight * scale**-2).expand(index.shape).reshape(-1).to(gram.dtype)
             target = loc.expand(index.shape).reshape(-1)

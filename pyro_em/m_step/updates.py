@@ -25,17 +25,24 @@ class ClosedForm:
     Attributes:
         floor: The smallest variance (for a covariance: the smallest eigenvalue); 0 for none. A
             variance below it is set to it, nothing is ever added.
+        step_size: For batches only: the weight of the newest batch in the running average of
+            expected statistics; (t + 1)^−0.6 at step t where None (Cappé and Moulines 2009).
 
     Example:
         >>> ClosedForm(floor=1e-3)
-        ClosedForm(floor=0.001)
+        ClosedForm(floor=0.001, step_size=None)
     """
 
     floor: float = 0.0
+    step_size: float | None = None
 
     def __post_init__(self) -> None:
         if not self.floor >= 0:
             raise UsageError(message("ClosedForm", f"floor={self.floor} is no variance."))
+        if self.step_size is not None and not 0 < self.step_size <= 1:
+            raise UsageError(
+                message("ClosedForm", f"step_size={self.step_size} is no weight in (0, 1].")
+            )
 
 
 @dataclass(frozen=True)
@@ -286,7 +293,10 @@ def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str
             return f"its {group.distribution} prior is not conjugate to a {use.rule.kind.value}"
         event = use.rule.kind.event_dim
         if event and _whole_events(
-            prior.selection.index, graph.parameters[prior.selection.param].leaf, event, use.rule.kind
+            prior.selection.index,
+            graph.parameters[prior.selection.param].leaf,
+            event,
+            use.rule.kind,
         ):
             return f"its {group.distribution} prior is on other rows"
     return ""

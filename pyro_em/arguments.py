@@ -1,0 +1,213 @@
+"""Checks of what users pass to `ExactPosteriorEM` and its methods; each refusal is a sentence."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from pyro_em._errors import UsageError, message
+from pyro_em.m_step import Update
+from pyro_em.strategies import EStepStrategy
+
+FIT_KEYWORDS = (
+    "max_steps",
+    "tol",
+    "num_restarts",
+    "init",
+    "seed",
+    "progress",
+    "callbacks",
+    "acceleration",
+    "batch_size",
+    "num_epochs",
+    "num_data",
+    "validation",
+    "schedule",
+)
+
+
+def check_constructor(
+    model: Any, guide: Any, strategy: Any, updates: Mapping[str, Any], num_particles: int
+) -> None:
+    """Refuse what cannot be a model, a guide, a strategy or an update."""
+    if not callable(model):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                f"model is {type(model).__name__}, not a callable.",
+                fixes=["pass the function itself, not the result of calling it"],
+            )
+        )
+    if guide is not None and not callable(guide) and not (guide == "map"):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                f"guide={guide!r} is no guide.",
+                fixes=["pass a callable, an autoguide class, a factory, or 'map'"],
+            )
+        )
+    several = isinstance(strategy, Mapping)
+    for one in strategy.values() if several else (strategy,):
+        known = isinstance(one, EStepStrategy) or (
+            isinstance(one, str) and one in ("exact", "guide")
+        )
+        if not known:
+            shown = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
+            raise UsageError(
+                message(
+                    "ExactPosteriorEM",
+                    f"strategy={shown} is not available.",
+                    "a strategy says how the E-step treats latents",
+                    ["use 'exact', 'guide', Hard(), MonteCarlo(n), Annealed(schedule), or a dict"],
+                )
+            )
+    if guide is None and (strategy == "guide" or (several and "guide" in strategy.values())):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "strategy='guide' was asked for, but there is no guide.",
+                fixes=["pass guide=", "let a network be it: guide=AutoAmortizedCategorical"],
+            )
+        )
+    if num_particles < 1:
+        raise UsageError(
+            message("ExactPosteriorEM", f"num_particles={num_particles} is no number of samples.")
+        )
+    for name, update in updates.items():
+        if not isinstance(update, Update):
+            shown = update.__name__ if isinstance(update, type) else repr(update)
+            raise UsageError(
+                message(
+                    f"updates['{name}']",
+                    f"{shown} is no update.",
+                    "an unknown word would leave the parameter alone in silence",
+                    ["use an instance: Fixed(), ClosedForm(), LeastSquares() or Gradient()"],
+                )
+            )
+
+
+def check_fit(
+    max_steps: int,
+    tol: float,
+    num_restarts: int,
+    callbacks: Iterable[Any],
+    acceleration: str | None,
+    num_epochs: int | None,
+) -> None:
+    """Refuse numbers that mean nothing, and callbacks that cannot be called."""
+    if acceleration is not None:
+        raise UsageError(
+            message(
+                "fit",
+                f"acceleration={acceleration!r} is not available.",
+                fixes=["leave it out"],
+            )
+        )
+    if max_steps < 0 or tol < 0 or num_restarts < 1 or math.isnan(tol):
+        raise UsageError(
+            message(
+                "fit",
+                f"max_steps={max_steps}, tol={tol}, num_restarts={num_restarts}.",
+                "max_steps and tol cannot be negative, num_restarts is at least one",
+            )
+        )
+    if num_epochs is not None and num_epochs < 1:
+        raise UsageError(message("fit", f"num_epochs={num_epochs} would change nothing."))
+    if not all(callable(c) for c in callbacks):
+        raise UsageError(
+            message(
+                "fit",
+                "callbacks holds something that cannot be called.",
+                fixes=["pass a list of functions of one EMStep: callbacks=[watch]"],
+            )
+        )
+
+
+def refuse_stochastic_keywords(given: Mapping[str, Any]) -> None:
+    """An exact fit uses all data at every step."""
+    names = [n for n, v in given.items() if v is not None]
+    if names:
+        raise UsageError(
+            message(
+                "fit",
+                f"{', '.join(names)}: an exact fit uses all data at every step.",
+                "these arguments belong to stochastic objectives, where a guide draws latents",
+                [
+                    "leave them out",
+                    "for batches on the exact evidence: "
+                    "SVI(model, guide, optim, loss=TraceExact_ELBO())",
+                ],
+            )
+        )
+
+
+def refuse_exact_keywords(init: Any, num_restarts: int) -> None:
+    """A stochastic fit starts where the guide and the model are."""
+    given = (["init"] if init is not None else []) + (["num_restarts"] if num_restarts > 1 else [])
+    if given:
+        raise UsageError(
+            message(
+                "fit",
+                f"{', '.join(given)}: a stochastic fit starts at the present parameters.",
+                "these arguments make starts for exact EM",
+                ["leave them out", "set initial values in model and guide, or torch.manual_seed"],
+            )
+        )
+
+
+def signature_of(model: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The model's parameters; empty where they cannot be known."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def check_collisions(
+    model: Callable[..., Any], args: tuple, keywords: Iterable[str], method: str
+) -> None:
+    """Refuse a model whose argument could not be told from a keyword of a method."""
+    left = signature_of(model)[len(args) :]
+    clash = [p for p in left if p.name in tuple(keywords)]
+    if clash:
+        by_position = clash[0].kind is not inspect.Parameter.KEYWORD_ONLY
+        raise UsageError(
+            message(
+                method,
+                f"the model's argument '{clash[0].name}' is also a keyword of {method}.",
+                "it could not be passed to the model by name",
+                (["pass it by position"] if by_position else []) + ["rename it in the model"],
+            )
+        )
+
+
+def check_model_keywords(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a keyword that neither the method nor the model knows."""
+    parameters = signature_of(model)
+    if not parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters]
+    for name in kwargs:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, [*FIT_KEYWORDS, *known], n=1)
+        if name in FIT_KEYWORDS:
+            what = "it is a keyword of fit, which this method does not have."
+        elif near:
+            what = f"neither the method nor the model has it; did you mean '{near[0]}'?"
+        else:
+            what = "neither the method nor the model has such an argument."
+        raise UsageError(
+            message(
+                f"keyword '{name}'",
+                what,
+                "keywords that are not the method's own go to the model",
+                ["the model takes: " + ", ".join(known)],
+            )
+        )

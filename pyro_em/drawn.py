@@ -1,0 +1,171 @@
+"""What users hold of a posterior that is drawn: the guide's, with exact sums under each draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em import _pyro
+from pyro_em._errors import UsageError, message
+from pyro_em.posterior import Posterior
+from pyro_em.variational import Particle, Variational, inner_posterior, split
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnPosterior:
+    """q(z, h) = q(h | x) p(z | x, h): draws of the guide, exact given each of them.
+
+    Attributes:
+        variational: The pair of model and guide.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        exact: False.
+        log_evidence: None: it is not known.
+    """
+
+    variational: Variational
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    exact: bool = False
+    log_evidence: float | None = None
+
+    def __repr__(self) -> str:
+        routing = self.variational.routing
+        drawn = ", ".join(routing.drawn)
+        summed = f"; summed under them: {', '.join(routing.exact)}" if routing.exact else ""
+        return f"DrawnPosterior(from the guide: {drawn}{summed})"
+
+    def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw jointly.
+
+        Args:
+            n: Number of draws.
+            seed: Seed of the draws; torch's global state otherwise.
+
+        Returns:
+            For each latent its drawn values. # (n, *plates, *event)
+
+        Raises:
+            UsageError: If n is below one.
+        """
+        if n < 1:
+            raise UsageError(message("sample", f"n={n}: at least one draw is needed."))
+        draws = []
+        with _pyro.seeded(seed):
+            for _ in range(n):
+                values = self._values()
+                if self.variational.routing.exact:
+                    inner = self._inner()
+                    values = {**self._of_graph(inner), **{k: v[0] for k, v in inner[1].items()}}
+                draws.append(values)
+        names = [*self.variational.routing.drawn, *self.variational.routing.points]
+        names += list(self.variational.routing.exact)
+        return {k: torch.stack([d[k] for d in draws]) for k in names if k in draws[0]}
+
+    def probs(self, site: str, *, num_particles: int = 10) -> Tensor:
+        """Posterior marginals of a discrete latent, averaged over draws of the guide.
+
+        Args:
+            site: Its name.
+            num_particles: Draws to average over.
+
+        Returns:
+            Probabilities. # (*plates, K)
+
+        Raises:
+            UsageError: If the site is no discrete latent.
+        """
+        routing = self.variational.routing
+        if site in routing.exact:
+            with torch.no_grad():
+                parts = [self._inner_q(self._particle()).probs(site) for _ in range(num_particles)]
+            return torch.stack(parts).mean(0)
+        if site not in routing.drawn or routing.guide is None:
+            raise UsageError(self._unknown(site))
+        parts = []
+        with torch.no_grad():
+            for _ in range(1 if self._is_root(site) else num_particles):
+                fn = self._guide_site(site)["fn"]
+                if not _pyro.has_finite_support(fn):
+                    raise UsageError(self._unknown(site))
+                support = fn.enumerate_support(expand=True)
+                parts.append(torch.stack([fn.log_prob(v) for v in support], -1).exp())
+        probs = torch.stack(parts).mean(0)
+        return probs / probs.sum(-1, keepdim=True)
+
+    def mean(self, site: str, *, num_particles: int = 100) -> Tensor:
+        """The mean of a latent under the guide: its distribution's own, else that of draws.
+
+        Args:
+            site: Its name.
+            num_particles: Draws, where the distribution has no mean or depends on other draws.
+        """
+        routing = self.variational.routing
+        if site not in routing.drawn and site not in routing.points:
+            raise UsageError(self._unknown(site))
+        with torch.no_grad():
+            if self._is_root(site):
+                try:
+                    return self._guide_site(site)["fn"].mean
+                except NotImplementedError:  # a transformed distribution
+                    pass
+            return self.sample(num_particles)[site].mean(0)
+
+    def mode(self) -> dict[str, Tensor]:
+        """For discrete latents the most probable value of each, for others the guide's mean."""
+        routing = self.variational.routing
+        out = {n: self.probs(n).argmax(-1) for n in routing.exact}
+        for name in (*routing.drawn, *routing.points):
+            discrete = name in routing.drawn and self.variational.bare.sites[name].is_discrete
+            out[name] = self.probs(name).argmax(-1) if discrete else self.mean(name)
+        return out
+
+    def entropy(self) -> float:
+        """One draw of H(q) in nats."""
+        return split(self.variational, self.args, dict(self.kwargs))[0].entropy
+
+    # ------------------------------------------------------------------ inside
+
+    def _particle(self) -> Particle:
+        return self.variational.particle(self.args, dict(self.kwargs))
+
+    def _inner_q(self, particle: Particle) -> Posterior:
+        assert particle.graph is not None
+        return inner_posterior(particle.graph)[0]
+
+    def _inner(self) -> tuple[Particle, dict[str, Tensor]]:
+        with torch.no_grad():
+            particle = self._particle()
+        return particle, self._inner_q(particle).sample(1)
+
+    @staticmethod
+    def _of_graph(inner: tuple[Particle, dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: value.detach() for name, value in inner[0].values.items()}
+
+    def _run(self) -> Mapping[str, dict[str, Any]]:
+        return _pyro.sites_of(self.variational.guide, self.args, dict(self.kwargs))
+
+    def _values(self) -> dict[str, Tensor]:
+        return {n: s["value"] for n, s in self._run().items()}
+
+    def _guide_site(self, name: str) -> dict[str, Any]:
+        return self._run()[name]
+
+    def _is_root(self, site: str) -> bool:
+        """Whether the guide's distribution of a site depends on no other draw."""
+        look = self.variational.routing.guide
+        return look is not None and not look.scopes.get(site)
+
+    def _unknown(self, site: str) -> str:
+        routing = self.variational.routing
+        known = ", ".join(f"'{n}'" for n in (*routing.exact, *routing.drawn, *routing.points))
+        return message(
+            f"site '{site}'",
+            f"it is no latent of this kind; the latents are: {known}.",
+            "probabilities belong to discrete latents, means to those that the guide draws",
+            ["ask for another site", "use .sample(n) and count"],
+        )

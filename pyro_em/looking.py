@@ -1,0 +1,247 @@
+"""Looking at a model, its guide and its data: an exact `Program`, or a `Variational` pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+
+from pyro_em import _pyro
+from pyro_em._errors import UsageError, message, raise_problems
+from pyro_em.m_step import Gradient, ParameterUpdate, Update
+from pyro_em.m_step.updates import Fixed
+from pyro_em.pairing import (
+    Routing,
+    built_guide,
+    decide_routes,
+    look_at_guide,
+    matching,
+    reduced,
+    routes_with_guide,
+)
+from pyro_em.plan import Plan, contraction_from_structure, edges_of
+from pyro_em.program import Program, build_program, matched
+from pyro_em.strategies import EStepStrategy
+from pyro_em.structure import Structure, examine
+from pyro_em.training import Optimizer
+from pyro_em.variational import Variational
+
+Strategy = str | EStepStrategy
+
+
+class _StepsPyroOptim(torch.optim.Optimizer):
+    """A ``pyro.optim`` object with the interface of a torch optimiser."""
+
+    def __init__(self, parameters: list[torch.Tensor], optim: pyro.optim.PyroOptim) -> None:
+        super().__init__(parameters, {})
+        self.optim = optim
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Step every parameter that has a gradient."""
+        self.optim([p for p in self.param_groups[0]["params"] if p.grad is not None])
+
+
+@dataclass(eq=False)
+class Looker:
+    """What the user asked for, and how to look at a model with it.
+
+    Attributes:
+        model: The user's model.
+        guide: The user's ``guide`` argument.
+        optim: The user's optimiser.
+        strategy: The user's strategy.
+        updates: The user's updates by name or glob.
+        max_plate_nesting: As the user gave it.
+        max_enumeration: The budget in cells.
+        built: The guide that ``guide`` stands for, once it has been built.
+        seen: Whether the model has been run before.
+    """
+
+    model: Callable[..., Any]
+    guide: Any
+    optim: Optimizer | pyro.optim.PyroOptim | None
+    strategy: Strategy | Mapping[str, Strategy]
+    updates: Mapping[str, Update]
+    max_plate_nesting: int | None
+    max_enumeration: int
+    built: Any = None
+    seen: bool = False
+
+    def look(
+        self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+    ) -> Program | Variational:
+        """Decide everything for these arguments, pay nothing yet.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            look_only: Whether only an E-step is wanted.
+
+        Raises:
+            PyroEMError: If a latent has no route, or the model or data cannot be used.
+        """
+        first, self.seen = not self.seen, True
+        if self.guide is None:
+            return self._program(self.model, args, kwargs, first, look_only, ())
+        bare, problems = examine(
+            self.model,
+            args,
+            kwargs,
+            max_plate_nesting=self.max_plate_nesting,
+            first_look=first,
+            guide_given=True,
+        )
+        if problems:
+            raise_problems(problems)
+        if self.built is None:
+            self.built = built_guide(self.guide, self.model, bare)
+        routing = self._route(bare, args, kwargs, first)
+        if routing.is_stochastic:
+            return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
+        pair = routing.pair(self.model, self.built)
+        routes = routes_with_guide(bare, routing)
+        program = self._program(pair, args, kwargs, False, look_only, routes)
+        if not routing.points:
+            program.notes += ("the guide is not used: every latent has an exact posterior.",)
+        return program
+
+    def exact_beside(
+        self, variational: Variational, args: tuple, kwargs: dict[str, Any]
+    ) -> Program | None:
+        """The exact program of a model whose guide was chosen over it; None if there is none."""
+        bare, routing = variational.bare, variational.routing
+        latents = set(bare.latents) - set(routing.points)
+        if any(bare.sites[n].support_size is None for n in latents if n in bare.sites):
+            return None
+        cost = contraction_from_structure(reduced(bare, set(routing.points)))
+        if cost.cells > self.max_enumeration:
+            return None
+        exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())
+        pair = exact.pair(self.model, self.built)
+        return self._program(pair, args, kwargs, False, True, ())
+
+    def all_from_guide(self, args: tuple, kwargs: dict[str, Any]) -> Variational | None:
+        """The pair in which the guide draws all that it covers; None if that is not everything."""
+        if self.guide is None or self.built is None:
+            return None
+        bare, _ = examine(self.model, args, kwargs, first_look=False, guide_given=True)
+        routing = self._route(bare, args, kwargs, False, everything=True)
+        if routing.exact or not routing.drawn:
+            return None
+        return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
+
+    def _route(
+        self,
+        bare: Structure,
+        args: tuple,
+        kwargs: dict[str, Any],
+        first: bool,
+        everything: bool = False,
+    ) -> Routing:
+        look = look_at_guide(self.built, args, kwargs, first_look=first)
+
+        def strategy(name: str) -> str:
+            one = matching(self.strategy, name)
+            if everything:
+                return "guide"
+            return one if isinstance(one, str) else "exact"
+
+        routing, problems = decide_routes(
+            bare, look, strategy=strategy, max_enumeration=self.max_enumeration
+        )
+        if problems:
+            raise_problems(problems)
+        return routing
+
+    @property
+    def e_step(self) -> EStepStrategy | None:
+        """The E-step that was asked for in place of the exact one."""
+        if not isinstance(self.strategy, Mapping):
+            return None if isinstance(self.strategy, str) else self.strategy
+        wanted = {s for s in self.strategy.values() if not isinstance(s, str)}
+        if len(wanted) > 1:
+            raise UsageError(
+                message(
+                    "ExactPosteriorEM",
+                    "strategy holds several E-steps: " + ", ".join(map(repr, wanted)) + ".",
+                    "all summed latents share one E-step",
+                    ["use one of them"],
+                )
+            )
+        return next(iter(wanted), None)
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """The update of parameters without a closed form."""
+        optim = self.optim
+        if optim is None:
+            return None
+        if isinstance(optim, pyro.optim.PyroOptim):
+            return Gradient(lambda p: _StepsPyroOptim(p, optim), 1)
+        return Gradient(optim, 1)
+
+    def _program(
+        self,
+        model: _pyro.Model,
+        args: tuple,
+        kwargs: dict[str, Any],
+        first: bool,
+        look_only: bool,
+        routes: tuple[Any, ...],
+    ) -> Program:
+        return build_program(
+            model,
+            args,
+            kwargs,
+            requested=self.updates,
+            gradient=self.gradient,
+            max_plate_nesting=self.max_plate_nesting,
+            max_enumeration=self.max_enumeration,
+            first_look=first,
+            look_only=look_only,
+            strategy=self.e_step,
+            routes=routes,
+        )
+
+    def updates_for(self, parameters: Mapping[str, Any]) -> Mapping[str, Update]:
+        """The user's updates by exact parameter name."""
+        return matched(self.updates, parameters)
+
+
+def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: bool) -> Plan:
+    """The decisions about a pair, as a value that prints."""
+    look, bare = variational.routing.guide, variational.bare
+    assert look is not None
+    decided = {}
+    for name in variational.parameters:
+        wish = updates.get(name)
+        whose = "guide" if name in look.run.parameters else "model"
+        if isinstance(wish, Fixed):
+            decided[name] = ParameterUpdate(name, wish, "as the user asked")
+        elif wish is not None:
+            decided[name] = ParameterUpdate(name, wish, f"of the {whose}, as the user asked")
+        else:
+            reason = f"of the {whose}; gradient of the drawn bound"
+            decided[name] = ParameterUpdate(name, Gradient(torch.optim.Adam, 1), reason)  # type: ignore[arg-type]
+    exact = variational.routing.exact
+    cost = contraction_from_structure(
+        reduced(bare, {*variational.routing.drawn, *variational.routing.points})
+    )
+    notes = [] if has_optim else ["no optim was given: Adam with learning rate 0.005."]
+    if variational.analytic:
+        names = ", ".join(f"'{n}'" for n in sorted(variational.analytic))
+        notes.append(f"the KL divergence of {names} is taken in closed form.")
+    return Plan(
+        routes_with_guide(bare, variational.routing),
+        decided,
+        cost.cells if exact else 0,
+        cost.largest if exact else (),
+        False,
+        tuple((i.name, i.distribution) for i in bare.sites.values() if i.role is _pyro.Role.DATA),
+        edges_of(bare),
+        tuple(notes),
+        stochastic=True,
+    )

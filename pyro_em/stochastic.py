@@ -1,0 +1,140 @@
+"""A stochastic fit: epochs of batches, a bar, validation, interruption, a result."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_em._errors import DegenerateError, PyroEMWarning
+from pyro_em.batches import Batch, Batches, factors_of
+from pyro_em.result import EMStatus, EMStep
+from pyro_em.training import Alternating, Trainer
+
+
+@dataclass(eq=False)
+class StochasticRun:
+    """The path of a stochastic fit.
+
+    Attributes:
+        bounds: The bound of each step's batch, scaled to all data, at the parameters entering it.
+        validation: (step, bound) on the validation data after each epoch.
+        status: Why it ended.
+        message: More about the status.
+        epochs: Complete epochs.
+    """
+
+    bounds: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    status: EMStatus = EMStatus.MAX_STEPS
+    message: str = ""
+    epochs: int = 0
+
+
+def structure_at(trainer: Trainer, batch: Batch) -> Any:
+    """The pair's structure for a batch, and what multiplies its plates."""
+    structure = trainer.variational.structure(batch.args, batch.kwargs)
+    return factors_of(structure, batch)
+
+
+def steps(
+    trainer: Trainer, batches: Iterable[Batch], schedule: Alternating | None, begin: float
+) -> Iterator[EMStep]:
+    """Stochastic steps without an end of their own.
+
+    Yields:
+        Each step after its update; ``elbo`` is the bound of its batch, scaled to all data.
+    """
+    for index, batch in enumerate(batches):
+        factors = structure_at(trainer, batch) if batch.size is not None else {}
+        loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
+        yield EMStep(index, -loss, None, None, None, {}, time.perf_counter() - begin)
+
+
+def run(
+    trainer: Trainer,
+    batches: Batches,
+    *,
+    max_steps: int,
+    num_epochs: int | None,
+    schedule: Alternating | None,
+    validation: Batches | None,
+    callbacks: Sequence[Callable[[EMStep], Any]],
+    parameters: Callable[[], Mapping[str, Tensor]],
+    progress: bool | None,
+    begin: float,
+) -> StochasticRun:
+    """Train until the steps or epochs are done, a callback stops it, or something breaks.
+
+    Args:
+        trainer: The pair with its optimisers.
+        batches: The data.
+        max_steps: Steps at most where ``num_epochs`` is None.
+        num_epochs: Epochs.
+        schedule: How guide and model take turns.
+        validation: Data whose bound is taken after each epoch.
+        callbacks: Called with each step; one that returns True stops the run.
+        parameters: Current constrained values, for callbacks.
+        progress: Whether to show a bar.
+        begin: When the fit began.
+    """
+    out = StochasticRun()
+    per_epoch = batches.per_epoch
+    total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
+    disable = None if progress is None else not progress
+    bar = tqdm(total=total, disable=disable, desc="SVI", unit="step")
+    smoothed: float | None = None
+
+    def endless() -> Iterator[Batch]:
+        while num_epochs is None or out.epochs < num_epochs:
+            yield from batches.epoch()
+            out.epochs += 1
+            if validation is not None:
+                value = bound_of(trainer, validation)
+                out.validation.append((len(out.bounds), value))
+
+    try:
+        for step in steps(trainer, endless(), schedule, begin):
+            out.bounds.append(step.elbo)
+            smoothed = step.elbo if smoothed is None else 0.95 * smoothed + 0.05 * step.elbo
+            label = f"bound {smoothed:.4f}"
+            if out.validation:
+                label += f", validation {out.validation[-1][1]:.4f}"
+            bar.set_postfix_str(label, refresh=False)
+            bar.update()
+            if callbacks:
+                seen = EMStep(step.index, step.elbo, None, None, None, parameters(), step.seconds)
+                if any(callback(seen) is True for callback in callbacks):
+                    out.status = EMStatus.STOPPED
+                    break
+            if num_epochs is None and len(out.bounds) >= max_steps:
+                break
+    except DegenerateError as error:
+        if not out.bounds:
+            raise
+        out.status, out.message = EMStatus.DEGENERATE, str(error)
+        warnings.warn(out.message, PyroEMWarning, stacklevel=4)
+    except KeyboardInterrupt:
+        out.status = EMStatus.INTERRUPTED
+    finally:
+        bar.close()
+    return out
+
+
+def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
+    """The bound of all data at the current parameters, batch by batch, in nats."""
+    total = 0.0
+    with torch.no_grad():
+        for batch in batches.epoch(shuffle=False):
+            factors = structure_at(trainer, batch) if batch.size is not None else {}
+            loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
+            # The bounds of batches estimate that of all data; their weighted mean is it.
+            share = batch.size / batch.total if batch.size and batch.total else 1.0
+            total -= float(loss) * share
+    return total

@@ -1,0 +1,336 @@
+r"""Stochastic steps: optimisers, schedules, and closed forms on running averages.
+
+Joint training moves φ (guide) and θ (model) on the same draw. `Alternating` is coordinate ascent:
+some steps on φ with θ held, then some on θ with φ held, each on draws of its own.
+
+A parameter whose factors hold only summed or drawn latents may keep its closed form: statistics of
+batches are averaged, s ← (1 − ρ) s + ρ ŝ, and θ ← argmax of s.
+
+Source: Cappé and Moulines (2009), "Online EM algorithm for latent data models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_em import _pyro
+from pyro_em._errors import DegenerateError, UsageError, message
+from pyro_em.graph import FactorGraph, trace_graph
+from pyro_em.m_step import (
+    ClosedForm,
+    Fixed,
+    Gradient,
+    MStepState,
+    ParameterUpdate,
+    Update,
+    decide_updates,
+    groups_needed,
+    m_step,
+)
+from pyro_em.posterior import contraction_of, exact_posterior
+from pyro_em.statistics import ExpectedStatistics, expected_statistics
+from pyro_em.variational import Variational
+
+Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """The optimiser where the user gave none."""
+    return torch.optim.Adam(parameters, lr=0.005)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """Coordinate ascent on the bound: steps on the guide, then steps on the model, per batch.
+
+    Attributes:
+        guide_steps: Steps on φ with θ held.
+        model_steps: Steps on θ with φ held.
+        guide_optim: Optimiser of φ (learning rate η_φ); that of the fit where None.
+        model_optim: Optimiser of θ (learning rate η_θ); that of the fit where None.
+
+    Example:
+        >>> Alternating(2, 1).guide_steps
+        2
+    """
+
+    guide_steps: int = 1
+    model_steps: int = 1
+    guide_optim: Optimizer | pyro.optim.PyroOptim | None = None
+    model_optim: Optimizer | pyro.optim.PyroOptim | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide_steps < 0 or self.model_steps < 0 or not self.guide_steps + self.model_steps:
+            raise UsageError(
+                message(
+                    "Alternating",
+                    f"guide_steps={self.guide_steps}, model_steps={self.model_steps}.",
+                    "numbers of steps cannot be negative, and one must be positive",
+                )
+            )
+
+
+class Stepper:
+    """One optimiser over named parameters, which may grow in number."""
+
+    def __init__(self, optim: Optimizer | pyro.optim.PyroOptim) -> None:
+        self.optim = optim
+        self.torch_optimizer: torch.optim.Optimizer | None = None
+        self.known: dict[str, Tensor] = {}
+        self.pending: Any = None
+
+    def step(self, parameters: Mapping[str, Tensor]) -> None:
+        """Move parameters along their ``grad``, which is kept."""
+        moved = {n: p for n, p in parameters.items() if p.grad is not None}
+        if isinstance(self.optim, pyro.optim.PyroOptim):
+            if self.pending is not None:
+                self.optim.set_state(self.pending)
+                self.pending = None
+            self.optim(list(moved.values()))
+            return
+        stale = any(n in self.known and self.known[n] is not p for n, p in moved.items())
+        if self.torch_optimizer is None or stale:
+            self.torch_optimizer, self.known = self.optim(list(moved.values())), dict(moved)
+            if self.pending is not None:
+                self.torch_optimizer.load_state_dict(self.pending)
+                self.pending = None
+        new = {n: p for n, p in moved.items() if n not in self.known}
+        if new:
+            self.torch_optimizer.add_param_group({"params": list(new.values())})
+            self.known.update(new)
+        idle = [p for n, p in self.known.items() if n not in moved]
+        for p in idle:
+            p.grad = None
+        self.torch_optimizer.step()
+
+    def state(self) -> Any:
+        """What a saved fit needs to continue."""
+        if isinstance(self.optim, pyro.optim.PyroOptim):
+            return self.optim.get_state()
+        return None if self.torch_optimizer is None else self.torch_optimizer.state_dict()
+
+
+@dataclass(eq=False)
+class Trainer:
+    """Stochastic steps on one pair of model and guide.
+
+    Attributes:
+        variational: The pair.
+        optim: The user's optimiser; Adam where None.
+        updates: The user's updates by parameter name, patterns resolved at each step.
+        num_particles: Draws per step.
+        steps: Complete steps so far.
+    """
+
+    variational: Variational
+    optim: Optimizer | pyro.optim.PyroOptim | None
+    updates: Callable[[Mapping[str, Any]], Mapping[str, Update]]
+    num_particles: int = 1
+    steps: int = 0
+    steppers: dict[str, Stepper] = field(default_factory=dict)
+    averages: dict[int, ExpectedStatistics] = field(default_factory=dict)
+    pending: dict[str, Any] = field(default_factory=dict)
+    _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
+
+    def step(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None = None,
+        schedule: Alternating | None = None,
+    ) -> float:
+        """One stochastic step on a batch.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            factors: Per plate what multiplies its sites.
+            schedule: How guide and model take turns; both at once where None.
+
+        Returns:
+            The loss (−ELBO in nats) of the first draw, at the parameters entering the step.
+
+        Raises:
+            DegenerateError: If the loss or a gradient is not finite; names the step, and the
+                parameters are those before it.
+        """
+        if schedule is None:
+            loss = self._move(args, kwargs, factors, "joint", self.optim, lambda name: True)
+        else:
+            own = set(self.guide_parameters)
+            first: float | None = None
+            for _ in range(schedule.guide_steps):
+                optim = schedule.guide_optim or self.optim
+                loss = self._move(args, kwargs, factors, "guide", optim, lambda n: n in own)
+                first = loss if first is None else first
+            for _ in range(schedule.model_steps):
+                optim = schedule.model_optim or self.optim
+                loss = self._move(args, kwargs, factors, "model", optim, lambda n: n not in own)
+                first = loss if first is None else first
+            assert first is not None
+            loss = first
+        self._closed_forms(args, kwargs, factors)
+        self.steps += 1
+        return loss
+
+    @property
+    def guide_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that the guide reads."""
+        look = self.variational.routing.guide
+        return () if look is None else tuple(look.run.parameters)
+
+    def _move(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None,
+        label: str,
+        optim: Optimizer | pyro.optim.PyroOptim | None,
+        chosen: Callable[[str], bool],
+    ) -> float:
+        try:
+            with torch.enable_grad(), _pyro.parameters_read() as parameters:
+                loss = self.variational.loss(args, kwargs, self.num_particles, factors)
+        except DegenerateError as error:
+            raise DegenerateError(self._named(str(error))) from None
+        tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
+        for p in tensors.values():
+            p.grad = None
+        if loss.requires_grad:
+            loss.backward()
+        wishes = self._wishes_for(tensors)
+        moved = {n: p for n, p in tensors.items() if chosen(n) and p.grad is not None}
+        by_update: dict[str, dict[str, Tensor]] = {}
+        for name, p in moved.items():
+            wish = wishes.get(name)
+            if isinstance(wish, (Fixed, ClosedForm)):
+                continue
+            own = isinstance(wish, Gradient) and wish.optimizer is not None
+            by_update.setdefault(f"updates:{id(wish)}" if own else label, {})[name] = p
+        self._require_finite(moved)
+        for key, group in by_update.items():
+            if key not in self.steppers:
+                wish = wishes.get(next(iter(group)))
+                given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
+                self.steppers[key] = Stepper(given or adam)
+                self.steppers[key].pending = self.pending.pop(key, None)
+            self.steppers[key].step(group)
+        for p in tensors.values():
+            p.grad = None
+        return float(loss.detach())
+
+    def _wishes_for(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Update]:
+        """The user's updates by name, resolved again only when parameters come or go."""
+        names = tuple(tensors)
+        if self._wishes is None or self._wishes[0] != names:
+            self._wishes = (names, self.updates(tensors))
+        return self._wishes[1]
+
+    def _require_finite(self, moved: Mapping[str, Tensor]) -> None:
+        gradients = [p.grad for p in moved.values() if p.grad is not None]
+        if not gradients:
+            return
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if bool(torch.isfinite(norms.sum())):
+            return
+        names = [n for n, p in moved.items() if p.grad is not None]
+        bad = [n for n, norm in zip(names, norms, strict=True) if not bool(torch.isfinite(norm))]
+        if not bad:  # a finite gradient whose norm overflows
+            return
+        raise DegenerateError(
+            self._named(
+                message(
+                    f"parameter '{bad[0]}'",
+                    "its gradient is not finite.",
+                    "a step along it would destroy the parameter",
+                    [
+                        "use a smaller learning rate",
+                        "avoid square roots and logarithms of zero in the model",
+                    ],
+                )
+            )
+        )
+
+    def _named(self, text: str) -> str:
+        head, _, rest = text.partition("\n")
+        said = f"step {self.steps}: {head} The parameters before this step were kept."
+        return said + ("\n" + rest if rest else "")
+
+    # ------------------------------------------------------------------ closed forms on batches
+
+    def _closed_forms(
+        self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
+    ) -> None:
+        asked = (self._wishes or ((), {}))[1]
+        names = {n for n, u in asked.items() if isinstance(u, ClosedForm)}
+        if not names:
+            return
+        v = self.variational
+        with _pyro.ScalePlates(factors or {}):
+            graph = trace_graph(
+                v.pair,
+                args,
+                kwargs,
+                v.structure(args, kwargs),
+                keep_random_state=False,
+            )
+        updates = self._granted(graph, names, asked)
+        with torch.no_grad():
+            tables = [g.log_density().detach() for g in graph.groups]
+            q = exact_posterior(graph, contraction_of(graph), tables)
+        needed = groups_needed(graph, updates)
+        arguments = [{n: a.detach() for n, a in g.arguments.items()} for g in graph.groups]
+        # Statistics are additive about one point of reference: that of the first batch.
+        old = self.averages.get(0)
+        about = (
+            arguments
+            if old is None
+            else [{**a, **old.references.get(k, {})} for k, a in enumerate(arguments)]
+        )
+        with torch.no_grad():
+            new = expected_statistics(graph, q.counts, about, needed)
+        if old is None:
+            average = new
+        else:
+            given = [
+                u.update.step_size for u in updates.values() if isinstance(u.update, ClosedForm)
+            ]
+            step_size = next((g for g in given if g is not None), (self.steps + 1) ** -0.6)
+            average = old * (1 - step_size) + new * step_size
+        self.averages[0] = average
+        m_step(graph, updates, q.counts, arguments, _no_gradient, MStepState(), average)
+
+    def _granted(
+        self, graph: FactorGraph, names: set[str], asked: Mapping[str, Update]
+    ) -> dict[str, ParameterUpdate]:
+        decided = decide_updates(graph, {n: asked[n] for n in names if n in graph.parameters})
+        out = {}
+        for name, update in decided.items():
+            if name not in names:
+                out[name] = ParameterUpdate(name, Fixed(), "trained on the drawn bound")
+            elif not isinstance(update.update, ClosedForm):
+                raise UsageError(
+                    message(
+                        f"updates['{name}']",
+                        f"a closed form was asked for, but {update.reason}.",
+                        "on batches it needs statistics of summed or drawn latents",
+                        ["leave it out: the parameter is then trained by gradient"],
+                    )
+                )
+            else:
+                out[name] = update
+        return out
+
+    def state(self) -> dict[str, Any]:
+        """Optimiser states by name, for saving."""
+        return {k: s.state() for k, s in self.steppers.items() if not k.startswith("updates:")}
+
+
+def _no_gradient(values: Mapping[str, Tensor], groups: Sequence[int]) -> Mapping[int, Tensor]:
+    raise AssertionError("closed forms need no gradient")

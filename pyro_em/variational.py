@@ -1,0 +1,580 @@
+r"""The guide's route: a bound that is drawn, and its gradient.
+
+With latents h drawn from the guide and z summed exactly under them,
+
+    ELBO = E_{q(h | x)}[ log Σ_z p(x, z, h; θ) − log q(h | x; φ) ] ≤ log p(x; θ).
+
+One draw is a `Particle`: its terms, each a tensor over plates. Draws that are reparameterised carry
+their gradient themselves. A draw y that is not contributes (C_y − b) ∇ log q(y), with C_y the terms
+downstream of y (of the same plate elements only) and b a baseline: the score function estimator.
+Latents that are summed under the guide (q(y | x) q(h | x, y)) are left to Pyro's `TraceEnum_ELBO`.
+
+Source: Kingma and Welling (2014); Ranganath, Gerrish and Blei (2014) for the score function and its
+Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceEnum_ELBO
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_em import _pyro
+from pyro_em._errors import DegenerateError, message, raise_problems
+from pyro_em._pyro import GuideSites, Role
+from pyro_em.contraction import contract
+from pyro_em.graph import FactorGraph, Group, trace_graph
+from pyro_em.pairing import Pair, Routing
+from pyro_em.posterior import Posterior, contraction_of, dot, exact_posterior, scales_of
+from pyro_em.structure import Structure, examine, frames_of
+
+_KEPT = 16  # structures of batches of different shape
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of a drawn bound, in nats.
+
+    Attributes:
+        site: The site, as in the pair's trace; several where latents were summed.
+        role: What the site stands for; None for an exact sum over latents.
+        dims: The plate of each dimension; empty where it belongs to none.
+        value: Scaled and masked; log q enters with a minus sign. # (*dims,)
+    """
+
+    site: str
+    role: Role | None
+    dims: tuple[str, ...]
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Particle:
+    """One draw from the guide, and the bound there.
+
+    Attributes:
+        terms: What the bound is the sum of.
+        scores: Per drawn site that cannot be reparameterised log q, scaled and masked.
+        values: What was drawn.
+        graph: The factor graph at the draw, where latents were summed.
+        log_q: log q of the whole draw in nats.
+        baselines: The users' baseline options of the sites in ``scores``.
+    """
+
+    terms: tuple[Term, ...]
+    scores: Mapping[str, Term]
+    values: Mapping[str, Tensor]
+    graph: FactorGraph | None = None
+    log_q: float = 0.0
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def bound(self) -> Tensor:
+        """The sum of all terms: one unbiased draw of the ELBO in nats."""
+        return torch.stack([t.value.sum() for t in self.terms]).sum()
+
+    def along(self, plate: str) -> tuple[Tensor | None, Tensor]:
+        """The bound per element of a plate, and the sum of what is outside it.
+
+        Returns:
+            Values per element (None if nothing is inside), and the rest. # (size,), ()
+        """
+        inside: Tensor | None = None
+        outside = torch.zeros((), dtype=torch.float64)
+        for t in self.terms:
+            value = t.value.detach().to(torch.float64)
+            if plate in t.dims:
+                axes = [i for i, d in enumerate(t.dims) if d != plate]
+                part = value.sum(axes) if axes else value
+                inside = part if inside is None else inside + part
+            else:
+                outside = outside.to(value.device) + value.sum()
+        return inside, outside
+
+
+@dataclass(eq=False)
+class Variational:
+    """A model with its guide, ready to draw bounds.
+
+    Attributes:
+        model: The user's model.
+        guide: Its guide.
+        routing: The routes.
+        max_plate_nesting: As the user gave it.
+        bare: What a look at the model without its guide found.
+        analytic: Drawn latents whose KL divergence is known in closed form.
+        baselines: Decaying averages of downstream costs.
+    """
+
+    model: _pyro.Model
+    guide: _pyro.Model
+    routing: Routing
+    bare: Structure
+    max_plate_nesting: int | None = None
+    analytic: frozenset[str] = frozenset()
+    baselines: dict[str, float] = field(default_factory=dict)
+    _structures: dict[Any, Structure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pair = self.routing.pair(self.model, self.guide)
+        self.analytic = _with_analytic_kl(self.routing, self.bare)
+        self.downstream = _downstream(self.routing, self.bare)
+
+    # ------------------------------------------------------------------ drawing
+
+    def particle(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None = None,
+        *,
+        analytic: bool = True,
+        report: bool = False,
+    ) -> Particle:
+        """One draw from the guide and the terms of its bound, attached to all parameters.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            factors: Per plate what multiplies its sites (a batch that stands for all data).
+            analytic: Whether known KL divergences replace the draw's.
+            report: Whether log q is wanted as well where it is not needed for the bound.
+        """
+        with _pyro.ScalePlates(factors or {}):
+            if self.routing.exact:
+                return self._summed(args, kwargs, report)
+            return self._plain(args, kwargs, analytic, report)
+
+    def _plain(self, args: tuple, kwargs: dict[str, Any], analytic: bool, report: bool) -> Particle:
+        known = self.analytic if analytic else frozenset()
+        unneeded = set() if report else {*known, *(GuideSites.prefix + n for n in known)}
+        sites = _pyro.drawn_run(self.pair, args, kwargs, unneeded).sites
+        terms: list[Term] = []
+        for name, site in sites.items():
+            if not _pyro.is_factor(site) or _pyro.is_latent(site):
+                continue
+            role = _pyro.role_of(site)
+            own = name.removeprefix(GuideSites.prefix)
+            if own in known and role in (Role.GUIDE, Role.SAMPLED):
+                if role is Role.SAMPLED:
+                    terms.append(_kl_term(own, site, sites[GuideSites.prefix + own]))
+                continue
+            value = site["log_prob"]
+            if role is Role.GUIDE:
+                value = -(value if _reparameterised(site) else value.detach())
+            terms.append(Term(name, role, _dims(site, value), value))
+        values = {
+            n.removeprefix(GuideSites.prefix): s["value"]
+            for n, s in sites.items()
+            if n.startswith(GuideSites.prefix) or (_pyro.is_factor(s) and _is_given(s))
+        }
+        return self._with_scores(terms, sites, None, report, values)
+
+    def _summed(self, args: tuple, kwargs: dict[str, Any], report: bool) -> Particle:
+        record: dict[str, Tensor] = {}
+        assert isinstance(self.pair, Pair)
+        graph = trace_graph(
+            replace(self.pair, record=record),
+            args,
+            kwargs,
+            self.structure(args, kwargs),
+            with_bindings=False,
+            keep_random_state=False,
+            attached=True,
+        )
+        plan = contraction_of(graph)
+        tables = [g.log_density().to(torch.float64) for g in graph.groups]
+        flat: list[Tensor] = []
+        terms: list[Term] = []
+        sites: dict[str, dict[str, Any]] = {}
+        for group, table in zip(graph.groups, tables, strict=True):
+            for i, name in enumerate(group.members):
+                if group.role is not Role.GUIDE:
+                    flat.append(table[i])
+                    continue
+                log_q = table[i] * group.scale[i]
+                fn = self.routing.guide.sites[name.removeprefix(GuideSites.prefix)]["fn"]  # type: ignore[union-attr]
+                sites[name] = {"fn": fn, "log_prob": log_q, "dims": group.dims[i]}
+                value = log_q if _reparameterised(sites[name]) else log_q.detach()
+                terms.append(Term(name, Role.GUIDE, group.dims[i], -value))
+                flat.append(torch.zeros_like(table[i]))
+        for dims, value in contract(plan, flat, scales=scales_of(graph)):
+            terms.append(Term("summed", None, dims, value))
+        return self._with_scores(terms, sites, graph, report, record)
+
+    def _with_scores(
+        self,
+        terms: list[Term],
+        sites: Mapping[str, dict[str, Any]],
+        graph: FactorGraph | None,
+        report: bool,
+        values: Mapping[str, Tensor],
+    ) -> Particle:
+        scores, baselines, log_q = {}, {}, 0.0
+        for name, site in sites.items():
+            if not name.startswith(GuideSites.prefix):
+                continue
+            own = name.removeprefix(GuideSites.prefix)
+            if report and "log_prob" in site:
+                log_q += float(site["log_prob"].detach().sum())
+            if not _reparameterised(site):
+                dims = site["dims"] if "dims" in site else _dims(site, site["log_prob"])
+                scores[own] = Term(own, Role.GUIDE, dims, site["log_prob"])
+                baselines[own] = site.get("infer", {}).get("baseline", {})
+        return Particle(tuple(terms), scores, values, graph, log_q, baselines)
+
+    def structure(self, args: tuple, kwargs: dict[str, Any]) -> Structure:
+        """The pair's structure for these arguments; found once per shape."""
+        key = tuple(
+            tuple(a.shape) if isinstance(a, Tensor) else id(a)
+            for a in (*args, *(kwargs[k] for k in sorted(kwargs)))
+        )
+        if key not in self._structures:
+            structure, problems = examine(
+                self.pair,
+                args,
+                kwargs,
+                max_plate_nesting=self.max_plate_nesting,
+                first_look=False,
+                guide_given=True,
+            )
+            if problems:
+                raise_problems(problems)
+            if len(self._structures) >= _KEPT:
+                self._structures.pop(next(iter(self._structures)))
+            self._structures[key] = structure
+        return self._structures[key]
+
+    # ------------------------------------------------------------------ the bound and its gradient
+
+    def loss(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        num_particles: int = 1,
+        factors: Mapping[str, float] | None = None,
+    ) -> Tensor:
+        """−ELBO, a scalar whose gradient is an unbiased estimate of the bound's.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            num_particles: Draws to average over.
+            factors: Per plate what multiplies its sites.
+
+        Raises:
+            DegenerateError: If the bound is not finite; names the site.
+        """
+        if self.routing.enumerated:
+            elbo, pair = self._enumerated_elbo(num_particles), self._enumerated_pair(factors)
+            if torch.is_grad_enabled():
+                loss = elbo.differentiable_loss(*pair, *args, **kwargs)
+            else:
+                loss = torch.as_tensor(elbo.loss(*pair, *args, **kwargs))
+            if not bool(torch.isfinite(loss)):
+                raise DegenerateError(_not_finite("model", float(loss.detach())))
+            return loss
+        total: Tensor | None = None
+        for _ in range(num_particles):
+            particle = self.particle(args, kwargs, factors)
+            bound = particle.bound
+            _require_finite(particle, bound)
+            bound = bound + self._score_terms(particle)
+            total = bound if total is None else total + bound
+        assert total is not None
+        return -total / num_particles
+
+    def draws(
+        self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
+    ) -> list[Tensor]:
+        """Independent draws of the bound; where all is summed under the guide they are equal."""
+        if self.routing.enumerated:
+            elbo = self._enumerated_elbo(1)
+            pair = self._enumerated_pair(None)
+            return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
+        with torch.no_grad():
+            return [self.particle(args, kwargs, analytic=analytic).bound for _ in range(n)]
+
+    @property
+    def parameters(self) -> dict[str, _pyro.TracedParameter]:
+        """All parameters of guide and model, as the first look found them."""
+        look = self.routing.guide
+        return {**({} if look is None else look.run.parameters), **self.bare.parameters}
+
+    def with_draws_only(self) -> Variational:
+        """The same pair with nothing enumerated under the guide."""
+        if not self.routing.enumerated:
+            return self
+        routing = replace(self.routing, enumerated=())
+        return Variational(self.model, self.guide, routing, self.bare, self.max_plate_nesting)
+
+    def point_model(self) -> _pyro.Model:
+        """The model at its point estimates, all other latents its own."""
+        return replace(self.routing, drawn=()).pair(self.model, self.guide)
+
+    @property
+    def point_sites(self) -> dict[str, str]:
+        """For each point-estimated site the guide's parameter of a name that ends with it."""
+        out = {}
+        for site in self.routing.points:
+            hits = [n for n in self.parameters if n == site or n.endswith(f".{site}")]
+            if len(hits) == 1:
+                out[site] = hits[0]
+        return out
+
+    @property
+    def data_plate(self) -> str | None:
+        """The outermost plate that all observations share."""
+        sites = [i for i in self.bare.sites.values() if i.role is Role.DATA]
+        shared = set.intersection(*(set(i.plates) for i in sites)) if sites else set()
+        return min(shared, key=lambda p: self.bare.plates[p].dim) if shared else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the bound holds no randomness: everything is summed under the guide."""
+        return set(self.routing.enumerated) == set(self.routing.drawn)
+
+    def _score_terms(self, particle: Particle) -> Tensor | float:
+        """Σ_y (C_y − b_y) log q(y), zero in value, the score function in gradient."""
+        total: Tensor | float = 0.0
+        for own, score in particle.scores.items():
+            below = self.downstream.get(own)
+            cost: Tensor | None = None
+            for t in particle.terms:
+                if below is not None and t.role is not None and t.site not in below:
+                    continue
+                part = _onto(t.value.detach(), t.dims, score)
+                cost = part if cost is None else cost + part
+            assert cost is not None
+            baseline, baseline_loss = self._baseline(own, cost, particle.baselines.get(own) or {})
+            surrogate = ((cost - baseline).detach() * score.value).sum()
+            total = total + (surrogate - surrogate.detach())
+            if baseline_loss is not None:
+                total = total - (baseline_loss - baseline_loss.detach())
+        return total
+
+    def _baseline(
+        self, name: str, cost: Tensor, options: Mapping[str, Any]
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """A decaying average of the cost, and a user's ``infer={"baseline": …}`` on top of it."""
+        decay = float(options.get("baseline_beta", 0.9))
+        size = max(cost.numel(), 1)
+        mean = float(cost.sum()) / size
+        average = self.baselines.get(name, 0.0 if not options else mean)
+        known = name in self.baselines
+        self.baselines[name] = decay * average + (1 - decay) * mean if known else mean
+        learned: Tensor | None = None
+        if "nn_baseline" in options:
+            learned = options["nn_baseline"](options["nn_baseline_input"].detach())
+        elif "baseline_value" in options:
+            learned = options["baseline_value"]
+        if learned is None:
+            return average, None
+        learned = learned.reshape(cost.shape)
+        rest = cost - average if options.get("use_decaying_avg_baseline") else cost
+        shift = average if options.get("use_decaying_avg_baseline") else 0.0
+        return learned.detach() + shift, (learned - rest).pow(2).sum()
+
+    def _enumerated_elbo(self, num_particles: int) -> TraceEnum_ELBO:
+        return TraceEnum_ELBO(
+            num_particles=num_particles, max_plate_nesting=self.bare.max_plate_nesting
+        )
+
+    def _enumerated_pair(
+        self, factors: Mapping[str, float] | None
+    ) -> tuple[_pyro.Model, _pyro.Model]:
+        """Model and guide as `TraceEnum_ELBO` takes them."""
+        unused = frozenset(self.routing.unused)
+        barren = frozenset(n for n in self.bare.barren if n not in self.routing.drawn)
+        enumerated = frozenset(self.routing.enumerated)
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            with _pyro.ScalePlates(factors or {}), _pyro.OnlySites(barren):
+                return self.model(*args, **kwargs)
+
+        def guide(*args: Any, **kwargs: Any) -> Any:
+            with _pyro.ScalePlates(factors or {}), _pyro.OnlySites(unused, enumerated):
+                return self.guide(*args, **kwargs)
+
+        return model, guide
+
+
+@dataclass(frozen=True)
+class Split:
+    """One draw of the bound and its parts, in nats; see `ELBOTerms`."""
+
+    value: float
+    reconstruction: float
+    log_prior: float
+    entropy: float
+
+
+def split(
+    variational: Variational, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Split, Particle | None]:
+    """Draw once, and say what the bound is made of.
+
+    Args:
+        variational: The pair.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The parts, and the draw (None where it is left to Pyro's enumeration).
+    """
+    if variational.routing.enumerated:
+        return _split_enumerated(variational, args, kwargs), None
+    with torch.no_grad():
+        particle = variational.particle(args, kwargs, report=True)
+        _require_finite(particle, particle.bound)
+    sums = {Role.DATA: 0.0, Role.POINT: 0.0}
+    for t in particle.terms:
+        if t.role in sums:
+            sums[t.role] += float(t.value.to(torch.float64).sum())
+    entropy = -particle.log_q
+    if particle.graph is not None:
+        q, groups = inner_posterior(particle.graph)
+        for group, counts, table in zip(groups, q.counts, q.tables, strict=True):
+            if group.role in sums:
+                sums[group.role] += float(dot(counts, table))
+        entropy += q.entropy()
+    value = float(particle.bound)
+    return Split(value, sums[Role.DATA], sums[Role.POINT], entropy), particle
+
+
+def inner_posterior(graph: FactorGraph) -> tuple[Posterior, tuple[Group, ...]]:
+    """p(z | x, h) at one draw h, and the model's factors."""
+    groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
+    model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
+    tables = [g.log_density().detach() for g in groups]
+    return exact_posterior(model, contraction_of(model), tables), groups
+
+
+def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, Any]) -> Split:
+    """The same from three bounds with common random numbers: all, without data, without model."""
+    model, guide = variational._enumerated_pair(None)
+    elbo = variational._enumerated_elbo(1)
+
+    def without(observed_only: bool) -> _pyro.Model:
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            with _pyro.MaskSites(observed_only):
+                return model(*args, **kwargs)
+
+        return masked
+
+    state = torch.get_rng_state()
+
+    def value(which: _pyro.Model) -> float:
+        torch.set_rng_state(state)
+        return -float(elbo.loss(which, guide, *args, **kwargs))
+
+    total, negative_kl = value(model), value(without(observed_only=True))
+    return Split(total, total - negative_kl, 0.0, value(without(observed_only=False)))
+
+
+def _kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Term:
+    kl = kl_divergence(drawn["fn"], prior["fn"])
+    kl = scale_and_mask(kl, prior["scale"], prior["mask"])
+    return Term(f"kl:{name}", Role.SAMPLED, _dims(prior, kl), -kl)
+
+
+def _dims(site: Mapping[str, Any], value: Tensor) -> tuple[str, ...]:
+    by_dim = {f.dim: name for name, f in frames_of(site).items()}
+    return tuple(by_dim.get(d, "") for d in range(-value.dim(), 0))
+
+
+def _is_given(site: Mapping[str, Any]) -> bool:
+    return _pyro.role_of(site) in (Role.SAMPLED, Role.POINT)
+
+
+def _reparameterised(site: Mapping[str, Any]) -> bool:
+    return bool(getattr(site["fn"], "has_rsample", False))
+
+
+def _onto(value: Tensor, dims: Sequence[str], score: Term) -> Tensor:
+    """Sum a term over plates that a drawn site lacks, and lay it out over the site's plates."""
+    shared = [d for d in dims if d and d in score.dims]
+    axes = [i for i, d in enumerate(dims) if d not in shared]
+    value = value.sum(axes) if axes else value
+    order = [shared.index(d) for d in score.dims if d in shared]
+    value = value.permute(order) if order else value
+    sizes = iter(value.shape)
+    return value.reshape([next(sizes) if d in shared else 1 for d in score.dims])
+
+
+def _require_finite(particle: Particle, bound: Tensor) -> None:
+    if bool(torch.isfinite(bound)):
+        return
+    for t in particle.terms:
+        if not bool(torch.isfinite(t.value).all()):
+            site = t.site.removeprefix("kl:")
+            where = "the sum over exact latents" if t.role is None else f"site '{site}'"
+            raise DegenerateError(_not_finite(where, float(t.value.detach().sum())))
+    raise DegenerateError(_not_finite("model", float(bound.detach())))
+
+
+def _not_finite(where: str, value: float) -> str:
+    return message(
+        where,
+        f"the bound is {value} because of it.",
+        "a step from there would destroy every parameter",
+        [
+            "use a smaller learning rate",
+            "keep scales away from zero (constraints, or softplus plus a small number)",
+            "check the data at this site for NaN and infinite values",
+        ],
+    )
+
+
+def _with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
+    """Drawn latents whose KL divergence to their prior has a closed form and is valid.
+
+    The prior's parents must not be drawn from a guide site that depends on the latent.
+    """
+    look = routing.guide
+    if look is None or routing.exact or routing.enumerated:
+        return frozenset()
+    found = set()
+    for name in routing.drawn:
+        site = look.sites.get(name)
+        info = structure.sites.get(name)
+        if site is None or info is None or name not in structure.fns:
+            continue
+        parents = {p for p in info.scope if p != name}
+        if any(name in look.scopes.get(p, frozenset()) for p in parents):
+            continue
+        if not _reparameterised(site):
+            continue
+        if _has_kl(site["fn"], structure.fns[name]):
+            found.add(name)
+    return frozenset(found)
+
+
+def _has_kl(q: Any, p: Any) -> bool:
+    try:
+        with torch.no_grad():
+            return kl_divergence(q, p).shape == q.batch_shape
+    except NotImplementedError:  # the only way in which torch's registry answers
+        return False
+
+
+def _downstream(routing: Routing, structure: Structure) -> dict[str, frozenset[str]]:
+    """For each drawn site the terms that depend on its draw; all others have mean zero with it."""
+    look = routing.guide
+    if look is None:
+        return {}
+    out = {}
+    for name in routing.shown:
+        moved = {name} | {u for u in look.sites if name in look.scopes.get(u, frozenset())}
+        below = {GuideSites.prefix + u for u in moved}
+        for site, info in structure.sites.items():
+            if set(info.scope) & moved or site in moved:
+                below |= {site, f"kl:{site}"}
+        out[name] = frozenset(below)
+    return out
