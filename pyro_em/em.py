@@ -49,6 +49,7 @@ from pyro_em.program import Evaluation, Program, parameters_at
 from pyro_em.proposals import estimate_evidence
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
+from pyro_em.structure import form_of
 from pyro_em.training import Alternating, Optimizer, Trainer
 from pyro_em.variational import Variational
 
@@ -171,7 +172,7 @@ class ExactPosteriorEM:
         """
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
-            return found.e_step(found.evaluate())
+            return found.e_step(found.evaluate(), self._total_steps)
         return DrawnPosterior(found, args, kwargs)
 
     def elbo(
@@ -220,7 +221,10 @@ class ExactPosteriorEM:
         with parameters_at(program.graph.parameters, dict(params or {})):
             evaluation = program.evaluate()
             at = program.posterior(evaluation)
-            given = program.e_step(evaluation) if q is None else self._as_posterior(q, evaluation)
+            if q is None:
+                given = program.e_step(evaluation, self._total_steps)
+            else:
+                given = self._as_posterior(q, evaluation)
             return elbo_terms(evaluation.graph, given, evaluation.tables, at)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -234,7 +238,7 @@ class ExactPosteriorEM:
         if isinstance(found, Variational):
             draws = found.draws(args, kwargs, self.num_particles)
             return -float(torch.stack(draws).mean())
-        return _loss(found.e_step(found.evaluate()))
+        return _loss(found.e_step(found.evaluate(), self._total_steps))
 
     def estimate_evidence(
         self,
@@ -580,16 +584,16 @@ class ExactPosteriorEM:
         anew; ``nn.Parameter``s return to the values at which they were first seen.
         """
         store = pyro.get_param_store()
-        if self._parameters:
-            for name, p in self._parameters.items():
-                if isinstance(p.unconstrained, torch.nn.Parameter):
-                    with torch.no_grad():
-                        p.unconstrained.copy_(self._initial[name])
-                elif name in store:
-                    del store[name]
+        built = self._looker.forget()
+        for name, p in self._parameters.items():
+            if isinstance(p.unconstrained, torch.nn.Parameter) and name not in built:
+                with torch.no_grad():
+                    p.unconstrained.copy_(self._initial[name])
+            elif name in store:
+                del store[name]
         self._program, self._trainer, self._total_steps, self._pending = None, None, 0, None
         self._initial, self._parameters = {}, {}
-        self._looker.built, self._looker.seen = None, False
+        self._form = None
 
     # ------------------------------------------------------------------ inside
 
@@ -621,7 +625,7 @@ class ExactPosteriorEM:
 
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """Look, and refuse what has nothing to fit."""
-        form = _form_of(args, kwargs)
+        form = _without_rows(form_of(args, kwargs))
         if self._trainer is not None and form == self._form and self._alive():
             return self._trainer  # batches of one form have the same routes
         found = self._look(args, kwargs)
@@ -721,15 +725,10 @@ class ExactPosteriorEM:
         return laid_out
 
 
-def _form_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+def _without_rows(form: Any) -> Any:
     """What batches of one kind of data share: everything but the number of rows."""
-    out: list[Any] = []
-    for a in (*args, *(kwargs[k] for k in sorted(kwargs))):
-        if isinstance(a, Tensor):
-            out.append((a.dtype, a.device, a.dim(), tuple(a.shape[1:])))
-        else:
-            out.append(a if isinstance(a, (int, float, str, bool, type(None))) else id(a))
-    return (tuple(out), tuple(sorted(kwargs)))
+    parts, names = form
+    return tuple((*p[:2], p[2][1:]) if isinstance(p, tuple) else p for p in parts), names
 
 
 def _loss(q: Posterior) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message, raise_problems
+from pyro_em.findings import parameter_problems
 from pyro_em.m_step import Gradient, ParameterUpdate, Update
 from pyro_em.m_step.updates import Fixed
 from pyro_em.pairing import (
@@ -19,12 +20,13 @@ from pyro_em.pairing import (
     decide_routes,
     look_at_guide,
     matching,
+    needs_building,
     reduced,
     routes_with_guide,
 )
 from pyro_em.plan import Plan, contraction_from_structure, edges_of
 from pyro_em.program import Program, build_program, matched
-from pyro_em.strategies import EStepStrategy
+from pyro_em.strategies import EStepStrategy, MonteCarlo
 from pyro_em.structure import Structure, examine
 from pyro_em.training import Optimizer
 from pyro_em.variational import Variational
@@ -58,6 +60,7 @@ class Looker:
         max_enumeration: The budget in cells.
         built: The guide that ``guide`` stands for, once it has been built.
         seen: Whether the model has been run before.
+        guide_parameters: Names of the parameters that the guide reads.
     """
 
     model: Callable[..., Any]
@@ -69,6 +72,7 @@ class Looker:
     max_enumeration: int
     built: Any = None
     seen: bool = False
+    guide_parameters: tuple[str, ...] = ()
 
     def look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
@@ -100,13 +104,26 @@ class Looker:
             self.built = built_guide(self.guide, self.model, bare)
         routing = self._route(bare, args, kwargs, first)
         if routing.is_stochastic:
-            return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
+            return Variational(
+                self.model,
+                self.built,
+                routing,
+                bare,
+                self.max_plate_nesting,
+                self._weighted(routing),
+            )
         pair = routing.pair(self.model, self.built)
         routes = routes_with_guide(bare, routing)
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if not routing.points:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
         return program
+
+    def forget(self) -> tuple[str, ...]:
+        """Forget a guide that was built here; returns the names of its parameters."""
+        own = self.guide_parameters if needs_building(self.guide) else ()
+        self.built, self.seen, self.guide_parameters = None, False, ()
+        return own
 
     def exact_beside(
         self, variational: Variational, args: tuple, kwargs: dict[str, Any]
@@ -142,6 +159,7 @@ class Looker:
         everything: bool = False,
     ) -> Routing:
         look = look_at_guide(self.built, args, kwargs, first_look=first)
+        self.guide_parameters = tuple(look.run.parameters)
 
         def strategy(name: str) -> str:
             one = matching(self.strategy, name)
@@ -152,9 +170,39 @@ class Looker:
         routing, problems = decide_routes(
             bare, look, strategy=strategy, max_enumeration=self.max_enumeration
         )
+        problems = [*parameter_problems(look.run), *problems]
         if problems:
             raise_problems(problems)
         return routing
+
+    def _weighted(self, routing: Routing) -> int | None:
+        """Draws per step of Monte Carlo EM by importance; None for the ELBO."""
+        e_step = self.e_step
+        if e_step is None:
+            return None
+        names = ", ".join(f"'{n}'" for n in routing.drawn)
+        if not isinstance(e_step, MonteCarlo):
+            raise UsageError(
+                message(
+                    f"strategy={e_step!r}",
+                    f"the guide draws {names}, and this E-step is one of sums.",
+                    "it has a meaning only where every latent is summed or a point estimate",
+                    ["use strategy='exact' or MonteCarlo(n)", "use guide='map' for these latents"],
+                )
+            )
+        look = routing.guide
+        assert look is not None
+        rough = [n for n in routing.shown if not getattr(look.sites[n]["fn"], "has_rsample", False)]
+        if rough:
+            raise UsageError(
+                message(
+                    f"strategy={e_step!r}",
+                    f"the guide's draw of '{rough[0]}' cannot be reparameterised.",
+                    "weights of such draws have no gradient in the guide",
+                    ["use strategy='exact' or 'guide'"],
+                )
+            )
+        return e_step.num_samples
 
     @property
     def e_step(self) -> EStepStrategy | None:
@@ -244,4 +292,8 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         edges_of(bare),
         tuple(notes),
         stochastic=True,
+        gives_up=""
+        if variational.weighted is None
+        else f"MonteCarlo({variational.weighted}): raises the importance-weighted bound of "
+        f"{variational.weighted} draws, not the ELBO.",
     )

@@ -174,6 +174,8 @@ def needs_building(guide: Any) -> bool:
     A function counts as a factory where its only argument without a default is called ``model`` or
     ``m``; a ``functools.partial`` of a class does too.
     """
+    if guide is None:
+        return False
     if isinstance(guide, (str, type)):
         return True
     if isinstance(guide, functools.partial):
@@ -206,6 +208,8 @@ def look_at_guide(
     Raises:
         ModelError: If the guide raises.
     """
+    if _has_no_forward(guide):  # a bare module: a guide without sites
+        return GuideLook(Run({}, {}), {}, frozenset())
     try:
         plain = _pyro.plain_run(guide, args, kwargs, keep_random_state=not first_look)
     except _pyro.RunFailed as failure:
@@ -223,6 +227,10 @@ def look_at_guide(
         if not _is_plain_delta(site) or reached & random:
             random.add(name)
     return GuideLook(plain, scopes, frozenset(n for n in scopes if n not in random))
+
+
+def _has_no_forward(guide: Any) -> bool:
+    return isinstance(guide, torch.nn.Module) and type(guide).forward is torch.nn.Module.forward
 
 
 def _is_plain_delta(site: Mapping[str, Any]) -> bool:

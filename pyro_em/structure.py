@@ -94,6 +94,17 @@ class Structure:
     fns: Mapping[str, Any] = field(default_factory=dict)
 
 
+def form_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What calls of one structure share: shapes, dtypes and devices; other values by identity."""
+    out: list[Any] = []
+    for a in (*args, *(kwargs[k] for k in sorted(kwargs))):
+        if isinstance(a, Tensor):
+            out.append((a.dtype, a.device, tuple(a.shape)))
+        else:
+            out.append(a if isinstance(a, (int, float, str, bool, type(None))) else id(a))
+    return (tuple(out), tuple(sorted(kwargs)))
+
+
 def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
     """The vectorised plate frames of a traced site, left to right."""
     frames = [f for f in site["cond_indep_stack"] if f.dim is not None]

@@ -1,8 +1,9 @@
-r"""TraceExact_ELBO: the exact evidence as a loss for ``pyro.infer.SVI``.
+r"""TraceExact_ELBO: the same bound as a loss for ``pyro.infer.SVI`` or a torch optimiser.
 
 Where every latent has an exact posterior the bound is tight at q(z) = p(z | x; θ), so that
 −ELBO = −log p(x; θ): gradient ascent on it is direct maximisation of the evidence, with
-∇ log p(x; θ) = E_{p(z | x)}[∇ log p(x, z; θ)] (Fisher's identity).
+∇ log p(x; θ) = E_{p(z | x)}[∇ log p(x, z; θ)] (Fisher's identity). Other latents take their values
+from the guide, and what remains is summed exactly under each draw.
 """
 
 from __future__ import annotations
@@ -13,24 +14,29 @@ from typing import Any
 import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
-from torch.distributions import transform_to
 
 from pyro_em.contraction import contract, evidence
 from pyro_em.graph import trace_graph
-from pyro_em.posterior import e_step, scales_of
-from pyro_em.program import build_program
+from pyro_em.looking import Looker
+from pyro_em.posterior import contraction_of, e_step, scales_of
+from pyro_em.program import Program
+from pyro_em.structure import form_of
+from pyro_em.variational import Variational
 
 
 class TraceExact_ELBO(ELBO):
-    """The exact −log p(x; θ) of a model whose latents can all be enumerated.
+    """−ELBO with every discrete latent summed exactly, and the guide for the rest.
 
     Unlike ``TraceEnum_ELBO`` it needs no annotation of the model and loses no posterior mass in its
-    gradients, however far prior and likelihood are apart. A guide is accepted, as ``SVI`` asks for
-    one, and not run: every latent has an exact posterior, or the model is refused.
+    gradients, however far prior and likelihood are apart. Guide sites of latents that are summed
+    stay unused. ``TraceExact_ELBO()(model, guide)`` is an ``nn.Module`` whose value is the loss, for
+    plain torch optimisers.
 
     Args:
+        num_particles: Draws from the guide per loss.
         max_plate_nesting: Number of plate dimensions; found by looking where left out.
         max_enumeration: Cells of the largest tensor that an enumeration may need.
+        strategy: ``"exact"``, or ``"guide"`` to take the guide for everything that it covers.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -50,58 +56,71 @@ class TraceExact_ELBO(ELBO):
     """
 
     def __init__(
-        self, *, max_plate_nesting: int | None = None, max_enumeration: int = 2**27
+        self,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: int | None = None,
+        max_enumeration: int = 2**27,
+        strategy: str = "exact",
     ) -> None:
-        super().__init__()
+        super().__init__(num_particles=num_particles)
         self.nesting = max_plate_nesting
         self.max_enumeration = max_enumeration
+        self.strategy = strategy
+        self._last: tuple[Any, Any, Any, Program | Variational] | None = None
 
     def _get_trace(self, *args: Any) -> Any:
-        """Part of Pyro's interface for sampled bounds; nothing is sampled here."""
-        raise NotImplementedError("TraceExact_ELBO draws no traces")
+        """Part of Pyro's interface for sampled bounds; this one has terms of its own."""
+        raise NotImplementedError("TraceExact_ELBO keeps no pair of traces")
 
     @torch.enable_grad()
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """−log p(x; θ) in nats, attached to the unconstrained parameters.
+        """−ELBO in nats, attached to the unconstrained parameters.
 
         Raises:
-            PyroEMError: If the model cannot be treated exactly.
+            PyroEMError: If a latent has no route, or the bound is not finite.
         """
-        program = build_program(
-            model,
-            args,
-            kwargs,
-            requested={},
-            max_plate_nesting=self.nesting,
-            max_enumeration=self.max_enumeration,
-            look_only=True,
-        )
-        values = {
-            name: transform_to(p.constraint)(p.unconstrained)
-            for name, p in program.graph.parameters.items()
-        }
+        found = self._look(model, guide, args, kwargs)
+        if isinstance(found, Variational):
+            return found.loss(args, kwargs, self.num_particles)
         graph = trace_graph(
-            model, args, kwargs, program.structure, values=values, with_bindings=False
+            found.model, args, kwargs, found.structure, with_bindings=False, attached=True
         )
         tables = [group.log_density().to(torch.float64) for group in graph.groups]
         flat = [part for table in tables for part in table.unbind(0)]
-        loss = -evidence(contract(program.contraction, flat, scales=scales_of(graph)))
+        plan = contraction_of(graph)
+        loss = -evidence(contract(plan, flat, scales=scales_of(graph)))
         if not bool(torch.isfinite(loss)):
-            e_step(graph, program.contraction, [t.detach() for t in tables])  # says why
+            e_step(graph, plan, [t.detach() for t in tables])  # says why
         return loss
+
+    def _look(
+        self, model: Callable[..., Any], guide: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> Program | Variational:
+        """Routes for arguments of this form; looked at once while model and guide are the same."""
+        form = form_of(args, kwargs)
+        if self._last is not None:
+            known_model, known_guide, known_form, found = self._last
+            if known_model is model and known_guide is guide and known_form == form:
+                return found
+        looker = Looker(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
+        found = looker.look(args, kwargs, look_only=True)
+        self._last = (model, guide, form, found)
+        return found
 
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
-        """−log p(x; θ) in nats."""
-        return float(self.differentiable_loss(model, guide, *args, **kwargs).detach())
+        """−ELBO in nats."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs).detach())
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
-        """−log p(x; θ) in nats; adds its gradient to the unconstrained parameters."""
+        """−ELBO in nats; adds its gradient to the unconstrained parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()

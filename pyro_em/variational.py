@@ -15,6 +15,7 @@ Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,7 +33,7 @@ from pyro_em.contraction import contract
 from pyro_em.graph import FactorGraph, Group, trace_graph
 from pyro_em.pairing import Pair, Routing
 from pyro_em.posterior import Posterior, contraction_of, dot, exact_posterior, scales_of
-from pyro_em.structure import Structure, examine, frames_of
+from pyro_em.structure import Structure, examine, form_of, frames_of
 
 _KEPT = 16  # structures of batches of different shape
 
@@ -88,7 +89,7 @@ class Particle:
         inside: Tensor | None = None
         outside = torch.zeros((), dtype=torch.float64)
         for t in self.terms:
-            value = t.value.detach().to(torch.float64)
+            value = t.value.to(torch.float64)
             if plate in t.dims:
                 axes = [i for i, d in enumerate(t.dims) if d != plate]
                 part = value.sum(axes) if axes else value
@@ -108,6 +109,7 @@ class Variational:
         routing: The routes.
         max_plate_nesting: As the user gave it.
         bare: What a look at the model without its guide found.
+        weighted: Draws of the importance-weighted bound that takes the place of the ELBO, or None.
         analytic: Drawn latents whose KL divergence is known in closed form.
         baselines: Decaying averages of downstream costs.
     """
@@ -117,6 +119,7 @@ class Variational:
     routing: Routing
     bare: Structure
     max_plate_nesting: int | None = None
+    weighted: int | None = None
     analytic: frozenset[str] = frozenset()
     baselines: dict[str, float] = field(default_factory=dict)
     _structures: dict[Any, Structure] = field(default_factory=dict)
@@ -231,10 +234,7 @@ class Variational:
 
     def structure(self, args: tuple, kwargs: dict[str, Any]) -> Structure:
         """The pair's structure for these arguments; found once per shape."""
-        key = tuple(
-            tuple(a.shape) if isinstance(a, Tensor) else id(a)
-            for a in (*args, *(kwargs[k] for k in sorted(kwargs)))
-        )
+        key = form_of(args, kwargs)
         if key not in self._structures:
             structure, problems = examine(
                 self.pair,
@@ -271,6 +271,8 @@ class Variational:
         Raises:
             DegenerateError: If the bound is not finite; names the site.
         """
+        if self.weighted is not None:
+            return -self._weighted_bound(args, kwargs, factors)
         if self.routing.enumerated:
             elbo, pair = self._enumerated_elbo(num_particles), self._enumerated_pair(factors)
             if torch.is_grad_enabled():
@@ -289,6 +291,39 @@ class Variational:
             total = bound if total is None else total + bound
         assert total is not None
         return -total / num_particles
+
+    def _weighted_bound(
+        self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
+    ) -> Tensor:
+        """log (1/S) Σ_s w_s, per element of the data plate where every draw is local to it.
+
+        Its gradient weighs each draw by w_s / Σ w: expectations by importance.
+        """
+        assert self.weighted is not None
+        particles = []
+        for _ in range(self.weighted):
+            particle = self.particle(args, kwargs, factors, analytic=False)
+            _require_finite(particle, particle.bound)
+            particles.append(particle)
+        plate = self.data_plate
+        if plate is not None and self.draws_are_local and not factors:
+            parts = [p.along(plate) for p in particles]
+            inside = [i for i, _ in parts if i is not None]
+            if len(inside) == len(parts):
+                outside = torch.stack([o for _, o in parts]).mean()
+                rows = torch.logsumexp(torch.stack(inside), 0) - math.log(len(inside))
+                return rows.sum() + outside
+        totals = torch.stack([p.bound for p in particles])
+        return torch.logsumexp(totals, 0) - math.log(len(particles))
+
+    @property
+    def draws_are_local(self) -> bool:
+        """Whether every latent is drawn or summed anew for each element of the data plate."""
+        plate = self.data_plate
+        names = (*self.routing.drawn, *self.routing.exact)
+        return plate is not None and all(
+            plate in self.bare.sites[n].plates for n in names if n in self.bare.sites
+        )
 
     def draws(
         self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
