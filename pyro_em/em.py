@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em import saving, stochastic
 from pyro_em._errors import PyroEMWarning, UsageError, message
-from pyro_em._pyro import Role, TracedParameter, restore, snapshot
+from pyro_em._pyro import Role, TracedParameter, restore, seeded, snapshot
 from pyro_em.arguments import (
     FIT_KEYWORDS,
     check_collisions,
@@ -34,6 +34,7 @@ from pyro_em.looking import Looker, Strategy, plan_of
 from pyro_em.loop import (
     Bar,
     Run,
+    Settings,
     advance,
     as_step,
     best_of,
@@ -434,43 +435,50 @@ class ExactPosteriorEM:
         else:
             looked = args
         check_collisions(self.model, looked, FIT_KEYWORDS, "fit")
-        program = self._ready(looked, kwargs)
-        if isinstance(program, Trainer):
-            refuse_exact_keywords(init, num_restarts)
-            return self._fit_stochastic(
-                program, args, kwargs, given, max_steps, seed, progress, callbacks, begin
-            )
-        refuse_stochastic_keywords(given)
-        if first is not None:
-            raise UsageError(
-                message(
-                    "fit",
-                    "a DataLoader was given.",
-                    "an exact fit uses all data at every step",
-                    ["pass the data themselves"],
+        with seeded(seed):
+            program = self._ready(looked, kwargs)
+            if isinstance(program, Trainer):
+                refuse_exact_keywords(init, num_restarts)
+                return self._fit_stochastic(
+                    program, args, kwargs, given, max_steps, seed, progress, callbacks, begin
                 )
-            )
+            refuse_stochastic_keywords(given)
+            if first is not None:
+                raise UsageError(
+                    message(
+                        "fit",
+                        "a DataLoader was given.",
+                        "an exact fit uses all data at every step",
+                        ["pass the data themselves"],
+                    )
+                )
+            bar = Bar(progress, max_steps, num_restarts, program.objective_name)
+            settings = Settings(max_steps, tol, callbacks, bar, begin)
+            runs = self._starts(program, settings, init, num_restarts, seed)
+            best = best_of(runs)
+            restore(program.graph.parameters, best.parameters)
+            self._total_steps += best.num_steps
+            return build_result(program, best, runs, settings, init, seed, self._total_steps)
+
+    def _starts(
+        self,
+        program: Program,
+        settings: Settings,
+        init: Start,
+        num_restarts: int,
+        seed: int | None,
+    ) -> list[Run]:
+        """EM from each start; the first is ``init``, the others are random hard assignments."""
         generator = torch.Generator().manual_seed(
             int(torch.randint(2**31, ())) if seed is None else seed
         )
-        bar = Bar(progress, max_steps, num_restarts, program.objective_name)
         runs: list[Run] = []
+        origin = snapshot(program.graph.parameters)
         try:
-            origin = snapshot(program.graph.parameters)
             for r in range(num_restarts):
                 if r:
                     restore(program.graph.parameters, origin)
-                run = run_start(
-                    program,
-                    "random hard" if r else init,
-                    generator,
-                    max_steps,
-                    tol,
-                    callbacks,
-                    bar,
-                    r,
-                    begin,
-                )
+                run = run_start(program, settings, "random hard" if r else init, generator, r)
                 runs.append(run)
                 if run.status in (EMStatus.INTERRUPTED, EMStatus.STOPPED):
                     break
@@ -479,11 +487,8 @@ class ExactPosteriorEM:
                 restore(program.graph.parameters, best_of(runs).parameters)
             raise
         finally:
-            bar.close()
-        best = best_of(runs)
-        restore(program.graph.parameters, best.parameters)
-        self._total_steps += best.num_steps
-        return build_result(program, best, runs, init, seed, num_restarts, begin, self._total_steps)
+            settings.bar.close()
+        return runs
 
     def _fit_stochastic(
         self,
@@ -506,8 +511,6 @@ class ExactPosteriorEM:
                     fixes=["use None or Alternating(guide_steps, model_steps)"],
                 )
             )
-        if seed is not None:
-            torch.manual_seed(seed)
         order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         batches = Batches(args, kwargs, given["batch_size"], given["num_data"], order)
         held_out = None

@@ -45,6 +45,25 @@ class Iterate:
         return self.q.bound
 
 
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What all starts of one fit share.
+
+    Attributes:
+        max_steps: Steps at most.
+        tol: Estimated remaining gain at which to stop, in nats.
+        callbacks: Called with each step; one that returns True stops the run.
+        bar: The progress bar.
+        begin: When the fit began, for the steps' seconds.
+    """
+
+    max_steps: int
+    tol: float
+    callbacks: Sequence[Callable[[EMStep], Any]]
+    bar: Bar
+    begin: float
+
+
 @dataclass(eq=False)
 class Run:
     """One start: its path and where it stands."""
@@ -122,28 +141,16 @@ def as_step(program: Program, index: int, before: Iterate, after: Iterate, begin
 
 
 def run_start(
-    program: Program,
-    init: Any,
-    generator: torch.Generator,
-    max_steps: int,
-    tol: float,
-    callbacks: Sequence[Callable[[EMStep], Any]],
-    bar: Bar,
-    r: int,
-    begin: float,
+    program: Program, settings: Settings, init: Any, generator: torch.Generator, r: int
 ) -> Run:
     """Run EM from one start until something stops it.
 
     Args:
         program: The model with its data.
+        settings: What all starts share.
         init: The start: None, ``"random"``, ``"random hard"`` or {site: assignments}.
         generator: Source of random starts.
-        max_steps: Steps at most.
-        tol: Estimated remaining gain at which to stop, in nats.
-        callbacks: Called with each step; one that returns True stops the run.
-        bar: The progress bar.
         r: The start's number; only the first one may raise.
-        begin: When the fit began, for the steps' seconds.
 
     Returns:
         The run; the parameters in the store are those of its last complete step.
@@ -168,58 +175,47 @@ def run_start(
         return run
     run.record(program, at)
     symmetric = is_symmetric(at.q)
-    if symmetric and bar.starts == 1:
+    if symmetric and settings.bar.starts == 1:
         _warn_symmetric(at.q)
-    _iterate(program, run, at, max_steps, tol, callbacks, bar, r, begin)
+    _iterate(program, settings, run, at, r)
     if program.compiled and run.num_steps > 1 and run.verified is not None:
         off = program.disagreements()
         if off:
             _warn_disagreement(off[0], "at the end of the fit it was not")
             distrust(program, off)
             run.go_back(program)
-            left = max_steps - run.num_steps
-            _iterate(program, run, e_step(program), left, tol, callbacks, bar, r, begin)
+            _iterate(program, settings, run, e_step(program, run.num_steps), r)
     stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
     if symmetric and stopped and run.last is not None and is_symmetric(run.last.q):
         run.status = EMStatus.SYMMETRIC
     return run
 
 
-def _iterate(
-    program: Program,
-    run: Run,
-    at: Iterate,
-    max_steps: int,
-    tol: float,
-    callbacks: Sequence[Callable[[EMStep], Any]],
-    bar: Bar,
-    r: int,
-    begin: float,
-) -> None:
+def _iterate(program: Program, settings: Settings, run: Run, at: Iterate, r: int) -> None:
     """Steps from ``at`` until one of the rules stops the run."""
     eps = program.graph.eps
     run.status = EMStatus.MAX_STEPS
     run.record(program, at)
     try:
-        for _ in range(max_steps):
+        for _ in range(settings.max_steps - run.num_steps):
             before, first = at, run.num_steps == 0
             at = advance(program, before, index=run.num_steps, verify=first)
             if fell(program, before, at):
                 restore(program.graph.parameters, run.parameters)
                 run.status = EMStatus.FELL
                 break
-            step = as_step(program, run.num_steps, before, at, begin)
+            step = as_step(program, run.num_steps, before, at, settings.begin)
             run.entering.append(step.elbo)
             assert step.after_m_step is not None
             run.after.append(step.after_m_step)
             run.record(program, at)
             if first:
                 run.verified = run.parameters
-            bar.update(r, at.objective)
-            if any(callback(step) is True for callback in callbacks):
+            settings.bar.update(r, at.objective)
+            if any(callback(step) is True for callback in settings.callbacks):
                 run.status = EMStatus.STOPPED
                 break
-            status = should_stop([*run.entering, at.objective], tol, eps)
+            status = should_stop([*run.entering, at.objective], settings.tol, eps)
             if status is not None and program.may_stop(run.num_steps):
                 run.status = status
                 break

@@ -17,7 +17,7 @@ from pyro_em._pyro import Role, snapshot
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
 from pyro_em.drawn import DrawnPosterior
-from pyro_em.loop import Run, rate_of_convergence
+from pyro_em.loop import Run, Settings, rate_of_convergence
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.plan import Plan
 from pyro_em.posterior import scales_of
@@ -35,10 +35,9 @@ def build_result(
     program: Program,
     run: Run,
     runs: Sequence[Run],
+    settings: Settings,
     init: Any,
     seed: int | None,
-    num_restarts: int,
-    begin: float,
     total_steps: int,
 ) -> EMResult:
     """Collect a run into a result; everything is at the returned parameters.
@@ -47,10 +46,9 @@ def build_result(
         program: The model with its data; its parameters are those of ``run``.
         run: The best run.
         runs: All of them.
+        settings: What all starts shared.
         init: The start that the user asked for.
         seed: The user's seed.
-        num_restarts: How many starts were asked for.
-        begin: When the fit began.
         total_steps: Steps of all calls of ``fit`` so far.
     """
     assert run.last is not None
@@ -64,7 +62,7 @@ def build_result(
     parameters = program.graph.parameters
     _say_massless(program, run)
     rows = _num_rows(program)
-    if num_restarts > 1:
+    if settings.bar.starts > 1:
         start = f"best of {len(runs)} starts"
     elif init is None:
         start = "values in the model"
@@ -85,7 +83,7 @@ def build_result(
         message=text,
         num_steps=run.num_steps,
         total_steps=total_steps,
-        seconds=time.perf_counter() - begin,
+        seconds=time.perf_counter() - settings.begin,
         plan=program.plan(),
         rate=rate_of_convergence([*run.entering, q.bound]),
         starts=tuple(r.objective for r in runs),

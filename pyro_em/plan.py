@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,10 @@ class Plan:
             "Parameters",
             _table(
                 ("parameter", "update", "reason"),
-                [(u.name, _update_name(u), u.reason) for u in self.updates.values()],
+                [
+                    (name, _update_name(u), u.reason)
+                    for name, u in _folded_updates(self.updates.values())
+                ],
             ),
         ]
         if self.largest or not self.stochastic:
@@ -142,6 +145,22 @@ def _folded(routes: tuple[Route, ...]) -> list[tuple[str, Route]]:
         else:
             name = f"{members[0].site} … {members[-1].site} ({len(members)} sites)"
             folded.append((name, members[0]))
+    return folded
+
+
+def _folded_updates(updates: Iterable[ParameterUpdate]) -> list[tuple[str, ParameterUpdate]]:
+    """The parameters of a network on one line: encoder (6 parameters)."""
+    groups: dict[tuple[Any, ...], list[ParameterUpdate]] = {}
+    for u in updates:
+        module, separator, _ = u.name.replace("$$$", ".").partition(".")
+        own = module if separator and isinstance(u.update, Gradient) else u.name
+        groups.setdefault((own, _update_name(u), u.reason), []).append(u)
+    folded: list[tuple[str, ParameterUpdate]] = []
+    for (own, _, _), members in groups.items():
+        if len(members) < 4:
+            folded.extend((u.name, u) for u in members)
+        else:
+            folded.append((f"{own} ({len(members)} parameters)", members[0]))
     return folded
 
 
@@ -205,6 +224,7 @@ def budget_problems(structure: Structure, plan: ContractionPlan, limit: int) -> 
             why,
             (
                 "let each observation depend on fewer latents",
+                "give a guide that takes them over: ExactPosteriorEM(model, guide)",
                 "pass a larger max_enumeration if memory allows (8 bytes a cell, a few copies)",
                 "fit a subset of the data",
             ),

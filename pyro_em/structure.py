@@ -79,7 +79,7 @@ class Structure:
         masked_pairs: For each ``obs_mask`` site the user's name -> its mask.
         random_plates: Plates with random subsampling.
         kept_values: Values of the barren sites, which nothing that counts depends on.
-        fns: The distributions of the unobserved sites, as the plain run made them.
+        unobserved: The unobserved sites as the plain run traced them.
     """
 
     plates: Mapping[str, Plate]
@@ -91,7 +91,7 @@ class Structure:
     masked_pairs: Mapping[str, Tensor] = field(default_factory=dict)
     random_plates: tuple[str, ...] = ()
     kept_values: Mapping[str, Tensor] = field(default_factory=dict)
-    fns: Mapping[str, Any] = field(default_factory=dict)
+    unobserved: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def form_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -218,7 +218,7 @@ def examine(
         masked_pairs,
         random_plates,
         {n: factors[n]["value"].detach() for n in barren},
-        {n: factors[n]["fn"] for n in (*latents, *barren)},
+        {n: factors[n] for n in (*latents, *barren)},
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
 

@@ -503,11 +503,11 @@ def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, A
 
         return masked
 
-    state = torch.get_rng_state()
+    seed = int(torch.randint(2**31, ()))
 
     def value(which: _pyro.Model) -> float:
-        torch.set_rng_state(state)
-        return -float(elbo.loss(which, guide, *args, **kwargs))
+        with _pyro.seeded(seed):
+            return -float(elbo.loss(which, guide, *args, **kwargs))
 
     total, negative_kl = value(model), value(without(observed_only=True))
     return Split(total, total - negative_kl, 0.0, value(without(observed_only=False)))
@@ -579,22 +579,28 @@ def _with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
     for name in routing.drawn:
         site = look.sites.get(name)
         info = structure.sites.get(name)
-        if site is None or info is None or name not in structure.fns:
+        if site is None or info is None or name not in structure.unobserved:
             continue
         parents = {p for p in info.scope if p != name}
         if any(name in look.scopes.get(p, frozenset()) for p in parents):
             continue
-        if not _reparameterised(site):
-            continue
-        if _has_kl(site["fn"], structure.fns[name]):
+        prior = structure.unobserved[name]
+        if _reparameterised(site) and _counts_alike(site, prior) and _has_kl(site, prior):
             found.add(name)
     return frozenset(found)
 
 
-def _has_kl(q: Any, p: Any) -> bool:
+def _counts_alike(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
+    """Whether guide and model scale and mask a site in the same way."""
+    if q["mask"] is not None or p["mask"] is not None:
+        return False
+    return bool((torch.as_tensor(q["scale"]) == torch.as_tensor(p["scale"])).all())
+
+
+def _has_kl(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
     try:
         with torch.no_grad():
-            return kl_divergence(q, p).shape == q.batch_shape
+            return kl_divergence(q["fn"], p["fn"]).shape == q["fn"].batch_shape
     except NotImplementedError:  # the only way in which torch's registry answers
         return False
 

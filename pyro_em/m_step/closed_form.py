@@ -217,7 +217,7 @@ def _prior_contribution(
     assert rule is not None
     n, d = rule({name: a.detach() for name, a in group.arguments.items()})
     batch = prior.selection.index.dim() - event
-    weight = group.weights()
+    weight = group.weights().to(n.dtype)
     for _ in range(batch - weight.dim()):
         weight = weight.unsqueeze(-1)
     n = n * weight.reshape(weight.shape + (1,) * (n.dim() - batch))
