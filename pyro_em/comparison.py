@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyro
@@ -64,6 +64,7 @@ KEYWORDS = (
 )
 _PER_DECADE = 12
 _WINDOW = 20
+_EXTENSIONS = 2
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Direct:
     max_enumeration: int = 2**27
 
 
-Contender = ExactPosteriorEM | SVI | Direct
+Contender: TypeAlias = ExactPosteriorEM | SVI | Direct
 
 
 @dataclass(frozen=True, eq=False)
@@ -380,8 +381,9 @@ def compare(
     holds parameters already begins with these. Afterwards the param store, modules and the random
     state are as before.
 
-    A method with an optimiser runs once per learning rate and seed. Where two seeds give the same
-    path to the bit, one run stands for all of them.
+    A method with an optimiser runs once per learning rate and seed; where the best rate is at an
+    edge of the sweep, up to two rates beyond it are tried. Where two seeds give the same path to
+    the bit, one run stands for all of them.
 
     Args:
         contenders: From labels to `ExactPosteriorEM`, ``pyro.infer.SVI`` or `Direct`; or one
@@ -1077,11 +1079,16 @@ def _sentence(text: str) -> str:
 
 
 def _sweep(arena: _Arena, method: _Method, bar: tqdm) -> dict[float | None, tuple[Curve, ...]]:
-    """All runs of one contender: every learning rate, every seed."""
+    """All runs of one contender: every learning rate, every seed.
+
+    Where the best rate is at an edge the sweep goes on beyond it, a factor of three at a time.
+    """
     _once(arena, method, method.rates[0], method.seeds[0], short=True)  # what the first run pays
     out: dict[float | None, tuple[Curve, ...]] = {}
     repeats: bool | None = None
-    for rate in method.rates:
+    waiting, extensions = list(method.rates), 0
+    while waiting:
+        rate = waiting.pop(0)
         curves: list[Curve] = []
         for seed in method.seeds:
             bar.set_description(method.label if rate is None else f"{method.label}, rate {rate:g}")
@@ -1096,7 +1103,31 @@ def _sweep(arena: _Arena, method: _Method, bar: tqdm) -> dict[float | None, tupl
                 curves = [Curve(**whole), *curves[1:]]
                 break
         out[rate] = tuple(curves)
-    return out
+        if not waiting and len(out) > 1 and extensions < _EXTENSIONS:
+            waiting = _beyond(out, arena.has_evidence)
+            extensions += len(waiting)
+            bar.total += len(waiting) * len(method.seeds)
+    return dict(sorted(out.items(), key=lambda item: item[0] or 0.0))
+
+
+def _best_rate(
+    by_rate: Mapping[float | None, tuple[Curve, ...]], by_evidence: bool
+) -> float | None:
+    """The learning rate with the best median over seeds; a run that broke off counts as worst."""
+    score = {r: median(c.final(by_evidence) for c in cs) for r, cs in by_rate.items()}
+    return max(score, key=score.__getitem__)
+
+
+def _beyond(
+    by_rate: Mapping[float | None, tuple[Curve, ...]], by_evidence: bool
+) -> list[float | None]:
+    """The next learning rate where the best so far is at an edge; empty where it is inside."""
+    best, rates = _best_rate(by_rate, by_evidence), [r for r in by_rate if r is not None]
+    if best is None or all(c.failure for c in by_rate[best]):
+        return []
+    if best == max(rates):
+        return [float(f"{best * 3:.1g}")]
+    return [float(f"{best / 3:.1g}")] if best == min(rates) else []
 
 
 def _same_path(a: Curve, b: Curve) -> bool:
@@ -1136,8 +1167,7 @@ def _comparison(
     curves, rows = {}, []
     for method in methods:
         by_rate = sweep[method.label]
-        score = {r: median(_weighed(cs, by_evidence)) for r, cs in by_rate.items()}
-        rate = max(score, key=score.__getitem__)
+        rate = _best_rate(by_rate, by_evidence)
         # Where one run stands for all seeds, its twin only proved that.
         shown = by_rate[rate][:1] if len(by_rate[rate][0].seeds) > 1 else by_rate[rate]
         curves[method.label] = shown
@@ -1152,10 +1182,6 @@ def _comparison(
         arena.num_rows,
         tolerance,
     )
-
-
-def _weighed(curves: Sequence[Curve], by_evidence: bool) -> list[float]:
-    return [c.final(by_evidence) for c in curves]
 
 
 def _row(

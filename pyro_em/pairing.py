@@ -12,14 +12,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, Problem, UsageError, message
@@ -149,7 +152,7 @@ def built_guide(guide: Any, model: _pyro.Model, structure: Structure | None) -> 
         A guide to be called with the model's arguments.
     """
     if not needs_building(guide):
-        return guide
+        return _as_callable(guide)
     factory = AutoDelta if isinstance(guide, str) else guide
     assert structure is not None
     hidden = [
@@ -165,7 +168,32 @@ def built_guide(guide: Any, model: _pyro.Model, structure: Structure | None) -> 
                 fixes=["return a callable with the model's arguments"],
             )
         )
-    return made
+    return _as_callable(made)
+
+
+def _as_callable(guide: Any) -> Any:
+    """A guide whose sites appear in an outer trace as those of a function do."""
+    return _FromMessenger(guide) if isinstance(guide, GuideMessenger) else guide
+
+
+class _FromMessenger:
+    """A guide messenger runs inside its model; its draws are told again as a guide's sites."""
+
+    def __init__(self, messenger: GuideMessenger) -> None:
+        self.messenger = messenger
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        with poutine.block(hide_types=["sample", "observe"]):
+            self.messenger(*args, **kwargs)  # its parameters stay visible
+        _, trace = self.messenger.get_traces()
+        for name, site in trace.nodes.items():
+            if site["type"] != "sample":
+                continue
+            with ExitStack() as plates:
+                for frame in frames_of(site).values():
+                    plates.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
+                plates.enter_context(poutine.replay(trace=trace))
+                pyro.sample(name, site["fn"])
 
 
 def needs_building(guide: Any) -> bool:
@@ -242,7 +270,7 @@ def _is_plain_delta(site: Mapping[str, Any]) -> bool:
 
 def _guide_failed(guide: Any, error: Exception) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(guide, AutoGuide):
+    if isinstance(guide, AutoGuide) and "discrete" in text:
         name = type(guide).__name__
         return message(
             f"guide ({name})",
