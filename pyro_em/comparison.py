@@ -10,8 +10,8 @@ method with a learning rate gets a sweep of rates and several seeds: its best ra
 seconds of the sweep are reported beside those of the shown run. Clocks stand still while the
 evidence is looked at.
 
-Source: for the claim that first-order ascent and EM trade places with the overlap of the components,
-Xu and Jordan (1996), "On convergence properties of the EM algorithm for Gaussian mixtures".
+Source: Xu and Jordan (1996), "On convergence properties of the EM algorithm for Gaussian mixtures":
+EM is fast where components overlap little and slow where they overlap much.
 """
 
 from __future__ import annotations
@@ -280,8 +280,8 @@ class Comparison:
             rate = "" if row.learning_rate is None else f" (rate {row.learning_rate:g})"
             middle = np.median(gap, 0)
             for ax, x in ((left, at), (right, seconds)):
-                marker = {"marker": "o", "markersize": 3} if len(at) < 60 else {}
-                ax.plot(x, middle, color=colour, label=label + rate, linewidth=1.6, **marker)
+                dot = "o" if len(at) < 60 else ""
+                ax.plot(x, middle, dot + "-", color=colour, label=label + rate, markersize=3)
                 if len(gap) > 1:
                     ax.fill_between(x, gap.min(0), gap.max(0), color=colour, alpha=0.2, linewidth=0)
         for ax, name in ((left, "steps"), (right, "wall-clock seconds")):

@@ -21,16 +21,18 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoGuide
+from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide
 from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, Problem, UsageError, message
 from pyro_em._pyro import GiveValues, GuideSites, Role, Run
+from pyro_em.amortized import AutoAmortizedCategorical
 from pyro_em.contraction import ContractionPlan
 from pyro_em.plan import Route, budget_problems, contraction_from_structure, routes_of
 from pyro_em.structure import SiteInfo, Structure, frames_of
 
+_FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
 _SMALL = 2**16  # cells of all guide latents enumerated together
 _MANY = 20  # dimensions that Pyro's enumeration may take
 
@@ -155,9 +157,11 @@ def built_guide(guide: Any, model: _pyro.Model, structure: Structure | None) -> 
         return _as_callable(guide)
     factory = AutoDelta if isinstance(guide, str) else guide
     assert structure is not None
+    cls = factory.func if isinstance(factory, functools.partial) else factory
+    takes_discrete = cls in _FOR_DISCRETE
     hidden = [
         *structure.barren,
-        *(n for n in structure.latents if structure.sites[n].is_discrete),
+        *(n for n in structure.latents if structure.sites[n].is_discrete is not takes_discrete),
     ]
     made = factory(poutine.block(model, hide=hidden))
     if not callable(made):
