@@ -26,6 +26,8 @@ from pyro_em._errors import (
     UsageError,
 )
 from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
+from pyro_em.comparison import Comparison, compare
+from pyro_em.contenders import Direct, standard_contenders
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.elbo import ELBOTerms
 from pyro_em.em import ExactPosteriorEM
@@ -48,8 +50,10 @@ __all__ = [
     "AutoAmortizedCategorical",
     "AutoAmortizedNormal",
     "ClosedForm",
+    "Comparison",
     "DataError",
     "DegenerateError",
+    "Direct",
     "DrawnPosterior",
     "ELBOTerms",
     "EMResult",
@@ -75,5 +79,7 @@ __all__ = [
     "StandardErrors",
     "TraceExact_ELBO",
     "UsageError",
+    "compare",
     "register_family",
+    "standard_contenders",
 ]

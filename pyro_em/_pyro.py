@@ -206,6 +206,22 @@ class _WatchPlates(Messenger):
             self.empty.append(msg["name"])
 
 
+class _WatchMasks(Messenger):
+    """Note masks that are written in place after the site that they mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Tensor, int]] = []
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["mask"], torch.Tensor):
+            self.seen.append((msg["name"], msg["mask"], msg["mask"]._version))
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of the sites whose mask is another one by now."""
+        return tuple(name for name, mask, version in self.seen if mask._version != version)
+
+
 class RunFailed(Exception):
     """A model raised; holds what it did until then.
 
@@ -285,6 +301,7 @@ class Run:
     sites: dict[str, dict[str, Any]]
     parameters: dict[str, TracedParameter]
     scopes: dict[str, frozenset[str]] = field(default_factory=dict)
+    changed_masks: tuple[str, ...] = ()
 
 
 class Role(Enum):
@@ -348,7 +365,7 @@ class GiveValues(Messenger):
             if name in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[name], True
             return
-        if name in self.values and not msg["is_observed"]:
+        if name in self.roles and name in self.values and not msg["is_observed"]:
             msg["value"], msg["is_observed"] = self.values[name], True
             msg["infer"] = {**msg["infer"], _ROLE: self.roles[name].value}
 
@@ -366,6 +383,7 @@ class GuideSites(Messenger):
         super().__init__()
         self.shown = shown
         self.values: dict[str, torch.Tensor] = {}
+        self.infer: dict[str, dict[str, Any]] = {}
         self.subsamples: dict[str, torch.Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -379,7 +397,8 @@ class GuideSites(Messenger):
         if site_is_subsample(msg):
             self.subsamples[msg["name"]] = msg["value"]
         else:
-            self.values[msg["name"].removeprefix(self.prefix)] = msg["value"]
+            own = msg["name"].removeprefix(self.prefix)
+            self.values[own], self.infer[own] = msg["value"], msg["infer"]
 
 
 def is_factor(site: Mapping[str, Any]) -> bool:
@@ -457,13 +476,14 @@ def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_
         RunFailed: If the model raises.
     """
     capture = ParameterCapture(look_at_initial_shape=True)
-    tracer, watch = poutine.trace(), _WatchPlates()
+    tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
     with (
         _same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(True),
         tracer,
         watch,
+        masks,
         capture,
     ):
         try:
@@ -471,22 +491,22 @@ def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_
         except Exception as error:
             run = Run(dict(tracer.trace.nodes), capture.parameters)
             raise RunFailed(error, run, tuple(watch.empty)) from error
-    return Run(dict(tracer.trace.nodes), capture.parameters)
+    return Run(dict(tracer.trace.nodes), capture.parameters, {}, masks.changed())
 
 
-def _tensors_of(fn: Any) -> Iterator[torch.Tensor]:
+def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
     """Every tensor that a distribution object holds, through its wrappers."""
     for item in vars(fn).values():
         if isinstance(item, torch.Tensor):
             yield item
         elif isinstance(item, torch.distributions.Distribution):
-            yield from _tensors_of(item)
+            yield from tensors_of(item)
         elif isinstance(item, (list, tuple)):
             for part in item:
                 if isinstance(part, torch.Tensor):
                     yield part
                 elif isinstance(part, torch.distributions.Distribution) or hasattr(part, "inv"):
-                    yield from _tensors_of(part)
+                    yield from tensors_of(part)
 
 
 def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
@@ -513,7 +533,7 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         if not is_factor(site):
             continue
         scope: frozenset[str] = frozenset()
-        for tensor in _tensors_of(site["fn"]):
+        for tensor in tensors_of(site["fn"]):
             scope |= get_provenance(tensor)
         scope |= get_provenance(site["mask"]) | get_provenance(site["scale"])
         if site["is_observed"]:

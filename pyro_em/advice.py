@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pyro_em._errors import Problem
 
@@ -105,4 +105,31 @@ def too_many_dimensions(latents: list[str]) -> Problem:
         f"{len(latents)} enumerated sites need more dimensions than torch's 64.",
         "outside pyro.markov every enumerated site keeps its dimension for good",
         TOO_MANY_DIMENSIONS,
+    )
+
+
+def changing_sites(names: Sequence[str], random_plates: Sequence[str]) -> Problem:
+    """A finding for a model whose sites differ from run to run.
+
+    Args:
+        names: The sites that differ, where known.
+        random_plates: Plates that draw a random subsample.
+    """
+    which = ": " + ", ".join(f"'{n}'" for n in names[:4]) if names else ""
+    if random_plates:
+        plates = ", ".join(f"'{p}'" for p in random_plates)
+        return Problem(
+            f"plate {plates}",
+            f"it draws a random subsample, and the model's sites differ from draw to draw{which}.",
+            "the sums are laid out once for all draws",
+            (
+                "give every draw the same sites: pad to one length, and mask",
+                "leave subsample_size out; for batches use fit(..., batch_size=)",
+            ),
+        )
+    return Problem(
+        "model",
+        f"its sites differ from run to run{which}.",
+        "an exact posterior needs the same sites whatever the latents' values are",
+        ("use torch.where or indexing instead of Python branches on random values",),
     )

@@ -31,11 +31,11 @@ from torch.nn.functional import softplus
 
 from pyro_em._errors import DataError, ModelError, UsageError, message
 from pyro_em._pyro import (
-    _tensors_of,
     has_finite_support,
     is_discrete,
     is_latent,
     is_subsample,
+    tensors_of,
     unwrap,
 )
 
@@ -211,7 +211,7 @@ class _AutoAmortized(AutoGuide):
     def __getstate__(self) -> dict[str, Any]:
         model, master = self._model, self.master
         for node in self.prototype_trace.nodes.values() if self.prototype_trace else ():
-            for tensor in _tensors_of(node["fn"]):
+            for tensor in tensors_of(node["fn"]):
                 vars(tensor).pop("unconstrained", None)  # a weak reference, as PyroModule does
         state = {**super().__getstate__()}
         self._model, self.master = model, master

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -170,11 +170,30 @@ def signature_of(model: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def check_collisions(
-    model: Callable[..., Any], args: tuple, keywords: Iterable[str], method: str
+    model: Callable[..., Any],
+    args: tuple,
+    keywords: Iterable[str],
+    method: str,
+    passed: Collection[str] | None = None,
 ) -> None:
-    """Refuse a model whose argument could not be told from a keyword of a method."""
+    """Refuse a model whose argument could not be told from a keyword of a method.
+
+    Args:
+        model: The user's model.
+        args: The positional arguments of the call.
+        keywords: The method's keywords.
+        method: Its name.
+        passed: Keywords that the call gave; an argument with a default that none of them is cannot
+            be mistaken. All, where None.
+    """
     left = signature_of(model)[len(args) :]
-    clash = [p for p in left if p.name in tuple(keywords)]
+    given = tuple(keywords)
+    clash = [
+        p
+        for p in left
+        if p.name in given
+        and (passed is None or p.name in passed or p.default is inspect.Parameter.empty)
+    ]
     if clash:
         by_position = clash[0].kind is not inspect.Parameter.KEYWORD_ONLY
         raise UsageError(

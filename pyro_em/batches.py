@@ -6,7 +6,7 @@ the bound of a batch is then an unbiased estimate of the bound of all data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,14 +104,10 @@ class Batches:
     def epoch(self, shuffle: bool = True) -> Iterator[Batch]:
         """The batches of one epoch."""
         if self.loader is not None:
-            count = 0
             for item in self.loader:
-                count += 1
                 given = tuple(item) if isinstance(item, (tuple, list)) else (item,)
                 size = next((len(a) for a in given if isinstance(a, Tensor) and a.dim()), None)
                 yield Batch((*given, *self.args[1:]), self.kwargs, size, self.total)
-            if not count:
-                raise DataError(message("fit", "the DataLoader is empty.", "nothing to fit"))
             return
         if self.batch_size is None:
             size = None
@@ -139,6 +135,17 @@ class Batches:
 def is_loader(value: Any) -> bool:
     """Whether an argument makes batches itself, as ``torch.utils.data.DataLoader`` does."""
     return isinstance(value, torch.utils.data.DataLoader)
+
+
+def first_batch(loader: Iterable[Any]) -> Any:
+    """The first batch of a loader.
+
+    Raises:
+        DataError: If there is none.
+    """
+    for item in loader:
+        return item
+    raise DataError(message("fit", "the DataLoader is empty.", "there is nothing to fit"))
 
 
 def _length_of(value: Any) -> int | None:
@@ -178,7 +185,11 @@ def factors_of(structure: Structure, batch: Batch) -> Mapping[str, float]:
         return {}
     plates = data_plates(structure, batch.size)
     if batch.total is None:
-        outside = [i.name for i in structure.sites.values() if not set(i.plates) & set(plates)]
+        outside = [
+            i.name
+            for i in structure.sites.values()
+            if i.role is not Role.GUIDE and not set(i.plates) & set(plates)
+        ]
         if not outside or not plates:
             return {}
         raise UsageError(

@@ -18,7 +18,7 @@ Anything else is *opaque* and goes to a gradient step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -293,6 +293,23 @@ def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str,
         return ()
     found = _leaves_below(torch.autograd.graph.get_gradient_edge(tensor).node, leaves)
     return None if found is None else tuple(found)
+
+
+def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
+    """Identities of all leaf tensors that reach any of some tensors."""
+    found: set[int] = set()
+    seen: set[Node] = set()
+    for tensor in tensors:
+        if not tensor.requires_grad:
+            continue
+        if tensor.grad_fn is None:
+            found.add(id(tensor))
+            continue
+        for node in _nodes_below(tensor.grad_fn):
+            if node not in seen and _is_leaf(node):
+                found.add(id(node.variable))  # type: ignore[attr-defined]
+            seen.add(node)
+    return found
 
 
 def _base_name(node: Node) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
+from pyro_em.graph import Latent
 from pyro_em.posterior import Posterior
 from pyro_em.variational import Particle, Variational, inner_posterior, split
 
@@ -116,12 +117,22 @@ class DrawnPosterior:
             return self.sample(num_particles)[site].mean(0)
 
     def mode(self) -> dict[str, Tensor]:
-        """For discrete latents the most probable value of each, for others the guide's mean."""
+        """The most probable value of each latent of finite support, of others the guide's mean."""
         routing = self.variational.routing
-        out = {n: self.probs(n).argmax(-1) for n in routing.exact}
+        out: dict[str, Tensor] = {}
+        if routing.exact:
+            with torch.no_grad():
+                support = {n: z.support for n, z in self._latents().items()}
+            out = {n: support[n][self.probs(n).argmax(-1)] for n in routing.exact}
         for name in (*routing.drawn, *routing.points):
-            discrete = name in routing.drawn and self.variational.bare.sites[name].is_discrete
-            out[name] = self.probs(name).argmax(-1) if discrete else self.mean(name)
+            fn = self._guide_site(name)["fn"]
+            if _pyro.has_finite_support(fn):
+                out[name] = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)[
+                    self.probs(name).argmax(-1)
+                ]
+            else:
+                mean = self.mean(name)
+                out[name] = mean.round() if _pyro.is_discrete(fn) else mean
         return out
 
     def entropy(self) -> float:
@@ -136,6 +147,11 @@ class DrawnPosterior:
     def _inner_q(self, particle: Particle) -> Posterior:
         assert particle.graph is not None
         return inner_posterior(particle.graph)[0]
+
+    def _latents(self) -> Mapping[str, Latent]:
+        graph = self._particle().graph
+        assert graph is not None
+        return graph.latents
 
     def _inner(self) -> tuple[Particle, dict[str, Tensor]]:
         with torch.no_grad():

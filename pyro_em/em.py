@@ -26,7 +26,7 @@ from pyro_em.arguments import (
     refuse_exact_keywords,
     refuse_stochastic_keywords,
 )
-from pyro_em.batches import Batch, Batches, is_loader
+from pyro_em.batches import Batch, Batches, first_batch, is_loader
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
@@ -128,7 +128,7 @@ class ExactPosteriorEM:
         self._initial: dict[str, Tensor] = {}
         self._pending: dict[str, Any] | None = None
         self._parameters: dict[str, TracedParameter] = {}
-        self._optimizers: dict[str, Any] = {}
+        self._training: dict[str, Any] = {}
         self._form: Any = None
 
     @property
@@ -429,12 +429,24 @@ class ExactPosteriorEM:
         callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
         check_fit(max_steps, tol, num_restarts, callbacks, acceleration, num_epochs)
         begin = time.perf_counter()
-        first = next(iter(args[0])) if args and is_loader(args[0]) else None
+        first = first_batch(args[0]) if args and is_loader(args[0]) else None
         if first is not None:
             looked = (*(first if isinstance(first, (tuple, list)) else (first,)), *args[1:])
         else:
             looked = args
-        check_collisions(self.model, looked, FIT_KEYWORDS, "fit")
+        values = {
+            **given,
+            "init": init,
+            "seed": seed,
+            "progress": progress,
+            "acceleration": acceleration,
+            "max_steps": None if max_steps == 1000 else max_steps,
+            "tol": None if tol == 1e-3 else tol,
+            "num_restarts": None if num_restarts == 1 else num_restarts,
+            "callbacks": callbacks or None,
+        }
+        passed = [name for name, value in values.items() if value is not None]
+        check_collisions(self.model, looked, FIT_KEYWORDS, "fit", passed)
         with seeded(seed):
             program = self._ready(looked, kwargs)
             if isinstance(program, Trainer):
@@ -556,7 +568,7 @@ class ExactPosteriorEM:
             )
         extra: dict[str, Any] = {"total_steps": self._total_steps}
         if self._trainer is not None:
-            extra["optimizers"] = self._trainer.state()
+            extra["training"] = self._trainer.state()
         torch.save(saving.pack(self._parameters, extra), path)
 
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -613,7 +625,12 @@ class ExactPosteriorEM:
         else:
             self._parameters = found.parameters
         for name, p in self._parameters.items():
-            self._initial.setdefault(name, p.unconstrained.detach().clone())
+            if name in self._initial:
+                continue
+            self._initial[name] = p.unconstrained.detach().clone()
+            if not isinstance(p.unconstrained, torch.nn.Parameter):
+                # pyro.param("mu", x[:2]) shares memory with x, and updates are made in place.
+                p.unconstrained.data = p.unconstrained.data.clone()
         self._restore_pending()
         return found
 
@@ -624,7 +641,7 @@ class ExactPosteriorEM:
         state, self._pending = self._pending, None
         saving.restore(state, self._parameters)
         self._total_steps = int(state["total_steps"])
-        self._optimizers = dict(state.get("optimizers", {}))
+        self._trainer, self._training = None, dict(state.get("training", {}))
 
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """Look, and refuse what has nothing to fit."""
@@ -704,7 +721,8 @@ class ExactPosteriorEM:
             self._trainer = Trainer(
                 variational, self._looker.optim, self._looker.updates_for, self.num_particles
             )
-            self._trainer.pending = dict(self._optimizers)
+            self._trainer.restore(self._training)
+            self._training = {}
         else:
             variational.baselines = self._trainer.variational.baselines
             self._trainer.variational = variational

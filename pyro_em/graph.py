@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, Problem, message, raise_problems
-from pyro_em.advice import on_failure, too_many_dimensions
+from pyro_em._pyro import Role
+from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
 from pyro_em.findings import mask_tensor
@@ -137,7 +138,7 @@ class Group:
     raw_params: tuple[str, ...] | None
     observed: bool
     distribution: str
-    role: _pyro.Role = _pyro.Role.DATA
+    role: Role = Role.DATA
     value_binding: Binding | None = None
 
     @property
@@ -309,14 +310,7 @@ def trace_graph(
     )
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
-        raise ModelError(
-            message(
-                "model",
-                "its sites differ from run to run.",
-                "an exact posterior needs the same sites whatever the latents' values are",
-                ["use torch.where or indexing instead of Python branches on random values"],
-            )
-        )
+        raise_problems([changing_sites([], structure.random_plates)])
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
         raise_problems([too_many_dimensions(list(structure.latents))])
     layout = _Layout(sites, structure)
@@ -453,7 +447,7 @@ class _Layout:
         value_binding: Binding | None = None
         if leaves is not None:
             raw_params = parameters_below(compact_value, leaves)
-            if raw_params and family is not None and info.observed:
+            if raw_params and info.observed and (family is not None or info.role is Role.POINT):
                 layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
                 value_binding = bind(value, leaves, layout=layout)
         if family is None:

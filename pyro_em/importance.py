@@ -35,6 +35,7 @@ class EvidenceEstimate:
         num_particles: Draws.
         proposal: ``"guide"``, ``"prior"`` or ``"posterior"``.
         pointwise: The bound per element of the data plate, where the draws are local to it.
+        pointwise_pareto_k: Pareto k̂ per element.
         log_weights: log w. # (S,) or (S, N)
     """
 
@@ -45,6 +46,7 @@ class EvidenceEstimate:
     num_particles: int
     proposal: str
     pointwise: Tensor | None = field(default=None, repr=False)
+    pointwise_pareto_k: Tensor | None = field(default=None, repr=False)
     log_weights: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
 
     @property
@@ -56,12 +58,22 @@ class EvidenceEstimate:
         return self.value
 
     def __str__(self) -> str:
-        trust = "" if not self.pareto_k > 0.7 else " (above 0.7: not to be trusted)"
-        return (
+        head = (
             f"importance-weighted bound {self.value:.6f} ± {self.standard_error:.3g} nats "
-            f"from {self.num_particles} draws of the {self.proposal}\n"
-            f"effective sample size {self.effective_sample_size:.1f}, "
-            f"Pareto k̂ {self.pareto_k:.2f}{trust}"
+            f"from {self.num_particles} draws of the {self.proposal}"
+        )
+        rows = self.pointwise_pareto_k
+        if rows is None or len(rows) < 2:
+            trust = " (above 0.7: not to be trusted)" if self.pareto_k > 0.7 else ""
+            return (
+                f"{head}\neffective sample size {self.effective_sample_size:.1f}, "
+                f"Pareto k̂ {self.pareto_k:.2f}{trust}"
+            )
+        share = float((rows <= 0.7).double().mean())
+        return (
+            f"{head}\nPareto k̂ at most 0.7 (to be trusted) in {share:.0%} of {len(rows)} rows; in "
+            f"the worst row {self.pareto_k:.2f}, effective sample size "
+            f"{self.effective_sample_size:.1f}"
         )
 
 
@@ -96,6 +108,7 @@ def estimate_from(
         num_particles=size,
         proposal=proposal,
         pointwise=bound if log_weights.dim() > 1 else None,
+        pointwise_pareto_k=torch.tensor(k) if log_weights.dim() > 1 else None,
         log_weights=log_weights,
     )
 

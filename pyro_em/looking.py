@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,9 @@ from pyro_em.findings import parameter_problems
 from pyro_em.m_step import Gradient, ParameterUpdate, Update
 from pyro_em.m_step.updates import Fixed
 from pyro_em.pairing import (
+    GuideLook,
     Routing,
+    WithSubsamples,
     built_guide,
     decide_routes,
     look_at_guide,
@@ -23,6 +25,7 @@ from pyro_em.pairing import (
     needs_building,
     reduced,
     routes_with_guide,
+    unknown_strategies,
 )
 from pyro_em.plan import Plan, contraction_from_structure, edges_of
 from pyro_em.program import Program, build_program, matched
@@ -89,20 +92,12 @@ class Looker:
         """
         first, self.seen = not self.seen, True
         if self.guide is None:
-            return self._program(self.model, args, kwargs, first, look_only, ())
-        bare, problems = examine(
-            self.model,
-            args,
-            kwargs,
-            max_plate_nesting=self.max_plate_nesting,
-            first_look=first,
-            guide_given=True,
-        )
-        if problems:
-            raise_problems(problems)
-        if self.built is None:
-            self.built = built_guide(self.guide, self.model, bare)
-        routing = self._route(bare, args, kwargs, first)
+            program = self._program(self.model, args, kwargs, first, look_only, ())
+            self._check_strategies(program.structure.latents, program.structure.latents)
+            return program
+        bare, look = self._look_at_both(args, kwargs, first)
+        routing = self._route(bare, look)
+        self._check_strategies((*bare.latents, *bare.barren), routing.exact)
         if routing.is_stochastic:
             return Variational(
                 self.model,
@@ -118,6 +113,58 @@ class Looker:
         if not routing.points:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
         return program
+
+    def _look_at_both(
+        self, args: tuple, kwargs: dict[str, Any], first: bool
+    ) -> tuple[Structure, GuideLook]:
+        """The bare model, at the subsamples that its guide drew, and the guide."""
+        look: GuideLook | None = None
+        model = self.model
+        if self.built is None and not needs_building(self.guide):
+            self.built = built_guide(self.guide, self.model, None)
+        if self.built is not None:
+            look = look_at_guide(self.built, args, kwargs, first_look=first)
+            if look.subsamples:
+                model = WithSubsamples(model, look.subsamples)
+        bare, problems = examine(
+            model,
+            args,
+            kwargs,
+            max_plate_nesting=self.max_plate_nesting,
+            first_look=first,
+            guide_given=True,
+        )
+        if problems:
+            raise_problems(problems)
+        if look is None:
+            self.built = built_guide(self.guide, self.model, bare)
+            look = look_at_guide(self.built, args, kwargs, first_look=first)
+        return bare, look
+
+    def _check_strategies(self, latents: Iterable[str], exact: Iterable[str]) -> None:
+        """Refuse a dict of strategies that names no latent, or part of what is summed together."""
+        unknown = unknown_strategies(self.strategy, latents)
+        if unknown:
+            known = ", ".join(f"'{n}'" for n in latents) or "none"
+            raise UsageError(
+                message(
+                    f"strategy['{unknown[0]}']",
+                    f"no latent matches; the model has: {known}.",
+                    "a misspelt name would be ignored in silence",
+                    ["use a latent's name or a glob"],
+                )
+            )
+        asked = self.e_step
+        left = [n for n in exact if asked is not None and matching(self.strategy, n) != asked]
+        if left:
+            raise UsageError(
+                message(
+                    f"strategy={asked!r}",
+                    f"it was asked for some latents, but '{left[0]}' is to be summed exactly.",
+                    "latents that are summed share one E-step",
+                    [f"pass strategy={asked!r} for all of them"],
+                )
+            )
 
     def forget(self) -> tuple[str, ...]:
         """Forget a guide that was built here; returns the names of its parameters."""
@@ -144,21 +191,13 @@ class Looker:
         """The pair in which the guide draws all that it covers; None if that is not everything."""
         if self.guide is None or self.built is None:
             return None
-        bare, _ = examine(self.model, args, kwargs, first_look=False, guide_given=True)
-        routing = self._route(bare, args, kwargs, False, everything=True)
+        bare, look = self._look_at_both(args, kwargs, False)
+        routing = self._route(bare, look, everything=True)
         if routing.exact or not routing.drawn:
             return None
         return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
 
-    def _route(
-        self,
-        bare: Structure,
-        args: tuple,
-        kwargs: dict[str, Any],
-        first: bool,
-        everything: bool = False,
-    ) -> Routing:
-        look = look_at_guide(self.built, args, kwargs, first_look=first)
+    def _route(self, bare: Structure, look: GuideLook, everything: bool = False) -> Routing:
         self.guide_parameters = tuple(look.run.parameters)
 
         def strategy(name: str) -> str:
@@ -264,9 +303,10 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
     look, bare = variational.routing.guide, variational.bare
     assert look is not None
     decided = {}
+    of_guide = look.parameters(variational.parameters)
     for name in variational.parameters:
         wish = updates.get(name)
-        whose = "guide" if name in look.run.parameters else "model"
+        whose = "guide" if name in of_guide else "model"
         if isinstance(wish, Fixed):
             decided[name] = ParameterUpdate(name, wish, "as the user asked")
         elif wish is not None:

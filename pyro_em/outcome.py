@@ -205,11 +205,12 @@ def _say_massless(program: Program, run: Run) -> None:
 def _num_rows(program: Program) -> float:
     """Elements of the outermost data plate, weighted by sample weights."""
     structure = program.structure
-    observed = [i for i in structure.sites.values() if i.role is Role.DATA and i.plates]
-    if not observed:
+    nested = [i.nested for i in structure.sites.values() if i.role is Role.DATA and i.nested]
+    if not nested:
         return 1.0
-    shared = set.intersection(*(set(i.plates) for i in observed)) or set(observed[0].plates)
-    outermost = min(shared, key=lambda p: structure.plates[p].dim)
+    outermost = (*structure.data_plates, *nested[0])[0]
+    if outermost not in structure.plates:
+        return float(structure.sequential[outermost])
     size = structure.plates[outermost].size
     for group in program.graph.groups:
         for i, scale in enumerate(group.scale):

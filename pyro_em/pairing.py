@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -26,8 +26,9 @@ from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, Problem, UsageError, message
-from pyro_em._pyro import GiveValues, GuideSites, Role, Run
+from pyro_em._pyro import GiveValues, GuideSites, Role, Run, TracedParameter
 from pyro_em.amortized import AutoAmortizedCategorical
+from pyro_em.binding import leaves_below
 from pyro_em.contraction import ContractionPlan
 from pyro_em.plan import Route, budget_problems, contraction_from_structure, routes_of
 from pyro_em.structure import SiteInfo, Structure, frames_of
@@ -46,14 +47,14 @@ class Pair:
         guide: The guide.
         roles: Per latent of the model that takes its value from the guide, what that value is.
         shown: Guide sites whose log density counts.
-        record: Where each run notes the guide's values, or None.
+        record: Where each run notes the guide's handler with its values, or None.
     """
 
     model: _pyro.Model
     guide: _pyro.Model
     roles: Mapping[str, Role]
     shown: frozenset[str] = frozenset()
-    record: dict[str, torch.Tensor] | None = None
+    record: list[GuideSites] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run guide and model on the model's arguments."""
@@ -61,7 +62,7 @@ class Pair:
         with sites:
             self.guide(*args, **kwargs)
         if self.record is not None:
-            self.record.update(sites.values)
+            self.record.append(sites)
         with GiveValues(sites.values, self.roles, sites.subsamples):
             return self.model(*args, **kwargs)
 
@@ -74,11 +75,28 @@ class GuideLook:
         run: The plain run.
         scopes: For each site the guide's sites that reach its distribution, directly or not.
         points: Sites that are point estimates.
+        leaves: Identities of all leaf tensors that reach a site: its parameters, those of networks
+            that only the model registers included.
     """
 
     run: Run
     scopes: Mapping[str, frozenset[str]]
     points: frozenset[str]
+    leaves: frozenset[int] = frozenset()
+
+    def parameters(self, known: Mapping[str, TracedParameter]) -> tuple[str, ...]:
+        """Names of the parameters that the guide uses, among its own and those of the model."""
+        own = [n for n in known if n in self.run.parameters or id(known[n].leaf) in self.leaves]
+        return tuple(dict.fromkeys([*self.run.parameters, *own]))
+
+    @property
+    def subsamples(self) -> dict[str, torch.Tensor]:
+        """Indices of part of a plate that the guide's plates drew."""
+        return {
+            n: s["value"]
+            for n, s in self.run.sites.items()
+            if _pyro.is_subsample(s) and len(s["value"]) != s["fn"].size
+        }
 
     @property
     def sites(self) -> Mapping[str, dict[str, Any]]:
@@ -258,7 +276,9 @@ def look_at_guide(
         scopes[name] = frozenset(reached)
         if not _is_plain_delta(site) or reached & random:
             random.add(name)
-    return GuideLook(plain, scopes, frozenset(n for n in scopes if n not in random))
+    leaves = leaves_below(t for n in scopes for t in _pyro.tensors_of(plain.sites[n]["fn"]))
+    points = frozenset(n for n in scopes if n not in random)
+    return GuideLook(plain, scopes, points, frozenset(leaves))
 
 
 def _has_no_forward(guide: Any) -> bool:
@@ -511,19 +531,31 @@ def _plate_problems(structure: Structure, name: str, site: Mapping[str, Any]) ->
                     ),
                 )
             ]
-    want = tuple(structure.plates[p].size for p in info.plates)
-    have = tuple(s for s in site["fn"].batch_shape if s != 1)
-    if have and have != tuple(s for s in want if s != 1):
+    fn, prior = site["fn"], structure.unobserved[name]["fn"]
+    if _is_plain_delta(site):
+        have, want = tuple(site["value"].shape), tuple(prior.shape())
+        outside: list[str] = []
+    else:
+        have, want = tuple(fn.batch_shape), tuple(prior.batch_shape)
+        outside = [p for p in info.plates if p not in frames and structure.plates[p].size > 1]
+    if _without_leading_ones(have) != _without_leading_ones(want) or outside:
+        where = f" outside plate '{outside[0]}'" if outside else ""
         return [
             Problem(
                 f"guide site '{name}'",
-                f"its batch shape is {tuple(site['fn'].batch_shape)}, but the model's plates have "
-                f"sizes {want}.",
+                f"its shape is {have}{where}, the model's {want} in plates "
+                f"({', '.join(info.plates)}).",
                 "the guide's draw could not be the model's latent",
                 ("sample it inside the same plates as in the model", "use .to_event as the model"),
             )
         ]
     return []
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:
@@ -545,6 +577,27 @@ def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:
         else:
             routes.append(route)
     return tuple(routes)
+
+
+@dataclass(frozen=True, eq=False)
+class WithSubsamples:
+    """A model whose plates take the indices that a guide's plates of the same name drew."""
+
+    model: _pyro.Model
+    subsamples: Mapping[str, torch.Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with GiveValues({}, {}, self.subsamples):
+            return self.model(*args, **kwargs)
+
+
+def unknown_strategies(strategy: Any, latents: Iterable[str]) -> list[str]:
+    """Names and globs in a dict of strategies that match no latent."""
+    if not isinstance(strategy, Mapping):
+        return []
+    names = list(latents)
+    return [p for p in strategy if not any(n == p or fnmatchcase(n, p) for n in names)]
 
 
 def matching(strategy: Any, name: str) -> Any:

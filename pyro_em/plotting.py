@@ -69,7 +69,11 @@ def responsibilities(x: Tensor, probs: Tensor, ax: Axes | None = None, size: flo
 
 
 def ellipses(
-    mean: Tensor, covariance: Tensor, ax: Axes, levels: Sequence[float] = (0.5, 0.95)
+    mean: Tensor,
+    covariance: Tensor,
+    ax: Axes,
+    levels: Sequence[float] = (0.5, 0.95),
+    **style: Any,
 ) -> Axes:
     """Draw the regions that hold given shares of each Gaussian component.
 
@@ -78,6 +82,7 @@ def ellipses(
         covariance: Component covariances. # (K, 2, 2)
         ax: Axes to draw on.
         levels: Probability inside each ellipse.
+        **style: Passed to matplotlib's ``Ellipse``.
 
     Returns:
         The axes.
@@ -97,9 +102,12 @@ def ellipses(
                     long,
                     short,
                     angle=angle,
-                    fill=False,
-                    linewidth=1.6,
-                    edgecolor=PALETTE[k % len(PALETTE)],
+                    **{
+                        "fill": False,
+                        "linewidth": 1.6,
+                        "edgecolor": PALETTE[k % len(PALETTE)],
+                        **style,
+                    },
                 )
             )
         ax.plot(*mean[k].tolist(), marker="+", color=PALETTE[k % len(PALETTE)], markersize=10)

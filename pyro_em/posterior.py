@@ -746,14 +746,9 @@ def dot(weight: Tensor, table: Tensor) -> Tensor:
 
 
 def _pointwise(graph: FactorGraph, result: EStep) -> Tensor | None:
-    plates = [g for g in graph.groups if g.role is Role.DATA]
-    common = [set(g.dims[i][: g.n_plates]) for g in plates for i in range(len(g.members))]
-    if not common:
+    outermost = next(iter(graph.structure.data_plates), None)
+    if outermost is None or outermost not in graph.structure.plates:
         return None
-    shared = set.intersection(*common)
-    if not shared:
-        return None
-    outermost = min(shared, key=lambda p: graph.structure.plates[p].dim)
     total: Tensor | None = None
     for dims, term in result.terms:
         if outermost not in dims:

@@ -344,7 +344,10 @@ def build_program(
         with_bindings=not look_only,
     )
     contraction = contraction_of(graph)
-    notes = tuple(check_scales(graph, contraction))
+    notes = (*check_scales(graph, contraction), *structure.notes)
+    if structure.random_plates:
+        plates = ", ".join(f"'{p}'" for p in structure.random_plates)
+        notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
     updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
     program = Program(
         model,
@@ -368,7 +371,7 @@ def build_program(
     if off:
         distrust(program, off)
         random = program.disagreements(random_seed=21)
-        if random:
+        if random and not structure.random_plates:
             site, argument = random[0]
             program.notes += (
                 message(

@@ -16,7 +16,7 @@ from pyro_em.looking import Looker
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program
 from pyro_em.structure import Structure, frames_of
-from pyro_em.variational import Particle, Term, Variational
+from pyro_em.variational import Particle, Term, Variational, data_plate
 
 
 def estimate_evidence(
@@ -134,7 +134,7 @@ class _Prior:
         else:
             structure, points = found.structure, set()
             self.model = found.model
-        self.plate = _data_plate(structure)
+        self.plate = data_plate(structure)
         latents = tuple(n for n in structure.latents if n not in points)
         self.is_local = _are_local(structure, latents, self.plate)
 
@@ -154,12 +154,6 @@ def _from_posterior(q: Posterior, num_particles: int) -> EvidenceEstimate:
     row = q.pointwise if q.pointwise is not None else torch.tensor(q.log_evidence)
     outside = None if q.pointwise is None else torch.tensor(q.log_evidence) - row.sum()
     return estimate_from(row.expand(num_particles, *row.shape), "posterior", outside)
-
-
-def _data_plate(structure: Structure) -> str | None:
-    sites = [i for i in structure.sites.values() if i.role is Role.DATA]
-    shared = set.intersection(*(set(i.plates) for i in sites)) if sites else set()
-    return min(shared, key=lambda p: structure.plates[p].dim) if shared else None
 
 
 def _are_local(structure: Structure, latents: tuple[str, ...], plate: str | None) -> bool:

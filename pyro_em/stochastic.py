@@ -129,12 +129,13 @@ def run(
 
 def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
     """The bound of all data at the current parameters, batch by batch, in nats."""
-    total = 0.0
+    total, rows = 0.0, 0
     with torch.no_grad():
         for batch in batches.epoch(shuffle=False):
             factors = structure_at(trainer, batch) if batch.size is not None else {}
             loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
-            # The bounds of batches estimate that of all data; their weighted mean is it.
-            share = batch.size / batch.total if batch.size and batch.total else 1.0
-            total -= float(loss) * share
-    return total
+            # Each batch's bound estimates that of all data; their weighted mean is it.
+            share = batch.size if batch.size and batch.total else 0
+            total -= float(loss) * (share or 1)
+            rows += share
+    return total / rows if rows else total

@@ -65,9 +65,12 @@ class MonteCarlo:
     num_samples: int
 
     def __post_init__(self) -> None:
-        if self.num_samples < 1:
+        n = self.num_samples
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise UsageError(
-                message("MonteCarlo", f"num_samples={self.num_samples} is no number of draws.")
+                message(
+                    "MonteCarlo", f"num_samples={n!r} is no number of draws.", fixes=["pass 10"]
+                )
             )
 
 
@@ -86,6 +89,14 @@ class Annealed:
     schedule: Sequence[float] | Callable[[int], float]
 
     def __post_init__(self) -> None:
+        if not callable(self.schedule) and not isinstance(self.schedule, Sequence):
+            raise UsageError(
+                message(
+                    "Annealed",
+                    f"schedule={self.schedule!r} is neither a sequence nor a function.",
+                    fixes=["pass β per step: Annealed([0.2, 0.5, 0.8])"],
+                )
+            )
         if not callable(self.schedule):
             object.__setattr__(self, "schedule", tuple(float(b) for b in self.schedule))
             for step in range(len(self.schedule)):
@@ -185,8 +196,14 @@ def _monte_carlo(graph: FactorGraph, plan: ContractionPlan, tables: Tables, n: i
 
 
 def _annealed(graph: FactorGraph, plan: ContractionPlan, tables: Tables, beta: float) -> Posterior:
-    # 0 · −inf must stay −inf: structural zeros are impossible at every temperature.
-    cooled = [torch.where(t == -torch.inf, t, beta * t) for t in tables]
+    cooled = []
+    for group, table in zip(graph.groups, tables, strict=True):
+        # 0 · −inf must stay −inf: structural zeros are impossible at every temperature.
+        cool = torch.where(table == -torch.inf, table, beta * table)
+        if group.mask is not None and not group.observed:
+            # What does not count sums to one, at every temperature.
+            cool = torch.where(group.mask.expand(table.shape), cool, table)
+        cooled.append(cool)
     result = e_step(graph, plan, cooled)
     q = wrapped(graph, plan, tables, result.cells, bound=0.0, entropy=0.0)
     expected = expected_log_joint(q.counts, tables)

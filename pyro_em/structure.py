@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em import _pyro
 from pyro_em._errors import DataError, Problem, UsageError, message, raise_problems
 from pyro_em._pyro import Role
-from pyro_em.advice import on_failure
+from pyro_em.advice import changing_sites, on_failure
 from pyro_em.findings import (
     data_problems,
     latent_problems,
@@ -51,6 +51,7 @@ class SiteInfo:
         batch_dim: Number of its batch dimensions.
         role: What it stands for.
         is_discrete: Whether its support is discrete.
+        nested: Names of all its plates, sequential ones too, outermost first.
     """
 
     name: str
@@ -62,6 +63,7 @@ class SiteInfo:
     batch_dim: int
     role: Role = Role.DATA
     is_discrete: bool = False
+    nested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Structure:
         masked_pairs: For each ``obs_mask`` site the user's name -> its mask.
         random_plates: Plates with random subsampling.
         kept_values: Values of the barren sites, which nothing that counts depends on.
+        sequential: Sizes of the plates that are loops.
+        notes: Warnings in words.
         unobserved: The unobserved sites as the plain run traced them.
     """
 
@@ -92,6 +96,17 @@ class Structure:
     random_plates: tuple[str, ...] = ()
     kept_values: Mapping[str, Tensor] = field(default_factory=dict)
     unobserved: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sequential: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def data_plates(self) -> tuple[str, ...]:
+        """The plates that all observations share, outermost first; loops included."""
+        data = [i for i in self.sites.values() if i.role is Role.DATA]
+        if not data:
+            return ()
+        shared = set.intersection(*(set(i.nested) for i in data))
+        return tuple(p for p in data[0].nested if p in shared)
 
 
 def form_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -148,7 +163,7 @@ def examine(
     plates, random_plates = _plates(plain.sites, factors)
     tagged = _pyro.provenance_run(model, args, kwargs, plain)
     if set(tagged.scopes) != set(factors):
-        _refuse_changing(sorted(set(tagged.scopes) ^ set(factors)))
+        raise_problems([changing_sites(sorted(set(tagged.scopes) ^ set(factors)), random_plates)])
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
     unused = {n for n, s in factors.items() if _pyro.is_latent(s) and _masked_out(s)}
     unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
@@ -182,7 +197,9 @@ def examine(
             found.extend(data_problems(name, site))
         found.extend(shape_problems(name, site))
         if not guide_given:
-            found.extend(scope_problems(name, sorted(scope), site_plates))
+            # A continuous latent is no sum: what is said of it above is enough.
+            summed = [s for s in sorted(scope) if _enumerable(factors[s]["fn"])]
+            found.extend(scope_problems(name, summed, site_plates))
         sites[name] = SiteInfo(
             name,
             _name_of(site),
@@ -193,6 +210,7 @@ def examine(
             len(site["fn"].batch_shape),
             _pyro.role_of(site),
             _pyro.is_discrete(site["fn"]),
+            tuple(f.name for f in site["cond_indep_stack"]),
         )
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
@@ -219,25 +237,23 @@ def examine(
         random_plates,
         {n: factors[n]["value"].detach() for n in barren},
         {n: factors[n] for n in (*latents, *barren)},
+        {f.name: f.size for s in factors.values() for f in s["cond_indep_stack"] if f.dim is None},
+        tuple(_changed_mask(n) for n in plain.changed_masks),
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
 
 
+def _changed_mask(name: str) -> str:
+    return message(
+        f"site '{name}'",
+        "its mask is changed in place after the site.",
+        "densities are taken after the run, so that the site sees the later mask (as in Pyro)",
+        ["make a new tensor: mask = mask | seen instead of mask |= seen"],
+    )
+
+
 def _name_of(site: Mapping[str, Any]) -> str:
     return type(_pyro.unwrap(site["fn"])[0]).__name__
-
-
-def _refuse_changing(names: list[str]) -> None:
-    raise_problems(
-        [
-            Problem(
-                "model",
-                "its sites differ from run to run: " + ", ".join(f"'{n}'" for n in names[:4]) + ".",
-                "an exact posterior needs the same sites whatever the latents' values are",
-                ("use torch.where or indexing instead of Python branches on random values",),
-            )
-        ]
-    )
 
 
 def _refuse_inference_mode(args: tuple, kwargs: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ class Stepper:
         moved = {n: p for n, p in parameters.items() if p.grad is not None}
         if isinstance(self.optim, pyro.optim.PyroOptim):
             if self.pending is not None:
+                self.optim.optim_objs.clear()  # states are taken in by new ones only
                 self.optim.set_state(self.pending)
                 self.pending = None
             self.optim(list(moved.values()))
@@ -126,6 +127,10 @@ class Trainer:
         updates: The user's updates by parameter name, patterns resolved at each step.
         num_particles: Draws per step.
         steps: Complete steps so far.
+        steppers: The optimisers by name.
+        averages: Running averages of expected statistics.
+        pending: Optimiser states that were loaded and wait for their optimisers.
+        good: Parameters whose loss was last finite, and copies of them.
     """
 
     variational: Variational
@@ -136,7 +141,10 @@ class Trainer:
     steppers: dict[str, Stepper] = field(default_factory=dict)
     averages: dict[int, ExpectedStatistics] = field(default_factory=dict)
     pending: dict[str, Any] = field(default_factory=dict)
+    good: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
+    _is_first: bool = True
+    _last: tuple[tuple, dict[str, Any], Mapping[str, float] | None] | None = None
 
     def step(
         self,
@@ -158,12 +166,52 @@ class Trainer:
 
         Raises:
             DegenerateError: If the loss or a gradient is not finite; names the step, and the
-                parameters are those before it.
+                parameters are the last at which the loss was finite.
         """
+        try:
+            loss = self._step(args, kwargs, factors, schedule)
+        except DegenerateError:
+            if not self._is_first or not self._is_sound():
+                with torch.no_grad():
+                    for parameter, copy in self.good.values():
+                        parameter.copy_(copy)
+            raise
+        self._last = (args, kwargs, factors)
+        return loss
+
+    def _is_sound(self) -> bool:
+        """Whether the present parameters have a finite loss on the batch before this one."""
+        if self._last is None:
+            return True
+        args, kwargs, factors = self._last
+        try:
+            with torch.no_grad():
+                self.variational.loss(args, kwargs, self.num_particles, factors)
+        except DegenerateError:
+            return False
+        return True
+
+    def _step(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None,
+        schedule: Alternating | None,
+    ) -> float:
+        self._is_first = True
         if schedule is None:
             loss = self._move(args, kwargs, factors, "joint", self.optim, lambda name: True)
         else:
             own = set(self.guide_parameters)
+            if schedule.guide_steps and not own:
+                raise UsageError(
+                    message(
+                        "Alternating",
+                        "the guide has no parameters of its own.",
+                        "its turns would change nothing",
+                        ["register its networks in the guide: pyro.module(name, network)"],
+                    )
+                )
             first: float | None = None
             for _ in range(schedule.guide_steps):
                 optim = schedule.guide_optim or self.optim
@@ -181,9 +229,9 @@ class Trainer:
 
     @property
     def guide_parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that the guide reads."""
+        """Names of the parameters that the guide uses."""
         look = self.variational.routing.guide
-        return () if look is None else tuple(look.run.parameters)
+        return () if look is None else look.parameters(self.variational.parameters)
 
     def _move(
         self,
@@ -200,6 +248,9 @@ class Trainer:
         except DegenerateError as error:
             raise DegenerateError(self._named(str(error))) from None
         tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
+        if self._is_first:
+            self._remember(tensors)
+            self._is_first = False
         for p in tensors.values():
             p.grad = None
         if loss.requires_grad:
@@ -212,7 +263,9 @@ class Trainer:
             if isinstance(wish, (Fixed, ClosedForm)):
                 continue
             own = isinstance(wish, Gradient) and wish.optimizer is not None
-            by_update.setdefault(f"updates:{id(wish)}" if own else label, {})[name] = p
+            by_update.setdefault(f"updates:{_first_with(wish, wishes)}" if own else label, {})[
+                name
+            ] = p
         self._require_finite(moved)
         for key, group in by_update.items():
             if key not in self.steppers:
@@ -224,6 +277,15 @@ class Trainer:
         for p in tensors.values():
             p.grad = None
         return float(loss.detach())
+
+    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the parameters entering a step, whose loss is finite."""
+        stale = [n for n, p in tensors.items() if n not in self.good or self.good[n][0] is not p]
+        for name in stale:
+            self.good[name] = (tensors[name], torch.empty_like(tensors[name]))
+        with torch.no_grad():
+            copies = [self.good[n][1] for n in tensors]
+            torch._foreach_copy_(copies, [p.detach() for p in tensors.values()])
 
     def _wishes_for(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Update]:
         """The user's updates by name, resolved again only when parameters come or go."""
@@ -259,7 +321,7 @@ class Trainer:
 
     def _named(self, text: str) -> str:
         head, _, rest = text.partition("\n")
-        said = f"step {self.steps}: {head} The parameters before this step were kept."
+        said = f"step {self.steps}: {head} The last good parameters were kept."
         return said + ("\n" + rest if rest else "")
 
     # ------------------------------------------------------------------ closed forms on batches
@@ -284,6 +346,8 @@ class Trainer:
         with torch.no_grad():
             tables = [g.log_density().detach() for g in graph.groups]
             q = exact_posterior(graph, contraction_of(graph), tables)
+        # A component that no row of the batch belongs to is empty, not one of 1e-40 rows.
+        counts = [torch.where(c < 1e-10, 0.0, c) for c in q.counts]
         needed = groups_needed(graph, updates)
         arguments = [{n: a.detach() for n, a in g.arguments.items()} for g in graph.groups]
         # Statistics are additive about one point of reference: that of the first batch.
@@ -294,7 +358,7 @@ class Trainer:
             else [{**a, **old.references.get(k, {})} for k, a in enumerate(arguments)]
         )
         with torch.no_grad():
-            new = expected_statistics(graph, q.counts, about, needed)
+            new = expected_statistics(graph, counts, about, needed)
         if old is None:
             average = new
         else:
@@ -304,7 +368,7 @@ class Trainer:
             step_size = next((g for g in given if g is not None), (self.steps + 1) ** -0.6)
             average = old * (1 - step_size) + new * step_size
         self.averages[0] = average
-        m_step(graph, updates, q.counts, arguments, _no_gradient, MStepState(), average)
+        m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), average)
 
     def _granted(
         self, graph: FactorGraph, names: set[str], asked: Mapping[str, Update]
@@ -328,8 +392,29 @@ class Trainer:
         return out
 
     def state(self) -> dict[str, Any]:
-        """Optimiser states by name, for saving."""
-        return {k: s.state() for k, s in self.steppers.items() if not k.startswith("updates:")}
+        """What a saved fit needs to continue on the same path: tensors and numbers."""
+        average = self.averages.get(0)
+        return {
+            "optimizers": {k: s.state() for k, s in self.steppers.items()},
+            "baselines": dict(self.variational.baselines),
+            "steps": self.steps,
+            "sums": {} if average is None else {g: dict(v) for g, v in average.sums.items()},
+            "references": {}
+            if average is None
+            else {g: dict(v) for g, v in average.references.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where a saved fit stopped."""
+        self.pending = dict(state.get("optimizers", {}))
+        self.variational.baselines.update(state.get("baselines", {}))
+        self.steps = int(state.get("steps", 0))
+        if state.get("sums"):
+            self.averages[0] = ExpectedStatistics(state["sums"], state["references"])
+
+
+def _first_with(wish: Update | None, wishes: Mapping[str, Update]) -> str:
+    return next(n for n, w in wishes.items() if w is wish)
 
 
 def _no_gradient(values: Mapping[str, Tensor], groups: Sequence[int]) -> Mapping[int, Tensor]:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, message, raise_problems
+from pyro_em._errors import DegenerateError, Problem, message, raise_problems
 from pyro_em._pyro import GuideSites, Role
 from pyro_em.contraction import contract
 from pyro_em.graph import FactorGraph, Group, trace_graph
@@ -61,7 +62,7 @@ class Particle:
 
     Attributes:
         terms: What the bound is the sum of.
-        scores: Per drawn site that cannot be reparameterised log q, scaled and masked.
+        scores: Per drawn site that cannot be reparameterised log q, masked and not scaled.
         values: What was drawn.
         graph: The factor graph at the draw, where latents were summed.
         log_q: log q of the whole draw in nats.
@@ -180,7 +181,7 @@ class Variational:
         return self._with_scores(terms, sites, None, report, values)
 
     def _summed(self, args: tuple, kwargs: dict[str, Any], report: bool) -> Particle:
-        record: dict[str, Tensor] = {}
+        record: list[GuideSites] = []
         assert isinstance(self.pair, Pair)
         graph = trace_graph(
             replace(self.pair, record=record),
@@ -201,15 +202,21 @@ class Variational:
                 if group.role is not Role.GUIDE:
                     flat.append(table[i])
                     continue
+                own = name.removeprefix(GuideSites.prefix)
                 log_q = table[i] * group.scale[i]
-                fn = self.routing.guide.sites[name.removeprefix(GuideSites.prefix)]["fn"]  # type: ignore[union-attr]
-                sites[name] = {"fn": fn, "log_prob": log_q, "dims": group.dims[i]}
+                sites[name] = {
+                    "fn": self.routing.guide.sites[own]["fn"],  # type: ignore[union-attr]
+                    "infer": record[-1].infer[own],
+                    "log_prob": log_q,
+                    "score": table[i],
+                    "dims": group.dims[i],
+                }
                 value = log_q if _reparameterised(sites[name]) else log_q.detach()
                 terms.append(Term(name, Role.GUIDE, group.dims[i], -value))
                 flat.append(torch.zeros_like(table[i]))
         for dims, value in contract(plan, flat, scales=scales_of(graph)):
             terms.append(Term("summed", None, dims, value))
-        return self._with_scores(terms, sites, graph, report, record)
+        return self._with_scores(terms, sites, graph, report, record[-1].values)
 
     def _with_scores(
         self,
@@ -227,8 +234,13 @@ class Variational:
             if report and "log_prob" in site:
                 log_q += float(site["log_prob"].detach().sum())
             if not _reparameterised(site):
-                dims = site["dims"] if "dims" in site else _dims(site, site["log_prob"])
-                scores[own] = Term(own, Role.GUIDE, dims, site["log_prob"])
+                # The cost carries the scale, the score does not.
+                if "score" in site:
+                    score, dims = site["score"], site["dims"]
+                else:
+                    score = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+                    dims = _dims(site, score)
+                scores[own] = Term(own, Role.GUIDE, dims, score)
                 baselines[own] = site.get("infer", {}).get("baseline", {})
         return Particle(tuple(terms), scores, values, graph, log_q, baselines)
 
@@ -245,7 +257,7 @@ class Variational:
                 guide_given=True,
             )
             if problems:
-                raise_problems(problems)
+                raise_problems([_in_users_names(p) for p in problems])
             if len(self._structures) >= _KEPT:
                 self._structures.pop(next(iter(self._structures)))
             self._structures[key] = structure
@@ -365,10 +377,8 @@ class Variational:
 
     @property
     def data_plate(self) -> str | None:
-        """The outermost plate that all observations share."""
-        sites = [i for i in self.bare.sites.values() if i.role is Role.DATA]
-        shared = set.intersection(*(set(i.plates) for i in sites)) if sites else set()
-        return min(shared, key=lambda p: self.bare.plates[p].dim) if shared else None
+        """The outermost plate that all observations share, where it is no loop."""
+        return data_plate(self.bare)
 
     @property
     def is_exact(self) -> bool:
@@ -401,8 +411,8 @@ class Variational:
         decay = float(options.get("baseline_beta", 0.9))
         size = max(cost.numel(), 1)
         mean = float(cost.sum()) / size
-        average = self.baselines.get(name, 0.0 if not options else mean)
         known = name in self.baselines
+        average = self.baselines.get(name, 0.0)  # never of this draw: that would be a bias
         self.baselines[name] = decay * average + (1 - decay) * mean if known else mean
         learned: Tensor | None = None
         if "nn_baseline" in options:
@@ -438,6 +448,12 @@ class Variational:
                 return self.guide(*args, **kwargs)
 
         return model, guide
+
+
+def data_plate(structure: Structure) -> str | None:
+    """The outermost plate that all observations share; None where it is a loop, or there is none."""
+    outermost = next(iter(structure.data_plates), None)
+    return outermost if outermost in structure.plates else None
 
 
 @dataclass(frozen=True)
@@ -510,7 +526,34 @@ def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, A
             return -float(elbo.loss(which, guide, *args, **kwargs))
 
     total, negative_kl = value(model), value(without(observed_only=True))
-    return Split(total, total - negative_kl, 0.0, value(without(observed_only=False)))
+    entropy = value(without(observed_only=False))
+    log_prior = 0.0
+    if variational.routing.points:
+        with torch.no_grad():
+            sites = _pyro.drawn_run(variational.point_model(), args, kwargs).sites
+        log_prior = sum(
+            float(s["log_prob"].sum())
+            for s in sites.values()
+            if _pyro.is_factor(s) and _pyro.role_of(s) is Role.POINT
+        )
+    return Split(total, total - negative_kl, log_prior, entropy)
+
+
+def _in_users_names(problem: Problem) -> Problem:
+    """A finding about the pair, with the guide's sites as the user called them."""
+
+    def told(text: str) -> str:
+        return text.replace(f"site '{GuideSites.prefix}", "guide site '").replace(
+            f"'{GuideSites.prefix}", "'"
+        )
+
+    return replace(
+        problem,
+        where=told(problem.where),
+        what=told(problem.what),
+        why=told(problem.why),
+        fixes=tuple(told(f) for f in problem.fixes),
+    )
 
 
 def _kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Term:
@@ -598,6 +641,8 @@ def _counts_alike(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
 
 
 def _has_kl(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
+    if type(_pyro.unwrap(q["fn"])[0]) is dist.Delta:  # its log_density is no part of that formula
+        return False
     try:
         with torch.no_grad():
             return kl_divergence(q["fn"], p["fn"]).shape == q["fn"].batch_shape

@@ -8,6 +8,7 @@ asked for it, otherwise refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -62,7 +63,8 @@ def closed_form(
         numerator, denominator = numerator + n, denominator + d
     if update.priors:
         _refuse_boundary_mode(update, graph, kind, numerator, denominator, value)
-    used = _used_events(update.uses, value, event)
+    selections = [u.selection for u in update.uses] + [p.selection for p in update.priors]
+    used = _used_events(selections, value, event)
     old = _natural(update, value.reshape(n_events, *value.shape[value.dim() - event :]))
     natural, massless = _solve(kind, numerator, denominator)
     keep = massless | ~used
@@ -78,7 +80,10 @@ def closed_form(
     if event == 0:
         interval = bounds(graph.parameters[update.name].constraint)
         if interval is not None:
-            new = torch.where(keep.reshape(value.shape), value, new.clamp(*interval))
+            low, high = interval
+            if update.priors and math.isfinite(high):  # a Uniform prior is zero at its upper end
+                high -= 8 * torch.finfo(value.dtype).eps * max(abs(high), high - max(low, -high))
+            new = torch.where(keep.reshape(value.shape), value, new.clamp(low, high))
     if not bool(torch.isfinite(new).all()):
         bad = int((~torch.isfinite(new)).reshape(n_events, -1).any(-1).nonzero()[0])
         raise DegenerateError(
@@ -154,11 +159,11 @@ def _natural(update: ParameterUpdate, rows: Tensor) -> Tensor:
     return update.uses[0].rule.link.inverse(out)
 
 
-def _used_events(uses: Sequence[Use], value: Tensor, event: int) -> Tensor:
+def _used_events(selections: Sequence[Selection], value: Tensor, event: int) -> Tensor:
     size = _prod(value.shape[value.dim() - event :])
     used = torch.zeros(value.numel() // size, dtype=torch.bool, device=value.device)
-    for use in uses:
-        index = use.selection.index
+    for selection in selections:
+        index = selection.index
         used[(index[index >= 0] // size).reshape(-1)] = True
     return used
 

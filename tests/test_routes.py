@@ -1,0 +1,551 @@
+"""Which latents are summed, drawn or estimated; what the plan says; what is refused, in words."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pyro.infer.autoguide as auto
+import pytest
+import torch
+from pyro import poutine
+from torch.distributions import constraints
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from pyro_em import Alternating, ExactPosteriorEM, PyroEMError, PyroEMWarning
+from pyro_em.result import EMStatus
+
+T = torch.tensor
+
+
+def mixture(x):
+    """A continuous code under a label, both per row."""
+    w = pyro.param("w", T([0.4, 0.6]), constraint=constraints.simplex)
+    with pyro.plate("n", len(x)):
+        y = pyro.sample("y", dist.Categorical(w))
+        h = pyro.sample("h", dist.Normal(T([-1.0, 1.0])[y], 1.0))
+        pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+
+
+def both(x):
+    """A guide of both latents, independent."""
+    a = pyro.param("a", T(0.5))
+    with pyro.plate("n", len(x)):
+        pyro.sample("y", dist.Categorical(logits=torch.zeros(2)))
+        pyro.sample("h", dist.Normal(a * x, 0.5))
+
+
+def y_then_h(x):
+    """q(y | x) q(h | x, y)."""
+    a = pyro.param("a", T([0.5, 0.7]))
+    with pyro.plate("n", len(x)):
+        y = pyro.sample("y", dist.Categorical(logits=torch.stack([-x, x], -1)))
+        pyro.sample("h", dist.Normal(a[y] * x, 0.5))
+
+
+def bayesian(x):
+    """Global continuous latents, one per component, and labels."""
+    w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+    s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("k", 2):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(mu[z], s), obs=x)
+
+
+def normal(x):
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+
+def normal_guide(x):
+    a = pyro.param("a", T(0.1))
+    with pyro.plate("n", len(x)):
+        pyro.sample("h", dist.Normal(a * x, 0.7))
+
+
+def routes(em: ExactPosteriorEM, *args) -> dict[str, str]:
+    return {r.site: r.route for r in em.plan(*args).routes}
+
+
+def reasons(em: ExactPosteriorEM, *args) -> dict[str, str]:
+    return {r.site: r.reason for r in em.plan(*args).routes}
+
+
+def says(text: str, *words: str) -> None:
+    for word in words:
+        assert word in text, f"{word!r} is not in:\n{text}"
+
+
+X = [-1.5, -0.5, 0.7, 2.0]
+
+
+# ------------------------------------------------------------------ routes
+
+
+def test_an_exact_latent_leaves_its_guide_site_unused() -> None:
+    em = ExactPosteriorEM(mixture, both)
+    plan = str(em.plan(T(X)))
+    assert routes(em, T(X)) == {"y": "enumerate", "h": "guide"}
+    says(plan, "its guide site is not used", "reparameterised draw", "stochastic", "no optim")
+
+
+def test_a_guide_site_that_another_needs_is_kept() -> None:
+    em = ExactPosteriorEM(mixture, y_then_h)
+    assert routes(em, T(X)) == {"y": "guide", "h": "guide"}
+    says(reasons(em, T(X))["y"], "guide's site 'h' depends on it", "enumerated in the guide")
+
+
+def test_past_the_budget_the_guide_takes_over_and_the_cost_is_named() -> None:
+    x = torch.randn(50)
+
+    def model(x):
+        with pyro.plate("n", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(30) / 30))
+            z = pyro.sample("z", dist.Categorical(torch.ones(30) / 30))
+            pyro.sample("x", dist.Normal((y + z).to(x.dtype), 1.0), obs=x)
+
+    def guide(x):
+        lo = pyro.param("lo", torch.zeros(30))
+        with pyro.plate("n", len(x)):
+            pyro.sample("y", dist.Categorical(logits=lo))
+            pyro.sample("z", dist.Categorical(logits=lo))
+
+    assert set(routes(ExactPosteriorEM(model, guide), x).values()) == {"enumerate"}
+    em = ExactPosteriorEM(model, guide, max_enumeration=10_000)
+    assert "guide" in routes(em, x).values()
+    says(" ".join(reasons(em, x).values()), "45,000 cells", "max_enumeration=10,000")
+    with pytest.raises(PyroEMError, match="max_enumeration"):
+        ExactPosteriorEM(model, max_enumeration=10_000).plan(x)
+
+
+def test_strategies_by_name_and_glob() -> None:
+    def model(x):
+        with pyro.plate("n", len(x)):
+            zs = [pyro.sample(f"z_{t}", dist.Bernoulli(0.3)) for t in range(3)]
+            y = pyro.sample("y", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(sum(zs) + y, 1.0), obs=x)
+
+    def guide(x):
+        p = pyro.param("p", T(0.4), constraint=constraints.unit_interval)
+        with pyro.plate("n", len(x)):
+            for name in ("z_0", "z_1", "z_2", "y"):
+                pyro.sample(name, dist.Bernoulli(p))
+
+    def at(strategy):
+        pyro.clear_param_store()
+        return routes(ExactPosteriorEM(model, guide, strategy=strategy), T(X))
+
+    assert set(at("exact").values()) == {"enumerate"}
+    assert set(at("guide").values()) == {"guide"}
+    assert at({"z_*": "guide"}) == {
+        "z_0": "guide",
+        "z_1": "guide",
+        "z_2": "guide",
+        "y": "enumerate",
+    }
+    assert at({"z_*": "guide", "z_1": "exact"})["z_1"] == "enumerate"
+    em = ExactPosteriorEM(model, guide, strategy={"z_*": "guide"})
+    says(reasons(em, T(X))["z_0"], "strategy='guide'", "score function with a baseline")
+
+
+def test_strategy_guide_sums_what_the_guide_lacks() -> None:
+    em = ExactPosteriorEM(mixture, lambda x: normal_guide(x), strategy="guide")
+    assert routes(em, T(X)) == {"y": "enumerate", "h": "guide"}
+    says(reasons(em, T(X))["y"], "the guide lacks it")
+
+
+def test_an_unneeded_guide_is_said() -> None:
+    def model(x):
+        mu = pyro.param("mu", T([-1.0, 1.0]))
+        with pyro.plate("n", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[y], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("y", dist.Categorical(logits=pyro.param("lo", torch.zeros(2))))
+
+    em = ExactPosteriorEM(model, guide)
+    says(str(em.plan(T(X))), "the guide is not used")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert em.fit(T(X), progress=False).log_evidence is not None
+
+
+def test_points_and_labels_are_exact_whatever_the_guide_has_beside() -> None:
+    """A Delta for the means; a guide site of the summed label that stays unused."""
+
+    def guide(x):
+        pyro.sample("w", dist.Delta(pyro.param("pw", T([0.5, 0.5])), event_dim=1))
+        pyro.sample("s", dist.Delta(pyro.param("ps", T(1.0), constraint=constraints.positive)))
+        with pyro.plate("k", 2):
+            pyro.sample("mu", dist.Delta(pyro.param("pm", T([-1.0, 1.0]))))
+        with pyro.plate("n", len(x)):
+            pyro.sample("z", dist.Categorical(logits=pyro.param("lo", torch.zeros(2))))
+
+    em = ExactPosteriorEM(bayesian, guide)
+    want = dict.fromkeys(("w", "s", "mu"), "point estimate") | {"z": "enumerate"}
+    assert routes(em, T(X)) == want
+    terms = em.elbo(T(X))
+    assert terms.exact and terms.gap == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_delta_with_a_log_density_is_no_point() -> None:
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Delta(pyro.param("a", torch.zeros(4)), log_density=T(0.7)))
+
+    em = ExactPosteriorEM(normal, guide)
+    assert routes(em, T(X)) == {"h": "guide"}
+    x = T(X)
+    want = dist.Normal(0.0, 1.0).log_prob(torch.zeros(4)) + dist.Normal(0.0, 1.0).log_prob(x) - 0.7
+    assert em.elbo(x).value == pytest.approx(float(want.sum()), abs=1e-9)
+
+
+# ------------------------------------------------------------------ autoguides
+
+GUIDES = {
+    "AutoNormal": auto.AutoNormal,
+    "AutoDiagonalNormal": auto.AutoDiagonalNormal,
+    "AutoMultivariateNormal": auto.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": auto.AutoLowRankMultivariateNormal,
+    "AutoIAFNormal": partial(auto.AutoIAFNormal, hidden_dim=[8]),
+    "AutoDelta": auto.AutoDelta,
+    "AutoLaplaceApproximation": auto.AutoLaplaceApproximation,
+    "partial": partial(auto.AutoNormal, init_scale=0.3),
+    "factory": lambda model: auto.AutoNormal(model, init_scale=0.3),
+}
+
+
+@pytest.mark.parametrize("name", list(GUIDES))
+def test_autoguides_of_a_model_with_labels(name) -> None:
+    em = ExactPosteriorEM(bayesian, GUIDES[name], lambda p: torch.optim.Adam(p, lr=0.02))
+    found = routes(em, T(X))
+    points = name == "AutoDelta"
+    assert found["z"] == "enumerate"
+    if name == "AutoLaplaceApproximation":
+        # Its Deltas of constrained sites carry a Jacobian: no plain points.
+        assert (found["mu"], found["s"]) == ("point estimate", "guide")
+    else:
+        assert {found[n] for n in ("w", "s", "mu")} == {"point estimate" if points else "guide"}
+    before = em.elbo(T(X), num_particles=20).value
+    result = em.fit(T(X), max_steps=60, seed=0, progress=False)
+    assert em.elbo(T(X), num_particles=20).value > before - 1.0
+    assert result.posterior.probs("z").shape == (4, 2)
+
+
+def test_a_list_of_autoguides() -> None:
+    def build(model):
+        guide = auto.AutoGuideList(model)
+        guide.append(auto.AutoNormal(poutine.block(model, hide=["w"])))
+        guide.append(auto.AutoDelta(poutine.block(model, expose=["w"])))
+        return guide
+
+    em = ExactPosteriorEM(bayesian, build)
+    found = routes(em, T(X))
+    assert found == {"w": "point estimate", "s": "guide", "mu": "guide", "z": "enumerate"}
+    assert em.elbo(T(X)).log_prior == pytest.approx(0.0, abs=1e-9)  # log Dirichlet(1, 1) density
+
+
+def test_an_autoguide_on_the_full_model_gets_advice() -> None:
+    with pytest.raises(PyroEMError) as error:
+        ExactPosteriorEM(bayesian, auto.AutoNormal(bayesian)).plan(T(X))
+    says(str(error.value), "AutoNormal", "pass the class", "poutine.block")
+
+
+def test_an_autoguide_built_by_the_user_on_the_continuous_part() -> None:
+    guide = auto.AutoNormal(poutine.block(bayesian, hide=["z"]))
+    em = ExactPosteriorEM(bayesian, guide)
+    assert routes(em, T(X))["z"] == "enumerate" and em.guide is guide
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(PyroEMError) as error:
+        call()
+    says(str(error.value), *words)
+
+
+def test_latents_without_a_route() -> None:
+    refused(lambda: ExactPosteriorEM(normal).plan(T(X)), "'h'", "guide")
+
+    def misses(x):
+        pyro.sample("s", dist.Delta(pyro.param("ps", T(1.0))))
+
+    refused(
+        lambda: ExactPosteriorEM(bayesian, misses).plan(T(X)), "'w'", "'mu'", "the guide lacks it"
+    )
+
+
+def test_guide_sites_that_do_not_fit() -> None:
+    def stranger(x):
+        normal_guide(x)
+        pyro.sample("q", dist.Normal(0.0, 1.0))
+
+    refused(lambda: ExactPosteriorEM(normal, stranger).plan(T(X)), "'q'", "no such site", "'h'")
+
+    def observed(x):
+        normal_guide(x)
+        pyro.sample("x", dist.Normal(0.0, 1.0))
+
+    refused(lambda: ExactPosteriorEM(normal, observed).plan(T(X)), "'x'", "observes")
+
+    def larger(x):
+        with pyro.plate("n", len(x) + 1):
+            pyro.sample("h", dist.Normal(pyro.param("a", T(0.0)), 1.0))
+
+    refused(lambda: ExactPosteriorEM(normal, larger).plan(T(X)), "plate 'n'", "5", "4")
+
+
+def test_one_draw_for_a_whole_plate_is_refused() -> None:
+    """Pyro: "Model and guide shapes disagree at site 'h'"."""
+
+    def guide(x):
+        pyro.sample("h", dist.Normal(pyro.param("a", T(0.0)), 1.0))
+
+    refused(lambda: ExactPosteriorEM(normal, guide).plan(T(X)), "'h'")
+
+
+def test_draws_along_another_dim_are_refused() -> None:
+    def model(x):
+        with pyro.plate("n", len(x), dim=-2):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h, 1.0), obs=x[:, None])
+
+    def guide(x):
+        pyro.sample("h", dist.Normal(pyro.param("a", torch.zeros(4)), 1.0))
+
+    refused(lambda: ExactPosteriorEM(model, guide).plan(T(X)), "'h'")
+
+
+def test_a_guide_that_raises() -> None:
+    def guide(x):
+        raise ValueError("no such luck")
+
+    refused(lambda: ExactPosteriorEM(normal, guide).plan(T(X)), "guide", "no such luck")
+
+
+def test_an_unknown_number_of_data_names_the_users_site() -> None:
+    em = ExactPosteriorEM(with_global, with_global_guide)
+    loader = DataLoader(Stream(torch.randn(8)), 4)
+    refused(lambda: em.fit(loader, num_epochs=1, progress=False), "'g'")
+
+
+class Stream(IterableDataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x)
+
+
+def with_global(x):
+    g = pyro.sample("g", dist.Normal(0.0, 1.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", dist.Normal(g, 1.0), obs=x)
+
+
+def with_global_guide(x):
+    pyro.sample("g", dist.Normal(pyro.param("a", T(0.1)), 0.5))
+
+
+def test_loaders() -> None:
+    em = ExactPosteriorEM(with_global, with_global_guide)
+    loader = DataLoader(Stream(torch.randn(8)), 4)
+    refused(lambda: em.fit(loader, num_epochs=1, progress=False), "num_data")
+    assert em.fit(loader, num_epochs=1, num_data=8, progress=False).num_steps == 2
+    refused(lambda: em.fit(loader, batch_size=2), "batch_size", "DataLoader")
+    refused(lambda: em.step(loader), "one batch")
+
+
+def test_an_empty_loader() -> None:
+    em = ExactPosteriorEM(normal, normal_guide)
+    loader = DataLoader(TensorDataset(torch.zeros(0)), 2)
+    refused(lambda: em.fit(loader, num_epochs=1, progress=False), "empty")
+
+
+def test_keywords_of_the_other_kind_of_fit() -> None:
+    def model(x):
+        mu = pyro.param("mu", T([-1.0, 1.0]))
+        with pyro.plate("n", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[y], 1.0), obs=x)
+
+    refused(lambda: ExactPosteriorEM(model).fit(T(X), batch_size=2), "batch_size", "exact fit")
+    em = ExactPosteriorEM(normal, normal_guide)
+    refused(lambda: em.fit(T(X), init="random"), "init", "stochastic")
+    refused(lambda: em.fit(T(X), num_restarts=3), "num_restarts", "stochastic")
+    refused(lambda: em.fit(T(X), batch_size=9), "batch_size=9", "4 rows")
+    refused(lambda: em.fit(T(X), batch_size=2, schedule="both"), "schedule")
+    refused(lambda: em.elbo(T(X), q={"h": torch.ones(4)}), "q was given")
+    refused(lambda: em.estimate_evidence(T(X), proposal="posterior"), "no exact posterior")
+    refused(lambda: em.estimate_evidence(T(X), proposal="oracle"), "oracle")
+
+
+# ------------------------------------------------------------------ fits that break
+
+
+def breaking(at: int):
+    """A model whose loss is NaN at run ``at`` after being armed."""
+    count = {"left": 10**9}
+
+    def model(x):
+        count["left"] -= 1
+        b = pyro.param("b", T(1.0))
+        scale = b * (float("nan") if count["left"] == 0 else 1.0)
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h * scale, 1.0, validate_args=False), obs=x)
+
+    return model, count
+
+
+def test_a_nan_loss_keeps_the_last_good_parameters_and_names_the_step() -> None:
+    model, count = breaking(5)
+    em = ExactPosteriorEM(model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01))
+    seen = []
+
+    def watch(step) -> None:
+        seen.append({n: v.detach().clone() for n, v in step.params.items()})
+        if len(seen) == 5:
+            count["left"] = 1
+
+    with pytest.warns(PyroEMWarning, match="step 5"):
+        result = em.fit(T(X), max_steps=20, callbacks=watch, seed=0, progress=False)
+    assert result.status is EMStatus.DEGENERATE and result.num_steps == 5
+    for name, value in seen[-1].items():
+        assert torch.equal(result.params[name], value)
+    assert not result.converged
+    says(result.message, "step 5", "kept")
+
+
+def test_a_step_too_far_returns_to_parameters_with_a_finite_bound() -> None:
+    em = ExactPosteriorEM(normal, normal_guide, lambda p: torch.optim.SGD(p, lr=1e200))
+    with pytest.warns(PyroEMWarning):
+        result = em.fit(T(X), max_steps=20, seed=0, progress=False)
+    assert result.status is EMStatus.DEGENERATE
+    assert torch.isfinite(T(result.elbo))
+
+
+def test_an_alternating_step_that_breaks_is_undone_whole() -> None:
+    model, count = breaking(0)
+    em = ExactPosteriorEM(model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01))
+    seen = []
+
+    def watch(step) -> None:
+        seen.append({n: v.detach().clone() for n, v in step.params.items()})
+        if len(seen) == 3:
+            count["left"] = 2  # the guide's run is fine, the model's is not
+
+    with pytest.warns(PyroEMWarning, match="step 3"):
+        result = em.fit(
+            T(X), max_steps=9, callbacks=watch, seed=0, progress=False, schedule=Alternating(1, 1)
+        )
+    for name, value in seen[-1].items():
+        assert torch.equal(result.params[name], value), name
+
+
+def test_an_interrupt_returns_a_result() -> None:
+    def stop(step) -> None:
+        if step.index == 3:
+            raise KeyboardInterrupt
+
+    em = ExactPosteriorEM(normal, normal_guide)
+    result = em.fit(T(X), max_steps=20, callbacks=stop, progress=False)
+    assert result.status is EMStatus.INTERRUPTED and result.num_steps == 4
+    assert em.fit(T(X), max_steps=2, progress=False).total_steps == 6
+
+
+# ------------------------------------------------------------------ keeping
+
+
+def counts(x):
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.Poisson(2.0))
+        pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+
+def counts_guide(x):
+    a = pyro.param("a", T(1.0), constraint=constraints.positive)
+    with pyro.plate("n", len(x)):
+        pyro.sample("h", dist.Poisson(a))
+
+
+OPTIMS = {
+    "torch": lambda: partial(torch.optim.Adam, lr=0.05),
+    "pyro": lambda: pyro.optim.Adam({"lr": 0.05}),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    [
+        ("new", "path"),
+        ("same", "path"),
+        ("new", "score"),
+        ("same", "score"),
+    ],
+)
+@pytest.mark.parametrize("optim", list(OPTIMS))
+def test_a_loaded_fit_continues_as_if_it_had_not_stopped(tmp_path, where, optim, kind) -> None:
+    pair = (normal, normal_guide) if kind == "path" else (counts, counts_guide)
+    x = T(X).abs()
+
+    def run(em, seed):
+        torch.manual_seed(seed)
+        return [em.step(x) for _ in range(8)]
+
+    em = ExactPosteriorEM(*pair, OPTIMS[optim]())
+    run(em, 1)
+    em.save(tmp_path / "fit.pt")
+    want = run(em, 2)
+    end = pyro.param("a").detach().clone()
+    if where == "new":
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(*pair, OPTIMS[optim]())
+    em.load(tmp_path / "fit.pt")
+    if where == "new":
+        em.plan(x)
+    assert run(em, 2) == pytest.approx(want, abs=1e-12)
+    assert torch.allclose(pyro.param("a"), end, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        "drawn",
+        "enumerated",
+        "exact sums",
+        "points",
+    ],
+)
+def test_looking_changes_no_parameter_and_no_random_number(guide) -> None:
+    x = T(X)
+    given = {
+        "drawn": (normal, normal_guide, "exact"),
+        "enumerated": (mixture, y_then_h, "guide"),
+        "exact sums": (mixture, both, "exact"),
+        "points": (bayesian, auto.AutoDelta, "exact"),
+    }[guide]
+    em = ExactPosteriorEM(given[0], given[1], strategy=given[2])
+    em.plan(x)
+    store = pyro.get_param_store()
+    before = {n: (id(p), p.detach().clone()) for n, p in store._params.items()}
+    state = torch.get_rng_state()
+    em.plan(x)
+    assert torch.equal(state, torch.get_rng_state())
+    em.posterior(x).mode()
+    em.elbo(x)
+    em.evaluate_loss(x)
+    for proposal in ("prior", None):
+        em.estimate_evidence(x, num_particles=5, proposal=proposal)
+    assert {n: id(p) for n, p in store._params.items()} == {n: i for n, (i, _) in before.items()}
+    for name, p in store._params.items():
+        assert torch.equal(p.detach(), before[name][1]) and p.grad is None
