@@ -183,8 +183,8 @@ def check_collisions(
         args: The positional arguments of the call.
         keywords: The method's keywords.
         method: Its name.
-        passed: Keywords that the call gave; an argument with a default that none of them is cannot
-            be mistaken. All, where None.
+        passed: Keywords that the call gave; an argument with the default None that none of them is
+            cannot be mistaken (Pyro's examples have ``batch_size=None``). All, where None.
     """
     left = signature_of(model)[len(args) :]
     given = tuple(keywords)
@@ -192,7 +192,7 @@ def check_collisions(
         p
         for p in left
         if p.name in given
-        and (passed is None or p.name in passed or p.default is inspect.Parameter.empty)
+        and (passed is None or p.name in passed or p.default is not None)
     ]
     if clash:
         by_position = clash[0].kind is not inspect.Parameter.KEYWORD_ONLY
