@@ -237,7 +237,6 @@ def main() -> None:
     report(em, train, "training")
     report(em, held_out, "held out")
     print(em.estimate_evidence(held_out, num_particles=500))
-    print("(effective sample size and Pareto k̂ are those of the worst of the held-out images)")
     try:
         draw(vae, result, (x, digits), TRAIN, options.batch, options.figure)
         print(f"\nfigure: {options.figure}")

@@ -191,8 +191,7 @@ def check_collisions(
     clash = [
         p
         for p in left
-        if p.name in given
-        and (passed is None or p.name in passed or p.default is not None)
+        if p.name in given and (passed is None or p.name in passed or p.default is not None)
     ]
     if clash:
         by_position = clash[0].kind is not inspect.Parameter.KEYWORD_ONLY

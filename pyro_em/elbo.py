@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em._pyro import Role
+from pyro_em.e_step import dot
 from pyro_em.graph import FactorGraph
-from pyro_em.posterior import Posterior, dot
+from pyro_em.posterior import Posterior
 from pyro_em.variational import Particle, Variational, split
 
 

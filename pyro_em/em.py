@@ -45,7 +45,8 @@ from pyro_em.loop import (
 from pyro_em.m_step import LeastSquares, Update, apply_floors
 from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
-from pyro_em.posterior import Posterior, product_posterior, regrouped
+from pyro_em.posterior import Posterior, regrouped
+from pyro_em.posteriors import product_posterior
 from pyro_em.program import Evaluation, Program, parameters_at
 from pyro_em.proposals import estimate_evidence
 from pyro_em.result import EMResult, EMStatus, EMStep

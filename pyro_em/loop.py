@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from pyro_em._errors import DataError, DegenerateError, PyroEMWarning, UsageError, message
 from pyro_em._pyro import restore, snapshot
 from pyro_em.advice import sites_in_words
+from pyro_em.e_step import dot, expected_log_joint
 from pyro_em.m_step import apply_floors
-from pyro_em.posterior import Posterior, dot, expected_log_joint
+from pyro_em.posterior import Posterior
 from pyro_em.program import Evaluation, Program, distrust
 from pyro_em.result import EMStatus, EMStep
 from pyro_em.starts import given_counts, random_counts

@@ -17,10 +17,10 @@ from pyro_em._pyro import Role, snapshot
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
 from pyro_em.drawn import DrawnPosterior
+from pyro_em.e_step import scales_of
 from pyro_em.loop import Run, Settings, rate_of_convergence
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.plan import Plan
-from pyro_em.posterior import scales_of
 from pyro_em.program import Program, parameters_at
 from pyro_em.result import EMResult, EMStatus, History, Params, free_parameters
 from pyro_em.standard_errors import StandardErrors, standard_errors

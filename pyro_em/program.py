@@ -22,6 +22,7 @@ from pyro_em import _pyro
 from pyro_em._errors import ModelError, UsageError, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
+from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
@@ -33,12 +34,8 @@ from pyro_em.plan import (
     edges_of,
     routes_of,
 )
-from pyro_em.posterior import (
-    Posterior,
-    check_scales,
-    contraction_of,
-    exact_posterior,
-)
+from pyro_em.posterior import Posterior
+from pyro_em.posteriors import exact_posterior
 from pyro_em.strategies import (
     Annealed,
     EStepStrategy,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pyro_em._errors import UsageError, message
 from pyro_em.contraction import ContractionPlan, log_sum_exp, maximum
+from pyro_em.e_step import run_contraction
 from pyro_em.graph import FactorGraph, Latent
-from pyro_em.posterior import run_contraction
 
 Start = None | Literal["random"] | Mapping[str, Any]
 

@@ -21,17 +21,10 @@ from torch import Tensor
 
 from pyro_em._errors import UsageError, message
 from pyro_em.contraction import ContractionPlan, maximum
+from pyro_em.e_step import Tables, draw, e_step, expected_log_joint, run_contraction
 from pyro_em.graph import FactorGraph
-from pyro_em.posterior import (
-    Posterior,
-    Tables,
-    draw,
-    e_step,
-    exact_posterior,
-    expected_log_joint,
-    run_contraction,
-    wrapped,
-)
+from pyro_em.posterior import Posterior
+from pyro_em.posteriors import exact_posterior, wrapped
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_em.contraction import contract, evidence
+from pyro_em.e_step import contraction_of, e_step, scales_of
 from pyro_em.graph import trace_graph
 from pyro_em.looking import Looker
-from pyro_em.posterior import contraction_of, e_step, scales_of
 from pyro_em.program import Program
 from pyro_em.structure import form_of
 from pyro_em.variational import Variational

@@ -19,10 +19,10 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import restore, snapshot
+from pyro_em.e_step import expected_log_joint
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.families import _REGISTRY, Family, Kind
 from pyro_em.m_step import ClosedForm
-from pyro_em.posterior import expected_log_joint
 from pyro_em.program import Program
 
 

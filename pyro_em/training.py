@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, UsageError, message
+from pyro_em.e_step import contraction_of
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import (
     ClosedForm,
@@ -33,7 +34,7 @@ from pyro_em.m_step import (
     groups_needed,
     m_step,
 )
-from pyro_em.posterior import contraction_of, exact_posterior
+from pyro_em.posteriors import exact_posterior
 from pyro_em.statistics import ExpectedStatistics, expected_statistics
 from pyro_em.variational import Variational
 

@@ -31,9 +31,11 @@ from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, Problem, message, raise_problems
 from pyro_em._pyro import GuideSites, Role
 from pyro_em.contraction import contract
+from pyro_em.e_step import contraction_of, dot, scales_of
 from pyro_em.graph import FactorGraph, Group, trace_graph
 from pyro_em.pairing import Pair, Routing
-from pyro_em.posterior import Posterior, contraction_of, dot, exact_posterior, scales_of
+from pyro_em.posterior import Posterior
+from pyro_em.posteriors import exact_posterior
 from pyro_em.structure import Structure, examine, form_of, frames_of
 
 _KEPT = 16  # structures of batches of different shape

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_em._errors import DegenerateError, message
 from pyro_em._pyro import restore, snapshot, write_unconstrained
+from pyro_em.e_step import dot
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.closed_form import apply_floor, closed_form
@@ -29,7 +30,6 @@ from pyro_em.m_step.updates import (
     decide_updates,
     groups_reached,
 )
-from pyro_em.posterior import dot
 from pyro_em.statistics import ExpectedStatistics, expected_statistics, group_statistics
 
 Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]

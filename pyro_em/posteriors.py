@@ -1,0 +1,241 @@
+"""How a `Posterior` comes about: exact, from the cells of another E-step, from a user's marginals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import DegenerateError, UsageError, message
+from pyro_em._pyro import Role
+from pyro_em.contraction import ContractionPlan
+from pyro_em.e_step import EStep, Tables, dot, e_step, expected_log_joint, run_contraction
+from pyro_em.graph import FactorGraph, Group
+from pyro_em.posterior import Posterior, marginal
+
+
+def exact_posterior(
+    graph: FactorGraph, plan: ContractionPlan, log_densities: Sequence[Tensor]
+) -> Posterior:
+    """Run the E-step and wrap it."""
+    points = [k for k, g in enumerate(graph.groups) if g.role is Role.POINT]
+    separate, held = _without_priors(graph, log_densities)
+    result = e_step(graph, plan, held)
+    cells, counts = _cells_and_counts(graph, result.cells)
+    expected = expected_log_joint(counts, log_densities)
+    log_prior = _separate_log_prior(graph, separate, counts, log_densities)
+    total = float(result.log_evidence) + log_prior
+    if len(separate) < len(points):
+        log_prior += _joint_log_prior(graph, plan, held)
+    return Posterior(
+        graph,
+        cells,
+        counts,
+        total - log_prior,
+        True,
+        [t.detach() for t in log_densities],
+        total - expected,
+        _pointwise(graph, result) if len(separate) == len(points) else None,
+        log_prior,
+        total,
+    )
+
+
+def _cells_and_counts(graph: FactorGraph, scaled: Tables) -> tuple[list[Tensor], list[Tensor]]:
+    """Probabilities of cells, and expected counts, from the gradient of a contraction."""
+    cells, counts = [], []
+    for group, table in zip(graph.groups, scaled, strict=True):
+        cells.append(_unscaled(group, table))
+        counts.append(table if group.mask is None else table * group.mask)
+    return cells, counts
+
+
+def wrapped(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    log_densities: Tables,
+    scaled: Tables,
+    *,
+    bound: float,
+    entropy: float,
+) -> Posterior:
+    """A q that is not the exact posterior, from its cells.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+        log_densities: Per group, at θ.
+        scaled: Per group scale × probability of every cell. # (members, *sizes)
+        bound: ELBO(q, θ) in nats, log prior included.
+        entropy: H(q) in nats.
+    """
+    cells, counts = _cells_and_counts(graph, scaled)
+    separate, held = _without_priors(graph, log_densities)
+    log_prior = _separate_log_prior(graph, separate, counts, log_densities)
+    if any(g.role is Role.POINT for k, g in enumerate(graph.groups) if k not in separate):
+        log_prior += _joint_log_prior(graph, plan, held)
+    return Posterior(
+        graph,
+        cells,
+        counts,
+        None,
+        False,
+        [t.detach() for t in log_densities],
+        entropy,
+        None,
+        log_prior,
+        bound,
+    )
+
+
+def _without_priors(graph: FactorGraph, tables: Tables) -> tuple[list[int], list[Tensor]]:
+    """Groups that are log priors on their own, and the tables with those left out."""
+    separate = [
+        k
+        for k, g in enumerate(graph.groups)
+        if g.role is Role.POINT and not any(d in graph.latents for ds in g.dims for d in ds)
+    ]
+    return separate, [torch.zeros_like(t) if k in separate else t for k, t in enumerate(tables)]
+
+
+def _separate_log_prior(
+    graph: FactorGraph, separate: Sequence[int], counts: Tables, tables: Tables
+) -> float:
+    """The log density of point-estimated latents that no summed latent reaches, in nats."""
+    total = 0.0
+    for k in separate:
+        part = float(dot(counts[k], tables[k]))
+        if not math.isfinite(part):
+            group = graph.groups[k]
+            bad = ~torch.isfinite(tables[k])
+            site = group.members[int(bad.nonzero()[0][0])] if bool(bad.any()) else group.members[0]
+            raise DegenerateError(
+                message(
+                    f"site '{site}'",
+                    f"its log prior is {part} at the present point estimate.",
+                    f"the density of {group.distribution} is unbounded or zero there",
+                    [
+                        "use a prior that is bounded at the boundary (concentrations of at least 1)",
+                        "start elsewhere: init_loc_fn= of AutoDelta",
+                    ],
+                )
+            )
+        total += part
+    return total
+
+
+def _joint_log_prior(graph: FactorGraph, plan: ContractionPlan, tables: Tables) -> float:
+    """log p(h) of point-estimated latents below summed ones: the evidence without the data."""
+    without_data = [
+        torch.zeros_like(t) if g.role is Role.DATA else t
+        for g, t in zip(graph.groups, tables, strict=True)
+    ]
+    return float(run_contraction(graph, plan, without_data).log_evidence)
+
+
+def _unscaled(group: Group, table: Tensor) -> Tensor:
+    if all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale):
+        return table
+    parts = []
+    for i, s in enumerate(group.scale):
+        parts.append(table[i] / s)
+    return torch.stack(parts)
+
+
+def _pointwise(graph: FactorGraph, result: EStep) -> Tensor | None:
+    outermost = next(iter(graph.structure.data_plates), None)
+    if outermost is None or outermost not in graph.structure.plates:
+        return None
+    total: Tensor | None = None
+    for dims, term in result.terms:
+        if outermost not in dims:
+            if bool((term == 0).all()):
+                continue
+            return None
+        axes = [i for i, d in enumerate(dims) if d != outermost]
+        part = term.sum(axes) if axes else term
+        total = part if total is None else total + part
+    return total
+
+
+def product_posterior(
+    graph: FactorGraph, marginals: Mapping[str, Tensor], log_densities: Sequence[Tensor]
+) -> Posterior:
+    """The product of marginals that a user gave.
+
+    Args:
+        graph: The factor graph.
+        marginals: For every summed latent its probabilities. # (*plates, K)
+        log_densities: Per group.
+
+    Raises:
+        UsageError: If a latent is missing, or probabilities have a wrong shape or sum.
+    """
+    tables = {}
+    marginals = dict(marginals)
+    for name in graph.structure.masked_pairs:
+        if name in marginals and f"{name}_unobserved" in graph.latents:
+            marginals[f"{name}_unobserved"] = marginals.pop(name)
+    missing = [n for n in graph.latents if n not in marginals]
+    unknown = [n for n in marginals if n not in graph.latents]
+    if missing or unknown:
+        names = ", ".join(f"'{n}'" for n in missing or unknown)
+        what = "probabilities are missing for" if missing else "no summed latent is called"
+        raise UsageError(
+            message(
+                "q",
+                f"{what} {names}.",
+                "q must name every summed latent and nothing else",
+                ["give {site: probabilities} for: " + ", ".join(graph.latents)],
+            )
+        )
+    for name, latent in graph.latents.items():
+        device = log_densities[0].device
+        p = torch.as_tensor(marginals[name]).to(dtype=torch.float64, device=device)
+        sizes = [graph.dim_size(d) for d in latent.plates]
+        shape = [graph.dim_size(d) if d is not None else 1 for d in latent.batch_dims]
+        if list(p.shape) not in ([*sizes, latent.size], [*shape, latent.size]):
+            raise UsageError(
+                message(
+                    f"q['{name}']",
+                    f"its shape is {tuple(p.shape)}; {(*sizes, latent.size)} was expected.",
+                    "plates first, left to right, the support last",
+                )
+            )
+        # Written so that NaN fails too.
+        if not bool((p >= 0).all()) or not float((p.sum(-1) - 1).abs().max()) <= 1e-5:
+            raise UsageError(
+                message(
+                    f"q['{name}']",
+                    "its rows are not probabilities that sum to one.",
+                    fixes=["divide by p.sum(-1, keepdim=True)"],
+                )
+            )
+        tables[name] = p.reshape(*sizes, latent.size)
+    cells, counts, entropy = [], [], 0.0
+    for group in graph.groups:
+        parts = []
+        for dims in group.dims:
+            table = log_densities[0].new_ones((1,) * len(dims), dtype=torch.float64)
+            for d in dims:
+                if d in graph.latents:
+                    have = (*graph.latents[d].plates, d)
+                    p = tables[d].permute([have.index(x) for x in dims if x in have])
+                    shape = [graph.dim_size(x) if x in have else 1 for x in dims]
+                    table = table * p.reshape(shape)
+            parts.append(table.expand(group.sizes))
+        cell = torch.stack(parts)
+        count = torch.stack([c * s for c, s in zip(cell, group.scale, strict=True)])
+        count = count if group.mask is None else count * group.mask
+        cells.append(cell)
+        counts.append(count)
+        if not group.observed:
+            for i, name in enumerate(group.members):
+                p = marginal(cell[i], group.dims[i], [*graph.latents[name].plates, name])
+                w = marginal(count[i], group.dims[i], [*graph.latents[name].plates, name])
+                entropy -= float(torch.where(w == 0, 0.0, w * p.clamp(min=1e-300).log()).sum())
+    return Posterior(
+        graph, cells, counts, None, False, [t.detach() for t in log_densities], entropy
+    )
