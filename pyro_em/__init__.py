@@ -34,6 +34,7 @@ from pyro_em.em import ExactPosteriorEM
 from pyro_em.families import Family, Kind, Link, Rule, register_family
 from pyro_em.importance import EvidenceEstimate
 from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares
+from pyro_em.partition import log_partition
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
 from pyro_em.result import EMResult, EMStatus, EMStep, History
@@ -80,6 +81,7 @@ __all__ = [
     "TraceExact_ELBO",
     "UsageError",
     "compare",
+    "log_partition",
     "register_family",
     "standard_contenders",
 ]

@@ -143,11 +143,16 @@ class _KeepValues(Messenger):
             msg["value"] = self.values[msg["name"]]
 
 
-class _TagLatents(Messenger):
-    """Tag the value of each unobserved site with the site's own name."""
+class _TagSites(Messenger):
+    """Tag the value of each unobserved site with the site's own name; of observed ones on demand."""
+
+    def __init__(self, observed: bool = False) -> None:
+        super().__init__()
+        self.observed = observed
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if is_latent(msg):
+        given = self.observed and is_factor(msg) and isinstance(msg["value"], torch.Tensor)
+        if is_latent(msg) or given:
             untagged = msg["value"]
             msg["value"] = track_provenance(
                 getattr(untagged, "_t", untagged), frozenset({msg["name"]})
@@ -446,6 +451,53 @@ def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dic
     return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
 
 
+def predicted_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    values: Mapping[str, torch.Tensor],
+    keep_observed: bool,
+) -> dict[str, dict[str, Any]]:
+    """The sites of one run with latents at given values and observed sites drawn anew.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values of latents.
+        keep_observed: Whether observed sites keep their values.
+    """
+    with (
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        poutine.trace() as tracer,
+        _DrawObserved(not keep_observed),
+        GiveValues(values, dict.fromkeys(values, Role.SAMPLED), {}),
+    ):
+        model(*args, **kwargs)
+    return {
+        n: s
+        for n, s in tracer.trace.nodes.items()
+        if s["type"] == "sample"
+        and not site_is_subsample(s)
+        and type(unwrap(s["fn"])[0]).__name__ != "Unit"
+    }
+
+
+class _DrawObserved(Messenger):
+    """Draw what the model observes; latents at given values stay."""
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self.active = active
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        data = is_factor(msg) and role_of(msg) is Role.DATA
+        unit = type(unwrap(msg["fn"])[0]).__name__ == "Unit"
+        if self.active and data and not unit:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Another random state inside a block; the present one where ``seed`` is None."""
@@ -509,7 +561,9 @@ def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
                     yield from tensors_of(part)
 
 
-def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
+def provenance_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, *, tag_observed: bool = False
+) -> Run:
     """Run a model with tagged latents; ``scopes`` says which latents reach each site.
 
     Args:
@@ -517,13 +571,14 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         plain: A plain run, whose latent values are used again.
+        tag_observed: Whether observed values are tagged too.
     """
     capture = ParameterCapture()
     with (
         _same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        _TagLatents(),
+        _TagSites(tag_observed),
         _KeepValues({n: s["value"] for n, s in plain.sites.items() if is_latent(s)}),
         capture,
     ):
@@ -537,7 +592,7 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
             scope |= get_provenance(tensor)
         scope |= get_provenance(site["mask"]) | get_provenance(site["scale"])
         if site["is_observed"]:
-            scope |= get_provenance(site["value"])
+            scope |= get_provenance(site["value"]) - {name}
         scopes[name] = scope
     return Run(dict(trace.nodes), capture.parameters, scopes)
 

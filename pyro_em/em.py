@@ -47,11 +47,12 @@ from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior, regrouped
 from pyro_em.posteriors import product_posterior
+from pyro_em.predictive import predictive_draws
 from pyro_em.program import Evaluation, Program, parameters_at
 from pyro_em.proposals import estimate_evidence
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
-from pyro_em.structure import form_of
+from pyro_em.structure import form_of, parents_of
 from pyro_em.training import Alternating, Optimizer, Trainer
 from pyro_em.variational import Variational
 
@@ -154,9 +155,11 @@ class ExactPosteriorEM:
         """
         found = self._look(args, kwargs)
         if isinstance(found, Program):
-            return found.plan()
-        updates = self._looker.updates_for(found.parameters)
-        return plan_of(found, updates, self._looker.optim is not None)
+            plan = found.plan()
+        else:
+            updates = self._looker.updates_for(found.parameters)
+            plan = plan_of(found, updates, self._looker.optim is not None)
+        return replace(plan, edges=parents_of(self.model, args, kwargs))
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
         """The E-step at the current parameters, for these data; changes nothing.
@@ -270,6 +273,44 @@ class ExactPosteriorEM:
         check_collisions(self.model, args, ("num_particles", "proposal"), "estimate_evidence")
         found = self._look(args, kwargs, look_only=True)
         return estimate_evidence(self._looker, found, args, kwargs, num_particles, proposal)
+
+    def predictive(
+        self,
+        *args: Any,
+        num_samples: int = 1000,
+        seed: int | None = None,
+        keep_observed: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Draws from the posterior predictive, p(x_new | x) = E_{q(z | x)}[p(x_new | z)].
+
+        Latents come from their exact posterior (from the guide where there is none), and the model
+        draws what it observes.
+
+        Args:
+            *args: The model's arguments.
+            num_samples: Number of draws.
+            seed: Seed of the draws; torch's global state otherwise.
+            keep_observed: Whether observed values stay, so that only what is missing is drawn:
+                imputations of ``obs_mask`` sites.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Per site its values; observations, latents and deterministic sites.
+            # (num_samples, *plates, *event)
+
+        Raises:
+            UsageError: If num_samples is below one.
+        """
+        own = ("num_samples", "seed", "keep_observed")
+        check_collisions(self.model, args, own, "predictive")
+        found = self._look(args, kwargs, look_only=True)
+        q: Posterior | DrawnPosterior
+        if isinstance(found, Program):
+            q, model = found.posterior(), found.model
+        else:
+            q, model = DrawnPosterior(found, args, kwargs), self.model
+        return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
 
     # ------------------------------------------------------------------ stepping
 

@@ -45,7 +45,7 @@ class Plan:
         largest: The names of its dimensions.
         compiled: Whether iterations run without the Python model.
         observed: Names and distributions of the observed sites.
-        edges: Pairs (parent, child) of the model's directed graph, latents to sites.
+        edges: Pairs (parent, child) of the model's directed graph.
         notes: Warnings in words.
         stochastic: Whether each step draws from the guide.
         gives_up: What the strategy does without, in words.
@@ -72,17 +72,28 @@ class Plan:
 
     @property
     def graph(self) -> Any:
-        """The model as a ``networkx.DiGraph`` from latents to the sites that read them.
+        """The model as a `ModelGraph`: edges from a site to the sites that use its value.
 
         Raises:
             ImportError: If networkx is not installed (``pip install pyro-em[graph]``).
         """
-        import networkx
+        from pyro_em.model_graph import ModelGraph
 
-        graph = networkx.DiGraph()
-        graph.add_nodes_from((r.site, {"observed": False}) for r in self.routes)
-        graph.add_nodes_from((name, {"observed": True}) for name, _ in self.observed)
-        graph.add_edges_from(self.edges)
+        hidden = [r.site for r in self.routes]
+        seen = dict(self.observed)
+        # The two parts of an obs_mask site are one node, under the user's name.
+        name = {n: n for n in (*hidden, *seen)}
+        for stem in [n.removesuffix("_observed") for n in seen if n.endswith("_observed")]:
+            if f"{stem}_unobserved" in name:
+                name[f"{stem}_observed"] = name[f"{stem}_unobserved"] = stem
+        graph = ModelGraph()
+        for site in hidden:
+            graph.add_node(name[site], observed=False, kind="site")
+        for site, distribution in seen.items():
+            kind = "factor" if distribution == "Unit" else "site"
+            if name[site] == site:
+                graph.add_node(site, observed=True, kind=kind)
+        graph.add_edges_from((name[a], name[b]) for a, b in self.edges if name[a] != name[b])
         return graph
 
     def __str__(self) -> str:

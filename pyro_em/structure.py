@@ -252,6 +252,26 @@ def _changed_mask(name: str) -> str:
     )
 
 
+def parents_of(
+    model: _pyro.Model, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple[str, str], ...]:
+    """Pairs (parent, child): the child's distribution uses the value that the parent returned.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    plain = _run_plainly(model, args, kwargs, first_look=False)
+    tagged = _pyro.provenance_run(model, args, kwargs, plain, tag_observed=True)
+    return tuple(
+        (parent, child)
+        for child, scope in tagged.scopes.items()
+        for parent in plain.sites
+        if parent in scope and parent != child
+    )
+
+
 def _name_of(site: Mapping[str, Any]) -> str:
     return type(_pyro.unwrap(site["fn"])[0]).__name__
 
