@@ -16,7 +16,14 @@ from torch import Tensor
 
 from pyro_em import saving, stochastic
 from pyro_em._errors import PyroEMWarning, UsageError, message
-from pyro_em._pyro import Role, TracedParameter, restore, seeded, snapshot
+from pyro_em._pyro import (
+    Role,
+    TracedParameter,
+    restore,
+    seeded,
+    snapshot,
+    write_unconstrained,
+)
 from pyro_em.arguments import (
     FIT_KEYWORDS,
     check_collisions,
@@ -30,6 +37,7 @@ from pyro_em.batches import Batch, Batches, first_batch, is_loader
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
+from pyro_em.labels import component_axes, order_of, permuted
 from pyro_em.looking import Looker, Strategy, plan_of
 from pyro_em.loop import (
     Bar,
@@ -591,6 +599,80 @@ class ExactPosteriorEM:
             self._looker.optim is not None,
         )
         return build_stochastic_result(trainer, batches, run, plan, seed, begin, self._total_steps)
+
+    def sort_components(
+        self,
+        site: str,
+        by: str | Tensor,
+        *args: Any,
+        descending: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Put the components of a latent into an order; the evidence stays as it is.
+
+        Labels are arbitrary: two fits may find the same mixture with its components exchanged.
+
+        Args:
+            site: The latent (any step of a chain).
+            by: A parameter that the latent indexes (its first entry per component is the key), or a
+                key per component. # (K,)
+            *args: The model's arguments.
+            descending: Largest first.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            The order: new component k was component ``order[k]``. # (K,)
+
+        Raises:
+            UsageError: If there is no such latent or key, or the components are not exchangeable.
+        """
+        program = self._ready(args, kwargs)
+        if isinstance(program, Trainer):
+            raise UsageError(
+                message(
+                    "sort_components",
+                    "the guide draws latents of this model.",
+                    "a permutation of what is summed would have to be that of networks too",
+                )
+            )
+        axes, _ = component_axes(program.graph, site)
+        size = program.graph.latents[site].size
+        if isinstance(by, str):
+            if by not in axes:
+                known = ", ".join(f"'{n}'" for n in axes) or "none"
+                raise UsageError(
+                    message(
+                        f"by='{by}'",
+                        f"no such parameter is indexed by '{site}'; these are: {known}.",
+                        fixes=["name one of them, or pass a key per component"],
+                    )
+                )
+            key = program.graph.parameters[by].value()
+            order = order_of(key, axes[by], size, descending)
+        else:
+            order = torch.as_tensor(by).reshape(-1).argsort(descending=descending, stable=True)
+            if len(order) != size:
+                raise UsageError(
+                    message("by", f"{len(order)} keys for {size} components of '{site}'.")
+                )
+        before = e_step(program)
+        origin = snapshot(program.graph.parameters)
+        for name, along in axes.items():
+            p = program.graph.parameters[name]
+            write_unconstrained(p, permuted(p.value(), along, order))
+        after = e_step(program)
+        size_of = max(1.0, abs(before.objective))
+        if abs(after.objective - before.objective) > 1e-6 * size_of:
+            restore(program.graph.parameters, origin)
+            raise UsageError(
+                message(
+                    f"site '{site}'",
+                    "its components are not exchangeable; nothing was changed.",
+                    "constants, networks or priors of the model tell them apart",
+                    ["sort what you print instead"],
+                )
+            )
+        return order
 
     # ------------------------------------------------------------------ keeping
 

@@ -1,0 +1,124 @@
+"""Sorting components: the labels of a latent are arbitrary, and a key puts them into an order.
+
+Where the components are exchangeable, permuting a parameter along every dimension that the latent
+indexes leaves the evidence as it is. Which dimensions these are is read off the bindings.
+
+Source: Stephens (2000), "Dealing with label switching in mixture models".
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pyro_em._errors import UsageError, message
+from pyro_em.binding import Selection
+from pyro_em.families import Kind
+from pyro_em.graph import FactorGraph, Group
+
+
+def component_axes(graph: FactorGraph, site: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """The dimensions of each parameter that run over a latent's values.
+
+    Args:
+        graph: A factor graph with bindings.
+        site: The latent.
+
+    Returns:
+        Per parameter its axes, and all latents that share them (the steps of a chain).
+
+    Raises:
+        UsageError: If there is no such latent.
+    """
+    if site not in graph.latents:
+        known = ", ".join(f"'{n}'" for n in graph.latents) or "none"
+        raise UsageError(
+            message(
+                f"site '{site}'",
+                f"it is no summed latent of this model; those are: {known}.",
+                fixes=["name one of them"],
+            )
+        )
+    together, axes = {site}, dict[str, set[int]]()
+    while True:
+        before = (len(together), sum(map(len, axes.values())))
+        for group in graph.groups:
+            _collect(graph, group, together, axes)
+        if (len(together), sum(map(len, axes.values()))) == before:
+            return {p: tuple(sorted(a)) for p, a in axes.items()}, together
+
+
+def _collect(
+    graph: FactorGraph, group: Group, together: set[str], axes: dict[str, set[int]]
+) -> None:
+    for argument, binding in group.bindings.items():
+        rule = None if group.family is None else group.family.rules.get(argument)
+        is_row = rule is not None and rule.kind is Kind.SIMPLEX
+        for selection in binding.selections:
+            shape = graph.parameters[selection.param].leaf.shape
+            for i, name in enumerate(group.members):
+                own = name if is_row and name in graph.latents else None
+                if own is not None and len(shape):
+                    _note(own, len(shape) - 1, selection.param, together, axes)
+                for d, latent in enumerate(group.dims[i]):
+                    if latent not in graph.latents:
+                        continue
+                    axis = _axis_along(selection, i, d, tuple(shape), graph.latents[latent].size)
+                    if axis is not None:
+                        _note(latent, axis, selection.param, together, axes)
+
+
+def _note(
+    latent: str, axis: int, param: str, together: set[str], axes: dict[str, set[int]]
+) -> None:
+    """A latent indexes an axis: it joins those that do already, or brings the axis in."""
+    if latent in together:
+        axes.setdefault(param, set()).add(axis)
+    elif axis in axes.get(param, ()):
+        together.add(latent)
+
+
+def _axis_along(
+    selection: Selection, member: int, dim: int, shape: tuple[int, ...], size: int
+) -> int | None:
+    """The parameter's axis that a dimension of the argument runs along."""
+    index = selection.index[member]
+    if index.shape[dim] < 2:
+        return None
+    step = index.select(dim, 1) - index.select(dim, 0)
+    used = (index.select(dim, 1) >= 0) & (index.select(dim, 0) >= 0)
+    if not bool(used.any()):
+        return None
+    stride = int(step[used].reshape(-1)[0])
+    at = 1
+    for axis in range(len(shape) - 1, -1, -1):
+        if at == stride and shape[axis] == size:
+            return axis
+        at *= shape[axis]
+    return None
+
+
+def permuted(value: Tensor, axes: tuple[int, ...], order: Tensor) -> Tensor:
+    """A parameter with its components in another order.
+
+    Example:
+        >>> import torch
+        >>> permuted(torch.tensor([[1, 2], [3, 4]]), (0, 1), torch.tensor([1, 0]))
+        tensor([[4, 3],
+                [2, 1]])
+    """
+    for axis in axes:
+        value = value.index_select(axis, order.to(value.device))
+    return value
+
+
+def order_of(key: Tensor, axes: tuple[int, ...], size: int, descending: bool) -> Tensor:
+    """The order of components by a parameter, by its first entry per component.
+
+    Args:
+        key: The parameter.
+        axes: Its axes over components; the first one is used.
+        size: Number of components.
+        descending: Largest first.
+    """
+    rows = key.movedim(axes[0], 0).reshape(size, -1)
+    return rows[:, 0].argsort(descending=descending, stable=True)
