@@ -17,12 +17,10 @@ from torch import Tensor
 from pyro_em import saving, stochastic
 from pyro_em._errors import PyroEMWarning, UsageError, message
 from pyro_em._pyro import (
-    Role,
     TracedParameter,
     restore,
     seeded,
     snapshot,
-    write_unconstrained,
 )
 from pyro_em.arguments import (
     FIT_KEYWORDS,
@@ -37,7 +35,7 @@ from pyro_em.batches import Batch, Batches, first_batch, is_loader
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
-from pyro_em.labels import component_axes, order_of, permuted
+from pyro_em.labels import sort_components
 from pyro_em.looking import Looker, Strategy, plan_of
 from pyro_em.loop import (
     Bar,
@@ -50,7 +48,7 @@ from pyro_em.loop import (
     fell,
     run_start,
 )
-from pyro_em.m_step import LeastSquares, Update, apply_floors
+from pyro_em.m_step import Update, apply_floors
 from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior, regrouped
@@ -58,6 +56,7 @@ from pyro_em.posteriors import product_posterior
 from pyro_em.predictive import predictive_draws
 from pyro_em.program import Evaluation, Program, parameters_at
 from pyro_em.proposals import estimate_evidence
+from pyro_em.refusals import refuse_unfittable, refuse_untrainable
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
 from pyro_em.structure import form_of, parents_of
@@ -370,14 +369,7 @@ class ExactPosteriorEM:
         """
         program = self._ready(args, kwargs)
         if isinstance(program, Trainer):
-            raise UsageError(
-                message(
-                    "m_step",
-                    "the guide draws latents of this model.",
-                    "an M-step on its own needs a posterior that is summed",
-                    ["use step or fit"],
-                )
-            )
+            raise UsageError(_needs_sums("m_step"))
         evaluation = program.evaluate()
         given = self._as_posterior(q, evaluation)
         program.m_step(given.counts, evaluation)
@@ -628,51 +620,8 @@ class ExactPosteriorEM:
         """
         program = self._ready(args, kwargs)
         if isinstance(program, Trainer):
-            raise UsageError(
-                message(
-                    "sort_components",
-                    "the guide draws latents of this model.",
-                    "a permutation of what is summed would have to be that of networks too",
-                )
-            )
-        axes, _ = component_axes(program.graph, site)
-        size = program.graph.latents[site].size
-        if isinstance(by, str):
-            if by not in axes:
-                known = ", ".join(f"'{n}'" for n in axes) or "none"
-                raise UsageError(
-                    message(
-                        f"by='{by}'",
-                        f"no such parameter is indexed by '{site}'; these are: {known}.",
-                        fixes=["name one of them, or pass a key per component"],
-                    )
-                )
-            key = program.graph.parameters[by].value()
-            order = order_of(key, axes[by], size, descending)
-        else:
-            order = torch.as_tensor(by).reshape(-1).argsort(descending=descending, stable=True)
-            if len(order) != size:
-                raise UsageError(
-                    message("by", f"{len(order)} keys for {size} components of '{site}'.")
-                )
-        before = e_step(program)
-        origin = snapshot(program.graph.parameters)
-        for name, along in axes.items():
-            p = program.graph.parameters[name]
-            write_unconstrained(p, permuted(p.value(), along, order))
-        after = e_step(program)
-        size_of = max(1.0, abs(before.objective))
-        if abs(after.objective - before.objective) > 1e-6 * size_of:
-            restore(program.graph.parameters, origin)
-            raise UsageError(
-                message(
-                    f"site '{site}'",
-                    "its components are not exchangeable; nothing was changed.",
-                    "constants, networks or priors of the model tell them apart",
-                    ["sort what you print instead"],
-                )
-            )
-        return order
+            raise UsageError(_needs_sums("sort_components"))
+        return sort_components(program, site, by, descending=descending)
 
     # ------------------------------------------------------------------ keeping
 
@@ -777,37 +726,7 @@ class ExactPosteriorEM:
             self._form = form
             return self._trainer_of(found)
         program = found
-        if not any(g.role is Role.DATA for g in program.graph.groups):
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    "the model has no observation.",
-                    "its evidence is constant, so that there is nothing to learn from",
-                    ["pass data to pyro.sample(..., obs=...)", "check that data is not None"],
-                )
-            )
-        if not program.graph.parameters:
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    "the model has no parameters.",
-                    "EM maximises the evidence over parameters",
-                    [
-                        "declare what is to be learned with pyro.param or PyroParam",
-                        "call em.posterior(...) if only the latents are of interest",
-                    ],
-                )
-            )
-        if program.structure.random_plates:
-            names = ", ".join(f"'{n}'" for n in program.structure.random_plates)
-            raise UsageError(
-                message(
-                    f"plate {names}",
-                    "it draws a random subsample.",
-                    "an exact step needs all data; its bound would change from step to step",
-                    ["leave subsample_size out"],
-                )
-            )
+        refuse_unfittable(program)
         for note in program.notes:
             warnings.warn(note, PyroEMWarning, stacklevel=3)
         return program
@@ -823,24 +742,7 @@ class ExactPosteriorEM:
 
     def _trainer_of(self, variational: Variational) -> Trainer:
         """The optimisers for a pair; they live on while parameters are the same."""
-        if not variational.parameters:
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    "neither the model nor the guide has parameters.",
-                    "there is nothing to fit",
-                    ["declare what is to be learned with pyro.param, or use an autoguide"],
-                )
-            )
-        for name, update in self._looker.updates_for(variational.parameters).items():
-            if isinstance(update, LeastSquares):
-                raise UsageError(
-                    message(
-                        f"updates['{name}']",
-                        "least squares needs an exact fit; here the guide draws latents.",
-                        fixes=["leave it out, or use ClosedForm(step_size=...)"],
-                    )
-                )
+        refuse_untrainable(variational, self._looker.updates_for(variational.parameters))
         if self._trainer is None:
             self._trainer = Trainer(
                 variational, self._looker.optim, self._looker.updates_for, self.num_particles
@@ -874,6 +776,15 @@ def _without_rows(form: Any) -> Any:
     """What batches of one kind of data share: everything but the number of rows."""
     parts, names = form
     return tuple((*p[:2], p[2][1:]) if isinstance(p, tuple) else p for p in parts), names
+
+
+def _needs_sums(method: str) -> str:
+    return message(
+        method,
+        "the guide draws latents of this model.",
+        "it works on a posterior that is summed",
+        ["use step or fit", "use guide='map' for continuous latents"],
+    )
 
 
 def _loss(q: Posterior) -> float:

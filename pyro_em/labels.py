@@ -8,12 +8,15 @@ Source: Stephens (2000), "Dealing with label switching in mixture models".
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyro_em._errors import UsageError, message
+from pyro_em._pyro import restore, snapshot, write_unconstrained
 from pyro_em.binding import Selection
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, Group
+from pyro_em.program import Program
 
 
 def component_axes(graph: FactorGraph, site: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -95,6 +98,56 @@ def _axis_along(
             return axis
         at *= shape[axis]
     return None
+
+
+def sort_components(program: Program, site: str, by: str | Tensor, *, descending: bool) -> Tensor:
+    """Permute all parameters that run over a latent's values; see `ExactPosteriorEM`.
+
+    Args:
+        program: The model with its data.
+        site: The latent.
+        by: A parameter's name, or a key per component. # (K,)
+        descending: Largest first.
+
+    Raises:
+        UsageError: If there is no such latent or key, or the components are not exchangeable.
+    """
+    graph = program.graph
+    axes, _ = component_axes(graph, site)
+    size = graph.latents[site].size
+    if isinstance(by, str):
+        if by not in axes:
+            known = ", ".join(f"'{n}'" for n in axes) or "none"
+            raise UsageError(
+                message(
+                    f"by='{by}'",
+                    f"no such parameter is indexed by '{site}'; these are: {known}.",
+                    fixes=["name one of them, or pass a key per component"],
+                )
+            )
+        order = order_of(graph.parameters[by].value(), axes[by], size, descending)
+    else:
+        order = torch.as_tensor(by).reshape(-1).argsort(descending=descending, stable=True)
+        if len(order) != size:
+            raise UsageError(message("by", f"{len(order)} keys for {size} components of '{site}'."))
+    before = program.posterior().bound
+    origin = snapshot(graph.parameters)
+    for name, along in axes.items():
+        p = graph.parameters[name]
+        write_unconstrained(p, permuted(p.value(), along, order))
+    after = program.posterior().bound
+    assert before is not None and after is not None
+    if abs(after - before) > 1e-6 * max(1.0, abs(before)):
+        restore(graph.parameters, origin)
+        raise UsageError(
+            message(
+                f"site '{site}'",
+                "its components are not exchangeable; nothing was changed.",
+                "constants, networks or priors of the model tell them apart",
+                ["sort what you print instead"],
+            )
+        )
+    return order
 
 
 def permuted(value: Tensor, axes: tuple[int, ...], order: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""What cannot be fitted, and why: models without data or parameters, random subsamples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pyro_em._errors import UsageError, message
+from pyro_em._pyro import Role
+from pyro_em.m_step import LeastSquares, Update
+from pyro_em.program import Program
+from pyro_em.variational import Variational
+
+
+def refuse_unfittable(program: Program) -> None:
+    """Refuse an exact fit that has nothing to learn from, nothing to learn, or not all data.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    if not any(g.role is Role.DATA for g in program.graph.groups):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "the model has no observation.",
+                "its evidence is constant, so that there is nothing to learn from",
+                ["pass data to pyro.sample(..., obs=...)", "check that data is not None"],
+            )
+        )
+    if not program.graph.parameters:
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "the model has no parameters.",
+                "EM maximises the evidence over parameters",
+                [
+                    "declare what is to be learned with pyro.param or PyroParam",
+                    "call em.posterior(...) if only the latents are of interest",
+                ],
+            )
+        )
+    if program.structure.random_plates:
+        names = ", ".join(f"'{n}'" for n in program.structure.random_plates)
+        raise UsageError(
+            message(
+                f"plate {names}",
+                "it draws a random subsample.",
+                "an exact step needs all data; its bound would change from step to step",
+                ["leave subsample_size out"],
+            )
+        )
+
+
+def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) -> None:
+    """Refuse stochastic steps without parameters, or with updates that need exact sums.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    if not variational.parameters:
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "neither the model nor the guide has parameters.",
+                "there is nothing to fit",
+                ["declare what is to be learned with pyro.param, or use an autoguide"],
+            )
+        )
+    for name, update in updates.items():
+        if isinstance(update, LeastSquares):
+            raise UsageError(
+                message(
+                    f"updates['{name}']",
+                    "least squares needs an exact fit; here the guide draws latents.",
+                    fixes=["leave it out, or use ClosedForm(step_size=...)"],
+                )
+            )
