@@ -78,7 +78,7 @@ def initialize(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        gmvae = GMVAE(K, code, hidden).to(x.dtype)
+        gmvae = GMVAE(K, code, hidden).to(x)
     gmvae.start_at_average(x)
     return gmvae
 

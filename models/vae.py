@@ -103,7 +103,7 @@ def initialize(x: Tensor, code: int = 2, hidden: Sequence[int] = (128, 128), see
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = VAE(code, hidden).to(x.dtype)
+        vae = VAE(code, hidden).to(x)
     vae.start_at_average(x)
     return vae
 

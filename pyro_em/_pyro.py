@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -258,6 +258,25 @@ class ScalePlates(Messenger):
                 msg["scale"] = msg["scale"] * self.factors[frame.name]
 
 
+class FeasibleWhereMasked(Messenger):
+    """Put a feasible value where an observation is masked: 0 · NaN is NaN in a gradient."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        value, mask = msg["value"], msg["mask"]
+        if not msg["is_observed"] or not isinstance(mask, torch.Tensor):
+            return
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return
+        if not bool(torch.isnan(value).any()):
+            return
+        fn = msg["fn"]
+        batch = value.shape[: value.dim() - fn.event_dim]
+        shape = torch.broadcast_shapes(mask.shape, batch)
+        event = value.shape[value.dim() - fn.event_dim :]
+        keep = mask.expand(shape).reshape(shape + (1,) * fn.event_dim)
+        msg["value"] = torch.where(keep, value.expand(shape + event), feasible_event(fn, value))
+
+
 class OnlySites(Messenger):
     """Hide sites that do not count, and enumerate some in parallel.
 
@@ -419,7 +438,8 @@ def is_subsample(site: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _same_random_state(active: bool = True) -> Iterator[None]:
+def same_random_state(active: bool = True) -> Iterator[None]:
+    """Restore the random state after a block."""
     if not active:
         yield
         return
@@ -504,7 +524,7 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with _same_random_state():
+    with same_random_state():
         torch.manual_seed(seed)
         yield
 
@@ -530,7 +550,7 @@ def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
     with (
-        _same_random_state(keep_random_state),
+        same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(True),
         tracer,
@@ -543,7 +563,21 @@ def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_
         except Exception as error:
             run = Run(dict(tracer.trace.nodes), capture.parameters)
             raise RunFailed(error, run, tuple(watch.empty)) from error
-    return Run(dict(tracer.trace.nodes), capture.parameters, {}, masks.changed())
+    return Run(dict(tracer.trace.nodes), _alive(capture.parameters), {}, masks.changed())
+
+
+def _alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParameter]:
+    """Parameters with the leaves that the store holds now.
+
+    A ``PyroModule`` that declares a parameter during a run puts another leaf into the store.
+    """
+    store = pyro.get_param_store()
+    out = {}
+    for name, p in parameters.items():
+        now = store._params.get(name)
+        stays = now is None or isinstance(p.leaf, torch.nn.Parameter) or p.is_foreign
+        out[name] = p if stays else replace(p, unconstrained=now)
+    return out
 
 
 def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
@@ -575,7 +609,7 @@ def provenance_run(
     """
     capture = ParameterCapture()
     with (
-        _same_random_state(),
+        same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
         _TagSites(tag_observed),
@@ -628,7 +662,7 @@ def enumerated_run(
     """
     capture = ParameterCapture(values, hand_out=not attached)
     with (
-        _same_random_state(keep_random_state),
+        same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(False),
         poutine.trace() as tracer,

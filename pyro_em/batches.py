@@ -6,7 +6,7 @@ the bound of a batch is then an unbiased estimate of the bound of all data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +106,7 @@ class Batches:
         if self.loader is not None:
             for item in self.loader:
                 given = tuple(item) if isinstance(item, (tuple, list)) else (item,)
-                size = next((len(a) for a in given if isinstance(a, Tensor) and a.dim()), None)
+                size = _rows_in(given)
                 yield Batch((*given, *self.args[1:]), self.kwargs, size, self.total)
             return
         if self.batch_size is None:
@@ -135,6 +135,32 @@ class Batches:
 def is_loader(value: Any) -> bool:
     """Whether an argument makes batches itself, as ``torch.utils.data.DataLoader`` does."""
     return isinstance(value, torch.utils.data.DataLoader)
+
+
+def _rows_in(value: Any) -> int | None:
+    """Rows of the first tensor inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return len(value) if value.dim() else None
+    inside = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (Mapping, tuple, list)):
+        return next((n for n in map(_rows_in, inside) if n is not None), None)
+    return None
+
+
+def without_last_row(batch: Batch) -> Batch:
+    """The same batch with one row less."""
+
+    def shorter(a: Any) -> Any:
+        rows = isinstance(a, Tensor) and a.dim() and len(a) == batch.size
+        return a[:-1] if rows else a
+
+    assert batch.size is not None
+    return Batch(
+        tuple(shorter(a) for a in batch.args),
+        {k: shorter(a) for k, a in batch.kwargs.items()},
+        batch.size - 1,
+        batch.total,
+    )
 
 
 def first_batch(loader: Iterable[Any]) -> Any:
@@ -169,27 +195,40 @@ def data_plates(structure: Structure, size: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def factors_of(structure: Structure, batch: Batch) -> Mapping[str, float]:
+def factors_of(
+    structure: Structure, batch: Batch, shorter: Callable[[], Structure] | None = None
+) -> Mapping[str, float]:
     """What multiplies the sites of each plate so that a batch stands for all data.
 
     Args:
         structure: The model's, at this batch.
         batch: The batch.
+        shorter: The model's structure at one row less, to tell plates of one size apart.
 
     Raises:
         UsageError: If the model holds something outside the data plate and the number of data is
             unknown, or no plate has the batch's size.
     """
     subsampled = [p for p in structure.plates.values() if p.full_size > p.size]
-    if batch.size is None or subsampled:
+    if subsampled:
+        return {}
+    if batch.size is None:
+        if _outside(structure, structure.data_plates):
+            raise UsageError(
+                message(
+                    "fit",
+                    "the number of rows of a batch is unknown: it holds no tensor.",
+                    "what is outside the data's plate would count once per batch",
+                    ["let the loader yield tensors, or tuples, lists and dicts of tensors"],
+                )
+            )
         return {}
     plates = data_plates(structure, batch.size)
+    if len(plates) > 1 and shorter is not None and batch.size > 1 and batch.total != batch.size:
+        other = shorter()
+        plates = tuple(p for p in plates if other.plates[p].size == batch.size - 1)
     if batch.total is None:
-        outside = [
-            i.name
-            for i in structure.sites.values()
-            if i.role is not Role.GUIDE and not set(i.plates) & set(plates)
-        ]
+        outside = _outside(structure, plates)
         if not outside or not plates:
             return {}
         raise UsageError(
@@ -216,3 +255,12 @@ def factors_of(structure: Structure, batch: Batch) -> Mapping[str, float]:
             )
         )
     return dict.fromkeys(plates, batch.total / batch.size)
+
+
+def _outside(structure: Structure, plates: Sequence[str]) -> list[str]:
+    """Sites of the model that are in none of some plates."""
+    return [
+        i.name
+        for i in structure.sites.values()
+        if i.role is not Role.GUIDE and not set(i.plates) & set(plates)
+    ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
 from pyro_em.graph import Latent
+from pyro_em.particle import Particle
 from pyro_em.posterior import Posterior
-from pyro_em.variational import Particle, Variational, inner_posterior, split
+from pyro_em.program import parameters_at
+from pyro_em.variational import Variational, inner_posterior, split
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class DrawnPosterior:
     variational: Variational
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    at: Mapping[str, Tensor] | None = None
     exact: bool = False
     log_evidence: float | None = None
 
@@ -58,10 +62,11 @@ class DrawnPosterior:
         draws = []
         with _pyro.seeded(seed):
             for _ in range(n):
-                values = self._values()
                 if self.variational.routing.exact:
                     inner = self._inner()
                     values = {**self._of_graph(inner), **{k: v[0] for k, v in inner[1].items()}}
+                else:
+                    values = self._values()
                 draws.append(values)
         names = [*self.variational.routing.drawn, *self.variational.routing.points]
         names += list(self.variational.routing.exact)
@@ -137,12 +142,22 @@ class DrawnPosterior:
 
     def entropy(self) -> float:
         """One draw of H(q) in nats."""
-        return split(self.variational, self.args, dict(self.kwargs))[0].entropy
+        with self._held():
+            return split(self.variational, self.args, dict(self.kwargs))[0].entropy
 
     # ------------------------------------------------------------------ inside
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold parameters at those of the fit that this posterior belongs to."""
+        known = self.variational.parameters
+        values = {} if self.at is None else {n: v for n, v in self.at.items() if n in known}
+        with parameters_at(known, values, unconstrained=True):
+            yield
+
     def _particle(self) -> Particle:
-        return self.variational.particle(self.args, dict(self.kwargs))
+        with self._held():
+            return self.variational.particle(self.args, dict(self.kwargs))
 
     def _inner_q(self, particle: Particle) -> Posterior:
         assert particle.graph is not None
@@ -163,7 +178,8 @@ class DrawnPosterior:
         return {name: value.detach() for name, value in inner[0].values.items()}
 
     def _run(self) -> Mapping[str, dict[str, Any]]:
-        return _pyro.sites_of(self.variational.guide, self.args, dict(self.kwargs))
+        with self._held():
+            return _pyro.sites_of(self.variational.guide, self.args, dict(self.kwargs))
 
     def _values(self) -> dict[str, Tensor]:
         return {n: s["value"] for n, s in self._run().items()}

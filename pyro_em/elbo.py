@@ -11,8 +11,9 @@ from torch import Tensor
 from pyro_em._pyro import Role
 from pyro_em.e_step import dot
 from pyro_em.graph import FactorGraph
+from pyro_em.particle import Particle
 from pyro_em.posterior import Posterior
-from pyro_em.variational import Particle, Variational, split
+from pyro_em.variational import Variational, split
 
 
 @dataclass(frozen=True, eq=False)

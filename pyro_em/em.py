@@ -56,7 +56,7 @@ from pyro_em.posteriors import product_posterior
 from pyro_em.predictive import predictive_draws
 from pyro_em.program import Evaluation, Program, parameters_at
 from pyro_em.proposals import estimate_evidence
-from pyro_em.refusals import refuse_unfittable, refuse_untrainable
+from pyro_em.refusals import refuse_rows_of_a_guide, refuse_unfittable, refuse_untrainable
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
 from pyro_em.structure import form_of, parents_of
@@ -567,8 +567,18 @@ class ExactPosteriorEM:
             )
         order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         batches = Batches(args, kwargs, given["batch_size"], given["num_data"], order)
+        refuse_rows_of_a_guide(trainer.variational, batches)
         held_out = None
         if validation is not None:
+            if any(isinstance(v, Tensor) and v.dim() for v in kwargs.values()):
+                raise UsageError(
+                    message(
+                        "fit",
+                        "validation was given together with data by keyword.",
+                        "keywords go to every call of the model, validation included",
+                        ["pass data by position: fit(x, y, validation=(x_val, y_val))"],
+                    )
+                )
             aside = validation if isinstance(validation, tuple) else (validation,)
             held_out = Batches(aside, kwargs, None, None, None)
         parameters = trainer.variational.parameters
@@ -642,7 +652,8 @@ class ExactPosteriorEM:
         extra: dict[str, Any] = {"total_steps": self._total_steps}
         if self._trainer is not None:
             extra["training"] = self._trainer.state()
-        torch.save(saving.pack(self._parameters, extra), path)
+        named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
+        torch.save(saving.pack(named, extra), path)
 
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """Load parameters that ``save`` wrote.
@@ -712,7 +723,8 @@ class ExactPosteriorEM:
         if self._pending is None:
             return
         state, self._pending = self._pending, None
-        saving.restore(state, self._parameters)
+        named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
+        saving.restore(state, named)
         self._total_steps = int(state["total_steps"])
         self._trainer, self._training = None, dict(state.get("training", {}))
 

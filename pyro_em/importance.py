@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.particle import LogWeights
+
 
 @dataclass(frozen=True, eq=False)
 class EvidenceEstimate:
@@ -77,39 +79,38 @@ class EvidenceEstimate:
         )
 
 
-def estimate_from(
-    log_weights: Tensor, proposal: str, outside: Tensor | None = None
-) -> EvidenceEstimate:
+def estimate_from(weights: LogWeights, proposal: str) -> EvidenceEstimate:
     """Summarise log weights.
 
     Args:
-        log_weights: One column per element, or one number per draw. # (S, N) or (S,)
+        weights: One column per row of data, or one number per draw.
         proposal: Where the draws came from.
-        outside: What is outside the data plate, the same at each draw. # ()
 
     Example:
-        >>> e = estimate_from(torch.full((100,), -2.0), "posterior")
+        >>> one = torch.tensor(1.0)
+        >>> e = estimate_from(LogWeights(torch.full((100,), -2.0), one, 0 * one), "posterior")
         >>> e.value, round(e.effective_sample_size), e.pareto_k
         (-2.0, 100, -inf)
     """
-    columns = log_weights.to(torch.float64).reshape(len(log_weights), -1)
+    columns = weights.values.to(torch.float64).reshape(len(weights.values), -1)
+    scale = weights.scale.reshape(-1).to(columns)
     size = len(columns)
-    bound = torch.logsumexp(columns, 0) - math.log(size)
+    bound = scale * (torch.logsumexp(columns, 0) - math.log(size))
     normalised = (columns - torch.logsumexp(columns, 0)).exp()
     ess = 1 / normalised.square().sum(0)
-    variance = (normalised.square().sum(0) - 1 / size).clamp(min=0)
+    variance = scale**2 * (normalised.square().sum(0) - 1 / size).clamp(min=0)
     k = [pareto_k(columns[:, j]) for j in range(columns.shape[1])]
-    value = bound.sum() + (0.0 if outside is None else outside.to(bound))
+    is_rows = weights.values.dim() > 1
     return EvidenceEstimate(
-        value=float(value),
+        value=float(bound.sum() + weights.outside.to(bound)),
         standard_error=float(torch.where(variance > 1e-12, variance, 0.0).sum().sqrt()),
         effective_sample_size=float(ess.min()),
         pareto_k=max(k),
         num_particles=size,
         proposal=proposal,
-        pointwise=bound if log_weights.dim() > 1 else None,
-        pointwise_pareto_k=torch.tensor(k) if log_weights.dim() > 1 else None,
-        log_weights=log_weights,
+        pointwise=bound if is_rows else None,
+        pointwise_pareto_k=torch.tensor(k).to(bound.device) if is_rows else None,
+        log_weights=weights.values,
     )
 
 

@@ -20,6 +20,7 @@ from pyro_em.pairing import (
     WithSubsamples,
     built_guide,
     decide_routes,
+    given_a_name,
     look_at_guide,
     matching,
     needs_building,
@@ -64,6 +65,7 @@ class Looker:
         built: The guide that ``guide`` stands for, once it has been built.
         seen: Whether the model has been run before.
         guide_parameters: Names of the parameters that the guide reads.
+        name: That of a guide that was built here, and that of its class.
     """
 
     model: Callable[..., Any]
@@ -76,6 +78,7 @@ class Looker:
     built: Any = None
     seen: bool = False
     guide_parameters: tuple[str, ...] = ()
+    name: tuple[str, str] = ("", "")
 
     def look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
@@ -138,6 +141,7 @@ class Looker:
             raise_problems(problems)
         if look is None:
             self.built = built_guide(self.guide, self.model, bare)
+            self.name = given_a_name(self.built)
             look = look_at_guide(self.built, args, kwargs, first_look=first)
         return bare, look
 
@@ -169,8 +173,20 @@ class Looker:
     def forget(self) -> tuple[str, ...]:
         """Forget a guide that was built here; returns the names of its parameters."""
         own = self.guide_parameters if needs_building(self.guide) else ()
-        self.built, self.seen, self.guide_parameters = None, False, ()
+        self.built, self.seen, self.guide_parameters, self.name = None, False, (), ("", "")
+        if isinstance(self.optim, pyro.optim.PyroOptim):
+            self.optim.optim_objs.clear()
         return own
+
+    def saved_name(self, name: str) -> str:
+        """A parameter's name in a file: that of a built guide's class, however it is called here."""
+        own, cls = self.name
+        return cls + name[len(own) :] if own and name.startswith(f"{own}.") else name
+
+    def own_name(self, saved: str) -> str:
+        """The name here of a parameter in a file."""
+        own, cls = self.name
+        return own + saved[len(cls) :] if cls and saved.startswith(f"{cls}.") else saved
 
     def exact_beside(
         self, variational: Variational, args: tuple, kwargs: dict[str, Any]

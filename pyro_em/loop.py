@@ -340,6 +340,9 @@ def is_symmetric(q: Posterior) -> bool:
     """Whether the data say nothing of any latent: each of its values explains them equally well."""
     if not q.graph.latents:
         return False
+    for name, mask in q.graph.structure.masked_pairs.items():
+        if f"{name}_unobserved" in q.graph.latents and bool(mask.any()):
+            return False  # rows where it is observed tell its values apart
     informative = False
     for group, table in zip(q.graph.groups, q.tables, strict=True):
         if not group.observed or (group.mask is not None and not bool(group.mask.any())):

@@ -27,6 +27,7 @@ from pyro_em.standard_errors import StandardErrors, standard_errors
 from pyro_em.stochastic import StochasticRun, bound_of
 from pyro_em.strategies import Hard
 from pyro_em.training import Trainer
+from pyro_em.variational import Variational
 
 logger = logging.getLogger("pyro_em")
 
@@ -146,6 +147,7 @@ def build_stochastic_result(
             variational,
             batches.args if batches.loader is None else first.args,
             batches.kwargs,
+            snapshot(parameters),
         ),
         history=History(tuple(run.bounds), (), tuple(run.validation)),
         converged=True if status is EMStatus.STOPPED else None,
@@ -157,13 +159,18 @@ def build_stochastic_result(
         plan=plan,
         rate=None,
         starts=(bound,),
-        num_rows=float(batches.total or first.size or 1),
+        num_rows=float(batches.total or _rows_of(variational)),
         num_free_parameters=free_parameters(parameters, plan.updates, {}),
         start="values in the model",
         seed=seed,
         dtype=torch.get_default_dtype(),
         _standard_errors=_no_standard_errors,
     )
+
+
+def _rows_of(variational: Variational) -> int:
+    plate = variational.data_plate
+    return 1 if plate is None else variational.bare.plates[plate].full_size
 
 
 def _no_standard_errors() -> StandardErrors:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -198,6 +199,24 @@ def _as_callable(guide: Any) -> Any:
     return _FromMessenger(guide) if isinstance(guide, GuideMessenger) else guide
 
 
+def given_a_name(guide: Any) -> tuple[str, str]:
+    """Give an autoguide that was built here a name that the param store does not hold yet.
+
+    Pyro's autoguides are named after their class: a second one would go on with the parameters of
+    the first in silence.
+
+    Returns:
+        The guide's name and its class's; empty where the guide has no name of its own.
+    """
+    if not isinstance(guide, AutoGuide) or list(guide.children()):
+        return "", ""
+    cls = guide._pyro_name
+    taken = {name.split(".")[0] for name in pyro.get_param_store()}
+    names = (cls if i == 1 else f"{cls}_{i}" for i in itertools.count(1))
+    guide._pyro_name = next(n for n in names if n not in taken)
+    return guide._pyro_name, cls
+
+
 class _FromMessenger:
     """A guide messenger runs inside its model; its draws are told again as a guide's sites."""
 
@@ -213,9 +232,23 @@ class _FromMessenger:
                 continue
             with ExitStack() as plates:
                 for frame in frames_of(site).values():
+                    if frame.full_size not in (None, frame.size):
+                        raise ModelError(_subsampled_messenger(frame.name))
                     plates.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
                 plates.enter_context(poutine.replay(trace=trace))
+                plates.enter_context(poutine.scale(scale=site["scale"]))
+                if site["mask"] is not None:
+                    plates.enter_context(poutine.mask(mask=site["mask"]))
                 pyro.sample(name, site["fn"])
+
+
+def _subsampled_messenger(plate: str) -> str:
+    return message(
+        f"plate '{plate}'",
+        "a guide messenger draws a subsample of it.",
+        "its draws are told again to the model, which would draw another subsample",
+        ["use AutoNormal, or leave subsample_size out"],
+    )
 
 
 def needs_building(guide: Any) -> bool:
@@ -428,7 +461,8 @@ def _enumerated_in_guide(
     structure: Structure, guide: GuideLook, drawn: tuple[str, ...], exact: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Drawn latents of finite support that are summed under the guide: small or marked ones."""
-    finite = [n for n in drawn if _pyro.has_finite_support(guide.sites[n]["fn"])]
+    known = [n for n in drawn if n in structure.sites]
+    finite = [n for n in known if _pyro.has_finite_support(guide.sites[n]["fn"])]
     if exact or not finite:
         return ()
     marked = [n for n in finite if guide.sites[n]["infer"].get("enumerate")]

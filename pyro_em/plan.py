@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro_em._errors import Problem
@@ -81,11 +81,7 @@ class Plan:
 
         hidden = [r.site for r in self.routes]
         seen = dict(self.observed)
-        # The two parts of an obs_mask site are one node, under the user's name.
-        name = {n: n for n in (*hidden, *seen)}
-        for stem in [n.removesuffix("_observed") for n in seen if n.endswith("_observed")]:
-            if f"{stem}_unobserved" in name:
-                name[f"{stem}_observed"] = name[f"{stem}_unobserved"] = stem
+        name = self._users_names()
         graph = ModelGraph()
         for site in hidden:
             graph.add_node(name[site], observed=False, kind="site")
@@ -96,7 +92,23 @@ class Plan:
         graph.add_edges_from((name[a], name[b]) for a, b in self.edges if name[a] != name[b])
         return graph
 
+    def _users_names(self) -> dict[str, str]:
+        """The two parts of an ``obs_mask`` site have one name in the model."""
+        seen = [n for n, _ in self.observed]
+        name = {n: n for n in (*(r.site for r in self.routes), *seen)}
+        for stem in [n.removesuffix("_observed") for n in seen if n.endswith("_observed")]:
+            if f"{stem}_unobserved" in name:
+                name[f"{stem}_observed"] = name[f"{stem}_unobserved"] = stem
+        return name
+
     def __str__(self) -> str:
+        users = self._users_names()
+        routes = tuple(
+            r
+            if users[r.site] == r.site
+            else replace(r, site=users[r.site], reason=f"where missing: {r.reason}")
+            for r in self.routes
+        )
         parts = [
             "Latents",
             _table(
@@ -109,7 +121,7 @@ class Plan:
                         r.route,
                         r.reason,
                     )
-                    for name, r in _folded(self.routes)
+                    for name, r in _folded(routes)
                 ],
             ),
             "Parameters",
@@ -122,7 +134,7 @@ class Plan:
             ),
         ]
         if self.largest or not self.stochastic:
-            dims = " x ".join(self.largest) or "1"
+            dims = " x ".join(users.get(d, d) for d in self.largest) or "1"
             parts.append(f"Cost: the largest table has {self.cells:,} cells ({dims}).")
         if self.stochastic:
             parts.append("Iterations: stochastic, each draws from the guide.")

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import Role
 from pyro_em.importance import EvidenceEstimate, estimate_from
 from pyro_em.looking import Looker
+from pyro_em.particle import LogWeights, Particle, Term, log_weights
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program
-from pyro_em.structure import Structure, frames_of
-from pyro_em.variational import Particle, Term, Variational, data_plate
+from pyro_em.variational import Variational, are_local, data_plate, dims_of
 
 
 def estimate_evidence(
@@ -84,20 +82,8 @@ def estimate_evidence(
         return _from_posterior(program.posterior(), num_particles)
     with torch.no_grad():
         particles = [draw() for _ in range(num_particles)]
-    return _summarised(particles, draw.plate, draw.is_local, proposal)
-
-
-def _summarised(
-    particles: list[Particle], plate: str | None, is_local: bool, proposal: str
-) -> EvidenceEstimate:
-    if plate is not None and is_local:
-        parts = [p.along(plate) for p in particles]
-        inside = [i for i, _ in parts if i is not None]
-        if len(inside) == len(parts):
-            outside = torch.stack([o for _, o in parts])
-            if bool((outside == outside[0]).all()):
-                return estimate_from(torch.stack(inside), proposal, outside[0])
-    return estimate_from(torch.stack([p.bound for p in particles]), proposal)
+        weights = log_weights(particles, draw.plate, draw.is_local)
+    return estimate_from(weights, proposal)
 
 
 class _Guide:
@@ -108,9 +94,7 @@ class _Guide:
         self.variational = variational.with_draws_only()
         self.args, self.kwargs = args, kwargs
         self.plate = variational.data_plate
-        self.is_local = _are_local(
-            variational.bare, (*variational.routing.drawn, *variational.routing.exact), self.plate
-        )
+        self.is_local = variational.draws_are_local
 
     def __call__(self) -> Particle:
         v = self.variational
@@ -136,12 +120,18 @@ class _Prior:
             self.model = found.model
         self.plate = data_plate(structure)
         latents = tuple(n for n in structure.latents if n not in points)
-        self.is_local = _are_local(structure, latents, self.plate)
+        self.is_local = are_local(structure, latents)
 
     def __call__(self) -> Particle:
         sites = _pyro.drawn_run(self.model, self.args, self.kwargs).sites
         terms = tuple(
-            Term(name, Role.DATA, _dims(site), site["log_prob"])
+            Term(
+                name,
+                Role.DATA,
+                dims_of(site, site["log_prob"]),
+                site["log_prob"],
+                site["scale"],
+            )
             for name, site in sites.items()
             if _pyro.is_factor(site) and _pyro.role_of(site) is Role.DATA
         )
@@ -151,19 +141,8 @@ class _Prior:
 def _from_posterior(q: Posterior, num_particles: int) -> EvidenceEstimate:
     """At every draw z the weight p(x, z) / p(z | x) is p(x): a constant."""
     assert q.log_evidence is not None
-    row = q.pointwise if q.pointwise is not None else torch.tensor(q.log_evidence)
-    outside = None if q.pointwise is None else torch.tensor(q.log_evidence) - row.sum()
-    return estimate_from(row.expand(num_particles, *row.shape), "posterior", outside)
-
-
-def _are_local(structure: Structure, latents: tuple[str, ...], plate: str | None) -> bool:
-    """Whether every latent is drawn anew for each element of the data plate."""
-    return plate is not None and all(
-        plate in structure.sites[n].plates for n in latents if n in structure.sites
-    )
-
-
-def _dims(site: Mapping[str, Any]) -> tuple[str, ...]:
-    by_dim = {f.dim: name for name, f in frames_of(site).items()}
-    value: Tensor = site["log_prob"]
-    return tuple(by_dim.get(d, "") for d in range(-value.dim(), 0))
+    total = torch.tensor(q.log_evidence, dtype=torch.float64)
+    row = total if q.pointwise is None else q.pointwise.to(torch.float64)
+    outside = torch.zeros_like(total) if q.pointwise is None else total.to(row) - row.sum()
+    constant = row.expand(num_particles, *row.shape)
+    return estimate_from(LogWeights(constant, torch.ones_like(row), outside), "posterior")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pyro.infer.autoguide import AutoGuide
+
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import Role
+from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
+from pyro_em.batches import Batches
 from pyro_em.m_step import LeastSquares, Update
 from pyro_em.program import Program
 from pyro_em.variational import Variational
@@ -72,5 +76,36 @@ def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) 
                     f"updates['{name}']",
                     "least squares needs an exact fit; here the guide draws latents.",
                     fixes=["leave it out, or use ClosedForm(step_size=...)"],
+                )
+            )
+
+
+def refuse_rows_of_a_guide(variational: Variational, batches: Batches) -> None:
+    """Refuse batches where an autoguide has parameters for every row of the data.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    guide = variational.guide
+    rows = None if batches.batch_size is None else batches.rows
+    amortised = isinstance(guide, (AutoAmortizedNormal, AutoAmortizedCategorical))
+    if rows is None or rows == batches.batch_size or amortised or not isinstance(guide, AutoGuide):
+        return
+    bare = variational.bare
+    for name in variational.routing.drawn:
+        info = bare.sites.get(name)
+        if info is not None and any(bare.plates[p].size == rows for p in info.plates):
+            kind = type(guide).__name__
+            raise UsageError(
+                message(
+                    f"guide ({kind})",
+                    f"it has parameters of its own for each of the {rows} rows of '{name}', so that "
+                    "a batch does not fit it.",
+                    "its plates are those of the first call",
+                    [
+                        "let a network serve all rows: AutoAmortizedNormal",
+                        "leave batch_size out",
+                        f"give it plates that draw batches: {kind}(model, create_plates=...)",
+                    ],
                 )
             )

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, PyroEMWarning
-from pyro_em.batches import Batch, Batches, factors_of
+from pyro_em.batches import Batch, Batches, factors_of, without_last_row
 from pyro_em.result import EMStatus, EMStep
+from pyro_em.structure import Structure
 from pyro_em.training import Alternating, Trainer
 
 
@@ -37,10 +39,17 @@ class StochasticRun:
     epochs: int = 0
 
 
-def structure_at(trainer: Trainer, batch: Batch) -> Any:
-    """The pair's structure for a batch, and what multiplies its plates."""
-    structure = trainer.variational.structure(batch.args, batch.kwargs)
-    return factors_of(structure, batch)
+def factors_at(trainer: Trainer, batch: Batch) -> Mapping[str, float]:
+    """What multiplies the plates of a batch so that it stands for all data."""
+    if batch.size is None and batch.total is None:
+        return {}
+    at = trainer.variational.structure
+
+    def shorter() -> Structure:
+        other = without_last_row(batch)
+        return at(other.args, other.kwargs)
+
+    return factors_of(at(batch.args, batch.kwargs), batch, shorter)
 
 
 def steps(
@@ -52,7 +61,7 @@ def steps(
         Each step after its update; ``elbo`` is the bound of its batch, scaled to all data.
     """
     for index, batch in enumerate(batches):
-        factors = structure_at(trainer, batch) if batch.size is not None else {}
+        factors = factors_at(trainer, batch)
         loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
         yield EMStep(index, -loss, None, None, None, {}, time.perf_counter() - begin)
 
@@ -85,6 +94,8 @@ def run(
         begin: When the fit began.
     """
     out = StochasticRun()
+    if num_epochs is None and max_steps == 0:
+        return out
     per_epoch = batches.per_epoch
     total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
     disable = None if progress is None else not progress
@@ -130,9 +141,10 @@ def run(
 def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
     """The bound of all data at the current parameters, batch by batch, in nats."""
     total, rows = 0.0, 0
-    with torch.no_grad():
+    # A look must not change the path of a seeded fit.
+    with torch.no_grad(), _pyro.same_random_state():
         for batch in batches.epoch(shuffle=False):
-            factors = structure_at(trainer, batch) if batch.size is not None else {}
+            factors = factors_at(trainer, batch)
             loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
             # Each batch's bound estimates that of all data; their weighted mean is it.
             share = batch.size if batch.size and batch.total else 0

@@ -27,15 +27,14 @@ from pyro_em.m_step import (
     ClosedForm,
     Fixed,
     Gradient,
+    Kind,
     MStepState,
     ParameterUpdate,
     Update,
     decide_updates,
-    groups_needed,
     m_step,
 )
 from pyro_em.posteriors import exact_posterior
-from pyro_em.statistics import ExpectedStatistics, expected_statistics
 from pyro_em.variational import Variational
 
 Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -129,7 +128,7 @@ class Trainer:
         num_particles: Draws per step.
         steps: Complete steps so far.
         steppers: The optimisers by name.
-        averages: Running averages of expected statistics.
+        averages: Running averages of the closed forms' numerators and denominators.
         pending: Optimiser states that were loaded and wait for their optimisers.
         good: Parameters whose loss was last finite, and copies of them.
     """
@@ -140,7 +139,7 @@ class Trainer:
     num_particles: int = 1
     steps: int = 0
     steppers: dict[str, Stepper] = field(default_factory=dict)
-    averages: dict[int, ExpectedStatistics] = field(default_factory=dict)
+    averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: dict[str, Any] = field(default_factory=dict)
     good: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
@@ -186,7 +185,7 @@ class Trainer:
             return True
         args, kwargs, factors = self._last
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _pyro.same_random_state():
                 self.variational.loss(args, kwargs, self.num_particles, factors)
         except DegenerateError:
             return False
@@ -269,9 +268,9 @@ class Trainer:
             ] = p
         self._require_finite(moved)
         for key, group in by_update.items():
-            if key not in self.steppers:
-                wish = wishes.get(next(iter(group)))
-                given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
+            wish = wishes.get(next(iter(group)))
+            given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
+            if key not in self.steppers or self.steppers[key].optim is not (given or adam):
                 self.steppers[key] = Stepper(given or adam)
                 self.steppers[key].pending = self.pending.pop(key, None)
             self.steppers[key].step(group)
@@ -299,7 +298,8 @@ class Trainer:
         gradients = [p.grad for p in moved.values() if p.grad is not None]
         if not gradients:
             return
-        norms = torch.stack(torch._foreach_norm(gradients))
+        device = gradients[0].device
+        norms = torch.stack([n.to(device) for n in torch._foreach_norm(gradients)])
         if bool(torch.isfinite(norms.sum())):
             return
         names = [n for n, p in moved.items() if p.grad is not None]
@@ -349,27 +349,20 @@ class Trainer:
             q = exact_posterior(graph, contraction_of(graph), tables)
         # A component that no row of the batch belongs to is empty, not one of 1e-40 rows.
         counts = [torch.where(c < 1e-10, 0.0, c) for c in q.counts]
-        needed = groups_needed(graph, updates)
         arguments = [{n: a.detach() for n, a in g.arguments.items()} for g in graph.groups]
-        # Statistics are additive about one point of reference: that of the first batch.
-        old = self.averages.get(0)
-        about = (
-            arguments
-            if old is None
-            else [{**a, **old.references.get(k, {})} for k, a in enumerate(arguments)]
-        )
-        with torch.no_grad():
-            new = expected_statistics(graph, counts, about, needed)
-        if old is None:
-            average = new
-        else:
-            given = [
-                u.update.step_size for u in updates.values() if isinstance(u.update, ClosedForm)
-            ]
-            step_size = next((g for g in given if g is not None), (self.steps + 1) ** -0.6)
-            average = old * (1 - step_size) + new * step_size
-        self.averages[0] = average
-        m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), average)
+
+        def blend(name: str, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+            """Numerators and denominators live on the parameter: batches may differ in rows."""
+            update = updates[name].update
+            step_size = update.step_size if isinstance(update, ClosedForm) else None
+            rho = step_size or (self.steps + 1) ** -0.6
+            if name in self.averages:
+                old_n, old_d = (old.to(n) for old in self.averages[name])
+                n, d = old_n + rho * (n - old_n), old_d + rho * (d - old_d)
+            self.averages[name] = (n, d)
+            return n.clone(), d.clone()
+
+        m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), blend)
 
     def _granted(
         self, graph: FactorGraph, names: set[str], asked: Mapping[str, Update]
@@ -379,12 +372,12 @@ class Trainer:
         for name, update in decided.items():
             if name not in names:
                 out[name] = ParameterUpdate(name, Fixed(), "trained on the drawn bound")
-            elif not isinstance(update.update, ClosedForm):
+            elif not isinstance(update.update, ClosedForm) or update.kind is Kind.MEDIAN:
                 raise UsageError(
                     message(
                         f"updates['{name}']",
                         f"a closed form was asked for, but {update.reason}.",
-                        "on batches it needs statistics of summed or drawn latents",
+                        "on batches it needs additive statistics of summed or drawn latents",
                         ["leave it out: the parameter is then trained by gradient"],
                     )
                 )
@@ -394,15 +387,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a saved fit needs to continue on the same path: tensors and numbers."""
-        average = self.averages.get(0)
         return {
             "optimizers": {k: s.state() for k, s in self.steppers.items()},
             "baselines": dict(self.variational.baselines),
             "steps": self.steps,
-            "sums": {} if average is None else {g: dict(v) for g, v in average.sums.items()},
-            "references": {}
-            if average is None
-            else {g: dict(v) for g, v in average.references.items()},
+            "averages": {name: list(pair) for name, pair in self.averages.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -410,8 +399,7 @@ class Trainer:
         self.pending = dict(state.get("optimizers", {}))
         self.variational.baselines.update(state.get("baselines", {}))
         self.steps = int(state.get("steps", 0))
-        if state.get("sums"):
-            self.averages[0] = ExpectedStatistics(state["sums"], state["references"])
+        self.averages = {n: (p[0], p[1]) for n, p in state.get("averages", {}).items()}
 
 
 def _first_with(wish: Update | None, wishes: Mapping[str, Update]) -> str:

@@ -34,72 +34,12 @@ from pyro_em.contraction import contract
 from pyro_em.e_step import contraction_of, dot, scales_of
 from pyro_em.graph import FactorGraph, Group, trace_graph
 from pyro_em.pairing import Pair, Routing
+from pyro_em.particle import Particle, Term, log_weights
 from pyro_em.posterior import Posterior
 from pyro_em.posteriors import exact_posterior
 from pyro_em.structure import Structure, examine, form_of, frames_of
 
 _KEPT = 16  # structures of batches of different shape
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """One summand of a drawn bound, in nats.
-
-    Attributes:
-        site: The site, as in the pair's trace; several where latents were summed.
-        role: What the site stands for; None for an exact sum over latents.
-        dims: The plate of each dimension; empty where it belongs to none.
-        value: Scaled and masked; log q enters with a minus sign. # (*dims,)
-    """
-
-    site: str
-    role: Role | None
-    dims: tuple[str, ...]
-    value: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Particle:
-    """One draw from the guide, and the bound there.
-
-    Attributes:
-        terms: What the bound is the sum of.
-        scores: Per drawn site that cannot be reparameterised log q, masked and not scaled.
-        values: What was drawn.
-        graph: The factor graph at the draw, where latents were summed.
-        log_q: log q of the whole draw in nats.
-        baselines: The users' baseline options of the sites in ``scores``.
-    """
-
-    terms: tuple[Term, ...]
-    scores: Mapping[str, Term]
-    values: Mapping[str, Tensor]
-    graph: FactorGraph | None = None
-    log_q: float = 0.0
-    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def bound(self) -> Tensor:
-        """The sum of all terms: one unbiased draw of the ELBO in nats."""
-        return torch.stack([t.value.sum() for t in self.terms]).sum()
-
-    def along(self, plate: str) -> tuple[Tensor | None, Tensor]:
-        """The bound per element of a plate, and the sum of what is outside it.
-
-        Returns:
-            Values per element (None if nothing is inside), and the rest. # (size,), ()
-        """
-        inside: Tensor | None = None
-        outside = torch.zeros((), dtype=torch.float64)
-        for t in self.terms:
-            value = t.value.to(torch.float64)
-            if plate in t.dims:
-                axes = [i for i, d in enumerate(t.dims) if d != plate]
-                part = value.sum(axes) if axes else value
-                inside = part if inside is None else inside + part
-            else:
-                outside = outside.to(value.device) + value.sum()
-        return inside, outside
 
 
 @dataclass(eq=False)
@@ -152,7 +92,7 @@ class Variational:
             analytic: Whether known KL divergences replace the draw's.
             report: Whether log q is wanted as well where it is not needed for the bound.
         """
-        with _pyro.ScalePlates(factors or {}):
+        with _pyro.ScalePlates(factors or {}), _pyro.FeasibleWhereMasked():
             if self.routing.exact:
                 return self._summed(args, kwargs, report)
             return self._plain(args, kwargs, analytic, report)
@@ -174,7 +114,7 @@ class Variational:
             value = site["log_prob"]
             if role is Role.GUIDE:
                 value = -(value if _reparameterised(site) else value.detach())
-            terms.append(Term(name, role, _dims(site, value), value))
+            terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
         values = {
             n.removeprefix(GuideSites.prefix): s["value"]
             for n, s in sites.items()
@@ -214,10 +154,11 @@ class Variational:
                     "dims": group.dims[i],
                 }
                 value = log_q if _reparameterised(sites[name]) else log_q.detach()
-                terms.append(Term(name, Role.GUIDE, group.dims[i], -value))
+                terms.append(Term(name, Role.GUIDE, group.dims[i], -value, group.scale[i]))
                 flat.append(torch.zeros_like(table[i]))
+        scale = _common_scale(graph)
         for dims, value in contract(plan, flat, scales=scales_of(graph)):
-            terms.append(Term("summed", None, dims, value))
+            terms.append(Term("summed", None, dims, value, scale))
         return self._with_scores(terms, sites, graph, report, record[-1].values)
 
     def _with_scores(
@@ -241,7 +182,7 @@ class Variational:
                     score, dims = site["score"], site["dims"]
                 else:
                     score = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-                    dims = _dims(site, score)
+                    dims = dims_of(site, score)
                 scores[own] = Term(own, Role.GUIDE, dims, score)
                 baselines[own] = site.get("infer", {}).get("baseline", {})
         return Particle(tuple(terms), scores, values, graph, log_q, baselines)
@@ -301,7 +242,8 @@ class Variational:
             particle = self.particle(args, kwargs, factors)
             bound = particle.bound
             _require_finite(particle, bound)
-            bound = bound + self._score_terms(particle)
+            if torch.is_grad_enabled():  # a look must not move the baselines
+                bound = bound + self._score_terms(particle)
             total = bound if total is None else total + bound
         assert total is not None
         return -total / num_particles
@@ -319,25 +261,12 @@ class Variational:
             particle = self.particle(args, kwargs, factors, analytic=False)
             _require_finite(particle, particle.bound)
             particles.append(particle)
-        plate = self.data_plate
-        if plate is not None and self.draws_are_local and not factors:
-            parts = [p.along(plate) for p in particles]
-            inside = [i for i, _ in parts if i is not None]
-            if len(inside) == len(parts):
-                outside = torch.stack([o for _, o in parts]).mean()
-                rows = torch.logsumexp(torch.stack(inside), 0) - math.log(len(inside))
-                return rows.sum() + outside
-        totals = torch.stack([p.bound for p in particles])
-        return torch.logsumexp(totals, 0) - math.log(len(particles))
+        return log_weights(particles, self.data_plate, self.draws_are_local).bound()
 
     @property
     def draws_are_local(self) -> bool:
         """Whether every latent is drawn or summed anew for each element of the data plate."""
-        plate = self.data_plate
-        names = (*self.routing.drawn, *self.routing.exact)
-        return plate is not None and all(
-            plate in self.bare.sites[n].plates for n in names if n in self.bare.sites
-        )
+        return are_local(self.bare, (*self.routing.drawn, *self.routing.exact))
 
     def draws(
         self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
@@ -442,7 +371,11 @@ class Variational:
         enumerated = frozenset(self.routing.enumerated)
 
         def model(*args: Any, **kwargs: Any) -> Any:
-            with _pyro.ScalePlates(factors or {}), _pyro.OnlySites(barren):
+            with (
+                _pyro.ScalePlates(factors or {}),
+                _pyro.FeasibleWhereMasked(),
+                _pyro.OnlySites(barren),
+            ):
                 return self.model(*args, **kwargs)
 
         def guide(*args: Any, **kwargs: Any) -> Any:
@@ -456,6 +389,14 @@ def data_plate(structure: Structure) -> str | None:
     """The outermost plate that all observations share; None where it is a loop, or there is none."""
     outermost = next(iter(structure.data_plates), None)
     return outermost if outermost in structure.plates else None
+
+
+def are_local(structure: Structure, latents: Sequence[str]) -> bool:
+    """Whether every latent is drawn anew for each element of the data plate."""
+    plate = data_plate(structure)
+    return plate is not None and all(
+        plate in structure.sites[n].plates for n in latents if n in structure.sites
+    )
 
 
 @dataclass(frozen=True)
@@ -561,12 +502,25 @@ def _in_users_names(problem: Problem) -> Problem:
 def _kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Term:
     kl = kl_divergence(drawn["fn"], prior["fn"])
     kl = scale_and_mask(kl, prior["scale"], prior["mask"])
-    return Term(f"kl:{name}", Role.SAMPLED, _dims(prior, kl), -kl)
+    return Term(f"kl:{name}", Role.SAMPLED, dims_of(prior, kl), -kl)
 
 
-def _dims(site: Mapping[str, Any], value: Tensor) -> tuple[str, ...]:
+def dims_of(site: Mapping[str, Any], value: Tensor) -> tuple[str, ...]:
+    """The plate of each dimension of a site's log density; empty where there is none."""
     by_dim = {f.dim: name for name, f in frames_of(site).items()}
     return tuple(by_dim.get(d, "") for d in range(-value.dim(), 0))
+
+
+def _common_scale(graph: FactorGraph) -> float | None:
+    """The one number by which all sites of the model are scaled; None if there is none."""
+    scales = {
+        float(s) if not isinstance(s, Tensor) else math.nan
+        for g in graph.groups
+        if g.role is not Role.GUIDE and g.n_plates
+        for s in g.scale
+    }
+    only = scales.pop() if len(scales) == 1 else math.nan
+    return None if math.isnan(only) else only
 
 
 def _is_given(site: Mapping[str, Any]) -> bool:
@@ -661,6 +615,9 @@ def _downstream(routing: Routing, structure: Structure) -> dict[str, frozenset[s
     for name in routing.shown:
         moved = {name} | {u for u in look.sites if name in look.scopes.get(u, frozenset())}
         below = {GuideSites.prefix + u for u in moved}
+        # Sites without observed descendants have no recorded parents: they may depend on any draw.
+        unknown = [n for n in routing.drawn if n not in structure.sites]
+        below |= {*unknown, *(f"kl:{n}" for n in unknown)}
         for site, info in structure.sites.items():
             if set(info.scope) & moved or site in moved:
                 below |= {site, f"kl:{site}"}

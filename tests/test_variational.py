@@ -21,11 +21,18 @@ from torch.utils.data import DataLoader
 
 from pyro_em import Alternating, DrawnPosterior, ExactPosteriorEM
 from pyro_em.importance import estimate_from, pareto_k
+from pyro_em.particle import LogWeights
 from pyro_em.variational import Variational
 
 from .data_sets import iris
 
 T = torch.tensor
+
+
+def estimated(values, proposal):
+    """The summary of some log weights without a scale."""
+    one = torch.ones((), dtype=torch.float64)
+    return estimate_from(LogWeights(values, one, 0 * one), proposal)
 
 
 def given(mean: float, sd: float, *, transformed: bool = False):
@@ -985,17 +992,17 @@ def test_pareto_k_of_data_of_known_shape(k) -> None:
 def test_pareto_k_and_effective_size_of_constants_and_few_draws() -> None:
     assert pareto_k(torch.full((100,), -3.0)) == -math.inf
     assert math.isnan(pareto_k(torch.randn(10)))
-    one = estimate_from(torch.cat([T([0.0]), torch.full((99,), -200.0)]), "guide")
+    one = estimated(torch.cat([T([0.0]), torch.full((99,), -200.0)]), "guide")
     assert one.effective_sample_size == pytest.approx(1.0)
     assert not one.is_reliable
-    impossible = estimate_from(torch.full((100,), -math.inf), "prior")
+    impossible = estimated(torch.full((100,), -math.inf), "prior")
     assert impossible.value == -math.inf
 
 
 def test_equal_large_weights_beside_impossible_draws_are_no_proof_of_trust() -> None:
     """Half the draws impossible, the others alike: finite variance, so k is small."""
     w = torch.cat([torch.zeros(50), torch.full((50,), -math.inf)])
-    got = estimate_from(w, "prior")
+    got = estimated(w, "prior")
     assert got.value == pytest.approx(math.log(0.5))
     assert got.effective_sample_size == pytest.approx(50)
 

@@ -17,7 +17,7 @@ from pyro_em._pyro import restore, snapshot, write_unconstrained
 from pyro_em.e_step import dot
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
-from pyro_em.m_step.closed_form import apply_floor, closed_form
+from pyro_em.m_step.closed_form import Blend, apply_floor, closed_form
 from pyro_em.m_step.gradient import maximise
 from pyro_em.m_step.least_squares import least_squares
 from pyro_em.m_step.updates import (
@@ -30,7 +30,7 @@ from pyro_em.m_step.updates import (
     decide_updates,
     groups_reached,
 )
-from pyro_em.statistics import ExpectedStatistics, expected_statistics, group_statistics
+from pyro_em.statistics import expected_statistics, group_statistics
 
 Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
@@ -56,7 +56,7 @@ def m_step(
     arguments: Sequence[Mapping[str, Tensor]],
     evaluate: Evaluate,
     state: MStepState,
-    collected: ExpectedStatistics | None = None,
+    blend: Blend | None = None,
 ) -> MStepReport:
     """Update every parameter in place; nothing is changed if any update is degenerate.
 
@@ -67,14 +67,14 @@ def m_step(
         arguments: Arguments per group at the E-step.
         evaluate: From constrained values and group numbers to those groups' log densities.
         state: Kept between M-steps.
-        collected: Expected statistics to use instead of those of ``counts``.
+        blend: Running averages of the closed forms' numerators and denominators, for batches.
 
     Raises:
         DegenerateError: Naming parameter and component; all parameters are as before.
     """
     before = snapshot(graph.parameters)
     try:
-        return _m_step(graph, updates, counts, arguments, evaluate, state, collected)
+        return _m_step(graph, updates, counts, arguments, evaluate, state, blend)
     except BaseException:
         restore(graph.parameters, before)
         raise
@@ -87,14 +87,14 @@ def _m_step(
     arguments: Sequence[Mapping[str, Tensor]],
     evaluate: Evaluate,
     state: MStepState,
-    collected: ExpectedStatistics | None = None,
+    blend: Blend | None = None,
 ) -> MStepReport:
     values = {n: p.value() for n, p in graph.parameters.items()}
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
-    needed = groups_needed(graph, updates)
+    needed = groups_reached(graph, {u.name for u in exact})
+    needed = [g for g in needed if graph.groups[g].family is not None]
     with torch.no_grad():
-        if collected is None:
-            collected = expected_statistics(graph, counts, arguments, needed)
+        collected = expected_statistics(graph, counts, arguments, needed)
         statistics = {g: collected.of(g) for g in needed}
         current = [dict(a) for a in arguments]
         massless: dict[str, tuple[int, ...]] = {}
@@ -119,7 +119,7 @@ def _m_step(
                 new = least_squares(update.block, graph, statistics, current, values, updates)
             else:
                 value, empty = closed_form(
-                    update, graph, statistics, current, counts, values[update.name]
+                    update, graph, statistics, current, counts, values[update.name], blend
                 )
                 new = {update.name: value}
                 if empty:
@@ -133,12 +133,6 @@ def _m_step(
             refresh(set(new))
     _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
-
-
-def groups_needed(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[int]:
-    """Groups whose expected statistics the closed forms and least squares need."""
-    names = {u.name for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))}
-    return [g for g in groups_reached(graph, names) if graph.groups[g].family is not None]
 
 
 def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> None:
@@ -212,6 +206,7 @@ def _gradient_blocks(
 
 
 __all__ = [
+    "Blend",
     "ClosedForm",
     "Fixed",
     "Gradient",
@@ -223,6 +218,5 @@ __all__ = [
     "Update",
     "apply_floors",
     "decide_updates",
-    "groups_needed",
     "m_step",
 ]

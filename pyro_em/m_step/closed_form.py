@@ -9,7 +9,7 @@ asked for it, otherwise refused by name.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.updates import ClosedForm, ParameterUpdate, Prior, Use, bounds
 
+Blend = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 def closed_form(
     update: ParameterUpdate,
@@ -29,6 +31,7 @@ def closed_form(
     arguments: Sequence[Mapping[str, Tensor]],
     counts: Sequence[Tensor],
     value: Tensor,
+    blend: Blend | None = None,
 ) -> tuple[Tensor, list[int]]:
     """The maximiser of the expected log joint in one parameter.
 
@@ -39,6 +42,7 @@ def closed_form(
         arguments: The current arguments per group.
         counts: Expected counts per group (for order statistics).
         value: The parameter's current value.
+        blend: From a parameter's name, numerator and denominator to running averages of them.
 
     Returns:
         The new value, and the flat indices of events that had no mass and were kept.
@@ -58,6 +62,8 @@ def closed_form(
         numerator = n if numerator is None else numerator + n
         denominator = d if denominator is None else denominator + d
     assert numerator is not None and denominator is not None
+    if blend is not None:
+        numerator, denominator = blend(update.name, numerator, denominator)
     for prior in update.priors:
         n, d = _prior_contribution(update, prior, graph, value, event)
         numerator, denominator = numerator + n, denominator + d
