@@ -162,11 +162,6 @@ def test_potentials_are_found_again(full: EMResult, partial: EMResult) -> None:
     assert bool((partial.standard_errors()["J"] > full.standard_errors()["J"]).all())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="obs_mask that hides nothing: is_symmetric (loop.py) warns of a saddle, since no "
-    "table depends on the latents that are not there",
-)
 def test_a_mask_that_hides_nothing_is_no_symmetric_start() -> None:
     """obs_mask all True is data observed in full: no warning."""
 
