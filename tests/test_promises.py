@@ -17,6 +17,7 @@ from pyro_em import (
     PyroEMWarning,
     Rule,
     contraction,
+    e_step,
 )
 from pyro_em.families import _REGISTRY, register_family
 
