@@ -464,6 +464,11 @@ def drawn_run(
     return Run(dict(tracer.trace.nodes), {})
 
 
+def rename(module: Any, name: str) -> None:
+    """Give a ``PyroModule`` and all below it another name in the param store, before its first use."""
+    module._pyro_set_supermodule(name, module._pyro_context)
+
+
 def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The sites of one run, without densities and without gradients."""
     with torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:

@@ -208,13 +208,15 @@ def given_a_name(guide: Any) -> tuple[str, str]:
     Returns:
         The guide's name and its class's; empty where the guide has no name of its own.
     """
-    if not isinstance(guide, AutoGuide) or list(guide.children()):
+    if not isinstance(guide, AutoGuide):
         return "", ""
     cls = guide._pyro_name
     taken = {name.split(".")[0] for name in pyro.get_param_store()}
     names = (cls if i == 1 else f"{cls}_{i}" for i in itertools.count(1))
-    guide._pyro_name = next(n for n in names if n not in taken)
-    return guide._pyro_name, cls
+    own = next(n for n in names if n not in taken)
+    if own != cls:
+        _pyro.rename(guide, own)
+    return own, cls
 
 
 class _FromMessenger:

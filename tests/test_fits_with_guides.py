@@ -1,0 +1,340 @@
+"""What a stochastic fit leaves behind: parameters, posteriors, optimisers; and what batches mean."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal, AutoNormalMessenger
+from torch.distributions import constraints
+from torch.utils.data import DataLoader
+
+from pyro_em import (
+    Alternating,
+    AutoAmortizedNormal,
+    ClosedForm,
+    ExactPosteriorEM,
+    Fixed,
+    MonteCarlo,
+    UsageError,
+)
+
+
+def sgd(lr: float) -> Any:
+    return lambda p: torch.optim.SGD(p, lr=lr)
+
+
+def adam(lr: float) -> Any:
+    return lambda p: torch.optim.Adam(p, lr=lr)
+
+
+def rows(x):
+    mu = pyro.param("mu", torch.tensor(0.0))
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+
+
+def slopes(x):
+    a = pyro.param("a", torch.tensor(0.3))
+    with pyro.plate("n", len(x)):
+        pyro.sample("h", dist.Normal(a * x, 0.45))
+
+
+def shared(x):
+    h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("n", len(x)):
+        pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+
+def evidence_of_rows(x: torch.Tensor, mu: float = 0.0) -> float:
+    return float(dist.Normal(mu, math.sqrt(1.25)).log_prob(x).sum())
+
+
+def test_a_first_fit_of_an_autoguide_returns_and_saves_what_was_fitted(tmp_path: Path) -> None:
+    x = torch.randn(10) + 4
+    em = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    seen: list[float] = []
+    result = em.fit(
+        x,
+        max_steps=100,
+        seed=0,
+        callbacks=[lambda s: seen.append(float(s.params["AutoNormal.locs.h"]))],
+    )
+    fitted = float(em.guide.locs.h.detach())
+    assert fitted == pytest.approx(float(10 * x.mean() / 11), abs=0.5)
+    assert float(result.params["AutoNormal.locs.h"]) == fitted
+    assert seen[-1] == fitted and seen[0] != seen[-1]
+    em.save(tmp_path / "fit.pt")
+    pyro.clear_param_store()
+    other = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    other.load(tmp_path / "fit.pt", x)
+    assert float(other.guide.locs.h.detach()) == fitted
+
+
+def test_a_second_em_does_not_go_on_with_the_guide_of_the_first(tmp_path: Path) -> None:
+    x = torch.randn(10) + 4
+    first = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    first.fit(x, max_steps=50, seed=0)
+    kept = float(first.guide.locs.h.detach())
+    second = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    second.plan(x)
+    assert float(second.guide.locs.h.detach()) != kept
+    second.fit(x, max_steps=3, seed=1)
+    assert float(first.guide.locs.h.detach()) == kept
+    first.save(tmp_path / "one.pt")
+    second.load(tmp_path / "one.pt", x)  # names in a file do not depend on who was first
+    assert float(second.guide.locs.h.detach()) == kept
+    for _ in range(2):  # a cell that is run twice
+        ExactPosteriorEM(rows, AutoAmortizedNormal).fit(x, max_steps=2, seed=0)
+
+
+def test_a_result_keeps_its_posterior_when_the_fit_goes_on() -> None:
+    x = torch.randn(6)
+    em = ExactPosteriorEM(rows, slopes, adam(0.05))
+    result = em.fit(x, max_steps=5, seed=0)
+    before = result.posterior.mean("h").clone()
+    em.fit(x, max_steps=50, seed=0)
+    torch.testing.assert_close(result.posterior.mean("h"), before)
+    assert not torch.allclose(em.posterior(x).mean("h"), before)
+
+
+def test_no_steps_change_nothing() -> None:
+    x = torch.randn(5)
+    em = ExactPosteriorEM(rows, slopes, adam(0.05))
+    result = em.fit(x, max_steps=0)
+    assert result.num_steps == 0 and float(result.params["mu"]) == 0.0
+
+
+def test_a_reset_forgets_the_optimiser() -> None:
+    x = torch.randn(20)
+    for optim in (adam(0.1), pyro.optim.Adam({"lr": 0.1})):
+        em = ExactPosteriorEM(rows, slopes, optim)
+        ends = []
+        for _ in range(2):
+            ends.append(float(em.fit(x, max_steps=7, seed=3).params["a"]))
+            em.reset()
+        assert ends[0] == ends[1]
+
+
+def test_a_new_schedule_brings_its_own_optimisers() -> None:
+    x = torch.randn(20) + 3
+    em = ExactPosteriorEM(rows, slopes)
+    em.fit(x, max_steps=3, schedule=Alternating(1, 1, sgd(1e-3), sgd(1e-3)))
+    before = float(pyro.param("mu").detach())
+    em.fit(x, max_steps=3, schedule=Alternating(1, 1, sgd(1e-30), sgd(1e-30)))
+    assert float(pyro.param("mu").detach()) == pytest.approx(before, abs=1e-12)
+
+
+def test_validation_does_not_change_the_path() -> None:
+    x = torch.randn(20)
+    ends = []
+    for held_out in (None, x[:5]):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(rows, slopes, adam(0.05))
+        result = em.fit(x, batch_size=5, num_epochs=3, seed=0, validation=held_out)
+        ends.append(float(result.params["a"]))
+    assert ends[0] == ends[1]
+    with pytest.raises(UsageError, match="by position"):
+        em.fit(x=x, num_epochs=1, validation=x[:5])
+
+
+@pytest.mark.parametrize("batch", [100, 300])
+def test_a_closed_form_on_batches_may_have_arguments_of_its_own_for_each_row(batch: int) -> None:
+    """300 leaves a smaller last batch."""
+    torch.manual_seed(0)
+    c = torch.linspace(-10, 10, 1000)
+    x = c + 0.3 * torch.randn(1000)
+
+    def model(c, x):
+        s = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 0.01))
+            pyro.sample("x", dist.Normal(c + h, s), obs=x)
+
+    def guide(c, x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Normal(pyro.param("a", torch.tensor(0.0)) * x, 0.01))
+
+    em = ExactPosteriorEM(model, guide, updates={"s": ClosedForm(), "a": Fixed()})
+    result = em.fit(c, x, batch_size=batch, num_epochs=20, seed=0)
+    assert float(result.params["s"]) == pytest.approx(
+        float((x - c).square().mean().sqrt()), rel=0.05
+    )
+
+
+def test_a_median_has_no_closed_form_on_batches() -> None:
+    def model(x):
+        m = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Laplace(m, 1.0), obs=x)
+            pyro.sample("y", dist.Normal(h, 1.0), obs=x)
+
+    em = ExactPosteriorEM(model, slopes, updates={"m": ClosedForm()})
+    with pytest.raises(UsageError, match=r"updates\['m'\].*closed form"):
+        em.fit(torch.randn(8), max_steps=2)
+
+
+def test_importance_weights_of_batches_bound_the_evidence() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(100)
+    updates = {"mu": Fixed(), "a": Fixed()}
+    pyro.param("a", torch.tensor(0.8))
+    em = ExactPosteriorEM(rows, slopes, strategy=MonteCarlo(20), updates=updates)
+    bounds = torch.tensor(em.fit(x, batch_size=10, num_epochs=5, seed=0).history)
+    error = float(bounds.std()) / len(bounds) ** 0.5
+    truth = evidence_of_rows(x)
+    assert abs(float(bounds.mean()) - truth) < 3 * error + 1.0
+
+
+def test_scaled_rows_are_replicated_rows_in_importance_weights() -> None:
+    x = torch.tensor([0.5, -1.0, 2.0])
+    em = ExactPosteriorEM(
+        pyro.poutine.scale(rows, scale=10.0), pyro.poutine.scale(slopes, scale=10.0)
+    )
+    pyro.param("a", torch.tensor(0.8))
+    torch.manual_seed(0)
+    estimate = em.estimate_evidence(x, num_particles=2000)
+    assert estimate.value == pytest.approx(10 * evidence_of_rows(x), abs=0.2)
+
+
+def test_a_plate_of_the_batch_size_by_chance_is_not_scaled() -> None:
+    groups = torch.arange(5.0)
+    torch.manual_seed(0)
+    x = 3 * torch.randn(40)
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0), 1.0))
+        with pyro.plate("groups", 5):
+            pyro.sample("g", dist.Normal(mu, 1.0), obs=groups)
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(mu, 10.0), obs=x)
+
+    def guide(x):
+        pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(1.5)), 0.4))
+
+    em = ExactPosteriorEM(model, guide, updates={"m": Fixed()})
+    full = em.elbo(x, num_particles=2000)
+    for batch in (5, 10):
+        bounds = torch.tensor(em.fit(x, batch_size=batch, num_epochs=60, seed=0).history)
+        error = math.hypot(float(bounds.std()) / len(bounds) ** 0.5, full.standard_error)
+        assert abs(float(bounds.mean()) - full.value) < 5 * error
+
+
+def test_a_loader_of_dicts_counts_its_rows() -> None:
+    x = torch.randn(100) + 2
+
+    def model(batch):
+        return shared(batch["x"])
+
+    def guide(batch):
+        pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(1.8)), 0.1))
+
+    em = ExactPosteriorEM(model, guide, updates={"m": Fixed()})
+    loader = DataLoader([{"x": v} for v in x], 10)
+    history = torch.tensor(em.fit(loader, num_epochs=20, seed=0).history)
+    full = em.elbo({"x": x}, num_particles=500)
+    error = math.hypot(float(history.std()) / len(history) ** 0.5, full.standard_error)
+    assert abs(float(history.mean()) - full.value) < 5 * error
+
+
+@pytest.mark.parametrize("wrap", ["scale", "mask"])
+def test_a_guide_messenger_keeps_scale_and_mask(wrap: str) -> None:
+    x = torch.tensor([0.5, -1.0, 2.0, 1.0])
+
+    def model(x):
+        with pyro.plate("n", len(x)):
+            handler = (
+                pyro.poutine.scale(scale=3.0)
+                if wrap == "scale"
+                else pyro.poutine.mask(mask=torch.tensor([True, False, True, False]))
+            )
+            with handler:
+                h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 1.0))
+                pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+
+    em = ExactPosteriorEM(model, AutoNormalMessenger)
+    em.plan(x)
+    ours = em.elbo(x, num_particles=1500)
+    messenger = em.guide.messenger
+    theirs = [-Trace_ELBO().loss(model, messenger, x) for _ in range(1500)]
+    other = torch.tensor(theirs)
+    error = math.hypot(ours.standard_error, float(other.std()) / len(other) ** 0.5)
+    assert abs(ours.value - float(other.mean())) < 5 * error
+
+
+def test_a_score_function_of_a_site_without_data_is_unbiased() -> None:
+    """The guide makes h depend on a, on which no data depend in the model."""
+    x = torch.tensor([1.0, -0.5, 2.0, 0.3])
+
+    def model(x):
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+            pyro.sample("a", dist.Poisson(torch.exp(0.5 * h)))
+
+    def guide(x):
+        p = pyro.param("p", torch.tensor(1.5), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            a = pyro.sample("a", dist.Poisson(p))
+            pyro.sample("h", dist.Normal(0.4 * a, 0.7))
+
+    em = ExactPosteriorEM(model, guide)
+    found = em._look((x,), {})
+    leaf = pyro.get_param_store()._params["p"]
+
+    def gradient(loss: Any) -> float:
+        leaf.grad = None
+        loss().backward()
+        return float(leaf.grad)
+
+    n = 1500
+    ours = torch.tensor([gradient(lambda: found.loss((x,), {})) for _ in range(n)])
+    elbo = Trace_ELBO()
+    theirs = torch.tensor(
+        [gradient(lambda: elbo.differentiable_loss(model, guide, x)) for _ in range(n)]
+    )
+    leaf.grad = None
+    error = math.hypot(float(ours.std()), float(theirs.std())) / n**0.5
+    assert abs(float(ours.mean() - theirs.mean())) < 5 * error
+
+
+def test_nan_under_a_mask_is_no_obstacle() -> None:
+    x = torch.randn(30)
+    x[::3] = math.nan
+
+    def model(x):
+        with pyro.plate("n", len(x)), pyro.poutine.mask(mask=~torch.isnan(x)):
+            h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(h, 0.5), obs=x)
+
+    result = ExactPosteriorEM(model, AutoAmortizedNormal).fit(x, max_steps=20, seed=0)
+    assert result.num_steps == 20 and math.isfinite(result.elbo)
+
+
+def test_rows_of_an_autoguide_and_batches_do_not_go_together() -> None:
+    em = ExactPosteriorEM(rows, AutoNormal)
+    with pytest.raises(
+        UsageError, match=r"AutoNormal.*each of the 20 rows(.|\n)*AutoAmortizedNormal"
+    ):
+        em.fit(torch.randn(20), batch_size=5, num_epochs=1)
+
+
+def test_an_exact_estimate_is_exact_in_double_precision() -> None:
+    def model(x):
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.3, 0.7], dtype=torch.float64)))
+            pyro.sample("x", dist.Normal(z.double(), 1.0), obs=x)
+
+    x = torch.randn(5000, dtype=torch.float64)
+    em = ExactPosteriorEM(model)
+    torch.set_default_dtype(torch.float32)
+    estimate = em.estimate_evidence(x, num_particles=30)
+    assert estimate.value == pytest.approx(em.posterior(x).log_evidence, rel=1e-12)
