@@ -32,9 +32,14 @@ FIT_KEYWORDS = (
 
 
 def check_constructor(
-    model: Any, guide: Any, strategy: Any, updates: Mapping[str, Any], num_particles: int
+    model: Any,
+    guide: Any,
+    optim: Any,
+    strategy: Any,
+    updates: Mapping[str, Any],
+    num_particles: int,
 ) -> None:
-    """Refuse what cannot be a model, a guide, a strategy or an update."""
+    """Refuse what cannot be a model, a guide, an optimiser, a strategy or an update."""
     if not callable(model):
         raise UsageError(
             message(
@@ -49,6 +54,17 @@ def check_constructor(
                 "ExactPosteriorEM",
                 f"guide={guide!r} is no guide.",
                 fixes=["pass a callable, an autoguide class, a factory, or 'map'"],
+            )
+        )
+    if optim is not None and not callable(optim):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                f"optim={optim!r} is no optimiser.",
+                fixes=[
+                    "pass lambda params: torch.optim.Adam(params, lr=0.01)",
+                    "pass pyro.optim.Adam({'lr': 0.01})",
+                ],
             )
         )
     several = isinstance(strategy, Mapping)

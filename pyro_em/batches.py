@@ -87,7 +87,12 @@ class Batches:
             self.rows = rows.pop()
             if not 1 <= batch_size <= self.rows:
                 raise UsageError(
-                    message("fit", f"batch_size={batch_size} with {self.rows} rows of data.")
+                    message(
+                        "fit",
+                        f"batch_size={batch_size} with {self.rows} rows of data.",
+                        "a batch is a part of the data",
+                        [f"use a number from 1 to {self.rows}", "leave it out for all at once"],
+                    )
                 )
             self.total = self.total or self.rows
 

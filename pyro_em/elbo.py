@@ -52,6 +52,20 @@ class ELBOTerms:
     def __float__(self) -> float:
         return self.value
 
+    def __str__(self) -> str:
+        error = "" if not self.standard_error else f" ± {self.standard_error:.3g}"
+        lines = [f"ELBO {self.value:.6f}{error} nats" + (" (exact)" if self.exact else "")]
+        if self.reconstruction is not None and self.kl is not None:
+            prior = f" + log prior {self.log_prior:.6f}" if self.log_prior else ""
+            lines.append(f"  = reconstruction {self.reconstruction:.6f} - KL {self.kl:.6f}{prior}")
+        joint, entropy = self.expected_log_joint, self.entropy
+        lines.append(f"  = expected log joint {joint:.6f} + entropy {entropy:.6f}")
+        if self.log_evidence is not None:
+            lines.append(f"log evidence {self.log_evidence:.6f}, gap {self.gap:.6g}{error}")
+        if self.standard_error is None:
+            lines.append("one draw: elbo(..., num_particles=n) gives a standard error")
+        return "\n".join(lines)
+
 
 def elbo_terms(
     graph: FactorGraph, q: Posterior, tables: Sequence[Tensor], at: Posterior

@@ -125,7 +125,7 @@ class ExactPosteriorEM:
         max_plate_nesting: int | None = None,
         max_enumeration: int = 2**27,
     ) -> None:
-        check_constructor(model, guide, strategy, dict(updates or {}), num_particles)
+        check_constructor(model, guide, optim, strategy, dict(updates or {}), num_particles)
         self.model = model
         self.num_particles = num_particles
         self._looker = Looker(
@@ -579,7 +579,8 @@ class ExactPosteriorEM:
                         ["pass data by position: fit(x, y, validation=(x_val, y_val))"],
                     )
                 )
-            aside = validation if isinstance(validation, tuple) else (validation,)
+            several = isinstance(validation, (tuple, list))
+            aside = tuple(validation) if several else (validation,)
             held_out = Batches(aside, kwargs, None, None, None)
         parameters = trainer.variational.parameters
         run = stochastic.run(
@@ -652,6 +653,8 @@ class ExactPosteriorEM:
         extra: dict[str, Any] = {"total_steps": self._total_steps}
         if self._trainer is not None:
             extra["training"] = self._trainer.state()
+        roots = (self.model, self.guide)
+        extra["buffers"] = {n: b.detach().cpu() for n, b in saving.buffers_of(roots).items()}
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
         torch.save(saving.pack(named, extra), path)
 
@@ -725,6 +728,7 @@ class ExactPosteriorEM:
         state, self._pending = self._pending, None
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
         saving.restore(state, named)
+        saving.restore_buffers(state, (self.model, self.guide))
         self._total_steps = int(state["total_steps"])
         self._trainer, self._training = None, dict(state.get("training", {}))
 

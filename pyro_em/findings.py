@@ -244,7 +244,11 @@ def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
                 where,
                 f"the observed value is a {kind}, not a tensor.",
                 "Pyro's densities take torch tensors",
-                ("pass torch.as_tensor(x)",),
+                (
+                    "pass torch.as_tensor("
+                    + ("x.to_numpy()" if kind.startswith("pandas") else "x")
+                    + ", dtype=torch.get_default_dtype())",
+                ),
                 DataError,
             )
         ]

@@ -173,7 +173,10 @@ class Group:
         if values is None:
             return dict(self.arguments)
         return {
-            name: b.evaluate(values) if b.is_static else self.arguments[name]
+            # Parameters may be coarser than the data.
+            name: b.evaluate(values).to(self.arguments[name].dtype)
+            if b.is_static
+            else self.arguments[name]
             for name, b in self.bindings.items()
         }
 

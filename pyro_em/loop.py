@@ -333,7 +333,8 @@ def rate_of_convergence(path: Sequence[float]) -> float | None:
     clear = [g for g in gains if g > rounding]
     if len(clear) < 3:
         return None
-    return clear[-1] / clear[-2]
+    rate = clear[-1] / clear[-2]
+    return rate if rate < 1 else None
 
 
 def is_symmetric(q: Posterior) -> bool:

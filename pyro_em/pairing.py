@@ -26,7 +26,7 @@ from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide
 from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, Problem, UsageError, message
+from pyro_em._errors import ModelError, Problem, PyroEMError, UsageError, message
 from pyro_em._pyro import GiveValues, GuideSites, Role, Run, TracedParameter
 from pyro_em.amortized import AutoAmortizedCategorical
 from pyro_em.binding import leaves_below
@@ -342,15 +342,34 @@ def _guide_failed(guide: Any, error: Exception) -> str:
                 f"{name}(poutine.block(model, hide=[names of the discrete sites]))",
             ],
         )
+    if isinstance(error, PyroEMError):  # it has said what to do
+        return str(error)
+    if "invalid shape of pyro.param" in text:
+        return message(
+            "guide",
+            f"it raised {type(error).__name__}: {text}",
+            "the param store holds parameters of an earlier guide of this name",
+            ["call pyro.clear_param_store() first"],
+        )
+    fixes = ["call guide(*args) by itself to see where", "give it the model's arguments"]
+    if needs_building(guide) or len(inspect_arguments(guide)) == 1:
+        fixes.append(
+            "if it is a factory, call its argument `model`: lambda model: AutoNormal(model)"
+        )
     return message(
         "guide",
         f"it raised {type(error).__name__}: {text}",
         "the guide is called with the model's arguments",
-        [
-            "give it the model's arguments",
-            "if it is a factory, call its argument `model`: lambda model: AutoNormal(model)",
-        ],
+        fixes,
     )
+
+
+def inspect_arguments(guide: Any) -> list[str]:
+    """Names of a guide's arguments; empty where they cannot be known."""
+    try:
+        return list(inspect.signature(guide).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 # ---------------------------------------------------------------------- routes
@@ -510,8 +529,12 @@ def _no_route(structure: Structure, name: str) -> Problem:
         "every latent needs a route: an exact sum, a point estimate or a guide",
         (
             f"add pyro.sample('{name}', ...) to the guide",
-            "pass guide='map' for a point estimate",
-            "let a network do it: ExactPosteriorEM(model, AutoAmortizedNormal)",
+            "pass guide='map' for point estimates, or a class for all: AutoNormal",
+            *(
+                ("let a network do it: ExactPosteriorEM(model, AutoAmortizedNormal)",)
+                if set(info.plates) & set(structure.data_plates)
+                else ()
+            ),
         ),
     )
 

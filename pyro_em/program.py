@@ -345,6 +345,7 @@ def build_program(
     if structure.random_plates:
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
+    notes += tuple(_collapsing_priors(graph))
     updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
     program = Program(
         model,
@@ -379,6 +380,24 @@ def build_program(
                 ),
             )
     return program
+
+
+def _collapsing_priors(graph: FactorGraph) -> list[str]:
+    """Point estimates whose prior's own scale is free: the joint density has no maximum."""
+    return [
+        message(
+            f"site '{g.members[0]}'",
+            "it is a point estimate, and the scale of its prior is a parameter.",
+            "their joint density grows without bound as the scale goes to zero and the site to its "
+            "mean",
+            [
+                "give the site a spread: a guide such as AutoNormal",
+                "fix the scale: updates={'...': Fixed()}, or give it a prior",
+            ],
+        )
+        for g in graph.groups
+        if g.role is Role.POINT and "scale" in g.bindings and g.bindings["scale"].params
+    ]
 
 
 def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:

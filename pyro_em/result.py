@@ -27,7 +27,10 @@ class EMStatus(Enum):
     """Why a fit ended; each value is the sentence that a user reads."""
 
     CONVERGED = "The estimated remaining gain is below tol."
-    ROUNDING = "Two successive gains are within rounding of the objective: no more can be gained."
+    ROUNDING = (
+        "Two successive gains are within rounding of the objective: nothing more is gained from "
+        "here (a maximum, or a saddle)."
+    )
     MAX_STEPS = "The given number of steps was run."
     INTERRUPTED = "The fit was interrupted; the parameters are those of the last complete step."
     STOPPED = "A callback asked to stop."
@@ -58,6 +61,12 @@ class History(Sequence[float]):
     entering: tuple[float, ...]
     after_m_step: tuple[float, ...] = ()
     validation: tuple[tuple[int, float], ...] = ()
+
+    def __repr__(self) -> str:
+        if not self.entering:
+            return "History(no steps)"
+        first, last = self.entering[0], self.entering[-1]
+        return f"History({len(self.entering)} steps, from {first:.6f} to {last:.6f})"
 
     def __getitem__(self, i: Any) -> Any:
         return self.entering[i]
@@ -246,12 +255,14 @@ class EMResult:
                 f"ELBO {self.elbo:.6f} after {self.num_steps} steps ({self.seconds:.2f} s)\n"
                 f"{self.message}"
             )
+        single = self.num_rows == 1
         prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"
         return (
             f"log evidence {self.log_evidence:.6f}{prior} after {self.num_steps} steps"
             f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
             f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
             f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
+            + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)
         )
 
 

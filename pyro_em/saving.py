@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,47 @@ def pack(parameters: Mapping[str, TracedParameter], extra: Mapping[str, Any]) ->
         "constraints": {n: repr(p.constraint) for n, p in parameters.items()},
         **extra,
     }
+
+
+def modules_of(one: Any) -> list[torch.nn.Module]:
+    """Modules that a model or guide holds: itself, its arguments, its closure, what it names.
+
+    Their buffers (statistics of a BatchNorm, the standardisation of an amortised guide) are no
+    parameters, but a fitted model is another one without them.
+    """
+    if isinstance(one, torch.nn.Module):
+        return [one]
+    if isinstance(one, functools.partial):
+        inside = [one.func, *one.args, *one.keywords.values()]
+        return [m for part in inside for m in modules_of(part)]
+    if inspect.ismethod(one):
+        owner = one.__self__
+        if isinstance(owner, torch.nn.Module):
+            return [owner]
+        return [v for v in vars(owner).values() if isinstance(v, torch.nn.Module)]
+    if inspect.isfunction(one):
+        held = inspect.getclosurevars(one)
+        named = [*held.nonlocals.values(), *held.globals.values()]
+        return [v for v in named if isinstance(v, torch.nn.Module)]
+    return []
+
+
+def buffers_of(roots: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """All buffers of some models and guides, by position and name."""
+    return {
+        f"{r}.{m}.{name}": buffer
+        for r, root in enumerate(roots)
+        for m, module in enumerate(modules_of(root))
+        for name, buffer in module.named_buffers()
+    }
+
+
+def restore_buffers(state: Mapping[str, Any], roots: Sequence[Any]) -> None:
+    """Write saved buffers in place, where there are buffers of the same name and shape."""
+    saved = state.get("buffers", {})
+    for name, buffer in buffers_of(roots).items():
+        if name in saved and saved[name].shape == buffer.shape:
+            buffer.copy_(saved[name])
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -338,3 +338,50 @@ def test_an_exact_estimate_is_exact_in_double_precision() -> None:
     torch.set_default_dtype(torch.float32)
     estimate = em.estimate_evidence(x, num_particles=30)
     assert estimate.value == pytest.approx(em.posterior(x).log_evidence, rel=1e-12)
+
+
+def test_buffers_are_saved_with_a_fit(tmp_path: Path) -> None:
+    """The standardisation of an amortised guide comes from the data that it saw first."""
+    x = 100 + torch.randn(50)
+    em = ExactPosteriorEM(rows, AutoAmortizedNormal)
+    em.fit(x, max_steps=20, seed=0)
+    em.save(tmp_path / "fit.pt")
+    torch.manual_seed(0)
+    before = em.elbo(x, num_particles=5).value
+    pyro.clear_param_store()
+    other = ExactPosteriorEM(rows, AutoAmortizedNormal)
+    other.load(tmp_path / "fit.pt")
+    other.plan(x - 100)  # another first look
+    torch.manual_seed(0)
+    assert other.elbo(x, num_particles=5).value == pytest.approx(before, rel=1e-6)
+
+
+def test_a_bound_prints_its_parts() -> None:
+    x = torch.randn(5)
+    em = ExactPosteriorEM(rows, slopes)
+    text = str(em.elbo(x, num_particles=10))
+    assert "ELBO" in text and "±" in text and "reconstruction" in text
+    assert "num_particles" in str(em.elbo(x))
+
+
+def test_a_free_scale_above_a_point_estimate_is_warned_about() -> None:
+    def model(x):
+        tau = pyro.param("tau", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(torch.tensor(0.0), tau))
+            pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+    assert "grows without bound" in str(ExactPosteriorEM(model, "map").plan(torch.randn(6)))
+
+
+def test_data_may_be_finer_than_parameters() -> None:
+    def model(x):
+        mu = pyro.param("mu", torch.zeros(2, 2) + torch.tensor([[0.0], [1.0]]))
+        S = pyro.param("S", torch.eye(2).repeat(2, 1, 1), constraint=constraints.positive_definite)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
+
+    torch.set_default_dtype(torch.float32)
+    result = ExactPosteriorEM(model).fit(torch.randn(40, 2, dtype=torch.float64), max_steps=5)
+    assert result.num_steps == 5 and result.params["mu"].dtype is torch.float32

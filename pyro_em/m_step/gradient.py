@@ -127,9 +127,12 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
             with torch.enable_grad():
                 value = loss()
                 gradients = torch.autograd.grad(value, variables, allow_unused=True)
+            finite = bool(torch.isfinite(value.detach()))
         except PyroEMError:
             if best == math.inf:
                 raise
+            finite = False
+        if not finite and best < math.inf:
             # A trial point at which the model cannot run is a bad one, not the end of the fit.
             for v in variables:
                 v.grad = torch.zeros_like(v)
