@@ -250,7 +250,7 @@ def compare(
 
     Args:
         contenders: From labels to `ExactPosteriorEM`, ``pyro.infer.SVI`` or `Direct`; or one
-            `ExactPosteriorEM`, for which `standard_contenders` are made.
+            `ExactPosteriorEM` with an exact posterior, for which `standard_contenders` are made.
         *args: The model's arguments.
         max_steps: Steps of EM and evaluations of L-BFGS at most.
         svi_steps: Steps of each run of a method with a learning rate.
@@ -267,7 +267,8 @@ def compare(
         with the reason.
 
     Raises:
-        UsageError: If something is no contender, or contenders have different models.
+        UsageError: If something is no contender, contenders have different models, or a single one
+            has no exact posterior.
 
     Example:
         >>> import torch, pyro.distributions as dist
@@ -284,6 +285,7 @@ def compare(
         >>> abs(found["exact EM"].final_evidence - found["L-BFGS"].final_evidence) < 1e-4
         True
     """
+    alone = contenders if isinstance(contenders, ExactPosteriorEM) else None
     if isinstance(contenders, ExactPosteriorEM):
         contenders = standard_contenders(contenders)
     rates, seeds = tuple(learning_rates), tuple(seeds)
@@ -300,6 +302,8 @@ def compare(
         keeper.add(kept)
         contest = Contest(keeper, start, next(iter(models.values())), args, kwargs, limits)
         contest.look(contenders.values())
+        if alone is not None and contest.is_stochastic(alone):
+            raise UsageError(_no_standard_contenders())
         methods = [contest.method(n, c, models[n], rates, seeds) for n, c in contenders.items()]
         total = sum(len(m.rates) * len(m.seeds) for m in methods)
         disable = None if progress is None else not progress
@@ -309,6 +313,18 @@ def compare(
         keeper.restore()
         pyro.util.set_rng_state(random_state)
     return _comparison(methods, sweeps, contest, tolerance)
+
+
+def _no_standard_contenders() -> str:
+    return message(
+        "compare",
+        "the guide draws latents of this model, so that there is no exact EM to compare with.",
+        "the standard contenders raise or need an exact evidence",
+        [
+            "pass a mapping: {'sums inside': em, 'guide for all': ExactPosteriorEM(model, guide, "
+            "strategy='guide')}",
+        ],
+    )
 
 
 def _check_numbers(

@@ -126,7 +126,7 @@ class Contest:
             tried, note = _rates(rates, one.optim)
             drawn = not self._is_exact(one)
             return Method(label, partial(self._svi, one), tried, seeds, drawn, note)
-        if self._is_stochastic(one):
+        if self.is_stochastic(one):
             tried, note = _rates(rates, one._looker.optim)
             run = partial(self._em, one, self.limits.svi_steps)
             return Method(label, run, tried, seeds, True, note)
@@ -179,7 +179,7 @@ class Contest:
         exact = isinstance(loss, TraceExact_ELBO) and loss.strategy == "exact"
         return exact and self.has_evidence
 
-    def _is_stochastic(self, em: ExactPosteriorEM) -> bool:
+    def is_stochastic(self, em: ExactPosteriorEM) -> bool:
         """Whether its guide draws or scores latents, so that gradients move everything."""
         if em._looker.guide is None:
             return False

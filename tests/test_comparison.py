@@ -395,3 +395,19 @@ def test_bad_numbers_and_colliding_names_get_a_sentence() -> None:
         compare({"a": ExactPosteriorEM(collides)}, X)
     with pytest.raises(UsageError, match="updates holds 'mu' fixed"):
         standard_contenders(ExactPosteriorEM(mixture, updates={"mu": Fixed()}))
+
+
+def test_one_em_that_draws_has_no_standard_contenders() -> None:
+    def model(x):
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Normal(pyro.param("a", torch.tensor(0.0)) * x, 1.0))
+
+    before = len(pyro.get_param_store())
+    with pytest.raises(UsageError, match=r"no exact EM to compare with(.|\n)*pass a mapping"):
+        compare(ExactPosteriorEM(model, guide), torch.zeros(3), progress=False)
+    assert len(pyro.get_param_store()) == before
