@@ -270,11 +270,7 @@ class FeasibleWhereMasked(Messenger):
         if not bool(torch.isnan(value).any()):
             return
         fn = msg["fn"]
-        batch = value.shape[: value.dim() - fn.event_dim]
-        shape = torch.broadcast_shapes(mask.shape, batch)
-        event = value.shape[value.dim() - fn.event_dim :]
-        keep = mask.expand(shape).reshape(shape + (1,) * fn.event_dim)
-        msg["value"] = torch.where(keep, value.expand(shape + event), feasible_event(fn, value))
+        msg["value"] = where_kept(mask, value, feasible_event(fn, value), fn.event_dim)
 
 
 class OnlySites(Messenger):
@@ -739,6 +735,15 @@ def is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
+
+
+def where_kept(
+    mask: torch.Tensor, value: torch.Tensor, event: torch.Tensor, event_dim: int
+) -> torch.Tensor:
+    """A value with one event put where it is masked. # (*batch, *event)"""
+    batch = torch.broadcast_shapes(mask.shape, value.shape[: value.dim() - event_dim])
+    value = value.expand(batch + value.shape[value.dim() - event_dim :])
+    return torch.where(mask.expand(batch).reshape(batch + (1,) * event_dim), value, event)
 
 
 def feasible_event(fn: Any, like: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ def drawn_terms(
 
 def _pointwise(variational: Variational, particles: Sequence[Particle]) -> Tensor | None:
     """The bound per element of the outermost data plate, where nothing is outside it."""
-    plate = variational.data_plate
+    plate = variational.bare.data_plate
     if plate is None or not particles:
         return None
     total: Tensor | None = None

@@ -576,15 +576,12 @@ class _Layout:
             event = _pyro.feasible_event(fn, value)
             return event.expand(value.shape).clone()
         shape = torch.broadcast_shapes(mask.shape, batch)
-        mask = mask.expand(shape)
-        value = value.expand(shape + value.shape[value.dim() - event_dim :])
+        full = value.expand(shape + value.shape[value.dim() - event_dim :])
         if bool(mask.all()):
-            return value
-        if bool(mask.any()):
-            event = value[mask][0]
-        else:
-            event = _pyro.feasible_event(fn, value)
-        return torch.where(mask.reshape(shape + (1,) * event_dim), value, event)
+            return full
+        any_kept = bool(mask.any())
+        event = full[mask.expand(shape)][0] if any_kept else _pyro.feasible_event(fn, value)
+        return _pyro.where_kept(mask, value, event, event_dim)
 
 
 class _Stray(Exception):

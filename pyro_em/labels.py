@@ -19,7 +19,7 @@ from pyro_em.graph import FactorGraph, Group
 from pyro_em.program import Program
 
 
-def component_axes(graph: FactorGraph, site: str) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
     """The dimensions of each parameter that run over a latent's values.
 
     Args:
@@ -27,7 +27,7 @@ def component_axes(graph: FactorGraph, site: str) -> tuple[dict[str, tuple[int, 
         site: The latent.
 
     Returns:
-        Per parameter its axes, and all latents that share them (the steps of a chain).
+        Per parameter its axes, those of all latents that share them (the steps of a chain).
 
     Raises:
         UsageError: If there is no such latent.
@@ -47,7 +47,7 @@ def component_axes(graph: FactorGraph, site: str) -> tuple[dict[str, tuple[int, 
         for group in graph.groups:
             _collect(graph, group, together, axes)
         if (len(together), sum(map(len, axes.values()))) == before:
-            return {p: tuple(sorted(a)) for p, a in axes.items()}, together
+            return {p: tuple(sorted(a)) for p, a in axes.items()}
 
 
 def _collect(
@@ -113,7 +113,7 @@ def sort_components(program: Program, site: str, by: str | Tensor, *, descending
         UsageError: If there is no such latent or key, or the components are not exchangeable.
     """
     graph = program.graph
-    axes, _ = component_axes(graph, site)
+    axes = component_axes(graph, site)
     size = graph.latents[site].size
     if isinstance(by, str):
         if by not in axes:

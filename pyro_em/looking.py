@@ -183,11 +183,6 @@ class Looker:
         own, cls = self.name
         return cls + name[len(own) :] if own and name.startswith(f"{own}.") else name
 
-    def own_name(self, saved: str) -> str:
-        """The name here of a parameter in a file."""
-        own, cls = self.name
-        return own + saved[len(cls) :] if cls and saved.startswith(f"{cls}.") else saved
-
     def exact_beside(
         self, variational: Variational, args: tuple, kwargs: dict[str, Any]
     ) -> Program | None:
@@ -348,6 +343,7 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         edges_of(bare),
         tuple(notes),
         stochastic=True,
+        is_monotone=False,
         gives_up=""
         if variational.weighted is None
         else f"MonteCarlo({variational.weighted}): raises the importance-weighted bound of "

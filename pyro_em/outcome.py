@@ -169,7 +169,7 @@ def build_stochastic_result(
 
 
 def _rows_of(variational: Variational) -> int:
-    plate = variational.data_plate
+    plate = variational.bare.data_plate
     return 1 if plate is None else variational.bare.plates[plate].full_size
 
 

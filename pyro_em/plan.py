@@ -48,6 +48,7 @@ class Plan:
         edges: Pairs (parent, child) of the model's directed graph.
         notes: Warnings in words.
         stochastic: Whether each step draws from the guide.
+        is_monotone: Whether the objective can never fall by more than rounding.
         gives_up: What the strategy does without, in words.
     """
 
@@ -60,15 +61,8 @@ class Plan:
     edges: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     stochastic: bool = False
+    is_monotone: bool = True
     gives_up: str = ""
-
-    @property
-    def is_monotone(self) -> bool:
-        """Whether every update is an exact maximisation or a safeguarded step."""
-        return not self.stochastic and not any(
-            isinstance(u.update, Gradient) and u.update.optimizer is not None
-            for u in self.updates.values()
-        )
 
     @property
     def graph(self) -> Any:

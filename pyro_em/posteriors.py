@@ -20,15 +20,14 @@ def exact_posterior(
     graph: FactorGraph, plan: ContractionPlan, log_densities: Sequence[Tensor]
 ) -> Posterior:
     """Run the E-step and wrap it."""
-    points = [k for k, g in enumerate(graph.groups) if g.role is Role.POINT]
     separate, held = _without_priors(graph, log_densities)
     result = e_step(graph, plan, held)
     cells, counts = _cells_and_counts(graph, result.cells)
     expected = expected_log_joint(counts, log_densities)
-    log_prior = _separate_log_prior(graph, separate, counts, log_densities)
-    total = float(result.log_evidence) + log_prior
-    if len(separate) < len(points):
-        log_prior += _joint_log_prior(graph, plan, held)
+    apart = _separate_log_prior(graph, separate, counts, log_densities)
+    joint = _joint_log_prior(graph, plan, separate, held)
+    total = float(result.log_evidence) + apart
+    log_prior = apart + (joint or 0.0)
     return Posterior(
         graph,
         cells,
@@ -37,7 +36,7 @@ def exact_posterior(
         True,
         [t.detach() for t in log_densities],
         total - expected,
-        _pointwise(graph, result) if len(separate) == len(points) else None,
+        _pointwise(graph, result) if joint is None else None,
         log_prior,
         total,
     )
@@ -74,8 +73,7 @@ def wrapped(
     cells, counts = _cells_and_counts(graph, scaled)
     separate, held = _without_priors(graph, log_densities)
     log_prior = _separate_log_prior(graph, separate, counts, log_densities)
-    if any(g.role is Role.POINT for k, g in enumerate(graph.groups) if k not in separate):
-        log_prior += _joint_log_prior(graph, plan, held)
+    log_prior += _joint_log_prior(graph, plan, separate, held) or 0.0
     return Posterior(
         graph,
         cells,
@@ -126,8 +124,12 @@ def _separate_log_prior(
     return total
 
 
-def _joint_log_prior(graph: FactorGraph, plan: ContractionPlan, tables: Tables) -> float:
+def _joint_log_prior(
+    graph: FactorGraph, plan: ContractionPlan, separate: Sequence[int], tables: Tables
+) -> float | None:
     """log p(h) of point-estimated latents below summed ones: the evidence without the data."""
+    if all(g.role is not Role.POINT for k, g in enumerate(graph.groups) if k not in separate):
+        return None
     without_data = [
         torch.zeros_like(t) if g.role is Role.DATA else t
         for g, t in zip(graph.groups, tables, strict=True)
@@ -145,8 +147,8 @@ def _unscaled(group: Group, table: Tensor) -> Tensor:
 
 
 def _pointwise(graph: FactorGraph, result: EStep) -> Tensor | None:
-    outermost = next(iter(graph.structure.data_plates), None)
-    if outermost is None or outermost not in graph.structure.plates:
+    outermost = graph.structure.data_plate
+    if outermost is None:
         return None
     total: Tensor | None = None
     for dims, term in result.terms:

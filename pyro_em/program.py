@@ -250,6 +250,7 @@ class Program:
             ),
             edges_of(self.structure),
             self.notes,
+            is_monotone=self.is_monotone,
             gives_up=gives_up(self.strategy),
         )
 

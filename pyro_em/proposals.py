@@ -14,7 +14,7 @@ from pyro_em.looking import Looker
 from pyro_em.particle import LogWeights, Particle, Term, log_weights
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program
-from pyro_em.variational import Variational, are_local, data_plate, dims_of
+from pyro_em.variational import Variational, dims_of
 
 
 def estimate_evidence(
@@ -93,7 +93,7 @@ class _Guide:
         # Weights need draws: nothing is enumerated under the guide.
         self.variational = variational.with_draws_only()
         self.args, self.kwargs = args, kwargs
-        self.plate = variational.data_plate
+        self.plate = variational.bare.data_plate
         self.is_local = variational.draws_are_local
 
     def __call__(self) -> Particle:
@@ -118,9 +118,9 @@ class _Prior:
         else:
             structure, points = found.structure, set()
             self.model = found.model
-        self.plate = data_plate(structure)
+        self.plate = structure.data_plate
         latents = tuple(n for n in structure.latents if n not in points)
-        self.is_local = are_local(structure, latents)
+        self.is_local = structure.are_local(latents)
 
     def __call__(self) -> Particle:
         sites = _pyro.drawn_run(self.model, self.args, self.kwargs).sites

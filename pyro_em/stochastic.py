@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ def run(
             bar.set_postfix_str(label, refresh=False)
             bar.update()
             if callbacks:
-                seen = EMStep(step.index, step.elbo, None, None, None, parameters(), step.seconds)
+                seen = replace(step, params=parameters())
                 if any(callback(seen) is True for callback in callbacks):
                     out.status = EMStatus.STOPPED
                     break

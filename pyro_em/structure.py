@@ -6,7 +6,7 @@ treatment wrong or impossible is collected as a `Problem`; latents come first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,19 @@ class Structure:
             return ()
         shared = set.intersection(*(set(i.nested) for i in data))
         return tuple(p for p in data[0].nested if p in shared)
+
+    @property
+    def data_plate(self) -> str | None:
+        """The outermost of ``data_plates``; None where it is a loop, or there is none."""
+        outermost = next(iter(self.data_plates), None)
+        return outermost if outermost in self.plates else None
+
+    def are_local(self, latents: Iterable[str]) -> bool:
+        """Whether every latent is drawn anew for each element of the data plate."""
+        plate = self.data_plate
+        return plate is not None and all(
+            plate in self.sites[n].plates for n in latents if n in self.sites
+        )
 
 
 def form_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:

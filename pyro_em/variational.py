@@ -261,12 +261,12 @@ class Variational:
             particle = self.particle(args, kwargs, factors, analytic=False)
             _require_finite(particle, particle.bound)
             particles.append(particle)
-        return log_weights(particles, self.data_plate, self.draws_are_local).bound()
+        return log_weights(particles, self.bare.data_plate, self.draws_are_local).bound()
 
     @property
     def draws_are_local(self) -> bool:
         """Whether every latent is drawn or summed anew for each element of the data plate."""
-        return are_local(self.bare, (*self.routing.drawn, *self.routing.exact))
+        return self.bare.are_local((*self.routing.drawn, *self.routing.exact))
 
     def draws(
         self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
@@ -305,11 +305,6 @@ class Variational:
             if len(hits) == 1:
                 out[site] = hits[0]
         return out
-
-    @property
-    def data_plate(self) -> str | None:
-        """The outermost plate that all observations share, where it is no loop."""
-        return data_plate(self.bare)
 
     @property
     def is_exact(self) -> bool:
@@ -383,20 +378,6 @@ class Variational:
                 return self.guide(*args, **kwargs)
 
         return model, guide
-
-
-def data_plate(structure: Structure) -> str | None:
-    """The outermost plate that all observations share; None where it is a loop, or there is none."""
-    outermost = next(iter(structure.data_plates), None)
-    return outermost if outermost in structure.plates else None
-
-
-def are_local(structure: Structure, latents: Sequence[str]) -> bool:
-    """Whether every latent is drawn anew for each element of the data plate."""
-    plate = data_plate(structure)
-    return plate is not None and all(
-        plate in structure.sites[n].plates for n in latents if n in structure.sites
-    )
 
 
 @dataclass(frozen=True)

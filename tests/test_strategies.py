@@ -561,3 +561,9 @@ def test_two_e_steps_are_refused() -> None:
     em = ExactPosteriorEM(two_latents, strategy={"z": Hard(), "y": MonteCarlo(3)})
     with pytest.raises(UsageError, match="several E-steps"):
         em.plan(X)
+
+
+@pytest.mark.parametrize("strategy", ["exact", Hard(), MonteCarlo(3), Annealed([0.5])])
+def test_the_plan_says_whether_the_objective_can_fall(strategy: Any) -> None:
+    plan = ExactPosteriorEM(mixture, strategy=strategy).plan(X)
+    assert plan.is_monotone is not isinstance(strategy, (MonteCarlo, Annealed))
