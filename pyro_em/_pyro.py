@@ -11,6 +11,7 @@ Three kinds of run, in the order in which a model is looked at:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -458,6 +459,15 @@ def drawn_run(
         lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded
     )
     return Run(dict(tracer.trace.nodes), {})
+
+
+def signature_of(model: Any) -> list[inspect.Parameter]:
+    """The parameters of a model or guide; empty where they cannot be known."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def rename(module: Any, name: str) -> None:

@@ -8,9 +8,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-import torch
-
 from pyro_em._errors import UsageError, message
+from pyro_em._pyro import signature_of
 from pyro_em.m_step import Update
 from pyro_em.strategies import EStepStrategy
 
@@ -174,15 +173,6 @@ def refuse_exact_keywords(init: Any, num_restarts: int) -> None:
                 ["leave them out", "set initial values in model and guide, or torch.manual_seed"],
             )
         )
-
-
-def signature_of(model: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The model's parameters; empty where they cannot be known."""
-    target = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        return list(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return []
 
 
 def check_collisions(

@@ -12,18 +12,20 @@ import torch
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message, raise_problems
 from pyro_em.findings import parameter_problems
+from pyro_em.guides import (
+    GuideLook,
+    built_guide,
+    given_a_name,
+    look_at_guide,
+    needs_building,
+)
 from pyro_em.m_step import Gradient, ParameterUpdate, Update
 from pyro_em.m_step.updates import Fixed
 from pyro_em.pairing import (
-    GuideLook,
     Routing,
     WithSubsamples,
-    built_guide,
     decide_routes,
-    given_a_name,
-    look_at_guide,
     matching,
-    needs_building,
     reduced,
     routes_with_guide,
     unknown_strategies,

@@ -9,32 +9,21 @@ estimate where the guide is a ``Delta`` that nothing random reaches, else a draw
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide
-from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, Problem, PyroEMError, UsageError, message
-from pyro_em._pyro import GiveValues, GuideSites, Role, Run, TracedParameter
-from pyro_em.amortized import AutoAmortizedCategorical
-from pyro_em.binding import leaves_below
+from pyro_em._errors import ModelError, Problem
+from pyro_em._pyro import GiveValues, GuideSites, Role
 from pyro_em.contraction import ContractionPlan
+from pyro_em.guides import GuideLook, is_plain_delta
 from pyro_em.plan import Route, budget_problems, contraction_from_structure, routes_of
 from pyro_em.structure import SiteInfo, Structure, frames_of
 
-_FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
 _SMALL = 2**16  # cells of all guide latents enumerated together
 _MANY = 20  # dimensions that Pyro's enumeration may take
 
@@ -66,50 +55,6 @@ class Pair:
             self.record.append(sites)
         with GiveValues(sites.values, self.roles, sites.subsamples):
             return self.model(*args, **kwargs)
-
-
-@dataclass(frozen=True, eq=False)
-class GuideLook:
-    """What two runs of a guide say.
-
-    Attributes:
-        run: The plain run.
-        scopes: For each site the guide's sites that reach its distribution, directly or not.
-        points: Sites that are point estimates.
-        leaves: Identities of all leaf tensors that reach a site: its parameters, those of networks
-            that only the model registers included.
-    """
-
-    run: Run
-    scopes: Mapping[str, frozenset[str]]
-    points: frozenset[str]
-    leaves: frozenset[int] = frozenset()
-
-    def parameters(self, known: Mapping[str, TracedParameter]) -> tuple[str, ...]:
-        """Names of the parameters that the guide uses, among its own and those of the model."""
-        own = [n for n in known if n in self.run.parameters or id(known[n].leaf) in self.leaves]
-        return tuple(dict.fromkeys([*self.run.parameters, *own]))
-
-    @property
-    def subsamples(self) -> dict[str, torch.Tensor]:
-        """Indices of part of a plate that the guide's plates drew."""
-        return {
-            n: s["value"]
-            for n, s in self.run.sites.items()
-            if _pyro.is_subsample(s) and len(s["value"]) != s["fn"].size
-        }
-
-    @property
-    def sites(self) -> Mapping[str, dict[str, Any]]:
-        """The guide's sites by name."""
-        return {n: s for n, s in self.run.sites.items() if _pyro.is_factor(s)}
-
-    def upstream(self, names: set[str]) -> set[str]:
-        """Sites on which any of the given sites depends, themselves included."""
-        found = set(names)
-        for name in names:
-            found |= self.scopes.get(name, frozenset())
-        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,223 +101,6 @@ class Routing:
         if guide is None or not roles:
             return model
         return Pair(model, guide, roles, self.shown)
-
-
-# ---------------------------------------------------------------------- the guide itself
-
-
-def built_guide(guide: Any, model: _pyro.Model, structure: Structure | None) -> Any:
-    """The guide that a user's ``guide`` argument stands for.
-
-    Args:
-        guide: A guide, ``"map"``, an autoguide class or a factory from a model to a guide.
-        model: The user's model.
-        structure: What a look at the model found; needed for classes and factories.
-
-    Returns:
-        A guide to be called with the model's arguments.
-    """
-    if not needs_building(guide):
-        return _as_callable(guide)
-    factory = AutoDelta if isinstance(guide, str) else guide
-    assert structure is not None
-    cls = factory.func if isinstance(factory, functools.partial) else factory
-    takes_discrete = cls in _FOR_DISCRETE
-    hidden = [
-        *structure.barren,
-        *(n for n in structure.latents if structure.sites[n].is_discrete is not takes_discrete),
-    ]
-    made = factory(poutine.block(model, hide=hidden))
-    if not callable(made):
-        raise UsageError(
-            message(
-                "guide",
-                f"the factory returned a {type(made).__name__}, not a guide.",
-                fixes=["return a callable with the model's arguments"],
-            )
-        )
-    return _as_callable(made)
-
-
-def _as_callable(guide: Any) -> Any:
-    """A guide whose sites appear in an outer trace as those of a function do."""
-    return _FromMessenger(guide) if isinstance(guide, GuideMessenger) else guide
-
-
-def given_a_name(guide: Any) -> tuple[str, str]:
-    """Give an autoguide that was built here a name that the param store does not hold yet.
-
-    Pyro's autoguides are named after their class: a second one would go on with the parameters of
-    the first in silence.
-
-    Returns:
-        The guide's name and its class's; empty where the guide has no name of its own.
-    """
-    if not isinstance(guide, AutoGuide):
-        return "", ""
-    cls = guide._pyro_name
-    taken = {name.split(".")[0] for name in pyro.get_param_store()}
-    names = (cls if i == 1 else f"{cls}_{i}" for i in itertools.count(1))
-    own = next(n for n in names if n not in taken)
-    if own != cls:
-        _pyro.rename(guide, own)
-    return own, cls
-
-
-class _FromMessenger:
-    """A guide messenger runs inside its model; its draws are told again as a guide's sites."""
-
-    def __init__(self, messenger: GuideMessenger) -> None:
-        self.messenger = messenger
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        with poutine.block(hide_types=["sample", "observe"]):
-            self.messenger(*args, **kwargs)  # its parameters stay visible
-        _, trace = self.messenger.get_traces()
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample":
-                continue
-            with ExitStack() as plates:
-                for frame in frames_of(site).values():
-                    if frame.full_size not in (None, frame.size):
-                        raise ModelError(_subsampled_messenger(frame.name))
-                    plates.enter_context(pyro.plate(frame.name, frame.size, dim=frame.dim))
-                plates.enter_context(poutine.replay(trace=trace))
-                plates.enter_context(poutine.scale(scale=site["scale"]))
-                if site["mask"] is not None:
-                    plates.enter_context(poutine.mask(mask=site["mask"]))
-                pyro.sample(name, site["fn"])
-
-
-def _subsampled_messenger(plate: str) -> str:
-    return message(
-        f"plate '{plate}'",
-        "a guide messenger draws a subsample of it.",
-        "its draws are told again to the model, which would draw another subsample",
-        ["use AutoNormal, or leave subsample_size out"],
-    )
-
-
-def needs_building(guide: Any) -> bool:
-    """Whether a guide argument is ``"map"``, a class or a factory rather than a guide.
-
-    A function counts as a factory where its only argument without a default is called ``model`` or
-    ``m``; a ``functools.partial`` of a class does too.
-    """
-    if guide is None:
-        return False
-    if isinstance(guide, (str, type)):
-        return True
-    if isinstance(guide, functools.partial):
-        return isinstance(guide.func, type)
-    if isinstance(guide, torch.nn.Module) or not callable(guide):
-        return False
-    try:
-        parameters = inspect.signature(guide).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return needed in (["model"], ["m"])
-
-
-def look_at_guide(
-    guide: _pyro.Model, args: tuple, kwargs: dict[str, Any], *, first_look: bool
-) -> GuideLook:
-    """Run a guide plainly and with tagged sites.
-
-    Args:
-        guide: The guide.
-        args: Its positional arguments, those of the model.
-        kwargs: Its keyword arguments.
-        first_look: Whether the plain run may advance the random state.
-
-    Raises:
-        ModelError: If the guide raises.
-    """
-    if _has_no_forward(guide):  # a bare module: a guide without sites
-        return GuideLook(Run({}, {}), {}, frozenset())
-    try:
-        plain = _pyro.plain_run(guide, args, kwargs, keep_random_state=not first_look)
-    except _pyro.RunFailed as failure:
-        raise ModelError(_guide_failed(guide, failure.error)) from failure.error
-    tagged = _pyro.provenance_run(guide, args, kwargs, plain)
-    scopes: dict[str, frozenset[str]] = {}
-    random: set[str] = set()
-    for name, site in plain.sites.items():
-        if not _pyro.is_factor(site):
-            continue
-        reached = tagged.scopes.get(name, frozenset()) - {name}
-        for parent in tuple(reached):
-            reached |= scopes.get(parent, frozenset())
-        scopes[name] = frozenset(reached)
-        if not _is_plain_delta(site) or reached & random:
-            random.add(name)
-    leaves = leaves_below(t for n in scopes for t in _pyro.tensors_of(plain.sites[n]["fn"]))
-    points = frozenset(n for n in scopes if n not in random)
-    return GuideLook(plain, scopes, points, frozenset(leaves))
-
-
-def _has_no_forward(guide: Any) -> bool:
-    return isinstance(guide, torch.nn.Module) and type(guide).forward is torch.nn.Module.forward
-
-
-def _is_plain_delta(site: Mapping[str, Any]) -> bool:
-    base = _pyro.unwrap(site["fn"])[0]
-    if type(base) is not dist.Delta:
-        return False
-    return bool((torch.as_tensor(base.log_density) == 0).all())
-
-
-def _guide_failed(guide: Any, error: Exception) -> str:
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(guide, AutoGuide) and "discrete" in text:
-        name = type(guide).__name__
-        return message(
-            f"guide ({name})",
-            f"it raised: {text}",
-            "Pyro's autoguides refuse discrete sites, and one that is already built on the full "
-            "model has seen them",
-            [
-                f"pass the class: ExactPosteriorEM(model, {name})",
-                "build it on the continuous part: "
-                f"{name}(poutine.block(model, hide=[names of the discrete sites]))",
-            ],
-        )
-    if isinstance(error, PyroEMError):  # it has said what to do
-        return str(error)
-    if "invalid shape of pyro.param" in text:
-        return message(
-            "guide",
-            f"it raised {type(error).__name__}: {text}",
-            "the param store holds parameters of an earlier guide of this name",
-            ["call pyro.clear_param_store() first"],
-        )
-    fixes = ["call guide(*args) by itself to see where", "give it the model's arguments"]
-    if needs_building(guide) or len(inspect_arguments(guide)) == 1:
-        fixes.append(
-            "if it is a factory, call its argument `model`: lambda model: AutoNormal(model)"
-        )
-    return message(
-        "guide",
-        f"it raised {type(error).__name__}: {text}",
-        "the guide is called with the model's arguments",
-        fixes,
-    )
-
-
-def inspect_arguments(guide: Any) -> list[str]:
-    """Names of a guide's arguments; empty where they cannot be known."""
-    try:
-        return list(inspect.signature(guide).parameters)
-    except (TypeError, ValueError):
-        return []
-
-
-# ---------------------------------------------------------------------- routes
 
 
 def decide_routes(
@@ -591,7 +319,7 @@ def _plate_problems(structure: Structure, name: str, site: Mapping[str, Any]) ->
                 )
             ]
     fn, prior = site["fn"], structure.unobserved[name]["fn"]
-    if _is_plain_delta(site):
+    if is_plain_delta(site):
         have, want = tuple(site["value"].shape), tuple(prior.shape())
         outside: list[str] = []
     else:
