@@ -192,7 +192,7 @@ def data_plates(structure: Structure, size: int) -> tuple[str, ...]:
     for info in structure.sites.values():
         if info.role is not Role.DATA or not info.plates:
             continue
-        for name in sorted(info.plates, key=lambda p: structure.plates[p].dim):
+        for name in (n for n in info.nested if n in info.plates):  # outermost first
             plate = structure.plates[name]
             if plate.size == size and plate.full_size == plate.size:
                 found.append(name)

@@ -24,6 +24,7 @@ from pyro_em import (
     MonteCarlo,
     UsageError,
 )
+from pyro_em.batches import Batch, factors_of
 
 
 def sgd(lr: float) -> Any:
@@ -385,3 +386,24 @@ def test_data_may_be_finer_than_parameters() -> None:
     torch.set_default_dtype(torch.float32)
     result = ExactPosteriorEM(model).fit(torch.randn(40, 2, dtype=torch.float64), max_steps=5)
     assert result.num_steps == 5 and result.params["mu"].dtype is torch.float32
+
+
+def test_of_nested_plates_of_one_size_the_outer_one_holds_the_rows() -> None:
+    """Documents of four words in batches of four, the words on the left."""
+    words = torch.randn(4, 8)
+
+    def model(words):  # (words, documents)
+        with pyro.plate("documents", words.shape[1], dim=-1):
+            h = pyro.sample("h", dist.Normal(torch.tensor(0.0), 1.0))
+            with pyro.plate("words", len(words), dim=-2):
+                pyro.sample("w", dist.Normal(h, 1.0), obs=words)
+
+    def guide(words):
+        with pyro.plate("documents", words.shape[1], dim=-1):
+            pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.4))
+
+    em = ExactPosteriorEM(model, guide)
+    found = em._look((words[:, :4],), {})
+    structure = found.structure((words[:, :4],), {})
+    batch = Batch((words[:, :4],), {}, size=4, total=8)
+    assert factors_of(structure, batch) == {"documents": 2.0}
