@@ -132,7 +132,13 @@ def check_fit(
             )
         )
     if num_epochs is not None and num_epochs < 1:
-        raise UsageError(message("fit", f"num_epochs={num_epochs} would change nothing."))
+        raise UsageError(
+            message(
+                "fit",
+                f"num_epochs={num_epochs} would change nothing.",
+                fixes=["pass at least 1, or leave it out and set max_steps"],
+            )
+        )
     if not all(callable(c) for c in callbacks):
         raise UsageError(
             message(

@@ -61,7 +61,7 @@ def test_published_fit(x: torch.Tensor, result: EMResult) -> None:
 
 
 def test_number_of_states(x: torch.Tensor) -> None:
-    """The three-state evidence is hmmlearn's best of thirty starts, -328.5275; AIC takes three, BIC two."""
+    """Three states reach hmmlearn's best of thirty starts, -328.5275; AIC takes three, BIC two."""
     fits = hmm.fit_all(x, 3)
     assert fits[1].log_evidence == pytest.approx(stats.poisson.logpmf(x, x.mean()).sum(), rel=1e-9)
     assert fits[3].log_evidence == pytest.approx(-328.5275, abs=1e-3)

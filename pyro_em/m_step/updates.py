@@ -41,7 +41,11 @@ class ClosedForm:
             raise UsageError(message("ClosedForm", f"floor={self.floor} is no variance."))
         if self.step_size is not None and not 0 < self.step_size <= 1:
             raise UsageError(
-                message("ClosedForm", f"step_size={self.step_size} is no weight in (0, 1].")
+                message(
+                    "ClosedForm",
+                    f"step_size={self.step_size} is no weight in (0, 1].",
+                    fixes=["pass 0.1, or None for one that falls with the steps"],
+                )
             )
 
 
