@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import EMResult, ExactPosteriorEM
+from pyro_em import EMResult, ExactPosteriorEM, plotting
 
 PARENTS: dict[str, tuple[str, ...]] = {
     "z": (),
@@ -131,20 +131,8 @@ def draw(result: EMResult, x: Tensor, complete: Tensor, path: Path) -> None:
 
 def draw_network(ax: Any, result: EMResult) -> None:
     """The graph, and at each node its learned table."""
-    from matplotlib.patches import FancyArrowPatch
-
-    for a, b in ((p, node) for node, parents in PARENTS.items() for p in parents):
-        ax.add_patch(
-            FancyArrowPatch(
-                PLACES[a], PLACES[b], arrowstyle="-|>", mutation_scale=16, shrinkA=20, shrinkB=20,
-                color="0.45",
-            )
-        )  # fmt: skip
+    plotting.graph(result.plan.graph, ax, positions=PLACES, plates=False)
     for node, (across, up) in PLACES.items():
-        hidden = node not in SEEN
-        face = "white" if hidden else "#cfe2f3"
-        ax.plot(across, up, "o", markersize=33, markerfacecolor=face, markeredgecolor="0.2")
-        ax.text(across, up, node, ha="center", va="center", fontsize=13, style="italic")
         table = result.params[f"p({node})"].reshape(-1)
         parent = PARENTS[node][0] if PARENTS[node] else ""
         lines = [f"p = {table[0]:.2f}"]
@@ -161,7 +149,6 @@ def draw_network(ax: Any, result: EMResult) -> None:
             ax.text(*place, "\n".join(lines), ha=align, va=va, fontsize=10)
     ax.set_xlim(-0.55, 4.3)
     ax.set_ylim(-0.4, 2.4)
-    ax.set_axis_off()
     ax.set_title("Learned p(node = 1 | parent); z is never seen")
 
 

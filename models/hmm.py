@@ -139,19 +139,16 @@ def draw(x: Tensor, K: int, ahead: Tensor, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from pyro_em.plotting import PALETTE
+    from pyro_em import plotting
 
     years = torch.arange(len(x)) + FIRST_YEAR
     rate, states = parameters(x, K)[2].detach(), decoded(x, K)
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(2.4, 1), height_ratios=(1.5, 1))
     top = figure.add_subplot(grid[0, 0])
-    top.plot(years, x, color="0.75", linewidth=1, zorder=1)
-    for k in range(K):
-        own, colour = states == k, PALETTE[k % len(PALETTE)]
-        label = f"state {k + 1}, {float(rate[k]):.1f} a year"
-        top.scatter(years[own], x[own], s=16, color=colour, label=label, zorder=2)
-    top.step(years, rate[states], where="mid", color="black", linewidth=1.4, label="decoded rate")
+    labels = [f"state {k + 1}, {float(rate[k]):.1f} a year" for k in range(K)]
+    plotting.state_sequence(x, states, top, times=years, means=rate, labels=labels)
+    top.set_xlabel("")
     top.set_ylabel("earthquakes in the year")
     top.set_ylim(0, float(x.max()) * 1.25)
     top.set_title("Decoding splits the century into quiet and active years")
@@ -159,7 +156,7 @@ def draw(x: Tensor, K: int, ahead: Tensor, path: Path) -> None:
     bottom = figure.add_subplot(grid[1, 0], sharex=top)
     top_state = int(rate.argmax())
     bottom.plot(years, filtered(x, K)[:, top_state], color="0.6", linewidth=1.2, label="filtered")
-    colour = PALETTE[top_state % len(PALETTE)]
+    colour = plotting.PALETTE[top_state % len(plotting.PALETTE)]
     smooth = smoothed(x, K)[:, top_state]
     bottom.plot(years, smooth, color=colour, linewidth=1.8, label="smoothed")
     bottom.set_ylim(-0.03, 1.3)
@@ -170,9 +167,11 @@ def draw(x: Tensor, K: int, ahead: Tensor, path: Path) -> None:
     bottom.legend(ncols=2, frameon=False, loc="upper left")
     right = figure.add_subplot(grid[:, 1])
     last = FIRST_YEAR + len(x) - 1
-    right.bar(range(ahead.shape[1]), ahead[0], color=PALETTE[0], alpha=0.55, label=f"{last + 1}")
+    right.bar(
+        range(ahead.shape[1]), ahead[0], color=plotting.PALETTE[0], alpha=0.55, label=f"{last + 1}"
+    )
     far = f"{last + len(ahead)}"
-    right.step(range(ahead.shape[1]), ahead[-1], where="mid", color=PALETTE[1], label=far)
+    right.step(range(ahead.shape[1]), ahead[-1], where="mid", color=plotting.PALETTE[1], label=far)
     right.set_xlim(0, 45)
     right.set_xlabel("earthquakes in the year")
     right.set_ylabel("probability")

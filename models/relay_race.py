@@ -28,7 +28,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em import ExactPosteriorEM
+from pyro_em import ExactPosteriorEM, plotting
 
 SKILLS, SECONDS, STOPWATCH = ("slow", "average", "fast"), (10.0, 11.0, 12.0, 13.0), 0.2
 RUNNERS = tuple(f"R{i}" for i in range(1, 5))
@@ -137,26 +137,16 @@ def draw(T: float, tables: Tables, path: Path) -> None:
 
 def draw_network(ax: Any, tables: Tables) -> None:
     """The graph as the plan holds it."""
-    from matplotlib.patches import FancyArrowPatch
-
-    plan = ExactPosteriorEM(model).plan(tables["skill"].new_tensor([46.0]), tables)
+    seen = ExactPosteriorEM(model).plan(tables["skill"].new_tensor([46.0]), tables).graph
     places = {f"R{i}": (i - 1.0, 3.0) for i in range(1, 5)}
     places |= {f"H{i}": (i - 0.5, 2.0) for i in range(1, 4)}
     places |= {f"P{i}": (i - 1.0, 1.0) for i in range(1, 5)} | {"T": (1.5, 0.0)}
-    for a, b in plan.edges:
-        arrow = FancyArrowPatch(places[a], places[b], arrowstyle="-|>", mutation_scale=13,
-                                shrinkA=15, shrinkB=15, color="0.5")  # fmt: skip
-        ax.add_patch(arrow)
-    for node, (across, up) in places.items():
-        face = "#cfe2f3" if node == "T" else "white"
-        ax.plot(across, up, "o", markersize=27, markerfacecolor=face, markeredgecolor="0.2")
-        name = f"${node[0]}_{node[1]}$" if len(node) > 1 else f"${node}$"
-        ax.text(across, up, name, ha="center", va="center", fontsize=12)
+    labels = {site: f"${site[0]}_{site[1]}$" for site in places if len(site) > 1}
+    plotting.graph(seen, ax, positions=places, labels=labels, plates=False)
     for up, what in ((3, "skills"), (2, "hand-offs"), (1, "leg times"), (0, "total")):
         ax.text(-0.55, up, what, ha="right", va="center", color="0.3")
     ax.set_xlim(-1.5, 3.4)
     ax.set_ylim(-0.4, 3.4)
-    ax.set_axis_off()
     ax.set_title("The race; only the total time is seen")
 
 

@@ -145,19 +145,15 @@ class _KeepValues(Messenger):
 
 
 class _TagSites(Messenger):
-    """Tag the value of each unobserved site with the site's own name; of observed ones on demand."""
-
-    def __init__(self, observed: bool = False) -> None:
-        super().__init__()
-        self.observed = observed
+    """Tag the value of each site with the site's own name; observed ones keep their tags too."""
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        given = self.observed and is_factor(msg) and isinstance(msg["value"], torch.Tensor)
-        if is_latent(msg) or given:
-            untagged = msg["value"]
-            msg["value"] = track_provenance(
-                getattr(untagged, "_t", untagged), frozenset({msg["name"]})
-            )
+        value = msg["value"]
+        if not is_factor(msg) or not isinstance(value, torch.Tensor):
+            return
+        before = frozenset() if is_latent(msg) else get_provenance(value)
+        untagged = getattr(value, "_t", value)
+        msg["value"] = track_provenance(untagged, before | {msg["name"]})
 
 
 class _MarkForEnumeration(Messenger):
@@ -606,24 +602,21 @@ def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
                     yield from tensors_of(part)
 
 
-def provenance_run(
-    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, *, tag_observed: bool = False
-) -> Run:
-    """Run a model with tagged latents; ``scopes`` says which latents reach each site.
+def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
+    """Run a model with tagged values; ``scopes`` says which other sites reach each site.
 
     Args:
         model: The user's model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         plain: A plain run, whose latent values are used again.
-        tag_observed: Whether observed values are tagged too.
     """
     capture = ParameterCapture()
     with (
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        _TagSites(tag_observed),
+        _TagSites(),
         _KeepValues({n: s["value"] for n, s in plain.sites.items() if is_latent(s)}),
         capture,
     ):

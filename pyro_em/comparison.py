@@ -27,6 +27,7 @@ import numpy as np
 import pyro
 from tqdm.auto import tqdm
 
+from pyro_em import plotting
 from pyro_em._errors import UsageError, message
 from pyro_em.arguments import check_collisions
 from pyro_em.contenders import (
@@ -39,7 +40,6 @@ from pyro_em.contenders import (
 from pyro_em.contest import Contest, Limits, Method
 from pyro_em.curves import Curve
 from pyro_em.em import ExactPosteriorEM
-from pyro_em.plotting import PALETTE
 from pyro_em.scopes import Keeper, common_start, store_state
 from pyro_em.sweep import Sweep, best_rate, run_sweep
 
@@ -182,39 +182,18 @@ class Comparison:
         Returns:
             The two axes.
         """
-        if axes is None:
-            from matplotlib.figure import Figure
+        return plotting.comparison(self, axes)
 
-            axes = list(Figure(figsize=(10, 4.2), layout="constrained").subplots(1, 2, sharey=True))
-        left, right = axes
+    def gaps(self, curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, gaps to the best per datum, and median seconds, where all these runs were looked at.
+
+        Args:
+            curves: Runs of one contender.
+
+        Returns:
+            Steps, gaps of every run in nats (at least 1e-9), seconds. # (S,), (runs, S), (S,)
+        """
         by_evidence = self.measure == "evidence"
-        for c, (label, curves) in enumerate(self.curves.items()):
-            sound = [curve for curve in curves if len(curve.measure(by_evidence)[0]) > 1]
-            if not sound:
-                continue
-            at, gap, seconds = self._gaps(sound, by_evidence)
-            row, colour = self[label], PALETTE[c % len(PALETTE)]
-            rate = "" if row.learning_rate is None else f" (rate {row.learning_rate:g})"
-            middle = np.median(gap, 0)
-            for ax, x in ((left, at), (right, seconds)):
-                dot = "o" if len(at) < 60 else ""
-                ax.plot(x, middle, dot + "-", color=colour, label=label + rate, markersize=3)
-                if len(gap) > 1:
-                    ax.fill_between(x, gap.min(0), gap.max(0), color=colour, alpha=0.2, linewidth=0)
-        for ax, name in ((left, "steps"), (right, "wall-clock seconds")):
-            ax.axhline(self.tolerance, color="#7f7f7f", linewidth=0.8, linestyle=":")
-            ax.set_xscale("log")
-            ax.set_yscale("log")
-            ax.set_xlabel(name)
-            ax.set_ylabel(f"gap to the best log {self.measure} (nats per datum)")
-            ax.grid(True, which="major", linewidth=0.4, alpha=0.5)
-        left.legend(fontsize="small")
-        return left, right
-
-    def _gaps(
-        self, curves: Sequence[Curve], by_evidence: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, gaps per datum and median seconds, where all these runs were looked at."""
         measured = [curve.measure(by_evidence) for curve in curves]
         common = functools.reduce(np.intersect1d, [at for at, _ in measured])
         common = common[common > 0]

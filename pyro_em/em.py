@@ -59,7 +59,7 @@ from pyro_em.proposals import estimate_evidence
 from pyro_em.refusals import refuse_rows_of_a_guide, refuse_unfittable, refuse_untrainable
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.starts import Start
-from pyro_em.structure import form_of, parents_of
+from pyro_em.structure import form_of
 from pyro_em.training import Alternating, Optimizer, Trainer
 from pyro_em.variational import Variational
 
@@ -162,11 +162,9 @@ class ExactPosteriorEM:
         """
         found = self._look(args, kwargs)
         if isinstance(found, Program):
-            plan = found.plan()
-        else:
-            updates = self._looker.updates_for(found.parameters)
-            plan = plan_of(found, updates, self._looker.optim is not None)
-        return replace(plan, edges=parents_of(self.model, args, kwargs))
+            return found.plan()
+        updates = self._looker.updates_for(found.parameters)
+        return plan_of(found, updates, self._looker.optim is not None)
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
         """The E-step at the current parameters, for these data; changes nothing.

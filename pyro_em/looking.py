@@ -30,7 +30,7 @@ from pyro_em.pairing import (
     routes_with_guide,
     unknown_strategies,
 )
-from pyro_em.plan import Plan, contraction_from_structure, edges_of
+from pyro_em.plan import Plan, contraction_from_structure, observations_of
 from pyro_em.program import Program, build_program, matched
 from pyro_em.strategies import EStepStrategy, MonteCarlo
 from pyro_em.structure import Structure, examine
@@ -341,8 +341,8 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         cost.cells if exact else 0,
         cost.largest if exact else (),
         False,
-        tuple((i.name, i.distribution) for i in bare.sites.values() if i.role is _pyro.Role.DATA),
-        edges_of(bare),
+        observations_of(bare),
+        bare.edges,
         tuple(notes),
         stochastic=True,
         is_monotone=False,

@@ -18,7 +18,8 @@ from pyro_em._errors import UsageError, message
 class ModelGraph(networkx.DiGraph):
     """A ``networkx.DiGraph`` over the sites of a model, with questions about independence.
 
-    Nodes carry ``observed`` and ``kind`` (``"site"`` or ``"factor"``).
+    Nodes carry ``observed``, ``partly`` (observed under an ``obs_mask``), ``kind`` (``"site"`` or
+    ``"factor"``) and ``plates`` (names).
 
     Example:
         >>> graph = ModelGraph()

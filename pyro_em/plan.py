@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro_em._errors import Problem
+from pyro_em._pyro import Role
 from pyro_em.advice import sites_in_words
 from pyro_em.contraction import ContractionPlan, plan_contraction
 from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares, ParameterUpdate
@@ -34,6 +35,15 @@ class Route:
     reason: str
 
 
+@dataclass(frozen=True)
+class Observation:
+    """One observed site: its name, the name of its distribution, its plates left to right."""
+
+    site: str
+    distribution: str
+    plates: tuple[str, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """Routes, updates, reasons and cost; ``print(plan)`` shows them as tables.
@@ -44,7 +54,7 @@ class Plan:
         cells: Cells of the contraction's largest tensor.
         largest: The names of its dimensions.
         compiled: Whether iterations run without the Python model.
-        observed: Names and distributions of the observed sites.
+        observed: The observed sites.
         edges: Pairs (parent, child) of the model's directed graph.
         notes: Warnings in words.
         stochastic: Whether each step draws from the guide.
@@ -57,7 +67,7 @@ class Plan:
     cells: int
     largest: tuple[str, ...]
     compiled: bool
-    observed: tuple[tuple[str, str], ...]
+    observed: tuple[Observation, ...]
     edges: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     stochastic: bool = False
@@ -73,22 +83,23 @@ class Plan:
         """
         from pyro_em.model_graph import ModelGraph
 
-        hidden = [r.site for r in self.routes]
-        seen = dict(self.observed)
         name = self._users_names()
         graph = ModelGraph()
-        for site in hidden:
-            graph.add_node(name[site], observed=False, kind="site")
-        for site, distribution in seen.items():
-            kind = "factor" if distribution == "Unit" else "site"
-            if name[site] == site:
-                graph.add_node(site, observed=True, kind=kind)
+        for r in self.routes:
+            partly = name[r.site] != r.site
+            graph.add_node(
+                name[r.site], observed=False, partly=partly, kind="site", plates=r.plates
+            )
+        for o in self.observed:
+            kind = "factor" if o.distribution == "Unit" else "site"
+            if name[o.site] == o.site:
+                graph.add_node(o.site, observed=True, kind=kind, plates=o.plates)
         graph.add_edges_from((name[a], name[b]) for a, b in self.edges if name[a] != name[b])
         return graph
 
     def _users_names(self) -> dict[str, str]:
         """The two parts of an ``obs_mask`` site have one name in the model."""
-        seen = [n for n, _ in self.observed]
+        seen = [o.site for o in self.observed]
         name = {n: n for n in (*(r.site for r in self.routes), *seen)}
         for stem in [n.removesuffix("_observed") for n in seen if n.endswith("_observed")]:
             if f"{stem}_unobserved" in name:
@@ -278,11 +289,10 @@ def routes_of(structure: Structure) -> tuple[Route, ...]:
     return tuple(routes)
 
 
-def edges_of(structure: Structure) -> tuple[tuple[str, str], ...]:
-    """Directed edges from latents to the sites whose densities read them."""
+def observations_of(structure: Structure) -> tuple[Observation, ...]:
+    """The observed sites."""
     return tuple(
-        (parent, info.name)
-        for info in structure.sites.values()
-        for parent in info.scope
-        if parent != info.name
+        Observation(i.name, i.distribution, i.plates)
+        for i in structure.sites.values()
+        if i.role is Role.DATA
     )

@@ -31,7 +31,7 @@ from pyro_em.plan import (
     Route,
     budget_problems,
     contraction_from_structure,
-    edges_of,
+    observations_of,
     routes_of,
 )
 from pyro_em.posterior import Posterior
@@ -243,12 +243,8 @@ class Program:
             self.contraction.cells,
             self.contraction.largest,
             self.compiled,
-            tuple(
-                (i.name, i.distribution)
-                for i in self.structure.sites.values()
-                if i.role is Role.DATA
-            ),
-            edges_of(self.structure),
+            observations_of(self.structure),
+            self.structure.edges,
             self.notes,
             is_monotone=self.is_monotone,
             gives_up=gives_up(self.strategy),

@@ -84,6 +84,7 @@ class Structure:
         sequential: Sizes of the plates that are loops.
         notes: Warnings in words.
         unobserved: The unobserved sites as the plain run traced them.
+        edges: Pairs (parent, child): the child's distribution uses the value of the parent.
     """
 
     plates: Mapping[str, Plate]
@@ -98,6 +99,7 @@ class Structure:
     unobserved: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sequential: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
 
     @property
     def data_plates(self) -> tuple[str, ...]:
@@ -180,7 +182,14 @@ def examine(
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
     unused = {n for n, s in factors.items() if _pyro.is_latent(s) and _masked_out(s)}
     unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
-    scopes = {n: scope - unused for n, scope in tagged.scopes.items()}
+    edges = tuple(
+        (parent, child)
+        for child, scope in tagged.scopes.items()
+        for parent in plain.sites
+        if parent in scope and parent != child
+    )
+    hidden = {n for n, s in factors.items() if _pyro.is_latent(s)} - unused
+    scopes = {n: scope & hidden for n, scope in tagged.scopes.items()}
     barren = _barren(factors, scopes)
     masked_pairs = {
         name: _obs_mask(plain.sites[f"{name}_observed"])
@@ -252,6 +261,7 @@ def examine(
         {n: factors[n] for n in (*latents, *barren)},
         {f.name: f.size for s in factors.values() for f in s["cond_indep_stack"] if f.dim is None},
         tuple(_changed_mask(n) for n in plain.changed_masks),
+        edges,
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
 
@@ -262,26 +272,6 @@ def _changed_mask(name: str) -> str:
         "its mask is changed in place after the site.",
         "densities are taken after the run, so that the site sees the later mask (as in Pyro)",
         ["make a new tensor: mask = mask | seen instead of mask |= seen"],
-    )
-
-
-def parents_of(
-    model: _pyro.Model, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple[str, str], ...]:
-    """Pairs (parent, child): the child's distribution uses the value that the parent returned.
-
-    Args:
-        model: The user's model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-    """
-    plain = _run_plainly(model, args, kwargs, first_look=False)
-    tagged = _pyro.provenance_run(model, args, kwargs, plain, tag_observed=True)
-    return tuple(
-        (parent, child)
-        for child, scope in tagged.scopes.items()
-        for parent in plain.sites
-        if parent in scope and parent != child
     )
 
 

@@ -1,8 +1,4 @@
-"""Figures of fits: functions that take and return matplotlib ``Axes``.
-
-matplotlib is an extra: ``pip install pyro-em[plot]``. Nothing here shows a window or changes a
-global style.
-"""
+"""Gaussian mixtures in the plane: responsibilities and ellipses."""
 
 from __future__ import annotations
 
@@ -13,35 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.result import EMResult, History
+from pyro_em.plotting.axes import colour, or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-PALETTE = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
-
-
-def evidence(result: EMResult | History, ax: Axes | None = None, **style: Any) -> Axes:
-    """Draw the log evidence entering each step, and after the last one.
-
-    Args:
-        result: A fit or its history.
-        ax: Axes to draw on; new ones by default.
-        **style: Passed to ``Axes.plot``.
-
-    Returns:
-        The axes: steps against nats.
-    """
-    ax = _axes(ax)
-    history = result.history if isinstance(result, EMResult) else result
-    path = list(history)
-    if isinstance(result, EMResult) and result.log_evidence is not None:
-        path.append(result.elbo)
-    ax.plot(range(len(path)), path, marker="o", markersize=3, **{"color": PALETTE[0], **style})
-    ax.set_xlabel("EM step")
-    ax.set_ylabel("log evidence (nats)")
-    ax.set_title("Log evidence per EM step")
-    return ax
 
 
 def responsibilities(x: Tensor, probs: Tensor, ax: Axes | None = None, size: float = 18) -> Axes:
@@ -58,8 +29,8 @@ def responsibilities(x: Tensor, probs: Tensor, ax: Axes | None = None, size: flo
     """
     from matplotlib.colors import to_rgb
 
-    ax = _axes(ax)
-    colours = np.array([to_rgb(PALETTE[k % len(PALETTE)]) for k in range(probs.shape[-1])])
+    ax = or_new(ax)
+    colours = np.array([to_rgb(colour(k)) for k in range(probs.shape[-1])])
     mixed = probs.detach().cpu().numpy() @ colours
     points = x.detach().cpu().numpy()
     ax.scatter(
@@ -71,7 +42,7 @@ def responsibilities(x: Tensor, probs: Tensor, ax: Axes | None = None, size: flo
 def ellipses(
     mean: Tensor,
     covariance: Tensor,
-    ax: Axes,
+    ax: Axes | None = None,
     levels: Sequence[float] = (0.5, 0.95),
     **style: Any,
 ) -> Axes:
@@ -80,7 +51,7 @@ def ellipses(
     Args:
         mean: Component means. # (K, 2)
         covariance: Component covariances. # (K, 2, 2)
-        ax: Axes to draw on.
+        ax: Axes to draw on; new ones by default.
         levels: Probability inside each ellipse.
         **style: Passed to matplotlib's ``Ellipse``.
 
@@ -89,6 +60,7 @@ def ellipses(
     """
     from matplotlib.patches import Ellipse
 
+    ax = or_new(ax)
     for k in range(len(mean)):
         values, vectors = torch.linalg.eigh(covariance[k].detach().cpu())
         angle = float(torch.rad2deg(torch.atan2(vectors[1, 1], vectors[0, 1])))
@@ -105,18 +77,10 @@ def ellipses(
                     **{
                         "fill": False,
                         "linewidth": 1.6,
-                        "edgecolor": PALETTE[k % len(PALETTE)],
+                        "edgecolor": colour(k),
                         **style,
                     },
                 )
             )
-        ax.plot(*mean[k].tolist(), marker="+", color=PALETTE[k % len(PALETTE)], markersize=10)
+        ax.plot(*mean[k].tolist(), marker="+", color=colour(k), markersize=10)
     return ax
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(5, 4), layout="constrained").add_subplot()

@@ -1,0 +1,30 @@
+"""Figures of fits: functions that take and return matplotlib ``Axes``.
+
+matplotlib is an extra: ``pip install pyro-em[plot]``. Nothing here shows a window or changes a
+global style. Without axes to draw on, a function makes new ones with ``pyplot``, so that a notebook
+shows them.
+
+* `evidence`: the objective per step;
+* `responsibilities` and `ellipses`: a Gaussian mixture in the plane;
+* `state_sequence` and `state_probs`: a chain of states over time;
+* `comparison`: how fast the contenders of `pyro_em.compare` close the gap;
+* `graph`: the model as a directed graph.
+"""
+
+from pyro_em.plotting.axes import PALETTE
+from pyro_em.plotting.contenders import comparison
+from pyro_em.plotting.fits import evidence
+from pyro_em.plotting.gaussians import ellipses, responsibilities
+from pyro_em.plotting.graphs import graph
+from pyro_em.plotting.sequences import state_probs, state_sequence
+
+__all__ = [
+    "PALETTE",
+    "comparison",
+    "ellipses",
+    "evidence",
+    "graph",
+    "responsibilities",
+    "state_probs",
+    "state_sequence",
+]

@@ -1,0 +1,102 @@
+"""A chain of hidden states over time: the decoded path, and the posterior marginals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import UsageError, message
+from pyro_em.plotting.axes import colour, or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def state_sequence(
+    x: Tensor,
+    states: Tensor,
+    ax: Axes | None = None,
+    *,
+    times: Tensor | Sequence[float] | None = None,
+    means: Tensor | None = None,
+    labels: Sequence[str] | None = None,
+) -> Axes:
+    """Draw a series whose points have the colour of the state they are decoded to.
+
+    Args:
+        x: The series. # (T,)
+        states: A state per step, for example from ``posterior.mode()``. # (T,)
+        ax: Axes to draw on; new ones by default.
+        times: Where the steps lie; 0, 1, … by default. # (T,)
+        means: What each state emits on average, drawn as a step line. # (K,)
+        labels: A name per state; "state 1", … by default.
+
+    Returns:
+        The axes; time and value axes are the caller's to name.
+
+    Raises:
+        UsageError: If the lengths disagree.
+    """
+    x, states, at = x.detach().cpu(), states.detach().cpu().long(), _times(times, len(x))
+    _check_lengths("state_sequence", steps=len(x), states=len(states), times=len(at))
+    ax = or_new(ax, (9, 3))
+    ax.plot(at, x, color="0.75", linewidth=1, zorder=1)
+    for k in range(int(states.max()) + 1 if means is None else len(means)):
+        own = states == k
+        label = f"state {k + 1}" if labels is None else labels[k]
+        ax.scatter(at[own], x[own], s=16, color=colour(k), label=label, zorder=2)
+    if means is not None:
+        level = means.detach().cpu()[states]
+        ax.step(at, level, where="mid", color="black", linewidth=1.4, label="mean of the state")
+    ax.set_xlabel("time")
+    return ax
+
+
+def state_probs(
+    probs: Tensor,
+    ax: Axes | None = None,
+    *,
+    times: Tensor | Sequence[float] | None = None,
+    labels: Sequence[str] | None = None,
+) -> Axes:
+    """Draw the posterior marginals of a chain as areas that fill the height at every time.
+
+    Args:
+        probs: Probabilities that sum to one over the states. # (T, K)
+        ax: Axes to draw on; new ones by default.
+        times: Where the steps lie; 0, 1, … by default. # (T,)
+        labels: A name per state; "state 1", … by default.
+
+    Returns:
+        The axes.
+
+    Raises:
+        UsageError: If the lengths disagree.
+    """
+    T, K = probs.shape
+    at = _times(times, T)
+    _check_lengths("state_probs", steps=T, times=len(at))
+    ax = or_new(ax, (9, 2.2))
+    names = [f"state {k + 1}" for k in range(K)] if labels is None else labels
+    colours = [colour(k) for k in range(K)]
+    ax.stackplot(at, probs.detach().cpu().T, labels=names, colors=colours, alpha=0.75, linewidth=0)
+    ax.set_xlim(float(at[0]), float(at[-1]))
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("time")
+    ax.set_ylabel("posterior probability")
+    return ax
+
+
+def _times(times: Tensor | Sequence[float] | None, T: int) -> Tensor:
+    return torch.arange(T) if times is None else torch.as_tensor(times).detach().cpu()
+
+
+def _check_lengths(where: str, **lengths: int) -> None:
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{n} {name}" for name, n in lengths.items())
+        raise UsageError(
+            message(where, f"the lengths disagree: {shown}.", fixes=["pass one of each per step"])
+        )
