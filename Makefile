@@ -1,12 +1,13 @@
 # Two commands matter: `make demo` fits a mixture to Old Faithful, `make test` runs the suite.
-# Both create a virtual environment in .venv first.
+# Both create a virtual environment in .venv first. `make docs` builds the reference, `make tutorials`
+# runs the notebooks and keeps their outputs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs tutorials clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m models.gmm
@@ -18,6 +19,13 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/html
+	@echo "open build/html/index.html"
+
+tutorials: $(VENV)/.installed-test
+	$(BIN)/python tutorials/execute.py
 
 # torch is installed first, and only where there is none: the user's own build is kept.
 $(VENV)/bin/python:
@@ -34,6 +42,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install -q -e ".[plot,data,graph,test,check]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e ".[plot,data,graph,docs]"
 	touch $@
 
 clean:

@@ -396,8 +396,9 @@ class AutoAmortizedNormal(_AutoAmortized):
 
     Args:
         model: The model.
-        encoder: Maps features (*plates, F) to (*plates, H). One module, shared by all latents, or
-            a dict of them by site; where left out, a multilayer perceptron per latent.
+        encoder: Maps features to activations, # (*plates, F) -> (*plates, H). One module, shared
+            by all latents, or a dict of them by site; where left out, a multilayer perceptron per
+            latent.
         hidden: Widths of that perceptron's layers. Its inputs are standardised by mean and
             standard deviation of the first call's data, which are its buffers.
         init_scale: The initial scale, in unconstrained space; the initial loc there is 0.

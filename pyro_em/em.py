@@ -357,7 +357,7 @@ class ExactPosteriorEM:
         """The M-step for a given q; parameters are written in place.
 
         Args:
-            q: A `Posterior`, or {site: probabilities (*plates, K)} for every summed latent.
+            q: A `Posterior`, or {site: probabilities} for every summed latent. # (*plates, K)
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
 
@@ -681,7 +681,7 @@ class ExactPosteriorEM:
         """Forget what was fitted.
 
         Parameters that the model initialises leave the param store, so that its next run makes them
-        anew; ``nn.Parameter``s return to the values at which they were first seen.
+        anew; each ``nn.Parameter`` returns to the value at which it was first seen.
         """
         store = pyro.get_param_store()
         built = self._looker.forget()

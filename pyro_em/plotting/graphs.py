@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyro_em._errors import UsageError, message
 from pyro_em.plotting.axes import or_new
@@ -29,8 +29,9 @@ def graph(
     """Draw the graph of a model, as ``em.plan(...).graph`` has it.
 
     Hidden sites are open, observed ones filled, those under an ``obs_mask`` filled to the half, and
-    ``pyro.factor`` terms are squares. Parents stand above their children. A plate is a box around its sites; where a box would hold a
-    stranger, the plate's name stands beside each of its sites instead.
+    ``pyro.factor`` terms are squares. Parents stand above their children. A plate is a box around
+    its sites; where a box would hold a stranger, the plate's name stands beside each of its sites
+    instead.
 
     Args:
         model: Sites, and edges from a site to the sites that use its value.
@@ -80,7 +81,7 @@ def graph(
         face = _OBSERVED if node.get("observed") else _HIDDEN
         ax.plot(x, y, shape, markersize=25, markerfacecolor=face, markeredgecolor="0.2")
         if node.get("partly"):
-            half = {"fillstyle": "left", "markerfacecoloralt": "none", "markeredgewidth": 0}
+            half: dict[str, Any] = {"fillstyle": "left", "markerfacecoloralt": "none", "markeredgewidth": 0}
             ax.plot(x, y, shape, markersize=24, markerfacecolor=_OBSERVED, **half)
         text = site if labels is None else labels.get(site, site)
         outside = sorted(set(node.get("plates", ())) - boxed) if plates else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,16 +41,16 @@ def state_sequence(
     Raises:
         UsageError: If the lengths disagree.
     """
-    x, states, at = x.detach().cpu(), states.detach().cpu().long(), _times(times, len(x))
+    at, series, path = _times(times, len(x)), _array(x), _array(states)
     _check_lengths("state_sequence", steps=len(x), states=len(states), times=len(at))
     ax = or_new(ax, (9, 3))
-    ax.plot(at, x, color="0.75", linewidth=1, zorder=1)
-    for k in range(int(states.max()) + 1 if means is None else len(means)):
-        own = states == k
+    ax.plot(at, series, color="0.75", linewidth=1, zorder=1)
+    for k in range(int(path.max()) + 1 if means is None else len(means)):
+        own = path == k
         label = f"state {k + 1}" if labels is None else labels[k]
-        ax.scatter(at[own], x[own], s=16, color=colour(k), label=label, zorder=2)
+        ax.scatter(at[own], series[own], s=16, color=colour(k), label=label, zorder=2)
     if means is not None:
-        level = means.detach().cpu()[states]
+        level = _array(means)[path]
         ax.step(at, level, where="mid", color="black", linewidth=1.4, label="mean of the state")
     ax.set_xlabel("time")
     return ax
@@ -82,7 +83,7 @@ def state_probs(
     ax = or_new(ax, (9, 2.2))
     names = [f"state {k + 1}" for k in range(K)] if labels is None else labels
     colours = [colour(k) for k in range(K)]
-    ax.stackplot(at, probs.detach().cpu().T, labels=names, colors=colours, alpha=0.75, linewidth=0)
+    ax.stackplot(at, _array(probs).T, labels=names, colors=colours, alpha=0.75, linewidth=0)
     ax.set_xlim(float(at[0]), float(at[-1]))
     ax.set_ylim(0, 1)
     ax.set_xlabel("time")
@@ -90,8 +91,12 @@ def state_probs(
     return ax
 
 
-def _times(times: Tensor | Sequence[float] | None, T: int) -> Tensor:
-    return torch.arange(T) if times is None else torch.as_tensor(times).detach().cpu()
+def _times(times: Tensor | Sequence[float] | None, T: int) -> np.ndarray:
+    return np.arange(T) if times is None else _array(torch.as_tensor(times))
+
+
+def _array(v: Tensor) -> np.ndarray:
+    return v.detach().cpu().numpy()
 
 
 def _check_lengths(where: str, **lengths: int) -> None:

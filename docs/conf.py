@@ -1,0 +1,51 @@
+"""How the reference is built: ``make docs``."""
+
+import re
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+project = "pyro_em"
+author = "the pyro_em team"
+release = metadata.version("pyro-em")
+
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "myst_nb",
+]
+default_role = "py:obj"  # `name` in a docstring links where it can
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signature would be longer than its text
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+nb_execution_mode = "off"  # outputs are committed
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"pyro_em {release}"
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+
+
+def shapes_as_code(app, what, name, obj, options, lines: list[str]) -> None:
+    """The shapes that docstrings note as ``# (*plates, K)`` are code, not emphasis."""
+    shape = re.compile(r"(?<!`)# (\([^()]*\)(?:,? (?:and|or|->) \([^()]*\))*)")
+    lines[:] = [
+        line if line.lstrip().startswith((">>>", "...")) else shape.sub(r"``\1``", line)
+        for line in lines
+    ]
+
+
+def setup(app) -> None:
+    """Hook in; and copy the notebooks, because Sphinx reads only below its own folder."""
+    app.connect("autodoc-process-docstring", shapes_as_code, priority=400)
+    target = HERE / "tutorials"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
+        shutil.copy(notebook, target)
