@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from itertools import islice
-from types import ModuleType
 
 import numpy as np
 import pyro
@@ -18,16 +16,7 @@ from scipy.stats import norm, poisson
 
 from models import bilinear, change_point, gradient_estimators, linkage
 from pyro_em import ExactPosteriorEM
-
-
-def run_main(module: ModuleType, monkeypatch, capsys, tmp_path, *options: str) -> str:
-    """Run a model file as a user does; its output."""
-    figure = tmp_path / "figures" / "figure.png"
-    monkeypatch.setattr(sys, "argv", ["model", "--figure", str(figure), *options])
-    module.main()
-    assert figure.stat().st_size > 10_000
-    return capsys.readouterr().out
-
+from tests.mains import run_main
 
 # ---------------------------------------------------------------- linkage and blood groups
 

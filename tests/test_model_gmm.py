@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +17,7 @@ from sklearn.discriminant_analysis import (
 from sklearn.mixture import GaussianMixture
 
 from models import discriminant, gmm
+from tests.mains import run_main
 
 FAITHFUL = {
     "full": -1130.263960,
@@ -182,8 +182,4 @@ def test_main_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    figure = tmp_path / "figure.png"
-    monkeypatch.setattr(sys, "argv", ["model", *options, "--figure", str(figure)])
-    module.main()
-    assert figure.stat().st_size > 10_000
-    assert expected in capsys.readouterr().out
+    assert expected in run_main(module, monkeypatch, capsys, tmp_path, *options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from scipy import stats
 
 from models import hmm, hmm_variants
 from pyro_em import EMResult, ExactPosteriorEM
+from tests.mains import run_main
 
 hmmlearn = pytest.importorskip("hmmlearn.hmm")
 
@@ -204,8 +204,4 @@ def test_what_the_variants_claim() -> None:
     ],
 )
 def test_main(module, arguments, says, tmp_path: Path, monkeypatch, capsys) -> None:
-    path = tmp_path / "figure.png"
-    monkeypatch.setattr(sys, "argv", ["model", "--figure", str(path), *arguments])
-    module.main()
-    assert says in capsys.readouterr().out
-    assert path.stat().st_size > 10_000
+    assert says in run_main(module, monkeypatch, capsys, tmp_path, *arguments)

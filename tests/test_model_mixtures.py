@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from scipy.special import expit, logsumexp
 
 from models import mixtures
 from models.mixtures import Fit
+from tests.mains import run_main
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +109,8 @@ def test_main_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    figure = tmp_path / "figure.png"
     monkeypatch.setattr(mixtures, "fit_all", lambda data, seed: fits)  # fitted once per file
-    monkeypatch.setattr(sys, "argv", ["mixtures", "--figure", str(figure)])
-    mixtures.main()
-    out = capsys.readouterr().out
-    assert figure.stat().st_size > 10_000
+    out = run_main(mixtures, monkeypatch, capsys, tmp_path)
     # The standard errors that test_reference_results.py asserts: 0.350029, 0.250478.
     assert "1.257 ± 0.350 and 2.664 ± 0.25" in out
     assert "closes 0.9% of what is missing" in out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from models import bayesian_network, chain_network, logistic_conditional, relay_race
 from pyro_em import DataError, ExactPosteriorEM
+from tests.mains import run_main
 
 
 def bernoulli(p: float, value: int) -> float:
@@ -26,11 +26,7 @@ def run(monkeypatch, tmp_path: Path, capsys) -> Callable[..., str]:
     """Run a model's main and return what it printed; its figure must be there."""
 
     def call(module, *arguments: str) -> str:
-        figure = tmp_path / "figure.png"
-        monkeypatch.setattr(sys, "argv", ["model", *arguments, "--figure", str(figure)])
-        module.main()
-        assert figure.stat().st_size > 10_000
-        return capsys.readouterr().out
+        return run_main(module, monkeypatch, capsys, tmp_path, *arguments)
 
     return call
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from models import random_field as rf
 from pyro_em import EMResult, ExactPosteriorEM, PyroEMWarning, log_partition
+from tests.mains import run_main
 
 STATES = torch.tensor(list(itertools.product((0, 1), repeat=4)))
 
@@ -181,14 +181,10 @@ def test_main_prints_what_it_claims(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On fewer rows; also that the figure is written."""
-    figure = tmp_path / "field.png"
-    monkeypatch.setattr(sys, "argv", ["random_field", "-N", "300", "--figure", str(figure)])
-    rf.main()
-    printed = capsys.readouterr().out
+    printed = run_main(rf, monkeypatch, capsys, tmp_path, "-N", "300")
     assert "Z = 130" in printed and "P(you sick) = 9/130" in printed
     assert "P(coworker sick) = 17/130" in printed
     assert "Z = 7,201,840" in printed and "= 0.6945" in printed
     assert "Alice is independent of Charles given Bob and Debbie." in printed
     assert "Alice is not independent of Charles given Bob." in printed
     assert "(p = 8, N = 300" in printed
-    assert figure.stat().st_size > 10_000

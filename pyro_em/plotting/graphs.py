@@ -81,7 +81,11 @@ def graph(
         face = _OBSERVED if node.get("observed") else _HIDDEN
         ax.plot(x, y, shape, markersize=25, markerfacecolor=face, markeredgecolor="0.2")
         if node.get("partly"):
-            half: dict[str, Any] = {"fillstyle": "left", "markerfacecoloralt": "none", "markeredgewidth": 0}
+            half: dict[str, Any] = {
+                "fillstyle": "left",
+                "markerfacecoloralt": "none",
+                "markeredgewidth": 0,
+            }
             ax.plot(x, y, shape, markersize=24, markerfacecolor=_OBSERVED, **half)
         text = site if labels is None else labels.get(site, site)
         outside = sorted(set(node.get("plates", ())) - boxed) if plates else []
