@@ -106,6 +106,20 @@ def check_constructor(
             )
 
 
+def check_acceleration(acceleration: str | None, exact_map: bool) -> None:
+    """Refuse to extrapolate along steps that are not those of exact EM."""
+    if acceleration is not None and not exact_map:
+        raise UsageError(
+            message(
+                "fit",
+                f"acceleration={acceleration!r} needs exact EM steps.",
+                "it extrapolates along the map θ → EM(θ), and a strategy other than 'exact', or an "
+                "update by an optimiser, is not that map",
+                ["leave acceleration out", "use strategy='exact' and no torch optimiser"],
+            )
+        )
+
+
 def check_fit(
     max_steps: int,
     tol: float,
@@ -115,12 +129,12 @@ def check_fit(
     num_epochs: int | None,
 ) -> None:
     """Refuse numbers that mean nothing, and callbacks that cannot be called."""
-    if acceleration is not None:
+    if acceleration not in (None, "squarem"):
         raise UsageError(
             message(
                 "fit",
                 f"acceleration={acceleration!r} is not available.",
-                fixes=["leave it out"],
+                fixes=["use 'squarem', or leave it out"],
             )
         )
     if max_steps < 0 or tol < 0 or num_restarts < 1 or math.isnan(tol):

@@ -7,6 +7,8 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,16 +20,19 @@ from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.e_step import scales_of
-from pyro_em.loop import Run, Settings, rate_of_convergence
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.plan import Plan
 from pyro_em.program import Program, parameters_at
 from pyro_em.result import EMResult, EMStatus, History, Params, free_parameters
+from pyro_em.runs import Deferred, Run, Settings
 from pyro_em.standard_errors import StandardErrors, standard_errors
 from pyro_em.stochastic import StochasticRun, bound_of
+from pyro_em.stopping import rate_of_convergence
 from pyro_em.strategies import Hard
 from pyro_em.training import Trainer
 from pyro_em.variational import Variational
+
+_SLOW = 0.9
 
 logger = logging.getLogger("pyro_em")
 
@@ -53,10 +58,16 @@ def build_result(
         total_steps: Steps of all calls of ``fit`` so far.
     """
     assert run.last is not None
-    q = run.last.q
-    exact = q if q.exact else program.posterior(run.last.evaluation)
-    q = q if isinstance(program.strategy, Hard) else exact
-    assert exact.log_evidence is not None and q.bound is not None
+    last = run.last
+    if isinstance(last, Deferred):
+        log_evidence, bound, log_prior = last.objective, last.objective, 0.0
+        posterior = cache(lambda: last.q)
+    else:
+        exact = last.q if last.q.exact else program.posterior(last.evaluation)
+        q = last.q if isinstance(program.strategy, Hard) else exact
+        assert exact.log_evidence is not None and q.bound is not None
+        log_evidence, bound, log_prior = exact.log_evidence, q.bound, exact.log_prior
+        posterior = cache(lambda: q)
     text = run.message or run.status.value
     if run.status is EMStatus.DEGENERATE:
         warnings.warn(text, PyroEMWarning, stacklevel=3)
@@ -72,12 +83,12 @@ def build_result(
     values = Params({n: p.value() for n, p in parameters.items()}, _point_sites(program))
     unconstrained = snapshot(parameters)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
-    logger.info("fit: %s log evidence %.6f", run.status.name, exact.log_evidence)
+    rate = rate_of_convergence([*run.entering, bound])
+    logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)
     return EMResult(
         params=values,
-        log_evidence=exact.log_evidence,
-        elbo=q.bound,
-        posterior=q,
+        log_evidence=log_evidence,
+        elbo=bound,
         history=History(tuple(run.entering), tuple(run.after)),
         converged=run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
         status=run.status,
@@ -85,8 +96,8 @@ def build_result(
         num_steps=run.num_steps,
         total_steps=total_steps,
         seconds=time.perf_counter() - settings.begin,
-        plan=program.plan(),
-        rate=rate_of_convergence([*run.entering, q.bound]),
+        plan=_with_advice(program.plan(), settings, run.num_steps, rate),
+        rate=rate,
         starts=tuple(r.objective for r in runs),
         num_rows=rows,
         num_free_parameters=free_parameters(parameters, program.updates, zeros),
@@ -94,8 +105,22 @@ def build_result(
         seed=seed,
         dtype=program.graph.dtype,
         _standard_errors=lambda: _observed_information(program, unconstrained),
-        log_prior=exact.log_prior,
+        log_prior=log_prior,
+        _posterior=posterior,
     )
+
+
+def _with_advice(plan: Plan, settings: Settings, steps: int, rate: float | None) -> Plan:
+    """The plan, with a note where EM was slow and could have been accelerated."""
+    if rate is None or rate < _SLOW or steps < 50 or settings.acceleration is not None:
+        return plan
+    if not plan.is_monotone or plan.gives_up:
+        return plan
+    note = (
+        f"each step kept {rate:.1%} of the gain of the one before: fit(..., acceleration='squarem') "
+        "needs fewer steps."
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _point_sites(program: Program) -> dict[str, str]:
@@ -139,16 +164,16 @@ def build_stochastic_result(
     if status is EMStatus.MAX_STEPS:
         status = EMStatus.STEPS_DONE
     first = next(iter(batches.epoch(shuffle=False)))
+    drawn = DrawnPosterior(
+        variational,
+        batches.args if batches.loader is None else first.args,
+        batches.kwargs,
+        snapshot(parameters),
+    )
     return EMResult(
         params=Params({n: p.value() for n, p in parameters.items()}, variational.point_sites),
         log_evidence=None,
         elbo=bound,
-        posterior=DrawnPosterior(
-            variational,
-            batches.args if batches.loader is None else first.args,
-            batches.kwargs,
-            snapshot(parameters),
-        ),
         history=History(tuple(run.bounds), (), tuple(run.validation)),
         converged=True if status is EMStatus.STOPPED else None,
         status=status,
@@ -165,6 +190,7 @@ def build_stochastic_result(
         seed=seed,
         dtype=torch.get_default_dtype(),
         _standard_errors=_no_standard_errors,
+        _posterior=lambda: drawn,
     )
 
 

@@ -106,11 +106,20 @@ class Program:
         """Counts of in-place writes: equal as long as no parameter has been written."""
         return tuple(p.unconstrained._version for p in self.graph.parameters.values())
 
-    def evaluate(self) -> Evaluation:
-        """The factors at the current parameters."""
+    def data_versions(self) -> tuple[int, ...]:
+        """Counts of in-place writes to the data: equal as long as nobody has changed them.
+
+        A start value that the model hands to ``pyro.param`` may share the parameter's memory.
+        """
+        given = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
+        own = {p.unconstrained.data_ptr() for p in self.graph.parameters.values()}
+        return tuple(a._version for a in given if a.data_ptr() not in own)
+
+    def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
+        """The factors at the current parameters, or of a compiled program at other values."""
         with torch.no_grad():
-            if self.compiled:
-                values = {n: p.value() for n, p in self.graph.parameters.items()}
+            if self.compiled or values is not None:
+                values = values or {n: p.value() for n, p in self.graph.parameters.items()}
                 arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
                 at = [g.evaluate_value(values) for g in self.graph.groups]
             else:

@@ -127,7 +127,6 @@ class EMResult:
         params: Constrained values by name.
         log_evidence: log p(x; θ) in nats; None where a guide draws latents.
         elbo: The bound, log prior included; evidence plus log prior when exact.
-        posterior: The E-step at ``params``.
         history: See `History`.
         converged: Whether a stopping rule was met; None in a stochastic fit without a rule.
         status: Why it ended.
@@ -149,7 +148,6 @@ class EMResult:
     params: Mapping[str, Tensor]
     log_evidence: float | None
     elbo: float
-    posterior: Posterior | DrawnPosterior
     history: History
     converged: bool | None
     status: EMStatus
@@ -166,7 +164,13 @@ class EMResult:
     seed: int | None
     dtype: torch.dtype
     _standard_errors: Callable[[], StandardErrors] = field(repr=False)
+    _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
     log_prior: float = 0.0
+
+    @property
+    def posterior(self) -> Posterior | DrawnPosterior:
+        """The E-step at ``params``; after a compiled fit it is computed when first asked for."""
+        return self._posterior()
 
     @property
     def bic(self) -> float | None:

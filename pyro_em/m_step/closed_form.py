@@ -70,9 +70,9 @@ def closed_form(
     if update.priors:
         _refuse_boundary_mode(update, graph, kind, numerator, denominator, value)
     selections = [u.selection for u in update.uses] + [p.selection for p in update.priors]
-    used = _used_events(selections, value, event)
+    used = used_events(selections, value, event)
     old = _natural(update, value.reshape(n_events, *value.shape[value.dim() - event :]))
-    natural, massless = _solve(kind, numerator, denominator)
+    natural, massless = solve_kind(kind, numerator, denominator)
     keep = massless | ~used
     floor = update.update.floor if isinstance(update.update, ClosedForm) else 0.0
     mass = denominator.reshape(n_events, -1).amax(-1) if kind is not Kind.SIMPLEX else None
@@ -165,7 +165,8 @@ def _natural(update: ParameterUpdate, rows: Tensor) -> Tensor:
     return update.uses[0].rule.link.inverse(out)
 
 
-def _used_events(selections: Sequence[Selection], value: Tensor, event: int) -> Tensor:
+def used_events(selections: Sequence[Selection], value: Tensor, event: int) -> Tensor:
+    """Which of a parameter's events any selection reads. # (events,)"""
     size = _prod(value.shape[value.dim() - event :])
     used = torch.zeros(value.numel() // size, dtype=torch.bool, device=value.device)
     for selection in selections:
@@ -181,10 +182,10 @@ def _scattered(
     with torch.no_grad():
         detached = {n: a.detach() for n, a in arguments.items()}
         n, d = use.rule.contribution(statistics, detached)
-    return _onto_events(use.rule.kind, use.selection, n, d, value, event)
+    return onto_events(use.rule.kind, use.selection, n, d, value, event)
 
 
-def _onto_events(
+def onto_events(
     kind: Kind, selection: Selection, n: Tensor, d: Tensor, value: Tensor, event: int
 ) -> tuple[Tensor, Tensor]:
     """Sum numerators and denominators of an argument's cells onto the parameter's events."""
@@ -233,7 +234,7 @@ def _prior_contribution(
         weight = weight.unsqueeze(-1)
     n = n * weight.reshape(weight.shape + (1,) * (n.dim() - batch))
     d = d * weight.reshape(weight.shape + (1,) * (d.dim() - batch))
-    return _onto_events(update.kind, prior.selection, n, d, value, event)
+    return onto_events(update.kind, prior.selection, n, d, value, event)
 
 
 def _refuse_boundary_mode(
@@ -294,7 +295,7 @@ def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:
     return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])
 
 
-def _solve(kind: Kind, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def solve_kind(kind: Kind, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """The natural values, and which events had no mass."""
     if kind is Kind.SIMPLEX:
         total = n.sum(-1, keepdim=True)
@@ -344,7 +345,9 @@ def _checked_spread(
         before = torch.linalg.eigvalsh(old)[..., 0]
         size = natural.shape[-1]
         variances = natural.diagonal(dim1=-2, dim2=-1)
-        flat = (variances.clamp(min=0).sqrt() <= 8 * eps * _magnitude(update, graph, value)).any(-1)
+        flat = (
+            variances.clamp(min=0).sqrt() <= 8 * eps * data_magnitude(update, graph, value)
+        ).any(-1)
         # Units of the features do not matter: it is the correlations that are singular. As many
         # data as dimensions, or fewer, span no volume.
         unit = variances.clamp(min=torch.finfo(natural.dtype).tiny).rsqrt()
@@ -358,7 +361,7 @@ def _checked_spread(
         assert mass is not None
         variance = natural if kind is Kind.ABSOLUTE_SCALE else natural**2
         previous = old if kind is Kind.ABSOLUTE_SCALE else old**2
-        magnitude = _magnitude(update, graph, value).to(natural.dtype)
+        magnitude = data_magnitude(update, graph, value).to(natural.dtype)
         few = (mass < 1.5) & (variance < 1e-8 * previous)
         bad = ((natural <= 8 * eps * magnitude) | (natural == 0) | few) & ~keep
         spread, word = variance, "its variance collapses: it would become"
@@ -383,7 +386,7 @@ def _checked_spread(
     return natural
 
 
-def _magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
+def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
     """The largest value among the data of each spread: what its rounding is relative to.
 
     Returns:

@@ -1,0 +1,221 @@
+r"""SQUAREM: fewer EM steps, by extrapolating along two of them.
+
+With θ1 = EM(θ0), θ2 = EM(θ1), r = θ1 − θ0 and v = (θ2 − θ1) − r, in the unconstrained space,
+
+    θ' = θ0 − 2 α r + α² v,     α = −‖r‖ / ‖v‖     (scheme S3; α = −1 is θ2)
+
+θ' is where the next cycle starts if the evidence there is not more than a slack below the best seen
+(a strict guard costs several times the steps); otherwise α moves half-way to −1, and then θ2 is
+taken. Coordinates that are not finite (a probability of zero) are left to EM. The last steps of a fit
+are always plain ones, and only they can stop it.
+
+Source: Varadhan and Roland (2008), "Simple and globally convergent methods for accelerating the
+convergence of any EM algorithm", Scandinavian Journal of Statistics 35(2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_em._errors import DataError, DegenerateError
+from pyro_em.compiled import Handover, Iteration
+from pyro_em.compiled_loop import current_values, write
+from pyro_em.program import Program
+from pyro_em.result import EMStatus
+from pyro_em.runs import Deferred, Iterate, Run, Settings
+from pyro_em.steps import after_m_step, as_step, e_step
+
+Values = Mapping[str, Tensor]
+
+PLAIN_STEPS = 8
+_SLACK = 0.5
+
+
+class EMMap:
+    """θ → EM(θ) as a map of values, by compiled or by full steps.
+
+    Args:
+        program: The model with its data.
+        iteration: Its compiled step, or None.
+    """
+
+    def __init__(self, program: Program, iteration: Iteration | None) -> None:
+        self.program, self.iteration = program, iteration
+
+    def e_step(self, values: Values) -> Iterate:
+        """The E-step at some values.
+
+        Raises:
+            Handover: If there is no usable E-step there.
+        """
+        try:
+            if self.iteration is not None:
+                return Deferred(self.program, self.iteration.e_step(values))
+            write(self.program, values)
+            return e_step(self.program)
+        except (DataError, DegenerateError, torch.linalg.LinAlgError, ValueError) as error:
+            raise Handover from error
+
+    def m_step(self, at: Iterate) -> tuple[Values, float]:
+        """The values after the M-step, and the bound ELBO(q, θ_new) there.
+
+        Raises:
+            Handover: If a compiled M-step is out of the ordinary.
+            DegenerateError: If an update is degenerate.
+        """
+        if isinstance(at, Deferred):
+            assert self.iteration is not None
+            try:
+                values, gain = self.iteration.m_step(at.point)
+                return values, at.objective + gain
+            except torch.linalg.LinAlgError as error:
+                raise Handover from error
+        self.program.m_step(at.q.counts, at.evaluation)
+        bound = after_m_step(at, self.program.evaluate().tables)
+        return current_values(self.program), bound
+
+    def unconstrained(self, values: Values) -> Tensor:
+        """All values as one vector of real numbers."""
+        parts = []
+        for name, value in values.items():
+            constraint = self.program.graph.parameters[name].constraint
+            inverse = transform_to(constraint).inv(value.to(torch.float64))
+            parts.append(inverse.reshape(-1))
+        return torch.cat(parts)
+
+    def constrained(self, vector: Tensor, like: Values) -> dict[str, Tensor]:
+        """Back from a vector."""
+        out, begin = {}, 0
+        for name, value in like.items():
+            transform = transform_to(self.program.graph.parameters[name].constraint)
+            shape = transform.inverse_shape(value.shape)
+            end = begin + math.prod(shape)
+            out[name] = transform(vector[begin:end].reshape(shape)).to(value.dtype)
+            begin = end
+        return out
+
+
+def accelerate(
+    program: Program, settings: Settings, run: Run, iteration: Iteration | None, r: int
+) -> None:
+    """Cycles of SQUAREM from the run's last iterate, until plain steps are due.
+
+    They are due when the gain that a plain step promises is small, when few steps are left, or when
+    something has to be judged by a full step. The run is left at the best iterate seen.
+
+    Args:
+        program: The model with its data.
+        settings: What all starts share.
+        run: Its steps and parameters.
+        iteration: The compiled step, or None.
+        r: The start's number.
+    """
+    assert run.last is not None
+    if not isinstance(run.last, Deferred):
+        iteration = None
+    em = EMMap(program, iteration)
+    eps = program.graph.eps
+    values = run.last.point.values if isinstance(run.last, Deferred) else current_values(program)
+    at, best = (values, run.last), (values, run.last)
+    longest = 1.0
+    try:
+        while run.num_steps + 2 + PLAIN_STEPS <= settings.max_steps:
+            start, last = at
+            first, bound = em.m_step(last)
+            reached = em.e_step(first)
+            if _record(program, settings, run, last, bound, reached, r):
+                best = _better(best, (first, reached))
+                return
+            gain = reached.objective - last.objective
+            second, bound = em.m_step(reached)
+            best = _better(best, (first, reached))
+            u = [em.unconstrained(v) for v in (start, first, second)]
+            extrapolated, alpha, ratio = _extrapolate(u, longest)
+            promised = gain * ratio**2 / (1 - ratio**2)
+            small = max(settings.tol, 8 * eps * abs(last.objective))
+            at = _accepted(em, second, u, extrapolated, alpha, best[1].objective)
+            longest = 4 * longest if -alpha >= longest else longest
+            if _record(program, settings, run, reached, bound, at[1], r):
+                best = _better(best, at)
+                return
+            best = _better(best, at)
+            if gain <= small and promised <= small:
+                return
+    except (Handover, DataError, DegenerateError):
+        return
+    except KeyboardInterrupt:
+        run.status = EMStatus.INTERRUPTED
+    finally:
+        write(program, best[0])
+        run.record(program, best[1])
+        run.plain_from = run.num_steps
+
+
+def _better(a: tuple[Values, Iterate], b: tuple[Values, Iterate]) -> tuple[Values, Iterate]:
+    return b if b[1].objective >= a[1].objective else a
+
+
+def _record(
+    program: Program,
+    settings: Settings,
+    run: Run,
+    before: Iterate,
+    bound: float,
+    after: Iterate,
+    r: int,
+) -> bool:
+    """Note one step; returns whether a callback asked to stop."""
+    run.entering.append(before.objective)
+    run.after.append(bound)
+    settings.bar.update(r, after.objective)
+    if settings.callbacks:
+        step = as_step(program, run.num_steps - 1, before, bound, settings.begin)
+        if any(callback(step) is True for callback in settings.callbacks):
+            run.status = EMStatus.STOPPED
+            return True
+    return False
+
+
+def _extrapolate(u: list[Tensor], longest: float) -> tuple[Tensor, float, float]:
+    """θ', its α, and ‖θ2 − θ1‖ / ‖θ1 − θ0‖, an estimate of EM's rate."""
+    finite = torch.isfinite(torch.stack(u)).all(0)
+    zero = torch.zeros_like(u[0])
+    r = torch.where(finite, u[1] - u[0], zero)
+    step = torch.where(finite, u[2] - u[1], zero)
+    v = step - r
+    size, bend = float(r.norm()), float(v.norm())
+    ratio = min(float(step.norm()) / size, 1 - 1e-9) if size > 0 else 0.0
+    alpha = -min(max(size / bend, 1.0), longest) if bend > 0 else -1.0
+    return _along(u, alpha), alpha, ratio
+
+
+def _along(u: list[Tensor], alpha: float) -> Tensor:
+    finite = torch.isfinite(torch.stack(u)).all(0)
+    r = u[1] - u[0]
+    moved = u[0] - 2 * alpha * r + alpha**2 * (u[2] - u[1] - r)
+    return torch.where(finite, moved, u[2])
+
+
+def _accepted(
+    em: EMMap, second: Values, u: list[Tensor], extrapolated: Tensor, alpha: float, best: float
+) -> tuple[Values, Iterate]:
+    """The extrapolated point if the evidence there will do, one half as far, or plain θ2."""
+    for _ in range(2):
+        if alpha >= -1:
+            break
+        try:
+            values = em.constrained(extrapolated, second)
+            if all(bool(torch.isfinite(v).all()) for v in values.values()):
+                there = em.e_step(values)
+                if there.objective >= best - _SLACK:
+                    return values, there
+        except Handover:
+            pass
+        alpha = (alpha - 1) / 2
+        extrapolated = _along(u, alpha)
+    return second, em.e_step(second)

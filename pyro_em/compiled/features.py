@@ -1,0 +1,225 @@
+r"""Gaussian components by matrix products over features of the data.
+
+With x' = x − c centred once, log N(x | μ, Σ) is linear in the features (x'_i, x'_i x'_j):
+
+    ℓ_k(x) = h_k + (Λ_k μ'_k)ᵀ x' − ½ Σ_ij Λ_kij x'_i x'_j,     Λ = Σ⁻¹
+
+so that one product gives all log densities and one all moments. Many features cost more than they
+save: beyond 24 dimensions the data are whitened instead, ℓ_k = h_k − ½ ‖W_k (x' − μ'_k)‖².
+
+The expanded square cancels like (|x'| / σ)²; where that would cost more than ten digits of sixteen the
+whitened form is taken, which does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.record import Statistics
+from pyro_em.graph import Group
+
+_MANY = 24
+_LOSS = 1e5
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The components at some arguments.
+
+    Attributes:
+        linear: Coefficients of the features; None where the data are whitened. # (K, P)
+        constant: h. # (K, 1)
+        whiten: W, stacked. # (K * D, D)
+        shift: W μ'. # (K * D, 1)
+    """
+
+    linear: Tensor | None
+    constant: Tensor
+    whiten: Tensor | None = None
+    shift: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Gaussian:
+    """The rows of a group of Gaussian sites with component-wise arguments.
+
+    Attributes:
+        x: Centred data. # (D, N)
+        centre: c. # (D,)
+        diagonal: Whether features are independent given the component.
+        spread: Name of the argument that holds the covariance.
+        K: Components.
+        scalar: Whether each datum is a number (no ``to_event``).
+    """
+
+    x: Tensor
+    centre: Tensor
+    diagonal: bool
+    spread: str
+    K: int
+    scalar: bool
+    reach: Tensor = field(init=False)
+    upper: tuple[Tensor, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        D = self.x.shape[0]
+        self.reach = self.x.abs().amax(1).to(torch.float64)
+        pairs = torch.triu_indices(D, D, device=self.x.device)
+        self.upper = (pairs[0], pairs[1])
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        D = self.x.shape[0]
+        if self.diagonal:
+            return 2 * D
+        return D + D * (D + 1) // 2 if D <= _MANY else 2 * self.K * D
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Prepared:
+        """Coefficients at some arguments."""
+        D, dtype = self.x.shape[0], self.x.dtype
+        mu = self._each(self._shift(arguments["loc"]))
+        spread = arguments[self.spread].to(torch.float64)
+        log_2pi = D * math.log(2 * math.pi)
+        if self.diagonal:
+            rows = spread.reshape(-1, 1 if self.scalar else spread.shape[-1])
+            sigma = self._each(rows.expand(-1, D))
+            precision = sigma**-2
+            log_det = 2 * sigma.log().sum(-1)
+            if not float((precision * self.reach**2).max()) <= _LOSS:
+                return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
+            linear = torch.cat([precision * mu, -0.5 * precision], -1)
+            constant = -0.5 * ((precision * mu * mu).sum(-1) + log_det + log_2pi)
+            return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype))
+        matrix = spread.reshape(-1, D, D)
+        tril = matrix if self.spread == "scale_tril" else torch.linalg.cholesky(matrix)
+        log_det = 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if D <= _MANY:
+            precision = torch.cholesky_inverse(tril)
+            size = (precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).sum(-1)
+            if float(size.max()) <= _LOSS:
+                along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
+                i, j = self.upper
+                squares = self._each(precision[:, i, j] * torch.where(i == j, -0.5, -1.0))
+                constant = -0.5 * ((along * mu).sum(-1) + log_det + log_2pi)
+                linear = torch.cat([along, squares], -1)
+                return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype))
+        eye = torch.eye(D, dtype=torch.float64, device=tril.device)
+        return self._whitened(mu, torch.linalg.solve_triangular(tril, eye, upper=False), log_det)
+
+    def _shift(self, loc: Tensor) -> Tensor:
+        """μ' = μ − c. # (K or 1, D)"""
+        rows = loc.reshape(-1, 1 if self.scalar else loc.shape[-1])
+        return rows.to(torch.float64) - self.centre
+
+    def _each(self, t: Tensor) -> Tensor:
+        """Shared between components or not: one row per component."""
+        return t.expand(self.K, *t.shape[1:])
+
+    def _whitened(self, mu: Tensor, whiten: Tensor, log_det: Tensor) -> Prepared:
+        D, dtype = self.x.shape[0], self.x.dtype
+        W = self._each(whiten)
+        shift = (W @ mu.unsqueeze(-1)).reshape(-1, 1)
+        constant = self._each(-0.5 * (log_det + D * math.log(2 * math.pi))).unsqueeze(-1)
+        return Prepared(None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype))
+
+    def log_density(self, p: Prepared, rows: slice, onto: Tensor | None) -> Tensor:
+        """Log densities of some rows, added to ``onto``. # (K, rows)"""
+        if p.linear is not None:
+            out = torch.addmm(p.constant, p.linear, self._features(rows))
+        else:
+            assert p.whiten is not None and p.shift is not None
+            white = torch.addmm(p.shift, p.whiten, self.x[:, rows], beta=-1)
+            squares = white.square_().reshape(self.K, -1, white.shape[-1]).sum(1)
+            out = squares.mul_(-0.5).add_(p.constant)
+        return out if onto is None else out + onto
+
+    def _features(self, rows: slice) -> Tensor:
+        x = self.x[:, rows]
+        if self.diagonal:
+            return torch.cat([x, x * x])
+        D, P = x.shape[0], len(self.upper[0])
+        out = x.new_empty(D + P, x.shape[1])
+        out[:D] = x
+        at = D
+        for i in range(D):  # the pairs (i, i), (i, i + 1), …, as triu_indices has them
+            torch.mul(x[i], x[i:], out=out[at : at + D - i])
+            at += D - i
+        return out
+
+    def moments(self, weights: Tensor, rows: slice) -> Tensor:
+        """Σ r x' and Σ r x' x'ᵀ of some rows, in float64. # (K, P)"""
+        D = self.x.shape[0]
+        if self.diagonal or D <= _MANY:
+            return (weights @ self._features(rows).T).to(torch.float64)
+        x = self.x[:, rows]
+        first = weights @ x.T
+        second = torch.stack([(x * w) @ x.T for w in weights])
+        i, j = self.upper
+        return torch.cat([first, second[:, i, j]], 1).to(torch.float64)
+
+    def statistics(
+        self, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics about its location, from moments about the centre."""
+        D = self.x.shape[0]
+        mu = self._shift(arguments["loc"])
+        first = moments[:, :D]
+        deviation = first - mass.unsqueeze(-1) * mu
+        if self.diagonal:
+            square = moments[:, D:] - 2 * mu * first + mass.unsqueeze(-1) * mu**2
+            if self.scalar:
+                return self._shaped(
+                    {"deviation": deviation[:, 0], "square": square[:, 0], "weight": mass}, 0
+                )
+            weight = mass.unsqueeze(-1).expand(-1, D)
+            return self._shaped({"deviation": deviation, "square": square, "weight": weight}, 1)
+        i, j = self.upper
+        second = moments.new_zeros(self.K, D, D)
+        second[:, i, j] = moments[:, D:]
+        second[:, j, i] = moments[:, D:]
+        cross = first.unsqueeze(-1) * mu.unsqueeze(-2)
+        outer = mass[:, None, None] * (mu.unsqueeze(-1) * mu.unsqueeze(-2))
+        square = second - cross - cross.mT + outer
+        out = {"deviation": deviation, "square": square, "weight": mass}
+        return {name: t.reshape(1, 1, *t.shape) for name, t in out.items()}
+
+    @staticmethod
+    def _shaped(statistics: Statistics, events: int) -> Statistics:
+        return {name: t.reshape(1, 1, *t.shape) for name, t in statistics.items()}
+
+
+def as_gaussian(group: Group, K: int) -> Gaussian | None:
+    """The rule of a group of one Gaussian site over rows and components, or None.
+
+    Args:
+        group: A collapsed group whose arguments do not vary over rows.
+        K: Number of components.
+    """
+    if group.mask is not None or len(group.members) != 1 or group.family is None:
+        return None
+    if not group.observed or group.value.shape[1] == 1:
+        return None
+    x = group.value[0, :, 0]  # (N, D), or (N,)
+    if group.family.name == "MultivariateNormal" and x.dim() == 2:
+        spread = next(n for n in group.arguments if n != "loc")
+        if spread not in ("covariance_matrix", "scale_tril"):
+            return None
+        if group.arguments["loc"].shape[2] not in (1, K):
+            return None
+        return _centred(x, False, spread, K, False)
+    scalar = group.event_dims == 0
+    if group.family.name == "Normal" and x.dim() == 1 + group.event_dims <= 2:
+        return _centred(x.unsqueeze(-1) if scalar else x, True, "scale", K, scalar)
+    return None
+
+
+def _centred(x: Tensor, diagonal: bool, spread: str, K: int, scalar: bool) -> Gaussian:
+    centre = x.mean(0, dtype=torch.float64).to(x.dtype)
+    rows = (x - centre).T.contiguous()
+    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar)

@@ -1,0 +1,39 @@
+"""What a compiled E-step returns, and how sums over the data are collected for a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_em.families.record import Statistics
+from pyro_em.graph import Group
+from pyro_em.statistics import group_statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Evidence and expected statistics at some parameters: all that an exact EM step needs.
+
+    Attributes:
+        log_evidence: In nats.
+        statistics: Per group, without references.
+    """
+
+    log_evidence: float
+    statistics: Mapping[int, Statistics]
+
+
+def counted(group: Group, counts: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
+    """Σ counts · T(x) of a group, whose masked cells count nothing.
+
+    Args:
+        group: The group.
+        counts: Posterior probabilities; sums over dimensions along which nothing of the group
+            varies are of size one. # (members, *sizes or 1s)
+        arguments: At the E-step.
+    """
+    if group.mask is not None:
+        counts = counts * group.mask
+    return group_statistics(group, counts, arguments)

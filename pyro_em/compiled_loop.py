@@ -1,0 +1,141 @@
+"""Steps of the compiled iteration: parameters are plain values until somebody can look.
+
+The first step is verified against a fresh trace of the model, as in `pyro_em.loop`; whatever the
+compiled iteration hands over is judged there, and it may be taken up again afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em._errors import PyroEMWarning, message
+from pyro_em._pyro import restore, snapshot, write_unconstrained
+from pyro_em.compiled import Handover, Iteration, Point, compile_iteration
+from pyro_em.program import Program, distrust
+from pyro_em.result import EMStatus
+from pyro_em.runs import Deferred, Run, Settings
+from pyro_em.stopping import should_stop
+
+
+def compiled_iteration(program: Program, settings: Settings) -> Iteration | None:
+    """The compiled step of a program whose steps nobody watches, or None."""
+    if not program.compiled or program.strategy is not None or settings.callbacks:
+        return None
+    if program.structure.random_plates:
+        return None
+    return compile_iteration(program.graph, program.updates, current_values(program))
+
+
+def current_values(program: Program) -> dict[str, Tensor]:
+    """The parameters in the store, as values of their own."""
+    return {n: p.value().detach().clone() for n, p in program.graph.parameters.items()}
+
+
+def enter(program: Program, iteration: Iteration) -> Deferred | None:
+    """The compiled E-step at the parameters in the store; None where the full one has to look."""
+    try:
+        point = iteration.e_step(current_values(program))
+    except (Handover, torch.linalg.LinAlgError):
+        return None
+    return Deferred(program, point)
+
+
+def advance_compiled(
+    program: Program, iteration: Iteration, settings: Settings, run: Run, r: int
+) -> bool:
+    """Compiled steps from the run's last iterate until a rule stops the run.
+
+    Args:
+        program: The model with its data.
+        iteration: Its compiled step.
+        settings: What all starts share.
+        run: Its last iterate is `Deferred`; it is left at the last complete step.
+        r: The start's number.
+
+    Returns:
+        Whether the run is over; if not, a full step is due.
+    """
+    assert isinstance(run.last, Deferred)
+    point = run.last.point
+    eps = program.graph.eps
+    over, written = True, point
+    try:
+        while run.num_steps < settings.max_steps:
+            values, gain = iteration.m_step(point)
+            reached = iteration.e_step(values)
+            if reached.objective < point.objective - allowed_fall(point.objective, eps):
+                raise Handover
+            if run.num_steps == 0:
+                if not _verified(program, values):
+                    over = False
+                    break
+                run.verified = snapshot(program.graph.parameters)
+                written = reached
+            run.entering.append(point.objective)
+            run.after.append(point.objective + gain)
+            point = reached
+            settings.bar.update(r, point.objective)
+            status = should_stop([*run.plain_path(), point.objective], settings.tol, eps)
+            if status is not None:
+                run.status = status
+                break
+    except (Handover, torch.linalg.LinAlgError):
+        over = False
+    except KeyboardInterrupt:
+        run.status = EMStatus.INTERRUPTED
+    if point is not written:
+        write(program, point.values)
+    run.record(program, _settled(program, iteration, point))
+    return over
+
+
+def _settled(program: Program, iteration: Iteration, point: Point) -> Deferred:
+    """The iterate at what the store holds now: a transform may round."""
+    return enter(program, iteration) or Deferred(program, point)
+
+
+def _verified(program: Program, values: Mapping[str, Tensor]) -> bool:
+    """Write the values, trace the model there and compare; on a disagreement all is as before."""
+    origin = snapshot(program.graph.parameters)
+    write(program, values)
+    off = program.disagreements()
+    if not off:
+        return True
+    warn_disagreement(off[0], "it is not")
+    restore(program.graph.parameters, origin)
+    distrust(program, off)
+    return False
+
+
+def write(program: Program, values: Mapping[str, Tensor]) -> None:
+    """Write constrained values into the store."""
+    with torch.no_grad():
+        for name, value in values.items():
+            p = program.graph.parameters[name]
+            if not torch.equal(p.value(), value):
+                write_unconstrained(p, value)
+
+
+def allowed_fall(objective: float, eps: float) -> float:
+    """By how much rounding may lower an objective."""
+    return (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(objective))
+
+
+def warn_disagreement(place: tuple[str, str], when: str) -> None:
+    """Say that the compiled plan and the model disagree, and that the generic path goes on."""
+    site, argument = place
+    warnings.warn(
+        message(
+            f"site '{site}', argument '{argument}'",
+            f"{when} what the compiled plan predicts; the fit continues on the generic path from "
+            "the last verified parameters.",
+            "the model changes in a way that its autograd graph does not show",
+            ["avoid detach, .item() and branches on parameters in the model"],
+        ),
+        PyroEMWarning,
+        stacklevel=6,
+    )

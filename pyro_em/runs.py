@@ -1,0 +1,173 @@
+"""What a run of EM is made of: where it stands, its path, its settings, its progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_em._errors import UsageError, message
+from pyro_em._pyro import restore, snapshot
+from pyro_em.compiled import Point
+from pyro_em.posterior import Posterior
+from pyro_em.program import Evaluation, Program
+from pyro_em.result import EMStatus, EMStep
+
+
+@dataclass(eq=False)
+class Iterate:
+    """Where a run stands: some parameter values, and the E-step at them.
+
+    Attributes:
+        evaluation: The factors at the values.
+        q: The E-step there.
+        massless: Per parameter the components that had no mass in the M-step before.
+    """
+
+    evaluation: Evaluation
+    q: Posterior
+    massless: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def objective(self) -> float:
+        """What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact."""
+        assert self.q.bound is not None
+        return self.q.bound
+
+
+class Deferred(Iterate):
+    """An iterate of the compiled loop: its tables are made when somebody asks for them.
+
+    Args:
+        program: A compiled program.
+        point: The compiled E-step at some values.
+    """
+
+    def __init__(self, program: Program, point: Point) -> None:
+        self.program, self.point = program, point
+        self.massless = {}
+        self._versions = program.data_versions()
+
+    @property
+    def objective(self) -> float:
+        """The log evidence, from the compiled E-step."""
+        return self.point.objective
+
+    @cached_property
+    def evaluation(self) -> Evaluation:  # type: ignore[override]
+        """The factors at the values."""
+        if self.program.data_versions() != self._versions:
+            raise UsageError(
+                message(
+                    "posterior",
+                    "the data were changed in place after the fit.",
+                    "the responsibilities of a compiled fit are computed when they are first read",
+                    ["read result.posterior before changing the data", "call em.posterior(data)"],
+                )
+            )
+        return self.program.evaluate(self.point.values)
+
+    @cached_property
+    def q(self) -> Posterior:  # type: ignore[override]
+        """The E-step there."""
+        return self.program.posterior(self.evaluation)
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What all starts of one fit share.
+
+    Attributes:
+        max_steps: Steps at most.
+        tol: Estimated remaining gain at which to stop, in nats.
+        callbacks: Called with each step; one that returns True stops the run.
+        bar: The progress bar.
+        begin: When the fit began, for the steps' seconds.
+        acceleration: None or ``"squarem"``.
+    """
+
+    max_steps: int
+    tol: float
+    callbacks: Sequence[Callable[[EMStep], Any]]
+    bar: Bar
+    begin: float
+    acceleration: str | None = None
+
+
+@dataclass(eq=False)
+class Run:
+    """One start: its path and where it stands."""
+
+    parameters: dict[str, Tensor]
+    status: EMStatus = EMStatus.MAX_STEPS
+    message: str = ""
+    last: Iterate | None = None
+    entering: list[float] = field(default_factory=list)
+    after: list[float] = field(default_factory=list)
+    initial_values: dict[str, Tensor] = field(default_factory=dict)
+    verified: dict[str, Tensor] | None = None
+    plain_from: int = 0
+
+    def plain_path(self) -> list[float]:
+        """The last objectives that plain EM steps entered, enough for the stopping rule."""
+        return self.entering[max(self.plain_from, self.num_steps - 7) :]
+
+    @property
+    def num_steps(self) -> int:
+        """Complete steps."""
+        return len(self.entering)
+
+    @property
+    def objective(self) -> float:
+        """The bound at the last complete step; nan if there is none."""
+        return math.nan if self.last is None else self.last.objective
+
+    def record(self, program: Program, at: Iterate) -> None:
+        """Remember parameters and E-step of the last complete step."""
+        self.parameters, self.last = snapshot(program.graph.parameters), at
+
+    def go_back(self, program: Program) -> None:
+        """Return to the parameters after the first step, the last that were verified."""
+        assert self.verified is not None
+        restore(program.graph.parameters, self.verified)
+        del self.entering[1:], self.after[1:]
+        self.plain_from = 0
+        self.message = ""
+
+
+def best_of(runs: Sequence[Run]) -> Run:
+    """The best evidence among sound starts; a degenerate one only where there is no other."""
+    usable = [r for r in runs if r.last is not None]
+    sound = [r for r in usable if r.status is not EMStatus.DEGENERATE]
+    return max(sound or usable, key=lambda r: r.objective)
+
+
+class Bar:
+    """The progress bar: evidence per step, over all starts."""
+
+    def __init__(
+        self, progress: bool | None, max_steps: int, starts: int, objective_name: str
+    ) -> None:
+        disable = None if progress is None else not progress
+        self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
+        self.max_steps, self.starts, self.current = max_steps, starts, 0
+        self.objective_name = objective_name
+
+    def update(self, start: int, objective: float) -> None:
+        """One more step of a start."""
+        if start != self.current:
+            self.bar.n = start * self.max_steps
+            self.current = start
+        label = f"EM start {start + 1}/{self.starts}" if self.starts > 1 else "EM"
+        self.bar.set_description(label, refresh=False)
+        self.bar.set_postfix_str(f"{self.objective_name} {objective:.6f}", refresh=False)
+        self.bar.update()
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()

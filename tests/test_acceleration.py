@@ -1,0 +1,202 @@
+"""SQUAREM: fewer E-steps, the same optimum, never less than the best evidence seen."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.stats import poisson
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from pyro_em import ExactPosteriorEM, Gradient, Hard, UsageError, acceleration
+from pyro_em.result import EMStatus
+from tests.data_sets import LONDON_COUNTS
+
+OPTIMUM = -1989.945859883
+
+
+def london(x: Tensor, days: Tensor) -> None:
+    pi = pyro.param("pi", torch.tensor([0.3, 0.7]), constraint=C.simplex)
+    rate = pyro.param("rate", torch.tensor([1.0, 2.5]), constraint=C.positive)
+    with pyro.plate("counts", len(x)), pyro.poutine.scale(scale=days):
+        z = pyro.sample("z", dist.Categorical(pi))
+        pyro.sample("x", dist.Poisson(rate[z]), obs=x)
+
+
+def rows(x: Tensor) -> None:
+    london(x, torch.ones(()))
+
+
+DAYS = LONDON_COUNTS.to(torch.float64)
+DEATHS = torch.arange(10, dtype=torch.float64)
+
+
+def minus_evidence(u: np.ndarray) -> float:
+    """−log evidence of two Poisson components in numpy; u: logit of the weight, log rates."""
+    w, rates = 1 / (1 + np.exp(-u[0])), np.exp(u[1:])
+    p = w * poisson.pmf(np.arange(10), rates[0]) + (1 - w) * poisson.pmf(np.arange(10), rates[1])
+    return -float(DAYS.numpy() @ np.log(p))
+
+
+def first_within(result: Any, optimum: float, nats: float = 1e-6) -> int:
+    return next(i for i, v in enumerate(result.history) if v > optimum - nats)
+
+
+def test_the_optimum_is_the_optimum() -> None:
+    options = {"maxiter": 10_000, "maxfev": 10_000, "xatol": 1e-10, "fatol": 1e-12}
+    best = minimize(minus_evidence, [-0.6, 0.2, 1.0], method="Nelder-Mead", options=options)
+    assert -best.fun == pytest.approx(OPTIMUM, abs=1e-7)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_london_times_needs_fifteen_times_fewer_steps(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E-steps until the evidence is within 1e-6 nats; rejected extrapolations are counted."""
+    model, args = (
+        (rows, (DEATHS.repeat_interleave(DAYS.long()),)) if kernel else (london, (DEATHS, DAYS))
+    )
+    plain = ExactPosteriorEM(model).fit(*args, max_steps=1250, tol=0, progress=False)
+    pyro.clear_param_store()
+    tried: list[float] = []
+    original = acceleration.EMMap.e_step
+
+    def counted(self: Any, values: Any) -> Any:
+        at = original(self, values)
+        tried.append(at.objective)
+        return at
+
+    monkeypatch.setattr(acceleration.EMMap, "e_step", counted)
+    fast = ExactPosteriorEM(model).fit(*args, tol=1e-6, progress=False, acceleration="squarem")
+    slow_steps = first_within(plain, OPTIMUM)
+    plain_before = acceleration.PLAIN_STEPS
+    fast_steps = plain_before + next(i for i, v in enumerate(tried) if v > OPTIMUM - 1e-6) + 1
+    assert slow_steps >= 15 * fast_steps, (slow_steps, fast_steps)
+    assert fast.log_evidence == pytest.approx(OPTIMUM, abs=2e-6)
+    assert fast.log_evidence >= max(tried) - 1e-9
+    assert fast.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
+
+
+def mixture(x: Tensor, K: int) -> None:
+    w = pyro.param("w", torch.ones(K) / K, constraint=C.simplex)
+    mu = pyro.param("mu", x[:K].clone())
+    S = pyro.param("S", torch.cov(x.T).repeat(K, 1, 1), constraint=C.positive_definite)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
+
+
+def test_overlapping_mixtures() -> None:
+    """Ten starts: a median of five times fewer steps, the same optimum in nine of ten."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 2, generator=g) + 1.6 * torch.randint(0, 2, (500, 1), generator=g)
+    ratios, same = [], 0
+    for seed in range(10):
+        order = torch.randperm(500, generator=torch.Generator().manual_seed(seed))
+        found = []
+        for how in (None, "squarem"):
+            pyro.clear_param_store()
+            em = ExactPosteriorEM(mixture)
+            found.append(
+                em.fit(x[order], 2, max_steps=20_000, tol=1e-7, progress=False, acceleration=how)
+            )
+        plain, fast = found
+        best = max(plain.log_evidence, fast.log_evidence)
+        same += abs(plain.log_evidence - fast.log_evidence) < 1e-4
+        if abs(plain.log_evidence - fast.log_evidence) < 1e-4:
+            ratios.append(first_within(plain, best, 1e-5) / first_within(fast, best, 1e-5))
+    assert same >= 9, same
+    assert np.median(ratios) >= 5, ratios
+
+
+def test_the_last_steps_are_plain_and_rise() -> None:
+    result = ExactPosteriorEM(london).fit(
+        DEATHS, DAYS, max_steps=60, tol=0, progress=False, acceleration="squarem"
+    )
+    assert result.num_steps == 60
+    end = [*list(result.history)[-acceleration.PLAIN_STEPS :], result.log_evidence]
+    assert all(b >= a - 1e-9 for a, b in pairwise(end))
+    bounds = zip(result.history, result.history.after_m_step, strict=True)
+    assert all(after >= before - 1e-9 for before, after in bounds)  # every step is an EM step
+
+
+def test_zeros_stay_zero() -> None:
+    """A structural zero is −∞ in the unconstrained space, and is left to EM."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", torch.tensor([0.5, 0.5, 0.0]), constraint=C.simplex)
+        rate = pyro.param("rate", torch.tensor([1.0, 2.5, 9.0]), constraint=C.positive)
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=DAYS):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Poisson(rate[z]), obs=x)
+
+    em = ExactPosteriorEM(model)
+    with pytest.warns(Warning, match="no observation had any weight"):
+        result = em.fit(DEATHS, tol=1e-5, progress=False, acceleration="squarem")
+    assert float(result.params["w"][2]) == 0.0
+    assert result.log_evidence == pytest.approx(OPTIMUM, abs=1e-4)
+
+
+def test_callbacks_see_every_step_and_can_stop() -> None:
+    seen: list[Any] = []
+
+    def callback(step: Any) -> bool:
+        seen.append(step)
+        return len(seen) == 25
+
+    result = ExactPosteriorEM(london).fit(
+        DEATHS, DAYS, progress=False, acceleration="squarem", callbacks=callback
+    )
+    assert result.status is EMStatus.STOPPED and result.num_steps == 25
+    assert [s.index for s in seen] == list(range(25))
+    assert result.log_evidence >= max(s.elbo for s in seen) - 1e-9
+
+
+def test_map_and_gradient_updates_can_be_accelerated() -> None:
+    """Any exact EM map: here L-BFGS in the M-step of a rate that is an exponential of a sum."""
+
+    def model(x: Tensor) -> None:
+        b = pyro.param("b", torch.tensor([0.0, 0.9]))
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=DAYS):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.36, 0.64])))
+            pyro.sample("x", dist.Poisson((b[z] + 0.1 * b.sum()).exp()), obs=x)
+
+    found = []
+    for how in (None, "squarem"):
+        pyro.clear_param_store()
+        found.append(
+            ExactPosteriorEM(model).fit(DEATHS, tol=1e-6, progress=False, acceleration=how)
+        )
+    assert found[1].log_evidence == pytest.approx(found[0].log_evidence, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        ({"strategy": Hard()}, "needs exact EM steps"),
+        ({"updates": {"rate": Gradient(lambda p: torch.optim.Adam(p))}}, "needs exact EM steps"),
+    ],
+)
+def test_refusals(how: dict[str, Any], word: str) -> None:
+    with pytest.raises(UsageError, match=word) as raised:
+        ExactPosteriorEM(london, **how).fit(DEATHS, DAYS, acceleration="squarem")
+    assert "leave acceleration out" in str(raised.value)
+
+
+def test_an_unknown_word() -> None:
+    with pytest.raises(UsageError, match="'aitken' is not available"):
+        ExactPosteriorEM(london).fit(DEATHS, DAYS, acceleration="aitken")
+
+
+def test_a_slow_fit_suggests_it() -> None:
+    result = ExactPosteriorEM(london).fit(DEATHS, DAYS, max_steps=300, progress=False)
+    assert "acceleration='squarem'" in str(result.plan)
+    quick = ExactPosteriorEM(london).fit(DEATHS, DAYS, progress=False, acceleration="squarem")
+    assert "acceleration" not in str(quick.plan)

@@ -1,0 +1,422 @@
+"""The compiled step against the full one at every step, and its kernels against plain numpy."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from pyro_em import ExactPosteriorEM, UsageError, compiled_loop
+from pyro_em.compiled import Handover, compile_iteration, forward_backward
+from pyro_em.compiled.chain import Chain
+from pyro_em.compiled.rows import Rows
+from pyro_em.compiled_loop import current_values
+from pyro_em.result import EMStatus
+from pyro_em.steps import advance, after_m_step, e_step
+
+Model = Callable[..., None]
+
+# ---------------------------------------------------------------- models
+
+
+def gaussian(x: Tensor, K: int, spread: str) -> None:
+    D = x.shape[1]
+    w = pyro.param("w", torch.arange(1.0, K + 1).to(x) / sum(range(1, K + 1)), constraint=C.simplex)
+    mu = pyro.param("mu", x[:K].clone())
+    shapes = {"diagonal": (K, D), "spherical": (K, 1), "tied diagonal": (D,), "one": ()}
+    if spread in shapes:
+        s = pyro.param("s", x.new_ones(shapes[spread]), constraint=C.positive)
+    else:
+        S = torch.cov(x.T).reshape(D, D)
+        S = S if spread == "tied" else S.repeat(K, 1, 1)
+        if spread == "tril":
+            S = pyro.param("S", torch.linalg.cholesky(S), constraint=C.lower_cholesky)
+        else:
+            S = pyro.param("S", S, constraint=C.positive_definite)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        if spread in ("diagonal", "spherical"):
+            pyro.sample("x", dist.Normal(mu[z], s[z]).to_event(1), obs=x)
+        elif spread in shapes:
+            pyro.sample("x", dist.Normal(mu[z], s).to_event(1), obs=x)
+        elif spread == "tril":
+            pyro.sample("x", dist.MultivariateNormal(mu[z], scale_tril=S[z]), obs=x)
+        else:
+            pyro.sample("x", dist.MultivariateNormal(mu[z], S if spread == "tied" else S[z]), obs=x)
+
+
+def numbers(x: Tensor, K: int, family: str) -> None:
+    """One number per datum."""
+    w = pyro.param("w", torch.ones(K) / K, constraint=C.simplex)
+    a = pyro.param("a", torch.linspace(0.5, 3, K), constraint=C.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        if family == "Normal":
+            pyro.sample("x", dist.Normal(a[z] - 1, a[z] / 2), obs=x)
+        elif family == "log scale":
+            s = pyro.param("log_s", torch.zeros(K))
+            pyro.sample("x", dist.Normal(a[z], s[z].exp()), obs=x)
+        elif family == "Exponential":
+            pyro.sample("x", dist.Exponential(a[z]), obs=x)
+        else:
+            pyro.sample("x", dist.Poisson(a[z]), obs=x)
+
+
+def classes(x: Tensor, K: int, sites: bool, mask: Tensor | None = None) -> None:
+    """Latent classes: one vector site, or a site per item, with missing answers."""
+    J = x.shape[1]
+    w = pyro.param("w", torch.ones(K) / K, constraint=C.simplex)
+    start = (torch.arange(J * K).reshape(J, K) * 0.37 + 0.2) % 0.6 + 0.2
+    p = pyro.param("p", start, constraint=C.unit_interval)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        if not sites:
+            pyro.sample("x", dist.Bernoulli(p.T[z]).to_event(1), obs=x)
+            return
+        for j in range(J):
+            with pyro.poutine.mask(mask=True if mask is None else mask[:, j]):
+                pyro.sample(f"x{j}", dist.Bernoulli(p[j][z]), obs=x[:, j])
+
+
+def mixed(x: Tensor, c: Tensor, K: int) -> None:
+    """Two kinds of observation of one latent, one of them shared by no component."""
+    w = pyro.param("w", torch.ones(K) / K, constraint=C.simplex)
+    mu = pyro.param("mu", x[:K].clone())
+    E = pyro.param("E", torch.rand(K, 4), constraint=C.simplex)
+    b = pyro.param("b", torch.ones(4) / 4, constraint=C.simplex)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(mu[z], 1.0).to_event(1), obs=x)
+        pyro.sample("c", dist.Categorical(E[z]), obs=c)
+        pyro.sample("d", dist.Categorical(b), obs=(c + 1) % 4)
+
+
+def chain(x: Tensor, K: int, emission: str, mask: Tensor | None = None) -> None:
+    """x: (T,), (B, T) or (B, T, D)."""
+    pi = pyro.param("pi", torch.arange(1.0, K + 1) / sum(range(1, K + 1)), constraint=C.simplex)
+    A = pyro.param("A", 0.5 * torch.eye(K) + torch.rand(K, K), constraint=C.simplex)
+    if emission == "Categorical":
+        E = pyro.param("E", torch.rand(K, 4), constraint=C.simplex)
+    else:
+        mu = pyro.param("mu", torch.linspace(-1, 1, K).unsqueeze(-1).repeat(1, x.shape[-1]))
+        s = pyro.param("s", torch.ones(K, x.shape[-1]), constraint=C.positive)
+
+    def steps(rows: Tensor, seen: Tensor | None) -> None:
+        z = None
+        for t in pyro.markov(range(len(rows))):
+            with pyro.poutine.mask(mask=True if seen is None else seen[t]):
+                z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+                if emission == "Categorical":
+                    pyro.sample(f"x_{t}", dist.Categorical(E[z]), obs=rows[t])
+                else:
+                    pyro.sample(f"x_{t}", dist.Normal(mu[z], s[z]).to_event(1), obs=rows[t])
+
+    if x.dim() == 1:
+        steps(x, None)
+        return
+    with pyro.plate("sequences", len(x), dim=-1):
+        steps(x.transpose(0, 1), None if mask is None else mask.T)
+
+
+def points(N: int = 200, D: int = 2, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(N, D, generator=g, dtype=torch.float64)
+    return noise + 3 * torch.randint(0, 2, (N, 1), generator=g)
+
+
+def symbols(*shape: int) -> Tensor:
+    return torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(1))
+
+
+LENGTHS = torch.tensor([9, 12, 5, 12])
+CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
+    **{
+        f"Gaussian, {spread}": (Rows, gaussian, (points(), 3, spread))
+        for spread in (
+            "full", "tied", "tril", "diagonal", "spherical", "tied diagonal", "one",
+        )
+    },
+    "Gaussian, far from zero": (Rows, gaussian, (points() + 1e4, 2, "full")),
+    "Gaussian, narrow": (Rows, gaussian, (torch.cat([points(50) * 1e-4, points(50) + 9]), 2, "full")),
+    "Gaussian, 30 dimensions": (Rows, gaussian, (points(300, 30), 2, "full")),
+    "numbers, Normal": (Rows, numbers, (points(60, 1)[:, 0].abs(), 2, "log scale")),
+    "numbers, Exponential": (Rows, numbers, (points(60, 1)[:, 0].abs(), 2, "Exponential")),
+    "numbers, Poisson": (Rows, numbers, (points(90, 1)[:, 0].abs().round(), 2, "Poisson")),
+    "classes, one site": (Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, False)),
+    "classes, many sites": (Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, True)),
+    "classes, missing": (
+        Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, True, points(300, 4, 5) > 0.5),
+    ),
+    "mixed": (Rows, mixed, (points(), symbols(200), 3)),
+    "chain, one": (Chain, chain, (symbols(40), 3, "Categorical")),
+    "chain, short": (Chain, chain, (symbols(3), 2, "Categorical")),
+    "chains": (Chain, chain, (symbols(4, 12), 3, "Categorical")),
+    "chains, padded": (
+        Chain, chain, (symbols(4, 12), 3, "Categorical", torch.arange(12) < LENGTHS[:, None]),
+    ),
+    "chains, Gaussian": (Chain, chain, (points(48).reshape(4, 12, 2), 2, "Normal")),
+}  # fmt: skip
+
+
+def steps_of(model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 8) -> Any:
+    """Both ways side by side from one start."""
+    program = ExactPosteriorEM(model)._ready(args, {})
+    iteration = compile_iteration(program.graph, program.updates, current_values(program))
+    if kernel is None:
+        assert iteration is None
+        return None
+    assert iteration is not None and isinstance(iteration.kernel, kernel)
+    full, quick = e_step(program), iteration.e_step(current_values(program))
+    for index in range(steps):
+        reached = advance(program, full, index=index, verify=False)
+        values, gain = iteration.m_step(quick)
+        bound = after_m_step(full, reached.evaluation.tables)
+        assert quick.objective + gain == pytest.approx(bound, rel=1e-10, abs=1e-10)
+        full, quick = reached, iteration.e_step(values)
+        assert quick.objective == pytest.approx(full.objective, rel=1e-9)
+        for name, value in current_values(program).items():
+            torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-9)
+    return iteration
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_step_is_the_full_step(case: str) -> None:
+    kernel, model, args = CASES[case]
+    steps_of(model, args, kernel)
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10**6),
+    N=st.integers(20, 80),
+    D=st.integers(1, 4),
+    K=st.integers(2, 4),
+    spread=st.sampled_from(["full", "tied", "diagonal", "spherical", "one"]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    shift=st.sampled_from([0.0, 100.0]),
+)
+def test_random_mixtures(
+    seed: int, N: int, D: int, K: int, spread: str, scale: float, shift: float
+) -> None:
+    pyro.clear_param_store()
+    x = (points(N, D, seed) + shift) * scale
+    with contextlib.suppress(Handover):  # near a collapse the full step decides
+        steps_of(gaussian, (x, K, spread), Rows, steps=2)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 4), T=st.integers(3, 30), K=st.integers(2, 4))
+def test_random_chains(seed: int, B: int, T: int, K: int) -> None:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    x = torch.randint(0, 4, (B, T))
+    mask = torch.arange(T) < torch.randint(2, T + 1, (B, 1))
+    steps_of(chain, (x, K, "Categorical", mask), Chain, steps=2)
+
+
+# ---------------------------------------------------------------- messages
+
+
+def brute_force(likelihood: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Filtered and smoothed probabilities by summing over all paths. # (T, K)"""
+    T, K = likelihood.shape
+    smoothed, filtered = np.zeros((T, K)), np.zeros((T, K))
+    for path in itertools.product(range(K), repeat=T):
+        weight = likelihood[0, path[0]]
+        filtered[0, path[0]] += weight / K ** (T - 1)
+        for t in range(1, T):
+            weight *= A[path[t - 1], path[t]] * likelihood[t, path[t]]
+            filtered[t, path[t]] += weight / K ** (T - 1 - t)
+        for t, z in enumerate(path):
+            smoothed[t, z] += weight
+    return filtered / filtered.sum(-1, keepdims=True), smoothed / smoothed.sum(-1, keepdims=True)
+
+
+def ways(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
+    out = {"loop": forward_backward._one_loop, "two levels": forward_backward._two_levels}
+    if forward_backward._HAS_NUMBA:
+        out["numba"] = forward_backward.messages
+    return out
+
+
+@pytest.mark.parametrize("T", [2, 3, 5, 7])
+def test_messages_against_all_paths(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    likelihood, A = torch.rand(2, T, 3), torch.rand(3, 3)
+    A[0, 1] = 0.0
+    for name, way in ways(monkeypatch).items():
+        alpha, beta = way(likelihood, A)
+        for b in range(2):
+            filtered, smoothed = brute_force(likelihood[b].numpy(), A.numpy())
+            np.testing.assert_allclose(alpha[b], filtered, rtol=1e-12, err_msg=name)
+            gamma = (alpha[b] * beta[b]).numpy()
+            gamma /= gamma.sum(-1, keepdims=True)
+            np.testing.assert_allclose(gamma, smoothed, rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(1, 200, 4), (3, 97, 2), (40, 33, 3)])
+def test_the_three_ways_agree(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    likelihood, A = torch.rand(shape), torch.rand(shape[-1], shape[-1])
+    found = [way(likelihood, A) for way in ways(monkeypatch).values()]
+    for alpha, beta in found[1:]:
+        torch.testing.assert_close(alpha, found[0][0], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(beta, found[0][1], rtol=1e-12, atol=1e-15)
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_backward, "_HAS_NUMBA", False)
+    for x in (symbols(60), symbols(30, 40)):
+        pyro.clear_param_store()
+        steps_of(chain, (x, 3, "Categorical"), Chain, steps=2)
+
+
+# ---------------------------------------------------------------- fits
+
+
+def both_fits(monkeypatch: pytest.MonkeyPatch, model: Model, *args: Any, **how: Any) -> list[Any]:
+    """The same fit by compiled and by full steps."""
+    out = []
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        if not compiled:
+            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+        out.append(ExactPosteriorEM(model).fit(*args, progress=False, **how))
+    return out
+
+
+@pytest.mark.parametrize("case", ["Gaussian, full", "classes, missing", "chains, padded"])
+def test_fits_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, args = CASES[case]
+    quick, full = both_fits(monkeypatch, model, *args)
+    assert quick.num_steps == full.num_steps and quick.status is full.status
+    np.testing.assert_allclose(quick.history, full.history, rtol=1e-10)
+    np.testing.assert_allclose(quick.history.after_m_step, full.history.after_m_step, rtol=1e-10)
+    assert quick.log_evidence == pytest.approx(full.log_evidence, rel=1e-12)
+    assert quick.icl == pytest.approx(full.icl, rel=1e-9)
+    assert quick.rate == pytest.approx(full.rate, rel=1e-3)
+    for name in full.params:
+        torch.testing.assert_close(quick.params[name], full.params[name], rtol=1e-7, atol=1e-9)
+    site = next(iter(full.posterior.graph.latents))
+    torch.testing.assert_close(quick.posterior.probs(site), full.posterior.probs(site))
+
+
+def test_store_holds_the_result() -> None:
+    x = points()
+    result = ExactPosteriorEM(gaussian).fit(x, 2, "full", progress=False)
+    for name, value in result.params.items():
+        assert torch.equal(pyro.param(name), value)
+
+
+def test_chunks_do_not_matter() -> None:
+    x = points(500, 3)
+    program = ExactPosteriorEM(gaussian)._ready((x, 3, "full"), {})
+    iteration = compile_iteration(program.graph, program.updates, current_values(program))
+    assert iteration is not None
+    whole = iteration.e_step(current_values(program)).sums
+    iteration.kernel.chunk = 37
+    parts = iteration.e_step(current_values(program)).sums
+    assert parts.log_evidence == pytest.approx(whole.log_evidence, rel=1e-13)
+    for g, statistics in whole.statistics.items():
+        for name, value in statistics.items():
+            torch.testing.assert_close(parts.statistics[g][name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_repeated_rows_are_computed_once() -> None:
+    x = (points(4000, 5) > 1).to(torch.float64)
+    program = ExactPosteriorEM(classes)._ready((x, 2, False), {})
+    iteration = compile_iteration(program.graph, program.updates, current_values(program))
+    assert iteration is not None and isinstance(iteration.kernel, Rows)
+    assert len(x.unique(dim=0)) == iteration.kernel.N
+    assert float(iteration.kernel.repeats.sum()) == 4000  # type: ignore[union-attr]
+
+
+def test_a_collapse_is_named_as_by_the_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.cat([torch.zeros(1, 2), torch.randn(60, 2) + 8])
+    with pytest.warns(Warning, match="collapses"):
+        quick, full = both_fits(monkeypatch, gaussian, x, 2, "full", max_steps=200)
+    assert quick.status is full.status is EMStatus.DEGENERATE
+    assert quick.message.split(":")[0] == full.message.split(":")[0]
+    assert "parameter 'S', component 0" in quick.message
+
+
+def test_an_underflow_goes_to_the_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two emissions in a row that the only likely transition forbids by 800 nats."""
+
+    def model(x: Tensor) -> None:
+        stay = pyro.param("stay", torch.tensor([[1.0, 0.0], [0.0, 1.0]]), constraint=C.simplex)
+        mu = pyro.param("mu", torch.tensor([0.0, 60.0]))
+        z = None
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2) / 2 if z is None else stay[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+    x = torch.tensor([0.0, 0.0, 60.0, 60.0, 0.0])
+    quick, full = both_fits(monkeypatch, model, x, max_steps=5, tol=0)
+    np.testing.assert_allclose(quick.history, full.history, rtol=1e-12)
+
+
+def test_data_changed_after_the_fit() -> None:
+    x = points()
+    result = ExactPosteriorEM(gaussian).fit(x, 2, "full", progress=False)
+    x += 1
+    with pytest.raises(UsageError, match="changed in place after the fit") as raised:
+        _ = result.posterior
+    assert "call em.posterior(data)" in str(raised.value)
+
+
+def test_callbacks_see_every_step() -> None:
+    """Whoever watches gets full steps, and the same numbers."""
+    x, seen = points(), []
+    quiet = ExactPosteriorEM(gaussian).fit(x, 2, "full", progress=False)
+    pyro.clear_param_store()
+    watched = ExactPosteriorEM(gaussian).fit(x, 2, "full", progress=False, callbacks=seen.append)
+    assert [s.elbo for s in seen] == pytest.approx(list(quiet.history), rel=1e-10)
+    assert watched.num_steps == quiet.num_steps
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(
+            lambda x: _two_latents(x), id="two latents"
+        ),
+        pytest.param(lambda x: _affine(x), id="least squares"),
+        pytest.param(lambda x: _weighted(x), id="weights"),
+    ],
+)  # fmt: skip
+def test_what_has_no_kernel_keeps_the_full_step(model: Model) -> None:
+    steps_of(model, (points(30, 1)[:, 0],), None)
+
+
+def _two_latents(x: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Categorical(torch.ones(2) / 2))
+        b = pyro.sample("b", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(mu[a], 1.0), obs=x)
+        pyro.sample("y", dist.Normal(mu[b], 1.0), obs=x)
+
+
+def _affine(x: Tensor) -> None:
+    b = pyro.param("b", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(b[z] * x, 1.0), obs=x)
+
+
+def _weighted(x: Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("data", len(x)), pyro.poutine.scale(scale=2.0):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
