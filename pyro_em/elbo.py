@@ -34,7 +34,8 @@ class ELBOTerms:
         kl: KL(q(z) ‖ p(z; θ)); None with ``pyro.factor`` terms.
         log_prior: Log density of point-estimated parameters.
         standard_error: Of ``value``; 0 where nothing is sampled, None with one draw.
-        pointwise: One log evidence per element of the outermost data plate, or None.
+        pointwise: Per element of the outermost data plate its log evidence, whatever q is; where a
+            guide draws, its bound; None without such a plate.
     """
 
     value: float

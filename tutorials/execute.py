@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import time
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell fails.
     """
+    # Without ipywidgets tqdm says so on import, which is no output of the tutorial.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
