@@ -7,6 +7,7 @@ traceback needs nothing else. Several problems of one model are collected into o
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -99,9 +100,13 @@ def raise_problems(problems: Sequence[Problem]) -> NoReturn:
 
 
 def _folded(problems: Sequence[Problem]) -> list[str]:
-    alike: dict[str, list[Problem]] = {}
+    alike: dict[tuple[str, int], list[Problem]] = {}
+    at_site: Counter[str] = Counter()
     for problem in problems:
-        alike.setdefault(re.sub(r"\d+", "#", str(problem)), []).append(problem)
+        # Two findings at one site are two, however much they look alike.
+        key = re.sub(r"\d+", "#", str(problem)), at_site[problem.where]
+        at_site[problem.where] += 1
+        alike.setdefault(key, []).append(problem)
     texts = []
     for members in alike.values():
         head, _, rest = str(members[0]).partition("\n")

@@ -52,8 +52,8 @@ def on_failure(error: Exception, latents: Mapping[str, str], *, enumerated: bool
             "the model branches on a random value (`if z:`).",
             "a latent's value is a tensor of many values, so that a branch has no single answer",
             (
-                "use torch.where(z.bool(), a, b)",
-                "index a parameter: torch.stack([b, a])[z.long()]",
+                "index a parameter: p[z.long()], or torch.stack([b, a])[z.long()] (closed form)",
+                "use torch.where(z.bool(), a, b) (a gradient update)",
             ),
         )
     if "converted to Scalar" in text or "converted to Python scalars" in text:
