@@ -45,13 +45,16 @@ class ExpectedStatistics:
         return {**self.sums[group], **named}
 
 
-def group_statistics(group: Group, counts: Tensor, arguments: Arguments) -> Statistics:
+def group_statistics(
+    group: Group, counts: Tensor, arguments: Arguments, known: Statistics | None = None
+) -> Statistics:
     """Σ counts · T(x) for one group, kept along the dimensions in which an argument varies.
 
     Args:
         group: The stacked factors.
         counts: Expected counts. # (members, *sizes)
         arguments: The arguments of the E-step. # (members, *sizes or 1s, *event)
+        known: T(x), where it was worked out before.
 
     Returns:
         Statistics. # (members, *sizes or 1s, *to_event dims, *event)
@@ -69,7 +72,7 @@ def group_statistics(group: Group, counts: Tensor, arguments: Arguments) -> Stat
     ]
     weights = counts.to(group.value.dtype if group.value.is_floating_point() else _dtype(arguments))
     weights = weights.reshape(weights.shape + (1,) * group.event_dims)
-    return family.expected_statistics(weights, group.value, arguments, tuple(varying))
+    return family.expected_statistics(weights, group.value, arguments, tuple(varying), known)
 
 
 def _dtype(arguments: Arguments) -> torch.dtype:

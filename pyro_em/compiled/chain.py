@@ -11,14 +11,14 @@ each to the next, and every other factor reads at most one of them. With γ_t = 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pyro_em.compiled.forward_backward import messages
 from pyro_em.compiled.solve import Handover
-from pyro_em.compiled.step import Sums, counted
+from pyro_em.compiled.step import Sums, counted, known_statistics
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph, Group
 from pyro_em.statistics import group_statistics
@@ -36,6 +36,7 @@ class Chain:
         plates: Sizes of the chain's plates.
         T: Its length.
         K: Its number of states.
+        known: Statistics that no argument changes, per group.
     """
 
     graph: FactorGraph
@@ -45,6 +46,8 @@ class Chain:
     plates: tuple[int, ...]
     T: int
     K: int
+
+    known: Mapping[int, Statistics | None] = field(default_factory=dict)
 
     name = "forward and backward messages"
 
@@ -85,7 +88,8 @@ class Chain:
             if groups[g].family is None:
                 continue
             ones = groups[g].value.new_ones((len(groups[g].members), *groups[g].sizes))
-            statistics[g] = counted(groups[g], ones.to(torch.float64), arguments[g])
+            counts = ones.to(torch.float64)
+            statistics[g] = counted(groups[g], counts, arguments[g], self.known.get(g))
         return Sums(evidence, statistics)
 
     def _table(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
@@ -99,7 +103,7 @@ class Chain:
         group = self.graph.groups[g]
         counts = gamma.transpose(0, 1)  # (members, B, K)
         counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
-        return counted(group, counts, arguments)
+        return counted(group, counts, arguments, self.known.get(g))
 
     def _transitions(
         self,
@@ -122,7 +126,8 @@ class Chain:
         if not bool(torch.isfinite(xi).all()):
             raise Handover
         # The mask is in the weights already.
-        return group_statistics(group, xi.reshape(1, *(1,) * group.n_plates, K, K), arguments)
+        counts = xi.reshape(1, *(1,) * group.n_plates, K, K)
+        return group_statistics(group, counts, arguments, self.known.get(self.couples))
 
 
 def as_chain(graph: FactorGraph) -> Chain | None:
@@ -165,7 +170,8 @@ def as_chain(graph: FactorGraph) -> Chain | None:
     sizes = tuple(graph.dim_size(p) for p in first.plates)
     if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
         return None
-    return Chain(graph, couples, unary, tuple(free), sizes, len(latents), K)
+    known = {g: known_statistics(group) for g, group in enumerate(graph.groups)}
+    return Chain(graph, couples, unary, tuple(free), sizes, len(latents), K, known)
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

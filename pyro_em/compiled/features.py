@@ -128,19 +128,21 @@ class Gaussian:
         constant = self._each(-0.5 * (log_det + D * math.log(2 * math.pi))).unsqueeze(-1)
         return Prepared(None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype))
 
-    def log_density(self, p: Prepared, rows: slice, onto: Tensor | None) -> Tensor:
-        """Log densities of some rows, added to ``onto``. # (K, rows)"""
+    def log_density(self, p: Prepared, features: Tensor) -> Tensor:
+        """Log densities of some rows, from their features. # (K, rows)"""
         if p.linear is not None:
-            out = torch.addmm(p.constant, p.linear, self._features(rows))
-        else:
-            assert p.whiten is not None and p.shift is not None
-            white = torch.addmm(p.shift, p.whiten, self.x[:, rows], beta=-1)
-            squares = white.square_().reshape(self.K, -1, white.shape[-1]).sum(1)
-            out = squares.mul_(-0.5).add_(p.constant)
-        return out if onto is None else out + onto
+            return torch.addmm(p.constant, p.linear, features)
+        assert p.whiten is not None and p.shift is not None
+        D = self.x.shape[0]
+        white = torch.addmm(p.shift, p.whiten, features[:D], beta=-1)
+        squares = white.square_().reshape(self.K, D, -1).sum(1)
+        return squares.mul_(-0.5).add_(p.constant)
 
-    def _features(self, rows: slice) -> Tensor:
+    def features(self, rows: slice) -> Tensor:
+        """x' and its products; x' alone in many dimensions. # (P, rows)"""
         x = self.x[:, rows]
+        if not self.diagonal and x.shape[0] > _MANY:
+            return x
         if self.diagonal:
             return torch.cat([x, x * x])
         D, P = x.shape[0], len(self.upper[0])
@@ -152,14 +154,12 @@ class Gaussian:
             at += D - i
         return out
 
-    def moments(self, weights: Tensor, rows: slice) -> Tensor:
+    def moments(self, weights: Tensor, features: Tensor) -> Tensor:
         """Σ r x' and Σ r x' x'ᵀ of some rows, in float64. # (K, P)"""
-        D = self.x.shape[0]
-        if self.diagonal or D <= _MANY:
-            return (weights @ self._features(rows).T).to(torch.float64)
-        x = self.x[:, rows]
-        first = weights @ x.T
-        second = torch.stack([(x * w) @ x.T for w in weights])
+        if self.diagonal or self.x.shape[0] <= _MANY:
+            return (weights @ features.T).to(torch.float64)
+        first = weights @ features.T
+        second = torch.stack([(features * w) @ features.T for w in weights])
         i, j = self.upper
         return torch.cat([first, second[:, i, j]], 1).to(torch.float64)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -48,8 +49,10 @@ class Rows:
     repeats: Tensor | None
     name: str = "rows in chunks"
     chunk: int = field(init=False)
+    is_counting: dict[int, bool] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.is_counting = {g: _is_counting(self.graph.groups[g], self.K) for g in self.tables}
         width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.rowwise))
         width += sum(g.width for g in self.gaussians.values())
         self.chunk = max(1024, min(16384, _CHUNK_CELLS // width))
@@ -78,8 +81,10 @@ class Rows:
             rows = slice(begin, min(begin + self.chunk, self.N))
             parts = {g: _sliced(groups[g], rows) for g in self.rowwise}
             joint: Tensor | None = None
+            features = {g: rule.features(rows) for g, rule in self.gaussians.items()}
             for g, rule in self.gaussians.items():
-                joint = rule.log_density(prepared[g], rows, joint)
+                table = rule.log_density(prepared[g], features[g])
+                joint = table if joint is None else joint + table
             for g, part in parts.items():
                 table = part.log_density(arguments[g])
                 table = table.reshape(len(part.members), -1, self.K).sum(0).T
@@ -102,7 +107,7 @@ class Rows:
                 weights.mul_(own.to(weights.dtype) / total)
             mass = mass + weights.sum(1, dtype=torch.float64)
             for g, rule in self.gaussians.items():
-                m = rule.moments(weights, rows)
+                m = rule.moments(weights, features[g])
                 moments[g] = m if g not in moments else moments[g] + m
             for g, part in parts.items():
                 _add(collected, g, self._rowwise_counts(part, weights, arguments[g]))
@@ -116,9 +121,7 @@ class Rows:
         for g, rule in self.gaussians.items():
             collected[g] = rule.statistics(moments[g], mass, arguments[g])
         for g in self.tables:
-            group = groups[g]
-            sizes = (1,) * (1 + group.n_plates)
-            collected[g] = counted(group, mass.reshape(*sizes, self.K), arguments[g])
+            collected[g] = self._table_sums(g, mass, arguments[g])
         return Sums(total_evidence, collected)
 
     def _table(self, g: int, arguments: Mapping[str, Tensor]) -> Tensor:
@@ -128,11 +131,30 @@ class Rows:
         log_p = group.family.log_prob(group.value, arguments)
         return log_p.reshape(self.K, 1).to(torch.float64)
 
+    def _table_sums(self, g: int, mass: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
+        """Expected statistics of a group that no row reaches; those of categories are known."""
+        group = self.graph.groups[g]
+        counts = mass.reshape(*(1,) * (1 + group.n_plates), self.K)
+        if self.is_counting[g]:
+            total = mass.sum().reshape((1,) * counts.dim())
+            return {"count": mass.reshape(*total.shape, self.K), "weight": total}
+        return counted(group, counts, arguments)
+
     def _rowwise_counts(
         self, part: Group, weights: Tensor, arguments: Mapping[str, Tensor]
     ) -> Statistics:
         counts = weights.T.reshape(1, *part.sizes).expand(len(part.members), *part.sizes)
         return counted(part, counts, arguments)
+
+
+def _is_counting(group: Group, K: int) -> bool:
+    """Whether a group is p(z) = Categorical with one row for all: its statistics are the counts."""
+    assert group.family is not None
+    if group.family.distribution is not dist.Categorical or group.value.numel() != K:
+        return False
+    one_row = all(a.numel() == K for a in group.arguments.values())
+    in_order = torch.equal(group.value.reshape(-1).long().cpu(), torch.arange(K))
+    return one_row and in_order
 
 
 def _add(collected: dict[int, Statistics], g: int, more: Statistics) -> None:

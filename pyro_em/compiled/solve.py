@@ -72,6 +72,10 @@ class Solver:
             Handover: If the full M-step has to look.
         """
         kind, event = self.kind, self.kind.event_dim
+        if kind is Kind.MEAN_VECTOR and self.direct:
+            mean = self._weighted_mean(statistics)
+            if mean is not None:
+                return mean if mean.dtype == value.dtype else mean.to(value.dtype)
         n, d = self._sums(statistics, arguments, value)
         natural, massless = solve_kind(kind, n, d)
         keep = massless if self.used is None else massless | ~self.used
@@ -93,6 +97,18 @@ class Solver:
         if not bool(torch.isfinite(new).all()):
             raise Handover
         return new if new.dtype == value.dtype else new.to(value.dtype)
+
+    def _weighted_mean(self, statistics: Mapping[int, Statistics]) -> Tensor | None:
+        """Σ w x / Σ w where each cell has its own mean: the precisions cancel."""
+        (use,) = self.update.uses
+        s = statistics[use.group]
+        weight = s["weight"].unsqueeze(-1)
+        if tuple(weight.shape[:-1]) != self.cells or use.selection.maps:
+            return None
+        mean = s["reference:loc"] + s["deviation"] / weight
+        if not bool(torch.isfinite(mean).all()):
+            raise Handover
+        return mean.reshape(self.shape)
 
     def _sums(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pyro_em.families.record import Statistics
@@ -25,7 +26,25 @@ class Sums:
     statistics: Mapping[int, Statistics]
 
 
-def counted(group: Group, counts: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
+def known_statistics(group: Group) -> Statistics | None:
+    """T(x) of a group whose statistics do not change with the arguments, else None."""
+    family = group.family
+    if family is None or family.has_reference:
+        return None
+    arguments = {name: a.detach() for name, a in group.arguments.items()}
+    floating = next((a.dtype for a in arguments.values() if a.is_floating_point()), torch.float64)
+    return {
+        name: t if t.is_floating_point() else t.to(floating)
+        for name, t in family.statistics(group.value, arguments).items()
+    }
+
+
+def counted(
+    group: Group,
+    counts: Tensor,
+    arguments: Mapping[str, Tensor],
+    known: Statistics | None = None,
+) -> Statistics:
     """Σ counts · T(x) of a group, whose masked cells count nothing.
 
     Args:
@@ -33,7 +52,8 @@ def counted(group: Group, counts: Tensor, arguments: Mapping[str, Tensor]) -> St
         counts: Posterior probabilities; sums over dimensions along which nothing of the group
             varies are of size one. # (members, *sizes or 1s)
         arguments: At the E-step.
+        known: T(x), where it was worked out before.
     """
     if group.mask is not None:
         counts = counts * group.mask
-    return group_statistics(group, counts, arguments)
+    return group_statistics(group, counts, arguments, known)

@@ -151,7 +151,7 @@ def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
         "".join([batch_letters[i] for i in out] + event_letters),
     )
     total = torch.einsum(equation, w, t.to(w.dtype))
-    sizes = torch.broadcast_shapes(weights.shape, statistic.shape[:n_batch])
+    sizes = [max(a, b) for a, b in zip(weights.shape, statistic.shape, strict=False)]
     shape = [sizes[i] if i in out else 1 for i in range(n_batch)]
     return total.reshape(shape + list(event))
 
@@ -211,17 +211,33 @@ class Family:
             return self.log_density(value, arguments)
         return self.distribution(**arguments, validate_args=False).log_prob(value)
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether T(x) is taken about a location, and so changes with the arguments."""
+        return self.accumulate is not None or any(r.kind.is_location for r in self.rules.values())
+
     def expected_statistics(
-        self, weights: Tensor, value: Tensor, arguments: Arguments, keep: tuple[bool, ...]
+        self,
+        weights: Tensor,
+        value: Tensor,
+        arguments: Arguments,
+        keep: tuple[bool, ...],
+        known: Statistics | None = None,
     ) -> Statistics:
-        """S = Σ w T(x), summed over the batch dimensions that are not kept; ``weight`` is Σ w."""
+        """S = Σ w T(x), summed over the batch dimensions that are not kept; ``weight`` is Σ w.
+
+        Args:
+            weights: Expected counts. # (*batch,)
+            value: The data. # (*batch or 1s, *event)
+            arguments: Where the E-step was made.
+            keep: For each batch dimension, whether the result keeps it.
+            known: T(x), where it was worked out before.
+        """
         if self.accumulate is not None:
             stats = self.accumulate(weights, value, arguments, keep)
         else:
-            stats = {
-                name: weigh(weights, t, keep)
-                for name, t in self.statistics(value, arguments).items()
-            }
+            known = self.statistics(value, arguments) if known is None else known
+            stats = {name: weigh(weights, t, keep) for name, t in known.items()}
         # A dimension along which only the data vary still counts its elements.
         batch = value.shape[: weights.dim()]
         shape = [1 if w > 1 else v for w, v in zip(weights.shape, batch, strict=True)]

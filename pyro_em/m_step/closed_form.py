@@ -193,7 +193,7 @@ def onto_events(
     cells = index.shape[: index.dim() - event]
     n_event = n.shape[len(cells) :]
     d_event = d.shape[len(cells) :]
-    batch = torch.broadcast_shapes(n.shape[: len(cells)], d.shape[: len(cells)])
+    batch = [max(a, b) for a, b in zip(n.shape[: len(cells)], d.shape, strict=False)]
     n, d = n.expand(*batch, *n_event), d.expand(*batch, *d_event)
     if selection.factor is not None:
         c = selection.factor
