@@ -1,13 +1,14 @@
 # Two commands matter: `make demo` fits a mixture to Old Faithful, `make test` runs the suite.
 # Both create a virtual environment in .venv first. `make docs` builds the reference, `make tutorials`
-# runs the notebooks and keeps their outputs.
+# runs the notebooks and keeps their outputs, `make bench`
+# measures an EM iteration beside its peers.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check docs tutorials clean
+.PHONY: demo test check docs tutorials bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m models.gmm
@@ -26,6 +27,9 @@ docs: $(VENV)/.installed-docs
 
 tutorials: $(VENV)/.installed-test
 	$(BIN)/python tutorials/execute.py
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m tests.benchmarks --write
 
 # torch is installed first, and only where there is none: the user's own build is kept.
 $(VENV)/bin/python:
@@ -46,6 +50,10 @@ $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-docs: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install -q -e ".[plot,data,graph,docs]"
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -e ".[fast,plot,data,bench]"
 	touch $@
 
 clean:

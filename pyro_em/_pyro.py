@@ -55,9 +55,10 @@ class TracedParameter:
     is_foreign: bool = False
 
     def value(self) -> torch.Tensor:
-        """The current constrained value, detached."""
+        """The current constrained value: a tensor of its own, which no later step changes."""
         with torch.no_grad():
-            return transform_to(self.constraint)(self.unconstrained).detach()
+            out = transform_to(self.constraint)(self.unconstrained).detach()
+            return out.clone() if out.data_ptr() == self.unconstrained.data_ptr() else out
 
 
 class ParameterCapture(Messenger):

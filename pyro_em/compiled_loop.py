@@ -32,7 +32,7 @@ def compiled_iteration(program: Program, settings: Settings) -> Iteration | None
 
 def current_values(program: Program) -> dict[str, Tensor]:
     """The parameters in the store, as values of their own."""
-    return {n: p.value().detach().clone() for n, p in program.graph.parameters.items()}
+    return {n: p.value() for n, p in program.graph.parameters.items()}
 
 
 def enter(program: Program, iteration: Iteration) -> Deferred | None:

@@ -86,7 +86,13 @@ class TraceExact_ELBO(ELBO):
         if isinstance(found, Variational):
             return found.loss(args, kwargs, self.num_particles)
         graph = trace_graph(
-            found.model, args, kwargs, found.structure, with_bindings=False, attached=True
+            found.model,
+            args,
+            kwargs,
+            found.structure,
+            with_bindings=False,
+            attached=True,
+            keep_random_state=False,  # the next step draws another batch
         )
         tables = [group.log_density().to(torch.float64) for group in graph.groups]
         flat = [part for table in tables for part in table.unbind(0)]

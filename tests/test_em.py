@@ -433,3 +433,20 @@ def test_float32_parameters_beside_float64_data_do_not_seem_to_fall() -> None:
         warnings.simplefilter("error")
         result = ExactPosteriorEM(mixture).fit(X)
     assert result.converged and result.params["mu"].dtype == torch.float32
+
+
+def test_a_results_parameters_are_its_own() -> None:
+    """Neither later steps nor a second fit change what a result holds."""
+
+    def model(x: torch.Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+    em = ExactPosteriorEM(model)
+    result = em.fit(torch.randn(50), max_steps=2, progress=False)
+    before = result.params["mu"].clone()
+    em.step(torch.randn(50) + 3)
+    assert torch.equal(result.params["mu"], before)
+    assert not torch.equal(pyro.param("mu"), before)

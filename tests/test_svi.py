@@ -101,3 +101,22 @@ def test_what_cannot_be_exact_is_refused() -> None:
 
     with pytest.raises(ModelError, match="site 'mu': the guide lacks it, and a continuous latent"):
         TraceExact_ELBO().loss(model, guide, torch.tensor(1.0))
+
+
+def test_each_step_draws_another_batch() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def model(x: torch.Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", len(x), subsample_size=3) as rows:
+            seen.append(tuple(rows.tolist()))
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x[rows])
+
+    svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.01}), TraceExact_ELBO())
+    x = torch.randn(1000)
+    batches = []
+    for _ in range(6):
+        svi.step(x)
+        batches.append(seen[-1])
+    assert len(set(batches)) == 6

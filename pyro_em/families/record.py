@@ -24,6 +24,7 @@ Source: Wainwright and Jordan (2008), section 3; Meng and Rubin (1993) for one a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -137,6 +138,9 @@ def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
     """
     n_batch = weights.dim()
     event = statistic.shape[n_batch:]
+    fast = _as_product(weights, statistic, keep)
+    if fast is not None:
+        return fast
     letters = [chr(ord("a") + i) for i in range(26)] + [chr(ord("A") + i) for i in range(26)]
     batch_letters, event_letters = letters[:n_batch], letters[n_batch : n_batch + len(event)]
     # A dimension of size one is left out of an operand, so that no product is ever expanded.
@@ -154,6 +158,27 @@ def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
     sizes = [max(a, b) for a, b in zip(weights.shape, statistic.shape, strict=False)]
     shape = [sizes[i] if i in out else 1 for i in range(n_batch)]
     return total.reshape(shape + list(event))
+
+
+def _as_product(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor | None:
+    """`weigh` as one matrix product: leading dimensions are summed, the others only weigh.
+
+    Rows of data before values of latents, as nearly everything is laid out; None for the rest.
+    """
+    n = weights.dim()
+    summed = sum(not k for k in keep)
+    if any(keep[:summed]):
+        return None
+    if any(a != b for a, b in zip(weights.shape[:summed], statistic.shape, strict=False)):
+        return None
+    if any(size != 1 for size in statistic.shape[summed:n]):
+        return None
+    rows = math.prod(weights.shape[:summed])
+    event = statistic.shape[n:]
+    w = weights.reshape(rows, -1)
+    t = statistic.reshape(rows, -1)
+    total = w.T @ (t if t.dtype == w.dtype else t.to(w.dtype))
+    return total.reshape((1,) * summed + weights.shape[summed:] + event)
 
 
 @dataclass(frozen=True)
@@ -241,6 +266,10 @@ class Family:
         # A dimension along which only the data vary still counts its elements.
         batch = value.shape[: weights.dim()]
         shape = [1 if w > 1 else v for w, v in zip(weights.shape, batch, strict=True)]
-        one = torch.ones(shape, dtype=weights.dtype, device=weights.device)
-        stats["weight"] = weigh(weights, one, keep)
+        if math.prod(shape) == 1:
+            axes = [i for i, kept in enumerate(keep) if not kept]
+            stats["weight"] = weights.sum(axes, keepdim=True) if axes else weights
+        else:
+            one = torch.ones(shape, dtype=weights.dtype, device=weights.device)
+            stats["weight"] = weigh(weights, one, keep)
         return stats

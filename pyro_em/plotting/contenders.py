@@ -28,6 +28,8 @@ def comparison(result: Comparison, axes: Sequence[Axes] | None = None) -> tuple[
     Returns:
         The two axes.
     """
+    from matplotlib.ticker import NullFormatter
+
     left, right = new_axes(2, (10, 4.2)) if axes is None else axes
     by_evidence = result.measure == "evidence"
     for c, (label, curves) in enumerate(result.curves.items()):
@@ -47,6 +49,7 @@ def comparison(result: Comparison, axes: Sequence[Axes] | None = None) -> tuple[
         ax.axhline(result.tolerance, color="#7f7f7f", linewidth=0.8, linestyle=":")
         ax.set_xscale("log")
         ax.set_yscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # they would overlap within a decade
         ax.set_xlabel(name)
         ax.set_ylabel(f"gap to the best log {result.measure} (nats per datum)")
         ax.grid(True, which="major", linewidth=0.4, alpha=0.5)

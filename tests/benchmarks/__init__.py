@@ -1,0 +1,1 @@
+"""How fast one EM iteration is, beside what a user would reach for instead: ``make bench``."""
