@@ -79,7 +79,8 @@ def advance_compiled(
             run.after.append(point.objective + gain)
             point = reached
             settings.bar.update(r, point.objective)
-            status = should_stop([*run.plain_path(), point.objective], settings.tol, eps)
+            path = [*run.plain_path(), point.objective]
+            status = should_stop(path, settings.tol, eps, point.sums.noise)
             if status is not None:
                 run.status = status
                 break

@@ -8,14 +8,23 @@ from itertools import pairwise
 from pyro_em.result import EMStatus
 
 
-def should_stop(path: Sequence[float], tol: float, eps: float) -> EMStatus | None:
-    """The stopping rule: estimated remaining gain g a / (1 − a), or rounding."""
+def should_stop(
+    path: Sequence[float], tol: float, eps: float, noise: float = 0.0
+) -> EMStatus | None:
+    """The stopping rule: estimated remaining gain g a / (1 − a), or rounding.
+
+    Args:
+        path: Objectives of successive steps, the latest last.
+        tol: Estimated remaining gain at which to stop, in nats; 0 never stops.
+        eps: Relative rounding of the objective.
+        noise: Rounding in nats that the objective's arithmetic adds to that.
+    """
     if tol == 0:
         return None
     gains = [b - a for a, b in pairwise(path)]
     if len(gains) < 6:
         return None
-    rounding = 8 * eps * max(1.0, abs(path[-1]))
+    rounding = max(8 * eps * max(1.0, abs(path[-1])), noise)
     if all(abs(g) <= rounding for g in gains[-2:]):
         return EMStatus.ROUNDING
     last = gains[-6:]

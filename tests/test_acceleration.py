@@ -63,7 +63,7 @@ def test_london_times_needs_fifteen_times_fewer_steps(
     model, args = (
         (rows, (DEATHS.repeat_interleave(DAYS.long()),)) if kernel else (london, (DEATHS, DAYS))
     )
-    plain = ExactPosteriorEM(model).fit(*args, max_steps=1250, tol=0, progress=False)
+    plain = ExactPosteriorEM(model).fit(*args, max_steps=1500, tol=0, progress=False)
     pyro.clear_param_store()
     tried: list[float] = []
     original = acceleration.EMMap.e_step

@@ -36,12 +36,14 @@ class Prepared:
         constant: h. # (K, 1)
         whiten: W, stacked. # (K * D, D)
         shift: W μ'. # (K * D, 1)
+        size: The largest term of the expanded square: what its rounding is relative to.
     """
 
     linear: Tensor | None
     constant: Tensor
     whiten: Tensor | None = None
     shift: Tensor | None = None
+    size: float = 0.0
 
 
 @dataclass(eq=False)
@@ -91,24 +93,25 @@ class Gaussian:
             sigma = self._each(rows.expand(-1, D))
             precision = sigma**-2
             log_det = 2 * sigma.log().sum(-1)
-            if not float((precision * self.reach**2).max()) <= _LOSS:
+            size = float((precision * self.reach**2).sum(-1).max())
+            if not size <= _LOSS:
                 return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
             linear = torch.cat([precision * mu, -0.5 * precision], -1)
             constant = -0.5 * ((precision * mu * mu).sum(-1) + log_det + log_2pi)
-            return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype))
+            return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype), size=size)
         matrix = spread.reshape(-1, D, D)
         tril = matrix if self.spread == "scale_tril" else torch.linalg.cholesky(matrix)
         log_det = 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if D <= _MANY:
             precision = torch.cholesky_inverse(tril)
-            size = (precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).sum(-1)
-            if float(size.max()) <= _LOSS:
+            size = float((precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).sum(-1).max())
+            if size <= _LOSS:
                 along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
                 i, j = self.upper
                 squares = self._each(precision[:, i, j] * torch.where(i == j, -0.5, -1.0))
                 constant = -0.5 * ((along * mu).sum(-1) + log_det + log_2pi)
                 linear = torch.cat([along, squares], -1)
-                return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype))
+                return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype), size=size)
         eye = torch.eye(D, dtype=torch.float64, device=tril.device)
         return self._whitened(mu, torch.linalg.solve_triangular(tril, eye, upper=False), log_det)
 

@@ -122,7 +122,8 @@ class Rows:
             collected[g] = rule.statistics(moments[g], mass, arguments[g])
         for g in self.tables:
             collected[g] = self._table_sums(g, mass, arguments[g])
-        return Sums(total_evidence, collected)
+        size = max((p.size for p in prepared.values()), default=0.0)
+        return Sums(total_evidence, collected, 2e-16 * self.N**0.5 * size)
 
     def _table(self, g: int, arguments: Mapping[str, Tensor]) -> Tensor:
         """Log densities of a group that no row reaches. # (K, 1)"""

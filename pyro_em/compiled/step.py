@@ -20,10 +20,12 @@ class Sums:
     Attributes:
         log_evidence: In nats.
         statistics: Per group, without references.
+        noise: How far rounding may carry the evidence, in nats, beyond that of a sum.
     """
 
     log_evidence: float
     statistics: Mapping[int, Statistics]
+    noise: float = 0.0
 
 
 def known_statistics(group: Group) -> Statistics | None:
