@@ -10,13 +10,15 @@ each to the next, and every other factor reads at most one of them. With γ_t = 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_em.compiled.forward_backward import messages
+from pyro_em.compiled.forward_backward import smooth
+from pyro_em.compiled.layout import is_in_order
 from pyro_em.compiled.solve import Handover
 from pyro_em.compiled.step import Sums, counted, known_statistics
 from pyro_em.families.record import Statistics
@@ -37,6 +39,7 @@ class Chain:
         T: Its length.
         K: Its number of states.
         known: Statistics that no argument changes, per group.
+        is_ordered: Whether a unary group's steps are 0, 1, 2, …
     """
 
     graph: FactorGraph
@@ -48,6 +51,7 @@ class Chain:
     K: int
 
     known: Mapping[int, Statistics | None] = field(default_factory=dict)
+    is_ordered: Mapping[int, bool] = field(default_factory=dict)
 
     name = "forward and backward messages"
 
@@ -58,31 +62,25 @@ class Chain:
             Handover: If a step's mass underflows or vanishes.
         """
         groups = self.graph.groups
-        B, T, K = max(1, int(torch.tensor(self.plates).prod())), self.T, self.K
-        log_l = torch.zeros(B, T, K, dtype=torch.float64, device=groups[self.couples].value.device)
-        for g, steps in self.unary.items():
-            table = self._table(groups[g], arguments[g]).to(torch.float64)
-            log_l.index_add_(1, steps, table)
+        K = self.K
+        log_l = self._log_likelihood(arguments)
         top = log_l.amax(-1, keepdim=True)
         likelihood = (log_l - top).exp_()
         couples = groups[self.couples]
         log_a = couples.family.log_prob(couples.value, arguments[self.couples])  # type: ignore[union-attr]
         A = log_a.reshape(K, K).to(torch.float64).exp()
-        alpha, beta = messages(likelihood, A)
-        gamma = alpha * beta
-        gamma /= gamma.sum(-1, keepdim=True)
-        ahead = alpha[:, :-1] @ A
-        mass = (ahead * likelihood[:, 1:]).sum(-1)
-        first = likelihood[:, 0].sum(-1)
-        log_evidence = mass.log().sum() + first.log().sum() + top.sum()
+        gamma, xi, log_evidence = smooth(likelihood, A, self._weight(couples))
+        log_evidence = log_evidence.to(top) + top.sum()
         for g in self.free:
             log_evidence = log_evidence + groups[g].log_density(arguments[g]).sum()
         evidence = float(log_evidence)
         if not (-1e300 < evidence < 1e300):  # NaN or infinite
             raise Handover
         statistics = {g: self._counted(g, gamma[:, s], arguments[g]) for g, s in self.unary.items()}
-        statistics[self.couples] = self._transitions(
-            likelihood, alpha, beta, A, ahead, arguments[self.couples]
+        # The mask is in the weights already.
+        counts = xi.reshape(1, *(1,) * couples.n_plates, K, K)
+        statistics[self.couples] = group_statistics(
+            couples, counts, arguments[self.couples], self.known.get(self.couples)
         )
         for g in self.free:
             if groups[g].family is None:
@@ -91,6 +89,25 @@ class Chain:
             counts = ones.to(torch.float64)
             statistics[g] = counted(groups[g], counts, arguments[g], self.known.get(g))
         return Sums(evidence, statistics)
+
+    def _log_likelihood(self, arguments: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """Log densities that read one state, summed per step. # (B, T, K)"""
+        groups = self.graph.groups
+        out: Tensor | None = None
+        # The group that covers every step first: nothing has to be filled with zeros.
+        for g in sorted(self.unary, key=lambda g: -len(self.unary[g])):
+            steps = self.unary[g]
+            table = self._table(groups[g], arguments[g]).to(torch.float64)
+            if out is None:
+                if table.shape[1] == self.T:
+                    out = table.expand(math.prod(self.plates), -1, -1).contiguous()
+                    out = out if self.is_ordered[g] else out[:, steps.argsort()]
+                    continue
+                shape = (math.prod(self.plates), self.T, self.K)
+                out = torch.zeros(shape, dtype=torch.float64, device=table.device)
+            out.index_add_(1, steps, table.expand(len(out), -1, -1))
+        assert out is not None
+        return out
 
     def _table(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
         """Log densities of a unary group. # (B, members, K)"""
@@ -105,29 +122,11 @@ class Chain:
         counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
         return counted(group, counts, arguments, self.known.get(g))
 
-    def _transitions(
-        self,
-        likelihood: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        A: Tensor,
-        ahead: Tensor,
-        arguments: Mapping[str, Tensor],
-    ) -> Statistics:
-        group = self.graph.groups[self.couples]
-        to = likelihood[:, 1:] * beta[:, 1:]
-        weight = 1.0 / (ahead * to).sum(-1)  # (B, T − 1)
-        if group.mask is not None:
-            mask = group.mask.reshape(group.mask.shape[0], -1).T.to(weight.dtype)
-            weight = weight * mask
-        K = self.K
-        start = (alpha[:, :-1] * weight.unsqueeze(-1)).reshape(-1, K)
-        xi = A * (start.T @ to.reshape(-1, K))
-        if not bool(torch.isfinite(xi).all()):
-            raise Handover
-        # The mask is in the weights already.
-        counts = xi.reshape(1, *(1,) * group.n_plates, K, K)
-        return group_statistics(group, counts, arguments, self.known.get(self.couples))
+    def _weight(self, couples: Group) -> Tensor | None:
+        """How much each transition counts: masked ones do not. # (B or 1, T - 1 or 1)"""
+        if couples.mask is None:
+            return None
+        return couples.mask.reshape(couples.mask.shape[0], -1).T.to(torch.float64)
 
 
 def as_chain(graph: FactorGraph) -> Chain | None:
@@ -170,8 +169,9 @@ def as_chain(graph: FactorGraph) -> Chain | None:
     sizes = tuple(graph.dim_size(p) for p in first.plates)
     if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
         return None
+    ordered = {g: is_in_order(steps) for g, steps in unary.items()}
     known = {g: known_statistics(group) for g, group in enumerate(graph.groups)}
-    return Chain(graph, couples, unary, tuple(free), sizes, len(latents), K, known)
+    return Chain(graph, couples, unary, tuple(free), sizes, len(latents), K, known, ordered)
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

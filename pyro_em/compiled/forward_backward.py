@@ -1,8 +1,9 @@
-r"""Forward and backward messages of homogeneous chains, scaled at every step.
+r"""Smoothing of homogeneous chains by forward and backward messages, scaled at every step.
 
     α_t(j) ∝ ℓ_t(j) Σ_i α_{t−1}(i) A(i, j),     β_{t−1}(i) ∝ Σ_j A(i, j) ℓ_t(j) β_t(j)
 
-each normalised to sum to one; c_t = Σ_j ℓ_t(j) Σ_i α_{t−1}(i) A(i, j) gives the log evidence Σ log c_t.
+each normalised to sum to one; c_t = Σ_j ℓ_t(j) Σ_i α_{t−1}(i) A(i, j) gives the log evidence
+Σ log c_t, γ_t ∝ α_t β_t the marginals and ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j) the transitions.
 Three ways, chosen by what is there: a compiled loop (numba, the ``fast`` extra), one loop over time
 for many sequences, and two levels of √T steps for few (also right for a GPU).
 
@@ -20,30 +21,61 @@ from torch import Tensor
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
-def messages(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor]:
-    """α and β of every sequence and step.
+def smooth(
+    likelihood: Tensor, transition: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Posterior marginals, expected transitions and the log evidence of all sequences.
 
     Args:
         likelihood: ℓ, each row divided by its maximum; the first row holds the initial
             probabilities too. # (B, T, K)
         transition: A, rows from the former state; any non-negative numbers. # (K, K)
+        weight: How much each transition counts; one where left out. # (B or 1, T - 1 or 1)
 
     Returns:
-        α and β, each row summing to one; rows after an underflow are not numbers. # (B, T, K)
+        γ # (B, T, K), ξ summed over sequences and steps # (K, K), and Σ log c_t in nats. After an
+        underflow they are not numbers.
 
     Example:
-        >>> A = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
-        >>> alpha, beta = messages(torch.tensor([[[0.5, 0.5], [1.0, 0.0]]]), A)
-        >>> alpha[0, 1], beta[0, 0] * 1.1
-        (tensor([1., 0.]), tensor([0.9000, 0.2000]))
+        >>> A = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
+        >>> l = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]], dtype=torch.float64)
+        >>> gamma, xi, log_evidence = smooth(l, A)
+        >>> xi.round(decimals=4), log_evidence.exp()
+        (tensor([[0.8182, 0.0000],
+                [0.1818, 0.0000]], dtype=torch.float64), tensor(0.5500, dtype=torch.float64))
     """
     if _HAS_NUMBA and likelihood.device.type == "cpu":
-        from pyro_em.compiled.numba_chain import sweep
+        from pyro_em.compiled.numba_chain import smooth as compiled
 
-        alpha, beta = torch.empty_like(likelihood), torch.empty_like(likelihood)
-        arrays = (likelihood, transition, alpha, beta)
-        sweep(*(t.contiguous().numpy() for t in arrays))
-        return alpha, beta
+        weight = likelihood.new_ones(1, 1) if weight is None else weight
+        gamma, xi = torch.empty_like(likelihood), torch.empty_like(transition)
+        arrays = (likelihood.contiguous(), transition.contiguous(), weight.contiguous(), gamma, xi)
+        log_evidence = compiled(*(t.numpy() for t in arrays))
+        return gamma, xi, torch.tensor(log_evidence, dtype=torch.float64)
+    alpha, beta = messages(likelihood, transition)
+    gamma = alpha * beta
+    gamma = gamma / gamma.sum(-1, keepdim=True)
+    ahead = alpha[:, :-1] @ transition
+    log_evidence = (ahead * likelihood[:, 1:]).sum(-1).log().sum()
+    log_evidence = log_evidence + likelihood[:, 0].sum(-1).log().sum()
+    to = likelihood[:, 1:] * beta[:, 1:]
+    each = (ahead * to).sum(-1).reciprocal()
+    each = each if weight is None else each * weight
+    K = transition.shape[0]
+    start = (alpha[:, :-1] * each.unsqueeze(-1)).reshape(-1, K)
+    return gamma, transition * (start.T @ to.reshape(-1, K)), log_evidence
+
+
+def messages(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor]:
+    """α and β of every sequence and step, by torch alone.
+
+    Args:
+        likelihood: As in `smooth`. # (B, T, K)
+        transition: A. # (K, K)
+
+    Returns:
+        α and β, each row summing to one. # (B, T, K)
+    """
     B, T, K = likelihood.shape
     # Two levels multiply matrices where one multiplies vectors, but in √T steps.
     if T >= 16 and 64 * math.isqrt(T) >= B * K:

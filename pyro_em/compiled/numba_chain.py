@@ -1,4 +1,4 @@
-"""The messages of a chain as a compiled loop: see `pyro_em.compiled.forward_backward`."""
+"""Smoothing of chains as one compiled loop: see `pyro_em.compiled.forward_backward`."""
 
 from __future__ import annotations
 
@@ -9,50 +9,61 @@ import numpy as np
 @numba.njit(
     fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", cache=True, nogil=True
 )
-def sweep(likelihood: np.ndarray, A: np.ndarray, alpha: np.ndarray, beta: np.ndarray) -> None:
-    """Fill alpha and beta; a step whose mass underflows leaves rows that are not numbers.
+def smooth(
+    likelihood: np.ndarray, A: np.ndarray, weight: np.ndarray, gamma: np.ndarray, xi: np.ndarray
+) -> float:
+    """Fill gamma and xi; return the log evidence. An underflow makes numbers that are none.
 
     Args:
         likelihood: # (B, T, K)
         A: # (K, K)
-        alpha: Where the forward messages go. # (B, T, K)
-        beta: Where the backward messages go. # (B, T, K)
+        weight: Of each transition; one number stands for all. # (B or 1, T - 1 or 1)
+        gamma: Where the posterior marginals go. # (B, T, K)
+        xi: Where the expected transitions go. # (K, K)
     """
     B, T, K = likelihood.shape
-    w = np.empty(K, likelihood.dtype)
+    w, beta, scale = np.empty(K), np.empty(K), np.empty(T)
+    xi[:, :] = 0.0
+    log_evidence = 0.0
     for b in range(B):
         total = 0.0
         for j in range(K):
-            alpha[b, 0, j] = likelihood[b, 0, j]
-            total += alpha[b, 0, j]
+            gamma[b, 0, j] = likelihood[b, 0, j]
+            total += gamma[b, 0, j]
         for j in range(K):
-            alpha[b, 0, j] /= total
+            gamma[b, 0, j] /= total
+        log_evidence += np.log(total)
         for t in range(1, T):
-            row = alpha[b, t]
+            row = gamma[b, t]
             row[:] = 0.0
             for i in range(K):
-                a = alpha[b, t - 1, i]
+                a = gamma[b, t - 1, i]
                 for j in range(K):
                     row[j] += a * A[i, j]
             total = 0.0
             for j in range(K):
                 row[j] *= likelihood[b, t, j]
                 total += row[j]
-            scale = 1.0 / total
+            scale[t] = 1.0 / total
+            log_evidence += np.log(total)
             for j in range(K):
-                row[j] *= scale
-        for j in range(K):
-            beta[b, T - 1, j] = 1.0 / K
+                row[j] *= scale[t]
+        beta[:] = 1.0
         for t in range(T - 1, 0, -1):
             for j in range(K):
-                w[j] = likelihood[b, t, j] * beta[b, t, j]
-            total = 0.0
+                w[j] = likelihood[b, t, j] * beta[j] * scale[t]
+                gamma[b, t, j] *= beta[j]
+            m = weight[b % weight.shape[0], (t - 1) % weight.shape[1]]
             for i in range(K):
                 s = 0.0
+                a = gamma[b, t - 1, i] * m
                 for j in range(K):
                     s += A[i, j] * w[j]
-                beta[b, t - 1, i] = s
-                total += s
-            scale = 1.0 / total
-            for i in range(K):
-                beta[b, t - 1, i] *= scale
+                    xi[i, j] += a * w[j]
+                beta[i] = s
+        for j in range(K):
+            gamma[b, 0, j] *= beta[j]
+    for i in range(K):
+        for j in range(K):
+            xi[i, j] *= A[i, j]
+    return log_evidence

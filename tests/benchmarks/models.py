@@ -44,7 +44,7 @@ def gaussian_chains(x: Tensor, K: int, start: dict[str, Tensor]) -> None:
     """Hidden Markov model with diagonal Gaussian emissions. # x: (B, T, D)"""
     pi = pyro.param("pi", start["pi"], constraint=C.simplex)
     A = pyro.param("A", start["A"], constraint=C.simplex)
-    mu = pyro.param("mu", start["mu"])
+    mu = pyro.param("mu", start["mu"].clone())
     s = pyro.param("s", start["s"], constraint=C.positive)
     z = None
     with pyro.plate("sequences", len(x)):
@@ -67,9 +67,9 @@ def latent_class(x: Tensor, K: int) -> None:
 def regressions(X: Tensor, y: Tensor, K: int) -> None:
     """A mixture of linear regressions. # X: (N, D), y: (N,)"""
     D = X.shape[1]
-    w = pyro.param("w", torch.ones(K) / K, constraint=C.simplex)
-    B = pyro.param("B", torch.linspace(-1, 1, K * D).reshape(K, D))
-    s = pyro.param("s", torch.ones(K), constraint=C.positive)
+    w = pyro.param("w", X.new_ones(K) / K, constraint=C.simplex)
+    B = pyro.param("B", torch.linspace(-1, 1, K * D).reshape(K, D).to(X))
+    s = pyro.param("s", X.new_ones(K), constraint=C.positive)
     with pyro.plate("data", len(X)):
         z = pyro.sample("z", dist.Categorical(w))
         pyro.sample("y", dist.Normal((B[z] * X).sum(-1), s[z]), obs=y)
