@@ -117,7 +117,12 @@ def chain(x: Tensor, K: int, emission: str, mask: Tensor | None = None) -> None:
         for t in pyro.markov(range(len(rows))):
             with pyro.poutine.mask(mask=True if seen is None else seen[t]):
                 z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
-                if emission == "Categorical":
+                if emission == "MultivariateNormal":
+                    S = pyro.param(
+                        "S", torch.eye(2).repeat(K, 1, 1), constraint=C.positive_definite
+                    )
+                    pyro.sample(f"x_{t}", dist.MultivariateNormal(mu[z], S[z]), obs=rows[t])
+                elif emission == "Categorical":
                     pyro.sample(f"x_{t}", dist.Categorical(E[z]), obs=rows[t])
                 else:
                     pyro.sample(f"x_{t}", dist.Normal(mu[z], s[z]).to_event(1), obs=rows[t])
@@ -164,6 +169,14 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
     "chains": (Chain, chain, (symbols(4, 12), 3, "Categorical")),
     "chains, padded": (
         Chain, chain, (symbols(4, 12), 3, "Categorical", torch.arange(12) < LENGTHS[:, None]),
+    ),
+    "chains, Gaussian, padded": (
+        Chain,
+        chain,
+        (points(48).reshape(4, 12, 2), 2, "Normal", torch.arange(12) < LENGTHS[:, None]),
+    ),
+    "chains, full covariances": (
+        Chain, chain, (points(72).reshape(6, 12, 2), 2, "MultivariateNormal"),
     ),
     "chains, Gaussian": (Chain, chain, (points(48).reshape(4, 12, 2), 2, "Normal")),
 }  # fmt: skip

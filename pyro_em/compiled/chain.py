@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.compiled.features import Gaussian, as_gaussian
 from pyro_em.compiled.forward_backward import smooth
 from pyro_em.compiled.layout import is_in_order
 from pyro_em.compiled.solve import Handover
@@ -40,6 +41,7 @@ class Chain:
         K: Its number of states.
         known: Statistics that no argument changes, per group.
         is_ordered: Whether a unary group's steps are 0, 1, 2, …
+        gaussians: Groups that are evaluated by matrix products over features.
     """
 
     graph: FactorGraph
@@ -52,6 +54,7 @@ class Chain:
 
     known: Mapping[int, Statistics | None] = field(default_factory=dict)
     is_ordered: Mapping[int, bool] = field(default_factory=dict)
+    gaussians: Mapping[int, Gaussian] = field(default_factory=dict)
 
     name = "forward and backward messages"
 
@@ -92,12 +95,11 @@ class Chain:
 
     def _log_likelihood(self, arguments: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """Log densities that read one state, summed per step. # (B, T, K)"""
-        groups = self.graph.groups
         out: Tensor | None = None
         # The group that covers every step first: nothing has to be filled with zeros.
         for g in sorted(self.unary, key=lambda g: -len(self.unary[g])):
             steps = self.unary[g]
-            table = self._table(groups[g], arguments[g]).to(torch.float64)
+            table = self._table(g, arguments[g]).to(torch.float64)
             if out is None:
                 if table.shape[1] == self.T:
                     out = table.expand(math.prod(self.plates), -1, -1).contiguous()
@@ -109,15 +111,33 @@ class Chain:
         assert out is not None
         return out
 
-    def _table(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+    def _table(self, g: int, arguments: Mapping[str, Tensor]) -> Tensor:
         """Log densities of a unary group. # (B, members, K)"""
-        table = group.log_density(arguments)
-        if group.n_plates == 0:
-            return table.reshape(1, len(group.members), self.K)
-        return table.reshape(len(group.members), -1, self.K).transpose(0, 1)
+        group, M = self.graph.groups[g], len(self.graph.groups[g].members)
+        rule = self.gaussians.get(g)
+        if rule is None:
+            table = group.log_density(arguments).reshape(M, -1, self.K)
+            return table.transpose(0, 1)
+        rows = rule.log_density(rule.prepare(arguments), rule.features(slice(None)))
+        table = rows.reshape(self.K, M, -1).permute(2, 1, 0)
+        if group.mask is None:
+            return table
+        return torch.where(self._mask(group).unsqueeze(-1), table, 0.0)
+
+    def _mask(self, group: Group) -> Tensor:
+        """Where a group counts. # (B or 1, members or 1)"""
+        assert group.mask is not None
+        return group.mask.reshape(group.mask.shape[0], -1).T
 
     def _counted(self, g: int, gamma: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
-        group = self.graph.groups[g]
+        group, rule = self.graph.groups[g], self.gaussians.get(g)
+        if rule is not None:
+            if group.mask is not None:
+                gamma = gamma * self._mask(group).unsqueeze(-1)
+            weights = gamma.permute(2, 1, 0).reshape(self.K, -1).to(rule.x.dtype)
+            moments = rule.moments(weights, rule.features(slice(None)))
+            mass = gamma.sum((0, 1))
+            return rule.statistics(moments, mass, arguments)
         counts = gamma.transpose(0, 1)  # (members, B, K)
         counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
         return counted(group, counts, arguments, self.known.get(g))
@@ -126,7 +146,7 @@ class Chain:
         """How much each transition counts: masked ones do not. # (B or 1, T - 1 or 1)"""
         if couples.mask is None:
             return None
-        return couples.mask.reshape(couples.mask.shape[0], -1).T.to(torch.float64)
+        return self._mask(couples).to(torch.float64)
 
 
 def as_chain(graph: FactorGraph) -> Chain | None:
@@ -170,8 +190,11 @@ def as_chain(graph: FactorGraph) -> Chain | None:
     if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
         return None
     ordered = {g: is_in_order(steps) for g, steps in unary.items()}
+    gaussians = {g: rule for g in unary if (rule := as_gaussian(graph.groups[g], K)) is not None}
     known = {g: known_statistics(group) for g, group in enumerate(graph.groups)}
-    return Chain(graph, couples, unary, tuple(free), sizes, len(latents), K, known, ordered)
+    return Chain(
+        graph, couples, unary, tuple(free), sizes, len(latents), K, known, ordered, gaussians
+    )
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

@@ -57,6 +57,7 @@ class Gaussian:
         spread: Name of the argument that holds the covariance.
         K: Components.
         scalar: Whether each datum is a number (no ``to_event``).
+        lead: Dimensions of the group before the component's: members and plates.
     """
 
     x: Tensor
@@ -65,6 +66,7 @@ class Gaussian:
     spread: str
     K: int
     scalar: bool
+    lead: int
     reach: Tensor = field(init=False)
     upper: tuple[Tensor, Tensor] = field(init=False)
 
@@ -178,10 +180,10 @@ class Gaussian:
             square = moments[:, D:] - 2 * mu * first + mass.unsqueeze(-1) * mu**2
             if self.scalar:
                 return self._shaped(
-                    {"deviation": deviation[:, 0], "square": square[:, 0], "weight": mass}, 0
+                    {"deviation": deviation[:, 0], "square": square[:, 0], "weight": mass}
                 )
             weight = mass.unsqueeze(-1).expand(-1, D)
-            return self._shaped({"deviation": deviation, "square": square, "weight": weight}, 1)
+            return self._shaped({"deviation": deviation, "square": square, "weight": weight})
         i, j = self.upper
         second = moments.new_zeros(self.K, D, D)
         second[:, i, j] = moments[:, D:]
@@ -189,40 +191,43 @@ class Gaussian:
         cross = first.unsqueeze(-1) * mu.unsqueeze(-2)
         outer = mass[:, None, None] * (mu.unsqueeze(-1) * mu.unsqueeze(-2))
         square = second - cross - cross.mT + outer
-        out = {"deviation": deviation, "square": square, "weight": mass}
-        return {name: t.reshape(1, 1, *t.shape) for name, t in out.items()}
+        return self._shaped({"deviation": deviation, "square": square, "weight": mass})
 
-    @staticmethod
-    def _shaped(statistics: Statistics, events: int) -> Statistics:
-        return {name: t.reshape(1, 1, *t.shape) for name, t in statistics.items()}
+    def _shaped(self, statistics: Statistics) -> Statistics:
+        return {name: t.reshape(*(1,) * self.lead, *t.shape) for name, t in statistics.items()}
 
 
 def as_gaussian(group: Group, K: int) -> Gaussian | None:
-    """The rule of a group of one Gaussian site over rows and components, or None.
+    """The rule of Gaussian sites whose arguments differ between components only, or None.
 
     Args:
-        group: A collapsed group whose arguments do not vary over rows.
+        group: A collapsed group; its members and plates are the rows, members first.
         K: Number of components.
     """
-    if group.mask is not None or len(group.members) != 1 or group.family is None:
+    if group.family is None or not group.observed:
         return None
-    if not group.observed or group.value.shape[1] == 1:
+    lead = 1 + group.n_plates
+    value = group.value
+    if value.shape[lead] != 1 or math.prod(value.shape[:lead]) == 1:
         return None
-    x = group.value[0, :, 0]  # (N, D), or (N,)
-    if group.family.name == "MultivariateNormal" and x.dim() == 2:
+    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+        return None
+    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
+    if math.prod(value.shape[:lead]) != rows:
+        return None
+    event = value.shape[lead + 1 :]
+    if group.family.name == "MultivariateNormal" and len(event) == 1 and not group.event_dims:
         spread = next(n for n in group.arguments if n != "loc")
         if spread not in ("covariance_matrix", "scale_tril"):
             return None
-        if group.arguments["loc"].shape[2] not in (1, K):
-            return None
-        return _centred(x, False, spread, K, False)
-    scalar = group.event_dims == 0
-    if group.family.name == "Normal" and x.dim() == 1 + group.event_dims <= 2:
-        return _centred(x.unsqueeze(-1) if scalar else x, True, "scale", K, scalar)
+        return _centred(value.reshape(rows, -1), False, spread, K, False, lead)
+    if group.family.name == "Normal" and len(event) == group.event_dims <= 1:
+        scalar = group.event_dims == 0
+        return _centred(value.reshape(rows, -1), True, "scale", K, scalar, lead)
     return None
 
 
-def _centred(x: Tensor, diagonal: bool, spread: str, K: int, scalar: bool) -> Gaussian:
+def _centred(x: Tensor, diagonal: bool, spread: str, K: int, scalar: bool, lead: int) -> Gaussian:
     centre = x.mean(0, dtype=torch.float64).to(x.dtype)
     rows = (x - centre).T.contiguous()
-    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar)
+    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead)

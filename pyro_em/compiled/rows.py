@@ -214,7 +214,8 @@ def as_rows(graph: FactorGraph) -> Rows | None:
     N = N if repeats is None else len(repeats)
     gaussians = {}
     for g in rowwise:
-        rule = as_gaussian(graph.groups[g], K) if repeats is None else None
+        single = len(graph.groups[g].members) == 1 and graph.groups[g].mask is None
+        rule = as_gaussian(graph.groups[g], K) if single and repeats is None else None
         if rule is not None:
             gaussians[g] = rule
     rest = tuple(g for g in rowwise if g not in gaussians)
