@@ -151,11 +151,11 @@ def test_the_data_are_the_same_in_both_precisions() -> None:
 
 
 def test_states_recover_what_no_linear_map_can() -> None:
-    data = nica.load_data(1)
-    ica, _ = nica.fit(data.x, steps=(70, 110), seed=1)
+    data = nica.load_data(2)
+    ica, _ = nica.fit(data.x, steps=(100, 100), seed=2)
     found = nica.aligned(ica.sources(data.x), data.s)[1]
     linear = nica.aligned(nica.best_linear(data.x, data.s), data.s)[1]
-    assert 1 - found < 0.6 * (1 - linear)
+    assert 1 - found < 0.5 * (1 - linear)
     assert found > nica.aligned(nica.linear_ica(data.x), data.s)[1] + 0.04
 
 
