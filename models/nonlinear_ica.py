@@ -16,13 +16,14 @@ independent draws of N(0, I), so is every rotation of them, and the data cannot 
 changes their means and scales over time, a rotation makes them dependent within a state, and is
 ruled out. The sources are then found up to order, sign, scale and shift, so they are compared with
 the true ones by the mean correlation coefficient (MCC) after the best matching. In two dimensions a
-rotation of unrelated sources by 45° still gives 0.71.
+rotation of uncorrelated sources by 45° still gives 0.71.
 
 Measured over seeds 0 to 7: FastICA 0.854 to 0.915 (median 0.893); the best that any linear map of x
-could do, by regression on the truth, 0.925 to 0.937 (0.934); the nonlinear fit 0.954 to 0.992 (0.986),
-each time above that. The data come from shears too, and the number of states is given. It is one fit
-per data set and can end in a local optimum. Without states, over seeds 0 to 2, a fit and its copy turned by 45° were fitted on: their bounds were within 0.003 nats of
-one another, their MCC with the truth 0.720 to 0.942, with each other 0.736 to 0.766.
+could do, by regression on the truth, 0.925 to 0.937 (0.934); the nonlinear fit 0.954 to 0.992
+(0.986), each time above that. The data come from shears too, and the number of states is given. It
+is one fit per data set and can end in a local optimum. Without states, over seeds 0 to 2, a fit and
+its copy turned by 45° were fitted on: their bounds were within 0.003 nats of one another, their MCC
+with the truth 0.720 to 0.942, with each other 0.736 to 0.766.
 
 Data: generated. Source: Hälvä and Hyvärinen (2020), "Hidden Markov nonlinear ICA", for the states;
 Dinh, Krueger and Bengio (2015), "NICE", for the shears (additive coupling layers).

@@ -173,6 +173,6 @@ def test_main_runs_in_single_precision(
 ) -> None:
     torch.set_default_dtype(torch.float32)
     short = ["--seeds", "0", "--steps", "5", "5", "--iid-steps", "5", "-N", "60"]
-    printed = run_main(nica, monkeypatch, capsys, tmp_path, *short, as_in_readme=False)
+    printed = run_main(nica, monkeypatch, capsys, tmp_path, *short)
     assert "with each other" in printed
     assert "c_0 … c_7 (8 sites)  Categorical (6)  sequences  enumerate" in printed

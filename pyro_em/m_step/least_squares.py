@@ -9,6 +9,7 @@ not identify where they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.closed_form import sum_to
 from pyro_em.m_step.updates import ParameterUpdate
+
+_MANY_CELLS = 256
 
 
 def least_squares(
@@ -56,12 +59,15 @@ def least_squares(
         cells = binding.constant.shape
         weight, residual = torch.broadcast_tensors(weight, residual)
         weight, residual = sum_to(weight, cells), sum_to(residual, cells)
-        design = torch.cat([_design(binding, p, values[p]) for p in block], -1)
-        design = design.reshape(-1, sum(sizes))
-        w, r = weight.reshape(-1, 1), residual.reshape(-1)
-        part_gram, part_moment = design.mT @ (w * design), design.mT @ r
-        gram = part_gram if gram is None else gram + part_gram
-        moment = part_moment if moment is None else moment + part_moment
+        if gram is None or moment is None:
+            gram, moment = weight.new_zeros(sum(sizes), sum(sizes)), weight.new_zeros(sum(sizes))
+        parts = _designs(binding, block, values, 1 + group.n_plates)
+        w, r = weight.reshape(-1, len(parts)), residual.reshape(-1, len(parts))
+        for k, (columns, design) in enumerate(parts):
+            weighted = design * w[:, k : k + 1]
+            own = gram[columns.unsqueeze(-1), columns] + weighted.mT @ design
+            gram[columns.unsqueeze(-1), columns] = own
+            moment[columns] += design.mT @ r[:, k]
     assert gram is not None and moment is not None
     at = 0
     for p, size in zip(block, sizes, strict=True):
@@ -86,6 +92,45 @@ def least_squares(
         new[p] = values[p] + step[at : at + size].reshape(values[p].shape)
         at += size
     return new
+
+
+Designs = list[tuple[Tensor, Tensor]]
+_known: WeakKeyDictionary[Binding, tuple[tuple[str, ...], Designs]] = WeakKeyDictionary()
+
+
+def _designs(
+    binding: Binding, block: Sequence[str], values: Mapping[str, Tensor], lead: int
+) -> Designs:
+    """∂loc/∂θ for each cell behind the rows (a component, a feature): its columns that are not zero.
+
+    A component's line does not depend on another's slope: most of the whole matrix would be zeros.
+    It is the same at every step, and so worked out once per binding.
+
+    Args:
+        binding: An affine binding, or selections.
+        block: Parameters whose elements are the columns.
+        values: Their values, for sizes.
+        lead: How many dimensions are rows: members and plates.
+
+    Returns:
+        Per cell the columns, and the matrix. # (columns,), (rows, columns)
+    """
+    known = _known.get(binding)
+    if known is not None and known[0] == tuple(block):
+        return known[1]
+    whole = torch.cat([_design(binding, p, values[p]) for p in block], -1)
+    rows = whole.shape[:lead].numel()
+    whole = whole.reshape(rows, -1, whole.shape[-1])
+    if whole.shape[1] > _MANY_CELLS:
+        every = torch.arange(whole.shape[-1], device=whole.device)
+        out = [(every, whole[:, k]) for k in range(whole.shape[1])]
+    else:
+        out = []
+        for k in range(whole.shape[1]):
+            columns = (whole[:, k] != 0).any(0).nonzero().reshape(-1)
+            out.append((columns, whole[:, k, columns].contiguous()))
+    _known[binding] = (tuple(block), out)
+    return out
 
 
 def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
