@@ -147,6 +147,27 @@ def latent_problems(
     ]
 
 
+def _laid_along(frames: Mapping[int, Any], value_shape: Sequence[int], dim: int) -> tuple[str, ...]:
+    """The remedy for data that lie along another dimension than the plate of their size."""
+    for own, frame in frames.items():
+        there = value_shape[own] if len(value_shape) >= -own else 1
+        if frame.size == value_shape[dim] and there == 1:
+            shape = ", ".join(str(frame.size) if d == own else "1" for d in range(min(own, dim), 0))
+            return (f"lay the data along plate '{frame.name}' (dim={own}): obs=x.reshape({shape})",)
+    return ()
+
+
+def _another_plate(batch: Sequence[int], value_shape: Sequence[int]) -> tuple[str, ...]:
+    """The remedy for data with a dimension more than the plates have."""
+    n = len(batch)
+    if n != 1 or len(value_shape) != 2 or value_shape[0] != batch[0]:
+        return ()
+    return (
+        f"add a plate of size {value_shape[-1]} with dim=-1, and give that of size {batch[0]} dim=-2",
+        "if the last dimension holds the features of one observation: .expand(...).to_event(1)",
+    )
+
+
 def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
     """A batch dimension outside every plate would silently meet an enumerated one."""
     fn = site["fn"]
@@ -178,7 +199,7 @@ def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
                 f"the observed value has batch shape {tuple(value_shape)}, the distribution "
                 f"{tuple(batch)}; they do not broadcast.",
                 "each element of a plate needs its own observation",
-                ("make the plate's size that of the data",),
+                (*_another_plate(batch, value_shape), "make the plate's size that of the data"),
                 DataError,
             )
         ]
@@ -195,9 +216,14 @@ def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
                     f"{tuple(batch)}: dimension {dim} of size {shape[dim]} is outside every plate.",
                     "it would be taken as repeated observations, or meet an enumerated dimension",
                     (
+                        *_laid_along(frames, value_shape, dim),
                         f"wrap the site in pyro.plate(..., {shape[dim]}, dim={dim})",
                         ".to_event(1) if the last dimension holds the features of one observation",
-                        "drop a dimension of size one from the data: x.squeeze(-1)",
+                        *(
+                            ("drop a dimension of size one from the data: x.squeeze(-1)",)
+                            if value_shape[-1] == 1
+                            else ()
+                        ),
                     ),
                     DataError if frames else ModelError,
                 )

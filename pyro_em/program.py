@@ -23,6 +23,7 @@ from pyro_em._errors import ModelError, UsageError, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.e_step import check_scales, contraction_of
+from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
@@ -353,6 +354,7 @@ def build_program(
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
     notes += tuple(_collapsing_priors(graph))
     updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
+    notes += tuple(_unconstrained_simplexes(graph, updates))
     program = Program(
         model,
         args,
@@ -386,6 +388,30 @@ def build_program(
                 ),
             )
     return program
+
+
+def _unconstrained_simplexes(
+    graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
+) -> list[str]:
+    """Probabilities without a constraint: they are normalised, but counted as free numbers."""
+    return [
+        message(
+            f"parameter '{name}'",
+            "it has no constraint but is used as probabilities.",
+            "the number of free parameters, and so BIC and AIC, count every element",
+            ["declare it: pyro.param(..., constraint=constraints.simplex)"],
+        )
+        for name, u in updates.items()
+        if u.kind is Kind.SIMPLEX
+        and all(use.rule.link.name == "identity" and not use.selection.maps for use in u.uses)
+        and not isinstance(u.update, Fixed)
+        and _is_real(graph.parameters[name].constraint)
+    ]
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    base = getattr(constraint, "base_constraint", constraint)
+    return base is constraints.real
 
 
 def _collapsing_priors(graph: FactorGraph) -> list[str]:

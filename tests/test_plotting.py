@@ -130,6 +130,8 @@ def test_graph_has_every_edge_and_a_box_per_plate() -> None:
     arrows = [p for p in ax.patches if isinstance(p, FancyArrowPatch)]
     boxes = [p for p in ax.patches if isinstance(p, FancyBboxPatch)]
     assert len(arrows) == len(model.edges) == 2
+    plan = ExactPosteriorEM(nested).plan(x, x > 0.5)
+    assert len(plotting.graph(plan).texts) == len(ax.texts)  # a plan has its graph
     outer, inner = sorted((b.get_bbox().extents for b in boxes), key=lambda b: b[0])
     assert (outer[:2] < inner[:2]).all() and (outer[2:] > inner[2:]).all()
     words = [t.get_text() for t in ax.texts]

@@ -23,8 +23,10 @@ def or_new(ax: Axes | None, size: tuple[float, float] = (5, 4)) -> Axes:
 
 def new_axes(count: int, size: tuple[float, float]) -> Sequence[Axes]:
     """Axes side by side, sharing y, in a new figure of this size in inches."""
-    from matplotlib import pyplot
-
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'pyro-em[plot]'") from error
     _, axes = pyplot.subplots(
         1, count, figsize=size, layout="constrained", sharey=True, squeeze=False
     )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pyro_em.model_graph import ModelGraph
+    from pyro_em.plan import Plan
 
 Place = tuple[float, float]
 
@@ -19,7 +20,7 @@ _OBSERVED, _HIDDEN, _MARGIN, _RADIUS = "#cfe2f3", "white", 0.36, 0.3
 
 
 def graph(
-    model: ModelGraph,
+    model: ModelGraph | Plan,
     ax: Axes | None = None,
     *,
     positions: Mapping[str, Place] | None = None,
@@ -34,7 +35,7 @@ def graph(
     instead.
 
     Args:
-        model: Sites, and edges from a site to the sites that use its value.
+        model: Sites, and edges from a site to the sites that use its value; or a plan that has it.
         ax: Axes to draw on; new ones by default.
         positions: Where each site stands, (across, up); in layers by default.
         labels: What to write for a site; its name by default.
@@ -48,23 +49,24 @@ def graph(
     """
     from matplotlib.patches import FancyArrowPatch
 
-    places = _layers(model) if positions is None else dict(positions)
-    missing = [site for site in model if site not in places]
+    sites: ModelGraph = getattr(model, "graph", model)
+    places = _layers(sites) if positions is None else dict(positions)
+    missing = [site for site in sites if site not in places]
     if missing:
         raise UsageError(
             message(
                 f"site '{missing[0]}'",
                 "positions has no place for it.",
-                fixes=[f"name all of {', '.join(model)}", "leave positions out"],
+                fixes=[f"name all of {', '.join(sites)}", "leave positions out"],
             )
         )
-    across, up = zip(*(places[site] for site in model), strict=True)
+    across, up = zip(*(places[site] for site in sites), strict=True)
     width, height = max(across) - min(across), max(up) - min(up)
     ax = or_new(ax, (1.6 + 0.9 * width, 1.6 + 0.9 * height))
     ax.set_xlim(min(across) - 0.8, max(across) + 0.8)
     ax.set_ylim(min(up) - 0.8, max(up) + 0.7)
-    boxed = _draw_plates(model, places, ax) if plates else set()
-    for a, b in model.edges:
+    boxed = _draw_plates(sites, places, ax) if plates else set()
+    for a, b in sites.edges:
         arrow = FancyArrowPatch(
             places[a],
             places[b],
@@ -75,7 +77,7 @@ def graph(
             color="0.45",
         )
         ax.add_patch(arrow)
-    for site, node in model.nodes.items():
+    for site, node in sites.nodes.items():
         x, y = places[site]
         shape = "s" if node.get("kind") == "factor" else "o"
         face = _OBSERVED if node.get("observed") else _HIDDEN
