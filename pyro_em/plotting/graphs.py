@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pyro_em._errors import UsageError, message
+from pyro_em.plan import Plan
 from pyro_em.plotting.axes import or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from pyro_em.model_graph import ModelGraph
-    from pyro_em.plan import Plan
 
 Place = tuple[float, float]
 
@@ -49,7 +49,7 @@ def graph(
     """
     from matplotlib.patches import FancyArrowPatch
 
-    sites: ModelGraph = getattr(model, "graph", model)
+    sites: ModelGraph = model.graph if isinstance(model, Plan) else model
     places = _layers(sites) if positions is None else dict(positions)
     missing = [site for site in sites if site not in places]
     if missing:
