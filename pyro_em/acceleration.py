@@ -24,7 +24,7 @@ from torch.distributions import transform_to
 
 from pyro_em._errors import DataError, DegenerateError
 from pyro_em.compiled import Handover, Iteration
-from pyro_em.compiled_loop import current_values, write
+from pyro_em.compiled_loop import current_values, settle, write
 from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.runs import Deferred, Iterate, Run, Settings
@@ -151,8 +151,7 @@ def accelerate(
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
     finally:
-        write(program, best[0])
-        run.record(program, best[1])
+        settle(program, run, best[0], lambda: best[1])
         run.plain_from = run.num_steps
 
 

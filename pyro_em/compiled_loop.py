@@ -7,7 +7,7 @@ compiled iteration hands over is judged there, and it may be taken up again afte
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from pyro_em._pyro import restore, snapshot, write_unconstrained
 from pyro_em.compiled import Handover, Iteration, Point, compile_iteration
 from pyro_em.program import Program, distrust
 from pyro_em.result import EMStatus
-from pyro_em.runs import Deferred, Run, Settings
+from pyro_em.runs import Deferred, Iterate, Run, Settings
 from pyro_em.stopping import should_stop
 
 
@@ -62,7 +62,7 @@ def advance_compiled(
     assert isinstance(run.last, Deferred)
     point = run.last.point
     eps = program.graph.eps
-    over, written = True, point
+    over = True
     try:
         while run.num_steps < settings.max_steps:
             values, gain = iteration.m_step(point)
@@ -74,7 +74,6 @@ def advance_compiled(
                     over = False
                     break
                 run.verified = snapshot(program.graph.parameters)
-                written = reached
             run.entering.append(point.objective)
             run.after.append(point.objective + gain)
             point = reached
@@ -88,10 +87,34 @@ def advance_compiled(
         over = False
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
-    if point is not written:
-        write(program, point.values)
-    run.record(program, _settled(program, iteration, point))
-    return over
+    return settle(program, run, point.values, lambda: _settled(program, iteration, point)) or over
+
+
+def settle(
+    program: Program, run: Run, values: Mapping[str, Tensor], at: Callable[[], Iterate]
+) -> bool:
+    """Put values into the store and the run, whole, even if an interrupt comes in between.
+
+    Args:
+        program: The model with its data.
+        run: What records them.
+        values: Parameter values.
+        at: Makes the iterate at them, when they are in the store.
+
+    Returns:
+        Whether there was an interrupt; the run's status says so then.
+    """
+    interrupted = False
+    for last in (False, True):
+        try:
+            write(program, values)
+            run.record(program, at())
+            return interrupted
+        except KeyboardInterrupt:
+            run.status, interrupted = EMStatus.INTERRUPTED, True
+            if last:
+                raise
+    return interrupted
 
 
 def _settled(program: Program, iteration: Iteration, point: Point) -> Deferred:
@@ -102,8 +125,12 @@ def _settled(program: Program, iteration: Iteration, point: Point) -> Deferred:
 def _verified(program: Program, values: Mapping[str, Tensor]) -> bool:
     """Write the values, trace the model there and compare; on a disagreement all is as before."""
     origin = snapshot(program.graph.parameters)
-    write(program, values)
-    off = program.disagreements()
+    try:
+        write(program, values)
+        off = program.disagreements()
+    except BaseException:
+        restore(program.graph.parameters, origin)
+        raise
     if not off:
         return True
     warn_disagreement(off[0], "it is not")

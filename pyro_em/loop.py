@@ -75,7 +75,11 @@ def run_start(
     else:
         _alternate(program, settings, run, iteration, r)
     if program.compiled and run.num_steps > 1 and run.verified is not None:
-        off = program.disagreements()
+        try:
+            off = program.disagreements()
+        except KeyboardInterrupt:
+            run.status = EMStatus.INTERRUPTED
+            return run
         if off:
             warn_disagreement(off[0], "at the end of the fit it was not")
             distrust(program, off)

@@ -108,13 +108,10 @@ class Program:
         return tuple(p.unconstrained._version for p in self.graph.parameters.values())
 
     def data_versions(self) -> tuple[int, ...]:
-        """Counts of in-place writes to the data: equal as long as nobody has changed them.
-
-        A start value that the model hands to ``pyro.param`` may share the parameter's memory.
-        """
-        given = [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor)]
-        own = {p.unconstrained.data_ptr() for p in self.graph.parameters.values()}
-        return tuple(a._version for a in given if a.data_ptr() not in own)
+        """Counts of in-place writes to what the graph holds of the data."""
+        held = [t for g in self.graph.groups for t in (g.value, g.mask) if t is not None]
+        held += [b.constant for g in self.graph.groups for b in g.bindings.values()]
+        return tuple(t._version for t in held)
 
     def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
         """The factors at the current parameters, or of a compiled program at other values."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from pyro_em.compiled import Handover, compile_iteration, forward_backward
 from pyro_em.compiled.chain import Chain
 from pyro_em.compiled.rows import Rows
 from pyro_em.compiled_loop import current_values
+from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.steps import advance, after_m_step, e_step
 
@@ -459,3 +461,174 @@ def _weighted(x: Tensor) -> None:
     with pyro.plate("data", len(x)), pyro.poutine.scale(scale=2.0):
         z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
         pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+
+# ---------------------------------------------------------------- where kernels could go wrong
+
+
+def test_replicates_at_some_steps_are_not_one_per_step() -> None:
+    """As many observations as steps, two at each second one."""
+
+    def model(x: Tensor) -> None:
+        r = pyro.param("r", torch.tensor([1.0, 3.0]), constraint=C.positive)
+        A, z = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), None
+        for t in pyro.markov(range(4)):
+            p = torch.tensor([0.3, 0.7]) if z is None else A[z]
+            z = pyro.sample(f"z{t}", dist.Categorical(p))
+            if t % 2 == 0:
+                for j in range(2):
+                    pyro.sample(f"x{t}_{j}", dist.Poisson(r[z]), obs=x[t // 2, j])
+
+    steps_of(model, (torch.tensor([[1.0, 4.0], [0.0, 3.0]]),), Chain, steps=3)
+
+
+def test_the_posterior_knows_data_that_the_model_closes_over() -> None:
+    x = torch.randn(30)
+
+    def model() -> None:
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", 30):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+    result = ExactPosteriorEM(model).fit(max_steps=3, progress=False)
+    x.mul_(0.1)
+    with pytest.raises(UsageError, match="changed in place"):
+        _ = result.posterior
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("offset", [30.0, 1e3, 1e5])
+@pytest.mark.parametrize("D", [1, 2])
+def test_clusters_far_apart_do_not_cancel(dtype: torch.dtype, offset: float, D: int) -> None:
+    """Spreads and evidence against numpy on the two clusters by themselves."""
+    if dtype is torch.float32 and offset > 1e4:
+        pytest.skip("the data themselves have no digits left")
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(200, D, generator=g, dtype=torch.float64) for _ in range(2))
+    x = torch.cat([a, b + offset]).to(dtype)
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", x.new_ones(2) / 2, constraint=C.simplex)
+        mu = pyro.param("mu", x[[0, 250]].clone())
+        S = pyro.param("S", torch.eye(D).to(x).repeat(2, 1, 1) * 2, constraint=C.positive_definite)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
+
+    result = ExactPosteriorEM(model).fit(x, max_steps=6, tol=0, progress=False)
+    evidence = 0.0
+    for k, part in enumerate((x[:200].double().numpy(), x[200:].double().numpy())):
+        cov = np.atleast_2d(np.cov(part.T, bias=True))
+        # In float32 a datum near the far cluster is known to eps · offset only.
+        rtol = 1e-9 if dtype is torch.float64 else 2e-5 + 1e-7 * offset
+        np.testing.assert_allclose(result.params["S"][k].double(), cov, rtol=rtol, atol=rtol)
+        d = part - part.mean(0)
+        square = (d @ np.linalg.inv(cov) * d).sum()
+        log_det = np.linalg.slogdet(2 * np.pi * cov)[1]
+        evidence += -0.5 * (square + 200 * log_det) + 200 * np.log(0.5)
+    rel = 1e-10 if dtype is torch.float64 else 2e-6 + 1e-8 * offset
+    assert result.log_evidence == pytest.approx(evidence, rel=rel)
+    assert result.history.after_m_step[0] == pytest.approx(evidence, rel=max(rel, 1e-6))
+
+
+@pytest.mark.parametrize("far", [16.0, 30.0])
+def test_float32_components_that_hold_next_to_nothing(
+    far: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(500, generator=g), torch.tensor([3.0])]).float()
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", x.new_tensor([0.5, 0.5]), constraint=C.simplex)
+        mu = pyro.param("mu", x.new_tensor([0.0, far]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Normal(mu[z], x.new_tensor(1.0)), obs=x)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quick, full = both_fits(monkeypatch, model, x, max_steps=1)
+    torch.testing.assert_close(quick.params["mu"], full.params["mu"], rtol=1e-4, atol=1e-4)
+    empty = [w for w in caught if "no observation had any weight" in str(w.message)]
+    assert len(empty) == (2 if far == 30.0 else 0)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_likely_path_that_underflows_is_not_lost(
+    numba: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path that wins is 800 nats behind at first and far ahead later."""
+    monkeypatch.setattr(forward_backward, "_HAS_NUMBA", numba and forward_backward._HAS_NUMBA)
+    e = 1e-195
+    A = torch.tensor([[1 - e, 0.0, e], [0.0, 1.0, 0.0], [0.0, e, 1 - e]])
+    rates = -torch.tensor([[0.0, -800, -2000], [-2000, 0.0, 0.0], [-3000, 0.0, -3000]])
+
+    def model(x: Tensor) -> None:
+        p = pyro.param("p", torch.tensor([0.3, 0.4, 0.3]), constraint=C.simplex)
+        z = None
+        for t in pyro.markov(range(3)):
+            z = pyro.sample(f"z{t}", dist.Categorical(p if z is None else A[z]))
+            pyro.sample(f"c{t}", dist.Poisson(rates[t][z]), obs=x[t])
+
+    result = ExactPosteriorEM(model).fit(torch.zeros(3), max_steps=3, tol=0, progress=False)
+    assert result.history[0] == pytest.approx(np.log(0.4) - 800, rel=1e-9)
+
+
+def test_masked_differences_do_not_hide_a_symmetric_start() -> None:
+    def model(x: Tensor) -> None:
+        mu, nu = pyro.param("mu", torch.zeros(2)), pyro.param("nu", torch.tensor([0.0, 2.0]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+            with pyro.poutine.mask(mask=torch.zeros(len(x), dtype=torch.bool)):
+                pyro.sample("y", dist.Normal(nu[z], 1.0), obs=x)
+
+    with pytest.warns(Warning, match="the start is symmetric"):
+        ExactPosteriorEM(model).fit(torch.randn(20), max_steps=2, progress=False)
+
+
+@pytest.mark.parametrize("how", [{}, {"acceleration": "squarem"}])
+@pytest.mark.parametrize("at", range(1, 16))
+def test_an_interrupt_at_any_write_leaves_one_whole_step(
+    at: int, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the store, in the result and in the history belong together."""
+    x = points(120)
+    original, calls = compiled_loop.write_unconstrained, 0
+
+    def write(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        original(*args)
+
+    monkeypatch.setattr(compiled_loop, "write_unconstrained", write)
+    result = ExactPosteriorEM(gaussian).fit(
+        x, 2, "full", max_steps=25, tol=0, progress=False, **how
+    )
+    monkeypatch.setattr(compiled_loop, "write_unconstrained", original)
+    evidence = ExactPosteriorEM(gaussian).posterior(x, 2, "full").log_evidence
+    assert result.log_evidence == pytest.approx(evidence, rel=1e-10)
+    for name, value in result.params.items():
+        torch.testing.assert_close(pyro.param(name).detach(), value)
+    if calls >= at:
+        assert result.status is EMStatus.INTERRUPTED
+    assert result.log_evidence >= max(result.history, default=-np.inf) - 1e-6
+
+
+def test_an_interrupt_in_the_last_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    original = Program.disagreements
+
+    def disagreements(self: Program, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # while planning, after the first step, at the end
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Program, "disagreements", disagreements)
+    result = ExactPosteriorEM(gaussian).fit(points(), 2, "full", max_steps=5, progress=False)
+    assert calls == 3 and result.status is EMStatus.INTERRUPTED and result.num_steps == 5

@@ -41,6 +41,7 @@ class Chain:
         K: Its number of states.
         known: Statistics that no argument changes, per group.
         is_ordered: Whether a unary group's steps are 0, 1, 2, …
+        is_whole: Whether a unary group reads each step once.
         gaussians: Groups that are evaluated by matrix products over features.
     """
 
@@ -54,6 +55,7 @@ class Chain:
 
     known: Mapping[int, Statistics | None] = field(default_factory=dict)
     is_ordered: Mapping[int, bool] = field(default_factory=dict)
+    is_whole: Mapping[int, bool] = field(default_factory=dict)
     gaussians: Mapping[int, Gaussian] = field(default_factory=dict)
 
     name = "forward and backward messages"
@@ -101,7 +103,7 @@ class Chain:
             steps = self.unary[g]
             table = self._table(g, arguments[g]).to(torch.float64)
             if out is None:
-                if table.shape[1] == self.T:
+                if self.is_whole[g]:
                     out = table.expand(math.prod(self.plates), -1, -1).contiguous()
                     out = out if self.is_ordered[g] else out[:, steps.argsort()]
                     continue
@@ -135,9 +137,9 @@ class Chain:
             if group.mask is not None:
                 gamma = gamma * self._mask(group).unsqueeze(-1)
             weights = gamma.permute(2, 1, 0).reshape(self.K, -1).to(rule.x.dtype)
-            moments = rule.moments(weights, rule.features(slice(None)))
-            mass = gamma.sum((0, 1))
-            return rule.statistics(moments, mass, arguments)
+            prepared = rule.prepare(arguments)
+            moments = rule.moments(prepared, weights, rule.features(slice(None)))
+            return rule.statistics(prepared, moments, gamma.sum((0, 1)), arguments)
         counts = gamma.transpose(0, 1)  # (members, B, K)
         counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
         return counted(group, counts, arguments, self.known.get(g))
@@ -189,12 +191,12 @@ def as_chain(graph: FactorGraph) -> Chain | None:
     sizes = tuple(graph.dim_size(p) for p in first.plates)
     if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
         return None
+    T = len(latents)
+    whole = {g: len(s) == T and len(s.unique()) == T for g, s in unary.items()}
     ordered = {g: is_in_order(steps) for g, steps in unary.items()}
     gaussians = {g: rule for g in unary if (rule := as_gaussian(graph.groups[g], K)) is not None}
     known = {g: known_statistics(group) for g, group in enumerate(graph.groups)}
-    return Chain(
-        graph, couples, unary, tuple(free), sizes, len(latents), K, known, ordered, gaussians
-    )
+    return Chain(graph, couples, unary, tuple(free), sizes, T, K, known, ordered, whole, gaussians)
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

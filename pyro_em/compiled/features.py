@@ -7,8 +7,8 @@ With x' = x − c centred once, log N(x | μ, Σ) is linear in the features (x'_
 so that one product gives all log densities and one all moments. Many features cost more than they
 save: beyond 24 dimensions the data are whitened instead, ℓ_k = h_k − ½ ‖W_k (x' − μ'_k)‖².
 
-The expanded square cancels like (|x'| / σ)²; where that would cost more than ten digits of sixteen the
-whitened form is taken, which does not.
+The expanded square cancels like (|x'| / σ)². Where that would cost more than a few digits the whitened
+form is taken, and moments about each component's own mean, which do not cancel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import Group
 
 _MANY = 24
-_LOSS = 1e5
+_LIMIT = {torch.float64: 1e4, torch.float32: 100.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class Prepared:
         constant: h. # (K, 1)
         whiten: W, stacked. # (K * D, D)
         shift: W μ'. # (K * D, 1)
+        mean: μ', about which moments are taken where the data are whitened. # (K, D)
         size: The largest term of the expanded square: what its rounding is relative to.
     """
 
@@ -43,6 +44,7 @@ class Prepared:
     constant: Tensor
     whiten: Tensor | None = None
     shift: Tensor | None = None
+    mean: Tensor | None = None
     size: float = 0.0
 
 
@@ -77,6 +79,11 @@ class Gaussian:
         self.upper = (pairs[0], pairs[1])
 
     @property
+    def limit(self) -> float:
+        """How large a term of the expanded square may be."""
+        return _LIMIT.get(self.x.dtype, 100.0)
+
+    @property
     def width(self) -> int:
         """Numbers per row that a chunk holds."""
         D = self.x.shape[0]
@@ -96,7 +103,7 @@ class Gaussian:
             precision = sigma**-2
             log_det = 2 * sigma.log().sum(-1)
             size = float((precision * self.reach**2).sum(-1).max())
-            if not size <= _LOSS:
+            if not size <= self.limit:
                 return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
             linear = torch.cat([precision * mu, -0.5 * precision], -1)
             constant = -0.5 * ((precision * mu * mu).sum(-1) + log_det + log_2pi)
@@ -107,7 +114,7 @@ class Gaussian:
         if D <= _MANY:
             precision = torch.cholesky_inverse(tril)
             size = float((precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).sum(-1).max())
-            if size <= _LOSS:
+            if size <= self.limit:
                 along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
                 i, j = self.upper
                 squares = self._each(precision[:, i, j] * torch.where(i == j, -0.5, -1.0))
@@ -131,15 +138,21 @@ class Gaussian:
         W = self._each(whiten)
         shift = (W @ mu.unsqueeze(-1)).reshape(-1, 1)
         constant = self._each(-0.5 * (log_det + D * math.log(2 * math.pi))).unsqueeze(-1)
-        return Prepared(None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype))
+        return Prepared(
+            None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype), mu.to(dtype)
+        )
 
     def log_density(self, p: Prepared, features: Tensor) -> Tensor:
         """Log densities of some rows, from their features. # (K, rows)"""
         if p.linear is not None:
             return torch.addmm(p.constant, p.linear, features)
-        assert p.whiten is not None and p.shift is not None
+        assert p.whiten is not None and p.shift is not None and p.mean is not None
         D = self.x.shape[0]
-        white = torch.addmm(p.shift, p.whiten, features[:D], beta=-1)
+        if features.dtype == torch.float32:  # W x' − W μ' would cancel, x' − μ' does not
+            each = zip(p.whiten.reshape(-1, D, D), p.mean, strict=True)
+            white = torch.cat([W @ (features[:D] - mean.unsqueeze(-1)) for W, mean in each])
+        else:
+            white = torch.addmm(p.shift, p.whiten, features[:D], beta=-1)
         squares = white.square_().reshape(self.K, D, -1).sum(1)
         return squares.mul_(-0.5).add_(p.constant)
 
@@ -159,21 +172,31 @@ class Gaussian:
             at += D - i
         return out
 
-    def moments(self, weights: Tensor, features: Tensor) -> Tensor:
-        """Σ r x' and Σ r x' x'ᵀ of some rows, in float64. # (K, P)"""
-        if self.diagonal or self.x.shape[0] <= _MANY:
+    def moments(self, p: Prepared, weights: Tensor, features: Tensor) -> Tensor:
+        """Σ r d and Σ r d dᵀ of some rows, in float64; d is x' or, whitened, x' − μ'. # (K, P)"""
+        if p.mean is None:
             return (weights @ features.T).to(torch.float64)
-        first = weights @ features.T
-        second = torch.stack([(features * w) @ features.T for w in weights])
+        D = self.x.shape[0]
+        x, out = features[:D], []
         i, j = self.upper
-        return torch.cat([first, second[:, i, j]], 1).to(torch.float64)
+        for w, mean in zip(weights, p.mean, strict=True):
+            d = x - mean.unsqueeze(-1)
+            weighted = d * w
+            if self.diagonal:
+                second = (weighted * d).sum(-1)
+            else:
+                second = (weighted @ d.T)[i, j]
+            out.append(torch.cat([weighted.sum(-1), second]))
+        return torch.stack(out).to(torch.float64)
 
     def statistics(
-        self, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+        self, p: Prepared, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
     ) -> Statistics:
-        """The family's statistics about its location, from moments about the centre."""
+        """The family's statistics about its location, from moments about another point."""
         D = self.x.shape[0]
-        mu = self._shift(arguments["loc"])
+        mu = self._each(self._shift(arguments["loc"]))
+        if p.mean is not None:  # about the location already, up to its rounding
+            mu = mu - p.mean.to(torch.float64)
         first = moments[:, :D]
         deviation = first - mass.unsqueeze(-1) * mu
         if self.diagonal:

@@ -33,8 +33,8 @@ def smooth(
         weight: How much each transition counts; one where left out. # (B or 1, T - 1 or 1)
 
     Returns:
-        γ # (B, T, K), ξ summed over sequences and steps # (K, K), and Σ log c_t in nats. After an
-        underflow they are not numbers.
+        γ # (B, T, K), ξ summed over sequences and steps # (K, K), and Σ log c_t in nats: NaN where
+        a step's mass nearly underflows.
 
     Example:
         >>> A = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
@@ -56,7 +56,8 @@ def smooth(
     gamma = alpha * beta
     gamma = gamma / gamma.sum(-1, keepdim=True)
     ahead = alpha[:, :-1] @ transition
-    log_evidence = (ahead * likelihood[:, 1:]).sum(-1).log().sum()
+    mass = (ahead * likelihood[:, 1:]).sum(-1)
+    log_evidence = torch.where(mass > 1e-150, mass, torch.nan).log().sum()
     log_evidence = log_evidence + likelihood[:, 0].sum(-1).log().sum()
     to = likelihood[:, 1:] * beta[:, 1:]
     each = (ahead * to).sum(-1).reciprocal()

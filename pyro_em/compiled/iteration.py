@@ -80,7 +80,7 @@ class Iteration:
         return any(
             _tells_apart(a, 1 + group.n_plates, 1 + len(group.sizes))
             for group, arguments in zip(self.graph.groups, at.arguments, strict=True)
-            if group.observed
+            if group.observed and (group.mask is None or bool(group.mask.any()))
             for a in arguments.values()
             if a.is_floating_point()
         )

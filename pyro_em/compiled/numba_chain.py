@@ -12,7 +12,7 @@ import numpy as np
 def smooth(
     likelihood: np.ndarray, A: np.ndarray, weight: np.ndarray, gamma: np.ndarray, xi: np.ndarray
 ) -> float:
-    """Fill gamma and xi; return the log evidence. An underflow makes numbers that are none.
+    """Fill gamma and xi; return the log evidence, NaN where a step's mass nearly underflows.
 
     Args:
         likelihood: # (B, T, K)
@@ -44,6 +44,8 @@ def smooth(
             for j in range(K):
                 row[j] *= likelihood[b, t, j]
                 total += row[j]
+            if not total > 1e-150:  # a state that underflowed may have been the likely one
+                return np.nan
             scale[t] = 1.0 / total
             log_evidence += np.log(total)
             for j in range(K):

@@ -96,6 +96,8 @@ class Rows:
             if may_clamp:
                 weights.clamp_(min=-80.0)
             weights.exp_()
+            if may_clamp:
+                weights.masked_fill_(weights < 2e-35, 0.0)
             total = weights.sum(0)
             log_p = top.to(torch.float64) + total.log()
             if self.repeats is None:
@@ -107,7 +109,7 @@ class Rows:
                 weights.mul_(own.to(weights.dtype) / total)
             mass = mass + weights.sum(1, dtype=torch.float64)
             for g, rule in self.gaussians.items():
-                m = rule.moments(weights, features[g])
+                m = rule.moments(prepared[g], weights, features[g])
                 moments[g] = m if g not in moments else moments[g] + m
             for g, part in parts.items():
                 _add(collected, g, self._rowwise_counts(part, weights, arguments[g]))
@@ -119,7 +121,7 @@ class Rows:
         if not (-1e300 < total_evidence < 1e300):
             raise Handover
         for g, rule in self.gaussians.items():
-            collected[g] = rule.statistics(moments[g], mass, arguments[g])
+            collected[g] = rule.statistics(prepared[g], moments[g], mass, arguments[g])
         for g in self.tables:
             collected[g] = self._table_sums(g, mass, arguments[g])
         size = max((p.size for p in prepared.values()), default=0.0)
