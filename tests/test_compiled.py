@@ -521,7 +521,7 @@ def test_clusters_far_apart_do_not_cancel(dtype: torch.dtype, offset: float, D: 
     for k, part in enumerate((x[:200].double().numpy(), x[200:].double().numpy())):
         cov = np.atleast_2d(np.cov(part.T, bias=True))
         # In float32 a datum near the far cluster is known to eps · offset only.
-        rtol = 1e-9 if dtype is torch.float64 else 2e-5 + 1e-7 * offset
+        rtol = 1e-9 if dtype is torch.float64 else 1e-4 + 1e-7 * offset
         np.testing.assert_allclose(result.params["S"][k].double(), cov, rtol=rtol, atol=rtol)
         d = part - part.mean(0)
         square = (d @ np.linalg.inv(cov) * d).sum()

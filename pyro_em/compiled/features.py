@@ -24,7 +24,7 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import Group
 
 _MANY = 24
-_LIMIT = {torch.float64: 1e4, torch.float32: 100.0}
+_LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Prepared:
         whiten: W, stacked. # (K * D, D)
         shift: W μ'. # (K * D, 1)
         mean: μ', about which moments are taken where the data are whitened. # (K, D)
-        size: The largest term of the expanded square: what its rounding is relative to.
+        size: The largest term of the expanded square, times √D: what its rounding is relative to.
     """
 
     linear: Tensor | None
@@ -81,7 +81,7 @@ class Gaussian:
     @property
     def limit(self) -> float:
         """How large a term of the expanded square may be."""
-        return _LIMIT.get(self.x.dtype, 100.0)
+        return _LIMIT.get(self.x.dtype, 1e3)
 
     @property
     def width(self) -> int:
@@ -102,7 +102,7 @@ class Gaussian:
             sigma = self._each(rows.expand(-1, D))
             precision = sigma**-2
             log_det = 2 * sigma.log().sum(-1)
-            size = float((precision * self.reach**2).sum(-1).max())
+            size = D**0.5 * float((precision * self.reach**2).max())
             if not size <= self.limit:
                 return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
             linear = torch.cat([precision * mu, -0.5 * precision], -1)
@@ -113,7 +113,7 @@ class Gaussian:
         log_det = 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         if D <= _MANY:
             precision = torch.cholesky_inverse(tril)
-            size = float((precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).sum(-1).max())
+            size = D**0.5 * float((precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).max())
             if size <= self.limit:
                 along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
                 i, j = self.upper
