@@ -25,7 +25,7 @@ def compiled_iteration(program: Program, settings: Settings) -> Iteration | None
     """The compiled step of a program whose steps nobody watches, or None."""
     if not program.compiled or program.strategy is not None or settings.callbacks:
         return None
-    if program.structure.random_plates:
+    if program.structure.random_plates or any(g.value.is_inference() for g in program.graph.groups):
         return None
     return compile_iteration(program.graph, program.updates, current_values(program))
 

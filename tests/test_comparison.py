@@ -112,7 +112,7 @@ def test_svi_is_no_straw_man(gmm: Comparison) -> None:
         assert gmm[label].final_evidence == pytest.approx(finals[best], rel=1e-12)
         spent = sum(c.seconds[-1] for cs in by_rate.values() for c in cs)
         assert gmm[label].total_seconds == pytest.approx(spent)
-        assert gmm[label].total_seconds > 3 * gmm[label].seconds
+        assert gmm[label].total_seconds > gmm[label].seconds  # other rates have to be paid for
         # Beyond the edge of the sweep, or a note that it ends there.
         assert best not in (min(by_rate), max(by_rate)) or "edge of the sweep" in gmm[label].note
     assert len(gmm.curves["SVI, guide"]) == 5

@@ -49,6 +49,20 @@ def line(row: Row, limit: float) -> str:
     return f"| {c.name} | {c.peer} | {c.target:.3g} | {ratio} | {spread} | {times} | {note} |"
 
 
+def into_readme(rows: list[Row]) -> None:
+    """Replace the table of ratios between its marks in README."""
+    readme = HERE.parent.parent / "README.md"
+    text = readme.read_text()
+    begin, end = "<!-- ratios -->", "<!-- end of ratios -->"
+    table = ["| one EM iteration | against | times faster | asked for |", "|---" * 4 + "|"]
+    for row in rows:
+        shown = row.failure or f"{row.ratio:.2g}"
+        table.append(f"| {row.case.name} | {row.case.peer} | {shown} | {row.case.target:.2g} |")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    readme.write_text("\n".join([head + begin, "", *table, "", end + tail]))
+
+
 def versions() -> str:
     """What was run."""
     names = ("torch", "pyro-ppl", "numba", "scikit-learn", "hmmlearn", "stepmix", "pgmpy", "numpy")
@@ -84,8 +98,10 @@ def main() -> None:
     lines = [head, "|---" * 7 + "|"]
     begin = time.perf_counter()
     chosen = [c for c in (*CASES, VAE) if options.only in c.name]
+    rows = []
     for case in tqdm(chosen):
-        lines.append(line(measure(case), limit))
+        rows.append(measure(case))
+        lines.append(line(rows[-1], limit))
         tqdm.write(lines[-1])
     if not options.no_growth:
         growths = [growth.sweep(what) for what in growth.SWEEPS]
@@ -115,6 +131,7 @@ def main() -> None:
     print(text)
     if options.write:
         (HERE / "RESULTS.md").write_text(text)
+        into_readme(rows)
 
 
 if __name__ == "__main__":
