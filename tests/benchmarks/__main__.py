@@ -49,6 +49,11 @@ def line(row: Row, limit: float) -> str:
     return f"| {c.name} | {c.peer} | {c.target:.3g} | {ratio} | {spread} | {times} | {note} |"
 
 
+def short(ratio: float) -> str:
+    """Two digits, without an exponent."""
+    return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
+
+
 def into_readme(rows: list[Row]) -> None:
     """Replace the table of ratios between its marks in README."""
     readme = HERE.parent.parent / "README.md"
@@ -56,8 +61,8 @@ def into_readme(rows: list[Row]) -> None:
     begin, end = "<!-- ratios -->", "<!-- end of ratios -->"
     table = ["| one EM iteration | against | times faster | asked for |", "|---" * 4 + "|"]
     for row in rows:
-        shown = row.failure or f"{row.ratio:.2g}"
-        table.append(f"| {row.case.name} | {row.case.peer} | {shown} | {row.case.target:.2g} |")
+        shown = row.failure or short(row.ratio)
+        table.append(f"| {row.case.name} | {row.case.peer} | {shown} | {short(row.case.target)} |")
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
     readme.write_text("\n".join([head + begin, "", *table, "", end + tail]))
@@ -106,7 +111,11 @@ def main() -> None:
     if not options.no_growth:
         growths = [growth.sweep(what) for what in growth.SWEEPS]
         growth.draw(growths, HERE / "growth.png")
-        lines += ["", "| grows | sizes | exponent of time | MiB above the data |", "|---" * 4 + "|"]
+        lines += [
+            "",
+            "| grows | sizes | exponent of time | MiB above the data, planning included |",
+            "|---" * 4 + "|",
+        ]
         for g in growths:
             sizes = ", ".join(f"{s:,}" for s in g.sizes)
             memory = ", ".join(f"{m / 2**20:.0f}" for m in g.memory)

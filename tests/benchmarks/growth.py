@@ -98,13 +98,14 @@ def draw(growths: list[Growth], path: Path) -> None:
         )
         right.plot(sizes, np.maximum(np.array(g.memory), 1e4) / 2**20, "o-", label=g.what)
     left.set_ylabel("seconds per EM iteration")
-    right.set_ylabel("peak memory above the data (MiB)")
+    right.set_ylabel("peak memory above the data, planning included (MiB)")
     for ax in (left, right):
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("size relative to the smallest")
         ax.grid(True, which="major", linewidth=0.4, alpha=0.5)
-        ax.legend(fontsize="small")
+    left.legend(fontsize="small", loc="upper left")
+    right.legend(fontsize="small", loc="center right")
     figure.savefig(path, dpi=110)
 
 
