@@ -111,15 +111,7 @@ def main() -> None:
     if not options.no_growth:
         growths = [growth.sweep(what) for what in growth.SWEEPS]
         growth.draw(growths, HERE / "growth.png")
-        lines += [
-            "",
-            "| grows | sizes | exponent of time | MiB above the data, planning included |",
-            "|---" * 4 + "|",
-        ]
-        for g in growths:
-            sizes = ", ".join(f"{s:,}" for s in g.sizes)
-            memory = ", ".join(f"{m / 2**20:.0f}" for m in g.memory)
-            lines.append(f"| {g.what} | {sizes} | {g.exponent:.2f} | {memory} |")
+        lines += ["", *growth.table(growths)]
         lines += planning()
         lines += ["", "![Time and memory as the work grows](growth.png)"]
     text = "\n".join(

@@ -85,6 +85,18 @@ def measure(what: str, size: int) -> tuple[float, float, float]:
     return (time.perf_counter() - begin) / (many + 1), peak() - before, planning
 
 
+def table(growths: list[Growth]) -> list[str]:
+    """The sweeps in Markdown."""
+    head = "| grows | sizes | ms per iteration | exponent | MiB above the data, planning included |"
+    out = [head, "|---" * 5 + "|"]
+    for g in growths:
+        sizes = ", ".join(f"{s:,}" for s in g.sizes)
+        times = ", ".join(f"{1e3 * s:.3g}" for s in g.seconds)
+        memory = ", ".join(f"{m / 2**20:.0f}" for m in g.memory)
+        out.append(f"| {g.what} | {sizes} | {times} | {g.exponent:.2f} | {memory} |")
+    return out
+
+
 def draw(growths: list[Growth], path: Path) -> None:
     """Time and memory on log axes, one panel each."""
     from matplotlib.figure import Figure
@@ -98,14 +110,13 @@ def draw(growths: list[Growth], path: Path) -> None:
         )
         right.plot(sizes, np.maximum(np.array(g.memory), 1e4) / 2**20, "o-", label=g.what)
     left.set_ylabel("seconds per EM iteration")
-    right.set_ylabel("peak memory above the data, planning included (MiB)")
+    right.set_ylabel("peak memory above the data (MiB)")
     for ax in (left, right):
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("size relative to the smallest")
         ax.grid(True, which="major", linewidth=0.4, alpha=0.5)
-    left.legend(fontsize="small", loc="upper left")
-    right.legend(fontsize="small", loc="center right")
+    left.legend(fontsize="small", loc="upper left")  # the colours of both panels
     figure.savefig(path, dpi=110)
 
 
