@@ -632,3 +632,20 @@ def test_an_interrupt_in_the_last_verification(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Program, "disagreements", disagreements)
     result = ExactPosteriorEM(gaussian).fit(points(), 2, "full", max_steps=5, progress=False)
     assert calls == 3 and result.status is EMStatus.INTERRUPTED and result.num_steps == 5
+
+
+def test_the_first_step_is_verified_at_once() -> None:
+    """A branch far from the start: the first M-step crosses it, and the fit goes on without kernels."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 1.0]))
+        loc = mu if float(mu.detach()[1]) < 5 else mu.flip(0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    x = torch.cat([torch.randn(30), torch.randn(30) + 20])
+    with pytest.warns(Warning, match=r"argument 'loc': it is not what the compiled plan predicts"):
+        result = ExactPosteriorEM(model).fit(x, max_steps=8, progress=False)
+    again = ExactPosteriorEM(model).elbo(x).log_evidence
+    assert result.log_evidence == pytest.approx(again, rel=1e-10)
