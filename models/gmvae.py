@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from models.vae import TRAIN, VAE, load_data, report, scatter, show
+from models.vae import TRAIN, VAE, fit, load_data, scatter, show
 from pyro_em import ClosedForm, EMResult, ExactPosteriorEM, plotting
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -210,18 +210,7 @@ def main() -> None:
         lambda params: torch.optim.Adam(params, lr=options.lr),
         updates=CLOSED_FORM if options.closed_form else None,
     )
-    print(em.plan(train), end="\n\n")
-    result = em.fit(
-        train,
-        batch_size=options.batch,
-        num_epochs=options.epochs,
-        validation=held_out,
-        seed=options.seed,
-        progress=True,
-    )
-    print(f"\n{result}\n")
-    report(em, train, "training")
-    report(em, held_out, "held out")
+    result = fit(em, train, held_out, options.batch, options.epochs, options.seed)
     print(f"weights {[round(v, 3) for v in result.params['w'].tolist()]}")
     accuracy, nmi = agreement(em.posterior(train).probs("y").argmax(-1), digits[:TRAIN])
     print(f"components against digits: accuracy {accuracy:.3f}, mutual information {nmi:.3f}")

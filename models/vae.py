@@ -206,6 +206,34 @@ def report(em: ExactPosteriorEM, x: Tensor, name: str) -> None:
     print(f"    = reconstruction {terms.reconstruction / n:.4f} - KL {terms.kl / n:.4f}")
 
 
+def fit(
+    em: ExactPosteriorEM, train: Tensor, held_out: Tensor, batch: int, epochs: int, seed: int
+) -> EMResult:
+    """Print the plan, fit with held-out images as validation, print the bounds.
+
+    Args:
+        em: The model with its guide.
+        train: Images to fit. # (N, 64)
+        held_out: Images to validate on. # (M, 64)
+        batch: Images per batch.
+        epochs: Passes over the images.
+        seed: Of the batches and the draws.
+    """
+    print(em.plan(train), end="\n\n")
+    result = em.fit(
+        train,
+        batch_size=batch,
+        num_epochs=epochs,
+        validation=held_out,
+        seed=seed,
+        progress=True,
+    )
+    print(f"\n{result}\n")
+    report(em, train, "training")
+    report(em, held_out, "held out")
+    return result
+
+
 def main() -> None:
     """Plan, fit, print and draw."""
     parser = argparse.ArgumentParser(description="Fit a variational autoencoder to 8 x 8 digits.")
@@ -224,18 +252,7 @@ def main() -> None:
     em = ExactPosteriorEM(
         vae.model, vae.guide, lambda params: torch.optim.Adam(params, lr=options.lr)
     )
-    print(em.plan(train), end="\n\n")
-    result = em.fit(
-        train,
-        batch_size=options.batch,
-        num_epochs=options.epochs,
-        validation=held_out,
-        seed=options.seed,
-        progress=True,
-    )
-    print(f"\n{result}\n")
-    report(em, train, "training")
-    report(em, held_out, "held out")
+    result = fit(em, train, held_out, options.batch, options.epochs, options.seed)
     print(em.estimate_evidence(held_out, num_particles=500))
     try:
         draw(vae, result, (x, digits), TRAIN, options.batch, options.figure)
