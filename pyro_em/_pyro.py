@@ -714,6 +714,11 @@ def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None
         parameter.unconstrained.copy_(transform.inv(value))
 
 
+def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
+    """The current constrained values by name, tensors of their own."""
+    return {name: p.value() for name, p in parameters.items()}
+
+
 def snapshot(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
     """Copies of all unconstrained parameters."""
     return {name: p.unconstrained.detach().clone() for name, p in parameters.items()}

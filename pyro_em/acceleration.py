@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_em._errors import DataError, DegenerateError
+from pyro_em._pyro import values_of
 from pyro_em.compiled import Handover, Iteration
-from pyro_em.compiled_loop import current_values, settle, write
+from pyro_em.compiled_loop import settle, write
 from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.runs import Deferred, Iterate, Run, Settings
@@ -77,7 +78,7 @@ class EMMap:
                 raise Handover from error
         self.program.m_step(at.q.counts, at.evaluation)
         bound = after_m_step(at, self.program.evaluate().tables)
-        return current_values(self.program), bound
+        return values_of(self.program.graph.parameters), bound
 
     def unconstrained(self, values: Values) -> Tensor:
         """All values as one vector of real numbers."""
@@ -116,11 +117,13 @@ def accelerate(
         r: The start's number.
     """
     assert run.last is not None
-    if not isinstance(run.last, Deferred):
+    values: Values = values_of(program.graph.parameters)
+    if isinstance(run.last, Deferred):
+        values = run.last.point.values
+    else:
         iteration = None
     em = EMMap(program, iteration)
     eps = program.graph.eps
-    values = run.last.point.values if isinstance(run.last, Deferred) else current_values(program)
     at, best = (values, run.last), (values, run.last)
     longest = 1.0
     try:

@@ -203,10 +203,11 @@ class Binding:
         out = self.constant
         for part in self.selections:
             out = torch.where(part.index >= 0, part.forward(values[part.param]), out)
-        return _normalised(out, self.normalise)
+        return normalised(out, self.normalise)
 
 
-def _normalised(rows: Tensor, how: str) -> Tensor:
+def normalised(rows: Tensor, how: str) -> Tensor:
+    """Rows as a distribution holds them: probabilities summing to one, or logits so shifted."""
     if how == "probs":
         return rows / rows.sum(-1, keepdim=True)
     return rows.log_softmax(-1) if how == "logits" else rows

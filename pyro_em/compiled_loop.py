@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import PyroEMWarning, message
-from pyro_em._pyro import restore, snapshot, write_unconstrained
+from pyro_em._pyro import restore, snapshot, values_of, write_unconstrained
 from pyro_em.compiled import Handover, Iteration, Point, compile_iteration
 from pyro_em.program import Program, distrust
 from pyro_em.result import EMStatus
@@ -27,18 +27,13 @@ def compiled_iteration(program: Program, settings: Settings) -> Iteration | None
         return None
     if program.structure.random_plates or any(g.value.is_inference() for g in program.graph.groups):
         return None
-    return compile_iteration(program.graph, program.updates, current_values(program))
-
-
-def current_values(program: Program) -> dict[str, Tensor]:
-    """The parameters in the store, as values of their own."""
-    return {n: p.value() for n, p in program.graph.parameters.items()}
+    return compile_iteration(program.graph, program.updates, values_of(program.graph.parameters))
 
 
 def enter(program: Program, iteration: Iteration) -> Deferred | None:
     """The compiled E-step at the parameters in the store; None where the full one has to look."""
     try:
-        point = iteration.e_step(current_values(program))
+        point = iteration.e_step(values_of(program.graph.parameters))
     except (Handover, torch.linalg.LinAlgError):
         return None
     return Deferred(program, point)
@@ -123,14 +118,22 @@ def _settled(program: Program, iteration: Iteration, point: Point) -> Deferred:
 
 
 def _verified(program: Program, values: Mapping[str, Tensor]) -> bool:
-    """Write the values, trace the model there and compare; on a disagreement all is as before."""
+    """Write the values and verify the compiled plan there; if not, all is as before."""
     origin = snapshot(program.graph.parameters)
     try:
         write(program, values)
-        off = program.disagreements()
+        return confirmed(program, origin)
     except BaseException:
         restore(program.graph.parameters, origin)
         raise
+
+
+def confirmed(program: Program, origin: Mapping[str, Tensor]) -> bool:
+    """Whether a fresh trace agrees with the compiled plan after the first M-step.
+
+    On a disagreement it is said, the parameters go back to ``origin``, and the plan is dropped.
+    """
+    off = program.disagreements()
     if not off:
         return True
     warn_disagreement(off[0], "it is not")

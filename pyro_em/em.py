@@ -21,6 +21,7 @@ from pyro_em._pyro import (
     restore,
     seeded,
     snapshot,
+    values_of,
 )
 from pyro_em.arguments import (
     FIT_KEYWORDS,
@@ -387,7 +388,7 @@ class ExactPosteriorEM:
         same = itertools.repeat(Batch(args, kwargs))
         for step in stochastic.steps(trainer, same, None, time.perf_counter()):
             self._total_steps += 1
-            yield replace(step, params=_values(trainer.variational.parameters))
+            yield replace(step, params=values_of(trainer.variational.parameters))
 
     def _steps(self, program: Program) -> Iterator[EMStep]:
         begin = time.perf_counter()
@@ -585,7 +586,7 @@ class ExactPosteriorEM:
             schedule=schedule,
             validation=held_out,
             callbacks=callbacks,
-            parameters=lambda: _values(parameters),
+            parameters=lambda: values_of(parameters),
             progress=progress,
             begin=begin,
         )
@@ -800,7 +801,3 @@ def _needs_sums(method: str) -> str:
 def _loss(q: Posterior) -> float:
     assert q.bound is not None
     return -q.bound
-
-
-def _values(parameters: Mapping[str, TracedParameter]) -> dict[str, Tensor]:
-    return {n: p.value() for n, p in parameters.items()}

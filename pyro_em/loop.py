@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyro_em._errors import DataError, DegenerateError, PyroEMWarning, UsageError, message
-from pyro_em._pyro import restore, snapshot
+from pyro_em._pyro import restore, snapshot, values_of
 from pyro_em.acceleration import PLAIN_STEPS, accelerate
 from pyro_em.advice import sites_in_words
 from pyro_em.compiled import Iteration
@@ -48,7 +48,7 @@ def run_start(
         The run; the parameters in the store are those of its last complete step.
     """
     run = Run(snapshot(program.graph.parameters))
-    run.initial_values = {n: p.value() for n, p in program.graph.parameters.items()}
+    run.initial_values = values_of(program.graph.parameters)
     iteration = compiled_iteration(program, settings)
     try:
         _apply_init(program, init, generator)

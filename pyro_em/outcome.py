@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
-from pyro_em._pyro import Role, snapshot
+from pyro_em._pyro import Role, snapshot, values_of
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
 from pyro_em.drawn import DrawnPosterior
@@ -80,7 +80,7 @@ def build_result(
         start = "values in the model"
     else:
         start = init if isinstance(init, str) else "given: " + ", ".join(init)
-    values = Params({n: p.value() for n, p in parameters.items()}, _point_sites(program))
+    values = Params(values_of(parameters), _point_sites(program))
     unconstrained = snapshot(parameters)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
     rate = rate_of_convergence([*run.entering, bound])
@@ -171,7 +171,7 @@ def build_stochastic_result(
         snapshot(parameters),
     )
     return EMResult(
-        params=Params({n: p.value() for n, p in parameters.items()}, variational.point_sites),
+        params=Params(values_of(parameters), variational.point_sites),
         log_evidence=None,
         elbo=bound,
         history=History(tuple(run.bounds), (), tuple(run.validation)),

@@ -117,7 +117,7 @@ class Program:
         """The factors at the current parameters, or of a compiled program at other values."""
         with torch.no_grad():
             if self.compiled or values is not None:
-                values = values or {n: p.value() for n, p in self.graph.parameters.items()}
+                values = values or _pyro.values_of(self.graph.parameters)
                 arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
                 at = [g.evaluate_value(values) for g in self.graph.groups]
             else:
@@ -217,7 +217,7 @@ class Program:
         self, values: Mapping[str, Tensor] | None = None, random_seed: int | None = None
     ) -> list[tuple[str, str]]:
         """Sites and arguments of a fresh trace that differ from what the bindings predict."""
-        current = {n: p.value() for n, p in self.graph.parameters.items()}
+        current = _pyro.values_of(self.graph.parameters)
         predicted_at = {**current, **(values or {})}
         try:
             fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)

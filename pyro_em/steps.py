@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pyro_em._errors import PyroEMWarning, message
-from pyro_em._pyro import restore, snapshot
-from pyro_em.compiled_loop import allowed_fall, warn_disagreement
+from pyro_em._pyro import restore, snapshot, values_of
+from pyro_em.compiled_loop import allowed_fall, confirmed
 from pyro_em.e_step import dot, expected_log_joint
-from pyro_em.program import Program, distrust
+from pyro_em.program import Program
 from pyro_em.result import EMStep
 from pyro_em.runs import Iterate
 
@@ -27,14 +27,9 @@ def advance(program: Program, at: Iterate, *, index: int, verify: bool) -> Itera
     """The M-step of step ``index`` from the E-step ``at``, and the E-step at the new parameters."""
     origin = snapshot(program.graph.parameters)
     report = program.m_step(at.q.counts, at.evaluation)
-    if verify and program.compiled:
-        off = program.disagreements()
-        if off:
-            warn_disagreement(off[0], "it is not")
-            restore(program.graph.parameters, origin)
-            distrust(program, off)
-            at = e_step(program, index)
-            report = program.m_step(at.q.counts, at.evaluation)
+    if verify and program.compiled and not confirmed(program, origin):
+        at = e_step(program, index)
+        report = program.m_step(at.q.counts, at.evaluation)
     try:
         reached = e_step(program, index + 1)
         reached.massless = report.massless
@@ -57,7 +52,7 @@ def as_step(program: Program, index: int, before: Iterate, bound: float, begin: 
         before.q.log_evidence,
         bound,
         before.q,
-        {n: p.value() for n, p in program.graph.parameters.items()},
+        values_of(program.graph.parameters),
         time.perf_counter() - begin,
     )
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, UsageError, compiled_loop
+from pyro_em._pyro import values_of
 from pyro_em.compiled import Handover, compile_iteration, forward_backward
 from pyro_em.compiled.chain import Chain
 from pyro_em.compiled.rows import Rows
-from pyro_em.compiled_loop import current_values
 from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.steps import advance, after_m_step, e_step
@@ -187,12 +187,14 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
 def steps_of(model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 8) -> Any:
     """Both ways side by side from one start."""
     program = ExactPosteriorEM(model)._ready(args, {})
-    iteration = compile_iteration(program.graph, program.updates, current_values(program))
+    iteration = compile_iteration(
+        program.graph, program.updates, values_of(program.graph.parameters)
+    )
     if kernel is None:
         assert iteration is None
         return None
     assert iteration is not None and isinstance(iteration.kernel, kernel)
-    full, quick = e_step(program), iteration.e_step(current_values(program))
+    full, quick = e_step(program), iteration.e_step(values_of(program.graph.parameters))
     for index in range(steps):
         reached = advance(program, full, index=index, verify=False)
         values, gain = iteration.m_step(quick)
@@ -200,7 +202,7 @@ def steps_of(model: Model, args: tuple[Any, ...], kernel: type | None, steps: in
         assert quick.objective + gain == pytest.approx(bound, rel=1e-10, abs=1e-10)
         full, quick = reached, iteration.e_step(values)
         assert quick.objective == pytest.approx(full.objective, rel=1e-9)
-        for name, value in current_values(program).items():
+        for name, value in values_of(program.graph.parameters).items():
             torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-9)
     return iteration
 
@@ -362,11 +364,13 @@ def test_store_holds_the_result() -> None:
 def test_chunks_do_not_matter() -> None:
     x = points(500, 3)
     program = ExactPosteriorEM(gaussian)._ready((x, 3, "full"), {})
-    iteration = compile_iteration(program.graph, program.updates, current_values(program))
+    iteration = compile_iteration(
+        program.graph, program.updates, values_of(program.graph.parameters)
+    )
     assert iteration is not None
-    whole = iteration.e_step(current_values(program)).sums
+    whole = iteration.e_step(values_of(program.graph.parameters)).sums
     iteration.kernel.chunk = 37
-    parts = iteration.e_step(current_values(program)).sums
+    parts = iteration.e_step(values_of(program.graph.parameters)).sums
     assert parts.log_evidence == pytest.approx(whole.log_evidence, rel=1e-13)
     for g, statistics in whole.statistics.items():
         for name, value in statistics.items():
@@ -376,7 +380,9 @@ def test_chunks_do_not_matter() -> None:
 def test_repeated_rows_are_computed_once() -> None:
     x = (points(4000, 5) > 1).to(torch.float64)
     program = ExactPosteriorEM(classes)._ready((x, 2, False), {})
-    iteration = compile_iteration(program.graph, program.updates, current_values(program))
+    iteration = compile_iteration(
+        program.graph, program.updates, values_of(program.graph.parameters)
+    )
     assert iteration is not None and isinstance(iteration.kernel, Rows)
     assert len(x.unique(dim=0)) == iteration.kernel.N
     assert float(iteration.kernel.repeats.sum()) == 4000  # type: ignore[union-attr]
@@ -649,3 +655,22 @@ def test_the_first_step_is_verified_at_once() -> None:
         result = ExactPosteriorEM(model).fit(x, max_steps=8, progress=False)
     again = ExactPosteriorEM(model).elbo(x).log_evidence
     assert result.log_evidence == pytest.approx(again, rel=1e-10)
+
+
+@pytest.mark.parametrize("case", ["Gaussian, full", "chains, Gaussian"])
+def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels keep the promise that every posterior sums to one."""
+    _, model, args = CASES[case]
+    program = ExactPosteriorEM(model)._ready(args, {})
+    values = values_of(program.graph.parameters)
+    iteration = compile_iteration(program.graph, program.updates, values)
+    assert iteration is not None
+    iteration.e_step(values)
+    smooth, plain = forward_backward.smooth, Tensor.div_
+    monkeypatch.setattr(
+        "pyro_em.compiled.chain.smooth",
+        lambda *a: tuple(t * (0.999 if i == 0 else 1) for i, t in enumerate(smooth(*a))),
+    )
+    monkeypatch.setattr(Tensor, "div_", lambda self, other: plain(self, other).mul_(0.999))
+    with pytest.raises(Handover):
+        iteration.e_step(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import matplotlib
@@ -162,3 +163,12 @@ def test_a_plate_with_a_stranger_inside_is_named_beside_its_sites() -> None:
     ax = plotting.graph(model)
     assert not [p for p in ax.patches if isinstance(p, FancyBboxPatch)]
     assert [t.get_text() for t in ax.texts].count("[p]") == 2
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.delattr(matplotlib, "pyplot", raising=False)
+    with pytest.raises(
+        ImportError, match=r"figures need matplotlib: pip install 'pyro-em\[plot\]'"
+    ):
+        plotting.state_probs(torch.ones(3, 1))

@@ -6,6 +6,6 @@ that recognises a collapsed graph, and an ``e_step`` from arguments to `Sums`.
 """
 
 from pyro_em.compiled.iteration import Iteration, Point, compile_iteration
-from pyro_em.compiled.solve import Handover
+from pyro_em.compiled.step import Handover
 
 __all__ = ["Handover", "Iteration", "Point", "compile_iteration"]

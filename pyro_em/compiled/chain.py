@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyro_em.compiled.features import Gaussian, as_gaussian
+from pyro_em.compiled.features import Gaussian, Prepared, as_gaussian
 from pyro_em.compiled.forward_backward import smooth
 from pyro_em.compiled.layout import is_in_order
-from pyro_em.compiled.solve import Handover
-from pyro_em.compiled.step import Sums, counted, known_statistics
+from pyro_em.compiled.step import Sums, checked, counted, known_statistics
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph, Group
 from pyro_em.statistics import group_statistics
+
+Ready = tuple[Prepared, Tensor]  # components at some arguments, and the data's features
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +41,7 @@ class Chain:
         T: Its length.
         K: Its number of states.
         known: Statistics that no argument changes, per group.
-        is_ordered: Whether a unary group's steps are 0, 1, 2, …
-        is_whole: Whether a unary group reads each step once.
+        whole: Unary groups that read steps 0, 1, 2, … to the last.
         gaussians: Groups that are evaluated by matrix products over features.
     """
 
@@ -52,23 +52,24 @@ class Chain:
     plates: tuple[int, ...]
     T: int
     K: int
-
-    known: Mapping[int, Statistics | None] = field(default_factory=dict)
-    is_ordered: Mapping[int, bool] = field(default_factory=dict)
-    is_whole: Mapping[int, bool] = field(default_factory=dict)
-    gaussians: Mapping[int, Gaussian] = field(default_factory=dict)
-
-    name = "forward and backward messages"
+    known: Mapping[int, Statistics | None]
+    whole: frozenset[int]
+    gaussians: Mapping[int, Gaussian]
 
     def e_step(self, arguments: Sequence[Mapping[str, Tensor]]) -> Sums:
         """Evidence and sums at some arguments.
 
         Raises:
-            Handover: If a step's mass underflows or vanishes.
+            Handover: If a step's mass underflows or vanishes, or was lost.
         """
         groups = self.graph.groups
         K = self.K
-        log_l = self._log_likelihood(arguments)
+        # Both halves of the E-step need them.
+        prepared = {
+            g: (rule.prepare(arguments[g]), rule.features(slice(None)))
+            for g, rule in self.gaussians.items()
+        }
+        log_l = self._log_likelihood(arguments, prepared)
         top = log_l.amax(-1, keepdim=True)
         likelihood = (log_l - top).exp_()
         couples = groups[self.couples]
@@ -78,49 +79,47 @@ class Chain:
         log_evidence = log_evidence.to(top) + top.sum()
         for g in self.free:
             log_evidence = log_evidence + groups[g].log_density(arguments[g]).sum()
-        evidence = float(log_evidence)
-        if not (-1e300 < evidence < 1e300):  # NaN or infinite
-            raise Handover
-        statistics = {g: self._counted(g, gamma[:, s], arguments[g]) for g, s in self.unary.items()}
+        evidence = checked(log_evidence, gamma, float(gamma.shape[0] * self.T))
+        statistics = {
+            g: self._counted(g, gamma[:, s], arguments[g], prepared.get(g))
+            for g, s in self.unary.items()
+        }
         # The mask is in the weights already.
         counts = xi.reshape(1, *(1,) * couples.n_plates, K, K)
         statistics[self.couples] = group_statistics(
             couples, counts, arguments[self.couples], self.known.get(self.couples)
         )
         for g in self.free:
-            if groups[g].family is None:
-                continue
             ones = groups[g].value.new_ones((len(groups[g].members), *groups[g].sizes))
             counts = ones.to(torch.float64)
             statistics[g] = counted(groups[g], counts, arguments[g], self.known.get(g))
         return Sums(evidence, statistics)
 
-    def _log_likelihood(self, arguments: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def _log_likelihood(
+        self, arguments: Sequence[Mapping[str, Tensor]], prepared: Mapping[int, Ready]
+    ) -> Tensor:
         """Log densities that read one state, summed per step. # (B, T, K)"""
         out: Tensor | None = None
-        # The group that covers every step first: nothing has to be filled with zeros.
-        for g in sorted(self.unary, key=lambda g: -len(self.unary[g])):
+        # A group that covers every step first: nothing has to be filled with zeros.
+        for g in sorted(self.unary, key=lambda g: g not in self.whole):
             steps = self.unary[g]
-            table = self._table(g, arguments[g]).to(torch.float64)
+            table = self._table(g, arguments[g], prepared.get(g)).to(torch.float64)
+            if out is None and g in self.whole:
+                out = table.expand(math.prod(self.plates), -1, -1).contiguous()
+                continue
             if out is None:
-                if self.is_whole[g]:
-                    out = table.expand(math.prod(self.plates), -1, -1).contiguous()
-                    out = out if self.is_ordered[g] else out[:, steps.argsort()]
-                    continue
-                shape = (math.prod(self.plates), self.T, self.K)
-                out = torch.zeros(shape, dtype=torch.float64, device=table.device)
+                out = table.new_zeros(math.prod(self.plates), self.T, self.K)
             out.index_add_(1, steps, table.expand(len(out), -1, -1))
         assert out is not None
         return out
 
-    def _table(self, g: int, arguments: Mapping[str, Tensor]) -> Tensor:
+    def _table(self, g: int, arguments: Mapping[str, Tensor], prepared: Ready | None) -> Tensor:
         """Log densities of a unary group. # (B, members, K)"""
         group, M = self.graph.groups[g], len(self.graph.groups[g].members)
-        rule = self.gaussians.get(g)
-        if rule is None:
+        if prepared is None:
             table = group.log_density(arguments).reshape(M, -1, self.K)
             return table.transpose(0, 1)
-        rows = rule.log_density(rule.prepare(arguments), rule.features(slice(None)))
+        rows = self.gaussians[g].log_density(*prepared)
         table = rows.reshape(self.K, M, -1).permute(2, 1, 0)
         if group.mask is None:
             return table
@@ -131,15 +130,21 @@ class Chain:
         assert group.mask is not None
         return group.mask.reshape(group.mask.shape[0], -1).T
 
-    def _counted(self, g: int, gamma: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
-        group, rule = self.graph.groups[g], self.gaussians.get(g)
-        if rule is not None:
+    def _counted(
+        self,
+        g: int,
+        gamma: Tensor,
+        arguments: Mapping[str, Tensor],
+        prepared: Ready | None,
+    ) -> Statistics:
+        group = self.graph.groups[g]
+        if prepared is not None:
+            rule, (components, features) = self.gaussians[g], prepared
             if group.mask is not None:
                 gamma = gamma * self._mask(group).unsqueeze(-1)
             weights = gamma.permute(2, 1, 0).reshape(self.K, -1).to(rule.x.dtype)
-            prepared = rule.prepare(arguments)
-            moments = rule.moments(prepared, weights, rule.features(slice(None)))
-            return rule.statistics(prepared, moments, gamma.sum((0, 1)), arguments)
+            moments = rule.moments(components, weights, features)
+            return rule.statistics(components, moments, gamma.sum((0, 1)), arguments)
         counts = gamma.transpose(0, 1)  # (members, B, K)
         counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
         return counted(group, counts, arguments, self.known.get(g))
@@ -192,11 +197,10 @@ def as_chain(graph: FactorGraph) -> Chain | None:
     if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
         return None
     T = len(latents)
-    whole = {g: len(s) == T and len(s.unique()) == T for g, s in unary.items()}
-    ordered = {g: is_in_order(steps) for g, steps in unary.items()}
+    whole = frozenset(g for g, steps in unary.items() if len(steps) == T and is_in_order(steps))
     gaussians = {g: rule for g in unary if (rule := as_gaussian(graph.groups[g], K)) is not None}
     known = {g: known_statistics(group) for g, group in enumerate(graph.groups)}
-    return Chain(graph, couples, unary, tuple(free), sizes, T, K, known, ordered, whole, gaussians)
+    return Chain(graph, couples, unary, tuple(free), sizes, T, K, known, whole, gaussians)
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

@@ -1,12 +1,13 @@
 """One EM step on sums over the data: which programs can have it, and how it goes.
 
 The parameters are plain values here; nothing is written until somebody can look. Whatever is out of
-the ordinary raises `Handover`, and the full step of `pyro_em.loop`, which stands on its own and is
+the ordinary raises `Handover`, and the full step of `pyro_em.steps`, which stands on its own and is
 this one's oracle in the tests, takes over from the last good values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ from pyro_em.compiled.layout import (
     evaluate,
 )
 from pyro_em.compiled.rows import Rows, as_rows
-from pyro_em.compiled.solve import Handover, Solver, solvers_of
-from pyro_em.compiled.step import Sums
+from pyro_em.compiled.solve import Solver, solvers_of
+from pyro_em.compiled.step import Handover, Sums
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step import ClosedForm, Fixed, ParameterUpdate
@@ -117,7 +118,7 @@ class Iteration:
             assert family is not None
             after = expected_log_density(family, statistics[g], current[g])
             gain += float(after - expected_log_density(family, statistics[g], before[g]))
-        if not abs(gain) < 1e300:
+        if not math.isfinite(gain):
             raise Handover
         return values, gain
 

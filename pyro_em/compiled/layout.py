@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.binding import Binding, Selection
+from pyro_em.binding import Binding, Selection, normalised
 from pyro_em.graph import FactorGraph, Group
 from pyro_em.m_step import ParameterUpdate
 
@@ -109,12 +109,8 @@ class Arguments:
         """The argument at parameter values."""
         if self.param is None:
             return self.binding.evaluate(values).to(self.dtype)
-        out = values[self.param].reshape(self.shape)
-        if self.binding.normalise == "probs":
-            out = out / out.sum(-1, keepdim=True)
-        elif self.binding.normalise == "logits":
-            out = out.log_softmax(-1)
-        return out if out.dtype == self.dtype else out.to(self.dtype)
+        rows = values[self.param].reshape(self.shape)
+        return normalised(rows, self.binding.normalise).to(self.dtype)
 
 
 def arguments_of(group: Group, values: Mapping[str, Tensor]) -> dict[str, Arguments]:

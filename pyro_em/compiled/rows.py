@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.compiled.features import Gaussian, as_gaussian
-from pyro_em.compiled.solve import Handover
-from pyro_em.compiled.step import Sums, counted
+from pyro_em.compiled.step import Sums, checked, counted
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph, Group
 
@@ -47,7 +46,6 @@ class Rows:
     tables: tuple[int, ...]
     free: tuple[int, ...]
     repeats: Tensor | None
-    name: str = "rows in chunks"
     chunk: int = field(init=False)
     is_counting: dict[int, bool] = field(init=False)
 
@@ -61,7 +59,7 @@ class Rows:
         """Evidence and sums at some arguments.
 
         Raises:
-            Handover: If a row is impossible, or a density is not a number.
+            Handover: If a row is impossible, a density is not a number, or mass was lost.
         """
         groups = self.graph.groups
         device = groups[0].value.device
@@ -79,7 +77,8 @@ class Rows:
         moments: dict[int, Tensor] = {}
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
-            parts = {g: _sliced(groups[g], rows) for g in self.rowwise}
+            size = rows.stop - rows.start
+            parts = {g: _restricted(groups[g], rows, size) for g in self.rowwise}
             joint: Tensor | None = None
             features = {g: rule.features(rows) for g, rule in self.gaussians.items()}
             for g, rule in self.gaussians.items():
@@ -117,15 +116,14 @@ class Rows:
             table = groups[g].log_density(arguments[g]).to(torch.float64)
             evidence = evidence + table.sum()
             collected[g] = counted(groups[g], torch.ones_like(table), arguments[g])
-        total_evidence = float(evidence)
-        if not (-1e300 < total_evidence < 1e300):
-            raise Handover
+        all_rows = self.N if self.repeats is None else float(self.repeats.sum())
+        log_evidence = checked(evidence, mass, all_rows)
         for g, rule in self.gaussians.items():
             collected[g] = rule.statistics(prepared[g], moments[g], mass, arguments[g])
         for g in self.tables:
             collected[g] = self._table_sums(g, mass, arguments[g])
-        size = max((p.size for p in prepared.values()), default=0.0)
-        return Sums(total_evidence, collected, 2e-16 * self.N**0.5 * size)
+        largest = max((p.size for p in prepared.values()), default=0.0)
+        return Sums(log_evidence, collected, 2e-16 * self.N**0.5 * largest)
 
     def _table(self, g: int, arguments: Mapping[str, Tensor]) -> Tensor:
         """Log densities of a group that no row reaches. # (K, 1)"""
@@ -166,9 +164,8 @@ def _add(collected: dict[int, Statistics], g: int, more: Statistics) -> None:
     collected[g] = more if known is None else {n: known[n] + s for n, s in more.items()}
 
 
-def _sliced(group: Group, rows: slice) -> Group:
-    """The group restricted to some rows of its only plate."""
-    size = rows.stop - rows.start
+def _restricted(group: Group, rows: slice | Tensor, size: int) -> Group:
+    """The group at ``size`` of the rows of its only plate."""
 
     def cut(t: Tensor) -> Tensor:
         return t[:, rows] if t.shape[1] > 1 else t
@@ -248,15 +245,5 @@ def _distinct(
     )
     kept = list(graph.groups)
     for g in rowwise:
-        group = kept[g]
-
-        def pick(t: Tensor) -> Tensor:
-            return t[:, first] if t.shape[1] > 1 else t
-
-        kept[g] = replace(
-            group,
-            sizes=(len(counts), *group.sizes[1:]),
-            value=pick(group.value),
-            mask=None if group.mask is None else pick(group.mask),
-        )
+        kept[g] = _restricted(kept[g], first, len(counts))
     return replace(graph, groups=tuple(kept)), counts.to(torch.float64)

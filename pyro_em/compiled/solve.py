@@ -8,21 +8,18 @@ M-step decides and says what it found.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_em.compiled.layout import is_in_order
+from pyro_em.compiled.step import Handover
 from pyro_em.families import Kind
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.closed_form import data_magnitude, onto_events, solve_kind, sum_to, used_events
 from pyro_em.m_step.updates import ClosedForm, ParameterUpdate, bounds
-
-
-class Handover(Exception):
-    """The compiled iteration met something that the full one has to judge."""
 
 
 @dataclass(eq=False)
@@ -31,23 +28,23 @@ class Solver:
 
     Attributes:
         update: What was decided.
-        graph: The collapsed graph.
         shape: The parameter's shape.
         direct: Whether the only use has the parameter's elements in order.
         used: Which events are used at all; None where all are.
         magnitude: What the rounding of a spread is relative to, else None.
         interval: The interval of a scalar constraint.
+        floor: The smallest variance that the user asked for.
+        cells: The shape of the first use's cells.
     """
 
     update: ParameterUpdate
-    graph: FactorGraph
     shape: tuple[int, ...]
     direct: bool
     used: Tensor | None
     magnitude: Tensor | None
     interval: tuple[float, float] | None
-    floor: float = 0.0
-    cells: tuple[int, ...] = field(default=())
+    floor: float
+    cells: tuple[int, ...]
 
     @property
     def kind(self) -> Kind:
@@ -184,7 +181,6 @@ def solvers_of(
         out.append(
             Solver(
                 update,
-                graph,
                 tuple(value.shape),
                 direct,
                 None if bool(used.all()) else used,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from torch import Tensor
 from pyro_em.families.record import Statistics
 from pyro_em.graph import Group
 from pyro_em.statistics import group_statistics
+
+
+class Handover(Exception):
+    """The compiled iteration met something that the full one has to judge."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +31,23 @@ class Sums:
     log_evidence: float
     statistics: Mapping[int, Statistics]
     noise: float = 0.0
+
+
+def checked(log_evidence: Tensor, mass: Tensor, expected: float) -> float:
+    """The log evidence, where it is finite and every posterior sums to one.
+
+    Args:
+        log_evidence: In nats.
+        mass: Posterior probabilities whose sum is known. # any shape
+        expected: That sum.
+
+    Raises:
+        Handover: If not; the full E-step says what is wrong.
+    """
+    value, off = float(log_evidence), float(mass.sum()) - expected
+    if not math.isfinite(value) or not abs(off) <= 1e-6 * expected:
+        raise Handover
+    return value
 
 
 def known_statistics(group: Group) -> Statistics | None:

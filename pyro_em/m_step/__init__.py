@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import DegenerateError, message
-from pyro_em._pyro import restore, snapshot, write_unconstrained
+from pyro_em._pyro import restore, snapshot, values_of, write_unconstrained
 from pyro_em.e_step import dot
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
@@ -89,7 +89,7 @@ def _m_step(
     state: MStepState,
     blend: Blend | None = None,
 ) -> MStepReport:
-    values = {n: p.value() for n, p in graph.parameters.items()}
+    values = values_of(graph.parameters)
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
     needed = groups_reached(graph, {u.name for u in exact})
     needed = [g for g in needed if graph.groups[g].family is not None]

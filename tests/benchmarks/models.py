@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
+from pyro_em._pyro import values_of
 from pyro_em.compiled import compile_iteration
-from pyro_em.compiled_loop import current_values
 from pyro_em.program import Program
 from pyro_em.steps import advance, e_step
 from tests.benchmarks.timing import Steps
@@ -92,7 +92,7 @@ def iterations(model: Callable[..., None], *args: Any) -> Steps:
     pyro.clear_param_store()
     program = ExactPosteriorEM(model)._ready(args, {})
     assert isinstance(program, Program)
-    values = current_values(program)
+    values = values_of(program.graph.parameters)
     iteration = compile_iteration(program.graph, program.updates, values)
     store = pyro.get_param_store().get_state()
 
