@@ -56,7 +56,8 @@ class EMMap:
         """
         try:
             if self.iteration is not None:
-                return Deferred(self.program, self.iteration.e_step(values))
+                iteration = self.iteration
+                return Deferred(self.program, iteration.e_step(iteration.enter(values)))
             write(self.program, values)
             return e_step(self.program)
         except (DataError, DegenerateError, torch.linalg.LinAlgError, ValueError) as error:
@@ -72,8 +73,8 @@ class EMMap:
         if isinstance(at, Deferred):
             assert self.iteration is not None
             try:
-                values, gain = self.iteration.m_step(at.point)
-                return values, at.objective + gain
+                after, gain = self.iteration.m_step(at.point)
+                return self.iteration.values(after), at.objective + gain
             except torch.linalg.LinAlgError as error:
                 raise Handover from error
         self.program.m_step(at.q.counts, at.evaluation)

@@ -196,7 +196,8 @@ class Binding:
             assert self.jacobians is not None
             out = self.constant
             for name, jacobian in self.jacobians.items():
-                out = out + jacobian @ values[name].reshape(-1)
+                # A parameter may be coarser than the data.
+                out = out + jacobian @ values[name].reshape(-1).to(jacobian.dtype)
             return out
         if self.how == "opaque":
             raise ValueError("an opaque binding cannot be evaluated without its model")
@@ -541,5 +542,5 @@ def _as_affine(
             unit[j] = 1
             columns.append(forward(unit.reshape(leaf.shape)).reshape(-1)[top])
         jacobians[name] = torch.stack(columns, -1)
-        offset = offset - jacobians[name] @ leaf.detach().reshape(-1)
+        offset = offset - jacobians[name] @ leaf.detach().reshape(-1).to(jacobians[name].dtype)
     return Binding("affine", tuple(names), offset, jacobians=jacobians)

@@ -33,7 +33,7 @@ def compiled_iteration(program: Program, settings: Settings) -> Iteration | None
 def enter(program: Program, iteration: Iteration) -> Deferred | None:
     """The compiled E-step at the parameters in the store; None where the full one has to look."""
     try:
-        point = iteration.e_step(values_of(program.graph.parameters))
+        point = iteration.e_step(iteration.enter(values_of(program.graph.parameters)))
     except (Handover, torch.linalg.LinAlgError):
         return None
     return Deferred(program, point)
@@ -60,12 +60,12 @@ def advance_compiled(
     over = True
     try:
         while run.num_steps < settings.max_steps:
-            values, gain = iteration.m_step(point)
-            reached = iteration.e_step(values)
+            after, gain = iteration.m_step(point)
+            reached = iteration.e_step(after)
             if reached.objective < point.objective - allowed_fall(point.objective, eps):
                 raise Handover
             if run.num_steps == 0:
-                if not _verified(program, values):
+                if not _verified(program, reached.values):
                     over = False
                     break
                 run.verified = snapshot(program.graph.parameters)

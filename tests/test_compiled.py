@@ -136,6 +136,80 @@ def chain(x: Tensor, K: int, emission: str, mask: Tensor | None = None) -> None:
         steps(x.transpose(0, 1), None if mask is None else mask.T)
 
 
+def counts(x: Tensor, n: Tensor, K: int, family: str) -> None:
+    """Simplex rows, probabilities and rates in all their forms."""
+    w = pyro.param("w", torch.arange(1.0, K + 1) / sum(range(1, K + 1)), constraint=C.simplex)
+    p = pyro.param("p", torch.linspace(0.2, 0.7, K), constraint=C.unit_interval)
+    rows = torch.rand(K, 4) + 0.1
+    E = pyro.param("E", rows / rows.sum(-1, keepdim=True), constraint=C.simplex)
+    L = pyro.param("L", torch.randn(K, 4))
+    rate = pyro.param("rate", torch.linspace(0.5, 3, K), constraint=C.positive)
+    log_rate = pyro.param("log_rate", torch.linspace(-1, 1, K))
+    known = torch.tensor(0.5)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        given = {
+            "Binomial": lambda: dist.Binomial(n, p[z]),
+            "Geometric": lambda: dist.Geometric(p[z]),
+            "Geometric, logits": lambda: dist.Geometric(logits=log_rate[z]),
+            "Bernoulli, one known": lambda: dist.Bernoulli(torch.cat([known.reshape(1), p[1:]])[z]),
+            "Categorical": lambda: dist.Categorical(E[z]),
+            "Categorical, logits": lambda: dist.Categorical(logits=L[z]),
+            "Categorical, shared": lambda: dist.Categorical(E[(z > 0).long()]),
+            "OneHotCategorical": lambda: dist.OneHotCategorical(E[z]),
+            "Multinomial": lambda: dist.Multinomial(3, E[z], validate_args=False),
+            "Poisson, log": lambda: dist.Poisson(log_rate[z].exp()),
+            "Poisson, one known": lambda: dist.Poisson(torch.cat([known.reshape(1), rate[1:]])[z]),
+            "Exponential": lambda: dist.Exponential(rate[z]),
+        }
+        value = {
+            "Bernoulli, one known": (x > 1).to(x),
+            "Categorical": x.long() % 4,
+            "Categorical, logits": x.long() % 4,
+            "Categorical, shared": x.long() % 4,
+            "OneHotCategorical": torch.nn.functional.one_hot(x.long() % 4, 4).to(x),
+            "Multinomial": 3 * torch.nn.functional.one_hot(x.long() % 4, 4).to(x),
+            "Exponential": x + 0.5,
+        }.get(family, x)
+        pyro.sample("x", given[family](), obs=value)
+
+
+COUNTS = (
+    "Binomial", "Geometric", "Geometric, logits", "Bernoulli, one known", "Categorical",
+    "Categorical, logits", "Categorical, shared", "OneHotCategorical", "Multinomial",
+    "Poisson, log", "Poisson, one known", "Exponential",
+)  # fmt: skip
+
+
+def lines(X: Tensor, y: Tensor, K: int, how: str) -> None:
+    """Regressions: own slopes, a shared slope, known or shared noise, an offset per component."""
+    D = X.shape[1]
+    w = pyro.param("w", torch.ones(K) / K, constraint=C.simplex)
+    a = pyro.param("a", torch.linspace(-1, 1, K))
+    b = pyro.param("b", torch.linspace(-1, 1, K * D).reshape(K, D))
+    c = pyro.param("c", torch.zeros(D)) if how == "shared slope" else None
+    shape = () if how == "shared noise" else (K,)
+    s = pyro.param("s", torch.ones(shape), constraint=C.positive) if how != "known noise" else 0.7
+    with pyro.plate("data", len(X)):
+        z = pyro.sample("z", dist.Categorical(w))
+        loc = a[z] + (X @ c if c is not None else (b[z] * X).sum(-1))
+        if how == "offsets":
+            loc = loc + torch.arange(float(K))[z]
+        pyro.sample("y", dist.Normal(loc, s if isinstance(s, float) or not shape else s[z]), obs=y)
+
+
+def switching(x: Tensor, K: int) -> None:
+    """An autoregression whose line depends on a hidden regime. # x: (T,)"""
+    A = pyro.param("A", 0.5 * torch.eye(K) + torch.rand(K, K), constraint=C.simplex)
+    a = pyro.param("a", torch.linspace(-1, 1, K))
+    b = pyro.param("b", torch.linspace(-0.5, 0.9, K))
+    s = pyro.param("s", torch.ones(K), constraint=C.positive)
+    z = None
+    for t in pyro.markov(range(len(x) - 1)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(K) / K if z is None else A[z]))
+        pyro.sample(f"x_{t}", dist.Normal(a[z] + b[z] * x[t], s[z]), obs=x[t + 1])
+
+
 def points(N: int = 200, D: int = 2, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     noise = torch.randn(N, D, generator=g, dtype=torch.float64)
@@ -165,6 +239,15 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
     "classes, missing": (
         Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, True, points(300, 4, 5) > 0.5),
     ),
+    **{
+        f"counts, {family}": (Rows, counts, (symbols(80).double(), symbols(80) + 3.0, 3, family))
+        for family in COUNTS
+    },
+    **{
+        f"lines, {how}": (Rows, lines, (points(90, 2, 3), points(90, 1, 4)[:, 0], 3, how))
+        for how in ("own slopes", "shared slope", "shared noise", "known noise", "offsets")
+    },
+    "switching autoregression": (Chain, switching, (points(40, 1)[:, 0], 2)),
     "mixed": (Rows, mixed, (points(), symbols(200), 3)),
     "chain, one": (Chain, chain, (symbols(40), 3, "Categorical")),
     "chain, short": (Chain, chain, (symbols(3), 2, "Categorical")),
@@ -194,16 +277,17 @@ def steps_of(model: Model, args: tuple[Any, ...], kernel: type | None, steps: in
         assert iteration is None
         return None
     assert iteration is not None and isinstance(iteration.kernel, kernel)
-    full, quick = e_step(program), iteration.e_step(values_of(program.graph.parameters))
+    start = iteration.enter(values_of(program.graph.parameters))
+    full, quick = e_step(program), iteration.e_step(start)
     for index in range(steps):
         reached = advance(program, full, index=index, verify=False)
-        values, gain = iteration.m_step(quick)
+        after, gain = iteration.m_step(quick)
         bound = after_m_step(full, reached.evaluation.tables)
         assert quick.objective + gain == pytest.approx(bound, rel=1e-10, abs=1e-10)
-        full, quick = reached, iteration.e_step(values)
+        full, quick = reached, iteration.e_step(after)
         assert quick.objective == pytest.approx(full.objective, rel=1e-9)
         for name, value in values_of(program.graph.parameters).items():
-            torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(quick.values[name], value, rtol=1e-7, atol=1e-9)
     return iteration
 
 
@@ -368,13 +452,14 @@ def test_chunks_do_not_matter() -> None:
         program.graph, program.updates, values_of(program.graph.parameters)
     )
     assert iteration is not None
-    whole = iteration.e_step(values_of(program.graph.parameters)).sums
+    at = iteration.enter(values_of(program.graph.parameters))
+    whole = iteration.e_step(at).sums
     iteration.kernel.chunk = 37
-    parts = iteration.e_step(values_of(program.graph.parameters)).sums
+    parts = iteration.e_step(at).sums
     assert parts.log_evidence == pytest.approx(whole.log_evidence, rel=1e-13)
-    for g, statistics in whole.statistics.items():
-        for name, value in statistics.items():
-            torch.testing.assert_close(parts.statistics[g][name], value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts.features, whole.features, rtol=1e-9, atol=1e-9)
+    for g, moments in whole.moments.items():
+        torch.testing.assert_close(parts.moments[g], moments, rtol=1e-9, atol=1e-9)
 
 
 def test_repeated_rows_are_computed_once() -> None:
@@ -438,7 +523,7 @@ def test_callbacks_see_every_step() -> None:
         pytest.param(
             lambda x: _two_latents(x), id="two latents"
         ),
-        pytest.param(lambda x: _affine(x), id="least squares"),
+        pytest.param(lambda x: _own_covariates(x), id="own covariates"),
         pytest.param(lambda x: _weighted(x), id="weights"),
     ],
 )  # fmt: skip
@@ -455,11 +540,13 @@ def _two_latents(x: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu[b], 1.0), obs=x)
 
 
-def _affine(x: Tensor) -> None:
+def _own_covariates(x: Tensor) -> None:
     b = pyro.param("b", torch.tensor([-1.0, 1.0]))
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
-        pyro.sample("x", dist.Normal(b[z] * x, 1.0), obs=x)
+        pyro.sample(
+            "x", dist.Normal(b[z] * torch.stack([x, x**2])[z, torch.arange(len(x))], 1.0), obs=x
+        )
 
 
 def _weighted(x: Tensor) -> None:
@@ -535,7 +622,9 @@ def test_clusters_far_apart_do_not_cancel(dtype: torch.dtype, offset: float, D: 
         evidence += -0.5 * (square + 200 * log_det) + 200 * np.log(0.5)
     rel = 1e-10 if dtype is torch.float64 else 2e-6 + 1e-8 * offset
     assert result.log_evidence == pytest.approx(evidence, rel=rel)
-    assert result.history.after_m_step[0] == pytest.approx(evidence, rel=max(rel, 1e-6))
+    # In float32 the sums of squares about the centre of all are rounded as well.
+    rel = max(rel, 1e-6 if dtype is torch.float64 else 4e-6)
+    assert result.history.after_m_step[0] == pytest.approx(evidence, rel=rel)
 
 
 @pytest.mark.parametrize("far", [16.0, 30.0])
@@ -665,7 +754,8 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     values = values_of(program.graph.parameters)
     iteration = compile_iteration(program.graph, program.updates, values)
     assert iteration is not None
-    iteration.e_step(values)
+    at = iteration.enter(values)
+    iteration.e_step(at)
     smooth, plain = forward_backward.smooth, Tensor.div_
     monkeypatch.setattr(
         "pyro_em.compiled.chain.smooth",
@@ -673,4 +763,4 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(Tensor, "div_", lambda self, other: plain(self, other).mul_(0.999))
     with pytest.raises(Handover):
-        iteration.e_step(values)
+        iteration.e_step(at)

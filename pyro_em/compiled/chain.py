@@ -6,162 +6,240 @@ each to the next, and every other factor reads at most one of them. With γ_t = 
     ξ(i, j) = Σ_t α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j) / c_t ,
 
 γ and ξ are the posterior marginals and the expected transitions (Rabiner 1989, eqs. 27 and 37).
+
+Inside, rows are steps before sequences: tables are (K, T, B), so that sequences can be the fastest
+dimension of memory.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_em.compiled.features import Gaussian, Prepared, as_gaussian
+from pyro_em.compiled.at import At
+from pyro_em.compiled.counted import Cells, Counted, Known, cells, counted, known
+from pyro_em.compiled.features import Gaussian, as_gaussian
 from pyro_em.compiled.forward_backward import smooth
 from pyro_em.compiled.layout import is_in_order
-from pyro_em.compiled.step import Sums, checked, counted, known_statistics
+from pyro_em.compiled.lines import Lines
+from pyro_em.compiled.natural import Linears
+from pyro_em.compiled.step import NormalRows, Sums, checked, group_sums, known_statistics, scattered
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph, Group
-from pyro_em.statistics import group_statistics
 
-Ready = tuple[Prepared, Tensor]  # components at some arguments, and the data's features
+_ALL = slice(None)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Chain:
     """The chain that a graph is.
 
     Attributes:
         graph: The collapsed graph.
         couples: The group of transitions.
-        unary: Groups that read one state, and at which steps.
-        free: Groups that read none.
+        transitions: Their table, where they are linear.
+        steps: Groups that read one state, and at which steps; None for 0, 1, 2, … to the last.
+        linear: Those of them that are linear and read rows.
+        cells: Those of them that are linear and read no row, as an initial distribution.
+        normals: Those of them that are Normal and evaluated by matrix products.
+        others: Those of them that their family evaluates.
+        known: Linear groups that read no state.
+        free: Other groups that read none.
         plates: Sizes of the chain's plates.
         T: Its length.
         K: Its number of states.
-        known: Statistics that no argument changes, per group.
-        whole: Unary groups that read steps 0, 1, 2, … to the last.
-        gaussians: Groups that are evaluated by matrix products over features.
+        fixed: T(x) of groups whose family evaluates them, where no argument changes it.
     """
 
     graph: FactorGraph
     couples: int
-    unary: Mapping[int, Tensor]
+    transitions: Cells | None
+    steps: Mapping[int, Tensor | None]
+    linear: Mapping[int, Counted]
+    cells: Mapping[int, Cells]
+    normals: Mapping[int, NormalRows]
+    others: tuple[int, ...]
+    known: Mapping[int, Known]
     free: tuple[int, ...]
     plates: tuple[int, ...]
     T: int
     K: int
-    known: Mapping[int, Statistics | None]
-    whole: frozenset[int]
-    gaussians: Mapping[int, Gaussian]
+    fixed: Mapping[int, Statistics | None]
+    columns: Tensor = field(init=False)
+    base: float = field(init=False)
 
-    def e_step(self, arguments: Sequence[Mapping[str, Tensor]]) -> Sums:
-        """Evidence and sums at some arguments.
+    def __post_init__(self) -> None:
+        parts = [c.columns for c in self.cells.values()]
+        parts += [c.columns.reshape(-1) for c in self.linear.values()]
+        parts += [] if self.transitions is None else [self.transitions.columns]
+        parts += [k.columns for k in self.known.values()]
+        device = self.graph.groups[0].value.device
+        self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
+        self.base = sum(k.base for k in self.known.values())
+        self.base += sum(float(c.base.sum()) for c in self.linear.values())
+
+    @property
+    def B(self) -> int:
+        """Sequences."""
+        return math.prod(self.plates)
+
+    def e_step(self, at: At) -> Sums:
+        """Evidence and sums at some parameters.
 
         Raises:
             Handover: If a step's mass underflows or vanishes, or was lost.
         """
-        groups = self.graph.groups
-        K = self.K
+        groups, K = self.graph.groups, self.K
         # Both halves of the E-step need them.
-        prepared = {
-            g: (rule.prepare(arguments[g]), rule.features(slice(None)))
-            for g, rule in self.gaussians.items()
-        }
-        log_l = self._log_likelihood(arguments, prepared)
-        top = log_l.amax(-1, keepdim=True)
-        likelihood = (log_l - top).exp_()
+        features = {g: rule.features(_ALL, at.prepared[g]) for g, rule in self.normals.items()}
+        log_l = self._log_likelihood(at, features)
+        top = log_l.amax(0)
+        likelihood = log_l.sub_(top).exp_()
         couples = groups[self.couples]
-        log_a = couples.family.log_prob(couples.value, arguments[self.couples])  # type: ignore[union-attr]
-        A = log_a.reshape(K, K).to(torch.float64).exp()
-        gamma, xi, log_evidence = smooth(likelihood, A, self._weight(couples))
+        rows = likelihood.permute(2, 1, 0)  # (B, T, K)
+        gamma, xi, log_evidence = smooth(rows, self._transition(at), self._weight(couples))
         log_evidence = log_evidence.to(top) + top.sum()
+        mass = gamma.permute(2, 1, 0)  # (K, T, B)
+        statistics: dict[int, Statistics] = {}
+        moments: dict[int, tuple[Tensor, Tensor]] = {}
+        entries = []
+        for g, table in self.cells.items():
+            weights = self._at_steps(mass, g)
+            if groups[g].mask is not None:
+                weights = weights * self._mask(groups[g])
+            entries.append(table.counts(weights.sum((1, 2))))
+        for g, part in self.linear.items():
+            entries.append((self._at_steps(mass, g).reshape(K, -1) @ part.phi.T).reshape(-1))
+        for g, rule in self.normals.items():
+            weights = self._at_steps(mass, g)
+            if groups[g].mask is not None:
+                weights = weights * self._mask(groups[g])
+            weights = weights.reshape(K, -1)
+            if isinstance(rule, Gaussian):
+                weights = weights.to(rule.x.dtype)
+            total = weights.sum(1, dtype=torch.float64)
+            moments[g] = rule.moments(at.prepared[g], weights, features[g]), total
+            log_evidence = log_evidence + rule.correction(at.prepared[g], *moments[g])
+        for g in self.others:
+            statistics[g] = self._counted(g, self._at_steps(mass, g), at.arguments[g])
+        if self.transitions is not None:
+            entries.append(self.transitions.counts(xi.reshape(-1)))
+        else:  # the mask is in the weights already
+            counts = xi.reshape(1, *(1,) * couples.n_plates, K, K)
+            arguments, fixed = at.arguments[self.couples], self.fixed[self.couples]
+            statistics[self.couples] = group_sums(couples, counts, arguments, fixed, masked=True)
+        for k in self.known.values():
+            log_evidence = log_evidence + torch.dot(k.f, at.eta[k.columns])
+            entries.append(k.f)
         for g in self.free:
-            log_evidence = log_evidence + groups[g].log_density(arguments[g]).sum()
-        evidence = checked(log_evidence, gamma, float(gamma.shape[0] * self.T))
-        statistics = {
-            g: self._counted(g, gamma[:, s], arguments[g], prepared.get(g))
-            for g, s in self.unary.items()
-        }
-        # The mask is in the weights already.
-        counts = xi.reshape(1, *(1,) * couples.n_plates, K, K)
-        statistics[self.couples] = group_statistics(
-            couples, counts, arguments[self.couples], self.known.get(self.couples)
-        )
-        for g in self.free:
-            ones = groups[g].value.new_ones((len(groups[g].members), *groups[g].sizes))
-            counts = ones.to(torch.float64)
-            statistics[g] = counted(groups[g], counts, arguments[g], self.known.get(g))
-        return Sums(evidence, statistics)
+            table = groups[g].log_density(at.arguments[g]).to(torch.float64)
+            log_evidence = log_evidence + table.sum()
+            statistics[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
+        evidence = checked(log_evidence, gamma, float(self.B * self.T)) + self.base
+        expected = scattered(at.eta, self.columns, entries) if entries else None
+        return Sums(evidence, expected, moments, statistics)
 
-    def _log_likelihood(
-        self, arguments: Sequence[Mapping[str, Tensor]], prepared: Mapping[int, Ready]
-    ) -> Tensor:
-        """Log densities that read one state, summed per step. # (B, T, K)"""
+    def _at_steps(self, mass: Tensor, g: int) -> Tensor:
+        """Marginals at the steps of a group. # (K, steps, B)"""
+        steps = self.steps[g]
+        return mass if steps is None else mass[:, steps]
+
+    def _log_likelihood(self, at: At, features: Mapping[int, Any]) -> Tensor:
+        """Log densities that read one state, summed per step. # (K, T, B)"""
+        shape = (self.K, self.T, self.B)
         out: Tensor | None = None
+        tables: list[tuple[int, Tensor]] = []
+        for g, part in self.linear.items():
+            theta = at.eta[part.columns]
+            if self.steps[g] is None:
+                flat = None if out is None else out.reshape(self.K, -1)
+                table = theta @ part.phi if flat is None else torch.addmm(flat, theta, part.phi)
+                out = table.reshape(shape)
+            else:
+                tables.append((g, (theta @ part.phi).reshape(self.K, -1, self.B)))
+        for g, rule in self.normals.items():
+            table = rule.log_density(at.prepared[g], features[g]).reshape(self.K, -1, self.B)
+            tables.append((g, self._masked(g, table)))
+        for g in self.others:
+            group = self.graph.groups[g]
+            table = group.log_density(at.arguments[g]).reshape(len(group.members), -1, self.K)
+            tables.append((g, table.permute(2, 0, 1)))
+        for g, cell in self.cells.items():
+            tables.append((g, self._masked(g, cell.table(at.eta).reshape(-1, 1, 1))))
         # A group that covers every step first: nothing has to be filled with zeros.
-        for g in sorted(self.unary, key=lambda g: g not in self.whole):
-            steps = self.unary[g]
-            table = self._table(g, arguments[g], prepared.get(g)).to(torch.float64)
-            if out is None and g in self.whole:
-                out = table.expand(math.prod(self.plates), -1, -1).contiguous()
+        for g, table in sorted(tables, key=lambda pair: self.steps[pair[0]] is not None):
+            steps = self.steps[g]
+            if steps is None:
+                table = table.to(torch.float64)
+                out = table.expand(shape).contiguous() if out is None else out + table
                 continue
             if out is None:
-                out = table.new_zeros(math.prod(self.plates), self.T, self.K)
-            out.index_add_(1, steps, table.expand(len(out), -1, -1))
+                out = torch.zeros(shape, dtype=torch.float64, device=table.device)
+            if len(steps) == 1:  # an initial distribution
+                out[:, steps[0]] += table.squeeze(1)
+            else:
+                out.index_add_(1, steps, table.to(out.dtype).expand(-1, len(steps), self.B))
         assert out is not None
         return out
 
-    def _table(self, g: int, arguments: Mapping[str, Tensor], prepared: Ready | None) -> Tensor:
-        """Log densities of a unary group. # (B, members, K)"""
-        group, M = self.graph.groups[g], len(self.graph.groups[g].members)
-        if prepared is None:
-            table = group.log_density(arguments).reshape(M, -1, self.K)
-            return table.transpose(0, 1)
-        rows = self.gaussians[g].log_density(*prepared)
-        table = rows.reshape(self.K, M, -1).permute(2, 1, 0)
-        if group.mask is None:
+    def _transition(self, at: At) -> Tensor:
+        """Transition probabilities. # (K, K)"""
+        if self.transitions is not None:
+            return self.transitions.table(at.eta).exp_().reshape(self.K, self.K)
+        couples = self.graph.groups[self.couples]
+        assert couples.family is not None
+        log_a = couples.family.log_prob(couples.value, at.arguments[self.couples])
+        return log_a.reshape(self.K, self.K).to(torch.float64).exp()
+
+    def _counted(self, g: int, weights: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
+        group = self.graph.groups[g]
+        counts = weights.permute(1, 2, 0)  # (members, B, K)
+        counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
+        return group_sums(group, counts, arguments, self.fixed[g])
+
+    def _masked(self, g: int, table: Tensor) -> Tensor:
+        """Zero where a group does not count. # (K, members or 1, B or 1)"""
+        if self.graph.groups[g].mask is None:
             return table
-        return torch.where(self._mask(group).unsqueeze(-1), table, 0.0)
+        return torch.where(self._mask(self.graph.groups[g]), table, 0.0)
 
     def _mask(self, group: Group) -> Tensor:
-        """Where a group counts. # (B or 1, members or 1)"""
+        """Where a group counts. # (members or 1, B or 1)"""
         assert group.mask is not None
-        return group.mask.reshape(group.mask.shape[0], -1).T
-
-    def _counted(
-        self,
-        g: int,
-        gamma: Tensor,
-        arguments: Mapping[str, Tensor],
-        prepared: Ready | None,
-    ) -> Statistics:
-        group = self.graph.groups[g]
-        if prepared is not None:
-            rule, (components, features) = self.gaussians[g], prepared
-            if group.mask is not None:
-                gamma = gamma * self._mask(group).unsqueeze(-1)
-            weights = gamma.permute(2, 1, 0).reshape(self.K, -1).to(rule.x.dtype)
-            moments = rule.moments(components, weights, features)
-            return rule.statistics(components, moments, gamma.sum((0, 1)), arguments)
-        counts = gamma.transpose(0, 1)  # (members, B, K)
-        counts = counts.sum(1) if group.n_plates == 0 else counts.reshape(-1, *self.plates, self.K)
-        return counted(group, counts, arguments, self.known.get(g))
+        return group.mask.reshape(group.mask.shape[0], -1)
 
     def _weight(self, couples: Group) -> Tensor | None:
         """How much each transition counts: masked ones do not. # (B or 1, T - 1 or 1)"""
         if couples.mask is None:
             return None
-        return self._mask(couples).to(torch.float64)
+        return self._mask(couples).T.to(torch.float64)
 
 
-def as_chain(graph: FactorGraph) -> Chain | None:
-    """The chain that a collapsed graph is, or None.
+@dataclass(frozen=True)
+class Shape:
+    """The groups of a chain, by what they read."""
 
-    Args:
-        graph: A collapsed graph.
-    """
+    couples: int
+    unary: Mapping[int, tuple[int, ...]]
+    free: tuple[int, ...]
+
+    def eligible(self, graph: FactorGraph) -> list[int]:
+        """Groups whose arguments are the same at all steps and for all sequences."""
+        return [
+            g
+            for g, group in enumerate(graph.groups)
+            if g in self.free
+            or all(n == 1 for a in group.arguments.values() for n in a.shape[: 1 + group.n_plates])
+        ]
+
+
+def shape_of_chain(graph: FactorGraph) -> Shape | None:
+    """Whether a collapsed graph is a homogeneous chain; by looking only."""
     latents = list(graph.latents)
     if len(latents) < 3:
         return None
@@ -171,7 +249,9 @@ def as_chain(graph: FactorGraph) -> Chain | None:
     ):
         return None
     place = {name: t for t, name in enumerate(latents)}
-    couples, unary, free = None, {}, []
+    couples: int | None = None
+    unary: dict[int, tuple[int, ...]] = {}
+    free: list[int] = []
     for g, group in enumerate(graph.groups):
         read = [[d for d in dims if d in place] for dims in group.dims]
         degree = {len(r) for r in read}
@@ -182,25 +262,85 @@ def as_chain(graph: FactorGraph) -> Chain | None:
         if plates not in ((), first.plates) or group.family is None:
             return None
         if degree == {1} and group.sizes[-1] == first.size:
-            unary[g] = torch.tensor([place[r[0]] for r in read], device=group.value.device)
+            unary[g] = tuple(place[r[0]] for r in read)
         elif degree == {2} and couples is None and _steps(read, place):
             couples = g
         else:
             return None
     if couples is None:
         return None
-    group, K = graph.groups[couples], first.size
+    group = graph.groups[couples]
     mask_is_of_latents = group.mask is None or (group.mask.shape[-1] == group.mask.shape[-2] == 1)
     tensors = [group.value, *group.arguments.values()]
     repeated = all(n == 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
-    sizes = tuple(graph.dim_size(p) for p in first.plates)
     if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
         return None
-    T = len(latents)
-    whole = frozenset(g for g, steps in unary.items() if len(steps) == T and is_in_order(steps))
-    gaussians = {g: rule for g in unary if (rule := as_gaussian(graph.groups[g], K)) is not None}
-    known = {g: known_statistics(group) for g, group in enumerate(graph.groups)}
-    return Chain(graph, couples, unary, tuple(free), sizes, T, K, known, whole, gaussians)
+    return Shape(couples, unary, tuple(free))
+
+
+def as_chain(
+    graph: FactorGraph, shape: Shape, linears: Linears, lines: Mapping[int, Lines]
+) -> Chain | None:
+    """The kernel of a chain, or None.
+
+    Args:
+        graph: A collapsed graph.
+        shape: Its shape.
+        linears: Features of its linear groups.
+        lines: Its groups with an affine mean.
+    """
+    groups = graph.groups
+    first = next(iter(graph.latents.values()))
+    T, K = len(graph.latents), first.size
+    linear: dict[int, Counted] = {}
+    tables: dict[int, Cells] = {}
+    normals: dict[int, NormalRows] = {}
+    steps: dict[int, Tensor | None] = {}
+    others: list[int] = []
+    for g, places in shape.unary.items():
+        at = torch.tensor(places, device=groups[g].value.device)
+        steps[g] = None if len(at) == T and is_in_order(at) else at
+        if g in linears and _reads_no_row(groups[g]):
+            tables[g] = cells(groups[g], *linears[g])
+        elif g in linears:
+            part = counted(groups[g], *linears[g], K, members_are_rows=True)
+            if part is None:
+                return None
+            linear[g] = part
+        elif g in lines:
+            normals[g] = lines[g]
+        elif (rule := as_gaussian(groups[g], K)) is not None:
+            normals[g] = rule
+        else:
+            others.append(g)
+    couples = shape.couples
+    is_linear = couples in linears
+    return Chain(
+        graph,
+        couples,
+        cells(groups[couples], *linears[couples]) if is_linear else None,
+        steps,
+        linear,
+        tables,
+        normals,
+        tuple(others),
+        {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
+        tuple(g for g in shape.free if g not in linears),
+        tuple(graph.dim_size(p) for p in first.plates),
+        T,
+        K,
+        {g: known_statistics(groups[g]) for g in [*others, *([] if is_linear else [couples])]},
+    )
+
+
+def _reads_no_row(group: Group) -> bool:
+    """Whether the group is one table of the state, the same for all sequences."""
+    tensors = [group.value, *group.arguments.values()]
+    return (
+        len(group.members) == 1
+        and not group.observed
+        and all(n == 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
+    )
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

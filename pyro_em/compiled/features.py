@@ -37,6 +37,7 @@ class Prepared:
         whiten: W, stacked. # (K * D, D)
         shift: W μ'. # (K * D, 1)
         mean: μ', about which moments are taken where the data are whitened. # (K, D)
+        wide: The same two in float64. # (K, P), (K, 1)
         size: The largest term of the expanded square, times √D: what its rounding is relative to.
     """
 
@@ -45,6 +46,7 @@ class Prepared:
     whiten: Tensor | None = None
     shift: Tensor | None = None
     mean: Tensor | None = None
+    wide: tuple[Tensor, Tensor] | None = None
     size: float = 0.0
 
 
@@ -69,14 +71,22 @@ class Gaussian:
     K: int
     scalar: bool
     lead: int
-    reach: Tensor = field(init=False)
+    reach2: Tensor = field(init=False)
     upper: tuple[Tensor, Tensor] = field(init=False)
+    full: Tensor = field(init=False)
+    halved: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         D = self.x.shape[0]
-        self.reach = self.x.abs().amax(1).to(torch.float64)
+        self.reach2 = self.x.abs().amax(1).to(torch.float64).square()
         pairs = torch.triu_indices(D, D, device=self.x.device)
         self.upper = (pairs[0], pairs[1])
+        full = torch.zeros(D, D, dtype=torch.long, device=self.x.device)
+        full[pairs[0], pairs[1]] = full[pairs[1], pairs[0]] = torch.arange(
+            pairs.shape[1], device=self.x.device
+        )
+        self.full = full.reshape(-1)
+        self.halved = torch.where(pairs[0] == pairs[1], -0.5, -1.0).to(torch.float64)
 
     @property
     def limit(self) -> float:
@@ -93,36 +103,49 @@ class Gaussian:
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Prepared:
         """Coefficients at some arguments."""
+        D, spread = self.x.shape[0], arguments[self.spread].to(torch.float64)
+        if self.diagonal:
+            root = spread.reshape(-1, 1 if self.scalar else spread.shape[-1]).expand(-1, D)
+        else:
+            root = spread.reshape(-1, D, D)
+            root = root if self.spread == "scale_tril" else torch.linalg.cholesky(root)
+        return self.prepare_at(self._each(self._shift(arguments["loc"])), root)
+
+    def prepare_at(self, mu: Tensor, root: Tensor) -> Prepared:
+        """Coefficients at centred means and roots of the spread.
+
+        Args:
+            mu: μ'. # (K, D)
+            root: Standard deviations, or Cholesky factors. # (K or 1, D) or (K or 1, D, D)
+        """
         D, dtype = self.x.shape[0], self.x.dtype
-        mu = self._each(self._shift(arguments["loc"]))
-        spread = arguments[self.spread].to(torch.float64)
         log_2pi = D * math.log(2 * math.pi)
         if self.diagonal:
-            rows = spread.reshape(-1, 1 if self.scalar else spread.shape[-1])
-            sigma = self._each(rows.expand(-1, D))
+            sigma = self._each(root)
             precision = sigma**-2
             log_det = 2 * sigma.log().sum(-1)
-            size = D**0.5 * float((precision * self.reach**2).max())
+            size = D**0.5 * float((precision * self.reach2).max())
             if not size <= self.limit:
                 return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
-            linear = torch.cat([precision * mu, -0.5 * precision], -1)
-            constant = -0.5 * ((precision * mu * mu).sum(-1) + log_det + log_2pi)
-            return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype), size=size)
-        matrix = spread.reshape(-1, D, D)
-        tril = matrix if self.spread == "scale_tril" else torch.linalg.cholesky(matrix)
-        log_det = 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        if D <= _MANY:
-            precision = torch.cholesky_inverse(tril)
-            size = D**0.5 * float((precision.diagonal(dim1=-2, dim2=-1) * self.reach**2).max())
-            if size <= self.limit:
-                along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
-                i, j = self.upper
-                squares = self._each(precision[:, i, j] * torch.where(i == j, -0.5, -1.0))
-                constant = -0.5 * ((along * mu).sum(-1) + log_det + log_2pi)
-                linear = torch.cat([along, squares], -1)
-                return Prepared(linear.to(dtype), constant.unsqueeze(-1).to(dtype), size=size)
-        eye = torch.eye(D, dtype=torch.float64, device=tril.device)
-        return self._whitened(mu, torch.linalg.solve_triangular(tril, eye, upper=False), log_det)
+            along = precision * mu
+            squares = -0.5 * precision
+        else:
+            log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            size = math.inf
+            if D <= _MANY:
+                precision = torch.cholesky_inverse(root)
+                size = float((precision.diagonal(dim1=-2, dim2=-1) * self.reach2).max())
+                size *= D**0.5
+            if not size <= self.limit:
+                eye = torch.eye(D, dtype=torch.float64, device=root.device)
+                whiten = torch.linalg.solve_triangular(root, eye, upper=False)
+                return self._whitened(mu, whiten, log_det)
+            along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
+            squares = self._each(precision[:, self.upper[0], self.upper[1]] * self.halved)
+        constant = (-0.5 * ((along * mu).sum(-1) + log_det + log_2pi)).unsqueeze(-1)
+        linear = torch.cat([along, squares], -1)
+        wide = (linear, constant)
+        return Prepared(linear.to(dtype), constant.to(dtype), wide=wide, size=size)
 
     def _shift(self, loc: Tensor) -> Tensor:
         """μ' = μ − c. # (K or 1, D)"""
@@ -142,10 +165,11 @@ class Gaussian:
             None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype), mu.to(dtype)
         )
 
-    def log_density(self, p: Prepared, features: Tensor) -> Tensor:
-        """Log densities of some rows, from their features. # (K, rows)"""
+    def log_density(self, p: Prepared, features: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
+        constant = p.constant if onto is None else p.constant + onto.to(p.constant.dtype)
         if p.linear is not None:
-            return torch.addmm(p.constant, p.linear, features)
+            return torch.addmm(constant, p.linear, features)
         assert p.whiten is not None and p.shift is not None and p.mean is not None
         D = self.x.shape[0]
         if features.dtype == torch.float32:  # W x' − W μ' would cancel, x' − μ' does not
@@ -154,9 +178,9 @@ class Gaussian:
         else:
             white = torch.addmm(p.shift, p.whiten, features[:D], beta=-1)
         squares = white.square_().reshape(self.K, D, -1).sum(1)
-        return squares.mul_(-0.5).add_(p.constant)
+        return squares.mul_(-0.5).add_(constant)
 
-    def features(self, rows: slice) -> Tensor:
+    def features(self, rows: slice, p: Prepared | None = None) -> Tensor:
         """x' and its products; x' alone in many dimensions. # (P, rows)"""
         x = self.x[:, rows]
         if not self.diagonal and x.shape[0] > _MANY:
@@ -189,6 +213,13 @@ class Gaussian:
             out.append(torch.cat([weighted.sum(-1), second]))
         return torch.stack(out).to(torch.float64)
 
+    def correction(self, p: Prepared, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """What rounded coefficients cost the log evidence, to first order, in nats."""
+        if p.wide is None or p.linear is None or p.linear.dtype == torch.float64:
+            return 0.0
+        linear, constant = (a - b for a, b in zip(p.wide, (p.linear, p.constant), strict=True))
+        return (moments * linear).sum() + (mass * constant.squeeze(-1)).sum()
+
     def statistics(
         self, p: Prepared, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
     ) -> Statistics:
@@ -207,10 +238,7 @@ class Gaussian:
                 )
             weight = mass.unsqueeze(-1).expand(-1, D)
             return self._shaped({"deviation": deviation, "square": square, "weight": weight})
-        i, j = self.upper
-        second = moments.new_zeros(self.K, D, D)
-        second[:, i, j] = moments[:, D:]
-        second[:, j, i] = moments[:, D:]
+        second = moments[:, D:][:, self.full].reshape(self.K, D, D)
         cross = first.unsqueeze(-1) * mu.unsqueeze(-2)
         outer = mass[:, None, None] * (mu.unsqueeze(-1) * mu.unsqueeze(-2))
         square = second - cross - cross.mT + outer

@@ -9,43 +9,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_em._pyro import Role
-from pyro_em.compiled.chain import Chain, as_chain
+from pyro_em.compiled.at import At
+from pyro_em.compiled.chain import Chain, as_chain, shape_of_chain
+from pyro_em.compiled.features import Gaussian
 from pyro_em.compiled.forms import expected_log_density, main_rule
-from pyro_em.compiled.layout import (
-    Arguments,
-    arguments_of,
-    collapsed,
-    collapsed_updates,
-    evaluate,
-)
-from pyro_em.compiled.rows import Rows, as_rows
+from pyro_em.compiled.gaussians import owned
+from pyro_em.compiled.layout import Arguments, arguments_of, collapsed, collapsed_updates
+from pyro_em.compiled.lines import Lines, as_lines
+from pyro_em.compiled.natural import Naturals, State, naturals
+from pyro_em.compiled.rows import Rows, as_rows, distinct, shape_of_rows
 from pyro_em.compiled.solve import Solver, solvers_of
-from pyro_em.compiled.step import Handover, Sums
+from pyro_em.compiled.step import Handover, NormalSolver, Sums
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
-from pyro_em.m_step import ClosedForm, Fixed, ParameterUpdate
+from pyro_em.m_step import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """Where a compiled run stands: values, the arguments that they make, the E-step there."""
+    """Where a compiled run stands: the parameters, and the E-step there."""
 
-    values: Values
-    arguments: list[dict[str, Tensor]]
+    iteration: Iteration
+    at: At
     sums: Sums
 
     @property
     def objective(self) -> float:
         """The log evidence in nats."""
         return self.sums.log_evidence
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """All parameters by name."""
+        return self.iteration.values(self.at)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,72 +61,141 @@ class Iteration:
     Attributes:
         graph: The collapsed graph.
         kernel: The E-step.
-        solvers: The M-step, locations first.
+        naturals: The M-step of simplex rows, probabilities and rates; None where there are none.
+        owned: The M-step of Normal groups with parameters of their own.
+        solvers: The M-step of all other parameters, locations first.
         evaluators: How arguments are computed, per group.
-        reached: Groups whose density a closed form changes.
+        others: Groups whose arguments the E-step or a solver reads.
+        reached: Those of them whose density a solver changes.
     """
 
     graph: FactorGraph
     kernel: Rows | Chain
+    naturals: Naturals | None
+    owned: Mapping[int, NormalSolver]
     solvers: Sequence[Solver]
     evaluators: Sequence[Mapping[str, Arguments]]
+    others: tuple[int, ...]
     reached: tuple[int, ...]
 
     @torch.no_grad()
-    def e_step(self, values: Values) -> Point:
-        """The E-step at some values.
+    def enter(self, values: Values) -> At:
+        """Parameter values in the form of the E-step.
 
         Raises:
             Handover: If the full E-step has to look.
         """
-        arguments = evaluate(self.evaluators, values)
-        return Point(values, arguments, self.kernel.e_step(arguments))
+        natural = None if self.naturals is None else self.naturals.enter(values)
+        components = {g: own.enter(values) for g, own in self.owned.items()}
+        held = self._held()
+        rest = {name: v for name, v in values.items() if name not in held}
+        return self._at(natural, components, rest)
 
-    def tells_apart(self, at: Point) -> bool:
+    def _held(self) -> frozenset[str]:
+        names = set() if self.naturals is None else set(self.naturals.params)
+        for own in self.owned.values():
+            names |= set(own.params)
+        return frozenset(names)
+
+    def _at(self, natural: State | None, components: Mapping[int, Any], rest: Values) -> At:
+        arguments = {
+            g: {name: a.evaluate(rest) for name, a in self.evaluators[g].items()}
+            for g in self.others
+        }
+        prepared = {g: c.prepared for g, c in components.items()}
+        for g, rule in self.kernel.normals.items():
+            if g not in prepared and isinstance(rule, Gaussian):
+                prepared[g] = rule.prepare(arguments[g])
+        return At(natural, components, rest, arguments, prepared)
+
+    @torch.no_grad()
+    def values(self, at: At) -> dict[str, Tensor]:
+        """All parameters by name."""
+        out = dict(at.values)
+        if self.naturals is not None and at.natural is not None:
+            out |= self.naturals.values(at.natural)
+        for g, own in self.owned.items():
+            out |= own.values(at.components[g])
+        return out
+
+    @torch.no_grad()
+    def e_step(self, at: At) -> Point:
+        """The E-step at some parameters.
+
+        Raises:
+            Handover: If the full E-step has to look.
+        """
+        return Point(self, at, self.kernel.e_step(at))
+
+    def tells_apart(self, point: Point) -> bool:
         """Whether the components differ in an argument of what is observed."""
         return any(
-            _tells_apart(a, 1 + group.n_plates, 1 + len(group.sizes))
-            for group, arguments in zip(self.graph.groups, at.arguments, strict=True)
+            _tells_apart(a.evaluate(point.values), 1 + group.n_plates, 1 + len(group.sizes))
+            for group, evaluators in zip(self.graph.groups, self.evaluators, strict=True)
             if group.observed and (group.mask is None or bool(group.mask.any()))
-            for a in arguments.values()
-            if a.is_floating_point()
+            for a in evaluators.values()
+            if a.dtype.is_floating_point
         )
 
     @torch.no_grad()
-    def m_step(self, at: Point) -> tuple[dict[str, Tensor], float]:
+    def m_step(self, point: Point) -> tuple[At, float]:
         """The M-step from an E-step.
 
         Returns:
-            The new values, and by how much they raise the expected log joint, in nats.
+            The new parameters, and by how much they raise the expected log joint, in nats.
 
         Raises:
             Handover: If the full M-step has to look.
         """
-        before = [{n: _wide(a) for n, a in group.items()} for group in at.arguments]
-        statistics = {
-            g: {
-                **{n: _wide(t) for n, t in s.items()},
-                **{f"reference:{n}": a for n, a in before[g].items()},
-            }
-            for g, s in at.sums.statistics.items()
-        }
-        values, current = dict(at.values), [dict(a) for a in before]
+        at, sums, gains = point.at, point.sums, []
+        natural = at.natural
+        if self.naturals is not None and natural is not None and sums.features is not None:
+            natural, gain = self.naturals.m_step(natural, sums.features)
+            gains.append(gain)
+        components = {}
+        for g, own in self.owned.items():
+            components[g], gain = own.m_step(at.components[g], *sums.moments[g])
+            gains.append(gain)
+        after = at
+        if self.solvers:
+            rest, gain = self._solve(at, sums)
+            gains.append(gain)
+            after = self._at(natural, components, rest)
+        else:
+            prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
+            after = replace(at, natural=natural, components=components, prepared=prepared)
+        total = float(gains[0] if len(gains) == 1 else torch.stack(gains).sum())
+        if not math.isfinite(total):
+            raise Handover
+        return after, total
+
+    def _solve(self, at: At, sums: Sums) -> tuple[dict[str, Tensor], Tensor]:
+        """Parameters that no vector holds, one after the other, and what they gain."""
+        before = {g: {n: _wide(a) for n, a in at.arguments[g].items()} for g in self.others}
+        statistics = {}
+        for g in self.reached:
+            rule = self.kernel.normals.get(g)
+            if not isinstance(rule, Gaussian):
+                own = sums.statistics[g]
+            else:
+                own = rule.statistics(at.prepared[g], *sums.moments[g], at.arguments[g])
+            references = {f"reference:{n}": a for n, a in before[g].items()}
+            statistics[g] = {**{n: _wide(t) for n, t in own.items()}, **references}
+        values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
             name = solver.update.name
             values[name] = solver.solve(statistics, current, values[name])
-            for g, evaluators in enumerate(self.evaluators):
-                for argument, evaluator in evaluators.items():
+            for g in self.reached:
+                for argument, evaluator in self.evaluators[g].items():
                     if name in evaluator.binding.params:
                         current[g][argument] = _wide(evaluator.evaluate(values))
-        gain = 0.0
+        gains = []
         for g in self.reached:
             family = self.graph.groups[g].family
             assert family is not None
-            after = expected_log_density(family, statistics[g], current[g])
-            gain += float(after - expected_log_density(family, statistics[g], before[g]))
-        if not math.isfinite(gain):
-            raise Handover
-        return values, gain
+            gains.append(expected_log_density(family, statistics[g], current[g]))
+            gains.append(-expected_log_density(family, statistics[g], before[g]))
+        return values, torch.stack([gain.to(torch.float64) for gain in gains]).sum()
 
 
 def _tells_apart(argument: Tensor, first: int, dims: int) -> bool:
@@ -148,29 +223,74 @@ def compile_iteration(
         updates: As decided.
         values: Parameter values, for their shapes.
     """
-    exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm)}
+    if not _can_compile(graph, updates):
+        return None
+    graph = collapsed(graph)
+    chain = shape_of_chain(graph)
+    rows = shape_of_rows(graph) if chain is None else None
+    repeats: Tensor | None = None
+    if rows is not None:
+        graph, repeats = distinct(graph, rows)
+    shape = chain or rows
+    if shape is None:
+        return None
+    own = collapsed_updates(updates, graph)
+    found = naturals(graph, own, values, shape.eligible(graph))
+    layout, linears = found if found is not None else (None, {})
+    K = next(iter(graph.latents.values())).size
+    lines = {
+        g: line
+        for g in range(len(graph.groups))
+        if (line := as_lines(g, graph, updates, values, K)) is not None
+    }
+    kernel: Rows | Chain | None = None
+    if chain is not None:
+        kernel = as_chain(graph, chain, linears, lines)
+    elif rows is not None:
+        kernel = as_rows(graph, rows, repeats, linears, lines)
+    if kernel is None:
+        return None
+    components: dict[int, NormalSolver] = {}
+    for g, rule in kernel.normals.items():
+        solver: NormalSolver | None = None
+        if isinstance(rule, Lines):
+            solver = rule
+        elif isinstance(rule, Gaussian):
+            solver = owned(g, rule, graph, own, values)
+        if solver is not None:
+            components[g] = solver
+    others = tuple(g for g in range(len(graph.groups)) if g not in linears and g not in components)
+    held = frozenset(() if layout is None else layout.params)
+    held |= {name for c in components.values() for name in c.params}
+    rest = {name: u for name, u in own.items() if name not in held}
+    if any(isinstance(u.update, LeastSquares) for u in rest.values()):
+        return None
+    solvers = solvers_of(rest, graph, values)
+    solved = {s.update.name for s in solvers}
+    reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
+    evaluators = [arguments_of(group, values) for group in graph.groups]
+    return Iteration(graph, kernel, layout, components, solvers, evaluators, others, reached)
+
+
+def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> bool:
+    """Whether all is closed forms on plain selections; by looking only."""
+    exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm | LeastSquares)}
     others = [u for n, u in updates.items() if n not in exact]
     if any(not isinstance(u.update, Fixed) for u in others) or not exact:
-        return None
+        return False
     if any(u.priors or u.kind is Kind.MEDIAN for u in exact.values()):
-        return None
+        return False
     for group in graph.groups:
         plain = all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale)
         if group.role is Role.POINT or group.value_binding is not None or not plain:
-            return None
-        if group.family is None or any(
-            b.how not in ("constant", "selection") for b in group.bindings.values()
-        ):
-            return None
+            return False
+        if group.family is None:
+            return False
+        for argument, binding in group.bindings.items():
+            is_line = binding.how == "affine" and argument == "loc"
+            if not is_line and binding.how not in ("constant", "selection"):
+                return False
         touched = set(exact).intersection(group.params)
         if touched and main_rule(group.family, group.arguments) is None:
-            return None
-    graph = collapsed(graph)
-    kernel = as_chain(graph) or as_rows(graph)
-    if kernel is None:
-        return None
-    graph = kernel.graph
-    reached = tuple(g for g, group in enumerate(graph.groups) if set(exact) & set(group.params))
-    own = collapsed_updates(updates, graph)
-    evaluators = [arguments_of(group, values) for group in graph.groups]
-    return Iteration(graph, kernel, solvers_of(own, graph, values), evaluators, reached)
+            return False
+    return True

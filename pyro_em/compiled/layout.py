@@ -6,7 +6,7 @@ copies become one, and expected counts are summed over the steps before anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,13 +123,7 @@ def arguments_of(group: Group, values: Mapping[str, Tensor]) -> dict[str, Argume
     out = {}
     for name, binding in group.bindings.items():
         kept = group.arguments[name]
-        param = None
-        if binding.how == "selection" and len(binding.selections) == 1:
-            (s,) = binding.selections
-            whole = values[s.param].numel() == s.index.numel()
-            plain = not s.maps and s.factor is None
-            if whole and plain and is_in_order(s.index):
-                param = s.param
+        param = whole_parameter(binding, values)
         out[name] = Arguments(binding, param, tuple(kept.shape), kept.dtype)
     return out
 
@@ -140,8 +134,10 @@ def is_in_order(index: Tensor) -> bool:
     return bool((flat == torch.arange(len(flat), device=flat.device)).all())
 
 
-def evaluate(
-    evaluators: Sequence[Mapping[str, Arguments]], values: Mapping[str, Tensor]
-) -> list[dict[str, Tensor]]:
-    """All groups' arguments at parameter values."""
-    return [{name: a.evaluate(values) for name, a in group.items()} for group in evaluators]
+def whole_parameter(binding: Binding, values: Mapping[str, Tensor]) -> str | None:
+    """The parameter whose elements are the argument's, one to one and in order."""
+    if binding.how != "selection" or len(binding.selections) != 1:
+        return None
+    (s,) = binding.selections
+    plain = not s.maps and s.factor is None and s.index.numel() == values[s.param].numel()
+    return s.param if plain and is_in_order(s.index) else None

@@ -8,19 +8,23 @@ that occur several times are computed once and counted as often as they occur, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.compiled.at import At
+from pyro_em.compiled.counted import Cells, Counted, Known, cells, counted, known, merged
 from pyro_em.compiled.features import Gaussian, as_gaussian
-from pyro_em.compiled.step import Sums, checked, counted
+from pyro_em.compiled.lines import Lines
+from pyro_em.compiled.natural import Linears
+from pyro_em.compiled.step import NormalRows, Sums, checked, group_sums, scattered
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph, Group
 
 _CHUNK_CELLS = 2**18
+_IMPOSSIBLE = -1e29
 
 
 @dataclass(eq=False)
@@ -31,65 +35,79 @@ class Rows:
         graph: The collapsed graph; values may hold distinct rows only.
         N: Rows that are held.
         K: Components.
-        rowwise: Groups that are evaluated chunk by chunk.
-        gaussians: Groups that are evaluated by matrix products over features.
-        tables: Groups that read the component but no row.
-        free: Groups that read no component.
+        linear: All linear groups that read rows, as one; None where there are none.
+        normals: Normal groups that are evaluated by matrix products.
+        others: Groups that are evaluated chunk by chunk by their family.
+        cells: Linear groups that read the component but no row.
+        tables: Other groups that read the component but no row.
+        known: Linear groups that read no component.
+        free: Other groups that read no component.
         repeats: How often each row occurs; None where each occurs once. # (N,)
     """
 
     graph: FactorGraph
     N: int
     K: int
-    rowwise: tuple[int, ...]
-    gaussians: Mapping[int, Gaussian]
+    linear: Counted | None
+    normals: Mapping[int, NormalRows]
+    others: tuple[int, ...]
+    cells: Mapping[int, Cells]
     tables: tuple[int, ...]
+    known: Mapping[int, Known]
     free: tuple[int, ...]
     repeats: Tensor | None
     chunk: int = field(init=False)
-    is_counting: dict[int, bool] = field(init=False)
+    columns: Tensor = field(init=False)
+    base: float = field(init=False)
+    total: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.is_counting = {g: _is_counting(self.graph.groups[g], self.K) for g in self.tables}
-        width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.rowwise))
-        width += sum(g.width for g in self.gaussians.values())
+        width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.others))
+        width += sum(g.width for g in self.normals.values())
         self.chunk = max(1024, min(16384, _CHUNK_CELLS // width))
+        parts = [c.columns for c in self.cells.values()]
+        parts += [k.columns for k in self.known.values()]
+        self.base = sum(k.base for k in self.known.values())
+        self.total = float(self.N)
+        if self.linear is not None:
+            parts.append(self.linear.columns.reshape(-1))
+            rows = self.linear.base if self.repeats is None else self.linear.base * self.repeats
+            self.base += float(rows.sum())
+        if self.repeats is not None:
+            self.total = float(self.repeats.sum())
+        device = self.graph.groups[0].value.device
+        none = torch.empty(0, dtype=torch.long, device=device)
+        self.columns = torch.cat([none, *parts])
 
-    def e_step(self, arguments: Sequence[Mapping[str, Tensor]]) -> Sums:
-        """Evidence and sums at some arguments.
+    def e_step(self, at: At) -> Sums:
+        """Evidence and sums at some parameters.
 
         Raises:
             Handover: If a row is impossible, a density is not a number, or mass was lost.
         """
-        groups = self.graph.groups
-        device = groups[0].value.device
-        constant = torch.zeros(self.K, 1, dtype=torch.float64, device=device)
-        for g in self.tables:
-            constant = constant + self._table(g, arguments[g])
+        constant = self._constant(at)
         # In float32 the exponential of numbers far below −87 is slow; a weight of e⁻⁸⁰ counts nothing.
         # A weight of exactly zero has to stay.
-        may_clamp = not self.rowwise and bool(torch.isfinite(constant).all())
-        may_clamp = may_clamp and all(r.x.dtype == torch.float32 for r in self.gaussians.values())
-        prepared = {g: rule.prepare(arguments[g]) for g, rule in self.gaussians.items()}
-        evidence = torch.zeros((), dtype=torch.float64, device=device)
-        mass = torch.zeros(self.K, dtype=torch.float64, device=device)
-        collected: dict[int, Statistics] = {}
-        moments: dict[int, Tensor] = {}
+        may_clamp = self.linear is None and not self.others
+        may_clamp = may_clamp and all(
+            isinstance(r, Gaussian) and r.x.dtype == torch.float32 for r in self.normals.values()
+        )
+        may_clamp = may_clamp and bool((constant > _IMPOSSIBLE).all())
+        theta = None if self.linear is None else at.eta[self.linear.columns]
+        sums = _Collected()
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
-            size = rows.stop - rows.start
-            parts = {g: _restricted(groups[g], rows, size) for g in self.rowwise}
-            joint: Tensor | None = None
-            features = {g: rule.features(rows) for g, rule in self.gaussians.items()}
-            for g, rule in self.gaussians.items():
-                table = rule.log_density(prepared[g], features[g])
-                joint = table if joint is None else joint + table
+            joint = constant
+            if self.linear is not None:
+                assert theta is not None
+                joint = torch.addmm(joint, theta, self.linear.phi[:, rows])
+            features = {g: rule.features(rows, at.prepared[g]) for g, rule in self.normals.items()}
+            for g, rule in self.normals.items():
+                joint = rule.log_density(at.prepared[g], features[g], joint)
+            parts = {g: _restricted(self.graph.groups[g], rows) for g in self.others}
             for g, part in parts.items():
-                table = part.log_density(arguments[g])
-                table = table.reshape(len(part.members), -1, self.K).sum(0).T
-                joint = table if joint is None else joint + table
-            assert joint is not None
-            joint = joint + constant.to(joint.dtype)
+                table = part.log_density(at.arguments[g])
+                joint = joint + table.reshape(len(part.members), -1, self.K).sum(0).T
             top = joint.amax(0)
             weights = joint.sub_(top)
             if may_clamp:
@@ -97,75 +115,96 @@ class Rows:
             weights.exp_()
             if may_clamp:
                 weights.masked_fill_(weights < 2e-35, 0.0)
-            total = weights.sum(0)
-            log_p = top.to(torch.float64) + total.log()
+            mass = weights.sum(0)
+            log_p = (
+                mass.log().add_(top) if top.dtype == torch.float64 else top.double() + mass.log()
+            )
             if self.repeats is None:
-                evidence = evidence + log_p.sum()
-                weights.div_(total)
+                weights.div_(mass)
+                sums.add("evidence", log_p.sum())
             else:
                 own = self.repeats[rows]
-                evidence = evidence + (log_p * own).sum()
-                weights.mul_(own.to(weights.dtype) / total)
-            mass = mass + weights.sum(1, dtype=torch.float64)
-            for g, rule in self.gaussians.items():
-                m = rule.moments(prepared[g], weights, features[g])
-                moments[g] = m if g not in moments else moments[g] + m
+                weights.mul_(own.to(weights.dtype) / mass)
+                sums.add("evidence", torch.dot(log_p.to(own.dtype), own))
+            sums.add("mass", weights.sum(1, dtype=torch.float64))
+            if self.linear is not None:
+                sums.add("linear", weights.to(torch.float64) @ self.linear.phi[:, rows].T)
+            for g, rule in self.normals.items():
+                sums.add(g, rule.moments(at.prepared[g], weights, features[g]))
             for g, part in parts.items():
-                _add(collected, g, self._rowwise_counts(part, weights, arguments[g]))
-        for g in self.free:
-            table = groups[g].log_density(arguments[g]).to(torch.float64)
-            evidence = evidence + table.sum()
-            collected[g] = counted(groups[g], torch.ones_like(table), arguments[g])
-        all_rows = self.N if self.repeats is None else float(self.repeats.sum())
-        log_evidence = checked(evidence, mass, all_rows)
-        for g, rule in self.gaussians.items():
-            collected[g] = rule.statistics(prepared[g], moments[g], mass, arguments[g])
+                sums.add_statistics(g, self._counted(part, weights, at.arguments[g]))
+        return self._summed(at, sums)
+
+    def _constant(self, at: At) -> Tensor:
+        """Log densities that no row reaches. # (K, 1)"""
+        out: Tensor | None = None
+        for table in self.cells.values():
+            part = table.table(at.eta)
+            out = part if out is None else out + part
         for g in self.tables:
-            collected[g] = self._table_sums(g, mass, arguments[g])
-        largest = max((p.size for p in prepared.values()), default=0.0)
-        return Sums(log_evidence, collected, 2e-16 * self.N**0.5 * largest)
+            group = self.graph.groups[g]
+            assert group.family is not None
+            log_p = group.family.log_prob(group.value, at.arguments[g])
+            part = log_p.reshape(self.K).to(torch.float64)
+            out = part if out is None else out + part
+        if out is None:
+            device = self.graph.groups[0].value.device
+            out = torch.zeros(self.K, dtype=torch.float64, device=device)
+        return out.unsqueeze(-1)
 
-    def _table(self, g: int, arguments: Mapping[str, Tensor]) -> Tensor:
-        """Log densities of a group that no row reaches. # (K, 1)"""
-        group = self.graph.groups[g]
-        assert group.family is not None
-        log_p = group.family.log_prob(group.value, arguments)
-        return log_p.reshape(self.K, 1).to(torch.float64)
-
-    def _table_sums(self, g: int, mass: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
-        """Expected statistics of a group that no row reaches; those of categories are known."""
-        group = self.graph.groups[g]
-        counts = mass.reshape(*(1,) * (1 + group.n_plates), self.K)
-        if self.is_counting[g]:
-            total = mass.sum().reshape((1,) * counts.dim())
-            return {"count": mass.reshape(*total.shape, self.K), "weight": total}
-        return counted(group, counts, arguments)
-
-    def _rowwise_counts(
-        self, part: Group, weights: Tensor, arguments: Mapping[str, Tensor]
-    ) -> Statistics:
+    def _counted(self, part: Group, weights: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
         counts = weights.T.reshape(1, *part.sizes).expand(len(part.members), *part.sizes)
-        return counted(part, counts, arguments)
+        return group_sums(part, counts, arguments)
+
+    def _summed(self, at: At, sums: _Collected) -> Sums:
+        """What was collected over the chunks, and what no row reaches."""
+        groups, mass, evidence = self.graph.groups, sums["mass"], sums["evidence"]
+        statistics = dict(sums.statistics)
+        for g in self.free:
+            table = groups[g].log_density(at.arguments[g]).to(torch.float64)
+            evidence = evidence + table.sum()
+            statistics[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
+        for g in self.tables:
+            counts = mass.reshape(*(1,) * (1 + groups[g].n_plates), self.K)
+            statistics[g] = group_sums(groups[g], counts, at.arguments[g])
+        entries = [t.counts(mass) for t in self.cells.values()]
+        for k in self.known.values():
+            evidence = evidence + torch.dot(k.f, at.eta[k.columns])
+            entries.append(k.f)
+        if self.linear is not None:
+            entries.append(sums["linear"].reshape(-1))
+        for g, rule in self.normals.items():
+            evidence = evidence + rule.correction(at.prepared[g], sums[g], mass)
+        log_evidence = checked(evidence, mass, self.total) + self.base
+        features = scattered(at.eta, self.columns, entries) if entries else None
+        moments = {g: (sums[g], mass) for g in self.normals}
+        largest = max((at.prepared[g].size for g in self.normals), default=0.0)
+        return Sums(log_evidence, features, moments, statistics, 2e-16 * self.N**0.5 * largest)
 
 
-def _is_counting(group: Group, K: int) -> bool:
-    """Whether a group is p(z) = Categorical with one row for all: its statistics are the counts."""
-    assert group.family is not None
-    if group.family.distribution is not dist.Categorical or group.value.numel() != K:
-        return False
-    one_row = all(a.numel() == K for a in group.arguments.values())
-    in_order = torch.equal(group.value.reshape(-1).long().cpu(), torch.arange(K))
-    return one_row and in_order
+class _Collected(dict[int | str, Tensor]):
+    """Sums over chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics: dict[int, Statistics] = {}
+
+    def add(self, key: int | str, part: Tensor) -> None:
+        """Add a part."""
+        self[key] = self[key] + part if key in self else part
+
+    def add_statistics(self, g: int, part: Statistics) -> None:
+        """Add the statistics of a group's rows."""
+        part = {name: s.to(torch.float64) for name, s in part.items()}
+        before = self.statistics.get(g)
+        self.statistics[g] = (
+            part if before is None else {name: before[name] + s for name, s in part.items()}
+        )
 
 
-def _add(collected: dict[int, Statistics], g: int, more: Statistics) -> None:
-    more = {name: s.to(torch.float64) for name, s in more.items()}
-    known = collected.get(g)
-    collected[g] = more if known is None else {n: known[n] + s for n, s in more.items()}
-
-
-def _restricted(group: Group, rows: slice | Tensor, size: int) -> Group:
-    """The group at ``size`` of the rows of its only plate."""
+def _restricted(group: Group, rows: slice | Tensor) -> Group:
+    """The group at some rows of its only plate."""
+    size = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
     def cut(t: Tensor) -> Tensor:
         return t[:, rows] if t.shape[1] > 1 else t
@@ -178,12 +217,24 @@ def _restricted(group: Group, rows: slice | Tensor, size: int) -> Group:
     )
 
 
-def as_rows(graph: FactorGraph) -> Rows | None:
-    """The mixture that a collapsed graph is, or None.
+@dataclass(frozen=True)
+class Shape:
+    """The groups of a mixture over rows, by what they read."""
 
-    Args:
-        graph: A collapsed graph.
-    """
+    plate: str
+    size: int
+    rowwise: tuple[int, ...]
+    tables: tuple[int, ...]
+    free: tuple[int, ...]
+
+    def eligible(self, graph: FactorGraph) -> list[int]:
+        """Groups whose linear form the kernel can use: not a latent's own that rows mask."""
+        rest = [g for g in self.rowwise if graph.groups[g].value.shape[2] == 1]
+        return [*rest, *self.tables, *self.free]
+
+
+def shape_of_rows(graph: FactorGraph) -> Shape | None:
+    """Whether a collapsed graph is one latent per row of a plate; by looking only."""
     if len(graph.latents) != 1:
         return None
     ((name, latent),) = graph.latents.items()
@@ -202,32 +253,81 @@ def as_rows(graph: FactorGraph) -> Rows | None:
             continue
         if dims != (plate, name):
             return None
-        if any(a.shape[1] != 1 for a in group.arguments.values()):
-            return None
         fixed = group.value.shape[1] == 1 and len(group.members) == 1 and group.mask is None
+        fixed = fixed and not _varies(group)
         (tables if fixed and not group.observed else rowwise).append(g)
     if not rowwise:
         return None
-    N, K = graph.dim_size(plate), latent.size
-    graph, repeats = _distinct(graph, rowwise, N)
-    N = N if repeats is None else len(repeats)
-    gaussians = {}
-    for g in rowwise:
-        single = len(graph.groups[g].members) == 1 and graph.groups[g].mask is None
-        rule = as_gaussian(graph.groups[g], K) if single and repeats is None else None
-        if rule is not None:
-            gaussians[g] = rule
-    rest = tuple(g for g in rowwise if g not in gaussians)
-    return Rows(graph, N, K, rest, gaussians, tuple(tables), tuple(free), repeats)
+    return Shape(plate, latent.size, tuple(rowwise), tuple(tables), tuple(free))
 
 
-def _distinct(
-    graph: FactorGraph, rowwise: Sequence[int], N: int
-) -> tuple[FactorGraph, Tensor | None]:
+def _varies(group: Group) -> bool:
+    """Whether an argument differs between rows."""
+    return any(a.shape[1] != 1 for a in group.arguments.values())
+
+
+def as_rows(
+    graph: FactorGraph,
+    shape: Shape,
+    repeats: Tensor | None,
+    linears: Linears,
+    lines: Mapping[int, Lines],
+) -> Rows | None:
+    """The kernel of a mixture over rows, or None.
+
+    Args:
+        graph: A collapsed graph, of distinct rows where there are ``repeats``.
+        shape: Its shape.
+        repeats: How often each row occurs.
+        linears: Features of its linear groups.
+        lines: Its groups with an affine mean.
+    """
+    K, groups = shape.size, graph.groups
+    N = graph.dim_size(shape.plate) if repeats is None else len(repeats)
+    parts: list[Counted] = []
+    normals: dict[int, NormalRows] = {}
+    others: list[int] = []
+    for g in shape.rowwise:
+        if g in linears:
+            part = counted(groups[g], *linears[g], K, members_are_rows=False)
+            if part is None:
+                return None
+            parts.append(part)
+            continue
+        single = len(groups[g].members) == 1 and groups[g].mask is None and repeats is None
+        if g in lines and single:
+            normals[g] = lines[g]
+            continue
+        if _varies(groups[g]):
+            return None
+        rule = as_gaussian(groups[g], K) if single else None
+        if rule is None:
+            others.append(g)
+        else:
+            normals[g] = rule
+    return Rows(
+        graph,
+        N,
+        K,
+        merged(parts) if parts else None,
+        normals,
+        tuple(others),
+        {g: cells(groups[g], *linears[g]) for g in shape.tables if g in linears},
+        tuple(g for g in shape.tables if g not in linears),
+        {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
+        tuple(g for g in shape.free if g not in linears),
+        repeats,
+    )
+
+
+def distinct(graph: FactorGraph, shape: Shape) -> tuple[FactorGraph, Tensor | None]:
     """The graph with each distinct row once, and how often it occurs, where that saves work."""
+    N = graph.dim_size(shape.plate)
     columns = []
-    for g in rowwise:
+    for g in shape.rowwise:
         group = graph.groups[g]
+        if _varies(group):
+            return graph, None
         for t in (group.value, group.mask):
             if t is not None and t.shape[1] > 1:
                 columns.append(t.transpose(0, 1).reshape(N, -1))
@@ -244,6 +344,6 @@ def _distinct(
         0, inverse, torch.arange(N, device=counts.device), "amin"
     )
     kept = list(graph.groups)
-    for g in rowwise:
-        kept[g] = _restricted(kept[g], first, len(counts))
+    for g in shape.rowwise:
+        kept[g] = _restricted(kept[g], first)
     return replace(graph, groups=tuple(kept)), counts.to(torch.float64)

@@ -7,7 +7,7 @@ M-step decides and says what it found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ class Solver:
     def solve(
         self,
         statistics: Mapping[int, Statistics],
-        arguments: Sequence[Mapping[str, Tensor]],
+        arguments: Mapping[int, Mapping[str, Tensor]],
         value: Tensor,
     ) -> Tensor:
         """The maximiser.
@@ -110,7 +110,7 @@ class Solver:
     def _sums(
         self,
         statistics: Mapping[int, Statistics],
-        arguments: Sequence[Mapping[str, Tensor]],
+        arguments: Mapping[int, Mapping[str, Tensor]],
         value: Tensor,
     ) -> tuple[Tensor, Tensor]:
         numerator: Tensor | None = None

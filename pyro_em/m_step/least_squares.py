@@ -61,7 +61,7 @@ def least_squares(
         weight, residual = sum_to(weight, cells), sum_to(residual, cells)
         if gram is None or moment is None:
             gram, moment = weight.new_zeros(sum(sizes), sum(sizes)), weight.new_zeros(sum(sizes))
-        parts = _designs(binding, block, values, 1 + group.n_plates)
+        parts = designs_of(binding, block, values, 1 + group.n_plates)
         w, r = weight.reshape(-1, len(parts)), residual.reshape(-1, len(parts))
         for k, (columns, design) in enumerate(parts):
             weighted = design * w[:, k : k + 1]
@@ -86,7 +86,7 @@ def least_squares(
             gram = gram + torch.diag(gram.new_zeros(len(gram)).index_add(0, column, precision))
             moment = moment.index_add(0, column, pull)
         at += size
-    step = _solve(gram, moment)
+    step = pseudo_solve(gram, moment)
     new, at = {}, 0
     for p, size in zip(block, sizes, strict=True):
         new[p] = values[p] + step[at : at + size].reshape(values[p].shape)
@@ -98,7 +98,7 @@ Designs = list[tuple[Tensor, Tensor]]
 _known: WeakKeyDictionary[Binding, tuple[tuple[str, ...], Designs]] = WeakKeyDictionary()
 
 
-def _designs(
+def designs_of(
     binding: Binding, block: Sequence[str], values: Mapping[str, Tensor], lead: int
 ) -> Designs:
     """∂loc/∂θ for each cell behind the rows (a component, a feature): its columns that are not zero.
@@ -147,7 +147,7 @@ def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
     return value.new_zeros(*binding.constant.shape, value.numel())
 
 
-def _solve(gram: Tensor, moment: Tensor) -> Tensor:
+def pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
     """Pseudo-inverse solution with columns scaled to unit length."""
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(gram.dtype).tiny), 1.0).rsqrt()

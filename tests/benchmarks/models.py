@@ -98,7 +98,7 @@ def iterations(model: Callable[..., None], *args: Any) -> Steps:
 
     def compiled(steps: int) -> None:
         assert iteration is not None
-        at = iteration.e_step(values)
+        at = iteration.e_step(iteration.enter(values))
         for _ in range(steps):
             at = iteration.e_step(iteration.m_step(at)[0])
 
