@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -327,77 +326,6 @@ def test_random_chains(seed: int, B: int, T: int, K: int) -> None:
 
 
 # ---------------------------------------------------------------- messages
-
-
-def brute_force(likelihood: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Filtered and smoothed probabilities by summing over all paths. # (T, K)"""
-    T, K = likelihood.shape
-    smoothed, filtered = np.zeros((T, K)), np.zeros((T, K))
-    for path in itertools.product(range(K), repeat=T):
-        weight = likelihood[0, path[0]]
-        filtered[0, path[0]] += weight / K ** (T - 1)
-        for t in range(1, T):
-            weight *= A[path[t - 1], path[t]] * likelihood[t, path[t]]
-            filtered[t, path[t]] += weight / K ** (T - 1 - t)
-        for t, z in enumerate(path):
-            smoothed[t, z] += weight
-    return filtered / filtered.sum(-1, keepdims=True), smoothed / smoothed.sum(-1, keepdims=True)
-
-
-def ways() -> dict[str, Callable[..., tuple[Tensor, Tensor]]]:
-    return {"loop": forward_backward._one_loop, "two levels": forward_backward._two_levels}
-
-
-@pytest.mark.parametrize("T", [2, 3, 5, 7])
-def test_messages_against_all_paths(T: int) -> None:
-    likelihood, A = torch.rand(2, T, 3), torch.rand(3, 3)
-    A[0, 1] = 0.0
-    for name, way in ways().items():
-        alpha, beta = way(likelihood, A)
-        for b in range(2):
-            filtered, smoothed = brute_force(likelihood[b].numpy(), A.numpy())
-            np.testing.assert_allclose(alpha[b], filtered, rtol=1e-12, err_msg=name)
-            gamma = (alpha[b] * beta[b]).numpy()
-            gamma /= gamma.sum(-1, keepdims=True)
-            np.testing.assert_allclose(gamma, smoothed, rtol=1e-12, err_msg=name)
-
-
-@pytest.mark.parametrize("numba", [True, False])
-def test_smoothing_against_all_paths(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marginals, weighted transitions and evidence by summing over all paths."""
-    if numba and not forward_backward._HAS_NUMBA:
-        pytest.skip("numba is not installed")
-    monkeypatch.setattr(forward_backward, "_HAS_NUMBA", numba)
-    B, T, K = 2, 6, 3
-    likelihood, A, weight = torch.rand(B, T, K), torch.rand(K, K), torch.rand(B, T - 1)
-    gamma, xi, log_evidence = forward_backward.smooth(likelihood, A, weight)
-    expected, total = np.zeros((K, K)), 0.0
-    for b in range(B):
-        np.testing.assert_allclose(gamma[b], brute_force(likelihood[b].numpy(), A.numpy())[1])
-        pairs, evidence = np.zeros((T - 1, K, K)), 0.0
-        for path in itertools.product(range(K), repeat=T):
-            p = float(likelihood[b, 0, path[0]])
-            for t in range(1, T):
-                p *= float(A[path[t - 1], path[t]] * likelihood[b, t, path[t]])
-            evidence += p
-            for t in range(1, T):
-                pairs[t - 1, path[t - 1], path[t]] += p
-        expected += (pairs / evidence * weight[b].numpy()[:, None, None]).sum(0)
-        total += np.log(evidence)
-    np.testing.assert_allclose(xi, expected, rtol=1e-11)
-    assert float(log_evidence) == pytest.approx(total, rel=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(1, 200, 4), (3, 97, 2), (40, 33, 3)])
-def test_the_ways_agree(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    likelihood, A = torch.rand(shape), torch.rand(shape[-1], shape[-1])
-    first, second = (way(likelihood, A) for way in ways().values())
-    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-15)
-    found = []
-    for numba in (True, False):
-        monkeypatch.setattr(forward_backward, "_HAS_NUMBA", numba)
-        found.append(forward_backward.smooth(likelihood, A))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-11, atol=1e-14)
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

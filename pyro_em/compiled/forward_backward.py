@@ -1,11 +1,15 @@
-r"""Smoothing of homogeneous chains by forward and backward messages, scaled at every step.
+r"""Smoothing of homogeneous chains by forward and backward messages.
 
     α_t(j) ∝ ℓ_t(j) Σ_i α_{t−1}(i) A(i, j),     β_{t−1}(i) ∝ Σ_j A(i, j) ℓ_t(j) β_t(j)
 
-each normalised to sum to one; c_t = Σ_j ℓ_t(j) Σ_i α_{t−1}(i) A(i, j) gives the log evidence
-Σ log c_t, γ_t ∝ α_t β_t the marginals and ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j) the transitions.
-Three ways, chosen by what is there: a compiled loop (numba, the ``fast`` extra), one loop over time
-for many sequences, and two levels of √T steps for few (also right for a GPU).
+With c_t = Σ_j ℓ_t(j) Σ_i α_{t−1}(i) A(i, j), where α_{t−1} sums to one, the log evidence is Σ log c_t,
+the marginals are γ_t ∝ α_t β_t and the transitions ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j).
+Three ways, chosen by what is there: compiled loops (numba, the ``fast`` extra), one loop over time
+for many sequences, and two levels of about √T steps for few (also right for a GPU).
+
+Without numba each operation costs more than its arithmetic. So both directions go through time at
+once, α_t beside w_t(j) = ℓ_t(j) β_t(j), and are normalised at few steps only: if that loses too
+much, once more at every step.
 
 Source: Rabiner (1989), "A tutorial on hidden Markov models", section V.A, for the scaling.
 """
@@ -14,11 +18,28 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+_EVERY = 8  # steps between two normalisations
+_LEAST = 1e-100  # mass that must be left after them: what is lost below 1e-308 cannot matter then
+
+
+def wants_lanes(B: int, K: int, device: torch.device) -> bool:
+    """Whether `smooth` is fastest if sequences are the last dimension in memory.
+
+    Args:
+        B: Number of sequences.
+        K: Number of states.
+        device: Where they are.
+    """
+    if _HAS_NUMBA and torch.device(device).type == "cpu":
+        return B >= 8 and K <= 7
+    return B >= 8
 
 
 def smooth(
@@ -28,13 +49,14 @@ def smooth(
 
     Args:
         likelihood: ℓ, each row divided by its maximum; the first row holds the initial
-            probabilities too. # (B, T, K)
+            probabilities too. In any layout; contiguous, or a permuted view of a contiguous
+            (K, T, B) if `wants_lanes`, no copy is made. # (B, T, K)
         transition: A, rows from the former state; any non-negative numbers. # (K, K)
         weight: How much each transition counts; one where left out. # (B or 1, T - 1 or 1)
 
     Returns:
-        γ # (B, T, K), ξ summed over sequences and steps # (K, K), and Σ log c_t in nats: NaN where
-        a step's mass nearly underflows.
+        γ, in the layout of the likelihood # (B, T, K), ξ summed over sequences and steps # (K, K),
+        and Σ log c_t in nats: NaN where a step's mass nearly underflows.
 
     Example:
         >>> A = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
@@ -45,103 +67,228 @@ def smooth(
                 [0.1818, 0.0000]], dtype=torch.float64), tensor(0.5500, dtype=torch.float64))
     """
     if _HAS_NUMBA and likelihood.device.type == "cpu":
-        from pyro_em.compiled.numba_chain import smooth as compiled
-
-        weight = likelihood.new_ones(1, 1) if weight is None else weight
-        gamma, xi = torch.empty_like(likelihood), torch.empty_like(transition)
-        arrays = (likelihood.contiguous(), transition.contiguous(), weight.contiguous(), gamma, xi)
-        log_evidence = compiled(*(t.numpy() for t in arrays))
-        return gamma, xi, torch.tensor(log_evidence, dtype=torch.float64)
-    alpha, beta = messages(likelihood, transition)
-    gamma = alpha * beta
-    gamma = gamma / gamma.sum(-1, keepdim=True)
-    ahead = alpha[:, :-1] @ transition
-    mass = (ahead * likelihood[:, 1:]).sum(-1)
-    log_evidence = torch.where(mass > 1e-150, mass, torch.nan).log().sum()
-    log_evidence = log_evidence + likelihood[:, 0].sum(-1).log().sum()
-    to = likelihood[:, 1:] * beta[:, 1:]
-    each = (ahead * to).sum(-1).reciprocal()
-    each = each if weight is None else each * weight
-    K = transition.shape[0]
-    start = (alpha[:, :-1] * each.unsqueeze(-1)).reshape(-1, K)
-    return gamma, transition * (start.T @ to.reshape(-1, K)), log_evidence
+        return _by_numba(likelihood, transition, weight)
+    # Rows of A that sum to at most one keep messages from growing.
+    largest = transition.sum(-1).amax()
+    A = transition / largest
+    B, T, K = likelihood.shape
+    steps = likelihood.permute(1, 2, 0)
+    # Two levels multiply matrices where one multiplies vectors, but in √T steps.
+    way = _two_levels if T >= 16 and 64 * math.isqrt(T) >= B * K else _one_loop
+    messages = way(steps, A)
+    if not bool(messages.are_kept()):
+        messages = _one_loop(steps, A, every=1)
+    gamma, xi = messages.smoothed(torch.empty_like(likelihood), A, weight)
+    return gamma, xi, messages.log_evidence() + (B * (T - 1)) * largest.log()
 
 
-def messages(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor]:
-    """α and β of every sequence and step, by torch alone.
+def _by_numba(
+    likelihood: Tensor, transition: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pyro_em.compiled.numba_chain import smooth_lanes, smooth_rows
+
+    transition = transition.contiguous()
+    xi = torch.empty_like(transition)
+    A, counts = transition.numpy(), xi.numpy()
+    weight = transition.new_ones(1, 1) if weight is None else weight
+    lanes = likelihood.permute(2, 1, 0)
+    if lanes.is_contiguous() and len(likelihood) >= 8:
+        gamma = torch.empty_like(lanes)
+        of = weight.T.contiguous().numpy()
+        log_evidence = smooth_lanes(lanes.numpy(), A, of, gamma.numpy(), counts)
+        gamma = gamma.permute(2, 1, 0)
+    else:
+        likelihood = likelihood.contiguous()
+        gamma = torch.empty_like(likelihood)
+        of = weight.contiguous().numpy()
+        log_evidence = smooth_rows(likelihood.numpy(), A, of, gamma.numpy(), counts)
+    return gamma, xi, torch.tensor(log_evidence, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Messages:
+    """Messages of every step, each up to a factor of its own.
+
+    Attributes:
+        alpha: α_t. # (T, K, B)
+        beta: β_t. # (T, K, B)
+        to: w_t = ℓ_t β_t up to its norm. # (T, K, B)
+        alpha_norm: What α_t was divided by when it had been made of α_{t−1}. # (T, B)
+        to_norm: What w_t was divided by when it had been made of β_t. # (T, B)
+        least: The least norm of all, also of those on the way. # ()
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    to: Tensor
+    alpha_norm: Tensor
+    to_norm: Tensor
+    least: Tensor
+
+    def are_kept(self) -> Tensor:
+        """Whether nothing that may matter can have underflowed between two normalisations."""
+        return self.least >= _LEAST
+
+    def log_evidence(self) -> Tensor:
+        """Σ log c_t, NaN where a step's mass nearly underflows."""
+        mass = self.alpha_norm
+        return torch.where(mass > 1e-150, mass, torch.nan).log().sum()
+
+    def smoothed(self, gamma: Tensor, A: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """γ, written into ``gamma`` (B, T, K), and ξ (K, K)."""
+        T, K, B = self.alpha.shape
+        both = self.alpha * self.beta
+        mass = both.sum(1)
+        torch.div(both, mass.unsqueeze(1), out=gamma.permute(1, 2, 0))
+        # Σ_ij α_{t−1}(i) A(i, j) w_t(j), by the norms of α_t and w_t.
+        each = (self.to_norm / (self.alpha_norm * mass))[1:]
+        each = each if weight is None else each * weight.T
+        starts, ends = self.alpha.new_empty(2, K, T - 1, B).unbind(0)
+        torch.mul(self.alpha[:-1].transpose(0, 1), each, out=starts)
+        ends.copy_(self.to[1:].transpose(0, 1))
+        return gamma, A * (starts.reshape(K, -1) @ ends.reshape(K, -1).T)
+
+
+def _propagate(
+    likelihood: Tensor, start: Tensor, A: Tensor, every: int, ends: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both directions through S steps: v_s = (Aᵀ, A) u_{s−1} from v_0, u_s = v_s · ℓ_s.
 
     Args:
-        likelihood: As in `smooth`. # (B, T, K)
-        transition: A. # (K, K)
+        likelihood: ℓ_s of both directions. # (S, 2, K, N)
+        start: v_0. # (2, K, N)
+        A: Transitions. # (K, K)
+        every: Steps between two normalisations of u.
+        ends: Further steps where u is normalised.
 
     Returns:
-        α and β, each row summing to one. # (B, T, K)
+        u # (S, 2, K, N), v # (S, 2, K, N) and the norms of u, one where none was taken # (S, 2, N)
     """
-    B, T, K = likelihood.shape
-    # Two levels multiply matrices where one multiplies vectors, but in √T steps.
-    if T >= 16 and 64 * math.isqrt(T) >= B * K:
-        return _two_levels(likelihood, transition)
-    return _one_loop(likelihood, transition)
+    S = len(likelihood)
+    u, v = torch.empty_like(likelihood), torch.empty_like(likelihood)
+    norms = likelihood.new_ones(S, 2, 1, likelihood.shape[-1])
+    move = torch.stack((A.T, A))
+    v[0] = start
+    torch.mul(v[0], likelihood[0], out=u[0])
+    last: Tensor | None = None
+    steps = zip(u.unbind(0), v.unbind(0), likelihood.unbind(0), strict=True)
+    for s, (to, moved, given) in enumerate(steps):
+        if last is not None:
+            torch.bmm(move, last, out=moved)
+            torch.mul(moved, given, out=to)
+        if s % every == every - 1 or s in ends:
+            to.div_(torch.sum(to, 1, keepdim=True, out=norms[s]))
+        last = to
+    return u, v, norms.squeeze(2)
 
 
-def _normalised(rows: Tensor) -> Tensor:
-    return rows / rows.sum(-1, keepdim=True)
+def _one_loop(likelihood: Tensor, A: Tensor, every: int = _EVERY) -> _Messages:
+    """One loop over all steps. The likelihood: # (T, K, B)"""
+    T, K, B = likelihood.shape
+    both = likelihood.new_empty(T, 2, K, B)
+    both[:, 0] = likelihood
+    both[:, 1] = likelihood.flip(0)
+    u, v, norms = _propagate(both, likelihood.new_ones(2, K, B), A, every, (T - 1,))
+    back = u[:, 1].flip(0), norms[:, 1].flip(0)
+    return _Messages(u[:, 0], v[:, 1].flip(0), back[0], norms[:, 0], back[1], norms.amin())
 
 
-def _one_loop(likelihood: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    T = likelihood.shape[1]
-    steps = likelihood.unbind(1)
-    alpha = [_normalised(steps[0])]
-    for t in range(1, T):
-        alpha.append(_normalised((alpha[-1] @ A) * steps[t]))
-    beta = [torch.full_like(steps[0], 1.0 / A.shape[0])]
+def _two_levels(likelihood: Tensor, A: Tensor) -> _Messages:
+    """Chunks of L steps side by side: their products, messages between them, and inside.
+
+    The first q of C chunks have L steps, the others L − 1. The likelihood: # (T, K, B)
+    """
+    T, K, B = likelihood.shape
+    # More chunks mean fewer steps inside; products that fit the cache are quicker.
+    C = min(2 * math.isqrt(T), max(2**16 // (K * K * B), math.isqrt(T) // 2), T // 2)
+    L = -(-T // C)
+    q = T - C * (L - 1)
+    both = likelihood.new_ones(L, 2, K, C, B)  # a step that a chunk does not have comes last
+    for times, steps, chunks in _pieces(C, L, q):
+        piece = likelihood[times].unflatten(0, (-1, steps)).permute(1, 2, 0, 3)
+        both[:steps, 0, :, chunks] = piece
+        both[:steps, 1, :, chunks] = piece.flip(0)
+    product, least = _products(both[:, 0].flatten(2), A, q * B, B)
+    starts, ends, smallest = _between(product.unflatten(2, (C, B)))
+    start = likelihood.new_ones(2, K, C, B)
+    start[0, :, 1:] = (A.T @ starts.reshape(K, -1)).reshape(K, C - 1, B)
+    start[1] = ends
+    ends_at = (L - 2, L - 1)
+    u, v, norms = _propagate(both.flatten(3), start.flatten(2), A, _EVERY, ends_at)
+    norms[L - 1, :, q * B :] = 1.0
+    least = torch.minimum(torch.minimum(least, smallest), norms.amin())
+    u, v, norms = (t.unflatten(-1, (C, B)) for t in (u, v, norms.unsqueeze(2)))
+    found = [likelihood.new_empty(T, t.shape[2], B) for t in (u, v, u, norms, norms)]
+    for times, steps, chunks in _pieces(C, L, q):
+        inside = [t[:steps, :, :, chunks].permute(1, 3, 0, 2, 4) for t in (u, v, norms)]
+        (alpha, to), (_, beta), (alpha_norm, to_norm) = inside
+        parts = (alpha, beta.flip(1), to.flip(1), alpha_norm, to_norm.flip(1))
+        for out, part in zip(found, parts, strict=True):
+            out[times].unflatten(0, (-1, steps)).copy_(part)
+    alpha, beta, to, alpha_norm, to_norm = found
+    return _Messages(alpha, beta, to, alpha_norm.squeeze(1), to_norm.squeeze(1), least)
+
+
+def _pieces(C: int, L: int, q: int) -> list[tuple[slice, int, slice]]:
+    """Times, steps per chunk, and chunks: of those with L steps and those with L − 1."""
+    pieces = [(slice(0, q * L), L, slice(0, q)), (slice(q * L, None), L - 1, slice(q, C))]
+    return pieces if q < C else pieces[:1]
+
+
+def _products(likelihood: Tensor, A: Tensor, full: int, first: int) -> tuple[Tensor, Tensor]:
+    """Π_t A diag(ℓ_t) of each chunk, its largest number one, without the first A of the first chunk.
+
+    Args:
+        likelihood: # (L, K, N)
+        A: # (K, K)
+        full: How many of the N have all L steps; the others have one less.
+        first: How many of the N belong to the first chunk.
+
+    Returns:
+        Products P(i, j) # (j, i, N), and the least of what they were divided by.
+    """
+    L, K, N = likelihood.shape
     At = A.T.contiguous()
-    for t in range(T - 1, 0, -1):
-        beta.append(_normalised((steps[t] * beta[-1]) @ At))
-    return torch.stack(alpha, 1), torch.stack(beta[::-1], 1)
+    given = likelihood.unsqueeze(2).unbind(0)  # (j, 1, N) each
+    product = At.unsqueeze(-1) * given[0]
+    product[:, :, :first] = torch.diag_embed(given[0][:, 0, :first].T).permute(2, 1, 0)
+    other = torch.empty_like(product)
+    flat = [t.reshape(K, -1) for t in (product, other)]
+    both, norms = [product, other], []
+    for s in range(1, L):
+        torch.mm(At, flat[(s + 1) % 2], out=flat[s % 2])
+        new = both[s % 2].mul_(given[s])
+        if s == L - 1 and full < N:
+            new[:, :, full:] = both[(s + 1) % 2][:, :, full:]
+        if s % _EVERY == 0 or s == L - 1:
+            norms.append(new.amax((0, 1)))
+            new.div_(norms[-1])
+    return both[(L - 1) % 2], torch.stack(norms).amin()
 
 
-def _two_levels(likelihood: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of L matrices in parallel over C chunks, then messages over chunks, then inside."""
-    B, T, K = likelihood.shape
-    n = T - 1  # steps with a transition
-    L = math.isqrt(n - 1) + 1
-    C = -(-n // L)
-    # Steps beyond the end are left out of the products, and what is computed there is dropped.
-    padded = torch.nn.functional.pad(likelihood[:, 1:], (0, 0, 0, C * L - n), value=1.0)
-    steps = padded.reshape(B, C, L, K).unbind(2)  # L of (B, C, K)
-    product = torch.eye(K, dtype=A.dtype, device=A.device).expand(B, C, K, K)
-    last = n - (C - 1) * L  # steps of the last chunk
-    for at, step in enumerate(steps):
-        grown = (product @ A) * step.unsqueeze(-2)
-        grown = grown / grown.amax((-2, -1), keepdim=True)
-        if at >= last:
-            grown = torch.cat([grown[:, :-1], product[:, -1:]], 1)
-        product = grown
-    per_chunk = product.unbind(1)
-    first = _normalised(likelihood[:, 0])
-    starts = [first]
-    for c in range(C - 1):
-        starts.append(_normalised((starts[-1].unsqueeze(-2) @ per_chunk[c]).squeeze(-2)))
-    flat = torch.full_like(first, 1.0 / K)
-    ends = [flat]
-    for c in range(C - 1, 0, -1):
-        ends.append(_normalised((per_chunk[c] @ ends[-1].unsqueeze(-1)).squeeze(-1)))
-    alpha, beta = torch.stack(starts, 1), torch.stack(ends[::-1], 1)  # (B, C, K)
-    alphas = []
-    for step in steps:
-        alpha = _normalised((alpha @ A) * step)
-        alphas.append(alpha)
-    At = A.T.contiguous()
-    betas = []
-    for at in range(L - 1, -1, -1):
-        betas.append(beta)
-        moved = _normalised((steps[at] * beta) @ At)
-        beta = torch.cat([moved[:, :-1], beta[:, -1:]], 1) if at >= last else moved
-    forward = torch.stack(alphas, 2).reshape(B, C * L, K)[:, :n]
-    backward = torch.stack(betas[::-1], 2).reshape(B, C * L, K)[:, :n]
-    before_first = _normalised((steps[0][:, 0] * backward[:, 0]) @ At)
-    return (
-        torch.cat([first.unsqueeze(1), forward], 1),
-        torch.cat([before_first.unsqueeze(1), backward], 1),
-    )
+def _between(product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Messages between chunks.
+
+    Args:
+        product: P(i, j) of each chunk. # (j, i, C, B)
+
+    Returns:
+        α at the ends of all chunks but the last # (K, C - 1, B), β at the ends of all # (K, C, B),
+        and the least mass that was kept.
+    """
+    K, _, C, B = product.shape
+    each = product.permute(2, 3, 1, 0)  # (C, B, i, j)
+    move = torch.stack((each[1:], each[1:].flip(0).transpose(-1, -2)), 1).flatten(1, 2)
+    found = product.new_empty(C, 2 * B, 1, K)
+    found[0, :B, 0] = each[0].sum(-2)
+    found[0, B:] = 1.0
+    rows, norms = found.unbind(0), []
+    for c, step in enumerate(move.unbind(0), 1):
+        torch.bmm(rows[c - 1], step, out=rows[c])
+        if c % 4 == 0:
+            norms.append(rows[c].sum(-1, keepdim=True))
+            rows[c].div_(norms[-1])
+    total = found.sum(-1, keepdim=True)
+    found = (found / total).unflatten(1, (2, B)).squeeze(3).permute(3, 1, 0, 2)  # (K, 2, C, B)
+    least = torch.cat([total.flatten(), *(n.flatten() for n in norms)]).amin()
+    return found[:, 0, : C - 1], found[:, 1].flip(1), least
