@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_em.compiled.at import At
 from pyro_em.compiled.counted import Cells, Counted, Known, cells, counted, known
 from pyro_em.compiled.features import Gaussian, as_gaussian
-from pyro_em.compiled.forward_backward import smooth
+from pyro_em.compiled.forward_backward import smooth, wants_lanes
 from pyro_em.compiled.layout import is_in_order
 from pyro_em.compiled.lines import Lines
 from pyro_em.compiled.natural import Linears
@@ -72,6 +72,8 @@ class Chain:
     fixed: Mapping[int, Statistics | None]
     columns: Tensor = field(init=False)
     base: float = field(init=False)
+    lanes: bool = field(init=False)
+    first: Mapping[int, bool] = field(init=False)
 
     def __post_init__(self) -> None:
         parts = [c.columns for c in self.cells.values()]
@@ -80,6 +82,8 @@ class Chain:
         parts += [k.columns for k in self.known.values()]
         device = self.graph.groups[0].value.device
         self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
+        self.lanes = wants_lanes(self.B, self.K, device)
+        self.first = {g: s is not None and s.tolist() == [0] for g, s in self.steps.items()}
         self.base = sum(k.base for k in self.known.values())
         self.base += sum(float(c.base.sum()) for c in self.linear.values())
 
@@ -147,6 +151,8 @@ class Chain:
     def _at_steps(self, mass: Tensor, g: int) -> Tensor:
         """Marginals at the steps of a group. # (K, steps, B)"""
         steps = self.steps[g]
+        if self.first[g]:
+            return mass[:, :1]
         return mass if steps is None else mass[:, steps]
 
     def _log_likelihood(self, at: At, features: Mapping[int, Any]) -> Tensor:
@@ -155,20 +161,14 @@ class Chain:
         out: Tensor | None = None
         tables: list[tuple[int, Tensor]] = []
         for g, part in self.linear.items():
-            theta = at.eta[part.columns]
-            if self.steps[g] is None:
-                flat = None if out is None else out.reshape(self.K, -1)
-                table = theta @ part.phi if flat is None else torch.addmm(flat, theta, part.phi)
-                out = table.reshape(shape)
-            else:
-                tables.append((g, (theta @ part.phi).reshape(self.K, -1, self.B)))
+            tables.append((g, self._product(at.eta[part.columns], part.phi)))
         for g, rule in self.normals.items():
             table = rule.log_density(at.prepared[g], features[g]).reshape(self.K, -1, self.B)
             tables.append((g, self._masked(g, table)))
         for g in self.others:
             group = self.graph.groups[g]
             table = group.log_density(at.arguments[g]).reshape(len(group.members), -1, self.K)
-            tables.append((g, table.permute(2, 0, 1)))
+            tables.append((g, table.permute(2, 0, 1).clone()))
         for g, cell in self.cells.items():
             tables.append((g, self._masked(g, cell.table(at.eta).reshape(-1, 1, 1))))
         # A group that covers every step first: nothing has to be filled with zeros.
@@ -176,16 +176,27 @@ class Chain:
             steps = self.steps[g]
             if steps is None:
                 table = table.to(torch.float64)
-                out = table.expand(shape).contiguous() if out is None else out + table
+                if out is not None:
+                    out = out + table
+                elif table.shape == shape:
+                    out = table
+                else:
+                    out = table.expand(shape).contiguous()
                 continue
             if out is None:
                 out = torch.zeros(shape, dtype=torch.float64, device=table.device)
-            if len(steps) == 1:  # an initial distribution
-                out[:, steps[0]] += table.squeeze(1)
+            if self.first[g]:  # an initial distribution
+                out[:, :1] += table
             else:
                 out.index_add_(1, steps, table.to(out.dtype).expand(-1, len(steps), self.B))
         assert out is not None
         return out
+
+    def _product(self, theta: Tensor, phi: Tensor) -> Tensor:
+        """Θ Φ; what is last in memory is what `smooth` wants there. # (K, steps, B)"""
+        if self.lanes:
+            return (theta @ phi).reshape(self.K, -1, self.B)
+        return (phi.T @ theta.T).reshape(-1, self.B, self.K).permute(2, 0, 1)
 
     def _transition(self, at: At) -> Tensor:
         """Transition probabilities. # (K, K)"""

@@ -24,6 +24,7 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import Group
 
 _MANY = 24
+_FEW_CELLS = 2**20
 _LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
 
 
@@ -75,6 +76,7 @@ class Gaussian:
     upper: tuple[Tensor, Tensor] = field(init=False)
     full: Tensor = field(init=False)
     halved: Tensor = field(init=False)
+    kept: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         D = self.x.shape[0]
@@ -87,6 +89,9 @@ class Gaussian:
         )
         self.full = full.reshape(-1)
         self.halved = torch.where(pairs[0] == pairs[1], -0.5, -1.0).to(torch.float64)
+        # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
+        if self.width * self.x.shape[1] <= _FEW_CELLS:
+            self.kept = self._features(self.x)
 
     @property
     def limit(self) -> float:
@@ -182,7 +187,11 @@ class Gaussian:
 
     def features(self, rows: slice, p: Prepared | None = None) -> Tensor:
         """x' and its products; x' alone in many dimensions. # (P, rows)"""
-        x = self.x[:, rows]
+        if self.kept is not None:
+            return self.kept[:, rows]
+        return self._features(self.x[:, rows])
+
+    def _features(self, x: Tensor) -> Tensor:
         if not self.diagonal and x.shape[0] > _MANY:
             return x
         if self.diagonal:
