@@ -60,6 +60,8 @@ class Batches:
         self.loader = args[0] if args and is_loader(args[0]) else None
         self.batch_size = batch_size
         self.total = num_data
+        self.rows: int | None = None
+        rows_known: int | None = None
         if self.loader is not None:
             if batch_size is not None:
                 raise UsageError(
@@ -70,8 +72,8 @@ class Batches:
                         ["set batch_size in the DataLoader", "pass the arrays themselves"],
                     )
                 )
-            if self.total is None:
-                self.total = _length_of(getattr(self.loader, "dataset", None))
+            rows_known = _rows_of_loader(self.loader)
+            self.total = rows_known if num_data is None else num_data
         elif batch_size is not None:
             rows = {len(a) for a in self._arrays()}
             if len(rows) != 1:
@@ -84,8 +86,8 @@ class Batches:
                         ["pass tensors whose first dimension is the data", "pass a DataLoader"],
                     )
                 )
-            self.rows = rows.pop()
-            if not 1 <= batch_size <= self.rows:
+            self.rows = rows_known = rows.pop()
+            if not 1 <= batch_size <= rows_known:
                 raise UsageError(
                     message(
                         "fit",
@@ -95,6 +97,7 @@ class Batches:
                     )
                 )
             self.total = self.total or self.rows
+        _check_num_data(num_data, rows_known)
 
     def _arrays(self) -> list[Tensor]:
         return [a for a in (*self.args, *self.kwargs.values()) if isinstance(a, Tensor) and a.dim()]
@@ -104,7 +107,9 @@ class Batches:
         """Batches in one epoch, where known."""
         if self.loader is not None:
             return _length_of(self.loader)
-        return 1 if self.batch_size is None else -(-self.rows // self.batch_size)
+        return (
+            1 if self.rows is None or self.batch_size is None else -(-self.rows // self.batch_size)
+        )
 
     def epoch(self, shuffle: bool = True) -> Iterator[Batch]:
         """The batches of one epoch."""
@@ -114,7 +119,7 @@ class Batches:
                 size = _rows_in(given)
                 yield Batch((*given, *self.args[1:]), self.kwargs, size, self.total)
             return
-        if self.batch_size is None:
+        if self.batch_size is None or self.rows is None:
             size = None
             if self.total is not None:
                 size = next((len(a) for a in self._arrays()), None)
@@ -179,6 +184,43 @@ def first_batch(loader: Iterable[Any]) -> Any:
     raise DataError(message("fit", "the DataLoader is empty.", "there is nothing to fit"))
 
 
+def rows_in_batches(batches: Batches) -> int | None:
+    """Rows of the data where batches are parts of them; None where each batch is all data."""
+    if batches.loader is None:
+        return None if batches.batch_size in (None, batches.rows) else batches.rows
+    size = next(iter(batches.epoch(shuffle=False))).size
+    return None if size == batches.total else size
+
+
+def _rows_of_loader(loader: Any) -> int | None:
+    """Rows that a loader goes through in one epoch, where it is known."""
+    order = getattr(loader, "batch_sampler", None)
+    if order is None:  # its items are batches already: their number is not that of the rows
+        return None
+    sampler = getattr(order, "sampler", None)
+    if isinstance(sampler, torch.utils.data.SubsetRandomSampler):
+        return len(sampler)
+    return _length_of(getattr(loader, "dataset", None))
+
+
+def _check_num_data(num_data: Any, rows: int | None) -> None:
+    """Refuse what cannot be the number of all rows."""
+    if num_data is None:
+        return
+    is_whole = isinstance(num_data, int) and not isinstance(num_data, bool)
+    if is_whole and num_data >= max(rows or 1, 1):
+        return
+    known = "" if rows is None else f" with {rows} rows of data"
+    raise UsageError(
+        message(
+            "fit",
+            f"num_data={num_data!r}{known}.",
+            "it is the number of rows for which the batches stand",
+            ["pass the number of rows of all data", "leave it out for arrays"],
+        )
+    )
+
+
 def _length_of(value: Any) -> int | None:
     try:
         return len(value)
@@ -186,24 +228,45 @@ def _length_of(value: Any) -> int | None:
         return None
 
 
-def data_plates(structure: Structure, size: int) -> tuple[str, ...]:
-    """Plates over the rows of a batch: of its size, around an observation, not subsampled."""
+def data_plates(
+    structure: Structure, size: int, follows: Callable[[str], bool] | None = None
+) -> tuple[str, ...]:
+    """Plates over the rows of a batch, each the outermost around an observation.
+
+    Args:
+        structure: The model's.
+        size: Rows of the batch.
+        follows: Whether a plate's size changes with the rows, where that was looked at.
+    """
     found = []
     for info in structure.sites.values():
         if info.role is not Role.DATA or not info.plates:
             continue
         for name in (n for n in info.nested if n in info.plates):  # outermost first
-            plate = structure.plates[name]
-            if plate.size == size and plate.full_size == plate.size:
+            if size in _sizes(structure, name) and (follows is None or follows(name)):
                 found.append(name)
                 break
     return tuple(dict.fromkeys(found))
+
+
+def _sizes(structure: Structure, plate: str) -> tuple[int, int]:
+    """Elements of a plate: those at hand, and all of them."""
+    return structure.plates[plate].size, structure.plates[plate].full_size
+
+
+def _says_total(structure: Structure, plate: str, size: int) -> bool:
+    """Whether a plate declares the batch a part of more rows: its own scale stands for all."""
+    at_hand, full = _sizes(structure, plate)
+    return at_hand == size < full
 
 
 def factors_of(
     structure: Structure, batch: Batch, shorter: Callable[[], Structure] | None = None
 ) -> Mapping[str, float]:
     """What multiplies the sites of each plate so that a batch stands for all data.
+
+    A plate over the rows that says how many there are (``subsample_size=len(batch)``) has its scale
+    already; a plate that draws some of the batch's rows still needs the batch's.
 
     Args:
         structure: The model's, at this batch.
@@ -214,11 +277,8 @@ def factors_of(
         UsageError: If the model holds something outside the data plate and the number of data is
             unknown, or no plate has the batch's size.
     """
-    subsampled = [p for p in structure.plates.values() if p.full_size > p.size]
-    if subsampled:
-        return {}
     if batch.size is None:
-        if _outside(structure, structure.data_plates):
+        if not _has_subsamples(structure) and _outside(structure, structure.data_plates):
             raise UsageError(
                 message(
                     "fit",
@@ -228,13 +288,11 @@ def factors_of(
                 )
             )
         return {}
-    plates = data_plates(structure, batch.size)
-    if len(plates) > 1 and shorter is not None and batch.size > 1 and batch.total != batch.size:
-        other = shorter()
-        plates = tuple(p for p in plates if other.plates[p].size == batch.size - 1)
+    plates = _row_plates(structure, batch, shorter)
+    own = [p for p in plates if not _says_total(structure, p, batch.size)]
     if batch.total is None:
         outside = _outside(structure, plates)
-        if not outside or not plates:
+        if not outside or not own:
             return {}
         raise UsageError(
             message(
@@ -259,7 +317,35 @@ def factors_of(
                 ["put the rows into pyro.plate(name, len(x))"],
             )
         )
-    return dict.fromkeys(plates, batch.total / batch.size)
+    return dict.fromkeys(own, batch.total / batch.size)
+
+
+def _row_plates(
+    structure: Structure, batch: Batch, shorter: Callable[[], Structure] | None
+) -> tuple[str, ...]:
+    """The plates over the rows of a batch, told apart from others of that size by chance."""
+    size = batch.size
+    assert size is not None
+    plates = data_plates(structure, size)
+    doubtful = len(plates) > 1 or any(_sizes(structure, p) != (size, size) for p in plates)
+    if not doubtful or shorter is None or size == 1 or batch.total == size:
+        return plates
+    other = shorter()
+    return data_plates(structure, size, lambda p: size - 1 in _sizes(other, p))
+
+
+def stands_for_all(structure: Structure, batch: Batch) -> bool:
+    """Whether the bound of a batch, with its factors, estimates that of all data."""
+    if batch.total is not None:
+        return batch.size is not None
+    if batch.size is None:
+        return _has_subsamples(structure)
+    plates = data_plates(structure, batch.size)
+    return any(_says_total(structure, p, batch.size) for p in plates)
+
+
+def _has_subsamples(structure: Structure) -> bool:
+    return any(p.full_size > p.size for p in structure.plates.values())
 
 
 def _outside(structure: Structure, plates: Sequence[str]) -> list[str]:

@@ -562,7 +562,6 @@ class ExactPosteriorEM:
             )
         order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         batches = Batches(args, kwargs, given["batch_size"], given["num_data"], order)
-        refuse_rows_of_a_guide(trainer.variational, batches)
         held_out = None
         if validation is not None:
             if any(isinstance(v, Tensor) and v.dim() for v in kwargs.values()):
@@ -577,6 +576,9 @@ class ExactPosteriorEM:
             several = isinstance(validation, (tuple, list))
             aside = tuple(validation) if several else (validation,)
             held_out = Batches(aside, kwargs, None, None, None)
+        refuse_rows_of_a_guide(trainer.variational, batches, held_out)
+        if held_out is not None:
+            stochastic.look_at_validation(trainer, held_out)
         parameters = trainer.variational.parameters
         run = stochastic.run(
             trainer,

@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import Role
 from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
-from pyro_em.batches import Batches
+from pyro_em.batches import Batches, rows_in_batches
 from pyro_em.m_step import LeastSquares, Update
 from pyro_em.program import Program
 from pyro_em.variational import Variational
@@ -80,32 +80,43 @@ def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) 
             )
 
 
-def refuse_rows_of_a_guide(variational: Variational, batches: Batches) -> None:
-    """Refuse batches where an autoguide has parameters for every row of the data.
+def refuse_rows_of_a_guide(
+    variational: Variational, batches: Batches, held_out: Batches | None
+) -> None:
+    """Refuse batches and held-out data where an autoguide has parameters for every row of the data.
 
     Raises:
         UsageError: With the reason.
     """
-    guide = variational.guide
-    rows = None if batches.batch_size is None else batches.rows
+    guide, bare, routing = variational.guide, variational.bare, variational.routing
     amortised = isinstance(guide, (AutoAmortizedNormal, AutoAmortizedCategorical))
-    if rows is None or rows == batches.batch_size or amortised or not isinstance(guide, AutoGuide):
+    if amortised or not isinstance(guide, AutoGuide) or guide.create_plates is not None:
         return
-    bare = variational.bare
-    for name in variational.routing.drawn:
+    rows = rows_in_batches(batches)
+    for name in (*routing.drawn, *routing.points):
         info = bare.sites.get(name)
-        if info is not None and any(bare.plates[p].size == rows for p in info.plates):
-            kind = type(guide).__name__
-            raise UsageError(
-                message(
-                    f"guide ({kind})",
-                    f"it has parameters of its own for each of the {rows} rows of '{name}', so that "
-                    "a batch does not fit it.",
-                    "its plates are those of the first call",
-                    [
-                        "let a network serve all rows: AutoAmortizedNormal",
-                        "leave batch_size out",
-                        f"give it plates that draw batches: {kind}(model, create_plates=...)",
-                    ],
-                )
+        if info is None:
+            continue
+        sizes = {bare.plates[p].size for p in info.plates if p in bare.plates}
+        own = next((p for p in info.plates if p in bare.data_plates), None)
+        if rows is not None and rows in sizes:
+            size, what = rows, "a batch"
+            leave = "leave batch_size out" if batches.loader is None else "pass the data themselves"
+        elif held_out is not None and own is not None:
+            size, what, leave = bare.plates[own].size, "other data", "leave validation out"
+        else:
+            continue
+        kind = type(guide).__name__
+        raise UsageError(
+            message(
+                f"guide ({kind})",
+                f"it has parameters of its own for each of the {size} rows of '{name}', so that "
+                f"{what} does not fit it.",
+                "its plates are those of the first call",
+                [
+                    "let a network serve all rows: AutoAmortizedNormal",
+                    leave,
+                    f"give it plates that draw batches: {kind}(model, create_plates=...)",
+                ],
             )
+        )

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, PyroEMWarning
-from pyro_em.batches import Batch, Batches, factors_of, without_last_row
+from pyro_em._errors import DegenerateError, PyroEMError, PyroEMWarning, UsageError, message
+from pyro_em.batches import Batch, Batches, factors_of, stands_for_all, without_last_row
 from pyro_em.result import EMStatus, EMStep
 from pyro_em.structure import Structure
 from pyro_em.training import Alternating, Trainer
@@ -138,6 +138,36 @@ def run(
     return out
 
 
+def look_at_validation(trainer: Trainer, held_out: Batches) -> None:
+    """Take the bound of one batch of held-out data before anything is trained.
+
+    Raises:
+        PyroEMError: If the pair cannot be run on it.
+    """
+    with torch.no_grad(), _pyro.same_random_state():
+        batch = next(iter(held_out.epoch(shuffle=False)), None)
+        if batch is None:
+            raise UsageError(message("validation", "it is empty.", "there is no bound to take"))
+        try:
+            factors = factors_at(trainer, batch)
+            trainer.variational.loss(batch.args, batch.kwargs, 1, factors)
+        except PyroEMError:
+            raise
+        except Exception as error:  # whatever the user's functions do with other data
+            raise UsageError(
+                message(
+                    "validation",
+                    f"model and guide cannot be run on it: {type(error).__name__}: {error}.",
+                    "held-out data are the model's arguments, with rows of their own",
+                    [
+                        "call guide(*validation) and model(*validation) by themselves to see where",
+                        "make plates as long as the data: pyro.plate(name, len(x))",
+                        "let a network serve all rows: AutoAmortizedNormal",
+                    ],
+                )
+            ) from error
+
+
 def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
     """The bound of all data at the current parameters, batch by batch, in nats."""
     total, rows = 0.0, 0
@@ -147,7 +177,8 @@ def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> floa
             factors = factors_at(trainer, batch)
             loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
             # Each batch's bound estimates that of all data; their weighted mean is it.
-            share = batch.size if batch.size and batch.total else 0
+            at = trainer.variational.structure(batch.args, batch.kwargs)
+            share = (batch.size or 1) if stands_for_all(at, batch) else 0
             total -= float(loss) * (share or 1)
             rows += share
     return total / rows if rows else total
