@@ -89,10 +89,7 @@ def check_constructor(
                 fixes=["pass guide=", "let a network be it: guide=AutoAmortizedCategorical"],
             )
         )
-    if num_particles < 1:
-        raise UsageError(
-            message("ExactPosteriorEM", f"num_particles={num_particles} is no number of samples.")
-        )
+    check_draws(num_particles, "ExactPosteriorEM")
     for name, update in updates.items():
         if not isinstance(update, Update):
             shown = update.__name__ if isinstance(update, type) else repr(update)
@@ -104,6 +101,19 @@ def check_constructor(
                     ["use an instance: Fixed(), ClosedForm(), LeastSquares() or Gradient()"],
                 )
             )
+
+
+def check_draws(num_particles: Any, where: str) -> None:
+    """Refuse what is no number of draws."""
+    is_whole = isinstance(num_particles, int) and not isinstance(num_particles, bool)
+    if not is_whole or num_particles < 1:
+        raise UsageError(
+            message(
+                where,
+                f"num_particles={num_particles!r} is no number of draws.",
+                fixes=["pass a whole number from 1"],
+            )
+        )
 
 
 def check_acceleration(acceleration: str | None, exact_map: bool) -> None:

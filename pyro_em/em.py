@@ -28,6 +28,7 @@ from pyro_em.arguments import (
     check_acceleration,
     check_collisions,
     check_constructor,
+    check_draws,
     check_fit,
     check_model_keywords,
     refuse_exact_keywords,
@@ -201,6 +202,8 @@ class ExactPosteriorEM:
             The bound in nats; ``float(...)`` of it is its value.
         """
         check_collisions(self.model, args, ("q", "params", "num_particles"), "elbo")
+        if num_particles is not None:
+            check_draws(num_particles, "elbo")
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Variational):
             if q is not None:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from pyro_em.particle import LogWeights
 
+_FEWEST = 25  # draws for a Pareto k̂
+
 
 @dataclass(frozen=True, eq=False)
 class EvidenceEstimate:
@@ -31,7 +33,8 @@ class EvidenceEstimate:
 
     Attributes:
         value: The importance-weighted bound; below the log evidence on average.
-        standard_error: Of ``value``, by the delta method.
+        standard_error: Of ``value``, by the delta method; None with one draw, unless it is of the
+            exact posterior, whose weights are constant.
         effective_sample_size: The smallest over the elements of the data plate.
         pareto_k: The largest over the elements; nan with fewer than 25 draws.
         num_particles: Draws.
@@ -42,7 +45,7 @@ class EvidenceEstimate:
     """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     effective_sample_size: float
     pareto_k: float
     num_particles: int
@@ -60,22 +63,25 @@ class EvidenceEstimate:
         return self.value
 
     def __str__(self) -> str:
-        head = (
-            f"importance-weighted bound {self.value:.6f} ± {self.standard_error:.3g} nats "
-            f"from {self.num_particles} draws of the {self.proposal}"
-        )
+        known = "" if self.standard_error is None else f" ± {self.standard_error:.3g}"
+        draws = f"{self.num_particles} draw{'s' * (self.num_particles > 1)}"
+        head = f"importance-weighted bound {self.value:.6f}{known} nats from {draws} of the "
+        head += self.proposal
+        if self.standard_error is None:
+            return (
+                f"{head}\none draw: estimate_evidence(..., num_particles=n) gives a standard error"
+            )
+        size = f"effective sample size {self.effective_sample_size:.1f}"
+        if math.isnan(self.pareto_k):
+            return f"{head}\n{size}; Pareto k̂ needs {_FEWEST} draws"
         rows = self.pointwise_pareto_k
         if rows is None or len(rows) < 2:
             trust = " (above 0.7: not to be trusted)" if self.pareto_k > 0.7 else ""
-            return (
-                f"{head}\neffective sample size {self.effective_sample_size:.1f}, "
-                f"Pareto k̂ {self.pareto_k:.2f}{trust}"
-            )
+            return f"{head}\n{size}, Pareto k̂ {self.pareto_k:.2f}{trust}"
         share = float((rows <= 0.7).double().mean())
         return (
             f"{head}\nPareto k̂ at most 0.7 (to be trusted) in {share:.0%} of {len(rows)} rows; in "
-            f"the worst row {self.pareto_k:.2f}, effective sample size "
-            f"{self.effective_sample_size:.1f}"
+            f"the worst row {self.pareto_k:.2f}, {size}"
         )
 
 
@@ -99,11 +105,12 @@ def estimate_from(weights: LogWeights, proposal: str) -> EvidenceEstimate:
     normalised = (columns - torch.logsumexp(columns, 0)).exp()
     ess = 1 / normalised.square().sum(0)
     variance = scale**2 * (normalised.square().sum(0) - 1 / size).clamp(min=0)
+    error = float(torch.where(variance > 1e-12, variance, 0.0).sum().sqrt())
     k = [pareto_k(columns[:, j]) for j in range(columns.shape[1])]
     is_rows = weights.values.dim() > 1
     return EvidenceEstimate(
         value=float(bound.sum() + weights.outside.to(bound)),
-        standard_error=float(torch.where(variance > 1e-12, variance, 0.0).sum().sqrt()),
+        standard_error=None if size == 1 and proposal != "posterior" else error,
         effective_sample_size=float(ess.min()),
         pareto_k=max(k),
         num_particles=size,
@@ -124,7 +131,7 @@ def pareto_k(log_weights: Tensor) -> float:
         k̂; −inf where all weights are equal, nan with fewer than 25 of them.
     """
     size = len(log_weights)
-    if size < 25:
+    if size < _FEWEST:
         return math.nan
     sorted_weights = log_weights.to(torch.float64).sort().values
     if float(sorted_weights[-1] - sorted_weights[0]) < 1e-9:

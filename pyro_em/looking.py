@@ -99,6 +99,7 @@ class Looker:
         if self.guide is None:
             program = self._program(self.model, args, kwargs, first, look_only, ())
             self._check_strategies(program.structure.latents, program.structure.latents)
+            self._note_unused_optimiser(program)
             return program
         bare, look = self._look_at_both(args, kwargs, first)
         routing = self._route(bare, look)
@@ -117,7 +118,19 @@ class Looker:
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if not routing.points:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
+        self._note_unused_optimiser(program)
         return program
+
+    def _note_unused_optimiser(self, program: Program) -> None:
+        """Say so where an optimiser was given and no parameter of an exact fit is moved by it."""
+        if self.optim is None or not program.updates:
+            return
+        if any(isinstance(u.update, Gradient) for u in program.updates.values()):
+            return
+        program.notes += (
+            "optim is not used: no parameter needs a gradient (updates={name: Gradient(optim)} "
+            "would move one by it).",
+        )
 
     def _look_at_both(
         self, args: tuple, kwargs: dict[str, Any], first: bool
@@ -325,14 +338,15 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         elif wish is not None:
             decided[name] = ParameterUpdate(name, wish, f"of the {whose}, as the user asked")
         else:
-            reason = f"of the {whose}; gradient of the drawn bound"
+            kind = "guide's" if variational.is_exact else "drawn"
+            reason = f"of the {whose}; gradient of the {kind} bound"
             decided[name] = ParameterUpdate(name, Gradient(torch.optim.Adam, 1), reason)  # type: ignore[arg-type]
     exact = variational.routing.exact
     cost = contraction_from_structure(
         reduced(bare, {*variational.routing.drawn, *variational.routing.points})
     )
     notes = [] if has_optim else ["no optim was given: Adam with learning rate 0.005."]
-    if variational.analytic:
+    if variational.analytic and variational.weighted is None:
         names = ", ".join(f"'{n}'" for n in sorted(variational.analytic))
         notes.append(f"the KL divergence of {names} is taken in closed form.")
     return Plan(
@@ -345,6 +359,7 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         bare.edges,
         tuple(notes),
         stochastic=True,
+        draws=not variational.is_exact,
         is_monotone=False,
         gives_up=""
         if variational.weighted is None

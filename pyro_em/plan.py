@@ -57,7 +57,8 @@ class Plan:
         observed: The observed sites.
         edges: Pairs (parent, child) of the model's directed graph.
         notes: Warnings in words.
-        stochastic: Whether each step draws from the guide.
+        stochastic: Whether steps follow gradients of a bound of the guide.
+        draws: Whether that bound is drawn; not where everything is summed under the guide.
         is_monotone: Whether the objective can never fall by more than rounding.
         gives_up: What the strategy does without, in words.
     """
@@ -71,6 +72,7 @@ class Plan:
     edges: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = ()
     stochastic: bool = False
+    draws: bool = True
     is_monotone: bool = True
     gives_up: str = ""
 
@@ -141,8 +143,12 @@ class Plan:
         if self.largest or not self.stochastic:
             dims = " x ".join(users.get(d, d) for d in self.largest) or "1"
             parts.append(f"Cost: the largest table has {self.cells:,} cells ({dims}).")
-        if self.stochastic:
+        if self.stochastic and self.draws:
             parts.append("Iterations: stochastic, each draws from the guide.")
+        elif self.stochastic:
+            parts.append(
+                "Iterations: gradient steps; latents are summed under the guide, no draws."
+            )
         elif self.compiled:
             parts.append("Iterations: compiled, the model is not run again.")
         else:

@@ -9,6 +9,7 @@ import torch
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import Role
+from pyro_em.arguments import check_draws
 from pyro_em.importance import EvidenceEstimate, estimate_from
 from pyro_em.looking import Looker
 from pyro_em.particle import LogWeights, Particle, Term, log_weights
@@ -38,10 +39,7 @@ def estimate_evidence(
     Raises:
         UsageError: If there is no such proposal for this model.
     """
-    if num_particles < 1:
-        raise UsageError(
-            message("estimate_evidence", f"num_particles={num_particles} is no number of draws.")
-        )
+    check_draws(num_particles, "estimate_evidence")
     drawn = isinstance(found, Variational)
     proposal = proposal or ("guide" if drawn else "posterior")
     if proposal not in ("guide", "prior", "posterior"):

@@ -15,6 +15,8 @@ import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
+from pyro_em._errors import UsageError, message
+from pyro_em.arguments import check_draws
 from pyro_em.contraction import contract, evidence
 from pyro_em.e_step import contraction_of, e_step, scales_of
 from pyro_em.graph import trace_graph
@@ -63,6 +65,15 @@ class TraceExact_ELBO(ELBO):
         max_enumeration: int = 2**27,
         strategy: str = "exact",
     ) -> None:
+        check_draws(num_particles, "TraceExact_ELBO")
+        if strategy not in ("exact", "guide"):
+            raise UsageError(
+                message(
+                    "TraceExact_ELBO",
+                    f"strategy={strategy!r} is no loss.",
+                    fixes=["use 'exact' or 'guide'", "ExactPosteriorEM has other E-steps"],
+                )
+            )
         super().__init__(num_particles=num_particles)
         self.nesting = max_plate_nesting
         self.max_enumeration = max_enumeration

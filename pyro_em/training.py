@@ -11,6 +11,7 @@ Source: Cappé and Moulines (2009), "Online EM algorithm for latent data models"
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,7 +98,7 @@ class Stepper:
             return
         stale = any(n in self.known and self.known[n] is not p for n, p in moved.items())
         if self.torch_optimizer is None or stale:
-            self.torch_optimizer, self.known = self.optim(list(moved.values())), dict(moved)
+            self.torch_optimizer, self.known = _built(self.optim, list(moved.values())), moved
             if self.pending is not None:
                 self.torch_optimizer.load_state_dict(self.pending)
                 self.pending = None
@@ -115,6 +116,30 @@ class Stepper:
         if isinstance(self.optim, pyro.optim.PyroOptim):
             return self.optim.get_state()
         return None if self.torch_optimizer is None else self.torch_optimizer.state_dict()
+
+
+def _built(optim: Optimizer, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """The user's torch optimiser, which has to step along one gradient."""
+    built = optim(parameters)
+    if not isinstance(built, torch.optim.Optimizer):
+        raise UsageError(
+            message(
+                "optim",
+                f"it returned a {type(built).__name__}, not a torch optimiser.",
+                fixes=["pass lambda params: torch.optim.Adam(params, lr=0.01)"],
+            )
+        )
+    closure = inspect.signature(type(built).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            message(
+                "optim",
+                f"{type(built).__name__} evaluates the loss several times per step.",
+                "a drawn bound is another function at every draw",
+                ["use Adam or SGD", "without a guide that draws, L-BFGS is the default"],
+            )
+        )
+    return built
 
 
 @dataclass(eq=False)
@@ -376,7 +401,7 @@ class Trainer:
                 raise UsageError(
                     message(
                         f"updates['{name}']",
-                        f"a closed form was asked for, but {update.reason}.",
+                        f"a closed form was asked for, but {_in_users_words(update.reason)}.",
                         "on batches it needs additive statistics of summed or drawn latents",
                         ["leave it out: the parameter is then trained by gradient"],
                     )
@@ -400,6 +425,16 @@ class Trainer:
         self.variational.baselines.update(state.get("baselines", {}))
         self.steps = int(state.get("steps", 0))
         self.averages = {n: (p[0], p[1]) for n, p in state.get("averages", {}).items()}
+
+
+def _in_users_words(reason: str) -> str:
+    """The reason against a wish without the wish, and guide sites as the user called them."""
+    return (
+        reason.partition("was asked for, but ")[2].replace(
+            f"'{_pyro.GuideSites.prefix}", "guide site '"
+        )
+        or reason
+    )
 
 
 def _first_with(wish: Update | None, wishes: Mapping[str, Update]) -> str:

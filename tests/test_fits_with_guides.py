@@ -21,7 +21,10 @@ from pyro_em import (
     ClosedForm,
     ExactPosteriorEM,
     Fixed,
+    Gradient,
     MonteCarlo,
+    PyroEMWarning,
+    TraceExact_ELBO,
     UsageError,
 )
 from pyro_em.batches import Batch, factors_of
@@ -407,3 +410,97 @@ def test_of_nested_plates_of_one_size_the_outer_one_holds_the_rows() -> None:
     structure = found.structure((words[:, :4],), {})
     batch = Batch((words[:, :4],), {}, size=4, total=8)
     assert factors_of(structure, batch) == {"documents": 2.0}
+
+
+# ------------------------------------------------------------------ what is said of a fit
+
+
+def coins(x):
+    p = pyro.param("p", torch.tensor([0.3, 0.6]), constraint=constraints.unit_interval)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Bernoulli(p[z]), obs=x)
+
+
+def coins_guide(x):
+    logits = pyro.param("logits", torch.tensor([[0.1, 0.2], [0.3, -0.5]]))
+    with pyro.plate("n", len(x)):
+        pyro.sample("z", dist.Categorical(logits=logits[x.long()]))
+
+
+BITS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+
+
+def test_one_draw_has_no_standard_error() -> None:
+    em = ExactPosteriorEM(coins, coins_guide, strategy="guide")
+    for proposal in ("guide", "prior"):
+        one = em.estimate_evidence(BITS, num_particles=1, proposal=proposal)
+        assert one.standard_error is None
+        assert "±" not in str(one) and "1 draw of the" in str(one) and "num_particles=n" in str(one)
+        few = em.estimate_evidence(BITS, num_particles=10, proposal=proposal)
+        assert few.standard_error is not None and few.standard_error > 0
+        assert "needs 25 draws" in str(few) and "nan" not in str(few)
+    exact = em.estimate_evidence(BITS, num_particles=1, proposal="posterior")
+    assert exact.standard_error == 0.0 and not math.isnan(exact.value)
+
+
+@pytest.mark.parametrize("n", [0, -2, 2.5, True])
+def test_numbers_of_draws_that_cannot_be(n: Any) -> None:
+    em = ExactPosteriorEM(rows, slopes)
+    for ask in (em.elbo, em.estimate_evidence):
+        with pytest.raises(UsageError, match=f"num_particles={n} is no number of draws"):
+            ask(torch.randn(3), num_particles=n)
+    with pytest.raises(UsageError, match=f"num_particles={n}"):
+        ExactPosteriorEM(rows, slopes, num_particles=n)
+    with pytest.raises(UsageError, match=f"TraceExact_ELBO: num_particles={n}"):
+        TraceExact_ELBO(num_particles=n)
+    with pytest.raises(UsageError, match="strategy='hard'"):
+        TraceExact_ELBO(strategy="hard")
+
+
+def test_a_plan_says_whether_anything_is_drawn() -> None:
+    summed = ExactPosteriorEM(coins, coins_guide, strategy="guide").plan(BITS)
+    assert summed.stochastic and not summed.draws
+    assert "no draws" in str(summed) and "drawn" not in str(summed)
+    drawn = ExactPosteriorEM(rows, slopes).plan(torch.randn(4))
+    assert drawn.stochastic and drawn.draws
+    assert "each draws from the guide" in str(drawn) and "closed form" in str(drawn)
+    # Importance weights take log q(h) of each draw, not the closed form of the divergence.
+    weighted = ExactPosteriorEM(rows, slopes, strategy=MonteCarlo(5)).plan(torch.randn(4))
+    assert "closed form" not in str(weighted)
+
+
+def test_an_optimiser_that_nothing_needs_is_said_to_be_unused() -> None:
+    em = ExactPosteriorEM(coins, None, adam(0.1))
+    assert "optim is not used" in str(em.plan(BITS))
+    with pytest.warns(PyroEMWarning, match="optim is not used"):
+        em.fit(BITS, max_steps=2)
+    used = ExactPosteriorEM(coins, None, adam(0.1), updates={"p": Gradient()})
+    assert "not used" not in str(used.plan(BITS))
+
+
+def test_optimisers_that_are_none_for_draws() -> None:
+    em = ExactPosteriorEM(rows, slopes, torch.optim.LBFGS)
+    with pytest.raises(UsageError, match="LBFGS evaluates the loss several times"):
+        em.fit(torch.randn(4), max_steps=2)
+    with pytest.raises(UsageError, match="returned a list, not a torch optimiser"):
+        ExactPosteriorEM(rows, slopes, lambda p: p).fit(torch.randn(4), max_steps=2)
+
+
+def test_one_torch_optimiser_serves_all_parameters() -> None:
+    built: list[int] = []
+
+    def fused(parameters):
+        built.append(len(parameters))
+        return torch.optim.Adam(parameters, lr=0.01, fused=True)
+
+    ExactPosteriorEM(rows, slopes, fused).fit(torch.randn(6), batch_size=2, num_epochs=3)
+    assert built == [2]
+
+
+def test_a_closed_form_of_a_guides_parameter_is_refused_in_the_users_words() -> None:
+    em = ExactPosteriorEM(rows, slopes, updates={"a": ClosedForm()})
+    with pytest.raises(UsageError) as refused:
+        em.fit(torch.randn(4), max_steps=2)
+    assert "guide site 'h'" in str(refused.value) and "guide:" not in str(refused.value)
+    assert str(refused.value).count("was asked for") == 1
