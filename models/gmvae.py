@@ -123,7 +123,7 @@ def apart(points: Tensor, distance: float = 0.5) -> Tensor:
 def draw(
     gmvae: GMVAE, result: EMResult, probs: Tensor, x: Tensor, digits: Tensor, path: Path
 ) -> None:
-    """The code space with its components, draws of each component, some responsibilities.
+    """The code space with its components, draws of each, some reconstructions and responsibilities.
 
     Args:
         gmvae: The fitted networks.
@@ -172,15 +172,18 @@ def draw(
     ax.set_title("Draws of each component (its weight at the left)")
 
     chosen = torch.stack([(digits[TRAIN:] == d).nonzero()[0, 0] for d in range(10)])
-    grid = parts[1, 0].subplots(1, 2, width_ratios=(1, 10))
-    show(grid[0], x[TRAIN:][chosen], columns=1)
+    grid = parts[1, 0].subplots(1, 2, width_ratios=(2, 9))
+    images = x[TRAIN:][chosen]
+    pairs = torch.stack([images, gmvae.decode(gmvae.encode(images))], 1)
+    show(grid[0], pairs.reshape(-1, x.shape[1]), columns=2)
+    grid[0].set_title("Image,\nreconstruction", fontsize=9)
     grid[1].imshow(
         probs[chosen][:, used].cpu().numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto"
     )
     grid[1].set_xticks(range(len(used)), LETTERS[: len(used)])
     grid[1].set_yticks([])
     grid[1].set_xlabel("component")
-    grid[1].set_title("Responsibilities of ten images not trained on (white 0, dark 1)")
+    grid[1].set_title("Ten images not trained on:\nresponsibilities (white 0, dark 1)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
