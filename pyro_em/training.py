@@ -197,12 +197,19 @@ class Trainer:
             loss = self._step(args, kwargs, factors, schedule)
         except DegenerateError:
             if not self._is_first or not self._is_sound():
-                with torch.no_grad():
-                    for parameter, copy in self.good.values():
-                        parameter.copy_(copy)
+                self._return_to_good()
+            raise
+        except BaseException:  # an interrupt, or whatever the user's functions raise
+            if not self._is_first:  # half a step would belong to no step
+                self._return_to_good()
             raise
         self._last = (args, kwargs, factors)
         return loss
+
+    def _return_to_good(self) -> None:
+        with torch.no_grad():
+            for parameter, copy in self.good.values():
+                parameter.copy_(copy)
 
     def _is_sound(self) -> bool:
         """Whether the present parameters have a finite loss on the batch before this one."""

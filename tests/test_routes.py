@@ -463,6 +463,42 @@ def test_an_interrupt_returns_a_result() -> None:
     assert em.fit(T(X), max_steps=2, progress=False).total_steps == 6
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_half_an_alternating_step_is_undone(error) -> None:
+    """The guide has moved when the model's turn is interrupted."""
+    seen, calls = [], []
+
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            calls.append(1)
+            if len(calls) == 4:
+                raise error
+            return super().step(closure)
+
+    def optim(parameters):
+        return torch.optim.SGD(parameters, lr=0.01)
+
+    def breaks(parameters):
+        return Breaks(parameters, lr=0.01)
+
+    def watch(step) -> None:
+        seen.append({n: v.detach().clone() for n, v in step.params.items()})
+
+    model, _ = breaking(0)
+    em = ExactPosteriorEM(model, normal_guide, optim)
+    schedule = Alternating(2, 1, model_optim=breaks)
+    options = {"max_steps": 9, "callbacks": watch, "seed": 0, "schedule": schedule}
+    if error is KeyboardInterrupt:
+        result = em.fit(T(X), progress=False, **options)
+        assert result.status is EMStatus.INTERRUPTED and result.num_steps == 3
+    else:
+        with pytest.raises(RuntimeError):
+            em.fit(T(X), progress=False, **options)
+    assert len(seen) == 3
+    for name, value in seen[-1].items():
+        assert torch.equal(pyro.param(name).detach(), value), name
+
+
 # ------------------------------------------------------------------ keeping
 
 
