@@ -123,8 +123,8 @@ def check_acceleration(acceleration: str | None, exact_map: bool) -> None:
             message(
                 "fit",
                 f"acceleration={acceleration!r} needs exact EM steps.",
-                "it extrapolates along the map θ → EM(θ), and a strategy other than 'exact', or an "
-                "update by an optimiser, is not that map",
+                "it extrapolates along the map θ → EM(θ), and a strategy other than 'exact', an update "
+                "by an optimiser, or a guide that draws, is not that map",
                 ["leave acceleration out", "use strategy='exact' and no torch optimiser"],
             )
         )
@@ -191,8 +191,9 @@ def refuse_stochastic_keywords(given: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_exact_keywords(init: Any, num_restarts: int) -> None:
-    """A stochastic fit starts where the guide and the model are."""
+def refuse_exact_keywords(init: Any, num_restarts: int, acceleration: str | None) -> None:
+    """A stochastic fit starts where the guide and the model are, and has no EM steps."""
+    check_acceleration(acceleration, False)
     given = (["init"] if init is not None else []) + (["num_restarts"] if num_restarts > 1 else [])
     if given:
         raise UsageError(

@@ -104,8 +104,8 @@ class Comparison:
         table: A `Row` per contender.
         curves: Per contender the runs that are shown, at its best learning rate.
         sweep: Per contender and learning rate all runs.
-        best: The best evidence that any run saw in nats; the best bound where no evidence can be
-            computed.
+        best: The best evidence that any run saw in nats; where no evidence can be computed the best
+            bound at the end of runs, as the median over seeds.
         measure: ``"evidence"`` or ``"bound"``.
         num_rows: N, by which gaps are divided.
         tolerance: Nats per datum within which a run has reached the best.
@@ -174,7 +174,8 @@ class Comparison:
         """Draw the gap to the best per datum against steps and against seconds.
 
         Lines are medians over seeds, bands reach from the worst to the best seed. Gaps below 1e-9
-        are drawn there, and the start, at zero steps, has no place on a logarithmic axis.
+        (below a tenth of the tolerance where bounds are drawn) are drawn there, and the start, at
+        zero steps, has no place on a logarithmic axis.
 
         Args:
             axes: Two axes to draw on; new ones by default.
@@ -191,14 +192,16 @@ class Comparison:
             curves: Runs of one contender.
 
         Returns:
-            Steps, gaps of every run in nats (at least 1e-9), seconds. # (S,), (runs, S), (S,)
+            Steps, gaps of every run in nats (at least 1e-9; a tenth of the tolerance where bounds
+            are drawn), seconds. # (S,), (runs, S), (S,)
         """
         by_evidence = self.measure == "evidence"
         measured = [curve.measure(by_evidence) for curve in curves]
         common = functools.reduce(np.intersect1d, [at for at, _ in measured])
         common = common[common > 0]
         gaps = np.stack([v[np.isin(at, common)] for at, v in measured])
-        gaps = np.maximum((self.best - gaps) / self.num_rows, 1e-9)
+        least = 1e-9 if by_evidence else self.tolerance / 10
+        gaps = np.maximum((self.best - gaps) / self.num_rows, least)
         seconds = np.median([np.asarray(c.seconds)[common] for c in curves], 0)
         return np.asarray(curves[0].steps)[common], gaps, seconds
 
@@ -330,8 +333,7 @@ def _comparison(
 ) -> Comparison:
     """Choose the learning rates, find the best, fill the table."""
     by_evidence = contest.has_evidence
-    runs = [run for sweep in sweeps.values() for curves in sweep.values() for run in curves]
-    top = max(run.top(by_evidence) for run in runs)
+    top = _top(sweeps, by_evidence)
     best = math.nan if top == -math.inf else top
     target = best - tolerance * contest.num_rows
     shown, rows = {}, []
@@ -351,6 +353,18 @@ def _comparison(
         contest.num_rows,
         tolerance,
     )
+
+
+def _top(sweeps: Mapping[str, Sweep], by_evidence: bool) -> float:
+    """The best of all runs; where bounds are drawn, of the ends of runs, as medians over seeds.
+
+    The maximum over many noisy values would be above every bound, and above the evidence.
+    """
+    at_each_rate = [curves for sweep in sweeps.values() for curves in sweep.values()]
+    ends = max(median(run.final(False) for run in curves) for curves in at_each_rate)
+    if by_evidence or ends == -math.inf:
+        return max(run.top(by_evidence) for curves in at_each_rate for run in curves)
+    return ends
 
 
 def _row(

@@ -489,7 +489,7 @@ class ExactPosteriorEM:
         with seeded(seed):
             program = self._ready(looked, kwargs)
             if isinstance(program, Trainer):
-                refuse_exact_keywords(init, num_restarts)
+                refuse_exact_keywords(init, num_restarts, acceleration)
                 return self._fit_stochastic(
                     program, args, kwargs, given, max_steps, seed, progress, callbacks, begin
                 )

@@ -411,3 +411,43 @@ def test_one_em_that_draws_has_no_standard_contenders() -> None:
     with pytest.raises(UsageError, match=r"no exact EM to compare with(.|\n)*pass a mapping"):
         compare(ExactPosteriorEM(model, guide), torch.zeros(3), progress=False)
     assert len(pyro.get_param_store()) == before
+
+
+def test_the_best_drawn_bound_is_not_the_luckiest_draw() -> None:
+    """Linear and Gaussian: the evidence is known, and no bound is above it."""
+    x = X[:50]
+
+    def model(x):
+        mu = pyro.param("mu", x.new_tensor(0.0))
+        s = pyro.param("s", x.new_tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(h, s), obs=x)
+
+    def guide(x):
+        a = pyro.param("a", x.new_tensor(0.3))
+        t = pyro.param("t", x.new_tensor(0.5), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Normal(a * x, t))
+
+    adam = pyro.optim.Adam({"lr": 0.03})
+    found = compare(
+        {
+            "joint": ExactPosteriorEM(model, guide, adam),
+            "SVI": SVI(model, guide, adam, Trace_ELBO()),
+        },
+        x,
+        svi_steps=300,
+        learning_rates=(0.01, 0.1),
+        seeds=(0, 1, 2),
+        progress=False,
+    )
+    deviation = max(float(x.std(correction=0)), 1.0)
+    evidence = float(dist.Normal(x.mean(), deviation).log_prob(x).sum())
+    assert found.measure == "bound"
+    luckiest = max(r.top(False) for s in found.sweep.values() for cs in s.values() for r in cs)
+    assert luckiest > evidence + 0.5  # noise of the means of twenty draws
+    assert found.best < evidence + 0.5
+    assert any(row.steps_to_best is not None for row in found.table)
+    gaps = found.gaps(found.curves["joint"])[1]
+    assert gaps.min() >= 1e-3

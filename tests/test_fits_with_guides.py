@@ -504,3 +504,8 @@ def test_a_closed_form_of_a_guides_parameter_is_refused_in_the_users_words() -> 
         em.fit(torch.randn(4), max_steps=2)
     assert "guide site 'h'" in str(refused.value) and "guide:" not in str(refused.value)
     assert str(refused.value).count("was asked for") == 1
+
+
+def test_a_stochastic_fit_cannot_be_accelerated() -> None:
+    with pytest.raises(UsageError, match="needs exact EM steps"):
+        ExactPosteriorEM(rows, slopes).fit(torch.randn(4), max_steps=2, acceleration="squarem")
