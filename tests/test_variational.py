@@ -796,6 +796,37 @@ def test_algorithm_1_is_thirty_lines_of_plain_torch() -> None:
             assert torch.allclose(a, b, atol=1e-10)
 
 
+def test_algorithm_1_on_batches_with_several_draws() -> None:
+    """B = 2 of five rows (one left over), L = 3 draws, two steps of the guide, one of the model."""
+    ours, theirs = networks(1), networks(1)
+    em = ExactPosteriorEM(*vae(*ours), lambda p: torch.optim.SGD(p, lr=0.01), num_particles=3)
+    em.plan(BITS)
+    schedule = Alternating(2, 1, model_optim=lambda p: torch.optim.Adam(p, lr=0.01))
+    options = {"schedule": schedule, "seed": 5, "progress": False}
+    result = em.fit(BITS, batch_size=2, num_epochs=2, **options)
+    decoder, encoder = theirs
+    inner = torch.optim.SGD(encoder.parameters(), lr=0.01)
+    outer = torch.optim.Adam(decoder.parameters(), lr=0.01)
+    torch.manual_seed(5)
+    order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    bounds = []
+    for _ in range(2):
+        for rows in torch.randperm(5, generator=order).split(2):
+            for optimiser, steps in ((inner, 2), (outer, 1)):
+                for i in range(steps):
+                    optimiser.zero_grad()
+                    draws = [plain_bound(decoder, encoder, BITS[rows]) for _ in range(3)]
+                    bound = sum(draws) / 3 * 5 / len(rows)
+                    (-bound).backward()
+                    if optimiser is inner and i == 0:
+                        bounds.append(float(bound.detach()))
+                    optimiser.step()
+    assert list(result.history) == pytest.approx(bounds, abs=1e-9)
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine.parameters(), other.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-10)
+
+
 @pytest.mark.parametrize("analytic", [True, False])
 @pytest.mark.parametrize("optim", ["pyro", "torch"])
 def test_joint_steps_are_those_of_pyro(analytic, optim) -> None:
