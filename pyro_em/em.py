@@ -702,6 +702,15 @@ class ExactPosteriorEM:
     def _look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:
+        if any(is_loader(a) for a in (*args, *kwargs.values())):
+            raise UsageError(
+                message(
+                    "arguments",
+                    "a DataLoader was given.",
+                    "only fit goes through batches, and takes the loader as its first argument",
+                    ["pass one batch: next(iter(loader))", "pass the data themselves"],
+                )
+            )
         check_model_keywords(self.model, kwargs)
         found = self._looker.look(args, kwargs, look_only=look_only)
         if isinstance(found, Program):

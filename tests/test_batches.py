@@ -183,3 +183,13 @@ def test_held_out_data_that_cannot_be_used_are_refused_before_training() -> None
 def test_held_out_batches_weigh_by_their_rows() -> None:
     result = fit(X, validation=DataLoader(X[:5], 2))
     assert result.history.validation[-1][1] == pytest.approx(bound_of(X[:5]), abs=1e-4)
+
+
+def test_a_loader_where_one_batch_is_meant_is_named() -> None:
+    loader = DataLoader(X, 4)
+    em = ExactPosteriorEM(rows, rows_guide)
+    for ask in (em.plan, em.elbo, em.posterior, em.estimate_evidence, em.evaluate_loss):
+        with pytest.raises(UsageError, match="a DataLoader was given"):
+            ask(loader)
+    with pytest.raises(UsageError, match="as its first argument"):
+        em.fit(x=loader, num_epochs=1)
