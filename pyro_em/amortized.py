@@ -276,7 +276,7 @@ class _AutoAmortized(AutoGuide):
         """
         for node in (nodes[name] for name in self._sites):
             weighted = isinstance(node["scale"], Tensor) or node["scale"] != 1.0
-            if weighted or node["mask"] is not None or _holds_tensor(node["fn"].support):
+            if weighted or node["mask"] is not None or depends_on_tensors(node["fn"].support):
                 return None
             if any(f.name in picking or f.size < 0 for f in node["cond_indep_stack"]):
                 return None
@@ -637,11 +637,11 @@ def _declare(frame: Any, trace: Any) -> Any:
         return pyro.plate(frame.name, frame.full_size, subsample=indices, dim=frame.dim)
 
 
-def _holds_tensor(constraint: Any) -> bool:
+def depends_on_tensors(constraint: Any) -> bool:
     """Whether a support depends on numbers of the model, which may change from call to call."""
     parts = vars(constraint).values()
     inner = [p for p in parts if isinstance(p, constraints.Constraint)]
-    return any(isinstance(p, Tensor) for p in parts) or any(map(_holds_tensor, inner))
+    return any(isinstance(p, Tensor) for p in parts) or any(map(depends_on_tensors, inner))
 
 
 def _is_real(constraint: Any) -> bool:

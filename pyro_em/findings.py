@@ -23,6 +23,20 @@ def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
     return mask
 
 
+def is_outside(fn: Any, value: Tensor) -> bool:
+    """Whether a value is outside a distribution's support, and not by rounding."""
+    try:
+        support = fn.support
+        if bool(support.check(value).all()):
+            return False
+        total = value.sum(-1, keepdim=True)
+        if bool(((total - 1).abs() < 1e-3).all()) and bool(support.check(value / total).all()):
+            return False  # a simplex in single precision
+    except (NotImplementedError, AttributeError, RuntimeError, IndexError):
+        return False
+    return True
+
+
 def parameter_problems(run: _pyro.Run) -> list[Problem]:
     """Two constraints, a stale shape, a value that is not finite."""
     problems = []

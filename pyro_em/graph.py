@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, Problem, message, raise_problems
+from pyro_em._errors import DegenerateError, ModelError, Problem, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
-from pyro_em.findings import mask_tensor
+from pyro_em.findings import is_outside, mask_tensor
 from pyro_em.structure import SiteInfo, Structure, frames_of
 
 
@@ -322,6 +322,8 @@ def trace_graph(
         layout.find_out_of_scope(name)
     if layout.problems:
         raise_problems(layout.problems)
+    if values is None:  # not at a trial point
+        _require_inside(sites, structure)
     factors = []
     for name in structure.sites:
         try:
@@ -454,7 +456,11 @@ class _Layout:
                 layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
                 value_binding = bind(value, leaves, layout=layout)
         if family is None:
-            log_p = fn.log_prob(value)
+            try:
+                log_p = fn.log_prob(value)
+            except ValueError as error:  # torch's validation
+                text = str(error).split("\n")[0]
+                raise DegenerateError(_outside(name, fn, text)) from error
             mask_now = mask_tensor(site)
             if isinstance(mask_now, Tensor) and info.observed:
                 log_p = torch.where(mask_now, log_p, 0.0)
@@ -631,6 +637,33 @@ def compact(
     shape = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
     target = shape + list(tensor.shape[batch:])
     return tensor if list(tensor.shape) == target else tensor.reshape(target)
+
+
+def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+    """A family's record is no density outside its support: Exponential(1) at -3 is e³."""
+    for name, info in structure.sites.items():
+        if info.role not in (Role.SAMPLED, Role.POINT):
+            continue
+        fn, value = sites[name]["fn"], sites[name]["value"]
+        if mask_tensor(sites[name]) is not None or bool(torch.isnan(value).any()):
+            continue
+        if is_outside(fn, value):
+            raise DegenerateError(_outside(name, fn, "the guide's value is outside its support"))
+
+
+def _outside(name: str, fn: Any, text: str) -> str:
+    kind = type(_pyro.unwrap(fn)[0]).__name__
+    return message(
+        f"site '{name}'",
+        f"its density cannot be evaluated: {text}.",
+        f"the value, or an argument of {kind}, left its support: a guide that is wider than the "
+        "model's distribution, a spread that goes to zero, a step too far",
+        [
+            "let the guide draw only what the model can: LogNormal or AutoNormal for what is positive",
+            "give parameters the constraint of the support: pyro.param(..., constraint=...)",
+            "start elsewhere, or give scales a prior that is zero at zero (InverseGamma)",
+        ],
+    )
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

@@ -13,7 +13,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide
+from pyro.infer import autoguide
+from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide, AutoGuideList
 from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
@@ -113,7 +114,10 @@ def built_guide(guide: Any, model: _pyro.Model, structure: Structure | None) -> 
         *structure.barren,
         *(n for n in structure.latents if structure.sites[n].is_discrete is not takes_discrete),
     ]
-    made = factory(poutine.block(model, hide=hidden))
+    try:
+        made = factory(poutine.block(model, hide=hidden))
+    except Exception as error:  # a user's code, or a class that needs more than a model
+        raise UsageError(_factory_failed(guide, cls, error)) from error
     if not callable(made):
         raise UsageError(
             message(
@@ -123,6 +127,27 @@ def built_guide(guide: Any, model: _pyro.Model, structure: Structure | None) -> 
             )
         )
     return _as_callable(made)
+
+
+def _factory_failed(guide: Any, cls: Any, error: Exception) -> str:
+    if isinstance(error, PyroEMError):
+        return str(error)
+    fixes = ["call it by itself on the model to see where"]
+    if isinstance(cls, type):
+        name = _public_name(cls)
+        fixes.insert(0, f"give what it needs beside the model: lambda model: {name}(model, ...)")
+    return message(
+        f"guide ({_public_name(cls)})" if isinstance(guide, type) else "guide",
+        f"building it raised {type(error).__name__}: {error}",
+        "a class or factory is called with the model, whose discrete sites are hidden",
+        fixes,
+    )
+
+
+def _public_name(cls: Any) -> str:
+    """The name under which a user finds an autoguide's class; ``AutoGaussian`` has backends."""
+    public = (c.__name__ for c in getattr(cls, "__mro__", ()) if c.__name__ in autoguide.__all__)
+    return str(next(public, getattr(cls, "__name__", "guide")))
 
 
 def _as_callable(guide: Any) -> Any:
@@ -235,8 +260,9 @@ def is_plain_delta(site: Mapping[str, Any]) -> bool:
 
 def _guide_failed(guide: Any, error: Exception) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(guide, AutoGuide) and "discrete" in text:
-        name = type(guide).__name__
+    own = guide.messenger if isinstance(guide, _FromMessenger) else guide
+    if isinstance(own, (AutoGuide, GuideMessenger)) and "discrete" in text:
+        name = _public_name(type(own))
         return message(
             f"guide ({name})",
             f"it raised: {text}",
@@ -258,6 +284,12 @@ def _guide_failed(guide: Any, error: Exception) -> str:
             ["call pyro.clear_param_store() first"],
         )
     fixes = ["call guide(*args) by itself to see where", "give it the model's arguments"]
+    if isinstance(guide, AutoGuideList) and isinstance(error, KeyError):
+        fixes = [
+            "build the list on the whole model, not in a factory, whose model hides its "
+            "discrete sites",
+            *fixes,
+        ]
     if needs_building(guide) or len(_pyro.signature_of(guide)) == 1:
         fixes.append(
             "if it is a factory, call its argument `model`: lambda model: AutoNormal(model)"

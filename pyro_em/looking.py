@@ -11,6 +11,7 @@ import torch
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message, raise_problems
+from pyro_em._pyro import Role
 from pyro_em.findings import parameter_problems
 from pyro_em.guides import (
     GuideLook,
@@ -116,6 +117,7 @@ class Looker:
         pair = routing.pair(self.model, self.built)
         routes = routes_with_guide(bare, routing)
         program = self._program(pair, args, kwargs, False, look_only, routes)
+        program.notes += tuple(_unbounded_priors(program))
         if not routing.points:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
         self._note_unused_optimiser(program)
@@ -322,6 +324,35 @@ class Looker:
     def updates_for(self, parameters: Mapping[str, Any]) -> Mapping[str, Update]:
         """The user's updates by exact parameter name."""
         return matched(self.updates, parameters)
+
+
+def _unbounded_priors(program: Program) -> list[str]:
+    """Point estimates by gradient under priors whose density is unbounded at the boundary.
+
+    A closed form finds out whether the data speak against the boundary, and names the component.
+    """
+    found = []
+    for group in program.graph.groups:
+        below = [v for n, v in group.arguments.items() if n.startswith("concentration")]
+        climbs = any(isinstance(program.updates[n].update, Gradient) for n in group.params)
+        kind = group.distribution
+        if group.role is not Role.POINT or kind not in ("Beta", "Dirichlet", "Gamma") or not climbs:
+            continue
+        if any(bool((v < 1).any()) for v in below):
+            found.append(
+                message(
+                    f"site '{group.members[0]}'",
+                    f"its {kind} prior has a concentration below one, and its update is a gradient.",
+                    "the density is unbounded at the boundary: where the data do not speak against "
+                    "it the estimate runs there, until rounding stops it",
+                    [
+                        "use a concentration of at least one",
+                        "make it a parameter without a prior: pyro.param instead of pyro.sample",
+                        "use a guide with a spread: ExactPosteriorEM(model, AutoNormal)",
+                    ],
+                )
+            )
+    return found
 
 
 def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: bool) -> Plan:

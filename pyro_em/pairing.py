@@ -20,9 +20,10 @@ from pyro_em import _pyro
 from pyro_em._errors import ModelError, Problem
 from pyro_em._pyro import GiveValues, GuideSites, Role
 from pyro_em.contraction import ContractionPlan
-from pyro_em.guides import GuideLook, is_plain_delta
+from pyro_em.guide_findings import no_route, pair_problems
+from pyro_em.guides import GuideLook
 from pyro_em.plan import Route, budget_problems, contraction_from_structure, routes_of
-from pyro_em.structure import SiteInfo, Structure, frames_of
+from pyro_em.structure import SiteInfo, Structure
 
 _SMALL = 2**16  # cells of all guide latents enumerated together
 _MANY = 20  # dimensions that Pyro's enumeration may take
@@ -123,7 +124,7 @@ def decide_routes(
     """
     if guide is None:
         return Routing(structure.latents), []
-    problems = _pair_problems(structure, guide)
+    problems = pair_problems(structure, guide)
     mine = [n for n in guide.sites if n in structure.latents or n in structure.barren]
     reasons: dict[str, str] = {}
     from_guide: set[str] = set()
@@ -147,7 +148,7 @@ def decide_routes(
         if n not in guide.sites and structure.sites[n].support_size is None
     ]
     if missing or problems:
-        return Routing(()), [*problems, *(_no_route(structure, n) for n in missing)]
+        return Routing(()), [*problems, *(no_route(structure, n) for n in missing)]
     while True:
         given = reduced(structure, from_guide)
         try:
@@ -169,11 +170,11 @@ def decide_routes(
     points = tuple(n for n in mine if n in from_guide and n in guide.points)
     drawn = tuple(n for n in mine if n in from_guide and n not in guide.points)
     exact = tuple(n for n in structure.latents if n not in from_guide)
-    enumerated = _enumerated_in_guide(structure, guide, drawn, exact)
+    enumerated = _enumerated_in_guide(structure, guide, drawn, exact, max_enumeration)
     for name in points:
         reasons[name] = "the guide is a Delta: its log prior enters the objective"
     for name in drawn:
-        reasons[name] = _how(name, guide, name in enumerated, reasons[name])
+        reasons[name] = _how(name, guide, name in enumerated, reasons[name], exact)
     unused = tuple(n for n in mine if n not in from_guide)
     return Routing(exact, points, drawn, enumerated, reasons, guide, unused), []
 
@@ -197,17 +198,26 @@ def _depended_on(
     return added
 
 
-def _how(name: str, guide: GuideLook, is_enumerated: bool, reason: str) -> str:
+def _how(
+    name: str, guide: GuideLook, is_enumerated: bool, reason: str, exact: tuple[str, ...]
+) -> str:
     fn = guide.sites[name]["fn"]
     if is_enumerated:
         return f"{reason}; enumerated in the guide"
     if getattr(fn, "has_rsample", False):
         return f"{reason}; reparameterised draw"
-    return f"{reason}; score function with a baseline"
+    words = f"{reason}; score function with a baseline"
+    if exact and _pyro.has_finite_support(fn):
+        words += f" (not enumerated: '{exact[0]}' is summed exactly under its draw)"
+    return words
 
 
 def _enumerated_in_guide(
-    structure: Structure, guide: GuideLook, drawn: tuple[str, ...], exact: tuple[str, ...]
+    structure: Structure,
+    guide: GuideLook,
+    drawn: tuple[str, ...],
+    exact: tuple[str, ...],
+    max_enumeration: int,
 ) -> tuple[str, ...]:
     """Drawn latents of finite support that are summed under the guide: small or marked ones."""
     known = [n for n in drawn if n in structure.sites]
@@ -221,7 +231,7 @@ def _enumerated_in_guide(
     rows = max(
         (_cells_of_plates(structure, structure.sites[n]) for n in structure.sites), default=1
     )
-    if len(finite) <= _MANY and cells <= _SMALL and cells * rows <= 2**24:
+    if len(finite) <= _MANY and cells <= _SMALL and cells * rows <= min(2**24, max_enumeration):
         return tuple(finite)
     return tuple(marked)
 
@@ -246,103 +256,6 @@ def reduced(structure: Structure, given: set[str]) -> Structure:
     return replace(
         structure, sites=sites, latents=tuple(n for n in structure.latents if n not in given)
     )
-
-
-def _no_route(structure: Structure, name: str) -> Problem:
-    info = structure.sites[name]
-    kind = "discrete latent of infinite support" if info.is_discrete else "continuous latent"
-    return Problem(
-        f"site '{name}'",
-        f"the guide lacks it, and a {kind} ({info.distribution}) has no exact posterior here.",
-        "every latent needs a route: an exact sum, a point estimate or a guide",
-        (
-            f"add pyro.sample('{name}', ...) to the guide",
-            "pass guide='map' for point estimates, or a class for all: AutoNormal",
-            *(
-                ("let a network do it: ExactPosteriorEM(model, AutoAmortizedNormal)",)
-                if set(info.plates) & set(structure.data_plates)
-                else ()
-            ),
-        ),
-    )
-
-
-def _pair_problems(structure: Structure, guide: GuideLook) -> list[Problem]:
-    problems = []
-    for name, site in guide.sites.items():
-        if name in structure.barren or _pyro.is_auxiliary(site):
-            continue
-        if name not in structure.sites:
-            known = ", ".join(f"'{n}'" for n in (*structure.latents, *structure.barren)) or "none"
-            problems.append(
-                Problem(
-                    f"guide site '{name}'",
-                    f"the model has no such site; its latents are: {known}.",
-                    "a guide is a distribution over the model's latents",
-                    (
-                        "give it the name of the model's site",
-                        "mark it as auxiliary: infer={'is_auxiliary': True}",
-                    ),
-                )
-            )
-            continue
-        if structure.sites[name].role is Role.DATA:
-            problems.append(
-                Problem(
-                    f"guide site '{name}'",
-                    "the model observes this site.",
-                    "a guide is a distribution over what is not observed",
-                    ("leave it out of the guide when it is observed: `if y is None: ...`",),
-                )
-            )
-            continue
-        problems.extend(_plate_problems(structure, name, site))
-    return problems
-
-
-def _plate_problems(structure: Structure, name: str, site: Mapping[str, Any]) -> list[Problem]:
-    info = structure.sites[name]
-    frames = frames_of(site)
-    for plate, frame in frames.items():
-        known = structure.plates.get(plate)
-        if known is not None and (known.size != frame.size or known.dim != frame.dim):
-            return [
-                Problem(
-                    f"guide site '{name}', plate '{plate}'",
-                    f"its size is {frame.size} (dim {frame.dim}) in the guide and {known.size} "
-                    f"(dim {known.dim}) in the model.",
-                    "the guide's draw could not be the model's latent",
-                    (
-                        "use the same pyro.plate in both",
-                        "build an autoguide with create_plates= where the data change in size",
-                    ),
-                )
-            ]
-    fn, prior = site["fn"], structure.unobserved[name]["fn"]
-    if is_plain_delta(site):
-        have, want = tuple(site["value"].shape), tuple(prior.shape())
-        outside: list[str] = []
-    else:
-        have, want = tuple(fn.batch_shape), tuple(prior.batch_shape)
-        outside = [p for p in info.plates if p not in frames and structure.plates[p].size > 1]
-    if _without_leading_ones(have) != _without_leading_ones(want) or outside:
-        where = f" outside plate '{outside[0]}'" if outside else ""
-        return [
-            Problem(
-                f"guide site '{name}'",
-                f"its shape is {have}{where}, the model's {want} in plates "
-                f"({', '.join(info.plates)}).",
-                "the guide's draw could not be the model's latent",
-                ("sample it inside the same plates as in the model", "use .to_event as the model"),
-            )
-        ]
-    return []
-
-
-def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    while shape and shape[0] == 1:
-        shape = shape[1:]
-    return shape
 
 
 def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:

@@ -228,7 +228,7 @@ def examine(
             not is_latent,
             site_plates[name],
             tuple(sorted(scope, key=order.__getitem__)),
-            _support_size(site["fn"]) if is_latent and not no_route else None,
+            support_size_of(site["fn"]) if is_latent and not no_route else None,
             len(site["fn"].batch_shape),
             _pyro.role_of(site),
             _pyro.is_discrete(site["fn"]),
@@ -366,7 +366,8 @@ def _enumerable(fn: Any) -> bool:
     return _pyro.has_finite_support(fn)
 
 
-def _support_size(fn: Any) -> int | None:
+def support_size_of(fn: Any) -> int | None:
+    """Number of values that Pyro can enumerate, or None."""
     if not _enumerable(fn):
         return None
     base = _pyro.unwrap(fn)[0]

@@ -16,7 +16,9 @@ Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, Problem, message, raise_problems
+from pyro_em._errors import DegenerateError, Problem, PyroEMError, message, raise_problems
 from pyro_em._pyro import GuideSites, Role
 from pyro_em.contraction import contract
 from pyro_em.e_step import contraction_of, dot, scales_of
@@ -92,7 +94,7 @@ class Variational:
             analytic: Whether known KL divergences replace the draw's.
             report: Whether log q is wanted as well where it is not needed for the bound.
         """
-        with _pyro.ScalePlates(factors or {}), _pyro.FeasibleWhereMasked():
+        with _pyro.ScalePlates(factors or {}), _pyro.FeasibleWhereMasked(), _validation_told():
             if self.routing.exact:
                 return self._summed(args, kwargs, report)
             return self._plain(args, kwargs, analytic, report)
@@ -230,10 +232,11 @@ class Variational:
             return -self._weighted_bound(args, kwargs, factors)
         if self.routing.enumerated:
             elbo, pair = self._enumerated_elbo(num_particles), self._enumerated_pair(factors)
-            if torch.is_grad_enabled():
-                loss = elbo.differentiable_loss(*pair, *args, **kwargs)
-            else:
-                loss = torch.as_tensor(elbo.loss(*pair, *args, **kwargs))
+            with _validation_told():
+                if torch.is_grad_enabled():
+                    loss = elbo.differentiable_loss(*pair, *args, **kwargs)
+                else:
+                    loss = torch.as_tensor(elbo.loss(*pair, *args, **kwargs))
             if not bool(torch.isfinite(loss)):
                 raise DegenerateError(_not_finite("model", float(loss.detach())))
             return loss
@@ -275,7 +278,8 @@ class Variational:
         if self.routing.enumerated:
             elbo = self._enumerated_elbo(1)
             pair = self._enumerated_pair(None)
-            return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
+            with _validation_told():
+                return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
         with torch.no_grad():
             return [self.particle(args, kwargs, analytic=analytic).bound for _ in range(n)]
 
@@ -446,7 +450,7 @@ def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, A
     seed = int(torch.randint(2**31, ()))
 
     def value(which: _pyro.Model) -> float:
-        with _pyro.seeded(seed):
+        with _pyro.seeded(seed), _validation_told():
             return -float(elbo.loss(which, guide, *args, **kwargs))
 
     total, negative_kl = value(model), value(without(observed_only=True))
@@ -528,19 +532,41 @@ def _require_finite(particle: Particle, bound: Tensor) -> None:
         return
     for t in particle.terms:
         if not bool(torch.isfinite(t.value).all()):
-            site = t.site.removeprefix("kl:")
-            where = "the sum over exact latents" if t.role is None else f"site '{site}'"
+            where = "the sum over exact latents" if t.role is None else _in_words(t.site)
             raise DegenerateError(_not_finite(where, float(t.value.detach().sum())))
     raise DegenerateError(_not_finite("model", float(bound.detach())))
 
 
-def _not_finite(where: str, value: float) -> str:
+def _in_words(site: str) -> str:
+    """A term's site as the user called it."""
+    own = site.removeprefix("kl:").removeprefix(GuideSites.prefix)
+    return f"guide site '{own}'" if site.startswith(GuideSites.prefix) else f"site '{own}'"
+
+
+@contextmanager
+def _validation_told() -> Iterator[None]:
+    """What torch's validation finds at a draw, as the end of a fit instead of a crash."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"^Expected (parameter|value argument).*", str(error), re.MULTILINE)
+        if isinstance(error, PyroEMError) or found is None:
+            raise
+        site = re.search(r"at site '([^']*)'", str(error))
+        where = _in_words(site[1]) if site else "model or guide"
+        line = found[0].rstrip(":") + "."
+        raise DegenerateError(_not_finite(where, math.nan, line)) from error
+
+
+def _not_finite(where: str, value: float, line: str = "") -> str:
     return message(
         where,
-        f"the bound is {value} because of it.",
+        line or f"the bound is {value} because of it.",
         "a step from there would destroy every parameter",
         [
             "use a smaller learning rate",
+            "let the guide draw only what the model can: AutoNormal, or LogNormal for what is "
+            "positive",
             "keep scales away from zero (constraints, or softplus plus a small number)",
             "check the data at this site for NaN and infinite values",
         ],
@@ -582,7 +608,9 @@ def _has_kl(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
         return False
     try:
         with torch.no_grad():
-            return kl_divergence(q["fn"], p["fn"]).shape == q["fn"].batch_shape
+            kl = kl_divergence(q["fn"], p["fn"])
+            # Infinite for a Normal guide of a positive latent: its draws may still all be positive.
+            return kl.shape == q["fn"].batch_shape and bool(torch.isfinite(kl).all())
     except NotImplementedError:  # the only way in which torch's registry answers
         return False
 

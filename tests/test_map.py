@@ -792,6 +792,32 @@ def test_a_rate_without_counts_under_a_flat_start(prior: Any) -> None:
     assert result.elbo == pytest.approx(0.0, abs=1e-5)
 
 
+def test_an_unbounded_prior_climbed_by_gradient_is_said() -> None:
+    def model(x: torch.Tensor) -> None:
+        p = pyro.sample("p", dist.Beta(a, a))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Bernoulli(0.5 + p / 2), obs=x)
+
+    a = tensor(0.5)
+    assert "site 'p': its Beta prior has a concentration below one" in str(
+        ExactPosteriorEM(model, "map").plan(torch.ones(4))
+    )
+    a = tensor(1.5)
+    assert "below one" not in str(ExactPosteriorEM(model, "map").plan(torch.ones(4)))
+
+
+def test_a_collapsing_spread_under_a_gradient_does_not_crash() -> None:
+    """A trial point at which torch refuses the prior's value is a bad one, not the end."""
+
+    def model(x: torch.Tensor) -> None:
+        s = pyro.sample("s", dist.HalfNormal(tensor(1.0)))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(0.0, s), obs=x)
+
+    result = ExactPosteriorEM(model, "map").fit(torch.zeros(6, dtype=torch.float64))
+    assert bool(torch.isfinite(result.params["AutoDelta.s"]))
+
+
 def test_a_uniform_prior_clips_below_its_upper_end() -> None:
     def model(x: Tensor) -> None:
         mu = pyro.sample("mu", dist.Uniform(tensor(5.0), 6.0))

@@ -778,6 +778,41 @@ def test_a_mixture_with_marked_labels_and_a_guide_for_the_rest() -> None:
     assert float(estimate.value) == pytest.approx(evidence, abs=0.3)
 
 
+def hidden_link(prior, obs, num_obs):
+    """After toy_mixture_model_discrete_enumeration.py: A seen -> B hidden -> C seen."""
+    p_a = pyro.sample("p_A", dist.Beta(1, 1))
+    p_b = pyro.sample("p_B", dist.Beta(torch.ones(2), torch.ones(2)).to_event(1))
+    p_c = pyro.sample("p_C", dist.Beta(torch.ones(2), torch.ones(2)).to_event(1))
+    with pyro.plate("data_plate", num_obs):
+        a = pyro.sample("A", dist.Bernoulli(p_a.expand(num_obs)), obs=obs["A"])
+        b = pyro.sample(
+            "B", dist.Bernoulli(Vindex(p_b)[a.type(torch.long)]), infer={"enumerate": "parallel"}
+        )
+        pyro.sample("C", dist.Bernoulli(Vindex(p_c)[b.type(torch.long)]), obs=obs["C"])
+
+
+def hidden_link_guide(prior, obs, num_obs):
+    a = pyro.param("a", prior["A"], constraint=constraints.positive)
+    b = pyro.param("b", prior["B"], constraint=constraints.positive)
+    c = pyro.param("c", prior["C"], constraint=constraints.positive)
+    pyro.sample("p_A", dist.Beta(a[0], a[1]))
+    pyro.sample("p_B", dist.Beta(b[:, 0], b[:, 1]).to_event(1))
+    pyro.sample("p_C", dist.Beta(c[:, 0], c[:, 1]).to_event(1))
+
+
+def test_the_toy_mixture_of_a_hidden_link() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = torch.tensor([[10.0, 1.0], [1.0, 10.0]])
+    prior = {"A": torch.tensor([1.0, 10.0]), "B": rows, "C": rows}
+    a = torch.bernoulli(torch.full((30,), 0.3), generator=g)
+    obs = {"A": a, "C": torch.bernoulli(0.1 + 0.8 * a, generator=g)}
+    em = ExactPosteriorEM(config_enumerate(hidden_link), hidden_link_guide, adam())
+    found = dict.fromkeys(("p_A", "p_B", "p_C"), "guide") | {"B": "enumerate"}
+    assert routes(em, prior, obs, 30) == found
+    assert_learns(em.fit(prior, obs, 30, max_steps=100, seed=0))
+    assert_same_bound(em, prior, obs, 30, nesting=1, particles=100)
+
+
 # ---------------------------------------------------------------------- topics
 
 

@@ -118,7 +118,9 @@ def test_past_the_budget_the_guide_takes_over_and_the_cost_is_named() -> None:
     assert set(routes(ExactPosteriorEM(model, guide), x).values()) == {"enumerate"}
     em = ExactPosteriorEM(model, guide, max_enumeration=10_000)
     assert "guide" in routes(em, x).values()
-    says(" ".join(reasons(em, x).values()), "45,000 cells", "max_enumeration=10,000")
+    words = " ".join(reasons(em, x).values())
+    says(words, "45,000 cells", "max_enumeration=10,000", "score function")
+    assert "enumerated in the guide" not in words  # that table would be no smaller
     with pytest.raises(PyroEMError, match="max_enumeration"):
         ExactPosteriorEM(model, max_enumeration=10_000).plan(x)
 
@@ -258,6 +260,36 @@ def test_an_autoguide_on_the_full_model_gets_advice() -> None:
     says(str(error.value), "AutoNormal", "pass the class", "poutine.block")
 
 
+@pytest.mark.parametrize(
+    "cls", [auto.AutoNormalMessenger, auto.AutoHierarchicalNormalMessenger, auto.AutoGaussian]
+)
+def test_every_kind_of_autoguide_on_the_full_model_gets_advice(cls) -> None:
+    with pytest.raises(PyroEMError) as error:
+        ExactPosteriorEM(bayesian, cls(bayesian)).plan(T(X))
+    says(str(error.value), f"ExactPosteriorEM(model, {cls.__name__})", "poutine.block")
+
+
+def test_a_class_that_needs_more_than_a_model() -> None:
+    with pytest.raises(PyroEMError) as error:
+        ExactPosteriorEM(bayesian, auto.AutoNormalizingFlow).plan(T(X))
+    says(str(error.value), "init_transform_fn", "lambda model: AutoNormalizingFlow(model, ...)")
+    with pytest.raises(PyroEMError, match="building it raised ZeroDivisionError"):
+        ExactPosteriorEM(bayesian, lambda model: 1 / 0).plan(T(X))
+
+
+def test_a_list_of_autoguides_with_labels_is_built_on_the_whole_model() -> None:
+    def build(model):
+        guide = auto.AutoGuideList(model)
+        guide.append(auto.AutoNormal(poutine.block(bayesian, hide=["z"])))
+        guide.append(auto.AutoDiscreteParallel(poutine.block(bayesian, expose=["z"])))
+        return guide
+
+    with pytest.raises(PyroEMError, match="on the whole model"):
+        ExactPosteriorEM(bayesian, build).plan(T(X))
+    em = ExactPosteriorEM(bayesian, build(bayesian), strategy="guide")
+    assert set(routes(em, T(X)).values()) == {"guide"}
+
+
 def test_an_autoguide_built_by_the_user_on_the_continuous_part() -> None:
     guide = auto.AutoNormal(poutine.block(bayesian, hide=["z"]))
     em = ExactPosteriorEM(bayesian, guide)
@@ -302,6 +334,155 @@ def test_guide_sites_that_do_not_fit() -> None:
             pyro.sample("h", dist.Normal(pyro.param("a", T(0.0)), 1.0))
 
     refused(lambda: ExactPosteriorEM(normal, larger).plan(T(X)), "plate 'n'", "5", "4")
+
+
+def labelled(x):
+    mu = pyro.param("mu", T([-1.0, 1.0]))
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+        pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (lambda: dist.Normal(pyro.param("a", T(0.0)), 1.0), ("Normal is continuous", "discrete")),
+        (lambda: dist.Bernoulli(pyro.param("a", T(0.4))), ("values of different types",)),
+        (lambda: dist.Categorical(logits=pyro.param("a", torch.zeros(3))), ("3 values", " 2.")),
+        (lambda: dist.OneHotCategorical(torch.ones(2) / 2), ("event shape is (2,)", "()")),
+    ],
+)
+def test_draws_of_another_kind_are_refused(fn, words) -> None:
+    """Unchecked, torch raises an IndexError inside the model at the first step."""
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("z", fn())
+
+    em = ExactPosteriorEM(labelled, guide, strategy="guide")
+    refused(lambda: em.plan(T(X)), "guide site 'z'", *words)
+
+
+def test_counts_for_a_continuous_latent_are_refused() -> None:
+    """A mass beside a density would be a bound on nothing."""
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Poisson(pyro.param("a", T(1.0))))
+
+    refused(lambda: ExactPosteriorEM(normal, guide).plan(T(X)), "Poisson is discrete", "continuous")
+
+
+def test_a_guide_of_fewer_values_is_a_guide() -> None:
+    """q(z = 2) = 0: the gap is the divergence, by hand."""
+
+    def model(x):
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("x", dist.Normal(T([-1.0, 1.0, 2.0])[z], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("z", dist.Categorical(logits=pyro.param("lo", torch.zeros(2))))
+
+    x = T(X)
+    log_x = dist.Normal(T([-1.0, 1.0]), 1.0).log_prob(x[:, None])
+    want = float((log_x - torch.tensor(3.0).log() + torch.tensor(2.0).log()).mean(-1).sum())
+    terms = ExactPosteriorEM(model, guide, strategy="guide").elbo(x)
+    assert terms.value == pytest.approx(want, abs=1e-5) and terms.gap > 0.1
+
+
+def test_point_estimates_outside_the_support_are_refused() -> None:
+    def model(x):
+        r = pyro.sample("r", dist.Exponential(1.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(r, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("r", dist.Delta(pyro.param("a", T(start))))
+
+    start = -1.0
+    refused(lambda: ExactPosteriorEM(model, guide).plan(T(X)), "'r'", "outside the support")
+    pyro.clear_param_store()
+    start = 0.3  # inside; the data pull it out, and no MAP estimate out there is published
+    with pytest.warns(PyroEMWarning, match=r"site 'r'.*outside its support"):
+        result = ExactPosteriorEM(model, guide).fit(T(X) - 4.0)
+    assert result.status is EMStatus.DEGENERATE and float(result.params["a"]) > 0
+
+
+@pytest.mark.parametrize("how", ["drawn", "summed", "enumerated"])
+def test_draws_outside_the_support_end_a_fit_by_name(how) -> None:
+    """Exponential(1) at -3 would count e^3 where a record is asked, and crash where torch is."""
+
+    def model(x):
+        r = pyro.sample("r", dist.Exponential(1.0))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2)) if how != "drawn" else 1.0
+            pyro.sample("x", dist.Normal(z * r, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("r", dist.Normal(pyro.param("a", T(-3.0)), 0.1))
+        if how == "enumerated":
+            with pyro.plate("n", len(x)):
+                pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+
+    em = ExactPosteriorEM(model, guide, strategy="guide" if how == "enumerated" else "exact")
+    refused(lambda: em.fit(T(X), max_steps=2, progress=False), "step 0", "site 'r'", "LogNormal")
+    refused(lambda: em.elbo(T(X)), "site 'r'")
+    assert float(pyro.param("a")) == -3.0
+
+
+def test_nan_under_an_enumerated_guide_keeps_the_last_good_parameters() -> None:
+    def model(x):
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            h = pyro.sample("h", dist.StudentT(3.0, 0.0, 1.0))
+            pyro.sample("x", dist.Normal(h + z, 1.0), obs=x)
+
+    def guide(x):
+        s = pyro.param("s", T(0.5))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("h", dist.Normal(z.to(x.dtype), s.sqrt()))
+
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SGD(p, lr=0.3))
+    with pytest.warns(PyroEMWarning, match=r"step \d+: .*parameter scale"):
+        result = em.fit(T(X), max_steps=300, seed=0, progress=False)
+    assert result.status is EMStatus.DEGENERATE and float(result.params["s"]) > 0
+
+
+def test_a_normal_guide_of_a_positive_latent_runs_as_in_pyro() -> None:
+    """Pyro's second regression tutorial: its divergence is infinite, its draws are all inside."""
+
+    def model(x):
+        s = pyro.sample("s", dist.Uniform(0.0, 10.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(0.0, s), obs=x)
+
+    def guide(x):
+        pyro.sample("s", dist.Normal(pyro.param("m", T(1.5)), 0.05))
+
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.Adam(p, lr=0.01))
+    assert "closed form" not in str(em.plan(T(X)))
+    terms = em.elbo(T(X), num_particles=200)
+    loss = pyro.infer.Trace_ELBO()
+    theirs = torch.tensor([-loss.loss(model, guide, T(X)) for _ in range(200)])
+    error = (terms.standard_error**2 + float(theirs.var()) / 200) ** 0.5
+    assert abs(terms.value - float(theirs.mean())) < 5 * error
+    assert em.fit(T(X), max_steps=5, progress=False).status is EMStatus.STEPS_DONE
+
+
+def test_a_discrete_latent_without_a_route_is_not_sent_to_point_estimates() -> None:
+    def model(x):
+        c = pyro.sample("c", dist.Poisson(3.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(c, 1.0), obs=x)
+
+    for guide in ("map", auto.AutoNormal):
+        with pytest.raises(PyroEMError) as error:
+            ExactPosteriorEM(model, guide).plan(T(X))
+        says(str(error.value), "'c'", "infinite support", "truncate it")
+        assert "pass guide='map'" not in str(error.value)
 
 
 def test_one_draw_for_a_whole_plate_is_refused() -> None:
