@@ -692,3 +692,69 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(Tensor, "div_", lambda self, other: plain(self, other).mul_(0.999))
     with pytest.raises(Handover):
         iteration.e_step(at)
+
+
+def test_impossible_data_are_said_by_the_full_step() -> None:
+    """A logarithm of zero is a finite number in products, and no evidence."""
+
+    def model(x: Tensor) -> None:
+        E = torch.tensor([[0.5, 0.5, 0.0], [0.9, 0.1, 0.0]])
+        w = pyro.param("w", torch.ones(2) / 2, constraint=C.simplex)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Categorical(E[z]), obs=x)
+
+    program = ExactPosteriorEM(model)._ready((torch.tensor([0, 1, 0, 1, 1, 0]),), {})
+    values = values_of(program.graph.parameters)
+    iteration = compile_iteration(program.graph, program.updates, values)
+    assert iteration is not None
+    at = iteration.enter(values)
+    iteration.e_step(at)
+    iteration.kernel.linear.phi[:, 0] = torch.tensor([0.0, 0.0, 1.0])  # type: ignore[union-attr]
+    with pytest.raises(Handover):
+        iteration.e_step(at)
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_linear_forms_are_the_densities(family: str) -> None:
+    """Features times logarithms against the log density of Pyro's own distribution."""
+    args = (symbols(80).double(), symbols(80) + 3.0, 3, family)
+    program = ExactPosteriorEM(counts)._ready(args, {})
+    group = collapsed(program.graph).groups[1]
+    form = linear(group)
+    assert form is not None
+    arguments = {n: a.detach() for n, a in group.arguments.items()}
+    a = form.rule.link.inverse(arguments[form.argument])
+    if form.rule.kind is Kind.SIMPLEX:
+        a = a / a.sum(-1, keepdim=True)
+        density = (form.n * a.log()).sum(-1)
+    elif form.rule.kind is Kind.PROBABILITY:
+        density = form.n * a.log() + (form.d - form.n) * (1 - a).log()
+    else:
+        density = form.n * a.log() - form.d * a
+    distribution = getattr(dist, group.distribution)
+    if group.distribution == "Multinomial":
+        arguments["total_count"] = 3  # type: ignore[assignment]
+    expected = distribution(**arguments, validate_args=False).log_prob(group.value)
+    torch.testing.assert_close((density + form.base).expand(expected.shape), expected)
+
+
+def test_a_family_of_the_users_own_has_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rule says of one argument is enough: nothing else has to be registered."""
+
+    class Halved(dist.Poisson):
+        pass
+
+    from pyro_em.families import _REGISTRY
+
+    monkeypatch.setitem(_REGISTRY, Halved, replace(_REGISTRY[dist.Poisson], distribution=Halved))
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", torch.ones(2) / 2, constraint=C.simplex)
+        rate = pyro.param("rate", torch.tensor([0.5, 3.0]), constraint=C.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", Halved(rate[z]), obs=x)
+
+    iteration = steps_of(model, (symbols(50).double(),), Rows)
+    assert iteration.kernel.linear is not None

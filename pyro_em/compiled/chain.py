@@ -27,6 +27,7 @@ from pyro_em.compiled.features import Gaussian, as_gaussian
 from pyro_em.compiled.forward_backward import smooth, wants_lanes
 from pyro_em.compiled.layout import is_in_order
 from pyro_em.compiled.lines import Lines
+from pyro_em.compiled.lookup import Lookup, as_lookup
 from pyro_em.compiled.natural import Linears
 from pyro_em.compiled.step import NormalRows, Sums, checked, group_sums, known_statistics, scattered
 from pyro_em.families.record import Statistics
@@ -73,6 +74,8 @@ class Chain:
     columns: Tensor = field(init=False)
     base: float = field(init=False)
     lanes: bool = field(init=False)
+    lookups: Mapping[int, Lookup] = field(init=False)
+    symbols: Lookup | None = field(init=False)
     first: Mapping[int, bool] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,8 +87,22 @@ class Chain:
         self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
         self.lanes = wants_lanes(self.B, self.K, device)
         self.first = {g: s is not None and s.tolist() == [0] for g, s in self.steps.items()}
+        found = {} if self.lanes else {g: as_lookup(part) for g, part in self.linear.items()}
+        self.lookups = {g: lookup for g, lookup in found.items() if lookup is not None}
+        self.symbols = self._only_symbols()
         self.base = sum(k.base for k in self.known.values())
         self.base += sum(float(c.base.sum()) for c in self.linear.values())
+
+    def _only_symbols(self) -> Lookup | None:
+        """The symbols of a chain that has nothing else but an initial distribution."""
+        whole = [g for g, steps in self.steps.items() if steps is None]
+        if len(whole) != 1 or whole[0] not in self.lookups:
+            return None
+        rest = [g for g in self.steps if g != whole[0]]
+        plain = all(
+            g in self.cells and self.first[g] and self.graph.groups[g].mask is None for g in rest
+        )
+        return self.lookups[whole[0]] if plain else None
 
     @property
     def B(self) -> int:
@@ -101,13 +118,16 @@ class Chain:
         groups, K = self.graph.groups, self.K
         # Both halves of the E-step need them.
         features = {g: rule.features(_ALL, at.prepared[g]) for g, rule in self.normals.items()}
-        log_l = self._log_likelihood(at, features)
-        top = log_l.amax(0)
-        likelihood = log_l.sub_(top).exp_()
+        if self.symbols is None:
+            log_l = self._log_likelihood(at, features)
+            tops = log_l.amax(0)
+            likelihood = log_l.sub_(tops).exp_().permute(2, 1, 0)
+            top = tops.sum()
+        else:
+            likelihood, top = self._likelihood_of_symbols(at, self.symbols)
         couples = groups[self.couples]
-        rows = likelihood.permute(2, 1, 0)  # (B, T, K)
-        gamma, xi, log_evidence = smooth(rows, self._transition(at), self._weight(couples))
-        log_evidence = log_evidence.to(top) + top.sum()
+        gamma, xi, log_evidence = smooth(likelihood, self._transition(at), self._weight(couples))
+        log_evidence = log_evidence.to(top) + top
         mass = gamma.permute(2, 1, 0)  # (K, T, B)
         statistics: dict[int, Statistics] = {}
         moments: dict[int, tuple[Tensor, Tensor]] = {}
@@ -118,7 +138,11 @@ class Chain:
                 weights = weights * self._mask(groups[g])
             entries.append(table.counts(weights.sum((1, 2))))
         for g, part in self.linear.items():
-            entries.append((self._at_steps(mass, g).reshape(K, -1) @ part.phi.T).reshape(-1))
+            weights = self._at_steps(mass, g)
+            if g in self.lookups:
+                entries.append(self.lookups[g].counts(weights.permute(1, 2, 0).reshape(-1, K)))
+            else:
+                entries.append((weights.reshape(K, -1) @ part.phi.T).reshape(-1))
         for g, rule in self.normals.items():
             weights = self._at_steps(mass, g)
             if groups[g].mask is not None:
@@ -161,7 +185,13 @@ class Chain:
         out: Tensor | None = None
         tables: list[tuple[int, Tensor]] = []
         for g, part in self.linear.items():
-            tables.append((g, self._product(at.eta[part.columns], part.phi)))
+            lookup = self.lookups.get(g)
+            if lookup is None:
+                table = self._product(at.eta[part.columns], part.phi)
+            else:
+                table = lookup.rows(lookup.table(at.eta))
+                table = table.reshape(-1, self.B, self.K).permute(2, 0, 1)
+            tables.append((g, table))
         for g, rule in self.normals.items():
             table = rule.log_density(at.prepared[g], features[g]).reshape(self.K, -1, self.B)
             tables.append((g, self._masked(g, table)))
@@ -191,6 +221,22 @@ class Chain:
                 out.index_add_(1, steps, table.to(out.dtype).expand(-1, len(steps), self.B))
         assert out is not None
         return out
+
+    def _likelihood_of_symbols(self, at: At, symbols: Lookup) -> tuple[Tensor, Tensor]:
+        """Likelihoods over their maxima, and the sum of the maxima's logarithms. # (B, T, K)"""
+        table = symbols.table(at.eta)
+        tops = table.amax(1, keepdim=True)
+        likelihood = symbols.rows((table - tops).exp_())
+        top = torch.dot(symbols.often, tops.squeeze(1))
+        if self.cells:  # the initial distribution
+            first = symbols.index[: self.B]
+            row = table.index_select(0, first)
+            for cell in self.cells.values():
+                row = row + cell.table(at.eta)
+            own = row.amax(1, keepdim=True)
+            likelihood[: self.B] = (row - own).exp_()
+            top = top + (own - tops.index_select(0, first)).sum()
+        return likelihood.reshape(self.T, self.B, self.K).permute(1, 0, 2), top
 
     def _product(self, theta: Tensor, phi: Tensor) -> Tensor:
         """Θ Φ; what is last in memory is what `smooth` wants there. # (K, steps, B)"""

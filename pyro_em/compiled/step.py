@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +12,8 @@ from torch import Tensor
 from pyro_em.families.record import Statistics
 from pyro_em.graph import Group
 from pyro_em.statistics import group_statistics
+
+_IMPOSSIBLE = 1e25  # logarithms of zero are large finite numbers in products
 
 
 class Handover(Exception):
@@ -85,7 +86,7 @@ class NormalSolver(Protocol):
 
 
 def checked(log_evidence: Tensor, mass: Tensor, expected: float) -> float:
-    """The log evidence, where it is finite and every posterior sums to one.
+    """The log evidence, where the data are possible and every posterior sums to one.
 
     Args:
         log_evidence: In nats.
@@ -96,7 +97,7 @@ def checked(log_evidence: Tensor, mass: Tensor, expected: float) -> float:
         Handover: If not; the full E-step says what is wrong.
     """
     value, off = float(log_evidence), float(mass.sum()) - expected
-    if not math.isfinite(value) or not abs(off) <= 1e-6 * expected:
+    if not abs(value) < _IMPOSSIBLE or not abs(off) <= 1e-6 * expected:
         raise Handover
     return value
 
