@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,10 @@ from pyro_em import ExactPosteriorEM, UsageError, compiled_loop
 from pyro_em._pyro import values_of
 from pyro_em.compiled import Handover, compile_iteration, forward_backward
 from pyro_em.compiled.chain import Chain
+from pyro_em.compiled.layout import collapsed
+from pyro_em.compiled.linear import linear
 from pyro_em.compiled.rows import Rows
+from pyro_em.families import _REGISTRY, Kind
 from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.steps import advance, after_m_step, e_step
@@ -744,8 +748,6 @@ def test_a_family_of_the_users_own_has_kernels(monkeypatch: pytest.MonkeyPatch) 
 
     class Halved(dist.Poisson):
         pass
-
-    from pyro_em.families import _REGISTRY
 
     monkeypatch.setitem(_REGISTRY, Halved, replace(_REGISTRY[dist.Poisson], distribution=Halved))
 
