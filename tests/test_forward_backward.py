@@ -31,7 +31,7 @@ def by_torch(way: Callable[..., forward_backward._Messages], every: int | None =
         largest = A.sum(-1).amax()
         how = {} if every is None else {"every": every}
         messages = way(likelihood.permute(1, 2, 0), A / largest, **how)
-        gamma, xi = messages.smoothed(torch.empty_like(likelihood), A / largest, weight)
+        gamma, xi = messages.smoothed(likelihood, A / largest, weight)
         B, T, _ = likelihood.shape
         return gamma, xi, messages.log_evidence() + B * (T - 1) * largest.log()
 
@@ -181,6 +181,26 @@ def test_random_shapes(seed: int, B: int, T: int, K: int) -> None:
     expected = by_steps(likelihood.numpy(), A.numpy(), full)
     for way in WAYS.values():
         assert_close(way(likelihood, A, weight), expected, T, full)
+
+
+def test_in_blocks(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where α and β are combined in several blocks of steps."""
+    monkeypatch.setattr(forward_backward, "_BLOCK", 1)
+    for shape in [(2, 32, 3), (5, 49, 2)]:
+        likelihood, A = case(*shape)
+        for weight in (torch.rand(shape[0], shape[1] - 1), torch.rand(1, 1)):
+            full = weight.expand(shape[0], shape[1] - 1).numpy()
+            expected = by_steps(likelihood.numpy(), A.numpy(), full)
+            assert_close(way(likelihood, A, weight), expected, shape[1], full)
+
+
+@pytest.mark.parametrize("name", ["_one_loop", "_two_levels"])
+def test_all_stays_on_one_device(name: str) -> None:
+    """A tensor made elsewhere would be refused."""
+    likelihood, A = (t.to("meta") for t in case(3, 50, 4))
+    messages = getattr(forward_backward, name)(likelihood.permute(1, 2, 0), A)
+    found = [*messages.smoothed(likelihood, A, None), messages.log_evidence(), messages.are_kept()]
+    assert {t.device.type for t in found} == {"meta"}
 
 
 def left_to_right(T: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
-_EVERY = 8  # steps between two normalisations
+_EVERY = 16  # steps between two normalisations
+_BLOCK = 2**16  # numbers of α that are combined with β at once: temporaries stay in the cache
 _LEAST = 1e-100  # mass that must be left after them: what is lost below 1e-308 cannot matter then
 
 
@@ -74,11 +75,12 @@ def smooth(
     B, T, K = likelihood.shape
     steps = likelihood.permute(1, 2, 0)
     # Two levels multiply matrices where one multiplies vectors, but in √T steps.
-    way = _two_levels if T >= 16 and 64 * math.isqrt(T) >= B * K else _one_loop
-    messages = way(steps, A)
+    least, most = (100, 3000) if likelihood.device.type == "cpu" else (16, 2**18)
+    few = least <= T and most >= B * K * K
+    messages = (_two_levels if few else _one_loop)(steps, A)
     if not bool(messages.are_kept()):
         messages = _one_loop(steps, A, every=1)
-    gamma, xi = messages.smoothed(torch.empty_like(likelihood), A, weight)
+    gamma, xi = messages.smoothed(likelihood, A, weight)
     return gamma, xi, messages.log_evidence() + (B * (T - 1)) * largest.log()
 
 
@@ -112,17 +114,13 @@ class _Messages:
     Attributes:
         alpha: α_t. # (T, K, B)
         beta: β_t. # (T, K, B)
-        to: w_t = ℓ_t β_t up to its norm. # (T, K, B)
-        alpha_norm: What α_t was divided by when it had been made of α_{t−1}. # (T, B)
-        to_norm: What w_t was divided by when it had been made of β_t. # (T, B)
-        least: The least norm of all, also of those on the way. # ()
+        norm: What α_t was divided by when it had been made of α_{t−1}. # (T, B)
+        least: The least of all norms, also of β and of those on the way. # ()
     """
 
     alpha: Tensor
     beta: Tensor
-    to: Tensor
-    alpha_norm: Tensor
-    to_norm: Tensor
+    norm: Tensor
     least: Tensor
 
     def are_kept(self) -> Tensor:
@@ -131,22 +129,40 @@ class _Messages:
 
     def log_evidence(self) -> Tensor:
         """Σ log c_t, NaN where a step's mass nearly underflows."""
-        mass = self.alpha_norm
-        return torch.where(mass > 1e-150, mass, torch.nan).log().sum()
+        return torch.where(self.norm > 1e-150, self.norm, torch.nan).log().sum()
 
-    def smoothed(self, gamma: Tensor, A: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        """γ, written into ``gamma`` (B, T, K), and ξ (K, K)."""
+    def smoothed(
+        self, likelihood: Tensor, A: Tensor, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """γ, in the layout of the likelihood # (B, T, K), and ξ # (K, K)."""
         T, K, B = self.alpha.shape
-        both = self.alpha * self.beta
-        mass = both.sum(1)
-        torch.div(both, mass.unsqueeze(1), out=gamma.permute(1, 2, 0))
-        # Σ_ij α_{t−1}(i) A(i, j) w_t(j), by the norms of α_t and w_t.
-        each = (self.to_norm / (self.alpha_norm * mass))[1:]
-        each = each if weight is None else each * weight.T
-        starts, ends = self.alpha.new_empty(2, K, T - 1, B).unbind(0)
-        torch.mul(self.alpha[:-1].transpose(0, 1), each, out=starts)
-        ends.copy_(self.to[1:].transpose(0, 1))
-        return gamma, A * (starts.reshape(K, -1) @ ends.reshape(K, -1).T)
+        gamma = torch.empty_like(likelihood)
+        steps, out = likelihood.permute(1, 2, 0), gamma.permute(1, 2, 0)
+        # One matrix product over steps and sequences: (K, steps) if these are many, else (steps, K).
+        order = (0, 2, 1) if B < K else (1, 0, 2)
+        xi = torch.zeros_like(A)
+        size = max(_BLOCK // (K * B), 16)
+        for first in range(0, T, size):
+            now, to = slice(first, first + size), slice(max(first, 1), first + size)
+            both = self.alpha[now] * self.beta[now]
+            mass = both.sum(1)
+            torch.div(both, mass.unsqueeze(1), out=out[now])
+            # Σ_ij α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j), as α_t was divided by its norm.
+            each = (self.norm[now] * mass)[to.start - first :].reciprocal_()
+            if weight is not None:
+                each *= weight.T[to.start - 1 : first + size - 1] if len(weight.T) > 1 else weight.T
+            alpha = self.alpha[to.start - 1 : first + size - 1][: len(each)].permute(order)
+            starts = torch.mul(
+                alpha, each.unsqueeze(1).permute(order), out=A.new_empty(alpha.shape)
+            )
+            ends = torch.mul(
+                steps[to].permute(order), self.beta[to].permute(order), out=torch.empty_like(starts)
+            )
+            if B < K:
+                xi.addmm_(starts.view(-1, K).T, ends.view(-1, K))
+            else:
+                xi.addmm_(starts.view(K, -1), ends.view(K, -1).T)
+        return gamma, xi.mul_(A)
 
 
 def _propagate(
@@ -155,31 +171,42 @@ def _propagate(
     """Both directions through S steps: v_s = (Aᵀ, A) u_{s−1} from v_0, u_s = v_s · ℓ_s.
 
     Args:
-        likelihood: ℓ_s of both directions. # (S, 2, K, N)
+        likelihood: ℓ_s of both directions; u takes its place. # (S, 2, K, N)
         start: v_0. # (2, K, N)
         A: Transitions. # (K, K)
         every: Steps between two normalisations of u.
         ends: Further steps where u is normalised.
 
     Returns:
-        u # (S, 2, K, N), v # (S, 2, K, N) and the norms of u, one where none was taken # (S, 2, N)
+        u of the first direction # (S, K, N), v of the second, last step first # (S, K, N), and the
+        norms of u, one where none was taken # (S, 2, N).
     """
-    S = len(likelihood)
-    u, v = torch.empty_like(likelihood), torch.empty_like(likelihood)
-    norms = likelihood.new_ones(S, 2, 1, likelihood.shape[-1])
-    move = torch.stack((A.T, A))
-    v[0] = start
-    torch.mul(v[0], likelihood[0], out=u[0])
-    last: Tensor | None = None
-    steps = zip(u.unbind(0), v.unbind(0), likelihood.unbind(0), strict=True)
-    for s, (to, moved, given) in enumerate(steps):
-        if last is not None:
-            torch.bmm(move, last, out=moved)
-            torch.mul(moved, given, out=to)
-        if s % every == every - 1 or s in ends:
-            to.div_(torch.sum(to, 1, keepdim=True, out=norms[s]))
-        last = to
-    return u, v, norms.squeeze(2)
+    S, _, K, N = likelihood.shape
+    norms = likelihood.new_ones(S, 2, 1, N)
+    taken = {*range(every - 1, S, every), *ends}
+    # The first direction of v_s is overwritten by the second of v_{s+1}: it has been used.
+    v = likelihood.new_empty(S + 1, K, N)
+    move, multiply, shape = torch.stack((A.T, A)), torch.bmm, [2, K, N]
+    if K <= 16:  # one product with zeros is quicker than two
+        move, multiply, shape = torch.block_diag(A.T, A), torch.mm, [2 * K, N]
+    pairs = v.as_strided((S, 2, K, N), (K * N, K * N, N, 1))
+    moves = pairs.view(S, *shape).unbind(0)[::-1]
+    steps = likelihood.view(S, *shape).unbind(0)
+    moves[0].copy_(start.reshape(shape))
+    torch.mul(moves[0], steps[0], out=steps[0])
+    if 0 in taken:
+        _normalise(likelihood[0], norms[0])
+    last = steps[0]
+    for s, (moved, step) in enumerate(zip(moves[1:], steps[1:], strict=True), 1):
+        multiply(move, last, out=moved)
+        last = step.mul_(moved)
+        if s in taken:
+            _normalise(likelihood[s], norms[s])
+    return likelihood[:, 0], v[1:], norms.squeeze(2)
+
+
+def _normalise(rows: Tensor, norm: Tensor) -> None:
+    rows.div_(torch.sum(rows, 1, keepdim=True, out=norm))
 
 
 def _one_loop(likelihood: Tensor, A: Tensor, every: int = _EVERY) -> _Messages:
@@ -188,9 +215,8 @@ def _one_loop(likelihood: Tensor, A: Tensor, every: int = _EVERY) -> _Messages:
     both = likelihood.new_empty(T, 2, K, B)
     both[:, 0] = likelihood
     both[:, 1] = likelihood.flip(0)
-    u, v, norms = _propagate(both, likelihood.new_ones(2, K, B), A, every, (T - 1,))
-    back = u[:, 1].flip(0), norms[:, 1].flip(0)
-    return _Messages(u[:, 0], v[:, 1].flip(0), back[0], norms[:, 0], back[1], norms.amin())
+    alpha, beta, norms = _propagate(both, likelihood.new_ones(2, K, B), A, every, (T - 1,))
+    return _Messages(alpha, beta, norms[:, 0], norms.amin())
 
 
 def _two_levels(likelihood: Tensor, A: Tensor) -> _Messages:
@@ -199,11 +225,15 @@ def _two_levels(likelihood: Tensor, A: Tensor) -> _Messages:
     The first q of C chunks have L steps, the others L − 1. The likelihood: # (T, K, B)
     """
     T, K, B = likelihood.shape
-    # More chunks mean fewer steps inside; products that fit the cache are quicker.
-    C = min(2 * math.isqrt(T), max(2**16 // (K * K * B), math.isqrt(T) // 2), T // 2)
+    # More chunks mean fewer steps inside; a processor is quicker with products that fit its cache.
+    C = min(2 * math.isqrt(T), T // 2)
+    if A.device.type == "cpu":
+        C = min(C, max(2**16 // (K * K * B), math.isqrt(T) // 2))
+    C = next((c for c in range(C, 2 * C // 3, -1) if T % c == 0), C)
     L = -(-T // C)
     q = T - C * (L - 1)
-    both = likelihood.new_ones(L, 2, K, C, B)  # a step that a chunk does not have comes last
+    both = likelihood.new_empty(L, 2, K, C, B)
+    both[L - 1, :, :, q:] = 1.0  # steps that chunks do not have
     for times, steps, chunks in _pieces(C, L, q):
         piece = likelihood[times].unflatten(0, (-1, steps)).permute(1, 2, 0, 3)
         both[:steps, 0, :, chunks] = piece
@@ -213,20 +243,17 @@ def _two_levels(likelihood: Tensor, A: Tensor) -> _Messages:
     start = likelihood.new_ones(2, K, C, B)
     start[0, :, 1:] = (A.T @ starts.reshape(K, -1)).reshape(K, C - 1, B)
     start[1] = ends
-    ends_at = (L - 2, L - 1)
-    u, v, norms = _propagate(both.flatten(3), start.flatten(2), A, _EVERY, ends_at)
-    norms[L - 1, :, q * B :] = 1.0
+    chunked = _propagate(both.flatten(3), start.flatten(2), A, _EVERY, (L - 2, L - 1))
+    alpha, beta, norms = (t.unflatten(-1, (C, B)) for t in chunked)
+    norms[L - 1, :, q:] = 1.0
     least = torch.minimum(torch.minimum(least, smallest), norms.amin())
-    u, v, norms = (t.unflatten(-1, (C, B)) for t in (u, v, norms.unsqueeze(2)))
-    found = [likelihood.new_empty(T, t.shape[2], B) for t in (u, v, u, norms, norms)]
+    alphas, betas = found = likelihood.new_empty(2, T, K, B).unbind(0)
+    norm = likelihood.new_empty(T, B)
     for times, steps, chunks in _pieces(C, L, q):
-        inside = [t[:steps, :, :, chunks].permute(1, 3, 0, 2, 4) for t in (u, v, norms)]
-        (alpha, to), (_, beta), (alpha_norm, to_norm) = inside
-        parts = (alpha, beta.flip(1), to.flip(1), alpha_norm, to_norm.flip(1))
-        for out, part in zip(found, parts, strict=True):
-            out[times].unflatten(0, (-1, steps)).copy_(part)
-    alpha, beta, to, alpha_norm, to_norm = found
-    return _Messages(alpha, beta, to, alpha_norm.squeeze(1), to_norm.squeeze(1), least)
+        for out, inside in zip(found, (alpha[:steps], beta[L - steps :]), strict=True):
+            out[times].unflatten(0, (-1, steps)).copy_(inside[:, :, chunks].permute(2, 0, 1, 3))
+        norm[times].unflatten(0, (-1, steps)).copy_(norms[:steps, 0, chunks].transpose(0, 1))
+    return _Messages(alphas, betas, norm, least)
 
 
 def _pieces(C: int, L: int, q: int) -> list[tuple[slice, int, slice]]:
