@@ -51,7 +51,7 @@ def smooth(
     Args:
         likelihood: ℓ, each row divided by its maximum; the first row holds the initial
             probabilities too. In any layout; contiguous, or a permuted view of a contiguous
-            (K, T, B) if `wants_lanes`, no copy is made. # (B, T, K)
+            (K, T, B) if `wants_lanes`, are quickest. # (B, T, K)
         transition: A, rows from the former state; any non-negative numbers. # (K, K)
         weight: How much each transition counts; one where left out. # (B or 1, T - 1 or 1)
 
@@ -87,22 +87,22 @@ def smooth(
 def _by_numba(
     likelihood: Tensor, transition: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from pyro_em.compiled.numba_chain import smooth_lanes, smooth_rows
+    from pyro_em.compiled.numba_chain import ONE, smooth_lanes, smooth_rows
 
     transition = transition.contiguous()
     xi = torch.empty_like(transition)
     A, counts = transition.numpy(), xi.numpy()
-    weight = transition.new_ones(1, 1) if weight is None else weight
-    lanes = likelihood.permute(2, 1, 0)
-    if lanes.is_contiguous() and len(likelihood) >= 8:
-        gamma = torch.empty_like(lanes)
-        of = weight.T.contiguous().numpy()
-        log_evidence = smooth_lanes(lanes.numpy(), A, of, gamma.numpy(), counts)
+    B, T, K = likelihood.shape
+    if B >= 8 and likelihood.stride() == (1, B, T * B):
+        gamma = likelihood.new_empty(K, T, B)
+        of = ONE if weight is None else weight.T.contiguous().numpy()
+        lanes = likelihood.permute(2, 1, 0).numpy()
+        log_evidence = smooth_lanes(lanes, A, of, gamma.numpy(), counts)
         gamma = gamma.permute(2, 1, 0)
     else:
         likelihood = likelihood.contiguous()
         gamma = torch.empty_like(likelihood)
-        of = weight.contiguous().numpy()
+        of = ONE if weight is None else weight.contiguous().numpy()
         log_evidence = smooth_rows(likelihood.numpy(), A, of, gamma.numpy(), counts)
     return gamma, xi, torch.tensor(log_evidence, dtype=torch.float64)
 

@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 
 _WIDTH = 8  # numbers side by side; LLVM splits what a machine's registers do not hold
 _STEPS = 16  # steps whose transitions are counted together
+ONE = np.ones((1, 1))  # the weight where none is given
 _compiled: Callable[[Any], Any] = numba.njit(
     fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy", cache=True, nogil=True
 )
