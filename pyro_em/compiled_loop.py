@@ -21,9 +21,9 @@ from pyro_em.runs import Deferred, Iterate, Run, Settings
 from pyro_em.stopping import should_stop
 
 
-def compiled_iteration(program: Program, settings: Settings) -> Iteration | None:
-    """The compiled step of a program whose steps nobody watches, or None."""
-    if not program.compiled or program.strategy is not None or settings.callbacks:
+def compiled_iteration(program: Program) -> Iteration | None:
+    """The compiled step of a program, or None."""
+    if not program.compiled or program.strategy is not None:
         return None
     if program.structure.random_plates or any(g.value.is_inference() for g in program.graph.groups):
         return None
@@ -37,6 +37,34 @@ def enter(program: Program, iteration: Iteration) -> Deferred | None:
     except (Handover, torch.linalg.LinAlgError):
         return None
     return Deferred(program, point)
+
+
+def watched_step(
+    program: Program, iteration: Iteration, at: Deferred, *, verify: bool
+) -> tuple[Deferred, float] | None:
+    """One compiled step whose parameters are in the store when somebody looks.
+
+    Args:
+        program: The model with its data.
+        iteration: Its compiled step.
+        at: The E-step at the parameters in the store.
+        verify: Whether to compare the compiled plan with a fresh trace.
+
+    Returns:
+        The E-step at the new parameters and the bound after the M-step; None where a full step is
+        due, and then nothing was changed.
+    """
+    try:
+        after, gain = iteration.m_step(at.point)
+        reached = iteration.e_step(after)
+    except (Handover, torch.linalg.LinAlgError):
+        return None
+    if reached.objective < at.objective - allowed_fall(at.objective, program.graph.eps):
+        return None
+    if verify and not _verified(program, reached.values):
+        return None
+    write(program, reached.values)
+    return Deferred(program, reached), at.objective + gain
 
 
 def advance_compiled(

@@ -40,7 +40,7 @@ from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
 from pyro_em.labels import sort_components
 from pyro_em.looking import Looker, Strategy, plan_of
-from pyro_em.loop import run_start
+from pyro_em.loop import endless_steps, run_start
 from pyro_em.m_step import Update, apply_floors
 from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
@@ -53,7 +53,6 @@ from pyro_em.refusals import refuse_rows_of_a_guide, refuse_unfittable, refuse_u
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.runs import Bar, Run, Settings, best_of
 from pyro_em.starts import Start
-from pyro_em.steps import advance, after_m_step, as_step, e_step, fell
 from pyro_em.structure import form_of
 from pyro_em.training import Alternating, Optimizer, Trainer
 from pyro_em.variational import Variational
@@ -394,17 +393,9 @@ class ExactPosteriorEM:
             yield replace(step, params=values_of(trainer.variational.parameters))
 
     def _steps(self, program: Program) -> Iterator[EMStep]:
-        begin = time.perf_counter()
-        at = e_step(program)
-        for index in itertools.count():
-            origin = snapshot(program.graph.parameters)
-            before, at = at, advance(program, at, index=index, verify=index == 0)
-            if fell(program, before, at):
-                restore(program.graph.parameters, origin)
-                return
+        for step in endless_steps(program):
             self._total_steps += 1
-            bound = after_m_step(before, at.evaluation.tables)
-            yield as_step(program, index, before, bound, begin)
+            yield step
 
     def fit(
         self,

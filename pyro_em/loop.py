@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +21,13 @@ from pyro_em.compiled_loop import (
     compiled_iteration,
     enter,
     warn_disagreement,
+    watched_step,
 )
 from pyro_em.m_step import apply_floors
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program, distrust
-from pyro_em.result import EMStatus
-from pyro_em.runs import Deferred, Iterate, Run, Settings
+from pyro_em.result import EMStatus, EMStep
+from pyro_em.runs import Deferred, Iterate, Run, Settings, writes
 from pyro_em.starts import given_counts, random_counts
 from pyro_em.steps import advance, after_m_step, as_step, e_step, fell
 from pyro_em.stopping import should_stop
@@ -49,11 +52,11 @@ def run_start(
     """
     run = Run(snapshot(program.graph.parameters))
     run.initial_values = values_of(program.graph.parameters)
-    iteration = compiled_iteration(program, settings)
+    iteration = compiled_iteration(program)
     try:
         _apply_init(program, init, generator)
         apply_floors(program.graph, program.updates)
-        at = _first(program, iteration)
+        at = first_e_step(program, iteration)
     except (DegenerateError, DataError) as error:
         if r == 0:
             restore(program.graph.parameters, run.parameters)
@@ -92,8 +95,8 @@ def run_start(
     return run
 
 
-def _first(program: Program, iteration: Iteration | None) -> Iterate:
-    """The E-step that a run begins with."""
+def first_e_step(program: Program, iteration: Iteration | None) -> Iterate:
+    """The E-step at the parameters in the store, compiled where that is possible."""
     at = None if iteration is None else enter(program, iteration)
     return e_step(program) if at is None else at
 
@@ -118,7 +121,16 @@ def _iterate(
                     again = enter(program, iteration)
                     if again is not None:
                         run.record(program, again)
-                if isinstance(run.last, Deferred):
+                if settings.callbacks and run.writes != writes(program):
+                    iteration = None  # a callback writes parameters: full steps from here on
+                elif isinstance(run.last, Deferred) and settings.callbacks:
+                    done = _watched_step(program, settings, run, iteration, r)
+                    if done is not None:
+                        if done:
+                            return
+                        continue
+                    handovers += 1
+                elif isinstance(run.last, Deferred):
                     if advance_compiled(program, iteration, settings, run, r):
                         return
                     handovers += 1
@@ -140,7 +152,8 @@ def _alternate(
         _iterate(program, replace(settings, max_steps=few), run, iteration, r)
         if run.status is not EMStatus.MAX_STEPS or run.num_steps >= settings.max_steps:
             return
-        accelerate(program, settings, run, iteration if program.compiled else None, r)
+        quick = program.compiled and not settings.callbacks
+        accelerate(program, settings, run, iteration if quick else None, r)
         if run.status is not EMStatus.MAX_STEPS:
             return
 
@@ -155,21 +168,83 @@ def _full_step(program: Program, settings: Settings, run: Run, r: int) -> bool:
         run.status = EMStatus.FELL
         return True
     bound = after_m_step(before, at.evaluation.tables)
+    return _complete(program, settings, run, before, bound, at, r)
+
+
+def _watched_step(
+    program: Program, settings: Settings, run: Run, iteration: Iteration, r: int
+) -> bool | None:
+    """One compiled step that callbacks see; None where a full step is due."""
+    before = run.last
+    assert isinstance(before, Deferred)
+    found = watched_step(program, iteration, before, verify=run.num_steps == 0)
+    if found is None:
+        return None
+    at, bound = found
+    return _complete(program, settings, run, before, bound, at, r, at.point.sums.noise)
+
+
+def _complete(
+    program: Program,
+    settings: Settings,
+    run: Run,
+    before: Iterate,
+    bound: float,
+    at: Iterate,
+    r: int,
+    noise: float = 0.0,
+) -> bool:
+    """Note a step whose parameters are in the store; returns whether the run is over."""
     step = as_step(program, run.num_steps, before, bound, settings.begin)
     run.entering.append(step.elbo)
     run.after.append(bound)
     run.record(program, at)
-    if first:
+    if run.num_steps == 1:
         run.verified = run.parameters
     settings.bar.update(r, at.objective)
     if any(callback(step) is True for callback in settings.callbacks):
         run.status = EMStatus.STOPPED
         return True
-    status = should_stop([*run.plain_path(), at.objective], settings.tol, program.graph.eps)
+    path = [*run.plain_path(), at.objective]
+    status = should_stop(path, settings.tol, program.graph.eps, noise)
     if status is not None and program.may_stop(run.num_steps):
         run.status = status
         return True
     return False
+
+
+def endless_steps(program: Program) -> Iterator[EMStep]:
+    """Steps without an end; their parameters are in the store when they are yielded.
+
+    Args:
+        program: The model with its data.
+
+    Yields:
+        Each step. The end comes only if the objective falls, which is said in a warning.
+    """
+    begin = time.perf_counter()
+    iteration = compiled_iteration(program)
+    at, handovers, written = first_e_step(program, iteration), 0, writes(program)
+    for index in itertools.count():
+        origin, before, found = snapshot(program.graph.parameters), at, None
+        if writes(program) != written:
+            iteration = None  # who watches writes parameters: full steps from here on
+        if iteration is not None and isinstance(at, Deferred):
+            found = watched_step(program, iteration, at, verify=index == 0)
+        if found is not None:
+            at, bound = found
+        else:
+            full = advance(program, before, index=index, verify=index == 0)
+            if fell(program, before, full):
+                restore(program.graph.parameters, origin)
+                return
+            bound = after_m_step(before, full.evaluation.tables)
+            handovers += 1
+            if not program.compiled or handovers >= _MANY_HANDOVERS:
+                iteration = None
+            at = (None if iteration is None else enter(program, iteration)) or full
+        written = writes(program)
+        yield as_step(program, index, before, bound, begin)
 
 
 def _apply_init(program: Program, init: Any, generator: torch.Generator) -> None:

@@ -105,18 +105,23 @@ class EMStep:
         elbo: The bound at the parameters entering the step, after its E-step.
         log_evidence: log p(x; θ) where the E-step computed it.
         after_m_step: The bound ELBO(q, θ_new) after the M-step; None in a stochastic step.
-        posterior: The q of this step's E-step; None in a stochastic step.
         params: Constrained parameters after the M-step.
         seconds: Since the loop began.
+        e_step: Gives the q of this step's E-step; None in a stochastic step.
     """
 
     index: int
     elbo: float
     log_evidence: float | None
     after_m_step: float | None
-    posterior: Posterior | None
     params: Mapping[str, Tensor]
     seconds: float
+    e_step: Callable[[], Posterior] | None = field(default=None, repr=False)
+
+    @property
+    def posterior(self) -> Posterior | None:
+        """The q of this step's E-step, made when it is asked for; None in a stochastic step."""
+        return None if self.e_step is None else self.e_step()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

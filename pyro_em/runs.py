@@ -39,6 +39,11 @@ class Iterate:
         assert self.q.bound is not None
         return self.q.bound
 
+    @property
+    def log_evidence(self) -> float | None:
+        """log p(x; θ) in nats, where the E-step computed it."""
+        return self.q.log_evidence
+
 
 class Deferred(Iterate):
     """An iterate of the compiled loop: its tables are made when somebody asks for them.
@@ -56,6 +61,11 @@ class Deferred(Iterate):
     @property
     def objective(self) -> float:
         """The log evidence, from the compiled E-step."""
+        return self.point.objective
+
+    @property
+    def log_evidence(self) -> float:
+        """The same: compiled E-steps are exact and have no priors."""
         return self.point.objective
 
     @cached_property
@@ -99,6 +109,11 @@ class Settings:
     acceleration: str | None = None
 
 
+def writes(program: Program) -> tuple[int, ...]:
+    """Counts of in-place writes: equal as long as nobody has written a parameter."""
+    return tuple(p.unconstrained._version for p in program.graph.parameters.values())
+
+
 @dataclass(eq=False)
 class Run:
     """One start: its path and where it stands."""
@@ -112,6 +127,7 @@ class Run:
     initial_values: dict[str, Tensor] = field(default_factory=dict)
     verified: dict[str, Tensor] | None = None
     plain_from: int = 0
+    writes: tuple[int, ...] = ()
 
     def plain_path(self) -> list[float]:
         """The last objectives that plain EM steps entered, enough for the stopping rule."""
@@ -130,6 +146,7 @@ class Run:
     def record(self, program: Program, at: Iterate) -> None:
         """Remember parameters and E-step of the last complete step."""
         self.parameters, self.last = snapshot(program.graph.parameters), at
+        self.writes = writes(program)
 
     def go_back(self, program: Program) -> None:
         """Return to the parameters after the first step, the last that were verified."""

@@ -49,11 +49,11 @@ def as_step(program: Program, index: int, before: Iterate, bound: float, begin: 
     return EMStep(
         index,
         before.objective,
-        before.q.log_evidence,
+        before.log_evidence,
         bound,
-        before.q,
         values_of(program.graph.parameters),
         time.perf_counter() - begin,
+        lambda: before.q,
     )
 
 

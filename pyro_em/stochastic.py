@@ -63,7 +63,7 @@ def steps(
     for index, batch in enumerate(batches):
         factors = factors_at(trainer, batch)
         loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
-        yield EMStep(index, -loss, None, None, None, {}, time.perf_counter() - begin)
+        yield EMStep(index, -loss, None, None, {}, time.perf_counter() - begin)
 
 
 def run(

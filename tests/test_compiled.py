@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM, UsageError, compiled_loop
+from pyro_em import ExactPosteriorEM, Fixed, UsageError, compiled_loop, loop
 from pyro_em._pyro import values_of
 from pyro_em.compiled import Handover, compile_iteration, forward_backward
 from pyro_em.compiled.chain import Chain
@@ -27,7 +28,7 @@ from pyro_em.compiled.linear import linear
 from pyro_em.compiled.rows import Rows
 from pyro_em.families import _REGISTRY, Kind
 from pyro_em.program import Program
-from pyro_em.result import EMStatus
+from pyro_em.result import EMStatus, EMStep
 from pyro_em.steps import advance, after_m_step, e_step
 
 Model = Callable[..., None]
@@ -440,13 +441,81 @@ def test_data_changed_after_the_fit() -> None:
 
 
 def test_callbacks_see_every_step() -> None:
-    """Whoever watches gets full steps, and the same numbers."""
+    """Whoever watches gets the same numbers."""
     x, seen = points(), []
     quiet = ExactPosteriorEM(gaussian).fit(x, 2, "full", progress=False)
     pyro.clear_param_store()
     watched = ExactPosteriorEM(gaussian).fit(x, 2, "full", progress=False, callbacks=seen.append)
     assert [s.elbo for s in seen] == pytest.approx(list(quiet.history), rel=1e-10)
     assert watched.num_steps == quiet.num_steps
+
+
+@pytest.mark.parametrize("how", ["callbacks", "steps"])
+@pytest.mark.parametrize("case", ["Gaussian, full", "chains, padded", "lines, own slopes"])
+def test_who_watches_sees_compiled_steps(
+    case: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters are in the store, the bounds and the posterior are those of the full path."""
+    _, model, args = CASES[case]
+    seen: list[tuple[EMStep, dict[str, Tensor], Tensor]] = []
+
+    def look(step: EMStep) -> None:
+        store = {n: v.detach().clone() for n, v in pyro.get_param_store().items()}
+        assert step.posterior is not None
+        seen.append((step, store, torch.as_tensor(step.posterior.entropy())))
+
+    for full in (True, False):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        em = ExactPosteriorEM(model)
+        if full:
+            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+        else:
+            monkeypatch.undo()
+            monkeypatch.setattr(loop, "advance", None)  # no full step is made
+        if how == "callbacks":
+            em.fit(*args, max_steps=4, tol=0, progress=False, callbacks=[look])
+        else:
+            for step in itertools.islice(em.steps(*args), 4):
+                look(step)
+    for (a, ours, p), (b, theirs, q) in zip(seen[4:], seen[:4], strict=True):
+        assert (a.index, a.elbo) == (b.index, pytest.approx(b.elbo, rel=1e-9))
+        assert a.after_m_step == pytest.approx(b.after_m_step, rel=1e-9)
+        assert a.log_evidence == a.elbo
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(a.params[name], ours[name])
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["callbacks", "steps"])
+def test_a_parameter_that_a_watcher_changes_counts(how: str) -> None:
+    """A known scale that is lowered between steps, as in annealing by hand."""
+
+    def model(x: Tensor) -> None:
+        s = pyro.param("s", torch.tensor(8.0), constraint=C.positive)
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[z], s), obs=x)
+
+    def lower(step: EMStep) -> None:
+        with torch.no_grad():
+            pyro.get_param_store()._params["s"].fill_(np.log(8.0 / (step.index + 2)))
+
+    x = points(60, 1)[:, 0]
+    em = ExactPosteriorEM(model, updates={"s": Fixed()})
+    if how == "callbacks":
+        em.fit(x, max_steps=3, tol=0, progress=False, callbacks=[lower])
+    else:
+        for step in itertools.islice(em.steps(x), 3):
+            lower(step)
+    mu = np.array([-1.0, 1.0])
+    for s in (8.0, 8.0, 4.0):  # the next E-step is made before anyone can look
+        r = np.exp(-0.5 * ((x.numpy()[:, None] - mu) / s) ** 2)
+        r /= r.sum(1, keepdims=True)
+        mu = (r * x.numpy()[:, None]).sum(0) / r.sum(0)
+    np.testing.assert_allclose(pyro.param("mu").detach(), mu, rtol=1e-8)
 
 
 @pytest.mark.parametrize(
