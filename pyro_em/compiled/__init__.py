@@ -1,8 +1,17 @@
-"""The compiled EM step: kernels for the E-step, sums for the M-step.
+"""The compiled EM step: an E-step that gives sums over the data, and an M-step that needs no more.
 
-A graph whose bindings are all selections is a mixture over rows (`rows`) or a homogeneous chain
-(`chain`), or it is neither and the generic contraction does its work. To add a kernel: a function
-that recognises a collapsed graph, and an ``e_step`` from arguments to `Sums`.
+    parameter values → `At` → kernel → `Sums` → M-step → `At` → …
+
+The E-step is a mixture over rows (`rows`) or a homogeneous chain (`chain`); what is neither keeps the
+full step. Inside a kernel a group of factors is evaluated in one of four ways, the first that fits:
+
+    linear      simplex rows, probabilities and rates of all groups as one vector (`natural`)
+    Gaussian    components by products over features of the data (`features`, `gaussians`)
+    lines       a Normal whose mean is affine in covariates (`lines`)
+    others      the family's own density and statistics, and a solver per parameter (`solve`)
+
+To add a kernel: a function that recognises a collapsed graph by looking, and an ``e_step`` from `At`
+to `Sums`. Whatever is out of the ordinary raises `Handover`, and the full step judges it.
 """
 
 from pyro_em.compiled.iteration import Iteration, Point, compile_iteration
