@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -25,10 +25,15 @@ from pyro import poutine
 from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
+from pyro.util import get_rng_state, set_rng_state
 from torch.distributions import biject_to, constraints, transform_to
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_em._shadows import NumbersNeeded, Overspent, is_shadow, shadows, size_guard, spending_at_most
 
 Model = Callable[..., Any]
+
+_LARGE = 256  # elements; smaller latents are always drawn
+_PLAIN_BYTES = 2**28  # what a plain run may allocate in all before it runs with shadows
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +150,21 @@ class _KeepValues(Messenger):
             msg["value"] = self.values[msg["name"]]
 
 
+class _DrawNothing(Messenger):
+    """Give large latents that can be enumerated a shadow instead of a draw."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["done"] or msg["value"] is not None or not is_latent(msg):
+            return
+        fn = msg["fn"]
+        shape = fn.shape()
+        if not has_finite_support(fn) or shape.numel() < _LARGE:
+            return
+        support = fn.enumerate_support(expand=False)
+        msg["value"] = torch.empty(shape, dtype=support.dtype, device="meta")
+        dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
+
+
 class _TagSites(Messenger):
     """Tag the value of each site with the site's own name; observed ones keep their tags too."""
 
@@ -170,31 +190,6 @@ class _MarkForEnumeration(Messenger):
             return
         msg["infer"]["enumerate"] = "parallel"
         msg["infer"].pop("num_samples", None)
-
-
-class OutputTooLarge(Exception):
-    """An operation inside a model made a tensor above the limit; holds its size in cells."""
-
-    def __init__(self, cells: int) -> None:
-        super().__init__(f"{cells} cells")
-        self.cells = cells
-
-
-class _SizeGuard(TorchDispatchMode):
-    """Stop a run as soon as one operation's output exceeds a number of cells."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.numel() > self.limit:
-            # An expanded view has many elements and little memory: count what is stored.
-            stored = out.untyped_storage().nbytes() // out.element_size()
-            if stored > self.limit:
-                raise OutputTooLarge(stored)
-        return out
 
 
 class _WatchPlates(Messenger):
@@ -314,12 +309,21 @@ class MaskSites(Messenger):
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The sites and the parameters of one run of a model."""
+    """The sites and the parameters of one run of a model.
+
+    Attributes:
+        sites: Everything that was traced, by name.
+        parameters: What the model read.
+        scopes: Per site the other sites that reach it, from a provenance run.
+        changed_masks: Sites whose mask was written after them.
+        has_shadows: Whether large latents have no numbers, and no argument was validated.
+    """
 
     sites: dict[str, dict[str, Any]]
     parameters: dict[str, TracedParameter]
     scopes: dict[str, frozenset[str]] = field(default_factory=dict)
     changed_masks: tuple[str, ...] = ()
+    has_shadows: bool = False
 
 
 class Role(Enum):
@@ -549,29 +553,82 @@ def parameters_read() -> Iterator[dict[str, torch.Tensor]]:
             found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
-def plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *, keep_random_state: bool) -> Run:
+def plain_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    keep_random_state: bool,
+    sparing: bool = False,
+) -> Run:
     """Run a model once as Pyro would, with validation on; parameters are initialised.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        keep_random_state: Whether the global random state is restored.
+        sparing: Whether a run that allocates much is broken off and done again with shadows in
+            place of large latents; their arguments then have to be validated elsewhere.
 
     Raises:
         RunFailed: If the model raises.
+        NumbersNeeded: If the model raises with shadows.
     """
+    with same_random_state(keep_random_state):
+        if not sparing:
+            return _plain_run(model, args, kwargs)
+        begin = random_state()
+        try:
+            with spending_at_most(_PLAIN_BYTES):
+                return _plain_run(model, args, kwargs)
+        except Overspent:
+            set_random_state(begin)
+        try:
+            with shadows():
+                run = _plain_run(model, args, kwargs, _DrawNothing())
+        finally:
+            leaked = _drop_shadows()
+        if leaked:
+            raise NumbersNeeded
+        return replace(run, has_shadows=True)
+
+
+def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
-    with (
-        same_random_state(keep_random_state),
-        torch.enable_grad(),
-        pyro.validation_enabled(True),
-        tracer,
-        watch,
-        masks,
-        capture,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(pyro.validation_enabled(True))
+        for messenger in (tracer, watch, masks, capture, *more):
+            stack.enter_context(messenger)
         try:
             model(*args, **kwargs)
         except Exception as error:
             run = Run(dict(tracer.trace.nodes), capture.parameters)
             raise RunFailed(error, run, tuple(watch.empty)) from error
     return Run(dict(tracer.trace.nodes), _alive(capture.parameters), {}, masks.changed())
+
+
+def _drop_shadows() -> bool:
+    """Delete parameters whose initial value is a shadow; returns whether there were any."""
+    store = pyro.get_param_store()
+    names = [name for name, p in store._params.items() if is_shadow(p)]
+    for name in names:
+        del store[name]
+    return bool(names)
+
+
+def random_state() -> tuple[Any, Any]:
+    """The random states that a model may advance."""
+    return get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def set_random_state(state: tuple[Any, Any]) -> None:
+    """Go back to a `random_state`."""
+    set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
 
 
 def _alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParameter]:
@@ -611,9 +668,13 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         plain: A plain run, whose latent values are used again.
+
+    Raises:
+        NumbersNeeded: If the plain run has shadows and the model raises with them.
     """
     capture = ParameterCapture()
     with (
+        shadows() if plain.has_shadows else nullcontext(),
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
@@ -649,6 +710,7 @@ def enumerated_run(
     random_seed: int | None = None,
     keep_random_state: bool = True,
     attached: bool = False,
+    validated: bool = False,
 ) -> Run:
     """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
 
@@ -664,12 +726,14 @@ def enumerated_run(
         random_seed: Start this run from another random state.
         keep_random_state: Whether the global random state is restored.
         attached: Whether parameters stay attached to their unconstrained leaves.
+        validated: Whether distributions check their arguments.
     """
     capture = ParameterCapture(values, hand_out=not attached)
     with (
         same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(False),
+        dist.validation_enabled(validated),
         poutine.trace() as tracer,
         poutine.enum(first_available_dim=-1 - max_plate_nesting),
         _MarkForEnumeration(latents),
@@ -684,9 +748,14 @@ def enumerated_run(
         if limit is None:
             model(*args, **kwargs)
         else:
-            with _SizeGuard(limit):
+            with size_guard(limit):
                 model(*args, **kwargs)
     return Run(dict(tracer.trace.nodes), capture.parameters)
+
+
+def is_of_validation(error: Exception) -> bool:
+    """Whether a distribution raised because an argument is outside its constraint."""
+    return isinstance(error, ValueError) and str(error).startswith("Expected parameter ")
 
 
 def unwrap(fn: Any) -> tuple[Any, int, list[Any]]:

@@ -281,6 +281,7 @@ def trace_graph(
     with_bindings: bool = True,
     keep_random_state: bool = True,
     attached: bool = False,
+    validated: bool = False,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -295,6 +296,7 @@ def trace_graph(
         with_bindings: Whether to read off how parameters reach the arguments.
         keep_random_state: Whether the global random state is restored after the run.
         attached: Whether densities stay attached to the unconstrained parameters.
+        validated: Whether distributions check their arguments.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, or reads a latent outside
@@ -310,6 +312,7 @@ def trace_graph(
         random_seed=random_seed,
         keep_random_state=keep_random_state,
         attached=attached,
+        validated=validated,
     )
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
@@ -382,7 +385,9 @@ def _run_enumerated(
         ) from None
     except Exception as error:
         latents = {n: structure.sites[n].distribution for n in structure.latents}
-        raise ModelError(str(on_failure(error, latents, enumerated=True))) from error
+        # An argument outside its constraint is outside without enumeration too.
+        checked = bool(how.get("validated")) and _pyro.is_of_validation(error)
+        raise ModelError(str(on_failure(error, latents, enumerated=not checked))) from error
 
 
 class _Layout:

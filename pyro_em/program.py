@@ -326,6 +326,7 @@ def build_program(
         kwargs,
         max_plate_nesting=max_plate_nesting,
         first_look=first_look,
+        sparing=True,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     try:
@@ -343,6 +344,7 @@ def build_program(
         structure,
         limit=max(max_enumeration, 2**20),
         with_bindings=not look_only,
+        validated=structure.unchecked,
     )
     contraction = contraction_of(graph)
     notes = (*check_scales(graph, contraction), *structure.notes)

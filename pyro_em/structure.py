@@ -6,7 +6,9 @@ treatment wrong or impossible is collected as a `Problem`; latents come first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from pyro_em import _pyro
 from pyro_em._errors import DataError, Problem, UsageError, message, raise_problems
 from pyro_em._pyro import Role
+from pyro_em._shadows import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.advice import changing_sites, on_failure
 from pyro_em.findings import (
     data_problems,
@@ -25,6 +28,8 @@ from pyro_em.findings import (
     scope_problems,
     shape_problems,
 )
+
+logger = logging.getLogger("pyro_em")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Structure:
         notes: Warnings in words.
         unobserved: The unobserved sites as the plain run traced them.
         edges: Pairs (parent, child): the child's distribution uses the value of the parent.
+        unchecked: Whether the run had no numbers, so that no distribution checked its arguments.
     """
 
     plates: Mapping[str, Plate]
@@ -100,6 +106,7 @@ class Structure:
     sequential: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
+    unchecked: bool = False
 
     @property
     def data_plates(self) -> tuple[str, ...]:
@@ -149,6 +156,7 @@ def examine(
     max_plate_nesting: int | None = None,
     first_look: bool = True,
     guide_given: bool = False,
+    sparing: bool = False,
 ) -> tuple[Structure, list[Problem]]:
     """Run a model plainly and with tagged latents, and say what it is made of.
 
@@ -159,6 +167,8 @@ def examine(
         max_plate_nesting: The user's own number of plate dimensions, checked against the shapes.
         first_look: Whether this run may advance the random state, as Pyro's first run does.
         guide_given: Whether latents without an exact posterior may go to a guide.
+        sparing: Whether large latents may be looked at without numbers, where the model allows it;
+            the skeleton's ``unchecked`` says whether arguments have still to be validated.
 
     Returns:
         The skeleton, and all findings: latents first, then parameters, then the other sites.
@@ -167,7 +177,28 @@ def examine(
         PyroEMError: If the model cannot be run at all.
     """
     _refuse_inference_mode(args, kwargs)
-    plain = _run_plainly(model, args, kwargs, first_look)
+    how = (max_plate_nesting, guide_given)
+    if sparing:
+        begin = _pyro.random_state()
+        try:
+            plain = _run_plainly(model, args, kwargs, first_look, sparing=True)
+            with judging_shadows() if plain.has_shadows else nullcontext():
+                return _findings(model, args, kwargs, plain, *how)
+        except NumbersNeeded:
+            _pyro.set_random_state(begin)
+            logger.debug("the model reads numbers off its latents: it is run with draws")
+    return _findings(model, args, kwargs, _run_plainly(model, args, kwargs, first_look), *how)
+
+
+def _findings(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plain: _pyro.Run,
+    max_plate_nesting: int | None,
+    guide_given: bool,
+) -> tuple[Structure, list[Problem]]:
+    """The skeleton and all findings, from a plain run."""
     factors = {n: s for n, s in plain.sites.items() if _pyro.is_factor(s)}
     if not factors:
         raise UsageError(
@@ -257,13 +288,28 @@ def examine(
         plain.parameters,
         masked_pairs,
         random_plates,
-        {n: factors[n]["value"].detach() for n in barren},
+        _kept_values(factors, barren),
         {n: factors[n] for n in (*latents, *barren)},
         {f.name: f.size for s in factors.values() for f in s["cond_indep_stack"] if f.dim is None},
         tuple(_changed_mask(n) for n in plain.changed_masks),
         edges,
+        plain.has_shadows,
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
+
+
+def _kept_values(factors: Mapping[str, Any], barren: Iterable[str]) -> dict[str, Tensor]:
+    """Values for sites that count nowhere: as drawn, or one feasible event where nothing was."""
+    kept = {}
+    seen = [s["value"] for s in factors.values() if s["is_observed"]]
+    device = next((v.device for v in seen if isinstance(v, Tensor) and not v.is_meta), None)
+    for name in barren:
+        fn, value = factors[name]["fn"], factors[name]["value"].detach()
+        if is_shadow(value):
+            like = torch.empty(0, dtype=value.dtype, device=device)
+            value = _pyro.feasible_event(fn, like).expand(value.shape)
+        kept[name] = value
+    return kept
 
 
 def _changed_mask(name: str) -> str:
@@ -301,10 +347,12 @@ def _refuse_inference_mode(args: tuple, kwargs: dict[str, Any]) -> None:
 
 
 def _run_plainly(
-    model: _pyro.Model, args: tuple, kwargs: dict[str, Any], first_look: bool
+    model: _pyro.Model, args: tuple, kwargs: dict[str, Any], first_look: bool, sparing: bool = False
 ) -> _pyro.Run:
     try:
-        return _pyro.plain_run(model, args, kwargs, keep_random_state=not first_look)
+        return _pyro.plain_run(
+            model, args, kwargs, keep_random_state=not first_look, sparing=sparing
+        )
     except _pyro.RunFailed as failure:
         problems = [
             Problem(

@@ -1,0 +1,204 @@
+"""The only file that uses torch's dispatch modes: watching what a model's operations allocate.
+
+A plain run of a mixture looks up one covariance matrix per datum: N × D × D numbers, several times.
+Only their shapes are of use. A *shadow* is a tensor without numbers (on torch's ``meta`` device);
+whatever is computed from one is a shadow too, costs nothing, and refuses to be read as a number.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+Operation = Callable[..., Any]
+
+_SMALL = 4096  # cells; what is smaller is not counted
+
+
+class OutputTooLarge(Exception):
+    """An operation inside a model made a tensor above the limit; holds its size in cells."""
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(f"{cells} cells")
+        self.cells = cells
+
+
+class Overspent(BaseException):
+    """A run allocates more than it may. No `Exception`: a model that catches those lets it pass."""
+
+
+class NumbersNeeded(Exception):
+    """A run with shadows cannot go on, or what it showed cannot be judged, without numbers."""
+
+
+class _Watching(TorchDispatchMode):
+    """Every operation inside goes through ``handle(operation, args, kwargs)``."""
+
+    def __init__(self, handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.handle = handle
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True imports torch._dynamo at the first operation: a second or two, and 70 MB.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, args, kwargs or {})
+
+
+class _WatchingBesideDynamo(_Watching):
+    """The same where ``torch.compile`` is in use, which must not compile the watching itself."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, args, kwargs or {})
+
+
+def _watching(handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> TorchDispatchMode:
+    cls = _WatchingBesideDynamo if "torch._dynamo" in sys.modules else _Watching
+    return cls(handle)
+
+
+def size_guard(limit: int) -> TorchDispatchMode:
+    """A block in which an operation whose output exceeds ``limit`` cells raises `OutputTooLarge`."""
+
+    def handle(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and out.numel() > limit:
+            # An expanded view has many elements and little memory: count what is stored.
+            stored = out.untyped_storage().nbytes() // out.element_size()
+            if stored > limit:
+                raise OutputTooLarge(stored)
+        return out
+
+    return _watching(handle)
+
+
+def spending_at_most(limit: int) -> TorchDispatchMode:
+    """A block that raises `Overspent` when its operations have allocated ``limit`` bytes in all.
+
+    What looks up or draws much is stopped before it does.
+    """
+    spent = 0
+
+    def spend(n: int) -> None:
+        nonlocal spent
+        spent += n
+        if spent > limit:
+            raise Overspent
+
+    def handle(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+        foresee = _FORESEEN.get(func)
+        if foresee is not None:
+            spend(foresee(*args, **kwargs))
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.numel() >= _SMALL and not _is_view(func):
+                spend(t.untyped_storage().nbytes())
+        return out
+
+    return _watching(handle)
+
+
+def _of_index(source: Tensor, indices: Any) -> int:
+    """Bytes that ``source[indices]`` takes. Boolean indices are counted as if all were True."""
+    found = [i for i in indices if i is not None]
+    if any(i.dtype in (torch.bool, torch.uint8) for i in found):
+        return source.numel() * source.element_size()
+    rows = math.prod(torch.broadcast_shapes(*(i.shape for i in found)))
+    kept = [n for n, i in zip(source.shape, indices, strict=False) if i is None]
+    kept += source.shape[len(indices) :]
+    return rows * math.prod(kept) * source.element_size()
+
+
+def _of_draw(probs: Tensor, *rest: Any, **how: Any) -> int:
+    """Bytes that ``torch.multinomial`` takes: a number per probability."""
+    return probs.numel() * probs.element_size()
+
+
+_aten = torch.ops.aten
+_FORESEEN: Mapping[Operation, Callable[..., int]] = {
+    _aten.index.Tensor: _of_index,
+    _aten.multinomial.default: _of_draw,
+}
+_views: dict[Operation, bool] = {}
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation's outputs share an input's memory."""
+    if func not in _views:
+        _views[func] = any(r.alias_info is not None for r in func._schema.returns)
+    return _views[func]
+
+
+@contextmanager
+def shadows() -> Iterator[None]:
+    """A block in which tensors and shadows may meet; the result is a shadow.
+
+    Raises:
+        NumbersNeeded: If the block fails in any way: it might not with numbers.
+    """
+    try:
+        with _watching(_shadowed):
+            yield
+    except Exception as error:
+        raise NumbersNeeded from error
+
+
+@contextmanager
+def judging_shadows() -> Iterator[None]:
+    """A block that looks at shadows; reading one as a number raises `NumbersNeeded`."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:  # what torch raises on the meta device
+        raise NumbersNeeded from error
+
+
+def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    met = False
+
+    def look(t: Tensor) -> Tensor:
+        nonlocal met
+        met = met or t.is_meta
+        return t
+
+    tree_map_only(Tensor, look, (args, kwargs))
+    if not met:
+        return func(*args, **kwargs)
+    for i, a in enumerate(func._schema.arguments):  # type: ignore[attr-defined]
+        if a.alias_info is not None and a.alias_info.is_write:
+            written = args[i] if i < len(args) else kwargs.get(a.name)
+            if isinstance(written, Tensor) and not written.is_meta:
+                raise NumbersNeeded  # numbers that the model holds would be wrong afterwards
+    args, kwargs = tree_map_only(Tensor, shadow_of, (args, kwargs))
+    if kwargs.get("device") is not None:
+        kwargs["device"] = torch.device("meta")
+    out = func(*args, **kwargs)
+    if isinstance(out, (bool, int, float)):
+        raise NumbersNeeded
+    return out
+
+
+def is_shadow(value: Any) -> bool:
+    """Whether something is a tensor without numbers."""
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def shadow_of(t: Tensor) -> Tensor:
+    """A shadow with the layout of a tensor."""
+    if t.is_meta:
+        return t
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")
