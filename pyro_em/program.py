@@ -47,6 +47,8 @@ from pyro_em.strategies import (
 )
 from pyro_em.structure import Structure, examine
 
+_PART = 2**20  # cells that are compared at once
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -275,17 +277,34 @@ def _static_parts(
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
+    a, b = a.detach(), b.detach()
+    if _are_one(a, b):
+        return True
     if a.dtype == torch.bool or not a.is_floating_point():
         return a.shape == b.shape and bool((a == b).all())
     try:
-        a, b = torch.broadcast_tensors(a.detach(), b.detach())
+        a, b = torch.broadcast_tensors(a, b)
     except RuntimeError:
         return False
-    tolerance = 64 * torch.finfo(a.dtype).eps
-    near = torch.isclose(
-        a, b.to(a.dtype), rtol=tolerance**0.75, atol=tolerance**0.75, equal_nan=True
+    tolerance = (64 * torch.finfo(a.dtype).eps) ** 0.75
+    return all(
+        torch.allclose(x, y.to(x.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)
+        for x, y in zip(_parts(a), _parts(b), strict=True)
     )
-    return bool(near.all())
+
+
+def _are_one(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same memory, read in the same way."""
+    form = (a.shape, a.dtype, a.device, a.stride())
+    return a.data_ptr() == b.data_ptr() and form == (b.shape, b.dtype, b.device, b.stride())
+
+
+def _parts(t: Tensor) -> Sequence[Tensor]:
+    """A tensor in pieces of a bounded size, cut along its longest dimension."""
+    if t.numel() <= _PART:
+        return (t,)
+    longest = max(range(t.dim()), key=lambda d: t.shape[d])
+    return t.split(max(1, _PART * t.shape[longest] // t.numel()), longest)
 
 
 def build_program(
