@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, ModelError, Problem, message, raise_problems
 from pyro_em._pyro import Role
+from pyro_em._shadows import OutputTooLarge
 from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
@@ -281,7 +282,6 @@ def trace_graph(
     with_bindings: bool = True,
     keep_random_state: bool = True,
     attached: bool = False,
-    validated: bool = False,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -296,7 +296,6 @@ def trace_graph(
         with_bindings: Whether to read off how parameters reach the arguments.
         keep_random_state: Whether the global random state is restored after the run.
         attached: Whether densities stay attached to the unconstrained parameters.
-        validated: Whether distributions check their arguments.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, or reads a latent outside
@@ -312,7 +311,6 @@ def trace_graph(
         random_seed=random_seed,
         keep_random_state=keep_random_state,
         attached=attached,
-        validated=validated,
     )
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
@@ -353,6 +351,27 @@ def trace_graph(
     return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
 
 
+def check_arguments(
+    model: _pyro.Model, args: tuple, kwargs: dict[str, Any], structure: Structure, limit: int
+) -> None:
+    """Let every distribution check its arguments, for all values of the latents.
+
+    This is a run of its own: a check reads arguments that are derived lazily, and a graph follows
+    those that the user gave.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found, ``unchecked``.
+        limit: Stop when an operation inside the model makes more cells.
+
+    Raises:
+        ModelError: If an argument is outside its constraint, or the model cannot be enumerated.
+    """
+    _run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
+
+
 def _run_enumerated(
     model: _pyro.Model,
     args: tuple,
@@ -373,7 +392,7 @@ def _run_enumerated(
             limit=limit,
             **how,
         )
-    except _pyro.OutputTooLarge as error:
+    except OutputTooLarge as error:
         raise ModelError(
             message(
                 "model",

@@ -24,7 +24,7 @@ from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.families import Kind
-from pyro_em.graph import FactorGraph, trace_graph
+from pyro_em.graph import FactorGraph, check_arguments, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
@@ -356,14 +356,16 @@ def build_program(
     problems[n_latent:n_latent] = found
     if problems:
         raise_problems(problems)
+    limit = max(max_enumeration, 2**20)
+    if structure.unchecked:
+        check_arguments(model, args, kwargs, structure, limit)
     graph = trace_graph(
         model,
         args,
         kwargs,
         structure,
-        limit=max(max_enumeration, 2**20),
+        limit=limit,
         with_bindings=not look_only,
-        validated=structure.unchecked,
     )
     contraction = contraction_of(graph)
     notes = (*check_scales(graph, contraction), *structure.notes)
