@@ -22,11 +22,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.ops.provenance import get_provenance, track_provenance
+from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch.distributions import biject_to, constraints, transform_to
+from torch.utils._pytree import tree_map
 
 from pyro_em._shadows import NumbersNeeded, Overspent, is_shadow, shadows, size_guard, spending_at_most
 
@@ -165,6 +166,52 @@ class _DrawNothing(Messenger):
         dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
 
 
+class Tagged(ProvenanceTensor):
+    """Pyro's tensor with provenance, at a fifth of the time per operation."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        """Run an operation on the values; its outputs carry the tags of all inputs."""
+        tags: set[str] = set()
+        plain = [_untagged(a, tags) for a in args]
+        out = func(*plain, **({k: _untagged(a, tags) for k, a in kwargs.items()} if kwargs else {}))
+        return _tagged(out, frozenset(tags))
+
+
+_NO_TENSORS = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def _untagged(value: Any, tags: set[str]) -> Any:
+    """A value with plain tensors in it; their tags are added to ``tags``."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, ProvenanceTensor):
+            tags |= value._provenance
+            return value._t
+        return value
+    if isinstance(value, _NO_TENSORS):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_untagged(v, tags) for v in value)
+    if type(value) is slice:
+        return slice(*(_untagged(v, tags) for v in (value.start, value.stop, value.step)))
+    return tree_map(lambda v: _untagged(v, tags) if isinstance(v, torch.Tensor) else v, value)
+
+
+def _tagged(value: Any, tags: frozenset[str]) -> Any:
+    """A value whose tensors carry tags."""
+    if isinstance(value, torch.Tensor):
+        if isinstance(value, ProvenanceTensor):
+            value, tags = value._t, tags | value._provenance
+        return Tagged(value, tags)
+    if isinstance(value, _NO_TENSORS):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(_tagged(v, tags) for v in value)
+    return tree_map(lambda v: _tagged(v, tags) if isinstance(v, torch.Tensor) else v, value)
+
+
 class _TagSites(Messenger):
     """Tag the value of each site with the site's own name; observed ones keep their tags too."""
 
@@ -174,7 +221,7 @@ class _TagSites(Messenger):
             return
         before = frozenset() if is_latent(msg) else get_provenance(value)
         untagged = getattr(value, "_t", value)
-        msg["value"] = track_provenance(untagged, before | {msg["name"]})
+        msg["value"] = Tagged(untagged, before | {msg["name"]})
 
 
 class _MarkForEnumeration(Messenger):

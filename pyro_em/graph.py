@@ -25,6 +25,7 @@ from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
 from pyro_em.findings import is_outside, mask_tensor
+from pyro_em.recurring import Recurring
 from pyro_em.structure import SiteInfo, Structure, frames_of
 
 
@@ -317,8 +318,8 @@ def trace_graph(
         raise_problems([changing_sites([], structure.random_plates)])
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
         raise_problems([too_many_dimensions(list(structure.latents))])
-    layout = _Layout(sites, structure)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
+    layout = _Layout(sites, structure, Recurring(leaves))
     for name in structure.sites:
         layout.find_out_of_scope(name)
     if layout.problems:
@@ -412,8 +413,11 @@ def _run_enumerated(
 class _Layout:
     """Brings traced tensors into the compact layout."""
 
-    def __init__(self, sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+    def __init__(
+        self, sites: Mapping[str, dict[str, Any]], structure: Structure, bindings: Recurring
+    ) -> None:
         self.sites = sites
+        self.bindings = bindings
         self.structure = structure
         self.problems: list[Problem] = []
         self.order = {n: i for i, n in enumerate(structure.latents)}
@@ -507,10 +511,10 @@ class _Layout:
                 if leaves is None:
                     bindings[arg] = Binding("opaque", (), kept.detach())
                     continue
-                bindings[arg] = bind(
+                bindings[arg] = self.bindings.bind(
                     tensor,
-                    leaves,
-                    layout=layout,
+                    layout,
+                    (event, tuple(dims), reinterpreted),
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
                 )
