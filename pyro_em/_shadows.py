@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -118,7 +119,7 @@ def _of_index(source: Tensor, indices: Any) -> int:
     found = [i for i in indices if i is not None]
     if any(i.dtype in (torch.bool, torch.uint8) for i in found):
         return source.numel() * source.element_size()
-    rows = math.prod(torch.broadcast_shapes(*(i.shape for i in found)))
+    rows = math.prod(broadcast_shape(*(i.shape for i in found)))
     kept = [n for n, i in zip(source.shape, indices, strict=False) if i is None]
     kept += source.shape[len(indices) :]
     return rows * math.prod(kept) * source.element_size()

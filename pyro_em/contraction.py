@@ -324,11 +324,11 @@ class _Planner:
     def _agree_on_scale(self, component: Sequence[int], holders: Mapping[str, set[int]]) -> None:
         """Everything summed with a latent is scaled as the latent's own site is."""
         owners = [s for s in component if s < self.n_factors and self.own_latent[s] in holders]
-        reference = owners[0] if owners else None
+        if not owners:
+            return
+        reference, others = owners[0], set(owners[1:])
         for s in component:
-            if reference is None:
-                continue
-            if s in owners[1:]:
+            if s in others:
                 self.same_scale.append((reference, s))
             self.locals_scaled_by[s] = reference
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, ModelError, Problem
+from pyro_em._shadows import NumbersNeeded, is_shadow
 
 
 def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
@@ -205,8 +207,8 @@ def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
             ]
         value_shape = value_shape[:-event_dim]
     try:
-        shape = torch.broadcast_shapes(batch, value_shape) if site["is_observed"] else batch
-    except RuntimeError:
+        shape = _pyro.broadcast_shape(batch, value_shape) if site["is_observed"] else batch
+    except ValueError:
         return [
             Problem(
                 where,
@@ -272,6 +274,13 @@ def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def _has_nonfinite(value: Tensor) -> bool:
+    """Whether a number is NaN or infinite, without a tensor of the value's size."""
+    if not value.is_floating_point() or not value.numel():
+        return False
+    return not all(math.isfinite(float(v)) for v in value.detach().aminmax())
+
+
 def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
     """Observed values that are no numbers, or that the distribution cannot produce."""
     fn, value = site["fn"], site["value"]
@@ -305,17 +314,18 @@ def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
             )
         ]
     event_dim = fn.event_dim
-    bad = ~torch.isfinite(value) if value.is_floating_point() else torch.zeros_like(value).bool()
     mask = mask_tensor(site)
     if mask is False:
         return []
+    shown = value.new_ones((), dtype=torch.bool)
     if isinstance(mask, Tensor):
         shown = mask.reshape(mask.shape + (1,) * event_dim)
         try:
-            bad = bad & shown
-        except RuntimeError:
+            _pyro.broadcast_shape(value.shape, shown.shape)
+        except ValueError:
             return []
-    if bool(bad.any()):
+    bad = torch.isfinite(value).logical_not_() & shown if _has_nonfinite(value) else None
+    if bad is not None and bool(bad.any()):
         first = tuple(int(i) for i in bad.nonzero()[0])
         nan = int((bad & torch.isnan(value)).sum())
         count = int(bad.sum())
@@ -341,6 +351,8 @@ def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
     try:
         inside = fn.support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError):
+        if any(map(is_shadow, _pyro.tensors_of(fn))):
+            raise NumbersNeeded from None
         return []
     if isinstance(mask, Tensor):
         inside = inside | ~mask

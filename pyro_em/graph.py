@@ -581,7 +581,7 @@ class _Layout:
     ) -> list[str]:
         scope = list(info.scope)
         # Dimensions that the tags did not show (a value that left torch and came back).
-        shape = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+        shape = _pyro.broadcast_shape(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
         for dim, ident in visible.items():
             latent = self.name_of.get(ident, "")
             if latent and latent not in info.scope and len(shape) >= -dim and shape[dim] > 1:
@@ -609,7 +609,7 @@ class _Layout:
                 return value
             event = _pyro.feasible_event(fn, value)
             return event.expand(value.shape).clone()
-        shape = torch.broadcast_shapes(mask.shape, batch)
+        shape = _pyro.broadcast_shape(mask.shape, batch)
         full = value.expand(shape + value.shape[value.dim() - event_dim :])
         if bool(mask.all()):
             return full

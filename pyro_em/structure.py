@@ -213,11 +213,12 @@ def _findings(
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
     unused = {n for n, s in factors.items() if _pyro.is_latent(s) and _masked_out(s)}
     unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
+    place = {name: i for i, name in enumerate(plain.sites)}
     edges = tuple(
         (parent, child)
         for child, scope in tagged.scopes.items()
-        for parent in plain.sites
-        if parent in scope and parent != child
+        for parent in sorted(scope & place.keys(), key=place.__getitem__)
+        if parent != child
     )
     hidden = {n for n, s in factors.items() if _pyro.is_latent(s)} - unused
     scopes = {n: scope & hidden for n, scope in tagged.scopes.items()}
