@@ -8,6 +8,7 @@ run again except to verify.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.families import Kind
-from pyro_em.graph import FactorGraph, check_arguments, trace_graph
+from pyro_em.graph import FactorGraph, Group, check_arguments, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
@@ -225,22 +226,19 @@ class Program:
             fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)
         except ModelError:
             return [("model", "its sites")]
-        traced: dict[tuple[str, str], Tensor] = {}
-        for group in fresh.groups:
-            for i, site in enumerate(group.members):
-                for name, tensor in _static_parts(group, i):
-                    traced[site, name] = tensor
         found = []
         for group in self.graph.groups:
             arguments = group.evaluate_arguments(predicted_at)
             at = group.evaluate_value(predicted_at)
+            if _agrees(group, arguments, at, fresh):
+                continue
             for i, site in enumerate(group.members):
+                traced = dict(_static_parts(*fresh.group_of(site)))
                 for name, tensor in _static_parts(group, i, arguments, at):
                     binding = group.bindings.get(name)
                     if binding is not None and not binding.is_static:
                         continue
-                    other = traced.get((site, name))
-                    if other is None or not _same(tensor, other):
+                    if name not in traced or not _same(tensor, traced[name]):
                         found.append((site, name))
         return found
 
@@ -258,6 +256,27 @@ class Program:
             is_monotone=self.is_monotone,
             gives_up=gives_up(self.strategy),
         )
+
+
+def _agrees(
+    group: Group, arguments: Mapping[str, Tensor], value: Tensor, fresh: FactorGraph
+) -> bool:
+    """Whether all members are traced as predicted; False where it takes a look at each of them."""
+    other, first = fresh.group_of(group.members[0])
+    own = slice(first, first + len(group.members))
+    if other.members[own] != group.members or group.raw is not None or other.raw is not None:
+        return False
+    scales = (*group.scale, *other.scale[own])
+    if any(isinstance(s, Tensor) for s in scales) or group.scale != other.scale[own]:
+        return False
+    if set(group.arguments) != set(other.arguments) or not group.is_static:
+        return False
+    pairs = [(value, other.value), *((arguments[n], other.arguments[n]) for n in arguments)]
+    if group.mask is not None or other.mask is not None:
+        if group.mask is None or other.mask is None:
+            return False
+        pairs.append((group.mask, other.mask))
+    return all(a.shape == b[own].shape and _same(a, b[own]) for a, b in pairs)
 
 
 def _static_parts(
@@ -307,6 +326,19 @@ def _parts(t: Tensor) -> Sequence[Tensor]:
     return t.split(max(1, _PART * t.shape[longest] // t.numel()), longest)
 
 
+@contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """Let Python look for garbage more rarely: planning a long chain keeps nearly all it makes."""
+    before = gc.get_threshold()
+    if before[0]:
+        gc.set_threshold(max(before[0], 50_000), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_fewer_collections()
 def build_program(
     model: _pyro.Model,
     args: tuple,

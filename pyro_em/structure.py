@@ -230,14 +230,15 @@ def _findings(
         and f"{name}_observed" in factors
         and f"{name}_unobserved" in factors
     }
-    latents = [n for n, s in factors.items() if _pyro.is_latent(s) and n not in barren]
+    dropped = set(barren)
+    latents = {n: None for n, s in factors.items() if _pyro.is_latent(s) and n not in dropped}
     order = {name: i for i, name in enumerate(factors)}
     site_plates = {n: tuple(frames_of(s)) for n, s in factors.items()}
     of_latents: list[Problem] = []
     of_others: list[Problem] = []
     sites: dict[str, SiteInfo] = {}
     for name, site in factors.items():
-        if name in barren:
+        if name in dropped:
             continue
         is_latent = name in latents
         scope = set(scopes[name]) | ({name} if is_latent else set())
