@@ -30,7 +30,14 @@ from pyro.util import get_rng_state, set_rng_state
 from torch.distributions import biject_to, constraints, transform_to
 from torch.utils._pytree import tree_map
 
-from pyro_em._shadows import NumbersNeeded, Overspent, is_shadow, shadows, size_guard, spending_at_most
+from pyro_em._shadows import (
+    NumbersNeeded,
+    Overspent,
+    is_shadow,
+    shadows,
+    size_guard,
+    spending_at_most,
+)
 
 Model = Callable[..., Any]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 

@@ -1,0 +1,124 @@
+"""Bindings that recur: what is taken over from an earlier step is what would have been read off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_em import recurring
+from pyro_em.binding import Binding, bind
+from pyro_em.recurring import Recurring, signature
+
+Argument = Callable[[Tensor], Tensor]
+
+FORWARD, BACKWARD = torch.tensor([0, 1, 2, 3]), torch.tensor([3, 2, 1, 0])
+C1, C2 = torch.ones(1), torch.ones(2)
+
+# Pairs of arguments of one shape. All elements of the parameter are equal, so that values tell
+# nothing; only the first of each pair and its repetition are the same function.
+PAIRS: dict[str, tuple[Argument, Argument]] = {
+    "index": (lambda t: t[FORWARD], lambda t: t[BACKWARD]),
+    "a slice": (lambda t: t[:2], lambda t: t[1:3]),
+    "select": (lambda t: t.reshape(2, 2)[0], lambda t: t.reshape(2, 2)[1]),
+    "transposed": (lambda t: t.reshape(2, 2).T, lambda t: t.reshape(2, 2) + 0),
+    "outer": (lambda t: t.reshape(4, 1).expand(4, 4), lambda t: t.reshape(1, 4).expand(4, 4)),
+    "broadcast by an operation": (
+        lambda t: t.reshape(4, 1) * torch.ones(4, 4),
+        lambda t: t.reshape(1, 4) * torch.ones(4, 4),
+    ),
+    "stack": (
+        lambda t: torch.stack([t, torch.ones(4)]),
+        lambda t: torch.stack([torch.ones(4), t]),
+    ),
+    "cat": (lambda t: torch.cat([C2, t, C1]), lambda t: torch.cat([C1, t, C2])),
+    "a factor": (
+        lambda t: t * torch.tensor([1.0, 1, 2, 2]),
+        lambda t: t * torch.tensor([1.0, 2, 1, 2]),
+    ),
+    "exp": (lambda t: t[FORWARD].exp(), lambda t: t[BACKWARD].exp()),
+    "normalised": (
+        lambda t: t.reshape(2, 2) / t.reshape(2, 2).sum(-1, keepdim=True),
+        lambda t: t.reshape(2, 2).T / t.reshape(2, 2).T.sum(-1, keepdim=True),
+    ),
+    "an offset": (lambda t: t[FORWARD] + 0.0, lambda t: t[FORWARD] + 1.0),
+}
+
+
+def same(a: Binding, b: Binding) -> bool:
+    parts = zip(a.selections, b.selections, strict=True)
+    return (
+        (a.how, a.params, a.reason, a.normalise) == (b.how, b.params, b.reason, b.normalise)
+        and torch.equal(a.constant, b.constant)
+        and all(s.param == r.param and torch.equal(s.index, r.index) for s, r in parts)
+    )
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_another_function_with_the_same_values_is_read_anew(name: str, affine: bool) -> None:
+    theta = torch.ones(4).requires_grad_()
+    bindings = Recurring({"theta": theta})
+    normalised = "probs" if name == "normalised" else ""
+
+    def fresh(argument: Tensor) -> Binding:
+        return bind(argument, {"theta": theta}, normalised=normalised, allow_affine=affine)
+
+    for make in PAIRS[name] * 2:
+        argument = make(theta)
+        how = {"normalised": normalised, "allow_affine": affine}
+        found = bindings.bind(argument, lambda t: t, (), **how)  # type: ignore[arg-type]
+        expected = fresh(argument)
+        assert same(found, expected)
+        if expected.jacobians is not None:
+            assert found.jacobians is not None
+            assert torch.equal(found.jacobians["theta"], expected.jacobians["theta"])
+
+
+def test_a_recurring_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: object, **kwargs: object) -> Binding:
+        calls.append(1)
+        return bind(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recurring, "bind", counted)
+    A = torch.eye(4).requires_grad_()
+    bindings = Recurring({"A": A})
+    for _ in range(5):
+        rows = A[torch.arange(4).reshape(4, 1)]
+        bindings.bind(rows / rows.sum(-1, keepdim=True), lambda t: t, (), normalised="probs")
+    assert len(calls) == 1
+
+
+def test_two_parameters_of_one_shape_are_told_apart() -> None:
+    a, b = torch.ones(4).requires_grad_(), torch.ones(4).requires_grad_()
+    bindings = Recurring({"a": a, "b": b})
+    for t, name in ((a, "a"), (b, "b"), (a, "a")):
+        assert bindings.bind(t[FORWARD], lambda t: t, ()).params == (name,)
+
+
+def test_what_a_node_hides_has_no_signature() -> None:
+    theta = torch.ones(4).requires_grad_()
+
+    class Hiding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, t: Tensor, k: int) -> Tensor:
+            return t.roll(k)
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> tuple[Tensor, None]:
+            return g, None
+
+    assert signature(Hiding.apply(theta, 1)) is None
+    assert signature(torch.cat([theta, C1])) is None
+    assert signature(theta.detach()) is None
+    assert signature(theta[torch.zeros(5000, dtype=torch.long)]) is None  # too much to compare
+    assert signature(theta[FORWARD]) is not None
+
+
+def test_nodes_show_their_output_shapes() -> None:
+    node = torch.ones(4).requires_grad_().reshape(2, 2).grad_fn
+    assert [tuple(m.shape) for m in node._input_metadata] == [(2, 2)]  # type: ignore[union-attr]
