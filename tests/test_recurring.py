@@ -15,7 +15,7 @@ from pyro_em.recurring import Recurring, signature
 Argument = Callable[[Tensor], Tensor]
 
 FORWARD, BACKWARD = torch.tensor([0, 1, 2, 3]), torch.tensor([3, 2, 1, 0])
-C1, C2 = torch.ones(1), torch.ones(2)
+C1, C2, C4 = torch.ones(1), torch.ones(2), torch.ones(4)
 
 # Pairs of arguments of one shape. All elements of the parameter are equal, so that values tell
 # nothing; only the first of each pair and its repetition are the same function.
@@ -43,7 +43,7 @@ PAIRS: dict[str, tuple[Argument, Argument]] = {
         lambda t: t.reshape(2, 2) / t.reshape(2, 2).sum(-1, keepdim=True),
         lambda t: t.reshape(2, 2).T / t.reshape(2, 2).T.sum(-1, keepdim=True),
     ),
-    "an offset": (lambda t: t[FORWARD] + 0.0, lambda t: t[FORWARD] + 1.0),
+    "an offset": (lambda t: t[FORWARD] - C4 * 0, lambda t: t[FORWARD] - C4),
 }
 
 
