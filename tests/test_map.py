@@ -90,6 +90,12 @@ CASES = {
         tensor(0.3, 0.8),
         BITS,
     ),
+    "beta expanded vector": Case(
+        lambda: dist.Beta(2.0, 3.0).expand([2]).to_event(1),
+        lambda t, z: dist.Bernoulli(t[z]).to_event(1),
+        tensor([0.3, 0.8], [0.6, 0.4]),
+        torch.stack([BITS, BITS.flip(0)], -1),
+    ),
     "beta binomial": Case(
         lambda: dist.Beta(tensor(2.0), 3.0),
         lambda t, z: dist.Binomial(10, t[z]),
@@ -156,6 +162,18 @@ CASES = {
     ),
     "normal vector mvn": Case(
         lambda: dist.Normal(tensor([1.0, 0.0], [-1.0, 2.0]), tensor(0.5, 2.0)).to_event(1),
+        lambda t, z: dist.MultivariateNormal(t[z], COV),
+        VECTORS[:2],
+        VECTORS,
+    ),
+    "normal expanded mvn": Case(
+        lambda: dist.Normal(0.5, 2.0).expand([2]).to_event(1),
+        lambda t, z: dist.MultivariateNormal(t[z], COV),
+        VECTORS[:2],
+        VECTORS,
+    ),
+    "normal half expanded mvn": Case(
+        lambda: dist.Normal(0.5, tensor(0.5, 2.0)).to_event(1),
         lambda t, z: dist.MultivariateNormal(t[z], COV),
         VECTORS[:2],
         VECTORS,
@@ -230,6 +248,12 @@ CASES = {
         POSITIVE,
         X,
     ),
+    "gamma rsqrt expanded vector": Case(
+        lambda: dist.Gamma(2.0, 1.5).expand([2]).to_event(1),
+        lambda t, z: dist.Normal(tensor(-1.0, 1.0)[z, None], t[z].rsqrt()).to_event(1),
+        tensor([0.7, 2.5], [1.0, 1.5]),
+        VECTORS,
+    ),
     "gamma power": Case(
         lambda: dist.Gamma(tensor(2.0, 0.7), 1.5),
         lambda t, z: dist.Normal(tensor(-1.0, 1.0)[z], t[z] ** -0.5),
@@ -291,6 +315,13 @@ CASES = {
     ),
     "ridge": Case(
         lambda: dist.Normal(tensor(0.5, -0.5), tensor(0.3, 2.0)).to_event(1),
+        lambda t, z: dist.Normal((t[z] * DESIGN).sum(-1), tensor(0.8, 1.3)[z]),
+        tensor([-1.0, 0.0], [1.0, 0.5]),
+        X,
+        LeastSquares,
+    ),
+    "ridge expanded": Case(
+        lambda: dist.Normal(0.5, 0.3).expand([2]).to_event(1),
         lambda t, z: dist.Normal((t[z] * DESIGN).sum(-1), tensor(0.8, 1.3)[z]),
         tensor([-1.0, 0.0], [1.0, 0.5]),
         X,
@@ -428,7 +459,7 @@ def expected_joint(case: Case, form: str, theta: Tensor, r: Tensor) -> Tensor:
     return (r * joint(case, theta)).sum() + log_prior
 
 
-SOME = ("dirichlet one hot", "gamma poisson", "normal normal", "gamma rsqrt", "mvn mvn", "ridge")
+SOME = ("dirichlet one hot", "normal expanded mvn", "gamma poisson", "normal normal", "gamma rsqrt", "mvn mvn", "ridge")
 ALL_FORMS = [(n, f) for n in CASES for f in FORMS if f == "scale" or n in SOME]
 
 

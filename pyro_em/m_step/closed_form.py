@@ -227,8 +227,15 @@ def _prior_contribution(
     maps = tuple(m.name for m in update.uses[0].selection.maps)
     rule = conjugate(group.family.distribution, update.kind, maps)
     assert rule is not None
-    n, d = rule({name: a.detach() for name, a in group.arguments.items()})
     batch = prior.selection.index.dim() - event
+    arguments = {name: a.detach() for name, a in group.arguments.items()}
+    if event:  # a scalar prior of a vector is kept below its expansion, an event is not
+        last = prior.selection.index.shape[batch:]
+        arguments = {
+            name: a if group.family.argument_event_dim(name) else a.expand(*a.shape[:batch], *last)
+            for name, a in arguments.items()
+        }
+    n, d = rule(arguments)
     weight = group.weights().to(n.dtype)
     for _ in range(batch - weight.dim()):
         weight = weight.unsqueeze(-1)
