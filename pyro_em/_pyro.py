@@ -478,6 +478,25 @@ class GuideSites(Messenger):
             self.values[own], self.infer[own] = msg["value"], msg["infer"]
 
 
+class HoldAt(Messenger):
+    """Hold sites of a guide at one value of their support, everywhere in their plates.
+
+    Args:
+        chosen: Per site the place of the value in its support.
+    """
+
+    def __init__(self, chosen: Mapping[str, int]) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.sites: dict[str, dict[str, Any]] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.chosen:
+            support = msg["fn"].enumerate_support(expand=True)
+            msg["value"], msg["done"] = support[self.chosen[msg["name"]]], True
+            self.sites[msg["name"]] = dict(msg)
+
+
 def is_factor(site: Mapping[str, Any]) -> bool:
     """Whether a traced site contributes a density: latents, observations, ``pyro.factor``."""
     if site["type"] != "sample" or site_is_subsample(site):

@@ -144,12 +144,12 @@ def drawn_terms(
         kl=None if unnormalised else reconstruction + log_prior - value,
         log_prior=log_prior,
         standard_error=error,
-        pointwise=_pointwise(variational, [p for _, p in draws if p is not None]),
+        pointwise=_pointwise(variational, [p for _, particles in draws for p in particles], n),
     )
 
 
-def _pointwise(variational: Variational, particles: Sequence[Particle]) -> Tensor | None:
-    """The bound per element of the outermost data plate, where nothing is outside it."""
+def _pointwise(variational: Variational, particles: Sequence[Particle], n: int) -> Tensor | None:
+    """The bound per element of the outermost data plate, where nothing is outside it; n draws."""
     plate = variational.bare.data_plate
     if plate is None or not particles:
         return None
@@ -159,4 +159,4 @@ def _pointwise(variational: Variational, particles: Sequence[Particle]) -> Tenso
         if inside is None or bool(outside != 0):
             return None
         total = inside if total is None else total + inside
-    return None if total is None else total / len(particles)
+    return None if total is None else total / n

@@ -9,6 +9,7 @@ estimate where the guide is a ``Delta`` that nothing random reaches, else a draw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -18,15 +19,17 @@ import torch
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, Problem
-from pyro_em._pyro import GiveValues, GuideSites, Role
+from pyro_em._pyro import GiveValues, GuideSites, HoldAt, Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.guide_findings import no_route, pair_problems
 from pyro_em.guides import GuideLook
 from pyro_em.plan import Route, budget_problems, contraction_from_structure, routes_of
-from pyro_em.structure import SiteInfo, Structure
+from pyro_em.structure import SiteInfo, Structure, frames_of
 
 _SMALL = 2**16  # cells of all guide latents enumerated together
 _MANY = 20  # dimensions that Pyro's enumeration may take
+_FEW_RUNS = 32  # runs of guide and model, one per value of what is enumerated above exact sums
+_MANY_RUNS = 1024  # the same, where the user marked it
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,22 +41,24 @@ class Pair:
         guide: The guide.
         roles: Per latent of the model that takes its value from the guide, what that value is.
         shown: Guide sites whose log density counts.
-        record: Where each run notes the guide's handler with its values, or None.
+        record: Where each run notes the guide's handlers with its values, or None.
+        chosen: Guide sites that are held at one value of their support, by its place there.
     """
 
     model: _pyro.Model
     guide: _pyro.Model
     roles: Mapping[str, Role]
     shown: frozenset[str] = frozenset()
-    record: list[GuideSites] | None = None
+    record: list[tuple[GuideSites, HoldAt]] | None = None
+    chosen: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run guide and model on the model's arguments."""
-        sites = GuideSites(self.shown)
-        with sites:
+        sites, held = GuideSites(self.shown), HoldAt(self.chosen)
+        with sites, held:
             self.guide(*args, **kwargs)
         if self.record is not None:
-            self.record.append(sites)
+            self.record.append((sites, held))
         with GiveValues(sites.values, self.roles, sites.subsamples):
             return self.model(*args, **kwargs)
 
@@ -208,7 +213,10 @@ def _how(
         return f"{reason}; reparameterised draw"
     words = f"{reason}; score function with a baseline"
     if exact and _pyro.has_finite_support(fn):
-        words += f" (not enumerated: '{exact[0]}' is summed exactly under its draw)"
+        words += (
+            f" (not enumerated: '{exact[0]}' is summed exactly under each of its values, which are "
+            "too many, or what depends on it is outside its plates)"
+        )
     return words
 
 
@@ -222,9 +230,15 @@ def _enumerated_in_guide(
     """Drawn latents of finite support that are summed under the guide: small or marked ones."""
     known = [n for n in drawn if n in structure.sites]
     finite = [n for n in known if _pyro.has_finite_support(guide.sites[n]["fn"])]
-    if exact or not finite:
-        return ()
     marked = [n for n in finite if guide.sites[n]["infer"].get("enumerate")]
+    if exact:
+        local = [n for n in finite if _stays_inside(n, structure, guide, drawn, exact)]
+        if _runs(local, guide) <= _FEW_RUNS:
+            return tuple(local)
+        marked = [n for n in marked if n in local]
+        return tuple(marked) if _runs(marked, guide) <= _MANY_RUNS else ()
+    if not finite:
+        return ()
     cells = 1
     for name in finite:
         cells *= structure.sites[name].support_size or 1
@@ -234,6 +248,47 @@ def _enumerated_in_guide(
     if len(finite) <= _MANY and cells <= _SMALL and cells * rows <= min(2**24, max_enumeration):
         return tuple(finite)
     return tuple(marked)
+
+
+def support_size(guide: GuideLook, name: str) -> int:
+    """Number of values of a guide site of finite support."""
+    return len(guide.sites[name]["fn"].enumerate_support(expand=False))
+
+
+def _runs(names: list[str], guide: GuideLook) -> int:
+    return math.prod(support_size(guide, n) for n in names)
+
+
+def _stays_inside(
+    name: str,
+    structure: Structure,
+    guide: GuideLook,
+    drawn: tuple[str, ...],
+    exact: tuple[str, ...],
+) -> bool:
+    """Whether all that depends on a guide site is inside its plates, exact sums included.
+
+    Then each element of the plates is summed by itself: K runs are enough, not K to the power of
+    the plates' sizes.
+    """
+    own = set(structure.sites[name].plates)
+    plates = {f"guide:{n}": set(frames_of(s)) for n, s in guide.sites.items()}
+    plates |= {n: set(frames_of(structure.unobserved[n])) for n in structure.barren}
+    plates |= {n: set(info.plates) for n, info in structure.sites.items()}
+    if plates[f"guide:{name}"] != own:
+        return False
+    moved = {name, *(u for u in guide.sites if name in guide.scopes.get(u, frozenset()))}
+    reached = {f"guide:{u}" for u in moved if u in drawn}
+    reached |= {n for n in structure.barren if n in drawn}  # their parents are not known
+    scopes = {n: set(info.scope) for n, info in structure.sites.items()}
+    reached |= {n for n, scope in scopes.items() if n in moved or scope & moved}
+    while True:
+        summed = {z for n in reached if n in scopes for z in scopes[n] if z in exact}
+        more = {n for n, scope in scopes.items() if scope & summed} - reached
+        if not more:
+            break
+        reached |= more
+    return all(own <= plates[n] for n in reached)
 
 
 def _cells_of_plates(structure: Structure, info: SiteInfo) -> int:

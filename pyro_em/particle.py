@@ -41,6 +41,55 @@ class Term:
 
 
 @dataclass(frozen=True, eq=False)
+class Weight:
+    """q(y = k): what a run in which the guide's sites y are held at k counts.
+
+    The runs of all k together are one draw of the bound, in which y is summed. A term outside the
+    plates of a site does not depend on it: it counts the same in each run.
+
+    Attributes:
+        parts: Per site its plates, its probability there, and the number of its values.
+            # plates, (*plates,), K
+
+    Example:
+        >>> w = Weight(((("n",), torch.tensor([0.2, 0.7]), 2),))
+        >>> w.over(("n", "m")), w.over(("m",))
+        (tensor([[0.2000],
+                [0.7000]]), 0.5)
+    """
+
+    parts: tuple[tuple[tuple[str, ...], Tensor, int], ...] = ()
+
+    def over(self, dims: Sequence[str]) -> Tensor | float:
+        """The weight of each cell of a tensor over some plates. # (*dims or 1s)"""
+        out: Tensor | float = 1.0
+        for plates, probability, size in self.parts:
+            if not set(plates) <= set(dims):
+                out = out / size
+                continue
+            p = probability.permute([plates.index(d) for d in dims if d in plates])
+            sizes = iter(p.shape)
+            out = out * p.reshape([next(sizes) if d in plates else 1 for d in dims])
+        return out
+
+    def weigh(self, value: Tensor, dims: Sequence[str]) -> Tensor:
+        """A tensor over some plates times the weight; zero where that is zero."""
+        if not self.parts:
+            return value
+        return self.over(dims) * self.possible(value, dims)
+
+    def possible(self, value: Tensor, dims: Sequence[str]) -> Tensor:
+        """A tensor with zeros where the weight is zero: what never happens may be impossible."""
+        w = self.over(dims)
+        return torch.where(w == 0, 0.0, value) if isinstance(w, Tensor) else value
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        return math.prod(size for _, _, size in self.parts)
+
+
+@dataclass(frozen=True, eq=False)
 class Particle:
     """One draw from the guide, and the bound there.
 
@@ -51,6 +100,7 @@ class Particle:
         graph: The factor graph at the draw, where latents were summed.
         log_q: log q of the whole draw in nats.
         baselines: The users' baseline options of the sites in ``scores``.
+        weight: What the draw counts where values of the guide are enumerated; in ``terms`` already.
     """
 
     terms: tuple[Term, ...]
@@ -59,6 +109,7 @@ class Particle:
     graph: FactorGraph | None = None
     log_q: float = 0.0
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    weight: Weight = Weight()
 
     @property
     def bound(self) -> Tensor:

@@ -7,7 +7,10 @@ With latents h drawn from the guide and z summed exactly under them,
 One draw is a `Particle`: its terms, each a tensor over plates. Draws that are reparameterised carry
 their gradient themselves. A draw y that is not contributes (C_y − b) ∇ log q(y), with C_y the terms
 downstream of y (of the same plate elements only) and b a baseline: the score function estimator.
-Latents that are summed under the guide (q(y | x) q(h | x, y)) are left to Pyro's `TraceEnum_ELBO`.
+Latents that are summed under the guide (q(y | x) q(h | x, y)) are left to Pyro's `TraceEnum_ELBO`;
+beside exact sums they are summed here, by one run for each value k of y,
+
+    ELBO = Σ_k q(y = k | x) E_{q(h | x, k)}[ log Σ_z p(x, z, h, k) − log q(h | x, k) − log q(k | x) ].
 
 Source: Kingma and Welling (2014); Ranganath, Gerrish and Blei (2014) for the score function and its
 Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
@@ -15,11 +18,12 @@ Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -31,17 +35,18 @@ from torch.distributions import kl_divergence
 
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, Problem, PyroEMError, message, raise_problems
-from pyro_em._pyro import GuideSites, Role
+from pyro_em._pyro import GuideSites, HoldAt, Role
 from pyro_em.contraction import contract
 from pyro_em.e_step import contraction_of, dot, scales_of
 from pyro_em.graph import FactorGraph, Group, trace_graph
-from pyro_em.pairing import Pair, Routing
-from pyro_em.particle import Particle, Term, log_weights
+from pyro_em.pairing import Pair, Routing, support_size
+from pyro_em.particle import Particle, Term, Weight, log_weights
 from pyro_em.posterior import Posterior
 from pyro_em.posteriors import exact_posterior
 from pyro_em.structure import Structure, examine, form_of, frames_of
 
 _KEPT = 16  # structures of batches of different shape
+_ONE = Weight()
 
 
 @dataclass(eq=False)
@@ -84,6 +89,7 @@ class Variational:
         *,
         analytic: bool = True,
         report: bool = False,
+        chosen: Mapping[str, int] | None = None,
     ) -> Particle:
         """One draw from the guide and the terms of its bound, attached to all parameters.
 
@@ -93,11 +99,37 @@ class Variational:
             factors: Per plate what multiplies its sites (a batch that stands for all data).
             analytic: Whether known KL divergences replace the draw's.
             report: Whether log q is wanted as well where it is not needed for the bound.
+            chosen: Guide sites that are held at a value instead, and weighed by its probability.
         """
         with _pyro.ScalePlates(factors or {}), _pyro.FeasibleWhereMasked(), _validation_told():
             if self.routing.exact:
-                return self._summed(args, kwargs, report)
+                return self._summed(args, kwargs, report, chosen or {})
             return self._plain(args, kwargs, analytic, report)
+
+    def particles(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None = None,
+        *,
+        analytic: bool = True,
+        report: bool = False,
+    ) -> list[Particle]:
+        """Particles whose bounds add up to one draw: one for each value that is enumerated here."""
+        names = () if self.is_pyros else self.routing.enumerated
+        look = self.routing.guide
+        ranges = [range(support_size(look, n)) for n in names if look is not None]
+        return [
+            self.particle(
+                args,
+                kwargs,
+                factors,
+                analytic=analytic,
+                report=report,
+                chosen=dict(zip(names, values, strict=True)),
+            )
+            for values in itertools.product(*ranges)
+        ]
 
     def _plain(self, args: tuple, kwargs: dict[str, Any], analytic: bool, report: bool) -> Particle:
         known = self.analytic if analytic else frozenset()
@@ -124,11 +156,13 @@ class Variational:
         }
         return self._with_scores(terms, sites, None, report, values)
 
-    def _summed(self, args: tuple, kwargs: dict[str, Any], report: bool) -> Particle:
-        record: list[GuideSites] = []
+    def _summed(
+        self, args: tuple, kwargs: dict[str, Any], report: bool, chosen: Mapping[str, int]
+    ) -> Particle:
+        record: list[tuple[GuideSites, HoldAt]] = []
         assert isinstance(self.pair, Pair)
         graph = trace_graph(
-            replace(self.pair, record=record),
+            replace(self.pair, record=record, chosen=chosen),
             args,
             kwargs,
             self.structure(args, kwargs),
@@ -136,6 +170,8 @@ class Variational:
             keep_random_state=False,
             attached=True,
         )
+        guide, held = record[-1]
+        weight = Weight(tuple(_weight_of(held.sites[n]) for n in chosen))
         plan = contraction_of(graph)
         tables = [g.log_density().to(torch.float64) for g in graph.groups]
         flat: list[Tensor] = []
@@ -150,18 +186,19 @@ class Variational:
                 log_q = table[i] * group.scale[i]
                 sites[name] = {
                     "fn": self.routing.guide.sites[own]["fn"],  # type: ignore[union-attr]
-                    "infer": record[-1].infer[own],
+                    "infer": guide.infer[own],
                     "log_prob": log_q,
                     "score": table[i],
                     "dims": group.dims[i],
                 }
-                value = log_q if _reparameterised(sites[name]) else log_q.detach()
+                follows = own in chosen or _reparameterised(sites[name])
+                value = log_q if follows else log_q.detach()
                 terms.append(Term(name, Role.GUIDE, group.dims[i], -value, group.scale[i]))
                 flat.append(torch.zeros_like(table[i]))
         scale = _common_scale(graph)
         for dims, value in contract(plan, flat, scales=scales_of(graph)):
             terms.append(Term("summed", None, dims, value, scale))
-        return self._with_scores(terms, sites, graph, report, record[-1].values)
+        return self._with_scores(terms, sites, graph, report, guide.values, weight, chosen)
 
     def _with_scores(
         self,
@@ -170,15 +207,19 @@ class Variational:
         graph: FactorGraph | None,
         report: bool,
         values: Mapping[str, Tensor],
+        weight: Weight = _ONE,
+        chosen: Collection[str] = (),
     ) -> Particle:
+        terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
         scores, baselines, log_q = {}, {}, 0.0
         for name, site in sites.items():
             if not name.startswith(GuideSites.prefix):
                 continue
             own = name.removeprefix(GuideSites.prefix)
             if report and "log_prob" in site:
-                log_q += float(site["log_prob"].detach().sum())
-            if not _reparameterised(site):
+                own_log_q = site["log_prob"].detach()
+                log_q += float(weight.weigh(own_log_q, site.get("dims", ())).sum())
+            if own not in chosen and not _reparameterised(site):
                 # The cost carries the scale, the score does not.
                 if "score" in site:
                     score, dims = site["score"], site["dims"]
@@ -187,7 +228,7 @@ class Variational:
                     dims = dims_of(site, score)
                 scores[own] = Term(own, Role.GUIDE, dims, score)
                 baselines[own] = site.get("infer", {}).get("baseline", {})
-        return Particle(tuple(terms), scores, values, graph, log_q, baselines)
+        return Particle(tuple(terms), scores, values, graph, log_q, baselines, weight)
 
     def structure(self, args: tuple, kwargs: dict[str, Any]) -> Structure:
         """The pair's structure for these arguments; found once per shape."""
@@ -230,7 +271,7 @@ class Variational:
         """
         if self.weighted is not None:
             return -self._weighted_bound(args, kwargs, factors)
-        if self.routing.enumerated:
+        if self.is_pyros:
             elbo, pair = self._enumerated_elbo(num_particles), self._enumerated_pair(factors)
             with _validation_told():
                 if torch.is_grad_enabled():
@@ -241,8 +282,8 @@ class Variational:
                 raise DegenerateError(_not_finite("model", float(loss.detach())))
             return loss
         total: Tensor | None = None
-        for _ in range(num_particles):
-            particle = self.particle(args, kwargs, factors)
+        drawn = (self.particles(args, kwargs, factors) for _ in range(num_particles))
+        for particle in itertools.chain.from_iterable(drawn):
             bound = particle.bound
             _require_finite(particle, bound)
             if torch.is_grad_enabled():  # a look must not move the baselines
@@ -275,13 +316,14 @@ class Variational:
         self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
     ) -> list[Tensor]:
         """Independent draws of the bound; where all is summed under the guide they are equal."""
-        if self.routing.enumerated:
+        if self.is_pyros:
             elbo = self._enumerated_elbo(1)
             pair = self._enumerated_pair(None)
             with _validation_told():
                 return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
         with torch.no_grad():
-            return [self.particle(args, kwargs, analytic=analytic).bound for _ in range(n)]
+            drawn = (self.particles(args, kwargs, analytic=analytic) for _ in range(n))
+            return [torch.stack([p.bound for p in particles]).sum() for particles in drawn]
 
     @property
     def parameters(self) -> dict[str, _pyro.TracedParameter]:
@@ -311,6 +353,11 @@ class Variational:
         return out
 
     @property
+    def is_pyros(self) -> bool:
+        """Whether latents are summed under the guide by Pyro: where nothing is summed exactly."""
+        return bool(self.routing.enumerated) and not self.routing.exact
+
+    @property
     def is_exact(self) -> bool:
         """Whether the bound holds no randomness: everything is summed under the guide."""
         return set(self.routing.enumerated) == set(self.routing.drawn)
@@ -327,8 +374,11 @@ class Variational:
                 part = _onto(t.value.detach(), t.dims, score)
                 cost = part if cost is None else cost + part
             assert cost is not None
-            baseline, baseline_loss = self._baseline(own, cost, particle.baselines.get(own) or {})
-            surrogate = ((cost - baseline).detach() * score.value).sum()
+            weight, options = particle.weight, particle.baselines.get(own) or {}
+            # A run among several holds its share of the cost, and of the baseline.
+            baseline, baseline_loss = self._baseline(own, cost * weight.runs, options)
+            share = weight.over(score.dims)
+            surrogate = ((cost - baseline * share).detach() * score.value).sum()
             total = total + (surrogate - surrogate.detach())
             if baseline_loss is not None:
                 total = total - (baseline_loss - baseline_loss.detach())
@@ -396,7 +446,7 @@ class Split:
 
 def split(
     variational: Variational, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Split, Particle | None]:
+) -> tuple[Split, list[Particle]]:
     """Draw once, and say what the bound is made of.
 
     Args:
@@ -405,33 +455,52 @@ def split(
         kwargs: Its keyword arguments.
 
     Returns:
-        The parts, and the draw (None where it is left to Pyro's enumeration).
+        The parts, and the draw: particles that add up to it (none where it is left to Pyro's
+        enumeration).
     """
-    if variational.routing.enumerated:
-        return _split_enumerated(variational, args, kwargs), None
+    if variational.is_pyros:
+        return _split_enumerated(variational, args, kwargs), []
     with torch.no_grad():
-        particle = variational.particle(args, kwargs, report=True)
-        _require_finite(particle, particle.bound)
+        particles = variational.particles(args, kwargs, report=True)
+        parts = [_split_particle(p) for p in particles]
+    total = Split(*(sum(getattr(p, f.name) for p in parts) for f in fields(Split)))
+    return total, particles
+
+
+def _split_particle(particle: Particle) -> Split:
+    _require_finite(particle, particle.bound)
     sums = {Role.DATA: 0.0, Role.POINT: 0.0}
     for t in particle.terms:
         if t.role in sums:
             sums[t.role] += float(t.value.to(torch.float64).sum())
     entropy = -particle.log_q
     if particle.graph is not None:
-        q, groups = inner_posterior(particle.graph)
+        q, groups = inner_posterior(particle.graph, particle.weight)
+        # The entropy of what is summed: its log normaliser, less what is expected of its terms.
+        entropy += sum(float(t.value.sum()) for t in particle.terms if t.role is None)
         for group, counts, table in zip(groups, q.counts, q.tables, strict=True):
+            weighed = [
+                particle.weight.weigh(c, dims) for c, dims in zip(counts, group.dims, strict=True)
+            ]
+            expected = float(dot(torch.stack(weighed), table))
+            entropy -= expected
             if group.role in sums:
-                sums[group.role] += float(dot(counts, table))
-        entropy += q.entropy()
+                sums[group.role] += expected
     value = float(particle.bound)
-    return Split(value, sums[Role.DATA], sums[Role.POINT], entropy), particle
+    return Split(value, sums[Role.DATA], sums[Role.POINT], entropy)
 
 
-def inner_posterior(graph: FactorGraph) -> tuple[Posterior, tuple[Group, ...]]:
-    """p(z | x, h) at one draw h, and the model's factors."""
+def inner_posterior(
+    graph: FactorGraph, weight: Weight = _ONE
+) -> tuple[Posterior, tuple[Group, ...]]:
+    """p(z | x, h) at one draw h, and the model's factors; anything where the draw has no weight."""
     groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
     model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
     tables = [g.log_density().detach() for g in groups]
+    tables = [
+        torch.stack([weight.possible(t, d) for t, d in zip(table, group.dims, strict=True)])
+        for table, group in zip(tables, groups, strict=True)
+    ]
     return exact_posterior(model, contraction_of(model), tables), groups
 
 
@@ -488,6 +557,19 @@ def _kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> T
     kl = kl_divergence(drawn["fn"], prior["fn"])
     kl = scale_and_mask(kl, prior["scale"], prior["mask"])
     return Term(f"kl:{name}", Role.SAMPLED, dims_of(prior, kl), -kl)
+
+
+def _weight_of(site: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor, int]:
+    """The probability of the value at which a guide site is held; see `Weight`."""
+    fn = site["fn"]
+    probability = fn.log_prob(site["value"]).exp()
+    # Pyro keeps a probability of zero at eps, and the record of a family does not.
+    tiny = probability <= 2 * torch.finfo(probability.dtype).eps
+    probability = torch.where(tiny, 0.0, probability).to(torch.float64)
+    dims = dims_of(site, probability)
+    shape = [size for d, size in zip(dims, probability.shape, strict=True) if d]
+    size = len(fn.enumerate_support(expand=False))
+    return tuple(d for d in dims if d), probability.reshape(shape), size
 
 
 def dims_of(site: Mapping[str, Any], value: Tensor) -> tuple[str, ...]:

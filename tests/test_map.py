@@ -459,7 +459,15 @@ def expected_joint(case: Case, form: str, theta: Tensor, r: Tensor) -> Tensor:
     return (r * joint(case, theta)).sum() + log_prior
 
 
-SOME = ("dirichlet one hot", "normal expanded mvn", "gamma poisson", "normal normal", "gamma rsqrt", "mvn mvn", "ridge")
+SOME = (
+    "dirichlet one hot",
+    "normal expanded mvn",
+    "gamma poisson",
+    "normal normal",
+    "gamma rsqrt",
+    "mvn mvn",
+    "ridge",
+)
 ALL_FORMS = [(n, f) for n in CASES for f in FORMS if f == "scale" or n in SOME]
 
 

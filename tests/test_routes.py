@@ -152,7 +152,7 @@ def test_strategies_by_name_and_glob() -> None:
     }
     assert at({"z_*": "guide", "z_1": "exact"})["z_1"] == "enumerate"
     em = ExactPosteriorEM(model, guide, strategy={"z_*": "guide"})
-    says(reasons(em, T(X))["z_0"], "strategy='guide'", "score function with a baseline")
+    says(reasons(em, T(X))["z_0"], "strategy='guide'", "enumerated in the guide")
 
 
 def test_strategy_guide_sums_what_the_guide_lacks() -> None:
