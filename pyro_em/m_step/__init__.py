@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from pyro_em.e_step import dot
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step.closed_form import Blend, apply_floor, closed_form
-from pyro_em.m_step.gradient import maximise
+from pyro_em.m_step.gradient import Runaway, maximise
 from pyro_em.m_step.least_squares import least_squares
 from pyro_em.m_step.updates import (
     ClosedForm,
@@ -195,15 +196,45 @@ def _gradient_blocks(
             return torch.stack([dot(counts[g], tables[g]) for g in reached]).sum()
 
         if reached:
-            maximise(
+            runaway = maximise(
                 [graph.parameters[n] for n in names],
                 objective,
                 update,
                 state.optimizers,
                 weight,
             )
+            if runaway is not None:
+                raise DegenerateError(_unbounded(graph, runaway))
             for n in names:
                 _require_finite(n, graph.parameters[n].value())
+
+
+def _unbounded(graph: FactorGraph, runaway: Runaway) -> str:
+    """The sentence on an objective that has no maximiser."""
+    name = runaway.parameter
+    parameter = graph.parameters[name]
+    value = parameter.value()
+    shape = parameter.unconstrained.shape
+    index = torch.unravel_index(torch.tensor(runaway.element), shape) if shape else ()
+    place = tuple(int(i) for i in index)
+    which = f"component {place[0] if len(place) == 1 else place}" if place else "its only component"
+    shown = f" (now {float(value[place]):.3g})" if value.shape == shape else ""
+    gain = f"{runaway.gain:.3g} nats per unit" if isfinite(runaway.gain) else "with each unit"
+    members = [graph.groups[g].members[0] for g in groups_reached(graph, {name})]
+    sites = ", ".join(f"site '{n}'" for n in dict.fromkeys(members))
+    return message(
+        f"parameter '{name}', {which}",
+        f"the expected log joint rises without end along it{shown}: where numbers end it still gains "
+        f"{gain} of its unconstrained value. The update was rolled back.",
+        "a density without bound: a spread that collapses on equal data or on a single point, or a "
+        f"parameter that the data do not hold back; it is read by {sites}",
+        [
+            "keep it away from its limits: constraint=constraints.interval(low, high), or "
+            "greater_than(low)",
+            "give it a prior that is zero at the limit (InverseGamma for a scale) and guide='map'",
+            "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+        ],
+    )
 
 
 __all__ = [

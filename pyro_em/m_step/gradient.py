@@ -2,16 +2,20 @@ r"""Gradient M-step: maximise Q(θ) = E_q[log p(x, z; θ)] in the unconstrained 
 
 L-BFGS with a strong-Wolfe line search from the current values; a result that is worse than the
 start is discarded, so that the objective cannot fall. Small problems are finished by Newton steps.
+An objective without bound has no maximiser: where the climb ends by the limits of numbers, and not by
+its gradient, it is said.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from pyro.distributions.transforms import SoftplusLowerCholeskyTransform
 from torch import Tensor
-from torch.distributions import transform_to
+from torch.distributions import transform_to, transforms
 
 from pyro_em._errors import PyroEMError
 from pyro_em._pyro import TracedParameter
@@ -21,6 +25,23 @@ Objective = Callable[[Mapping[str, Tensor]], Tensor]
 
 _NEWTON_SIZE = 24
 _NEWTON_STEPS = 4
+_FAR = 0.8  # of the digits of a number: a factor of 3e12 in float64, 3e5 in float32
+_CLIFF = 0.02  # how much further a coordinate is moved to see whether the model breaks there
+
+
+@dataclass(frozen=True)
+class Runaway:
+    """A coordinate along which the objective rises without end.
+
+    Attributes:
+        parameter: Its name.
+        element: Its flat index in the unconstrained value.
+        gain: What the objective still gains there, in nats per unit of the unconstrained value.
+    """
+
+    parameter: str
+    element: int
+    gain: float
 
 
 def maximise(
@@ -29,7 +50,7 @@ def maximise(
     update: Gradient,
     state: dict[str, torch.optim.Optimizer],
     weight: float,
-) -> None:
+) -> Runaway | None:
     """Raise the expected log joint over some parameters, writing them in place.
 
     Args:
@@ -38,6 +59,9 @@ def maximise(
         update: How.
         state: Where a torch optimiser is kept between M-steps.
         weight: Total expected count, by which Q is divided so that tolerances do not depend on N.
+
+    Returns:
+        A coordinate that runs off to a limit of numbers while Q rises, or None.
     """
     before = [p.unconstrained.detach().clone() for p in parameters]
     direct = [p.leaf is p.unconstrained for p in parameters]  # nn.Parameter: read by its module
@@ -58,17 +82,94 @@ def maximise(
 
     if update.optimizer is not None:
         _step_optimizer(parameters, variables, loss, update, state)
-        return
+        return None
     with torch.no_grad():
         start = float(loss())
     _lbfgs(variables, loss, update.steps)
     if _value(loss) < math.inf and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
         _newton(variables, loss)
     end = _value(loss)
+    runaway = _runaway(parameters, variables, before, loss, weight)
     with torch.no_grad():
         improved = end <= start + _rounding(start, variables[0])
         for p, v, b in zip(parameters, variables, before, strict=True):
             p.unconstrained.copy_(v if improved else b)
+    return runaway if improved else None
+
+
+def _runaway(
+    parameters: Sequence[TracedParameter],
+    variables: Sequence[Tensor],
+    before: Sequence[Tensor],
+    loss: Callable[[], Tensor],
+    weight: float,
+) -> Runaway | None:
+    """A coordinate where the climb was ended by the limits of numbers.
+
+    Its gradient is far from zero, although it went on by a factor that takes most digits of a number,
+    or a little further the model breaks. Where a limit exists (the slope of separable data), the
+    gradient vanishes on the way.
+    """
+    try:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), variables, allow_unused=True)
+    except PyroEMError:
+        return None
+    for p, v, b, g in zip(parameters, variables, before, gradients, strict=True):
+        if g is None:
+            continue
+        eps = torch.finfo(v.dtype).eps
+        gain = (g.detach() * weight).abs()
+        gain = torch.where(torch.isfinite(gain), gain, math.inf)  # 0 · ∞ at the smallest number
+        steep = torch.isfinite(v) & (gain >= max(0.1, 64 * eps**0.5 * weight))
+        if not bool(steep.any()):
+            continue
+        far = steep & _is_logarithm(p, b, v) & ((v.detach() - b).abs() > -_FAR * math.log(eps))
+        outward = steep & (g * v < 0)
+        if not bool(far.any()) and bool(outward.any()):
+            kept = v.detach().clone()
+            with torch.no_grad():
+                v.copy_(torch.where(outward, v * (1 + _CLIFF), v))
+                breaks = not math.isfinite(_value(loss))
+                v.copy_(kept)
+            far = outward if breaks else far
+        if bool(far.any()):
+            at = int(torch.where(far, gain, 0.0).reshape(-1).argmax())
+            return Runaway(p.name, at, float(gain.reshape(-1)[at]))
+    return None
+
+
+def _is_logarithm(parameter: TracedParameter, before: Tensor, after: Tensor) -> Tensor:
+    """Which unconstrained coordinates are logarithms on the way that they went."""
+    found = _parts(transform_to(parameter.constraint))
+    if any(isinstance(t, transforms.SoftplusTransform) for t in found):
+        return after < before  # upwards it is nearly the identity
+    if any(isinstance(t, _LOGARITHMS) for t in found):
+        return torch.ones_like(after, dtype=torch.bool)
+    if any(isinstance(t, (*_TRIANGLES, SoftplusLowerCholeskyTransform)) for t in found):
+        size = after.shape[-1]
+        diagonal = torch.eye(size, dtype=torch.bool, device=after.device).expand(after.shape)
+        bare = any(isinstance(t, _TRIANGLES) for t in found)
+        return diagonal if bare else diagonal & (after < before)
+    return torch.zeros_like(after, dtype=torch.bool)
+
+
+_LOGARITHMS = (
+    transforms.ExpTransform,
+    transforms.SigmoidTransform,
+    transforms.SoftmaxTransform,
+    transforms.StickBreakingTransform,
+)
+_TRIANGLES = (transforms.LowerCholeskyTransform, transforms.PositiveDefiniteTransform)
+
+
+def _parts(transform: transforms.Transform) -> list[transforms.Transform]:
+    """A transform, or those that it is composed of."""
+    if isinstance(transform, transforms.ComposeTransform):
+        return [t for part in transform.parts for t in _parts(part)]
+    if isinstance(transform, transforms.IndependentTransform):
+        return _parts(transform.base_transform)
+    return [transform]
 
 
 def _value(loss: Callable[[], Tensor]) -> float:
@@ -119,7 +220,7 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
         line_search_fn="strong_wolfe",
     )
 
-    best = math.inf
+    best, at_best = math.inf, [v.detach().clone() for v in variables]
 
     def closure() -> Tensor:
         nonlocal best
@@ -137,7 +238,10 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
             for v in variables:
                 v.grad = torch.zeros_like(v)
             return torch.as_tensor(best + 1e3 * (1 + abs(best)))
-        best = min(best, float(value.detach()))
+        if float(value.detach()) < best:
+            best = float(value.detach())
+            for held, v in zip(at_best, variables, strict=True):
+                held.copy_(v.detach())
         for v, g in zip(variables, gradients, strict=True):
             # A coordinate at infinity is a structural zero: it stays.
             v.grad = torch.zeros_like(v) if g is None else torch.where(torch.isfinite(v), g, 0.0)
@@ -146,6 +250,10 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
     optimizer.step(closure)
     for v in variables:
         v.grad = None
+    with torch.no_grad():
+        if not _value(loss) < math.inf:  # it ended where the model cannot run
+            for v, held in zip(variables, at_best, strict=True):
+                v.copy_(held)
 
 
 def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
