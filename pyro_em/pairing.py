@@ -4,7 +4,8 @@
 
 A latent with an exact posterior within the budget is summed, its guide site stays unused, unless a
 guide site that is used depends on it. Everything else takes its value from the guide: a point
-estimate where the guide is a ``Delta`` that nothing random reaches, else a draw.
+estimate where the guide is a ``Delta`` that nothing random reaches, else a draw. A ``Delta`` of a
+discrete latent is no estimate of a parameter but a distribution of one value, with a gap of its own.
 """
 
 from __future__ import annotations
@@ -172,8 +173,9 @@ def decide_routes(
             )
         from_guide |= set(movable)
         from_guide |= _depended_on(guide, from_guide, mine, reasons)
-    points = tuple(n for n in mine if n in from_guide and n in guide.points)
-    drawn = tuple(n for n in mine if n in from_guide and n not in guide.points)
+    estimated = {n for n in guide.points if not _is_discrete(structure, n)}
+    points = tuple(n for n in mine if n in from_guide and n in estimated)
+    drawn = tuple(n for n in mine if n in from_guide and n not in estimated)
     exact = tuple(n for n in structure.latents if n not in from_guide)
     enumerated = _enumerated_in_guide(structure, guide, drawn, exact, max_enumeration)
     for name in points:
@@ -182,6 +184,10 @@ def decide_routes(
         reasons[name] = _how(name, guide, name in enumerated, reasons[name], exact)
     unused = tuple(n for n in mine if n not in from_guide)
     return Routing(exact, points, drawn, enumerated, reasons, guide, unused), []
+
+
+def _is_discrete(structure: Structure, name: str) -> bool:
+    return name in structure.sites and structure.sites[name].is_discrete
 
 
 def _count(cost: ContractionPlan) -> str:
@@ -207,6 +213,8 @@ def _how(
     name: str, guide: GuideLook, is_enumerated: bool, reason: str, exact: tuple[str, ...]
 ) -> str:
     fn = guide.sites[name]["fn"]
+    if name in guide.points:
+        return f"{reason}; the guide is a Delta: one value, nothing is drawn"
     if is_enumerated:
         return f"{reason}; enumerated in the guide"
     if getattr(fn, "has_rsample", False):

@@ -360,7 +360,9 @@ class Variational:
     @property
     def is_exact(self) -> bool:
         """Whether the bound holds no randomness: everything is summed under the guide."""
-        return set(self.routing.enumerated) == set(self.routing.drawn)
+        look = self.routing.guide
+        one_value = look.points if look is not None else frozenset()
+        return set(self.routing.drawn) <= {*self.routing.enumerated, *one_value}
 
     def _score_terms(self, particle: Particle) -> Tensor | float:
         """Σ_y (C_y − b_y) log q(y), zero in value, the score function in gradient."""

@@ -766,3 +766,32 @@ def test_looking_changes_no_parameter_and_no_random_number(guide) -> None:
     assert {n: id(p) for n, p in store._params.items()} == {n: i for n, (i, _) in before.items()}
     for name, p in store._params.items():
         assert torch.equal(p.detach(), before[name][1]) and p.grad is None
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_delta_of_a_discrete_latent_has_a_gap(label) -> None:
+    """KL(delta ‖ posterior) = −log p(ẑ | x): a value is no parameter with a prior."""
+    weights, means = T([0.3, 0.7]), T([0.0, 2.0])
+
+    def model(x):
+        mu = pyro.param("mu", means)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("z", dist.Delta(torch.full((len(x),), label)))
+
+    x = T(X)
+    em = ExactPosteriorEM(model, guide, strategy="guide")
+    says(reasons(em, x)["z"], "Delta", "nothing is drawn")
+    joint = dist.Normal(means, 1.0).log_prob(x[:, None]) + weights.log()
+    terms = em.elbo(x)
+    evidence, value = float(joint.logsumexp(-1).sum()), float(joint[:, label].sum())
+    assert terms.value == pytest.approx(value, abs=1e-5) and terms.log_prior == 0.0
+    assert terms.log_evidence == pytest.approx(evidence, abs=1e-5)
+    assert terms.gap == pytest.approx(evidence - value, abs=1e-5) and terms.gap > 1
+    assert terms.standard_error == 0.0 and terms.entropy == 0.0
+    result = em.fit(x, max_steps=20, progress=False)
+    assert result.log_evidence is None and result.elbo > value
