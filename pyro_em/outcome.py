@@ -191,6 +191,7 @@ def build_stochastic_result(
         dtype=torch.get_default_dtype(),
         _standard_errors=_no_standard_errors,
         _posterior=lambda: drawn,
+        bound_name=variational.bound_name,
     )
 
 

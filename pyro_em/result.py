@@ -131,7 +131,9 @@ class EMResult:
     Attributes:
         params: Constrained values by name.
         log_evidence: log p(x; θ) in nats; None where a guide draws latents.
-        elbo: The bound, log prior included; evidence plus log prior when exact.
+        elbo: The bound that was raised, log prior included; evidence plus log prior when exact. With
+            ``MonteCarlo(n)`` and draws of a guide it is the importance-weighted bound of n draws,
+            which is above the ELBO of ``em.elbo``; so is ``history``.
         history: See `History`.
         converged: Whether a stopping rule was met; None in a stochastic fit without a rule.
         status: Why it ended.
@@ -148,6 +150,7 @@ class EMResult:
         start: Where the best run began, in words.
         seed: The seed that was given.
         dtype: Of the densities.
+        bound_name: Which bound ``elbo`` and ``history`` hold, in words.
     """
 
     params: Mapping[str, Tensor]
@@ -171,6 +174,7 @@ class EMResult:
     _standard_errors: Callable[[], StandardErrors] = field(repr=False)
     _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
     log_prior: float = 0.0
+    bound_name: str = "ELBO"
 
     @property
     def posterior(self) -> Posterior | DrawnPosterior:
@@ -217,7 +221,7 @@ class EMResult:
     def _rows(self) -> list[tuple[str, Any]]:
         rows: list[tuple[str, Any]] = [
             ("log evidence (nats)", self.log_evidence),
-            ("ELBO (nats)", self.elbo),
+            (f"{self.bound_name} (nats)", self.elbo),
             ("log prior (nats)", self.log_prior),
             ("status", self.status.value),
             ("converged", self.converged),
@@ -261,7 +265,7 @@ class EMResult:
         rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"
         if self.log_evidence is None:
             return (
-                f"ELBO {self.elbo:.6f} after {self.num_steps} steps ({self.seconds:.2f} s)\n"
+                f"{self.bound_name} {self.elbo:.6f} after {self.num_steps} steps ({self.seconds:.2f} s)\n"
                 f"{self.message}"
             )
         single = self.num_rows == 1

@@ -343,6 +343,12 @@ class Variational:
         return replace(self.routing, drawn=()).pair(self.model, self.guide)
 
     @property
+    def bound_name(self) -> str:
+        """Which bound `loss` is the negative of, in words."""
+        n = self.weighted
+        return "ELBO" if n is None else f"importance-weighted bound of {n} draw{'s' * (n > 1)}"
+
+    @property
     def point_sites(self) -> dict[str, str]:
         """For each point-estimated site the guide's parameter of a name that ends with it."""
         out = {}

@@ -509,3 +509,19 @@ def test_a_closed_form_of_a_guides_parameter_is_refused_in_the_users_words() -> 
 def test_a_stochastic_fit_cannot_be_accelerated() -> None:
     with pytest.raises(UsageError, match="needs exact EM steps"):
         ExactPosteriorEM(rows, slopes).fit(torch.randn(4), max_steps=2, acceleration="squarem")
+
+
+@pytest.mark.parametrize(("n", "name"), [(None, "ELBO"), (20, "importance-weighted bound of 20 dr")])
+def test_a_result_says_which_bound_it_holds(n, name) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(30)
+    pyro.param("a", torch.tensor(0.1))
+    strategy = "exact" if n is None else MonteCarlo(n)
+    held = {"mu": Fixed(), "a": Fixed()}
+    em = ExactPosteriorEM(rows, slopes, strategy=strategy, updates=held, num_particles=20)
+    result = em.fit(x, max_steps=2, seed=0)
+    assert name in str(result).splitlines()[0] and name in str(result.summary())
+    terms = em.elbo(x, num_particles=200)
+    assert terms.standard_error is not None
+    above = result.elbo - terms.value
+    assert (above > 10 * terms.standard_error) is (n is not None)
