@@ -364,6 +364,8 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
     for name in variational.parameters:
         wish = updates.get(name)
         whose = "guide" if name in of_guide else "model"
+        if name in look.run.parameters and name in bare.parameters:
+            whose = "guide and model (under Alternating it moves in the guide's turns)"
         if isinstance(wish, Fixed):
             decided[name] = ParameterUpdate(name, wish, "as the user asked")
         elif wish is not None:

@@ -50,6 +50,8 @@ def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
 class Alternating:
     """Coordinate ascent on the bound: steps on the guide, then steps on the model, per batch.
 
+    A parameter that both read moves in the guide's turns.
+
     Attributes:
         guide_steps: Steps on φ with θ held.
         model_steps: Steps on θ with φ held.

@@ -525,3 +525,26 @@ def test_a_result_says_which_bound_it_holds(n, name) -> None:
     assert terms.standard_error is not None
     above = result.elbo - terms.value
     assert (above > 10 * terms.standard_error) is (n is not None)
+
+
+def test_the_plan_says_whose_turn_moves_a_parameter_of_both() -> None:
+    """One parameter centres the prior and the guide: it stays where it is in the model's turns."""
+
+    def guide(x):
+        mu, a = pyro.param("mu"), pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Normal(mu + a * x, 0.45))
+
+    def start(x):
+        pyro.param("mu", torch.tensor(0.0))
+        return guide(x)
+
+    x = torch.tensor([1.0, 2.0, 4.0])
+    em = ExactPosteriorEM(rows, start, adam(0.1))
+    reasons = {u.name: u.reason for u in em.plan(x).updates.values()}
+    assert reasons["mu"].startswith("of the guide and model (under Alternating it moves in the gui")
+    assert reasons["a"].startswith("of the guide;")
+    em.fit(x, max_steps=3, schedule=Alternating(0, 1), progress=False)
+    assert float(pyro.param("mu").detach()) == 0.0
+    em.fit(x, max_steps=3, schedule=Alternating(1, 0), progress=False)
+    assert float(pyro.param("mu").detach()) != 0.0
