@@ -242,6 +242,49 @@ def check_collisions(
         )
 
 
+def check_loader(
+    model: Callable[..., Any], items: int, rest: Collection[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse a loader whose batches are not the arguments that the model takes.
+
+    Args:
+        model: The user's model.
+        items: How many arguments a batch of the loader is.
+        rest: Arguments after the loader.
+        kwargs: The model's keyword arguments.
+    """
+    parameters = signature_of(model)
+    if not parameters or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    takes = [p for p in parameters if p.kind not in named]
+    given = items + len(rest)
+    missing = [p.name for p in takes[given:] if p.default is p.empty and p.name not in kwargs]
+    if given <= len(takes) and not missing:
+        return
+    names = ", ".join(f"'{p.name}'" for p in takes) or "nothing"
+    many = given > len(takes)
+    raise UsageError(
+        message(
+            "DataLoader",
+            f"each of its batches has {items} item{'s' * (items > 1)}"
+            + (f", and {len(rest)} more were passed" if rest else "")
+            + f"; the model takes {names}.",
+            "the items of a batch are the model's positional arguments, in their order",
+            [
+                "let the dataset hold what the model takes: DataLoader(TensorDataset("
+                + ", ".join(p.name for p in takes)
+                + "))",
+                "let the model take the others too: def model("
+                + ", ".join([*(p.name for p in takes), "labels=None"])
+                + ")"
+                if many
+                else f"pass what is missing by keyword: fit(loader, {missing[0]}=...)",
+            ],
+        )
+    )
+
+
 def check_model_keywords(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse a keyword that neither the method nor the model knows."""
     parameters = signature_of(model)

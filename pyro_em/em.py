@@ -30,6 +30,7 @@ from pyro_em.arguments import (
     check_constructor,
     check_draws,
     check_fit,
+    check_loader,
     check_model_keywords,
     refuse_exact_keywords,
     refuse_stochastic_keywords,
@@ -461,7 +462,9 @@ class ExactPosteriorEM:
         begin = time.perf_counter()
         first = first_batch(args[0]) if args and is_loader(args[0]) else None
         if first is not None:
-            looked = (*(first if isinstance(first, (tuple, list)) else (first,)), *args[1:])
+            items = tuple(first) if isinstance(first, (tuple, list)) else (first,)
+            check_loader(self.model, len(items), args[1:], kwargs)
+            looked = (*items, *args[1:])
         else:
             looked = args
         values = {

@@ -511,7 +511,9 @@ def test_a_stochastic_fit_cannot_be_accelerated() -> None:
         ExactPosteriorEM(rows, slopes).fit(torch.randn(4), max_steps=2, acceleration="squarem")
 
 
-@pytest.mark.parametrize(("n", "name"), [(None, "ELBO"), (20, "importance-weighted bound of 20 dr")])
+@pytest.mark.parametrize(
+    ("n", "name"), [(None, "ELBO"), (20, "importance-weighted bound of 20 dr")]
+)
 def test_a_result_says_which_bound_it_holds(n, name) -> None:
     torch.manual_seed(1)
     x = torch.randn(30)

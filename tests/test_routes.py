@@ -546,6 +546,28 @@ def test_loaders() -> None:
     refused(lambda: em.step(loader), "one batch")
 
 
+def test_a_loader_of_other_arguments_than_the_models() -> None:
+    """(x, y) for a model of x, and x for a model of (x, y); by keyword it is complete."""
+    x, y = torch.randn(8), torch.zeros(8)
+    em = ExactPosteriorEM(normal, normal_guide)
+    both = DataLoader(TensorDataset(x, y), 4)
+    refused(lambda: em.fit(both, num_epochs=1), "DataLoader", "2 items", "takes 'x'", "labels=None")
+    one = DataLoader(TensorDataset(x), 4)
+    assert em.fit(one, num_epochs=1, progress=False).num_steps == 2
+
+    def of_two(x, y, on=True):
+        normal(x)
+
+    def guide(x, y, on=True):
+        normal_guide(x)
+
+    em = ExactPosteriorEM(of_two, guide)
+    refused(lambda: em.fit(one, num_epochs=1), "1 item;", "'x', 'y'", "fit(loader, y=...)")
+    assert em.fit(one, num_epochs=1, y=0.0, progress=False).num_steps == 2
+    assert em.fit(both, num_epochs=1, progress=False).num_steps == 2
+    assert em.fit(one, y, num_epochs=1, progress=False).num_steps == 2
+
+
 def test_an_empty_loader() -> None:
     em = ExactPosteriorEM(normal, normal_guide)
     loader = DataLoader(TensorDataset(torch.zeros(0)), 2)
