@@ -507,7 +507,7 @@ FINE: dict[str, Callable[[], Any]] = {
     "range": lambda: fit(after_the_loop, X[0], False),
     "position": lambda: fit(lambda x, tol=1: gmm(x), X, 2),
     "one scale": lambda: fit(sized, X, 2.0),
-    "same constraint": lambda: fit(two_constraints, X[:1], constraints.positive),
+    "same constraint": lambda: fit(two_constraints, X[1:2], constraints.positive),
     "budget": lambda: EM(gmm, max_enumeration=10).fit(X),
     "fixed subsample": lambda: EM(sized).posterior(X, 1.0, 1.0, 3),
     "no parameters": lambda: EM(no_parameters).posterior(X),
