@@ -99,6 +99,7 @@ class Looker:
         first, self.seen = not self.seen, True
         if self.guide is None:
             program = self._program(self.model, args, kwargs, first, look_only, ())
+            _drop_unused_strategy(program)
             self._check_strategies(program.structure.latents, program.structure.latents)
             self._note_unused_optimiser(program)
             return program
@@ -118,6 +119,7 @@ class Looker:
         routes = routes_with_guide(bare, routing)
         program = self._program(pair, args, kwargs, False, look_only, routes)
         program.notes += tuple(_unbounded_priors(program))
+        _drop_unused_strategy(program)
         if not routing.points:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
         self._note_unused_optimiser(program)
@@ -324,6 +326,14 @@ class Looker:
     def updates_for(self, parameters: Mapping[str, Any]) -> Mapping[str, Update]:
         """The user's updates by exact parameter name."""
         return matched(self.updates, parameters)
+
+
+def _drop_unused_strategy(program: Program) -> None:
+    """An E-step has no meaning where no latent is summed; say so and do without."""
+    if program.strategy is None or program.graph.latents:
+        return
+    program.notes += (f"strategy={program.strategy!r} is not used: no latent is summed.",)
+    program.strategy = None
 
 
 def _unbounded_priors(program: Program) -> list[str]:

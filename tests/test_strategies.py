@@ -567,3 +567,24 @@ def test_two_e_steps_are_refused() -> None:
 def test_the_plan_says_whether_the_objective_can_fall(strategy: Any) -> None:
     plan = ExactPosteriorEM(mixture, strategy=strategy).plan(X)
     assert plan.is_monotone is not isinstance(strategy, (MonteCarlo, Annealed))
+
+
+@pytest.mark.parametrize("strategy", [Hard(), MonteCarlo(20), Annealed([0.5])])
+def test_a_strategy_without_sums_is_said_and_not_used(strategy) -> None:
+    """Nothing is summed beside a point estimate: the step is the exact one, and the fit converges."""
+
+    def model(x):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+    x = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    em = ExactPosteriorEM(model, "map", strategy=strategy)
+    plan = em.plan(x)
+    assert plan.gives_up == "" and plan.is_monotone
+    assert f"{type(strategy).__name__}(" in str(plan) and "is not used: no latent is summed" in str(
+        plan
+    )
+    with pytest.warns(match="is not used"):
+        result = em.fit(x, progress=False)
+    assert result.converged and float(result.params["p"]) == pytest.approx(4 / 6, abs=1e-6)
