@@ -440,7 +440,8 @@ class ExactPosteriorEM:
             num_epochs: Stochastic fits: passes over the data.
             num_data: Stochastic fits: N, where a ``DataLoader`` does not know it.
             validation: Stochastic fits: arguments (a tensor, a tuple or a ``DataLoader``) whose
-                bound is taken after each epoch, into ``history.validation``.
+                bound is taken after each epoch, into ``history.validation``; callbacks see the latest
+                one from the next step on, as ``step.validation``, so that one of them can stop early.
             schedule: Stochastic fits: None moves guide and model together; see `Alternating`.
             **kwargs: The model's keyword arguments.
 

@@ -108,6 +108,8 @@ class EMStep:
         params: Constrained parameters after the M-step.
         seconds: Since the loop began.
         e_step: Gives the q of this step's E-step; None in a stochastic step.
+        validation: (step, bound) of the held-out data when it was last taken: after that many steps,
+            at the end of an epoch; None before.
     """
 
     index: int
@@ -117,6 +119,7 @@ class EMStep:
     params: Mapping[str, Tensor]
     seconds: float
     e_step: Callable[[], Posterior] | None = field(default=None, repr=False)
+    validation: tuple[int, float] | None = None
 
     @property
     def posterior(self) -> Posterior | None:
@@ -265,8 +268,8 @@ class EMResult:
         rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"
         if self.log_evidence is None:
             return (
-                f"{self.bound_name} {self.elbo:.6f} after {self.num_steps} steps ({self.seconds:.2f} s)\n"
-                f"{self.message}"
+                f"{self.bound_name} {self.elbo:.6f} after {self.num_steps} steps"
+                f" ({self.seconds:.2f} s)\n{self.message}"
             )
         single = self.num_rows == 1
         prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"

@@ -120,7 +120,8 @@ def run(
             bar.set_postfix_str(label, refresh=False)
             bar.update()
             if callbacks:
-                seen = replace(step, params=parameters())
+                held_out = out.validation[-1] if out.validation else None
+                seen = replace(step, params=parameters(), validation=held_out)
                 if any(callback(seen) is True for callback in callbacks):
                     out.status = EMStatus.STOPPED
                     break

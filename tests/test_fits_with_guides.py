@@ -19,6 +19,7 @@ from pyro_em import (
     Alternating,
     AutoAmortizedNormal,
     ClosedForm,
+    EMStatus,
     ExactPosteriorEM,
     Fixed,
     Gradient,
@@ -550,3 +551,25 @@ def test_the_plan_says_whose_turn_moves_a_parameter_of_both() -> None:
     assert float(pyro.param("mu").detach()) == 0.0
     em.fit(x, max_steps=3, schedule=Alternating(1, 0), progress=False)
     assert float(pyro.param("mu").detach()) != 0.0
+
+
+def test_a_callback_sees_the_held_out_bound_and_can_stop_early() -> None:
+    torch.manual_seed(0)
+    x, held_out = torch.randn(20), torch.randn(10)
+    seen = []
+
+    def patience(step):
+        """Stop when two epochs in a row brought nothing."""
+        if step.validation is not None and step.validation not in seen:
+            seen.append(step.validation)
+        return len(seen) > 2 and max(v for _, v in seen[-2:]) <= seen[-3][1]
+
+    em = ExactPosteriorEM(rows, slopes, adam(0.05))
+    result = em.fit(
+        x, batch_size=5, num_epochs=200, validation=held_out, callbacks=patience, seed=0
+    )
+    assert result.status is EMStatus.STOPPED and result.converged
+    assert tuple(seen) == result.history.validation and len(seen) < 200
+    assert [at for at, _ in seen] == [4 * (i + 1) for i in range(len(seen))]
+    assert result.num_steps == seen[-1][0] + 1  # seen at the first step after it was taken
+    assert all(step.validation is None for step, _ in zip(em.steps(x), range(2), strict=False))
