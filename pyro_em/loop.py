@@ -161,7 +161,8 @@ def _alternate(
 def _full_step(program: Program, settings: Settings, run: Run, r: int) -> bool:
     """One step of the generic path; returns whether the run is over."""
     assert run.last is not None
-    before, first = run.last, run.num_steps == 0
+    before = run.last.judged() if isinstance(run.last, Deferred) else run.last
+    first = run.num_steps == 0
     at = advance(program, before, index=run.num_steps, verify=first)
     if fell(program, before, at):
         restore(program.graph.parameters, run.parameters)
@@ -234,6 +235,7 @@ def endless_steps(program: Program) -> Iterator[EMStep]:
         if found is not None:
             at, bound = found
         else:
+            before = at.judged() if isinstance(at, Deferred) else at
             full = advance(program, before, index=index, verify=index == 0)
             if fell(program, before, full):
                 restore(program.graph.parameters, origin)

@@ -56,7 +56,16 @@ class Deferred(Iterate):
     def __init__(self, program: Program, point: Point) -> None:
         self.program, self.point = program, point
         self.massless = {}
-        self._versions = program.data_versions()
+        self._versions, self._writes = program.data_versions(), writes(program)
+
+    def _is_changed(self) -> bool:
+        """Whether the data were written in place.
+
+        A parameter that began as a view of the data counts its own writes as theirs.
+        """
+        own = set(zip(self._writes, writes(self.program), strict=True))
+        pairs = zip(self._versions, self.program.data_versions(), strict=True)
+        return any(then != now and (then, now) not in own for then, now in pairs)
 
     @property
     def objective(self) -> float:
@@ -68,10 +77,14 @@ class Deferred(Iterate):
         """The same: compiled E-steps are exact and have no priors."""
         return self.point.objective
 
+    def judged(self) -> Iterate:
+        """The same by full steps, whose objective differs by rounding."""
+        return Iterate(self.evaluation, self.q)
+
     @cached_property
     def evaluation(self) -> Evaluation:  # type: ignore[override]
         """The factors at the values."""
-        if self.program.data_versions() != self._versions:
+        if self._is_changed():
             raise UsageError(
                 message(
                     "posterior",

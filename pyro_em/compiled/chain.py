@@ -199,8 +199,8 @@ class Chain:
             group = self.graph.groups[g]
             table = group.log_density(at.arguments[g]).reshape(len(group.members), -1, self.K)
             tables.append((g, table.permute(2, 0, 1).clone()))
-        for g, cell in self.cells.items():
-            tables.append((g, self._masked(g, cell.table(at.eta).reshape(-1, 1, 1))))
+        for g, cell in self.cells.items():  # a latent's own: a mask is for its counts alone
+            tables.append((g, cell.table(at.eta).reshape(-1, 1, 1)))
         # A group that covers every step first: nothing has to be filled with zeros.
         for g, table in sorted(tables, key=lambda pair: self.steps[pair[0]] is not None):
             steps = self.steps[g]

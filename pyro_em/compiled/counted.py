@@ -90,7 +90,7 @@ def counted(
     weight = _weights(group, base)
     if base.shape[lead] != 1:
         return None
-    h = (base * weight).squeeze(lead).expand(sizes)
+    h = _kept(base, weight).squeeze(lead).expand(sizes)
     if not members_are_rows:
         h, sizes[0] = h.sum(0), 1
     phis, columns = [], []
@@ -154,7 +154,7 @@ def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
         used = total.nonzero().reshape(-1)
         columns.append(used)
         fs.append(total[used])
-    return Known(torch.cat(columns), torch.cat(fs), float((base * weight).expand(sizes).sum()))
+    return Known(torch.cat(columns), torch.cat(fs), float(_kept(base, weight).expand(sizes).sum()))
 
 
 def _weights(group: Group, base: Tensor) -> Tensor:
@@ -162,6 +162,11 @@ def _weights(group: Group, base: Tensor) -> Tensor:
     if group.mask is None:
         return torch.ones((1,) * base.dim(), dtype=torch.float64, device=base.device)
     return group.mask.to(torch.float64)
+
+
+def _kept(base: Tensor, weight: Tensor) -> Tensor:
+    """h where it counts; what is put in for a masked value may be impossible."""
+    return torch.where(weight > 0, base * weight, 0.0)
 
 
 def _weighted(f: Tensor, weight: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Iteration:
         return self._at(natural, components, rest)
 
     def _held(self) -> frozenset[str]:
-        names = set() if self.naturals is None else set(self.naturals.params)
+        names = set() if self.naturals is None else set(self.naturals.solved)
         for own in self.owned.values():
             names |= set(own.params)
         return frozenset(names)

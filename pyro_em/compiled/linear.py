@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_em.compiled.forms import main_rule
 from pyro_em.compiled.step import known_statistics
 from pyro_em.families import Kind
-from pyro_em.families.record import Rule
+from pyro_em.families.record import IDENTITY, Rule
 from pyro_em.graph import Group
 
 KINDS = (Kind.SIMPLEX, Kind.PROBABILITY, Kind.RATE)
@@ -52,6 +52,8 @@ def main_argument(group: Group) -> tuple[str, Rule] | None:
         return None
     found = main_rule(group.family, group.arguments)
     if found is None or found[1].kind not in KINDS or group.family.has_reference:
+        return None
+    if found[1].link is not IDENTITY:  # a large logit is more than its probability
         return None
     if any(b.how != "constant" for name, b in group.bindings.items() if name != found[0]):
         return None
@@ -85,7 +87,10 @@ def linear(group: Group) -> Linear | None:
     if event == 0:
         n, d = torch.broadcast_tensors(n, d)
     bases = [_rest(group, rule, name, constants, n, d, at) for at in (0, 1)]
-    if not torch.allclose(bases[0], bases[1], rtol=1e-9, atol=1e-9):
+    seen = bases
+    if group.mask is not None:
+        seen = [torch.where(group.mask, base, 0.0) for base in bases]
+    if not torch.allclose(seen[0], seen[1], rtol=1e-9, atol=1e-9):
         return None
     return Linear(name, rule, n, d, bases[0])
 
@@ -113,7 +118,7 @@ def _rest(
         other = (1 - a).log() * (d - n) if rule.kind is Kind.PROBABILITY else -a * d
         form = n * a.log() + other
         batch = n.dim()
-    argument = rule.link.forward(a).reshape((1,) * batch + a.shape)
+    argument = a.reshape((1,) * batch + a.shape)
     wide = {k: c.to(torch.float64) for k, c in constants.items()}
     log_p = group.family.log_prob(group.value, {**wide, name: argument})
     rest = log_p - form

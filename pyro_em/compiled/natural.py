@@ -18,11 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.binding import Selection
 from pyro_em.compiled.linear import Linear, linear, main_argument
 from pyro_em.compiled.step import Handover
 from pyro_em.families import Kind
-from pyro_em.families.record import Link
 from pyro_em.graph import FactorGraph, Group
 from pyro_em.m_step import ClosedForm, Fixed, ParameterUpdate
 from pyro_em.m_step.updates import bounds
@@ -50,9 +48,7 @@ class Block:
         start: The first element in φ; the complements of probabilities come after them.
         shape: The parameter's shape.
         dtype: Its dtype.
-        link: From natural values to arguments.
         is_free: Whether M-steps change it.
-        selection: Its elementwise maps, between the parameter and the argument.
         constant: The argument that no parameter reaches.
     """
 
@@ -61,9 +57,7 @@ class Block:
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    link: Link
     is_free: bool
-    selection: Selection | None = None
     constant: Tensor | None = None
 
     @property
@@ -78,14 +72,7 @@ class Block:
 
     def natural(self, values: Values) -> Tensor:
         """Its part of φ at parameter values."""
-        if self.constant is not None:
-            out = self.constant
-        else:
-            out = values[self.param]
-        out = out.to(torch.float64)
-        for m in self.selection.maps if self.selection is not None else ():
-            out = m.forward(out)
-        out = self.link.inverse(out)
+        out = (values[self.param] if self.constant is None else self.constant).to(torch.float64)
         if self.kind is Kind.SIMPLEX:
             out = out / out.sum(-1, keepdim=True)
         out = out.reshape(-1)
@@ -93,9 +80,7 @@ class Block:
 
     def value(self, phi: Tensor) -> Tensor:
         """The parameter's value that stands in φ."""
-        assert self.selection is not None
-        out = phi[self.start : self.start + self.numel].reshape(self.shape)
-        return self.selection.inverse(self.link.forward(out)).to(self.dtype)
+        return phi[self.start : self.start + self.numel].reshape(self.shape).to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +112,11 @@ class Naturals:
         """The parameters that are held."""
         return frozenset(b.param for b in self.blocks if b.param)
 
+    @property
+    def solved(self) -> frozenset[str]:
+        """Those of them that M-steps change."""
+        return frozenset(b.param for b in self.blocks if b.is_free)
+
     def enter(self, values: Values) -> State:
         """φ and η at parameter values."""
         phi = torch.cat([b.natural(values) for b in self.blocks])
@@ -144,7 +134,7 @@ class Naturals:
             N: Expected features. # like η
 
         Raises:
-            Handover: If a probability or a rate has no mass.
+            Handover: If a probability or a rate has no mass, or rounds to what it is not.
         """
         n = N[: len(state.phi)]
         mass = N.new_zeros(len(self.may_be_empty)).index_add_(0, self.row, n)
@@ -160,13 +150,16 @@ class Naturals:
         if self.rounding is not None:
             phi = phi.to(self.rounding).to(torch.float64)
             if len(self.halves[0]):
-                phi[self.halves[1]] = 1 - phi[self.halves[0]]
+                rest = 1 - phi[self.halves[0]]
+                if bool(((rest == 0) & (n[self.halves[1]] > 0)).any()):
+                    raise Handover
+                phi[self.halves[1]] = rest
         eta = self._eta(phi)
         return State(phi, eta), (N * (eta - state.eta)).sum()
 
     def values(self, state: State) -> dict[str, Tensor]:
-        """The parameters at a state."""
-        return {b.param: b.value(state.phi) for b in self.blocks if b.param}
+        """The parameters that M-steps change, at a state."""
+        return {b.param: b.value(state.phi) for b in self.blocks if b.is_free}
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +202,7 @@ def naturals(
     positions: dict[int, Tensor] = {}
     known: dict[str, Block] = {}
     for g, form in linears.items():
-        group, kind, link = graph.groups[g], form.rule.kind, form.rule.link
+        group, kind = graph.groups[g], form.rule.kind
         binding = group.bindings[form.argument]
         argument = group.arguments[form.argument].detach()
         at = torch.full(argument.shape, -1, dtype=torch.long, device=device)
@@ -217,15 +210,13 @@ def naturals(
             if s.param not in known:
                 value, end = values[s.param], blocks[-1].end if blocks else 0
                 free = not isinstance(updates[s.param].update, Fixed)
-                known[s.param] = Block(
-                    s.param, kind, end, tuple(value.shape), value.dtype, link, free, s
-                )
+                known[s.param] = Block(s.param, kind, end, tuple(value.shape), value.dtype, free)
                 blocks.append(known[s.param])
             at = torch.where(s.index >= 0, s.index + known[s.param].start, at)
         if bool((at < 0).any()):
             end = blocks[-1].end if blocks else 0
             shape, dtype = tuple(argument.shape), argument.dtype
-            blocks.append(Block("", kind, end, shape, dtype, link, False, constant=argument))
+            blocks.append(Block("", kind, end, shape, dtype, False, argument))
             own = torch.arange(argument.numel(), device=device).reshape(shape) + end
             at = torch.where(at < 0, own, at)
         positions[g] = at
@@ -269,28 +260,25 @@ def _is_held(
     updates: Mapping[str, ParameterUpdate],
     linears: Mapping[int, Linear],
 ) -> bool:
-    """Whether φ can hold a parameter: one kind, one map, in linear groups alone."""
-    ways = set()
+    """Whether φ can hold a parameter: as it is, with one kind, in linear groups alone."""
+    kinds = set()
     for g, group in enumerate(graph.groups):
         for argument, binding in group.bindings.items():
             for s in binding.selections:
                 if s.param != param:
                     continue
-                if g not in linears or argument != linears[g].argument:
+                if g not in linears or argument != linears[g].argument or s.maps:
                     return False
-                rule = linears[g].rule
-                ways.add((rule.kind, rule.link.name, tuple(m.name for m in s.maps)))
+                kinds.add(linears[g].rule.kind)
     update = updates[param]
-    if len(ways) != 1 or not isinstance(update.update, (ClosedForm, Fixed)):
+    if len(kinds) != 1 or not isinstance(update.update, ClosedForm | Fixed):
         return False
-    ((kind, link, maps),) = ways
-    if kind is Kind.SIMPLEX:
+    (kind,) = kinds
+    if kind is Kind.SIMPLEX or isinstance(update.update, Fixed):
         return True
     interval = bounds(graph.parameters[param].constraint)
     if interval is None:
-        return isinstance(update.update, Fixed)
-    if maps or link != "identity":
-        return interval == (-math.inf, math.inf)
+        return False
     return interval[0] <= 0 and interval[1] >= (1 if kind is Kind.PROBABILITY else math.inf)
 
 
