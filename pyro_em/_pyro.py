@@ -42,7 +42,7 @@ from pyro_em._shadows import (
 Model = Callable[..., Any]
 
 _LARGE = 256  # elements; smaller latents are always drawn
-_PLAIN_BYTES = 2**28  # what a plain run may allocate in all before it runs with shadows
+_PLAIN_BYTES = 2**26  # what a plain run may allocate in all before it runs with shadows
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 Operation = Callable[..., Any]
 
@@ -169,28 +168,52 @@ def judging_shadows() -> Iterator[None]:
 
 
 def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    met = False
-
-    def look(t: Tensor) -> Tensor:
-        nonlocal met
-        met = met or t.is_meta
-        return t
-
-    tree_map_only(Tensor, look, (args, kwargs))
-    if not met:
+    if not (_holds_shadow(args) or (kwargs and _holds_shadow(kwargs.values()))):
         return func(*args, **kwargs)
-    for i, a in enumerate(func._schema.arguments):  # type: ignore[attr-defined]
-        if a.alias_info is not None and a.alias_info.is_write:
-            written = args[i] if i < len(args) else kwargs.get(a.name)
-            if isinstance(written, Tensor) and not written.is_meta:
-                raise NumbersNeeded  # numbers that the model holds would be wrong afterwards
-    args, kwargs = tree_map_only(Tensor, shadow_of, (args, kwargs))
+    for i, name in _written(func):
+        value = args[i] if i < len(args) else kwargs.get(name)
+        if isinstance(value, Tensor) and not value.is_meta:
+            raise NumbersNeeded  # numbers that the model holds would be wrong afterwards
+    args, kwargs = tuple(map(_as_shadow, args)), {k: _as_shadow(a) for k, a in kwargs.items()}
     if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("meta")
     out = func(*args, **kwargs)
     if isinstance(out, (bool, int, float)):
         raise NumbersNeeded
     return out
+
+
+def _holds_shadow(values: Iterable[Any]) -> bool:
+    for a in values:
+        if isinstance(a, Tensor):
+            if a.is_meta:
+                return True
+        elif isinstance(a, (list, tuple)) and _holds_shadow(a):
+            return True
+    return False
+
+
+def _as_shadow(value: Any) -> Any:
+    """An operation's argument with shadows in place of tensors."""
+    if isinstance(value, Tensor):
+        return shadow_of(value)
+    if isinstance(value, (list, tuple)):
+        return [_as_shadow(v) for v in value]
+    return value
+
+
+_writes: dict[Operation, tuple[tuple[int, str], ...]] = {}
+
+
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operation writes."""
+    if func not in _writes:
+        _writes[func] = tuple(
+            (i, a.name)
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+    return _writes[func]
 
 
 def is_shadow(value: Any) -> bool:
