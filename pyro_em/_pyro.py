@@ -12,6 +12,7 @@ Three kinds of run, in the order in which a model is looked at:
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,8 +34,8 @@ from torch.utils._pytree import tree_map
 from pyro_em._shadows import (
     NumbersNeeded,
     Overspent,
+    Shadows,
     is_shadow,
-    shadows,
     size_guard,
     spending_at_most,
 )
@@ -162,6 +163,10 @@ class _KeepValues(Messenger):
 class _DrawNothing(Messenger):
     """Give large latents that can be enumerated a shadow instead of a draw."""
 
+    def __init__(self, shadows: Shadows) -> None:
+        super().__init__()
+        self.shadows = shadows
+
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["done"] or msg["value"] is not None or not is_latent(msg):
             return
@@ -169,8 +174,7 @@ class _DrawNothing(Messenger):
         shape = fn.shape()
         if not has_finite_support(fn) or shape.numel() < _LARGE:
             return
-        support = fn.enumerate_support(expand=False)
-        msg["value"] = torch.empty(shape, dtype=support.dtype, device="meta")
+        msg["value"] = self.shadows.instead_of(fn.enumerate_support(expand=False), shape)
         dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
 
 
@@ -371,14 +375,14 @@ class Run:
         parameters: What the model read.
         scopes: Per site the other sites that reach it, from a provenance run.
         changed_masks: Sites whose mask was written after them.
-        has_shadows: Whether large latents have no numbers, and no argument was validated.
+        shadows: Where large latents have no numbers, so that no argument was validated.
     """
 
     sites: dict[str, dict[str, Any]]
     parameters: dict[str, TracedParameter]
     scopes: dict[str, frozenset[str]] = field(default_factory=dict)
     changed_masks: tuple[str, ...] = ()
-    has_shadows: bool = False
+    shadows: Shadows | None = None
 
 
 class Role(Enum):
@@ -659,13 +663,13 @@ def plain_run(
         except Overspent:
             set_random_state(begin)
         try:
-            with shadows():
-                run = _plain_run(model, args, kwargs, _DrawNothing())
+            with Shadows() as shadows:
+                run = _plain_run(model, args, kwargs, _DrawNothing(shadows))
         finally:
             leaked = _drop_shadows()
         if leaked:
             raise NumbersNeeded
-        return replace(run, has_shadows=True)
+        return replace(run, shadows=shadows)
 
 
 def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
@@ -734,6 +738,23 @@ def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
                     yield from tensors_of(part)
 
 
+def support_reads_latents(fn: Any) -> bool:
+    """Whether the support of a distribution from a provenance run differs between latents' values."""
+    try:
+        return _has_tags(fn.support)
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def _has_tags(constraint: Any) -> bool:
+    held = list(vars(constraint).values())
+    parts = [p for v in held for p in (v if isinstance(v, (list, tuple)) else (v,))]
+    return any(
+        _has_tags(p) if isinstance(p, constraints.Constraint) else bool(get_provenance(p))
+        for p in parts
+    )
+
+
 def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
     """Run a model with tagged values; ``scopes`` says which other sites reach each site.
 
@@ -748,7 +769,7 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
     """
     capture = ParameterCapture()
     with (
-        shadows() if plain.has_shadows else nullcontext(),
+        plain.shadows or nullcontext(),
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
@@ -830,6 +851,11 @@ def enumerated_run(
 def is_of_validation(error: Exception) -> bool:
     """Whether a distribution raised because an argument is outside its constraint."""
     return isinstance(error, ValueError) and str(error).startswith("Expected parameter ")
+
+
+def is_of_shadows(error: BaseException | None) -> bool:
+    """Whether an operation raised because it met a tensor without numbers."""
+    return isinstance(error, RuntimeError) and re.search(r"\bmeta\b", str(error)) is not None
 
 
 def broadcast_shape(a: Sequence[int], b: Sequence[int]) -> torch.Size:

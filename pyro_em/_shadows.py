@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Operation = Callable[..., Any]
 
+_META = torch.device("meta")
 _SMALL = 4096  # cells; what is smaller is not counted
 
 
@@ -144,18 +145,49 @@ def _is_view(func: Any) -> bool:
     return _views[func]
 
 
-@contextmanager
-def shadows() -> Iterator[None]:
-    """A block in which tensors and shadows may meet; the result is a shadow.
+class Shadows:
+    """The shadows of one run: ``with Shadows() as s:`` tensors and shadows may meet in the block.
+
+    Attributes:
+        device: Where the tensors are in whose place the shadows stand.
 
     Raises:
         NumbersNeeded: If the block fails in any way: it might not with numbers.
     """
-    try:
-        with _watching(_shadowed):
-            yield
-    except Exception as error:
-        raise NumbersNeeded from error
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self._makes_one = False
+
+    def __enter__(self) -> Shadows:
+        self._mode = _watching(self._handle)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._mode.__exit__(kind, error, traceback)
+        if isinstance(error, Exception):
+            raise NumbersNeeded from error
+
+    def instead_of(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A shadow of some shape, in place of a tensor like another one."""
+        if not like.is_meta:
+            self.device = like.device
+        self._makes_one = True
+        try:
+            return torch.empty(tuple(shape), dtype=like.dtype, device=_META)
+        finally:
+            self._makes_one = False
+
+    def _handle(self, func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _holds_shadow(args) or (kwargs and _holds_shadow(kwargs.values())):
+            return _shadowed(func, args, kwargs)
+        if kwargs.get("device") != _META or self._makes_one:
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)  # made on the device of a shadow, from nothing
+        if isinstance(out, Tensor) and out.numel() <= _SMALL:
+            return func(*args, **{**kwargs, "device": self.device})  # a model may keep it
+        return out
 
 
 @contextmanager
@@ -168,15 +200,13 @@ def judging_shadows() -> Iterator[None]:
 
 
 def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
-    if not (_holds_shadow(args) or (kwargs and _holds_shadow(kwargs.values()))):
-        return func(*args, **kwargs)
     for i, name in _written(func):
         value = args[i] if i < len(args) else kwargs.get(name)
         if isinstance(value, Tensor) and not value.is_meta:
             raise NumbersNeeded  # numbers that the model holds would be wrong afterwards
     args, kwargs = tuple(map(_as_shadow, args)), {k: _as_shadow(a) for k, a in kwargs.items()}
     if kwargs.get("device") is not None:
-        kwargs["device"] = torch.device("meta")
+        kwargs["device"] = _META
     out = func(*args, **kwargs)
     if isinstance(out, (bool, int, float)):
         raise NumbersNeeded

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, ModelError, Problem
-from pyro_em._shadows import NumbersNeeded, is_shadow
 
 
 def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
@@ -281,8 +280,17 @@ def _has_nonfinite(value: Tensor) -> bool:
     return not all(math.isfinite(float(v)) for v in value.detach().aminmax())
 
 
-def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
-    """Observed values that are no numbers, or that the distribution cannot produce."""
+def data_problems(
+    name: str, site: Mapping[str, Any], *, check_support: bool = True
+) -> list[Problem]:
+    """Observed values that are no numbers, or that the distribution cannot produce.
+
+    Args:
+        name: The site's name.
+        site: The site as traced.
+        check_support: Whether values are held against the support. One that differs between the
+            values of a latent says nothing: the draw may be the wrong one.
+    """
     fn, value = site["fn"], site["value"]
     masked_by_user = name.endswith("_observed") and site["mask"] is not None
     where = f"site '{name.removesuffix('_observed') if masked_by_user else name}'"
@@ -348,11 +356,11 @@ def data_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
                 DataError,
             )
         ]
+    if not check_support:
+        return []
     try:
         inside = fn.support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError):
-        if any(map(is_shadow, _pyro.tensors_of(fn))):
-            raise NumbersNeeded from None
         return []
     if isinstance(mask, Tensor):
         inside = inside | ~mask

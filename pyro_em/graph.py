@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, ModelError, Problem, message, raise_problems
 from pyro_em._pyro import Role
-from pyro_em._shadows import OutputTooLarge
+from pyro_em._shadows import OutputTooLarge, is_shadow
 from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
@@ -370,7 +370,24 @@ def check_arguments(
     Raises:
         ModelError: If an argument is outside its constraint, or the model cannot be enumerated.
     """
-    _run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
+    try:
+        run = _run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
+        sites = [run.sites[n] for n in structure.sites if n in run.sites]
+        shadowed = any(is_shadow(t) for s in sites for t in _pyro.tensors_of(s["fn"]))
+    except ModelError as error:
+        shadowed = _pyro.is_of_shadows(error.__cause__)
+        if not shadowed:
+            raise
+    if shadowed:
+        raise ModelError(
+            message(
+                "model",
+                "it keeps a tensor that it made of a latent's value from one run to the next.",
+                "a latent has other values in every run, and large data are first looked at with "
+                "no values at all",
+                ["make the tensor anew in every run", "make it outside the model"],
+            )
+        )
 
 
 def _run_enumerated(

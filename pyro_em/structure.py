@@ -182,7 +182,7 @@ def examine(
         begin = _pyro.random_state()
         try:
             plain = _run_plainly(model, args, kwargs, first_look, sparing=True)
-            with judging_shadows() if plain.has_shadows else nullcontext():
+            with judging_shadows() if plain.shadows else nullcontext():
                 return _findings(model, args, kwargs, plain, *how)
         except NumbersNeeded:
             _pyro.set_random_state(begin)
@@ -249,7 +249,8 @@ def _findings(
             if not guide_given:
                 found.extend(no_route)
         elif _pyro.role_of(site) is Role.DATA:
-            found.extend(data_problems(name, site))
+            anew = _pyro.support_reads_latents(tagged.sites[name]["fn"])
+            found.extend(data_problems(name, site, check_support=not anew))
         found.extend(shape_problems(name, site))
         if not guide_given:
             # A continuous latent is no sum: what is said of it above is enough.
@@ -295,7 +296,7 @@ def _findings(
         {f.name: f.size for s in factors.values() for f in s["cond_indep_stack"] if f.dim is None},
         tuple(_changed_mask(n) for n in plain.changed_masks),
         edges,
-        plain.has_shadows,
+        plain.shadows is not None,
     )
     return structure, [*of_latents, *parameter_problems(plain), *of_others]
 

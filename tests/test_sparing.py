@@ -18,7 +18,7 @@ from torch.distributions import constraints as C
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em import DataError, ExactPosteriorEM, ModelError, _pyro
-from pyro_em._shadows import NumbersNeeded, Overspent, shadows, spending_at_most
+from pyro_em._shadows import NumbersNeeded, Overspent, Shadows, is_shadow, spending_at_most
 from pyro_em.structure import Structure, examine
 from tests.benchmarks.models import mixture
 
@@ -210,6 +210,7 @@ def looked_at(model: Callable[..., None], spare: bool) -> tuple[Structure, list[
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
 def test_shadows_show_the_same_model(model: Callable[..., None]) -> None:
     seen, problems = looked_at(model, True)
+    assert any(is_shadow(s["value"]) for s in seen.unobserved.values())
     plain, plain_problems = looked_at(model, False)
     assert seen.unchecked and not plain.unchecked
     assert problems == plain_problems
@@ -304,6 +305,37 @@ def test_a_parameter_that_begins_at_a_latent_gets_numbers() -> None:
     assert pyro.param("q").tolist() == [0.0, 0.0]
 
 
+def test_what_a_model_keeps_on_a_latent_s_device_has_numbers() -> None:
+    kept: list[Tensor] = []
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            if not kept:
+                kept.append(torch.eye(2, device=z.device))
+            pyro.sample("x", dist.Normal((kept[0][z] * mu).sum(-1), 1.0), obs=x)
+
+    with sparing():
+        structure, _ = examine(model, (X,), {}, sparing=True)
+    assert structure.unchecked and torch.equal(kept[0], torch.eye(2))
+
+
+def test_a_model_that_keeps_what_it_made_of_a_latent_gets_a_sentence() -> None:
+    kept: list[Tensor] = []
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            if not kept:
+                kept.append(mu.detach()[z])
+            pyro.sample("x", dist.Normal(mu[z], kept[0] + 1), obs=x)
+
+    with sparing(), pytest.raises(ModelError, match="keeps a tensor that it made of a latent"):
+        ExactPosteriorEM(model).plan(X)
+
+
 def test_a_model_that_catches_exceptions_does_not_catch_the_budget() -> None:
     def model(x: Tensor) -> None:
         mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
@@ -336,15 +368,20 @@ def test_arguments_outside_their_constraint_are_refused_in_the_same_words() -> N
         ExactPosteriorEM(model).plan(X)
 
 
-def test_a_support_that_depends_on_a_latent_is_checked_with_numbers() -> None:
+@pytest.mark.parametrize("limit", [0, 2**30])
+def test_a_support_that_depends_on_a_latent_refuses_nothing(limit: int) -> None:
     def model(x: Tensor) -> None:
+        low = torch.tensor([-9.0, 0.0])
         with pyro.plate("n", len(x)):
-            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
-            pyro.sample("x", dist.Uniform(torch.tensor([-9.0, -8.0])[z], 9.0), obs=x)
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.25, 0.75])))
+            pyro.sample("x", dist.Uniform(low[z], low[z] + 9), obs=x)
 
-    with sparing():
-        found, problems = examine(model, (X,), {}, sparing=True)
-    assert not found.unchecked and not problems
+    with sparing(limit):
+        result = ExactPosteriorEM(model).posterior(X)
+        with pytest.raises(DataError, match="impossible under the model"):
+            ExactPosteriorEM(model).posterior(X + 100)
+    by_hand = torch.where(X < 0, 0.25 / 9, 0.75 / 9).log().sum()
+    assert result.log_evidence == pytest.approx(float(by_hand))
 
 
 # ---------------------------------------------------------------- what torch has to keep
@@ -367,13 +404,14 @@ def test_a_support_that_depends_on_a_latent_is_checked_with_numbers() -> None:
     ],
 )
 def test_a_shadow_is_never_read_as_a_number(read: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(NumbersNeeded), shadows():
-        read(torch.empty(5, dtype=torch.long, device="meta"))
+    z = torch.empty(5, dtype=torch.long, device="meta")
+    with pytest.raises(NumbersNeeded), Shadows():
+        read(z)
 
 
 def test_shadows_and_tensors_meet_in_shadows() -> None:
     z, A = torch.empty(5, dtype=torch.long, device="meta"), torch.rand(3, 2, requires_grad=True)
-    with shadows():
+    with Shadows():
         rows = A[z]
         assert rows.shape == (5, 2) and rows.requires_grad
         for t in (rows + torch.ones(2), rows @ A.T, rows.to("cpu"), torch.where(z > 0, A[0, 0], 1)):
