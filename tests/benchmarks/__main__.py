@@ -88,6 +88,17 @@ def planning() -> list[str]:
     return out
 
 
+def memory() -> list[str]:
+    """What a whole fit of many rows takes above its data."""
+    out = ["", "Peak memory of a whole fit above its data (planning, three steps, result):", ""]
+    for N, D, K in growth.LARGE:
+        data, above = 8 * N * D, growth.whole_fit(N, D, K)
+        out.append(
+            f"* N = {N:,}, D = {D}, K = {K}: {above / 2**20:.0f} MiB, {above / data:.1f} times"
+        )
+    return out
+
+
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description="EM iterations beside their peers.")
@@ -113,6 +124,7 @@ def main() -> None:
         growth.draw(growths, HERE / "growth.png")
         lines += ["", *growth.table(growths)]
         lines += planning()
+        lines += memory()
         lines += ["", "![Time and memory as the work grows](growth.png)"]
     text = "\n".join(
         [

@@ -20,6 +20,7 @@ SWEEPS: Mapping[str, tuple[int, ...]] = {
     "T": (100, 1_000, 10_000),
 }
 FIXED = {"N": 20_000, "D": 4, "K": 4}
+LARGE = ((1_000_000, 8, 16), (10_000_000, 4, 8))  # N, D, K of whole fits
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,31 @@ def run(what: str, size: int) -> tuple[float, float, float]:
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, memory, planning = json.loads(out.stdout.splitlines()[-1])
     return seconds, memory, planning
+
+
+def whole_fit(N: int, D: int, K: int) -> float:
+    """In a process of its own: peak bytes above the data of ``fit``, planning and result included."""
+    command = [sys.executable, "-m", "tests.benchmarks.growth", "fit", str(N), str(D), str(K)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(out.stdout.splitlines()[-1])
+
+
+def fit(N: int, D: int, K: int) -> float:
+    """In this process: a fit of three steps."""
+    import pyro
+
+    from pyro_em import ExactPosteriorEM
+    from tests.benchmarks import cases, models
+
+    torch.set_num_threads(1)
+    models.iterations(models.mixture, cases.blobs(1000, 2, 2), 2)(1)  # load what loads late
+    pyro.clear_param_store()
+    x = cases.blobs(N, D, K)
+    # What was used to draw the data does not count: the peak begins anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    ExactPosteriorEM(models.mixture).fit(x, K, max_steps=3, tol=0, progress=False)
+    return peak() - before
 
 
 def peak() -> float:
@@ -121,4 +147,7 @@ def draw(growths: list[Growth], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
+    if sys.argv[1] == "fit":
+        print(fit(*map(int, sys.argv[2:])))
+    else:
+        print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))
