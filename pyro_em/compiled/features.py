@@ -80,7 +80,8 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         D = self.x.shape[0]
-        self.reach2 = self.x.abs().amax(1).to(torch.float64).square()
+        low, high = torch.aminmax(self.x, dim=1)
+        self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
         pairs = torch.triu_indices(D, D, device=self.x.device)
         self.upper = (pairs[0], pairs[1])
         full = torch.zeros(D, D, dtype=torch.long, device=self.x.device)
@@ -289,5 +290,5 @@ def as_gaussian(group: Group, K: int) -> Gaussian | None:
 
 def _centred(x: Tensor, diagonal: bool, spread: str, K: int, scalar: bool, lead: int) -> Gaussian:
     centre = x.mean(0, dtype=torch.float64).to(x.dtype)
-    rows = (x - centre).T.contiguous()
+    rows = torch.sub(x.T, centre.unsqueeze(-1), out=x.new_empty(x.shape[1], x.shape[0]))
     return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead)
