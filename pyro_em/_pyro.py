@@ -656,19 +656,21 @@ def plain_run(
     with same_random_state(keep_random_state):
         if not sparing:
             return _plain_run(model, args, kwargs)
-        begin = random_state()
+        begin, known = random_state(), frozenset(pyro.get_param_store()._params)
         try:
             with spending_at_most(_PLAIN_BYTES):
                 return _plain_run(model, args, kwargs)
         except Overspent:
             set_random_state(begin)
+            _forget_all_but(known)  # the next run draws their starts from the same state
         try:
             with Shadows() as shadows:
                 run = _plain_run(model, args, kwargs, _DrawNothing(shadows))
-        finally:
-            leaked = _drop_shadows()
-        if leaked:
-            raise NumbersNeeded
+            if _holds_shadows():
+                raise NumbersNeeded
+        except BaseException:
+            _forget_all_but(known)
+            raise
         return replace(run, shadows=shadows)
 
 
@@ -688,13 +690,16 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
     return Run(dict(tracer.trace.nodes), _alive(capture.parameters), {}, masks.changed())
 
 
-def _drop_shadows() -> bool:
-    """Delete parameters whose initial value is a shadow; returns whether there were any."""
+def _holds_shadows() -> bool:
+    """Whether a parameter's initial value is a shadow."""
+    return any(is_shadow(p) for p in pyro.get_param_store()._params.values())
+
+
+def _forget_all_but(known: Collection[str]) -> None:
+    """Delete the parameters that a run which is not used has initialised."""
     store = pyro.get_param_store()
-    names = [name for name, p in store._params.items() if is_shadow(p)]
-    for name in names:
+    for name in [n for n in store._params if n not in known]:
         del store[name]
-    return bool(names)
 
 
 def random_state() -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ Operation = Callable[..., Any]
 
 _META = torch.device("meta")
 _SMALL = 4096  # cells; what is smaller is not counted
+_KEPT_BYTES = 2**26  # what a model makes of nothing and may keep has numbers up to this size
 
 
 class OutputTooLarge(Exception):
@@ -185,7 +186,7 @@ class Shadows:
         if kwargs.get("device") != _META or self._makes_one:
             return func(*args, **kwargs)
         out = func(*args, **kwargs)  # made on the device of a shadow, from nothing
-        if isinstance(out, Tensor) and out.numel() <= _SMALL:
+        if isinstance(out, Tensor) and out.numel() * out.element_size() <= _KEPT_BYTES:
             return func(*args, **{**kwargs, "device": self.device})  # a model may keep it
         return out
 

@@ -118,6 +118,8 @@ def accelerate(
         r: The start's number.
     """
     assert run.last is not None
+    if iteration is None and isinstance(run.last, Deferred):
+        run.last = run.last.judged()
     values: Values = values_of(program.graph.parameters)
     if isinstance(run.last, Deferred):
         values = run.last.point.values

@@ -27,7 +27,7 @@ from pyro_em.m_step import apply_floors
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program, distrust
 from pyro_em.result import EMStatus, EMStep
-from pyro_em.runs import Deferred, Iterate, Run, Settings, writes
+from pyro_em.runs import Deferred, Iterate, Run, Seen, Settings
 from pyro_em.starts import given_counts, random_counts
 from pyro_em.steps import advance, after_m_step, as_step, e_step, fell
 from pyro_em.stopping import should_stop
@@ -117,13 +117,15 @@ def _iterate(
     try:
         while run.num_steps < settings.max_steps:
             if iteration is not None and program.compiled and handovers < _MANY_HANDOVERS:
+                if settings.callbacks and run.seen is not None and run.seen.is_changed():
+                    iteration = None  # a callback writes parameters or data: full steps from here
+                    continue
                 if not isinstance(run.last, Deferred):
                     again = enter(program, iteration)
                     if again is not None:
+                        again.massless = run.last.massless if run.last is not None else {}
                         run.record(program, again)
-                if settings.callbacks and run.writes != writes(program):
-                    iteration = None  # a callback writes parameters: full steps from here on
-                elif isinstance(run.last, Deferred) and settings.callbacks:
+                if isinstance(run.last, Deferred) and settings.callbacks:
                     done = _watched_step(program, settings, run, iteration, r)
                     if done is not None:
                         if done:
@@ -225,11 +227,12 @@ def endless_steps(program: Program) -> Iterator[EMStep]:
     """
     begin = time.perf_counter()
     iteration = compiled_iteration(program)
-    at, handovers, written = first_e_step(program, iteration), 0, writes(program)
+    at, handovers = first_e_step(program, iteration), 0
+    seen = Seen(program, snapshot(program.graph.parameters))
     for index in itertools.count():
         origin, before, found = snapshot(program.graph.parameters), at, None
-        if writes(program) != written:
-            iteration = None  # who watches writes parameters: full steps from here on
+        if seen.is_changed():
+            iteration = None  # who watches writes parameters or data: full steps from here on
         if iteration is not None and isinstance(at, Deferred):
             found = watched_step(program, iteration, at, verify=index == 0)
         if found is not None:
@@ -245,7 +248,7 @@ def endless_steps(program: Program) -> Iterator[EMStep]:
             if not program.compiled or handovers >= _MANY_HANDOVERS:
                 iteration = None
             at = (None if iteration is None else enter(program, iteration)) or full
-        written = writes(program)
+        seen = Seen(program, snapshot(program.graph.parameters))
         yield as_step(program, index, before, bound, begin)
 
 

@@ -104,9 +104,9 @@ class Program:
     traced_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.traced_at = self._versions()
+        self.traced_at = self.versions()
 
-    def _versions(self) -> tuple[int, ...]:
+    def versions(self) -> tuple[int, ...]:
         """Counts of in-place writes: equal as long as no parameter has been written."""
         return tuple(p.unconstrained._version for p in self.graph.parameters.values())
 
@@ -124,9 +124,9 @@ class Program:
                 arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
                 at = [g.evaluate_value(values) for g in self.graph.groups]
             else:
-                if self._versions() != self.traced_at:
+                if self.versions() != self.traced_at:
                     self.graph = self._trace(with_bindings=not self.look_only)
-                    self.traced_at = self._versions()
+                    self.traced_at = self.versions()
                 arguments = [dict(g.arguments) for g in self.graph.groups]
                 at = [g.value for g in self.graph.groups]
             tables = [

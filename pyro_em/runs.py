@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -56,14 +57,14 @@ class Deferred(Iterate):
     def __init__(self, program: Program, point: Point) -> None:
         self.program, self.point = program, point
         self.massless = {}
-        self._versions, self._writes = program.data_versions(), writes(program)
+        self._versions, self._writes = program.data_versions(), program.versions()
 
     def _is_changed(self) -> bool:
         """Whether the data were written in place.
 
         A parameter that began as a view of the data counts its own writes as theirs.
         """
-        own = set(zip(self._writes, writes(self.program), strict=True))
+        own = set(zip(self._writes, self.program.versions(), strict=True))
         pairs = zip(self._versions, self.program.data_versions(), strict=True)
         return any(then != now and (then, now) not in own for then, now in pairs)
 
@@ -78,8 +79,9 @@ class Deferred(Iterate):
         return self.point.objective
 
     def judged(self) -> Iterate:
-        """The same by full steps, whose objective differs by rounding."""
-        return Iterate(self.evaluation, self.q)
+        """The same by a full E-step, whose objective differs by rounding, on the data as they are."""
+        evaluation = self.program.evaluate(self.point.values)
+        return Iterate(evaluation, self.program.posterior(evaluation), self.massless)
 
     @cached_property
     def evaluation(self) -> Evaluation:  # type: ignore[override]
@@ -122,9 +124,23 @@ class Settings:
     acceleration: str | None = None
 
 
-def writes(program: Program) -> tuple[int, ...]:
-    """Counts of in-place writes: equal as long as nobody has written a parameter."""
-    return tuple(p.unconstrained._version for p in program.graph.parameters.values())
+class Seen:
+    """Parameters and data as they are shown to somebody who may change them.
+
+    Args:
+        program: The model with its data.
+        parameters: A snapshot of the parameters.
+    """
+
+    def __init__(self, program: Program, parameters: Mapping[str, Tensor]) -> None:
+        self.program, self.parameters = program, parameters
+        self._versions = program.data_versions()
+
+    def is_changed(self) -> bool:
+        """Whether a parameter has another value now, or the data were written."""
+        now = self.program.graph.parameters
+        same = all(torch.equal(now[n].unconstrained, v) for n, v in self.parameters.items())
+        return not same or self.program.data_versions() != self._versions
 
 
 @dataclass(eq=False)
@@ -140,7 +156,7 @@ class Run:
     initial_values: dict[str, Tensor] = field(default_factory=dict)
     verified: dict[str, Tensor] | None = None
     plain_from: int = 0
-    writes: tuple[int, ...] = ()
+    seen: Seen | None = None
 
     def plain_path(self) -> list[float]:
         """The last objectives that plain EM steps entered, enough for the stopping rule."""
@@ -159,7 +175,7 @@ class Run:
     def record(self, program: Program, at: Iterate) -> None:
         """Remember parameters and E-step of the last complete step."""
         self.parameters, self.last = snapshot(program.graph.parameters), at
-        self.writes = writes(program)
+        self.seen = Seen(program, self.parameters)
 
     def go_back(self, program: Program) -> None:
         """Return to the parameters after the first step, the last that were verified."""

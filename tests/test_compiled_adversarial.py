@@ -157,3 +157,99 @@ def test_a_parameter_that_begins_as_a_view_of_the_data() -> None:
     result = ExactPosteriorEM(model).fit(x, **HOW)
     assert torch.equal(x, before)
     assert result.posterior.probs("z").shape == (60, 2)
+
+
+def _two(x: Tensor, scale: Tensor | None = None) -> None:
+    w = pyro.param("w", torch.ones(2) / 2, constraint=C.simplex)
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    s = pyro.param("s", torch.tensor([3.0, 3.0]), constraint=C.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(mu[z], s[z]), obs=x)
+
+
+def _watched(
+    monkeypatch: pytest.MonkeyPatch, callback: Callable[..., Any], **how: Any
+) -> list[Any]:
+    """The same watched fit by compiled and by full steps, each on data of its own."""
+    out = []
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        g = torch.Generator().manual_seed(0)
+        x = torch.cat([torch.randn(300, generator=g) - 1, torch.randn(300, generator=g) + 3])
+        if not compiled:
+            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+        em = ExactPosteriorEM(_two, updates=how.get("given"))
+        given = {k: v for k, v in how.items() if k != "given"}
+        out.append(
+            em.fit(x, progress=False, callbacks=lambda s, x=x: callback(s, x), **given)  # type: ignore[misc]
+        )
+    return out
+
+
+def _same(results: list[Any]) -> None:
+    quick, full = results
+    assert quick.status is full.status and quick.num_steps == full.num_steps
+    torch.testing.assert_close(
+        torch.tensor(quick.history), torch.tensor(full.history), rtol=1e-9, atol=0
+    )
+    for name, value in full.params.items():
+        torch.testing.assert_close(quick.params[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_squarem_may_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    results = _watched(
+        monkeypatch, lambda s, x: seen.append(s.index), max_steps=30, tol=0, acceleration="squarem"
+    )
+    _same(results)
+    assert seen == list(range(30)) * 2
+
+
+def test_data_that_a_watcher_changes_count() -> None:
+    x = torch.randn(600, generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+    def shrink(step: Any) -> None:
+        if step.index == 1:
+            x.mul_(0.5)
+
+    em = ExactPosteriorEM(_two)
+    result = em.fit(x, max_steps=6, tol=0, progress=False, callbacks=shrink)
+    assert result.num_steps == 6
+    assert result.log_evidence == pytest.approx(-em.evaluate_loss(x), rel=1e-12)
+    pyro.clear_param_store()
+    before = ExactPosteriorEM(_two).fit(2 * x, max_steps=6, tol=0, progress=False)
+    assert float(result.params["s"].max()) < 0.7 * float(before.params["s"].max())
+
+
+def test_a_write_that_no_version_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def widen(step: Any, x: Tensor) -> None:
+        pyro.get_param_store()._params["s"].data.add_(-0.01)
+
+    _same(_watched(monkeypatch, widen, max_steps=4, tol=0, given={"s": Fixed()}))
+
+
+def test_a_write_after_a_step_that_was_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty component hands each step over; what a callback writes then is still seen."""
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", torch.tensor([0.5, 0.5, 0.0]), constraint=C.simplex)
+        p = pyro.param("p", torch.tensor([0.3, 0.6, 0.5]), constraint=C.unit_interval)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("a", dist.Bernoulli(p[z]), obs=x)
+            pyro.sample("b", dist.Bernoulli(p[z]), obs=1 - x)
+
+    def lift(step: Any) -> None:
+        if step.index == 0:
+            with torch.no_grad():
+                pyro.get_param_store()._params["p"].add_(1.0)
+
+    out = []
+    for compiled in (True, False):
+        pyro.clear_param_store()
+        if not compiled:
+            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+        x = (torch.arange(10.0) % 3 == 0).to(torch.float64)
+        out.append(ExactPosteriorEM(model).fit(x, **HOW, callbacks=lift))
+    _same(out)

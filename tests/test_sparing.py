@@ -54,6 +54,42 @@ def of_data(x: Tensor) -> float:
     return x.untyped_storage().nbytes()
 
 
+def test_starts_are_drawn_as_without_shadows() -> None:
+    """What the run that was broken off has initialised is forgotten with its random numbers."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", lambda: torch.randn(3))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            loc = mu[z]
+            b = pyro.param("b", lambda: torch.randn(3))
+            pyro.sample("x", dist.Normal(loc + b[z] * x.sin(), 1.0), obs=x)
+
+    pyro.set_rng_seed(0)
+    first = torch.randn(3)
+    pyro.set_rng_seed(0)
+    with sparing(limit=100):
+        ExactPosteriorEM(model).plan(X)
+    assert torch.equal(pyro.param("mu").detach(), first)
+    assert not torch.equal(pyro.param("b"), pyro.param("mu"))
+
+
+def test_a_constant_made_where_a_latent_is_may_be_kept() -> None:
+    kept: dict[str, Tensor] = {}
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            if "zeros" not in kept:
+                kept["zeros"] = torch.zeros(100_000, device=z.device)
+            pyro.sample("x", dist.Normal(mu[z] + kept["zeros"][0], 1.0), obs=x)
+
+    with sparing():
+        ExactPosteriorEM(model).plan(X)
+    assert not is_shadow(kept["zeros"])
+
+
 # ---------------------------------------------------------------- memory
 
 
