@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -163,7 +163,7 @@ class Iteration:
             after = self._at(natural, components, rest)
         else:
             prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
-            after = replace(at, natural=natural, components=components, prepared=prepared)
+            after = At(natural, components, at.values, at.arguments, prepared)
         total = float(gains[0] if len(gains) == 1 else torch.stack(gains).sum())
         if not math.isfinite(total):
             raise Handover

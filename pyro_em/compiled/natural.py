@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pyro_em.compiled.linear import Linear, linear, main_argument
+from pyro_em.compiled.linear import KINDS, Linear, linear, main_argument
 from pyro_em.compiled.step import Handover
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, Group
@@ -45,11 +46,12 @@ class Block:
     Attributes:
         param: The parameter; empty for constants.
         kind: The functional form.
-        start: The first element in φ; the complements of probabilities come after them.
+        start: The first element in φ.
         shape: The parameter's shape.
         dtype: Its dtype.
         is_free: Whether M-steps change it.
         constant: The argument that no parameter reaches.
+        group: Whose argument it is.
     """
 
     param: str
@@ -59,24 +61,19 @@ class Block:
     dtype: torch.dtype
     is_free: bool
     constant: Tensor | None = None
+    group: int = -1
 
     @property
     def numel(self) -> int:
         """Elements of the parameter."""
         return math.prod(self.shape)
 
-    @property
-    def end(self) -> int:
-        """The first element in φ of the next block."""
-        return self.start + (2 if self.kind is Kind.PROBABILITY else 1) * self.numel
-
     def natural(self, values: Values) -> Tensor:
-        """Its part of φ at parameter values."""
+        """Its elements of φ at parameter values."""
         out = (values[self.param] if self.constant is None else self.constant).to(torch.float64)
         if self.kind is Kind.SIMPLEX:
             out = out / out.sum(-1, keepdim=True)
-        out = out.reshape(-1)
-        return torch.cat([out, 1 - out]) if self.kind is Kind.PROBABILITY else out
+        return out.reshape(-1)
 
     def value(self, phi: Tensor) -> Tensor:
         """The parameter's value that stands in φ."""
@@ -87,25 +84,23 @@ class Block:
 class Naturals:
     """The layout of φ and its M-step.
 
+    φ holds simplex rows, then probabilities, their complements, and rates.
+
     Attributes:
-        blocks: What is where.
+        blocks: What is where, in this order.
         row: For each element of φ the row with which it sums to one; a rate is its own. # (|φ|,)
         may_be_empty: Whether a row may be without mass, and then keeps its values. # (rows,)
-        rates: The elements of φ that are rates, in the order of the tail of η. # (R,)
-        rate_rows: Their rows. # (R,)
+        p: The first probability; the first complement; the first rate.
         free: Elements that M-steps change; None where all are. # (|φ|,)
         rounding: The dtype of the parameters, where it is coarser than float64.
-        halves: Where probabilities are, and their complements. # (P,) each
     """
 
     blocks: Sequence[Block]
     row: Tensor
     may_be_empty: Tensor
-    rates: Tensor
-    rate_rows: Tensor
+    p: tuple[int, int, int]
     free: Tensor | None
     rounding: torch.dtype | None
-    halves: tuple[Tensor, Tensor]
 
     @property
     def params(self) -> frozenset[str]:
@@ -119,12 +114,29 @@ class Naturals:
 
     def enter(self, values: Values) -> State:
         """φ and η at parameter values."""
-        phi = torch.cat([b.natural(values) for b in self.blocks])
+        parts = {
+            kind: [torch.empty(0, dtype=torch.float64, device=self.row.device)] for kind in KINDS
+        }
+        for b in self.blocks:
+            parts[b.kind].append(b.natural(values))
+        p = torch.cat(parts[Kind.PROBABILITY])
+        phi = torch.cat([*parts[Kind.SIMPLEX], p, 1 - p, *parts[Kind.RATE]])
         return State(phi, self._eta(phi))
 
     def _eta(self, phi: Tensor) -> Tensor:
         log = phi.log().clamp_(min=_IMPOSSIBLE)
-        return torch.cat([log, -phi[self.rates]]) if len(self.rates) else log
+        first = self.p[2]
+        return log if first == self.size else torch.cat([log, -phi[first:]])
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of φ."""
+        return len(self.row)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of φ; the last are the rates."""
+        return len(self.may_be_empty)
 
     def m_step(self, state: State, N: Tensor) -> tuple[State, Tensor]:
         """The maximiser, and by how much it raises the expected log joint, in nats.
@@ -136,11 +148,12 @@ class Naturals:
         Raises:
             Handover: If a probability or a rate has no mass, or rounds to what it is not.
         """
-        n = N[: len(state.phi)]
-        mass = N.new_zeros(len(self.may_be_empty)).index_add_(0, self.row, n)
-        if len(self.rates):
-            mass[self.rate_rows] = N[len(state.phi) :]
-        phi = n / mass[self.row]
+        low, high, end = self.p
+        n = N[: self.size]
+        mass = N.new_zeros(self.rows).index_add_(0, self.row, n)
+        if end < self.size:
+            mass[self.rows - (self.size - end) :] = N[self.size :]
+        phi = n / mass.index_select(0, self.row)
         if not float(mass.amin()) > 0:
             if not bool(((mass > 0) | self.may_be_empty).all()):
                 raise Handover
@@ -149,13 +162,12 @@ class Naturals:
             phi = torch.where(self.free, phi, state.phi)
         if self.rounding is not None:
             phi = phi.to(self.rounding).to(torch.float64)
-            if len(self.halves[0]):
-                rest = 1 - phi[self.halves[0]]
-                if bool(((rest == 0) & (n[self.halves[1]] > 0)).any()):
+            if low < high:
+                rest = torch.sub(1, phi[low:high], out=phi[high:end])
+                if not float(rest.amin()) > 0 and bool(((rest == 0) & (n[high:end] > 0)).any()):
                     raise Handover
-                phi[self.halves[1]] = rest
         eta = self._eta(phi)
-        return State(phi, eta), (N * (eta - state.eta)).sum()
+        return State(phi, eta), torch.dot(N, eta - state.eta)
 
     def values(self, state: State) -> dict[str, Tensor]:
         """The parameters that M-steps change, at a state."""
@@ -197,39 +209,60 @@ def naturals(
         None where no group is linear.
     """
     linears = _linears(graph, updates, eligible)
-    device = graph.groups[0].value.device
-    blocks: list[Block] = []
-    positions: dict[int, Tensor] = {}
-    known: dict[str, Block] = {}
-    for g, form in linears.items():
-        group, kind = graph.groups[g], form.rule.kind
-        binding = group.bindings[form.argument]
-        argument = group.arguments[form.argument].detach()
-        at = torch.full(argument.shape, -1, dtype=torch.long, device=device)
-        for s in binding.selections:
-            if s.param not in known:
-                value, end = values[s.param], blocks[-1].end if blocks else 0
-                free = not isinstance(updates[s.param].update, Fixed)
-                known[s.param] = Block(s.param, kind, end, tuple(value.shape), value.dtype, free)
-                blocks.append(known[s.param])
-            at = torch.where(s.index >= 0, s.index + known[s.param].start, at)
-        if bool((at < 0).any()):
-            end = blocks[-1].end if blocks else 0
-            shape, dtype = tuple(argument.shape), argument.dtype
-            blocks.append(Block("", kind, end, shape, dtype, False, argument))
-            own = torch.arange(argument.numel(), device=device).reshape(shape) + end
-            at = torch.where(at < 0, own, at)
-        positions[g] = at
+    blocks = _blocks(graph, updates, values, linears)
     coarse = {b.dtype for b in blocks if b.is_free}
     if len(coarse) != 1:  # nothing that is free, or more than one rounding
         return None
-    complement, tail = _partners(blocks, device)
-    features = {
-        g: (_features(form, positions[g], complement, tail), form.base)
-        for g, form in linears.items()
-    }
+    device = graph.groups[0].value.device
+    starts = {b.param or b.group: b.start for b in blocks}
+    counts = {kind: sum(b.numel for b in blocks if b.kind is kind) for kind in KINDS}
+    P, size = counts[Kind.PROBABILITY], sum(counts.values()) + counts[Kind.PROBABILITY]
+    features: dict[int, tuple[list[Feature], Tensor]] = {}
+    for g, form in linears.items():
+        group = graph.groups[g]
+        shape = group.arguments[form.argument].shape
+        own = torch.arange(shape.numel(), device=device).reshape(shape) + starts.get(g, 0)
+        at = torch.full_like(own, -1)
+        for s in group.bindings[form.argument].selections:
+            at = torch.where(s.index >= 0, s.index + starts[s.param], at)
+        at = torch.where(at < 0, own, at)
+        features[g] = (_features(form, at, P, size - counts[Kind.RATE], size), form.base)
     read = [f.columns.reshape(-1) for listed, _ in features.values() for f in listed]
-    return _layout(blocks, torch.cat(read), coarse.pop(), device), features
+    return _layout(blocks, counts, torch.cat(read), coarse.pop(), device), features
+
+
+def _blocks(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+    linears: Mapping[int, Linear],
+) -> list[Block]:
+    """The blocks of φ: of parameters, and of what no parameter reaches; by kind."""
+    found: list[Block] = []
+    seen: set[str] = set()
+    for g, form in linears.items():
+        binding, kind = graph.groups[g].bindings[form.argument], form.rule.kind
+        argument = graph.groups[g].arguments[form.argument].detach()
+        reached = torch.zeros(argument.shape, dtype=torch.bool, device=argument.device)
+        for s in binding.selections:
+            reached |= s.index >= 0
+            if s.param not in seen:
+                seen.add(s.param)
+                free = not isinstance(updates[s.param].update, Fixed)
+                value = values[s.param]
+                found.append(Block(s.param, kind, 0, tuple(value.shape), value.dtype, free))
+        if not bool(reached.all()):
+            shape, dtype = tuple(argument.shape), argument.dtype
+            found.append(Block("", kind, 0, shape, dtype, False, argument, g))
+    out, start = [], 0
+    for kind in KINDS:
+        own = [b for b in found if b.kind is kind]
+        for b in own:
+            out.append(replace(b, start=start))
+            start += b.numel
+        if kind is Kind.PROBABILITY:  # the complements
+            start += sum(b.numel for b in own)
+    return out
 
 
 def _linears(
@@ -292,70 +325,61 @@ def _feature_cells(group: Group) -> int:
     return group.value.numel() * (1 if group.family.event_dim else width)
 
 
-def _partners(blocks: Sequence[Block], device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each element of φ, where its complement is in φ, and a rate's place in the tail of η."""
-    size = blocks[-1].end
-    complement = torch.arange(size, device=device)
-    tail = torch.full((size,), -1, dtype=torch.long, device=device)
-    at = size
-    for b in blocks:
-        if b.kind is Kind.PROBABILITY:
-            complement[b.start : b.start + b.numel] += b.numel
-        elif b.kind is Kind.RATE:
-            tail[b.start : b.end] = torch.arange(b.numel, device=device) + at
-            at += b.numel
-    return complement, tail
+def _features(form: Linear, at: Tensor, P: int, first_rate: int, size: int) -> list[Feature]:
+    """What of the data multiplies which elements of η.
 
-
-def _features(form: Linear, at: Tensor, complement: Tensor, tail: Tensor) -> list[Feature]:
+    Args:
+        form: The linear form.
+        at: Where the argument is in φ.
+        P: How many probabilities there are: their complements are so much further on.
+        first_rate: The first rate in φ.
+        size: Of φ; the tail of η begins there.
+    """
     if form.rule.kind is Kind.SIMPLEX:
         return [Feature(form.n, at)]
     if form.rule.kind is Kind.PROBABILITY:
-        return [Feature(form.n, at), Feature(form.d - form.n, complement[at])]
-    return [Feature(form.n, at), Feature(form.d, tail[at])]
+        return [Feature(form.n, at), Feature(form.d - form.n, at + P)]
+    return [Feature(form.n, at), Feature(form.d, at - first_rate + size)]
 
 
 def _layout(
-    blocks: Sequence[Block], read: Tensor, dtype: torch.dtype, device: torch.device
+    blocks: Sequence[Block],
+    counts: Mapping[Kind, int],
+    read: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Naturals:
     """What the M-step needs to know about φ.
 
     Args:
         blocks: What is where.
+        counts: Elements of each kind.
         read: The elements of η that any group reads.
         dtype: Of the free parameters.
         device: Where all of it goes.
     """
-    rows, rates, rate_rows, low, high = [], [], [], [], []
-    simplex, free, n_rows = [], [], 0
+    rows: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+    kept, n_rows = [], 0
+    free: dict[Kind, list[bool]] = {kind: [] for kind in KINDS}
     for b in blocks:
         each = torch.arange(b.numel, device=device)
         row = each // b.shape[-1] if b.kind is Kind.SIMPLEX else each
-        row = row + n_rows
-        if b.kind is Kind.PROBABILITY:
-            low.append(each + b.start)
-            high.append(each + b.start + b.numel)
-            row = torch.cat([row, row])
-        elif b.kind is Kind.RATE:
-            rates.append(each + b.start)
-            rate_rows.append(row)
-        rows.append(row)
-        new = int(row.max()) + 1 - n_rows
-        simplex += [b.kind is Kind.SIMPLEX or not b.is_free] * new
-        free += [b.is_free] * (b.end - b.start)
+        new = b.numel // b.shape[-1] if b.kind is Kind.SIMPLEX else b.numel
+        rows[b.kind].append(row + n_rows)
+        free[b.kind] += [b.is_free] * b.numel
+        kept += [b.kind is Kind.SIMPLEX or not b.is_free] * new
         n_rows += new
-    none = torch.empty(0, dtype=torch.long, device=device)
-    row = torch.cat(rows)
-    is_free = torch.tensor(free, device=device)
+    simplex, p, rates = KINDS
+    row = torch.cat([*rows[simplex], *rows[p], *rows[p], *rows[rates]])
+    is_free = torch.tensor(free[simplex] + free[p] + free[p] + free[rates], device=device)
     unused = torch.ones(n_rows, dtype=torch.bool, device=device)
     unused[row[read[read < len(row)]]] = False
+    low = counts[simplex]
     return Naturals(
         blocks,
         row,
-        torch.tensor(simplex, device=device) | unused,
-        torch.cat([none, *rates]),
-        torch.cat([none, *rate_rows]),
+        torch.tensor(kept, device=device) | unused,
+        (low, low + counts[p], low + 2 * counts[p]),
         None if bool(is_free.all()) else is_free,
         None if dtype == torch.float64 else dtype,
-        (torch.cat([none, *low]), torch.cat([none, *high])),
     )

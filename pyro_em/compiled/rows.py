@@ -124,11 +124,12 @@ class Rows:
                 sums.add("evidence", log_p.sum())
             else:
                 own = self.repeats[rows]
-                weights.mul_(own.to(weights.dtype) / mass)
-                sums.add("evidence", torch.dot(log_p.to(own.dtype), own))
+                weights.mul_(own / mass)
+                sums.add("evidence", torch.dot(log_p, own))
             sums.add("mass", weights.sum(1, dtype=torch.float64))
             if self.linear is not None:
-                sums.add("linear", weights.to(torch.float64) @ self.linear.phi[:, rows].T)
+                wide = weights if weights.dtype == torch.float64 else weights.double()
+                sums.add("linear", wide @ self.linear.phi[:, rows].T)
             for g, rule in self.normals.items():
                 sums.add(g, rule.moments(at.prepared[g], weights, features[g]))
             for g, part in parts.items():
