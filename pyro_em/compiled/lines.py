@@ -92,7 +92,7 @@ class Lines:
     def width(self) -> int:
         """Numbers per row that a chunk holds."""
         d, K = self.x.shape[0], self.columns.shape[0]
-        return (0 if self.squares is not None else d * (d + 1) // 2) + 4 * K
+        return (0 if self.squares is not None else d * (d + 1) // 2) + 2 * K
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -141,7 +141,7 @@ class Lines:
         x, squares, e = features
         r = weights.to(torch.float64)
         weighted = r * e
-        rest = (weighted.unsqueeze(1) @ e.unsqueeze(2)).squeeze(2)
+        rest = (weighted * e).sum(1, keepdim=True)
         return torch.cat([r @ squares.T, weighted @ x.T, rest], 1)
 
     def correction(self, at: Fit, moments: Tensor, mass: Tensor) -> float:
