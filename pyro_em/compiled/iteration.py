@@ -116,9 +116,10 @@ class Iteration:
             out |= self.naturals.values(at.natural)
         for g, own in self.owned.items():
             out |= own.values(at.components[g])
-        return out
+        # Steps are made in inference mode, which costs less; who reads values must not notice.
+        return {name: v.clone() if v.is_inference() else v for name, v in out.items()}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def e_step(self, at: At) -> Point:
         """The E-step at some parameters.
 
@@ -137,7 +138,7 @@ class Iteration:
             if a.dtype.is_floating_point
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def m_step(self, point: Point) -> tuple[At, float]:
         """The M-step from an E-step.
 

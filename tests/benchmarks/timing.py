@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -77,6 +78,10 @@ def measure(case: Case) -> Row:
     try:
         ours, theirs = case.make()
         ours(case.few), theirs(case.few)  # warm
+        # What earlier cases left behind is not collected in the middle of a round.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
         mine, yours = [], []
         for _ in range(case.rounds):
             mine.append(per_iteration(ours, case.few, case.many))
