@@ -23,7 +23,7 @@ from pyro_em.compiled.step import NormalRows, Sums, checked, group_sums, scatter
 from pyro_em.families.record import Statistics
 from pyro_em.graph import FactorGraph, Group
 
-_CHUNK_CELLS = 2**18
+_CHUNK_BYTES = 2**21
 _IMPOSSIBLE = -1e29
 
 
@@ -64,7 +64,8 @@ class Rows:
     def __post_init__(self) -> None:
         width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.others))
         width += sum(g.width for g in self.normals.values())
-        self.chunk = max(1024, min(16384, _CHUNK_CELLS // width))
+        single = self.linear is None and self.normals and self._is_single()
+        self.chunk = max(1024, min(16384, _CHUNK_BYTES // ((4 if single else 8) * width)))
         parts = [c.columns for c in self.cells.values()]
         parts += [k.columns for k in self.known.values()]
         self.base = sum(k.base for k in self.known.values())
@@ -88,10 +89,7 @@ class Rows:
         constant = self._constant(at)
         # In float32 the exponential of numbers far below −87 is slow; a weight of e⁻⁸⁰ counts nothing.
         # A weight of exactly zero has to stay.
-        may_clamp = self.linear is None and not self.others
-        may_clamp = may_clamp and all(
-            isinstance(r, Gaussian) and r.x.dtype == torch.float32 for r in self.normals.values()
-        )
+        may_clamp = self.linear is None and not self.others and self._is_single()
         may_clamp = may_clamp and bool((constant > _IMPOSSIBLE).all())
         theta = None if self.linear is None else at.eta[self.linear.columns]
         sums = _Collected()
@@ -135,6 +133,12 @@ class Rows:
             for g, part in parts.items():
                 sums.add_statistics(g, self._counted(part, weights, at.arguments[g]))
         return self._summed(at, sums)
+
+    def _is_single(self) -> bool:
+        """Whether all Normal groups are Gaussian components in float32."""
+        return all(
+            isinstance(r, Gaussian) and r.x.dtype == torch.float32 for r in self.normals.values()
+        )
 
     def _constant(self, at: At) -> Tensor:
         """Log densities that no row reaches. # (K, 1)"""
