@@ -114,7 +114,8 @@ class Program:
         """Counts of in-place writes to what the graph holds of the data."""
         held = [t for g in self.graph.groups for t in (g.value, g.mask) if t is not None]
         held += [b.constant for g in self.graph.groups for b in g.bindings.values()]
-        return tuple(t._version for t in held)
+        # Tensors made in inference mode have no count, and cannot be written outside it.
+        return tuple(0 if t.is_inference() else t._version for t in held)
 
     def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
         """The factors at the current parameters, or of a compiled program at other values."""
