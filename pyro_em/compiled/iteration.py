@@ -24,6 +24,7 @@ from pyro_em.compiled.forms import expected_log_density, main_rule
 from pyro_em.compiled.gaussians import owned
 from pyro_em.compiled.layout import Arguments, arguments_of, collapsed, collapsed_updates
 from pyro_em.compiled.lines import Lines, as_lines
+from pyro_em.compiled.memory import keep_freed_memory
 from pyro_em.compiled.natural import Naturals, State, naturals
 from pyro_em.compiled.rows import Rows, as_rows, distinct, shape_of_rows
 from pyro_em.compiled.solve import Solver, solvers_of
@@ -270,6 +271,7 @@ def compile_iteration(
     solved = {s.update.name for s in solvers}
     reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
     evaluators = [arguments_of(group, values) for group in graph.groups]
+    keep_freed_memory()
     return Iteration(graph, kernel, layout, components, solvers, evaluators, others, reached)
 
 
