@@ -730,7 +730,8 @@ def test_an_interrupt_in_the_last_verification(monkeypatch: pytest.MonkeyPatch) 
     assert calls == 3 and result.status is EMStatus.INTERRUPTED and result.num_steps == 5
 
 
-def test_the_first_step_is_verified_at_once() -> None:
+@pytest.mark.parametrize("how", ["alone", "callbacks", "steps"])
+def test_the_first_step_is_verified_at_once(how: str) -> None:
     """A branch far from the start: the first M-step crosses it, and the fit goes on without kernels."""
 
     def model(x: Tensor) -> None:
@@ -741,10 +742,16 @@ def test_the_first_step_is_verified_at_once() -> None:
             pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
 
     x = torch.cat([torch.randn(30), torch.randn(30) + 20])
+    em = ExactPosteriorEM(model)
     with pytest.warns(Warning, match=r"argument 'loc': it is not what the compiled plan predicts"):
-        result = ExactPosteriorEM(model).fit(x, max_steps=8, progress=False)
+        if how == "steps":
+            found = list(itertools.islice(em.steps(x), 9))[-1].log_evidence
+        else:
+            callbacks = [lambda step: None] if how == "callbacks" else []
+            result = em.fit(x, max_steps=8, progress=False, callbacks=callbacks)
+            found = result.log_evidence
     again = ExactPosteriorEM(model).elbo(x).log_evidence
-    assert result.log_evidence == pytest.approx(again, rel=1e-10)
+    assert found == pytest.approx(again, rel=1e-10)
 
 
 @pytest.mark.parametrize("case", ["Gaussian, full", "chains, Gaussian"])
