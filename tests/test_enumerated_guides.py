@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM
 
-from .test_variational import T, assert_mean, gradients, leaf, variational
+from .test_variational import T, assert_mean, gradients, hierarchy_guide, leaf, variational
 
 GIVEN = {"strategy": {"[abcy]": "guide"}}  # the rest is summed exactly
 
@@ -37,16 +37,6 @@ def nested(x):
             c = pyro.sample("c", dist.Bernoulli(0.3 + 0.2 * b))
             z = pyro.sample("z", dist.Categorical(T([0.3, 0.7])))
             pyro.sample("x", dist.Normal(c + b - a + T([-1.0, 2.0])[z], 1.0), obs=x)
-
-
-def nested_guide(x):
-    a = pyro.sample("a", dist.Bernoulli(logits=pyro.param("la", T(0.3))))
-    lb = pyro.param("lb", T([[0.4, -0.2], [0.1, 0.6]]))
-    lc = pyro.param("lc", T(0.5))
-    with pyro.plate("g", 2, dim=-2):
-        b = pyro.sample("b", dist.Categorical(logits=lb[:, None, :]))
-        with pyro.plate("n", x.shape[1], dim=-1):
-            pyro.sample("c", dist.Bernoulli(logits=lc + b - a))
 
 
 def nested_bound(x, la, lb, lc, batch: float = 1.0):
@@ -79,9 +69,9 @@ def nested_bound(x, la, lb, lc, batch: float = 1.0):
 
 
 @pytest.mark.parametrize("batch", [1.0, 3.0])
-def test_nested_guides_are_summed_to_1e_8(batch: float) -> None:
+def test_hierarchy_guides_are_summed_to_1e_8(batch: float) -> None:
     x = T([[0.3, 1.0, -0.2], [1.5, 0.1, 2.0]])
-    em = ExactPosteriorEM(nested, nested_guide, **GIVEN)
+    em = ExactPosteriorEM(nested, hierarchy_guide, **GIVEN)
     v = variational(em, x)
     assert v.routing.enumerated == ("a", "b", "c") and v.routing.exact == ("z",)
     theta = [T(s, requires_grad=True) for s in (0.3, [[0.4, -0.2], [0.1, 0.6]], 0.5)]
@@ -95,7 +85,7 @@ def test_nested_guides_are_summed_to_1e_8(batch: float) -> None:
 
 def test_the_plan_and_the_terms_of_a_bound_without_draws() -> None:
     x = T([[0.3, 1.0, -0.2], [1.5, 0.1, 2.0]])
-    em = ExactPosteriorEM(nested, nested_guide, **GIVEN)
+    em = ExactPosteriorEM(nested, hierarchy_guide, **GIVEN)
     plan = em.plan(x)
     for route in plan.routes:
         words = "exact sum" if route.site == "z" else "enumerated in the guide"
