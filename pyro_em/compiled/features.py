@@ -28,6 +28,36 @@ _FEW_CELLS = 2**20
 _LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
 
 
+def upper_pairs(D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs i ≤ j, row by row. # (P,) each"""
+    pairs = torch.triu_indices(D, D, device=device)
+    return pairs[0], pairs[1]
+
+
+def unfolding(D: int, device: torch.device) -> Tensor:
+    """For each element of a symmetric matrix its place among the `upper_pairs`. # (D * D,)"""
+    i, j = upper_pairs(D, device)
+    out = torch.zeros(D, D, dtype=torch.long, device=device)
+    out[i, j] = out[j, i] = torch.arange(len(i), device=device)
+    return out.reshape(-1)
+
+
+def products(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x_i x_j of the `upper_pairs`, one row of products after the other. # (P, rows)
+
+    Args:
+        x: # (D, rows)
+        out: Where they go.
+    """
+    D = len(x)
+    out = x.new_empty(D * (D + 1) // 2, x.shape[1]) if out is None else out
+    at = 0
+    for i in range(D):
+        torch.mul(x[i], x[i:], out=out[at : at + D - i])
+        at += D - i
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """The components at some arguments.
@@ -82,14 +112,9 @@ class Gaussian:
         D = self.x.shape[0]
         low, high = torch.aminmax(self.x, dim=1)
         self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
-        pairs = torch.triu_indices(D, D, device=self.x.device)
-        self.upper = (pairs[0], pairs[1])
-        full = torch.zeros(D, D, dtype=torch.long, device=self.x.device)
-        full[pairs[0], pairs[1]] = full[pairs[1], pairs[0]] = torch.arange(
-            pairs.shape[1], device=self.x.device
-        )
-        self.full = full.reshape(-1)
-        self.halved = torch.where(pairs[0] == pairs[1], -0.5, -1.0).to(torch.float64)
+        i, j = self.upper = upper_pairs(D, self.x.device)
+        self.full = unfolding(D, self.x.device)
+        self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
         # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
         if self.width * self.x.shape[1] <= _FEW_CELLS:
             self.kept = self._features(self.x)
@@ -200,10 +225,7 @@ class Gaussian:
         D, P = x.shape[0], len(self.upper[0])
         out = x.new_empty(D + P, x.shape[1])
         out[:D] = x
-        at = D
-        for i in range(D):  # the pairs (i, i), (i, i + 1), …, as triu_indices has them
-            torch.mul(x[i], x[i:], out=out[at : at + D - i])
-            at += D - i
+        products(x, out[D:])
         return out
 
     def moments(self, p: Prepared, weights: Tensor, features: Tensor) -> Tensor:

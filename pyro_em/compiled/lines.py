@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.binding import Binding
+from pyro_em.compiled.features import products, unfolding
 from pyro_em.compiled.layout import whole_parameter
 from pyro_em.compiled.step import Handover
 from pyro_em.graph import FactorGraph, Group
@@ -78,15 +79,10 @@ class Lines:
     squares: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        d, device = self.x.shape[0], self.x.device
-        pairs = torch.triu_indices(d, d, device=device)
-        full = torch.zeros(d, d, dtype=torch.long, device=device)
-        full[pairs[0], pairs[1]] = full[pairs[1], pairs[0]] = torch.arange(
-            pairs.shape[1], device=device
-        )
-        self.full = full.reshape(-1)
+        d = self.x.shape[0]
+        self.full = unfolding(d, self.x.device)
         # Few products are kept, so that memory stays within three times the data.
-        self.squares = _products(self.x) if d <= 4 else None
+        self.squares = products(self.x) if d <= 4 else None
 
     @property
     def width(self) -> int:
@@ -124,7 +120,7 @@ class Lines:
     def features(self, rows: slice, at: Fit) -> tuple[Tensor, Tensor, Tensor]:
         """Covariates, their products and residuals. # (d, rows), (P, rows), (K, rows)"""
         x = self.x[:, rows]
-        squares = _products(x) if self.squares is None else self.squares[:, rows]
+        squares = products(x) if self.squares is None else self.squares[:, rows]
         return x, squares, torch.addmm(self.y[:, rows], at.slopes, x, alpha=-1)
 
     def log_density(
@@ -194,11 +190,6 @@ class Lines:
             raise Handover
         gain = -each * (sigma / at.sigma).log() - 0.5 * (rest * sigma**-2 - q * precision)
         return Fit(beta, slopes, sigma), gain.sum()
-
-
-def _products(x: Tensor) -> Tensor:
-    """x_i x_j for i ≤ j, in the order of `torch.triu_indices`. # (P, rows)"""
-    return torch.cat([x[i] * x[i:] for i in range(len(x))])
 
 
 def as_lines(
