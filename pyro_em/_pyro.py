@@ -897,6 +897,14 @@ def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None
         parameter.unconstrained.copy_(transform.inv(value))
 
 
+def is_real(constraint: constraints.Constraint) -> bool:
+    """Whether every number is allowed."""
+    base = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    return type(base) is type(constraints.real)
+
+
 def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
     """The current constrained values by name, tensors of their own."""
     return {name: p.value() for name, p in parameters.items()}

@@ -34,6 +34,7 @@ from pyro_em._pyro import (
     has_finite_support,
     is_discrete,
     is_latent,
+    is_real,
     is_subsample,
     tensors_of,
     unwrap,
@@ -469,7 +470,7 @@ class AutoAmortizedNormal(_AutoAmortized):
 
     def _image(self, prior: Any, loc: Tensor, scale: Tensor) -> Any:
         fn = dist.Normal(loc, scale).to_event(len(_free_shape(prior)))
-        if _is_real(prior.support):
+        if is_real(prior.support):
             return fn  # a plain Normal, so that its divergence from another is analytic
         # The cache spares inverting the bijection, which is inexact at the ends of an interval.
         return dist.TransformedDistribution(fn, [biject_to(prior.support).with_cache(1)])
@@ -642,12 +643,6 @@ def depends_on_tensors(constraint: Any) -> bool:
     parts = vars(constraint).values()
     inner = [p for p in parts if isinstance(p, constraints.Constraint)]
     return any(isinstance(p, Tensor) for p in parts) or any(map(depends_on_tensors, inner))
-
-
-def _is_real(constraint: Any) -> bool:
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint is constraints.real
 
 
 def _free_shape(fn: Any) -> torch.Size:

@@ -458,13 +458,8 @@ def _unconstrained_simplexes(
         if u.kind is Kind.SIMPLEX
         and all(use.rule.link.name == "identity" and not use.selection.maps for use in u.uses)
         and not isinstance(u.update, Fixed)
-        and _is_real(graph.parameters[name].constraint)
+        and _pyro.is_real(graph.parameters[name].constraint)
     ]
-
-
-def _is_real(constraint: constraints.Constraint) -> bool:
-    base = getattr(constraint, "base_constraint", constraint)
-    return base is constraints.real
 
 
 def _collapsing_priors(graph: FactorGraph) -> list[str]:

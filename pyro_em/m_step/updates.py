@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em._errors import UsageError, message
-from pyro_em._pyro import Role
+from pyro_em._pyro import Role, is_real
 from pyro_em.binding import Binding, Selection
 from pyro_em.families import Kind, Rule, conjugate
 from pyro_em.graph import FactorGraph, Group
@@ -157,7 +157,7 @@ def decide_updates(
                 continue
             for p in binding.params:
                 is_mean = decided[p].kind is Kind.MEAN and _is_plain_mean(decided[p])
-                is_mean = is_mean and _is_real(graph.parameters[p].constraint)
+                is_mean = is_mean and is_real(graph.parameters[p].constraint)
                 if p not in least_squares and is_mean:
                     least_squares.add(p)
                     changed = True
@@ -221,7 +221,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"{binding.reason} in {where}"
             elif binding.how == "affine":
                 affine = True
-                if not _is_real(constraint):
+                if not is_real(constraint):
                     weakest = weakest or f"its constraint {constraint} bounds {where}"
             else:
                 use, problem = _as_use(graph, g, argument, binding, name)
@@ -364,13 +364,6 @@ def _disagreement(uses: Sequence[Use]) -> str:
     return ""
 
 
-def _is_real(constraint: constraints.Constraint) -> bool:
-    base = constraint
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    return type(base) is type(constraints.real)
-
-
 def bounds(constraint: constraints.Constraint) -> tuple[float, float] | None:
     """The interval in which each element of a parameter may lie; None if it is no interval."""
     base: Any = constraint
@@ -396,7 +389,7 @@ def _outside(use: Use, constraint: constraints.Constraint) -> str:
     base: Any = constraint
     while isinstance(base, constraints.independent):
         base = base.base_constraint
-    if _is_real(constraint):
+    if is_real(constraint):
         return ""
     if kind.event_dim == 0:
         return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
