@@ -38,6 +38,18 @@ def by_torch(way: Callable[..., forward_backward._Messages], every: int | None =
     return found
 
 
+def as_on_a_gpu(way: Way) -> Way:
+    """The same with torch's operations, as tensors elsewhere need them."""
+
+    def found(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Found:
+        elsewhere = forward_backward._tiny_operations(torch.device("meta"), A.shape[0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(forward_backward, "_tiny_operations", lambda *_: elsewhere)
+            return way(likelihood, A, weight)
+
+    return found
+
+
 def without_numba(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Found:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_backward, "_HAS_NUMBA", False)
@@ -70,6 +82,8 @@ WAYS: dict[str, Way] = {
     "one loop": by_torch(forward_backward._one_loop),
     "one loop, normalised at every step": by_torch(forward_backward._one_loop, 1),
     "two levels": by_torch(forward_backward._two_levels),
+    "one loop, as on a GPU": as_on_a_gpu(by_torch(forward_backward._one_loop)),
+    "two levels, as on a GPU": as_on_a_gpu(by_torch(forward_backward._two_levels)),
 }
 
 
@@ -233,7 +247,7 @@ def test_zeros_and_certainties(
     rare = {
         "one loop": forward_backward._one_loop,
         "two levels": forward_backward._two_levels,
-    }.get(name)
+    }.get(name.removesuffix(", as on a GPU"))
     kept = rare is None or bool(rare(likelihood.permute(1, 2, 0), A).are_kept())
     assert kept or make is informative
     assert rare is None or make is left_to_right or not (kept and T == 130)

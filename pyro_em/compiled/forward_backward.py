@@ -18,8 +18,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,7 +78,7 @@ def smooth(
     B, T, K = likelihood.shape
     steps = likelihood.permute(1, 2, 0)
     # Two levels multiply matrices where one multiplies vectors, but in √T steps.
-    least, most = (100, 3000) if likelihood.device.type == "cpu" else (16, 2**18)
+    least, most = (100, 1500) if likelihood.device.type == "cpu" else (16, 2**18)
     few = least <= T and most >= B * K * K
     messages = (_two_levels if few else _one_loop)(steps, A)
     if not bool(messages.are_kept()):
@@ -186,23 +189,31 @@ def _propagate(
     taken = {*range(every - 1, S, every), *ends}
     # The first direction of v_s is overwritten by the second of v_{s+1}: it has been used.
     v = likelihood.new_empty(S + 1, K, N)
-    move, multiply, shape = torch.stack((A.T, A)), torch.bmm, [2, K, N]
+    move, shape = torch.stack((A.T, A)), [2, K, N]
     if K <= 16:  # one product with zeros is quicker than two
-        move, multiply, shape = torch.block_diag(A.T, A), torch.mm, [2 * K, N]
+        move, shape = torch.block_diag(A.T, A), [2 * K, N]
     pairs = v.as_strided((S, 2, K, N), (K * N, K * N, N, 1))
-    moves = pairs.view(S, *shape).unbind(0)[::-1]
-    steps = likelihood.view(S, *shape).unbind(0)
-    moves[0].copy_(start.reshape(shape))
-    torch.mul(moves[0], steps[0], out=steps[0])
+    moves, steps = pairs.view(S, *shape), likelihood.view(S, *shape)
+    moves[-1].copy_(start.reshape(shape))
+    steps[0].mul_(moves[-1])
     if 0 in taken:
         _normalise(likelihood[0], norms[0])
-    last = steps[0]
-    for s, (moved, step) in enumerate(zip(moves[1:], steps[1:], strict=True), 1):
-        multiply(move, last, out=moved)
-        last = step.mul_(moved)
-        if s in taken:
-            _normalise(likelihood[s], norms[s])
+    multiply, times, as_array = _tiny_operations(likelihood.device, K)
+    matrix, outs, rows = as_array(move), list(as_array(moves))[-2::-1], list(as_array(steps))
+    with np.errstate(all="ignore"):  # whether mass was lost is read from the norms
+        for s, out in enumerate(outs, 1):
+            multiply(matrix, rows[s - 1], out=out)
+            times(rows[s], out, out=rows[s])
+            if s in taken:
+                _normalise(likelihood[s], norms[s])
     return likelihood[:, 0], v[1:], norms.squeeze(2)
+
+
+def _tiny_operations(device: torch.device, K: int) -> tuple[Callable[..., Any], ...]:
+    """Matrix product, product, and their kind of array: a call of numpy costs half as much."""
+    if device.type == "cpu":
+        return np.dot if K <= 16 else np.matmul, np.multiply, Tensor.numpy
+    return torch.matmul, torch.mul, Tensor.detach
 
 
 def _normalise(rows: Tensor, norm: Tensor) -> None:
