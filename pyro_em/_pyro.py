@@ -26,11 +26,13 @@ from pyro import poutine
 from pyro.distributions.util import broadcast_shape as broadcast_shape_of_pyro
 from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch.distributions import biject_to, constraints, transform_to
 from torch.utils._pytree import tree_map
 
+from pyro_em._densities import add_log_probs
 from pyro_em._shadows import (
     NumbersNeeded,
     Overspent,
@@ -293,7 +295,25 @@ class RunFailed(Exception):
         self.error, self.run, self.empty_plates = error, run, empty_plates
 
 
-class ScalePlates(Messenger):
+class _SampleMessenger(Messenger):
+    """A handler of sample sites alone: the many parameters of a network pass it quickly."""
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self._pyro_sample(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self._pyro_post_sample(msg)
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        pass
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        pass
+
+
+class ScalePlates(_SampleMessenger):
     """Multiply the scale of every site inside some plates: a batch stands for all data.
 
     Args:
@@ -310,7 +330,7 @@ class ScalePlates(Messenger):
                 msg["scale"] = msg["scale"] * self.factors[frame.name]
 
 
-class FeasibleWhereMasked(Messenger):
+class FeasibleWhereMasked(_SampleMessenger):
     """Put a feasible value where an observation is masked: 0 · NaN is NaN in a gradient."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -422,7 +442,7 @@ def is_auxiliary(site: Mapping[str, Any]) -> bool:
     return bool(site["infer"].get("is_auxiliary", False))
 
 
-class GiveValues(Messenger):
+class GiveValues(_SampleMessenger):
     """Run a model with some latents at values from elsewhere, marked by their role.
 
     Args:
@@ -451,7 +471,7 @@ class GiveValues(Messenger):
             msg["infer"] = {**msg["infer"], _ROLE: self.roles[name].value}
 
 
-class GuideSites(Messenger):
+class GuideSites(_SampleMessenger):
     """Run a guide inside a model's trace: record values, rename what counts, hide the rest.
 
     Args:
@@ -482,7 +502,7 @@ class GuideSites(Messenger):
             self.values[own], self.infer[own] = msg["value"], msg["infer"]
 
 
-class HoldAt(Messenger):
+class HoldAt(_SampleMessenger):
     """Hold sites of a guide at one value of their support, everywhere in their plates.
 
     Args:
@@ -532,12 +552,20 @@ def drawn_run(
     Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
     ``unneeded`` excepted.
     """
-    with pyro.validation_enabled(False), poutine.trace() as tracer:
+    with pyro.validation_enabled(False), _SampleTrace() as tracer:
         model(*args, **kwargs)
-    tracer.trace.compute_log_prob(
-        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded
+    add_log_probs(
+        tracer.trace,
+        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded,
     )
     return Run(dict(tracer.trace.nodes), {})
+
+
+class _SampleTrace(_SampleMessenger, TraceMessenger):
+    """Record sample sites only."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        TraceMessenger._pyro_post_sample(self, msg)
 
 
 def signature_of(model: Any) -> list[inspect.Parameter]:
@@ -622,13 +650,22 @@ def seeded(seed: int | None) -> Iterator[None]:
 @contextmanager
 def parameters_read() -> Iterator[dict[str, torch.Tensor]]:
     """Collect the unconstrained tensor of every parameter that is read inside, by name."""
-    found: dict[str, torch.Tensor] = {}
-    with poutine.trace(param_only=True) as tracer:
-        yield found
-    for name, site in tracer.trace.nodes.items():
-        if site["type"] == "param" and site["value"] is not None:
-            value = site["value"]
-            found[name] = value.unconstrained() if hasattr(value, "unconstrained") else value
+    with _ParameterRecord() as record:
+        yield record.found
+
+
+class _ParameterRecord(Messenger):
+    """The unconstrained tensor of every parameter that is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, torch.Tensor] = {}
+
+    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+        value = msg["value"]
+        if value is not None:
+            own = value.unconstrained() if hasattr(value, "unconstrained") else value
+            self.found[msg["name"]] = own
 
 
 def plain_run(

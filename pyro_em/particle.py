@@ -116,7 +116,8 @@ class Particle:
         """The sum of all terms: one unbiased draw of the ELBO in nats."""
         sums = [t.value.sum() for t in self.terms]
         device = next((s.device for s in sums if s.device.type != "cpu"), sums[0].device)
-        return torch.stack([s.to(device) for s in sums]).sum()
+        first, *others = (s.to(device) for s in sums)
+        return sum(others, first)
 
     def along(self, plate: str) -> tuple[Tensor | None, Tensor]:
         """The bound per element of a plate, and the sum of what is outside it.

@@ -290,7 +290,7 @@ class Variational:
                 bound = bound + self._score_terms(particle)
             total = bound if total is None else total + bound
         assert total is not None
-        return -total / num_particles
+        return -total if num_particles == 1 else -total / num_particles
 
     def _weighted_bound(
         self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
@@ -618,7 +618,7 @@ def _onto(value: Tensor, dims: Sequence[str], score: Term) -> Tensor:
 
 
 def _require_finite(particle: Particle, bound: Tensor) -> None:
-    if bool(torch.isfinite(bound)):
+    if math.isfinite(bound.item()):
         return
     for t in particle.terms:
         if not bool(torch.isfinite(t.value).all()):
