@@ -12,6 +12,7 @@ Source: Cappé and Moulines (2009), "Online EM algorithm for latent data models"
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, UsageError, message
+from pyro_em._kept import Kept
 from pyro_em.e_step import contraction_of
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import (
@@ -43,7 +45,8 @@ Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
     """The optimiser where the user gave none."""
-    return torch.optim.Adam(parameters, lr=0.005)
+    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.Adam(parameters, lr=0.005, fused=fused)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Trainer:
         steppers: The optimisers by name.
         averages: Running averages of the closed forms' numerators and denominators.
         pending: Optimiser states that were loaded and wait for their optimisers.
-        good: Parameters whose loss was last finite, and copies of them.
+        kept: Parameters at which the loss was finite, to return to.
     """
 
     variational: Variational
@@ -168,9 +171,10 @@ class Trainer:
     steppers: dict[str, Stepper] = field(default_factory=dict)
     averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: dict[str, Any] = field(default_factory=dict)
-    good: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
     _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
-    _is_first: bool = True
+    _is_good: bool = False
+    _has_moved: bool = False
     _last: tuple[tuple, dict[str, Any], Mapping[str, float] | None] | None = None
 
     def step(
@@ -192,26 +196,28 @@ class Trainer:
             The loss (−ELBO in nats) of the first draw, at the parameters entering the step.
 
         Raises:
-            DegenerateError: If the loss or a gradient is not finite; names the step, and the
-                parameters are the last at which the loss was finite.
+            DegenerateError: If the loss or a gradient is not finite; names the step. The parameters
+                are then some at which the loss was finite: those of this step or the one before if
+                they are, else the last that were copied.
         """
+        self._is_good = self._has_moved = False
         try:
             loss = self._step(args, kwargs, factors, schedule)
-        except DegenerateError:
-            if not self._is_first or not self._is_sound():
-                self._return_to_good()
-            raise
+        except DegenerateError as error:
+            which = "last good parameters"
+            if self._has_moved or not (self._is_good or self._is_sound()):
+                self.kept.put_back()
+                if self.kept.step is not None and self.kept.step < self.steps - 1:
+                    which = f"parameters that entered step {self.kept.step}"
+            head, newline, rest = str(error).partition("\n")
+            said = f"step {self.steps}: {head} The {which} were kept."
+            raise DegenerateError(said + newline + rest) from error.__cause__
         except BaseException:  # an interrupt, or whatever the user's functions raise
-            if not self._is_first:  # half a step would belong to no step
-                self._return_to_good()
+            if self._has_moved and self.kept.step == self.steps:  # half a step is no step
+                self.kept.put_back()
             raise
         self._last = (args, kwargs, factors)
         return loss
-
-    def _return_to_good(self) -> None:
-        with torch.no_grad():
-            for parameter, copy in self.good.values():
-                parameter.copy_(copy)
 
     def _is_sound(self) -> bool:
         """Whether the present parameters have a finite loss on the batch before this one."""
@@ -232,7 +238,6 @@ class Trainer:
         factors: Mapping[str, float] | None,
         schedule: Alternating | None,
     ) -> float:
-        self._is_first = True
         if schedule is None:
             loss = self._move(args, kwargs, factors, "joint", self.optim, lambda name: True)
         else:
@@ -276,15 +281,10 @@ class Trainer:
         optim: Optimizer | pyro.optim.PyroOptim | None,
         chosen: Callable[[str], bool],
     ) -> float:
-        try:
-            with torch.enable_grad(), _pyro.parameters_read() as parameters:
-                loss = self.variational.loss(args, kwargs, self.num_particles, factors)
-        except DegenerateError as error:
-            raise DegenerateError(self._named(str(error))) from None
+        with torch.enable_grad(), _pyro.parameters_read() as parameters:
+            loss = self.variational.loss(args, kwargs, self.num_particles, factors)
+        self._is_good = True
         tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
-        if self._is_first:
-            self._remember(tensors)
-            self._is_first = False
         for p in tensors.values():
             p.grad = None
         if loss.requires_grad:
@@ -301,6 +301,11 @@ class Trainer:
                 name
             ] = p
         self._require_finite(moved)
+        if not self._has_moved:
+            whole = label == "joint" and len(by_update) == 1
+            whole = whole and not any(isinstance(w, ClosedForm) for w in wishes.values())
+            self.kept.keep(tensors, self.steps, at_once=not whole)
+            self._has_moved = True
         for key, group in by_update.items():
             wish = wishes.get(next(iter(group)))
             given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
@@ -311,15 +316,6 @@ class Trainer:
         for p in tensors.values():
             p.grad = None
         return float(loss.detach())
-
-    def _remember(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the parameters entering a step, whose loss is finite."""
-        stale = [n for n, p in tensors.items() if n not in self.good or self.good[n][0] is not p]
-        for name in stale:
-            self.good[name] = (tensors[name], torch.empty_like(tensors[name]))
-        with torch.no_grad():
-            copies = [self.good[n][1] for n in tensors]
-            torch._foreach_copy_(copies, [p.detach() for p in tensors.values()])
 
     def _wishes_for(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Update]:
         """The user's updates by name, resolved again only when parameters come or go."""
@@ -333,31 +329,27 @@ class Trainer:
         if not gradients:
             return
         device = gradients[0].device
-        norms = torch.stack([n.to(device) for n in torch._foreach_norm(gradients)])
-        if bool(torch.isfinite(norms.sum())):
+        norms = [n.to(device) for n in torch._foreach_norm(gradients)]
+        if math.isfinite(torch.stack(norms).sum().item()):
             return
-        names = [n for n, p in moved.items() if p.grad is not None]
-        bad = [n for n, norm in zip(names, norms, strict=True) if not bool(torch.isfinite(norm))]
+        bad = [
+            n
+            for n, p in moved.items()
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ]
         if not bad:  # a finite gradient whose norm overflows
             return
         raise DegenerateError(
-            self._named(
-                message(
-                    f"parameter '{bad[0]}'",
-                    "its gradient is not finite.",
-                    "a step along it would destroy the parameter",
-                    [
-                        "use a smaller learning rate",
-                        "avoid square roots and logarithms of zero in the model",
-                    ],
-                )
+            message(
+                f"parameter '{bad[0]}'",
+                "its gradient is not finite.",
+                "a step along it would destroy the parameter",
+                [
+                    "use a smaller learning rate",
+                    "avoid square roots and logarithms of zero in the model",
+                ],
             )
         )
-
-    def _named(self, text: str) -> str:
-        head, _, rest = text.partition("\n")
-        said = f"step {self.steps}: {head} The last good parameters were kept."
-        return said + ("\n" + rest if rest else "")
 
     # ------------------------------------------------------------------ closed forms on batches
 

@@ -637,6 +637,48 @@ def test_a_step_too_far_returns_to_parameters_with_a_finite_bound() -> None:
     assert torch.isfinite(T(result.elbo))
 
 
+@pytest.mark.parametrize("far", [3, 8, 13, 21])
+def test_parameters_that_broke_are_replaced_by_a_late_copy(far: int) -> None:
+    """One step is so long that the next loss is infinite."""
+    seen = []
+
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append({n: pyro.param(n).detach().clone() for n in pyro.get_param_store()})
+            if len(seen) == far + 1:
+                self.param_groups[0]["lr"] = 1e200
+            return super().step(closure)
+
+    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01))
+    em.fit(T(X), max_steps=1, seed=0, progress=False)
+    with pytest.warns(PyroEMWarning, match=f"step {far + 1}"):
+        result = em.fit(T(X), max_steps=50, progress=False)
+    assert result.status is EMStatus.DEGENERATE and len(seen) == far + 1
+    at = next(i for i, s in enumerate(seen) if all(torch.equal(s[n], result.params[n]) for n in s))
+    assert far + 1 - 8 <= at <= far
+    kept = "The last good parameters" if at == far else f"that entered step {at}"
+    says(result.message, kept, "were kept")
+
+
+def test_a_large_gradient_that_is_finite_is_followed() -> None:
+    """In single precision its norm overflows."""
+
+    def model(x):
+        a = pyro.param("a", torch.zeros(3).float())
+        with pyro.plate("n", 3):
+            h = pyro.sample("h", dist.Normal(torch.zeros(3).float(), 1.0))
+            pyro.sample("x", dist.Normal(h + 1e25 * a, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("n", 3):
+            pyro.sample("h", dist.Normal(0.5 * x, 0.7))
+
+    assert torch.isinf(torch._foreach_norm([torch.full((3,), 1e25).float()])[0])
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SGD(p, lr=1e-30))
+    em.step(torch.full((3,), 100.0).float())
+    assert bool((pyro.param("a") > 0.0).all())
+
+
 def test_an_alternating_step_that_breaks_is_undone_whole() -> None:
     model, count = breaking(0)
     em = ExactPosteriorEM(model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01))
