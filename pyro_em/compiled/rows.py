@@ -112,7 +112,7 @@ class Rows:
                 weights.clamp_(min=-80.0)
             weights.exp_()
             if may_clamp:
-                weights.masked_fill_(weights < 2e-35, 0.0)
+                torch.threshold_(weights, 2e-35, 0.0)
             mass = weights.sum(0)
             log_p = (
                 mass.log().add_(top) if top.dtype == torch.float64 else top.double() + mass.log()
