@@ -162,7 +162,7 @@ class Chain:
             arguments, fixed = at.arguments[self.couples], self.fixed[self.couples]
             statistics[self.couples] = group_sums(couples, counts, arguments, fixed, masked=True)
         for k in self.known.values():
-            log_evidence = log_evidence + torch.dot(k.f, at.eta[k.columns])
+            log_evidence = log_evidence + torch.dot(k.f, at.eta.take(k.columns))
             entries.append(k.f)
         for g in self.free:
             table = groups[g].log_density(at.arguments[g]).to(torch.float64)
@@ -187,7 +187,7 @@ class Chain:
         for g, part in self.linear.items():
             lookup = self.lookups.get(g)
             if lookup is None:
-                table = self._product(at.eta[part.columns], part.phi)
+                table = self._product(at.eta.take(part.columns), part.phi)
             else:
                 table = lookup.rows(lookup.table(at.eta))
                 table = table.reshape(-1, self.B, self.K).permute(2, 0, 1)

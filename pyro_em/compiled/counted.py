@@ -49,8 +49,8 @@ class Cells:
     def table(self, eta: Tensor) -> Tensor:
         """Log densities. # (cells,)"""
         if self.is_plain:
-            return eta[self.columns]
-        return self.base.index_add(0, self.cell, self.f * eta[self.columns])
+            return eta.take(self.columns)
+        return self.base.index_add(0, self.cell, self.f * eta.take(self.columns))
 
     def counts(self, mass: Tensor) -> Tensor:
         """What posterior masses add to the elements of η. # (entries,)"""

@@ -30,7 +30,7 @@ class Lookup:
 
     def table(self, eta: Tensor) -> Tensor:
         """Log densities of the symbols; zero where a row is masked. # (S or S + 1, K)"""
-        table = eta[self.columns]
+        table = eta.take(self.columns)
         if len(self.often) == len(table):
             return table
         return torch.cat([table, table.new_zeros(1, table.shape[1])])

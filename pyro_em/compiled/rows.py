@@ -91,7 +91,7 @@ class Rows:
         # A weight of exactly zero has to stay.
         may_clamp = self.linear is None and not self.others and self._is_single()
         may_clamp = may_clamp and bool((constant > _IMPOSSIBLE).all())
-        theta = None if self.linear is None else at.eta[self.linear.columns]
+        theta = None if self.linear is None else at.eta.take(self.linear.columns)
         sums = _Collected()
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
@@ -174,7 +174,7 @@ class Rows:
             statistics[g] = group_sums(groups[g], counts, at.arguments[g])
         entries = [t.counts(mass) for t in self.cells.values()]
         for k in self.known.values():
-            evidence = evidence + torch.dot(k.f, at.eta[k.columns])
+            evidence = evidence + torch.dot(k.f, at.eta.take(k.columns))
             entries.append(k.f)
         if self.linear is not None:
             entries.append(sums["linear"].reshape(-1))
