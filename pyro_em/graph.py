@@ -24,6 +24,7 @@ from pyro_em._shadows import OutputTooLarge, is_shadow
 from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.families import Family, family_of, given_arguments
+from pyro_em.families.pieces import log_density
 from pyro_em.findings import is_outside, mask_tensor
 from pyro_em.recurring import Recurring
 from pyro_em.structure import SiteInfo, Structure, frames_of
@@ -210,13 +211,13 @@ class Group:
         if self.family is None:
             assert self.raw is not None
             return self.raw.expand(full)
-        log_p = self.family.log_prob(
+        log_p = log_density(
+            self.family,
             self.value if value is None else value,
             self.arguments if arguments is None else arguments,
-        )
-        if self.event_dims:
-            log_p = log_p.sum(tuple(range(-self.event_dims, 0)))
-        log_p = log_p.expand(full)
+            len(full),
+            self.event_dims,
+        ).expand(full)
         if self.mask is not None and self.observed:
             log_p = torch.where(self.mask, log_p, 0.0)
         return log_p

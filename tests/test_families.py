@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_em import Family, Kind, Rule, UsageError, register_family
-from pyro_em.families import _REGISTRY, family_of
+from pyro_em import ExactPosteriorEM, Family, Kind, Rule, UsageError, register_family
+from pyro_em.families import _REGISTRY, family_of, pieces
 from pyro_em.testing import check_family
 
 P = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
@@ -91,3 +92,73 @@ def test_lookup_is_by_exact_type() -> None:
     assert family_of(masked) is _REGISTRY[dist.Normal]
     with pytest.raises(UsageError, match="Family record was expected"):
         register_family(dist.Normal)
+
+
+@pytest.mark.parametrize("piece", [3, 20, 10**6])
+@pytest.mark.parametrize("rows", ["of data", "of components", "of both", "of neither"])
+@pytest.mark.parametrize("case", CASES)
+def test_log_densities_in_pieces(
+    case: str, rows: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the pieces and whatever varies along rows, as the distribution says itself."""
+    monkeypatch.setattr(pieces, "_PIECE", piece)
+    cls, arguments = CASES[case]
+    N, K = 7, 2
+    arguments = {n: a.to(torch.float64).unsqueeze(0) for n, a in arguments.items()}
+    if "probs" in arguments and arguments["probs"].dim() == 3:  # rounded in single precision
+        arguments["probs"] /= arguments["probs"].sum(-1, keepdim=True)
+    if rows in ("of components", "of both"):
+        arguments = {n: a.expand(N, *a.shape[1:]).clone() for n, a in arguments.items()}
+    torch.manual_seed(0)
+    given = dict(arguments, **({"total_count": 5} if cls is dist.Multinomial else {}))
+    fn = cls(**given)
+    value = fn.expand([N, K]).sample()[:, :1]  # (N, 1, *event)
+    if rows in ("of components", "of neither"):
+        value = value[:1]
+    expected = fn.log_prob(value)
+    with torch.no_grad():
+        found = pieces.log_density(_REGISTRY[cls], value, arguments, 2, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert expected.shape in {(N, K), (1, K)}
+
+
+@pytest.mark.parametrize("piece", [1, 50, 10**6])
+def test_events_of_independent_dimensions_in_pieces(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", piece)
+    loc, x = torch.randn(1, 3, 4), torch.randn(11, 1, 4)
+    expected = dist.Normal(loc, 2.0).to_event(1).log_prob(x)
+    with torch.no_grad():
+        family, scale = _REGISTRY[dist.Normal], torch.full((1, 1, 1), 2.0)
+        found = pieces.log_density(family, x, {"loc": loc, "scale": scale}, 2, 1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_temporaries_of_a_posterior_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call of a family sees more events than a piece holds."""
+    monkeypatch.setattr(pieces, "_PIECE", 1000)
+    seen = []
+    family = _REGISTRY[dist.MultivariateNormal]
+    density = family.log_density
+
+    def watched(value, arguments):
+        seen.append(value.numel() * arguments["covariance_matrix"].numel() // 4)
+        return density(value, arguments)
+
+    object.__setattr__(family, "log_density", watched)
+    try:
+        x, w = torch.randn(5000, 2, dtype=torch.float64), torch.ones(2) / 2
+        mu, S = LOC.double(), COV.double()
+
+        def model(x):
+            with pyro.plate("n", len(x)):
+                z = pyro.sample("z", dist.Categorical(w))
+                pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
+
+        q = ExactPosteriorEM(model).posterior(x)
+    finally:
+        object.__setattr__(family, "log_density", density)
+    joint = dist.MultivariateNormal(mu, S).log_prob(x.unsqueeze(1)) + w.log()
+    torch.testing.assert_close(q.probs("z"), joint.softmax(-1))
+    assert len(seen) >= 20 and max(seen) <= 1000

@@ -113,25 +113,29 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
         upper = flipped.flip(-2, -1).mT
         eye = torch.eye(upper.shape[-1], dtype=upper.dtype, device=upper.device)
         tril = torch.linalg.solve_triangular(upper, eye, upper=False)
-    d = value - arguments["loc"]
-    n_batch = d.dim() - 1
+    loc = arguments["loc"]
+    n_batch = max(value.dim(), loc.dim(), tril.dim() - 1) - 1
+    value, loc = (t.reshape((1,) * (n_batch + 1 - t.dim()) + t.shape) for t in (value, loc))
     tril = tril.reshape((1,) * (n_batch + 2 - tril.dim()) + tril.shape)
     # Dimensions that share one matrix become right-hand sides of one triangular solve.
     shared = [i for i in range(n_batch) if tril.shape[i] == 1]
     own = [i for i in range(n_batch) if tril.shape[i] != 1]
-    sizes = [max(d.shape[i], tril.shape[i]) for i in own]
+    # What is small is laid out anew, not the differences.
+    value, loc = (t.permute(*own, n_batch, *shared).contiguous() for t in (value, loc))
+    d = value - loc
+    sizes = [max(n, tril.shape[i]) for n, i in zip(d.shape, own, strict=False)]
     matrix = tril.reshape([tril.shape[i] for i in own] + list(tril.shape[-2:]))
-    rows = d.permute(*own, n_batch, *shared).reshape([d.shape[i] for i in own] + [d.shape[-1], -1])
+    rows = d.flatten(len(own) + 1) if shared else d.unsqueeze(-1)
     rows = rows.expand(*sizes, *rows.shape[-2:])
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     # Inverting the small triangle once and multiplying is faster than a solve with many columns.
     white = torch.linalg.solve_triangular(matrix, eye, upper=False) @ rows
     distance = (white * white).sum(-2)
-    distance = distance.reshape(sizes + [d.shape[i] for i in shared])
+    distance = distance.reshape(sizes + list(d.shape[len(own) + 1 :]))
     order = own + shared
     distance = distance.permute([order.index(i) for i in range(n_batch)])
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * (distance + d.shape[-1] * math.log(2 * math.pi)) - log_det
+    return -0.5 * (distance + tril.shape[-1] * math.log(2 * math.pi)) - log_det
 
 
 def _laplace_statistics(value: Tensor, arguments: Arguments) -> Statistics:
