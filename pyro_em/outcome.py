@@ -60,7 +60,8 @@ def build_result(
     assert run.last is not None
     last = run.last
     if isinstance(last, Deferred):
-        log_evidence, bound, log_prior = last.objective, last.objective, 0.0
+        point = last.point
+        log_evidence, bound, log_prior = point.log_evidence, point.objective, point.log_prior
         posterior = cache(lambda: last.q)
     else:
         exact = last.q if last.q.exact else program.posterior(last.evaluation)

@@ -112,8 +112,10 @@ class Program:
 
     def data_versions(self) -> tuple[int, ...]:
         """Counts of in-place writes to what the graph holds of the data."""
-        held = [t for g in self.graph.groups for t in (g.value, g.mask) if t is not None]
-        held += [b.constant for g in self.graph.groups for b in g.bindings.values()]
+        groups = self.graph.groups
+        held = [g.value for g in groups if g.role is not Role.POINT]
+        held += [g.mask for g in groups if g.mask is not None]
+        held += [b.constant for g in groups for b in g.bindings.values()]
         # Tensors made in inference mode have no count, and cannot be written outside it.
         return tuple(0 if t.is_inference() else t._version for t in held)
 

@@ -70,13 +70,13 @@ class Deferred(Iterate):
 
     @property
     def objective(self) -> float:
-        """The log evidence, from the compiled E-step."""
+        """The log evidence plus the log prior, from the compiled E-step."""
         return self.point.objective
 
     @property
     def log_evidence(self) -> float:
-        """The same: compiled E-steps are exact and have no priors."""
-        return self.point.objective
+        """The log evidence: compiled E-steps are exact."""
+        return self.point.log_evidence
 
     def judged(self) -> Iterate:
         """The same by a full E-step, whose objective differs by rounding, on the data as they are."""

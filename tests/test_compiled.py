@@ -271,9 +271,11 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
-def steps_of(model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 8) -> Any:
+def steps_of(
+    model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 8, guide: Any = None
+) -> Any:
     """Both ways side by side from one start."""
-    program = ExactPosteriorEM(model)._ready(args, {})
+    program = ExactPosteriorEM(model, guide)._ready(args, {})
     iteration = compile_iteration(
         program.graph, program.updates, values_of(program.graph.parameters)
     )
@@ -343,7 +345,9 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------- fits
 
 
-def both_fits(monkeypatch: pytest.MonkeyPatch, model: Model, *args: Any, **how: Any) -> list[Any]:
+def both_fits(
+    monkeypatch: pytest.MonkeyPatch, model: Model, *args: Any, guide: Any = None, **how: Any
+) -> list[Any]:
     """The same fit by compiled and by full steps."""
     out = []
     for compiled in (True, False):
@@ -351,7 +355,7 @@ def both_fits(monkeypatch: pytest.MonkeyPatch, model: Model, *args: Any, **how: 
         pyro.set_rng_seed(3)
         if not compiled:
             monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
-        out.append(ExactPosteriorEM(model).fit(*args, progress=False, **how))
+        out.append(ExactPosteriorEM(model, guide).fit(*args, progress=False, **how))
     return out
 
 

@@ -21,6 +21,7 @@ class At:
         values: The parameters that neither holds.
         arguments: Of the groups that neither evaluates.
         prepared: Per Normal group what its rows are evaluated with.
+        log_prior: Of the parameters that ``natural`` does not hold, in nats.
     """
 
     natural: State | None
@@ -28,6 +29,7 @@ class At:
     values: Mapping[str, Tensor]
     arguments: Mapping[int, Mapping[str, Tensor]]
     prepared: Mapping[int, Any]
+    log_prior: Tensor | float = 0.0
 
     @property
     def eta(self) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em._pyro import Role
 from pyro_em.compiled.at import At
 from pyro_em.compiled.counted import Cells, Counted, Known, cells, counted, known
 from pyro_em.compiled.features import Gaussian, as_gaussian
@@ -290,8 +291,12 @@ class Shape:
         return [
             g
             for g, group in enumerate(graph.groups)
-            if g in self.free
-            or all(n == 1 for a in group.arguments.values() for n in a.shape[: 1 + group.n_plates])
+            if (g in self.free or g == self.couples or g in self.unary)
+            and all(
+                n == 1
+                for a in group.arguments.values()
+                for n in (() if g in self.free else a.shape[: 1 + group.n_plates])
+            )
         ]
 
 
@@ -310,6 +315,8 @@ def shape_of_chain(graph: FactorGraph) -> Shape | None:
     unary: dict[int, tuple[int, ...]] = {}
     free: list[int] = []
     for g, group in enumerate(graph.groups):
+        if group.role is Role.POINT:
+            continue
         read = [[d for d in dims if d in place] for dims in group.dims]
         degree = {len(r) for r in read}
         plates = group.dims[0][: group.n_plates]

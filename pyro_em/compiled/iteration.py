@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,9 +26,16 @@ from pyro_em.compiled.layout import Arguments, arguments_of, collapsed, collapse
 from pyro_em.compiled.lines import Lines, as_lines
 from pyro_em.compiled.memory import keep_freed_memory
 from pyro_em.compiled.natural import Naturals, State, naturals
+from pyro_em.compiled.priors import (
+    LogPrior,
+    is_plain_prior,
+    log_prior,
+    may_have_priors,
+    point_groups,
+)
 from pyro_em.compiled.rows import Rows, as_rows, distinct, shape_of_rows
 from pyro_em.compiled.solve import Solver, solvers_of
-from pyro_em.compiled.step import Handover, NormalSolver, Sums
+from pyro_em.compiled.step import IMPOSSIBLE, Handover, NormalSolver, Sums
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph
 from pyro_em.m_step import ClosedForm, Fixed, LeastSquares, ParameterUpdate
@@ -43,11 +50,17 @@ class Point:
     iteration: Iteration
     at: At
     sums: Sums
+    log_prior: float = 0.0
+
+    @property
+    def log_evidence(self) -> float:
+        """log p(x; θ) in nats."""
+        return self.sums.log_evidence
 
     @property
     def objective(self) -> float:
-        """The log evidence in nats."""
-        return self.sums.log_evidence
+        """What EM raises: the log evidence plus the log prior, in nats."""
+        return self.sums.log_evidence + self.log_prior
 
     @cached_property
     def values(self) -> dict[str, Tensor]:
@@ -68,6 +81,7 @@ class Iteration:
         evaluators: How arguments are computed, per group.
         others: Groups whose arguments the E-step or a solver reads.
         reached: Those of them whose density a solver changes.
+        prior: Of point-estimated latents.
     """
 
     graph: FactorGraph
@@ -78,6 +92,7 @@ class Iteration:
     evaluators: Sequence[Mapping[str, Arguments]]
     others: tuple[int, ...]
     reached: tuple[int, ...]
+    prior: LogPrior
 
     @torch.no_grad()
     def enter(self, values: Values) -> At:
@@ -107,7 +122,7 @@ class Iteration:
         for g, rule in self.kernel.normals.items():
             if g not in prepared and isinstance(rule, Gaussian):
                 prepared[g] = rule.prepare(arguments[g])
-        return At(natural, components, rest, arguments, prepared)
+        return At(natural, components, rest, arguments, prepared, self.prior.of_rest(rest))
 
     @torch.no_grad()
     def values(self, at: At) -> dict[str, Tensor]:
@@ -127,14 +142,23 @@ class Iteration:
         Raises:
             Handover: If the full E-step has to look.
         """
-        return Point(self, at, self.kernel.e_step(at))
+        sums = self.kernel.e_step(at)
+        log_prior = at.log_prior
+        if self.prior.counts is not None:
+            log_prior = log_prior + self.prior.of_natural(at.eta)
+        log_prior = float(log_prior)
+        if not abs(log_prior) < IMPOSSIBLE:
+            raise Handover
+        return Point(self, at, sums, log_prior)
 
     def tells_apart(self, point: Point) -> bool:
         """Whether the components differ in an argument of what is observed."""
         return any(
             _tells_apart(a.evaluate(point.values), 1 + group.n_plates, 1 + len(group.sizes))
             for group, evaluators in zip(self.graph.groups, self.evaluators, strict=True)
-            if group.observed and (group.mask is None or bool(group.mask.any()))
+            if group.observed
+            and group.role is not Role.POINT
+            and (group.mask is None or bool(group.mask.any()))
             for a in evaluators.values()
             if a.dtype.is_floating_point
         )
@@ -152,7 +176,12 @@ class Iteration:
         at, sums, gains = point.at, point.sums, []
         natural = at.natural
         if self.naturals is not None and natural is not None and sums.features is not None:
-            natural, gain = self.naturals.m_step(natural, sums.features)
+            features = sums.features
+            if self.prior.counts is not None:
+                features = features + self.prior.counts
+                if not float(features[: self.naturals.size].amin()) >= 0:
+                    raise Handover  # no mode inside
+            natural, gain = self.naturals.m_step(natural, features)
             gains.append(gain)
         components = {}
         for g, own in self.owned.items():
@@ -163,9 +192,11 @@ class Iteration:
             rest, gain = self._solve(at, sums)
             gains.append(gain)
             after = self._at(natural, components, rest)
+            if self.prior.rest:
+                gains.append(after.log_prior - at.log_prior)
         else:
             prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
-            after = At(natural, components, at.values, at.arguments, prepared)
+            after = replace(at, natural=natural, components=components, prepared=prepared)
         total = float(gains[0] if len(gains) == 1 else torch.stack(gains).sum())
         if not math.isfinite(total):
             raise Handover
@@ -261,18 +292,25 @@ def compile_iteration(
             solver = owned(g, rule, graph, own, values)
         if solver is not None:
             components[g] = solver
-    others = tuple(g for g in range(len(graph.groups)) if g not in linears and g not in components)
+    apart = {*linears, *components, *point_groups(graph)}
+    others = tuple(g for g in range(len(graph.groups)) if g not in apart)
     held = frozenset(() if layout is None else layout.params)
     held |= {name for c in components.values() for name in c.params}
     rest = {name: u for name, u in own.items() if name not in held}
     if any(isinstance(u.update, LeastSquares) for u in rest.values()):
+        return None
+    if any(own[name].priors for c in components.values() for name in c.params):
+        return None
+    natural = frozenset() if layout is None else layout.params
+    prior = log_prior(graph, own, values, layout)
+    if prior is None or not all(may_have_priors(u, graph, n in natural) for n, u in own.items()):
         return None
     solvers = solvers_of(rest, graph, values)
     solved = {s.update.name for s in solvers}
     reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
     evaluators = [arguments_of(group, values) for group in graph.groups]
     keep_freed_memory()
-    return Iteration(graph, kernel, layout, components, solvers, evaluators, others, reached)
+    return Iteration(graph, kernel, layout, components, solvers, evaluators, others, reached, prior)
 
 
 def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> bool:
@@ -281,11 +319,15 @@ def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> 
     others = [u for n, u in updates.items() if n not in exact]
     if any(not isinstance(u.update, Fixed) for u in others) or not exact:
         return False
-    if any(u.priors or u.kind is Kind.MEDIAN for u in exact.values()):
+    if any(u.kind is Kind.MEDIAN for u in exact.values()):
         return False
-    for group in graph.groups:
+    for g, group in enumerate(graph.groups):
         plain = all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale)
-        if group.role is Role.POINT or group.value_binding is not None or not plain:
+        if group.role is Role.POINT:
+            if not plain or not is_plain_prior(group, updates, g):
+                return False
+            continue
+        if group.value_binding is not None or not plain:
             return False
         if group.family is None:
             return False

@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pyro_em._pyro import Role
 from pyro_em.binding import Binding, Selection, normalised
 from pyro_em.graph import FactorGraph, Group
 from pyro_em.m_step import ParameterUpdate
 
 
 def collapsed(graph: FactorGraph) -> FactorGraph:
-    """The graph with the leading dimension of each tensor of size one where all members agree."""
+    """The graph with the leading dimension of each tensor of size one where all members agree.
+
+    Priors on point estimates are left as they are, in float64.
+    """
     return replace(graph, groups=tuple(_collapsed_group(g) for g in graph.groups))
 
 
@@ -43,6 +47,12 @@ def collapsed_updates(
 
 
 def _collapsed_group(group: Group) -> Group:
+    if group.role is Role.POINT:
+        wide = {
+            name: a.to(torch.float64) if a.is_floating_point() else a
+            for name, a in group.arguments.items()
+        }
+        return replace(group, arguments=wide)
     if len(group.members) == 1 or group.family is None:
         return group
     bindings = {name: _collapsed_binding(b) for name, b in group.bindings.items()}

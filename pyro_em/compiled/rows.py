@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pyro_em._pyro import Role
 from pyro_em.compiled.at import At
 from pyro_em.compiled.counted import Cells, Counted, Known, cells, counted, known, merged
 from pyro_em.compiled.features import Gaussian, as_gaussian
@@ -251,6 +252,8 @@ def shape_of_rows(graph: FactorGraph) -> Shape | None:
     free: list[int] = []
     for g, group in enumerate(graph.groups):
         dims = group.dims[0]
+        if group.role is Role.POINT:
+            continue
         if group.family is None or (group.event_dims and group.mask is not None):
             return None
         if name not in dims:

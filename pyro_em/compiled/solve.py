@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.compiled.layout import is_in_order
+from pyro_em.compiled.priors import contributions
 from pyro_em.compiled.step import Handover
 from pyro_em.families import Kind
 from pyro_em.families.record import Statistics
@@ -35,6 +36,7 @@ class Solver:
         interval: The interval of a scalar constraint.
         floor: The smallest variance that the user asked for.
         cells: The shape of the first use's cells.
+        prior: What conjugate priors add to numerator and denominator, or None.
     """
 
     update: ParameterUpdate
@@ -45,6 +47,7 @@ class Solver:
     interval: tuple[float, float] | None
     floor: float
     cells: tuple[int, ...]
+    prior: tuple[Tensor, Tensor] | None = None
 
     @property
     def kind(self) -> Kind:
@@ -69,11 +72,14 @@ class Solver:
             Handover: If the full M-step has to look.
         """
         kind, event = self.kind, self.kind.event_dim
-        if kind is Kind.MEAN_VECTOR and self.direct:
+        if kind is Kind.MEAN_VECTOR and self.direct and self.prior is None:
             mean = self._weighted_mean(statistics)
             if mean is not None:
                 return mean if mean.dtype == value.dtype else mean.to(value.dtype)
         n, d = self._sums(statistics, arguments, value)
+        if self.prior is not None:
+            n, d = n + self.prior[0], d + self.prior[1]
+            self._check_mode(n, d)
         natural, massless = solve_kind(kind, n, d)
         keep = massless if self.used is None else massless | ~self.used
         if kind.is_spread:
@@ -129,6 +135,17 @@ class Solver:
         assert numerator is not None and denominator is not None
         return numerator, denominator
 
+    def _check_mode(self, n: Tensor, d: Tensor) -> None:
+        """A prior may leave no mode inside; the full M-step says so."""
+        bad = {
+            Kind.SIMPLEX: lambda: n,
+            Kind.PROBABILITY: lambda: torch.minimum(n, d - n),
+            Kind.RATE: lambda: n,
+            Kind.SCALE: lambda: d,
+        }.get(self.kind)
+        if bad is not None and not bool((bad() >= 0).all()):
+            raise Handover
+
     def _check_spread(self, natural: Tensor, d: Tensor, keep: Tensor) -> None:
         """Well clear of a collapse, a floor and a lack of data; otherwise the full M-step looks."""
         assert self.magnitude is not None
@@ -169,7 +186,8 @@ def solvers_of(
         assert kind is not None
         value, event = values[name], kind.event_dim
         selections = [u.selection for u in update.uses]
-        used = used_events(selections, value, event)
+        reached = [*selections, *(p.selection for p in update.priors)]
+        used = used_events(reached, value, event)
         index = selections[0].index
         direct = (
             len(selections) == 1
@@ -188,6 +206,7 @@ def solvers_of(
                 bounds(graph.parameters[name].constraint) if event == 0 else None,
                 update.update.floor,
                 tuple(index.shape[: index.dim() - event]),
+                contributions(update, graph, value) if update.priors else None,
             )
         )
     return sorted(out, key=lambda s: 0 if s.kind.is_location else 1)

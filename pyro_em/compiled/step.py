@@ -13,7 +13,7 @@ from pyro_em.families.record import Statistics
 from pyro_em.graph import Group
 from pyro_em.statistics import group_statistics
 
-_IMPOSSIBLE = 1e25  # logarithms of zero are large finite numbers in products
+IMPOSSIBLE = 1e25  # logarithms of zero are large finite numbers in products
 
 
 class Handover(Exception):
@@ -97,7 +97,7 @@ def checked(log_evidence: Tensor, mass: Tensor, expected: float) -> float:
         Handover: If not; the full E-step says what is wrong.
     """
     value, off = float(log_evidence), float(mass.sum()) - expected
-    if not abs(value) < _IMPOSSIBLE or not abs(off) <= 1e-6 * expected:
+    if not abs(value) < IMPOSSIBLE or not abs(off) <= 1e-6 * expected:
         raise Handover
     return value
 

@@ -65,7 +65,7 @@ def closed_form(
     if blend is not None:
         numerator, denominator = blend(update.name, numerator, denominator)
     for prior in update.priors:
-        n, d = _prior_contribution(update, prior, graph, value, event)
+        n, d = prior_contribution(update, prior, graph, value, event)
         numerator, denominator = numerator + n, denominator + d
     if update.priors:
         _refuse_boundary_mode(update, graph, kind, numerator, denominator, value)
@@ -218,7 +218,7 @@ def onto_events(
     return n_out[:-1], d_out[:-1]
 
 
-def _prior_contribution(
+def prior_contribution(
     update: ParameterUpdate, prior: Prior, graph: FactorGraph, value: Tensor, event: int
 ) -> tuple[Tensor, Tensor]:
     """What a conjugate prior adds, on the parameter's events."""
