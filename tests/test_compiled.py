@@ -271,6 +271,55 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
+def weighted(weight: Tensor | float, model: Model, *args: Any) -> None:
+    with pyro.poutine.scale(scale=weight):
+        model(*args)
+
+
+def some_weights(N: int) -> Tensor:
+    return torch.distributions.Exponential(1.0).sample((N,)) + 0.01
+
+
+WEIGHTED: dict[str, tuple[Model, tuple[Any, ...], Any]] = {
+    **{
+        f"{case}, {kind}": (CASES[case][1], CASES[case][2], weight)
+        for case in CASES
+        if CASES[case][0] is Rows and case != "mixed"
+        for kind, weight in (("one number", 0.7), ("numbers", None))
+    },
+    "counts, repeated": (
+        classes,
+        ((points(300, 4) > 1).double(), 2, False),
+        torch.arange(300) % 4 + 1.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTED)
+def test_weights_count_like_repeated_rows(case: str) -> None:
+    model, args, weight = WEIGHTED[case]
+    given = some_weights(len(args[0])) if weight is None else weight
+    steps_of(weighted, (given, model, *args), Rows, steps=4)
+
+
+def test_weights_are_repeated_rows_in_a_compiled_fit() -> None:
+    x, times = points(60), torch.arange(60) % 3 + 1
+    found = []
+    start = x.repeat_interleave(times, 0)
+    for data in ((x, times.double()), (start, 1.0)):
+        pyro.clear_param_store()
+
+        def model(x: Tensor, weight: Tensor | float) -> None:
+            mu = pyro.param("mu", start[:3].clone())
+            S = pyro.param("S", torch.cov(start.T).repeat(3, 1, 1), constraint=C.positive_definite)
+            with pyro.plate("data", len(x)), pyro.poutine.scale(scale=weight):
+                z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+                pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
+
+        found.append(ExactPosteriorEM(model).fit(*data, max_steps=30, tol=0.0, progress=False))
+    np.testing.assert_allclose(found[0].history, found[1].history, rtol=1e-10)
+
+
 def steps_of(
     model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 8, guide: Any = None
 ) -> Any:
@@ -529,7 +578,11 @@ def test_a_parameter_that_a_watcher_changes_counts(how: str) -> None:
             lambda x: _two_latents(x), id="two latents"
         ),
         pytest.param(lambda x: _own_covariates(x), id="own covariates"),
-        pytest.param(lambda x: _weighted(x), id="weights"),
+        pytest.param(lambda x: _tempered(x), id="a weight of the data alone"),
+        pytest.param(lambda x: _scaled_chain(x), id="a scaled chain"),
+        pytest.param(
+            lambda x: weighted(2.0, mixed, points(), symbols(200), 3), id="scaled sites of no component"
+        ),
     ],
 )  # fmt: skip
 def test_what_has_no_kernel_keeps_the_full_step(model: Model) -> None:
@@ -554,11 +607,17 @@ def _own_covariates(x: Tensor) -> None:
         )
 
 
-def _weighted(x: Tensor) -> None:
+def _tempered(x: Tensor) -> None:
     mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
-    with pyro.plate("data", len(x)), pyro.poutine.scale(scale=2.0):
+    with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
-        pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+        with pyro.poutine.scale(scale=0.5):
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+
+def _scaled_chain(x: Tensor) -> None:
+    with pyro.poutine.scale(scale=2.0):
+        chain(symbols(5, 6), 2, "Categorical")
 
 
 # ---------------------------------------------------------------- where kernels could go wrong

@@ -10,6 +10,9 @@ full step. Inside a kernel a group of factors is evaluated in one of four ways, 
     lines       a Normal whose mean is affine in covariates (`lines`)
     others      the family's own density and statistics, and a solver per parameter (`solve`)
 
+A conjugate prior on a point estimate is a constant that the sums gain (`priors`), a sample weight is
+what a row counts (`rows`).
+
 To add a kernel: a function that recognises a collapsed graph by looking, and an ``e_step`` from `At`
 to `Sums`. Whatever is out of the ordinary raises `Handover`, and the full step judges it.
 """

@@ -33,11 +33,11 @@ from pyro_em.compiled.priors import (
     may_have_priors,
     point_groups,
 )
-from pyro_em.compiled.rows import Rows, as_rows, distinct, shape_of_rows
+from pyro_em.compiled.rows import Rows, as_rows, distinct, shape_of_rows, weights
 from pyro_em.compiled.solve import Solver, solvers_of
 from pyro_em.compiled.step import IMPOSSIBLE, Handover, NormalSolver, Sums
 from pyro_em.families import Kind
-from pyro_em.graph import FactorGraph
+from pyro_em.graph import FactorGraph, Group
 from pyro_em.m_step import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]
@@ -263,7 +263,12 @@ def compile_iteration(
     rows = shape_of_rows(graph) if chain is None else None
     repeats: Tensor | None = None
     if rows is not None:
-        graph, repeats = distinct(graph, rows)
+        weight = weights(graph, rows)
+        if weight is None:
+            return None
+        graph, repeats = distinct(graph, rows, weight)
+    elif not all(_is_unscaled(group) for group in graph.groups):
+        return None
     shape = chain or rows
     if shape is None:
         return None
@@ -313,6 +318,10 @@ def compile_iteration(
     return Iteration(graph, kernel, layout, components, solvers, evaluators, others, reached, prior)
 
 
+def _is_unscaled(group: Group) -> bool:
+    return all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale)
+
+
 def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> bool:
     """Whether all is closed forms on plain selections; by looking only."""
     exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm | LeastSquares)}
@@ -322,12 +331,11 @@ def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> 
     if any(u.kind is Kind.MEDIAN for u in exact.values()):
         return False
     for g, group in enumerate(graph.groups):
-        plain = all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale)
         if group.role is Role.POINT:
-            if not plain or not is_plain_prior(group, updates, g):
+            if not _is_unscaled(group) or not is_plain_prior(group, updates, g):
                 return False
             continue
-        if group.value_binding is not None or not plain:
+        if group.value_binding is not None:
             return False
         if group.family is None:
             return False

@@ -3,7 +3,8 @@ r"""The E-step of a mixture: one latent per row of a plate, in chunks of rows.
     log p(x_n) = log Σ_k exp ℓ_nk,   r_nk = exp(ℓ_nk − log p(x_n)),   S = Σ_n Σ_k r_nk T(x_n)
 
 Nothing of size N × K is kept: each chunk adds to the evidence and to the sufficient statistics. Rows
-that occur several times are computed once and counted as often as they occur, which is exact.
+that occur several times are computed once and counted as often as they occur, which is exact. A
+sample weight (``poutine.scale``) counts in the same way.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Rows:
         tables: Other groups that read the component but no row.
         known: Linear groups that read no component.
         free: Other groups that read no component.
-        repeats: How often each row occurs; None where each occurs once. # (N,)
+        repeats: How often each row occurs, or its weight; None where each counts once. # (N,)
     """
 
     graph: FactorGraph
@@ -185,7 +186,9 @@ class Rows:
         features = scattered(at.eta, self.columns, entries) if entries else None
         moments = {g: (sums[g], mass) for g in self.normals}
         largest = max((at.prepared[g].size for g in self.normals), default=0.0)
-        return Sums(log_evidence, features, moments, statistics, 2e-16 * self.N**0.5 * largest)
+        return Sums(
+            log_evidence, features, moments, statistics, 2e-16 * self.total / self.N**0.5 * largest
+        )
 
 
 class _Collected(dict[int | str, Tensor]):
@@ -286,7 +289,7 @@ def as_rows(
     Args:
         graph: A collapsed graph, of distinct rows where there are ``repeats``.
         shape: Its shape.
-        repeats: How often each row occurs.
+        repeats: How often each row occurs, or its weight.
         linears: Features of its linear groups.
         lines: Its groups with an affine mean.
     """
@@ -302,7 +305,7 @@ def as_rows(
                 return None
             parts.append(part)
             continue
-        single = len(groups[g].members) == 1 and groups[g].mask is None and repeats is None
+        single = len(groups[g].members) == 1 and groups[g].mask is None
         if g in lines and single:
             normals[g] = lines[g]
             continue
@@ -328,14 +331,50 @@ def as_rows(
     )
 
 
-def distinct(graph: FactorGraph, shape: Shape) -> tuple[FactorGraph, Tensor | None]:
-    """The graph with each distinct row once, and how often it occurs, where that saves work."""
+def weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
+    """What one row counts, by the scale that all its sites share; one where they have none. # (N,)
+
+    Returns:
+        None where sites of one row differ, or what is outside the rows is scaled.
+    """
+    groups, N = graph.groups, graph.dim_size(shape.plate)
+    device = groups[0].value.device
+    one = torch.ones(N, dtype=torch.float64, device=device)
+
+    def per_row(scale: Tensor | float) -> Tensor:
+        return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(-1).expand(N)
+
+    if any(s != 1.0 for g in shape.free for s in groups[g].scale if not isinstance(s, Tensor)):
+        return None
+    if any(isinstance(s, Tensor) for g in shape.free for s in groups[g].scale):
+        return None
+    scales = [s for g in (*shape.rowwise, *shape.tables) for s in groups[g].scale]
+    if all(not isinstance(s, Tensor) and s == 1.0 for s in scales):
+        return one
+    found = per_row(scales[0])
+    if any(not torch.equal(per_row(s), found) for s in scales[1:]) or not bool((found > 0).all()):
+        return None
+    return found.contiguous()
+
+
+def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGraph, Tensor | None]:
+    """The graph with each distinct row once, and what it counts, where that saves work.
+
+    Args:
+        graph: A collapsed graph.
+        shape: Its shape.
+        weight: What one row counts. # (N,)
+
+    Returns:
+        The graph, and what each of its rows counts; None where that is one.
+    """
     N = graph.dim_size(shape.plate)
+    own = None if bool((weight == 1).all()) else weight
     columns = []
     for g in shape.rowwise:
         group = graph.groups[g]
         if _varies(group):
-            return graph, None
+            return graph, own
         for t in (group.value, group.mask):
             if t is not None and t.shape[1] > 1:
                 columns.append(t.transpose(0, 1).reshape(N, -1))
@@ -343,15 +382,16 @@ def distinct(graph: FactorGraph, shape: Shape) -> tuple[FactorGraph, Tensor | No
     # A glance at few rows tells real numbers from counts.
     few = [c[:: max(1, N // 64)] for c in wide]
     if not columns or any(bool((c != c.round()).any()) for c in few):
-        return graph, None
+        return graph, own
     rows = torch.cat([c.to(torch.float64) for c in columns], 1)
     _, inverse, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
     if 2 * len(counts) > N:
-        return graph, None
+        return graph, own
     first = torch.full_like(counts, N).scatter_reduce(
         0, inverse, torch.arange(N, device=counts.device), "amin"
     )
     kept = list(graph.groups)
     for g in shape.rowwise:
         kept[g] = _restricted(kept[g], first)
-    return replace(graph, groups=tuple(kept)), counts.to(torch.float64)
+    total = torch.zeros_like(counts, dtype=torch.float64).index_add_(0, inverse, weight)
+    return replace(graph, groups=tuple(kept)), total
