@@ -18,6 +18,7 @@ class Kept:
     Attributes:
         step: The step that they entered; None before the first copy.
         copies: Parameters by name, each with its copy.
+        is_late: Whether parameters can only have been changed by steps since.
 
     Example:
         >>> p, kept = torch.zeros(2), Kept()
@@ -30,9 +31,12 @@ class Kept:
 
     step: int | None = None
     copies: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    is_late: bool = False
 
     def keep(self, parameters: Mapping[str, Tensor], step: int, at_once: bool) -> None:
         """Copy parameters that enter a step, if there is no copy of late steps.
+
+        Those of earlier steps that this one does not read are copied beside them.
 
         Args:
             parameters: Tensors by name.
@@ -42,14 +46,15 @@ class Kept:
         new = [
             n for n, p in parameters.items() if n not in self.copies or self.copies[n][0] is not p
         ]
-        if not at_once and not new and self.step is not None and 0 <= step - self.step < EVERY:
+        late = self.is_late and self.step is not None and 0 <= step - self.step < EVERY
+        if late and not new and not at_once:
             return
         for name in new:
             self.copies[name] = (parameters[name], torch.empty_like(parameters[name]))
         with torch.no_grad():
-            copies = [self.copies[n][1] for n in parameters]
-            torch._foreach_copy_(copies, [p.detach() for p in parameters.values()])
-        self.step = step
+            originals = [p.detach() for p, _ in self.copies.values()]
+            torch._foreach_copy_([copy for _, copy in self.copies.values()], originals)
+        self.step, self.is_late = step, True
 
     def put_back(self) -> None:
         """Give all parameters the values of their copies."""

@@ -96,7 +96,7 @@ def run(
     out = StochasticRun()
     if num_epochs is None and max_steps == 0:
         return out
-    trainer.kept.step = None  # what was copied in an earlier fit may have been changed since
+    trainer.kept.is_late = False  # what an earlier fit copied may have been changed since
     per_epoch = batches.per_epoch
     total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
     disable = None if progress is None else not progress

@@ -45,8 +45,13 @@ Optimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
     """The optimiser where the user gave none."""
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    return torch.optim.Adam(parameters, lr=0.005, fused=fused)
+    return torch.optim.Adam(parameters, lr=0.005, fused=_fused(parameters))
+
+
+def _fused(parameters: Sequence[Tensor]) -> bool | None:
+    """Whether Adam is fused; torch decides (None) where there are gaps in a parameter's memory."""
+    able = all(p.device.type in ("cpu", "cuda") and p.is_contiguous() for p in parameters)
+    return able or None
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,10 @@ class Stepper:
                 self.pending = None
         new = {n: p for n, p in moved.items() if n not in self.known}
         if new:
-            self.torch_optimizer.add_param_group({"params": list(new.values())})
+            group: dict[str, Any] = {"params": list(new.values())}
+            if self.optim is adam:
+                group["fused"] = _fused(group["params"])
+            self.torch_optimizer.add_param_group(group)
             self.known.update(new)
         idle = [p for n, p in self.known.items() if n not in moved]
         for p in idle:

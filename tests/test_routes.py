@@ -11,6 +11,7 @@ import pyro.infer.autoguide as auto
 import pytest
 import torch
 from pyro import poutine
+from pyro.nn import PyroModule
 from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -658,6 +659,93 @@ def test_parameters_that_broke_are_replaced_by_a_late_copy(far: int) -> None:
     assert far + 1 - 8 <= at <= far
     kept = "The last good parameters" if at == far else f"that entered step {at}"
     says(result.message, kept, "were kept")
+
+
+class _Recorded(torch.optim.SGD):
+    """Notes what enters each step; one step is so long that the next loss is infinite."""
+
+    def __init__(self, parameters, far: int) -> None:
+        super().__init__(parameters, lr=0.01)
+        self.far, self.seen = far, []
+
+    def step(self, closure=None):
+        store = pyro.get_param_store()
+        self.seen.append({n: store[n].detach().clone() for n in store})
+        if len(self.seen) == self.far + 1:
+            self.param_groups[0]["lr"] = 1e200
+        return super().step(closure)
+
+
+def test_a_parameter_that_few_steps_read_returns_with_the_others() -> None:
+    built: list[_Recorded] = []
+
+    def model(x, whole):
+        b = pyro.param("b", T(0.0)) if whole else 0.0
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h + b, 1.0), obs=x)
+
+    def guide(x, whole):
+        normal_guide(x)
+
+    def optim(parameters):
+        built.append(_Recorded(parameters, far=22))
+        return built[-1]
+
+    em = ExactPosteriorEM(model, guide, optim)
+    with pytest.raises(PyroEMError, match="that entered step 16 were kept"):
+        for i in range(50):
+            em.step(T(X), i % 3 == 0)  # not by the steps 8 and 16
+    assert len(built) == 1
+    for name, value in built[0].seen[16].items():
+        assert torch.equal(pyro.param(name), value)
+
+
+def test_a_later_fit_that_breaks_at_once_says_which_parameters_it_kept() -> None:
+    built: list[_Recorded] = []
+
+    def optim(parameters):
+        built.append(_Recorded(parameters, far=13))
+        return built[-1]
+
+    em = ExactPosteriorEM(normal, normal_guide, optim)
+    em.fit(T(X), max_steps=14, progress=False)
+    with pytest.raises(PyroEMError, match=r"step 14.* that entered step 8 were kept"):
+        em.fit(T(X), max_steps=5, progress=False)
+    assert torch.equal(pyro.param("a"), built[0].seen[8]["a"])
+
+
+class _WithGaps(PyroModule):
+    """A weight that is a view of every other number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 6)[:, ::2])
+        self.bias = torch.nn.Parameter(T(0.5))
+
+    def forward(self, x, read):
+        b = self.bias
+        if read:
+            b = b + self.weight.sum()
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h + b, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_adam_moves_parameters_with_gaps_in_memory(late: bool) -> None:
+    """Torch's fused kernel takes a view's memory for that of its elements."""
+    found = []
+    for optim in (None, lambda p: torch.optim.Adam(p, lr=0.005, fused=False)):
+        with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope():
+            model = _WithGaps()
+            em = ExactPosteriorEM(model, lambda x, read: normal_guide(x), optim)
+            torch.manual_seed(0)
+            for i in range(4):
+                em.step(T(X), not late or i > 0)
+        found.append(model.weight.detach())
+    assert not bool((found[0] == 1.0).any())
+    assert torch.allclose(*found)
 
 
 def test_a_large_gradient_that_is_finite_is_followed() -> None:
