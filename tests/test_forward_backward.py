@@ -42,7 +42,7 @@ def as_on_a_gpu(way: Way) -> Way:
     """The same with torch's operations, as tensors elsewhere need them."""
 
     def found(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Found:
-        elsewhere = forward_backward._tiny_operations(torch.device("meta"), A.shape[0])
+        elsewhere = forward_backward._tiny_operations(torch.device("meta"), A.shape[0], 1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(forward_backward, "_tiny_operations", lambda *_: elsewhere)
             return way(likelihood, A, weight)
@@ -289,3 +289,10 @@ def test_the_layout_is_kept() -> None:
 def test_few_sequences_want_no_lanes() -> None:
     assert wants_lanes(100, 5, torch.device("cpu"))
     assert not wants_lanes(1, 10, torch.device("cpu"))
+
+
+def test_large_steps_keep_torchs_threads() -> None:
+    cpu = torch.device("cpu")
+    for K in (4, 20):
+        assert forward_backward._tiny_operations(cpu, K, 2**12 // K - 1)[1] is np.multiply
+        assert forward_backward._tiny_operations(cpu, K, 2**12 // K + 1)[1] is torch.mul

@@ -198,7 +198,7 @@ def _propagate(
     steps[0].mul_(moves[-1])
     if 0 in taken:
         _normalise(likelihood[0], norms[0])
-    multiply, times, as_array = _tiny_operations(likelihood.device, K)
+    multiply, times, as_array = _tiny_operations(likelihood.device, K, N)
     matrix, outs, rows = as_array(move), list(as_array(moves))[-2::-1], list(as_array(steps))
     with np.errstate(all="ignore"):  # whether mass was lost is read from the norms
         for s, out in enumerate(outs, 1):
@@ -209,9 +209,12 @@ def _propagate(
     return likelihood[:, 0], v[1:], norms.squeeze(2)
 
 
-def _tiny_operations(device: torch.device, K: int) -> tuple[Callable[..., Any], ...]:
-    """Matrix product, product, and their kind of array: a call of numpy costs half as much."""
-    if device.type == "cpu":
+def _tiny_operations(device: torch.device, K: int, N: int) -> tuple[Callable[..., Any], ...]:
+    """Matrix product, product, and their kind of array: a call of numpy costs half as much.
+
+    Steps that are not tiny stay with torch, whose threads those of numpy's products would disturb.
+    """
+    if device.type == "cpu" and 2 * K * N < 2**13:
         return np.dot if K <= 16 else np.matmul, np.multiply, Tensor.numpy
     return torch.matmul, torch.mul, Tensor.detach
 
