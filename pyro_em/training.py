@@ -333,18 +333,15 @@ class Trainer:
         return self._wishes[1]
 
     def _require_finite(self, moved: Mapping[str, Tensor]) -> None:
-        gradients = [p.grad for p in moved.values() if p.grad is not None]
+        each = {n: _numbers(p.grad) for n, p in moved.items() if p.grad is not None}
+        gradients = list(each.values())
         if not gradients:
             return
         device = gradients[0].device
         norms = [n.to(device) for n in torch._foreach_norm(gradients)]
         if math.isfinite(torch.stack(norms).sum().item()):
             return
-        bad = [
-            n
-            for n, p in moved.items()
-            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-        ]
+        bad = [n for n, gradient in each.items() if not bool(torch.isfinite(gradient).all())]
         if not bad:  # a finite gradient whose norm overflows
             return
         raise DegenerateError(
@@ -434,6 +431,11 @@ class Trainer:
         self.variational.baselines.update(state.get("baselines", {}))
         self.steps = int(state.get("steps", 0))
         self.averages = {n: (p[0], p[1]) for n, p in state.get("averages", {}).items()}
+
+
+def _numbers(gradient: Tensor) -> Tensor:
+    """The entries of a gradient that it holds: few of a sparse one."""
+    return gradient._values() if gradient.is_sparse else gradient
 
 
 def _in_users_words(reason: str) -> str:

@@ -748,6 +748,37 @@ def test_adam_moves_parameters_with_gaps_in_memory(late: bool) -> None:
     assert torch.allclose(*found)
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_sparse_gradients_are_followed_and_looked_at(far: bool) -> None:
+    table = torch.nn.Embedding(5, 1, sparse=True)
+    kinds = torch.arange(len(X)) % 2
+    weight, count = torch.zeros(()), {"left": 4 if far else 10**9}
+
+    def model(x):
+        pyro.module("table", table)
+        count["left"] -= 1
+        mean = table(kinds).squeeze(-1)
+        if count["left"] <= 0:  # finite, with a gradient that is not
+            mean = mean + (mean - mean.detach() + weight).sqrt()
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Normal(0.5 * x, 0.7))
+
+    before = table.weight.detach().clone()
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SparseAdam(p))
+    if far:
+        with pytest.raises(PyroEMError, match=r"'table.*weight': its gradient is not finite"):
+            for _ in range(9):
+                em.step(T(X))
+    else:
+        em.step(T(X))
+        assert ((table.weight != before).squeeze(-1) == (torch.arange(5) < 2)).all()
+
+
 def test_a_large_gradient_that_is_finite_is_followed() -> None:
     """In single precision its norm overflows."""
 
