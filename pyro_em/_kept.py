@@ -51,6 +51,8 @@ class Kept:
             return
         for name in new:
             self.copies[name] = (parameters[name], torch.empty_like(parameters[name]))
+        if not self.copies:  # nothing has been read yet
+            return
         with torch.no_grad():
             originals = [p.detach() for p, _ in self.copies.values()]
             torch._foreach_copy_([copy for _, copy in self.copies.values()], originals)

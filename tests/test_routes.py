@@ -16,6 +16,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_em import Alternating, ExactPosteriorEM, PyroEMError, PyroEMWarning
+from pyro_em._kept import Kept
 from pyro_em.result import EMStatus
 
 T = torch.tensor
@@ -699,6 +700,18 @@ def test_a_parameter_that_few_steps_read_returns_with_the_others() -> None:
     assert len(built) == 1
     for name, value in built[0].seen[16].items():
         assert torch.equal(pyro.param(name), value)
+
+
+def test_a_step_may_read_no_parameter() -> None:
+    kept, parameter = Kept(), torch.zeros(2)
+    kept.keep({}, 0, at_once=False)
+    kept.put_back()
+    assert kept.step is None
+    for step, read in enumerate(({"p": parameter}, {}, {"p": parameter})):
+        kept.keep(read, step, at_once=True)
+        parameter += 1.0
+    kept.put_back()
+    assert kept.step == 2 and parameter.tolist() == [2.0, 2.0]
 
 
 def test_a_later_fit_that_breaks_at_once_says_which_parameters_it_kept() -> None:
