@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, UsageError, message
+from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
 from pyro_em._kept import Kept
 from pyro_em.e_step import contraction_of
 from pyro_em.graph import FactorGraph, trace_graph
@@ -343,6 +344,7 @@ class Trainer:
             return
         bad = [n for n, gradient in each.items() if not bool(torch.isfinite(gradient).all())]
         if not bad:  # a finite gradient whose norm overflows
+            _warn_of_squares(each)
             return
         raise DegenerateError(
             message(
@@ -431,6 +433,18 @@ class Trainer:
         self.variational.baselines.update(state.get("baselines", {}))
         self.steps = int(state.get("steps", 0))
         self.averages = {n: (p[0], p[1]) for n, p in state.get("averages", {}).items()}
+
+
+def _warn_of_squares(gradients: Mapping[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        if not bool(torch.isfinite(gradient.square()).all()):
+            text = message(
+                f"parameter '{name}'",
+                "its gradient is finite, but the square of it is not.",
+                "an optimiser that averages squares (Adam) does not move it any more",
+                ["work in float64", "scale the data, or what the parameter is multiplied by"],
+            )
+            warnings.warn(text, PyroEMWarning, stacklevel=2)
 
 
 def _numbers(gradient: Tensor) -> Tensor:
