@@ -327,7 +327,8 @@ class ExactPosteriorEM:
             The loss (−ELBO, nats) at the parameters *entering* the step, as ``SVI.step``.
 
         Raises:
-            DegenerateError: If an update was degenerate; it has been rolled back.
+            DegenerateError: If an update was degenerate; it has been rolled back. A stochastic step may
+                return to parameters of up to eight steps before; the message says to which.
         """
         if args and is_loader(args[0]):
             raise UsageError(

@@ -35,7 +35,7 @@ class EMStatus(Enum):
     INTERRUPTED = "The fit was interrupted; the parameters are those of the last complete step."
     STOPPED = "A callback asked to stop."
     DEGENERATE = (
-        "An update was degenerate and was rolled back; the parameters are the last good ones."
+        "An update was degenerate and was rolled back; the parameters are good ones from before it."
     )
     SYMMETRIC = (
         "The components are exchangeable at this point and cannot separate: "
