@@ -125,6 +125,12 @@ class Stepper:
             p.grad = None
         self.torch_optimizer.step()
 
+    @property
+    def is_one_kernel(self) -> bool:
+        """Whether all parameters move at once, so that no interrupt can leave half a step."""
+        groups = [] if self.torch_optimizer is None else self.torch_optimizer.param_groups
+        return len(groups) == 1 and bool(groups[0].get("fused"))
+
     def state(self) -> Any:
         """What a saved fit needs to continue."""
         if isinstance(self.optim, pyro.optim.PyroOptim):
@@ -311,7 +317,9 @@ class Trainer:
             ] = p
         self._require_finite(moved)
         if not self._has_moved:
-            whole = label == "joint" and len(by_update) == 1
+            stepper = self.steppers.get(label)
+            whole = len(by_update) == 1 and stepper is not None and stepper.is_one_kernel
+            whole = whole and label == "joint" and label in by_update
             whole = whole and not any(isinstance(w, ClosedForm) for w in wishes.values())
             self.kept.keep(tensors, self.steps, at_once=not whole)
             self._has_moved = True

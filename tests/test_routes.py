@@ -639,8 +639,9 @@ def test_a_step_too_far_returns_to_parameters_with_a_finite_bound() -> None:
     assert torch.isfinite(T(result.elbo))
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("far", [3, 8, 13, 21])
-def test_parameters_that_broke_are_replaced_by_a_late_copy(far: int) -> None:
+def test_parameters_that_broke_are_replaced_by_a_late_copy(far: int, fused: bool) -> None:
     """One step is so long that the next loss is infinite."""
     seen = []
 
@@ -651,13 +652,13 @@ def test_parameters_that_broke_are_replaced_by_a_late_copy(far: int) -> None:
                 self.param_groups[0]["lr"] = 1e200
             return super().step(closure)
 
-    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01))
+    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01, fused=fused))
     em.fit(T(X), max_steps=1, seed=0, progress=False)
     with pytest.warns(PyroEMWarning, match=f"step {far + 1}"):
         result = em.fit(T(X), max_steps=50, progress=False)
     assert result.status is EMStatus.DEGENERATE and len(seen) == far + 1
     at = next(i for i, s in enumerate(seen) if all(torch.equal(s[n], result.params[n]) for n in s))
-    assert far + 1 - 8 <= at <= far
+    assert far + 1 - 8 <= at <= far and (fused or at == far)
     kept = "The last good parameters" if at == far else f"that entered step {at}"
     says(result.message, kept, "were kept")
 
@@ -666,7 +667,7 @@ class _Recorded(torch.optim.SGD):
     """Notes what enters each step; one step is so long that the next loss is infinite."""
 
     def __init__(self, parameters, far: int) -> None:
-        super().__init__(parameters, lr=0.01)
+        super().__init__(parameters, lr=0.01, fused=True)
         self.far, self.seen = far, []
 
     def step(self, closure=None):
@@ -875,6 +876,32 @@ def test_half_an_alternating_step_is_undone(error) -> None:
     assert len(seen) == 3
     for name, value in seen[-1].items():
         assert torch.equal(pyro.param(name).detach(), value), name
+
+
+@pytest.mark.parametrize("at", [5, 9, 13])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_half_a_move_of_an_optimiser_is_undone(error, at: int) -> None:
+    """One that moves parameter by parameter is interrupted between two of them."""
+    entered = []
+
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            parameters = self.param_groups[0]["params"]
+            entered.append([p.detach().clone() for p in parameters])
+            if len(entered) == at:
+                parameters[0].data.add_(1.0)
+                raise error
+            return super().step(closure)
+
+    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01))
+    if error is KeyboardInterrupt:
+        result = em.fit(T(X), max_steps=30, progress=False)
+        assert result.status is EMStatus.INTERRUPTED and result.num_steps == at - 1
+    else:
+        with pytest.raises(RuntimeError):
+            em.fit(T(X), max_steps=30, progress=False)
+    last = [v.detach() for v in pyro.get_param_store().values()]
+    assert sorted(map(float, last)) == sorted(map(float, entered[-1]))
 
 
 # ------------------------------------------------------------------ keeping
