@@ -649,6 +649,8 @@ class ExactPosteriorEM:
         extra: dict[str, Any] = {"total_steps": self._total_steps}
         if self._trainer is not None:
             extra["training"] = self._trainer.state()
+        elif self._training:  # loaded, and not continued yet
+            extra["training"] = self._training
         roots = (self.model, self.guide)
         extra["buffers"] = {n: b.detach().cpu() for n, b in saving.buffers_of(roots).items()}
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}

@@ -108,11 +108,9 @@ class Stepper:
             self.optim(list(moved.values()))
             return
         stale = any(n in self.known and self.known[n] is not p for n, p in moved.items())
+        is_new = self.torch_optimizer is None or stale
         if self.torch_optimizer is None or stale:
             self.torch_optimizer, self.known = _built(self.optim, list(moved.values())), moved
-            if self.pending is not None:
-                self.torch_optimizer.load_state_dict(self.pending)
-                self.pending = None
         new = {n: p for n, p in moved.items() if n not in self.known}
         if new:
             group: dict[str, Any] = {"params": list(new.values())}
@@ -120,6 +118,8 @@ class Stepper:
                 group["fused"] = _fused(group["params"])
             self.torch_optimizer.add_param_group(group)
             self.known.update(new)
+        if self.pending is not None and (is_new or new):
+            self._resume(self.torch_optimizer)
         idle = [p for n, p in self.known.items() if n not in moved]
         for p in idle:
             p.grad = None
@@ -135,7 +135,41 @@ class Stepper:
         """What a saved fit needs to continue."""
         if isinstance(self.optim, pyro.optim.PyroOptim):
             return self.optim.get_state()
-        return None if self.torch_optimizer is None else self.torch_optimizer.state_dict()
+        if self.torch_optimizer is None:
+            return self.pending
+        state, names = self.torch_optimizer.state_dict(), list(self.known)
+        if self.pending is not None:  # of parameters that were not read yet
+            for i, name in enumerate(self.pending["names"]):
+                if i in self.pending["state"]:
+                    state["state"][len(names)] = self.pending["state"][i]
+                    names.append(name)
+        return {**state, "names": names}
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take over what was saved of the parameters known so far, by name.
+
+        Parameters may be read in another order than before, and some of them later.
+        """
+        saved, own = self.pending, optimizer.state_dict()
+        if "names" not in saved:  # a file of an earlier version
+            optimizer.load_state_dict(saved)
+            self.pending = None
+            return
+        by_name = {
+            n: saved["state"][i] for i, n in enumerate(saved["names"]) if i in saved["state"]
+        }
+        for i, name in enumerate(self.known):
+            if name in by_name and i not in own["state"]:
+                own["state"][i] = by_name[name]
+        options = {
+            k: v for k, v in saved["param_groups"][0].items() if k not in ("params", "fused")
+        }
+        for group in own["param_groups"]:
+            group.update(options)
+        optimizer.load_state_dict(own)
+        rest = [name for name in by_name if name not in self.known]
+        states = {i: by_name[name] for i, name in enumerate(rest)}
+        self.pending = {**saved, "names": rest, "state": states} if rest else None
 
 
 def _built(optim: Optimizer, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -429,7 +463,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a saved fit needs to continue on the same path: tensors and numbers."""
         return {
-            "optimizers": {k: s.state() for k, s in self.steppers.items()},
+            "optimizers": {**self.pending, **{k: s.state() for k, s in self.steppers.items()}},
             "baselines": dict(self.variational.baselines),
             "steps": self.steps,
             "averages": {name: list(pair) for name, pair in self.averages.items()},

@@ -925,6 +925,45 @@ OPTIMS = {
 }
 
 
+def some_read(x, whole):
+    a = pyro.param("a", T(0.5)) if whole else 0.0
+    b = pyro.param("b", T(0.5))
+    with pyro.plate("n", len(x)):
+        h = pyro.sample("h", dist.Normal(b, 1.0))
+        pyro.sample("x", dist.Normal(h + a, 1.0), obs=x)
+
+
+def some_read_guide(x, whole):
+    with pyro.plate("n", len(x)):
+        pyro.sample("h", dist.Normal(0.5 * x, 0.7))
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+@pytest.mark.parametrize("first", [[True, True, False], [False, True, True], [False, False, True]])
+def test_a_loaded_optimiser_knows_parameters_by_name(tmp_path, first, saves: int) -> None:
+    """They may join the optimiser in another order, and late."""
+    path, wholes = tmp_path / "fit.pt", [False, False, True, False, True]
+
+    def last(em) -> dict:
+        torch.manual_seed(5)
+        for whole in [*first, True]:
+            em.step(T(X), whole)
+        return {n: p.detach().clone() for n, p in pyro.get_param_store().items()}
+
+    em = ExactPosteriorEM(some_read, some_read_guide)
+    for whole in wholes:
+        em.step(T(X), whole)
+    em.save(path)
+    expected = last(em)
+    for _ in range(saves):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(some_read, some_read_guide)
+        em.load(path, T(X), True)
+        em.save(path)
+    found = last(em)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
 @pytest.mark.parametrize(
     ("where", "kind"),
     [
