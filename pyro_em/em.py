@@ -768,7 +768,11 @@ class ExactPosteriorEM:
         refuse_untrainable(variational, self._looker.updates_for(variational.parameters))
         if self._trainer is None:
             self._trainer = Trainer(
-                variational, self._looker.optim, self._looker.updates_for, self.num_particles
+                variational,
+                self._looker.optim,
+                self._looker.updates_for,
+                self.num_particles,
+                self._looker.saved_name,
             )
             self._trainer.restore(self._training)
             self._training = {}

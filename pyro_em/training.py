@@ -91,8 +91,10 @@ class Alternating:
 class Stepper:
     """One optimiser over named parameters, which may grow in number."""
 
-    def __init__(self, optim: Optimizer | pyro.optim.PyroOptim) -> None:
-        self.optim = optim
+    def __init__(
+        self, optim: Optimizer | pyro.optim.PyroOptim, saved_name: Callable[[str], str] = str
+    ) -> None:
+        self.optim, self.saved_name = optim, saved_name
         self.torch_optimizer: torch.optim.Optimizer | None = None
         self.known: dict[str, Tensor] = {}
         self.pending: Any = None
@@ -137,7 +139,8 @@ class Stepper:
             return self.optim.get_state()
         if self.torch_optimizer is None:
             return self.pending
-        state, names = self.torch_optimizer.state_dict(), list(self.known)
+        state = self.torch_optimizer.state_dict()
+        names = [self.saved_name(n) for n in self.known]
         if self.pending is not None:  # of parameters that were not read yet
             for i, name in enumerate(self.pending["names"]):
                 if i in self.pending["state"]:
@@ -158,7 +161,8 @@ class Stepper:
         by_name = {
             n: saved["state"][i] for i, n in enumerate(saved["names"]) if i in saved["state"]
         }
-        for i, name in enumerate(self.known):
+        known = [self.saved_name(n) for n in self.known]
+        for i, name in enumerate(known):
             if name in by_name and i not in own["state"]:
                 own["state"][i] = by_name[name]
         options = {
@@ -167,7 +171,7 @@ class Stepper:
         for group in own["param_groups"]:
             group.update(options)
         optimizer.load_state_dict(own)
-        rest = [name for name in by_name if name not in self.known]
+        rest = [name for name in by_name if name not in known]
         states = {i: by_name[name] for i, name in enumerate(rest)}
         self.pending = {**saved, "names": rest, "state": states} if rest else None
 
@@ -205,6 +209,7 @@ class Trainer:
         optim: The user's optimiser; Adam where None.
         updates: The user's updates by parameter name, patterns resolved at each step.
         num_particles: Draws per step.
+        saved_name: From a parameter's name here to its name in a file.
         steps: Complete steps so far.
         steppers: The optimisers by name.
         averages: Running averages of the closed forms' numerators and denominators.
@@ -216,6 +221,7 @@ class Trainer:
     optim: Optimizer | pyro.optim.PyroOptim | None
     updates: Callable[[Mapping[str, Any]], Mapping[str, Update]]
     num_particles: int = 1
+    saved_name: Callable[[str], str] = str
     steps: int = 0
     steppers: dict[str, Stepper] = field(default_factory=dict)
     averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -346,9 +352,8 @@ class Trainer:
             if isinstance(wish, (Fixed, ClosedForm)):
                 continue
             own = isinstance(wish, Gradient) and wish.optimizer is not None
-            by_update.setdefault(f"updates:{_first_with(wish, wishes)}" if own else label, {})[
-                name
-            ] = p
+            first = self.saved_name(_first_with(wish, wishes)) if own else ""
+            by_update.setdefault(f"updates:{first}" if own else label, {})[name] = p
         self._require_finite(moved)
         if not self._has_moved:
             stepper = self.steppers.get(label)
@@ -361,7 +366,7 @@ class Trainer:
             wish = wishes.get(next(iter(group)))
             given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
             if key not in self.steppers or self.steppers[key].optim is not (given or adam):
-                self.steppers[key] = Stepper(given or adam)
+                self.steppers[key] = Stepper(given or adam, self.saved_name)
                 self.steppers[key].pending = self.pending.pop(key, None)
             self.steppers[key].step(group)
         for p in tensors.values():
@@ -431,10 +436,11 @@ class Trainer:
             update = updates[name].update
             step_size = update.step_size if isinstance(update, ClosedForm) else None
             rho = step_size or (self.steps + 1) ** -0.6
-            if name in self.averages:
-                old_n, old_d = (old.to(n) for old in self.averages[name])
+            saved = self.saved_name(name)
+            if saved in self.averages:
+                old_n, old_d = (old.to(n) for old in self.averages[saved])
                 n, d = old_n + rho * (n - old_n), old_d + rho * (d - old_d)
-            self.averages[name] = (n, d)
+            self.averages[saved] = (n, d)
             return n.clone(), d.clone()
 
         m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), blend)

@@ -938,6 +938,22 @@ def some_read_guide(x, whole):
         pyro.sample("h", dist.Normal(0.5 * x, 0.7))
 
 
+def test_a_built_guide_with_another_name_continues(tmp_path) -> None:
+    """A second AutoNormal of a process has parameters with a name of their own."""
+    path, losses = tmp_path / "fit.pt", []
+    em = ExactPosteriorEM(normal, auto.AutoNormal)
+    em.fit(T(X), max_steps=5, progress=False)
+    em.save(path)
+    torch.manual_seed(3)
+    losses.append([em.step(T(X)) for _ in range(5)])
+    other = ExactPosteriorEM(normal, auto.AutoNormal)
+    other.load(path, T(X))
+    torch.manual_seed(3)
+    losses.append([other.step(T(X)) for _ in range(5)])
+    assert len({n.partition(".")[0] for n in pyro.get_param_store()}) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
 @pytest.mark.parametrize("saves", [1, 2])
 @pytest.mark.parametrize("first", [[True, True, False], [False, True, True], [False, False, True]])
 def test_a_loaded_optimiser_knows_parameters_by_name(tmp_path, first, saves: int) -> None:
