@@ -302,6 +302,21 @@ def test_weights_count_like_repeated_rows(case: str) -> None:
     steps_of(weighted, (given, model, *args), Rows, steps=4)
 
 
+@pytest.mark.parametrize("rows", [40, 3])
+def test_a_scale_that_reads_the_latent_keeps_the_full_step(rows: int) -> None:
+    """It tempers each component in its own way, also where there are as many rows as components."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([-1.0, 0.0, 1.0]).to(x))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            with pyro.poutine.scale(scale=torch.tensor([0.5, 1.0, 2.0])[z]):
+                pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+    with pytest.warns(match="tempers"):
+        steps_of(model, (points(rows, 1)[:, 0],), None)
+
+
 def test_weights_are_repeated_rows_in_a_compiled_fit() -> None:
     x, times = points(60), torch.arange(60) % 3 + 1
     found = []

@@ -349,6 +349,8 @@ def weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
     if any(isinstance(s, Tensor) for g in shape.free for s in groups[g].scale):
         return None
     scales = [s for g in (*shape.rowwise, *shape.tables) for s in groups[g].scale]
+    if any(isinstance(s, Tensor) and s.numel() != s.shape[0] for s in scales):
+        return None  # a scale that reads the latent tempers
     if all(not isinstance(s, Tensor) and s == 1.0 for s in scales):
         return one
     found = per_row(scales[0])
