@@ -287,3 +287,38 @@ def test_squarem_climbs_the_same_posterior() -> None:
     plain, fast = found
     assert fast.elbo == pytest.approx(plain.elbo, abs=1e-5)
     assert fast.num_steps < plain.num_steps
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([True, True, False])])
+def test_elements_of_a_vector_may_have_plates_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, kept: Tensor | None
+) -> None:
+    """Normal priors in two plates on the means of a MultivariateNormal: one prior per element."""
+    x, D = points(60, 3), 3
+    cov = torch.eye(D).to(x) + 0.5
+    loc = torch.arange(6.0).reshape(2, D).to(x) - 2
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("components", 2, dim=-2), pyro.plate("features", D, dim=-1):
+            with pyro.poutine.mask(mask=True if kept is None else kept):
+                mu = pyro.sample("mu", dist.Normal(loc, 0.5))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.MultivariateNormal(mu[z], cov), obs=x)
+
+    quick, full = both_fits(monkeypatch, model, x, guide="map", max_steps=6, tol=0.0)
+    np.testing.assert_allclose(quick.history, full.history, rtol=1e-10)
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    em = ExactPosteriorEM(model, "map")
+    mu = em.fit(x, max_steps=0, progress=False).params["mu"].clone().to(x)
+    precision = torch.linalg.inv(cov)
+    prior = torch.diag(4.0 * (torch.ones(D) if kept is None else kept).to(x))
+    for _ in range(6):
+        joint = dist.MultivariateNormal(mu, cov).log_prob(x.unsqueeze(1))
+        r = joint.softmax(-1)
+        for k in range(2):
+            n = precision @ (r[:, k] @ x) + prior @ loc[k]
+            mu[k] = torch.linalg.solve(r[:, k].sum() * precision + prior, n)
+    for result in (quick, full):
+        torch.testing.assert_close(result.params["mu"].to(x), mu, rtol=1e-5, atol=1e-5)

@@ -239,6 +239,8 @@ def prior_contribution(
     weight = group.weights().to(n.dtype)
     for _ in range(batch - weight.dim()):
         weight = weight.unsqueeze(-1)
+    # A vector's elements may have a plate of their own, and then a weight each.
+    batch = weight.dim()
     n = n * weight.reshape(weight.shape + (1,) * (n.dim() - batch))
     d = d * weight.reshape(weight.shape + (1,) * (d.dim() - batch))
     return onto_events(update.kind, prior.selection, n, d, value, event)
