@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -322,3 +323,23 @@ def test_elements_of_a_vector_may_have_plates_of_their_own(
             mu[k] = torch.linalg.solve(r[:, k].sum() * precision + prior, n)
     for result in (quick, full):
         torch.testing.assert_close(result.params["mu"].to(x), mu, rtol=1e-5, atol=1e-5)
+
+
+def test_what_only_a_flat_prior_reads_is_not_said_to_be_empty(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three probabilities for two components: without a prior the third is passed over too."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("components", 3):
+            p = pyro.sample("p", dist.Beta(torch.tensor([2.0, 3.0, 1.0]), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.Binomial(5, p[z]), obs=x)
+
+    x = symbols(60).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quick, full = both_fits(monkeypatch, model, x, guide="map", max_steps=8, tol=0.0)
+    np.testing.assert_allclose(quick.history, full.history, rtol=1e-6)
+    torch.testing.assert_close(quick.params["p"], full.params["p"])

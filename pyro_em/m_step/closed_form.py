@@ -100,7 +100,9 @@ def closed_form(
                 ["check the data at this site", "start elsewhere (init='random', num_restarts)"],
             )
         )
-    return new, [int(i) for i in (massless & used).nonzero().reshape(-1)]
+    # What only a flat prior reads is no component without data.
+    read = used_events([u.selection for u in update.uses], value, event)
+    return new, [int(i) for i in (massless & read).nonzero().reshape(-1)]
 
 
 def apply_floor(update: ParameterUpdate, value: Tensor) -> Tensor:
