@@ -343,3 +343,29 @@ def test_what_only_a_flat_prior_reads_is_not_said_to_be_empty(
         quick, full = both_fits(monkeypatch, model, x, guide="map", max_steps=8, tol=0.0)
     np.testing.assert_allclose(quick.history, full.history, rtol=1e-6)
     torch.testing.assert_close(quick.params["p"], full.params["p"])
+
+
+@pytest.mark.parametrize("first", ["fine", "coarse"])
+@pytest.mark.parametrize("far", [0.0, 1e4])
+def test_priors_may_be_finer_than_the_data(
+    monkeypatch: pytest.MonkeyPatch, first: str, far: float
+) -> None:
+    """Means from float64 priors beside float32 parameters, in features and whitened."""
+    x = points(80, 1)[:, 0].float()
+    y = torch.cat([points(79, 1, 4)[:, 0], torch.tensor([far])]).float()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        nu = pyro.param("nu", torch.tensor([-0.5, 0.7]).float())
+        with pyro.plate("components", 2):
+            mu = pyro.sample("mu", dist.Normal(torch.tensor([-1.0, 1.0]).double(), 1.0))
+        sites = {"fine": (mu, x), "coarse": (nu, y)}
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            for name in (first, *sites.keys() - {first}):
+                loc, data = sites[name]
+                pyro.sample(name, dist.Normal(loc[z], torch.tensor(0.8).to(loc)), obs=data)
+
+    quick, full = both_fits(monkeypatch, model, x, y, guide="map", max_steps=8, tol=0.0)
+    np.testing.assert_allclose(quick.history, full.history, rtol=1e-5)
+    for name in full.params:
+        torch.testing.assert_close(quick.params[name], full.params[name], rtol=1e-3, atol=1e-4)

@@ -230,6 +230,7 @@ class Gaussian:
 
     def moments(self, p: Prepared, weights: Tensor, features: Tensor) -> Tensor:
         """Σ r d and Σ r d dᵀ of some rows, in float64; d is x' or, whitened, x' − μ'. # (K, P)"""
+        weights = weights.to(features.dtype)  # another group may be finer or coarser
         if p.mean is None:
             return (weights @ features.T).to(torch.float64)
         D = self.x.shape[0]
