@@ -300,9 +300,9 @@ def test_elements_of_a_vector_may_have_plates_of_their_own(
     loc = torch.arange(6.0).reshape(2, D).to(x) - 2
 
     def model(x: Tensor) -> None:
+        fn = dist.Normal(loc, 0.5).mask(True if kept is None else kept)
         with pyro.plate("components", 2, dim=-2), pyro.plate("features", D, dim=-1):
-            with pyro.poutine.mask(mask=True if kept is None else kept):
-                mu = pyro.sample("mu", dist.Normal(loc, 0.5))
+            mu = pyro.sample("mu", fn)
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
             pyro.sample("x", dist.MultivariateNormal(mu[z], cov), obs=x)
