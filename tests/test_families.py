@@ -135,6 +135,17 @@ def test_events_of_independent_dimensions_in_pieces(
     torch.testing.assert_close(found, expected)
 
 
+def test_a_density_that_does_not_read_the_longest_dimension(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pieces, "_PIECE", 5)
+    flat = Family(dist.Normal, lambda x, a: {}, {}, log_density=lambda x, a: -a["scale"])
+    scale = torch.tensor([[1.0, 2.0]])
+    with torch.no_grad():
+        found = pieces.log_density(flat, torch.zeros(30, 1), {"scale": scale}, 2, 0)
+    assert torch.equal(found, -scale.expand(30, 2))
+
+
 def test_the_temporaries_of_a_posterior_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of a family sees more events than a piece holds."""
     monkeypatch.setattr(pieces, "_PIECE", 1000)

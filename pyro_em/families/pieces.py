@@ -54,8 +54,10 @@ def log_density(
     def cut(t: Tensor, begin: int) -> Tensor:
         return t.narrow(axis, begin, min(size, batch[axis] - begin)) if t.shape[axis] > 1 else t
 
-    pieces = [
-        whole(cut(value, begin), {name: cut(a, begin) for name, a in arguments.items()})
-        for begin in range(0, batch[axis], size)
-    ]
-    return torch.cat(pieces, axis)
+    def piece(begin: int) -> Tensor:
+        log_p = whole(cut(value, begin), {name: cut(a, begin) for name, a in arguments.items()})
+        shape = list(log_p.shape)
+        shape[axis] = min(size, batch[axis] - begin)  # a density need not read what is cut
+        return log_p.expand(shape)
+
+    return torch.cat([piece(begin) for begin in range(0, batch[axis], size)], axis)
