@@ -273,6 +273,35 @@ def shape_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
+def weight_problems(name: str, site: Mapping[str, Any]) -> list[Problem]:
+    """A scale or a mask along a dimension that is no plate's, or of another size."""
+    frames = {f.dim: f for f in site["cond_indep_stack"] if f.dim is not None}
+    problems = []
+    for what, weight in (("poutine.scale", site["scale"]), ("poutine.mask", site["mask"])):
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+        for dim in range(-len(shape), 0):
+            size, frame = shape[dim], frames.get(dim)
+            if size == 1 or (frame is not None and frame.size == size):
+                continue
+            plates = ", ".join(
+                f"'{f.name}' of size {f.size} in dimension {d}" for d, f in frames.items()
+            )
+            problems.append(
+                Problem(
+                    f"site '{name}'",
+                    f"its {what} has shape {shape}, but its plates are: {plates or 'none'}.",
+                    f"a {what.partition('.')[2]} holds one number per element of the plates",
+                    (
+                        *(("drop the last dimension: .squeeze(-1)",) if shape[-1] == 1 else ()),
+                        "give it the shape of the plates",
+                    ),
+                    DataError,
+                )
+            )
+            break
+    return problems
+
+
 def _has_nonfinite(value: Tensor) -> bool:
     """Whether a number is NaN or infinite, without a tensor of the value's size."""
     if not value.is_floating_point() or not value.numel():

@@ -27,6 +27,7 @@ from pyro_em.findings import (
     parameter_problems,
     scope_problems,
     shape_problems,
+    weight_problems,
 )
 
 logger = logging.getLogger("pyro_em")
@@ -252,6 +253,7 @@ def _findings(
             anew = _pyro.support_reads_latents(tagged.sites[name]["fn"])
             found.extend(data_problems(name, site, check_support=not anew))
         found.extend(shape_problems(name, site))
+        found.extend(weight_problems(name, site))
         if not guide_given:
             # A continuous latent is no sum: what is said of it above is enough.
             summed = [s for s in sorted(scope) if _enumerable(factors[s]["fn"])]

@@ -129,6 +129,12 @@ def masked(x: Tensor, how: str) -> None:
             pyro.sample("x", d.mask(seen), obs=x)
 
 
+def under_mask(x: Tensor, mask: Tensor) -> None:
+    mu = means()
+    with pyro.plate("n", len(x)), poutine.mask(mask=mask):
+        pyro.sample("x", dist.Normal(mu[label()], 1.0), obs=x)
+
+
 def sized(x: Tensor | None, scale: float = 1.0, of_z: float = 1.0, part: int = 5) -> None:
     mu = means()
     with pyro.plate("n", 5, subsample_size=part) as index, poutine.scale(scale=scale):
@@ -343,6 +349,18 @@ REFUSED: dict[str, tuple[type[PyroEMError], Callable[[], Any], str]] = {
     ),
     "scale of z": (ModelError, lambda: fit(sized, X, 1.0, 2.0), "'z' and 'x' | poutine.scale"),
     "scales": (ModelError, lambda: fit(rows, X, unequal), "'z' and 'y' | different"),
+    "scale across": (
+        DataError,
+        lambda: fit(sized, X, torch.ones(5, 1)),
+        "'z' | poutine.scale has shape (5, 1) | 'n' of size 5 in dimension -1 | .squeeze(-1)",
+    ),
+    "scale short": (DataError, lambda: fit(sized, X, torch.ones(3)), "'x' | scale has shape (3,)"),
+    "mask across": (
+        DataError,
+        lambda: fit(under_mask, X, torch.ones(5, 1) > 0),
+        "'z' | mask has shape (5, 1)",
+    ),
+    "mask short": (DataError, lambda: fit(under_mask, X, torch.ones(3) > 0), "'x' | mask | (3,)"),
     "scale 0": (ModelError, lambda: fit(sized, X, 0.0), "scale > 0"),
     # calls
     "no arguments": (ModelError, lambda: fit(gmm), "missing 1 required positional argument: 'x'"),

@@ -267,7 +267,7 @@ from pyro_em.compiled.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        kept = [torch.ones(2**19, dtype=torch.float64) for _ in range(5)]
+        kept = [torch.ones(2**19, dtype=torch.float64) for _ in range(14)]
         del kept
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(); before = faults(); keep_freed_memory(); faults(); print(before, faults())
