@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from typing import Any
@@ -217,6 +218,26 @@ def test_a_mode_on_the_boundary_is_said_by_the_full_step(monkeypatch: pytest.Mon
         quick, full = both_fits(monkeypatch, model, x, guide="map")
     assert quick.status is full.status is EMStatus.DEGENERATE
     assert quick.message == full.message and quick.num_steps == full.num_steps
+
+
+@pytest.mark.parametrize("concentration", [1.5, 0.9])
+def test_a_row_without_data_and_without_a_mode_is_said(
+    monkeypatch: pytest.MonkeyPatch, concentration: float
+) -> None:
+    """Without its prior it would keep its value."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("components", 3):
+            p = pyro.sample("p", dist.Dirichlet(torch.full((4,), concentration)))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5, 0.0])))
+            pyro.sample("x", dist.Categorical(p[z]), obs=x)
+
+    x = torch.tensor([0] * 20 + [1] * 20 + [2] * 5 + [3] * 5)
+    with contextlib.nullcontext() if concentration > 1 else pytest.warns(match="on the boundary"):
+        quick, full = both_fits(monkeypatch, model, x, guide="map", max_steps=5)
+    assert quick.num_steps == full.num_steps and quick.message == full.message
+    assert (quick.status is full.status is EMStatus.DEGENERATE) == (concentration < 1)
 
 
 def test_what_the_kernels_do_not_know_keeps_the_full_step() -> None:

@@ -79,7 +79,6 @@ class Solver:
         n, d = self._sums(statistics, arguments, value)
         if self.prior is not None:
             n, d = n + self.prior[0], d + self.prior[1]
-            self._check_mode(n, d)
         natural, massless = solve_kind(kind, n, d)
         keep = massless if self.used is None else massless | ~self.used
         if kind.is_spread:
@@ -134,17 +133,6 @@ class Solver:
             denominator = d if denominator is None else denominator + d
         assert numerator is not None and denominator is not None
         return numerator, denominator
-
-    def _check_mode(self, n: Tensor, d: Tensor) -> None:
-        """A prior may leave no mode inside; the full M-step says so."""
-        bad = {
-            Kind.SIMPLEX: lambda: n,
-            Kind.PROBABILITY: lambda: torch.minimum(n, d - n),
-            Kind.RATE: lambda: n,
-            Kind.SCALE: lambda: d,
-        }.get(self.kind)
-        if bad is not None and not bool((bad() >= 0).all()):
-            raise Handover
 
     def _check_spread(self, natural: Tensor, d: Tensor, keep: Tensor) -> None:
         """Well clear of a collapse, a floor and a lack of data; otherwise the full M-step looks."""
