@@ -45,8 +45,9 @@ def contraction_of(graph: FactorGraph, extra: Sequence[tuple[str, ...]] = ()) ->
 
 def scales_of(graph: FactorGraph) -> list[Tensor | float] | None:
     """Each factor's scale, or None where all are one."""
-    scales = [s for g in graph.groups for s in g.scale]
-    return None if all(not isinstance(s, Tensor) and s == 1.0 for s in scales) else scales
+    if all(g.is_unscaled for g in graph.groups):
+        return None
+    return [s for g in graph.groups for s in g.scale]
 
 
 def check_scales(graph: FactorGraph, plan: ContractionPlan) -> list[str]:

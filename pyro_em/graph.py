@@ -163,6 +163,11 @@ class Group:
         )
 
     @property
+    def is_unscaled(self) -> bool:
+        """Whether every member counts once."""
+        return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scale)
+
+    @property
     def params(self) -> tuple[str, ...]:
         """All parameters that reach the group."""
         if self.family is None:

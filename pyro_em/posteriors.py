@@ -138,7 +138,7 @@ def _joint_log_prior(
 
 
 def _unscaled(group: Group, table: Tensor) -> Tensor:
-    if all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale):
+    if group.is_unscaled:
         return table
     parts = []
     for i, s in enumerate(group.scale):

@@ -110,7 +110,7 @@ class Stepper:
             self.optim(list(moved.values()))
             return
         stale = any(n in self.known and self.known[n] is not p for n, p in moved.items())
-        is_new = self.torch_optimizer is None or stale
+        before = self.torch_optimizer
         if self.torch_optimizer is None or stale:
             self.torch_optimizer, self.known = _built(self.optim, list(moved.values())), moved
         new = {n: p for n, p in moved.items() if n not in self.known}
@@ -120,7 +120,7 @@ class Stepper:
                 group["fused"] = _fused(group["params"])
             self.torch_optimizer.add_param_group(group)
             self.known.update(new)
-        if self.pending is not None and (is_new or new):
+        if self.pending is not None and (new or self.torch_optimizer is not before):
             self._resume(self.torch_optimizer)
         idle = [p for n, p in self.known.items() if n not in moved]
         for p in idle:

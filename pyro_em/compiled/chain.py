@@ -288,16 +288,13 @@ class Shape:
 
     def eligible(self, graph: FactorGraph) -> list[int]:
         """Groups whose arguments are the same at all steps and for all sequences."""
-        return [
-            g
-            for g, group in enumerate(graph.groups)
-            if (g in self.free or g == self.couples or g in self.unary)
-            and all(
-                n == 1
-                for a in group.arguments.values()
-                for n in (() if g in self.free else a.shape[: 1 + group.n_plates])
-            )
-        ]
+
+        def is_same(group: Group) -> bool:
+            lead = 1 + group.n_plates
+            return all(n == 1 for a in group.arguments.values() for n in a.shape[:lead])
+
+        reading = [g for g in (self.couples, *self.unary) if is_same(graph.groups[g])]
+        return sorted([*self.free, *reading])
 
 
 def shape_of_chain(graph: FactorGraph) -> Shape | None:

@@ -33,11 +33,11 @@ from pyro_em.compiled.priors import (
     may_have_priors,
     point_groups,
 )
-from pyro_em.compiled.rows import Rows, as_rows, distinct, shape_of_rows, weights
+from pyro_em.compiled.rows import Rows, as_rows, distinct, row_weights, shape_of_rows
 from pyro_em.compiled.solve import Solver, solvers_of
 from pyro_em.compiled.step import IMPOSSIBLE, Handover, NormalSolver, Sums
 from pyro_em.families import Kind
-from pyro_em.graph import FactorGraph, Group
+from pyro_em.graph import FactorGraph
 from pyro_em.m_step import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]
@@ -143,10 +143,7 @@ class Iteration:
             Handover: If the full E-step has to look.
         """
         sums = self.kernel.e_step(at)
-        log_prior = at.log_prior
-        if self.prior.counts is not None:
-            log_prior = log_prior + self.prior.of_natural(at.eta)
-        log_prior = float(log_prior)
+        log_prior = float(at.log_prior + self.prior.of_natural(at.natural))
         if not abs(log_prior) < IMPOSSIBLE:
             raise Handover
         return Point(self, at, sums, log_prior)
@@ -263,11 +260,11 @@ def compile_iteration(
     rows = shape_of_rows(graph) if chain is None else None
     repeats: Tensor | None = None
     if rows is not None:
-        weight = weights(graph, rows)
+        weight = row_weights(graph, rows)
         if weight is None:
             return None
         graph, repeats = distinct(graph, rows, weight)
-    elif not all(_is_unscaled(group) for group in graph.groups):
+    elif not all(group.is_unscaled for group in graph.groups):
         return None
     shape = chain or rows
     if shape is None:
@@ -318,10 +315,6 @@ def compile_iteration(
     return Iteration(graph, kernel, layout, components, solvers, evaluators, others, reached, prior)
 
 
-def _is_unscaled(group: Group) -> bool:
-    return all(not isinstance(s, Tensor) and s == 1.0 for s in group.scale)
-
-
 def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> bool:
     """Whether all is closed forms on plain selections; by looking only."""
     exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm | LeastSquares)}
@@ -332,7 +325,7 @@ def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> 
         return False
     for g, group in enumerate(graph.groups):
         if group.role is Role.POINT:
-            if not _is_unscaled(group) or not is_plain_prior(group, updates, g):
+            if not group.is_unscaled or not is_plain_prior(group, updates, g):
                 return False
             continue
         if group.value_binding is not None:

@@ -169,6 +169,12 @@ class Naturals:
         eta = self._eta(phi)
         return State(phi, eta), torch.dot(N, eta - state.eta)
 
+    def features(self, block: Block, n: Tensor, d: Tensor) -> list[Feature]:
+        """Where numerators and denominators of a block's elements are in η. # (numel,) each"""
+        low, high, end = self.p
+        at = torch.arange(block.numel, device=self.row.device) + block.start
+        return _features(block.kind, n, d, at, high - low, end, self.size)
+
     def values(self, state: State) -> dict[str, Tensor]:
         """The parameters that M-steps change, at a state."""
         return {b.param: b.value(state.phi) for b in self.blocks if b.is_free}
@@ -226,7 +232,8 @@ def naturals(
         for s in group.bindings[form.argument].selections:
             at = torch.where(s.index >= 0, s.index + starts[s.param], at)
         at = torch.where(at < 0, own, at)
-        features[g] = (_features(form, at, P, size - counts[Kind.RATE], size), form.base)
+        where = (P, size - counts[Kind.RATE], size)
+        features[g] = (_features(form.rule.kind, form.n, form.d, at, *where), form.base)
     read = [f.columns.reshape(-1) for listed, _ in features.values() for f in listed]
     return _layout(blocks, counts, torch.cat(read), coarse.pop(), device), features
 
@@ -325,21 +332,25 @@ def _feature_cells(group: Group) -> int:
     return group.value.numel() * (1 if group.family.event_dim else width)
 
 
-def _features(form: Linear, at: Tensor, P: int, first_rate: int, size: int) -> list[Feature]:
-    """What of the data multiplies which elements of η.
+def _features(
+    kind: Kind, n: Tensor, d: Tensor, at: Tensor, P: int, first_rate: int, size: int
+) -> list[Feature]:
+    """What multiplies which elements of η in a linear form.
 
     Args:
-        form: The linear form.
+        kind: The form.
+        n: Its numerators.
+        d: Its denominators; of a simplex unused.
         at: Where the argument is in φ.
         P: How many probabilities there are: their complements are so much further on.
         first_rate: The first rate in φ.
         size: Of φ; the tail of η begins there.
     """
-    if form.rule.kind is Kind.SIMPLEX:
-        return [Feature(form.n, at)]
-    if form.rule.kind is Kind.PROBABILITY:
-        return [Feature(form.n, at), Feature(form.d - form.n, at + P)]
-    return [Feature(form.n, at), Feature(form.d, at - first_rate + size)]
+    if kind is Kind.SIMPLEX:
+        return [Feature(n, at)]
+    if kind is Kind.PROBABILITY:
+        return [Feature(n, at), Feature(d - n, at + P)]
+    return [Feature(n, at), Feature(d, at - first_rate + size)]
 
 
 def _layout(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pyro_em._pyro import Role
-from pyro_em.compiled.natural import Naturals
+from pyro_em.compiled.natural import Naturals, State
+from pyro_em.compiled.step import scattered
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, Group
 from pyro_em.m_step import ClosedForm, Fixed, ParameterUpdate
@@ -40,9 +41,11 @@ class LogPrior:
     base: float
     rest: tuple[Group, ...]
 
-    def of_natural(self, eta: Tensor) -> Tensor | float:
+    def of_natural(self, natural: State | None) -> Tensor | float:
         """log p of the natural parameters in nats."""
-        return 0.0 if self.counts is None else torch.dot(self.counts, eta) + self.base
+        if self.counts is None or natural is None:
+            return 0.0
+        return torch.dot(self.counts, natural.eta) + self.base
 
     def of_rest(self, values: Values) -> Tensor | float:
         """log p of all other parameters in nats."""
@@ -126,34 +129,19 @@ def log_prior(
     if not natural:
         return LogPrior(None, 0.0, tuple(rest))
     assert layout is not None
-    counts = torch.zeros(_size_of_eta(layout), dtype=torch.float64, device=layout.row.device)
+    features = []
     for block in layout.blocks:
-        if not block.param or not updates[block.param].priors:
-            continue
-        if not block.is_free:
-            return None
-        n, d = contributions(updates[block.param], graph, values[block.param])
-        _add(counts, layout, block.kind, block.start, n.reshape(-1), d.reshape(-1))
+        if block.param and updates[block.param].priors:
+            n, d = contributions(updates[block.param], graph, values[block.param])
+            features += layout.features(block, n.reshape(-1), d.reshape(-1))
+    if not features:  # parameters that the user fixed
+        return None
+    columns = torch.cat([f.columns for f in features])
+    counts = scattered(layout.enter(values).eta, columns, [f.f for f in features])
     bases = [_base(natural, counts, layout, values, at) for at in (0, 1)]
     if not math.isclose(bases[0], bases[1], rel_tol=1e-9, abs_tol=1e-9):
         return None
     return LogPrior(counts, bases[0], tuple(rest))
-
-
-def _size_of_eta(layout: Naturals) -> int:
-    return layout.size + layout.size - layout.p[2]
-
-
-def _add(counts: Tensor, layout: Naturals, kind: Kind, start: int, n: Tensor, d: Tensor) -> None:
-    """Add the numerators and denominators of one block where they belong in η."""
-    low, high, end = layout.p
-    counts[start : start + len(n)] += n
-    if kind is Kind.PROBABILITY:
-        complement = start + high - low
-        counts[complement : complement + len(n)] += d - n
-    elif kind is Kind.RATE:
-        tail = start - end + layout.size
-        counts[tail : tail + len(n)] += d
 
 
 def _base(

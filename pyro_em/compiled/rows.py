@@ -331,7 +331,7 @@ def as_rows(
     )
 
 
-def weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
+def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
     """What one row counts, by the scale that all its sites share; one where they have none. # (N,)
 
     Returns:
@@ -344,15 +344,14 @@ def weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
     def per_row(scale: Tensor | float) -> Tensor:
         return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(-1).expand(N)
 
-    if any(s != 1.0 for g in shape.free for s in groups[g].scale if not isinstance(s, Tensor)):
+    if not all(groups[g].is_unscaled for g in shape.free):
         return None
-    if any(isinstance(s, Tensor) for g in shape.free for s in groups[g].scale):
-        return None
-    scales = [s for g in (*shape.rowwise, *shape.tables) for s in groups[g].scale]
+    own = (*shape.rowwise, *shape.tables)
+    if all(groups[g].is_unscaled for g in own):
+        return one
+    scales = [s for g in own for s in groups[g].scale]
     if any(isinstance(s, Tensor) and s.numel() != s.shape[0] for s in scales):
         return None  # a scale that reads the latent tempers
-    if all(not isinstance(s, Tensor) and s == 1.0 for s in scales):
-        return one
     found = per_row(scales[0])
     if any(not torch.equal(per_row(s), found) for s in scales[1:]) or not bool((found > 0).all()):
         return None
