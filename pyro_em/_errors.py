@@ -53,6 +53,7 @@ class Problem:
         why: Why that stops the computation, or an empty string.
         fixes: What to try, most likely first.
         kind: The exception class that suits it.
+        latents: The latents that have no route because of it; none where it is of another matter.
     """
 
     where: str
@@ -60,6 +61,7 @@ class Problem:
     why: str = ""
     fixes: tuple[str, ...] = ()
     kind: type[PyroEMError] = ModelError
+    latents: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}"]
@@ -88,6 +90,11 @@ def raise_problems(problems: Sequence[Problem]) -> NoReturn:
 
     The same finding at many sites of a chain is told once.
     """
+    raise as_error(problems)
+
+
+def as_error(problems: Sequence[Problem]) -> PyroEMError:
+    """The exception that `raise_problems` raises."""
     folded = _folded(problems)
     if len(folded) == 1:
         text = folded[0]
@@ -96,7 +103,7 @@ def raise_problems(problems: Sequence[Problem]) -> NoReturn:
         text = f"{len(folded)} problems:\n{lines}"
     error = problems[0].kind(text)
     error.problems = tuple(problems)
-    raise error
+    return error
 
 
 def _folded(problems: Sequence[Problem]) -> list[str]:

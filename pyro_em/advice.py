@@ -105,6 +105,7 @@ def too_many_dimensions(latents: list[str]) -> Problem:
         f"{len(latents)} enumerated sites need more dimensions than torch's 64.",
         "outside pyro.markov every enumerated site keeps its dimension for good",
         TOO_MANY_DIMENSIONS,
+        latents=tuple(latents),
     )
 
 

@@ -245,6 +245,7 @@ class _Planner:
                         "put the latents into a common plate",
                         "replace a small plate by a Python loop",
                     ),
+                    latents=tuple(outer),
                 )
             ]
         )

@@ -56,6 +56,7 @@ from pyro_em.runs import Bar, Run, Settings, best_of
 from pyro_em.starts import Start
 from pyro_em.structure import form_of
 from pyro_em.training import Alternating, Optimizer, Trainer
+from pyro_em.unrouted import Unrouted
 from pyro_em.variational import Variational
 
 
@@ -150,12 +151,17 @@ class ExactPosteriorEM:
             **kwargs: The model's keyword arguments.
 
         Returns:
-            A value that prints as a table.
+            A value that prints as a table. A latent without a route has the route ``"none"`` and the
+            finding; ``fit``, ``step``, ``posterior`` and ``elbo`` raise it.
 
         Raises:
-            PyroEMError: If the model cannot be treated exactly; all findings in one message.
+            PyroEMError: If the model or its data cannot be used; all findings in one message.
         """
-        found = self._look(args, kwargs)
+        self._check_arguments(args, kwargs)
+        found = self._looker.look_at_routes(args, kwargs)
+        if isinstance(found, Unrouted):
+            return found.plan(self._looker.updates_for(dict.fromkeys(found.parameters)))
+        found = self._noted(found)
         if isinstance(found, Program):
             return found.plan()
         updates = self._looker.updates_for(found.parameters)
@@ -700,6 +706,10 @@ class ExactPosteriorEM:
     def _look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:
+        self._check_arguments(args, kwargs)
+        return self._noted(self._looker.look(args, kwargs, look_only=look_only))
+
+    def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(is_loader(a) for a in (*args, *kwargs.values())):
             raise UsageError(
                 message(
@@ -710,7 +720,9 @@ class ExactPosteriorEM:
                 )
             )
         check_model_keywords(self.model, kwargs)
-        found = self._looker.look(args, kwargs, look_only=look_only)
+
+    def _noted(self, found: Program | Variational) -> Program | Variational:
+        """Take note of the parameters that a look found."""
         if isinstance(found, Program):
             self._parameters = dict(found.graph.parameters)
             if self._program is not None:

@@ -113,6 +113,7 @@ def latent_problems(
                 "a latent Binomial whose total_count varies cannot be enumerated.",
                 "its support differs from element to element",
                 ("use one total_count", "use a Categorical over the values that matter"),
+                latents=(name,),
             )
         ]
     if _pyro.has_finite_support(fn):
@@ -132,6 +133,7 @@ def latent_problems(
                     "independent given their parents",
                     "use one Categorical over the combinations that matter",
                 ),
+                latents=(name,),
             )
         ]
     if _pyro.is_discrete(fn):
@@ -145,6 +147,7 @@ def latent_problems(
                     "give a guide that samples it: ExactPosteriorEM(model, guide)",
                     "observe it",
                 ),
+                latents=(name,),
             )
         ]
     return [
@@ -158,6 +161,7 @@ def latent_problems(
                 "let a network be the guide: ExactPosteriorEM(model, AutoAmortizedNormal)",
                 "make it a parameter: pyro.param instead of pyro.sample",
             ),
+            latents=(name,),
         )
     ]
 
@@ -430,6 +434,7 @@ def scope_problems(
                         f"put '{name}' inside plate '{outside[0]}'",
                         "replace the plate by a Python loop if it is very small",
                     ),
+                    latents=(latent,),
                 )
             )
     return problems

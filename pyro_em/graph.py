@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, ModelError, Problem, message, raise_problems
+from pyro_em._errors import (
+    DegenerateError,
+    ModelError,
+    Problem,
+    as_error,
+    message,
+    raise_problems,
+)
 from pyro_em._pyro import Role
 from pyro_em._shadows import OutputTooLarge, is_shadow
 from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
@@ -349,6 +356,7 @@ def trace_graph(
                         "reshape on a latent's value",
                         "wrap the site in a pyro.plate, or use .to_event",
                     ),
+                    latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
                 )
             )
     if layout.problems:
@@ -417,20 +425,23 @@ def _run_enumerated(
             **how,
         )
     except OutputTooLarge as error:
-        raise ModelError(
-            message(
-                "model",
-                f"with its latents enumerated, one operation makes {error.cells:,} cells; the "
-                f"budget is max_enumeration={limit:,}.",
-                "a value inside the model combines too many latents",
-                ["raise max_enumeration", "let each factor depend on fewer latents"],
-            )
-        ) from None
+        found = Problem(
+            "model",
+            f"with its latents enumerated, one operation makes {error.cells:,} cells; the "
+            f"budget is max_enumeration={limit:,}.",
+            "a value inside the model combines too many latents",
+            ("raise max_enumeration", "let each factor depend on fewer latents"),
+            latents=structure.latents,
+        )
+        raise as_error([found]) from None
     except Exception as error:
         latents = {n: structure.sites[n].distribution for n in structure.latents}
         # An argument outside its constraint is outside without enumeration too.
         checked = bool(how.get("validated")) and _pyro.is_of_validation(error)
-        raise ModelError(str(on_failure(error, latents, enumerated=not checked))) from error
+        found = on_failure(error, latents, enumerated=not checked)
+        if not checked:  # it runs with one value of each latent, and not with all of them
+            found = replace(found, latents=structure.latents)
+        raise as_error([found]) from error
 
 
 class _Layout:
@@ -586,6 +597,7 @@ class _Layout:
                     "the latent's dimension is reused by then, and Pyro would compute a wrong "
                     "density in silence",
                     fixes,
+                    latents=(latent,),
                 )
             )
 

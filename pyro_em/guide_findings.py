@@ -30,6 +30,7 @@ def no_route(structure: Structure, name: str) -> Problem:
                 f"write a guide that draws it: pyro.sample('{name}', dist.Poisson(...))",
                 "truncate it: a Categorical over the values 0 … K−1 that matter",
             ),
+            latents=(name,),
         )
     return Problem(
         f"site '{name}'",
@@ -45,6 +46,7 @@ def no_route(structure: Structure, name: str) -> Problem:
                 else ()
             ),
         ),
+        latents=(name,),
     )
 
 

@@ -10,7 +10,7 @@ import pyro
 import torch
 
 from pyro_em import _pyro
-from pyro_em._errors import UsageError, message, raise_problems
+from pyro_em._errors import UsageError, as_error, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em.findings import parameter_problems
 from pyro_em.guides import (
@@ -36,6 +36,7 @@ from pyro_em.program import Program, build_program, matched
 from pyro_em.strategies import EStepStrategy, MonteCarlo
 from pyro_em.structure import Structure, examine
 from pyro_em.training import Optimizer
+from pyro_em.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.variational import Variational
 
 Strategy = str | EStepStrategy
@@ -96,15 +97,28 @@ class Looker:
         Raises:
             PyroEMError: If a latent has no route, or the model or data cannot be used.
         """
+        found = self.look_at_routes(args, kwargs, look_only=look_only)
+        if isinstance(found, Unrouted):
+            raise found.error
+        return found
+
+    def look_at_routes(
+        self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+    ) -> Program | Variational | Unrouted:
+        """As ``look``; where a latent has no route it is a finding, not an exception."""
         first, self.seen = not self.seen, True
         if self.guide is None:
             program = self._program(self.model, args, kwargs, first, look_only, ())
+            if isinstance(program, Unrouted):
+                return program
             _drop_unused_strategy(program)
             self._check_strategies(program.structure.latents, program.structure.latents)
             self._note_unused_optimiser(program)
             return program
         bare, look = self._look_at_both(args, kwargs, first)
         routing = self._route(bare, look)
+        if isinstance(routing, Unrouted):
+            return routing
         self._check_strategies((*bare.latents, *bare.barren), routing.exact)
         if routing.is_stochastic:
             return Variational(
@@ -118,6 +132,8 @@ class Looker:
         pair = routing.pair(self.model, self.built)
         routes = routes_with_guide(bare, routing)
         program = self._program(pair, args, kwargs, False, look_only, routes)
+        if isinstance(program, Unrouted):
+            return program
         program.notes += tuple(_unbounded_priors(program))
         _drop_unused_strategy(program)
         if not routing.points:
@@ -215,7 +231,8 @@ class Looker:
             return None
         exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())
         pair = exact.pair(self.model, self.built)
-        return self._program(pair, args, kwargs, False, True, ())
+        program = self._program(pair, args, kwargs, False, True, ())
+        return program if isinstance(program, Program) else None
 
     def all_from_guide(self, args: tuple, kwargs: dict[str, Any]) -> Variational | None:
         """The pair in which the guide draws all that it covers; None if that is not everything."""
@@ -223,11 +240,15 @@ class Looker:
             return None
         bare, look = self._look_at_both(args, kwargs, False)
         routing = self._route(bare, look, everything=True)
+        if isinstance(routing, Unrouted):
+            raise routing.error
         if routing.exact or not routing.drawn:
             return None
         return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
 
-    def _route(self, bare: Structure, look: GuideLook, everything: bool = False) -> Routing:
+    def _route(
+        self, bare: Structure, look: GuideLook, everything: bool = False
+    ) -> Routing | Unrouted:
         self.guide_parameters = tuple(look.run.parameters)
 
         def strategy(name: str) -> str:
@@ -240,6 +261,8 @@ class Looker:
             bare, look, strategy=strategy, max_enumeration=self.max_enumeration
         )
         problems = [*parameter_problems(look.run), *problems]
+        if are_of_routes(problems):
+            return without_route(bare, as_error(problems), guide=look)
         if problems:
             raise_problems(problems)
         return routing
@@ -308,7 +331,7 @@ class Looker:
         first: bool,
         look_only: bool,
         routes: tuple[Any, ...],
-    ) -> Program:
+    ) -> Program | Unrouted:
         return build_program(
             model,
             args,

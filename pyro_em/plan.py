@@ -10,7 +10,7 @@ from pyro_em._errors import Problem
 from pyro_em._pyro import Role
 from pyro_em.advice import sites_in_words
 from pyro_em.contraction import ContractionPlan, plan_contraction
-from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares, ParameterUpdate
+from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares, NoUpdate, ParameterUpdate
 from pyro_em.structure import Structure
 
 
@@ -21,10 +21,12 @@ class Route:
     Attributes:
         site: The site's name.
         distribution: Its distribution.
-        route: ``"enumerate"``, ``"integrates to one"``, ``"point estimate"`` or ``"guide"``.
+        route: ``"enumerate"``, ``"integrates to one"``, ``"point estimate"``, ``"guide"``, or
+            ``"none"`` where there is none; everything but a plan then raises.
         size: Number of values summed over, or None.
         plates: Its plates.
         reason: Why, in words.
+        finding: What leaves it without a route, with the fixes to try; else None.
     """
 
     site: str
@@ -33,6 +35,7 @@ class Route:
     size: int | None
     plates: tuple[str, ...]
     reason: str
+    finding: Problem | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Plan:
         draws: Whether that bound is drawn; not where everything is summed under the guide.
         is_monotone: Whether the objective can never fall by more than rounding.
         gives_up: What the strategy does without, in words.
+        obstacle: Where a latent has no route, what everything but a plan raises; else empty.
     """
 
     routes: tuple[Route, ...]
@@ -75,6 +79,7 @@ class Plan:
     draws: bool = True
     is_monotone: bool = True
     gives_up: str = ""
+    obstacle: str = ""
 
     @property
     def graph(self) -> Any:
@@ -140,10 +145,18 @@ class Plan:
                 ],
             ),
         ]
-        if self.largest or not self.stochastic:
-            dims = " x ".join(users.get(d, d) for d in self.largest) or "1"
-            parts.append(f"Cost: the largest table has {self.cells:,} cells ({dims}).")
-        if self.stochastic and self.draws:
+        if self.largest or not (self.stochastic or self.obstacle):
+            shown = [users.get(d, d) for d in self.largest]
+            if len(shown) > 8:
+                shown = [*shown[:6], f"{len(shown) - 6} more"]
+            dims = " x ".join(shown) or "1"
+            size = f"{self.cells:,}" if self.cells < 10**15 else f"{self.cells:.3g}"
+            has = "would have" if self.obstacle else "has"
+            parts.append(f"Cost: the largest table {has} {size} cells ({dims}).")
+        if self.obstacle:
+            parts.append("Iterations: none. A fit, a step, a posterior and a bound raise:")
+            parts.append("\n".join(f"  {line}" for line in self.obstacle.splitlines()))
+        elif self.stochastic and self.draws:
             parts.append("Iterations: stochastic, each draws from the guide.")
         elif self.stochastic:
             parts.append(
@@ -213,6 +226,8 @@ def _update_name(update: ParameterUpdate) -> str:
             return f"gradient ({steps} optimiser steps)"
         case Fixed():
             return "fixed"
+        case NoUpdate():
+            return "none"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -262,6 +277,7 @@ def budget_problems(structure: Structure, plan: ContractionPlan, limit: int) -> 
                 "pass a larger max_enumeration if memory allows (8 bytes a cell, a few copies)",
                 "fit a subset of the data",
             ),
+            latents=tuple(latents),
         )
     ]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, UsageError, message, raise_problems
+from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.e_step import check_scales, contraction_of
@@ -47,6 +47,7 @@ from pyro_em.strategies import (
     gives_up,
 )
 from pyro_em.structure import Structure, examine
+from pyro_em.unrouted import Unrouted, are_of_routes, without_route
 
 _PART = 2**20  # cells that are compared at once
 
@@ -355,7 +356,7 @@ def build_program(
     look_only: bool = False,
     strategy: EStepStrategy | None = None,
     routes: tuple[Route, ...] = (),
-) -> Program:
+) -> Program | Unrouted:
     """Look at a model and its data, decide everything, pay nothing yet.
 
     Args:
@@ -371,8 +372,11 @@ def build_program(
         strategy: Another E-step than the exact one.
         routes: Rows of the plan where a guide takes part.
 
+    Returns:
+        The program; where a latent has no route, what there is to say of it.
+
     Raises:
-        PyroEMError: If the model cannot be treated exactly, with all findings.
+        PyroEMError: If the model or its data cannot be used, with all findings.
     """
     structure, problems = examine(
         model,
@@ -383,25 +387,24 @@ def build_program(
         sparing=True,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
+    too_dear: ContractionPlan | None = None
     try:
         cost = contraction_from_structure(structure)
         found = budget_problems(structure, cost, max_enumeration)
+        too_dear = cost if found else None
     except ModelError as error:
         found = [] if problems else list(error.problems)
     problems[n_latent:n_latent] = found
+    if are_of_routes(problems):
+        return without_route(structure, as_error(problems), routes=routes, cost=too_dear)
     if problems:
         raise_problems(problems)
-    limit = max(max_enumeration, 2**20)
-    if structure.unchecked:
-        check_arguments(model, args, kwargs, structure, limit)
-    graph = trace_graph(
-        model,
-        args,
-        kwargs,
-        structure,
-        limit=limit,
-        with_bindings=not look_only,
-    )
+    try:
+        graph = _first_trace(model, args, kwargs, structure, max_enumeration, look_only)
+    except ModelError as error:
+        if not are_of_routes(error.problems):
+            raise
+        return without_route(structure, error, routes=routes)
     contraction = contraction_of(graph)
     notes = (*check_scales(graph, contraction), *structure.notes)
     if structure.random_plates:
@@ -443,6 +446,21 @@ def build_program(
                 ),
             )
     return program
+
+
+def _first_trace(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    max_enumeration: int,
+    look_only: bool,
+) -> FactorGraph:
+    """The graph of an enumerated run, whose operations are held to the budget."""
+    limit = max(max_enumeration, 2**20)
+    if structure.unchecked:
+        check_arguments(model, args, kwargs, structure, limit)
+    return trace_graph(model, args, kwargs, structure, limit=limit, with_bindings=not look_only)
 
 
 def _unconstrained_simplexes(

@@ -123,8 +123,10 @@ def test_past_the_budget_the_guide_takes_over_and_the_cost_is_named() -> None:
     words = " ".join(reasons(em, x).values())
     says(words, "45,000 cells", "max_enumeration=10,000", "score function")
     assert "enumerated in the guide" not in words  # that table would be no smaller
+    alone = ExactPosteriorEM(model, max_enumeration=10_000)
+    assert set(routes(alone, x).values()) == {"none"}
     with pytest.raises(PyroEMError, match="max_enumeration"):
-        ExactPosteriorEM(model, max_enumeration=10_000).plan(x)
+        alone.fit(x)
 
 
 def test_strategies_by_name_and_glob() -> None:
@@ -308,14 +310,15 @@ def refused(call, *words: str) -> None:
 
 
 def test_latents_without_a_route() -> None:
-    refused(lambda: ExactPosteriorEM(normal).plan(T(X)), "'h'", "guide")
+    assert routes(ExactPosteriorEM(normal), T(X)) == {"h": "none"}
+    refused(lambda: ExactPosteriorEM(normal).fit(T(X)), "'h'", "guide")
 
     def misses(x):
         pyro.sample("s", dist.Delta(pyro.param("ps", T(1.0))))
 
-    refused(
-        lambda: ExactPosteriorEM(bayesian, misses).plan(T(X)), "'w'", "'mu'", "the guide lacks it"
-    )
+    em = ExactPosteriorEM(bayesian, misses)
+    assert routes(em, T(X)) == {"w": "none", "s": "point estimate", "mu": "none", "z": "enumerate"}
+    refused(lambda: em.fit(T(X)), "'w'", "'mu'", "the guide lacks it")
 
 
 def test_guide_sites_that_do_not_fit() -> None:
@@ -481,8 +484,9 @@ def test_a_discrete_latent_without_a_route_is_not_sent_to_point_estimates() -> N
             pyro.sample("x", dist.Normal(c, 1.0), obs=x)
 
     for guide in ("map", auto.AutoNormal):
+        assert routes(ExactPosteriorEM(model, guide), T(X)) == {"c": "none"}
         with pytest.raises(PyroEMError) as error:
-            ExactPosteriorEM(model, guide).plan(T(X))
+            ExactPosteriorEM(model, guide).fit(T(X))
         says(str(error.value), "'c'", "infinite support", "truncate it")
         assert "pass guide='map'" not in str(error.value)
 

@@ -81,6 +81,11 @@ class Fixed:
     """The parameter is never changed."""
 
 
+@dataclass(frozen=True)
+class NoUpdate:
+    """No M-step: a latent of the model has no route. It is found in plans, never asked for."""
+
+
 Update = ClosedForm | LeastSquares | Gradient | Fixed
 
 
@@ -116,7 +121,7 @@ class ParameterUpdate:
     """
 
     name: str
-    update: Update
+    update: Update | NoUpdate
     reason: str
     uses: tuple[Use, ...] = ()
     block: tuple[str, ...] = ()
