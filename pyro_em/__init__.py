@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pyro_em._errors import (
     DataError,
     DegenerateError,
+    FileError,
     ModelError,
     PyroEMError,
     PyroEMWarning,
@@ -63,6 +64,7 @@ __all__ = [
     "EvidenceEstimate",
     "ExactPosteriorEM",
     "Family",
+    "FileError",
     "Fixed",
     "Gradient",
     "Hard",

@@ -35,6 +35,10 @@ class UsageError(PyroEMError, ValueError):
     """A call whose arguments contradict each other or the model."""
 
 
+class FileError(UsageError, OSError):
+    """A file that cannot be written or read."""
+
+
 class DegenerateError(PyroEMError, ArithmeticError):
     """An update had no finite, non-degenerate solution; it has been rolled back."""
 

@@ -490,6 +490,9 @@ class ExactPosteriorEM:
         check_collisions(self.model, looked, FIT_KEYWORDS, "fit", passed)
         with seeded(seed):
             program = self._ready(looked, kwargs)
+            before = self._total_steps
+            if callbacks:
+                callbacks = (self._counting_from(before), *callbacks)
             if isinstance(program, Trainer):
                 refuse_exact_keywords(init, num_restarts, acceleration)
                 return self._fit_stochastic(
@@ -511,8 +514,16 @@ class ExactPosteriorEM:
             runs = self._starts(program, settings, init, num_restarts, seed)
             best = best_of(runs)
             restore(program.graph.parameters, best.parameters)
-            self._total_steps += best.num_steps
+            self._total_steps = before + best.num_steps
             return build_result(program, best, runs, settings, init, seed, self._total_steps)
+
+    def _counting_from(self, before: int) -> Callable[[EMStep], None]:
+        """A callback that counts steps for those after it, which may save."""
+
+        def count(step: EMStep) -> None:
+            self._total_steps = before + step.index + 1
+
+        return count
 
     def _starts(
         self,
@@ -585,6 +596,7 @@ class ExactPosteriorEM:
         if held_out is not None:
             stochastic.look_at_validation(trainer, held_out)
         parameters = trainer.variational.parameters
+        before = self._total_steps
         run = stochastic.run(
             trainer,
             batches,
@@ -597,7 +609,7 @@ class ExactPosteriorEM:
             progress=progress,
             begin=begin,
         )
-        self._total_steps += len(run.bounds)
+        self._total_steps = before + len(run.bounds)
         plan = plan_of(
             trainer.variational,
             self._looker.updates_for(parameters),
@@ -641,8 +653,15 @@ class ExactPosteriorEM:
     def save(self, path: str | Path) -> None:
         """Save all parameters; the file loads under ``torch.load(weights_only=True)``.
 
+        A complete new file takes the place of the old one at once: a process that is killed, or a
+        full disk, leaves the old one as it was. No folder is made.
+
+        Args:
+            path: The file.
+
         Raises:
-            UsageError: If the model has not been run yet.
+            UsageError: If the model has not been run yet, or a parameter is not finite.
+            FileError: If the file cannot be written; also a `UsageError` and an ``OSError``.
         """
         if not self._parameters:
             raise UsageError(
@@ -658,12 +677,13 @@ class ExactPosteriorEM:
         elif self._training:  # loaded, and not continued yet
             extra["training"] = self._training
         roots = (self.model, self.guide)
-        extra["buffers"] = {n: b.detach().cpu() for n, b in saving.buffers_of(roots).items()}
+        buffers = saving.buffers_of(roots)
+        extra["buffers"] = {n: b.detach().cpu().clone() for n, b in buffers.items()}
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
-        torch.save(saving.pack(named, extra), path)
+        saving.write(path, saving.pack(named, extra))
 
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Load parameters that ``save`` wrote.
+        """Load parameters that ``save`` wrote, with this version of the library or an earlier one.
 
         They are checked against the model at once where the model has been run or its arguments are
         given here, else at the next call with data.
@@ -674,7 +694,9 @@ class ExactPosteriorEM:
             **kwargs: The model's keyword arguments, optional.
 
         Raises:
-            UsageError: If the file belongs to another model; names the first difference.
+            UsageError: If the file belongs to another model (names the first difference), is
+                damaged, of a newer version or something else, or has numbers that are not finite.
+            FileError: If it is missing or cannot be read; also a `UsageError` and an ``OSError``.
         """
         state = saving.read(path)
         if args or kwargs:
@@ -698,7 +720,7 @@ class ExactPosteriorEM:
             elif name in store:
                 del store[name]
         self._program, self._trainer, self._total_steps, self._pending = None, None, 0, None
-        self._initial, self._parameters = {}, {}
+        self._initial, self._parameters, self._training = {}, {}, {}
         self._form = None
 
     # ------------------------------------------------------------------ inside

@@ -1,31 +1,125 @@
-"""Saving and loading fitted parameters, readable under ``torch.load(weights_only=True)``."""
+"""Saving and loading fitted parameters, readable under ``torch.load(weights_only=True)``.
+
+A file is a dict of tensors, numbers and strings with the version of its schema and a checksum of
+all the rest: names, dtypes, shapes and bytes. Whatever reads differently from what was written is
+refused.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import io
+import logging
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributions import transform_to
 
 from pyro_em._errors import UsageError, message
+from pyro_em._files import read_whole, write_whole
 from pyro_em._pyro import TracedParameter, snapshot
 from pyro_em._pyro import restore as write_back
 
-FORMAT = "pyro_em 1"
+VERSION = 2
+FORMAT = f"pyro_em {VERSION}"
+_OLDEST = 1  # that is still read; it has no checksum
+_FIELDS = {"names": list, "unconstrained": dict, "constraints": dict, "total_steps": int}
+
+logger = logging.getLogger("pyro_em")
 
 
 def pack(parameters: Mapping[str, TracedParameter], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as plain tensors and strings."""
-    return {
+    """Parameters as plain tensors and strings, with the checksum of all.
+
+    Raises:
+        UsageError: If a parameter is not finite.
+    """
+    unconstrained = {n: t.cpu() for n, t in snapshot(parameters).items()}
+    for name, p in parameters.items():
+        bad = _non_finite(p, unconstrained[name])
+        if bad:
+            raise UsageError(
+                message(
+                    "save",
+                    f"parameter '{name}' has {bad} that are not finite.",
+                    "nothing could be done with such a file; nothing was written",
+                    ["fit again from other values: em.reset()", "load the last good file"],
+                )
+            )
+    state = {
         "format": FORMAT,
         "names": list(parameters),
-        "unconstrained": {n: t.cpu() for n, t in snapshot(parameters).items()},
+        "unconstrained": unconstrained,
         "constraints": {n: repr(p.constraint) for n, p in parameters.items()},
         **extra,
     }
+    return {**state, "checksum": checksum(state)}
+
+
+def write(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write what `pack` made, whole or not at all.
+
+    Raises:
+        FileError: If the file cannot be written.
+    """
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    write_whole(path, content.getvalue())
+
+
+def checksum(state: Mapping[str, Any]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, whatever device and layout tensors have.
+
+    Example:
+        >>> checksum({"w": torch.eye(2)}) == checksum({"w": torch.eye(2).T})
+        True
+        >>> checksum({"w": torch.eye(2)}) == checksum({"w": torch.eye(2).double()})
+        False
+    """
+    digest = hashlib.sha256()
+    _feed(digest, {k: v for k, v in state.items() if k != "checksum"})
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Each value with its kind and its length, so that no two states read alike."""
+    if isinstance(value, Tensor):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        digest.update(f"dict {len(value)}:".encode())
+        for key, item in value.items():
+            _feed(digest, key)
+            _feed(digest, item)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"list {len(value)}:".encode())
+        for item in value:
+            _feed(digest, item)
+    else:
+        text = repr(value).encode()
+        digest.update(f"{type(value).__name__} {len(text)}:".encode() + text)
+
+
+def _non_finite(p: TracedParameter, unconstrained: Tensor) -> str:
+    """How many numbers of a parameter are not finite, in words; a simplex zero is no such number.
+
+    Its unconstrained value is minus infinity, its constrained value is not.
+    """
+    if not unconstrained.is_floating_point():
+        return ""
+    there = unconstrained.to(p.unconstrained)  # as it would be read: 1e300 is no float32
+    with torch.no_grad():
+        value = transform_to(p.constraint)(there)
+    bad = int((~torch.isfinite(value)).sum()) or int(torch.isnan(there).sum())
+    return f"{bad} of {value.numel()} numbers" if bad else ""
 
 
 def modules_of(one: Any) -> list[torch.nn.Module]:
@@ -70,28 +164,105 @@ def restore_buffers(state: Mapping[str, Any], roots: Sequence[Any]) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a file that ``save`` wrote.
+    """Read a file that ``save`` wrote, with this version of the library or an earlier one.
 
     Raises:
-        UsageError: If it is no such file.
+        UsageError: If it is damaged, of a newer version or something else.
+        FileError: If there is no such file, or it cannot be read.
     """
+    content = read_whole(path)
+    if not content:
+        raise _unreadable(
+            path, "it is empty (0 bytes).", "writing it was broken off, or never begun"
+        )
+    if content[:4] != _ZIP and not _looks_like_ours(content):
+        raise _not_ours(path, "it is no torch file")
+    damage = _damage(content)
+    if damage:
+        raise _damaged(path, damage)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise UsageError(_not_ours(path)) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(_not_ours(path))
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a reader of other people's bytes may raise
+        if _looks_like_ours(content):
+            raise _damaged(path, "it cannot be read") from error
+        raise _not_ours(path, "it holds other objects than tensors and numbers") from error
+    _check_version(path, state)
+    for name, kind in _FIELDS.items():
+        if not isinstance(state.get(name), kind):
+            raise _damaged(path, f"its field '{name}' is missing")
+    if state["format"] != FORMAT:
+        logger.info("load: '%s' is of an earlier version, without a checksum", path)
+    elif state.get("checksum") != checksum(state):
+        raise _damaged(path, "its content does not agree with its checksum")
+    if {*state["names"]} != {*state["unconstrained"]} or {*state["names"]} != {
+        *state["constraints"]
+    }:
+        raise _damaged(path, "its names do not agree with its parameters")
     return state
 
 
-def _not_ours(path: str | Path) -> str:
-    return message(
-        f"file '{path}'",
+_ZIP = b"PK\x03\x04"
+_OURS = (b"pyro_em ", b"unconstrained", b"constraints", b"total_steps")
+
+
+def _looks_like_ours(content: bytes) -> bool:
+    """Whether bytes hold most words that every file of ours holds, in front of its numbers."""
+    return b"\0" in content and sum(word in content for word in _OURS) >= len(_OURS) - 1
+
+
+def _damage(content: bytes) -> str:
+    """What is wrong with a torch file as a zip archive, whose parts have checksums of their own."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return "" if archive.testzip() is None else "a part of it is not what was written"
+    except Exception:  # damaged tables of contents raise errors of every kind
+        return "it is cut off, or its table of contents cannot be read"
+
+
+def _check_version(path: str | Path, state: Any) -> None:
+    found = state.get("format") if isinstance(state, dict) else None
+    matched = re.fullmatch(r"pyro_em (\d+)", found) if isinstance(found, str) else None
+    if matched is None:
+        raise _not_ours(path, "it is a torch file of another kind")
+    version = int(matched[1])
+    if version > VERSION:
+        raise _unreadable(
+            path,
+            f"it was written by a newer version of pyro_em, in format {version}.",
+            f"this version reads formats {_OLDEST} to {VERSION}",
+            ["install a newer version: pip install -U pyro-em"],
+        )
+    if version < _OLDEST:
+        raise _unreadable(
+            path,
+            f"it was written by an older version of pyro_em, in format {version}.",
+            f"this version reads formats {_OLDEST} to {VERSION}",
+            ["load it with the version that wrote it, and save it with one in between"],
+        )
+
+
+def _damaged(path: str | Path, why: str) -> UsageError:
+    return _unreadable(
+        path, "it is damaged, or was changed after ExactPosteriorEM.save wrote it.", why
+    )
+
+
+def _not_ours(path: str | Path, why: str) -> UsageError:
+    return _unreadable(
+        path,
         "it was not written by ExactPosteriorEM.save.",
-        f"its format is not '{FORMAT}'",
-        ["load a param store with pyro.get_param_store().load(path)"],
+        why,
+        [
+            "load a param store with pyro.get_param_store().load(path)",
+            "load a module with module.load_state_dict(torch.load(path))",
+        ],
+    )
+
+
+def _unreadable(path: str | Path, what: str, why: str, fixes: Sequence[str] = ()) -> UsageError:
+    nothing = f"{why}; nothing was loaded"
+    return UsageError(
+        message(f"file '{path}'", what, nothing, fixes or ["load another copy of it"])
     )
 
 
@@ -99,7 +270,8 @@ def restore(state: Mapping[str, Any], parameters: Mapping[str, TracedParameter])
     """Write saved parameters in place.
 
     Raises:
-        UsageError: If the file belongs to another model; names the first difference.
+        UsageError: If the file belongs to another model (names the first difference), or a number
+            in it is not finite.
     """
     difference = first_difference(state, parameters)
     if difference:
@@ -111,6 +283,20 @@ def restore(state: Mapping[str, Any], parameters: Mapping[str, TracedParameter])
                 ["build the model as it was when the file was saved"],
             )
         )
+    for name, p in parameters.items():
+        bad = _non_finite(p, state["unconstrained"][name])
+        if bad:
+            raise UsageError(
+                message(
+                    "load",
+                    f"parameter '{name}' has {bad} in the file that are not finite here.",
+                    f"it is {p.unconstrained.dtype} in this model; nothing was loaded",
+                    [
+                        "load another file",
+                        "work in float64: torch.set_default_dtype(torch.float64)",
+                    ],
+                )
+            )
     write_back(parameters, state["unconstrained"])
 
 
