@@ -33,6 +33,7 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.utils._pytree import tree_map
 
 from pyro_em._densities import add_log_probs
+from pyro_em._memory import own_start, settle
 from pyro_em._shadows import (
     NumbersNeeded,
     Overspent,
@@ -97,7 +98,11 @@ class ParameterCapture(Messenger):
         self.values = values
         self.hand_out = hand_out
         self.look_at_initial_shape = look_at_initial_shape
+        self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        _start_apart(msg)
 
     def _pyro_post_param(self, msg: dict[str, Any]) -> None:
         name, value = msg["name"], msg["value"]
@@ -120,7 +125,9 @@ class ParameterCapture(Messenger):
                 leaf = self.values[name]
             else:
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())
-            shape = self._initial_shape(msg)
+            given = self._given(msg)
+            shape = given.shape if isinstance(given, torch.Tensor) else None
+            self.given[name] = given
             own = msg["args"][1] if len(msg["args"]) > 1 else None
             foreign = isinstance(own, torch.nn.Parameter) and own is not value and "$$$" not in name
         else:
@@ -135,14 +142,22 @@ class ParameterCapture(Messenger):
                 leaf.unconstrained = value.unconstrained  # type: ignore[attr-defined]
             msg["value"] = leaf
 
-    def _initial_shape(self, msg: dict[str, Any]) -> torch.Size | None:
+    def _given(self, msg: dict[str, Any]) -> Any:
+        """The initial value that the model gives, made if it is lazy."""
         if not self.look_at_initial_shape or len(msg["args"]) < 2:
             return None
         initial = msg["args"][1]
         if callable(initial) and not isinstance(initial, torch.Tensor):
             with torch.random.fork_rng(devices=[]):
                 initial = initial()
-        return initial.shape if isinstance(initial, torch.Tensor) else None
+        return initial
+
+
+def _start_apart(msg: dict[str, Any]) -> None:
+    """Let a parameter that this message declares begin in memory of its own."""
+    name, *rest = msg["args"]
+    if rest and msg["name"] not in pyro.get_param_store():
+        msg["args"] = (name, own_start(rest[0]), *rest[1:])
 
 
 class _KeepValues(Messenger):
@@ -661,6 +676,9 @@ class _ParameterRecord(Messenger):
         super().__init__()
         self.found: dict[str, torch.Tensor] = {}
 
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        _start_apart(msg)
+
     def _pyro_post_param(self, msg: dict[str, Any]) -> None:
         value = msg["value"]
         if value is not None:
@@ -724,7 +742,8 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
         except Exception as error:
             run = Run(dict(tracer.trace.nodes), capture.parameters)
             raise RunFailed(error, run, tuple(watch.empty)) from error
-    return Run(dict(tracer.trace.nodes), _alive(capture.parameters), {}, masks.changed())
+    parameters = _apart(_alive(capture.parameters), capture.given)
+    return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed())
 
 
 def _holds_shadows() -> bool:
@@ -762,6 +781,41 @@ def _alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParamet
         now = store._params.get(name)
         stays = now is None or isinstance(p.leaf, torch.nn.Parameter) or p.is_foreign
         out[name] = p if stays else replace(p, unconstrained=now)
+    return out
+
+
+def is_stored(parameters: Mapping[str, TracedParameter]) -> bool:
+    """Whether the param store still holds what a look found; modules keep their own."""
+    store = pyro.get_param_store()
+    return all(
+        isinstance(p.unconstrained, torch.nn.Parameter)
+        or store._params.get(name) is p.unconstrained
+        for name, p in parameters.items()
+    )
+
+
+def _apart(
+    parameters: Mapping[str, TracedParameter], given: Mapping[str, Any]
+) -> dict[str, TracedParameter]:
+    """Parameters in memory of their own.
+
+    Where Pyro has run the model before, a parameter may be the very tensor that the model passes as
+    its initial value: that one goes back to whom it belongs.
+    """
+    store = pyro.get_param_store()
+    out = dict(parameters)
+    for name, p in parameters.items():
+        old = p.unconstrained
+        if given.get(name) is not old or isinstance(old, torch.nn.Parameter):
+            continue
+        if store._params.get(name) is not old:
+            continue
+        new = old.detach().clone().requires_grad_(old.requires_grad)
+        store._params[name] = new
+        store._param_to_name.pop(old, None)
+        store._param_to_name[new] = name
+        out[name] = replace(p, unconstrained=new)
+    settle(p.unconstrained for p in out.values())
     return out
 
 
@@ -887,6 +941,7 @@ def enumerated_run(
         else:
             with size_guard(limit):
                 model(*args, **kwargs)
+    settle(p.unconstrained for p in capture.parameters.values())
     return Run(dict(tracer.trace.nodes), capture.parameters)
 
 

@@ -116,7 +116,8 @@ class DrawnPosterior:
         with torch.no_grad():
             if self._is_root(site):
                 try:
-                    return self._guide_site(site)["fn"].mean
+                    # The mean may be the very parameter of the guide.
+                    return self._guide_site(site)["fn"].mean.detach().clone()
                 except NotImplementedError:  # a transformed distribution
                     pass
             return self.sample(num_particles)[site].mean(0)

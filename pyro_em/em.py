@@ -18,6 +18,7 @@ from pyro_em import saving, stochastic
 from pyro_em._errors import PyroEMWarning, UsageError, message
 from pyro_em._pyro import (
     TracedParameter,
+    is_stored,
     restore,
     seeded,
     snapshot,
@@ -756,9 +757,6 @@ class ExactPosteriorEM:
             if name in self._initial:
                 continue
             self._initial[name] = p.unconstrained.detach().clone()
-            if not isinstance(p.unconstrained, torch.nn.Parameter):
-                # pyro.param("mu", x[:2]) shares memory with x, and updates are made in place.
-                p.unconstrained.data = p.unconstrained.data.clone()
         self._restore_pending()
         return found
 
@@ -776,7 +774,7 @@ class ExactPosteriorEM:
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """Look, and refuse what has nothing to fit."""
         form = _without_rows(form_of(args, kwargs))
-        if self._trainer is not None and form == self._form and self._alive():
+        if self._trainer is not None and form == self._form and is_stored(self._parameters):
             return self._trainer  # batches of one form have the same routes
         found = self._look(args, kwargs)
         if isinstance(found, Variational):
@@ -787,15 +785,6 @@ class ExactPosteriorEM:
         for note in program.notes:
             warnings.warn(note, PyroEMWarning, stacklevel=3)
         return program
-
-    def _alive(self) -> bool:
-        """Whether the param store still holds what the last look found."""
-        store = pyro.get_param_store()
-        return all(
-            isinstance(p.unconstrained, torch.nn.Parameter)
-            or store._params.get(name) is p.unconstrained
-            for name, p in self._parameters.items()
-        )
 
     def _trainer_of(self, variational: Variational) -> Trainer:
         """The optimisers for a pair; they live on while parameters are the same."""

@@ -506,6 +506,8 @@ class _Layout:
         if isinstance(scale, Tensor):
             scale = compact(scale, 0, dims) if scale.dim() else float(scale)
         value = self._without_masked_nonsense(fn, value, site)
+        if name.removesuffix("_observed") in self.structure.masked_pairs:
+            value = value.clone()  # a posterior shows it when it is asked
         compact_value = compact(value, fn.event_dim, dims)
         arguments: dict[str, Tensor] = {}
         bindings: dict[str, Binding] = {}

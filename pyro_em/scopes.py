@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_em._errors import UsageError, message
+from pyro_em._memory import settle
 from pyro_em._pyro import parameters_read
 
 StoreState: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -72,6 +73,7 @@ def common_start(
         for label, model in models.items():
             with parameters_read() as found, torch.no_grad():
                 model(*args, **kwargs)
+            settle(found.values())
             if names is None:
                 first, names = label, list(found)
             if odd := sorted(set(found) ^ set(names)):

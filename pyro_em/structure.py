@@ -434,5 +434,6 @@ def support_size_of(fn: Any) -> int | None:
 
 
 def _obs_mask(site: Mapping[str, Any]) -> Tensor:
+    """A copy: a posterior reads it when it is asked, whatever became of the user's mask by then."""
     mask = mask_tensor(site)
-    return torch.as_tensor(True if mask is None else mask)
+    return torch.as_tensor(True if mask is None else mask).clone()

@@ -16,6 +16,7 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_em._errors import UsageError, message
+from pyro_em._pyro import is_stored
 from pyro_em.arguments import check_draws
 from pyro_em.contraction import contract, evidence
 from pyro_em.e_step import contraction_of, e_step, scales_of
@@ -120,7 +121,9 @@ class TraceExact_ELBO(ELBO):
         form = form_of(args, kwargs)
         if self._last is not None:
             known_model, known_guide, known_form, found = self._last
-            if known_model is model and known_guide is guide and known_form == form:
+            same = known_model is model and known_guide is guide and known_form == form
+            read = found.graph.parameters if isinstance(found, Program) else found.parameters
+            if same and is_stored(read):
                 return found
         looker = Looker(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
         found = looker.look(args, kwargs, look_only=True)
