@@ -4,9 +4,7 @@ r"""The log evidence of a plated factor graph, and its exact gradient.
 
 its gradient with respect to the log-density tensor of a factor *is* the posterior of that
 factor's cells, so that one backward pass yields every expected count of any discrete model.
-Exchanging the ring gives the rest: max instead of log-sum-exp, and the gradient marks a jointly
-most probable assignment; a backward pass that draws instead of weighting, and it marks an exact
-posterior sample.
+With max instead of log-sum-exp the gradient marks a jointly most probable assignment.
 
 Plates are products: the variables of an innermost plate are eliminated first, the result is summed
 (in log space) over the plate, and so on outwards. Chains and trees cost no more than their largest
@@ -71,33 +69,6 @@ def maximum(x: Tensor) -> Tensor:
     return x.max(-1).values
 
 
-class _Draw(torch.autograd.Function):
-    """Log-sum-exp forward; backward passes the row's indicator to one element drawn from it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x)
-        ctx.generator = generator
-        return log_sum_exp(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        top = x.amax(-1, keepdim=True)
-        weights = (x - torch.where(torch.isfinite(top), top, 0.0)).exp()
-        weights = torch.where(weights.sum(-1, keepdim=True) > 0, weights, 1.0)
-        drawn = torch.multinomial(
-            weights.reshape(-1, weights.shape[-1]), 1, generator=ctx.generator
-        ).reshape(weights.shape[:-1])
-        hot = torch.nn.functional.one_hot(drawn, x.shape[-1]).to(x.dtype)
-        return grad.unsqueeze(-1) * hot, None
-
-
-def drawing(generator: torch.Generator | None = None) -> Ring:
-    """A ring whose backward pass draws from the posterior."""
-    return lambda x: _Draw.apply(x, generator)
-
-
 @dataclass(frozen=True)
 class _Align:
     """How one table is brought to the dimensions of a product."""
@@ -112,6 +83,7 @@ class _Eliminate:
     alignments: tuple[_Align, ...]
     exponents: tuple[tuple[str, int] | None, ...]
     output: int
+    dims: tuple[str, ...]  # of the product: plates, other latents, the eliminated one
 
 
 @dataclass(frozen=True)
@@ -140,6 +112,11 @@ class ContractionPlan:
     largest: tuple[str, ...]
     same_scale: tuple[tuple[int, int], ...]
     locals_scaled_by: Mapping[int, int]
+
+    @property
+    def eliminations(self) -> list[tuple[str, ...]]:
+        """The dimensions of each table from which a latent is eliminated, that latent last."""
+        return [step.dims for step in self.steps if isinstance(step, _Eliminate)]
 
 
 def plan_contraction(
@@ -358,6 +335,7 @@ class _Planner:
                 tuple(self._align(self.dims[s], dims) for s in inputs),
                 tuple(exponents),
                 out,
+                dims,
             )
         )
         self.dims[out] = dims[:-1]

@@ -7,7 +7,7 @@ log density is the posterior of the factor's cells.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from pyro_em.contraction import (
     ContractionPlan,
     Ring,
     contract,
-    drawing,
     evidence,
     log_sum_exp,
     plan_contraction,
@@ -118,10 +117,18 @@ class EStep:
     cells: list[Tensor]
 
 
-def _forward(
-    graph: FactorGraph, plan: ContractionPlan, tables: Tables, ring: Ring, extra: Tables
+def forward(
+    graph: FactorGraph, plan: ContractionPlan, tables: Tables, ring: Ring, extra: Tables = ()
 ) -> tuple[list[Tensor], list[tuple[tuple[str, ...], Tensor]], Tensor]:
-    """Leaves per group, terms and their sum, in float64."""
+    """Leaves per group, terms and their sum, in float64.
+
+    Args:
+        graph: The factors.
+        plan: From `contraction_of`.
+        tables: Log densities per group. # (members, *sizes)
+        ring: How variables are eliminated.
+        extra: Further tables of the plan.
+    """
     leaves = [t.detach().to(torch.float64).requires_grad_() for t in (*tables, *extra)]
     n = len(tables)
     flat = [part for leaf in leaves[:n] for part in leaf.unbind(0)] + leaves[n:]
@@ -149,28 +156,10 @@ def run_contraction(
         ring: How variables are eliminated.
         extra: Tables of zeros whose gradients are wanted too; they come last in ``cells``.
     """
-    leaves, terms, total = _forward(graph, plan, log_densities, ring, extra)
+    leaves, terms, total = forward(graph, plan, log_densities, ring, extra)
     usable = bool(leaves) and bool(torch.isfinite(total))
     cells = torch.autograd.grad(total, leaves) if usable else leaves
     return EStep(total.detach(), [(d, t.detach()) for d, t in terms], list(cells))
-
-
-@torch.enable_grad()
-def draw(
-    graph: FactorGraph,
-    plan: ContractionPlan,
-    log_densities: Tables,
-    n: int,
-    generator: torch.Generator | None,
-) -> Iterator[list[Tensor]]:
-    """Exact posterior draws: one forward pass, and a backward pass that draws for each.
-
-    Yields:
-        Per group the cells that were drawn, marked by their scale.
-    """
-    leaves, _, total = _forward(graph, plan, log_densities, drawing(generator), ())
-    for _ in range(n):
-        yield list(torch.autograd.grad(total, leaves, retain_graph=True))
 
 
 def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> EStep:

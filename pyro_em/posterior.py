@@ -10,8 +10,9 @@ from torch import Tensor
 
 from pyro_em._errors import UsageError, message
 from pyro_em.contraction import maximum
-from pyro_em.e_step import contraction_of, draw, run_contraction
+from pyro_em.e_step import contraction_of, run_contraction
 from pyro_em.graph import FactorGraph, Group, Latent
+from pyro_em.sampling import Conditional, conditionals, cumulative_rows, draw_codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,22 +156,26 @@ class Posterior:
         generator = None
         if seed is not None:
             generator = torch.Generator(device=self.cells[0].device).manual_seed(seed)
-        if not self.exact:
-            return self._sample_product(n, generator)
-        plan = contraction_of(self.graph)
-        results = draw(self.graph, plan, self.tables, n, generator)
-        draws = [self._assignment(cells) for cells in results]
-        return {name: torch.stack([d[name] for d in draws]) for name in draws[0]}
+        latents = self.graph.latents
+        out = {
+            name: z.support.new_empty((n, *self._batch_shape(z), *z.support.shape[1:]))
+            for name, z in latents.items()
+        }
+        done = 0
+        for size, codes in draw_codes(self.graph, self._conditionals(), n, generator):
+            for name, z in latents.items():
+                values = z.support[codes[name].reshape(size, *self._batch_shape(z))]
+                out[name][done : done + size] = values
+            done += size
+        return self._under_user_names(out)
 
-    def _sample_product(self, n: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        out = {}
-        for name, latent in self.graph.latents.items():
-            p = self.probs(name)
-            drawn = torch.multinomial(
-                p.reshape(-1, p.shape[-1]), n, replacement=True, generator=generator
-            )
-            out[name] = latent.support[drawn.T.reshape(n, *p.shape[:-1])]
-        return out
+    def _conditionals(self) -> list[Conditional]:
+        if self.exact:
+            return conditionals(self.graph, contraction_of(self.graph), self.tables)
+        return [
+            Conditional(name, z.plates, (), cumulative_rows(self.probs(name).reshape(-1, z.size)))
+            for name, z in self.graph.latents.items()
+        ]
 
     def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
         out = {}
@@ -194,7 +199,9 @@ class Posterior:
 
     def _where_observed(self, name: str, mask: Tensor, unobserved: Tensor) -> Tensor:
         event_dim = self.graph.latents[f"{name}_unobserved"].support.dim() - 1
-        value = self._observed_value(name).to(unobserved.dtype).reshape(unobserved.shape)
+        own = len(self.graph.latents[f"{name}_unobserved"].batch_dims) + event_dim
+        shape = unobserved.shape[unobserved.dim() - own :]  # without that of draws
+        value = self._observed_value(name).to(unobserved.dtype).reshape(shape)
         return torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, unobserved)
 
     def _observed_value(self, name: str) -> Tensor:
@@ -237,12 +244,12 @@ class Posterior:
         for name, latent in ((a, first), (b, second)):
             mask = self.graph.structure.masked_pairs.get(name)
             if mask is not None and latent.name != name:
-                flat = mask.expand([self._batch_size(latent, d) for d in latent.batch_dims])
+                flat = mask.expand(self._batch_shape(latent))
                 observed = observed | self._lay_out(flat, latent, plates)
         return torch.where(observed[..., None, None], product, joint)
 
-    def _batch_size(self, latent: Latent, dim: str | None) -> int:
-        return 1 if dim is None else self.graph.dim_size(dim)
+    def _batch_shape(self, latent: Latent) -> list[int]:
+        return [1 if d is None else self.graph.dim_size(d) for d in latent.batch_dims]
 
     def _lay_out(self, table: Tensor, latent: Latent, plates: Sequence[str]) -> Tensor:
         """A table over a latent's own batch dimensions, and more, over some plates."""

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from pyro_em._errors import UsageError, message
 from pyro_em.contraction import ContractionPlan, maximum
-from pyro_em.e_step import Tables, draw, e_step, expected_log_joint, run_contraction
+from pyro_em.e_step import Tables, e_step, expected_log_joint, run_contraction
 from pyro_em.graph import FactorGraph
 from pyro_em.posterior import Posterior
 from pyro_em.posteriors import exact_posterior, wrapped
+from pyro_em.sampling import draw_cells
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,9 @@ def _hard(graph: FactorGraph, plan: ContractionPlan, tables: Tables) -> Posterio
 
 def _monte_carlo(graph: FactorGraph, plan: ContractionPlan, tables: Tables, n: int) -> Posterior:
     exact = exact_posterior(graph, plan, tables)
-    cells: list[Tensor] | None = None
-    for drawn in draw(graph, plan, tables, n, None):
-        cells = drawn if cells is None else [a + b for a, b in zip(cells, drawn, strict=True)]
-    assert cells is not None and exact.bound is not None
-    mean = [c / n for c in cells]
-    q = wrapped(graph, plan, tables, mean, bound=exact.bound, entropy=0.0)
+    assert exact.bound is not None
+    cells = draw_cells(graph, plan, tables, n, None)
+    q = wrapped(graph, plan, tables, cells, bound=exact.bound, entropy=0.0)
     # The draws stand for the exact posterior: its entropy completes the bound.
     entropy = exact.bound - expected_log_joint(q.counts, tables)
     return replace(q, entropy_value=entropy, log_evidence=exact.log_evidence)
