@@ -6,7 +6,10 @@ traceback needs nothing else. Several problems of one model are collected into o
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,6 +90,17 @@ def message(where: str, what: str, why: str = "", fixes: Sequence[str] = ()) -> 
             - pass obs_mask
     """
     return str(Problem(where, what, why, tuple(fixes)))
+
+
+def warn(text: str) -> None:
+    """Warn at the line outside this library that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, PyroEMWarning, stacklevel=level)
+
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 def raise_problems(problems: Sequence[Problem]) -> NoReturn:

@@ -25,7 +25,9 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import broadcast_shape as broadcast_shape_of_pyro
 from pyro.ops.provenance import ProvenanceTensor, get_provenance
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
@@ -33,6 +35,7 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.utils._pytree import tree_map
 
 from pyro_em._densities import add_log_probs
+from pyro_em._errors import PyroEMError
 from pyro_em._memory import own_start, settle
 from pyro_em._shadows import (
     NumbersNeeded,
@@ -592,6 +595,16 @@ def signature_of(model: Any) -> list[inspect.Parameter]:
         return []
 
 
+def is_being_traced() -> bool:
+    """Whether a handler around this call records every sample site: a model is being run."""
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, BlockMessenger):
+            return False
+        if isinstance(handler, TraceMessenger) and not handler.param_only:
+            return True
+    return False
+
+
 def rename(module: Any, name: str) -> None:
     """Give a ``PyroModule`` and all below it another name in the param store, before its first use."""
     module._pyro_set_supermodule(name, module._pyro_context)
@@ -739,6 +752,8 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
             stack.enter_context(messenger)
         try:
             model(*args, **kwargs)
+        except PyroEMError:
+            raise  # the model calls this library, which has said what is wrong
         except Exception as error:
             run = Run(dict(tracer.trace.nodes), capture.parameters)
             raise RunFailed(error, run, tuple(watch.empty)) from error

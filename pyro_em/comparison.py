@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from pyro_em import plotting
 from pyro_em._errors import UsageError, message
+from pyro_em._turns import alone
 from pyro_em.arguments import check_collisions
 from pyro_em.contenders import (
     Contender,
@@ -206,6 +207,7 @@ class Comparison:
         return np.asarray(curves[0].steps)[common], gaps, seconds
 
 
+@alone("compare")
 def compare(
     contenders: Mapping[str, Contender] | ExactPosteriorEM,
     *args: Any,

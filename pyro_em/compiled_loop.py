@@ -6,13 +6,12 @@ compiled iteration hands over is judged there, and it may be taken up again afte
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from pyro_em._errors import PyroEMWarning, message
+from pyro_em._errors import message, warn
 from pyro_em._pyro import restore, snapshot, values_of, write_unconstrained
 from pyro_em.compiled import Handover, Iteration, Point, compile_iteration
 from pyro_em.program import Program, distrust
@@ -187,7 +186,7 @@ def allowed_fall(objective: float, eps: float) -> float:
 def warn_disagreement(place: tuple[str, str], when: str) -> None:
     """Say that the compiled plan and the model disagree, and that the generic path goes on."""
     site, argument = place
-    warnings.warn(
+    warn(
         message(
             f"site '{site}', argument '{argument}'",
             f"{when} what the compiled plan predicts; the fit continues on the generic path from "
@@ -195,6 +194,4 @@ def warn_disagreement(place: tuple[str, str], when: str) -> None:
             "the model changes in a way that its autograd graph does not show",
             ["avoid detach, .item() and branches on parameters in the model"],
         ),
-        PyroEMWarning,
-        stacklevel=6,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
+from pyro_em._turns import alone
 from pyro_em.graph import Latent
 from pyro_em.particle import Particle
 from pyro_em.posterior import Posterior
@@ -44,6 +45,7 @@ class DrawnPosterior:
         summed = f"; summed under them: {', '.join(routing.exact)}" if routing.exact else ""
         return f"DrawnPosterior(from the guide: {drawn}{summed})"
 
+    @alone("sample")
     def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
         """Draw jointly.
 
@@ -72,6 +74,7 @@ class DrawnPosterior:
         names += list(self.variational.routing.exact)
         return {k: torch.stack([d[k] for d in draws]) for k in names if k in draws[0]}
 
+    @alone("probs")
     def probs(self, site: str, *, num_particles: int = 10) -> Tensor:
         """Posterior marginals of a discrete latent, averaged over draws of the guide.
 
@@ -103,6 +106,7 @@ class DrawnPosterior:
         probs = torch.stack(parts).mean(0)
         return probs / probs.sum(-1, keepdim=True)
 
+    @alone("mean")
     def mean(self, site: str, *, num_particles: int = 100) -> Tensor:
         """The mean of a latent under the guide: its distribution's own, else that of draws.
 
@@ -122,6 +126,7 @@ class DrawnPosterior:
                     pass
             return self.sample(num_particles)[site].mean(0)
 
+    @alone("mode")
     def mode(self) -> dict[str, Tensor]:
         """The most probable value of each latent of finite support, of others the guide's mean."""
         routing = self.variational.routing
@@ -141,6 +146,7 @@ class DrawnPosterior:
                 out[name] = mean.round() if _pyro.is_discrete(fn) else mean
         return out
 
+    @alone("entropy")
     def entropy(self) -> float:
         """One draw of H(q) in nats."""
         with self._held():

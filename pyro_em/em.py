@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import saving, stochastic
-from pyro_em._errors import PyroEMWarning, UsageError, message
+from pyro_em._errors import UsageError, message, warn
 from pyro_em._pyro import (
     TracedParameter,
     is_stored,
@@ -24,6 +23,7 @@ from pyro_em._pyro import (
     snapshot,
     values_of,
 )
+from pyro_em._turns import AloneAtEachStep, alone
 from pyro_em.arguments import (
     FIT_KEYWORDS,
     check_acceleration,
@@ -51,7 +51,12 @@ from pyro_em.posteriors import product_posterior
 from pyro_em.predictive import predictive_draws
 from pyro_em.program import Evaluation, Program, parameters_at
 from pyro_em.proposals import estimate_evidence
-from pyro_em.refusals import refuse_rows_of_a_guide, refuse_unfittable, refuse_untrainable
+from pyro_em.refusals import (
+    refuse_inside_a_model,
+    refuse_rows_of_a_guide,
+    refuse_unfittable,
+    refuse_untrainable,
+)
 from pyro_em.result import EMResult, EMStatus, EMStep
 from pyro_em.runs import Bar, Run, Settings, best_of
 from pyro_em.starts import Start
@@ -144,6 +149,7 @@ class ExactPosteriorEM:
 
     # ------------------------------------------------------------------ looking
 
+    @alone("plan")
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Say how every latent and every parameter would be treated, and why, and the cost.
 
@@ -168,6 +174,7 @@ class ExactPosteriorEM:
         updates = self._looker.updates_for(found.parameters)
         return plan_of(found, updates, self._looker.optim is not None)
 
+    @alone("posterior")
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
         """The E-step at the current parameters, for these data; changes nothing.
 
@@ -187,6 +194,7 @@ class ExactPosteriorEM:
             return found.e_step(found.evaluate(), self._total_steps)
         return DrawnPosterior(found, args, kwargs)
 
+    @alone("elbo")
     def elbo(
         self,
         *args: Any,
@@ -241,6 +249,7 @@ class ExactPosteriorEM:
                 given = self._as_posterior(q, evaluation)
             return elbo_terms(evaluation.graph, given, evaluation.tables, at)
 
+    @alone("evaluate_loss")
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """−ELBO at the current parameters, in nats, as ``SVI.evaluate_loss``.
 
@@ -254,6 +263,7 @@ class ExactPosteriorEM:
             return -float(torch.stack(draws).mean())
         return _loss(found.e_step(found.evaluate(), self._total_steps))
 
+    @alone("estimate_evidence")
     def estimate_evidence(
         self,
         *args: Any,
@@ -283,6 +293,7 @@ class ExactPosteriorEM:
         found = self._look(args, kwargs, look_only=True)
         return estimate_evidence(self._looker, found, args, kwargs, num_particles, proposal)
 
+    @alone("predictive")
     def predictive(
         self,
         *args: Any,
@@ -323,6 +334,7 @@ class ExactPosteriorEM:
 
     # ------------------------------------------------------------------ stepping
 
+    @alone("step")
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One E-step and one M-step; one stochastic step on this batch where a guide draws.
 
@@ -358,6 +370,7 @@ class ExactPosteriorEM:
         self._total_steps += 1
         return _loss(q)
 
+    @alone("m_step")
     def m_step(self, q: Posterior | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
         """The M-step for a given q; parameters are written in place.
 
@@ -377,6 +390,7 @@ class ExactPosteriorEM:
         given = self._as_posterior(q, evaluation)
         program.m_step(given.counts, evaluation)
 
+    @alone("steps")
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:
         """EM without an end: yields each step after its M-step; the caller breaks.
 
@@ -389,23 +403,25 @@ class ExactPosteriorEM:
         """
         program = self._ready(args, kwargs)
         if isinstance(program, Trainer):
-            return self._stochastic_steps(program, args, kwargs)
+            stochastic_steps = self._stochastic_steps(program, args, kwargs)
+            return AloneAtEachStep("steps", stochastic_steps)
         apply_floors(program.graph, program.updates)
-        return self._steps(program)
+        return AloneAtEachStep("steps", self._steps(program))
 
     def _stochastic_steps(
         self, trainer: Trainer, args: tuple, kwargs: dict[str, Any]
-    ) -> Iterator[EMStep]:
+    ) -> Generator[EMStep, None, None]:
         same = itertools.repeat(Batch(args, kwargs))
         for step in stochastic.steps(trainer, same, None, time.perf_counter()):
             self._total_steps += 1
             yield replace(step, params=values_of(trainer.variational.parameters))
 
-    def _steps(self, program: Program) -> Iterator[EMStep]:
+    def _steps(self, program: Program) -> Generator[EMStep, None, None]:
         for step in endless_steps(program):
             self._total_steps += 1
             yield step
 
+    @alone("fit")
     def fit(
         self,
         *args: Any,
@@ -618,6 +634,7 @@ class ExactPosteriorEM:
         )
         return build_stochastic_result(trainer, batches, run, plan, seed, begin, self._total_steps)
 
+    @alone("sort_components")
     def sort_components(
         self,
         site: str,
@@ -651,6 +668,7 @@ class ExactPosteriorEM:
 
     # ------------------------------------------------------------------ keeping
 
+    @alone("save")
     def save(self, path: str | Path) -> None:
         """Save all parameters; the file loads under ``torch.load(weights_only=True)``.
 
@@ -683,6 +701,7 @@ class ExactPosteriorEM:
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
         saving.write(path, saving.pack(named, extra))
 
+    @alone("load")
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """Load parameters that ``save`` wrote, with this version of the library or an earlier one.
 
@@ -706,6 +725,7 @@ class ExactPosteriorEM:
         if self._parameters:
             self._restore_pending()
 
+    @alone("reset")
     def reset(self) -> None:
         """Forget what was fitted.
 
@@ -743,6 +763,7 @@ class ExactPosteriorEM:
                 )
             )
         check_model_keywords(self.model, kwargs)
+        refuse_inside_a_model()
 
     def _noted(self, found: Program | Variational) -> Program | Variational:
         """Take note of the parameters that a look found."""
@@ -783,7 +804,7 @@ class ExactPosteriorEM:
         program = found
         refuse_unfittable(program)
         for note in program.notes:
-            warnings.warn(note, PyroEMWarning, stacklevel=3)
+            warn(note)
         return program
 
     def _trainer_of(self, variational: Variational) -> Trainer:

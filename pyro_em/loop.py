@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pyro_em._errors import DataError, DegenerateError, PyroEMWarning, UsageError, message
+from pyro_em._errors import DataError, DegenerateError, UsageError, message, warn
 from pyro_em._pyro import restore, snapshot, values_of
 from pyro_em.acceleration import PLAIN_STEPS, accelerate
 from pyro_em.advice import sites_in_words
@@ -303,7 +302,7 @@ def is_symmetric(q: Posterior) -> bool:
 
 
 def _warn_symmetric(q: Posterior) -> None:
-    warnings.warn(
+    warn(
         message(
             sites_in_words(list(q.graph.latents)),
             "the start is symmetric: every value explains the data equally well.",
@@ -313,6 +312,4 @@ def _warn_symmetric(q: Posterior) -> None:
                 "give the components different initial values",
             ],
         ),
-        PyroEMWarning,
-        stacklevel=4,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
+from pyro_em._errors import DegenerateError, UsageError, message, warn
 from pyro_em._pyro import Role, snapshot, values_of
+from pyro_em._turns import alone
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
 from pyro_em.drawn import DrawnPosterior
@@ -71,7 +71,7 @@ def build_result(
         posterior = cache(lambda: q)
     text = run.message or run.status.value
     if run.status is EMStatus.DEGENERATE:
-        warnings.warn(text, PyroEMWarning, stacklevel=3)
+        warn(text)
     parameters = program.graph.parameters
     _say_massless(program, run)
     rows = _num_rows(program)
@@ -222,7 +222,7 @@ def _say_massless(program: Program, run: Run) -> None:
                 by_component.setdefault(k, []).append(name)
     for k, names in by_component.items():
         shown = ", ".join(f"'{n}'" for n in names)
-        warnings.warn(
+        warn(
             message(
                 f"component {k} of parameter{'s' * (len(names) > 1)} {shown}",
                 "no observation had any weight in it at the last step; its value was kept.",
@@ -232,8 +232,6 @@ def _say_massless(program: Program, run: Run) -> None:
                     "start elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
                 ],
             ),
-            PyroEMWarning,
-            stacklevel=4,
         )
 
 
@@ -258,6 +256,7 @@ def _num_rows(program: Program) -> float:
     return float(structure.plates[outermost].full_size)
 
 
+@alone("standard_errors")
 def _observed_information(program: Program, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
     """Standard errors at the parameters of a finished fit, wherever the store is now."""
     parameters = program.graph.parameters

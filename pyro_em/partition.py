@@ -17,6 +17,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em._errors import UsageError, message, raise_problems
+from pyro_em._turns import alone
 from pyro_em.contraction import contract, evidence
 from pyro_em.e_step import contraction_of, scales_of
 from pyro_em.graph import trace_graph
@@ -24,6 +25,7 @@ from pyro_em.plan import budget_problems, contraction_from_structure
 from pyro_em.structure import examine
 
 
+@alone("log_partition")
 @torch.enable_grad()
 def log_partition(
     field: Callable[..., Any],

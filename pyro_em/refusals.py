@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pyro.infer.autoguide import AutoGuide
 
 from pyro_em._errors import UsageError, message
-from pyro_em._pyro import Role
+from pyro_em._pyro import Role, is_being_traced
 from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
 from pyro_em.batches import Batches, rows_in_batches
 from pyro_em.m_step import LeastSquares, Update
@@ -117,6 +117,26 @@ def refuse_rows_of_a_guide(
                     "let a network serve all rows: AutoAmortizedNormal",
                     leave,
                     f"give it plates that draw batches: {kind}(model, create_plates=...)",
+                ],
+            )
+        )
+
+
+def refuse_inside_a_model() -> None:
+    """Refuse to run a model inside another one whose sites are being recorded.
+
+    Raises:
+        UsageError: With the ways out.
+    """
+    if is_being_traced():
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "it was called inside a model that is being run.",
+                "its sites would be recorded as sites of the model around it",
+                [
+                    "call it before, and pass its result as an argument of the model",
+                    "hide it from the model around it: with pyro.poutine.block(): ...",
                 ],
             )
         )

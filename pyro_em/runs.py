@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import restore, snapshot
+from pyro_em._turns import Alone
 from pyro_em.compiled import Point
 from pyro_em.posterior import Posterior
 from pyro_em.program import Evaluation, Program
@@ -95,7 +96,8 @@ class Deferred(Iterate):
                     ["read result.posterior before changing the data", "call em.posterior(data)"],
                 )
             )
-        return self.program.evaluate(self.point.values)
+        with Alone("posterior"):
+            return self.program.evaluate(self.point.values)
 
     @cached_property
     def q(self) -> Posterior:  # type: ignore[override]

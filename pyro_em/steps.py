@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from pyro_em._errors import PyroEMWarning, message
+from pyro_em._errors import message, warn
 from pyro_em._pyro import restore, snapshot, values_of
 from pyro_em.compiled_loop import allowed_fall, confirmed
 from pyro_em.e_step import dot, expected_log_joint
@@ -71,7 +70,7 @@ def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     worst = min(losses, key=losses.__getitem__)
     group = program.graph.groups[worst]
     names = ", ".join(f"'{n}'" for n in group.params) or "none"
-    warnings.warn(
+    warn(
         message(
             f"site '{group.members[0]}', parameters {names}",
             f"the {program.objective_name} fell from {old:.9g} to {new:.9g}; the expected log joint "
@@ -79,7 +78,5 @@ def fell(program: Program, before: Iterate, after: Iterate) -> bool:
             "an exact EM step cannot do that: rounding, or a model that hides a dependence",
             ["use float64", "avoid detach and branches on parameters in the model"],
         ),
-        PyroEMWarning,
-        stacklevel=4,
     )
     return True

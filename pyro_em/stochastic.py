@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, PyroEMError, PyroEMWarning, UsageError, message
+from pyro_em._errors import DegenerateError, PyroEMError, UsageError, message, warn
 from pyro_em.batches import Batch, Batches, factors_of, stands_for_all, without_last_row
 from pyro_em.result import EMStatus, EMStep
 from pyro_em.structure import Structure
@@ -132,7 +131,7 @@ def run(
         if not out.bounds:
             raise
         out.status, out.message = EMStatus.DEGENERATE, str(error)
-        warnings.warn(out.message, PyroEMWarning, stacklevel=4)
+        warn(out.message)
     except KeyboardInterrupt:
         out.status = EMStatus.INTERRUPTED
     finally:

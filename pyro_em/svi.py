@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import is_stored
+from pyro_em._turns import alone
 from pyro_em.arguments import check_draws
 from pyro_em.contraction import contract, evidence
 from pyro_em.e_step import contraction_of, e_step, scales_of
@@ -85,6 +86,7 @@ class TraceExact_ELBO(ELBO):
         """Part of Pyro's interface for sampled bounds; this one has terms of its own."""
         raise NotImplementedError("TraceExact_ELBO keeps no pair of traces")
 
+    @alone("TraceExact_ELBO")
     @torch.enable_grad()
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -130,6 +132,7 @@ class TraceExact_ELBO(ELBO):
         self._last = (model, guide, form, found)
         return found
 
+    @alone("TraceExact_ELBO")
     def loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
@@ -137,6 +140,7 @@ class TraceExact_ELBO(ELBO):
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs).detach())
 
+    @alone("TraceExact_ELBO")
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:

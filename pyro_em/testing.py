@@ -20,6 +20,7 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import restore, snapshot
+from pyro_em._turns import alone
 from pyro_em.e_step import expected_log_joint
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.families import _REGISTRY, Family, Kind
@@ -27,6 +28,7 @@ from pyro_em.m_step import ClosedForm
 from pyro_em.program import Program
 
 
+@alone("check_family")
 def check_family(
     family: Family,
     arguments: Mapping[str, Tensor],
@@ -246,6 +248,7 @@ def _of(constraint: constraints.Constraint) -> constraints.Constraint:
     return constraints.positive if constraint is constraints.nonnegative else constraint
 
 
+@alone("check_model")
 def check_model(
     model: Callable[..., Any],
     *args: Any,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import _pyro
-from pyro_em._errors import DegenerateError, PyroEMWarning, UsageError, message
+from pyro_em._errors import DegenerateError, UsageError, message, warn
 from pyro_em._kept import Kept
 from pyro_em.e_step import contraction_of
 from pyro_em.graph import FactorGraph, trace_graph
@@ -492,7 +491,7 @@ def _warn_of_squares(gradients: Mapping[str, Tensor]) -> None:
                 "an optimiser that averages squares (Adam) does not move it any more",
                 ["work in float64", "scale the data, or what the parameter is multiplied by"],
             )
-            warnings.warn(text, PyroEMWarning, stacklevel=2)
+            warn(text)
 
 
 def _numbers(gradient: Tensor) -> Tensor:
