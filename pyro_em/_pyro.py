@@ -65,6 +65,7 @@ class TracedParameter:
         initial_shape: The shape that the model asked for, where it said one.
         is_foreign: Whether the store holds another tensor than the ``nn.Parameter`` that the
             module reads.
+        initial: The initial value that the model gave, where this run initialised the parameter.
     """
 
     name: str
@@ -74,12 +75,26 @@ class TracedParameter:
     declared: tuple[str, ...] = ()
     initial_shape: torch.Size | None = None
     is_foreign: bool = False
+    initial: torch.Tensor | None = None
 
     def value(self) -> torch.Tensor:
         """The current constrained value: a tensor of its own, which no later step changes."""
         with torch.no_grad():
             out = transform_to(self.constraint)(self.unconstrained).detach()
             return out.clone() if out.data_ptr() == self.unconstrained.data_ptr() else out
+
+
+class NoTensor(Exception):
+    """The initial value of a parameter is no tensor.
+
+    Attributes:
+        name: The parameter's.
+        value: What was given.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(f"parameter '{name}'")
+        self.name, self.value = name, value
 
 
 class ParameterCapture(Messenger):
@@ -103,9 +118,39 @@ class ParameterCapture(Messenger):
         self.look_at_initial_shape = look_at_initial_shape
         self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
+        self._starts: dict[str, torch.Tensor] = {}
+        self._constraints: dict[str, constraints.Constraint] = {}
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
+        self._note_start(msg)
         _start_apart(msg)
+
+    def _note_start(self, msg: dict[str, Any]) -> None:
+        """Note the initial value of a parameter that this run initialises."""
+        name, args = msg["name"], msg["args"]
+        if not self.look_at_initial_shape or len(args) < 2 or name in pyro.get_param_store():
+            return
+        given = args[1]
+        self._constraints[name] = msg["kwargs"].get("constraint") or constraints.real
+        if isinstance(given, torch.Tensor) or not callable(given):
+            self._noted(name, given)
+        else:
+            msg["args"] = (name, lambda: self._noted(name, given()), *args[2:])
+
+    def _noted(self, name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            raise NoTensor(name, value)
+        self._starts[name] = value.detach()
+        return value
+
+    def unfinished(self) -> TracedParameter | None:
+        """The parameter whose initial value Pyro could not bring into its constraint, if any."""
+        for name, given in self._starts.items():
+            if name not in self.parameters:
+                nowhere = torch.full_like(given, torch.nan) if given.is_floating_point() else given
+                own = self._constraints[name]
+                return TracedParameter(name, nowhere, own, given, initial=given)
+        return None
 
     def _pyro_post_param(self, msg: dict[str, Any]) -> None:
         name, value = msg["name"], msg["value"]
@@ -136,8 +181,10 @@ class ParameterCapture(Messenger):
         else:
             unconstrained, leaf, shape = known.unconstrained, known.leaf, known.initial_shape
             foreign = known.is_foreign
+        initial = known.initial if known else self._starts.get(name)
+        declarations = tuple(dict.fromkeys(declared))
         self.parameters[name] = TracedParameter(
-            name, unconstrained, constraint, leaf, tuple(dict.fromkeys(declared)), shape, foreign
+            name, unconstrained, constraint, leaf, declarations, shape, foreign, initial
         )
         if self.hand_out:
             if leaf is not value and hasattr(value, "unconstrained"):
@@ -149,7 +196,7 @@ class ParameterCapture(Messenger):
         """The initial value that the model gives, made if it is lazy."""
         if not self.look_at_initial_shape or len(msg["args"]) < 2:
             return None
-        initial = msg["args"][1]
+        initial = self._starts.get(msg["name"], msg["args"][1])
         if callable(initial) and not isinstance(initial, torch.Tensor):
             with torch.random.fork_rng(devices=[]):
                 initial = initial()
@@ -414,6 +461,7 @@ class Run:
         scopes: Per site the other sites that reach it, from a provenance run.
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
+        unfinished: The parameter at whose initial value the run broke off.
     """
 
     sites: dict[str, dict[str, Any]]
@@ -421,6 +469,7 @@ class Run:
     scopes: dict[str, frozenset[str]] = field(default_factory=dict)
     changed_masks: tuple[str, ...] = ()
     shadows: Shadows | None = None
+    unfinished: TracedParameter | None = None
 
 
 class Role(Enum):
@@ -755,7 +804,8 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
         except PyroEMError:
             raise  # the model calls this library, which has said what is wrong
         except Exception as error:
-            run = Run(dict(tracer.trace.nodes), capture.parameters)
+            begun = capture.unfinished()
+            run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=begun)
             raise RunFailed(error, run, tuple(watch.empty)) from error
     parameters = _apart(_alive(capture.parameters), capture.given)
     return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed())

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, ModelError, Problem
+from pyro_em.blame import same_tensor
+from pyro_em.initial import start_problem
 
 
 def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
@@ -82,7 +84,10 @@ def parameter_problems(run: _pyro.Run) -> list[Problem]:
                     ),
                 )
             )
-        if not bool(torch.isfinite(p.value()).all()):
+        start = start_problem(p)
+        if start is not None:
+            problems.append(start)
+        elif not bool(torch.isfinite(p.value()).all()):
             problems.append(
                 Problem(
                     where,
@@ -92,6 +97,48 @@ def parameter_problems(run: _pyro.Run) -> list[Problem]:
                 )
             )
     return problems
+
+
+def given_problems(given: Mapping[str, Tensor], why: str) -> list[Problem]:
+    """Tensors that a model is given and that hold NaN or infinite numbers.
+
+    Args:
+        given: Tensors by name in words.
+        why: What follows from it.
+    """
+    problems, seen = [], list[Tensor]()
+    for where, value in given.items():
+        if value.layout != torch.strided or value.is_meta or not _has_nonfinite(value):
+            continue
+        if any(same_tensor(value, other) for other in seen):
+            continue
+        seen.append(value)
+        count, kind, first = _nonfinite(value, torch.isfinite(value).logical_not_())
+        name = where.partition("'")[2][:-1]
+        rows = f"torch.isfinite({name})" + (".all(-1)" if value.dim() > 1 else "")
+        problems.append(
+            Problem(
+                where,
+                f"{count} of {value.numel()} numbers {'is' if count == 1 else 'are'} {kind}, the "
+                f"first at index {first}.",
+                why,
+                (
+                    f"compute initial values and standardise from what is there: {name}[{rows}]",
+                    f"mark missing observations: pyro.sample(..., obs={name}, obs_mask={rows})",
+                    "drop the rows that hold them",
+                ),
+                DataError,
+            )
+        )
+    return problems
+
+
+def _nonfinite(value: Tensor, bad: Tensor) -> tuple[int, str, tuple[int, ...]]:
+    """How many numbers are no numbers, of which kind, and the index of the first."""
+    first = tuple(int(i) for i in bad.nonzero()[0])
+    nan, count = int((bad & torch.isnan(value)).sum()), int(bad.sum())
+    kind = "NaN" if nan == count else "infinite" if nan == 0 else "NaN or infinite"
+    return count, kind, first
 
 
 def latent_problems(
@@ -367,10 +414,7 @@ def data_problems(
             return []
     bad = torch.isfinite(value).logical_not_() & shown if _has_nonfinite(value) else None
     if bad is not None and bool(bad.any()):
-        first = tuple(int(i) for i in bad.nonzero()[0])
-        nan = int((bad & torch.isnan(value)).sum())
-        count = int(bad.sum())
-        kind = "NaN" if nan == count else "infinite" if nan == 0 else "NaN or infinite"
+        count, kind, first = _nonfinite(value, bad)
         rows = ".all(-1)" if event_dim else ""
         remedy = f"pyro.sample(..., obs=x, obs_mask=torch.isfinite(x){rows})"
         if masked_by_user:

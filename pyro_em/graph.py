@@ -28,8 +28,14 @@ from pyro_em._errors import (
 )
 from pyro_em._pyro import Role
 from pyro_em._shadows import OutputTooLarge, is_shadow
-from pyro_em.advice import changing_sites, on_failure, too_many_dimensions
+from pyro_em.advice import (
+    changing_sites,
+    needs_more_dimensions,
+    on_failure,
+    too_many_dimensions,
+)
 from pyro_em.binding import Binding, Selection, bind, parameters_below
+from pyro_em.blame import given_tensors
 from pyro_em.families import Family, family_of, given_arguments
 from pyro_em.families.pieces import log_density
 from pyro_em.findings import is_outside, mask_tensor
@@ -330,7 +336,7 @@ def trace_graph(
     if list(sites) != list(structure.sites):
         raise_problems([changing_sites([], structure.random_plates)])
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
-        raise_problems([too_many_dimensions(list(structure.latents))])
+        raise_problems([_more_than_torch_has(structure)])
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = _Layout(sites, structure, Recurring(leaves))
     for name in structure.sites:
@@ -435,13 +441,26 @@ def _run_enumerated(
         )
         raise as_error([found]) from None
     except Exception as error:
+        if needs_more_dimensions(error):
+            raise as_error([_more_than_torch_has(structure)]) from error
         latents = {n: structure.sites[n].distribution for n in structure.latents}
         # An argument outside its constraint is outside without enumeration too.
         checked = bool(how.get("validated")) and _pyro.is_of_validation(error)
-        found = on_failure(error, latents, enumerated=not checked)
+        given = given_tensors(model, args, kwargs)
+        found = on_failure(error, latents, enumerated=not checked, values=given)
         if not checked:  # it runs with one value of each latent, and not with all of them
             found = replace(found, latents=structure.latents)
         raise as_error([found]) from error
+
+
+def _more_than_torch_has(structure: Structure) -> Problem:
+    """Too many latents; whether they are rows or the steps of a chain decides what to do."""
+    latents = set(structure.latents)
+    chained = any(len(latents.intersection(structure.sites[n].scope)) > 1 for n in latents)
+    loops = [p for n in structure.latents for p in structure.sites[n].nested]
+    loop = next((p for p in loops if p in structure.sequential), None)
+    plate = None if loop is None else f'pyro.plate("{loop}", {structure.sequential[loop]})'
+    return too_many_dimensions(list(structure.latents), plate, chained)
 
 
 class _Layout:

@@ -22,6 +22,7 @@ from pyro_em._errors import ModelError, PyroEMError, UsageError, message
 from pyro_em._pyro import Run, TracedParameter
 from pyro_em.amortized import AutoAmortizedCategorical
 from pyro_em.binding import leaves_below
+from pyro_em.initial import tell_of_starts
 from pyro_em.structure import Structure, frames_of
 
 _FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
@@ -229,6 +230,7 @@ def look_at_guide(
         plain = _pyro.plain_run(guide, args, kwargs, keep_random_state=not first_look)
     except _pyro.RunFailed as failure:
         raise ModelError(_guide_failed(guide, failure.error)) from failure.error
+    tell_of_starts(plain.parameters)
     tagged = _pyro.provenance_run(guide, args, kwargs, plain)
     scopes: dict[str, frozenset[str]] = {}
     random: set[str] = set()

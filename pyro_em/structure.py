@@ -19,9 +19,11 @@ from pyro_em import _pyro
 from pyro_em._errors import DataError, Problem, UsageError, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em._shadows import NumbersNeeded, is_shadow, judging_shadows
-from pyro_em.advice import changing_sites, on_failure
+from pyro_em.advice import changing_sites, is_about_numbers, on_failure
+from pyro_em.blame import given_tensors, same_tensor
 from pyro_em.findings import (
     data_problems,
+    given_problems,
     latent_problems,
     mask_tensor,
     parameter_problems,
@@ -29,6 +31,7 @@ from pyro_em.findings import (
     shape_problems,
     weight_problems,
 )
+from pyro_em.initial import forget_bad_starts, start_problem, tell_of_starts
 
 logger = logging.getLogger("pyro_em")
 
@@ -237,6 +240,7 @@ def _findings(
     site_plates = {n: tuple(frames_of(s)) for n, s in factors.items()}
     of_latents: list[Problem] = []
     of_others: list[Problem] = []
+    told_of: list[Tensor] = []
     sites: dict[str, SiteInfo] = {}
     for name, site in factors.items():
         if name in dropped:
@@ -251,7 +255,10 @@ def _findings(
                 found.extend(no_route)
         elif _pyro.role_of(site) is Role.DATA:
             anew = _pyro.support_reads_latents(tagged.sites[name]["fn"])
-            found.extend(data_problems(name, site, check_support=not anew))
+            of_data = data_problems(name, site, check_support=not anew)
+            found.extend(of_data)
+            if of_data and isinstance(site["value"], Tensor):
+                told_of.append(site["value"])
         found.extend(shape_problems(name, site))
         found.extend(weight_problems(name, site))
         if not guide_given:
@@ -300,7 +307,16 @@ def _findings(
         edges,
         plain.shadows is not None,
     )
-    return structure, [*of_latents, *parameter_problems(plain), *of_others]
+    of_parameters = parameter_problems(plain)
+    if of_parameters and _not_finite(plain):
+        given = {
+            where: value
+            for where, value in given_tensors(model, args, kwargs).items()
+            if not any(same_tensor(value, told) for told in told_of)
+        }
+        of_parameters = [*given_problems(given, _NO_NUMBERS), *of_parameters]
+    forget_bad_starts(plain.parameters)
+    return structure, [*of_latents, *of_parameters, *of_others]
 
 
 def _kept_values(factors: Mapping[str, Any], barren: Iterable[str]) -> dict[str, Tensor]:
@@ -355,9 +371,11 @@ def _run_plainly(
     model: _pyro.Model, args: tuple, kwargs: dict[str, Any], first_look: bool, sparing: bool = False
 ) -> _pyro.Run:
     try:
-        return _pyro.plain_run(
+        run = _pyro.plain_run(
             model, args, kwargs, keep_random_state=not first_look, sparing=sparing
         )
+        tell_of_starts(run.parameters)
+        return run
     except _pyro.RunFailed as failure:
         problems = [
             Problem(
@@ -369,15 +387,52 @@ def _run_plainly(
             )
             for name in failure.empty_plates
         ]
-        # A stale or non-finite parameter is the likelier cause of a failure that follows it.
-        problems = problems or parameter_problems(failure.run)
-        if not problems:
-            latents = {n: _name_of(s) for n, s in failure.run.sites.items() if _pyro.is_latent(s)}
-            problems = [on_failure(failure.error, latents, enumerated=False)]
+        problems = problems or _why_it_failed(model, args, kwargs, failure)
         try:
             raise_problems(problems)
         except Exception as error:
             raise error from failure.error
+
+
+def _why_it_failed(
+    model: _pyro.Model, args: tuple, kwargs: dict[str, Any], failure: _pyro.RunFailed
+) -> list[Problem]:
+    """What made a model raise: the likelier cause first."""
+    error, run = failure.error, failure.run
+    given = given_tensors(model, args, kwargs)
+    # A stale or non-finite parameter is the likelier cause of a failure that follows it.
+    problems = parameter_problems(run)
+    forget_bad_starts(run.parameters)
+    start = None if run.unfinished is None else start_problem(run.unfinished)
+    if start is not None:
+        problems.append(start)
+    if not problems:
+        latents = {n: _name_of(s) for n, s in run.sites.items() if _pyro.is_latent(s)}
+        values = {**given, **_values_by_site(run)}
+        problems = [on_failure(error, latents, enumerated=False, values=values)]
+    if start is None and not is_about_numbers(error) and not _not_finite(run):
+        return problems
+    return [*given_problems(given, _NO_NUMBERS), *problems]
+
+
+_NO_NUMBERS = (
+    "a mean, a covariance, an initial value or an argument that is computed from it is no number "
+    "either"
+)
+
+
+def _not_finite(run: _pyro.Run) -> bool:
+    """Whether a parameter's value is not finite."""
+    return any(not bool(torch.isfinite(p.value()).all()) for p in run.parameters.values())
+
+
+def _values_by_site(run: _pyro.Run) -> dict[str, Tensor]:
+    """The values of a run's sites, under their names in words."""
+    return {
+        f"site '{n}'": s["value"]
+        for n, s in run.sites.items()
+        if _pyro.is_factor(s) and isinstance(s["value"], Tensor)
+    }
 
 
 def _plates(
