@@ -416,7 +416,7 @@ def _of_validation(error: Exception, place: Place | None) -> Problem | None:
     held = local_of_raiser(error, "param", "constraint", "value", "self")
     if held is None or not isinstance(held["value"], Tensor):
         return None
-    value, constraint, name = held["value"].detach(), held["constraint"], held["param"]
+    value, constraint = held["value"].detach(), held["constraint"]
     outside = ~constraint.check(value)
     count, total = int(outside.sum()), outside.numel()
     if not count:
@@ -424,8 +424,8 @@ def _of_validation(error: Exception, place: Place | None) -> Problem | None:
     first = tuple(int(i) for i in outside.nonzero()[0]) if outside.dim() else ()
     shown = " ".join(str(value[first]).removeprefix("tensor").strip("()").split())
     shown = shown.partition(", grad_fn")[0].partition(", dtype")[0]
-    many = "" if total == 1 else f" in {count} of {total} places, first at index {first}"
-    kind = type(held["self"]).__name__
+    many = "" if total == 1 else f"{count} of {total}, the first at index {first}: "
+    said = str(error).split("\n")[0].removesuffix(":")
     fixes = ["look at what it is computed from"]
     if bool(value[outside].isnan().any()):
         fixes.insert(0, "look for NaN in the data, for a logarithm or a square root of a negative")
@@ -435,8 +435,8 @@ def _of_validation(error: Exception, place: Place | None) -> Problem | None:
         )
     return Problem(
         "model",
-        f"argument '{name}' of {kind} is outside its constraint, {constraint}{many}: "
-        f"{shown[:120]}{_at(place)}.",
+        f"running it plainly fails with {type(error).__name__}: {said}: {many}{shown[:120]}"
+        f"{_at(place)}",
         "the model itself raises, inside this library as outside",
         tuple(fixes),
     )

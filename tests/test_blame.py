@@ -319,7 +319,8 @@ def test_nan_in_a_variable_of_the_model() -> None:
 def test_nan_in_a_covariate() -> None:
     w = torch.ones(5)
     w[4] = NAN
-    words = "argument 'w': 1 of 5 | NaN | (4,) | 'loc' of Normal | 1 of 5 places | mu[label()] * w"
+    words = "argument 'w': 1 of 5 | NaN | (4,) | parameter loc | distribution Normal"
+    words += " | 1 of 5, the first at index (4,): nan | mu[label()] * w"
     text = refusal(lambda: fit(regression, X, w), DataError, words)
     assert "Trace Shapes" not in text and "tensor([" not in text
 
