@@ -31,11 +31,13 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
 from pyro.util import get_rng_state, set_rng_state
-from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions import constraints, transform_to
 from torch.utils._pytree import tree_map
 
 from pyro_em._densities import add_log_probs
 from pyro_em._errors import PyroEMError
+from pyro_em._feasible import feasible_event as feasible_event
+from pyro_em._feasible import without_masked_nonsense
 from pyro_em._memory import own_start, settle
 from pyro_em._shadows import (
     NumbersNeeded,
@@ -45,6 +47,8 @@ from pyro_em._shadows import (
     size_guard,
     spending_at_most,
 )
+from pyro_em._wrappers import element_mask
+from pyro_em._wrappers import unwrap as unwrap
 
 Model = Callable[..., Any]
 
@@ -399,15 +403,12 @@ class FeasibleWhereMasked(_SampleMessenger):
     """Put a feasible value where an observation is masked: 0 · NaN is NaN in a gradient."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        value, mask = msg["value"], msg["mask"]
-        if not msg["is_observed"] or not isinstance(mask, torch.Tensor):
+        fn, value = msg["fn"], msg["value"]
+        if not isinstance(value, torch.Tensor) or role_of(msg) is not Role.DATA:
             return
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return
-        if not bool(torch.isnan(value).any()):
-            return
-        fn = msg["fn"]
-        msg["value"] = where_kept(mask, value, feasible_event(fn, value), fn.event_dim)
+        mask = element_mask(fn, msg["mask"])
+        if mask is not None and type(unwrap(fn)[0]).__name__ != "Unit":
+            msg["value"] = without_masked_nonsense(fn, value, mask, sparing=True)
 
 
 class OnlySites(Messenger):
@@ -1029,24 +1030,6 @@ def broadcast_shape(a: Sequence[int], b: Sequence[int]) -> torch.Size:
     return torch.Size(a if a == b else broadcast_shape_of_pyro(a, b))
 
 
-def unwrap(fn: Any) -> tuple[Any, int, list[Any]]:
-    """Strip Independent, Expanded and Masked from a distribution.
-
-    Returns:
-        The base distribution, the number of its batch dimensions that are event dimensions of
-        ``fn``, and the masks of the stripped wrappers.
-    """
-    reinterpreted, masks = 0, []
-    while True:
-        if isinstance(fn, torch.distributions.Independent):
-            reinterpreted += fn.reinterpreted_batch_ndims
-        elif isinstance(fn, dist.torch_distribution.MaskedDistribution):
-            masks.append(fn._mask)
-        elif not isinstance(fn, dist.torch_distribution.ExpandedDistribution):
-            return fn, reinterpreted, masks
-        fn = fn.base_dist
-
-
 def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None:
     """Write a constrained value in place into the parameter's unconstrained leaf."""
     with torch.no_grad():
@@ -1092,25 +1075,3 @@ def is_discrete(fn: Any) -> bool:
         return bool(fn.support.is_discrete)
     except (NotImplementedError, AttributeError):
         return False
-
-
-def where_kept(
-    mask: torch.Tensor, value: torch.Tensor, event: torch.Tensor, event_dim: int
-) -> torch.Tensor:
-    """A value with one event put where it is masked. # (*batch, *event)"""
-    batch = broadcast_shape(mask.shape, value.shape[: value.dim() - event_dim])
-    value = value.expand(batch + value.shape[value.dim() - event_dim :])
-    return torch.where(mask.expand(batch).reshape(batch + (1,) * event_dim), value, event)
-
-
-def feasible_event(fn: Any, like: torch.Tensor) -> torch.Tensor:
-    """One value in the support of ``fn``, of shape ``event_shape``, typed as ``like``."""
-    with torch.no_grad():
-        zeros = torch.zeros(fn.event_shape, dtype=like.dtype, device=like.device)
-        for candidate in (zeros, zeros + 1):
-            if bool(fn.support.check(candidate).all()):
-                return candidate
-        transform = biject_to(fn.support)
-        shape = transform.inverse_shape(fn.shape())
-        value = transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        return value.reshape(-1, *fn.event_shape)[0]

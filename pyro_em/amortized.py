@@ -39,6 +39,7 @@ from pyro_em._pyro import (
     tensors_of,
     unwrap,
 )
+from pyro_em._wrappers import element_mask
 
 Encoder = Callable[[Tensor], Tensor]
 Key = int | str
@@ -355,9 +356,10 @@ class _AutoAmortized(AutoGuide):
                 fn, value = node["fn"], torch.as_tensor(node["value"])
                 event = value.shape[value.dim() - fn.event_dim :]
                 value = _as_features(value.expand(fn.batch_shape + event))
-                if isinstance(node["mask"], Tensor):
-                    mask = node["mask"].reshape(node["mask"].shape + (1,) * fn.event_dim)
-                    value = torch.where(mask, value, 0.0)
+                mask = element_mask(fn, node["mask"])
+                if isinstance(mask, Tensor):
+                    own = fn.event_dim - unwrap(fn)[1]
+                    value = torch.where(mask.reshape(mask.shape + (1,) * own), value, 0.0)
                 observed[name] = (value, fn.event_dim)
         return _Call(plates, observed, latents)
 

@@ -11,19 +11,14 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, ModelError, Problem
+from pyro_em._wrappers import element_mask, split_mask
 from pyro_em.blame import same_tensor
 from pyro_em.initial import start_problem
 
 
 def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
-    """The conjunction of the masks on a site and on its distribution's wrappers."""
-    _, _, masks = _pyro.unwrap(site["fn"])
-    mask: Tensor | bool | None = None
-    for m in (site["mask"], *masks):
-        if m is None or m is True:
-            continue
-        mask = m if mask is None else mask & m
-    return mask
+    """Where a site counts, at least in part: its mask and those of its distribution's wrappers."""
+    return split_mask(site["fn"], site["mask"])[0]
 
 
 def is_outside(fn: Any, value: Tensor) -> bool:
@@ -401,13 +396,14 @@ def data_problems(
                 DataError,
             )
         ]
+    base, reinterpreted, _ = _pyro.unwrap(fn)
     event_dim = fn.event_dim
-    mask = mask_tensor(site)
+    mask = element_mask(fn, site["mask"])
     if mask is False:
         return []
     shown = value.new_ones((), dtype=torch.bool)
     if isinstance(mask, Tensor):
-        shown = mask.reshape(mask.shape + (1,) * event_dim)
+        shown = mask.reshape(mask.shape + (1,) * (event_dim - reinterpreted))
         try:
             _pyro.broadcast_shape(value.shape, shown.shape)
         except ValueError:
@@ -436,7 +432,9 @@ def data_problems(
     if not check_support:
         return []
     try:
-        inside = fn.support.check(value)
+        # Element by element, as masks are.
+        support = fn.support if mask is None else base.support
+        inside = support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError):
         return []
     if isinstance(mask, Tensor):
@@ -445,12 +443,11 @@ def data_problems(
         return []
     first = tuple(int(i) for i in (~inside).nonzero()[0])
     count = int((~inside).sum())
-    base = type(_pyro.unwrap(fn)[0]).__name__
     return [
         Problem(
             where,
-            f"{count} of {inside.numel()} observed values are outside the support of {base}, the "
-            f"first at index {first}.",
+            f"{count} of {inside.numel()} observed values are outside the support of "
+            f"{type(base).__name__}, the first at index {first}.",
             f"its support is {fn.support}",
             ("check the data", "choose a distribution whose support holds them"),
             DataError,

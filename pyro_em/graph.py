@@ -28,6 +28,7 @@ from pyro_em._errors import (
 )
 from pyro_em._pyro import Role
 from pyro_em._shadows import OutputTooLarge, is_shadow
+from pyro_em._wrappers import element_mask, split_mask
 from pyro_em.advice import (
     changing_sites,
     needs_more_dimensions,
@@ -82,6 +83,7 @@ class Factor:
     raw: Tensor | None
     raw_params: tuple[str, ...] | None
     value_binding: Binding | None
+    elements: Tensor | None
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -98,6 +100,7 @@ class Factor:
             self.value.dtype,
             self.raw_params,
             None if self.mask is None else tuple(self.mask.shape),
+            None if self.elements is None else tuple(self.elements.shape),
             None if self.value_binding is None else _form(self.value_binding),
             tuple(
                 (name, tuple(self.arguments[name].shape), *_form(b))
@@ -137,6 +140,8 @@ class Group:
         distribution: Its name.
         role: What the members stand for.
         value_binding: How parameters reach the value, where they do.
+        elements: Which elements of an event count (a mask below ``to_event``), or None where all
+            do; ``mask`` says where any does. # (members, *dims or 1s, *to_event dims or 1s)
     """
 
     members: tuple[str, ...]
@@ -156,6 +161,7 @@ class Group:
     distribution: str
     role: Role = Role.DATA
     value_binding: Binding | None = None
+    elements: Tensor | None = None
 
     @property
     def is_static(self) -> bool:
@@ -169,7 +175,7 @@ class Group:
             fixed = []
             if not self.value_binding.is_static:
                 return False
-        fixed += [self.mask] if self.mask is not None else []
+        fixed += [m for m in (self.mask, self.elements) if m is not None]
         scales = [s for s in self.scale if isinstance(s, Tensor)]
         return all(b.is_static for b in self.bindings.values()) and not any(
             t.requires_grad for t in fixed + scales
@@ -202,13 +208,19 @@ class Group:
         }
 
     def weights(self) -> Tensor:
-        """What multiplies each member's log density: scale, and zero where it is masked."""
+        """What multiplies each member's log density: scale, and zero where it is masked.
+
+        Returns:
+            # (members, *sizes or 1s), and *to_event dims or 1s where elements are masked
+        """
         ones = (1,) * len(self.sizes)
         parts = [
             s if isinstance(s, Tensor) else self.value.new_full(ones, s, dtype=torch.float64)
             for s in self.scale
         ]
         out = torch.stack(torch.broadcast_tensors(*parts))
+        if self.elements is not None:
+            return out.reshape(out.shape + (1,) * self.event_dims) * self.elements
         return out if self.mask is None else out * self.mask
 
     def evaluate_value(self, values: Mapping[str, Tensor] | None) -> Tensor:
@@ -235,6 +247,7 @@ class Group:
             self.arguments if arguments is None else arguments,
             len(full),
             self.event_dims,
+            self.elements,
         ).expand(full)
         if self.mask is not None and self.observed:
             log_p = torch.where(self.mask, log_p, 0.0)
@@ -511,7 +524,7 @@ class _Layout:
         sizes += [self._support_size(z) for z in scope]
         base, reinterpreted, _ = _pyro.unwrap(fn)
         family = family_of(fn)
-        mask = self._mask(site, dims)
+        mask, elements = self._masks(site, dims)
         if mask is not None and not info.observed and mask.shape[len(plate_dims) :].numel() != 1:
             self.problems.append(
                 Problem(
@@ -524,7 +537,8 @@ class _Layout:
         scale = site["scale"]
         if isinstance(scale, Tensor):
             scale = compact(scale, 0, dims) if scale.dim() else float(scale)
-        value = self._without_masked_nonsense(fn, value, site)
+        if site["is_observed"] and type(base).__name__ != "Unit":
+            value = _pyro.without_masked_nonsense(fn, value, element_mask(fn, site["mask"]))
         if name.removesuffix("_observed") in self.structure.masked_pairs:
             value = value.clone()  # a posterior shows it when it is asked
         compact_value = compact(value, fn.event_dim, dims)
@@ -587,6 +601,7 @@ class _Layout:
             raw,
             raw_params,
             value_binding,
+            None if family is None else elements,
         )
 
     def _support_size(self, name: str) -> int:
@@ -644,34 +659,21 @@ class _Layout:
                 scope.append(latent)
         return sorted(set(scope), key=self.order.__getitem__)
 
-    def _mask(self, site: Mapping[str, Any], dims: Sequence[int | None]) -> Tensor | None:
-        mask = mask_tensor(site)
+    def _masks(
+        self, site: Mapping[str, Any], dims: Sequence[int | None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Where the site counts, and which elements of its events do, where they differ."""
+        mask, elements = split_mask(site["fn"], site["mask"])
         if mask is None:
-            return None
-        if isinstance(mask, Tensor) and mask.dim():
-            return compact(mask, 0, dims)
-        device = site["value"].device
-        return torch.as_tensor(mask, device=device).reshape((1,) * len(dims))
-
-    def _without_masked_nonsense(self, fn: Any, value: Tensor, site: Mapping[str, Any]) -> Tensor:
-        """Replace masked observations by a feasible value: 0 · NaN is NaN in a statistic."""
-        mask = mask_tensor(site)
-        if not site["is_observed"] or mask is None or type(_pyro.unwrap(fn)[0]).__name__ == "Unit":
-            return value
-        event_dim = fn.event_dim
-        batch = value.shape[: value.dim() - event_dim]
-        if not isinstance(mask, Tensor) or mask.dim() == 0:
-            if bool(mask):
-                return value
-            event = _pyro.feasible_event(fn, value)
-            return event.expand(value.shape).clone()
-        shape = _pyro.broadcast_shape(mask.shape, batch)
-        full = value.expand(shape + value.shape[value.dim() - event_dim :])
-        if bool(mask.all()):
-            return full
-        any_kept = bool(mask.any())
-        event = full[mask.expand(shape)][0] if any_kept else _pyro.feasible_event(fn, value)
-        return _pyro.where_kept(mask, value, event, event_dim)
+            return None, None
+        if not isinstance(mask, Tensor) or not mask.dim():
+            device = site["value"].device
+            mask = torch.as_tensor(mask, device=device).reshape((1,) * len(dims))
+        else:
+            mask = compact(mask, 0, dims)
+        if elements is not None:
+            elements = compact(elements, _pyro.unwrap(site["fn"])[1], dims)
+        return mask, elements
 
 
 class _Stray(Exception):
@@ -808,6 +810,7 @@ def _group(members: Sequence[Factor]) -> Group:
     first = members[0]
     n = len(first.info.plates)
     masks = [f.mask for f in members if f.mask is not None]
+    elements = [f.elements for f in members if f.elements is not None]
     return Group(
         tuple(f.info.name for f in members),
         tuple(f.dims for f in members),
@@ -828,6 +831,7 @@ def _group(members: Sequence[Factor]) -> Group:
         None
         if first.value_binding is None
         else _stack_bindings([f.value_binding for f in members if f.value_binding is not None]),
+        _stack_tensors(elements) if elements else None,
     )
 
 

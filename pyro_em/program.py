@@ -115,7 +115,7 @@ class Program:
         """Counts of in-place writes to what the graph holds of the data."""
         groups = self.graph.groups
         held = [g.value for g in groups if g.role is not Role.POINT]
-        held += [g.mask for g in groups if g.mask is not None]
+        held += [m for g in groups for m in (g.mask, g.elements) if m is not None]
         held += [b.constant for g in groups for b in g.bindings.values()]
         # Tensors made in inference mode have no count, and cannot be written outside it.
         return tuple(0 if t.is_inference() else t._version for t in held)
@@ -276,10 +276,11 @@ def _agrees(
     if set(group.arguments) != set(other.arguments) or not group.is_static:
         return False
     pairs = [(value, other.value), *((arguments[n], other.arguments[n]) for n in arguments)]
-    if group.mask is not None or other.mask is not None:
-        if group.mask is None or other.mask is None:
+    for mask, now in ((group.mask, other.mask), (group.elements, other.elements)):
+        if mask is not None and now is not None:
+            pairs.append((mask, now))
+        elif mask is not now:
             return False
-        pairs.append((group.mask, other.mask))
     return all(a.shape == b[own].shape and _same(a, b[own]) for a, b in pairs)
 
 
@@ -294,6 +295,8 @@ def _static_parts(
     yield "value of the site", (group.value if value is None else value)[i]
     if group.mask is not None:
         yield "poutine.mask", group.mask[i]
+    if group.elements is not None:
+        yield "mask below to_event", group.elements[i]
     yield "poutine.scale", torch.as_tensor(group.scale[i])
     if group.raw is not None:
         yield "log density", group.raw[i]

@@ -72,7 +72,9 @@ def group_statistics(
     ]
     weights = counts.to(group.value.dtype if group.value.is_floating_point() else _dtype(arguments))
     weights = weights.reshape(weights.shape + (1,) * group.event_dims)
-    return family.expected_statistics(weights, group.value, arguments, tuple(varying), known)
+    return family.expected_statistics(
+        weights, group.value, arguments, tuple(varying), known, group.elements
+    )
 
 
 def _dtype(arguments: Arguments) -> torch.dtype:

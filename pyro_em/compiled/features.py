@@ -288,7 +288,7 @@ def as_gaussian(group: Group, K: int) -> Gaussian | None:
         group: A collapsed group; its members and plates are the rows, members first.
         K: Number of components.
     """
-    if group.family is None or not group.observed:
+    if group.family is None or not group.observed or group.elements is not None:
         return None
     lead = 1 + group.n_plates
     value = group.value

@@ -59,13 +59,14 @@ def _collapsed_group(group: Group) -> Group:
     arguments = {
         name: a[:1] if _has_one(bindings[name]) else a for name, a in group.arguments.items()
     }
-    mask = group.mask
+    mask, elements = group.mask, group.elements
     return replace(
         group,
         bindings=bindings,
         arguments=arguments,
         value=_first_if_same(group.value),
         mask=None if mask is None else _first_if_same(mask),
+        elements=None if elements is None else _first_if_same(elements),
     )
 
 

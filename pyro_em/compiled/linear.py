@@ -86,6 +86,9 @@ def linear(group: Group) -> Linear | None:
     n, d = n.to(torch.float64), d.to(torch.float64)
     if event == 0:
         n, d = torch.broadcast_tensors(n, d)
+    if group.elements is not None:
+        kept = group.elements.reshape(group.elements.shape + (1,) * event)
+        n, d = n * kept, d * kept
     bases = [_rest(group, rule, name, constants, n, d, at) for at in (0, 1)]
     seen = bases
     if group.mask is not None:
@@ -121,5 +124,7 @@ def _rest(
     argument = a.reshape((1,) * batch + a.shape)
     wide = {k: c.to(torch.float64) for k, c in constants.items()}
     log_p = group.family.log_prob(group.value, {**wide, name: argument})
+    if group.elements is not None:
+        log_p = torch.where(group.elements, log_p, 0.0)
     rest = log_p - form
     return rest.sum(tuple(range(-group.event_dims, 0))) if group.event_dims else rest

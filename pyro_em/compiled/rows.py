@@ -223,6 +223,7 @@ def _restricted(group: Group, rows: slice | Tensor) -> Group:
         sizes=(size, *group.sizes[1:]),
         value=cut(group.value),
         mask=None if group.mask is None else cut(group.mask),
+        elements=None if group.elements is None else cut(group.elements),
     )
 
 
@@ -257,7 +258,7 @@ def shape_of_rows(graph: FactorGraph) -> Shape | None:
         dims = group.dims[0]
         if group.role is Role.POINT:
             continue
-        if group.family is None or (group.event_dims and group.mask is not None):
+        if group.family is None:
             return None
         if name not in dims:
             free.append(g)
@@ -376,7 +377,7 @@ def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGr
         group = graph.groups[g]
         if _varies(group):
             return graph, own
-        for t in (group.value, group.mask):
+        for t in (group.value, group.mask, group.elements):
             if t is not None and t.shape[1] > 1:
                 columns.append(t.transpose(0, 1).reshape(N, -1))
     wide = [c for c in columns if c.is_floating_point()]

@@ -14,7 +14,12 @@ _PIECE = 2**20  # numbers of events that a family handles at once
 
 
 def log_density(
-    family: Family, value: Tensor, arguments: Mapping[str, Tensor], lead: int, event_dims: int
+    family: Family,
+    value: Tensor,
+    arguments: Mapping[str, Tensor],
+    lead: int,
+    event_dims: int,
+    elements: Tensor | None = None,
 ) -> Tensor:
     """log p(value | arguments) in nats, one number per cell.
 
@@ -27,6 +32,7 @@ def log_density(
         arguments: The same for each argument, with its own event.
         lead: How many dimensions the result has.
         event_dims: Batch dimensions beyond them, which are summed (``to_event``).
+        elements: Which terms of that sum count; all by default. # (*lead or 1s, *event_dims or 1s)
 
     Returns:
         Log densities. # (*lead)
@@ -40,14 +46,17 @@ def log_density(
         torch.Size([3, 2])
     """
 
-    def whole(value: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
+    def whole(value: Tensor, arguments: Mapping[str, Tensor], elements: Tensor | None) -> Tensor:
         log_p = family.log_prob(value, arguments)
+        if elements is not None:
+            log_p = torch.where(elements, log_p, 0.0)
         return log_p.sum(tuple(range(-event_dims, 0))) if event_dims else log_p
 
-    batch = torch.broadcast_shapes(*(t.shape[:lead] for t in (value, *arguments.values())))
+    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
+    batch = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
     numbers = math.prod(batch) * math.prod(value.shape[lead:])
     if numbers <= 2 * _PIECE or torch.is_grad_enabled():
-        return whole(value, arguments)
+        return whole(value, arguments, elements)
     axis = max(range(lead), key=lambda i: batch[i])
     size = max(1, _PIECE * batch[axis] // numbers)
 
@@ -55,7 +64,11 @@ def log_density(
         return t.narrow(axis, begin, min(size, batch[axis] - begin)) if t.shape[axis] > 1 else t
 
     def piece(begin: int) -> Tensor:
-        log_p = whole(cut(value, begin), {name: cut(a, begin) for name, a in arguments.items()})
+        log_p = whole(
+            cut(value, begin),
+            {name: cut(a, begin) for name, a in arguments.items()},
+            None if elements is None else cut(elements, begin),
+        )
         shape = list(log_p.shape)
         shape[axis] = min(size, batch[axis] - begin)  # a density need not read what is cut
         return log_p.expand(shape)

@@ -248,6 +248,7 @@ class Family:
         arguments: Arguments,
         keep: tuple[bool, ...],
         known: Statistics | None = None,
+        elements: Tensor | None = None,
     ) -> Statistics:
         """S = Σ w T(x), summed over the batch dimensions that are not kept; ``weight`` is Σ w.
 
@@ -257,12 +258,25 @@ class Family:
             arguments: Where the E-step was made.
             keep: For each batch dimension, whether the result keeps it.
             known: T(x), where it was worked out before.
+            elements: What counts, where ``weights`` do not say it. # (*batch or 1s,)
         """
+        if elements is not None and self.accumulate is not None:
+            weights, elements = weights * elements, None
         if self.accumulate is not None:
             stats = self.accumulate(weights, value, arguments, keep)
         else:
             known = self.statistics(value, arguments) if known is None else known
+            if elements is not None:  # as a part of T(x): weights need not be expanded
+                kept = elements.to(weights.dtype)
+                known = {
+                    name: t * kept.reshape(kept.shape + (1,) * (t.dim() - kept.dim()))
+                    for name, t in known.items()
+                }
             stats = {name: weigh(weights, t, keep) for name, t in known.items()}
+        if elements is not None:
+            batch = torch.broadcast_shapes(value.shape[: weights.dim()], elements.shape)
+            stats["weight"] = weigh(weights, elements.to(weights.dtype).expand(batch), keep)
+            return stats
         # A dimension along which only the data vary still counts its elements.
         batch = value.shape[: weights.dim()]
         shape = [1 if w > 1 else v for w, v in zip(weights.shape, batch, strict=True)]

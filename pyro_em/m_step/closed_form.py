@@ -443,6 +443,7 @@ def _medians(
         index = use.selection.index
         w = counts[use.group].to(value.dtype)
         w = w.reshape(w.shape + (1,) * group.event_dims) / arguments[use.group]["scale"].detach()
+        w = w if group.elements is None else w * group.elements
         shape = torch.broadcast_shapes(index.shape, w.shape, group.value.shape)
         full, x, w = index.expand(shape), group.value.expand(shape), w.expand(shape)
         for j in range(value.numel()):
