@@ -15,6 +15,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -39,6 +40,7 @@ from pyro_em._errors import PyroEMError
 from pyro_em._feasible import feasible_event as feasible_event
 from pyro_em._feasible import without_masked_nonsense
 from pyro_em._memory import own_start, settle
+from pyro_em._mixing import Mixing
 from pyro_em._shadows import (
     NumbersNeeded,
     Overspent,
@@ -249,6 +251,13 @@ class _DrawNothing(Messenger):
         dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
 
 
+_mixing: ContextVar[Mixing | None] = ContextVar("mixing", default=None)
+
+
+def _is_tagged(value: Any) -> bool:
+    return isinstance(value, ProvenanceTensor)
+
+
 class Tagged(ProvenanceTensor):
     """Pyro's tensor with provenance, at a fifth of the time per operation."""
 
@@ -260,7 +269,11 @@ class Tagged(ProvenanceTensor):
         tags: set[str] = set()
         plain = [_untagged(a, tags) for a in args]
         out = func(*plain, **({k: _untagged(a, tags) for k, a in kwargs.items()} if kwargs else {}))
-        return _tagged(out, frozenset(tags))
+        frozen = frozenset(tags)
+        mixing = _mixing.get()
+        if mixing is not None:
+            mixing.see(func, args, kwargs or {}, frozen, _is_tagged, out)
+        return _tagged(out, frozen)
 
 
 _NO_TENSORS = (int, float, bool, str, type(None), torch.Size, torch.dtype, torch.device)
@@ -460,6 +473,7 @@ class Run:
         sites: Everything that was traced, by name.
         parameters: What the model read.
         scopes: Per site the other sites that reach it, from a provenance run.
+        suspects: Discrete latents whose plates' elements it may have mixed, from a provenance run.
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
         unfinished: The parameter at whose initial value the run broke off.
@@ -471,6 +485,7 @@ class Run:
     changed_masks: tuple[str, ...] = ()
     shadows: Shadows | None = None
     unfinished: TracedParameter | None = None
+    suspects: frozenset[str] = frozenset()
 
 
 class Role(Enum):
@@ -930,14 +945,17 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         NumbersNeeded: If the plain run has shadows and the model raises with them.
     """
     capture = ParameterCapture()
+    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
+    mixing = Mixing({n: _plate_sizes(s) for n, s in latents.items() if not is_smooth(s["fn"])})
     with (
         plain.shadows or nullcontext(),
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
         _TagSites(),
-        _KeepValues({n: s["value"] for n, s in plain.sites.items() if is_latent(s)}),
+        _KeepValues({n: s["value"] for n, s in latents.items()}),
         capture,
+        _looking_at(mixing),
     ):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     scopes = {}
@@ -951,7 +969,50 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         if site["is_observed"]:
             scope |= get_provenance(site["value"]) - {name}
         scopes[name] = scope
-    return Run(dict(trace.nodes), capture.parameters, scopes)
+    suspects = frozenset(mixing.suspects)
+    return Run(dict(trace.nodes), capture.parameters, scopes, suspects=suspects)
+
+
+@contextmanager
+def _looking_at(mixing: Mixing) -> Iterator[None]:
+    """Let every operation on tagged tensors be seen."""
+    token = _mixing.set(mixing)
+    try:
+        yield
+    finally:
+        _mixing.reset(token)
+
+
+def _plate_sizes(site: Mapping[str, Any]) -> frozenset[int]:
+    """The sizes of a site's vectorised plates that have several elements."""
+    frames = [f for f in site["cond_indep_stack"] if f.dim is not None]
+    return frozenset(f.size for f in frames if f.size > 1)
+
+
+def is_smooth(fn: Any) -> bool:
+    """Whether draws are followed by gradients: neither summed nor scored."""
+    return not has_finite_support(fn) and bool(getattr(fn, "has_rsample", False))
+
+
+def held_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], values: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, Any]]:
+    """The sites of one run with latents held at given values; the random state is restored.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values of all its latents.
+    """
+    with (
+        same_random_state(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        _KeepValues(values),
+    ):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    return {n: s for n, s in trace.nodes.items() if is_factor(s)}
 
 
 def enumerated_run(

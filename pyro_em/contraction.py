@@ -220,7 +220,9 @@ class _Planner:
                     "exponential in a plate's size",
                     (
                         "put the latents into a common plate",
-                        "replace a small plate by a Python loop",
+                        "write a small plate as a loop: for i in pyro.plate(name, size) (the exact "
+                        "sum is then over all combinations of its elements)",
+                        f"give a guide that draws one of {names}: ExactPosteriorEM(model, guide)",
                     ),
                     latents=tuple(outer),
                 )

@@ -473,7 +473,10 @@ def scope_problems(
                     "K to the power of the plate's size",
                     (
                         f"put '{name}' inside plate '{outside[0]}'",
-                        "replace the plate by a Python loop if it is very small",
+                        f"write plate '{outside[0]}' as a loop: for i in pyro.plate(name, size), "
+                        "with one site per element; the exact sum is then small where the plate is, "
+                        "or where each element reads only the one before",
+                        f"give a guide that draws '{latent}': ExactPosteriorEM(model, guide)",
                     ),
                     latents=(latent,),
                 )

@@ -35,6 +35,7 @@ from pyro_em.advice import (
     on_failure,
     too_many_dimensions,
 )
+from pyro_em.agreement import differing, disagreements, other_model
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.blame import given_tensors
 from pyro_em.families import Family, family_of, given_arguments
@@ -315,6 +316,7 @@ def trace_graph(
     with_bindings: bool = True,
     keep_random_state: bool = True,
     attached: bool = False,
+    looked: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -329,10 +331,12 @@ def trace_graph(
         with_bindings: Whether to read off how parameters reach the arguments.
         keep_random_state: Whether the global random state is restored after the run.
         attached: Whether densities stay attached to the unconstrained parameters.
+        looked: The sites of a plain run from the same random state, which this one has to agree
+            with; None where that is known.
 
     Raises:
-        ModelError: If the model cannot run with its latents enumerated, or reads a latent outside
-            its ``pyro.markov`` scope.
+        ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
+            ``pyro.markov`` scope, or is another model when they are enumerated.
     """
     run = _run_enumerated(
         model,
@@ -356,6 +360,8 @@ def trace_graph(
         layout.find_out_of_scope(name)
     if layout.problems:
         raise_problems(layout.problems)
+    if looked is not None:
+        _require_same(model, args, kwargs, sites, structure, looked)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
     factors = []
@@ -723,6 +729,37 @@ def compact(
     shape = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
     target = shape + list(tensor.shape[batch:])
     return tensor if list(tensor.shape) == target else tensor.reshape(target)
+
+
+def _require_same(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sites: Mapping[str, dict[str, Any]],
+    structure: Structure,
+    looked: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse a model that is another one when its latents are enumerated."""
+    with torch.no_grad():
+        off = disagreements(sites, looked, structure.latents, structure.max_plate_nesting)
+        if not off:
+            return
+        # What the model draws at random, or keeps from run to run, differs by itself.
+        held = {n: s["value"] for n, s in looked.items() if _pyro.is_latent(s)}
+        held = {n: getattr(v, "_t", v) for n, v in held.items()}
+        held = {**structure.kept_values, **held}
+        runs = []
+        for seed in (23, 24):
+            with _pyro.seeded(seed):
+                runs.append(_pyro.held_run(model, args, kwargs, held))
+        by_itself = {name for name, _ in differing(runs[0], runs[1], [name for name, _ in off])}
+    problems = [
+        other_model(name, what, [z for z in structure.sites[name].scope if z != name])
+        for name, what in off
+        if name not in by_itself
+    ]
+    if problems:
+        raise_problems(problems)
 
 
 def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:

@@ -23,7 +23,7 @@ from pyro_em._pyro import Run, TracedParameter
 from pyro_em.amortized import AutoAmortizedCategorical
 from pyro_em.binding import leaves_below
 from pyro_em.initial import tell_of_starts
-from pyro_em.structure import Structure, frames_of
+from pyro_em.structure import Structure, coupled_latents, frames_of
 
 _FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
 
@@ -38,12 +38,14 @@ class GuideLook:
         points: Sites that are point estimates.
         leaves: Identities of all leaf tensors that reach a site: its parameters, those of networks
             that only the model registers included.
+        coupled: Sites whose elements in a plate are read by other elements of the guide.
     """
 
     run: Run
     scopes: Mapping[str, frozenset[str]]
     points: frozenset[str]
     leaves: frozenset[int] = frozenset()
+    coupled: frozenset[str] = frozenset()
 
     def parameters(self, known: Mapping[str, TracedParameter]) -> tuple[str, ...]:
         """Names of the parameters that the guide uses, among its own and those of the model."""
@@ -245,7 +247,10 @@ def look_at_guide(
             random.add(name)
     leaves = leaves_below(t for n in scopes for t in _pyro.tensors_of(plain.sites[n]["fn"]))
     points = frozenset(n for n in scopes if n not in random)
-    return GuideLook(plain, scopes, points, frozenset(leaves))
+    suspects = tagged.suspects & scopes.keys()
+    direct = {n: tagged.scopes[n] - {n} for n in scopes}
+    coupled = coupled_latents(guide, args, kwargs, plain, suspects, direct)
+    return GuideLook(plain, scopes, points, frozenset(leaves), frozenset(coupled))
 
 
 def _has_no_forward(guide: Any) -> bool:

@@ -226,6 +226,8 @@ class Looker:
         latents = set(bare.latents) - set(routing.points)
         if any(bare.sites[n].support_size is None for n in latents if n in bare.sites):
             return None
+        if latents & bare.coupled.keys():
+            return None
         cost = contraction_from_structure(reduced(bare, set(routing.points)))
         if cost.cells > self.max_enumeration:
             return None

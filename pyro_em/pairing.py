@@ -136,6 +136,7 @@ def decide_routes(
     from_guide: set[str] = set()
     for name in structure.latents:
         info = structure.sites[name]
+        coupled = structure.coupled.get(name)
         if name not in guide.sites:
             if strategy(name) == "guide" and info.support_size is not None:
                 reasons[name] = "the guide lacks it; finite support, exact sum"
@@ -144,6 +145,12 @@ def decide_routes(
             kind = "infinite support" if info.is_discrete else "continuous"
             from_guide.add(name)
             reasons[name] = kind
+        elif coupled is not None:
+            from_guide.add(name)
+            reasons[name] = (
+                f"elements of plate '{coupled.plate}' read each other's (site '{coupled.site}'): no "
+                "exact sum"
+            )
         elif strategy(name) == "guide":
             from_guide.add(name)
             reasons[name] = "strategy='guide'"
@@ -153,8 +160,10 @@ def decide_routes(
         for n in structure.latents
         if n not in guide.sites and structure.sites[n].support_size is None
     ]
-    if missing or problems:
-        return Routing(()), [*problems, *(no_route(structure, n) for n in missing)]
+    problems += [no_route(structure, n) for n in missing]
+    problems += [c.problem() for n, c in structure.coupled.items() if n not in guide.sites]
+    if problems:
+        return Routing(()), problems
     while True:
         given = reduced(structure, from_guide)
         try:
@@ -238,6 +247,8 @@ def _enumerated_in_guide(
     """Drawn latents of finite support that are summed under the guide: small or marked ones."""
     known = [n for n in drawn if n in structure.sites]
     finite = [n for n in known if _pyro.has_finite_support(guide.sites[n]["fn"])]
+    # What is enumerated has one element for its whole plate: it must not be read by others.
+    finite = [n for n in finite if n not in structure.coupled and n not in guide.coupled]
     marked = [n for n in finite if guide.sites[n]["infer"].get("enumerate")]
     if exact:
         local = [n for n in finite if _stays_inside(n, structure, guide, drawn, exact)]

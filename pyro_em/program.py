@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -402,8 +402,9 @@ def build_program(
         return without_route(structure, as_error(problems), routes=routes, cost=too_dear)
     if problems:
         raise_problems(problems)
+    looked, structure = structure.looked, replace(structure, looked=None)
     try:
-        graph = _first_trace(model, args, kwargs, structure, max_enumeration, look_only)
+        graph = _first_trace(model, args, kwargs, structure, max_enumeration, look_only, looked)
     except ModelError as error:
         if not are_of_routes(error.problems):
             raise
@@ -458,12 +459,21 @@ def _first_trace(
     structure: Structure,
     max_enumeration: int,
     look_only: bool,
+    looked: Mapping[str, Mapping[str, Any]] | None,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are held to the budget."""
     limit = max(max_enumeration, 2**20)
     if structure.unchecked:
         check_arguments(model, args, kwargs, structure, limit)
-    return trace_graph(model, args, kwargs, structure, limit=limit, with_bindings=not look_only)
+    return trace_graph(
+        model,
+        args,
+        kwargs,
+        structure,
+        limit=limit,
+        with_bindings=not look_only,
+        looked=looked,
+    )
 
 
 def _unconstrained_simplexes(

@@ -21,6 +21,7 @@ from pyro_em._pyro import Role
 from pyro_em._shadows import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.advice import changing_sites, is_about_numbers, on_failure
 from pyro_em.blame import given_tensors, same_tensor
+from pyro_em.coupling import Coupling, couplings
 from pyro_em.findings import (
     data_problems,
     given_problems,
@@ -95,6 +96,9 @@ class Structure:
         unobserved: The unobserved sites as the plain run traced them.
         edges: Pairs (parent, child): the child's distribution uses the value of the parent.
         unchecked: Whether the run had no numbers, so that no distribution checked its arguments.
+        coupled: Per latent whose elements in a plate are read by other elements, where.
+        looked: The sites of the provenance run, which an enumerated run has to agree with; None
+            where it has no numbers, or once they have been compared.
     """
 
     plates: Mapping[str, Plate]
@@ -111,6 +115,8 @@ class Structure:
     notes: tuple[str, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
     unchecked: bool = False
+    coupled: Mapping[str, Coupling] = field(default_factory=dict)
+    looked: Mapping[str, Mapping[str, Any]] | None = None
 
     @property
     def data_plates(self) -> tuple[str, ...]:
@@ -130,8 +136,9 @@ class Structure:
     def are_local(self, latents: Iterable[str]) -> bool:
         """Whether every latent is drawn anew for each element of the data plate."""
         plate = self.data_plate
+        names = [n for n in latents if n in self.sites]
         return plate is not None and all(
-            plate in self.sites[n].plates for n in latents if n in self.sites
+            plate in self.sites[n].plates and n not in self.coupled for n in names
         )
 
 
@@ -236,6 +243,8 @@ def _findings(
     }
     dropped = set(barren)
     latents = {n: None for n, s in factors.items() if _pyro.is_latent(s) and n not in dropped}
+    counted = {n: scope for n, scope in scopes.items() if n not in dropped}
+    coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
     order = {name: i for i, name in enumerate(factors)}
     site_plates = {n: tuple(frames_of(s)) for n, s in factors.items()}
     of_latents: list[Problem] = []
@@ -252,7 +261,7 @@ def _findings(
         if is_latent:
             no_route = latent_problems(name, site, scopes)
             if not guide_given:
-                found.extend(no_route)
+                found.extend(no_route or [c.problem() for c in coupled.get(name, ())])
         elif _pyro.role_of(site) is Role.DATA:
             anew = _pyro.support_reads_latents(tagged.sites[name]["fn"])
             of_data = data_problems(name, site, check_support=not anew)
@@ -306,6 +315,8 @@ def _findings(
         tuple(_changed_mask(n) for n in plain.changed_masks),
         edges,
         plain.shadows is not None,
+        {name: first for name, (first, *_) in coupled.items()},
+        None if plain.shadows is not None else {n: tagged.sites[n] for n in sites},
     )
     of_parameters = parameter_problems(plain)
     if of_parameters and _not_finite(plain):
@@ -317,6 +328,43 @@ def _findings(
         of_parameters = [*given_problems(given, _NO_NUMBERS), *of_parameters]
     forget_bad_starts(plain.parameters)
     return structure, [*of_latents, *of_parameters, *of_others]
+
+
+def coupled_latents(
+    model: _pyro.Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plain: _pyro.Run,
+    suspects: frozenset[str],
+    scopes: Mapping[str, frozenset[str]],
+) -> dict[str, list[Coupling]]:
+    """Latents whose elements in a plate are read by other elements.
+
+    Args:
+        model: The model or guide.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        plain: A plain run of it.
+        suspects: Latents whose elements a provenance run may have mixed.
+        scopes: For each site that counts, the latents that reach it.
+
+    Raises:
+        NumbersNeeded: If a run without numbers cannot tell.
+    """
+    if not suspects:
+        return {}
+    if plain.shadows is not None:
+        raise NumbersNeeded
+    found = couplings(
+        lambda values: _pyro.held_run(model, args, kwargs, values),
+        {n: s for n, s in plain.sites.items() if _pyro.is_latent(s)},
+        suspects,
+        scopes,
+    )
+    out: dict[str, list[Coupling]] = {}
+    for one in found:
+        out.setdefault(one.latent, []).append(one)
+    return out
 
 
 def _kept_values(factors: Mapping[str, Any], barren: Iterable[str]) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def without_route(
             place = "" if f"'{route.site}'" in problem.where else f"{problem.where}: "
             reason = place + problem.what
             row = replace(route, route="none", reason=reason, finding=problem)
-        elif not routes and route.route == "enumerate" and route.size is None:
+        elif not routes and route.route == "enumerate" and _has_no_sum(route, structure):
             row = _from_guide(route, structure, guide)
         else:
             row = route
@@ -102,8 +102,15 @@ def without_route(
     return Unrouted(structure, tuple(rows), error, names, cost)
 
 
+def _has_no_sum(route: Route, structure: Structure) -> bool:
+    return route.size is None or route.site in structure.coupled
+
+
 def _from_guide(route: Route, structure: Structure, guide: GuideLook | None) -> Route:
     """A latent that cannot be summed and that a guide covers."""
-    kind = "infinite support" if structure.sites[route.site].is_discrete else "continuous"
+    if route.site in structure.coupled:
+        kind = "elements of its plate read each other's"
+    else:
+        kind = "infinite support" if structure.sites[route.site].is_discrete else "continuous"
     is_point = guide is not None and route.site in guide.points
     return replace(route, route="point estimate" if is_point else "guide", reason=kind)

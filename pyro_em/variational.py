@@ -78,6 +78,7 @@ class Variational:
         self.pair = self.routing.pair(self.model, self.guide)
         self.analytic = _with_analytic_kl(self.routing, self.bare)
         self.downstream = _downstream(self.routing, self.bare)
+        self.shared = _of_all_elements(self.routing, self.bare)
 
     # ------------------------------------------------------------------ drawing
 
@@ -244,6 +245,8 @@ class Variational:
             )
             if problems:
                 raise_problems([_in_users_names(p) for p in problems])
+            looked, structure = structure.looked, replace(structure, looked=None)
+            trace_graph(self.pair, args, kwargs, structure, with_bindings=False, looked=looked)
             if len(self._structures) >= _KEPT:
                 self._structures.pop(next(iter(self._structures)))
             self._structures[key] = structure
@@ -310,6 +313,9 @@ class Variational:
     @property
     def draws_are_local(self) -> bool:
         """Whether every latent is drawn or summed anew for each element of the data plate."""
+        look = self.routing.guide
+        if look is not None and look.coupled & set(self.routing.drawn):
+            return False
         return self.bare.are_local((*self.routing.drawn, *self.routing.exact))
 
     def draws(
@@ -375,13 +381,16 @@ class Variational:
         total: Tensor | float = 0.0
         for own, score in particle.scores.items():
             below = self.downstream.get(own)
+            # Elements that read each other share all costs; others have those of their own.
+            dims = () if own in self.shared else score.dims
             cost: Tensor | None = None
             for t in particle.terms:
                 if below is not None and t.role is not None and t.site not in below:
                     continue
-                part = _onto(t.value.detach(), t.dims, score)
+                part = _onto(t.value.detach(), t.dims, score, dims)
                 cost = part if cost is None else cost + part
             assert cost is not None
+            cost = cost.expand_as(score.value) if own in self.shared else cost
             weight, options = particle.weight, particle.baselines.get(own) or {}
             # A run among several holds its share of the cost, and of the baseline.
             baseline, baseline_loss = self._baseline(own, cost * weight.runs, options)
@@ -606,9 +615,9 @@ def _reparameterised(site: Mapping[str, Any]) -> bool:
     return bool(getattr(site["fn"], "has_rsample", False))
 
 
-def _onto(value: Tensor, dims: Sequence[str], score: Term) -> Tensor:
-    """Sum a term over plates that a drawn site lacks, and lay it out over the site's plates."""
-    shared = [d for d in dims if d and d in score.dims]
+def _onto(value: Tensor, dims: Sequence[str], score: Term, kept: Sequence[str]) -> Tensor:
+    """Sum a term over plates that are not kept, and lay it out over the drawn site's plates."""
+    shared = [d for d in dims if d and d in kept]
     axes = [i for i, d in enumerate(dims) if d not in shared]
     value = value.sum(axes) if axes else value
     order = [shared.index(d) for d in score.dims if d in shared]
@@ -703,6 +712,16 @@ def _has_kl(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
             return kl.shape == q["fn"].batch_shape and bool(torch.isfinite(kl).all())
     except NotImplementedError:  # the only way in which torch's registry answers
         return False
+
+
+def _of_all_elements(routing: Routing, structure: Structure) -> frozenset[str]:
+    """Drawn sites of which an element reaches terms of other elements of its plate."""
+    look = routing.guide
+    if look is None:
+        return frozenset()
+    coupled = {*structure.coupled, *look.coupled}
+    below = {n: {n, *(u for u, s in look.scopes.items() if n in s)} for n in routing.shown}
+    return frozenset(n for n, reached in below.items() if reached & coupled)
 
 
 def _downstream(routing: Routing, structure: Structure) -> dict[str, frozenset[str]]:
