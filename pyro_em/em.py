@@ -20,7 +20,6 @@ from pyro_em._pyro import (
     is_stored,
     restore,
     seeded,
-    snapshot,
     values_of,
 )
 from pyro_em._turns import AloneAtEachStep, alone
@@ -42,7 +41,7 @@ from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
 from pyro_em.labels import sort_components
 from pyro_em.looking import Looker, Strategy, plan_of
-from pyro_em.loop import endless_steps, run_start
+from pyro_em.loop import endless_steps
 from pyro_em.m_step import Update, apply_floors
 from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
@@ -57,8 +56,9 @@ from pyro_em.refusals import (
     refuse_unfittable,
     refuse_untrainable,
 )
-from pyro_em.result import EMResult, EMStatus, EMStep
-from pyro_em.runs import Bar, Run, Settings, best_of
+from pyro_em.restarts import run_starts
+from pyro_em.result import EMResult, EMStep
+from pyro_em.runs import Bar, Settings, best_of
 from pyro_em.starts import Start
 from pyro_em.structure import form_of
 from pyro_em.training import Alternating, Optimizer, Trainer
@@ -450,10 +450,23 @@ class ExactPosteriorEM:
             tol: Estimated remaining gain in nats at which to stop: g a / (1 − a), with g the last
                 gain and a the largest ratio of successive gains in the last five steps. A plateau
                 can hide more.
-            num_restarts: Number of starts; the first is ``init``, the others are random hard
-                assignments. The best evidence is kept.
-            init: None (the values in the model or the param store), ``"random"`` (random
-                assignments, then an M-step), or {site: labels or probabilities}.
+            num_restarts: Number of starts; the best evidence is kept. The first is ``init``. For the
+                others three times as many candidates, a mix of random points, k-means and random
+                assignments, are run for a few steps each, and the best go on to the end (em-EM:
+                Biernacki, Celeux and Govaert 2003). ``result.ends`` says which ended where.
+            init: Where the first start begins:
+
+                * None: the values in the model or the param store;
+                * ``"kmeans"``: scikit-learn's k-means (best of ten) of what is observed below each
+                  row of a latent (each step of a chain), then an M-step. Numbers are standardised;
+                  symbols are one-hot codes, Binomial and Multinomial counts proportions; several
+                  observed sites stand side by side; covariates are not used. Latents that see the
+                  same sites take turns, each on what the one before leaves over. Rows whose label
+                  is observed keep it;
+                * ``"random points"``: the same rows, with responsibilities by distance to K of
+                  them, drawn far apart (as k-means++ draws its centres);
+                * ``"random"``: random probabilities for every latent, then an M-step;
+                * {site: labels or probabilities}, then an M-step.
             seed: Seed of random starts.
             progress: Whether to show a bar; by default where the output is a terminal.
             callbacks: Called with each `EMStep`; one that returns True stops the fit.
@@ -528,7 +541,7 @@ class ExactPosteriorEM:
                 )
             bar = Bar(progress, max_steps, num_restarts, program.objective_name)
             settings = Settings(max_steps, tol, callbacks, bar, begin, acceleration)
-            runs = self._starts(program, settings, init, num_restarts, seed)
+            runs = run_starts(program, settings, init, num_restarts, seed)
             best = best_of(runs)
             restore(program.graph.parameters, best.parameters)
             self._total_steps = before + best.num_steps
@@ -541,36 +554,6 @@ class ExactPosteriorEM:
             self._total_steps = before + step.index + 1
 
         return count
-
-    def _starts(
-        self,
-        program: Program,
-        settings: Settings,
-        init: Start,
-        num_restarts: int,
-        seed: int | None,
-    ) -> list[Run]:
-        """EM from each start; the first is ``init``, the others are random hard assignments."""
-        generator = torch.Generator().manual_seed(
-            int(torch.randint(2**31, ())) if seed is None else seed
-        )
-        runs: list[Run] = []
-        origin = snapshot(program.graph.parameters)
-        try:
-            for r in range(num_restarts):
-                if r:
-                    restore(program.graph.parameters, origin)
-                run = run_start(program, settings, "random hard" if r else init, generator, r)
-                runs.append(run)
-                if run.status in (EMStatus.INTERRUPTED, EMStatus.STOPPED):
-                    break
-        except BaseException:
-            if runs:  # nothing already fitted is lost
-                restore(program.graph.parameters, best_of(runs).parameters)
-            raise
-        finally:
-            settings.bar.close()
-        return runs
 
     def _fit_stochastic(
         self,

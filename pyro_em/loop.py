@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from pyro_em._errors import DataError, DegenerateError, UsageError, message, warn
+from pyro_em._errors import DataError, DegenerateError, message, warn
 from pyro_em._pyro import restore, snapshot, values_of
 from pyro_em.acceleration import PLAIN_STEPS, accelerate
 from pyro_em.advice import sites_in_words
+from pyro_em.beginnings import Beginning, name_of_start
 from pyro_em.compiled import Iteration
 from pyro_em.compiled_loop import (
     advance_compiled,
@@ -26,34 +25,70 @@ from pyro_em.m_step import apply_floors
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program, distrust
 from pyro_em.result import EMStatus, EMStep
-from pyro_em.runs import Deferred, Iterate, Run, Seen, Settings
-from pyro_em.starts import given_counts, random_counts
+from pyro_em.runs import Deferred, Iterate, Left, Run, Seen, Settings
 from pyro_em.steps import advance, after_m_step, as_step, e_step, fell
 from pyro_em.stopping import should_stop
 
 _MANY_HANDOVERS = 3
 
 
-def run_start(
-    program: Program, settings: Settings, init: Any, generator: torch.Generator, r: int
-) -> Run:
+def run_start(program: Program, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
     """Run EM from one start until something stops it.
 
     Args:
         program: The model with its data.
         settings: What all starts share.
-        init: The start: None, ``"random"``, ``"random hard"`` or {site: assignments}.
-        generator: Source of random starts.
+        beginning: Makes the first parameters.
+        init: The start, as `Beginning.write` takes it.
         r: The start's number; only the first one may raise.
 
     Returns:
         The run; the parameters in the store are those of its last complete step.
     """
-    run = Run(snapshot(program.graph.parameters))
+    run, iteration = _set_out(program, settings, beginning, init, r)
+    if run.last is not None:
+        _proceed(program, settings, run, iteration, r)
+    return run
+
+
+def short_run(program: Program, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
+    """Run EM from one start for as many steps as ``settings`` say, for `continue_run` to go on."""
+    run, iteration = _set_out(program, settings, beginning, init, r)
+    if run.last is not None:
+        _iterate(program, settings, run, iteration, r)
+    return run
+
+
+def continue_run(program: Program, settings: Settings, run: Run, r: int) -> None:
+    """Run EM on from where a short run was left until something stops it."""
+    if run.last is None or run.status is not EMStatus.MAX_STEPS:
+        return
+    try:
+        revive(program, run)
+    except KeyboardInterrupt:
+        run.status = EMStatus.INTERRUPTED
+        return
+    _proceed(program, settings, run, compiled_iteration(program), r)
+
+
+def revive(program: Program, run: Run) -> None:
+    """Put a run's parameters into the store, and make the E-step at them again if it was let go."""
+    restore(program.graph.parameters, run.parameters)
+    if isinstance(run.last, Left):
+        at = first_e_step(program, compiled_iteration(program))
+        at.massless = run.last.massless
+        run.record(program, at)
+
+
+def _set_out(
+    program: Program, settings: Settings, beginning: Beginning, init: Any, r: int
+) -> tuple[Run, Iteration | None]:
+    """The first parameters of a start and the E-step at them; without it, the status says why."""
+    run = Run(snapshot(program.graph.parameters), name=name_of_start(init))
     run.initial_values = values_of(program.graph.parameters)
     iteration = compiled_iteration(program)
     try:
-        _apply_init(program, init, generator)
+        beginning.write(init)
         apply_floors(program.graph, program.updates)
         at = first_e_step(program, iteration)
     except (DegenerateError, DataError) as error:
@@ -61,17 +96,24 @@ def run_start(
             restore(program.graph.parameters, run.parameters)
             raise
         run.status, run.message = EMStatus.DEGENERATE, str(error)
-        return run
+        return run, iteration
     except KeyboardInterrupt:
         restore(program.graph.parameters, run.parameters)
         if r == 0:
             raise
         run.status = EMStatus.INTERRUPTED
-        return run
+        return run, iteration
     run.record(program, at)
-    symmetric = _is_symmetric(at, iteration)
-    if symmetric and settings.bar.starts == 1:
+    run.began_symmetric = _is_symmetric(at, iteration)
+    if run.began_symmetric and settings.bar.starts == 1:
         _warn_symmetric(at.q)
+    return run, iteration
+
+
+def _proceed(
+    program: Program, settings: Settings, run: Run, iteration: Iteration | None, r: int
+) -> None:
+    """Steps to the end, which a fresh trace of the model confirms."""
     if settings.acceleration is None:
         _iterate(program, settings, run, iteration, r)
     else:
@@ -81,7 +123,7 @@ def run_start(
             off = program.disagreements()
         except KeyboardInterrupt:
             run.status = EMStatus.INTERRUPTED
-            return run
+            return
         if off:
             warn_disagreement(off[0], "at the end of the fit it was not")
             distrust(program, off)
@@ -89,9 +131,9 @@ def run_start(
             run.record(program, e_step(program, run.num_steps))
             _iterate(program, settings, run, None, r)
     stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
-    if symmetric and stopped and run.last is not None and _is_symmetric(run.last, iteration):
+    symmetric = run.began_symmetric and stopped
+    if symmetric and run.last is not None and _is_symmetric(run.last, iteration):
         run.status = EMStatus.SYMMETRIC
-    return run
 
 
 def first_e_step(program: Program, iteration: Iteration | None) -> Iterate:
@@ -249,33 +291,6 @@ def endless_steps(program: Program) -> Iterator[EMStep]:
             at = (None if iteration is None else enter(program, iteration)) or full
         seen = Seen(program, snapshot(program.graph.parameters))
         yield as_step(program, index, before, bound, begin)
-
-
-def _apply_init(program: Program, init: Any, generator: torch.Generator) -> None:
-    if init is None:
-        return
-    evaluation = program.evaluate()
-    if isinstance(init, str) and init in ("random", "random hard"):
-        if not program.graph.latents:
-            return
-        counts = random_counts(
-            evaluation.graph,
-            program.contraction,
-            evaluation.tables,
-            generator=generator,
-            hard=init == "random hard",
-        )
-    elif isinstance(init, Mapping):
-        counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, init)
-    else:
-        raise UsageError(
-            message(
-                "init",
-                f"{init!r} is not understood.",
-                fixes=["use None, 'random', or {site: labels or probabilities}"],
-            )
-        )
-    program.m_step(counts, evaluation)
 
 
 def is_symmetric(q: Posterior) -> bool:

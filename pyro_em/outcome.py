@@ -20,6 +20,7 @@ from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.e_step import scales_of
+from pyro_em.ends import End
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.plan import Plan
 from pyro_em.program import Program, parameters_at
@@ -76,11 +77,9 @@ def build_result(
     _say_massless(program, run)
     rows = _num_rows(program)
     if settings.bar.starts > 1:
-        start = f"best of {len(runs)} starts"
-    elif init is None:
-        start = "values in the model"
+        start = f"best of {sum(not r.is_replaced for r in runs)} starts: {run.name}"
     else:
-        start = init if isinstance(init, str) else "given: " + ", ".join(init)
+        start = run.name
     values = Params(values_of(parameters), _point_sites(program))
     unconstrained = snapshot(parameters)
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
@@ -99,7 +98,8 @@ def build_result(
         seconds=time.perf_counter() - settings.begin,
         plan=_with_advice(program.plan(), settings, run.num_steps, rate),
         rate=rate,
-        starts=tuple(r.objective for r in runs),
+        starts=tuple(r.objective for r in runs if not r.is_replaced),
+        ends=tuple(_end(r) for r in runs),
         num_rows=rows,
         num_free_parameters=free_parameters(parameters, program.updates, zeros),
         start=start,
@@ -109,6 +109,11 @@ def build_result(
         log_prior=log_prior,
         _posterior=posterior,
     )
+
+
+def _end(run: Run) -> End:
+    collapsed = run.status is EMStatus.DEGENERATE or run.last is None
+    return End(run.name, run.objective, run.status, run.num_steps, collapsed)
 
 
 def _with_advice(plan: Plan, settings: Settings, steps: int, rate: float | None) -> Plan:

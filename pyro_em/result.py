@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 from pyro_em._pyro import TracedParameter
 from pyro_em.drawn import DrawnPosterior
+from pyro_em.ends import End, ends_in_words
 from pyro_em.m_step import Fixed, ParameterUpdate
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
@@ -148,6 +149,8 @@ class EMResult:
         log_prior: Log density of point-estimated latents in nats.
         rate: The measured rate of convergence (last ratio of successive gains), or None.
         starts: Final log evidence of every start, in order; nan where none was reached.
+        ends: Per run to the end, how it began and where it ended (`End`), in the order of ``starts``;
+            one that collapsed comes before the run that took its place.
         num_rows: N of the BIC: elements of the outermost data plate, weighted by scale.
         num_free_parameters: Through constraints; structural zeros and fixed ones not counted.
         start: Where the best run began, in words.
@@ -178,6 +181,7 @@ class EMResult:
     _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
     log_prior: float = 0.0
     bound_name: str = "ELBO"
+    ends: tuple[End, ...] = ()
 
     @property
     def posterior(self) -> Posterior | DrawnPosterior:
@@ -252,6 +256,7 @@ class EMResult:
                 rows.append((name, f"tensor of shape {tuple(value.shape)}"))
         rows += [
             ("start", self.start),
+            *([("starts", ends_in_words(self.ends))] if len(self.ends) > 1 else []),
             ("seed", self.seed),
             ("dtype", str(self.dtype).removeprefix("torch.")),
             ("pyro_em", version("pyro-em")),
@@ -279,6 +284,7 @@ class EMResult:
             f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
             f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
             + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)
+            + (f"\n{ends_in_words(self.ends)}" if len(self.ends) > 1 else "")
         )
 
 

@@ -126,6 +126,28 @@ class Settings:
     acceleration: str | None = None
 
 
+class Left(Iterate):
+    """What is remembered of an iterate whose tables are not needed any more.
+
+    Args:
+        at: The iterate.
+    """
+
+    def __init__(self, at: Iterate) -> None:
+        self.massless = at.massless
+        self._objective, self._log_evidence = at.objective, at.log_evidence
+
+    @property
+    def objective(self) -> float:
+        """What EM raises."""
+        return self._objective
+
+    @property
+    def log_evidence(self) -> float | None:
+        """log p(x; θ) in nats."""
+        return self._log_evidence
+
+
 class Seen:
     """Parameters and data as they are shown to somebody who may change them.
 
@@ -147,7 +169,7 @@ class Seen:
 
 @dataclass(eq=False)
 class Run:
-    """One start: its path and where it stands."""
+    """One start: its name in words, its path and where it stands."""
 
     parameters: dict[str, Tensor]
     status: EMStatus = EMStatus.MAX_STEPS
@@ -159,6 +181,9 @@ class Run:
     verified: dict[str, Tensor] | None = None
     plain_from: int = 0
     seen: Seen | None = None
+    name: str = ""
+    began_symmetric: bool = False
+    is_replaced: bool = False
 
     def plain_path(self) -> list[float]:
         """The last objectives that plain EM steps entered, enough for the stopping rule."""
@@ -178,6 +203,12 @@ class Run:
         """Remember parameters and E-step of the last complete step."""
         self.parameters, self.last = snapshot(program.graph.parameters), at
         self.seen = Seen(program, self.parameters)
+
+    def leave(self) -> None:
+        """Keep parameters, path and objective, and let the tables of the last E-step go."""
+        self.seen = None
+        if self.last is not None and not isinstance(self.last, Left):
+            self.last = Left(self.last)
 
     def go_back(self, program: Program) -> None:
         """Return to the parameters after the first step, the last that were verified."""
@@ -205,6 +236,7 @@ class Bar:
         self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
         self.max_steps, self.starts, self.current = max_steps, starts, 0
         self.objective_name = objective_name
+        self.label = ""
 
     def update(self, start: int, objective: float) -> None:
         """One more step of a start."""
@@ -212,6 +244,7 @@ class Bar:
             self.bar.n = start * self.max_steps
             self.current = start
         label = f"EM start {start + 1}/{self.starts}" if self.starts > 1 else "EM"
+        label = self.label or label
         self.bar.set_description(label, refresh=False)
         self.bar.set_postfix_str(f"{self.objective_name} {objective:.6f}", refresh=False)
         self.bar.update()

@@ -6,7 +6,7 @@ is handed to the M-step. Exact zeros of the model are respected, so that structu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,10 @@ from pyro_em._errors import UsageError, message
 from pyro_em.contraction import ContractionPlan, log_sum_exp, maximum
 from pyro_em.e_step import run_contraction
 from pyro_em.graph import FactorGraph, Latent
+from pyro_em.vectors import Rows
 
-Start = None | Literal["random"] | Mapping[str, Any]
+Cluster = Callable[[Tensor, Tensor, int, torch.Generator, Tensor | None], Tensor]
+Start = None | Literal["random", "kmeans", "random points"] | Mapping[str, Any]
 
 
 def random_counts(
@@ -88,6 +90,55 @@ def given_counts(
     complete = all(n in unary for n in graph.latents)
     used = [_support_only(t) for t in tables] if complete else list(tables)
     return _counts_with(graph, plan, used, unary, hard=False)
+
+
+def clustered_counts(
+    graph: FactorGraph,
+    plan: ContractionPlan,
+    tables: Sequence[Tensor],
+    rows: Sequence[Rows],
+    cluster: Cluster,
+    *,
+    generator: torch.Generator,
+    shared: float = 0.0,
+) -> list[Tensor]:
+    """Expected counts of clusters of what is observed below the latents.
+
+    Kinds of latents that see the same sites are clustered one after the other, each by what the
+    clusters before it leave over. Latents without rows take their posterior given the others.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+        tables: Its log densities.
+        rows: The observed vectors of the latents.
+        cluster: Makes responsibilities.
+        generator: Source of randomness.
+        shared: Part of each row that goes to all clusters evenly, so that none is too small.
+    """
+    unary: dict[str, Tensor] = {}
+    left: dict[frozenset[str], Tensor] = {}
+    for kind in rows:
+        x, weights = left.get(kind.sites, kind.vectors), kind.weights[kind.seen]
+        if len(x) != len(kind.vectors):
+            x = kind.vectors
+        labels = kind.labels[kind.seen] if bool((kind.labels >= 0).any()) else None
+        r = torch.full((len(x), kind.size), 1 / kind.size, dtype=x.dtype, device=x.device)
+        own = cluster(x[kind.seen], weights, kind.size, generator, labels)
+        r[kind.seen] = own
+        centres = (own * weights.unsqueeze(-1)).T @ x[kind.seen]
+        centres = centres / (weights @ own).clamp(min=1e-300).unsqueeze(-1)
+        left[kind.sites] = torch.where(kind.seen.unsqueeze(-1), x - r @ centres, 0.0)
+        r = (1 - shared) * r + shared / kind.size
+        logs = torch.where(r > 0, r.clamp(min=1e-300).log(), -torch.inf)
+        unary.update(kind.split(logs.to(tables[0].device)))
+    support = [_support_only(t) for t in tables]
+    if all(n in unary for n in graph.latents):
+        return _counts_with(graph, plan, support, unary, hard=False)
+    try:
+        return _counts_with(graph, plan, list(tables), unary, hard=False)
+    except UsageError:  # impossible at the parameters of now
+        return _counts_with(graph, plan, support, unary, hard=False)
 
 
 def _log_unary(graph: FactorGraph, latent: Latent, name: str, given: Tensor) -> Tensor:
