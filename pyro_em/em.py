@@ -451,7 +451,7 @@ class ExactPosteriorEM:
                 gain and a the largest ratio of successive gains in the last five steps. A plateau
                 can hide more.
             num_restarts: Number of starts; the best evidence is kept. The first is ``init``. For the
-                others three times as many candidates, a mix of random points, k-means and random
+                others four times as many candidates, a mix of random points, k-means and random
                 assignments, are run for a few steps each, and the best go on to the end (em-EM:
                 Biernacki, Celeux and Govaert 2003). ``result.ends`` says which ended where.
             init: Where the first start begins:

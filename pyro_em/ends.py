@@ -41,7 +41,7 @@ def ends_in_words(ends: Sequence[End]) -> str:
         >>> done = EMStatus.CONVERGED
         >>> ends = [End("random points", -180.2, done, 30), End("random hard", -186.6, done, 40)]
         >>> ends_in_words([*ends, End("random points", -180.2, done, 35)])
-        '3 starts: 2 ended at -180.200 (random points 2), 1 at -186.600 (random hard 1)'
+        '3 runs: 2 ended at -180.200 (random points 2), 1 at -186.600 (random hard 1)'
     """
     broken = sum(e.has_collapsed for e in ends)
     sound = sorted(
@@ -63,4 +63,4 @@ def ends_in_words(ends: Sequence[End]) -> str:
         parts.append(f"{rest} lower, down to {groups[-1][-1].objective:.3f}")
     if broken:
         parts.append(f"{broken} collapsed")
-    return f"{len(ends)} starts: {', '.join(parts)}"
+    return f"{len(ends)} runs: {', '.join(parts)}"

@@ -21,9 +21,9 @@ from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.runs import Run, Settings, best_of
 
-CANDIDATES = 3  # short runs for each start after the first
+CANDIDATES = 4  # short runs for each start after the first
 SHORT_STEPS = 10
-MIX = ("random points", "random k-means", "random points", "random hard")
+MIX = (*(3 * ("random points", "random k-means")), "random points", "random hard")
 _TWINS = 1e-9  # relative difference of objectives below which two candidates are one
 _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 

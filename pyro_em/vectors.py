@@ -313,7 +313,7 @@ def _weights(graph: FactorGraph, latent: str, sizes: Sequence[int], device: torc
     if scale.dim():
         scale = scale.reshape(scale.shape[: group.n_plates])
         scale = scale.permute([plates.index(p) for p in own])
-    return scale.expand(*sizes).reshape(-1)
+    return scale.expand(tuple(sizes)).reshape(-1)
 
 
 def _labels(graph: FactorGraph, latent: str, sizes: Sequence[int], device: torch.device) -> Tensor:
@@ -329,8 +329,10 @@ def _labels(graph: FactorGraph, latent: str, sizes: Sequence[int], device: torch
     n_dims = len(group.sizes)
     same = value.unsqueeze(n_dims) == support.to(value.device)  # (*dims or 1s, K, *event)
     label = same.reshape(*same.shape[: n_dims + 1], -1).all(-1).long().argmax(-1)
-    label = label.permute([plates.index(p) for p in own]).expand(*sizes).reshape(-1).to(device)
-    known = mask.to(device).expand(sizes).reshape(-1)
+    label = (
+        label.permute([plates.index(p) for p in own]).expand(tuple(sizes)).reshape(-1).to(device)
+    )
+    known = mask.to(device).expand(tuple(sizes)).reshape(-1)
     return torch.where(known, label, -1)
 
 
