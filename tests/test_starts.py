@@ -374,12 +374,16 @@ def test_routes_of_several_starts(route: str) -> None:
     assert not seen or seen.count(0) > 4
 
 
-def interrupt_at(n: int):
+def at_call(n: int, error: type[BaseException] | None = None):
+    """A callback whose n-th call raises, or asks to stop."""
     calls = itertools.count()
 
     def callback(step):
-        if next(calls) == n:
-            raise KeyboardInterrupt
+        if next(calls) != n:
+            return None
+        if error is not None:
+            raise error("mine")
+        return True
 
     return callback
 
@@ -388,7 +392,7 @@ def test_an_interrupt_or_a_stop_in_a_short_run_loses_nothing() -> None:
     y = rows()
     first = fit(mixture, y, init="kmeans", seed=0)
     after = first.num_steps + 14  # in the second short run
-    for callback in (interrupt_at(after), lambda step, c=itertools.count(): next(c) == after):
+    for callback in (at_call(after, KeyboardInterrupt), at_call(after)):
         result = fit(mixture, y, init="kmeans", num_restarts=5, seed=0, callbacks=callback)
         assert result.log_evidence >= first.log_evidence - 1e-9
         last = result.ends[-1].status
@@ -401,10 +405,7 @@ def test_an_error_in_a_short_run_keeps_what_was_fitted() -> None:
     y = rows()
     first = fit(mixture, y, init="kmeans", seed=0)
 
-    def broken(step, calls=itertools.count()):  # noqa: B008
-        if next(calls) == first.num_steps + 14:
-            raise RuntimeError("mine")
-
+    broken = at_call(first.num_steps + 14, RuntimeError)
     with pytest.raises(RuntimeError, match="mine"):
         fit(mixture, y, init="kmeans", num_restarts=5, seed=0, callbacks=broken)
     torch.testing.assert_close(pyro.param("mu").detach(), first.params["mu"])
