@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -140,8 +140,16 @@ def latent_problems(
     name: str,
     site: Mapping[str, Any],
     scopes: Mapping[str, frozenset[str]],
+    marginals: Callable[[str], tuple[str, ...]],
 ) -> list[Problem]:
-    """A latent without an exact posterior."""
+    """A latent without an exact posterior.
+
+    Args:
+        name: The latent.
+        site: The site as traced.
+        scopes: Per site the latents that reach it.
+        marginals: How to do without a latent, in sentences.
+    """
     fn = site["fn"]
     total = getattr(_pyro.unwrap(fn)[0], "total_count", None)
     if (
@@ -185,6 +193,7 @@ def latent_problems(
                 f"a latent {kind} has infinite support and cannot be enumerated.",
                 because,
                 (
+                    *marginals(name),
                     "truncate it: a Categorical over the values 0 … K−1 that matter",
                     "give a guide that samples it: ExactPosteriorEM(model, guide)",
                     "observe it",
@@ -198,6 +207,7 @@ def latent_problems(
             f"a continuous latent ({kind}) has no exact posterior here and no guide was given.",
             because,
             (
+                *marginals(name),
                 "give a guide: ExactPosteriorEM(model, guide), or a class: AutoNormal",
                 "take a point estimate under its prior: ExactPosteriorEM(model, guide='map')",
                 "let a network be the guide: ExactPosteriorEM(model, AutoAmortizedNormal)",

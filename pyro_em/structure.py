@@ -33,6 +33,7 @@ from pyro_em.findings import (
     weight_problems,
 )
 from pyro_em.initial import forget_bad_starts, start_problem, tell_of_starts
+from pyro_em.marginals import marginals_of
 
 logger = logging.getLogger("pyro_em")
 
@@ -247,6 +248,7 @@ def _findings(
     coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
     order = {name: i for i, name in enumerate(factors)}
     site_plates = {n: tuple(frames_of(s)) for n, s in factors.items()}
+    marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
     of_latents: list[Problem] = []
     of_others: list[Problem] = []
     told_of: list[Tensor] = []
@@ -259,7 +261,7 @@ def _findings(
         found = of_latents if is_latent else of_others
         no_route: list[Problem] = []
         if is_latent:
-            no_route = latent_problems(name, site, scopes)
+            no_route = latent_problems(name, site, scopes, marginals)
             if not guide_given:
                 found.extend(no_route or [c.problem() for c in coupled.get(name, ())])
         elif _pyro.role_of(site) is Role.DATA:
