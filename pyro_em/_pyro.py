@@ -477,6 +477,7 @@ class Run:
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
         unfinished: The parameter at whose initial value the run broke off.
+        cleared: Whether a plain run has emptied the param store, or put another in its place.
     """
 
     sites: dict[str, dict[str, Any]]
@@ -486,6 +487,7 @@ class Run:
     shadows: Shadows | None = None
     unfinished: TracedParameter | None = None
     suspects: frozenset[str] = frozenset()
+    cleared: bool = False
 
 
 class Role(Enum):
@@ -810,6 +812,7 @@ def plain_run(
 def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
+    held = pyro.get_param_store()._params
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(True))
@@ -824,7 +827,8 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
             run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=begun)
             raise RunFailed(error, run, tuple(watch.empty)) from error
     parameters = _apart(_alive(capture.parameters), capture.given)
-    return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed())
+    cleared = pyro.get_param_store()._params is not held
+    return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed(), cleared=cleared)
 
 
 def _holds_shadows() -> bool:

@@ -18,11 +18,12 @@ from pyro.infer.autoguide import AutoDelta, AutoDiscreteParallel, AutoGuide, Aut
 from pyro.poutine.guide import GuideMessenger
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, PyroEMError, UsageError, message
+from pyro_em._errors import ModelError, PyroEMError, UsageError, message, raise_problems
 from pyro_em._pyro import Run, TracedParameter
 from pyro_em.amortized import AutoAmortizedCategorical
 from pyro_em.binding import leaves_below
 from pyro_em.initial import tell_of_starts
+from pyro_em.side_effects import Watched, refuse_clearing, writing_problems
 from pyro_em.structure import Structure, coupled_latents, frames_of
 
 _FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
@@ -228,12 +229,17 @@ def look_at_guide(
     """
     if _has_no_forward(guide):  # a bare module: a guide without sites
         return GuideLook(Run({}, {}), {}, frozenset())
+    watched = Watched(guide, args, kwargs)
     try:
         plain = _pyro.plain_run(guide, args, kwargs, keep_random_state=not first_look)
     except _pyro.RunFailed as failure:
         raise ModelError(_guide_failed(guide, failure.error)) from failure.error
     tell_of_starts(plain.parameters)
+    refuse_clearing(plain, "guide")
+    watched.after_one_run(plain.sites)
     tagged = _pyro.provenance_run(guide, args, kwargs, plain)
+    if writing := writing_problems(guide, args, kwargs, watched, plain, tagged.scopes):
+        raise_problems(writing)
     scopes: dict[str, frozenset[str]] = {}
     random: set[str] = set()
     for name, site in plain.sites.items():

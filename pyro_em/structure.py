@@ -34,6 +34,7 @@ from pyro_em.findings import (
 )
 from pyro_em.initial import forget_bad_starts, start_problem, tell_of_starts
 from pyro_em.marginals import marginals_of
+from pyro_em.side_effects import Watched, refuse_clearing, writing_problems
 
 logger = logging.getLogger("pyro_em")
 
@@ -189,7 +190,8 @@ def examine(
         PyroEMError: If the model cannot be run at all.
     """
     _refuse_inference_mode(args, kwargs)
-    how = (max_plate_nesting, guide_given)
+    watched = Watched(model, args, kwargs)
+    how = (max_plate_nesting, guide_given, watched)
     if sparing:
         begin = _pyro.random_state()
         try:
@@ -209,8 +211,11 @@ def _findings(
     plain: _pyro.Run,
     max_plate_nesting: int | None,
     guide_given: bool,
+    watched: Watched,
 ) -> tuple[Structure, list[Problem]]:
     """The skeleton and all findings, from a plain run."""
+    refuse_clearing(plain, "model")
+    watched.after_one_run(plain.sites)
     factors = {n: s for n, s in plain.sites.items() if _pyro.is_factor(s)}
     if not factors:
         raise UsageError(
@@ -222,6 +227,9 @@ def _findings(
     tagged = _pyro.provenance_run(model, args, kwargs, plain)
     if set(tagged.scopes) != set(factors):
         raise_problems([changing_sites(sorted(set(tagged.scopes) ^ set(factors)), random_plates)])
+    writing = writing_problems(model, args, kwargs, watched, plain, factors)
+    if writing:
+        raise_problems(writing)
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
     unused = {n for n, s in factors.items() if _pyro.is_latent(s) and _masked_out(s)}
     unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
@@ -314,7 +322,7 @@ def _findings(
         _kept_values(factors, barren),
         {n: factors[n] for n in (*latents, *barren)},
         {f.name: f.size for s in factors.values() for f in s["cond_indep_stack"] if f.dim is None},
-        tuple(_changed_mask(n) for n in plain.changed_masks),
+        (*(_changed_mask(n) for n in plain.changed_masks), *watched.notes()),
         edges,
         plain.shadows is not None,
         {name: first for name, (first, *_) in coupled.items()},
