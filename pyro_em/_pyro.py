@@ -1033,6 +1033,7 @@ def enumerated_run(
     keep_random_state: bool = True,
     attached: bool = False,
     validated: bool = False,
+    reading: Callable[..., Any] | None = None,
 ) -> Run:
     """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
 
@@ -1049,6 +1050,7 @@ def enumerated_run(
         keep_random_state: Whether the global random state is restored.
         attached: Whether parameters stay attached to their unconstrained leaves.
         validated: Whether distributions check their arguments.
+        reading: Runs each operation, to note what it reads; with a limit only.
     """
     capture = ParameterCapture(values, hand_out=not attached)
     with (
@@ -1070,7 +1072,7 @@ def enumerated_run(
         if limit is None:
             model(*args, **kwargs)
         else:
-            with size_guard(limit):
+            with size_guard(limit, reading):
                 model(*args, **kwargs)
     settle(p.unconstrained for p in capture.parameters.values())
     return Run(dict(tracer.trace.nodes), capture.parameters)

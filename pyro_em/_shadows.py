@@ -73,11 +73,16 @@ def _watching(handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> Torc
     return cls(handle)
 
 
-def size_guard(limit: int) -> TorchDispatchMode:
-    """A block in which an operation whose output exceeds ``limit`` cells raises `OutputTooLarge`."""
+def size_guard(limit: int, by: Callable[..., Any] | None = None) -> TorchDispatchMode:
+    """A block in which an operation whose output exceeds ``limit`` cells raises `OutputTooLarge`.
+
+    Args:
+        limit: Cells.
+        by: Runs each operation, given it, its arguments and its keyword arguments.
+    """
 
     def handle(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if by is None else by(func, args, kwargs)
         if isinstance(out, Tensor) and out.numel() > limit:
             # An expanded view has many elements and little memory: count what is stored.
             stored = out.untyped_storage().nbytes() // out.element_size()
@@ -86,6 +91,11 @@ def size_guard(limit: int) -> TorchDispatchMode:
         return out
 
     return _watching(handle)
+
+
+def watching(by: Callable[..., Any]) -> TorchDispatchMode:
+    """A block whose operations are run by ``by``, given each and its arguments."""
+    return _watching(by)
 
 
 def spending_at_most(limit: int) -> TorchDispatchMode:

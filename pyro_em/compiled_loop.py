@@ -91,7 +91,7 @@ def advance_compiled(
             reached = iteration.e_step(after)
             if reached.objective < point.objective - allowed_fall(point.objective, eps):
                 raise Handover
-            if run.num_steps == 0:
+            if run.num_steps == run.verify_at:
                 if not _verified(program, reached.values):
                     over = False
                     break

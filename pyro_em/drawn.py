@@ -12,12 +12,22 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
+from pyro_em._shadows import watching
 from pyro_em._turns import alone
+from pyro_em.dependences import Dependences, Reading, changed_since
 from pyro_em.graph import Latent
 from pyro_em.particle import Particle
 from pyro_em.posterior import Posterior
 from pyro_em.program import parameters_at
 from pyro_em.variational import Variational, inner_posterior, split
+
+
+def dependences_of(variational: Variational, args: tuple, kwargs: Mapping[str, Any]) -> Dependences:
+    """What a run of guide and model reads, its parameters excepted."""
+    reading = Reading(variational.pair, args, kwargs)
+    with torch.no_grad(), _pyro.same_random_state(), watching(reading):
+        variational.particle(args, dict(kwargs))
+    return reading.finished(p.unconstrained for p in variational.parameters.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +38,10 @@ class DrawnPosterior:
         variational: The pair of model and guide.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
+        at: Unconstrained parameters of the fit that it belongs to; None for those of the moment.
         exact: False.
         log_evidence: None: it is not known.
+        dependences: What model and guide read in that fit.
     """
 
     variational: Variational
@@ -38,6 +50,7 @@ class DrawnPosterior:
     at: Mapping[str, Tensor] | None = None
     exact: bool = False
     log_evidence: float | None = None
+    dependences: Dependences | None = None
 
     def __repr__(self) -> str:
         routing = self.variational.routing
@@ -156,7 +169,13 @@ class DrawnPosterior:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """Hold parameters at those of the fit that this posterior belongs to."""
+        """Hold parameters at those of the fit that this posterior belongs to.
+
+        Raises:
+            UsageError: If the data, or something else that was read, are others by now.
+        """
+        if self.dependences is not None and self.dependences.is_changed():
+            raise UsageError(changed_since("posterior"))
         known = self.variational.parameters
         values = {} if self.at is None else {n: v for n, v in self.at.items() if n in known}
         with parameters_at(known, values, unconstrained=True):

@@ -38,6 +38,7 @@ from pyro_em.advice import (
 from pyro_em.agreement import differing, disagreements, other_model
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.blame import given_tensors
+from pyro_em.dependences import Reading
 from pyro_em.families import Family, family_of, given_arguments
 from pyro_em.families.pieces import log_density
 from pyro_em.findings import is_outside, mask_tensor
@@ -317,6 +318,7 @@ def trace_graph(
     keep_random_state: bool = True,
     attached: bool = False,
     looked: Mapping[str, Mapping[str, Any]] | None = None,
+    reading: Reading | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -333,6 +335,7 @@ def trace_graph(
         attached: Whether densities stay attached to the unconstrained parameters.
         looked: The sites of a plain run from the same random state, which this one has to agree
             with; None where that is known.
+        reading: Notes what the run reads beside the parameters; needs a limit.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -348,7 +351,10 @@ def trace_graph(
         random_seed=random_seed,
         keep_random_state=keep_random_state,
         attached=attached,
+        reading=reading,
     )
+    if reading is not None:
+        _note_sites(reading, run)
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
         raise_problems([changing_sites([], structure.random_plates)])
@@ -389,6 +395,17 @@ def trace_graph(
     factors = _count_where_needed(factors, structure)
     latents = {name: layout.latent(name) for name in structure.latents}
     return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
+
+
+def _note_sites(reading: Reading, run: _pyro.Run) -> None:
+    """What sites hold without any operation: values, masks, scales, arguments."""
+    for site in run.sites.values():
+        if not _pyro.is_factor(site):
+            continue
+        held = (site["value"], site["mask"], site["scale"], *_pyro.tensors_of(site["fn"]))
+        for tensor in held:
+            if isinstance(tensor, Tensor):
+                reading.note(tensor)
 
 
 def check_arguments(

@@ -118,7 +118,9 @@ def _proceed(
         _iterate(program, settings, run, iteration, r)
     else:
         _alternate(program, settings, run, iteration, r)
-    if program.compiled and run.num_steps > 1 and run.verified is not None:
+    if settings.callbacks and run.status is not EMStatus.INTERRUPTED and program.is_changed():
+        read_anew(program, run)  # after the last step
+    if program.compiled and run.num_steps > run.verify_at + 1 and run.verified is not None:
         try:
             off = program.disagreements()
         except KeyboardInterrupt:
@@ -155,11 +157,16 @@ def _iterate(
     """Steps from the run's last iterate until one of the rules stops the run."""
     run.status = EMStatus.MAX_STEPS
     handovers = 0
+    if iteration is not None and run.readings != program.readings:
+        iteration, run.readings = compiled_iteration(program), program.readings
     try:
         while run.num_steps < settings.max_steps:
+            if settings.callbacks and program.is_changed():
+                read_anew(program, run)  # a callback wrote data: go on with them as they are
+                iteration, run.readings = compiled_iteration(program), program.readings
             if iteration is not None and program.compiled and handovers < _MANY_HANDOVERS:
                 if settings.callbacks and run.seen is not None and run.seen.is_changed():
-                    iteration = None  # a callback writes parameters or data: full steps from here
+                    iteration = None  # a callback writes parameters: full steps from here
                     continue
                 if not isinstance(run.last, Deferred):
                     again = enter(program, iteration)
@@ -186,6 +193,14 @@ def _iterate(
         restore(program.graph.parameters, run.parameters)
 
 
+def read_anew(program: Program, run: Run) -> None:
+    """Read the model on the data as they are now, and make the E-step there."""
+    program.reread()
+    run.record(program, first_e_step(program, compiled_iteration(program)))
+    run.plain_from = run.verify_at = run.num_steps
+    run.verified = None
+
+
 def _alternate(
     program: Program, settings: Settings, run: Run, iteration: Iteration | None, r: int
 ) -> None:
@@ -205,9 +220,11 @@ def _full_step(program: Program, settings: Settings, run: Run, r: int) -> bool:
     """One step of the generic path; returns whether the run is over."""
     assert run.last is not None
     before = run.last.judged() if isinstance(run.last, Deferred) else run.last
-    first = run.num_steps == 0
+    first = run.num_steps == run.verify_at
+    # Who writes parameters between steps may lower the objective; that is no rounding.
+    touched = bool(settings.callbacks) and run.seen is not None and run.seen.is_changed()
     at = advance(program, before, index=run.num_steps, verify=first)
-    if fell(program, before, at):
+    if not touched and fell(program, before, at):
         restore(program.graph.parameters, run.parameters)
         run.status = EMStatus.FELL
         return True
@@ -221,7 +238,7 @@ def _watched_step(
     """One compiled step that callbacks see; None where a full step is due."""
     before = run.last
     assert isinstance(before, Deferred)
-    found = watched_step(program, iteration, before, verify=run.num_steps == 0)
+    found = watched_step(program, iteration, before, verify=run.num_steps == run.verify_at)
     if found is None:
         return None
     at, bound = found
@@ -243,7 +260,7 @@ def _complete(
     run.entering.append(step.elbo)
     run.after.append(bound)
     run.record(program, at)
-    if run.num_steps == 1:
+    if run.num_steps == run.verify_at + 1:
         run.verified = run.parameters
     settings.bar.update(r, at.objective)
     if any(callback(step) is True for callback in settings.callbacks):
@@ -264,24 +281,30 @@ def endless_steps(program: Program) -> Iterator[EMStep]:
         program: The model with its data.
 
     Yields:
-        Each step. The end comes only if the objective falls, which is said in a warning.
+        Each step, on the data as they are when it is asked for. The end comes only if the objective
+        falls on data and from parameters that nobody has changed, which is said in a warning.
     """
     begin = time.perf_counter()
     iteration = compiled_iteration(program)
-    at, handovers = first_e_step(program, iteration), 0
+    at, handovers, verify_at = first_e_step(program, iteration), 0, 0
     seen = Seen(program, snapshot(program.graph.parameters))
     for index in itertools.count():
+        touched = seen.is_changed()
+        if program.is_changed():
+            program.reread()
+            iteration = compiled_iteration(program)
+            at, handovers, verify_at, touched = first_e_step(program, iteration), 0, index, False
+        elif touched:
+            iteration = None  # who watches writes parameters: full steps from here on
         origin, before, found = snapshot(program.graph.parameters), at, None
-        if seen.is_changed():
-            iteration = None  # who watches writes parameters or data: full steps from here on
         if iteration is not None and isinstance(at, Deferred):
-            found = watched_step(program, iteration, at, verify=index == 0)
+            found = watched_step(program, iteration, at, verify=index == verify_at)
         if found is not None:
             at, bound = found
         else:
             before = at.judged() if isinstance(at, Deferred) else at
-            full = advance(program, before, index=index, verify=index == 0)
-            if fell(program, before, full):
+            full = advance(program, before, index=index, verify=index == verify_at)
+            if not touched and fell(program, before, full):
                 restore(program.graph.parameters, origin)
                 return
             bound = after_m_step(before, full.evaluation.tables)

@@ -18,7 +18,8 @@ from pyro_em._pyro import Role, snapshot, values_of
 from pyro_em._turns import alone
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
-from pyro_em.drawn import DrawnPosterior
+from pyro_em.dependences import Dependences
+from pyro_em.drawn import DrawnPosterior, dependences_of
 from pyro_em.e_step import scales_of
 from pyro_em.ends import End
 from pyro_em.m_step import Fixed, Kind
@@ -81,7 +82,7 @@ def build_result(
     else:
         start = run.name
     values = Params(values_of(parameters), _point_sites(program))
-    unconstrained = snapshot(parameters)
+    unconstrained, dependences = snapshot(parameters), program.dependences
     zeros = {n: v == 0 for n, v in run.initial_values.items()}
     rate = rate_of_convergence([*run.entering, bound])
     logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)
@@ -105,7 +106,7 @@ def build_result(
         start=start,
         seed=seed,
         dtype=program.graph.dtype,
-        _standard_errors=lambda: _observed_information(program, unconstrained),
+        _standard_errors=lambda: _observed_information(program, unconstrained, dependences),
         log_prior=log_prior,
         _posterior=posterior,
     )
@@ -170,11 +171,13 @@ def build_stochastic_result(
     if status is EMStatus.MAX_STEPS:
         status = EMStatus.STEPS_DONE
     first = next(iter(batches.epoch(shuffle=False)))
+    args = batches.args if batches.loader is None else first.args
     drawn = DrawnPosterior(
         variational,
-        batches.args if batches.loader is None else first.args,
+        args,
         batches.kwargs,
         snapshot(parameters),
+        dependences=dependences_of(variational, args, batches.kwargs),
     )
     return EMResult(
         params=Params(values_of(parameters), variational.point_sites),
@@ -262,9 +265,12 @@ def _num_rows(program: Program) -> float:
 
 
 @alone("standard_errors")
-def _observed_information(program: Program, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
+def _observed_information(
+    program: Program, unconstrained: Mapping[str, Tensor], dependences: Dependences
+) -> StandardErrors:
     """Standard errors at the parameters of a finished fit, wherever the store is now."""
     parameters = program.graph.parameters
+    program.require_unchanged(dependences, "standard_errors")
     free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
     order = range(len(program.graph.groups))
 

@@ -9,10 +9,11 @@ run again except to verify.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pyro_em import _pyro
 from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
+from pyro_em.dependences import Dependences, Reading, changed_since
 from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, Group, check_arguments, trace_graph
@@ -86,6 +88,9 @@ class Program:
         gradient: The update of parameters without a closed form.
         strategy: Another E-step than the exact one.
         routes: Rows of the plan where a guide takes part.
+        dependences: What it was read from, beside the parameters.
+        rebuild: Reads the model anew.
+        readings: How often it was read anew.
     """
 
     model: _pyro.Model
@@ -102,6 +107,9 @@ class Program:
     gradient: Gradient | None = None
     strategy: EStepStrategy | None = None
     routes: tuple[Route, ...] = ()
+    dependences: Dependences = field(default_factory=Dependences)
+    rebuild: Callable[[], Program | Unrouted] | None = None
+    readings: int = 0
     traced_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,14 +119,39 @@ class Program:
         """Counts of in-place writes: equal as long as no parameter has been written."""
         return tuple(p.unconstrained._version for p in self.graph.parameters.values())
 
-    def data_versions(self) -> tuple[int, ...]:
-        """Counts of in-place writes to what the graph holds of the data."""
-        groups = self.graph.groups
-        held = [g.value for g in groups if g.role is not Role.POINT]
-        held += [m for g in groups for m in (g.mask, g.elements) if m is not None]
-        held += [b.constant for g in groups for b in g.bindings.values()]
-        # Tensors made in inference mode have no count, and cannot be written outside it.
-        return tuple(0 if t.is_inference() else t._version for t in held)
+    def is_changed(self) -> bool:
+        """Whether something that was read, the parameters excepted, is another by now."""
+        return self.dependences.is_changed()
+
+    def reread(self) -> None:
+        """Read the model anew, on the data as they are now."""
+        assert self.rebuild is not None
+        fresh = self.rebuild()
+        if isinstance(fresh, Unrouted):
+            raise fresh.error
+        self.structure, self.graph, self.contraction = (
+            fresh.structure,
+            fresh.graph,
+            fresh.contraction,
+        )
+        self.updates, self.compiled = fresh.updates, fresh.compiled
+        self.dependences, self.traced_at = fresh.dependences, fresh.traced_at
+        self.readings += 1
+
+    def require_unchanged(self, dependences: Dependences, what: str) -> None:
+        """Refuse to compute late what belongs to the data of a fit, if those are others by now.
+
+        Args:
+            dependences: What the fit was read from.
+            what: What somebody asks for.
+
+        Raises:
+            UsageError: If anything of it was changed.
+        """
+        # A compiled program has read all that it needs; a generic one runs the model again.
+        seen = dependences.is_written() if self.compiled else dependences.is_changed()
+        if seen or self.dependences is not dependences:
+            raise UsageError(changed_since(what))
 
     def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
         """The factors at the current parameters, or of a compiled program at other values."""
@@ -210,15 +243,16 @@ class Program:
         random_seed: int | None = None,
         with_bindings: bool = True,
     ) -> FactorGraph:
-        return trace_graph(
-            self.model,
-            self.args,
-            self.kwargs,
-            self.structure,
-            values=values,
-            random_seed=random_seed,
-            with_bindings=with_bindings,
-        )
+        with self.dependences.own_run():
+            return trace_graph(
+                self.model,
+                self.args,
+                self.kwargs,
+                self.structure,
+                values=values,
+                random_seed=random_seed,
+                with_bindings=with_bindings,
+            )
 
     def disagreements(
         self, values: Mapping[str, Tensor] | None = None, random_seed: int | None = None
@@ -403,8 +437,9 @@ def build_program(
     if problems:
         raise_problems(problems)
     looked, structure = structure.looked, replace(structure, looked=None)
+    reading = None if look_only else Reading(model, args, kwargs)
     try:
-        graph = _first_trace(model, args, kwargs, structure, max_enumeration, look_only, looked)
+        graph = _first_trace(model, args, kwargs, structure, max_enumeration, reading, looked)
     except ModelError as error:
         if not are_of_routes(error.problems):
             raise
@@ -432,8 +467,23 @@ def build_program(
         strategy=strategy,
         routes=routes,
     )
-    if look_only:
+    if reading is None:
         return program
+    leaves = [p.unconstrained for p in graph.parameters.values()]
+    program.dependences = reading.finished(leaves)
+    program.rebuild = partial(
+        build_program,
+        model,
+        args,
+        kwargs,
+        requested=requested,
+        gradient=gradient,
+        max_plate_nesting=max_plate_nesting,
+        max_enumeration=max_enumeration,
+        first_look=False,
+        strategy=strategy,
+        routes=routes,
+    )
     off = _verify(program)
     program.compiled = graph.is_static and not off
     if off:
@@ -458,7 +508,7 @@ def _first_trace(
     kwargs: dict[str, Any],
     structure: Structure,
     max_enumeration: int,
-    look_only: bool,
+    reading: Reading | None,
     looked: Mapping[str, Mapping[str, Any]] | None,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are held to the budget."""
@@ -471,8 +521,10 @@ def _first_trace(
         kwargs,
         structure,
         limit=limit,
-        with_bindings=not look_only,
+        # Who wants an E-step only needs neither bindings nor a list of what was read.
+        with_bindings=reading is not None,
         looked=looked,
+        reading=reading,
     )
 
 

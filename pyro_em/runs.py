@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_em._errors import UsageError, message
 from pyro_em._pyro import restore, snapshot
 from pyro_em._turns import Alone
 from pyro_em.compiled import Point
@@ -58,16 +57,7 @@ class Deferred(Iterate):
     def __init__(self, program: Program, point: Point) -> None:
         self.program, self.point = program, point
         self.massless = {}
-        self._versions, self._writes = program.data_versions(), program.versions()
-
-    def _is_changed(self) -> bool:
-        """Whether the data were written in place.
-
-        A parameter that began as a view of the data counts its own writes as theirs.
-        """
-        own = set(zip(self._writes, self.program.versions(), strict=True))
-        pairs = zip(self._versions, self.program.data_versions(), strict=True)
-        return any(then != now and (then, now) not in own for then, now in pairs)
+        self._dependences = program.dependences
 
     @property
     def objective(self) -> float:
@@ -87,15 +77,7 @@ class Deferred(Iterate):
     @cached_property
     def evaluation(self) -> Evaluation:  # type: ignore[override]
         """The factors at the values."""
-        if self._is_changed():
-            raise UsageError(
-                message(
-                    "posterior",
-                    "the data were changed in place after the fit.",
-                    "the responsibilities of a compiled fit are computed when they are first read",
-                    ["read result.posterior before changing the data", "call em.posterior(data)"],
-                )
-            )
+        self.program.require_unchanged(self._dependences, "posterior")
         with Alone("posterior"):
             return self.program.evaluate(self.point.values)
 
@@ -149,7 +131,7 @@ class Left(Iterate):
 
 
 class Seen:
-    """Parameters and data as they are shown to somebody who may change them.
+    """Parameters as they are shown to somebody who may change them.
 
     Args:
         program: The model with its data.
@@ -158,13 +140,11 @@ class Seen:
 
     def __init__(self, program: Program, parameters: Mapping[str, Tensor]) -> None:
         self.program, self.parameters = program, parameters
-        self._versions = program.data_versions()
 
     def is_changed(self) -> bool:
-        """Whether a parameter has another value now, or the data were written."""
+        """Whether a parameter has another value now."""
         now = self.program.graph.parameters
-        same = all(torch.equal(now[n].unconstrained, v) for n, v in self.parameters.items())
-        return not same or self.program.data_versions() != self._versions
+        return not all(torch.equal(now[n].unconstrained, v) for n, v in self.parameters.items())
 
 
 @dataclass(eq=False)
@@ -184,6 +164,8 @@ class Run:
     name: str = ""
     began_symmetric: bool = False
     is_replaced: bool = False
+    verify_at: int = 0
+    readings: int = 0
 
     def plain_path(self) -> list[float]:
         """The last objectives that plain EM steps entered, enough for the stopping rule."""
@@ -211,11 +193,11 @@ class Run:
             self.last = Left(self.last)
 
     def go_back(self, program: Program) -> None:
-        """Return to the parameters after the first step, the last that were verified."""
+        """Return to the last parameters that were verified, after a step on these data."""
         assert self.verified is not None
         restore(program.graph.parameters, self.verified)
-        del self.entering[1:], self.after[1:]
-        self.plain_from = 0
+        del self.entering[self.verify_at + 1 :], self.after[self.verify_at + 1 :]
+        self.plain_from = self.verify_at
         self.message = ""
 
 
