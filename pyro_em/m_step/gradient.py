@@ -2,6 +2,7 @@ r"""Gradient M-step: maximise Q(θ) = E_q[log p(x, z; θ)] in the unconstrained 
 
 L-BFGS with a strong-Wolfe line search from the current values; a result that is worse than the
 start is discarded, so that the objective cannot fall. Small problems are finished by Newton steps.
+Where a coordinate ends at a bound of its constraint it is seen whether it should have left it.
 An objective without bound has no maximiser: where the climb ends by the limits of numbers, and not by
 its gradient, it is said.
 """
@@ -19,6 +20,7 @@ from torch.distributions import transform_to, transforms
 
 from pyro_em._errors import PyroEMError
 from pyro_em._pyro import TracedParameter
+from pyro_em.m_step.saturated import leave_bounds
 from pyro_em.m_step.updates import Gradient
 
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
@@ -26,6 +28,7 @@ Objective = Callable[[Mapping[str, Tensor]], Tensor]
 _NEWTON_SIZE = 24
 _NEWTON_STEPS = 4
 _FAR = 0.8  # of the digits of a number: a factor of 3e12 in float64, 3e5 in float32
+_CLIMBS = 4  # each after the first begins where coordinates have left a bound
 _CLIFF = 0.02  # how much further a coordinate is moved to see whether the model breaks there
 
 
@@ -85,9 +88,20 @@ def maximise(
         return None
     with torch.no_grad():
         start = float(loss())
-    _lbfgs(variables, loss, update.steps)
-    if _value(loss) < math.inf and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
-        _newton(variables, loss)
+
+    def at(values: Mapping[str, Tensor]) -> Tensor:
+        return -objective(values) / weight
+
+    for _ in range(_CLIMBS):
+        _lbfgs(variables, loss, update.steps)
+        uphill: Tensor | None = None
+        if _value(loss) < math.inf and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
+            uphill = _newton(variables, loss)
+        moved = leave_bounds(parameters, variables, before, at, lambda: _value(loss))
+        if uphill is not None and not moved:
+            moved = _leave_saddle(variables, loss, uphill)
+        if not moved:
+            break
     end = _value(loss)
     runaway = _runaway(parameters, variables, before, loss, weight)
     with torch.no_grad():
@@ -256,8 +270,39 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
                 v.copy_(held)
 
 
-def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
-    """A few safeguarded Newton steps: the last digits that first-order steps leave."""
+def _leave_saddle(
+    variables: Sequence[Tensor], loss: Callable[[], Tensor], direction: Tensor
+) -> bool:
+    """Move along a direction in which the loss curves downwards, where that lowers it.
+
+    A start in the middle of a symmetric prior may have no slope at all: loc = t² at t = 0.
+    """
+    best = _value(loss)
+    best -= 64 * _rounding(best, variables[0])
+    kept, at = [v.detach().clone() for v in variables], None
+    with torch.no_grad():
+        for size in (1.0, -1.0, 0.1, -0.1, 1e-2, -1e-2):
+            begin = 0
+            for v, old in zip(variables, kept, strict=True):
+                part = direction[begin : begin + v.numel()].reshape(v.shape)
+                v.copy_(old + size * part)
+                begin += v.numel()
+            there = _value(loss)
+            if there < best:
+                best, at = there, [v.detach().clone() for v in variables]
+        for v, new in zip(variables, kept if at is None else at, strict=True):
+            v.copy_(new)
+    return at is not None
+
+
+def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | None:
+    """A few safeguarded Newton steps: the last digits that first-order steps leave.
+
+    Returns:
+        Where they end at no minimum, a direction in which the loss curves downwards (or, where it has
+        no curvature at all, any); else None.
+    """
+    uphill: Tensor | None = None
     for _ in range(_NEWTON_STEPS):
         with torch.enable_grad():
             value = loss()
@@ -268,7 +313,7 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
                 flat.append(torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1))
             gradient = torch.cat(flat)
             if not gradient.requires_grad:
-                return
+                return None
             for component in gradient:
                 row = torch.autograd.grad(
                     component, variables, retain_graph=True, allow_unused=True
@@ -283,9 +328,11 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
                 )
         hessian, gradient = torch.stack(rows).detach(), gradient.detach()
         if not bool(torch.isfinite(hessian).all()) or not bool(torch.isfinite(gradient).all()):
-            return
+            return None
         eigenvalues, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         top = eigenvalues.abs().max()
+        is_saddle = bool(eigenvalues[0] < -1e-6 * top) or not bool(top > 1e-9)
+        uphill = vectors[:, 0] if is_saddle else None
         curved = eigenvalues > 1e-10 * top
         inverse = torch.where(curved, 1 / torch.where(curved, eigenvalues, 1.0), 0.0)
         step = -vectors @ (inverse * (vectors.mT @ gradient))
@@ -301,6 +348,7 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> None:
             if not better:
                 for v, o in zip(variables, old, strict=True):
                     v.copy_(o)
-                return
+                return uphill
         if float(step.abs().max()) < 1e-14:
-            return
+            return uphill
+    return uphill
