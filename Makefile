@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m models.gmm
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q --dist worksteal
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -108,7 +108,9 @@ def test_state_probs_fill_the_height() -> None:
 
 
 def test_comparison_is_what_its_plot_method_draws() -> None:
-    result = compare(ExactPosteriorEM(mixture), data(), max_steps=20, seeds=(0,), progress=False)
+    result = compare(
+        ExactPosteriorEM(mixture), data(), max_steps=20, svi_steps=20, seeds=(0,), progress=False
+    )
     for axes in (plotting.comparison(result), result.plot()):
         labels = [t.get_text() for t in axes[0].get_legend().get_texts()]
         assert any("exact EM" in label for label in labels)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
 
 TUTORIALS = Path(__file__).parent.parent / "tutorials"
 sys.path.insert(0, str(TUTORIALS))
 
-from execute import digest, execute  # noqa: E402
+from execute import QUIET, digest, execute  # noqa: E402
 
 NAMES = (
     "01_elbo",
@@ -31,13 +34,46 @@ def test_names() -> None:
     assert sorted(p.stem for p in TUTORIALS.glob("*.ipynb")) == sorted(NAMES)
 
 
+AS_NEW = """
+%reset -f
+import sys, warnings
+import matplotlib.pyplot, pyro, torch
+matplotlib.pyplot.close("all")
+matplotlib.pyplot.rcdefaults()
+sys.filters_as_new = getattr(sys, "filters_as_new", warnings.filters[:])
+warnings.filters[:] = sys.filters_as_new
+pyro.clear_param_store()
+pyro.enable_validation(True)
+torch.set_default_dtype(torch.float32)
+%reset -f
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelManager]:
+    """One process for all tutorials: importing the libraries takes longer than some of them."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(
+        cwd=str(TUTORIALS),
+        env={**os.environ, "PYRO_EM_QUICK": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": QUIET},
+    )
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All cells, the assertions among them, at the small setting; what they write is dropped."""
-    monkeypatch.setenv("PYRO_EM_QUICK", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    ran = execute(TUTORIALS / f"{name}.ipynb")
-    assert not errors_of(ran)
+def test_runs(name: str, kernel: KernelManager) -> None:
+    """All cells, the assertions among them, at the small setting; what they write is dropped.
+
+    A tutorial sees no name, parameter or setting of another.
+    """
+    client = kernel.blocking_client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    reply = client.execute_interactive(AS_NEW, timeout=60, output_hook=lambda _: None)
+    client.stop_channels()
+    assert reply["content"]["status"] == "ok", reply
+    assert not errors_of(execute(TUTORIALS / f"{name}.ipynb", kernel))
 
 
 @pytest.mark.parametrize("name", NAMES)

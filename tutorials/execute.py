@@ -13,10 +13,13 @@ import time
 from pathlib import Path
 
 import nbformat
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from tqdm.auto import tqdm
 
 HERE = Path(__file__).parent
+# Without ipywidgets tqdm says so on import, which is no output of the tutorial.
+QUIET = "ignore:IProgress not found"
 
 
 def digest(notebook: nbformat.NotebookNode) -> str:
@@ -25,20 +28,21 @@ def digest(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\n\n".join(sources).encode()).hexdigest()[:16]
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
+def execute(path: Path, kernel: KernelManager | None = None) -> nbformat.NotebookNode:
     """The notebook with fresh outputs, as a new value; the file is left alone.
 
     Args:
         path: Of the notebook.
+        kernel: To run it in, which stays alive; a kernel of its own by default.
 
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell fails.
     """
-    # Without ipywidgets tqdm says so on import, which is no output of the tutorial.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
+    os.environ.setdefault("PYTHONWARNINGS", QUIET)
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
+        km=kernel,
         timeout=600,
         kernel_name="python3",
         record_timing=False,
