@@ -56,7 +56,7 @@ def element_mask(fn: Any, site_mask: Mask = None) -> Mask:
     """
     _, reinterpreted, masks = unwrap(fn)
     out: Mask = None
-    narrow = [(_unexpanded(m), outer) for m, outer in masks]
+    narrow = [(unexpanded(m), outer) for m, outer in masks]
     for mask, outer in ((site_mask, 0), *narrow):
         if mask is None or mask is True:
             continue
@@ -81,8 +81,8 @@ def split_mask(fn: Any, site_mask: Mask = None) -> tuple[Mask, Tensor | None]:
     return mask.flatten(lead).any(-1), mask
 
 
-def _unexpanded(mask: Any) -> Any:
-    """Without copies: a wrapper expands its mask to the batch of what it masks."""
+def unexpanded(mask: Any) -> Any:
+    """A tensor without its copies: a wrapper expands its mask to the batch of what it masks."""
     if not isinstance(mask, Tensor):
         return mask
     for d in range(mask.dim()):

@@ -18,6 +18,7 @@ from pyro_em._pyro import Role, snapshot, values_of
 from pyro_em._turns import alone
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
+from pyro_em.criteria import count_free, free_parameters, num_rows
 from pyro_em.dependences import Dependences
 from pyro_em.drawn import DrawnPosterior, dependences_of
 from pyro_em.e_step import scales_of
@@ -25,7 +26,7 @@ from pyro_em.ends import End
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.plan import Plan
 from pyro_em.program import Program, parameters_at
-from pyro_em.result import EMResult, EMStatus, History, Params, free_parameters
+from pyro_em.result import EMResult, EMStatus, History, Params
 from pyro_em.runs import Deferred, Run, Settings
 from pyro_em.standard_errors import StandardErrors, standard_errors
 from pyro_em.stochastic import StochasticRun, bound_of
@@ -76,14 +77,13 @@ def build_result(
         warn(text)
     parameters = program.graph.parameters
     _say_massless(program, run)
-    rows = _num_rows(program)
+    rows = num_rows(program)
     if settings.bar.starts > 1:
         start = f"best of {sum(not r.is_replaced for r in runs)} starts: {run.name}"
     else:
         start = run.name
     values = Params(values_of(parameters), _point_sites(program))
     unconstrained, dependences = snapshot(parameters), program.dependences
-    zeros = {n: v == 0 for n, v in run.initial_values.items()}
     rate = rate_of_convergence([*run.entering, bound])
     logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)
     return EMResult(
@@ -102,7 +102,7 @@ def build_result(
         starts=tuple(r.objective for r in runs if not r.is_replaced),
         ends=tuple(_end(r) for r in runs),
         num_rows=rows,
-        num_free_parameters=free_parameters(parameters, program.updates, zeros),
+        num_free_parameters=free_parameters(program, run.initial_values),
         start=start,
         seed=seed,
         dtype=program.graph.dtype,
@@ -194,7 +194,7 @@ def build_stochastic_result(
         rate=None,
         starts=(bound,),
         num_rows=float(batches.total or _rows_of(variational)),
-        num_free_parameters=free_parameters(parameters, plan.updates, {}),
+        num_free_parameters=count_free(parameters, plan.updates, {}, {}),
         start="values in the model",
         seed=seed,
         dtype=torch.get_default_dtype(),
@@ -241,27 +241,6 @@ def _say_massless(program: Program, run: Run) -> None:
                 ],
             ),
         )
-
-
-def _num_rows(program: Program) -> float:
-    """Elements of the outermost data plate, weighted by sample weights."""
-    structure = program.structure
-    nested = [i.nested for i in structure.sites.values() if i.role is Role.DATA and i.nested]
-    if not nested:
-        return 1.0
-    outermost = (*structure.data_plates, *nested[0])[0]
-    if outermost not in structure.plates:
-        return float(structure.sequential[outermost])
-    size = structure.plates[outermost].size
-    for group in program.graph.groups:
-        for i, scale in enumerate(group.scale):
-            dims = group.dims[i]
-            if isinstance(scale, Tensor) and group.role is Role.DATA and outermost in dims:
-                axis = dims.index(outermost)
-                if scale.shape[axis] == size:
-                    axes = [k for k in range(scale.dim()) if k != axis]
-                    return float((scale.amax(axes) if axes else scale).sum())
-    return float(structure.plates[outermost].full_size)
 
 
 @alone("standard_errors")

@@ -13,12 +13,9 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
-from pyro_em._pyro import TracedParameter
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.ends import End, ends_in_words
-from pyro_em.m_step import Fixed, ParameterUpdate
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
 from pyro_em.standard_errors import StandardErrors
@@ -151,8 +148,10 @@ class EMResult:
         starts: Final log evidence of every start, in order; nan where none was reached.
         ends: Per run to the end, how it began and where it ended (`End`), in the order of ``starts``;
             one that collapsed comes before the run that took its place.
-        num_rows: N of the BIC: elements of the outermost data plate, weighted by scale.
-        num_free_parameters: Through constraints; structural zeros and fixed ones not counted.
+        num_rows: N of the BIC: elements of the outermost data plate in which anything was observed,
+            weighted by scale.
+        num_free_parameters: Through constraints; not counted are fixed ones, structural zeros, and
+            elements that no factor reads.
         start: Where the best run began, in words.
         seed: The seed that was given.
         dtype: Of the densities.
@@ -299,45 +298,3 @@ class Table:
         return "\n".join(f"{name.ljust(width)}  {value}" for name, value in self.rows)
 
     __repr__ = __str__
-
-
-def free_parameters(
-    parameters: Mapping[str, TracedParameter],
-    updates: Mapping[str, ParameterUpdate],
-    structural_zeros: Mapping[str, Tensor],
-) -> int:
-    """Number of free parameters through their constraints.
-
-    Args:
-        parameters: All parameters.
-        updates: Their updates; fixed ones are not counted.
-        structural_zeros: Per parameter where a probability was zero from the start.
-
-    Returns:
-        K − 1 for a simplex of K, D (D + 1) / 2 for a covariance, one per number otherwise.
-    """
-    total = 0
-    for name, p in parameters.items():
-        if isinstance(updates[name].update, Fixed):
-            continue
-        value = p.value()
-        base = p.constraint
-        while isinstance(base, constraints.independent):
-            base = base.base_constraint
-        shape = type(base).__name__.lstrip("_")
-        if base is constraints.simplex:
-            zeros = structural_zeros.get(name, torch.zeros_like(value, dtype=torch.bool))
-            alive = (~zeros).sum(-1) - 1
-            total += int(alive.clamp(min=0).sum())
-        elif shape.endswith("PositiveDefinite") or shape in (
-            "LowerCholesky",
-            "SoftplusLowerCholesky",
-        ):
-            d = value.shape[-1]
-            total += value.numel() // (d * d) * d * (d + 1) // 2
-        elif shape in ("CorrCholesky", "CorrMatrix", "UnitLowerCholesky"):
-            d = value.shape[-1]
-            total += value.numel() // (d * d) * d * (d - 1) // 2
-        else:
-            total += value.numel()
-    return total

@@ -64,6 +64,7 @@ class SiteInfo:
         role: What it stands for.
         is_discrete: Whether its support is discrete.
         nested: Names of all its plates, sequential ones too, outermost first.
+        turns: For each of its plates that are loops the turn in which it was.
     """
 
     name: str
@@ -76,6 +77,7 @@ class SiteInfo:
     role: Role = Role.DATA
     is_discrete: bool = False
     nested: tuple[str, ...] = ()
+    turns: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,7 @@ def _findings(
             _pyro.role_of(site),
             _pyro.is_discrete(site["fn"]),
             tuple(f.name for f in site["cond_indep_stack"]),
+            {f.name: f.counter for f in site["cond_indep_stack"] if f.dim is None},
         )
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
