@@ -11,6 +11,7 @@ Three kinds of run, in the order in which a model is looked at:
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -670,6 +671,15 @@ def is_being_traced() -> bool:
         if isinstance(handler, TraceMessenger) and not handler.param_only:
             return True
     return False
+
+
+def without_state(optim: Any) -> Any:
+    """A ``pyro.optim`` object as it was made: optimisers of parameters hold weak references."""
+    if not isinstance(optim, pyro.optim.PyroOptim):
+        return optim
+    fresh = copy.copy(optim)
+    fresh.optim_objs, fresh.grad_clip, fresh._state_waiting_to_be_consumed = {}, {}, {}
+    return fresh
 
 
 def rename(module: Any, name: str) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,11 +95,16 @@ class ElementwiseMap:
         name: Shown in plans.
         forward: The map.
         inverse: Its inverse; values outside the map's range go to the nearest end.
+        exponent: Of a power.
     """
 
     name: str
     forward: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+    exponent: float | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _map_named, (self.name, self.exponent)
 
     @property
     def has_pole(self) -> bool:
@@ -128,6 +134,13 @@ _MAPS = {
         lambda a: a + torch.log(_positive(-torch.expm1(-a))),
     ),
 }
+
+
+def _map_named(name: str, exponent: float | None) -> ElementwiseMap:
+    """The map of a name, in place of functions, which do not pickle."""
+    if exponent is not None:
+        return _power(exponent)
+    return next(m for m in _MAPS.values() if m.name == name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -500,7 +513,10 @@ def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
 def _power(exponent: float) -> ElementwiseMap:
     """x ↦ x^e on the positive numbers."""
     return ElementwiseMap(
-        f"power {exponent:g}", lambda a: a**exponent, lambda a: a.clamp(min=0) ** (1 / exponent)
+        f"power {exponent:g}",
+        lambda a: a**exponent,
+        lambda a: a.clamp(min=0) ** (1 / exponent),
+        exponent,
     )
 
 

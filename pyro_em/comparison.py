@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from pyro_em import plotting
 from pyro_em._errors import UsageError, message
+from pyro_em._portable import Portable
 from pyro_em._turns import alone
 from pyro_em.arguments import check_collisions
 from pyro_em.contenders import (
@@ -98,7 +99,7 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Portable):
     """What `compare` found; prints as a table.
 
     Attributes:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import message
+from pyro_em._portable import StaysHere
 
 _WHOLE = 2**24  # bytes of one tensor that are all in its checksum
 _SMALL = 2**12  # bytes of a tensor whose checksum costs next to nothing
@@ -61,7 +62,7 @@ class Memory:
 
 
 @dataclass(eq=False)
-class Dependences:
+class Dependences(StaysHere):
     """What one reading of a model depends on; see the module's text.
 
     Attributes:

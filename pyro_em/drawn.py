@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, message
+from pyro_em._portable import Absent, Portable
 from pyro_em._shadows import watching
 from pyro_em._turns import alone
 from pyro_em.dependences import Dependences, Reading, changed_since
@@ -31,7 +32,7 @@ def dependences_of(variational: Variational, args: tuple, kwargs: Mapping[str, A
 
 
 @dataclass(frozen=True, eq=False)
-class DrawnPosterior:
+class DrawnPosterior(Portable):
     """q(z, h) = q(h | x) p(z | x, h): draws of the guide, exact given each of them.
 
     Attributes:
@@ -52,7 +53,12 @@ class DrawnPosterior:
     log_evidence: float | None = None
     dependences: Dependences | None = None
 
+    def _travelling(self) -> dict[str, Any]:
+        return {**vars(self), "args": (), "kwargs": {}, "dependences": None}
+
     def __repr__(self) -> str:
+        if isinstance(self.variational, Absent):
+            return "DrawnPosterior(a pickled copy, without its model and guide)"
         routing = self.variational.routing
         drawn = ", ".join(routing.drawn)
         summed = f"; summed under them: {', '.join(routing.exact)}" if routing.exact else ""

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_em._portable import Portable
 from pyro_em._pyro import Role
 from pyro_em.e_step import dot
 from pyro_em.graph import FactorGraph
@@ -17,7 +18,7 @@ from pyro_em.variational import Variational, split
 
 
 @dataclass(frozen=True, eq=False)
-class ELBOTerms:
+class ELBOTerms(Portable):
     r"""The evidence lower bound and what it is made of, all in nats.
 
     value = expected_log_joint + entropy = reconstruction − kl + log_prior, and

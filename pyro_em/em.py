@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from pyro_em import saving, stochastic
 from pyro_em._errors import UsageError, message, warn
+from pyro_em._portable import require_picklable
 from pyro_em._pyro import (
     TracedParameter,
     is_stored,
     restore,
     seeded,
     values_of,
+    without_state,
 )
 from pyro_em._turns import AloneAtEachStep, alone
 from pyro_em.arguments import (
@@ -673,6 +676,10 @@ class ExactPosteriorEM:
                     fixes=["call fit, step or plan first"],
                 )
             )
+        saving.write(path, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """What a file holds: parameters, optimisers, buffers."""
         extra: dict[str, Any] = {"total_steps": self._total_steps}
         if self._trainer is not None:
             extra["training"] = self._trainer.state()
@@ -682,7 +689,53 @@ class ExactPosteriorEM:
         buffers = saving.buffers_of(roots)
         extra["buffers"] = {n: b.detach().cpu().clone() for n, b in buffers.items()}
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
-        saving.write(path, saving.pack(named, extra))
+        return saving.pack(named, extra)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the constructor was given."""
+        looker = self._looker
+        return {
+            "model": self.model,
+            "guide": looker.guide,
+            "optim": without_state(looker.optim),
+            "strategy": looker.strategy,
+            "updates": dict(looker.updates),
+            "num_particles": self.num_particles,
+            "max_plate_nesting": looker.max_plate_nesting,
+            "max_enumeration": looker.max_enumeration,
+        }
+
+    @alone("pickling")
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: what the constructor was given, and what was fitted.
+
+        Raises:
+            UsageError: If the model, the guide or something else does not pickle, by name.
+        """
+        given = self._arguments()
+        require_picklable("ExactPosteriorEM", given)
+        return {"given": given, "fitted": self._state() if self._parameters else self._pending}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(**state["given"])  # type: ignore[misc]
+        self._pending = state["fitted"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExactPosteriorEM:
+        """Another object with copies of what the constructor was given; the param store is one."""
+        given = self._arguments()
+        try:
+            copied = type(self)(**copy.deepcopy(given, memo))
+        except (TypeError, RuntimeError) as error:
+            raise UsageError(
+                message(
+                    "ExactPosteriorEM",
+                    f"it cannot be copied: {error}.",
+                    "something that the model, the guide or the optimiser holds has no copies",
+                    ["make a new one: ExactPosteriorEM(model, ...)"],
+                )
+            ) from error
+        memo[id(self)] = copied
+        return copied
 
     @alone("load")
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:

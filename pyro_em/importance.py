@@ -22,13 +22,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em._portable import Portable
 from pyro_em.particle import LogWeights
 
 _FEWEST = 25  # draws for a Pareto k̂
 
 
 @dataclass(frozen=True, eq=False)
-class EvidenceEstimate:
+class EvidenceEstimate(Portable):
     """An importance-weighted bound on the log evidence, all in nats.
 
     Attributes:

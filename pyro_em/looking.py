@@ -11,6 +11,7 @@ import torch
 
 from pyro_em import _pyro
 from pyro_em._errors import UsageError, as_error, message, raise_problems
+from pyro_em._portable import StaysHere
 from pyro_em._pyro import Role
 from pyro_em.findings import parameter_problems
 from pyro_em.guides import (
@@ -55,7 +56,7 @@ class _StepsPyroOptim(torch.optim.Optimizer):
 
 
 @dataclass(eq=False)
-class Looker:
+class Looker(StaysHere):
     """What the user asked for, and how to look at a model with it.
 
     Attributes:

@@ -23,6 +23,7 @@ from pyro_em.dependences import Dependences
 from pyro_em.drawn import DrawnPosterior, dependences_of
 from pyro_em.e_step import scales_of
 from pyro_em.ends import End
+from pyro_em.information import StaticInformation
 from pyro_em.m_step import Fixed, Kind
 from pyro_em.plan import Plan
 from pyro_em.program import Program, parameters_at
@@ -109,6 +110,19 @@ def build_result(
         _standard_errors=lambda: _observed_information(program, unconstrained, dependences),
         log_prior=log_prior,
         _posterior=posterior,
+        _information=_information_of(program, unconstrained),
+    )
+
+
+def _information_of(
+    program: Program, unconstrained: Mapping[str, Tensor]
+) -> StaticInformation | None:
+    """What gives standard errors without the model, where there is such a thing."""
+    if not program.compiled:
+        return None
+    fixed = frozenset(n for n, u in program.updates.items() if isinstance(u.update, Fixed))
+    return StaticInformation(
+        program.graph, program.contraction, unconstrained, fixed, program.dependences
     )
 
 

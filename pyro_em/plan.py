@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro_em._errors import Problem
+from pyro_em._portable import Portable
 from pyro_em._pyro import Role
 from pyro_em.advice import sites_in_words
 from pyro_em.contraction import ContractionPlan, plan_contraction
@@ -48,7 +49,7 @@ class Observation:
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Portable):
     """Routes, updates, reasons and cost; ``print(plan)`` shows them as tables.
 
     Attributes:

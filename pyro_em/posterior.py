@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_em._errors import UsageError, message
+from pyro_em._portable import Portable
 from pyro_em.contraction import maximum
 from pyro_em.e_step import contraction_of, run_contraction
 from pyro_em.graph import FactorGraph, Group, Latent
@@ -16,7 +17,7 @@ from pyro_em.sampling import Conditional, conditionals, cumulative_rows, draw_co
 
 
 @dataclass(frozen=True, eq=False)
-class Posterior:
+class Posterior(Portable):
     """q(z): the exact posterior over all summed latents, or a product that a user gave.
 
     Example:

@@ -22,6 +22,7 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em import _pyro
 from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems
+from pyro_em._portable import StaysHere
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.dependences import Dependences, Reading, changed_since
@@ -70,7 +71,7 @@ class Evaluation:
 
 
 @dataclass(eq=False)
-class Program:
+class Program(StaysHere):
     """A model with its data; see the module's text.
 
     Attributes:

@@ -14,8 +14,12 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em._errors import message
+from pyro_em._portable import Copied, Portable, Refused, answered
+from pyro_em.dependences import changed_since
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.ends import End, ends_in_words
+from pyro_em.information import StaticInformation
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior
 from pyro_em.standard_errors import StandardErrors
@@ -95,7 +99,7 @@ class Params(dict[str, Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class EMStep:
+class EMStep(Portable):
     """One step of EM, as ``steps`` yields it and callbacks receive it.
 
     Attributes:
@@ -119,6 +123,14 @@ class EMStep:
     e_step: Callable[[], Posterior] | None = field(default=None, repr=False)
     validation: tuple[int, float] | None = None
 
+    def _travelling(self) -> dict[str, Any]:
+        e_step = None if self.e_step is None else answered(self.e_step)
+        return {**vars(self), "e_step": e_step}
+
+    def _staying(self) -> dict[str, Any]:
+        e_step = None if self.e_step is None else Copied(self.e_step)
+        return {**vars(self), "e_step": e_step}
+
     @property
     def posterior(self) -> Posterior | None:
         """The q of this step's E-step, made when it is asked for; None in a stochastic step."""
@@ -126,7 +138,7 @@ class EMStep:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EMResult:
+class EMResult(Portable):
     """A fitted model; everything is computed at the *returned* parameters.
 
     Attributes:
@@ -181,6 +193,33 @@ class EMResult:
     log_prior: float = 0.0
     bound_name: str = "ELBO"
     ends: tuple[End, ...] = ()
+    _information: StaticInformation | None = field(default=None, repr=False)
+
+    def _travelling(self) -> dict[str, Any]:
+        """A copy keeps the posterior, and what gives standard errors where no model is needed."""
+        information, errors = self._information, self._standard_errors
+        if information is None:
+            errors = errors if isinstance(errors, Refused) else Refused(_NO_MODEL)
+        else:
+            errors = (
+                Refused(changed_since("standard_errors"))
+                if information.is_changed()
+                else information
+            )
+        return {
+            **vars(self),
+            "_posterior": answered(self._posterior),
+            "_standard_errors": errors,
+            "_information": None if isinstance(errors, Refused) else information,
+        }
+
+    def _staying(self) -> dict[str, Any]:
+        changed = self._information is not None and self._information.is_changed()
+        return {
+            **vars(self),
+            "_posterior": Copied(self._posterior),
+            "_information": None if changed else self._information,
+        }
 
     @property
     def posterior(self) -> Posterior | DrawnPosterior:
@@ -285,6 +324,17 @@ class EMResult:
             + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)
             + (f"\n{ends_in_words(self.ends)}" if len(self.ends) > 1 else "")
         )
+
+
+_NO_MODEL = message(
+    "standard_errors",
+    "this is a pickled copy of a result, without its model.",
+    "parameters reach the densities in a way that only the model knows",
+    [
+        "call standard_errors() in the process that fitted, and send what it returns",
+        "fit here, from the values in params",
+    ],
+)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em._errors import UsageError, message
+from pyro_em._portable import Portable
 from pyro_em._pyro import TracedParameter
 
 
 @dataclass(frozen=True, eq=False)
-class StandardErrors(Mapping[str, Tensor]):
+class StandardErrors(Portable, Mapping[str, Tensor]):
     """Standard errors by parameter; nan where there is none, and a note that says why.
 
     Attributes:

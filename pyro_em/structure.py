@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import DataError, Problem, UsageError, message, raise_problems
+from pyro_em._portable import Portable
 from pyro_em._pyro import Role
 from pyro_em._shadows import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.advice import changing_sites, is_about_numbers, on_failure
@@ -81,7 +82,7 @@ class SiteInfo:
 
 
 @dataclass(frozen=True)
-class Structure:
+class Structure(Portable):
     """The skeleton of a model: everything but numbers.
 
     Attributes:
@@ -121,6 +122,10 @@ class Structure:
     unchecked: bool = False
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     looked: Mapping[str, Mapping[str, Any]] | None = None
+
+    def _travelling(self) -> dict[str, Any]:
+        # What only runs of the model need: traced sites, values of barren latents.
+        return {**vars(self), "unobserved": {}, "kept_values": {}}
 
     @property
     def data_plates(self) -> tuple[str, ...]:

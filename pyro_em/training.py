@@ -24,6 +24,7 @@ from torch import Tensor
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, UsageError, message, warn
 from pyro_em._kept import Kept
+from pyro_em._portable import StaysHere
 from pyro_em.e_step import contraction_of
 from pyro_em.graph import FactorGraph, trace_graph
 from pyro_em.m_step import (
@@ -200,7 +201,7 @@ def _built(optim: Optimizer, parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 @dataclass(eq=False)
-class Trainer:
+class Trainer(StaysHere):
     """Stochastic steps on one pair of model and guide.
 
     Attributes:

@@ -35,6 +35,7 @@ from torch.distributions import kl_divergence
 
 from pyro_em import _pyro
 from pyro_em._errors import DegenerateError, Problem, PyroEMError, message, raise_problems
+from pyro_em._portable import StaysHere
 from pyro_em._pyro import GuideSites, HoldAt, Role
 from pyro_em.contraction import contract
 from pyro_em.e_step import contraction_of, dot, scales_of
@@ -50,7 +51,7 @@ _ONE = Weight()
 
 
 @dataclass(eq=False)
-class Variational:
+class Variational(StaysHere):
     """A model with its guide, ready to draw bounds.
 
     Attributes:

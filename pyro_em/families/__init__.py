@@ -23,6 +23,17 @@ _REGISTRY: dict[type, Family] = {
     for module in (discrete, counts_and_times, normal, priors)
     for family in module.FAMILIES
 }
+_BUILT_IN = dict(_REGISTRY)
+
+
+def is_built_in(family: Family) -> bool:
+    """Whether a record is one of this library."""
+    return _BUILT_IN.get(family.distribution) is family
+
+
+def record_of(distribution: type) -> Family:
+    """The library's own record of a distribution."""
+    return _BUILT_IN[distribution]
 
 
 def register_family(family: Family, *, replace: bool = False) -> Family:

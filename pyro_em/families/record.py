@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -218,6 +219,14 @@ class Family:
     event_dims: Mapping[str, int] = field(default_factory=dict)
     additive: bool = True
     magnitude: Callable[[Tensor], Tensor] = torch.abs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A record of this library goes by its distribution: most functions have no name."""
+        from pyro_em.families import is_built_in, record_of
+
+        if is_built_in(self):
+            return record_of, (self.distribution,)
+        return Family, tuple(getattr(self, f.name) for f in fields(self))
 
     @property
     def name(self) -> str:
