@@ -189,13 +189,13 @@ def given_tensors(
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
         for path, tensor in _tensors_below(value):
             found[f"argument '{name}{path}'"] = tensor
-    for name, value in _variables(model):
+    for name, value in variables_of(model):
         for path, tensor in _tensors_below(value):
             found.setdefault(f"variable '{name}{path}'", tensor)
     return found
 
 
-def _variables(model: Any) -> Iterator[tuple[str, Any]]:
+def variables_of(model: Any) -> Iterator[tuple[str, Any]]:
     """Global and enclosing variables that a function names."""
     function = getattr(model, "__func__", model)
     code = getattr(function, "__code__", None)

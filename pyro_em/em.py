@@ -847,6 +847,8 @@ class ExactPosteriorEM:
         """The optimisers for a pair; they live on while parameters are the same."""
         refuse_untrainable(variational, self._looker.updates_for(variational.parameters))
         if self._trainer is None:
+            for note in variational.notes:
+                warn(note)
             self._trainer = Trainer(
                 variational,
                 self._looker.optim,

@@ -25,6 +25,7 @@ from pyro_em.binding import leaves_below
 from pyro_em.initial import tell_of_starts
 from pyro_em.side_effects import Watched, refuse_clearing, writing_problems
 from pyro_em.structure import Structure, coupled_latents, frames_of
+from pyro_em.unregistered import Unregistered, unregistered
 
 _FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
 
@@ -40,6 +41,7 @@ class GuideLook:
         leaves: Identities of all leaf tensors that reach a site: its parameters, those of networks
             that only the model registers included.
         coupled: Sites whose elements in a plate are read by other elements of the guide.
+        unregistered: Tensors that require gradients, reach a density and are no parameters.
     """
 
     run: Run
@@ -47,6 +49,7 @@ class GuideLook:
     points: frozenset[str]
     leaves: frozenset[int] = frozenset()
     coupled: frozenset[str] = frozenset()
+    unregistered: tuple[Unregistered, ...] = ()
 
     def parameters(self, known: Mapping[str, TracedParameter]) -> tuple[str, ...]:
         """Names of the parameters that the guide uses, among its own and those of the model."""
@@ -256,7 +259,8 @@ def look_at_guide(
     suspects = tagged.suspects & scopes.keys()
     direct = {n: tagged.scopes[n] - {n} for n in scopes}
     coupled = coupled_latents(guide, args, kwargs, plain, suspects, direct)
-    return GuideLook(plain, scopes, points, frozenset(leaves), frozenset(coupled))
+    unknown = unregistered(guide, args, kwargs, plain, scopes)
+    return GuideLook(plain, scopes, points, frozenset(leaves), frozenset(coupled), unknown)
 
 
 def _has_no_forward(guide: Any) -> bool:

@@ -415,6 +415,7 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         reduced(bare, {*variational.routing.drawn, *variational.routing.points})
     )
     notes = [] if has_optim else ["no optim was given: Adam with learning rate 0.005."]
+    notes += variational.notes
     if variational.analytic and variational.weighted is None:
         names = ", ".join(f"'{n}'" for n in sorted(variational.analytic))
         notes.append(f"the KL divergence of {names} is taken in closed form.")

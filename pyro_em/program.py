@@ -50,6 +50,7 @@ from pyro_em.strategies import (
     gives_up,
 )
 from pyro_em.structure import Structure, examine
+from pyro_em.unregistered import unregistered_notes
 from pyro_em.unrouted import Unrouted, are_of_routes, without_route
 
 _PART = 2**20  # cells that are compared at once
@@ -451,6 +452,7 @@ def build_program(
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
     notes += tuple(_collapsing_priors(graph))
+    notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
     updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
     notes += tuple(_unconstrained_simplexes(graph, updates))
     program = Program(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pyro.infer.autoguide import AutoGuide
 
@@ -12,6 +12,7 @@ from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
 from pyro_em.batches import Batches, rows_in_batches
 from pyro_em.m_step import LeastSquares, Update
 from pyro_em.program import Program
+from pyro_em.unregistered import Unregistered
 from pyro_em.variational import Variational
 
 
@@ -37,6 +38,7 @@ def refuse_unfittable(program: Program) -> None:
                 "the model has no parameters.",
                 "EM maximises the evidence over parameters",
                 [
+                    *_networks(program.structure.unregistered),
                     "declare what is to be learned with pyro.param or PyroParam",
                     "call em.posterior(...) if only the latents are of interest",
                 ],
@@ -54,6 +56,18 @@ def refuse_unfittable(program: Program) -> None:
         )
 
 
+def _networks(unregistered: Sequence[Unregistered]) -> list[str]:
+    """The remedy where a density depends on tensors that nobody has registered."""
+    if not unregistered:
+        return []
+    own = next((u.name for u in unregistered if u.name), "")
+    name = own.rpartition(".")[0] or "net"
+    return [
+        f"register the network that site '{unregistered[0].site}' depends on: "
+        f"pyro.module('{name}', {name}) where the model begins, or make it a PyroModule"
+    ]
+
+
 def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) -> None:
     """Refuse stochastic steps without parameters, or with updates that need exact sums.
 
@@ -66,7 +80,10 @@ def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) 
                 "ExactPosteriorEM",
                 "neither the model nor the guide has parameters.",
                 "there is nothing to fit",
-                ["declare what is to be learned with pyro.param, or use an autoguide"],
+                [
+                    *_networks(variational.bare.unregistered),
+                    "declare what is to be learned with pyro.param, or use an autoguide",
+                ],
             )
         )
     for name, update in updates.items():

@@ -36,6 +36,7 @@ from pyro_em.findings import (
 from pyro_em.initial import forget_bad_starts, start_problem, tell_of_starts
 from pyro_em.marginals import marginals_of
 from pyro_em.side_effects import Watched, refuse_clearing, writing_problems
+from pyro_em.unregistered import Unregistered, unregistered
 
 logger = logging.getLogger("pyro_em")
 
@@ -102,6 +103,7 @@ class Structure(Portable):
         edges: Pairs (parent, child): the child's distribution uses the value of the parent.
         unchecked: Whether the run had no numbers, so that no distribution checked its arguments.
         coupled: Per latent whose elements in a plate are read by other elements, where.
+        unregistered: Tensors that require gradients, reach a density and are no parameters.
         looked: The sites of the provenance run, which an enumerated run has to agree with; None
             where it has no numbers, or once they have been compared.
     """
@@ -121,6 +123,7 @@ class Structure(Portable):
     edges: tuple[tuple[str, str], ...] = ()
     unchecked: bool = False
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
+    unregistered: tuple[Unregistered, ...] = ()
     looked: Mapping[str, Mapping[str, Any]] | None = None
 
     def _travelling(self) -> dict[str, Any]:
@@ -334,6 +337,7 @@ def _findings(
         edges,
         plain.shadows is not None,
         {name: first for name, (first, *_) in coupled.items()},
+        unregistered(model, args, kwargs, plain, sites),
         None if plain.shadows is not None else {n: tagged.sites[n] for n in sites},
     )
     of_parameters = parameter_problems(plain)

@@ -45,6 +45,7 @@ from pyro_em.particle import Particle, Term, Weight, log_weights
 from pyro_em.posterior import Posterior
 from pyro_em.posteriors import exact_posterior
 from pyro_em.structure import Structure, examine, form_of, frames_of
+from pyro_em.unregistered import unregistered_notes
 
 _KEPT = 16  # structures of batches of different shape
 _ONE = Weight()
@@ -331,6 +332,17 @@ class Variational(StaysHere):
         with torch.no_grad():
             drawn = (self.particles(args, kwargs, analytic=analytic) for _ in range(n))
             return [torch.stack([p.bound for p in particles]).sum() for particles in drawn]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings in words about what model and guide depend on."""
+        look = self.routing.guide
+        of_guide = () if look is None else look.unregistered
+        return (
+            *self.bare.notes,
+            *unregistered_notes(self.bare.unregistered, self.parameters, "model"),
+            *unregistered_notes(of_guide, self.parameters, "guide"),
+        )
 
     @property
     def parameters(self) -> dict[str, _pyro.TracedParameter]:
