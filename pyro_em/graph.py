@@ -360,6 +360,7 @@ def trace_graph(
         raise_problems([changing_sites([], structure.random_plates)])
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
         raise_problems([_more_than_torch_has(structure)])
+    _require_sizes(sites, structure)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = _Layout(sites, structure, Recurring(leaves))
     for name in structure.sites:
@@ -746,6 +747,55 @@ def compact(
     shape = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
     target = shape + list(tensor.shape[batch:])
     return tensor if list(tensor.shape) == target else tensor.reshape(target)
+
+
+class Resized(ModelError):
+    """A plate or a support has another size than when the model was looked at."""
+
+
+def _require_sizes(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+    """Refuse a model whose plates or supports are of another size than when it was looked at."""
+    for name, site in sites.items():
+        for frame in frames_of(site).values():
+            known = structure.plates.get(frame.name)
+            if known is None or known.size == frame.size:
+                continue
+            raise_problems(
+                [
+                    Problem(
+                        f"plate '{frame.name}'",
+                        f"it has size {frame.size} in this run of the model and had {known.size} "
+                        "when it was first looked at.",
+                        "its size changes with a parameter or from run to run; evidences of "
+                        "different numbers of elements cannot be compared",
+                        _FIXED_SIZE,
+                        Resized,
+                    )
+                ]
+            )
+        known_support = structure.sites[name].support_size
+        if name in structure.latents and known_support is not None:
+            dim = site["infer"]["_enumerate_dim"] - site["fn"].event_dim
+            size = site["value"].shape[dim] if site["value"].dim() >= -dim else 1
+            if size != known_support:
+                raise_problems(
+                    [
+                        Problem(
+                            f"site '{name}'",
+                            f"it has {size} values in this run of the model and had "
+                            f"{known_support} when it was first looked at.",
+                            "the number of its values changes with a parameter or from run to run",
+                            _FIXED_SIZE,
+                            Resized,
+                        )
+                    ]
+                )
+
+
+_FIXED_SIZE = (
+    "take the size from the data or from a number: len(x), not int(10 * p.item())",
+    "fit the model once for each size that is of interest, and compare with BIC",
+)
 
 
 def _require_same(

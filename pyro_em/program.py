@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em import _pyro
-from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems
+from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems, warn
 from pyro_em._portable import StaysHere
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
 from pyro_em.dependences import Dependences, Reading, changed_since
 from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.families import Kind
-from pyro_em.graph import FactorGraph, Group, check_arguments, trace_graph
+from pyro_em.graph import FactorGraph, Group, Resized, check_arguments, trace_graph
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
@@ -93,6 +93,7 @@ class Program(StaysHere):
         dependences: What it was read from, beside the parameters.
         rebuild: Reads the model anew.
         readings: How often it was read anew.
+        has_told_of_sizes: Whether a plate or support whose size changes has been told of.
     """
 
     model: _pyro.Model
@@ -112,6 +113,7 @@ class Program(StaysHere):
     dependences: Dependences = field(default_factory=Dependences)
     rebuild: Callable[[], Program | Unrouted] | None = None
     readings: int = 0
+    has_told_of_sizes: bool = False
     traced_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -227,7 +229,13 @@ class Program(StaysHere):
         """Differentiable log densities of some groups at constrained values."""
         if self.compiled:
             return {g: self.graph.groups[g].log_density_at(values) for g in groups}
-        graph = self._trace(values=values, with_bindings=False)
+        try:
+            graph = self._trace(values=values, with_bindings=False)
+        except Resized as error:  # a trial point: the search goes on without it
+            if not self.has_told_of_sizes:
+                self.has_told_of_sizes = True
+                warn(str(error))
+            raise
         wanted = {name for g in groups for name in self.graph.groups[g].members}
         by_site = {
             name: table
@@ -264,6 +272,11 @@ class Program(StaysHere):
         predicted_at = {**current, **(values or {})}
         try:
             fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)
+        except Resized as error:
+            if not self.has_told_of_sizes:
+                self.has_told_of_sizes = True
+                self.notes += (str(error),)
+            return [("model", "the size of a plate or a support")]
         except ModelError:
             return [("model", "its sites")]
         found = []
