@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 
 from pyro_em import _pyro
 from pyro_em._errors import message
-from pyro_em.blame import variables_of
+from pyro_em.blame import given_tensors, variables_of
 
 _SHOWN = 4
 
@@ -52,6 +52,12 @@ def unregistered(
         names: Its sites with a density.
     """
     known = {id(t) for p in run.parameters.values() for t in (p.leaf, p.unconstrained)}
+    # Data that are passed with a gradient of their own are no parameters in waiting.
+    known |= {
+        id(t)
+        for where, t in given_tensors(model, args, kwargs).items()
+        if where.startswith("argument") and not isinstance(t, torch.nn.Parameter)
+    }
     found = [(leaf, name) for leaf, name in _leaves(run.sites, names) if id(leaf) not in known]
     if not found:
         return ()

@@ -102,6 +102,13 @@ def test_a_tensor_and_the_network_of_a_bound_method_are_named():
     assert "'self.net.weight'" in note and "'scale' of shape ()" in note
 
 
+def test_data_with_a_gradient_are_no_finding():
+    def model(x):
+        mixture(x, 0.0)
+
+    assert not found(ExactPosteriorEM(model).plan(X.clone().requires_grad_()).notes)
+
+
 def drawn(x, net):
     mu = pyro.param("mu", torch.tensor(0.0))
     with pyro.plate("n", len(x)):
