@@ -8,6 +8,9 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import torch
+
+from pyro_em._checked import by_name, limit, number, seed_of, shown, whole
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import signature_of
 from pyro_em.m_step import Update
@@ -37,6 +40,8 @@ def check_constructor(
     strategy: Any,
     updates: Mapping[str, Any],
     num_particles: int,
+    max_plate_nesting: Any = None,
+    max_enumeration: Any = 1,
 ) -> None:
     """Refuse what cannot be a model, a guide, an optimiser, a strategy or an update."""
     if not callable(model):
@@ -59,7 +64,10 @@ def check_constructor(
         raise UsageError(
             message(
                 "ExactPosteriorEM",
-                f"optim={optim!r} is no optimiser.",
+                f"optim={shown(optim)} is no optimiser.",
+                "it is made anew for the parameters of each fit"
+                if isinstance(optim, torch.optim.Optimizer)
+                else "",
                 fixes=[
                     "pass lambda params: torch.optim.Adam(params, lr=0.01)",
                     "pass pyro.optim.Adam({'lr': 0.01})",
@@ -67,16 +75,17 @@ def check_constructor(
             )
         )
     several = isinstance(strategy, Mapping)
+    if several:
+        by_name("strategy", strategy, "dict from latents to strategies", ["pass {'z': 'exact'}"])
     for one in strategy.values() if several else (strategy,):
         known = isinstance(one, EStepStrategy) or (
             isinstance(one, str) and one in ("exact", "guide")
         )
         if not known:
-            shown = f"the class {one.__name__}" if isinstance(one, type) else repr(one)
             raise UsageError(
                 message(
                     "ExactPosteriorEM",
-                    f"strategy={shown} is not available.",
+                    f"strategy={shown(one)} is not available.",
                     "a strategy says how the E-step treats latents",
                     ["use 'exact', 'guide', Hard(), MonteCarlo(n), Annealed(schedule), or a dict"],
                 )
@@ -90,17 +99,46 @@ def check_constructor(
             )
         )
     check_draws(num_particles, "ExactPosteriorEM")
+    check_limits("ExactPosteriorEM", max_plate_nesting, max_enumeration)
     for name, update in updates.items():
         if not isinstance(update, Update):
-            shown = update.__name__ if isinstance(update, type) else repr(update)
             raise UsageError(
                 message(
                     f"updates['{name}']",
-                    f"{shown} is no update.",
+                    f"{shown(update)} is no update.",
                     "an unknown word would leave the parameter alone in silence",
                     ["use an instance: Fixed(), ClosedForm(), LeastSquares() or Gradient()"],
                 )
             )
+
+
+def updates_by_name(updates: Any) -> dict[str, Any]:
+    """What a user asks for as updates, as a dict of its own.
+
+    Raises:
+        UsageError: If it is no mapping from names.
+    """
+    return by_name(
+        "updates",
+        {} if updates is None else updates,
+        "dict from parameters to updates",
+        ["pass {'mu': Fixed()}, with a parameter's name or a glob"],
+    )
+
+
+def check_limits(where: str, max_plate_nesting: Any, max_enumeration: Any) -> None:
+    """Refuse what is no number of dimensions or cells."""
+    if max_plate_nesting is not None:
+        whole(where, "max_plate_nesting", max_plate_nesting, None)
+    if not number(where, "max_enumeration", max_enumeration) >= 0:
+        raise UsageError(
+            message(
+                where,
+                f"max_enumeration={max_enumeration} is no number of cells.",
+                "it bounds the largest tensor of an enumeration",
+                ["leave it out", "pass max_enumeration=2**27"],
+            )
+        )
 
 
 def check_draws(num_particles: Any, where: str) -> None:
@@ -130,15 +168,70 @@ def check_acceleration(acceleration: str | None, exact_map: bool) -> None:
         )
 
 
+def fit_numbers(
+    max_steps: Any, tol: Any, num_restarts: Any, num_epochs: Any, batch_size: Any, seed: Any
+) -> tuple[int, float, int, int | None, int | None, int | None]:
+    """The numbers of a fit as Python's own; what is no number is refused.
+
+    Raises:
+        UsageError: With the argument's name.
+    """
+    return (
+        limit("fit", "max_steps", max_steps),
+        number("fit", "tol", tol),
+        whole("fit", "num_restarts", num_restarts, None),
+        None if num_epochs is None else whole("fit", "num_epochs", num_epochs, None),
+        None if batch_size is None else whole("fit", "batch_size", batch_size, None),
+        seed_of("fit", seed),
+    )
+
+
+def check_init(init: Any) -> None:
+    """Refuse what can be no start: labels without the name of their latent."""
+    named = isinstance(init, Mapping) and all(isinstance(k, str) for k in init)
+    if init is None or isinstance(init, str) or named:
+        return
+    raise UsageError(
+        message(
+            "init",
+            f"{shown(init)} is not understood.",
+            "labels and probabilities belong to a latent by its name",
+            [
+                "pass {site: labels or probabilities}: init={'z': labels}",
+                "use None, 'random', 'kmeans' or 'random points'",
+            ],
+        )
+    )
+
+
+def as_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:
+    """One function, several or none, as a tuple.
+
+    Raises:
+        UsageError: If something cannot be called.
+    """
+    if callable(callbacks) or callbacks is None:
+        return () if callbacks is None else (callbacks,)
+    several = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    if all(callable(c) for c in several):
+        return several
+    raise UsageError(
+        message(
+            "fit",
+            "callbacks holds something that cannot be called.",
+            fixes=["pass a list of functions of one EMStep: callbacks=[watch]"],
+        )
+    )
+
+
 def check_fit(
     max_steps: int,
     tol: float,
     num_restarts: int,
-    callbacks: Iterable[Any],
     acceleration: str | None,
     num_epochs: int | None,
 ) -> None:
-    """Refuse numbers that mean nothing, and callbacks that cannot be called."""
+    """Refuse numbers that mean nothing."""
     if acceleration not in (None, "squarem"):
         raise UsageError(
             message(
@@ -161,14 +254,6 @@ def check_fit(
                 "fit",
                 f"num_epochs={num_epochs} would change nothing.",
                 fixes=["pass at least 1, or leave it out and set max_steps"],
-            )
-        )
-    if not all(callable(c) for c in callbacks):
-        raise UsageError(
-            message(
-                "fit",
-                "callbacks holds something that cannot be called.",
-                fixes=["pass a list of functions of one EMStep: callbacks=[watch]"],
             )
         )
 
@@ -283,6 +368,29 @@ def check_loader(
             ],
         )
     )
+
+
+def check_call(
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], where: str
+) -> None:
+    """Refuse arguments with which the model cannot be called."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(signature.parameters) or "nothing"
+        raise UsageError(
+            message(
+                where,
+                f"the model cannot be called with these arguments: {error}.",
+                "arguments that are no keyword of the method go to the model",
+                [f"the model takes: {names}"],
+            )
+        ) from error
 
 
 def check_model_keywords(model: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,11 @@ import pyro
 from tqdm.auto import tqdm
 
 from pyro_em import plotting
+from pyro_em._checked import number, whole
 from pyro_em._errors import UsageError, message
 from pyro_em._portable import Portable
 from pyro_em._turns import alone
-from pyro_em.arguments import check_collisions
+from pyro_em.arguments import check_call, check_collisions
 from pyro_em.contenders import (
     Contender,
     Direct,
@@ -273,13 +274,22 @@ def compare(
     alone = contenders if isinstance(contenders, ExactPosteriorEM) else None
     if isinstance(contenders, ExactPosteriorEM):
         contenders = standard_contenders(contenders)
-    rates, seeds = tuple(learning_rates), tuple(seeds)
-    limits = Limits(max_steps, svi_steps, seconds, tol)
+    rates, seeds = _listed("learning_rates", learning_rates), _listed("seeds", seeds)
+    rates = tuple(number("compare", "learning_rates", r) for r in rates)
+    seeds = tuple(whole("compare", "seeds", s, None) for s in seeds)
+    limits = Limits(
+        whole("compare", "max_steps", max_steps, None),
+        whole("compare", "svi_steps", svi_steps, None),
+        None if seconds is None else number("compare", "seconds", seconds),
+        number("compare", "tol", tol),
+    )
+    tolerance = number("compare", "tolerance", tolerance)
     check_contenders(contenders)
     _check_numbers(limits, tolerance, rates, seeds)
     models = models_of(contenders)
     for model in models.values():
         check_collisions(model, args, KEYWORDS, "compare")
+        check_call(model, args, kwargs, "compare")
     origin, random_state = store_state(), pyro.util.get_rng_state()
     keeper = Keeper([*contenders.values(), *origin["params"].values()])
     try:
@@ -298,6 +308,17 @@ def compare(
         keeper.restore()
         pyro.util.set_rng_state(random_state)
     return _comparison(methods, sweeps, contest, tolerance)
+
+
+def _listed(name: str, value: Any) -> tuple[Any, ...]:
+    """Several numbers; one by itself is one of them."""
+    if (
+        isinstance(value, Iterable)
+        and not isinstance(value, str)
+        and bool(getattr(value, "ndim", True))
+    ):
+        return tuple(value)
+    return (value,)
 
 
 def _no_standard_contenders() -> str:

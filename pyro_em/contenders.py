@@ -112,6 +112,15 @@ def check_contenders(contenders: Any) -> None:
             )
         )
     for label, one in contenders.items():
+        if not isinstance(label, str):
+            raise UsageError(
+                message(
+                    "compare",
+                    f"the label {label!r} is no string.",
+                    "labels name the rows of the table",
+                    [f"use '{label}'"],
+                )
+            )
         if not isinstance(one, Contender):
             shown = f"the class {one.__name__}" if isinstance(one, type) else type(one).__name__
             raise UsageError(

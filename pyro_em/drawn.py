@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pyro_em import _pyro
+from pyro_em._checked import seed_of, site_name, whole
+from pyro_em._elsewhere import OF_DRAWN, NamesFromElsewhere
 from pyro_em._errors import UsageError, message
 from pyro_em._portable import Absent, Portable
 from pyro_em._shadows import watching
@@ -32,7 +34,7 @@ def dependences_of(variational: Variational, args: tuple, kwargs: Mapping[str, A
 
 
 @dataclass(frozen=True, eq=False)
-class DrawnPosterior(Portable):
+class DrawnPosterior(Portable, NamesFromElsewhere):
     """q(z, h) = q(h | x) p(z | x, h): draws of the guide, exact given each of them.
 
     Attributes:
@@ -44,6 +46,8 @@ class DrawnPosterior(Portable):
         log_evidence: None: it is not known.
         dependences: What model and guide read in that fit.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = OF_DRAWN
 
     variational: Variational
     args: tuple[Any, ...]
@@ -78,6 +82,7 @@ class DrawnPosterior(Portable):
         Raises:
             UsageError: If n is below one.
         """
+        n, seed = whole("sample", "n", n, None), seed_of("sample", seed)
         if n < 1:
             raise UsageError(message("sample", f"n={n}: at least one draw is needed."))
         draws = []
@@ -107,6 +112,8 @@ class DrawnPosterior(Portable):
         Raises:
             UsageError: If the site is no discrete latent.
         """
+        site_name("probs", "site", site)
+        num_particles = whole("probs", "num_particles", num_particles)
         routing = self.variational.routing
         if site in routing.exact:
             with torch.no_grad():
@@ -133,6 +140,8 @@ class DrawnPosterior(Portable):
             site: Its name.
             num_particles: Draws, where the distribution has no mean or depends on other draws.
         """
+        site_name("mean", "site", site)
+        num_particles = whole("mean", "num_particles", num_particles)
         routing = self.variational.routing
         if site not in routing.drawn and site not in routing.points:
             raise UsageError(self._unknown(site))

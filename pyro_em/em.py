@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from pyro_em import saving, stochastic
+from pyro_em._checked import by_name, check_path, seed_of, shown, site_name, truth, whole
+from pyro_em._elsewhere import OF_EM, NamesFromElsewhere
 from pyro_em._errors import UsageError, message, warn
 from pyro_em._portable import require_picklable
 from pyro_em._pyro import (
@@ -28,15 +30,19 @@ from pyro_em._pyro import (
 from pyro_em._turns import AloneAtEachStep, alone
 from pyro_em.arguments import (
     FIT_KEYWORDS,
+    as_callbacks,
     check_acceleration,
     check_collisions,
     check_constructor,
     check_draws,
     check_fit,
+    check_init,
     check_loader,
     check_model_keywords,
+    fit_numbers,
     refuse_exact_keywords,
     refuse_stochastic_keywords,
+    updates_by_name,
 )
 from pyro_em.batches import Batch, Batches, first_batch, is_loader
 from pyro_em.drawn import DrawnPosterior
@@ -69,7 +75,7 @@ from pyro_em.unrouted import Unrouted
 from pyro_em.variational import Variational
 
 
-class ExactPosteriorEM:
+class ExactPosteriorEM(NamesFromElsewhere):
     r"""Coordinate ascent on the ELBO of an ordinary Pyro model: EM where it can, SVI where it must.
 
         log p(x; θ) = ELBO(q, θ) + KL(q ‖ p(z | x; θ))
@@ -118,6 +124,8 @@ class ExactPosteriorEM:
     Source: Dempster, Laird and Rubin (1977); Neal and Hinton (1998) for the bound.
     """
 
+    elsewhere = OF_EM
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -130,11 +138,21 @@ class ExactPosteriorEM:
         max_plate_nesting: int | None = None,
         max_enumeration: int = 2**27,
     ) -> None:
-        check_constructor(model, guide, optim, strategy, dict(updates or {}), num_particles)
+        updates = updates_by_name(updates)
+        check_constructor(
+            model,
+            guide,
+            optim,
+            strategy,
+            updates,
+            num_particles,
+            max_plate_nesting,
+            max_enumeration,
+        )
         self.model = model
         self.num_particles = num_particles
         self._looker = Looker(
-            model, guide, optim, strategy, dict(updates or {}), max_plate_nesting, max_enumeration
+            model, guide, optim, strategy, updates, max_plate_nesting, max_enumeration
         )
         self._program: Program | None = None
         self._trainer: Trainer | None = None
@@ -220,6 +238,10 @@ class ExactPosteriorEM:
             The bound in nats; ``float(...)`` of it is its value.
         """
         check_collisions(self.model, args, ("q", "params", "num_particles"), "elbo")
+        _check_q(q)
+        params = by_name(
+            "params", {} if params is None else params, "dict from parameters to values", _PARAMS
+        )
         if num_particles is not None:
             check_draws(num_particles, "elbo")
         found = self._look(args, kwargs, look_only=True)
@@ -236,14 +258,14 @@ class ExactPosteriorEM:
                         )
                     )
             else:
-                with parameters_at(found.parameters, dict(params or {})):
+                with parameters_at(found.parameters, params):
                     beside = self._looker.exact_beside(found, args, kwargs)
                     at = None if beside is None else beside.posterior()
                     n = num_particles or self.num_particles
                     return drawn_terms(found, args, kwargs, n, at)
         else:
             program = found
-        with parameters_at(program.graph.parameters, dict(params or {})):
+        with parameters_at(program.graph.parameters, params):
             evaluation = program.evaluate()
             at = program.posterior(evaluation)
             if q is None:
@@ -327,6 +349,9 @@ class ExactPosteriorEM:
         """
         own = ("num_samples", "seed", "keep_observed")
         check_collisions(self.model, args, own, "predictive")
+        num_samples = whole("predictive", "num_samples", num_samples, None)
+        seed = seed_of("predictive", seed)
+        truth("predictive", "keep_observed", keep_observed)
         found = self._look(args, kwargs, look_only=True)
         q: Posterior | DrawnPosterior
         if isinstance(found, Program):
@@ -386,6 +411,7 @@ class ExactPosteriorEM:
             UsageError: If q does not fit the model.
             DegenerateError: If an update was degenerate; it has been rolled back.
         """
+        _check_q(q, given=True)
         program = self._ready(args, kwargs)
         if isinstance(program, Trainer):
             raise UsageError(_needs_sums("m_step"))
@@ -491,6 +517,12 @@ class ExactPosteriorEM:
         Raises:
             PyroEMError: If the model, the data or the arguments cannot be used.
         """
+        max_steps, tol, num_restarts, num_epochs, batch_size, seed = fit_numbers(
+            max_steps, tol, num_restarts, num_epochs, batch_size, seed
+        )
+        check_init(init)
+        if progress is not None:
+            truth("fit", "progress", progress)
         given = {
             "batch_size": batch_size,
             "num_epochs": num_epochs,
@@ -498,8 +530,8 @@ class ExactPosteriorEM:
             "validation": validation,
             "schedule": schedule,
         }
-        callbacks = (callbacks,) if callable(callbacks) else tuple(callbacks)
-        check_fit(max_steps, tol, num_restarts, callbacks, acceleration, num_epochs)
+        callbacks = as_callbacks(callbacks)
+        check_fit(max_steps, tol, num_restarts, acceleration, num_epochs)
         begin = time.perf_counter()
         first = first_batch(args[0]) if args and is_loader(args[0]) else None
         if first is not None:
@@ -647,6 +679,8 @@ class ExactPosteriorEM:
         Raises:
             UsageError: If there is no such latent or key, or the components are not exchangeable.
         """
+        site_name("sort_components", "site", site)
+        truth("sort_components", "descending", descending)
         program = self._ready(args, kwargs)
         if isinstance(program, Trainer):
             raise UsageError(_needs_sums("sort_components"))
@@ -668,6 +702,7 @@ class ExactPosteriorEM:
             UsageError: If the model has not been run yet, or a parameter is not finite.
             FileError: If the file cannot be written; also a `UsageError` and an ``OSError``.
         """
+        check_path("save", path)
         if not self._parameters:
             raise UsageError(
                 message(
@@ -754,6 +789,7 @@ class ExactPosteriorEM:
                 damaged, of a newer version or something else, or has numbers that are not finite.
             FileError: If it is missing or cannot be read; also a `UsageError` and an ``OSError``.
         """
+        check_path("load", path)
         state = saving.read(path)
         if args or kwargs:
             self._look(args, kwargs, look_only=True)
@@ -885,6 +921,27 @@ def _without_rows(form: Any) -> Any:
     """What batches of one kind of data share: everything but the number of rows."""
     parts, names = form
     return tuple((*p[:2], p[2][1:]) if isinstance(p, tuple) else p for p in parts), names
+
+
+_PARAMS = ["pass {'mu': values}, or result.params"]
+
+
+def _check_q(q: Any, given: bool = False) -> None:
+    """Refuse what can be no posterior."""
+    if isinstance(q, (Posterior, Mapping)) or (q is None and not given):
+        return
+    draws = isinstance(q, DrawnPosterior)
+    raise UsageError(
+        message(
+            "q",
+            f"it is {shown(q)}, not a posterior of summed latents.",
+            "a guide's draws are no table of probabilities" if draws else "",
+            [
+                "pass what em.posterior(...) returned on the same data",
+                "pass {site: probabilities} for every summed latent: {'z': responsibilities}",
+            ],
+        )
+    )
 
 
 def _needs_sums(method: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_em._checked import as_tensor
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import restore, snapshot, write_unconstrained
 from pyro_em.binding import Selection
@@ -127,9 +128,19 @@ def sort_components(program: Program, site: str, by: str | Tensor, *, descending
             )
         order = order_of(graph.parameters[by].value(), axes[by], size, descending)
     else:
-        order = torch.as_tensor(by).reshape(-1).argsort(descending=descending, stable=True)
-        if len(order) != size:
-            raise UsageError(message("by", f"{len(order)} keys for {size} components of '{site}'."))
+        key = as_tensor("by", by)
+        if key.numel() != size:
+            raise UsageError(
+                message(
+                    "by",
+                    f"{key.numel()} keys for {size} components of '{site}'.",
+                    "a key per component says their order",
+                    ["pass the name of a parameter that the latent indexes", "pass a key for each"],
+                )
+            )
+        if key.is_complex() or bool(torch.isnan(key).any()):
+            raise UsageError(message("by", "its keys are NaN or complex.", "they have no order"))
+        order = key.reshape(-1).argsort(descending=descending, stable=True)
     before = program.posterior().bound
     origin = snapshot(graph.parameters)
     for name, along in axes.items():

@@ -2,12 +2,15 @@ r"""`Posterior`: q(z) over all summed latents, as users hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pyro_em._checked import seed_of, site_name, whole
+from pyro_em._elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em._errors import UsageError, message
 from pyro_em._portable import Portable
 from pyro_em.contraction import maximum
@@ -17,7 +20,7 @@ from pyro_em.sampling import Conditional, conditionals, cumulative_rows, draw_co
 
 
 @dataclass(frozen=True, eq=False)
-class Posterior(Portable):
+class Posterior(Portable, NamesFromElsewhere):
     """q(z): the exact posterior over all summed latents, or a product that a user gave.
 
     Example:
@@ -46,6 +49,8 @@ class Posterior(Portable):
         entropy_value: H(q) in nats.
         pointwise: The evidence per element of the outermost data plate, where there is one.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = OF_SUMMED
 
     graph: FactorGraph
     cells: list[Tensor]
@@ -82,6 +87,7 @@ class Posterior(Portable):
         Raises:
             UsageError: If no such latent was summed.
         """
+        site_name("probs", "site", site)
         if self._own_name(site) != site:
             return self._with_observed(site)
         latent = self._latent(site)
@@ -102,6 +108,8 @@ class Posterior(Portable):
         Returns:
             Probabilities. # (*plates of both, K_a, K_b)
         """
+        site_name("joint", "a", a)
+        site_name("joint", "b", b)
         if a == b:
             return torch.diag_embed(self.probs(a))
         own_a, own_b = self._own_name(a), self._own_name(b)
@@ -152,6 +160,7 @@ class Posterior(Portable):
         Returns:
             For each latent its drawn values. # (n, *plates, *event)
         """
+        n, seed = whole("sample", "n", n, None), seed_of("sample", seed)
         if n < 1:
             raise UsageError(message("sample", f"n={n}: at least one draw is needed."))
         generator = None

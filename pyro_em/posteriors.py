@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pyro_em._checked import as_tensor
 from pyro_em._errors import DegenerateError, UsageError, message
 from pyro_em._pyro import Role
 from pyro_em.contraction import ContractionPlan
@@ -195,7 +196,7 @@ def product_posterior(
         )
     for name, latent in graph.latents.items():
         device = log_densities[0].device
-        p = torch.as_tensor(marginals[name]).to(dtype=torch.float64, device=device)
+        p = as_tensor(f"q['{name}']", marginals[name]).to(dtype=torch.float64, device=device)
         sizes = [graph.dim_size(d) for d in latent.plates]
         shape = [graph.dim_size(d) if d is not None else 1 for d in latent.batch_dims]
         if list(p.shape) not in ([*sizes, latent.size], [*shape, latent.size]):

@@ -38,7 +38,13 @@ def predictive_draws(
         keep_observed: Whether observed values stay as they are.
     """
     if num_samples < 1:
-        raise UsageError(message("predictive", f"num_samples={num_samples} is no number of draws."))
+        raise UsageError(
+            message(
+                "predictive",
+                f"num_samples={num_samples} is no number of draws.",
+                fixes=["pass a whole number from 1"],
+            )
+        )
     with _pyro.seeded(seed):
         latents = q.sample(num_samples)
         draws = []

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_em import _pyro
+from pyro_em._checked import as_tensor
 from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems, warn
 from pyro_em._portable import StaysHere
 from pyro_em._pyro import Role
@@ -646,16 +647,17 @@ def parameters_at(
                 )
             )
         shape = parameters[name].leaf.shape
-        if not unconstrained and torch.as_tensor(value).shape != shape:
+        value = as_tensor(f"params['{name}']", value)
+        if not unconstrained and value.shape != shape:
             raise UsageError(
                 message(
                     f"params['{name}']",
-                    f"its shape is {tuple(torch.as_tensor(value).shape)}, not {tuple(shape)}.",
+                    f"its shape is {tuple(value.shape)}, not {tuple(shape)}.",
                     "a value replaces the whole parameter",
                 )
             )
         constraint = parameters[name].constraint
-        if not unconstrained and not _allowed(torch.as_tensor(value), constraint):
+        if not unconstrained and not _allowed(value, constraint):
             raise UsageError(
                 message(
                     f"params['{name}']",

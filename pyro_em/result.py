@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_em._elsewhere import OF_RESULT, NamesFromElsewhere
 from pyro_em._errors import message
 from pyro_em._portable import Copied, Portable, Refused, answered
 from pyro_em.dependences import changed_since
@@ -95,7 +96,8 @@ class Params(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         if name in self.sites:
             return self[self.sites[name]]
-        raise KeyError(name)
+        known = ", ".join(f"'{n}'" for n in (*self, *self.sites)) or "none"
+        raise KeyError(f"no parameter is called {name!r}; the model has: {known}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ class EMStep(Portable):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EMResult(Portable):
+class EMResult(Portable, NamesFromElsewhere):
     """A fitted model; everything is computed at the *returned* parameters.
 
     Attributes:
@@ -169,6 +171,8 @@ class EMResult(Portable):
         dtype: Of the densities.
         bound_name: Which bound ``elbo`` and ``history`` hold, in words.
     """
+
+    elsewhere: ClassVar[Mapping[str, str]] = OF_RESULT
 
     params: Mapping[str, Tensor]
     log_evidence: float | None

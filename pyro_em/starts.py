@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_em._checked import as_tensor
 from pyro_em._errors import UsageError, message
 from pyro_em.contraction import ContractionPlan, log_sum_exp, maximum
 from pyro_em.e_step import run_contraction
@@ -85,7 +86,10 @@ def given_counts(
                 )
             )
         unary[own] = _log_unary(
-            graph, graph.latents[own], name, torch.as_tensor(given).to(tables[0].device)
+            graph,
+            graph.latents[own],
+            name,
+            as_tensor(f"init['{name}']", given).to(tables[0].device),
         )
     complete = all(n in unary for n in graph.latents)
     used = [_support_only(t) for t in tables] if complete else list(tables)

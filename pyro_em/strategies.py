@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from pyro_em._checked import number
 from pyro_em._errors import UsageError, message
 from pyro_em.contraction import ContractionPlan, maximum
 from pyro_em.e_step import Tables, e_step, expected_log_joint, run_contraction
@@ -82,7 +84,8 @@ class Annealed:
     schedule: Sequence[float] | Callable[[int], float]
 
     def __post_init__(self) -> None:
-        if not callable(self.schedule) and not isinstance(self.schedule, Sequence):
+        words = isinstance(self.schedule, str)
+        if not callable(self.schedule) and (words or not isinstance(self.schedule, Sequence)):
             raise UsageError(
                 message(
                     "Annealed",
@@ -91,7 +94,7 @@ class Annealed:
                 )
             )
         if not callable(self.schedule):
-            object.__setattr__(self, "schedule", tuple(float(b) for b in self.schedule))
+            object.__setattr__(self, "schedule", tuple(map(_beta, self.schedule)))
             for step in range(len(self.schedule)):
                 self.beta(step)
 
@@ -102,7 +105,7 @@ class Annealed:
             UsageError: If it is outside (0, 1].
         """
         if callable(self.schedule):
-            value = float(self.schedule(step))
+            value = _beta(self.schedule(step))
         else:
             value = self.schedule[step] if step < len(self.schedule) else 1.0
         if not 0 < value <= 1:
@@ -114,6 +117,10 @@ class Annealed:
                 )
             )
         return value
+
+
+def _beta(value: Any) -> float:
+    return number("Annealed", "β", value)
 
 
 EStepStrategy = Hard | MonteCarlo | Annealed

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import is_stored
 from pyro_em._turns import alone
-from pyro_em.arguments import check_draws
+from pyro_em.arguments import check_draws, check_limits
 from pyro_em.contraction import contract, evidence
 from pyro_em.e_step import contraction_of, e_step, scales_of
 from pyro_em.graph import trace_graph
@@ -68,6 +68,7 @@ class TraceExact_ELBO(ELBO):
         strategy: str = "exact",
     ) -> None:
         check_draws(num_particles, "TraceExact_ELBO")
+        check_limits("TraceExact_ELBO", max_plate_nesting, max_enumeration)
         if strategy not in ("exact", "guide"):
             raise UsageError(
                 message(

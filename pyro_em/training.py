@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import _pyro
+from pyro_em._checked import whole
 from pyro_em._errors import DegenerateError, UsageError, message, warn
 from pyro_em._kept import Kept
 from pyro_em._portable import StaysHere
@@ -78,6 +79,8 @@ class Alternating:
     model_optim: Optimizer | pyro.optim.PyroOptim | None = None
 
     def __post_init__(self) -> None:
+        for name in ("guide_steps", "model_steps"):
+            whole("Alternating", name, getattr(self, name), None)
         if self.guide_steps < 0 or self.model_steps < 0 or not self.guide_steps + self.model_steps:
             raise UsageError(
                 message(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em._checked import number, shown, whole
 from pyro_em._errors import UsageError, message
 from pyro_em._pyro import Role, is_real
 from pyro_em.binding import Binding, Selection
@@ -37,9 +38,10 @@ class ClosedForm:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.floor >= 0:
+        if not number("ClosedForm", "floor", self.floor) >= 0:
             raise UsageError(message("ClosedForm", f"floor={self.floor} is no variance."))
-        if self.step_size is not None and not 0 < self.step_size <= 1:
+        size = self.step_size
+        if size is not None and not 0 < number("ClosedForm", "step_size", size) <= 1:
             raise UsageError(
                 message(
                     "ClosedForm",
@@ -72,7 +74,16 @@ class Gradient:
     steps: int = 100
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise UsageError(
+                message(
+                    "Gradient",
+                    f"optimizer={shown(self.optimizer)} makes no optimiser.",
+                    "it is called with a list of tensors",
+                    ["pass lambda params: torch.optim.Adam(params, lr=0.01)", "None for L-BFGS"],
+                )
+            )
+        if whole("Gradient", "steps", self.steps, None) < 1:
             raise UsageError(message("Gradient", f"steps={self.steps} would change nothing."))
 
 
