@@ -823,6 +823,7 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
     held = pyro.get_param_store()._params
+    known = tuple(held)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(True))
@@ -837,7 +838,10 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
             run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=begun)
             raise RunFailed(error, run, tuple(watch.empty)) from error
     parameters = _apart(_alive(capture.parameters), capture.given)
-    cleared = pyro.get_param_store()._params is not held
+    now = pyro.get_param_store()._params
+    # Modules with parameters of their own put a store of theirs in place while they run.
+    local = pyro.settings.get("module_local_params")
+    cleared = (now is not held and not local) or any(n not in now for n in known)
     return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed(), cleared=cleared)
 
 
