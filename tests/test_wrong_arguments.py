@@ -22,7 +22,6 @@ from pyro_em import (
     Alternating,
     Annealed,
     ClosedForm,
-    EMResult,
     ExactPosteriorEM,
     Fixed,
     Gradient,
@@ -257,11 +256,12 @@ def test_an_error_inside_a_property_keeps_its_own_words() -> None:
 
 
 def test_copies_are_whole() -> None:
-    twin = copy.copy(em())
-    assert twin.model is mixture
-    assert issubclass(EMResult, object) and pickle.loads(pickle.dumps(UsageError("a"))).args
-    posterior = copy.copy(q())
-    assert torch.equal(posterior.probs("z"), q().probs("z"))
+    assert copy.copy(em()).model is mixture
+    for thing in (fit(), q()):
+        for twin in (copy.copy(thing), copy.deepcopy(thing), pickle.loads(pickle.dumps(thing))):
+            assert type(twin) is type(thing) and twin.log_evidence == thing.log_evidence
+            with pytest.raises(AttributeError, match="mode"):
+                _ = twin.labels_
 
 
 def test_an_unknown_parameter_of_a_result_names_those_that_exist() -> None:
