@@ -211,7 +211,7 @@ class Contest:
             **self.kwargs,
         )
         to.finish(result.elbo)
-        if result.status in (EMStatus.DEGENERATE, EMStatus.FELL):
+        if result.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED, EMStatus.FELL):
             raise RunBroken(_sentence(result.message or result.status.value))
 
     def _svi(self, svi: SVI, rate: float | None, to: Recorder, short: bool) -> None:

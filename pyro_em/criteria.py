@@ -9,7 +9,7 @@ zero) is not fitted: neither counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -118,16 +118,42 @@ def count_free(
 
 
 @torch.no_grad()
-def free_parameters(program: Program, initial: Mapping[str, Tensor]) -> int:
+def free_parameters(
+    program: Program, initial: Mapping[str, Tensor], *, without: Collection[str] = ()
+) -> int:
     """p of a finished fit.
 
     Args:
         program: The model with its data.
         initial: The parameters where the fit began, whose zeros are structural.
+        without: Parameters that are left out: point estimates of `estimated_locally`.
     """
+    names = [n for n in program.graph.parameters if n not in without]
+    return _count_of(program, initial, names)
+
+
+@torch.no_grad()
+def local_estimates(program: Program, initial: Mapping[str, Tensor], names: Collection[str]) -> int:
+    """Numbers of point estimates that are no parameters of the model, counted in the same way."""
+    return _count_of(program, initial, names) if names else 0
+
+
+def _count_of(program: Program, initial: Mapping[str, Tensor], names: Collection[str]) -> int:
     zeros = {n: v == 0 for n, v in initial.items()}
-    parameters = program.graph.parameters
+    parameters = {n: program.graph.parameters[n] for n in names}
     return count_free(parameters, program.updates, zeros, elements_read(program, initial))
+
+
+def estimated_locally(program: Program) -> set[str]:
+    """Parameters that hold point estimates of latents of the data's plates: they grow with the data."""
+    sites, plates = program.structure.sites, set(program.structure.data_plates)
+    return {
+        name
+        for group in program.graph.groups
+        if group.role is Role.POINT and group.value_binding is not None
+        if all(plates.intersection(sites[m].nested) for m in group.members)
+        for name in group.value_binding.params
+    }
 
 
 def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from pyro_em.agreement import differing, disagreements, other_model
 from pyro_em.binding import Binding, Selection, bind, parameters_below
 from pyro_em.blame import given_tensors
 from pyro_em.dependences import Reading
-from pyro_em.families import Family, family_of, given_arguments
+from pyro_em.families import Family, family_of, given_arguments, spread_arguments
 from pyro_em.families.pieces import log_density
 from pyro_em.findings import is_outside, mask_tensor
 from pyro_em.recurring import Recurring
@@ -86,6 +86,7 @@ class Factor:
     raw_params: tuple[str, ...] | None
     value_binding: Binding | None
     elements: Tensor | None
+    hyperparameters: tuple[tuple[str, str], ...] = ()
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -144,6 +145,8 @@ class Group:
         value_binding: How parameters reach the value, where they do.
         elements: Which elements of an event count (a mask below ``to_event``), or None where all
             do; ``mask`` says where any does. # (members, *dims or 1s, *to_event dims or 1s)
+        hyperparameters: Of a point estimate's prior, pairs of an argument that sets how concentrated
+            it is and a parameter in it.
     """
 
     members: tuple[str, ...]
@@ -164,6 +167,7 @@ class Group:
     role: Role = Role.DATA
     value_binding: Binding | None = None
     elements: Tensor | None = None
+    hyperparameters: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_static(self) -> bool:
@@ -626,6 +630,15 @@ class _Layout:
             raw_params,
             value_binding,
             None if family is None else elements,
+            self._hyperparameters(base, leaves) if info.role is Role.POINT and leaves else (),
+        )
+
+    @staticmethod
+    def _hyperparameters(base: Any, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+        return tuple(
+            (argument, name)
+            for argument, tensor in spread_arguments(base).items()
+            for name in parameters_below(tensor, leaves) or ()
         )
 
     def _support_size(self, name: str) -> int:
@@ -936,6 +949,7 @@ def _group(members: Sequence[Factor]) -> Group:
         if first.value_binding is None
         else _stack_bindings([f.value_binding for f in members if f.value_binding is not None]),
         _stack_tensors(elements) if elements else None,
+        first.hyperparameters,
     )
 
 

@@ -21,6 +21,7 @@ from pyro_em.compiled_loop import (
     warn_disagreement,
     watched_step,
 )
+from pyro_em.hyperparameters import run_away
 from pyro_em.m_step import apply_floors
 from pyro_em.posterior import Posterior
 from pyro_em.program import Program, distrust
@@ -132,6 +133,10 @@ def _proceed(
             run.go_back(program)
             run.record(program, e_step(program, run.num_steps))
             _iterate(program, settings, run, None, r)
+    if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
+        away = run_away(program.graph, run.initial_values)
+        if away:
+            run.status, run.message = EMStatus.UNBOUNDED, away
     stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
     symmetric = run.began_symmetric and stopped
     if symmetric and run.last is not None and _is_symmetric(run.last, iteration):

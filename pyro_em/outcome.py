@@ -18,7 +18,13 @@ from pyro_em._pyro import Role, snapshot, values_of
 from pyro_em._turns import alone
 from pyro_em.batches import Batches
 from pyro_em.contraction import contract, evidence
-from pyro_em.criteria import count_free, free_parameters, num_rows
+from pyro_em.criteria import (
+    count_free,
+    estimated_locally,
+    free_parameters,
+    local_estimates,
+    num_rows,
+)
 from pyro_em.dependences import Dependences
 from pyro_em.drawn import DrawnPosterior, dependences_of
 from pyro_em.e_step import scales_of
@@ -74,7 +80,7 @@ def build_result(
         log_evidence, bound, log_prior = exact.log_evidence, q.bound, exact.log_prior
         posterior = cache(lambda: q)
     text = run.message or run.status.value
-    if run.status is EMStatus.DEGENERATE:
+    if run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED):
         warn(text)
     parameters = program.graph.parameters
     _say_massless(program, run)
@@ -83,6 +89,7 @@ def build_result(
         start = f"best of {sum(not r.is_replaced for r in runs)} starts: {run.name}"
     else:
         start = run.name
+    local = estimated_locally(program)
     values = Params(values_of(parameters), _point_sites(program))
     unconstrained, dependences = snapshot(parameters), program.dependences
     rate = rate_of_convergence([*run.entering, bound])
@@ -103,7 +110,8 @@ def build_result(
         starts=tuple(r.objective for r in runs if not r.is_replaced),
         ends=tuple(_end(r) for r in runs),
         num_rows=rows,
-        num_free_parameters=free_parameters(program, run.initial_values),
+        num_free_parameters=free_parameters(program, run.initial_values, without=local),
+        num_local_estimates=local_estimates(program, run.initial_values, local),
         start=start,
         seed=seed,
         dtype=program.graph.dtype,
@@ -127,7 +135,7 @@ def _information_of(
 
 
 def _end(run: Run) -> End:
-    collapsed = run.status is EMStatus.DEGENERATE or run.last is None
+    collapsed = run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED) or run.last is None
     return End(run.name, run.objective, run.status, run.num_steps, collapsed)
 
 

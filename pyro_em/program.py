@@ -30,6 +30,7 @@ from pyro_em.dependences import Dependences, Reading, changed_since
 from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, Group, Resized, check_arguments, trace_graph
+from pyro_em.hyperparameters import unbounded_joints
 from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
@@ -465,9 +466,10 @@ def build_program(
     if structure.random_plates:
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
-    notes += tuple(_collapsing_priors(graph))
     notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
     updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
+    fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
+    notes += tuple(unbounded_joints(graph, fixed))
     notes += tuple(_unconstrained_simplexes(graph, updates))
     program = Program(
         model,
@@ -561,24 +563,6 @@ def _unconstrained_simplexes(
         and all(use.rule.link.name == "identity" and not use.selection.maps for use in u.uses)
         and not isinstance(u.update, Fixed)
         and _pyro.is_real(graph.parameters[name].constraint)
-    ]
-
-
-def _collapsing_priors(graph: FactorGraph) -> list[str]:
-    """Point estimates whose prior's own scale is free: the joint density has no maximum."""
-    return [
-        message(
-            f"site '{g.members[0]}'",
-            "it is a point estimate, and the scale of its prior is a parameter.",
-            "their joint density grows without bound as the scale goes to zero and the site to its "
-            "mean",
-            [
-                "give the site a spread: a guide such as AutoNormal",
-                "fix the scale: updates={'...': Fixed()}, or give it a prior",
-            ],
-        )
-        for g in graph.groups
-        if g.role is Role.POINT and "scale" in g.bindings and g.bindings["scale"].params
     ]
 
 

@@ -25,6 +25,7 @@ CANDIDATES = 4  # short runs for each start after the first
 SHORT_STEPS = 10
 MIX = (*(3 * ("random points", "random k-means")), "random points", "random hard")
 _TWINS = 1e-9  # relative difference of objectives below which two candidates are one
+_UNSOUND = (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)
 _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 
 
@@ -105,7 +106,7 @@ def _others(
                     other.leave()
             if run.status in _OVER:
                 return
-            if run.status is not EMStatus.DEGENERATE or len(waiting) <= count - r:
+            if run.status not in _UNSOUND or len(waiting) <= count - r:
                 break
             run.is_replaced = True  # it collapsed: another candidate takes its place
 
@@ -116,7 +117,5 @@ def _best_first(pool: list[Run]) -> list[Run]:
     sound, others = list[Run](), list[Run]()
     for run in ranked:
         twin = bool(sound) and sound[-1].objective - run.objective <= _TWINS * abs(run.objective)
-        (others if twin or run.last is None or run.status is EMStatus.DEGENERATE else sound).append(
-            run
-        )
+        (others if twin or run.last is None or run.status in _UNSOUND else sound).append(run)
     return sound + others

@@ -40,6 +40,10 @@ class EMStatus(Enum):
     DEGENERATE = (
         "An update was degenerate and was rolled back; the parameters are good ones from before it."
     )
+    UNBOUNDED = (
+        "The objective rises without end along a parameter: there is no maximum, and its value is no "
+        "estimate."
+    )
     SYMMETRIC = (
         "The components are exchangeable at this point and cannot separate: "
         "start elsewhere (init='random')."
@@ -164,8 +168,12 @@ class EMResult(Portable, NamesFromElsewhere):
             one that collapsed comes before the run that took its place.
         num_rows: N of the BIC: elements of the outermost data plate in which anything was observed,
             weighted by scale.
-        num_free_parameters: Through constraints; not counted are fixed ones, structural zeros, and
-            elements that no factor reads.
+        num_free_parameters: p of the BIC, through constraints; not counted are fixed ones, structural
+            zeros, and elements that no factor reads. Point estimates of latents outside every plate
+            that the data share count as parameters, those of latents inside do not: they are no
+            parameters of the model.
+        num_local_estimates: Numbers of the point estimates that are not counted for that reason; the
+            log evidence takes them as known.
         start: Where the best run began, in words.
         seed: The seed that was given.
         dtype: Of the densities.
@@ -195,6 +203,7 @@ class EMResult(Portable, NamesFromElsewhere):
     _standard_errors: Callable[[], StandardErrors] = field(repr=False)
     _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
     log_prior: float = 0.0
+    num_local_estimates: int = 0
     bound_name: str = "ELBO"
     ends: tuple[End, ...] = ()
     _information: StaticInformation | None = field(default=None, repr=False)
@@ -278,6 +287,11 @@ class EMResult(Portable, NamesFromElsewhere):
             ("rate of convergence", self.rate),
             ("seconds", round(self.seconds, 3)),
             ("free parameters p", self.num_free_parameters),
+            *(
+                [("point estimates not counted in p", self.num_local_estimates)]
+                if self.num_local_estimates
+                else []
+            ),
             ("rows N", self.num_rows),
             ("BIC (lower is better)", self.bic),
             ("AIC (lower is better)", self.aic),
@@ -325,8 +339,19 @@ class EMResult(Portable, NamesFromElsewhere):
             f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
             f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
             f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
+            + self._uncounted()
             + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)
             + (f"\n{ends_in_words(self.ends)}" if len(self.ends) > 1 else "")
+        )
+
+    def _uncounted(self) -> str:
+        """What p leaves out, in words."""
+        if not self.num_local_estimates:
+            return ""
+        return (
+            f"\np does not count {self.num_local_estimates} point estimates of latents in the data's "
+            "plates; the evidence takes them as known, so that BIC and AIC compare only models with "
+            "the same ones"
         )
 
 

@@ -204,7 +204,7 @@ class Run:
 def best_of(runs: Sequence[Run]) -> Run:
     """The best evidence among sound starts; a degenerate one only where there is no other."""
     usable = [r for r in runs if r.last is not None]
-    sound = [r for r in usable if r.status is not EMStatus.DEGENERATE]
+    sound = [r for r in usable if r.status not in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)]
     return max(sound or usable, key=lambda r: r.objective)
 
 

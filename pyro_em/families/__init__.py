@@ -128,6 +128,25 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
     return {n: torch.as_tensor(v) for n, v in found.items()}
 
 
+def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
+    """The arguments, as given, that set how concentrated an unwrapped distribution is.
+
+    All but locations, and but the degrees of freedom of Student's distributions: these leave a
+    density bounded.
+    """
+    bounded = {"loc", "mean"} | ({"df"} if "StudentT" in type(fn).__name__ else set())
+    held, of_class = vars(fn), vars_of_class(fn)
+    lazy = torch.distributions.utils.lazy_property
+    found = {}
+    for name in getattr(fn, "arg_constraints", {}):
+        if name in bounded or (name not in held and isinstance(of_class.get(name), lazy)):
+            continue
+        value = held[name] if name in held else getattr(fn, name, None)
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+    return found
+
+
 def vars_of_class(fn: Any) -> dict[str, Any]:
     """Class attributes of a distribution, nearest class first, without triggering properties."""
     attributes: dict[str, Any] = {}
