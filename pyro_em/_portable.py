@@ -85,6 +85,9 @@ class Portable:
     def __reduce__(self) -> tuple[Any, ...]:
         return _from_bytes, (type(self), _packed(self._travelling(), None))
 
+    def __copy__(self) -> Any:
+        return _filled(type(self), vars(self))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         shared: list[Any] = []
         content = _packed(self._staying(), shared)

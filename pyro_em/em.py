@@ -755,6 +755,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
         self.__init__(**state["given"])  # type: ignore[misc]
         self._pending = state["fitted"]
 
+    def __copy__(self) -> ExactPosteriorEM:
+        """Another object of the same parts."""
+        return type(self)(**self._arguments())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ExactPosteriorEM:
         """Another object with copies of what the constructor was given; the param store is one."""
         given = self._arguments()

@@ -6,7 +6,6 @@ number outside an interval goes to the nearer end, of a covariance only the lowe
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import pyro
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em._errors import Problem, PyroEMWarning
+from pyro_em._errors import Problem, warn
 from pyro_em._pyro import TracedParameter
 
 # What three digits and single precision do not keep.
@@ -79,7 +78,7 @@ def tell_of_starts(parameters: Mapping[str, TracedParameter]) -> None:
     for p in parameters.values():
         note = start_note(p)
         if note is not None:
-            warnings.warn(str(note), PyroEMWarning, stacklevel=2)
+            warn(str(note))
 
 
 def forget_bad_starts(parameters: Mapping[str, TracedParameter]) -> None:

@@ -64,13 +64,30 @@ def pack(parameters: Mapping[str, TracedParameter], extra: Mapping[str, Any]) ->
 
 
 def write(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write what `pack` made, whole or not at all.
+    """Write what `pack` made, whole or not at all, once it has been read back from memory.
 
     Raises:
+        UsageError: If the state of an optimiser holds what no file of tensors can hold.
         FileError: If the file cannot be written.
     """
     content = io.BytesIO()
-    torch.save(dict(state), content)
+    try:
+        torch.save(dict(state), content)
+        content.seek(0)
+        back = torch.load(content, map_location="cpu", weights_only=True)
+        problem = "" if checksum(back) == state["checksum"] else "it reads back as something else"
+    except Exception as error:  # whatever the objects of an optimiser say
+        problem = str(error).partition("\n")[0]
+    if problem:
+        raise UsageError(
+            message(
+                "save",
+                f"what the optimiser keeps cannot be saved: {problem}.",
+                "a file holds tensors, numbers and strings, so that reading it runs no code; "
+                "nothing was written",
+                ["use an optimiser and schedulers of torch or Pyro whose state is such"],
+            )
+        )
     write_whole(path, content.getvalue())
 
 

@@ -130,6 +130,9 @@ class Structure(Portable):
         # What only runs of the model need: traced sites, values of barren latents.
         return {**vars(self), "unobserved": {}, "kept_values": {}}
 
+    def _staying(self) -> dict[str, Any]:
+        return self._travelling()
+
     @property
     def data_plates(self) -> tuple[str, ...]:
         """The plates that all observations share, outermost first; loops included."""

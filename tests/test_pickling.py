@@ -207,6 +207,15 @@ def test_results(name: str, way: str) -> None:
     em.step(X)
 
 
+def test_a_shallow_copy_is_the_same_but_another_object() -> None:
+    em = ExactPosteriorEM(lambda x: opaque(x), updates={"loc": Gradient(torch.optim.SGD)})
+    assert copy.copy(em).model is em.model
+    result = fit(ExactPosteriorEM(lambda x: opaque(x)))
+    copied = copy.copy(result)
+    assert copied is not result and copied.posterior is result.posterior
+    same(dict(copied.standard_errors()), dict(result.standard_errors()))
+
+
 def test_a_copy_does_not_move_with_the_original() -> None:
     em = ExactPosteriorEM(mixture, updates={"w": Fixed(), "log_scale": Fixed()})
     result = fit(em, max_steps=1)

@@ -183,6 +183,35 @@ def test_numbers_that_are_not_finite_are_not_saved(fitted) -> None:
     assert path.read_bytes() == before
 
 
+class Odd(torch.optim.SGD):
+    """An optimiser whose state no file of tensors can hold."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["me"] = type(self)
+        return super().step(closure)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    def model(x):
+        h = pyro.sample("h", dist.Normal(pyro.param("a", torch.tensor(0.1)), 1.0))
+        pyro.sample("x", dist.Normal(h, 1.0), obs=x.mean())
+
+    def guide(x):
+        pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.5)), 1.0))
+
+    em = ExactPosteriorEM(model, guide, lambda p: Odd(p, lr=0.1))
+    em.plan(X)
+    path = tmp_path / "fit.pt"
+    em.save(path)
+    before = path.read_bytes()
+    em.step(X)
+    with pytest.raises(UsageError, match="save: what the optimiser keeps cannot be saved"):
+        em.save(path)
+    assert path.read_bytes() == before
+
+
 def test_a_structural_zero_is_a_number(tmp_path: Path) -> None:
     em = ExactPosteriorEM(mixture)
     pyro.param("w", torch.tensor([0.0, 1.0]), constraint=constraints.simplex)
