@@ -73,6 +73,7 @@ class TracedParameter:
         is_foreign: Whether the store holds another tensor than the ``nn.Parameter`` that the
             module reads.
         initial: The initial value that the model gave, where this run initialised the parameter.
+        given: The initial value that the model gives, used or not, from a plain run.
     """
 
     name: str
@@ -83,6 +84,7 @@ class TracedParameter:
     initial_shape: torch.Size | None = None
     is_foreign: bool = False
     initial: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
     def value(self) -> torch.Tensor:
         """The current constrained value: a tensor of its own, which no later step changes."""
@@ -180,9 +182,9 @@ class ParameterCapture(Messenger):
                 leaf = self.values[name]
             else:
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())
-            given = self._given(msg)
-            shape = given.shape if isinstance(given, torch.Tensor) else None
-            self.given[name] = given
+            start = self._given(msg)
+            shape = start.shape if isinstance(start, torch.Tensor) else None
+            self.given[name] = start
             own = msg["args"][1] if len(msg["args"]) > 1 else None
             foreign = isinstance(own, torch.nn.Parameter) and own is not value and "$$$" not in name
         else:
@@ -190,8 +192,11 @@ class ParameterCapture(Messenger):
             foreign = known.is_foreign
         initial = known.initial if known else self._starts.get(name)
         declarations = tuple(dict.fromkeys(declared))
+        start = self.given[name]
+        if not isinstance(start, torch.Tensor) or isinstance(start, torch.nn.Parameter):
+            start = None  # a module's parameter is its own value
         self.parameters[name] = TracedParameter(
-            name, unconstrained, constraint, leaf, declarations, shape, foreign, initial
+            name, unconstrained, constraint, leaf, declarations, shape, foreign, initial, start
         )
         if self.hand_out:
             if leaf is not value and hasattr(value, "unconstrained"):

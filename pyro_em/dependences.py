@@ -223,6 +223,11 @@ def _sums(t: Tensor) -> Hashable:
     )
 
 
+def contents_of(value: Any) -> tuple[Hashable, ...]:
+    """Shapes and checksums of the data in a value and in the containers in it; numbers are none."""
+    return tuple((tuple(t.shape), checksum(t)) for t in _tensors(value) if t.dim())
+
+
 def _is_plain(t: Tensor) -> bool:
     return t.layout is torch.strided and not t.is_meta and not t.is_quantized and t.numel() > 0
 

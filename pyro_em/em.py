@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor
 from pyro_em import saving, stochastic
 from pyro_em._checked import by_name, check_path, seed_of, shown, site_name, truth, whole
 from pyro_em._elsewhere import OF_EM, NamesFromElsewhere
-from pyro_em._errors import UsageError, message, warn
+from pyro_em._errors import PyroEMError, UsageError, message, warn
 from pyro_em._portable import require_picklable
 from pyro_em._pyro import (
     TracedParameter,
     is_stored,
     restore,
+    same_random_state,
     seeded,
     values_of,
     without_state,
@@ -45,13 +46,15 @@ from pyro_em.arguments import (
     updates_by_name,
 )
 from pyro_em.batches import Batch, Batches, first_batch, is_loader
+from pyro_em.dependences import contents_of
 from pyro_em.drawn import DrawnPosterior
 from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
 from pyro_em.labels import sort_components
 from pyro_em.looking import Looker, Strategy, plan_of
 from pyro_em.loop import endless_steps
-from pyro_em.m_step import Update, apply_floors
+from pyro_em.m_step import Update, apply_floors, forgets
+from pyro_em.origins import Origin, origin_of, told
 from pyro_em.outcome import build_result, build_stochastic_result
 from pyro_em.plan import Plan
 from pyro_em.posterior import Posterior, regrouped
@@ -162,6 +165,11 @@ class ExactPosteriorEM(NamesFromElsewhere):
         self._parameters: dict[str, TracedParameter] = {}
         self._training: dict[str, Any] = {}
         self._form: Any = None
+        self._held: frozenset[str] = frozenset()
+        self._foreign: set[str] = set()
+        self._data: tuple[Any, ...] | None = None
+        self._has_forgotten = self._has_loaded = False
+        self._reset_names: set[str] = set()
 
     @property
     def guide(self) -> Any:
@@ -367,7 +375,8 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """One E-step and one M-step; one stochastic step on this batch where a guide draws.
 
         Args:
-            *args: The model's arguments.
+            *args: The model's arguments. An exact M-step is the maximum for the data of its own
+                step: it forgets other data that came before, and warns once.
             **kwargs: The model's keyword arguments.
 
         Returns:
@@ -378,25 +387,64 @@ class ExactPosteriorEM(NamesFromElsewhere):
                 return to parameters of up to eight steps before; the message says to which.
         """
         if args and is_loader(args[0]):
-            raise UsageError(
-                message(
-                    "step",
-                    "a DataLoader was given.",
-                    "one step takes one batch",
-                    ["for batch in loader: em.step(batch)", "em.fit(loader, num_epochs=...)"],
-                )
-            )
+            raise UsageError(self._no_loader_in_step(args, kwargs))
         program = self._ready(args, kwargs)
         if isinstance(program, Trainer):
             loss = program.step(args, kwargs)
             self._total_steps += 1
             return loss
+        self._say_what_is_forgotten(program, args, kwargs)
         apply_floors(program.graph, program.updates)
         evaluation = program.evaluate()
         q = program.e_step(evaluation, self._total_steps)
         program.m_step(q.counts, evaluation)
         self._total_steps += 1
         return _loss(q)
+
+    def _say_what_is_forgotten(self, program: Program, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Warn once where a step of an exact model is taken on other data than what came before."""
+        before, self._data = self._data, contents_of((args, kwargs))
+        if before in (None, self._data) or self._has_forgotten or not forgets(program.updates):
+            return
+        self._has_forgotten = True
+        warn(
+            message(
+                "step",
+                "these data are others than before, and what was learnt of those is forgotten.",
+                "every M-step of an exact model is the maximum for the data of its own step: going "
+                "through batches fits the last one",
+                ["em.fit(all data): it finds the best parameters for all of them by itself"],
+            )
+        )
+
+    def _no_loader_in_step(self, args: tuple, kwargs: dict[str, Any]) -> str:
+        """Why ``step`` takes no DataLoader, and what to do with this model."""
+        if self._is_exact_on(args, kwargs):
+            return message(
+                "step",
+                "a DataLoader was given.",
+                "a step of an exact model takes all data at once: every M-step forgets what the "
+                "batches before it said",
+                ["pass the data themselves: em.fit(data)"],
+            )
+        return message(
+            "step",
+            "a DataLoader was given.",
+            "one step takes one batch",
+            ["for batch in loader: em.step(batch)", "em.fit(loader, num_epochs=...)"],
+        )
+
+    def _is_exact_on(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether no guide draws for the batches of a loader."""
+        if self.guide is None:
+            return True
+        batch = first_batch(args[0])
+        items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+        try:
+            with same_random_state():
+                return isinstance(self._look((*items, *args[1:]), kwargs, look_only=True), Program)
+        except PyroEMError:  # said by the next call with a batch
+            return False
 
     @alone("m_step")
     def m_step(self, q: Posterior | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
@@ -423,8 +471,9 @@ class ExactPosteriorEM(NamesFromElsewhere):
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:
         """EM without an end: yields each step after its M-step; the caller breaks.
 
-        Parameters are in the param store before a step is yielded. The iterator ends only if the
-        objective falls, which is said in a warning.
+        Parameters are in the param store before a step is yielded. Data, masks and weights that
+        change between two steps are read anew, whoever changed them; the objective may fall then.
+        The iterator ends only if the objective falls on its own, which is said in a warning.
 
         Args:
             *args: The model's arguments.
@@ -435,6 +484,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             stochastic_steps = self._stochastic_steps(program, args, kwargs)
             return AloneAtEachStep("steps", stochastic_steps)
         apply_floors(program.graph, program.updates)
+        self._data = contents_of((args, kwargs))
         return AloneAtEachStep("steps", self._steps(program))
 
     def _stochastic_steps(
@@ -553,16 +603,19 @@ class ExactPosteriorEM(NamesFromElsewhere):
         }
         passed = [name for name, value in values.items() if value is not None]
         check_collisions(self.model, looked, FIT_KEYWORDS, "fit", passed)
+        held = frozenset(pyro.get_param_store())
         with seeded(seed):
             program = self._ready(looked, kwargs)
+            origin = self._origin(program, held)
             before = self._total_steps
             if callbacks:
                 callbacks = (self._counting_from(before), *callbacks)
             if isinstance(program, Trainer):
                 refuse_exact_keywords(init, num_restarts, acceleration)
-                return self._fit_stochastic(
+                result = self._fit_stochastic(
                     program, args, kwargs, given, max_steps, seed, progress, callbacks, begin
                 )
+                return told(result, origin)
             refuse_stochastic_keywords(given)
             check_acceleration(acceleration, program.is_monotone and program.strategy is None)
             if first is not None:
@@ -571,7 +624,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
                         "fit",
                         "a DataLoader was given.",
                         "an exact fit uses all data at every step",
-                        ["pass the data themselves"],
+                        ["pass the data themselves: em.fit(data)"],
                     )
                 )
             bar = Bar(progress, max_steps, num_restarts, program.objective_name)
@@ -580,7 +633,24 @@ class ExactPosteriorEM(NamesFromElsewhere):
             best = best_of(runs)
             restore(program.graph.parameters, best.parameters)
             self._total_steps = before + best.num_steps
-            return build_result(program, best, runs, settings, init, seed, self._total_steps)
+            self._data = contents_of((args, kwargs))
+            result = build_result(program, best, runs, settings, init, seed, self._total_steps)
+            return told(result, origin)
+
+    def _origin(self, found: Program | Trainer, held: Collection[str]) -> Origin:
+        """Where the values come from at which a fit begins; from now on they are its own."""
+        seen = found.structure if isinstance(found, Program) else found.variational
+        origin = origin_of(
+            self._parameters,
+            {n: p.given for n, p in seen.parameters.items()},
+            held=held,
+            first=self._initial,
+            foreign=self._foreign,
+        )
+        if self._has_loaded:
+            origin = replace(origin, foreign=())
+        self._foreign -= set(origin.foreign)
+        return origin
 
     def _counting_from(self, before: int) -> Callable[[EMStep], None]:
         """A callback that counts steps for those after it, which may save."""
@@ -810,6 +880,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """
         store = pyro.get_param_store()
         built = self._looker.forget()
+        self._reset_names = set(self._parameters) - self._foreign
         for name, p in self._parameters.items():
             if isinstance(p.unconstrained, torch.nn.Parameter) and name not in built:
                 with torch.no_grad():
@@ -818,7 +889,9 @@ class ExactPosteriorEM(NamesFromElsewhere):
                 del store[name]
         self._program, self._trainer, self._total_steps, self._pending = None, None, 0, None
         self._initial, self._parameters, self._training = {}, {}, {}
-        self._form = None
+        self._form, self._data = None, None
+        self._has_forgotten = self._has_loaded = False
+        self._foreign = set()
 
     # ------------------------------------------------------------------ inside
 
@@ -840,6 +913,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             )
         check_model_keywords(self.model, kwargs)
         refuse_inside_a_model()
+        self._held = frozenset(pyro.get_param_store())
 
     def _noted(self, found: Program | Variational) -> Program | Variational:
         """Take note of the parameters that a look found."""
@@ -854,6 +928,8 @@ class ExactPosteriorEM(NamesFromElsewhere):
             if name in self._initial:
                 continue
             self._initial[name] = p.unconstrained.detach().clone()
+            if name in self._held and name not in self._reset_names:
+                self._foreign.add(name)
         self._restore_pending()
         return found
 
@@ -862,6 +938,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         if self._pending is None:
             return
         state, self._pending = self._pending, None
+        self._foreign, self._has_loaded = set(self._parameters), True
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
         saving.restore(state, named)
         saving.restore_buffers(state, (self.model, self.guide))

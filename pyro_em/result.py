@@ -174,7 +174,8 @@ class EMResult(Portable, NamesFromElsewhere):
             parameters of the model.
         num_local_estimates: Numbers of the point estimates that are not counted for that reason; the
             log evidence takes them as known.
-        start: Where the best run began, in words.
+        start: Where the best run began, in words: "values in the model", "values in the param store"
+            where those are others, or the ``init`` that was asked for.
         seed: The seed that was given.
         dtype: Of the densities.
         bound_name: Which bound ``elbo`` and ``history`` hold, in words.

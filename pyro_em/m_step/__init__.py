@@ -30,6 +30,7 @@ from pyro_em.m_step.updates import (
     ParameterUpdate,
     Update,
     decide_updates,
+    forgets,
     groups_reached,
 )
 from pyro_em.statistics import expected_statistics, group_statistics
@@ -252,5 +253,6 @@ __all__ = [
     "Update",
     "apply_floors",
     "decide_updates",
+    "forgets",
     "m_step",
 ]

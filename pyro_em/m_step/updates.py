@@ -144,6 +144,15 @@ class ParameterUpdate:
         return self.uses[0].rule.kind if self.uses else None
 
 
+def forgets(updates: Mapping[str, ParameterUpdate]) -> bool:
+    """Whether an M-step goes to a maximum, wherever the parameters were: other data are forgotten.
+
+    A single step of an optimiser moves them a little.
+    """
+    moving = [u.update for u in updates.values() if not isinstance(u.update, (Fixed, NoUpdate))]
+    return any(not isinstance(u, Gradient) or u.optimizer is None for u in moving)
+
+
 def decide_updates(
     graph: FactorGraph, requested: Mapping[str, Update], default: Gradient | None = None
 ) -> dict[str, ParameterUpdate]:
