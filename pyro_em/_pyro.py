@@ -1152,7 +1152,15 @@ def restore(
 
 def has_finite_support(fn: Any) -> bool:
     """Whether Pyro can enumerate a distribution."""
-    return bool(getattr(fn, "has_enumerate_support", False))
+    return bool(getattr(fn, "has_enumerate_support", False)) and not has_many_counts(fn)
+
+
+def has_many_counts(fn: Any) -> bool:
+    """Whether the elements of a distribution of counts have supports of their own."""
+    total = getattr(unwrap(fn)[0], "total_count", None)
+    if not isinstance(total, torch.Tensor) or not total.numel():
+        return False
+    return not bool((total == total.reshape(-1)[0]).all())
 
 
 def is_discrete(fn: Any) -> bool:

@@ -151,12 +151,7 @@ def latent_problems(
         marginals: How to do without a latent, in sentences.
     """
     fn = site["fn"]
-    total = getattr(_pyro.unwrap(fn)[0], "total_count", None)
-    if (
-        isinstance(total, Tensor)
-        and total.numel()
-        and not bool((total == total.reshape(-1)[0]).all())
-    ):
+    if _pyro.has_many_counts(fn):
         return [
             Problem(
                 f"site '{name}'",

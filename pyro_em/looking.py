@@ -172,6 +172,7 @@ class Looker(StaysHere):
             max_plate_nesting=self.max_plate_nesting,
             first_look=first,
             guide_given=True,
+            max_enumeration=self.max_enumeration,
         )
         if problems:
             raise_problems(problems)

@@ -14,6 +14,7 @@ from pyro_em._elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em._errors import UsageError, message
 from pyro_em._portable import Portable
 from pyro_em.contraction import maximum
+from pyro_em.crossed import across_plates, are_connected
 from pyro_em.e_step import contraction_of, run_contraction
 from pyro_em.graph import FactorGraph, Group, Latent
 from pyro_em.sampling import Conditional, conditionals, cumulative_rows, draw_codes
@@ -122,8 +123,12 @@ class Posterior(Portable, NamesFromElsewhere):
             for i, dims in enumerate(group.dims):
                 if a in dims and b in dims:
                     return self._normalised(marginal(cells[i], dims, wanted), 2)
-        if not self.exact:
+        if not self.exact or not are_connected(self.graph, a, b):
             return self._product(first, second, plates)
+        if not (set(first.plates) <= set(second.plates) or set(second.plates) <= set(first.plates)):
+            return self._normalised(
+                across_plates(self.graph, self.tables, first, second, plates), 2
+            )
         extra = tuple(wanted)
         plan = contraction_of(self.graph, [extra])
         zeros = torch.zeros(
@@ -294,7 +299,8 @@ class Posterior(Portable, NamesFromElsewhere):
 
     def _product(self, first: Latent, second: Latent, plates: list[str]) -> Tensor:
         a, b = (self._over(latent.name, latent, plates) for latent in (first, second))
-        return a.unsqueeze(-1) * b.unsqueeze(-2)
+        sizes = [self.graph.dim_size(p) for p in plates]
+        return (a.unsqueeze(-1) * b.unsqueeze(-2)).expand(*sizes, first.size, second.size)
 
     def _shaped(self, table: Tensor, latent: Latent) -> Tensor:
         """From (plates, K) to the site's own batch dimensions, size-one ones kept."""

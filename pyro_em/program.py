@@ -439,6 +439,7 @@ def build_program(
         max_plate_nesting=max_plate_nesting,
         first_look=first_look,
         sparing=True,
+        max_enumeration=max_enumeration,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None

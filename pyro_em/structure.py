@@ -7,6 +7,7 @@ treatment wrong or impossible is collected as a `Problem`; latents come first.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -183,6 +184,7 @@ def examine(
     first_look: bool = True,
     guide_given: bool = False,
     sparing: bool = False,
+    max_enumeration: int = 2**27,
 ) -> tuple[Structure, list[Problem]]:
     """Run a model plainly and with tagged latents, and say what it is made of.
 
@@ -195,6 +197,8 @@ def examine(
         guide_given: Whether latents without an exact posterior may go to a guide.
         sparing: Whether large latents may be looked at without numbers, where the model allows it;
             the skeleton's ``unchecked`` says whether arguments have still to be validated.
+        max_enumeration: An unobserved site on which nothing depends integrates to one: it is not
+            summed where its table would have more cells.
 
     Returns:
         The skeleton, and all findings: latents first, then parameters, then the other sites.
@@ -204,7 +208,7 @@ def examine(
     """
     _refuse_inference_mode(args, kwargs)
     watched = Watched(model, args, kwargs)
-    how = (max_plate_nesting, guide_given, watched)
+    how = (max_plate_nesting, guide_given, watched, max_enumeration)
     if sparing:
         begin = _pyro.random_state()
         try:
@@ -225,6 +229,7 @@ def _findings(
     max_plate_nesting: int | None,
     guide_given: bool,
     watched: Watched,
+    max_enumeration: int,
 ) -> tuple[Structure, list[Problem]]:
     """The skeleton and all findings, from a plain run."""
     refuse_clearing(plain, "model")
@@ -255,7 +260,7 @@ def _findings(
     )
     hidden = {n for n, s in factors.items() if _pyro.is_latent(s)} - unused
     scopes = {n: scope & hidden for n, scope in tagged.scopes.items()}
-    barren = _barren(factors, scopes)
+    barren = _barren(factors, scopes, max_enumeration)
     masked_pairs = {
         name: _obs_mask(plain.sites[f"{name}_observed"])
         for name, site in plain.sites.items()
@@ -526,14 +531,24 @@ def _plates(
     return plates, tuple(random_plates)
 
 
-def _barren(factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
+def _barren(
+    factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]], max_enumeration: int
+) -> tuple[str, ...]:
     """Unobserved sites that reach no observation and cannot be enumerated with their parents."""
     needed: set[str] = set()
     for name in reversed(list(factors)):  # the model's order is topological
         if name in needed or not _pyro.is_latent(factors[name]):
             needed |= {name} | scopes[name]
+
+    def is_cheap(name: str) -> bool:
+        supports = [support_size_of(factors[z]["fn"]) or 1 for z in {name} | scopes[name]]
+        plates = [f.size for f in frames_of(factors[name]).values()]
+        return math.prod((*supports, *plates)) <= max_enumeration
+
     for name, site in factors.items():
-        if name not in needed and _enumerable(site["fn"]) and scopes[name] - {name} <= needed:
+        if name in needed or not _enumerable(site["fn"]) or not scopes[name] - {name} <= needed:
+            continue
+        if is_cheap(name):
             needed.add(name)
     return tuple(n for n in factors if n not in needed)
 
@@ -558,6 +573,8 @@ def support_size_of(fn: Any) -> int | None:
         return int(probs.shape[-1])
     if kind == "Bernoulli":
         return 2
+    if kind in ("Binomial", "BetaBinomial"):
+        return int(base.total_count.reshape(-1)[0]) + 1
     return int(fn.enumerate_support(expand=False).shape[0])
 
 

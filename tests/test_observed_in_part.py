@@ -248,3 +248,55 @@ def test_random_numbers_inside_a_model_are_said() -> None:
 def test_a_model_without_anything_to_sum() -> None:
     q = ExactPosteriorEM(lambda: pyro.sample("x", dist.Normal(0.0, 1.0))).posterior()
     assert q.log_evidence == 0.0 and q.entropy() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["several counts", "a large count", "beta-binomial"])
+def test_a_partly_observed_leaf_need_not_be_enumerated(kind: str) -> None:
+    """What was not observed, and nothing reads, integrates to one."""
+    n = torch.tensor([3.0, 9.0, 4.0, 6.0])
+    if kind == "a large count":
+        n = torch.full((4,), 200.0)
+    value = torch.tensor([1.0, 7.0, math.nan, math.nan])
+    seen = torch.tensor([True, True, False, False])
+
+    def leaf(p: torch.Tensor) -> dist.TorchDistribution:
+        if kind == "beta-binomial":
+            return dist.BetaBinomial(2 * p, 2 - 2 * p, total_count=n)
+        return dist.Binomial(n, p)
+
+    def model() -> None:
+        p = pyro.param("p", torch.tensor([0.2, 0.7]), constraint=constraints.unit_interval)
+        with pyro.plate("n", 4):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", leaf(p[z]), obs=value, obs_mask=seen)
+            pyro.sample("y", dist.Normal(1.0 * z, 1.0), obs=X)
+
+    joint = torch.tensor([0.4, 0.6]).log() + dist.Normal(torch.tensor([0.0, 1.0]), 1.0).log_prob(
+        X[:, None]
+    )
+    filled = torch.where(seen, value, 0.0)
+    each = torch.stack([leaf(torch.tensor(p)).log_prob(filled) for p in (0.2, 0.7)], -1)
+    joint = joint + torch.where(seen[:, None], each, 0.0)
+    em = ExactPosteriorEM(model, max_enumeration=500)
+    q = em.posterior()
+    assert q.log_evidence == pytest.approx(float(joint.logsumexp(-1).sum()))
+    torch.testing.assert_close(q.probs("z"), joint.softmax(-1))
+    result = em.fit(max_steps=3, tol=0)
+    assert result.num_rows == 4
+    if kind != "beta-binomial":
+        r = joint.softmax(-1)[seen]
+        assert em.plan().updates["p"].update.__class__.__name__ == "ClosedForm"
+        pyro.clear_param_store()
+        em.step()
+        expected = (r * value[seen, None]).sum(0) / (r * n[seen, None]).sum(0)
+        torch.testing.assert_close(pyro.param("p").detach(), expected)
+
+
+def test_a_latent_with_several_counts_that_is_read_is_still_refused() -> None:
+    def model() -> None:
+        with pyro.plate("n", 4):
+            k = pyro.sample("k", dist.Binomial(torch.tensor([3.0, 9.0, 4.0, 6.0]), 0.3))
+            pyro.sample("y", dist.Normal(k, 1.0), obs=X)
+
+    with pytest.raises(ModelError, match="total_count varies"):
+        ExactPosteriorEM(model).posterior()
