@@ -38,6 +38,7 @@ from pyro_em import (
     register_family,
 )
 from pyro_em.families import family_of
+from pyro_em.families.record import BUILT_IN
 
 X = torch.tensor([-1.3, 0.2, 0.4, 1.9, 2.2, -0.7], dtype=torch.float64)
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -401,7 +402,7 @@ def test_what_does_not_pickle_is_named(make: Callable[[], ExactPosteriorEM], wor
 
 
 def test_built_in_records_stay_themselves() -> None:
-    for family in families._BUILT_IN.values():
+    for family in BUILT_IN.values():
         for way in WAYS.values():
             assert way(family) is family
 

@@ -16,24 +16,14 @@ from pyro_em._errors import UsageError, message
 from pyro_em._pyro import unwrap
 from pyro_em.families import counts_and_times, discrete, normal, priors
 from pyro_em.families.priors import conjugate
-from pyro_em.families.record import Family, Kind, Link, Rule, weigh
+from pyro_em.families.record import BUILT_IN, Family, Kind, Link, Rule, weigh
 
 _REGISTRY: dict[type, Family] = {
     family.distribution: family
     for module in (discrete, counts_and_times, normal, priors)
     for family in module.FAMILIES
 }
-_BUILT_IN = dict(_REGISTRY)
-
-
-def is_built_in(family: Family) -> bool:
-    """Whether a record is one of this library."""
-    return _BUILT_IN.get(family.distribution) is family
-
-
-def record_of(distribution: type) -> Family:
-    """The library's own record of a distribution."""
-    return _BUILT_IN[distribution]
+BUILT_IN.update(_REGISTRY)
 
 
 def register_family(family: Family, *, replace: bool = False) -> Family:

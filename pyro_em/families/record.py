@@ -222,9 +222,7 @@ class Family:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A record of this library goes by its distribution: most functions have no name."""
-        from pyro_em.families import is_built_in, record_of
-
-        if is_built_in(self):
+        if BUILT_IN.get(self.distribution) is self:
             return record_of, (self.distribution,)
         return Family, tuple(getattr(self, f.name) for f in fields(self))
 
@@ -296,3 +294,12 @@ class Family:
             one = torch.ones(shape, dtype=weights.dtype, device=weights.device)
             stats["weight"] = weigh(weights, one, keep)
         return stats
+
+
+# The library's own records by distribution; `pyro_em.families` fills it.
+BUILT_IN: dict[type, Family] = {}
+
+
+def record_of(distribution: type) -> Family:
+    """The library's own record of a distribution."""
+    return BUILT_IN[distribution]
