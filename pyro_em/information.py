@@ -53,10 +53,11 @@ class StaticInformation(Portable):
             for n, p in self.graph.parameters.items()
         }
 
-        def log_evidence(moved: Mapping[str, Tensor]) -> Tensor:
+        def evidence_of(moved: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
             values = {**{n: p.value() for n, p in held.items() if n not in moved}, **moved}
             tables = [g.log_density_at(values).to(torch.float64) for g in self.graph.groups]
             flat = [part for table in tables for part in table.unbind(0)]
-            return evidence(contract(self.contraction, flat, scales=scales_of(self.graph)))
+            total = evidence(contract(self.contraction, flat, scales=scales_of(self.graph)))
+            return flat, total
 
-        return standard_errors([p for n, p in held.items() if n not in self.fixed], log_evidence)
+        return standard_errors([p for n, p in held.items() if n not in self.fixed], evidence_of)

@@ -275,11 +275,11 @@ def _observed_information(
     free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
     order = range(len(program.graph.groups))
 
-    def log_evidence(moved: Mapping[str, Tensor]) -> Tensor:
+    def evidence_of(moved: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         fixed = {n: p.value() for n, p in parameters.items() if n not in moved}
         tables = program.log_densities_at({**fixed, **moved}, list(order))
         flat = [part for g in order for part in tables[g].to(torch.float64).unbind(0)]
-        return evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
+        return flat, evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
 
     with parameters_at(parameters, unconstrained, unconstrained=True):
-        return standard_errors(free, log_evidence)
+        return standard_errors(free, evidence_of)

@@ -7,6 +7,12 @@ unconstrained coordinates u. B spans the directions in which the model can move:
 numbers has K − 1 of them, a coordinate on its boundary none. Any further null direction of I means
 that the data do not identify the parameter.
 
+Whether a number of I is zero cannot be seen from the number, which has units: a slope per kilometre
+has a millionth of the information of a slope per metre. It is held against the information that
+complete data would have, the size of the terms that cancel in it,
+
+    F = Σ_cells q ∂log p(x, z) ∂log p(x, z)ᵀ.
+
 Source: Louis (1982) for the observed information of incomplete data; the delta method.
 """
 
@@ -22,6 +28,8 @@ from torch.distributions import constraints, transform_to
 from pyro_em._errors import UsageError, message
 from pyro_em._portable import Portable
 from pyro_em._pyro import TracedParameter
+
+_DRAWS = 8  # of random signs; a mean square of so many is right within a small factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,13 +63,14 @@ class StandardErrors(Portable, Mapping[str, Tensor]):
 
 def standard_errors(
     parameters: Sequence[TracedParameter],
-    log_evidence: Callable[[Mapping[str, Tensor]], Tensor],
+    evidence_of: Callable[[Mapping[str, Tensor]], tuple[Sequence[Tensor], Tensor]],
 ) -> StandardErrors:
     """Standard errors of constrained parameters at their current values.
 
     Args:
         parameters: The free parameters.
-        log_evidence: From constrained values to the log evidence, twice differentiable.
+        evidence_of: From constrained values to the log densities of all factors and the log evidence
+            that follows from them, twice differentiable.
 
     Raises:
         UsageError: If there is no parameter.
@@ -81,15 +90,25 @@ def standard_errors(
             p.name: transform_to(p.constraint)(v)
             for p, v in zip(parameters, variables, strict=True)
         }
-        total = log_evidence(values)
-        information = -_hessian(total, variables)
+        tables, total = evidence_of(values)
+        scores = _random_scores(tables, total, variables)
+        information = -_hessian(_without_slope(total, parameters, values), variables)
         jacobian = _jacobian([values[p.name] for p in parameters], variables)
     notes: list[str] = []
     basis = _basis(parameters, variables, values, jacobian, notes)
     reduced = basis.mT @ information @ basis
-    scale = reduced.diagonal().abs().clamp(min=torch.finfo(reduced.dtype).tiny).rsqrt()
+    least = 1e-9 if reduced.dtype == torch.float64 else 1e-4
+    own = reduced.diagonal().abs()
+    complete = (scores @ basis).square().mean(0)
+    # Numbers that are no more than what rounding leaves of terms that cancel are zeros.
+    rounding = 1e-2 * least * complete
+    reduced = torch.where(reduced.abs() <= (rounding * rounding.unsqueeze(-1)).sqrt(), 0.0, reduced)
+    size = torch.where(own <= rounding, complete, own)
+    scale = torch.where(size > 0, size, 1.0).rsqrt()
     eigenvalues, vectors = torch.linalg.eigh(reduced * scale * scale.unsqueeze(-1))
-    small = 1e-9 if reduced.dtype == torch.float64 else 1e-4
+    small = (
+        ((vectors * scale.unsqueeze(-1)).square() * rounding.unsqueeze(-1)).sum(0).clamp(min=least)
+    )
     negative = eigenvalues < -small
     null = eigenvalues.abs() <= small
     if bool(negative.any()):
@@ -103,7 +122,8 @@ def standard_errors(
     variance = covariance.diagonal().clone()
     lost = half[:, null | negative].abs().amax(-1) if bool((null | negative).any()) else None
     if lost is not None:
-        unidentified = lost > 1e-6 * half.abs().amax().clamp(min=1e-300)
+        # Row by row: every element has its own unit.
+        unidentified = lost > 1e-6 * half.abs().amax(-1)
         variance[unidentified] = torch.nan
         if bool(null.any()):
             names = _names(parameters, values, unidentified)
@@ -145,6 +165,69 @@ def _hessian(total: Tensor, variables: Sequence[Tensor]) -> Tensor:
         ]
     )
     return _jacobian([flat], variables)
+
+
+def _without_slope(
+    total: Tensor, parameters: Sequence[TracedParameter], values: Mapping[str, Tensor]
+) -> Tensor:
+    """The evidence less its linear part in θ, so that the map from u to θ adds no curvature.
+
+    A fit stops where the slope is small, not where it is zero. Times the curvature of a softmax it
+    would give a flat direction some information. Correlation matrices and the like are left as they
+    are: no straight line stays among them.
+    """
+    straight = [p.name for p in parameters if _is_flat(p.constraint)]
+    attached = [values[n] for n in straight if values[n].requires_grad]
+    if not attached or not total.requires_grad:
+        return total
+    slopes = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
+    for theta, slope in zip(attached, slopes, strict=True):
+        if slope is not None:
+            total = total - (torch.nan_to_num(slope.detach(), 0.0, 0.0, 0.0) * theta).sum()
+    return total
+
+
+def _is_flat(constraint: constraints.Constraint) -> bool:
+    """Whether between two values of a constraint there is a straight line of values."""
+    base = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    shape = type(base).__name__.lstrip("_")
+    cones = (
+        "LowerCholesky",
+        "SoftplusLowerCholesky",
+        "PositiveDefinite",
+        "SoftplusPositiveDefinite",
+    )
+    return base is constraints.simplex or base.event_dim == 0 or shape in cones
+
+
+def _random_scores(tables: Sequence[Tensor], total: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    """Draws whose mean square is F: scores of all cells under random signs. # (draws, all u)"""
+    attached = [t for t in tables if t.requires_grad]
+    if not attached or not total.requires_grad:
+        return torch.zeros(1, sum(v.numel() for v in variables), dtype=total.dtype)
+    counts = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    for _ in range(_DRAWS):
+        parts = []
+        for table, count in zip(attached, counts, strict=True):
+            if count is None:
+                continue
+            signs = torch.randint(0, 2, table.shape, generator=generator).to(table) * 2 - 1
+            weight = count.detach().clamp(min=0).to(table).sqrt() * signs
+            parts.append((weight * torch.where(weight == 0, 0.0, table)).sum())
+        found = torch.autograd.grad(sum(parts), variables, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        draws.append(
+            torch.cat(
+                [
+                    torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
+                    for v, g in zip(variables, found, strict=True)
+                ]
+            )
+        )
+    return torch.nan_to_num(torch.stack(draws).detach(), posinf=0.0, neginf=0.0)
 
 
 def _jacobian(outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
