@@ -460,6 +460,24 @@ def data_problems(
     ]
 
 
+def read_from_outside(name: str, latent: str, plate: str) -> Problem:
+    """A site outside a plate that reads a latent of the plate."""
+    return Problem(
+        f"site '{name}'",
+        f"it reads latent '{latent}' of plate '{plate}' from outside that plate.",
+        "all elements of the plate would be coupled: an enumeration of K to the power of the plate's "
+        "size",
+        (
+            f"put '{name}' inside plate '{plate}'",
+            f"write plate '{plate}' as a loop: for i in pyro.plate(name, size), with one site per "
+            "element; the exact sum is then small where the plate is, or where each element reads "
+            "only the one before",
+            f"give a guide that draws '{latent}': ExactPosteriorEM(model, guide)",
+        ),
+        latents=(latent,),
+    )
+
+
 def scope_problems(
     name: str, scope: Sequence[str], plates: Mapping[str, Sequence[str]]
 ) -> list[Problem]:
@@ -470,20 +488,5 @@ def scope_problems(
             continue
         outside = [p for p in plates[latent] if p not in plates[name]]
         if outside:
-            problems.append(
-                Problem(
-                    f"site '{name}'",
-                    f"it reads latent '{latent}' of plate '{outside[0]}' from outside that plate.",
-                    "all elements of the plate would be coupled: an enumeration of "
-                    "K to the power of the plate's size",
-                    (
-                        f"put '{name}' inside plate '{outside[0]}'",
-                        f"write plate '{outside[0]}' as a loop: for i in pyro.plate(name, size), "
-                        "with one site per element; the exact sum is then small where the plate is, "
-                        "or where each element reads only the one before",
-                        f"give a guide that draws '{latent}': ExactPosteriorEM(model, guide)",
-                    ),
-                    latents=(latent,),
-                )
-            )
+            problems.append(read_from_outside(name, latent, outside[0]))
     return problems

@@ -10,7 +10,7 @@ import pyro
 import torch
 
 from pyro_em import _pyro
-from pyro_em._errors import UsageError, as_error, message, raise_problems
+from pyro_em._errors import ModelError, UsageError, as_error, message, raise_problems
 from pyro_em._portable import StaysHere
 from pyro_em._pyro import Role
 from pyro_em.findings import parameter_problems
@@ -230,7 +230,10 @@ class Looker(StaysHere):
             return None
         if latents & bare.coupled.keys():
             return None
-        cost = contraction_from_structure(reduced(bare, set(routing.points)))
+        try:
+            cost = contraction_from_structure(reduced(bare, set(routing.points)))
+        except ModelError:  # latents of crossed plates
+            return None
         if cost.cells > self.max_enumeration:
             return None
         exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())

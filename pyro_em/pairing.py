@@ -147,10 +147,7 @@ def decide_routes(
             reasons[name] = kind
         elif coupled is not None:
             from_guide.add(name)
-            reasons[name] = (
-                f"elements of plate '{coupled.plate}' read each other's (site '{coupled.site}'): no "
-                "exact sum"
-            )
+            reasons[name] = coupled.reason
         elif strategy(name) == "guide":
             from_guide.add(name)
             reasons[name] = "strategy='guide'"
@@ -168,8 +165,16 @@ def decide_routes(
         given = reduced(structure, from_guide)
         try:
             cost = contraction_from_structure(given)
-        except ModelError as error:
-            return Routing(()), list(error.problems)
+        except ModelError as error:  # latents of crossed plates
+            outer = [n for p in error.problems for n in p.latents]
+            free = [n for n in outer if n in guide.sites and n in structure.latents]
+            if not free:
+                return Routing(()), list(error.problems)
+            others = ", ".join(f"'{n}'" for n in outer if n != free[0])
+            reasons[free[0]] = f"coupled with {others} across plates: no exact sum"
+            from_guide.add(free[0])
+            from_guide |= _depended_on(guide, from_guide, mine, reasons)
+            continue
         if cost.cells <= max_enumeration:
             break
         movable = [n for n in cost.largest if n in guide.sites and n in structure.latents]
@@ -249,12 +254,11 @@ def _enumerated_in_guide(
     finite = [n for n in known if _pyro.has_finite_support(guide.sites[n]["fn"])]
     # What is enumerated has one element for its whole plate: it must not be read by others.
     finite = [n for n in finite if n not in structure.coupled and n not in guide.coupled]
+    finite = [n for n in finite if _stays_inside(n, structure, guide, drawn, exact)]
     marked = [n for n in finite if guide.sites[n]["infer"].get("enumerate")]
     if exact:
-        local = [n for n in finite if _stays_inside(n, structure, guide, drawn, exact)]
-        if _runs(local, guide) <= _FEW_RUNS:
-            return tuple(local)
-        marked = [n for n in marked if n in local]
+        if _runs(finite, guide) <= _FEW_RUNS:
+            return tuple(finite)
         return tuple(marked) if _runs(marked, guide) <= _MANY_RUNS else ()
     if not finite:
         return ()

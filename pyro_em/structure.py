@@ -289,7 +289,8 @@ def _findings(
         if is_latent:
             no_route = latent_problems(name, site, scopes, marginals)
             if not guide_given:
-                found.extend(no_route or [c.problem() for c in coupled.get(name, ())])
+                among = [c.problem() for c in coupled.get(name, ()) if c.part]
+                found.extend(no_route or among)
         elif _pyro.role_of(site) is Role.DATA:
             anew = _pyro.support_reads_latents(tagged.sites[name]["fn"])
             of_data = data_problems(name, site, check_support=not anew)
@@ -302,6 +303,10 @@ def _findings(
             # A continuous latent is no sum: what is said of it above is enough.
             summed = [s for s in sorted(scope) if _enumerable(factors[s]["fn"])]
             found.extend(scope_problems(name, summed, site_plates))
+        for latent in sorted(scope - {name}):
+            outside = [p for p in site_plates[latent] if p not in site_plates[name]]
+            if outside and not _pyro.is_smooth(factors[latent]["fn"]):
+                coupled.setdefault(latent, [Coupling(latent, outside[0], name, "")])
         sites[name] = SiteInfo(
             name,
             _name_of(site),

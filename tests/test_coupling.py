@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -63,6 +64,10 @@ COUPLED = {
     "convolution": lambda z: F.conv1d(
         z.double().reshape(-1, 1, z.shape[-1]), torch.ones(1, 1, 3), padding=1
     ).reshape(z.shape),
+    "writing into memory": lambda z: torch.zeros(z.shape).index_copy(
+        -1, torch.arange(1, z.shape[-1]), MU[z][..., :-1]
+    ),
+    "numpy": lambda z: torch.from_numpy(np.roll(z.numpy(), 1, -1)).double(),
     "loop over elements": lambda z: torch.stack(
         [MU[z][..., i - 1] for i in range(z.shape[-1])], -1
     ),
@@ -245,6 +250,88 @@ def test_a_guide_whose_own_elements_read_each_other_is_not_enumerated():
     assert "enumerated in the guide" in routes["y"].reason
 
 
+def outside_its_plate(x):
+    p = pyro.param("p", torch.tensor(0.4), constraint=C.unit_interval)
+    with pyro.plate("n", 4):
+        z = pyro.sample("z", dist.Bernoulli(p))
+    pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=x[0])
+
+
+def of_its_elements(x):
+    with pyro.plate("n", 4):
+        q = pyro.param("q", torch.full((4,), 0.5), constraint=C.unit_interval)
+        pyro.sample("z", dist.Bernoulli(q))
+
+
+def crossing(x):
+    p = pyro.param("p", torch.tensor(0.4), constraint=C.unit_interval)
+    rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 2, dim=-1)
+    with rows:
+        z = pyro.sample("z", dist.Bernoulli(p))
+    with columns:
+        w = pyro.sample("w", dist.Bernoulli(p))
+    with rows, columns:
+        pyro.sample("x", dist.Normal(z + w, 1.0), obs=x[:4].reshape(2, 2))
+
+
+def of_rows(x):
+    with pyro.plate("rows", 2, dim=-2):
+        q = pyro.param("q", torch.full((2, 1), 0.5), constraint=C.unit_interval)
+        pyro.sample("z", dist.Bernoulli(q))
+
+
+def bound_outside(x):
+    coin, total = dist.Bernoulli(0.4), torch.zeros(())
+    for values in itertools.product([0.0, 1.0], repeat=4):
+        z = torch.tensor(values)
+        log_p = coin.log_prob(z).sum() + dist.Normal(z.sum(), 1.0).log_prob(x[0])
+        total = total + (log_p + 4 * torch.tensor(2.0).log()) / 16
+    return float(total)
+
+
+def bound_crossing(x):
+    coin, x, total = dist.Bernoulli(0.4), x[:4].reshape(2, 2), torch.zeros(())
+    w = torch.tensor([0.0, 1.0])
+    for values in itertools.product([0.0, 1.0], repeat=2):
+        z = torch.tensor(values)
+        of_w = dist.Normal(z[:, None, None] + w, 1.0).log_prob(x[..., None]).sum(0)
+        evidence = (coin.log_prob(w) + of_w).logsumexp(-1).sum()
+        total = total + (coin.log_prob(z).sum() + evidence + 2 * torch.tensor(2.0).log()) / 4
+    return float(total)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "guide"])
+@pytest.mark.parametrize(
+    ("model", "guide", "bound"),
+    [(outside_its_plate, of_its_elements, bound_outside), (crossing, of_rows, bound_crossing)],
+)
+def test_the_guide_that_a_refusal_advises_helps(model, guide, bound, strategy):
+    with pytest.raises(ModelError, match=r"give a guide that draws"):
+        ExactPosteriorEM(model).posterior(X)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    terms = ExactPosteriorEM(model, guide, strategy=strategy).elbo(X, num_particles=600)
+    assert abs(terms.value - bound(X)) < 4 * terms.standard_error
+
+
+def test_a_guide_that_reads_a_plate_from_outside_is_not_enumerated():
+    def model(x):
+        with pyro.plate("n", 4):
+            y = pyro.sample("y", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x)
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=x[0])
+
+    def guide(x):
+        p = pyro.param("p", torch.full((4,), 0.5), constraint=C.unit_interval)
+        with pyro.plate("n", 4):
+            y = pyro.sample("y", dist.Bernoulli(p))
+        pyro.sample("h", dist.Normal(y.mean(-1), 1.0))
+
+    routes = {r.site: r for r in ExactPosteriorEM(model, guide).plan(X[:4]).routes}
+    assert "score function" in routes["y"].reason
+
+
 # -------------------------------------------------------------------------- models that are fine
 
 
@@ -281,6 +368,15 @@ def floats(x):
         z = pyro.sample("z", dist.Bernoulli(0.3))
         b = pyro.sample("b", dist.Binomial(3, 0.4))
         pyro.sample("x", dist.Normal(torch.where(z.bool(), b, -b), 1.0), obs=x)
+
+
+def of_great_size(x):
+    """Sums of large numbers in single precision that nearly cancel."""
+    B = 1e6 * torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).float()
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2).float()))
+        loc = (F.one_hot(z, 2).float() @ B).sum(-1) - B.sum(-1)[z]
+        pyro.sample("x", dist.Normal(loc + (B[z] - B[0]).sum(-1), 1.0), obs=x.float())
 
 
 def one_hot(x):
@@ -393,6 +489,7 @@ FINE = [
     sums_of_one,
     constant_draws,
     floats,
+    of_great_size,
     one_hot,
     partly_observed,
     crossed,
