@@ -483,7 +483,7 @@ class Run:
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
         unfinished: The parameter at whose initial value the run broke off.
-        cleared: Whether a plain run has emptied the param store, or put another in its place.
+        cleared: Whether the run has emptied the param store of what was in it.
     """
 
     sites: dict[str, dict[str, Any]]
@@ -827,8 +827,7 @@ def plain_run(
 def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
-    held = pyro.get_param_store()._params
-    known = tuple(held)
+    begun = _store_as_it_is()
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(True))
@@ -839,15 +838,25 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
         except PyroEMError:
             raise  # the model calls this library, which has said what is wrong
         except Exception as error:
-            begun = capture.unfinished()
-            run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=begun)
+            broken = capture.unfinished()
+            run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=broken)
             raise RunFailed(error, run, tuple(watch.empty)) from error
     parameters = _apart(_alive(capture.parameters), capture.given)
-    now = pyro.get_param_store()._params
-    # Modules with parameters of their own put a store of theirs in place while they run.
-    local = pyro.settings.get("module_local_params")
-    cleared = (now is not held and not local) or any(n not in now for n in known)
+    cleared = _was_cleared(begun)
     return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed(), cleared=cleared)
+
+
+def _store_as_it_is() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The param store's own dictionary, and a copy of it."""
+    held = pyro.get_param_store()._params
+    return held, dict(held)
+
+
+def _was_cleared(begun: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]) -> bool:
+    """Whether the param store has been cleared since, and not been restored (as a scope does)."""
+    held, before = begun
+    now = pyro.get_param_store()._params
+    return now is not held and any(now.get(name) is not p for name, p in before.items())
 
 
 def _holds_shadows() -> bool:
@@ -969,6 +978,7 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
     """
     capture = ParameterCapture()
     latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
+    begun = _store_as_it_is()
     mixing = Mixing({n: _plate_sizes(s) for n, s in latents.items() if not is_smooth(s["fn"])})
     with (
         plain.shadows or nullcontext(),
@@ -992,8 +1002,13 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         if site["is_observed"]:
             scope |= get_provenance(site["value"]) - {name}
         scopes[name] = scope
-    suspects = frozenset(mixing.suspects)
-    return Run(dict(trace.nodes), capture.parameters, scopes, suspects=suspects)
+    return Run(
+        dict(trace.nodes),
+        capture.parameters,
+        scopes,
+        suspects=frozenset(mixing.suspects),
+        cleared=_was_cleared(begun),
+    )
 
 
 @contextmanager

@@ -241,6 +241,7 @@ def look_at_guide(
     refuse_clearing(plain, "guide")
     watched.after_one_run(plain.sites)
     tagged = _pyro.provenance_run(guide, args, kwargs, plain)
+    refuse_clearing(tagged, "guide")
     if writing := writing_problems(guide, args, kwargs, watched, plain, tagged.scopes):
         raise_problems(writing)
     scopes: dict[str, frozenset[str]] = {}

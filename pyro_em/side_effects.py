@@ -167,7 +167,7 @@ def refuse_clearing(run: _pyro.Run, where: str) -> None:
         raise ModelError(
             message(
                 where,
-                "it clears the param store while it runs (pyro.clear_param_store(), or a scope).",
+                "it clears the param store while it runs (pyro.clear_param_store()).",
                 "every run would begin with new parameters: nothing could be learned",
                 [
                     "clear the store before the model is passed here, not in it",

@@ -243,6 +243,7 @@ def _findings(
         )
     plates, random_plates = _plates(plain.sites, factors)
     tagged = _pyro.provenance_run(model, args, kwargs, plain)
+    refuse_clearing(tagged, "model")
     if set(tagged.scopes) != set(factors):
         raise_problems([changing_sites(sorted(set(tagged.scopes) ^ set(factors)), random_plates)])
     writing = writing_problems(model, args, kwargs, watched, plain, factors)

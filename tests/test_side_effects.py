@@ -136,6 +136,18 @@ def test_a_model_that_clears_the_param_store_is_refused(guide):
         ExactPosteriorEM(model, guide).fit(X.clone())
 
 
+def test_a_scope_of_its_own_is_no_clearing():
+    """Modules whose parameters are local swap the store while they run, and put it back."""
+
+    def model(x):
+        with pyro.get_param_store().scope():
+            pyro.param("unused", torch.tensor(0.0))
+        mixture(x)
+
+    mixture(X)
+    assert ExactPosteriorEM(model).fit(X.clone(), max_steps=2).num_steps == 2
+
+
 def test_what_changes_once_is_told():
     def model(x):
         x.clamp_(min=-0.5)
