@@ -174,7 +174,7 @@ def _record(
     after: Iterate,
     r: int,
 ) -> bool:
-    """Note one step; returns whether a callback asked to stop."""
+    """Note one step; returns whether the cycle is over: a callback asked to stop, or wrote data."""
     run.entering.append(before.objective)
     run.after.append(bound)
     settings.bar.update(r, after.objective)
@@ -183,6 +183,7 @@ def _record(
         if any(callback(step) is True for callback in settings.callbacks):
             run.status = EMStatus.STOPPED
             return True
+        return program.is_changed()  # plain steps read the model anew
     return False
 
 

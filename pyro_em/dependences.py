@@ -1,11 +1,11 @@
 """What a reading of a model depends on beside its parameters, and whether it has changed since.
 
-One list per reading, in two parts. *Memory*: the arguments, and every tensor that the model's
-operations read and that is not made in the run: observed values, masks, scales, exposures,
-covariates, buffers, wherever the model has them from. It is known by the count of in-place writes
-that torch keeps, and by a checksum of its content, which also shows what numpy or ``.data`` wrote.
-*Names*: what the model's arguments, closure, globals and attributes are called: they may come to
-stand for something else.
+One list per reading, in two parts. *Memory*: tensors and arrays among the arguments, the closure,
+the globals and the attributes of a model, and every tensor that its operations read and do not make:
+observed values, masks, scales, exposures, covariates, buffers, wherever the model has them from. It is
+known by the count of in-place writes that torch keeps, and by a checksum of its content, which also
+shows what numpy or ``.data`` wrote. *Names*: those of the closure, the globals and the attributes,
+and the entries of arguments, which may come to stand for something else.
 
 What the model itself changes while it runs (statistics of a batch normalisation, a counter) is on
 neither list.
@@ -116,8 +116,9 @@ class Reading:
         self.made: set[int] = set()
         self._look = functools.partial(_names, model, args, kwargs)
         self._names = self._look()
-        for tensor in _tensors((args, kwargs, _arrays(self._names))):
-            self.note(tensor)
+        for value in (args, kwargs, *self._names.values()):
+            for tensor in _tensors(value):
+                self.note(tensor)
 
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, and note what it reads and makes."""
@@ -264,10 +265,6 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
     elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
         for part in value.values() if isinstance(value, dict) else value:
             yield from _tensors(part, depth - 1)
-
-
-def _arrays(names: Mapping[str, Any]) -> list[np.ndarray]:
-    return [v for v in names.values() if isinstance(v, np.ndarray)]
 
 
 def _names(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,11 @@ def _proceed(
             run.status, run.message = EMStatus.UNBOUNDED, away
     stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
     symmetric = run.began_symmetric and stopped
-    if symmetric and run.last is not None and _is_symmetric(run.last, iteration):
+    if (
+        symmetric
+        and run.last is not None
+        and _is_symmetric(run.last, None if program.readings else iteration)
+    ):
         run.status = EMStatus.SYMMETRIC
 
 
@@ -162,13 +166,13 @@ def _iterate(
     """Steps from the run's last iterate until one of the rules stops the run."""
     run.status = EMStatus.MAX_STEPS
     handovers = 0
-    if iteration is not None and run.readings != program.readings:
-        iteration, run.readings = compiled_iteration(program), program.readings
+    if iteration is not None and program.readings:
+        iteration = compiled_iteration(program)  # the caller's is of data that were changed since
     try:
         while run.num_steps < settings.max_steps:
             if settings.callbacks and program.is_changed():
                 read_anew(program, run)  # a callback wrote data: go on with them as they are
-                iteration, run.readings = compiled_iteration(program), program.readings
+                iteration = compiled_iteration(program)
             if iteration is not None and program.compiled and handovers < _MANY_HANDOVERS:
                 if settings.callbacks and run.seen is not None and run.seen.is_changed():
                     iteration = None  # a callback writes parameters: full steps from here

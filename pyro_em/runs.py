@@ -165,7 +165,6 @@ class Run:
     began_symmetric: bool = False
     is_replaced: bool = False
     verify_at: int = 0
-    readings: int = 0
 
     def plain_path(self) -> list[float]:
         """The last objectives that plain EM steps entered, enough for the stopping rule."""

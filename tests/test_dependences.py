@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_em import ExactPosteriorEM, PyroEMWarning, UsageError
-from pyro_em.dependences import checksum
+from pyro_em.dependences import _sums, checksum
 
 SCALES = SimpleNamespace(spread=1.0)
 
@@ -327,6 +327,77 @@ def test_a_checksum_of_large_data_sees_what_is_written_all_over():
     before = checksum(x)
     x.numpy()[:] = np.arange(6_000_000)
     assert checksum(x) != before
+
+
+def test_a_checksum_where_the_data_are():
+    """The one that needs no copy to the CPU sees signs, places and single numbers."""
+    x = torch.randn(1001, dtype=torch.float64)
+    before = _sums(x)
+    x.numpy()[:] *= -1
+    assert _sums(x) != before
+    x.numpy()[:] *= -1
+    assert _sums(x) == before
+    x.numpy()[[3, 700]] = x.numpy()[[700, 3]]
+    assert _sums(x) != before
+    x.numpy()[[3, 700]] = x.numpy()[[700, 3]]
+    x.numpy()[-1] += 1e-9
+    assert _sums(x) != before
+    assert _sums(torch.tensor(True)) != _sums(torch.tensor(False))
+
+
+@pytest.mark.parametrize("how", ["tolist", "numpy", "item"])
+def test_data_that_leave_torch_are_watched(how):
+    """The model copies what it closes over, so that no operation of torch reads the data."""
+    data = torch.tensor([0.0, 1.0, 5.0, 6.5])
+
+    def values():
+        if how == "tolist":
+            return torch.tensor(data.tolist())
+        if how == "numpy":
+            return torch.from_numpy(data.numpy() * 1.0)
+        return torch.tensor([v.item() for v in data])
+
+    def model():
+        mu = pyro.param("mu", torch.tensor([0.0, 4.0]))
+        with pyro.plate("n", 4):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=values())
+
+    em, mu = ExactPosteriorEM(model), np.zeros(2)
+    for step in itertools.islice(em.steps(), 5):
+        if step.index == 3:
+            rows = np.exp(-0.5 * (data.numpy()[:, None] - mu) ** 2).mean(1) / np.sqrt(2 * np.pi)
+            assert step.elbo == pytest.approx(np.log(rows).sum(), rel=1e-5)
+        if step.index == 2:
+            data.add_(1.5)
+        mu = step.params["mu"].numpy()
+
+
+@pytest.mark.parametrize("max_steps", [24, 30, 40])
+def test_accelerated_steps_take_what_there_is(max_steps):
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 2), torch.randn(12)
+
+    def model(x, y):
+        b = pyro.param("b", torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("y", dist.Normal((b[z] * x).sum(-1), 1.0), obs=y)
+
+    def look(step):
+        if step.index == 7:
+            x.mul_(1.5)
+
+    context = quietly()
+    try:
+        result = ExactPosteriorEM(model).fit(
+            x, y, max_steps=max_steps, tol=0, callbacks=look, acceleration="squarem"
+        )
+    finally:
+        context.__exit__(None, None, None)
+    loc = x.numpy() @ result.params["b"].numpy().T
+    rows = np.exp(-0.5 * (y.numpy()[:, None] - loc) ** 2).mean(1) / np.sqrt(2 * np.pi)
+    assert result.log_evidence == pytest.approx(np.log(rows).sum(), rel=1e-5)
 
 
 def test_a_guide_that_reads_changed_data_takes_them():
