@@ -465,3 +465,95 @@ def test_unmasked_nan_is_still_named() -> None:
     x[3, int(seen[3].nonzero()[0])] = math.nan
     with pytest.raises(DataError, match="1 of 12 observed values are NaN"):
         ExactPosteriorEM(_diagonal_mixture).posterior(x, seen)
+
+
+@pytest.mark.parametrize("name", ["Normal, infinite", "Bernoulli", "Poisson", "Categorical"])
+def test_compiled_chains_with_a_mask_per_element(name: str) -> None:
+    """Four steps of five sequences, some of which end early, against the forward algorithm."""
+    kind, steps, n, d = KINDS[name], 4, 5, 2
+    generator = torch.Generator().manual_seed(1)
+    (param, (constraint, event, at)), *_ = kind.params.items()
+    start = at(torch.randn(K, d, *event, generator=generator))
+    seen = torch.rand(steps, n, d, generator=generator) > 0.3
+    length = torch.tensor([4, 3, 2, 4, 1])
+    A0, first = torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([0.4, 0.6])
+    x = kind.build(start[torch.randint(K, (steps, n), generator=generator)]).sample()
+    data = x.clone()
+    data[~seen] = kind.garbage
+
+    def model(x: Tensor) -> None:
+        own = pyro.param(param, start.clone(), constraint=constraint)
+        A = pyro.param("A", A0.clone(), constraint=constraints.simplex)
+        with pyro.plate("sequences", n):
+            z: Any = None
+            for t in pyro.markov(range(steps)):
+                with poutine.mask(mask=t < length):
+                    z = pyro.sample(f"z_{t}", dist.Categorical(first if z is None else A[z]))
+                    fn = kind.build(own[z]).mask(seen[t]).to_event(1)
+                    pyro.sample(f"x_{t}", fn, obs=x[t])
+
+    def evidence(own: Tensor, A: Tensor) -> float:
+        each = kind.build(own).log_prob(x.reshape(steps, n, 1, d, *x.shape[3:]))
+        table = torch.where(seen[:, :, None], each, 0.0).sum(-1)
+        table = table * (torch.arange(steps)[:, None] < length)[..., None]
+        a = first.log() + table[0]
+        for t in range(1, steps):
+            a = (a.unsqueeze(-1) + A.log()).logsumexp(-2) + table[t]
+        return float(a.logsumexp(-1).sum())
+
+    em = ExactPosteriorEM(model)
+    result = em.fit(data, max_steps=3, tol=0)
+    assert em.plan(data).compiled
+    assert result.history[0] == pytest.approx(evidence(start, A0), rel=1e-12)
+    fitted = evidence(result.params[param], result.params["A"])
+    assert result.log_evidence == pytest.approx(fitted, rel=1e-10)
+    pyro.clear_param_store()
+    full = ExactPosteriorEM(model)
+    for _ in range(3):
+        full.step(data)
+    for name_, value in result.params.items():
+        torch.testing.assert_close(pyro.param(name_).detach(), value)
+
+
+def test_repeated_rows_with_a_mask_per_element_and_weights() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(2, (60, 3), generator=generator).double()
+    seen = torch.rand(60, 3, generator=generator) > 0.3
+    weights = torch.randint(1, 4, (60,), generator=generator).double()
+    p = torch.tensor([[0.2, 0.5, 0.7], [0.6, 0.3, 0.4]])
+    w = torch.tensor([0.5, 0.5])
+
+    def model(x: Tensor) -> None:
+        own = pyro.param("p", p.clone(), constraint=constraints.unit_interval)
+        pi = pyro.param("w", w.clone(), constraint=constraints.simplex)
+        with pyro.plate("n", 60), poutine.scale(scale=weights):
+            z = pyro.sample("z", dist.Categorical(pi))
+            pyro.sample("x", dist.Bernoulli(own[z]).mask(seen).to_event(1), obs=x)
+
+    result = ExactPosteriorEM(model).fit(torch.where(seen, x, math.nan), max_steps=5, tol=0)
+    now, pi = p, w
+    for entering in result.history:
+        each = torch.where(seen[:, None], dist.Bernoulli(now).log_prob(x[:, None]), 0.0).sum(-1)
+        joint = each + pi.log()
+        assert entering == pytest.approx(float((weights * joint.logsumexp(-1)).sum()), rel=1e-10)
+        r = joint.softmax(-1) * weights[:, None]
+        cells = r[:, :, None] * seen[:, None]
+        now, pi = (cells * x[:, None]).sum(0) / cells.sum(0), r.sum(0) / r.sum()
+    torch.testing.assert_close(result.params["p"], now)
+    torch.testing.assert_close(result.params["w"], pi)
+    assert result.num_rows == float(weights[seen.any(-1)].sum())
+
+
+def test_a_mask_below_to_event_that_changes_between_steps_is_seen() -> None:
+    x, nan, seen = _cells(12, 3)
+    em, mask = ExactPosteriorEM(_diagonal_mixture), seen.clone()
+    for step in em.steps(nan, mask):
+        if step.index == 1:
+            entering = step.elbo
+            break
+        mask[3] = False
+        params = {n: v.clone() for n, v in step.params.items()}
+    each = dist.Normal(params["mu"], 1.0).log_prob(x[:, None])
+    each = torch.where(mask[:, None], each, 0.0).sum(-1)
+    expected = float((each + params["w"].log()).logsumexp(-1).sum())
+    assert entering == pytest.approx(expected, rel=1e-6)
