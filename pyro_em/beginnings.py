@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +29,14 @@ def _random_points(
     return clusters.with_labels(clusters.soft(x, weights, centres), labels)
 
 
+def _nearest_points(
+    x: Tensor, weights: Tensor, size: int, generator: torch.Generator, labels: Tensor | None
+) -> Tensor:
+    """Each row goes to the nearest of rows drawn far apart."""
+    centres = clusters.spread_centres(x, weights, size, generator, labels)
+    return clusters.with_labels(clusters.hard(x, centres), labels)
+
+
 def _random_kmeans(
     x: Tensor, weights: Tensor, size: int, generator: torch.Generator, labels: Tensor | None
 ) -> Tensor:
@@ -41,6 +48,7 @@ def _random_kmeans(
 RULES: Mapping[str, Cluster] = {
     "kmeans": clusters.kmeans,
     "random points": _random_points,
+    "nearest points": _nearest_points,
     "random k-means": _random_kmeans,
 }
 
@@ -57,10 +65,15 @@ class Beginning:
     program: Program
     generator: torch.Generator
 
-    @cached_property
+    _rows: tuple[int, list[Rows]] | None = None
+
+    @property
     def rows(self) -> list[Rows]:
-        """The observed vectors of the latents; they do not change from start to start."""
-        return rows_of(self.program.graph)
+        """The observed vectors of the latents; from start to start they change with the data only."""
+        reading = self.program.readings
+        if self._rows is None or self._rows[0] != reading:
+            self._rows = reading, rows_of(self.program.graph)
+        return self._rows[1]
 
     def write(self, init: Any) -> None:
         """Write the first parameters of a start.

@@ -26,7 +26,6 @@ def spread_centres(
     size: int,
     generator: torch.Generator,
     labels: Tensor | None = None,
-    trials: int = 1,
 ) -> Tensor:
     """Rows far apart: each is drawn with probability proportional to its squared distance.
 
@@ -36,7 +35,6 @@ def spread_centres(
         size: Number of centres.
         generator: Source of randomness.
         labels: Observed labels, −1 where unknown; a cluster with labelled rows has their mean. # (R,)
-        trials: Candidates per centre, of which the best is kept.
 
     Returns:
         The centres; fewer distinct ones where there are fewer distinct rows. # (size, D)
@@ -57,12 +55,8 @@ def spread_centres(
             old = list(centres.values())
             centres.update({f: old[j % len(old)] for j, f in enumerate(free[place:])})
             break
-        rows = torch.multinomial(
-            mass.cpu(), trials if centres else 1, replacement=True, generator=generator
-        )
-        tried = [torch.minimum(nearest, _squares(x, x[row])) for row in rows.tolist()]
-        best = min(range(len(tried)), key=lambda j: float(weights @ tried[j]))
-        centres[k], nearest = x[rows[best]], tried[best]
+        row = _drawn(mass, generator)
+        centres[k], nearest = x[row], torch.minimum(nearest, _squares(x, x[row]))
     return torch.stack([centres[k] for k in range(size)])
 
 
@@ -168,6 +162,14 @@ def with_labels(r: Tensor, labels: Tensor | None) -> Tensor:
         return r
     sure = torch.nn.functional.one_hot(labels.clamp(min=0), r.shape[-1]).to(r)
     return torch.where((labels >= 0).unsqueeze(-1), sure, r)
+
+
+def _drawn(mass: Tensor, generator: torch.Generator) -> int:
+    """An index drawn with probability proportional to its mass (of any number of them)."""
+    heaped = mass.cumsum(0)
+    u = float(torch.rand((), generator=generator, dtype=torch.float64)) * float(heaped[-1])
+    first = int(torch.searchsorted(heaped, u, right=True))
+    return min(first, int(mass.nonzero()[-1]))
 
 
 def _squares(x: Tensor, centre: Tensor) -> Tensor:

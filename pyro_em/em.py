@@ -530,9 +530,11 @@ class ExactPosteriorEM(NamesFromElsewhere):
                 gain and a the largest ratio of successive gains in the last five steps. A plateau
                 can hide more.
             num_restarts: Number of starts; the best evidence is kept. The first is ``init``. For the
-                others four times as many candidates, a mix of random points, k-means and random
-                assignments, are run for a few steps each, and the best go on to the end (em-EM:
-                Biernacki, Celeux and Govaert 2003). ``result.ends`` says which ended where.
+                others six times as many candidates (random points, k-means, nearest points, random
+                assignments) are run for five steps each, two of the six for forty, and the best of
+                each kind in turn go on to the end (em-EM: Biernacki, Celeux and Govaert 2003); half
+                as many and no second round where every step has to run the model.
+                ``result.ends`` says which ended where.
             init: Where the first start begins:
 
                 * None: the values in the model or the param store;

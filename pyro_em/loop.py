@@ -60,16 +60,28 @@ def short_run(program: Program, settings: Settings, beginning: Beginning, init: 
     return run
 
 
+def lengthen_run(program: Program, settings: Settings, run: Run, r: int) -> None:
+    """Run EM on from where a short run was left for as many steps in all as ``settings`` say."""
+    if _taken_up(program, run):
+        _iterate(program, settings, run, compiled_iteration(program), r)
+
+
 def continue_run(program: Program, settings: Settings, run: Run, r: int) -> None:
     """Run EM on from where a short run was left until something stops it."""
+    if _taken_up(program, run):
+        _proceed(program, settings, run, compiled_iteration(program), r)
+
+
+def _taken_up(program: Program, run: Run) -> bool:
+    """Whether a run can go on; its parameters are in the store then."""
     if run.last is None or run.status is not EMStatus.MAX_STEPS:
-        return
+        return False
     try:
         revive(program, run)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
-        return
-    _proceed(program, settings, run, compiled_iteration(program), r)
+        return False
+    return True
 
 
 def revive(program: Program, run: Run) -> None:
@@ -229,7 +241,7 @@ def _full_step(program: Program, settings: Settings, run: Run, r: int) -> bool:
     """One step of the generic path; returns whether the run is over."""
     assert run.last is not None
     before = run.last.judged() if isinstance(run.last, Deferred) else run.last
-    first = run.num_steps == run.verify_at
+    first = run.num_steps == run.verify_at and settings.verify
     # Who writes parameters between steps may lower the objective; that is no rounding.
     touched = bool(settings.callbacks) and run.seen is not None and run.seen.is_changed()
     at = advance(program, before, index=run.num_steps, verify=first)
@@ -247,7 +259,8 @@ def _watched_step(
     """One compiled step that callbacks see; None where a full step is due."""
     before = run.last
     assert isinstance(before, Deferred)
-    found = watched_step(program, iteration, before, verify=run.num_steps == run.verify_at)
+    first = run.num_steps == run.verify_at and settings.verify
+    found = watched_step(program, iteration, before, verify=first)
     if found is None:
         return None
     at, bound = found

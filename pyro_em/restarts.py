@@ -7,7 +7,6 @@ getting the highest likelihood in multivariate Gaussian mixture models" (em-EM).
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +15,16 @@ from torch import Tensor
 
 from pyro_em._pyro import restore, snapshot
 from pyro_em.beginnings import Beginning
-from pyro_em.loop import continue_run, revive, run_start, short_run
+from pyro_em.loop import continue_run, lengthen_run, revive, run_start, short_run
 from pyro_em.program import Program
 from pyro_em.result import EMStatus
 from pyro_em.runs import Run, Settings, best_of
 
-CANDIDATES = 4  # short runs for each start after the first
-SHORT_STEPS = 10
-MIX = (*(3 * ("random points", "random k-means")), "random points", "random hard")
-_TWINS = 1e-9  # relative difference of objectives below which two candidates are one
+# Per start after the first: how many candidates run for how many steps in all.
+STAGES = ((6, 5), (2, 40))
+DEAR_STAGES = ((3, 5),)  # where every step runs the model
+MIX = ("random points", "random k-means", "nearest points", "random hard")
+_TWINS = 1e-2  # nats within which two candidates are taken for one
 _UNSOUND = (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)
 _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 
@@ -82,19 +82,25 @@ def _others(
             if runs[-1].status in _OVER:
                 return
         return
-    steps = min(SHORT_STEPS, settings.max_steps)
-    few = replace(settings, max_steps=steps, tol=0.0, acceleration=None)
-    pool: list[Run] = []
-    for c, kind in zip(range(CANDIDATES * count), kinds, strict=False):
-        settings.bar.label = f"EM short run {c + 1}/{CANDIDATES * count}"
-        restore(program.graph.parameters, origin)
-        pool.append(short_run(program, few, beginning, kind, 1))
-        pool[-1].leave()
-        if pool[-1].status in _OVER:
-            runs.extend(pool)
-            return
+    waiting: list[Run] = []
+    for stage, (each, steps) in enumerate(STAGES if program.compiled else DEAR_STAGES):
+        # The first start was held against the model, and every long run is at its end.
+        most = min(steps, settings.max_steps)
+        few = replace(settings, max_steps=most, tol=0.0, acceleration=None, verify=False)
+        for c in range(each * count):
+            settings.bar.label = f"EM, {most} steps: {c + 1}/{each * count}"
+            if stage == 0:
+                restore(program.graph.parameters, origin)
+                waiting.append(short_run(program, few, beginning, next(kinds), 1))
+            else:
+                lengthen_run(program, few, waiting[c], 1)
+            run = waiting[c]
+            run.leave()
+            if run.status in _OVER:
+                runs.extend(waiting)
+                return
+        waiting = _best_first(waiting)
     settings.bar.label = ""
-    waiting = _best_first(pool)
     for r in range(1, count + 1):
         while waiting:
             run = waiting.pop(0)
@@ -112,10 +118,18 @@ def _others(
 
 
 def _best_first(pool: list[Run]) -> list[Run]:
-    """Candidates by objective; those that broke, or equal a better one, at the end."""
-    ranked = sorted(pool, key=lambda r: -math.inf if r.last is None else r.objective, reverse=True)
-    sound, others = list[Run](), list[Run]()
-    for run in ranked:
-        twin = bool(sound) and sound[-1].objective - run.objective <= _TWINS * abs(run.objective)
-        (others if twin or run.last is None or run.status in _UNSOUND else sound).append(run)
-    return sound + others
+    """The best of each kind of start in turn, the kind of the very best first.
+
+    A few steps from random assignments all components are still alike, and yet some of the best
+    maxima are reached from there: their objectives compete with their own kind only. Candidates that
+    equal a better one come last but for those that broke.
+    """
+    broken = [r for r in pool if r.last is None or r.status in _UNSOUND]
+    sound = sorted((r for r in pool if r not in broken), key=lambda r: r.objective, reverse=True)
+    by_kind: dict[str, list[Run]] = {}
+    twins = list[Run]()
+    for before, run in zip([None, *sound], sound, strict=False):
+        twin = before is not None and before.objective - run.objective <= _TWINS
+        (twins if twin else by_kind.setdefault(run.name, [])).append(run)
+    turns = itertools.zip_longest(*by_kind.values())
+    return [run for turn in turns for run in turn if run is not None] + twins + broken

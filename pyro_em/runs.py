@@ -98,6 +98,7 @@ class Settings:
         bar: The progress bar.
         begin: When the fit began, for the steps' seconds.
         acceleration: None or ``"squarem"``.
+        verify: Whether the first step of a run is held against a fresh trace of the model.
     """
 
     max_steps: int
@@ -106,6 +107,7 @@ class Settings:
     bar: Bar
     begin: float
     acceleration: str | None = None
+    verify: bool = True
 
 
 class Left(Iterate):

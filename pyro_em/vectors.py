@@ -74,11 +74,11 @@ def rows_of(graph: FactorGraph) -> list[Rows]:
         One entry per kind, in model order.
     """
     readers = _readers(graph)
-    found = [_rows(graph, readers, kind) for kind in kinds(graph)]
+    found = [_rows(graph, readers, kind) for kind in _kinds(graph, readers)]
     return [r for r in found if r is not None]
 
 
-def kinds(graph: FactorGraph) -> list[tuple[str, ...]]:
+def _kinds(graph: FactorGraph, readers: _Readers) -> list[tuple[str, ...]]:
     """Latents whose values mean the same, because they index the same elements of parameters."""
     leader = {name: name for name in graph.latents}
 
@@ -88,8 +88,7 @@ def kinds(graph: FactorGraph) -> list[tuple[str, ...]]:
             name = leader[name]
         return name
 
-    for group in graph.groups:
-        forms = _forms(group)
+    for group, forms in zip(graph.groups, readers.forms, strict=True):
         for d in range(group.n_plates, len(group.sizes)):
             alike: dict[int, str] = {}
             for form, dims in zip(forms, group.dims, strict=True):
@@ -108,7 +107,9 @@ def _forms(group: Group) -> list[int]:
     parts += [j for b in group.bindings.values() for j in (b.jacobians or {}).values()]
     if not parts:
         return [0 if group.params else i for i in range(len(group.members))]
-    rows = [p.reshape(len(p), -1).cpu().numpy() for p in parts]
+    if len(group.members) == 1:
+        return [0]
+    rows = [p.reshape(len(p), -1).contiguous().view(torch.uint8).cpu().numpy() for p in parts]
     met: dict[tuple[bytes, ...], int] = {}
     return [
         met.setdefault(tuple(r[i].tobytes() for r in rows), len(met))
@@ -118,10 +119,17 @@ def _forms(group: Group) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class _Readers:
-    """Which sites read a latent, in model order: places (group, member) of observed ones."""
+    """Which sites read a latent, in model order: places (group, member) of observed ones.
+
+    Attributes:
+        observed: The observed sites that read each latent.
+        latent: The latents that read each latent.
+        forms: Per group `_forms`.
+    """
 
     observed: Mapping[str, list[tuple[int, int]]]
     latent: Mapping[str, list[str]]
+    forms: Sequence[list[int]]
 
     def below(self, name: str) -> list[tuple[int, int]]:
         """The observed sites below the latents that depend on a latent, directly or not."""
@@ -149,7 +157,7 @@ def _readers(graph: FactorGraph) -> _Readers:
                 latent[parent].append(name)
             elif group.observed and group.role is Role.DATA:
                 observed[parent].append((g, i))
-    return _Readers(observed, latent)
+    return _Readers(observed, latent, [_forms(g) for g in graph.groups])
 
 
 def _rows(graph: FactorGraph, readers: _Readers, latents: tuple[str, ...]) -> Rows | None:
@@ -160,7 +168,7 @@ def _rows(graph: FactorGraph, readers: _Readers, latents: tuple[str, ...]) -> Ro
     blocks: list[dict[_Key, Tensor]] = []
     symbols: dict[_Key, bool] = {}
     for name in latents:
-        own = _blocks(graph, name, places[name])
+        own = _blocks(graph, readers, name, places[name])
         blocks.append({key: block for key, (block, _) in own.items()})
         symbols.update({key: symbol for key, (_, symbol) in own.items()})
     if not symbols:
@@ -188,22 +196,19 @@ def _rows(graph: FactorGraph, readers: _Readers, latents: tuple[str, ...]) -> Ro
 
 
 def _blocks(
-    graph: FactorGraph, latent: str, places: Iterable[tuple[int, int]]
+    graph: FactorGraph, readers: _Readers, latent: str, places: Iterable[tuple[int, int]]
 ) -> dict[_Key, tuple[Tensor, bool]]:
     """Columns of a latent's rows by the kind of site that they come from."""
     out: dict[_Key, tuple[Tensor, bool]] = {}
     met: Counter[tuple[str, int]] = Counter()
     shared: dict[tuple[int, int], tuple[_Key, list[Tensor]]] = {}
-    formed: dict[int, list[int]] = {}
     for g, i in places:
         group = graph.groups[g]
         block = _block(graph, latent, group, i)
         if block is None:
             continue
         stem = (re.sub(r"\d+", "#", group.members[i]), block.shape[-1])
-        if g not in formed:
-            formed[g] = _forms(group)
-        form = (g, formed[g][i])
+        form = (g, readers.forms[g][i])
         if form in shared and group.params:
             shared[form][1].append(block)
             continue

@@ -262,8 +262,8 @@ def test_exact_zeros_are_kept(init: str) -> None:
                 z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
             pyro.sample(f"y_{t}", dist.Normal(mu[z], s[z]), obs=y[t])
 
-    y = torch.cat([rows(8, centres=(c,)) for c in (5.0, -5.0, 20.0)])
-    result = fit(chain, y, init=init, seed=2, max_steps=8)
+    y = torch.cat([rows(8, seed=i, centres=(c,)) for i, c in enumerate((5.0, -5.0, 20.0))])
+    result = fit(chain, y, init=init, seed=2, max_steps=1)
     assert bool((result.params["A"][zeros == 0] == 0).all())
 
 
@@ -328,9 +328,9 @@ def test_restarts_find_what_random_assignments_do_not() -> None:
     assert result.log_evidence == pytest.approx(-180.185477, abs=1e-5)
     assert len(result.starts) == 10 and result.log_evidence == max(result.starts)
     assert result.starts[0] == pytest.approx(-186.569, abs=1e-2)
-    assert result.start.startswith("best of 10 starts: random ")
+    assert result.start.split(": ")[1] in restarts_module.MIX
     assert result.ends[0].start == "values in the model"
-    assert "10 runs: " in str(result) and "1 at -186.569 (values in the model 1)" in str(result)
+    assert "10 runs: " in str(result) and "ended at -180.185 (" in str(result)
     assert "starts" in result.summary().index
 
 
