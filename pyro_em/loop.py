@@ -118,8 +118,6 @@ def _set_out(
         return run, iteration
     run.record(program, at)
     run.began_symmetric = _is_symmetric(at, iteration)
-    if run.began_symmetric and settings.bar.starts == 1:
-        _warn_symmetric(at.q)
     return run, iteration
 
 
@@ -149,14 +147,14 @@ def _proceed(
         away = run_away(program.graph, run.initial_values)
         if away:
             run.status, run.message = EMStatus.UNBOUNDED, away
-    stopped = run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING)
-    symmetric = run.began_symmetric and stopped
-    if (
-        symmetric
-        and run.last is not None
-        and _is_symmetric(run.last, None if program.readings else iteration)
-    ):
-        run.status = EMStatus.SYMMETRIC
+    if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:
+        return
+    # A prior, a constraint, a constant or a fixed parameter of one component may have parted them.
+    if _is_symmetric(run.last, None if program.readings else iteration):
+        if settings.bar.starts == 1:
+            _warn_symmetric(run.last.q)
+        if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING):
+            run.status = EMStatus.SYMMETRIC
 
 
 def first_e_step(program: Program, iteration: Iteration | None) -> Iterate:
