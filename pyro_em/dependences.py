@@ -270,9 +270,12 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 def _names(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's arguments, closure, globals and attributes stand for."""
     out: dict[str, Any] = {}
+    seen: set[int] = set()
     _add(out, "argument", [*args, *kwargs.values()], _DEPTH)
-    for name, value in _held(model, _DEPTH, set()):
-        _add(out, name, value, _DEPTH)
+    objects = [a for a in (*args, *kwargs.values()) if not _may_be_watched(a) and _is_users(a)]
+    for one in (model, *objects):
+        for name, value in _held(one, _DEPTH, seen):
+            _add(out, name, value, _DEPTH)
     return out
 
 

@@ -25,6 +25,7 @@ from pyro_em._pyro import (
     restore,
     same_random_state,
     seeded,
+    snapshot,
     values_of,
     without_state,
 )
@@ -47,7 +48,7 @@ from pyro_em.arguments import (
 )
 from pyro_em.batches import Batch, Batches, first_batch, is_loader
 from pyro_em.dependences import contents_of
-from pyro_em.drawn import DrawnPosterior
+from pyro_em.drawn import DrawnPosterior, dependences_of
 from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
 from pyro_em.importance import EvidenceEstimate
 from pyro_em.labels import sort_components
@@ -221,7 +222,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
             return found.e_step(found.evaluate(), self._total_steps)
-        return DrawnPosterior(found, args, kwargs)
+        at = snapshot(found.parameters)
+        return DrawnPosterior(
+            found, args, kwargs, at, dependences=dependences_of(found, args, kwargs)
+        )
 
     @alone("elbo")
     def elbo(

@@ -202,6 +202,30 @@ def test_a_drawn_posterior_of_changed_data_is_refused():
             ask()
 
 
+def test_a_drawn_posterior_is_that_of_the_moment_when_it_was_asked_for():
+    x = torch.tensor([0.0, 1.0, 5.0])
+
+    def model(x):
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+
+    def guide(x):
+        a = pyro.param("a", torch.tensor(0.3))
+        with pyro.plate("n", len(x)):
+            pyro.sample("h", dist.Normal(a * x, 0.5))
+
+    em = ExactPosteriorEM(model, guide)
+    q = em.posterior(x)
+    mean = q.mean("h")
+    em.fit(x, max_steps=5)
+    assert torch.equal(q.mean("h"), mean)
+    assert not torch.equal(em.posterior(x).mean("h"), mean)
+    x.add_(1.0)
+    with pytest.raises(UsageError, match="changed in place"):
+        q.mean("h")
+
+
 def test_what_the_model_itself_changes_is_no_change():
     calls = {"n": 0}
     norm = torch.nn.BatchNorm1d(1)
@@ -398,6 +422,27 @@ def test_accelerated_steps_take_what_there_is(max_steps):
     loc = x.numpy() @ result.params["b"].numpy().T
     rows = np.exp(-0.5 * (y.numpy()[:, None] - loc) ** 2).mean(1) / np.sqrt(2 * np.pi)
     assert result.log_evidence == pytest.approx(np.log(rows).sum(), rel=1e-5)
+
+
+def test_an_object_that_holds_the_data_is_looked_into():
+    held = SimpleNamespace(x=torch.tensor([0.0, 1.0, 5.0, 6.5]), weight=1.0)
+
+    def model(data):
+        mu = pyro.param("mu", torch.tensor([0.0, 4.0]))
+        with pyro.plate("n", 4), poutine.scale(scale=data.weight):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=data.x)
+
+    mu = np.zeros(2)
+    for step in itertools.islice(ExactPosteriorEM(model).steps(held), 6):
+        if step.index:
+            rows = np.exp(-0.5 * (held.x.numpy()[:, None] - mu) ** 2).mean(1) / np.sqrt(2 * np.pi)
+            assert step.elbo == pytest.approx(held.weight * np.log(rows).sum(), rel=1e-5)
+        if step.index == 2:
+            held.weight = 2.0
+        if step.index == 3:
+            held.x = torch.tensor([1.0, 2.0, 3.0, 7.0])
+        mu = step.params["mu"].numpy()
 
 
 def test_a_guide_that_reads_changed_data_takes_them():
