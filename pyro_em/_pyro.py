@@ -229,12 +229,13 @@ class _KeepValues(Messenger):
     search that is far off.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, values: Mapping[str, torch.Tensor], of_guide: bool = False) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.of_guide = values, of_guide
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["done"] and is_latent(msg):
+        drawn = is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE)
+        if msg["name"] in self.values and not msg["done"] and drawn:
             # Not marked as done: the enumerating handler still has to note the site's scope.
             msg["value"] = self.values[msg["name"]]
 
@@ -1041,13 +1042,13 @@ def held_run(
         model: The user's model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        values: Values of all its latents.
+        values: Values of all its latents, and of the sites of its guide.
     """
     with (
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        _KeepValues(values),
+        _KeepValues(values, of_guide=True),
     ):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
     return {n: s for n, s in trace.nodes.items() if is_factor(s)}

@@ -825,7 +825,8 @@ def _require_same(
         if not off:
             return
         # What the model draws at random, or keeps from run to run, differs by itself.
-        held = {n: s["value"] for n, s in looked.items() if _pyro.is_latent(s)}
+        drawn = (Role.LATENT, Role.GUIDE)
+        held = {n: s["value"] for n, s in looked.items() if _pyro.role_of(s) in drawn}
         held = {n: getattr(v, "_t", v) for n, v in held.items()}
         held = {**structure.kept_values, **held}
         runs = []

@@ -176,6 +176,7 @@ class Looker(StaysHere):
         )
         if problems:
             raise_problems(problems)
+        bare = replace(bare, looked=None)  # what sums the latents looks at the pair
         if look is None:
             self.built = built_guide(self.guide, self.model, bare)
             self.name = given_a_name(self.built)

@@ -182,6 +182,29 @@ def test_what_reads_the_shape_of_an_enumerated_value_is_refused():
             ExactPosteriorEM(vectorised(f)).posterior(X)
 
 
+@pytest.mark.parametrize("fault", ["shape", "shift"])
+def test_sums_under_a_guide_s_draws_are_looked_at_too(fault):
+    def model(x):
+        with pyro.plate("n", 5):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            s = 2.0 * z - 1.0
+            s = s / s.norm(dim=-1, keepdim=True) if fault == "shape" else s.roll(1, -1)
+            pyro.sample("x", dist.Normal(h + s, 1.0), obs=x)
+
+    def guide(x):
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=C.positive)
+        with pyro.plate("n", 5):
+            pyro.sample("h", dist.Normal(0.0, scale))
+
+    words = {"shape": "is not what the model computes", "shift": "'z' of other elements of plate"}
+    with pytest.raises(ModelError, match=words[fault]):
+        ExactPosteriorEM(model, guide).elbo(X)
+    pyro.clear_param_store()
+    with pytest.raises(ModelError, match=words[fault]):
+        TraceExact_ELBO().loss(model, guide, X)
+
+
 def joint(f, w, x, z):
     return w.log()[z].sum() + dist.Normal(f(z), 1.0).log_prob(x).sum()
 
