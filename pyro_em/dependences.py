@@ -188,6 +188,8 @@ def checksum(tensor: Tensor) -> Hashable:
         >>> x.numpy()[2] = 7.0
         >>> checksum(x) == before
         False
+        >>> checksum(torch.tensor(2.0).expand(3)) == checksum(torch.tensor([2.0]))
+        True
     """
     if not _is_plain(tensor):
         return None
@@ -199,8 +201,7 @@ def checksum(tensor: Tensor) -> Hashable:
         t = torch.view_as_real(t.resolve_conj())
     if t.device.type != "cpu":
         return _sums(t)
-    t = t.resolve_neg().contiguous()
-    content = memoryview(t.reshape(-1).view(torch.uint8).numpy())
+    content = memoryview(_bytes(t.resolve_neg()).numpy())
     if len(content) <= _WHOLE:
         return zlib.crc32(content)
     found = 0
@@ -211,9 +212,15 @@ def checksum(tensor: Tensor) -> Hashable:
     return found
 
 
+def _bytes(t: Tensor) -> Tensor:
+    """The content of a tensor as bytes; one element may have a stride of zero."""
+    flat = t.contiguous().reshape(-1)
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+
+
 def _sums(t: Tensor) -> Hashable:
     """A checksum that is computed where the tensor is: sums along its longest dimension."""
-    flat = t.reshape(-1).view(torch.uint8)
+    flat = _bytes(t)
     weights = torch.arange(1, 252, 2, device=t.device)
     full = flat[: flat.numel() // 126 * 126].reshape(-1, 126)
     rows, columns = full.sum(1), full.sum(0)
