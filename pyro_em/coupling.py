@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import Problem
+from pyro_em._wrappers import element_mask
 from pyro_em.families import family_of, given_arguments
 from pyro_em.findings import mask_tensor, read_from_outside
 
@@ -215,17 +216,24 @@ def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
     """What the density of a site is made of: (name, tensor, its rightmost event dimensions)."""
     fn, value = site["fn"], site["value"]
     base, reinterpreted, _ = _pyro.unwrap(fn)
-    family = family_of(fn)
+    family, mask = family_of(fn), element_mask(fn, site["mask"])
     if family is not None:
         for name, tensor in given_arguments(base, family).items():
             yield f"argument '{name}'", tensor, reinterpreted + family.argument_event_dim(name)
     else:
-        yield "log density", fn.log_prob(value), 0
+        # What is masked need not be a value at all.
+        shown = value
+        if site["is_observed"] and mask is not None and isinstance(value, Tensor):
+            shown = _pyro.without_masked_nonsense(fn, value, mask)
+        log_p = fn.log_prob(shown)
+        counts = mask_tensor(site)
+        if isinstance(counts, Tensor):
+            log_p = torch.where(counts, log_p, 0.0)
+        yield "log density", log_p, 0
     if site["is_observed"] and isinstance(value, Tensor):
         yield "value", value, fn.event_dim
-    mask = mask_tensor(site)
     if isinstance(mask, Tensor):
-        yield "mask", mask, 0
+        yield "mask", mask, reinterpreted
     if isinstance(site["scale"], Tensor):
         yield "scale", site["scale"], 0
 

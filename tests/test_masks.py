@@ -204,7 +204,7 @@ def test_evidence_and_step_are_those_of_plain_pyro(name: str) -> None:
     @settings(max_examples=5, deadline=None, database=None, phases=[Phase.generate])
     @given(cases(name))
     def check(case: Case) -> None:
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with pyro.get_param_store().scope():
             _check(case)
 
     check()
