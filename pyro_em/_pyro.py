@@ -50,6 +50,7 @@ from pyro_em._shadows import (
     size_guard,
     spending_at_most,
 )
+from pyro_em._whole import LeftWhole
 from pyro_em._wrappers import element_mask
 from pyro_em._wrappers import unwrap as unwrap
 
@@ -644,7 +645,7 @@ def drawn_run(
     Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
     ``unneeded`` excepted.
     """
-    with pyro.validation_enabled(False), _SampleTrace() as tracer:
+    with LeftWhole(), pyro.validation_enabled(False), _SampleTrace() as tracer:
         model(*args, **kwargs)
     add_log_probs(
         tracer.trace,
@@ -695,7 +696,7 @@ def rename(module: Any, name: str) -> None:
 
 def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The sites of one run, without densities and without gradients."""
-    with torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
+    with LeftWhole(), torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
         model(*args, **kwargs)
     return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
 
@@ -717,6 +718,7 @@ def predicted_run(
         keep_observed: Whether observed sites keep their values.
     """
     with (
+        LeftWhole(),
         torch.no_grad(),
         pyro.validation_enabled(False),
         poutine.trace() as tracer,
@@ -829,7 +831,7 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
     begun = _store_as_it_is()
-    with ExitStack() as stack:
+    with LeftWhole(), ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(True))
         for messenger in (tracer, watch, masks, capture, *more):
@@ -982,6 +984,7 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
     begun = _store_as_it_is()
     mixing = Mixing({n: _plate_sizes(s) for n, s in latents.items() if not is_smooth(s["fn"])})
     with (
+        LeftWhole(),
         plain.shadows or nullcontext(),
         same_random_state(),
         torch.no_grad(),
@@ -1045,6 +1048,7 @@ def held_run(
         values: Values of all its latents, and of the sites of its guide.
     """
     with (
+        LeftWhole(),
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
@@ -1089,6 +1093,7 @@ def enumerated_run(
     """
     capture = ParameterCapture(values, hand_out=not attached)
     with (
+        LeftWhole(),
         same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(False),

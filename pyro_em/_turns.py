@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from pyro_em._errors import UsageError, message
+from pyro_em._whole import LeftWhole
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Alone:
     def __init__(self, what: str) -> None:
         self.what = what
         self.turn: _Turn | None = None
+        self.whole = LeftWhole()
 
     def __enter__(self) -> Alone:
         turn = _Turn(self.what, threading.get_ident(), sys._getframe(1))
@@ -71,12 +73,16 @@ class Alone:
             _turns[:] = [t for t in _turns if t.thread == turn.thread and t.is_on()]
             self.turn = turn
             _turns.append(turn)
+        self.whole.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        with _changing:
-            _turns[:] = [t for t in _turns if t is not self.turn]
-        self.turn = None
+        try:
+            self.whole.__exit__(*exception)
+        finally:
+            with _changing:
+                _turns[:] = [t for t in _turns if t is not self.turn]
+            self.turn = None
 
 
 def alone(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -16,10 +17,12 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI
-from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em import ExactPosteriorEM, PyroEMWarning, TraceExact_ELBO, UsageError, _turns, compare
+from pyro_em._whole import forget_lost_plates
 
 X = torch.tensor([-1.3, 0.2, 0.4, 1.9, 2.2], dtype=torch.float64)
 REFUSAL = r"another thread \('.*'\) is inside fit; nothing was done"
@@ -217,6 +220,70 @@ def test_a_model_that_raises_at_any_run_leaves_the_process_whole(kind, run: int)
     assert fit(em, max_steps=3).num_steps == 3
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(fit).result(30).num_steps == 5
+
+
+@pytest.mark.parametrize("name", ["mixture", "opaque", "guide"])
+@pytest.mark.parametrize("at", range(1, 9))
+def test_an_interrupt_inside_a_handler_leaves_the_process_whole(monkeypatch, at, name) -> None:
+    """It comes when a plate has its dimension and is not on the stack of handlers yet."""
+
+    def opaque(x):
+        loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("x", dist.Normal(loc[z].sin(), 1.0), obs=x)
+
+    def plated(x):
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(h.mean(), 1.0), obs=x.mean())
+
+    def plated_guide(x):
+        with pyro.plate("rows", len(x)):
+            pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+    pairs = {"mixture": (model,), "opaque": (opaque,), "guide": (plated, plated_guide)}
+    em, allocate, calls = ExactPosteriorEM(*pairs[name]), _DIM_ALLOCATOR.allocate, 0
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += 1
+        out = allocate(*args)
+        if calls == at:
+            raise KeyboardInterrupt
+        return out
+
+    monkeypatch.setattr(_DIM_ALLOCATOR, "allocate", interrupted)
+    with contextlib.suppress(KeyboardInterrupt), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(em, max_steps=3)
+    assert _DIM_ALLOCATOR._stack == []
+    monkeypatch.undo()
+    assert fit(em, max_steps=3).num_steps == 3
+
+
+def test_what_an_interrupt_of_others_left_is_cleared() -> None:
+    _DIM_ALLOCATOR._stack.append("rows")
+    assert fit().num_steps == 5
+    with pyro.plate("around", 3):
+        _DIM_ALLOCATOR._stack.append("inside")  # a handler is there: nothing is ours to clear
+        forget_lost_plates()
+        assert _DIM_ALLOCATOR._stack == ["around", "inside"]
+        _DIM_ALLOCATOR._stack.pop()
+
+
+def test_a_mode_that_an_interrupt_left_is_left() -> None:
+    """The operations of every later run would go through it."""
+
+    def interrupted(x):
+        TorchDispatchMode().__enter__()
+        pyro.enable_validation(False)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(ExactPosteriorEM(interrupted))
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert fit().num_steps == 5
 
 
 def test_what_an_interrupt_left_behind_keeps_nobody_out() -> None:

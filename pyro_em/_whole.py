@@ -1,0 +1,50 @@
+"""What all runs of a process share in Pyro and torch stays whole when one of them breaks off.
+
+Handlers leave the process as they found it when a model raises. An interrupt can come while one of
+them is entered or left: then a plate keeps its dimension ("duplicate plate" in every later run), a
+handler or a dispatch mode its place, validation its state. Whoever runs a model puts back what was
+there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+
+_VALIDATING = (pyro.distributions, pyro.infer, pyro.poutine)
+
+
+class LeftWhole:
+    """A block after which handlers, plates, modes and validation are as before, if it breaks off."""
+
+    def __enter__(self) -> LeftWhole:
+        forget_lost_plates()
+        self._handlers, self._plates = list(_PYRO_STACK), list(_DIM_ALLOCATOR._stack)
+        self._modes, self._grad = torch._C._len_torch_dispatch_stack(), torch.is_grad_enabled()
+        self._validation = [part.is_validation_enabled() for part in _VALIDATING]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
+        if kind is None:
+            return
+        if self._handlers != _PYRO_STACK:
+            _PYRO_STACK[:] = self._handlers
+        if _DIM_ALLOCATOR._stack != self._plates:
+            _DIM_ALLOCATOR._stack[:] = self._plates
+        while torch._C._len_torch_dispatch_stack() > self._modes:
+            torch._C._pop_torch_dispatch_stack(None)
+        if torch.is_grad_enabled() != self._grad:
+            torch.set_grad_enabled(self._grad)
+        for part, was in zip(_VALIDATING, self._validation, strict=True):
+            if part.is_validation_enabled() != was:
+                part.enable_validation(was)
+
+
+def forget_lost_plates() -> None:
+    """Free the dimensions of plates that nobody is in: an interrupt elsewhere left them."""
+    if _DIM_ALLOCATOR._stack and not any(isinstance(h, IndepMessenger) for h in _PYRO_STACK):
+        _DIM_ALLOCATOR._stack.clear()
