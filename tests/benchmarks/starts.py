@@ -4,6 +4,10 @@ For every data set, K and covariance structure the evidence of ``fit(..., num_re
 compared with the best of n k-means starts of scikit-learn's GaussianMixture (``reg_covar=0``; starts
 that break are skipped). A case counts where neither ends in a collapse: a covariance with a relative
 eigenvalue below 1e-6. It is won if ours is at most 1e-3 nats below.
+
+Measured with ten starts and seed 0: 130 of 134 cases are won (97.0%), 36 of them above; 10 end in a
+collapse. The four that are lost have more maxima than starts: full covariances with K = 5 (iris, wine,
+overlapping groups) and spherical ones with K = 6 (overlapping groups).
 """
 
 from __future__ import annotations
