@@ -201,7 +201,7 @@ def checksum(tensor: Tensor) -> Hashable:
         t = torch.view_as_real(t.resolve_conj())
     if t.device.type != "cpu":
         return _sums(t)
-    content = memoryview(_bytes(t.resolve_neg()).numpy())
+    content = memoryview(flat_bytes(t.resolve_neg()).numpy())
     if len(content) <= _WHOLE:
         return zlib.crc32(content)
     found = 0
@@ -212,15 +212,20 @@ def checksum(tensor: Tensor) -> Hashable:
     return found
 
 
-def _bytes(t: Tensor) -> Tensor:
-    """The content of a tensor as bytes; one element may have a stride of zero."""
-    flat = t.contiguous().reshape(-1)
-    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8)
+def flat_bytes(t: Tensor) -> Tensor:
+    """The memory of a tensor, or of its contiguous copy, byte by byte.
+
+    Example:
+        >>> flat_bytes(torch.ones(1, 2, dtype=torch.float64)[:, 0]).shape
+        torch.Size([8])
+    """
+    # One element counts as contiguous whatever its stride says, and is then no view as bytes.
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8)
 
 
 def _sums(t: Tensor) -> Hashable:
     """A checksum that is computed where the tensor is: sums along its longest dimension."""
-    flat = _bytes(t)
+    flat = flat_bytes(t)
     weights = torch.arange(1, 252, 2, device=t.device)
     full = flat[: flat.numel() // 126 * 126].reshape(-1, 126)
     rows, columns = full.sum(1), full.sum(0)

@@ -20,6 +20,7 @@ from pyro_em.contraction import (
     contract,
     evidence,
     log_sum_exp,
+    maximum,
     plan_contraction,
 )
 from pyro_em.graph import FactorGraph, Group
@@ -160,6 +161,34 @@ def run_contraction(
     usable = bool(leaves) and bool(torch.isfinite(total))
     cells = torch.autograd.grad(total, leaves) if usable else leaves
     return EStep(total.detach(), [(d, t.detach()) for d, t in terms], list(cells))
+
+
+def largest_cells(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> EStep:
+    """A jointly most probable assignment of the latents that count: max instead of a sum.
+
+    A latent that does not count (a padded step of a chain, the unobserved part of a site where it
+    is observed) sums to one and leaves the evidence as it is. Its largest probability is below one
+    and would take part in the maximum: it is divided by it, so that such a latent takes its most
+    probable value given the others, and these are as if it were not there.
+
+    Args:
+        graph: The factors.
+        plan: From `contraction_of`.
+        log_densities: Per group. # (members, *sizes)
+    """
+    tables = []
+    for group, table in zip(graph.groups, log_densities, strict=True):
+        if group.mask is not None and not group.observed:
+            own = [dims.index(name) for dims, name in zip(group.dims, group.members, strict=True)]
+            top = torch.stack(
+                [
+                    part.amax(i, keepdim=True).expand(part.shape)
+                    for part, i in zip(table, own, strict=True)
+                ]
+            )
+            table = torch.where(group.mask | (top == -torch.inf), table, table - top)
+        tables.append(table)
+    return run_contraction(graph, plan, tables, ring=maximum)
 
 
 def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> EStep:

@@ -13,9 +13,8 @@ from pyro_em._checked import seed_of, site_name, whole
 from pyro_em._elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em._errors import UsageError, message
 from pyro_em._portable import Portable
-from pyro_em.contraction import maximum
 from pyro_em.crossed import across_plates, are_connected
-from pyro_em.e_step import contraction_of, run_contraction
+from pyro_em.e_step import contraction_of, largest_cells, run_contraction
 from pyro_em.graph import FactorGraph, Group, Latent
 from pyro_em.sampling import Conditional, conditionals, cumulative_rows, draw_codes
 
@@ -152,7 +151,7 @@ class Posterior(Portable, NamesFromElsewhere):
             }
             return self._under_user_names(best)
         plan = contraction_of(self.graph)
-        result = run_contraction(self.graph, plan, self.tables, ring=maximum)
+        result = largest_cells(self.graph, plan, self.tables)
         return self._assignment(result.cells)
 
     def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
@@ -270,7 +269,7 @@ class Posterior(Portable, NamesFromElsewhere):
         """A table over a latent's own batch dimensions, and more, over some plates."""
         beyond = table.shape[len(latent.batch_dims) :]
         shape = [self.graph.dim_size(d) if d in latent.plates else 1 for d in plates]
-        return table.reshape(*shape, *beyond)
+        return table.reshape([*shape, *beyond])
 
     def _over(self, site: str, latent: Latent, plates: Sequence[str]) -> Tensor:
         return self._lay_out(self.probs(site), latent, plates)
@@ -306,7 +305,7 @@ class Posterior(Portable, NamesFromElsewhere):
         """From (plates, K) to the site's own batch dimensions, size-one ones kept."""
         sizes = dict(zip(latent.plates, table.shape, strict=False))
         shape = [sizes[d] if d is not None else 1 for d in latent.batch_dims]
-        return table.reshape(*shape, latent.size).to(self.graph.dtype)
+        return table.reshape([*shape, latent.size]).to(self.graph.dtype)
 
 
 def marginal(cells: Tensor, dims: Sequence[str], keep: Sequence[str]) -> Tensor:

@@ -26,6 +26,7 @@ from pyro_em._errors import UsageError, message
 from pyro_em._files import read_whole, write_whole
 from pyro_em._pyro import TracedParameter, snapshot
 from pyro_em._pyro import restore as write_back
+from pyro_em.dependences import flat_bytes
 
 VERSION = 2
 FORMAT = f"pyro_em {VERSION}"
@@ -108,9 +109,8 @@ def checksum(state: Mapping[str, Any]) -> str:
 def _feed(digest: Any, value: Any) -> None:
     """Each value with its kind and its length, so that no two states read alike."""
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(flat_bytes(value.detach().cpu()).numpy().data)
     elif isinstance(value, Mapping):
         digest.update(f"dict {len(value)}:".encode())
         for key, item in value.items():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pyro_em._checked import as_tensor
 from pyro_em._errors import UsageError, message
-from pyro_em.contraction import ContractionPlan, log_sum_exp, maximum
-from pyro_em.e_step import run_contraction
+from pyro_em.contraction import ContractionPlan
+from pyro_em.e_step import largest_cells, run_contraction
 from pyro_em.graph import FactorGraph, Latent
 from pyro_em.vectors import Rows
 
@@ -222,7 +222,7 @@ def _counts_with(
                 part = part + u.reshape(shape)
             parts.append(part)
         with_unary.append(torch.stack(parts))
-    result = run_contraction(graph, plan, with_unary, ring=maximum if hard else log_sum_exp)
+    result = (largest_cells if hard else run_contraction)(graph, plan, with_unary)
     if not bool(torch.isfinite(result.log_evidence)):
         raise UsageError(
             message(

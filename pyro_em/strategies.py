@@ -21,8 +21,8 @@ import torch
 
 from pyro_em._checked import number
 from pyro_em._errors import UsageError, message
-from pyro_em.contraction import ContractionPlan, maximum
-from pyro_em.e_step import Tables, e_step, expected_log_joint, run_contraction
+from pyro_em.contraction import ContractionPlan
+from pyro_em.e_step import Tables, e_step, expected_log_joint, largest_cells
 from pyro_em.graph import FactorGraph
 from pyro_em.posterior import Posterior
 from pyro_em.posteriors import exact_posterior, wrapped
@@ -176,7 +176,7 @@ def e_step_of(
 
 
 def _hard(graph: FactorGraph, plan: ContractionPlan, tables: Tables) -> Posterior:
-    result = run_contraction(graph, plan, tables, ring=maximum)
+    result = largest_cells(graph, plan, tables)
     if not math.isfinite(float(result.log_evidence)):
         exact_posterior(graph, plan, tables)  # says what is impossible
     return wrapped(graph, plan, tables, result.cells, bound=float(result.log_evidence), entropy=0.0)

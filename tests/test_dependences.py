@@ -484,3 +484,22 @@ def test_an_autoguides_posterior_of_changed_weights_is_refused():
     weights.mul_(2.0)
     with pytest.raises(UsageError, match="changed in place after the fit"):
         result.posterior.sample(1)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 2), (1, 3, 2)])
+def test_a_column_of_any_length_has_a_checksum(shape):
+    """One element counts as contiguous whatever its stride says."""
+    x = torch.arange(30.0, dtype=torch.float64)[: np.prod(shape)].reshape(shape)[..., 0]
+    assert checksum(x) == checksum(x.clone(memory_format=torch.contiguous_format))
+    assert checksum(x) != checksum(x + 1)
+
+
+def test_one_row_that_is_a_column_of_a_table():
+    def model(x):
+        mu = pyro.param("mu", torch.ones(2, 2)[:1, 0])
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.Normal(mu + z, 1.0), obs=x)
+
+    em = ExactPosteriorEM(model)
+    assert em.fit(torch.ones(3, 2)[:1, 0], max_steps=3, progress=False).num_steps > 0

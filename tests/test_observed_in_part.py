@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.nn import PyroModule
 from torch.distributions import constraints
 
-from pyro_em import DegenerateError, ExactPosteriorEM, ModelError, PyroEMWarning
+from pyro_em import DegenerateError, ExactPosteriorEM, Hard, ModelError, PyroEMWarning
 
 LABELS = torch.tensor([0, 1, 1, 0])
 KNOWN = torch.tensor([True, False, True, False])
@@ -300,3 +300,76 @@ def test_a_latent_with_several_counts_that_is_read_is_still_refused() -> None:
 
     with pytest.raises(ModelError, match="total_count varies"):
         ExactPosteriorEM(model).posterior()
+
+
+LEAVING = torch.tensor([[0.34, 0.33, 0.33], [0.0, 1.0, 0.0], [0.33, 0.33, 0.34]])
+
+
+def padded(x: torch.Tensor, lengths: torch.Tensor) -> None:
+    """From state 0 to anywhere, from state 1 nowhere: what follows would favour state 1."""
+    mu = pyro.param("mu", torch.tensor([0.0, 0.1, 0.2]).double())
+    with pyro.plate("n", len(x)):
+        z = None
+        for t in pyro.markov(range(x.shape[1])):
+            with poutine.mask(mask=t < lengths):
+                start = torch.tensor([0.5, 0.3, 0.2]).double()
+                p = start if z is None else LEAVING.double()[z]
+                z = pyro.sample(f"z{t}", dist.Categorical(p))
+                pyro.sample(f"x{t}", dist.Normal(mu[z], 1.0), obs=x[:, t])
+
+
+def test_the_best_path_of_a_padded_sequence_is_that_of_the_sequence() -> None:
+    """What does not count takes no part in the maximum either."""
+    lengths = torch.tensor([1, 2, 4, 6])
+    x = torch.tensor([0.1, 0.0, 0.3, -0.2, 0.1, 0.2]).double().repeat(4, 1)
+    mode = ExactPosteriorEM(padded).posterior(x, lengths).mode()
+    for n, T in enumerate(lengths.tolist()):
+        alone = ExactPosteriorEM(padded).posterior(x[n : n + 1, :T], lengths[n : n + 1]).mode()
+        for t in range(T):
+            assert int(mode[f"z{t}"][n]) == int(alone[f"z{t}"][0]), (n, t)
+        for t in range(T, 6):  # most probable given the step before
+            before = int(mode[f"z{t - 1}"][n])
+            assert int(mode[f"z{t}"][n]) == int(LEAVING[before].argmax())
+
+
+@pytest.mark.filterwarnings("ignore:component . of parameter 'mu'")
+def test_hard_em_of_padded_sequences_is_that_of_the_sequences() -> None:
+    """Bound, history and parameters: masked steps add nothing to log p(x, z)."""
+    x = torch.tensor([[0.1, 2.0, -0.5, 0.9], [0.1, 0.0, 0.0, 0.0]]).double()
+    lengths = torch.tensor([4, 1])
+
+    def apart(x: torch.Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 0.1, 0.2]).double())
+        for n, T in enumerate((4, 1)):
+            z = None
+            for t in pyro.markov(range(T)):
+                start = torch.tensor([0.5, 0.3, 0.2]).double()
+                p = start if z is None else LEAVING.double()[z]
+                z = pyro.sample(f"z{n}_{t}", dist.Categorical(p))
+                pyro.sample(f"x{n}_{t}", dist.Normal(mu[z], 1.0), obs=x[n, t])
+
+    fits = []
+    for model, args in ((padded, (x, lengths)), (apart, (x,))):
+        with pyro.get_param_store().scope():
+            em = ExactPosteriorEM(model, strategy=Hard())
+            fits.append(em.fit(*args, max_steps=4, tol=0, progress=False))
+    assert list(fits[0].history) == pytest.approx(list(fits[1].history), rel=1e-12)
+    torch.testing.assert_close(fits[0].params["mu"], fits[1].params["mu"])
+
+
+def test_the_best_assignment_beside_an_observed_latent() -> None:
+    """Where a latent is observed, its unobserved part is as if it were not there."""
+
+    def model(known: torch.Tensor) -> None:
+        a = pyro.sample("a", dist.Categorical(torch.tensor([0.55, 0.45])))
+        table = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+        b = pyro.sample("b", dist.Categorical(table[a]), obs=torch.tensor(1), obs_mask=known)
+        loc = torch.tensor([0.0, 0.1])[b] + torch.tensor([0.6, 0.0])[a]
+        pyro.sample("x", dist.Normal(loc, 0.5), obs=torch.tensor(0.4))
+
+    q = ExactPosteriorEM(model).posterior(torch.tensor(True))
+    normal = dist.Normal(torch.tensor([0.7, 0.1]), 0.5).log_prob(torch.tensor(0.4))
+    scores = torch.tensor([0.55 * 0.5, 0.45]).log() + normal
+    assert int(q.mode()["a"]) == int(scores.argmax())
+    joint = q.joint("a", "b")
+    torch.testing.assert_close(joint, torch.diag_embed(torch.ones(2))[1] * q.probs("a")[:, None])

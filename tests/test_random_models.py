@@ -118,6 +118,7 @@ class RandomModel:
     parameters: dict[str, tuple[str, Tensor]] = field(default_factory=dict)
     holes: dict[str, str] = field(default_factory=dict)
     weighted: bool = False
+    guide: str | None = None
     text: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -465,7 +466,10 @@ def short_gradients(updates: Any) -> dict[str, Gradient]:
 @hypothesis_settings(max_examples=60)
 @given(seed=seeds)
 def test_evidence_and_posterior(seed: int) -> None:
-    model, long, assignments = random_model(seed)
+    evidence_and_posterior(*random_model(seed))
+
+
+def evidence_and_posterior(model: RandomModel, long: RandomModel, assignments: Values) -> None:
     q = ExactPosteriorEM(model).posterior()
     joint = long.log_joint(assignments)
     evidence = float(joint.logsumexp(0))
@@ -489,14 +493,17 @@ def test_evidence_and_posterior(seed: int) -> None:
 @hypothesis_settings(max_examples=60)
 @given(seed=seeds)
 def test_monotone_and_compiled_as_generic(seed: int) -> None:
-    model, _, _ = random_model(seed)
-    compiled = ExactPosteriorEM(model)._look((), {})
+    monotone_and_compiled_as_generic(random_model(seed)[0])
+
+
+def monotone_and_compiled_as_generic(model: RandomModel) -> None:
+    compiled = ExactPosteriorEM(model, guide=model.guide)._look((), {})
     parameters = compiled.graph.parameters
     short = short_gradients(compiled.updates)
     exact = not short
     if short:
-        compiled = ExactPosteriorEM(model, updates=short)._look((), {})
-    generic = ExactPosteriorEM(model, updates=short)._look((), {})
+        compiled = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
+    generic = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
     generic.compiled = False
     previous = -math.inf
     for _ in range(6 if exact else 3):
@@ -534,9 +541,12 @@ def test_monotone_and_compiled_as_generic(seed: int) -> None:
 @given(seed=seeds)
 def test_m_step_maximises(seed: int) -> None:
     """The expected log joint, summed by brute force, rises to a maximum in every exact update."""
-    model, long, assignments = random_model(seed)
+    m_step_maximises(*random_model(seed), seed)
+
+
+def m_step_maximises(model: RandomModel, long: RandomModel, assignments: Values, seed: int) -> None:
     assume(not model.enumerated_holes)  # the library counts these latents, the oracle does not
-    em = ExactPosteriorEM(model)
+    em = ExactPosteriorEM(model, guide=model.guide)
     q = em.posterior()
     weights = long.log_joint(assignments).softmax(0)
 
