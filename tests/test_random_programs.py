@@ -304,6 +304,7 @@ def test_priors(seed: int) -> None:
 def with_priors(model: Program, long: RandomModel, assignments: Values) -> None:
     """The evidence at the point, the log prior apart from it, an objective that rises."""
     updates = ExactPosteriorEM(model, guide="map").plan().updates
+    pyro.clear_param_store()  # a second guide takes the first one's names
     em = ExactPosteriorEM(model, guide="map", updates=short_gradients(updates))
     previous = -math.inf
     for _ in range(3):
