@@ -61,6 +61,18 @@ def on_failure(
     if text.startswith("Expected scale > 0"):
         return _of_scale(error, place)
     at = _at(place)
+    if text.startswith("shape mismatch") and ".mask(" in at:
+        return Problem(
+            "model",
+            f"a mask does not fit the distribution that it masks: {text}{at}",
+            "a mask below .to_event has one entry per element of an event, one above it has one per "
+            "event",
+            (
+                "a mask of whole rows goes outside: .to_event(1).mask(rows)",
+                "a mask of cells has the shape of the data, or broadcasts to it: "
+                ".mask(cells).to_event(1)",
+            ),
+        )
     if enumerated:
         return Problem(
             sites_in_words(list(latents)),

@@ -557,3 +557,9 @@ def test_a_mask_below_to_event_that_changes_between_steps_is_seen() -> None:
     each = torch.where(mask[:, None], each, 0.0).sum(-1)
     expected = float((each + params["w"].log()).logsumexp(-1).sum())
     assert entering == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mask_of_rows_below_to_event_is_told_where_to_go() -> None:
+    x, _, _ = _cells(6, 3)
+    with pytest.raises(ModelError, match=r"mask does not fit[\s\S]*\.to_event\(1\)\.mask\(rows\)"):
+        ExactPosteriorEM(_diagonal_mixture).posterior(x, torch.ones(6, dtype=torch.bool))
