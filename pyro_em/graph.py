@@ -87,6 +87,7 @@ class Factor:
     value_binding: Binding | None
     elements: Tensor | None
     hyperparameters: tuple[tuple[str, str], ...] = ()
+    edges: tuple[str, ...] = ()
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -147,6 +148,7 @@ class Group:
             do; ``mask`` says where any does. # (members, *dims or 1s, *to_event dims or 1s)
         hyperparameters: Of a point estimate's prior, pairs of an argument that sets how concentrated
             it is and a parameter in it.
+        edges: Parameters at which the support of an observed site ends.
     """
 
     members: tuple[str, ...]
@@ -168,6 +170,7 @@ class Group:
     value_binding: Binding | None = None
     elements: Tensor | None = None
     hyperparameters: tuple[tuple[str, str], ...] = ()
+    edges: tuple[str, ...] = ()
 
     @property
     def is_static(self) -> bool:
@@ -631,7 +634,18 @@ class _Layout:
             value_binding,
             None if family is None else elements,
             self._hyperparameters(base, leaves) if info.role is Role.POINT and leaves else (),
+            self._edges(base, leaves) if info.role is Role.DATA and leaves else (),
         )
+
+    @staticmethod
+    def _edges(base: Any, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
+        try:
+            support = base.support
+        except (NotImplementedError, AttributeError):
+            return ()
+        bounds = (getattr(support, end, None) for end in ("lower_bound", "upper_bound"))
+        tensors = [b for b in bounds if isinstance(b, Tensor)]
+        return tuple(dict.fromkeys(n for b in tensors for n in parameters_below(b, leaves) or ()))
 
     @staticmethod
     def _hyperparameters(base: Any, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
@@ -951,6 +965,7 @@ def _group(members: Sequence[Factor]) -> Group:
         else _stack_bindings([f.value_binding for f in members if f.value_binding is not None]),
         _stack_tensors(elements) if elements else None,
         first.hyperparameters,
+        first.edges,
     )
 
 

@@ -31,7 +31,15 @@ from pyro_em.e_step import check_scales, contraction_of
 from pyro_em.families import Kind
 from pyro_em.graph import FactorGraph, Group, Resized, check_arguments, trace_graph
 from pyro_em.hyperparameters import unbounded_joints
-from pyro_em.m_step import MStepReport, MStepState, ParameterUpdate, Update, decide_updates, m_step
+from pyro_em.m_step import (
+    MStepReport,
+    MStepState,
+    ParameterUpdate,
+    Update,
+    decide_updates,
+    edge_fixes,
+    m_step,
+)
 from pyro_em.m_step.updates import Fixed, Gradient, bounds
 from pyro_em.plan import (
     Plan,
@@ -472,6 +480,7 @@ def build_program(
     fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
     notes += tuple(unbounded_joints(graph, fixed))
     notes += tuple(_unconstrained_simplexes(graph, updates))
+    notes += tuple(_edges(graph, updates))
     program = Program(
         model,
         args,
@@ -546,6 +555,25 @@ def _first_trace(
         looked=looked,
         reading=reading,
     )
+
+
+def _edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[str]:
+    """Parameters at which the support of the data ends, and that a gradient is to move."""
+    where: dict[str, Group] = {}
+    for group in graph.groups:
+        for name in group.edges:
+            where.setdefault(name, group)
+    return [
+        message(
+            f"parameter '{name}'",
+            f"the support of site '{g.members[0]}' ({g.distribution}) ends at it.",
+            "the likelihood rises until the support meets the outermost row, and is zero beyond: a "
+            "gradient does not see that jump, and a fit may end without an estimate",
+            edge_fixes(name),
+        )
+        for name, g in where.items()
+        if isinstance(updates[name].update, Gradient)
+    ]
 
 
 def _unconstrained_simplexes(

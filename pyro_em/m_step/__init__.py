@@ -211,6 +211,15 @@ def _gradient_blocks(
                 _require_finite(n, graph.parameters[n].value())
 
 
+def edge_fixes(name: str) -> list[str]:
+    """What to try for a parameter at which a support ends."""
+    return [
+        f"set it to the smallest or largest row, and hold it: updates={{'{name}': Fixed()}}",
+        "use a distribution whose support does not depend on it: a Normal, or a Beta on a known "
+        "interval",
+    ]
+
+
 def _unbounded(graph: FactorGraph, runaway: Runaway) -> str:
     """The sentence on an objective that has no maximiser."""
     name = runaway.parameter
@@ -224,6 +233,15 @@ def _unbounded(graph: FactorGraph, runaway: Runaway) -> str:
     gain = f"{runaway.gain:.3g} nats per unit" if isfinite(runaway.gain) else "with each unit"
     members = [graph.groups[g].members[0] for g in groups_reached(graph, {name})]
     sites = ", ".join(f"site '{n}'" for n in dict.fromkeys(members))
+    if any(name in g.edges for g in graph.groups):
+        return message(
+            f"parameter '{name}', {which}",
+            f"the expected log joint rises up to a jump to −inf along it{shown}. The update was rolled "
+            "back.",
+            f"the support of {sites} ends at it: the maximum is at the outermost row that the "
+            "component may have produced, and a gradient does not see it",
+            edge_fixes(name),
+        )
     return message(
         f"parameter '{name}', {which}",
         f"the expected log joint rises without end along it{shown}: where numbers end it still gains "
@@ -253,6 +271,7 @@ __all__ = [
     "Update",
     "apply_floors",
     "decide_updates",
+    "edge_fixes",
     "forgets",
     "m_step",
 ]

@@ -221,6 +221,11 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     if not graph.parameters[name].unconstrained.is_floating_point():
         return ParameterUpdate(name, Fixed(), "it holds integers")
     for g, group in enumerate(graph.groups):
+        if name in group.edges:
+            weakest = weakest or (
+                f"the support of {group.distribution} at '{group.members[0]}' ends at it: the maximum "
+                "is a jump, which no gradient sees"
+            )
         if group.family is None:
             if group.raw_params is None or name in group.raw_params:
                 weakest = weakest or f"{group.distribution} at '{group.members[0]}' has no record"
