@@ -16,9 +16,10 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import Problem
+from pyro_em._support import density_anywhere
 from pyro_em._wrappers import element_mask
 from pyro_em.families import family_of, given_arguments
-from pyro_em.findings import mask_tensor, read_from_outside
+from pyro_em.findings import is_outside, mask_tensor, read_from_outside
 
 _MANY_SITES = 1500  # sites in all runs together up to which every pair of elements is told apart
 _FEW, _MOST = 3, 10  # halves of a plate that are moved
@@ -225,7 +226,8 @@ def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
         shown = value
         if site["is_observed"] and mask is not None and isinstance(value, Tensor):
             shown = _pyro.without_masked_nonsense(fn, value, mask)
-        log_p = fn.log_prob(shown)
+        outside = site["is_observed"] and is_outside(fn, shown)
+        log_p = density_anywhere(fn, shown) if outside else fn.log_prob(shown)
         counts = mask_tensor(site)
         if isinstance(counts, Tensor):
             log_p = torch.where(counts, log_p, 0.0)

@@ -25,12 +25,13 @@ def is_outside(fn: Any, value: Tensor) -> bool:
     """Whether a value is outside a distribution's support, and not by rounding."""
     try:
         support = fn.support
+        value = value.expand(_pyro.broadcast_shape(value.shape, fn.shape()))
         if bool(support.check(value).all()):
             return False
         total = value.sum(-1, keepdim=True)
         if bool(((total - 1).abs() < 1e-3).all()) and bool(support.check(value / total).all()):
             return False  # a simplex in single precision
-    except (NotImplementedError, AttributeError, RuntimeError, IndexError):
+    except (NotImplementedError, AttributeError, RuntimeError, IndexError, ValueError):
         return False
     return True
 

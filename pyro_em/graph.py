@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_em import _pyro
 from pyro_em._errors import (
+    DataError,
     DegenerateError,
     ModelError,
     Problem,
@@ -28,6 +29,7 @@ from pyro_em._errors import (
 )
 from pyro_em._pyro import Role
 from pyro_em._shadows import OutputTooLarge, is_shadow
+from pyro_em._support import density_anywhere
 from pyro_em._wrappers import element_mask, split_mask
 from pyro_em.advice import (
     changing_sites,
@@ -584,11 +586,7 @@ class _Layout:
                 layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
                 value_binding = bind(value, leaves, layout=layout)
         if family is None:
-            try:
-                log_p = fn.log_prob(value)
-            except ValueError as error:  # torch's validation
-                text = str(error).split("\n")[0]
-                raise DegenerateError(_outside(name, fn, text)) from error
+            log_p = _log_density(name, fn, value, info.role)
             mask_now = mask_tensor(site)
             if isinstance(mask_now, Tensor) and info.observed:
                 log_p = torch.where(mask_now, log_p, 0.0)
@@ -867,6 +865,32 @@ def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -
             continue
         if is_outside(fn, value):
             raise DegenerateError(_outside(name, fn, "the guide's value is outside its support"))
+
+
+def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:
+    """The log density of a site without a record of its family."""
+    try:
+        # With latents enumerated every row meets every value, also those that cannot produce it.
+        if role is Role.DATA and is_outside(fn, value):
+            return density_anywhere(fn, value)
+        return fn.log_prob(value)
+    except ValueError as error:  # torch's validation
+        text = str(error).split("\n")[0].removesuffix(", but found invalid values:")
+        if role is not Role.DATA:
+            raise DegenerateError(_outside(name, fn, text)) from error
+        kind = type(_pyro.unwrap(fn)[0]).__name__
+        raise DataError(
+            message(
+                f"site '{name}'",
+                f"the density of its observed values cannot be evaluated: {text}.",
+                f"every row is tried with every value of the latents, and {kind} has no density "
+                "for some of them",
+                [
+                    "let all values of a latent choose among distributions of one support",
+                    "check the data against each of them by itself: fn.support.check(x)",
+                ],
+            )
+        ) from error
 
 
 def _outside(name: str, fn: Any, text: str) -> str:
