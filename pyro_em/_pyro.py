@@ -95,7 +95,7 @@ class TracedParameter:
 
 
 class NoTensor(Exception):
-    """The initial value of a parameter is no tensor.
+    """The initial value of a parameter is no tensor, or none of real numbers in dense form.
 
     Attributes:
         name: The parameter's.
@@ -148,7 +148,10 @@ class ParameterCapture(Messenger):
             msg["args"] = (name, lambda: self._noted(name, given()), *args[2:])
 
     def _noted(self, name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        odd = isinstance(value, torch.Tensor) and (
+            value.layout != torch.strided or value.is_quantized or value.is_complex()
+        )
+        if odd or not isinstance(value, torch.Tensor):
             raise NoTensor(name, value)
         self._starts[name] = value.detach()
         return value

@@ -133,15 +133,27 @@ def _remedies(text: str) -> tuple[str, ...]:
             "make the plate's size that of the data's dimension",
             "use .to_event(1) if a dimension holds the features of one observation",
         )
+    if "not implemented for 'Half'" in text or "not implemented for 'BFloat16'" in text:
+        return ("use float32 or float64 for data and parameters: x.float()",)
     if "floating point" in text and "require gradients" in text:
         return ("give parameters a floating point value: pyro.param(name, x.float())",)
     return ()
 
 
 def _no_tensor(error: NoTensor) -> Problem:
-    kind = type(error.value).__name__
+    value, kind = error.value, type(error.value).__name__
+    where = f"parameter '{error.name}'"
+    if isinstance(value, Tensor):
+        form, fix = "sparse", "pass value.to_dense()"
+        if value.is_complex():
+            form = "complex"
+            fix = "use a parameter for the real part and one for the imaginary part"
+        elif value.is_quantized:
+            form, fix = "quantised", "pass value.dequantize()"
+        what = f"its initial value is a {form} tensor."
+        return Problem(where, what, "parameters are dense tensors of real numbers", (fix,))
     return Problem(
-        f"parameter '{error.name}'",
+        where,
         f"its initial value is of type {kind}, not a tensor.",
         "pyro.param takes a tensor, or a function that returns one",
         (f"pyro.param('{error.name}', torch.as_tensor(value, dtype=torch.get_default_dtype()))",),

@@ -183,15 +183,23 @@ def given_tensors(
     Returns:
         Per name in words (``argument 'x'``) the tensor.
     """
+    found = given_arguments(model, args, kwargs)
+    for name, value in variables_of(model):
+        for path, tensor in _tensors_below(value):
+            found.setdefault(f"variable '{name}{path}'", tensor)
+    return found
+
+
+def given_arguments(
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors among a model's arguments, by name in words."""
     names = [p.name for p in signature_of(model) if p.kind is not p.VAR_POSITIONAL]
     names += [f"#{i + 1}" for i in range(len(names), len(args))]
     found: dict[str, Tensor] = {}
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
         for path, tensor in _tensors_below(value):
             found[f"argument '{name}{path}'"] = tensor
-    for name, value in variables_of(model):
-        for path, tensor in _tensors_below(value):
-            found.setdefault(f"variable '{name}{path}'", tensor)
     return found
 
 

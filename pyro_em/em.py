@@ -47,6 +47,7 @@ from pyro_em.arguments import (
     updates_by_name,
 )
 from pyro_em.batches import Batch, Batches, first_batch, is_loader
+from pyro_em.blame import given_arguments
 from pyro_em.dependences import contents_of
 from pyro_em.drawn import DrawnPosterior, dependences_of
 from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
@@ -73,7 +74,7 @@ from pyro_em.restarts import run_starts
 from pyro_em.result import EMResult, EMStep
 from pyro_em.runs import Bar, Settings, best_of
 from pyro_em.starts import Start
-from pyro_em.structure import form_of
+from pyro_em.structure import form_of, refuse_without_numbers
 from pyro_em.training import Alternating, Optimizer, Trainer
 from pyro_em.unrouted import Unrouted
 from pyro_em.variational import Variational
@@ -953,6 +954,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
 
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """Look, and refuse what has nothing to fit."""
+        refuse_without_numbers(given_arguments(self.model, args, kwargs))
         form = _without_rows(form_of(args, kwargs))
         if self._trainer is not None and form == self._form and is_stored(self._parameters):
             return self._trainer  # batches of one form have the same routes

@@ -23,9 +23,16 @@ _RELATIVE = 1e-3
 def start_problem(p: TracedParameter) -> Problem | None:
     """A finding where no fit can start from the initial value that a model gave, else None."""
     given = p.initial
+    where = f"parameter '{p.name}'"
+    if p.unconstrained.is_meta:
+        return Problem(
+            where,
+            "it is on the device 'meta', and has a shape but no numbers.",
+            "no step starts from there",
+            ("make it on the CPU or a GPU: module.to_empty(device='cpu'), and initialise it",),
+        )
     if given is None:
         return None
-    where = f"parameter '{p.name}'"
     bad = ~torch.isfinite(given)
     if bool(bad.any()):
         kind = "NaN" if bool(given[bad].isnan().all()) else "NaN or infinite"
@@ -51,7 +58,7 @@ def start_problem(p: TracedParameter) -> Problem | None:
 def start_note(p: TracedParameter) -> Problem | None:
     """A finding where Pyro starts from another value than the one that a model gave, else None."""
     given = p.initial
-    if given is None or not given.numel():
+    if given is None or not given.numel() or p.unconstrained.is_meta or given.is_complex():
         return None
     where, start = f"parameter '{p.name}'", p.value()
     given = given.to(start.dtype)

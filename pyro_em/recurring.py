@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
@@ -159,4 +160,6 @@ def _content(value: Any) -> Hashable:
 
 
 def _bits(tensor: Tensor) -> Hashable:
-    return (tensor.shape, tensor.dtype, tensor.detach().cpu().numpy().tobytes())
+    # As bytes: numpy has no bfloat16.
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return (tensor.shape, tensor.dtype, flat.view(torch.uint8).numpy().tobytes())

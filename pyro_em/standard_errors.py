@@ -96,6 +96,9 @@ def standard_errors(
         jacobian = _jacobian([values[p.name] for p in parameters], variables)
     notes: list[str] = []
     basis = _basis(parameters, variables, values, jacobian, notes)
+    if information.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
+        information, basis = information.float(), basis.float()
+        jacobian, scores = jacobian.float(), scores.float()
     reduced = basis.mT @ information @ basis
     least = 1e-9 if reduced.dtype == torch.float64 else 1e-4
     own = reduced.diagonal().abs()

@@ -22,7 +22,7 @@ from pyro_em._portable import Portable
 from pyro_em._pyro import Role
 from pyro_em._shadows import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.advice import changing_sites, is_about_numbers, on_failure
-from pyro_em.blame import given_tensors, same_tensor
+from pyro_em.blame import given_arguments, given_tensors, same_tensor
 from pyro_em.coupling import Coupling, couplings
 from pyro_em.findings import (
     data_problems,
@@ -207,6 +207,7 @@ def examine(
         PyroEMError: If the model cannot be run at all.
     """
     _refuse_inference_mode(args, kwargs)
+    refuse_without_numbers(given_arguments(model, args, kwargs))
     watched = Watched(model, args, kwargs)
     how = (max_plate_nesting, guide_given, watched, max_enumeration)
     if sparing:
@@ -242,6 +243,7 @@ def _findings(
             )
         )
     plates, random_plates = _plates(plain.sites, factors)
+    _refuse_sparse_values(factors)
     tagged = _pyro.provenance_run(model, args, kwargs, plain)
     refuse_clearing(tagged, "model")
     if set(tagged.scopes) != set(factors):
@@ -430,6 +432,48 @@ def _name_of(site: Mapping[str, Any]) -> str:
     return type(_pyro.unwrap(site["fn"])[0]).__name__
 
 
+def refuse_without_numbers(given: Mapping[str, Tensor]) -> None:
+    """Refuse data without numbers, or in a form that densities cannot read.
+
+    Raises:
+        DataError: With the argument's name.
+    """
+    problems = []
+    for where, value in given.items():
+        what = fixes = ""
+        if value.is_nested:
+            what = "it is a nested tensor, whose rows have several lengths."
+            fixes = "pad it: torch.nested.to_padded_tensor(x, nan), and mask what is padded"
+        elif value.is_meta:
+            what = "it is on the device 'meta', and has a shape but no numbers."
+            fixes = "pass a tensor that holds the data, on the CPU or a GPU"
+        elif value.is_quantized:
+            what = "it is a quantised tensor."
+            fixes = "pass x.dequantize()"
+        if what:
+            why = "a density is computed from numbers"
+            problems.append(Problem(where, what, why, (fixes,), DataError))
+    if problems:
+        raise_problems(problems)
+
+
+def _refuse_sparse_values(factors: Mapping[str, Any]) -> None:
+    """Refuse sparse observed values; sparse covariates are the model's own matter."""
+    problems = [
+        Problem(
+            f"site '{name}'",
+            f"its observed value is a sparse tensor ({value.layout}).",
+            "Pyro's densities read dense tensors",
+            ("pass x.to_dense()",),
+            DataError,
+        )
+        for name, site in factors.items()
+        if isinstance(value := site["value"], Tensor) and value.layout != torch.strided
+    ]
+    if problems:
+        raise_problems(problems)
+
+
 def _refuse_inference_mode(args: tuple, kwargs: dict[str, Any]) -> None:
     inside = torch.is_inference_mode_enabled()
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -507,7 +551,8 @@ _NO_NUMBERS = (
 
 def _not_finite(run: _pyro.Run) -> bool:
     """Whether a parameter's value is not finite."""
-    return any(not bool(torch.isfinite(p.value()).all()) for p in run.parameters.values())
+    real = (p for p in run.parameters.values() if not p.unconstrained.is_meta)
+    return any(not bool(torch.isfinite(p.value()).all()) for p in real)
 
 
 def _values_by_site(run: _pyro.Run) -> dict[str, Tensor]:

@@ -329,6 +329,8 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | Non
         hessian, gradient = torch.stack(rows).detach(), gradient.detach()
         if not bool(torch.isfinite(hessian).all()) or not bool(torch.isfinite(gradient).all()):
             return None
+        if hessian.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
+            hessian, gradient = hessian.float(), gradient.float()
         eigenvalues, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
         top = eigenvalues.abs().max()
         is_saddle = bool(eigenvalues[0] < -1e-6 * top) or not bool(top > 1e-9)
