@@ -160,6 +160,7 @@ def _content(value: Any) -> Hashable:
 
 
 def _bits(tensor: Tensor) -> Hashable:
-    # As bytes: numpy has no bfloat16.
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return (tensor.shape, tensor.dtype, flat.view(torch.uint8).numpy().tobytes())
+    value = tensor.detach().cpu()
+    if value.dtype == torch.bfloat16:  # numpy has none; float32 holds each of its numbers
+        value = value.float()
+    return (tensor.shape, tensor.dtype, value.numpy().tobytes())
