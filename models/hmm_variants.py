@@ -190,7 +190,7 @@ def draw(data: dict[str, Tensor], stages: EMResult, power: EMResult, path: Path)
     """
     from matplotlib.figure import Figure
 
-    from pyro_em.plotting import PALETTE
+    from pyro_em.plotting.axes import PALETTE
 
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     axes = figure.subplots(2, 2, height_ratios=(1.7, 1), sharex="col")

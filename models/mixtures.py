@@ -190,7 +190,7 @@ def draw(fits: Mapping[str, Fit], path: Path) -> None:
     """One panel per model: the data and what was fitted."""
     from matplotlib.figure import Figure
 
-    from pyro_em.plotting import PALETTE
+    from pyro_em.plotting.axes import PALETTE
 
     figure = Figure(figsize=(14, 8), layout="constrained")
     axes = figure.subplots(2, 3).ravel()

@@ -17,7 +17,14 @@ Glossary, used throughout:
 
 from importlib.metadata import version
 
-from pyro_em._errors import (
+from pyro_em.analysis.elbo import ELBOTerms
+from pyro_em.analysis.evidence import EvidenceEstimate
+from pyro_em.analysis.partition import log_partition
+from pyro_em.comparison.compare import compare
+from pyro_em.comparison.contenders import Direct, standard_contenders
+from pyro_em.comparison.table import Comparison
+from pyro_em.em import ExactPosteriorEM
+from pyro_em.errors import (
     DataError,
     DegenerateError,
     FileError,
@@ -26,23 +33,19 @@ from pyro_em._errors import (
     PyroEMWarning,
     UsageError,
 )
-from pyro_em.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
-from pyro_em.comparison import Comparison, compare
-from pyro_em.contenders import Direct, standard_contenders
-from pyro_em.drawn import DrawnPosterior
-from pyro_em.elbo import ELBOTerms
-from pyro_em.em import ExactPosteriorEM
-from pyro_em.families import Family, Kind, Link, Rule, register_family
-from pyro_em.importance import EvidenceEstimate
-from pyro_em.m_step import ClosedForm, Fixed, Gradient, LeastSquares
-from pyro_em.partition import log_partition
-from pyro_em.plan import Plan
-from pyro_em.posterior import Posterior
-from pyro_em.result import EMResult, EMStatus, EMStep, History
-from pyro_em.standard_errors import StandardErrors
-from pyro_em.strategies import Annealed, Hard, MonteCarlo
-from pyro_em.svi import TraceExact_ELBO
-from pyro_em.training import Alternating
+from pyro_em.families.family import Family, Link, Rule
+from pyro_em.families.forms import Kind
+from pyro_em.families.registry import register_family
+from pyro_em.fitting.result import EMResult, EMStatus, EMStep, History
+from pyro_em.fitting.standard_errors import StandardErrors
+from pyro_em.loss import TraceExact_ELBO
+from pyro_em.plan.plan import Plan
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
+from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares
+from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
+from pyro_em.variational.drawn import DrawnPosterior
+from pyro_em.variational.trainer import Alternating
 
 __version__ = version("pyro-em")
 

@@ -14,23 +14,34 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em import saving, stochastic
-from pyro_em._checked import by_name, check_path, seed_of, shown, site_name, truth, whole
-from pyro_em._elsewhere import OF_EM, NamesFromElsewhere
-from pyro_em._errors import PyroEMError, UsageError, message, warn
-from pyro_em._portable import require_picklable
-from pyro_em._pyro import (
-    TracedParameter,
-    is_stored,
-    restore,
-    same_random_state,
-    seeded,
-    snapshot,
-    values_of,
-    without_state,
+from pyro_em.analysis.elbo import ELBOTerms, drawn_terms, elbo_terms
+from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
+from pyro_em.analysis.ordering import sort_components
+from pyro_em.analysis.predictive import predictive_draws
+from pyro_em.arguments import by_name, check_path, seed_of, shown, site_name, truth, whole
+from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
+from pyro_em.errors import PyroEMError, UsageError, message, warn
+from pyro_em.fitting import epochs
+from pyro_em.fitting.loop import endless_steps
+from pyro_em.fitting.origins import Origin, origin_of, told
+from pyro_em.fitting.preconditions import (
+    refuse_inside_a_model,
+    refuse_rows_of_a_guide,
+    refuse_unfittable,
+    refuse_untrainable,
 )
-from pyro_em._turns import AloneAtEachStep, alone
-from pyro_em.arguments import (
+from pyro_em.fitting.progress import Bar
+from pyro_em.fitting.report import build_result, build_stochastic_result
+from pyro_em.fitting.restarts import run_starts
+from pyro_em.fitting.result import EMResult, EMStep
+from pyro_em.fitting.run import Settings, best_of
+from pyro_em.graph.blame import given_arguments
+from pyro_em.graph.structure import form_of, refuse_without_numbers
+from pyro_em.plan.plan import Plan, plan_of
+from pyro_em.plan.planner import Looker, Strategy
+from pyro_em.plan.program import Evaluation, Program
+from pyro_em.plan.unrouted import Unrouted
+from pyro_em.plan.wishes import (
     FIT_KEYWORDS,
     as_callbacks,
     check_acceleration,
@@ -46,38 +57,24 @@ from pyro_em.arguments import (
     refuse_stochastic_keywords,
     updates_by_name,
 )
-from pyro_em.batches import Batch, Batches, first_batch, is_loader
-from pyro_em.blame import given_arguments
-from pyro_em.dependences import contents_of
-from pyro_em.drawn import DrawnPosterior, dependences_of
-from pyro_em.elbo import ELBOTerms, drawn_terms, elbo_terms
-from pyro_em.importance import EvidenceEstimate
-from pyro_em.labels import sort_components
-from pyro_em.looking import Looker, Strategy, plan_of
-from pyro_em.loop import endless_steps
-from pyro_em.m_step import Update, apply_floors, forgets
-from pyro_em.origins import Origin, origin_of, told
-from pyro_em.outcome import build_result, build_stochastic_result
-from pyro_em.plan import Plan
-from pyro_em.posterior import Posterior, regrouped
-from pyro_em.posteriors import product_posterior
-from pyro_em.predictive import predictive_draws
-from pyro_em.program import Evaluation, Program, parameters_at
-from pyro_em.proposals import estimate_evidence
-from pyro_em.refusals import (
-    refuse_inside_a_model,
-    refuse_rows_of_a_guide,
-    refuse_unfittable,
-    refuse_untrainable,
-)
-from pyro_em.restarts import run_starts
-from pyro_em.result import EMResult, EMStep
-from pyro_em.runs import Bar, Settings, best_of
-from pyro_em.starts import Start
-from pyro_em.structure import form_of, refuse_without_numbers
-from pyro_em.training import Alternating, Optimizer, Trainer
-from pyro_em.unrouted import Unrouted
-from pyro_em.variational import Variational
+from pyro_em.portable import require_picklable
+from pyro_em.posteriors.assignments import Start
+from pyro_em.posteriors.posterior import Posterior, regrouped
+from pyro_em.posteriors.product import product_posterior
+from pyro_em.tracing import checkpoint
+from pyro_em.tracing.dependences import contents_of
+from pyro_em.tracing.parameters import TracedParameter, parameters_at, restore, snapshot, values_of
+from pyro_em.tracing.randomness import same_random_state, seeded
+from pyro_em.tracing.runs import is_stored, without_state
+from pyro_em.tracing.turns import AloneAtEachStep, alone
+from pyro_em.updates.decision import forgets
+from pyro_em.updates.m_step import apply_floors
+from pyro_em.updates.optimizers import Optimizer
+from pyro_em.updates.update import Update
+from pyro_em.variational.batches import Batch, Batches, first_batch, is_loader
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.drawn import DrawnPosterior, dependences_of
+from pyro_em.variational.trainer import Alternating, Trainer
 
 
 class ExactPosteriorEM(NamesFromElsewhere):
@@ -92,7 +89,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
 
         ELBO = E_{q(h | x)}[log Σ_z p(x, z, h; θ) − log q(h | x)]
 
-    is raised by stochastic gradients.
+    is raised by epochs gradients.
 
     Args:
         model: A Pyro model: a function with ``pyro.param``, or a ``PyroModule``. It needs no
@@ -377,7 +374,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
 
     @alone("step")
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One E-step and one M-step; one stochastic step on this batch where a guide draws.
+        """One E-step and one M-step; one epochs step on this batch where a guide draws.
 
         Args:
             *args: The model's arguments. An exact M-step is the maximum for the data of its own
@@ -388,7 +385,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             The loss (−ELBO, nats) at the parameters *entering* the step, as ``SVI.step``.
 
         Raises:
-            DegenerateError: If an update was degenerate; it has been rolled back. A stochastic step may
+            DegenerateError: If an update was degenerate; it has been rolled back. A epochs step may
                 return to parameters of up to eight steps before; the message says to which.
         """
         if args and is_loader(args[0]):
@@ -496,7 +493,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         self, trainer: Trainer, args: tuple, kwargs: dict[str, Any]
     ) -> Generator[EMStep, None, None]:
         same = itertools.repeat(Batch(args, kwargs))
-        for step in stochastic.steps(trainer, same, None, time.perf_counter()):
+        for step in epochs.steps(trainer, same, None, time.perf_counter()):
             self._total_steps += 1
             yield replace(step, params=values_of(trainer.variational.parameters))
 
@@ -524,7 +521,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         schedule: Any = None,
         **kwargs: Any,
     ) -> EMResult:
-        """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
+        """Run EM until the estimated remaining gain is below ``tol``, or epochs steps to an end.
 
         Args:
             *args: The model's arguments; where a guide draws latents also one ``DataLoader``, whose
@@ -706,10 +703,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
             held_out = Batches(aside, kwargs, None, None, None)
         refuse_rows_of_a_guide(trainer.variational, batches, held_out)
         if held_out is not None:
-            stochastic.look_at_validation(trainer, held_out)
+            epochs.look_at_validation(trainer, held_out)
         parameters = trainer.variational.parameters
         before = self._total_steps
-        run = stochastic.run(
+        run = epochs.run(
             trainer,
             batches,
             max_steps=max_steps,
@@ -788,7 +785,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
                     fixes=["call fit, step or plan first"],
                 )
             )
-        saving.write(path, self._state())
+        checkpoint.write(path, self._state())
 
     def _state(self) -> dict[str, Any]:
         """What a file holds: parameters, optimisers, buffers."""
@@ -798,10 +795,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
         elif self._training:  # loaded, and not continued yet
             extra["training"] = self._training
         roots = (self.model, self.guide)
-        buffers = saving.buffers_of(roots)
+        buffers = checkpoint.buffers_of(roots)
         extra["buffers"] = {n: b.detach().cpu().clone() for n, b in buffers.items()}
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
-        return saving.pack(named, extra)
+        return checkpoint.pack(named, extra)
 
     def _arguments(self) -> dict[str, Any]:
         """What the constructor was given."""
@@ -871,7 +868,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             FileError: If it is missing or cannot be read; also a `UsageError` and an ``OSError``.
         """
         check_path("load", path)
-        state = saving.read(path)
+        state = checkpoint.read(path)
         if args or kwargs:
             self._look(args, kwargs, look_only=True)
         self._pending = state
@@ -947,8 +944,8 @@ class ExactPosteriorEM(NamesFromElsewhere):
         state, self._pending = self._pending, None
         self._foreign, self._has_loaded = set(self._parameters), True
         named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
-        saving.restore(state, named)
-        saving.restore_buffers(state, (self.model, self.guide))
+        checkpoint.restore(state, named)
+        checkpoint.restore_buffers(state, (self.model, self.guide))
         self._total_steps = int(state["total_steps"])
         self._trainer, self._training = None, dict(state.get("training", {}))
 

@@ -15,8 +15,9 @@ from scipy.stats import poisson
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM, Gradient, Hard, UsageError, acceleration
-from pyro_em.result import EMStatus
+from pyro_em import ExactPosteriorEM, Gradient, Hard, UsageError
+from pyro_em.fitting import squarem
+from pyro_em.fitting.result import EMStatus
 from tests.data_sets import LONDON_COUNTS, faithful
 
 OPTIMUM = -1989.945859883
@@ -66,17 +67,17 @@ def test_london_times_needs_fifteen_times_fewer_steps(
     plain = ExactPosteriorEM(model).fit(*args, max_steps=1500, tol=0, progress=False)
     pyro.clear_param_store()
     tried: list[float] = []
-    original = acceleration.EMMap.e_step
+    original = squarem.EMMap.e_step
 
     def counted(self: Any, values: Any) -> Any:
         at = original(self, values)
         tried.append(at.objective)
         return at
 
-    monkeypatch.setattr(acceleration.EMMap, "e_step", counted)
+    monkeypatch.setattr(squarem.EMMap, "e_step", counted)
     fast = ExactPosteriorEM(model).fit(*args, tol=1e-6, progress=False, acceleration="squarem")
     slow_steps = first_within(plain, OPTIMUM)
-    plain_before = acceleration.PLAIN_STEPS
+    plain_before = squarem.PLAIN_STEPS
     fast_steps = plain_before + next(i for i, v in enumerate(tried) if v > OPTIMUM - 1e-6) + 1
     assert slow_steps >= 15 * fast_steps, (slow_steps, fast_steps)
     assert fast.log_evidence == pytest.approx(OPTIMUM, abs=2e-6)
@@ -143,7 +144,7 @@ def test_the_last_steps_are_plain_and_rise() -> None:
         DEATHS, DAYS, max_steps=60, tol=0, progress=False, acceleration="squarem"
     )
     assert result.num_steps == 60
-    end = [*list(result.history)[-acceleration.PLAIN_STEPS :], result.log_evidence]
+    end = [*list(result.history)[-squarem.PLAIN_STEPS :], result.log_evidence]
     assert all(b >= a - 1e-9 for a, b in pairwise(end))
     bounds = zip(result.history, result.history.after_m_step, strict=True)
     assert all(after >= before - 1e-9 for before, after in bounds)  # every step is an EM step

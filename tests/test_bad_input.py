@@ -25,7 +25,7 @@ from pyro_em import (
     ExactPosteriorEM,
     Fixed,
 )
-from pyro_em._errors import (
+from pyro_em.errors import (
     DataError,
     DegenerateError,
     ModelError,

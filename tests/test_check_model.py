@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, ModelError, PyroEMError
-from pyro_em.testing import check_model
+from pyro_em.testing.models import check_model
 
 
 def raters(x: Tensor, seen: Tensor) -> None:

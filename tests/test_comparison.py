@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
+from pyro_em.comparison.compare.compare import compare
 from torch.distributions import constraints
 
 from pyro_em import (
@@ -23,7 +24,8 @@ from pyro_em import (
     TraceExact_ELBO,
     UsageError,
 )
-from pyro_em.comparison import Comparison, Direct, compare, standard_contenders
+from pyro_em.comparison.contenders import Direct, standard_contenders
+from pyro_em.comparison.table import Comparison
 from tests.data_sets import LONDON_COUNTS
 
 _DRAW = torch.Generator().manual_seed(0)

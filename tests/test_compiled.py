@@ -19,17 +19,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM, Fixed, UsageError, compiled_loop, loop
-from pyro_em._pyro import values_of
-from pyro_em.compiled import Handover, compile_iteration, forward_backward
-from pyro_em.compiled.chain import Chain
-from pyro_em.compiled.layout import collapsed
-from pyro_em.compiled.linear import linear
-from pyro_em.compiled.rows import Rows
-from pyro_em.families import _REGISTRY, Kind
-from pyro_em.program import Program
-from pyro_em.result import EMStatus, EMStep
-from pyro_em.steps import advance, after_m_step, e_step
+from pyro_em import ExactPosteriorEM, Fixed, UsageError
+from pyro_em.densities.linear import linear
+from pyro_em.densities.tying import collapsed
+from pyro_em.errors import Handover
+from pyro_em.families.forms import Kind
+from pyro_em.families.registry import _REGISTRY
+from pyro_em.fitting import em_map, loop
+from pyro_em.fitting.em_map import advance, after_m_step, e_step
+from pyro_em.fitting.em_on_sums import compile_iteration
+from pyro_em.fitting.result import EMStatus, EMStep
+from pyro_em.plan.program import Program
+from pyro_em.posteriors import forward_backward
+from pyro_em.posteriors.chain import Chain
+from pyro_em.posteriors.mixture import Rows
+from pyro_em.tracing.parameters import values_of
 
 Model = Callable[..., None]
 
@@ -418,7 +422,7 @@ def both_fits(
         pyro.clear_param_store()
         pyro.set_rng_seed(3)
         if not compiled:
-            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
         out.append(ExactPosteriorEM(model, guide).fit(*args, progress=False, **how))
     return out
 
@@ -537,7 +541,7 @@ def test_who_watches_sees_compiled_steps(
         pyro.set_rng_seed(0)
         em = ExactPosteriorEM(model)
         if full:
-            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
         else:
             monkeypatch.undo()
             monkeypatch.setattr(loop, "advance", None)  # no full step is made
@@ -769,7 +773,7 @@ def test_an_interrupt_at_any_write_leaves_one_whole_step(
 ) -> None:
     """What is in the store, in the result and in the history belong together."""
     x = points(120)
-    original, calls = compiled_loop.write_unconstrained, 0
+    original, calls = em_map.write_unconstrained, 0
 
     def write(*args: Any) -> None:
         nonlocal calls
@@ -778,11 +782,11 @@ def test_an_interrupt_at_any_write_leaves_one_whole_step(
             raise KeyboardInterrupt
         original(*args)
 
-    monkeypatch.setattr(compiled_loop, "write_unconstrained", write)
+    monkeypatch.setattr(em_map, "write_unconstrained", write)
     result = ExactPosteriorEM(gaussian).fit(
         x, 2, "full", max_steps=25, tol=0, progress=False, **how
     )
-    monkeypatch.setattr(compiled_loop, "write_unconstrained", original)
+    monkeypatch.setattr(em_map, "write_unconstrained", original)
     evidence = ExactPosteriorEM(gaussian).posterior(x, 2, "full").log_evidence
     assert result.log_evidence == pytest.approx(evidence, rel=1e-10)
     for name, value in result.params.items():
@@ -844,7 +848,7 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     iteration.e_step(at)
     smooth, plain = forward_backward.smooth, Tensor.div_
     monkeypatch.setattr(
-        "pyro_em.compiled.chain.smooth",
+        "pyro_em.posteriors.chain.smooth",
         lambda *a: tuple(t * (0.999 if i == 0 else 1) for i, t in enumerate(smooth(*a))),
     )
     monkeypatch.setattr(Tensor, "div_", lambda self, other: plain(self, other).mul_(0.999))

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM, Fixed, compiled_loop
+from pyro_em import ExactPosteriorEM, Fixed
+from pyro_em.fitting import em_map
 
 Model = Callable[..., None]
 HOW: dict[str, Any] = {"progress": False, "max_steps": 3, "tol": 0}
@@ -28,7 +29,7 @@ def both(monkeypatch: pytest.MonkeyPatch, model: Model, **updates: Any) -> list[
     for compiled in (True, False):
         pyro.clear_param_store()
         if not compiled:
-            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
         out.append(ExactPosteriorEM(model, updates=updates or None).fit(**HOW))
     return out
 
@@ -181,7 +182,7 @@ def _watched(
         g = torch.Generator().manual_seed(0)
         x = torch.cat([torch.randn(300, generator=g) - 1, torch.randn(300, generator=g) + 3])
         if not compiled:
-            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
         em = ExactPosteriorEM(_two, updates=how.get("given"))
         given = {k: v for k, v in how.items() if k != "given"}
         out.append(
@@ -252,7 +253,7 @@ def test_a_write_after_a_step_that_was_handed_over(monkeypatch: pytest.MonkeyPat
     for compiled in (True, False):
         pyro.clear_param_store()
         if not compiled:
-            monkeypatch.setattr(compiled_loop, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
         x = (torch.arange(10.0) % 3 == 0).to(torch.float64)
         out.append(ExactPosteriorEM(model).fit(x, **HOW, callbacks=lift))
     _same(out)
@@ -263,7 +264,7 @@ def test_steps_do_not_take_their_memory_anew() -> None:
     """Page faults of steps with temporaries of some MB, in a process of its own."""
     script = """
 import resource, torch
-from pyro_em.compiled.memory import keep_freed_memory
+from pyro_em.fitting.em_on_sums import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

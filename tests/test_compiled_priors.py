@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, Fixed
-from pyro_em.compiled.chain import Chain
-from pyro_em.compiled.rows import Rows
-from pyro_em.result import EMStatus
+from pyro_em.fitting.result import EMStatus
+from pyro_em.posteriors.chain import Chain
+from pyro_em.posteriors.mixture import Rows
 from tests.test_compiled import Model, both_fits, points, steps_of, symbols
 
 K = 3

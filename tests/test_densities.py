@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyro_em._densities import _of_independent_bits, add_log_probs
+from pyro_em.tracing.densities import _of_independent_bits, add_log_probs
 
 
 def image(logits: Tensor, event: int) -> dist.Distribution:

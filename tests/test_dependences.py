@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_em import ExactPosteriorEM, PyroEMWarning, UsageError
-from pyro_em.dependences import _sums, checksum
+from pyro_em.tracing.dependences import _sums, checksum
 
 SCALES = SimpleNamespace(spread=1.0)
 

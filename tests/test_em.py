@@ -24,7 +24,7 @@ from pyro_em import (
     PyroEMWarning,
     UsageError,
 )
-from pyro_em.testing import check_model
+from pyro_em.testing.models import check_model
 
 X = torch.tensor([-2.1, -1.9, -2.4, 0.1, 1.8, 2.2, 2.9, 1.4, -1.0, 2.0], dtype=torch.float64)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pyro_em import ExactPosteriorEM, Family, Kind, Rule, UsageError, register_family
-from pyro_em.families import _REGISTRY, family_of, pieces
-from pyro_em.testing import check_family
+from pyro_em.families import chunks
+from pyro_em.families.registry import _REGISTRY, family_of
+from pyro_em.testing.families import check_family
 
 P = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
 H = torch.tensor([0.3, 0.8])
@@ -101,7 +102,7 @@ def test_log_densities_in_pieces(
     case: str, rows: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the pieces and whatever varies along rows, as the distribution says itself."""
-    monkeypatch.setattr(pieces, "_PIECE", piece)
+    monkeypatch.setattr(chunks, "_PIECE", piece)
     cls, arguments = CASES[case]
     N, K = 7, 2
     arguments = {n: a.to(torch.float64).unsqueeze(0) for n, a in arguments.items()}
@@ -117,7 +118,7 @@ def test_log_densities_in_pieces(
         value = value[:1]
     expected = fn.log_prob(value)
     with torch.no_grad():
-        found = pieces.log_density(_REGISTRY[cls], value, arguments, 2, 0)
+        found = chunks.log_density(_REGISTRY[cls], value, arguments, 2, 0)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert expected.shape in {(N, K), (1, K)}
 
@@ -126,29 +127,29 @@ def test_log_densities_in_pieces(
 def test_events_of_independent_dimensions_in_pieces(
     piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "_PIECE", piece)
+    monkeypatch.setattr(chunks, "_PIECE", piece)
     loc, x = torch.randn(1, 3, 4), torch.randn(11, 1, 4)
     expected = dist.Normal(loc, 2.0).to_event(1).log_prob(x)
     with torch.no_grad():
         family, scale = _REGISTRY[dist.Normal], torch.full((1, 1, 1), 2.0)
-        found = pieces.log_density(family, x, {"loc": loc, "scale": scale}, 2, 1)
+        found = chunks.log_density(family, x, {"loc": loc, "scale": scale}, 2, 1)
     torch.testing.assert_close(found, expected)
 
 
 def test_a_density_that_does_not_read_the_longest_dimension(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pieces, "_PIECE", 5)
+    monkeypatch.setattr(chunks, "_PIECE", 5)
     flat = Family(dist.Normal, lambda x, a: {}, {}, log_density=lambda x, a: -a["scale"])
     scale = torch.tensor([[1.0, 2.0]])
     with torch.no_grad():
-        found = pieces.log_density(flat, torch.zeros(30, 1), {"scale": scale}, 2, 0)
+        found = chunks.log_density(flat, torch.zeros(30, 1), {"scale": scale}, 2, 0)
     assert torch.equal(found, -scale.expand(30, 2))
 
 
 def test_the_temporaries_of_a_posterior_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """No call of a family sees more events than a piece holds."""
-    monkeypatch.setattr(pieces, "_PIECE", 1000)
+    monkeypatch.setattr(chunks, "_PIECE", 1000)
     seen = []
     family = _REGISTRY[dist.MultivariateNormal]
     density = family.log_density

@@ -28,7 +28,7 @@ from pyro_em import (
     TraceExact_ELBO,
     UsageError,
 )
-from pyro_em.batches import Batch, factors_of
+from pyro_em.variational.batches import Batch, factors_of
 
 
 def sgd(lr: float) -> Any:

@@ -14,7 +14,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, TraceExact_ELBO, compare
-from pyro_em._memory import settle
+from pyro_em.tracing.memory import settle
 
 DATA = [0.0, 1.0, 5.0]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM, UsageError
-from pyro_em.model_graph import ModelGraph
+from pyro_em.graph.independence import ModelGraph
 
 
 def random_dag(seed: int, size: int = 6, p: float = 0.4) -> networkx.DiGraph:

@@ -34,11 +34,11 @@ from pyro_em import (
     Rule,
     UsageError,
     compare,
-    families,
     register_family,
 )
-from pyro_em.families import family_of
-from pyro_em.families.record import BUILT_IN
+from pyro_em.families import registry as families
+from pyro_em.families.family import BUILT_IN
+from pyro_em.families.registry import family_of
 
 X = torch.tensor([-1.3, 0.2, 0.4, 1.9, 2.2, -0.7], dtype=torch.float64)
 WAYS: dict[str, Callable[[Any], Any]] = {

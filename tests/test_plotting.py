@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, UsageError, compare, plotting
-from pyro_em.model_graph import ModelGraph
+from pyro_em.graph.independence import ModelGraph
 
 
 @pytest.fixture(autouse=True)

@@ -8,18 +8,9 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_em import (
-    EMStatus,
-    ExactPosteriorEM,
-    Family,
-    Kind,
-    PyroEMError,
-    PyroEMWarning,
-    Rule,
-    contraction,
-    e_step,
-)
-from pyro_em.families import _REGISTRY, register_family
+from pyro_em import EMStatus, ExactPosteriorEM, Family, Kind, PyroEMError, PyroEMWarning, Rule
+from pyro_em.families.registry import _REGISTRY, register_family
+from pyro_em.posteriors import contraction, enumeration
 
 X = torch.tensor([0.3, 1.1, 0.2, 2.0, 0.7], dtype=torch.float64)
 
@@ -59,8 +50,8 @@ def test_lost_posterior_mass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
         y = contraction.log_sum_exp(x)
         return y.detach() + 0.5 * (y - y.detach())
 
-    original = e_step.run_contraction
-    monkeypatch.setattr(e_step, "run_contraction", lambda *args: original(*args, ring=leaky))
+    original = enumeration.run_contraction
+    monkeypatch.setattr(enumeration, "run_contraction", lambda *args: original(*args, ring=leaky))
     with pytest.raises(PyroEMError, match=r"site 'z': its posterior sums to 0\.5"):
         ExactPosteriorEM(half_normals).posterior(X)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyro_em
-from pyro_em.families import _REGISTRY
+from pyro_em.families.registry import _REGISTRY
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

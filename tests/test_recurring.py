@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em import recurring
-from pyro_em.binding import Binding, bind
-from pyro_em.recurring import Recurring, signature
+from pyro_em.graph import signatures
+from pyro_em.graph.autograd import bind
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.signatures import Recurring, signature
 
 Argument = Callable[[Tensor], Tensor]
 
@@ -84,7 +85,7 @@ def test_a_recurring_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return bind(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(recurring, "bind", counted)
+    monkeypatch.setattr(signatures, "bind", counted)
     A = torch.eye(4).requires_grad_()
     bindings = Recurring({"A": A})
     for _ in range(5):

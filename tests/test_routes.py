@@ -16,8 +16,8 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_em import Alternating, ExactPosteriorEM, PyroEMError, PyroEMWarning
-from pyro_em._kept import Kept
-from pyro_em.result import EMStatus
+from pyro_em.fitting.result import EMStatus
+from pyro_em.variational.recovery import Kept
 
 T = torch.tensor
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_em import ExactPosteriorEM, MonteCarlo, sampling
-from pyro_em.sampling import cumulative_rows, pick
+from pyro_em import ExactPosteriorEM, MonteCarlo
+from pyro_em.posteriors import sampling
+from pyro_em.posteriors.sampling import cumulative_rows, pick
 from tests.brute_force import random_network
 from tests.test_random_models import random_model
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, FileError, PyroEMError, UsageError, saving
+from pyro_em import ExactPosteriorEM, FileError, PyroEMError, UsageError
+from pyro_em.tracing import checkpoint as saving
 
 X = torch.tensor([-1.3, 0.2, 0.4, 1.9, 2.2], dtype=torch.float64)
 

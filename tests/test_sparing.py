@@ -17,9 +17,17 @@ from torch import Tensor
 from torch.distributions import constraints as C
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em import DataError, ExactPosteriorEM, ModelError, _pyro
-from pyro_em._shadows import NumbersNeeded, Overspent, Shadows, is_shadow, spending_at_most
-from pyro_em.structure import Structure, examine
+from pyro_em import DataError, ExactPosteriorEM, ModelError
+from pyro_em.fitting.em_on_sums import keep_freed_memory
+from pyro_em.graph.structure import Structure, examine
+from pyro_em.tracing import handlers, runs
+from pyro_em.tracing.allocation import (
+    NumbersNeeded,
+    Overspent,
+    Shadows,
+    is_shadow,
+    spending_at_most,
+)
 from tests.benchmarks.models import mixture
 
 X = torch.cat([torch.randn(30, generator=torch.Generator().manual_seed(3)), torch.ones(10) * 4])
@@ -30,8 +38,8 @@ X = X.double()
 def sparing(limit: int = 0, large: int = 1) -> Iterator[None]:
     """Run with shadows as soon as a plain run has allocated ``limit`` bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_pyro, "_PLAIN_BYTES", limit - 1)
-        patch.setattr(_pyro, "_LARGE", large)
+        patch.setattr(runs, "_PLAIN_BYTES", limit - 1)
+        patch.setattr(handlers, "_LARGE", large)
         yield
 
 
@@ -94,6 +102,7 @@ def test_a_constant_made_where_a_latent_is_may_be_kept() -> None:
 
 
 def test_planning_and_fitting_make_no_tensor_much_larger_than_the_data() -> None:
+    keep_freed_memory()  # makes one large block, once per process
     x = torch.randn(50_000, 8)
     with sparing(2**24, 256), Largest() as planning:
         ExactPosteriorEM(mixture).plan(x, 16)

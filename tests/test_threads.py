@@ -21,8 +21,9 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch.distributions import constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em import ExactPosteriorEM, PyroEMWarning, TraceExact_ELBO, UsageError, _turns, compare
-from pyro_em._whole import forget_lost_plates
+from pyro_em import ExactPosteriorEM, PyroEMWarning, TraceExact_ELBO, UsageError, compare
+from pyro_em.tracing import turns as _turns
+from pyro_em.tracing.whole import forget_lost_plates
 
 X = torch.tensor([-1.3, 0.2, 0.4, 1.9, 2.2], dtype=torch.float64)
 REFUSAL = r"another thread \('.*'\) is inside fit; nothing was done"

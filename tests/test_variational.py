@@ -20,9 +20,9 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from pyro_em import Alternating, DrawnPosterior, ExactPosteriorEM
-from pyro_em.importance import estimate_from, pareto_k
-from pyro_em.particle import LogWeights
-from pyro_em.variational import Variational
+from pyro_em.analysis.evidence import estimate_from, pareto_k
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.particle import LogWeights
 
 from .data_sets import iris
 

@@ -1,158 +1,16 @@
 """Distribution families with closed-form updates, looked up by exact type.
 
-A density is inherited by subclasses, a maximum-likelihood rule is not: ``Chi2`` is not ``Gamma``.
-To add a family, copy a neighbour in one of the files beside this one, add it to that file's
-``FAMILIES`` and let `pyro_em.testing.check_family` judge it; or call `register_family`.
+A density is inherited by subclasses, a maximum-likelihood rule is not: ``Chi2`` is not ``Gamma``. The
+record is `family.Family`, the functional forms that its rules can have are in `forms`, the table of
+all records in `registry`.
+
+May import: `pyro_em.errors`, `pyro_em.distributions`. To add a family, copy a neighbour in `discrete`,
+`rates`, `normal` or `conjugacy`, add it to that file's ``FAMILIES`` and let
+`pyro_em.testing.check_family` judge it; or call `register_family`.
 """
 
-from __future__ import annotations
+from pyro_em.families.family import Family, Link, Rule
+from pyro_em.families.forms import Kind
+from pyro_em.families.registry import family_of, register_family
 
-from typing import Any
-
-import pyro.distributions as dist
-import torch
-
-from pyro_em._errors import UsageError, message
-from pyro_em._pyro import unwrap
-from pyro_em.families import counts_and_times, discrete, normal, priors
-from pyro_em.families.priors import conjugate
-from pyro_em.families.record import BUILT_IN, Family, Kind, Link, Rule, weigh
-
-_REGISTRY: dict[type, Family] = {
-    family.distribution: family
-    for module in (discrete, counts_and_times, normal, priors)
-    for family in module.FAMILIES
-}
-BUILT_IN.update(_REGISTRY)
-
-
-def register_family(family: Family, *, replace: bool = False) -> Family:
-    """Add a closed-form family; from now on models that use its distribution take it.
-
-    Args:
-        family: The record.
-        replace: Whether an existing record of the same distribution may be replaced.
-
-    Returns:
-        The same record, so that the call can end a definition.
-
-    Raises:
-        UsageError: If the distribution has a record already, or the record is malformed.
-
-    Example:
-        >>> import pyro.distributions as dist
-        >>> from pyro_em import Family, Kind, Rule, register_family
-        >>> rayleigh_like = Family(
-        ...     dist.HalfNormal,
-        ...     statistics=lambda x, a: {"square": x * x},
-        ...     rules={"scale": Rule(Kind.SCALE, lambda s, a: (s["square"], s["weight"]))},
-        ... )
-        >>> register_family(rayleigh_like, replace=True).name
-        'HalfNormal'
-    """
-    if not isinstance(family, Family):
-        raise UsageError(
-            message(
-                "register_family",
-                f"a Family record was expected, not {type(family).__name__}.",
-                fixes=["build one with pyro_em.Family(distribution, statistics, rules)"],
-            )
-        )
-    sound = isinstance(family.distribution, type) and callable(family.statistics)
-    known = getattr(family.distribution, "arg_constraints", {}) if sound else {}
-    wrong = [n for n, r in family.rules.items() if n not in known or not isinstance(r, Rule)]
-    if not sound or wrong:
-        raise UsageError(
-            message(
-                "register_family",
-                f"the record is malformed: {', '.join(wrong) or 'distribution or statistics'}.",
-                "distribution is a class, statistics a function, rules map its arguments to Rules",
-                [f"its arguments are: {', '.join(known)}"] if known else [],
-            )
-        )
-    known_record = _REGISTRY.get(family.distribution)
-    if known_record is not None and known_record.rules and not replace:
-        raise UsageError(
-            message(
-                "register_family",
-                f"{family.name} has a record already.",
-                "a second record would silently change the updates of existing models",
-                ["pass replace=True if that is what you want"],
-            )
-        )
-    _REGISTRY[family.distribution] = family
-    return family
-
-
-def family_of(fn: Any) -> Family | None:
-    """The record for a distribution, by the exact type inside Independent, Expanded and Masked."""
-    base, _, _ = unwrap(fn)
-    return _REGISTRY.get(type(base))
-
-
-def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
-    """The arguments that the user gave to an unwrapped distribution, not those derived from them.
-
-    ``Bernoulli(probs=p)`` may hold lazily derived logits as well; only ``probs`` is returned.
-    """
-    names = list(family.rules) + list(family.constants)
-    if hasattr(fn, "_categorical"):  # OneHotCategorical and Multinomial wrap a Categorical
-        inner = given_arguments(fn._categorical, _REGISTRY[dist.Categorical])
-        extra = {n: torch.as_tensor(getattr(fn, n)) for n in family.constants}
-        return {**inner, **extra}
-    if isinstance(fn, torch.distributions.LogNormal):
-        return {"loc": fn.base_dist.loc, "scale": fn.base_dist.scale}
-    held = vars(fn)
-    if "_param" in held:
-        chosen = "probs" if held["_param"] is held.get("probs") else "logits"
-        names = [n for n in names if n not in ("probs", "logits")] + [chosen]
-    # An alternative that was not given is a lazy property of the class: never touch it.
-    lazy = torch.distributions.utils.lazy_property
-    found = {
-        n: held[n] if n in held else getattr(fn, n)
-        for n in names
-        if n in held or not isinstance(vars_of_class(fn).get(n), lazy)
-    }
-    if "probs" in found and "logits" in found:
-        del found["logits"]
-    return {n: torch.as_tensor(v) for n, v in found.items()}
-
-
-def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
-    """The arguments, as given, that set how concentrated an unwrapped distribution is.
-
-    All but locations, and but the degrees of freedom of Student's distributions: these leave a
-    density bounded.
-    """
-    bounded = {"loc", "mean"} | ({"df"} if "StudentT" in type(fn).__name__ else set())
-    held, of_class = vars(fn), vars_of_class(fn)
-    lazy = torch.distributions.utils.lazy_property
-    found = {}
-    for name in getattr(fn, "arg_constraints", {}):
-        if name in bounded or (name not in held and isinstance(of_class.get(name), lazy)):
-            continue
-        value = held[name] if name in held else getattr(fn, name, None)
-        if isinstance(value, torch.Tensor):
-            found[name] = value
-    return found
-
-
-def vars_of_class(fn: Any) -> dict[str, Any]:
-    """Class attributes of a distribution, nearest class first, without triggering properties."""
-    attributes: dict[str, Any] = {}
-    for cls in reversed(type(fn).__mro__):
-        attributes.update(vars(cls))
-    return attributes
-
-
-__all__ = [
-    "Family",
-    "Kind",
-    "Link",
-    "Rule",
-    "conjugate",
-    "family_of",
-    "given_arguments",
-    "register_family",
-    "weigh",
-]
+__all__ = ["Family", "Kind", "Link", "Rule", "family_of", "register_family"]

@@ -10,15 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.record import (
-    LOG_SIMPLEX,
-    LOGIT,
-    Arguments,
-    Family,
-    Kind,
-    Rule,
-    Statistics,
-)
+from pyro_em.families.family import LOG_SIMPLEX, LOGIT, Arguments, Family, Rule, Statistics
+from pyro_em.families.forms import Kind
 
 
 def _log_probs(arguments: Arguments) -> Tensor:
@@ -105,10 +98,13 @@ SIMPLEX = {
     "probs": Rule(Kind.SIMPLEX, _simplex),
     "logits": Rule(Kind.SIMPLEX, _simplex, LOG_SIMPLEX),
 }
+
+
 PROBABILITY = {
     "probs": Rule(Kind.PROBABILITY, _successes),
     "logits": Rule(Kind.PROBABILITY, _successes, LOGIT),
 }
+
 
 FAMILIES = (
     Family(dist.Categorical, _counts_of_index, SIMPLEX, log_density=_categorical_log_density),

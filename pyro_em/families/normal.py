@@ -1,4 +1,4 @@
-r"""Normal, LogNormal, MultivariateNormal and Laplace.
+"""Normal, LogNormal, MultivariateNormal and Laplace.
 
 Squares are taken about the location of the E-step, d = x − loc, so that nothing cancels near the
 optimum: with δ = new loc − old loc,
@@ -17,16 +17,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.record import (
-    CHOLESKY,
-    PRECISION,
-    Arguments,
-    Family,
-    Kind,
-    Rule,
-    Statistics,
-    weigh,
-)
+from pyro_em.families.family import CHOLESKY, PRECISION, Arguments, Family, Rule, Statistics, weigh
+from pyro_em.families.forms import Kind
 
 
 def _deviations(value: Tensor, arguments: Arguments) -> Statistics:
@@ -155,6 +147,7 @@ _SPREADS = {
     "scale_tril": Rule(Kind.COVARIANCE, _covariance, CHOLESKY),
     "precision_matrix": Rule(Kind.COVARIANCE, _covariance, PRECISION),
 }
+
 
 FAMILIES = (
     Family(

@@ -12,7 +12,7 @@ from pyro_em.plotting.axes import colour, new_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_em.comparison import Comparison
+    from pyro_em.comparison.table import Comparison
 
 
 def comparison(result: Comparison, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:

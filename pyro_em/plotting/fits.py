@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pyro_em.fitting.result import EMResult, History
 from pyro_em.plotting.axes import PALETTE, or_new
-from pyro_em.result import EMResult, History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pyro_em._errors import UsageError, message
-from pyro_em.plan import Plan
+from pyro_em.errors import UsageError, message
+from pyro_em.plan.plan import Plan
 from pyro_em.plotting.axes import or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_em.model_graph import ModelGraph
+    from pyro_em.graph.independence import ModelGraph
+
 
 Place = tuple[float, float]
+
 
 _OBSERVED, _HIDDEN, _MARGIN, _RADIUS = "#cfe2f3", "white", 0.36, 0.3
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em._errors import UsageError, message
+from pyro_em.errors import UsageError, message
 from pyro_em.plotting.axes import colour, or_new
 
 if TYPE_CHECKING:

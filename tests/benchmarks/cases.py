@@ -137,7 +137,7 @@ def without_numba(make: Callable[[], Pair]) -> Callable[[], Pair]:
     """The same work by torch alone."""
 
     def plain() -> Pair:
-        from pyro_em.compiled import forward_backward
+        from pyro_em.posteriors import forward_backward
 
         ours, theirs = make()
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em._pyro import values_of
-from pyro_em.compiled import compile_iteration
-from pyro_em.program import Program
-from pyro_em.steps import advance, e_step
+from pyro_em.fitting.em_map import advance, e_step
+from pyro_em.fitting.em_on_sums import compile_iteration
+from pyro_em.plan.program import Program
+from pyro_em.tracing.parameters import values_of
 from tests.benchmarks.timing import Steps
 
 

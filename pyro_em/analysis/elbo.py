@@ -1,0 +1,164 @@
+"""The one objective: ELBO(q, θ) = E_q[log p(x, z; θ)] + H(q), and its terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.portable import Portable
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.statistics import dot
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.particle import Particle
+from pyro_em.variational.parts import split
+
+
+@dataclass(frozen=True, eq=False)
+class ELBOTerms(Portable):
+    r"""The evidence lower bound and what it is made of, all in nats.
+
+    value = expected_log_joint + entropy = reconstruction − kl + log_prior, and
+    log_evidence = (value − log_prior) + gap with gap = KL(q ‖ p(z | x; θ)) ≥ 0.
+
+    Attributes:
+        value: The bound.
+        exact: Whether no sampling was involved.
+        log_evidence: log p(x; θ), None unless it can be computed exactly.
+        gap: log_evidence − (value − log_prior).
+        expected_log_joint: E_q[log p(x, z; θ)].
+        entropy: H(q); a Monte Carlo estimate where a guide draws.
+        reconstruction: E_q[log p(x | z; θ)]; None with ``pyro.factor`` terms.
+        kl: KL(q(z) ‖ p(z; θ)); None with ``pyro.factor`` terms.
+        log_prior: Log density of point-estimated parameters.
+        standard_error: Of ``value``; 0 where nothing is sampled, None with one draw.
+        pointwise: Per element of the outermost data plate its log evidence, whatever q is; where a
+            guide draws, its bound; None without such a plate.
+    """
+
+    value: float
+    exact: bool
+    log_evidence: float | None
+    gap: float | None
+    expected_log_joint: float
+    entropy: float
+    reconstruction: float | None
+    kl: float | None
+    log_prior: float = 0.0
+    standard_error: float | None = 0.0
+    pointwise: Tensor | None = field(default=None, repr=False)
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        error = "" if not self.standard_error else f" ± {self.standard_error:.3g}"
+        lines = [f"ELBO {self.value:.6f}{error} nats" + (" (exact)" if self.exact else "")]
+        if self.reconstruction is not None and self.kl is not None:
+            prior = f" + log prior {self.log_prior:.6f}" if self.log_prior else ""
+            lines.append(f"  = reconstruction {self.reconstruction:.6f} - KL {self.kl:.6f}{prior}")
+        joint, entropy = self.expected_log_joint, self.entropy
+        lines.append(f"  = expected log joint {joint:.6f} + entropy {entropy:.6f}")
+        if self.log_evidence is not None:
+            lines.append(f"log evidence {self.log_evidence:.6f}, gap {self.gap:.6g}{error}")
+        if self.standard_error is None:
+            lines.append("one draw: elbo(..., num_particles=n) gives a standard error")
+        return "\n".join(lines)
+
+
+def elbo_terms(
+    graph: FactorGraph, q: Posterior, tables: Sequence[Tensor], at: Posterior
+) -> ELBOTerms:
+    """ELBO(q, θ) for the θ of ``tables``.
+
+    Args:
+        graph: The factor graph.
+        q: Any distribution over the latents.
+        tables: Log densities at θ, per group.
+        at: The exact posterior at θ.
+    """
+    parts = [float(dot(w, t)) for w, t in zip(q.counts, tables, strict=True)]
+    joint = sum(parts)
+    entropy = q.entropy()
+    value = joint + entropy
+    unnormalised = any(g.distribution == "Unit" for g in graph.groups)
+    data = [g.role is Role.DATA for g in graph.groups]
+    reconstruction = sum(p for is_data, p in zip(data, parts, strict=True) if is_data)
+    assert at.log_evidence is not None
+    return ELBOTerms(
+        value=value,
+        exact=True,
+        log_evidence=at.log_evidence,
+        gap=at.log_evidence - (value - at.log_prior),
+        expected_log_joint=joint,
+        entropy=entropy,
+        reconstruction=None if unnormalised else reconstruction,
+        kl=None if unnormalised else reconstruction + at.log_prior - value,
+        log_prior=at.log_prior,
+        pointwise=at.pointwise,
+    )
+
+
+def drawn_terms(
+    variational: Variational,
+    args: tuple,
+    kwargs: dict[str, Any],
+    num_particles: int,
+    at: Posterior | None,
+) -> ELBOTerms:
+    """The bound of a pair of model and guide at the current parameters.
+
+    Args:
+        variational: The pair.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        num_particles: Draws to average over; one is enough where nothing is random.
+        at: The exact posterior, where the model has one.
+    """
+    n = 1 if variational.is_exact else num_particles
+    draws = [split(variational, args, kwargs) for _ in range(n)]
+    parts = [d for d, _ in draws]
+    value = sum(p.value for p in parts) / n
+    reconstruction = sum(p.reconstruction for p in parts) / n
+    log_prior = sum(p.log_prior for p in parts) / n
+    entropy = sum(p.entropy for p in parts) / n
+    if variational.is_exact:
+        error: float | None = 0.0
+    elif n == 1:
+        error = None
+    else:
+        spread = sum((p.value - value) ** 2 for p in parts) / (n - 1)
+        error = (spread / n) ** 0.5
+    evidence = None if at is None else at.log_evidence
+    unnormalised = any(i.distribution == "Unit" for i in variational.bare.sites.values())
+    return ELBOTerms(
+        value=value,
+        exact=variational.is_exact,
+        log_evidence=evidence,
+        gap=None if evidence is None else evidence - (value - log_prior),
+        expected_log_joint=value - entropy,
+        entropy=entropy,
+        reconstruction=None if unnormalised else reconstruction,
+        kl=None if unnormalised else reconstruction + log_prior - value,
+        log_prior=log_prior,
+        standard_error=error,
+        pointwise=_pointwise(variational, [p for _, particles in draws for p in particles], n),
+    )
+
+
+def _pointwise(variational: Variational, particles: Sequence[Particle], n: int) -> Tensor | None:
+    """The bound per element of the outermost data plate, where nothing is outside it; n draws."""
+    plate = variational.bare.data_plate
+    if plate is None or not particles:
+        return None
+    total: Tensor | None = None
+    for particle in particles:
+        inside, outside = particle.along(plate)
+        if inside is None or bool(outside != 0):
+            return None
+        total = inside if total is None else total + inside
+    return None if total is None else total / n

@@ -1,0 +1,188 @@
+"""Sorting components: the labels of a latent are arbitrary, and a key puts them into an order.
+
+Where the components are exchangeable, permuting a parameter along every dimension that the latent
+indexes leaves the evidence as it is. Which dimensions these are is read off the bindings.
+
+Source: Stephens (2000), "Dealing with label switching in mixture models".
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_em.arguments import as_tensor
+from pyro_em.errors import UsageError, message
+from pyro_em.families.forms import Kind
+from pyro_em.graph.binding import Selection
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.plan.program import Program
+from pyro_em.tracing.parameters import restore, snapshot, write_unconstrained
+
+
+def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
+    """The dimensions of each parameter that run over a latent's values.
+
+    Args:
+        graph: A factor graph with bindings.
+        site: The latent.
+
+    Returns:
+        Per parameter its axes, those of all latents that share them (the steps of a chain).
+
+    Raises:
+        UsageError: If there is no such latent.
+    """
+    if site not in graph.latents:
+        known = ", ".join(f"'{n}'" for n in graph.latents) or "none"
+        raise UsageError(
+            message(
+                f"site '{site}'",
+                f"it is no summed latent of this model; those are: {known}.",
+                fixes=["name one of them"],
+            )
+        )
+    together, axes = {site}, dict[str, set[int]]()
+    while True:
+        before = (len(together), sum(map(len, axes.values())))
+        for group in graph.groups:
+            _collect(graph, group, together, axes)
+        if (len(together), sum(map(len, axes.values()))) == before:
+            return {p: tuple(sorted(a)) for p, a in axes.items()}
+
+
+def _collect(
+    graph: FactorGraph, group: Group, together: set[str], axes: dict[str, set[int]]
+) -> None:
+    for argument, binding in group.bindings.items():
+        rule = None if group.family is None else group.family.rules.get(argument)
+        is_row = rule is not None and rule.kind is Kind.SIMPLEX
+        for selection in binding.selections:
+            shape = graph.parameters[selection.param].leaf.shape
+            for i, name in enumerate(group.members):
+                own = name if is_row and name in graph.latents else None
+                if own is not None and len(shape):
+                    _note(own, len(shape) - 1, selection.param, together, axes)
+                for d, latent in enumerate(group.dims[i]):
+                    if latent not in graph.latents:
+                        continue
+                    axis = _axis_along(selection, i, d, tuple(shape), graph.latents[latent].size)
+                    if axis is not None:
+                        _note(latent, axis, selection.param, together, axes)
+
+
+def _note(
+    latent: str, axis: int, param: str, together: set[str], axes: dict[str, set[int]]
+) -> None:
+    """A latent indexes an axis: it joins those that do already, or brings the axis in."""
+    if latent in together:
+        axes.setdefault(param, set()).add(axis)
+    elif axis in axes.get(param, ()):
+        together.add(latent)
+
+
+def _axis_along(
+    selection: Selection, member: int, dim: int, shape: tuple[int, ...], size: int
+) -> int | None:
+    """The parameter's axis that a dimension of the argument runs along."""
+    index = selection.index[member]
+    if index.shape[dim] < 2:
+        return None
+    step = index.select(dim, 1) - index.select(dim, 0)
+    used = (index.select(dim, 1) >= 0) & (index.select(dim, 0) >= 0)
+    if not bool(used.any()):
+        return None
+    stride = int(step[used].reshape(-1)[0])
+    at = 1
+    for axis in range(len(shape) - 1, -1, -1):
+        if at == stride and shape[axis] == size:
+            return axis
+        at *= shape[axis]
+    return None
+
+
+def sort_components(program: Program, site: str, by: str | Tensor, *, descending: bool) -> Tensor:
+    """Permute all parameters that run over a latent's values; see `ExactPosteriorEM`.
+
+    Args:
+        program: The model with its data.
+        site: The latent.
+        by: A parameter's name, or a key per component. # (K,)
+        descending: Largest first.
+
+    Raises:
+        UsageError: If there is no such latent or key, or the components are not exchangeable.
+    """
+    graph = program.graph
+    axes = component_axes(graph, site)
+    size = graph.latents[site].size
+    if isinstance(by, str):
+        if by not in axes:
+            known = ", ".join(f"'{n}'" for n in axes) or "none"
+            raise UsageError(
+                message(
+                    f"by='{by}'",
+                    f"no such parameter is indexed by '{site}'; these are: {known}.",
+                    fixes=["name one of them, or pass a key per component"],
+                )
+            )
+        order = order_of(graph.parameters[by].value(), axes[by], size, descending)
+    else:
+        key = as_tensor("by", by)
+        if key.numel() != size:
+            raise UsageError(
+                message(
+                    "by",
+                    f"{key.numel()} keys for {size} components of '{site}'.",
+                    "a key per component says their order",
+                    ["pass the name of a parameter that the latent indexes", "pass a key for each"],
+                )
+            )
+        if key.is_complex() or bool(torch.isnan(key).any()):
+            raise UsageError(message("by", "its keys are NaN or complex.", "they have no order"))
+        order = key.reshape(-1).argsort(descending=descending, stable=True)
+    before = program.posterior().bound
+    origin = snapshot(graph.parameters)
+    for name, along in axes.items():
+        p = graph.parameters[name]
+        write_unconstrained(p, permuted(p.value(), along, order))
+    after = program.posterior().bound
+    assert before is not None and after is not None
+    if abs(after - before) > 1e-6 * max(1.0, abs(before)):
+        restore(graph.parameters, origin)
+        raise UsageError(
+            message(
+                f"site '{site}'",
+                "its components are not exchangeable; nothing was changed.",
+                "constants, networks or priors of the model tell them apart",
+                ["sort what you print instead"],
+            )
+        )
+    return order
+
+
+def permuted(value: Tensor, axes: tuple[int, ...], order: Tensor) -> Tensor:
+    """A parameter with its components in another order.
+
+    Example:
+        >>> import torch
+        >>> permuted(torch.tensor([[1, 2], [3, 4]]), (0, 1), torch.tensor([1, 0]))
+        tensor([[4, 3],
+                [2, 1]])
+    """
+    for axis in axes:
+        value = value.index_select(axis, order.to(value.device))
+    return value
+
+
+def order_of(key: Tensor, axes: tuple[int, ...], size: int, descending: bool) -> Tensor:
+    """The order of components by a parameter, by its first entry per component.
+
+    Args:
+        key: The parameter.
+        axes: Its axes over components; the first one is used.
+        size: Number of components.
+        descending: Largest first.
+    """
+    rows = key.movedim(axes[0], 0).reshape(size, -1)
+    return rows[:, 0].argsort(descending=descending, stable=True)

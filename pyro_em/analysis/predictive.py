@@ -1,0 +1,76 @@
+"""Predictions: latents from their posterior, observations drawn anew or kept where observed.
+
+p(x_new | x) = E_{q(z | x)}[p(x_new | z)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import UsageError, message
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.randomness import seeded
+from pyro_em.tracing.runs import predicted_run
+from pyro_em.variational.drawn import DrawnPosterior
+
+
+def predictive_draws(
+    model: Callable[..., Any],
+    q: Posterior | DrawnPosterior,
+    args: tuple,
+    kwargs: dict[str, Any],
+    num_samples: int,
+    seed: int | None,
+    keep_observed: bool,
+) -> dict[str, Tensor]:
+    """Draws of all sites; see `ExactPosteriorEM.predictive`.
+
+    Args:
+        model: The model, at its point estimates where it has any.
+        q: The posterior of its latents.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        num_samples: Number of draws.
+        seed: Seed of the draws.
+        keep_observed: Whether observed values stay as they are.
+    """
+    if num_samples < 1:
+        raise UsageError(
+            message(
+                "predictive",
+                f"num_samples={num_samples} is no number of draws.",
+                fixes=["pass a whole number from 1"],
+            )
+        )
+    with seeded(seed):
+        latents = q.sample(num_samples)
+        draws = []
+        for i in range(num_samples):
+            given = _for_model({n: v[i] for n, v in latents.items()}, q)
+            sites = predicted_run(model, args, kwargs, given, keep_observed)
+            draws.append(_under_user_names(sites))
+    shared = [n for n in draws[0] if all(n in d for d in draws)]
+    return {n: torch.stack([d[n] for d in draws]) for n in shared}
+
+
+def _for_model(values: Mapping[str, Tensor], q: Posterior | DrawnPosterior) -> dict[str, Tensor]:
+    """Values of ``obs_mask`` sites belong to their unobserved part."""
+    pairs = q.graph.structure.masked_pairs if isinstance(q, Posterior) else {}
+    return {f"{n}_unobserved" if n in pairs else n: v for n, v in values.items()}
+
+
+def _under_user_names(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Values by site; an ``obs_mask`` site appears once, under its own name."""
+    out: dict[str, Tensor] = {}
+    for name, site in sites.items():
+        stem = name.removesuffix("_observed").removesuffix("_unobserved")
+        paired = f"{stem}_observed" in sites and f"{stem}_unobserved" in sites
+        if paired and name != stem:
+            continue  # the model's own deterministic site holds both
+        if isinstance(site["value"], Tensor):
+            out[name] = site["value"].detach()
+    return out

@@ -1,0 +1,227 @@
+"""The M-step of Gaussian components whose mean and spread are parameters of nothing else.
+
+With moments m = Σ r d and M = Σ r d dᵀ about a point c_k, and w = Σ r,
+
+    μ_k = c_k + m / w,      Σ_k = M / w − (m / w)(m / w)ᵀ,
+
+summed over k first where all share one spread. What is solved is what the next E-step reads, so that
+nothing is computed twice. Everything else about a Gaussian is solved by
+`pyro_em.updates.closed_form`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.gaussian import Gaussian, Prepared
+from pyro_em.distributions import bounds
+from pyro_em.errors import Handover
+from pyro_em.families.family import Family, expected_log_density
+from pyro_em.graph.binding import whole_parameter
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.closed_form import data_magnitude
+from pyro_em.updates.update import ClosedForm, ParameterUpdate
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Gaussian components as the E-step reads them.
+
+    Attributes:
+        mu: μ − c. # (K, D)
+        root: Standard deviations, or Cholesky factors. # (K or 1, D) or (K or 1, D, D)
+        spread: The parameter's own form of it: a covariance, or ``root``.
+        prepared: Coefficients of the features.
+    """
+
+    mu: Tensor
+    root: Tensor
+    spread: Tensor
+    prepared: Prepared
+
+
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """The parameters of one Gaussian group.
+
+    Attributes:
+        rule: The group's rows.
+        family: Its record.
+        loc: Name of the parameter that is the mean.
+        spread: Name of the parameter that is the spread.
+        shapes: Shapes of the two.
+        dtypes: Dtypes of the two.
+        shared: Whether all components have one spread.
+        least: The smallest clear variance. # (K or 1, D) or (D,)
+    """
+
+    rule: Gaussian
+    family: Family
+    loc: str
+    spread: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[torch.dtype, torch.dtype]
+    shared: bool
+    least: Tensor
+
+    @property
+    def params(self) -> tuple[str, str]:
+        """The parameters that are held."""
+        return self.loc, self.spread
+
+    def enter(self, values: Values) -> Components:
+        """The components at parameter values."""
+        D = self.rule.x.shape[0]
+        mu = values[self.loc].reshape(-1, D).to(torch.float64) - self.rule.centre
+        own = values[self.spread].to(torch.float64)
+        if self.rule.diagonal:
+            root = spread = own.reshape(-1, D)
+        else:
+            spread = own.reshape(-1, D, D)
+            is_root = self.rule.spread == "scale_tril"
+            root = spread if is_root else torch.linalg.cholesky(spread)
+        return Components(mu, root, spread, self.rule.prepare_at(mu, root))
+
+    def values(self, at: Components) -> dict[str, Tensor]:
+        """The parameters at components."""
+        mean = (at.mu + self.rule.centre).reshape(self.shapes[0]).to(self.dtypes[0])
+        return {self.loc: mean, self.spread: at.spread.reshape(self.shapes[1]).to(self.dtypes[1])}
+
+    def m_step(self, at: Components, moments: Tensor, mass: Tensor) -> tuple[Components, Tensor]:
+        """The maximisers, and by how much they raise the expected log joint, in nats.
+
+        Args:
+            at: At the E-step.
+            moments: Σ r d and Σ r d dᵀ, about zero or the E-step's means. # (K, P)
+            mass: Σ r. # (K,)
+
+        Raises:
+            Handover: If a component is empty or near a collapse.
+        """
+        D = self.rule.x.shape[0]
+        each = mass.unsqueeze(-1)
+        step = moments[:, :D] / each
+        mu = step if at.prepared.mean is None else step + at.prepared.mean.to(step.dtype)
+        if self.dtypes[0] != torch.float64:
+            rounded = (mu + self.rule.centre).to(self.dtypes[0])
+            mu = rounded.to(torch.float64) - self.rule.centre
+        if self.rule.diagonal:
+            variance = self._pooled(moments[:, D:] - each * step * step, each)
+            root = spread = self._rounded(variance.clamp(min=0).sqrt())
+            clear = (root * root - self.least).amin()
+            few = 1.6
+        else:
+            squares = moments[:, D:][:, self.rule.full].reshape(-1, D, D)
+            outer = (each * step).unsqueeze(-1) * step.unsqueeze(-2)
+            spread = self._rounded(self._pooled(squares - outer, each.unsqueeze(-1)))
+            root = torch.linalg.cholesky(spread)
+            # A squared pivot over its variance is 1 − R² of a feature on those before it.
+            pivots = root.diagonal(dim1=-2, dim2=-1)
+            variances = spread.diagonal(dim1=-2, dim2=-1)
+            clear = (torch.addcmul(-self.least, pivots, pivots) - 1e-7 * variances).amin()
+            few = D + 1.1
+            if self.rule.spread == "scale_tril":
+                spread = root = self._rounded(root)
+        if not (float(clear) > 0 and float(mass.sum() if self.shared else mass.amin()) > few):
+            raise Handover
+        after = Components(mu, root, spread, self.rule.prepare_at(mu, root))
+        return after, self._gain(at, after, moments, mass)
+
+    def _pooled(self, scatter: Tensor, mass: Tensor) -> Tensor:
+        """Scatter over mass, per component or of all."""
+        if self.shared:
+            return scatter.sum(0, keepdim=True) / mass.sum(0, keepdim=True)
+        return scatter / mass
+
+    def _rounded(self, spread: Tensor) -> Tensor:
+        dtype = self.dtypes[1]
+        return spread if dtype == torch.float64 else spread.to(dtype).to(torch.float64)
+
+    def _gain(self, before: Components, after: Components, moments: Tensor, mass: Tensor) -> Tensor:
+        old, new = before.prepared, after.prepared
+        if old.wide is not None and new.wide is not None:
+            slope = (moments * (new.wide[0] - old.wide[0])).sum()
+            return slope + (mass * (new.wide[1] - old.wide[1]).squeeze(-1)).sum()
+        arguments = [self._arguments(c) for c in (before, after)]
+        statistics = {
+            **self.rule.statistics(old, moments, mass, arguments[0]),
+            **{f"reference:{n}": a for n, a in arguments[0].items()},
+        }
+        first, second = (expected_log_density(self.family, statistics, a) for a in arguments)
+        return second - first
+
+    def _arguments(self, at: Components) -> dict[str, Tensor]:
+        """The distribution's arguments, of the shape of the group's."""
+        lead = (1,) * self.rule.lead
+        loc, spread = at.mu + self.rule.centre, at.spread
+        if self.rule.scalar:
+            loc, spread = loc.squeeze(-1), spread.reshape(-1)
+        return {
+            "loc": loc.reshape(*lead, *loc.shape),
+            self.rule.spread: spread.reshape(*lead, *spread.shape),
+        }
+
+
+def owned(
+    g: int,
+    rule: Gaussian,
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+) -> Owned | None:
+    """The M-step of a Gaussian group whose parameters are its own, or None.
+
+    Args:
+        g: The group.
+        rule: Its rows.
+        graph: The collapsed graph.
+        updates: Collapsed updates.
+        values: Parameter values, for their shapes.
+    """
+    group = graph.groups[g]
+    names = []
+    for argument in ("loc", rule.spread):
+        name = whole_parameter(group.bindings[argument], values)
+        if name is None or sum(name in other.params for other in graph.groups) > 1:
+            return None
+        names.append(name)
+    loc, spread = names
+    exact = [updates[n].update for n in names]
+    if loc == spread or not all(isinstance(u, ClosedForm) for u in exact):
+        return None
+    D, K = rule.x.shape[0], rule.K
+    means, spreads = (tuple(group.arguments[n].shape[rule.lead :]) for n in ("loc", rule.spread))
+    vector = () if rule.scalar else (D,)
+    square = vector if rule.diagonal else (D, D)
+    if means != (K, *vector) or spreads not in ((1, *square), (K, *square)):
+        return None
+    interval = bounds(graph.parameters[spread].constraint)
+    if bounds(graph.parameters[loc].constraint) != (-float("inf"), float("inf")):
+        return None
+    if rule.diagonal and (interval is None or interval[0] > 0 or interval[1] < float("inf")):
+        return None
+    update = exact[1]
+    assert isinstance(update, ClosedForm) and group.family is not None
+    magnitude = data_magnitude(updates[spread], graph, values[spread]).to(torch.float64)
+    if rule.diagonal:
+        least = (1e-6 * magnitude).square().reshape(spreads[0], D)
+    else:
+        if update.floor > 0:
+            return None
+        least = 1e-12 * magnitude.square()
+    return Owned(
+        rule,
+        group.family,
+        loc,
+        spread,
+        (tuple(values[loc].shape), tuple(values[spread].shape)),
+        (values[loc].dtype, values[spread].dtype),
+        spreads[0] == 1,
+        least.clamp(min=update.floor),
+    )

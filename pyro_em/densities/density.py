@@ -1,0 +1,88 @@
+"""What a compiled E-step returns, and how sums over the data are collected for a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Handover
+
+IMPOSSIBLE = 1e25  # logarithms of zero are large finite numbers in products
+
+
+class NormalRows(Protocol):
+    """Rows of a Normal group, evaluated by matrix products; ``p`` is what it is evaluated with."""
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        ...
+
+    def features(self, rows: slice, p: Any) -> Any:
+        """What both halves of the E-step need of some rows."""
+        ...
+
+    def log_density(self, p: Any, features: Any, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, added to what is there. # (K, rows)"""
+        ...
+
+    def moments(self, p: Any, weights: Tensor, features: Any) -> Tensor:
+        """Sums of some rows, in float64. # (K, P)"""
+        ...
+
+    def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """What rounded coefficients cost the log evidence, to first order, in nats."""
+        ...
+
+
+class NormalSolver(Protocol):
+    """The M-step of a Normal group with parameters of its own."""
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that are held."""
+        ...
+
+    def enter(self, values: Mapping[str, Tensor]) -> Any:
+        """The components at parameter values; their ``prepared`` is what rows are evaluated with."""
+        ...
+
+    def values(self, at: Any) -> dict[str, Tensor]:
+        """The parameters at components."""
+        ...
+
+    def m_step(self, at: Any, moments: Tensor, mass: Tensor) -> tuple[Any, Tensor]:
+        """The maximiser, and by how much it raises the expected log joint, in nats."""
+        ...
+
+
+def checked(log_evidence: Tensor, mass: Tensor, expected: float) -> float:
+    """The log evidence, where the data are possible and every posterior sums to one.
+
+    Args:
+        log_evidence: In nats.
+        mass: Posterior probabilities whose sum is known. # any shape
+        expected: That sum.
+
+    Raises:
+        Handover: If not; the full E-step says what is wrong.
+    """
+    value, off = float(log_evidence), float(mass.sum()) - expected
+    if not abs(value) < IMPOSSIBLE or not abs(off) <= 1e-6 * expected:
+        raise Handover
+    return value
+
+
+def scattered(eta: Tensor, columns: Tensor, entries: Sequence[Tensor]) -> Tensor:
+    """Expected features, each added where it belongs. # like η
+
+    Args:
+        eta: For its size.
+        columns: Elements of η. # (entries,)
+        entries: Expected features, in the order of their columns.
+    """
+    flat = entries[0] if len(entries) == 1 else torch.cat(list(entries))
+    return torch.zeros_like(eta).index_add_(0, columns, flat)

@@ -1,0 +1,217 @@
+"""Linear groups inside a kernel: products over features of rows, tables of a latent, known counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.natural import Feature
+from pyro_em.graph.factors import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Groups that every row reads: ℓ = Θ Φ with Θ = η[columns], and back N = R Φᵀ.
+
+    Attributes:
+        phi: Features of the rows, in float64. # (P, rows)
+        columns: The elements of η. # (K, P)
+        base: Σ h over all rows, once each. # (rows,)
+    """
+
+    phi: Tensor
+    columns: Tensor
+    base: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """A group that reads a latent and no row: one number per value of the latent, or of two.
+
+    Attributes:
+        cell: Which cell an entry is of. # (entries,)
+        columns: The element of η that it adds. # (entries,)
+        f: How often. # (entries,)
+        base: h. # (cells,)
+        is_plain: Whether each cell is one element of η.
+    """
+
+    cell: Tensor
+    columns: Tensor
+    f: Tensor
+    base: Tensor
+    is_plain: bool
+
+    def table(self, eta: Tensor) -> Tensor:
+        """Log densities. # (cells,)"""
+        if self.is_plain:
+            return eta.take(self.columns)
+        return self.base.index_add(0, self.cell, self.f * eta.take(self.columns))
+
+    def counts(self, mass: Tensor) -> Tensor:
+        """What posterior masses add to the elements of η. # (entries,)"""
+        return mass if self.is_plain else self.f * mass[self.cell]
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A group that reads no latent: its features are summed once and for all.
+
+    Attributes:
+        columns: The elements of η. # (entries,)
+        f: Sums over the data. # (entries,)
+        base: Σ h.
+    """
+
+    columns: Tensor
+    f: Tensor
+    base: float
+
+
+def counted(
+    group: Group, features: Sequence[Feature], base: Tensor, K: int, *, members_are_rows: bool
+) -> Counted | None:
+    """The rows of a group; None where an element of η depends on them.
+
+    Args:
+        group: A group whose last dimension is the latent and whose data do not depend on it.
+        features: Its features.
+        base: h.
+        K: Values of the latent.
+        members_are_rows: Whether each member has rows of its own, before plates (the steps of a
+            chain), or all members read the same rows (the items of a questionnaire).
+    """
+    lead = 1 + group.n_plates
+    sizes = [len(group.members), *group.sizes[: group.n_plates]]
+    weight = _weights(group, base)
+    if base.shape[lead] != 1:
+        return None
+    h = _kept(base, weight).squeeze(lead).expand(sizes)
+    if not members_are_rows:
+        h, sizes[0] = h.sum(0), 1
+    phis, columns = [], []
+    for part in features:
+        f, c = _weighted(part.f, weight), part.columns
+        if not members_are_rows:
+            f = f.expand(len(group.members), *f.shape[1:])
+            f, c = (t.movedim(0, lead).unsqueeze(0) for t in (f, c))
+        if f.shape[lead] != 1 or any(size != 1 for size in c.shape[:lead]):
+            return None
+        f = f.expand(*sizes, *f.shape[lead:]).squeeze(lead)
+        axes = [lead + i for i, size in enumerate(c.shape[lead + 1 :]) if size == 1]
+        if axes:  # data that read the same element
+            f = f.sum(axes, keepdim=True)
+        phis.append(f.reshape(math.prod(sizes), -1).T)
+        columns.append(c.reshape(c.shape[lead], -1).expand(K, -1))
+    return Counted(torch.cat(phis).contiguous(), torch.cat(columns, 1), h.reshape(-1))
+
+
+def merged(parts: Sequence[Counted]) -> Counted:
+    """Groups over the same rows as one."""
+    return Counted(
+        torch.cat([p.phi for p in parts]),
+        torch.cat([p.columns for p in parts], 1),
+        torch.stack([p.base for p in parts]).sum(0),
+    )
+
+
+def cells(group: Group, features: Sequence[Feature], base: Tensor) -> Cells:
+    """The table of a group with one member and no rows."""
+    lead = 1 + group.n_plates
+    table = group.sizes[group.n_plates :]
+    n = math.prod(table)
+    at, columns, fs = [], [], []
+    for part in features:
+        f = part.f.squeeze(tuple(range(lead))).expand(*table, *part.f.shape[lead + len(table) :])
+        c = part.columns.squeeze(tuple(range(lead)))
+        f, c = f.reshape(n, -1), c.expand(*table, *c.shape[len(table) :]).reshape(n, -1)
+        f, c = torch.broadcast_tensors(f, c)
+        place = f.nonzero(as_tuple=True)
+        at.append(place[0])
+        columns.append(c[place])
+        fs.append(f[place])
+    cell, f = torch.cat(at), torch.cat(fs)
+    rest = base.squeeze(tuple(range(lead))).expand(table).reshape(-1).contiguous()
+    in_order = len(cell) == n and bool((cell == torch.arange(n, device=cell.device)).all())
+    is_plain = in_order and bool((f == 1).all()) and bool((rest == 0).all())
+    return Cells(cell, torch.cat(columns), f, rest, is_plain)
+
+
+def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
+    """The sums of a group that reads no latent."""
+    sizes = (len(group.members), *group.sizes)
+    weight = _weights(group, base)
+    columns, fs = [], []
+    for part in features:
+        f = _weighted(part.f, weight)
+        f = f.expand(*sizes, *f.shape[len(sizes) :])
+        f, c = torch.broadcast_tensors(f, part.columns)
+        total = f.new_zeros(int(c.max()) + 1).index_add_(0, c.reshape(-1), f.reshape(-1))
+        used = total.nonzero().reshape(-1)
+        columns.append(used)
+        fs.append(total[used])
+    return Known(torch.cat(columns), torch.cat(fs), float(_kept(base, weight).expand(sizes).sum()))
+
+
+def _weights(group: Group, base: Tensor) -> Tensor:
+    """Where a group counts. # (members or 1, *sizes or 1s)"""
+    if group.mask is None:
+        return torch.ones((1,) * base.dim(), dtype=torch.float64, device=base.device)
+    return group.mask.to(torch.float64)
+
+
+def _kept(base: Tensor, weight: Tensor) -> Tensor:
+    """h where it counts; what is put in for a masked value may be impossible."""
+    return torch.where(weight > 0, base * weight, 0.0)
+
+
+def _weighted(f: Tensor, weight: Tensor) -> Tensor:
+    return f * weight.reshape(weight.shape + (1,) * (f.dim() - weight.dim()))
+
+
+@dataclass(frozen=True, eq=False)
+class Lookup:
+    """A linear group whose rows each have one feature, and that feature is one.
+
+    Attributes:
+        index: The symbol of each row; one past the last where a row is masked. # (rows,)
+        often: How many rows have it. # (S,) or (S + 1,)
+        columns: The elements of η. # (S, K)
+    """
+
+    index: Tensor
+    often: Tensor
+    columns: Tensor
+
+    def table(self, eta: Tensor) -> Tensor:
+        """Log densities of the symbols; zero where a row is masked. # (S or S + 1, K)"""
+        table = eta.take(self.columns)
+        if len(self.often) == len(table):
+            return table
+        return torch.cat([table, table.new_zeros(1, table.shape[1])])
+
+    def rows(self, table: Tensor) -> Tensor:
+        """A table's row for each row of the data. # (rows, K)"""
+        return table.index_select(0, self.index)
+
+    def counts(self, rows: Tensor) -> Tensor:
+        """Posterior masses of rows, summed per symbol, as the elements of η have them. # (K * S,)"""
+        S, K = self.columns.shape
+        total = rows.new_zeros(len(self.often), K).index_add_(0, self.index, rows)
+        return total[:S].T.reshape(-1)
+
+
+def as_lookup(part: Counted) -> Lookup | None:
+    """The lookup that rows are, or None where a row has other features than one that is one."""
+    each = part.phi.sum(0)
+    if not bool(((part.phi == 0) | (part.phi == 1)).all()) or not bool((each <= 1).all()):
+        return None
+    S = len(part.phi)
+    index = torch.where(each == 1, part.phi.argmax(0), S)
+    size = S + int(bool((each == 0).any()))
+    often = torch.bincount(index, minlength=size).to(torch.float64)
+    return Lookup(index, often, part.columns.T.contiguous())

@@ -1,0 +1,321 @@
+"""Gaussian components by matrix products over features of the data.
+
+With x' = x − c centred once, log N(x | μ, Σ) is linear in the features (x'_i, x'_i x'_j):
+
+    ℓ_k(x) = h_k + (Λ_k μ'_k)ᵀ x' − ½ Σ_ij Λ_kij x'_i x'_j,     Λ = Σ⁻¹
+
+so that one product gives all log densities and one all moments. Many features cost more than they
+save: beyond 24 dimensions the data are whitened instead, ℓ_k = h_k − ½ ‖W_k (x' − μ'_k)‖².
+
+The expanded square cancels like (|x'| / σ)². Where that would cost more than a few digits the whitened
+form is taken, and moments about each component's own mean, which do not cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Statistics
+from pyro_em.graph.factors import Group
+
+_MANY = 24
+
+
+_FEW_CELLS = 2**20
+
+
+_LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
+
+
+def upper_pairs(D: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs i ≤ j, row by row. # (P,) each"""
+    pairs = torch.triu_indices(D, D, device=device)
+    return pairs[0], pairs[1]
+
+
+def unfolding(D: int, device: torch.device) -> Tensor:
+    """For each element of a symmetric matrix its place among the `upper_pairs`. # (D * D,)"""
+    i, j = upper_pairs(D, device)
+    out = torch.zeros(D, D, dtype=torch.long, device=device)
+    out[i, j] = out[j, i] = torch.arange(len(i), device=device)
+    return out.reshape(-1)
+
+
+def products(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x_i x_j of the `upper_pairs`, one row of products after the other. # (P, rows)
+
+    Args:
+        x: # (D, rows)
+        out: Where they go.
+    """
+    D = len(x)
+    out = x.new_empty(D * (D + 1) // 2, x.shape[1]) if out is None else out
+    at = 0
+    for i in range(D):
+        torch.mul(x[i], x[i:], out=out[at : at + D - i])
+        at += D - i
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The components at some arguments.
+
+    Attributes:
+        linear: Coefficients of the features; None where the data are whitened. # (K, P)
+        constant: h. # (K, 1)
+        whiten: W, stacked. # (K * D, D)
+        shift: W μ'. # (K * D, 1)
+        mean: μ', about which moments are taken where the data are whitened. # (K, D)
+        wide: The same two in float64. # (K, P), (K, 1)
+        size: The largest term of the expanded square, times √D: what its rounding is relative to.
+    """
+
+    linear: Tensor | None
+    constant: Tensor
+    whiten: Tensor | None = None
+    shift: Tensor | None = None
+    mean: Tensor | None = None
+    wide: tuple[Tensor, Tensor] | None = None
+    size: float = 0.0
+
+
+@dataclass(eq=False)
+class Gaussian:
+    """The rows of a group of Gaussian sites with component-wise arguments.
+
+    Attributes:
+        x: Centred data. # (D, N)
+        centre: c. # (D,)
+        diagonal: Whether features are independent given the component.
+        spread: Name of the argument that holds the covariance.
+        K: Components.
+        scalar: Whether each datum is a number (no ``to_event``).
+        lead: Dimensions of the group before the component's: members and plates.
+    """
+
+    x: Tensor
+    centre: Tensor
+    diagonal: bool
+    spread: str
+    K: int
+    scalar: bool
+    lead: int
+    reach2: Tensor = field(init=False)
+    upper: tuple[Tensor, Tensor] = field(init=False)
+    full: Tensor = field(init=False)
+    halved: Tensor = field(init=False)
+    kept: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        D = self.x.shape[0]
+        low, high = torch.aminmax(self.x, dim=1)
+        self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
+        i, j = self.upper = upper_pairs(D, self.x.device)
+        self.full = unfolding(D, self.x.device)
+        self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
+        # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
+        if self.width * self.x.shape[1] <= _FEW_CELLS:
+            self.kept = self._features(self.x)
+
+    @property
+    def limit(self) -> float:
+        """How large a term of the expanded square may be."""
+        return _LIMIT.get(self.x.dtype, 1e3)
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        D = self.x.shape[0]
+        if self.diagonal:
+            return 2 * D
+        return D + D * (D + 1) // 2 if D <= _MANY else 2 * self.K * D
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Prepared:
+        """Coefficients at some arguments."""
+        D, spread = self.x.shape[0], arguments[self.spread].to(torch.float64)
+        if self.diagonal:
+            root = spread.reshape(-1, 1 if self.scalar else spread.shape[-1]).expand(-1, D)
+        else:
+            root = spread.reshape(-1, D, D)
+            root = root if self.spread == "scale_tril" else torch.linalg.cholesky(root)
+        return self.prepare_at(self._each(self._shift(arguments["loc"])), root)
+
+    def prepare_at(self, mu: Tensor, root: Tensor) -> Prepared:
+        """Coefficients at centred means and roots of the spread.
+
+        Args:
+            mu: μ'. # (K, D)
+            root: Standard deviations, or Cholesky factors. # (K or 1, D) or (K or 1, D, D)
+        """
+        D, dtype = self.x.shape[0], self.x.dtype
+        log_2pi = D * math.log(2 * math.pi)
+        if self.diagonal:
+            sigma = self._each(root)
+            precision = sigma**-2
+            log_det = 2 * sigma.log().sum(-1)
+            size = D**0.5 * float((precision * self.reach2).max())
+            if not size <= self.limit:
+                return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
+            along = precision * mu
+            squares = -0.5 * precision
+        else:
+            log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            size = math.inf
+            if D <= _MANY:
+                precision = torch.cholesky_inverse(root)
+                size = float((precision.diagonal(dim1=-2, dim2=-1) * self.reach2).max())
+                size *= D**0.5
+            if not size <= self.limit:
+                eye = torch.eye(D, dtype=torch.float64, device=root.device)
+                whiten = torch.linalg.solve_triangular(root, eye, upper=False)
+                return self._whitened(mu, whiten, log_det)
+            along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
+            squares = self._each(precision[:, self.upper[0], self.upper[1]] * self.halved)
+        constant = (-0.5 * ((along * mu).sum(-1) + log_det + log_2pi)).unsqueeze(-1)
+        linear = torch.cat([along, squares], -1)
+        wide = (linear, constant)
+        return Prepared(linear.to(dtype), constant.to(dtype), wide=wide, size=size)
+
+    def _shift(self, loc: Tensor) -> Tensor:
+        """μ' = μ − c. # (K or 1, D)"""
+        rows = loc.reshape(-1, 1 if self.scalar else loc.shape[-1])
+        return rows.to(torch.float64) - self.centre
+
+    def _each(self, t: Tensor) -> Tensor:
+        """Shared between components or not: one row per component."""
+        return t.expand(self.K, *t.shape[1:])
+
+    def _whitened(self, mu: Tensor, whiten: Tensor, log_det: Tensor) -> Prepared:
+        D, dtype = self.x.shape[0], self.x.dtype
+        W = self._each(whiten)
+        shift = (W @ mu.unsqueeze(-1)).reshape(-1, 1)
+        constant = self._each(-0.5 * (log_det + D * math.log(2 * math.pi))).unsqueeze(-1)
+        return Prepared(
+            None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype), mu.to(dtype)
+        )
+
+    def log_density(self, p: Prepared, features: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
+        constant = p.constant if onto is None else p.constant + onto.to(p.constant.dtype)
+        if p.linear is not None:
+            return torch.addmm(constant, p.linear, features)
+        assert p.whiten is not None and p.shift is not None and p.mean is not None
+        D = self.x.shape[0]
+        if features.dtype == torch.float32:  # W x' − W μ' would cancel, x' − μ' does not
+            each = zip(p.whiten.reshape(-1, D, D), p.mean, strict=True)
+            white = torch.cat([W @ (features[:D] - mean.unsqueeze(-1)) for W, mean in each])
+        else:
+            white = torch.addmm(p.shift, p.whiten, features[:D], beta=-1)
+        squares = white.square_().reshape(self.K, D, -1).sum(1)
+        return squares.mul_(-0.5).add_(constant)
+
+    def features(self, rows: slice, p: Prepared | None = None) -> Tensor:
+        """x' and its products; x' alone in many dimensions. # (P, rows)"""
+        if self.kept is not None:
+            return self.kept[:, rows]
+        return self._features(self.x[:, rows])
+
+    def _features(self, x: Tensor) -> Tensor:
+        if not self.diagonal and x.shape[0] > _MANY:
+            return x
+        if self.diagonal:
+            return torch.cat([x, x * x])
+        D, P = x.shape[0], len(self.upper[0])
+        out = x.new_empty(D + P, x.shape[1])
+        out[:D] = x
+        products(x, out[D:])
+        return out
+
+    def moments(self, p: Prepared, weights: Tensor, features: Tensor) -> Tensor:
+        """Σ r d and Σ r d dᵀ of some rows, in float64; d is x' or, whitened, x' − μ'. # (K, P)"""
+        weights = weights.to(features.dtype)  # another group may be finer or coarser
+        if p.mean is None:
+            return (weights @ features.T).to(torch.float64)
+        D = self.x.shape[0]
+        x, out = features[:D], []
+        i, j = self.upper
+        for w, mean in zip(weights, p.mean, strict=True):
+            d = x - mean.unsqueeze(-1)
+            weighted = d * w
+            if self.diagonal:
+                second = (weighted * d).sum(-1)
+            else:
+                second = (weighted @ d.T)[i, j]
+            out.append(torch.cat([weighted.sum(-1), second]))
+        return torch.stack(out).to(torch.float64)
+
+    def correction(self, p: Prepared, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """What rounded coefficients cost the log evidence, to first order, in nats."""
+        if p.wide is None or p.linear is None or p.linear.dtype == torch.float64:
+            return 0.0
+        linear, constant = (a - b for a, b in zip(p.wide, (p.linear, p.constant), strict=True))
+        return (moments * linear).sum() + (mass * constant.squeeze(-1)).sum()
+
+    def statistics(
+        self, p: Prepared, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics about its location, from moments about another point."""
+        D = self.x.shape[0]
+        mu = self._each(self._shift(arguments["loc"]))
+        if p.mean is not None:  # about the location already, up to its rounding
+            mu = mu - p.mean.to(torch.float64)
+        first = moments[:, :D]
+        deviation = first - mass.unsqueeze(-1) * mu
+        if self.diagonal:
+            square = moments[:, D:] - 2 * mu * first + mass.unsqueeze(-1) * mu**2
+            if self.scalar:
+                return self._shaped(
+                    {"deviation": deviation[:, 0], "square": square[:, 0], "weight": mass}
+                )
+            weight = mass.unsqueeze(-1).expand(-1, D)
+            return self._shaped({"deviation": deviation, "square": square, "weight": weight})
+        second = moments[:, D:][:, self.full].reshape(self.K, D, D)
+        cross = first.unsqueeze(-1) * mu.unsqueeze(-2)
+        outer = mass[:, None, None] * (mu.unsqueeze(-1) * mu.unsqueeze(-2))
+        square = second - cross - cross.mT + outer
+        return self._shaped({"deviation": deviation, "square": square, "weight": mass})
+
+    def _shaped(self, statistics: Statistics) -> Statistics:
+        return {name: t.reshape(*(1,) * self.lead, *t.shape) for name, t in statistics.items()}
+
+
+def as_gaussian(group: Group, K: int) -> Gaussian | None:
+    """The rule of Gaussian sites whose arguments differ between components only, or None.
+
+    Args:
+        group: A collapsed group; its members and plates are the rows, members first.
+        K: Number of components.
+    """
+    if group.family is None or not group.observed or group.elements is not None:
+        return None
+    lead = 1 + group.n_plates
+    value = group.value
+    if value.shape[lead] != 1 or math.prod(value.shape[:lead]) == 1:
+        return None
+    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+        return None
+    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
+    if math.prod(value.shape[:lead]) != rows:
+        return None
+    event = value.shape[lead + 1 :]
+    if group.family.name == "MultivariateNormal" and len(event) == 1 and not group.event_dims:
+        spread = next(n for n in group.arguments if n != "loc")
+        if spread not in ("covariance_matrix", "scale_tril"):
+            return None
+        return _centred(value.reshape(rows, -1), False, spread, K, False, lead)
+    if group.family.name == "Normal" and len(event) == group.event_dims <= 1:
+        scalar = group.event_dims == 0
+        return _centred(value.reshape(rows, -1), True, "scale", K, scalar, lead)
+    return None
+
+
+def _centred(x: Tensor, diagonal: bool, spread: str, K: int, scalar: bool, lead: int) -> Gaussian:
+    centre = x.mean(0, dtype=torch.float64).to(x.dtype)
+    rows = torch.sub(x.T, centre.unsqueeze(-1), out=x.new_empty(x.shape[1], x.shape[0]))
+    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead)

@@ -1,0 +1,129 @@
+"""Log densities that are linear in functions of their argument, read off the family's own rule.
+
+The form of a simplex, a probability or a rate (`pyro_em.families.forms`) is linear in logarithms:
+
+    simplex       Σ_s n_s log a_s
+    probability   n log a + (d − n) log(1 − a)
+    rate          n log a − d a
+
+so that log p(x | a) = Σ_p f_p(x) η_p(a) + h(x), where the features f are the numerators and
+denominators that the rule makes of one datum. Nothing has to be written for a family: its record has
+all of it, and h, which is what is left over, is taken at one argument and checked at another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import IDENTITY, Rule, main_rule
+from pyro_em.families.forms import Kind
+from pyro_em.graph.factors import Group
+from pyro_em.updates.statistics import known_statistics
+
+KINDS = (Kind.SIMPLEX, Kind.PROBABILITY, Kind.RATE)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """The linear form of a group's log density.
+
+    Attributes:
+        argument: The argument.
+        rule: Its rule.
+        n: Numerators of each datum. # (members, *sizes or 1s, *to_event, *event)
+        d: Denominators; of a simplex unused. # like n
+        base: h. # (members, *sizes or 1s)
+    """
+
+    argument: str
+    rule: Rule
+    n: Tensor
+    d: Tensor
+    base: Tensor
+
+
+def main_argument(group: Group) -> tuple[str, Rule] | None:
+    """The argument in which a group may be linear, if parameters reach no other; by looking only."""
+    if group.family is None or group.value_binding is not None:
+        return None
+    found = main_rule(group.family, group.arguments)
+    if found is None or found[1].kind not in KINDS or group.family.has_reference:
+        return None
+    if found[1].link is not IDENTITY:  # a large logit is more than its probability
+        return None
+    if any(b.how != "constant" for name, b in group.bindings.items() if name != found[0]):
+        return None
+    binding = group.bindings[found[0]]
+    plain = all(s.factor is None for s in binding.selections)
+    return found if binding.how in ("constant", "selection") and plain else None
+
+
+def linear(group: Group) -> Linear | None:
+    """The linear form of a group that has a `main_argument`; None where it does not hold."""
+    found, family = main_argument(group), group.family
+    if found is None or family is None:
+        return None
+    name, rule = found
+    event = rule.kind.event_dim
+    constants = {
+        n: _narrow(a.detach(), 1 + group.n_plates, 1 + len(group.sizes))
+        for n, a in group.arguments.items()
+        if n != name
+    }
+    given = {**constants, name: group.arguments[name].detach()}
+    statistics = known_statistics(replace(group, arguments=given))
+    if statistics is None:
+        return None
+    batch = 1 + len(group.sizes) + group.event_dims
+    one = torch.ones((1,) * batch, dtype=torch.float64, device=group.value.device)
+    n, d = rule.contribution({**statistics, "weight": one}, given)
+    if n.dim() != batch + event or d.dim() != batch + event:
+        return None
+    n, d = n.to(torch.float64), d.to(torch.float64)
+    if event == 0:
+        n, d = torch.broadcast_tensors(n, d)
+    if group.elements is not None:
+        kept = group.elements.reshape(group.elements.shape + (1,) * event)
+        n, d = n * kept, d * kept
+    bases = [_rest(group, rule, name, constants, n, d, at) for at in (0, 1)]
+    seen = bases
+    if group.mask is not None:
+        seen = [torch.where(group.mask, base, 0.0) for base in bases]
+    if not torch.allclose(seen[0], seen[1], rtol=1e-9, atol=1e-9):
+        return None
+    return Linear(name, rule, n, d, bases[0])
+
+
+def _narrow(constant: Tensor, first: int, end: int) -> Tensor:
+    """Without the values of latents that a distribution expanded it over."""
+    for axis in range(first, end):
+        one = constant.narrow(axis, 0, 1)
+        constant = one if bool((constant == one).all()) else constant
+    return constant
+
+
+def _rest(
+    group: Group, rule: Rule, name: str, constants: dict[str, Tensor], n: Tensor, d: Tensor, at: int
+) -> Tensor:
+    """log p(x | a) less its linear form, at one of two arguments inside. # (members, *sizes or 1s)"""
+    assert group.family is not None
+    if rule.kind is Kind.SIMPLEX:
+        ramp = torch.arange(1.0, n.shape[-1] + 1, dtype=torch.float64, device=n.device)
+        a = ramp / ramp.sum() if at else torch.full_like(ramp, 1.0 / len(ramp))
+        form = (n * a.log()).sum(-1)
+        batch = n.dim() - 1
+    else:
+        a = torch.tensor((0.3, 0.6)[at], dtype=torch.float64, device=n.device)
+        other = (1 - a).log() * (d - n) if rule.kind is Kind.PROBABILITY else -a * d
+        form = n * a.log() + other
+        batch = n.dim()
+    argument = a.reshape((1,) * batch + a.shape)
+    wide = {k: c.to(torch.float64) for k, c in constants.items()}
+    log_p = group.family.log_prob(group.value, {**wide, name: argument})
+    if group.elements is not None:
+        log_p = torch.where(group.elements, log_p, 0.0)
+    rest = log_p - form
+    return rest.sum(tuple(range(-group.event_dims, 0))) if group.event_dims else rest

@@ -1,0 +1,400 @@
+"""Simplex rows, probabilities and rates of all factors, as one vector.
+
+The step keeps their natural values φ in one vector: elements of simplex rows, probabilities beside
+their complements, rates. With η = (log φ, −rates) every log density of `linear` is a sum of elements
+of η times features of the data, so with N the posterior expectation of those features
+
+    E-step   Θ = η[columns],   N = Σ_cells r f        M-step   φ ← N / Σ_row N,  or N_n / N_d for rates
+
+and the expected log joint rises by ⟨N, η_new − η⟩: a handful of operations for all parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.linear import KINDS, Linear, linear, main_argument
+from pyro_em.distributions import bounds
+from pyro_em.errors import Handover
+from pyro_em.families.forms import Kind
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate
+
+Values = Mapping[str, Tensor]
+
+
+_IMPOSSIBLE = -1e30  # log 0, such that 0 · log 0 = 0 in a product
+
+
+_MANY_CELLS = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """φ and η at some parameter values."""
+
+    phi: Tensor
+    eta: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Where the natural values of a parameter, or constants, are in φ.
+
+    Attributes:
+        param: The parameter; empty for constants.
+        kind: The functional form.
+        start: The first element in φ.
+        shape: The parameter's shape.
+        dtype: Its dtype.
+        is_free: Whether M-steps change it.
+        constant: The argument that no parameter reaches.
+        group: Whose argument it is.
+    """
+
+    param: str
+    kind: Kind
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_free: bool
+    constant: Tensor | None = None
+    group: int = -1
+
+    @property
+    def numel(self) -> int:
+        """Elements of the parameter."""
+        return math.prod(self.shape)
+
+    def natural(self, values: Values) -> Tensor:
+        """Its elements of φ at parameter values."""
+        out = (values[self.param] if self.constant is None else self.constant).to(torch.float64)
+        if self.kind is Kind.SIMPLEX:
+            out = out / out.sum(-1, keepdim=True)
+        return out.reshape(-1)
+
+    def value(self, phi: Tensor) -> Tensor:
+        """The parameter's value that stands in φ."""
+        return phi[self.start : self.start + self.numel].reshape(self.shape).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Naturals:
+    """The layout of φ and its M-step.
+
+    φ holds simplex rows, then probabilities, their complements, and rates.
+
+    Attributes:
+        blocks: What is where, in this order.
+        row: For each element of φ the row with which it sums to one; a rate is its own. # (|φ|,)
+        may_be_empty: Whether a row may be without mass, and then keeps its values. # (rows,)
+        p: The first probability; the first complement; the first rate.
+        free: Elements that M-steps change; None where all are. # (|φ|,)
+        rounding: The dtype of the parameters, where it is coarser than float64.
+    """
+
+    blocks: Sequence[Block]
+    row: Tensor
+    may_be_empty: Tensor
+    p: tuple[int, int, int]
+    free: Tensor | None
+    rounding: torch.dtype | None
+
+    @property
+    def params(self) -> frozenset[str]:
+        """The parameters that are held."""
+        return frozenset(b.param for b in self.blocks if b.param)
+
+    @property
+    def solved(self) -> frozenset[str]:
+        """Those of them that M-steps change."""
+        return frozenset(b.param for b in self.blocks if b.is_free)
+
+    def enter(self, values: Values) -> State:
+        """φ and η at parameter values."""
+        parts = {
+            kind: [torch.empty(0, dtype=torch.float64, device=self.row.device)] for kind in KINDS
+        }
+        for b in self.blocks:
+            parts[b.kind].append(b.natural(values))
+        p = torch.cat(parts[Kind.PROBABILITY])
+        phi = torch.cat([*parts[Kind.SIMPLEX], p, 1 - p, *parts[Kind.RATE]])
+        return State(phi, self._eta(phi))
+
+    def _eta(self, phi: Tensor) -> Tensor:
+        log = phi.log().clamp_(min=_IMPOSSIBLE)
+        first = self.p[2]
+        return log if first == self.size else torch.cat([log, -phi[first:]])
+
+    @cached_property
+    def size(self) -> int:
+        """Elements of φ."""
+        return len(self.row)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of φ; the last are the rates."""
+        return len(self.may_be_empty)
+
+    def m_step(self, state: State, N: Tensor) -> tuple[State, Tensor]:
+        """The maximiser, and by how much it raises the expected log joint, in nats.
+
+        Args:
+            state: At the E-step.
+            N: Expected features. # like η
+
+        Raises:
+            Handover: If a probability or a rate has no mass, or rounds to what it is not.
+        """
+        low, high, end = self.p
+        n = N[: self.size]
+        mass = N.new_zeros(self.rows).index_add_(0, self.row, n)
+        if end < self.size:
+            mass[self.rows - (self.size - end) :] = N[self.size :]
+        phi = n / mass.index_select(0, self.row)
+        if not float(mass.amin()) > 0:
+            if not bool(((mass > 0) | self.may_be_empty).all()):
+                raise Handover
+            phi = torch.where((mass > 0)[self.row], phi, state.phi)
+        if self.free is not None:
+            phi = torch.where(self.free, phi, state.phi)
+        if self.rounding is not None:
+            phi = phi.to(self.rounding).to(torch.float64)
+            if low < high:
+                rest = torch.sub(1, phi[low:high], out=phi[high:end])
+                if not float(rest.amin()) > 0 and bool(((rest == 0) & (n[high:end] > 0)).any()):
+                    raise Handover
+        eta = self._eta(phi)
+        return State(phi, eta), torch.dot(N, eta - state.eta)
+
+    def features(self, block: Block, n: Tensor, d: Tensor) -> list[Feature]:
+        """Where numerators and denominators of a block's elements are in η. # (numel,) each"""
+        low, high, end = self.p
+        at = torch.arange(block.numel, device=self.row.device) + block.start
+        return _features(block.kind, n, d, at, high - low, end, self.size)
+
+    def values(self, state: State) -> dict[str, Tensor]:
+        """The parameters that M-steps change, at a state."""
+        return {b.param: b.value(state.phi) for b in self.blocks if b.is_free}
+
+
+@dataclass(frozen=True, eq=False)
+class Feature:
+    """A feature of one group's data and the elements of η that it multiplies.
+
+    Attributes:
+        f: # (members, *sizes or 1s, *to_event, *event)
+        columns: # (members or 1, *sizes or 1s, *to_event or 1s, *event)
+    """
+
+    f: Tensor
+    columns: Tensor
+
+
+# Per linear group its features and its base measure h. # (members, *sizes or 1s)
+Linears = Mapping[int, tuple[list[Feature], Tensor]]
+
+
+def naturals(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+    eligible: Collection[int],
+) -> tuple[Naturals, Linears] | None:
+    """The vector of a collapsed graph, and the features and base measure of its linear groups.
+
+    Args:
+        graph: A collapsed graph.
+        updates: Collapsed updates, closed forms or fixed.
+        values: Parameter values, for their shapes.
+        eligible: Groups whose linear form the kernel can use.
+
+    Returns:
+        None where no group is linear.
+    """
+    linears = _linears(graph, updates, eligible)
+    blocks = _blocks(graph, updates, values, linears)
+    coarse = {b.dtype for b in blocks if b.is_free}
+    if len(coarse) != 1:  # nothing that is free, or more than one rounding
+        return None
+    device = graph.groups[0].value.device
+    starts = {b.param or b.group: b.start for b in blocks}
+    counts = {kind: sum(b.numel for b in blocks if b.kind is kind) for kind in KINDS}
+    P, size = counts[Kind.PROBABILITY], sum(counts.values()) + counts[Kind.PROBABILITY]
+    features: dict[int, tuple[list[Feature], Tensor]] = {}
+    for g, form in linears.items():
+        group = graph.groups[g]
+        shape = group.arguments[form.argument].shape
+        own = torch.arange(shape.numel(), device=device).reshape(shape) + starts.get(g, 0)
+        at = torch.full_like(own, -1)
+        for s in group.bindings[form.argument].selections:
+            at = torch.where(s.index >= 0, s.index + starts[s.param], at)
+        at = torch.where(at < 0, own, at)
+        where = (P, size - counts[Kind.RATE], size)
+        features[g] = (_features(form.rule.kind, form.n, form.d, at, *where), form.base)
+    read = [f.columns.reshape(-1) for listed, _ in features.values() for f in listed]
+    return _layout(blocks, counts, torch.cat(read), coarse.pop(), device), features
+
+
+def _blocks(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+    linears: Mapping[int, Linear],
+) -> list[Block]:
+    """The blocks of φ: of parameters, and of what no parameter reaches; by kind."""
+    found: list[Block] = []
+    seen: set[str] = set()
+    for g, form in linears.items():
+        binding, kind = graph.groups[g].bindings[form.argument], form.rule.kind
+        argument = graph.groups[g].arguments[form.argument].detach()
+        reached = torch.zeros(argument.shape, dtype=torch.bool, device=argument.device)
+        for s in binding.selections:
+            reached |= s.index >= 0
+            if s.param not in seen:
+                seen.add(s.param)
+                free = not isinstance(updates[s.param].update, Fixed)
+                value = values[s.param]
+                found.append(Block(s.param, kind, 0, tuple(value.shape), value.dtype, free))
+        if not bool(reached.all()):
+            shape, dtype = tuple(argument.shape), argument.dtype
+            found.append(Block("", kind, 0, shape, dtype, False, argument, g))
+    out, start = [], 0
+    for kind in KINDS:
+        own = [b for b in found if b.kind is kind]
+        for b in own:
+            out.append(replace(b, start=start))
+            start += b.numel
+        if kind is Kind.PROBABILITY:  # the complements
+            start += sum(b.numel for b in own)
+    return out
+
+
+def _linears(
+    graph: FactorGraph, updates: Mapping[str, ParameterUpdate], eligible: Collection[int]
+) -> dict[int, Linear]:
+    """Linear groups all of whose parameters are fixed or solved by linear groups alone."""
+    found: dict[int, Linear] = {}
+    for g in eligible:
+        if main_argument(graph.groups[g]) is None or _feature_cells(graph.groups[g]) > _MANY_CELLS:
+            continue
+        form = linear(graph.groups[g])
+        if form is not None:
+            found[g] = form
+    while True:
+        keep = {
+            g: form
+            for g, form in found.items()
+            if all(_is_held(p, graph, updates, found) for p in graph.groups[g].params)
+        }
+        if len(keep) == len(found):
+            return found
+        found = keep
+
+
+def _is_held(
+    param: str,
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    linears: Mapping[int, Linear],
+) -> bool:
+    """Whether φ can hold a parameter: as it is, with one kind, in linear groups alone."""
+    kinds = set()
+    for g, group in enumerate(graph.groups):
+        for argument, binding in group.bindings.items():
+            for s in binding.selections:
+                if s.param != param:
+                    continue
+                if g not in linears or argument != linears[g].argument or s.maps:
+                    return False
+                kinds.add(linears[g].rule.kind)
+    update = updates[param]
+    if len(kinds) != 1 or not isinstance(update.update, ClosedForm | Fixed):
+        return False
+    (kind,) = kinds
+    if kind is Kind.SIMPLEX or isinstance(update.update, Fixed):
+        return True
+    interval = bounds(graph.parameters[param].constraint)
+    if interval is None:
+        return False
+    return interval[0] <= 0 and interval[1] >= (1 if kind is Kind.PROBABILITY else math.inf)
+
+
+def _feature_cells(group: Group) -> int:
+    """How many numbers the features of a group's data have, about."""
+    found = main_argument(group)
+    assert found is not None
+    name, rule = found
+    width = group.arguments[name].shape[-1] if rule.kind is Kind.SIMPLEX else 2
+    assert group.family is not None
+    return group.value.numel() * (1 if group.family.event_dim else width)
+
+
+def _features(
+    kind: Kind, n: Tensor, d: Tensor, at: Tensor, P: int, first_rate: int, size: int
+) -> list[Feature]:
+    """What multiplies which elements of η in a linear form.
+
+    Args:
+        kind: The form.
+        n: Its numerators.
+        d: Its denominators; of a simplex unused.
+        at: Where the argument is in φ.
+        P: How many probabilities there are: their complements are so much further on.
+        first_rate: The first rate in φ.
+        size: Of φ; the tail of η begins there.
+    """
+    if kind is Kind.SIMPLEX:
+        return [Feature(n, at)]
+    if kind is Kind.PROBABILITY:
+        return [Feature(n, at), Feature(d - n, at + P)]
+    return [Feature(n, at), Feature(d, at - first_rate + size)]
+
+
+def _layout(
+    blocks: Sequence[Block],
+    counts: Mapping[Kind, int],
+    read: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Naturals:
+    """What the M-step needs to know about φ.
+
+    Args:
+        blocks: What is where.
+        counts: Elements of each kind.
+        read: The elements of η that any group reads.
+        dtype: Of the free parameters.
+        device: Where all of it goes.
+    """
+    rows: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+    kept, n_rows = [], 0
+    free: dict[Kind, list[bool]] = {kind: [] for kind in KINDS}
+    for b in blocks:
+        each = torch.arange(b.numel, device=device)
+        row = each // b.shape[-1] if b.kind is Kind.SIMPLEX else each
+        new = b.numel // b.shape[-1] if b.kind is Kind.SIMPLEX else b.numel
+        rows[b.kind].append(row + n_rows)
+        free[b.kind] += [b.is_free] * b.numel
+        kept += [b.kind is Kind.SIMPLEX or not b.is_free] * new
+        n_rows += new
+    simplex, p, rates = KINDS
+    row = torch.cat([*rows[simplex], *rows[p], *rows[p], *rows[rates]])
+    is_free = torch.tensor(free[simplex] + free[p] + free[p] + free[rates], device=device)
+    unused = torch.ones(n_rows, dtype=torch.bool, device=device)
+    unused[row[read[read < len(row)]]] = False
+    low = counts[simplex]
+    return Naturals(
+        blocks,
+        row,
+        torch.tensor(kept, device=device) | unused,
+        (low, low + counts[p], low + 2 * counts[p]),
+        None if bool(is_free.all()) else is_free,
+        None if dtype == torch.float64 else dtype,
+    )

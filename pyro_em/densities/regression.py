@@ -1,0 +1,285 @@
+"""Rows of a Normal whose mean is a line in known covariates: mixtures of regressions.
+
+    ℓ_k(y | x) = −½ (e_k / σ_k)² − log σ_k − ½ log 2π,     e_k = y − β_kᵀ x
+
+With G = Σ r x xᵀ, m = Σ r e x, q = Σ r e² per component, weighted least squares for all coefficients
+at once is δ = (Σ_k G_k / σ_k²)⁺ Σ_k m_k / σ_k², and the residual sum of squares at β + δ is
+q − 2 δᵀm + δᵀG δ. Coefficients may be shared between components. Residuals do not cancel, as
+products of uncentred data would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.distributions import bounds
+from pyro_em.errors import Handover
+from pyro_em.graph.binding import Binding, whole_parameter
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.updates.closed_form import data_magnitude
+from pyro_em.updates.least_squares import designs_of, pseudo_solve
+from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Lines at some parameter values.
+
+    Attributes:
+        beta: All coefficients, one after the other. # (C,)
+        slopes: Those of each component. # (K, d)
+        sigma: Standard deviations. # (K, 1)
+        size: No term is expanded.
+    """
+
+    beta: Tensor
+    slopes: Tensor
+    sigma: Tensor
+    size: float = 0.0
+
+    @property
+    def prepared(self) -> Fit:
+        """What the E-step reads: nothing is left to prepare."""
+        return self
+
+
+@dataclass(eq=False)
+class Lines:
+    """A Normal group with an affine mean, with its M-step.
+
+    Attributes:
+        x: Covariates, the same for all components. # (d, N)
+        y: Data, less what no parameter reaches. # (K or 1, N)
+        columns: Which coefficients they multiply. # (K, d)
+        block: The parameters that the coefficients are, with their shapes and dtypes.
+        scale: The parameter that is the standard deviation; None where it is known.
+        sigma: Standard deviations that are known. # (K, 1)
+        least: The smallest clear variance. # (K or 1, 1)
+        is_shared: Whether all components have one standard deviation.
+    """
+
+    x: Tensor
+    y: Tensor
+    columns: Tensor
+    block: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    scale: tuple[str, tuple[int, ...], torch.dtype] | None
+    sigma: Tensor
+    least: Tensor
+    is_shared: bool
+    full: Tensor = field(init=False)
+    squares: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        d = self.x.shape[0]
+        self.full = unfolding(d, self.x.device)
+        # Few products are kept, so that memory stays within three times the data.
+        self.squares = products(self.x) if d <= 4 else None
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        d, K = self.x.shape[0], self.columns.shape[0]
+        return (0 if self.squares is not None else d * (d + 1) // 2) + 2 * K
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that are held."""
+        own = [name for name, _, _ in self.block]
+        return tuple(own if self.scale is None else [*own, self.scale[0]])
+
+    def enter(self, values: Values) -> Fit:
+        """The lines at parameter values."""
+        beta = torch.cat([values[name].reshape(-1).to(torch.float64) for name, _, _ in self.block])
+        sigma = self.sigma
+        if self.scale is not None:
+            sigma = values[self.scale[0]].reshape(-1, 1).to(torch.float64).expand(self.sigma.shape)
+        return Fit(beta, beta[self.columns], sigma)
+
+    def values(self, at: Fit) -> dict[str, Tensor]:
+        """The parameters of the lines."""
+        out, begin = {}, 0
+        for name, shape, dtype in self.block:
+            end = begin + math.prod(shape)
+            out[name] = at.beta[begin:end].reshape(shape).to(dtype)
+            begin = end
+        if self.scale is not None:
+            name, shape, dtype = self.scale
+            sigma = at.sigma[:1] if self.is_shared else at.sigma
+            out[name] = sigma.reshape(shape).to(dtype)
+        return out
+
+    def features(self, rows: slice, at: Fit) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariates, their products and residuals. # (d, rows), (P, rows), (K, rows)"""
+        x = self.x[:, rows]
+        squares = products(x) if self.squares is None else self.squares[:, rows]
+        return x, squares, torch.addmm(self.y[:, rows], at.slopes, x, alpha=-1)
+
+    def log_density(
+        self, at: Fit, features: tuple[Tensor, Tensor, Tensor], onto: Tensor | None = None
+    ) -> Tensor:
+        """Log densities of some rows, added to what is there. # (K, rows)"""
+        constant = -at.sigma.log() - 0.5 * math.log(2 * math.pi)
+        constant = constant if onto is None else constant + onto
+        standard = features[2] / at.sigma
+        return torch.addcmul(constant, standard, standard, value=-0.5)
+
+    def moments(self, at: Fit, weights: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Σ r x xᵀ, Σ r e x and Σ r e² of some rows. # (K, P + d + 1)"""
+        x, squares, e = features
+        r = weights.to(torch.float64)
+        weighted = r * e
+        rest = (weighted * e).sum(1, keepdim=True)
+        return torch.cat([r @ squares.T, weighted @ x.T, rest], 1)
+
+    def correction(self, at: Fit, moments: Tensor, mass: Tensor) -> float:
+        """Nothing is rounded."""
+        return 0.0
+
+    def m_step(self, at: Fit, moments: Tensor, mass: Tensor) -> tuple[Fit, Tensor]:
+        """The maximiser, and by how much it raises the expected log joint, in nats.
+
+        Args:
+            at: At the E-step.
+            moments: As `moments` returns, summed. # (K, P + d + 1)
+            mass: Σ r. # (K,)
+
+        Raises:
+            Handover: If a component has too little mass or fits its data exactly.
+        """
+        K, d = self.columns.shape
+        P, C = d * (d + 1) // 2, len(at.beta)
+        G = moments[:, :P][:, self.full].reshape(K, d, d)
+        m, q = moments[:, P:-1], moments[:, -1:]
+        precision = at.sigma**-2
+        place = self.columns.unsqueeze(2) * C + self.columns.unsqueeze(1)
+        gram = G.new_zeros(C * C).index_add_(
+            0, place.reshape(-1), (G * precision.unsqueeze(-1)).reshape(-1)
+        )
+        moment = G.new_zeros(C).index_add_(0, self.columns.reshape(-1), (m * precision).reshape(-1))
+        beta = at.beta + pseudo_solve(gram.reshape(C, C), moment)
+        dtype = self.block[0][2]
+        if dtype != torch.float64:
+            beta = beta.to(dtype).to(torch.float64)
+        slopes = beta[self.columns]
+        delta = (slopes - at.slopes).unsqueeze(-1)
+        curve = (delta.mT @ G @ delta).squeeze(-1)
+        rest = q - 2 * (delta.squeeze(-1) * m).sum(1, keepdim=True) + curve  # (K, 1)
+        each = mass.unsqueeze(-1)
+        sigma = at.sigma
+        if self.scale is not None:
+            if self.is_shared:
+                variance = (rest.sum(0) / each.sum(0)).expand_as(sigma)
+            else:
+                variance = rest / each
+            enough = float(mass.sum() if self.is_shared else mass.amin()) > 1.6
+            if not (float((variance - self.least).amin()) > 0 and enough):
+                raise Handover
+            sigma = variance.sqrt()
+            if self.scale[2] != torch.float64:
+                sigma = sigma.to(self.scale[2]).to(torch.float64)
+        if not bool(torch.isfinite(beta).all()):
+            raise Handover
+        gain = -each * (sigma / at.sigma).log() - 0.5 * (rest * sigma**-2 - q * precision)
+        return Fit(beta, slopes, sigma), gain.sum()
+
+
+def as_lines(
+    g: int, graph: FactorGraph, updates: Mapping[str, ParameterUpdate], values: Values, K: int
+) -> Lines | None:
+    """The lines of a group, with all of its parameters, or None.
+
+    Args:
+        g: A group whose members and plates are the rows.
+        graph: The collapsed graph.
+        updates: What was decided.
+        values: Parameter values, for their shapes.
+        K: Number of components.
+    """
+    group = graph.groups[g]
+    if group.family is None or group.family.name != "Normal" or not group.observed:
+        return None
+    loc, spread = group.bindings["loc"], group.bindings["scale"]
+    if loc.how != "affine" or group.event_dims:
+        return None
+    lead = 1 + group.n_plates
+    rows = (len(group.members), *group.sizes[: group.n_plates])
+    least_squares = all(
+        isinstance(updates[p].update, LeastSquares)
+        and set(updates[p].block) == set(loc.params)
+        and not updates[p].priors
+        and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
+        for p in loc.params
+    )
+    elsewhere = any(
+        set(loc.params) & set(other.params) for h, other in enumerate(graph.groups) if h != g
+    )
+    dtypes = {values[p].dtype for p in loc.params}
+    if not least_squares or elsewhere or set(loc.params) & set(spread.params) or len(dtypes) > 1:
+        return None
+    block = updates[loc.params[0]].block
+    offset = loc.constant
+    parts = designs_of(loc, block, values, lead)
+    x = parts[0][1]
+    same = len(parts) in (1, K) and all(
+        design.shape == x.shape and torch.equal(design, x) for _, design in parts
+    )
+    if not same or tuple(group.value.shape[:lead]) != rows:
+        return None
+    scale, sigma = _spread(group, spread, graph, updates, values, K)
+    if sigma is None:
+        return None
+    least = torch.zeros(1, 1, dtype=torch.float64, device=x.device)
+    if scale is not None:
+        magnitude = data_magnitude(updates[scale[0]], graph, values[scale[0]])
+        least = (1e-6 * magnitude.to(torch.float64)).square().reshape(-1, 1)
+        update = updates[scale[0]].update
+        assert isinstance(update, ClosedForm)
+        least = least.clamp(min=update.floor)
+    which = torch.stack([c for c, _ in parts]).expand(K, -1)
+    y = (group.value - offset).to(torch.float64).movedim(lead, 0).reshape(offset.shape[lead], -1)
+    noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
+    y = y[:1] if bool(((y - y[:1]).abs() <= noise).all()) else y.contiguous()
+    return Lines(
+        x.to(torch.float64).expand(y.shape[1], -1).T.contiguous(),
+        y,
+        which,
+        tuple((p, tuple(values[p].shape), values[p].dtype) for p in block),
+        scale,
+        sigma,
+        least,
+        scale is not None and math.prod(scale[1]) == 1,
+    )
+
+
+def _spread(
+    group: Group,
+    binding: Binding,
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+    K: int,
+) -> tuple[tuple[str, tuple[int, ...], torch.dtype] | None, Tensor | None]:
+    """The parameter of the standard deviation, or what is known of it."""
+    argument = group.arguments["scale"].detach()
+    lead = 1 + group.n_plates
+    if argument.shape[:lead].numel() != 1 or argument.shape[lead] not in (1, K):
+        return None, None
+    sigma = argument.reshape(-1, 1).to(torch.float64).expand(K, 1)
+    if binding.how == "constant":
+        return None, sigma
+    name = whole_parameter(binding, values)
+    if name is None or not isinstance(updates[name].update, ClosedForm):
+        return None, None
+    interval = bounds(graph.parameters[name].constraint)
+    alone = sum(name in other.params for other in graph.groups) == 1
+    if not alone or interval is None or interval[0] > 0 or interval[1] < math.inf:
+        return None, None
+    return (name, tuple(values[name].shape), values[name].dtype), sigma

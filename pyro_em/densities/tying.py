@@ -1,0 +1,139 @@
+"""Groups without repetition: what is the same for all members of a group is held and computed once.
+
+The steps of a homogeneous chain share one transition table. Tracing stacks a copy per step; here the
+copies become one, and expected counts are summed over the steps before anything else happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.binding import Binding, Selection, normalised, whole_parameter
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.update import ParameterUpdate
+
+
+def collapsed(graph: FactorGraph) -> FactorGraph:
+    """The graph with the leading dimension of each tensor of size one where all members agree.
+
+    Priors on point estimates are left as they are, in float64.
+    """
+    return replace(graph, groups=tuple(_collapsed_group(g) for g in graph.groups))
+
+
+def collapsed_updates(
+    updates: Mapping[str, ParameterUpdate], graph: FactorGraph
+) -> dict[str, ParameterUpdate]:
+    """Closed-form updates whose uses refer to the collapsed groups.
+
+    Args:
+        updates: As decided for the traced graph.
+        graph: Its collapsed form.
+    """
+    out = {}
+    for name, update in updates.items():
+        uses = []
+        for use in update.uses:
+            parts = graph.groups[use.group].bindings[use.argument].selections
+            (own,) = [s for s in parts if s.param == name]
+            uses.append(replace(use, selection=own))
+        out[name] = replace(update, uses=tuple(uses))
+    return out
+
+
+def _collapsed_group(group: Group) -> Group:
+    if group.role is Role.POINT:
+        wide = {
+            name: a.to(torch.float64) if a.is_floating_point() else a
+            for name, a in group.arguments.items()
+        }
+        return replace(group, arguments=wide)
+    if len(group.members) == 1 or group.family is None:
+        return group
+    bindings = {name: _collapsed_binding(b) for name, b in group.bindings.items()}
+    arguments = {
+        name: a[:1] if _has_one(bindings[name]) else a for name, a in group.arguments.items()
+    }
+    mask, elements = group.mask, group.elements
+    return replace(
+        group,
+        bindings=bindings,
+        arguments=arguments,
+        value=_first_if_same(group.value),
+        mask=None if mask is None else _first_if_same(mask),
+        elements=None if elements is None else _first_if_same(elements),
+    )
+
+
+def _has_one(binding: Binding) -> bool:
+    return binding.constant.shape[0] == 1
+
+
+def _collapsed_binding(binding: Binding) -> Binding:
+    tensors = [binding.constant] if binding.how == "constant" else []
+    for s in binding.selections:
+        tensors += [s.index, *([s.factor] if s.factor is not None else [])]
+    # The constant counts only where no parameter reaches an element.
+    rest = [s.index >= 0 for s in binding.selections]
+    if binding.how == "selection" and not bool(torch.stack(rest).any(0).all()):
+        tensors.append(binding.constant)
+    if binding.how not in ("constant", "selection") or not all(_is_same(t) for t in tensors):
+        return binding
+    selections = tuple(
+        Selection(s.param, s.index[:1], s.maps, None if s.factor is None else s.factor[:1])
+        for s in binding.selections
+    )
+    return replace(binding, constant=binding.constant[:1], selections=selections)
+
+
+def _is_same(tensor: Tensor) -> bool:
+    return tensor.shape[0] == 1 or bool((tensor == tensor[:1]).all())
+
+
+def _first_if_same(tensor: Tensor) -> Tensor:
+    return tensor[:1] if _is_same(tensor) else tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """How one argument of a group is computed from parameter values, decided once.
+
+    Attributes:
+        binding: Where the values go.
+        param: The parameter whose elements are the argument's, one to one and in order; None where
+            the binding has to be evaluated.
+        shape: The argument's shape.
+        dtype: Its dtype.
+    """
+
+    binding: Binding
+    param: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The argument at parameter values."""
+        if self.param is None:
+            return self.binding.evaluate(values).to(self.dtype)
+        rows = values[self.param].reshape(self.shape)
+        return normalised(rows, self.binding.normalise).to(self.dtype)
+
+
+def arguments_of(group: Group, values: Mapping[str, Tensor]) -> dict[str, Arguments]:
+    """The evaluators of all arguments of a collapsed group.
+
+    Args:
+        group: The group.
+        values: Parameter values, for their sizes.
+    """
+    out = {}
+    for name, binding in group.bindings.items():
+        kept = group.arguments[name]
+        param = whole_parameter(binding, values)
+        out[name] = Arguments(binding, param, tuple(kept.shape), kept.dtype)
+    return out

@@ -1,0 +1,155 @@
+"""The exceptions, the warning and the one builder of their messages.
+
+Every message says where, what, why, and which fixes to try, in that order, so that a reader of a
+traceback needs nothing else. Several problems of one model are collected into one exception.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+
+class PyroEMError(Exception):
+    """Base class of everything that this library raises on purpose.
+
+    Attributes:
+        problems: The findings behind the message, where there are several or they are collected.
+    """
+
+    problems: tuple[Finding, ...] = ()
+
+
+class ModelError(PyroEMError, ValueError):
+    """The model cannot be treated exactly as it is written."""
+
+
+class DataError(PyroEMError, ValueError):
+    """The data do not fit the model: missing, infinite, of a wrong shape, impossible."""
+
+
+class UsageError(PyroEMError, ValueError):
+    """A call whose arguments contradict each other or the model."""
+
+
+class FileError(UsageError, OSError):
+    """A file that cannot be written or read."""
+
+
+class DegenerateError(PyroEMError, ArithmeticError):
+    """An update had no finite, non-degenerate solution; it has been rolled back."""
+
+
+class PyroEMWarning(UserWarning):
+    """Something that a user can act upon and that does not stop a fit."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding about a model or its data.
+
+    Attributes:
+        where: The place, for instance ``"site 'x'"``.
+        what: What was found there.
+        why: Why that stops the computation, or an empty string.
+        fixes: What to try, most likely first.
+        kind: The exception class that suits it.
+        latents: The latents that have no route because of it; none where it is of another matter.
+    """
+
+    where: str
+    what: str
+    why: str = ""
+    fixes: tuple[str, ...] = ()
+    kind: type[PyroEMError] = ModelError
+    latents: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}"]
+        if self.why:
+            lines.append(f"  Why: {self.why}")
+        if self.fixes:
+            lines.append("  Try one of the following fixes:")
+            lines.extend(f"    - {fix}" for fix in self.fixes)
+        return "\n".join(lines)
+
+
+def message(where: str, what: str, why: str = "", fixes: Sequence[str] = ()) -> str:
+    """Build the four-part text of an error or a warning.
+
+    Example:
+        >>> print(message("site 'x'", "2 of 10 values are NaN.", fixes=["pass obs_mask"]))
+        site 'x': 2 of 10 values are NaN.
+          Try one of the following fixes:
+            - pass obs_mask
+    """
+    return str(Finding(where, what, why, tuple(fixes)))
+
+
+def warn(text: str) -> None:
+    """Warn at the line outside this library that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, PyroEMWarning, stacklevel=level)
+
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def raise_findings(problems: Sequence[Finding]) -> NoReturn:
+    """Raise one exception that lists ``problems``; its class is that of the first.
+
+    The same finding at many sites of a chain is told once.
+    """
+    raise as_error(problems)
+
+
+def as_error(problems: Sequence[Finding]) -> PyroEMError:
+    """The exception that `raise_findings` raises."""
+    folded = _folded(problems)
+    if len(folded) == 1:
+        text = folded[0]
+    else:
+        lines = "\n".join(f"{i}. {one}" for i, one in enumerate(folded, start=1))
+        text = f"{len(folded)} problems:\n{lines}"
+    error = problems[0].kind(text)
+    error.problems = tuple(problems)
+    return error
+
+
+def _folded(problems: Sequence[Finding]) -> list[str]:
+    alike: dict[tuple[str, int], list[Finding]] = {}
+    at_site: Counter[str] = Counter()
+    for problem in problems:
+        # Two findings at one site are two, however much they look alike. The last step of a chain
+        # has another reason than the others (no step after it) and the same remedies.
+        told = " ".join((problem.where, problem.what, *problem.fixes))
+        key = re.sub(r"\d+", "#", told), at_site[problem.where]
+        at_site[problem.where] += 1
+        alike.setdefault(key, []).append(problem)
+    texts = []
+    for members in alike.values():
+        head, _, rest = str(members[0]).partition("\n")
+        if len(members) > 1:
+            head += f" (and {len(members) - 1} more alike, up to {members[-1].where})"
+        texts.append(head + ("\n" + rest if rest else ""))
+    return texts
+
+
+def sites_in_words(names: list[str]) -> str:
+    """``site 'z'`` or ``sites 'a', 'b', …`` for a message's beginning."""
+    shown = ", ".join(f"'{n}'" for n in names[:5]) + (", …" if len(names) > 5 else "")
+    if not names:
+        return "model"
+    return f"site {shown}" if len(names) == 1 else f"sites {shown}"
+
+
+class Handover(Exception):
+    """The compiled iteration met something that the full one has to judge."""

@@ -1,0 +1,76 @@
+"""Log densities of many cells, piece by piece."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Family
+
+_PIECE = 2**20  # numbers of events that a family handles at once
+
+
+def log_density(
+    family: Family,
+    value: Tensor,
+    arguments: Mapping[str, Tensor],
+    lead: int,
+    event_dims: int,
+    elements: Tensor | None = None,
+) -> Tensor:
+    """log p(value | arguments) in nats, one number per cell.
+
+    A family's temporaries have the size of all events, which may be many times that of the result.
+    Without gradients the longest dimension is taken in pieces, so that they stay small.
+
+    Args:
+        family: The record that evaluates.
+        value: # (*lead or 1s, *event)
+        arguments: The same for each argument, with its own event.
+        lead: How many dimensions the result has.
+        event_dims: Batch dimensions beyond them, which are summed (``to_event``).
+        elements: Which terms of that sum count; all by default. # (*lead or 1s, *event_dims or 1s)
+
+    Returns:
+        Log densities. # (*lead)
+
+    Example:
+        >>> from pyro_em.families import family_of
+        >>> import pyro.distributions as dist
+        >>> family = family_of(dist.Normal(0.0, 1.0))
+        >>> arguments = {"loc": torch.zeros(1, 2), "scale": torch.ones(1, 2)}
+        >>> log_density(family, torch.zeros(3, 1), arguments, 2, 0).shape
+        torch.Size([3, 2])
+    """
+
+    def whole(value: Tensor, arguments: Mapping[str, Tensor], elements: Tensor | None) -> Tensor:
+        log_p = family.log_prob(value, arguments)
+        if elements is not None:
+            log_p = torch.where(elements, log_p, 0.0)
+        return log_p.sum(tuple(range(-event_dims, 0))) if event_dims else log_p
+
+    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
+    batch = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
+    numbers = math.prod(batch) * math.prod(value.shape[lead:])
+    if numbers <= 2 * _PIECE or torch.is_grad_enabled():
+        return whole(value, arguments, elements)
+    axis = max(range(lead), key=lambda i: batch[i])
+    size = max(1, _PIECE * batch[axis] // numbers)
+
+    def cut(t: Tensor, begin: int) -> Tensor:
+        return t.narrow(axis, begin, min(size, batch[axis] - begin)) if t.shape[axis] > 1 else t
+
+    def piece(begin: int) -> Tensor:
+        log_p = whole(
+            cut(value, begin),
+            {name: cut(a, begin) for name, a in arguments.items()},
+            None if elements is None else cut(elements, begin),
+        )
+        shape = list(log_p.shape)
+        shape[axis] = min(size, batch[axis] - begin)  # a density need not read what is cut
+        return log_p.expand(shape)
+
+    return torch.cat([piece(begin) for begin in range(0, batch[axis], size)], axis)

@@ -1,0 +1,166 @@
+"""The first parameters of a start: assignments of the latents by a rule, then an M-step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateError, UsageError, message, sites_in_words
+from pyro_em.plan.program import Program
+from pyro_em.posteriors import clusters
+from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
+from pyro_em.posteriors.vectors import Rows, rows_of
+
+# Shares of every row that all clusters get: none; against exact zeros of the model that clusters
+# contradict; against clusters too small for the parameters of a component.
+_SHARES = (0.0, 1e-3, 0.1)
+
+
+def _random_points(
+    x: Tensor, weights: Tensor, size: int, generator: torch.Generator, labels: Tensor | None
+) -> Tensor:
+    """Responsibilities by distance to rows drawn far apart."""
+    centres = clusters.spread_centres(x, weights, size, generator, labels)
+    return clusters.with_labels(clusters.soft(x, weights, centres), labels)
+
+
+def _nearest_points(
+    x: Tensor, weights: Tensor, size: int, generator: torch.Generator, labels: Tensor | None
+) -> Tensor:
+    """Each row goes to the nearest of rows drawn far apart."""
+    centres = clusters.spread_centres(x, weights, size, generator, labels)
+    return clusters.with_labels(clusters.hard(x, centres), labels)
+
+
+def _random_kmeans(
+    x: Tensor, weights: Tensor, size: int, generator: torch.Generator, labels: Tensor | None
+) -> Tensor:
+    """One run of Lloyd's steps from rows drawn far apart."""
+    centres = clusters.spread_centres(x, weights, size, generator, labels)
+    return clusters.lloyd(x, weights, centres, labels)[0]
+
+
+RULES: Mapping[str, Cluster] = {
+    "kmeans": clusters.kmeans,
+    "random points": _random_points,
+    "nearest points": _nearest_points,
+    "random k-means": _random_kmeans,
+}
+
+
+@dataclass(eq=False)
+class Beginning:
+    """Makes the first parameters of each start of a fit.
+
+    Attributes:
+        program: The model with its data.
+        generator: Source of all random choices.
+    """
+
+    program: Program
+    generator: torch.Generator
+
+    _rows: tuple[int, list[Rows]] | None = None
+
+    @property
+    def rows(self) -> list[Rows]:
+        """The observed vectors of the latents; from start to start they change with the data only."""
+        reading = self.program.readings
+        if self._rows is None or self._rows[0] != reading:
+            self._rows = reading, rows_of(self.program.graph)
+        return self._rows[1]
+
+    def write(self, init: Any) -> None:
+        """Write the first parameters of a start.
+
+        Args:
+            init: None leaves what is in the store; ``"random"``, ``"random hard"``, a clustering, or
+                {site: assignments}.
+
+        Raises:
+            UsageError: If the start is not understood, or makes no sense for this model.
+            DegenerateError: If the assignments determine no parameters.
+        """
+        if init is None:
+            return
+        program = self.program
+        evaluation = program.evaluate()
+        if isinstance(init, str) and init in RULES:
+            self._cluster(init)
+            return
+        if isinstance(init, str) and init in ("random", "random hard"):
+            if not program.graph.latents:
+                return
+            counts = random_counts(
+                evaluation.graph,
+                program.contraction,
+                evaluation.tables,
+                generator=self.generator,
+                hard=init == "random hard",
+            )
+        elif isinstance(init, Mapping):
+            counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, init)
+        else:
+            raise UsageError(
+                message(
+                    "init",
+                    f"{init!r} is not understood.",
+                    fixes=[
+                        "use None, 'random', 'random points', 'kmeans', or {site: labels or "
+                        "probabilities}"
+                    ],
+                )
+            )
+        program.m_step(counts, evaluation)
+
+    def _cluster(self, rule: str) -> None:
+        program = self.program
+        if not program.graph.latents and rule == "random k-means":
+            return
+        if not self.rows:
+            raise UsageError(_no_rows(program, rule))
+        state = self.generator.get_state()
+        for share in _SHARES:
+            self.generator.set_state(state)
+            evaluation = program.evaluate()
+            try:
+                counts = clustered_counts(
+                    evaluation.graph,
+                    program.contraction,
+                    evaluation.tables,
+                    self.rows,
+                    RULES[rule],
+                    generator=self.generator,
+                    shared=share,
+                )
+                program.m_step(counts, evaluation)
+                return
+            except (UsageError, DegenerateError):
+                if share == _SHARES[-1]:
+                    raise
+
+
+def name_of_start(init: Any) -> str:
+    """A start in words."""
+    if init is None:
+        return "values in the model"
+    return init if isinstance(init, str) else "given: " + ", ".join(init)
+
+
+def _no_rows(program: Program, rule: str) -> str:
+    latents = list(program.graph.latents)
+    if not latents:
+        what, why = "the model has no latent that is summed.", "there is nothing to assign"
+    else:
+        what = f"no observed vector belongs to each row of {sites_in_words(latents)}."
+        why = "clusters need at least two rows (elements of a latent's plates, or steps of a chain)"
+    return message(
+        f"init='{rule}'",
+        what,
+        why,
+        ["use init='random'", "pass assignments: init={site: labels or probabilities}"],
+    )

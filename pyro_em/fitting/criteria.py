@@ -1,0 +1,311 @@
+"""What information criteria count: N rows that were seen, p numbers that the data can tell.
+
+    BIC = −2 log p(x; θ) + p log N                                  (Schwarz 1978)
+
+A row all of whose observations are masked says nothing, and an element of a parameter that no factor
+can read (never indexed, read under a mask alone, or of a component whose probability is a structural
+zero) is not fitted: neither counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_em.distributions import unexpanded
+from pyro_em.errors import PyroEMError
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import Group
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.enumeration import run_contraction
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.update import Fixed
+
+Alive = list[Tensor | None]
+
+
+def num_rows(program: Program) -> float:
+    """Elements of the outermost data plate in which anything was seen, by their sample weights."""
+    structure = program.structure
+    nested = [i.nested for i in structure.sites.values() if i.role is Role.DATA and i.nested]
+    if not nested:
+        return 1.0
+    outermost = (*structure.data_plates, *nested[0])[0]
+    if outermost not in structure.plates:
+        return _turns_seen(program, outermost)
+    plate = structure.plates[outermost]
+    device = program.graph.groups[0].value.device
+    seen = torch.zeros(plate.size, dtype=torch.bool, device=device)
+    weight: Tensor | None = None
+    for group in program.graph.groups:
+        if group.role is not Role.DATA:
+            continue
+        for i, dims in enumerate(group.dims):
+            if outermost not in dims:
+                continue
+            axis = dims.index(outermost)
+            if group.mask is None:
+                seen = torch.ones_like(seen)
+            else:
+                mask = group.mask[i].movedim(axis, 0)
+                seen = seen | mask.reshape(mask.shape[0], -1).any(-1)
+            scale = group.scale[i]
+            if weight is None and isinstance(scale, Tensor) and scale.shape[axis] == plate.size:
+                weight = scale.movedim(axis, 0).reshape(plate.size, -1).amax(-1)
+    if weight is not None:
+        return float((weight * seen).sum())
+    return float(seen.sum()) * plate.full_size / plate.size
+
+
+def _turns_seen(program: Program, plate: str) -> float:
+    """Turns of a loop in which anything was seen."""
+    size = program.structure.sequential[plate]
+    turns = set()
+    for name, info in program.structure.sites.items():
+        if info.role is Role.DATA and plate in info.turns:
+            group, i = program.graph.group_of(name)
+            if group.mask is None or bool(group.mask[i].any()):
+                turns.add(info.turns[plate] % size)
+    return float(len(turns))
+
+
+def count_free(
+    parameters: Mapping[str, TracedParameter],
+    updates: Mapping[str, object],
+    structural_zeros: Mapping[str, Tensor],
+    read: Mapping[str, Tensor],
+) -> int:
+    """Number of free parameters through their constraints.
+
+    Args:
+        parameters: All parameters.
+        updates: Their `ParameterUpdate`; fixed ones are not counted.
+        structural_zeros: Per parameter where a probability was zero from the start.
+        read: Per parameter which elements any factor reads; all by default.
+
+    Returns:
+        K − 1 for a simplex of K, D (D + 1) / 2 for a covariance, one per number otherwise.
+    """
+    total = 0
+    for name, p in parameters.items():
+        if isinstance(getattr(updates[name], "update", None), Fixed):
+            continue
+        value = p.value()
+        own = read.get(name, torch.ones_like(value, dtype=torch.bool))
+        base = p.constraint
+        while isinstance(base, constraints.independent):
+            base = base.base_constraint
+        shape = type(base).__name__.lstrip("_")
+        if base is constraints.simplex:
+            zeros = structural_zeros.get(name, torch.zeros_like(value, dtype=torch.bool))
+            alive = ((~zeros).sum(-1) - 1).clamp(min=0)
+            total += int((alive * own.any(-1)).sum())
+        elif shape.endswith("PositiveDefinite") or shape in (
+            "LowerCholesky",
+            "SoftplusLowerCholesky",
+        ):
+            d = value.shape[-1]
+            total += int(own.flatten(-2).any(-1).sum()) * d * (d + 1) // 2
+        elif shape in ("CorrCholesky", "CorrMatrix", "UnitLowerCholesky"):
+            d = value.shape[-1]
+            total += int(own.flatten(-2).any(-1).sum()) * d * (d - 1) // 2
+        else:
+            total += int(own.sum())
+    return total
+
+
+@torch.no_grad()
+def free_parameters(
+    program: Program, initial: Mapping[str, Tensor], *, without: Collection[str] = ()
+) -> int:
+    """p of a finished fit.
+
+    Args:
+        program: The model with its data.
+        initial: The parameters where the fit began, whose zeros are structural.
+        without: Parameters that are left out: point estimates of `estimated_locally`.
+    """
+    names = [n for n in program.graph.parameters if n not in without]
+    return _count_of(program, initial, names)
+
+
+@torch.no_grad()
+def local_estimates(program: Program, initial: Mapping[str, Tensor], names: Collection[str]) -> int:
+    """Numbers of point estimates that are no parameters of the model, counted in the same way."""
+    return _count_of(program, initial, names) if names else 0
+
+
+def _count_of(program: Program, initial: Mapping[str, Tensor], names: Collection[str]) -> int:
+    zeros = {n: v == 0 for n, v in initial.items()}
+    parameters = {n: program.graph.parameters[n] for n in names}
+    return count_free(parameters, program.updates, zeros, elements_read(program, initial))
+
+
+def estimated_locally(program: Program) -> set[str]:
+    """Parameters that hold point estimates of latents of the data's plates: they grow with the data."""
+    sites, plates = program.structure.sites, set(program.structure.data_plates)
+    return {
+        name
+        for group in program.graph.groups
+        if group.role is Role.POINT and group.value_binding is not None
+        if all(plates.intersection(sites[m].nested) for m in group.members)
+        for name in group.value_binding.params
+    }
+
+
+def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which elements of each parameter any factor reads where it counts.
+
+    Args:
+        program: The model with its data.
+        initial: The parameters where the fit began.
+    """
+    graph = program.graph
+    read = {
+        n: torch.zeros_like(p.value(), dtype=torch.bool).reshape(-1)
+        for n, p in graph.parameters.items()
+    }
+    possible = _possible_cells(program, initial)
+    unknown: dict[int, set[str]] = {}
+    for g, group in enumerate(graph.groups):
+        alive = _alive(group, possible[g])
+        bindings = [*group.bindings.values()]
+        bindings += [] if group.value_binding is None else [group.value_binding]
+        told: set[str] = set()
+        for binding in bindings:
+            for name in binding.params:
+                found = _told(binding, name, alive, read[name].numel())
+                if found is None:
+                    unknown.setdefault(g, set()).add(name)
+                else:
+                    read[name] |= found
+            told |= set(binding.params)
+        if group.raw_params is None:
+            unknown.setdefault(g, set()).update(read)
+        else:
+            unknown.setdefault(g, set()).update(set(group.raw_params) - told)
+    # A module reads its own parameter, wherever a trial point is.
+    own = {n for n, p in graph.parameters.items() if isinstance(p.leaf, torch.nn.Parameter)}
+    for name in own & set().union(*unknown.values()):
+        read[name] |= True
+    unknown = {g: names - own for g, names in unknown.items() if names - own}
+    if unknown:
+        _differentiate(program, unknown, possible, read)
+    return {n: r.reshape(graph.parameters[n].value().shape) for n, r in read.items()}
+
+
+def _told(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tensor | None:
+    """Which elements of a parameter an argument's living cells read; None if it does not say."""
+    out: Tensor | None = None
+    for part in binding.selections:
+        if part.param != name:
+            continue
+        index = part.index
+        there = index >= 0
+        if alive is not None:
+            there = there & _shaped(alive, index)
+        found = torch.zeros(size, dtype=torch.bool, device=index.device)
+        found[index[there]] = True
+        out = found if out is None else out | found
+    if binding.jacobians is not None and name in binding.jacobians:
+        jacobian = binding.jacobians[name]
+        used = jacobian != 0
+        if alive is not None:
+            used = used & _shaped(alive, jacobian[..., 0]).unsqueeze(-1)
+        found = used.reshape(-1, size).any(0)
+        out = found if out is None else out | found
+    return out if binding.how in ("selection", "affine") else None
+
+
+def _shaped(alive: Tensor, like: Tensor) -> Tensor:
+    """Cells that live, laid out as an argument. # like ``like``"""
+    alive = alive.reshape(alive.shape + (1,) * (like.dim() - alive.dim()))
+    axes = [d for d, size in enumerate(like.shape) if size == 1 and alive.shape[d] > 1]
+    for d in axes:
+        alive = alive.any(d, keepdim=True)
+    return alive.expand(like.shape)
+
+
+def _alive(group: Group, possible: Tensor | None) -> Tensor | None:
+    """Cells that count. # (members, *sizes or 1s, *to_event dims or 1s), or None for all"""
+    out = possible
+    if group.mask is not None and group.observed:
+        out = group.mask if out is None else out & group.mask
+    if group.elements is not None and out is not None:
+        return out.reshape(out.shape + (1,) * group.event_dims) & group.elements
+    return out
+
+
+def _possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:
+    """Per group which cells no structural zero excludes; None where nothing is excluded."""
+    graph = program.graph
+    none: Alive = [None] * len(graph.groups)
+    latents = [g for g, group in enumerate(graph.groups) if group.role is Role.LATENT]
+    values = {n: initial.get(n, p.value()) for n, p in graph.parameters.items()}
+    try:
+        tables = program.log_densities_at(values, latents) if latents else {}
+    except PyroEMError:
+        return none
+    if not any(bool(torch.isneginf(unexpanded(t)).any()) for t in tables.values()):
+        return none
+    every = []
+    for g, group in enumerate(graph.groups):
+        full = (len(group.members), *group.sizes)
+        allowed = torch.zeros(full, dtype=torch.float64, device=group.value.device)
+        if g in tables:
+            allowed = torch.where(torch.isneginf(tables[g]), -torch.inf, allowed)
+        every.append(allowed)
+    with torch.enable_grad():
+        result = run_contraction(graph, program.contraction, every)
+    if not bool(torch.isfinite(result.log_evidence)):
+        return none
+    return [cells > 0 for cells in result.cells]
+
+
+def _differentiate(
+    program: Program,
+    unknown: Mapping[int, set[str]],
+    possible: Alive,
+    read: dict[str, Tensor],
+) -> None:
+    """What cannot be looked up: an element that moves no density, at two points far apart."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = program.graph.parameters
+    groups = list(unknown)
+    for spread in (0.1, 1.0):
+        values, leaves = {}, {}
+        for name, p in parameters.items():
+            noise = torch.randn(p.unconstrained.shape, generator=generator, dtype=torch.float64)
+            moved = p.unconstrained + spread * noise.to(p.unconstrained)
+            values[name] = transform_to(p.constraint)(moved).detach()
+            if any(name in names for names in unknown.values()):
+                leaves[name] = values[name].requires_grad_()
+        names = list(leaves)
+        try:
+            with torch.enable_grad():
+                tables = program.log_densities_at(values, groups)
+                total = torch.zeros((), dtype=torch.float64)
+                for g, table in tables.items():
+                    weight = torch.rand(table.shape, generator=generator, dtype=torch.float64)
+                    weight = weight.to(table.device)
+                    if possible[g] is not None:
+                        weight = weight * possible[g]
+                    total = (
+                        total.to(table.device) + (weight * table).nan_to_num(0.0, 0.0, 0.0).sum()
+                    )
+                found = (
+                    torch.autograd.grad(
+                        total, [leaves[n] for n in names], allow_unused=True, retain_graph=False
+                    )
+                    if total.requires_grad
+                    else [None] * len(names)
+                )
+        except PyroEMError:
+            found = [torch.ones_like(leaves[n]) for n in names]
+        for name, slope in zip(names, found, strict=True):
+            if slope is not None:
+                read[name] |= (slope != 0).reshape(-1)

@@ -1,0 +1,185 @@
+"""A stochastic fit: epochs of batches, a bar, validation, interruption, a result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_em.errors import DegenerateError, PyroEMError, UsageError, message, warn
+from pyro_em.fitting.result import EMStatus, EMStep
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.randomness import same_random_state
+from pyro_em.variational.batches import Batch, Batches, factors_of, stands_for_all, without_last_row
+from pyro_em.variational.trainer import Alternating, Trainer
+
+
+@dataclass(eq=False)
+class StochasticRun:
+    """The path of a stochastic fit.
+
+    Attributes:
+        bounds: The bound of each step's batch, scaled to all data, at the parameters entering it.
+        validation: (step, bound) on the validation data after each epoch.
+        status: Why it ended.
+        message: More about the status.
+        epochs: Complete epochs.
+    """
+
+    bounds: list[float] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    status: EMStatus = EMStatus.MAX_STEPS
+    message: str = ""
+    epochs: int = 0
+
+
+def factors_at(trainer: Trainer, batch: Batch) -> Mapping[str, float]:
+    """What multiplies the plates of a batch so that it stands for all data."""
+    if batch.size is None and batch.total is None:
+        return {}
+    at = trainer.variational.structure
+
+    def shorter() -> Structure:
+        other = without_last_row(batch)
+        return at(other.args, other.kwargs)
+
+    return factors_of(at(batch.args, batch.kwargs), batch, shorter)
+
+
+def steps(
+    trainer: Trainer, batches: Iterable[Batch], schedule: Alternating | None, begin: float
+) -> Iterator[EMStep]:
+    """Stochastic steps without an end of their own.
+
+    Yields:
+        Each step after its update; ``elbo`` is the bound of its batch, scaled to all data.
+    """
+    for index, batch in enumerate(batches):
+        factors = factors_at(trainer, batch)
+        loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
+        yield EMStep(index, -loss, None, None, {}, time.perf_counter() - begin)
+
+
+def run(
+    trainer: Trainer,
+    batches: Batches,
+    *,
+    max_steps: int,
+    num_epochs: int | None,
+    schedule: Alternating | None,
+    validation: Batches | None,
+    callbacks: Sequence[Callable[[EMStep], Any]],
+    parameters: Callable[[], Mapping[str, Tensor]],
+    progress: bool | None,
+    begin: float,
+) -> StochasticRun:
+    """Train until the steps or epochs are done, a callback stops it, or something breaks.
+
+    Args:
+        trainer: The pair with its optimisers.
+        batches: The data.
+        max_steps: Steps at most where ``num_epochs`` is None.
+        num_epochs: Epochs.
+        schedule: How guide and model take turns.
+        validation: Data whose bound is taken after each epoch.
+        callbacks: Called with each step; one that returns True stops the run.
+        parameters: Current constrained values, for callbacks.
+        progress: Whether to show a bar.
+        begin: When the fit began.
+    """
+    out = StochasticRun()
+    if num_epochs is None and max_steps == 0:
+        return out
+    trainer.kept.is_late = False  # what an earlier fit copied may have been changed since
+    per_epoch = batches.per_epoch
+    total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
+    disable = None if progress is None else not progress
+    bar = tqdm(total=total, disable=disable, desc="SVI", unit="step")
+    smoothed: float | None = None
+
+    def endless() -> Iterator[Batch]:
+        while num_epochs is None or out.epochs < num_epochs:
+            yield from batches.epoch()
+            out.epochs += 1
+            if validation is not None:
+                value = bound_of(trainer, validation)
+                out.validation.append((len(out.bounds), value))
+
+    try:
+        for step in steps(trainer, endless(), schedule, begin):
+            out.bounds.append(step.elbo)
+            smoothed = step.elbo if smoothed is None else 0.95 * smoothed + 0.05 * step.elbo
+            label = f"bound {smoothed:.4f}"
+            if out.validation:
+                label += f", validation {out.validation[-1][1]:.4f}"
+            bar.set_postfix_str(label, refresh=False)
+            bar.update()
+            if callbacks:
+                held_out = out.validation[-1] if out.validation else None
+                seen = replace(step, params=parameters(), validation=held_out)
+                if any(callback(seen) is True for callback in callbacks):
+                    out.status = EMStatus.STOPPED
+                    break
+            if num_epochs is None and len(out.bounds) >= max_steps:
+                break
+    except DegenerateError as error:
+        if not out.bounds:
+            raise
+        out.status, out.message = EMStatus.DEGENERATE, str(error)
+        warn(out.message)
+    except KeyboardInterrupt:
+        out.status = EMStatus.INTERRUPTED
+    finally:
+        bar.close()
+    return out
+
+
+def look_at_validation(trainer: Trainer, held_out: Batches) -> None:
+    """Take the bound of one batch of held-out data before anything is trained.
+
+    Raises:
+        PyroEMError: If the pair cannot be run on it.
+    """
+    with torch.no_grad(), same_random_state():
+        batch = next(iter(held_out.epoch(shuffle=False)), None)
+        if batch is None:
+            raise UsageError(message("validation", "it is empty.", "there is no bound to take"))
+        try:
+            factors = factors_at(trainer, batch)
+            trainer.variational.loss(batch.args, batch.kwargs, 1, factors)
+        except PyroEMError:
+            raise
+        except Exception as error:  # whatever the user's functions do with other data
+            raise UsageError(
+                message(
+                    "validation",
+                    f"model and guide cannot be run on it: {type(error).__name__}: {error}.",
+                    "held-out data are the model's arguments, with rows of their own",
+                    [
+                        "call guide(*validation) and model(*validation) by themselves to see where",
+                        "make plates as long as the data: pyro.plate(name, len(x))",
+                        "let a network serve all rows: AutoAmortizedNormal",
+                    ],
+                )
+            ) from error
+
+
+def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
+    """The bound of all data at the current parameters, batch by batch, in nats."""
+    total, rows = 0.0, 0
+    # A look must not change the path of a seeded fit.
+    with torch.no_grad(), same_random_state():
+        for batch in batches.epoch(shuffle=False):
+            factors = factors_at(trainer, batch)
+            loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
+            # Each batch's bound estimates that of all data; their weighted mean is it.
+            at = trainer.variational.structure(batch.args, batch.kwargs)
+            share = (batch.size or 1) if stands_for_all(at, batch) else 0
+            total -= float(loss) * (share or 1)
+            rows += share
+    return total / rows if rows else total

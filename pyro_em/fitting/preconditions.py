@@ -1,0 +1,160 @@
+"""What cannot be fitted, and why: models without data or parameters, random subsamples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pyro.infer.autoguide import AutoGuide
+
+from pyro_em.errors import UsageError, message
+from pyro_em.graph.unregistered import Unregistered
+from pyro_em.plan.program import Program
+from pyro_em.tracing.runs import is_being_traced
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.update import LeastSquares, Update
+from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
+from pyro_em.variational.batches import Batches, rows_in_batches
+from pyro_em.variational.bound import Variational
+
+
+def refuse_unfittable(program: Program) -> None:
+    """Refuse an exact fit that has nothing to learn from, nothing to learn, or not all data.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    if not any(g.role is Role.DATA for g in program.graph.groups):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "the model has no observation.",
+                "its evidence is constant, so that there is nothing to learn from",
+                ["pass data to pyro.sample(..., obs=...)", "check that data is not None"],
+            )
+        )
+    if not program.graph.parameters:
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "the model has no parameters.",
+                "EM maximises the evidence over parameters",
+                [
+                    *_networks(program.structure.unregistered),
+                    "declare what is to be learned with pyro.param or PyroParam",
+                    "call em.posterior(...) if only the latents are of interest",
+                ],
+            )
+        )
+    if program.structure.random_plates:
+        names = ", ".join(f"'{n}'" for n in program.structure.random_plates)
+        raise UsageError(
+            message(
+                f"plate {names}",
+                "it draws a random subsample.",
+                "an exact step needs all data; its bound would change from step to step",
+                ["leave subsample_size out"],
+            )
+        )
+
+
+def _networks(unregistered: Sequence[Unregistered]) -> list[str]:
+    """The remedy where a density depends on tensors that nobody has registered."""
+    if not unregistered:
+        return []
+    own = next((u.name for u in unregistered if u.name), "")
+    name = own.rpartition(".")[0] or "net"
+    return [
+        f"register the network that site '{unregistered[0].site}' depends on: "
+        f"pyro.module('{name}', {name}) where the model begins, or make it a PyroModule"
+    ]
+
+
+def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) -> None:
+    """Refuse stochastic steps without parameters, or with updates that need exact sums.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    if not variational.parameters:
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "neither the model nor the guide has parameters.",
+                "there is nothing to fit",
+                [
+                    *_networks(variational.bare.unregistered),
+                    "declare what is to be learned with pyro.param, or use an autoguide",
+                ],
+            )
+        )
+    for name, update in updates.items():
+        if isinstance(update, LeastSquares):
+            raise UsageError(
+                message(
+                    f"updates['{name}']",
+                    "least squares needs an exact fit; here the guide draws latents.",
+                    fixes=["leave it out, or use ClosedForm(step_size=...)"],
+                )
+            )
+
+
+def refuse_rows_of_a_guide(
+    variational: Variational, batches: Batches, held_out: Batches | None
+) -> None:
+    """Refuse batches and held-out data where an autoguide has parameters for every row of the data.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    guide, bare, routing = variational.guide, variational.bare, variational.routing
+    amortised = isinstance(guide, (AutoAmortizedNormal, AutoAmortizedCategorical))
+    if amortised or not isinstance(guide, AutoGuide) or guide.create_plates is not None:
+        return
+    rows = rows_in_batches(batches)
+    for name in (*routing.drawn, *routing.points):
+        info = bare.sites.get(name)
+        if info is None:
+            continue
+        sizes = {bare.plates[p].size for p in info.plates if p in bare.plates}
+        own = next((p for p in info.plates if p in bare.data_plates), None)
+        if rows is not None and rows in sizes:
+            size, what = rows, "a batch"
+            leave = "leave batch_size out" if batches.loader is None else "pass the data themselves"
+        elif held_out is not None and own is not None:
+            size, what, leave = bare.plates[own].size, "other data", "leave validation out"
+        else:
+            continue
+        kind = type(guide).__name__
+        raise UsageError(
+            message(
+                f"guide ({kind})",
+                f"it has parameters of its own for each of the {size} rows of '{name}', so that "
+                f"{what} does not fit it.",
+                "its plates are those of the first call",
+                [
+                    "let a network serve all rows: AutoAmortizedNormal",
+                    leave,
+                    f"give it plates that draw batches: {kind}(model, create_plates=...)",
+                ],
+            )
+        )
+
+
+def refuse_inside_a_model() -> None:
+    """Refuse to run a model inside another one whose sites are being recorded.
+
+    Raises:
+        UsageError: With the ways out.
+    """
+    if is_being_traced():
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                "it was called inside a model that is being run.",
+                "its sites would be recorded as sites of the model around it",
+                [
+                    "call it before, and pass its result as an argument of the model",
+                    "hide it from the model around it: with pyro.poutine.block(): ...",
+                ],
+            )
+        )

@@ -1,0 +1,288 @@
+"""From a finished run to the `EMResult` that a user holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateError, UsageError, message, warn
+from pyro_em.families.forms import Kind
+from pyro_em.fitting.criteria import (
+    count_free,
+    estimated_locally,
+    free_parameters,
+    local_estimates,
+    num_rows,
+)
+from pyro_em.fitting.ends import End
+from pyro_em.fitting.epochs import StochasticRun, bound_of
+from pyro_em.fitting.information import StaticInformation
+from pyro_em.fitting.result import EMResult, EMStatus, History, Params
+from pyro_em.fitting.run import Deferred, Run, Settings
+from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
+from pyro_em.fitting.stopping import rate_of_convergence
+from pyro_em.plan.plan import Plan
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.contraction import contract, evidence
+from pyro_em.posteriors.enumeration import scales_of
+from pyro_em.posteriors.strategies import Hard
+from pyro_em.tracing.dependences import Dependences
+from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
+from pyro_em.tracing.sites import Role
+from pyro_em.tracing.turns import alone
+from pyro_em.updates.update import Fixed
+from pyro_em.variational.batches import Batches
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.drawn import DrawnPosterior, dependences_of
+from pyro_em.variational.trainer import Trainer
+
+_SLOW = 0.9
+
+
+logger = logging.getLogger("pyro_em")
+
+
+def build_result(
+    program: Program,
+    run: Run,
+    runs: Sequence[Run],
+    settings: Settings,
+    init: Any,
+    seed: int | None,
+    total_steps: int,
+) -> EMResult:
+    """Collect a run into a result; everything is at the returned parameters.
+
+    Args:
+        program: The model with its data; its parameters are those of ``run``.
+        run: The best run.
+        runs: All of them.
+        settings: What all starts shared.
+        init: The start that the user asked for.
+        seed: The user's seed.
+        total_steps: Steps of all calls of ``fit`` so far.
+    """
+    assert run.last is not None
+    last = run.last
+    if isinstance(last, Deferred):
+        point = last.point
+        log_evidence, bound, log_prior = point.log_evidence, point.objective, point.log_prior
+        posterior = cache(lambda: last.q)
+    else:
+        exact = last.q if last.q.exact else program.posterior(last.evaluation)
+        q = last.q if isinstance(program.strategy, Hard) else exact
+        assert exact.log_evidence is not None and q.bound is not None
+        log_evidence, bound, log_prior = exact.log_evidence, q.bound, exact.log_prior
+        posterior = cache(lambda: q)
+    text = run.message or run.status.value
+    if run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED):
+        warn(text)
+    parameters = program.graph.parameters
+    _say_massless(program, run)
+    rows = num_rows(program)
+    if settings.bar.starts > 1:
+        start = f"best of {sum(not r.is_replaced for r in runs)} starts: {run.name}"
+    else:
+        start = run.name
+    local = estimated_locally(program)
+    values = Params(values_of(parameters), _point_sites(program))
+    unconstrained, dependences = snapshot(parameters), program.dependences
+    rate = rate_of_convergence([*run.entering, bound])
+    logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)
+    return EMResult(
+        params=values,
+        log_evidence=log_evidence,
+        elbo=bound,
+        history=History(tuple(run.entering), tuple(run.after)),
+        converged=run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
+        status=run.status,
+        message=text,
+        num_steps=run.num_steps,
+        total_steps=total_steps,
+        seconds=time.perf_counter() - settings.begin,
+        plan=_with_advice(program.plan(), settings, run.num_steps, rate),
+        rate=rate,
+        starts=tuple(r.objective for r in runs if not r.is_replaced),
+        ends=tuple(_end(r) for r in runs),
+        num_rows=rows,
+        num_free_parameters=free_parameters(program, run.initial_values, without=local),
+        num_local_estimates=local_estimates(program, run.initial_values, local),
+        start=start,
+        seed=seed,
+        dtype=program.graph.dtype,
+        _standard_errors=lambda: _observed_information(program, unconstrained, dependences),
+        log_prior=log_prior,
+        _posterior=posterior,
+        _information=_information_of(program, unconstrained),
+    )
+
+
+def _information_of(
+    program: Program, unconstrained: Mapping[str, Tensor]
+) -> StaticInformation | None:
+    """What gives standard errors without the model, where there is such a thing."""
+    if not program.compiled:
+        return None
+    fixed = frozenset(n for n, u in program.updates.items() if isinstance(u.update, Fixed))
+    return StaticInformation(
+        program.graph, program.contraction, unconstrained, fixed, program.dependences
+    )
+
+
+def _end(run: Run) -> End:
+    collapsed = run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED) or run.last is None
+    return End(run.name, run.objective, run.status, run.num_steps, collapsed)
+
+
+def _with_advice(plan: Plan, settings: Settings, steps: int, rate: float | None) -> Plan:
+    """The plan, with a note where EM was slow and could have been accelerated."""
+    if rate is None or rate < _SLOW or steps < 50 or settings.acceleration is not None:
+        return plan
+    if not plan.is_monotone or plan.gives_up:
+        return plan
+    note = (
+        f"each step kept {rate:.1%} of the gain of the one before: fit(..., acceleration='squarem') "
+        "needs fewer steps."
+    )
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def _point_sites(program: Program) -> dict[str, str]:
+    """For each point-estimated site the one parameter that holds its value."""
+    return {
+        site: group.value_binding.params[0]
+        for group in program.graph.groups
+        if group.role is Role.POINT and group.value_binding is not None
+        for site in group.members
+        if len(group.value_binding.params) == 1 and len(group.members) == 1
+    }
+
+
+def build_stochastic_result(
+    trainer: Trainer,
+    batches: Batches,
+    run: StochasticRun,
+    plan: Plan,
+    seed: int | None,
+    begin: float,
+    total_steps: int,
+) -> EMResult:
+    """Collect a stochastic run; the bound is recomputed at the returned parameters.
+
+    Args:
+        trainer: The pair with its optimisers.
+        batches: The data.
+        run: The path.
+        plan: The decisions.
+        seed: The user's seed.
+        begin: When the fit began.
+        total_steps: Steps of all calls so far.
+    """
+    variational = trainer.variational
+    parameters = variational.parameters
+    try:
+        bound = bound_of(trainer, batches, trainer.num_particles)
+    except DegenerateError:
+        bound = math.nan
+    status = run.status
+    if status is EMStatus.MAX_STEPS:
+        status = EMStatus.STEPS_DONE
+    first = next(iter(batches.epoch(shuffle=False)))
+    args = batches.args if batches.loader is None else first.args
+    drawn = DrawnPosterior(
+        variational,
+        args,
+        batches.kwargs,
+        snapshot(parameters),
+        dependences=dependences_of(variational, args, batches.kwargs),
+    )
+    return EMResult(
+        params=Params(values_of(parameters), variational.point_sites),
+        log_evidence=None,
+        elbo=bound,
+        history=History(tuple(run.bounds), (), tuple(run.validation)),
+        converged=True if status is EMStatus.STOPPED else None,
+        status=status,
+        message=run.message or status.value,
+        num_steps=len(run.bounds),
+        total_steps=total_steps,
+        seconds=time.perf_counter() - begin,
+        plan=plan,
+        rate=None,
+        starts=(bound,),
+        num_rows=float(batches.total or _rows_of(variational)),
+        num_free_parameters=count_free(parameters, plan.updates, {}, {}),
+        start="values in the model",
+        seed=seed,
+        dtype=torch.get_default_dtype(),
+        _standard_errors=_no_standard_errors,
+        _posterior=lambda: drawn,
+        bound_name=variational.bound_name,
+    )
+
+
+def _rows_of(variational: Variational) -> int:
+    plate = variational.bare.data_plate
+    return 1 if plate is None else variational.bare.plates[plate].full_size
+
+
+def _no_standard_errors() -> StandardErrors:
+    raise UsageError(
+        message(
+            "standard_errors",
+            "the log evidence of this model is not known: a guide draws latents.",
+            "observed information is the curvature of the exact evidence",
+            ["see the guide's scales for posterior spread"],
+        )
+    )
+
+
+def _say_massless(program: Program, run: Run) -> None:
+    """Name components that no observation belongs to; rows of probabilities may well be unused."""
+    assert run.last is not None
+    by_component: dict[int, list[str]] = {}
+    for name, events in run.last.massless.items():
+        if program.updates[name].kind is not Kind.SIMPLEX:
+            for k in events:
+                by_component.setdefault(k, []).append(name)
+    for k, names in by_component.items():
+        shown = ", ".join(f"'{n}'" for n in names)
+        warn(
+            message(
+                f"component {k} of parameter{'s' * (len(names) > 1)} {shown}",
+                "no observation had any weight in it at the last step; its value was kept.",
+                "an empty component is not estimated by the data",
+                [
+                    "use fewer components",
+                    "start elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+                ],
+            ),
+        )
+
+
+@alone("standard_errors")
+def _observed_information(
+    program: Program, unconstrained: Mapping[str, Tensor], dependences: Dependences
+) -> StandardErrors:
+    """Standard errors at the parameters of a finished fit, wherever the store is now."""
+    parameters = program.graph.parameters
+    program.require_unchanged(dependences, "standard_errors")
+    free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
+    order = range(len(program.graph.groups))
+
+    def evidence_of(moved: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        fixed = {n: p.value() for n, p in parameters.items() if n not in moved}
+        tables = program.log_densities_at({**fixed, **moved}, list(order))
+        flat = [part for g in order for part in tables[g].to(torch.float64).unbind(0)]
+        return flat, evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
+
+    with parameters_at(parameters, unconstrained, unconstrained=True):
+        return standard_errors(free, evidence_of)

@@ -1,0 +1,380 @@
+"""What a fit returns: `EMResult`, its status, its history, its table."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_em.elsewhere import OF_RESULT, NamesFromElsewhere
+from pyro_em.errors import message
+from pyro_em.fitting.ends import End, ends_in_words
+from pyro_em.fitting.information import StaticInformation
+from pyro_em.fitting.standard_errors import StandardErrors
+from pyro_em.plan.plan import Plan
+from pyro_em.portable import Copied, Portable, Refused, answered
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.dependences import changed_since
+from pyro_em.variational.drawn import DrawnPosterior
+
+
+class EMStatus(Enum):
+    """Why a fit ended; each value is the sentence that a user reads."""
+
+    CONVERGED = "The estimated remaining gain is below tol."
+    ROUNDING = (
+        "Two successive gains are within rounding of the objective: nothing more is gained from "
+        "here (a maximum, or a saddle)."
+    )
+    MAX_STEPS = "The given number of steps was run."
+    INTERRUPTED = "The fit was interrupted; the parameters are those of the last complete step."
+    STOPPED = "A callback asked to stop."
+    DEGENERATE = (
+        "An update was degenerate and was rolled back; the parameters are good ones from before it."
+    )
+    UNBOUNDED = (
+        "The objective rises without end along a parameter: there is no maximum, and its value is no "
+        "estimate."
+    )
+    SYMMETRIC = (
+        "The components are exchangeable at this point and cannot separate: "
+        "start elsewhere (init='random')."
+    )
+    STEPS_DONE = "All steps of the stochastic fit were done; no rule of convergence was given."
+    FELL = "The objective fell by more than rounding; the parameters before the fall were kept."
+
+
+@dataclass(frozen=True)
+class History(Sequence[float]):
+    """The bound at the parameters *entering* each step; ``after_m_step`` holds the other half.
+
+    In a stochastic fit it is the bound of each step's batch, scaled to all data; ``validation``
+    holds (step, bound) after each epoch.
+
+    Example:
+        >>> h = History((-10.0, -9.0), (-9.5, -8.9))
+        >>> h[0], h.after_m_step[0], len(h)
+        (-10.0, -9.5, 2)
+    """
+
+    entering: tuple[float, ...]
+    after_m_step: tuple[float, ...] = ()
+    validation: tuple[tuple[int, float], ...] = ()
+
+    def __repr__(self) -> str:
+        if not self.entering:
+            return "History(no steps)"
+        first, last = self.entering[0], self.entering[-1]
+        return f"History({len(self.entering)} steps, from {first:.6f} to {last:.6f})"
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.entering[i]
+
+    def __len__(self) -> int:
+        return len(self.entering)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.entering)
+
+
+class Params(dict[str, Tensor]):
+    """Constrained values by parameter name; a point-estimated site's own name works too.
+
+    Example:
+        >>> Params({"AutoDelta.rate": torch.tensor(2.0)}, {"rate": "AutoDelta.rate"})["rate"]
+        tensor(2.)
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], sites: Mapping[str, str] | None = None):
+        super().__init__(values)
+        self.sites = dict(sites or {})
+
+    def __missing__(self, name: str) -> Tensor:
+        if name in self.sites:
+            return self[self.sites[name]]
+        known = ", ".join(f"'{n}'" for n in (*self, *self.sites)) or "none"
+        raise KeyError(f"no parameter is called {name!r}; the model has: {known}")
+
+
+@dataclass(frozen=True, eq=False)
+class EMStep(Portable):
+    """One step of EM, as ``steps`` yields it and callbacks receive it.
+
+    Attributes:
+        index: 0 for the first.
+        elbo: The bound at the parameters entering the step, after its E-step.
+        log_evidence: log p(x; θ) where the E-step computed it.
+        after_m_step: The bound ELBO(q, θ_new) after the M-step; None in a stochastic step.
+        params: Constrained parameters after the M-step.
+        seconds: Since the loop began.
+        e_step: Gives the q of this step's E-step; None in a stochastic step.
+        validation: (step, bound) of the held-out data when it was last taken: after that many steps,
+            at the end of an epoch; None before.
+    """
+
+    index: int
+    elbo: float
+    log_evidence: float | None
+    after_m_step: float | None
+    params: Mapping[str, Tensor]
+    seconds: float
+    e_step: Callable[[], Posterior] | None = field(default=None, repr=False)
+    validation: tuple[int, float] | None = None
+
+    def _travelling(self) -> dict[str, Any]:
+        e_step = None if self.e_step is None else answered(self.e_step)
+        return {**vars(self), "e_step": e_step}
+
+    def _staying(self) -> dict[str, Any]:
+        e_step = None if self.e_step is None else Copied(self.e_step)
+        return {**vars(self), "e_step": e_step}
+
+    @property
+    def posterior(self) -> Posterior | None:
+        """The q of this step's E-step, made when it is asked for; None in a stochastic step."""
+        return None if self.e_step is None else self.e_step()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EMResult(Portable, NamesFromElsewhere):
+    """A fitted model; everything is computed at the *returned* parameters.
+
+    Attributes:
+        params: Constrained values by name.
+        log_evidence: log p(x; θ) in nats; None where a guide draws latents.
+        elbo: The bound that was raised, log prior included; evidence plus log prior when exact. With
+            ``MonteCarlo(n)`` and draws of a guide it is the importance-weighted bound of n draws,
+            which is above the ELBO of ``em.elbo``; so is ``history``.
+        history: See `History`.
+        converged: Whether a stopping rule was met; None in a stochastic fit without a rule.
+        status: Why it ended.
+        message: More about the status (which component was degenerate), or its sentence.
+        num_steps: E-step and M-step pairs done by this call.
+        total_steps: Steps of ``fit``, ``step`` and ``steps`` together since the last reset.
+        seconds: Wall-clock time.
+        plan: The decisions.
+        log_prior: Log density of point-estimated latents in nats.
+        rate: The measured rate of convergence (last ratio of successive gains), or None.
+        starts: Final log evidence of every start, in order; nan where none was reached.
+        ends: Per run to the end, how it began and where it ended (`End`), in the order of ``starts``;
+            one that collapsed comes before the run that took its place.
+        num_rows: N of the BIC: elements of the outermost data plate in which anything was observed,
+            weighted by scale.
+        num_free_parameters: p of the BIC, through constraints; not counted are fixed ones, structural
+            zeros, and elements that no factor reads. Point estimates of latents outside every plate
+            that the data share count as parameters, those of latents inside do not: they are no
+            parameters of the model.
+        num_local_estimates: Numbers of the point estimates that are not counted for that reason; the
+            log evidence takes them as known.
+        start: Where the best run began, in words: "values in the model", "values in the param store"
+            where those are others, or the ``init`` that was asked for.
+        seed: The seed that was given.
+        dtype: Of the densities.
+        bound_name: Which bound ``elbo`` and ``history`` hold, in words.
+    """
+
+    elsewhere: ClassVar[Mapping[str, str]] = OF_RESULT
+
+    params: Mapping[str, Tensor]
+    log_evidence: float | None
+    elbo: float
+    history: History
+    converged: bool | None
+    status: EMStatus
+    message: str
+    num_steps: int
+    total_steps: int
+    seconds: float
+    plan: Plan
+    rate: float | None
+    starts: tuple[float, ...]
+    num_rows: float
+    num_free_parameters: int
+    start: str
+    seed: int | None
+    dtype: torch.dtype
+    _standard_errors: Callable[[], StandardErrors] = field(repr=False)
+    _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
+    log_prior: float = 0.0
+    num_local_estimates: int = 0
+    bound_name: str = "ELBO"
+    ends: tuple[End, ...] = ()
+    _information: StaticInformation | None = field(default=None, repr=False)
+
+    def _travelling(self) -> dict[str, Any]:
+        """A copy keeps the posterior, and what gives standard errors where no model is needed."""
+        information, errors = self._information, self._standard_errors
+        if information is None:
+            errors = errors if isinstance(errors, Refused) else Refused(_NO_MODEL)
+        else:
+            errors = (
+                Refused(changed_since("standard_errors"))
+                if information.is_changed()
+                else information
+            )
+        return {
+            **vars(self),
+            "_posterior": answered(self._posterior),
+            "_standard_errors": errors,
+            "_information": None if isinstance(errors, Refused) else information,
+        }
+
+    def _staying(self) -> dict[str, Any]:
+        changed = self._information is not None and self._information.is_changed()
+        return {
+            **vars(self),
+            "_posterior": Copied(self._posterior),
+            "_information": None if changed else self._information,
+        }
+
+    @property
+    def posterior(self) -> Posterior | DrawnPosterior:
+        """The E-step at ``params``; after a compiled fit it is computed when first asked for."""
+        return self._posterior()
+
+    @property
+    def bic(self) -> float | None:
+        """−2 log evidence + p log N; lower is better; None without an evidence."""
+        if self.log_evidence is None:
+            return None
+        return -2 * self.log_evidence + self.num_free_parameters * math.log(max(self.num_rows, 1))
+
+    @property
+    def aic(self) -> float | None:
+        """−2 log evidence + 2 p; lower is better; None without an evidence."""
+        if self.log_evidence is None:
+            return None
+        return -2 * self.log_evidence + 2 * self.num_free_parameters
+
+    @property
+    def icl(self) -> float | None:
+        """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better."""
+        return None if self.bic is None else self.bic + 2 * self.posterior.entropy()
+
+    def standard_errors(self) -> StandardErrors:
+        """Standard errors at ``params``, from the Hessian of the exact log evidence.
+
+        Returns:
+            A mapping from parameter to standard errors of its shape, with ``covariance`` and
+            ``notes``; nan on boundaries and where the data do not identify a parameter.
+        """
+        return self._standard_errors()
+
+    def summary(self) -> Any:
+        """A table of the fit: a pandas DataFrame where pandas is installed, else a `Table`."""
+        rows = self._rows()
+        try:
+            import pandas
+        except ImportError:
+            return Table(tuple(rows))
+        return pandas.DataFrame(rows, columns=["quantity", "value"]).set_index("quantity")
+
+    def _rows(self) -> list[tuple[str, Any]]:
+        rows: list[tuple[str, Any]] = [
+            ("log evidence (nats)", self.log_evidence),
+            (f"{self.bound_name} (nats)", self.elbo),
+            ("log prior (nats)", self.log_prior),
+            ("status", self.status.value),
+            ("converged", self.converged),
+            ("steps", self.num_steps),
+            ("rate of convergence", self.rate),
+            ("seconds", round(self.seconds, 3)),
+            ("free parameters p", self.num_free_parameters),
+            *(
+                [("point estimates not counted in p", self.num_local_estimates)]
+                if self.num_local_estimates
+                else []
+            ),
+            ("rows N", self.num_rows),
+            ("BIC (lower is better)", self.bic),
+            ("AIC (lower is better)", self.aic),
+            ("ICL (lower is better)", self.icl),
+        ]
+        for name, value in self.params.items():
+            flat = value.reshape(-1).tolist()
+            if value.dim() == 0:
+                rows.append((name, flat[0]))
+            elif len(flat) <= 64:
+                index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape))
+                index = index.reshape(len(flat), -1).tolist()
+                rows.extend(
+                    (f"{name}[{', '.join(map(str, i))}]", v)
+                    for i, v in zip(index, flat, strict=True)
+                )
+            else:
+                rows.append((name, f"tensor of shape {tuple(value.shape)}"))
+        rows += [
+            ("start", self.start),
+            *([("starts", ends_in_words(self.ends))] if len(self.ends) > 1 else []),
+            ("seed", self.seed),
+            ("dtype", str(self.dtype).removeprefix("torch.")),
+            ("pyro_em", version("pyro-em")),
+            ("pyro", pyro.__version__),
+            ("torch", torch.__version__),
+            ("python", platform.python_version()),
+        ]
+        return rows
+
+    def __repr__(self) -> str:
+        return f"EMResult: {self}"
+
+    def __str__(self) -> str:
+        rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"
+        if self.log_evidence is None:
+            return (
+                f"{self.bound_name} {self.elbo:.6f} after {self.num_steps} steps"
+                f" ({self.seconds:.2f} s)\n{self.message}"
+            )
+        single = self.num_rows == 1
+        prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"
+        return (
+            f"log evidence {self.log_evidence:.6f}{prior} after {self.num_steps} steps"
+            f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
+            f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
+            f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
+            + self._uncounted()
+            + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)
+            + (f"\n{ends_in_words(self.ends)}" if len(self.ends) > 1 else "")
+        )
+
+    def _uncounted(self) -> str:
+        """What p leaves out, in words."""
+        if not self.num_local_estimates:
+            return ""
+        return (
+            f"\np does not count {self.num_local_estimates} point estimates of latents in the data's "
+            "plates; the evidence takes them as known, so that BIC and AIC compare only models with "
+            "the same ones"
+        )
+
+
+_NO_MODEL = message(
+    "standard_errors",
+    "this is a pickled copy of a result, without its model.",
+    "parameters reach the densities in a way that only the model knows",
+    [
+        "call standard_errors() in the process that fitted, and send what it returns",
+        "fit here, from the values in params",
+    ],
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a quantity and its value, printed in two columns."""
+
+    rows: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in self.rows)
+
+    __repr__ = __str__

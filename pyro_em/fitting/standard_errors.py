@@ -1,0 +1,318 @@
+"""Standard errors from the observed information.
+
+    I(u) = −∂² log p(x; θ(u)) / ∂u²,   cov(θ) = J B (Bᵀ I B)⁻¹ Bᵀ Jᵀ,   J = ∂θ/∂u.
+
+The Hessian is that of the exact log evidence, by differentiating the contraction twice, in Pyro's
+unconstrained coordinates u. B spans the directions in which the model can move: a softmax of K
+numbers has K − 1 of them, a coordinate on its boundary none. Any further null direction of I means
+that the data do not identify the parameter.
+
+Whether a number of I is zero cannot be seen from the number, which has units: a slope per kilometre
+has a millionth of the information of a slope per metre. It is held against the information that
+complete data would have, the size of the terms that cancel in it,
+
+    F = Σ_cells q ∂log p(x, z) ∂log p(x, z)ᵀ.
+
+Source: Louis (1982) for the observed information of incomplete data; the delta method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_em.errors import UsageError, message
+from pyro_em.portable import Portable
+from pyro_em.tracing.parameters import TracedParameter
+
+_DRAWS = 8  # of random signs; a mean square of so many is right within a small factor
+
+
+@dataclass(frozen=True, eq=False)
+class StandardErrors(Portable, Mapping[str, Tensor]):
+    """Standard errors by parameter; nan where there is none, and a note that says why.
+
+    Attributes:
+        values_by_name: One tensor per parameter, of its shape.
+        covariance: Of all free parameters, flattened in the order of ``values_by_name``; nan in the
+            rows and columns of those without a standard error.
+        notes: Sentences about boundaries and what is not identified.
+    """
+
+    values_by_name: dict[str, Tensor]
+    covariance: Tensor
+    notes: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values_by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_by_name)
+
+    def __len__(self) -> int:
+        return len(self.values_by_name)
+
+    def __repr__(self) -> str:
+        lines = [f"{name}: {value.tolist()}" for name, value in self.values_by_name.items()]
+        return "\n".join([*lines, *(f"Note: {n}" for n in self.notes)])
+
+
+def standard_errors(
+    parameters: Sequence[TracedParameter],
+    evidence_of: Callable[[Mapping[str, Tensor]], tuple[Sequence[Tensor], Tensor]],
+) -> StandardErrors:
+    """Standard errors of constrained parameters at their current values.
+
+    Args:
+        parameters: The free parameters.
+        evidence_of: From constrained values to the log densities of all factors and the log evidence
+            that follows from them, twice differentiable.
+
+    Raises:
+        UsageError: If there is no parameter.
+    """
+    if not parameters:
+        raise UsageError(
+            message("standard_errors", "no parameter is free.", "all are fixed or unused")
+        )
+    variables = [
+        p.unconstrained if p.leaf is p.unconstrained else p.unconstrained.detach().clone()
+        for p in parameters
+    ]
+    for v in variables:
+        v.requires_grad_(True)
+    with torch.enable_grad():
+        values = {
+            p.name: transform_to(p.constraint)(v)
+            for p, v in zip(parameters, variables, strict=True)
+        }
+        tables, total = evidence_of(values)
+        scores = _random_scores(tables, total, variables)
+        information = -_hessian(_without_slope(total, parameters, values), variables)
+        jacobian = _jacobian([values[p.name] for p in parameters], variables)
+    notes: list[str] = []
+    basis = _basis(parameters, variables, values, jacobian, notes)
+    if information.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
+        information, basis = information.float(), basis.float()
+        jacobian, scores = jacobian.float(), scores.float()
+    reduced = basis.mT @ information @ basis
+    least = 1e-9 if reduced.dtype == torch.float64 else 1e-4
+    own = reduced.diagonal().abs()
+    complete = (scores @ basis).square().mean(0)
+    # Numbers that are no more than what rounding leaves of terms that cancel are zeros.
+    rounding = 1e-2 * least * complete
+    reduced = torch.where(reduced.abs() <= (rounding * rounding.unsqueeze(-1)).sqrt(), 0.0, reduced)
+    size = torch.where(own <= rounding, complete, own)
+    scale = torch.where(size > 0, size, 1.0).rsqrt()
+    eigenvalues, vectors = torch.linalg.eigh(reduced * scale * scale.unsqueeze(-1))
+    small = (
+        ((vectors * scale.unsqueeze(-1)).square() * rounding.unsqueeze(-1)).sum(0).clamp(min=least)
+    )
+    negative = eigenvalues < -small
+    null = eigenvalues.abs() <= small
+    if bool(negative.any()):
+        notes.append(
+            "the observed information is not positive definite: these parameters are no maximum "
+            "of the evidence; fit to convergence first (a smaller tol)."
+        )
+    inverse = torch.where(null | negative, 0.0, 1 / torch.where(null, 1.0, eigenvalues))
+    half = jacobian @ basis * scale @ vectors
+    covariance = (half * inverse) @ half.mT
+    variance = covariance.diagonal().clone()
+    lost = half[:, null | negative].abs().amax(-1) if bool((null | negative).any()) else None
+    if lost is not None:
+        # Row by row: every element has its own unit.
+        unidentified = lost > 1e-6 * half.abs().amax(-1)
+        variance[unidentified] = torch.nan
+        if bool(null.any()):
+            names = _names(parameters, values, unidentified)
+            notes.append(
+                f"not identified by the data: {names}. The evidence is flat along "
+                f"{int(null.sum())} direction(s) that move them."
+            )
+    # A row without any free direction is a boundary value: it has no standard error.
+    stuck = (jacobian @ basis).abs().amax(-1) == 0 if basis.shape[1] else variance == variance
+    variance[stuck] = torch.nan
+    covariance[torch.isnan(variance), :] = torch.nan
+    covariance[:, torch.isnan(variance)] = torch.nan
+    errors, at = {}, 0
+    for p in parameters:
+        size = values[p.name].numel()
+        errors[p.name] = variance[at : at + size].sqrt().reshape(values[p.name].shape).detach()
+        at += size
+    return StandardErrors(errors, covariance.detach(), tuple(notes))
+
+
+def _names(
+    parameters: Sequence[TracedParameter], values: Mapping[str, Tensor], chosen: Tensor
+) -> str:
+    names, at = [], 0
+    for p in parameters:
+        size = values[p.name].numel()
+        if bool(chosen[at : at + size].any()):
+            names.append(f"'{p.name}'")
+        at += size
+    return ", ".join(names)
+
+
+def _hessian(total: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    gradients = torch.autograd.grad(total, variables, create_graph=True, allow_unused=True)
+    flat = torch.cat(
+        [
+            torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
+            for v, g in zip(variables, gradients, strict=True)
+        ]
+    )
+    return _jacobian([flat], variables)
+
+
+def _without_slope(
+    total: Tensor, parameters: Sequence[TracedParameter], values: Mapping[str, Tensor]
+) -> Tensor:
+    """The evidence less its linear part in θ, so that the map from u to θ adds no curvature.
+
+    A fit stops where the slope is small, not where it is zero. Times the curvature of a softmax it
+    would give a flat direction some information. Correlation matrices and the like are left as they
+    are: no straight line stays among them.
+    """
+    straight = [p.name for p in parameters if _is_flat(p.constraint)]
+    attached = [values[n] for n in straight if values[n].requires_grad]
+    if not attached or not total.requires_grad:
+        return total
+    slopes = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
+    for theta, slope in zip(attached, slopes, strict=True):
+        if slope is not None:
+            total = total - (torch.nan_to_num(slope.detach(), 0.0, 0.0, 0.0) * theta).sum()
+    return total
+
+
+def _is_flat(constraint: constraints.Constraint) -> bool:
+    """Whether between two values of a constraint there is a straight line of values."""
+    base = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    shape = type(base).__name__.lstrip("_")
+    cones = (
+        "LowerCholesky",
+        "SoftplusLowerCholesky",
+        "PositiveDefinite",
+        "SoftplusPositiveDefinite",
+    )
+    return base is constraints.simplex or base.event_dim == 0 or shape in cones
+
+
+def _random_scores(tables: Sequence[Tensor], total: Tensor, variables: Sequence[Tensor]) -> Tensor:
+    """Draws whose mean square is F: scores of all cells under random signs. # (draws, all u)"""
+    attached = [t for t in tables if t.requires_grad]
+    if not attached or not total.requires_grad:
+        return torch.zeros(1, sum(v.numel() for v in variables), dtype=total.dtype)
+    counts = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    for _ in range(_DRAWS):
+        parts = []
+        for table, count in zip(attached, counts, strict=True):
+            if count is None:
+                continue
+            signs = torch.randint(0, 2, table.shape, generator=generator).to(table) * 2 - 1
+            weight = count.detach().clamp(min=0).to(table).sqrt() * signs
+            parts.append((weight * torch.where(weight == 0, 0.0, table)).sum())
+        found = torch.autograd.grad(sum(parts), variables, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        draws.append(
+            torch.cat(
+                [
+                    torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
+                    for v, g in zip(variables, found, strict=True)
+                ]
+            )
+        )
+    return torch.nan_to_num(torch.stack(draws).detach(), posinf=0.0, neginf=0.0)
+
+
+def _jacobian(outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
+    rows = []
+    for out in outputs:
+        for element in out.reshape(-1):
+            if not element.requires_grad:
+                rows.append(torch.cat([torch.zeros_like(v).reshape(-1) for v in variables]))
+                continue
+            parts = torch.autograd.grad(element, variables, retain_graph=True, allow_unused=True)
+            rows.append(
+                torch.cat(
+                    [
+                        torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
+                        for v, g in zip(variables, parts, strict=True)
+                    ]
+                )
+            )
+    return torch.nan_to_num(torch.stack(rows).detach())
+
+
+def _basis(
+    parameters: Sequence[TracedParameter],
+    variables: Sequence[Tensor],
+    values: Mapping[str, Tensor],
+    jacobian: Tensor,
+    notes: list[str],
+) -> Tensor:
+    """Orthonormal directions in u along which θ moves. # (all u, free directions)"""
+    total = jacobian.shape[1]
+    columns: list[Tensor] = []
+    at = 0
+    for p, v in zip(parameters, variables, strict=True):
+        size = v.numel()
+        boundary = _on_boundary(p, values[p.name].detach()).reshape(-1)
+        if bool(boundary.any()):
+            notes.append(
+                f"parameter '{p.name}' has {int(boundary.sum())} value(s) on the boundary of its "
+                "constraint; they are held there and have no standard error."
+            )
+        if _is_simplex(p.constraint):
+            k = v.shape[-1]
+            for row in range(size // k):
+                inner = [j for j in range(k) if not bool(boundary[row * k + j])]
+                # Helmert contrasts: orthonormal and orthogonal to the softmax's null direction.
+                for m in range(1, len(inner)):
+                    c = jacobian.new_zeros(total)
+                    for j in inner[:m]:
+                        c[at + row * k + j] = 1.0
+                    c[at + row * k + inner[m]] = -float(m)
+                    columns.append(c / c.norm())
+        else:
+            for j in range(size):
+                moves = bool(jacobian[:, at + j].abs().max() > 0)
+                if moves and not (boundary.numel() == size and bool(boundary[j])):
+                    c = jacobian.new_zeros(total)
+                    c[at + j] = 1.0
+                    columns.append(c)
+        at += size
+    return torch.stack(columns, -1) if columns else jacobian.new_zeros(total, 0)
+
+
+def _is_simplex(constraint: constraints.Constraint) -> bool:
+    base = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    return base is constraints.simplex
+
+
+def _on_boundary(p: TracedParameter, value: Tensor) -> Tensor:
+    base = p.constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    near = 1e-7
+    if base is constraints.simplex:
+        return value < near
+    out = torch.zeros_like(value, dtype=torch.bool)
+    both = hasattr(base, "lower_bound") and hasattr(base, "upper_bound")
+    for name, sign in (("lower_bound", 1), ("upper_bound", -1)):
+        bound = getattr(base, name, None)
+        if bound is not None and both:
+            out |= sign * (value - bound) < near * (1 + abs(float(bound)))
+        elif bound is not None:
+            out |= value == bound
+    return out

@@ -1,0 +1,48 @@
+"""When a run stops: the estimated remaining gain, rounding, and the rate of convergence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from pyro_em.fitting.result import EMStatus
+
+
+def should_stop(
+    path: Sequence[float], tol: float, eps: float, noise: float = 0.0
+) -> EMStatus | None:
+    """The stopping rule: estimated remaining gain g a / (1 − a), or rounding.
+
+    Args:
+        path: Objectives of successive steps, the latest last.
+        tol: Estimated remaining gain at which to stop, in nats; 0 never stops.
+        eps: Relative rounding of the objective.
+        noise: Rounding in nats that the objective's arithmetic adds to that.
+    """
+    if tol == 0:
+        return None
+    gains = [b - a for a, b in pairwise(path)]
+    if len(gains) < 6:
+        return None
+    rounding = max(8 * eps * max(1.0, abs(path[-1])), noise)
+    if all(abs(g) <= rounding for g in gains[-2:]):
+        return EMStatus.ROUNDING
+    last = gains[-6:]
+    if min(last) <= 0:
+        return None
+    ratio = max(b / a for a, b in pairwise(last))
+    if ratio >= 1:
+        return None
+    remaining = last[-1] * ratio / (1 - ratio)
+    return EMStatus.CONVERGED if last[-1] < tol and remaining < tol else None
+
+
+def rate_of_convergence(path: Sequence[float]) -> float | None:
+    """The last ratio of successive gains that is clear of rounding; None where there is none."""
+    gains = [b - a for a, b in pairwise(path)]
+    rounding = 1e-13 * max(1.0, abs(path[-1]))
+    clear = [g for g in gains if g > rounding]
+    if len(clear) < 3:
+        return None
+    rate = clear[-1] / clear[-2]
+    return rate if rate < 1 else None

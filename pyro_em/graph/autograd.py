@@ -1,0 +1,417 @@
+"""How parameters reach a distribution's argument: selection, affine, opaque.
+
+The autograd graph of an argument a(θ) is read, never the user's source. With J = ∂a/∂θ, both
+Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
+
+* a is a *selection* of θ if every node is a view, an index or a stack: J t for t = 0, 1, 2, … is
+  then the index map, and θ[index] must equal a to the bit;
+* an invertible elementwise map f of a selection has one nonzero per row of J: (J t) / (J 1) is the
+  index map, and a = f(θ[index]); the estimate passes through f⁻¹ (invariance of the MLE);
+* a known factor c in a = c f(θ[index]) is an exposure;
+* a is *affine* if every node is linear in θ: a = J θ + offset;
+* ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
+  are normalised already this is the identity, and the graph is cut there.
+
+Anything else is *opaque* and goes to a gradient step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from pyro_em.graph.binding import _MAPS, Binding, ElementwiseMap, Selection, _power
+
+_VIEWS = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Alias",
+        "AsStrided",
+        "Cat",
+        "Clone",
+        "Diagonal",
+        "Expand",
+        "Flip",
+        "Gather",
+        "Index",
+        "IndexSelect",
+        "MovedimIntList",
+        "Permute",
+        "Repeat",
+        "RepeatInterleave",
+        "ReshapeAlias",
+        "Roll",
+        "Select",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Stack",
+        "T",
+        "Take",
+        "TakeAlongDim",
+        "ToCopy",
+        "Transpose",
+        "Unbind",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+    for i in range(4)
+)
+
+
+_LINEAR = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Add",
+        "Sub",
+        "Rsub",
+        "Neg",
+        "Sum",
+        "Mean",
+        "Mul",
+        "Div",
+        "Mm",
+        "Mv",
+        "Bmm",
+        "Dot",
+        "Addmm",
+        "Addmv",
+        "Baddbmm",
+        "Cumsum",
+    )
+    for i in range(4)
+)
+
+
+_BILINEAR = ("Mul", "Div", "Mm", "Mv", "Bmm", "Dot", "Addmm", "Addmv", "Baddbmm")
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """A place in an autograd graph: what is differentiated, its node, its shape."""
+
+    edge: Tensor | GradientEdge
+    node: Node
+    shape: tuple[int, ...]
+
+
+def bind(
+    argument: Tensor,
+    leaves: Mapping[str, Tensor],
+    *,
+    layout: Callable[[Tensor], Tensor] = lambda t: t,
+    normalised: str = "",
+    allow_affine: bool = False,
+    max_cells: int = 2**27,
+) -> Binding:
+    """Read off an argument's autograd graph how parameters reach it.
+
+    Args:
+        argument: The value that a distribution holds, expanded as it may be.
+        leaves: The leaf tensor of each parameter in this run.
+        layout: Views that bring the argument into the compact layout; the binding is that of
+            ``layout(argument)``.
+        normalised: ``"probs"`` or ``"logits"`` where the distribution normalises this argument's
+            rows, else empty.
+        allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
+        max_cells: The largest Jacobian to form.
+
+    Returns:
+        The strongest binding that holds.
+    """
+    constant = layout(argument.detach())
+    if not argument.requires_grad:
+        return Binding("constant", (), constant)
+    start = torch.autograd.graph.get_gradient_edge(argument)
+    reached = _leaves_below(start.node, leaves)
+    if reached is None:
+        return Binding(
+            "opaque", (), constant, reason="a tensor that is no registered parameter reaches it"
+        )
+    names = tuple(reached)
+    if not names:
+        return Binding("constant", (), constant)
+    point = _below_expansion(_Point(argument, start.node, tuple(argument.shape)))
+    index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
+    top = layout(index.expand(argument.shape))
+    selection = _as_selection(point, top, constant, names, leaves, normalised)
+    if isinstance(selection, Binding):
+        return selection
+    if allow_affine:
+        affine = _as_affine(point, top, constant, names, leaves, max_cells)
+        if isinstance(affine, Binding):
+            return affine
+        return Binding("opaque", names, constant, reason=affine)
+    return Binding("opaque", names, constant, reason=selection)
+
+
+def _below_expansion(point: _Point) -> _Point:
+    """Step below Expand nodes: above them a derivative would have N × K × D × D cells."""
+    while point.node.name() == "ExpandBackward0":
+        shape = tuple(point.node._saved_self_sym_sizes)  # type: ignore[attr-defined]
+        parent, output = point.node.next_functions[0]
+        assert parent is not None
+        point = _point_at(parent, output, shape)
+    return point
+
+
+def _point_at(node: Node, output: int, shape: tuple[int, ...]) -> _Point:
+    if _is_leaf(node):
+        return _Point(node.variable, node, shape)  # type: ignore[attr-defined]
+    return _Point(GradientEdge(node, output), node, shape)
+
+
+def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...] | None:
+    """Names of the parameters that reach a tensor; None where an unknown leaf does."""
+    if not tensor.requires_grad:
+        return ()
+    found = _leaves_below(torch.autograd.graph.get_gradient_edge(tensor).node, leaves)
+    return None if found is None else tuple(found)
+
+
+def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
+    """Identities of all leaf tensors that reach any of some tensors."""
+    found: set[int] = set()
+    seen: set[Node] = set()
+    for tensor in tensors:
+        if not tensor.requires_grad:
+            continue
+        if tensor.grad_fn is None:
+            found.add(id(tensor))
+            continue
+        for node in _nodes_below(tensor.grad_fn):
+            if node not in seen and _is_leaf(node):
+                found.add(id(node.variable))  # type: ignore[attr-defined]
+            seen.add(node)
+    return found
+
+
+def _base_name(node: Node) -> str:
+    return node.name().split("::")[-1].split("Backward")[0]
+
+
+def _is_leaf(node: Node) -> bool:
+    return node.name().endswith("AccumulateGrad")
+
+
+def _parents(node: Node) -> list[tuple[Node, int]]:
+    return [(n, i) for n, i in node.next_functions if n is not None]
+
+
+def _nodes_below(node: Node) -> list[Node]:
+    seen: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen[n] = None
+            stack.extend(m for m, _ in _parents(n))
+    return list(seen)
+
+
+def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> list[str] | None:
+    """Names of the parameters below a node in the order of ``leaves``; None if a leaf is unknown."""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    found = set()
+    for n in _nodes_below(node):
+        if _is_leaf(n):
+            name = names.get(id(n.variable))  # type: ignore[attr-defined]
+            if name is None:
+                return None
+            found.add(name)
+    return [name for name in leaves if name in found]
+
+
+def _normalisation(node: Node) -> tuple[Node, int] | None:
+    """The input x of a node x / x.sum(−1) or x − x.logsumexp(−1), if it is one."""
+    parents = _parents(node)
+    if len(parents) != 2 or _base_name(node) not in ("Div", "Sub"):
+        return None
+    (x, i), (total, _) = parents
+    if _base_name(total) not in ("Sum", "Logsumexp"):
+        return None
+    below = _parents(total)
+    return (x, i) if len(below) == 1 and below[0] == (x, i) else None
+
+
+def _forward_maps(
+    output: Tensor | GradientEdge, shape: Sequence[int], source: Tensor | GradientEdge, like: Tensor
+) -> Callable[[Tensor | None], Tensor]:
+    """t ↦ J t for the map from ``source`` to ``output``; None stands for t = 0, 1, 2, …"""
+    v = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device, requires_grad=True)
+    outputs = (output,)
+    (g,) = torch.autograd.grad(outputs, (source,), (v,), create_graph=True)  # type: ignore[arg-type]
+
+    def forward(t: Tensor | None) -> Tensor:
+        if t is None:
+            t = torch.arange(g.numel(), dtype=g.dtype, device=g.device)
+        else:
+            t = t.expand(g.shape)
+        if not g.requires_grad:
+            return torch.zeros_like(v)
+        out = torch.autograd.grad(g, v, t.reshape(g.shape), retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(v) if out is None else out
+
+    forward.source_shape = g.shape  # type: ignore[attr-defined]
+    return forward
+
+
+def _as_selection(
+    point: _Point,
+    top: Tensor,
+    constant: Tensor,
+    names: Sequence[str],
+    leaves: Mapping[str, Tensor],
+    normalised: str,
+) -> Binding | str:
+    """A selection binding, or the reason why there is none."""
+    how = ""
+    while normalised:
+        walk = point.node
+        while not _is_leaf(walk) and walk.name() in _VIEWS and len(_parents(walk)) == 1:
+            walk = _parents(walk)[0][0]
+        cut = _normalisation(walk)
+        if cut is None:
+            break
+        shape = point.shape
+        if walk is not point.node:
+            forward = _forward_maps(point.edge, shape, GradientEdge(walk, 0), constant)
+            top = forward(None).round().long().reshape(-1)[top]
+            shape = forward.source_shape  # type: ignore[attr-defined]
+        point, how = _point_at(cut[0], cut[1], tuple(shape)), normalised
+    edge, node, shape = point.edge, point.node, point.shape
+    maps, has_factor, problem = _read_maps(node)
+    if problem:
+        return problem
+    parts = []
+    covered = torch.zeros(shape, dtype=torch.bool, device=constant.device)
+    for name in names:
+        leaf = leaves[name]
+        if edge is leaf:
+            index = torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
+            used = torch.ones_like(index, dtype=torch.bool)
+        else:
+            forward = _forward_maps(edge, shape, leaf, constant)
+            slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
+            used = slope != 0
+            ratio = forward(None) / torch.where(used, slope, 1.0)
+            index = torch.where(used, ratio.round(), -1).long()
+            if not bool(torch.isfinite(slope).all()):
+                return "its derivative is not finite at the present parameters"
+        if bool((used & covered).any()):
+            return "several parameters meet in one element"
+        covered |= used
+        parts.append(Selection(name, index.reshape(-1)[top], maps))
+    checked = []
+    for part in parts:
+        used = part.index >= 0
+        if has_factor:
+            if how:
+                return "a factor multiplies rows that are normalised"
+            factor = torch.where(used, constant / part.forward(leaves[part.param].detach()), 1.0)
+            if not bool((torch.isfinite(factor) & (factor > 0)).all()):
+                return "its known factor is not positive"
+            part = Selection(part.param, part.index, maps, factor)
+        if maps and not how:
+            selected = leaves[part.param].detach().reshape(-1)[part.index.clamp(min=0)]
+            back = part.inverse(constant if part.factor is None else constant / part.factor)
+            same = torch.isclose(back, selected, rtol=1e-3, atol=1e-5) | ~torch.isfinite(back)
+            if not bool((same | ~used).all()):
+                return "its elementwise map cannot be inverted at the present parameters"
+        checked.append(part)
+    binding = Binding("selection", tuple(names), constant, tuple(checked), normalise=how)
+    predicted = binding.evaluate({name: leaves[name].detach() for name in names})
+    exact = not maps and not how and not has_factor
+    close = torch.isclose(predicted, constant, rtol=1e-5, atol=1e-7, equal_nan=True)
+    if not bool(((predicted == constant) if exact else close).all()):
+        return "its elements are not those of the parameter"
+    return binding
+
+
+def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
+    """Elementwise maps and a known factor between a node and its leaves.
+
+    Returns:
+        The maps (innermost first), whether there is a constant factor outside them, and a reason
+        why the graph is no selection (empty when it is).
+    """
+    maps: list[ElementwiseMap] = []
+    has_factor = False
+    while not _is_leaf(node):
+        parents, base = _parents(node), _base_name(node)
+        if node.name() in _VIEWS:
+            if len(parents) > 1:
+                break
+        elif base in _MAPS and len(parents) == 1:
+            if base == "Softplus" and getattr(node, "_saved_beta", 1) != 1:
+                return (), False, "softplus with a beta other than one"
+            maps.append(_MAPS[base])
+        elif base == "Pow" and len(parents) == 1:
+            exponent = float(getattr(node, "_saved_exponent", math.nan))
+            if not math.isfinite(exponent) or exponent == 0:
+                return (), False, "a power whose exponent is not a known number"
+            maps.append(_power(exponent))
+        elif base in ("Mul", "Div") and len(parents) == 1 and not maps:
+            # A division *by* the parameter shows the same node; the check below refuses it.
+            if base == "Div" and node.next_functions[0][0] is None:
+                return (), False, "a division by the parameter"
+            has_factor = True
+        else:
+            return (), False, f"an operation that is no selection reaches it ({base.lower()})"
+        node = parents[0][0]
+    for n in _nodes_below(node):
+        if not _is_leaf(n) and n.name() not in _VIEWS:
+            return (
+                (),
+                False,
+                f"an operation that is no selection reaches it ({_base_name(n).lower()})",
+            )
+    return tuple(reversed(maps)), has_factor, ""
+
+
+def _as_affine(
+    point: _Point,
+    top: Tensor,
+    constant: Tensor,
+    names: Sequence[str],
+    leaves: Mapping[str, Tensor],
+    max_cells: int,
+) -> Binding | str:
+    """An affine binding with its Jacobians, or the reason why there is none."""
+    for node in _nodes_below(point.node):
+        if _is_leaf(node) or node.name() in _VIEWS:
+            continue
+        base = _base_name(node)
+        if node.name() not in _LINEAR:
+            return f"an operation that is not linear reaches it ({base.lower()})"
+        parents = _parents(node)
+        if base == "Div" and (len(parents) > 1 or node.next_functions[0][0] is None):
+            return "a division by a parameter reaches it"
+        if base.startswith("Addm") or base == "Baddbmm":
+            product = [n for n, _ in node.next_functions[1:] if n is not None]
+            if len(product) > 1:
+                return "a product of parameters reaches it"
+        elif base in _BILINEAR and len(parents) > 1:
+            return "a product of parameters reaches it"
+    size = sum(leaves[name].numel() for name in names)
+    if size * constant.numel() > max_cells:
+        return f"its Jacobian would have {size * constant.numel():,} cells"
+    offset = constant
+    jacobians = {}
+    for name in names:
+        leaf = leaves[name]
+        forward = _forward_maps(point.edge, point.shape, leaf, constant)
+        columns = []
+        for j in range(leaf.numel()):
+            unit = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+            unit[j] = 1
+            columns.append(forward(unit.reshape(leaf.shape)).reshape(-1)[top])
+        jacobians[name] = torch.stack(columns, -1)
+        offset = offset - jacobians[name] @ leaf.detach().reshape(-1).to(jacobians[name].dtype)
+    return Binding("affine", tuple(names), offset, jacobians=jacobians)

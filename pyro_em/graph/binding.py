@@ -1,0 +1,180 @@
+"""Bindings: how parameters reach an argument of a distribution.
+
+A *selection* takes every element of the argument from one element of a parameter, possibly through
+elementwise maps and a known factor; *affine* arguments are linear in parameters; *opaque* ones are
+neither, and only a gradient serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ElementwiseMap:
+    """An invertible map of single numbers that autograd shows as one node.
+
+    Attributes:
+        name: Shown in plans.
+        forward: The map.
+        inverse: Its inverse; values outside the map's range go to the nearest end.
+        exponent: Of a power.
+    """
+
+    name: str
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+    exponent: float | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _map_named, (self.name, self.exponent)
+
+    @property
+    def has_pole(self) -> bool:
+        """Whether a value outside the range has no nearest value inside."""
+        return self.name in ("reciprocal", "rsqrt") or self.name.startswith("power -")
+
+
+def _positive(a: Tensor) -> Tensor:
+    """Zero raised to the smallest number, so that an estimate on the boundary stays finite."""
+    return a.clamp(min=torch.finfo(a.dtype).tiny)
+
+
+_MAPS = {
+    "Exp": ElementwiseMap("exp", torch.exp, lambda a: _positive(a).log()),
+    "Log": ElementwiseMap("log", torch.log, torch.exp),
+    "Sqrt": ElementwiseMap("sqrt", torch.sqrt, lambda a: a.clamp(min=0).square()),
+    "Rsqrt": ElementwiseMap("rsqrt", torch.rsqrt, lambda a: _positive(a) ** -2),
+    "Reciprocal": ElementwiseMap(
+        "reciprocal", torch.reciprocal, lambda a: torch.where(a == 0, _positive(a), a).reciprocal()
+    ),
+    "Sigmoid": ElementwiseMap(
+        "sigmoid", torch.sigmoid, lambda a: _positive(a).log() - _positive(1 - a).log()
+    ),
+    "Softplus": ElementwiseMap(
+        "softplus",
+        torch.nn.functional.softplus,
+        lambda a: a + torch.log(_positive(-torch.expm1(-a))),
+    ),
+}
+
+
+def _map_named(name: str, exponent: float | None) -> ElementwiseMap:
+    """The map of a name, in place of functions, which do not pickle."""
+    if exponent is not None:
+        return _power(exponent)
+    return next(m for m in _MAPS.values() if m.name == name)
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The elements of an argument that come from one parameter.
+
+    Attributes:
+        param: The parameter's name.
+        index: For each element of the argument the flat index into the parameter, −1 where the
+            element comes from elsewhere. # argument's shape
+        maps: Elementwise maps between the selected element and the argument, innermost first.
+        factor: A known positive factor, or None. # argument's shape
+    """
+
+    param: str
+    index: Tensor
+    maps: tuple[ElementwiseMap, ...] = ()
+    factor: Tensor | None = None
+
+    def forward(self, parameter: Tensor) -> Tensor:
+        """The argument's elements at a parameter value (anything where ``index`` is −1)."""
+        out = parameter.reshape(-1)[self.index.clamp(min=0)]
+        for m in self.maps:
+            out = m.forward(out)
+        return out if self.factor is None else out * self.factor
+
+    def inverse(self, natural: Tensor) -> Tensor:
+        """The parameter's elements whose maps give ``natural`` (before any factor)."""
+        for m in reversed(self.maps):
+            natural = m.inverse(natural)
+        return natural
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """Which parameters reach one argument, and how.
+
+    Attributes:
+        how: ``"constant"``, ``"selection"``, ``"affine"`` or ``"opaque"``.
+        params: Names of the parameters that reach it.
+        constant: The argument where no parameter reaches it, or the offset of an affine map.
+        selections: One part per parameter.
+        jacobians: ∂a/∂θ of an affine map, per parameter. # (*argument, parameter.numel())
+        reason: Why it is no stronger, in words.
+        normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
+    """
+
+    how: str
+    params: tuple[str, ...]
+    constant: Tensor
+    selections: tuple[Selection, ...] = ()
+    jacobians: Mapping[str, Tensor] | None = None
+    reason: str = ""
+    normalise: str = ""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the argument can be recomputed from the parameters without the model."""
+        return self.how != "opaque"
+
+    def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The argument at parameter ``values``; differentiable in them."""
+        if self.how == "constant":
+            return self.constant
+        if self.how == "affine":
+            assert self.jacobians is not None
+            out = self.constant
+            for name, jacobian in self.jacobians.items():
+                # A parameter may be coarser than the data.
+                out = out + jacobian @ values[name].reshape(-1).to(jacobian.dtype)
+            return out
+        if self.how == "opaque":
+            raise ValueError("an opaque binding cannot be evaluated without its model")
+        out = self.constant
+        for part in self.selections:
+            out = torch.where(part.index >= 0, part.forward(values[part.param]), out)
+        return normalised(out, self.normalise)
+
+
+def normalised(rows: Tensor, how: str) -> Tensor:
+    """Rows as a distribution holds them: probabilities summing to one, or logits so shifted."""
+    if how == "probs":
+        return rows / rows.sum(-1, keepdim=True)
+    return rows.log_softmax(-1) if how == "logits" else rows
+
+
+def _power(exponent: float) -> ElementwiseMap:
+    """x ↦ x^e on the positive numbers."""
+    return ElementwiseMap(
+        f"power {exponent:g}",
+        lambda a: a**exponent,
+        lambda a: a.clamp(min=0) ** (1 / exponent),
+        exponent,
+    )
+
+
+def is_in_order(index: Tensor) -> bool:
+    """Whether an index map is 0, 1, 2, …"""
+    flat = index.reshape(-1)
+    return bool((flat == torch.arange(len(flat), device=flat.device)).all())
+
+
+def whole_parameter(binding: Binding, values: Mapping[str, Tensor]) -> str | None:
+    """The parameter whose elements are the argument's, one to one and in order."""
+    if binding.how != "selection" or len(binding.selections) != 1:
+        return None
+    (s,) = binding.selections
+    plain = not s.maps and s.factor is None and s.index.numel() == values[s.param].numel()
+    return s.param if plain and is_in_order(s.index) else None

@@ -1,0 +1,364 @@
+"""FactorGraph: what one enumerated run of a model says, in a compact layout.
+
+A factor keeps only the dimensions that it really has: its plates, left to right, then the latents
+in its scope. Expanded dimensions are of size one. Factors of equal form (the time steps of a
+chain) are stacked into one `Group` with a leading dimension of members, so that each is evaluated
+and updated by one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.chunks import log_density
+from pyro_em.families.family import Family
+from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.structure import SiteInfo, Structure
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.sites import Role
+
+
+@dataclass(frozen=True, eq=False)
+class Latent:
+    """A latent that is summed: its support and where it lives.
+
+    Attributes:
+        name: The site's name.
+        plates: Its plates, left to right.
+        support: All its values. # (K, *event)
+        batch_dims: For each batch dimension of the site, the plate's name or None.
+    """
+
+    name: str
+    plates: tuple[str, ...]
+    support: Tensor
+    batch_dims: tuple[str | None, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.support.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """One site's log density over its plates and its latents, ready to be stacked."""
+
+    info: SiteInfo
+    dims: tuple[str, ...]
+    sizes: tuple[int, ...]
+    family: Family | None
+    event_dims: int
+    arguments: dict[str, Tensor]
+    bindings: dict[str, Binding]
+    value: Tensor
+    mask: Tensor | None
+    scale: Tensor | float
+    raw: Tensor | None
+    raw_params: tuple[str, ...] | None
+    value_binding: Binding | None
+    elements: Tensor | None
+    hyperparameters: tuple[tuple[str, str], ...] = ()
+    edges: tuple[str, ...] = ()
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What two factors must share to be stacked."""
+        if self.family is None:
+            return ("single", self.info.name)
+        return (
+            self.family.distribution,
+            self.info.role,
+            len(self.info.plates),
+            self.sizes,
+            self.event_dims,
+            tuple(self.value.shape),
+            self.value.dtype,
+            self.raw_params,
+            None if self.mask is None else tuple(self.mask.shape),
+            None if self.elements is None else tuple(self.elements.shape),
+            None if self.value_binding is None else _form(self.value_binding),
+            tuple(
+                (name, tuple(self.arguments[name].shape), *_form(b))
+                for name, b in self.bindings.items()
+            ),
+        )
+
+
+def _form(binding: Binding) -> tuple[Any, ...]:
+    """What two bindings must share to be stacked."""
+    parts = tuple(
+        (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in binding.selections
+    )
+    return (binding.how, binding.normalise, binding.params, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Factors of equal form, stacked along a leading dimension of members.
+
+    Attributes:
+        members: The sites, in model order.
+        dims: For each member the names of its dimensions: plates, then latents.
+        n_plates: How many of the dimensions are plates.
+        sizes: Their sizes.
+        family: The record that evaluates and updates them, or None.
+        event_dims: Reinterpreted batch dimensions (``to_event``) of each argument.
+        arguments: The traced arguments. # (members, *dims or 1s, *event)
+        bindings: How parameters reach each argument, with stacked index maps.
+        value: Observed or enumerated values. # (members, *dims or 1s, *event)
+        mask: Where the factor counts, or None. # (members, *dims or 1s)
+        scale: Per member, what multiplies it outside the logarithm.
+        raw: The traced log density where no record evaluates it. # (members, *dims)
+        raw_params: Parameters that reach ``raw``, or the value of a family's site; None where an
+            unknown tensor does.
+        observed: Whether the members have a value.
+        distribution: Its name.
+        role: What the members stand for.
+        value_binding: How parameters reach the value, where they do.
+        elements: Which elements of an event count (a mask below ``to_event``), or None where all
+            do; ``mask`` says where any does. # (members, *dims or 1s, *to_event dims or 1s)
+        hyperparameters: Of a point estimate's prior, pairs of an argument that sets how concentrated
+            it is and a parameter in it.
+        edges: Parameters at which the support of an observed site ends.
+    """
+
+    members: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    n_plates: int
+    sizes: tuple[int, ...]
+    family: Family | None
+    event_dims: int
+    arguments: Mapping[str, Tensor]
+    bindings: Mapping[str, Binding]
+    value: Tensor
+    mask: Tensor | None
+    scale: tuple[Tensor | float, ...]
+    raw: Tensor | None
+    raw_params: tuple[str, ...] | None
+    observed: bool
+    distribution: str
+    role: Role = Role.DATA
+    value_binding: Binding | None = None
+    elements: Tensor | None = None
+    hyperparameters: tuple[tuple[str, str], ...] = ()
+    edges: tuple[str, ...] = ()
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its density can be recomputed from parameters without the model."""
+        if self.family is None:
+            assert self.raw is not None
+            return not self.raw.requires_grad
+        if self.value_binding is None:
+            fixed = [self.value]
+        else:
+            fixed = []
+            if not self.value_binding.is_static:
+                return False
+        fixed += [m for m in (self.mask, self.elements) if m is not None]
+        scales = [s for s in self.scale if isinstance(s, Tensor)]
+        return all(b.is_static for b in self.bindings.values()) and not any(
+            t.requires_grad for t in fixed + scales
+        )
+
+    @property
+    def is_unscaled(self) -> bool:
+        """Whether every member counts once."""
+        return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scale)
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """All parameters that reach the group."""
+        if self.family is None:
+            return self.raw_params or ()
+        names = [p for b in self.bindings.values() for p in b.params]
+        names.extend(self.raw_params or ())
+        return tuple(dict.fromkeys(names))
+
+    def evaluate_arguments(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The arguments at parameter values, or as traced where ``values`` is None."""
+        if values is None:
+            return dict(self.arguments)
+        return {
+            # Parameters may be coarser than the data.
+            name: b.evaluate(values).to(self.arguments[name].dtype)
+            if b.is_static
+            else self.arguments[name]
+            for name, b in self.bindings.items()
+        }
+
+    def weights(self) -> Tensor:
+        """What multiplies each member's log density: scale, and zero where it is masked.
+
+        Returns:
+            # (members, *sizes or 1s), and *to_event dims or 1s where elements are masked
+        """
+        ones = (1,) * len(self.sizes)
+        parts = [
+            s if isinstance(s, Tensor) else self.value.new_full(ones, s, dtype=torch.float64)
+            for s in self.scale
+        ]
+        out = torch.stack(torch.broadcast_tensors(*parts))
+        if self.elements is not None:
+            return out.reshape(out.shape + (1,) * self.event_dims) * self.elements
+        return out if self.mask is None else out * self.mask
+
+    def evaluate_value(self, values: Mapping[str, Tensor] | None) -> Tensor:
+        """The members' values at parameter values, or as traced where ``values`` is None."""
+        if values is None or self.value_binding is None or not self.value_binding.is_static:
+            return self.value
+        return self.value_binding.evaluate(values)
+
+    def log_density_at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """log p of every cell at parameter values, through the bindings. # (members, *sizes)"""
+        return self.log_density(self.evaluate_arguments(values), self.evaluate_value(values))
+
+    def log_density(
+        self, arguments: Mapping[str, Tensor] | None = None, value: Tensor | None = None
+    ) -> Tensor:
+        """log p of every cell, zero where an observation is masked. # (members, *sizes)"""
+        full = (len(self.members), *self.sizes)
+        if self.family is None:
+            assert self.raw is not None
+            return self.raw.expand(full)
+        log_p = log_density(
+            self.family,
+            self.value if value is None else value,
+            self.arguments if arguments is None else arguments,
+            len(full),
+            self.event_dims,
+            self.elements,
+        ).expand(full)
+        if self.mask is not None and self.observed:
+            log_p = torch.where(self.mask, log_p, 0.0)
+        return log_p
+
+
+@dataclass(frozen=True, eq=False)
+class FactorGraph:
+    """A traced model: plates, latents, stacked factors with bindings, parameters."""
+
+    structure: Structure
+    latents: Mapping[str, Latent]
+    groups: tuple[Group, ...]
+    parameters: Mapping[str, TracedParameter]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every density can be recomputed from the parameters without the model."""
+        return all(g.is_static for g in self.groups)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest floating dtype among the densities."""
+        dtypes = [
+            t.dtype
+            for g in self.groups
+            for t in (*g.arguments.values(), g.value, *((g.raw,) if g.raw is not None else ()))
+            if t.is_floating_point()
+        ]
+        return max(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.get_default_dtype())
+
+    @property
+    def eps(self) -> float:
+        """The rounding of the coarsest floating tensor: densities, data or parameters."""
+        parameters = [p.unconstrained for p in self.parameters.values()]
+        tensors = [t for g in self.groups for t in (*g.arguments.values(), g.value)]
+        floating = [t.dtype for t in (*parameters, *tensors) if t.is_floating_point()]
+        return max((torch.finfo(d).eps for d in floating), default=torch.finfo(self.dtype).eps)
+
+    def group_of(self, site: str) -> tuple[Group, int]:
+        """The group that holds a site, and the site's place in it."""
+        return self._places[site]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Group, int]]:
+        return {name: (g, i) for g in self.groups for i, name in enumerate(g.members)}
+
+    def dim_size(self, dim: str) -> int:
+        """The size of a plate or of a latent's support."""
+        if dim in self.latents:
+            return self.latents[dim].size
+        return self.structure.plates[dim].size
+
+
+_FIXED_SIZE = (
+    "take the size from the data or from a number: len(x), not int(10 * p.item())",
+    "fit the model once for each size that is of interest, and compare with BIC",
+)
+
+
+def _stack(factors: Sequence[Factor]) -> list[Group]:
+    by_signature: dict[tuple[Any, ...], list[Factor]] = {}
+    for f in factors:
+        by_signature.setdefault(f.signature, []).append(f)
+    return [_group(members) for members in by_signature.values()]
+
+
+def _group(members: Sequence[Factor]) -> Group:
+    first = members[0]
+    n = len(first.info.plates)
+    masks = [f.mask for f in members if f.mask is not None]
+    elements = [f.elements for f in members if f.elements is not None]
+    return Group(
+        tuple(f.info.name for f in members),
+        tuple(f.dims for f in members),
+        n,
+        first.sizes,
+        first.family,
+        first.event_dims,
+        {a: _stack_tensors([f.arguments[a] for f in members]) for a in first.arguments},
+        {a: _stack_bindings([f.bindings[a] for f in members]) for a in first.bindings},
+        _stack_tensors([f.value for f in members]),
+        _stack_tensors(masks) if masks else None,
+        tuple(f.scale for f in members),
+        None if first.raw is None else first.raw.unsqueeze(0),
+        first.raw_params,
+        first.info.observed,
+        first.info.distribution,
+        first.info.role,
+        None
+        if first.value_binding is None
+        else _stack_bindings([f.value_binding for f in members if f.value_binding is not None]),
+        _stack_tensors(elements) if elements else None,
+        first.hyperparameters,
+        first.edges,
+    )
+
+
+def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
+    first = bindings[0]
+    selections = []
+    for i, part in enumerate(first.selections):
+        same = [b.selections[i] for b in bindings]
+        factor = None
+        if part.factor is not None:
+            factor = _stack_tensors([s.factor for s in same if s.factor is not None])
+        index = _stack_tensors([s.index for s in same])
+        selections.append(Selection(part.param, index, part.maps, factor))
+    jacobians = None
+    if first.jacobians is not None:
+        jacobians = {
+            name: _stack_tensors([b.jacobians[name] for b in bindings if b.jacobians is not None])
+            for name in first.jacobians
+        }
+    return Binding(
+        first.how,
+        first.params,
+        _stack_tensors([b.constant for b in bindings]),
+        tuple(selections),
+        jacobians,
+        first.reason,
+        first.normalise,
+    )

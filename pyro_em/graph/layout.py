@@ -1,0 +1,344 @@
+"""The compact layout of factors: only the plates and latents that a tensor really has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import broadcast_shape, element_mask, is_outside, split_mask, unwrap
+from pyro_em.errors import DataError, DegenerateError, Finding, message
+from pyro_em.families.family import Family
+from pyro_em.families.registry import family_of, given_arguments, spread_arguments
+from pyro_em.graph.autograd import bind, parameters_below
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import Factor, Latent
+from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.structure import SiteInfo, Structure
+from pyro_em.tracing.feasible import without_masked_nonsense
+from pyro_em.tracing.sites import Role, frames_of, mask_tensor
+from pyro_em.tracing.support import density_anywhere
+
+
+class _Layout:
+    """Brings traced tensors into the compact layout."""
+
+    def __init__(
+        self, sites: Mapping[str, dict[str, Any]], structure: Structure, bindings: Recurring
+    ) -> None:
+        self.sites = sites
+        self.bindings = bindings
+        self.structure = structure
+        self.problems: list[Finding] = []
+        self.order = {n: i for i, n in enumerate(structure.latents)}
+        self.dim_of: dict[str, int] = {}
+        self.id_of: dict[str, int] = {}
+        self.name_of: dict[int, str] = {}
+        for name in structure.latents:
+            infer = sites[name]["infer"]
+            self.dim_of[name] = infer["_enumerate_dim"]
+            self.id_of[name] = infer["_dim_to_id"][infer["_enumerate_dim"]]
+            self.name_of[self.id_of[name]] = name
+
+    def latent(self, name: str) -> Latent:
+        site = self.sites[name]
+        fn, value = site["fn"], site["value"]
+        event_dim = fn.event_dim
+        batch = value.dim() - event_dim
+        at = batch + self.dim_of[name]
+        support = value
+        for dim in reversed(range(batch)):
+            if dim != at:
+                support = support.select(dim, 0)
+        by_dim = {f.dim: f.name for f in frames_of(site).values()}
+        rank = self.structure.sites[name].batch_dim
+        dims = tuple(by_dim.get(d) for d in range(-rank, 0))
+        return Latent(name, tuple(frames_of(site)), support.detach(), dims)
+
+    def factor(self, name: str, leaves: Mapping[str, Tensor] | None) -> Factor:
+        site, info = self.sites[name], self.structure.sites[name]
+        fn, value = site["fn"], site["value"]
+        visible = site["infer"].get("_dim_to_id", {})
+        scope = self._scope(info, visible, fn, value)
+        plate_dims = [self.structure.plates[p].dim for p in info.plates]
+        dims: list[int | None] = [*plate_dims]
+        # A latent of one value has no dimension of its own: Pyro may give it to another.
+        dims += [self.dim_of[z] if self._support_size(z) > 1 else None for z in scope]
+        sizes = [self.structure.plates[p].size for p in info.plates]
+        sizes += [self._support_size(z) for z in scope]
+        base, reinterpreted, _ = unwrap(fn)
+        family = family_of(fn)
+        mask, elements = self._masks(site, dims)
+        if mask is not None and not info.observed and mask.shape[len(plate_dims) :].numel() != 1:
+            self.problems.append(
+                Finding(
+                    f"site '{name}'",
+                    "its mask depends on a latent.",
+                    "a latent is either there or not; only observations may be masked by latents",
+                    ("mask the observed sites below it instead",),
+                )
+            )
+        scale = site["scale"]
+        if isinstance(scale, Tensor):
+            scale = compact(scale, 0, dims) if scale.dim() else float(scale)
+        if site["is_observed"] and type(base).__name__ != "Unit":
+            value = without_masked_nonsense(fn, value, element_mask(fn, site["mask"]))
+        if name.removesuffix("_observed") in self.structure.masked_pairs:
+            value = value.clone()  # a posterior shows it when it is asked
+        compact_value = compact(value, fn.event_dim, dims)
+        arguments: dict[str, Tensor] = {}
+        bindings: dict[str, Binding] = {}
+        raw: Tensor | None = None
+        raw_params: tuple[str, ...] | None = ()
+        value_binding: Binding | None = None
+        if leaves is not None:
+            raw_params = parameters_below(compact_value, leaves)
+            if raw_params and info.observed and (family is not None or info.role is Role.POINT):
+                layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
+                value_binding = bind(value, leaves, layout=layout)
+        if family is None:
+            log_p = _log_density(name, fn, value, info.role)
+            mask_now = mask_tensor(site)
+            if isinstance(mask_now, Tensor) and info.observed:
+                log_p = torch.where(mask_now, log_p, 0.0)
+            elif mask_now is False and info.observed:
+                log_p = torch.zeros_like(log_p)
+            raw = compact(log_p, 0, dims)
+            if leaves is not None:
+                raw_params = parameters_below(raw, leaves)
+        else:
+            compact_value = _typed(compact_value, given_arguments(base, family), family)
+            for arg, tensor in given_arguments(base, family).items():
+                event = reinterpreted + family.argument_event_dim(arg)
+                layout = partial(
+                    compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor
+                )
+                kept = layout(tensor)
+                if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
+                    kept = kept.to(compact_value.dtype)
+                arguments[arg] = kept
+                if leaves is None:
+                    bindings[arg] = Binding("opaque", (), kept.detach())
+                    continue
+                bindings[arg] = self.bindings.bind(
+                    tensor,
+                    layout,
+                    (event, tuple(dims), reinterpreted),
+                    normalised=arg if family.argument_event_dim(arg) == 1 else "",
+                    allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
+                )
+        return Factor(
+            replace(info, scope=tuple(scope)),
+            info.plates + tuple(scope),
+            tuple(sizes),
+            family,
+            reinterpreted if family is not None else 0,
+            arguments,
+            bindings,
+            compact_value,
+            mask,
+            scale,
+            raw,
+            raw_params,
+            value_binding,
+            None if family is None else elements,
+            self._hyperparameters(base, leaves) if info.role is Role.POINT and leaves else (),
+            self._edges(base, leaves) if info.role is Role.DATA and leaves else (),
+        )
+
+    @staticmethod
+    def _edges(base: Any, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
+        try:
+            support = base.support
+        except (NotImplementedError, AttributeError):
+            return ()
+        bounds = (getattr(support, end, None) for end in ("lower_bound", "upper_bound"))
+        tensors = [b for b in bounds if isinstance(b, Tensor)]
+        return tuple(dict.fromkeys(n for b in tensors for n in parameters_below(b, leaves) or ()))
+
+    @staticmethod
+    def _hyperparameters(base: Any, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
+        return tuple(
+            (argument, name)
+            for argument, tensor in spread_arguments(base).items()
+            for name in parameters_below(tensor, leaves) or ()
+        )
+
+    def _support_size(self, name: str) -> int:
+        site = self.sites[name]
+        return site["value"].shape[self.dim_of[name] - site["fn"].event_dim]
+
+    def find_out_of_scope(self, name: str) -> None:
+        """Note every latent that a site reads outside the latent's markov scope."""
+        site = self.sites[name]
+        shown = set(site["infer"].get("_dim_to_id", {}).values())
+        for latent in self.structure.sites[name].scope:
+            if self.id_of[latent] in shown or self._support_size(latent) == 1:
+                continue
+            if site["infer"].get("_markov_scope") is None:
+                fixes: tuple[str, ...] = (
+                    f"move site '{name}' into the loop, beside '{latent}'",
+                    "replace pyro.markov(range(T), history=...) by range(T) if T is small",
+                )
+            else:
+                fixes = (
+                    "raise history= of the pyro.markov that holds them to the number of steps "
+                    f"between them: pyro.markov(range(T), history={self._lag(latent, shown)})",
+                    f"read '{latent}' only in steps within its history",
+                )
+            self.problems.append(
+                Finding(
+                    f"site '{name}'",
+                    f"it uses latent '{latent}' outside that latent's pyro.markov scope.",
+                    "the latent's dimension is reused by then, and Pyro would compute a wrong "
+                    "density in silence",
+                    fixes,
+                    latents=(latent,),
+                )
+            )
+
+    def _lag(self, latent: str, shown: set[int]) -> int:
+        """Steps between a latent and the latest one of its kind that is visible."""
+
+        def stem(name: str) -> str:
+            return re.sub(r"\d+", "#", name)
+
+        kind = [n for n in self.structure.latents if stem(n) == stem(latent)]
+        visible = [i for i, n in enumerate(kind) if self.id_of[n] in shown]
+        return max(2, max(visible, default=0) - kind.index(latent))
+
+    def _scope(
+        self, info: SiteInfo, visible: Mapping[int, int], fn: Any, value: Tensor
+    ) -> list[str]:
+        scope = list(info.scope)
+        # Dimensions that the tags did not show (a value that left torch and came back).
+        shape = broadcast_shape(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+        for dim, ident in visible.items():
+            latent = self.name_of.get(ident, "")
+            if latent and latent not in info.scope and len(shape) >= -dim and shape[dim] > 1:
+                scope.append(latent)
+        return sorted(set(scope), key=self.order.__getitem__)
+
+    def _masks(
+        self, site: Mapping[str, Any], dims: Sequence[int | None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Where the site counts, and which elements of its events do, where they differ."""
+        mask, elements = split_mask(site["fn"], site["mask"])
+        if mask is None:
+            return None, None
+        if not isinstance(mask, Tensor) or not mask.dim():
+            device = site["value"].device
+            mask = torch.as_tensor(mask, device=device).reshape((1,) * len(dims))
+        else:
+            mask = compact(mask, 0, dims)
+        if elements is not None:
+            elements = compact(elements, unwrap(site["fn"])[1], dims)
+        return mask, elements
+
+
+class _Stray(Exception):
+    """A dimension that belongs to no plate and no latent; holds the tensor's shape and its size."""
+
+
+def compact(
+    tensor: Tensor,
+    event_dim: int,
+    dims: Sequence[int | None],
+    collapse: int = 0,
+    like: Tensor | None = None,
+) -> Tensor:
+    """Keep only the batch dimensions ``dims`` (from the right), in that order; expanded ones as 1.
+
+    Args:
+        tensor: A traced tensor. # (*batch, *event)
+        event_dim: How many of its rightmost dimensions are kept whole.
+        dims: Negative positions among the batch dimensions; None inserts one of size one.
+        collapse: How many of the leftmost event dimensions may be collapsed too when expanded.
+        like: The tensor of the same shape whose strides say what is expanded; by default this one.
+
+    Returns:
+        A view. # (*dims, *event)
+
+    Example:
+        >>> compact(torch.zeros(2, 1, 5, 3), 1, [-1, -3]).shape
+        torch.Size([5, 2, 3])
+    """
+    like = tensor if like is None else like
+    batch = tensor.dim() - event_dim
+    expanded = [d for d in range(batch + collapse) if like.shape[d] > 1 and like.stride(d) == 0]
+    for d in expanded:
+        tensor = tensor.narrow(d, 0, 1)
+    if batch < 0:  # an argument that broadcasts over reinterpreted dimensions
+        tensor = tensor.reshape((1,) * -batch + tuple(tensor.shape))
+        batch = 0
+    present = [batch + d for d in dims if d is not None and batch + d >= 0]
+    others = [d for d in range(batch) if d not in present]
+    for d in others:
+        if tensor.shape[d] != 1:
+            raise _Stray(tuple(tensor.shape), tensor.shape[d])
+    order = [*present, *others, *range(batch, tensor.dim())]
+    if order != list(range(tensor.dim())):
+        tensor = tensor.permute(order)
+    sizes = iter(tensor.shape[: len(present)])
+    shape = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
+    target = shape + list(tensor.shape[batch:])
+    return tensor if list(tensor.shape) == target else tensor.reshape(target)
+
+
+def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:
+    """The log density of a site without a record of its family."""
+    try:
+        # With latents enumerated every row meets every value, also those that cannot produce it.
+        if role is Role.DATA and is_outside(fn, value):
+            return density_anywhere(fn, value)
+        return fn.log_prob(value)
+    except ValueError as error:  # torch's validation
+        text = str(error).split("\n")[0].removesuffix(", but found invalid values:")
+        if role is not Role.DATA:
+            raise DegenerateError(_outside(name, fn, text)) from error
+        kind = type(unwrap(fn)[0]).__name__
+        raise DataError(
+            message(
+                f"site '{name}'",
+                f"the density of its observed values cannot be evaluated: {text}.",
+                f"every row is tried with every value of the latents, and {kind} has no density "
+                "for some of them",
+                [
+                    "let all values of a latent choose among distributions of one support",
+                    "check the data against each of them by itself: fn.support.check(x)",
+                ],
+            )
+        ) from error
+
+
+def _outside(name: str, fn: Any, text: str) -> str:
+    kind = type(unwrap(fn)[0]).__name__
+    return message(
+        f"site '{name}'",
+        f"its density cannot be evaluated: {text}.",
+        f"the value, or an argument of {kind}, left its support: a guide that is wider than the "
+        "model's distribution, a spread that goes to zero, a step too far",
+        [
+            "let the guide draw only what the model can: LogNormal or AutoNormal for what is positive",
+            "give parameters the constraint of the support: pyro.param(..., constraint=...)",
+            "start elsewhere, or give scales a prior that is zero at zero (InverseGamma)",
+        ],
+    )
+
+
+def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:
+    """Observed counts as numbers of the arguments' dtype; categories stay integers."""
+    if family.name == "Categorical":
+        return value
+    dtypes = [t.dtype for t in arguments.values() if t.is_floating_point()]
+    if not dtypes:
+        return value
+    dtype = max(dtypes, key=lambda d: torch.finfo(d).bits)
+    if value.is_floating_point():
+        dtype = torch.promote_types(dtype, value.dtype)
+    return value if value.dtype == dtype else value.to(dtype)

@@ -1,0 +1,169 @@
+"""Bindings that recur: the steps of a chain have one autograd graph each, all of one form.
+
+A binding is determined by the nodes between an argument and the parameters, by what they saved
+(indices, sizes, factors), by the parameters themselves and by the argument's value. Where all of
+these are equal the binding that was read off before is the binding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+from pyro_em.graph.autograd import bind
+from pyro_em.graph.binding import Binding
+
+# Nodes of which the Jacobian depends on nothing but what they show: saved fields and output shapes.
+# Not Cat, for instance, which hides the sizes of inputs without a gradient.
+_OPEN = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Clone",
+        "Div",
+        "Exp",
+        "Expand",
+        "Index",
+        "IndexSelect",
+        "Log",
+        "LogSoftmax",
+        "Logsumexp",
+        "Mul",
+        "Permute",
+        "Select",
+        "Sigmoid",
+        "Slice",
+        "Softmax",
+        "Softplus",
+        "Sqrt",
+        "Squeeze",
+        "Stack",
+        "Sub",
+        "Sum",
+        "T",
+        "Transpose",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+    for i in range(4)
+)
+
+
+_SMALL = 4096  # cells of a saved tensor that is compared
+
+
+class Recurring:
+    """`bind` for many arguments of one run, each form of graph read once.
+
+    Args:
+        leaves: The leaf tensor of each parameter in the run.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        self.leaves = leaves
+        self.known: dict[Hashable, tuple[Tensor, Binding]] = {}
+
+    def bind(
+        self,
+        argument: Tensor,
+        layout: Callable[[Tensor], Tensor],
+        form: Hashable,
+        *,
+        normalised: str = "",
+        allow_affine: bool = False,
+    ) -> Binding:
+        """As `pyro_em.graph.autograd.bind`.
+
+        Args:
+            argument: The value that a distribution holds.
+            layout: Views that bring the argument into the compact layout.
+            form: What determines ``layout``, next to the argument's own shape and strides.
+            normalised: As there.
+            allow_affine: As there.
+        """
+        graph = signature(argument)
+        key = (graph, form, argument.shape, argument.stride(), normalised, allow_affine)
+        if graph is not None and key in self.known:
+            same, binding = self.known[key]
+            if _bits(same) == _bits(argument):
+                return binding
+        binding = bind(
+            argument,
+            self.leaves,
+            layout=layout,
+            normalised=normalised,
+            allow_affine=allow_affine,
+        )
+        if graph is not None and argument.numel() <= _SMALL:
+            self.known[key] = argument.detach(), binding
+        return binding
+
+
+def signature(tensor: Tensor) -> Hashable | None:
+    """What determines a tensor's Jacobians; None where something that does is not shown.
+
+    Leaves are told apart by identity: signatures of one run can be compared while it is alive.
+    """
+    if not tensor.requires_grad:
+        return None
+    number: dict[Node, int] = {}
+    entries: list[Hashable] = []
+    edge = get_gradient_edge(tensor)
+    stack = [edge.node]
+    number[edge.node] = 0
+    while stack:
+        node = stack.pop()
+        name = node.name()
+        if name.endswith("AccumulateGrad"):
+            entries.append((number[node], id(node.variable)))  # type: ignore[attr-defined]
+            continue
+        saved = _saved(node) if name in _OPEN else None
+        if saved is None:
+            return None
+        children = []
+        for child, output in node.next_functions:
+            if child is None:
+                children.append((-1, 0))
+                continue
+            if child not in number:
+                number[child] = len(number)
+                stack.append(child)
+            children.append((number[child], output))
+        outputs = tuple((tuple(m.shape), m.dtype) for m in node._input_metadata)  # type: ignore[attr-defined]
+        entries.append((number[node], name, saved, outputs, tuple(children)))
+    return (edge.output_nr, tuple(entries))
+
+
+_fields: dict[type, tuple[str, ...]] = {}
+
+
+def _saved(node: Node) -> tuple[Hashable, ...] | None:
+    """What a node saved, tensors by content; None where one is too large to compare."""
+    cls = type(node)
+    if cls not in _fields:
+        _fields[cls] = tuple(name for name in dir(cls) if name.startswith("_saved_"))
+    out = tuple(_content(getattr(node, name)) for name in _fields[cls])
+    return None if any(c is _TOO_LARGE for c in out) else out
+
+
+_TOO_LARGE = object()
+
+
+def _content(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return _TOO_LARGE if value.numel() > _SMALL else _bits(value)
+    if isinstance(value, (tuple, list)):
+        parts = tuple(_content(v) for v in value)
+        return _TOO_LARGE if any(p is _TOO_LARGE for p in parts) else parts
+    return value
+
+
+def _bits(tensor: Tensor) -> Hashable:
+    value = tensor.detach().cpu()
+    if value.dtype == torch.bfloat16:  # numpy has none; float32 holds each of its numbers
+        value = value.float()
+    return (tensor.shape, tensor.dtype, value.numpy().tobytes())

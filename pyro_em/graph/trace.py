@@ -1,0 +1,354 @@
+"""From an enumerated run of a model to its factor graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import is_outside
+from pyro_em.errors import DegenerateError, Finding, ModelError, as_error, message, raise_findings
+from pyro_em.graph.agreement import differing, disagreements, other_model
+from pyro_em.graph.blame import given_tensors
+from pyro_em.graph.factors import _FIXED_SIZE, Factor, FactorGraph, _stack
+from pyro_em.graph.failures import (
+    changing_sites,
+    needs_more_dimensions,
+    on_failure,
+    too_many_dimensions,
+)
+from pyro_em.graph.layout import _Layout, _outside, _Stray
+from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
+from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.randomness import seeded
+from pyro_em.tracing.runs import (
+    Model,
+    Run,
+    enumerated_run,
+    held_run,
+    is_of_shadows,
+    is_of_validation,
+)
+from pyro_em.tracing.sites import Role, frames_of, is_factor, mask_tensor, role_of, tensors_of
+
+
+@torch.enable_grad()
+def trace_graph(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    *,
+    limit: int | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    random_seed: int | None = None,
+    with_bindings: bool = True,
+    keep_random_state: bool = True,
+    attached: bool = False,
+    looked: Mapping[str, Mapping[str, Any]] | None = None,
+    reading: Reading | None = None,
+) -> FactorGraph:
+    """Run the model with its latents enumerated and bring every factor into the compact layout.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found.
+        limit: Stop when an operation inside the model makes more cells.
+        values: Constrained parameter values to trace at; the current ones by default.
+        random_seed: Trace from another random state.
+        with_bindings: Whether to read off how parameters reach the arguments.
+        keep_random_state: Whether the global random state is restored after the run.
+        attached: Whether densities stay attached to the unconstrained parameters.
+        looked: The sites of a plain run from the same random state, which this one has to agree
+            with; None where that is known.
+        reading: Notes what the run reads beside the parameters; needs a limit.
+
+    Raises:
+        ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
+            ``pyro.markov`` scope, or is another model when they are enumerated.
+    """
+    run = _run_enumerated(
+        model,
+        args,
+        kwargs,
+        structure,
+        limit=limit,
+        values=values,
+        random_seed=random_seed,
+        keep_random_state=keep_random_state,
+        attached=attached,
+        reading=reading,
+    )
+    if reading is not None:
+        _note_sites(reading, run)
+    sites = {n: s for n, s in run.sites.items() if n in structure.sites}
+    if list(sites) != list(structure.sites):
+        raise_findings([changing_sites([], structure.random_plates)])
+    if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
+        raise_findings([_more_than_torch_has(structure)])
+    _require_sizes(sites, structure)
+    leaves = {name: p.leaf for name, p in run.parameters.items()}
+    layout = _Layout(sites, structure, Recurring(leaves))
+    for name in structure.sites:
+        layout.find_out_of_scope(name)
+    if layout.problems:
+        raise_findings(layout.problems)
+    if looked is not None:
+        _require_same(model, args, kwargs, sites, structure, looked)
+    if values is None:  # not at a trial point
+        _require_inside(sites, structure)
+    factors = []
+    for name in structure.sites:
+        try:
+            factors.append(layout.factor(name, leaves if with_bindings else None))
+        except _Stray as stray:
+            shape, size = stray.args
+            layout.problems.append(
+                Finding(
+                    f"site '{name}'",
+                    f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
+                    f"of size {size} belongs to no plate and no latent of the site.",
+                    "an enumerated value has its own dimension on the left of all plates",
+                    (
+                        "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
+                        "reshape on a latent's value",
+                        "wrap the site in a pyro.plate, or use .to_event",
+                    ),
+                    latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
+                )
+            )
+    if layout.problems:
+        raise_findings(layout.problems)
+    factors = _count_where_needed(factors, structure)
+    latents = {name: layout.latent(name) for name in structure.latents}
+    return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
+
+
+def _note_sites(reading: Reading, run: Run) -> None:
+    """What sites hold without any operation: values, masks, scales, arguments."""
+    for site in run.sites.values():
+        if not is_factor(site):
+            continue
+        held = (site["value"], site["mask"], site["scale"], *tensors_of(site["fn"]))
+        for tensor in held:
+            if isinstance(tensor, Tensor):
+                reading.note(tensor)
+
+
+def check_arguments(
+    model: Model, args: tuple, kwargs: dict[str, Any], structure: Structure, limit: int
+) -> None:
+    """Let every distribution check its arguments, for all values of the latents.
+
+    This is a run of its own: a check reads arguments that are derived lazily, and a graph follows
+    those that the user gave.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found, ``unchecked``.
+        limit: Stop when an operation inside the model makes more cells.
+
+    Raises:
+        ModelError: If an argument is outside its constraint, or the model cannot be enumerated.
+    """
+    try:
+        run = _run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
+        sites = [run.sites[n] for n in structure.sites if n in run.sites]
+        shadowed = any(is_shadow(t) for s in sites for t in tensors_of(s["fn"]))
+    except ModelError as error:
+        shadowed = is_of_shadows(error.__cause__)
+        if not shadowed:
+            raise
+    if shadowed:
+        raise ModelError(
+            message(
+                "model",
+                "it keeps a tensor that it made of a latent's value from one run to the next.",
+                "a latent has other values in every run, and large data are first looked at with "
+                "no values at all",
+                ["make the tensor anew in every run", "make it outside the model"],
+            )
+        )
+
+
+def _run_enumerated(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    *,
+    limit: int | None,
+    **how: Any,
+) -> Run:
+    try:
+        return enumerated_run(
+            model,
+            args,
+            kwargs,
+            latents=frozenset(structure.latents),
+            max_plate_nesting=structure.max_plate_nesting,
+            kept=structure.kept_values,
+            limit=limit,
+            **how,
+        )
+    except OutputTooLarge as error:
+        found = Finding(
+            "model",
+            f"with its latents enumerated, one operation makes {error.cells:,} cells; the "
+            f"budget is max_enumeration={limit:,}.",
+            "a value inside the model combines too many latents",
+            ("raise max_enumeration", "let each factor depend on fewer latents"),
+            latents=structure.latents,
+        )
+        raise as_error([found]) from None
+    except Exception as error:
+        if needs_more_dimensions(error):
+            raise as_error([_more_than_torch_has(structure)]) from error
+        latents = {n: structure.sites[n].distribution for n in structure.latents}
+        # An argument outside its constraint is outside without enumeration too.
+        checked = bool(how.get("validated")) and is_of_validation(error)
+        given = given_tensors(model, args, kwargs)
+        found = on_failure(error, latents, enumerated=not checked, values=given)
+        if not checked:  # it runs with one value of each latent, and not with all of them
+            found = replace(found, latents=structure.latents)
+        raise as_error([found]) from error
+
+
+def _more_than_torch_has(structure: Structure) -> Finding:
+    """Too many latents; whether they are rows or the steps of a chain decides what to do."""
+    latents = set(structure.latents)
+    chained = any(len(latents.intersection(structure.sites[n].scope)) > 1 for n in latents)
+    loops = [p for n in structure.latents for p in structure.sites[n].nested]
+    loop = next((p for p in loops if p in structure.sequential), None)
+    plate = None if loop is None else f'pyro.plate("{loop}", {structure.sequential[loop]})'
+    return too_many_dimensions(list(structure.latents), plate, chained)
+
+
+class Resized(ModelError):
+    """A plate or a support has another size than when the model was looked at."""
+
+
+def _require_sizes(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+    """Refuse a model whose plates or supports are of another size than when it was looked at."""
+    for name, site in sites.items():
+        for frame in frames_of(site).values():
+            known = structure.plates.get(frame.name)
+            if known is None or known.size == frame.size:
+                continue
+            raise_findings(
+                [
+                    Finding(
+                        f"plate '{frame.name}'",
+                        f"it has size {frame.size} in this run of the model and had {known.size} "
+                        "when it was first looked at.",
+                        "its size changes with a parameter or from run to run; evidences of "
+                        "different numbers of elements cannot be compared",
+                        _FIXED_SIZE,
+                        Resized,
+                    )
+                ]
+            )
+        known_support = structure.sites[name].support_size
+        if name in structure.latents and known_support is not None:
+            dim = site["infer"]["_enumerate_dim"] - site["fn"].event_dim
+            size = site["value"].shape[dim] if site["value"].dim() >= -dim else 1
+            if size != known_support:
+                raise_findings(
+                    [
+                        Finding(
+                            f"site '{name}'",
+                            f"it has {size} values in this run of the model and had "
+                            f"{known_support} when it was first looked at.",
+                            "the number of its values changes with a parameter or from run to run",
+                            _FIXED_SIZE,
+                            Resized,
+                        )
+                    ]
+                )
+
+
+def _require_same(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sites: Mapping[str, dict[str, Any]],
+    structure: Structure,
+    looked: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse a model that is another one when its latents are enumerated."""
+    with torch.no_grad():
+        off = disagreements(sites, looked, structure.latents, structure.max_plate_nesting)
+        if not off:
+            return
+        # What the model draws at random, or keeps from run to run, differs by itself.
+        drawn = (Role.LATENT, Role.GUIDE)
+        held = {n: s["value"] for n, s in looked.items() if role_of(s) in drawn}
+        held = {n: getattr(v, "_t", v) for n, v in held.items()}
+        held = {**structure.kept_values, **held}
+        runs = []
+        for seed in (23, 24):
+            with seeded(seed):
+                runs.append(held_run(model, args, kwargs, held))
+        by_itself = {name for name, _ in differing(runs[0], runs[1], [name for name, _ in off])}
+    problems = [
+        other_model(name, what, [z for z in structure.sites[name].scope if z != name])
+        for name, what in off
+        if name not in by_itself
+    ]
+    if problems:
+        raise_findings(problems)
+
+
+def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+    """A family's record is no density outside its support: Exponential(1) at -3 is e³."""
+    for name, info in structure.sites.items():
+        if info.role not in (Role.SAMPLED, Role.POINT):
+            continue
+        fn, value = sites[name]["fn"], sites[name]["value"]
+        if mask_tensor(sites[name]) is not None or bool(torch.isnan(value).any()):
+            continue
+        if is_outside(fn, value):
+            raise DegenerateError(_outside(name, fn, "the guide's value is outside its support"))
+
+
+def _count_where_needed(factors: Sequence[Factor], structure: Structure) -> list[Factor]:
+    """Counts of a masked latent are dropped only where nothing that counts depends on it.
+
+    A padded step of a chain, masked with all below it, sums to one and must not be counted. A
+    masked latent above an observation that is not masked takes part in the evidence, and EM has to
+    count it. The unobserved part of an ``obs_mask`` site is not read where it is masked.
+    """
+    unread = {f"{name}_unobserved" for name in structure.masked_pairs}
+    if all(f.mask is None or f.info.observed for f in factors):
+        return list(factors)
+    children: dict[str, list[Factor]] = {}
+    for f in factors:
+        for latent in f.info.scope:
+            if latent != f.info.name:
+                children.setdefault(latent, []).append(f)
+    counted: dict[str, Factor] = {}
+    for f in reversed(factors):
+        mask = f.mask
+        if mask is not None and not f.info.observed and f.info.name not in unread:
+            plates = f.info.plates
+            for child in children.get(f.info.name, ()):
+                below = counted[child.info.name].mask
+                if below is None:
+                    mask = torch.ones_like(mask)
+                    break
+                alive = below.reshape((*below.shape[: len(child.info.plates)], -1)).any(-1)
+                beyond = [i for i, p in enumerate(child.info.plates) if p not in plates]
+                for i in reversed(beyond):
+                    alive = alive.any(i)
+                mask = mask | alive.reshape(alive.shape + (1,) * (mask.dim() - alive.dim()))
+        counted[f.info.name] = f if mask is f.mask else replace(f, mask=mask)
+    return [counted[f.info.name] for f in factors]

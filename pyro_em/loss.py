@@ -1,0 +1,152 @@
+"""TraceExact_ELBO: the same bound as a loss for ``pyro.infer.SVI`` or a torch optimiser.
+
+Where every latent has an exact posterior the bound is tight at q(z) = p(z | x; θ), so that
+−ELBO = −log p(x; θ): gradient ascent on it is direct maximisation of the evidence, with
+∇ log p(x; θ) = E_{p(z | x)}[∇ log p(x, z; θ)] (Fisher's identity). Other latents take their values
+from the guide, and what remains is summed exactly under each draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro.infer.elbo import ELBO
+from torch import Tensor
+
+from pyro_em.errors import UsageError, message
+from pyro_em.graph.structure import form_of
+from pyro_em.graph.trace import trace_graph
+from pyro_em.plan.planner import Looker
+from pyro_em.plan.program import Program
+from pyro_em.plan.wishes import check_draws, check_limits
+from pyro_em.posteriors.contraction import contract, evidence
+from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
+from pyro_em.tracing.runs import is_stored
+from pyro_em.tracing.turns import alone
+from pyro_em.variational.bound import Variational
+
+
+class TraceExact_ELBO(ELBO):
+    """−ELBO with every discrete latent summed exactly, and the guide for the rest.
+
+    Unlike ``TraceEnum_ELBO`` it needs no annotation of the model and loses no posterior mass in its
+    gradients, however far prior and likelihood are apart. Guide sites of latents that are summed
+    stay unused. ``TraceExact_ELBO()(model, guide)`` is an ``nn.Module`` whose value is the loss, for
+    plain torch optimisers.
+
+    Args:
+        num_particles: Draws from the guide per loss.
+        max_plate_nesting: Number of plate dimensions; found by looking where left out.
+        max_enumeration: Cells of the largest tensor that an enumeration may need.
+        strategy: ``"exact"``, or ``"guide"`` to take the guide for everything that it covers.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI
+        >>> def model(x):
+        ...     mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        ...     with pyro.plate("n", len(x)):
+        ...         z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        ...         pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+        >>> pyro.clear_param_store()
+        >>> svi = SVI(model, lambda x: None, pyro.optim.Adam({"lr": 0.1}), TraceExact_ELBO())
+        >>> x = torch.tensor([-2.0, 2.0, 2.5])
+        >>> losses = [svi.step(x) for _ in range(50)]
+        >>> losses[-1] < losses[0]
+        True
+        >>> pyro.clear_param_store()
+    """
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        max_plate_nesting: int | None = None,
+        max_enumeration: int = 2**27,
+        strategy: str = "exact",
+    ) -> None:
+        check_draws(num_particles, "TraceExact_ELBO")
+        check_limits("TraceExact_ELBO", max_plate_nesting, max_enumeration)
+        if strategy not in ("exact", "guide"):
+            raise UsageError(
+                message(
+                    "TraceExact_ELBO",
+                    f"strategy={strategy!r} is no loss.",
+                    fixes=["use 'exact' or 'guide'", "ExactPosteriorEM has other E-steps"],
+                )
+            )
+        super().__init__(num_particles=num_particles)
+        self.nesting = max_plate_nesting
+        self.max_enumeration = max_enumeration
+        self.strategy = strategy
+        self._last: tuple[Any, Any, Any, Program | Variational] | None = None
+
+    def _get_trace(self, *args: Any) -> Any:
+        """Part of Pyro's interface for sampled bounds; this one has terms of its own."""
+        raise NotImplementedError("TraceExact_ELBO keeps no pair of traces")
+
+    @alone("TraceExact_ELBO")
+    @torch.enable_grad()
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """−ELBO in nats, attached to the unconstrained parameters.
+
+        Raises:
+            PyroEMError: If a latent has no route, or the bound is not finite.
+        """
+        found = self._look(model, guide, args, kwargs)
+        if isinstance(found, Variational):
+            return found.loss(args, kwargs, self.num_particles)
+        graph = trace_graph(
+            found.model,
+            args,
+            kwargs,
+            found.structure,
+            with_bindings=False,
+            attached=True,
+            keep_random_state=False,  # the next step draws another batch
+        )
+        tables = [group.log_density().to(torch.float64) for group in graph.groups]
+        flat = [part for table in tables for part in table.unbind(0)]
+        plan = contraction_of(graph)
+        loss = -evidence(contract(plan, flat, scales=scales_of(graph)))
+        if not bool(torch.isfinite(loss)):
+            e_step(graph, plan, [t.detach() for t in tables])  # says why
+        return loss
+
+    def _look(
+        self, model: Callable[..., Any], guide: Any, args: tuple, kwargs: dict[str, Any]
+    ) -> Program | Variational:
+        """Routes for arguments of this form; looked at once while model and guide are the same."""
+        form = form_of(args, kwargs)
+        if self._last is not None:
+            known_model, known_guide, known_form, found = self._last
+            same = known_model is model and known_guide is guide and known_form == form
+            read = found.graph.parameters if isinstance(found, Program) else found.parameters
+            if same and is_stored(read):
+                return found
+        looker = Looker(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
+        found = looker.look(args, kwargs, look_only=True)
+        self._last = (model, guide, form, found)
+        return found
+
+    @alone("TraceExact_ELBO")
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """−ELBO in nats."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs).detach())
+
+    @alone("TraceExact_ELBO")
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """−ELBO in nats; adds its gradient to the unconstrained parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())

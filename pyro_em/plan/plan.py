@@ -1,0 +1,264 @@
+"""Plan: the decisions about a model, as a value that prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pyro_em.plan.cost import contraction_from_structure
+from pyro_em.plan.routes import Observation, Route, observations_of, reduced, routes_with_guide
+from pyro_em.portable import Portable
+from pyro_em.updates.update import (
+    ClosedForm,
+    Fixed,
+    Gradient,
+    LeastSquares,
+    NoUpdate,
+    ParameterUpdate,
+    Update,
+)
+from pyro_em.variational.bound import Variational
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Portable):
+    """Routes, updates, reasons and cost; ``print(plan)`` shows them as tables.
+
+    Attributes:
+        routes: One per unobserved site.
+        updates: One per parameter.
+        cells: Cells of the contraction's largest tensor.
+        largest: The names of its dimensions.
+        compiled: Whether iterations run without the Python model.
+        observed: The observed sites.
+        edges: Pairs (parent, child) of the model's directed graph.
+        notes: Warnings in words.
+        stochastic: Whether steps follow gradients of a bound of the guide.
+        draws: Whether that bound is drawn; not where everything is summed under the guide.
+        is_monotone: Whether the objective can never fall by more than rounding.
+        gives_up: What the strategy does without, in words.
+        obstacle: Where a latent has no route, what everything but a plan raises; else empty.
+    """
+
+    routes: tuple[Route, ...]
+    updates: Mapping[str, ParameterUpdate]
+    cells: int
+    largest: tuple[str, ...]
+    compiled: bool
+    observed: tuple[Observation, ...]
+    edges: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+    stochastic: bool = False
+    draws: bool = True
+    is_monotone: bool = True
+    gives_up: str = ""
+    obstacle: str = ""
+
+    @property
+    def graph(self) -> Any:
+        """The model as a `ModelGraph`: edges from a site to the sites that use its value.
+
+        Raises:
+            ImportError: If networkx is not installed (``pip install pyro-em[graph]``).
+        """
+        from pyro_em.graph.independence import ModelGraph
+
+        name = self._users_names()
+        graph = ModelGraph()
+        for r in self.routes:
+            partly = name[r.site] != r.site
+            graph.add_node(
+                name[r.site], observed=False, partly=partly, kind="site", plates=r.plates
+            )
+        for o in self.observed:
+            kind = "factor" if o.distribution == "Unit" else "site"
+            if name[o.site] == o.site:
+                graph.add_node(o.site, observed=True, kind=kind, plates=o.plates)
+        graph.add_edges_from((name[a], name[b]) for a, b in self.edges if name[a] != name[b])
+        return graph
+
+    def _users_names(self) -> dict[str, str]:
+        """The two parts of an ``obs_mask`` site have one name in the model."""
+        seen = [o.site for o in self.observed]
+        name = {n: n for n in (*(r.site for r in self.routes), *seen)}
+        for stem in [n.removesuffix("_observed") for n in seen if n.endswith("_observed")]:
+            if f"{stem}_unobserved" in name:
+                name[f"{stem}_observed"] = name[f"{stem}_unobserved"] = stem
+        return name
+
+    def __str__(self) -> str:
+        users = self._users_names()
+        routes = tuple(
+            r
+            if users[r.site] == r.site
+            else replace(r, site=users[r.site], reason=f"where missing: {r.reason}")
+            for r in self.routes
+        )
+        parts = [
+            "Latents",
+            _table(
+                ("site", "distribution", "plates", "route", "reason"),
+                [
+                    (
+                        name,
+                        r.distribution if r.size is None else f"{r.distribution} ({r.size})",
+                        ", ".join(r.plates) or "-",
+                        r.route,
+                        r.reason,
+                    )
+                    for name, r in _folded(routes)
+                ],
+            ),
+            "Parameters",
+            _table(
+                ("parameter", "update", "reason"),
+                [
+                    (name, _update_name(u), u.reason)
+                    for name, u in _folded_updates(self.updates.values())
+                ],
+            ),
+        ]
+        if self.largest or not (self.stochastic or self.obstacle):
+            shown = [users.get(d, d) for d in self.largest]
+            if len(shown) > 8:
+                shown = [*shown[:6], f"{len(shown) - 6} more"]
+            dims = " x ".join(shown) or "1"
+            size = f"{self.cells:,}" if self.cells < 10**15 else f"{self.cells:.3g}"
+            has = "would have" if self.obstacle else "has"
+            parts.append(f"Cost: the largest table {has} {size} cells ({dims}).")
+        if self.obstacle:
+            parts.append("Iterations: none. A fit, a step, a posterior and a bound raise:")
+            parts.append("\n".join(f"  {line}" for line in self.obstacle.splitlines()))
+        elif self.stochastic and self.draws:
+            parts.append("Iterations: stochastic, each draws from the guide.")
+        elif self.stochastic:
+            parts.append(
+                "Iterations: gradient steps; latents are summed under the guide, no draws."
+            )
+        elif self.compiled:
+            parts.append("Iterations: compiled, the model is not run again.")
+        else:
+            parts.append("Iterations: the model is run again at each (generic path).")
+        if self.gives_up:
+            parts.append(f"Strategy: {self.gives_up}")
+        parts.extend(f"Note: {n}" for n in self.notes)
+        return "\n".join(parts)
+
+    __repr__ = __str__
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+
+def _folded(routes: tuple[Route, ...]) -> list[tuple[str, Route]]:
+    """The steps of a chain on one line: z_0 … z_99 (100)."""
+    groups: dict[tuple[Any, ...], list[Route]] = {}
+    for r in routes:
+        stem = r.site.rstrip("0123456789")
+        numbered = stem != r.site
+        key = (stem if numbered else r.site, numbered, r.distribution, r.route, r.size, r.plates)
+        groups.setdefault(key, []).append(r)
+    folded: list[tuple[str, Route]] = []
+    for members in groups.values():
+        if len(members) < 4:
+            folded.extend((r.site, r) for r in members)
+        else:
+            name = f"{members[0].site} … {members[-1].site} ({len(members)} sites)"
+            folded.append((name, members[0]))
+    return folded
+
+
+def _folded_updates(updates: Iterable[ParameterUpdate]) -> list[tuple[str, ParameterUpdate]]:
+    """The parameters of a network on one line: encoder (6 parameters)."""
+    groups: dict[tuple[Any, ...], list[ParameterUpdate]] = {}
+    for u in updates:
+        module, separator, _ = u.name.replace("$$$", ".").partition(".")
+        own = module if separator and isinstance(u.update, Gradient) else u.name
+        groups.setdefault((own, _update_name(u), u.reason), []).append(u)
+    folded: list[tuple[str, ParameterUpdate]] = []
+    for (own, _, _), members in groups.items():
+        if len(members) < 4:
+            folded.extend((u.name, u) for u in members)
+        else:
+            folded.append((f"{own} ({len(members)} parameters)", members[0]))
+    return folded
+
+
+def _update_name(update: ParameterUpdate) -> str:
+    match update.update:
+        case ClosedForm(floor=floor):
+            return "closed form" + (f", floor {floor:g}" if floor else "")
+        case LeastSquares():
+            others = [p for p in update.block if p != update.name]
+            return "least squares" + (f" with {', '.join(others)}" if others else "")
+        case Gradient(optimizer=None):
+            return "gradient (L-BFGS)"
+        case Gradient(steps=1):
+            return "gradient (optimiser)"
+        case Gradient(steps=steps):
+            return f"gradient ({steps} optimiser steps)"
+        case Fixed():
+            return "fixed"
+        case NoUpdate():
+            return "none"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return "  none"
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join(lines)
+
+
+def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: bool) -> Plan:
+    """The decisions about a pair, as a value that prints."""
+    look, bare = variational.routing.guide, variational.bare
+    assert look is not None
+    decided = {}
+    of_guide = look.parameters(variational.parameters)
+    for name in variational.parameters:
+        wish = updates.get(name)
+        whose = "guide" if name in of_guide else "model"
+        if name in look.run.parameters and name in bare.parameters:
+            whose = "guide and model (under Alternating it moves in the guide's turns)"
+        if isinstance(wish, Fixed):
+            decided[name] = ParameterUpdate(name, wish, "as the user asked")
+        elif wish is not None:
+            decided[name] = ParameterUpdate(name, wish, f"of the {whose}, as the user asked")
+        else:
+            kind = "guide's" if variational.is_exact else "drawn"
+            reason = f"of the {whose}; gradient of the {kind} bound"
+            decided[name] = ParameterUpdate(name, Gradient(torch.optim.Adam, 1), reason)  # type: ignore[arg-type]
+    exact = variational.routing.exact
+    cost = contraction_from_structure(
+        reduced(bare, {*variational.routing.drawn, *variational.routing.points})
+    )
+    notes = [] if has_optim else ["no optim was given: Adam with learning rate 0.005."]
+    notes += variational.notes
+    if variational.analytic and variational.weighted is None:
+        names = ", ".join(f"'{n}'" for n in sorted(variational.analytic))
+        notes.append(f"the KL divergence of {names} is taken in closed form.")
+    return Plan(
+        routes_with_guide(bare, variational.routing),
+        decided,
+        cost.cells if exact else 0,
+        cost.largest if exact else (),
+        False,
+        observations_of(bare),
+        bare.edges,
+        tuple(notes),
+        stochastic=True,
+        draws=not variational.is_exact,
+        is_monotone=False,
+        gives_up=""
+        if variational.weighted is None
+        else f"MonteCarlo({variational.weighted}): raises the importance-weighted bound of "
+        f"{variational.weighted} draws, not the ELBO.",
+    )

@@ -1,0 +1,547 @@
+"""Looking at a model, its guide and its data: an exact `Program`, or a `Variational` pair."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from torch.distributions import transform_to
+
+from pyro_em.errors import ModelError, UsageError, as_error, message, raise_findings
+from pyro_em.graph.checks import parameter_problems
+from pyro_em.graph.structure import Structure, examine
+from pyro_em.graph.unregistered import unregistered_notes
+from pyro_em.plan.cost import budget_problems, contraction_from_structure
+from pyro_em.plan.hyperparameters import unbounded_joints
+from pyro_em.plan.notes import _unbounded_priors, _unconstrained_simplexes
+from pyro_em.plan.program import Program, _edges, _first_trace
+from pyro_em.plan.routes import (
+    Route,
+    decide_routes,
+    matching,
+    reduced,
+    routes_with_guide,
+    unknown_strategies,
+)
+from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
+from pyro_em.plan.wishes import matched
+from pyro_em.portable import StaysHere
+from pyro_em.posteriors.elimination import ContractionPlan
+from pyro_em.posteriors.enumeration import check_scales, contraction_of
+from pyro_em.posteriors.strategies import EStepStrategy, MonteCarlo
+from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.parameters import parameters_at
+from pyro_em.tracing.runs import Model
+from pyro_em.updates.decision import decide_updates
+from pyro_em.updates.optimizers import Optimizer, _StepsPyroOptim
+from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.guide import (
+    GuideLook,
+    built_guide,
+    given_a_name,
+    look_at_guide,
+    needs_building,
+)
+from pyro_em.variational.pair import Routing, WithSubsamples
+
+Strategy = str | EStepStrategy
+
+
+@dataclass(eq=False)
+class Looker(StaysHere):
+    """What the user asked for, and how to look at a model with it.
+
+    Attributes:
+        model: The user's model.
+        guide: The user's ``guide`` argument.
+        optim: The user's optimiser.
+        strategy: The user's strategy.
+        updates: The user's updates by name or glob.
+        max_plate_nesting: As the user gave it.
+        max_enumeration: The budget in cells.
+        built: The guide that ``guide`` stands for, once it has been built.
+        seen: Whether the model has been run before.
+        guide_parameters: Names of the parameters that the guide reads.
+        name: That of a guide that was built here, and that of its class.
+    """
+
+    model: Callable[..., Any]
+    guide: Any
+    optim: Optimizer | pyro.optim.PyroOptim | None
+    strategy: Strategy | Mapping[str, Strategy]
+    updates: Mapping[str, Update]
+    max_plate_nesting: int | None
+    max_enumeration: int
+    built: Any = None
+    seen: bool = False
+    guide_parameters: tuple[str, ...] = ()
+    name: tuple[str, str] = ("", "")
+
+    def look(
+        self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+    ) -> Program | Variational:
+        """Decide everything for these arguments, pay nothing yet.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            look_only: Whether only an E-step is wanted.
+
+        Raises:
+            PyroEMError: If a latent has no route, or the model or data cannot be used.
+        """
+        found = self.look_at_routes(args, kwargs, look_only=look_only)
+        if isinstance(found, Unrouted):
+            raise found.error
+        return found
+
+    def look_at_routes(
+        self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+    ) -> Program | Variational | Unrouted:
+        """As ``look``; where a latent has no route it is a finding, not an exception."""
+        first, self.seen = not self.seen, True
+        if self.guide is None:
+            program = self._program(self.model, args, kwargs, first, look_only, ())
+            if isinstance(program, Unrouted):
+                return program
+            _drop_unused_strategy(program)
+            self._check_strategies(program.structure.latents, program.structure.latents)
+            self._note_unused_optimiser(program)
+            return program
+        bare, look = self._look_at_both(args, kwargs, first)
+        routing = self._route(bare, look)
+        if isinstance(routing, Unrouted):
+            return routing
+        self._check_strategies((*bare.latents, *bare.barren), routing.exact)
+        if routing.is_stochastic:
+            return Variational(
+                self.model,
+                self.built,
+                routing,
+                bare,
+                self.max_plate_nesting,
+                self._weighted(routing),
+            )
+        pair = routing.pair(self.model, self.built)
+        routes = routes_with_guide(bare, routing)
+        program = self._program(pair, args, kwargs, False, look_only, routes)
+        if isinstance(program, Unrouted):
+            return program
+        program.notes += tuple(_unbounded_priors(program))
+        _drop_unused_strategy(program)
+        if not routing.points:
+            program.notes += ("the guide is not used: every latent has an exact posterior.",)
+        self._note_unused_optimiser(program)
+        return program
+
+    def _note_unused_optimiser(self, program: Program) -> None:
+        """Say so where an optimiser was given and no parameter of an exact fit is moved by it."""
+        if self.optim is None or not program.updates:
+            return
+        if any(isinstance(u.update, Gradient) for u in program.updates.values()):
+            return
+        program.notes += (
+            "optim is not used: no parameter needs a gradient (updates={name: Gradient(optim)} "
+            "would move one by it).",
+        )
+
+    def _look_at_both(
+        self, args: tuple, kwargs: dict[str, Any], first: bool
+    ) -> tuple[Structure, GuideLook]:
+        """The bare model, at the subsamples that its guide drew, and the guide."""
+        look: GuideLook | None = None
+        model = self.model
+        if self.built is None and not needs_building(self.guide):
+            self.built = built_guide(self.guide, self.model, None)
+        if self.built is not None:
+            look = look_at_guide(self.built, args, kwargs, first_look=first)
+            if look.subsamples:
+                model = WithSubsamples(model, look.subsamples)
+        bare, problems = examine(
+            model,
+            args,
+            kwargs,
+            max_plate_nesting=self.max_plate_nesting,
+            first_look=first,
+            guide_given=True,
+            max_enumeration=self.max_enumeration,
+        )
+        if problems:
+            raise_findings(problems)
+        bare = replace(bare, looked=None)  # what sums the latents looks at the pair
+        if look is None:
+            self.built = built_guide(self.guide, self.model, bare)
+            self.name = given_a_name(self.built)
+            look = look_at_guide(self.built, args, kwargs, first_look=first)
+        return bare, look
+
+    def _check_strategies(self, latents: Iterable[str], exact: Iterable[str]) -> None:
+        """Refuse a dict of strategies that names no latent, or part of what is summed together."""
+        unknown = unknown_strategies(self.strategy, latents)
+        if unknown:
+            known = ", ".join(f"'{n}'" for n in latents) or "none"
+            raise UsageError(
+                message(
+                    f"strategy['{unknown[0]}']",
+                    f"no latent matches; the model has: {known}.",
+                    "a misspelt name would be ignored in silence",
+                    ["use a latent's name or a glob"],
+                )
+            )
+        asked = self.e_step
+        left = [n for n in exact if asked is not None and matching(self.strategy, n) != asked]
+        if left:
+            raise UsageError(
+                message(
+                    f"strategy={asked!r}",
+                    f"it was asked for some latents, but '{left[0]}' is to be summed exactly.",
+                    "latents that are summed share one E-step",
+                    [f"pass strategy={asked!r} for all of them"],
+                )
+            )
+
+    def forget(self) -> tuple[str, ...]:
+        """Forget a guide that was built here; returns the names of its parameters."""
+        own = self.guide_parameters if needs_building(self.guide) else ()
+        self.built, self.seen, self.guide_parameters, self.name = None, False, (), ("", "")
+        if isinstance(self.optim, pyro.optim.PyroOptim):
+            self.optim.optim_objs.clear()
+        return own
+
+    def saved_name(self, name: str) -> str:
+        """A parameter's name in a file: that of a built guide's class, however it is called here."""
+        own, cls = self.name
+        return cls + name[len(own) :] if own and name.startswith(f"{own}.") else name
+
+    def exact_beside(
+        self, variational: Variational, args: tuple, kwargs: dict[str, Any]
+    ) -> Program | None:
+        """The exact program of a model whose guide was chosen over it; None if there is none."""
+        bare, routing = variational.bare, variational.routing
+        latents = set(bare.latents) - set(routing.points)
+        if any(bare.sites[n].support_size is None for n in latents if n in bare.sites):
+            return None
+        if latents & bare.coupled.keys():
+            return None
+        try:
+            cost = contraction_from_structure(reduced(bare, set(routing.points)))
+        except ModelError:  # latents of crossed plates
+            return None
+        if cost.cells > self.max_enumeration:
+            return None
+        exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())
+        pair = exact.pair(self.model, self.built)
+        program = self._program(pair, args, kwargs, False, True, ())
+        return program if isinstance(program, Program) else None
+
+    def all_from_guide(self, args: tuple, kwargs: dict[str, Any]) -> Variational | None:
+        """The pair in which the guide draws all that it covers; None if that is not everything."""
+        if self.guide is None or self.built is None:
+            return None
+        bare, look = self._look_at_both(args, kwargs, False)
+        routing = self._route(bare, look, everything=True)
+        if isinstance(routing, Unrouted):
+            raise routing.error
+        if routing.exact or not routing.drawn:
+            return None
+        return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
+
+    def _route(
+        self, bare: Structure, look: GuideLook, everything: bool = False
+    ) -> Routing | Unrouted:
+        self.guide_parameters = tuple(look.run.parameters)
+
+        def strategy(name: str) -> str:
+            one = matching(self.strategy, name)
+            if everything:
+                return "guide"
+            return one if isinstance(one, str) else "exact"
+
+        routing, problems = decide_routes(
+            bare, look, strategy=strategy, max_enumeration=self.max_enumeration
+        )
+        problems = [*parameter_problems(look.run), *problems]
+        if are_of_routes(problems):
+            return without_route(bare, as_error(problems), guide=look)
+        if problems:
+            raise_findings(problems)
+        return routing
+
+    def _weighted(self, routing: Routing) -> int | None:
+        """Draws per step of Monte Carlo EM by importance; None for the ELBO."""
+        e_step = self.e_step
+        if e_step is None:
+            return None
+        names = ", ".join(f"'{n}'" for n in routing.drawn)
+        if not isinstance(e_step, MonteCarlo):
+            raise UsageError(
+                message(
+                    f"strategy={e_step!r}",
+                    f"the guide draws {names}, and this E-step is one of sums.",
+                    "it has a meaning only where every latent is summed or a point estimate",
+                    ["use strategy='exact' or MonteCarlo(n)", "use guide='map' for these latents"],
+                )
+            )
+        look = routing.guide
+        assert look is not None
+        rough = [n for n in routing.shown if not getattr(look.sites[n]["fn"], "has_rsample", False)]
+        if rough:
+            raise UsageError(
+                message(
+                    f"strategy={e_step!r}",
+                    f"the guide's draw of '{rough[0]}' cannot be reparameterised.",
+                    "weights of such draws have no gradient in the guide",
+                    ["use strategy='exact' or 'guide'"],
+                )
+            )
+        return e_step.num_samples
+
+    @property
+    def e_step(self) -> EStepStrategy | None:
+        """The E-step that was asked for in place of the exact one."""
+        if not isinstance(self.strategy, Mapping):
+            return None if isinstance(self.strategy, str) else self.strategy
+        wanted = {s for s in self.strategy.values() if not isinstance(s, str)}
+        if len(wanted) > 1:
+            raise UsageError(
+                message(
+                    "ExactPosteriorEM",
+                    "strategy holds several E-steps: " + ", ".join(map(repr, wanted)) + ".",
+                    "all summed latents share one E-step",
+                    ["use one of them"],
+                )
+            )
+        return next(iter(wanted), None)
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """The update of parameters without a closed form."""
+        optim = self.optim
+        if optim is None:
+            return None
+        if isinstance(optim, pyro.optim.PyroOptim):
+            return Gradient(lambda p: _StepsPyroOptim(p, optim), 1)
+        return Gradient(optim, 1)
+
+    def _program(
+        self,
+        model: Model,
+        args: tuple,
+        kwargs: dict[str, Any],
+        first: bool,
+        look_only: bool,
+        routes: tuple[Any, ...],
+    ) -> Program | Unrouted:
+        return build_program(
+            model,
+            args,
+            kwargs,
+            requested=self.updates,
+            gradient=self.gradient,
+            max_plate_nesting=self.max_plate_nesting,
+            max_enumeration=self.max_enumeration,
+            first_look=first,
+            look_only=look_only,
+            strategy=self.e_step,
+            routes=routes,
+        )
+
+    def updates_for(self, parameters: Mapping[str, Any]) -> Mapping[str, Update]:
+        """The user's updates by exact parameter name."""
+        return matched(self.updates, parameters)
+
+
+def _drop_unused_strategy(program: Program) -> None:
+    """An E-step has no meaning where no latent is summed; say so and do without."""
+    if program.strategy is None or program.graph.latents:
+        return
+    program.notes += (f"strategy={program.strategy!r} is not used: no latent is summed.",)
+    program.strategy = None
+
+
+@contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """Let Python look for garbage more rarely: planning a long chain keeps nearly all it makes."""
+    before = gc.get_threshold()
+    if before[0]:
+        gc.set_threshold(max(before[0], 50_000), *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_fewer_collections()
+def build_program(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    requested: Mapping[str, Update],
+    gradient: Gradient | None = None,
+    max_plate_nesting: int | None,
+    max_enumeration: int,
+    first_look: bool = True,
+    look_only: bool = False,
+    strategy: EStepStrategy | None = None,
+    routes: tuple[Route, ...] = (),
+) -> Program | Unrouted:
+    """Look at a model and its data, decide everything, pay nothing yet.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        requested: The user's updates, by parameter name or glob.
+        gradient: The update of parameters without a closed form; L-BFGS if None.
+        max_plate_nesting: As the user gave it.
+        max_enumeration: The budget in cells.
+        first_look: Whether the plain run may advance the random state.
+        look_only: Whether only an E-step is wanted, so that bindings need not be read.
+        strategy: Another E-step than the exact one.
+        routes: Rows of the plan where a guide takes part.
+
+    Returns:
+        The program; where a latent has no route, what there is to say of it.
+
+    Raises:
+        PyroEMError: If the model or its data cannot be used, with all findings.
+    """
+    structure, problems = examine(
+        model,
+        args,
+        kwargs,
+        max_plate_nesting=max_plate_nesting,
+        first_look=first_look,
+        sparing=True,
+        max_enumeration=max_enumeration,
+    )
+    n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
+    too_dear: ContractionPlan | None = None
+    try:
+        cost = contraction_from_structure(structure)
+        found = budget_problems(structure, cost, max_enumeration)
+        too_dear = cost if found else None
+    except ModelError as error:
+        found = [] if problems else list(error.problems)
+    problems[n_latent:n_latent] = found
+    if are_of_routes(problems):
+        return without_route(structure, as_error(problems), routes=routes, cost=too_dear)
+    if problems:
+        raise_findings(problems)
+    looked, structure = structure.looked, replace(structure, looked=None)
+    reading = None if look_only else Reading(model, args, kwargs)
+    try:
+        graph = _first_trace(model, args, kwargs, structure, max_enumeration, reading, looked)
+    except ModelError as error:
+        if not are_of_routes(error.problems):
+            raise
+        return without_route(structure, error, routes=routes)
+    contraction = contraction_of(graph)
+    notes = (*check_scales(graph, contraction), *structure.notes)
+    if structure.random_plates:
+        plates = ", ".join(f"'{p}'" for p in structure.random_plates)
+        notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
+    notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
+    updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
+    fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
+    notes += tuple(unbounded_joints(graph, fixed))
+    notes += tuple(_unconstrained_simplexes(graph, updates))
+    notes += tuple(_edges(graph, updates))
+    program = Program(
+        model,
+        args,
+        kwargs,
+        structure,
+        graph,
+        contraction,
+        updates,
+        compiled=False,
+        notes=notes,
+        look_only=look_only,
+        gradient=gradient,
+        strategy=strategy,
+        routes=routes,
+    )
+    if reading is None:
+        return program
+    leaves = [p.unconstrained for p in graph.parameters.values()]
+    program.dependences = reading.finished(leaves)
+    program.rebuild = partial(
+        build_program,
+        model,
+        args,
+        kwargs,
+        requested=requested,
+        gradient=gradient,
+        max_plate_nesting=max_plate_nesting,
+        max_enumeration=max_enumeration,
+        first_look=False,
+        strategy=strategy,
+        routes=routes,
+    )
+    off = _verify(program)
+    program.compiled = graph.is_static and not off
+    if off:
+        distrust(program, off)
+        random = program.disagreements(random_seed=21)
+        if random and not structure.random_plates:
+            site, argument = random[0]
+            program.notes += (
+                message(
+                    f"site '{site}' ({argument})",
+                    "the model draws random numbers that reach it.",
+                    "every step uses one and the same draw; another call would draw others",
+                    ["draw outside the model and pass the numbers as an argument"],
+                ),
+            )
+    return program
+
+
+def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
+    """Hand every parameter of a site whose bindings are wrong to a gradient step."""
+    program.compiled = False
+    sites = {site for site, _ in off}
+    updates = dict(program.updates)
+    for group in program.graph.groups:
+        if not sites.intersection(group.members) and "model" not in sites:
+            continue
+        for name in group.params:
+            if isinstance(updates[name].update, (Gradient, Fixed)):
+                continue
+            where = ", ".join(f"'{s}' ({a})" for s, a in list(off)[:3])
+            updates[name] = ParameterUpdate(
+                name,
+                program.gradient or Gradient(),
+                f"the model changes {where} in a way that no binding shows "
+                "(detach, .item(), a branch on a value, randomness)",
+            )
+    program.updates = updates
+
+
+def _verify(program: Program) -> list[tuple[str, str]]:
+    """Trace once with all free parameters moved inside their constraints and another random state."""
+    generator = torch.Generator().manual_seed(20)
+    moved = {}
+    direct = {}
+    for name, p in program.graph.parameters.items():
+        if not p.unconstrained.is_floating_point():
+            continue
+        u = p.unconstrained.detach()
+        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64, device="cpu").to(u)
+        new = u + 0.1 * noise
+        if p.leaf is p.unconstrained:
+            direct[name] = new
+        with torch.no_grad():
+            moved[name] = transform_to(p.constraint)(new)
+    with parameters_at(
+        {n: program.graph.parameters[n] for n in direct}, direct, unconstrained=True
+    ):
+        return program.disagreements(moved, random_seed=20)

@@ -1,0 +1,343 @@
+"""Program: a model with its data, ready for E-steps and M-steps, compiled or generic.
+
+The generic path runs the Python model at each evaluation and stands on its own. Where every binding
+is a selection or affine, and a run with moved parameters and another random state confirms it, the
+program is compiled: arguments flow from the parameters through the bindings, and the model is not
+run again except to verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import ModelError, UsageError, message, warn
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.prediction import _agrees, _same, _static_parts
+from pyro_em.graph.structure import Structure
+from pyro_em.graph.trace import Resized, check_arguments, trace_graph
+from pyro_em.plan.plan import Plan
+from pyro_em.plan.routes import Route, observations_of, routes_of
+from pyro_em.plan.unrouted import Unrouted
+from pyro_em.portable import StaysHere
+from pyro_em.posteriors.elimination import ContractionPlan
+from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.strategies import (
+    Annealed,
+    EStepStrategy,
+    Hard,
+    MonteCarlo,
+    e_step_of,
+    gives_up,
+)
+from pyro_em.tracing.dependences import Dependences, Reading, changed_since
+from pyro_em.tracing.parameters import values_of
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.m_step import MStepReport, MStepState, edge_fixes, m_step
+from pyro_em.updates.update import Gradient, ParameterUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The factors at some parameter values.
+
+    Attributes:
+        graph: The graph that they belong to.
+        arguments: Per group.
+        tables: Log densities per group.
+    """
+
+    graph: FactorGraph
+    arguments: list[dict[str, Tensor]]
+    tables: list[Tensor]
+
+
+@dataclass(eq=False)
+class Program(StaysHere):
+    """A model with its data; see the module's text.
+
+    Attributes:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: The skeleton found by looking.
+        graph: The latest trace.
+        contraction: The elimination order.
+        updates: What was decided per parameter.
+        compiled: Whether evaluations skip the model.
+        notes: Warnings in words.
+        traced_at: Versions of the parameters at the latest trace, so that it can be used again.
+        look_only: Whether bindings are left out, because no M-step follows.
+        gradient: The update of parameters without a closed form.
+        strategy: Another E-step than the exact one.
+        routes: Rows of the plan where a guide takes part.
+        dependences: What it was read from, beside the parameters.
+        rebuild: Reads the model anew.
+        readings: How often it was read anew.
+        has_told_of_sizes: Whether a plate or support whose size changes has been told of.
+    """
+
+    model: Model
+    args: tuple
+    kwargs: dict[str, Any]
+    structure: Structure
+    graph: FactorGraph
+    contraction: ContractionPlan
+    updates: Mapping[str, ParameterUpdate]
+    compiled: bool
+    notes: tuple[str, ...] = ()
+    state: MStepState = field(default_factory=MStepState)
+    look_only: bool = False
+    gradient: Gradient | None = None
+    strategy: EStepStrategy | None = None
+    routes: tuple[Route, ...] = ()
+    dependences: Dependences = field(default_factory=Dependences)
+    rebuild: Callable[[], Program | Unrouted] | None = None
+    readings: int = 0
+    has_told_of_sizes: bool = False
+    traced_at: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.traced_at = self.versions()
+
+    def versions(self) -> tuple[int, ...]:
+        """Counts of in-place writes: equal as long as no parameter has been written."""
+        return tuple(p.unconstrained._version for p in self.graph.parameters.values())
+
+    def is_changed(self) -> bool:
+        """Whether something that was read, the parameters excepted, is another by now."""
+        return self.dependences.is_changed()
+
+    def reread(self) -> None:
+        """Read the model anew, on the data as they are now."""
+        assert self.rebuild is not None
+        fresh = self.rebuild()
+        if isinstance(fresh, Unrouted):
+            raise fresh.error
+        self.structure, self.graph, self.contraction = (
+            fresh.structure,
+            fresh.graph,
+            fresh.contraction,
+        )
+        self.updates, self.compiled = fresh.updates, fresh.compiled
+        self.dependences, self.traced_at = fresh.dependences, fresh.traced_at
+        self.readings += 1
+
+    def require_unchanged(self, dependences: Dependences, what: str) -> None:
+        """Refuse to compute late what belongs to the data of a fit, if those are others by now.
+
+        Args:
+            dependences: What the fit was read from.
+            what: What somebody asks for.
+
+        Raises:
+            UsageError: If anything of it was changed.
+        """
+        # A compiled program has read all that it needs; a generic one runs the model again.
+        seen = dependences.is_written() if self.compiled else dependences.is_changed()
+        if seen or self.dependences is not dependences:
+            raise UsageError(changed_since(what))
+
+    def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
+        """The factors at the current parameters, or of a compiled program at other values."""
+        with torch.no_grad():
+            if self.compiled or values is not None:
+                values = values or values_of(self.graph.parameters)
+                arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
+                at = [g.evaluate_value(values) for g in self.graph.groups]
+            else:
+                if self.versions() != self.traced_at:
+                    self.graph = self._trace(with_bindings=not self.look_only)
+                    self.traced_at = self.versions()
+                arguments = [dict(g.arguments) for g in self.graph.groups]
+                at = [g.value for g in self.graph.groups]
+            tables = [
+                g.log_density(a, x)
+                for g, a, x in zip(self.graph.groups, arguments, at, strict=True)
+            ]
+        return Evaluation(self.graph, arguments, [t.detach() for t in tables])
+
+    def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
+        """The exact E-step."""
+        evaluation = evaluation or self.evaluate()
+        return exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
+
+    def e_step(self, evaluation: Evaluation, index: int = 0) -> Posterior:
+        """The E-step of the strategy; ``index`` is the number of the step."""
+        return e_step_of(
+            self.strategy, evaluation.graph, self.contraction, evaluation.tables, index
+        )
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether the objective can never fall by more than rounding."""
+        if isinstance(self.strategy, (MonteCarlo, Annealed)):
+            return False
+        return not any(
+            isinstance(u.update, Gradient) and u.update.optimizer is not None
+            for u in self.updates.values()
+        )
+
+    @property
+    def objective_name(self) -> str:
+        """What a fit raises, in words."""
+        if isinstance(self.strategy, Hard):
+            return "log joint at the most probable assignment"
+        if any(g.role is Role.POINT for g in self.graph.groups):
+            return "log evidence + log prior"
+        return "log evidence"
+
+    def may_stop(self, step: int) -> bool:
+        """Whether a stopping rule has a meaning after ``step`` steps."""
+        if isinstance(self.strategy, MonteCarlo):
+            return False
+        return not isinstance(self.strategy, Annealed) or self.strategy.beta(max(step - 6, 0)) == 1
+
+    def m_step(self, counts: Sequence[Tensor], evaluation: Evaluation) -> MStepReport:
+        """The M-step; parameters are written in place."""
+        return m_step(
+            evaluation.graph,
+            self.updates,
+            counts,
+            evaluation.arguments,
+            self.log_densities_at,
+            self.state,
+        )
+
+    def log_densities_at(
+        self, values: Mapping[str, Tensor], groups: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Differentiable log densities of some groups at constrained values."""
+        if self.compiled:
+            return {g: self.graph.groups[g].log_density_at(values) for g in groups}
+        try:
+            graph = self._trace(values=values, with_bindings=False)
+        except Resized as error:  # a trial point: the search goes on without it
+            if not self.has_told_of_sizes:
+                self.has_told_of_sizes = True
+                warn(str(error))
+            raise
+        wanted = {name for g in groups for name in self.graph.groups[g].members}
+        by_site = {
+            name: table
+            for group in graph.groups
+            if wanted.intersection(group.members)
+            for name, table in zip(group.members, group.log_density().unbind(0), strict=True)
+        }
+        return {
+            g: torch.stack([by_site[name] for name in self.graph.groups[g].members]) for g in groups
+        }
+
+    def _trace(
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        random_seed: int | None = None,
+        with_bindings: bool = True,
+    ) -> FactorGraph:
+        with self.dependences.own_run():
+            return trace_graph(
+                self.model,
+                self.args,
+                self.kwargs,
+                self.structure,
+                values=values,
+                random_seed=random_seed,
+                with_bindings=with_bindings,
+            )
+
+    def disagreements(
+        self, values: Mapping[str, Tensor] | None = None, random_seed: int | None = None
+    ) -> list[tuple[str, str]]:
+        """Sites and arguments of a fresh trace that differ from what the bindings predict."""
+        current = values_of(self.graph.parameters)
+        predicted_at = {**current, **(values or {})}
+        try:
+            fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)
+        except Resized as error:
+            if not self.has_told_of_sizes:
+                self.has_told_of_sizes = True
+                self.notes += (str(error),)
+            return [("model", "the size of a plate or a support")]
+        except ModelError:
+            return [("model", "its sites")]
+        found = []
+        for group in self.graph.groups:
+            arguments = group.evaluate_arguments(predicted_at)
+            at = group.evaluate_value(predicted_at)
+            if _agrees(group, arguments, at, fresh):
+                continue
+            for i, site in enumerate(group.members):
+                traced = dict(_static_parts(*fresh.group_of(site)))
+                for name, tensor in _static_parts(group, i, arguments, at):
+                    binding = group.bindings.get(name)
+                    if binding is not None and not binding.is_static:
+                        continue
+                    if name not in traced or not _same(tensor, traced[name]):
+                        found.append((site, name))
+        return found
+
+    def plan(self) -> Plan:
+        """The decisions, as a value that prints."""
+        return Plan(
+            self.routes or routes_of(self.structure),
+            self.updates,
+            self.contraction.cells,
+            self.contraction.largest,
+            self.compiled,
+            observations_of(self.structure),
+            self.structure.edges,
+            self.notes,
+            is_monotone=self.is_monotone,
+            gives_up=gives_up(self.strategy),
+        )
+
+
+def _first_trace(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    max_enumeration: int,
+    reading: Reading | None,
+    looked: Mapping[str, Mapping[str, Any]] | None,
+) -> FactorGraph:
+    """The graph of an enumerated run, whose operations are held to the budget."""
+    limit = max(max_enumeration, 2**20)
+    if structure.unchecked:
+        check_arguments(model, args, kwargs, structure, limit)
+    return trace_graph(
+        model,
+        args,
+        kwargs,
+        structure,
+        limit=limit,
+        # Who wants an E-step only needs neither bindings nor a list of what was read.
+        with_bindings=reading is not None,
+        looked=looked,
+        reading=reading,
+    )
+
+
+def _edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[str]:
+    """Parameters at which the support of the data ends, and that a gradient is to move."""
+    where: dict[str, Group] = {}
+    for group in graph.groups:
+        for name in group.edges:
+            where.setdefault(name, group)
+    return [
+        message(
+            f"parameter '{name}'",
+            f"the support of site '{g.members[0]}' ({g.distribution}) ends at it.",
+            "the likelihood rises until the support meets the outermost row, and is zero beyond: a "
+            "gradient does not see that jump, and a fit may end without an estimate",
+            edge_fixes(name),
+        )
+        for name, g in where.items()
+        if isinstance(updates[name].update, Gradient)
+    ]

@@ -1,0 +1,369 @@
+"""A model and its guide as one Pyro program: which latents are summed, estimated or drawn.
+
+    guide, model → look at both → a route per latent, with its reason → `Pair`
+
+A latent with an exact posterior within the budget is summed, its guide site stays unused, unless a
+guide site that is used depends on it. Everything else takes its value from the guide: a point
+estimate where the guide is a ``Delta`` that nothing random reaches, else a draw. A ``Delta`` of a
+discrete latent is no estimate of a parameter but a distribution of one value, with a gap of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pyro_em.distributions import has_finite_support
+from pyro_em.errors import Finding, ModelError
+from pyro_em.graph.structure import SiteInfo, Structure
+from pyro_em.plan.cost import budget_problems, contraction_from_structure
+from pyro_em.posteriors.elimination import ContractionPlan
+from pyro_em.tracing.sites import Role, frames_of
+from pyro_em.variational.checks import no_route, pair_problems
+from pyro_em.variational.guide import GuideLook
+from pyro_em.variational.pair import Routing, support_size
+
+_SMALL = 2**16  # cells of all guide latents enumerated together
+
+
+_MANY = 20  # dimensions that Pyro's enumeration may take
+
+
+_FEW_RUNS = 32  # runs of guide and model, one per value of what is enumerated above exact sums
+
+
+_MANY_RUNS = 1024  # the same, where the user marked it
+
+
+def decide_routes(
+    structure: Structure,
+    guide: GuideLook | None,
+    *,
+    strategy: Callable[[str], str],
+    max_enumeration: int,
+) -> tuple[Routing, list[Finding]]:
+    """Choose a route for every latent, by looking only.
+
+    Args:
+        structure: The bare model's.
+        guide: What the guide's runs said, or None.
+        strategy: From a latent's name to ``"exact"`` or ``"guide"``.
+        max_enumeration: The budget in cells.
+
+    Returns:
+        The routes, and what speaks against them.
+    """
+    if guide is None:
+        return Routing(structure.latents), []
+    problems = pair_problems(structure, guide)
+    mine = [n for n in guide.sites if n in structure.latents or n in structure.barren]
+    reasons: dict[str, str] = {}
+    from_guide: set[str] = set()
+    for name in structure.latents:
+        info = structure.sites[name]
+        coupled = structure.coupled.get(name)
+        if name not in guide.sites:
+            if strategy(name) == "guide" and info.support_size is not None:
+                reasons[name] = "the guide lacks it; finite support, exact sum"
+            continue
+        if info.support_size is None:
+            kind = "infinite support" if info.is_discrete else "continuous"
+            from_guide.add(name)
+            reasons[name] = kind
+        elif coupled is not None:
+            from_guide.add(name)
+            reasons[name] = coupled.reason
+        elif strategy(name) == "guide":
+            from_guide.add(name)
+            reasons[name] = "strategy='guide'"
+    from_guide |= _depended_on(guide, from_guide, mine, reasons)
+    missing = [
+        n
+        for n in structure.latents
+        if n not in guide.sites and structure.sites[n].support_size is None
+    ]
+    problems += [no_route(structure, n) for n in missing]
+    problems += [c.problem() for n, c in structure.coupled.items() if n not in guide.sites]
+    if problems:
+        return Routing(()), problems
+    while True:
+        given = reduced(structure, from_guide)
+        try:
+            cost = contraction_from_structure(given)
+        except ModelError as error:  # latents of crossed plates
+            outer = [n for p in error.problems for n in p.latents]
+            free = [n for n in outer if n in guide.sites and n in structure.latents]
+            if not free:
+                return Routing(()), list(error.problems)
+            others = ", ".join(f"'{n}'" for n in outer if n != free[0])
+            reasons[free[0]] = f"coupled with {others} across plates: no exact sum"
+            from_guide.add(free[0])
+            from_guide |= _depended_on(guide, from_guide, mine, reasons)
+            continue
+        if cost.cells <= max_enumeration:
+            break
+        movable = [n for n in cost.largest if n in guide.sites and n in structure.latents]
+        if not movable:
+            return Routing(()), budget_problems(given, cost, max_enumeration)
+        for name in movable:
+            reasons[name] = (
+                f"an exact sum would need {_count(cost)} cells, above max_enumeration="
+                f"{max_enumeration:,}"
+            )
+        from_guide |= set(movable)
+        from_guide |= _depended_on(guide, from_guide, mine, reasons)
+    estimated = {n for n in guide.points if not _is_discrete(structure, n)}
+    points = tuple(n for n in mine if n in from_guide and n in estimated)
+    drawn = tuple(n for n in mine if n in from_guide and n not in estimated)
+    exact = tuple(n for n in structure.latents if n not in from_guide)
+    enumerated = _enumerated_in_guide(structure, guide, drawn, exact, max_enumeration)
+    for name in points:
+        reasons[name] = "the guide is a Delta: its log prior enters the objective"
+    for name in drawn:
+        reasons[name] = _how(name, guide, name in enumerated, reasons[name], exact)
+    unused = tuple(n for n in mine if n not in from_guide)
+    return Routing(exact, points, drawn, enumerated, reasons, guide, unused), []
+
+
+def _is_discrete(structure: Structure, name: str) -> bool:
+    return name in structure.sites and structure.sites[name].is_discrete
+
+
+def _count(cost: ContractionPlan) -> str:
+    return f"{cost.cells:,}" if cost.cells < 10**15 else f"{cost.cells:.3g}"
+
+
+def _depended_on(
+    guide: GuideLook, used: set[str], mine: list[str], reasons: dict[str, str]
+) -> set[str]:
+    """Latents that a used guide site depends on: both stay with the guide."""
+    added: set[str] = set()
+    for name in mine:
+        if name in used or name in guide.points:
+            continue
+        children = [u for u in used if name in guide.scopes.get(u, frozenset())]
+        if children:
+            added.add(name)
+            reasons[name] = f"the guide's site '{children[0]}' depends on it"
+    return added
+
+
+def _how(
+    name: str, guide: GuideLook, is_enumerated: bool, reason: str, exact: tuple[str, ...]
+) -> str:
+    fn = guide.sites[name]["fn"]
+    if name in guide.points:
+        return f"{reason}; the guide is a Delta: one value, nothing is drawn"
+    if is_enumerated:
+        return f"{reason}; enumerated in the guide"
+    if getattr(fn, "has_rsample", False):
+        return f"{reason}; reparameterised draw"
+    words = f"{reason}; score function with a baseline"
+    if exact and has_finite_support(fn):
+        words += (
+            f" (not enumerated: '{exact[0]}' is summed exactly under each of its values, which are "
+            "too many, or what depends on it is outside its plates)"
+        )
+    return words
+
+
+def _enumerated_in_guide(
+    structure: Structure,
+    guide: GuideLook,
+    drawn: tuple[str, ...],
+    exact: tuple[str, ...],
+    max_enumeration: int,
+) -> tuple[str, ...]:
+    """Drawn latents of finite support that are summed under the guide: small or marked ones."""
+    known = [n for n in drawn if n in structure.sites]
+    finite = [n for n in known if has_finite_support(guide.sites[n]["fn"])]
+    # What is enumerated has one element for its whole plate: it must not be read by others.
+    finite = [n for n in finite if n not in structure.coupled and n not in guide.coupled]
+    finite = [n for n in finite if _stays_inside(n, structure, guide, drawn, exact)]
+    marked = [n for n in finite if guide.sites[n]["infer"].get("enumerate")]
+    if exact:
+        if _runs(finite, guide) <= _FEW_RUNS:
+            return tuple(finite)
+        return tuple(marked) if _runs(marked, guide) <= _MANY_RUNS else ()
+    if not finite:
+        return ()
+    cells = 1
+    for name in finite:
+        cells *= structure.sites[name].support_size or 1
+    rows = max(
+        (_cells_of_plates(structure, structure.sites[n]) for n in structure.sites), default=1
+    )
+    if len(finite) <= _MANY and cells <= _SMALL and cells * rows <= min(2**24, max_enumeration):
+        return tuple(finite)
+    return tuple(marked)
+
+
+def _runs(names: list[str], guide: GuideLook) -> int:
+    return math.prod(support_size(guide, n) for n in names)
+
+
+def _stays_inside(
+    name: str,
+    structure: Structure,
+    guide: GuideLook,
+    drawn: tuple[str, ...],
+    exact: tuple[str, ...],
+) -> bool:
+    """Whether all that depends on a guide site is inside its plates, exact sums included.
+
+    Then each element of the plates is summed by itself: K runs are enough, not K to the power of
+    the plates' sizes.
+    """
+    own = set(structure.sites[name].plates)
+    plates = {f"guide:{n}": set(frames_of(s)) for n, s in guide.sites.items()}
+    plates |= {n: set(frames_of(structure.unobserved[n])) for n in structure.barren}
+    plates |= {n: set(info.plates) for n, info in structure.sites.items()}
+    if plates[f"guide:{name}"] != own:
+        return False
+    moved = {name, *(u for u in guide.sites if name in guide.scopes.get(u, frozenset()))}
+    reached = {f"guide:{u}" for u in moved if u in drawn}
+    reached |= {n for n in structure.barren if n in drawn}  # their parents are not known
+    scopes = {n: set(info.scope) for n, info in structure.sites.items()}
+    reached |= {n for n, scope in scopes.items() if n in moved or scope & moved}
+    while True:
+        summed = {z for n in reached if n in scopes for z in scopes[n] if z in exact}
+        more = {n for n, scope in scopes.items() if scope & summed} - reached
+        if not more:
+            break
+        reached |= more
+    return all(own <= plates[n] for n in reached)
+
+
+def _cells_of_plates(structure: Structure, info: SiteInfo) -> int:
+    out = 1
+    for plate in info.plates:
+        out *= structure.plates[plate].size
+    return out
+
+
+def reduced(structure: Structure, given: set[str]) -> Structure:
+    """The structure in which some latents have values."""
+    sites = {
+        n: replace(
+            info,
+            observed=info.observed or n in given,
+            scope=tuple(s for s in info.scope if s not in given),
+        )
+        for n, info in structure.sites.items()
+    }
+    return replace(
+        structure, sites=sites, latents=tuple(n for n in structure.latents if n not in given)
+    )
+
+
+def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:
+    """The route of every unobserved site of a model that has a guide."""
+    words = {
+        **dict.fromkeys(routing.points, "point estimate"),
+        **dict.fromkeys(routing.drawn, "guide"),
+    }
+    routes = []
+    for route in routes_of(bare):
+        name = route.site
+        if name in words:
+            routes.append(replace(route, route=words[name], reason=routing.reasons[name]))
+        elif name in routing.reasons:
+            routes.append(replace(route, reason=routing.reasons[name]))
+        elif name in routing.unused:
+            reason = f"{route.reason}; its guide site is not used"
+            routes.append(replace(route, reason=reason))
+        else:
+            routes.append(route)
+    return tuple(routes)
+
+
+def unknown_strategies(strategy: Any, latents: Iterable[str]) -> list[str]:
+    """Names and globs in a dict of strategies that match no latent."""
+    if not isinstance(strategy, Mapping):
+        return []
+    names = list(latents)
+    return [p for p in strategy if not any(n == p or fnmatchcase(n, p) for n in names)]
+
+
+def matching(strategy: Any, name: str) -> Any:
+    """The strategy of one latent where ``strategy`` may be a dict of names and globs."""
+    if not isinstance(strategy, Mapping):
+        return strategy
+    if name in strategy:
+        return strategy[name]
+    hits = [s for pattern, s in strategy.items() if fnmatchcase(name, pattern)]
+    return hits[0] if hits else "exact"
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one unobserved site is treated, and why.
+
+    Attributes:
+        site: The site's name.
+        distribution: Its distribution.
+        route: ``"enumerate"``, ``"integrates to one"``, ``"point estimate"``, ``"guide"``, or
+            ``"none"`` where there is none; everything but a plan then raises.
+        size: Number of values summed over, or None.
+        plates: Its plates.
+        reason: Why, in words.
+        finding: What leaves it without a route, with the fixes to try; else None.
+    """
+
+    site: str
+    distribution: str
+    route: str
+    size: int | None
+    plates: tuple[str, ...]
+    reason: str
+    finding: Finding | None = None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One observed site: its name, the name of its distribution, its plates left to right."""
+
+    site: str
+    distribution: str
+    plates: tuple[str, ...]
+
+
+def routes_of(structure: Structure) -> tuple[Route, ...]:
+    """The route of every unobserved site."""
+    routes = []
+    for name in structure.latents:
+        info = structure.sites[name]
+        routes.append(
+            Route(
+                name,
+                info.distribution,
+                "enumerate",
+                info.support_size,
+                info.plates,
+                "finite support, exact sum",
+            )
+        )
+    for name, distribution in structure.barren.items():
+        routes.append(
+            Route(
+                name,
+                distribution,
+                "integrates to one",
+                None,
+                (),
+                "no observed site depends on it",
+            )
+        )
+    return tuple(routes)
+
+
+def observations_of(structure: Structure) -> tuple[Observation, ...]:
+    """The observed sites."""
+    return tuple(
+        Observation(i.name, i.distribution, i.plates)
+        for i in structure.sites.values()
+        if i.role is Role.DATA
+    )

@@ -1,0 +1,340 @@
+"""`Posterior`: q(z) over all summed latents, as users hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyro_em.arguments import seed_of, site_name, whole
+from pyro_em.elsewhere import OF_SUMMED, NamesFromElsewhere
+from pyro_em.errors import UsageError, message
+from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.portable import Portable
+from pyro_em.posteriors.crossed import across_plates, are_connected
+from pyro_em.posteriors.enumeration import contraction_of, largest_cells, run_contraction
+from pyro_em.posteriors.sampling import Conditional, conditionals, cumulative_rows, draw_codes
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior(Portable, NamesFromElsewhere):
+    """q(z): the exact posterior over all summed latents, or a product that a user gave.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_em import ExactPosteriorEM
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        ...         pyro.sample("x", dist.Normal(torch.tensor([-1.0, 1.0])[z], 1.0), obs=x)
+        >>> q = ExactPosteriorEM(model).posterior(torch.tensor([0.0, 1.0]))
+        >>> q.probs("z")
+        tensor([[0.5000, 0.5000],
+                [0.1192, 0.8808]])
+        >>> q.mode()["z"].shape
+        torch.Size([2])
+
+    Attributes:
+        graph: The factor graph at which it was computed.
+        cells: Per group the probability of every cell, unscaled. # (members, *sizes)
+        counts: Per group expected counts: scaled and masked. # (members, *sizes)
+        log_evidence: log p(x; θ) in nats; None for a q that a user gave.
+        log_prior: Log density of point-estimated latents in nats; the evidence excludes it.
+        bound: ELBO(q, θ) in nats, log prior included; None for a q that a user gave.
+        exact: Whether this is p(z | x; θ).
+        tables: The log densities behind it.
+        entropy_value: H(q) in nats.
+        pointwise: The evidence per element of the outermost data plate, where there is one.
+    """
+
+    elsewhere: ClassVar[Mapping[str, str]] = OF_SUMMED
+
+    graph: FactorGraph
+    cells: list[Tensor]
+    counts: list[Tensor]
+    log_evidence: float | None
+    exact: bool
+    tables: list[Tensor]
+    entropy_value: float
+    pointwise: Tensor | None = None
+    log_prior: float = 0.0
+    bound: float | None = None
+
+    def __repr__(self) -> str:
+        sites = ", ".join(
+            f"{n} {tuple(self.graph.dim_size(p) for p in v.plates)}x{v.size}"
+            for n, v in list(self.graph.latents.items())[:4]
+        )
+        more = ", …" if len(self.graph.latents) > 4 else ""
+        return f"Posterior(exact={self.exact}, log_evidence={self.log_evidence}, {sites}{more})"
+
+    def entropy(self) -> float:
+        """H(q) = −E_q[log q(z)] in nats, scaled as the sites are."""
+        return self.entropy_value
+
+    def probs(self, site: str) -> Tensor:
+        """The posterior marginals of a latent.
+
+        Args:
+            site: Its name; for a site with ``obs_mask`` the name in the model.
+
+        Returns:
+            Probabilities. # (*plates, K)
+
+        Raises:
+            UsageError: If no such latent was summed.
+        """
+        site_name("probs", "site", site)
+        if self._own_name(site) != site:
+            return self._with_observed(site)
+        latent = self._latent(site)
+        group, i = self.graph.group_of(site)
+        cells = self._cells(group)[i]
+        dims = group.dims[i]
+        keep = [d for d in dims if d in latent.plates] + [site]
+        table = marginal(cells, dims, keep)
+        return self._shaped(table / table.sum(-1, keepdim=True), latent)
+
+    def joint(self, a: str, b: str) -> Tensor:
+        """The joint posterior of two latents.
+
+        Args:
+            a: One site.
+            b: Another.
+
+        Returns:
+            Probabilities. # (*plates of both, K_a, K_b)
+        """
+        site_name("joint", "a", a)
+        site_name("joint", "b", b)
+        if a == b:
+            return torch.diag_embed(self.probs(a))
+        own_a, own_b = self._own_name(a), self._own_name(b)
+        if (own_a, own_b) != (a, b):
+            return self._joint_with_observed(a, b, own_a, own_b)
+        first, second = self._latent(a), self._latent(b)
+        plates = self._ordered({*first.plates, *second.plates})
+        wanted = [*plates, a, b]
+        for group, cells in zip(self.graph.groups, self.cells, strict=True):
+            for i, dims in enumerate(group.dims):
+                if a in dims and b in dims:
+                    return self._normalised(marginal(cells[i], dims, wanted), 2)
+        if not self.exact or not are_connected(self.graph, a, b):
+            return self._product(first, second, plates)
+        if not (set(first.plates) <= set(second.plates) or set(second.plates) <= set(first.plates)):
+            return self._normalised(
+                across_plates(self.graph, self.tables, first, second, plates), 2
+            )
+        extra = tuple(wanted)
+        plan = contraction_of(self.graph, [extra])
+        zeros = torch.zeros(
+            [self.graph.dim_size(d) for d in extra],
+            dtype=torch.float64,
+            device=self.cells[0].device,
+        )
+        result = run_contraction(self.graph, plan, self.tables, extra=[zeros])
+        return self._normalised(result.cells[-1], 2)
+
+    def mode(self) -> dict[str, Tensor]:
+        """A jointly most probable assignment of all latents: Viterbi on chains.
+
+        Returns:
+            For each latent its values, from its support. # (*plates, *event)
+        """
+        if not self.exact:
+            best = {
+                name: latent.support[self.probs(name).argmax(-1)]
+                for name, latent in self.graph.latents.items()
+            }
+            return self._under_user_names(best)
+        plan = contraction_of(self.graph)
+        result = largest_cells(self.graph, plan, self.tables)
+        return self._assignment(result.cells)
+
+    def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw jointly from the posterior.
+
+        Args:
+            n: Number of draws.
+            seed: Seed of the draws; torch's global state otherwise.
+
+        Returns:
+            For each latent its drawn values. # (n, *plates, *event)
+        """
+        n, seed = whole("sample", "n", n, None), seed_of("sample", seed)
+        if n < 1:
+            raise UsageError(message("sample", f"n={n}: at least one draw is needed."))
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=self.cells[0].device).manual_seed(seed)
+        latents = self.graph.latents
+        out = {
+            name: z.support.new_empty((n, *self._batch_shape(z), *z.support.shape[1:]))
+            for name, z in latents.items()
+        }
+        done = 0
+        for size, codes in draw_codes(self.graph, self._conditionals(), n, generator):
+            for name, z in latents.items():
+                values = z.support[codes[name].reshape(size, *self._batch_shape(z))]
+                out[name][done : done + size] = values
+            done += size
+        return self._under_user_names(out)
+
+    def _conditionals(self) -> list[Conditional]:
+        if self.exact:
+            return conditionals(self.graph, contraction_of(self.graph), self.tables)
+        return [
+            Conditional(name, z.plates, (), cumulative_rows(self.probs(name).reshape(-1, z.size)))
+            for name, z in self.graph.latents.items()
+        ]
+
+    def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for group, cells in zip(self.graph.groups, marked, strict=True):
+            if group.observed:
+                continue
+            for i, name in enumerate(group.members):
+                latent = self.graph.latents[name]
+                keep = [d for d in group.dims[i] if d in latent.plates] + [name]
+                table = self._shaped(marginal(cells[i], group.dims[i], keep), latent)
+                out[name] = latent.support[table.argmax(-1)]
+        return self._under_user_names(out)
+
+    def _under_user_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Values of ``obs_mask`` sites under the user's names, with what was observed."""
+        for name, mask in self.graph.structure.masked_pairs.items():
+            hidden = f"{name}_unobserved"
+            if hidden in values:
+                values[name] = self._where_observed(name, mask, values.pop(hidden))
+        return values
+
+    def _where_observed(self, name: str, mask: Tensor, unobserved: Tensor) -> Tensor:
+        event_dim = self.graph.latents[f"{name}_unobserved"].support.dim() - 1
+        own = len(self.graph.latents[f"{name}_unobserved"].batch_dims) + event_dim
+        shape = unobserved.shape[unobserved.dim() - own :]  # without that of draws
+        value = self._observed_value(name).to(unobserved.dtype).reshape(shape)
+        return torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, unobserved)
+
+    def _observed_value(self, name: str) -> Tensor:
+        group, i = self.graph.group_of(f"{name}_observed")
+        value = group.value[i]
+        latent = self.graph.latents[f"{name}_unobserved"]
+        plates = value.shape[: group.n_plates]
+        event = value.shape[len(group.dims[i]) :]
+        value = value.reshape((*plates, *event))
+        sizes = [self.graph.dim_size(p) for p in latent.plates]
+        return value.expand((*sizes, *event))
+
+    def _own_name(self, site: str) -> str:
+        """The summed site behind a name: that of the unobserved part under ``obs_mask``."""
+        hidden = f"{site}_unobserved"
+        masked = site in self.graph.structure.masked_pairs and hidden in self.graph.latents
+        return hidden if masked else site
+
+    def _with_observed(self, name: str) -> Tensor:
+        """Marginals of an ``obs_mask`` site: one-hot where it was observed."""
+        latent = self.graph.latents[f"{name}_unobserved"]
+        probs = self.probs(f"{name}_unobserved")
+        value = self._observed_value(name)
+        event_dim = latent.support.dim() - 1
+        same = value.unsqueeze(value.dim() - event_dim) == latent.support.to(value.dtype)
+        hot = same.flatten(same.dim() - event_dim).all(-1) if event_dim else same
+        mask = self.graph.structure.masked_pairs[name]
+        hot = hot.reshape(probs.shape)
+        return torch.where(mask.unsqueeze(-1), hot.to(probs.dtype), probs)
+
+    def _joint_with_observed(self, a: str, b: str, own_a: str, own_b: str) -> Tensor:
+        """Where one of the two was observed the joint is a product of the marginals."""
+        joint = self.joint(own_a, own_b)
+        first, second = self._latent(own_a), self._latent(own_b)
+        plates = self._ordered({*first.plates, *second.plates})
+        product = self._over(a, first, plates).unsqueeze(-1) * self._over(
+            b, second, plates
+        ).unsqueeze(-2)
+        observed = torch.zeros(product.shape[:-2], dtype=torch.bool, device=product.device)
+        for name, latent in ((a, first), (b, second)):
+            mask = self.graph.structure.masked_pairs.get(name)
+            if mask is not None and latent.name != name:
+                flat = mask.expand(self._batch_shape(latent))
+                observed = observed | self._lay_out(flat, latent, plates)
+        return torch.where(observed[..., None, None], product, joint)
+
+    def _batch_shape(self, latent: Latent) -> list[int]:
+        return [1 if d is None else self.graph.dim_size(d) for d in latent.batch_dims]
+
+    def _lay_out(self, table: Tensor, latent: Latent, plates: Sequence[str]) -> Tensor:
+        """A table over a latent's own batch dimensions, and more, over some plates."""
+        beyond = table.shape[len(latent.batch_dims) :]
+        shape = [self.graph.dim_size(d) if d in latent.plates else 1 for d in plates]
+        return table.reshape([*shape, *beyond])
+
+    def _over(self, site: str, latent: Latent, plates: Sequence[str]) -> Tensor:
+        return self._lay_out(self.probs(site), latent, plates)
+
+    def _cells(self, group: Group) -> Tensor:
+        return self.cells[self.graph.groups.index(group)]
+
+    def _latent(self, site: str) -> Latent:
+        if site not in self.graph.latents:
+            known = ", ".join(f"'{n}'" for n in self.graph.latents) or "none"
+            raise UsageError(
+                message(
+                    f"site '{site}'",
+                    f"it is no summed latent of this model; those are: {known}.",
+                    fixes=["ask for one of them"],
+                )
+            )
+        return self.graph.latents[site]
+
+    def _ordered(self, plates: set[str]) -> list[str]:
+        return sorted(plates, key=lambda p: self.graph.structure.plates[p].dim)
+
+    def _normalised(self, table: Tensor, event: int) -> Tensor:
+        table = table / table.sum(tuple(range(-event, 0)), keepdim=True)
+        return table.to(self.graph.dtype)
+
+    def _product(self, first: Latent, second: Latent, plates: list[str]) -> Tensor:
+        a, b = (self._over(latent.name, latent, plates) for latent in (first, second))
+        sizes = [self.graph.dim_size(p) for p in plates]
+        return (a.unsqueeze(-1) * b.unsqueeze(-2)).expand(*sizes, first.size, second.size)
+
+    def _shaped(self, table: Tensor, latent: Latent) -> Tensor:
+        """From (plates, K) to the site's own batch dimensions, size-one ones kept."""
+        sizes = dict(zip(latent.plates, table.shape, strict=False))
+        shape = [sizes[d] if d is not None else 1 for d in latent.batch_dims]
+        return table.reshape([*shape, latent.size]).to(self.graph.dtype)
+
+
+def marginal(cells: Tensor, dims: Sequence[str], keep: Sequence[str]) -> Tensor:
+    """A table summed over the dimensions that are not kept; tables are normalised afterwards."""
+    dims = list(dims)
+    plates_beyond = [i for i, d in enumerate(dims) if d not in keep]
+    table = cells
+    for i in reversed(plates_beyond):
+        table = table.sum(i)
+    names = [d for d in dims if d in keep]
+    return table.permute([names.index(d) for d in keep])
+
+
+def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
+    """A posterior laid out for another graph of the same model and data; None if it is not."""
+    by_site = {
+        name: (g.dims[i], g.sizes, q.cells[k][i], q.counts[k][i])
+        for k, g in enumerate(q.graph.groups)
+        for i, name in enumerate(g.members)
+    }
+    names = [name for g in graph.groups for name in g.members]
+    if set(names) != set(by_site):
+        return None
+    cells, counts = [], []
+    for group in graph.groups:
+        for i, name in enumerate(group.members):
+            dims, sizes, _, _ = by_site[name]
+            if dims != group.dims[i] or sizes != group.sizes:
+                return None
+        cells.append(torch.stack([by_site[name][2] for name in group.members]))
+        counts.append(torch.stack([by_site[name][3] for name in group.members]))
+    return replace(q, graph=graph, cells=cells, counts=counts)

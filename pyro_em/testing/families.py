@@ -1,0 +1,240 @@
+"""The conformance suite of distribution families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_em.em import ExactPosteriorEM
+from pyro_em.errors import UsageError, message
+from pyro_em.families.family import Family
+from pyro_em.families.forms import Kind
+from pyro_em.families.registry import _REGISTRY
+from pyro_em.tracing.turns import alone
+from pyro_em.updates.update import ClosedForm
+
+
+@alone("check_family")
+def check_family(
+    family: Family,
+    arguments: Mapping[str, Tensor],
+    *,
+    num_data: int = 60,
+    seed: int = 0,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64),
+) -> None:
+    """Test a closed-form family record as users will meet it: in a mixture.
+
+    Each argument that has a rule is made a parameter in turn, the others are held. Checked are: the
+    density against the distribution's own; the gradient of the expected log joint, which vanishes
+    at the solution; statistics, which add over splits of the data (additive records only);
+    weights, which equal replication; float32 and float64; a component of zero weight.
+
+    Args:
+        family: A registered record.
+        arguments: Two or more components' arguments. # (K, *argument event)
+        num_data: Number of data drawn from the components.
+        seed: Seed of the data and of the responsibilities.
+        dtypes: Dtypes to check in.
+
+    Raises:
+        AssertionError: With the check and the argument that failed.
+
+    Example:
+        >>> from pyro_em.families import family_of
+        >>> poisson = family_of(dist.Poisson(1.0))
+        >>> check_family(poisson, {"rate": torch.tensor([1.0, 4.0])})
+    """
+    if _REGISTRY.get(family.distribution) is not family:
+        raise UsageError(
+            message(
+                "check_family",
+                f"the record of {family.name} is not registered.",
+                "the suite fits models, which look it up",
+                ["call register_family(family) first"],
+            )
+        )
+    if any(a.dim() == 0 for a in arguments.values()):
+        raise UsageError(
+            message(
+                "check_family",
+                "an argument has no leading dimension of components.",
+                fixes=["give one value per component: torch.tensor([1.0, 2.0])"],
+            )
+        )
+    for dtype in dtypes:
+        typed = {
+            n: a.to(dtype) if a.is_floating_point() else a.clone() for n, a in arguments.items()
+        }
+        case = _FamilyCase(family, typed, num_data, seed, dtype)
+        case.check_density()
+        if family.additive:
+            case.check_additive()
+        for name in family.rules:
+            if name in typed:
+                case.check_stationary(name)
+                case.check_weights(name)
+                case.check_empty_component(name)
+
+
+class _FamilyCase:
+    """One family, one dtype: data drawn from K components and random responsibilities."""
+
+    def __init__(
+        self,
+        family: Family,
+        arguments: Mapping[str, Tensor],
+        num_data: int,
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.family, self.arguments, self.dtype = family, dict(arguments), dtype
+        self.K = next(iter(arguments.values())).shape[0]
+        generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.labels = torch.randint(self.K, (num_data,), generator=generator)
+            rows = {n: self._rows(n, a) for n, a in self.arguments.items()}
+            self.x = family.distribution(**rows).sample()
+        if self.x.is_floating_point():
+            self.x = self.x.to(dtype)
+        q = torch.rand(num_data, self.K, generator=generator, dtype=torch.float64) + 0.05
+        self.q = q / q.sum(-1, keepdim=True)
+        self.where = f"family {family.name}, {str(dtype).removeprefix('torch.')}"
+        self.rtol = 2e-3 if dtype == torch.float32 else 1e-7
+
+    def _rows(self, name: str, argument: Tensor) -> Any:
+        if name in self.family.constants and bool((argument == argument.reshape(-1)[0]).all()):
+            return int(argument.reshape(-1)[0])
+        return argument[self.labels]
+
+    def check_density(self) -> None:
+        """log p as the record computes it, against the distribution's own."""
+        rows = {n: a[self.labels] for n, a in self.arguments.items()}
+        ours = self.family.log_prob(self.x, rows)
+        theirs = self.family.distribution(
+            **{n: self._rows(n, a) for n, a in self.arguments.items()}
+        ).log_prob(self.x)
+        assert torch.allclose(ours, theirs, rtol=self.rtol, atol=self.rtol), (
+            f"{self.where}: log_density differs from the distribution's log_prob by up to "
+            f"{float((ours - theirs).abs().max()):.3g}"
+        )
+
+    def check_additive(self) -> None:
+        """Statistics of the whole are the sum of those of two halves."""
+        weights = self.q.to(self.dtype)
+        half = len(self.x) // 2
+        cells = {n: a.unsqueeze(0) for n, a in self.arguments.items()}
+        x = self.x.unsqueeze(1)
+        keep = (False, True)
+        whole = self.family.expected_statistics(weights, x, cells, keep)
+        parts = [
+            self.family.expected_statistics(weights[s], x[s], cells, keep)
+            for s in (slice(None, half), slice(half, None))
+        ]
+        for name, value in whole.items():
+            total = parts[0][name] + parts[1][name]
+            assert torch.allclose(value, total, rtol=self.rtol, atol=self.rtol), (
+                f"{self.where}: statistic '{name}' does not add over a split of the data"
+            )
+
+    def model(self, name: str, x: Tensor, weights: Tensor | None = None) -> None:
+        """A mixture in which one argument is a parameter and the others are constants."""
+        constraint = self.family.distribution.arg_constraints[name]  # type: ignore[attr-defined]
+        parameter = pyro.param(name, self.arguments[name].clone(), constraint=_of(constraint))
+        scale = 1.0 if weights is None else weights
+        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=scale):
+            prior = torch.ones(self.K, dtype=self.dtype) / self.K
+            z = pyro.sample("z", dist.Categorical(prior))
+            given: dict[str, Any] = {}
+            for n, a in self.arguments.items():
+                constant = n in self.family.constants and bool((a == a.reshape(-1)[0]).all())
+                given[n] = int(a.reshape(-1)[0]) if constant else a[z]
+            given[name] = parameter[z]
+            pyro.sample("x", self.family.distribution(**given), obs=x)
+
+    def solution(
+        self, name: str, x: Tensor, q: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, ExactPosteriorEM]:
+        with pyro.get_param_store().scope():
+            em = ExactPosteriorEM(lambda *args: self.model(name, *args))
+            args = (x,) if weights is None else (x, weights)
+            update = em.plan(*args).updates[name]
+            assert isinstance(update.update, ClosedForm), (
+                f"{self.where}: argument '{name}' has a rule but takes "
+                f"{type(update.update).__name__}: {update.reason}"
+            )
+            em.m_step({"z": q.to(x.device)}, *args)
+            return pyro.param(name).detach().clone(), em
+
+    def objective(self, name: str, value: Tensor) -> Tensor:
+        """E_q[log p(x | z)], by the distribution itself."""
+        components = []
+        for k in range(self.K):
+            rows: dict[str, Any] = {
+                n: self._rows(n, a[k].expand(a.shape)) for n, a in self.arguments.items()
+            }
+            rows = {n: r if isinstance(r, int) else self.arguments[n][k] for n, r in rows.items()}
+            rows[name] = value[k]
+            components.append(
+                self.family.distribution(**rows, validate_args=False).log_prob(self.x)
+            )
+        return (self.q.to(self.dtype) * torch.stack(components, -1)).sum()
+
+    def check_stationary(self, name: str) -> None:
+        """The gradient in unconstrained coordinates is zero, and no neighbour is better."""
+        value, _ = self.solution(name, self.x, self.q)
+        if self.family.rules[name].kind is Kind.MEDIAN:
+            best = float(self.objective(name, value))
+            for step in (1e-3, -1e-3):
+                assert float(self.objective(name, value + step)) <= best + 1e-6 * abs(best), (
+                    f"{self.where}: '{name}' is no maximiser"
+                )
+            return
+        constraint = self.family.distribution.arg_constraints[name]  # type: ignore[attr-defined]
+        transform = transform_to(_of(constraint))
+        u = transform.inv(value).detach().requires_grad_()
+        start = transform.inv(self.arguments[name]).detach().requires_grad_()
+        (at,) = torch.autograd.grad(self.objective(name, transform(u)), u)
+        (before,) = torch.autograd.grad(self.objective(name, transform(start)), start)
+        size = float(before.abs().max()) + float(len(self.x)) ** 0.5
+        assert float(at.abs().max()) <= 10 * self.rtol * size, (
+            f"{self.where}: the gradient of the expected log joint in '{name}' is "
+            f"{float(at.abs().max()):.3g} at the solution, not zero"
+        )
+
+    def check_weights(self, name: str) -> None:
+        """Integer weights give what replicated rows give."""
+        counts = torch.arange(len(self.x)) % 3 + 1
+        repeated = self.x.repeat_interleave(counts, 0)
+        q = self.q.repeat_interleave(counts, 0)
+        long, _ = self.solution(name, repeated, q)
+        short, _ = self.solution(name, self.x, self.q, counts.to(self.dtype))
+        assert torch.allclose(long, short, rtol=self.rtol, atol=self.rtol), (
+            f"{self.where}: weighted rows give another '{name}' than replicated rows"
+        )
+
+    def check_empty_component(self, name: str) -> None:
+        """A component without mass keeps its value and leaves the others right."""
+        q = self.q.clone()
+        q[:, -1] = 0
+        q = q / q.sum(-1, keepdim=True)
+        value, _ = self.solution(name, self.x, q)
+        assert bool(torch.isfinite(value).all()), (
+            f"{self.where}: a component of zero weight makes '{name}' non-finite"
+        )
+        kept = self.arguments[name][-1]
+        assert torch.allclose(value[-1], kept, rtol=self.rtol, atol=self.rtol), (
+            f"{self.where}: a component of zero weight does not keep its '{name}'"
+        )
+
+
+def _of(constraint: constraints.Constraint) -> constraints.Constraint:
+    """A constraint that has a transform: ``nonnegative`` is reached through ``positive``."""
+    return constraints.positive if constraint is constraints.nonnegative else constraint

@@ -1,0 +1,278 @@
+"""The only file that uses torch's dispatch modes: watching what a model's operations allocate.
+
+A plain run of a mixture looks up one covariance matrix per datum: N × D × D numbers, several times.
+Only their shapes are of use. A *shadow* is a tensor without numbers (on torch's ``meta`` device);
+whatever is computed from one is a shadow too, costs nothing, and refuses to be read as a number.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.distributions.util import broadcast_shape
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Operation = Callable[..., Any]
+
+
+_META = torch.device("meta")
+
+
+_SMALL = 4096  # cells; what is smaller is not counted
+
+
+_KEPT_BYTES = 2**26  # what a model makes of nothing and may keep has numbers up to this size
+
+
+class OutputTooLarge(Exception):
+    """An operation inside a model made a tensor above the limit; holds its size in cells."""
+
+    def __init__(self, cells: int) -> None:
+        super().__init__(f"{cells} cells")
+        self.cells = cells
+
+
+class Overspent(BaseException):
+    """A run allocates more than it may. No `Exception`: a model that catches those lets it pass."""
+
+
+class NumbersNeeded(Exception):
+    """A run with shadows cannot go on, or what it showed cannot be judged, without numbers."""
+
+
+class _Watching(TorchDispatchMode):
+    """Every operation inside goes through ``handle(operation, args, kwargs)``."""
+
+    def __init__(self, handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self.handle = handle
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True imports torch._dynamo at the first operation: a second or two, and 70 MB.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, args, kwargs or {})
+
+
+class _WatchingBesideDynamo(_Watching):
+    """The same where ``torch.compile`` is in use, which must not compile the watching itself."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.handle(func, args, kwargs or {})
+
+
+def _watching(handle: Callable[[Operation, tuple, dict[str, Any]], Any]) -> TorchDispatchMode:
+    cls = _WatchingBesideDynamo if "torch._dynamo" in sys.modules else _Watching
+    return cls(handle)
+
+
+def size_guard(limit: int, by: Callable[..., Any] | None = None) -> TorchDispatchMode:
+    """A block in which an operation whose output exceeds ``limit`` cells raises `OutputTooLarge`.
+
+    Args:
+        limit: Cells.
+        by: Runs each operation, given it, its arguments and its keyword arguments.
+    """
+
+    def handle(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+        out = func(*args, **kwargs) if by is None else by(func, args, kwargs)
+        if isinstance(out, Tensor) and out.numel() > limit:
+            # An expanded view has many elements and little memory: count what is stored.
+            stored = out.untyped_storage().nbytes() // out.element_size()
+            if stored > limit:
+                raise OutputTooLarge(stored)
+        return out
+
+    return _watching(handle)
+
+
+def watching(by: Callable[..., Any]) -> TorchDispatchMode:
+    """A block whose operations are run by ``by``, given each and its arguments."""
+    return _watching(by)
+
+
+def spending_at_most(limit: int) -> TorchDispatchMode:
+    """A block that raises `Overspent` when its operations have allocated ``limit`` bytes in all.
+
+    What looks up or draws much is stopped before it does.
+    """
+    spent = 0
+
+    def spend(n: int) -> None:
+        nonlocal spent
+        spent += n
+        if spent > limit:
+            raise Overspent
+
+    def handle(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+        foresee = _FORESEEN.get(func)
+        if foresee is not None:
+            spend(foresee(*args, **kwargs))
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor) and t.numel() >= _SMALL and not _is_view(func):
+                spend(t.untyped_storage().nbytes())
+        return out
+
+    return _watching(handle)
+
+
+def _of_index(source: Tensor, indices: Any) -> int:
+    """Bytes that ``source[indices]`` takes. Boolean indices are counted as if all were True."""
+    found = [i for i in indices if i is not None]
+    if any(i.dtype in (torch.bool, torch.uint8) for i in found):
+        return source.numel() * source.element_size()
+    rows = math.prod(broadcast_shape(*(i.shape for i in found)))
+    kept = [n for n, i in zip(source.shape, indices, strict=False) if i is None]
+    kept += source.shape[len(indices) :]
+    return rows * math.prod(kept) * source.element_size()
+
+
+def _of_draw(probs: Tensor, *rest: Any, **how: Any) -> int:
+    """Bytes that ``torch.multinomial`` takes: a number per probability."""
+    return probs.numel() * probs.element_size()
+
+
+_aten = torch.ops.aten
+
+
+_FORESEEN: Mapping[Operation, Callable[..., int]] = {
+    _aten.index.Tensor: _of_index,
+    _aten.multinomial.default: _of_draw,
+}
+
+
+_views: dict[Operation, bool] = {}
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation's outputs share an input's memory."""
+    if func not in _views:
+        _views[func] = any(r.alias_info is not None for r in func._schema.returns)
+    return _views[func]
+
+
+class Shadows:
+    """The shadows of one run: ``with Shadows() as s:`` tensors and shadows may meet in the block.
+
+    Attributes:
+        device: Where the tensors are in whose place the shadows stand.
+
+    Raises:
+        NumbersNeeded: If the block fails in any way: it might not with numbers.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self._makes_one = False
+
+    def __enter__(self) -> Shadows:
+        self._mode = _watching(self._handle)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._mode.__exit__(kind, error, traceback)
+        if isinstance(error, Exception):
+            raise NumbersNeeded from error
+
+    def instead_of(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """A shadow of some shape, in place of a tensor like another one."""
+        if not like.is_meta:
+            self.device = like.device
+        self._makes_one = True
+        try:
+            return torch.empty(tuple(shape), dtype=like.dtype, device=_META)
+        finally:
+            self._makes_one = False
+
+    def _handle(self, func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if _holds_shadow(args) or (kwargs and _holds_shadow(kwargs.values())):
+            return _shadowed(func, args, kwargs)
+        if kwargs.get("device") != _META or self._makes_one:
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)  # made on the device of a shadow, from nothing
+        if isinstance(out, Tensor) and out.numel() * out.element_size() <= _KEPT_BYTES:
+            return func(*args, **{**kwargs, "device": self.device})  # a model may keep it
+        return out
+
+
+@contextmanager
+def judging_shadows() -> Iterator[None]:
+    """A block that looks at shadows; reading one as a number raises `NumbersNeeded`."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:  # what torch raises on the meta device
+        raise NumbersNeeded from error
+
+
+def _shadowed(func: Operation, args: tuple, kwargs: dict[str, Any]) -> Any:
+    for i, name in _written(func):
+        value = args[i] if i < len(args) else kwargs.get(name)
+        if isinstance(value, Tensor) and not value.is_meta:
+            raise NumbersNeeded  # numbers that the model holds would be wrong afterwards
+    args, kwargs = tuple(map(_as_shadow, args)), {k: _as_shadow(a) for k, a in kwargs.items()}
+    if kwargs.get("device") is not None:
+        kwargs["device"] = _META
+    out = func(*args, **kwargs)
+    if isinstance(out, (bool, int, float)):
+        raise NumbersNeeded
+    return out
+
+
+def _holds_shadow(values: Iterable[Any]) -> bool:
+    for a in values:
+        if isinstance(a, Tensor):
+            if a.is_meta:
+                return True
+        elif isinstance(a, (list, tuple)) and _holds_shadow(a):
+            return True
+    return False
+
+
+def _as_shadow(value: Any) -> Any:
+    """An operation's argument with shadows in place of tensors."""
+    if isinstance(value, Tensor):
+        return shadow_of(value)
+    if isinstance(value, (list, tuple)):
+        return [_as_shadow(v) for v in value]
+    return value
+
+
+_writes: dict[Operation, tuple[tuple[int, str], ...]] = {}
+
+
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
+    """Positions and names of the arguments that an operation writes."""
+    if func not in _writes:
+        _writes[func] = tuple(
+            (i, a.name)
+            for i, a in enumerate(func._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        )
+    return _writes[func]
+
+
+def is_shadow(value: Any) -> bool:
+    """Whether something is a tensor without numbers."""
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def shadow_of(t: Tensor) -> Tensor:
+    """A shadow with the layout of a tensor."""
+    if t.is_meta:
+        return t
+    return torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="meta")

@@ -1,0 +1,395 @@
+"""What a reading of a model depends on beside its parameters, and whether it has changed since.
+
+One list per reading, in two parts. *Memory*: tensors and arrays among the arguments, the closure,
+the globals and the attributes of a model, and every tensor that its operations read and do not make:
+observed values, masks, scales, exposures, covariates, buffers, wherever the model has them from. It is
+known by the count of in-place writes that torch keeps, and by a checksum of its content, which also
+shows what numpy or ``.data`` wrote. *Names*: those of the closure, the globals and the attributes,
+and the entries of arguments, which may come to stand for something else.
+
+What the model itself changes while it runs (statistics of a batch normalisation, a counter) is on
+neither list.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_em.errors import message
+from pyro_em.portable import StaysHere
+
+_WHOLE = 2**24  # bytes of one tensor that are all in its checksum
+
+
+_SMALL = 2**12  # bytes of a tensor whose checksum costs next to nothing
+
+
+_BLOCK = 2**16  # bytes of the blocks, spread over a larger one, that are in its checksum
+
+
+_DEPTH = 3  # functions that call functions, containers that hold containers
+
+
+_FRESH = torch.ops.aten.lift_fresh.default
+
+
+_MANY = 256  # entries of a container
+
+
+@dataclass(eq=False)
+class Memory:
+    """A piece of memory that was read: a tensor, its count of writes, a checksum."""
+
+    tensor: Tensor
+    version: int
+    content: Hashable = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Memory:
+        """What a tensor holds now."""
+        return cls(tensor, _version(tensor), checksum(tensor))
+
+    def is_changed(self) -> bool:
+        """Whether it was written, counted or not."""
+        return _version(self.tensor) != self.version or checksum(self.tensor) != self.content
+
+    def is_seen_to_change(self) -> bool:
+        """The same, where it costs next to nothing: in the midst of runs."""
+        # A batch normalisation writes its statistics uncounted.
+        small = self.tensor.numel() * self.tensor.element_size() <= _SMALL
+        return self.is_changed() if small else _version(self.tensor) != self.version
+
+
+@dataclass(eq=False)
+class Dependences(StaysHere):
+    """What one reading of a model depends on; see the module's text.
+
+    Attributes:
+        memory: What was read.
+        look: Gives what the model's names stand for.
+        names: What they stood for.
+    """
+
+    memory: list[Memory] = field(default_factory=list)
+    look: Callable[[], dict[str, Any]] = dict
+    names: dict[str, Any] = field(default_factory=dict)
+
+    def is_written(self) -> bool:
+        """Whether the content of anything that was read is another by now."""
+        return any(m.is_changed() for m in self.memory)
+
+    def is_changed(self) -> bool:
+        """Whether anything was written, or a name stands for something else."""
+        return self.is_written() or bool(self._renamed())
+
+    def _renamed(self) -> list[str]:
+        now = self.look()
+        return [n for n, v in self.names.items() if n not in now or not _is_same(v, now[n])]
+
+    @contextmanager
+    def own_run(self) -> Iterator[None]:
+        """A block in which the model is run here: what the model changes in it is its own."""
+        written = {id(m) for m in self.memory if m.is_seen_to_change()}
+        renamed = set(self._renamed())
+        try:
+            yield
+        finally:
+            kept = [m for m in self.memory if id(m) in written or not m.is_seen_to_change()]
+            if len(kept) < len(self.memory):
+                self.memory = kept
+            for name in set(self._renamed()) - renamed:
+                del self.names[name]
+
+
+class Reading:
+    """Notes what the operations of a run read that was there before it.
+
+    Args:
+        model: What is run.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self.read: dict[int, list[Memory]] = {}
+        self.made: set[int] = set()
+        self._look = functools.partial(_names, model, args, kwargs)
+        self._names = self._look()
+        for value in (args, kwargs, *self._names.values()):
+            for tensor in _tensors(value):
+                self.note(tensor)
+
+    def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation, and note what it reads and makes."""
+        for value in () if operation is _FRESH else args:
+            if isinstance(value, Tensor):
+                self.note(value)
+            elif isinstance(value, (list, tuple)):
+                for part in value:
+                    if isinstance(part, Tensor):
+                        self.note(part)
+        for value in kwargs.values():
+            if isinstance(value, Tensor):
+                self.note(value)
+        out = operation(*args, **kwargs)
+        if operation is _FRESH:  # torch.tensor(numbers)
+            self.made.add(out.untyped_storage().data_ptr())
+            return out
+        for made in out if isinstance(out, (list, tuple)) else (out,):
+            if isinstance(made, Tensor) and _is_plain(made):
+                at = made.untyped_storage().data_ptr()
+                if at not in self.read:
+                    self.made.add(at)
+        return out
+
+    def note(self, tensor: Tensor) -> None:
+        """A tensor was read."""
+        if not _is_plain(tensor):
+            return
+        at = tensor.untyped_storage().data_ptr()
+        if at in self.made:
+            return
+        known = self.read.setdefault(at, [])
+        if not any(_covers(m.tensor, tensor) for m in known):
+            known.append(Memory.of(tensor))
+
+    def finished(self, parameters: Iterable[Tensor]) -> Dependences:
+        """What the run depends on, its parameters excepted."""
+        own = {p.untyped_storage().data_ptr() for p in parameters if _is_plain(p)}
+        memory = [m for at, held in self.read.items() if at not in own for m in held]
+        memory = [m for m in memory if not m.is_seen_to_change()]
+        now = self._look()
+        names = {n: v for n, v in self._names.items() if n in now and _is_same(v, now[n])}
+        return Dependences(memory, self._look, names)
+
+
+def changed_since(what: str) -> str:
+    """Why something that belongs to the data of a fit cannot be computed any more."""
+    return message(
+        what,
+        "the data, or something else that the model reads (a mask, weights, exposures), were "
+        "changed in place after the fit.",
+        "it is computed when it is first read, and would be that of other data",
+        [
+            f"read {what} before changing them",
+            "fit a copy: em.fit(x.clone())",
+            "fit again, or call em.posterior(data) for the data as they are now",
+        ],
+    )
+
+
+def checksum(tensor: Tensor) -> Hashable:
+    """A checksum of a tensor's content; of one that is very large, of blocks spread over it.
+
+    Example:
+        >>> x = torch.arange(4.0)
+        >>> before = checksum(x)
+        >>> x.numpy()[2] = 7.0
+        >>> checksum(x) == before
+        False
+        >>> checksum(torch.tensor(2.0).expand(3)) == checksum(torch.tensor([2.0]))
+        True
+    """
+    if not _is_plain(tensor):
+        return None
+    t = tensor.detach()
+    for dim in range(t.dim()):
+        if t.stride(dim) == 0 and t.shape[dim] > 1:
+            t = t.narrow(dim, 0, 1)
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj())
+    if t.device.type != "cpu":
+        return _sums(t)
+    content = memoryview(flat_bytes(t.resolve_neg()).numpy())
+    if len(content) <= _WHOLE:
+        return zlib.crc32(content)
+    found = 0
+    blocks = _WHOLE // _BLOCK
+    for i in range(blocks):
+        begin = i * (len(content) - _BLOCK) // (blocks - 1)
+        found = zlib.crc32(content[begin : begin + _BLOCK], found)
+    return found
+
+
+def flat_bytes(t: Tensor) -> Tensor:
+    """The memory of a tensor, or of its contiguous copy, byte by byte.
+
+    Example:
+        >>> flat_bytes(torch.ones(1, 2, dtype=torch.float64)[:, 0]).shape
+        torch.Size([8])
+    """
+    # One element counts as contiguous whatever its stride says, and is then no view as bytes.
+    return t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8)
+
+
+def _sums(t: Tensor) -> Hashable:
+    """A checksum that is computed where the tensor is: sums along its longest dimension."""
+    flat = flat_bytes(t)
+    weights = torch.arange(1, 252, 2, device=t.device)
+    full = flat[: flat.numel() // 126 * 126].reshape(-1, 126)
+    rows, columns = full.sum(1), full.sum(0)
+    order = torch.arange(1, 2 * rows.numel() + 1, 2, device=t.device)
+    rest = flat[full.numel() :].to(torch.int64)
+    return tuple(torch.stack([(rows * order).sum(), (columns * weights).sum()]).tolist()), tuple(
+        rest.tolist()
+    )
+
+
+def contents_of(value: Any) -> tuple[Hashable, ...]:
+    """Shapes and checksums of the data in a value and in the containers in it; numbers are none."""
+    return tuple((tuple(t.shape), checksum(t)) for t in _tensors(value) if t.dim())
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.layout is torch.strided and not t.is_meta and not t.is_quantized and t.numel() > 0
+
+
+def _version(t: Tensor) -> int:
+    # Tensors made in inference mode have no count.
+    return 0 if t.is_inference() else t._version
+
+
+def _covers(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory of one tensor holds that of another of the same storage."""
+    if a is b:
+        return True
+    (first, last), (begin, end) = _span(a), _span(b)
+    is_dense = last - first == a.numel() * a.element_size()
+    return is_dense and first <= begin and end <= last
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    begin = t.data_ptr()
+    return begin, begin + (reach + 1) * t.element_size()
+
+
+def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """Tensors and arrays (as tensors) in a value and in the containers in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, np.ndarray):
+        try:
+            yield torch.from_numpy(value)
+        except (TypeError, ValueError):  # of strings or objects, or with negative strides
+            return
+    elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part, depth - 1)
+
+
+def _names(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's arguments, closure, globals and attributes stand for."""
+    out: dict[str, Any] = {}
+    seen: set[int] = set()
+    _add(out, "argument", [*args, *kwargs.values()], _DEPTH)
+    objects = [a for a in (*args, *kwargs.values()) if not _may_be_watched(a) and _is_users(a)]
+    for one in (model, *objects):
+        for name, value in _held(one, _DEPTH, seen):
+            _add(out, name, value, _DEPTH)
+    return out
+
+
+def _add(out: dict[str, Any], name: str, value: Any, depth: int) -> None:
+    """A value under a name, and what a container holds under names of their own."""
+    if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        out[f"{name}:"] = len(value)
+        for key, part in items:
+            _add(out, f"{name}[{key!r}]", part, depth - 1)
+        return
+    out[name] = value
+
+
+def _held(one: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Names and values that a function reads, or that an object has."""
+    if not depth or id(one) in seen:
+        return
+    seen.add(id(one))
+    if isinstance(one, functools.partial):
+        yield "partial", [*one.args, *one.keywords.values()]
+        yield from _held(one.func, depth, seen)
+    elif isinstance(one, types.MethodType):
+        yield from _held(one.__func__, depth, seen)
+        yield from _held(one.__self__, depth, seen)
+    elif isinstance(one, types.FunctionType):
+        yield from _of_function(one, depth, seen)
+    elif isinstance(one, torch.nn.Module):
+        for path, module in one.named_modules():
+            for name, value in (*vars(module).items(), *module._buffers.items()):
+                if not name.startswith("_") and _may_be_watched(value):
+                    yield f"{path}.{name}", value
+        yield from _held(getattr(type(one), "forward", None), depth, seen)
+    elif hasattr(one, "__dict__") and not isinstance(one, (type, types.ModuleType)):
+        for name, value in vars(one).items():
+            if _may_be_watched(value):
+                yield f"{type(one).__name__} {len(seen)}.{name}", value
+            else:
+                yield from _held(value, depth - 1, seen)
+        if callable(one):
+            yield from _held(type(one).__call__, depth, seen)
+
+
+def _of_function(f: types.FunctionType, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    held = dict(zip(f.__code__.co_freevars, map(_content, f.__closure__ or ()), strict=True))
+    held |= {n: f.__globals__[n] for n in _globals_of(f.__code__) if n in f.__globals__}
+    for i, value in enumerate(f.__defaults__ or ()):
+        held[f"default {i}"] = value
+    for name, value in held.items():
+        if _may_be_watched(value):
+            yield f"{f.__qualname__}.{name}", value
+        elif isinstance(value, types.FunctionType):
+            if value.__module__ == f.__module__:
+                yield from _held(value, depth - 1, seen)
+        elif isinstance(value, torch.nn.Module) or _is_users(value):
+            yield from _held(value, depth - 1, seen)
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of the globals that a function's code reads, functions inside it included."""
+    names = {i.argval: None for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            names |= dict.fromkeys(_globals_of(part))
+    return tuple(names)
+
+
+def _is_users(value: Any) -> bool:
+    """Whether an object is none of a library whose objects keep things for themselves."""
+    return type(value).__module__.split(".")[0] not in _LIBRARIES
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+_LIBRARIES = ("torch", "pyro", "pyro_em", "numpy", "pandas", "logging", "tqdm", "matplotlib")
+
+
+_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def _may_be_watched(value: Any) -> bool:
+    """Numbers, data and containers; functions and modules are looked into instead."""
+    return isinstance(value, (*_NUMBERS, Tensor, np.ndarray, np.generic, list, tuple, dict))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, (_NUMBERS, np.generic)):
+        return type(a) is type(b) and (a == b or (a != a and b != b))
+    return a is b

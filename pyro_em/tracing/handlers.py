@@ -1,0 +1,300 @@
+"""Pyro handlers that change what one run of a model does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_em.distributions import element_mask, has_finite_support, unwrap
+from pyro_em.tracing.allocation import Shadows
+from pyro_em.tracing.feasible import without_masked_nonsense
+from pyro_em.tracing.provenance import Tagged
+from pyro_em.tracing.sites import _ROLE, Role, is_factor, is_latent, role_of
+
+_LARGE = 256  # elements; smaller latents are always drawn
+
+
+class _KeepValues(Messenger):
+    """Give unobserved sites the values that they had in a plain run: nothing is drawn again.
+
+    Some distributions cannot be sampled with tagged arguments, none at a trial point of a line
+    search that is far off.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor], of_guide: bool = False) -> None:
+        super().__init__()
+        self.values, self.of_guide = values, of_guide
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        drawn = is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE)
+        if msg["name"] in self.values and not msg["done"] and drawn:
+            # Not marked as done: the enumerating handler still has to note the site's scope.
+            msg["value"] = self.values[msg["name"]]
+
+
+class _DrawNothing(Messenger):
+    """Give large latents that can be enumerated a shadow instead of a draw."""
+
+    def __init__(self, shadows: Shadows) -> None:
+        super().__init__()
+        self.shadows = shadows
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["done"] or msg["value"] is not None or not is_latent(msg):
+            return
+        fn = msg["fn"]
+        shape = fn.shape()
+        if not has_finite_support(fn) or shape.numel() < _LARGE:
+            return
+        msg["value"] = self.shadows.instead_of(fn.enumerate_support(expand=False), shape)
+        dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
+
+
+class _TagSites(Messenger):
+    """Tag the value of each site with the site's own name; observed ones keep their tags too."""
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        value = msg["value"]
+        if not is_factor(msg) or not isinstance(value, torch.Tensor):
+            return
+        before = frozenset() if is_latent(msg) else get_provenance(value)
+        untagged = getattr(value, "_t", value)
+        msg["value"] = Tagged(untagged, before | {msg["name"]})
+
+
+class _MarkForEnumeration(Messenger):
+    """Ask Pyro to enumerate the given sites in parallel, whatever the model says of them."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or msg["name"] not in self.names:
+            msg["infer"].pop("enumerate", None)
+            return
+        msg["infer"]["enumerate"] = "parallel"
+        msg["infer"].pop("num_samples", None)
+
+
+class _WatchPlates(Messenger):
+    """Note plates of size zero before Pyro divides by their size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty: list[str] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) and getattr(msg["fn"], "size", None) == 0:
+            self.empty.append(msg["name"])
+
+
+class _WatchMasks(Messenger):
+    """Note masks that are written in place after the site that they mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Tensor, int]] = []
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["mask"], torch.Tensor):
+            self.seen.append((msg["name"], msg["mask"], msg["mask"]._version))
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of the sites whose mask is another one by now."""
+        return tuple(name for name, mask, version in self.seen if mask._version != version)
+
+
+class _SampleMessenger(Messenger):
+    """A handler of sample sites alone: the many parameters of a network pass it quickly."""
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self._pyro_sample(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            self._pyro_post_sample(msg)
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        pass
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        pass
+
+
+class ScalePlates(_SampleMessenger):
+    """Multiply the scale of every site inside some plates: a batch stands for all data.
+
+    Args:
+        factors: Per plate its factor.
+    """
+
+    def __init__(self, factors: Mapping[str, float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        for frame in msg["cond_indep_stack"]:
+            if frame.name in self.factors:
+                msg["scale"] = msg["scale"] * self.factors[frame.name]
+
+
+class FeasibleWhereMasked(_SampleMessenger):
+    """Put a feasible value where an observation is masked: 0 · NaN is NaN in a gradient."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn, value = msg["fn"], msg["value"]
+        if not isinstance(value, torch.Tensor) or role_of(msg) is not Role.DATA:
+            return
+        mask = element_mask(fn, msg["mask"])
+        if mask is not None and type(unwrap(fn)[0]).__name__ != "Unit":
+            msg["value"] = without_masked_nonsense(fn, value, mask, sparing=True)
+
+
+class OnlySites(Messenger):
+    """Hide sites that do not count, and enumerate some in parallel.
+
+    Args:
+        hidden: Sites that outer handlers must not see.
+        enumerated: Sites to enumerate; no other one is.
+    """
+
+    def __init__(self, hidden: frozenset[str], enumerated: frozenset[str] = frozenset()) -> None:
+        super().__init__()
+        self.hidden, self.enumerated = hidden, enumerated
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.hidden:
+            msg["stop"] = True
+            return
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        infer = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+        if msg["name"] in self.enumerated:
+            infer["enumerate"] = "parallel"
+        msg["infer"] = infer
+
+
+class MaskSites(Messenger):
+    """Leave sites out of the density: observed ones, or all.
+
+    Args:
+        observed_only: Whether only sites with an observed value are masked.
+    """
+
+    def __init__(self, observed_only: bool) -> None:
+        super().__init__()
+        self.observed_only = observed_only
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) or (self.observed_only and not msg["is_observed"]):
+            return
+        msg["mask"] = False
+
+
+class GiveValues(_SampleMessenger):
+    """Run a model with some latents at values from elsewhere, marked by their role.
+
+    Args:
+        values: The values.
+        roles: What each of them is.
+        subsamples: Indices that the guide's plates drew, to be used again.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor],
+        roles: Mapping[str, Role],
+        subsamples: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.values, self.roles, self.subsamples = values, roles, subsamples
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if site_is_subsample(msg):
+            if name in self.subsamples:
+                msg["value"], msg["done"] = self.subsamples[name], True
+            return
+        if name in self.roles and name in self.values and not msg["is_observed"]:
+            msg["value"], msg["is_observed"] = self.values[name], True
+            msg["infer"] = {**msg["infer"], _ROLE: self.roles[name].value}
+
+
+class GuideSites(_SampleMessenger):
+    """Run a guide inside a model's trace: record values, rename what counts, hide the rest.
+
+    Args:
+        shown: Sites whose log density counts; they appear as ``guide:name``.
+    """
+
+    prefix = "guide:"
+
+    def __init__(self, shown: frozenset[str]) -> None:
+        super().__init__()
+        self.shown = shown
+        self.values: dict[str, torch.Tensor] = {}
+        self.infer: dict[str, dict[str, Any]] = {}
+        self.subsamples: dict[str, torch.Tensor] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) or msg["name"] not in self.shown:
+            msg["stop"] = True
+            return
+        msg["name"] = self.prefix + msg["name"]
+        msg["infer"] = {**msg["infer"], _ROLE: Role.GUIDE.value}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg):
+            self.subsamples[msg["name"]] = msg["value"]
+        else:
+            own = msg["name"].removeprefix(self.prefix)
+            self.values[own], self.infer[own] = msg["value"], msg["infer"]
+
+
+class HoldAt(_SampleMessenger):
+    """Hold sites of a guide at one value of their support, everywhere in their plates.
+
+    Args:
+        chosen: Per site the place of the value in its support.
+    """
+
+    def __init__(self, chosen: Mapping[str, int]) -> None:
+        super().__init__()
+        self.chosen = chosen
+        self.sites: dict[str, dict[str, Any]] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.chosen:
+            support = msg["fn"].enumerate_support(expand=True)
+            msg["value"], msg["done"] = support[self.chosen[msg["name"]]], True
+            self.sites[msg["name"]] = dict(msg)
+
+
+class _SampleTrace(_SampleMessenger, TraceMessenger):
+    """Record sample sites only."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        TraceMessenger._pyro_post_sample(self, msg)
+
+
+class _DrawObserved(Messenger):
+    """Draw what the model observes; latents at given values stay."""
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self.active = active
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        data = is_factor(msg) and role_of(msg) is Role.DATA
+        unit = type(unwrap(msg["fn"])[0]).__name__ == "Unit"
+        if self.active and data and not unit:
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False

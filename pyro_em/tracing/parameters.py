@@ -1,0 +1,317 @@
+"""Parameters as a run reads them: captured, read, written in place, restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from pyro_em.arguments import as_tensor
+from pyro_em.distributions import bounds
+from pyro_em.errors import UsageError, message
+from pyro_em.tracing.memory import own_start
+
+
+@dataclass(frozen=True, eq=False)
+class TracedParameter:
+    """A parameter as one run of a model read it.
+
+    Attributes:
+        name: Its name in Pyro's param store.
+        unconstrained: The leaf tensor that an optimiser would step.
+        constraint: Where the constrained value lives.
+        leaf: The tensor to which autograd leads from every use of the parameter in this run.
+        declared: Texts of all constraints under which this run declared the parameter.
+        initial_shape: The shape that the model asked for, where it said one.
+        is_foreign: Whether the store holds another tensor than the ``nn.Parameter`` that the
+            module reads.
+        initial: The initial value that the model gave, where this run initialised the parameter.
+        given: The initial value that the model gives, used or not, from a plain run.
+    """
+
+    name: str
+    unconstrained: torch.Tensor
+    constraint: constraints.Constraint
+    leaf: torch.Tensor
+    declared: tuple[str, ...] = ()
+    initial_shape: torch.Size | None = None
+    is_foreign: bool = False
+    initial: torch.Tensor | None = None
+    given: torch.Tensor | None = None
+
+    def value(self) -> torch.Tensor:
+        """The current constrained value: a tensor of its own, which no later step changes."""
+        with torch.no_grad():
+            out = transform_to(self.constraint)(self.unconstrained).detach()
+            return out.clone() if out.data_ptr() == self.unconstrained.data_ptr() else out
+
+
+class NoTensor(Exception):
+    """The initial value of a parameter is no tensor, or none of real numbers in dense form.
+
+    Attributes:
+        name: The parameter's.
+        value: What was given.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(f"parameter '{name}'")
+        self.name, self.value = name, value
+
+
+class ParameterCapture(Messenger):
+    """Record every parameter that a model reads, and hand out one detached leaf per name.
+
+    Args:
+        values: Constrained values to hand out instead, possibly attached to an autograd graph.
+        look_at_initial_shape: Whether to evaluate lazy initial values for their shape.
+        hand_out: Whether leaves are handed out at all; parameters are only recorded otherwise.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor] | None = None,
+        look_at_initial_shape: bool = False,
+        hand_out: bool = True,
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.hand_out = hand_out
+        self.look_at_initial_shape = look_at_initial_shape
+        self.given: dict[str, Any] = {}
+        self.parameters: dict[str, TracedParameter] = {}
+        self._starts: dict[str, torch.Tensor] = {}
+        self._constraints: dict[str, constraints.Constraint] = {}
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        self._note_start(msg)
+        _start_apart(msg)
+
+    def _note_start(self, msg: dict[str, Any]) -> None:
+        """Note the initial value of a parameter that this run initialises."""
+        name, args = msg["name"], msg["args"]
+        if not self.look_at_initial_shape or len(args) < 2 or name in pyro.get_param_store():
+            return
+        given = args[1]
+        self._constraints[name] = msg["kwargs"].get("constraint") or constraints.real
+        if isinstance(given, torch.Tensor) or not callable(given):
+            self._noted(name, given)
+        else:
+            msg["args"] = (name, lambda: self._noted(name, given()), *args[2:])
+
+    def _noted(self, name: str, value: Any) -> Any:
+        odd = isinstance(value, torch.Tensor) and (
+            value.layout != torch.strided or value.is_quantized or value.is_complex()
+        )
+        if odd or not isinstance(value, torch.Tensor):
+            raise NoTensor(name, value)
+        self._starts[name] = value.detach()
+        return value
+
+    def unfinished(self) -> TracedParameter | None:
+        """The parameter whose initial value Pyro could not bring into its constraint, if any."""
+        for name, given in self._starts.items():
+            if name not in self.parameters:
+                nowhere = torch.full_like(given, torch.nan) if given.is_floating_point() else given
+                own = self._constraints[name]
+                return TracedParameter(name, nowhere, own, given, initial=given)
+        return None
+
+    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+        name, value = msg["name"], msg["value"]
+        given = msg["kwargs"].get("constraint")
+        store = pyro.get_param_store()
+        constraint = store._constraints.get(name, given) if name in store else given
+        constraint = constraints.real if constraint is None else constraint
+        known = self.parameters.get(name)
+        # pyro.param("p") without an initial value reads and declares nothing.
+        declares = len(msg["args"]) > 1 and given is not None
+        declared = (known.declared if known else ()) + ((repr(given),) if declares else ())
+        if declares and repr(constraint) != repr(given):
+            declared = (*declared, repr(constraint))
+        if known is None:
+            unconstrained = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if isinstance(value, torch.nn.Parameter):
+                # A plain nn.Parameter is read directly by its module, not through this message.
+                leaf = value
+            elif self.values is not None and name in self.values:
+                leaf = self.values[name]
+            else:
+                leaf = value.detach().clone().requires_grad_(value.is_floating_point())
+            start = self._given(msg)
+            shape = start.shape if isinstance(start, torch.Tensor) else None
+            self.given[name] = start
+            own = msg["args"][1] if len(msg["args"]) > 1 else None
+            foreign = isinstance(own, torch.nn.Parameter) and own is not value and "$$$" not in name
+        else:
+            unconstrained, leaf, shape = known.unconstrained, known.leaf, known.initial_shape
+            foreign = known.is_foreign
+        initial = known.initial if known else self._starts.get(name)
+        declarations = tuple(dict.fromkeys(declared))
+        start = self.given[name]
+        if not isinstance(start, torch.Tensor) or isinstance(start, torch.nn.Parameter):
+            start = None  # a module's parameter is its own value
+        self.parameters[name] = TracedParameter(
+            name, unconstrained, constraint, leaf, declarations, shape, foreign, initial, start
+        )
+        if self.hand_out:
+            if leaf is not value and hasattr(value, "unconstrained"):
+                # A PyroModule that declares its parameter in this run asks for the leaf below.
+                leaf.unconstrained = value.unconstrained  # type: ignore[attr-defined]
+            msg["value"] = leaf
+
+    def _given(self, msg: dict[str, Any]) -> Any:
+        """The initial value that the model gives, made if it is lazy."""
+        if not self.look_at_initial_shape or len(msg["args"]) < 2:
+            return None
+        initial = self._starts.get(msg["name"], msg["args"][1])
+        if callable(initial) and not isinstance(initial, torch.Tensor):
+            with torch.random.fork_rng(devices=[]):
+                initial = initial()
+        return initial
+
+
+def _start_apart(msg: dict[str, Any]) -> None:
+    """Let a parameter that this message declares begin in memory of its own."""
+    name, *rest = msg["args"]
+    if rest and msg["name"] not in pyro.get_param_store():
+        msg["args"] = (name, own_start(rest[0]), *rest[1:])
+
+
+def rename(module: Any, name: str) -> None:
+    """Give a ``PyroModule`` and all below it another name in the param store, before its first use."""
+    module._pyro_set_supermodule(name, module._pyro_context)
+
+
+@contextmanager
+def parameters_read() -> Iterator[dict[str, torch.Tensor]]:
+    """Collect the unconstrained tensor of every parameter that is read inside, by name."""
+    with _ParameterRecord() as record:
+        yield record.found
+
+
+class _ParameterRecord(Messenger):
+    """The unconstrained tensor of every parameter that is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, torch.Tensor] = {}
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        _start_apart(msg)
+
+    def _pyro_post_param(self, msg: dict[str, Any]) -> None:
+        value = msg["value"]
+        if value is not None:
+            own = value.unconstrained() if hasattr(value, "unconstrained") else value
+            self.found[msg["name"]] = own
+
+
+def _alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParameter]:
+    """Parameters with the leaves that the store holds now.
+
+    A ``PyroModule`` that declares a parameter during a run puts another leaf into the store.
+    """
+    store = pyro.get_param_store()
+    out = {}
+    for name, p in parameters.items():
+        now = store._params.get(name)
+        stays = now is None or isinstance(p.leaf, torch.nn.Parameter) or p.is_foreign
+        out[name] = p if stays else replace(p, unconstrained=now)
+    return out
+
+
+def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None:
+    """Write a constrained value in place into the parameter's unconstrained leaf."""
+    with torch.no_grad():
+        transform = transform_to(parameter.constraint)
+        parameter.unconstrained.copy_(transform.inv(value))
+
+
+def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
+    """The current constrained values by name, tensors of their own."""
+    return {name: p.value() for name, p in parameters.items()}
+
+
+def snapshot(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
+    """Copies of all unconstrained parameters."""
+    return {name: p.unconstrained.detach().clone() for name, p in parameters.items()}
+
+
+def restore(
+    parameters: Mapping[str, TracedParameter], unconstrained: Mapping[str, torch.Tensor]
+) -> None:
+    """Write unconstrained values back in place."""
+    with torch.no_grad():
+        for name, value in unconstrained.items():
+            parameters[name].unconstrained.copy_(value)
+
+
+@contextmanager
+def parameters_at(
+    parameters: Mapping[str, TracedParameter],
+    values: Mapping[str, Tensor],
+    *,
+    unconstrained: bool = False,
+) -> Iterator[None]:
+    """Hold parameters at other values inside a ``with`` block; they are restored afterwards.
+
+    Raises:
+        UsageError: If a name is unknown or a value has another shape.
+    """
+    for name, value in values.items():
+        if name not in parameters:
+            known = ", ".join(f"'{n}'" for n in parameters) or "none"
+            raise UsageError(
+                message(
+                    f"params['{name}']",
+                    f"the model has no such parameter; it has: {known}.",
+                    fixes=["use the parameter's name in Pyro's param store"],
+                )
+            )
+        shape = parameters[name].leaf.shape
+        value = as_tensor(f"params['{name}']", value)
+        if not unconstrained and value.shape != shape:
+            raise UsageError(
+                message(
+                    f"params['{name}']",
+                    f"its shape is {tuple(value.shape)}, not {tuple(shape)}.",
+                    "a value replaces the whole parameter",
+                )
+            )
+        constraint = parameters[name].constraint
+        if not unconstrained and not _allowed(value, constraint):
+            raise UsageError(
+                message(
+                    f"params['{name}']",
+                    f"its value is outside the constraint {constraint}.",
+                    "values are constrained ones, as pyro.param returns them",
+                )
+            )
+    before = snapshot({n: parameters[n] for n in values})
+    try:
+        with torch.no_grad():
+            for name, value in values.items():
+                if unconstrained:
+                    parameters[name].unconstrained.copy_(value)
+                else:
+                    leaf = parameters[name].leaf
+                    write_unconstrained(parameters[name], torch.as_tensor(value).detach().to(leaf))
+        yield
+    finally:
+        restore(parameters, before)
+
+
+def _allowed(value: Tensor, constraint: constraints.Constraint) -> bool:
+    """Whether a value satisfies a constraint or lies on the boundary that estimates may reach."""
+    interval = bounds(constraint)
+    if interval is not None:
+        return bool(((value >= interval[0]) & (value <= interval[1])).all())
+    return bool(torch.as_tensor(constraint.check(value)).all())

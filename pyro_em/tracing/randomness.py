@@ -1,0 +1,44 @@
+"""Random states: kept, restored and seeded around the runs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pyro.util import get_rng_state, set_rng_state
+
+
+@contextmanager
+def same_random_state(active: bool = True) -> Iterator[None]:
+    """Restore the random state after a block."""
+    if not active:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Another random state inside a block; the present one where ``seed`` is None."""
+    if seed is None:
+        yield
+        return
+    with same_random_state():
+        torch.manual_seed(seed)
+        yield
+
+
+def random_state() -> tuple[Any, Any]:
+    """The random states that a model may advance."""
+    return get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def set_random_state(state: tuple[Any, Any]) -> None:
+    """Go back to a `random_state`."""
+    set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

@@ -1,0 +1,467 @@
+"""The only file that touches Pyro's internals: running a model under handlers.
+
+Three kinds of run, in the order in which a model is looked at:
+
+* a *plain* run: nothing enumerated, validation on; it initialises parameters and shows shapes;
+* a *provenance* run: every latent's value carries its name, so that each site's distribution tells
+  which latents reach it;
+* an *enumerated* run: discrete latents take all their values along dimensions of their own, and
+  every read of a parameter yields one leaf of the autograd graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.block_messenger import BlockMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
+
+from pyro_em.distributions import has_finite_support, unwrap
+from pyro_em.errors import PyroEMError
+from pyro_em.tracing.allocation import (
+    NumbersNeeded,
+    Overspent,
+    Shadows,
+    is_shadow,
+    size_guard,
+    spending_at_most,
+)
+from pyro_em.tracing.densities import add_log_probs
+from pyro_em.tracing.handlers import (
+    GiveValues,
+    _DrawNothing,
+    _DrawObserved,
+    _KeepValues,
+    _MarkForEnumeration,
+    _SampleTrace,
+    _TagSites,
+    _WatchMasks,
+    _WatchPlates,
+)
+from pyro_em.tracing.memory import settle
+from pyro_em.tracing.mixing import Mixing
+from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, _alive
+from pyro_em.tracing.provenance import _mixing
+from pyro_em.tracing.randomness import random_state, same_random_state, set_random_state
+from pyro_em.tracing.sites import Role, is_factor, is_latent, tensors_of
+from pyro_em.tracing.whole import LeftWhole
+
+Model = Callable[..., Any]
+
+
+_PLAIN_BYTES = 2**26  # what a plain run may allocate in all before it runs with shadows
+
+
+class RunFailed(Exception):
+    """A model raised; holds what it did until then.
+
+    Attributes:
+        error: What the model raised.
+        run: The sites and parameters so far.
+        empty_plates: Plates of size zero.
+    """
+
+    def __init__(self, error: Exception, run: Run, empty_plates: tuple[str, ...]) -> None:
+        super().__init__(str(error))
+        self.error, self.run, self.empty_plates = error, run, empty_plates
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The sites and the parameters of one run of a model.
+
+    Attributes:
+        sites: Everything that was traced, by name.
+        parameters: What the model read.
+        scopes: Per site the other sites that reach it, from a provenance run.
+        suspects: Discrete latents whose plates' elements it may have mixed, from a provenance run.
+        changed_masks: Sites whose mask was written after them.
+        shadows: Where large latents have no numbers, so that no argument was validated.
+        unfinished: The parameter at whose initial value the run broke off.
+        cleared: Whether the run has emptied the param store of what was in it.
+    """
+
+    sites: dict[str, dict[str, Any]]
+    parameters: dict[str, TracedParameter]
+    scopes: dict[str, frozenset[str]] = field(default_factory=dict)
+    changed_masks: tuple[str, ...] = ()
+    shadows: Shadows | None = None
+    unfinished: TracedParameter | None = None
+    suspects: frozenset[str] = frozenset()
+    cleared: bool = False
+
+
+def drawn_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], unneeded: Collection[str] = ()
+) -> Run:
+    """Run a model paired with its guide once, drawing on; parameters stay attached.
+
+    Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
+    ``unneeded`` excepted.
+    """
+    with LeftWhole(), pyro.validation_enabled(False), _SampleTrace() as tracer:
+        model(*args, **kwargs)
+    add_log_probs(
+        tracer.trace,
+        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded,
+    )
+    return Run(dict(tracer.trace.nodes), {})
+
+
+def is_being_traced() -> bool:
+    """Whether a handler around this call records every sample site: a model is being run."""
+    for handler in reversed(_PYRO_STACK):
+        if isinstance(handler, BlockMessenger):
+            return False
+        if isinstance(handler, TraceMessenger) and not handler.param_only:
+            return True
+    return False
+
+
+def without_state(optim: Any) -> Any:
+    """A ``pyro.optim`` object as it was made: optimisers of parameters hold weak references."""
+    if not isinstance(optim, pyro.optim.PyroOptim):
+        return optim
+    fresh = copy.copy(optim)
+    fresh.optim_objs, fresh.grad_clip, fresh._state_waiting_to_be_consumed = {}, {}, {}
+    return fresh
+
+
+def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sites of one run, without densities and without gradients."""
+    with LeftWhole(), torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
+        model(*args, **kwargs)
+    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
+
+
+def predicted_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    values: Mapping[str, torch.Tensor],
+    keep_observed: bool,
+) -> dict[str, dict[str, Any]]:
+    """The sites of one run with latents at given values and observed sites drawn anew.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values of latents.
+        keep_observed: Whether observed sites keep their values.
+    """
+    with (
+        LeftWhole(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        poutine.trace() as tracer,
+        _DrawObserved(not keep_observed),
+        GiveValues(values, dict.fromkeys(values, Role.SAMPLED), {}),
+    ):
+        model(*args, **kwargs)
+    return {
+        n: s
+        for n, s in tracer.trace.nodes.items()
+        if s["type"] == "sample"
+        and not site_is_subsample(s)
+        and type(unwrap(s["fn"])[0]).__name__ != "Unit"
+    }
+
+
+def plain_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    keep_random_state: bool,
+    sparing: bool = False,
+) -> Run:
+    """Run a model once as Pyro would, with validation on; parameters are initialised.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        keep_random_state: Whether the global random state is restored.
+        sparing: Whether a run that allocates much is broken off and done again with shadows in
+            place of large latents; their arguments then have to be validated elsewhere.
+
+    Raises:
+        RunFailed: If the model raises.
+        NumbersNeeded: If the model raises with shadows.
+    """
+    with same_random_state(keep_random_state):
+        if not sparing:
+            return _plain_run(model, args, kwargs)
+        begin, known = random_state(), frozenset(pyro.get_param_store()._params)
+        try:
+            with spending_at_most(_PLAIN_BYTES):
+                return _plain_run(model, args, kwargs)
+        except Overspent:
+            set_random_state(begin)
+            _forget_all_but(known)  # the next run draws their starts from the same state
+        try:
+            with Shadows() as shadows:
+                run = _plain_run(model, args, kwargs, _DrawNothing(shadows))
+            if _holds_shadows():
+                raise NumbersNeeded
+        except BaseException:
+            _forget_all_but(known)
+            raise
+        return replace(run, shadows=shadows)
+
+
+def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
+    capture = ParameterCapture(look_at_initial_shape=True)
+    tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
+    begun = _store_as_it_is()
+    with LeftWhole(), ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(pyro.validation_enabled(True))
+        for messenger in (tracer, watch, masks, capture, *more):
+            stack.enter_context(messenger)
+        try:
+            model(*args, **kwargs)
+        except PyroEMError:
+            raise  # the model calls this library, which has said what is wrong
+        except Exception as error:
+            broken = capture.unfinished()
+            run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=broken)
+            raise RunFailed(error, run, tuple(watch.empty)) from error
+    parameters = _apart(_alive(capture.parameters), capture.given)
+    cleared = _was_cleared(begun)
+    return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed(), cleared=cleared)
+
+
+def _store_as_it_is() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The param store's own dictionary, and a copy of it."""
+    held = pyro.get_param_store()._params
+    return held, dict(held)
+
+
+def _was_cleared(begun: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]) -> bool:
+    """Whether the param store has been cleared since, and not been restored (as a scope does)."""
+    held, before = begun
+    now = pyro.get_param_store()._params
+    return now is not held and any(now.get(name) is not p for name, p in before.items())
+
+
+def _holds_shadows() -> bool:
+    """Whether a parameter's initial value is a shadow."""
+    return any(is_shadow(p) for p in pyro.get_param_store()._params.values())
+
+
+def _forget_all_but(known: Collection[str]) -> None:
+    """Delete the parameters that a run which is not used has initialised."""
+    store = pyro.get_param_store()
+    for name in [n for n in store._params if n not in known]:
+        del store[name]
+
+
+def is_stored(parameters: Mapping[str, TracedParameter]) -> bool:
+    """Whether the param store still holds what a look found; modules keep their own."""
+    store = pyro.get_param_store()
+    return all(
+        isinstance(p.unconstrained, torch.nn.Parameter)
+        or store._params.get(name) is p.unconstrained
+        for name, p in parameters.items()
+    )
+
+
+def _apart(
+    parameters: Mapping[str, TracedParameter], given: Mapping[str, Any]
+) -> dict[str, TracedParameter]:
+    """Parameters in memory of their own.
+
+    Where Pyro has run the model before, a parameter may be the very tensor that the model passes as
+    its initial value: that one goes back to whom it belongs.
+    """
+    store = pyro.get_param_store()
+    out = dict(parameters)
+    for name, p in parameters.items():
+        old = p.unconstrained
+        if given.get(name) is not old or isinstance(old, torch.nn.Parameter):
+            continue
+        if store._params.get(name) is not old:
+            continue
+        new = old.detach().clone().requires_grad_(old.requires_grad)
+        store._params[name] = new
+        store._param_to_name.pop(old, None)
+        store._param_to_name[new] = name
+        out[name] = replace(p, unconstrained=new)
+    settle(p.unconstrained for p in out.values())
+    return out
+
+
+def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
+    """Run a model with tagged values; ``scopes`` says which other sites reach each site.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        plain: A plain run, whose latent values are used again.
+
+    Raises:
+        NumbersNeeded: If the plain run has shadows and the model raises with them.
+    """
+    capture = ParameterCapture()
+    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
+    begun = _store_as_it_is()
+    mixing = Mixing({n: _plate_sizes(s) for n, s in latents.items() if not is_smooth(s["fn"])})
+    with (
+        LeftWhole(),
+        plain.shadows or nullcontext(),
+        same_random_state(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        _TagSites(),
+        _KeepValues({n: s["value"] for n, s in latents.items()}),
+        capture,
+        _looking_at(mixing),
+    ):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    scopes = {}
+    for name, site in trace.nodes.items():
+        if not is_factor(site):
+            continue
+        scope: frozenset[str] = frozenset()
+        for tensor in tensors_of(site["fn"]):
+            scope |= get_provenance(tensor)
+        scope |= get_provenance(site["mask"]) | get_provenance(site["scale"])
+        if site["is_observed"]:
+            scope |= get_provenance(site["value"]) - {name}
+        scopes[name] = scope
+    return Run(
+        dict(trace.nodes),
+        capture.parameters,
+        scopes,
+        suspects=frozenset(mixing.suspects),
+        cleared=_was_cleared(begun),
+    )
+
+
+@contextmanager
+def _looking_at(mixing: Mixing) -> Iterator[None]:
+    """Let every operation on tagged tensors be seen."""
+    token = _mixing.set(mixing)
+    try:
+        yield
+    finally:
+        _mixing.reset(token)
+
+
+def _plate_sizes(site: Mapping[str, Any]) -> frozenset[int]:
+    """The sizes of a site's vectorised plates that have several elements."""
+    frames = [f for f in site["cond_indep_stack"] if f.dim is not None]
+    return frozenset(f.size for f in frames if f.size > 1)
+
+
+def is_smooth(fn: Any) -> bool:
+    """Whether draws are followed by gradients: neither summed nor scored."""
+    return not has_finite_support(fn) and bool(getattr(fn, "has_rsample", False))
+
+
+def held_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], values: Mapping[str, torch.Tensor]
+) -> dict[str, dict[str, Any]]:
+    """The sites of one run with latents held at given values; the random state is restored.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values of all its latents, and of the sites of its guide.
+    """
+    with (
+        LeftWhole(),
+        same_random_state(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        _KeepValues(values, of_guide=True),
+    ):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    return {n: s for n, s in trace.nodes.items() if is_factor(s)}
+
+
+def enumerated_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    latents: frozenset[str],
+    max_plate_nesting: int,
+    kept: Mapping[str, torch.Tensor],
+    values: Mapping[str, torch.Tensor] | None = None,
+    limit: int | None = None,
+    random_seed: int | None = None,
+    keep_random_state: bool = True,
+    attached: bool = False,
+    validated: bool = False,
+    reading: Callable[..., Any] | None = None,
+) -> Run:
+    """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        latents: Names of the sites to enumerate.
+        max_plate_nesting: Number of dimensions that belong to plates.
+        kept: Values of unobserved sites that are not enumerated.
+        values: Constrained parameter values to use instead of the current ones.
+        limit: Raise `OutputTooLarge` when one operation's output has more cells.
+        random_seed: Start this run from another random state.
+        keep_random_state: Whether the global random state is restored.
+        attached: Whether parameters stay attached to their unconstrained leaves.
+        validated: Whether distributions check their arguments.
+        reading: Runs each operation, to note what it reads; with a limit only.
+    """
+    capture = ParameterCapture(values, hand_out=not attached)
+    with (
+        LeftWhole(),
+        same_random_state(keep_random_state),
+        torch.enable_grad(),
+        pyro.validation_enabled(False),
+        dist.validation_enabled(validated),
+        poutine.trace() as tracer,
+        poutine.enum(first_available_dim=-1 - max_plate_nesting),
+        _MarkForEnumeration(latents),
+        _KeepValues(kept),
+        capture,
+    ):
+        if random_seed is not None:
+            # torch.manual_seed would queue a seed for devices that are not initialised yet.
+            torch.default_generator.manual_seed(random_seed)
+            if torch.cuda.is_initialized():
+                torch.cuda.manual_seed(random_seed)
+        if limit is None:
+            model(*args, **kwargs)
+        else:
+            with size_guard(limit, reading):
+                model(*args, **kwargs)
+    settle(p.unconstrained for p in capture.parameters.values())
+    return Run(dict(tracer.trace.nodes), capture.parameters)
+
+
+def is_of_validation(error: Exception) -> bool:
+    """Whether a distribution raised because an argument is outside its constraint."""
+    return isinstance(error, ValueError) and str(error).startswith("Expected parameter ")
+
+
+def is_of_shadows(error: BaseException | None) -> bool:
+    """Whether an operation raised because it met a tensor without numbers."""
+    return isinstance(error, RuntimeError) and re.search(r"\bmeta\b", str(error)) is not None

@@ -1,0 +1,117 @@
+"""What a traced site is: its role, its tensors, its plates, its mask."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+from pyro.ops.provenance import get_provenance
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.distributions import split_mask
+
+
+class Role(Enum):
+    """What a site of a model paired with its guide stands for."""
+
+    DATA = "data"  # observed by the user
+    LATENT = "latent"  # to be summed
+    POINT = "point"  # a latent of the model at a point estimate: its density is a log prior
+    SAMPLED = "sampled"  # a latent of the model at a value that the guide drew
+    GUIDE = "guide"  # a site of the guide whose value was drawn
+
+
+_ROLE = "_pyro_em_role"
+
+
+def role_of(site: Mapping[str, Any]) -> Role:
+    """The role of a traced site."""
+    marked = site["infer"].get(_ROLE)
+    if marked is not None:
+        return Role(marked)
+    return Role.DATA if site["is_observed"] else Role.LATENT
+
+
+def is_latent(site: Mapping[str, Any]) -> bool:
+    """Whether a traced site is an unobserved random choice that no guide drew."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic", False)
+        and role_of(site) is Role.LATENT
+    )
+
+
+def is_auxiliary(site: Mapping[str, Any]) -> bool:
+    """Whether a guide marks a site as one that the model lacks."""
+    return bool(site["infer"].get("is_auxiliary", False))
+
+
+def is_factor(site: Mapping[str, Any]) -> bool:
+    """Whether a traced site contributes a density: latents, observations, ``pyro.factor``."""
+    if site["type"] != "sample" or site_is_subsample(site):
+        return False
+    return not site["infer"].get("_deterministic", False)
+
+
+def is_subsample(site: Mapping[str, Any]) -> bool:
+    """Whether a traced site holds the indices of a plate."""
+    return site["type"] == "sample" and site_is_subsample(site)
+
+
+def signature_of(model: Any) -> list[inspect.Parameter]:
+    """The parameters of a model or guide; empty where they cannot be known."""
+    target = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
+def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
+    """Every tensor that a distribution object holds, through its wrappers."""
+    for item in vars(fn).values():
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, torch.distributions.Distribution):
+            yield from tensors_of(item)
+        elif isinstance(item, (list, tuple)):
+            for part in item:
+                if isinstance(part, torch.Tensor):
+                    yield part
+                elif isinstance(part, torch.distributions.Distribution) or hasattr(part, "inv"):
+                    yield from tensors_of(part)
+
+
+def support_reads_latents(fn: Any) -> bool:
+    """Whether the support of a distribution from a provenance run differs between latents' values."""
+    try:
+        return _has_tags(fn.support)
+    except (NotImplementedError, AttributeError):
+        return False
+
+
+def _has_tags(constraint: Any) -> bool:
+    held = list(vars(constraint).values())
+    parts = [p for v in held for p in (v if isinstance(v, (list, tuple)) else (v,))]
+    return any(
+        _has_tags(p) if isinstance(p, constraints.Constraint) else bool(get_provenance(p))
+        for p in parts
+    )
+
+
+def mask_tensor(site: Mapping[str, Any]) -> Tensor | bool | None:
+    """Where a site counts, at least in part: its mask and those of its distribution's wrappers."""
+    return split_mask(site["fn"], site["mask"])[0]
+
+
+def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
+    """The vectorised plate frames of a traced site, left to right."""
+    frames = [f for f in site["cond_indep_stack"] if f.dim is not None]
+    return {f.name: f for f in sorted(frames, key=lambda f: f.dim)}

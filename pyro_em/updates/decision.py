@@ -1,0 +1,335 @@
+"""The updates that a parameter can have, as values: what a user may ask for, and what was decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.distributions import bounds, is_real
+from pyro_em.families.conjugacy import conjugate
+from pyro_em.families.forms import Kind
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.update import (
+    ClosedForm,
+    Fixed,
+    Gradient,
+    LeastSquares,
+    NoUpdate,
+    ParameterUpdate,
+    Prior,
+    Update,
+    Use,
+)
+
+
+def forgets(updates: Mapping[str, ParameterUpdate]) -> bool:
+    """Whether an M-step goes to a maximum, wherever the parameters were: other data are forgotten.
+
+    A single step of an optimiser moves them a little.
+    """
+    moving = [u.update for u in updates.values() if not isinstance(u.update, (Fixed, NoUpdate))]
+    return any(not isinstance(u, Gradient) or u.optimizer is None for u in moving)
+
+
+def decide_updates(
+    graph: FactorGraph, requested: Mapping[str, Update], default: Gradient | None = None
+) -> dict[str, ParameterUpdate]:
+    """Choose the strongest update that is exact for each parameter, by looking only.
+
+    Args:
+        graph: A traced graph with bindings.
+        requested: The user's wishes by exact parameter name.
+        default: The gradient update where there is no closed form; L-BFGS if None.
+    """
+    strongest = {name: _strongest(graph, name) for name in graph.parameters}
+    decided = {}
+    for name, found in strongest.items():
+        wish = requested.get(name)
+        if wish is None and default is not None and isinstance(found.update, Gradient):
+            decided[name] = ParameterUpdate(name, default, found.reason)
+        else:
+            decided[name] = found if wish is None else _granted(found, wish)
+    least_squares = {n for n, u in decided.items() if isinstance(u.update, LeastSquares)}
+    # A mean that shares an argument with a regression coefficient is solved for with it.
+    changed = True
+    while changed:
+        changed = False
+        for group in graph.groups:
+            binding = group.bindings.get("loc")
+            if binding is None or not least_squares.intersection(binding.params):
+                continue
+            for p in binding.params:
+                is_mean = decided[p].kind is Kind.MEAN and _is_plain_mean(decided[p])
+                is_mean = is_mean and is_real(graph.parameters[p].constraint)
+                if p not in least_squares and is_mean:
+                    least_squares.add(p)
+                    changed = True
+    for block in _blocks(graph, least_squares):
+        for p in block:
+            reason = (
+                decided[p].reason
+                if isinstance(decided[p].update, LeastSquares)
+                else ("a mean in one argument with regression coefficients")
+            )
+            decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block, decided[p].priors)
+    return decided
+
+
+def _is_plain_mean(update: ParameterUpdate) -> bool:
+    return all(u.selection.factor is None and not u.selection.maps for u in update.uses)
+
+
+def _granted(found: ParameterUpdate, wish: Update) -> ParameterUpdate:
+    if isinstance(wish, ClosedForm) and isinstance(found.update, ClosedForm):
+        return replace(found, update=wish)
+    if isinstance(wish, LeastSquares) and isinstance(found.update, LeastSquares):
+        return found
+    if isinstance(wish, (ClosedForm, LeastSquares)):
+        return replace(found, reason=f"{type(wish).__name__} was asked for, but {found.reason}")
+    return ParameterUpdate(found.name, wish, "as the user asked")
+
+
+def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
+    uses: list[Use] = []
+    priors: list[Prior] = []
+    affine = False
+    weakest = ""
+    seen = False
+    constraint = graph.parameters[name].constraint
+    if not graph.parameters[name].unconstrained.is_floating_point():
+        return ParameterUpdate(name, Fixed(), "it holds integers")
+    for g, group in enumerate(graph.groups):
+        if name in group.edges:
+            weakest = weakest or (
+                f"the support of {group.distribution} at '{group.members[0]}' ends at it: the maximum "
+                "is a jump, which no gradient sees"
+            )
+        if group.family is None:
+            if group.raw_params is None or name in group.raw_params:
+                weakest = weakest or f"{group.distribution} at '{group.members[0]}' has no record"
+                seen = True
+            continue
+        if group.raw_params is None or name in group.raw_params:
+            prior = _as_prior(graph, g, name)
+            if prior is None:
+                weakest = weakest or f"the value of '{group.members[0]}' depends on it"
+            else:
+                priors.append(prior)
+            seen = True
+        for argument, binding in group.bindings.items():
+            if binding.how == "opaque" and not binding.params:
+                continue
+            if name not in binding.params:
+                continue
+            seen = True
+            where = f"{group.distribution}.{argument} at '{group.members[0]}'"
+            if group.role is Role.POINT:
+                weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
+            elif binding.how == "opaque":
+                weakest = weakest or f"{binding.reason} in {where}"
+            elif binding.how == "affine":
+                affine = True
+                if not is_real(constraint):
+                    weakest = weakest or f"its constraint {constraint} bounds {where}"
+            else:
+                use, problem = _as_use(graph, g, argument, binding, name)
+                if use is None:
+                    weakest = weakest or f"{problem} in {where}"
+                else:
+                    uses.append(use)
+    if not seen:
+        return ParameterUpdate(name, Fixed(), "no factor depends on it")
+    if weakest:
+        return ParameterUpdate(name, Gradient(), weakest)
+    if affine:
+        plain = all(u.rule.kind is Kind.MEAN and not u.selection.maps for u in uses)
+        if plain and all(_is_normal(graph.groups[p.group]) for p in priors):
+            reason = "loc is affine in it" + (", with a Normal prior" if priors else "")
+            return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
+        if plain:
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal")
+        return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
+    if not uses:
+        return ParameterUpdate(name, Gradient(), "only priors depend on it")
+    problem = _not_conjugate(graph, uses[0], priors)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    problem = _disagreement(uses)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    problem = _outside(uses[0], constraint)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    groups = [graph.groups[u.group] for u in uses]
+    places = ", ".join(
+        dict.fromkeys(f"{g.distribution}.{u.argument}" for g, u in zip(groups, uses, strict=True))
+    )
+    kinds = {graph.groups[p.group].distribution for p in priors}
+    with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
+    return ParameterUpdate(
+        name,
+        ClosedForm(),
+        f"{places} selects it ({uses[0].rule.kind.value}){with_prior}",
+        tuple(uses),
+        priors=tuple(priors),
+    )
+
+
+def _as_prior(graph: FactorGraph, g: int, name: str) -> Prior | None:
+    """The prior of a point-estimated site whose value is one whole parameter."""
+    group = graph.groups[g]
+    binding = group.value_binding
+    if group.role is not Role.POINT or binding is None or binding.how != "selection":
+        return None
+    selection = next((s for s in binding.selections if s.param == name), None)
+    plain = selection is not None and not selection.maps and selection.factor is None
+    alone = len(binding.selections) == 1 and not any(
+        d in graph.latents for dims in group.dims for d in dims
+    )
+    constant = all(not b.params for b in group.bindings.values())
+    return Prior(g, selection) if selection is not None and plain and alone and constant else None
+
+
+def _is_normal(group: Group) -> bool:
+    return group.family is not None and group.family.name == "Normal"
+
+
+def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str:
+    """Why a prior does not keep the form of a closed update, or nothing."""
+    maps = tuple(m.name for m in use.selection.maps)
+    for prior in priors:
+        group = graph.groups[prior.group]
+        assert group.family is not None
+        known = conjugate(group.family.distribution, use.rule.kind, maps)
+        if known is None or use.rule.link.name != "identity":
+            return f"its {group.distribution} prior is not conjugate to a {use.rule.kind.value}"
+        event = use.rule.kind.event_dim
+        if event and _whole_events(
+            prior.selection.index,
+            graph.parameters[prior.selection.param].leaf,
+            event,
+            use.rule.kind,
+        ):
+            return f"its {group.distribution} prior is on other rows"
+    return ""
+
+
+def _as_use(
+    graph: FactorGraph, g: int, argument: str, binding: Binding, name: str
+) -> tuple[Use | None, str]:
+    group = graph.groups[g]
+    assert group.family is not None
+    rule = group.family.rules.get(argument)
+    if rule is None:
+        return None, "no closed form is known for this argument"
+    selection = next(s for s in binding.selections if s.param == name)
+    if selection.factor is not None:
+        scalable = rule.kind in (Kind.RATE, Kind.SCALE, Kind.MEAN) and rule.link.name == "identity"
+        if not scalable:
+            return None, "a factor multiplies it"
+    if rule.kind.is_location and any(m.has_pole for m in selection.maps):
+        return None, "its map has a pole, and a location may lie beyond it"
+    event = rule.kind.event_dim
+    if event:
+        if selection.maps:
+            return None, "an elementwise map of whole rows"
+        problem = _whole_events(selection.index, graph.parameters[name].leaf, event, rule.kind)
+        if problem:
+            return None, problem
+    return Use(g, argument, selection, rule), ""
+
+
+def _whole_events(index: Tensor, parameter: Tensor, event: int, kind: Kind) -> str:
+    """A closed form maximises over whole rows or matrices: they must map one to one."""
+    if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
+        return "only part of a row of the parameter is used"
+    size = math.prod(parameter.shape[-event:])
+    rows = index.reshape(-1, size)
+    rows = rows[(rows >= 0).any(-1)]
+    if bool((rows < 0).any()):
+        return "a row is partly constant"
+    first = rows.min(-1).values
+    if bool((first % size != 0).any()):
+        return "its rows are not rows of the parameter"
+    offsets = rows - first.unsqueeze(-1)
+    if kind is Kind.SIMPLEX:
+        offsets = offsets.sort(-1).values
+    expected = torch.arange(size, device=index.device)
+    if not bool((offsets == expected).all()):
+        return "its rows are not rows of the parameter"
+    return ""
+
+
+def _disagreement(uses: Sequence[Use]) -> str:
+    first = uses[0]
+    for u in uses[1:]:
+        if u.rule.kind is not first.rule.kind:
+            return f"it is a {first.rule.kind.value} here and a {u.rule.kind.value} there"
+        if u.rule.link.name != first.rule.link.name:
+            return f"it is a {first.argument} here and a {u.argument} there"
+        if [m.name for m in u.selection.maps] != [m.name for m in first.selection.maps]:
+            return "different maps of it are used"
+    return ""
+
+
+def _outside(use: Use, constraint: constraints.Constraint) -> str:
+    """Why a solution may leave the parameter's constraint, or nothing."""
+    kind, link = use.rule.kind, use.rule.link.name
+    base: Any = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if is_real(constraint):
+        return ""
+    if kind.event_dim == 0:
+        return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
+    if kind is Kind.SIMPLEX:
+        interval = bounds(constraint)
+        inside = interval is not None and interval[0] <= 0 and interval[1] >= 1
+        if base is constraints.simplex or (inside and link == "identity"):
+            return ""
+        return f"its constraint {constraint} may exclude the solution"
+    if kind is Kind.COVARIANCE:
+        # Exact types: a unit or correlation Cholesky factor has another maximiser.
+        allowed = type(base).__name__.lstrip("_") in (
+            ("LowerCholesky", "SoftplusLowerCholesky")
+            if link == "Cholesky factor"
+            else ("PositiveDefinite", "SoftplusPositiveDefinite", "PositiveSemidefinite")
+        )
+        return "" if allowed else f"its constraint {constraint} may exclude the solution"
+    return f"its constraint {constraint} may exclude the solution"
+
+
+def _blocks(graph: FactorGraph, names: set[str]) -> list[tuple[str, ...]]:
+    """Parameters that meet in one affine argument, directly or through others."""
+    blocks: list[set[str]] = []
+    for group in graph.groups:
+        binding = group.bindings.get("loc")
+        if binding is None:
+            continue
+        here = names.intersection(binding.params)
+        if not here:
+            continue
+        touching = [b for b in blocks if b & here]
+        merged = here.union(*touching)
+        blocks = [b for b in blocks if not b & here] + [merged]
+    order = {n: i for i, n in enumerate(graph.parameters)}
+    return [tuple(sorted(b, key=order.__getitem__)) for b in blocks]
+
+
+def groups_reached(graph: FactorGraph, names: set[str]) -> list[int]:
+    """Indices of the groups whose density depends on any of the parameters."""
+
+    def reaches(group: Group) -> bool:
+        if group.family is None and group.raw_params is None:
+            return True
+        return bool(names.intersection(group.params))
+
+    return [i for i, g in enumerate(graph.groups) if reaches(g)]

@@ -1,0 +1,367 @@
+"""Gradient M-step: maximise Q(θ) = E_q[log p(x, z; θ)] in the unconstrained space.
+
+L-BFGS with a strong-Wolfe line search from the current values; a result that is worse than the
+start is discarded, so that the objective cannot fall. Small problems are finished by Newton steps.
+Where a coordinate ends at a bound of its constraint it is seen whether it should have left it.
+An objective without bound has no maximiser: where the climb ends by the limits of numbers, and not by
+its gradient, it is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pyro.distributions.transforms import SoftplusLowerCholeskyTransform
+from torch import Tensor
+from torch.distributions import transform_to, transforms
+
+from pyro_em.errors import PyroEMError
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.updates.saturated import leave_bounds
+from pyro_em.updates.update import Gradient
+
+Objective = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+_NEWTON_SIZE = 24
+
+
+_NEWTON_STEPS = 4
+
+
+_FAR = 0.8  # of the digits of a number: a factor of 3e12 in float64, 3e5 in float32
+
+
+_CLIMBS = 4  # each after the first begins where coordinates have left a bound
+
+
+_CLIFF = 0.02  # how much further a coordinate is moved to see whether the model breaks there
+
+
+@dataclass(frozen=True)
+class Runaway:
+    """A coordinate along which the objective rises without end.
+
+    Attributes:
+        parameter: Its name.
+        element: Its flat index in the unconstrained value.
+        gain: What the objective still gains there, in nats per unit of the unconstrained value.
+    """
+
+    parameter: str
+    element: int
+    gain: float
+
+
+def maximise(
+    parameters: Sequence[TracedParameter],
+    objective: Objective,
+    update: Gradient,
+    state: dict[str, torch.optim.Optimizer],
+    weight: float,
+) -> Runaway | None:
+    """Raise the expected log joint over some parameters, writing them in place.
+
+    Args:
+        parameters: The parameters to move.
+        objective: From constrained values of these parameters to Q in nats.
+        update: How.
+        state: Where a torch optimiser is kept between M-steps.
+        weight: Total expected count, by which Q is divided so that tolerances do not depend on N.
+
+    Returns:
+        A coordinate that runs off to a limit of numbers while Q rises, or None.
+    """
+    before = [p.unconstrained.detach().clone() for p in parameters]
+    direct = [p.leaf is p.unconstrained for p in parameters]  # nn.Parameter: read by its module
+    if update.optimizer is None:
+        variables = [
+            p.unconstrained if d else b.clone().requires_grad_()
+            for p, d, b in zip(parameters, direct, before, strict=True)
+        ]
+    else:
+        variables = [p.unconstrained for p in parameters]
+
+    def loss() -> Tensor:
+        values = {
+            p.name: transform_to(p.constraint)(v)
+            for p, v in zip(parameters, variables, strict=True)
+        }
+        return -objective(values) / weight
+
+    if update.optimizer is not None:
+        _step_optimizer(parameters, variables, loss, update, state)
+        return None
+    with torch.no_grad():
+        start = float(loss())
+
+    def at(values: Mapping[str, Tensor]) -> Tensor:
+        return -objective(values) / weight
+
+    for _ in range(_CLIMBS):
+        _lbfgs(variables, loss, update.steps)
+        uphill: Tensor | None = None
+        if _value(loss) < math.inf and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
+            uphill = _newton(variables, loss)
+        moved = leave_bounds(parameters, variables, before, at, lambda: _value(loss))
+        if uphill is not None and not moved:
+            moved = _leave_saddle(variables, loss, uphill)
+        if not moved:
+            break
+    end = _value(loss)
+    runaway = _runaway(parameters, variables, before, loss, weight)
+    with torch.no_grad():
+        improved = end <= start + _rounding(start, variables[0])
+        for p, v, b in zip(parameters, variables, before, strict=True):
+            p.unconstrained.copy_(v if improved else b)
+    return runaway if improved else None
+
+
+def _runaway(
+    parameters: Sequence[TracedParameter],
+    variables: Sequence[Tensor],
+    before: Sequence[Tensor],
+    loss: Callable[[], Tensor],
+    weight: float,
+) -> Runaway | None:
+    """A coordinate where the climb was ended by the limits of numbers.
+
+    Its gradient is far from zero, although it went on by a factor that takes most digits of a number,
+    or a little further the model breaks. Where a limit exists (the slope of separable data), the
+    gradient vanishes on the way.
+    """
+    try:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), variables, allow_unused=True)
+    except PyroEMError:
+        return None
+    for p, v, b, g in zip(parameters, variables, before, gradients, strict=True):
+        if g is None:
+            continue
+        eps = torch.finfo(v.dtype).eps
+        gain = (g.detach() * weight).abs()
+        gain = torch.where(torch.isfinite(gain), gain, math.inf)  # 0 · ∞ at the smallest number
+        steep = torch.isfinite(v) & (gain >= max(0.1, 64 * eps**0.5 * weight))
+        if not bool(steep.any()):
+            continue
+        far = steep & _is_logarithm(p, b, v) & ((v.detach() - b).abs() > -_FAR * math.log(eps))
+        outward = steep & (g * v < 0)
+        if not bool(far.any()) and bool(outward.any()):
+            kept = v.detach().clone()
+            with torch.no_grad():
+                v.copy_(torch.where(outward, v * (1 + _CLIFF), v))
+                breaks = not math.isfinite(_value(loss))
+                v.copy_(kept)
+            far = outward if breaks else far
+        if bool(far.any()):
+            at = int(torch.where(far, gain, 0.0).reshape(-1).argmax())
+            return Runaway(p.name, at, float(gain.reshape(-1)[at]))
+    return None
+
+
+def _is_logarithm(parameter: TracedParameter, before: Tensor, after: Tensor) -> Tensor:
+    """Which unconstrained coordinates are logarithms on the way that they went."""
+    found = _parts(transform_to(parameter.constraint))
+    if any(isinstance(t, transforms.SoftplusTransform) for t in found):
+        return after < before  # upwards it is nearly the identity
+    if any(isinstance(t, _LOGARITHMS) for t in found):
+        return torch.ones_like(after, dtype=torch.bool)
+    if any(isinstance(t, (*_TRIANGLES, SoftplusLowerCholeskyTransform)) for t in found):
+        size = after.shape[-1]
+        diagonal = torch.eye(size, dtype=torch.bool, device=after.device).expand(after.shape)
+        bare = any(isinstance(t, _TRIANGLES) for t in found)
+        return diagonal if bare else diagonal & (after < before)
+    return torch.zeros_like(after, dtype=torch.bool)
+
+
+_LOGARITHMS = (
+    transforms.ExpTransform,
+    transforms.SigmoidTransform,
+    transforms.SoftmaxTransform,
+    transforms.StickBreakingTransform,
+)
+
+
+_TRIANGLES = (transforms.LowerCholeskyTransform, transforms.PositiveDefiniteTransform)
+
+
+def _parts(transform: transforms.Transform) -> list[transforms.Transform]:
+    """A transform, or those that it is composed of."""
+    if isinstance(transform, transforms.ComposeTransform):
+        return [t for part in transform.parts for t in _parts(part)]
+    if isinstance(transform, transforms.IndependentTransform):
+        return _parts(transform.base_transform)
+    return [transform]
+
+
+def _value(loss: Callable[[], Tensor]) -> float:
+    """The loss, or infinity where the model cannot run."""
+    try:
+        with torch.no_grad():
+            return float(loss())
+    except PyroEMError:
+        return math.inf
+
+
+def _rounding(value: float, like: Tensor) -> float:
+    """What a sum of this size may be off by."""
+    return 8 * torch.finfo(like.dtype).eps * max(1.0, abs(value))
+
+
+def _step_optimizer(
+    parameters: Sequence[TracedParameter],
+    variables: list[Tensor],
+    loss: Callable[[], Tensor],
+    update: Gradient,
+    state: dict[str, torch.optim.Optimizer],
+) -> None:
+    key = ",".join(p.name for p in parameters)
+    known = state.get(key)
+    held = [] if known is None else known.param_groups[0]["params"]
+    if known is None or any(a is not b for a, b in zip(held, variables, strict=False)):
+        assert update.optimizer is not None
+        known = state[key] = update.optimizer(variables)
+    for _ in range(update.steps):
+        known.zero_grad()
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(), variables, allow_unused=True)
+        for v, g in zip(variables, gradients, strict=True):
+            v.grad = None if g is None else torch.where(torch.isfinite(v), g, 0.0)
+        known.step()
+        known.zero_grad()
+
+
+def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> None:
+    optimizer = torch.optim.LBFGS(
+        variables,
+        max_iter=steps,
+        max_eval=3 * steps,
+        history_size=20,
+        tolerance_grad=1e-11,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
+
+    best, at_best = math.inf, [v.detach().clone() for v in variables]
+
+    def closure() -> Tensor:
+        nonlocal best
+        try:
+            with torch.enable_grad():
+                value = loss()
+                gradients = torch.autograd.grad(value, variables, allow_unused=True)
+            finite = bool(torch.isfinite(value.detach()))
+        except PyroEMError:
+            if best == math.inf:
+                raise
+            finite = False
+        if not finite and best < math.inf:
+            # A trial point at which the model cannot run is a bad one, not the end of the fit.
+            for v in variables:
+                v.grad = torch.zeros_like(v)
+            return torch.as_tensor(best + 1e3 * (1 + abs(best)))
+        if float(value.detach()) < best:
+            best = float(value.detach())
+            for held, v in zip(at_best, variables, strict=True):
+                held.copy_(v.detach())
+        for v, g in zip(variables, gradients, strict=True):
+            # A coordinate at infinity is a structural zero: it stays.
+            v.grad = torch.zeros_like(v) if g is None else torch.where(torch.isfinite(v), g, 0.0)
+        return value.detach()
+
+    optimizer.step(closure)
+    for v in variables:
+        v.grad = None
+    with torch.no_grad():
+        if not _value(loss) < math.inf:  # it ended where the model cannot run
+            for v, held in zip(variables, at_best, strict=True):
+                v.copy_(held)
+
+
+def _leave_saddle(
+    variables: Sequence[Tensor], loss: Callable[[], Tensor], direction: Tensor
+) -> bool:
+    """Move along a direction in which the loss curves downwards, where that lowers it.
+
+    A start in the middle of a symmetric prior may have no slope at all: loc = t² at t = 0.
+    """
+    best = _value(loss)
+    best -= 64 * _rounding(best, variables[0])
+    kept, at = [v.detach().clone() for v in variables], None
+    with torch.no_grad():
+        for size in (1.0, -1.0, 0.1, -0.1, 1e-2, -1e-2):
+            begin = 0
+            for v, old in zip(variables, kept, strict=True):
+                part = direction[begin : begin + v.numel()].reshape(v.shape)
+                v.copy_(old + size * part)
+                begin += v.numel()
+            there = _value(loss)
+            if there < best:
+                best, at = there, [v.detach().clone() for v in variables]
+        for v, new in zip(variables, kept if at is None else at, strict=True):
+            v.copy_(new)
+    return at is not None
+
+
+def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | None:
+    """A few safeguarded Newton steps: the last digits that first-order steps leave.
+
+    Returns:
+        Where they end at no minimum, a direction in which the loss curves downwards (or, where it has
+        no curvature at all, any); else None.
+    """
+    uphill: Tensor | None = None
+    for _ in range(_NEWTON_STEPS):
+        with torch.enable_grad():
+            value = loss()
+            gradients = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
+            rows = []
+            flat = []
+            for v, g in zip(variables, gradients, strict=True):
+                flat.append(torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1))
+            gradient = torch.cat(flat)
+            if not gradient.requires_grad:
+                return None
+            for component in gradient:
+                row = torch.autograd.grad(
+                    component, variables, retain_graph=True, allow_unused=True
+                )
+                rows.append(
+                    torch.cat(
+                        [
+                            torch.zeros_like(v).reshape(-1) if r is None else r.reshape(-1)
+                            for v, r in zip(variables, row, strict=True)
+                        ]
+                    )
+                )
+        hessian, gradient = torch.stack(rows).detach(), gradient.detach()
+        if not bool(torch.isfinite(hessian).all()) or not bool(torch.isfinite(gradient).all()):
+            return None
+        if hessian.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
+            hessian, gradient = hessian.float(), gradient.float()
+        eigenvalues, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+        top = eigenvalues.abs().max()
+        is_saddle = bool(eigenvalues[0] < -1e-6 * top) or not bool(top > 1e-9)
+        uphill = vectors[:, 0] if is_saddle else None
+        curved = eigenvalues > 1e-10 * top
+        inverse = torch.where(curved, 1 / torch.where(curved, eigenvalues, 1.0), 0.0)
+        step = -vectors @ (inverse * (vectors.mT @ gradient))
+        old = [v.detach().clone() for v in variables]
+        with torch.no_grad():
+            at = 0
+            for v in variables:
+                v += step[at : at + v.numel()].reshape(v.shape)
+                at += v.numel()
+            # Near the optimum the gain is below rounding while the step is not.
+            old_value = float(value.detach())
+            better = _value(loss) <= old_value + _rounding(old_value, variables[0])
+            if not better:
+                for v, o in zip(variables, old, strict=True):
+                    v.copy_(o)
+                return uphill
+        if float(step.abs().max()) < 1e-14:
+            return uphill
+    return uphill

@@ -1,0 +1,160 @@
+"""Weighted least squares for a Normal whose ``loc`` is affine in parameters.
+
+    δ = (Σ_cells w/σ² J Jᵀ)⁺ Σ_cells (w/σ²) J (x̄ − loc),    θ ← θ + δ,
+
+for all parameters of one argument at once. The pseudo-inverse leaves directions that the data do
+not identify where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Statistics
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.closed_form import sum_to
+from pyro_em.updates.update import ParameterUpdate
+
+_MANY_CELLS = 256
+
+
+def least_squares(
+    block: Sequence[str],
+    graph: FactorGraph,
+    statistics: Mapping[int, Statistics],
+    arguments: Sequence[Mapping[str, Tensor]],
+    values: Mapping[str, Tensor],
+    updates: Mapping[str, ParameterUpdate],
+) -> dict[str, Tensor]:
+    """New values of all parameters of a block.
+
+    Args:
+        block: Parameter names.
+        graph: The factor graph.
+        statistics: Expected statistics per group.
+        arguments: The current arguments per group.
+        values: The current parameters.
+        updates: What was decided per parameter, for Normal priors: ridge regression.
+    """
+    sizes = [values[p].numel() for p in block]
+    gram: Tensor | None = None
+    moment: Tensor | None = None
+    for g, group in enumerate(graph.groups):
+        binding = group.bindings.get("loc")
+        if binding is None or not set(block).intersection(binding.params):
+            continue
+        stats = statistics[g]
+        scale = arguments[g]["scale"].detach()
+        loc = arguments[g]["loc"].detach()
+        precision = scale**-2
+        weight = stats["weight"] * precision
+        residual = (
+            stats["deviation"] + stats["weight"] * (stats["reference:loc"] - loc)
+        ) * precision
+        cells = binding.constant.shape
+        weight, residual = torch.broadcast_tensors(weight, residual)
+        weight, residual = sum_to(weight, cells), sum_to(residual, cells)
+        if gram is None or moment is None:
+            gram, moment = weight.new_zeros(sum(sizes), sum(sizes)), weight.new_zeros(sum(sizes))
+        parts = designs_of(binding, block, values, 1 + group.n_plates)
+        w, r = weight.reshape(-1, len(parts)), residual.reshape(-1, len(parts))
+        for k, (columns, design) in enumerate(parts):
+            weighted = design * w[:, k : k + 1]
+            own = gram[columns.unsqueeze(-1), columns] + weighted.mT @ design
+            gram[columns.unsqueeze(-1), columns] = own
+            moment[columns] += design.mT @ r[:, k]
+    assert gram is not None and moment is not None
+    at = 0
+    for p, size in zip(block, sizes, strict=True):
+        for prior in updates[p].priors:
+            group = graph.groups[prior.group]
+            loc, scale = (group.arguments[a].detach() for a in ("loc", "scale"))
+            weight = group.weights()
+            weight = weight.reshape(
+                weight.shape + (1,) * (prior.selection.index.dim() - weight.dim())
+            )
+            index = prior.selection.index
+            precision = (weight * scale**-2).expand(index.shape).reshape(-1).to(gram.dtype)
+            target = loc.expand(index.shape).reshape(-1)
+            column = at + index.reshape(-1)
+            pull = precision * (target - values[p].reshape(-1)[index.reshape(-1)])
+            gram = gram + torch.diag(gram.new_zeros(len(gram)).index_add(0, column, precision))
+            moment = moment.index_add(0, column, pull)
+        at += size
+    step = pseudo_solve(gram, moment)
+    new, at = {}, 0
+    for p, size in zip(block, sizes, strict=True):
+        new[p] = values[p] + step[at : at + size].reshape(values[p].shape)
+        at += size
+    return new
+
+
+Designs = list[tuple[Tensor, Tensor]]
+
+
+_known: WeakKeyDictionary[Binding, tuple[tuple[str, ...], Designs]] = WeakKeyDictionary()
+
+
+def designs_of(
+    binding: Binding, block: Sequence[str], values: Mapping[str, Tensor], lead: int
+) -> Designs:
+    """∂loc/∂θ for each cell behind the rows (a component, a feature): its columns that are not zero.
+
+    A component's line does not depend on another's slope: most of the whole matrix would be zeros.
+    It is the same at every step, and so worked out once per binding.
+
+    Args:
+        binding: An affine binding, or selections.
+        block: Parameters whose elements are the columns.
+        values: Their values, for sizes.
+        lead: How many dimensions are rows: members and plates.
+
+    Returns:
+        Per cell the columns, and the matrix. # (columns,), (rows, columns)
+    """
+    known = _known.get(binding)
+    if known is not None and known[0] == tuple(block):
+        return known[1]
+    whole = torch.cat([_design(binding, p, values[p]) for p in block], -1)
+    rows = whole.shape[:lead].numel()
+    whole = whole.reshape(rows, -1, whole.shape[-1])
+    if whole.shape[1] > _MANY_CELLS:
+        every = torch.arange(whole.shape[-1], device=whole.device)
+        out = [(every, whole[:, k]) for k in range(whole.shape[1])]
+    else:
+        out = []
+        for k in range(whole.shape[1]):
+            columns = (whole[:, k] != 0).any(0).nonzero().reshape(-1)
+            out.append((columns, whole[:, k, columns].contiguous()))
+    _known[binding] = (tuple(block), out)
+    return out
+
+
+def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
+    """∂loc/∂θ. # (*cells, parameter.numel())"""
+    if binding.jacobians is not None and name in binding.jacobians:
+        return binding.jacobians[name]
+    for part in binding.selections:
+        if part.param == name:
+            eye = torch.eye(
+                value.numel() + 1, value.numel(), dtype=value.dtype, device=value.device
+            )
+            rows = eye[torch.where(part.index >= 0, part.index, value.numel())]
+            return rows if part.factor is None else rows * part.factor.unsqueeze(-1)
+    return value.new_zeros(*binding.constant.shape, value.numel())
+
+
+def pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
+    """Pseudo-inverse solution with columns scaled to unit length."""
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(gram.dtype).tiny), 1.0).rsqrt()
+    scaled = gram * scale * scale.unsqueeze(-1)
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    limit = eigenvalues[-1] * gram.shape[0] * torch.finfo(gram.dtype).eps
+    inverse = torch.where(eigenvalues > limit, 1 / eigenvalues.clamp(min=limit), 0.0)
+    return scale * (vectors @ (inverse * (vectors.mT @ (scale * moment))))

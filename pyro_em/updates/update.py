@@ -1,0 +1,140 @@
+"""The updates that a parameter can have, and what was decided for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.arguments import number, shown, whole
+from pyro_em.errors import UsageError, message
+from pyro_em.families.family import Rule
+from pyro_em.families.forms import Kind
+from pyro_em.graph.binding import Selection
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The exact maximiser given all other parameters.
+
+    Attributes:
+        floor: The smallest variance (for a covariance: the smallest eigenvalue); 0 for none. A
+            variance below it is set to it, nothing is ever added.
+        step_size: For batches only: the weight of the newest batch in the running average of
+            expected statistics; (t + 1)^−0.6 at step t where None (Cappé and Moulines 2009).
+
+    Example:
+        >>> ClosedForm(floor=1e-3)
+        ClosedForm(floor=0.001, step_size=None)
+    """
+
+    floor: float = 0.0
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not number("ClosedForm", "floor", self.floor) >= 0:
+            raise UsageError(message("ClosedForm", f"floor={self.floor} is no variance."))
+        size = self.step_size
+        if size is not None and not 0 < number("ClosedForm", "step_size", size) <= 1:
+            raise UsageError(
+                message(
+                    "ClosedForm",
+                    f"step_size={self.step_size} is no weight in (0, 1].",
+                    fixes=["pass 0.1, or None for one that falls with the steps"],
+                )
+            )
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Weighted least squares, jointly for all parameters of one affine ``loc``."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A gradient step on the expected log joint in the unconstrained space.
+
+    Attributes:
+        optimizer: A callable from a list of tensors to a torch optimiser, or None for L-BFGS with
+            a line search to convergence, under which the objective cannot fall.
+        steps: Steps of the optimiser per M-step, or iterations of L-BFGS at most.
+
+    Example:
+        >>> Gradient(lambda p: torch.optim.Adam(p, lr=0.01), steps=5).steps
+        5
+    """
+
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
+    steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None and not callable(self.optimizer):
+            raise UsageError(
+                message(
+                    "Gradient",
+                    f"optimizer={shown(self.optimizer)} makes no optimiser.",
+                    "it is called with a list of tensors",
+                    ["pass lambda params: torch.optim.Adam(params, lr=0.01)", "None for L-BFGS"],
+                )
+            )
+        if whole("Gradient", "steps", self.steps, None) < 1:
+            raise UsageError(message("Gradient", f"steps={self.steps} would change nothing."))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The parameter is never changed."""
+
+
+@dataclass(frozen=True)
+class NoUpdate:
+    """No M-step: a latent of the model has no route. It is found in plans, never asked for."""
+
+
+Update = ClosedForm | LeastSquares | Gradient | Fixed
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One place where a parameter is used: an argument of a group of factors."""
+
+    group: int
+    argument: str
+    selection: Selection
+    rule: Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Prior:
+    """A prior on a parameter: the group of the point-estimated site whose value it is."""
+
+    group: int
+    selection: Selection
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterUpdate:
+    """What was decided for one parameter, and why.
+
+    Attributes:
+        name: The parameter.
+        update: The update.
+        reason: Why, in words.
+        uses: The places of a closed form.
+        block: Parameters solved for together (least squares).
+        priors: Conjugate priors that a closed form takes in.
+    """
+
+    name: str
+    update: Update | NoUpdate
+    reason: str
+    uses: tuple[Use, ...] = ()
+    block: tuple[str, ...] = ()
+    priors: tuple[Prior, ...] = ()
+
+    @property
+    def kind(self) -> Kind | None:
+        """The functional form of a closed-form update."""
+        return self.uses[0].rule.kind if self.uses else None

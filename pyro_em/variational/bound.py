@@ -1,0 +1,562 @@
+"""The guide's route: a bound that is drawn, and its gradient.
+
+With latents h drawn from the guide and z summed exactly under them,
+
+    ELBO = E_{q(h | x)}[ log Σ_z p(x, z, h; θ) − log q(h | x; φ) ] ≤ log p(x; θ).
+
+One draw is a `Particle`: its terms, each a tensor over plates. Draws that are reparameterised carry
+their gradient themselves. A draw y that is not contributes (C_y − b) ∇ log q(y), with C_y the terms
+downstream of y (of the same plate elements only) and b a baseline: the score function estimator.
+Latents that are summed under the guide (q(y | x) q(h | x, y)) are left to Pyro's `TraceEnum_ELBO`;
+beside exact sums they are summed here, by one run for each value k of y,
+
+    ELBO = Σ_k q(y = k | x) E_{q(h | x, k)}[ log Σ_z p(x, z, h, k) − log q(h | x, k) − log q(k | x) ].
+
+Source: Kingma and Welling (2014); Ranganath, Gerrish and Blei (2014) for the score function and its
+Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceEnum_ELBO
+from torch import Tensor
+
+from pyro_em.errors import DegenerateError, Finding, PyroEMError, raise_findings
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.structure import Structure, examine, form_of
+from pyro_em.graph.trace import trace_graph
+from pyro_em.graph.unregistered import unregistered_notes
+from pyro_em.portable import StaysHere
+from pyro_em.posteriors.contraction import contract
+from pyro_em.posteriors.enumeration import contraction_of, scales_of
+from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.handlers import FeasibleWhereMasked, GuideSites, HoldAt, OnlySites, ScalePlates
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.runs import Model, drawn_run
+from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
+from pyro_em.variational.divergence import _kl_term, _with_analytic_kl
+from pyro_em.variational.pair import Pair, Routing, support_size
+from pyro_em.variational.particle import (
+    Particle,
+    Term,
+    Weight,
+    _in_words,
+    _not_finite,
+    _reparameterised,
+    _require_finite,
+    dims_of,
+    log_weights,
+)
+from pyro_em.variational.score_function import _downstream, _onto
+
+_KEPT = 16  # structures of batches of different shape
+
+
+_ONE = Weight()
+
+
+@dataclass(eq=False)
+class Variational(StaysHere):
+    """A model with its guide, ready to draw bounds.
+
+    Attributes:
+        model: The user's model.
+        guide: Its guide.
+        routing: The routes.
+        max_plate_nesting: As the user gave it.
+        bare: What a look at the model without its guide found.
+        weighted: Draws of the importance-weighted bound that takes the place of the ELBO, or None.
+        analytic: Drawn latents whose KL divergence is known in closed form.
+        baselines: Decaying averages of downstream costs.
+    """
+
+    model: Model
+    guide: Model
+    routing: Routing
+    bare: Structure
+    max_plate_nesting: int | None = None
+    weighted: int | None = None
+    analytic: frozenset[str] = frozenset()
+    baselines: dict[str, float] = field(default_factory=dict)
+    _structures: dict[Any, Structure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.pair = self.routing.pair(self.model, self.guide)
+        self.analytic = _with_analytic_kl(self.routing, self.bare)
+        self.downstream = _downstream(self.routing, self.bare)
+        self.shared = _of_all_elements(self.routing, self.bare)
+
+    # ------------------------------------------------------------------ drawing
+
+    def particle(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None = None,
+        *,
+        analytic: bool = True,
+        report: bool = False,
+        chosen: Mapping[str, int] | None = None,
+    ) -> Particle:
+        """One draw from the guide and the terms of its bound, attached to all parameters.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            factors: Per plate what multiplies its sites (a batch that stands for all data).
+            analytic: Whether known KL divergences replace the draw's.
+            report: Whether log q is wanted as well where it is not needed for the bound.
+            chosen: Guide sites that are held at a value instead, and weighed by its probability.
+        """
+        with ScalePlates(factors or {}), FeasibleWhereMasked(), _validation_told():
+            if self.routing.exact:
+                return self._summed(args, kwargs, report, chosen or {})
+            return self._plain(args, kwargs, analytic, report)
+
+    def particles(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None = None,
+        *,
+        analytic: bool = True,
+        report: bool = False,
+    ) -> list[Particle]:
+        """Particles whose bounds add up to one draw: one for each value that is enumerated here."""
+        names = () if self.is_pyros else self.routing.enumerated
+        look = self.routing.guide
+        ranges = [range(support_size(look, n)) for n in names if look is not None]
+        return [
+            self.particle(
+                args,
+                kwargs,
+                factors,
+                analytic=analytic,
+                report=report,
+                chosen=dict(zip(names, values, strict=True)),
+            )
+            for values in itertools.product(*ranges)
+        ]
+
+    def _plain(self, args: tuple, kwargs: dict[str, Any], analytic: bool, report: bool) -> Particle:
+        known = self.analytic if analytic else frozenset()
+        unneeded = set() if report else {*known, *(GuideSites.prefix + n for n in known)}
+        sites = drawn_run(self.pair, args, kwargs, unneeded).sites
+        terms: list[Term] = []
+        for name, site in sites.items():
+            if not is_factor(site) or is_latent(site):
+                continue
+            role = role_of(site)
+            own = name.removeprefix(GuideSites.prefix)
+            if own in known and role in (Role.GUIDE, Role.SAMPLED):
+                if role is Role.SAMPLED:
+                    terms.append(_kl_term(own, site, sites[GuideSites.prefix + own]))
+                continue
+            value = site["log_prob"]
+            if role is Role.GUIDE:
+                value = -(value if _reparameterised(site) else value.detach())
+            terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
+        values = {
+            n.removeprefix(GuideSites.prefix): s["value"]
+            for n, s in sites.items()
+            if n.startswith(GuideSites.prefix) or (is_factor(s) and _is_given(s))
+        }
+        return self._with_scores(terms, sites, None, report, values)
+
+    def _summed(
+        self, args: tuple, kwargs: dict[str, Any], report: bool, chosen: Mapping[str, int]
+    ) -> Particle:
+        record: list[tuple[GuideSites, HoldAt]] = []
+        assert isinstance(self.pair, Pair)
+        graph = trace_graph(
+            replace(self.pair, record=record, chosen=chosen),
+            args,
+            kwargs,
+            self.structure(args, kwargs),
+            with_bindings=False,
+            keep_random_state=False,
+            attached=True,
+        )
+        guide, held = record[-1]
+        weight = Weight(tuple(_weight_of(held.sites[n]) for n in chosen))
+        plan = contraction_of(graph)
+        tables = [g.log_density().to(torch.float64) for g in graph.groups]
+        flat: list[Tensor] = []
+        terms: list[Term] = []
+        sites: dict[str, dict[str, Any]] = {}
+        for group, table in zip(graph.groups, tables, strict=True):
+            for i, name in enumerate(group.members):
+                if group.role is not Role.GUIDE:
+                    flat.append(table[i])
+                    continue
+                own = name.removeprefix(GuideSites.prefix)
+                log_q = table[i] * group.scale[i]
+                sites[name] = {
+                    "fn": self.routing.guide.sites[own]["fn"],  # type: ignore[union-attr]
+                    "infer": guide.infer[own],
+                    "log_prob": log_q,
+                    "score": table[i],
+                    "dims": group.dims[i],
+                }
+                follows = own in chosen or _reparameterised(sites[name])
+                value = log_q if follows else log_q.detach()
+                terms.append(Term(name, Role.GUIDE, group.dims[i], -value, group.scale[i]))
+                flat.append(torch.zeros_like(table[i]))
+        scale = _common_scale(graph)
+        for dims, value in contract(plan, flat, scales=scales_of(graph)):
+            terms.append(Term("summed", None, dims, value, scale))
+        return self._with_scores(terms, sites, graph, report, guide.values, weight, chosen)
+
+    def _with_scores(
+        self,
+        terms: list[Term],
+        sites: Mapping[str, dict[str, Any]],
+        graph: FactorGraph | None,
+        report: bool,
+        values: Mapping[str, Tensor],
+        weight: Weight = _ONE,
+        chosen: Collection[str] = (),
+    ) -> Particle:
+        terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
+        scores, baselines, log_q = {}, {}, 0.0
+        for name, site in sites.items():
+            if not name.startswith(GuideSites.prefix):
+                continue
+            own = name.removeprefix(GuideSites.prefix)
+            if report and "log_prob" in site:
+                own_log_q = site["log_prob"].detach()
+                log_q += float(weight.weigh(own_log_q, site.get("dims", ())).sum())
+            if own not in chosen and not _reparameterised(site):
+                # The cost carries the scale, the score does not.
+                if "score" in site:
+                    score, dims = site["score"], site["dims"]
+                else:
+                    score = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+                    dims = dims_of(site, score)
+                scores[own] = Term(own, Role.GUIDE, dims, score)
+                baselines[own] = site.get("infer", {}).get("baseline", {})
+        return Particle(tuple(terms), scores, values, graph, log_q, baselines, weight)
+
+    def structure(self, args: tuple, kwargs: dict[str, Any]) -> Structure:
+        """The pair's structure for these arguments; found once per shape."""
+        key = form_of(args, kwargs)
+        if key not in self._structures:
+            structure, problems = examine(
+                self.pair,
+                args,
+                kwargs,
+                max_plate_nesting=self.max_plate_nesting,
+                first_look=False,
+                guide_given=True,
+            )
+            if problems:
+                raise_findings([_in_users_names(p) for p in problems])
+            looked, structure = structure.looked, replace(structure, looked=None)
+            trace_graph(self.pair, args, kwargs, structure, with_bindings=False, looked=looked)
+            if len(self._structures) >= _KEPT:
+                self._structures.pop(next(iter(self._structures)))
+            self._structures[key] = structure
+        return self._structures[key]
+
+    # ------------------------------------------------------------------ the bound and its gradient
+
+    def loss(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        num_particles: int = 1,
+        factors: Mapping[str, float] | None = None,
+    ) -> Tensor:
+        """−ELBO, a scalar whose gradient is an unbiased estimate of the bound's.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            num_particles: Draws to average over.
+            factors: Per plate what multiplies its sites.
+
+        Raises:
+            DegenerateError: If the bound is not finite; names the site.
+        """
+        if self.weighted is not None:
+            return -self._weighted_bound(args, kwargs, factors)
+        if self.is_pyros:
+            elbo, pair = self._enumerated_elbo(num_particles), self._enumerated_pair(factors)
+            with _validation_told():
+                if torch.is_grad_enabled():
+                    loss = elbo.differentiable_loss(*pair, *args, **kwargs)
+                else:
+                    loss = torch.as_tensor(elbo.loss(*pair, *args, **kwargs))
+            if not bool(torch.isfinite(loss)):
+                raise DegenerateError(_not_finite("model", float(loss.detach())))
+            return loss
+        total: Tensor | None = None
+        drawn = (self.particles(args, kwargs, factors) for _ in range(num_particles))
+        for particle in itertools.chain.from_iterable(drawn):
+            bound = particle.bound
+            _require_finite(particle, bound)
+            if torch.is_grad_enabled():  # a look must not move the baselines
+                bound = bound + self._score_terms(particle)
+            total = bound if total is None else total + bound
+        assert total is not None
+        return -total if num_particles == 1 else -total / num_particles
+
+    def _weighted_bound(
+        self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
+    ) -> Tensor:
+        """log (1/S) Σ_s w_s, per element of the data plate where every draw is local to it.
+
+        Its gradient weighs each draw by w_s / Σ w: expectations by importance.
+        """
+        assert self.weighted is not None
+        particles = []
+        for _ in range(self.weighted):
+            particle = self.particle(args, kwargs, factors, analytic=False)
+            _require_finite(particle, particle.bound)
+            particles.append(particle)
+        return log_weights(particles, self.bare.data_plate, self.draws_are_local).bound()
+
+    @property
+    def draws_are_local(self) -> bool:
+        """Whether every latent is drawn or summed anew for each element of the data plate."""
+        look = self.routing.guide
+        if look is not None and look.coupled & set(self.routing.drawn):
+            return False
+        return self.bare.are_local((*self.routing.drawn, *self.routing.exact))
+
+    def draws(
+        self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
+    ) -> list[Tensor]:
+        """Independent draws of the bound; where all is summed under the guide they are equal."""
+        if self.is_pyros:
+            elbo = self._enumerated_elbo(1)
+            pair = self._enumerated_pair(None)
+            with _validation_told():
+                return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
+        with torch.no_grad():
+            drawn = (self.particles(args, kwargs, analytic=analytic) for _ in range(n))
+            return [torch.stack([p.bound for p in particles]).sum() for particles in drawn]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Warnings in words about what model and guide depend on."""
+        look = self.routing.guide
+        of_guide = () if look is None else look.unregistered
+        return (
+            *self.bare.notes,
+            *unregistered_notes(self.bare.unregistered, self.parameters, "model"),
+            *unregistered_notes(of_guide, self.parameters, "guide"),
+        )
+
+    @property
+    def parameters(self) -> dict[str, TracedParameter]:
+        """All parameters of guide and model, as the first look found them."""
+        look = self.routing.guide
+        return {**({} if look is None else look.run.parameters), **self.bare.parameters}
+
+    def with_draws_only(self) -> Variational:
+        """The same pair with nothing enumerated under the guide."""
+        if not self.routing.enumerated:
+            return self
+        routing = replace(self.routing, enumerated=())
+        return Variational(self.model, self.guide, routing, self.bare, self.max_plate_nesting)
+
+    def point_model(self) -> Model:
+        """The model at its point estimates, all other latents its own."""
+        return replace(self.routing, drawn=()).pair(self.model, self.guide)
+
+    @property
+    def bound_name(self) -> str:
+        """Which bound `loss` is the negative of, in words."""
+        n = self.weighted
+        return "ELBO" if n is None else f"importance-weighted bound of {n} draw{'s' * (n > 1)}"
+
+    @property
+    def point_sites(self) -> dict[str, str]:
+        """For each point-estimated site the guide's parameter of a name that ends with it."""
+        out = {}
+        for site in self.routing.points:
+            hits = [n for n in self.parameters if n == site or n.endswith(f".{site}")]
+            if len(hits) == 1:
+                out[site] = hits[0]
+        return out
+
+    @property
+    def is_pyros(self) -> bool:
+        """Whether latents are summed under the guide by Pyro: where nothing is summed exactly."""
+        return bool(self.routing.enumerated) and not self.routing.exact
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the bound holds no randomness: everything is summed under the guide."""
+        look = self.routing.guide
+        one_value = look.points if look is not None else frozenset()
+        return set(self.routing.drawn) <= {*self.routing.enumerated, *one_value}
+
+    def _score_terms(self, particle: Particle) -> Tensor | float:
+        """Σ_y (C_y − b_y) log q(y), zero in value, the score function in gradient."""
+        total: Tensor | float = 0.0
+        for own, score in particle.scores.items():
+            below = self.downstream.get(own)
+            # Elements that read each other share all costs; others have those of their own.
+            dims = () if own in self.shared else score.dims
+            cost: Tensor | None = None
+            for t in particle.terms:
+                if below is not None and t.role is not None and t.site not in below:
+                    continue
+                part = _onto(t.value.detach(), t.dims, score, dims)
+                cost = part if cost is None else cost + part
+            assert cost is not None
+            cost = cost.expand_as(score.value) if own in self.shared else cost
+            weight, options = particle.weight, particle.baselines.get(own) or {}
+            # A run among several holds its share of the cost, and of the baseline.
+            baseline, baseline_loss = self._baseline(own, cost * weight.runs, options)
+            share = weight.over(score.dims)
+            surrogate = ((cost - baseline * share).detach() * score.value).sum()
+            total = total + (surrogate - surrogate.detach())
+            if baseline_loss is not None:
+                total = total - (baseline_loss - baseline_loss.detach())
+        return total
+
+    def _baseline(
+        self, name: str, cost: Tensor, options: Mapping[str, Any]
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """A decaying average of the cost, and a user's ``infer={"baseline": …}`` on top of it."""
+        decay = float(options.get("baseline_beta", 0.9))
+        size = max(cost.numel(), 1)
+        mean = float(cost.sum()) / size
+        known = name in self.baselines
+        average = self.baselines.get(name, 0.0)  # never of this draw: that would be a bias
+        self.baselines[name] = decay * average + (1 - decay) * mean if known else mean
+        learned: Tensor | None = None
+        if "nn_baseline" in options:
+            learned = options["nn_baseline"](options["nn_baseline_input"].detach())
+        elif "baseline_value" in options:
+            learned = options["baseline_value"]
+        if learned is None:
+            return average, None
+        learned = learned.reshape(cost.shape)
+        rest = cost - average if options.get("use_decaying_avg_baseline") else cost
+        shift = average if options.get("use_decaying_avg_baseline") else 0.0
+        return learned.detach() + shift, (learned - rest).pow(2).sum()
+
+    def _enumerated_elbo(self, num_particles: int) -> TraceEnum_ELBO:
+        return TraceEnum_ELBO(
+            num_particles=num_particles, max_plate_nesting=self.bare.max_plate_nesting
+        )
+
+    def _enumerated_pair(self, factors: Mapping[str, float] | None) -> tuple[Model, Model]:
+        """Model and guide as `TraceEnum_ELBO` takes them."""
+        unused = frozenset(self.routing.unused)
+        barren = frozenset(n for n in self.bare.barren if n not in self.routing.drawn)
+        enumerated = frozenset(self.routing.enumerated)
+
+        def model(*args: Any, **kwargs: Any) -> Any:
+            with (
+                ScalePlates(factors or {}),
+                FeasibleWhereMasked(),
+                OnlySites(barren),
+            ):
+                return self.model(*args, **kwargs)
+
+        def guide(*args: Any, **kwargs: Any) -> Any:
+            with ScalePlates(factors or {}), OnlySites(unused, enumerated):
+                return self.guide(*args, **kwargs)
+
+        return model, guide
+
+
+def inner_posterior(
+    graph: FactorGraph, weight: Weight = _ONE
+) -> tuple[Posterior, tuple[Group, ...]]:
+    """p(z | x, h) at one draw h, and the model's factors; anything where the draw has no weight."""
+    groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
+    model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
+    tables = [g.log_density().detach() for g in groups]
+    tables = [
+        torch.stack([weight.possible(t, d) for t, d in zip(table, group.dims, strict=True)])
+        for table, group in zip(tables, groups, strict=True)
+    ]
+    return exact_posterior(model, contraction_of(model), tables), groups
+
+
+def _in_users_names(problem: Finding) -> Finding:
+    """A finding about the pair, with the guide's sites as the user called them."""
+
+    def told(text: str) -> str:
+        return text.replace(f"site '{GuideSites.prefix}", "guide site '").replace(
+            f"'{GuideSites.prefix}", "'"
+        )
+
+    return replace(
+        problem,
+        where=told(problem.where),
+        what=told(problem.what),
+        why=told(problem.why),
+        fixes=tuple(told(f) for f in problem.fixes),
+    )
+
+
+def _weight_of(site: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor, int]:
+    """The probability of the value at which a guide site is held; see `Weight`."""
+    fn = site["fn"]
+    probability = fn.log_prob(site["value"]).exp()
+    # Pyro keeps a probability of zero at eps, and the record of a family does not.
+    tiny = probability <= 2 * torch.finfo(probability.dtype).eps
+    probability = torch.where(tiny, 0.0, probability).to(torch.float64)
+    dims = dims_of(site, probability)
+    shape = [size for d, size in zip(dims, probability.shape, strict=True) if d]
+    size = len(fn.enumerate_support(expand=False))
+    return tuple(d for d in dims if d), probability.reshape(shape), size
+
+
+def _common_scale(graph: FactorGraph) -> float | None:
+    """The one number by which all sites of the model are scaled; None if there is none."""
+    scales = {
+        float(s) if not isinstance(s, Tensor) else math.nan
+        for g in graph.groups
+        if g.role is not Role.GUIDE and g.n_plates
+        for s in g.scale
+    }
+    only = scales.pop() if len(scales) == 1 else math.nan
+    return None if math.isnan(only) else only
+
+
+def _is_given(site: Mapping[str, Any]) -> bool:
+    return role_of(site) in (Role.SAMPLED, Role.POINT)
+
+
+@contextmanager
+def _validation_told() -> Iterator[None]:
+    """What torch's validation finds at a draw, as the end of a fit instead of a crash."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"^Expected (parameter|value argument).*", str(error), re.MULTILINE)
+        if isinstance(error, PyroEMError) or found is None:
+            raise
+        site = re.search(r"at site '([^']*)'", str(error))
+        where = _in_words(site[1]) if site else "model or guide"
+        line = found[0].rstrip(":") + "."
+        raise DegenerateError(_not_finite(where, math.nan, line)) from error
+
+
+def _of_all_elements(routing: Routing, structure: Structure) -> frozenset[str]:
+    """Drawn sites of which an element reaches terms of other elements of its plate."""
+    look = routing.guide
+    if look is None:
+        return frozenset()
+    coupled = {*structure.coupled, *look.coupled}
+    below = {n: {n, *(u for u, s in look.scopes.items() if n in s)} for n in routing.shown}
+    return frozenset(n for n, reached in below.items() if reached & coupled)

@@ -1,0 +1,109 @@
+"""A model and a guide run as one: who decides which latent, and at which values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pyro_em.tracing.handlers import GiveValues, GuideSites, HoldAt
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import Role
+from pyro_em.variational.guide import GuideLook
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The guide, then the model at the values that the guide gave, as one callable.
+
+    Attributes:
+        model: The user's model.
+        guide: The guide.
+        roles: Per latent of the model that takes its value from the guide, what that value is.
+        shown: Guide sites whose log density counts.
+        record: Where each run notes the guide's handlers with its values, or None.
+        chosen: Guide sites that are held at one value of their support, by its place there.
+    """
+
+    model: Model
+    guide: Model
+    roles: Mapping[str, Role]
+    shown: frozenset[str] = frozenset()
+    record: list[tuple[GuideSites, HoldAt]] | None = None
+    chosen: Mapping[str, int] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run guide and model on the model's arguments."""
+        sites, held = GuideSites(self.shown), HoldAt(self.chosen)
+        with sites, held:
+            self.guide(*args, **kwargs)
+        if self.record is not None:
+            self.record.append((sites, held))
+        with GiveValues(sites.values, self.roles, sites.subsamples):
+            return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Where each latent of the model goes.
+
+    Attributes:
+        exact: Latents that are summed.
+        points: Latents at a point estimate.
+        drawn: Latents that the guide draws.
+        enumerated: Those of ``drawn`` that are summed under the guide.
+        reasons: Per latent, why, in words.
+        guide: What the guide's runs said, or None.
+        unused: Guide sites that are left unused.
+    """
+
+    exact: tuple[str, ...]
+    points: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    enumerated: tuple[str, ...] = ()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    guide: GuideLook | None = None
+    unused: tuple[str, ...] = ()
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether anything has to be drawn from the guide."""
+        return bool(self.drawn)
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Guide sites whose log density counts: the drawn ones and all they depend on."""
+        if self.guide is None or not self.drawn:
+            return frozenset()
+        needed = self.guide.upstream({n for n in self.drawn if n in self.guide.sites})
+        return frozenset(n for n in needed if n not in self.guide.points)
+
+    def pair(self, model: Model, guide: Model | None) -> Model:
+        """The model with its guide's values, or the model alone where none is used."""
+        roles = {
+            **dict.fromkeys(self.points, Role.POINT),
+            **dict.fromkeys(self.drawn, Role.SAMPLED),
+        }
+        if guide is None or not roles:
+            return model
+        return Pair(model, guide, roles, self.shown)
+
+
+def support_size(guide: GuideLook, name: str) -> int:
+    """Number of values of a guide site of finite support."""
+    return len(guide.sites[name]["fn"].enumerate_support(expand=False))
+
+
+@dataclass(frozen=True, eq=False)
+class WithSubsamples:
+    """A model whose plates take the indices that a guide's plates of the same name drew."""
+
+    model: Model
+    subsamples: Mapping[str, torch.Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with GiveValues({}, {}, self.subsamples):
+            return self.model(*args, **kwargs)

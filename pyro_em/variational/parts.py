@@ -1,0 +1,104 @@
+"""One draw of the bound, split into its terms: reconstruction, divergence and log prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from pyro_em.tracing.handlers import MaskSites
+from pyro_em.tracing.randomness import seeded
+from pyro_em.tracing.runs import Model, drawn_run
+from pyro_em.tracing.sites import Role, is_factor, role_of
+from pyro_em.updates.statistics import dot
+from pyro_em.variational.bound import Variational, _validation_told, inner_posterior
+from pyro_em.variational.particle import Particle, _require_finite
+
+
+@dataclass(frozen=True)
+class Split:
+    """One draw of the bound and its parts, in nats; see `ELBOTerms`."""
+
+    value: float
+    reconstruction: float
+    log_prior: float
+    entropy: float
+
+
+def split(
+    variational: Variational, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Split, list[Particle]]:
+    """Draw once, and say what the bound is made of.
+
+    Args:
+        variational: The pair.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        The parts, and the draw: particles that add up to it (none where it is left to Pyro's
+        enumeration).
+    """
+    if variational.is_pyros:
+        return _split_enumerated(variational, args, kwargs), []
+    with torch.no_grad():
+        particles = variational.particles(args, kwargs, report=True)
+        parts = [_split_particle(p) for p in particles]
+    total = Split(*(sum(getattr(p, f.name) for p in parts) for f in fields(Split)))
+    return total, particles
+
+
+def _split_particle(particle: Particle) -> Split:
+    _require_finite(particle, particle.bound)
+    sums = {Role.DATA: 0.0, Role.POINT: 0.0}
+    for t in particle.terms:
+        if t.role in sums:
+            sums[t.role] += float(t.value.to(torch.float64).sum())
+    entropy = -particle.log_q
+    if particle.graph is not None:
+        q, groups = inner_posterior(particle.graph, particle.weight)
+        # The entropy of what is summed: its log normaliser, less what is expected of its terms.
+        entropy += sum(float(t.value.sum()) for t in particle.terms if t.role is None)
+        for group, counts, table in zip(groups, q.counts, q.tables, strict=True):
+            weighed = [
+                particle.weight.weigh(c, dims) for c, dims in zip(counts, group.dims, strict=True)
+            ]
+            expected = float(dot(torch.stack(weighed), table))
+            entropy -= expected
+            if group.role in sums:
+                sums[group.role] += expected
+    value = float(particle.bound)
+    return Split(value, sums[Role.DATA], sums[Role.POINT], entropy)
+
+
+def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, Any]) -> Split:
+    """The same from three bounds with common random numbers: all, without data, without model."""
+    model, guide = variational._enumerated_pair(None)
+    elbo = variational._enumerated_elbo(1)
+
+    def without(observed_only: bool) -> Model:
+        def masked(*args: Any, **kwargs: Any) -> Any:
+            with MaskSites(observed_only):
+                return model(*args, **kwargs)
+
+        return masked
+
+    seed = int(torch.randint(2**31, ()))
+
+    def value(which: Model) -> float:
+        with seeded(seed), _validation_told():
+            return -float(elbo.loss(which, guide, *args, **kwargs))
+
+    total, negative_kl = value(model), value(without(observed_only=True))
+    entropy = value(without(observed_only=False))
+    log_prior = 0.0
+    if variational.routing.points:
+        with torch.no_grad():
+            sites = drawn_run(variational.point_model(), args, kwargs).sites
+        log_prior = sum(
+            float(s["log_prob"].sum())
+            for s in sites.values()
+            if is_factor(s) and role_of(s) is Role.POINT
+        )
+    return Split(total, total - negative_kl, log_prior, entropy)
