@@ -26,13 +26,14 @@ from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import _REGISTRY
 from pyro_em.fitting import em_map, loop
-from pyro_em.fitting.em_map import advance, after_m_step, e_step
-from pyro_em.fitting.em_on_sums import compile_iteration
+from pyro_em.fitting.em_map import advance, after_m_step, compiled_iteration, e_step
 from pyro_em.fitting.result import EMStatus, EMStep
+from pyro_em.plan import program as programs
+from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program
 from pyro_em.posteriors import forward_backward
 from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.mixture import Rows
+from pyro_em.posteriors.mixture import Mixture
 from pyro_em.tracing.parameters import values_of
 
 Model = Callable[..., None]
@@ -231,32 +232,36 @@ def symbols(*shape: int) -> Tensor:
 LENGTHS = torch.tensor([9, 12, 5, 12])
 CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
     **{
-        f"Gaussian, {spread}": (Rows, gaussian, (points(), 3, spread))
+        f"Gaussian, {spread}": (Mixture, gaussian, (points(), 3, spread))
         for spread in (
             "full", "tied", "tril", "diagonal", "spherical", "tied diagonal", "one",
         )
     },
-    "Gaussian, far from zero": (Rows, gaussian, (points() + 1e4, 2, "full")),
-    "Gaussian, narrow": (Rows, gaussian, (torch.cat([points(50) * 1e-4, points(50) + 9]), 2, "full")),
-    "Gaussian, 30 dimensions": (Rows, gaussian, (points(300, 30), 2, "full")),
-    "numbers, Normal": (Rows, numbers, (points(60, 1)[:, 0].abs(), 2, "log scale")),
-    "numbers, Exponential": (Rows, numbers, (points(60, 1)[:, 0].abs(), 2, "Exponential")),
-    "numbers, Poisson": (Rows, numbers, (points(90, 1)[:, 0].abs().round(), 2, "Poisson")),
-    "classes, one site": (Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, False)),
-    "classes, many sites": (Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, True)),
+    "Gaussian, far from zero": (Mixture, gaussian, (points() + 1e4, 2, "full")),
+    "Gaussian, narrow": (
+        Mixture,
+        gaussian,
+        (torch.cat([points(50) * 1e-4, points(50) + 9]), 2, "full"),
+    ),
+    "Gaussian, 30 dimensions": (Mixture, gaussian, (points(300, 30), 2, "full")),
+    "numbers, Normal": (Mixture, numbers, (points(60, 1)[:, 0].abs(), 2, "log scale")),
+    "numbers, Exponential": (Mixture, numbers, (points(60, 1)[:, 0].abs(), 2, "Exponential")),
+    "numbers, Poisson": (Mixture, numbers, (points(90, 1)[:, 0].abs().round(), 2, "Poisson")),
+    "classes, one site": (Mixture, classes, ((points(300, 4) > 1).to(torch.float64), 2, False)),
+    "classes, many sites": (Mixture, classes, ((points(300, 4) > 1).to(torch.float64), 2, True)),
     "classes, missing": (
-        Rows, classes, ((points(300, 4) > 1).to(torch.float64), 2, True, points(300, 4, 5) > 0.5),
+        Mixture, classes, ((points(300, 4) > 1).to(torch.float64), 2, True, points(300, 4, 5) > 0.5),
     ),
     **{
-        f"counts, {family}": (Rows, counts, (symbols(80).double(), symbols(80) + 3.0, 3, family))
+        f"counts, {family}": (Mixture, counts, (symbols(80).double(), symbols(80) + 3.0, 3, family))
         for family in COUNTS
     },
     **{
-        f"lines, {how}": (Rows, lines, (points(90, 2, 3), points(90, 1, 4)[:, 0], 3, how))
+        f"lines, {how}": (Mixture, lines, (points(90, 2, 3), points(90, 1, 4)[:, 0], 3, how))
         for how in ("own slopes", "shared slope", "shared noise", "known noise", "offsets")
     },
     "switching autoregression": (Chain, switching, (points(40, 1)[:, 0], 2)),
-    "mixed": (Rows, mixed, (points(), symbols(200), 3)),
+    "mixed": (Mixture, mixed, (points(), symbols(200), 3)),
     "chain, one": (Chain, chain, (symbols(40), 3, "Categorical")),
     "chain, short": (Chain, chain, (symbols(3), 2, "Categorical")),
     "chains": (Chain, chain, (symbols(4, 12), 3, "Categorical")),
@@ -288,7 +293,7 @@ WEIGHTED: dict[str, tuple[Model, tuple[Any, ...], Any]] = {
     **{
         f"{case}, {kind}": (CASES[case][1], CASES[case][2], weight)
         for case in CASES
-        if CASES[case][0] is Rows and case != "mixed"
+        if CASES[case][0] is Mixture and case != "mixed"
         for kind, weight in (("one number", 0.7), ("numbers", None))
     },
     "counts, repeated": (
@@ -303,7 +308,7 @@ WEIGHTED: dict[str, tuple[Model, tuple[Any, ...], Any]] = {
 def test_weights_count_like_repeated_rows(case: str) -> None:
     model, args, weight = WEIGHTED[case]
     given = some_weights(len(args[0])) if weight is None else weight
-    steps_of(weighted, (given, model, *args), Rows, steps=4)
+    steps_of(weighted, (given, model, *args), Mixture, steps=4)
 
 
 @pytest.mark.parametrize("rows", [40, 3])
@@ -344,13 +349,11 @@ def steps_of(
 ) -> Any:
     """Both ways side by side from one start."""
     program = ExactPosteriorEM(model, guide)._ready(args, {})
-    iteration = compile_iteration(
-        program.graph, program.updates, values_of(program.graph.parameters)
-    )
+    iteration = compiled_iteration(program)
     if kernel is None:
         assert iteration is None
         return None
-    assert iteration is not None and isinstance(iteration.kernel, kernel)
+    assert iteration is not None and isinstance(iteration.block, kernel)
     start = iteration.enter(values_of(program.graph.parameters))
     full, quick = e_step(program), iteration.e_step(start)
     for index in range(steps):
@@ -387,7 +390,7 @@ def test_random_mixtures(
     pyro.clear_param_store()
     x = (points(N, D, seed) + shift) * scale
     with contextlib.suppress(Handover):  # near a collapse the full step decides
-        steps_of(gaussian, (x, K, spread), Rows, steps=2)
+        steps_of(gaussian, (x, K, spread), Mixture, steps=2)
 
 
 @settings(max_examples=25)
@@ -422,7 +425,7 @@ def both_fits(
         pyro.clear_param_store()
         pyro.set_rng_seed(3)
         if not compiled:
-            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
         out.append(ExactPosteriorEM(model, guide).fit(*args, progress=False, **how))
     return out
 
@@ -453,29 +456,26 @@ def test_store_holds_the_result() -> None:
 def test_chunks_do_not_matter() -> None:
     x = points(500, 3)
     program = ExactPosteriorEM(gaussian)._ready((x, 3, "full"), {})
-    iteration = compile_iteration(
-        program.graph, program.updates, values_of(program.graph.parameters)
-    )
+    iteration = compiled_iteration(program)
     assert iteration is not None
     at = iteration.enter(values_of(program.graph.parameters))
-    whole = iteration.e_step(at).sums
-    iteration.kernel.chunk = 37
-    parts = iteration.e_step(at).sums
+    whole = iteration.e_step(at).expectation
+    iteration.block.chunk = 37
+    parts = iteration.e_step(at).expectation
     assert parts.log_evidence == pytest.approx(whole.log_evidence, rel=1e-13)
-    torch.testing.assert_close(parts.features, whole.features, rtol=1e-9, atol=1e-9)
-    for g, moments in whole.moments.items():
-        torch.testing.assert_close(parts.moments[g], moments, rtol=1e-9, atol=1e-9)
+    assert set(parts.sums) == set(whole.sums) and len(whole.sums) > 1
+    for key, named in whole.sums.items():
+        for name, total in named.items():
+            torch.testing.assert_close(parts.sums[key][name], total, rtol=1e-9, atol=1e-9)
 
 
 def test_repeated_rows_are_computed_once() -> None:
     x = (points(4000, 5) > 1).to(torch.float64)
     program = ExactPosteriorEM(classes)._ready((x, 2, False), {})
-    iteration = compile_iteration(
-        program.graph, program.updates, values_of(program.graph.parameters)
-    )
-    assert iteration is not None and isinstance(iteration.kernel, Rows)
-    assert len(x.unique(dim=0)) == iteration.kernel.N
-    assert float(iteration.kernel.repeats.sum()) == 4000  # type: ignore[union-attr]
+    iteration = compiled_iteration(program)
+    assert iteration is not None and isinstance(iteration.block, Mixture)
+    assert len(x.unique(dim=0)) == iteration.block.N
+    assert float(iteration.block.repeats.sum()) == 4000  # type: ignore[union-attr]
 
 
 def test_a_collapse_is_named_as_by_the_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,7 +541,7 @@ def test_who_watches_sees_compiled_steps(
         pyro.set_rng_seed(0)
         em = ExactPosteriorEM(model)
         if full:
-            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
         else:
             monkeypatch.undo()
             monkeypatch.setattr(loop, "advance", None)  # no full step is made
@@ -842,7 +842,7 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     _, model, args = CASES[case]
     program = ExactPosteriorEM(model)._ready(args, {})
     values = values_of(program.graph.parameters)
-    iteration = compile_iteration(program.graph, program.updates, values)
+    iteration = compiled_iteration(program)
     assert iteration is not None
     at = iteration.enter(values)
     iteration.e_step(at)
@@ -868,11 +868,11 @@ def test_impossible_data_are_said_by_the_full_step() -> None:
 
     program = ExactPosteriorEM(model)._ready((torch.tensor([0, 1, 0, 1, 1, 0]),), {})
     values = values_of(program.graph.parameters)
-    iteration = compile_iteration(program.graph, program.updates, values)
+    iteration = compiled_iteration(program)
     assert iteration is not None
     at = iteration.enter(values)
     iteration.e_step(at)
-    iteration.kernel.linear.phi[:, 0] = torch.tensor([0.0, 0.0, 1.0])  # type: ignore[union-attr]
+    iteration.block.linear.phi[:, 0] = torch.tensor([0.0, 0.0, 1.0])  # type: ignore[union-attr]
     with pytest.raises(Handover):
         iteration.e_step(at)
 
@@ -916,5 +916,5 @@ def test_a_family_of_the_users_own_has_kernels(monkeypatch: pytest.MonkeyPatch) 
             z = pyro.sample("z", dist.Categorical(w))
             pyro.sample("x", Halved(rate[z]), obs=x)
 
-    iteration = steps_of(model, (symbols(50).double(),), Rows)
-    assert iteration.kernel.linear is not None
+    iteration = steps_of(model, (symbols(50).double(),), Mixture)
+    assert iteration.block.linear is not None

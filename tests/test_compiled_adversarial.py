@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, Fixed
-from pyro_em.fitting import em_map
+from pyro_em.plan import program as programs
+from pyro_em.plan.eligibility import Kernel
 
 Model = Callable[..., None]
 HOW: dict[str, Any] = {"progress": False, "max_steps": 3, "tol": 0}
@@ -29,7 +30,7 @@ def both(monkeypatch: pytest.MonkeyPatch, model: Model, **updates: Any) -> list[
     for compiled in (True, False):
         pyro.clear_param_store()
         if not compiled:
-            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
         out.append(ExactPosteriorEM(model, updates=updates or None).fit(**HOW))
     return out
 
@@ -182,7 +183,7 @@ def _watched(
         g = torch.Generator().manual_seed(0)
         x = torch.cat([torch.randn(300, generator=g) - 1, torch.randn(300, generator=g) + 3])
         if not compiled:
-            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
         em = ExactPosteriorEM(_two, updates=how.get("given"))
         given = {k: v for k, v in how.items() if k != "given"}
         out.append(
@@ -253,7 +254,7 @@ def test_a_write_after_a_step_that_was_handed_over(monkeypatch: pytest.MonkeyPat
     for compiled in (True, False):
         pyro.clear_param_store()
         if not compiled:
-            monkeypatch.setattr(em_map, "compile_iteration", lambda *a: None)
+            monkeypatch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
         x = (torch.arange(10.0) % 3 == 0).to(torch.float64)
         out.append(ExactPosteriorEM(model).fit(x, **HOW, callbacks=lift))
     _same(out)

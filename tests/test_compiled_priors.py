@@ -20,7 +20,7 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM, Fixed
 from pyro_em.fitting.result import EMStatus
 from pyro_em.posteriors.chain import Chain
-from pyro_em.posteriors.mixture import Rows
+from pyro_em.posteriors.mixture import Mixture
 from tests.test_compiled import Model, both_fits, points, steps_of, symbols
 
 K = 3
@@ -108,17 +108,17 @@ def chain(x: Tensor, emission: str) -> None:
 BITS = (points(300, 4) > 0.5).double()
 CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
     **{
-        f"numbers, {spread}": (Rows, numbers, (points(80, 1)[:, 0] * 2, spread))
+        f"numbers, {spread}": (Mixture, numbers, (points(80, 1)[:, 0] * 2, spread))
         for spread in ("precision", "variance", "parameter")
     },
     **{
-        f"vectors, {prior}": (Rows, vectors, (points(120, 2), prior))
+        f"vectors, {prior}": (Mixture, vectors, (points(120, 2), prior))
         for prior in ("weights", "vector", "numbers")
     },
-    "rates, Gamma": (Rows, rates, (symbols(90).double(), "Gamma")),
-    "rates, Exponential": (Rows, rates, (symbols(90).double(), "Exponential")),
-    "classes": (Rows, classes, (BITS,)),
-    "classes, missing": (Rows, classes, (BITS, points(300, 4, 5) > 0.5)),
+    "rates, Gamma": (Mixture, rates, (symbols(90).double(), "Gamma")),
+    "rates, Exponential": (Mixture, rates, (symbols(90).double(), "Exponential")),
+    "classes": (Mixture, classes, (BITS,)),
+    "classes, missing": (Mixture, classes, (BITS, points(300, 4, 5) > 0.5)),
     "chains": (Chain, chain, (symbols(4, 12), "symbols")),
     "chains, Normal": (Chain, chain, (points(5, 14), "numbers")),
 }
@@ -128,7 +128,7 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
 def test_every_step_is_the_full_step(case: str) -> None:
     kernel, model, args = CASES[case]
     iteration = steps_of(model, args, kernel, guide="map")
-    assert iteration.prior.counts is not None or iteration.prior.rest
+    assert iteration.block.theta.prior.counts is not None or iteration.block.theta.prior.rest
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -200,7 +200,7 @@ def test_random_priors(seed: int, concentration: float, shape: float, scale: flo
             z = pyro.sample("z", dist.Categorical(w))
             pyro.sample("x", dist.Poisson(rate[z]), obs=x)
 
-    steps_of(model, (x,), Rows, steps=3, guide="map")
+    steps_of(model, (x,), Mixture, steps=3, guide="map")
 
 
 def test_a_mode_on_the_boundary_is_said_by_the_full_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,37 @@
-"""Parameter values in the form in which a compiled step computes with them."""
+"""Parameter values in the form in which E-steps and M-steps on sums compute with them.
+
+    parameter values → `At` → E-step of a block → `Expectation` → M-step → `At` → …
+
+What the M-step solves is what the next E-step reads, so that nothing is computed twice. Whatever is
+out of the ordinary raises `Handover`: a step that looks at all tables judges it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pyro_em.densities.natural import State
+from pyro_em.densities.components import owned
+from pyro_em.densities.density import IMPOSSIBLE, NormalRows, NormalSolver
+from pyro_em.densities.gaussian import Gaussian
+from pyro_em.densities.layout import Layout
+from pyro_em.densities.natural import Naturals, State
+from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
+from pyro_em.densities.regression import Lines
+from pyro_em.densities.tying import Arguments, arguments_of
+from pyro_em.errors import Finding, Handover
+from pyro_em.families.family import expected_log_density
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.closed_form import Solver, solvers_of
+from pyro_em.updates.statistics import NATURAL, Expectation
+from pyro_em.updates.update import LeastSquares, ParameterUpdate
+
+Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,3 +59,200 @@ class At:
         """Logarithms and rates of linear groups."""
         assert self.natural is not None
         return self.natural.eta
+
+
+@dataclass(frozen=True, eq=False)
+class Theta:
+    """All parameters of a collapsed graph, and their M-step from sums over the data.
+
+    Attributes:
+        graph: The collapsed graph.
+        normals: Normal groups whose rows are evaluated by matrix products.
+        naturals: Simplex rows, probabilities and rates; None where there are none.
+        owned: The M-step of Normal groups with parameters of their own.
+        solvers: The M-step of all other parameters, locations first.
+        evaluators: How arguments are computed, per group.
+        others: Groups whose arguments the E-step or a solver reads.
+        reached: Those of them whose density a solver changes.
+        prior: Of point-estimated latents.
+    """
+
+    graph: FactorGraph
+    normals: Mapping[int, NormalRows]
+    naturals: Naturals | None
+    owned: Mapping[int, NormalSolver]
+    solvers: Sequence[Solver]
+    evaluators: Sequence[Mapping[str, Arguments]]
+    others: tuple[int, ...]
+    reached: tuple[int, ...]
+    prior: LogPrior
+
+    @torch.no_grad()
+    def enter(self, values: Values) -> At:
+        """Parameter values in the form of the E-step.
+
+        Raises:
+            Handover: If the full E-step has to look.
+        """
+        natural = None if self.naturals is None else self.naturals.enter(values)
+        components = {g: own.enter(values) for g, own in self.owned.items()}
+        held = self._held()
+        rest = {name: v for name, v in values.items() if name not in held}
+        return self._at(natural, components, rest)
+
+    def _held(self) -> frozenset[str]:
+        names = set() if self.naturals is None else set(self.naturals.solved)
+        for own in self.owned.values():
+            names |= set(own.params)
+        return frozenset(names)
+
+    def _at(self, natural: State | None, components: Mapping[int, Any], rest: Values) -> At:
+        arguments = {
+            g: {name: a.evaluate(rest) for name, a in self.evaluators[g].items()}
+            for g in self.others
+        }
+        prepared = {g: c.prepared for g, c in components.items()}
+        for g, rule in self.normals.items():
+            if g not in prepared and isinstance(rule, Gaussian):
+                prepared[g] = rule.prepare(arguments[g])
+        return At(natural, components, rest, arguments, prepared, self.prior.of_rest(rest))
+
+    @torch.no_grad()
+    def values(self, at: At) -> dict[str, Tensor]:
+        """All parameters by name."""
+        out = dict(at.values)
+        if self.naturals is not None and at.natural is not None:
+            out |= self.naturals.values(at.natural)
+        for g, own in self.owned.items():
+            out |= own.values(at.components[g])
+        # Steps are made in inference mode, which costs less; who reads values must not notice.
+        return {name: v.clone() if v.is_inference() else v for name, v in out.items()}
+
+    def log_prior(self, at: At) -> float:
+        """Log density of point estimates, in nats.
+
+        Raises:
+            Handover: If a point estimate is impossible.
+        """
+        total = float(at.log_prior + self.prior.of_natural(at.natural))
+        if not abs(total) < IMPOSSIBLE:
+            raise Handover
+        return total
+
+    def m_step(self, at: At, expectation: Expectation) -> tuple[At, float]:
+        """The M-step from the sums of an E-step.
+
+        Returns:
+            The new parameters, and by how much they raise the expected log joint, in nats.
+
+        Raises:
+            Handover: If the full M-step has to look.
+        """
+        gains, sums = [], expectation.sums
+        natural = at.natural
+        if self.naturals is not None and natural is not None and NATURAL in sums:
+            features = sums[NATURAL]["features"]
+            if self.prior.counts is not None:
+                features = features + self.prior.counts
+                if not float(features[: self.naturals.size].amin()) >= 0:
+                    raise Handover  # no mode inside
+            natural, gain = self.naturals.m_step(natural, features)
+            gains.append(gain)
+        components = {}
+        for g, own in self.owned.items():
+            components[g], gain = own.m_step(at.components[g], sums[g]["moments"], sums[g]["mass"])
+            gains.append(gain)
+        if self.solvers:
+            rest, gain = self._solve(at, expectation)
+            gains.append(gain)
+            after = self._at(natural, components, rest)
+            if self.prior.rest:
+                gains.append(after.log_prior - at.log_prior)
+        else:
+            prepared = {**at.prepared, **{g: c.prepared for g, c in components.items()}}
+            after = replace(at, natural=natural, components=components, prepared=prepared)
+        total = float(gains[0] if len(gains) == 1 else torch.stack(gains).sum())
+        if not math.isfinite(total):
+            raise Handover
+        return after, total
+
+    def _solve(self, at: At, expectation: Expectation) -> tuple[dict[str, Tensor], Tensor]:
+        """Parameters that no vector holds, one after the other, and what they gain."""
+        before = {g: {n: _wide(a) for n, a in at.arguments[g].items()} for g in self.others}
+        statistics = {}
+        for g in self.reached:
+            rule, own = self.normals.get(g), expectation.sums[g]
+            if isinstance(rule, Gaussian):
+                own = rule.statistics(at.prepared[g], own["moments"], own["mass"], at.arguments[g])
+            references = {f"reference:{n}": a for n, a in before[g].items()}
+            statistics[g] = {**{n: _wide(t) for n, t in own.items()}, **references}
+        values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
+        for solver in self.solvers:
+            name = solver.update.name
+            values[name] = solver.solve(statistics, current, values[name])
+            for g in self.reached:
+                for argument, evaluator in self.evaluators[g].items():
+                    if name in evaluator.binding.params:
+                        current[g][argument] = _wide(evaluator.evaluate(values))
+        gains = []
+        for g in self.reached:
+            family = self.graph.groups[g].family
+            assert family is not None
+            gains.append(expected_log_density(family, statistics[g], current[g]))
+            gains.append(-expected_log_density(family, statistics[g], before[g]))
+        return values, torch.stack([gain.to(torch.float64) for gain in gains]).sum()
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Sums over many data are solved in float64, whatever the data are."""
+    return t.to(torch.float64) if t.is_floating_point() else t
+
+
+def theta_of(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+    layout: Layout,
+    normals: Mapping[int, NormalRows],
+) -> Theta | Finding:
+    """The M-step on sums of a collapsed graph, or why only the full one will do.
+
+    Args:
+        graph: A collapsed graph, as the block holds it.
+        updates: Collapsed updates.
+        values: Parameter values, for their shapes.
+        layout: How groups are evaluated.
+        normals: Normal groups whose rows the block evaluates by matrix products.
+    """
+    vector = layout.naturals
+    components: dict[int, NormalSolver] = {}
+    for g, rule in normals.items():
+        solver: NormalSolver | None = None
+        if isinstance(rule, Lines):
+            solver = rule
+        elif isinstance(rule, Gaussian):
+            solver = owned(g, rule, graph, updates, values)
+        if solver is not None:
+            components[g] = solver
+    apart = {*layout.linears, *components, *point_groups(graph)}
+    others = tuple(g for g in range(len(graph.groups)) if g not in apart)
+    natural = frozenset(() if vector is None else vector.params)
+    owning = {name for c in components.values() for name in c.params}
+    rest = {name: u for name, u in updates.items() if name not in natural | owning}
+    for name, u in rest.items():
+        if isinstance(u.update, LeastSquares):
+            return Finding(f"parameter '{name}'", f"'{name}' is a least squares of no row kernel")
+    for name in owning:
+        if updates[name].priors:
+            return Finding(f"parameter '{name}'", f"'{name}' has a prior beside covariates")
+    prior = log_prior(graph, updates, values, vector)
+    if prior is None:
+        return Finding("priors", "a prior adds no constant to the sums")
+    for name, u in updates.items():
+        if not may_have_priors(u, graph, name in natural):
+            return Finding(f"parameter '{name}'", f"'{name}' has a prior and an upper bound")
+    solvers = solvers_of(rest, graph, values)
+    solved = {s.update.name for s in solvers}
+    reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
+    evaluators = [arguments_of(group, values) for group in graph.groups]
+    return Theta(graph, normals, vector, components, solvers, evaluators, others, reached, prior)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_em.errors import DataError, DegenerateError, Handover, message, warn
-from pyro_em.fitting.em_on_sums import Iteration, Point, compile_iteration
+from pyro_em.fitting.em_on_sums import Iteration, Point, keep_freed_memory
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Deferred, Iterate, Run, Settings
 from pyro_em.fitting.stopping import should_stop
@@ -156,12 +156,12 @@ class EMMap:
 
 
 def compiled_iteration(program: Program) -> Iteration | None:
-    """The compiled step of a program, or None."""
-    if not program.compiled or program.strategy is not None:
+    """The step of a program on sums over the data, or None."""
+    block = program.kernel.block
+    if block is None:
         return None
-    if program.structure.random_plates or any(g.value.is_inference() for g in program.graph.groups):
-        return None
-    return compile_iteration(program.graph, program.updates, values_of(program.graph.parameters))
+    keep_freed_memory()
+    return Iteration(block)
 
 
 def enter(program: Program, iteration: Iteration) -> Deferred | None:
@@ -238,7 +238,7 @@ def advance_compiled(
             point = reached
             settings.bar.update(r, point.objective)
             path = [*run.plain_path(), point.objective]
-            status = should_stop(path, settings.tol, eps, point.sums.noise)
+            status = should_stop(path, settings.tol, eps, point.expectation.noise)
             if status is not None:
                 run.status = status
                 break

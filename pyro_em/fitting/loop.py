@@ -266,7 +266,7 @@ def _watched_step(
     if found is None:
         return None
     at, bound = found
-    return _complete(program, settings, run, before, bound, at, r, at.point.sums.noise)
+    return _complete(program, settings, run, before, bound, at, r, at.point.expectation.noise)
 
 
 def _complete(

@@ -1,39 +1,163 @@
-"""Which block iterates a model: one ordered list, and why each that does not match does not."""
+"""Which block iterates a model: one ordered list, and why each that does not match does not.
+
+The blocks are asked one after the other; the first that matches is taken. What the others said is the
+plan's reason. Where none matches, or an M-step needs more than sums, the contraction of the factor
+graph iterates, which serves every model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from pyro_em.densities.priors import is_plain_prior
+from pyro_em.densities.tying import collapsed
+from pyro_em.errors import Finding
 from pyro_em.families.family import main_rule
 from pyro_em.families.forms import Kind
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.block import Component, components_of
+from pyro_em.posteriors.chain import Chain
+from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.on_sums import OnSums
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
+# To add a block, add its class here, the quicker ones first.
+BLOCKS: tuple[type[Mixture] | type[Chain], ...] = (Mixture, Chain)
 
-def _can_compile(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> bool:
-    """Whether all is closed forms on plain selections; by looking only."""
+CONTRACTION = "contraction"
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """What iterates a model.
+
+    Attributes:
+        name: "mixture", "chain", …; "contraction" where no block on sums serves.
+        reason: Why no quicker one serves, in words; None where one does.
+        block: The block on sums, if there is one.
+        latents: The components of latents, each in model order.
+    """
+
+    name: str
+    reason: str | None = None
+    block: OnSums | None = None
+    latents: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def names(self) -> str | dict[tuple[str, ...], str]:
+        """The name; with several components of latents one for each."""
+        if len(self.latents) < 2:
+            return self.name
+        return dict.fromkeys(self.latents, self.name)
+
+    @property
+    def reasons(self) -> str | dict[tuple[str, ...], str | None] | None:
+        """The reason, of the same shape as the name."""
+        if len(self.latents) < 2:
+            return self.reason
+        return dict.fromkeys(self.latents, self.reason)
+
+
+@torch.no_grad()
+def kernel_of(
+    graph: FactorGraph, updates: Mapping[str, ParameterUpdate], values: Mapping[str, Tensor]
+) -> Kernel:
+    """The kernel of a graph whose bindings are all static.
+
+    Args:
+        graph: The factor graph.
+        updates: As decided.
+        values: Parameter values, for their shapes.
+    """
+    parts = components_of(graph)
+    finding = needs_more_than_sums(graph, updates)
+    if finding is not None:
+        return Kernel(CONTRACTION, finding.what, None, parts)
+    if len(parts) > 1:
+        return Kernel(CONTRACTION, "several components of latents step together", None, parts)
+    latents = parts[0] if parts else ()
+    component = Component(collapsed(graph), updates, values, latents)
+    said: list[Finding] = []
+    for kind in BLOCKS:
+        found = kind.match(component)
+        if not isinstance(found, Finding):
+            return Kernel(found.name, None, found, parts)
+        said.append(found)
+    # A chain says more of many latents than a mixture does, and less of one or two.
+    reason = said[1] if len(latents) > 2 and len(latents) > _most_per_row(graph) else said[0]
+    return Kernel(CONTRACTION, reason.what, None, parts)
+
+
+def _most_per_row(graph: FactorGraph) -> int:
+    """How many latents share a row with the same data, where all read them."""
+    degrees = [
+        sum(d in graph.latents for d in dims) for g in graph.groups if g.observed for dims in g.dims
+    ]
+    return max(degrees, default=0)
+
+
+def needs_more_than_sums(
+    graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
+) -> Finding | None:
+    """Why the M-step of a graph is not one of closed forms on sums; None where it is."""
     exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm | LeastSquares)}
-    others = [u for n, u in updates.items() if n not in exact]
-    if any(not isinstance(u.update, Fixed) for u in others) or not exact:
-        return False
-    if any(u.kind is Kind.MEDIAN for u in exact.values()):
-        return False
+    for name, u in updates.items():
+        if name not in exact and not isinstance(u.update, Fixed):
+            return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
+        if u.kind is Kind.MEDIAN:
+            return Finding(f"parameter '{name}'", f"'{name}' is a median, which is no sum")
+    if not exact:
+        return Finding("model", "no parameter is updated")
     for g, group in enumerate(graph.groups):
-        if group.role is Role.POINT:
-            if not group.is_unscaled or not is_plain_prior(group, updates, g):
-                return False
+        found = _no_sums(graph, updates, exact, g, group)
+        if found is not None:
+            return Finding(f"site '{group.members[0]}'", found)
+    return None
+
+
+def _no_sums(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    exact: Mapping[str, ParameterUpdate],
+    g: int,
+    group: Group,
+) -> str | None:
+    """Why a group has no sums that serve its updates."""
+    site, kind = group.members[0], group.distribution
+    if group.role is Role.POINT:
+        if not group.is_unscaled or not is_plain_prior(group, updates, g):
+            return f"the prior of '{site}' is no constant that sums gain"
+        return None
+    if group.value_binding is not None:
+        return f"the value of '{site}' depends on a parameter"
+    if group.family is None:
+        return f"'{site}' ({kind}) has no sums"
+    for argument, binding in group.bindings.items():
+        is_line = binding.how == "affine" and argument == "loc"
+        if not is_line and binding.how not in ("constant", "selection"):
+            return f"{argument} of '{site}' ({kind}) is {binding.how} in its parameters"
+    touched = set(exact).intersection(group.params)
+    if touched and main_rule(group.family, group.arguments) is None:
+        return f"'{site}' ({kind}) has no single form of sums"
+    return None
+
+
+def changing_argument(graph: FactorGraph) -> Finding:
+    """Which factor cannot be recomputed from the parameters without the model."""
+    for group in graph.groups:
+        if group.is_static:
             continue
-        if group.value_binding is not None:
-            return False
-        if group.family is None:
-            return False
+        site = group.members[0]
+        where = f"site '{site}'"
         for argument, binding in group.bindings.items():
-            is_line = binding.how == "affine" and argument == "loc"
-            if not is_line and binding.how not in ("constant", "selection"):
-                return False
-        touched = set(exact).intersection(group.params)
-        if touched and main_rule(group.family, group.arguments) is None:
-            return False
-    return True
+            if not binding.is_static:
+                return Finding(where, f"{argument} of '{site}' is no selection of parameters")
+        if group.family is None:
+            return Finding(where, f"'{site}' ({group.distribution}) depends on parameters")
+        return Finding(where, f"the value, mask or scale of '{site}' depends on parameters")
+    return Finding("model", "it changes in a way that no binding shows")

@@ -41,6 +41,10 @@ class Plan(Portable):
         is_monotone: Whether the objective can never fall by more than rounding.
         gives_up: What the strategy does without, in words.
         obstacle: Where a latent has no route, what everything but a plan raises; else empty.
+        kernel: What iterates: "mixture", "chain", "contraction", or "stochastic"; with several
+            components of latents one for each.
+        kernel_reason: Why no quicker kernel does; None where there is none. Of the same shape.
+        iterations: What an iteration does, in words.
     """
 
     routes: tuple[Route, ...]
@@ -56,6 +60,9 @@ class Plan(Portable):
     is_monotone: bool = True
     gives_up: str = ""
     obstacle: str = ""
+    kernel: str | Mapping[tuple[str, ...], str] = "stochastic"
+    kernel_reason: str | Mapping[tuple[str, ...], str | None] | None = None
+    iterations: str = ""
 
     @property
     def graph(self) -> Any:
@@ -138,10 +145,8 @@ class Plan(Portable):
             parts.append(
                 "Iterations: gradient steps; latents are summed under the guide, no draws."
             )
-        elif self.compiled:
-            parts.append("Iterations: compiled, the model is not run again.")
         else:
-            parts.append("Iterations: the model is run again at each (generic path).")
+            parts.append(f"Iterations: {self.iterations}")
         if self.gives_up:
             parts.append(f"Strategy: {self.gives_up}")
         parts.extend(f"Note: {n}" for n in self.notes)

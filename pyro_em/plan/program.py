@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.errors import ModelError, UsageError, message, warn
+from pyro_em.errors import Finding, ModelError, UsageError, message, warn
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.prediction import _agrees, _same, _static_parts
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, check_arguments, trace_graph
+from pyro_em.plan.eligibility import CONTRACTION, Kernel, changing_argument, kernel_of
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
 from pyro_em.plan.unrouted import Unrouted
 from pyro_em.portable import StaysHere
+from pyro_em.posteriors.block import components_of
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.posteriors.posterior import Posterior
@@ -102,9 +104,34 @@ class Program(StaysHere):
     readings: int = 0
     has_told_of_sizes: bool = False
     traced_at: tuple[int, ...] = field(init=False)
+    _kernel: Kernel | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.traced_at = self.versions()
+
+    @property
+    def kernel(self) -> Kernel:
+        """What iterates the program, and why nothing quicker does."""
+        finding = self._off_the_sums()
+        if finding is not None:
+            return Kernel(CONTRACTION, finding.what, None, components_of(self.graph))
+        if self._kernel is None:
+            values = values_of(self.graph.parameters)
+            self._kernel = kernel_of(self.graph, self.updates, values)
+        return self._kernel
+
+    def _off_the_sums(self) -> Finding | None:
+        """Why no step on sums may stand for a step of the model, whatever its latents are."""
+        if self.strategy is not None:
+            return Finding("strategy", f"{self.strategy!r} works on the cells of the posterior")
+        if self.structure.random_plates:
+            plates = ", ".join(f"'{p}'" for p in self.structure.random_plates)
+            return Finding(f"plate {plates}", f"plate {plates} draws a random subsample")
+        if not self.compiled:
+            return changing_argument(self.graph)
+        if any(g.value.is_inference() for g in self.graph.groups):
+            return Finding("data", "the data were made in inference mode")
+        return None
 
     def versions(self) -> tuple[int, ...]:
         """Counts of in-place writes: equal as long as no parameter has been written."""
@@ -282,6 +309,14 @@ class Program(StaysHere):
                         found.append((site, name))
         return found
 
+    def _iterations(self) -> str:
+        """What the plan says of an iteration."""
+        kernel = self.kernel
+        if kernel.block is not None:
+            return kernel.block.words
+        again = "" if self.compiled else ", the model is run again at each"
+        return f"contraction{again} ({kernel.reason})"
+
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
         return Plan(
@@ -294,6 +329,9 @@ class Program(StaysHere):
             self.structure.edges,
             self.notes,
             is_monotone=self.is_monotone,
+            kernel=self.kernel.names,
+            kernel_reason=self.kernel.reasons,
+            iterations=self._iterations(),
             gives_up=gives_up(self.strategy),
         )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,21 +33,24 @@ from pyro_em.densities.features import (
     known,
 )
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
-from pyro_em.densities.natural import Linears
-from pyro_em.densities.regression import Lines
-from pyro_em.densities.theta import At
+from pyro_em.densities.layout import Layout, layout_of
+from pyro_em.densities.theta import At, Theta, theta_of
+from pyro_em.densities.tying import collapsed_updates
+from pyro_em.errors import Finding, sites_in_words
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.block import Component
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
+from pyro_em.posteriors.on_sums import OnSums
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Sums, group_sums, known_statistics
+from pyro_em.updates.statistics import NATURAL, Expectation, group_sums, known_statistics
 
 _ALL = slice(None)
 
 
 @dataclass(eq=False)
-class Chain:
+class Chain(OnSums):
     """The chain that a graph is.
 
     Attributes:
@@ -81,12 +84,36 @@ class Chain:
     T: int
     K: int
     fixed: Mapping[int, Statistics | None]
+    theta: Theta = field(init=False)
     columns: Tensor = field(init=False)
     base: float = field(init=False)
     lanes: bool = field(init=False)
     lookups: Mapping[int, Lookup] = field(init=False)
     symbols: Lookup | None = field(init=False)
     first: Mapping[int, bool] = field(init=False)
+
+    name: ClassVar[str] = "chain"
+    words: ClassVar[str] = "chain kernel, by forward and backward messages"
+
+    @classmethod
+    def match(cls, component: Component) -> Chain | Finding:
+        """The chain that a component is, or why it is none."""
+        graph = component.graph
+        shape = shape_of_chain(graph)
+        if isinstance(shape, Finding):
+            return shape
+        if not all(group.is_unscaled for group in graph.groups):
+            return Finding("poutine.scale", "weights on a chain: no kernel")
+        updates = collapsed_updates(component.updates, graph)
+        layout = layout_of(graph, updates, component.values, shape.eligible(graph))
+        block = as_chain(graph, shape, layout)
+        if isinstance(block, Finding):
+            return block
+        theta = theta_of(graph, updates, component.values, layout, block.normals)
+        if isinstance(theta, Finding):
+            return theta
+        block.theta = theta
+        return block
 
     def __post_init__(self) -> None:
         parts = [c.columns for c in self.cells.values()]
@@ -119,7 +146,7 @@ class Chain:
         """Sequences."""
         return math.prod(self.plates)
 
-    def e_step(self, at: At) -> Sums:
+    def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.
 
         Raises:
@@ -139,8 +166,7 @@ class Chain:
         gamma, xi, log_evidence = smooth(likelihood, self._transition(at), self._weight(couples))
         log_evidence = log_evidence.to(top) + top
         mass = gamma.permute(2, 1, 0)  # (K, T, B)
-        statistics: dict[int, Statistics] = {}
-        moments: dict[int, tuple[Tensor, Tensor]] = {}
+        sums: dict[int | str, Statistics] = {}
         entries = []
         for g, table in self.cells.items():
             weights = self._at_steps(mass, g)
@@ -161,26 +187,28 @@ class Chain:
             if isinstance(rule, Gaussian):
                 weights = weights.to(rule.x.dtype)
             total = weights.sum(1, dtype=torch.float64)
-            moments[g] = rule.moments(at.prepared[g], weights, features[g]), total
-            log_evidence = log_evidence + rule.correction(at.prepared[g], *moments[g])
+            moments = rule.moments(at.prepared[g], weights, features[g])
+            sums[g] = {"moments": moments, "mass": total}
+            log_evidence = log_evidence + rule.correction(at.prepared[g], moments, total)
         for g in self.others:
-            statistics[g] = self._counted(g, self._at_steps(mass, g), at.arguments[g])
+            sums[g] = self._counted(g, self._at_steps(mass, g), at.arguments[g])
         if self.transitions is not None:
             entries.append(self.transitions.counts(xi.reshape(-1)))
         else:  # the mask is in the weights already
             counts = xi.reshape(1, *(1,) * couples.n_plates, K, K)
             arguments, fixed = at.arguments[self.couples], self.fixed[self.couples]
-            statistics[self.couples] = group_sums(couples, counts, arguments, fixed, masked=True)
+            sums[self.couples] = group_sums(couples, counts, arguments, fixed, masked=True)
         for k in self.known.values():
             log_evidence = log_evidence + torch.dot(k.f, at.eta.take(k.columns))
             entries.append(k.f)
         for g in self.free:
             table = groups[g].log_density(at.arguments[g]).to(torch.float64)
             log_evidence = log_evidence + table.sum()
-            statistics[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
+            sums[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
         evidence = checked(log_evidence, gamma, float(self.B * self.T)) + self.base
-        expected = scattered(at.eta, self.columns, entries) if entries else None
-        return Sums(evidence, expected, moments, statistics)
+        if entries:
+            sums[NATURAL] = {"features": scattered(at.eta, self.columns, entries)}
+        return Expectation(evidence, sums)
 
     def _at_steps(self, mass: Tensor, g: int) -> Tensor:
         """Marginals at the steps of a group. # (K, steps, B)"""
@@ -306,16 +334,17 @@ class Shape:
         return sorted([*self.free, *reading])
 
 
-def shape_of_chain(graph: FactorGraph) -> Shape | None:
-    """Whether a collapsed graph is a homogeneous chain; by looking only."""
+def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
+    """The groups of a homogeneous chain, or why a collapsed graph is none; by looking only."""
     latents = list(graph.latents)
+    where = sites_in_words(latents) if latents else "model"
     if len(latents) < 3:
-        return None
+        return Finding(where, "fewer than three latents are no chain")
     first = graph.latents[latents[0]]
     if first.size < 2 or any(
         v.plates != first.plates or v.size != first.size for v in graph.latents.values()
     ):
-        return None
+        return Finding(where, "latents of different plates or sizes: no kernel")
     place = {name: t for t, name in enumerate(latents)}
     couples: int | None = None
     unary: dict[int, tuple[int, ...]] = {}
@@ -329,37 +358,43 @@ def shape_of_chain(graph: FactorGraph) -> Shape | None:
         if degree == {0}:
             free.append(g)
             continue
+        site = group.members[0]
         if plates not in ((), first.plates) or group.family is None:
-            return None
+            why = "has no sums" if group.family is None else "has plates of its own"
+            return Finding(f"site '{site}'", f"'{site}' ({group.distribution}) {why}: no kernel")
         if degree == {1} and group.sizes[-1] == first.size:
             unary[g] = tuple(place[r[0]] for r in read)
         elif degree == {2} and couples is None and _steps(read, place):
             couples = g
+        elif max(degree) == 2 and all(abs(place[r[0]] - place[r[-1]]) <= 1 for r in read):
+            return Finding(where, "transitions of several forms along the chain: no kernel")
         else:
-            return None
+            return Finding(
+                where, f"{len(latents)} latents that are no first-order chain: no kernel"
+            )
     if couples is None:
-        return None
+        return Finding(where, f"{len(latents)} latents that are no chain: no kernel")
     group = graph.groups[couples]
     mask_is_of_latents = group.mask is None or (group.mask.shape[-1] == group.mask.shape[-2] == 1)
     tensors = [group.value, *group.arguments.values()]
     repeated = all(n == 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
-    if not repeated or not mask_is_of_latents or group.observed or group.event_dims:
-        return None
+    if not repeated:
+        return Finding(where, "transitions change along the chain: no kernel")
+    if not mask_is_of_latents or group.observed or group.event_dims:
+        return Finding(where, "factors that couple the chain's steps beside transitions: no kernel")
     return Shape(couples, unary, tuple(free))
 
 
-def as_chain(
-    graph: FactorGraph, shape: Shape, linears: Linears, lines: Mapping[int, Lines]
-) -> Chain | None:
-    """The kernel of a chain, or None.
+def as_chain(graph: FactorGraph, shape: Shape, layout: Layout) -> Chain | Finding:
+    """The kernel of a chain, still without its parameters, or why there is none.
 
     Args:
         graph: A collapsed graph.
         shape: Its shape.
-        linears: Features of its linear groups.
-        lines: Its groups with an affine mean.
+        layout: How its groups are evaluated.
     """
     groups = graph.groups
+    linears, lines = layout.linears, layout.lines
     first = next(iter(graph.latents.values()))
     T, K = len(graph.latents), first.size
     linear: dict[int, Counted] = {}
@@ -375,7 +410,9 @@ def as_chain(
         elif g in linears:
             part = counted(groups[g], *linears[g], K, members_are_rows=True)
             if part is None:
-                return None
+                site = groups[g].members[0]
+                what = f"the parameters of '{site}' differ from sequence to sequence: no kernel"
+                return Finding(f"site '{site}'", what)
             linear[g] = part
         elif g in lines:
             normals[g] = lines[g]

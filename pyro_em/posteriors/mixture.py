@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,13 +19,16 @@ from torch import Tensor
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
-from pyro_em.densities.natural import Linears
-from pyro_em.densities.regression import Lines
-from pyro_em.densities.theta import At
+from pyro_em.densities.layout import Layout, layout_of
+from pyro_em.densities.theta import At, Theta, theta_of
+from pyro_em.densities.tying import collapsed_updates
+from pyro_em.errors import Finding, sites_in_words
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.block import Component
+from pyro_em.posteriors.on_sums import OnSums
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Sums, group_sums
+from pyro_em.updates.statistics import NATURAL, Expectation, group_sums
 
 _CHUNK_BYTES = 2**21
 
@@ -33,7 +37,7 @@ _IMPOSSIBLE = -1e29
 
 
 @dataclass(eq=False)
-class Rows:
+class Mixture(OnSums):
     """A mixture over the rows of one plate.
 
     Attributes:
@@ -61,10 +65,36 @@ class Rows:
     known: Mapping[int, Known]
     free: tuple[int, ...]
     repeats: Tensor | None
+    theta: Theta = field(init=False)
     chunk: int = field(init=False)
     columns: Tensor = field(init=False)
     base: float = field(init=False)
     total: float = field(init=False)
+
+    name: ClassVar[str] = "mixture"
+    words: ClassVar[str] = "mixture kernel, in chunks of rows"
+
+    @classmethod
+    def match(cls, component: Component) -> Mixture | Finding:
+        """The mixture that a component is, or why it is none."""
+        graph = component.graph
+        shape = shape_of_rows(graph)
+        if isinstance(shape, Finding):
+            return shape
+        weight = row_weights(graph, shape)
+        if isinstance(weight, Finding):
+            return weight
+        graph, repeats = distinct(graph, shape, weight)
+        updates = collapsed_updates(component.updates, graph)
+        layout = layout_of(graph, updates, component.values, shape.eligible(graph))
+        block = as_mixture(graph, shape, repeats, layout)
+        if isinstance(block, Finding):
+            return block
+        theta = theta_of(graph, updates, component.values, layout, block.normals)
+        if isinstance(theta, Finding):
+            return theta
+        block.theta = theta
+        return block
 
     def __post_init__(self) -> None:
         width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.others))
@@ -85,7 +115,7 @@ class Rows:
         none = torch.empty(0, dtype=torch.long, device=device)
         self.columns = torch.cat([none, *parts])
 
-    def e_step(self, at: At) -> Sums:
+    def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.
 
         Raises:
@@ -166,17 +196,17 @@ class Rows:
         counts = weights.T.reshape(1, *part.sizes).expand(len(part.members), *part.sizes)
         return group_sums(part, counts, arguments)
 
-    def _summed(self, at: At, sums: _Collected) -> Sums:
+    def _summed(self, at: At, sums: _Collected) -> Expectation:
         """What was collected over the chunks, and what no row reaches."""
         groups, mass, evidence = self.graph.groups, sums["mass"], sums["evidence"]
-        statistics = dict(sums.statistics)
+        out = dict(sums.statistics)
         for g in self.free:
             table = groups[g].log_density(at.arguments[g]).to(torch.float64)
             evidence = evidence + table.sum()
-            statistics[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
+            out[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
         for g in self.tables:
             counts = mass.reshape(*(1,) * (1 + groups[g].n_plates), self.K)
-            statistics[g] = group_sums(groups[g], counts, at.arguments[g])
+            out[g] = group_sums(groups[g], counts, at.arguments[g])
         entries = [t.counts(mass) for t in self.cells.values()]
         for k in self.known.values():
             evidence = evidence + torch.dot(k.f, at.eta.take(k.columns))
@@ -186,12 +216,12 @@ class Rows:
         for g, rule in self.normals.items():
             evidence = evidence + rule.correction(at.prepared[g], sums[g], mass)
         log_evidence = checked(evidence, mass, self.total) + self.base
-        features = scattered(at.eta, self.columns, entries) if entries else None
-        moments = {g: (sums[g], mass) for g in self.normals}
+        if entries:
+            out[NATURAL] = {"features": scattered(at.eta, self.columns, entries)}
+        out |= {g: {"moments": sums[g], "mass": mass} for g in self.normals}
         largest = max((at.prepared[g].size for g in self.normals), default=0.0)
-        return Sums(
-            log_evidence, features, moments, statistics, 2e-16 * self.total / self.N**0.5 * largest
-        )
+        noise = 2e-16 * self.total / self.N**0.5 * largest
+        return Expectation(log_evidence, out, noise=noise)
 
 
 class _Collected(dict[int | str, Tensor]):
@@ -199,7 +229,7 @@ class _Collected(dict[int | str, Tensor]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.statistics: dict[int, Statistics] = {}
+        self.statistics: dict[int | str, Statistics] = {}
 
     def add(self, key: int | str, part: Tensor) -> None:
         """Add a part."""
@@ -246,13 +276,17 @@ class Shape:
         return [*rest, *self.tables, *self.free]
 
 
-def shape_of_rows(graph: FactorGraph) -> Shape | None:
-    """Whether a collapsed graph is one latent per row of a plate; by looking only."""
+def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
+    """The groups of one latent per row of a plate, or why a collapsed graph is none; by looking."""
     if len(graph.latents) != 1:
-        return None
+        return _several(graph)
     ((name, latent),) = graph.latents.items()
-    if len(latent.plates) != 1 or latent.size < 2:
-        return None
+    where = f"site '{name}'"
+    if len(latent.plates) != 1:
+        depth = "in no plate" if not latent.plates else "in nested plates"
+        return Finding(where, f"'{name}' is {depth}: no kernel")
+    if latent.size < 2:
+        return Finding(where, f"'{name}' has one value")
     (plate,) = latent.plates
     rowwise: list[int] = []
     tables: list[int] = []
@@ -261,19 +295,32 @@ def shape_of_rows(graph: FactorGraph) -> Shape | None:
         dims = group.dims[0]
         if group.role is Role.POINT:
             continue
+        site = group.members[0]
         if group.family is None:
-            return None
+            return Finding(f"site '{site}'", f"'{site}' ({group.distribution}) has no sums")
         if name not in dims:
             free.append(g)
             continue
         if dims != (plate, name):
-            return None
+            return Finding(f"site '{site}'", f"'{site}' has plates of its own under '{name}'")
         fixed = group.value.shape[1] == 1 and len(group.members) == 1 and group.mask is None
         fixed = fixed and not _varies(group)
         (tables if fixed and not group.observed else rowwise).append(g)
     if not rowwise:
-        return None
+        return Finding(where, f"no data read '{name}'")
     return Shape(plate, latent.size, tuple(rowwise), tuple(tables), tuple(free))
+
+
+def _several(graph: FactorGraph) -> Finding:
+    """Why a graph with no latent, or with more than one, is no mixture over rows."""
+    names, plates = list(graph.latents), {v.plates for v in graph.latents.values()}
+    if not names:
+        return Finding("model", "no latent is summed")
+    words = {2: "two", 3: "three", 4: "four"}.get(len(names), str(len(names)))
+    where = sites_in_words(names)
+    if len(plates) == 1 and plates != {()}:
+        return Finding(where, f"{words} latents per row: no kernel")
+    return Finding(where, f"{words} latents that are no chain: no kernel")
 
 
 def _varies(group: Group) -> bool:
@@ -281,23 +328,19 @@ def _varies(group: Group) -> bool:
     return any(a.shape[1] != 1 for a in group.arguments.values())
 
 
-def as_rows(
-    graph: FactorGraph,
-    shape: Shape,
-    repeats: Tensor | None,
-    linears: Linears,
-    lines: Mapping[int, Lines],
-) -> Rows | None:
-    """The kernel of a mixture over rows, or None.
+def as_mixture(
+    graph: FactorGraph, shape: Shape, repeats: Tensor | None, layout: Layout
+) -> Mixture | Finding:
+    """The kernel of a mixture over rows, still without its parameters, or why there is none.
 
     Args:
         graph: A collapsed graph, of distinct rows where there are ``repeats``.
         shape: Its shape.
         repeats: How often each row occurs, or its weight.
-        linears: Features of its linear groups.
-        lines: Its groups with an affine mean.
+        layout: How its groups are evaluated.
     """
     K, groups = shape.size, graph.groups
+    linears, lines = layout.linears, layout.lines
     N = graph.dim_size(shape.plate) if repeats is None else len(repeats)
     parts: list[Counted] = []
     normals: dict[int, NormalRows] = {}
@@ -306,7 +349,7 @@ def as_rows(
         if g in linears:
             part = counted(groups[g], *linears[g], K, members_are_rows=False)
             if part is None:
-                return None
+                return _changing(groups[g])
             parts.append(part)
             continue
         single = len(groups[g].members) == 1 and groups[g].mask is None
@@ -314,13 +357,13 @@ def as_rows(
             normals[g] = lines[g]
             continue
         if _varies(groups[g]):
-            return None
+            return _changing(groups[g])
         rule = as_gaussian(groups[g], K) if single else None
         if rule is None:
             others.append(g)
         else:
             normals[g] = rule
-    return Rows(
+    return Mixture(
         graph,
         N,
         K,
@@ -335,11 +378,18 @@ def as_rows(
     )
 
 
-def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
+def _changing(group: Group) -> Finding:
+    site = group.members[0]
+    return Finding(
+        f"site '{site}'", f"the parameters of '{site}' differ from row to row: no kernel"
+    )
+
+
+def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | Finding:
     """What one row counts, by the scale that all its sites share; one where they have none. # (N,)
 
     Returns:
-        None where sites of one row differ, or what is outside the rows is scaled.
+        A finding where sites of one row differ, or what is outside the rows is scaled.
     """
     groups, N = graph.groups, graph.dim_size(shape.plate)
     device = groups[0].value.device
@@ -348,17 +398,18 @@ def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | None:
     def per_row(scale: Tensor | float) -> Tensor:
         return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(-1).expand(N)
 
+    unlike = Finding("poutine.scale", "its scales are no weight per row: no kernel")
     if not all(groups[g].is_unscaled for g in shape.free):
-        return None
+        return unlike
     own = (*shape.rowwise, *shape.tables)
     if all(groups[g].is_unscaled for g in own):
         return one
     scales = [s for g in own for s in groups[g].scale]
     if any(isinstance(s, Tensor) and s.numel() != s.shape[0] for s in scales):
-        return None  # a scale that reads the latent tempers
+        return unlike  # a scale that reads the latent tempers
     found = per_row(scales[0])
     if any(not torch.equal(per_row(s), found) for s in scales[1:]) or not bool((found > 0).all()):
-        return None
+        return unlike
     return found.contiguous()
 
 

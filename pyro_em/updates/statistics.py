@@ -1,9 +1,10 @@
-"""ExpectedStatistics: what the M-step needs to know of the data, as one additive value."""
+"""Expectation: what the M-step needs to know of the data, as one additive value."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,37 +12,55 @@ from torch import Tensor
 from pyro_em.families.family import Arguments, Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 
+Key = int | str
+
+NATURAL = "natural"  # the key of the features of all linear groups together
+
 
 @dataclass(frozen=True, eq=False)
-class ExpectedStatistics:
-    """E_q[T(x)] per group of factors, summed over every dimension that no argument varies along.
+class Expectation:
+    """Evidence and sums over data at some parameters: all of the data that an M-step needs.
 
-    Values computed about the same reference arguments can be added and scaled.
+    Values taken at the same parameters can be added (parts of the data) and scaled.
 
     Attributes:
-        sums: Per group the family's statistics and ``weight``.
-        references: Per group the arguments about which they were taken.
+        log_evidence: log p(x; θ) in nats, where it was computed.
+        sums: E_q[T(x)] by name, per group of factors (summed over every dimension that no argument
+            varies along), or for all linear groups together (`NATURAL`).
+        references: Per group the arguments about which its sums were taken, where they matter.
+        noise: How far rounding may carry the evidence, in nats, beyond that of a sum.
     """
 
-    sums: Mapping[int, Statistics]
-    references: Mapping[int, Arguments]
+    log_evidence: float
+    sums: Mapping[Key, Statistics]
+    references: Mapping[int, Arguments] = field(default_factory=dict)
+    noise: float = 0.0
 
-    def __add__(self, other: ExpectedStatistics) -> ExpectedStatistics:
-        sums = {
-            g: {name: stats[name] + other.sums[g][name] for name in stats}
-            for g, stats in self.sums.items()
+    def __add__(self, other: Expectation) -> Expectation:
+        both = {
+            key: {name: s + other.sums[key][name] for name, s in named.items()}
+            if key in other.sums
+            else named
+            for key, named in self.sums.items()
         }
-        return ExpectedStatistics(sums, self.references)
+        rest = {key: named for key, named in other.sums.items() if key not in both}
+        return Expectation(
+            self.log_evidence + other.log_evidence,
+            {**both, **rest},
+            {**other.references, **self.references},
+            self.noise + other.noise,
+        )
 
-    def __mul__(self, factor: float) -> ExpectedStatistics:
-        sums = {g: {n: factor * s for n, s in stats.items()} for g, stats in self.sums.items()}
-        return ExpectedStatistics(sums, self.references)
+    def __mul__(self, factor: float) -> Expectation:
+        sums = {key: {n: factor * s for n, s in named.items()} for key, named in self.sums.items()}
+        noise = abs(factor) * self.noise
+        return Expectation(factor * self.log_evidence, sums, self.references, noise)
 
     __rmul__ = __mul__
 
     def of(self, group: int) -> Statistics:
         """The statistics of a group together with their references."""
-        named = {f"reference:{n}": a for n, a in self.references[group].items()}
+        named = {f"reference:{n}": a for n, a in self.references.get(group, {}).items()}
         return {**self.sums[group], **named}
 
 
@@ -86,7 +105,8 @@ def expected_statistics(
     counts: Sequence[Tensor],
     arguments: Sequence[Arguments],
     groups: Sequence[int],
-) -> ExpectedStatistics:
+    log_evidence: float = math.nan,
+) -> Expectation:
     """Collect the statistics of some groups of a graph.
 
     Args:
@@ -94,30 +114,13 @@ def expected_statistics(
         counts: Expected counts per group.
         arguments: Arguments per group at the E-step.
         groups: Which groups to collect.
+        log_evidence: log p(x; θ) in nats, where it is known.
     """
-    sums = {g: group_statistics(graph.groups[g], counts[g], arguments[g]) for g in groups}
-    return ExpectedStatistics(
-        sums, {g: {n: a.detach() for n, a in arguments[g].items()} for g in groups}
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """Evidence and expected statistics at some parameters: all that an exact EM step needs.
-
-    Attributes:
-        log_evidence: In nats.
-        features: Expected features of linear groups; None where there are none. # like η
-        moments: Per Gaussian group Σ r d and Σ r d dᵀ, and Σ r. # (K, P), (K,)
-        statistics: Of all other groups, without references.
-        noise: How far rounding may carry the evidence, in nats, beyond that of a sum.
-    """
-
-    log_evidence: float
-    features: Tensor | None
-    moments: Mapping[int, tuple[Tensor, Tensor]]
-    statistics: Mapping[int, Statistics]
-    noise: float = 0.0
+    sums: dict[Key, Statistics] = {
+        g: group_statistics(graph.groups[g], counts[g], arguments[g]) for g in groups
+    }
+    references = {g: {n: a.detach() for n, a in arguments[g].items()} for g in groups}
+    return Expectation(log_evidence, sums, references)
 
 
 def known_statistics(group: Group) -> Statistics | None:

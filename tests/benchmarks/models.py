@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.em_map import advance, e_step
-from pyro_em.fitting.em_on_sums import compile_iteration
+from pyro_em.fitting.em_map import advance, compiled_iteration, e_step
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import values_of
 from tests.benchmarks.timing import Steps
@@ -93,7 +92,7 @@ def iterations(model: Callable[..., None], *args: Any) -> Steps:
     program = ExactPosteriorEM(model)._ready(args, {})
     assert isinstance(program, Program)
     values = values_of(program.graph.parameters)
-    iteration = compile_iteration(program.graph, program.updates, values)
+    iteration = compiled_iteration(program)
     store = pyro.get_param_store().get_state()
 
     def compiled(steps: int) -> None:

@@ -1,0 +1,53 @@
+"""How the groups of a collapsed graph are evaluated as rows: by natural parameters, or as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_em.densities.natural import Linears, Naturals, naturals
+from pyro_em.densities.regression import Lines, as_lines
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.update import ParameterUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The ways in which groups are evaluated other than by their family.
+
+    Attributes:
+        naturals: Simplex rows, probabilities and rates as one vector; None where there are none.
+        linears: Features of the groups that are linear in that vector.
+        lines: Normal groups whose mean is affine in covariates.
+    """
+
+    naturals: Naturals | None
+    linears: Linears
+    lines: Mapping[int, Lines]
+
+
+def layout_of(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Mapping[str, Tensor],
+    eligible: Collection[int],
+) -> Layout:
+    """The layout of a collapsed graph whose latents all have as many values.
+
+    Args:
+        graph: A collapsed graph.
+        updates: Collapsed updates.
+        values: Parameter values, for their shapes.
+        eligible: Groups whose linear form the block can use.
+    """
+    found = naturals(graph, updates, values, eligible)
+    vector, linears = found if found is not None else (None, {})
+    K = next(iter(graph.latents.values())).size
+    lines = {
+        g: line
+        for g in range(len(graph.groups))
+        if (line := as_lines(g, graph, updates, values, K)) is not None
+    }
+    return Layout(vector, linears, lines)
