@@ -68,6 +68,11 @@ class Block(Protocol):
         """Discrete latents outside it that it reads."""
         ...
 
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions of ``table``: plates, then the scope."""
+        ...
+
     def table(self, values: Values) -> Tensor:
         """The log evidence per cell, in nats. # (*plates, *scope)"""
         ...

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -84,6 +84,7 @@ class Chain(OnSums):
     T: int
     K: int
     fixed: Mapping[int, Statistics | None]
+    component: Component = field(init=False)
     theta: Theta = field(init=False)
     columns: Tensor = field(init=False)
     base: float = field(init=False)
@@ -96,7 +97,7 @@ class Chain(OnSums):
     words: ClassVar[str] = "chain kernel, by forward and backward messages"
 
     @classmethod
-    def match(cls, component: Component) -> Chain | Finding:
+    def match(cls, component: Component) -> Self | Finding:
         """The chain that a component is, or why it is none."""
         graph = component.graph
         shape = shape_of_chain(graph)
@@ -106,14 +107,69 @@ class Chain(OnSums):
             return Finding("poutine.scale", "weights on a chain: no kernel")
         updates = collapsed_updates(component.updates, graph)
         layout = layout_of(graph, updates, component.values, shape.eligible(graph))
-        block = as_chain(graph, shape, layout)
+        block = cls.of(graph, shape, layout)
         if isinstance(block, Finding):
             return block
         theta = theta_of(graph, updates, component.values, layout, block.normals)
         if isinstance(theta, Finding):
             return theta
-        block.theta = theta
+        block.component, block.theta = component, theta
         return block
+
+    @classmethod
+    def of(cls, graph: FactorGraph, shape: Shape, layout: Layout) -> Self | Finding:
+        """The kernel of a chain, still without its parameters, or why there is none.
+
+        Args:
+            graph: A collapsed graph.
+            shape: Its shape.
+            layout: How its groups are evaluated.
+        """
+        groups = graph.groups
+        linears, lines = layout.linears, layout.lines
+        first = next(iter(graph.latents.values()))
+        T, K = len(graph.latents), first.size
+        linear: dict[int, Counted] = {}
+        tables: dict[int, Cells] = {}
+        normals: dict[int, NormalRows] = {}
+        steps: dict[int, Tensor | None] = {}
+        others: list[int] = []
+        for g, places in shape.unary.items():
+            at = torch.tensor(places, device=groups[g].value.device)
+            steps[g] = None if len(at) == T and is_in_order(at) else at
+            if g in linears and _reads_no_row(groups[g]):
+                tables[g] = cells(groups[g], *linears[g])
+            elif g in linears:
+                part = counted(groups[g], *linears[g], K, members_are_rows=True)
+                if part is None:
+                    site = groups[g].members[0]
+                    what = f"the parameters of '{site}' differ from sequence to sequence: no kernel"
+                    return Finding(f"site '{site}'", what)
+                linear[g] = part
+            elif g in lines:
+                normals[g] = lines[g]
+            elif (rule := as_gaussian(groups[g], K)) is not None:
+                normals[g] = rule
+            else:
+                others.append(g)
+        couples = shape.couples
+        is_linear = couples in linears
+        return cls(
+            graph,
+            couples,
+            cells(groups[couples], *linears[couples]) if is_linear else None,
+            steps,
+            linear,
+            tables,
+            normals,
+            tuple(others),
+            {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
+            tuple(g for g in shape.free if g not in linears),
+            tuple(graph.dim_size(p) for p in first.plates),
+            T,
+            K,
+            {g: known_statistics(groups[g]) for g in [*others, *([] if is_linear else [couples])]},
+        )
 
     def __post_init__(self) -> None:
         parts = [c.columns for c in self.cells.values()]
@@ -383,61 +439,6 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
     if not mask_is_of_latents or group.observed or group.event_dims:
         return Finding(where, "factors that couple the chain's steps beside transitions: no kernel")
     return Shape(couples, unary, tuple(free))
-
-
-def as_chain(graph: FactorGraph, shape: Shape, layout: Layout) -> Chain | Finding:
-    """The kernel of a chain, still without its parameters, or why there is none.
-
-    Args:
-        graph: A collapsed graph.
-        shape: Its shape.
-        layout: How its groups are evaluated.
-    """
-    groups = graph.groups
-    linears, lines = layout.linears, layout.lines
-    first = next(iter(graph.latents.values()))
-    T, K = len(graph.latents), first.size
-    linear: dict[int, Counted] = {}
-    tables: dict[int, Cells] = {}
-    normals: dict[int, NormalRows] = {}
-    steps: dict[int, Tensor | None] = {}
-    others: list[int] = []
-    for g, places in shape.unary.items():
-        at = torch.tensor(places, device=groups[g].value.device)
-        steps[g] = None if len(at) == T and is_in_order(at) else at
-        if g in linears and _reads_no_row(groups[g]):
-            tables[g] = cells(groups[g], *linears[g])
-        elif g in linears:
-            part = counted(groups[g], *linears[g], K, members_are_rows=True)
-            if part is None:
-                site = groups[g].members[0]
-                what = f"the parameters of '{site}' differ from sequence to sequence: no kernel"
-                return Finding(f"site '{site}'", what)
-            linear[g] = part
-        elif g in lines:
-            normals[g] = lines[g]
-        elif (rule := as_gaussian(groups[g], K)) is not None:
-            normals[g] = rule
-        else:
-            others.append(g)
-    couples = shape.couples
-    is_linear = couples in linears
-    return Chain(
-        graph,
-        couples,
-        cells(groups[couples], *linears[couples]) if is_linear else None,
-        steps,
-        linear,
-        tables,
-        normals,
-        tuple(others),
-        {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
-        tuple(g for g in shape.free if g not in linears),
-        tuple(graph.dim_size(p) for p in first.plates),
-        T,
-        K,
-        {g: known_statistics(groups[g]) for g in [*others, *([] if is_linear else [couples])]},
-    )
 
 
 def _reads_no_row(group: Group) -> bool:

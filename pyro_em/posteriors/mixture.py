@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -65,6 +65,7 @@ class Mixture(OnSums):
     known: Mapping[int, Known]
     free: tuple[int, ...]
     repeats: Tensor | None
+    component: Component = field(init=False)
     theta: Theta = field(init=False)
     chunk: int = field(init=False)
     columns: Tensor = field(init=False)
@@ -75,7 +76,7 @@ class Mixture(OnSums):
     words: ClassVar[str] = "mixture kernel, in chunks of rows"
 
     @classmethod
-    def match(cls, component: Component) -> Mixture | Finding:
+    def match(cls, component: Component) -> Self | Finding:
         """The mixture that a component is, or why it is none."""
         graph = component.graph
         shape = shape_of_rows(graph)
@@ -87,14 +88,64 @@ class Mixture(OnSums):
         graph, repeats = distinct(graph, shape, weight)
         updates = collapsed_updates(component.updates, graph)
         layout = layout_of(graph, updates, component.values, shape.eligible(graph))
-        block = as_mixture(graph, shape, repeats, layout)
+        block = cls.of(graph, shape, repeats, layout)
         if isinstance(block, Finding):
             return block
         theta = theta_of(graph, updates, component.values, layout, block.normals)
         if isinstance(theta, Finding):
             return theta
-        block.theta = theta
+        block.component, block.theta = component, theta
         return block
+
+    @classmethod
+    def of(
+        cls, graph: FactorGraph, shape: Shape, repeats: Tensor | None, layout: Layout
+    ) -> Self | Finding:
+        """The kernel of a mixture over rows, still without its parameters, or why there is none.
+
+        Args:
+            graph: A collapsed graph, of distinct rows where there are ``repeats``.
+            shape: Its shape.
+            repeats: How often each row occurs, or its weight.
+            layout: How its groups are evaluated.
+        """
+        K, groups = shape.size, graph.groups
+        linears, lines = layout.linears, layout.lines
+        N = graph.dim_size(shape.plate) if repeats is None else len(repeats)
+        parts: list[Counted] = []
+        normals: dict[int, NormalRows] = {}
+        others: list[int] = []
+        for g in shape.rowwise:
+            if g in linears:
+                part = counted(groups[g], *linears[g], K, members_are_rows=False)
+                if part is None:
+                    return _changing(groups[g])
+                parts.append(part)
+                continue
+            single = len(groups[g].members) == 1 and groups[g].mask is None
+            if g in lines and single:
+                normals[g] = lines[g]
+                continue
+            if _varies(groups[g]):
+                return _changing(groups[g])
+            rule = as_gaussian(groups[g], K) if single else None
+            if rule is None:
+                others.append(g)
+            else:
+                normals[g] = rule
+        return cls(
+            graph,
+            N,
+            K,
+            merged(parts) if parts else None,
+            normals,
+            tuple(others),
+            {g: cells(groups[g], *linears[g]) for g in shape.tables if g in linears},
+            tuple(g for g in shape.tables if g not in linears),
+            {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
+            tuple(g for g in shape.free if g not in linears),
+            repeats,
+        )
 
     def __post_init__(self) -> None:
         width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.others))
@@ -326,56 +377,6 @@ def _several(graph: FactorGraph) -> Finding:
 def _varies(group: Group) -> bool:
     """Whether an argument differs between rows."""
     return any(a.shape[1] != 1 for a in group.arguments.values())
-
-
-def as_mixture(
-    graph: FactorGraph, shape: Shape, repeats: Tensor | None, layout: Layout
-) -> Mixture | Finding:
-    """The kernel of a mixture over rows, still without its parameters, or why there is none.
-
-    Args:
-        graph: A collapsed graph, of distinct rows where there are ``repeats``.
-        shape: Its shape.
-        repeats: How often each row occurs, or its weight.
-        layout: How its groups are evaluated.
-    """
-    K, groups = shape.size, graph.groups
-    linears, lines = layout.linears, layout.lines
-    N = graph.dim_size(shape.plate) if repeats is None else len(repeats)
-    parts: list[Counted] = []
-    normals: dict[int, NormalRows] = {}
-    others: list[int] = []
-    for g in shape.rowwise:
-        if g in linears:
-            part = counted(groups[g], *linears[g], K, members_are_rows=False)
-            if part is None:
-                return _changing(groups[g])
-            parts.append(part)
-            continue
-        single = len(groups[g].members) == 1 and groups[g].mask is None
-        if g in lines and single:
-            normals[g] = lines[g]
-            continue
-        if _varies(groups[g]):
-            return _changing(groups[g])
-        rule = as_gaussian(groups[g], K) if single else None
-        if rule is None:
-            others.append(g)
-        else:
-            normals[g] = rule
-    return Mixture(
-        graph,
-        N,
-        K,
-        merged(parts) if parts else None,
-        normals,
-        tuple(others),
-        {g: cells(groups[g], *linears[g]) for g in shape.tables if g in linears},
-        tuple(g for g in shape.tables if g not in linears),
-        {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
-        tuple(g for g in shape.free if g not in linears),
-        repeats,
-    )
 
 
 def _changing(group: Group) -> Finding:

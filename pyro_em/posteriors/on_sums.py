@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
 from pyro_em.densities.theta import At, Theta
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.block import Values
+from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.contracted import Contraction
 from pyro_em.updates.statistics import Expectation
 
 
@@ -17,7 +19,8 @@ class OnSums:
     """A block whose E-step goes through the data once and keeps sums alone.
 
     Attributes:
-        graph: The collapsed graph.
+        component: What it solves.
+        graph: The collapsed graph, possibly of distinct rows.
         theta: Its parameters, in the form of the E-step, and their M-step.
         name: What the plan calls it.
         words: What the plan says of its iterations.
@@ -25,6 +28,7 @@ class OnSums:
 
     name: ClassVar[str]
     words: ClassVar[str]
+    component: Component
     graph: FactorGraph
     theta: Theta
 
@@ -39,14 +43,31 @@ class OnSums:
     @property
     def latents(self) -> tuple[str, ...]:
         """The latents that it sums."""
-        return tuple(self.graph.latents)
+        return self.component.latents
 
     @property
     def scope(self) -> tuple[str, ...]:
         """Quick blocks read no latents outside."""
         return ()
 
+    @cached_property
+    def contraction(self) -> Contraction:
+        """The same component by contraction, which keeps tables."""
+        found = Contraction.match(self.component)
+        assert isinstance(found, Contraction)
+        return found
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The names of the dimensions of ``table``."""
+        return self.contraction.dims
+
+    def table(self, values: Values) -> Tensor:
+        """The log evidence per cell, in nats. # (*plates,)"""
+        return self.contraction.table(values)
+
     def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
         """Evidence and sums at parameter values; see `pyro_em.posteriors.block.Block`."""
-        assert weights is None, "a quick block is nested in nothing"
+        if weights is not None:
+            return self.contraction.expect(values, weights)
         return self.e_step(self.theta.enter(values))

@@ -1,0 +1,280 @@
+"""The conformance suite of blocks of latents: exact against the joint table, cell by cell.
+
+The joint table is made by running the model once for every assignment of its latents, with Pyro's own
+densities; nothing of the block or of the contraction takes part in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_em.densities.tying import collapsed
+from pyro_em.em import ExactPosteriorEM
+from pyro_em.errors import Finding, Handover
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.block import Block, Component
+from pyro_em.posteriors.on_sums import OnSums
+from pyro_em.tracing.parameters import parameters_at, values_of
+from pyro_em.updates.statistics import Expectation, group_statistics
+
+_LIMIT = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Joint:
+    """The joint table of a small model.
+
+    Attributes:
+        log_evidence: In nats.
+        cells: Posterior probabilities of the cells of every group. # (members, *sizes)
+    """
+
+    log_evidence: float
+    cells: list[Tensor]
+
+
+def check_block(
+    block: type[Block],
+    model: Callable[..., Any],
+    *args: Any,
+    guide: Any = None,
+    states: int = 2,
+    seed: int = 0,
+    rtol: float | None = None,
+    **kwargs: Any,
+) -> None:
+    """Test a block of latents on a model, in a param store scope of its own.
+
+    Checked at the model's own parameters and at random ones near them: the log evidence, the sums over
+    the data (by name, or by the M-step that they lead to), their weighing, chunks where the block has
+    any, and that the gradient of the table of log evidence is the score of the joint table.
+
+    Args:
+        block: The class.
+        model: A Pyro model whose latents are all summed, with at most 20,000 assignments.
+        *args: Its arguments.
+        guide: ``"map"`` where the model has point estimates.
+        states: How many parameter values are tried.
+        seed: Seed of the moved parameters.
+        rtol: Relative tolerance; by default 1e-9 in float64 and 1e-4 in float32.
+        **kwargs: Its keyword arguments.
+
+    Raises:
+        AssertionError: With the check that failed.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from torch.distributions import constraints
+        >>> from pyro_em.posteriors.mixture import Mixture
+        >>> def model(x):
+        ...     w = pyro.param("w", torch.tensor([0.3, 0.7]), constraint=constraints.simplex)
+        ...     with pyro.plate("n", len(x)):
+        ...         z = pyro.sample("z", dist.Categorical(w))
+        ...         pyro.sample("x", dist.Normal(torch.tensor([-1.0, 1.0])[z], 1.0), obs=x)
+        >>> check_block(Mixture, model, torch.tensor([-1.2, 0.3, 0.9]))
+    """
+    with pyro.get_param_store().scope():
+        program = ExactPosteriorEM(model, guide)._ready(args, kwargs)
+        assert isinstance(program, Program), "a guide draws latents of this model"
+        assert program.compiled, "the model cannot be recomputed from its parameters"
+        coarse = program.graph.eps > 1e-12
+        tolerance = rtol or (1e-4 if coarse else 1e-9)
+        generator = torch.Generator().manual_seed(seed)
+        for state in range(states):
+            moved = _moved(program, generator) if state else {}
+            with parameters_at(program.graph.parameters, moved, unconstrained=True):
+                _check_at(block, program, tolerance)
+
+
+def _moved(program: Program, generator: torch.Generator) -> dict[str, Tensor]:
+    """Unconstrained parameters a little away from where they are."""
+    out = {}
+    for name, p in program.graph.parameters.items():
+        u = p.unconstrained.detach()
+        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64, device="cpu")
+        out[name] = u + 0.2 * noise.to(u)
+    return out
+
+
+def _check_at(block: type[Block], program: Program, rtol: float) -> None:
+    graph, values = program.graph, values_of(program.graph.parameters)
+    component = Component(collapsed(graph), program.updates, values, tuple(graph.latents))
+    found = block.match(component)
+    assert not isinstance(found, Finding), f"the block does not match: {found}"
+    joint = joint_table(program)
+    scale = max(1.0, abs(joint.log_evidence))
+
+    def near(a: float, b: float) -> bool:
+        return abs(a - b) <= rtol * max(scale, abs(b))
+
+    expectation = found.expect(values)
+    got = expectation.log_evidence
+    assert near(got, joint.log_evidence), (
+        f"log evidence {got!r}, the joint table has {joint.log_evidence!r}"
+    )
+    table = found.table(values)
+    assert table.shape == tuple(graph.dim_size(d) for d in found.dims), (
+        f"table has shape {tuple(table.shape)}, its dimensions are {found.dims}"
+    )
+    assert near(float(table.sum()), joint.log_evidence), "the table does not sum to the evidence"
+    if isinstance(found, OnSums):
+        _check_m_step(found, program, joint, expectation, rtol)
+        _check_chunks(found, values, expectation, rtol)
+    else:
+        _check_sums(component.graph, values, joint, expectation, rtol)
+    _check_weights(found, values, table, rtol)
+
+
+def _check_sums(
+    graph: FactorGraph, values: Mapping[str, Tensor], joint: Joint, got: Expectation, rtol: float
+) -> None:
+    """Sums by name against those of the joint table."""
+    for g, group in enumerate(graph.groups):
+        if group.family is None or g not in got.sums:
+            continue
+        arguments = {n: a.detach() for n, a in group.evaluate_arguments(values).items()}
+        counts = joint.cells[g] if group.mask is None else joint.cells[g] * group.mask
+        expected = group_statistics(group, counts, arguments)
+        for name, total in expected.items():
+            size = float(total.abs().max().clamp(min=1.0)) if total.numel() else 1.0
+            off = float((got.sums[g][name] - total).abs().max()) if total.numel() else 0.0
+            assert off <= 10 * rtol * size, f"'{name}' of '{group.members[0]}' is off by {off:.3g}"
+
+
+def _check_m_step(
+    block: OnSums, program: Program, joint: Joint, expectation: Expectation, rtol: float
+) -> None:
+    """Parameters after the M-step, against an M-step from the cells of the joint table."""
+    theta = block.theta
+    values = values_of(program.graph.parameters)
+    try:
+        after, _ = theta.m_step(theta.enter(values), expectation)
+    except Handover:
+        raise AssertionError(
+            "the M-step hands over: use data that leave no component empty"
+        ) from None
+    got = theta.values(after)
+    counts = [
+        cells if group.mask is None else cells * group.mask
+        for group, cells in zip(program.graph.groups, joint.cells, strict=True)
+    ]
+    with parameters_at(program.graph.parameters, values):
+        program.m_step(counts, program.evaluate())
+        expected = values_of(program.graph.parameters)
+    for name, value in expected.items():
+        off = float((got[name] - value).abs().max())
+        size = float(value.abs().max().clamp(min=1.0))
+        assert off <= 100 * rtol * size, f"the M-step of '{name}' is off by {off:.3g}"
+
+
+def _check_chunks(
+    block: OnSums, values: Mapping[str, Tensor], whole: Expectation, rtol: float
+) -> None:
+    if not hasattr(block, "chunk"):
+        return
+    before, block.chunk = block.chunk, 2
+    parts = block.expect(values)
+    block.chunk = before
+    _same(parts, whole, rtol, "in chunks of two rows")
+
+
+def _check_weights(block: Block, values: Mapping[str, Tensor], table: Tensor, rtol: float) -> None:
+    """Cells that weigh twice, or half of which weigh nothing, count so."""
+    whole = block.expect(values, torch.ones_like(table))
+    _same(block.expect(values, torch.full_like(table, 2.0)), 2.0 * whole, rtol, "weighing twice")
+    some = torch.arange(table.numel()).reshape(table.shape) % 2 == 0
+    first = block.expect(values, some.to(table))
+    rest = block.expect(values, (~some).to(table))
+    _same(first + rest, whole, rtol, "in two halves")
+
+
+def _same(a: Expectation, b: Expectation, rtol: float, how: str) -> None:
+    off = abs(a.log_evidence - b.log_evidence)
+    assert off <= rtol * max(1.0, abs(b.log_evidence)), f"log evidence {how} is off by {off:.3g}"
+    for key, named in b.sums.items():
+        for name, total in named.items():
+            off = float((a.sums[key][name] - total).abs().max()) if total.numel() else 0.0
+            size = float(total.abs().max().clamp(min=1.0)) if total.numel() else 1.0
+            assert off <= 10 * rtol * size, f"'{name}' of {key} {how} is off by {off:.3g}"
+
+
+def joint_table(program: Program) -> Joint:
+    """The joint table of a model at its current parameters, by one run for each assignment.
+
+    Args:
+        program: A model with its data.
+    """
+    graph = program.graph
+    weights: list[float] = []
+    assignments: list[dict[str, Tensor]] = []
+    for assignment in _assignments(graph):
+        data = {
+            name: graph.latents[name].support[_laid_out(graph, name, index)]
+            for name, index in assignment.items()
+        }
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.condition(program.model, data=data)).get_trace(
+                *program.args, **program.kwargs
+            )
+            weights.append(float(trace.log_prob_sum().double()))
+        assignments.append(assignment)
+    log_p = torch.tensor(weights, dtype=torch.float64)
+    total = torch.logsumexp(log_p, 0)
+    probabilities = (log_p - total).exp()
+    cells = [torch.zeros(len(g.members), *g.sizes, dtype=torch.float64) for g in graph.groups]
+    for p, assignment in zip(probabilities, assignments, strict=True):
+        for g, group in enumerate(graph.groups):
+            for i in range(len(group.members)):
+                cells[g][i][_cells_at(graph, group, i, assignment)] += p
+    return Joint(float(total), cells)
+
+
+def _assignments(graph: FactorGraph) -> Iterator[dict[str, Tensor]]:
+    """Every assignment: for each latent its value's number. # (*plates,)"""
+    shapes = {n: [graph.dim_size(p) for p in v.plates] for n, v in graph.latents.items()}
+    ranges: list[Sequence[int]] = []
+    for name, shape in shapes.items():
+        ranges += [range(graph.latents[name].size)] * math.prod(shape)
+    count = math.prod(len(r) for r in ranges)
+    assert count <= _LIMIT, f"{count:,} assignments are too many: use fewer data"
+    for cell in itertools.product(*ranges):
+        out, begin = {}, 0
+        for name, shape in shapes.items():
+            end = begin + math.prod(shape)
+            out[name] = torch.tensor(cell[begin:end]).reshape(shape)
+            begin = end
+        yield out
+
+
+def _laid_out(graph: FactorGraph, name: str, index: Tensor) -> Tensor:
+    """Numbers of values in the batch shape of their site."""
+    batch = graph.latents[name].batch_dims
+    return index.reshape([1 if d is None else graph.dim_size(d) for d in batch])
+
+
+def _cells_at(
+    graph: FactorGraph, group: Group, i: int, assignment: Mapping[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """Where an assignment is in the table of a factor: indices of all its plates' elements."""
+    dims = group.dims[i]
+    plates = [d for d in dims if d not in graph.latents]
+    sizes = [graph.dim_size(p) for p in plates]
+    grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij") if plates else ()
+    index = list(grid)
+    for d in dims[len(plates) :]:
+        own = graph.latents[d].plates
+        value = assignment[d]
+        index.append(
+            value[tuple(grid[plates.index(p)] for p in own)] if own else value.expand(sizes)
+        )
+    return tuple(index)
