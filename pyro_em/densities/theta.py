@@ -24,8 +24,9 @@ from pyro_em.densities.natural import Naturals, State
 from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
 from pyro_em.densities.regression import Lines
 from pyro_em.densities.tying import Arguments, arguments_of
-from pyro_em.errors import Finding, Handover
+from pyro_em.errors import DegenerateError, Finding, Handover
 from pyro_em.families.family import expected_log_density
+from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_form import Solver, solvers_of
 from pyro_em.updates.statistics import NATURAL, Expectation
@@ -163,7 +164,10 @@ class Theta:
             components[g], gain = own.m_step(at.components[g], sums[g]["moments"], sums[g]["mass"])
             gains.append(gain)
         if self.solvers:
-            rest, gain = self._solve(at, expectation)
+            try:
+                rest, gain = self._solve(at, expectation)
+            except DegenerateError as error:
+                raise Handover from error
             gains.append(gain)
             after = self._at(natural, components, rest)
             if self.prior.rest:
@@ -189,7 +193,9 @@ class Theta:
         values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
             name = solver.update.name
-            values[name] = solver.solve(statistics, current, values[name])
+            values[name], empty = solver.solve(statistics, current, values[name])
+            if empty and solver.kind is not Kind.SIMPLEX:
+                raise Handover  # an empty component is said by the full M-step
             for g in self.reached:
                 for argument, evaluator in self.evaluators[g].items():
                     if name in evaluator.binding.params:

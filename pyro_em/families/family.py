@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.families.forms import _FORMS, Kind, expected
+from pyro_em.families.forms import Kind
 
 Arguments = Mapping[str, Tensor]
 
@@ -300,8 +300,8 @@ def main_rule(family: Family, given: Mapping[str, Tensor]) -> tuple[str, Rule] |
     if not family.additive:
         return None
     rules = {name: rule for name, rule in family.rules.items() if name in given}
-    forms = [(name, rule) for name, rule in rules.items() if rule.kind in _FORMS]
-    others = [rule for rule in rules.values() if rule.kind not in _FORMS]
+    forms = [(name, rule) for name, rule in rules.items() if rule.kind.is_whole]
+    others = [rule for rule in rules.values() if not rule.kind.is_whole]
     spread = forms and forms[0][1].kind.is_spread
     if len(forms) != 1 or any(not r.kind.is_location for r in others) or (others and not spread):
         return None
@@ -322,4 +322,4 @@ def expected_log_density(
     assert found is not None
     name, rule = found
     n, d = rule.contribution(statistics, arguments)
-    return expected(rule.kind, n, d, rule.link.inverse(arguments[name]))
+    return rule.kind.form.expected(n, d, rule.link.inverse(arguments[name]))

@@ -11,20 +11,225 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pyro_em.distributions import bounds
-from pyro_em.errors import DegenerateError, Handover, message
+from pyro_em.errors import DegenerateError, message
 from pyro_em.families.conjugacy import conjugate
 from pyro_em.families.family import Statistics
-from pyro_em.families.forms import Kind, _eye, _floored, solve_kind
+from pyro_em.families.forms import Kind, Spread
 from pyro_em.graph.binding import Selection, is_in_order
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.update import ClosedForm, ParameterUpdate, Prior, Use
+from pyro_em.updates.update import ClosedForm, ParameterUpdate, Prior
 
 Blend = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(eq=False)
+class Solver:
+    """The closed form of one parameter, decided once and solved from sums over the data.
+
+    Attributes:
+        update: What was decided.
+        graph: The graph that its uses refer to.
+        shape: The parameter's shape.
+        direct: Whether the only use has the parameter's elements in order.
+        used: Which events are read at all, priors included. # (events,)
+        read: Which events a factor reads. # (events,)
+        all_used: Whether every event is read.
+        interval: The interval of a scalar constraint.
+        floor: The smallest variance that the user asked for.
+        cells: The shape of the first use's cells.
+        prior: What conjugate priors add to numerator and denominator, or None.
+    """
+
+    update: ParameterUpdate
+    graph: FactorGraph
+    shape: tuple[int, ...]
+    direct: bool
+    used: Tensor
+    read: Tensor
+    all_used: bool
+    interval: tuple[float, float] | None
+    floor: float
+    cells: tuple[int, ...]
+    prior: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """The functional form."""
+        assert self.update.kind is not None
+        return self.update.kind
+
+    @cached_property
+    def magnitude(self) -> Tensor:
+        """What the rounding of a spread is relative to; see `data_magnitude`."""
+        like = torch.empty(self.shape, device=self.used.device)
+        return data_magnitude(self.update, self.graph, like)
+
+    def solve(
+        self,
+        statistics: Mapping[int, Statistics],
+        arguments: Mapping[int, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+        value: Tensor,
+        blend: Blend | None = None,
+    ) -> tuple[Tensor, list[int]]:
+        """The maximiser of the expected log joint in the parameter.
+
+        Args:
+            statistics: Expected statistics per group, with references.
+            arguments: The current arguments per group.
+            value: The parameter's current value.
+            blend: From a parameter's name, numerator and denominator to running averages of them.
+
+        Returns:
+            The new value, and the flat indices of events that had no mass and were kept.
+
+        Raises:
+            DegenerateError: If a spread collapses, or no finite solution exists.
+        """
+        kind, event = self.kind, self.kind.event_dim
+        if kind is Kind.MEAN_VECTOR and self.direct and self.prior is None and blend is None:
+            mean = self._weighted_mean(statistics)
+            if mean is not None:
+                return mean if mean.dtype == value.dtype else mean.to(value.dtype), []
+        n, d = self._sums(statistics, arguments, value)
+        if blend is not None:
+            n, d = blend(self.update.name, n, d)
+        if self.prior is not None:
+            n, d = n + self.prior[0].to(n), d + self.prior[1].to(d)
+            _refuse_boundary_mode(self.update, self.graph, n, d, value)
+        natural, massless = kind.form.solve(n, d)
+        keep = massless if self.all_used else massless | ~self.used
+        if kind.is_spread:
+            natural = self._checked_spread(natural, keep, d, value)
+        use, kept = self.update.uses[0], bool(keep.any())
+        if kept:
+            shaped = keep.reshape(-1, *(1,) * event)
+            natural = torch.where(shaped, kind.form.filler(natural), natural)
+        new = use.selection.inverse(use.rule.link.forward(natural))
+        if kept:
+            new = torch.where(shaped, value.reshape(new.shape).to(new.dtype), new)
+        new = new.reshape(self.shape)
+        if event == 0 and self.interval is not None:
+            new = self._clipped(new, value, keep)
+        if not bool(torch.isfinite(new).all()):
+            self._refuse_infinite(new, value)
+        # What only a flat prior reads is no component without data.
+        empty = [int(i) for i in (massless & self.read).nonzero().reshape(-1)] if kept else []
+        return new if new.dtype == value.dtype else new.to(value.dtype), empty
+
+    def _weighted_mean(self, statistics: Mapping[int, Statistics]) -> Tensor | None:
+        """Σ w x / Σ w where each cell has its own mean: the precisions cancel."""
+        (use,) = self.update.uses
+        s = statistics[use.group]
+        weight = s["weight"].unsqueeze(-1)
+        if tuple(weight.shape[:-1]) != self.cells or use.selection.maps:
+            return None
+        mean = s["reference:loc"] + s["deviation"] / weight
+        if not bool(torch.isfinite(mean).all()):
+            return None
+        return mean.reshape(self.shape)
+
+    def _sums(
+        self,
+        statistics: Mapping[int, Statistics],
+        arguments: Mapping[int, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+        value: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Numerators and denominators of all uses, summed onto the parameter's events."""
+        numerator: Tensor | None = None
+        denominator: Tensor | None = None
+        event = self.kind.event_dim
+        for use in self.update.uses:
+            detached = {n: a.detach() for n, a in arguments[use.group].items()}
+            n, d = use.rule.contribution(statistics[use.group], detached)
+            if self.direct:
+                batch = len(self.cells)
+                n = sum_to(n, self.cells, n.dim() - batch)
+                d = sum_to(d, self.cells, d.dim() - batch)
+                return n.reshape(-1, *n.shape[batch:]), d.reshape(-1, *d.shape[batch:])
+            n, d = onto_events(self.kind, use.selection, n, d, value, event)
+            numerator = n if numerator is None else numerator + n
+            denominator = d if denominator is None else denominator + d
+        assert numerator is not None and denominator is not None
+        return numerator, denominator
+
+    def _clipped(self, new: Tensor, value: Tensor, keep: Tensor) -> Tensor:
+        """Inside the constraint: the nearest end is the maximiser of a unimodal profile."""
+        assert self.interval is not None
+        low, high = self.interval
+        if self.update.priors and math.isfinite(high):  # a Uniform prior is zero at its upper end
+            high -= 8 * torch.finfo(value.dtype).eps * max(abs(high), high - max(low, -high))
+        return torch.where(keep.reshape(self.shape), value.to(new.dtype), new.clamp(low, high))
+
+    def _checked_spread(self, a: Tensor, keep: Tensor, d: Tensor, value: Tensor) -> Tensor:
+        """Spreads floored where the user asked for it; a collapse is refused by name."""
+        form = self.kind.form
+        if not bool(torch.isfinite(a).all()):
+            return a
+        if self.floor > 0:
+            raised, _ = form.floored(a, self.floor)
+            return torch.where(keep.reshape(-1, *(1,) * form.event_dim), a, raised)
+        mass = d.reshape(len(a), -1).amax(-1)
+        before = _natural(self.update, value.reshape(a.shape).to(a.dtype))
+        bad, spread = form.collapsed(a, before, mass, self.magnitude)
+        bad = bad & ~keep
+        if bool(bad.any()):
+            k = int(bad.nonzero()[0])
+            raise DegenerateError(_collapse(self.update, self.graph, k, spread[k], mass[k]))
+        return a
+
+    def _refuse_infinite(self, new: Tensor, value: Tensor) -> None:
+        event = self.kind.event_dim
+        flat = new.reshape(len(self.used), -1)
+        bad = int((~torch.isfinite(flat)).any(-1).nonzero()[0])
+        raise DegenerateError(
+            message(
+                f"parameter '{self.update.name}', {_component(value, event, bad)}",
+                "its update is not finite; nothing was changed.",
+                _sites(self.update, self.graph),
+                ["check the data at this site", "start elsewhere (init='random', num_restarts)"],
+            )
+        )
+
+
+def solver_of(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Solver:
+    """The solver of a closed form.
+
+    Args:
+        update: A closed form, but no median.
+        graph: The graph that its uses refer to.
+        value: The parameter's value, for its shape.
+    """
+    kind = update.kind
+    assert kind is not None and isinstance(update.update, ClosedForm)
+    event = kind.event_dim
+    selections = [u.selection for u in update.uses]
+    used = used_events([*selections, *(p.selection for p in update.priors)], value, event)
+    index = selections[0].index
+    direct = (
+        len(selections) == 1
+        and index.numel() == value.numel()
+        and selections[0].factor is None
+        and is_in_order(index)
+    )
+    return Solver(
+        update,
+        graph,
+        tuple(value.shape),
+        direct,
+        used,
+        used_events(selections, value, event),
+        bool(used.all()),
+        bounds(graph.parameters[update.name].constraint) if event == 0 else None,
+        update.update.floor,
+        tuple(index.shape[: index.dim() - event]),
+        contributions(update, graph, value) if update.priors else None,
+    )
 
 
 def closed_form(
@@ -36,7 +241,7 @@ def closed_form(
     value: Tensor,
     blend: Blend | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """The maximiser of the expected log joint in one parameter.
+    """The maximiser of the expected log joint in one parameter; see `Solver.solve`.
 
     Args:
         update: The decided update.
@@ -46,66 +251,10 @@ def closed_form(
         counts: Expected counts per group (for order statistics).
         value: The parameter's current value.
         blend: From a parameter's name, numerator and denominator to running averages of them.
-
-    Returns:
-        The new value, and the flat indices of events that had no mass and were kept.
-
-    Raises:
-        DegenerateError: If a variance collapses, or no finite solution exists.
     """
-    kind = update.kind
-    assert kind is not None
-    if kind is Kind.MEDIAN:
+    if update.kind is Kind.MEDIAN:
         return _medians(update, graph, arguments, counts, value)
-    event = kind.event_dim
-    n_events = value.numel() // _prod(value.shape[value.dim() - event :])
-    numerator, denominator = None, None
-    for use in update.uses:
-        n, d = _scattered(use, statistics[use.group], arguments[use.group], value, event)
-        numerator = n if numerator is None else numerator + n
-        denominator = d if denominator is None else denominator + d
-    assert numerator is not None and denominator is not None
-    if blend is not None:
-        numerator, denominator = blend(update.name, numerator, denominator)
-    for prior in update.priors:
-        n, d = prior_contribution(update, prior, graph, value, event)
-        numerator, denominator = numerator + n, denominator + d
-    if update.priors:
-        _refuse_boundary_mode(update, graph, kind, numerator, denominator, value)
-    selections = [u.selection for u in update.uses] + [p.selection for p in update.priors]
-    used = used_events(selections, value, event)
-    old = _natural(update, value.reshape(n_events, *value.shape[value.dim() - event :]))
-    natural, massless = solve_kind(kind, numerator, denominator)
-    keep = massless | ~used
-    floor = update.update.floor if isinstance(update.update, ClosedForm) else 0.0
-    mass = denominator.reshape(n_events, -1).amax(-1) if kind is not Kind.SIMPLEX else None
-    natural = _checked_spread(update, graph, kind, natural, keep, floor, old, mass, value)
-    shaped = keep.reshape(-1, *(1,) * event)
-    natural = torch.where(shaped, torch.ones_like(natural) if event < 2 else _eye(natural), natural)
-    linked = update.uses[0].rule.link.forward(natural)
-    new = update.uses[0].selection.inverse(linked)
-    rows = value.reshape(new.shape)
-    new = torch.where(shaped, rows, new).reshape(value.shape)
-    if event == 0:
-        interval = bounds(graph.parameters[update.name].constraint)
-        if interval is not None:
-            low, high = interval
-            if update.priors and math.isfinite(high):  # a Uniform prior is zero at its upper end
-                high -= 8 * torch.finfo(value.dtype).eps * max(abs(high), high - max(low, -high))
-            new = torch.where(keep.reshape(value.shape), value, new.clamp(low, high))
-    if not bool(torch.isfinite(new).all()):
-        bad = int((~torch.isfinite(new)).reshape(n_events, -1).any(-1).nonzero()[0])
-        raise DegenerateError(
-            message(
-                f"parameter '{update.name}', {_component(value, event, bad)}",
-                "its update is not finite; nothing was changed.",
-                _sites(update, graph),
-                ["check the data at this site", "start elsewhere (init='random', num_restarts)"],
-            )
-        )
-    # What only a flat prior reads is no component without data.
-    read = used_events([u.selection for u in update.uses], value, event)
-    return new, [int(i) for i in (massless & read).nonzero().reshape(-1)]
+    return solver_of(update, graph, value).solve(statistics, arguments, value, blend)
 
 
 def apply_floor(update: ParameterUpdate, value: Tensor) -> Tensor:
@@ -118,7 +267,7 @@ def apply_floor(update: ParameterUpdate, value: Tensor) -> Tensor:
     if kind is None or not kind.is_spread or floor <= 0:
         return value
     rows = value.reshape(-1, *value.shape[value.dim() - kind.event_dim :])
-    natural, low = _floored(kind, _natural(update, rows), floor)
+    natural, low = kind.form.floored(_natural(update, rows), floor)
     raised = update.uses[0].selection.inverse(update.uses[0].rule.link.forward(natural))
     return torch.where(low.reshape(-1, *(1,) * kind.event_dim), raised, rows).reshape(value.shape)
 
@@ -165,16 +314,6 @@ def used_events(selections: Sequence[Selection], value: Tensor, event: int) -> T
     return used
 
 
-def _scattered(
-    use: Use, statistics: Statistics, arguments: Mapping[str, Tensor], value: Tensor, event: int
-) -> tuple[Tensor, Tensor]:
-    """Numerators and denominators of one use, summed onto the parameter's events."""
-    with torch.no_grad():
-        detached = {n: a.detach() for n, a in arguments.items()}
-        n, d = use.rule.contribution(statistics, detached)
-    return onto_events(use.rule.kind, use.selection, n, d, value, event)
-
-
 def onto_events(
     kind: Kind, selection: Selection, n: Tensor, d: Tensor, value: Tensor, event: int
 ) -> tuple[Tensor, Tensor]:
@@ -186,13 +325,7 @@ def onto_events(
     batch = [max(a, b) for a, b in zip(n.shape[: len(cells)], d.shape, strict=False)]
     n, d = n.expand(*batch, *n_event), d.expand(*batch, *d_event)
     if selection.factor is not None:
-        c = selection.factor
-        if kind is Kind.RATE:
-            d = d * c
-        elif kind is Kind.SCALE:
-            n = n / c**2
-        else:
-            n, d = n * c, d * c**2
+        n, d = kind.form.exposed(n, d, selection.factor)
     n, d = sum_to(n, cells, len(n_event)), sum_to(d, cells, len(d_event))
     size = _prod(value.shape[value.dim() - event :])
     n_events = value.numel() // size
@@ -237,23 +370,13 @@ def prior_contribution(
 
 
 def _refuse_boundary_mode(
-    update: ParameterUpdate,
-    graph: FactorGraph,
-    kind: Kind,
-    n: Tensor,
-    d: Tensor,
-    value: Tensor,
+    update: ParameterUpdate, graph: FactorGraph, n: Tensor, d: Tensor, value: Tensor
 ) -> None:
     """A prior such as Dirichlet(0.5) is unbounded where a component has too little data."""
-    if kind is Kind.SIMPLEX:
-        bad = n
-    elif kind is Kind.PROBABILITY:
-        bad = torch.minimum(n, d - n)
-    elif kind is Kind.RATE:
-        bad = n
-    elif kind is Kind.SCALE:
-        bad = d
-    else:
+    kind = update.kind
+    assert kind is not None
+    bad = kind.form.outside(n, d)
+    if bad is None:
         return
     size = float(d.abs().max().clamp(min=1.0))
     rounding = 64 * torch.finfo(n.dtype).eps * size
@@ -294,70 +417,26 @@ def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:
     return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])
 
 
-def _checked_spread(
-    update: ParameterUpdate,
-    graph: FactorGraph,
-    kind: Kind,
-    natural: Tensor,
-    keep: Tensor,
-    floor: float,
-    old: Tensor,
-    mass: Tensor | None,
-    value: Tensor,
-) -> Tensor:
-    """Floor a spread where asked, refuse a collapse by name."""
-    if not kind.is_spread:
-        return natural
-    eps = torch.finfo(natural.dtype).eps
-    if not bool(torch.isfinite(natural).all()):
-        return natural
-    if floor > 0:
-        raised, _ = _floored(kind, natural, floor)
-        return torch.where(keep.reshape(-1, *(1,) * kind.event_dim), natural, raised)
-    if kind is Kind.COVARIANCE:
-        smallest = torch.linalg.eigvalsh(natural)[..., 0]
-        before = torch.linalg.eigvalsh(old)[..., 0]
-        size = natural.shape[-1]
-        variances = natural.diagonal(dim1=-2, dim2=-1)
-        flat = (
-            variances.clamp(min=0).sqrt() <= 8 * eps * data_magnitude(update, graph, value)
-        ).any(-1)
-        # Units of the features do not matter: it is the correlations that are singular. As many
-        # data as dimensions, or fewer, span no volume.
-        unit = variances.clamp(min=torch.finfo(natural.dtype).tiny).rsqrt()
-        correlation = unit.unsqueeze(-1) * natural * unit.unsqueeze(-2)
-        singular = torch.linalg.eigvalsh(correlation)[..., 0] <= 8 * size * eps
-        assert mass is not None
-        few = (mass < size + 1 + 1e-6) & (smallest < 1e-8 * before)
-        bad = (flat | singular | few) & ~keep
-        spread, word = smallest, "its covariance collapses: smallest eigenvalue"
-    else:
-        assert mass is not None
-        variance = natural if kind is Kind.ABSOLUTE_SCALE else natural**2
-        previous = old if kind is Kind.ABSOLUTE_SCALE else old**2
-        magnitude = data_magnitude(update, graph, value).to(natural.dtype)
-        few = (mass < 1.5) & (variance < 1e-8 * previous)
-        bad = ((natural <= 8 * eps * magnitude) | (natural == 0) | few) & ~keep
-        spread, word = variance, "its variance collapses: it would become"
-    if bool(bad.any()):
-        k = int(bad.nonzero()[0])
-        assert mass is not None
-        raise DegenerateError(
-            message(
-                f"parameter '{update.name}', "
-                + _component(graph.parameters[update.name].leaf, kind.event_dim, k),
-                f"{word} {float(spread[k]):.3g} from {float(mass[k]):.3g} observations. "
-                "The update was rolled back.",
-                "a component that holds a single point (or a line) has unbounded likelihood; "
-                + _sites(update, graph),
-                [
-                    "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
-                    f"set a floor: updates={{'{update.name}': ClosedForm(floor=1e-3)}}",
-                    "use fewer components, or share the spread between them",
-                ],
-            )
-        )
-    return natural
+def _collapse(
+    update: ParameterUpdate, graph: FactorGraph, k: int, spread: Tensor, mass: Tensor
+) -> str:
+    """The sentence on a spread that collapses."""
+    assert update.kind is not None
+    form = update.kind.form
+    assert isinstance(form, Spread)
+    return message(
+        f"parameter '{update.name}', "
+        + _component(graph.parameters[update.name].leaf, form.event_dim, k),
+        f"{form.words} {float(spread):.3g} from {float(mass):.3g} observations. "
+        "The update was rolled back.",
+        "a component that holds a single point (or a line) has unbounded likelihood; "
+        + _sites(update, graph),
+        [
+            "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+            f"set a floor: updates={{'{update.name}': ClosedForm(floor=1e-3)}}",
+            "use fewer components, or share the spread between them",
+        ],
+    )
 
 
 def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
@@ -452,139 +531,6 @@ def contributions(
     return n, d
 
 
-@dataclass(eq=False)
-class Solver:
-    """The closed form of one parameter.
-
-    Attributes:
-        update: What was decided.
-        shape: The parameter's shape.
-        direct: Whether the only use has the parameter's elements in order.
-        used: Which events are used at all; None where all are.
-        magnitude: What the rounding of a spread is relative to, else None.
-        interval: The interval of a scalar constraint.
-        floor: The smallest variance that the user asked for.
-        cells: The shape of the first use's cells.
-        prior: What conjugate priors add to numerator and denominator, or None.
-    """
-
-    update: ParameterUpdate
-    shape: tuple[int, ...]
-    direct: bool
-    used: Tensor | None
-    magnitude: Tensor | None
-    interval: tuple[float, float] | None
-    floor: float
-    cells: tuple[int, ...]
-    prior: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def kind(self) -> Kind:
-        """The functional form."""
-        assert self.update.kind is not None
-        return self.update.kind
-
-    def solve(
-        self,
-        statistics: Mapping[int, Statistics],
-        arguments: Mapping[int, Mapping[str, Tensor]],
-        value: Tensor,
-    ) -> Tensor:
-        """The maximiser.
-
-        Args:
-            statistics: Per group, with references.
-            arguments: Per group, the current ones.
-            value: The parameter's current value.
-
-        Raises:
-            Handover: If the full M-step has to look.
-        """
-        kind, event = self.kind, self.kind.event_dim
-        if kind is Kind.MEAN_VECTOR and self.direct and self.prior is None:
-            mean = self._weighted_mean(statistics)
-            if mean is not None:
-                return mean if mean.dtype == value.dtype else mean.to(value.dtype)
-        n, d = self._sums(statistics, arguments, value)
-        if self.prior is not None:
-            n, d = n + self.prior[0], d + self.prior[1]
-        natural, massless = solve_kind(kind, n, d)
-        keep = massless if self.used is None else massless | ~self.used
-        if kind.is_spread:
-            self._check_spread(natural, d, keep)
-        use = self.update.uses[0]
-        if bool(keep.any()):
-            if kind is not Kind.SIMPLEX:  # an empty component is said by the full M-step
-                raise Handover
-            shaped = keep.reshape(-1, *(1,) * event)
-            natural = torch.where(shaped, torch.ones_like(natural), natural)
-            new = use.selection.inverse(use.rule.link.forward(natural))
-            new = torch.where(shaped, value.reshape(new.shape), new)
-        else:
-            new = use.selection.inverse(use.rule.link.forward(natural))
-        new = new.reshape(self.shape)
-        if self.interval is not None and event == 0:
-            new = new.clamp(*self.interval)
-        if not bool(torch.isfinite(new).all()):
-            raise Handover
-        return new if new.dtype == value.dtype else new.to(value.dtype)
-
-    def _weighted_mean(self, statistics: Mapping[int, Statistics]) -> Tensor | None:
-        """Σ w x / Σ w where each cell has its own mean: the precisions cancel."""
-        (use,) = self.update.uses
-        s = statistics[use.group]
-        weight = s["weight"].unsqueeze(-1)
-        if tuple(weight.shape[:-1]) != self.cells or use.selection.maps:
-            return None
-        mean = s["reference:loc"] + s["deviation"] / weight
-        if not bool(torch.isfinite(mean).all()):
-            raise Handover
-        return mean.reshape(self.shape)
-
-    def _sums(
-        self,
-        statistics: Mapping[int, Statistics],
-        arguments: Mapping[int, Mapping[str, Tensor]],
-        value: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        numerator: Tensor | None = None
-        denominator: Tensor | None = None
-        event = self.kind.event_dim
-        for use in self.update.uses:
-            n, d = use.rule.contribution(statistics[use.group], arguments[use.group])
-            if self.direct:
-                batch = len(self.cells)
-                n = sum_to(n, self.cells, n.dim() - batch)
-                d = sum_to(d, self.cells, d.dim() - batch)
-                return n.reshape(-1, *n.shape[batch:]), d.reshape(-1, *d.shape[batch:])
-            n, d = onto_events(self.kind, use.selection, n, d, value, event)
-            numerator = n if numerator is None else numerator + n
-            denominator = d if denominator is None else denominator + d
-        assert numerator is not None and denominator is not None
-        return numerator, denominator
-
-    def _check_spread(self, natural: Tensor, d: Tensor, keep: Tensor) -> None:
-        """Well clear of a collapse, a floor and a lack of data; otherwise the full M-step looks."""
-        assert self.magnitude is not None
-        mass = d.reshape(d.shape[0], -1).amax(-1)
-        if self.kind is Kind.COVARIANCE:
-            size = natural.shape[-1]
-            tril, info = torch.linalg.cholesky_ex(natural)
-            variances = natural.diagonal(dim1=-2, dim2=-1)
-            # The squared pivot over the variance is 1 − R² of a feature on those before it.
-            pivots = tril.diagonal(dim1=-2, dim2=-1)
-            clear = (info == 0) & (pivots.square() > 1e-7 * variances).all(-1)
-            clear &= (variances > 1e-12 * self.magnitude**2).all(-1) & (mass > size + 1.1)
-            if self.floor > 0:
-                clear &= torch.linalg.eigvalsh(natural)[..., 0] > self.floor
-        else:
-            clear = (natural > 1e-6 * self.magnitude) & (natural > 0) & (mass > 1.6)
-            if self.floor > 0:
-                clear &= natural > self.floor**0.5
-        if not bool(clear.all()):
-            raise Handover
-
-
 def solvers_of(
     updates: Mapping[str, ParameterUpdate], graph: FactorGraph, values: Mapping[str, Tensor]
 ) -> list[Solver]:
@@ -595,35 +541,9 @@ def solvers_of(
         graph: The collapsed graph.
         values: Parameter values, for their shapes.
     """
-    out = []
-    for name, update in updates.items():
-        if not isinstance(update.update, ClosedForm):
-            continue
-        kind = update.kind
-        assert kind is not None
-        value, event = values[name], kind.event_dim
-        selections = [u.selection for u in update.uses]
-        reached = [*selections, *(p.selection for p in update.priors)]
-        used = used_events(reached, value, event)
-        index = selections[0].index
-        direct = (
-            len(selections) == 1
-            and index.numel() == value.numel()
-            and selections[0].factor is None
-            and is_in_order(index)
-        )
-        magnitude = data_magnitude(update, graph, value) if kind.is_spread else None
-        out.append(
-            Solver(
-                update,
-                tuple(value.shape),
-                direct,
-                None if bool(used.all()) else used,
-                magnitude,
-                bounds(graph.parameters[name].constraint) if event == 0 else None,
-                update.update.floor,
-                tuple(index.shape[: index.dim() - event]),
-                contributions(update, graph, value) if update.priors else None,
-            )
-        )
+    out = [
+        solver_of(update, graph, values[name])
+        for name, update in updates.items()
+        if isinstance(update.update, ClosedForm)
+    ]
     return sorted(out, key=lambda s: 0 if s.kind.is_location else 1)

@@ -232,7 +232,7 @@ def _as_use(
         return None, "no closed form is known for this argument"
     selection = next(s for s in binding.selections if s.param == name)
     if selection.factor is not None:
-        scalable = rule.kind in (Kind.RATE, Kind.SCALE, Kind.MEAN) and rule.link.name == "identity"
+        scalable = rule.kind.form.scales and rule.link.name == "identity"
         if not scalable:
             return None, "a factor multiplies it"
     if rule.kind.is_location and any(m.has_pole for m in selection.maps):
