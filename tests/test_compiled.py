@@ -25,8 +25,9 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import _REGISTRY
-from pyro_em.fitting import em_map, loop
-from pyro_em.fitting.em_map import advance, after_m_step, compiled_iteration, e_step
+from pyro_em.fitting import em_map
+from pyro_em.fitting.em_map import ByTracing
+from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
@@ -349,23 +350,20 @@ def steps_of(
 ) -> Any:
     """Both ways side by side from one start."""
     program = ExactPosteriorEM(model, guide)._ready(args, {})
-    iteration = compiled_iteration(program)
+    sound, em = ByTracing(program), on_sums(program)
     if kernel is None:
-        assert iteration is None
+        assert em is None
         return None
-    assert iteration is not None and isinstance(iteration.block, kernel)
-    start = iteration.enter(values_of(program.graph.parameters))
-    full, quick = e_step(program), iteration.e_step(start)
+    assert em is not None and isinstance(em.block, kernel)
+    full, quick = sound.e_step(), em.e_step()
     for index in range(steps):
-        reached = advance(program, full, index=index, verify=False)
-        after, gain = iteration.m_step(quick)
-        bound = after_m_step(full, reached.evaluation.tables)
-        assert quick.objective + gain == pytest.approx(bound, rel=1e-10, abs=1e-10)
-        full, quick = reached, iteration.e_step(after)
+        full, bound = sound.step(full, index)
+        quick, own = em.step(quick)
+        assert own == pytest.approx(bound, rel=1e-10, abs=1e-10)
         assert quick.objective == pytest.approx(full.objective, rel=1e-9)
         for name, value in values_of(program.graph.parameters).items():
             torch.testing.assert_close(quick.values[name], value, rtol=1e-7, atol=1e-9)
-    return iteration
+    return em
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -456,12 +454,11 @@ def test_store_holds_the_result() -> None:
 def test_chunks_do_not_matter() -> None:
     x = points(500, 3)
     program = ExactPosteriorEM(gaussian)._ready((x, 3, "full"), {})
-    iteration = compiled_iteration(program)
-    assert iteration is not None
-    at = iteration.enter(values_of(program.graph.parameters))
-    whole = iteration.e_step(at).expectation
-    iteration.block.chunk = 37
-    parts = iteration.e_step(at).expectation
+    em = on_sums(program)
+    assert em is not None
+    whole = em.e_step().expectation
+    em.block.chunk = 37  # type: ignore[attr-defined]
+    parts = em.e_step().expectation
     assert parts.log_evidence == pytest.approx(whole.log_evidence, rel=1e-13)
     assert set(parts.sums) == set(whole.sums) and len(whole.sums) > 1
     for key, named in whole.sums.items():
@@ -472,10 +469,10 @@ def test_chunks_do_not_matter() -> None:
 def test_repeated_rows_are_computed_once() -> None:
     x = (points(4000, 5) > 1).to(torch.float64)
     program = ExactPosteriorEM(classes)._ready((x, 2, False), {})
-    iteration = compiled_iteration(program)
-    assert iteration is not None and isinstance(iteration.block, Mixture)
-    assert len(x.unique(dim=0)) == iteration.block.N
-    assert float(iteration.block.repeats.sum()) == 4000  # type: ignore[union-attr]
+    em = on_sums(program)
+    assert em is not None and isinstance(em.block, Mixture)
+    assert len(x.unique(dim=0)) == em.block.N
+    assert float(em.block.repeats.sum()) == 4000  # type: ignore[union-attr]
 
 
 def test_a_collapse_is_named_as_by_the_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,7 +541,7 @@ def test_who_watches_sees_compiled_steps(
             monkeypatch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
         else:
             monkeypatch.undo()
-            monkeypatch.setattr(loop, "advance", None)  # no full step is made
+            monkeypatch.setattr(ByTracing, "step", None)  # no step through tables is made
         if how == "callbacks":
             em.fit(*args, max_steps=4, tol=0, progress=False, callbacks=[look])
         else:
@@ -841,11 +838,9 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     """Kernels keep the promise that every posterior sums to one."""
     _, model, args = CASES[case]
     program = ExactPosteriorEM(model)._ready(args, {})
-    values = values_of(program.graph.parameters)
-    iteration = compiled_iteration(program)
-    assert iteration is not None
-    at = iteration.enter(values)
-    iteration.e_step(at)
+    em = on_sums(program)
+    assert em is not None
+    em.e_step()
     smooth, plain = forward_backward.smooth, Tensor.div_
     monkeypatch.setattr(
         "pyro_em.posteriors.chain.smooth",
@@ -853,7 +848,7 @@ def test_lost_posterior_mass_is_handed_over(case: str, monkeypatch: pytest.Monke
     )
     monkeypatch.setattr(Tensor, "div_", lambda self, other: plain(self, other).mul_(0.999))
     with pytest.raises(Handover):
-        iteration.e_step(at)
+        em.e_step()
 
 
 def test_impossible_data_are_said_by_the_full_step() -> None:
@@ -867,14 +862,12 @@ def test_impossible_data_are_said_by_the_full_step() -> None:
             pyro.sample("x", dist.Categorical(E[z]), obs=x)
 
     program = ExactPosteriorEM(model)._ready((torch.tensor([0, 1, 0, 1, 1, 0]),), {})
-    values = values_of(program.graph.parameters)
-    iteration = compiled_iteration(program)
-    assert iteration is not None
-    at = iteration.enter(values)
-    iteration.e_step(at)
-    iteration.block.linear.phi[:, 0] = torch.tensor([0.0, 0.0, 1.0])  # type: ignore[union-attr]
+    em = on_sums(program)
+    assert em is not None
+    em.e_step()
+    em.block.linear.phi[:, 0] = torch.tensor([0.0, 0.0, 1.0])  # type: ignore[union-attr]
     with pytest.raises(Handover):
-        iteration.e_step(at)
+        em.e_step()
 
 
 @pytest.mark.parametrize("family", [f for f in COUNTS if "logits" not in f])
@@ -916,5 +909,5 @@ def test_a_family_of_the_users_own_has_kernels(monkeypatch: pytest.MonkeyPatch) 
             z = pyro.sample("z", dist.Categorical(w))
             pyro.sample("x", Halved(rate[z]), obs=x)
 
-    iteration = steps_of(model, (symbols(50).double(),), Mixture)
-    assert iteration.block.linear is not None
+    em = steps_of(model, (symbols(50).double(),), Mixture)
+    assert em.block.linear is not None

@@ -127,8 +127,8 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_is_the_full_step(case: str) -> None:
     kernel, model, args = CASES[case]
-    iteration = steps_of(model, args, kernel, guide="map")
-    assert iteration.block.theta.prior.counts is not None or iteration.block.theta.prior.rest
+    em = steps_of(model, args, kernel, guide="map")
+    assert em.block.theta.prior.counts is not None or em.block.theta.prior.rest
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,67 +1,112 @@
-"""One full step: the M-step, the E-step after it, what users see of it, and the promise it keeps."""
+"""EM as a map: θ → EM(θ), an M-step and the E-step at what it found.
+
+`ByTracing` steps through tables of all cells, by running the model where that is needed; it serves
+every model and judges whatever is out of the ordinary. `pyro_em.fitting.em_on_sums.OnSums` steps on
+sums over the data. Both start from a `Point` and lead to one.
+"""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import transform_to
 
-from pyro_em.errors import DataError, DegenerateError, Handover, message, warn
-from pyro_em.fitting.em_on_sums import Iteration, Point, keep_freed_memory
-from pyro_em.fitting.result import EMStatus, EMStep
-from pyro_em.fitting.run import Deferred, Iterate, Run, Settings
-from pyro_em.fitting.stopping import should_stop
-from pyro_em.plan.planner import distrust
+from pyro_em.errors import message, warn
+from pyro_em.fitting.point import Point, SumsPoint, TracedPoint, Values
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.updates.statistics import dot, expected_log_joint
 
 
-def e_step(program: Program, index: int = 0) -> Iterate:
-    """The E-step of step ``index`` at the parameters in the store."""
-    evaluation = program.evaluate()
-    return Iterate(evaluation, program.e_step(evaluation, index))
+class EMMap(Protocol):
+    """One way to make an EM step."""
+
+    def e_step(self, values: Values | None = None, index: int = 0) -> Point:
+        """The E-step at some values; at those in the param store where None.
+
+        Args:
+            values: Constrained parameter values by name.
+            index: The number of the step that the E-step begins.
+        """
+        ...
+
+    def m_step(self, at: Point) -> tuple[Values, float]:
+        """The values after the M-step from a point, and the bound ELBO(q, θ_new) there, in nats."""
+        ...
+
+    def step(self, at: Point, index: int = 0) -> tuple[Point, float]:
+        """The M-step from a point, and the E-step at the new values.
+
+        Args:
+            at: The point.
+            index: The number of the step.
+
+        Returns:
+            The new point, and the bound ELBO(q, θ_new) between the two, in nats.
+        """
+        ...
 
 
-def advance(program: Program, at: Iterate, *, index: int, verify: bool) -> Iterate:
-    """The M-step of step ``index`` from the E-step ``at``, and the E-step at the new parameters."""
-    origin = snapshot(program.graph.parameters)
-    report = program.m_step(at.q.counts, at.evaluation)
-    if verify and program.compiled and not confirmed(program, origin):
-        at = e_step(program, index)
-        report = program.m_step(at.q.counts, at.evaluation)
-    try:
-        reached = e_step(program, index + 1)
+class ByTracing:
+    """EM steps through tables of all cells; the parameters in the param store are always the point's.
+
+    Args:
+        program: The model with its data.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def e_step(self, values: Values | None = None, index: int = 0) -> TracedPoint:
+        """See `EMMap.e_step`; the values are written into the param store."""
+        if values is not None:
+            write(self.program, values)
+        evaluation = self.program.evaluate()
+        q = self.program.e_step(evaluation, index)
+        return TracedPoint(values_of(self.program.graph.parameters), evaluation, q)
+
+    def m_step(self, at: Point) -> tuple[Values, float]:
+        """See `EMMap.m_step`; the values are in the param store."""
+        self.program.m_step(at.q.counts, at.evaluation)
+        bound = after_m_step(at, self.program.evaluate().tables)
+        return values_of(self.program.graph.parameters), bound
+
+    def step(
+        self,
+        at: Point,
+        index: int = 0,
+        confirm: Callable[[Mapping[str, Tensor]], bool] | None = None,
+    ) -> tuple[TracedPoint, float]:
+        """See `EMMap.step`; if it breaks, the parameters are as before.
+
+        Args:
+            at: The point.
+            index: The number of the step.
+            confirm: Called after the M-step with the parameters before it; where it says no, it has
+                put them back, and the step is made anew.
+        """
+        origin = snapshot(self.program.graph.parameters)
+        try:
+            report = self.program.m_step(at.q.counts, at.evaluation)
+            if confirm is not None and not confirm(origin):
+                again = self.e_step(index=index)
+                report = self.program.m_step(again.q.counts, again.evaluation)
+            reached = self.e_step(index=index + 1)
+        except BaseException:
+            restore(self.program.graph.parameters, origin)
+            raise
         reached.massless = report.massless
-        return reached
-    except BaseException:
-        restore(program.graph.parameters, origin)
-        raise
+        return reached, after_m_step(at, reached.evaluation.tables)
 
 
-def after_m_step(before: Iterate, tables: Sequence[Tensor]) -> float:
+def after_m_step(before: Point, tables: Sequence[Tensor]) -> float:
     """ELBO(q, θ_new) in nats, from the E-step before and the log densities after the M-step."""
     return expected_log_joint(before.q.counts, tables) + before.q.entropy()
 
 
-def as_step(program: Program, index: int, before: Iterate, bound: float, begin: float) -> EMStep:
-    """A step as users see it: the bound entering it and the bound after its M-step."""
-    return EMStep(
-        index,
-        before.objective,
-        before.log_evidence,
-        bound,
-        values_of(program.graph.parameters),
-        time.perf_counter() - begin,
-        lambda: before.q,
-    )
-
-
-def fell(program: Program, before: Iterate, after: Iterate) -> bool:
+def has_fallen(program: Program, before: Point, after: Point) -> bool:
     """Promise: the objective never falls; a fall is reported with the site that did it."""
     old, new = before.objective, after.objective
     if new >= old - allowed_fall(old, program.graph.eps) or not program.is_monotone:
@@ -87,227 +132,8 @@ def fell(program: Program, before: Iterate, after: Iterate) -> bool:
     return True
 
 
-Values = Mapping[str, Tensor]
-
-
-class EMMap:
-    """θ → EM(θ) as a map of values, by compiled or by full steps.
-
-    Args:
-        program: The model with its data.
-        iteration: Its compiled step, or None.
-    """
-
-    def __init__(self, program: Program, iteration: Iteration | None) -> None:
-        self.program, self.iteration = program, iteration
-
-    def e_step(self, values: Values) -> Iterate:
-        """The E-step at some values.
-
-        Raises:
-            Handover: If there is no usable E-step there.
-        """
-        try:
-            if self.iteration is not None:
-                iteration = self.iteration
-                return Deferred(self.program, iteration.e_step(iteration.enter(values)))
-            write(self.program, values)
-            return e_step(self.program)
-        except (DataError, DegenerateError, torch.linalg.LinAlgError, ValueError) as error:
-            raise Handover from error
-
-    def m_step(self, at: Iterate) -> tuple[Values, float]:
-        """The values after the M-step, and the bound ELBO(q, θ_new) there.
-
-        Raises:
-            Handover: If a compiled M-step is out of the ordinary.
-            DegenerateError: If an update is degenerate.
-        """
-        if isinstance(at, Deferred):
-            assert self.iteration is not None
-            try:
-                after, gain = self.iteration.m_step(at.point)
-                return self.iteration.values(after), at.objective + gain
-            except torch.linalg.LinAlgError as error:
-                raise Handover from error
-        self.program.m_step(at.q.counts, at.evaluation)
-        bound = after_m_step(at, self.program.evaluate().tables)
-        return values_of(self.program.graph.parameters), bound
-
-    def unconstrained(self, values: Values) -> Tensor:
-        """All values as one vector of real numbers."""
-        parts = []
-        for name, value in values.items():
-            constraint = self.program.graph.parameters[name].constraint
-            inverse = transform_to(constraint).inv(value.to(torch.float64))
-            parts.append(inverse.reshape(-1))
-        return torch.cat(parts)
-
-    def constrained(self, vector: Tensor, like: Values) -> dict[str, Tensor]:
-        """Back from a vector."""
-        out, begin = {}, 0
-        for name, value in like.items():
-            transform = transform_to(self.program.graph.parameters[name].constraint)
-            shape = transform.inverse_shape(value.shape)
-            end = begin + math.prod(shape)
-            out[name] = transform(vector[begin:end].reshape(shape)).to(value.dtype)
-            begin = end
-        return out
-
-
-def compiled_iteration(program: Program) -> Iteration | None:
-    """The step of a program on sums over the data, or None."""
-    block = program.kernel.block
-    if block is None:
-        return None
-    keep_freed_memory()
-    return Iteration(block)
-
-
-def enter(program: Program, iteration: Iteration) -> Deferred | None:
-    """The compiled E-step at the parameters in the store; None where the full one has to look."""
-    try:
-        point = iteration.e_step(iteration.enter(values_of(program.graph.parameters)))
-    except (Handover, torch.linalg.LinAlgError):
-        return None
-    return Deferred(program, point)
-
-
-def watched_step(
-    program: Program, iteration: Iteration, at: Deferred, *, verify: bool
-) -> tuple[Deferred, float] | None:
-    """One compiled step whose parameters are in the store when somebody looks.
-
-    Args:
-        program: The model with its data.
-        iteration: Its compiled step.
-        at: The E-step at the parameters in the store.
-        verify: Whether to compare the compiled plan with a fresh trace.
-
-    Returns:
-        The E-step at the new parameters and the bound after the M-step; None where a full step is
-        due, and then nothing was changed.
-    """
-    try:
-        after, gain = iteration.m_step(at.point)
-        reached = iteration.e_step(after)
-    except (Handover, torch.linalg.LinAlgError):
-        return None
-    if reached.objective < at.objective - allowed_fall(at.objective, program.graph.eps):
-        return None
-    if verify and not _verified(program, reached.values):
-        return None
-    write(program, reached.values)
-    return Deferred(program, reached), at.objective + gain
-
-
-def advance_compiled(
-    program: Program, iteration: Iteration, settings: Settings, run: Run, r: int
-) -> bool:
-    """Compiled steps from the run's last iterate until a rule stops the run.
-
-    Args:
-        program: The model with its data.
-        iteration: Its compiled step.
-        settings: What all starts share.
-        run: Its last iterate is `Deferred`; it is left at the last complete step.
-        r: The start's number.
-
-    Returns:
-        Whether the run is over; if not, a full step is due.
-    """
-    assert isinstance(run.last, Deferred)
-    point = run.last.point
-    eps = program.graph.eps
-    over = True
-    try:
-        while run.num_steps < settings.max_steps:
-            after, gain = iteration.m_step(point)
-            reached = iteration.e_step(after)
-            if reached.objective < point.objective - allowed_fall(point.objective, eps):
-                raise Handover
-            if run.num_steps == run.verify_at:
-                if not settings.verify:
-                    write(program, reached.values)
-                elif not _verified(program, reached.values):
-                    over = False
-                    break
-                run.verified = snapshot(program.graph.parameters)
-            run.entering.append(point.objective)
-            run.after.append(point.objective + gain)
-            point = reached
-            settings.bar.update(r, point.objective)
-            path = [*run.plain_path(), point.objective]
-            status = should_stop(path, settings.tol, eps, point.expectation.noise)
-            if status is not None:
-                run.status = status
-                break
-    except (Handover, torch.linalg.LinAlgError):
-        over = False
-    except KeyboardInterrupt:
-        run.status = EMStatus.INTERRUPTED
-    return settle(program, run, point.values, lambda: _settled(program, iteration, point)) or over
-
-
-def settle(
-    program: Program, run: Run, values: Mapping[str, Tensor], at: Callable[[], Iterate]
-) -> bool:
-    """Put values into the store and the run, whole, even if an interrupt comes in between.
-
-    Args:
-        program: The model with its data.
-        run: What records them.
-        values: Parameter values.
-        at: Makes the iterate at them, when they are in the store.
-
-    Returns:
-        Whether there was an interrupt; the run's status says so then.
-    """
-    interrupted = False
-    for last in (False, True):
-        try:
-            write(program, values)
-            run.record(program, at())
-            return interrupted
-        except KeyboardInterrupt:
-            run.status, interrupted = EMStatus.INTERRUPTED, True
-            if last:
-                raise
-    return interrupted
-
-
-def _settled(program: Program, iteration: Iteration, point: Point) -> Deferred:
-    """The iterate at what the store holds now: a transform may round."""
-    return enter(program, iteration) or Deferred(program, point)
-
-
-def _verified(program: Program, values: Mapping[str, Tensor]) -> bool:
-    """Write the values and verify the compiled plan there; if not, all is as before."""
-    origin = snapshot(program.graph.parameters)
-    try:
-        write(program, values)
-        return confirmed(program, origin)
-    except BaseException:
-        restore(program.graph.parameters, origin)
-        raise
-
-
-def confirmed(program: Program, origin: Mapping[str, Tensor]) -> bool:
-    """Whether a fresh trace agrees with the compiled plan after the first M-step.
-
-    On a disagreement it is said, the parameters go back to ``origin``, and the plan is dropped.
-    """
-    off = program.disagreements()
-    if not off:
-        return True
-    warn_disagreement(off[0], "it is not")
-    restore(program.graph.parameters, origin)
-    distrust(program, off)
-    return False
-
-
 def write(program: Program, values: Mapping[str, Tensor]) -> None:
-    """Write constrained values into the store."""
+    """Write constrained values into the param store."""
     with torch.no_grad():
         for name, value in values.items():
             p = program.graph.parameters[name]
@@ -320,15 +146,7 @@ def allowed_fall(objective: float, eps: float) -> float:
     return (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(objective))
 
 
-def warn_disagreement(place: tuple[str, str], when: str) -> None:
-    """Say that the compiled plan and the model disagree, and that the generic path goes on."""
-    site, argument = place
-    warn(
-        message(
-            f"site '{site}', argument '{argument}'",
-            f"{when} what the compiled plan predicts; the fit continues on the generic path from "
-            "the last verified parameters.",
-            "the model changes in a way that its autograd graph does not show",
-            ["avoid detach, .item() and branches on parameters in the model"],
-        ),
-    )
+def values_at(at: Point) -> Values:
+    """The parameter values of a point that has them."""
+    assert isinstance(at, (TracedPoint, SumsPoint))
+    return at.values

@@ -1,111 +1,111 @@
-"""One EM step on sums over the data.
+"""EM steps on sums over the data.
 
 The parameters are plain values here; nothing is written until somebody can look. Whatever is out of
-the ordinary raises `Handover`, and the full step of `pyro_em.fitting.em_map`, which stands on its
-own and is this one's oracle in the tests, takes over from the last good values.
+the ordinary raises `Handover`: `pyro_em.fitting.guarded` then takes a step through tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from pyro_em.densities.theta import At
-from pyro_em.posteriors.on_sums import OnSums
+from pyro_em.errors import Handover
+from pyro_em.fitting.point import Point, SumsPoint, Values
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.statistics import Expectation
-
-Values = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Point:
-    """Where a run on sums stands: the parameters, and the E-step there."""
+class OnSums:
+    """EM steps of a block of latents that needs sums alone.
 
-    iteration: Iteration
-    at: At
-    expectation: Expectation
-    log_prior: float = 0.0
-
-    @property
-    def log_evidence(self) -> float:
-        """log p(x; θ) in nats."""
-        return self.expectation.log_evidence
-
-    @property
-    def objective(self) -> float:
-        """What EM raises: the log evidence plus the log prior, in nats."""
-        return self.expectation.log_evidence + self.log_prior
-
-    @cached_property
-    def values(self) -> dict[str, Tensor]:
-        """All parameters by name."""
-        return self.iteration.values(self.at)
-
-
-@dataclass(frozen=True, eq=False)
-class Iteration:
-    """An EM step on sums over the data.
-
-    Attributes:
+    Args:
+        program: The model with its data.
         block: The latents, with their E-step and the parameters' M-step.
     """
 
-    block: OnSums
-
-    def enter(self, values: Values) -> At:
-        """Parameter values in the form of the E-step.
-
-        Raises:
-            Handover: If the full E-step has to look.
-        """
-        return self.block.theta.enter(values)
-
-    def values(self, at: At) -> dict[str, Tensor]:
-        """All parameters by name."""
-        return self.block.theta.values(at)
+    def __init__(self, program: Program, block: QuickBlock) -> None:
+        self.program, self.block = program, block
 
     @torch.inference_mode()
-    def e_step(self, at: At) -> Point:
-        """The E-step at some parameters.
+    def e_step(self, values: Values | None = None, index: int = 0) -> SumsPoint:
+        """See `pyro_em.fitting.em_map.EMMap.e_step`; nothing is written.
 
         Raises:
-            Handover: If the full E-step has to look.
+            Handover: If an E-step through tables has to look.
         """
-        expectation = self.block.e_step(at)
-        return Point(self, at, expectation, self.block.theta.log_prior(at))
+        if values is None:
+            values = values_of(self.program.graph.parameters)
+        try:
+            return self._point(values)
+        except torch.linalg.LinAlgError as error:
+            raise Handover from error
 
-    @torch.inference_mode()
-    def m_step(self, point: Point) -> tuple[At, float]:
-        """The M-step from an E-step.
-
-        Returns:
-            The new parameters, and by how much they raise the expected log joint, in nats.
-
-        Raises:
-            Handover: If the full M-step has to look.
-        """
-        return self.block.theta.m_step(point.at, point.expectation)
-
-    def tells_apart(self, point: Point) -> bool:
-        """Whether the components differ in an argument of what is observed."""
+    def _point(self, values: Values) -> SumsPoint:
         theta = self.block.theta
-        return any(
-            _tells_apart(a.evaluate(point.values), 1 + group.n_plates, 1 + len(group.sizes))
-            for group, evaluators in zip(theta.graph.groups, theta.evaluators, strict=True)
-            if group.observed
-            and group.role is not Role.POINT
-            and (group.mask is None or bool(group.mask.any()))
-            for a in evaluators.values()
-            if a.dtype.is_floating_point
-        )
+        at = theta.enter(values)
+        expectation = self.block.e_step(at)
+        return SumsPoint(self.program, self.block, at, expectation, theta.log_prior(at))
+
+    @torch.inference_mode()
+    def m_step(self, at: Point) -> tuple[Values, float]:
+        """See `pyro_em.fitting.em_map.EMMap.m_step`; nothing is written.
+
+        Raises:
+            Handover: If an M-step through tables has to look.
+        """
+        assert isinstance(at, SumsPoint)
+        try:
+            after, gain = self.block.theta.m_step(at.at, at.expectation)
+        except torch.linalg.LinAlgError as error:
+            raise Handover from error
+        return self.block.theta.values(after), at.objective + gain
+
+    @torch.inference_mode()
+    def step(self, at: Point, index: int = 0) -> tuple[SumsPoint, float]:
+        """See `pyro_em.fitting.em_map.EMMap.step`; nothing is written.
+
+        Raises:
+            Handover: If a step through tables has to look.
+        """
+        assert isinstance(at, SumsPoint)
+        theta = self.block.theta
+        try:
+            after, gain = theta.m_step(at.at, at.expectation)
+            expectation = self.block.e_step(after)
+        except torch.linalg.LinAlgError as error:
+            raise Handover from error
+        reached = SumsPoint(self.program, self.block, after, expectation, theta.log_prior(after))
+        return reached, at.objective + gain
 
 
-def _tells_apart(argument: Tensor, first: int, dims: int) -> bool:
+def on_sums(program: Program) -> OnSums | None:
+    """The quick map of a program, or None where it has none; the plan says why."""
+    block = program.kernel.block
+    if block is None:
+        return None
+    keep_freed_memory()
+    return OnSums(program, block)
+
+
+def tells_apart(at: SumsPoint) -> bool:
+    """Whether the components differ in an argument of what is observed."""
+    theta = at.block.theta
+    return any(
+        _differs(a.evaluate(at.values), 1 + group.n_plates, 1 + len(group.sizes))
+        for group, evaluators in zip(theta.graph.groups, theta.evaluators, strict=True)
+        if group.observed
+        and group.role is not Role.POINT
+        and (group.mask is None or bool(group.mask.any()))
+        for a in evaluators.values()
+        if a.dtype.is_floating_point
+    )
+
+
+def _differs(argument: Tensor, first: int, dims: int) -> bool:
     """Whether an argument differs between values of a latent."""
     axes = [i for i in range(first, dims) if argument.shape[i] > 1]
     if not axes:

@@ -25,8 +25,9 @@ from pyro_em.fitting.criteria import (
 from pyro_em.fitting.ends import End
 from pyro_em.fitting.epochs import StochasticRun, bound_of
 from pyro_em.fitting.information import StaticInformation
+from pyro_em.fitting.point import SumsPoint
 from pyro_em.fitting.result import EMResult, EMStatus, History, Params
-from pyro_em.fitting.run import Deferred, Run, Settings
+from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
 from pyro_em.fitting.stopping import rate_of_convergence
 from pyro_em.plan.plan import Plan
@@ -72,9 +73,8 @@ def build_result(
     """
     assert run.last is not None
     last = run.last
-    if isinstance(last, Deferred):
-        point = last.point
-        log_evidence, bound, log_prior = point.log_evidence, point.objective, point.log_prior
+    if isinstance(last, SumsPoint):
+        log_evidence, bound, log_prior = last.log_evidence, last.objective, last.log_prior
         posterior = cache(lambda: last.q)
     else:
         exact = last.q if last.q.exact else program.posterior(last.evaluation)

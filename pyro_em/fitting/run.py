@@ -1,90 +1,20 @@
-"""What a run of EM is made of: where it stands, its path, its settings, its progress bar."""
+"""What a run of EM is made of: its settings, its path and where it stands."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_em.fitting.em_on_sums import Point
+from pyro_em.fitting.point import LeftPoint, Point
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.result import EMStatus, EMStep
-from pyro_em.plan.program import Evaluation, Program
-from pyro_em.posteriors.posterior import Posterior
+from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
-from pyro_em.tracing.turns import Alone
-
-
-@dataclass(eq=False)
-class Iterate:
-    """Where a run stands: some parameter values, and the E-step at them.
-
-    Attributes:
-        evaluation: The factors at the values.
-        q: The E-step there.
-        massless: Per parameter the components that had no mass in the M-step before.
-    """
-
-    evaluation: Evaluation
-    q: Posterior
-    massless: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def objective(self) -> float:
-        """What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact."""
-        assert self.q.bound is not None
-        return self.q.bound
-
-    @property
-    def log_evidence(self) -> float | None:
-        """log p(x; θ) in nats, where the E-step computed it."""
-        return self.q.log_evidence
-
-
-class Deferred(Iterate):
-    """An iterate of the compiled loop: its tables are made when somebody asks for them.
-
-    Args:
-        program: A compiled program.
-        point: The compiled E-step at some values.
-    """
-
-    def __init__(self, program: Program, point: Point) -> None:
-        self.program, self.point = program, point
-        self.massless = {}
-        self._dependences = program.dependences
-
-    @property
-    def objective(self) -> float:
-        """The log evidence plus the log prior, from the compiled E-step."""
-        return self.point.objective
-
-    @property
-    def log_evidence(self) -> float:
-        """The log evidence: compiled E-steps are exact."""
-        return self.point.log_evidence
-
-    def judged(self) -> Iterate:
-        """The same by a full E-step, whose objective differs by rounding, on the data as they are."""
-        evaluation = self.program.evaluate(self.point.values)
-        return Iterate(evaluation, self.program.posterior(evaluation), self.massless)
-
-    @cached_property
-    def evaluation(self) -> Evaluation:  # type: ignore[override]
-        """The factors at the values."""
-        self.program.require_unchanged(self._dependences, "posterior")
-        with Alone("posterior"):
-            return self.program.evaluate(self.point.values)
-
-    @cached_property
-    def q(self) -> Posterior:  # type: ignore[override]
-        """The E-step there."""
-        return self.program.posterior(self.evaluation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,28 +38,6 @@ class Settings:
     begin: float
     acceleration: str | None = None
     verify: bool = True
-
-
-class Left(Iterate):
-    """What is remembered of an iterate whose tables are not needed any more.
-
-    Args:
-        at: The iterate.
-    """
-
-    def __init__(self, at: Iterate) -> None:
-        self.massless = at.massless
-        self._objective, self._log_evidence = at.objective, at.log_evidence
-
-    @property
-    def objective(self) -> float:
-        """What EM raises."""
-        return self._objective
-
-    @property
-    def log_evidence(self) -> float | None:
-        """log p(x; θ) in nats."""
-        return self._log_evidence
 
 
 class Seen:
@@ -156,13 +64,14 @@ class Run:
     parameters: dict[str, Tensor]
     status: EMStatus = EMStatus.MAX_STEPS
     message: str = ""
-    last: Iterate | None = None
+    last: Point | None = None
     entering: list[float] = field(default_factory=list)
     after: list[float] = field(default_factory=list)
     initial_values: dict[str, Tensor] = field(default_factory=dict)
     verified: dict[str, Tensor] | None = None
     plain_from: int = 0
     seen: Seen | None = None
+    recorded: Point | None = None
     name: str = ""
     began_symmetric: bool = False
     is_replaced: bool = False
@@ -182,16 +91,23 @@ class Run:
         """The bound at the last complete step; nan if there is none."""
         return math.nan if self.last is None else self.last.objective
 
-    def record(self, program: Program, at: Iterate) -> None:
+    def take(self, entering: float, bound: float, at: Point) -> None:
+        """Note a complete step: the objective entering it, the bound after its M-step, its end."""
+        self.entering.append(entering)
+        self.after.append(bound)
+        self.last = at
+
+    def record(self, program: Program, at: Point) -> None:
         """Remember parameters and E-step of the last complete step."""
-        self.parameters, self.last = snapshot(program.graph.parameters), at
+        self.parameters = snapshot(program.graph.parameters)
+        self.last = self.recorded = at
         self.seen = Seen(program, self.parameters)
 
     def leave(self) -> None:
         """Keep parameters, path and objective, and let the tables of the last E-step go."""
         self.seen = None
-        if self.last is not None and not isinstance(self.last, Left):
-            self.last = Left(self.last)
+        if self.last is not None and not isinstance(self.last, LeftPoint):
+            self.last = self.recorded = LeftPoint(self.last)
 
     def go_back(self, program: Program) -> None:
         """Return to the last parameters that were verified, after a step on these data."""

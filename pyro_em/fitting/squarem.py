@@ -15,16 +15,20 @@ convergence of any EM algorithm", Scandinavian Journal of Statistics 35(2).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.distributions import transform_to
 
 from pyro_em.errors import DataError, DegenerateError, Handover
-from pyro_em.fitting.em_map import EMMap, Values, as_step, settle
-from pyro_em.fitting.em_on_sums import Iteration
+from pyro_em.fitting.em_map import EMMap, values_at
+from pyro_em.fitting.guarded import Guarded, Step
+from pyro_em.fitting.point import Point, SumsPoint, Values
 from pyro_em.fitting.result import EMStatus
-from pyro_em.fitting.run import Deferred, Iterate, Run, Settings
+from pyro_em.fitting.run import Run, Settings
 from pyro_em.plan.program import Program
-from pyro_em.tracing.parameters import values_of
 
 PLAIN_STEPS = 8
 
@@ -33,88 +37,119 @@ _SLACK = 0.5
 
 
 def accelerate(
-    program: Program, settings: Settings, run: Run, iteration: Iteration | None, r: int
-) -> None:
-    """Cycles of SQUAREM from the run's last iterate, until plain steps are due.
+    em: Guarded, settings: Settings, run: Run, r: int, shown: Callable[[Step], bool]
+) -> EMStatus | None:
+    """Cycles of SQUAREM from where a run stands, until plain steps are due.
 
     They are due when the gain that a plain step promises is small, when few steps are left, or when
-    something has to be judged by a full step. The run is left at the best iterate seen.
+    something has to be judged by a plain step. The run's last point is the best one seen.
+
+    Args:
+        em: The map.
+        settings: What all starts share.
+        run: Its steps and where it stands.
+        r: The start's number.
+        shown: Shows a step to callbacks; returns whether one asks to stop.
+
+    Returns:
+        Why the run is over; None where plain steps are due.
+    """
+    assert run.last is not None
+    step_of, last = _map_of(em, settings, run.last)
+    start, best, longest, eps = last, last, 1.0, em.program.graph.eps
+
+    def note(before: Point, bound: float, after: Point) -> bool:
+        """Note one step; returns whether a callback asked to stop."""
+        run.take(before.objective, bound, after)
+        settings.bar.update(r, after.objective)
+        return shown(Step(before, bound, after))
+
+    def is_changed() -> bool:
+        """Whether a callback wrote data: plain steps read the model anew."""
+        return bool(settings.callbacks) and em.program.is_changed()
+
+    try:
+        while run.num_steps + 2 + PLAIN_STEPS <= settings.max_steps:
+            values, bound = step_of.m_step(start)
+            first = step_of.e_step(values)
+            if note(start, bound, first):
+                best = _better(best, first)
+                return EMStatus.STOPPED
+            if is_changed():
+                best = first
+                return None
+            gain = first.objective - start.objective
+            second, bound = step_of.m_step(first)
+            best = _better(best, first)
+            theta = Unconstrained(em.program, second)
+            u = [theta.vector(v) for v in (values_at(start), values_at(first), second)]
+            extrapolated, alpha, ratio = _extrapolate(u, longest)
+            promised = gain * ratio**2 / (1 - ratio**2)
+            small = max(settings.tol, 8 * eps * abs(start.objective))
+            reached = _accepted(step_of, theta, second, u, extrapolated, alpha, best.objective)
+            longest = 4 * longest if -alpha >= longest else longest
+            best = _better(best, reached)
+            if note(first, bound, reached):
+                return EMStatus.STOPPED
+            if is_changed():
+                best = reached
+                return None
+            if gain <= small and promised <= small:
+                return None
+            start = reached
+        return None
+    except (Handover, DataError, DegenerateError, torch.linalg.LinAlgError, ValueError):
+        return None
+    except KeyboardInterrupt:
+        return EMStatus.INTERRUPTED
+    finally:
+        run.last = best
+
+
+def _map_of(em: Guarded, settings: Settings, last: Point) -> tuple[EMMap, Point]:
+    """The map to extrapolate along: on sums, where nobody watches and the point is one of sums."""
+    quick = em.program.compiled and not settings.callbacks
+    if em.quick is not None and quick and isinstance(last, SumsPoint):
+        return em.quick, last
+    if isinstance(last, SumsPoint):
+        return em.sound, last.judged()
+    return em.sound, last
+
+
+def _better(a: Point, b: Point) -> Point:
+    return b if b.objective >= a.objective else a
+
+
+class Unconstrained:
+    """All parameters as one vector of real numbers.
 
     Args:
         program: The model with its data.
-        settings: What all starts share.
-        run: Its steps and parameters.
-        iteration: The compiled step, or None.
-        r: The start's number.
+        like: Values, for their shapes and dtypes.
     """
-    assert run.last is not None
-    if iteration is None and isinstance(run.last, Deferred):
-        run.last = run.last.judged()
-    values: Values = values_of(program.graph.parameters)
-    if isinstance(run.last, Deferred):
-        values = run.last.point.values
-    else:
-        iteration = None
-    em = EMMap(program, iteration)
-    eps = program.graph.eps
-    at, best = (values, run.last), (values, run.last)
-    longest = 1.0
-    try:
-        while run.num_steps + 2 + PLAIN_STEPS <= settings.max_steps:
-            start, last = at
-            first, bound = em.m_step(last)
-            reached = em.e_step(first)
-            if _record(program, settings, run, last, bound, reached, r):
-                best = _better(best, (first, reached))
-                return
-            gain = reached.objective - last.objective
-            second, bound = em.m_step(reached)
-            best = _better(best, (first, reached))
-            u = [em.unconstrained(v) for v in (start, first, second)]
-            extrapolated, alpha, ratio = _extrapolate(u, longest)
-            promised = gain * ratio**2 / (1 - ratio**2)
-            small = max(settings.tol, 8 * eps * abs(last.objective))
-            at = _accepted(em, second, u, extrapolated, alpha, best[1].objective)
-            longest = 4 * longest if -alpha >= longest else longest
-            if _record(program, settings, run, reached, bound, at[1], r):
-                best = _better(best, at)
-                return
-            best = _better(best, at)
-            if gain <= small and promised <= small:
-                return
-    except (Handover, DataError, DegenerateError):
-        return
-    except KeyboardInterrupt:
-        run.status = EMStatus.INTERRUPTED
-    finally:
-        settle(program, run, best[0], lambda: best[1])
-        run.plain_from = run.num_steps
 
+    def __init__(self, program: Program, like: Values) -> None:
+        self.program, self.like = program, like
 
-def _better(a: tuple[Values, Iterate], b: tuple[Values, Iterate]) -> tuple[Values, Iterate]:
-    return b if b[1].objective >= a[1].objective else a
+    def vector(self, values: Values) -> Tensor:
+        """From constrained values."""
+        parts = []
+        for name, value in values.items():
+            constraint = self.program.graph.parameters[name].constraint
+            inverse = transform_to(constraint).inv(value.to(torch.float64))
+            parts.append(inverse.reshape(-1))
+        return torch.cat(parts)
 
-
-def _record(
-    program: Program,
-    settings: Settings,
-    run: Run,
-    before: Iterate,
-    bound: float,
-    after: Iterate,
-    r: int,
-) -> bool:
-    """Note one step; returns whether the cycle is over: a callback asked to stop, or wrote data."""
-    run.entering.append(before.objective)
-    run.after.append(bound)
-    settings.bar.update(r, after.objective)
-    if settings.callbacks:
-        step = as_step(program, run.num_steps - 1, before, bound, settings.begin)
-        if any(callback(step) is True for callback in settings.callbacks):
-            run.status = EMStatus.STOPPED
-            return True
-        return program.is_changed()  # plain steps read the model anew
-    return False
+    def values(self, vector: Tensor) -> dict[str, Tensor]:
+        """Back from a vector."""
+        out, begin = {}, 0
+        for name, value in self.like.items():
+            transform = transform_to(self.program.graph.parameters[name].constraint)
+            shape = transform.inverse_shape(value.shape)
+            end = begin + math.prod(shape)
+            out[name] = transform(vector[begin:end].reshape(shape)).to(value.dtype)
+            begin = end
+        return out
 
 
 def _extrapolate(u: list[Tensor], longest: float) -> tuple[Tensor, float, float]:
@@ -138,20 +173,26 @@ def _along(u: list[Tensor], alpha: float) -> Tensor:
 
 
 def _accepted(
-    em: EMMap, second: Values, u: list[Tensor], extrapolated: Tensor, alpha: float, best: float
-) -> tuple[Values, Iterate]:
+    em: EMMap,
+    theta: Unconstrained,
+    second: Values,
+    u: list[Tensor],
+    extrapolated: Tensor,
+    alpha: float,
+    best: float,
+) -> Point:
     """The extrapolated point if the evidence there will do, one half as far, or plain θ2."""
     for _ in range(2):
         if alpha >= -1:
             break
         try:
-            values = em.constrained(extrapolated, second)
+            values = theta.values(extrapolated)
             if all(bool(torch.isfinite(v).all()) for v in values.values()):
                 there = em.e_step(values)
                 if there.objective >= best - _SLACK:
-                    return values, there
-        except Handover:
+                    return there
+        except (Handover, DataError, DegenerateError, torch.linalg.LinAlgError, ValueError):
             pass
         alpha = (alpha - 1) / 2
         extrapolated = _along(u, alpha)
-    return second, em.e_step(second)
+    return em.e_step(second)

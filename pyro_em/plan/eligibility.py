@@ -22,7 +22,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.mixture import Mixture
-from pyro_em.posteriors.on_sums import OnSums
+from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
@@ -45,7 +45,7 @@ class Kernel:
 
     name: str
     reason: str | None = None
-    block: OnSums | None = None
+    block: QuickBlock | None = None
     latents: tuple[tuple[str, ...], ...] = ()
 
     @property

@@ -152,7 +152,7 @@ class Program(StaysHere):
             fresh.graph,
             fresh.contraction,
         )
-        self.updates, self.compiled = fresh.updates, fresh.compiled
+        self.updates, self.compiled, self._kernel = fresh.updates, fresh.compiled, None
         self.dependences, self.traced_at = fresh.dependences, fresh.traced_at
         self.readings += 1
 

@@ -42,7 +42,7 @@ from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Component
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
-from pyro_em.posteriors.on_sums import OnSums
+from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import NATURAL, Expectation, group_sums, known_statistics
 
@@ -50,7 +50,7 @@ _ALL = slice(None)
 
 
 @dataclass(eq=False)
-class Chain(OnSums):
+class Chain(QuickBlock):
     """The chain that a graph is.
 
     Attributes:

@@ -26,7 +26,7 @@ from pyro_em.errors import Finding, sites_in_words
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Component
-from pyro_em.posteriors.on_sums import OnSums
+from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import NATURAL, Expectation, group_sums
 
@@ -37,7 +37,7 @@ _IMPOSSIBLE = -1e29
 
 
 @dataclass(eq=False)
-class Mixture(OnSums):
+class Mixture(QuickBlock):
     """A mixture over the rows of one plate.
 
     Attributes:

@@ -23,7 +23,7 @@ from pyro_em.errors import Finding, Handover
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.block import Block, Component
-from pyro_em.posteriors.on_sums import OnSums
+from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.updates.statistics import Expectation, group_statistics
 
@@ -127,7 +127,7 @@ def _check_at(block: type[Block], program: Program, rtol: float) -> None:
         f"table has shape {tuple(table.shape)}, its dimensions are {found.dims}"
     )
     assert near(float(table.sum()), joint.log_evidence), "the table does not sum to the evidence"
-    if isinstance(found, OnSums):
+    if isinstance(found, QuickBlock):
         _check_m_step(found, program, joint, expectation, rtol)
         _check_chunks(found, values, expectation, rtol)
     else:
@@ -152,7 +152,7 @@ def _check_sums(
 
 
 def _check_m_step(
-    block: OnSums, program: Program, joint: Joint, expectation: Expectation, rtol: float
+    block: QuickBlock, program: Program, joint: Joint, expectation: Expectation, rtol: float
 ) -> None:
     """Parameters after the M-step, against an M-step from the cells of the joint table."""
     theta = block.theta
@@ -178,7 +178,7 @@ def _check_m_step(
 
 
 def _check_chunks(
-    block: OnSums, values: Mapping[str, Tensor], whole: Expectation, rtol: float
+    block: QuickBlock, values: Mapping[str, Tensor], whole: Expectation, rtol: float
 ) -> None:
     if not hasattr(block, "chunk"):
         return

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
-from pyro_em.fitting.em_map import advance, compiled_iteration, e_step
+from pyro_em.fitting.em_map import ByTracing
+from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import values_of
 from tests.benchmarks.timing import Steps
@@ -92,19 +93,19 @@ def iterations(model: Callable[..., None], *args: Any) -> Steps:
     program = ExactPosteriorEM(model)._ready(args, {})
     assert isinstance(program, Program)
     values = values_of(program.graph.parameters)
-    iteration = compiled_iteration(program)
+    sound, em = ByTracing(program), on_sums(program)
     store = pyro.get_param_store().get_state()
 
     def compiled(steps: int) -> None:
-        assert iteration is not None
-        at = iteration.e_step(iteration.enter(values))
+        assert em is not None
+        at = em.e_step(values)
         for _ in range(steps):
-            at = iteration.e_step(iteration.m_step(at)[0])
+            at = em.step(at)[0]
 
     def full(steps: int) -> None:
         pyro.get_param_store().set_state(store)
-        at = e_step(program)
+        at = sound.e_step()
         for i in range(steps):
-            at = advance(program, at, index=i, verify=False)
+            at = sound.step(at, i)[0]
 
-    return full if iteration is None else compiled
+    return full if em is None else compiled

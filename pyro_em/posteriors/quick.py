@@ -15,7 +15,7 @@ from pyro_em.posteriors.contracted import Contraction
 from pyro_em.updates.statistics import Expectation
 
 
-class OnSums:
+class QuickBlock:
     """A block whose E-step goes through the data once and keeps sums alone.
 
     Attributes:

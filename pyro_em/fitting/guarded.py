@@ -1,0 +1,186 @@
+"""EM steps, quick where they can be and sound where they must be: the one place of handing over.
+
+A quick step that is out of the ordinary (a component near a collapse, impossible data, a fall of the
+objective) is not judged by itself: the step through tables is taken instead, which names what is
+wrong or goes on. After the first step a fresh trace of the model confirms the compiled plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_em.errors import Handover, message, warn
+from pyro_em.fitting.em_map import ByTracing, allowed_fall, has_fallen, write
+from pyro_em.fitting.em_on_sums import OnSums, on_sums
+from pyro_em.fitting.point import Point, SumsPoint
+from pyro_em.plan.planner import distrust
+from pyro_em.plan.program import Program
+from pyro_em.tracing.parameters import restore, snapshot
+
+_MANY_HANDOVERS = 3
+
+
+class Fell(Exception):
+    """The objective fell; it has been reported, and the parameters are those before the step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A complete step.
+
+    Attributes:
+        before: Where it began.
+        bound: ELBO(q, θ_new) after its M-step, in nats.
+        after: Where it led.
+    """
+
+    before: Point
+    bound: float
+    after: Point
+
+
+class Guarded:
+    """The EM map of a program: on sums where it has them, through tables otherwise.
+
+    Args:
+        program: The model with its data.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.sound = ByTracing(program)
+        self.quick: OnSums | None = on_sums(program)
+        self.handovers = 0
+
+    def reread(self) -> None:
+        """Read the model on the data as they are now."""
+        self.program.reread()
+        self.quick, self.handovers = on_sums(self.program), 0
+
+    def stay_sound(self) -> None:
+        """Take no quick steps any more: somebody writes parameters between steps."""
+        self.quick = None
+
+    def e_step(self, index: int = 0) -> Point:
+        """The E-step at the parameters in the param store."""
+        return self._quick_e_step() or self.sound.e_step(index=index)
+
+    def _quick_e_step(self) -> SumsPoint | None:
+        if self.quick is None:
+            return None
+        try:
+            return self.quick.e_step()
+        except Handover:
+            return None
+
+    def step(self, at: Point, index: int, *, verify: bool = False, touched: bool = False) -> Step:
+        """One step.
+
+        Args:
+            at: Where EM stands.
+            index: The number of the step.
+            verify: Whether a fresh trace has to confirm the compiled plan.
+            touched: Whether somebody has written parameters since, so that a fall is no wonder.
+
+        Raises:
+            Fell: If the objective fell.
+            DegenerateError: If an update is degenerate; it has been rolled back.
+        """
+        if self.quick is not None and self.program.compiled and self.handovers < _MANY_HANDOVERS:
+            at = self._again(at)
+            found = self._quick_step(at, verify)
+            if found is not None:
+                return found
+            self.handovers += 1
+        return self._sound_step(at, index, verify, touched)
+
+    def _again(self, at: Point) -> Point:
+        """A point on sums, after a step through tables has been taken."""
+        if isinstance(at, SumsPoint):
+            return at
+        again = self._quick_e_step()
+        if again is None:
+            return at
+        again.massless = at.massless
+        return again
+
+    def _quick_step(self, at: Point, verify: bool) -> Step | None:
+        """A step on sums; None where one through tables is due, and then nothing was changed."""
+        if self.quick is None or not isinstance(at, SumsPoint):
+            return None
+        try:
+            after, bound = self.quick.step(at)
+        except Handover:
+            return None
+        if after.objective < at.objective - allowed_fall(at.objective, self.program.graph.eps):
+            return None
+        if verify and not self._is_confirmed_at(after.values):
+            return None
+        return Step(at, bound, after)
+
+    def _sound_step(self, at: Point, index: int, verify: bool, touched: bool) -> Step:
+        program = self.program
+        if isinstance(at, SumsPoint):
+            at = (at if touched else self.published(at)).judged()
+        origin = snapshot(program.graph.parameters)
+        confirm = self._is_confirmed if verify and program.compiled else None
+        after, bound = self.sound.step(at, index, confirm)
+        if not touched and has_fallen(program, at, after):
+            restore(program.graph.parameters, origin)
+            raise Fell
+        return Step(at, bound, after)
+
+    def published(self, at: Point) -> SumsPoint:
+        """A point on sums with its parameters in the param store, where a transform may round."""
+        assert isinstance(at, SumsPoint)
+        write(self.program, at.values)
+        again = self._quick_e_step()
+        if again is None:
+            return at
+        again.massless = at.massless
+        return again
+
+    def publish(self, at: Point) -> None:
+        """Put the parameters of a point into the param store."""
+        if isinstance(at, SumsPoint):
+            write(self.program, at.values)
+
+    def _is_confirmed_at(self, values: Mapping[str, Tensor]) -> bool:
+        """Write values and confirm the compiled plan there; if not, all is as before."""
+        origin = snapshot(self.program.graph.parameters)
+        try:
+            write(self.program, values)
+            return self._is_confirmed(origin)
+        except BaseException:
+            restore(self.program.graph.parameters, origin)
+            raise
+
+    def _is_confirmed(self, origin: Mapping[str, Tensor]) -> bool:
+        """Whether a fresh trace agrees with the compiled plan.
+
+        On a disagreement it is said, the parameters go back to ``origin``, and the plan is dropped.
+        """
+        off = self.program.disagreements()
+        if not off:
+            return True
+        warn_disagreement(off[0], "it is not")
+        restore(self.program.graph.parameters, origin)
+        distrust(self.program, off)
+        return False
+
+
+def warn_disagreement(place: tuple[str, str], when: str) -> None:
+    """Say that the compiled plan and the model disagree, and that the generic path goes on."""
+    site, argument = place
+    warn(
+        message(
+            f"site '{site}', argument '{argument}'",
+            f"{when} what the compiled plan predicts; the fit continues on the generic path from "
+            "the last verified parameters.",
+            "the model changes in a way that its autograd graph does not show",
+            ["avoid detach, .item() and branches on parameters in the model"],
+        ),
+    )

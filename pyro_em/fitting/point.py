@@ -1,0 +1,146 @@
+"""Points: parameter values with the E-step there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from torch import Tensor
+
+from pyro_em.densities.theta import At
+from pyro_em.plan.program import Evaluation, Program
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.tracing.turns import Alone
+from pyro_em.updates.statistics import Expectation
+
+Values = Mapping[str, Tensor]
+
+
+class Point:
+    """Where EM stands: some parameter values, and the E-step at them.
+
+    Attributes:
+        evaluation: The factors at the values.
+        q: The E-step there.
+        massless: Per parameter the components that had no mass in the M-step before.
+        noise: How far rounding may carry the objective, in nats, beyond that of a sum.
+    """
+
+    evaluation: Evaluation
+    q: Posterior
+    massless: Mapping[str, tuple[int, ...]]
+    noise: float = 0.0
+
+    @property
+    def objective(self) -> float:
+        """What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact."""
+        assert self.q.bound is not None
+        return self.q.bound
+
+    @property
+    def log_evidence(self) -> float | None:
+        """log p(x; θ) in nats, where the E-step computed it."""
+        return self.q.log_evidence
+
+
+class TracedPoint(Point):
+    """A point whose E-step kept tables of all cells.
+
+    Args:
+        values: Constrained parameter values by name.
+        evaluation: The factors there.
+        q: The E-step.
+        massless: Components without mass in the M-step before.
+    """
+
+    def __init__(
+        self,
+        values: Values,
+        evaluation: Evaluation,
+        q: Posterior,
+        massless: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        self.values, self.evaluation, self.q = values, evaluation, q
+        self.massless = massless or {}
+
+
+class SumsPoint(Point):
+    """A point whose E-step kept sums alone: tables are made when somebody asks for them.
+
+    Args:
+        program: The model with its data.
+        block: What made the E-step.
+        at: The parameters, in the form of the E-step.
+        expectation: The E-step.
+        log_prior: Of point estimates, in nats.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        block: QuickBlock,
+        at: At,
+        expectation: Expectation,
+        log_prior: float,
+    ) -> None:
+        self.program, self.block, self.at = program, block, at
+        self.expectation, self.log_prior = expectation, log_prior
+        self.massless = {}
+        self.noise = expectation.noise
+        self._dependences = program.dependences
+
+    @property
+    def objective(self) -> float:
+        """The log evidence plus the log prior."""
+        return self.expectation.log_evidence + self.log_prior
+
+    @property
+    def log_evidence(self) -> float:
+        """The log evidence: E-steps on sums are exact."""
+        return self.expectation.log_evidence
+
+    @cached_property
+    def values(self) -> dict[str, Tensor]:
+        """All parameters by name."""
+        return self.block.theta.values(self.at)
+
+    def judged(self) -> TracedPoint:
+        """The same with tables, whose objective differs by rounding, on the data as they are."""
+        evaluation = self.program.evaluate(self.values)
+        q = self.program.posterior(evaluation)
+        return TracedPoint(self.values, evaluation, q, self.massless)
+
+    @cached_property
+    def evaluation(self) -> Evaluation:  # type: ignore[override]
+        """The factors at the values."""
+        self.program.require_unchanged(self._dependences, "posterior")
+        with Alone("posterior"):
+            return self.program.evaluate(self.values)
+
+    @cached_property
+    def q(self) -> Posterior:  # type: ignore[override]
+        """The E-step there."""
+        return self.program.posterior(self.evaluation)
+
+
+class LeftPoint(Point):
+    """What is remembered of a point whose tables are not needed any more.
+
+    Args:
+        at: The point.
+    """
+
+    def __init__(self, at: Point) -> None:
+        self.massless = at.massless
+        self._objective, self._log_evidence = at.objective, at.log_evidence
+
+    @property
+    def objective(self) -> float:
+        """What EM raises."""
+        return self._objective
+
+    @property
+    def log_evidence(self) -> float | None:
+        """log p(x; θ) in nats."""
+        return self._log_evidence
