@@ -45,6 +45,7 @@ class Absent:
         return f"<{self.what}: not in a pickled copy>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Say what is not there."""
         self._refuse()
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -248,6 +249,7 @@ class Given:
         self.answer = answer
 
     def __call__(self) -> Any:
+        """The answer."""
         return self.answer
 
 
@@ -262,6 +264,7 @@ class Copied:
         self.function = function
 
     def __call__(self) -> Any:
+        """The answer, computed when it is first asked for."""
         if not hasattr(self, "answer"):
             self.answer = copy.deepcopy(self.function())
         return self.answer
@@ -278,6 +281,7 @@ class Refused:
         self.text = text
 
     def __call__(self) -> NoReturn:
+        """Say why there is no answer."""
         raise UsageError(self.text)
 
 
