@@ -276,10 +276,6 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         away = run_away(program.graph, run.initial_values)
         if away:
             run.status, run.message = EMStatus.UNBOUNDED, away
-    if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
-        away = run_away(program.graph, run.initial_values)
-        if away:
-            run.status, run.message = EMStatus.UNBOUNDED, away
     if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:
         return
     # A prior, a constraint, a constant or a fixed parameter of one component may have parted them.

@@ -76,7 +76,7 @@ def accelerate(
                 best = _better(best, first)
                 return EMStatus.STOPPED
             if is_changed():
-                best = first
+                best = _better(best, first)
                 return None
             gain = first.objective - start.objective
             second, bound = step_of.m_step(first)
@@ -92,7 +92,6 @@ def accelerate(
             if note(first, bound, reached):
                 return EMStatus.STOPPED
             if is_changed():
-                best = reached
                 return None
             if gain <= small and promised <= small:
                 return None
