@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from pyro_em.comparison.compare.compare import compare
+from pyro_em.comparison.compare import compare
 from torch.distributions import constraints
 
 from pyro_em import (

@@ -24,7 +24,7 @@ from pyro_em.tracing.sites import signature_of
 
 _NOT_THE_USERS = (
     *(str(Path(str(m.__file__)).parent) for m in (torch, pyro, numpy)),
-    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
     sysconfig.get_paths()["stdlib"],
     "<frozen",
 )

@@ -41,7 +41,7 @@ class Plan(Portable):
         is_monotone: Whether the objective can never fall by more than rounding.
         gives_up: What the strategy does without, in words.
         obstacle: Where a latent has no route, what everything but a plan raises; else empty.
-        kernel: What iterates: "mixture", "chain", "contraction", or "stochastic"; with several
+        kernel: What iterates: "mixture", "chain", "contraction", "stochastic", or "none"; with several
             components of latents one for each.
         kernel_reason: Why no quicker kernel does; None where there is none. Of the same shape.
         iterations: What an iteration does, in words.
@@ -60,7 +60,7 @@ class Plan(Portable):
     is_monotone: bool = True
     gives_up: str = ""
     obstacle: str = ""
-    kernel: str | Mapping[tuple[str, ...], str] = "stochastic"
+    kernel: str | Mapping[tuple[str, ...], str] = "none"
     kernel_reason: str | Mapping[tuple[str, ...], str | None] | None = None
     iterations: str = ""
 
@@ -260,6 +260,7 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         bare.edges,
         tuple(notes),
         stochastic=True,
+        kernel="stochastic",
         draws=not variational.is_exact,
         is_monotone=False,
         gives_up=""

@@ -56,6 +56,7 @@ class Unrouted:
             observations_of(self.structure),
             self.structure.edges,
             self.structure.notes,
+            kernel_reason="a latent has no route",
             obstacle=str(self.error),
         )
 
