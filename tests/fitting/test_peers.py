@@ -17,7 +17,7 @@ from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM
 from tests.data_sets import faithful
-from tests.test_reference_results import gaussian_mixture
+from tests.fitting.test_reference_results import gaussian_mixture
 
 STEPS = 8
 

@@ -21,7 +21,7 @@ from pyro_em import ExactPosteriorEM, Fixed
 from pyro_em.fitting.result import EMStatus
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.mixture import Mixture
-from tests.test_compiled import Model, both_fits, points, steps_of, symbols
+from tests.densities.test_kernels import Model, both_fits, points, steps_of, symbols
 
 K = 3
 CONCENTRATION = 2.0 + torch.tensor(

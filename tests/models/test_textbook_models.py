@@ -14,7 +14,7 @@ from scipy.stats import norm, poisson
 from torch.distributions import constraints
 
 from pyro_em import ClosedForm, ExactPosteriorEM, Gradient, LeastSquares
-from tests.test_m_step import (
+from tests.updates.test_m_step import (
     COUNTS,
     LINE,
     PREDICTORS,

@@ -23,8 +23,7 @@ from pyro_em import Alternating, DrawnPosterior, ExactPosteriorEM
 from pyro_em.analysis.evidence import estimate_from, pareto_k
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.particle import LogWeights
-
-from .data_sets import iris
+from tests.data_sets import iris
 
 T = torch.tensor
 

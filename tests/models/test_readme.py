@@ -11,7 +11,7 @@ import torch
 import pyro_em
 from pyro_em.families.registry import _REGISTRY
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 

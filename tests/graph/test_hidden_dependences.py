@@ -10,7 +10,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, Gradient, PyroEMWarning
-from tests.test_m_step import REAL, run
+from tests.updates.test_m_step import REAL, run
 
 C = constraints
 

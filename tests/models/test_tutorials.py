@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from jupyter_client import KernelManager
 
-TUTORIALS = Path(__file__).parent.parent / "tutorials"
+TUTORIALS = Path(__file__).parents[2] / "tutorials"
 sys.path.insert(0, str(TUTORIALS))
 
 from execute import QUIET, digest, execute  # noqa: E402

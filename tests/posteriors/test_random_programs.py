@@ -21,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from torch import Tensor
 
 from pyro_em import DegenerateError, ExactPosteriorEM
-from tests.test_random_models import (
+from tests.posteriors.test_random_models import (
     RANK,
     Builder,
     Latent,
@@ -34,7 +34,7 @@ from tests.test_random_models import (
     seeds,
     short_gradients,
 )
-from tests.test_sampling import DRAWS, agree
+from tests.posteriors.test_sampling import DRAWS, agree
 
 PRIORS: dict[str, Callable[[Tensor], Any]] = {
     "real": lambda start: dist.Normal(torch.zeros_like(start), 2.0),

@@ -13,7 +13,6 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from pyro_em.comparison.compare import compare
 from torch.distributions import constraints
 
 from pyro_em import (
@@ -24,6 +23,7 @@ from pyro_em import (
     TraceExact_ELBO,
     UsageError,
 )
+from pyro_em.comparison.compare import compare
 from pyro_em.comparison.contenders import Direct, standard_contenders
 from pyro_em.comparison.table import Comparison
 from tests.data_sets import LONDON_COUNTS
