@@ -13,14 +13,14 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.protocol import AnyPosterior
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import predicted_run
-from pyro_em.variational.drawn import DrawnPosterior
 
 
 def predictive_draws(
     model: Callable[..., Any],
-    q: Posterior | DrawnPosterior,
+    q: AnyPosterior,
     args: tuple,
     kwargs: dict[str, Any],
     num_samples: int,
@@ -57,7 +57,7 @@ def predictive_draws(
     return {n: torch.stack([d[n] for d in draws]) for n in shared}
 
 
-def _for_model(values: Mapping[str, Tensor], q: Posterior | DrawnPosterior) -> dict[str, Tensor]:
+def _for_model(values: Mapping[str, Tensor], q: AnyPosterior) -> dict[str, Tensor]:
     """Values of ``obs_mask`` sites belong to their unobserved part."""
     pairs = q.graph.structure.masked_pairs if isinstance(q, Posterior) else {}
     return {f"{n}_unobserved" if n in pairs else n: v for n, v in values.items()}
