@@ -6,6 +6,7 @@ traceback needs nothing else. Several problems of one model are collected into o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -14,6 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
+
+import pyro
+import torch
 
 
 class PyroEMError(Exception):
@@ -93,14 +97,21 @@ def message(where: str, what: str, why: str = "", fixes: Sequence[str] = ()) -> 
 
 
 def warn(text: str) -> None:
-    """Warn at the line outside this library that led here."""
+    """Warn at the user's line that led here: outside this library and what it is built on."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, PyroEMWarning, stacklevel=level)
 
 
-_PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+def _folder(file: str | None) -> str:
+    return os.path.dirname(os.path.abspath(str(file))) + os.sep
+
+
+_NOT_THE_USERS = (
+    *(_folder(file) for file in (__file__, torch.__file__, pyro.__file__)),
+    contextlib.__file__,  # a context manager that is used as a decorator
+)
 
 
 def raise_findings(problems: Sequence[Finding]) -> NoReturn:

@@ -81,6 +81,12 @@ def test_a_simplex_that_does_not_sum_to_one(start: list[float], lazy: bool) -> N
     assert pyro.param("w").sum().item() == pytest.approx(1.0)
 
 
+def test_it_is_told_at_the_users_line() -> None:
+    with pytest.warns(PyroEMWarning, match="its initial value sums to") as caught:
+        fit(weights, X, tensor([0.5, 0.9]))
+    assert {w.filename for w in caught} == {__file__}
+
+
 def test_the_row_of_a_transition_matrix_is_named() -> None:
     (text,) = told(transitions, X[:3], tensor([[0.5, 0.5], [0.9, 0.9]]))
     assert "parameter 'A'" in text and "1 of 2 rows" in text and "row 1 sums to 1.8" in text
