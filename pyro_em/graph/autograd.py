@@ -129,12 +129,12 @@ def bind(
     if not argument.requires_grad:
         return Binding("constant", (), constant)
     start = torch.autograd.graph.get_gradient_edge(argument)
-    reached = _leaves_below(start.node, leaves)
-    if reached is None:
+    names, complete = _leaves_below(start.node, leaves)
+    if not complete:
+        # What is known to reach it is trained all the same.
         return Binding(
-            "opaque", (), constant, reason="a tensor that is no registered parameter reaches it"
+            "opaque", names, constant, reason="a tensor that is no registered parameter reaches it"
         )
-    names = tuple(reached)
     if not names:
         return Binding("constant", (), constant)
     point = _below_expansion(_Point(argument, start.node, tuple(argument.shape)))
@@ -171,8 +171,15 @@ def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str,
     """Names of the parameters that reach a tensor; None where an unknown leaf does."""
     if not tensor.requires_grad:
         return ()
-    found = _leaves_below(torch.autograd.graph.get_gradient_edge(tensor).node, leaves)
-    return None if found is None else tuple(found)
+    names, complete = _leaves_below(torch.autograd.graph.get_gradient_edge(tensor).node, leaves)
+    return names if complete else None
+
+
+def known_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the parameters that reach a tensor, whatever else does."""
+    if not tensor.requires_grad:
+        return ()
+    return _leaves_below(torch.autograd.graph.get_gradient_edge(tensor).node, leaves)[0]
 
 
 def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
@@ -215,17 +222,15 @@ def _nodes_below(node: Node) -> list[Node]:
     return list(seen)
 
 
-def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> list[str] | None:
-    """Names of the parameters below a node in the order of ``leaves``; None if a leaf is unknown."""
+def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, ...], bool]:
+    """Names of the parameters below a node in the order of ``leaves``; whether no other leaf is."""
     names = {id(leaf): name for name, leaf in leaves.items()}
-    found = set()
-    for n in _nodes_below(node):
-        if _is_leaf(n):
-            name = names.get(id(n.variable))  # type: ignore[attr-defined]
-            if name is None:
-                return None
-            found.add(name)
-    return [name for name in leaves if name in found]
+    found = {
+        names.get(id(n.variable))  # type: ignore[attr-defined]
+        for n in _nodes_below(node)
+        if _is_leaf(n)
+    }
+    return tuple(name for name in leaves if name in found), None not in found
 
 
 def _normalisation(node: Node) -> tuple[Node, int] | None:

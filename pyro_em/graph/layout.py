@@ -15,7 +15,7 @@ from pyro_em.distributions import broadcast_shape, element_mask, is_outside, spl
 from pyro_em.errors import DataError, DegenerateError, Finding, message
 from pyro_em.families.family import Family
 from pyro_em.families.registry import family_of, given_arguments, spread_arguments
-from pyro_em.graph.autograd import bind, parameters_below
+from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Factor, Latent
 from pyro_em.graph.signatures import Recurring
@@ -159,14 +159,14 @@ class _Layout:
             return ()
         bounds = (getattr(support, end, None) for end in ("lower_bound", "upper_bound"))
         tensors = [b for b in bounds if isinstance(b, Tensor)]
-        return tuple(dict.fromkeys(n for b in tensors for n in parameters_below(b, leaves) or ()))
+        return tuple(dict.fromkeys(n for b in tensors for n in known_below(b, leaves)))
 
     @staticmethod
     def _hyperparameters(base: Any, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, str], ...]:
         return tuple(
             (argument, name)
             for argument, tensor in spread_arguments(base).items()
-            for name in parameters_below(tensor, leaves) or ()
+            for name in known_below(tensor, leaves)
         )
 
     def _support_size(self, name: str) -> int:

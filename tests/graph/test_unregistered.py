@@ -165,3 +165,33 @@ def test_point_estimates_and_autoguides_are_no_finding():
     for guide in ("map", AutoNormal):
         pyro.clear_param_store()
         assert not found(ExactPosteriorEM(model, guide).plan(X).notes)
+
+
+@pytest.mark.parametrize(
+    "shifted",
+    [
+        lambda mu, net: mu + net(torch.ones(1)),
+        lambda mu, net: mu * net.bias.exp(),
+        lambda mu, net: torch.stack([mu[0], mu[1] + net.weight[0, 0]]),
+    ],
+)
+def test_a_parameter_beside_such_a_tensor_is_trained(shifted):
+    net = torch.nn.Linear(1, 2).double()
+
+    def model(x):
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0], dtype=torch.float64))
+        loc = shifted(mu, net)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2, dtype=torch.float64)))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PyroEMWarning)
+        result = ExactPosteriorEM(model).fit(X, tol=1e-8)
+    assert result.plan.updates["mu"].reason.startswith("a tensor that is no registered parameter")
+    mu = result.params["mu"].clone().requires_grad_()
+    loc = shifted(mu, net)
+    log_p = dist.Normal(loc, 1.0).log_prob(X[:, None]) - torch.tensor(2.0).log()
+    (gradient,) = torch.autograd.grad(log_p.logsumexp(-1).sum(), mu)
+    torch.testing.assert_close(gradient, torch.zeros(2, dtype=X.dtype), atol=1e-3, rtol=0)
+    assert result.params["mu"].tolist() != [-1.0, 1.0]
