@@ -258,7 +258,7 @@ def _findings(
         )
     plates, random_plates = _plates(plain.sites, factors)
     _refuse_sparse_values(factors)
-    tagged = provenance_run(model, args, kwargs, plain)
+    tagged = provenance_run(model, args, kwargs, plain, drawn=guide_given)
     refuse_clearing(tagged, "model")
     if set(tagged.scopes) != set(factors):
         raise_findings([changing_sites(sorted(set(tagged.scopes) ^ set(factors)), random_plates)])

@@ -86,7 +86,11 @@ def decide_routes(
         if n not in guide.sites and structure.sites[n].support_size is None
     ]
     problems += [no_route(structure, n) for n in missing]
-    problems += [c.problem() for n, c in structure.coupled.items() if n not in guide.sites]
+    problems += [
+        c.problem()
+        for n, c in structure.coupled.items()
+        if n not in guide.sites and n not in missing
+    ]
     if problems:
         return Routing(()), problems
     while True:
@@ -181,7 +185,10 @@ def _enumerated_in_guide(
     known = [n for n in drawn if n in structure.sites]
     finite = [n for n in known if has_finite_support(guide.sites[n]["fn"])]
     # What is enumerated has one element for its whole plate: it must not be read by others.
-    finite = [n for n in finite if n not in structure.coupled and n not in guide.coupled]
+    # Nor may anything that is drawn under it: that has one value per value of the latent.
+    coupled = structure.coupled.keys() | guide.coupled
+    under = {n: {n, *(u for u, s in guide.scopes.items() if n in s)} for n in finite}
+    finite = [n for n in finite if not under[n] & coupled]
     finite = [n for n in finite if _stays_inside(n, structure, guide, drawn, exact)]
     marked = [n for n in finite if guide.sites[n]["infer"].get("enumerate")]
     if exact:

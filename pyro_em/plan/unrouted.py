@@ -110,9 +110,9 @@ def _has_no_sum(route: Route, structure: Structure) -> bool:
 
 def _from_guide(route: Route, structure: Structure, guide: GuideLook | None) -> Route:
     """A latent that cannot be summed and that a guide covers."""
-    if route.site in structure.coupled:
-        kind = "elements of its plate read each other's"
-    else:
+    if route.size is None:
         kind = "infinite support" if structure.sites[route.site].is_discrete else "continuous"
+    else:
+        kind = "elements of its plate read each other's"
     is_point = guide is not None and route.site in guide.points
     return replace(route, route="point estimate" if is_point else "guide", reason=kind)

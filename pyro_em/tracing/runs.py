@@ -87,7 +87,7 @@ class Run:
         sites: Everything that was traced, by name.
         parameters: What the model read.
         scopes: Per site the other sites that reach it, from a provenance run.
-        suspects: Discrete latents whose plates' elements it may have mixed, from a provenance run.
+        suspects: Latents whose plates' elements it may have mixed, from a provenance run.
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
         unfinished: The parameter at whose initial value the run broke off.
@@ -306,7 +306,9 @@ def _apart(
     return out
 
 
-def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run) -> Run:
+def provenance_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, *, drawn: bool = False
+) -> Run:
     """Run a model with tagged values; ``scopes`` says which other sites reach each site.
 
     Args:
@@ -314,6 +316,7 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         plain: A plain run, whose latent values are used again.
+        drawn: Whether continuous latents are drawn too: their elements may be mixed as well.
 
     Raises:
         NumbersNeeded: If the plain run has shadows and the model raises with them.
@@ -321,7 +324,9 @@ def provenance_run(model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
     capture = ParameterCapture()
     latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
     begun = _store_as_it_is()
-    mixing = Mixing({n: _plate_sizes(s) for n, s in latents.items() if not is_smooth(s["fn"])})
+    mixing = Mixing(
+        {n: _plate_sizes(s) for n, s in latents.items() if drawn or not is_smooth(s["fn"])}
+    )
     with (
         LeftWhole(),
         plain.shadows or nullcontext(),

@@ -242,7 +242,7 @@ def look_at_guide(
     tell_of_starts(plain.parameters)
     refuse_clearing(plain, "guide")
     watched.after_one_run(plain.sites)
-    tagged = provenance_run(guide, args, kwargs, plain)
+    tagged = provenance_run(guide, args, kwargs, plain, drawn=True)
     refuse_clearing(tagged, "guide")
     if writing := writing_problems(guide, args, kwargs, watched, plain, tagged.scopes):
         raise_findings(writing)
