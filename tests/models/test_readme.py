@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import pyro_em
+import pyro_em.testing
 from pyro_em.families.registry import _REGISTRY
 
 ROOT = Path(__file__).parents[2]
@@ -56,3 +58,11 @@ def test_reference_has_every_public_name() -> None:
     shown = (ROOT / "docs" / "api.rst").read_text()
     missing = [n for n in pyro_em.__all__ if f"pyro_em.{n}\n" not in shown]
     assert not missing
+    suites = re.findall(r"automodule:: pyro_em.testing\n +:members: (.*)", shown)
+    assert sorted(suites[0].split(", ")) == sorted(pyro_em.testing.__all__)
+
+
+def test_what_the_reference_shows_is_there() -> None:
+    shown = (ROOT / "docs" / "api.rst").read_text()
+    for name in re.findall(r":: (pyro_em[\w.]*)\n", shown):
+        assert pydoc.locate(name) is not None, name
