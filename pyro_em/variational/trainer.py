@@ -34,6 +34,7 @@ from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.m_step import MStepState, m_step
 from pyro_em.updates.optimizers import Optimizer, Stepper, adam
+from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, ParameterUpdate, Update
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.recovery import Kept
@@ -98,7 +99,7 @@ class Trainer(StaysHere):
     saved_name: Callable[[str], str] = str
     steps: int = 0
     steppers: dict[str, Stepper] = field(default_factory=dict)
-    averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    averages: dict[str, Expectation] = field(default_factory=dict)
     pending: dict[str, Any] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
     _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
@@ -311,10 +312,12 @@ class Trainer(StaysHere):
             step_size = update.step_size if isinstance(update, ClosedForm) else None
             rho = step_size or (self.steps + 1) ** -0.6
             saved = self.saved_name(name)
+            batch = _sums(n, d)
             if saved in self.averages:
-                old_n, old_d = (old.to(n) for old in self.averages[saved])
-                n, d = old_n + rho * (n - old_n), old_d + rho * (d - old_d)
-            self.averages[saved] = (n, d)
+                old = _sums(*(s.to(n) for s in _pair(self.averages[saved])))
+                batch = old + rho * (batch + -1.0 * old)
+            self.averages[saved] = batch
+            n, d = _pair(batch)
             return n.clone(), d.clone()
 
         m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), blend)
@@ -346,7 +349,7 @@ class Trainer(StaysHere):
             "optimizers": {**self.pending, **{k: s.state() for k, s in self.steppers.items()}},
             "baselines": dict(self.variational.baselines),
             "steps": self.steps,
-            "averages": {name: list(pair) for name, pair in self.averages.items()},
+            "averages": {name: list(_pair(sums)) for name, sums in self.averages.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -354,7 +357,17 @@ class Trainer(StaysHere):
         self.pending = dict(state.get("optimizers", {}))
         self.variational.baselines.update(state.get("baselines", {}))
         self.steps = int(state.get("steps", 0))
-        self.averages = {n: (p[0], p[1]) for n, p in state.get("averages", {}).items()}
+        self.averages = {n: _sums(p[0], p[1]) for n, p in state.get("averages", {}).items()}
+
+
+def _sums(n: Tensor, d: Tensor) -> Expectation:
+    """The numerator and the denominator of one closed form as sums over data."""
+    return Expectation(math.nan, {"closed form": {"numerator": n, "denominator": d}})
+
+
+def _pair(sums: Expectation) -> tuple[Tensor, Tensor]:
+    own = sums.sums["closed form"]
+    return own["numerator"], own["denominator"]
 
 
 def _warn_of_squares(gradients: Mapping[str, Tensor]) -> None:
