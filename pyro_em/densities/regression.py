@@ -231,7 +231,8 @@ def as_lines(
     same = len(parts) in (1, K) and all(
         design.shape == x.shape and torch.equal(design, x) for _, design in parts
     )
-    if not same or tuple(group.value.shape[:lead]) != rows:
+    seen = offset.shape[:lead]  # a covariate may be the same for all sequences, or at all steps
+    if not same or tuple(group.value.shape[:lead]) != rows or len(x) != seen.numel():
         return None
     scale, sigma = _spread(group, spread, graph, updates, values, K)
     if sigma is None:
@@ -248,7 +249,7 @@ def as_lines(
     noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
     y = y[:1] if bool(((y - y[:1]).abs() <= noise).all()) else y.contiguous()
     return Lines(
-        x.to(torch.float64).expand(y.shape[1], -1).T.contiguous(),
+        x.to(torch.float64).reshape(*seen, -1).expand(*rows, -1).flatten(0, -2).T.contiguous(),
         y,
         which,
         tuple((p, tuple(values[p].shape), values[p].dtype) for p in block),

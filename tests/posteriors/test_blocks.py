@@ -147,6 +147,29 @@ def test_chains(kind: type[Block], dtype: torch.dtype) -> None:
     check_block(kind, sequences, torch.tensor([[0, 1, 1]]))
 
 
+@pytest.mark.parametrize("kind", [Chain, Contraction])
+@pytest.mark.parametrize("varies", ["steps", "sequences", "both", "neither"])
+def test_covariates_of_several_sequences(kind: type[Block], varies: str) -> None:
+    y = torch.tensor([[-1.3, 0.2], [0.9, 2.5], [0.4, -0.7]], dtype=torch.float64)
+    u = y.roll(1, 0).roll(1, 1)
+    u = {"steps": u[:, :1], "sequences": u[:1], "both": u, "neither": u[:1, :1]}[varies]
+    u = u.expand(3, -1)
+
+    def model() -> None:
+        A = pyro.param("A", torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double(), C.simplex)
+        a = pyro.param("a", tensor(-1.0, 1.0, dtype=y.dtype))
+        b = pyro.param("b", tensor(0.2, 0.5, dtype=y.dtype))
+        z = None
+        with pyro.plate("sequences", 2):
+            for t in range(3):
+                w = tensor(0.4, 0.6, dtype=y.dtype) if z is None else A[z]
+                z = pyro.sample(f"z_{t}", dist.Categorical(w))
+                slope = b[z] if varies != "neither" else 0.0
+                pyro.sample(f"y_{t}", dist.Normal(a[z] + slope * u[t], 1.0), obs=y[t])
+
+    check_block(kind, model)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contractions(dtype: torch.dtype) -> None:
     x = tensor(-1.3, 0.2, 0.9, dtype=dtype)
