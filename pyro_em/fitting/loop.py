@@ -49,6 +49,7 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         run.status, run.message = EMStatus.DEGENERATE, str(error)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
+    del run.entering[len(run.after) :]  # an interrupt may have come between the two
     settle(em, run)
 
 

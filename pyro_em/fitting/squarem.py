@@ -35,6 +35,9 @@ PLAIN_STEPS = 8
 
 _SLACK = 0.5
 
+# What says that a point, or an M-step from it, is none that a cycle can use: plain steps judge it.
+_UNUSABLE = (DataError, DegenerateError, torch.linalg.LinAlgError, ValueError)
+
 
 def accelerate(
     em: Guarded, settings: Settings, run: Run, r: int, shown: Callable[[Step], bool]
@@ -70,8 +73,8 @@ def accelerate(
 
     try:
         while run.num_steps + 2 + PLAIN_STEPS <= settings.max_steps:
-            values, bound = step_of.m_step(start)
-            first = step_of.e_step(values)
+            values, bound = _m_step(step_of, start)
+            first = _e_step(step_of, values)
             if note(start, bound, first):
                 best = _better(best, first)
                 return EMStatus.STOPPED
@@ -79,7 +82,7 @@ def accelerate(
                 best = _better(best, first)
                 return None
             gain = first.objective - start.objective
-            second, bound = step_of.m_step(first)
+            second, bound = _m_step(step_of, first)
             best = _better(best, first)
             theta = Unconstrained(em.program, second)
             u = [theta.vector(v) for v in (values_at(start), values_at(first), second)]
@@ -97,7 +100,7 @@ def accelerate(
                 return None
             start = reached
         return None
-    except (Handover, DataError, DegenerateError, torch.linalg.LinAlgError, ValueError):
+    except Handover:
         return None
     except KeyboardInterrupt:
         return EMStatus.INTERRUPTED
@@ -113,6 +116,30 @@ def _map_of(em: Guarded, settings: Settings, last: Point) -> tuple[EMMap, Point]
     if isinstance(last, SumsPoint):
         return em.sound, last.judged()
     return em.sound, last
+
+
+def _e_step(em: EMMap, values: Values) -> Point:
+    """The E-step at some values.
+
+    Raises:
+        Handover: If there is no usable one.
+    """
+    try:
+        return em.e_step(values)
+    except _UNUSABLE as error:
+        raise Handover from error
+
+
+def _m_step(em: EMMap, at: Point) -> tuple[Values, float]:
+    """The values after the M-step from a point, and the bound there.
+
+    Raises:
+        Handover: If there is no usable one.
+    """
+    try:
+        return em.m_step(at)
+    except _UNUSABLE as error:
+        raise Handover from error
 
 
 def _better(a: Point, b: Point) -> Point:
@@ -187,11 +214,11 @@ def _accepted(
         try:
             values = theta.values(extrapolated)
             if all(bool(torch.isfinite(v).all()) for v in values.values()):
-                there = em.e_step(values)
+                there = _e_step(em, values)
                 if there.objective >= best - _SLACK:
                     return there
-        except (Handover, DataError, DegenerateError, torch.linalg.LinAlgError, ValueError):
+        except Handover:
             pass
         alpha = (alpha - 1) / 2
         extrapolated = _along(u, alpha)
-    return em.e_step(second)
+    return _e_step(em, second)

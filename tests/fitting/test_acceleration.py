@@ -228,3 +228,14 @@ def test_a_slow_fit_suggests_it() -> None:
     assert "acceleration='squarem'" in str(result.plan)
     quick = ExactPosteriorEM(london).fit(DEATHS, DAYS, progress=False, acceleration="squarem")
     assert "acceleration" not in str(quick.plan)
+
+
+@pytest.mark.parametrize("error", [ValueError, torch.linalg.LinAlgError])
+def test_an_error_of_a_callback_is_not_swallowed(error: type[Exception]) -> None:
+    def breaks(step: Any) -> None:
+        if step.index == squarem.PLAIN_STEPS + 1:
+            raise error("from the callback")
+
+    em = ExactPosteriorEM(london)
+    with pytest.raises(error, match="from the callback"):
+        em.fit(DEATHS, DAYS, acceleration="squarem", callbacks=[breaks], progress=False)
