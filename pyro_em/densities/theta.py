@@ -247,10 +247,14 @@ def theta_of(
     rest = {name: u for name, u in updates.items() if name not in natural | owning}
     for name, u in rest.items():
         if isinstance(u.update, LeastSquares):
-            return Finding(f"parameter '{name}'", f"'{name}' is a least squares of no row kernel")
+            return Finding(
+                f"parameter '{name}'", f"the least-squares update of '{name}' has no kernel"
+            )
     for name in owning:
         if updates[name].priors:
-            return Finding(f"parameter '{name}'", f"'{name}' has a prior beside covariates")
+            return Finding(
+                f"parameter '{name}'", f"'{name}' has a prior, and covariates: no kernel"
+            )
     prior = log_prior(graph, updates, values, vector)
     if prior is None:
         return Finding("priors", "a prior adds no constant to the sums")

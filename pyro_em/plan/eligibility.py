@@ -79,7 +79,7 @@ def kernel_of(
     if finding is not None:
         return Kernel(CONTRACTION, finding.what, None, parts)
     if len(parts) > 1:
-        return Kernel(CONTRACTION, "several components of latents step together", None, parts)
+        return Kernel(CONTRACTION, "several independent sets of latents: no kernel", None, parts)
     latents = parts[0] if parts else ()
     component = Component(collapsed(graph), updates, values, latents)
     said: list[Finding] = []
@@ -156,8 +156,10 @@ def changing_argument(graph: FactorGraph) -> Finding:
         where = f"site '{site}'"
         for argument, binding in group.bindings.items():
             if not binding.is_static:
-                return Finding(where, f"{argument} of '{site}' is no selection of parameters")
+                return Finding(
+                    where, f"{argument} of '{site}' is neither a selection nor affine in parameters"
+                )
         if group.family is None:
-            return Finding(where, f"'{site}' ({group.distribution}) depends on parameters")
+            return Finding(where, f"'{site}' ({group.distribution}) has no closed forms")
         return Finding(where, f"the value, mask or scale of '{site}' depends on parameters")
-    return Finding("model", "it changes in a way that no binding shows")
+    return Finding("model", "the model changes in a way that its autograd graph does not show")

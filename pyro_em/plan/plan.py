@@ -41,8 +41,8 @@ class Plan(Portable):
         is_monotone: Whether the objective can never fall by more than rounding.
         gives_up: What the strategy does without, in words.
         obstacle: Where a latent has no route, what everything but a plan raises; else empty.
-        kernel: What iterates: "mixture", "chain", "contraction", "stochastic", or "none"; with several
-            components of latents one for each.
+        kernel: What iterates: "mixture", "chain", "contraction", "stochastic", or "none" where a
+            latent has no route; with several components of latents one for each.
         kernel_reason: Why no quicker kernel does; None where there is none. Of the same shape.
         iterations: What an iteration does, in words.
     """

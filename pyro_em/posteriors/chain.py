@@ -401,6 +401,8 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
         v.plates != first.plates or v.size != first.size for v in graph.latents.values()
     ):
         return Finding(where, "latents of different plates or sizes: no kernel")
+    if any(sum(d in graph.latents for d in dims) > 2 for g in graph.groups for dims in g.dims):
+        return _no_first_order(latents)
     place = {name: t for t, name in enumerate(latents)}
     couples: int | None = None
     unary: dict[int, tuple[int, ...]] = {}
@@ -422,12 +424,12 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
             unary[g] = tuple(place[r[0]] for r in read)
         elif degree == {2} and couples is None and _steps(read, place):
             couples = g
+        elif max(degree) == 2 and group.observed:
+            return Finding(f"site '{site}'", f"'{site}' reads two latents: no kernel")
         elif max(degree) == 2 and all(abs(place[r[0]] - place[r[-1]]) <= 1 for r in read):
             return Finding(where, "transitions of several forms along the chain: no kernel")
         else:
-            return Finding(
-                where, f"{len(latents)} latents that are no first-order chain: no kernel"
-            )
+            return _no_first_order(latents)
     if couples is None:
         return Finding(where, f"{len(latents)} latents that are no chain: no kernel")
     group = graph.groups[couples]
@@ -439,6 +441,11 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
     if not mask_is_of_latents or group.observed or group.event_dims:
         return Finding(where, "factors that couple the chain's steps beside transitions: no kernel")
     return Shape(couples, unary, tuple(free))
+
+
+def _no_first_order(latents: list[str]) -> Finding:
+    what = f"{len(latents)} latents that are no first-order chain: no kernel"
+    return Finding(sites_in_words(latents), what)
 
 
 def _reads_no_row(group: Group) -> bool:

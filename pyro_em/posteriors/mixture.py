@@ -371,7 +371,7 @@ def _several(graph: FactorGraph) -> Finding:
     where = sites_in_words(names)
     if len(plates) == 1 and plates != {()}:
         return Finding(where, f"{words} latents per row: no kernel")
-    return Finding(where, f"{words} latents that are no chain: no kernel")
+    return Finding(where, f"{words} latents that share factors: no kernel")
 
 
 def _varies(group: Group) -> bool:
@@ -399,7 +399,7 @@ def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | Finding:
     def per_row(scale: Tensor | float) -> Tensor:
         return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(-1).expand(N)
 
-    unlike = Finding("poutine.scale", "its scales are no weight per row: no kernel")
+    unlike = Finding("poutine.scale", "poutine.scale is not one weight per row: no kernel")
     if not all(groups[g].is_unscaled for g in shape.free):
         return unlike
     own = (*shape.rowwise, *shape.tables)
