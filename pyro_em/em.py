@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,67 +10,34 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em.analysis.elbo import ELBOTerms, drawn_terms, elbo_terms
+from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
 from pyro_em.analysis.ordering import sort_components
 from pyro_em.analysis.predictive import predictive_draws
-from pyro_em.arguments import by_name, check_path, seed_of, shown, site_name, truth, whole
+from pyro_em.arguments import by_name, check_path, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
-from pyro_em.errors import PyroEMError, UsageError, message, warn
-from pyro_em.fitting import epochs
-from pyro_em.fitting.loop import endless_steps
-from pyro_em.fitting.origins import Origin, origin_of, told
-from pyro_em.fitting.preconditions import (
-    refuse_inside_a_model,
-    refuse_rows_of_a_guide,
-    refuse_unfittable,
-    refuse_untrainable,
-)
-from pyro_em.fitting.progress import Bar
-from pyro_em.fitting.report import build_result, build_stochastic_result
-from pyro_em.fitting.restarts import run_starts
+from pyro_em.fitting import stepping
+from pyro_em.fitting.fit import fit
+from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.result import EMResult, EMStep
-from pyro_em.fitting.run import Settings, best_of
-from pyro_em.graph.blame import given_arguments
-from pyro_em.graph.structure import form_of, refuse_without_numbers
-from pyro_em.plan.plan import Plan, plan_of
+from pyro_em.fitting.session import Session
+from pyro_em.fitting.stepping import loss_of
+from pyro_em.plan.fit_wishes import fit_wishes
+from pyro_em.plan.given_q import as_posterior, check_q
+from pyro_em.plan.plan import Plan
 from pyro_em.plan.planner import Looker, Strategy
-from pyro_em.plan.program import Evaluation, Program
-from pyro_em.plan.unrouted import Unrouted
-from pyro_em.plan.wishes import (
-    FIT_KEYWORDS,
-    as_callbacks,
-    check_acceleration,
-    check_collisions,
-    check_constructor,
-    check_draws,
-    check_fit,
-    check_init,
-    check_loader,
-    check_model_keywords,
-    fit_numbers,
-    refuse_exact_keywords,
-    refuse_stochastic_keywords,
-    updates_by_name,
-)
-from pyro_em.portable import require_picklable
+from pyro_em.plan.program import Program
+from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
+from pyro_em.portable import deep_copied, require_picklable
 from pyro_em.posteriors.assignments import Start
-from pyro_em.posteriors.posterior import Posterior, regrouped
-from pyro_em.posteriors.product import product_posterior
-from pyro_em.tracing import checkpoint
-from pyro_em.tracing.dependences import contents_of
-from pyro_em.tracing.parameters import TracedParameter, parameters_at, restore, snapshot, values_of
-from pyro_em.tracing.randomness import same_random_state, seeded
-from pyro_em.tracing.runs import is_stored, without_state
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.parameters import snapshot
 from pyro_em.tracing.turns import AloneAtEachStep, alone
-from pyro_em.updates.decision import forgets
-from pyro_em.updates.m_step import apply_floors
 from pyro_em.updates.optimizers import Optimizer
 from pyro_em.updates.update import Update
-from pyro_em.variational.batches import Batch, Batches, first_batch, is_loader
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.drawn import DrawnPosterior, dependences_of
-from pyro_em.variational.trainer import Alternating, Trainer
+from pyro_em.variational.trainer import Trainer
 
 
 class ExactPosteriorEM(NamesFromElsewhere):
@@ -89,7 +52,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
 
         ELBO = E_{q(h | x)}[log Σ_z p(x, z, h; θ) − log q(h | x)]
 
-    is raised by epochs gradients.
+    is raised by stochastic gradients.
 
     Args:
         model: A Pyro model: a function with ``pyro.param``, or a ``PyroModule``. It needs no
@@ -152,28 +115,22 @@ class ExactPosteriorEM(NamesFromElsewhere):
             max_enumeration,
         )
         self.model = model
-        self.num_particles = num_particles
-        self._looker = Looker(
-            model, guide, optim, strategy, updates, max_plate_nesting, max_enumeration
-        )
-        self._program: Program | None = None
-        self._trainer: Trainer | None = None
-        self._total_steps = 0
-        self._initial: dict[str, Tensor] = {}
-        self._pending: dict[str, Any] | None = None
-        self._parameters: dict[str, TracedParameter] = {}
-        self._training: dict[str, Any] = {}
-        self._form: Any = None
-        self._held: frozenset[str] = frozenset()
-        self._foreign: set[str] = set()
-        self._data: tuple[Any, ...] | None = None
-        self._has_forgotten = self._has_loaded = False
-        self._reset_names: set[str] = set()
+        looker = Looker(model, guide, optim, strategy, updates, max_plate_nesting, max_enumeration)
+        self._session = Session(looker, num_particles)
 
     @property
     def guide(self) -> Any:
         """The guide: as given, or once data have been seen the one that was built."""
-        return self._looker.guide if self._looker.built is None else self._looker.built
+        return self._session.looker.guide_now
+
+    @property
+    def num_particles(self) -> int:
+        """Draws from the guide per step and per bound."""
+        return self._session.num_particles
+
+    @num_particles.setter
+    def num_particles(self, number: int) -> None:
+        self._session.num_particles = number
 
     # ------------------------------------------------------------------ looking
 
@@ -192,15 +149,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         Raises:
             PyroEMError: If the model or its data cannot be used; all findings in one message.
         """
-        self._check_arguments(args, kwargs)
-        found = self._looker.look_at_routes(args, kwargs)
-        if isinstance(found, Unrouted):
-            return found.plan(self._looker.updates_for(dict.fromkeys(found.parameters)))
-        found = self._noted(found)
-        if isinstance(found, Program):
-            return found.plan()
-        updates = self._looker.updates_for(found.parameters)
-        return plan_of(found, updates, self._looker.optim is not None)
+        return self._session.looker.plan(self._session.look_at_routes(args, kwargs))
 
     @alone("posterior")
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
@@ -219,7 +168,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
-            return found.e_step(found.evaluate(), self._total_steps)
+            return found.e_step(found.evaluate(), self._session.total_steps)
         at = snapshot(found.parameters)
         return DrawnPosterior(
             found, args, kwargs, at, dependences=dependences_of(found, args, kwargs)
@@ -248,41 +197,15 @@ class ExactPosteriorEM(NamesFromElsewhere):
             The bound in nats; ``float(...)`` of it is its value.
         """
         check_collisions(self.model, args, ("q", "params", "num_particles"), "elbo")
-        _check_q(q)
+        check_q(q)
         params = by_name(
             "params", {} if params is None else params, "dict from parameters to values", _PARAMS
         )
         if num_particles is not None:
             check_draws(num_particles, "elbo")
         found = self._look(args, kwargs, look_only=True)
-        if isinstance(found, Variational):
-            if q is not None:
-                program = self._looker.exact_beside(found, args, kwargs)
-                if program is None:
-                    raise UsageError(
-                        message(
-                            "elbo",
-                            "q was given, but the model has latents without an exact posterior.",
-                            "a table of probabilities can stand for discrete latents only",
-                            ["leave q out: the guide is q"],
-                        )
-                    )
-            else:
-                with parameters_at(found.parameters, params):
-                    beside = self._looker.exact_beside(found, args, kwargs)
-                    at = None if beside is None else beside.posterior()
-                    n = num_particles or self.num_particles
-                    return drawn_terms(found, args, kwargs, n, at)
-        else:
-            program = found
-        with parameters_at(program.graph.parameters, params):
-            evaluation = program.evaluate()
-            at = program.posterior(evaluation)
-            if q is None:
-                given = program.e_step(evaluation, self._total_steps)
-            else:
-                given = self._as_posterior(q, evaluation)
-            return elbo_terms(evaluation.graph, given, evaluation.tables, at)
+        looker, n = self._session.looker, num_particles or self.num_particles
+        return elbo_at(looker, found, args, kwargs, q, params, n, self._session.total_steps)
 
     @alone("evaluate_loss")
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -296,7 +219,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         if isinstance(found, Variational):
             draws = found.draws(args, kwargs, self.num_particles)
             return -float(torch.stack(draws).mean())
-        return _loss(found.e_step(found.evaluate(), self._total_steps))
+        return loss_of(found.e_step(found.evaluate(), self._session.total_steps))
 
     @alone("estimate_evidence")
     def estimate_evidence(
@@ -326,7 +249,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """
         check_collisions(self.model, args, ("num_particles", "proposal"), "estimate_evidence")
         found = self._look(args, kwargs, look_only=True)
-        return estimate_evidence(self._looker, found, args, kwargs, num_particles, proposal)
+        return estimate_evidence(self._session.looker, found, args, kwargs, num_particles, proposal)
 
     @alone("predictive")
     def predictive(
@@ -365,16 +288,16 @@ class ExactPosteriorEM(NamesFromElsewhere):
         found = self._look(args, kwargs, look_only=True)
         q: Posterior | DrawnPosterior
         if isinstance(found, Program):
-            q, model = found.posterior(), found.model
+            q = found.posterior()
         else:
-            q, model = DrawnPosterior(found, args, kwargs), self.model
-        return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
+            q = DrawnPosterior(found, args, kwargs)
+        return predictive_draws(found.model, q, args, kwargs, num_samples, seed, keep_observed)
 
     # ------------------------------------------------------------------ stepping
 
     @alone("step")
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One E-step and one M-step; one epochs step on this batch where a guide draws.
+        """One E-step and one M-step; one stochastic step on this batch where a guide draws.
 
         Args:
             *args: The model's arguments. An exact M-step is the maximum for the data of its own
@@ -385,68 +308,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
             The loss (−ELBO, nats) at the parameters *entering* the step, as ``SVI.step``.
 
         Raises:
-            DegenerateError: If an update was degenerate; it has been rolled back. A epochs step may
+            DegenerateError: If an update was degenerate; it has been rolled back. A stochastic step may
                 return to parameters of up to eight steps before; the message says to which.
         """
-        if args and is_loader(args[0]):
-            raise UsageError(self._no_loader_in_step(args, kwargs))
-        program = self._ready(args, kwargs)
-        if isinstance(program, Trainer):
-            loss = program.step(args, kwargs)
-            self._total_steps += 1
-            return loss
-        self._say_what_is_forgotten(program, args, kwargs)
-        apply_floors(program.graph, program.updates)
-        evaluation = program.evaluate()
-        q = program.e_step(evaluation, self._total_steps)
-        program.m_step(q.counts, evaluation)
-        self._total_steps += 1
-        return _loss(q)
-
-    def _say_what_is_forgotten(self, program: Program, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Warn once where a step of an exact model is taken on other data than what came before."""
-        before, self._data = self._data, contents_of((args, kwargs))
-        if before in (None, self._data) or self._has_forgotten or not forgets(program.updates):
-            return
-        self._has_forgotten = True
-        warn(
-            message(
-                "step",
-                "these data are others than before, and what was learnt of those is forgotten.",
-                "every M-step of an exact model is the maximum for the data of its own step: going "
-                "through batches fits the last one",
-                ["em.fit(all data): it finds the best parameters for all of them by itself"],
-            )
-        )
-
-    def _no_loader_in_step(self, args: tuple, kwargs: dict[str, Any]) -> str:
-        """Why ``step`` takes no DataLoader, and what to do with this model."""
-        if self._is_exact_on(args, kwargs):
-            return message(
-                "step",
-                "a DataLoader was given.",
-                "a step of an exact model takes all data at once: every M-step forgets what the "
-                "batches before it said",
-                ["pass the data themselves: em.fit(data)"],
-            )
-        return message(
-            "step",
-            "a DataLoader was given.",
-            "one step takes one batch",
-            ["for batch in loader: em.step(batch)", "em.fit(loader, num_epochs=...)"],
-        )
-
-    def _is_exact_on(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether no guide draws for the batches of a loader."""
-        if self.guide is None:
-            return True
-        batch = first_batch(args[0])
-        items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        try:
-            with same_random_state():
-                return isinstance(self._look((*items, *args[1:]), kwargs, look_only=True), Program)
-        except PyroEMError:  # said by the next call with a batch
-            return False
+        return stepping.step(self._session, args, kwargs)
 
     @alone("m_step")
     def m_step(self, q: Posterior | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
@@ -461,13 +326,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
             UsageError: If q does not fit the model.
             DegenerateError: If an update was degenerate; it has been rolled back.
         """
-        _check_q(q, given=True)
-        program = self._ready(args, kwargs)
-        if isinstance(program, Trainer):
-            raise UsageError(_needs_sums("m_step"))
+        check_q(q, is_needed=True)
+        program = refuse_a_guide(self._ready(args, kwargs), "m_step")
         evaluation = program.evaluate()
-        given = self._as_posterior(q, evaluation)
-        program.m_step(given.counts, evaluation)
+        program.m_step(as_posterior(q, evaluation).counts, evaluation)
 
     @alone("steps")
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:
@@ -481,26 +343,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
         """
-        program = self._ready(args, kwargs)
-        if isinstance(program, Trainer):
-            stochastic_steps = self._stochastic_steps(program, args, kwargs)
-            return AloneAtEachStep("steps", stochastic_steps)
-        apply_floors(program.graph, program.updates)
-        self._data = contents_of((args, kwargs))
-        return AloneAtEachStep("steps", self._steps(program))
-
-    def _stochastic_steps(
-        self, trainer: Trainer, args: tuple, kwargs: dict[str, Any]
-    ) -> Generator[EMStep, None, None]:
-        same = itertools.repeat(Batch(args, kwargs))
-        for step in epochs.steps(trainer, same, None, time.perf_counter()):
-            self._total_steps += 1
-            yield replace(step, params=values_of(trainer.variational.parameters))
-
-    def _steps(self, program: Program) -> Generator[EMStep, None, None]:
-        for step in endless_steps(program):
-            self._total_steps += 1
-            yield step
+        return AloneAtEachStep("steps", stepping.steps(self._session, args, kwargs))
 
     @alone("fit")
     def fit(
@@ -521,7 +364,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         schedule: Any = None,
         **kwargs: Any,
     ) -> EMResult:
-        """Run EM until the estimated remaining gain is below ``tol``, or epochs steps to an end.
+        """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
 
         Args:
             *args: The model's arguments; where a guide draws latents also one ``DataLoader``, whose
@@ -571,160 +414,22 @@ class ExactPosteriorEM(NamesFromElsewhere):
         Raises:
             PyroEMError: If the model, the data or the arguments cannot be used.
         """
-        max_steps, tol, num_restarts, num_epochs, batch_size, seed = fit_numbers(
-            max_steps, tol, num_restarts, num_epochs, batch_size, seed
-        )
-        check_init(init)
-        if progress is not None:
-            truth("fit", "progress", progress)
-        given = {
-            "batch_size": batch_size,
-            "num_epochs": num_epochs,
-            "num_data": num_data,
-            "validation": validation,
-            "schedule": schedule,
-        }
-        callbacks = as_callbacks(callbacks)
-        check_fit(max_steps, tol, num_restarts, acceleration, num_epochs)
-        begin = time.perf_counter()
-        first = first_batch(args[0]) if args and is_loader(args[0]) else None
-        if first is not None:
-            items = tuple(first) if isinstance(first, (tuple, list)) else (first,)
-            check_loader(self.model, len(items), args[1:], kwargs)
-            looked = (*items, *args[1:])
-        else:
-            looked = args
-        values = {
-            **given,
-            "init": init,
-            "seed": seed,
-            "progress": progress,
-            "acceleration": acceleration,
-            "max_steps": None if max_steps == 1000 else max_steps,
-            "tol": None if tol == 1e-3 else tol,
-            "num_restarts": None if num_restarts == 1 else num_restarts,
-            "callbacks": callbacks or None,
-        }
-        passed = [name for name, value in values.items() if value is not None]
-        check_collisions(self.model, looked, FIT_KEYWORDS, "fit", passed)
-        held = frozenset(pyro.get_param_store())
-        with seeded(seed):
-            program = self._ready(looked, kwargs)
-            origin = self._origin(program, held)
-            before = self._total_steps
-            if callbacks:
-                callbacks = (self._counting_from(before), *callbacks)
-            if isinstance(program, Trainer):
-                refuse_exact_keywords(init, num_restarts, acceleration)
-                result = self._fit_stochastic(
-                    program, args, kwargs, given, max_steps, seed, progress, callbacks, begin
-                )
-                return told(result, origin)
-            refuse_stochastic_keywords(given)
-            check_acceleration(acceleration, program.is_monotone and program.strategy is None)
-            if first is not None:
-                raise UsageError(
-                    message(
-                        "fit",
-                        "a DataLoader was given.",
-                        "an exact fit uses all data at every step",
-                        ["pass the data themselves: em.fit(data)"],
-                    )
-                )
-            bar = Bar(progress, max_steps, num_restarts, program.objective_name)
-            settings = Settings(max_steps, tol, callbacks, bar, begin, acceleration)
-            runs = run_starts(program, settings, init, num_restarts, seed)
-            best = best_of(runs)
-            restore(program.graph.parameters, best.parameters)
-            self._total_steps = before + best.num_steps
-            self._data = contents_of((args, kwargs))
-            result = build_result(program, best, runs, settings, init, seed, self._total_steps)
-            return told(result, origin)
-
-    def _origin(self, found: Program | Trainer, held: Collection[str]) -> Origin:
-        """Where the values come from at which a fit begins; from now on they are its own."""
-        seen = found.structure if isinstance(found, Program) else found.variational
-        origin = origin_of(
-            self._parameters,
-            {n: p.given for n, p in seen.parameters.items()},
-            held=held,
-            first=self._initial,
-            foreign=self._foreign,
-        )
-        if self._has_loaded:
-            origin = replace(origin, foreign=())
-        self._foreign -= set(origin.foreign)
-        return origin
-
-    def _counting_from(self, before: int) -> Callable[[EMStep], None]:
-        """A callback that counts steps for those after it, which may save."""
-
-        def count(step: EMStep) -> None:
-            self._total_steps = before + step.index + 1
-
-        return count
-
-    def _fit_stochastic(
-        self,
-        trainer: Trainer,
-        args: tuple,
-        kwargs: dict[str, Any],
-        given: Mapping[str, Any],
-        max_steps: int,
-        seed: int | None,
-        progress: bool | None,
-        callbacks: tuple[Callable[[EMStep], Any], ...],
-        begin: float,
-    ) -> EMResult:
-        schedule, validation = given["schedule"], given["validation"]
-        if schedule is not None and not isinstance(schedule, Alternating):
-            raise UsageError(
-                message(
-                    "fit",
-                    f"schedule={schedule!r} is not understood.",
-                    fixes=["use None or Alternating(guide_steps, model_steps)"],
-                )
-            )
-        order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-        batches = Batches(args, kwargs, given["batch_size"], given["num_data"], order)
-        held_out = None
-        if validation is not None:
-            if any(isinstance(v, Tensor) and v.dim() for v in kwargs.values()):
-                raise UsageError(
-                    message(
-                        "fit",
-                        "validation was given together with data by keyword.",
-                        "keywords go to every call of the model, validation included",
-                        ["pass data by position: fit(x, y, validation=(x_val, y_val))"],
-                    )
-                )
-            several = isinstance(validation, (tuple, list))
-            aside = tuple(validation) if several else (validation,)
-            held_out = Batches(aside, kwargs, None, None, None)
-        refuse_rows_of_a_guide(trainer.variational, batches, held_out)
-        if held_out is not None:
-            epochs.look_at_validation(trainer, held_out)
-        parameters = trainer.variational.parameters
-        before = self._total_steps
-        run = epochs.run(
-            trainer,
-            batches,
+        wishes = fit_wishes(
             max_steps=max_steps,
-            num_epochs=given["num_epochs"],
-            schedule=schedule,
-            validation=held_out,
-            callbacks=callbacks,
-            parameters=lambda: values_of(parameters),
+            tol=tol,
+            num_restarts=num_restarts,
+            init=init,
+            seed=seed,
             progress=progress,
-            begin=begin,
+            callbacks=callbacks,
+            acceleration=acceleration,
+            batch_size=batch_size,
+            num_epochs=num_epochs,
+            num_data=num_data,
+            validation=validation,
+            schedule=schedule,
         )
-        self._total_steps = before + len(run.bounds)
-        plan = plan_of(
-            trainer.variational,
-            self._looker.updates_for(parameters),
-            self._looker.optim is not None,
-        )
-        return build_stochastic_result(trainer, batches, run, plan, seed, begin, self._total_steps)
+        return fit(self._session, wishes, args, kwargs)
 
     @alone("sort_components")
     def sort_components(
@@ -755,9 +460,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """
         site_name("sort_components", "site", site)
         truth("sort_components", "descending", descending)
-        program = self._ready(args, kwargs)
-        if isinstance(program, Trainer):
-            raise UsageError(_needs_sums("sort_components"))
+        program = refuse_a_guide(self._ready(args, kwargs), "sort_components")
         return sort_components(program, site, by, descending=descending)
 
     # ------------------------------------------------------------------ keeping
@@ -777,42 +480,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             FileError: If the file cannot be written; also a `UsageError` and an ``OSError``.
         """
         check_path("save", path)
-        if not self._parameters:
-            raise UsageError(
-                message(
-                    "save",
-                    "the model has not been run yet, so that its parameters are unknown.",
-                    fixes=["call fit, step or plan first"],
-                )
-            )
-        checkpoint.write(path, self._state())
-
-    def _state(self) -> dict[str, Any]:
-        """What a file holds: parameters, optimisers, buffers."""
-        extra: dict[str, Any] = {"total_steps": self._total_steps}
-        if self._trainer is not None:
-            extra["training"] = self._trainer.state()
-        elif self._training:  # loaded, and not continued yet
-            extra["training"] = self._training
-        roots = (self.model, self.guide)
-        buffers = checkpoint.buffers_of(roots)
-        extra["buffers"] = {n: b.detach().cpu().clone() for n, b in buffers.items()}
-        named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
-        return checkpoint.pack(named, extra)
-
-    def _arguments(self) -> dict[str, Any]:
-        """What the constructor was given."""
-        looker = self._looker
-        return {
-            "model": self.model,
-            "guide": looker.guide,
-            "optim": without_state(looker.optim),
-            "strategy": looker.strategy,
-            "updates": dict(looker.updates),
-            "num_particles": self.num_particles,
-            "max_plate_nesting": looker.max_plate_nesting,
-            "max_enumeration": looker.max_enumeration,
-        }
+        self._session.save(path)
 
     @alone("pickling")
     def __getstate__(self) -> dict[str, Any]:
@@ -821,32 +489,21 @@ class ExactPosteriorEM(NamesFromElsewhere):
         Raises:
             UsageError: If the model, the guide or something else does not pickle, by name.
         """
-        given = self._arguments()
+        given = self._session.given()
         require_picklable("ExactPosteriorEM", given)
-        return {"given": given, "fitted": self._state() if self._parameters else self._pending}
+        return {"given": given, "fitted": self._session.fitted()}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__init__(**state["given"])  # type: ignore[misc]
-        self._pending = state["fitted"]
+        self._session.pending = state["fitted"]
 
     def __copy__(self) -> ExactPosteriorEM:
         """Another object of the same parts."""
-        return type(self)(**self._arguments())
+        return type(self)(**self._session.given())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExactPosteriorEM:
         """Another object with copies of what the constructor was given; the param store is one."""
-        given = self._arguments()
-        try:
-            copied = type(self)(**copy.deepcopy(given, memo))
-        except (TypeError, RuntimeError) as error:
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    f"it cannot be copied: {error}.",
-                    "something that the model, the guide or the optimiser holds has no copies",
-                    ["make a new one: ExactPosteriorEM(model, ...)"],
-                )
-            ) from error
+        copied = type(self)(**deep_copied("ExactPosteriorEM", self._session.given(), memo))
         memo[id(self)] = copied
         return copied
 
@@ -868,12 +525,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
             FileError: If it is missing or cannot be read; also a `UsageError` and an ``OSError``.
         """
         check_path("load", path)
-        state = checkpoint.read(path)
-        if args or kwargs:
-            self._look(args, kwargs, look_only=True)
-        self._pending = state
-        if self._parameters:
-            self._restore_pending()
+        self._session.load(path, args, kwargs)
 
     @alone("reset")
     def reset(self) -> None:
@@ -882,163 +534,17 @@ class ExactPosteriorEM(NamesFromElsewhere):
         Parameters that the model initialises leave the param store, so that its next run makes them
         anew; each ``nn.Parameter`` returns to the value at which it was first seen.
         """
-        store = pyro.get_param_store()
-        built = self._looker.forget()
-        self._reset_names = set(self._parameters) - self._foreign
-        for name, p in self._parameters.items():
-            if isinstance(p.unconstrained, torch.nn.Parameter) and name not in built:
-                with torch.no_grad():
-                    p.unconstrained.copy_(self._initial[name])
-            elif name in store:
-                del store[name]
-        self._program, self._trainer, self._total_steps, self._pending = None, None, 0, None
-        self._initial, self._parameters, self._training = {}, {}, {}
-        self._form, self._data = None, None
-        self._has_forgotten = self._has_loaded = False
-        self._foreign = set()
+        self._session.reset()
 
     # ------------------------------------------------------------------ inside
 
     def _look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:
-        self._check_arguments(args, kwargs)
-        return self._noted(self._looker.look(args, kwargs, look_only=look_only))
-
-    def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        if any(is_loader(a) for a in (*args, *kwargs.values())):
-            raise UsageError(
-                message(
-                    "arguments",
-                    "a DataLoader was given.",
-                    "only fit goes through batches, and takes the loader as its first argument",
-                    ["pass one batch: next(iter(loader))", "pass the data themselves"],
-                )
-            )
-        check_model_keywords(self.model, kwargs)
-        refuse_inside_a_model()
-        self._held = frozenset(pyro.get_param_store())
-
-    def _noted(self, found: Program | Variational) -> Program | Variational:
-        """Take note of the parameters that a look found."""
-        if isinstance(found, Program):
-            self._parameters = dict(found.graph.parameters)
-            if self._program is not None:
-                found.state = self._program.state
-            self._program = found
-        else:
-            self._parameters = found.parameters
-        for name, p in self._parameters.items():
-            if name in self._initial:
-                continue
-            self._initial[name] = p.unconstrained.detach().clone()
-            if name in self._held and name not in self._reset_names:
-                self._foreign.add(name)
-        self._restore_pending()
-        return found
-
-    def _restore_pending(self) -> None:
-        """Write parameters that ``load`` read before the model had been run."""
-        if self._pending is None:
-            return
-        state, self._pending = self._pending, None
-        self._foreign, self._has_loaded = set(self._parameters), True
-        named = {self._looker.saved_name(n): p for n, p in self._parameters.items()}
-        checkpoint.restore(state, named)
-        checkpoint.restore_buffers(state, (self.model, self.guide))
-        self._total_steps = int(state["total_steps"])
-        self._trainer, self._training = None, dict(state.get("training", {}))
+        return self._session.look(args, kwargs, look_only=look_only)
 
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
-        """Look, and refuse what has nothing to fit."""
-        refuse_without_numbers(given_arguments(self.model, args, kwargs))
-        form = _without_rows(form_of(args, kwargs))
-        if self._trainer is not None and form == self._form and is_stored(self._parameters):
-            return self._trainer  # batches of one form have the same routes
-        found = self._look(args, kwargs)
-        if isinstance(found, Variational):
-            self._form = form
-            return self._trainer_of(found)
-        program = found
-        refuse_unfittable(program)
-        for note in program.notes:
-            warn(note)
-        return program
-
-    def _trainer_of(self, variational: Variational) -> Trainer:
-        """The optimisers for a pair; they live on while parameters are the same."""
-        refuse_untrainable(variational, self._looker.updates_for(variational.parameters))
-        if self._trainer is None:
-            for note in variational.notes:
-                warn(note)
-            self._trainer = Trainer(
-                variational,
-                self._looker.optim,
-                self._looker.updates_for,
-                self.num_particles,
-                self._looker.saved_name,
-            )
-            self._trainer.restore(self._training)
-            self._training = {}
-        else:
-            variational.baselines = self._trainer.variational.baselines
-            self._trainer.variational = variational
-        return self._trainer
-
-    def _as_posterior(
-        self, q: Posterior | Mapping[str, Tensor], evaluation: Evaluation
-    ) -> Posterior:
-        if not isinstance(q, Posterior):
-            return product_posterior(evaluation.graph, q, evaluation.tables)
-        laid_out = regrouped(q, evaluation.graph)
-        if laid_out is None:
-            raise UsageError(
-                message(
-                    "q",
-                    "the Posterior belongs to other data or another model.",
-                    "its factors differ in sites or sizes",
-                    ["compute it with em.posterior on the same arguments"],
-                )
-            )
-        return laid_out
-
-
-def _without_rows(form: Any) -> Any:
-    """What batches of one kind of data share: everything but the number of rows."""
-    parts, names = form
-    return tuple((*p[:2], p[2][1:]) if isinstance(p, tuple) else p for p in parts), names
+        return self._session.ready(args, kwargs)
 
 
 _PARAMS = ["pass {'mu': values}, or result.params"]
-
-
-def _check_q(q: Any, given: bool = False) -> None:
-    """Refuse what can be no posterior."""
-    if isinstance(q, (Posterior, Mapping)) or (q is None and not given):
-        return
-    draws = isinstance(q, DrawnPosterior)
-    raise UsageError(
-        message(
-            "q",
-            f"it is {shown(q)}, not a posterior of summed latents.",
-            "a guide's draws are no table of probabilities" if draws else "",
-            [
-                "pass what em.posterior(...) returned on the same data",
-                "pass {site: probabilities} for every summed latent: {'z': responsibilities}",
-            ],
-        )
-    )
-
-
-def _needs_sums(method: str) -> str:
-    return message(
-        method,
-        "the guide draws latents of this model.",
-        "it works on a posterior that is summed",
-        ["use step or fit", "use guide='map' for continuous latents"],
-    )
-
-
-def _loss(q: Posterior) -> float:
-    assert q.bound is not None
-    return -q.bound

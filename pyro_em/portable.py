@@ -211,6 +211,25 @@ def require_picklable(whose: str, parts: Mapping[str, Any]) -> None:
             ) from error
 
 
+def deep_copied(whose: str, parts: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
+    """Copies of what a user gave.
+
+    Raises:
+        UsageError: If a part has no copies.
+    """
+    try:
+        return copy.deepcopy(parts, memo)
+    except (TypeError, RuntimeError) as error:
+        raise UsageError(
+            message(
+                whose,
+                f"it cannot be copied: {error}.",
+                "something that the model, the guide or the optimiser holds has no copies",
+                [f"make a new one: {whose}(model, ...)"],
+            )
+        ) from error
+
+
 def _words(value: Any) -> str:
     name = getattr(value, "__qualname__", None) or f"an object of {type(value).__qualname__}"
     return f"'{name}'"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.plan.given_q import as_posterior
+from pyro_em.plan.planner import Looker
+from pyro_em.plan.program import Program
 from pyro_em.portable import Portable
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot
 from pyro_em.variational.bound import Variational
@@ -68,6 +73,55 @@ class ELBOTerms(Portable):
         if self.standard_error is None:
             lines.append("one draw: elbo(..., num_particles=n) gives a standard error")
         return "\n".join(lines)
+
+
+def elbo_at(
+    looker: Looker,
+    found: Program | Variational,
+    args: tuple,
+    kwargs: dict[str, Any],
+    q: Posterior | Mapping[str, Tensor] | None,
+    params: Mapping[str, Tensor],
+    num_particles: int,
+    index: int,
+) -> ELBOTerms:
+    """ELBO(q, θ) of whatever a model turned out to be; see `ExactPosteriorEM.elbo`.
+
+    Args:
+        looker: What the user asked for.
+        found: What the model with its guide is.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        q: In place of the E-step's; as the user gave it.
+        params: Constrained values in place of the current ones.
+        num_particles: Draws where a guide draws.
+        index: Steps taken before, for E-steps that depend on it.
+
+    Raises:
+        UsageError: If ``q`` does not fit the model.
+    """
+    program = found if isinstance(found, Program) else None
+    if isinstance(found, Variational):
+        if q is None:
+            with parameters_at(found.parameters, params):
+                beside = looker.exact_beside(found, args, kwargs)
+                at = None if beside is None else beside.posterior()
+                return drawn_terms(found, args, kwargs, num_particles, at)
+        program = looker.exact_beside(found, args, kwargs)
+    if program is None:
+        raise UsageError(
+            message(
+                "elbo",
+                "q was given, but the model has latents without an exact posterior.",
+                "a table of probabilities can stand for discrete latents only",
+                ["leave q out: the guide is q"],
+            )
+        )
+    with parameters_at(program.graph.parameters, params):
+        evaluation = program.evaluate()
+        at = program.posterior(evaluation)
+        given = program.e_step(evaluation, index) if q is None else as_posterior(q, evaluation)
+        return elbo_terms(evaluation.graph, given, evaluation.tables, at)
 
 
 def elbo_terms(

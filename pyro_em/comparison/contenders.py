@@ -63,7 +63,7 @@ def standard_contenders(
         >>> list(standard_contenders(ExactPosteriorEM(lambda x: None)))
         ['exact EM', 'SVI, exact marginal', 'SVI, guide', 'L-BFGS']
     """
-    looker = em._looker
+    looker = em._session.looker
     held = [name for name, update in looker.updates.items() if isinstance(update, Fixed)]
     if held:
         raise UsageError(
@@ -151,7 +151,7 @@ def models_of(contenders: Mapping[str, Contender]) -> dict[str, Callable[..., An
 
 def budgets_of(one: ExactPosteriorEM | Direct) -> dict[str, Any]:
     """Plate dimensions and the size of enumerations as the user gave them."""
-    source = one._looker if isinstance(one, ExactPosteriorEM) else one
+    source = one._session.looker if isinstance(one, ExactPosteriorEM) else one
     return {
         "max_plate_nesting": source.max_plate_nesting,
         "max_enumeration": source.max_enumeration,

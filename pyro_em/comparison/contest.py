@@ -127,10 +127,10 @@ class Contest:
             drawn = not self._is_exact(one)
             return Method(label, partial(self._svi, one), tried, seeds, drawn, note)
         if self.is_stochastic(one):
-            tried, note = _rates(rates, one._looker.optim)
+            tried, note = _rates(rates, one._session.looker.optim)
             run = partial(self._em, one, self.limits.svi_steps)
             return Method(label, run, tried, seeds, True, note)
-        random = _is_random(one._looker.strategy)
+        random = _is_random(one._session.looker.strategy)
         run = partial(self._em, one, self.limits.max_steps)
         return Method(label, run, (None,), seeds if random else seeds[:1], random)
 
@@ -181,7 +181,7 @@ class Contest:
 
     def is_stochastic(self, em: ExactPosteriorEM) -> bool:
         """Whether its guide draws or scores latents, so that gradients move everything."""
-        if em._looker.guide is None:
+        if em._session.looker.guide is None:
             return False
         with self._scope(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -295,7 +295,7 @@ class Contest:
 
 def _anew(em: ExactPosteriorEM, rate: float | None) -> ExactPosteriorEM:
     """The same settings, nothing fitted, another learning rate."""
-    looker = em._looker
+    looker = em._session.looker
     return ExactPosteriorEM(
         em.model,
         looker.guide,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from tqdm.auto import tqdm
 from pyro_em.errors import DegenerateError, PyroEMError, UsageError, message, warn
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.graph.structure import Structure
+from pyro_em.plan.fit_wishes import FitWishes
+from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.variational.batches import Batch, Batches, factors_of, stands_for_all, without_last_row
 from pyro_em.variational.trainer import Alternating, Trainer
@@ -36,6 +39,41 @@ class StochasticRun:
     status: EMStatus = EMStatus.MAX_STEPS
     message: str = ""
     epochs: int = 0
+
+
+def data_of(
+    wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Batches, Batches | None]:
+    """The data of a stochastic fit in batches, in an order drawn now, and the held-out data.
+
+    Raises:
+        UsageError: If the schedule, the batches or the held-out data are not understood.
+    """
+    schedule, validation = wishes.schedule, wishes.validation
+    if schedule is not None and not isinstance(schedule, Alternating):
+        raise UsageError(
+            message(
+                "fit",
+                f"schedule={schedule!r} is not understood.",
+                fixes=["use None or Alternating(guide_steps, model_steps)"],
+            )
+        )
+    order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    batches = Batches(args, kwargs, wishes.batch_size, wishes.num_data, order)
+    if validation is None:
+        return batches, None
+    if any(isinstance(v, Tensor) and v.dim() for v in kwargs.values()):
+        raise UsageError(
+            message(
+                "fit",
+                "validation was given together with data by keyword.",
+                "keywords go to every call of the model, validation included",
+                ["pass data by position: fit(x, y, validation=(x_val, y_val))"],
+            )
+        )
+    several = isinstance(validation, (tuple, list))
+    aside = tuple(validation) if several else (validation,)
+    return batches, Batches(aside, kwargs, None, None, None)
 
 
 def factors_at(trainer: Trainer, batch: Batch) -> Mapping[str, float]:
@@ -63,6 +101,15 @@ def steps(
         factors = factors_at(trainer, batch)
         loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
         yield EMStep(index, -loss, None, None, {}, time.perf_counter() - begin)
+
+
+def endless_steps(
+    trainer: Trainer, args: tuple, kwargs: dict[str, Any]
+) -> Generator[EMStep, None, None]:
+    """Steps on the same data without an end, with the parameters after each."""
+    same = itertools.repeat(Batch(args, kwargs))
+    for step in steps(trainer, same, None, time.perf_counter()):
+        yield replace(step, params=values_of(trainer.variational.parameters))
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -66,6 +67,70 @@ def _is_near(value: Tensor, initial: Tensor) -> bool:
         return False
     close = torch.isclose(value, initial.to(value), rtol=1e-4, atol=1e-6, equal_nan=True)
     return bool(close.all())
+
+
+class FirstSeen:
+    """Parameters as they were when a model was first run, and who had made them.
+
+    Attributes:
+        values: The unconstrained values at which they were first seen.
+        foreign: Those that the param store held before that, which somebody else has written.
+        has_loaded: Whether a file gave the present values.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.foreign: set[str] = set()
+        self.has_loaded = False
+        self._held: frozenset[str] = frozenset()
+        self._put_back: set[str] = set()
+
+    def before_a_run(self) -> None:
+        """Take note of what the param store holds before the model is run."""
+        self._held = frozenset(pyro.get_param_store())
+
+    def note(self, parameters: Mapping[str, TracedParameter]) -> None:
+        """Take note of the parameters that a run has found."""
+        for name, p in parameters.items():
+            if name in self.values:
+                continue
+            self.values[name] = p.unconstrained.detach().clone()
+            if name in self._held and name not in self._put_back:
+                self.foreign.add(name)
+
+    def loaded(self, parameters: Mapping[str, TracedParameter]) -> None:
+        """A file gives all values from now on."""
+        self.foreign, self.has_loaded = set(parameters), True
+
+    def origin(
+        self,
+        parameters: Mapping[str, TracedParameter],
+        given: Mapping[str, Tensor | None],
+        held: Collection[str],
+    ) -> Origin:
+        """Where a fit begins; from now on the values are its own. The arguments: `origin_of`'s."""
+        origin = origin_of(parameters, given, held=held, first=self.values, foreign=self.foreign)
+        if self.has_loaded:
+            origin = replace(origin, foreign=())
+        self.foreign -= set(origin.foreign)
+        return origin
+
+    def put_back(self, parameters: Mapping[str, TracedParameter], built: Collection[str]) -> None:
+        """Return module parameters to the values first seen, let the store forget the others.
+
+        Args:
+            parameters: All parameters.
+            built: Names of those of a guide that was built here, which is forgotten.
+        """
+        store = pyro.get_param_store()
+        self._put_back = set(parameters) - self.foreign
+        for name, p in parameters.items():
+            if isinstance(p.unconstrained, torch.nn.Parameter) and name not in built:
+                with torch.no_grad():
+                    p.unconstrained.copy_(self.values[name])
+            elif name in store:
+                del store[name]
+        self.values, self.foreign, self.has_loaded = {}, set(), False
 
 
 def told(result: EMResult, origin: Origin) -> EMResult:

@@ -1,8 +1,9 @@
-"""What cannot be fitted, and why: models without data or parameters, random subsamples."""
+"""What cannot be fitted, and why: no data or parameters, random subsamples, loaders, guides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyro.infer.autoguide import AutoGuide
 
@@ -13,8 +14,9 @@ from pyro_em.tracing.runs import is_being_traced
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import LeastSquares, Update
 from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
-from pyro_em.variational.batches import Batches, rows_in_batches
+from pyro_em.variational.batches import Batches, is_loader, rows_in_batches
 from pyro_em.variational.bound import Variational
+from pyro_em.variational.trainer import Trainer
 
 
 def refuse_unfittable(program: Program) -> None:
@@ -158,3 +160,38 @@ def refuse_inside_a_model() -> None:
                 ],
             )
         )
+
+
+def refuse_a_loader(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a DataLoader where the data of one call are wanted.
+
+    Raises:
+        UsageError: With the ways out.
+    """
+    if any(is_loader(a) for a in (*args, *kwargs.values())):
+        raise UsageError(
+            message(
+                "arguments",
+                "a DataLoader was given.",
+                "only fit goes through batches, and takes the loader as its first argument",
+                ["pass one batch: next(iter(loader))", "pass the data themselves"],
+            )
+        )
+
+
+def refuse_a_guide(found: Program | Trainer, method: str) -> Program:
+    """The exact program; refuse a pair whose guide draws.
+
+    Raises:
+        UsageError: If the guide draws latents.
+    """
+    if isinstance(found, Program):
+        return found
+    raise UsageError(
+        message(
+            method,
+            "the guide draws latents of this model.",
+            "it works on a posterior that is summed",
+            ["use step or fit", "use guide='map' for continuous latents"],
+        )
+    )

@@ -20,6 +20,7 @@ from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.notes import _unbounded_priors, _unconstrained_simplexes
+from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program, _edges, _first_trace
 from pyro_em.plan.routes import (
     Route,
@@ -140,6 +141,19 @@ class Looker(StaysHere):
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
         self._note_unused_optimiser(program)
         return program
+
+    @property
+    def guide_now(self) -> Any:
+        """The guide: as given, or once data have been seen the one that was built."""
+        return self.guide if self.built is None else self.built
+
+    def plan(self, found: Program | Variational | Unrouted) -> Plan:
+        """Every decision about what a look found, with its reason."""
+        if isinstance(found, Program):
+            return found.plan()
+        if isinstance(found, Unrouted):
+            return found.plan(self.updates_for(dict.fromkeys(found.parameters)))
+        return plan_of(found, self.updates_for(found.parameters), self.optim is not None)
 
     def _note_unused_optimiser(self, program: Program) -> None:
         """Say so where an optimiser was given and no parameter of an exact fit is moved by it."""

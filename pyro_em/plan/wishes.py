@@ -1,37 +1,21 @@
-"""Checks of what users pass to `ExactPosteriorEM` and its methods; each refusal is a sentence."""
+"""Checks of what users pass to `ExactPosteriorEM` and its methods (`fit`: see `fit_wishes`)."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from pyro_em.arguments import by_name, limit, number, seed_of, shown, whole
+from pyro_em.arguments import by_name, number, shown, whole
 from pyro_em.errors import UsageError, message
+from pyro_em.plan.fit_wishes import FIT_KEYWORDS
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.sites import signature_of
 from pyro_em.updates.update import Update
-
-FIT_KEYWORDS = (
-    "max_steps",
-    "tol",
-    "num_restarts",
-    "init",
-    "seed",
-    "progress",
-    "callbacks",
-    "acceleration",
-    "batch_size",
-    "num_epochs",
-    "num_data",
-    "validation",
-    "schedule",
-)
 
 
 def check_constructor(
@@ -151,143 +135,6 @@ def check_draws(num_particles: Any, where: str) -> None:
                 where,
                 f"num_particles={num_particles!r} is no number of draws.",
                 fixes=["pass a whole number from 1"],
-            )
-        )
-
-
-def check_acceleration(acceleration: str | None, exact_map: bool) -> None:
-    """Refuse to extrapolate along steps that are not those of exact EM."""
-    if acceleration is not None and not exact_map:
-        raise UsageError(
-            message(
-                "fit",
-                f"acceleration={acceleration!r} needs exact EM steps.",
-                "it extrapolates along the map θ → EM(θ), and a strategy other than 'exact', an update "
-                "by an optimiser, or a guide that draws, is not that map",
-                ["leave acceleration out", "use strategy='exact' and no torch optimiser"],
-            )
-        )
-
-
-def fit_numbers(
-    max_steps: Any, tol: Any, num_restarts: Any, num_epochs: Any, batch_size: Any, seed: Any
-) -> tuple[int, float, int, int | None, int | None, int | None]:
-    """The numbers of a fit as Python's own; what is no number is refused.
-
-    Raises:
-        UsageError: With the argument's name.
-    """
-    return (
-        limit("fit", "max_steps", max_steps),
-        number("fit", "tol", tol),
-        whole("fit", "num_restarts", num_restarts, None),
-        None if num_epochs is None else whole("fit", "num_epochs", num_epochs, None),
-        None if batch_size is None else whole("fit", "batch_size", batch_size, None),
-        seed_of("fit", seed),
-    )
-
-
-def check_init(init: Any) -> None:
-    """Refuse what can be no start: labels without the name of their latent."""
-    named = isinstance(init, Mapping) and all(isinstance(k, str) for k in init)
-    if init is None or isinstance(init, str) or named:
-        return
-    raise UsageError(
-        message(
-            "init",
-            f"{shown(init)} is not understood.",
-            "labels and probabilities belong to a latent by its name",
-            [
-                "pass {site: labels or probabilities}: init={'z': labels}",
-                "use None, 'random', 'kmeans' or 'random points'",
-            ],
-        )
-    )
-
-
-def as_callbacks(callbacks: Any) -> tuple[Callable[..., Any], ...]:
-    """One function, several or none, as a tuple.
-
-    Raises:
-        UsageError: If something cannot be called.
-    """
-    if callable(callbacks) or callbacks is None:
-        return () if callbacks is None else (callbacks,)
-    several = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
-    if all(callable(c) for c in several):
-        return several
-    raise UsageError(
-        message(
-            "fit",
-            "callbacks holds something that cannot be called.",
-            fixes=["pass a list of functions of one EMStep: callbacks=[watch]"],
-        )
-    )
-
-
-def check_fit(
-    max_steps: int,
-    tol: float,
-    num_restarts: int,
-    acceleration: str | None,
-    num_epochs: int | None,
-) -> None:
-    """Refuse numbers that mean nothing."""
-    if acceleration not in (None, "squarem"):
-        raise UsageError(
-            message(
-                "fit",
-                f"acceleration={acceleration!r} is not available.",
-                fixes=["use 'squarem', or leave it out"],
-            )
-        )
-    if max_steps < 0 or tol < 0 or num_restarts < 1 or math.isnan(tol):
-        raise UsageError(
-            message(
-                "fit",
-                f"max_steps={max_steps}, tol={tol}, num_restarts={num_restarts}.",
-                "max_steps and tol cannot be negative, num_restarts is at least one",
-            )
-        )
-    if num_epochs is not None and num_epochs < 1:
-        raise UsageError(
-            message(
-                "fit",
-                f"num_epochs={num_epochs} would change nothing.",
-                fixes=["pass at least 1, or leave it out and set max_steps"],
-            )
-        )
-
-
-def refuse_stochastic_keywords(given: Mapping[str, Any]) -> None:
-    """An exact fit uses all data at every step."""
-    names = [n for n, v in given.items() if v is not None]
-    if names:
-        raise UsageError(
-            message(
-                "fit",
-                f"{', '.join(names)}: an exact fit uses all data at every step.",
-                "these arguments belong to stochastic objectives, where a guide draws latents",
-                [
-                    "leave them out",
-                    "for batches on the exact evidence: "
-                    "SVI(model, guide, optim, loss=TraceExact_ELBO())",
-                ],
-            )
-        )
-
-
-def refuse_exact_keywords(init: Any, num_restarts: int, acceleration: str | None) -> None:
-    """A stochastic fit starts where the guide and the model are, and has no EM steps."""
-    check_acceleration(acceleration, False)
-    given = (["init"] if init is not None else []) + (["num_restarts"] if num_restarts > 1 else [])
-    if given:
-        raise UsageError(
-            message(
-                "fit",
-                f"{', '.join(given)}: a stochastic fit starts at the present parameters.",
-                "these arguments make starts for exact EM",
-                ["leave them out", "set initial values in model and guide, or torch.manual_seed"],
             )
         )
 

@@ -98,17 +98,17 @@ def _check_against_pyro(
     log_evidence: float | None,
     rtol: float,
 ) -> None:
-    assert em._program is not None and log_evidence is not None
-    tables = [g.log_density() for g in em._program.graph.groups]
+    assert em._session.program is not None and log_evidence is not None
+    tables = [g.log_density() for g in em._session.program.graph.groups]
     if any(bool((t == -torch.inf).any()) for t in tables):
         return  # Pyro clamps log 0; the documented difference
-    structure = em._program.structure
+    structure = em._session.program.structure
     if structure.barren:
         return  # Pyro samples what integrates to one
-    scales = [s for g in em._program.graph.groups for s in g.scale]
+    scales = [s for g in em._session.program.graph.groups for s in g.scale]
     if any(isinstance(s, Tensor) for s in scales):
         return  # Pyro enumerates under scalar scales only
-    nesting = em._program.structure.max_plate_nesting
+    nesting = em._session.program.structure.max_plate_nesting
     elbo = TraceEnum_ELBO(max_plate_nesting=nesting)
     enumerated = config_enumerate(model, "parallel")
     # Without validation: NaN is no error where a mask hides it.

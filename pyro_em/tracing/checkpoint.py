@@ -179,6 +179,11 @@ def buffers_of(roots: Sequence[Any]) -> dict[str, torch.Tensor]:
     }
 
 
+def copied_buffers(roots: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """All buffers of some models and guides, as a file holds them."""
+    return {n: b.detach().cpu().clone() for n, b in buffers_of(roots).items()}
+
+
 def restore_buffers(state: Mapping[str, Any], roots: Sequence[Any]) -> None:
     """Write saved buffers in place, where there are buffers of the same name and shape."""
     saved = state.get("buffers", {})

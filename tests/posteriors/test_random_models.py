@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ClosedForm, DegenerateError, ExactPosteriorEM, Gradient, LeastSquares
+from pyro_em.plan.given_q import as_posterior
 
 RANK = 3  # plate dimensions that a model may use
 MOST = 2**12  # assignments that the oracle visits
@@ -558,13 +559,13 @@ def m_step_maximises(model: RandomModel, long: RandomModel, assignments: Values,
     for step in range(30 if exact else 6):
         try:
             if step:  # as em.m_step does, without another look at the model
-                evaluation = em._program.evaluate()
-                em._program.m_step(em._as_posterior(q, evaluation).counts, evaluation)
+                evaluation = em._session.program.evaluate()
+                em._session.program.m_step(as_posterior(q, evaluation).counts, evaluation)
             else:
                 em.m_step(q)
         except DegenerateError:
             assume(False)
-        assume(not collapsed(em._program.graph.parameters))
+        assume(not collapsed(em._session.program.graph.parameters))
         now = expected_log_joint()
         assert now >= best - 1e-9 * max(1.0, abs(best)), model
         gain, best = now - best, now
@@ -573,8 +574,8 @@ def m_step_maximises(model: RandomModel, long: RandomModel, assignments: Values,
     else:
         assume(False)  # updates that wait for each other are not at their common maximum yet
     generator = torch.Generator().manual_seed(seed)
-    for name, p in em._program.graph.parameters.items():
-        if not isinstance(em._program.updates[name].update, (ClosedForm, LeastSquares)):
+    for name, p in em._session.program.graph.parameters.items():
+        if not isinstance(em._session.program.updates[name].update, (ClosedForm, LeastSquares)):
             continue
         saved = p.unconstrained.detach().clone()
         for size in (1e-3, 1e-2, 0.3):

@@ -323,7 +323,7 @@ def with_priors(model: Program, long: RandomModel, assignments: Values) -> None:
             em.step()
         except DegenerateError:
             return
-        if collapsed(em._program.graph.parameters):
+        if collapsed(em._session.program.graph.parameters):
             return
 
 

@@ -836,7 +836,7 @@ def test_joint_steps_are_those_of_pyro(analytic, optim) -> None:
     v = variational(em, BITS)
     assert v.analytic == {"z"}
     em._ready((BITS,), {})
-    em._trainer.variational.analytic = v.analytic if analytic else frozenset()
+    em._session.trainer.variational.analytic = v.analytic if analytic else frozenset()
     torch.manual_seed(0)
     losses = [em.step(BITS) for _ in range(6)]
     pyro.clear_param_store()

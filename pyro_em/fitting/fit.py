@@ -1,0 +1,149 @@
+"""One fit, from what the user passed to the result: exact steps, or stochastic ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyro
+
+from pyro_em.errors import UsageError, message
+from pyro_em.fitting import epochs
+from pyro_em.fitting.origins import told
+from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
+from pyro_em.fitting.progress import Bar
+from pyro_em.fitting.report import build_result, build_stochastic_result
+from pyro_em.fitting.restarts import run_starts
+from pyro_em.fitting.result import EMResult, EMStep
+from pyro_em.fitting.run import Settings, best_of
+from pyro_em.fitting.session import Session
+from pyro_em.plan.fit_wishes import (
+    FIT_KEYWORDS,
+    FitWishes,
+    check_acceleration,
+    refuse_exact_keywords,
+    refuse_stochastic_keywords,
+)
+from pyro_em.plan.program import Program
+from pyro_em.plan.wishes import check_collisions, check_loader
+from pyro_em.tracing.parameters import restore, values_of
+from pyro_em.tracing.randomness import seeded
+from pyro_em.variational.batches import first_batch, is_loader
+from pyro_em.variational.trainer import Trainer
+
+
+def fit(session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]) -> EMResult:
+    """Fit as `ExactPosteriorEM.fit` says.
+
+    Args:
+        session: What is known of the model; counts the steps.
+        wishes: The keywords.
+        args: The model's positional arguments, or a loader of them.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        PyroEMError: If the model, the data or the keywords cannot be used.
+    """
+    begin = time.perf_counter()
+    looked = _arguments_of(session, args, kwargs)
+    check_collisions(session.looker.model, looked, FIT_KEYWORDS, "fit", wishes.passed())
+    held = frozenset(pyro.get_param_store())
+    with seeded(wishes.seed):
+        found = session.ready(looked, kwargs)
+        origin = session.origin(found, held)
+        if wishes.callbacks:
+            wishes = replace(wishes, callbacks=(_counting(session), *wishes.callbacks))
+        if isinstance(found, Trainer):
+            result = _stochastic(session, found, wishes, args, kwargs, begin)
+        else:
+            result = _exact(session, found, wishes, args, kwargs, begin)
+        return told(result, origin)
+
+
+def _arguments_of(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """The model's positional arguments; with the first batch where there is a loader."""
+    if not args or not is_loader(args[0]):
+        return args
+    first = first_batch(args[0])
+    items = tuple(first) if isinstance(first, (tuple, list)) else (first,)
+    check_loader(session.looker.model, len(items), args[1:], kwargs)
+    return (*items, *args[1:])
+
+
+def _counting(session: Session) -> Callable[[EMStep], None]:
+    """A callback that counts steps for those after it, which may save."""
+    before = session.total_steps
+
+    def count(step: EMStep) -> None:
+        session.total_steps = before + step.index + 1
+
+    return count
+
+
+def _exact(
+    session: Session,
+    program: Program,
+    wishes: FitWishes,
+    args: tuple,
+    kwargs: dict[str, Any],
+    begin: float,
+) -> EMResult:
+    refuse_stochastic_keywords(wishes.stochastic())
+    check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
+    if args and is_loader(args[0]):
+        raise UsageError(
+            message(
+                "fit",
+                "a DataLoader was given.",
+                "an exact fit uses all data at every step",
+                ["pass the data themselves: em.fit(data)"],
+            )
+        )
+    before = session.total_steps
+    bar = Bar(wishes.progress, wishes.max_steps, wishes.num_restarts, program.objective_name)
+    settings = Settings(
+        wishes.max_steps, wishes.tol, wishes.callbacks, bar, begin, wishes.acceleration
+    )
+    init, seed = wishes.init, wishes.seed
+    runs = run_starts(program, settings, init, wishes.num_restarts, seed)
+    best = best_of(runs)
+    restore(program.graph.parameters, best.parameters)
+    session.total_steps = before + best.num_steps
+    session.last_data.note(args, kwargs)
+    return build_result(program, best, runs, settings, init, seed, session.total_steps)
+
+
+def _stochastic(
+    session: Session,
+    trainer: Trainer,
+    wishes: FitWishes,
+    args: tuple,
+    kwargs: dict[str, Any],
+    begin: float,
+) -> EMResult:
+    refuse_exact_keywords(wishes.init, wishes.num_restarts, wishes.acceleration)
+    batches, held_out = epochs.data_of(wishes, args, kwargs)
+    refuse_rows_of_a_guide(trainer.variational, batches, held_out)
+    if held_out is not None:
+        epochs.look_at_validation(trainer, held_out)
+    parameters = trainer.variational.parameters
+    before = session.total_steps
+    run = epochs.run(
+        trainer,
+        batches,
+        max_steps=wishes.max_steps,
+        num_epochs=wishes.num_epochs,
+        schedule=wishes.schedule,
+        validation=held_out,
+        callbacks=wishes.callbacks,
+        parameters=lambda: values_of(parameters),
+        progress=wishes.progress,
+        begin=begin,
+    )
+    session.total_steps = before + len(run.bounds)
+    plan = session.looker.plan(trainer.variational)
+    return build_stochastic_result(
+        trainer, batches, run, plan, wishes.seed, begin, session.total_steps
+    )

@@ -1,0 +1,44 @@
+"""What ``step`` says where it is taken on other data than the step before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_em.errors import message, warn
+from pyro_em.plan.program import Program
+from pyro_em.tracing.dependences import contents_of
+from pyro_em.updates.decision import forgets
+
+
+class LastData:
+    """The data that were learnt from last, so that forgetting them is said, once.
+
+    Example:
+        >>> last = LastData()
+        >>> last.note((1,), {})
+    """
+
+    def __init__(self) -> None:
+        self._contents: tuple[Any, ...] | None = None
+        self._has_told = False
+
+    def note(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """These data are learnt from now."""
+        self._contents = contents_of((args, kwargs))
+
+    def warn_of_others(self, program: Program, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note the data, and warn where a step of an exact model forgets those before."""
+        before = self._contents
+        self.note(args, kwargs)
+        if before in (None, self._contents) or self._has_told or not forgets(program.updates):
+            return
+        self._has_told = True
+        warn(
+            message(
+                "step",
+                "these data are others than before, and what was learnt of those is forgotten.",
+                "every M-step of an exact model is the maximum for the data of its own step: going "
+                "through batches fits the last one",
+                ["em.fit(all data): it finds the best parameters for all of them by itself"],
+            )
+        )

@@ -1,0 +1,251 @@
+"""What `ExactPosteriorEM` keeps between two calls: one reading of the model, and what was fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+from pyro_em.errors import UsageError, message, warn
+from pyro_em.fitting.forgetting import LastData
+from pyro_em.fitting.origins import FirstSeen, Origin
+from pyro_em.fitting.preconditions import (
+    refuse_a_loader,
+    refuse_inside_a_model,
+    refuse_unfittable,
+    refuse_untrainable,
+)
+from pyro_em.fitting.result import EMStep
+from pyro_em.graph.blame import given_arguments
+from pyro_em.graph.structure import form_of, refuse_without_numbers
+from pyro_em.plan.planner import Looker
+from pyro_em.plan.program import Program
+from pyro_em.plan.unrouted import Unrouted
+from pyro_em.plan.wishes import check_model_keywords
+from pyro_em.tracing import checkpoint
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.runs import is_stored, without_state
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.trainer import Trainer
+
+
+class Session:
+    """The state of one `ExactPosteriorEM`; its public methods change nothing else.
+
+    Args:
+        looker: What the user gave.
+        num_particles: Draws from the guide per step.
+
+    Attributes:
+        program: The last exact reading; the state of its M-step goes on in the next one.
+        trainer: The optimisers of a pair, which live on while its parameters are the same.
+        parameters: All parameters, as the last reading found them.
+        total_steps: Steps over all fits.
+        pending: What was read from a file before the model had been run.
+        first: Parameters as they were first seen.
+        last_data: The data that were learnt from last.
+    """
+
+    def __init__(self, looker: Looker, num_particles: int) -> None:
+        self.looker = looker
+        self.num_particles = num_particles
+        self.first = FirstSeen()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.program: Program | None = None
+        self.trainer: Trainer | None = None
+        self.parameters: dict[str, TracedParameter] = {}
+        self.total_steps = 0
+        self.pending: dict[str, Any] | None = None
+        self.last_data = LastData()
+        self._training: dict[str, Any] = {}  # of a file, until there are optimisers
+        self._form: Any = None
+
+    # ------------------------------------------------------------------ reading
+
+    def look(
+        self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+    ) -> Program | Variational:
+        """Read the model on these data.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            look_only: Whether only an E-step is wanted.
+
+        Raises:
+            PyroEMError: If a latent has no route, or the model or data cannot be used.
+        """
+        self._check_arguments(args, kwargs)
+        return self._noted(self.looker.look(args, kwargs, look_only=look_only))
+
+    def look_at_routes(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> Program | Variational | Unrouted:
+        """As ``look``; where a latent has no route it is a finding, not an exception."""
+        self._check_arguments(args, kwargs)
+        found = self.looker.look_at_routes(args, kwargs)
+        return found if isinstance(found, Unrouted) else self._noted(found)
+
+    def ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
+        """As ``look``, and refuse what has nothing to fit."""
+        refuse_without_numbers(given_arguments(self.looker.model, args, kwargs))
+        form = _without_rows(form_of(args, kwargs))
+        if self.trainer is not None and form == self._form and is_stored(self.parameters):
+            return self.trainer  # batches of one form have the same routes
+        found = self.look(args, kwargs)
+        if isinstance(found, Variational):
+            self._form = form
+            return self._trainer_of(found)
+        refuse_unfittable(found)
+        for note in found.notes:
+            warn(note)
+        return found
+
+    def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        refuse_a_loader(args, kwargs)
+        check_model_keywords(self.looker.model, kwargs)
+        refuse_inside_a_model()
+        self.first.before_a_run()
+
+    def _noted(self, found: Program | Variational) -> Program | Variational:
+        """Take note of the parameters that a look found."""
+        if isinstance(found, Program):
+            self.parameters = dict(found.graph.parameters)
+            if self.program is not None:
+                found.state = self.program.state
+            self.program = found
+        else:
+            self.parameters = found.parameters
+        self.first.note(self.parameters)
+        self._restore_pending()
+        return found
+
+    def _trainer_of(self, variational: Variational) -> Trainer:
+        """The optimisers for a pair; they live on while parameters are the same."""
+        refuse_untrainable(variational, self.looker.updates_for(variational.parameters))
+        if self.trainer is None:
+            for note in variational.notes:
+                warn(note)
+            self.trainer = Trainer(
+                variational,
+                self.looker.optim,
+                self.looker.updates_for,
+                self.num_particles,
+                self.looker.saved_name,
+            )
+            self.trainer.restore(self._training)
+            self._training = {}
+        else:
+            variational.baselines = self.trainer.variational.baselines
+            self.trainer.variational = variational
+        return self.trainer
+
+    # ------------------------------------------------------------------ fitting
+
+    def origin(self, found: Program | Trainer, held: Collection[str]) -> Origin:
+        """Where a fit begins; from now on the values are its own.
+
+        Args:
+            found: What is fitted.
+            held: What the param store held before it was read.
+        """
+        seen = found.structure if isinstance(found, Program) else found.variational
+        given = {n: p.given for n, p in seen.parameters.items()}
+        return self.first.origin(self.parameters, given, held)
+
+    def counted(self, steps: Iterator[EMStep]) -> Generator[EMStep, None, None]:
+        """The same steps, each counted before it is passed on."""
+        for step in steps:
+            self.total_steps += 1
+            yield step
+
+    # ------------------------------------------------------------------ keeping
+
+    def given(self) -> dict[str, Any]:
+        """What the constructor of `ExactPosteriorEM` was given, by name."""
+        looker = self.looker
+        return {
+            "model": looker.model,
+            "guide": looker.guide,
+            "optim": without_state(looker.optim),
+            "strategy": looker.strategy,
+            "updates": dict(looker.updates),
+            "num_particles": self.num_particles,
+            "max_plate_nesting": looker.max_plate_nesting,
+            "max_enumeration": looker.max_enumeration,
+        }
+
+    def fitted(self) -> dict[str, Any] | None:
+        """What was fitted: parameters, optimisers, buffers; None if there is nothing yet."""
+        if not self.parameters:
+            return self.pending
+        extra: dict[str, Any] = {"total_steps": self.total_steps}
+        if self.trainer is not None:
+            extra["training"] = self.trainer.state()
+        elif self._training:  # loaded, and not continued yet
+            extra["training"] = self._training
+        extra["buffers"] = checkpoint.copied_buffers(self._roots())
+        return checkpoint.pack(self._by_saved_name(), extra)
+
+    def save(self, path: str | Path) -> None:
+        """Write what was fitted to a file.
+
+        Raises:
+            UsageError: If the model has not been run yet, or a parameter is not finite.
+            FileError: If the file cannot be written.
+        """
+        state = self.fitted() if self.parameters else None
+        if state is None:
+            raise UsageError(
+                message(
+                    "save",
+                    "the model has not been run yet, so that its parameters are unknown.",
+                    fixes=["call fit, step or plan first"],
+                )
+            )
+        checkpoint.write(path, state)
+
+    def load(self, path: str | Path, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Read a file; it is checked against the model where that has been run or is run now.
+
+        Raises:
+            UsageError: If the file cannot be used, or not for this model.
+            FileError: If it cannot be read.
+        """
+        state = checkpoint.read(path)
+        if args or kwargs:
+            self.look(args, kwargs, look_only=True)
+        self.pending = state
+        if self.parameters:
+            self._restore_pending()
+
+    def reset(self) -> None:
+        """Forget what was fitted, and the guide that was built."""
+        built = self.looker.forget()
+        self.first.put_back(self.parameters, built)
+        self._begin()
+
+    def _restore_pending(self) -> None:
+        """Write what ``load`` read before the model had been run."""
+        if self.pending is None:
+            return
+        state, self.pending = self.pending, None
+        self.first.loaded(self.parameters)
+        checkpoint.restore(state, self._by_saved_name())
+        checkpoint.restore_buffers(state, self._roots())
+        self.total_steps = int(state["total_steps"])
+        self.trainer, self._training = None, dict(state.get("training", {}))
+
+    def _roots(self) -> tuple[Any, Any]:
+        return self.looker.model, self.looker.guide_now
+
+    def _by_saved_name(self) -> dict[str, TracedParameter]:
+        return {self.looker.saved_name(n): p for n, p in self.parameters.items()}
+
+
+def _without_rows(form: Any) -> Any:
+    """What batches of one kind of data share: everything but the number of rows."""
+    parts, names = form
+    return tuple((*p[:2], p[2][1:]) if isinstance(p, tuple) else p for p in parts), names
