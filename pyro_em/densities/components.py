@@ -23,7 +23,7 @@ from pyro_em.errors import Handover
 from pyro_em.families.family import Family, expected_log_density
 from pyro_em.graph.binding import whole_parameter
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.closed_form import data_magnitude
+from pyro_em.updates.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
 
 Values = Mapping[str, Tensor]

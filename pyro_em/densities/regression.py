@@ -22,8 +22,8 @@ from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import Binding, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.closed_form import data_magnitude
 from pyro_em.updates.least_squares import designs_of, pseudo_solve
+from pyro_em.updates.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]

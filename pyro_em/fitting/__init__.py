@@ -3,6 +3,7 @@
 `em_map` says what an EM step is, by running the model or on sums over data (`em_on_sums`); `loop`
 iterates it until `stopping` says so, `squarem` extrapolates along it; `report` turns a finished run
 into the `result.EMResult` that users hold. `epochs` are stochastic fits.
+`fit` and `stepping` are the methods of `ExactPosteriorEM` that move parameters, `session` is its state.
 
 May import: `pyro_em.plan` and what is below it. To add an acceleration, copy `squarem`.
 """

@@ -16,7 +16,7 @@ from pyro_em.errors import Handover, message, warn
 from pyro_em.fitting.em_map import ByTracing, allowed_fall, has_fallen, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.point import Point, SumsPoint
-from pyro_em.plan.planner import distrust
+from pyro_em.plan.building import distrust
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
 

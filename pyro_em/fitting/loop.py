@@ -18,8 +18,8 @@ from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.squarem import PLAIN_STEPS, accelerate
 from pyro_em.fitting.stopping import should_stop
+from pyro_em.plan.building import distrust
 from pyro_em.plan.hyperparameters import run_away
-from pyro_em.plan.planner import distrust
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import restore, snapshot, values_of

@@ -17,7 +17,8 @@ from pyro_em.fitting.preconditions import (
 )
 from pyro_em.fitting.result import EMStep
 from pyro_em.graph.blame import given_arguments
-from pyro_em.graph.structure import form_of, refuse_without_numbers
+from pyro_em.graph.readable import refuse_without_numbers
+from pyro_em.graph.structure import form_of
 from pyro_em.plan.planner import Looker
 from pyro_em.plan.program import Program
 from pyro_em.plan.unrouted import Unrouted

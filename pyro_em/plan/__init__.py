@@ -1,8 +1,9 @@
 """Every decision about a model, with its reason, before anything is paid.
 
 `planner` looks at a model, its guide and its data and decides the route of each latent (`routes`), the
-update of each parameter, and which block iterates (`eligibility`); `plan.Plan` prints it, `program`
-holds a model with its data ready for E-steps and M-steps, `wishes` checks what the user asked for.
+update of each parameter, and which block iterates (`eligibility`); `plan.Plan` prints it,
+`building` makes a `program`, a model with its data ready for E-steps and M-steps; `wishes`,
+`fit_wishes` and `given_q` check what the user asked for.
 
 May import: `pyro_em.variational`, `pyro_em.posteriors` and what is below them. To make a block
 eligible, add it to the ordered list in `eligibility`; to add a note, see `notes`.

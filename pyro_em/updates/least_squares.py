@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.closed_form import sum_to
+from pyro_em.updates.scatter import sum_to
 from pyro_em.updates.update import ParameterUpdate
 
 _MANY_CELLS = 256

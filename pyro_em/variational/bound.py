@@ -32,8 +32,9 @@ from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, Finding, PyroEMError, raise_findings
+from pyro_em.graph.examination import examine
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.structure import Structure, examine, form_of
+from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.portable import StaysHere

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em import DataError, ExactPosteriorEM, ModelError
 from pyro_em.fitting.em_on_sums import keep_freed_memory
-from pyro_em.graph.structure import Structure, examine
+from pyro_em.graph.examination import examine
+from pyro_em.graph.structure import Structure
 from pyro_em.tracing import handlers, runs
 from pyro_em.tracing.allocation import (
     NumbersNeeded,

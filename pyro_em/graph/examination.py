@@ -1,0 +1,367 @@
+"""What two cheap runs of a model say before anything is enumerated: its structure and all findings.
+
+Nothing here allocates more than the model itself does. Every finding that would make an exact
+treatment wrong or impossible is collected as a `Finding`; latents come first.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import _enumerable, is_discrete, support_size_of
+from pyro_em.errors import Finding, UsageError, message, raise_findings
+from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
+from pyro_em.graph.checks import (
+    data_problems,
+    given_problems,
+    latent_problems,
+    parameter_problems,
+    scope_problems,
+    shape_problems,
+    weight_problems,
+)
+from pyro_em.graph.coupling import Coupling, couplings
+from pyro_em.graph.failures import changing_sites
+from pyro_em.graph.first_run import (
+    NO_NUMBERS,
+    has_bad_parameters,
+    name_of_distribution,
+    run_plainly,
+)
+from pyro_em.graph.initial import forget_bad_starts
+from pyro_em.graph.marginals import marginals_of
+from pyro_em.graph.readable import (
+    refuse_inference_mode,
+    refuse_sparse_values,
+    refuse_without_numbers,
+)
+from pyro_em.graph.side_effects import Watched, refuse_clearing, writing_problems
+from pyro_em.graph.structure import Plate, SiteInfo, Structure
+from pyro_em.graph.unregistered import unregistered
+from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
+from pyro_em.tracing.feasible import feasible_event
+from pyro_em.tracing.randomness import random_state, set_random_state
+from pyro_em.tracing.runs import Model, Run, held_run, is_smooth, provenance_run
+from pyro_em.tracing.sites import (
+    Role,
+    frames_of,
+    is_factor,
+    is_latent,
+    is_subsample,
+    mask_tensor,
+    role_of,
+    support_reads_latents,
+)
+
+logger = logging.getLogger("pyro_em")
+
+
+def examine(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    max_plate_nesting: int | None = None,
+    first_look: bool = True,
+    guide_given: bool = False,
+    sparing: bool = False,
+    max_enumeration: int = 2**27,
+) -> tuple[Structure, list[Finding]]:
+    """Run a model plainly and with tagged latents, and say what it is made of.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        max_plate_nesting: The user's own number of plate dimensions, checked against the shapes.
+        first_look: Whether this run may advance the random state, as Pyro's first run does.
+        guide_given: Whether latents without an exact posterior may go to a guide.
+        sparing: Whether large latents may be looked at without numbers, where the model allows it;
+            the skeleton's ``unchecked`` says whether arguments have still to be validated.
+        max_enumeration: An unobserved site on which nothing depends integrates to one: it is not
+            summed where its table would have more cells.
+
+    Returns:
+        The skeleton, and all findings: latents first, then parameters, then the other sites.
+
+    Raises:
+        PyroEMError: If the model cannot be run at all.
+    """
+    refuse_inference_mode(args, kwargs)
+    refuse_without_numbers(given_arguments(model, args, kwargs))
+    watched = Watched(model, args, kwargs)
+    how = (max_plate_nesting, guide_given, watched, max_enumeration)
+    if sparing:
+        begin = random_state()
+        try:
+            plain = run_plainly(model, args, kwargs, first_look, sparing=True)
+            with judging_shadows() if plain.shadows else nullcontext():
+                return _findings(model, args, kwargs, plain, *how)
+        except NumbersNeeded:
+            set_random_state(begin)
+            logger.debug("the model reads numbers off its latents: it is run with draws")
+    return _findings(model, args, kwargs, run_plainly(model, args, kwargs, first_look), *how)
+
+
+def _findings(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plain: Run,
+    max_plate_nesting: int | None,
+    guide_given: bool,
+    watched: Watched,
+    max_enumeration: int,
+) -> tuple[Structure, list[Finding]]:
+    """The skeleton and all findings, from a plain run."""
+    refuse_clearing(plain, "model")
+    watched.after_one_run(plain.sites)
+    factors = {n: s for n, s in plain.sites.items() if is_factor(s)}
+    if not factors:
+        raise UsageError(
+            message(
+                "model", "it has no sites.", fixes=["call pyro.sample in it, and pass its data"]
+            )
+        )
+    plates, random_plates = _plates(plain.sites, factors)
+    refuse_sparse_values(factors)
+    tagged = provenance_run(model, args, kwargs, plain, drawn=guide_given)
+    refuse_clearing(tagged, "model")
+    if set(tagged.scopes) != set(factors):
+        raise_findings([changing_sites(sorted(set(tagged.scopes) ^ set(factors)), random_plates)])
+    writing = writing_problems(model, args, kwargs, watched, plain, factors)
+    if writing:
+        raise_findings(writing)
+    # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
+    unused = {n for n, s in factors.items() if is_latent(s) and _masked_out(s)}
+    unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
+    place = {name: i for i, name in enumerate(plain.sites)}
+    edges = tuple(
+        (parent, child)
+        for child, scope in tagged.scopes.items()
+        for parent in sorted(scope & place.keys(), key=place.__getitem__)
+        if parent != child
+    )
+    hidden = {n for n, s in factors.items() if is_latent(s)} - unused
+    scopes = {n: scope & hidden for n, scope in tagged.scopes.items()}
+    barren = _barren(factors, scopes, max_enumeration)
+    masked_pairs = {
+        name: _obs_mask(plain.sites[f"{name}_observed"])
+        for name, site in plain.sites.items()
+        if site["type"] == "sample"
+        and f"{name}_observed" in factors
+        and f"{name}_unobserved" in factors
+    }
+    dropped = set(barren)
+    latents = {n: None for n, s in factors.items() if is_latent(s) and n not in dropped}
+    counted = {n: scope for n, scope in scopes.items() if n not in dropped}
+    coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
+    order = {name: i for i, name in enumerate(factors)}
+    site_plates = {n: tuple(frames_of(s)) for n, s in factors.items()}
+    marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
+    of_latents: list[Finding] = []
+    of_others: list[Finding] = []
+    told_of: list[Tensor] = []
+    sites: dict[str, SiteInfo] = {}
+    for name, site in factors.items():
+        if name in dropped:
+            continue
+        unobserved = name in latents
+        scope = set(scopes[name]) | ({name} if unobserved else set())
+        found = of_latents if unobserved else of_others
+        no_route: list[Finding] = []
+        if unobserved:
+            no_route = latent_problems(name, site, scopes, marginals)
+            if not guide_given:
+                among = [c.problem() for c in coupled.get(name, ()) if c.part]
+                found.extend(no_route or among)
+        elif role_of(site) is Role.DATA:
+            anew = support_reads_latents(tagged.sites[name]["fn"])
+            of_data = data_problems(name, site, check_support=not anew)
+            found.extend(of_data)
+            if of_data and isinstance(site["value"], Tensor):
+                told_of.append(site["value"])
+        found.extend(shape_problems(name, site))
+        found.extend(weight_problems(name, site))
+        if not guide_given:
+            # A continuous latent is no sum: what is said of it above is enough.
+            summed = [s for s in sorted(scope) if _enumerable(factors[s]["fn"])]
+            found.extend(scope_problems(name, summed, site_plates))
+        for latent in sorted(scope - {name}):
+            outside = [p for p in site_plates[latent] if p not in site_plates[name]]
+            if outside and not is_smooth(factors[latent]["fn"]):
+                coupled.setdefault(latent, [Coupling(latent, outside[0], name, "")])
+        sites[name] = SiteInfo(
+            name,
+            name_of_distribution(site),
+            not unobserved,
+            site_plates[name],
+            tuple(sorted(scope, key=order.__getitem__)),
+            support_size_of(site["fn"]) if unobserved and not no_route else None,
+            len(site["fn"].batch_shape),
+            role_of(site),
+            is_discrete(site["fn"]),
+            tuple(f.name for f in site["cond_indep_stack"]),
+            {f.name: f.counter for f in site["cond_indep_stack"] if f.dim is None},
+        )
+    nesting = max((-p.dim for p in plates.values()), default=0)
+    nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
+    if max_plate_nesting is not None:
+        if max_plate_nesting < nesting:
+            of_others.append(
+                Finding(
+                    "max_plate_nesting",
+                    f"{max_plate_nesting} was given, but the model uses {nesting} batch dimensions.",
+                    "an enumerated dimension would coincide with a plate",
+                    (f"pass max_plate_nesting={nesting}, or leave it out",),
+                    UsageError,
+                )
+            )
+        nesting = max(nesting, max_plate_nesting)
+    structure = Structure(
+        plates,
+        sites,
+        tuple(latents),
+        {n: name_of_distribution(factors[n]) for n in barren},
+        nesting,
+        plain.parameters,
+        masked_pairs,
+        random_plates,
+        _kept_values(factors, barren),
+        {n: factors[n] for n in (*latents, *barren)},
+        {f.name: f.size for s in factors.values() for f in s["cond_indep_stack"] if f.dim is None},
+        (*(_changed_mask(n) for n in plain.changed_masks), *watched.notes()),
+        edges,
+        plain.shadows is not None,
+        {name: first for name, (first, *_) in coupled.items()},
+        unregistered(model, args, kwargs, plain, sites),
+        None if plain.shadows is not None else {n: tagged.sites[n] for n in sites},
+    )
+    of_parameters = parameter_problems(plain)
+    if of_parameters and has_bad_parameters(plain):
+        given = {
+            where: value
+            for where, value in given_tensors(model, args, kwargs).items()
+            if not any(same_tensor(value, told) for told in told_of)
+        }
+        of_parameters = [*given_problems(given, NO_NUMBERS), *of_parameters]
+    forget_bad_starts(plain.parameters)
+    return structure, [*of_latents, *of_parameters, *of_others]
+
+
+def coupled_latents(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plain: Run,
+    suspects: frozenset[str],
+    scopes: Mapping[str, frozenset[str]],
+) -> dict[str, list[Coupling]]:
+    """Latents whose elements in a plate are read by other elements.
+
+    Args:
+        model: The model or guide.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        plain: A plain run of it.
+        suspects: Latents whose elements a provenance run may have mixed.
+        scopes: For each site that counts, the latents that reach it.
+
+    Raises:
+        NumbersNeeded: If a run without numbers cannot tell.
+    """
+    if not suspects:
+        return {}
+    if plain.shadows is not None:
+        raise NumbersNeeded
+    found = couplings(
+        lambda values: held_run(model, args, kwargs, values),
+        {n: s for n, s in plain.sites.items() if is_latent(s)},
+        suspects,
+        scopes,
+    )
+    out: dict[str, list[Coupling]] = {}
+    for one in found:
+        out.setdefault(one.latent, []).append(one)
+    return out
+
+
+def _kept_values(factors: Mapping[str, Any], barren: Iterable[str]) -> dict[str, Tensor]:
+    """Values for sites that count nowhere: as drawn, or one feasible event where nothing was."""
+    kept = {}
+    seen = [s["value"] for s in factors.values() if s["is_observed"]]
+    device = next((v.device for v in seen if isinstance(v, Tensor) and not v.is_meta), None)
+    for name in barren:
+        fn, value = factors[name]["fn"], factors[name]["value"].detach()
+        if is_shadow(value):
+            like = torch.empty(0, dtype=value.dtype, device=device)
+            value = feasible_event(fn, like).expand(value.shape)
+        kept[name] = value
+    return kept
+
+
+def _changed_mask(name: str) -> str:
+    return message(
+        f"site '{name}'",
+        "its mask is changed in place after the site.",
+        "densities are taken after the run, so that the site sees the later mask (as in Pyro)",
+        ["make a new tensor: mask = mask | seen instead of mask |= seen"],
+    )
+
+
+def _plates(
+    all_sites: Mapping[str, Any], factors: Mapping[str, Any]
+) -> tuple[dict[str, Plate], tuple[str, ...]]:
+    plates: dict[str, Plate] = {}
+    for site in factors.values():
+        for name, f in frames_of(site).items():
+            plates[name] = Plate(name, f.dim, f.size, f.full_size or f.size)
+    random_plates = []
+    for name, site in all_sites.items():
+        fn = site.get("fn")
+        if not is_subsample(site):
+            continue
+        size, part = getattr(fn, "size", None), getattr(fn, "subsample_size", None)
+        if part is not None and size is not None and part < size:
+            random_plates.append(name)
+    return plates, tuple(random_plates)
+
+
+def _barren(
+    factors: Mapping[str, Any], scopes: Mapping[str, frozenset[str]], max_enumeration: int
+) -> tuple[str, ...]:
+    """Unobserved sites that reach no observation and cannot be enumerated with their parents."""
+    needed: set[str] = set()
+    for name in reversed(list(factors)):  # the model's order is topological
+        if name in needed or not is_latent(factors[name]):
+            needed |= {name} | scopes[name]
+
+    def is_cheap(name: str) -> bool:
+        supports = [support_size_of(factors[z]["fn"]) or 1 for z in {name} | scopes[name]]
+        plates = [f.size for f in frames_of(factors[name]).values()]
+        return math.prod((*supports, *plates)) <= max_enumeration
+
+    for name, site in factors.items():
+        if name in needed or not _enumerable(site["fn"]) or not scopes[name] - {name} <= needed:
+            continue
+        if is_cheap(name):
+            needed.add(name)
+    return tuple(n for n in factors if n not in needed)
+
+
+def _masked_out(site: Mapping[str, Any]) -> bool:
+    mask = mask_tensor(site)
+    return mask is False or (isinstance(mask, Tensor) and not bool(mask.any()))
+
+
+def _obs_mask(site: Mapping[str, Any]) -> Tensor:
+    """A copy: a posterior reads it when it is asked, whatever became of the user's mask by then."""
+    mask = mask_tensor(site)
+    return torch.as_tensor(True if mask is None else mask).clone()

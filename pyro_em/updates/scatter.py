@@ -1,0 +1,108 @@
+"""From the cells of an argument onto the events of a parameter: sums, and what they are relative to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.forms import Kind
+from pyro_em.graph.binding import Selection
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.update import ParameterUpdate
+
+
+def _prod(shape: Sequence[int]) -> int:
+    out = 1
+    for s in shape:
+        out *= s
+    return out
+
+
+def component_in_words(value: Tensor, event: int, flat: int) -> str:
+    """Which event of a parameter it is, by its index."""
+    shape = value.shape[: value.dim() - event]
+    if not shape:
+        return "its only component"
+    index = []
+    for size in reversed(shape):
+        index.append(flat % size)
+        flat //= size
+    shown = index[0] if len(index) == 1 else tuple(reversed(index))
+    return f"component {shown}"
+
+
+def used_events(selections: Sequence[Selection], value: Tensor, event: int) -> Tensor:
+    """Which of a parameter's events any selection reads. # (events,)"""
+    size = _prod(value.shape[value.dim() - event :])
+    used = torch.zeros(value.numel() // size, dtype=torch.bool, device=value.device)
+    for selection in selections:
+        index = selection.index
+        used[(index[index >= 0] // size).reshape(-1)] = True
+    return used
+
+
+def onto_events(
+    kind: Kind, selection: Selection, n: Tensor, d: Tensor, value: Tensor, event: int
+) -> tuple[Tensor, Tensor]:
+    """Sum numerators and denominators of an argument's cells onto the parameter's events."""
+    index = selection.index
+    cells = index.shape[: index.dim() - event]
+    n_event = n.shape[len(cells) :]
+    d_event = d.shape[len(cells) :]
+    batch = [max(a, b) for a, b in zip(n.shape[: len(cells)], d.shape, strict=False)]
+    n, d = n.expand(*batch, *n_event), d.expand(*batch, *d_event)
+    if selection.factor is not None:
+        n, d = kind.form.exposed(n, d, selection.factor)
+    n, d = sum_to(n, cells, len(n_event)), sum_to(d, cells, len(d_event))
+    size = _prod(value.shape[value.dim() - event :])
+    n_events = value.numel() // size
+    first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+    row = torch.where(first >= 0, first // size, n_events).reshape(-1)
+    d_out = d.new_zeros(n_events + 1, *d_event).index_add(0, row, d.reshape(-1, *d_event))
+    if kind is Kind.SIMPLEX:
+        # Rows may be permuted: scatter element by element.
+        flat = torch.where(index >= 0, index, value.numel()).reshape(-1)
+        n_flat = n.new_zeros(value.numel() + 1).index_add(0, flat, n.reshape(-1))
+        return n_flat[:-1].reshape(n_events, -1), d_out[:-1]
+    n_out = n.new_zeros(n_events + 1, *n_event).index_add(0, row, n.reshape(-1, *n_event))
+    return n_out[:-1], d_out[:-1]
+
+
+def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:
+    """Sum over the cells that an argument is constant along, and expand to its cells."""
+    axes = [i for i, size in enumerate(cells) if size == 1 and tensor.shape[i] > 1]
+    tensor = tensor.sum(axes, keepdim=True) if axes else tensor
+    return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])
+
+
+def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
+    """The largest value among the data of each spread: what its rounding is relative to.
+
+    Returns:
+        One number per event of the parameter, or one per feature. # (events,) or (events, D)
+    """
+    assert update.kind is not None
+    event = update.kind.event_dim
+    size = _prod(value.shape[value.dim() - event :])
+    n_events = value.numel() // size
+    out: Tensor | None = None
+    for use in update.uses:
+        group = graph.groups[use.group]
+        assert group.family is not None
+        x = group.family.magnitude(group.value.detach())
+        index = use.selection.index
+        first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+        features = x.shape[first.dim() :]
+        axes = [i for i, n in enumerate(first.shape) if n == 1 and x.shape[i] > 1]
+        x = x.amax(axes, keepdim=True) if axes else x
+        batch = torch.broadcast_shapes(first.shape, x.shape[: first.dim()])
+        row = torch.where(first >= 0, first // size, n_events).expand(batch).reshape(-1)
+        x = x.expand(*batch, *features).reshape(len(row), *features)
+        if out is None:
+            out = x.new_zeros(n_events + 1, *features)
+        row = row.reshape(-1, *(1,) * len(features)).expand(x.shape)
+        out = out.scatter_reduce(0, row, x, "amax")
+    assert out is not None
+    return out[:-1]
