@@ -42,12 +42,12 @@ from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.posteriors.posterior import Posterior
-from pyro_em.tracing.handlers import FeasibleWhereMasked, GuideSites, HoldAt, OnlySites, ScalePlates
+from pyro_em.tracing.handlers import FeasibleWhereMasked, GuideSites, HoldAt, ScalePlates
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Model, drawn_run
 from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
 from pyro_em.variational.divergence import _kl_term, _with_analytic_kl
-from pyro_em.variational.pair import Pair, Routing, support_size
+from pyro_em.variational.pair import Pair, Routing, pyros_pair, support_size
 from pyro_em.variational.particle import (
     Particle,
     Term,
@@ -59,7 +59,7 @@ from pyro_em.variational.particle import (
     dims_of,
     log_weights,
 )
-from pyro_em.variational.score_function import _downstream, _onto
+from pyro_em.variational.score_function import _downstream, score_terms
 
 _KEPT = 16  # structures of batches of different shape
 
@@ -293,7 +293,7 @@ class Variational(StaysHere):
         if self.weighted is not None:
             return -self._weighted_bound(args, kwargs, factors)
         if self.is_pyros:
-            elbo, pair = self._enumerated_elbo(num_particles), self._enumerated_pair(factors)
+            elbo, pair = self.pyros_elbo(num_particles), self.pyros_pair(factors)
             with _validation_told():
                 if torch.is_grad_enabled():
                     loss = elbo.differentiable_loss(*pair, *args, **kwargs)
@@ -308,7 +308,7 @@ class Variational(StaysHere):
             bound = particle.bound
             _require_finite(particle, bound)
             if torch.is_grad_enabled():  # a look must not move the baselines
-                bound = bound + self._score_terms(particle)
+                bound = bound + score_terms(particle, self.downstream, self.shared, self.baselines)
             total = bound if total is None else total + bound
         assert total is not None
         return -total if num_particles == 1 else -total / num_particles
@@ -341,8 +341,7 @@ class Variational(StaysHere):
     ) -> list[Tensor]:
         """Independent draws of the bound; where all is summed under the guide they are equal."""
         if self.is_pyros:
-            elbo = self._enumerated_elbo(1)
-            pair = self._enumerated_pair(None)
+            elbo, pair = self.pyros_elbo(1), self.pyros_pair()
             with _validation_told():
                 return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
         with torch.no_grad():
@@ -398,84 +397,27 @@ class Variational(StaysHere):
         """Whether latents are summed under the guide by Pyro: where nothing is summed exactly."""
         return bool(self.routing.enumerated) and not self.routing.exact
 
+    def pyros_elbo(self, num_particles: int) -> TraceEnum_ELBO:
+        """Pyro's bound where ``is_pyros``."""
+        return TraceEnum_ELBO(
+            num_particles=num_particles, max_plate_nesting=self.bare.max_plate_nesting
+        )
+
+    def pyros_pair(self, factors: Mapping[str, float] | None = None) -> tuple[Model, Model]:
+        """Model and guide as Pyro's bound takes them.
+
+        Args:
+            factors: Per plate what multiplies its sites.
+        """
+        barren = (n for n in self.bare.barren if n not in self.routing.drawn)
+        return pyros_pair(self.model, self.guide, self.routing, barren, factors or {})
+
     @property
     def is_exact(self) -> bool:
         """Whether the bound holds no randomness: everything is summed under the guide."""
         look = self.routing.guide
         one_value = look.points if look is not None else frozenset()
         return set(self.routing.drawn) <= {*self.routing.enumerated, *one_value}
-
-    def _score_terms(self, particle: Particle) -> Tensor | float:
-        """Σ_y (C_y − b_y) log q(y), zero in value, the score function in gradient."""
-        total: Tensor | float = 0.0
-        for own, score in particle.scores.items():
-            below = self.downstream.get(own)
-            # Elements that read each other share all costs; others have those of their own.
-            dims = () if own in self.shared else score.dims
-            cost: Tensor | None = None
-            for t in particle.terms:
-                if below is not None and t.role is not None and t.site not in below:
-                    continue
-                part = _onto(t.value.detach(), t.dims, score, dims)
-                cost = part if cost is None else cost + part
-            assert cost is not None
-            cost = cost.expand_as(score.value) if own in self.shared else cost
-            weight, options = particle.weight, particle.baselines.get(own) or {}
-            # A run among several holds its share of the cost, and of the baseline.
-            baseline, baseline_loss = self._baseline(own, cost * weight.runs, options)
-            share = weight.over(score.dims)
-            surrogate = ((cost - baseline * share).detach() * score.value).sum()
-            total = total + (surrogate - surrogate.detach())
-            if baseline_loss is not None:
-                total = total - (baseline_loss - baseline_loss.detach())
-        return total
-
-    def _baseline(
-        self, name: str, cost: Tensor, options: Mapping[str, Any]
-    ) -> tuple[Tensor | float, Tensor | None]:
-        """A decaying average of the cost, and a user's ``infer={"baseline": …}`` on top of it."""
-        decay = float(options.get("baseline_beta", 0.9))
-        size = max(cost.numel(), 1)
-        mean = float(cost.sum()) / size
-        known = name in self.baselines
-        average = self.baselines.get(name, 0.0)  # never of this draw: that would be a bias
-        self.baselines[name] = decay * average + (1 - decay) * mean if known else mean
-        learned: Tensor | None = None
-        if "nn_baseline" in options:
-            learned = options["nn_baseline"](options["nn_baseline_input"].detach())
-        elif "baseline_value" in options:
-            learned = options["baseline_value"]
-        if learned is None:
-            return average, None
-        learned = learned.reshape(cost.shape)
-        rest = cost - average if options.get("use_decaying_avg_baseline") else cost
-        shift = average if options.get("use_decaying_avg_baseline") else 0.0
-        return learned.detach() + shift, (learned - rest).pow(2).sum()
-
-    def _enumerated_elbo(self, num_particles: int) -> TraceEnum_ELBO:
-        return TraceEnum_ELBO(
-            num_particles=num_particles, max_plate_nesting=self.bare.max_plate_nesting
-        )
-
-    def _enumerated_pair(self, factors: Mapping[str, float] | None) -> tuple[Model, Model]:
-        """Model and guide as `TraceEnum_ELBO` takes them."""
-        unused = frozenset(self.routing.unused)
-        barren = frozenset(n for n in self.bare.barren if n not in self.routing.drawn)
-        enumerated = frozenset(self.routing.enumerated)
-
-        def model(*args: Any, **kwargs: Any) -> Any:
-            with (
-                ScalePlates(factors or {}),
-                FeasibleWhereMasked(),
-                OnlySites(barren),
-            ):
-                return self.model(*args, **kwargs)
-
-        def guide(*args: Any, **kwargs: Any) -> Any:
-            with ScalePlates(factors or {}), OnlySites(unused, enumerated):
-                return self.guide(*args, **kwargs)
-
-        return model, guide
 
 
 def inner_posterior(

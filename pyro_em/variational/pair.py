@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from pyro_em.tracing.handlers import GiveValues, GuideSites, HoldAt
+from pyro_em.tracing.handlers import (
+    FeasibleWhereMasked,
+    GiveValues,
+    GuideSites,
+    HoldAt,
+    OnlySites,
+    ScalePlates,
+)
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 from pyro_em.variational.guide import GuideLook
@@ -107,3 +114,33 @@ class WithSubsamples:
         """Run the model."""
         with GiveValues({}, {}, self.subsamples):
             return self.model(*args, **kwargs)
+
+
+def pyros_pair(
+    model: Model,
+    guide: Model,
+    routing: Routing,
+    barren: Iterable[str],
+    factors: Mapping[str, float],
+) -> tuple[Model, Model]:
+    """A model and its guide as Pyro's `TraceEnum_ELBO` takes them.
+
+    Args:
+        model: The user's model.
+        guide: Its guide.
+        routing: The routes.
+        barren: Sites of the model that integrate to one, and that the guide does not draw.
+        factors: Per plate what multiplies its sites.
+    """
+    hidden, unused = frozenset(barren), frozenset(routing.unused)
+    enumerated = frozenset(routing.enumerated)
+
+    def seen_model(*args: Any, **kwargs: Any) -> Any:
+        with ScalePlates(factors), FeasibleWhereMasked(), OnlySites(hidden):
+            return model(*args, **kwargs)
+
+    def seen_guide(*args: Any, **kwargs: Any) -> Any:
+        with ScalePlates(factors), OnlySites(unused, enumerated):
+            return guide(*args, **kwargs)
+
+    return seen_model, seen_guide

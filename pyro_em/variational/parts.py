@@ -74,8 +74,8 @@ def _split_particle(particle: Particle) -> Split:
 
 def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, Any]) -> Split:
     """The same from three bounds with common random numbers: all, without data, without model."""
-    model, guide = variational._enumerated_pair(None)
-    elbo = variational._enumerated_elbo(1)
+    model, guide = variational.pyros_pair()
+    elbo = variational.pyros_elbo(1)
 
     def without(observed_only: bool) -> Model:
         def masked(*args: Any, **kwargs: Any) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.handlers import GuideSites
 from pyro_em.variational.pair import Routing
-from pyro_em.variational.particle import Term
+from pyro_em.variational.particle import Particle, Term
 
 
 def _onto(value: Tensor, dims: Sequence[str], score: Term, kept: Sequence[str]) -> Tensor:
@@ -40,3 +41,64 @@ def _downstream(routing: Routing, structure: Structure) -> dict[str, frozenset[s
                 below |= {site, f"kl:{site}"}
         out[name] = frozenset(below)
     return out
+
+
+def score_terms(
+    particle: Particle,
+    downstream: Mapping[str, frozenset[str]],
+    shared: Collection[str],
+    baselines: dict[str, float],
+) -> Tensor | float:
+    """Σ_y (C_y − b_y) log q(y), zero in value, the score function in gradient.
+
+    Args:
+        particle: One draw.
+        downstream: For each drawn site the terms that depend on its draw.
+        shared: Drawn sites of which an element reaches terms of other elements of its plate.
+        baselines: Decaying averages of downstream costs, which go on with this draw.
+    """
+    total: Tensor | float = 0.0
+    for own, score in particle.scores.items():
+        below = downstream.get(own)
+        # Elements that read each other share all costs; others have those of their own.
+        dims = () if own in shared else score.dims
+        cost: Tensor | None = None
+        for t in particle.terms:
+            if below is not None and t.role is not None and t.site not in below:
+                continue
+            part = _onto(t.value.detach(), t.dims, score, dims)
+            cost = part if cost is None else cost + part
+        assert cost is not None
+        cost = cost.expand_as(score.value) if own in shared else cost
+        weight, options = particle.weight, particle.baselines.get(own) or {}
+        # A run among several holds its share of the cost, and of the baseline.
+        baseline, baseline_loss = _baseline(baselines, own, cost * weight.runs, options)
+        share = weight.over(score.dims)
+        surrogate = ((cost - baseline * share).detach() * score.value).sum()
+        total = total + (surrogate - surrogate.detach())
+        if baseline_loss is not None:
+            total = total - (baseline_loss - baseline_loss.detach())
+    return total
+
+
+def _baseline(
+    baselines: dict[str, float], name: str, cost: Tensor, options: Mapping[str, Any]
+) -> tuple[Tensor | float, Tensor | None]:
+    """A decaying average of the cost, and a user's ``infer={"baseline": …}`` on top of it."""
+    decay = float(options.get("baseline_beta", 0.9))
+    size = max(cost.numel(), 1)
+    mean = float(cost.sum()) / size
+    known = name in baselines
+    average = baselines.get(name, 0.0)  # never of this draw: that would be a bias
+    baselines[name] = decay * average + (1 - decay) * mean if known else mean
+    learned: Tensor | None = None
+    if "nn_baseline" in options:
+        learned = options["nn_baseline"](options["nn_baseline_input"].detach())
+    elif "baseline_value" in options:
+        learned = options["baseline_value"]
+    if learned is None:
+        return average, None
+    learned = learned.reshape(cost.shape)
+    rest = cost - average if options.get("use_decaying_avg_baseline") else cost
+    shift = average if options.get("use_decaying_avg_baseline") else 0.0
+    return learned.detach() + shift, (learned - rest).pow(2).sum()
