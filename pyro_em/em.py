@@ -25,8 +25,8 @@ from pyro_em.fitting.stepping import loss_of
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.plan.given_q import as_posterior, check_q
 from pyro_em.plan.plan import Plan
-from pyro_em.plan.planner import Looker, Strategy
 from pyro_em.plan.program import Program
+from pyro_em.plan.request import Request, Strategy
 from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
 from pyro_em.portable import deep_copied, require_picklable
 from pyro_em.posteriors.assignments import Start
@@ -115,8 +115,10 @@ class ExactPosteriorEM(NamesFromElsewhere):
             max_enumeration,
         )
         self.model = model
-        looker = Looker(model, guide, optim, strategy, updates, max_plate_nesting, max_enumeration)
-        self._session = Session(looker, num_particles)
+        request = Request(
+            model, guide, optim, strategy, updates, max_plate_nesting, max_enumeration
+        )
+        self._session = Session(request, num_particles)
 
     @property
     def guide(self) -> Any:

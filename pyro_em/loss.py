@@ -20,6 +20,7 @@ from pyro_em.graph.structure import form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.planner import Looker
 from pyro_em.plan.program import Program
+from pyro_em.plan.request import Request
 from pyro_em.plan.wishes import check_draws, check_limits
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
@@ -128,8 +129,8 @@ class TraceExact_ELBO(ELBO):
             read = found.graph.parameters if isinstance(found, Program) else found.parameters
             if same and is_stored(read):
                 return found
-        looker = Looker(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
-        found = looker.look(args, kwargs, look_only=True)
+        request = Request(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
+        found = Looker(request).look(args, kwargs, look_only=True)
         self._last = (model, guide, form, found)
         return found
 

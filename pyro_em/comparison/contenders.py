@@ -63,8 +63,8 @@ def standard_contenders(
         >>> list(standard_contenders(ExactPosteriorEM(lambda x: None)))
         ['exact EM', 'SVI, exact marginal', 'SVI, guide', 'L-BFGS']
     """
-    looker = em._session.looker
-    held = [name for name, update in looker.updates.items() if isinstance(update, Fixed)]
+    request = em._session.request
+    held = [name for name, update in request.updates.items() if isinstance(update, Fixed)]
     if held:
         raise UsageError(
             message(
@@ -75,7 +75,7 @@ def standard_contenders(
             )
         )
     budgets = budgets_of(em)
-    own = looker.guide if callable(looker.guide) else None
+    own = request.guide if callable(request.guide) else None
     chosen = guide or own or AutoAmortizedCategorical(em.model)
     empty = own if own is not None and not isinstance(own, type) else no_guide
     adam = pyro.optim.Adam({"lr": 0.01})
@@ -151,7 +151,7 @@ def models_of(contenders: Mapping[str, Contender]) -> dict[str, Callable[..., An
 
 def budgets_of(one: ExactPosteriorEM | Direct) -> dict[str, Any]:
     """Plate dimensions and the size of enumerations as the user gave them."""
-    source = one._session.looker if isinstance(one, ExactPosteriorEM) else one
+    source = one._session.request if isinstance(one, ExactPosteriorEM) else one
     return {
         "max_plate_nesting": source.max_plate_nesting,
         "max_enumeration": source.max_enumeration,

@@ -127,10 +127,10 @@ class Contest:
             drawn = not self._is_exact(one)
             return Method(label, partial(self._svi, one), tried, seeds, drawn, note)
         if self.is_stochastic(one):
-            tried, note = _rates(rates, one._session.looker.optim)
+            tried, note = _rates(rates, one._session.request.optim)
             run = partial(self._em, one, self.limits.svi_steps)
             return Method(label, run, tried, seeds, True, note)
-        random = _is_random(one._session.looker.strategy)
+        random = _is_random(one._session.request.strategy)
         run = partial(self._em, one, self.limits.max_steps)
         return Method(label, run, (None,), seeds if random else seeds[:1], random)
 
@@ -181,7 +181,7 @@ class Contest:
 
     def is_stochastic(self, em: ExactPosteriorEM) -> bool:
         """Whether its guide draws or scores latents, so that gradients move everything."""
-        if em._session.looker.guide is None:
+        if em._session.request.guide is None:
             return False
         with self._scope(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -295,13 +295,13 @@ class Contest:
 
 def _anew(em: ExactPosteriorEM, rate: float | None) -> ExactPosteriorEM:
     """The same settings, nothing fitted, another learning rate."""
-    looker = em._session.looker
+    request = em._session.request
     return ExactPosteriorEM(
         em.model,
-        looker.guide,
-        _remade(looker.optim, rate),
-        strategy=looker.strategy,
-        updates=looker.updates,
+        request.guide,
+        _remade(request.optim, rate),
+        strategy=request.strategy,
+        updates=request.updates,
         num_particles=em.num_particles,
         **budgets_of(em),
     )

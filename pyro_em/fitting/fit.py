@@ -48,7 +48,7 @@ def fit(session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
     """
     begin = time.perf_counter()
     looked = _arguments_of(session, args, kwargs)
-    check_collisions(session.looker.model, looked, FIT_KEYWORDS, "fit", wishes.passed())
+    check_collisions(session.request.model, looked, FIT_KEYWORDS, "fit", wishes.passed())
     held = frozenset(pyro.get_param_store())
     with seeded(wishes.seed):
         found = session.ready(looked, kwargs)
@@ -68,7 +68,7 @@ def _arguments_of(session: Session, args: tuple, kwargs: dict[str, Any]) -> tupl
         return args
     first = first_batch(args[0])
     items = tuple(first) if isinstance(first, (tuple, list)) else (first,)
-    check_loader(session.looker.model, len(items), args[1:], kwargs)
+    check_loader(session.request.model, len(items), args[1:], kwargs)
     return (*items, *args[1:])
 
 

@@ -21,6 +21,7 @@ from pyro_em.graph.readable import refuse_without_numbers
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.planner import Looker
 from pyro_em.plan.program import Program
+from pyro_em.plan.request import Request
 from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.wishes import check_model_keywords
 from pyro_em.tracing import checkpoint
@@ -34,10 +35,11 @@ class Session:
     """The state of one `ExactPosteriorEM`; its public methods change nothing else.
 
     Args:
-        looker: What the user gave.
+        request: What the user gave.
         num_particles: Draws from the guide per step.
 
     Attributes:
+        looker: Reads the model.
         program: The last exact reading; the state of its M-step goes on in the next one.
         trainer: The optimisers of a pair, which live on while its parameters are the same.
         parameters: All parameters, as the last reading found them.
@@ -47,8 +49,9 @@ class Session:
         last_data: The data that were learnt from last.
     """
 
-    def __init__(self, looker: Looker, num_particles: int) -> None:
-        self.looker = looker
+    def __init__(self, request: Request, num_particles: int) -> None:
+        self.request = request
+        self.looker = Looker(request)
         self.num_particles = num_particles
         self.first = FirstSeen()
         self._begin()
@@ -91,7 +94,7 @@ class Session:
 
     def ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """As ``look``, and refuse what has nothing to fit."""
-        refuse_without_numbers(given_arguments(self.looker.model, args, kwargs))
+        refuse_without_numbers(given_arguments(self.request.model, args, kwargs))
         form = _without_rows(form_of(args, kwargs))
         if self.trainer is not None and form == self._form and is_stored(self.parameters):
             return self.trainer  # batches of one form have the same routes
@@ -106,7 +109,7 @@ class Session:
 
     def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
         refuse_a_loader(args, kwargs)
-        check_model_keywords(self.looker.model, kwargs)
+        check_model_keywords(self.request.model, kwargs)
         refuse_inside_a_model()
         self.first.before_a_run()
 
@@ -125,14 +128,14 @@ class Session:
 
     def _trainer_of(self, variational: Variational) -> Trainer:
         """The optimisers for a pair; they live on while parameters are the same."""
-        refuse_untrainable(variational, self.looker.updates_for(variational.parameters))
+        refuse_untrainable(variational, self.request.updates_for(variational.parameters))
         if self.trainer is None:
             for note in variational.notes:
                 warn(note)
             self.trainer = Trainer(
                 variational,
-                self.looker.optim,
-                self.looker.updates_for,
+                self.request.optim,
+                self.request.updates_for,
                 self.num_particles,
                 self.looker.saved_name,
             )
@@ -166,16 +169,16 @@ class Session:
 
     def given(self) -> dict[str, Any]:
         """What the constructor of `ExactPosteriorEM` was given, by name."""
-        looker = self.looker
+        request = self.request
         return {
-            "model": looker.model,
-            "guide": looker.guide,
-            "optim": without_state(looker.optim),
-            "strategy": looker.strategy,
-            "updates": dict(looker.updates),
+            "model": request.model,
+            "guide": request.guide,
+            "optim": without_state(request.optim),
+            "strategy": request.strategy,
+            "updates": dict(request.updates),
             "num_particles": self.num_particles,
-            "max_plate_nesting": looker.max_plate_nesting,
-            "max_enumeration": looker.max_enumeration,
+            "max_plate_nesting": request.max_plate_nesting,
+            "max_enumeration": request.max_enumeration,
         }
 
     def fitted(self) -> dict[str, Any] | None:
@@ -240,7 +243,7 @@ class Session:
         self.trainer, self._training = None, dict(state.get("training", {}))
 
     def _roots(self) -> tuple[Any, Any]:
-        return self.looker.model, self.looker.guide_now
+        return self.request.model, self.looker.guide_now
 
     def _by_saved_name(self) -> dict[str, TracedParameter]:
         return {self.looker.saved_name(n): p for n, p in self.parameters.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,20 +16,18 @@ from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.notes import _unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
+from pyro_em.plan.request import Request
 from pyro_em.plan.routes import (
     decide_routes,
     matching,
     reduced,
     routes_with_guide,
-    unknown_strategies,
 )
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
-from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.strategies import EStepStrategy, MonteCarlo
+from pyro_em.posteriors.strategies import MonteCarlo
 from pyro_em.tracing.runs import Model
-from pyro_em.updates.optimizers import Optimizer, _StepsPyroOptim
-from pyro_em.updates.update import Gradient, Update
+from pyro_em.updates.update import Gradient
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.guide import (
     GuideLook,
@@ -41,34 +38,20 @@ from pyro_em.variational.guide import (
 )
 from pyro_em.variational.pair import Routing, WithSubsamples
 
-Strategy = str | EStepStrategy
-
 
 @dataclass(eq=False)
 class Looker(StaysHere):
-    """What the user asked for, and how to look at a model with it.
+    """How to look at a model with what the user asked for.
 
     Attributes:
-        model: The user's model.
-        guide: The user's ``guide`` argument.
-        optim: The user's optimiser.
-        strategy: The user's strategy.
-        updates: The user's updates by name or glob.
-        max_plate_nesting: As the user gave it.
-        max_enumeration: The budget in cells.
-        built: The guide that ``guide`` stands for, once it has been built.
+        request: What the user asked for.
+        built: The guide that ``request.guide`` stands for, once it has been built.
         seen: Whether the model has been run before.
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
     """
 
-    model: Callable[..., Any]
-    guide: Any
-    optim: Optimizer | pyro.optim.PyroOptim | None
-    strategy: Strategy | Mapping[str, Strategy]
-    updates: Mapping[str, Update]
-    max_plate_nesting: int | None
-    max_enumeration: int
+    request: Request
     built: Any = None
     seen: bool = False
     guide_parameters: tuple[str, ...] = ()
@@ -97,29 +80,29 @@ class Looker(StaysHere):
     ) -> Program | Variational | Unrouted:
         """As ``look``; where a latent has no route it is a finding, not an exception."""
         first, self.seen = not self.seen, True
-        if self.guide is None:
-            program = self._program(self.model, args, kwargs, first, look_only, ())
+        if self.request.guide is None:
+            program = self._program(self.request.model, args, kwargs, first, look_only, ())
             if isinstance(program, Unrouted):
                 return program
             _drop_unused_strategy(program)
-            self._check_strategies(program.structure.latents, program.structure.latents)
+            self.request.check_strategies(program.structure.latents, program.structure.latents)
             self._note_unused_optimiser(program)
             return program
         bare, look = self._look_at_both(args, kwargs, first)
         routing = self._route(bare, look)
         if isinstance(routing, Unrouted):
             return routing
-        self._check_strategies((*bare.latents, *bare.barren), routing.exact)
+        self.request.check_strategies((*bare.latents, *bare.barren), routing.exact)
         if routing.is_stochastic:
             return Variational(
-                self.model,
+                self.request.model,
                 self.built,
                 routing,
                 bare,
-                self.max_plate_nesting,
+                self.request.max_plate_nesting,
                 self._weighted(routing),
             )
-        pair = routing.pair(self.model, self.built)
+        pair = routing.pair(self.request.model, self.built)
         routes = routes_with_guide(bare, routing)
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if isinstance(program, Unrouted):
@@ -134,19 +117,21 @@ class Looker(StaysHere):
     @property
     def guide_now(self) -> Any:
         """The guide: as given, or once data have been seen the one that was built."""
-        return self.guide if self.built is None else self.built
+        return self.request.guide if self.built is None else self.built
 
     def plan(self, found: Program | Variational | Unrouted) -> Plan:
         """Every decision about what a look found, with its reason."""
         if isinstance(found, Program):
             return found.plan()
         if isinstance(found, Unrouted):
-            return found.plan(self.updates_for(dict.fromkeys(found.parameters)))
-        return plan_of(found, self.updates_for(found.parameters), self.optim is not None)
+            return found.plan(self.request.updates_for(dict.fromkeys(found.parameters)))
+        return plan_of(
+            found, self.request.updates_for(found.parameters), self.request.optim is not None
+        )
 
     def _note_unused_optimiser(self, program: Program) -> None:
         """Say so where an optimiser was given and no parameter of an exact fit is moved by it."""
-        if self.optim is None or not program.updates:
+        if self.request.optim is None or not program.updates:
             return
         if any(isinstance(u.update, Gradient) for u in program.updates.values()):
             return
@@ -160,9 +145,9 @@ class Looker(StaysHere):
     ) -> tuple[Structure, GuideLook]:
         """The bare model, at the subsamples that its guide drew, and the guide."""
         look: GuideLook | None = None
-        model = self.model
-        if self.built is None and not needs_building(self.guide):
-            self.built = built_guide(self.guide, self.model, None)
+        model = self.request.model
+        if self.built is None and not needs_building(self.request.guide):
+            self.built = built_guide(self.request.guide, self.request.model, None)
         if self.built is not None:
             look = look_at_guide(self.built, args, kwargs, first_look=first)
             if look.subsamples:
@@ -171,51 +156,26 @@ class Looker(StaysHere):
             model,
             args,
             kwargs,
-            max_plate_nesting=self.max_plate_nesting,
+            max_plate_nesting=self.request.max_plate_nesting,
             first_look=first,
             guide_given=True,
-            max_enumeration=self.max_enumeration,
+            max_enumeration=self.request.max_enumeration,
         )
         if problems:
             raise_findings(problems)
         bare = replace(bare, looked=None)  # what sums the latents looks at the pair
         if look is None:
-            self.built = built_guide(self.guide, self.model, bare)
+            self.built = built_guide(self.request.guide, self.request.model, bare)
             self.name = given_a_name(self.built)
             look = look_at_guide(self.built, args, kwargs, first_look=first)
         return bare, look
 
-    def _check_strategies(self, latents: Iterable[str], exact: Iterable[str]) -> None:
-        """Refuse a dict of strategies that names no latent, or part of what is summed together."""
-        unknown = unknown_strategies(self.strategy, latents)
-        if unknown:
-            known = ", ".join(f"'{n}'" for n in latents) or "none"
-            raise UsageError(
-                message(
-                    f"strategy['{unknown[0]}']",
-                    f"no latent matches; the model has: {known}.",
-                    "a misspelt name would be ignored in silence",
-                    ["use a latent's name or a glob"],
-                )
-            )
-        asked = self.e_step
-        left = [n for n in exact if asked is not None and matching(self.strategy, n) != asked]
-        if left:
-            raise UsageError(
-                message(
-                    f"strategy={asked!r}",
-                    f"it was asked for some latents, but '{left[0]}' is to be summed exactly.",
-                    "latents that are summed share one E-step",
-                    [f"pass strategy={asked!r} for all of them"],
-                )
-            )
-
     def forget(self) -> tuple[str, ...]:
         """Forget a guide that was built here; returns the names of its parameters."""
-        own = self.guide_parameters if needs_building(self.guide) else ()
+        own = self.guide_parameters if needs_building(self.request.guide) else ()
         self.built, self.seen, self.guide_parameters, self.name = None, False, (), ("", "")
-        if isinstance(self.optim, pyro.optim.PyroOptim):
-            self.optim.optim_objs.clear()
+        if isinstance(self.request.optim, pyro.optim.PyroOptim):
+            self.request.optim.optim_objs.clear()
         return own
 
     def saved_name(self, name: str) -> str:
@@ -237,16 +197,16 @@ class Looker(StaysHere):
             cost = contraction_from_structure(reduced(bare, set(routing.points)))
         except ModelError:  # latents of crossed plates
             return None
-        if cost.cells > self.max_enumeration:
+        if cost.cells > self.request.max_enumeration:
             return None
         exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())
-        pair = exact.pair(self.model, self.built)
+        pair = exact.pair(self.request.model, self.built)
         program = self._program(pair, args, kwargs, False, True, ())
         return program if isinstance(program, Program) else None
 
     def all_from_guide(self, args: tuple, kwargs: dict[str, Any]) -> Variational | None:
         """The pair in which the guide draws all that it covers; None if that is not everything."""
-        if self.guide is None or self.built is None:
+        if self.request.guide is None or self.built is None:
             return None
         bare, look = self._look_at_both(args, kwargs, False)
         routing = self._route(bare, look, everything=True)
@@ -254,7 +214,9 @@ class Looker(StaysHere):
             raise routing.error
         if routing.exact or not routing.drawn:
             return None
-        return Variational(self.model, self.built, routing, bare, self.max_plate_nesting)
+        return Variational(
+            self.request.model, self.built, routing, bare, self.request.max_plate_nesting
+        )
 
     def _route(
         self, bare: Structure, look: GuideLook, everything: bool = False
@@ -262,13 +224,13 @@ class Looker(StaysHere):
         self.guide_parameters = tuple(look.run.parameters)
 
         def strategy(name: str) -> str:
-            one = matching(self.strategy, name)
+            one = matching(self.request.strategy, name)
             if everything:
                 return "guide"
             return one if isinstance(one, str) else "exact"
 
         routing, problems = decide_routes(
-            bare, look, strategy=strategy, max_enumeration=self.max_enumeration
+            bare, look, strategy=strategy, max_enumeration=self.request.max_enumeration
         )
         problems = [*parameter_problems(look.run), *problems]
         if are_of_routes(problems):
@@ -279,7 +241,7 @@ class Looker(StaysHere):
 
     def _weighted(self, routing: Routing) -> int | None:
         """Draws per step of Monte Carlo EM by importance; None for the ELBO."""
-        e_step = self.e_step
+        e_step = self.request.e_step
         if e_step is None:
             return None
         names = ", ".join(f"'{n}'" for n in routing.drawn)
@@ -306,33 +268,6 @@ class Looker(StaysHere):
             )
         return e_step.num_samples
 
-    @property
-    def e_step(self) -> EStepStrategy | None:
-        """The E-step that was asked for in place of the exact one."""
-        if not isinstance(self.strategy, Mapping):
-            return None if isinstance(self.strategy, str) else self.strategy
-        wanted = {s for s in self.strategy.values() if not isinstance(s, str)}
-        if len(wanted) > 1:
-            raise UsageError(
-                message(
-                    "ExactPosteriorEM",
-                    "strategy holds several E-steps: " + ", ".join(map(repr, wanted)) + ".",
-                    "all summed latents share one E-step",
-                    ["use one of them"],
-                )
-            )
-        return next(iter(wanted), None)
-
-    @property
-    def gradient(self) -> Gradient | None:
-        """The update of parameters without a closed form."""
-        optim = self.optim
-        if optim is None:
-            return None
-        if isinstance(optim, pyro.optim.PyroOptim):
-            return Gradient(lambda p: _StepsPyroOptim(p, optim), 1)
-        return Gradient(optim, 1)
-
     def _program(
         self,
         model: Model,
@@ -346,19 +281,15 @@ class Looker(StaysHere):
             model,
             args,
             kwargs,
-            requested=self.updates,
-            gradient=self.gradient,
-            max_plate_nesting=self.max_plate_nesting,
-            max_enumeration=self.max_enumeration,
+            requested=self.request.updates,
+            gradient=self.request.gradient,
+            max_plate_nesting=self.request.max_plate_nesting,
+            max_enumeration=self.request.max_enumeration,
             first_look=first,
             look_only=look_only,
-            strategy=self.e_step,
+            strategy=self.request.e_step,
             routes=routes,
         )
-
-    def updates_for(self, parameters: Mapping[str, Any]) -> Mapping[str, Update]:
-        """The user's updates by exact parameter name."""
-        return matched(self.updates, parameters)
 
 
 def _drop_unused_strategy(program: Program) -> None:
