@@ -1,7 +1,7 @@
 """From the runs of a model to its factor graph.
 
 `examination` finds the `structure` of a model (plates, latents, observed sites) with the findings of
-`checks`; `failures` says what to do where the model raises; `trace` brings an enumerated run into the
+`checks` and `value_checks`; `failures` says what to do where the model raises; `trace` brings an enumerated run into the
 compact layout of `layout`, as the groups of `factors`; `autograd` reads from the gradient graph how
 parameters reach each argument (`binding`).
 

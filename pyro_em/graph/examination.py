@@ -18,15 +18,7 @@ from torch import Tensor
 from pyro_em.distributions import _enumerable, is_discrete, support_size_of
 from pyro_em.errors import Finding, UsageError, message, raise_findings
 from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
-from pyro_em.graph.checks import (
-    data_problems,
-    given_problems,
-    latent_problems,
-    parameter_problems,
-    scope_problems,
-    shape_problems,
-    weight_problems,
-)
+from pyro_em.graph.checks import latent_problems, scope_problems, shape_problems
 from pyro_em.graph.coupling import Coupling, couplings
 from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.first_run import (
@@ -45,6 +37,12 @@ from pyro_em.graph.readable import (
 from pyro_em.graph.side_effects import Watched, refuse_clearing, writing_problems
 from pyro_em.graph.structure import Plate, SiteInfo, Structure
 from pyro_em.graph.unregistered import unregistered
+from pyro_em.graph.value_checks import (
+    data_problems,
+    given_problems,
+    parameter_problems,
+    weight_problems,
+)
 from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.tracing.feasible import feasible_event
 from pyro_em.tracing.randomness import random_state, set_random_state

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyro_em.distributions import unwrap
 from pyro_em.errors import DataError, Finding, raise_findings
 from pyro_em.graph.blame import given_tensors
-from pyro_em.graph.checks import given_problems, parameter_problems
 from pyro_em.graph.failures import is_about_numbers, on_failure
 from pyro_em.graph.initial import forget_bad_starts, start_problem, tell_of_starts
+from pyro_em.graph.value_checks import given_problems, parameter_problems
 from pyro_em.tracing.runs import Model, Run, RunFailed, plain_run
 from pyro_em.tracing.sites import is_factor, is_latent
 

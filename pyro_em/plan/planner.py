@@ -8,21 +8,16 @@ from typing import Any
 import pyro
 
 from pyro_em.errors import ModelError, UsageError, as_error, message, raise_findings
-from pyro_em.graph.checks import parameter_problems
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
+from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import build_program
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.notes import _unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
-from pyro_em.plan.routes import (
-    decide_routes,
-    matching,
-    reduced,
-    routes_with_guide,
-)
+from pyro_em.plan.routes import decide_routes, matching, reduced, routes_with_guide
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import MonteCarlo
