@@ -32,7 +32,7 @@ from pyro_em.variational.trainer import Trainer
 
 
 class Session:
-    """The state of one `ExactPosteriorEM`; its public methods change nothing else.
+    """All that the methods of one `ExactPosteriorEM` remember.
 
     Args:
         request: What the user gave.
