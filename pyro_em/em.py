@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
-from pyro_em.analysis.ordering import sort_components
+from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import by_name, check_path, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
@@ -437,7 +437,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
     def sort_components(
         self,
         site: str,
-        by: str | Tensor,
+        by: str | Tensor | None = None,
         *args: Any,
         descending: bool = False,
         **kwargs: Any,
@@ -462,6 +462,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """
         site_name("sort_components", "site", site)
         truth("sort_components", "descending", descending)
+        by = a_key(site, by)
         program = refuse_a_guide(self._ready(args, kwargs), "sort_components")
         return sort_components(program, site, by, descending=descending)
 

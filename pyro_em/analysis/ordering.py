@@ -101,6 +101,27 @@ def _axis_along(
     return None
 
 
+def a_key(site: str, by: str | Tensor | None) -> str | Tensor:
+    """What components are sorted by.
+
+    Raises:
+        UsageError: If it is None.
+    """
+    if by is None:
+        raise UsageError(
+            message(
+                "by",
+                "None does not say what to sort by.",
+                "the components of a latent are put into the order of something",
+                [
+                    f"em.sort_components('{site}', 'mu', data): a parameter that it indexes",
+                    f"em.sort_components('{site}', keys, data): a number per component",
+                ],
+            )
+        )
+    return by
+
+
 def sort_components(program: Program, site: str, by: str | Tensor, *, descending: bool) -> Tensor:
     """Permute all parameters that run over a latent's values; see `ExactPosteriorEM`.
 

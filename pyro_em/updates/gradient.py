@@ -20,6 +20,7 @@ from torch.distributions import transform_to, transforms
 
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.updates.optimizers import of_update
 from pyro_em.updates.saturated import leave_bounds
 from pyro_em.updates.update import Gradient
 
@@ -223,7 +224,7 @@ def _step_optimizer(
     held = [] if known is None else known.param_groups[0]["params"]
     if known is None or any(a is not b for a, b in zip(held, variables, strict=False)):
         assert update.optimizer is not None
-        known = state[key] = update.optimizer(variables)
+        known = state[key] = of_update(update.optimizer, variables)
     for _ in range(update.steps):
         known.zero_grad()
         with torch.enable_grad():

@@ -127,19 +127,53 @@ class Stepper:
         self.pending = {**saved, "names": rest, "state": states} if rest else None
 
 
-def _built(optim: Optimizer, parameters: list[Tensor]) -> torch.optim.Optimizer:
-    """The user's torch optimiser, which has to step along one gradient."""
+def of_update(
+    optim: Optimizer | pyro.optim.PyroOptim, parameters: list[Tensor]
+) -> torch.optim.Optimizer:
+    """The optimiser of an M-step by gradient, of torch or of Pyro.
+
+    Raises:
+        UsageError: If it is no optimiser, or one that needs more than a gradient.
+    """
+    if isinstance(optim, pyro.optim.PyroOptim):
+        return _StepsPyroOptim(parameters, optim)
+    built = _torch_optimizer("Gradient", optim, parameters)
+    if _needs_closure(built):
+        raise UsageError(
+            message(
+                "Gradient",
+                f"{type(built).__name__} evaluates the loss several times per step.",
+                "an optimiser steps along one gradient here",
+                ["leave it out: L-BFGS with a line search is the default", "use Adam or SGD"],
+            )
+        )
+    return built
+
+
+def _torch_optimizer(
+    where: str, optim: Optimizer, parameters: list[Tensor]
+) -> torch.optim.Optimizer:
     built = optim(parameters)
     if not isinstance(built, torch.optim.Optimizer):
         raise UsageError(
             message(
-                "optim",
+                where,
                 f"it returned a {type(built).__name__}, not a torch optimiser.",
                 fixes=["pass lambda params: torch.optim.Adam(params, lr=0.01)"],
             )
         )
+    return built
+
+
+def _needs_closure(built: torch.optim.Optimizer) -> bool:
     closure = inspect.signature(type(built).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _built(optim: Optimizer, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """The user's torch optimiser, which has to step along one gradient."""
+    built = _torch_optimizer("optim", optim, parameters)
+    if _needs_closure(built):
         raise UsageError(
             message(
                 "optim",

@@ -57,8 +57,9 @@ class Gradient:
     """A gradient step on the expected log joint in the unconstrained space.
 
     Attributes:
-        optimizer: A callable from a list of tensors to a torch optimiser, or None for L-BFGS with
-            a line search to convergence, under which the objective cannot fall.
+        optimizer: A callable from a list of tensors to a torch optimiser, one of ``pyro.optim``,
+            or None for L-BFGS with a line search to convergence, under which the objective cannot
+            fall.
         steps: Steps of the optimiser per M-step, or iterations of L-BFGS at most.
 
     Example:

@@ -135,6 +135,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "sort list, data": (lambda: em().sort_components([0, 1], X), "site=[0, 1]"),
     "sort words": (lambda: em().sort_components("z", ["a", "b"], X), "by: ['a', 'b'] does not"),
     "sort None": (lambda: em().sort_components("z", None, X), "by: None"),
+    "sort list alone": (lambda: em().sort_components([1, 0]), "site=[1, 0]"),
+    "sort by nothing": (lambda: em().sort_components("z"), "by: None does not say | 'mu', data"),
     "sort dict": (lambda: em().sort_components("z", {"a": 1}, X), "by: {'a': 1} does not"),
     "sort keys": (lambda: em().sort_components("z", [0, 1, 2], X), "by: 3 keys for 2 components"),
     "sort NaN": (lambda: em().sort_components("z", tensor([math.nan, 1.0]), X), "NaN | no order"),

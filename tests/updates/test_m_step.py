@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 from torch.distributions import constraints, transform_to
 from torch.nn.functional import one_hot, softplus
 
-from pyro_em import ClosedForm, ExactPosteriorEM, Fixed, Gradient, LeastSquares
+from pyro_em import ClosedForm, ExactPosteriorEM, Fixed, Gradient, LeastSquares, UsageError
 
 C = constraints
 T = partial(torch.tensor, dtype=torch.float64)
@@ -492,3 +492,41 @@ def test_fixed_and_torch_optimisers_by_glob():
     exact = run(model, REAL, steps=150, updates={"s": Fixed()})
     for name in ("mu_low", "mu_high"):
         close(result.params[name], exact.params[name], atol=1e-4)
+
+
+PYROS = {
+    "Adam": lambda: pyro.optim.Adam({"lr": 0.01}),
+    "a schedule": lambda: pyro.optim.ExponentialLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.01}, "gamma": 1.0}
+    ),
+}
+
+
+def two_means(x):
+    mu = pyro.param("mu", LO_HI.clone())
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2, dtype=x.dtype)))
+        pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+
+@pytest.mark.parametrize("of", list(PYROS))
+def test_a_pyro_optimiser_moves_a_parameter_as_torch_s_does(of):
+    found = []
+    for optimizer in (PYROS[of](), lambda p: torch.optim.Adam(p, lr=0.01)):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(two_means, updates={"mu": Gradient(optimizer, steps=3)})
+        found.append(em.fit(REAL, max_steps=4, tol=0).params["mu"])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    "optimizer, words",
+    [
+        (lambda p: torch.optim.LBFGS(p), "Gradient: LBFGS evaluates the loss several times"),
+        (lambda p: None, "Gradient: it returned a NoneType, not a torch optimiser"),
+    ],
+)
+def test_what_is_no_optimiser_of_one_gradient_is_refused(optimizer, words):
+    pyro.clear_param_store()
+    with pytest.raises(UsageError, match=words):
+        ExactPosteriorEM(two_means, updates={"mu": Gradient(optimizer)}).fit(REAL, max_steps=2)
