@@ -1,7 +1,7 @@
 """Blocks of latents: their exact posterior, their log evidence and their sums over data.
 
 `contraction` eliminates the latents of any plated factor graph and is the oracle of the special
-blocks: `mixture` (one latent per row, in chunks of rows) and `chain` (forward and backward messages).
+blocks: `mixture` (one latent per row, in chunks of `rows`) and `chain` (forward and backward messages).
 `posterior` is what users hold.
 
 May import: `pyro_em.densities` and what is below it. To add a block, copy `mixture`, keep the protocol

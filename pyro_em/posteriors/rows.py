@@ -1,0 +1,172 @@
+"""One latent per row of a plate: whether a graph is that, what a row counts, and its distinct rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Finding, sites_in_words
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.tracing.sites import Role
+
+
+def restricted(group: Group, rows: slice | Tensor) -> Group:
+    """The group at some rows of its only plate."""
+    size = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:, rows] if t.shape[1] > 1 else t
+
+    return replace(
+        group,
+        sizes=(size, *group.sizes[1:]),
+        value=cut(group.value),
+        mask=None if group.mask is None else cut(group.mask),
+        elements=None if group.elements is None else cut(group.elements),
+    )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The groups of a mixture over rows, by what they read."""
+
+    plate: str
+    size: int
+    rowwise: tuple[int, ...]
+    tables: tuple[int, ...]
+    free: tuple[int, ...]
+
+    def eligible(self, graph: FactorGraph) -> list[int]:
+        """Groups whose linear form the kernel can use: not a latent's own that rows mask."""
+        rest = [g for g in self.rowwise if graph.groups[g].value.shape[2] == 1]
+        return [*rest, *self.tables, *self.free]
+
+
+def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
+    """The groups of one latent per row of a plate, or why a collapsed graph is none; by looking."""
+    if len(graph.latents) != 1:
+        return _several(graph)
+    ((name, latent),) = graph.latents.items()
+    where = f"site '{name}'"
+    if len(latent.plates) != 1:
+        depth = "in no plate" if not latent.plates else "in nested plates"
+        return Finding(where, f"'{name}' is {depth}: no kernel")
+    if latent.size < 2:
+        return Finding(where, f"'{name}' has one value")
+    (plate,) = latent.plates
+    rowwise: list[int] = []
+    tables: list[int] = []
+    free: list[int] = []
+    for g, group in enumerate(graph.groups):
+        dims = group.dims[0]
+        if group.role is Role.POINT:
+            continue
+        site = group.members[0]
+        if group.family is None:
+            return Finding(f"site '{site}'", f"'{site}' ({group.distribution}) has no sums")
+        if name not in dims:
+            free.append(g)
+            continue
+        if dims != (plate, name):
+            return Finding(f"site '{site}'", f"'{site}' has plates of its own under '{name}'")
+        fixed = group.value.shape[1] == 1 and len(group.members) == 1 and group.mask is None
+        fixed = fixed and not varies(group)
+        (tables if fixed and not group.observed else rowwise).append(g)
+    if not rowwise:
+        return Finding(where, f"no data read '{name}'")
+    return Shape(plate, latent.size, tuple(rowwise), tuple(tables), tuple(free))
+
+
+def _several(graph: FactorGraph) -> Finding:
+    """Why a graph with no latent, or with more than one, is no mixture over rows."""
+    names, plates = list(graph.latents), {v.plates for v in graph.latents.values()}
+    if not names:
+        return Finding("model", "no latent is summed")
+    words = {2: "two", 3: "three", 4: "four"}.get(len(names), str(len(names)))
+    where = sites_in_words(names)
+    if len(plates) == 1 and plates != {()}:
+        return Finding(where, f"{words} latents per row: no kernel")
+    return Finding(where, f"{words} latents that share factors: no kernel")
+
+
+def varies(group: Group) -> bool:
+    """Whether an argument differs between rows."""
+    return any(a.shape[1] != 1 for a in group.arguments.values())
+
+
+def why_not_constant(group: Group) -> Finding:
+    """The finding for parameters that differ from row to row."""
+    site = group.members[0]
+    return Finding(
+        f"site '{site}'", f"the parameters of '{site}' differ from row to row: no kernel"
+    )
+
+
+def row_weights(graph: FactorGraph, shape: Shape) -> Tensor | Finding:
+    """What one row counts, by the scale that all its sites share; one where they have none. # (N,)
+
+    Returns:
+        A finding where sites of one row differ, or what is outside the rows is scaled.
+    """
+    groups, N = graph.groups, graph.dim_size(shape.plate)
+    device = groups[0].value.device
+    one = torch.ones(N, dtype=torch.float64, device=device)
+
+    def per_row(scale: Tensor | float) -> Tensor:
+        return torch.as_tensor(scale, dtype=torch.float64, device=device).reshape(-1).expand(N)
+
+    unlike = Finding("poutine.scale", "poutine.scale is not one weight per row: no kernel")
+    if not all(groups[g].is_unscaled for g in shape.free):
+        return unlike
+    own = (*shape.rowwise, *shape.tables)
+    if all(groups[g].is_unscaled for g in own):
+        return one
+    scales = [s for g in own for s in groups[g].scale]
+    if any(isinstance(s, Tensor) and s.numel() != s.shape[0] for s in scales):
+        return unlike  # a scale that reads the latent tempers
+    found = per_row(scales[0])
+    if any(not torch.equal(per_row(s), found) for s in scales[1:]) or not bool((found > 0).all()):
+        return unlike
+    return found.contiguous()
+
+
+def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGraph, Tensor | None]:
+    """The graph with each distinct row once, and what it counts, where that saves work.
+
+    Args:
+        graph: A collapsed graph.
+        shape: Its shape.
+        weight: What one row counts. # (N,)
+
+    Returns:
+        The graph, and what each of its rows counts; None where that is one.
+    """
+    N = graph.dim_size(shape.plate)
+    own = None if bool((weight == 1).all()) else weight
+    columns = []
+    for g in shape.rowwise:
+        group = graph.groups[g]
+        if varies(group):
+            return graph, own
+        for t in (group.value, group.mask, group.elements):
+            if t is not None and t.shape[1] > 1:
+                columns.append(t.transpose(0, 1).reshape(N, -1))
+    wide = [c for c in columns if c.is_floating_point()]
+    # A glance at few rows tells real numbers from counts.
+    few = [c[:: max(1, N // 64)] for c in wide]
+    if not columns or any(bool((c != c.round()).any()) for c in few):
+        return graph, own
+    rows = torch.cat([c.to(torch.float64) for c in columns], 1)
+    _, inverse, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    if 2 * len(counts) > N:
+        return graph, own
+    first = torch.full_like(counts, N).scatter_reduce(
+        0, inverse, torch.arange(N, device=counts.device), "amin"
+    )
+    kept = list(graph.groups)
+    for g in shape.rowwise:
+        kept[g] = restricted(kept[g], first)
+    total = torch.zeros_like(counts, dtype=torch.float64).index_add_(0, inverse, weight)
+    return replace(graph, groups=tuple(kept)), total
