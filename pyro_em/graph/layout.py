@@ -130,7 +130,7 @@ class _Layout:
                     layout,
                     (event, tuple(dims), reinterpreted),
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
-                    allow_affine=family.name in ("Normal", "LogNormal") and arg == "loc",
+                    allow_affine=may_be_affine(family, arg),
                 )
         return Factor(
             replace(info, scope=tuple(scope)),
@@ -243,6 +243,11 @@ class _Layout:
 
 class _Stray(Exception):
     """A dimension that belongs to no plate and no latent; holds the tensor's shape and its size."""
+
+
+def may_be_affine(family: Family, argument: str) -> bool:
+    """Whether an argument that is affine in parameters has an update: least squares."""
+    return argument == "loc" and family.name in ("Normal", "LogNormal")
 
 
 def compact(

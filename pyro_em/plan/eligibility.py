@@ -19,6 +19,7 @@ from pyro_em.errors import Finding
 from pyro_em.families.family import main_rule
 from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.layout import may_be_affine
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.mixture import Mixture
@@ -156,9 +157,9 @@ def changing_argument(graph: FactorGraph) -> Finding:
         where = f"site '{site}'"
         for argument, binding in group.bindings.items():
             if not binding.is_static:
-                return Finding(
-                    where, f"{argument} of '{site}' is neither a selection nor affine in parameters"
-                )
+                either = group.family is not None and may_be_affine(group.family, argument)
+                what = "neither a selection nor affine in" if either else "no selection of"
+                return Finding(where, f"{argument} of '{site}' is {what} parameters")
         if group.family is None:
             return Finding(where, f"'{site}' ({group.distribution}) has no closed forms")
         return Finding(where, f"the value, mask or scale of '{site}' depends on parameters")

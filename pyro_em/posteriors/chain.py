@@ -426,7 +426,7 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
             couples = g
         elif max(degree) == 2 and group.observed:
             return Finding(f"site '{site}'", f"'{site}' reads two latents: no kernel")
-        elif max(degree) == 2 and all(abs(place[r[0]] - place[r[-1]]) <= 1 for r in read):
+        elif max(degree) == 2 and _couples_neighbours(graph, place):
             return Finding(where, "transitions of several forms along the chain: no kernel")
         else:
             return _no_first_order(latents)
@@ -456,6 +456,12 @@ def _reads_no_row(group: Group) -> bool:
         and not group.observed
         and all(n == 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
     )
+
+
+def _couples_neighbours(graph: FactorGraph, place: Mapping[str, int]) -> bool:
+    """Whether every factor of two latents reads neighbours, as on a chain and not on a tree."""
+    read = ([place[d] for d in dims if d in place] for g in graph.groups for dims in g.dims)
+    return all(abs(r[0] - r[-1]) <= 1 for r in read if r)
 
 
 def _steps(read: Sequence[Sequence[str]], place: Mapping[str, int]) -> bool:

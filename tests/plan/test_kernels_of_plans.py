@@ -61,6 +61,16 @@ def two_chains() -> None:
         pyro.sample(f"x{t}", dist.Normal(mu[z, u], 1.0), obs=X[t])
 
 
+def tree() -> None:
+    w, mu = weights(), means()
+    tables = [pyro.param(n, torch.full((2, 2), 0.5), constraint=C.simplex) for n in "ABC"]
+    with pyro.plate("n", len(X)):
+        z = pyro.sample("z", dist.Categorical(w))
+        leaves = [pyro.sample(f"u{i}", dist.Categorical(t[z])) for i, t in enumerate(tables)]
+        for i, u in enumerate(leaves):
+            pyro.sample(f"x{i}", dist.Normal(mu[u], 1.0), obs=X)
+
+
 def two_sets() -> None:
     mu, w = means(), weights()
     with pyro.plate("n", len(X)):
@@ -119,12 +129,13 @@ CASES: dict[str, tuple[Callable[[], None], str, str | None]] = {
         "contraction",
         "5 latents that are no first-order chain: no kernel",
     ),
+    "tree": (tree, "contraction", "4 latents that are no first-order chain: no kernel"),
     "two chains": (two_chains, "contraction", "'x0' reads two latents: no kernel"),
     "weighted chain": (lambda: chain(4, scale=2.0), "contraction", "weights on a chain: no kernel"),
     "covariates of transitions": (
         lambda: chain(4, covariate=True),
         "contraction",
-        "logits of 'z1' is neither a selection nor affine in parameters",
+        "logits of 'z1' is no selection of parameters",  # affine, which is of use for a loc alone
     ),
 }
 
