@@ -58,6 +58,7 @@ class AutoAmortizedNormal(AutoAmortized):
     Source: Kingma and Welling (2014).
 
     Example:
+        >>> import pyro, torch, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("n", len(x)):
         ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
@@ -150,6 +151,7 @@ class AutoAmortizedCategorical(AutoAmortized):
     Source: Kingma and Welling (2014).
 
     Example:
+        >>> import pyro, torch, pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("n", len(x)):
         ...         z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.3, 0.2])))

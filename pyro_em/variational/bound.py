@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,7 +29,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, Finding, PyroEMError, raise_findings
+from pyro_em.errors import DegenerateError, raise_findings
 from pyro_em.graph.examination import examine
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure, form_of
@@ -46,16 +44,19 @@ from pyro_em.tracing.handlers import FeasibleWhereMasked, GuideSites, HoldAt, Sc
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Model, drawn_run
 from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
+from pyro_em.variational.broken_bounds import (
+    in_users_names,
+    not_finite,
+    require_finite,
+    validation_told,
+)
 from pyro_em.variational.divergence import _kl_term, _with_analytic_kl
 from pyro_em.variational.pair import Pair, Routing, pyros_pair, support_size
 from pyro_em.variational.particle import (
     Particle,
     Term,
     Weight,
-    _in_words,
-    _not_finite,
     _reparameterised,
-    _require_finite,
     dims_of,
     log_weights,
 )
@@ -120,7 +121,7 @@ class Variational(StaysHere):
             report: Whether log q is wanted as well where it is not needed for the bound.
             chosen: Guide sites that are held at a value instead, and weighed by its probability.
         """
-        with ScalePlates(factors or {}), FeasibleWhereMasked(), _validation_told():
+        with ScalePlates(factors or {}), FeasibleWhereMasked(), validation_told():
             if self.routing.exact:
                 return self._summed(args, kwargs, report, chosen or {})
             return self._plain(args, kwargs, analytic, report)
@@ -262,7 +263,7 @@ class Variational(StaysHere):
                 guide_given=True,
             )
             if problems:
-                raise_findings([_in_users_names(p) for p in problems])
+                raise_findings([in_users_names(p) for p in problems])
             looked, structure = structure.looked, replace(structure, looked=None)
             trace_graph(self.pair, args, kwargs, structure, with_bindings=False, looked=looked)
             if len(self._structures) >= _KEPT:
@@ -294,19 +295,19 @@ class Variational(StaysHere):
             return -self._weighted_bound(args, kwargs, factors)
         if self.is_pyros:
             elbo, pair = self.pyros_elbo(num_particles), self.pyros_pair(factors)
-            with _validation_told():
+            with validation_told():
                 if torch.is_grad_enabled():
                     loss = elbo.differentiable_loss(*pair, *args, **kwargs)
                 else:
                     loss = torch.as_tensor(elbo.loss(*pair, *args, **kwargs))
             if not bool(torch.isfinite(loss)):
-                raise DegenerateError(_not_finite("model", float(loss.detach())))
+                raise DegenerateError(not_finite("model", float(loss.detach())))
             return loss
         total: Tensor | None = None
         drawn = (self.particles(args, kwargs, factors) for _ in range(num_particles))
         for particle in itertools.chain.from_iterable(drawn):
             bound = particle.bound
-            _require_finite(particle, bound)
+            require_finite(particle, bound)
             if torch.is_grad_enabled():  # a look must not move the baselines
                 bound = bound + score_terms(particle, self.downstream, self.shared, self.baselines)
             total = bound if total is None else total + bound
@@ -324,7 +325,7 @@ class Variational(StaysHere):
         particles = []
         for _ in range(self.weighted):
             particle = self.particle(args, kwargs, factors, analytic=False)
-            _require_finite(particle, particle.bound)
+            require_finite(particle, particle.bound)
             particles.append(particle)
         return log_weights(particles, self.bare.data_plate, self.draws_are_local).bound()
 
@@ -342,7 +343,7 @@ class Variational(StaysHere):
         """Independent draws of the bound; where all is summed under the guide they are equal."""
         if self.is_pyros:
             elbo, pair = self.pyros_elbo(1), self.pyros_pair()
-            with _validation_told():
+            with validation_told():
                 return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
         with torch.no_grad():
             drawn = (self.particles(args, kwargs, analytic=analytic) for _ in range(n))
@@ -434,23 +435,6 @@ def inner_posterior(
     return exact_posterior(model, contraction_of(model), tables), groups
 
 
-def _in_users_names(problem: Finding) -> Finding:
-    """A finding about the pair, with the guide's sites as the user called them."""
-
-    def told(text: str) -> str:
-        return text.replace(f"site '{GuideSites.prefix}", "guide site '").replace(
-            f"'{GuideSites.prefix}", "'"
-        )
-
-    return replace(
-        problem,
-        where=told(problem.where),
-        what=told(problem.what),
-        why=told(problem.why),
-        fixes=tuple(told(f) for f in problem.fixes),
-    )
-
-
 def _weight_of(site: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor, int]:
     """The probability of the value at which a guide site is held; see `Weight`."""
     fn = site["fn"]
@@ -478,21 +462,6 @@ def _common_scale(graph: FactorGraph) -> float | None:
 
 def _is_given(site: Mapping[str, Any]) -> bool:
     return role_of(site) in (Role.SAMPLED, Role.POINT)
-
-
-@contextmanager
-def _validation_told() -> Iterator[None]:
-    """What torch's validation finds at a draw, as the end of a fit instead of a crash."""
-    try:
-        yield
-    except ValueError as error:
-        found = re.search(r"^Expected (parameter|value argument).*", str(error), re.MULTILINE)
-        if isinstance(error, PyroEMError) or found is None:
-            raise
-        site = re.search(r"at site '([^']*)'", str(error))
-        where = _in_words(site[1]) if site else "model or guide"
-        line = found[0].rstrip(":") + "."
-        raise DegenerateError(_not_finite(where, math.nan, line)) from error
 
 
 def _of_all_elements(routing: Routing, structure: Structure) -> frozenset[str]:

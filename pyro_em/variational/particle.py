@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, UsageError, message
+from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.tracing.handlers import GuideSites
 from pyro_em.tracing.sites import Role, frames_of
 
 
@@ -264,34 +263,3 @@ def dims_of(site: Mapping[str, Any], value: Tensor) -> tuple[str, ...]:
 
 def _reparameterised(site: Mapping[str, Any]) -> bool:
     return bool(getattr(site["fn"], "has_rsample", False))
-
-
-def _require_finite(particle: Particle, bound: Tensor) -> None:
-    if math.isfinite(bound.item()):
-        return
-    for t in particle.terms:
-        if not bool(torch.isfinite(t.value).all()):
-            where = "the sum over exact latents" if t.role is None else _in_words(t.site)
-            raise DegenerateError(_not_finite(where, float(t.value.detach().sum())))
-    raise DegenerateError(_not_finite("model", float(bound.detach())))
-
-
-def _in_words(site: str) -> str:
-    """A term's site as the user called it."""
-    own = site.removeprefix("kl:").removeprefix(GuideSites.prefix)
-    return f"guide site '{own}'" if site.startswith(GuideSites.prefix) else f"site '{own}'"
-
-
-def _not_finite(where: str, value: float, line: str = "") -> str:
-    return message(
-        where,
-        line or f"the bound is {value} because of it.",
-        "a step from there would destroy every parameter",
-        [
-            "use a smaller learning rate",
-            "let the guide draw only what the model can: AutoNormal, or LogNormal for what is "
-            "positive",
-            "keep scales away from zero (constraints, or softplus plus a small number)",
-            "check the data at this site for NaN and infinite values",
-        ],
-    )

@@ -12,8 +12,9 @@ from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import Model, drawn_run
 from pyro_em.tracing.sites import Role, is_factor, role_of
 from pyro_em.updates.statistics import dot
-from pyro_em.variational.bound import Variational, _validation_told, inner_posterior
-from pyro_em.variational.particle import Particle, _require_finite
+from pyro_em.variational.bound import Variational, inner_posterior
+from pyro_em.variational.broken_bounds import require_finite, validation_told
+from pyro_em.variational.particle import Particle
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def split(
 
 
 def _split_particle(particle: Particle) -> Split:
-    _require_finite(particle, particle.bound)
+    require_finite(particle, particle.bound)
     sums = {Role.DATA: 0.0, Role.POINT: 0.0}
     for t in particle.terms:
         if t.role in sums:
@@ -87,7 +88,7 @@ def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, A
     seed = int(torch.randint(2**31, ()))
 
     def value(which: Model) -> float:
-        with seeded(seed), _validation_told():
+        with seeded(seed), validation_told():
             return -float(elbo.loss(which, guide, *args, **kwargs))
 
     total, negative_kl = value(model), value(without(observed_only=True))

@@ -1,0 +1,85 @@
+"""Bounds that are not finite, draws outside a support: said in the user's names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateError, Finding, PyroEMError, message
+from pyro_em.tracing.handlers import GuideSites
+from pyro_em.variational.particle import Particle
+
+
+def require_finite(particle: Particle, bound: Tensor) -> None:
+    """Refuse a bound that is not finite, by the site whose term is not.
+
+    Raises:
+        DegenerateError: If it is not.
+    """
+    if math.isfinite(bound.item()):
+        return
+    for t in particle.terms:
+        if not bool(torch.isfinite(t.value).all()):
+            where = "the sum over exact latents" if t.role is None else _in_words(t.site)
+            raise DegenerateError(not_finite(where, float(t.value.detach().sum())))
+    raise DegenerateError(not_finite("model", float(bound.detach())))
+
+
+def _in_words(site: str) -> str:
+    """A term's site as the user called it."""
+    own = site.removeprefix("kl:").removeprefix(GuideSites.prefix)
+    return f"guide site '{own}'" if site.startswith(GuideSites.prefix) else f"site '{own}'"
+
+
+def not_finite(where: str, value: float, line: str = "") -> str:
+    """What to say of a bound that is not finite, or of a draw outside a support."""
+    return message(
+        where,
+        line or f"the bound is {value} because of it.",
+        "a step from there would destroy every parameter",
+        [
+            "use a smaller learning rate",
+            "let the guide draw only what the model can: AutoNormal, or LogNormal for what is "
+            "positive",
+            "keep scales away from zero (constraints, or softplus plus a small number)",
+            "check the data at this site for NaN and infinite values",
+        ],
+    )
+
+
+def in_users_names(problem: Finding) -> Finding:
+    """A finding about the pair, with the guide's sites as the user called them."""
+
+    def told(text: str) -> str:
+        return text.replace(f"site '{GuideSites.prefix}", "guide site '").replace(
+            f"'{GuideSites.prefix}", "'"
+        )
+
+    return replace(
+        problem,
+        where=told(problem.where),
+        what=told(problem.what),
+        why=told(problem.why),
+        fixes=tuple(told(f) for f in problem.fixes),
+    )
+
+
+@contextmanager
+def validation_told() -> Iterator[None]:
+    """What torch's validation finds at a draw, as the end of a fit instead of a crash."""
+    try:
+        yield
+    except ValueError as error:
+        found = re.search(r"^Expected (parameter|value argument).*", str(error), re.MULTILINE)
+        if isinstance(error, PyroEMError) or found is None:
+            raise
+        site = re.search(r"at site '([^']*)'", str(error))
+        where = _in_words(site[1]) if site else "model or guide"
+        line = found[0].rstrip(":") + "."
+        raise DegenerateError(not_finite(where, math.nan, line)) from error
