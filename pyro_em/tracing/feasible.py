@@ -25,7 +25,7 @@ def without_masked_nonsense(fn: Any, value: Tensor, mask: Mask, *, sparing: bool
     Args:
         fn: The site's distribution.
         value: The observed value. # (*batch or 1s, *event)
-        mask: As `pyro_em._wrappers.element_mask` returns. # (*batch, *reinterpreted dims)
+        mask: As `pyro_em.distributions.element_mask` returns. # (*batch, *reinterpreted dims)
         sparing: Whether masked events that are possible stay: others may read them.
 
     Returns:
@@ -35,7 +35,7 @@ def without_masked_nonsense(fn: Any, value: Tensor, mask: Mask, *, sparing: bool
         >>> import pyro.distributions as dist
         >>> x = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
         >>> without_masked_nonsense(dist.Normal(torch.zeros(2), 1.0).to_event(1), x, ~x.isnan())
-        tensor([[1., 1.],
+        tensor([[1., 3.],
                 [2., 3.]])
     """
     if mask is None or mask is True:
