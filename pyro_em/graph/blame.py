@@ -171,7 +171,7 @@ def local_of_raiser(error: BaseException, *names: str) -> dict[str, Any] | None:
 
 
 def given_tensors(
-    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], *, arrays: bool = False
 ) -> dict[str, Tensor]:
     """The tensors that a model is given: its arguments, and the variables that it reads.
 
@@ -179,26 +179,27 @@ def given_tensors(
         model: The user's model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+        arrays: Whether arrays of numpy count, as tensors that share their memory.
 
     Returns:
         Per name in words (``argument 'x'``) the tensor.
     """
-    found = given_arguments(model, args, kwargs)
+    found = given_arguments(model, args, kwargs, arrays=arrays)
     for name, value in variables_of(model):
-        for path, tensor in _tensors_below(value):
+        for path, tensor in _tensors_below(value, arrays=arrays):
             found.setdefault(f"variable '{name}{path}'", tensor)
     return found
 
 
 def given_arguments(
-    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+    model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], *, arrays: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors among a model's arguments, by name in words."""
+    """The tensors among a model's arguments, by name in words; see `given_tensors`."""
     names = [p.name for p in signature_of(model) if p.kind is not p.VAR_POSITIONAL]
     names += [f"#{i + 1}" for i in range(len(names), len(args))]
     found: dict[str, Tensor] = {}
     for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-        for path, tensor in _tensors_below(value):
+        for path, tensor in _tensors_below(value, arrays=arrays):
             found[f"argument '{name}{path}'"] = tensor
     return found
 
@@ -219,15 +220,31 @@ def variables_of(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, function.__globals__[name]
 
 
-def _tensors_below(value: Any, path: str = "", depth: int = 3) -> Iterator[tuple[str, Tensor]]:
+def _tensors_below(
+    value: Any, path: str = "", depth: int = 3, arrays: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
+    elif arrays and isinstance(value, numpy.ndarray):
+        shared = _sharing(value)
+        if shared is not None:
+            yield path, shared
     elif depth and isinstance(value, dict):
         for key, item in value.items():
-            yield from _tensors_below(item, f"{path}[{key!r}]", depth - 1)
+            yield from _tensors_below(item, f"{path}[{key!r}]", depth - 1, arrays)
     elif depth and isinstance(value, (list, tuple)) and len(value) <= 64:
         for i, item in enumerate(value):
-            yield from _tensors_below(item, f"{path}[{i}]", depth - 1)
+            yield from _tensors_below(item, f"{path}[{i}]", depth - 1, arrays)
+
+
+def _sharing(array: numpy.ndarray) -> Tensor | None:
+    """A tensor in an array's memory; None where torch has none for it, or nobody can write to it."""
+    if not array.flags.writeable:
+        return None
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError):  # words, dates; strides that run backwards
+        return None
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:

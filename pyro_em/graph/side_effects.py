@@ -32,18 +32,22 @@ class Watched:
     """
 
     def __init__(self, model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> None:
-        given = given_tensors(model, args, kwargs)
-        self.given = {where: t for where, t in given.items() if _is_data(t)}
-        self.before = {where: _Mark(t) for where, t in self.given.items()}
+        self._model, self._args, self._kwargs = model, args, kwargs
+        self.before = {where: _Mark(t) for where, t in self._given().items()}
         self.written: dict[str, Tensor] = {}
         self.held: dict[str, tuple[Tensor, int]] = {}
+
+    def _given(self) -> dict[str, Tensor]:
+        """The data by name as they are now: an entry of a dict may have been replaced."""
+        given = given_tensors(self._model, self._args, self._kwargs, arrays=True)
+        return {where: t for where, t in given.items() if _is_data(t)}
 
     def after_one_run(self, sites: Sites) -> None:
         """Keep what this run has written, and the tensors that its sites hold."""
         self.written = {
             where: t.detach().clone()
-            for where, t in self.given.items()
-            if self.before[where].is_written(t)
+            for where, t in self._given().items()
+            if where in self.before and self.before[where].is_written(t)
         }
         self.held = {
             f"site '{name}'": (site["value"], site["value"]._version)
@@ -53,11 +57,13 @@ class Watched:
 
     def written_again(self) -> list[str]:
         """What another run has changed: names in words, those that the user gave first."""
-        found = [w for w, t in self.written.items() if not torch.equal(t, self.given[w])]
+        now = self._given() if self.written else {}
+        found = [w for w, t in self.written.items() if w in now and not torch.equal(t, now[w])]
         return found + [where for where, (t, version) in self.held.items() if t._version != version]
 
     def notes(self) -> tuple[str, ...]:
         """Warnings about arguments that the first run changed, and later ones leave alone."""
+        now = self._given() if self.written else {}
         return tuple(
             message(
                 where,
@@ -66,7 +72,9 @@ class Watched:
                 ["write to a copy: x = x.clone()", "prepare the data before the model is called"],
             )
             for where in self.written
-            if where.startswith("argument") and self.before[where].is_changed(self.given[where])
+            if where.startswith("argument")
+            and where in now
+            and self.before[where].is_changed(now[where])
         )
 
 
@@ -83,9 +91,9 @@ class _Mark:
     def is_changed(self, t: Tensor) -> bool:
         """Whether its numbers are others."""
         now = _sample(t)
-        return now.shape != self.sample.shape or not bool(
-            torch.isclose(now, self.sample, rtol=0, atol=0, equal_nan=True).all()
-        )
+        if now.shape != self.sample.shape or now.dtype != self.sample.dtype:
+            return True
+        return not bool(torch.isclose(now, self.sample, rtol=0, atol=0, equal_nan=True).all())
 
 
 def _sample(t: Tensor) -> Tensor:
