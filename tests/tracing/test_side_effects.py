@@ -54,6 +54,21 @@ def in_a_dict(data):
     mixture(data["x"])
 
 
+def anew_in_a_dict(data):
+    data["x"] = data["x"] * 1.01
+    mixture(data["x"])
+
+
+def an_array(a):
+    a *= 1.01
+    mixture(torch.from_numpy(a))
+
+
+def array_in_a_dict(data):
+    data["x"] += 0.5
+    mixture(torch.as_tensor(data["x"]))
+
+
 def after_the_site(x):
     mixture(x)
     x.add_(1.0)
@@ -67,6 +82,9 @@ WRITING = [
     (through_numpy, lambda: (X.clone(),), "argument 'x'"),
     (covariates, lambda: (X.clone(), torch.zeros(6)), "argument 'u'"),
     (in_a_dict, lambda: ({"x": X.clone()},), r"argument 'data\['x'\]'"),
+    (anew_in_a_dict, lambda: ({"x": X.clone()},), r"argument 'data\['x'\]'"),
+    (an_array, lambda: (X.clone().numpy(),), "argument 'a'"),
+    (array_in_a_dict, lambda: ({"x": X.clone().numpy()},), r"argument 'data\['x'\]'"),
     (after_the_site, lambda: (X.clone(),), "argument 'x'"),
 ]
 
