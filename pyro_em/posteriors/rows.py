@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.equal_rows import equal_rows
 from pyro_em.tracing.sites import Role
 
 
@@ -159,7 +160,7 @@ def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGr
     if not columns or any(bool((c != c.round()).any()) for c in few):
         return graph, own
     rows = torch.cat([c.to(torch.float64) for c in columns], 1)
-    _, inverse, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    inverse, counts = equal_rows(rows)
     if 2 * len(counts) > N:
         return graph, own
     first = torch.full_like(counts, N).scatter_reduce(
