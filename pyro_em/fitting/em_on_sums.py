@@ -37,20 +37,15 @@ class OnSums:
         Raises:
             Handover: If an E-step through tables has to look.
         """
-        if values is None:
-            values = values_of(self.program.graph.parameters)
+        theta = self.block.theta
         try:
-            return self._point(values)
+            at = theta.enter(values_of(self.program.graph.parameters) if values is None else values)
+            expectation = self.block.e_step(at)
         except torch.linalg.LinAlgError as error:
             raise Handover from error
+        log_prior = theta.log_prior(at)
+        return SumsPoint(self.program, self.block, at, expectation, log_prior, values)
 
-    def _point(self, values: Values) -> SumsPoint:
-        theta = self.block.theta
-        at = theta.enter(values)
-        expectation = self.block.e_step(at)
-        return SumsPoint(self.program, self.block, at, expectation, theta.log_prior(at))
-
-    @torch.inference_mode()
     def m_step(self, at: Point) -> tuple[Values, float]:
         """See `pyro_em.fitting.em_map.EMMap.m_step`; nothing is written.
 
@@ -59,9 +54,11 @@ class OnSums:
         """
         assert isinstance(at, SumsPoint)
         try:
-            after, gain = self.block.theta.m_step(at.at, at.expectation)
+            with torch.inference_mode():
+                after, gain = self.block.theta.m_step(at.at, at.expectation)
         except torch.linalg.LinAlgError as error:
             raise Handover from error
+        # Outside, since tensors that are made in inference mode must not reach anybody.
         return self.block.theta.values(after), at.objective + gain
 
     @torch.inference_mode()

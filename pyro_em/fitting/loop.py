@@ -95,8 +95,13 @@ def read_anew(em: Guarded, run: Run) -> None:
     run.verified = None
 
 
-def settle(em: Guarded, run: Run) -> bool:
+def settle(em: Guarded, run: Run, *, anew: bool = True) -> bool:
     """Put a run's parameters into the store, whole, even if an interrupt comes in between.
+
+    Args:
+        em: The map.
+        run: Where it stands.
+        anew: Whether the E-step is made again at what the store holds, where a transform may round.
 
     Returns:
         Whether there was an interrupt; the run's status says so then.
@@ -106,7 +111,7 @@ def settle(em: Guarded, run: Run) -> bool:
         try:
             if run.recorded is run.last:
                 restore(em.program.graph.parameters, run.parameters)
-            elif isinstance(run.last, SumsPoint):
+            elif isinstance(run.last, SumsPoint) and anew:
                 run.record(em.program, em.published(run.last))
             elif run.last is not None:
                 write(em.program, values_at(run.last))
@@ -297,7 +302,7 @@ def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         stopped = accelerate(
             em, settings, run, r, lambda step: _calls_stop(em.program, settings, run, step)
         )
-        interrupted = settle(em, run)
+        interrupted = settle(em, run, anew=stopped is not None)  # plain steps follow otherwise
         run.plain_from = run.num_steps
         if stopped is not None:
             run.status = stopped

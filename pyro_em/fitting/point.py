@@ -74,6 +74,7 @@ class SumsPoint(Point):
         at: The parameters, in the form of the E-step.
         expectation: The E-step.
         log_prior: Of point estimates, in nats.
+        values: All parameters by name, where they are known, and nobody writes them.
     """
 
     def __init__(
@@ -83,12 +84,15 @@ class SumsPoint(Point):
         at: At,
         expectation: Expectation,
         log_prior: float,
+        values: Values | None = None,
     ) -> None:
         self.program, self.block, self.at = program, block, at
         self.expectation, self.log_prior = expectation, log_prior
         self.massless = {}
         self.noise = expectation.noise
         self._dependences = program.dependences
+        if values is not None:
+            self.values = dict(values)
 
     @property
     def objective(self) -> float:

@@ -266,7 +266,7 @@ class FactorGraph:
         ]
         return max(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.get_default_dtype())
 
-    @property
+    @cached_property
     def eps(self) -> float:
         """The rounding of the coarsest floating tensor: densities, data or parameters."""
         parameters = [p.unconstrained for p in self.parameters.values()]
