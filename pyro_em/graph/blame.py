@@ -135,7 +135,14 @@ def place_of(error: BaseException) -> Place | None:
         return None
     code = found.tb_frame.f_code
     text = _segment(code, found.tb_lasti, found.tb_frame)
-    return Place(Path(code.co_filename).name, found.tb_lineno, text, found.tb_frame)
+    return Place(_named(code.co_filename), found.tb_lineno, text, found.tb_frame)
+
+
+def _named(path: str) -> str:
+    """A file as a user knows it: a cell of a notebook has a number for a name."""
+    if Path(path).parent.name.startswith("ipykernel_"):
+        return "notebook cell"
+    return Path(path).name
 
 
 def _segment(code: CodeType, instruction: int, frame: FrameType) -> str:

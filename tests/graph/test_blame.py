@@ -354,3 +354,12 @@ def test_rows_in_a_loop_are_sent_to_a_plate_first(plate: bool) -> None:
 def test_a_chain_in_a_loop_is_sent_to_markov_first() -> None:
     text = refusal(lambda: fit(chain, torch.zeros(100)), ModelError, "100 enumerated")
     assert "pyro.markov(range(T))" in next(t for t in text.splitlines() if t.startswith("    - "))
+
+
+def test_a_cell_of_a_notebook_is_called_so() -> None:
+    source = "def model(x):\n    return [1, 2][x]\n"
+    space: dict[str, object] = {}
+    exec(compile(source, "/tmp/ipykernel_12/1379834911.py", "exec"), space)
+    with pytest.raises(ModelError, match=r"\(notebook cell, line 2") as caught:
+        ExactPosteriorEM(space["model"]).fit(torch.tensor([0.5]))  # type: ignore[arg-type]
+    assert "1379834911" not in str(caught.value)
