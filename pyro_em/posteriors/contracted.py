@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -51,9 +51,10 @@ class Contraction:
     name: ClassVar[str] = "contraction"
 
     @classmethod
-    def match(cls, component: Component) -> Contraction | Finding:
+    def match(cls, component: Component) -> Self | Finding:
         """The contraction of a component, which always serves unless a scope is scaled."""
-        return contraction_around(component, ())
+        found = contraction_around(component, ())
+        return found if isinstance(found, Finding) else cls(**vars(found))
 
     @property
     def dims(self) -> tuple[str, ...]:

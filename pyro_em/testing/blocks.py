@@ -37,10 +37,12 @@ class Joint:
     Attributes:
         log_evidence: In nats.
         cells: Posterior probabilities of the cells of every group. # (members, *sizes)
+        table: The log evidence of each element of the plates that were asked for. # (*plates,)
     """
 
     log_evidence: float
     cells: list[Tensor]
+    table: Tensor
 
 
 def check_block(
@@ -111,7 +113,7 @@ def _check_at(block: type[Block], program: Program, rtol: float) -> None:
     component = Component(collapsed(graph), program.updates, values, tuple(graph.latents))
     found = block.match(component)
     assert not isinstance(found, Finding), f"the block does not match: {found}"
-    joint = joint_table(program)
+    joint = joint_table(program, found.dims)
     scale = max(1.0, abs(joint.log_evidence))
 
     def near(a: float, b: float) -> bool:
@@ -127,6 +129,8 @@ def _check_at(block: type[Block], program: Program, rtol: float) -> None:
         f"table has shape {tuple(table.shape)}, its dimensions are {found.dims}"
     )
     assert near(float(table.sum()), joint.log_evidence), "the table does not sum to the evidence"
+    off = float((table - joint.table).abs().max())
+    assert off <= rtol * scale, f"a cell of the table is off by {off:.3g}"
     if isinstance(found, QuickBlock):
         _check_m_step(found, program, joint, expectation, rtol)
         _check_chunks(found, values, expectation, rtol)
@@ -140,8 +144,9 @@ def _check_sums(
 ) -> None:
     """Sums by name against those of the joint table."""
     for g, group in enumerate(graph.groups):
-        if group.family is None or g not in got.sums:
+        if group.family is None:
             continue
+        assert g in got.sums, f"the sums of '{group.members[0]}' are missing"
         arguments = {n: a.detach() for n, a in group.evaluate_arguments(values).items()}
         counts = joint.cells[g] if group.mask is None else joint.cells[g] * group.mask
         expected = group_statistics(group, counts, arguments)
@@ -196,6 +201,11 @@ def _check_weights(block: Block, values: Mapping[str, Tensor], table: Tensor, rt
     first = block.expect(values, some.to(table))
     rest = block.expect(values, (~some).to(table))
     _same(first + rest, whole, rtol, "in two halves")
+    for i, cell in enumerate(table.reshape(-1).tolist()):
+        alone = torch.zeros_like(table)
+        alone.view(-1)[i] = 1.0
+        off = abs(block.expect(values, alone).log_evidence - cell)
+        assert off <= rtol * max(1.0, abs(cell)), f"cell {i} of the table alone is off by {off:.3g}"
 
 
 def _same(a: Expectation, b: Expectation, rtol: float, how: str) -> None:
@@ -208,13 +218,15 @@ def _same(a: Expectation, b: Expectation, rtol: float, how: str) -> None:
             assert off <= 10 * rtol * size, f"'{name}' of {key} {how} is off by {off:.3g}"
 
 
-def joint_table(program: Program) -> Joint:
+def joint_table(program: Program, plates: Sequence[str] = ()) -> Joint:
     """The joint table of a model at its current parameters, by one run for each assignment.
 
     Args:
         program: A model with its data.
+        plates: Plates of all sites, whose elements share no latent: they are told apart.
     """
     graph = program.graph
+    parts: list[Tensor] = []
     weights: list[float] = []
     assignments: list[dict[str, Tensor]] = []
     for assignment in _assignments(graph):
@@ -226,7 +238,9 @@ def joint_table(program: Program) -> Joint:
             trace = poutine.trace(poutine.condition(program.model, data=data)).get_trace(
                 *program.args, **program.kwargs
             )
+            trace.compute_log_prob()
             weights.append(float(trace.log_prob_sum().double()))
+            parts.append(_per_element(trace, plates))
         assignments.append(assignment)
     log_p = torch.tensor(weights, dtype=torch.float64)
     total = torch.logsumexp(log_p, 0)
@@ -236,7 +250,27 @@ def joint_table(program: Program) -> Joint:
         for g, group in enumerate(graph.groups):
             for i in range(len(group.members)):
                 cells[g][i][_cells_at(graph, group, i, assignment)] += p
-    return Joint(float(total), cells)
+    # Every assignment of an element's own latents comes with all those of the other elements.
+    own = math.prod(
+        v.size ** math.prod(graph.dim_size(p) for p in v.plates if p not in plates)
+        for v in graph.latents.values()
+    )
+    table = torch.stack(parts).logsumexp(0) - math.log(len(parts) / own)
+    return Joint(float(total), cells, table)
+
+
+def _per_element(trace: Any, plates: Sequence[str]) -> Tensor:
+    """The log joint of a run, summed over all plates but some. # (*plates,)"""
+    total = torch.zeros((), dtype=torch.float64)
+    for site in trace.nodes.values():
+        if site["type"] != "sample" or "log_prob" not in site:
+            continue
+        at = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        log_p = site["log_prob"].double()
+        axes = [log_p.dim() + at[p] for p in plates if p in at]
+        log_p = log_p.movedim(axes, list(range(len(axes))))
+        total = total + log_p.reshape(*log_p.shape[: len(axes)], -1).sum(-1)
+    return total
 
 
 def _assignments(graph: FactorGraph) -> Iterator[dict[str, Tensor]]:

@@ -205,6 +205,45 @@ def test_a_wrong_block_fails_the_suite() -> None:
         check_block(Chain, normals, x)
 
 
+def test_wrong_cells_and_weights_fail_the_suite() -> None:
+    class Turned(Contraction):
+        """A table whose rows are interchanged."""
+
+        def table(self, values: Values) -> Tensor:
+            return super().table(values).flip(0)
+
+    class Even(Contraction):
+        """Weighs every cell by the mean of the weights."""
+
+        def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
+            even = None if weights is None else weights.mean() * torch.ones_like(weights)
+            return super().expect(values, even)
+
+    class Astray(Contraction):
+        """Weighs other cells than those it was asked to."""
+
+        def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
+            return super().expect(values, None if weights is None else weights.flip(0))
+
+    class Short(Contraction):
+        """Leaves out the sums of a group."""
+
+        def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
+            found = super().expect(values, weights)
+            sums = dict(list(found.sums.items())[:-1])
+            return Expectation(found.log_evidence, sums, found.references)
+
+    x = torch.tensor([-1.3, 0.2, 0.9, 2.5, -0.6], dtype=torch.float64)
+    for kind, words in (
+        (Turned, "a cell of the table is off"),
+        (Even, "of the table alone is off"),
+        (Astray, "of the table alone is off"),
+        (Short, "are missing"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            check_block(kind, normals, x)
+
+
 # ------------------------------------------------------------------ blocks inside blocks
 
 
