@@ -133,6 +133,38 @@ def couplings(
     return found
 
 
+def moved_by(
+    run: Callable[[Mapping[str, Tensor]], Sites],
+    unobserved: Sites,
+    latent: str,
+    names: Iterable[str],
+) -> frozenset[str]:
+    """Sites that differ when one latent takes other values and all other latents keep theirs.
+
+    Args:
+        run: Runs the model with all latents at given values, always from the same random state.
+        unobserved: All latents as a plain run traced them.
+        latent: The latent that moves.
+        names: The sites that are looked at.
+    """
+    held = {n: s["value"].detach() for n, s in unobserved.items()}
+    levels = _Levels(unobserved[latent], torch.Generator().manual_seed(11))
+    others = [n for n in names if n != latent]
+    before, found = run(held), set[str]()
+    for i in range(_FEW):
+        after = run({**held, latent: levels.next(i).to(held[latent].dtype)})
+        for name in others:
+            if name not in before or name not in after:
+                continue
+            pairs = zip(parts_of(before[name]), parts_of(after[name]), strict=False)
+            if any(
+                x.shape != y.shape or differs(x, y, event_dim) is not None
+                for (_, x, event_dim), (_, y, _) in pairs
+            ):
+                found.add(name)
+    return frozenset(found)
+
+
 class _Levels:
     """Values for a latent to take at many elements at once: the ends of its support, and draws."""
 

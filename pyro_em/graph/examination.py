@@ -19,7 +19,7 @@ from pyro_em.distributions import _enumerable, is_discrete, support_size_of
 from pyro_em.errors import Finding, UsageError, message, raise_findings
 from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
 from pyro_em.graph.checks import latent_problems, scope_problems, shape_problems
-from pyro_em.graph.coupling import Coupling, couplings
+from pyro_em.graph.coupling import Coupling, couplings, moved_by
 from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.first_run import (
     NO_NUMBERS,
@@ -141,14 +141,15 @@ def _findings(
     unused = {n for n, s in factors.items() if is_latent(s) and _masked_out(s)}
     unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
     place = {name: i for i, name in enumerate(plain.sites)}
+    reached = _with_numbers_read(model, args, kwargs, plain, tagged)
     edges = tuple(
         (parent, child)
-        for child, scope in tagged.scopes.items()
+        for child, scope in reached.items()
         for parent in sorted(scope & place.keys(), key=place.__getitem__)
         if parent != child
     )
     hidden = {n for n, s in factors.items() if is_latent(s)} - unused
-    scopes = {n: scope & hidden for n, scope in tagged.scopes.items()}
+    scopes = {n: scope & hidden for n, scope in reached.items()}
     barren = _barren(factors, scopes, max_enumeration)
     masked_pairs = {
         name: _obs_mask(plain.sites[f"{name}_observed"])
@@ -252,6 +253,30 @@ def _findings(
         of_parameters = [*given_problems(given, NO_NUMBERS), *of_parameters]
     forget_bad_starts(plain.parameters)
     return structure, [*of_latents, *of_parameters, *of_others]
+
+
+def _with_numbers_read(
+    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, tagged: Run
+) -> dict[str, frozenset[str]]:
+    """Which sites reach each site, those included whose values went through Python's numbers.
+
+    Raises:
+        NumbersNeeded: If a run without numbers cannot tell.
+    """
+    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
+    scopes = {n: frozenset(scope) for n, scope in tagged.scopes.items()}
+    for latent in sorted(tagged.read & latents.keys()):
+        if plain.shadows is not None:
+            raise NumbersNeeded
+        try:
+            moved = moved_by(
+                lambda values: held_run(model, args, kwargs, values), latents, latent, scopes
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            continue  # other values lead elsewhere; what is refused of it is refused below
+        for name in moved:
+            scopes[name] |= {latent}
+    return scopes
 
 
 def coupled_latents(

@@ -94,6 +94,10 @@ _WHOLE = (None, None, None)
 _PRODUCT = _words("matmul mm bmm mv dot inner __matmul__ __rmatmul__")
 
 
+# What leaves torch carries no tag.
+_NUMBERS = _words("item tolist numpy __array__ __int__ __float__ __bool__ __index__ __complex__")
+
+
 class Mixing:
     """Watches operations on tagged tensors, and notes the latents whose elements they may mix.
 
@@ -102,11 +106,13 @@ class Mixing:
 
     Attributes:
         suspects: Latents whose plates' elements may have been mixed.
+        read: Latents that were turned into numbers or arrays of Python.
     """
 
     def __init__(self, plates: Mapping[str, frozenset[int]]) -> None:
         self.plates = {name: sizes for name, sizes in plates.items() if sizes}
         self.suspects: set[str] = set()
+        self.read: set[str] = set()
         self._known: dict[frozenset[str], tuple[frozenset[str], frozenset[int]]] = {}
 
     def see(
@@ -129,6 +135,8 @@ class Mixing:
             out: What it returned, without tags.
         """
         name = getattr(func, "__name__", "")
+        if name in _NUMBERS:
+            self.read |= tags
         if name in _ELEMENTWISE or (name[-1:] == "_" and name[:-1] in _ELEMENTWISE):
             return
         if tags not in self._known:

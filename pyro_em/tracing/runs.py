@@ -88,6 +88,7 @@ class Run:
         parameters: What the model read.
         scopes: Per site the other sites that reach it, from a provenance run.
         suspects: Latents whose plates' elements it may have mixed, from a provenance run.
+        read: Sites whose values were turned into numbers of Python, which carry no tags.
         changed_masks: Sites whose mask was written after them.
         shadows: Where large latents have no numbers, so that no argument was validated.
         unfinished: The parameter at whose initial value the run broke off.
@@ -101,6 +102,7 @@ class Run:
     shadows: Shadows | None = None
     unfinished: TracedParameter | None = None
     suspects: frozenset[str] = frozenset()
+    read: frozenset[str] = frozenset()
     cleared: bool = False
 
 
@@ -355,6 +357,7 @@ def provenance_run(
         capture.parameters,
         scopes,
         suspects=frozenset(mixing.suspects),
+        read=frozenset(mixing.read),
         cleared=_was_cleared(begun),
     )
 
