@@ -27,6 +27,7 @@ _MANY_SITES = 1500  # sites in all runs together up to which every pair of eleme
 
 
 _FEW, _MOST = 3, 10  # halves of a plate that are moved
+_DRAWS = 64  # values of a latent that is read as a number, until something moves
 
 
 Sites = Mapping[str, Mapping[str, Any]]
@@ -151,7 +152,9 @@ def moved_by(
     levels = _Levels(unobserved[latent], torch.Generator().manual_seed(11))
     others = [n for n in names if n != latent]
     before, found = run(held), set[str]()
-    for i in range(_FEW):
+    for i in range(_DRAWS):
+        if found and i >= _FEW:
+            break  # a branch may need many draws to be seen at all
         after = run({**held, latent: levels.next(i).to(held[latent].dtype)})
         for name in others:
             if name not in before or name not in after:
