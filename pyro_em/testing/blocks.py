@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -137,6 +137,21 @@ def _check_at(block: type[Block], program: Program, rtol: float) -> None:
     else:
         _check_sums(component.graph, values, joint, expectation, rtol)
     _check_weights(found, values, table, rtol)
+    weights = 0.5 + torch.arange(table.numel()).reshape(table.shape).to(table) % 3
+    cells = [
+        c * _over(weights, found.dims, g) for c, g in zip(joint.cells, graph.groups, strict=True)
+    ]
+    weighted = replace(joint, cells=cells)
+    _check_sums(component.graph, values, weighted, found.expect(values, weights), rtol)
+
+
+def _over(weights: Tensor, dims: Sequence[str], group: Group) -> Tensor:
+    """Weights of a table's cells, laid out over the cells of a group. # (*sizes or 1s)"""
+    plates = group.dims[0][: group.n_plates]
+    laid_out = weights.permute([list(dims).index(p) for p in plates if p in dims])
+    own = iter(laid_out.shape)
+    sizes = [next(own) if p in dims else 1 for p in plates]
+    return laid_out.reshape(*sizes, *(1,) * (len(group.sizes) - len(plates)))
 
 
 def _check_sums(

@@ -225,6 +225,16 @@ def test_wrong_cells_and_weights_fail_the_suite() -> None:
         def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
             return super().expect(values, None if weights is None else weights.flip(0))
 
+    class Blunt(Contraction):
+        """Takes the mean of the weights for its sums."""
+
+        def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
+            found = super().expect(values, weights)
+            if weights is None:
+                return found
+            even = super().expect(values, weights.mean() * torch.ones_like(weights))
+            return Expectation(found.log_evidence, even.sums, even.references)
+
     class Short(Contraction):
         """Leaves out the sums of a group."""
 
@@ -238,6 +248,7 @@ def test_wrong_cells_and_weights_fail_the_suite() -> None:
         (Turned, "a cell of the table is off"),
         (Even, "of the table alone is off"),
         (Astray, "of the table alone is off"),
+        (Blunt, "'count' of 'z' is off"),
         (Short, "are missing"),
     ):
         with pytest.raises(AssertionError, match=words):
