@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pyro
@@ -23,3 +24,10 @@ def clean() -> Iterator[None]:
     yield
     torch.set_default_dtype(before)
     pyro.clear_param_store()
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage more rarely, and never among what was imported: a sixth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)

@@ -491,7 +491,7 @@ def evidence_and_posterior(model: RandomModel, long: RandomModel, assignments: V
             )
 
 
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(seed=seeds)
 def test_monotone_and_compiled_as_generic(seed: int) -> None:
     monotone_and_compiled_as_generic(random_model(seed)[0])
@@ -538,7 +538,7 @@ def monotone_and_compiled_as_generic(model: RandomModel) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=f"{model}")
 
 
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(max_examples=40)
 @given(seed=seeds)
 def test_m_step_maximises(seed: int) -> None:
     """The expected log joint, summed by brute force, rises to a maximum in every exact update."""

@@ -295,7 +295,7 @@ def draws_modes_and_pairs(
                     )
 
 
-@hypothesis_settings(max_examples=12)
+@hypothesis_settings(max_examples=8)
 @given(seed=seeds)
 def test_priors(seed: int) -> None:
     with_priors(*random_program(seed, with_priors=True))
