@@ -27,7 +27,7 @@ def clean() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage more rarely, and never among what was imported: a sixth of the time."""
+    """Look for garbage more rarely, and never among what was imported."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
