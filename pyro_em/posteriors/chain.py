@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -33,16 +34,15 @@ from pyro_em.densities.features import (
     known,
 )
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
-from pyro_em.densities.layout import Layout, layout_of
-from pyro_em.densities.theta import At, Theta, theta_of
-from pyro_em.densities.tying import collapsed_updates
+from pyro_em.densities.layout import Layout
+from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Component
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
-from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.posteriors.quick import Outline, QuickBlock
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import NATURAL, Expectation, group_sums, known_statistics
 
@@ -97,24 +97,15 @@ class Chain(QuickBlock):
     words: ClassVar[str] = "chain kernel, by forward and backward messages"
 
     @classmethod
-    def match(cls, component: Component) -> Self | Finding:
-        """The chain that a component is, or why it is none."""
+    def outline(cls, component: Component) -> Outline[Self] | Finding:
+        """See `pyro_em.posteriors.quick.QuickBlock.outline`."""
         graph = component.graph
         shape = shape_of_chain(graph)
         if isinstance(shape, Finding):
             return shape
         if not all(group.is_unscaled for group in graph.groups):
             return Finding("poutine.scale", "weights on a chain: no kernel")
-        updates = collapsed_updates(component.updates, graph)
-        layout = layout_of(graph, updates, component.values, shape.eligible(graph))
-        block = cls.of(graph, shape, layout)
-        if isinstance(block, Finding):
-            return block
-        theta = theta_of(graph, updates, component.values, layout, block.normals)
-        if isinstance(theta, Finding):
-            return theta
-        block.component, block.theta = component, theta
-        return block
+        return Outline(graph, shape.eligible(graph), partial(cls.of, graph, shape))
 
     @classmethod
     def of(cls, graph: FactorGraph, shape: Shape, layout: Layout) -> Self | Finding:

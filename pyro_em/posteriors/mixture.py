@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -19,14 +20,13 @@ from torch import Tensor
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
-from pyro_em.densities.layout import Layout, layout_of
-from pyro_em.densities.theta import At, Theta, theta_of
-from pyro_em.densities.tying import collapsed_updates
+from pyro_em.densities.layout import Layout
+from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Component
-from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.posteriors.quick import Outline, QuickBlock
 from pyro_em.posteriors.rows import (
     Shape,
     distinct,
@@ -84,8 +84,8 @@ class Mixture(QuickBlock):
     words: ClassVar[str] = "mixture kernel, in chunks of rows"
 
     @classmethod
-    def match(cls, component: Component) -> Self | Finding:
-        """The mixture that a component is, or why it is none."""
+    def outline(cls, component: Component) -> Outline[Self] | Finding:
+        """See `pyro_em.posteriors.quick.QuickBlock.outline`."""
         graph = component.graph
         shape = shape_of_rows(graph)
         if isinstance(shape, Finding):
@@ -94,16 +94,7 @@ class Mixture(QuickBlock):
         if isinstance(weight, Finding):
             return weight
         graph, repeats = distinct(graph, shape, weight)
-        updates = collapsed_updates(component.updates, graph)
-        layout = layout_of(graph, updates, component.values, shape.eligible(graph))
-        block = cls.of(graph, shape, repeats, layout)
-        if isinstance(block, Finding):
-            return block
-        theta = theta_of(graph, updates, component.values, layout, block.normals)
-        if isinstance(theta, Finding):
-            return theta
-        block.component, block.theta = component, theta
-        return block
+        return Outline(graph, shape.eligible(graph), partial(cls.of, graph, shape, repeats))
 
     @classmethod
     def of(

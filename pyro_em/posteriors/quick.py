@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor
 
-from pyro_em.densities.theta import At, Theta
+from pyro_em.densities.density import NormalRows
+from pyro_em.densities.layout import Layout, layout_of
+from pyro_em.densities.theta import At, Theta, theta_of
+from pyro_em.densities.tying import collapsed_updates
+from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.contracted import Contraction
 from pyro_em.updates.statistics import Expectation
+
+B = TypeVar("B", covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Outline(Generic[B]):
+    """A component that a block can solve, before it is known how its densities are evaluated.
+
+    Attributes:
+        graph: The collapsed graph, possibly of distinct rows.
+        eligible: Groups whose linear form the block can use.
+        finish: Makes the block, or says why there is none after all.
+    """
+
+    graph: FactorGraph
+    eligible: Sequence[int]
+    finish: Callable[[Layout], B | Finding]
 
 
 class QuickBlock:
@@ -22,6 +45,7 @@ class QuickBlock:
         component: What it solves.
         graph: The collapsed graph, possibly of distinct rows.
         theta: Its parameters, in the form of the E-step, and their M-step.
+        normals: Normal groups that are evaluated by matrix products.
         name: What the plan calls it.
         words: What the plan says of its iterations.
     """
@@ -31,6 +55,30 @@ class QuickBlock:
     component: Component
     graph: FactorGraph
     theta: Theta
+    normals: Mapping[int, NormalRows]
+
+    @classmethod
+    @abstractmethod
+    def outline(cls, component: Component) -> Outline[Self] | Finding:
+        """What the block makes of a component, or why it does not serve; by looking only."""
+
+    @classmethod
+    def match(cls, component: Component) -> Self | Finding:
+        """The block that a component is, or why it is none."""
+        outline = cls.outline(component)
+        if isinstance(outline, Finding):
+            return outline
+        graph, values = outline.graph, component.values
+        updates = collapsed_updates(component.updates, graph)
+        layout = layout_of(graph, updates, values, outline.eligible)
+        block = outline.finish(layout)
+        if isinstance(block, Finding):
+            return block
+        theta = theta_of(graph, updates, values, layout, block.normals)
+        if isinstance(theta, Finding):
+            return theta
+        block.component, block.theta = component, theta
+        return block
 
     @abstractmethod
     def e_step(self, at: At) -> Expectation:
