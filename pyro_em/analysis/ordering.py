@@ -13,7 +13,6 @@ from torch import Tensor
 
 from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
-from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.program import Program
@@ -56,7 +55,7 @@ def _collect(
 ) -> None:
     for argument, binding in group.bindings.items():
         rule = None if group.family is None else group.family.rules.get(argument)
-        is_row = rule is not None and rule.kind is Kind.SIMPLEX
+        is_row = rule is not None and rule.kind.form.is_row
         for selection in binding.selections:
             shape = graph.parameters[selection.param].leaf.shape
             for i, name in enumerate(group.members):

@@ -23,7 +23,13 @@ from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import Group
 from pyro_em.updates.statistics import known_statistics
 
-KINDS = (Kind.SIMPLEX, Kind.PROBABILITY, Kind.RATE)
+# Those with complements after those without, and rates last: the order of `natural`.
+KINDS = tuple(
+    sorted(
+        (kind for kind in Kind if kind.form.is_log_linear),
+        key=lambda kind: (kind.form.has_rate, kind.form.has_complement),
+    )
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +94,7 @@ def linear(group: Group) -> Linear | None:
     if group.elements is not None:
         kept = group.elements.reshape(group.elements.shape + (1,) * event)
         n, d = n * kept, d * kept
-    bases = [_rest(group, rule, name, constants, n, d, at) for at in (0, 1)]
+    bases = [_rest(group, rule, name, constants, n, d, which) for which in (0, 1)]
     seen = bases
     if group.mask is not None:
         seen = [torch.where(group.mask, base, 0.0) for base in bases]
@@ -106,24 +112,27 @@ def _narrow(constant: Tensor, first: int, end: int) -> Tensor:
 
 
 def _rest(
-    group: Group, rule: Rule, name: str, constants: dict[str, Tensor], n: Tensor, d: Tensor, at: int
+    group: Group,
+    rule: Rule,
+    name: str,
+    constants: dict[str, Tensor],
+    n: Tensor,
+    d: Tensor,
+    which: int,
 ) -> Tensor:
     """log p(x | a) less its linear form, at one of two arguments inside. # (members, *sizes or 1s)"""
     assert group.family is not None
-    if rule.kind is Kind.SIMPLEX:
-        ramp = torch.arange(1.0, n.shape[-1] + 1, dtype=torch.float64, device=n.device)
-        a = ramp / ramp.sum() if at else torch.full_like(ramp, 1.0 / len(ramp))
-        form = (n * a.log()).sum(-1)
-        batch = n.dim() - 1
-    else:
-        a = torch.tensor((0.3, 0.6)[at], dtype=torch.float64, device=n.device)
-        other = (1 - a).log() * (d - n) if rule.kind is Kind.PROBABILITY else -a * d
-        form = n * a.log() + other
-        batch = n.dim()
-    argument = a.reshape((1,) * batch + a.shape)
+    form, event = rule.kind.form, n.shape[n.dim() - rule.kind.event_dim :]
+    a = form.inside(n.new_empty(event), which)
+    linear_part = torch.zeros_like(n)
+    for feature, eta in zip(form.features(n, d), form.natural_parameters(a), strict=True):
+        linear_part = linear_part + feature * eta
+    if event:
+        linear_part = linear_part.sum(-1)
+    argument = a.reshape((1,) * (n.dim() - len(event)) + a.shape)
     wide = {k: c.to(torch.float64) for k, c in constants.items()}
     log_p = group.family.log_prob(group.value, {**wide, name: argument})
     if group.elements is not None:
         log_p = torch.where(group.elements, log_p, 0.0)
-    rest = log_p - form
+    rest = log_p - linear_part
     return rest.sum(tuple(range(-group.event_dims, 0))) if group.event_dims else rest

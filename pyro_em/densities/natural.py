@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_em.densities.linear import KINDS, Linear, linear, main_argument
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
-from pyro_em.families.forms import Kind
+from pyro_em.families.forms import Form, Kind
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate
 
@@ -75,7 +75,7 @@ class Block:
     def natural(self, values: Values) -> Tensor:
         """Its elements of φ at parameter values."""
         out = (values[self.param] if self.constant is None else self.constant).to(torch.float64)
-        if self.kind is Kind.SIMPLEX:
+        if self.kind.form.is_row:
             out = out / out.sum(-1, keepdim=True)
         return out.reshape(-1)
 
@@ -118,13 +118,13 @@ class Naturals:
 
     def enter(self, values: Values) -> State:
         """φ and η at parameter values."""
-        parts = {
-            kind: [torch.empty(0, dtype=torch.float64, device=self.row.device)] for kind in KINDS
-        }
-        for b in self.blocks:
-            parts[b.kind].append(b.natural(values))
-        p = torch.cat(parts[Kind.PROBABILITY])
-        phi = torch.cat([*parts[Kind.SIMPLEX], p, 1 - p, *parts[Kind.RATE]])
+        parts = [b.natural(values) for b in self.blocks]
+        complements = [
+            1 - part
+            for b, part in zip(self.blocks, parts, strict=True)
+            if b.kind.form.has_complement
+        ]
+        phi = torch.cat(in_order(self.blocks, parts, complements))
         return State(phi, self._eta(phi))
 
     def _eta(self, phi: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ class Naturals:
     def features(self, block: Block, n: Tensor, d: Tensor) -> list[Feature]:
         """Where numerators and denominators of a block's elements are in η. # (numel,) each"""
         low, high, end = self.p
-        at = torch.arange(block.numel, device=self.row.device) + block.start
-        return _features(block.kind, n, d, at, high - low, end, self.size)
+        place = torch.arange(block.numel, device=self.row.device) + block.start
+        return _features(block.kind.form, n, d, place, high - low, self.size - end)
 
     def values(self, state: State) -> dict[str, Tensor]:
         """The parameters that M-steps change, at a state."""
@@ -225,21 +225,21 @@ def naturals(
         return None
     device = graph.groups[0].value.device
     starts = {b.param or b.group: b.start for b in blocks}
-    counts = {kind: sum(b.numel for b in blocks if b.kind is kind) for kind in KINDS}
-    P, size = counts[Kind.PROBABILITY], sum(counts.values()) + counts[Kind.PROBABILITY]
+    pairs = sum(b.numel for b in blocks if b.kind.form.has_complement)
+    rates = sum(b.numel for b in blocks if b.kind.form.has_rate)
     features: dict[int, tuple[list[Feature], Tensor]] = {}
     for g, form in linears.items():
         group = graph.groups[g]
         shape = group.arguments[form.argument].shape
-        own = torch.arange(shape.numel(), device=device).reshape(shape) + starts.get(g, 0)
-        at = torch.full_like(own, -1)
+        constants = torch.arange(shape.numel(), device=device).reshape(shape) + starts.get(g, 0)
+        place = torch.full_like(constants, -1)
         for s in group.bindings[form.argument].selections:
-            at = torch.where(s.index >= 0, s.index + starts[s.param], at)
-        at = torch.where(at < 0, own, at)
-        where = (P, size - counts[Kind.RATE], size)
-        features[g] = (_features(form.rule.kind, form.n, form.d, at, *where), form.base)
+            place = torch.where(s.index >= 0, s.index + starts[s.param], place)
+        place = torch.where(place < 0, constants, place)
+        listed = _features(form.rule.kind.form, form.n, form.d, place, pairs, rates)
+        features[g] = (listed, form.base)
     read = [f.columns.reshape(-1) for listed, _ in features.values() for f in listed]
-    return _layout(blocks, counts, torch.cat(read), coarse.pop(), device), features
+    return _layout(blocks, torch.cat(read), coarse.pop(), device), features
 
 
 def _blocks(
@@ -265,14 +265,11 @@ def _blocks(
         if not bool(reached.all()):
             shape, dtype = tuple(argument.shape), argument.dtype
             found.append(Block("", kind, 0, shape, dtype, False, argument, g))
+    complements = sum(b.numel for b in found if b.kind.form.has_complement)
     out, start = [], 0
-    for kind in KINDS:
-        own = [b for b in found if b.kind is kind]
-        for b in own:
-            out.append(replace(b, start=start))
-            start += b.numel
-        if kind is Kind.PROBABILITY:  # the complements
-            start += sum(b.numel for b in own)
+    for b in sorted(found, key=lambda b: KINDS.index(b.kind)):
+        out.append(replace(b, start=start + complements * b.kind.form.has_rate))
+        start += b.numel
     return out
 
 
@@ -318,12 +315,10 @@ def _is_held(
     if len(kinds) != 1 or not isinstance(update.update, ClosedForm | Fixed):
         return False
     (kind,) = kinds
-    if kind is Kind.SIMPLEX or isinstance(update.update, Fixed):
+    if kind.form.is_row or isinstance(update.update, Fixed):
         return True
-    interval = bounds(graph.parameters[param].constraint)
-    if interval is None:
-        return False
-    return interval[0] <= 0 and interval[1] >= (1 if kind is Kind.PROBABILITY else math.inf)
+    interval, (low, high) = bounds(graph.parameters[param].constraint), kind.form.interval
+    return interval is not None and interval[0] <= low and interval[1] >= high
 
 
 def _feature_cells(group: Group) -> int:
@@ -331,70 +326,77 @@ def _feature_cells(group: Group) -> int:
     found = main_argument(group)
     assert found is not None
     name, rule = found
-    width = group.arguments[name].shape[-1] if rule.kind is Kind.SIMPLEX else 2
+    width = group.arguments[name].shape[-1] if rule.kind.form.is_row else 2
     assert group.family is not None
     return group.value.numel() * (1 if group.family.event_dim else width)
 
 
 def _features(
-    kind: Kind, n: Tensor, d: Tensor, at: Tensor, P: int, first_rate: int, size: int
+    form: Form, n: Tensor, d: Tensor, place: Tensor, pairs: int, rates: int
 ) -> list[Feature]:
-    """What multiplies which elements of η in a linear form.
+    """What multiplies which elements of η in a log-linear form.
 
     Args:
-        kind: The form.
+        form: The form.
         n: Its numerators.
         d: Its denominators; of a simplex unused.
-        at: Where the argument is in φ.
-        P: How many probabilities there are: their complements are so much further on.
-        first_rate: The first rate in φ.
-        size: Of φ; the tail of η begins there.
+        place: Where the argument is in φ.
+        pairs: How many probabilities there are: their complements are so much further on in φ.
+        rates: How many rates there are: their negatives are so much further on in η.
     """
-    if kind is Kind.SIMPLEX:
-        return [Feature(n, at)]
-    if kind is Kind.PROBABILITY:
-        return [Feature(n, at), Feature(d - n, at + P)]
-    return [Feature(n, at), Feature(d, at - first_rate + size)]
+    columns = [place]
+    if form.has_complement:
+        columns.append(place + pairs)
+    if form.has_rate:
+        columns.append(place + rates)
+    return [Feature(f, c) for f, c in zip(form.features(n, d), columns, strict=True)]
+
+
+def in_order(
+    blocks: Sequence[Block], parts: Sequence[Tensor], complements: Sequence[Tensor]
+) -> list[Tensor]:
+    """What belongs to the blocks in the order of φ: complements before the rates.
+
+    Args:
+        blocks: The blocks.
+        parts: One tensor for each.
+        complements: One tensor for each block of probabilities.
+    """
+    first = sum(not b.kind.form.has_rate for b in blocks)
+    return [*parts[:first], *complements, *parts[first:]]
 
 
 def _layout(
-    blocks: Sequence[Block],
-    counts: Mapping[Kind, int],
-    read: Tensor,
-    dtype: torch.dtype,
-    device: torch.device,
+    blocks: Sequence[Block], read: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Naturals:
     """What the M-step needs to know about φ.
 
     Args:
         blocks: What is where.
-        counts: Elements of each kind.
         read: The elements of η that any group reads.
         dtype: Of the free parameters.
         device: Where all of it goes.
     """
-    rows: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
-    kept, n_rows = [], 0
-    free: dict[Kind, list[bool]] = {kind: [] for kind in KINDS}
+    rows: list[Tensor] = []
+    free: list[Tensor] = []
+    kept: list[bool] = []
     for b in blocks:
-        each = torch.arange(b.numel, device=device)
-        row = each // b.shape[-1] if b.kind is Kind.SIMPLEX else each
-        new = b.numel // b.shape[-1] if b.kind is Kind.SIMPLEX else b.numel
-        rows[b.kind].append(row + n_rows)
-        free[b.kind] += [b.is_free] * b.numel
-        kept += [b.kind is Kind.SIMPLEX or not b.is_free] * new
-        n_rows += new
-    simplex, p, rates = KINDS
-    row = torch.cat([*rows[simplex], *rows[p], *rows[p], *rows[rates]])
-    is_free = torch.tensor(free[simplex] + free[p] + free[p] + free[rates], device=device)
-    unused = torch.ones(n_rows, dtype=torch.bool, device=device)
+        width = b.shape[-1] if b.kind.form.is_row else 1
+        rows.append(torch.arange(b.numel, device=device) // width + len(kept))
+        free.append(torch.full((b.numel,), b.is_free, device=device))
+        kept += [b.kind.form.is_row or not b.is_free] * (b.numel // width)
+    pairs = [i for i, b in enumerate(blocks) if b.kind.form.has_complement]
+    row = torch.cat(in_order(blocks, rows, [rows[i] for i in pairs]))
+    is_free = torch.cat(in_order(blocks, free, [free[i] for i in pairs]))
+    unused = torch.ones(len(kept), dtype=torch.bool, device=device)
     unused[row[read[read < len(row)]]] = False
-    low = counts[simplex]
+    n_pairs = sum(blocks[i].numel for i in pairs)
+    first_rate = len(row) - sum(b.numel for b in blocks if b.kind.form.has_rate)
     return Naturals(
         blocks,
         row,
         torch.tensor(kept, device=device) | unused,
-        (low, low + counts[p], low + 2 * counts[p]),
+        (first_rate - 2 * n_pairs, first_rate - n_pairs, first_rate),
         None if bool(is_free.all()) else is_free,
         None if dtype == torch.float64 else dtype,
     )

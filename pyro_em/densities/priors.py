@@ -18,7 +18,6 @@ from torch import Tensor
 from pyro_em.densities.density import scattered
 from pyro_em.densities.natural import Naturals, State
 from pyro_em.distributions import bounds
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.priors import contributions
@@ -119,14 +118,14 @@ def log_prior(
         return None
     columns = torch.cat([f.columns for f in features])
     counts = scattered(layout.enter(values).eta, columns, [f.f for f in features])
-    bases = [_base(natural, counts, layout, values, at) for at in (0, 1)]
+    bases = [_base(natural, counts, layout, values, which) for which in (0, 1)]
     if not math.isclose(bases[0], bases[1], rel_tol=1e-9, abs_tol=1e-9):
         return None
     return LogPrior(counts, bases[0], tuple(rest))
 
 
 def _base(
-    groups: Sequence[Group], counts: Tensor, layout: Naturals, values: Values, at: int
+    groups: Sequence[Group], counts: Tensor, layout: Naturals, values: Values, which: int
 ) -> float:
     """log p less its linear form, at one of two points inside."""
     inside = dict(values)
@@ -134,11 +133,7 @@ def _base(
         if not block.param:
             continue
         value = values[block.param].to(torch.float64)
-        if block.kind is Kind.SIMPLEX:
-            ramp = torch.arange(1.0, value.shape[-1] + 1).to(value) ** at
-            inside[block.param] = (ramp / ramp.sum()).expand(value.shape)
-        else:
-            inside[block.param] = torch.full_like(value, (0.3, 0.6)[at])
+        inside[block.param] = block.kind.form.inside(value, which)
     total = sum(
         float(group.log_density(group.arguments, group.evaluate_value(inside)).sum())
         for group in groups

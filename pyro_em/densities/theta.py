@@ -26,7 +26,6 @@ from pyro_em.densities.regression import Lines
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.errors import DegenerateError, Finding, Handover
 from pyro_em.families.family import expected_log_density
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_form import Solver, solvers_of
 from pyro_em.updates.statistics import NATURAL, Expectation
@@ -194,7 +193,7 @@ class Theta:
         for solver in self.solvers:
             name = solver.update.name
             values[name], empty = solver.solve(statistics, current, values[name])
-            if empty and solver.kind is not Kind.SIMPLEX:
+            if empty and not solver.kind.form.is_row:
                 raise Handover  # an empty component is said by the full M-step
             for g in self.reached:
                 for argument, evaluator in self.evaluators[g].items():

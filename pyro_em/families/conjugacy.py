@@ -130,7 +130,8 @@ _RULES: Mapping[tuple[type, Kind, tuple[str, ...]], Contribution] = {
     **{(dist.Gamma, Kind.SCALE, m): _gamma_precision for m in _BY_INVERSE_ROOT},
     **{
         (dist.Uniform, kind, ()): _flat
-        for kind in (Kind.MEAN, Kind.SCALE, Kind.ABSOLUTE_SCALE, Kind.PROBABILITY, Kind.RATE)
+        for kind in Kind
+        if kind.event_dim == 0 and not kind.form.needs_data
     },
 }
 

@@ -12,16 +12,21 @@ Given the numerator n and the denominator d that a rule makes of sums over the d
     covariance      −½ d log det a − ½ tr(a⁻¹ n)           n / d
     median          −Σ_i w_i abs(x_i − a)                  from the data, not from sums
 
-To add a form, add a class with these methods, a member to `Kind` and an entry to ``_FORMS``.
+To add a form, add a class with these methods and a member to `Kind`: nothing else in the library asks
+which form it is, only what the form says of itself.
 """
 
 from __future__ import annotations
 
+import math
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.distributions import bounds
 
 
 class Form:
@@ -33,6 +38,17 @@ class Form:
         is_spread: Whether zero is a collapse rather than a value.
         is_whole: Whether the form is all that the family's density is, free terms apart.
         scales: Whether a known positive factor on the argument keeps the form.
+        interval: Where the elements of a solution lie.
+        is_row: Whether one solution is a row of probabilities: its elements sum to one, may stand in
+            any order in the parameter, and need no data.
+        is_regressed: Whether coefficients of an affine argument are solved for by least squares.
+        is_average: Whether the solution is the weighted mean of the data where every cell has a value
+            of its own, whatever the family's spread.
+        needs_data: Whether the maximiser needs the data themselves, not only sums over them.
+        is_log_linear: Whether the expected log density is linear in log a, and in log(1 − a) where
+            the form `has_complement`, and in −a where it `has_rate`; see `features`.
+        has_complement: See ``is_log_linear``.
+        has_rate: See ``is_log_linear``.
     """
 
     event_dim: ClassVar[int] = 0
@@ -40,6 +56,14 @@ class Form:
     is_spread: ClassVar[bool] = False
     is_whole: ClassVar[bool] = False
     scales: ClassVar[bool] = False
+    interval: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    is_row: ClassVar[bool] = False
+    is_regressed: ClassVar[bool] = False
+    is_average: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+    is_log_linear: ClassVar[bool] = False
+    has_complement: ClassVar[bool] = False
+    has_rate: ClassVar[bool] = False
 
     def solve(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The maximiser, and which events had no mass. # (events, *event), (events,)
@@ -102,11 +126,48 @@ class Form:
         """Any feasible natural values, for events that are kept as they were."""
         return torch.ones_like(like)
 
+    def stays_in(self, constraint: constraints.Constraint, link: str) -> bool:
+        """Whether every solution that is a row or a matrix satisfies a parameter's constraint.
+
+        Args:
+            constraint: The constraint, with a meaning for rows or matrices.
+            link: Name of the link from the natural value to the parameter.
+        """
+        return False
+
+    def features(self, n: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        """What multiplies `natural_parameters` in a log-linear form. # like n, each
+
+        Args:
+            n: Numerators. # (*cells, *event)
+            d: Denominators. # like n; of a row of probabilities unused
+        """
+        raise NotImplementedError(f"the form of {type(self).__name__} is not linear in logarithms")
+
+    def natural_parameters(self, a: Tensor) -> tuple[Tensor, ...]:
+        """The functions of the argument in which a log-linear form is linear. # like a, each"""
+        terms = [a.log()]
+        if self.has_complement:
+            terms.append((1 - a).log())
+        if self.has_rate:
+            terms.append(-a)
+        return tuple(terms)
+
+    def inside(self, like: Tensor, which: int) -> Tensor:
+        """One of two natural values inside the domain of a log-linear form.
+
+        Args:
+            like: Of the shape, the dtype and the device that are wanted. # (*cells, *event)
+            which: 0 or 1.
+        """
+        return torch.full_like(like, (0.3, 0.6)[which])
+
 
 class Mean(Form):
     """A number that is a location."""
 
     is_location = True
+    is_regressed = True
     scales = True
 
 
@@ -114,7 +175,7 @@ class Spread(Form):
     """A form whose collapse to zero is no estimate."""
 
     is_spread = True
-    is_whole = False
+    interval = (0.0, math.inf)
     words: ClassVar[str] = "its variance collapses: it would become"
 
     def _variance(self, a: Tensor) -> Tensor:
@@ -227,11 +288,23 @@ class Covariance(Spread):
         """See `Form.filler`."""
         return eye(like)
 
+    def stays_in(self, constraint: constraints.Constraint, link: str) -> bool:
+        """See `Form.stays_in`."""
+        # Exact types: a unit or correlation Cholesky factor has another maximiser.
+        return type(_elementary(constraint)).__name__.lstrip("_") in (
+            ("LowerCholesky", "SoftplusLowerCholesky")
+            if link == "Cholesky factor"
+            else ("PositiveDefinite", "SoftplusPositiveDefinite", "PositiveSemidefinite")
+        )
+
 
 class Probability(Form):
     """A probability."""
 
     is_whole = True
+    interval = (0.0, 1.0)
+    is_log_linear = True
+    has_complement = True
 
     def _maximiser(self, ratio: Tensor) -> Tensor:
         return ratio.clamp(0, 1)
@@ -244,12 +317,19 @@ class Probability(Form):
         """See `Form.outside`."""
         return torch.minimum(n, d - n)
 
+    def features(self, n: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        """See `Form.features`."""
+        return n, d - n
+
 
 class Rate(Form):
     """A rate of events."""
 
     is_whole = True
     scales = True
+    interval = (0.0, math.inf)
+    is_log_linear = True
+    has_rate = True
 
     def massless(self, n: Tensor, d: Tensor) -> Tensor:
         """See `Form.massless`.
@@ -276,12 +356,19 @@ class Rate(Form):
         """See `Form.outside`."""
         return n
 
+    def features(self, n: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        """See `Form.features`."""
+        return n, d
+
 
 class Simplex(Form):
     """A row of probabilities."""
 
     event_dim = 1
     is_whole = True
+    interval = (0.0, 1.0)
+    is_row = True
+    is_log_linear = True
 
     def solve(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.solve`."""
@@ -296,12 +383,28 @@ class Simplex(Form):
         """See `Form.outside`."""
         return n
 
+    def stays_in(self, constraint: constraints.Constraint, link: str) -> bool:
+        """See `Form.stays_in`."""
+        interval, (low, high) = bounds(constraint), self.interval
+        inside = interval is not None and interval[0] <= low and interval[1] >= high
+        return _elementary(constraint) is constraints.simplex or (inside and link == "identity")
+
+    def features(self, n: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+        """See `Form.features`."""
+        return (n,)
+
+    def inside(self, like: Tensor, which: int) -> Tensor:
+        """See `Form.inside`."""
+        ramp = torch.arange(1.0, like.shape[-1] + 1).to(like) ** which
+        return (ramp / ramp.sum()).expand(like.shape)
+
 
 class MeanVector(Form):
     """A vector that is a location."""
 
     event_dim = 1
     is_location = True
+    is_average = True
 
     def solve(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.solve`; the denominator is a matrix."""
@@ -314,43 +417,55 @@ class Median(Form):
     """A location under absolute deviations, which no sums give."""
 
     is_location = True
-
-
-_FORMS: dict[str, Form] = {
-    "mean": Mean(),
-    "scale": Scale(),
-    "absolute scale": AbsoluteScale(),
-    "probability": Probability(),
-    "rate": Rate(),
-    "simplex": Simplex(),
-    "mean vector": MeanVector(),
-    "covariance": Covariance(),
-    "median": Median(),
-}
+    needs_data = True
 
 
 class Kind(Enum):
-    """The functional form of the expected log joint in one argument (see the module's table)."""
+    """The functional form of the expected log joint in one argument (see the module's table).
 
-    MEAN = "mean"
-    SCALE = "scale"
-    ABSOLUTE_SCALE = "absolute scale"
-    PROBABILITY = "probability"
-    RATE = "rate"
-    SIMPLEX = "simplex"
-    MEAN_VECTOR = "mean vector"
-    COVARIANCE = "covariance"
-    MEDIAN = "median"
+    Attributes:
+        form: What the form is and does.
+        event_dim: See `Form`; fields here too, since they are asked for at every site of a model.
+        is_location: See `Form`.
+        is_spread: See `Form`.
+        is_whole: See `Form`.
+    """
 
-    def __init__(self, words: str) -> None:
-        self.form = _FORMS[words]
-        # Fields, since they are asked for at every site of a model.
-        self.event_dim = self.form.event_dim
-        self.is_location = self.form.is_location
-        self.is_spread = self.form.is_spread
-        self.is_whole = self.form.is_whole
+    MEAN = "mean", Mean()
+    SCALE = "scale", Scale()
+    ABSOLUTE_SCALE = "absolute scale", AbsoluteScale()
+    PROBABILITY = "probability", Probability()
+    RATE = "rate", Rate()
+    SIMPLEX = "simplex", Simplex()
+    MEAN_VECTOR = "mean vector", MeanVector()
+    COVARIANCE = "covariance", Covariance()
+    MEDIAN = "median", Median()
+
+    form: Form
+    event_dim: int
+    is_location: bool
+    is_spread: bool
+    is_whole: bool
+
+    def __new__(cls, words: str, form: Form) -> Kind:
+        """A member whose value is its name in words, as messages and saved files have it."""
+        member = object.__new__(cls)
+        member._value_ = words
+        member.form = form
+        member.event_dim = form.event_dim
+        member.is_location = form.is_location
+        member.is_spread = form.is_spread
+        member.is_whole = form.is_whole
+        return member
 
 
 def eye(like: Tensor) -> Tensor:
     """Identity matrices. # like ``like``"""
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+def _elementary(constraint: Any) -> Any:
+    """A constraint without the dimensions that `constraints.independent` takes into its events."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint

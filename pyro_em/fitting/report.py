@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, UsageError, message, warn
-from pyro_em.families.forms import Kind
 from pyro_em.fitting.criteria import (
     count_free,
     estimated_locally,
@@ -250,7 +249,7 @@ def _say_massless(program: Program, run: Run) -> None:
     assert run.last is not None
     by_component: dict[int, list[str]] = {}
     for name, events in run.last.massless.items():
-        if program.updates[name].kind is not Kind.SIMPLEX:
+        if not program.updates[name].is_row:
             for k in events:
                 by_component.setdefault(k, []).append(name)
     for k, names in by_component.items():

@@ -17,7 +17,6 @@ from pyro_em.densities.priors import is_plain_prior
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
 from pyro_em.families.family import main_rule
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.layout import may_be_affine
 from pyro_em.posteriors.block import Component, components_of
@@ -110,8 +109,8 @@ def needs_more_than_sums(
     for name, u in updates.items():
         if name not in exact and not isinstance(u.update, Fixed):
             return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
-        if u.kind is Kind.MEDIAN:
-            return Finding(f"parameter '{name}'", f"'{name}' is a median, which is no sum")
+        if u.kind is not None and u.needs_data:
+            return Finding(f"parameter '{name}'", f"'{name}' is a {u.kind.value}, which is no sum")
     if not exact:
         return Finding("model", "no parameter is updated")
     for g, group in enumerate(graph.groups):

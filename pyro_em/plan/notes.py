@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from pyro_em.distributions import is_real
 from pyro_em.errors import message
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.program import Program
 from pyro_em.tracing.sites import Role
@@ -54,7 +53,7 @@ def _unconstrained_simplexes(
             ["declare it: pyro.param(..., constraint=constraints.simplex)"],
         )
         for name, u in updates.items()
-        if u.kind is Kind.SIMPLEX
+        if u.is_row
         and all(use.rule.link.name == "identity" and not use.selection.maps for use in u.uses)
         and not isinstance(u.update, Fixed)
         and is_real(graph.parameters[name].constraint)

@@ -100,7 +100,7 @@ class Solver:
             DegenerateError: If a spread collapses, or no finite solution exists.
         """
         kind, event = self.kind, self.kind.event_dim
-        if kind is Kind.MEAN_VECTOR and self.direct and self.prior is None and blend is None:
+        if kind.form.is_average and self.direct and self.prior is None and blend is None:
             mean = self._weighted_mean(statistics)
             if mean is not None:
                 return mean if mean.dtype == value.dtype else mean.to(value.dtype), []
@@ -260,7 +260,7 @@ def closed_form(
         value: The parameter's current value.
         blend: From a parameter's name, numerator and denominator to running averages of them.
     """
-    if update.kind is Kind.MEDIAN:
+    if update.needs_data:
         return medians(update, graph, arguments, counts, value)
     return solver_of(update, graph, value).solve(statistics, arguments, value, blend)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.distributions import constraints
 
 from pyro_em.distributions import bounds, is_real
 from pyro_em.families.conjugacy import conjugate
-from pyro_em.families.forms import Kind
+from pyro_em.families.forms import Form
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
@@ -67,8 +66,7 @@ def decide_updates(
             if binding is None or not least_squares.intersection(binding.params):
                 continue
             for p in binding.params:
-                is_mean = decided[p].kind is Kind.MEAN and _is_plain_mean(decided[p])
-                is_mean = is_mean and is_real(graph.parameters[p].constraint)
+                is_mean = _is_plain_mean(decided[p]) and is_real(graph.parameters[p].constraint)
                 if p not in least_squares and is_mean:
                     least_squares.add(p)
                     changed = True
@@ -84,6 +82,9 @@ def decide_updates(
 
 
 def _is_plain_mean(update: ParameterUpdate) -> bool:
+    """Whether least squares solves for it as for an intercept: a mean as it stands."""
+    if update.kind is None or not update.kind.form.is_regressed:
+        return False
     return all(u.selection.factor is None and not u.selection.maps for u in update.uses)
 
 
@@ -150,7 +151,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
     if affine:
-        plain = all(u.rule.kind is Kind.MEAN and not u.selection.maps for u in uses)
+        plain = all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses)
         if plain and all(_is_normal(graph.groups[p.group]) for p in priors):
             reason = "loc is affine in it" + (", with a Normal prior" if priors else "")
             return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
@@ -215,8 +216,7 @@ def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str
         if event and _whole_events(
             prior.selection.index,
             graph.parameters[prior.selection.param].leaf,
-            event,
-            use.rule.kind,
+            use.rule.kind.form,
         ):
             return f"its {group.distribution} prior is on other rows"
     return ""
@@ -241,14 +241,15 @@ def _as_use(
     if event:
         if selection.maps:
             return None, "an elementwise map of whole rows"
-        problem = _whole_events(selection.index, graph.parameters[name].leaf, event, rule.kind)
+        problem = _whole_events(selection.index, graph.parameters[name].leaf, rule.kind.form)
         if problem:
             return None, problem
     return Use(g, argument, selection, rule), ""
 
 
-def _whole_events(index: Tensor, parameter: Tensor, event: int, kind: Kind) -> str:
+def _whole_events(index: Tensor, parameter: Tensor, form: Form) -> str:
     """A closed form maximises over whole rows or matrices: they must map one to one."""
+    event = form.event_dim
     if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
         return "only part of a row of the parameter is used"
     size = math.prod(parameter.shape[-event:])
@@ -260,7 +261,7 @@ def _whole_events(index: Tensor, parameter: Tensor, event: int, kind: Kind) -> s
     if bool((first % size != 0).any()):
         return "its rows are not rows of the parameter"
     offsets = rows - first.unsqueeze(-1)
-    if kind is Kind.SIMPLEX:
+    if form.is_row:
         offsets = offsets.sort(-1).values
     expected = torch.arange(size, device=index.device)
     if not bool((offsets == expected).all()):
@@ -282,28 +283,12 @@ def _disagreement(uses: Sequence[Use]) -> str:
 
 def _outside(use: Use, constraint: constraints.Constraint) -> str:
     """Why a solution may leave the parameter's constraint, or nothing."""
-    kind, link = use.rule.kind, use.rule.link.name
-    base: Any = constraint
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
     if is_real(constraint):
         return ""
-    if kind.event_dim == 0:
+    if use.rule.kind.event_dim == 0:
         return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
-    if kind is Kind.SIMPLEX:
-        interval = bounds(constraint)
-        inside = interval is not None and interval[0] <= 0 and interval[1] >= 1
-        if base is constraints.simplex or (inside and link == "identity"):
-            return ""
-        return f"its constraint {constraint} may exclude the solution"
-    if kind is Kind.COVARIANCE:
-        # Exact types: a unit or correlation Cholesky factor has another maximiser.
-        allowed = type(base).__name__.lstrip("_") in (
-            ("LowerCholesky", "SoftplusLowerCholesky")
-            if link == "Cholesky factor"
-            else ("PositiveDefinite", "SoftplusPositiveDefinite", "PositiveSemidefinite")
-        )
-        return "" if allowed else f"its constraint {constraint} may exclude the solution"
+    if use.rule.kind.form.stays_in(constraint, use.rule.link.name):
+        return ""
     return f"its constraint {constraint} may exclude the solution"
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
 from pyro_em.families.conjugacy import conjugate
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.scatter import component_in_words, onto_events
 from pyro_em.updates.update import ParameterUpdate, Prior
@@ -53,13 +52,13 @@ def refuse_boundary_mode(
     size = float(d.abs().max().clamp(min=1.0))
     rounding = 64 * torch.finfo(n.dtype).eps * size
     rounded = (bad < 0) & (bad >= -rounding)
-    if kind is Kind.SIMPLEX:
+    if kind.form.is_row:
         n.masked_fill_(rounded, 0.0)
     bad = bad.masked_fill(rounded, 0.0)
     if not bool((bad < 0).any()):
         return
     place = (bad < 0).nonzero()[0].tolist()
-    event = 1 if kind is Kind.SIMPLEX else 0
+    event = kind.event_dim
     row = component_in_words(value, event, place[0]) if value.dim() > event else ""
     where = f"{row}, value {place[1]}" if row and event else row
     where = where or (f"component {place[1]}" if event else "its only component")

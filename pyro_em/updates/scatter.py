@@ -61,7 +61,7 @@ def onto_events(
     first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
     row = torch.where(first >= 0, first // size, n_events).reshape(-1)
     d_out = d.new_zeros(n_events + 1, *d_event).index_add(0, row, d.reshape(-1, *d_event))
-    if kind is Kind.SIMPLEX:
+    if kind.form.is_row:
         # Rows may be permuted: scatter element by element.
         flat = torch.where(index >= 0, index, value.numel()).reshape(-1)
         n_flat = n.new_zeros(value.numel() + 1).index_add(0, flat, n.reshape(-1))

@@ -139,3 +139,13 @@ class ParameterUpdate:
     def kind(self) -> Kind | None:
         """The functional form of a closed-form update."""
         return self.uses[0].rule.kind if self.uses else None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether its maximiser needs the data themselves, not only sums over them."""
+        return self.kind is not None and self.kind.form.needs_data
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it is solved for by rows of probabilities, which may well go without data."""
+        return self.kind is not None and self.kind.form.is_row

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pyro_em.arguments import whole
 from pyro_em.errors import DegenerateError, UsageError, message, warn
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.trace import trace_graph
 from pyro_em.portable import StaysHere
@@ -330,7 +329,7 @@ class Trainer(StaysHere):
         for name, update in decided.items():
             if name not in names:
                 out[name] = ParameterUpdate(name, Fixed(), "trained on the drawn bound")
-            elif not isinstance(update.update, ClosedForm) or update.kind is Kind.MEDIAN:
+            elif not isinstance(update.update, ClosedForm) or update.needs_data:
                 raise UsageError(
                     message(
                         f"updates['{name}']",

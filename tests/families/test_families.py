@@ -174,3 +174,19 @@ def test_the_temporaries_of_a_posterior_are_small(monkeypatch: pytest.MonkeyPatc
     joint = dist.MultivariateNormal(mu, S).log_prob(x.unsqueeze(1)) + w.log()
     torch.testing.assert_close(q.probs("z"), joint.softmax(-1))
     assert len(seen) >= 20 and max(seen) <= 1000
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind.form.is_log_linear])
+def test_a_log_linear_form_is_its_features_times_its_natural_parameters(kind: Kind) -> None:
+    n = torch.tensor([[1.0, 4.0, 0.5], [2.0, 1.0, 3.0]], dtype=torch.float64)
+    d = torch.full_like(n, 6.0)
+    for which in (0, 1):
+        a = kind.form.inside(n, which)
+        products = zip(kind.form.features(n, d), kind.form.natural_parameters(a), strict=True)
+        total = sum(float((feature * eta).sum()) for feature, eta in products)
+        assert total == pytest.approx(float(kind.form.expected(n, d, a)), rel=1e-13)
+
+
+def test_kinds_are_found_by_their_words() -> None:
+    assert Kind("mean vector") is Kind.MEAN_VECTOR
+    assert [kind.value for kind in Kind if kind.form.needs_data] == ["median"]
