@@ -127,6 +127,35 @@ class Stepper:
         self.pending = {**saved, "names": rest, "state": states} if rest else None
 
 
+class Steppers:
+    """Optimisers by a key of their own, and loaded states of those that were not built yet."""
+
+    def __init__(self, saved_name: Callable[[str], str] = str) -> None:
+        self.saved_name = saved_name
+        self._built: dict[str, Stepper] = {}
+        self._pending: dict[str, Any] = {}
+
+    def of(self, key: str, optim: Optimizer | pyro.optim.PyroOptim) -> Stepper:
+        """The optimiser of a key, built anew where it is asked for with another ``optim``."""
+        stepper = self._built.get(key)
+        if stepper is None or stepper.optim is not optim:
+            stepper = self._built[key] = Stepper(optim, self.saved_name)
+            stepper.pending = self._pending.pop(key, None)
+        return stepper
+
+    def is_one_kernel(self, key: str) -> bool:
+        """Whether the key has an optimiser that moves all its parameters at once."""
+        return key in self._built and self._built[key].is_one_kernel
+
+    def state(self) -> dict[str, Any]:
+        """What a saved fit needs to continue, by key."""
+        return {**self._pending, **{key: s.state() for key, s in self._built.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """States of a saved fit, for the optimisers that are built from now on."""
+        self._pending = dict(state)
+
+
 def of_update(
     optim: Optimizer | pyro.optim.PyroOptim, parameters: list[Tensor]
 ) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 from pyro_em.distributions import has_finite_support, is_discrete, is_real, unwrap
 from pyro_em.errors import ModelError, UsageError, message
 from pyro_em.variational.amortized_base import AutoAmortized
-from pyro_em.variational.encoder import Encoder, _floats
+from pyro_em.variational.encoder import Encoder, floats
 
 
 class AutoAmortizedNormal(AutoAmortized):
@@ -179,7 +179,7 @@ class AutoAmortizedCategorical(AutoAmortized):
 
     def _add_global(self, node: dict[str, Any]) -> None:
         fn = node["fn"]
-        logits = _floats(node).new_zeros(*fn.batch_shape, math.prod(_logits_shape(fn)))
+        logits = floats(node).new_zeros(*fn.batch_shape, math.prod(_logits_shape(fn)))
         deep_setattr(self, f"logits.{node['name']}", PyroParam(logits))
 
     def _global(self, name: str, prior: Any) -> Any:

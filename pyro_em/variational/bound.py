@@ -19,53 +19,39 @@ Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, raise_findings
 from pyro_em.graph.examination import examine
-from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.contraction import contract
-from pyro_em.posteriors.enumeration import contraction_of, scales_of
-from pyro_em.posteriors.exact import exact_posterior
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.tracing.handlers import FeasibleWhereMasked, GuideSites, HoldAt, ScalePlates
+from pyro_em.tracing.handlers import FeasibleWhereMasked, ScalePlates
 from pyro_em.tracing.parameters import TracedParameter
-from pyro_em.tracing.runs import Model, drawn_run
-from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
+from pyro_em.tracing.runs import Model
 from pyro_em.variational.broken_bounds import (
     in_users_names,
     not_finite,
     require_finite,
     validation_told,
 )
-from pyro_em.variational.divergence import _kl_term, _with_analytic_kl
+from pyro_em.variational.divergence import with_analytic_kl
+from pyro_em.variational.drawing import plain_draw, summed_draw
 from pyro_em.variational.pair import Pair, Routing, pyros_pair, support_size
 from pyro_em.variational.particle import (
     Particle,
-    Term,
-    Weight,
-    _reparameterised,
-    dims_of,
     log_weights,
 )
-from pyro_em.variational.score_function import _downstream, score_terms
+from pyro_em.variational.score_function import coupled_sites, downstream_terms, score_terms
 
 _KEPT = 16  # structures of batches of different shape
-
-
-_ONE = Weight()
 
 
 @dataclass(eq=False)
@@ -95,9 +81,9 @@ class Variational(StaysHere):
 
     def __post_init__(self) -> None:
         self.pair = self.routing.pair(self.model, self.guide)
-        self.analytic = _with_analytic_kl(self.routing, self.bare)
-        self.downstream = _downstream(self.routing, self.bare)
-        self.shared = _of_all_elements(self.routing, self.bare)
+        self.analytic = with_analytic_kl(self.routing, self.bare)
+        self.downstream = downstream_terms(self.routing, self.bare)
+        self.shared = coupled_sites(self.routing, self.bare)
 
     # ------------------------------------------------------------------ drawing
 
@@ -123,8 +109,11 @@ class Variational(StaysHere):
         """
         with ScalePlates(factors or {}), FeasibleWhereMasked(), validation_told():
             if self.routing.exact:
-                return self._summed(args, kwargs, report, chosen or {})
-            return self._plain(args, kwargs, analytic, report)
+                assert isinstance(self.pair, Pair) and self.routing.guide is not None
+                structure, guide = self.structure(args, kwargs), self.routing.guide
+                return summed_draw(self.pair, guide, structure, args, kwargs, report, chosen or {})
+            known = self.analytic if analytic else frozenset()
+            return plain_draw(self.pair, args, kwargs, report, known)
 
     def particles(
         self,
@@ -150,105 +139,6 @@ class Variational(StaysHere):
             )
             for values in itertools.product(*ranges)
         ]
-
-    def _plain(self, args: tuple, kwargs: dict[str, Any], analytic: bool, report: bool) -> Particle:
-        known = self.analytic if analytic else frozenset()
-        unneeded = set() if report else {*known, *(GuideSites.prefix + n for n in known)}
-        sites = drawn_run(self.pair, args, kwargs, unneeded).sites
-        terms: list[Term] = []
-        for name, site in sites.items():
-            if not is_factor(site) or is_latent(site):
-                continue
-            role = role_of(site)
-            own = name.removeprefix(GuideSites.prefix)
-            if own in known and role in (Role.GUIDE, Role.SAMPLED):
-                if role is Role.SAMPLED:
-                    terms.append(_kl_term(own, site, sites[GuideSites.prefix + own]))
-                continue
-            value = site["log_prob"]
-            if role is Role.GUIDE:
-                value = -(value if _reparameterised(site) else value.detach())
-            terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
-        values = {
-            n.removeprefix(GuideSites.prefix): s["value"]
-            for n, s in sites.items()
-            if n.startswith(GuideSites.prefix) or (is_factor(s) and _is_given(s))
-        }
-        return self._with_scores(terms, sites, None, report, values)
-
-    def _summed(
-        self, args: tuple, kwargs: dict[str, Any], report: bool, chosen: Mapping[str, int]
-    ) -> Particle:
-        record: list[tuple[GuideSites, HoldAt]] = []
-        assert isinstance(self.pair, Pair)
-        graph = trace_graph(
-            replace(self.pair, record=record, chosen=chosen),
-            args,
-            kwargs,
-            self.structure(args, kwargs),
-            with_bindings=False,
-            keep_random_state=False,
-            attached=True,
-        )
-        guide, held = record[-1]
-        weight = Weight(tuple(_weight_of(held.sites[n]) for n in chosen))
-        plan = contraction_of(graph)
-        tables = [g.log_density().to(torch.float64) for g in graph.groups]
-        flat: list[Tensor] = []
-        terms: list[Term] = []
-        sites: dict[str, dict[str, Any]] = {}
-        for group, table in zip(graph.groups, tables, strict=True):
-            for i, name in enumerate(group.members):
-                if group.role is not Role.GUIDE:
-                    flat.append(table[i])
-                    continue
-                own = name.removeprefix(GuideSites.prefix)
-                log_q = table[i] * group.scale[i]
-                sites[name] = {
-                    "fn": self.routing.guide.sites[own]["fn"],  # type: ignore[union-attr]
-                    "infer": guide.infer[own],
-                    "log_prob": log_q,
-                    "score": table[i],
-                    "dims": group.dims[i],
-                }
-                follows = own in chosen or _reparameterised(sites[name])
-                value = log_q if follows else log_q.detach()
-                terms.append(Term(name, Role.GUIDE, group.dims[i], -value, group.scale[i]))
-                flat.append(torch.zeros_like(table[i]))
-        scale = _common_scale(graph)
-        for dims, value in contract(plan, flat, scales=scales_of(graph)):
-            terms.append(Term("summed", None, dims, value, scale))
-        return self._with_scores(terms, sites, graph, report, guide.values, weight, chosen)
-
-    def _with_scores(
-        self,
-        terms: list[Term],
-        sites: Mapping[str, dict[str, Any]],
-        graph: FactorGraph | None,
-        report: bool,
-        values: Mapping[str, Tensor],
-        weight: Weight = _ONE,
-        chosen: Collection[str] = (),
-    ) -> Particle:
-        terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
-        scores, baselines, log_q = {}, {}, 0.0
-        for name, site in sites.items():
-            if not name.startswith(GuideSites.prefix):
-                continue
-            own = name.removeprefix(GuideSites.prefix)
-            if report and "log_prob" in site:
-                own_log_q = site["log_prob"].detach()
-                log_q += float(weight.weigh(own_log_q, site.get("dims", ())).sum())
-            if own not in chosen and not _reparameterised(site):
-                # The cost carries the scale, the score does not.
-                if "score" in site:
-                    score, dims = site["score"], site["dims"]
-                else:
-                    score = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-                    dims = dims_of(site, score)
-                scores[own] = Term(own, Role.GUIDE, dims, score)
-                baselines[own] = site.get("infer", {}).get("baseline", {})
-        return Particle(tuple(terms), scores, values, graph, log_q, baselines, weight)
 
     def structure(self, args: tuple, kwargs: dict[str, Any]) -> Structure:
         """The pair's structure for these arguments; found once per shape."""
@@ -419,56 +309,3 @@ class Variational(StaysHere):
         look = self.routing.guide
         one_value = look.points if look is not None else frozenset()
         return set(self.routing.drawn) <= {*self.routing.enumerated, *one_value}
-
-
-def inner_posterior(
-    graph: FactorGraph, weight: Weight = _ONE
-) -> tuple[Posterior, tuple[Group, ...]]:
-    """p(z | x, h) at one draw h, and the model's factors; anything where the draw has no weight."""
-    groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
-    model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
-    tables = [g.log_density().detach() for g in groups]
-    tables = [
-        torch.stack([weight.possible(t, d) for t, d in zip(table, group.dims, strict=True)])
-        for table, group in zip(tables, groups, strict=True)
-    ]
-    return exact_posterior(model, contraction_of(model), tables), groups
-
-
-def _weight_of(site: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor, int]:
-    """The probability of the value at which a guide site is held; see `Weight`."""
-    fn = site["fn"]
-    probability = fn.log_prob(site["value"]).exp()
-    # Pyro keeps a probability of zero at eps, and the record of a family does not.
-    tiny = probability <= 2 * torch.finfo(probability.dtype).eps
-    probability = torch.where(tiny, 0.0, probability).to(torch.float64)
-    dims = dims_of(site, probability)
-    shape = [size for d, size in zip(dims, probability.shape, strict=True) if d]
-    size = len(fn.enumerate_support(expand=False))
-    return tuple(d for d in dims if d), probability.reshape(shape), size
-
-
-def _common_scale(graph: FactorGraph) -> float | None:
-    """The one number by which all sites of the model are scaled; None if there is none."""
-    scales = {
-        float(s) if not isinstance(s, Tensor) else math.nan
-        for g in graph.groups
-        if g.role is not Role.GUIDE and g.n_plates
-        for s in g.scale
-    }
-    only = scales.pop() if len(scales) == 1 else math.nan
-    return None if math.isnan(only) else only
-
-
-def _is_given(site: Mapping[str, Any]) -> bool:
-    return role_of(site) in (Role.SAMPLED, Role.POINT)
-
-
-def _of_all_elements(routing: Routing, structure: Structure) -> frozenset[str]:
-    """Drawn sites of which an element reaches terms of other elements of its plate."""
-    look = routing.guide
-    if look is None:
-        return frozenset()
-    coupled = {*structure.coupled, *look.coupled}
-    below = {n: {n, *(u for u, s in look.scopes.items() if n in s)} for n in routing.shown}
-    return frozenset(n for n, reached in below.items() if reached & coupled)

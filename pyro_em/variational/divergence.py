@@ -14,16 +14,23 @@ from pyro_em.distributions import unwrap
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.sites import Role
 from pyro_em.variational.pair import Routing
-from pyro_em.variational.particle import Term, _reparameterised, dims_of
+from pyro_em.variational.particle import Term, dims_of, is_reparameterised
 
 
-def _kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Term:
+def kl_term(name: str, prior: Mapping[str, Any], drawn: Mapping[str, Any]) -> Term:
+    """−KL(q ‖ p) of one latent as a term of the bound.
+
+    Args:
+        name: The latent.
+        prior: Its site in the model.
+        drawn: Its site in the guide.
+    """
     kl = kl_divergence(drawn["fn"], prior["fn"])
     kl = scale_and_mask(kl, prior["scale"], prior["mask"])
     return Term(f"kl:{name}", Role.SAMPLED, dims_of(prior, kl), -kl)
 
 
-def _with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
+def with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
     """Drawn latents whose KL divergence to their prior has a closed form and is valid.
 
     The prior's parents must not be drawn from a guide site that depends on the latent.
@@ -41,7 +48,7 @@ def _with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
         if any(name in look.scopes.get(p, frozenset()) for p in parents):
             continue
         prior = structure.unobserved[name]
-        if _reparameterised(site) and _counts_alike(site, prior) and _has_kl(site, prior):
+        if is_reparameterised(site) and _counts_alike(site, prior) and _has_kl(site, prior):
             found.add(name)
     return frozenset(found)
 

@@ -23,7 +23,8 @@ from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.randomness import same_random_state, seeded
 from pyro_em.tracing.runs import sites_of
 from pyro_em.tracing.turns import alone
-from pyro_em.variational.bound import Variational, inner_posterior
+from pyro_em.variational.bound import Variational
+from pyro_em.variational.drawing import inner_posterior
 from pyro_em.variational.particle import Particle
 from pyro_em.variational.parts import split
 

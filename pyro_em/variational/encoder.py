@@ -114,10 +114,10 @@ def _site(node: Mapping[str, Any], data: Mapping[str, Any]) -> _Site:
         why = "an amortised guide computes an element's posterior from that element's data"
         fixes = ["observe a site inside these plates", "use AutoNormal for this latent"]
         raise ModelError(message(where, what, why, fixes))
-    return _Site(plates, observed, _floats(node).dtype)
+    return _Site(plates, observed, floats(node).dtype)
 
 
-def _floats(node: Mapping[str, Any]) -> Tensor:
+def floats(node: Mapping[str, Any]) -> Tensor:
     """A tensor with dtype and device of a latent's value or, if discrete, of its probabilities."""
     tensors = [node["value"], *vars(unwrap(node["fn"])[0]).values()]
     return next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())

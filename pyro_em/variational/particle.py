@@ -261,5 +261,6 @@ def dims_of(site: Mapping[str, Any], value: Tensor) -> tuple[str, ...]:
     return tuple(by_dim.get(d, "") for d in range(-value.dim(), 0))
 
 
-def _reparameterised(site: Mapping[str, Any]) -> bool:
+def is_reparameterised(site: Mapping[str, Any]) -> bool:
+    """Whether draws of a site carry the gradient of its parameters."""
     return bool(getattr(site["fn"], "has_rsample", False))

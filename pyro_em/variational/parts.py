@@ -12,8 +12,9 @@ from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import Model, drawn_run
 from pyro_em.tracing.sites import Role, is_factor, role_of
 from pyro_em.updates.statistics import dot
-from pyro_em.variational.bound import Variational, inner_posterior
+from pyro_em.variational.bound import Variational
 from pyro_em.variational.broken_bounds import require_finite, validation_told
+from pyro_em.variational.drawing import inner_posterior
 from pyro_em.variational.particle import Particle
 
 

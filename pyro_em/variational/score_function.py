@@ -24,7 +24,7 @@ def _onto(value: Tensor, dims: Sequence[str], score: Term, kept: Sequence[str]) 
     return value.reshape([next(sizes) if d in shared else 1 for d in score.dims])
 
 
-def _downstream(routing: Routing, structure: Structure) -> dict[str, frozenset[str]]:
+def downstream_terms(routing: Routing, structure: Structure) -> dict[str, frozenset[str]]:
     """For each drawn site the terms that depend on its draw; all others have mean zero with it."""
     look = routing.guide
     if look is None:
@@ -41,6 +41,16 @@ def _downstream(routing: Routing, structure: Structure) -> dict[str, frozenset[s
                 below |= {site, f"kl:{site}"}
         out[name] = frozenset(below)
     return out
+
+
+def coupled_sites(routing: Routing, structure: Structure) -> frozenset[str]:
+    """Drawn sites of which an element reaches terms of other elements of its plate."""
+    look = routing.guide
+    if look is None:
+        return frozenset()
+    coupled = {*structure.coupled, *look.coupled}
+    below = {n: {n, *(u for u, s in look.scopes.items() if n in s)} for n in routing.shown}
+    return frozenset(n for n, reached in below.items() if reached & coupled)
 
 
 def score_terms(

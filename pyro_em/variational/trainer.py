@@ -1,19 +1,16 @@
-"""Stochastic steps: optimisers, schedules, and closed forms on running averages.
+"""Stochastic steps along the gradient of the bound: optimisers, and how guide and model take turns.
 
 Joint training moves φ (guide) and θ (model) on the same draw. `Alternating` is coordinate ascent:
-some steps on φ with θ held, then some on θ with φ held, each on draws of its own.
-
-A parameter whose factors hold only summed or drawn latents may keep its closed form: statistics of
-batches are averaged, s ← (1 − ρ) s + ρ ŝ, and θ ← argmax of s.
-
-Source: Cappé and Moulines (2009), "Online EM algorithm for latent data models".
+some steps on φ with θ held, then some on θ with φ held, each on draws of its own. Parameters that keep
+their closed form follow at the end of a step, by `pyro_em.variational.running_averages`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import pyro
@@ -22,21 +19,14 @@ from torch import Tensor
 
 from pyro_em.arguments import whole
 from pyro_em.errors import DegenerateError, UsageError, message, warn
-from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.trace import trace_graph
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.enumeration import contraction_of
-from pyro_em.posteriors.exact import exact_posterior
-from pyro_em.tracing.handlers import GuideSites, ScalePlates
 from pyro_em.tracing.parameters import parameters_read
 from pyro_em.tracing.randomness import same_random_state
-from pyro_em.updates.decision import decide_updates
-from pyro_em.updates.m_step import MStepState, m_step
-from pyro_em.updates.optimizers import Optimizer, Stepper, adam
-from pyro_em.updates.statistics import Expectation
-from pyro_em.updates.update import ClosedForm, Fixed, Gradient, ParameterUpdate, Update
+from pyro_em.updates.optimizers import Optimizer, Steppers, adam
+from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.recovery import Kept
+from pyro_em.variational.running_averages import RunningAverages
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,14 @@ class Alternating:
             )
 
 
+class Stage(Enum):
+    """How far a stochastic step has come, for what has to be undone where it breaks."""
+
+    ENTERED = "nothing is known of the parameters that enter it"
+    FINITE = "the loss of those parameters is finite"
+    MOVED = "they have been copied and are being changed"
+
+
 @dataclass(eq=False)
 class Trainer(StaysHere):
     """Stochastic steps on one pair of model and guide.
@@ -85,9 +83,8 @@ class Trainer(StaysHere):
         num_particles: Draws per step.
         saved_name: From a parameter's name here to its name in a file.
         steps: Complete steps so far.
-        steppers: The optimisers by name.
-        averages: Running averages of the closed forms' numerators and denominators.
-        pending: Optimiser states that were loaded and wait for their optimisers.
+        optimizers: The optimisers that have stepped.
+        averages: What the closed forms on batches average.
         kept: Parameters at which the loss was finite, to return to.
     """
 
@@ -97,14 +94,14 @@ class Trainer(StaysHere):
     num_particles: int = 1
     saved_name: Callable[[str], str] = str
     steps: int = 0
-    steppers: dict[str, Stepper] = field(default_factory=dict)
-    averages: dict[str, Expectation] = field(default_factory=dict)
-    pending: dict[str, Any] = field(default_factory=dict)
     kept: Kept = field(default_factory=Kept)
     _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
-    _is_good: bool = False
-    _has_moved: bool = False
+    _stage: Stage = Stage.ENTERED
     _last: tuple[tuple, dict[str, Any], Mapping[str, float] | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.optimizers = Steppers(self.saved_name)
+        self.averages = RunningAverages(self.saved_name)
 
     def step(
         self,
@@ -129,12 +126,13 @@ class Trainer(StaysHere):
                 are then some at which the loss was finite: those of this step or the one before if
                 they are, else the last that were copied.
         """
-        self._is_good = self._has_moved = False
+        self._stage = Stage.ENTERED
         try:
             loss = self._step(args, kwargs, factors, schedule)
         except DegenerateError as error:
             which = "last good parameters"
-            if self._has_moved or not (self._is_good or self._is_sound()):
+            moved = self._stage is Stage.MOVED
+            if moved or not (self._stage is Stage.FINITE or self._is_sound()):
                 self.kept.put_back()
                 if self.kept.step is not None and self.kept.step < self.steps - 1:
                     which = f"parameters that entered step {self.kept.step}"
@@ -142,8 +140,8 @@ class Trainer(StaysHere):
             said = f"step {self.steps}: {head} The {which} were kept."
             raise DegenerateError(said + newline + rest) from error.__cause__
         except BaseException:  # an interrupt, or whatever the user's functions raise
-            if self._has_moved and self.kept.step == self.steps:  # half a step is no step
-                self.kept.put_back()
+            if self._stage is Stage.MOVED and self.kept.step == self.steps:
+                self.kept.put_back()  # half a step is no step
             raise
         self._last = (args, kwargs, factors)
         return loss
@@ -191,7 +189,8 @@ class Trainer(StaysHere):
                 first = loss if first is None else first
             assert first is not None
             loss = first
-        self._closed_forms(args, kwargs, factors)
+        asked = {} if self._wishes is None else self._wishes[1]
+        self.averages.m_step(self.variational, asked, self.steps, args, kwargs, factors)
         self.steps += 1
         return loss
 
@@ -212,7 +211,8 @@ class Trainer(StaysHere):
     ) -> float:
         with torch.enable_grad(), parameters_read() as parameters:
             loss = self.variational.loss(args, kwargs, self.num_particles, factors)
-        self._is_good = True
+        if self._stage is Stage.ENTERED:
+            self._stage = Stage.FINITE
         tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
         for p in tensors.values():
             p.grad = None
@@ -229,20 +229,16 @@ class Trainer(StaysHere):
             first = self.saved_name(_first_with(wish, wishes)) if own else ""
             by_update.setdefault(f"updates:{first}" if own else label, {})[name] = p
         self._require_finite(moved)
-        if not self._has_moved:
-            stepper = self.steppers.get(label)
-            whole = len(by_update) == 1 and stepper is not None and stepper.is_one_kernel
+        if self._stage is not Stage.MOVED:
+            whole = len(by_update) == 1 and self.optimizers.is_one_kernel(label)
             whole = whole and label == "joint" and label in by_update
             whole = whole and not any(isinstance(w, ClosedForm) for w in wishes.values())
             self.kept.keep(tensors, self.steps, at_once=not whole)
-            self._has_moved = True
+            self._stage = Stage.MOVED
         for key, group in by_update.items():
             wish = wishes.get(next(iter(group)))
             given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
-            if key not in self.steppers or self.steppers[key].optim is not (given or adam):
-                self.steppers[key] = Stepper(given or adam, self.saved_name)
-                self.steppers[key].pending = self.pending.pop(key, None)
-            self.steppers[key].step(group)
+            self.optimizers.of(key, given or adam).step(group)
         for p in tensors.values():
             p.grad = None
         return float(loss.detach())
@@ -279,94 +275,21 @@ class Trainer(StaysHere):
             )
         )
 
-    # ------------------------------------------------------------------ closed forms on batches
-
-    def _closed_forms(
-        self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
-    ) -> None:
-        asked = (self._wishes or ((), {}))[1]
-        names = {n for n, u in asked.items() if isinstance(u, ClosedForm)}
-        if not names:
-            return
-        v = self.variational
-        with ScalePlates(factors or {}):
-            graph = trace_graph(
-                v.pair,
-                args,
-                kwargs,
-                v.structure(args, kwargs),
-                keep_random_state=False,
-            )
-        updates = self._granted(graph, names, asked)
-        with torch.no_grad():
-            tables = [g.log_density().detach() for g in graph.groups]
-            q = exact_posterior(graph, contraction_of(graph), tables)
-        # A component that no row of the batch belongs to is empty, not one of 1e-40 rows.
-        counts = [torch.where(c < 1e-10, 0.0, c) for c in q.counts]
-        arguments = [{n: a.detach() for n, a in g.arguments.items()} for g in graph.groups]
-
-        def blend(name: str, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-            """Numerators and denominators live on the parameter: batches may differ in rows."""
-            update = updates[name].update
-            step_size = update.step_size if isinstance(update, ClosedForm) else None
-            rho = step_size or (self.steps + 1) ** -0.6
-            saved = self.saved_name(name)
-            batch = _sums(n, d)
-            if saved in self.averages:
-                old = _sums(*(s.to(n) for s in _pair(self.averages[saved])))
-                batch = old + rho * (batch + -1.0 * old)
-            self.averages[saved] = batch
-            n, d = _pair(batch)
-            return n.clone(), d.clone()
-
-        m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), blend)
-
-    def _granted(
-        self, graph: FactorGraph, names: set[str], asked: Mapping[str, Update]
-    ) -> dict[str, ParameterUpdate]:
-        decided = decide_updates(graph, {n: asked[n] for n in names if n in graph.parameters})
-        out = {}
-        for name, update in decided.items():
-            if name not in names:
-                out[name] = ParameterUpdate(name, Fixed(), "trained on the drawn bound")
-            elif not isinstance(update.update, ClosedForm) or update.needs_data:
-                raise UsageError(
-                    message(
-                        f"updates['{name}']",
-                        f"a closed form was asked for, but {_in_users_words(update.reason)}.",
-                        "on batches it needs additive statistics of summed or drawn latents",
-                        ["leave it out: the parameter is then trained by gradient"],
-                    )
-                )
-            else:
-                out[name] = update
-        return out
-
     def state(self) -> dict[str, Any]:
         """What a saved fit needs to continue on the same path: tensors and numbers."""
         return {
-            "optimizers": {**self.pending, **{k: s.state() for k, s in self.steppers.items()}},
+            "optimizers": self.optimizers.state(),
             "baselines": dict(self.variational.baselines),
             "steps": self.steps,
-            "averages": {name: list(_pair(sums)) for name, sums in self.averages.items()},
+            "averages": self.averages.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where a saved fit stopped."""
-        self.pending = dict(state.get("optimizers", {}))
+        self.optimizers.restore(state.get("optimizers", {}))
         self.variational.baselines.update(state.get("baselines", {}))
         self.steps = int(state.get("steps", 0))
-        self.averages = {n: _sums(p[0], p[1]) for n, p in state.get("averages", {}).items()}
-
-
-def _sums(n: Tensor, d: Tensor) -> Expectation:
-    """The numerator and the denominator of one closed form as sums over data."""
-    return Expectation(math.nan, {"closed form": {"numerator": n, "denominator": d}})
-
-
-def _pair(sums: Expectation) -> tuple[Tensor, Tensor]:
-    own = sums.sums["closed form"]
-    return own["numerator"], own["denominator"]
+        self.averages.restore(state.get("averages", {}))
 
 
 def _warn_of_squares(gradients: Mapping[str, Tensor]) -> None:
@@ -386,17 +309,5 @@ def _numbers(gradient: Tensor) -> Tensor:
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def _in_users_words(reason: str) -> str:
-    """The reason against a wish without the wish, and guide sites as the user called them."""
-    return (
-        reason.partition("was asked for, but ")[2].replace(f"'{GuideSites.prefix}", "guide site '")
-        or reason
-    )
-
-
 def _first_with(wish: Update | None, wishes: Mapping[str, Update]) -> str:
     return next(n for n, w in wishes.items() if w is wish)
-
-
-def _no_gradient(values: Mapping[str, Tensor], groups: Sequence[int]) -> Mapping[int, Tensor]:
-    raise AssertionError("closed forms need no gradient")

@@ -1,0 +1,216 @@
+"""One draw of the guide, as the terms of the bound: a `Particle`.
+
+Where nothing is summed exactly, the pair of guide and model runs once and each of its sites is a term,
+
+    log p(x, h) − log q(h | x)   at   h ~ q(h | x).
+
+Where discrete latents z are summed under the draw, the model's factors are contracted at h, and their
+log Σ_z p(x, z, h) takes the place of the model's terms. Log densities of the guide count with the
+draw's gradient where it is reparameterised; elsewhere they are detached, and the score that
+`pyro_em.variational.score_function` needs stands beside the terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.structure import Structure
+from pyro_em.graph.trace import trace_graph
+from pyro_em.posteriors.contraction import contract
+from pyro_em.posteriors.enumeration import contraction_of, scales_of
+from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.handlers import GuideSites, HoldAt
+from pyro_em.tracing.runs import Model, drawn_run
+from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
+from pyro_em.variational.divergence import kl_term
+from pyro_em.variational.guide import GuideLook
+from pyro_em.variational.pair import Pair
+from pyro_em.variational.particle import (
+    Particle,
+    Term,
+    Weight,
+    dims_of,
+    is_reparameterised,
+)
+
+_FULL = Weight()
+
+
+def plain_draw(
+    pair: Model, args: tuple, kwargs: dict[str, Any], report: bool, known: Collection[str]
+) -> Particle:
+    """One draw of a pair in which no latent is summed exactly.
+
+    Args:
+        pair: The guide, then the model at its values.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        report: Whether log q is wanted as well where it is not needed for the bound.
+        known: Latents whose terms are replaced by their KL divergence in closed form.
+    """
+    unneeded = set() if report else {*known, *(GuideSites.prefix + n for n in known)}
+    sites = drawn_run(pair, args, kwargs, unneeded).sites
+    terms: list[Term] = []
+    for name, site in sites.items():
+        if not is_factor(site) or is_latent(site):
+            continue
+        role = role_of(site)
+        latent = name.removeprefix(GuideSites.prefix)
+        if latent in known and role in (Role.GUIDE, Role.SAMPLED):
+            if role is Role.SAMPLED:
+                terms.append(kl_term(latent, site, sites[GuideSites.prefix + latent]))
+            continue
+        value = site["log_prob"]
+        if role is Role.GUIDE:
+            value = -(value if is_reparameterised(site) else value.detach())
+        terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
+    values = {
+        n.removeprefix(GuideSites.prefix): s["value"]
+        for n, s in sites.items()
+        if n.startswith(GuideSites.prefix) or (is_factor(s) and _is_given(s))
+    }
+    return _with_scores(terms, sites, None, report, values)
+
+
+def summed_draw(
+    pair: Pair,
+    guide: GuideLook,
+    structure: Structure,
+    args: tuple,
+    kwargs: dict[str, Any],
+    report: bool,
+    chosen: Mapping[str, int],
+) -> Particle:
+    """One draw of a pair with discrete latents that are summed exactly under it.
+
+    Args:
+        pair: The guide, then the model at its values.
+        guide: What the guide's runs said.
+        structure: The pair's structure for these arguments.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        report: Whether log q is wanted as well where it is not needed for the bound.
+        chosen: Guide sites that are held at a value instead, and weighed by its probability.
+    """
+    record: list[tuple[GuideSites, HoldAt]] = []
+    graph = trace_graph(
+        replace(pair, record=record, chosen=chosen),
+        args,
+        kwargs,
+        structure,
+        with_bindings=False,
+        keep_random_state=False,
+        attached=True,
+    )
+    drawn, held = record[-1]
+    weight = Weight(tuple(_weight_of(held.sites[n]) for n in chosen))
+    plan = contraction_of(graph)
+    tables = [g.log_density().to(torch.float64) for g in graph.groups]
+    flat: list[Tensor] = []
+    terms: list[Term] = []
+    sites: dict[str, dict[str, Any]] = {}
+    for group, table in zip(graph.groups, tables, strict=True):
+        for i, name in enumerate(group.members):
+            if group.role is not Role.GUIDE:
+                flat.append(table[i])
+                continue
+            latent = name.removeprefix(GuideSites.prefix)
+            log_q = table[i] * group.scale[i]
+            sites[name] = {
+                "fn": guide.sites[latent]["fn"],
+                "infer": drawn.infer[latent],
+                "log_prob": log_q,
+                "score": table[i],
+                "dims": group.dims[i],
+            }
+            follows = latent in chosen or is_reparameterised(sites[name])
+            value = log_q if follows else log_q.detach()
+            terms.append(Term(name, Role.GUIDE, group.dims[i], -value, group.scale[i]))
+            flat.append(torch.zeros_like(table[i]))
+    scale = _common_scale(graph)
+    for dims, value in contract(plan, flat, scales=scales_of(graph)):
+        terms.append(Term("summed", None, dims, value, scale))
+    return _with_scores(terms, sites, graph, report, drawn.values, weight, chosen)
+
+
+def _with_scores(
+    terms: list[Term],
+    sites: Mapping[str, dict[str, Any]],
+    graph: FactorGraph | None,
+    report: bool,
+    values: Mapping[str, Tensor],
+    weight: Weight = _FULL,
+    chosen: Collection[str] = (),
+) -> Particle:
+    """The terms with the scores of draws that are not reparameterised, as one draw."""
+    terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
+    scores, baselines, log_q = {}, {}, 0.0
+    for name, site in sites.items():
+        if not name.startswith(GuideSites.prefix):
+            continue
+        latent = name.removeprefix(GuideSites.prefix)
+        if report and "log_prob" in site:
+            log_q_here = site["log_prob"].detach()
+            log_q += float(weight.weigh(log_q_here, site.get("dims", ())).sum())
+        if latent not in chosen and not is_reparameterised(site):
+            # The cost carries the scale, the score does not.
+            if "score" in site:
+                score, dims = site["score"], site["dims"]
+            else:
+                score = scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
+                dims = dims_of(site, score)
+            scores[latent] = Term(latent, Role.GUIDE, dims, score)
+            baselines[latent] = site.get("infer", {}).get("baseline", {})
+    return Particle(tuple(terms), scores, values, graph, log_q, baselines, weight)
+
+
+def inner_posterior(
+    graph: FactorGraph, weight: Weight = _FULL
+) -> tuple[Posterior, tuple[Group, ...]]:
+    """p(z | x, h) at one draw h, and the model's factors; anything where the draw has no weight."""
+    groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
+    model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
+    tables = [g.log_density().detach() for g in groups]
+    tables = [
+        torch.stack([weight.possible(t, d) for t, d in zip(table, group.dims, strict=True)])
+        for table, group in zip(tables, groups, strict=True)
+    ]
+    return exact_posterior(model, contraction_of(model), tables), groups
+
+
+def _weight_of(site: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor, int]:
+    """The probability of the value at which a guide site is held; see `Weight`."""
+    fn = site["fn"]
+    probability = fn.log_prob(site["value"]).exp()
+    # Pyro keeps a probability of zero at eps, and the record of a family does not.
+    tiny = probability <= 2 * torch.finfo(probability.dtype).eps
+    probability = torch.where(tiny, 0.0, probability).to(torch.float64)
+    dims = dims_of(site, probability)
+    shape = [size for d, size in zip(dims, probability.shape, strict=True) if d]
+    size = len(fn.enumerate_support(expand=False))
+    return tuple(d for d in dims if d), probability.reshape(shape), size
+
+
+def _common_scale(graph: FactorGraph) -> float | None:
+    """The one number by which all sites of the model are scaled; None if there is none."""
+    scales = {
+        float(s) if not isinstance(s, Tensor) else math.nan
+        for g in graph.groups
+        if g.role is not Role.GUIDE and g.n_plates
+        for s in g.scale
+    }
+    only = scales.pop() if len(scales) == 1 else math.nan
+    return None if math.isnan(only) else only
+
+
+def _is_given(site: Mapping[str, Any]) -> bool:
+    return role_of(site) in (Role.SAMPLED, Role.POINT)

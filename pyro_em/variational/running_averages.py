@@ -1,0 +1,152 @@
+"""Closed forms on batches: maximisers of running averages of their sums over data.
+
+A parameter whose factors hold only summed or drawn latents keeps its closed form where the data come
+in batches. With ŝ the expected sums of a batch and ρ the step size,
+
+    s ← (1 − ρ) s + ρ ŝ,   θ ← argmax_θ of the expected log joint with the sums s,
+
+where ρ is the user's, or (t + 1)^−0.6 at step t.
+
+Source: Cappé and Moulines (2009), "Online EM algorithm for latent data models".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import UsageError, message
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.trace import trace_graph
+from pyro_em.posteriors.enumeration import contraction_of
+from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.tracing.handlers import GuideSites, ScalePlates
+from pyro_em.updates.decision import decide_updates
+from pyro_em.updates.m_step import MStepState, m_step
+from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate, Update
+from pyro_em.variational.bound import Variational
+
+
+@dataclass(eq=False)
+class RunningAverages:
+    """The averages of all parameters that keep their closed form on batches.
+
+    Attributes:
+        saved_name: From a parameter's name here to its name in a file.
+        by_name: Averages of numerators and denominators by the parameter's name in a file.
+    """
+
+    saved_name: Callable[[str], str] = str
+    by_name: dict[str, Expectation] = field(default_factory=dict)
+
+    def m_step(
+        self,
+        variational: Variational,
+        asked: Mapping[str, Update],
+        step: int,
+        args: tuple,
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float] | None,
+    ) -> None:
+        """Take in the sums of a batch, and set the parameters to the maximisers.
+
+        Args:
+            variational: The pair of model and guide.
+            asked: The user's updates by parameter name.
+            step: Complete steps so far.
+            args: The batch: the model's positional arguments.
+            kwargs: Its keyword arguments.
+            factors: Per plate what multiplies its sites.
+
+        Raises:
+            UsageError: If a parameter has no closed form on batches.
+        """
+        names = {n for n, u in asked.items() if isinstance(u, ClosedForm)}
+        if not names:
+            return
+        with ScalePlates(factors or {}):
+            structure = variational.structure(args, kwargs)
+            graph = trace_graph(variational.pair, args, kwargs, structure, keep_random_state=False)
+        updates = _granted(graph, names, asked)
+        with torch.no_grad():
+            tables = [g.log_density().detach() for g in graph.groups]
+            q = exact_posterior(graph, contraction_of(graph), tables)
+        # A component that no row of the batch belongs to is empty, not one of 1e-40 rows.
+        counts = [torch.where(c < 1e-10, 0.0, c) for c in q.counts]
+        arguments = [{n: a.detach() for n, a in g.arguments.items()} for g in graph.groups]
+
+        def blend(name: str, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+            """Numerators and denominators live on the parameter: batches may differ in rows."""
+            update = updates[name].update
+            step_size = update.step_size if isinstance(update, ClosedForm) else None
+            rho = step_size or (step + 1) ** -0.6
+            saved = self.saved_name(name)
+            average = _sums(n, d)
+            if saved in self.by_name:
+                old = _sums(*(s.to(n) for s in _pair(self.by_name[saved])))
+                average = old + rho * (average + -1.0 * old)
+            self.by_name[saved] = average
+            n, d = _pair(average)
+            return n.clone(), d.clone()
+
+        m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), blend)
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Numerators and denominators by the parameter's name in a file."""
+        return {name: list(_pair(sums)) for name, sums in self.by_name.items()}
+
+    def restore(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+        """Continue with the averages of a saved fit."""
+        self.by_name = {name: _sums(n, d) for name, (n, d) in state.items()}
+
+
+def _granted(
+    graph: FactorGraph, names: Collection[str], asked: Mapping[str, Update]
+) -> dict[str, ParameterUpdate]:
+    """The closed forms that were asked for; all other parameters stay as they are."""
+    decided = decide_updates(graph, {n: asked[n] for n in names if n in graph.parameters})
+    out = {}
+    for name, update in decided.items():
+        if name not in names:
+            out[name] = ParameterUpdate(name, Fixed(), "trained on the drawn bound")
+        elif not isinstance(update.update, ClosedForm) or update.needs_data:
+            raise UsageError(
+                message(
+                    f"updates['{name}']",
+                    f"a closed form was asked for, but {_in_users_words(update.reason)}.",
+                    "on batches it needs additive statistics of summed or drawn latents",
+                    ["leave it out: the parameter is then trained by gradient"],
+                )
+            )
+        else:
+            out[name] = update
+    return out
+
+
+def _sums(n: Tensor, d: Tensor) -> Expectation:
+    """The numerator and the denominator of one closed form as sums over data."""
+    return Expectation(math.nan, {"closed form": {"numerator": n, "denominator": d}})
+
+
+def _pair(sums: Expectation) -> tuple[Tensor, Tensor]:
+    """The numerator and the denominator again."""
+    values = sums.sums["closed form"]
+    return values["numerator"], values["denominator"]
+
+
+def _in_users_words(reason: str) -> str:
+    """The reason against a wish without the wish, and guide sites as the user called them."""
+    return (
+        reason.partition("was asked for, but ")[2].replace(f"'{GuideSites.prefix}", "guide site '")
+        or reason
+    )
+
+
+def _no_gradient(values: Mapping[str, Tensor], groups: Sequence[int]) -> Mapping[int, Tensor]:
+    raise AssertionError("closed forms need no gradient")
