@@ -22,6 +22,7 @@ from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.stepping import loss_of
+from pyro_em.globs import Values
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.plan.given_q import as_posterior, check_q
 from pyro_em.plan.plan import Plan
@@ -261,7 +262,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         seed: int | None = None,
         keep_observed: bool = False,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> Values:
         """Draws from the posterior predictive, p(x_new | x) = E_{q(z | x)}[p(x_new | z)].
 
         Latents come from their exact posterior (from the guide where there is none), and the model
@@ -276,8 +277,9 @@ class ExactPosteriorEM(NamesFromElsewhere):
             **kwargs: The model's keyword arguments.
 
         Returns:
-            Per site its values; observations, latents and deterministic sites.
-            # (num_samples, *plates, *event)
+            Per site its values; observations, latents and deterministic sites
+            # (num_samples, *plates, *event); a glob takes all steps of a chain, time first:
+            ``["x_*"]`` # (T, num_samples, *plates, *event)
 
         Raises:
             UsageError: If num_samples is below one.
@@ -447,7 +449,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
         Labels are arbitrary: two fits may find the same mixture with its components exchanged.
 
         Args:
-            site: The latent (any step of a chain).
+            site: The latent; of a chain any step, or a glob of its steps (``"z_*"``).
             by: A parameter that the latent indexes (its first entry per component is the key), or a
                 key per component. # (K,)
             *args: The model's arguments.

@@ -46,6 +46,13 @@ class FileError(UsageError, OSError):
     """A file that cannot be written or read."""
 
 
+class UnknownNameError(UsageError, KeyError):
+    """A name, or a glob of names, that means nothing here; a ``KeyError`` as a mapping raises it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError shows the repr
+
+
 class DegenerateError(PyroEMError, ArithmeticError):
     """An update had no finite, non-degenerate solution; it has been rolled back."""
 

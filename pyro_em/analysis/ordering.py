@@ -16,6 +16,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.graph.binding import Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.names import by_glob, latent_of, own_name
 from pyro_em.tracing.parameters import restore, snapshot, write_unconstrained
 
 
@@ -24,30 +25,34 @@ def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
 
     Args:
         graph: A factor graph with bindings.
-        site: The latent.
+        site: The latent, or a glob of latents that share their components: the steps of a chain.
 
     Returns:
         Per parameter its axes, those of all latents that share them (the steps of a chain).
 
     Raises:
-        UsageError: If there is no such latent.
+        UsageError: If there is no such latent, or those of a glob have components of their own.
     """
-    if site not in graph.latents:
-        known = ", ".join(f"'{n}'" for n in graph.latents) or "none"
-        raise UsageError(
-            message(
-                f"site '{site}'",
-                f"it is no summed latent of this model; those are: {known}.",
-                fixes=["name one of them"],
-            )
-        )
-    together, axes = {site}, dict[str, set[int]]()
+    names = by_glob(graph, site, as_rows=False) or (site,)
+    first = latent_of(graph, own_name(graph, names[0])).name
+    together, axes = {first}, dict[str, set[int]]()
     while True:
         before = (len(together), sum(map(len, axes.values())))
         for group in graph.groups:
             _collect(graph, group, together, axes)
         if (len(together), sum(map(len, axes.values()))) == before:
-            return {p: tuple(sorted(a)) for p, a in axes.items()}
+            break
+    apart = next((n for n in names if own_name(graph, n) not in together), None)
+    if apart is not None:
+        raise UsageError(
+            message(
+                f"'{site}'",
+                f"'{names[0]}' and '{apart}' share no components.",
+                "no parameter is indexed by both, so that each has an order of its own",
+                ["sort the components of one after the other"],
+            )
+        )
+    return {p: tuple(sorted(a)) for p, a in axes.items()}
 
 
 def _collect(
@@ -135,7 +140,7 @@ def sort_components(program: Program, site: str, by: str | Tensor, *, descending
     """
     graph = program.graph
     axes = component_axes(graph, site)
-    size = graph.latents[site].size
+    size = graph.latents[own_name(graph, (by_glob(graph, site, as_rows=False) or (site,))[0])].size
     if isinstance(by, str):
         if by not in axes:
             known = ", ".join(f"'{n}'" for n in axes) or "none"

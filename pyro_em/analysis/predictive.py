@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import Values
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.protocol import AnyPosterior
 from pyro_em.tracing.randomness import seeded
@@ -26,7 +27,7 @@ def predictive_draws(
     num_samples: int,
     seed: int | None,
     keep_observed: bool,
-) -> dict[str, Tensor]:
+) -> Values:
     """Draws of all sites; see `ExactPosteriorEM.predictive`.
 
     Args:
@@ -54,7 +55,7 @@ def predictive_draws(
             sites = predicted_run(model, args, kwargs, given, keep_observed)
             draws.append(_under_user_names(sites))
     shared = [n for n in draws[0] if all(n in d for d in draws)]
-    return {n: torch.stack([d[n] for d in draws]) for n in shared}
+    return Values({n: torch.stack([d[n] for d in draws]) for n in shared})
 
 
 def _for_model(values: Mapping[str, Tensor], q: AnyPosterior) -> dict[str, Tensor]:

@@ -279,6 +279,14 @@ class FactorGraph:
         return self._places[site]
 
     @cached_property
+    def remembered(self) -> dict[Any, Any]:
+        """What names were found to mean, for the next who asks; copies begin without."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("remembered", "_places")}
+
+    @cached_property
     def _places(self) -> dict[str, tuple[Group, int]]:
         return {name: (g, i) for g in self.groups for i, name in enumerate(g.members)}
 

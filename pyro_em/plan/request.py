@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import listed
 from pyro_em.plan.routes import matching, unknown_strategies
 from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
@@ -76,11 +77,10 @@ class Request(StaysHere):
         """Refuse a dict of strategies that names no latent, or part of what is summed together."""
         unknown = unknown_strategies(self.strategy, latents)
         if unknown:
-            known = ", ".join(f"'{n}'" for n in latents) or "none"
             raise UsageError(
                 message(
                     f"strategy['{unknown[0]}']",
-                    f"no latent matches; the model has: {known}.",
+                    f"no latent matches; the model has: {listed(list(latents))}.",
                     "a misspelt name would be ignored in silence",
                     ["use a latent's name or a glob"],
                 )

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, ModelError
+from pyro_em.globs import is_match
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.posteriors.elimination import ContractionPlan
@@ -292,7 +292,7 @@ def unknown_strategies(strategy: Any, latents: Iterable[str]) -> list[str]:
     if not isinstance(strategy, Mapping):
         return []
     names = list(latents)
-    return [p for p in strategy if not any(n == p or fnmatchcase(n, p) for n in names)]
+    return [p for p in strategy if not any(is_match(n, p) for n in names)]
 
 
 def matching(strategy: Any, name: str) -> Any:
@@ -301,7 +301,7 @@ def matching(strategy: Any, name: str) -> Any:
         return strategy
     if name in strategy:
         return strategy[name]
-    hits = [s for pattern, s in strategy.items() if fnmatchcase(name, pattern)]
+    hits = [s for pattern, s in strategy.items() if is_match(name, pattern)]
     return hits[0] if hits else "exact"
 
 

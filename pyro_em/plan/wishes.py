@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
 from pyro_em.arguments import by_name, number, shown, whole
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import listed, meant
 from pyro_em.plan.fit_wishes import FIT_KEYWORDS
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.sites import signature_of
@@ -275,13 +275,12 @@ def matched(requested: Mapping[str, Update], parameters: Mapping[str, Any]) -> d
     """
     out: dict[str, Update] = {}
     for pattern in sorted(requested, key=lambda p: p in parameters):
-        hits = [n for n in parameters if n == pattern or fnmatchcase(n, pattern)]
+        hits = meant(pattern, parameters)
         if not hits:
-            known = ", ".join(f"'{n}'" for n in parameters) or "none"
             raise UsageError(
                 message(
                     f"updates['{pattern}']",
-                    f"no parameter matches; the model has: {known}.",
+                    f"no parameter matches; the model has: {listed(parameters)}.",
                     "a misspelt name would be ignored in silence",
                     ["use a parameter's name or a glob such as 'decoder*'"],
                 )

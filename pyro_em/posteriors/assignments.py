@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import listed
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import largest_cells, run_contraction
+from pyro_em.posteriors.names import names_of, own_name
 from pyro_em.posteriors.vectors import Rows
 
 Cluster = Callable[[Tensor, Tensor, int, torch.Generator, Tensor | None], Tensor]
@@ -75,15 +77,12 @@ def given_counts(
     """
     unary = {}
     for name, given in assignments.items():
-        own = name
-        if name in graph.structure.masked_pairs and f"{name}_unobserved" in graph.latents:
-            own = f"{name}_unobserved"
+        own = own_name(graph, name)
         if own not in graph.latents:
-            known = ", ".join(f"'{n}'" for n in graph.latents) or "none"
             raise UsageError(
                 message(
                     f"init['{name}']",
-                    f"it is no summed latent of this model; those are: {known}.",
+                    f"it is no summed latent of this model; those are: {listed(names_of(graph))}.",
                     fixes=["name one of them"],
                 )
             )

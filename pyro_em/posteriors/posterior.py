@@ -12,16 +12,39 @@ from torch import Tensor
 from pyro_em.arguments import seed_of, site_name, whole
 from pyro_em.elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import Values, stacked_answers
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.portable import Portable
 from pyro_em.posteriors.crossed import across_plates, are_connected
 from pyro_em.posteriors.enumeration import contraction_of, largest_cells, run_contraction
+from pyro_em.posteriors.names import (
+    by_glob,
+    latent_of,
+    observed_steps,
+    own_name,
+    pairs_by_glob,
+)
 from pyro_em.posteriors.sampling import Conditional, conditionals, cumulative_rows, draw_codes
+from pyro_em.posteriors.stacks import (
+    batch_shape,
+    factors_of_pairs,
+    parts_of,
+    parts_of_joints,
+    parts_of_marginals,
+    places_of,
+    plates_of,
+    stack_of,
+    table_of,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Posterior(Portable, NamesFromElsewhere):
     """q(z): the exact posterior over all summed latents, or a product that a user gave.
+
+    Where a method takes a site it takes a glob as well (``"z_*"``, as in `fnmatch`; a name that exists
+    is no glob) and stacks its answers along a new first dimension, in order of time: ``z_2`` comes
+    before ``z_10``.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -76,21 +99,36 @@ class Posterior(Portable, NamesFromElsewhere):
         return self.entropy_value
 
     def probs(self, site: str) -> Tensor:
-        """The posterior marginals of a latent.
+        """The posterior marginals of a latent, or of all steps of a chain.
 
         Args:
-            site: Its name; for a site with ``obs_mask`` the name in the model.
+            site: Its name; for a site with ``obs_mask`` the name in the model. Or a glob.
 
         Returns:
-            Probabilities. # (*plates, K)
+            Probabilities. # (*plates, K), of a glob (T, *plates, K)
 
         Raises:
-            UsageError: If no such latent was summed.
+            UsageError: If no such latent was summed, or those of a glob differ in shape.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     A, z = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), 0
+            ...     for t in pyro.markov(range(len(x))):
+            ...         z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            ...         pyro.sample(f"x_{t}", dist.Normal(2.0 * z, 1.0), obs=x[t])
+            >>> q = ExactPosteriorEM(model).posterior(torch.tensor([0.1, 1.2, 2.3]))
+            >>> q.probs("z_*").shape, q.joint("z_*").shape, q.mode()["z_*"]
+            (torch.Size([3, 2]), torch.Size([2, 2, 2]), tensor([0, 1, 1]))
         """
         site_name("probs", "site", site)
-        if self._own_name(site) != site:
+        names = by_glob(self.graph, site)
+        if names is not None:
+            return self.stacked(names)
+        if own_name(self.graph, site) != site:
             return self._with_observed(site)
-        latent = self._latent(site)
+        latent = latent_of(self.graph, site)
         group, i = self.graph.group_of(site)
         cells = self._cells(group)[i]
         dims = group.dims[i]
@@ -98,30 +136,62 @@ class Posterior(Portable, NamesFromElsewhere):
         table = marginal(cells, dims, keep)
         return self._shaped(table / table.sum(-1, keepdim=True), latent)
 
-    def joint(self, a: str, b: str) -> Tensor:
-        """The joint posterior of two latents.
+    def stacked(self, sites: Sequence[str]) -> Tensor:
+        """The posterior marginals of several latents, in this order.
 
         Args:
-            a: One site.
-            b: Another.
+            sites: Their names, at least one; no globs.
 
         Returns:
-            Probabilities. # (*plates of both, K_a, K_b)
+            Probabilities. # (T, *plates, K)
+
+        Raises:
+            UsageError: If no such latent was summed, or two differ in shape.
+        """
+        names = tuple(sites)
+        partly = self.graph.structure.masked_pairs
+        if partly and any(own_name(self.graph, n) != n for n in names):
+            return stacked_answers("probs", names, self.probs)
+        table = stack_of(self.cells, parts_of_marginals(self.graph, names))
+        table = table / table.sum(-1, keepdim=True)
+        shape = [*batch_shape(self.graph, names[0]), self.graph.latents[names[0]].size]
+        return table.reshape(len(names), *shape).to(self.graph.dtype)
+
+    def joint(self, a: str, b: str | None = None) -> Tensor:
+        """The joint posterior of two latents, or of all neighbours along a chain.
+
+        Args:
+            a: One site, or a glob.
+            b: Another, or a glob: pairs are taken in order of time, and a single site goes with
+                each. Left out, a glob's own neighbours are the pairs: (z_0, z_1), (z_1, z_2), …
+
+        Returns:
+            Probabilities. # (*plates of both, K_a, K_b), of a glob (pairs, *plates of both, K_a, K_b):
+            T − 1 pairs of neighbours
+
+        Raises:
+            UsageError: If no such latent was summed, or pairs differ in shape or do not match.
         """
         site_name("joint", "a", a)
-        site_name("joint", "b", b)
+        if b is not None:
+            site_name("joint", "b", b)
+        pairs = pairs_by_glob(self.graph, a, b)
+        if pairs is not None:
+            return self._stacked_joints(pairs, a)
+        assert b is not None
         if a == b:
             return torch.diag_embed(self.probs(a))
-        own_a, own_b = self._own_name(a), self._own_name(b)
+        own_a, own_b = own_name(self.graph, a), own_name(self.graph, b)
         if (own_a, own_b) != (a, b):
             return self._joint_with_observed(a, b, own_a, own_b)
-        first, second = self._latent(a), self._latent(b)
-        plates = self._ordered({*first.plates, *second.plates})
+        first, second = latent_of(self.graph, a), latent_of(self.graph, b)
+        plates = plates_of(self.graph, first.name, second.name)
         wanted = [*plates, a, b]
-        for group, cells in zip(self.graph.groups, self.cells, strict=True):
-            for i, dims in enumerate(group.dims):
-                if a in dims and b in dims:
-                    return self._normalised(marginal(cells[i], dims, wanted), 2)
+        place = factors_of_pairs(self.graph).get((a, b))
+        if place is not None:
+            g, i = place
+            dims = self.graph.groups[g].dims[i]
+            return self._normalised(marginal(self.cells[g][i], dims, wanted), 2)
         if not self.exact or not are_connected(self.graph, a, b):
             return self._product(first, second, plates)
         if not (set(first.plates) <= set(second.plates) or set(second.plates) <= set(first.plates)):
@@ -138,11 +208,12 @@ class Posterior(Portable, NamesFromElsewhere):
         result = run_contraction(self.graph, plan, self.tables, extra=[zeros])
         return self._normalised(result.cells[-1], 2)
 
-    def mode(self) -> dict[str, Tensor]:
+    def mode(self) -> Values:
         """A jointly most probable assignment of all latents: Viterbi on chains.
 
         Returns:
-            For each latent its values, from its support. # (*plates, *event)
+            For each latent its values, from its support # (*plates, *event); a glob gives the path
+            of a chain: ``mode()["z_*"]`` # (T, *plates, *event)
         """
         if not self.exact:
             best = {
@@ -154,7 +225,7 @@ class Posterior(Portable, NamesFromElsewhere):
         result = largest_cells(self.graph, plan, self.tables)
         return self._assignment(result.cells)
 
-    def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
+    def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
         """Draw jointly from the posterior.
 
         Args:
@@ -162,7 +233,8 @@ class Posterior(Portable, NamesFromElsewhere):
             seed: Seed of the draws; torch's global state otherwise.
 
         Returns:
-            For each latent its drawn values. # (n, *plates, *event)
+            For each latent its drawn values # (n, *plates, *event); a glob gives those of a chain, time
+            first as everywhere: ``sample(n)["z_*"]`` # (T, n, *plates, *event)
         """
         n, seed = whole("sample", "n", n, None), seed_of("sample", seed)
         if n < 1:
@@ -172,13 +244,13 @@ class Posterior(Portable, NamesFromElsewhere):
             generator = torch.Generator(device=self.cells[0].device).manual_seed(seed)
         latents = self.graph.latents
         out = {
-            name: z.support.new_empty((n, *self._batch_shape(z), *z.support.shape[1:]))
+            name: z.support.new_empty((n, *batch_shape(self.graph, name), *z.support.shape[1:]))
             for name, z in latents.items()
         }
         done = 0
         for size, codes in draw_codes(self.graph, self._conditionals(), n, generator):
             for name, z in latents.items():
-                values = z.support[codes[name].reshape(size, *self._batch_shape(z))]
+                values = z.support[codes[name].reshape(size, *batch_shape(self.graph, name))]
                 out[name][done : done + size] = values
             done += size
         return self._under_user_names(out)
@@ -191,25 +263,26 @@ class Posterior(Portable, NamesFromElsewhere):
             for name, z in self.graph.latents.items()
         ]
 
-    def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
-        out = {}
-        for group, cells in zip(self.graph.groups, marked, strict=True):
-            if group.observed:
-                continue
-            for i, name in enumerate(group.members):
-                latent = self.graph.latents[name]
-                keep = [d for d in group.dims[i] if d in latent.plates] + [name]
-                table = self._shaped(marginal(cells[i], group.dims[i], keep), latent)
-                out[name] = latent.support[table.argmax(-1)]
+    def _assignment(self, marked: Sequence[Tensor]) -> Values:
+        names = list(self.graph.latents)
+        out: dict[str, Tensor] = dict.fromkeys(names, marked[0])
+        for part in parts_of(places_of(self.graph, names)):
+            rows = (
+                names[part.rows] if isinstance(part.rows, slice) else [names[r] for r in part.rows]
+            )
+            codes = table_of(marked, part).argmax(-1)
+            for name, code in zip(rows, codes.unbind(0), strict=True):
+                support = self.graph.latents[name].support
+                out[name] = support[code.reshape(batch_shape(self.graph, name))]
         return self._under_user_names(out)
 
-    def _under_user_names(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _under_user_names(self, values: dict[str, Tensor]) -> Values:
         """Values of ``obs_mask`` sites under the user's names, with what was observed."""
         for name, mask in self.graph.structure.masked_pairs.items():
             hidden = f"{name}_unobserved"
             if hidden in values:
                 values[name] = self._where_observed(name, mask, values.pop(hidden))
-        return values
+        return Values(values, observed_steps(self.graph))
 
     def _where_observed(self, name: str, mask: Tensor, unobserved: Tensor) -> Tensor:
         event_dim = self.graph.latents[f"{name}_unobserved"].support.dim() - 1
@@ -228,12 +301,6 @@ class Posterior(Portable, NamesFromElsewhere):
         sizes = [self.graph.dim_size(p) for p in latent.plates]
         return value.expand((*sizes, *event))
 
-    def _own_name(self, site: str) -> str:
-        """The summed site behind a name: that of the unobserved part under ``obs_mask``."""
-        hidden = f"{site}_unobserved"
-        masked = site in self.graph.structure.masked_pairs and hidden in self.graph.latents
-        return hidden if masked else site
-
     def _with_observed(self, name: str) -> Tensor:
         """Marginals of an ``obs_mask`` site: one-hot where it was observed."""
         latent = self.graph.latents[f"{name}_unobserved"]
@@ -249,8 +316,8 @@ class Posterior(Portable, NamesFromElsewhere):
     def _joint_with_observed(self, a: str, b: str, own_a: str, own_b: str) -> Tensor:
         """Where one of the two was observed the joint is a product of the marginals."""
         joint = self.joint(own_a, own_b)
-        first, second = self._latent(own_a), self._latent(own_b)
-        plates = self._ordered({*first.plates, *second.plates})
+        first, second = latent_of(self.graph, own_a), latent_of(self.graph, own_b)
+        plates = plates_of(self.graph, first.name, second.name)
         product = self._over(a, first, plates).unsqueeze(-1) * self._over(
             b, second, plates
         ).unsqueeze(-2)
@@ -258,12 +325,9 @@ class Posterior(Portable, NamesFromElsewhere):
         for name, latent in ((a, first), (b, second)):
             mask = self.graph.structure.masked_pairs.get(name)
             if mask is not None and latent.name != name:
-                flat = mask.expand(self._batch_shape(latent))
+                flat = mask.expand(batch_shape(self.graph, latent.name))
                 observed = observed | self._lay_out(flat, latent, plates)
         return torch.where(observed[..., None, None], product, joint)
-
-    def _batch_shape(self, latent: Latent) -> list[int]:
-        return [1 if d is None else self.graph.dim_size(d) for d in latent.batch_dims]
 
     def _lay_out(self, table: Tensor, latent: Latent, plates: Sequence[str]) -> Tensor:
         """A table over a latent's own batch dimensions, and more, over some plates."""
@@ -274,23 +338,20 @@ class Posterior(Portable, NamesFromElsewhere):
     def _over(self, site: str, latent: Latent, plates: Sequence[str]) -> Tensor:
         return self._lay_out(self.probs(site), latent, plates)
 
+    def _stacked_joints(self, pairs: tuple[tuple[str, str], ...], site: str) -> Tensor:
+        """# (pairs, *plates of both, K_a, K_b)"""
+        if not pairs:  # the neighbours of a chain of one step
+            own = own_name(self.graph, next(iter(by_glob(self.graph, site) or ())))
+            sizes = [self.graph.dim_size(d) for d in (*plates_of(self.graph, own), own, own)]
+            return self.cells[0].new_empty((0, *sizes), dtype=self.graph.dtype)
+        parts = parts_of_joints(self.graph, pairs)
+        if parts is not None:
+            return self._normalised(stack_of(self.cells, parts), 2)
+        each = {", ".join(pair): pair for pair in pairs}
+        return stacked_answers("joint", list(each), lambda words: self.joint(*each[words]))
+
     def _cells(self, group: Group) -> Tensor:
         return self.cells[self.graph.groups.index(group)]
-
-    def _latent(self, site: str) -> Latent:
-        if site not in self.graph.latents:
-            known = ", ".join(f"'{n}'" for n in self.graph.latents) or "none"
-            raise UsageError(
-                message(
-                    f"site '{site}'",
-                    f"it is no summed latent of this model; those are: {known}.",
-                    fixes=["ask for one of them"],
-                )
-            )
-        return self.graph.latents[site]
-
-    def _ordered(self, plates: set[str]) -> list[str]:
-        return sorted(plates, key=lambda p: self.graph.structure.plates[p].dim)
 
     def _normalised(self, table: Tensor, event: int) -> Tensor:
         table = table / table.sum(tuple(range(-event, 0)), keepdim=True)

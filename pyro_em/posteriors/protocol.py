@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from pyro_em.globs import Values
 
 
 @runtime_checkable
@@ -27,10 +30,14 @@ class AnyPosterior(Protocol):
         ...
 
     def probs(self, site: str) -> Tensor:
-        """Posterior marginals of a latent with finite support. # (*plates, K)"""
+        """Posterior marginals of a latent with finite support # (*plates, K), of a glob `stacked`."""
         ...
 
-    def mode(self) -> dict[str, Tensor]:
+    def stacked(self, sites: Sequence[str]) -> Tensor:
+        """Posterior marginals of several latents, in this order. # (T, *plates, K)"""
+        ...
+
+    def mode(self) -> Values:
         """The jointly most probable values.
 
         Raises:
@@ -38,8 +45,8 @@ class AnyPosterior(Protocol):
         """
         ...
 
-    def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
-        """Draws of all latents. # (n, *plates, *event)"""
+    def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
+        """Draws of all latents # (n, *plates, *event), of a glob (T, n, *plates, *event)."""
         ...
 
     def entropy(self) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from pyro_em.arguments import seed_of, site_name, whole
 from pyro_em.distributions import has_finite_support, is_discrete
 from pyro_em.elsewhere import OF_DRAWN, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import Values, is_glob, listed, matching, stacked_answers, unknown
 from pyro_em.graph.factors import Latent
 from pyro_em.portable import Absent, Portable
 from pyro_em.posteriors.posterior import Posterior
@@ -40,6 +41,8 @@ def dependences_of(variational: Variational, args: tuple, kwargs: Mapping[str, A
 @dataclass(frozen=True, eq=False)
 class DrawnPosterior(Portable, NamesFromElsewhere):
     """q(z, h) = q(h | x) p(z | x, h): draws of the guide, exact given each of them.
+
+    Where a method takes a site it takes a glob as well, as `Posterior` does.
 
     Attributes:
         variational: The pair of model and guide.
@@ -73,7 +76,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         return f"DrawnPosterior(from the guide: {drawn}{summed})"
 
     @alone("sample")
-    def sample(self, n: int = 1, *, seed: int | None = None) -> dict[str, Tensor]:
+    def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
         """Draw jointly.
 
         Args:
@@ -81,7 +84,8 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             seed: Seed of the draws; torch's global state otherwise.
 
         Returns:
-            For each latent its drawn values. # (n, *plates, *event)
+            For each latent its drawn values # (n, *plates, *event); a glob gives those of a chain, time
+            first: ``sample(n)["h_*"]`` # (T, n, *plates, *event)
 
         Raises:
             UsageError: If n is below one.
@@ -100,73 +104,137 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
                 draws.append(values)
         names = [*self.variational.routing.drawn, *self.variational.routing.points]
         names += list(self.variational.routing.exact)
-        return {k: torch.stack([d[k] for d in draws]) for k in names if k in draws[0]}
+        return Values({k: torch.stack([d[k] for d in draws]) for k in names if k in draws[0]})
 
     @alone("probs")
     def probs(self, site: str, *, num_particles: int = 10) -> Tensor:
         """Posterior marginals of a discrete latent, averaged over draws of the guide.
 
         Args:
-            site: Its name.
+            site: Its name, or a glob that takes all steps of a chain.
             num_particles: Draws to average over.
 
         Returns:
-            Probabilities. # (*plates, K)
+            Probabilities. # (*plates, K), of a glob (T, *plates, K)
 
         Raises:
-            UsageError: If the site is no discrete latent.
+            UsageError: If the site is no discrete latent, or those of a glob differ in shape.
         """
         site_name("probs", "site", site)
+        names = self._by_glob(site)
+        if names is not None:
+            return self.stacked(names, num_particles=num_particles)
         num_particles = whole("probs", "num_particles", num_particles)
         routing = self.variational.routing
-        if site in routing.exact:
-            with torch.no_grad():
-                parts = [self._inner_q(self._particle()).probs(site) for _ in range(num_particles)]
-            return torch.stack(parts).mean(0)
-        if site not in routing.drawn or routing.guide is None:
-            raise UsageError(self._unknown(site))
-        parts = []
+        summed = site in routing.exact
+        of_kind = self._summed_probs if summed else self._guides_probs
+        return of_kind([site], num_particles)[site]
+
+    @alone("probs")
+    def stacked(self, sites: Sequence[str], *, num_particles: int = 10) -> Tensor:
+        """Posterior marginals of several discrete latents, in this order, from the same draws.
+
+        Args:
+            sites: Their names, at least one; no globs.
+            num_particles: Draws to average over.
+
+        Returns:
+            Probabilities. # (T, *plates, K)
+
+        Raises:
+            UsageError: If a site is no discrete latent, or two differ in shape.
+        """
+        num_particles = whole("probs", "num_particles", num_particles)
+        routing = self.variational.routing
+        summed = [n for n in sites if n in routing.exact]
+        found = self._summed_probs(summed, num_particles) if summed else {}
+        if len(summed) < len(sites):
+            drawn = [n for n in sites if n not in routing.exact]
+            found |= self._guides_probs(drawn, num_particles)
+        return stacked_answers("probs", sites, found.__getitem__)
+
+    def _summed_probs(self, sites: Sequence[str], num_particles: int) -> dict[str, Tensor]:
+        """Marginals of latents that are summed under each draw."""
         with torch.no_grad():
-            for _ in range(1 if self._is_root(site) else num_particles):
-                fn = self._guide_site(site)["fn"]
-                if not has_finite_support(fn):
-                    raise UsageError(self._unknown(site))
-                support = fn.enumerate_support(expand=True)
-                parts.append(torch.stack([fn.log_prob(v) for v in support], -1).exp())
-        probs = torch.stack(parts).mean(0)
-        return probs / probs.sum(-1, keepdim=True)
+            qs = [self._inner_q(self._particle()) for _ in range(num_particles)]
+            return {n: torch.stack([q.probs(n) for q in qs]).mean(0) for n in sites}
+
+    def _guides_probs(self, sites: Sequence[str], num_particles: int) -> dict[str, Tensor]:
+        """Marginals of discrete latents that the guide draws."""
+        routing = self.variational.routing
+        for site in sites:
+            if site not in routing.drawn or routing.guide is None:
+                raise UsageError(self._unknown(site))
+        parts: dict[str, list[Tensor]] = {site: [] for site in sites}
+        roots = all(self._is_root(site) for site in sites)
+        with torch.no_grad():
+            for _ in range(1 if roots else num_particles):
+                run = self._run()
+                for site in sites:
+                    fn = run[site]["fn"]
+                    if not has_finite_support(fn):
+                        raise UsageError(self._unknown(site))
+                    support = fn.enumerate_support(expand=True)
+                    log_p = torch.stack([fn.log_prob(v) for v in support], -1)
+                    parts[site].append(log_p.exp())
+        means = {site: torch.stack(p).mean(0) for site, p in parts.items()}
+        return {site: p / p.sum(-1, keepdim=True) for site, p in means.items()}
 
     @alone("mean")
     def mean(self, site: str, *, num_particles: int = 100) -> Tensor:
         """The mean of a latent under the guide: its distribution's own, else that of draws.
 
         Args:
-            site: Its name.
+            site: Its name, or a glob that takes all steps of a chain.
             num_particles: Draws, where the distribution has no mean or depends on other draws.
+
+        Returns:
+            # (*plates, *event), of a glob (T, *plates, *event)
+
+        Raises:
+            UsageError: If the guide draws no such latent, or those of a glob differ in shape.
         """
         site_name("mean", "site", site)
         num_particles = whole("mean", "num_particles", num_particles)
+        names = self._by_glob(site)
+        if names is None:
+            return self._means([site], num_particles)[site]
+        return stacked_answers(f"'{site}'", names, self._means(names, num_particles).__getitem__)
+
+    def _means(self, sites: Sequence[str], num_particles: int) -> dict[str, Tensor]:
+        """Means of latents that the guide draws, or that are point estimates."""
         routing = self.variational.routing
-        if site not in routing.drawn and site not in routing.points:
-            raise UsageError(self._unknown(site))
+        for site in sites:
+            if site not in routing.drawn and site not in routing.points:
+                raise UsageError(self._unknown(site))
+        found = {}
         with torch.no_grad():
-            if self._is_root(site):
-                try:
+            roots = [site for site in sites if self._is_root(site)]
+            run = self._run() if roots else {}
+            for site in roots:
+                with suppress(NotImplementedError):  # a transformed distribution has none
                     # The mean may be the very parameter of the guide.
-                    return self._guide_site(site)["fn"].mean.detach().clone()
-                except NotImplementedError:  # a transformed distribution
-                    pass
-            return self.sample(num_particles)[site].mean(0)
+                    found[site] = run[site]["fn"].mean.detach().clone()
+            if len(found) < len(sites):
+                draws = self.sample(num_particles)
+                found = {site: draws[site].mean(0) for site in sites} | found
+        return found
 
     @alone("mode")
-    def mode(self) -> dict[str, Tensor]:
-        """The most probable value of each latent of finite support, of others the guide's mean."""
+    def mode(self) -> Values:
+        """The most probable value of each latent of finite support, of others the guide's mean.
+
+        Returns:
+            For each latent its value # (*plates, *event); a glob gives those of a chain
+            # (T, *plates, *event)
+        """
         routing = self.variational.routing
         out: dict[str, Tensor] = {}
         if routing.exact:
             with torch.no_grad():
                 support = {n: z.support for n, z in self._latents().items()}
-            out = {n: support[n][self.probs(n).argmax(-1)] for n in routing.exact}
+            probs = self._summed_probs(routing.exact, 10)
+            out = {n: support[n][p.argmax(-1)] for n, p in probs.items()}
         for name in (*routing.drawn, *routing.points):
             fn = self._guide_site(name)["fn"]
             if has_finite_support(fn):
@@ -176,7 +244,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             else:
                 mean = self.mean(name)
                 out[name] = mean.round() if is_discrete(fn) else mean
-        return out
+        return Values(out)
 
     @alone("entropy")
     def entropy(self) -> float:
@@ -237,12 +305,28 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         look = self.variational.routing.guide
         return look is not None and not look.scopes.get(site)
 
-    def _unknown(self, site: str) -> str:
+    def _names(self) -> tuple[str, ...]:
         routing = self.variational.routing
-        known = ", ".join(f"'{n}'" for n in (*routing.exact, *routing.drawn, *routing.points))
+        return (*routing.exact, *routing.drawn, *routing.points)
+
+    def _by_glob(self, pattern: str) -> list[str] | None:
+        """The latents that a glob matches, in order of time; None for a name.
+
+        Raises:
+            UsageError: If it matches none.
+        """
+        names = self._names()
+        if pattern in names or not is_glob(pattern):
+            return None
+        found = matching(pattern, names)
+        if not found:
+            raise unknown(pattern, names, "latents")
+        return found
+
+    def _unknown(self, site: str) -> str:
         return message(
             f"site '{site}'",
-            f"it is no latent of this kind; the latents are: {known}.",
+            f"it is no latent of this kind; the latents are: {listed(self._names())}.",
             "probabilities belong to discrete latents, means to those that the guide draws",
             ["ask for another site", "use .sample(n) and count"],
         )

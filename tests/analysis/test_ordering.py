@@ -45,6 +45,30 @@ def test_a_chain_is_sorted_in_all_its_parameters() -> None:
     torch.testing.assert_close(after.probs("z_1"), before.probs("z_1")[..., order])
 
 
+def two_chains(x: torch.Tensor) -> None:
+    mu = pyro.param("mu", torch.tensor([3.0, -1.0]))
+    nu = pyro.param("nu", torch.tensor([0.5, 0.1]))
+    y = z = None
+    for t in pyro.markov(range(x.shape[1])):
+        y = pyro.sample(f"y_{t}", dist.Categorical(torch.full((2,), 0.5)))
+        z = pyro.sample(f"z_{t}", dist.Categorical(torch.full((2,), 0.5)))
+        pyro.sample(f"x_{t}", dist.Normal(mu[z] + nu[y], 1.0), obs=x[0, t])
+
+
+def test_a_glob_names_all_steps_of_one_chain() -> None:
+    em = ExactPosteriorEM(chain)
+    assert em.sort_components("z_*", "mu", X).tolist() == [1, 2, 0]
+    assert em.sort_components("z_*", "mu", X).tolist() == [0, 1, 2]
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(two_chains)
+    with pytest.raises(UsageError, match="'y_0' and 'z_0' share no components"):
+        em.sort_components("*", "mu", X)
+    assert em.sort_components("z_*", "mu", X).tolist() == [1, 0]
+    assert pyro.param("nu").tolist() == pytest.approx([0.5, 0.1])
+    with pytest.raises(UsageError, match=r"'w_\*': it matches nothing; the summed latents are"):
+        em.sort_components("w_*", "mu", X)
+
+
 def two_latents(x: torch.Tensor) -> None:
     a = pyro.param("a", torch.tensor([2.0, 0.0]))
     b = pyro.param("b", torch.tensor([[0.3, 0.7], [0.6, 0.4]]), constraint=constraints.simplex)

@@ -1,0 +1,145 @@
+"""The latents of a graph by the names that users give them, and by globs of these.
+
+The unobserved part of a site with ``obs_mask`` goes by the site's own name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from pyro_em.errors import UsageError, message
+from pyro_em.globs import is_glob, listed, matching, refuse_gaps, unknown
+from pyro_em.graph.factors import FactorGraph, Latent
+
+_DIGITS = "0123456789"
+
+
+def own_name(graph: FactorGraph, site: str) -> str:
+    """The summed site behind a name: that of the unobserved part under ``obs_mask``."""
+    hidden = f"{site}_unobserved"
+    masked = site in graph.structure.masked_pairs and hidden in graph.latents
+    return hidden if masked else site
+
+
+def names_of(graph: FactorGraph) -> tuple[str, ...]:
+    """The latents as users call them, in model order."""
+    called = {f"{name}_unobserved": name for name in graph.structure.masked_pairs}
+    return tuple(called.get(name, name) for name in graph.latents)
+
+
+def latent_of(graph: FactorGraph, site: str) -> Latent:
+    """A latent by its own name.
+
+    Raises:
+        UsageError: If there is none of this name.
+    """
+    if site not in graph.latents:
+        raise UsageError(
+            message(
+                f"site '{site}'",
+                f"it is no summed latent of this model; those are: {listed(names_of(graph))}.",
+                fixes=["ask for one of them"],
+            )
+        )
+    return graph.latents[site]
+
+
+def by_glob(graph: FactorGraph, pattern: str, *, as_rows: bool = True) -> tuple[str, ...] | None:
+    """The latents that a glob matches, in order of time; None for a name.
+
+    Args:
+        graph: The factor graph.
+        pattern: A name or a glob.
+        as_rows: Whether they stand for consecutive rows, so that no step may be missing.
+
+    Raises:
+        UsageError: If it matches none, or as rows observed steps as well.
+    """
+    if not is_glob(pattern) or own_name(graph, pattern) in graph.latents:
+        return None
+    known = graph.remembered
+    if ("glob", pattern) not in known:
+        names = names_of(graph)
+        found = matching(pattern, names) or matching(pattern, graph.latents)
+        if not found:
+            raise unknown(pattern, names, "summed latents")
+        known["glob", pattern] = tuple(found)
+    if as_rows:
+        refuse_gaps(pattern, observed_steps(graph))
+    matched: tuple[str, ...] = known["glob", pattern]
+    return matched
+
+
+def pairs_by_glob(graph: FactorGraph, a: str, b: str | None) -> tuple[tuple[str, str], ...] | None:
+    """The pairs that two names mean; None where neither is a glob.
+
+    Args:
+        graph: The factor graph.
+        a: A name or a glob.
+        b: Another; None for the neighbours among what the first glob matches.
+
+    Raises:
+        UsageError: If they make no pairs.
+    """
+    known = graph.remembered
+    if ("pairs", a, b) in known:
+        kept: tuple[tuple[str, str], ...] = known["pairs", a, b]
+        return kept
+    firsts = by_glob(graph, a)
+    if b is None:
+        pairs = _neighbours(a, firsts)
+    else:
+        seconds = by_glob(graph, b)
+        if firsts is None and seconds is None:
+            return None
+        pairs = _pairs(a, b, firsts, seconds)
+    known["pairs", a, b] = pairs
+    return pairs
+
+
+def _neighbours(a: str, names: Sequence[str] | None) -> tuple[tuple[str, str], ...]:
+    if names is None:
+        raise UsageError(
+            message(
+                f"joint('{a}')",
+                "this is one name, and a joint is of two latents.",
+                fixes=[
+                    f"name the other: joint('{a}', 'y')",
+                    "ask for all neighbours of a chain by glob: joint('z_*')",
+                ],
+            )
+        )
+    return tuple(itertools.pairwise(names))
+
+
+def _pairs(
+    a: str, b: str, firsts: Sequence[str] | None, seconds: Sequence[str] | None
+) -> tuple[tuple[str, str], ...]:
+    if firsts is None:
+        firsts = (a,) * len(seconds or ())
+    if seconds is None:
+        seconds = (b,) * len(firsts)
+    if len(firsts) != len(seconds):
+        raise UsageError(
+            message(
+                f"joint('{a}', '{b}')",
+                f"the first matches {listed(firsts)}, the second {listed(seconds)}.",
+                f"{len(firsts)} and {len(seconds)} latents are no pairs",
+                ["use globs that match equally many latents"],
+            )
+        )
+    return tuple(zip(firsts, seconds, strict=True))
+
+
+def observed_steps(graph: FactorGraph) -> tuple[str, ...]:
+    """Observed sites that are named as latents are but for a number at the end."""
+    if "observed steps" not in graph.remembered:
+        stems = {n.rstrip(_DIGITS) for n in names_of(graph) if n[-1:].isdigit()}
+        graph.remembered["observed steps"] = tuple(
+            n
+            for n, info in graph.structure.sites.items()
+            if info.observed and n[-1:].isdigit() and n.rstrip(_DIGITS) in stems
+        )
+    steps: tuple[str, ...] = graph.remembered["observed steps"]
+    return steps

@@ -1,0 +1,172 @@
+"""The tables of many sites at once: members of a group are stacked already.
+
+What a glob asks for is found out once per graph; the sums go over all steps together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pyro_em.globs import require_alike
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.names import latent_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a wanted table lies.
+
+    Attributes:
+        group: Number of the group.
+        member: Place among its members.
+        axes: Dimensions of the member's table that are kept, in the order that is wanted.
+    """
+
+    group: int
+    member: int
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Wanted tables that lie alike in one group.
+
+    Attributes:
+        group: Number of the group.
+        axes: Dimensions that are kept, in the order that is wanted.
+        members: Their places among the group's members.
+        rows: Their places in the stack that is wanted.
+    """
+
+    group: int
+    axes: tuple[int, ...]
+    members: slice | list[int]
+    rows: slice | list[int]
+
+
+def parts_of(places: Sequence[Place]) -> tuple[Part, ...]:
+    """Places put together by what can be summed at once."""
+    found: dict[tuple[int, tuple[int, ...]], tuple[list[int], list[int]]] = {}
+    for row, place in enumerate(places):
+        members, rows = found.setdefault((place.group, place.axes), ([], []))
+        members.append(place.member)
+        rows.append(row)
+    return tuple(
+        Part(group, axes, _run(members), _run(rows))
+        for (group, axes), (members, rows) in found.items()
+    )
+
+
+def stack_of(cells: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
+    """The wanted tables, summed over what is not kept. # (T, *kept)
+
+    Args:
+        cells: Per group. # (members, *sizes)
+        parts: From `parts_of`; the kept sizes of all are equal.
+    """
+    tables = [table_of(cells, part) for part in parts]
+    if len(tables) == 1:
+        return tables[0]
+    out = tables[0].new_empty((sum(map(len, tables)), *tables[0].shape[1:]))
+    for part, table in zip(parts, tables, strict=True):
+        out[part.rows] = table
+    return out
+
+
+def table_of(cells: Sequence[Tensor], part: Part) -> Tensor:
+    """The tables of one part, summed over what is not kept. # (rows of the part, *kept)"""
+    table = cells[part.group][part.members]
+    beyond = [1 + d for d in range(table.dim() - 1) if d not in part.axes]
+    kept = sorted(part.axes)
+    table = table.sum(beyond) if beyond else table
+    return table.permute(0, *(1 + kept.index(d) for d in part.axes))
+
+
+def _run(numbers: list[int]) -> slice | list[int]:
+    """Consecutive numbers as a slice: no copy is made."""
+    first, last = numbers[0], numbers[-1]
+    return slice(first, last + 1) if numbers == list(range(first, last + 1)) else numbers
+
+
+def parts_of_marginals(graph: FactorGraph, names: tuple[str, ...]) -> tuple[Part, ...]:
+    """Where the marginals of latents lie: over their plates, then their values.
+
+    Raises:
+        UsageError: If there is no such latent, or two differ in shape; names the first.
+    """
+    key = "marginals", names
+    if key not in graph.remembered:
+        latents = [latent_of(graph, n) for n in names]
+        shapes = ((z.name, (*batch_shape(graph, z.name), z.size)) for z in latents)
+        require_alike("probs", shapes)
+        graph.remembered[key] = parts_of(places_of(graph, names))
+    parts: tuple[Part, ...] = graph.remembered[key]
+    return parts
+
+
+def parts_of_joints(
+    graph: FactorGraph, pairs: tuple[tuple[str, str], ...]
+) -> tuple[Part, ...] | None:
+    """Where the tables of pairs lie, over the plates of both; None if a pair has no factor.
+
+    Raises:
+        UsageError: If two differ in shape; names the first that differs.
+    """
+    key = "joints", pairs
+    if key not in graph.remembered:
+        together = factors_of_pairs(graph)
+        if any(pair not in together for pair in pairs):
+            graph.remembered[key] = None
+        else:
+            dims = {pair: (*plates_of(graph, *pair), *pair) for pair in pairs}
+            shapes = ((", ".join(p), [graph.dim_size(d) for d in ds]) for p, ds in dims.items())
+            require_alike("joint", shapes)
+            places = []
+            for pair in pairs:
+                g, i = together[pair]
+                own = graph.groups[g].dims[i]
+                places.append(Place(g, i, tuple(own.index(d) for d in dims[pair])))
+            graph.remembered[key] = parts_of(places)
+    parts: tuple[Part, ...] | None = graph.remembered[key]
+    return parts
+
+
+def places_of(graph: FactorGraph, names: Iterable[str]) -> list[Place]:
+    """Where the tables of latents lie, over their plates and their values."""
+    numbers = {id(group): g for g, group in enumerate(graph.groups)}
+    places = []
+    for name in names:
+        group, i = graph.group_of(name)
+        dims, plates = group.dims[i], graph.latents[name].plates
+        axes = [d for d, dim in enumerate(dims) if dim in plates]
+        places.append(Place(numbers[id(group)], i, (*axes, dims.index(name))))
+    return places
+
+
+def factors_of_pairs(graph: FactorGraph) -> dict[tuple[str, str], tuple[int, int]]:
+    """For every two latents that a factor reads together the first such factor: group, member."""
+    if "factors of pairs" not in graph.remembered:
+        found: dict[tuple[str, str], tuple[int, int]] = {}
+        for g, group in enumerate(graph.groups):
+            for i, dims in enumerate(group.dims):
+                for pair in itertools.permutations(dims[group.n_plates :], 2):
+                    found.setdefault((pair[0], pair[1]), (g, i))
+        graph.remembered["factors of pairs"] = found
+    pairs: dict[tuple[str, str], tuple[int, int]] = graph.remembered["factors of pairs"]
+    return pairs
+
+
+def batch_shape(graph: FactorGraph, name: str) -> tuple[int, ...]:
+    """The batch shape of a latent's site, size-one dimensions kept."""
+    dims = graph.latents[name].batch_dims
+    return tuple(1 if d is None else graph.dim_size(d) for d in dims)
+
+
+def plates_of(graph: FactorGraph, *names: str) -> list[str]:
+    """The plates of several latents, left to right."""
+    plates = {p for name in names for p in graph.latents[name].plates}
+    return sorted(plates, key=lambda p: graph.structure.plates[p].dim)
