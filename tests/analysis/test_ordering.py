@@ -52,7 +52,8 @@ def two_chains(x: torch.Tensor) -> None:
     for t in pyro.markov(range(x.shape[1])):
         y = pyro.sample(f"y_{t}", dist.Categorical(torch.full((2,), 0.5)))
         z = pyro.sample(f"z_{t}", dist.Categorical(torch.full((2,), 0.5)))
-        pyro.sample(f"x_{t}", dist.Normal(mu[z] + nu[y], 1.0), obs=x[0, t])
+        pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[0, t])
+        pyro.sample(f"w_{t}", dist.Normal(nu[y], 1.0), obs=x[1, t])
 
 
 def test_a_glob_names_all_steps_of_one_chain() -> None:
