@@ -17,14 +17,14 @@ from pyro_em.errors import UsageError, message
 from pyro_em.families import conjugacy, discrete, normal, rates
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
-_REGISTRY: dict[type, Family] = {
+REGISTRY: dict[type, Family] = {
     family.distribution: family
     for module in (discrete, rates, normal, conjugacy)
     for family in module.FAMILIES
 }
 
 
-BUILT_IN.update(_REGISTRY)
+BUILT_IN.update(REGISTRY)
 
 
 def register_family(family: Family, *, replace: bool = False) -> Family:
@@ -71,7 +71,7 @@ def register_family(family: Family, *, replace: bool = False) -> Family:
                 [f"its arguments are: {', '.join(known)}"] if known else [],
             )
         )
-    known_record = _REGISTRY.get(family.distribution)
+    known_record = REGISTRY.get(family.distribution)
     if known_record is not None and known_record.rules and not replace:
         raise UsageError(
             message(
@@ -81,14 +81,14 @@ def register_family(family: Family, *, replace: bool = False) -> Family:
                 ["pass replace=True if that is what you want"],
             )
         )
-    _REGISTRY[family.distribution] = family
+    REGISTRY[family.distribution] = family
     return family
 
 
 def family_of(fn: Any) -> Family | None:
     """The record for a distribution, by the exact type inside Independent, Expanded and Masked."""
     base, _, _ = unwrap(fn)
-    return _REGISTRY.get(type(base))
+    return REGISTRY.get(type(base))
 
 
 def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
     """
     names = list(family.rules) + list(family.constants)
     if hasattr(fn, "_categorical"):  # OneHotCategorical and Multinomial wrap a Categorical
-        inner = given_arguments(fn._categorical, _REGISTRY[dist.Categorical])
+        inner = given_arguments(fn._categorical, REGISTRY[dist.Categorical])
         extra = {n: torch.as_tensor(getattr(fn, n)) for n in family.constants}
         return {**inner, **extra}
     if isinstance(fn, torch.distributions.LogNormal):

@@ -14,7 +14,7 @@ from pyro_em.plan.routes import matching, unknown_strategies
 from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.updates.optimizers import Optimizer, _StepsPyroOptim
+from pyro_em.updates.optimizers import Optimizer, StepsPyroOptim
 from pyro_em.updates.update import Gradient, Update
 
 Strategy = str | EStepStrategy
@@ -66,7 +66,7 @@ class Request(StaysHere):
         if optim is None:
             return None
         if isinstance(optim, pyro.optim.PyroOptim):
-            return Gradient(lambda p: _StepsPyroOptim(p, optim), 1)
+            return Gradient(lambda p: StepsPyroOptim(p, optim), 1)
         return Gradient(optim, 1)
 
     def updates_for(self, parameters: Mapping[str, Any]) -> Mapping[str, Update]:

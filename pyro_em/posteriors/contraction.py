@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.elimination import ContractionPlan, _Align, _Eliminate, _Planner, _Reduce
+from pyro_em.posteriors.elimination import Align, ContractionPlan, Eliminate, Reduce, alignment
 
 Ring = Callable[[Tensor], Tensor]
 
@@ -92,15 +92,15 @@ def contract(
     slots: dict[int, Tensor] = dict(enumerate(tables))
     terms: list[tuple[tuple[str, ...], Tensor]] = []
     for step in plan.steps:
-        if isinstance(step, _Eliminate):
+        if isinstance(step, Eliminate):
             total: Tensor | None = None
-            for s, alignment, exponent in zip(
+            for s, layout, exponent in zip(
                 step.inputs, step.alignments, step.exponents, strict=True
             ):
                 table = slots.pop(s)
                 if scales is not None and exponent is not None:
                     table = _raise(table, plan, s, exponent, scales)
-                table = _aligned(table, alignment)
+                table = _aligned(table, layout)
                 total = table if total is None else total + table
             assert total is not None
             slots[step.output] = ring(total)
@@ -115,10 +115,10 @@ def contract(
     return terms
 
 
-def _aligned(table: Tensor, alignment: _Align) -> Tensor:
-    table = table.permute(alignment.permutation)
+def _aligned(table: Tensor, layout: Align) -> Tensor:
+    table = table.permute(layout.permutation)
     sizes = iter(table.shape)
-    return table.reshape([next(sizes) if s is None else 1 for s in alignment.shape])
+    return table.reshape([next(sizes) if s is None else 1 for s in layout.shape])
 
 
 def _over(scale: Tensor | float, dims: Sequence[str], target: Sequence[str]) -> Tensor | float:
@@ -128,7 +128,7 @@ def _over(scale: Tensor | float, dims: Sequence[str], target: Sequence[str]) -> 
     keep = [i for i, d in enumerate(dims) if scale.shape[i] > 1]
     small = scale.reshape([scale.shape[i] for i in keep])
     names = [dims[i] for i in keep]
-    return _aligned(small, _Planner._align(names, target))
+    return _aligned(small, alignment(names, target))
 
 
 def _raise(
@@ -154,7 +154,7 @@ def _raise(
 
 def _dims_of_message(plan: ContractionPlan, slot: int) -> tuple[str, ...]:
     for step in plan.steps:
-        if isinstance(step, _Reduce) and step.output == slot:
+        if isinstance(step, Reduce) and step.output == slot:
             return tuple(d for i, d in enumerate(step.table_dims) if i not in step.axes)
     raise KeyError(slot)
 

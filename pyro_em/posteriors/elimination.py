@@ -17,7 +17,7 @@ from pyro_em.errors import Finding, raise_findings
 
 
 @dataclass(frozen=True)
-class _Align:
+class Align:
     """How one table is brought to the dimensions of a product."""
 
     permutation: tuple[int, ...]
@@ -25,20 +25,42 @@ class _Align:
 
 
 @dataclass(frozen=True)
-class _Eliminate:
+class Eliminate:
+    """One step of a contraction: multiply tables, and sum a latent out of their product.
+
+    Attributes:
+        inputs: The numbers of the tables.
+        alignments: How each is brought to the product's dimensions.
+        exponents: What a table's logarithms are multiplied by: ("divide", f) one over the scale of f,
+            ("ratio", f) the scale of the table's factor over that of f; None where nothing is.
+        output: The number of the result.
+        dims: The product's dimensions: plates, other latents, the eliminated one.
+    """
+
     inputs: tuple[int, ...]
-    alignments: tuple[_Align, ...]
+    alignments: tuple[Align, ...]
     exponents: tuple[tuple[str, int] | None, ...]
     output: int
-    dims: tuple[str, ...]  # of the product: plates, other latents, the eliminated one
+    dims: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class _Reduce:
+class Reduce:
+    """One step of a contraction: scale a table's logarithms, and sum them over plates.
+
+    Attributes:
+        input: The number of the table.
+        output: The number of the result.
+        axes: The plates' positions.
+        scale: The factor whose scale multiplies the table before it is summed, or None.
+        table_dims: The table's dimensions.
+        is_final: Whether the table is a term of the log evidence, which is left unsummed.
+    """
+
     input: int
     output: int
     axes: tuple[int, ...]
-    scale: int | None  # factor whose scale multiplies the table before it is summed
+    scale: int | None
     table_dims: tuple[str, ...]
     is_final: bool
 
@@ -52,7 +74,7 @@ class ContractionPlan:
         largest: Names of that table's dimensions.
     """
 
-    steps: tuple[_Eliminate | _Reduce, ...]
+    steps: tuple[Eliminate | Reduce, ...]
     factor_dims: tuple[tuple[str, ...], ...]
     plates: frozenset[str]
     cells: int
@@ -63,7 +85,7 @@ class ContractionPlan:
     @property
     def eliminations(self) -> list[tuple[str, ...]]:
         """The dimensions of each table from which a latent is eliminated, that latent last."""
-        return [step.dims for step in self.steps if isinstance(step, _Eliminate)]
+        return [step.dims for step in self.steps if isinstance(step, Eliminate)]
 
 
 def plan_contraction(
@@ -99,6 +121,18 @@ def plan_contraction(
     return _Planner(factor_dims, plates_of, plates, sizes, own_latent).run()
 
 
+def alignment(source: Sequence[str], target: Sequence[str]) -> Align:
+    """How a table over some dimensions is laid out over others.
+
+    Args:
+        source: The table's dimensions.
+        target: The wanted dimensions; those that the table lacks have size one.
+    """
+    present = [d for d in target if d in source]
+    permutation = tuple(list(source).index(d) for d in present)
+    return Align(permutation, tuple(None if d in present else 1 for d in target))
+
+
 class _Planner:
     def __init__(
         self,
@@ -114,7 +148,7 @@ class _Planner:
         self.next = self.n_factors
         self.plates_of, self.plates, self.sizes = plates_of, plates, sizes
         self.own_latent = own_latent
-        self.steps: list[_Eliminate | _Reduce] = []
+        self.steps: list[Eliminate | Reduce] = []
         self.cells = 1
         self.largest: tuple[str, ...] = ()
         self.same_scale: list[tuple[int, int]] = []
@@ -279,9 +313,9 @@ class _Planner:
             else:
                 exponents.append(None)
         self.steps.append(
-            _Eliminate(
+            Eliminate(
                 tuple(inputs),
-                tuple(self._align(self.dims[s], dims) for s in inputs),
+                tuple(alignment(self.dims[s], dims) for s in inputs),
                 tuple(exponents),
                 out,
                 dims,
@@ -294,18 +328,12 @@ class _Planner:
             self.locals_scaled_by[out] = references[0]
         return out
 
-    @staticmethod
-    def _align(source: Sequence[str], target: Sequence[str]) -> _Align:
-        present = [d for d in target if d in source]
-        permutation = tuple(list(source).index(d) for d in present)
-        return _Align(permutation, tuple(None if d in present else 1 for d in target))
-
     def _reduce(self, slot: int, plates: frozenset[str], *, final: bool) -> int:
         out = self.next
         self.next += 1
         dims = self.dims[slot]
         axes = tuple(i for i, d in enumerate(dims) if d in plates)
-        self.steps.append(_Reduce(slot, out, axes, self.scale_of[slot], dims, final))
+        self.steps.append(Reduce(slot, out, axes, self.scale_of[slot], dims, final))
         self.dims[out] = tuple(d for d in dims if d not in plates)
         self.scale_of[out] = None
         return out

@@ -14,7 +14,7 @@ from torch.distributions import constraints, transform_to
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
 from pyro_em.families.family import Family
-from pyro_em.families.registry import _REGISTRY
+from pyro_em.families.registry import REGISTRY
 from pyro_em.tracing.turns import alone
 from pyro_em.updates.update import ClosedForm
 
@@ -50,7 +50,7 @@ def check_family(
         >>> poisson = family_of(dist.Poisson(1.0))
         >>> check_family(poisson, {"rate": torch.tensor([1.0, 4.0])})
     """
-    if _REGISTRY.get(family.distribution) is not family:
+    if REGISTRY.get(family.distribution) is not family:
         raise UsageError(
             message(
                 "check_family",

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 
 
-class _StepsPyroOptim(torch.optim.Optimizer):
+class StepsPyroOptim(torch.optim.Optimizer):
     """A ``pyro.optim`` object with the interface of a torch optimiser."""
 
     def __init__(self, parameters: list[torch.Tensor], optim: pyro.optim.PyroOptim) -> None:
@@ -165,7 +165,7 @@ def of_update(
         UsageError: If it is no optimiser, or one that needs more than a gradient.
     """
     if isinstance(optim, pyro.optim.PyroOptim):
-        return _StepsPyroOptim(parameters, optim)
+        return StepsPyroOptim(parameters, optim)
     built = _torch_optimizer("Gradient", optim, parameters)
     if _needs_closure(built):
         raise UsageError(

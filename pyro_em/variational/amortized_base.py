@@ -20,21 +20,21 @@ from pyro_em.distributions import depends_on_tensors, element_mask, unwrap
 from pyro_em.errors import DataError, UsageError, message
 from pyro_em.tracing.sites import is_latent, is_subsample, tensors_of
 from pyro_em.variational.encoder import (
-    _MLP,
+    MLP,
+    Call,
+    CoveredSite,
     Encoder,
     Key,
-    _as_features,
-    _Call,
-    _declare,
-    _features,
-    _find,
-    _is_data,
-    _items,
-    _Plates,
-    _scale_beside_plates,
-    _signature,
-    _Site,
-    _site,
+    PlateIndices,
+    argument_holding,
+    argument_items,
+    as_features,
+    call_signature,
+    covered_site,
+    declared_plate,
+    features_of,
+    is_data,
+    scale_beside_plates,
 )
 
 
@@ -59,7 +59,7 @@ class AutoAmortized(AutoGuide):
         self.encoder = encoder if self._shared else PyroModule()
         for name in self._given:
             deep_setattr(self.encoder, name, encoder[name])  # type: ignore[index]
-        self._sites: dict[str, _Site] = {}
+        self._sites: dict[str, CoveredSite] = {}
         self._sources: dict[str, tuple[Key, int, int]] | None = None
         self._signature: tuple = ()
 
@@ -104,7 +104,7 @@ class AutoAmortized(AutoGuide):
                 for plate, _ in self._sites[name].plates:
                     stack.enter_context(call.plates[plate])
                 # What the model weighs or masks, the guide has to weigh and mask alike.
-                scale = _scale_beside_plates(node)
+                scale = scale_beside_plates(node)
                 if isinstance(scale, Tensor) or scale != 1.0:
                     stack.enter_context(poutine.scale(scale=scale))
                 if node["mask"] is not None:
@@ -152,12 +152,12 @@ class AutoAmortized(AutoGuide):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         trace, picking = self._run(args, kwargs, {}, frozenset())
-        data = {n: s for n, s in trace.nodes.items() if _is_data(s)}
+        data = {n: s for n, s in trace.nodes.items() if is_data(s)}
         prototype = poutine.Trace()
         for name, node in trace.nodes.items():
             if is_latent(node) and self._covers(node["fn"]):
                 prototype.add_node(name, **node)
-        self._sites = {name: _site(node, data) for name, node in prototype.nodes.items()}
+        self._sites = {name: covered_site(node, data) for name, node in prototype.nodes.items()}
         local = [name for name, site in self._sites.items() if site.plates]
         if not set(self._given) <= set(local):
             where = f"encoder of site '{min(set(self._given) - set(local))}'"
@@ -170,15 +170,15 @@ class AutoAmortized(AutoGuide):
             else:
                 self._add_global(prototype.nodes[name])
         self._sources = self._find_sources(trace.nodes, picking, args, kwargs)
-        self._signature = _signature(args, kwargs)
+        self._signature = call_signature(args, kwargs)
         if self.master is not None:
             self.master()._check_prototype(prototype)
         self.prototype_trace = prototype
 
-    def _add_encoder(self, name: str, call: _Call) -> None:
-        outputs, features = self._outputs(call.latents[name]), _features(name, self._sites, call)
+    def _add_encoder(self, name: str, call: Call) -> None:
+        outputs, features = self._outputs(call.latents[name]), features_of(name, self._sites, call)
         if not self._shared and name not in self._given:
-            deep_setattr(self.encoder, name, _MLP(features, self.hidden))
+            deep_setattr(self.encoder, name, MLP(features, self.hidden))
         with torch.no_grad():
             encoded = self._encoder(name)(features)
         if encoded.shape[:-1] != features.shape[:-1]:
@@ -208,7 +208,7 @@ class AutoAmortized(AutoGuide):
         sources = {}
         for name in {name for site in self._sites.values() for name in site.observed}:
             value, event_dim = nodes[name]["value"], nodes[name]["fn"].event_dim
-            key = _find(value, args, kwargs)
+            key = argument_holding(value, args, kwargs)
             if key is None or nodes[name]["mask"] is not None:
                 return None
             if value.shape[: value.dim() - event_dim] != nodes[name]["fn"].batch_shape:
@@ -227,12 +227,12 @@ class AutoAmortized(AutoGuide):
             fixes = ["call guide.attach(model) after loading"]
             raise UsageError(message(type(self).__name__, what, fixes=fixes))
         hide = poutine.block(hide_fn=lambda m: not (is_subsample(m) and m["name"] in shown))
-        watch = _Plates({name: plate.indices for name, plate in given.items()})
+        watch = PlateIndices({name: plate.indices for name, plate in given.items()})
         with torch.no_grad(), hide, poutine.trace() as tracer, watch:
             self.model(*args, **kwargs)
         return tracer.trace, watch.picking
 
-    def _look(self, args: tuple, kwargs: dict[str, Any], plates: dict[str, Any]) -> _Call:
+    def _look(self, args: tuple, kwargs: dict[str, Any], plates: dict[str, Any]) -> Call:
         call = self._from_arguments(args, kwargs, plates)
         if call is None:
             names = {name for site in self._sites.values() for name, _ in site.plates}
@@ -244,18 +244,18 @@ class AutoAmortized(AutoGuide):
 
     def _from_arguments(
         self, args: tuple, kwargs: dict[str, Any], given: dict[str, Any]
-    ) -> _Call | None:
-        if self._sources is None or _signature(args, kwargs) != self._signature:
+    ) -> Call | None:
+        if self._sources is None or call_signature(args, kwargs) != self._signature:
             return None
         if any(plate.size != plate.subsample_size for plate in given.values()):
             return None
-        arguments = dict(_items(args, kwargs))
+        arguments = dict(argument_items(args, kwargs))
         observed: dict[str, tuple[Tensor, int]] = {}
         sizes: dict[str, tuple[int, int]] = {}
         for name, (key, dims, event_dim) in self._sources.items():
             if arguments[key].dim() != dims:
                 return None
-            observed[name] = (_as_features(arguments[key]), event_dim)
+            observed[name] = (as_features(arguments[key]), event_dim)
         for site in self._sites.values():
             for plate, dim in site.plates:
                 found = {observed[n][0].shape[dim - observed[n][1]] for n in site.observed}
@@ -263,38 +263,38 @@ class AutoAmortized(AutoGuide):
                 if len(found) > 1:
                     return None
         plates = {n: pyro.plate(n, s, dim=d) for n, (s, d) in sizes.items() if n not in given}
-        return _Call({**plates, **given}, observed, dict(self.prototype_trace.nodes))
+        return Call({**plates, **given}, observed, dict(self.prototype_trace.nodes))
 
-    def _from_trace(self, trace: Any, given: dict[str, Any]) -> _Call:
+    def _from_trace(self, trace: Any, given: dict[str, Any]) -> Call:
         # A latent may be missing in another branch of the model, or observed in this call.
         nodes = {n: trace.nodes[n] for n in self._sites if n in trace.nodes}
         latents = {n: node for n, node in nodes.items() if is_latent(node)}
         plates, observed = dict(given), {}
         for frame in (f for node in latents.values() for f in node["cond_indep_stack"]):
             if frame.name not in plates:
-                plates[frame.name] = _declare(frame, trace)
+                plates[frame.name] = declared_plate(frame, trace)
         for name in {name for site in self._sites.values() for name in site.observed}:
             node = trace.nodes.get(name)
-            if node is not None and _is_data(node):
+            if node is not None and is_data(node):
                 fn, value = node["fn"], torch.as_tensor(node["value"])
                 event = value.shape[value.dim() - fn.event_dim :]
-                value = _as_features(value.expand(fn.batch_shape + event))
+                value = as_features(value.expand(fn.batch_shape + event))
                 mask = element_mask(fn, node["mask"])
                 if isinstance(mask, Tensor):
                     own = fn.event_dim - unwrap(fn)[1]
                     value = torch.where(mask.reshape(mask.shape + (1,) * own), value, 0.0)
                 observed[name] = (value, fn.event_dim)
-        return _Call(plates, observed, latents)
+        return Call(plates, observed, latents)
 
     def _encoder(self, name: str) -> Any:
         return self.encoder if self._shared else attrgetter(name)(self.encoder)
 
-    def _distribution(self, name: str, call: _Call) -> Any:
+    def _distribution(self, name: str, call: Call) -> Any:
         site, prior = self._sites[name], call.latents[name]["fn"]
         if not site.plates:
             return self._global(name, prior)
-        features, encoder = _features(name, self._sites, call), self._encoder(name)
-        if isinstance(encoder, _MLP) and features.shape[-1] != len(encoder.mean):
+        features, encoder = features_of(name, self._sites, call), self._encoder(name)
+        if isinstance(encoder, MLP) and features.shape[-1] != len(encoder.mean):
             what = f"{features.shape[-1]} numbers per element; the first call had "
             why = f"the encoder reads all of {list(site.observed)} that belongs to one element"
             fixes = ["pass an encoder that takes any number of features", "make a new guide"]

@@ -25,7 +25,7 @@ Key = int | str
 
 
 @dataclass(frozen=True)
-class _Site:
+class CoveredSite:
     """A latent that a guide covers.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Site:
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class Call:
     """What a guide needs to know of one call of the model.
 
     Attributes:
@@ -54,7 +54,7 @@ class _Call:
     latents: dict[str, Any]
 
 
-class _Plates(Messenger):
+class PlateIndices(Messenger):
     """Give plates their indices, and note the plates that pick some of their elements."""
 
     def __init__(self, given: Mapping[str, Tensor]) -> None:
@@ -71,7 +71,7 @@ class _Plates(Messenger):
             msg["value"], msg["done"] = self.given[msg["name"]], True
 
 
-class _MLP(PyroModule):
+class MLP(PyroModule):
     """Features (*plates, F), standardised as those of the first call are, through softplus layers.
 
     Standardising keeps large values, such as counts in the hundreds, where the network can learn;
@@ -91,10 +91,11 @@ class _MLP(PyroModule):
         self.layers = PyroModule[nn.Sequential](*layers)
 
     def forward(self, features: Tensor) -> Tensor:
+        """The last hidden layer. # (*plates, F) -> (*plates, widths[-1])"""
         return self.layers((features.to(self.mean.dtype) - self.mean) / self.scale)
 
 
-def _site(node: Mapping[str, Any], data: Mapping[str, Any]) -> _Site:
+def covered_site(node: Mapping[str, Any], data: Mapping[str, Any]) -> CoveredSite:
     """A latent and the observed sites inside its plates.
 
     Raises:
@@ -114,7 +115,7 @@ def _site(node: Mapping[str, Any], data: Mapping[str, Any]) -> _Site:
         why = "an amortised guide computes an element's posterior from that element's data"
         fixes = ["observe a site inside these plates", "use AutoNormal for this latent"]
         raise ModelError(message(where, what, why, fixes))
-    return _Site(plates, observed, floats(node).dtype)
+    return CoveredSite(plates, observed, floats(node).dtype)
 
 
 def floats(node: Mapping[str, Any]) -> Tensor:
@@ -123,14 +124,14 @@ def floats(node: Mapping[str, Any]) -> Tensor:
     return next(t for t in tensors if isinstance(t, Tensor) and t.is_floating_point())
 
 
-def _is_data(site: Mapping[str, Any]) -> bool:
+def is_data(site: Mapping[str, Any]) -> bool:
     """Whether a traced site holds observed numbers; ``pyro.factor`` holds none."""
     if site["type"] != "sample" or not site["is_observed"]:
         return False
     return not site["infer"].get("_deterministic", False) and 0 not in site["fn"].event_shape
 
 
-def _features(name: str, sites: Mapping[str, _Site], call: _Call) -> Tensor:
+def features_of(name: str, sites: Mapping[str, CoveredSite], call: Call) -> Tensor:
     """The observed values of each element of a latent's plates, (*plates, F)."""
     parts = []
     for data in sites[name].observed:
@@ -146,41 +147,43 @@ def _features(name: str, sites: Mapping[str, _Site], call: _Call) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def _as_features(value: Tensor) -> Tensor:
+def as_features(value: Tensor) -> Tensor:
     """Data as floats, with 0 for what is NaN or infinite."""
     value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
     return torch.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _scale_beside_plates(node: Mapping[str, Any]) -> Any:
+def scale_beside_plates(node: Mapping[str, Any]) -> Any:
     """The scale that a latent has in the model for other reasons than subsampling."""
     frames = node["cond_indep_stack"]
     return node["scale"] / math.prod(f.full_size / f.size for f in frames if f.size > 0)
 
 
-def _items(args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Key, Any]]:
+def argument_items(args: tuple, kwargs: Mapping[str, Any]) -> list[tuple[Key, Any]]:
+    """The arguments of a call, each with its position or its name."""
     return [*enumerate(args), *sorted(kwargs.items())]
 
 
-def _signature(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
+def call_signature(args: tuple, kwargs: Mapping[str, Any]) -> tuple:
     """What has to stay the same for a model to use its arguments as it did before."""
     return tuple(
-        (key, a if isinstance(a, bool | str | None) else type(a)) for key, a in _items(args, kwargs)
+        (key, a if isinstance(a, bool | str | None) else type(a))
+        for key, a in argument_items(args, kwargs)
     )
 
 
-def _find(value: Any, args: tuple, kwargs: Mapping[str, Any]) -> Key | None:
+def argument_holding(value: Any, args: tuple, kwargs: Mapping[str, Any]) -> Key | None:
     """The one argument that is ``value``; None if there is none or several."""
 
     def place(t: Tensor) -> tuple:
         return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
 
-    tensors = [(k, a) for k, a in _items(args, kwargs) if isinstance(a, Tensor)]
+    tensors = [(k, a) for k, a in argument_items(args, kwargs) if isinstance(a, Tensor)]
     found = [k for k, a in tensors if isinstance(value, Tensor) and place(a) == place(value)]
     return found[0] if len(found) == 1 else None
 
 
-def _declare(frame: Any, trace: Any) -> Any:
+def declared_plate(frame: Any, trace: Any) -> Any:
     """A plate as the model has it, whose indices the guide's trace holds already."""
     with poutine.block():
         if frame.name not in trace.nodes:

@@ -24,7 +24,7 @@ from pyro_em.densities.linear import linear
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
-from pyro_em.families.registry import _REGISTRY
+from pyro_em.families.registry import REGISTRY
 from pyro_em.fitting import em_map
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
@@ -900,7 +900,7 @@ def test_a_family_of_the_users_own_has_kernels(monkeypatch: pytest.MonkeyPatch) 
     class Halved(dist.Poisson):
         pass
 
-    monkeypatch.setitem(_REGISTRY, Halved, replace(_REGISTRY[dist.Poisson], distribution=Halved))
+    monkeypatch.setitem(REGISTRY, Halved, replace(REGISTRY[dist.Poisson], distribution=Halved))
 
     def model(x: Tensor) -> None:
         w = pyro.param("w", torch.ones(2) / 2, constraint=C.simplex)

@@ -9,7 +9,7 @@ import torch
 
 from pyro_em import ExactPosteriorEM, Family, Kind, Rule, UsageError, register_family
 from pyro_em.families import chunks
-from pyro_em.families.registry import _REGISTRY, family_of
+from pyro_em.families.registry import REGISTRY, family_of
 from pyro_em.testing.families import check_family
 
 P = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
@@ -52,12 +52,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_shipped_family(case: str) -> None:
     cls, arguments = CASES[case]
-    family = _REGISTRY[cls]
+    family = REGISTRY[cls]
     check_family(family, {n: a.to(torch.float64) for n, a in arguments.items()})
 
 
 def test_every_shipped_record_has_a_case() -> None:
-    shipped = {c for c, f in _REGISTRY.items() if c.__module__.startswith("pyro.") and f.rules}
+    shipped = {c for c, f in REGISTRY.items() if c.__module__.startswith("pyro.") and f.rules}
     shipped -= {dist.HalfNormal}
     assert shipped == {cls for cls, _ in CASES.values()}
 
@@ -68,7 +68,7 @@ def test_a_wrong_record_is_caught() -> None:
         statistics=lambda x, a: {"square": x * x},
         rules={"scale": Rule(Kind.SCALE, lambda s, a: (2 * s["square"], s["weight"]))},
     )
-    before = dict(_REGISTRY)
+    before = dict(REGISTRY)
     try:
         register_family(wrong, replace=True)
         with pytest.raises(AssertionError, match="gradient of the expected log joint in 'scale'"):
@@ -82,15 +82,15 @@ def test_a_wrong_record_is_caught() -> None:
             register_family(right)
         check_family(register_family(right, replace=True), {"scale": torch.tensor([1.0, 2.0])})
     finally:
-        _REGISTRY.clear()
-        _REGISTRY.update(before)
+        REGISTRY.clear()
+        REGISTRY.update(before)
 
 
 def test_lookup_is_by_exact_type() -> None:
     assert family_of(dist.Chi2(3.0)) is None
-    assert family_of(dist.Normal(torch.zeros(3), 1.0).to_event(1)) is _REGISTRY[dist.Normal]
+    assert family_of(dist.Normal(torch.zeros(3), 1.0).to_event(1)) is REGISTRY[dist.Normal]
     masked = dist.Normal(torch.zeros(3), 1.0).mask(torch.tensor([True, False, True]))
-    assert family_of(masked) is _REGISTRY[dist.Normal]
+    assert family_of(masked) is REGISTRY[dist.Normal]
     with pytest.raises(UsageError, match="Family record was expected"):
         register_family(dist.Normal)
 
@@ -118,7 +118,7 @@ def test_log_densities_in_pieces(
         value = value[:1]
     expected = fn.log_prob(value)
     with torch.no_grad():
-        found = chunks.log_density(_REGISTRY[cls], value, arguments, 2, 0)
+        found = chunks.log_density(REGISTRY[cls], value, arguments, 2, 0)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert expected.shape in {(N, K), (1, K)}
 
@@ -131,7 +131,7 @@ def test_events_of_independent_dimensions_in_pieces(
     loc, x = torch.randn(1, 3, 4), torch.randn(11, 1, 4)
     expected = dist.Normal(loc, 2.0).to_event(1).log_prob(x)
     with torch.no_grad():
-        family, scale = _REGISTRY[dist.Normal], torch.full((1, 1, 1), 2.0)
+        family, scale = REGISTRY[dist.Normal], torch.full((1, 1, 1), 2.0)
         found = chunks.log_density(family, x, {"loc": loc, "scale": scale}, 2, 1)
     torch.testing.assert_close(found, expected)
 
@@ -151,7 +151,7 @@ def test_the_temporaries_of_a_posterior_are_small(monkeypatch: pytest.MonkeyPatc
     """No call of a family sees more events than a piece holds."""
     monkeypatch.setattr(chunks, "_PIECE", 1000)
     seen = []
-    family = _REGISTRY[dist.MultivariateNormal]
+    family = REGISTRY[dist.MultivariateNormal]
     density = family.log_density
 
     def watched(value, arguments):

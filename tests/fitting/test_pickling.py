@@ -408,7 +408,7 @@ def test_built_in_records_stay_themselves() -> None:
 
 
 def test_a_record_of_the_users_own_lets_results_travel(monkeypatch) -> None:
-    monkeypatch.setattr(families, "_REGISTRY", dict(families._REGISTRY))
+    monkeypatch.setattr(families, "REGISTRY", dict(families.REGISTRY))
     family = register_family(
         Family(
             dist.Gumbel,

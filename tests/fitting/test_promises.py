@@ -9,7 +9,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_em import EMStatus, ExactPosteriorEM, Family, Kind, PyroEMError, PyroEMWarning, Rule
-from pyro_em.families.registry import _REGISTRY, register_family
+from pyro_em.families.registry import REGISTRY, register_family
 from pyro_em.posteriors import contraction, enumeration
 
 X = torch.tensor([0.3, 1.1, 0.2, 2.0, 0.7], dtype=torch.float64)
@@ -29,14 +29,14 @@ def test_a_fall_of_the_evidence_is_named_and_undone() -> None:
         statistics=lambda x, a: {"square": 9 * x * x},
         rules={"scale": Rule(Kind.SCALE, lambda s, a: (s["square"], s["weight"]))},
     )
-    before = dict(_REGISTRY)
+    before = dict(REGISTRY)
     try:
         register_family(wrong, replace=True)
         with pytest.warns(PyroEMWarning, match=r"site 'x', parameters 's'.*the log evidence fell"):
             result = ExactPosteriorEM(half_normals).fit(X)
     finally:
-        _REGISTRY.clear()
-        _REGISTRY.update(before)
+        REGISTRY.clear()
+        REGISTRY.update(before)
     assert result.status is EMStatus.FELL and not result.converged
     best = max([*result.history, result.log_evidence])
     assert result.log_evidence == best

@@ -11,7 +11,7 @@ import torch
 
 import pyro_em
 import pyro_em.testing
-from pyro_em.families.registry import _REGISTRY
+from pyro_em.families.registry import REGISTRY
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,14 +25,14 @@ def test_readme_blocks_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)  # torch's own default
-    before = dict(_REGISTRY)
+    before = dict(REGISTRY)
     space: dict[str, object] = {}
     try:
         for block in re.findall(r"```python\n(.*?)```", README, re.S):
             exec(compile(block, "README.md", "exec"), space)
     finally:
-        _REGISTRY.clear()
-        _REGISTRY.update(before)
+        REGISTRY.clear()
+        REGISTRY.update(before)
     printed = without_times(capsys.readouterr().out)
     shown = re.findall(r"```text\n(.*?)```", README, re.S)
     assert len(shown) == 2
