@@ -33,21 +33,25 @@ def layout_of(
     updates: Mapping[str, ParameterUpdate],
     values: Mapping[str, Tensor],
     eligible: Collection[int],
+    sizes: Mapping[int, int] | None = None,
 ) -> Layout:
-    """The layout of a collapsed graph whose latents all have as many values.
+    """The layout of a collapsed graph.
 
     Args:
         graph: A collapsed graph.
         updates: Collapsed updates.
         values: Parameter values, for their shapes.
         eligible: Groups whose linear form the block can use.
+        sizes: For each group that may be lines how many values its latent has; where None, all
+            latents have as many.
     """
     found = naturals(graph, updates, values, eligible)
     vector, linears = found if found is not None else (None, {})
-    K = next(iter(graph.latents.values())).size
+    if sizes is None:
+        sizes = dict.fromkeys(range(len(graph.groups)), next(iter(graph.latents.values())).size)
     lines = {
         g: line
-        for g in range(len(graph.groups))
+        for g, K in sizes.items()
         if (line := as_lines(g, graph, updates, values, K)) is not None
     }
     return Layout(vector, linears, lines)

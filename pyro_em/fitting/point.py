@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_em.densities.theta import At
 from pyro_em.plan.program import Evaluation, Program
 from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.posteriors.quick import SumsBlock
 from pyro_em.tracing.turns import Alone
 from pyro_em.updates.statistics import Expectation
 
@@ -80,7 +80,7 @@ class SumsPoint(Point):
     def __init__(
         self,
         program: Program,
-        block: QuickBlock,
+        block: SumsBlock,
         at: At,
         expectation: Expectation,
         log_prior: float,

@@ -1,14 +1,14 @@
 """Which block iterates a model: one ordered list, and why each that does not match does not.
 
-The blocks are asked one after the other; the first that matches is taken. What the others said is the
-plan's reason. Where none matches, or an M-step needs more than sums, the contraction of the factor
-graph iterates, which serves every model.
+The blocks are asked one after the other, for each component of latents; the first that matches is
+taken. What the others said is the plan's reason. Where none matches, or an M-step needs more than
+sums, the contraction of the factor graph iterates, which serves every model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ from pyro_em.errors import Finding
 from pyro_em.families.family import main_rule
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.layout import may_be_affine
+from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
+from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
-from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.posteriors.quick import SumsBlock
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
@@ -37,30 +39,66 @@ class Kernel:
     """What iterates a model.
 
     Attributes:
-        name: "mixture", "chain", …; "contraction" where no block on sums serves.
+        name: "mixture", "chain", …; "contraction" where no block on sums serves, "independent" where
+            components of latents have blocks of their own.
         reason: Why no quicker one serves, in words; None where one does.
         block: The block on sums, if there is one.
         latents: The components of latents, each in model order.
+        own: Where there are several, what iterates each.
+        words: What the plan says of an iteration, where it is more than name and reason.
     """
 
     name: str
     reason: str | None = None
-    block: QuickBlock | None = None
+    block: SumsBlock | None = None
     latents: tuple[tuple[str, ...], ...] = ()
+    own: tuple[Kernel, ...] = ()
+    words: str = ""
 
     @property
     def names(self) -> str | dict[tuple[str, ...], str]:
         """The name; with several components of latents one for each."""
         if len(self.latents) < 2:
             return self.name
-        return dict.fromkeys(self.latents, self.name)
+        return {k.latents[0]: k.name for k in self.each}
 
     @property
     def reasons(self) -> str | dict[tuple[str, ...], str | None] | None:
         """The reason, of the same shape as the name."""
         if len(self.latents) < 2:
             return self.reason
-        return dict.fromkeys(self.latents, self.reason)
+        return {k.latents[0]: k.reason for k in self.each}
+
+    @property
+    def each(self) -> tuple[Kernel, ...]:
+        """What iterates each component of latents."""
+        alike = (replace(self, latents=(names,)) for names in self.latents)
+        return self.own or tuple(alike)
+
+    def in_words(self) -> str:
+        """What the plan says of an iteration: components that step alike together."""
+        said: dict[str, list[Kernel]] = {}
+        for kernel in self.each or (self,):
+            said.setdefault(kernel.words or kernel.name, []).append(kernel)
+        parts = []
+        for words, kernels in said.items():
+            reasons = list(dict.fromkeys(k.reason for k in kernels if k.reason is not None))
+            shown = "; ".join(reasons[:2]) + ("; …" if len(reasons) > 2 else "")
+            of = _components_in_words([names for k in kernels for names in k.latents])
+            tells = self.block is not None and len(self.latents) > 1
+            parts.append(
+                words + (f" ({shown})" if shown else "") + (f", for {of}" if tells else "")
+            )
+        return "; ".join(parts)
+
+
+def _components_in_words(components: Sequence[tuple[str, ...]]) -> str:
+    """``z``, ``z and a, b``, ``z_0 … z_9``, ``z_0 … z_9 (10 components)``."""
+    if len(components) > 4:
+        return f"{components[0][0]} … {components[-1][-1]} ({len(components)} components)"
+    return " and ".join(
+        ", ".join(names) if len(names) < 4 else f"{names[0]} … {names[-1]}" for names in components
+    )
 
 
 @torch.no_grad()
@@ -78,25 +116,51 @@ def kernel_of(
     finding = needs_more_than_sums(graph, updates)
     if finding is not None:
         return Kernel(CONTRACTION, finding.what, None, parts)
+    whole = Component(collapsed(graph), updates, values, tuple(graph.latents))
     if len(parts) > 1:
-        return Kernel(CONTRACTION, "several independent sets of latents: no kernel", None, parts)
-    latents = parts[0] if parts else ()
-    component = Component(collapsed(graph), updates, values, latents)
+        return _kernel_of_several(whole, parts)
     said: list[Finding] = []
     for kind in BLOCKS:
-        found = kind.match(component)
+        found = kind.match(whole)
         if not isinstance(found, Finding):
-            return Kernel(found.name, None, found, parts)
+            return Kernel(found.name, None, found, parts, words=found.words)
         said.append(found)
+    return Kernel(CONTRACTION, _reason(graph, whole.latents, said), None, parts)
+
+
+def _kernel_of_several(whole: Component, parts: tuple[tuple[str, ...], ...]) -> Kernel:
+    """Where components of latents share no factor, each has its own."""
+    found = arranged(whole, BLOCKS)
+    own = tuple(_kernel_beside(found, names) for names in parts)
+    if not found.kernels:
+        return Kernel(CONTRACTION, own[0].reason, None, parts, own)
+    block = Independent.of(found)
+    if isinstance(block, Finding):
+        return Kernel(CONTRACTION, block.what, None, parts)
+    return Kernel(block.name, None, block, parts, own)
+
+
+def _kernel_beside(found: Arrangement, latents: tuple[str, ...]) -> Kernel:
+    """What iterates one of several components."""
+    block = found.serves[latents]
+    if block is not None:
+        return Kernel(block.name, None, block, (latents,), words=block.words)
+    reason = _reason(found.component.graph, latents, found.said[latents])
+    return Kernel(CONTRACTION, reason, None, (latents,))
+
+
+def _reason(graph: FactorGraph, latents: Sequence[str], said: Sequence[Finding]) -> str:
+    """Of what the blocks said the finding that tells most."""
     # A chain says more of many latents than a mixture does, and less of one or two.
-    reason = said[1] if len(latents) > 2 and len(latents) > _most_per_row(graph) else said[0]
-    return Kernel(CONTRACTION, reason.what, None, parts)
+    if len(said) > 1 and len(latents) > 2 and len(latents) > _most_per_row(graph, latents):
+        return said[1].what
+    return said[0].what
 
 
-def _most_per_row(graph: FactorGraph) -> int:
-    """How many latents share a row with the same data, where all read them."""
+def _most_per_row(graph: FactorGraph, latents: Sequence[str]) -> int:
+    """How many of some latents share a row with the same data, where all read them."""
     degrees = [
-        sum(d in graph.latents for d in dims) for g in graph.groups if g.observed for dims in g.dims
+        sum(d in latents for d in dims) for g in graph.groups if g.observed for dims in g.dims
     ]
     return max(degrees, default=0)
 

@@ -114,7 +114,9 @@ class Program(StaysHere):
         """What iterates the program, and why nothing quicker does."""
         finding = self._off_the_sums()
         if finding is not None:
-            return Kernel(CONTRACTION, finding.what, None, components_of(self.graph))
+            again = "" if self.compiled else ", the model is run again at each"
+            parts = components_of(self.graph)
+            return Kernel(CONTRACTION, finding.what, None, parts, words=CONTRACTION + again)
         if self._kernel is None:
             values = values_of(self.graph.parameters)
             self._kernel = kernel_of(self.graph, self.updates, values)
@@ -309,14 +311,6 @@ class Program(StaysHere):
                         found.append((site, name))
         return found
 
-    def _iterations(self) -> str:
-        """What the plan says of an iteration."""
-        kernel = self.kernel
-        if kernel.block is not None:
-            return kernel.block.words
-        again = "" if self.compiled else ", the model is run again at each"
-        return f"contraction{again} ({kernel.reason})"
-
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
         return Plan(
@@ -331,7 +325,7 @@ class Program(StaysHere):
             is_monotone=self.is_monotone,
             kernel=self.kernel.names,
             kernel_reason=self.kernel.reasons,
-            iterations=self._iterations(),
+            iterations=self.kernel.in_words(),
             gives_up=gives_up(self.strategy),
         )
 

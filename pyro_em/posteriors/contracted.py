@@ -133,7 +133,7 @@ class Contraction:
             scales += [1.0] * len(nested)
         total: Tensor | None = None
         for dims, term in contract(self.order, laid_out, scales=scales):
-            part = _onto(term, dims, self.dims, self.graph)
+            part = onto(term, dims, self.dims, self.graph)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -219,8 +219,8 @@ def scoped_dims(dims: Sequence[str], scope: Sequence[str], graph: FactorGraph) -
     return (*plates, *scope, *rest)
 
 
-def _onto(term: Tensor, dims: Sequence[str], target: Sequence[str], graph: FactorGraph) -> Tensor:
-    """A term summed over what the target lacks, and laid out over it."""
+def onto(term: Tensor, dims: Sequence[str], target: Sequence[str], graph: FactorGraph) -> Tensor:
+    """A table summed over what the target lacks, and laid out over it."""
     axes = [k for k, d in enumerate(dims) if d not in target]
     term = term.sum(axes) if axes else term
     kept = [d for d in dims if d in target]

@@ -38,47 +38,20 @@ class Outline(Generic[B]):
     finish: Callable[[Layout], B | Finding]
 
 
-class QuickBlock:
+class SumsBlock:
     """A block whose E-step goes through the data once and keeps sums alone.
 
     Attributes:
         component: What it solves.
         graph: The collapsed graph, possibly of distinct rows.
         theta: Its parameters, in the form of the E-step, and their M-step.
-        normals: Normal groups that are evaluated by matrix products.
         name: What the plan calls it.
-        words: What the plan says of its iterations.
     """
 
     name: ClassVar[str]
-    words: ClassVar[str]
     component: Component
     graph: FactorGraph
     theta: Theta
-    normals: Mapping[int, NormalRows]
-
-    @classmethod
-    @abstractmethod
-    def outline(cls, component: Component) -> Outline[Self] | Finding:
-        """What the block makes of a component, or why it does not serve; by looking only."""
-
-    @classmethod
-    def match(cls, component: Component) -> Self | Finding:
-        """The block that a component is, or why it is none."""
-        outline = cls.outline(component)
-        if isinstance(outline, Finding):
-            return outline
-        graph, values = outline.graph, component.values
-        updates = collapsed_updates(component.updates, graph)
-        layout = layout_of(graph, updates, values, outline.eligible)
-        block = outline.finish(layout)
-        if isinstance(block, Finding):
-            return block
-        theta = theta_of(graph, updates, values, layout, block.normals)
-        if isinstance(theta, Finding):
-            return theta
-        block.component, block.theta = component, theta
-        return block
 
     @abstractmethod
     def e_step(self, at: At) -> Expectation:
@@ -119,3 +92,38 @@ class QuickBlock:
         if weights is not None:
             return self.contraction.expect(values, weights)
         return self.e_step(self.theta.enter(values))
+
+
+class QuickBlock(SumsBlock):
+    """A kernel: a block of one component, which may stand beside others.
+
+    Attributes:
+        normals: Normal groups that are evaluated by matrix products.
+        words: What the plan says of its iterations.
+    """
+
+    words: ClassVar[str]
+    normals: Mapping[int, NormalRows]
+
+    @classmethod
+    @abstractmethod
+    def outline(cls, component: Component) -> Outline[Self] | Finding:
+        """What the block makes of a component, or why it does not serve; by looking only."""
+
+    @classmethod
+    def match(cls, component: Component) -> Self | Finding:
+        """The block that a component is, or why it is none."""
+        outline = cls.outline(component)
+        if isinstance(outline, Finding):
+            return outline
+        graph, values = outline.graph, component.values
+        updates = collapsed_updates(component.updates, graph)
+        layout = layout_of(graph, updates, values, outline.eligible)
+        block = outline.finish(layout)
+        if isinstance(block, Finding):
+            return block
+        theta = theta_of(graph, updates, values, layout, block.normals)
+        if isinstance(theta, Finding):
+            return theta
+        block.component, block.theta = component, theta
+        return block

@@ -23,7 +23,7 @@ from pyro_em.errors import Finding, Handover
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.block import Block, Component
-from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.posteriors.quick import SumsBlock
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.updates.statistics import Expectation, group_statistics
 
@@ -131,7 +131,7 @@ def _check_at(block: type[Block], program: Program, rtol: float) -> None:
     assert near(float(table.sum()), joint.log_evidence), "the table does not sum to the evidence"
     off = float((table - joint.table).abs().max())
     assert off <= rtol * scale, f"a cell of the table is off by {off:.3g}"
-    if isinstance(found, QuickBlock):
+    if isinstance(found, SumsBlock):
         _check_m_step(found, program, joint, expectation, rtol)
         _check_chunks(found, values, expectation, rtol)
     else:
@@ -151,7 +151,7 @@ def _over(weights: Tensor, dims: Sequence[str], group: Group) -> Tensor:
     laid_out = weights.permute([list(dims).index(p) for p in plates if p in dims])
     own = iter(laid_out.shape)
     sizes = [next(own) if p in dims else 1 for p in plates]
-    return laid_out.reshape(*sizes, *(1,) * (len(group.sizes) - len(plates)))
+    return laid_out.reshape([*sizes, *(1,) * (len(group.sizes) - len(plates))])
 
 
 def _check_sums(
@@ -172,7 +172,7 @@ def _check_sums(
 
 
 def _check_m_step(
-    block: QuickBlock, program: Program, joint: Joint, expectation: Expectation, rtol: float
+    block: SumsBlock, program: Program, joint: Joint, expectation: Expectation, rtol: float
 ) -> None:
     """Parameters after the M-step, against an M-step from the cells of the joint table."""
     theta = block.theta
@@ -198,7 +198,7 @@ def _check_m_step(
 
 
 def _check_chunks(
-    block: QuickBlock, values: Mapping[str, Tensor], whole: Expectation, rtol: float
+    block: SumsBlock, values: Mapping[str, Tensor], whole: Expectation, rtol: float
 ) -> None:
     if not hasattr(block, "chunk"):
         return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM, Hard
+from pyro_em import ExactPosteriorEM, Fixed, Hard
 
 X = torch.linspace(-2.0, 2.0, 12)
 
@@ -155,12 +155,57 @@ def test_name_and_reason(case: str) -> None:
     assert str(em.fit(max_steps=2, progress=False).plan) == str(plan)
 
 
-def test_independent_sets_have_a_name_each() -> None:
+def test_independent_sets_have_a_kernel_each() -> None:
     plan = ExactPosteriorEM(two_sets).plan()
-    assert plan.kernel == {("z",): "contraction", ("u",): "contraction"}
-    assert set(plan.kernel_reason.values()) == {  # type: ignore[union-attr]
-        "several independent sets of latents: no kernel"
+    assert plan.kernel == {("z",): "mixture", ("u",): "mixture"}
+    assert plan.kernel_reason == {("z",): None, ("u",): None}
+    assert "Iterations: mixture kernel, in chunks of rows, for z and u" in str(plan)
+
+
+def sets_of_all_kinds() -> None:
+    two_sets()
+    mu, w = means(), weights()
+    A = pyro.param("A", torch.full((2, 2), 0.5), constraint=C.simplex)
+    h = None
+    for t in range(4):
+        h = pyro.sample(f"h{t}", dist.Categorical(w if h is None else A[h]))
+        pyro.sample(f"v{t}", dist.Normal(mu[h], 1.0), obs=X[t])
+    with pyro.plate("pairs", len(X)):
+        a, b = (pyro.sample(name, dist.Categorical(w)) for name in "ab")
+        pyro.sample("y2", dist.Normal(A[a, b], 1.0), obs=X)
+
+
+def test_sets_of_all_kinds() -> None:
+    plan = ExactPosteriorEM(sets_of_all_kinds, updates={"A": Fixed()}).plan()
+    chain = tuple(f"h{t}" for t in range(4))
+    assert plan.kernel == {
+        ("z",): "mixture",
+        ("u",): "mixture",
+        chain: "chain",
+        ("a", "b"): "contraction",
     }
+    why = "two latents per row: no kernel"
+    assert plan.kernel_reason == {("z",): None, ("u",): None, chain: None, ("a", "b"): why}
+    (line,) = [line for line in str(plan).splitlines() if line.startswith("Iterations")]
+    assert line == (
+        "Iterations: mixture kernel, in chunks of rows, for z and u; "
+        "chain kernel, by forward and backward messages, for h0 … h3; "
+        f"contraction ({why}), for a, b"
+    )
+
+
+def test_sets_without_a_kernel() -> None:
+    def model() -> None:
+        w, mu = weights(), means()
+        for i in range(3):
+            z = pyro.sample(f"z{i}", dist.Categorical(w))
+            pyro.sample(f"x{i}", dist.Normal(mu[z], 1.0), obs=X[i])
+
+    plan = ExactPosteriorEM(model).plan()
+    assert set(plan.kernel.values()) == {"contraction"}  # type: ignore[union-attr]
+    assert plan.kernel_reason[("z1",)] == "'z1' is in no plate: no kernel"  # type: ignore[index]
+    first, second = ("'z0' is in no plate: no kernel", "'z1' is in no plate: no kernel")
+    assert f"Iterations: contraction ({first}; {second}; …)" in str(plan)
 
 
 def test_strategies_need_cells() -> None:

@@ -1,0 +1,255 @@
+"""Which block serves which component of latents, and why quicker ones do not.
+
+Every component is asked on its own: the groups that read it, without those of others. How densities
+are evaluated is decided for all together, since components may share parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from pyro_em.densities.density import NormalRows
+from pyro_em.densities.layout import Layout, layout_of
+from pyro_em.densities.theta import At
+from pyro_em.densities.tying import collapsed, collapsed_updates
+from pyro_em.errors import Finding
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.parting import GraphPart, part_of, priors_of
+from pyro_em.posteriors.block import Component, components_of
+from pyro_em.posteriors.contracted import Contraction
+from pyro_em.posteriors.quick import Outline, QuickBlock
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.statistics import Expectation, Key, Statistics
+from pyro_em.updates.update import ParameterUpdate
+
+Kinds = Sequence[type[QuickBlock]]
+Updates = Mapping[str, ParameterUpdate]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A block beside others. It numbers the groups of its own graph; the whole has other numbers.
+
+    Attributes:
+        block: The block.
+        first: The number of its first group in the whole.
+        size: How many groups it has.
+    """
+
+    block: QuickBlock | Contraction
+    first: int
+    size: int
+
+    def inside(self, at: At) -> At:
+        """Parameters by the part's numbers of groups."""
+        arguments, prepared = self.own(at.arguments), self.own(at.prepared)
+        return replace(at, arguments=arguments, prepared=prepared)
+
+    def own(self, by_group: Mapping[int, T]) -> dict[int, T]:
+        """What is of its groups, by its numbers."""
+        return _own(by_group, self.first, self.size)
+
+    def outside(self, found: Expectation) -> Expectation:
+        """Sums by the numbers that the groups have in the whole."""
+        sums: dict[Key, Statistics] = {
+            key if isinstance(key, str) else key + self.first: named
+            for key, named in found.sums.items()
+        }
+        return Expectation(found.log_evidence, sums, noise=found.noise)
+
+
+def _own(by_group: Mapping[int, T], first: int, size: int) -> dict[int, T]:
+    return {g - first: v for g, v in by_group.items() if first <= g < first + size}
+
+
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """Blocks side by side, still without their parameters.
+
+    Attributes:
+        component: All components.
+        graph: The groups of all parts, one part after the other, then the priors.
+        updates: Updates of all parameters, with the numbers of these groups.
+        layout: How its groups are evaluated.
+        kernels: The kernels.
+        rest: What is contracted: components that no kernel serves, and factors that read no latent
+            where no kernel takes them; None where nothing is.
+        serves: For each component its kernel; None where it is contracted.
+        said: For each component what the kernels said that do not serve it.
+    """
+
+    component: Component
+    graph: FactorGraph
+    updates: Updates
+    layout: Layout
+    kernels: tuple[Part, ...]
+    rest: Part | None
+    serves: Mapping[tuple[str, ...], QuickBlock | None]
+    said: Mapping[tuple[str, ...], Sequence[Finding]]
+
+    @property
+    def normals(self) -> dict[int, NormalRows]:
+        """Normal groups that kernels evaluate by matrix products."""
+        out: dict[int, NormalRows] = {}
+        for part in self.kernels:
+            assert isinstance(part.block, QuickBlock)
+            out |= {g + part.first: rows for g, rows in part.block.normals.items()}
+        return out
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """A component of latents, and the kernels that have not been asked yet."""
+
+    latents: tuple[str, ...]
+    left: list[type[QuickBlock]]
+    said: list[Finding] = field(default_factory=list)
+
+    def refuse(self, finding: Finding) -> None:
+        """Go on to the next kernel."""
+        self.said.append(finding)
+        del self.left[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Claim:
+    """A part of the graph that a kernel can solve as far as its outline tells."""
+
+    by: _Candidate
+    component: Component
+    outline: Outline[QuickBlock]
+    origin: tuple[int, ...]
+
+
+def arranged(component: Component, kinds: Kinds) -> Arrangement:
+    """Ask the kernels, one after the other, for every component of latents.
+
+    Args:
+        component: The whole of a collapsed graph.
+        kinds: The kernels, the quicker ones first.
+    """
+    candidates = [_Candidate(names, list(kinds)) for names in components_of(component.graph)]
+    for group in component.graph.groups:
+        read = {d for dims in group.dims for d in dims} & set(component.graph.latents)
+        if group.role is Role.POINT and read:
+            site = f"site '{group.members[0]}'"
+            for c in candidates:
+                if read.intersection(c.latents):
+                    c.left.clear()
+                    c.said.append(Finding(site, f"the prior of {site} reads a latent: no kernel"))
+    while True:
+        found = _tried(component, candidates)
+        if found is not None:
+            return found
+
+
+def _tried(component: Component, candidates: Sequence[_Candidate]) -> Arrangement | None:
+    """The arrangement of what the candidates ask first; None where one of them has to go on."""
+    graph, values = component.graph, component.values
+    claims = list(_claims(component, candidates))
+    is_taken = any(_reads_no_latent(claim.component.graph) for claim in claims)
+    served = {id(claim.by) for claim in claims}
+    others = [name for c in candidates if id(c) not in served for name in c.latents]
+    left = part_of(graph, others, known=not is_taken)
+    rest, priors = _component(component, left), priors_of(graph)
+    graphs = [claim.outline.graph for claim in claims] + [rest.graph, priors.graph]
+    origins = [*(claim.origin for claim in claims), left.origin, priors.origin]
+    firsts = [sum(len(g.groups) for g in graphs[:i]) for i in range(len(graphs))]
+    whole = replace(graph, groups=tuple(group for g in graphs for group in g.groups))
+    places: dict[int, list[int]] = {}
+    for first, origin in zip(firsts, origins, strict=True):
+        for k, g in enumerate(origin):
+            places.setdefault(g, []).append(first + k)
+    updates = collapsed_updates(_placed(component.updates, places), whole)
+    eligible: list[int] = []
+    sizes: dict[int, int] = {}
+    for claim, first in zip(claims, firsts, strict=False):
+        eligible += [first + g for g in claim.outline.eligible]
+        own = next(iter(claim.outline.graph.latents.values())).size
+        sizes |= {first + g: own for g in range(len(claim.outline.graph.groups))}
+    layout = layout_of(whole, updates, values, eligible, sizes)
+    parts: list[Part] = []
+    for claim, first in zip(claims, firsts, strict=False):
+        size = len(claim.outline.graph.groups)
+        linears = _own(layout.linears, first, size)
+        own_layout = Layout(layout.naturals, linears, _own(layout.lines, first, size))
+        block = claim.outline.finish(own_layout)
+        if isinstance(block, Finding):
+            claim.by.refuse(block)
+            continue
+        block.component = claim.component
+        parts.append(Part(block, first, size))
+    if len(parts) < len(claims):
+        return None
+    serves: dict[tuple[str, ...], QuickBlock | None] = {c.latents: None for c in candidates}
+    for claim, part in zip(claims, parts, strict=True):
+        assert isinstance(part.block, QuickBlock)
+        serves[claim.by.latents] = part.block
+    return Arrangement(
+        component,
+        whole,
+        updates,
+        layout,
+        tuple(parts),
+        _contracted(rest, firsts[len(claims)]),
+        serves,
+        {c.latents: c.said for c in candidates},
+    )
+
+
+def _claims(component: Component, candidates: Sequence[_Candidate]) -> Iterator[_Claim]:
+    """What the first kernel that serves makes of each component; the first one takes what is known."""
+    known = _reads_no_latent(component.graph)
+    for candidate in candidates:
+        while candidate.left:
+            ways = (True, False) if known else (False,)
+            for with_known in ways:
+                part = part_of(component.graph, candidate.latents, known=with_known)
+                own = _component(component, part)
+                outline = candidate.left[0].outline(own)
+                if not isinstance(outline, Finding):
+                    break
+            if isinstance(outline, Finding):
+                candidate.refuse(outline)
+                continue
+            known = known and not with_known
+            yield _Claim(candidate, own, outline, part.origin)
+            break
+
+
+def _component(component: Component, part: GraphPart) -> Component:
+    """A part of the graph as a component; what was stacked with others may collapse now."""
+    places = {g: [k] for k, g in enumerate(part.origin)}
+    updates = _placed(component.updates, places)
+    graph = collapsed(part.graph)
+    return Component(graph, updates, component.values, tuple(graph.latents))
+
+
+def _contracted(rest: Component, first: int) -> Part | None:
+    if not rest.graph.groups:
+        return None
+    block = Contraction.match(rest)
+    assert isinstance(block, Contraction)
+    return Part(block, first, len(rest.graph.groups))
+
+
+def _reads_no_latent(graph: FactorGraph) -> bool:
+    """Whether a factor that is no prior on a point estimate reads no latent."""
+    return any(
+        group.role is not Role.POINT and not any(d in graph.latents for d in dims)
+        for group in graph.groups
+        for dims in group.dims
+    )
+
+
+def _placed(updates: Updates, places: Mapping[int, Sequence[int]]) -> dict[str, ParameterUpdate]:
+    """Updates whose uses and priors have other numbers of groups, some of them several."""
+    out = {}
+    for name, update in updates.items():
+        uses = [replace(u, group=g) for u in update.uses for g in places.get(u.group, ())]
+        priors = [replace(p, group=g) for p in update.priors for g in places.get(p.group, ())]
+        out[name] = replace(update, uses=tuple(uses), priors=tuple(priors))
+    return out
