@@ -123,7 +123,7 @@ def spending_at_most(limit: int) -> TorchDispatchMode:
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor) and t.numel() >= _SMALL and not _is_view(func):
+            if isinstance(t, Tensor) and t.numel() >= _SMALL and not is_view(func):
                 spend(t.untyped_storage().nbytes())
         return out
 
@@ -155,14 +155,16 @@ _FORESEEN: Mapping[Operation, Callable[..., int]] = {
 }
 
 
-_views: dict[Operation, bool] = {}
+_views: dict[int, tuple[Operation, bool]] = {}  # by identity: an operation's hash is slow
 
 
-def _is_view(func: Any) -> bool:
-    """Whether an operation's outputs share an input's memory."""
-    if func not in _views:
-        _views[func] = any(r.alias_info is not None for r in func._schema.returns)
-    return _views[func]
+def is_view(func: Any) -> bool:
+    """Whether an operation's outputs share an input's memory, or are that input."""
+    known = _views.get(id(func))
+    if known is None or known[0] is not func:
+        known = func, any(r.alias_info is not None for r in func._schema.returns)
+        _views[id(func)] = known
+    return known[1]
 
 
 class Shadows:

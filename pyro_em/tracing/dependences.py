@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pyro_em.errors import message
 from pyro_em.portable import StaysHere
+from pyro_em.tracing.allocation import is_view
 
 _WHOLE = 2**24  # bytes of one tensor that are all in its checksum
 
@@ -36,6 +37,9 @@ _SMALL = 2**12  # bytes of a tensor whose checksum costs next to nothing
 
 
 _BLOCK = 2**16  # bytes of the blocks, spread over a larger one, that are in its checksum
+
+
+_MANY_VIEWS = 32  # of one piece of memory that are kept each by itself
 
 
 _DEPTH = 3  # functions that call functions, containers that hold containers
@@ -123,7 +127,7 @@ class Reading:
 
     def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.read: dict[int, list[Memory]] = {}
-        self.made: set[int] = set()
+        self.made: set[int] = {0}  # addresses; of what has no memory as well
         self._look = functools.partial(_names, model, args, kwargs)
         self._names = self._look()
         for value in (args, kwargs, *self._names.values()):
@@ -132,9 +136,11 @@ class Reading:
 
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, and note what it reads and makes."""
+        made = self.made
         for value in () if operation is _FRESH else args:
             if isinstance(value, Tensor):
-                self.note(value)
+                if value.layout is not torch.strided or value.data_ptr() not in made:
+                    self.note(value)
             elif isinstance(value, (list, tuple)):
                 for part in value:
                     if isinstance(part, Tensor):
@@ -144,13 +150,13 @@ class Reading:
                 self.note(value)
         out = operation(*args, **kwargs)
         if operation is _FRESH:  # torch.tensor(numbers)
-            self.made.add(out.untyped_storage().data_ptr())
-            return out
-        for made in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(made, Tensor) and _is_plain(made):
-                at = made.untyped_storage().data_ptr()
-                if at not in self.read:
-                    self.made.add(at)
+            made.add(out.untyped_storage().data_ptr())
+        elif not is_view(operation):
+            for one in out if isinstance(out, (list, tuple)) else (out,):
+                if isinstance(one, Tensor) and one.layout is torch.strided:
+                    at = one.data_ptr()
+                    if at not in self.read:
+                        made.add(at)
         return out
 
     def note(self, tensor: Tensor) -> None:
@@ -159,10 +165,14 @@ class Reading:
             return
         at = tensor.untyped_storage().data_ptr()
         if at in self.made:
+            self.made.add(tensor.data_ptr())
             return
         known = self.read.setdefault(at, [])
-        if not any(_covers(m.tensor, tensor) for m in known):
-            known.append(Memory.of(tensor))
+        if any(_covers(m.tensor, tensor) for m in known):
+            return
+        if len(known) >= _MANY_VIEWS and tensor._base is not None and tensor._base.numel():
+            tensor = tensor._base  # which covers all the views of it that are still to come
+        known.append(Memory.of(tensor))
 
     def finished(self, parameters: Iterable[Tensor]) -> Dependences:
         """What the run depends on, its parameters excepted."""

@@ -11,105 +11,15 @@ from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em.distributions import element_mask, has_finite_support, unwrap
-from pyro_em.tracing.allocation import Shadows
+from pyro_em.tracing.allocation import Overspent, Shadows, spending_at_most
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.provenance import Tagged
 from pyro_em.tracing.sites import _ROLE, Role, is_factor, is_latent, role_of
 
 _LARGE = 256  # elements; smaller latents are always drawn
-
-
-class _KeepValues(Messenger):
-    """Give unobserved sites the values that they had in a plain run: nothing is drawn again.
-
-    Some distributions cannot be sampled with tagged arguments, none at a trial point of a line
-    search that is far off.
-    """
-
-    def __init__(self, values: Mapping[str, torch.Tensor], of_guide: bool = False) -> None:
-        super().__init__()
-        self.values, self.of_guide = values, of_guide
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        drawn = is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE)
-        if msg["name"] in self.values and not msg["done"] and drawn:
-            # Not marked as done: the enumerating handler still has to note the site's scope.
-            msg["value"] = self.values[msg["name"]]
-
-
-class _DrawNothing(Messenger):
-    """Give large latents that can be enumerated a shadow instead of a draw."""
-
-    def __init__(self, shadows: Shadows) -> None:
-        super().__init__()
-        self.shadows = shadows
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["done"] or msg["value"] is not None or not is_latent(msg):
-            return
-        fn = msg["fn"]
-        shape = fn.shape()
-        if not has_finite_support(fn) or shape.numel() < _LARGE:
-            return
-        msg["value"] = self.shadows.instead_of(fn.enumerate_support(expand=False), shape)
-        dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
-
-
-class _TagSites(Messenger):
-    """Tag the value of each site with the site's own name; observed ones keep their tags too."""
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        value = msg["value"]
-        if not is_factor(msg) or not isinstance(value, torch.Tensor):
-            return
-        before = frozenset() if is_latent(msg) else get_provenance(value)
-        untagged = getattr(value, "_t", value)
-        msg["value"] = Tagged(untagged, before | {msg["name"]})
-
-
-class _MarkForEnumeration(Messenger):
-    """Ask Pyro to enumerate the given sites in parallel, whatever the model says of them."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] or msg["name"] not in self.names:
-            msg["infer"].pop("enumerate", None)
-            return
-        msg["infer"]["enumerate"] = "parallel"
-        msg["infer"].pop("num_samples", None)
-
-
-class _WatchPlates(Messenger):
-    """Note plates of size zero before Pyro divides by their size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.empty: list[str] = []
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg) and getattr(msg["fn"], "size", None) == 0:
-            self.empty.append(msg["name"])
-
-
-class _WatchMasks(Messenger):
-    """Note masks that are written in place after the site that they mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, torch.Tensor, int]] = []
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["mask"], torch.Tensor):
-            self.seen.append((msg["name"], msg["mask"], msg["mask"]._version))
-
-    def changed(self) -> tuple[str, ...]:
-        """Names of the sites whose mask is another one by now."""
-        return tuple(name for name, mask, version in self.seen if mask._version != version)
 
 
 class _SampleMessenger(Messenger):
@@ -128,6 +38,129 @@ class _SampleMessenger(Messenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         pass
+
+
+class _KeepValues(_SampleMessenger):
+    """Give unobserved sites the values that they had in a plain run: nothing is drawn again.
+
+    Some distributions cannot be sampled with tagged arguments, none at a trial point of a line
+    search that is far off.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor], of_guide: bool = False) -> None:
+        super().__init__()
+        self.values, self.of_guide = values, of_guide
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        drawn = is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE)
+        if msg["name"] in self.values and not msg["done"] and drawn:
+            # Not marked as done: the enumerating handler still has to note the site's scope.
+            msg["value"] = self.values[msg["name"]]
+
+
+class _DrawNothing(_SampleMessenger):
+    """Give large latents that can be enumerated a shadow instead of a draw."""
+
+    def __init__(self, shadows: Shadows) -> None:
+        super().__init__()
+        self.shadows = shadows
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not _is_large(msg):
+            return
+        fn = msg["fn"]
+        shape = fn.shape()
+        msg["value"] = self.shadows.instead_of(fn.enumerate_support(expand=False), shape)
+        dist.enable_validation(False)  # a shadow satisfies no constraint; the caller restores
+
+
+def _is_large(msg: Mapping[str, Any]) -> bool:
+    """Whether a message asks for a draw of many values that could be enumerated instead."""
+    if msg["done"] or msg["value"] is not None or not is_latent(msg):
+        return False
+    fn = msg["fn"]
+    return has_finite_support(fn) and fn.shape().numel() >= _LARGE
+
+
+class _SpendLittle(_SampleMessenger):
+    """Break a run off once what it does with large latents has allocated much.
+
+    Operations are watched from the first such latent on. What a model computes before it costs the
+    same with shadows, and most models have none.
+
+    Args:
+        limit: In bytes.
+
+    Raises:
+        Overspent: From the midst of the run.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+        self._modes = torch._C._len_torch_dispatch_stack()
+        self._watch: TorchDispatchMode | None = None
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if self._watch is not None or not _is_large(msg):
+            return
+        if torch._C._len_torch_dispatch_stack() != self._modes:
+            raise Overspent  # inside a mode of the model's own, which would be left before ours
+        self._watch = spending_at_most(self.limit)
+        self._watch.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self._watch is not None:
+            self._watch.__exit__(*exception)
+
+
+class _TagSites(_SampleMessenger):
+    """Tag the value of each site with the site's own name; observed ones keep their tags too."""
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        value = msg["value"]
+        if not is_factor(msg) or not isinstance(value, torch.Tensor):
+            return
+        before = frozenset() if is_latent(msg) else get_provenance(value)
+        untagged = getattr(value, "_t", value)
+        msg["value"] = Tagged(untagged, before | {msg["name"]})
+
+
+class _MarkForEnumeration(_SampleMessenger):
+    """Ask Pyro to enumerate the given sites in parallel, whatever the model says of them."""
+
+    def __init__(self, names: frozenset[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] or msg["name"] not in self.names:
+            msg["infer"].pop("enumerate", None)
+            return
+        msg["infer"]["enumerate"] = "parallel"
+        msg["infer"].pop("num_samples", None)
+
+
+class _Watch(_SampleMessenger):
+    """Note plates of size zero, by which Pyro divides, and masks that are written after their site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.empty: list[str] = []
+        self.seen: list[tuple[str, torch.Tensor, int]] = []
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg) and getattr(msg["fn"], "size", None) == 0:
+            self.empty.append(msg["name"])
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if isinstance(msg["mask"], torch.Tensor):
+            self.seen.append((msg["name"], msg["mask"], msg["mask"]._version))
+
+    def changed_masks(self) -> tuple[str, ...]:
+        """Names of the sites whose mask is another one by now."""
+        return tuple(name for name, mask, version in self.seen if mask._version != version)
 
 
 class ScalePlates(_SampleMessenger):
@@ -159,7 +192,7 @@ class FeasibleWhereMasked(_SampleMessenger):
             msg["value"] = without_masked_nonsense(fn, value, mask, sparing=True)
 
 
-class OnlySites(Messenger):
+class OnlySites(_SampleMessenger):
     """Hide sites that do not count, and enumerate some in parallel.
 
     Args:
@@ -183,7 +216,7 @@ class OnlySites(Messenger):
         msg["infer"] = infer
 
 
-class MaskSites(Messenger):
+class MaskSites(_SampleMessenger):
     """Leave sites out of the density: observed ones, or all.
 
     Args:
@@ -286,7 +319,7 @@ class _SampleTrace(_SampleMessenger, TraceMessenger):
         TraceMessenger._pyro_post_sample(self, msg)
 
 
-class _DrawObserved(Messenger):
+class _DrawObserved(_SampleMessenger):
     """Draw what the model observes; latents at given values stay."""
 
     def __init__(self, active: bool) -> None:

@@ -90,6 +90,14 @@ class ParameterCapture(Messenger):
         self._starts: dict[str, torch.Tensor] = {}
         self._constraints: dict[str, constraints.Constraint] = {}
 
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "param":  # not looked up for each of many sites
+            self._pyro_param(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "param":
+            self._pyro_post_param(msg)
+
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         self._note_start(msg)
         _start_apart(msg)

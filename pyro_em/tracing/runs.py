@@ -37,7 +37,6 @@ from pyro_em.tracing.allocation import (
     Shadows,
     is_shadow,
     size_guard,
-    spending_at_most,
 )
 from pyro_em.tracing.densities import add_log_probs
 from pyro_em.tracing.handlers import (
@@ -47,10 +46,11 @@ from pyro_em.tracing.handlers import (
     _KeepValues,
     _MarkForEnumeration,
     _SampleTrace,
+    _SpendLittle,
     _TagSites,
-    _WatchMasks,
-    _WatchPlates,
+    _Watch,
 )
+from pyro_em.tracing.lean import LeanEnum, LeanTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, _alive
@@ -210,8 +210,7 @@ def plain_run(
             return _plain_run(model, args, kwargs)
         begin, known = random_state(), frozenset(pyro.get_param_store()._params)
         try:
-            with spending_at_most(_PLAIN_BYTES):
-                return _plain_run(model, args, kwargs)
+            return _plain_run(model, args, kwargs, _SpendLittle(_PLAIN_BYTES))
         except Overspent:
             set_random_state(begin)
             _forget_all_but(known)  # the next run draws their starts from the same state
@@ -228,12 +227,12 @@ def plain_run(
 
 def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
-    tracer, watch, masks = poutine.trace(), _WatchPlates(), _WatchMasks()
+    tracer, watch = LeanTrace(), _Watch()
     begun = _store_as_it_is()
     with LeftWhole(), ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(True))
-        for messenger in (tracer, watch, masks, capture, *more):
+        for messenger in (tracer, watch, capture, *more):
             stack.enter_context(messenger)
         try:
             model(*args, **kwargs)
@@ -245,7 +244,7 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
             raise RunFailed(error, run, tuple(watch.empty)) from error
     parameters = _apart(_alive(capture.parameters), capture.given)
     cleared = _was_cleared(begun)
-    return Run(dict(tracer.trace.nodes), parameters, {}, masks.changed(), cleared=cleared)
+    return Run(dict(tracer.trace.nodes), parameters, {}, watch.changed_masks(), cleared=cleared)
 
 
 def _store_as_it_is() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -339,10 +338,12 @@ def provenance_run(
         _KeepValues({n: s["value"] for n, s in latents.items()}),
         capture,
         _looking_at(mixing),
+        LeanTrace() as tracer,  # innermost: it records values with their tags
     ):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        model(*args, **kwargs)
+    sites = dict(tracer.trace.nodes)
     scopes = {}
-    for name, site in trace.nodes.items():
+    for name, site in sites.items():
         if not is_factor(site):
             continue
         scope: frozenset[str] = frozenset()
@@ -353,7 +354,7 @@ def provenance_run(
             scope |= get_provenance(site["value"]) - {name}
         scopes[name] = scope
     return Run(
-        dict(trace.nodes),
+        sites,
         capture.parameters,
         scopes,
         suspects=frozenset(mixing.suspects),
@@ -399,10 +400,11 @@ def held_run(
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
+        LeanTrace() as tracer,
         _KeepValues(values, of_guide=True),
     ):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
-    return {n: s for n, s in trace.nodes.items() if is_factor(s)}
+        model(*args, **kwargs)
+    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
 
 
 def enumerated_run(
@@ -445,8 +447,8 @@ def enumerated_run(
         torch.enable_grad(),
         pyro.validation_enabled(False),
         dist.validation_enabled(validated),
-        poutine.trace() as tracer,
-        poutine.enum(first_available_dim=-1 - max_plate_nesting),
+        LeanTrace() as tracer,
+        LeanEnum(first_available_dim=-1 - max_plate_nesting),
         _MarkForEnumeration(latents),
         _KeepValues(kept),
         capture,

@@ -1,0 +1,137 @@
+"""The quick handlers say what Pyro's own say, and what is looked at costs no more than it must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.poutine.markov_messenger import MarkovMessenger
+from torch import Tensor
+
+from pyro_em.tracing.allocation import Overspent
+from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.handlers import _SpendLittle
+from pyro_em.tracing.lean import LeanEnum, LeanTrace
+
+K = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+PARALLEL = {"enumerate": "parallel"}
+
+
+def latent(name: str, before: Any) -> Tensor:
+    return pyro.sample(name, dist.Categorical(K[before]), infer=PARALLEL)
+
+
+def plain_chain() -> None:
+    z: Any = 0
+    for t in pyro.markov(range(5)):
+        z = latent(f"z_{t}", z)
+        pyro.sample(f"x_{t}", dist.Normal(z.double(), 1.0), obs=torch.tensor(0.5))
+
+
+def of_second_order() -> None:
+    y: Any = 0
+    z: Any = 0
+    for t in pyro.markov(range(6), history=2):
+        y, z = z, latent(f"z_{t}", torch.minimum(torch.as_tensor(y), torch.as_tensor(z)))
+
+
+def nested() -> None:
+    w: Any = 0
+    with pyro.plate("rows", 3, dim=-1):
+        for i in pyro.markov(range(3)):
+            w = latent(f"w_{i}", w)
+            z: Any = w
+            for t in pyro.markov(range(3)):
+                z = latent(f"z_{i}_{t}", z)
+
+
+def branching() -> None:
+    top = latent("top", 0)
+    context = pyro.markov(history=1, keep=True)
+    with context:
+        a = latent("a", top)
+        for i in range(3):
+            with context:
+                latent(f"b_{i}", a)
+
+
+def two_side_by_side() -> None:
+    g = latent("g", 0)
+    for name in ("u", "v"):
+        z: Any = g
+        for t in pyro.markov(range(3)):
+            z = latent(f"{name}_{t}", z)
+            with pyro.plate(f"{name}_plate_{t}", 2, dim=-1):
+                pyro.sample(f"x_{name}_{t}", dist.Categorical(K[z]), obs=torch.zeros(2))
+
+
+MODELS = [plain_chain, of_second_order, nested, branching, two_side_by_side]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda m: m.__name__)
+def test_dimensions_and_scopes_are_those_of_pyro(model: Callable[[], None]) -> None:
+    with poutine.trace() as own, poutine.enum(first_available_dim=-2):
+        model()
+    with LeanTrace() as lean, LeanEnum(first_available_dim=-2):
+        model()
+    assert list(own.trace.nodes) == list(lean.trace.nodes)
+    for name, site in own.trace.nodes.items():
+        other = lean.trace.nodes[name]
+        assert {k: v for k, v in site.items() if k not in ("infer", "fn", "value")} == {
+            k: v for k, v in other.items() if k not in ("infer", "fn", "value")
+        }
+        assert torch.equal(site["value"], other["value"])
+        one, two = dict(site["infer"]), dict(other["infer"])
+        assert dict(one.pop("_markov_scope", {})) == dict(two.pop("_markov_scope", {})), name
+        assert one == two, name
+
+
+def test_nothing_of_pyro_is_changed_outside_a_run() -> None:
+    before = MarkovMessenger._pyro_sample, MarkovMessenger._process_message
+    with LeanTrace():
+        plain_chain()
+    assert before == (MarkovMessenger._pyro_sample, MarkovMessenger._process_message)
+    assert type(pyro.markov()) is MarkovMessenger
+
+
+def test_a_name_twice_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="Multiple sample sites named 'a'"), LeanTrace():
+        latent("a", 0)
+        latent("a", 0)
+
+
+def test_only_what_is_done_with_large_latents_is_counted() -> None:
+    def model(rows: int) -> None:
+        torch.zeros(10_000).add(1.0)  # costs the same with and without numbers of latents
+        with pyro.plate("n", rows):
+            z = pyro.sample("z", dist.Categorical(K[0]))
+        torch.zeros(2, 1000)[z]
+
+    for rows in (255, 10_000):
+        modes = torch._C._len_torch_dispatch_stack()
+        try:
+            with _SpendLittle(2**17):
+                model(rows)
+            spent = False
+        except Overspent:
+            spent = True
+        assert spent == (rows > 255)
+        assert torch._C._len_torch_dispatch_stack() == modes
+
+
+def test_many_views_of_one_tensor_are_one_memory() -> None:
+    x = torch.arange(4000.0, dtype=torch.float64)
+    rows = list(x.reshape(1000, 4)[:, :3].unbind(0))
+    reading = Reading(lambda: None, (), {})
+    for row in rows:
+        reading(torch.ops.aten.sum.default, (row,), {})
+    found = reading.finished(())
+    assert len(found.memory) < 50
+    assert not found.is_written()
+    x.numpy()[4 * 990] = -1.0
+    assert found.is_written()
