@@ -1,4 +1,4 @@
-"""More kinds of random programs against brute force, with the oracle of `test_random_models`.
+"""More kinds of random programs against brute force, with the oracle of `random_models`.
 
 Zeros in tables, masks of a distribution below and above its events, one per entry, chains of second
 order and with gaps, joints of pairs, modes, draws, and parameters that are latents with priors.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from hypothesis import settings as hypothesis_settings
 from torch import Tensor
 
 from pyro_em import DegenerateError, ExactPosteriorEM
-from tests.posteriors.test_random_models import (
+from tests.posteriors.random_models import (
     RANK,
     Builder,
     Latent,
@@ -88,15 +87,7 @@ class Program(RandomModel):
         if name not in self.masks_of_distributions:
             return super().sample(name, plates, fn, obs)
         mask = self.get(f"{name} mask")
-        with ExitStack() as stack:
-            for plate in plates:
-                stack.enter_context(self.plates[plate])
-            if self.weighted and "a" in plates:
-                weights = self.data["weights"][1]
-                rank = max(-self.dims[p] for p in plates)
-                stack.enter_context(
-                    pyro.poutine.scale(scale=weights.reshape(weights.shape[RANK - rank :]))
-                )
+        with self.inside(plates):
             return pyro.sample(name, fn.mask(mask), obs=self.get(name) if obs else None)
 
     def entries(self, name: str) -> Tensor:
@@ -110,6 +101,7 @@ class ProgramBuilder(Builder):
     """Draws one program from a seed."""
 
     model: Program
+    weighted = 0.2
 
     def __init__(self, seed: int, with_priors: bool = False) -> None:
         super().__init__(seed)
@@ -180,19 +172,10 @@ class ProgramBuilder(Builder):
 
         model.statements.append(statement)
 
-    def build(self) -> Program:
-        self.model.weighted = self.chance(0.2)
-        weights = self.rng.integers(1, 4, self.model.shape("a"))
-        self.model.data["weights"] = ("a", torch.as_tensor(weights).double())
-        for i in range(int(self.rng.integers(1, 4))):
-            self.add_latent(f"z{i}")
+    def add_chains(self) -> None:
         if self.chance(0.35):
             self.add_second_order()
-        if self.chance(0.25):
-            self.add_chain()
-        for i in range(int(self.rng.integers(1, 4))):
-            self.add_observed(f"x{i}")
-        return self.model
+        super().add_chains()
 
 
 def _per_entry(fn: Any, mask: Tensor) -> Any:

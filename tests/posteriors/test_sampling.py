@@ -20,7 +20,7 @@ from pyro_em import ExactPosteriorEM, MonteCarlo
 from pyro_em.posteriors import sampling
 from pyro_em.posteriors.sampling import cumulative_rows, pick
 from tests.brute_force import random_network
-from tests.posteriors.test_random_models import random_model
+from tests.posteriors.random_models import random_model
 
 DRAWS = 5000
 
