@@ -148,8 +148,8 @@ def _folded(problems: Sequence[Finding]) -> list[str]:
     for problem in problems:
         # Two findings at one site are two, however much they look alike. The last step of a chain
         # has another reason than the others (no step after it) and the same remedies.
-        told = " ".join((problem.where, problem.what, *problem.fixes))
-        key = re.sub(r"\d+", "#", told), at_site[problem.where]
+        text = " ".join((problem.where, problem.what, *problem.fixes))
+        key = re.sub(r"\d+", "#", text), at_site[problem.where]
         at_site[problem.where] += 1
         alike.setdefault(key, []).append(problem)
     texts = []

@@ -98,14 +98,14 @@ class TraceExact_ELBO(ELBO):
         Raises:
             PyroEMError: If a latent has no route, or the bound is not finite.
         """
-        found = self._look(model, guide, args, kwargs)
-        if isinstance(found, Variational):
-            return found.loss(args, kwargs, self.num_particles)
+        model_read = self._look(model, guide, args, kwargs)
+        if isinstance(model_read, Variational):
+            return model_read.loss(args, kwargs, self.num_particles)
         graph = trace_graph(
-            found.model,
+            model_read.model,
             args,
             kwargs,
-            found.structure,
+            model_read.structure,
             with_bindings=False,
             attached=True,
             keep_random_state=False,  # the next step draws another batch
@@ -124,15 +124,19 @@ class TraceExact_ELBO(ELBO):
         """Routes for arguments of this form; looked at once while model and guide are the same."""
         form = form_of(args, kwargs)
         if self._last is not None:
-            known_model, known_guide, known_form, found = self._last
+            known_model, known_guide, known_form, model_read = self._last
             same = known_model is model and known_guide is guide and known_form == form
-            read = found.graph.parameters if isinstance(found, Program) else found.parameters
+            read = (
+                model_read.graph.parameters
+                if isinstance(model_read, Program)
+                else model_read.parameters
+            )
             if same and is_stored(read):
-                return found
+                return model_read
         request = Request(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
-        found = Looker(request).look(args, kwargs, look_only=True)
-        self._last = (model, guide, form, found)
-        return found
+        model_read = Looker(request).look(args, kwargs, look_only=True)
+        self._last = (model, guide, form, model_read)
+        return model_read
 
     @alone("TraceExact_ELBO")
     def loss(

@@ -245,16 +245,16 @@ def _is_importable(value: Any) -> bool:
     """Whether a class or function is found under its name."""
     if isinstance(value, types.MethodType):
         return False
-    found: Any = importlib.import_module(value.__module__)
+    value_there: Any = importlib.import_module(value.__module__)
     for part in value.__qualname__.split("."):
-        found = getattr(found, part, None)
-    return found is value
+        value_there = getattr(value_there, part, None)
+    return value_there is value
 
 
 def _name_of(constraint: Constraint) -> str:
     """The name under which a module holds this very constraint, which is compared by identity."""
-    held = vars(importlib.import_module(type(constraint).__module__))
-    return next((n for n, v in held.items() if v is constraint and not n.startswith("_")), "")
+    members = vars(importlib.import_module(type(constraint).__module__))
+    return next((n for n, v in members.items() if v is constraint and not n.startswith("_")), "")
 
 
 class Given:

@@ -144,8 +144,8 @@ def compare(
     origin, random_state = store_state(), pyro.util.get_rng_state()
     keeper = Keeper([*contenders.values(), *origin["params"].values()])
     try:
-        start, kept = common_start(models, args, kwargs, origin)
-        keeper.add(kept)
+        start, copies = common_start(models, args, kwargs, origin)
+        keeper.add(copies)
         contest = Contest(keeper, start, next(iter(models.values())), args, kwargs, limits)
         contest.look(contenders.values())
         if alone is not None and contest.is_stochastic(alone):

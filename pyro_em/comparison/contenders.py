@@ -64,20 +64,22 @@ def standard_contenders(
         ['exact EM', 'SVI, exact marginal', 'SVI, guide', 'L-BFGS']
     """
     request = em._session.request
-    held = [name for name, update in request.updates.items() if isinstance(update, Fixed)]
-    if held:
+    fixed = [name for name, update in request.updates.items() if isinstance(update, Fixed)]
+    if fixed:
         raise UsageError(
             message(
                 "standard_contenders",
-                "updates holds " + ", ".join(f"'{n}'" for n in held) + " fixed.",
+                "updates holds " + ", ".join(f"'{n}'" for n in fixed) + " fixed.",
                 "the other contenders would move it, and would maximise something else",
                 ["make it a constant of the model", "pass a mapping of contenders to compare"],
             )
         )
     budgets = budgets_of(em)
-    own = request.guide if callable(request.guide) else None
-    chosen = guide or own or AutoAmortizedCategorical(em.model)
-    empty = own if own is not None and not isinstance(own, type) else no_guide
+    users_guide = request.guide if callable(request.guide) else None
+    chosen = guide or users_guide or AutoAmortizedCategorical(em.model)
+    empty = (
+        users_guide if users_guide is not None and not isinstance(users_guide, type) else no_guide
+    )
     adam = pyro.optim.Adam({"lr": 0.01})
     return {
         "exact EM": em,
@@ -144,9 +146,9 @@ def check_contenders(contenders: Any) -> None:
 
 def models_of(contenders: Mapping[str, Contender]) -> dict[str, Callable[..., Any]]:
     """The model of every contender; ``Direct()`` has that of the first that has one."""
-    own = {label: one.model for label, one in contenders.items()}
-    first = next(model for model in own.values() if model is not None)
-    return {label: first if model is None else model for label, model in own.items()}
+    models = {label: one.model for label, one in contenders.items()}
+    first = next(model for model in models.values() if model is not None)
+    return {label: first if model is None else model for label, model in models.items()}
 
 
 def budgets_of(one: ExactPosteriorEM | Direct) -> dict[str, Any]:

@@ -241,13 +241,13 @@ class Contest:
     ) -> None:
         loss = TraceExact_ELBO(**budgets_of(direct))
         to.start()
-        with parameters_read() as found, torch.no_grad():
+        with parameters_read() as parameters, torch.no_grad():
             model(*self.args, **self.kwargs)
-        leaves = [leaf for leaf in dict.fromkeys(found.values()) if leaf.requires_grad]
-        best, at = -math.inf, [leaf.detach().clone() for leaf in leaves]
+        leaves = [leaf for leaf in dict.fromkeys(parameters.values()) if leaf.requires_grad]
+        best, best_values = -math.inf, [leaf.detach().clone() for leaf in leaves]
 
         def closure() -> Tensor:
-            nonlocal best, at
+            nonlocal best, best_values
             for leaf in leaves:
                 leaf.grad = None
             try:
@@ -261,7 +261,7 @@ class Contest:
             if sound:
                 evidence = -float(value.detach())
                 if evidence > best:
-                    best, at = evidence, [leaf.detach().clone() for leaf in leaves]
+                    best, best_values = evidence, [leaf.detach().clone() for leaf in leaves]
             else:  # too far out: a wall that sends the line search back
                 if best == -math.inf:
                     raise RunBroken("the gradient at the start is not finite")
@@ -288,7 +288,7 @@ class Contest:
             pass
         finally:
             with torch.no_grad():
-                for leaf, value in zip(leaves, at, strict=True):
+                for leaf, value in zip(leaves, best_values, strict=True):
                     leaf.copy_(value)
         to.finish(best)
 
@@ -314,8 +314,10 @@ def _rates(rates: tuple[float, ...], optim: Any) -> tuple[tuple[float | None, ..
     if not isinstance(optim.pt_optim_args, dict):
         note = "keeps its own learning rates, which depend on the parameter: no sweep"
         return (None,), note
-    own = optim.pt_optim_args.get("lr")
-    return tuple(sorted({*rates, *([float(own)] if isinstance(own, (int, float)) else [])})), ""
+    users_rate = optim.pt_optim_args.get("lr")
+    return tuple(
+        sorted({*rates, *([float(users_rate)] if isinstance(users_rate, (int, float)) else [])})
+    ), ""
 
 
 def _remade(optim: Any, rate: float | None) -> Any:

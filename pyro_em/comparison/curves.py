@@ -55,8 +55,8 @@ class Curve:
             after = np.arange(1, len(sums))
             before = np.maximum(after - _WINDOW, 0)
             values = (sums[after] - sums[before]) / (after - before)
-        at = np.flatnonzero(np.isfinite(values))
-        return at, values[at]
+        steps = np.flatnonzero(np.isfinite(values))
+        return steps, values[steps]
 
     def top(self, by_evidence: bool) -> float:
         """The highest value of the measure; −inf where there is none."""
@@ -69,8 +69,8 @@ class Curve:
 
     def reaches(self, target: float, by_evidence: bool) -> tuple[int, float] | None:
         """Steps and seconds when the measure first is at ``target``; None if never."""
-        at, values = self.measure(by_evidence)
-        there = at[values >= target]
+        steps, values = self.measure(by_evidence)
+        there = steps[values >= target]
         return (self.steps[there[0]], self.seconds[there[0]]) if len(there) else None
 
 

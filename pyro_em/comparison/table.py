@@ -153,9 +153,9 @@ class Comparison(Portable):
         """
         by_evidence = self.measure == "evidence"
         measured = [curve.measure(by_evidence) for curve in curves]
-        common = functools.reduce(np.intersect1d, [at for at, _ in measured])
+        common = functools.reduce(np.intersect1d, [steps for steps, _ in measured])
         common = common[common > 0]
-        gaps = np.stack([v[np.isin(at, common)] for at, v in measured])
+        gaps = np.stack([v[np.isin(steps, common)] for steps, v in measured])
         least = 1e-9 if by_evidence else self.tolerance / 10
         gaps = np.maximum((self.best - gaps) / self.num_rows, least)
         seconds = np.median([np.asarray(c.seconds)[common] for c in curves], 0)

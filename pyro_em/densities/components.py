@@ -79,25 +79,30 @@ class Owned:
         """The components at parameter values."""
         D = self.rule.x.shape[0]
         mu = values[self.loc].reshape(-1, D).to(torch.float64) - self.rule.centre
-        own = values[self.spread].to(torch.float64)
+        value = values[self.spread].to(torch.float64)
         if self.rule.diagonal:
-            root = spread = own.reshape(-1, D)
+            root = spread = value.reshape(-1, D)
         else:
-            spread = own.reshape(-1, D, D)
+            spread = value.reshape(-1, D, D)
             is_root = self.rule.spread == "scale_tril"
             root = spread if is_root else torch.linalg.cholesky(spread)
         return Components(mu, root, spread, self.rule.prepare_at(mu, root))
 
-    def values(self, at: Components) -> dict[str, Tensor]:
+    def values(self, components: Components) -> dict[str, Tensor]:
         """The parameters at components."""
-        mean = (at.mu + self.rule.centre).reshape(self.shapes[0]).to(self.dtypes[0])
-        return {self.loc: mean, self.spread: at.spread.reshape(self.shapes[1]).to(self.dtypes[1])}
+        mean = (components.mu + self.rule.centre).reshape(self.shapes[0]).to(self.dtypes[0])
+        return {
+            self.loc: mean,
+            self.spread: components.spread.reshape(self.shapes[1]).to(self.dtypes[1]),
+        }
 
-    def m_step(self, at: Components, moments: Tensor, mass: Tensor) -> tuple[Components, Tensor]:
+    def m_step(
+        self, components: Components, moments: Tensor, mass: Tensor
+    ) -> tuple[Components, Tensor]:
         """The maximisers, and by how much they raise the expected log joint, in nats.
 
         Args:
-            at: At the E-step.
+            components: At the E-step.
             moments: Σ r d and Σ r d dᵀ, about zero or the E-step's means. # (K, P)
             mass: Σ r. # (K,)
 
@@ -107,7 +112,11 @@ class Owned:
         D = self.rule.x.shape[0]
         each = mass.unsqueeze(-1)
         step = moments[:, :D] / each
-        mu = step if at.prepared.mean is None else step + at.prepared.mean.to(step.dtype)
+        mu = (
+            step
+            if components.prepared.mean is None
+            else step + components.prepared.mean.to(step.dtype)
+        )
         if self.dtypes[0] != torch.float64:
             rounded = (mu + self.rule.centre).to(self.dtypes[0])
             mu = rounded.to(torch.float64) - self.rule.centre
@@ -131,7 +140,7 @@ class Owned:
         if not (float(clear) > 0 and float(mass.sum() if self.shared else mass.amin()) > few):
             raise Handover
         after = Components(mu, root, spread, self.rule.prepare_at(mu, root))
-        return after, self._gain(at, after, moments, mass)
+        return after, self._gain(components, after, moments, mass)
 
     def _pooled(self, scatter: Tensor, mass: Tensor) -> Tensor:
         """Scatter over mass, per component or of all."""
@@ -156,10 +165,10 @@ class Owned:
         first, second = (expected_log_density(self.family, statistics, a) for a in arguments)
         return second - first
 
-    def _arguments(self, at: Components) -> dict[str, Tensor]:
+    def _arguments(self, components: Components) -> dict[str, Tensor]:
         """The distribution's arguments, of the shape of the group's."""
         lead = (1,) * self.rule.lead
-        loc, spread = at.mu + self.rule.centre, at.spread
+        loc, spread = components.mu + self.rule.centre, components.spread
         if self.rule.scalar:
             loc, spread = loc.squeeze(-1), spread.reshape(-1)
         return {

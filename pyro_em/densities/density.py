@@ -50,11 +50,11 @@ class NormalSolver(Protocol):
         """The components at parameter values; their ``prepared`` is what rows are evaluated with."""
         ...
 
-    def values(self, at: Any) -> dict[str, Tensor]:
+    def values(self, components: Any) -> dict[str, Tensor]:
         """The parameters at components."""
         ...
 
-    def m_step(self, at: Any, moments: Tensor, mass: Tensor) -> tuple[Any, Tensor]:
+    def m_step(self, components: Any, moments: Tensor, mass: Tensor) -> tuple[Any, Tensor]:
         """The maximiser, and by how much it raises the expected log joint, in nats."""
         ...
 

@@ -124,17 +124,17 @@ def cells(group: Group, features: Sequence[Feature], base: Tensor) -> Cells:
     lead = 1 + group.n_plates
     table = group.sizes[group.n_plates :]
     n = math.prod(table)
-    at, columns, fs = [], [], []
+    places, columns, fs = [], [], []
     for part in features:
         f = part.f.squeeze(tuple(range(lead))).expand(*table, *part.f.shape[lead + len(table) :])
         c = part.columns.squeeze(tuple(range(lead)))
         f, c = f.reshape(n, -1), c.expand(*table, *c.shape[len(table) :]).reshape(n, -1)
         f, c = torch.broadcast_tensors(f, c)
         place = f.nonzero(as_tuple=True)
-        at.append(place[0])
+        places.append(place[0])
         columns.append(c[place])
         fs.append(f[place])
-    cell, f = torch.cat(at), torch.cat(fs)
+    cell, f = torch.cat(places), torch.cat(fs)
     rest = base.squeeze(tuple(range(lead))).expand(table).reshape(-1).contiguous()
     in_order = len(cell) == n and bool((cell == torch.arange(n, device=cell.device)).all())
     is_plain = in_order and bool((f == 1).all()) and bool((rest == 0).all())

@@ -55,10 +55,10 @@ def products(x: Tensor, out: Tensor | None = None) -> Tensor:
     """
     D = len(x)
     out = x.new_empty(D * (D + 1) // 2, x.shape[1]) if out is None else out
-    at = 0
+    begin = 0
     for i in range(D):
-        torch.mul(x[i], x[i:], out=out[at : at + D - i])
-        at += D - i
+        torch.mul(x[i], x[i:], out=out[begin : begin + D - i])
+        begin += D - i
     return out
 
 

@@ -55,24 +55,30 @@ def main_argument(group: Group) -> tuple[str, Rule] | None:
     """The argument in which a group may be linear, if parameters reach no other; by looking only."""
     if group.family is None or group.value_binding is not None:
         return None
-    found = main_rule(group.family, group.arguments)
-    if found is None or found[1].kind not in KINDS or group.family.has_reference:
+    argument_and_rule = main_rule(group.family, group.arguments)
+    if (
+        argument_and_rule is None
+        or argument_and_rule[1].kind not in KINDS
+        or group.family.has_reference
+    ):
         return None
-    if found[1].link is not IDENTITY:  # a large logit is more than its probability
+    if argument_and_rule[1].link is not IDENTITY:  # a large logit is more than its probability
         return None
-    if any(b.how != "constant" for name, b in group.bindings.items() if name != found[0]):
+    if any(
+        b.how != "constant" for name, b in group.bindings.items() if name != argument_and_rule[0]
+    ):
         return None
-    binding = group.bindings[found[0]]
+    binding = group.bindings[argument_and_rule[0]]
     plain = all(s.factor is None for s in binding.selections)
-    return found if binding.how in ("constant", "selection") and plain else None
+    return argument_and_rule if binding.how in ("constant", "selection") and plain else None
 
 
 def linear(group: Group) -> Linear | None:
     """The linear form of a group that has a `main_argument`; None where it does not hold."""
-    found, family = main_argument(group), group.family
-    if found is None or family is None:
+    argument_and_rule, family = main_argument(group), group.family
+    if argument_and_rule is None or family is None:
         return None
-    name, rule = found
+    name, rule = argument_and_rule
     event = rule.kind.event_dim
     constants = {
         n: _narrow(a.detach(), 1 + group.n_plates, 1 + len(group.sizes))
@@ -92,13 +98,13 @@ def linear(group: Group) -> Linear | None:
     if event == 0:
         n, d = torch.broadcast_tensors(n, d)
     if group.elements is not None:
-        kept = group.elements.reshape(group.elements.shape + (1,) * event)
-        n, d = n * kept, d * kept
+        counted = group.elements.reshape(group.elements.shape + (1,) * event)
+        n, d = n * counted, d * counted
     bases = [_rest(group, rule, name, constants, n, d, which) for which in (0, 1)]
-    seen = bases
+    observed = bases
     if group.mask is not None:
-        seen = [torch.where(group.mask, base, 0.0) for base in bases]
-    if not torch.allclose(seen[0], seen[1], rtol=1e-9, atol=1e-9):
+        observed = [torch.where(group.mask, base, 0.0) for base in bases]
+    if not torch.allclose(observed[0], observed[1], rtol=1e-9, atol=1e-9):
         return None
     return Linear(name, rule, n, d, bases[0])
 

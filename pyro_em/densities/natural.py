@@ -249,25 +249,25 @@ def _blocks(
     linears: Mapping[int, Linear],
 ) -> list[Block]:
     """The blocks of φ: of parameters, and of what no parameter reaches; by kind."""
-    found: list[Block] = []
-    seen: set[str] = set()
+    blocks: list[Block] = []
+    placed: set[str] = set()
     for g, form in linears.items():
         binding, kind = graph.groups[g].bindings[form.argument], form.rule.kind
         argument = graph.groups[g].arguments[form.argument].detach()
         reached = torch.zeros(argument.shape, dtype=torch.bool, device=argument.device)
         for s in binding.selections:
             reached |= s.index >= 0
-            if s.param not in seen:
-                seen.add(s.param)
+            if s.param not in placed:
+                placed.add(s.param)
                 free = not isinstance(updates[s.param].update, Fixed)
                 value = values[s.param]
-                found.append(Block(s.param, kind, 0, tuple(value.shape), value.dtype, free))
+                blocks.append(Block(s.param, kind, 0, tuple(value.shape), value.dtype, free))
         if not bool(reached.all()):
             shape, dtype = tuple(argument.shape), argument.dtype
-            found.append(Block("", kind, 0, shape, dtype, False, argument, g))
-    complements = sum(b.numel for b in found if b.kind.form.has_complement)
+            blocks.append(Block("", kind, 0, shape, dtype, False, argument, g))
+    complements = sum(b.numel for b in blocks if b.kind.form.has_complement)
     out, start = [], 0
-    for b in sorted(found, key=lambda b: KINDS.index(b.kind)):
+    for b in sorted(blocks, key=lambda b: KINDS.index(b.kind)):
         out.append(replace(b, start=start + complements * b.kind.form.has_rate))
         start += b.numel
     return out
@@ -277,22 +277,22 @@ def _linears(
     graph: FactorGraph, updates: Mapping[str, ParameterUpdate], eligible: Collection[int]
 ) -> dict[int, Linear]:
     """Linear groups all of whose parameters are fixed or solved by linear groups alone."""
-    found: dict[int, Linear] = {}
+    linears: dict[int, Linear] = {}
     for g in eligible:
         if main_argument(graph.groups[g]) is None or _feature_cells(graph.groups[g]) > _MANY_CELLS:
             continue
         form = linear(graph.groups[g])
         if form is not None:
-            found[g] = form
+            linears[g] = form
     while True:
         keep = {
             g: form
-            for g, form in found.items()
-            if all(_is_held(p, graph, updates, found) for p in graph.groups[g].params)
+            for g, form in linears.items()
+            if all(_is_held(p, graph, updates, linears) for p in graph.groups[g].params)
         }
-        if len(keep) == len(found):
-            return found
-        found = keep
+        if len(keep) == len(linears):
+            return linears
+        linears = keep
 
 
 def _is_held(
@@ -323,9 +323,9 @@ def _is_held(
 
 def _feature_cells(group: Group) -> int:
     """How many numbers the features of a group's data have, about."""
-    found = main_argument(group)
-    assert found is not None
-    name, rule = found
+    argument_and_rule = main_argument(group)
+    assert argument_and_rule is not None
+    name, rule = argument_and_rule
     width = group.arguments[name].shape[-1] if rule.kind.form.is_row else 2
     assert group.family is not None
     return group.value.numel() * (1 if group.family.event_dim else width)
@@ -379,23 +379,23 @@ def _layout(
     """
     rows: list[Tensor] = []
     free: list[Tensor] = []
-    kept: list[bool] = []
+    may_be_empty: list[bool] = []
     for b in blocks:
         width = b.shape[-1] if b.kind.form.is_row else 1
-        rows.append(torch.arange(b.numel, device=device) // width + len(kept))
+        rows.append(torch.arange(b.numel, device=device) // width + len(may_be_empty))
         free.append(torch.full((b.numel,), b.is_free, device=device))
-        kept += [b.kind.form.is_row or not b.is_free] * (b.numel // width)
+        may_be_empty += [b.kind.form.is_row or not b.is_free] * (b.numel // width)
     pairs = [i for i, b in enumerate(blocks) if b.kind.form.has_complement]
     row = torch.cat(in_order(blocks, rows, [rows[i] for i in pairs]))
     is_free = torch.cat(in_order(blocks, free, [free[i] for i in pairs]))
-    unused = torch.ones(len(kept), dtype=torch.bool, device=device)
+    unused = torch.ones(len(may_be_empty), dtype=torch.bool, device=device)
     unused[row[read[read < len(row)]]] = False
     n_pairs = sum(blocks[i].numel for i in pairs)
     first_rate = len(row) - sum(b.numel for b in blocks if b.kind.form.has_rate)
     return Naturals(
         blocks,
         row,
-        torch.tensor(kept, device=device) | unused,
+        torch.tensor(may_be_empty, device=device) | unused,
         (first_rate - 2 * n_pairs, first_rate - n_pairs, first_rate),
         None if bool(is_free.all()) else is_free,
         None if dtype == torch.float64 else dtype,

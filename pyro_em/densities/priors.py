@@ -96,13 +96,13 @@ def log_prior(
         values: Parameter values, for their shapes.
         layout: Where the natural parameters are.
     """
-    held = frozenset() if layout is None else layout.params
+    in_layout = frozenset() if layout is None else layout.params
     natural: list[Group] = []
     rest: list[Group] = []
     for g in point_groups(graph):
         binding = graph.groups[g].value_binding
         assert binding is not None
-        inside = [name in held for name in binding.params]
+        inside = [name in in_layout for name in binding.params]
         if any(inside) and not all(inside):
             return None
         (natural if all(inside) else rest).append(graph.groups[g])

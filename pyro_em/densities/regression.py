@@ -92,8 +92,8 @@ class Lines:
     @property
     def params(self) -> tuple[str, ...]:
         """The parameters that are held."""
-        own = [name for name, _, _ in self.block]
-        return tuple(own if self.scale is None else [*own, self.scale[0]])
+        names = [name for name, _, _ in self.block]
+        return tuple(names if self.scale is None else [*names, self.scale[0]])
 
     def enter(self, values: Values) -> Fit:
         """The lines at parameter values."""
@@ -103,35 +103,35 @@ class Lines:
             sigma = values[self.scale[0]].reshape(-1, 1).to(torch.float64).expand(self.sigma.shape)
         return Fit(beta, beta[self.columns], sigma)
 
-    def values(self, at: Fit) -> dict[str, Tensor]:
+    def values(self, fit: Fit) -> dict[str, Tensor]:
         """The parameters of the lines."""
         out, begin = {}, 0
         for name, shape, dtype in self.block:
             end = begin + math.prod(shape)
-            out[name] = at.beta[begin:end].reshape(shape).to(dtype)
+            out[name] = fit.beta[begin:end].reshape(shape).to(dtype)
             begin = end
         if self.scale is not None:
             name, shape, dtype = self.scale
-            sigma = at.sigma[:1] if self.is_shared else at.sigma
+            sigma = fit.sigma[:1] if self.is_shared else fit.sigma
             out[name] = sigma.reshape(shape).to(dtype)
         return out
 
-    def features(self, rows: slice, at: Fit) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, rows: slice, fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
         """Covariates, their products and residuals. # (d, rows), (P, rows), (K, rows)"""
         x = self.x[:, rows]
         squares = products(x) if self.squares is None else self.squares[:, rows]
-        return x, squares, torch.addmm(self.y[:, rows], at.slopes, x, alpha=-1)
+        return x, squares, torch.addmm(self.y[:, rows], fit.slopes, x, alpha=-1)
 
     def log_density(
-        self, at: Fit, features: tuple[Tensor, Tensor, Tensor], onto: Tensor | None = None
+        self, fit: Fit, features: tuple[Tensor, Tensor, Tensor], onto: Tensor | None = None
     ) -> Tensor:
         """Log densities of some rows, added to what is there. # (K, rows)"""
-        constant = -at.sigma.log() - 0.5 * math.log(2 * math.pi)
+        constant = -fit.sigma.log() - 0.5 * math.log(2 * math.pi)
         constant = constant if onto is None else constant + onto
-        standard = features[2] / at.sigma
+        standard = features[2] / fit.sigma
         return torch.addcmul(constant, standard, standard, value=-0.5)
 
-    def moments(self, at: Fit, weights: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def moments(self, fit: Fit, weights: Tensor, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Σ r x xᵀ, Σ r e x and Σ r e² of some rows. # (K, P + d + 1)"""
         x, squares, e = features
         r = weights.to(torch.float64)
@@ -139,15 +139,15 @@ class Lines:
         rest = (weighted * e).sum(1, keepdim=True)
         return torch.cat([r @ squares.T, weighted @ x.T, rest], 1)
 
-    def correction(self, at: Fit, moments: Tensor, mass: Tensor) -> float:
+    def correction(self, fit: Fit, moments: Tensor, mass: Tensor) -> float:
         """Nothing is rounded."""
         return 0.0
 
-    def m_step(self, at: Fit, moments: Tensor, mass: Tensor) -> tuple[Fit, Tensor]:
+    def m_step(self, fit: Fit, moments: Tensor, mass: Tensor) -> tuple[Fit, Tensor]:
         """The maximiser, and by how much it raises the expected log joint, in nats.
 
         Args:
-            at: At the E-step.
+            fit: At the E-step.
             moments: As `moments` returns, summed. # (K, P + d + 1)
             mass: Σ r. # (K,)
 
@@ -155,25 +155,25 @@ class Lines:
             Handover: If a component has too little mass or fits its data exactly.
         """
         K, d = self.columns.shape
-        P, C = d * (d + 1) // 2, len(at.beta)
+        P, C = d * (d + 1) // 2, len(fit.beta)
         G = moments[:, :P][:, self.full].reshape(K, d, d)
         m, q = moments[:, P:-1], moments[:, -1:]
-        precision = at.sigma**-2
+        precision = fit.sigma**-2
         place = self.columns.unsqueeze(2) * C + self.columns.unsqueeze(1)
         gram = G.new_zeros(C * C).index_add_(
             0, place.reshape(-1), (G * precision.unsqueeze(-1)).reshape(-1)
         )
         moment = G.new_zeros(C).index_add_(0, self.columns.reshape(-1), (m * precision).reshape(-1))
-        beta = at.beta + pseudo_solve(gram.reshape(C, C), moment)
+        beta = fit.beta + pseudo_solve(gram.reshape(C, C), moment)
         dtype = self.block[0][2]
         if dtype != torch.float64:
             beta = beta.to(dtype).to(torch.float64)
         slopes = beta[self.columns]
-        delta = (slopes - at.slopes).unsqueeze(-1)
+        delta = (slopes - fit.slopes).unsqueeze(-1)
         curve = (delta.mT @ G @ delta).squeeze(-1)
         rest = q - 2 * (delta.squeeze(-1) * m).sum(1, keepdim=True) + curve  # (K, 1)
         each = mass.unsqueeze(-1)
-        sigma = at.sigma
+        sigma = fit.sigma
         if self.scale is not None:
             if self.is_shared:
                 variance = (rest.sum(0) / each.sum(0)).expand_as(sigma)
@@ -187,7 +187,7 @@ class Lines:
                 sigma = sigma.to(self.scale[2]).to(torch.float64)
         if not bool(torch.isfinite(beta).all()):
             raise Handover
-        gain = -each * (sigma / at.sigma).log() - 0.5 * (rest * sigma**-2 - q * precision)
+        gain = -each * (sigma / fit.sigma).log() - 0.5 * (rest * sigma**-2 - q * precision)
         return Fit(beta, slopes, sigma), gain.sum()
 
 
@@ -231,8 +231,8 @@ def as_lines(
     same = len(parts) in (1, K) and all(
         design.shape == x.shape and torch.equal(design, x) for _, design in parts
     )
-    seen = offset.shape[:lead]  # a covariate may be the same for all sequences, or at all steps
-    if not same or tuple(group.value.shape[:lead]) != rows or len(x) != seen.numel():
+    sizes = offset.shape[:lead]  # a covariate may be the same for all sequences, or at all steps
+    if not same or tuple(group.value.shape[:lead]) != rows or len(x) != sizes.numel():
         return None
     scale, sigma = _spread(group, spread, graph, updates, values, K)
     if sigma is None:
@@ -249,7 +249,7 @@ def as_lines(
     noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
     y = y[:1] if bool(((y - y[:1]).abs() <= noise).all()) else y.contiguous()
     return Lines(
-        x.to(torch.float64).reshape(*seen, -1).expand(*rows, -1).flatten(0, -2).T.contiguous(),
+        x.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1).flatten(0, -2).T.contiguous(),
         y,
         which,
         tuple((p, tuple(values[p].shape), values[p].dtype) for p in block),

@@ -95,15 +95,15 @@ class Theta:
             Handover: If the full E-step has to look.
         """
         natural = None if self.naturals is None else self.naturals.enter(values)
-        components = {g: own.enter(values) for g, own in self.owned.items()}
-        held = self._held()
-        rest = {name: v for name, v in values.items() if name not in held}
+        components = {g: density.enter(values) for g, density in self.owned.items()}
+        in_vectors = self._held()
+        rest = {name: v for name, v in values.items() if name not in in_vectors}
         return self._at(natural, components, rest)
 
     def _held(self) -> frozenset[str]:
         names = set() if self.naturals is None else set(self.naturals.solved)
-        for own in self.owned.values():
-            names |= set(own.params)
+        for density in self.owned.values():
+            names |= set(density.params)
         return frozenset(names)
 
     def _at(self, natural: State | None, components: Mapping[int, Any], rest: Values) -> At:
@@ -123,8 +123,8 @@ class Theta:
         out = dict(at.values)
         if self.naturals is not None and at.natural is not None:
             out |= self.naturals.values(at.natural)
-        for g, own in self.owned.items():
-            out |= own.values(at.components[g])
+        for g, density in self.owned.items():
+            out |= density.values(at.components[g])
         # Steps are made in inference mode, which costs less; who reads values must not notice.
         return {name: v.clone() if v.is_inference() else v for name, v in out.items()}
 
@@ -159,8 +159,10 @@ class Theta:
             natural, gain = self.naturals.m_step(natural, features)
             gains.append(gain)
         components = {}
-        for g, own in self.owned.items():
-            components[g], gain = own.m_step(at.components[g], sums[g]["moments"], sums[g]["mass"])
+        for g, density in self.owned.items():
+            components[g], gain = density.m_step(
+                at.components[g], sums[g]["moments"], sums[g]["mass"]
+            )
             gains.append(gain)
         if self.solvers:
             try:
@@ -184,11 +186,13 @@ class Theta:
         before = {g: {n: _wide(a) for n, a in at.arguments[g].items()} for g in self.others}
         statistics = {}
         for g in self.reached:
-            rule, own = self.normals.get(g), expectation.sums[g]
+            rule, sums = self.normals.get(g), expectation.sums[g]
             if isinstance(rule, Gaussian):
-                own = rule.statistics(at.prepared[g], own["moments"], own["mass"], at.arguments[g])
+                sums = rule.statistics(
+                    at.prepared[g], sums["moments"], sums["mass"], at.arguments[g]
+                )
             references = {f"reference:{n}": a for n, a in before[g].items()}
-            statistics[g] = {**{n: _wide(t) for n, t in own.items()}, **references}
+            statistics[g] = {**{n: _wide(t) for n, t in sums.items()}, **references}
         values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
             name = solver.update.name

@@ -40,8 +40,8 @@ def collapsed_updates(
         uses = []
         for use in update.uses:
             parts = graph.groups[use.group].bindings[use.argument].selections
-            (own,) = [s for s in parts if s.param == name]
-            uses.append(replace(use, selection=own))
+            (selection,) = [s for s in parts if s.param == name]
+            uses.append(replace(use, selection=selection))
         out[name] = replace(update, uses=tuple(uses))
     return out
 
@@ -133,7 +133,7 @@ def arguments_of(group: Group, values: Mapping[str, Tensor]) -> dict[str, Argume
     """
     out = {}
     for name, binding in group.bindings.items():
-        kept = group.arguments[name]
+        argument = group.arguments[name]
         param = whole_parameter(binding, values)
-        out[name] = Arguments(binding, param, tuple(kept.shape), kept.dtype)
+        out[name] = Arguments(binding, param, tuple(argument.shape), argument.dtype)
     return out

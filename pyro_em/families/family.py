@@ -256,9 +256,9 @@ class Family:
         else:
             known = self.statistics(value, arguments) if known is None else known
             if elements is not None:  # as a part of T(x): weights need not be expanded
-                kept = elements.to(weights.dtype)
+                counted = elements.to(weights.dtype)
                 known = {
-                    name: t * kept.reshape(kept.shape + (1,) * (t.dim() - kept.dim()))
+                    name: t * counted.reshape(counted.shape + (1,) * (t.dim() - counted.dim()))
                     for name, t in known.items()
                 }
             stats = {name: weigh(weights, t, keep) for name, t in known.items()}
@@ -270,7 +270,7 @@ class Family:
         batch = value.shape[: weights.dim()]
         shape = [1 if w > 1 else v for w, v in zip(weights.shape, batch, strict=True)]
         if math.prod(shape) == 1:
-            axes = [i for i, kept in enumerate(keep) if not kept]
+            axes = [i for i, counted in enumerate(keep) if not counted]
             stats["weight"] = weights.sum(axes, keepdim=True) if axes else weights
         else:
             one = torch.ones(shape, dtype=weights.dtype, device=weights.device)
@@ -318,8 +318,8 @@ def expected_log_density(
         statistics: Expected statistics with their references.
         arguments: Where to take it.
     """
-    found = main_rule(family, arguments)
-    assert found is not None
-    name, rule = found
+    argument_and_rule = main_rule(family, arguments)
+    assert argument_and_rule is not None
+    name, rule = argument_and_rule
     n, d = rule.contribution(statistics, arguments)
     return rule.kind.form.expected(n, d, rule.link.inverse(arguments[name]))

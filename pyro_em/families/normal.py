@@ -61,10 +61,12 @@ def _scatter(
     batch = torch.broadcast_shapes(weights.shape, d.shape[:-1])
     d = d.expand(*batch, d.shape[-1])
     w = weights.expand(batch)
-    kept = [i for i in range(n_batch) if keep[i]]
+    kept_axes = [i for i in range(n_batch) if keep[i]]
     summed = [i for i in range(n_batch) if not keep[i]]
-    d = d.permute(*kept, *summed, n_batch).reshape(*[batch[i] for i in kept], -1, d.shape[-1])
-    w = w.permute(*kept, *summed).reshape(*[batch[i] for i in kept], -1, 1)
+    d = d.permute(*kept_axes, *summed, n_batch).reshape(
+        *[batch[i] for i in kept_axes], -1, d.shape[-1]
+    )
+    w = w.permute(*kept_axes, *summed).reshape(*[batch[i] for i in kept_axes], -1, 1)
     second = (w * d).mT @ d
     shape = [batch[i] if keep[i] else 1 for i in range(n_batch)]
     return {"deviation": first, "square": second.reshape(*shape, *second.shape[-2:])}
@@ -111,20 +113,20 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
     tril = tril.reshape((1,) * (n_batch + 2 - tril.dim()) + tril.shape)
     # Dimensions that share one matrix become right-hand sides of one triangular solve.
     shared = [i for i in range(n_batch) if tril.shape[i] == 1]
-    own = [i for i in range(n_batch) if tril.shape[i] != 1]
+    matrix_axes = [i for i in range(n_batch) if tril.shape[i] != 1]
     # What is small is laid out anew, not the differences.
-    value, loc = (t.permute(*own, n_batch, *shared).contiguous() for t in (value, loc))
+    value, loc = (t.permute(*matrix_axes, n_batch, *shared).contiguous() for t in (value, loc))
     d = value - loc
-    sizes = [max(n, tril.shape[i]) for n, i in zip(d.shape, own, strict=False)]
-    matrix = tril.reshape([tril.shape[i] for i in own] + list(tril.shape[-2:]))
-    rows = d.flatten(len(own) + 1) if shared else d.unsqueeze(-1)
+    sizes = [max(n, tril.shape[i]) for n, i in zip(d.shape, matrix_axes, strict=False)]
+    matrix = tril.reshape([tril.shape[i] for i in matrix_axes] + list(tril.shape[-2:]))
+    rows = d.flatten(len(matrix_axes) + 1) if shared else d.unsqueeze(-1)
     rows = rows.expand(*sizes, *rows.shape[-2:])
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     # Inverting the small triangle once and multiplying is faster than a solve with many columns.
     white = torch.linalg.solve_triangular(matrix, eye, upper=False) @ rows
     distance = (white * white).sum(-2)
-    distance = distance.reshape(sizes + list(d.shape[len(own) + 1 :]))
-    order = own + shared
+    distance = distance.reshape(sizes + list(d.shape[len(matrix_axes) + 1 :]))
+    order = matrix_axes + shared
     distance = distance.permute([order.index(i) for i in range(n_batch)])
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * (distance + tril.shape[-1] * math.log(2 * math.pi)) - log_det

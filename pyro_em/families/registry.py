@@ -103,20 +103,20 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
         return {**inner, **extra}
     if isinstance(fn, torch.distributions.LogNormal):
         return {"loc": fn.base_dist.loc, "scale": fn.base_dist.scale}
-    held = vars(fn)
-    if "_param" in held:
-        chosen = "probs" if held["_param"] is held.get("probs") else "logits"
+    attributes = vars(fn)
+    if "_param" in attributes:
+        chosen = "probs" if attributes["_param"] is attributes.get("probs") else "logits"
         names = [n for n in names if n not in ("probs", "logits")] + [chosen]
     # An alternative that was not given is a lazy property of the class: never touch it.
     lazy = torch.distributions.utils.lazy_property
-    found = {
-        n: held[n] if n in held else getattr(fn, n)
+    arguments = {
+        n: attributes[n] if n in attributes else getattr(fn, n)
         for n in names
-        if n in held or not isinstance(vars_of_class(fn).get(n), lazy)
+        if n in attributes or not isinstance(vars_of_class(fn).get(n), lazy)
     }
-    if "probs" in found and "logits" in found:
-        del found["logits"]
-    return {n: torch.as_tensor(v) for n, v in found.items()}
+    if "probs" in arguments and "logits" in arguments:
+        del arguments["logits"]
+    return {n: torch.as_tensor(v) for n, v in arguments.items()}
 
 
 def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
@@ -126,16 +126,16 @@ def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
     density bounded.
     """
     bounded = {"loc", "mean"} | ({"df"} if "StudentT" in type(fn).__name__ else set())
-    held, of_class = vars(fn), vars_of_class(fn)
+    attributes, of_class = vars(fn), vars_of_class(fn)
     lazy = torch.distributions.utils.lazy_property
-    found = {}
+    spread = {}
     for name in getattr(fn, "arg_constraints", {}):
-        if name in bounded or (name not in held and isinstance(of_class.get(name), lazy)):
+        if name in bounded or (name not in attributes and isinstance(of_class.get(name), lazy)):
             continue
-        value = held[name] if name in held else getattr(fn, name, None)
+        value = attributes[name] if name in attributes else getattr(fn, name, None)
         if isinstance(value, torch.Tensor):
-            found[name] = value
-    return found
+            spread[name] = value
+    return spread
 
 
 def vars_of_class(fn: Any) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def num_rows(program: Program) -> float:
         return _turns_seen(program, outermost)
     plate = structure.plates[outermost]
     device = program.graph.groups[0].value.device
-    seen = torch.zeros(plate.size, dtype=torch.bool, device=device)
+    observed = torch.zeros(plate.size, dtype=torch.bool, device=device)
     weight: Tensor | None = None
     for group in program.graph.groups:
         if group.role is not Role.DATA:
@@ -49,16 +49,16 @@ def num_rows(program: Program) -> float:
                 continue
             axis = dims.index(outermost)
             if group.mask is None:
-                seen = torch.ones_like(seen)
+                observed = torch.ones_like(observed)
             else:
                 mask = group.mask[i].movedim(axis, 0)
-                seen = seen | mask.reshape(mask.shape[0], -1).any(-1)
+                observed = observed | mask.reshape(mask.shape[0], -1).any(-1)
             scale = group.scale[i]
             if weight is None and isinstance(scale, Tensor) and scale.shape[axis] == plate.size:
                 weight = scale.movedim(axis, 0).reshape(plate.size, -1).amax(-1)
     if weight is not None:
-        return float((weight * seen).sum())
-    return float(seen.sum()) * plate.full_size / plate.size
+        return float((weight * observed).sum())
+    return float(observed.sum()) * plate.full_size / plate.size
 
 
 def _turns_seen(program: Program, plate: str) -> float:
@@ -95,7 +95,7 @@ def count_free(
         if isinstance(getattr(updates[name], "update", None), Fixed):
             continue
         value = p.value()
-        own = read.get(name, torch.ones_like(value, dtype=torch.bool))
+        used = read.get(name, torch.ones_like(value, dtype=torch.bool))
         base = p.constraint
         while isinstance(base, constraints.independent):
             base = base.base_constraint
@@ -103,18 +103,18 @@ def count_free(
         if base is constraints.simplex:
             zeros = structural_zeros.get(name, torch.zeros_like(value, dtype=torch.bool))
             alive = ((~zeros).sum(-1) - 1).clamp(min=0)
-            total += int((alive * own.any(-1)).sum())
+            total += int((alive * used.any(-1)).sum())
         elif shape.endswith("PositiveDefinite") or shape in (
             "LowerCholesky",
             "SoftplusLowerCholesky",
         ):
             d = value.shape[-1]
-            total += int(own.flatten(-2).any(-1).sum()) * d * (d + 1) // 2
+            total += int(used.flatten(-2).any(-1).sum()) * d * (d + 1) // 2
         elif shape in ("CorrCholesky", "CorrMatrix", "UnitLowerCholesky"):
             d = value.shape[-1]
-            total += int(own.flatten(-2).any(-1).sum()) * d * (d - 1) // 2
+            total += int(used.flatten(-2).any(-1).sum()) * d * (d - 1) // 2
         else:
-            total += int(own.sum())
+            total += int(used.sum())
     return total
 
 
@@ -175,24 +175,28 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
         alive = _alive(group, possible[g])
         bindings = [*group.bindings.values()]
         bindings += [] if group.value_binding is None else [group.value_binding]
-        told: set[str] = set()
+        known: set[str] = set()
         for binding in bindings:
             for name in binding.params:
-                found = _told(binding, name, alive, read[name].numel())
-                if found is None:
+                elements = _told(binding, name, alive, read[name].numel())
+                if elements is None:
                     unknown.setdefault(g, set()).add(name)
                 else:
-                    read[name] |= found
-            told |= set(binding.params)
+                    read[name] |= elements
+            known |= set(binding.params)
         if group.raw_params is None:
             unknown.setdefault(g, set()).update(read)
         else:
-            unknown.setdefault(g, set()).update(set(group.raw_params) - told)
+            unknown.setdefault(g, set()).update(set(group.raw_params) - known)
     # A module reads its own parameter, wherever a trial point is.
-    own = {n for n, p in graph.parameters.items() if isinstance(p.leaf, torch.nn.Parameter)}
-    for name in own & set().union(*unknown.values()):
+    module_parameters = {
+        n for n, p in graph.parameters.items() if isinstance(p.leaf, torch.nn.Parameter)
+    }
+    for name in module_parameters & set().union(*unknown.values()):
         read[name] |= True
-    unknown = {g: names - own for g, names in unknown.items() if names - own}
+    unknown = {
+        g: names - module_parameters for g, names in unknown.items() if names - module_parameters
+    }
     if unknown:
         _differentiate(program, unknown, possible, read)
     return {n: r.reshape(graph.parameters[n].value().shape) for n, r in read.items()}
@@ -208,16 +212,16 @@ def _told(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tenso
         there = index >= 0
         if alive is not None:
             there = there & _shaped(alive, index)
-        found = torch.zeros(size, dtype=torch.bool, device=index.device)
-        found[index[there]] = True
-        out = found if out is None else out | found
+        elements = torch.zeros(size, dtype=torch.bool, device=index.device)
+        elements[index[there]] = True
+        out = elements if out is None else out | elements
     if binding.jacobians is not None and name in binding.jacobians:
         jacobian = binding.jacobians[name]
         used = jacobian != 0
         if alive is not None:
             used = used & _shaped(alive, jacobian[..., 0]).unsqueeze(-1)
-        found = used.reshape(-1, size).any(0)
-        out = found if out is None else out | found
+        elements = used.reshape(-1, size).any(0)
+        out = elements if out is None else out | elements
     return out if binding.how in ("selection", "affine") else None
 
 
@@ -297,7 +301,7 @@ def _differentiate(
                     total = (
                         total.to(table.device) + (weight * table).nan_to_num(0.0, 0.0, 0.0).sum()
                     )
-                found = (
+                slopes = (
                     torch.autograd.grad(
                         total, [leaves[n] for n in names], allow_unused=True, retain_graph=False
                     )
@@ -305,7 +309,7 @@ def _differentiate(
                     else [None] * len(names)
                 )
         except PyroEMError:
-            found = [torch.ones_like(leaves[n]) for n in names]
-        for name, slope in zip(names, found, strict=True):
+            slopes = [torch.ones_like(leaves[n]) for n in names]
+        for name, slope in zip(names, slopes, strict=True):
             if slope is not None:
                 read[name] |= (slope != 0).reshape(-1)

@@ -32,15 +32,15 @@ class EMMap(Protocol):
         """
         ...
 
-    def m_step(self, at: Point) -> tuple[Values, float]:
+    def m_step(self, point: Point) -> tuple[Values, float]:
         """The values after the M-step from a point, and the bound ELBO(q, θ_new) there, in nats."""
         ...
 
-    def step(self, at: Point, index: int = 0) -> tuple[Point, float]:
+    def step(self, point: Point, index: int = 0) -> tuple[Point, float]:
         """The M-step from a point, and the E-step at the new values.
 
         Args:
-            at: The point.
+            point: The point.
             index: The number of the step.
 
         Returns:
@@ -67,29 +67,29 @@ class ByTracing:
         q = self.program.e_step(evaluation, index)
         return TracedPoint(values_of(self.program.graph.parameters), evaluation, q)
 
-    def m_step(self, at: Point) -> tuple[Values, float]:
+    def m_step(self, point: Point) -> tuple[Values, float]:
         """See `EMMap.m_step`; the values are in the param store."""
-        self.program.m_step(at.q.counts, at.evaluation)
-        bound = after_m_step(at, self.program.evaluate().tables)
+        self.program.m_step(point.q.counts, point.evaluation)
+        bound = after_m_step(point, self.program.evaluate().tables)
         return values_of(self.program.graph.parameters), bound
 
     def step(
         self,
-        at: Point,
+        point: Point,
         index: int = 0,
         confirm: Callable[[Mapping[str, Tensor]], bool] | None = None,
     ) -> tuple[TracedPoint, float]:
         """See `EMMap.step`; if it breaks, the parameters are as before.
 
         Args:
-            at: The point.
+            point: The point.
             index: The number of the step.
             confirm: Called after the M-step with the parameters before it; where it says no, it has
                 put them back, and the step is made anew.
         """
         origin = snapshot(self.program.graph.parameters)
         try:
-            report = self.program.m_step(at.q.counts, at.evaluation)
+            report = self.program.m_step(point.q.counts, point.evaluation)
             if confirm is not None and not confirm(origin):
                 again = self.e_step(index=index)
                 report = self.program.m_step(again.q.counts, again.evaluation)
@@ -98,7 +98,7 @@ class ByTracing:
             restore(self.program.graph.parameters, origin)
             raise
         reached.massless = report.massless
-        return reached, after_m_step(at, reached.evaluation.tables)
+        return reached, after_m_step(point, reached.evaluation.tables)
 
 
 def after_m_step(before: Point, tables: Sequence[Tensor]) -> float:
@@ -146,7 +146,7 @@ def allowed_fall(objective: float, eps: float) -> float:
     return (1e-9 if eps < 1e-12 else 1e-5) * max(1.0, abs(objective))
 
 
-def values_at(at: Point) -> Values:
+def values_at(point: Point) -> Values:
     """The parameter values of a point that has them."""
-    assert isinstance(at, (TracedPoint, SumsPoint))
-    return at.values
+    assert isinstance(point, (TracedPoint, SumsPoint))
+    return point.values

@@ -80,13 +80,13 @@ def factors_at(trainer: Trainer, batch: Batch) -> Mapping[str, float]:
     """What multiplies the plates of a batch so that it stands for all data."""
     if batch.size is None and batch.total is None:
         return {}
-    at = trainer.variational.structure
+    structure_of = trainer.variational.structure
 
     def shorter() -> Structure:
         other = without_last_row(batch)
-        return at(other.args, other.kwargs)
+        return structure_of(other.args, other.kwargs)
 
-    return factors_of(at(batch.args, batch.kwargs), batch, shorter)
+    return factors_of(structure_of(batch.args, batch.kwargs), batch, shorter)
 
 
 def steps(
@@ -168,8 +168,8 @@ def run(
             bar.update()
             if callbacks:
                 held_out = out.validation[-1] if out.validation else None
-                seen = replace(step, params=parameters(), validation=held_out)
-                if any(callback(seen) is True for callback in callbacks):
+                reported = replace(step, params=parameters(), validation=held_out)
+                if any(callback(reported) is True for callback in callbacks):
                     out.status = EMStatus.STOPPED
                     break
             if num_epochs is None and len(out.bounds) >= max_steps:
@@ -225,8 +225,8 @@ def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> floa
             factors = factors_at(trainer, batch)
             loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
             # Each batch's bound estimates that of all data; their weighted mean is it.
-            at = trainer.variational.structure(batch.args, batch.kwargs)
-            share = (batch.size or 1) if stands_for_all(at, batch) else 0
+            structure = trainer.variational.structure(batch.args, batch.kwargs)
+            share = (batch.size or 1) if stands_for_all(structure, batch) else 0
             total -= float(loss) * (share or 1)
             rows += share
     return total / rows if rows else total

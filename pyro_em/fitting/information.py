@@ -48,17 +48,19 @@ class StaticInformation(Portable):
 
     def __call__(self) -> StandardErrors:
         """Standard errors at the parameters of the fit."""
-        at = {n: self.unconstrained[n].detach().clone() for n in self.graph.parameters}
-        held = {
-            n: replace(p, unconstrained=at[n], leaf=at[n].clone())
+        fitted = {n: self.unconstrained[n].detach().clone() for n in self.graph.parameters}
+        parameters = {
+            n: replace(p, unconstrained=fitted[n], leaf=fitted[n].clone())
             for n, p in self.graph.parameters.items()
         }
 
         def evidence_of(moved: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-            values = {**{n: p.value() for n, p in held.items() if n not in moved}, **moved}
+            values = {**{n: p.value() for n, p in parameters.items() if n not in moved}, **moved}
             tables = [g.log_density_at(values).to(torch.float64) for g in self.graph.groups]
             flat = [part for table in tables for part in table.unbind(0)]
             total = evidence(contract(self.contraction, flat, scales=scales_of(self.graph)))
             return flat, total
 
-        return standard_errors([p for n, p in held.items() if n not in self.fixed], evidence_of)
+        return standard_errors(
+            [p for n, p in parameters.items() if n not in self.fixed], evidence_of
+        )

@@ -63,8 +63,8 @@ def _networks(unregistered: Sequence[Unregistered]) -> list[str]:
     """The remedy where a density depends on tensors that nobody has registered."""
     if not unregistered:
         return []
-    own = next((u.name for u in unregistered if u.name), "")
-    name = own.rpartition(".")[0] or "net"
+    name_of_parameter = next((u.name for u in unregistered if u.name), "")
+    name = name_of_parameter.rpartition(".")[0] or "net"
     return [
         f"register the network that site '{unregistered[0].site}' depends on: "
         f"pyro.module('{name}', {name}) where the model begins, or make it a PyroModule"
@@ -118,12 +118,12 @@ def refuse_rows_of_a_guide(
         if info is None:
             continue
         sizes = {bare.plates[p].size for p in info.plates if p in bare.plates}
-        own = next((p for p in info.plates if p in bare.data_plates), None)
+        data_plate = next((p for p in info.plates if p in bare.data_plates), None)
         if rows is not None and rows in sizes:
             size, what = rows, "a batch"
             leave = "leave batch_size out" if batches.loader is None else "pass the data themselves"
-        elif held_out is not None and own is not None:
-            size, what, leave = bare.plates[own].size, "other data", "leave validation out"
+        elif held_out is not None and data_plate is not None:
+            size, what, leave = bare.plates[data_plate].size, "other data", "leave validation out"
         else:
             continue
         kind = type(guide).__name__

@@ -91,16 +91,16 @@ class Run:
         """The bound at the last complete step; nan if there is none."""
         return math.nan if self.last is None else self.last.objective
 
-    def take(self, entering: float, bound: float, at: Point) -> None:
+    def take(self, entering: float, bound: float, point: Point) -> None:
         """Note a complete step: the objective entering it, the bound after its M-step, its end."""
         self.entering.append(entering)
         self.after.append(bound)
-        self.last = at
+        self.last = point
 
-    def record(self, program: Program, at: Point) -> None:
+    def record(self, program: Program, point: Point) -> None:
         """Remember parameters and E-step of the last complete step."""
         self.parameters = snapshot(program.graph.parameters)
-        self.last = self.recorded = at
+        self.last = self.recorded = point
         self.seen = Seen(program, self.parameters)
 
     def leave(self) -> None:

@@ -130,14 +130,14 @@ def _e_step(em: EMMap, values: Values) -> Point:
         raise Handover from error
 
 
-def _m_step(em: EMMap, at: Point) -> tuple[Values, float]:
+def _m_step(em: EMMap, point: Point) -> tuple[Values, float]:
     """The values after the M-step from a point, and the bound there.
 
     Raises:
         Handover: If there is no usable one.
     """
     try:
-        return em.m_step(at)
+        return em.m_step(point)
     except _UNUSABLE as error:
         raise Handover from error
 

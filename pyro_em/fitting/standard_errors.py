@@ -101,12 +101,12 @@ def standard_errors(
         jacobian, scores = jacobian.float(), scores.float()
     reduced = basis.mT @ information @ basis
     least = 1e-9 if reduced.dtype == torch.float64 else 1e-4
-    own = reduced.diagonal().abs()
+    curvature = reduced.diagonal().abs()
     complete = (scores @ basis).square().mean(0)
     # Numbers that are no more than what rounding leaves of terms that cancel are zeros.
     rounding = 1e-2 * least * complete
     reduced = torch.where(reduced.abs() <= (rounding * rounding.unsqueeze(-1)).sqrt(), 0.0, reduced)
-    size = torch.where(own <= rounding, complete, own)
+    size = torch.where(curvature <= rounding, complete, curvature)
     scale = torch.where(size > 0, size, 1.0).rsqrt()
     eigenvalues, vectors = torch.linalg.eigh(reduced * scale * scale.unsqueeze(-1))
     small = (
@@ -139,23 +139,25 @@ def standard_errors(
     variance[stuck] = torch.nan
     covariance[torch.isnan(variance), :] = torch.nan
     covariance[:, torch.isnan(variance)] = torch.nan
-    errors, at = {}, 0
+    errors, begin = {}, 0
     for p in parameters:
         size = values[p.name].numel()
-        errors[p.name] = variance[at : at + size].sqrt().reshape(values[p.name].shape).detach()
-        at += size
+        errors[p.name] = (
+            variance[begin : begin + size].sqrt().reshape(values[p.name].shape).detach()
+        )
+        begin += size
     return StandardErrors(errors, covariance.detach(), tuple(notes))
 
 
 def _names(
     parameters: Sequence[TracedParameter], values: Mapping[str, Tensor], chosen: Tensor
 ) -> str:
-    names, at = [], 0
+    names, begin = [], 0
     for p in parameters:
         size = values[p.name].numel()
-        if bool(chosen[at : at + size].any()):
+        if bool(chosen[begin : begin + size].any()):
             names.append(f"'{p.name}'")
-        at += size
+        begin += size
     return ", ".join(names)
 
 
@@ -221,12 +223,12 @@ def _random_scores(tables: Sequence[Tensor], total: Tensor, variables: Sequence[
             signs = torch.randint(0, 2, table.shape, generator=generator).to(table) * 2 - 1
             weight = count.detach().clamp(min=0).to(table).sqrt() * signs
             parts.append((weight * torch.where(weight == 0, 0.0, table)).sum())
-        found = torch.autograd.grad(sum(parts), variables, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        gradients = torch.autograd.grad(sum(parts), variables, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         draws.append(
             torch.cat(
                 [
                     torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
-                    for v, g in zip(variables, found, strict=True)
+                    for v, g in zip(variables, gradients, strict=True)
                 ]
             )
         )
@@ -262,7 +264,7 @@ def _basis(
     """Orthonormal directions in u along which θ moves. # (all u, free directions)"""
     total = jacobian.shape[1]
     columns: list[Tensor] = []
-    at = 0
+    begin = 0
     for p, v in zip(parameters, variables, strict=True):
         size = v.numel()
         boundary = _on_boundary(p, values[p.name].detach()).reshape(-1)
@@ -279,17 +281,17 @@ def _basis(
                 for m in range(1, len(inner)):
                     c = jacobian.new_zeros(total)
                     for j in inner[:m]:
-                        c[at + row * k + j] = 1.0
-                    c[at + row * k + inner[m]] = -float(m)
+                        c[begin + row * k + j] = 1.0
+                    c[begin + row * k + inner[m]] = -float(m)
                     columns.append(c / c.norm())
         else:
             for j in range(size):
-                moves = bool(jacobian[:, at + j].abs().max() > 0)
+                moves = bool(jacobian[:, begin + j].abs().max() > 0)
                 if moves and not (boundary.numel() == size and bool(boundary[j])):
                     c = jacobian.new_zeros(total)
-                    c[at + j] = 1.0
+                    c[begin + j] = 1.0
                     columns.append(c)
-        at += size
+        begin += size
     return torch.stack(columns, -1) if columns else jacobian.new_zeros(total, 0)
 
 

@@ -36,12 +36,12 @@ def comparison(result: Comparison, axes: Sequence[Axes] | None = None) -> tuple[
         sound = [curve for curve in curves if len(curve.measure(by_evidence)[0]) > 1]
         if not sound:
             continue
-        at, gap, seconds = result.gaps(sound)
+        steps, gap, seconds = result.gaps(sound)
         row = result[label]
         rate = "" if row.learning_rate is None else f" (rate {row.learning_rate:g})"
         middle = np.median(gap, 0)
-        for ax, x in ((left, at), (right, seconds)):
-            dot = "o" if len(at) < 60 else ""
+        for ax, x in ((left, steps), (right, seconds)):
+            dot = "o" if len(steps) < 60 else ""
             ax.plot(x, middle, dot + "-", color=colour(c), label=label + rate, markersize=3)
             if len(gap) > 1:
                 ax.fill_between(x, gap.min(0), gap.max(0), color=colour(c), alpha=0.2, linewidth=0)

@@ -41,17 +41,21 @@ def state_sequence(
     Raises:
         UsageError: If the lengths disagree.
     """
-    at, series, path = _times(times, len(x)), _array(x), _array(states)
-    _check_lengths("state_sequence", steps=len(x), states=len(states), times=len(at))
+    moments, series, path = _times(times, len(x)), _array(x), _array(states)
+    _check_lengths("state_sequence", steps=len(x), states=len(states), times=len(moments))
     ax = or_new(ax, (9, 3))
-    ax.plot(at, series, color="0.75", linewidth=1, zorder=1)
+    ax.plot(moments, series, color="0.75", linewidth=1, zorder=1)
     for k in range(int(path.max()) + 1 if means is None else len(means)):
-        own = path == k
+        in_state = path == k
         label = f"state {k + 1}" if labels is None else labels[k]
-        ax.scatter(at[own], series[own], s=16, color=colour(k), label=label, zorder=2)
+        ax.scatter(
+            moments[in_state], series[in_state], s=16, color=colour(k), label=label, zorder=2
+        )
     if means is not None:
         level = _array(means)[path]
-        ax.step(at, level, where="mid", color="black", linewidth=1.4, label="mean of the state")
+        ax.step(
+            moments, level, where="mid", color="black", linewidth=1.4, label="mean of the state"
+        )
     ax.set_xlabel("time")
     return ax
 
@@ -78,13 +82,13 @@ def state_probs(
         UsageError: If the lengths disagree.
     """
     T, K = probs.shape
-    at = _times(times, T)
-    _check_lengths("state_probs", steps=T, times=len(at))
+    moments = _times(times, T)
+    _check_lengths("state_probs", steps=T, times=len(moments))
     ax = or_new(ax, (9, 2.2))
     names = [f"state {k + 1}" for k in range(K)] if labels is None else labels
     colours = [colour(k) for k in range(K)]
-    ax.stackplot(at, _array(probs).T, labels=names, colors=colours, alpha=0.75, linewidth=0)
-    ax.set_xlim(float(at[0]), float(at[-1]))
+    ax.stackplot(moments, _array(probs).T, labels=names, colors=colours, alpha=0.75, linewidth=0)
+    ax.set_xlim(float(moments[0]), float(moments[-1]))
     ax.set_ylim(0, 1)
     ax.set_xlabel("time")
     ax.set_ylabel("posterior probability")

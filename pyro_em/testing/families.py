@@ -200,12 +200,12 @@ class _FamilyCase:
         transform = transform_to(_of(constraint))
         u = transform.inv(value).detach().requires_grad_()
         start = transform.inv(self.arguments[name]).detach().requires_grad_()
-        (at,) = torch.autograd.grad(self.objective(name, transform(u)), u)
+        (gradient,) = torch.autograd.grad(self.objective(name, transform(u)), u)
         (before,) = torch.autograd.grad(self.objective(name, transform(start)), start)
         size = float(before.abs().max()) + float(len(self.x)) ** 0.5
-        assert float(at.abs().max()) <= 10 * self.rtol * size, (
+        assert float(gradient.abs().max()) <= 10 * self.rtol * size, (
             f"{self.where}: the gradient of the expected log joint in '{name}' is "
-            f"{float(at.abs().max()):.3g} at the solution, not zero"
+            f"{float(gradient.abs().max()):.3g} at the solution, not zero"
         )
 
     def check_weights(self, name: str) -> None:
@@ -228,8 +228,8 @@ class _FamilyCase:
         assert bool(torch.isfinite(value).all()), (
             f"{self.where}: a component of zero weight makes '{name}' non-finite"
         )
-        kept = self.arguments[name][-1]
-        assert torch.allclose(value[-1], kept, rtol=self.rtol, atol=self.rtol), (
+        before = self.arguments[name][-1]
+        assert torch.allclose(value[-1], before, rtol=self.rtol, atol=self.rtol), (
             f"{self.where}: a component of zero weight does not keep its '{name}'"
         )
 

@@ -114,12 +114,12 @@ class Solver:
         keep = massless if self.all_used else massless | ~self.used
         if kind.is_spread:
             natural = self._checked_spread(natural, keep, d, value)
-        use, kept = self.update.uses[0], bool(keep.any())
-        if kept:
+        use, any_kept = self.update.uses[0], bool(keep.any())
+        if any_kept:
             shaped = keep.reshape(-1, *(1,) * event)
             natural = torch.where(shaped, kind.form.filler(natural), natural)
         new = use.selection.inverse(use.rule.link.forward(natural))
-        if kept:
+        if any_kept:
             new = torch.where(shaped, value.reshape(new.shape).to(new.dtype), new)
         new = new.reshape(self.shape)
         if event == 0 and self.interval is not None:
@@ -127,7 +127,7 @@ class Solver:
         if not bool(torch.isfinite(new).all()):
             self._refuse_infinite(new, value)
         # What only a flat prior reads is no component without data.
-        empty = [int(i) for i in (massless & self.read).nonzero().reshape(-1)] if kept else []
+        empty = [int(i) for i in (massless & self.read).nonzero().reshape(-1)] if any_kept else []
         return new if new.dtype == value.dtype else new.to(value.dtype), empty
 
     def _weighted_mean(self, statistics: Mapping[int, Statistics]) -> Tensor | None:

@@ -50,12 +50,12 @@ def decide_updates(
     """
     strongest = {name: _strongest(graph, name) for name in graph.parameters}
     decided = {}
-    for name, found in strongest.items():
+    for name, strongest_update in strongest.items():
         wish = requested.get(name)
-        if wish is None and default is not None and isinstance(found.update, Gradient):
-            decided[name] = ParameterUpdate(name, default, found.reason)
+        if wish is None and default is not None and isinstance(strongest_update.update, Gradient):
+            decided[name] = ParameterUpdate(name, default, strongest_update.reason)
         else:
-            decided[name] = found if wish is None else _granted(found, wish)
+            decided[name] = strongest_update if wish is None else _granted(strongest_update, wish)
     least_squares = {n for n, u in decided.items() if isinstance(u.update, LeastSquares)}
     # A mean that shares an argument with a regression coefficient is solved for with it.
     changed = True
@@ -88,14 +88,16 @@ def _is_plain_mean(update: ParameterUpdate) -> bool:
     return all(u.selection.factor is None and not u.selection.maps for u in update.uses)
 
 
-def _granted(found: ParameterUpdate, wish: Update) -> ParameterUpdate:
-    if isinstance(wish, ClosedForm) and isinstance(found.update, ClosedForm):
-        return replace(found, update=wish)
-    if isinstance(wish, LeastSquares) and isinstance(found.update, LeastSquares):
-        return found
+def _granted(strongest: ParameterUpdate, wish: Update) -> ParameterUpdate:
+    if isinstance(wish, ClosedForm) and isinstance(strongest.update, ClosedForm):
+        return replace(strongest, update=wish)
+    if isinstance(wish, LeastSquares) and isinstance(strongest.update, LeastSquares):
+        return strongest
     if isinstance(wish, (ClosedForm, LeastSquares)):
-        return replace(found, reason=f"{type(wish).__name__} was asked for, but {found.reason}")
-    return ParameterUpdate(found.name, wish, "as the user asked")
+        return replace(
+            strongest, reason=f"{type(wish).__name__} was asked for, but {strongest.reason}"
+        )
+    return ParameterUpdate(strongest.name, wish, "as the user asked")
 
 
 def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
@@ -103,7 +105,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     priors: list[Prior] = []
     affine = False
     weakest = ""
-    seen = False
+    is_used = False
     constraint = graph.parameters[name].constraint
     if not graph.parameters[name].unconstrained.is_floating_point():
         return ParameterUpdate(name, Fixed(), "it holds integers")
@@ -116,7 +118,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         if group.family is None:
             if group.raw_params is None or name in group.raw_params:
                 weakest = weakest or f"{group.distribution} at '{group.members[0]}' has no record"
-                seen = True
+                is_used = True
             continue
         if group.raw_params is None or name in group.raw_params:
             prior = _as_prior(graph, g, name)
@@ -124,13 +126,13 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"the value of '{group.members[0]}' depends on it"
             else:
                 priors.append(prior)
-            seen = True
+            is_used = True
         for argument, binding in group.bindings.items():
             if binding.how == "opaque" and not binding.params:
                 continue
             if name not in binding.params:
                 continue
-            seen = True
+            is_used = True
             where = f"{group.distribution}.{argument} at '{group.members[0]}'"
             if group.role is Role.POINT:
                 weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
@@ -146,7 +148,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                     weakest = weakest or f"{problem} in {where}"
                 else:
                     uses.append(use)
-    if not seen:
+    if not is_used:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)

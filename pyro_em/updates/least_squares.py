@@ -65,11 +65,11 @@ def least_squares(
         w, r = weight.reshape(-1, len(parts)), residual.reshape(-1, len(parts))
         for k, (columns, design) in enumerate(parts):
             weighted = design * w[:, k : k + 1]
-            own = gram[columns.unsqueeze(-1), columns] + weighted.mT @ design
-            gram[columns.unsqueeze(-1), columns] = own
+            diagonal_block = gram[columns.unsqueeze(-1), columns] + weighted.mT @ design
+            gram[columns.unsqueeze(-1), columns] = diagonal_block
             moment[columns] += design.mT @ r[:, k]
     assert gram is not None and moment is not None
-    at = 0
+    begin = 0
     for p, size in zip(block, sizes, strict=True):
         for prior in updates[p].priors:
             group = graph.groups[prior.group]
@@ -81,16 +81,16 @@ def least_squares(
             index = prior.selection.index
             precision = (weight * scale**-2).expand(index.shape).reshape(-1).to(gram.dtype)
             target = loc.expand(index.shape).reshape(-1)
-            column = at + index.reshape(-1)
+            column = begin + index.reshape(-1)
             pull = precision * (target - values[p].reshape(-1)[index.reshape(-1)])
             gram = gram + torch.diag(gram.new_zeros(len(gram)).index_add(0, column, precision))
             moment = moment.index_add(0, column, pull)
-        at += size
+        begin += size
     step = pseudo_solve(gram, moment)
-    new, at = {}, 0
+    new, begin = {}, 0
     for p, size in zip(block, sizes, strict=True):
-        new[p] = values[p] + step[at : at + size].reshape(values[p].shape)
-        at += size
+        new[p] = values[p] + step[begin : begin + size].reshape(values[p].shape)
+        begin += size
     return new
 
 

@@ -97,8 +97,8 @@ def _m_step(
                     continue
                 for argument, binding in group.bindings.items():
                     if binding.is_static and names.intersection(binding.params):
-                        kept = group.arguments[argument].dtype
-                        current[g][argument] = binding.evaluate(values).to(kept)
+                        dtype = group.arguments[argument].dtype
+                        current[g][argument] = binding.evaluate(values).to(dtype)
                 if not group.family.additive and g in statistics:
                     # Absolute deviations do not shift: take them again about the new location.
                     statistics[g] = group_statistics(group, counts[g], current[g])

@@ -47,8 +47,8 @@ def medians(
             continue
         order = x.argsort()
         total = w[order].cumsum(0)
-        at = int(torch.searchsorted(total, total[-1] / 2))
-        new[j] = update.uses[0].selection.inverse(x[order][min(at, len(x) - 1)])
+        middle = int(torch.searchsorted(total, total[-1] / 2))
+        new[j] = update.uses[0].selection.inverse(x[order][min(middle, len(x) - 1)])
         if interval is not None:
             new[j] = new[j].clamp(*interval)  # the profile is concave
     return new.reshape(value.shape), massless

@@ -104,7 +104,7 @@ class Stepper:
 
         Parameters may be read in another order than before, and some of them later.
         """
-        saved, own = self.pending, optimizer.state_dict()
+        saved, state = self.pending, optimizer.state_dict()
         if "names" not in saved:  # a file of an earlier version
             optimizer.load_state_dict(saved)
             self.pending = None
@@ -114,14 +114,14 @@ class Stepper:
         }
         known = [self.saved_name(n) for n in self.known]
         for i, name in enumerate(known):
-            if name in by_name and i not in own["state"]:
-                own["state"][i] = by_name[name]
+            if name in by_name and i not in state["state"]:
+                state["state"][i] = by_name[name]
         options = {
             k: v for k, v in saved["param_groups"][0].items() if k not in ("params", "fused")
         }
-        for group in own["param_groups"]:
+        for group in state["param_groups"]:
             group.update(options)
-        optimizer.load_state_dict(own)
+        optimizer.load_state_dict(state)
         rest = [name for name in by_name if name not in known]
         states = {i: by_name[name] for i, name in enumerate(rest)}
         self.pending = {**saved, "names": rest, "state": states} if rest else None

@@ -94,19 +94,19 @@ def leave_bounds(
 
 def _search(v: Tensor, edge: _Edge, mask: Tensor, value: Callable[[], float]) -> bool:
     """The best of the places inside, if it is better than where the coordinates are."""
-    best, at = value(), None
+    best, best_value = value(), None
     best -= 64 * torch.finfo(v.dtype).eps * max(1.0, abs(best)) if math.isfinite(best) else 0.0
-    kept = v.detach().clone()
+    start = v.detach().clone()
     with torch.no_grad():
         for distance in edge.distances:
-            v.copy_(torch.where(mask, edge.move(distance, mask), kept))
+            v.copy_(torch.where(mask, edge.move(distance, mask), start))
             if not bool(torch.isfinite(v[mask]).all()):
                 continue
             there = value()
             if there < best:
-                best, at = there, v.detach().clone()
-        v.copy_(kept if at is None else at)
-    return at is not None
+                best, best_value = there, v.detach().clone()
+        v.copy_(start if best_value is None else best_value)
+    return best_value is not None
 
 
 def _one_by_one(chosen: Tensor) -> Iterator[Tensor]:

@@ -258,9 +258,9 @@ class AutoAmortized(AutoGuide):
             observed[name] = (as_features(arguments[key]), event_dim)
         for site in self._sites.values():
             for plate, dim in site.plates:
-                found = {observed[n][0].shape[dim - observed[n][1]] for n in site.observed}
-                found.add(sizes.setdefault(plate, (min(found), dim))[0])
-                if len(found) > 1:
+                lengths = {observed[n][0].shape[dim - observed[n][1]] for n in site.observed}
+                lengths.add(sizes.setdefault(plate, (min(lengths), dim))[0])
+                if len(lengths) > 1:
                     return None
         plates = {n: pyro.plate(n, s, dim=d) for n, (s, d) in sizes.items() if n not in given}
         return Call({**plates, **given}, observed, dict(self.prototype_trace.nodes))
@@ -281,8 +281,8 @@ class AutoAmortized(AutoGuide):
                 value = as_features(value.expand(fn.batch_shape + event))
                 mask = element_mask(fn, node["mask"])
                 if isinstance(mask, Tensor):
-                    own = fn.event_dim - unwrap(fn)[1]
-                    value = torch.where(mask.reshape(mask.shape + (1,) * own), value, 0.0)
+                    event_dims = fn.event_dim - unwrap(fn)[1]
+                    value = torch.where(mask.reshape(mask.shape + (1,) * event_dims), value, 0.0)
                 observed[name] = (value, fn.event_dim)
         return Call(plates, observed, latents)
 

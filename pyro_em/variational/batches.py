@@ -238,15 +238,15 @@ def data_plates(
         size: Rows of the batch.
         follows: Whether a plate's size changes with the rows, where that was looked at.
     """
-    found = []
+    names = []
     for info in structure.sites.values():
         if info.role is not Role.DATA or not info.plates:
             continue
         for name in (n for n in info.nested if n in info.plates):  # outermost first
             if size in _sizes(structure, name) and (follows is None or follows(name)):
-                found.append(name)
+                names.append(name)
                 break
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(names))
 
 
 def _sizes(structure: Structure, plate: str) -> tuple[int, int]:
@@ -289,10 +289,10 @@ def factors_of(
             )
         return {}
     plates = _row_plates(structure, batch, shorter)
-    own = [p for p in plates if not _says_total(structure, p, batch.size)]
+    scaled = [p for p in plates if not _says_total(structure, p, batch.size)]
     if batch.total is None:
         outside = _outside(structure, plates)
-        if not outside or not own:
+        if not outside or not scaled:
             return {}
         raise UsageError(
             message(
@@ -317,7 +317,7 @@ def factors_of(
                 ["put the rows into pyro.plate(name, len(x))"],
             )
         )
-    return dict.fromkeys(own, batch.total / batch.size)
+    return dict.fromkeys(scaled, batch.total / batch.size)
 
 
 def _row_plates(

@@ -126,8 +126,8 @@ class Variational(StaysHere):
     ) -> list[Particle]:
         """Particles whose bounds add up to one draw: one for each value that is enumerated here."""
         names = () if self.is_pyros else self.routing.enumerated
-        look = self.routing.guide
-        ranges = [range(support_size(look, n)) for n in names if look is not None]
+        guide = self.routing.guide
+        ranges = [range(support_size(guide, n)) for n in names if guide is not None]
         return [
             self.particle(
                 args,
@@ -222,8 +222,8 @@ class Variational(StaysHere):
     @property
     def draws_are_local(self) -> bool:
         """Whether every latent is drawn or summed anew for each element of the data plate."""
-        look = self.routing.guide
-        if look is not None and look.coupled & set(self.routing.drawn):
+        guide = self.routing.guide
+        if guide is not None and guide.coupled & set(self.routing.drawn):
             return False
         return self.bare.are_local((*self.routing.drawn, *self.routing.exact))
 
@@ -242,8 +242,8 @@ class Variational(StaysHere):
     @property
     def notes(self) -> tuple[str, ...]:
         """Warnings in words about what model and guide depend on."""
-        look = self.routing.guide
-        of_guide = () if look is None else look.unregistered
+        guide = self.routing.guide
+        of_guide = () if guide is None else guide.unregistered
         return (
             *self.bare.notes,
             *unregistered_notes(self.bare.unregistered, self.parameters, "model"),
@@ -253,8 +253,8 @@ class Variational(StaysHere):
     @property
     def parameters(self) -> dict[str, TracedParameter]:
         """All parameters of guide and model, as the first look found them."""
-        look = self.routing.guide
-        return {**({} if look is None else look.run.parameters), **self.bare.parameters}
+        guide = self.routing.guide
+        return {**({} if guide is None else guide.run.parameters), **self.bare.parameters}
 
     def with_draws_only(self) -> Variational:
         """The same pair with nothing enumerated under the guide."""
@@ -306,6 +306,6 @@ class Variational(StaysHere):
     @property
     def is_exact(self) -> bool:
         """Whether the bound holds no randomness: everything is summed under the guide."""
-        look = self.routing.guide
-        one_value = look.points if look is not None else frozenset()
+        guide = self.routing.guide
+        one_value = guide.points if guide is not None else frozenset()
         return set(self.routing.drawn) <= {*self.routing.enumerated, *one_value}

@@ -33,8 +33,8 @@ def require_finite(particle: Particle, bound: Tensor) -> None:
 
 def _in_words(site: str) -> str:
     """A term's site as the user called it."""
-    own = site.removeprefix("kl:").removeprefix(GuideSites.prefix)
-    return f"guide site '{own}'" if site.startswith(GuideSites.prefix) else f"site '{own}'"
+    name = site.removeprefix("kl:").removeprefix(GuideSites.prefix)
+    return f"guide site '{name}'" if site.startswith(GuideSites.prefix) else f"site '{name}'"
 
 
 def not_finite(where: str, value: float, line: str = "") -> str:
@@ -76,10 +76,10 @@ def validation_told() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        found = re.search(r"^Expected (parameter|value argument).*", str(error), re.MULTILINE)
-        if isinstance(error, PyroEMError) or found is None:
+        complaint = re.search(r"^Expected (parameter|value argument).*", str(error), re.MULTILINE)
+        if isinstance(error, PyroEMError) or complaint is None:
             raise
         site = re.search(r"at site '([^']*)'", str(error))
         where = _in_words(site[1]) if site else "model or guide"
-        line = found[0].rstrip(":") + "."
+        line = complaint[0].rstrip(":") + "."
         raise DegenerateError(not_finite(where, math.nan, line)) from error

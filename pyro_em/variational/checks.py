@@ -85,8 +85,8 @@ def pair_problems(structure: Structure, guide: GuideLook) -> list[Finding]:
                 )
             )
             continue
-        found = _plate_problems(structure, name, site)
-        problems.extend(found or _kind_problems(structure, name, site))
+        of_plates = _plate_problems(structure, name, site)
+        problems.extend(of_plates or _kind_problems(structure, name, site))
     return problems
 
 
@@ -105,19 +105,19 @@ def _kind_problems(structure: Structure, name: str, site: Mapping[str, Any]) -> 
                 "pass guide='map'",
             )
     elif type(unwrap(fn)[0]) is not dist.Delta:
-        own, size = type(unwrap(fn)[0]).__name__, structure.sites[name].support_size
+        family, size = type(unwrap(fn)[0]).__name__, structure.sites[name].support_size
         finite = size is not None and has_finite_support(fn)
         if is_discrete(fn) is not is_discrete(prior):
             kinds = "continuous", "discrete"
             what = (
-                f"{own} is {kinds[is_discrete(fn)]}, the model's {latent} "
+                f"{family} is {kinds[is_discrete(fn)]}, the model's {latent} "
                 f"{kinds[is_discrete(prior)]}."
             )
         elif tuple(fn.event_shape) != tuple(prior.event_shape):
             what = f"its event shape is {tuple(fn.event_shape)}, the model's "
             what += f"{tuple(prior.event_shape)}."
         elif finite and site["value"].is_floating_point() is not drawn.is_floating_point():
-            what = f"{own} and the model's {latent} have values of different types."
+            what = f"{family} and the model's {latent} have values of different types."
         elif finite and (many := support_size_of(fn)) is not None and many > (size or 0):
             what = f"it has {many} values, the model's {latent} {size}."
             fixes = (f"leave out what the model lacks: {size} values",)

@@ -35,22 +35,22 @@ def with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
 
     The prior's parents must not be drawn from a guide site that depends on the latent.
     """
-    look = routing.guide
-    if look is None or routing.exact or routing.enumerated:
+    guide = routing.guide
+    if guide is None or routing.exact or routing.enumerated:
         return frozenset()
-    found = set()
+    known = set()
     for name in routing.drawn:
-        site = look.sites.get(name)
+        site = guide.sites.get(name)
         info = structure.sites.get(name)
         if site is None or info is None or name not in structure.unobserved:
             continue
         parents = {p for p in info.scope if p != name}
-        if any(name in look.scopes.get(p, frozenset()) for p in parents):
+        if any(name in guide.scopes.get(p, frozenset()) for p in parents):
             continue
         prior = structure.unobserved[name]
         if is_reparameterised(site) and _counts_alike(site, prior) and _has_kl(site, prior):
-            found.add(name)
-    return frozenset(found)
+            known.add(name)
+    return frozenset(known)
 
 
 def _counts_alike(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:

@@ -111,8 +111,8 @@ def summed_draw(
         keep_random_state=False,
         attached=True,
     )
-    drawn, held = record[-1]
-    weight = Weight(tuple(_weight_of(held.sites[n]) for n in chosen))
+    drawn, held_sites = record[-1]
+    weight = Weight(tuple(_weight_of(held_sites.sites[n]) for n in chosen))
     plan = contraction_of(graph)
     tables = [g.log_density().to(torch.float64) for g in graph.groups]
     flat: list[Tensor] = []

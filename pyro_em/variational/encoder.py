@@ -179,8 +179,8 @@ def argument_holding(value: Any, args: tuple, kwargs: Mapping[str, Any]) -> Key 
         return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
 
     tensors = [(k, a) for k, a in argument_items(args, kwargs) if isinstance(a, Tensor)]
-    found = [k for k, a in tensors if isinstance(value, Tensor) and place(a) == place(value)]
-    return found[0] if len(found) == 1 else None
+    keys = [k for k, a in tensors if isinstance(value, Tensor) and place(a) == place(value)]
+    return keys[0] if len(keys) == 1 else None
 
 
 def declared_plate(frame: Any, trace: Any) -> Any:

@@ -56,8 +56,8 @@ class GuideLook:
 
     def parameters(self, known: Mapping[str, TracedParameter]) -> tuple[str, ...]:
         """Names of the parameters that the guide uses, among its own and those of the model."""
-        own = [n for n in known if n in self.run.parameters or id(known[n].leaf) in self.leaves]
-        return tuple(dict.fromkeys([*self.run.parameters, *own]))
+        read = [n for n in known if n in self.run.parameters or id(known[n].leaf) in self.leaves]
+        return tuple(dict.fromkeys([*self.run.parameters, *read]))
 
     @property
     def subsamples(self) -> dict[str, torch.Tensor]:
@@ -75,10 +75,10 @@ class GuideLook:
 
     def upstream(self, names: set[str]) -> set[str]:
         """Sites on which any of the given sites depends, themselves included."""
-        found = set(names)
+        above = set(names)
         for name in names:
-            found |= self.scopes.get(name, frozenset())
-        return found
+            above |= self.scopes.get(name, frozenset())
+        return above
 
 
 def needs_building(guide: Any) -> bool:
@@ -179,10 +179,10 @@ def given_a_name(guide: Any) -> tuple[str, str]:
     cls = guide._pyro_name
     taken = {name.split(".")[0] for name in pyro.get_param_store()}
     names = (cls if i == 1 else f"{cls}_{i}" for i in itertools.count(1))
-    own = next(n for n in names if n not in taken)
-    if own != cls:
-        rename(guide, own)
-    return own, cls
+    free_name = next(n for n in names if n not in taken)
+    if free_name != cls:
+        rename(guide, free_name)
+    return free_name, cls
 
 
 class _FromMessenger:
@@ -281,9 +281,9 @@ def is_plain_delta(site: Mapping[str, Any]) -> bool:
 
 def _guide_failed(guide: Any, error: Exception) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
-    own = guide.messenger if isinstance(guide, _FromMessenger) else guide
-    if isinstance(own, (AutoGuide, GuideMessenger)) and "discrete" in text:
-        name = _public_name(type(own))
+    users_guide = guide.messenger if isinstance(guide, _FromMessenger) else guide
+    if isinstance(users_guide, (AutoGuide, GuideMessenger)) and "discrete" in text:
+        name = _public_name(type(users_guide))
         return message(
             f"guide ({name})",
             f"it raised: {text}",

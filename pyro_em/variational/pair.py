@@ -43,11 +43,11 @@ class Pair:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run guide and model on the model's arguments."""
-        sites, held = GuideSites(self.shown), HoldAt(self.chosen)
-        with sites, held:
+        sites, held_sites = GuideSites(self.shown), HoldAt(self.chosen)
+        with sites, held_sites:
             self.guide(*args, **kwargs)
         if self.record is not None:
-            self.record.append((sites, held))
+            self.record.append((sites, held_sites))
         with GiveValues(sites.values, self.roles, sites.subsamples):
             return self.model(*args, **kwargs)
 

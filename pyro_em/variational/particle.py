@@ -221,7 +221,7 @@ def _unscaled_rows(particle: Particle, plate: str) -> Tensor:
 
 def _row_scale(particle: Particle, plate: str, size: int) -> Tensor:
     """The one scale of each row."""
-    found: Tensor | None = None
+    scale_of_rows: Tensor | None = None
     for t in particle.terms:
         if plate not in t.dims:
             continue
@@ -234,11 +234,11 @@ def _row_scale(particle: Particle, plate: str, size: int) -> Tensor:
             row = full[:, 0]
         else:
             row = scale.expand(size)
-        if found is not None and not bool((row.to(found) == found).all()):
+        if scale_of_rows is not None and not bool((row.to(scale_of_rows) == scale_of_rows).all()):
             raise UsageError(_different_scales(t.site))
-        found = row
-    assert found is not None
-    return found
+        scale_of_rows = row
+    assert scale_of_rows is not None
+    return scale_of_rows
 
 
 def _different_scales(site: str) -> str:

@@ -13,9 +13,9 @@ from pyro_em.variational.pair import Routing
 from pyro_em.variational.particle import Particle, Term
 
 
-def _onto(value: Tensor, dims: Sequence[str], score: Term, kept: Sequence[str]) -> Tensor:
+def _onto(value: Tensor, dims: Sequence[str], score: Term, plates: Sequence[str]) -> Tensor:
     """Sum a term over plates that are not kept, and lay it out over the drawn site's plates."""
-    shared = [d for d in dims if d and d in kept]
+    shared = [d for d in dims if d and d in plates]
     axes = [i for i, d in enumerate(dims) if d not in shared]
     value = value.sum(axes) if axes else value
     order = [shared.index(d) for d in score.dims if d in shared]
@@ -26,12 +26,12 @@ def _onto(value: Tensor, dims: Sequence[str], score: Term, kept: Sequence[str]) 
 
 def downstream_terms(routing: Routing, structure: Structure) -> dict[str, frozenset[str]]:
     """For each drawn site the terms that depend on its draw; all others have mean zero with it."""
-    look = routing.guide
-    if look is None:
+    guide = routing.guide
+    if guide is None:
         return {}
     out = {}
     for name in routing.shown:
-        moved = {name} | {u for u in look.sites if name in look.scopes.get(u, frozenset())}
+        moved = {name} | {u for u in guide.sites if name in guide.scopes.get(u, frozenset())}
         below = {GuideSites.prefix + u for u in moved}
         # Sites without observed descendants have no recorded parents: they may depend on any draw.
         unknown = [n for n in routing.drawn if n not in structure.sites]
@@ -45,11 +45,11 @@ def downstream_terms(routing: Routing, structure: Structure) -> dict[str, frozen
 
 def coupled_sites(routing: Routing, structure: Structure) -> frozenset[str]:
     """Drawn sites of which an element reaches terms of other elements of its plate."""
-    look = routing.guide
-    if look is None:
+    guide = routing.guide
+    if guide is None:
         return frozenset()
-    coupled = {*structure.coupled, *look.coupled}
-    below = {n: {n, *(u for u, s in look.scopes.items() if n in s)} for n in routing.shown}
+    coupled = {*structure.coupled, *guide.coupled}
+    below = {n: {n, *(u for u, s in guide.scopes.items() if n in s)} for n in routing.shown}
     return frozenset(n for n, reached in below.items() if reached & coupled)
 
 
@@ -68,10 +68,10 @@ def score_terms(
         baselines: Decaying averages of downstream costs, which go on with this draw.
     """
     total: Tensor | float = 0.0
-    for own, score in particle.scores.items():
-        below = downstream.get(own)
+    for name, score in particle.scores.items():
+        below = downstream.get(name)
         # Elements that read each other share all costs; others have those of their own.
-        dims = () if own in shared else score.dims
+        dims = () if name in shared else score.dims
         cost: Tensor | None = None
         for t in particle.terms:
             if below is not None and t.role is not None and t.site not in below:
@@ -79,10 +79,10 @@ def score_terms(
             part = _onto(t.value.detach(), t.dims, score, dims)
             cost = part if cost is None else cost + part
         assert cost is not None
-        cost = cost.expand_as(score.value) if own in shared else cost
-        weight, options = particle.weight, particle.baselines.get(own) or {}
+        cost = cost.expand_as(score.value) if name in shared else cost
+        weight, options = particle.weight, particle.baselines.get(name) or {}
         # A run among several holds its share of the cost, and of the baseline.
-        baseline, baseline_loss = _baseline(baselines, own, cost * weight.runs, options)
+        baseline, baseline_loss = _baseline(baselines, name, cost * weight.runs, options)
         share = weight.over(score.dims)
         surrogate = ((cost - baseline * share).detach() * score.value).sum()
         total = total + (surrogate - surrogate.detach())

@@ -137,8 +137,8 @@ class Trainer(StaysHere):
                 if self.kept.step is not None and self.kept.step < self.steps - 1:
                     which = f"parameters that entered step {self.kept.step}"
             head, newline, rest = str(error).partition("\n")
-            said = f"step {self.steps}: {head} The {which} were kept."
-            raise DegenerateError(said + newline + rest) from error.__cause__
+            text = f"step {self.steps}: {head} The {which} were kept."
+            raise DegenerateError(text + newline + rest) from error.__cause__
         except BaseException:  # an interrupt, or whatever the user's functions raise
             if self._stage is Stage.MOVED and self.kept.step == self.steps:
                 self.kept.put_back()  # half a step is no step
@@ -168,8 +168,8 @@ class Trainer(StaysHere):
         if schedule is None:
             loss = self._move(args, kwargs, factors, "joint", self.optim, lambda name: True)
         else:
-            own = set(self.guide_parameters)
-            if schedule.guide_steps and not own:
+            of_guide = set(self.guide_parameters)
+            if schedule.guide_steps and not of_guide:
                 raise UsageError(
                     message(
                         "Alternating",
@@ -181,11 +181,13 @@ class Trainer(StaysHere):
             first: float | None = None
             for _ in range(schedule.guide_steps):
                 optim = schedule.guide_optim or self.optim
-                loss = self._move(args, kwargs, factors, "guide", optim, lambda n: n in own)
+                loss = self._move(args, kwargs, factors, "guide", optim, lambda n: n in of_guide)
                 first = loss if first is None else first
             for _ in range(schedule.model_steps):
                 optim = schedule.model_optim or self.optim
-                loss = self._move(args, kwargs, factors, "model", optim, lambda n: n not in own)
+                loss = self._move(
+                    args, kwargs, factors, "model", optim, lambda n: n not in of_guide
+                )
                 first = loss if first is None else first
             assert first is not None
             loss = first
@@ -197,8 +199,8 @@ class Trainer(StaysHere):
     @property
     def guide_parameters(self) -> tuple[str, ...]:
         """Names of the parameters that the guide uses."""
-        look = self.variational.routing.guide
-        return () if look is None else look.parameters(self.variational.parameters)
+        guide = self.variational.routing.guide
+        return () if guide is None else guide.parameters(self.variational.parameters)
 
     def _move(
         self,
@@ -225,9 +227,9 @@ class Trainer(StaysHere):
             wish = wishes.get(name)
             if isinstance(wish, (Fixed, ClosedForm)):
                 continue
-            own = isinstance(wish, Gradient) and wish.optimizer is not None
-            first = self.saved_name(_first_with(wish, wishes)) if own else ""
-            by_update.setdefault(f"updates:{first}" if own else label, {})[name] = p
+            has_optimizer = isinstance(wish, Gradient) and wish.optimizer is not None
+            first = self.saved_name(_first_with(wish, wishes)) if has_optimizer else ""
+            by_update.setdefault(f"updates:{first}" if has_optimizer else label, {})[name] = p
         self._require_finite(moved)
         if self._stage is not Stage.MOVED:
             whole = len(by_update) == 1 and self.optimizers.is_one_kernel(label)
