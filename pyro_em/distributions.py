@@ -185,3 +185,29 @@ def support_size_of(fn: Any) -> int | None:
     if kind in ("Binomial", "BetaBinomial"):
         return int(base.total_count.reshape(-1)[0]) + 1
     return int(fn.enumerate_support(expand=False).shape[0])
+
+
+def are_inside(fn: Any) -> bool:
+    """Whether the arguments of a distribution satisfy their constraints, as torch validates them.
+
+    Example:
+        >>> are_inside(dist.Normal(0.0, torch.tensor([1.0, -1.0]), validate_args=False).to_event(1))
+        False
+    """
+    base = unwrap(fn)[0]
+    parts = getattr(base, "component_distribution", None), getattr(base, "base_dist", None)
+    if not all(are_inside(p) for p in parts if isinstance(p, torch.distributions.Distribution)):
+        return False
+    try:
+        declared = base.arg_constraints
+    except NotImplementedError:
+        return True
+    for name, constraint in declared.items():
+        value = vars(base).get(name)  # lazy ones are no arguments that were given
+        if not isinstance(value, Tensor) or constraints.is_dependent(constraint):
+            continue
+        if is_real(constraint) and not bool(torch.isnan(value).any()):
+            continue
+        if not bool(constraint.check(value).all()):
+            return False
+    return True

@@ -58,8 +58,8 @@ OF_EM = table(
         "fitted or new data",
     ),
     (
-        "score log_likelihood loglik log_prob log_evidence marginal_log_prob logpdf score_",
-        "em.elbo(x).log_evidence is the log evidence of data x in nats (em.elbo(x).value the bound)",
+        "log_likelihood loglik log_prob log_evidence marginal_log_prob logpdf score_",
+        "em.score(x) is the log evidence of data x in nats (em.elbo(x).value the bound)",
     ),
     ("score_samples pointwise", "em.elbo(x).pointwise is the log evidence of each row in nats"),
     (

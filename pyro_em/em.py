@@ -210,6 +210,38 @@ class ExactPosteriorEM(NamesFromElsewhere):
         looker, n = self._session.looker, num_particles or self.num_particles
         return elbo_at(looker, found, args, kwargs, q, params, n, self._session.total_steps)
 
+    @alone("score")
+    def score(self, *args: Any, **kwargs: Any) -> float:
+        """The log evidence of these data at the current parameters: of new data, how well they fit.
+
+            log p(x; θ) = log Σ_z p(x, z; θ)
+
+        It is the total over all rows, not their mean; ``em.elbo(x).pointwise`` is that of each row.
+
+        Args:
+            *args: The model's arguments; data of any size.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            The log evidence in nats; of a model with point estimates given these, without their
+            log prior.
+
+        Raises:
+            UsageError: If the guide draws latents: the log evidence is not known then.
+            PyroEMError: If the model or the data cannot be used, or the data are impossible.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         z = pyro.sample("z", dist.Bernoulli(0.5))
+            ...         pyro.sample("x", dist.Bernoulli(0.2 + 0.6 * z), obs=x)
+            >>> round(ExactPosteriorEM(model).score(torch.tensor([1.0, 0.0])), 4)
+            -1.3863
+        """
+        found = self._look(args, kwargs, look_only=True)
+        return refuse_a_guide(found, "score", _SCORES).log_evidence()
+
     @alone("evaluate_loss")
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """−ELBO at the current parameters, in nats, as ``SVI.evaluate_loss``.
@@ -550,6 +582,12 @@ class ExactPosteriorEM(NamesFromElsewhere):
 
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         return self._session.ready(args, kwargs)
+
+
+_SCORES = (
+    "the log evidence is not known, only bounds on it",
+    ["call em.elbo(x) for the bound", "call em.estimate_evidence(x) for a tighter one"],
+)
 
 
 _PARAMS = ["pass {'mu': values}, or result.params"]

@@ -179,8 +179,23 @@ def refuse_a_loader(args: tuple, kwargs: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_a_guide(found: Program | Trainer, method: str) -> Program:
+_SUMMED = (
+    "it works on a posterior that is summed",
+    ["use step or fit", "use guide='map' for continuous latents"],
+)
+
+
+def refuse_a_guide(
+    found: Program | Trainer | Variational,
+    method: str,
+    why_and_fixes: tuple[str, list[str]] = _SUMMED,
+) -> Program:
     """The exact program; refuse a pair whose guide draws.
+
+    Args:
+        found: What the model is.
+        method: What was called.
+        why_and_fixes: Why it needs a posterior that is summed, and what to do instead.
 
     Raises:
         UsageError: If the guide draws latents.
@@ -191,7 +206,6 @@ def refuse_a_guide(found: Program | Trainer, method: str) -> Program:
         message(
             method,
             "the guide draws latents of this model.",
-            "it works on a posterior that is summed",
-            ["use step or fit", "use guide='map' for continuous latents"],
+            *why_and_fixes,
         )
     )

@@ -242,6 +242,7 @@ def _findings(
         {name: first for name, (first, *_) in coupled.items()},
         unregistered(model, args, kwargs, plain, sites),
         None if plain.shadows is not None else {n: tagged.sites[n] for n in sites},
+        bool(masked_pairs or (tagged.suspects | tagged.read) & hidden),
     )
     of_parameters = parameter_problems(plain)
     if of_parameters and has_bad_parameters(plain):

@@ -83,15 +83,15 @@ class Factor:
             self.raw_params,
             None if self.mask is None else tuple(self.mask.shape),
             None if self.elements is None else tuple(self.elements.shape),
-            None if self.value_binding is None else _form(self.value_binding),
+            None if self.value_binding is None else form_of_binding(self.value_binding),
             tuple(
-                (name, tuple(self.arguments[name].shape), *_form(b))
+                (name, tuple(self.arguments[name].shape), *form_of_binding(b))
                 for name, b in self.bindings.items()
             ),
         )
 
 
-def _form(binding: Binding) -> tuple[Any, ...]:
+def form_of_binding(binding: Binding) -> tuple[Any, ...]:
     """What two bindings must share to be stacked."""
     parts = tuple(
         (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in binding.selections

@@ -80,6 +80,9 @@ class Structure(Portable):
         unregistered: Tensors that require gradients, reach a density and are no parameters.
         looked: The sites of the provenance run, which an enumerated run has to agree with; None
             where it has no numbers, or once they have been compared.
+        by_numbers: Whether something of it was found out by looking at numbers: whether elements
+            that an operation could mix are coupled, what a latent does that was read as a number of
+            Python, where an ``obs_mask`` is False.
     """
 
     plates: Mapping[str, Plate]
@@ -99,6 +102,7 @@ class Structure(Portable):
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     unregistered: tuple[Unregistered, ...] = ()
     looked: Mapping[str, Mapping[str, Any]] | None = None
+    by_numbers: bool = False
 
     def _travelling(self) -> dict[str, Any]:
         # What only runs of the model need: traced sites, values of barren latents.

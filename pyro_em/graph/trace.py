@@ -24,7 +24,7 @@ from pyro_em.graph.layout import _Layout, _outside, _Stray
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
-from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import (
     Model,
@@ -51,7 +51,7 @@ def trace_graph(
     keep_random_state: bool = True,
     attached: bool = False,
     looked: Mapping[str, Mapping[str, Any]] | None = None,
-    reading: Reading | None = None,
+    log: OperationLog | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -68,13 +68,13 @@ def trace_graph(
         attached: Whether densities stay attached to the unconstrained parameters.
         looked: The sites of a plain run from the same random state, which this one has to agree
             with; None where that is known.
-        reading: Notes what the run reads beside the parameters; needs a limit.
+        log: Notes what the run does, and what it reads beside the parameters; needs a limit.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
             ``pyro.markov`` scope, or is another model when they are enumerated.
     """
-    run = _run_enumerated(
+    run = run_enumerated(
         model,
         args,
         kwargs,
@@ -84,10 +84,10 @@ def trace_graph(
         random_seed=random_seed,
         keep_random_state=keep_random_state,
         attached=attached,
-        reading=reading,
+        reading=log,
     )
-    if reading is not None:
-        _note_sites(reading, run)
+    if log is not None:
+        note_sites(log, run)
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}
     if list(sites) != list(structure.sites):
         raise_findings([changing_sites([], structure.random_plates)])
@@ -131,15 +131,11 @@ def trace_graph(
     return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
 
 
-def _note_sites(reading: Reading, run: Run) -> None:
-    """What sites hold without any operation: values, masks, scales, arguments."""
-    for site in run.sites.values():
-        if not is_factor(site):
-            continue
-        held = (site["value"], site["mask"], site["scale"], *tensors_of(site["fn"]))
-        for tensor in held:
-            if isinstance(tensor, Tensor):
-                reading.note(tensor)
+def note_sites(log: OperationLog, run: Run) -> None:
+    """What sites hold, with or without any operation."""
+    for name, site in run.sites.items():
+        if is_factor(site):
+            log.add_site(name, site)
 
 
 def check_arguments(
@@ -161,7 +157,7 @@ def check_arguments(
         ModelError: If an argument is outside its constraint, or the model cannot be enumerated.
     """
     try:
-        run = _run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
+        run = run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
         sites = [run.sites[n] for n in structure.sites if n in run.sites]
         shadowed = any(is_shadow(t) for s in sites for t in tensors_of(s["fn"]))
     except ModelError as error:
@@ -180,7 +176,7 @@ def check_arguments(
         )
 
 
-def _run_enumerated(
+def run_enumerated(
     model: Model,
     args: tuple,
     kwargs: dict[str, Any],
@@ -189,6 +185,19 @@ def _run_enumerated(
     limit: int | None,
     **how: Any,
 ) -> Run:
+    """Run a model with its latents enumerated.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found.
+        limit: Stop when an operation inside the model makes more cells.
+        **how: Further keywords of the run.
+
+    Raises:
+        ModelError: If it fails.
+    """
     try:
         return enumerated_run(
             model,

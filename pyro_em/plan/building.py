@@ -5,27 +5,33 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from torch.distributions import transform_to
 
 from pyro_em.errors import ModelError, as_error, message, raise_findings
 from pyro_em.graph.examination import examine
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.structure import Structure
+from pyro_em.graph.trace import check_arguments, trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
-from pyro_em.plan.notes import _unconstrained_simplexes
-from pyro_em.plan.program import Program, _edges, _first_trace
+from pyro_em.plan.notes import support_edges, unconstrained_simplexes
+from pyro_em.plan.program import Program
 from pyro_em.plan.routes import Route
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.wishes import matched
+from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
+from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.runs import Model
 from pyro_em.updates.decision import decide_updates
@@ -44,35 +50,58 @@ def _fewer_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-@_fewer_collections()
-def build_program(
-    model: Model,
-    args: tuple,
-    kwargs: dict[str, Any],
-    *,
-    requested: Mapping[str, Update],
-    gradient: Gradient | None = None,
-    max_plate_nesting: int | None,
-    max_enumeration: int,
-    first_look: bool = True,
-    look_only: bool = False,
-    strategy: EStepStrategy | None = None,
-    routes: tuple[Route, ...] = (),
-) -> Program | Unrouted:
-    """Look at a model and its data, decide everything, pay nothing yet.
+@dataclass(frozen=True, eq=False)
+class Task(StaysHere):
+    """A model, its data, and what is wanted of them.
 
-    Args:
-        model: The user's model.
+    Attributes:
+        model: The user's model, or the pair of it and a guide.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         requested: The user's updates, by parameter name or glob.
         gradient: The update of parameters without a closed form; L-BFGS if None.
         max_plate_nesting: As the user gave it.
         max_enumeration: The budget in cells.
-        first_look: Whether the plain run may advance the random state.
         look_only: Whether only an E-step is wanted, so that bindings need not be read.
         strategy: Another E-step than the exact one.
         routes: Rows of the plan where a guide takes part.
+    """
+
+    model: Model
+    args: tuple
+    kwargs: dict[str, Any]
+    requested: Mapping[str, Update]
+    gradient: Gradient | None
+    max_plate_nesting: int | None
+    max_enumeration: int
+    look_only: bool = False
+    strategy: EStepStrategy | None = None
+    routes: tuple[Route, ...] = ()
+
+    @property
+    def limit(self) -> int:
+        """Cells that one operation of an enumerated run may make."""
+        return max(self.max_enumeration, 2**20)
+
+    def log(self, names: Mapping[str, Any]) -> OperationLog:
+        """Notes for an enumerated run.
+
+        Args:
+            names: What the model's names stand for.
+        """
+        # Who wants an E-step only does not need a list of what was read.
+        reading = None if self.look_only else Reading(self.model, self.args, self.kwargs)
+        store = pyro.get_param_store()._params
+        return OperationLog([*store.items(), *tensors_in(names)], reading)
+
+
+@_fewer_collections()
+def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
+    """Look at a model and its data, decide everything, pay nothing yet.
+
+    Args:
+        task: What is wanted.
+        first_look: Whether the plain run may advance the random state.
 
     Returns:
         The program; where a latent has no route, what there is to say of it.
@@ -80,95 +109,131 @@ def build_program(
     Raises:
         PyroEMError: If the model or its data cannot be used, with all findings.
     """
+    structure = _examined(task, first_look)
+    if isinstance(structure, Unrouted):
+        return structure
+    looked, structure = structure.looked, replace(structure, looked=None)
+    names = names_of(task.model, task.args, task.kwargs)
+    log = task.log(names)
+    try:
+        if structure.unchecked:
+            check_arguments(task.model, task.args, task.kwargs, structure, task.limit)
+        graph = traced(task, structure, log, looked)
+    except ModelError as error:
+        if not are_of_routes(error.problems):
+            raise
+        return without_route(structure, error, routes=task.routes)
+    program = decided(task, structure, graph, log)
+    if not task.look_only:
+        verify(program)
+    return program
+
+
+def _examined(task: Task, first_look: bool) -> Structure | Unrouted:
+    """What two cheap runs say, before anything is paid for."""
     structure, problems = examine(
-        model,
-        args,
-        kwargs,
-        max_plate_nesting=max_plate_nesting,
+        task.model,
+        task.args,
+        task.kwargs,
+        max_plate_nesting=task.max_plate_nesting,
         first_look=first_look,
         sparing=True,
-        max_enumeration=max_enumeration,
+        max_enumeration=task.max_enumeration,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None
     try:
         cost = contraction_from_structure(structure)
-        found = budget_problems(structure, cost, max_enumeration)
+        found = budget_problems(structure, cost, task.max_enumeration)
         too_dear = cost if found else None
     except ModelError as error:
         found = [] if problems else list(error.problems)
     problems[n_latent:n_latent] = found
     if are_of_routes(problems):
-        return without_route(structure, as_error(problems), routes=routes, cost=too_dear)
+        return without_route(structure, as_error(problems), routes=task.routes, cost=too_dear)
     if problems:
         raise_findings(problems)
-    looked, structure = structure.looked, replace(structure, looked=None)
-    reading = None if look_only else Reading(model, args, kwargs)
-    try:
-        graph = _first_trace(model, args, kwargs, structure, max_enumeration, reading, looked)
-    except ModelError as error:
-        if not are_of_routes(error.problems):
-            raise
-        return without_route(structure, error, routes=routes)
+    return structure
+
+
+def traced(
+    task: Task,
+    structure: Structure,
+    log: OperationLog,
+    looked: Mapping[str, Mapping[str, Any]] | None = None,
+) -> FactorGraph:
+    """The graph of an enumerated run, whose operations are noted and held to the budget.
+
+    Args:
+        task: The model with its data.
+        structure: Its skeleton.
+        log: Where the run is noted.
+        looked: The sites of a plain run, which this one has to agree with.
+    """
+    return trace_graph(
+        task.model,
+        task.args,
+        task.kwargs,
+        structure,
+        limit=task.limit,
+        with_bindings=not task.look_only,
+        looked=looked,
+        log=log,
+    )
+
+
+def decided(task: Task, structure: Structure, graph: FactorGraph, log: OperationLog) -> Program:
+    """A program from its graph: the order of its sums, its updates, its notes; not verified yet."""
     contraction = contraction_of(graph)
     notes = (*check_scales(graph, contraction), *structure.notes)
     if structure.random_plates:
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
     notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
-    updates = decide_updates(graph, matched(requested, graph.parameters), gradient)
+    updates = decide_updates(graph, matched(task.requested, graph.parameters), task.gradient)
     fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
     notes += tuple(unbounded_joints(graph, fixed))
-    notes += tuple(_unconstrained_simplexes(graph, updates))
-    notes += tuple(_edges(graph, updates))
-    program = Program(
-        model,
-        args,
-        kwargs,
+    notes += tuple(unconstrained_simplexes(graph, updates))
+    notes += tuple(support_edges(graph, updates))
+    leaves = [p.unconstrained for p in graph.parameters.values()]
+    return Program(
+        task.model,
+        task.args,
+        task.kwargs,
         structure,
         graph,
         contraction,
         updates,
         compiled=False,
         notes=notes,
-        look_only=look_only,
-        gradient=gradient,
-        strategy=strategy,
-        routes=routes,
+        look_only=task.look_only,
+        gradient=task.gradient,
+        strategy=task.strategy,
+        routes=task.routes,
+        dependences=Dependences() if log.reading is None else log.reading.finished(leaves),
+        operations=log.finished(),
+        rebuild=None if task.look_only else partial(build_program, task, first_look=False),
     )
-    if reading is None:
-        return program
-    leaves = [p.unconstrained for p in graph.parameters.values()]
-    program.dependences = reading.finished(leaves)
-    program.rebuild = partial(
-        build_program,
-        model,
-        args,
-        kwargs,
-        requested=requested,
-        gradient=gradient,
-        max_plate_nesting=max_plate_nesting,
-        max_enumeration=max_enumeration,
-        first_look=False,
-        strategy=strategy,
-        routes=routes,
-    )
-    off = _verify(program)
-    program.compiled = graph.is_static and not off
-    if off:
-        distrust(program, off)
-        random = program.disagreements(random_seed=21)
-        if random and not structure.random_plates:
-            site, argument = random[0]
-            program.notes += (
-                message(
-                    f"site '{site}' ({argument})",
-                    "the model draws random numbers that reach it.",
-                    "every step uses one and the same draw; another call would draw others",
-                    ["draw outside the model and pass the numbers as an argument"],
-                ),
-            )
-    return program
+
+
+def verify(program: Program) -> None:
+    """Hold the bindings of a program against a run at other parameters; what is off gets a gradient."""
+    off = _disagreements_elsewhere(program)
+    program.compiled = program.graph.is_static and not off
+    if not off:
+        return
+    distrust(program, off)
+    random = program.disagreements(random_seed=21)
+    if random and not program.structure.random_plates:
+        site, argument = random[0]
+        program.notes += (
+            message(
+                f"site '{site}' ({argument})",
+                "the model draws random numbers that reach it.",
+                "every step uses one and the same draw; another call would draw others",
+                ["draw outside the model and pass the numbers as an argument"],
+            ),
+        )
 
 
 def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
@@ -192,7 +257,7 @@ def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
     program.updates = updates
 
 
-def _verify(program: Program) -> list[tuple[str, str]]:
+def _disagreements_elsewhere(program: Program) -> list[tuple[str, str]]:
     """Trace once with all free parameters moved inside their constraints and another random state."""
     generator = torch.Generator().manual_seed(20)
     moved = {}

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from pyro_em.distributions import is_real
 from pyro_em.errors import message
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.program import Program
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.m_step import edge_fixes
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate
 
 
-def _unbounded_priors(program: Program) -> list[str]:
+def unbounded_priors(program: Program) -> list[str]:
     """Point estimates by gradient under priors whose density is unbounded at the boundary.
 
     A closed form finds out whether the data speak against the boundary, and names the component.
@@ -41,7 +42,7 @@ def _unbounded_priors(program: Program) -> list[str]:
     return found
 
 
-def _unconstrained_simplexes(
+def unconstrained_simplexes(
     graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
 ) -> list[str]:
     """Probabilities without a constraint: they are normalised, but counted as free numbers."""
@@ -57,4 +58,23 @@ def _unconstrained_simplexes(
         and all(use.rule.link.name == "identity" and not use.selection.maps for use in u.uses)
         and not isinstance(u.update, Fixed)
         and is_real(graph.parameters[name].constraint)
+    ]
+
+
+def support_edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[str]:
+    """Parameters at which the support of the data ends, and that a gradient is to move."""
+    where: dict[str, Group] = {}
+    for group in graph.groups:
+        for name in group.edges:
+            where.setdefault(name, group)
+    return [
+        message(
+            f"parameter '{name}'",
+            f"the support of site '{g.members[0]}' ({g.distribution}) ends at it.",
+            "the likelihood rises until the support meets the outermost row, and is zero beyond: a "
+            "gradient does not see that jump, and a fit may end without an estimate",
+            edge_fixes(name),
+        )
+        for name, g in where.items()
+        if isinstance(updates[name].update, Gradient)
     ]

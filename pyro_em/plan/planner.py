@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -11,9 +11,10 @@ from pyro_em.errors import ModelError, UsageError, as_error, message, raise_find
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import build_program
+from pyro_em.plan.building import Task, build_program
 from pyro_em.plan.cost import contraction_from_structure
-from pyro_em.plan.notes import _unbounded_priors
+from pyro_em.plan.kept import Readings
+from pyro_em.plan.notes import unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
@@ -44,6 +45,7 @@ class Looker(StaysHere):
         seen: Whether the model has been run before.
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
+        readings: Those of a model without a guide, by the form of its data.
     """
 
     request: Request
@@ -51,6 +53,7 @@ class Looker(StaysHere):
     seen: bool = False
     guide_parameters: tuple[str, ...] = ()
     name: tuple[str, str] = ("", "")
+    readings: Readings = field(default_factory=Readings)
 
     def look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
@@ -102,7 +105,7 @@ class Looker(StaysHere):
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if isinstance(program, Unrouted):
             return program
-        program.notes += tuple(_unbounded_priors(program))
+        program.notes += tuple(unbounded_priors(program))
         _drop_unused_strategy(program)
         if not routing.points:
             program.notes += ("the guide is not used: every latent has an exact posterior.",)
@@ -169,6 +172,7 @@ class Looker(StaysHere):
         """Forget a guide that was built here; returns the names of its parameters."""
         own = self.guide_parameters if needs_building(self.request.guide) else ()
         self.built, self.seen, self.guide_parameters, self.name = None, False, (), ("", "")
+        self.readings.forget()
         if isinstance(self.request.optim, pyro.optim.PyroOptim):
             self.request.optim.optim_objs.clear()
         return own
@@ -272,7 +276,7 @@ class Looker(StaysHere):
         look_only: bool,
         routes: tuple[Any, ...],
     ) -> Program | Unrouted:
-        return build_program(
+        task = Task(
             model,
             args,
             kwargs,
@@ -280,11 +284,18 @@ class Looker(StaysHere):
             gradient=self.request.gradient,
             max_plate_nesting=self.request.max_plate_nesting,
             max_enumeration=self.request.max_enumeration,
-            first_look=first,
             look_only=look_only,
             strategy=self.request.e_step,
             routes=routes,
         )
+        program: Program | Unrouted | None = None
+        if self.request.guide is None:
+            program = self.readings.again(task)
+        if program is None:
+            program = build_program(task, first_look=first)
+        if isinstance(program, Program):
+            self.readings.keep(task, program)
+        return program
 
 
 def _drop_unused_strategy(program: Program) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Finding, ModelError, UsageError, message, warn
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.errors import Finding, ModelError, UsageError, warn
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.prediction import _agrees, _same, _static_parts
 from pyro_em.graph.structure import Structure
-from pyro_em.graph.trace import Resized, check_arguments, trace_graph
+from pyro_em.graph.trace import Resized, trace_graph
 from pyro_em.plan.eligibility import CONTRACTION, Kernel, changing_argument, kernel_of
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
@@ -27,7 +27,7 @@ from pyro_em.plan.unrouted import Unrouted
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.block import components_of
 from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.strategies import (
     Annealed,
@@ -37,11 +37,11 @@ from pyro_em.posteriors.strategies import (
     e_step_of,
     gives_up,
 )
-from pyro_em.tracing.dependences import Dependences, Reading, changed_since
+from pyro_em.tracing.dependences import Dependences, changed_since
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.m_step import MStepReport, MStepState, edge_fixes, m_step
+from pyro_em.updates.m_step import MStepReport, MStepState, m_step
 from pyro_em.updates.update import Gradient, ParameterUpdate
 
 
@@ -80,6 +80,7 @@ class Program(StaysHere):
         strategy: Another E-step than the exact one.
         routes: Rows of the plan where a guide takes part.
         dependences: What it was read from, beside the parameters.
+        operations: What the run did from which the graph is.
         rebuild: Reads the model anew.
         readings: How often it was read anew.
         has_told_of_sizes: Whether a plate or support whose size changes has been told of.
@@ -100,6 +101,7 @@ class Program(StaysHere):
     strategy: EStepStrategy | None = None
     routes: tuple[Route, ...] = ()
     dependences: Dependences = field(default_factory=Dependences)
+    operations: tuple[Any, ...] = ()
     rebuild: Callable[[], Program | Unrouted] | None = None
     readings: int = 0
     has_told_of_sizes: bool = False
@@ -196,6 +198,11 @@ class Program(StaysHere):
         """The exact E-step."""
         evaluation = evaluation or self.evaluate()
         return exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
+
+    def log_evidence(self) -> float:
+        """log p(x; θ) at the current parameters, in nats."""
+        evaluation = self.evaluate()
+        return log_evidence_of(evaluation.graph, self.contraction, evaluation.tables)
 
     def e_step(self, evaluation: Evaluation, index: int = 0) -> Posterior:
         """The E-step of the strategy; ``index`` is the number of the step."""
@@ -328,48 +335,3 @@ class Program(StaysHere):
             iterations=self.kernel.in_words(),
             gives_up=gives_up(self.strategy),
         )
-
-
-def _first_trace(
-    model: Model,
-    args: tuple,
-    kwargs: dict[str, Any],
-    structure: Structure,
-    max_enumeration: int,
-    reading: Reading | None,
-    looked: Mapping[str, Mapping[str, Any]] | None,
-) -> FactorGraph:
-    """The graph of an enumerated run, whose operations are held to the budget."""
-    limit = max(max_enumeration, 2**20)
-    if structure.unchecked:
-        check_arguments(model, args, kwargs, structure, limit)
-    return trace_graph(
-        model,
-        args,
-        kwargs,
-        structure,
-        limit=limit,
-        # Who wants an E-step only needs neither bindings nor a list of what was read.
-        with_bindings=reading is not None,
-        looked=looked,
-        reading=reading,
-    )
-
-
-def _edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> list[str]:
-    """Parameters at which the support of the data ends, and that a gradient is to move."""
-    where: dict[str, Group] = {}
-    for group in graph.groups:
-        for name in group.edges:
-            where.setdefault(name, group)
-    return [
-        message(
-            f"parameter '{name}'",
-            f"the support of site '{g.members[0]}' ({g.distribution}) ends at it.",
-            "the likelihood rises until the support meets the outermost row, and is zero beyond: a "
-            "gradient does not see that jump, and a fit may end without an estimate",
-            edge_fixes(name),
-        )
-        for name, g in where.items()
-        if isinstance(updates[name].update, Gradient)
-    ]

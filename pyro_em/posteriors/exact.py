@@ -10,11 +10,14 @@ from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.contraction import log_sum_exp
 from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.enumeration import EStep, Tables, e_step, run_contraction
+from pyro_em.posteriors.enumeration import EStep, Tables, e_step, forward, run_contraction
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot, expected_log_joint
+
+_SUSPECT = 1e9  # nats: an E-step looks more closely at a log density above it
 
 
 def exact_posterior(
@@ -41,6 +44,31 @@ def exact_posterior(
         log_prior,
         total,
     )
+
+
+def log_evidence_of(
+    graph: FactorGraph, plan: ContractionPlan, log_densities: Sequence[Tensor]
+) -> float:
+    """The log evidence in nats, without a posterior: half the work of an E-step.
+
+    Args:
+        graph: The factor graph.
+        plan: Its elimination order.
+        log_densities: Per group. # (members, *sizes)
+
+    Raises:
+        DataError: If the data are impossible under the model, or a density is not a number.
+    """
+    if not any(g.role is Role.POINT for g in graph.groups):
+        with torch.no_grad():
+            total = float(forward(graph, plan, log_densities, log_sum_exp)[2])
+        if math.isfinite(total) and total < _SUSPECT:
+            return total
+    posterior = exact_posterior(
+        graph, plan, log_densities
+    )  # says what is wrong, or sums the priors
+    assert posterior.log_evidence is not None
+    return posterior.log_evidence
 
 
 def _cells_and_counts(graph: FactorGraph, scaled: Tables) -> tuple[list[Tensor], list[Tensor]]:

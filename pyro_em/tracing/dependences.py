@@ -128,7 +128,7 @@ class Reading:
     def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.read: dict[int, list[Memory]] = {}
         self.made: set[int] = {0}  # addresses; of what has no memory as well
-        self._look = functools.partial(_names, model, args, kwargs)
+        self._look = functools.partial(names_of, model, args, kwargs)
         self._names = self._look()
         for value in (args, kwargs, *self._names.values()):
             for tensor in _tensors(value):
@@ -299,7 +299,20 @@ def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
             yield from _tensors(part, depth - 1)
 
 
-def _names(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def tensors_in(names: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors and arrays that names stand for; those deep in containers have no name."""
+    for name, value in names.items():
+        if isinstance(value, (Tensor, np.ndarray)):
+            for tensor in _tensors(value):
+                yield name, tensor
+
+
+def numbers_in(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The names that stand for a number, a text or nothing."""
+    return {n: (type(v), v) for n, v in names.items() if isinstance(v, _NUMBERS)}
+
+
+def names_of(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's arguments, closure, globals and attributes stand for."""
     out: dict[str, Any] = {}
     seen: set[int] = set()

@@ -204,7 +204,7 @@ NAMES: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
     "em probs": (em, ("predict_proba", "transform", "fit_transform"), "em.posterior(x).probs('z')"),
     "em samples": (em, ("sample",), "em.predictive(x"),
     "em params": (em, ("means_", "weights_", "transmat_", "coef_"), "em.fit(x).params['mu']"),
-    "em score": (em, ("score", "loglik"), "em.elbo(x).log_evidence"),
+    "em score": (em, ("loglik",), "em.score(x)"),
     "em rows": (em, ("score_samples",), "em.elbo(x).pointwise"),
     "em ends": (em, ("n_iter_", "converged_", "bic"), "result.num_steps"),
     "result": (fit, ("labels_", "predict", "mode"), "result.posterior.mode()"),

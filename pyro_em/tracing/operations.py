@@ -1,0 +1,151 @@
+"""The operations of a run, written down: two runs that did the same compute the same function.
+
+Each operation is noted with its arguments. A tensor is known by where it comes from: the operation
+that made it, the parameter or the argument that it is, or its content where nobody knows whence it
+comes. Numbers that leave torch (``.item()``, a condition) are noted too, since Python may do anything
+with them. Runs with equal notes differ in nothing but the numbers in parameters and arguments, so
+that what was found out about one of them (which sites read which, what is coupled, how parameters
+reach a density) holds for the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.tracing.allocation import is_view
+from pyro_em.tracing.dependences import Reading, checksum
+from pyro_em.tracing.sites import tensors_of
+
+_FRESH = torch.ops.aten.lift_fresh.default
+
+_OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+
+_NEAR = 256  # operations: whence a tensor comes is counted back from here, so that steps are alike
+
+
+class OperationLog:
+    """Notes the operations of one run.
+
+    Args:
+        given: Tensors that exist before the run, and their names.
+        reading: Runs each operation, and notes what it reads.
+
+    Attributes:
+        entries: One for each operation, and one for each site.
+        sites: The sites.
+    """
+
+    def __init__(
+        self,
+        given: Iterable[tuple[Hashable, Tensor]],
+        reading: Reading | None = None,
+    ) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+        self.sites: dict[str, Mapping[str, Any]] = {}
+        self.reading = reading
+        self._origin: dict[int, Any] = {}
+        self._distinct: dict[Any, Any] = {}
+        for name, tensor in given:
+            if tensor.layout is torch.strided and not tensor.is_meta:
+                self._origin.setdefault(tensor.untyped_storage().data_ptr(), name)
+
+    def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Run an operation and note it."""
+        is_fresh = operation is _FRESH  # torch.tensor(numbers): memory that nobody has noted
+        noted = [
+            self.origin(a, is_fresh) if isinstance(a, Tensor) else self._other(a) for a in args
+        ]
+        if kwargs:
+            noted += [(k, self._other(v)) for k, v in kwargs.items()]
+        run = self.reading
+        out = operation(*args, **kwargs) if run is None else run(operation, args, kwargs)
+        number = len(self.entries)
+        if isinstance(out, Tensor):
+            if not is_view(operation):
+                self._origin[out.untyped_storage().data_ptr()] = number
+            entry = (operation, *noted)
+        elif isinstance(out, (list, tuple)):
+            for part in out:
+                if isinstance(part, Tensor) and not is_view(operation):
+                    self._origin[part.untyped_storage().data_ptr()] = number
+            entry = (operation, *noted)
+        else:
+            entry = (operation, *noted, self._other(out))
+        self.entries.append(self._distinct.setdefault(entry, entry))
+        return out
+
+    def origin(self, tensor: Tensor, is_fresh: bool = False) -> Hashable:
+        """Whence a tensor comes, and how it lies in its memory."""
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            return object()  # equal to nothing
+        at = tensor.untyped_storage().data_ptr()
+        known = self._origin.get(at)
+        if known is None or (is_fresh and isinstance(known, int)):
+            known = self._origin[at] = ("content", checksum(tensor))
+        elif isinstance(known, int):
+            back = len(self.entries) - known
+            known = -back if back < _NEAR else known
+        return (
+            known,
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+        )
+
+    def add_site(self, name: str, site: Mapping[str, Any]) -> None:
+        """Note a site: its distribution, plates and weights, and whence its tensors come."""
+        plates = tuple((f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"])
+        held = (site["value"], site["mask"], site["scale"])
+        entry = (
+            name,
+            bool(site["is_observed"]),
+            plates,
+            *(self._other(part) for part in held),
+            self._distribution(site["fn"]),
+        )
+        self.entries.append(entry)
+        self.sites[name] = site
+        if self.reading is not None:
+            for tensor in (*held, *tensors_of(site["fn"])):
+                if isinstance(tensor, Tensor):
+                    self.reading.note(tensor)
+
+    def _distribution(self, fn: Any) -> Any:
+        """A distribution, by its class and what it holds."""
+        return (
+            type(fn),
+            *(
+                (
+                    name,
+                    self._distribution(v)
+                    if isinstance(v, torch.distributions.Distribution)
+                    else self._other(v)
+                    if isinstance(v, (Tensor, int, float, str, tuple, list, type(None)))
+                    else type(v),
+                )
+                for name, v in vars(fn).items()
+            ),
+        )
+
+    def finished(self) -> tuple[tuple[Any, ...], ...]:
+        """The notes, as a value."""
+        return tuple(self.entries)
+
+    def _other(self, value: Any) -> Any:
+        """A number, a list or an option; types are kept apart, since 1 == 1.0 == True."""
+        if isinstance(value, Tensor):
+            return self.origin(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._other(v) for v in value)
+        if isinstance(value, torch.Generator):
+            return torch.Generator
+        if isinstance(value, torch.distributions.Distribution):
+            return self._distribution(value)
+        if isinstance(value, (bool, int, float, str)):
+            return (value.__class__, value)
+        return value if isinstance(value, _OPTIONS) else repr(value)

@@ -1,0 +1,533 @@
+"""A model is read once for each form of its data; whatever it does differently is read anew.
+
+Every number of a later call is held against that of a new object, which has read nothing before, or
+against brute force.
+"""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+from pyro_em import DataError, ExactPosteriorEM, PyroEMError
+from pyro_em.plan import kept
+from pyro_em.tracing import runs
+
+X = torch.tensor([0.3, -1.2, 4.1, 3.7, 0.1, 2.2])
+OTHER = torch.tensor([5.0, 0.2, -3.0, 1.1, 0.4, 3.3])
+
+
+@pytest.fixture(autouse=True)
+def _clear():
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """How often a model was read from the beginning, and from one run."""
+    seen = {"anew": 0, "again": 0}
+    again = kept.Readings.again
+
+    def counted(self, task):
+        found = again(self, task)
+        seen["anew" if found is None else "again"] += 1
+        return found
+
+    monkeypatch.setattr(kept.Readings, "again", counted)
+    return seen
+
+
+def mixture(x):
+    mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+    w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+
+def by_hand(x, mu=(0.0, 3.0), w=(0.4, 0.6), scale=1.5):
+    terms = dist.Normal(torch.tensor(mu), scale).log_prob(x[:, None]) + torch.tensor(w).log()
+    return float(terms.logsumexp(-1).sum())
+
+
+def test_score_is_the_total_log_evidence_in_nats():
+    em = ExactPosteriorEM(mixture)
+    assert em.score(X) == pytest.approx(by_hand(X), abs=1e-4)
+    assert em.score(OTHER) == pytest.approx(by_hand(OTHER), abs=1e-4)
+    assert em.score(X[:2]) == pytest.approx(by_hand(X[:2]), abs=1e-4)
+    em.fit(X, max_steps=3, tol=0)
+    mu, w = pyro.param("mu").detach(), pyro.param("w").detach()
+    expected = by_hand(OTHER, mu.tolist(), w.tolist())
+    assert em.score(OTHER) == pytest.approx(expected, abs=1e-4)
+
+
+def test_score_of_impossible_data_says_so():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([1.0, 0.0])))
+            pyro.sample("x", dist.Categorical(torch.tensor([[1.0, 0.0], [0.5, 0.5]])[z]), obs=x)
+
+    em = ExactPosteriorEM(model)
+    assert em.score(torch.tensor([0, 0])) == pytest.approx(0.0)
+    with pytest.raises(DataError, match=r"impossible under the model.*first at rows = 1"):
+        em.score(torch.tensor([0, 1]))
+
+
+def test_score_is_refused_where_a_guide_draws():
+    def model(x):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.StudentT(3.0, h, 1.0), obs=x)
+
+    em = ExactPosteriorEM(model, pyro.infer.autoguide.AutoNormal)
+    with pytest.raises(PyroEMError, match=r"(?s)score: the guide draws latents.*estimate_evidence"):
+        em.score(torch.tensor(0.3))
+
+
+def test_one_reading_serves_every_method(count):
+    em = ExactPosteriorEM(mixture)
+    em.plan(X)
+    assert count == {"anew": 1, "again": 0}
+    em.fit(X, max_steps=2, tol=0)
+    em.posterior(X), em.elbo(X), em.step(X), em.predictive(X, num_samples=2), em.score(OTHER)
+    em.fit(OTHER, max_steps=2, tol=0)
+    assert count == {"anew": 1, "again": 7}
+    em.score(OTHER[:3])
+    assert count == {"anew": 2, "again": 7}
+    em.reset()
+    em.score(X)
+    assert count == {"anew": 3, "again": 7}
+
+
+def test_a_second_fit_is_that_of_a_new_object(count):
+    em = ExactPosteriorEM(mixture)
+    em.posterior(X)
+    em.fit(X, max_steps=4, tol=0)
+    again = em.fit(OTHER, max_steps=6, tol=0)
+    pyro.clear_param_store()
+    ExactPosteriorEM(mixture).fit(X, max_steps=4, tol=0)
+    anew = ExactPosteriorEM(mixture).fit(OTHER, max_steps=6, tol=0)
+    assert again.history == pytest.approx(anew.history, abs=1e-5)
+    assert again.log_evidence == pytest.approx(anew.log_evidence, abs=1e-5)
+    assert count["again"] == 2
+
+
+def test_the_random_state_stays_as_it_is():
+    em = ExactPosteriorEM(mixture)
+    em.score(X)
+    torch.manual_seed(3)
+    expected = torch.get_rng_state()
+    em.score(X), em.score(OTHER), em.plan(X), em.plan(X)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+class _Config:
+    scale = 1.5
+
+
+def _held_over(change):
+    """Models that read something beside their arguments, and what changes it."""
+    return pytest.param(change, id=change.__name__)
+
+
+def closed_over_tensor():
+    held = {"mu": torch.tensor([0.0, 3.0])}
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(held["mu"][z], 1.5), obs=x)
+
+    def change():
+        held["mu"] = torch.tensor([1.0, -2.0])
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+def closed_over_tensor_in_place():
+    mu = torch.tensor([0.0, 3.0])
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    def change():
+        mu.numpy()[:] = [1.0, -2.0]
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+def number_of_an_object():
+    config = _Config()
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(torch.tensor([0.0, 3.0])[z], config.scale), obs=x)
+
+    def change():
+        config.scale = 0.5
+
+    return model, change, {"scale": 0.5}
+
+
+def numpy_array():
+    config = np.array([0.0, 3.0], dtype=np.float32)
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(torch.tensor(config)[z], 1.5), obs=x)
+
+    def change():
+        config[:] = [1.0, -2.0]
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+def deep_in_containers():
+    config = {"a": [{"b": [{"c": [torch.tensor([0.0, 3.0])]}]}]}
+
+    def model(x):
+        mu = config["a"][0]["b"][0]["c"][0]
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    def change():
+        config["a"][0]["b"][0]["c"][0] = torch.tensor([1.0, -2.0])
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+def module_swapped():
+    held = [torch.nn.Linear(1, 2)]
+    with torch.no_grad():
+        held[0].weight.zero_(), held[0].bias.copy_(torch.tensor([0.0, 3.0]))
+
+    def model(x):
+        net = pyro.module("net", held[0])
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(net(torch.ones(1))[z], 1.5), obs=x)
+
+    def change():
+        held[0] = torch.nn.Linear(1, 2)
+        with torch.no_grad():
+            held[0].weight.zero_(), held[0].bias.copy_(torch.tensor([1.0, -2.0]))
+        pyro.clear_param_store()
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+def a_file():
+    import tempfile
+    from pathlib import Path
+
+    path = Path(tempfile.mkdtemp()) / "mu.npy"
+    np.save(path, np.array([0.0, 3.0], dtype=np.float32))
+
+    def model(x):
+        mu = torch.from_numpy(np.load(path))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    def change():
+        np.save(path, np.array([1.0, -2.0], dtype=np.float32))
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+CHANGES = [
+    closed_over_tensor,
+    closed_over_tensor_in_place,
+    number_of_an_object,
+    numpy_array,
+    deep_in_containers,
+    module_swapped,
+    a_file,
+]
+
+
+@pytest.mark.parametrize("make", [_held_over(c) for c in CHANGES])
+@pytest.mark.parametrize("whole", [False, True], ids=["after a posterior", "after a plan"])
+def test_what_the_model_holds_may_change(make, whole):
+    model, change, expected = make()
+    em = ExactPosteriorEM(model)
+    em.plan(X) if whole else em.posterior(X)
+    assert em.score(X) == pytest.approx(by_hand(X), abs=1e-4)
+    change()
+    assert em.score(X) == pytest.approx(by_hand(X, **expected), abs=1e-4)
+    assert em.elbo(X).log_evidence == pytest.approx(by_hand(X, **expected), abs=1e-4)
+    em.plan(X)
+    assert em.posterior(X).log_evidence == pytest.approx(by_hand(X, **expected), abs=1e-4)
+
+
+def normalised_inside(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[z], 0.5), obs=(x - x.mean()) / x.std())
+
+
+def normalised_by_numbers(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    y = (x - float(x.mean())) / x.std().item()
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[z], 0.5), obs=y)
+
+
+def through_a_list(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[z], 0.5), obs=torch.tensor([2 * v for v in x.tolist()]))
+
+
+def through_numpy(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[z], 0.5), obs=torch.from_numpy(np.sort(x.numpy())))
+
+
+def another_parameter(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    nu = pyro.param("nu", torch.tensor([4.0, 2.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal((mu if x.numpy()[0] < 1 else nu)[z], 0.5), obs=x)
+
+
+def another_distribution(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    kind = dist.Normal if x.numpy()[0] < 1 else dist.Laplace
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", kind(mu[z], 0.5), obs=x)
+
+
+def another_component(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0, 5.0]))
+    first = int(x.argmax()) % 2
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[first:][z], 0.5), obs=x)
+
+
+def looked_up_by_the_data(x):
+    mu = pyro.param("mu", torch.arange(8.0).reshape(4, 2))
+    group = x.abs().long() % 4
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[group, z], 0.5), obs=x)
+
+
+def regression_on_itself(x):
+    slope = pyro.param("slope", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x) - 1):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(slope[z] * x[:-1], 0.5), obs=x[1:])
+
+
+def missing_where_negative(x):
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        pyro.sample("x", dist.Normal(mu[z], 0.5), obs=x, obs_mask=x > 0)
+
+
+def chained_on_a_sign(x):
+    """Its elements read each other on some data only."""
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+        z = torch.where(x[0] > 1, z.roll(1, -1), z)
+        pyro.sample("x", dist.Normal(mu[z], 0.5), obs=x)
+
+
+READS = [
+    normalised_inside,
+    normalised_by_numbers,
+    through_a_list,
+    through_numpy,
+    another_parameter,
+    another_distribution,
+    another_component,
+    looked_up_by_the_data,
+    regression_on_itself,
+    missing_where_negative,
+    chained_on_a_sign,
+]
+
+
+def outcome(call):
+    """What a call returns or raises, in words for what it raises."""
+    try:
+        return call()
+    except PyroEMError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("model", READS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("first", ["plan", "posterior", "fit"])
+def test_data_may_be_read_in_any_way(model, first):
+    em = ExactPosteriorEM(model)
+    em.fit(X, max_steps=1, tol=0) if first == "fit" else getattr(em, first)(X)
+    for data in (OTHER, X, OTHER.flip(0)):
+        got = outcome(lambda d=data: em.score(d))
+        expected = outcome(lambda d=data: ExactPosteriorEM(model).score(d))
+        assert got == (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-5))
+        begin = {n: p.clone() for n, p in pyro.get_param_store().named_parameters()}
+        got = outcome(lambda d=data: em.fit(d, max_steps=3, tol=0).history)
+        with torch.no_grad():
+            for name, p in pyro.get_param_store().named_parameters():
+                p.copy_(begin[name])
+        expected = outcome(
+            lambda d=data: ExactPosteriorEM(model).fit(d, max_steps=3, tol=0).history
+        )
+        assert got == (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-4))
+
+
+def test_data_that_are_changed_in_place_are_read_as_they_are():
+    em = ExactPosteriorEM(mixture)
+    x = X.clone()
+    em.plan(x), em.fit(x, max_steps=1, tol=0)
+    pyro.get_param_store().clear()
+    em.plan(x)
+    for write in (lambda: x.mul_(2), lambda: x.numpy().__iadd__(1)):
+        write()
+        assert em.score(x) == pytest.approx(by_hand(x), abs=1e-4)
+        assert em.posterior(x).log_evidence == pytest.approx(by_hand(x), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (torch.tensor([0.3, math.nan, 4.1, 3.7, 0.1, 2.2]), "1 of 6 observed values are NaN"),
+        (torch.tensor([0.3, math.inf, 4.1, 3.7, 0.1, 2.2]), "1 of 6 observed values are infinite"),
+    ],
+)
+def test_data_that_are_no_numbers_are_refused(bad, says):
+    em = ExactPosteriorEM(mixture)
+    em.score(X)
+    with pytest.raises(DataError, match=says):
+        em.score(bad)
+
+
+def test_data_outside_the_support_and_arguments_outside_their_constraints_are_refused():
+    def model(x, s):
+        rate = pyro.param("rate", torch.tensor([1.0, 3.0]), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Gamma(2.0, rate[z] * s), obs=x)
+
+    em, ones = ExactPosteriorEM(model), torch.ones(6)
+    for method in (em.score, em.plan):
+        method(X.abs(), ones)
+        with pytest.raises(DataError, match="outside the support of Gamma"):
+            method(X, ones)
+        with pytest.raises(PyroEMError, match=r"rate"):
+            method(X.abs(), -ones)
+
+
+def test_parameters_that_are_no_numbers_are_refused():
+    em = ExactPosteriorEM(mixture)
+    em.plan(X)
+    pyro.param("mu").data[0] = math.nan
+    for data in (X, OTHER):
+        with pytest.raises(PyroEMError, match=r"parameter 'mu': its current value is not finite"):
+            em.score(data)
+
+
+def test_parameters_may_be_cleared_set_or_declared_anew():
+    em = ExactPosteriorEM(mixture)
+    em.fit(X, max_steps=3, tol=0)
+    pyro.clear_param_store()
+    assert em.score(X) == pytest.approx(by_hand(X), abs=1e-4)
+    pyro.get_param_store()["mu"] = torch.tensor([1.0, -2.0])
+    assert em.score(X) == pytest.approx(by_hand(X, mu=(1.0, -2.0)), abs=1e-4)
+    pyro.param("mu").data.copy_(torch.tensor([2.0, 5.0]))
+    assert em.score(X) == pytest.approx(by_hand(X, mu=(2.0, 5.0)), abs=1e-4)
+    del pyro.get_param_store()["mu"]
+    pyro.param("mu", torch.zeros(3))
+    with pytest.raises(PyroEMError, match=r"holds a value of shape \(3,\).*asks for shape \(2,\)"):
+        em.score(X)
+
+
+def test_random_numbers_are_not_remembered():
+    def model(x):
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x + torch.randn(len(x)))
+
+    em = ExactPosteriorEM(model)
+    em.plan(X)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        got = em.score(X)
+        torch.manual_seed(seed)
+        assert got == pytest.approx(by_hand(X + torch.randn(len(X))), abs=1e-4)
+
+
+def test_default_dtypes_are_told_apart():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(torch.tensor(0.6))).long()
+            pyro.sample("x", dist.Normal(torch.tensor([0.0, 3.0])[z], 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.posterior(X.double())
+    torch.set_default_dtype(torch.float64)
+    try:
+        terms = dist.Normal(torch.tensor([0.0, 3.0]), 1.5).log_prob(X.double()[:, None])
+        terms = terms + torch.tensor([0.4, 0.6]).log()
+        expected = float(terms.logsumexp(-1).sum())
+        assert em.score(X.double()) == pytest.approx(expected, abs=1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_form_that_was_seen_costs_one_run(monkeypatch):
+    em = ExactPosteriorEM(mixture)
+    em.plan(X)
+    calls = []
+
+    def model_runs(name):
+        run = getattr(runs, name)
+
+        def counted(*args, **kwargs):
+            calls.append(name)
+            return run(*args, **kwargs)
+
+        return counted
+
+    from pyro_em.graph import examination, first_run, trace
+
+    for module, name in (
+        (first_run, "plain_run"),
+        (examination, "provenance_run"),
+        (trace, "enumerated_run"),
+    ):
+        monkeypatch.setattr(module, name, model_runs(name))
+    em.score(OTHER)
+    em.posterior(X)
+    em.plan(X)
+    em.plan(OTHER)
+    assert calls == ["enumerated_run"] * 4
+
+
+def test_only_the_latest_forms_are_remembered():
+    em = ExactPosteriorEM(mixture)
+    for n in range(1, 15):
+        em.score(torch.linspace(0, 1, n))
+    assert len(em._session.looker.readings._by_form) == 8
