@@ -98,25 +98,24 @@ def fit_all(x: Tensor, largest: int) -> dict[int, EMResult]:
 def filtered(x: Tensor, K: int = 2) -> Tensor:
     """p(z_t | x_1..t) for every t, at the current parameters. # (T,) -> (T, K)"""
     q = ExactPosteriorEM(model_of_prefixes).posterior(x, K)
-    return torch.stack([q.probs(f"z_{t}")[t] for t in range(len(x))])
+    t = torch.arange(len(x))
+    return q.probs("z_*")[t, t]
 
 
 def smoothed(x: Tensor, K: int = 2) -> Tensor:
     """p(z_t | x_1..T) for every t, at the current parameters. # (T,) -> (T, K)"""
-    q = ExactPosteriorEM(model).posterior(x, K)
-    return torch.stack([q.probs(f"z_{t}") for t in range(len(x))])
+    return ExactPosteriorEM(model).posterior(x, K).probs("z_*")
 
 
 def decoded(x: Tensor, K: int = 2) -> Tensor:
     """The jointly most probable path (Viterbi), at the current parameters. # (T,) -> (T,)"""
-    path = ExactPosteriorEM(model).posterior(x, K).mode()
-    return torch.stack([path[f"z_{t}"] for t in range(len(x))])
+    return ExactPosteriorEM(model).posterior(x, K).mode()["z_*"]
 
 
 def forecast(x: Tensor, K: int = 2, horizon: int = 5, most: int = 60) -> Tensor:
     """p(x_T+h = c | x_1..T) for counts c = 0..most and h = 1..horizon. # (horizon, most + 1)"""
     q = ExactPosteriorEM(model).posterior(x, K, horizon=horizon)
-    weights = torch.stack([q.probs(f"z_{len(x) + h}") for h in range(horizon)])
+    weights = q.probs("z_*")[len(x) :]
     counts = torch.arange(most + 1).to(x).unsqueeze(-1)
     rate = parameters(x, K)[2].detach()
     return weights @ dist.Poisson(rate).log_prob(counts).exp().T

@@ -157,13 +157,12 @@ def fit(model: Callable[..., None], *args: Tensor) -> EMResult:
 def path_of(result: EMResult, site: str, steps: int) -> Tensor:
     """The Viterbi path of one chain. # (T,) or (T, N)"""
     assert isinstance(result.posterior, Posterior)
-    mode = result.posterior.mode()
-    return torch.stack([mode[f"{site}_{t}"] for t in range(steps)])
+    return result.posterior.mode()[f"{site}_*"][:steps]
 
 
 def probs_of(result: EMResult, site: str, steps: int) -> Tensor:
     """Smoothed probabilities of one chain. # (T, K) or (T, N, K)"""
-    return torch.stack([result.posterior.probs(f"{site}_{t}") for t in range(steps)])
+    return result.posterior.probs(f"{site}_*")[:steps]
 
 
 def fit_stages(data: dict[str, Tensor]) -> EMResult:

@@ -308,7 +308,7 @@ def find_states(x: Tensor, C: int, starts: int = 4, seed: int = 0) -> Tensor:
         answers.append((result.elbo, result.posterior))  # exact: the log evidence
     best = max(answers, key=lambda answer: answer[0])[1]
     pyro.clear_param_store()
-    return torch.stack([best.probs(f"c_{t}").argmax(-1) for t in range(x.shape[1])], 1)
+    return best.probs("c_*").argmax(-1).T
 
 
 def initialize(x: Tensor, C: int = 6, seed: int = 0) -> NonlinearICA:

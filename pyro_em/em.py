@@ -354,7 +354,8 @@ class ExactPosteriorEM(NamesFromElsewhere):
         """The M-step for a given q; parameters are written in place.
 
         Args:
-            q: A `Posterior`, or {site: probabilities} for every summed latent. # (*plates, K)
+            q: A `Posterior`, or {site: probabilities} for every summed latent # (*plates, K); by glob
+                those of a chain, {"z_*": probabilities} # (T, *plates, K)
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
 
@@ -428,7 +429,7 @@ class ExactPosteriorEM(NamesFromElsewhere):
                 * ``"random points"``: the same rows, with responsibilities by distance to K of
                   them, drawn far apart (as k-means++ draws its centres);
                 * ``"random"``: random probabilities for every latent, then an M-step;
-                * {site: labels or probabilities}, then an M-step.
+                * {site: labels or probabilities}, by glob those of a chain, then an M-step.
             seed: Seed of random starts.
             progress: Whether to show a bar; by default where the output is a terminal.
             callbacks: Called with each `EMStep`; one that returns True stops the fit.

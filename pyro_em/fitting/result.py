@@ -19,6 +19,7 @@ from pyro_em.errors import message
 from pyro_em.fitting.ends import End, ends_in_words
 from pyro_em.fitting.information import StaticInformation
 from pyro_em.fitting.standard_errors import StandardErrors
+from pyro_em.globs import listed, matching, stacked_answers
 from pyro_em.plan.plan import Plan
 from pyro_em.portable import Copied, Portable, Refused, answered
 from pyro_em.posteriors.posterior import Posterior
@@ -88,6 +89,8 @@ class History(Sequence[float]):
 class Params(dict[str, Tensor]):
     """Constrained values by parameter name; a point-estimated site's own name works too.
 
+    A glob stacks several of one shape along a new first dimension, in natural order.
+
     Example:
         >>> Params({"AutoDelta.rate": torch.tensor(2.0)}, {"rate": "AutoDelta.rate"})["rate"]
         tensor(2.)
@@ -100,8 +103,11 @@ class Params(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         if name in self.sites:
             return self[self.sites[name]]
-        known = ", ".join(f"'{n}'" for n in (*self, *self.sites)) or "none"
-        raise KeyError(f"no parameter is called {name!r}; the model has: {known}")
+        names = (*self, *self.sites)
+        found = matching(name, names) if isinstance(name, str) else []
+        if found:
+            return stacked_answers(f"'{name}'", found, self.__getitem__)
+        raise KeyError(f"no parameter is called {name!r}; the model has: {listed(names)}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,25 +10,40 @@ import torch
 from torch import Tensor
 
 from pyro_em.plotting.axes import colour, or_new
+from pyro_em.plotting.latents import probs_of, require_shape
+from pyro_em.posteriors.protocol import AnyPosterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def responsibilities(x: Tensor, probs: Tensor, ax: Axes | None = None, size: float = 18) -> Axes:
+def responsibilities(
+    x: Tensor,
+    probs: Tensor | AnyPosterior,
+    ax: Axes | None = None,
+    size: float = 18,
+    *,
+    site: str | None = None,
+) -> Axes:
     """Scatter two-dimensional data, each point in the mixture of its components' colours.
 
     Args:
         x: Data. # (N, 2)
-        probs: Responsibilities. # (N, K)
+        probs: Responsibilities # (N, K), or a posterior.
         ax: Axes to draw on; new ones by default.
         size: Marker area in points².
+        site: Of a posterior, which latent; a glob where each row is a step of a chain.
 
     Returns:
         The axes.
+
+    Raises:
+        UsageError: If the responsibilities are not those of rows.
     """
     from matplotlib.colors import to_rgb
 
+    probs = probs_of("responsibilities", probs, site)
+    require_shape("responsibilities", "probs", probs, "N, K")
     ax = or_new(ax)
     colours = np.array([to_rgb(colour(k)) for k in range(probs.shape[-1])])
     mixed = probs.detach().cpu().numpy() @ colours

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.plotting.axes import colour, or_new
+from pyro_em.plotting.latents import probs_of, require_shape, states_of
+from pyro_em.posteriors.protocol import AnyPosterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +20,10 @@ if TYPE_CHECKING:
 
 def state_sequence(
     x: Tensor,
-    states: Tensor,
+    states: Tensor | Mapping[str, Tensor] | AnyPosterior,
     ax: Axes | None = None,
     *,
+    site: str | None = None,
     times: Tensor | Sequence[float] | None = None,
     means: Tensor | None = None,
     labels: Sequence[str] | None = None,
@@ -29,8 +32,10 @@ def state_sequence(
 
     Args:
         x: The series. # (T,)
-        states: A state per step, for example from ``posterior.mode()``. # (T,)
+        states: A state per step, as in ``posterior.mode()["z_*"]`` # (T,); or a posterior, whose most
+            probable path is drawn, or values by site.
         ax: Axes to draw on; new ones by default.
+        site: Of a posterior or of values by site, which: a glob of steps such as ``"z_*"``.
         times: Where the steps lie; 0, 1, … by default. # (T,)
         means: What each state emits on average, drawn as a step line. # (K,)
         labels: A name per state; "state 1", … by default.
@@ -39,9 +44,11 @@ def state_sequence(
         The axes; time and value axes are the caller's to name.
 
     Raises:
-        UsageError: If the lengths disagree.
+        UsageError: If the lengths disagree, or states are not those of one sequence.
     """
-    moments, series, path = _times(times, len(x)), _array(x), _array(states)
+    states = states_of("state_sequence", states, site)
+    require_shape("state_sequence", "states", states, "T")
+    moments, series, path = _times(times, len(x)), _array(x), _array(states.long())
     _check_lengths("state_sequence", steps=len(x), states=len(states), times=len(moments))
     ax = or_new(ax, (9, 3))
     ax.plot(moments, series, color="0.75", linewidth=1, zorder=1)
@@ -61,17 +68,19 @@ def state_sequence(
 
 
 def state_probs(
-    probs: Tensor,
+    probs: Tensor | AnyPosterior,
     ax: Axes | None = None,
     *,
+    site: str | None = None,
     times: Tensor | Sequence[float] | None = None,
     labels: Sequence[str] | None = None,
 ) -> Axes:
     """Draw the posterior marginals of a chain as areas that fill the height at every time.
 
     Args:
-        probs: Probabilities that sum to one over the states. # (T, K)
+        probs: Probabilities that sum to one over the states # (T, K), or a posterior.
         ax: Axes to draw on; new ones by default.
+        site: Of a posterior, which latents: a glob of steps such as ``"z_*"``.
         times: Where the steps lie; 0, 1, … by default. # (T,)
         labels: A name per state; "state 1", … by default.
 
@@ -79,8 +88,10 @@ def state_probs(
         The axes.
 
     Raises:
-        UsageError: If the lengths disagree.
+        UsageError: If the lengths disagree, or the probabilities are not those of one sequence.
     """
+    probs = probs_of("state_probs", probs, site)
+    require_shape("state_probs", "probs", probs, "T, K")
     T, K = probs.shape
     moments = _times(times, T)
     _check_lengths("state_probs", steps=T, times=len(moments))

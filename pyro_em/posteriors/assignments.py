@@ -18,7 +18,7 @@ from pyro_em.globs import listed
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import largest_cells, run_contraction
-from pyro_em.posteriors.names import names_of, own_name
+from pyro_em.posteriors.names import names_of, own_name, spread
 from pyro_em.posteriors.vectors import Rows
 
 Cluster = Callable[[Tensor, Tensor, int, torch.Generator, Tensor | None], Tensor]
@@ -69,14 +69,15 @@ def given_counts(
         graph: The factor graph.
         plan: Its elimination order.
         tables: Its log densities.
-        assignments: For each latent integer labels (*plates,) or probabilities (*plates, K). Latents
-            that are not named take their posterior given the named ones.
+        assignments: For each latent integer labels (*plates,) or probabilities (*plates, K), by glob
+            those of a chain (T, ...). Latents that are not named take their posterior given the named
+            ones.
 
     Raises:
         UsageError: If a name is unknown or a shape is wrong.
     """
     unary = {}
-    for name, given in assignments.items():
+    for name, given in spread(graph, assignments, "init").items():
         own = own_name(graph, name)
         if own not in graph.latents:
             raise UsageError(

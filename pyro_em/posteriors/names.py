@@ -6,8 +6,10 @@ The unobserved part of a site with ``obs_mask`` goes by the site's own name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import is_glob, listed, matching, refuse_gaps, unknown
 from pyro_em.graph.factors import FactorGraph, Latent
@@ -130,6 +132,46 @@ def _pairs(
             )
         )
     return tuple(zip(firsts, seconds, strict=True))
+
+
+def spread(graph: FactorGraph, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Tensors by latent, of which a glob gives those of several, stacked in order of time.
+
+    Args:
+        graph: The factor graph.
+        given: By name or glob; what is given by name counts before what a glob gives.
+        where: The argument that they are.
+
+    Returns:
+        By name; what matches no latent is left as it is.
+
+    Raises:
+        UsageError: If a glob matches another number of latents than it has rows.
+    """
+    out: dict[str, Any] = {}
+    for pattern, value in sorted(given.items(), key=lambda item: _is_named(graph, item[0])):
+        names = None if _is_named(graph, pattern) else matching(pattern, names_of(graph))
+        if not names:
+            out[pattern] = value
+            continue
+        refuse_gaps(pattern, observed_steps(graph))
+        rows = as_tensor(f"{where}['{pattern}']", value)
+        if rows.dim() == 0 or len(rows) != len(names):
+            raise UsageError(
+                message(
+                    f"{where}['{pattern}']",
+                    f"its shape is {tuple(rows.shape)}, and it matches {len(names)} latents: "
+                    f"{listed(names)}.",
+                    "what is given by glob has a row for each, in order of time",
+                    ["stack one tensor for each latent", "give each by its name"],
+                )
+            )
+        out.update(zip(names, rows.unbind(0), strict=True))
+    return out
+
+
+def _is_named(graph: FactorGraph, name: str) -> bool:
+    return own_name(graph, name) in graph.latents
 
 
 def observed_steps(graph: FactorGraph) -> tuple[str, ...]:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import listed
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.names import names_of, spread
 from pyro_em.posteriors.posterior import Posterior, marginal
 
 
@@ -20,28 +22,29 @@ def product_posterior(
 
     Args:
         graph: The factor graph.
-        marginals: For every summed latent its probabilities. # (*plates, K)
+        marginals: For every summed latent its probabilities # (*plates, K); by glob those of a chain
+            # (T, *plates, K)
         log_densities: Per group.
 
     Raises:
         UsageError: If a latent is missing, or probabilities have a wrong shape or sum.
     """
     tables = {}
-    marginals = dict(marginals)
+    marginals = spread(graph, marginals, "q")
     for name in graph.structure.masked_pairs:
         if name in marginals and f"{name}_unobserved" in graph.latents:
             marginals[f"{name}_unobserved"] = marginals.pop(name)
     missing = [n for n in graph.latents if n not in marginals]
     unknown = [n for n in marginals if n not in graph.latents]
     if missing or unknown:
-        names = ", ".join(f"'{n}'" for n in missing or unknown)
+        names = listed(missing or unknown)
         what = "probabilities are missing for" if missing else "no summed latent is called"
         raise UsageError(
             message(
                 "q",
                 f"{what} {names}.",
                 "q must name every summed latent and nothing else",
-                ["give {site: probabilities} for: " + ", ".join(graph.latents)],
+                [f"give {{site: probabilities}} for: {listed(names_of(graph))}"],
             )
         )
     for name, latent in graph.latents.items():

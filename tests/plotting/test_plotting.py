@@ -107,6 +107,37 @@ def test_state_probs_fill_the_height() -> None:
         plotting.state_probs(probs, times=[1.0, 2.0])
 
 
+def states_over_time(x: Tensor) -> None:
+    A, mu = torch.tensor([[0.8, 0.2], [0.3, 0.7]]), torch.tensor([-1.0, 1.0])
+    z = torch.tensor(0)
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+
+def test_figures_of_latents_take_a_posterior_and_a_glob() -> None:
+    x = torch.randn(11)
+    q = ExactPosteriorEM(states_over_time).posterior(x)
+    probs, path = q.probs("z_*"), q.mode()["z_*"]
+    areas = [plotting.state_probs(probs), plotting.state_probs(q, site="z_*")]
+    lower = [ax.collections[0].get_paths()[0].vertices for ax in areas]
+    assert np.array_equal(lower[0], lower[1])
+    for states, site in ((path, None), (q, "z_*"), (q.mode(), "z_*")):
+        ax = plotting.state_sequence(x, states, site=site)
+        drawn = [c.get_offsets().data.tolist() for c in ax.collections]
+        assert [len(d) for d in drawn] == [int((path == k).sum()) for k in range(len(drawn))]
+    plane = torch.randn(11, 2)
+    both = plotting.responsibilities(plane, probs), plotting.responsibilities(plane, q, site="z_*")
+    faces = [ax.collections[0].get_facecolors() for ax in both]
+    assert np.array_equal(faces[0], faces[1])
+    with pytest.raises(UsageError, match="does not say which of its latents"):
+        plotting.state_probs(q)
+    with pytest.raises(UsageError, match=r"probs has shape \(3, 2, 2\), not \(T, K\)"):
+        plotting.state_probs(torch.full((3, 2, 2), 0.5))
+    with pytest.raises(UsageError, match="neither states nor a posterior"):
+        plotting.state_sequence(x, [1, 0])
+
+
 def test_comparison_is_what_its_plot_method_draws() -> None:
     result = compare(
         ExactPosteriorEM(mixture), data(), max_steps=20, svi_steps=20, seeds=(0,), progress=False

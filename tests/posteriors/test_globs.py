@@ -274,6 +274,49 @@ def test_predictive_takes_globs() -> None:
     assert torch.equal(draws["x_*"][10], draws["x_10"])
 
 
+def fitted(x: Tensor) -> None:
+    mu = pyro.param("mu", MU.clone())
+    p = PI
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(p))
+        pyro.sample(f"x_{t}", dist.Normal(mu[z], 0.8), obs=x[t])
+        p = A[z]
+
+
+def test_probabilities_and_labels_are_given_by_glob() -> None:
+    em = ExactPosteriorEM(fitted)
+    q = em.posterior(X)
+    probs, path = q.probs("z_*"), q.mode()["z_*"]
+    names = {f"z_{t}": p for t, p in enumerate(probs)}
+    assert float(em.elbo(X, q={"z_*": probs})) == float(em.elbo(X, q=names))
+    mixed = {"z_10": probs[0], "z_*": probs}
+    expected = {**names, "z_10": probs[0]}
+    assert float(em.elbo(X, q=mixed)) == float(em.elbo(X, q=expected))
+    em.m_step({"z_*": probs}, X)
+    torch.testing.assert_close(pyro.param("mu").detach(), (probs.T @ X) / probs.sum(0))
+    result = em.fit(X, init={"z_*": path}, max_steps=0, progress=False)
+    hot = torch.nn.functional.one_hot(path, 3).double()
+    torch.testing.assert_close(result.params["mu"], (hot.T @ X) / hot.sum(0))
+    with pytest.raises(UsageError, match=r"its shape is \(11, 3\), and it matches 12 latents"):
+        em.elbo(X, q={"z_*": probs[1:]})
+    with pytest.raises(UsageError, match=r"probabilities are missing for 'z_0', …, 'z_11'"):
+        em.elbo(X, q={})
+    with pytest.raises(UsageError, match="no summed latent"):
+        em.fit(X, init={"y_*": path})
+
+
+def test_parameters_take_globs() -> None:
+    def model(x: Tensor) -> None:
+        for k in range(11):
+            mu = pyro.param(f"mu_{k}", torch.full((2,), float(k), dtype=x.dtype))
+            pyro.sample(f"x_{k}", dist.Normal(mu, 1.0).to_event(1), obs=x[:2] + 0.1 * k)
+
+    params = ExactPosteriorEM(model).fit(X, progress=False).params
+    torch.testing.assert_close(params["mu_*"], X[:2] + 0.1 * torch.arange(11.0).unsqueeze(-1))
+    with pytest.raises(KeyError, match=r"'nu_\*'; the model has: 'mu_0', …, 'mu_10' \(11 names\)"):
+        params["nu_*"]
+
+
 def drawn(x: Tensor) -> None:
     level = pyro.sample("level", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
     p = PI
