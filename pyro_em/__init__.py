@@ -42,6 +42,7 @@ from pyro_em.loss import TraceExact_ELBO
 from pyro_em.plan.plan import Plan
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
+from pyro_em.tracing.vectorized import vectorized_markov
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares
 from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
 from pyro_em.variational.drawn import DrawnPosterior
@@ -89,4 +90,5 @@ __all__ = [
     "log_partition",
     "register_family",
     "standard_contenders",
+    "vectorized_markov",
 ]

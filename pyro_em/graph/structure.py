@@ -83,6 +83,9 @@ class Structure(Portable):
         by_numbers: Whether something of it was found out by looking at numbers: whether elements
             that an operation could mix are coupled, what a latent does that was read as a number of
             Python, where an ``obs_mask`` is False.
+        passing: Sites that only carry values from step to step, and do not count.
+        series: How its loops are read over index tensors (`pyro_em.graph.series.Unrolling`), where
+            they are.
     """
 
     plates: Mapping[str, Plate]
@@ -103,13 +106,20 @@ class Structure(Portable):
     unregistered: tuple[Unregistered, ...] = ()
     looked: Mapping[str, Mapping[str, Any]] | None = None
     by_numbers: bool = False
+    passing: frozenset[str] = frozenset()
+    series: Any = None
 
     def _travelling(self) -> dict[str, Any]:
         # What only runs of the model need: traced sites, values of barren latents.
-        return {**vars(self), "unobserved": {}, "kept_values": {}}
+        return {**vars(self), "unobserved": {}, "kept_values": {}, "series": None}
 
     def _staying(self) -> dict[str, Any]:
         return self._travelling()
+
+    @property
+    def as_run(self) -> Structure:
+        """The structure that a run shows: that of the template where loops run over indices."""
+        return self if self.series is None else self.series.template
 
     @property
     def data_plates(self) -> tuple[str, ...]:

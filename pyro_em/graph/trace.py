@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import is_outside
-from pyro_em.errors import DegenerateError, Finding, ModelError, as_error, message, raise_findings
+from pyro_em.errors import (
+    DegenerateError,
+    Finding,
+    ModelError,
+    PyroEMError,
+    as_error,
+    message,
+    raise_findings,
+)
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.blame import given_tensors
-from pyro_em.graph.factors import _FIXED_SIZE, Factor, FactorGraph, _stack
+from pyro_em.graph.factors import _FIXED_SIZE, Factor, FactorGraph, Latent, _stack
 from pyro_em.graph.failures import (
     changing_sites,
     needs_more_dimensions,
@@ -23,6 +31,7 @@ from pyro_em.graph.failures import (
 from pyro_em.graph.layout import _Layout, _outside, _Stray
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
+from pyro_em.graph.unrolled import unrolled_graph
 from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
@@ -35,9 +44,9 @@ from pyro_em.tracing.runs import (
     is_of_validation,
 )
 from pyro_em.tracing.sites import Role, frames_of, is_factor, mask_tensor, role_of, tensors_of
+from pyro_em.tracing.vectorized import NotVectorized, vectorizing
 
 
-@torch.enable_grad()
 def trace_graph(
     model: Model,
     args: tuple,
@@ -73,7 +82,50 @@ def trace_graph(
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
             ``pyro.markov`` scope, or is another model when they are enumerated.
+        NotVectorized: If a loop cannot be run over index tensors when it is first looked at.
     """
+    how: dict[str, Any] = {
+        "limit": limit,
+        "values": values,
+        "random_seed": random_seed,
+        "with_bindings": with_bindings,
+        "keep_random_state": keep_random_state,
+        "attached": attached,
+        "looked": looked,
+        "log": log,
+    }
+    steps = structure.series
+    if steps is not None:
+        try:
+            with vectorizing(steps.series()):
+                factors, latents, run = _traced(model, args, kwargs, steps.template, **how)
+            return unrolled_graph(structure, factors, latents, run.parameters)
+        except (NotVectorized, PyroEMError):
+            if looked is not None:  # at the first look, which then is made at the loop itself
+                raise
+            structure = replace(structure, series=None)
+    factors, latents, run = _traced(model, args, kwargs, structure, **how)
+    factors = _count_where_needed(factors, structure)
+    return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
+
+
+@torch.enable_grad()
+def _traced(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    *,
+    limit: int | None,
+    values: Mapping[str, Tensor] | None,
+    random_seed: int | None,
+    with_bindings: bool,
+    keep_random_state: bool,
+    attached: bool,
+    looked: Mapping[str, Mapping[str, Any]] | None,
+    log: OperationLog | None,
+) -> tuple[list[Factor], dict[str, Latent], Run]:
+    """The factor of every site that counts, and the latents; see `trace_graph`."""
     run = run_enumerated(
         model,
         args,
@@ -96,7 +148,8 @@ def trace_graph(
     _require_sizes(sites, structure)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = _Layout(sites, structure, Recurring(leaves))
-    for name in structure.sites:
+    counted = [n for n in structure.sites if n not in structure.passing]
+    for name in counted:
         layout.find_out_of_scope(name)
     if layout.problems:
         raise_findings(layout.problems)
@@ -105,7 +158,7 @@ def trace_graph(
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
     factors = []
-    for name in structure.sites:
+    for name in counted:
         try:
             factors.append(layout.factor(name, leaves if with_bindings else None))
         except _Stray as stray:
@@ -126,9 +179,7 @@ def trace_graph(
             )
     if layout.problems:
         raise_findings(layout.problems)
-    factors = _count_where_needed(factors, structure)
-    latents = {name: layout.latent(name) for name in structure.latents}
-    return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
+    return factors, {name: layout.latent(name) for name in structure.latents}, run
 
 
 def note_sites(log: OperationLog, run: Run) -> None:
@@ -158,7 +209,7 @@ def check_arguments(
     """
     try:
         run = run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
-        sites = [run.sites[n] for n in structure.sites if n in run.sites]
+        sites = [run.sites[n] for n in structure.as_run.sites if n in run.sites]
         shadowed = any(is_shadow(t) for s in sites for t in tensors_of(s["fn"]))
     except ModelError as error:
         shadowed = is_of_shadows(error.__cause__)
@@ -185,7 +236,7 @@ def run_enumerated(
     limit: int | None,
     **how: Any,
 ) -> Run:
-    """Run a model with its latents enumerated.
+    """Run a model with its latents enumerated, and with its loops over index tensors if they can.
 
     Args:
         model: The user's model.
@@ -198,6 +249,9 @@ def run_enumerated(
     Raises:
         ModelError: If it fails.
     """
+    if structure.series is not None:
+        with vectorizing(structure.series.series()):
+            return run_enumerated(model, args, kwargs, structure.as_run, limit=limit, **how)
     try:
         return enumerated_run(
             model,

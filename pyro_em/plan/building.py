@@ -13,14 +13,14 @@ import pyro
 import torch
 from torch.distributions import transform_to
 
-from pyro_em.errors import ModelError, as_error, message, raise_findings
-from pyro_em.graph.examination import examine
+from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import check_arguments, trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
+from pyro_em.plan.loops import examine_with_loops
 from pyro_em.plan.notes import support_edges, unconstrained_simplexes
 from pyro_em.plan.program import Program
 from pyro_em.plan.routes import Route
@@ -34,6 +34,7 @@ from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.runs import Model
+from pyro_em.tracing.vectorized import NotVectorized
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
 
@@ -96,12 +97,15 @@ class Task(StaysHere):
 
 
 @_fewer_collections()
-def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
+def build_program(
+    task: Task, *, first_look: bool = True, step_by_step: str = ""
+) -> Program | Unrouted:
     """Look at a model and its data, decide everything, pay nothing yet.
 
     Args:
         task: What is wanted.
         first_look: Whether the plain run may advance the random state.
+        step_by_step: Why vectorised loops have to be read step by step; empty by default.
 
     Returns:
         The program; where a latent has no route, what there is to say of it.
@@ -109,7 +113,7 @@ def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
     Raises:
         PyroEMError: If the model or its data cannot be used, with all findings.
     """
-    structure = _examined(task, first_look)
+    structure = _examined(task, first_look, step_by_step)
     if isinstance(structure, Unrouted):
         return structure
     looked, structure = structure.looked, replace(structure, looked=None)
@@ -119,8 +123,11 @@ def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
         if structure.unchecked:
             check_arguments(task.model, task.args, task.kwargs, structure, task.limit)
         graph = traced(task, structure, log, looked)
-    except ModelError as error:
-        if not are_of_routes(error.problems):
+    except (NotVectorized, PyroEMError) as error:
+        if structure.series is not None:
+            why = str(error).splitlines()[0]
+            return build_program(task, first_look=False, step_by_step=why)
+        if not isinstance(error, ModelError) or not are_of_routes(error.problems):
             raise
         return without_route(structure, error, routes=task.routes)
     program = decided(task, structure, graph, log)
@@ -129,9 +136,9 @@ def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
     return program
 
 
-def _examined(task: Task, first_look: bool) -> Structure | Unrouted:
+def _examined(task: Task, first_look: bool, step_by_step: str) -> Structure | Unrouted:
     """What two cheap runs say, before anything is paid for."""
-    structure, problems = examine(
+    structure, problems = examine_with_loops(
         task.model,
         task.args,
         task.kwargs,
@@ -139,6 +146,7 @@ def _examined(task: Task, first_look: bool) -> Structure | Unrouted:
         first_look=first_look,
         sparing=True,
         max_enumeration=task.max_enumeration,
+        step_by_step=step_by_step,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None

@@ -154,7 +154,7 @@ def _bindings_of(graph: FactorGraph) -> list[Any]:
 
 def _are_possible(sites: Mapping[str, Mapping[str, Any]], structure: Structure) -> bool:
     """Whether nothing can be found fault with in the observed values, weights and arguments."""
-    for name, info in structure.sites.items():
+    for name, info in structure.as_run.sites.items():
         site = sites[name]
         if info.role is Role.DATA and data_problems(name, site):
             return False

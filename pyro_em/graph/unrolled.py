@@ -1,0 +1,383 @@
+"""From the factors of a template to those of the loop's steps, stacked and not copied.
+
+The later steps of a loop are one factor whose first plate is the steps: with that dimension in front
+it is a `Group` of as many members. Members whose tensors are the same are one, expanded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import Factor, FactorGraph, Group, Latent
+from pyro_em.graph.series import Unrolling
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.vectorized import NotVectorized
+
+Lead = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Members of a group that come from one factor of the template.
+
+    Attributes:
+        names: Of the members.
+        dims: For each member the names of its dimensions.
+        one: The first of them.
+        whole: The factor, with tensors whose first dimension is that of members, or of size one.
+    """
+
+    names: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    one: Factor
+    whole: Factor
+
+
+def unrolled_graph(
+    structure: Structure,
+    factors: Sequence[Factor],
+    latents: Mapping[str, Latent],
+    parameters: Mapping[str, TracedParameter],
+) -> FactorGraph:
+    """The graph of a loop.
+
+    Args:
+        structure: That of the loop.
+        factors: Those of its template that count, in order.
+        latents: Those of its template.
+        parameters: What the run read.
+    """
+    unrolling: Unrolling = structure.series
+    factors = _counted(factors, unrolling)
+    by_name = {f.info.name: f for f in factors}
+    blocks: dict[tuple[Any, ...], list[_Block]] = {}
+    for name in dict.fromkeys(n for n, _ in _in_order(unrolling)):
+        block = _block(by_name[name], unrolling)
+        blocks.setdefault(block.one.signature, []).append(block)
+    found: dict[str, Latent] = {}
+    for name, t in unrolling.order():
+        if name in latents:
+            found[unrolling.name_at(name, t)] = _latent_at(latents[name], unrolling, name, t)
+    groups = tuple(_merged(own) for own in blocks.values())
+    return FactorGraph(structure, found, groups, parameters)
+
+
+def _in_order(unrolling: Unrolling) -> Sequence[tuple[str, int | None]]:
+    """Each counted site of the template once, in the order of the loop's first sites."""
+    seen: dict[str, int | None] = {}
+    for name in unrolling.template.sites:
+        if unrolling.is_counted(name):
+            seen[name] = None
+    return list(seen.items())
+
+
+def _latent_at(latent: Latent, unrolling: Unrolling, name: str, t: int | None) -> Latent:
+    if t is None:
+        return latent
+    loop = unrolling.places[name].loop
+    rank = unrolling.ranks[name]
+    by_dim = {unrolling.template.plates[p].dim: p for p in latent.plates if p != loop}
+    return Latent(
+        unrolling.name_at(name, t),
+        tuple(p for p in latent.plates if p != loop),
+        latent.support,
+        tuple(by_dim.get(d) for d in range(-rank, 0)),
+    )
+
+
+def _block(f: Factor, unrolling: Unrolling) -> _Block:
+    name = f.info.name
+    if not unrolling.is_rest(name):
+        return _Block((name,), (f.dims,), f, _mapped(f, lambda t: t.unsqueeze(0)))
+    loop = unrolling.loops[unrolling.places[name].loop]
+    k = f.info.plates.index(loop.name)
+    if isinstance(f.scale, Tensor):
+        if f.scale.shape[k] > 1:
+            raise NotVectorized(f"poutine.scale of '{name}' differs from step to step")
+        f = replace(f, scale=f.scale.squeeze(k))
+    whole = _mapped(f, lambda t: t.movedim(k, 0))
+    rest = f.dims[:k] + f.dims[k + 1 :]
+    plates, scope = rest[: len(f.info.plates) - 1], rest[len(f.info.plates) - 1 :]
+    steps = range(loop.history, loop.size)
+    names = tuple(unrolling.name_at(name, t) for t in steps)
+    read = [[unrolling.name_at(z, t) for t in steps] for z in scope]
+    dims = (
+        tuple((*plates, *own) for own in zip(*read, strict=True))
+        if read
+        else (plates,) * len(names)
+    )
+    first = loop.history
+    one = replace(
+        _mapped(whole, lambda t: t[0]),
+        info=replace(
+            unrolling.info_at(name, first),
+            scope=tuple(unrolling.name_at(z, first) for z in scope),
+        ),
+        dims=dims[0],
+        sizes=f.sizes[:k] + f.sizes[k + 1 :],
+    )
+    return _Block(names, dims, one, whole)
+
+
+def _mapped(f: Factor, lead: Lead) -> Factor:
+    """A factor with every tensor that is laid out over its dimensions passed through ``lead``."""
+
+    def of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else lead(tensor)
+
+    return replace(
+        f,
+        arguments={n: lead(a) for n, a in f.arguments.items()},
+        bindings={n: _mapped_binding(b, lead) for n, b in f.bindings.items()},
+        value=lead(f.value),
+        mask=of(f.mask),
+        raw=of(f.raw),
+        value_binding=None if f.value_binding is None else _mapped_binding(f.value_binding, lead),
+        elements=of(f.elements),
+    )
+
+
+def _mapped_binding(b: Binding, lead: Lead) -> Binding:
+    return replace(
+        b,
+        constant=lead(b.constant),
+        selections=tuple(
+            replace(s, index=lead(s.index), factor=None if s.factor is None else lead(s.factor))
+            for s in b.selections
+        ),
+        jacobians=None if b.jacobians is None else {n: lead(j) for n, j in b.jacobians.items()},
+    )
+
+
+def _merged(blocks: Sequence[_Block]) -> Group:
+    first = blocks[0].one
+    counts = [len(b.names) for b in blocks]
+    whole = [b.whole for b in blocks]
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return _joined(tensors, counts)
+
+    def optional(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        held = [t for t in tensors if t is not None]
+        return joined(held) if held else None
+
+    def bound(bindings: Sequence[Binding]) -> Binding:
+        return _joined_bindings(bindings, joined)
+
+    values = [w.value_binding for w in whole if w.value_binding is not None]
+    return Group(
+        tuple(n for b in blocks for n in b.names),
+        tuple(d for b in blocks for d in b.dims),
+        len(first.info.plates),
+        first.sizes,
+        first.family,
+        first.event_dims,
+        {a: joined([w.arguments[a] for w in whole]) for a in first.arguments},
+        {a: bound([w.bindings[a] for w in whole]) for a in first.bindings},
+        joined([w.value for w in whole]),
+        optional([w.mask for w in whole]),
+        tuple(b.one.scale for b, n in zip(blocks, counts, strict=True) for _ in range(n)),
+        optional([w.raw for w in whole]),
+        first.raw_params,
+        first.info.observed,
+        first.info.distribution,
+        first.info.role,
+        bound(values) if values else None,
+        optional([w.elements for w in whole]),
+        first.hyperparameters,
+        first.edges,
+    )
+
+
+def _joined(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Blocks of members one after the other; members that are the same stay one, expanded."""
+    total = sum(counts)
+    first = tensors[0]
+    if all(t.shape[0] == 1 and _is_same(t, first) for t in tensors):
+        return first.expand(total, *first.shape[1:])
+    each = [t.expand(n, *t.shape[1:]) for t, n in zip(tensors, counts, strict=True)]
+    return each[0] if len(each) == 1 else torch.cat(each)
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (not a.requires_grad and a.shape == b.shape and bool((a == b).all()))
+
+
+def _joined_bindings(bindings: Sequence[Binding], joined: Callable[..., Tensor]) -> Binding:
+    first = bindings[0]
+    selections = []
+    for i, part in enumerate(first.selections):
+        same = [b.selections[i] for b in bindings]
+        factor = None
+        if part.factor is not None:
+            factor = joined([s.factor for s in same])
+        selections.append(replace(part, index=joined([s.index for s in same]), factor=factor))
+    jacobians = None
+    if first.jacobians is not None:
+        jacobians = {
+            name: joined([b.jacobians[name] for b in bindings if b.jacobians is not None])
+            for name in first.jacobians
+        }
+    return replace(
+        first,
+        constant=joined([b.constant for b in bindings]),
+        selections=tuple(selections),
+        jacobians=jacobians,
+    )
+
+
+# ---------------------------------------------------------------- masked latents
+
+
+def _counted(factors: Sequence[Factor], unrolling: Unrolling) -> list[Factor]:
+    """Counts of a masked latent are dropped only where nothing that counts depends on it.
+
+    What `pyro_em.graph.trace` does from step to step, for all steps at once: a latent takes part
+    where its mask says so, or a factor that reads it does. Steps that read each other are followed
+    until nothing changes.
+    """
+    unread = {f"{name}_unobserved" for name in unrolling.template.masked_pairs}
+    by_name = {f.info.name: f for f in factors}
+    masked = [
+        f.info.name
+        for f in factors
+        if f.mask is not None and not f.info.observed and f.info.name not in unread
+    ]
+    if not masked:
+        return list(factors)
+    units = {f.info.name: _Unit.of(f, unrolling) for f in factors}
+    changed = True
+    while changed:
+        changed = False
+        for name in reversed(masked):
+            before = units[name].mask
+            assert before is not None
+            after = before
+            for child in factors:
+                if child.info.name != name:
+                    for part in _shares(units[name], units[child.info.name], unrolling):
+                        after = part if after is None else after | part
+            after = _closed(after, units[name], by_name[name], unrolling)
+            if after.shape != before.shape or bool((after != before).any()):
+                units[name] = replace(units[name], mask=after)
+                changed = True
+    return [
+        replace(f, mask=units[f.info.name].laid_out(f)) if f.info.name in masked else f
+        for f in factors
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """Where a factor of the template counts.
+
+    Attributes:
+        name: Its site.
+        steps: How many steps it stands for.
+        is_rest: Whether it stands for all later steps.
+        plates: Its plates, that of the steps excepted.
+        scope: The latents that it reads.
+        mask: Where it counts; None where it does everywhere. # (steps or 1, *plates or 1s)
+    """
+
+    name: str
+    steps: int
+    is_rest: bool
+    plates: tuple[str, ...]
+    scope: tuple[str, ...]
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, f: Factor, unrolling: Unrolling) -> _Unit:
+        name, n = f.info.name, len(f.info.plates)
+        mask = f.mask
+        rest = unrolling.is_rest(name)
+        plates, steps = f.info.plates, 1
+        if mask is not None:
+            mask = mask.reshape((*mask.shape[:n], -1)).any(-1)
+        if rest:
+            loop = unrolling.loops[unrolling.places[name].loop]
+            k = plates.index(loop.name)
+            plates, steps = plates[:k] + plates[k + 1 :], loop.rest
+            mask = None if mask is None else mask.movedim(k, 0)
+        elif mask is not None:
+            mask = mask.unsqueeze(0)
+        return cls(name, steps, rest, plates, f.dims[n:], mask)
+
+    def laid_out(self, f: Factor) -> Tensor:
+        """The mask over the dimensions of the factor."""
+        assert self.mask is not None and f.mask is not None
+        mask = self.mask
+        if self.is_rest:
+            k = next(i for i, p in enumerate(f.info.plates) if p not in self.plates)
+            mask = mask.movedim(0, k)
+        else:
+            mask = mask.squeeze(0)
+        return mask.reshape(mask.shape + (1,) * (f.mask.dim() - mask.dim()))
+
+
+def _shares(unit: _Unit, child: _Unit, unrolling: Unrolling) -> list[Tensor]:
+    """Where a latent takes part because a factor that reads it does. # (steps, *plates or 1s)"""
+    out = []
+    alive = child.mask
+    if alive is None:
+        device = unit.mask.device if unit.mask is not None else None
+        alive = torch.ones((1,) * (1 + len(child.plates)), dtype=torch.bool, device=device)
+    for i in reversed(range(len(child.plates))):
+        if child.plates[i] not in unit.plates:
+            alive = alive.any(1 + i)
+    if unit.name in child.scope:
+        if child.is_rest and not unit.is_rest:
+            alive = alive.any(0, keepdim=True)
+        out.append(alive)
+    place = unrolling.places.get(unit.name)
+    if place is None or not child.is_rest:
+        return out
+    history = unrolling.loops[place.loop].history
+    for read in child.scope:
+        other = unrolling.places.get(read)
+        if other is None or other.loop != place.loop or other.shift in (None, history):
+            continue
+        assert other.shift is not None
+        if unit.is_rest and (other.before, other.after) == (place.before, place.after):
+            out.append(_earlier(alive, unit.steps, history - other.shift))
+        elif place.first is not None and other.at(place.first) == unit.name:
+            t = place.first - other.shift
+            if 0 <= t < child.steps:
+                out.append(alive[t : t + 1] if alive.shape[0] > 1 else alive)
+    return out
+
+
+def _earlier(alive: Tensor, steps: int, lag: int) -> Tensor:
+    """What holds ``lag`` steps later, False beyond the end. # (steps, …)"""
+    alive = alive.expand(steps, *alive.shape[1:])
+    out = torch.zeros_like(alive, memory_format=torch.contiguous_format)
+    if lag < steps:
+        out[: steps - lag] = alive[lag:]
+    return out
+
+
+def _closed(mask: Tensor, unit: _Unit, f: Factor, unrolling: Unrolling) -> Tensor:
+    """A latent that reads itself some steps before: followed back to the beginning at once."""
+    place = unrolling.places.get(unit.name)
+    if place is None or not unit.is_rest:
+        return mask
+    history = unrolling.loops[place.loop].history
+    for read in unit.scope:
+        other = unrolling.places.get(read)
+        if other is None or other.shift is None or other.shift == history:
+            continue
+        if (other.before, other.after) != (place.before, place.after):
+            continue
+        lag = history - other.shift
+        while lag < unit.steps:
+            mask = mask | _earlier(mask, unit.steps, lag)
+            lag *= 2
+    return mask

@@ -1,0 +1,82 @@
+"""Looking at a model whose loops may run over index tensors, and at the loop where they may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyro
+from torch import Tensor
+
+from pyro_em.errors import Finding, PyroEMError, message
+from pyro_em.graph.coupling import Sites
+from pyro_em.graph.examination import examine
+from pyro_em.graph.series import require_loops
+from pyro_em.graph.stepwise import unrolling_of
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.randomness import random_state, set_random_state
+from pyro_em.tracing.runs import Model, _forget_all_but, held_run
+from pyro_em.tracing.vectorized import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
+
+
+def examine_with_loops(
+    model: Model, args: tuple, kwargs: dict[str, Any], *, step_by_step: str = "", **how: Any
+) -> tuple[Structure, list[Finding]]:
+    """As `pyro_em.graph.examination.examine`, with vectorised loops over index tensors.
+
+    Where a body cannot be run so, or does something else then, its loop is read step by step, and a
+    note says why. What is wrong with a model is said of the loop, by the names of its sites.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        step_by_step: Why loops have to be read step by step; empty where that is not known.
+        **how: As there.
+    """
+    begin, known = random_state(), frozenset(pyro.get_param_store()._params)
+    reasons: list[str] = []
+    for way in () if step_by_step else (ALIGNED, EVENTS, PLAIN):
+        series = Series(way)
+        try:
+            with vectorizing(series):
+                structure, problems = examine(model, args, kwargs, **how)
+            if not series.was_met:
+                return structure, problems
+            if not problems:
+                return _unrolled(model, args, kwargs, structure, series), []
+            reasons.append("")
+        except NotVectorized as refusal:
+            reasons.append(str(refusal))
+        except PyroEMError:
+            if not series.was_met:
+                raise
+            reasons.append("")
+        set_random_state(begin)
+        _forget_all_but(known)
+    structure, problems = examine(model, args, kwargs, **how)
+    reason = next((r for r in (step_by_step, *reasons) if r), "it fails with index tensors")
+    note = message(
+        "vectorized_markov",
+        "the loop is read step by step, like one of pyro.markov.",
+        reason,
+        ["let the body do the same with an index tensor as with an integer"],
+    )
+    return replace(structure, notes=(*structure.notes, note)), problems
+
+
+def _unrolled(
+    model: Model, args: tuple, kwargs: dict[str, Any], template: Structure, series: Series
+) -> Structure:
+    """The structure of the loops, once it is known that index tensors stand for their steps."""
+
+    def held(series: Series, values: Mapping[str, Tensor]) -> Sites:
+        try:
+            with vectorizing(series):
+                return held_run(model, args, kwargs, values)
+        except Exception as error:
+            raise NotVectorized(f"the body fails with other indices ({error})") from error
+
+    require_loops(template, series)
+    return unrolling_of(template, series, held).unrolled(template.looked)

@@ -1,0 +1,659 @@
+"""Markov loops whose body runs a few times whatever their length.
+
+    0, …, h − 1, arange(0, T − h), arange(1, T − h + 1), …, arange(h, T)
+
+are the indices of a loop of T steps and history h: integers for the first steps, then index tensors.
+At the last one every value that the body carries along is that of the step before, element by
+element; the runs between only make these values, and what they observe does not count.
+
+Outside this library's own looks at a model the loop is an ordinary ``pyro.markov`` over integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.ops.provenance import ProvenanceTensor
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.markov_messenger import MarkovMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_em.arguments import whole
+from pyro_em.errors import UsageError, message
+
+ALIGNED, EVENTS, PLAIN = "aligned", "events", "plain"
+
+_series: ContextVar[Series | None] = ContextVar("series", default=None)
+
+
+class NotVectorized(BaseException):
+    """A body that no index tensor can serve; says why. No `Exception`: a model might catch those."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a loop a site was met.
+
+    Attributes:
+        loop: The loop's name.
+        first: The step, where it was an integer; else None.
+        shift: Of an index tensor arange(shift, …); else None.
+        before: The name up to the index; of an integer step the whole name.
+        after: The name after it.
+    """
+
+    loop: str
+    first: int | None
+    shift: int | None
+    before: str
+    after: str = ""
+
+    def at(self, t: int) -> str:
+        """The site's name at a step."""
+        return f"{self.before}{t}{self.after}"
+
+
+@dataclass(eq=False)
+class Loop:
+    """One loop as a run met it.
+
+    Attributes:
+        name: As given; the name of its plate.
+        size: Its steps.
+        history: How many steps back its body reads.
+        dim: The dimension of its steps, from the right.
+        plates: Sizes of the plates of its first steps, by dimension.
+        events: The most event dimensions that a site of its first steps has.
+        shift: Of the run that is made now; None at an integer.
+        step: The integer of the run that is made now.
+        is_done: Whether its last run came to an end.
+    """
+
+    name: str
+    size: int
+    history: int
+    dim: int = 0
+    plates: dict[int, int] = field(default_factory=dict)
+    events: int = 0
+    shift: int | None = None
+    step: int = 0
+    is_done: bool = False
+
+    @property
+    def rest(self) -> int:
+        """How many steps the index tensors have."""
+        return self.size - self.history
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """What must be the same in every run."""
+        return self.size, self.history, self.dim
+
+
+@dataclass(eq=False)
+class Series:
+    """The loops of a model's runs, while they run over index tensors.
+
+    Attributes:
+        way: `ALIGNED`: an index has the meaning that an integer would have at each step, and steps
+            are the leftmost dimension; `EVENTS`: the same, and the last dimensions of what it looks
+            up are those of an event, even where they may be a plate's; `PLAIN`: it is a tensor of
+            one dimension like any other, and steps are where the model says.
+        steps: Integers to run over instead, by loop.
+        disturbed: Whether the body runs once more, over steps out of order, before the runs that
+            carry values on: what counts must not notice.
+        loops: By name.
+        places: Of the sites inside, by name.
+    """
+
+    way: str = ALIGNED
+    steps: Mapping[str, tuple[int, ...]] | None = None
+    disturbed: bool = False
+    loops: dict[str, Loop] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    _run: Any = None
+    _met: set[str] = field(default_factory=set)
+
+    @property
+    def was_met(self) -> set[str]:
+        """Names of the loops that the last run has begun."""
+        return self._met
+
+    def enter(self, name: str, size: int, history: int) -> Loop:
+        """A loop begins."""
+        run = next((m for m in _PYRO_STACK if isinstance(m, TraceMessenger)), None)
+        if run is not self._run or run is None:
+            self._run, self._met = run, set()
+        if name in self._met:
+            raise NotVectorized(f"two loops are called '{name}'")
+        self._met.add(name)
+        return Loop(name, size, history)
+
+    def leave(self, loop: Loop) -> None:
+        """A loop ends."""
+        loop.is_done = True
+        known = self.loops.setdefault(loop.name, loop)
+        if known.form != loop.form:
+            raise NotVectorized(f"loop '{loop.name}' differs from run to run")
+
+    def require_ends(self) -> None:
+        """Refuse a loop that was left before its end."""
+        left = [n for n in self._met if n not in self.loops]
+        if left:
+            raise NotVectorized(f"loop '{left[0]}' was left before its end")
+
+
+@contextmanager
+def vectorizing(series: Series | None) -> Iterator[None]:
+    """A block in which loops run over index tensors, as ``series`` says; over integers where None."""
+    token = _series.set(series)
+    try:
+        yield
+    finally:
+        _series.reset(token)
+
+
+class vectorized_markov:
+    """A Markov chain whose loop body runs 2·history + 1 times whatever its length.
+
+    It takes the place of ``pyro.markov(range(size), history=history)``. When `ExactPosteriorEM`
+    looks at a model, the body runs with the integers 0, …, history − 1 and then with index tensors
+    arange(i, size − history + i), i = 0, …, history; in the last of these runs a value that is
+    carried along (``z_prev = z``) is that of the step before, at every step at once. An index
+    tensor means what an integer means at each step: ``x[t]``, ``A[t, z_prev]``, ``t < lengths``,
+    ``t == 0``, f"z_{t}". Anywhere else (a call of the model, ``Predictive``, ``SVI``), and where
+    ``size <= history``, it is an ordinary ``pyro.markov`` loop over integers. Sites are known as
+    those of the loop: ``z_0``, ``z_1``, …
+
+    A body that needs an integer (``int(t)``, ``if t > 3``, a list's index) is read as a loop, and a
+    note on the plan says why.
+
+    Args:
+        name: A name of its own among the loops of the model.
+        size: The number of steps T.
+        dim: The dimension of the steps, negative, for a body that lays out index tensors itself;
+            left of all plates where None.
+        history: How many steps back the body reads.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from torch.distributions import constraints
+        >>> from pyro_em import ExactPosteriorEM, vectorized_markov
+        >>> def model(x):
+        ...     A = pyro.param(
+        ...         "A", torch.tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=constraints.simplex)
+        ...     rate = pyro.param("rate", torch.tensor([1.0, 6.0]), constraint=constraints.positive)
+        ...     z = 0
+        ...     for t in vectorized_markov("time", len(x)):
+        ...         z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        ...         pyro.sample(f"x_{t}", dist.Poisson(rate[z]), obs=x[t])
+        >>> pyro.clear_param_store()
+        >>> q = ExactPosteriorEM(model).posterior(torch.tensor([0.0, 1.0, 7.0, 8.0, 1.0]))
+        >>> q.probs("z_3").round(decimals=3)
+        tensor([0., 1.])
+        >>> pyro.clear_param_store()
+
+    Source: the meaning is that of ``pyro.contrib.funsor.vectorized_markov``.
+    """
+
+    def __init__(self, name: str, size: int, dim: int | None = None, history: int = 1) -> None:
+        if not isinstance(name, str) or not name:
+            raise UsageError(message("vectorized_markov", f"name={name!r} is no name."))
+        size = whole("vectorized_markov", "size", size, None)
+        history = whole("vectorized_markov", "history", history, None)
+        if size < 0 or history < 0:
+            raise UsageError(
+                message(
+                    "vectorized_markov",
+                    f"size={size} and history={history} are numbers of steps.",
+                    fixes=["pass numbers of at least zero"],
+                )
+            )
+        if dim is not None and whole("vectorized_markov", "dim", dim, None) >= 0:
+            raise UsageError(
+                message(
+                    "vectorized_markov",
+                    f"dim={dim} counts from the left.",
+                    "dimensions of plates count from the right",
+                    ["pass -1, -2, …, or leave it out"],
+                )
+            )
+        self.name, self.size, self.dim, self.history = name, size, dim, history
+
+    def __iter__(self) -> Iterator[Any]:
+        series = _series.get()
+        if series is not None and series.steps is not None:
+            if self.name not in series.steps:
+                raise NotVectorized(f"loop '{self.name}' is not in every run")
+            within = _Within(series, self.name)
+            with within:
+                for within.now in series.steps[self.name]:
+                    yield within.now
+        elif series is None or self.size <= self.history or self.history == 0:
+            yield from pyro.markov(range(self.size), history=self.history)
+        else:
+            yield from self._over_indices(series)
+
+    def _over_indices(self, series: Series) -> Iterator[Any]:
+        loop = series.enter(self.name, self.size, self.history)
+        with _Inside(series, loop):
+            for t in range(self.history):
+                loop.step, loop.shift = t, None
+                yield t
+            used = max((-d for d in loop.plates), default=0)
+            loop.dim = -1 - used
+            if series.way == PLAIN and self.dim is not None:
+                loop.dim = self.dim
+            for shift in range(-1 if series.disturbed else 0, self.history + 1):
+                loop.shift = shift
+                steps = torch.arange(max(shift, 0), loop.rest + max(shift, 0))
+                if shift < 0:
+                    generator = torch.Generator().manual_seed(17)
+                    steps = steps[torch.randperm(loop.rest, generator=generator)]
+                yield Index.of(steps, series, loop, _token(loop))
+        series.leave(loop)
+
+
+class _Within(Messenger):
+    """Notes at which step of a loop over chosen integers each site is met."""
+
+    def __init__(self, series: Series, name: str) -> None:
+        super().__init__()
+        self.series, self.name, self.now = series, name, 0
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not site_is_subsample(msg):
+            self.series.places[msg["name"]] = Place(self.name, self.now, None, msg["name"])
+
+
+class _Inside(Messenger):
+    """What the body of a loop samples: its place, its dimension of steps, and whether it counts."""
+
+    def __init__(self, series: Series, loop: Loop) -> None:
+        super().__init__()
+        self.series, self.loop = series, loop
+        if any(isinstance(m, _Inside | MarkovMessenger) for m in _PYRO_STACK):
+            raise NotVectorized(f"loop '{loop.name}' is inside another one")
+
+    def _pyro_param(self, msg: dict[str, Any]) -> None:
+        if self.loop.shift is not None and _token(self.loop) in msg["name"]:
+            raise NotVectorized("every step has a parameter of its own")
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if site_is_subsample(msg):
+            return
+        loop, name = self.loop, msg["name"]
+        if loop.shift is None:
+            return
+        before, token, after = name.partition(_token(loop))
+        if not token or _token(loop) in after:
+            raise NotVectorized(f"the name of site '{name}' does not show its step once")
+        place = Place(loop.name, None, loop.shift, before, after)
+        self.series.places[name] = place
+        for part in ("value", "mask", "scale"):
+            msg[part] = placed(msg[part])
+        _place_arguments(msg["fn"])
+        frame = CondIndepStackFrame(loop.name, loop.dim, loop.rest, 0)
+        msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
+        BroadcastMessenger._pyro_sample(msg)  # type: ignore[arg-type]
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        """Only now do all plates around the site show, also those around the loop."""
+        if site_is_subsample(msg):
+            return
+        loop = self.loop
+        frames = [f for f in msg["cond_indep_stack"] if f.name != loop.name]
+        if any(f.dim is None for f in frames):
+            raise NotVectorized(f"site '{msg['name']}' is in a plate that is a loop")
+        if loop.shift is not None:
+            if any(f.dim == loop.dim or f.size != loop.plates.get(f.dim) for f in frames):
+                raise NotVectorized(
+                    f"the plates of site '{msg['name']}' are not those of the first steps"
+                )
+            return
+        self.series.places[msg["name"]] = Place(loop.name, loop.step, None, msg["name"])
+        loop.events = max(loop.events, msg["fn"].event_dim)
+        for frame in frames:
+            loop.plates[frame.dim] = frame.size
+
+
+def _token(loop: Loop) -> str:
+    return f"<{loop.name}+{loop.shift}>"
+
+
+def _place_arguments(fn: Any) -> None:
+    """Plain tensors in place of those that know their steps."""
+    for name, value in vars(fn).items():
+        if isinstance(value, PerStep):
+            setattr(fn, name, placed(value))
+        elif isinstance(value, torch.distributions.Distribution):
+            _place_arguments(value)
+
+
+# ---------------------------------------------------------------- tensors that know their steps
+
+
+def _words(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_SHOWN = _words("size dim ndimension numel __len__ stride is_floating_point get_device")
+
+
+# A body that lays an index out itself takes it for a tensor of one dimension.
+_LAID_OUT = _words("unsqueeze reshape view expand flatten squeeze tolist numpy")
+
+
+_BY_ELEMENT = _words("""
+    add sub rsub mul div true_divide floor_divide remainder fmod pow neg abs exp log sqrt sin cos
+    tanh sigmoid eq ne lt le gt ge float double long int to clamp minimum maximum floor ceil round
+    logical_and logical_or logical_not square where bool bitwise_and bitwise_or bitwise_not
+    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __mod__
+    __pow__ __rpow__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__
+    __invert__ __rfloordiv__ __rmod__
+    """)
+
+
+# Of whole numbers they are whole numbers, or truth values.
+_WHOLE = _words("""
+    add radd sub rsub mul rmul floordiv floor_divide rfloordiv mod rmod remainder fmod pow neg abs eq
+    ne lt le gt ge long int clamp minimum maximum logical_and logical_or logical_not square where
+    bool and or invert bitwise_and bitwise_or bitwise_not floor ceil round to
+    """)
+
+
+_NUMBERS = _words("item __int__ __float__ __index__ __complex__")
+
+
+class PerStep(Tensor):
+    """A tensor per step. It is laid out beside plates where it meets other tensors.
+
+    Attributes:
+        raw: Steps first. # (steps, *shape of one step)
+        series: How indices are read.
+        loop: Whose steps.
+        is_number: Whether it is made of steps and numbers of Python alone, which leave the dtype
+            of a tensor as it is.
+    """
+
+    raw: Tensor
+    series: Series
+    loop: Loop
+    is_number: bool
+
+    @classmethod
+    def of(cls, raw: Tensor, series: Series, loop: Loop, is_number: bool = False) -> Tensor:
+        """A tensor per step, from one whose first dimension is that of steps."""
+        if isinstance(raw, ProvenanceTensor):  # carries tags, and is laid out at once
+            return _laid_out(raw, series, loop)
+        out = _laid_out(raw, series, loop).as_subclass(PerStep)
+        out.raw, out.series, out.loop, out.is_number = raw, series, loop, is_number
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation with the meaning that it has at each step."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        own = _first((*args, *kwargs.values()))
+        assert own is not None
+        if _series.get() is None:  # kept by the model, and looked at when no loop runs
+            return _as_plain(func, args, kwargs, own)
+        if name == "__get__":
+            shown = own.raw if isinstance(own, Index) else placed(own)
+            out = func(shown)
+            return (
+                out if not isinstance(out, Tensor) or isinstance(own, Index) else func(placed(own))
+            )
+        if name in _NUMBERS:
+            raise NotVectorized("the body makes a number of Python of its index")
+        if name == "__bool__":
+            return _decided(own)
+        if name in _SHOWN:
+            return func(own.raw if isinstance(own, Index) else placed(own), *args[1:], **kwargs)
+        if name == "__getitem__" and own.series.way != PLAIN:
+            return _looked_up(args[0], args[1], own.series, own.loop)
+        if isinstance(own, Index) and (own.series.way == PLAIN or name in _LAID_OUT):
+            return _as_plain(func, args, kwargs, own)
+        if name in _BY_ELEMENT and all(_is_per_step(a) for a in (*args, *kwargs.values())):
+            return _by_element(func, args, kwargs, own)
+        dtype = _dtype_of((*args, *kwargs.values())) or torch.get_default_dtype()
+        return func(*_mapped(args, dtype), **{k: _mapped(a, dtype) for k, a in kwargs.items()})
+
+
+class Index(PerStep):
+    """The steps themselves, or whole numbers made of them: of one dimension, and with a short name."""
+
+    token: str | None
+
+    @classmethod
+    def of(  # type: ignore[override]
+        cls, raw: Tensor, series: Series, loop: Loop, token: str | None = None
+    ) -> Index:
+        """An index tensor. # (steps,)"""
+        out = raw.as_subclass(Index)
+        out.raw, out.series, out.loop, out.token = raw, series, loop, token
+        out.is_number = True
+        return out
+
+    def __format__(self, spec: str) -> str:
+        if spec == "":
+            return str(self)
+        if _series.get() is None:
+            return format(self.raw, spec)
+        raise NotVectorized("the name of a site gives its step in a format of its own")
+
+    def __str__(self) -> str:
+        if _series.get() is None:
+            return str(self.raw)
+        if self.token is None or self.series.loops.get(self.loop.name, self.loop) is None:
+            raise NotVectorized("a name is made of a number that is computed from the step")
+        return self.token
+
+    __repr__ = __str__
+
+    def __hash__(self) -> int:
+        if _series.get() is not None:
+            raise NotVectorized("the body looks its index up in a dict or set")
+        return id(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.raw.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.raw.clone()
+
+
+def _first(values: Any) -> PerStep | None:
+    """The first tensor per step among the arguments of an operation."""
+    for v in values:
+        if isinstance(v, PerStep):
+            return v
+        if isinstance(v, (tuple, list)):
+            found = _first(v)
+            if found is not None:
+                return found
+        elif isinstance(v, slice) and _first((v.start, v.stop, v.step)) is not None:
+            raise NotVectorized("the body takes a slice that ends at its index")
+    return None
+
+
+def _is_per_step(value: Any) -> bool:
+    """Whether a value is the same for all elements of plates: per step, or a number."""
+    if isinstance(value, Tensor):
+        return isinstance(value, PerStep)
+    return value is None or isinstance(value, (int, float, bool, torch.dtype))
+
+
+def _by_element(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
+    most = max(v.raw.dim() for v in (*args, *kwargs.values()) if isinstance(v, PerStep))
+
+    def plain(v: Any) -> Any:
+        if not isinstance(v, PerStep):
+            return v
+        raw = v.raw.reshape(v.raw.shape[0], *(1,) * (most - v.raw.dim()), *v.raw.shape[1:])
+        if not v.is_number:
+            return raw
+        if numbers:  # of Python: in double precision until they meet a tensor
+            return raw.to(torch.float64) if raw.dtype == torch.int64 and real else raw
+        return _of_dtype(raw, dtype)
+
+    given = (*args, *kwargs.values())
+    numbers = all(v.is_number for v in given if isinstance(v, PerStep))
+    real = func.__name__.strip("_") not in _WHOLE or any(isinstance(v, float) for v in given)
+    dtype = _dtype_of(given) or torch.get_default_dtype()
+    out = func(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
+    if numbers and out.dim() == 1 and not out.is_floating_point():
+        return Index.of(out, own.series, own.loop)
+    return PerStep.of(out, own.series, own.loop, numbers)
+
+
+def _as_plain(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
+    """An operation on the index as a tensor like any other."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, Index):
+            return v.raw
+        if isinstance(v, PerStep):
+            return placed(v)
+        if isinstance(v, (tuple, list)):
+            return type(v)(map(plain, v))
+        return v
+
+    out = func(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
+    name = getattr(func, "__name__", "")
+    whole_numbers = isinstance(out, Tensor) and out.shape == own.raw.shape
+    if whole_numbers and name in _BY_ELEMENT and all(_is_per_step(a) for a in args):
+        return Index.of(out, own.series, own.loop)
+    return out
+
+
+def _mapped(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """Arguments with plain tensors in them."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(v, dtype) for v in value)
+    return placed(value, dtype)
+
+
+def placed(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A tensor per step as a plain one, laid out beside the plates; anything else as it is.
+
+    Args:
+        value: Anything.
+        dtype: Of real numbers that were numbers of Python at each step; the default one if None.
+    """
+    if not isinstance(value, PerStep):
+        return value
+    raw = value.raw
+    if isinstance(value, Index) and value.series.way == PLAIN:
+        return raw
+    if value.is_number:
+        raw = _of_dtype(raw, dtype or torch.get_default_dtype())
+    return _laid_out(raw, value.series, value.loop)
+
+
+def _of_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    return raw.to(dtype) if raw.is_floating_point() and raw.dtype != dtype else raw
+
+
+def _dtype_of(values: Any) -> torch.dtype | None:
+    """The dtype of the first tensor of real numbers among the arguments of an operation."""
+    for v in values:
+        if isinstance(v, Tensor):
+            number = isinstance(v, PerStep) and v.is_number
+            if not number and v.is_floating_point():
+                return v.dtype
+        elif isinstance(v, (tuple, list)):
+            found = _dtype_of(v)
+            if found is not None:
+                return found
+    return None
+
+
+def _laid_out(raw: Tensor, series: Series, loop: Loop) -> Tensor:
+    """Steps where their dimension is: plates that one step lacks are of size one.
+
+    How many of one step's dimensions belong to an event is told by the sizes of plates.
+    """
+    right, shape = -1 - loop.dim, tuple(raw.shape[1:])
+    least = max(0, len(shape) - right)
+    if series.way == EVENTS:
+        least = max(least, min(loop.events, len(shape)))
+    for events in range(least, len(shape) + 1):
+        batch = shape[: len(shape) - events]
+        sizes = [loop.plates.get(d - len(batch), 1) for d in range(len(batch))]
+        if all(n in (1, size) for n, size in zip(batch, sizes, strict=True)):
+            break
+    ones = (1,) * (right - len(shape) + events)
+    return raw.reshape(raw.shape[0], *ones, *shape) if ones else raw
+
+
+def _looked_up(target: Any, index: Any, series: Series, loop: Loop) -> Any:
+    """``target[index]`` at each step."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(p, (list, bool)) for p in parts):
+        raise NotVectorized("the body indexes with a list")
+    tensors = [p for p in parts if isinstance(p, Tensor) and not isinstance(p, PerStep) and p.dim()]
+    steps = [i for i, p in enumerate(parts) if isinstance(p, PerStep)]
+    if isinstance(target, Index):
+        return target.raw[_mapped(index)]
+    if isinstance(target, PerStep):
+        raw = target.raw
+        if not tensors and not steps:
+            return PerStep.of(raw[(slice(None), *parts)], series, loop)
+        at = _laid_out(torch.arange(len(raw), device=raw.device), series, loop)
+        return raw[(at, *map(placed, parts))]
+    if any(parts[i].raw.dim() != 1 or parts[i].raw.dtype == torch.bool for i in steps):
+        return target[_mapped(index)]
+    if tensors:
+        return target[tuple(_to(placed(p), target) for p in parts)]
+    if len(steps) > 1:
+        if steps != list(range(len(steps))):
+            raise NotVectorized("the body indexes with its index in several places")
+        return PerStep.of(
+            target[tuple(p.raw if isinstance(p, PerStep) else p for p in parts)], series, loop
+        )
+    (k,) = steps
+    at = _to(parts[k].raw, target)
+    if k == 0:
+        looked = target[(at, *parts[1:])] if len(parts) > 1 else target[at]
+        return PerStep.of(looked, series, loop)
+    if Ellipsis in parts:
+        i = next(i for i, p in enumerate(parts) if p is Ellipsis)
+        own = sum(p is not None and p is not Ellipsis for p in parts)
+        parts[i : i + 1] = [slice(None)] * (target.dim() - own)
+        k = next(i for i, p in enumerate(parts) if isinstance(p, PerStep))
+    parts[k] = slice(None)
+    dim = sum(p is None or isinstance(p, slice) for p in parts[:k])
+    return PerStep.of(target[tuple(parts)].index_select(dim, at).movedim(dim, 0), series, loop)
+
+
+def _to(value: Any, target: Tensor) -> Any:
+    """An index on the device of what it looks up."""
+    if isinstance(value, Tensor) and not value.is_meta and value.device != target.device:
+        return value.to(target.device)
+    return value
+
+
+def _decided(condition: PerStep) -> bool:
+    """``if`` on a condition of the steps: what all of them say, or the last where none counts."""
+    said = condition.raw.reshape(-1) != 0
+    if _series.get() is None:
+        return bool(said)
+    first = bool(said[0])
+    if bool((said == first).all()):
+        return first
+    if condition.loop.shift is not None and condition.loop.shift < condition.loop.history:
+        return bool(said[-1])
+    raise NotVectorized("the body branches on its index, and not all steps go the same way")
