@@ -1,9 +1,10 @@
 """Index tensors against integers: the body of a vectorised loop must do the same with both.
 
-Two runs decide. In one the body runs over steps out of order before anything that counts: where the
-later steps change, they read more than the steps just before, and only a loop is right. In the other
-it runs over integers, at a few steps, with the latents at the values that they had: every argument,
-value, mask and scale must be what the index tensor gave at that step.
+Two runs decide. In one the body runs over steps out of order before anything that counts, and what it
+computes is tagged: where a tag reaches the later steps, or they change, they read more than the steps
+just before, and only a loop is right. In the other it runs over integers, at a few steps, with the
+latents at the values that they had: every argument, value, mask and scale must be what the index
+tensor gave at that step.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pyro.ops.provenance import get_provenance
 from torch import Tensor
 
 from pyro_em.distributions import element_mask, unwrap
@@ -20,8 +22,8 @@ from pyro_em.graph.coupling import Sites, differs, parts_of
 from pyro_em.graph.series import Unrolling
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.allocation import is_shadow
-from pyro_em.tracing.sites import is_factor
-from pyro_em.tracing.vectorized import Loop, NotVectorized, Place, Series
+from pyro_em.tracing.sites import is_factor, tensors_of
+from pyro_em.tracing.vectorized import EARLIER, Loop, NotVectorized, Place, Series
 
 Held = Callable[[Series, Mapping[str, Tensor]], Sites]
 
@@ -48,7 +50,8 @@ def unrolling_of(template: Structure, series: Series, held: Held) -> Unrolling:
     apart = held(over, {**_outside(found, values), **_values_at(found, values, steps)})
     ranks = _require_steps(found, seen, apart, over.places, steps)
     passing = frozenset(n for n in template.sites if not found.is_counted(n))
-    alone = replace(template, looked=None, passing=passing)
+    by_numbers = template.by_numbers or series.by_numbers
+    alone = replace(template, looked=None, passing=passing, by_numbers=by_numbers)
     return Unrolling(alone, series.way, found.loops, found.places, ranks)
 
 
@@ -122,12 +125,21 @@ def _require_memory(found: Unrolling, seen: Sites, disturbed: Sites) -> None:
             continue
         if name not in disturbed:
             raise NotVectorized(f"{_shown(found, name)} is not in every run")
-        what = _differing(_parts(site), _parts(disturbed[name]))
+        other = disturbed[name]
+        what = _differing(_parts(site), _parts(other)) or _tagged(other)
         if what:
             raise NotVectorized(
                 f"the {what} of {_shown(found, name)} depends on more steps than the "
                 "history says, or is drawn at random"
             )
+
+
+def _tagged(site: Mapping[str, Any]) -> str:
+    """What of a site comes from earlier steps; empty if nothing does."""
+    held = [("mask", site["mask"]), ("scale", site["scale"])]
+    held += [("distribution", t) for t in tensors_of(site["fn"])]
+    held += [("value", site["value"])] if site["is_observed"] else []
+    return next((what for what, part in held if EARLIER in get_provenance(part)), "")
 
 
 def _require_steps(

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.ops.provenance import ProvenanceTensor
+from pyro.ops.provenance import get_provenance
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.markov_messenger import MarkovMessenger
@@ -31,8 +31,11 @@ from torch import Tensor
 
 from pyro_em.arguments import whole
 from pyro_em.errors import UsageError, message
+from pyro_em.tracing.provenance import Tagged
 
 ALIGNED, EVENTS, PLAIN = "aligned", "events", "plain"
+
+EARLIER = "<earlier>"  # the tag of what comes from steps before those that a step may read
 
 _series: ContextVar[Series | None] = ContextVar("series", default=None)
 
@@ -112,9 +115,10 @@ class Series:
             one dimension like any other, and steps are where the model says.
         steps: Integers to run over instead, by loop.
         disturbed: Whether the body runs once more, over steps out of order, before the runs that
-            carry values on: what counts must not notice.
+            carry values on, and all that it computes is tagged: what counts must not notice.
         loops: By name.
         places: Of the sites inside, by name.
+        by_numbers: Whether sizes did not tell how something is laid out: numbers have to.
     """
 
     way: str = ALIGNED
@@ -122,6 +126,7 @@ class Series:
     disturbed: bool = False
     loops: dict[str, Loop] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
+    by_numbers: bool = False
     _run: Any = None
     _met: set[str] = field(default_factory=set)
 
@@ -260,7 +265,8 @@ class vectorized_markov:
                 steps = torch.arange(max(shift, 0), loop.rest + max(shift, 0))
                 if shift < 0:
                     generator = torch.Generator().manual_seed(17)
-                    steps = steps[torch.randperm(loop.rest, generator=generator)]
+                    order = torch.randperm(loop.rest, generator=generator)
+                    steps = Tagged(steps[order], frozenset({EARLIER}))
                 yield Index.of(steps, series, loop, _token(loop))
         series.leave(loop)
 
@@ -317,13 +323,20 @@ class _Inside(Messenger):
         if any(f.dim is None for f in frames):
             raise NotVectorized(f"site '{msg['name']}' is in a plate that is a loop")
         if loop.shift is not None:
+            if loop.shift < 0 and isinstance(msg["value"], Tensor):
+                value = msg["value"]
+                tags = get_provenance(value) | {EARLIER}
+                msg["value"] = Tagged(getattr(value, "_t", value), tags)
             if any(f.dim == loop.dim or f.size != loop.plates.get(f.dim) for f in frames):
                 raise NotVectorized(
                     f"the plates of site '{msg['name']}' are not those of the first steps"
                 )
             return
         self.series.places[msg["name"]] = Place(loop.name, loop.step, None, msg["name"])
-        loop.events = max(loop.events, msg["fn"].event_dim)
+        event = msg["fn"].event_shape
+        loop.events = max(loop.events, len(event))
+        sizes = (*(f.size for f in frames), *event)
+        self.series.by_numbers |= loop.rest > 1 and loop.rest in sizes
         for frame in frames:
             loop.plates[frame.dim] = frame.size
 
@@ -395,9 +408,8 @@ class PerStep(Tensor):
     @classmethod
     def of(cls, raw: Tensor, series: Series, loop: Loop, is_number: bool = False) -> Tensor:
         """A tensor per step, from one whose first dimension is that of steps."""
-        if isinstance(raw, ProvenanceTensor):  # carries tags, and is laid out at once
-            return _laid_out(raw, series, loop)
-        out = _laid_out(raw, series, loop).as_subclass(PerStep)
+        shown = _laid_out(raw, series, loop)
+        out = getattr(shown, "_t", shown).as_subclass(PerStep)
         out.raw, out.series, out.loop, out.is_number = raw, series, loop, is_number
         return out
 
@@ -442,7 +454,7 @@ class Index(PerStep):
         cls, raw: Tensor, series: Series, loop: Loop, token: str | None = None
     ) -> Index:
         """An index tensor. # (steps,)"""
-        out = raw.as_subclass(Index)
+        out = getattr(raw, "_t", raw).as_subclass(Index)
         out.raw, out.series, out.loop, out.token = raw, series, loop, token
         out.is_number = True
         return out
@@ -595,6 +607,8 @@ def _laid_out(raw: Tensor, series: Series, loop: Loop) -> Tensor:
         sizes = [loop.plates.get(d - len(batch), 1) for d in range(len(batch))]
         if all(n in (1, size) for n, size in zip(batch, sizes, strict=True)):
             break
+    if loop.events and any(n > 1 and n in loop.plates.values() for n in shape):
+        series.by_numbers = True  # a plate's, or an event's
     ones = (1,) * (right - len(shape) + events)
     return raw.reshape(raw.shape[0], *ones, *shape) if ones else raw
 
@@ -648,7 +662,7 @@ def _to(value: Any, target: Tensor) -> Any:
 
 def _decided(condition: PerStep) -> bool:
     """``if`` on a condition of the steps: what all of them say, or the last where none counts."""
-    said = condition.raw.reshape(-1) != 0
+    said = getattr(condition.raw, "_t", condition.raw).reshape(-1) != 0
     if _series.get() is None:
         return bool(said)
     first = bool(said[0])

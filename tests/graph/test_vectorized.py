@@ -319,6 +319,40 @@ def test_sums_over_earlier_steps_are_read_as_a_loop() -> None:
     compare(ever, data(T), vectorised=False)
 
 
+def test_sums_that_happen_to_be_zero_are_found() -> None:
+    """What is found out about a body holds for other data of the same form."""
+
+    def chain(x: Tensor, shock: Tensor) -> None:
+        A, mu, s = simplex("A", 2, 2), real("mu", 2), positive("s")
+        z, was = 0, torch.tensor(False)
+        for t in vectorized_markov("time", len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            was = was | shock[t]
+            pyro.sample(f"x_{t}", dist.Normal(mu[z] + was, s), obs=x[t])
+
+    assert STEP_BY_STEP in notes(ExactPosteriorEM(chain), data(T), torch.zeros(T, dtype=bool))
+
+
+@pytest.mark.parametrize("rows", [N, T - 1])
+def test_one_reading_serves_other_data(rows: int) -> None:
+    def chain(x: Tensor, level: Tensor, lengths: Tensor) -> None:
+        A, mu, s = simplex("A", 2, 2), real("mu", 2), positive("s")
+        z: Any = 0
+        with pyro.plate("rows", x.shape[1]):
+            for t in vectorized_markov("time", len(x)):
+                with poutine.mask(mask=t < lengths):
+                    z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+                    pyro.sample(f"x_{t}", dist.Normal(mu[z] + level[t], s), obs=x[t])
+
+    first = data(T, rows), torch.zeros(T), torch.full((rows,), T)
+    then = data(T, rows, seed=1), data(T, seed=2), torch.arange(rows) + 1
+    em = ExactPosteriorEM(chain)
+    em.posterior(*first)
+    assert em.posterior(*then).log_evidence == pytest.approx(
+        ExactPosteriorEM(chain).posterior(*then).log_evidence, rel=1e-10
+    )
+
+
 def test_a_counter_and_random_numbers_are_read_as_a_loop() -> None:
     def drawing(loop: Loop, x: Tensor) -> None:
         A, mu, s = simplex("A", 2, 2), real("mu", 2), positive("s")
