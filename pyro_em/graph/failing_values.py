@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +14,47 @@ from pyro_em.graph.blame import Place, local_of_raiser
 from pyro_em.graph.failing_words import are_given, place_in_words, where_it_is
 
 
+@dataclass(frozen=True)
+class _Complaint:
+    """What to say of a tensor of many values where one value is wanted."""
+
+    what: str
+    why: str
+    fixes: tuple[str, ...]
+
+
+_BRANCH_ON_A_TENSOR = _Complaint(
+    "the model branches on a tensor of many values",
+    "a tensor of many values has no single answer",
+    ("say what is meant: .any() or .all()", "choose per element: torch.where"),
+)
+_BRANCH_ON_A_LATENT = _Complaint(
+    "the model branches on a random value (`if z:`)",
+    "a latent's value is a tensor of many values, so that a branch has no single answer",
+    (
+        "index a parameter: p[z.long()], or torch.stack([b, a])[z.long()] (closed form)",
+        "use torch.where(z.bool(), a, b) (a gradient update)",
+    ),
+)
+_NUMBER_OF_A_TENSOR = _Complaint(
+    "the model turns a tensor of many values into one Python number",
+    ".item(), int() and float() take a tensor with one value",
+    ("keep it a tensor", "say which number is meant: .sum(), .max(), x[0]"),
+)
+_NUMBER_OF_A_LATENT = _Complaint(
+    "the model turns a random value into a Python number (.item(), int(), float())",
+    "a latent's value is a tensor of many values",
+    ("keep it a tensor and index or broadcast with it",),
+)
+
+
 def of_branch(
     text: str, place: Place | None, latents: Mapping[str, str], values: Mapping[str, Tensor]
 ) -> Finding | None:
     """What to say of ``if`` on a tensor; None where the error is another one."""
     if "Boolean value of Tensor" not in text and "is ambiguous" not in text:
         return None
-    used = {} if place is None else place.arguments
-    at = place_in_words(place)
-    if not latents or are_given(used, latents, values):
-        return Finding(
-            where_it_is(used, {}, values),
-            f"the model branches on a tensor of many values{at}.",
-            "a tensor of many values has no single answer",
-            ("say what is meant: .any() or .all()", "choose per element: torch.where"),
-        )
-    return Finding(
-        where_it_is(used, latents, values),
-        f"the model branches on a random value (`if z:`){at}.",
-        "a latent's value is a tensor of many values, so that a branch has no single answer",
-        (
-            "index a parameter: p[z.long()], or torch.stack([b, a])[z.long()] (closed form)",
-            "use torch.where(z.bool(), a, b) (a gradient update)",
-        ),
-    )
+    return _of_one_value(_BRANCH_ON_A_TENSOR, _BRANCH_ON_A_LATENT, place, latents, values)
 
 
 def of_number(
@@ -45,20 +63,25 @@ def of_number(
     """What to say of a tensor as a Python number; None where the error is another one."""
     if "converted to Scalar" not in text and "converted to Python scalars" not in text:
         return None
+    return _of_one_value(_NUMBER_OF_A_TENSOR, _NUMBER_OF_A_LATENT, place, latents, values)
+
+
+def _of_one_value(
+    of_tensor: _Complaint,
+    of_latent: _Complaint,
+    place: Place | None,
+    latents: Mapping[str, str],
+    values: Mapping[str, Tensor],
+) -> Finding:
+    """The complaint that fits what was used: a latent, or a tensor that the user gave."""
     used = {} if place is None else place.arguments
-    at = place_in_words(place)
-    if not latents or are_given(used, latents, values):
-        return Finding(
-            where_it_is(used, {}, values),
-            f"the model turns a tensor of many values into one Python number{at}.",
-            ".item(), int() and float() take a tensor with one value",
-            ("keep it a tensor", "say which number is meant: .sum(), .max(), x[0]"),
-        )
+    is_given = not latents or are_given(used, latents, values)
+    complaint = of_tensor if is_given else of_latent
     return Finding(
-        where_it_is(used, latents, values),
-        f"the model turns a random value into a Python number (.item(), int(), float()){at}.",
-        "a latent's value is a tensor of many values",
-        ("keep it a tensor and index or broadcast with it",),
+        where_it_is(used, {} if is_given else latents, values),
+        f"{complaint.what}{place_in_words(place)}.",
+        complaint.why,
+        complaint.fixes,
     )
 
 
