@@ -19,7 +19,7 @@ class NamesFromElsewhere:
         def __getattr__(self, name: str) -> Any:
             """Called only for what is not found."""
             cls = type(self)
-            if hasattr(cls, name):  # a property that raised: its own words count
+            if hasattr(cls, name):  # a property that raised: its own message stands
                 return object.__getattribute__(self, name)
             here = cls.elsewhere.get(name)
             if here is not None:

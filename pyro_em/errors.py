@@ -124,7 +124,7 @@ _NOT_THE_USERS = (
 def raise_findings(problems: Sequence[Finding]) -> NoReturn:
     """Raise one exception that lists ``problems``; its class is that of the first.
 
-    The same finding at many sites of a chain is told once.
+    The same finding at many sites of a chain is reported once.
     """
     raise as_error(problems)
 
@@ -170,4 +170,4 @@ def sites_in_words(names: list[str]) -> str:
 
 
 class Handover(Exception):
-    """The compiled iteration met something that the full one has to judge."""
+    """A step on sums over data met something that a step through tables has to judge."""

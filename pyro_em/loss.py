@@ -121,7 +121,7 @@ class TraceExact_ELBO(ELBO):
     def _look(
         self, model: Callable[..., Any], guide: Any, args: tuple, kwargs: dict[str, Any]
     ) -> Program | Variational:
-        """Routes for arguments of this form; looked at once while model and guide are the same."""
+        """Routes for arguments of this form; found once while model and guide are the same."""
         form = form_of(args, kwargs)
         if self._last is not None:
             known_model, known_guide, known_form, model_read = self._last

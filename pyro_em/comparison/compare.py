@@ -8,7 +8,7 @@ so that the exact evidence at each one's parameters, where it can be summed, is 
 all. Every contender runs in a parameter scope of its own and begins at equal model parameters. A
 method with a learning rate gets a sweep of rates and several seeds: its best rate is shown, and the
 seconds of the sweep are reported beside those of the shown run. Clocks stand still while the
-evidence is looked at.
+evidence is evaluated.
 
 Source: Xu and Jordan (1996), "On convergence properties of the EM algorithm for Gaussian mixtures":
 EM is fast where components overlap little and slow where they overlap much.

@@ -135,7 +135,7 @@ class Contest:
         return Method(label, run, (None,), seeds if random else seeds[:1], random)
 
     def once(self, method: Method, rate: float | None, seed: int, *, short: bool = False) -> Curve:
-        """One run in a scope of its own; what it raises becomes its sentence.
+        """One run in a scope of its own; what it raises becomes its failure, in a sentence.
 
         Args:
             method: What runs.

@@ -1,7 +1,7 @@
 """Curves: the path of one run, step by step, and the recorder that writes it.
 
-The recorder's clock stands still while the evidence is looked at, so that looking costs no method
-anything; steps are looked at in equal ratios, twelve per decade.
+The recorder's clock stands still while the evidence is evaluated, so that this costs no method
+anything; it is evaluated at steps in equal ratios, twelve per decade.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Curve:
         seeds: The seeds that it stands for: several where no random number matters.
         learning_rate: None where the method has none, or keeps its own.
         steps: 0 at the start.
-        seconds: Wall clock when these parameters were reached, looking at the evidence excluded.
+        seconds: Wall clock when these parameters were reached, without evaluations of the evidence.
         bound: What the method raises, in nats; of a drawn bound one draw.
-        evidence: The exact log evidence; nan where it was not looked at or cannot be computed.
+        evidence: The exact log evidence; nan where it was not evaluated or cannot be computed.
         failure: Why the run broke off, or an empty string.
     """
 
@@ -45,7 +45,7 @@ class Curve:
         """Indices and values of what contenders are measured by.
 
         Args:
-            by_evidence: The exact evidence where it was looked at; else the bound, as the mean of
+            by_evidence: The exact evidence where it was evaluated; else the bound, as the mean of
                 its last 20 values.
         """
         if by_evidence:
@@ -75,7 +75,7 @@ class Curve:
 
 
 class RunBroken(Exception):
-    """A run that cannot go on, with its sentence."""
+    """A run that cannot go on, with its message."""
 
 
 class Recorder:
@@ -97,12 +97,12 @@ class Recorder:
         self.paused, self.begin = 0.0, time.perf_counter()
 
     def step(self, entering: float, evidence: float | None = None, *, free: bool = False) -> bool:
-        """Note one step; returns whether the time is over.
+        """Record one step; returns whether the time is over.
 
         Args:
             entering: The bound at the parameters that entered the step.
-            evidence: The evidence there, where the method has it for nothing.
-            free: Whether it will have it for nothing at the next step too.
+            evidence: The evidence there, where the method computes it anyway.
+            free: Whether it will do so at the next step too.
 
         Raises:
             RunBroken: If the bound is not finite.
@@ -116,11 +116,11 @@ class Recorder:
         self.seconds.append(now)
         self.bound.append(math.nan)
         self.evidence.append(math.nan)
-        if not free and _is_looked_at(len(self.bound) - 1):
-            self._look_now()
+        if not free and _is_evaluated(len(self.bound) - 1):
+            self._evaluate_now()
         return self.limit is not None and now >= self.limit
 
-    def _look_now(self) -> None:
+    def _evaluate_now(self) -> None:
         """The evidence at the present parameters, off the clock."""
         if self.look is None:
             return
@@ -129,9 +129,9 @@ class Recorder:
         self.paused += time.perf_counter() - begin
 
     def finish(self, bound: float) -> None:
-        """Note the bound and the evidence at the parameters where the run ended."""
+        """Record the bound and the evidence at the parameters where the run ended."""
         self.bound[-1] = bound
-        self._look_now()
+        self._evaluate_now()
 
     def curve(self, rate: float | None, seed: int, failure: str = "") -> Curve:
         """The path as a value; a broken run ends with its last whole step."""
@@ -149,7 +149,7 @@ class Recorder:
         )
 
 
-def _is_looked_at(step: int) -> bool:
+def _is_evaluated(step: int) -> bool:
     """Whether a step is one of twelve per decade, in equal ratios."""
     k = math.ceil(_PER_DECADE * math.log10(step) - 1e-9)
     return any(round(10 ** (j / _PER_DECADE)) == step for j in (k - 1, k, k + 1))

@@ -142,7 +142,7 @@ class Comparison(Portable):
         return plotting.comparison(self, axes)
 
     def gaps(self, curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Steps, gaps to the best per datum, and median seconds, where all these runs were looked at.
+        """Steps, gaps to the best per datum, and median seconds, where all these runs were evaluated.
 
         Args:
             curves: Runs of one contender.

@@ -90,7 +90,7 @@ def counted(
     weight = _weights(group, base)
     if base.shape[lead] != 1:
         return None
-    h = _kept(base, weight).squeeze(lead).expand(sizes)
+    h = _where_counted(base, weight).squeeze(lead).expand(sizes)
     if not members_are_rows:
         h, sizes[0] = h.sum(0), 1
     phis, columns = [], []
@@ -154,7 +154,9 @@ def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
         used = total.nonzero().reshape(-1)
         columns.append(used)
         fs.append(total[used])
-    return Known(torch.cat(columns), torch.cat(fs), float(_kept(base, weight).expand(sizes).sum()))
+    return Known(
+        torch.cat(columns), torch.cat(fs), float(_where_counted(base, weight).expand(sizes).sum())
+    )
 
 
 def _weights(group: Group, base: Tensor) -> Tensor:
@@ -164,8 +166,8 @@ def _weights(group: Group, base: Tensor) -> Tensor:
     return group.mask.to(torch.float64)
 
 
-def _kept(base: Tensor, weight: Tensor) -> Tensor:
-    """h where it counts; what is put in for a masked value may be impossible."""
+def _where_counted(base: Tensor, weight: Tensor) -> Tensor:
+    """h where a datum counts; the value that stands for a masked one may be impossible."""
     return torch.where(weight > 0, base * weight, 0.0)
 
 

@@ -52,7 +52,7 @@ class Linear:
 
 
 def main_argument(group: Group) -> tuple[str, Rule] | None:
-    """The argument in which a group may be linear, if parameters reach no other; by looking only."""
+    """The argument in which a group may be linear, if parameters reach no other."""
     if group.family is None or group.value_binding is not None:
         return None
     argument_and_rule = main_rule(group.family, group.arguments)

@@ -1,8 +1,8 @@
 """Simplex rows, probabilities and rates of all factors, as one vector.
 
-The step keeps their natural values φ in one vector: elements of simplex rows, probabilities beside
-their complements, rates. With η = (log φ, −rates) every log density of `linear` is a sum of elements
-of η times features of the data, so with N the posterior expectation of those features
+An M-step on sums has their natural values φ in one vector: elements of simplex rows, probabilities
+beside their complements, rates. With η = (log φ, −rates) every log density of `linear` is a sum of
+elements of η times features of the data, so with N the posterior expectation of those features
 
     E-step   Θ = η[columns],   N = Σ_cells r f        M-step   φ ← N / Σ_row N,  or N_n / N_d for rates
 
@@ -44,7 +44,7 @@ class State:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Segment:
     """Where the natural values of a parameter, or constants, are in φ.
 
     Attributes:
@@ -91,7 +91,7 @@ class Naturals:
     φ holds simplex rows, then probabilities, their complements, and rates.
 
     Attributes:
-        blocks: What is where, in this order.
+        segments: The segments of φ, in this order.
         row: For each element of φ the row with which it sums to one; a rate is its own. # (|φ|,)
         may_be_empty: Whether a row may be without mass, and then keeps its values. # (rows,)
         p: The first probability; the first complement; the first rate.
@@ -99,7 +99,7 @@ class Naturals:
         rounding: The dtype of the parameters, where it is coarser than float64.
     """
 
-    blocks: Sequence[Block]
+    segments: Sequence[Segment]
     row: Tensor
     may_be_empty: Tensor
     p: tuple[int, int, int]
@@ -109,22 +109,22 @@ class Naturals:
     @property
     def params(self) -> frozenset[str]:
         """The parameters that are held."""
-        return frozenset(b.param for b in self.blocks if b.param)
+        return frozenset(b.param for b in self.segments if b.param)
 
     @property
     def solved(self) -> frozenset[str]:
         """Those of them that M-steps change."""
-        return frozenset(b.param for b in self.blocks if b.is_free)
+        return frozenset(b.param for b in self.segments if b.is_free)
 
     def enter(self, values: Values) -> State:
         """φ and η at parameter values."""
-        parts = [b.natural(values) for b in self.blocks]
+        parts = [b.natural(values) for b in self.segments]
         complements = [
             1 - part
-            for b, part in zip(self.blocks, parts, strict=True)
+            for b, part in zip(self.segments, parts, strict=True)
             if b.kind.form.has_complement
         ]
-        phi = torch.cat(in_order(self.blocks, parts, complements))
+        phi = torch.cat(_in_order(self.segments, parts, complements))
         return State(phi, self._eta(phi))
 
     def _eta(self, phi: Tensor) -> Tensor:
@@ -173,15 +173,15 @@ class Naturals:
         eta = self._eta(phi)
         return State(phi, eta), torch.dot(N, eta - state.eta)
 
-    def features(self, block: Block, n: Tensor, d: Tensor) -> list[Feature]:
-        """Where numerators and denominators of a block's elements are in η. # (numel,) each"""
+    def features(self, segment: Segment, n: Tensor, d: Tensor) -> list[Feature]:
+        """Where numerators and denominators of a segment's elements are in η. # (numel,) each"""
         low, high, end = self.p
-        place = torch.arange(block.numel, device=self.row.device) + block.start
-        return _features(block.kind.form, n, d, place, high - low, self.size - end)
+        place = torch.arange(segment.numel, device=self.row.device) + segment.start
+        return _features(segment.kind.form, n, d, place, high - low, self.size - end)
 
     def values(self, state: State) -> dict[str, Tensor]:
         """The parameters that M-steps change, at a state."""
-        return {b.param: b.value(state.phi) for b in self.blocks if b.is_free}
+        return {b.param: b.value(state.phi) for b in self.segments if b.is_free}
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,14 +219,14 @@ def naturals(
         None where no group is linear.
     """
     linears = _linears(graph, updates, eligible)
-    blocks = _blocks(graph, updates, values, linears)
-    coarse = {b.dtype for b in blocks if b.is_free}
+    segments = _segments(graph, updates, values, linears)
+    coarse = {b.dtype for b in segments if b.is_free}
     if len(coarse) != 1:  # nothing that is free, or more than one rounding
         return None
     device = graph.groups[0].value.device
-    starts = {b.param or b.group: b.start for b in blocks}
-    pairs = sum(b.numel for b in blocks if b.kind.form.has_complement)
-    rates = sum(b.numel for b in blocks if b.kind.form.has_rate)
+    starts = {b.param or b.group: b.start for b in segments}
+    pairs = sum(b.numel for b in segments if b.kind.form.has_complement)
+    rates = sum(b.numel for b in segments if b.kind.form.has_rate)
     features: dict[int, tuple[list[Feature], Tensor]] = {}
     for g, form in linears.items():
         group = graph.groups[g]
@@ -239,17 +239,17 @@ def naturals(
         listed = _features(form.rule.kind.form, form.n, form.d, place, pairs, rates)
         features[g] = (listed, form.base)
     read = [f.columns.reshape(-1) for listed, _ in features.values() for f in listed]
-    return _layout(blocks, torch.cat(read), coarse.pop(), device), features
+    return _layout(segments, torch.cat(read), coarse.pop(), device), features
 
 
-def _blocks(
+def _segments(
     graph: FactorGraph,
     updates: Mapping[str, ParameterUpdate],
     values: Values,
     linears: Mapping[int, Linear],
-) -> list[Block]:
-    """The blocks of φ: of parameters, and of what no parameter reaches; by kind."""
-    blocks: list[Block] = []
+) -> list[Segment]:
+    """The segments of φ: of parameters, and of what no parameter reaches; by kind."""
+    segments: list[Segment] = []
     placed: set[str] = set()
     for g, form in linears.items():
         binding, kind = graph.groups[g].bindings[form.argument], form.rule.kind
@@ -261,13 +261,13 @@ def _blocks(
                 placed.add(s.param)
                 free = not isinstance(updates[s.param].update, Fixed)
                 value = values[s.param]
-                blocks.append(Block(s.param, kind, 0, tuple(value.shape), value.dtype, free))
+                segments.append(Segment(s.param, kind, 0, tuple(value.shape), value.dtype, free))
         if not bool(reached.all()):
             shape, dtype = tuple(argument.shape), argument.dtype
-            blocks.append(Block("", kind, 0, shape, dtype, False, argument, g))
-    complements = sum(b.numel for b in blocks if b.kind.form.has_complement)
+            segments.append(Segment("", kind, 0, shape, dtype, False, argument, g))
+    complements = sum(b.numel for b in segments if b.kind.form.has_complement)
     out, start = [], 0
-    for b in sorted(blocks, key=lambda b: KINDS.index(b.kind)):
+    for b in sorted(segments, key=lambda b: KINDS.index(b.kind)):
         out.append(replace(b, start=start + complements * b.kind.form.has_rate))
         start += b.numel
     return out
@@ -322,7 +322,7 @@ def _is_held(
 
 
 def _feature_cells(group: Group) -> int:
-    """How many numbers the features of a group's data have, about."""
+    """Roughly how many numbers the features of a group's data have."""
     argument_and_rule = main_argument(group)
     assert argument_and_rule is not None
     name, rule = argument_and_rule
@@ -352,27 +352,27 @@ def _features(
     return [Feature(f, c) for f, c in zip(form.features(n, d), columns, strict=True)]
 
 
-def in_order(
-    blocks: Sequence[Block], parts: Sequence[Tensor], complements: Sequence[Tensor]
+def _in_order(
+    segments: Sequence[Segment], parts: Sequence[Tensor], complements: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What belongs to the blocks in the order of φ: complements before the rates.
+    """What belongs to the segments in the order of φ: complements before the rates.
 
     Args:
-        blocks: The blocks.
+        segments: The segments of φ.
         parts: One tensor for each.
-        complements: One tensor for each block of probabilities.
+        complements: One tensor for each segment of probabilities.
     """
-    first = sum(not b.kind.form.has_rate for b in blocks)
+    first = sum(not b.kind.form.has_rate for b in segments)
     return [*parts[:first], *complements, *parts[first:]]
 
 
 def _layout(
-    blocks: Sequence[Block], read: Tensor, dtype: torch.dtype, device: torch.device
+    segments: Sequence[Segment], read: Tensor, dtype: torch.dtype, device: torch.device
 ) -> Naturals:
     """What the M-step needs to know about φ.
 
     Args:
-        blocks: What is where.
+        segments: The segments of φ.
         read: The elements of η that any group reads.
         dtype: Of the free parameters.
         device: Where all of it goes.
@@ -380,20 +380,20 @@ def _layout(
     rows: list[Tensor] = []
     free: list[Tensor] = []
     may_be_empty: list[bool] = []
-    for b in blocks:
+    for b in segments:
         width = b.shape[-1] if b.kind.form.is_row else 1
         rows.append(torch.arange(b.numel, device=device) // width + len(may_be_empty))
         free.append(torch.full((b.numel,), b.is_free, device=device))
         may_be_empty += [b.kind.form.is_row or not b.is_free] * (b.numel // width)
-    pairs = [i for i, b in enumerate(blocks) if b.kind.form.has_complement]
-    row = torch.cat(in_order(blocks, rows, [rows[i] for i in pairs]))
-    is_free = torch.cat(in_order(blocks, free, [free[i] for i in pairs]))
+    pairs = [i for i, b in enumerate(segments) if b.kind.form.has_complement]
+    row = torch.cat(_in_order(segments, rows, [rows[i] for i in pairs]))
+    is_free = torch.cat(_in_order(segments, free, [free[i] for i in pairs]))
     unused = torch.ones(len(may_be_empty), dtype=torch.bool, device=device)
     unused[row[read[read < len(row)]]] = False
-    n_pairs = sum(blocks[i].numel for i in pairs)
-    first_rate = len(row) - sum(b.numel for b in blocks if b.kind.form.has_rate)
+    n_pairs = sum(segments[i].numel for i in pairs)
+    first_rate = len(row) - sum(b.numel for b in segments if b.kind.form.has_rate)
     return Naturals(
-        blocks,
+        segments,
         row,
         torch.tensor(may_be_empty, device=device) | unused,
         (first_rate - 2 * n_pairs, first_rate - n_pairs, first_rate),

@@ -61,18 +61,18 @@ def point_groups(graph: FactorGraph) -> list[int]:
 
 
 def is_plain_prior(group: Group, updates: Mapping[str, ParameterUpdate], g: int) -> bool:
-    """Whether a point-estimated group is a constant density of parameters that know it as a prior.
+    """Whether a point-estimated group is a constant density, a known prior of all its parameters.
 
     Args:
         group: The group.
-        updates: As decided.
+        updates: The decided updates.
         g: Its number.
     """
     if group.family is None or group.mask is not None or group.value_binding is None:
         return False
     if any(b.params for b in group.bindings.values()) or not group.is_static:
         return False
-    if group.distribution == "Uniform":  # the full update keeps off its upper end
+    if group.distribution == "Uniform":  # the update through tables stays below its upper end
         return False
     for name in group.value_binding.params:
         update = updates[name]
@@ -88,7 +88,7 @@ def log_prior(
     values: Values,
     layout: Naturals | None,
 ) -> LogPrior | None:
-    """The priors of a collapsed graph; None where one has no linear form after all.
+    """The priors of a collapsed graph; None where one turns out to have no linear form.
 
     Args:
         graph: A collapsed graph all of whose point-estimated groups are plain priors.
@@ -110,10 +110,10 @@ def log_prior(
         return LogPrior(None, 0.0, tuple(rest))
     assert layout is not None
     features = []
-    for block in layout.blocks:
-        if block.param and updates[block.param].priors:
-            n, d = contributions(updates[block.param], graph, values[block.param])
-            features += layout.features(block, n.reshape(-1), d.reshape(-1))
+    for segment in layout.segments:
+        if segment.param and updates[segment.param].priors:
+            n, d = contributions(updates[segment.param], graph, values[segment.param])
+            features += layout.features(segment, n.reshape(-1), d.reshape(-1))
     if not features:  # parameters that the user fixed
         return None
     columns = torch.cat([f.columns for f in features])
@@ -129,11 +129,11 @@ def _base(
 ) -> float:
     """log p less its linear form, at one of two points inside."""
     inside = dict(values)
-    for block in layout.blocks:
-        if not block.param:
+    for segment in layout.segments:
+        if not segment.param:
             continue
-        value = values[block.param].to(torch.float64)
-        inside[block.param] = block.kind.form.inside(value, which)
+        value = values[segment.param].to(torch.float64)
+        inside[segment.param] = segment.kind.form.inside(value, which)
     total = sum(
         float(group.log_density(group.arguments, group.evaluate_value(inside)).sum())
         for group in groups

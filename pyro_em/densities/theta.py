@@ -3,7 +3,7 @@
     parameter values → `At` → E-step of a block → `Expectation` → M-step → `At` → …
 
 What the M-step solves is what the next E-step reads, so that nothing is computed twice. Whatever is
-out of the ordinary raises `Handover`: a step that looks at all tables judges it.
+out of the ordinary raises `Handover`: a step through tables of all cells judges it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ Values = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class At:
-    """Where an E-step is made.
+    """The parameter values of an E-step, in the form in which it computes with them.
 
     Attributes:
         natural: Simplex rows, probabilities and rates; None where there are none.
         components: Per Normal group that has parameters of its own.
-        values: The parameters that neither holds.
+        values: The parameters in neither of these.
         arguments: Of the groups that neither evaluates.
         prepared: Per Normal group what its rows are evaluated with.
-        log_prior: Of the parameters that ``natural`` does not hold, in nats.
+        log_prior: Log density of the parameters outside ``natural``, in nats.
     """
 
     natural: State | None
@@ -74,7 +74,7 @@ class Theta:
         evaluators: How arguments are computed, per group.
         others: Groups whose arguments the E-step or a solver reads.
         reached: Those of them whose density a solver changes.
-        prior: Of point-estimated latents.
+        prior: The log density of point estimates.
     """
 
     graph: FactorGraph
@@ -92,7 +92,7 @@ class Theta:
         """Parameter values in the form of the E-step.
 
         Raises:
-            Handover: If the full E-step has to look.
+            Handover: If an E-step through tables has to judge.
         """
         natural = None if self.naturals is None else self.naturals.enter(values)
         components = {g: density.enter(values) for g, density in self.owned.items()}
@@ -146,7 +146,7 @@ class Theta:
             The new parameters, and by how much they raise the expected log joint, in nats.
 
         Raises:
-            Handover: If the full M-step has to look.
+            Handover: If an M-step through tables has to judge.
         """
         gains, sums = [], expectation.sums
         natural = at.natural
@@ -182,7 +182,7 @@ class Theta:
         return after, total
 
     def _solve(self, at: At, expectation: Expectation) -> tuple[dict[str, Tensor], Tensor]:
-        """Parameters that no vector holds, one after the other, and what they gain."""
+        """The parameters outside the vectors, one after the other, and their gain in nats."""
         before = {g: {n: _wide(a) for n, a in at.arguments[g].items()} for g in self.others}
         statistics = {}
         for g in self.reached:
@@ -198,7 +198,7 @@ class Theta:
             name = solver.update.name
             values[name], empty = solver.solve(statistics, current, values[name])
             if empty and not solver.kind.form.is_row:
-                raise Handover  # an empty component is said by the full M-step
+                raise Handover  # the M-step through tables names an empty component
             for g in self.reached:
                 for argument, evaluator in self.evaluators[g].items():
                     if name in evaluator.binding.params:
@@ -224,7 +224,7 @@ def theta_of(
     layout: Layout,
     normals: Mapping[int, NormalRows],
 ) -> Theta | Finding:
-    """The M-step on sums of a collapsed graph, or why only the full one will do.
+    """The M-step on sums of a collapsed graph, or the reason why it needs tables.
 
     Args:
         graph: A collapsed graph, as the block holds it.

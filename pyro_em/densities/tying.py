@@ -1,4 +1,4 @@
-"""Groups without repetition: what is the same for all members of a group is held and computed once.
+"""Groups without repetition: what is equal for all members of a group is stored and computed once.
 
 The steps of a homogeneous chain share one transition table. Tracing stacks a copy per step; here the
 copies become one, and expected counts are summed over the steps before anything else happens.

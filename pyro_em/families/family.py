@@ -246,8 +246,8 @@ class Family:
             value: The data. # (*batch or 1s, *event)
             arguments: Where the E-step was made.
             keep: For each batch dimension, whether the result keeps it.
-            known: T(x), where it was worked out before.
-            elements: What counts, where ``weights`` do not say it. # (*batch or 1s,)
+            known: T(x), where it was computed before.
+            elements: Which elements of an event count, where some are masked. # (*batch or 1s,)
         """
         if elements is not None and self.accumulate is not None:
             weights, elements = weights * elements, None

@@ -465,7 +465,7 @@ def eye(like: Tensor) -> Tensor:
 
 
 def _elementary(constraint: Any) -> Any:
-    """A constraint without the dimensions that `constraints.independent` takes into its events."""
+    """A constraint without the dimensions that ``constraints.independent`` takes into its events."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint

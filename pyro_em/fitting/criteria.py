@@ -1,10 +1,10 @@
-"""What information criteria count: N rows that were seen, p numbers that the data can tell.
+"""The counts in information criteria: N observed rows, and p free parameters that the data determine.
 
     BIC = −2 log p(x; θ) + p log N                                  (Schwarz 1978)
 
-A row all of whose observations are masked says nothing, and an element of a parameter that no factor
-can read (never indexed, read under a mask alone, or of a component whose probability is a structural
-zero) is not fitted: neither counts.
+A row all of whose observations are masked holds no information, and an element of a parameter that no
+factor can read (never indexed, read under a mask alone, or of a component whose probability is a
+structural zero) is not fitted: neither counts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Alive = list[Tensor | None]
 
 
 def num_rows(program: Program) -> float:
-    """Elements of the outermost data plate in which anything was seen, by their sample weights."""
+    """Elements of the outermost data plate with any observed value, by their sample weights."""
     structure = program.structure
     nested = [i.nested for i in structure.sites.values() if i.role is Role.DATA and i.nested]
     if not nested:
         return 1.0
     outermost = (*structure.data_plates, *nested[0])[0]
     if outermost not in structure.plates:
-        return _turns_seen(program, outermost)
+        return _observed_turns(program, outermost)
     plate = structure.plates[outermost]
     device = program.graph.groups[0].value.device
     observed = torch.zeros(plate.size, dtype=torch.bool, device=device)
@@ -61,8 +61,8 @@ def num_rows(program: Program) -> float:
     return float(observed.sum()) * plate.full_size / plate.size
 
 
-def _turns_seen(program: Program, plate: str) -> float:
-    """Turns of a loop in which anything was seen."""
+def _observed_turns(program: Program, plate: str) -> float:
+    """Turns of a loop with any observed value."""
     size = program.structure.sequential[plate]
     turns = set()
     for name, info in program.structure.sites.items():
@@ -178,7 +178,7 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
         known: set[str] = set()
         for binding in bindings:
             for name in binding.params:
-                elements = _told(binding, name, alive, read[name].numel())
+                elements = _elements_of(binding, name, alive, read[name].numel())
                 if elements is None:
                     unknown.setdefault(g, set()).add(name)
                 else:
@@ -202,8 +202,8 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     return {n: r.reshape(graph.parameters[n].value().shape) for n, r in read.items()}
 
 
-def _told(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tensor | None:
-    """Which elements of a parameter an argument's living cells read; None if it does not say."""
+def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tensor | None:
+    """Which elements of a parameter the cells that count read; None if the binding does not show it."""
     out: Tensor | None = None
     for part in binding.selections:
         if part.param != name:
@@ -226,7 +226,7 @@ def _told(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tenso
 
 
 def _shaped(alive: Tensor, like: Tensor) -> Tensor:
-    """Cells that live, laid out as an argument. # like ``like``"""
+    """The cells that count, laid out as an argument. # like ``like``"""
     alive = alive.reshape(alive.shape + (1,) * (like.dim() - alive.dim()))
     axes = [d for d, size in enumerate(like.shape) if size == 1 and alive.shape[d] > 1]
     for d in axes:

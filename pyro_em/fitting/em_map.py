@@ -107,7 +107,10 @@ def after_m_step(before: Point, tables: Sequence[Tensor]) -> float:
 
 
 def has_fallen(program: Program, before: Point, after: Point) -> bool:
-    """Promise: the objective never falls; a fall is reported with the site that did it."""
+    """Whether the objective fell by more than rounding, which EM rules out.
+
+    A fall is reported with the site that did it.
+    """
     old, new = before.objective, after.objective
     if new >= old - allowed_fall(old, program.graph.eps) or not program.is_monotone:
         return False

@@ -142,7 +142,7 @@ def run(
     out = StochasticRun()
     if num_epochs is None and max_steps == 0:
         return out
-    trainer.kept.is_late = False  # what an earlier fit copied may have been changed since
+    trainer.recovery.is_unbroken = False  # what an earlier fit copied may have been changed since
     per_epoch = batches.per_epoch
     total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
     disable = None if progress is None else not progress
@@ -219,7 +219,7 @@ def look_at_validation(trainer: Trainer, held_out: Batches) -> None:
 def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
     """The bound of all data at the current parameters, batch by batch, in nats."""
     total, rows = 0.0, 0
-    # A look must not change the path of a seeded fit.
+    # Evaluating the bound must not change the path of a seeded fit.
     with torch.no_grad(), same_random_state():
         for batch in batches.epoch(shuffle=False):
             factors = factors_at(trainer, batch)

@@ -1,4 +1,4 @@
-"""What ``step`` says where it is taken on other data than the step before."""
+"""The warning of ``step`` where its data differ from those of the step before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyro_em.updates.decision import forgets
 
 
 class LastData:
-    """The data that were learnt from last, so that forgetting them is said, once.
+    """The data of the last step, for one warning where a step on other data forgets them.
 
     Example:
         >>> last = LastData()
@@ -23,11 +23,11 @@ class LastData:
         self._has_told = False
 
     def note(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        """These data are learnt from now."""
+        """Record the data of the coming step."""
         self._contents = contents_of((args, kwargs))
 
     def warn_of_others(self, program: Program, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Note the data, and warn where a step of an exact model forgets those before."""
+        """Record the data, and warn where a step of an exact model forgets those before."""
         before = self._contents
         self.note(args, kwargs)
         if before in (None, self._contents) or self._has_told or not forgets(program.updates):

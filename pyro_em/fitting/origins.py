@@ -43,7 +43,7 @@ def origin_of(
     Args:
         parameters: All parameters.
         given: The initial values in the model by name, where it has any.
-        held: What the param store held before the fit.
+        held: The names in the param store before the fit.
         first: Unconstrained values at which parameters were first seen.
         foreign: What the store held before the model was seen first.
     """
@@ -86,11 +86,11 @@ class FirstSeen:
         self._put_back: set[str] = set()
 
     def before_a_run(self) -> None:
-        """Take note of what the param store holds before the model is run."""
+        """Record what the param store holds before the model is run."""
         self._held = frozenset(pyro.get_param_store())
 
     def note(self, parameters: Mapping[str, TracedParameter]) -> None:
-        """Take note of the parameters that a run has found."""
+        """Record the parameters that a run has found."""
         for name, p in parameters.items():
             if name in self.values:
                 continue
@@ -134,7 +134,7 @@ class FirstSeen:
 
 
 def told(result: EMResult, origin: Origin) -> EMResult:
-    """A result that says where its fit began."""
+    """A result whose plan notes where its fit began."""
     usual = name_of_start(None)
     if usual not in result.start or not origin.stored:
         return result

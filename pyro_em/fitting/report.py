@@ -85,7 +85,7 @@ def build_result(
     if run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED):
         warn(text)
     parameters = program.graph.parameters
-    _say_massless(program, run)
+    _warn_of_massless(program, run)
     rows = num_rows(program)
     if settings.bar.starts > 1:
         start = f"best of {sum(not r.is_replaced for r in runs)} starts: {run.name}"
@@ -244,8 +244,8 @@ def _no_standard_errors() -> StandardErrors:
     )
 
 
-def _say_massless(program: Program, run: Run) -> None:
-    """Name components that no observation belongs to; rows of probabilities may well be unused."""
+def _warn_of_massless(program: Program, run: Run) -> None:
+    """Warn of components without observations; rows of probabilities may well be unused."""
     assert run.last is not None
     by_component: dict[int, list[str]] = {}
     for name, events in run.last.massless.items():

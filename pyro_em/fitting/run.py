@@ -92,7 +92,7 @@ class Run:
         return math.nan if self.last is None else self.last.objective
 
     def take(self, entering: float, bound: float, point: Point) -> None:
-        """Note a complete step: the objective entering it, the bound after its M-step, its end."""
+        """Record a complete step: the objective entering it, the bound after its M-step, its end."""
         self.entering.append(entering)
         self.after.append(bound)
         self.last = point

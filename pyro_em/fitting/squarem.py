@@ -35,7 +35,7 @@ PLAIN_STEPS = 8
 
 _SLACK = 0.5
 
-# What says that a point, or an M-step from it, is none that a cycle can use: plain steps judge it.
+# The errors of a point, or of an M-step from it, that no cycle can use: plain steps judge it.
 _UNUSABLE = (DataError, DegenerateError, torch.linalg.LinAlgError, ValueError)
 
 
@@ -62,7 +62,7 @@ def accelerate(
     start, best, longest, eps = last, last, 1.0, em.program.graph.eps
 
     def note(before: Point, bound: float, after: Point) -> bool:
-        """Note one step; returns whether a callback asked to stop."""
+        """Record one step; returns whether a callback asked to stop."""
         run.take(before.objective, bound, after)
         settings.bar.update(r, after.objective)
         return shown(Step(before, bound, after))

@@ -92,6 +92,6 @@ def _is_exact_on(session: Session, args: tuple, kwargs: dict[str, Any]) -> bool:
     try:
         with same_random_state():
             found = session.look((*items, *args[1:]), kwargs, look_only=True)
-    except PyroEMError:  # said by the next call with a batch
+    except PyroEMError:  # the next call with a batch names it
         return False
     return isinstance(found, Program)

@@ -1,4 +1,4 @@
-"""The updates that a parameter can have, as values: what a user may ask for, and what was decided."""
+"""Which update each parameter gets: the strongest that is exact, read off the bindings of the graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyro_em.updates.update import (
 
 
 def forgets(updates: Mapping[str, ParameterUpdate]) -> bool:
-    """Whether an M-step goes to a maximum, wherever the parameters were: other data are forgotten.
+    """Whether an M-step goes to a maximum wherever the parameters were, and so forgets other data.
 
     A single step of an optimiser moves them a little.
     """
@@ -41,7 +41,7 @@ def forgets(updates: Mapping[str, ParameterUpdate]) -> bool:
 def decide_updates(
     graph: FactorGraph, requested: Mapping[str, Update], default: Gradient | None = None
 ) -> dict[str, ParameterUpdate]:
-    """Choose the strongest update that is exact for each parameter, by looking only.
+    """Choose the strongest update that is exact for each parameter; nothing is evaluated.
 
     Args:
         graph: A traced graph with bindings.
@@ -295,7 +295,7 @@ def _outside(use: Use, constraint: constraints.Constraint) -> str:
 
 
 def _blocks(graph: FactorGraph, names: set[str]) -> list[tuple[str, ...]]:
-    """Parameters that meet in one affine argument, directly or through others."""
+    """Sets of parameters that share an affine argument, directly or through others."""
     blocks: list[set[str]] = []
     for group in graph.groups:
         binding = group.bindings.get("loc")

@@ -106,7 +106,7 @@ def designs_of(
     """∂loc/∂θ for each cell behind the rows (a component, a feature): its columns that are not zero.
 
     A component's line does not depend on another's slope: most of the whole matrix would be zeros.
-    It is the same at every step, and so worked out once per binding.
+    It is the same at every step, and so computed once for each binding.
 
     Args:
         binding: An affine binding, or selections.

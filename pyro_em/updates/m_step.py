@@ -28,14 +28,14 @@ Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
 @dataclass
 class MStepState:
-    """What is kept from one M-step to the next: the user's optimisers."""
+    """The state that lasts from one M-step to the next: the user's optimisers."""
 
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MStepReport:
-    """What an M-step has to say: events without mass, kept at their former values."""
+    """The report of an M-step: the events without mass, which keep their former values."""
 
     massless: Mapping[str, tuple[int, ...]]
 
@@ -57,7 +57,7 @@ def m_step(
         counts: Expected counts per group.
         arguments: Arguments per group at the E-step.
         evaluate: From constrained values and group numbers to those groups' log densities.
-        state: Kept between M-steps.
+        state: What lasts between M-steps.
         blend: Running averages of the closed forms' numerators and denominators, for batches.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Medians: the location of a Laplace density is a weighted median of what it sees."""
+"""Medians: the location of a Laplace density is a weighted median of its data."""
 
 from __future__ import annotations
 

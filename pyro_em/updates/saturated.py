@@ -22,7 +22,7 @@ from pyro_em.tracing.parameters import TracedParameter
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-_NEAR = 1e-3  # of the width of an interval
+_NEAR = 1e-3  # as a share of the width of an interval
 
 
 _ALONE = 16  # coordinates that are searched one after the other; more are moved together

@@ -1,4 +1,4 @@
-"""From the cells of an argument onto the events of a parameter: sums, and what they are relative to."""
+"""Sums from the cells of an argument onto the events of a parameter, and the magnitude of the data."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def group_statistics(
         group: The stacked factors.
         counts: Expected counts. # (members, *sizes)
         arguments: The arguments of the E-step. # (members, *sizes or 1s, *event)
-        known: T(x), where it was worked out before.
+        known: T(x), where it was computed before.
 
     Returns:
         Statistics. # (members, *sizes or 1s, *to_event dims, *event)
@@ -151,8 +151,8 @@ def group_sums(
         counts: Posterior probabilities; sums over dimensions along which nothing of the group
             varies are of size one. # (members, *sizes or 1s)
         arguments: At the E-step.
-        known: T(x), where it was worked out before.
-        masked: Whether the counts know of the mask already.
+        known: T(x), where it was computed before.
+        masked: Whether the counts are zero where the group is masked.
     """
     if group.mask is not None and not masked:
         counts = counts * group.mask

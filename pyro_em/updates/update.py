@@ -91,7 +91,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class NoUpdate:
-    """No M-step: a latent of the model has no route. It is found in plans, never asked for."""
+    """No M-step: a latent of the model has no route. It occurs in plans; nobody asks for it."""
 
 
 Update = ClosedForm | LeastSquares | Gradient | Fixed

@@ -188,7 +188,7 @@ class AutoAmortized(AutoGuide):
             raise UsageError(message(f"encoder of site '{name}'", what, why, [fix]))
         like = {"dtype": encoded.dtype, "device": encoded.device}
         head = PyroModule[nn.Linear](encoded.shape[-1], outputs, **like)
-        nn.init.zeros_(head.weight)  # the guide starts alike for all data
+        nn.init.zeros_(head.weight)  # the guide begins with one distribution for all data
         nn.init.zeros_(head.bias)
         deep_setattr(self, f"heads.{name}", head)
 
@@ -221,7 +221,7 @@ class AutoAmortized(AutoGuide):
     def _run(
         self, args: tuple, kwargs: dict[str, Any], given: Mapping[str, Any], shown: frozenset[str]
     ) -> tuple[Any, set[str]]:
-        """Run the model out of sight, but for the indices of the plates ``shown``."""
+        """Run the model hidden from outer handlers, except for the indices of the plates ``shown``."""
         if self._model is None:
             what = "it has to run its model, which pickling leaves behind."
             fixes = ["call guide.attach(model) after loading"]

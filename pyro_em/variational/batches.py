@@ -236,7 +236,7 @@ def data_plates(
     Args:
         structure: The model's.
         size: Rows of the batch.
-        follows: Whether a plate's size changes with the rows, where that was looked at.
+        follows: Whether a plate's size changes with the rows, where that is known.
     """
     names = []
     for info in structure.sites.values():
@@ -250,7 +250,7 @@ def data_plates(
 
 
 def _sizes(structure: Structure, plate: str) -> tuple[int, int]:
-    """Elements of a plate: those at hand, and all of them."""
+    """The number of a plate's elements in this call, and its full size."""
     return structure.plates[plate].size, structure.plates[plate].full_size
 
 

@@ -1,4 +1,4 @@
-"""The guide's route: a bound that is drawn, and its gradient.
+"""The bound that a guide draws, and its gradient.
 
 With latents h drawn from the guide and z summed exactly under them,
 
@@ -37,10 +37,10 @@ from pyro_em.tracing.handlers import FeasibleWhereMasked, ScalePlates
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Model
 from pyro_em.variational.broken_bounds import (
+    draw_errors_named,
     in_users_names,
     not_finite,
     require_finite,
-    validation_told,
 )
 from pyro_em.variational.divergence import with_analytic_kl
 from pyro_em.variational.drawing import plain_draw, summed_draw
@@ -51,7 +51,7 @@ from pyro_em.variational.particle import (
 )
 from pyro_em.variational.score_function import coupled_sites, downstream_terms, score_terms
 
-_KEPT = 16  # structures of batches of different shape
+_KEPT = 16  # structures that are cached: one for each shape of a batch
 
 
 @dataclass(eq=False)
@@ -63,7 +63,7 @@ class Variational(StaysHere):
         guide: Its guide.
         routing: The routes.
         max_plate_nesting: As the user gave it.
-        bare: What a look at the model without its guide found.
+        bare: The structure of the model without its guide.
         weighted: Draws of the importance-weighted bound that takes the place of the ELBO, or None.
         analytic: Drawn latents whose KL divergence is known in closed form.
         baselines: Decaying averages of downstream costs.
@@ -107,7 +107,7 @@ class Variational(StaysHere):
             report: Whether log q is wanted as well where it is not needed for the bound.
             chosen: Guide sites that are held at a value instead, and weighed by its probability.
         """
-        with ScalePlates(factors or {}), FeasibleWhereMasked(), validation_told():
+        with ScalePlates(factors or {}), FeasibleWhereMasked(), draw_errors_named():
             if self.routing.exact:
                 assert isinstance(self.pair, Pair) and self.routing.guide is not None
                 structure, guide = self.structure(args, kwargs), self.routing.guide
@@ -185,7 +185,7 @@ class Variational(StaysHere):
             return -self._weighted_bound(args, kwargs, factors)
         if self.is_pyros:
             elbo, pair = self.pyros_elbo(num_particles), self.pyros_pair(factors)
-            with validation_told():
+            with draw_errors_named():
                 if torch.is_grad_enabled():
                     loss = elbo.differentiable_loss(*pair, *args, **kwargs)
                 else:
@@ -198,7 +198,7 @@ class Variational(StaysHere):
         for particle in itertools.chain.from_iterable(drawn):
             bound = particle.bound
             require_finite(particle, bound)
-            if torch.is_grad_enabled():  # a look must not move the baselines
+            if torch.is_grad_enabled():  # evaluating a bound must not move the baselines
                 bound = bound + score_terms(particle, self.downstream, self.shared, self.baselines)
             total = bound if total is None else total + bound
         assert total is not None
@@ -233,7 +233,7 @@ class Variational(StaysHere):
         """Independent draws of the bound; where all is summed under the guide they are equal."""
         if self.is_pyros:
             elbo, pair = self.pyros_elbo(1), self.pyros_pair()
-            with validation_told():
+            with draw_errors_named():
                 return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
         with torch.no_grad():
             drawn = (self.particles(args, kwargs, analytic=analytic) for _ in range(n))
@@ -252,7 +252,7 @@ class Variational(StaysHere):
 
     @property
     def parameters(self) -> dict[str, TracedParameter]:
-        """All parameters of guide and model, as the first look found them."""
+        """All parameters of guide and model, as the first runs of both recorded them."""
         guide = self.routing.guide
         return {**({} if guide is None else guide.run.parameters), **self.bare.parameters}
 

@@ -1,4 +1,4 @@
-"""Bounds that are not finite, draws outside a support: said in the user's names."""
+"""Errors about bounds that are not finite and about draws outside a support, in the user's names."""
 
 from __future__ import annotations
 
@@ -56,23 +56,23 @@ def not_finite(where: str, value: float, line: str = "") -> str:
 def in_users_names(problem: Finding) -> Finding:
     """A finding about the pair, with the guide's sites as the user called them."""
 
-    def told(text: str) -> str:
+    def renamed(text: str) -> str:
         return text.replace(f"site '{GuideSites.prefix}", "guide site '").replace(
             f"'{GuideSites.prefix}", "'"
         )
 
     return replace(
         problem,
-        where=told(problem.where),
-        what=told(problem.what),
-        why=told(problem.why),
-        fixes=tuple(told(f) for f in problem.fixes),
+        where=renamed(problem.where),
+        what=renamed(problem.what),
+        why=renamed(problem.why),
+        fixes=tuple(renamed(f) for f in problem.fixes),
     )
 
 
 @contextmanager
-def validation_told() -> Iterator[None]:
-    """What torch's validation finds at a draw, as the end of a fit instead of a crash."""
+def draw_errors_named() -> Iterator[None]:
+    """Turn what torch's validation raises at a draw into the error that ends a fit in order."""
     try:
         yield
     except ValueError as error:

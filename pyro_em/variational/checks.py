@@ -23,7 +23,7 @@ from pyro_em.variational.guide import GuideLook, is_plain_delta
 
 
 def no_route(structure: Structure, name: str) -> Finding:
-    """A latent that needs a guide and that the guide lacks."""
+    """The finding about a latent that needs a guide and that the guide lacks."""
     info = structure.sites[name]
     if info.is_discrete:
         return Finding(
@@ -56,7 +56,7 @@ def no_route(structure: Structure, name: str) -> Finding:
 
 
 def pair_problems(structure: Structure, guide: GuideLook) -> list[Finding]:
-    """Guide sites that are no draws of the model's latents."""
+    """Findings about guide sites that are no draws of the model's latents."""
     problems = []
     for name, site in guide.sites.items():
         if name in structure.barren or is_auxiliary(site):

@@ -68,5 +68,5 @@ def _has_kl(q: Mapping[str, Any], p: Mapping[str, Any]) -> bool:
             kl = kl_divergence(q["fn"], p["fn"])
             # Infinite for a Normal guide of a positive latent: its draws may still all be positive.
             return kl.shape == q["fn"].batch_shape and bool(torch.isfinite(kl).all())
-    except NotImplementedError:  # the only way in which torch's registry answers
+    except NotImplementedError:  # torch's registry knows no formula
         return False

@@ -94,7 +94,7 @@ def summed_draw(
 
     Args:
         pair: The guide, then the model at its values.
-        guide: What the guide's runs said.
+        guide: What runs of the guide showed.
         structure: The pair's structure for these arguments.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
@@ -176,7 +176,7 @@ def _with_scores(
 def inner_posterior(
     graph: FactorGraph, weight: Weight = _FULL
 ) -> tuple[Posterior, tuple[Group, ...]]:
-    """p(z | x, h) at one draw h, and the model's factors; anything where the draw has no weight."""
+    """p(z | x, h) at one draw h, and the model's factors; arbitrary where the draw has no weight."""
     groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
     model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
     tables = [g.log_density().detach() for g in groups]

@@ -55,7 +55,7 @@ class Call:
 
 
 class PlateIndices(Messenger):
-    """Give plates their indices, and note the plates that pick some of their elements."""
+    """Gives plates their indices, and records which plates draw part of their elements."""
 
     def __init__(self, given: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -109,7 +109,7 @@ def built_guide(guide: Any, model: Model, structure: Structure | None) -> Any:
     Args:
         guide: A guide, ``"map"``, an autoguide class or a factory from a model to a guide.
         model: The user's model.
-        structure: What a look at the model found; needed for classes and factories.
+        structure: The model's structure; needed for classes and factories.
 
     Returns:
         A guide to be called with the model's arguments.
@@ -186,7 +186,7 @@ def given_a_name(guide: Any) -> tuple[str, str]:
 
 
 class _FromMessenger:
-    """A guide messenger runs inside its model; its draws are told again as a guide's sites."""
+    """A guide messenger runs inside its model; its draws are recorded again as sites of a guide."""
 
     def __init__(self, messenger: GuideMessenger) -> None:
         self.messenger = messenger
@@ -295,7 +295,7 @@ def _guide_failed(guide: Any, error: Exception) -> str:
                 f"{name}(poutine.block(model, hide=[names of the discrete sites]))",
             ],
         )
-    if isinstance(error, PyroEMError):  # it has said what to do
+    if isinstance(error, PyroEMError):  # its own message says what to do
         return str(error)
     if "invalid shape of pyro.param" in text:
         return message(

@@ -62,7 +62,7 @@ class Routing:
         drawn: Latents that the guide draws.
         enumerated: Those of ``drawn`` that are summed under the guide.
         reasons: Per latent, why, in words.
-        guide: What the guide's runs said, or None.
+        guide: What runs of the guide showed, or None.
         unused: Guide sites that are left unused.
     """
 

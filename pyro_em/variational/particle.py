@@ -42,7 +42,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """q(y = k): what a run in which the guide's sites y are held at k counts.
+    """q(y = k): the weight of a run in which the guide's sites y are held at k.
 
     The runs of all k together are one draw of the bound, in which y is summed. A term outside the
     plates of a site does not depend on it: it counts the same in each run.
@@ -100,7 +100,7 @@ class Particle:
         graph: The factor graph at the draw, where latents were summed.
         log_q: log q of the whole draw in nats.
         baselines: The users' baseline options of the sites in ``scores``.
-        weight: What the draw counts where values of the guide are enumerated; in ``terms`` already.
+        weight: The weight of the draw where values of the guide are enumerated; ``terms`` have it.
     """
 
     terms: tuple[Term, ...]

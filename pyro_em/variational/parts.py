@@ -13,7 +13,7 @@ from pyro_em.tracing.runs import Model, drawn_run
 from pyro_em.tracing.sites import Role, is_factor, role_of
 from pyro_em.updates.statistics import dot
 from pyro_em.variational.bound import Variational
-from pyro_em.variational.broken_bounds import require_finite, validation_told
+from pyro_em.variational.broken_bounds import draw_errors_named, require_finite
 from pyro_em.variational.drawing import inner_posterior
 from pyro_em.variational.particle import Particle
 
@@ -89,7 +89,7 @@ def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, A
     seed = int(torch.randint(2**31, ()))
 
     def value(which: Model) -> float:
-        with seeded(seed), validation_told():
+        with seeded(seed), draw_errors_named():
             return -float(elbo.loss(which, guide, *args, **kwargs))
 
     total, negative_kl = value(model), value(without(observed_only=True))

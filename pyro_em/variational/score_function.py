@@ -1,4 +1,16 @@
-"""The score-function estimator: draws that cannot be reparameterised, with baselines."""
+"""The score-function estimator: gradients through draws that cannot be reparameterised.
+
+For a draw y of the guide with downstream cost C_y, the terms of the bound that depend on y, and a
+baseline b_y that does not depend on it,
+
+    ∇ E_q[C_y] = E_q[∇ C_y + (C_y − b_y) ∇ log q(y)].
+
+A draw of one element of a plate reaches the terms of that element only, unless elements read each
+other; baselines are decaying averages of the cost, or what the user's ``infer`` gives.
+
+Source: Ranganath, Gerrish and Blei (2014), "Black box variational inference", for the
+Rao–Blackwellisation by downstream terms.
+"""
 
 from __future__ import annotations
 

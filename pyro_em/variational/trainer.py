@@ -25,7 +25,7 @@ from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.optimizers import Optimizer, Steppers, adam
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update
 from pyro_em.variational.bound import Variational
-from pyro_em.variational.recovery import Kept
+from pyro_em.variational.recovery import Recovery
 from pyro_em.variational.running_averages import RunningAverages
 
 
@@ -85,7 +85,7 @@ class Trainer(StaysHere):
         steps: Complete steps so far.
         optimizers: The optimisers that have stepped.
         averages: What the closed forms on batches average.
-        kept: Parameters at which the loss was finite, to return to.
+        recovery: Parameters at which the loss was finite, to return to.
     """
 
     variational: Variational
@@ -94,7 +94,7 @@ class Trainer(StaysHere):
     num_particles: int = 1
     saved_name: Callable[[str], str] = str
     steps: int = 0
-    kept: Kept = field(default_factory=Kept)
+    recovery: Recovery = field(default_factory=Recovery)
     _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
     _stage: Stage = Stage.ENTERED
     _last: tuple[tuple, dict[str, Any], Mapping[str, float] | None] | None = None
@@ -133,15 +133,15 @@ class Trainer(StaysHere):
             which = "last good parameters"
             moved = self._stage is Stage.MOVED
             if moved or not (self._stage is Stage.FINITE or self._is_sound()):
-                self.kept.put_back()
-                if self.kept.step is not None and self.kept.step < self.steps - 1:
-                    which = f"parameters that entered step {self.kept.step}"
+                self.recovery.put_back()
+                if self.recovery.step is not None and self.recovery.step < self.steps - 1:
+                    which = f"parameters that entered step {self.recovery.step}"
             head, newline, rest = str(error).partition("\n")
             text = f"step {self.steps}: {head} The {which} were kept."
             raise DegenerateError(text + newline + rest) from error.__cause__
         except BaseException:  # an interrupt, or whatever the user's functions raise
-            if self._stage is Stage.MOVED and self.kept.step == self.steps:
-                self.kept.put_back()  # half a step is no step
+            if self._stage is Stage.MOVED and self.recovery.step == self.steps:
+                self.recovery.put_back()  # half a step is no step
             raise
         self._last = (args, kwargs, factors)
         return loss
@@ -235,7 +235,7 @@ class Trainer(StaysHere):
             whole = len(by_update) == 1 and self.optimizers.is_one_kernel(label)
             whole = whole and label == "joint" and label in by_update
             whole = whole and not any(isinstance(w, ClosedForm) for w in wishes.values())
-            self.kept.keep(tensors, self.steps, at_once=not whole)
+            self.recovery.keep(tensors, self.steps, at_once=not whole)
             self._stage = Stage.MOVED
         for key, group in by_update.items():
             wish = wishes.get(next(iter(group)))
@@ -307,7 +307,7 @@ def _warn_of_squares(gradients: Mapping[str, Tensor]) -> None:
 
 
 def _numbers(gradient: Tensor) -> Tensor:
-    """The entries of a gradient that it holds: few of a sparse one."""
+    """The entries of a gradient that are stored; of a sparse one only some are."""
     return gradient._values() if gradient.is_sparse else gradient
 
 
