@@ -1,5 +1,8 @@
 """Categorical, OneHotCategorical, Multinomial, Bernoulli, Binomial, Geometric.
 
+    log p(x | a) = Σ_k x_k log a_k + const            a row of probabilities a, one-hot or counted x
+    log p(x | a) = x log a + (m − x) log(1 − a) + const       a probability a, x successes among m
+
 An exact zero in ``probs`` has log-density −inf here, where Pyro clamps it to log(eps): structural
 zeros stay zero through EM. In products with counts, 0 · −inf counts as 0.
 """

@@ -135,6 +135,15 @@ class Form:
         """
         return False
 
+    def of_data(self, x: Tensor, w: Tensor) -> Tensor:
+        """The maximiser of a form that `needs_data`; its rule gives data and weights. # ()
+
+        Args:
+            x: Data. # (data,)
+            w: Their weights, not all of them zero. # (data,)
+        """
+        raise NotImplementedError(f"{type(self).__name__} is solved from sums")
+
     def features(self, n: Tensor, d: Tensor) -> tuple[Tensor, ...]:
         """What multiplies `natural_parameters` in a log-linear form. # like n, each
 
@@ -418,6 +427,18 @@ class Median(Form):
 
     is_location = True
     needs_data = True
+
+    def of_data(self, x: Tensor, w: Tensor) -> Tensor:
+        """See `Form.of_data`; a weighted median.
+
+        Example:
+            >>> Median().of_data(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([5.0, 1.0, 1.0]))
+            tensor(3.)
+        """
+        order = x.argsort()
+        total = w[order].cumsum(0)
+        middle = int(torch.searchsorted(total, total[-1] / 2))
+        return x[order][min(middle, len(x) - 1)]
 
 
 class Kind(Enum):

@@ -140,8 +140,9 @@ def _absolute_scale(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Te
     return stats["absolute"], stats["weight"].expand(stats["absolute"].shape)
 
 
-def _median_weight(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("a weighted median is taken from the data, not from sums")
+def _weighted_data(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """The data and their weights in −Σ w abs(x − loc): a median is taken from these, not from sums."""
+    return stats["event"], stats["weight"] / arguments["scale"]
 
 
 _SPREADS = {
@@ -177,7 +178,7 @@ FAMILIES = (
         dist.Laplace,
         _laplace_statistics,
         {
-            "loc": Rule(Kind.MEDIAN, _median_weight),
+            "loc": Rule(Kind.MEDIAN, _weighted_data),
             "scale": Rule(Kind.ABSOLUTE_SCALE, _absolute_scale),
         },
         additive=False,

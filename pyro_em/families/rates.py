@@ -1,4 +1,8 @@
-"""Poisson and Exponential: one functional form, n log a − d a, seen from two sides."""
+"""Poisson and Exponential: one functional form, n log a − d a, seen from two sides.
+
+Poisson      log p(x | a) = x log a − a − log x!        x events in one unit of exposure
+Exponential  log p(x | a) = log a − a x                 one event in x units of exposure
+"""
 
 from __future__ import annotations
 

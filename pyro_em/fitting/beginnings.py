@@ -1,4 +1,8 @@
-"""The first parameters of a start: assignments of the latents by a rule, then an M-step."""
+"""The first parameters of a start: assignments of the latents by a rule, then an M-step.
+
+The rules draw responsibilities at random, or by clusters of the observed vectors around rows that are
+drawn far apart (`pyro_em.posteriors.clusters` names the sources).
+"""
 
 from __future__ import annotations
 

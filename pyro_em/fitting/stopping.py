@@ -1,4 +1,15 @@
-"""When a run stops: the estimated remaining gain, rounding, and the rate of convergence."""
+"""When a run stops: the estimated remaining gain, rounding, and the rate of convergence.
+
+EM gains g_t = L_{t+1} − L_t in nats, which fall like a power of its rate a near a maximum. With the
+largest ratio of the last successive gains as a, what is left to gain is
+
+    Σ_{s > t} g_s ≈ g_t a / (1 − a)     (Aitken's extrapolation),
+
+and a run stops where this and the last gain are below the tolerance, or where gains are rounding.
+
+Source: Böhning, Dietz, Schaub, Schlattmann and Lindsay (1994), "The distribution of the likelihood
+ratio for mixtures of densities from the one-parameter exponential family", for Aitken's rule.
+"""
 
 from __future__ import annotations
 

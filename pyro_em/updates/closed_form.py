@@ -22,7 +22,7 @@ from pyro_em.families.family import Statistics
 from pyro_em.families.forms import Kind, Spread
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.medians import medians
+from pyro_em.updates.from_data import from_data
 from pyro_em.updates.priors import contributions, refuse_boundary_mode
 from pyro_em.updates.scatter import (
     component_in_words,
@@ -209,7 +209,7 @@ def solver_of(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Sol
     """The solver of a closed form.
 
     Args:
-        update: A closed form, but no median.
+        update: A closed form that is solved from sums.
         graph: The graph that its uses refer to.
         value: The parameter's value, for its shape.
     """
@@ -261,7 +261,7 @@ def closed_form(
         blend: From a parameter's name, numerator and denominator to running averages of them.
     """
     if update.needs_data:
-        return medians(update, graph, arguments, counts, value)
+        return from_data(update, graph, arguments, counts, value)
     return solver_of(update, graph, value).solve(statistics, arguments, value, blend)
 
 

@@ -1,4 +1,9 @@
-"""What conjugate priors add to the sums of a closed form."""
+"""Conjugate priors in a closed form: what they add to numerators and denominators.
+
+With n₀ and d₀ of the prior (`pyro_em.families.conjugacy`), the M-step of MAP solves the same form for
+
+    n + n₀   and   d + d₀.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Sums from the cells of an argument onto the events of a parameter, and the magnitude of the data."""
+"""Sums from the cells of an argument onto the events of a parameter, and the magnitude of the data.
+
+A parameter's event e (a number, a row or a matrix of it) may be read by many cells of an argument:
+
+    n_e = Σ_{cells c that read e} n_c,   d_e = Σ_{cells c that read e} d_c.
+"""
 
 from __future__ import annotations
 

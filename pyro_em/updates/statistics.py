@@ -1,4 +1,7 @@
-"""Expectation: what the M-step needs to know of the data, as one additive value."""
+"""Expectation: what the M-step needs to know of the data, as one additive value.
+
+S = Σ_cells q(cell) T(x),   log p(x; θ),   and both of two parts of the data add up.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Kullback–Leibler divergences of a guide's factors in closed form, where Pyro knows one."""
+"""Kullback–Leibler divergences of a guide's factors in closed form, where Pyro knows one.
+
+    KL(q ‖ p) = E_q[log q(h | x) − log p(h)],
+
+which takes the place of the two drawn terms of a latent h, and lowers the variance of the bound.
+
+Source: Kingma and Welling (2014), "Auto-encoding variational Bayes", the second estimator.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""One draw of the bound, split into its terms: reconstruction, divergence and log prior."""
+"""One draw of the bound, split into its terms: reconstruction, divergence and log prior.
+
+    bound = E_q[log p(x | z, h)] − KL(q(z, h) ‖ p(z, h)) + log p(point estimates)
+
+with the entropy of q apart, at one draw of h and with z summed under it.
+"""
 
 from __future__ import annotations
 
