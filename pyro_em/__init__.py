@@ -15,38 +15,42 @@ Glossary, used throughout:
 * site, plate, guide, param: as in Pyro.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from pyro_em.analysis.elbo import ELBOTerms
-from pyro_em.analysis.evidence import EvidenceEstimate
-from pyro_em.analysis.partition import log_partition
-from pyro_em.comparison.compare import compare
-from pyro_em.comparison.contenders import Direct, standard_contenders
-from pyro_em.comparison.table import Comparison
-from pyro_em.em import ExactPosteriorEM
-from pyro_em.errors import (
-    DataError,
-    DegenerateError,
-    FileError,
-    ModelError,
-    PyroEMError,
-    PyroEMWarning,
-    UsageError,
-)
-from pyro_em.families.family import Family, Link, Rule
-from pyro_em.families.forms import Kind
-from pyro_em.families.registry import register_family
-from pyro_em.fitting.result import EMResult, EMStatus, EMStep, History
-from pyro_em.fitting.standard_errors import StandardErrors
-from pyro_em.loss import TraceExact_ELBO
-from pyro_em.plan.plan import Plan
-from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
-from pyro_em.tracing.vectorized import vectorized_markov
-from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares
-from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
-from pyro_em.variational.drawn import DrawnPosterior
-from pyro_em.variational.trainer import Alternating
+if TYPE_CHECKING:
+    from pyro_em.analysis.elbo import ELBOTerms
+    from pyro_em.analysis.evidence import EvidenceEstimate
+    from pyro_em.analysis.partition import log_partition
+    from pyro_em.comparison.compare import compare
+    from pyro_em.comparison.contenders import Direct, standard_contenders
+    from pyro_em.comparison.table import Comparison
+    from pyro_em.em import ExactPosteriorEM
+    from pyro_em.errors import (
+        DataError,
+        DegenerateError,
+        FileError,
+        ModelError,
+        PyroEMError,
+        PyroEMWarning,
+        UsageError,
+    )
+    from pyro_em.families.family import Family, Link, Rule
+    from pyro_em.families.forms import Kind
+    from pyro_em.families.registry import register_family
+    from pyro_em.fitting.result import EMResult, EMStatus, EMStep, History
+    from pyro_em.fitting.standard_errors import StandardErrors
+    from pyro_em.loss import TraceExact_ELBO
+    from pyro_em.plan.plan import Plan
+    from pyro_em.posteriors.posterior import Posterior
+    from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
+    from pyro_em.tracing.vectorized import vectorized_markov
+    from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares
+    from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
+    from pyro_em.variational.drawn import DrawnPosterior
+    from pyro_em.variational.trainer import Alternating
 
 __version__ = version("pyro-em")
 
@@ -92,3 +96,64 @@ __all__ = [
     "standard_contenders",
     "vectorized_markov",
 ]
+
+# Each module is imported when its first name is asked for.
+_HOMES = {
+    "Alternating": "pyro_em.variational.trainer",
+    "Annealed": "pyro_em.posteriors.strategies",
+    "AutoAmortizedCategorical": "pyro_em.variational.amortized",
+    "AutoAmortizedNormal": "pyro_em.variational.amortized",
+    "ClosedForm": "pyro_em.updates.update",
+    "Comparison": "pyro_em.comparison.table",
+    "DataError": "pyro_em.errors",
+    "DegenerateError": "pyro_em.errors",
+    "Direct": "pyro_em.comparison.contenders",
+    "DrawnPosterior": "pyro_em.variational.drawn",
+    "ELBOTerms": "pyro_em.analysis.elbo",
+    "EMResult": "pyro_em.fitting.result",
+    "EMStatus": "pyro_em.fitting.result",
+    "EMStep": "pyro_em.fitting.result",
+    "EvidenceEstimate": "pyro_em.analysis.evidence",
+    "ExactPosteriorEM": "pyro_em.em",
+    "Family": "pyro_em.families.family",
+    "FileError": "pyro_em.errors",
+    "Fixed": "pyro_em.updates.update",
+    "Gradient": "pyro_em.updates.update",
+    "Hard": "pyro_em.posteriors.strategies",
+    "History": "pyro_em.fitting.result",
+    "Kind": "pyro_em.families.forms",
+    "LeastSquares": "pyro_em.updates.update",
+    "Link": "pyro_em.families.family",
+    "ModelError": "pyro_em.errors",
+    "MonteCarlo": "pyro_em.posteriors.strategies",
+    "Plan": "pyro_em.plan.plan",
+    "Posterior": "pyro_em.posteriors.posterior",
+    "PyroEMError": "pyro_em.errors",
+    "PyroEMWarning": "pyro_em.errors",
+    "Rule": "pyro_em.families.family",
+    "StandardErrors": "pyro_em.fitting.standard_errors",
+    "TraceExact_ELBO": "pyro_em.loss",
+    "UsageError": "pyro_em.errors",
+    "compare": "pyro_em.comparison.compare",
+    "log_partition": "pyro_em.analysis.partition",
+    "register_family": "pyro_em.families.registry",
+    "standard_contenders": "pyro_em.comparison.contenders",
+    "vectorized_markov": "pyro_em.tracing.vectorized",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name from its module, or one of the package's modules."""
+    home = _HOMES.get(name)
+    if home is not None:
+        value = getattr(import_module(home), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from pyro_em.graph.binding import _MAPS, Binding, ElementwiseMap, Selection, _power
+from pyro_em.tracing.without_sympy import pull_back
 
 _VIEWS = frozenset(
     f"{name}Backward{i}"
@@ -250,8 +251,8 @@ def _forward_maps(
 ) -> Callable[[Tensor | None], Tensor]:
     """t ↦ J t for the map from ``source`` to ``output``; None stands for t = 0, 1, 2, …"""
     v = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device, requires_grad=True)
-    outputs = (output,)
-    (g,) = torch.autograd.grad(outputs, (source,), (v,), create_graph=True)  # type: ignore[arg-type]
+    g = pull_back(output, source, v, create_graph=True)
+    assert g is not None
 
     def forward(t: Tensor | None) -> Tensor:
         if t is None:
@@ -260,7 +261,7 @@ def _forward_maps(
             t = t.expand(g.shape)
         if not g.requires_grad:
             return torch.zeros_like(v)
-        out = torch.autograd.grad(g, v, t.reshape(g.shape), retain_graph=True, allow_unused=True)[0]
+        out = pull_back(g, v, t.reshape(g.shape), allow_unused=True)
         return torch.zeros_like(v) if out is None else out
 
     forward.source_shape = g.shape  # type: ignore[attr-defined]

@@ -4,8 +4,9 @@
 
 With c_t = Σ_j ℓ_t(j) Σ_i α_{t−1}(i) A(i, j), where α_{t−1} sums to one, the log evidence is Σ log c_t,
 the marginals are γ_t ∝ α_t β_t and the transitions ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j).
-Three ways, chosen by what is there: compiled loops (numba, the ``fast`` extra), one loop over time
-for many sequences, and two levels of about √T steps for few (also right for a GPU).
+Three ways, chosen by what is there: compiled loops (numba, the ``fast`` extra; not where its start
+would outlast the fit), one loop over time for many sequences, and two levels of about √T steps for
+few (also right for a GPU).
 
 Without numba each operation costs more than its arithmetic. So both directions go through time at
 once, α_t beside w_t(j) = ℓ_t(j) β_t(j), and are normalised at few steps only: if that loses too
@@ -27,6 +28,10 @@ import torch
 from torch import Tensor
 
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+_FEW = 128  # steps of all sequences for which numba is not started: half a second, as long as it
+# saves in a thousand E-steps. A rule by size alone, so that a fit repeated gives the same digits.
 
 
 _EVERY = 16  # steps between two normalisations
@@ -75,7 +80,8 @@ def smooth(
         (tensor([[0.8182, 0.0000],
                 [0.1818, 0.0000]], dtype=torch.float64), tensor(0.5500, dtype=torch.float64))
     """
-    if _HAS_NUMBA and likelihood.device.type == "cpu":
+    few = likelihood.shape[0] * likelihood.shape[1] <= _FEW
+    if _HAS_NUMBA and not few and likelihood.device.type == "cpu":
         return _by_numba(likelihood, transition, weight)
     # Rows of A that sum to at most one keep messages from growing.
     largest = transition.sum(-1).amax()
@@ -84,8 +90,8 @@ def smooth(
     steps = likelihood.permute(1, 2, 0)
     # Two levels multiply matrices where one multiplies vectors, but in √T steps.
     least, most = (100, 1500) if likelihood.device.type == "cpu" else (16, 2**18)
-    few = least <= T and most >= B * K * K
-    messages = (_two_levels if few else _one_loop)(steps, A)
+    is_long = least <= T and most >= B * K * K
+    messages = (_two_levels if is_long else _one_loop)(steps, A)
     if not bool(messages.are_kept()):
         messages = _one_loop(steps, A, every=1)
     gamma, xi = messages.smoothed(likelihood, A, weight)

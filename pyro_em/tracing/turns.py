@@ -17,6 +17,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.whole import LeftWhole
+from pyro_em.tracing.without_sympy import PlainShapes
 
 P = ParamSpec("P")
 
@@ -66,7 +67,7 @@ class Alone:
     def __init__(self, what: str) -> None:
         self.what = what
         self.turn: _Turn | None = None
-        self.whole = LeftWhole()
+        self.whole, self.shapes = LeftWhole(), PlainShapes()
 
     def __enter__(self) -> Alone:
         turn = _Turn(self.what, threading.get_ident(), sys._getframe(1))
@@ -78,10 +79,12 @@ class Alone:
             self.turn = turn
             _turns.append(turn)
         self.whole.__enter__()
+        self.shapes.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         try:
+            self.shapes.__exit__()
             self.whole.__exit__(*exception)
         finally:
             with _changing:

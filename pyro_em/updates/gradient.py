@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from pyro.distributions.transforms import SoftplusLowerCholeskyTransform
+from pyro.distributions.transforms import SoftplusLowerCholeskyTransform, SoftplusTransform
 from torch import Tensor
 from torch.distributions import transform_to, transforms
 
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.updates.lbfgs import minimise
 from pyro_em.updates.optimizers import of_update
 from pyro_em.updates.saturated import leave_bounds
 from pyro_em.updates.update import Gradient
@@ -154,7 +155,7 @@ def _runaway(
             kept = v.detach().clone()
             with torch.no_grad():
                 v.copy_(torch.where(outward, v * (1 + _CLIFF), v))
-                breaks = not math.isfinite(_value(loss))
+                breaks = _breaks(variables, loss)
                 v.copy_(kept)
             far = outward if breaks else far
         if bool(far.any()):
@@ -163,10 +164,22 @@ def _runaway(
     return None
 
 
+def _breaks(variables: Sequence[Tensor], loss: Callable[[], Tensor]) -> bool:
+    """Whether the loss has no value here, or no slope."""
+    try:
+        with torch.enable_grad():
+            value = loss()
+            gradients = torch.autograd.grad(value, variables, allow_unused=True)
+    except PyroEMError:
+        return True
+    found = [value.detach(), *(g for g in gradients if g is not None)]
+    return not all(bool(torch.isfinite(f).all()) for f in found)
+
+
 def _is_logarithm(parameter: TracedParameter, before: Tensor, after: Tensor) -> Tensor:
     """Which unconstrained coordinates are logarithms on the way that they went."""
     found = _parts(transform_to(parameter.constraint))
-    if any(isinstance(t, transforms.SoftplusTransform) for t in found):
+    if any(isinstance(t, (transforms.SoftplusTransform, SoftplusTransform)) for t in found):
         return after < before  # upwards it is nearly the identity
     if any(isinstance(t, _LOGARITHMS) for t in found):
         return torch.ones_like(after, dtype=torch.bool)
@@ -236,50 +249,37 @@ def _step_optimizer(
 
 
 def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> None:
-    optimizer = torch.optim.LBFGS(
-        variables,
-        max_iter=steps,
-        max_eval=3 * steps,
-        history_size=20,
-        tolerance_grad=1e-11,
-        tolerance_change=1e-15,
-        line_search_fn="strong_wolfe",
-    )
+    """Lower the loss in place, all variables as one vector."""
 
-    best, at_best = math.inf, [v.detach().clone() for v in variables]
+    def place(flat: Tensor) -> None:
+        with torch.no_grad():
+            for v, part in zip(variables, flat.split([v.numel() for v in variables]), strict=True):
+                v.copy_(part.reshape(v.shape))
 
-    def closure() -> Tensor:
-        nonlocal best
+    def function(flat: Tensor) -> tuple[float, Tensor]:
+        place(flat)
         try:
             with torch.enable_grad():
                 value = loss()
-                gradients = torch.autograd.grad(value, variables, allow_unused=True)
-            finite = bool(torch.isfinite(value.detach()))
+                found = torch.autograd.grad(value, variables, allow_unused=True)
         except PyroEMError:
-            if best == math.inf:
+            if flat is start:
                 raise
-            finite = False
-        if not finite and best < math.inf:
             # A trial point at which the model cannot run is a bad one, not the end of the fit.
-            for v in variables:
-                v.grad = torch.zeros_like(v)
-            return torch.as_tensor(best + 1e3 * (1 + abs(best)))
-        if float(value.detach()) < best:
-            best = float(value.detach())
-            for held, v in zip(at_best, variables, strict=True):
-                held.copy_(v.detach())
-        for v, g in zip(variables, gradients, strict=True):
-            # A coordinate at infinity is a structural zero: it stays.
-            v.grad = torch.zeros_like(v) if g is None else torch.where(torch.isfinite(v), g, 0.0)
-        return value.detach()
+            return math.inf, torch.zeros_like(flat)
+        gradient = torch.cat(
+            [
+                # A coordinate at infinity is a structural zero: it stays.
+                torch.zeros_like(v).reshape(-1)
+                if g is None
+                else torch.where(torch.isfinite(v), g, 0.0).reshape(-1)
+                for v, g in zip(variables, found, strict=True)
+            ]
+        )
+        return float(value.detach()), gradient
 
-    optimizer.step(closure)
-    for v in variables:
-        v.grad = None
-    with torch.no_grad():
-        if not _value(loss) < math.inf:  # it ended where the model cannot run
-            for v, held in zip(variables, at_best, strict=True):
-                v.copy_(held)
+    start = torch.cat([v.detach().reshape(-1) for v in variables])
+    place(minimise(function, start, steps))
 
 
 def _leave_saddle(

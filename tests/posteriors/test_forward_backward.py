@@ -59,7 +59,9 @@ def without_numba(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -
 def with_numba(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Found:
     if not forward_backward._HAS_NUMBA:
         pytest.skip("numba is not installed")
-    return smooth(likelihood, A, weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_backward, "_FEW", 0)
+        return smooth(likelihood, A, weight)
 
 
 def in_lanes(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Found:
