@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
+
+# One thread for every library, and for the processes that tests start: two workers with two
+# threads each on two cores wait for each other. It is read at import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pyro
 import pytest

@@ -266,6 +266,9 @@ def test_steps_do_not_take_their_memory_anew() -> None:
     script = """
 import resource, torch
 from pyro_em.fitting.em_on_sums import keep_freed_memory
+# Room for small blocks, which at the end of the heap would keep all below them.
+small = [bytes(n) for n in range(600, 3000) for _ in range(4)]
+del small
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

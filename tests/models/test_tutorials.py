@@ -34,6 +34,7 @@ def test_names() -> None:
     assert sorted(p.stem for p in TUTORIALS.glob("*.ipynb")) == sorted(NAMES)
 
 
+# Figures are drawn once and small: nobody looks at these.
 AS_NEW = """
 %reset -f
 import sys, warnings
@@ -45,6 +46,7 @@ warnings.filters[:] = sys.filters_as_new
 pyro.clear_param_store()
 pyro.enable_validation(True)
 torch.set_default_dtype(torch.float32)
+%config InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 20}
 %reset -f
 """
 

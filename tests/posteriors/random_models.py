@@ -478,7 +478,7 @@ def collapsed(parameters: Any) -> bool:
 
 def short_gradients(updates: Any) -> dict[str, Gradient]:
     """Few iterations, for the parameters that take any: to rise is promised of each of them."""
-    return {n: Gradient(steps=10) for n, u in updates.items() if isinstance(u.update, Gradient)}
+    return {n: Gradient(steps=5) for n, u in updates.items() if isinstance(u.update, Gradient)}
 
 
 def evidence_and_posterior(model: RandomModel, long: RandomModel, assignments: Values) -> None:

@@ -323,15 +323,16 @@ def test_the_expected_log_joint_is_stationary(name):
     assert max(found.values()) < (1e-9 if c.exact else 1e-6) * N, found
     by_hand = float(c.log_joint(P).logsumexp(-1).sum())
     assert em.elbo().log_evidence == pytest.approx(by_hand, rel=1e-9)
-    history = np.array([by_hand, *em.fit(max_steps=30, tol=0).history])
-    assert len(history) == 31
+    steps = 30 if c.exact else 8  # a search by gradients has nothing new to it after a few
+    history = np.array([by_hand, *em.fit(max_steps=steps, tol=0, progress=False).history])
+    assert len(history) == steps + 1
     assert np.all(np.diff(history) > -1e-9 * np.abs(history[1:]))
 
 
 def run(model, *args, steps=30, **settings):
     """A monotone fit of exactly so many steps, from the model's own start."""
     pyro.clear_param_store()
-    result = ExactPosteriorEM(model, **settings).fit(*args, max_steps=steps, tol=0)
+    result = ExactPosteriorEM(model, **settings).fit(*args, max_steps=steps, tol=0, progress=False)
     path = np.array([*result.history, result.log_evidence])
     assert result.num_steps == steps, result.message
     assert np.all(np.diff(path) > -1e-9 * np.abs(path[1:]))
@@ -486,7 +487,7 @@ def test_fixed_and_torch_optimisers_by_glob():
             pyro.sample("x", dist.Normal(torch.stack([low, high])[z], s), obs=x)
 
     em = ExactPosteriorEM(model, updates={"mu_*": Gradient(adam, steps=4), "s": Fixed()})
-    result = em.fit(REAL, max_steps=150, tol=0)
+    result = em.fit(REAL, max_steps=150, tol=0, progress=False)
     assert float(result.params["s"]) == 1.0 and not result.plan.is_monotone
     pyro.clear_param_store()
     exact = run(model, REAL, steps=150, updates={"s": Fixed()})

@@ -56,8 +56,8 @@ def test_a_linear_gaussian_model_gives_the_posterior_of_every_datum(hidden, tole
     x = linear_data(200)
     guide = AutoAmortizedNormal(linear, hidden=hidden)
     loss = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    train(linear, guide, x, steps=400, loss=loss)
-    train(linear, guide, x, steps=200, lr=0.003, loss=loss)
+    train(linear, guide, x, steps=150, lr=0.05, loss=loss)
+    train(linear, guide, x, steps=100, lr=0.005, loss=loss)
     precision = torch.eye(2) + W @ W.T / NOISE**2
     scale = precision.diagonal() ** -0.5  # the best factorised Normal has these scales
     for data in (x, linear_data(50)):  # the second: new data, of another number
@@ -77,7 +77,8 @@ def test_a_mixture_gives_the_responsibilities() -> None:
 
     x = 2 * torch.randn(300)
     guide = AutoAmortizedCategorical(mixture, hidden=(16,))
-    train(mixture, config_enumerate(guide), x, loss=TraceEnum_ELBO(max_plate_nesting=1))
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    train(mixture, config_enumerate(guide), x, steps=150, lr=0.04, loss=loss)
     for data in (x, torch.linspace(-3, 3, 20)):
         exact = (w.log() + dist.Normal(mu, 1.0).log_prob(data[:, None])).softmax(-1)
         torch.testing.assert_close(guide.posterior(data)["z"].probs, exact, atol=0.06, rtol=0)
@@ -128,7 +129,7 @@ def test_a_global_latent_gets_the_answer_of_auto_normal() -> None:
     x = torch.randn(50) + 1
     ours, theirs = AutoAmortizedNormal(model), AutoNormal(model)
     for guide in (ours, theirs):
-        train(model, guide, x, steps=400, lr=0.03)
+        train(model, guide, x, steps=200, lr=0.05)
     assert ours.median(x)["m"].item() == pytest.approx(x.sum().item() / 51, abs=0.1)
     assert theirs.median(x)["m"].item() == pytest.approx(ours.median(x)["m"].item(), abs=0.15)
     constraint = pyro.get_param_store()._constraints["AutoAmortizedNormal.scales.m"]
@@ -278,7 +279,7 @@ def test_parallel_enumeration_with_particles_and_a_module_as_model() -> None:
     guide.append(AutoAmortizedNormal(model, hidden=(4,)))
     guide.append(AutoAmortizedCategorical(model, hidden=(4,)))
     loss = TraceEnum_ELBO(max_plate_nesting=1, num_particles=4, vectorize_particles=True)
-    losses = train(model, config_enumerate(guide), x, loss=loss)
+    losses = train(model, config_enumerate(guide), x, steps=120, lr=0.05, loss=loss)
     assert sum(losses[-10:]) < sum(losses[:10])
     assert (guide.median(x)["z"][:20] != guide.median(x)["z"][20:]).float().mean() > 0.9
     assert torch.isfinite(copy.deepcopy(guide[0])(x)["h"]).all()

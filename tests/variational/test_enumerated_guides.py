@@ -223,11 +223,10 @@ def test_draws_below_an_enumerated_site(kind: str) -> None:
     assert v.routing.enumerated == ("y",) and v.routing.exact == ("z",)
     assert set(v.routing.drawn) == {"y", "h"} and not v.is_exact
     value, by_logits, by_at = written_out(bound)
-    draws = torch.stack(v.draws((X,), {}, 250))
-    assert_mean(draws[:, None], value)
     rows = -gradients(v, ["logits", "at"], X, draws=250)
     assert_mean(rows, torch.cat([by_logits.reshape(-1), by_at]))
-    terms = em.elbo(X, num_particles=100)
+    assert_mean(torch.stack(v.draws((X,), {}, 20))[:, None], value)
+    terms = em.elbo(X, num_particles=250)
     assert abs(terms.value - value) < 5 * terms.standard_error
     assert terms.pointwise is not None
     assert float(terms.pointwise.sum()) == pytest.approx(terms.value, rel=1e-9)
@@ -247,9 +246,9 @@ def test_summing_y_takes_its_noise_out_of_the_gradient() -> None:
 def test_a_fit_and_its_posterior() -> None:
     family, bound = KINDS["reparameterised"]
     em = ExactPosteriorEM(
-        tree(family), tree_guide(family), lambda p: torch.optim.Adam(p, lr=0.05), **GIVEN
+        tree(family), tree_guide(family), lambda p: torch.optim.Adam(p, lr=0.1), **GIVEN
     )
-    result = em.fit(X, max_steps=300, seed=0, progress=False)
+    result = em.fit(X, max_steps=100, seed=0, progress=False)
     logits, at = result.params["logits"], result.params["at"]
     best = float(bound(X, logits, at))
     assert best > written_out(bound)[0] + 0.3
