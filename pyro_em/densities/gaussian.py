@@ -97,6 +97,11 @@ class Gaussian:
         K: Components.
         scalar: Whether each datum is a number (no ``to_event``).
         lead: Dimensions of the group before the component's: members and plates.
+        reach2: The largest square of each centred feature. # (D,)
+        upper: The pairs of `upper_pairs`. # (P,) each
+        full: The places of `unfolding`. # (D * D,)
+        halved: What the coefficient of each pair is of its element of Λ: −½ on the diagonal, else −1.
+        stored: The features of all rows, where the data are few; else None. # (P, N)
     """
 
     x: Tensor
@@ -110,7 +115,7 @@ class Gaussian:
     upper: tuple[Tensor, Tensor] = field(init=False)
     full: Tensor = field(init=False)
     halved: Tensor = field(init=False)
-    kept: Tensor | None = field(init=False, default=None)
+    stored: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         D = self.x.shape[0]
@@ -121,7 +126,7 @@ class Gaussian:
         self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
         # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
         if self.width * self.x.shape[1] <= _FEW_CELLS:
-            self.kept = self._features(self.x)
+            self.stored = self._features(self.x)
 
     @property
     def limit(self) -> float:
@@ -217,8 +222,8 @@ class Gaussian:
 
     def features(self, rows: slice, p: Prepared | None = None) -> Tensor:
         """x' and its products; x' alone in many dimensions. # (P, rows)"""
-        if self.kept is not None:
-            return self.kept[:, rows]
+        if self.stored is not None:
+            return self.stored[:, rows]
         return self._features(self.x[:, rows])
 
     def _features(self, x: Tensor) -> Tensor:

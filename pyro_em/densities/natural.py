@@ -37,7 +37,12 @@ _MANY_CELLS = 2**24
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """φ and η at some parameter values."""
+    """φ and η at some parameter values.
+
+    Attributes:
+        phi: φ. # (|φ|,)
+        eta: η: the logarithms of φ, and the negative rates. # (|η|,)
+    """
 
     phi: Tensor
     eta: Tensor

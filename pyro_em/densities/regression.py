@@ -64,6 +64,8 @@ class Lines:
         sigma: Standard deviations that are known. # (K, 1)
         least: The smallest clear variance. # (K or 1, 1)
         is_shared: Whether all components have one standard deviation.
+        full: The places of `unfolding`. # (d * d,)
+        squares: Products of the covariates, where these are few; else None. # (P, N)
     """
 
     x: Tensor
@@ -80,7 +82,7 @@ class Lines:
     def __post_init__(self) -> None:
         d = self.x.shape[0]
         self.full = unfolding(d, self.x.device)
-        # Few products are kept, so that memory stays within three times the data.
+        # Only few products are stored, so that memory stays within three times the data.
         self.squares = products(self.x) if d <= 4 else None
 
     @property

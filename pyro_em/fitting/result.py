@@ -60,6 +60,11 @@ class History(Sequence[float]):
     In a stochastic fit it is the bound of each step's batch, scaled to all data; ``validation``
     holds (step, bound) after each epoch.
 
+    Attributes:
+        entering: In nats, one per step.
+        after_m_step: ELBO(q, θ_new) after the M-step of each, in nats; empty in a stochastic fit.
+        validation: Steps with the bound of the validation data, in nats.
+
     Example:
         >>> h = History((-10.0, -9.0), (-9.5, -8.9))
         >>> h[0], h.after_m_step[0], len(h)

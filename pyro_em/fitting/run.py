@@ -59,7 +59,26 @@ class Seen:
 
 @dataclass(eq=False)
 class Run:
-    """One start: its name in words, its path and where it stands."""
+    """One start: its name in words, its path and where it stands.
+
+    Attributes:
+        parameters: Unconstrained values at the last step that was recorded.
+        status: Why it ended.
+        message: More about the status.
+        last: The point after the last complete step; None before any E-step.
+        entering: The objective entering each complete step, in nats.
+        after: The bound after the M-step of each, in nats.
+        initial_values: Constrained values where it began, whose zeros are structural.
+        verified: Unconstrained values after the first step on these data, which a fresh trace of the
+            model confirmed; None before.
+        plain_from: The first step since which all have been plain steps on the same data.
+        seen: The recorded parameters, to notice where somebody else has written them.
+        recorded: The point whose parameters ``parameters`` holds.
+        name: How it began, in words.
+        began_symmetric: Whether no argument told the components apart where it began.
+        is_replaced: Whether another candidate took its place.
+        verify_at: How many steps were complete when the data were last read anew.
+    """
 
     parameters: dict[str, Tensor]
     status: EMStatus = EMStatus.MAX_STEPS

@@ -28,14 +28,22 @@ Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
 @dataclass
 class MStepState:
-    """The state that lasts from one M-step to the next: the user's optimisers."""
+    """The state that lasts from one M-step to the next: the user's optimisers.
+
+    Attributes:
+        optimizers: The torch optimisers of gradient updates, by their parameters' names.
+    """
 
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class MStepReport:
-    """The report of an M-step: the events without mass, which keep their former values."""
+    """The report of an M-step: the events without mass, which keep their former values.
+
+    Attributes:
+        massless: Per parameter the flat indices of these events.
+    """
 
     massless: Mapping[str, tuple[int, ...]]
 

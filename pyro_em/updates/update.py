@@ -99,7 +99,14 @@ Update = ClosedForm | LeastSquares | Gradient | Fixed
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One place where a parameter is used: an argument of a group of factors."""
+    """One place where a parameter is used: an argument of a group of factors.
+
+    Attributes:
+        group: The number of the group.
+        argument: The argument's name.
+        selection: Which of the parameter's elements are where in the argument.
+        rule: The family's rule for the argument.
+    """
 
     group: int
     argument: str
@@ -109,7 +116,12 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """A prior on a parameter: the group of the point-estimated site whose value it is."""
+    """A prior on a parameter: the group of the point-estimated site whose value it is.
+
+    Attributes:
+        group: The number of that group.
+        selection: Which of the parameter's elements are where in the site's value.
+    """
 
     group: int
     selection: Selection

@@ -105,7 +105,12 @@ def support_size(guide: GuideLook, name: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class WithSubsamples:
-    """A model whose plates take the indices that a guide's plates of the same name drew."""
+    """A model whose plates take the indices that a guide's plates of the same name drew.
+
+    Attributes:
+        model: The user's model.
+        subsamples: Indices by the name of their plate.
+    """
 
     model: Model
     subsamples: Mapping[str, torch.Tensor]

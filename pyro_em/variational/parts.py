@@ -25,7 +25,14 @@ from pyro_em.variational.particle import Particle
 
 @dataclass(frozen=True)
 class Split:
-    """One draw of the bound and its parts, in nats; see `ELBOTerms`."""
+    """One draw of the bound and its parts, in nats; see `ELBOTerms`.
+
+    Attributes:
+        value: The bound.
+        reconstruction: E_q[log p(x | z, h)] of the observed sites.
+        log_prior: The log density of point estimates.
+        entropy: H(q).
+    """
 
     value: float
     reconstruction: float
