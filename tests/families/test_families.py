@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 
+import pyro_em
 from pyro_em import ExactPosteriorEM, Family, Kind, Rule, UsageError, register_family
 from pyro_em.families import chunks
 from pyro_em.families.registry import REGISTRY, family_of
@@ -190,3 +194,11 @@ def test_a_log_linear_form_is_its_features_times_its_natural_parameters(kind: Ki
 def test_kinds_are_found_by_their_words() -> None:
     assert Kind("mean vector") is Kind.MEAN_VECTOR
     assert [kind.value for kind in Kind if kind.form.needs_data] == ["median"]
+
+
+def test_no_wing_asks_for_a_form_by_its_name() -> None:
+    """A new functional form is one class and one member: what it is, it says itself."""
+    root = Path(pyro_em.__file__).parent
+    elsewhere = [path for path in root.rglob("*.py") if path.parent.name != "families"]
+    assert elsewhere
+    assert [str(p) for p in elsewhere if re.search(r"\bKind\.[A-Z]", p.read_text())] == []
