@@ -71,7 +71,7 @@ class Absent:
 
 
 class StaysHere:
-    """Base class of what never leaves its process: a pickled copy has an `Absent` in its place."""
+    """Base class of what never leaves its process: in a pickled copy an `Absent` replaces it."""
 
     stands_for = "its model"
 

@@ -68,7 +68,7 @@ def checked(log_evidence: Tensor, mass: Tensor, expected: float) -> float:
         expected: That sum.
 
     Raises:
-        Handover: If not; the full E-step says what is wrong.
+        Handover: If not; the E-step through tables finds out what is wrong.
     """
     value, off = float(log_evidence), float(mass.sum()) - expected
     if not abs(value) < IMPOSSIBLE or not abs(off) <= 1e-6 * expected:

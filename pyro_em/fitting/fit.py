@@ -11,7 +11,7 @@ import pyro
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import epochs
-from pyro_em.fitting.origins import told
+from pyro_em.fitting.origins import with_origin
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result, build_stochastic_result
@@ -59,7 +59,7 @@ def fit(session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
             result = _stochastic(session, found, wishes, args, kwargs, begin)
         else:
             result = _exact(session, found, wishes, args, kwargs, begin)
-        return told(result, origin)
+        return with_origin(result, origin)
 
 
 def _arguments_of(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple:

@@ -133,7 +133,7 @@ class FirstSeen:
         self.values, self.foreign, self.has_loaded = {}, set(), False
 
 
-def told(result: EMResult, origin: Origin) -> EMResult:
+def with_origin(result: EMResult, origin: Origin) -> EMResult:
     """A result whose plan notes where its fit began."""
     usual = name_of_start(None)
     if usual not in result.start or not origin.stored:

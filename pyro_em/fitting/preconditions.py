@@ -60,7 +60,7 @@ def refuse_unfittable(program: Program) -> None:
 
 
 def _networks(unregistered: Sequence[Unregistered]) -> list[str]:
-    """The remedy where a density depends on tensors that nobody has registered."""
+    """The remedy where a density depends on tensors that are not registered."""
     if not unregistered:
         return []
     name_of_parameter = next((u.name for u in unregistered if u.name), "")

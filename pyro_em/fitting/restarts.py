@@ -94,7 +94,7 @@ def _others(
         return
     waiting: list[Run] = []
     for stage, (each, steps) in enumerate(STAGES if program.compiled else DEAR_STAGES):
-        # The first start was held against the model, and every long run is at its end.
+        # The first start was compared with the model, and every long run is at its end.
         most = min(steps, settings.max_steps)
         few = replace(settings, max_steps=most, tol=0.0, acceleration=None, verify=False)
         for c in range(each * count):
@@ -124,7 +124,7 @@ def _others(
                 return
             if run.status not in _UNSOUND or len(waiting) <= count - r:
                 break
-            run.is_replaced = True  # it collapsed: another candidate takes its place
+            run.is_replaced = True  # it collapsed: another candidate replaces it
 
 
 def _best_first(pool: list[Run]) -> list[Run]:

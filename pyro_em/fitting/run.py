@@ -28,7 +28,7 @@ class Settings:
         bar: The progress bar.
         begin: When the fit began, for the steps' seconds.
         acceleration: None or ``"squarem"``.
-        verify: Whether the first step of a run is held against a fresh trace of the model.
+        verify: Whether a fresh trace of the model confirms the first step of a run.
     """
 
     max_steps: int
@@ -41,7 +41,7 @@ class Settings:
 
 
 class Seen:
-    """Parameters as they are shown to somebody who may change them.
+    """A snapshot of parameters, to see whether a caller has written others since.
 
     Args:
         program: The model with its data.
@@ -72,11 +72,11 @@ class Run:
         verified: Unconstrained values after the first step on these data, which a fresh trace of the
             model confirmed; None before.
         plain_from: The first step since which all have been plain steps on the same data.
-        seen: The recorded parameters, to notice where somebody else has written them.
+        seen: The recorded parameters, to notice where a caller has written others.
         recorded: The point whose parameters ``parameters`` holds.
         name: How it began, in words.
         began_symmetric: Whether no argument told the components apart where it began.
-        is_replaced: Whether another candidate took its place.
+        is_replaced: Whether another candidate has replaced it.
         verify_at: How many steps were complete when the data were last read anew.
     """
 

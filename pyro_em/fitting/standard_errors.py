@@ -8,7 +8,7 @@ numbers has K − 1 of them, a coordinate on its boundary none. Any further null
 that the data do not identify the parameter.
 
 Whether a number of I is zero cannot be seen from the number, which has units: a slope per kilometre
-has a millionth of the information of a slope per metre. It is held against the information that
+has a millionth of the information of a slope per metre. It is compared with the information that
 complete data would have, the size of the terms that cancel in it,
 
     F = Σ_cells q ∂log p(x, z) ∂log p(x, z)ᵀ.
