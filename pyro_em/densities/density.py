@@ -1,4 +1,4 @@
-"""What a compiled E-step returns, and how sums over the data are collected for a group."""
+"""What an E-step on sums returns, and how sums over the data are collected for a group."""
 
 from __future__ import annotations
 

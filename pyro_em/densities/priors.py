@@ -142,7 +142,7 @@ def _base(
 
 
 def may_have_priors(update: ParameterUpdate, graph: FactorGraph, is_natural: bool) -> bool:
-    """Whether the compiled M-step of a parameter with priors is that of the full one."""
+    """Whether the M-step on sums of a parameter with priors is that through tables."""
     if not update.priors:
         return True
     if not isinstance(update.update, ClosedForm) or update.kind is None:

@@ -2,7 +2,7 @@
 
 A quick step that is out of the ordinary (a component near a collapse, impossible data, a fall of the
 objective) is not judged by itself: the step through tables is taken instead, which names what is
-wrong or goes on. After the first step a fresh trace of the model confirms the compiled plan.
+wrong or goes on. After the first step a fresh trace of the model confirms what the step computed with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pyro_em.fitting.em_map import ByTracing, allowed_fall, has_fallen, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.point import Point, SumsPoint
 from pyro_em.plan.building import distrust
+from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
 
@@ -82,7 +83,7 @@ class Guarded:
         Args:
             at: Where EM stands.
             index: The number of the step.
-            verify: Whether a fresh trace has to confirm the compiled plan.
+            verify: Whether a fresh trace has to confirm what the step computed with.
             touched: Whether somebody has written parameters since, so that a fall is no wonder.
 
         Raises:
@@ -149,7 +150,7 @@ class Guarded:
             write(self.program, at.values)
 
     def _is_confirmed_at(self, values: Mapping[str, Tensor]) -> bool:
-        """Write values and confirm the compiled plan there; if not, all is as before."""
+        """Write values and hold a fresh trace against them; if it differs, all is as before."""
         origin = snapshot(self.program.graph.parameters)
         try:
             write(self.program, values)
@@ -159,27 +160,34 @@ class Guarded:
             raise
 
     def _is_confirmed(self, origin: Mapping[str, Tensor]) -> bool:
-        """Whether a fresh trace agrees with the compiled plan.
+        """Whether a fresh trace agrees with what steps compute from the parameters.
 
-        On a disagreement it is said, the parameters go back to ``origin``, and the plan is dropped.
+        On a disagreement it is said, the parameters go back to ``origin``, and the contraction takes
+        over, which runs the model at each step.
         """
         off = self.program.disagreements()
         if not off:
             return True
-        warn_disagreement(off[0], "it is not")
+        warn_disagreement(self.program.kernel, off[0], "it is not")
         restore(self.program.graph.parameters, origin)
         distrust(self.program, off)
         return False
 
 
-def warn_disagreement(place: tuple[str, str], when: str) -> None:
-    """Say that the compiled plan and the model disagree, and that the generic path goes on."""
+def warn_disagreement(kernel: Kernel, place: tuple[str, str], when: str) -> None:
+    """Say that what stepped and the model disagree, and that the contraction takes over.
+
+    Args:
+        kernel: What stepped.
+        place: A site and its argument.
+        when: The beginning of the sentence.
+    """
     site, argument = place
     warn(
         message(
             f"site '{site}', argument '{argument}'",
-            f"{when} what the compiled plan predicts; the fit continues on the generic path from "
-            "the last verified parameters.",
+            f"{when} what the {kernel.stepped()} computed from the parameters. The contraction takes "
+            "over from the last verified parameters, and runs the model at each step.",
             "the model changes in a way that its autograd graph does not show",
             ["avoid detach, .item() and branches on parameters in the model"],
         ),

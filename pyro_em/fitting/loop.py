@@ -273,7 +273,7 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             run.status = EMStatus.INTERRUPTED
             return
         if off:
-            warn_disagreement(off[0], "at the end of the fit it was not")
+            warn_disagreement(program.kernel, off[0], "at the end of the fit it was not")
             distrust(program, off)
             run.go_back(program)
             run.record(program, em.sound.e_step(index=run.num_steps))

@@ -248,7 +248,7 @@ class EMResult(Portable, NamesFromElsewhere):
 
     @property
     def posterior(self) -> Posterior | DrawnPosterior:
-        """The E-step at ``params``; after a compiled fit it is computed when first asked for."""
+        """The E-step at ``params``; after steps on sums it is computed when first asked for."""
         return self._posterior()
 
     @property

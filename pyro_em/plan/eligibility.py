@@ -75,6 +75,11 @@ class Kernel:
         alike = (replace(self, latents=(names,)) for names in self.latents)
         return self.own or tuple(alike)
 
+    def stepped(self) -> str:
+        """What makes the steps, in words: ``mixture kernel``, ``mixture kernel and contraction``."""
+        names = dict.fromkeys(k.name for k in self.each or (self,))
+        return " and ".join(n if n == CONTRACTION else f"{n} kernel" for n in names)
+
     def in_words(self) -> str:
         """What the plan says of an iteration: components that step alike together."""
         said: dict[str, list[Kernel]] = {}

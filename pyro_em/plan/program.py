@@ -1,9 +1,8 @@
-"""Program: a model with its data, ready for E-steps and M-steps, compiled or generic.
+"""Program: a model with its data, ready for E-steps and M-steps.
 
-The generic path runs the Python model at each evaluation and stands on its own. Where every binding
-is a selection or affine, and a run with moved parameters and another random state confirms it, the
-program is compiled: arguments flow from the parameters through the bindings, and the model is not
-run again except to verify.
+Every model can be evaluated by running it. Where every binding is a selection or affine, and a run with
+moved parameters and another random state confirms it, arguments flow from the parameters through the
+bindings (`Program.compiled`), and the model is not run again except to verify.
 """
 
 from __future__ import annotations
@@ -170,13 +169,13 @@ class Program(StaysHere):
         Raises:
             UsageError: If anything of it was changed.
         """
-        # A compiled program has read all that it needs; a generic one runs the model again.
+        # Bindings hold all that is needed; without them the model is run again.
         seen = dependences.is_written() if self.compiled else dependences.is_changed()
         if seen or self.dependences is not dependences:
             raise UsageError(changed_since(what))
 
     def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
-        """The factors at the current parameters, or of a compiled program at other values."""
+        """The factors at the current parameters, or, through the bindings, at other values."""
         with torch.no_grad():
             if self.compiled or values is not None:
                 values = values or values_of(self.graph.parameters)

@@ -23,6 +23,7 @@ from pyro_em.posteriors.block import Block, Component, Values
 from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
 from pyro_em.posteriors.enumeration import scales_of
+from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation, Key, group_sums
 
 Places = tuple[tuple[int, int], ...]
@@ -180,6 +181,8 @@ class Contraction:
 def contraction_around(component: Component, inner: Sequence[Block]) -> Contraction | Finding:
     """The contraction of a component's factors, with blocks nested inside.
 
+    Priors on point estimates are no part of the log evidence, unless they read a latent.
+
     Args:
         component: The component; latents of ``inner`` may be among its latents.
         inner: Blocks whose tables take the place of their factors.
@@ -195,7 +198,8 @@ def contraction_around(component: Component, inner: Sequence[Block]) -> Contract
         for i, dims in enumerate(group.dims):
             read = {d for d in dims if d in graph.latents}
             of_others = bool(read & taken) or (bool(read) and read <= foreign)
-            if not of_others and (read or not scope):
+            is_prior = group.role is Role.POINT and not read
+            if not of_others and not is_prior and (read or not scope):
                 factors.append((g, i))
     laid = [scoped_dims(graph.groups[g].dims[i], scope, graph) for g, i in factors]
     laid.extend(scoped_dims(block.dims, scope, graph) for block in inner)

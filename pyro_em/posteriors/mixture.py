@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar, Self
 
 import torch
@@ -25,7 +25,8 @@ from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.block import Component
+from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.per_row import PerRow
 from pyro_em.posteriors.quick import Outline, QuickBlock
 from pyro_em.posteriors.rows import (
     Shape,
@@ -218,6 +219,31 @@ class Mixture(QuickBlock):
             for g, part in parts.items():
                 sums.add_statistics(g, self._counted(part, weights, at.arguments[g]))
         return self._summed(at, sums)
+
+    @cached_property
+    def per_row(self) -> PerRow:
+        """The same row by row; none is merged with others."""
+        graph = self.component.graph
+        shape = shape_of_rows(graph)
+        assert isinstance(shape, Shape)
+        counts = row_weights(graph, shape)
+        assert isinstance(counts, Tensor)
+        return PerRow(graph, shape, counts)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The plate of the rows, where nothing lies outside it."""
+        return self.per_row.dims
+
+    def table(self, values: Values) -> Tensor:
+        """The log evidence per row, in nats. # (N,), or () where something lies outside the rows"""
+        return self.per_row.table(values)
+
+    def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
+        """Evidence and sums at parameter values; see `pyro_em.posteriors.block.Block`."""
+        if weights is None:
+            return super().expect(values)
+        return self.per_row.expect(values, weights)
 
     def _is_single(self) -> bool:
         """Whether all Normal groups are Gaussian components in float32."""

@@ -25,6 +25,7 @@ from pyro_em.plan.program import Program
 from pyro_em.posteriors.block import Block, Component
 from pyro_em.posteriors.quick import SumsBlock
 from pyro_em.tracing.parameters import parameters_at, values_of
+from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation, group_statistics
 
 _LIMIT = 20_000
@@ -148,6 +149,8 @@ def _check_at(block: type[Block], program: Program, rtol: float) -> None:
 def _over(weights: Tensor, dims: Sequence[str], group: Group) -> Tensor:
     """Weights of a table's cells, laid out over the cells of a group. # (*sizes or 1s)"""
     plates = group.dims[0][: group.n_plates]
+    if not set(dims) <= set(plates):  # a prior outside, which nothing weighs
+        return weights.new_ones(())
     laid_out = weights.permute([list(dims).index(p) for p in plates if p in dims])
     own = iter(laid_out.shape)
     sizes = [next(own) if p in dims else 1 for p in plates]
@@ -159,7 +162,7 @@ def _check_sums(
 ) -> None:
     """Sums by name against those of the joint table."""
     for g, group in enumerate(graph.groups):
-        if group.family is None:
+        if group.family is None or _priors(replace(graph, groups=(group,))):
             continue
         assert g in got.sums, f"the sums of '{group.members[0]}' are missing"
         arguments = {n: a.detach() for n, a in group.evaluate_arguments(values).items()}
@@ -241,6 +244,7 @@ def joint_table(program: Program, plates: Sequence[str] = ()) -> Joint:
         plates: Plates of all sites, whose elements share no latent: they are told apart.
     """
     graph = program.graph
+    priors = _priors(graph)
     parts: list[Tensor] = []
     weights: list[float] = []
     assignments: list[dict[str, Tensor]] = []
@@ -254,6 +258,8 @@ def joint_table(program: Program, plates: Sequence[str] = ()) -> Joint:
                 *program.args, **program.kwargs
             )
             trace.compute_log_prob()
+            for name in priors:
+                trace.remove_node(name)
             weights.append(float(trace.log_prob_sum().double()))
             parts.append(_per_element(trace, plates))
         assignments.append(assignment)
@@ -272,6 +278,16 @@ def joint_table(program: Program, plates: Sequence[str] = ()) -> Joint:
     )
     table = torch.stack(parts).logsumexp(0) - math.log(len(parts) / own)
     return Joint(float(total), cells, table)
+
+
+def _priors(graph: FactorGraph) -> list[str]:
+    """Point-estimated sites, whose density is no part of the log evidence."""
+    return [
+        name
+        for group in graph.groups
+        for name, dims in zip(group.members, group.dims, strict=True)
+        if group.role is Role.POINT and not any(d in graph.latents for d in dims)
+    ]
 
 
 def _per_element(trace: Any, plates: Sequence[str]) -> Tensor:

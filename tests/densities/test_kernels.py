@@ -1,4 +1,4 @@
-"""The compiled step against the full one at every step, and its kernels against plain numpy."""
+"""Steps on sums against those through tables, one by one, and the kernels against plain numpy."""
 
 from __future__ import annotations
 
@@ -417,7 +417,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 def both_fits(
     monkeypatch: pytest.MonkeyPatch, model: Model, *args: Any, guide: Any = None, **how: Any
 ) -> list[Any]:
-    """The same fit by compiled and by full steps."""
+    """The same fit by steps on sums and through tables."""
     out = []
     for compiled in (True, False):
         pyro.clear_param_store()
@@ -823,7 +823,7 @@ def test_the_first_step_is_verified_at_once(how: str) -> None:
 
     x = torch.cat([torch.randn(30), torch.randn(30) + 20])
     em = ExactPosteriorEM(model)
-    with pytest.warns(Warning, match=r"argument 'loc': it is not what the compiled plan predicts"):
+    with pytest.warns(Warning, match=r"argument 'loc': it is not what the mixture kernel computed"):
         if how == "steps":
             found = list(itertools.islice(em.steps(x), 9))[-1].log_evidence
         else:

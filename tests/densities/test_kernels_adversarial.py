@@ -1,4 +1,4 @@
-"""Corners of the compiled step where numbers once went wrong, against the full step or by hand."""
+"""Corners of steps on sums where numbers once went wrong: steps through tables, or by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOW: dict[str, Any] = {"progress": False, "max_steps": 3, "tol": 0}
 
 
 def both(monkeypatch: pytest.MonkeyPatch, model: Model, **updates: Any) -> list[Any]:
-    """The same fit by compiled and by full steps."""
+    """The same fit by steps on sums and through tables."""
     out = []
     for compiled in (True, False):
         pyro.clear_param_store()
@@ -176,7 +176,7 @@ def _two(x: Tensor, scale: Tensor | None = None) -> None:
 def _watched(
     monkeypatch: pytest.MonkeyPatch, callback: Callable[..., Any], **how: Any
 ) -> list[Any]:
-    """The same watched fit by compiled and by full steps, each on data of its own."""
+    """The same watched fit by steps on sums and through tables, each on data of its own."""
     out = []
     for compiled in (True, False):
         pyro.clear_param_store()

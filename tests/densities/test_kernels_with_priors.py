@@ -1,4 +1,4 @@
-"""Compiled steps of models with conjugate priors: the full step at every step."""
+"""Steps on sums of models with conjugate priors: those through tables at every step."""
 
 from __future__ import annotations
 

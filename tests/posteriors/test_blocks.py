@@ -131,6 +131,72 @@ def test_mixtures(kind: type[Block], dtype: torch.dtype) -> None:
     check_block(kind, regression, x.roll(2), x)
 
 
+def beside_the_rows(x: Tensor, inside: bool) -> None:
+    """Sites that read no latent: in the rows' plate, and outside it."""
+    w = pyro.param("w", torch.tensor([0.3, 0.7]).double(), constraint=C.simplex)
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.5]).double())
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+        pyro.sample("u", dist.Normal(mu[0], 2.0), obs=x.flip(0))
+    if not inside:
+        pyro.sample("c", dist.Categorical(w), obs=torch.tensor(1))
+
+
+def with_a_prior(x: Tensor) -> None:
+    """Rows, some of them equal, whose weights have a prior."""
+    w = pyro.sample("w", dist.Dirichlet(torch.tensor([2.0, 3.0])))
+    E = pyro.param("E", torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.3, 0.5]]), constraint=C.simplex)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Categorical(E[z]), obs=x)
+
+
+@pytest.mark.parametrize("kind", [Mixture, Contraction])
+def test_what_is_known_beside_the_rows(kind: type[Block]) -> None:
+    x = torch.tensor([-1.3, 0.2, 0.9], dtype=torch.float64)
+    check_block(kind, beside_the_rows, x, True)
+    check_block(kind, beside_the_rows, x, False)
+
+
+@pytest.mark.parametrize("kind", [Mixture, Contraction])
+def test_priors_are_no_part_of_the_evidence(kind: type[Block]) -> None:
+    check_block(kind, with_a_prior, torch.tensor([0, 1, 1, 1, 2, 0]), guide="map")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_rows_one_by_one_are_those_of_the_contraction(scaled: bool) -> None:
+    """Rows of unequal weights, masked entries, and a row that is impossible."""
+    x = torch.tensor([0, 1, 1, 1, 2, 3])
+    scale = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0, 1.0]) if scaled else 1.0
+
+    def model() -> None:
+        w = pyro.param("w", torch.tensor([0.3, 0.7]), constraint=C.simplex)
+        E = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.2, 0.3, 0.5, 0.0]])
+        E = pyro.param("E", E, constraint=C.simplex)
+        with pyro.plate("n", len(x)), pyro.poutine.scale(scale=scale):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Categorical(E[z]), obs=x)
+            fn = dist.Bernoulli(torch.tensor([0.2, 0.9])[z]).mask(torch.arange(6) % 3 != 0)
+            pyro.sample("y", fn, obs=torch.ones(6))
+
+    program, graph, values = prepared(model)
+    whole = component(program, graph, values, ("z",))
+    one, other = Mixture.match(whole), Contraction.match(whole)
+    assert not isinstance(one, Finding) and not isinstance(other, Finding)
+    assert one.dims == other.dims == ("n",)
+    table = other.table(values)
+    torch.testing.assert_close(one.table(values), table)
+    assert table[-1] == -torch.inf
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0, 0.0], dtype=torch.float64)
+    a, b = one.expect(values, weights), other.expect(values, weights)
+    for g, named in b.sums.items():
+        for name, total in named.items():
+            torch.testing.assert_close(a.sums[g][name], total, msg=f"{name} of {g}")
+    assert a.log_evidence == pytest.approx(float((table * weights)[:-1].sum()))
+    assert "contraction" not in vars(one)  # it was not asked
+
+
 @pytest.mark.parametrize("kind", [Mixture, Contraction])
 @pytest.mark.parametrize("x", [[0, 1, 1, 2], [1]])
 def test_symbols_and_a_single_row(kind: type[Block], x: list[int]) -> None:

@@ -312,3 +312,27 @@ def test_impossible_data_are_named() -> None:
     assert set(em.plan(True).kernel.values()) == {"mixture", "contraction"}  # type: ignore[union-attr]
     with pytest.raises(Exception, match=r"site 's0'.*impossible"):
         em.fit(False, max_steps=3, progress=False)
+
+
+@pytest.mark.parametrize("where", ["chain", "contraction"])
+def test_a_fresh_trace_confirms_all_of_them(where: str) -> None:
+    """A branch far from the start, in one of two components: the first M-step crosses it."""
+
+    def model() -> None:
+        w, mu = simplex("w", 0.3, 0.7), real("mu", 0.0, 1.0)
+        loc = mu if float(mu.detach()[1]) < 5 else mu.flip(0)
+        rows("a", X, w, real("nu", -1.0, 1.0))
+        z = None
+        for t in range(8):
+            A = simplex("A", [0.8, 0.2], [0.3, 0.7])
+            chained = where == "chain" and z is not None
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z] if chained else w))
+            pyro.sample(f"y_{t}", dist.Normal(loc[z], 1.0), obs=Y[t % 4] + (20.0 if t > 3 else 0.0))
+
+    stepped = "mixture kernel and " + ("chain kernel" if where == "chain" else "contraction")
+    words = f"argument 'loc': it is not what the {stepped} computed.*contraction takes over"
+    with pytest.warns(Warning, match=words):
+        result = ExactPosteriorEM(model).fit(max_steps=4, progress=False)
+    assert not result.plan.compiled
+    again = ExactPosteriorEM(model).elbo().log_evidence
+    assert result.log_evidence == pytest.approx(again, rel=1e-10)
