@@ -28,6 +28,7 @@ from pyro_em.errors import DegenerateError, Finding, Handover
 from pyro_em.families.family import expected_log_density
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_form import Solver, solvers_of
+from pyro_em.updates.least_squares import LineSolver
 from pyro_em.updates.statistics import NATURAL, Expectation
 from pyro_em.updates.update import LeastSquares, ParameterUpdate
 
@@ -81,7 +82,7 @@ class Theta:
     normals: Mapping[int, NormalRows]
     naturals: Naturals | None
     owned: Mapping[int, NormalSolver]
-    solvers: Sequence[Solver]
+    solvers: Sequence[Solver | LineSolver]
     evaluators: Sequence[Mapping[str, Arguments]]
     others: tuple[int, ...]
     reached: tuple[int, ...]
@@ -195,13 +196,20 @@ class Theta:
             statistics[g] = {**{n: _wide(t) for n, t in sums.items()}, **references}
         values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
-            name = solver.update.name
-            values[name], empty = solver.solve(statistics, current, values[name])
-            if empty and not solver.kind.form.is_row:
-                raise Handover  # the M-step through tables names an empty component
+            if isinstance(solver, LineSolver):
+                new = solver.solve(statistics, current, values)
+                if not all(bool(torch.isfinite(v).all()) for v in new.values()):
+                    raise Handover
+            else:
+                name = solver.update.name
+                value, empty = solver.solve(statistics, current, values[name])
+                if empty and not solver.kind.form.is_row:
+                    raise Handover  # the M-step through tables names an empty component
+                new = {name: value}
+            values |= new
             for g in self.reached:
                 for argument, evaluator in self.evaluators[g].items():
-                    if name in evaluator.binding.params:
+                    if new.keys() & set(evaluator.binding.params):
                         current[g][argument] = _wide(evaluator.evaluate(values))
         gains = []
         for g in self.reached:
@@ -248,11 +256,6 @@ def theta_of(
     natural = frozenset(() if vector is None else vector.params)
     owning = {name for c in components.values() for name in c.params}
     rest = {name: u for name, u in updates.items() if name not in natural | owning}
-    for name, u in rest.items():
-        if isinstance(u.update, LeastSquares):
-            return Finding(
-                f"parameter '{name}'", f"the least-squares update of '{name}' has no kernel"
-            )
     for name in owning:
         if updates[name].priors:
             return Finding(
@@ -262,10 +265,13 @@ def theta_of(
     if prior is None:
         return Finding("priors", "a prior adds no constant to the sums")
     for name, u in updates.items():
-        if not may_have_priors(u, graph, name in natural):
+        if not (isinstance(u.update, LeastSquares) or may_have_priors(u, graph, name in natural)):
             return Finding(f"parameter '{name}'", f"'{name}' has a prior and an upper bound")
-    solvers = solvers_of(rest, graph, values)
-    solved = {s.update.name for s in solvers}
+    blocks = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, LeastSquares))
+    lines = [LineSolver(block, graph, updates) for block in blocks]
+    closed = solvers_of(rest, graph, values)
+    solvers: list[Solver | LineSolver] = [*lines, *closed]
+    solved = {name for line in lines for name in line.block} | {s.update.name for s in closed}
     reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
     evaluators = [arguments_of(group, values) for group in graph.groups]
     return Theta(graph, normals, vector, components, solvers, evaluators, others, reached, prior)

@@ -6,7 +6,7 @@ of transitions. A part holds the members that are its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,42 +30,48 @@ class GraphPart:
     origin: tuple[int, ...]
 
 
-def part_of(graph: FactorGraph, latents: Sequence[str], *, known: bool = False) -> GraphPart:
-    """The factors that read some latents, all of whose neighbours are among them.
+Places = list[tuple[int, int]]  # group, and member of the group
 
-    Args:
+
+class Parting:
+    """A graph that is taken apart.
+
+    Attributes:
         graph: The whole, traced or collapsed.
-        latents: The latents.
-        known: Whether factors that read no latent at all belong to it too; priors on point estimates
-            never do.
+        known: Factors that read no latent and are no priors on point estimates.
+        priors: Priors on point estimates that read no latent.
     """
-    wanted = set(latents)
 
-    def belongs(group: Group, dims: Sequence[str]) -> bool:
-        read = [d for d in dims if d in graph.latents]
-        if not read:
-            return known and group.role is not Role.POINT
-        return read[0] in wanted
+    def __init__(self, graph: FactorGraph) -> None:
+        self.graph = graph
+        self.known: Places = []
+        self.priors: Places = []
+        self._by_latent: dict[str, Places] = {name: [] for name in graph.latents}
+        for g, group in enumerate(graph.groups):
+            rest = self.priors if group.role is Role.POINT else self.known
+            for i, dims in enumerate(group.dims):
+                first = next((d for d in dims if d in graph.latents), None)
+                (rest if first is None else self._by_latent[first]).append((g, i))
 
-    return _taken(graph, belongs, latents)
+    def part_of(self, latents: Sequence[str], others: Places | None = None) -> GraphPart:
+        """The factors that read some latents, all of whose neighbours are among them.
 
-
-def priors_of(graph: FactorGraph) -> GraphPart:
-    """The priors on point estimates."""
-    return _taken(graph, lambda group, dims: group.role is Role.POINT, ())
-
-
-def _taken(
-    graph: FactorGraph, belongs: Callable[[Group, Sequence[str]], bool], latents: Sequence[str]
-) -> GraphPart:
-    groups, origin = [], []
-    for g, group in enumerate(graph.groups):
-        own = [i for i, dims in enumerate(group.dims) if belongs(group, dims)]
-        if own:
-            groups.append(group if len(own) == len(group.members) else _of_members(group, own))
-            origin.append(g)
-    kept = {name: graph.latents[name] for name in graph.latents if name in latents}
-    return GraphPart(replace(graph, latents=kept, groups=tuple(groups)), tuple(origin))
+        Args:
+            latents: The latents.
+            others: Further factors, which read no latent.
+        """
+        places = [place for name in latents for place in self._by_latent[name]]
+        members: dict[int, list[int]] = {}
+        for g, i in sorted([*places, *(others or [])]):
+            members.setdefault(g, []).append(i)
+        groups = [self.graph.groups[g] for g in members]
+        taken = [
+            group if len(own) == len(group.members) else _of_members(group, own)
+            for group, own in zip(groups, members.values(), strict=True)
+        ]
+        kept = {name: self.graph.latents[name] for name in latents}
+        graph = replace(self.graph, latents=kept, groups=tuple(taken))
+        return GraphPart(graph, tuple(members))
 
 
 def _of_members(group: Group, members: Sequence[int]) -> Group:

@@ -16,7 +16,7 @@ from pyro_em.densities.theta import At
 from pyro_em.densities.tying import collapsed, collapsed_updates
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.parting import GraphPart, part_of, priors_of
+from pyro_em.graph.parting import GraphPart, Parting
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.contracted import Contraction
 from pyro_em.posteriors.quick import Outline, QuickBlock
@@ -122,6 +122,7 @@ class _Claim:
     component: Component
     outline: Outline[QuickBlock]
     origin: tuple[int, ...]
+    takes_known: bool
 
 
 def arranged(component: Component, kinds: Kinds) -> Arrangement:
@@ -140,21 +141,24 @@ def arranged(component: Component, kinds: Kinds) -> Arrangement:
                 if read.intersection(c.latents):
                     c.left.clear()
                     c.said.append(Finding(site, f"the prior of {site} reads a latent: no kernel"))
+    parting = Parting(component.graph)
     while True:
-        found = _tried(component, candidates)
+        found = _tried(component, parting, candidates)
         if found is not None:
             return found
 
 
-def _tried(component: Component, candidates: Sequence[_Candidate]) -> Arrangement | None:
+def _tried(
+    component: Component, parting: Parting, candidates: Sequence[_Candidate]
+) -> Arrangement | None:
     """The arrangement of what the candidates ask first; None where one of them has to go on."""
     graph, values = component.graph, component.values
-    claims = list(_claims(component, candidates))
-    is_taken = any(_reads_no_latent(claim.component.graph) for claim in claims)
+    claims = list(_claims(component, parting, candidates))
+    is_taken = any(claim.takes_known for claim in claims)
     served = {id(claim.by) for claim in claims}
     others = [name for c in candidates if id(c) not in served for name in c.latents]
-    left = part_of(graph, others, known=not is_taken)
-    rest, priors = _component(component, left), priors_of(graph)
+    left = parting.part_of(others, None if is_taken else parting.known)
+    rest, priors = _component(component, left), parting.part_of((), parting.priors)
     graphs = [claim.outline.graph for claim in claims] + [rest.graph, priors.graph]
     origins = [*(claim.origin for claim in claims), left.origin, priors.origin]
     firsts = [sum(len(g.groups) for g in graphs[:i]) for i in range(len(graphs))]
@@ -200,24 +204,37 @@ def _tried(component: Component, candidates: Sequence[_Candidate]) -> Arrangemen
     )
 
 
-def _claims(component: Component, candidates: Sequence[_Candidate]) -> Iterator[_Claim]:
+def _claims(
+    component: Component, parting: Parting, candidates: Sequence[_Candidate]
+) -> Iterator[_Claim]:
     """What the first kernel that serves makes of each component; the first one takes what is known."""
-    known = _reads_no_latent(component.graph)
+    is_taken = not parting.known
     for candidate in candidates:
+        latents = {name: component.graph.latents[name] for name in candidate.latents}
         while candidate.left:
-            ways = (True, False) if known else (False,)
-            for with_known in ways:
-                part = part_of(component.graph, candidate.latents, known=with_known)
-                own = _component(component, part)
-                outline = candidate.left[0].outline(own)
-                if not isinstance(outline, Finding):
+            kind = candidate.left[0]
+            finding = kind.glance(latents)
+            if finding is None:
+                claim = None if is_taken else _claim(component, parting, candidate, True)
+                if claim is None or isinstance(claim, Finding):
+                    claim = _claim(component, parting, candidate, False)
+                if isinstance(claim, _Claim):
+                    is_taken = is_taken or claim.takes_known
+                    yield claim
                     break
-            if isinstance(outline, Finding):
-                candidate.refuse(outline)
-                continue
-            known = known and not with_known
-            yield _Claim(candidate, own, outline, part.origin)
-            break
+                finding = claim
+            candidate.refuse(finding)
+
+
+def _claim(
+    component: Component, parting: Parting, candidate: _Candidate, with_known: bool
+) -> _Claim | Finding:
+    part = parting.part_of(candidate.latents, parting.known if with_known else None)
+    own = _component(component, part)
+    outline = candidate.left[0].outline(own)
+    if isinstance(outline, Finding):
+        return outline
+    return _Claim(candidate, own, outline, part.origin, with_known)
 
 
 def _component(component: Component, part: GraphPart) -> Component:
@@ -234,15 +251,6 @@ def _contracted(rest: Component, first: int) -> Part | None:
     block = Contraction.match(rest)
     assert isinstance(block, Contraction)
     return Part(block, first, len(rest.graph.groups))
-
-
-def _reads_no_latent(graph: FactorGraph) -> bool:
-    """Whether a factor that is no prior on a point estimate reads no latent."""
-    return any(
-        group.role is not Role.POINT and not any(d in graph.latents for d in dims)
-        for group in graph.groups
-        for dims in group.dims
-    )
 
 
 def _placed(updates: Updates, places: Mapping[int, Sequence[int]]) -> dict[str, ParameterUpdate]:

@@ -39,7 +39,7 @@ from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
 from pyro_em.posteriors.quick import Outline, QuickBlock
@@ -95,6 +95,11 @@ class Chain(QuickBlock):
 
     name: ClassVar[str] = "chain"
     words: ClassVar[str] = "chain kernel, by forward and backward messages"
+
+    @classmethod
+    def glance(cls, latents: Mapping[str, Latent]) -> Finding | None:
+        """See `pyro_em.posteriors.quick.QuickBlock.glance`."""
+        return why_no_chain(latents)
 
     @classmethod
     def outline(cls, component: Component) -> Outline[Self] | Finding:
@@ -381,17 +386,26 @@ class Shape:
         return sorted([*self.free, *reading])
 
 
-def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
-    """The groups of a homogeneous chain, or why a collapsed graph is none; by looking only."""
-    latents = list(graph.latents)
-    where = sites_in_words(latents) if latents else "model"
+def why_no_chain(latents: Mapping[str, Latent]) -> Finding | None:
+    """Why latents that share factors are no chain, whatever the factors."""
+    where = sites_in_words(list(latents))
     if len(latents) < 3:
         return Finding(where, "fewer than three latents are no chain")
-    first = graph.latents[latents[0]]
+    first = next(iter(latents.values()))
     if first.size < 2 or any(
-        v.plates != first.plates or v.size != first.size for v in graph.latents.values()
+        v.plates != first.plates or v.size != first.size for v in latents.values()
     ):
         return Finding(where, "latents of different plates or sizes: no kernel")
+    return None
+
+
+def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
+    """The groups of a homogeneous chain, or why a collapsed graph is none; by looking only."""
+    finding = why_no_chain(graph.latents)
+    if finding is not None:
+        return finding
+    latents = list(graph.latents)
+    first, where = graph.latents[latents[0]], sites_in_words(latents)
     if any(sum(d in graph.latents for d in dims) > 2 for g in graph.groups for dims in g.dims):
         return _no_first_order(latents)
     place = {name: t for t, name in enumerate(latents)}

@@ -24,7 +24,7 @@ from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.per_row import PerRow
 from pyro_em.posteriors.quick import Outline, QuickBlock
@@ -35,6 +35,7 @@ from pyro_em.posteriors.rows import (
     row_weights,
     shape_of_rows,
     varies,
+    why_no_rows,
     why_not_constant,
 )
 from pyro_em.updates.statistics import NATURAL, Expectation, group_sums
@@ -83,6 +84,11 @@ class Mixture(QuickBlock):
 
     name: ClassVar[str] = "mixture"
     words: ClassVar[str] = "mixture kernel, in chunks of rows"
+
+    @classmethod
+    def glance(cls, latents: Mapping[str, Latent]) -> Finding | None:
+        """See `pyro_em.posteriors.quick.QuickBlock.glance`."""
+        return why_no_rows(latents)
 
     @classmethod
     def outline(cls, component: Component) -> Outline[Self] | Finding:

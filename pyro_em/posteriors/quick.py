@@ -15,7 +15,7 @@ from pyro_em.densities.layout import Layout, layout_of
 from pyro_em.densities.theta import At, Theta, theta_of
 from pyro_em.densities.tying import collapsed_updates
 from pyro_em.errors import Finding
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.contracted import Contraction
 from pyro_em.updates.statistics import Expectation
@@ -104,6 +104,11 @@ class QuickBlock(SumsBlock):
 
     words: ClassVar[str]
     normals: Mapping[int, NormalRows]
+
+    @classmethod
+    def glance(cls, latents: Mapping[str, Latent]) -> Finding | None:
+        """Why no component of such latents is one, whatever its factors, where that can be told."""
+        return None
 
     @classmethod
     @abstractmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding, sites_in_words
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.equal_rows import equal_rows
 from pyro_em.tracing.sites import Role
 
@@ -45,17 +46,24 @@ class Shape:
         return [*rest, *self.tables, *self.free]
 
 
-def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
-    """The groups of one latent per row of a plate, or why a collapsed graph is none; by looking."""
-    if len(graph.latents) != 1:
-        return _several(graph)
-    ((name, latent),) = graph.latents.items()
+def why_no_rows(latents: Mapping[str, Latent]) -> Finding | None:
+    """Why latents that share factors are not one per row of a plate, whatever the factors."""
+    if len(latents) != 1:
+        return _several(latents)
+    ((name, latent),) = latents.items()
     where = f"site '{name}'"
     if len(latent.plates) != 1:
         depth = "in no plate" if not latent.plates else "in nested plates"
         return Finding(where, f"'{name}' is {depth}: no kernel")
-    if latent.size < 2:
-        return Finding(where, f"'{name}' has one value")
+    return Finding(where, f"'{name}' has one value") if latent.size < 2 else None
+
+
+def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
+    """The groups of one latent per row of a plate, or why a collapsed graph is none; by looking."""
+    finding = why_no_rows(graph.latents)
+    if finding is not None:
+        return finding
+    ((name, latent),) = graph.latents.items()
     (plate,) = latent.plates
     rowwise: list[int] = []
     tables: list[int] = []
@@ -76,13 +84,13 @@ def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
         fixed = fixed and not varies(group)
         (tables if fixed and not group.observed else rowwise).append(g)
     if not rowwise:
-        return Finding(where, f"no data read '{name}'")
+        return Finding(f"site '{name}'", f"no data read '{name}'")
     return Shape(plate, latent.size, tuple(rowwise), tuple(tables), tuple(free))
 
 
-def _several(graph: FactorGraph) -> Finding:
-    """Why a graph with no latent, or with more than one, is no mixture over rows."""
-    names, plates = list(graph.latents), {v.plates for v in graph.latents.values()}
+def _several(latents: Mapping[str, Latent]) -> Finding:
+    """Why no latent, or more than one, is no mixture over rows."""
+    names, plates = list(latents), {v.plates for v in latents.values()}
     if not names:
         return Finding("model", "no latent is summed")
     words = {2: "two", 3: "three", 4: "four"}.get(len(names), str(len(names)))

@@ -9,6 +9,7 @@ not identify where they are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +28,7 @@ def least_squares(
     block: Sequence[str],
     graph: FactorGraph,
     statistics: Mapping[int, Statistics],
-    arguments: Sequence[Mapping[str, Tensor]],
+    arguments: Sequence[Mapping[str, Tensor]] | Mapping[int, Mapping[str, Tensor]],
     values: Mapping[str, Tensor],
     updates: Mapping[str, ParameterUpdate],
 ) -> dict[str, Tensor]:
@@ -63,7 +64,8 @@ def least_squares(
             gram, moment = weight.new_zeros(sum(sizes), sum(sizes)), weight.new_zeros(sum(sizes))
         parts = designs_of(binding, block, values, 1 + group.n_plates)
         w, r = weight.reshape(-1, len(parts)), residual.reshape(-1, len(parts))
-        for k, (columns, design) in enumerate(parts):
+        for k, (columns, narrow) in enumerate(parts):
+            design = narrow.to(w.dtype)  # sums may be finer than what they are of
             weighted = design * w[:, k : k + 1]
             diagonal_block = gram[columns.unsqueeze(-1), columns] + weighted.mT @ design
             gram[columns.unsqueeze(-1), columns] = diagonal_block
@@ -92,6 +94,37 @@ def least_squares(
         new[p] = values[p] + step[begin : begin + size].reshape(values[p].shape)
         begin += size
     return new
+
+
+@dataclass(frozen=True, eq=False)
+class LineSolver:
+    """The least squares of one block of parameters, decided once and solved from sums over the data.
+
+    Attributes:
+        block: The parameters.
+        graph: The graph whose groups the sums are of.
+        updates: What was decided per parameter.
+    """
+
+    block: tuple[str, ...]
+    graph: FactorGraph
+    updates: Mapping[str, ParameterUpdate]
+
+    def solve(
+        self,
+        statistics: Mapping[int, Statistics],
+        arguments: Mapping[int, Mapping[str, Tensor]],
+        values: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The maximisers of the expected log joint in the block.
+
+        Args:
+            statistics: Expected statistics per group, with references.
+            arguments: The current arguments per group.
+            values: The current parameters.
+        """
+        new = least_squares(self.block, self.graph, statistics, arguments, values, self.updates)
+        return {name: value.to(values[name].dtype) for name, value in new.items()}
 
 
 Designs = list[tuple[Tensor, Tensor]]

@@ -606,12 +606,11 @@ def test_what_has_no_kernel_keeps_the_full_step(model: Model) -> None:
 
 
 def _two_latents(x: Tensor) -> None:
-    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    mu = pyro.param("mu", torch.tensor([[-1.0, 1.0], [0.5, 2.0]]))
     with pyro.plate("data", len(x)):
         a = pyro.sample("a", dist.Categorical(torch.ones(2) / 2))
         b = pyro.sample("b", dist.Categorical(torch.ones(2) / 2))
-        pyro.sample("x", dist.Normal(mu[a], 1.0), obs=x)
-        pyro.sample("y", dist.Normal(mu[b], 1.0), obs=x)
+        pyro.sample("x", dist.Normal(mu[a, b], 1.0), obs=x)
 
 
 def _own_covariates(x: Tensor) -> None:
