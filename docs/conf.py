@@ -34,7 +34,7 @@ exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
 def shapes_as_code(app, what, name, obj, options, lines: list[str]) -> None:
     """The shapes that docstrings note as ``# (*plates, K)`` are code, not emphasis."""
-    shape = re.compile(r"(?<!`)# (\([^()]*\)(?:,? (?:and|or|->) \([^()]*\))*)")
+    shape = re.compile(r"(?<!`)# (\([^()]*\)(?:,? (?:and|or|->|of a glob) \([^()]*\))*)")
     lines[:] = [
         line if line.lstrip().startswith((">>>", "...")) else shape.sub(r"``\1``", line)
         for line in lines
