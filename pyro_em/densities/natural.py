@@ -22,7 +22,8 @@ from torch import Tensor
 from pyro_em.densities.linear import KINDS, Linear, linear, main_argument
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
-from pyro_em.families.forms import Form, Kind
+from pyro_em.families.form import Form
+from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate
 

@@ -1,8 +1,8 @@
 """Distribution families with closed-form updates, looked up by exact type.
 
 A density is inherited by subclasses, a maximum-likelihood rule is not: ``Chi2`` is not ``Gamma``. The
-record is `family.Family`, the functional forms that its rules can have are in `forms`, the table of
-all records in `registry`.
+record is `family.Family`, the functional forms that its rules can have are in `forms` (what each
+answers: `form`), the table of all records in `registry`.
 
 May import: `pyro_em.errors`, `pyro_em.distributions`. To add a family, copy a neighbour in `discrete`,
 `rates`, `normal` or `conjugacy`, add it to that file's ``FAMILIES`` and let

@@ -19,7 +19,8 @@ from torch import Tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import DegenerateError, message
 from pyro_em.families.family import Statistics
-from pyro_em.families.forms import Kind, Spread
+from pyro_em.families.form import Spread
+from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.from_data import from_data

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from pyro_em.distributions import bounds, is_real
 from pyro_em.families.conjugacy import conjugate
-from pyro_em.families.forms import Form
+from pyro_em.families.form import Form
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
