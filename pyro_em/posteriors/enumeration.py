@@ -17,6 +17,7 @@ from pyro_em.errors import DataError, DegenerateError, ModelError, PyroEMError, 
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.contraction import Ring, contract, evidence, log_sum_exp, maximum
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
+from pyro_em.posteriors.steps import step_cells
 
 Tables = Sequence[Tensor]
 
@@ -159,6 +160,18 @@ def run_contraction(
 def largest_cells(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> EStep:
     """A jointly most probable assignment of the latents that count: max instead of a sum.
 
+    Args:
+        graph: The factors.
+        plan: From `contraction_of`.
+        log_densities: Per group. # (members, *sizes)
+    """
+    tables = tables_that_count(graph, log_densities)
+    return run_contraction(graph, plan, tables, ring=maximum)
+
+
+def tables_that_count(graph: FactorGraph, log_densities: Tables) -> list[Tensor]:
+    """Tables of which the largest assignment is one of the latents that count.
+
     A latent that does not count (a padded step of a chain, the unobserved part of a site where it
     is observed) sums to one and leaves the evidence as it is. Its largest probability is below one
     and would take part in the maximum: it is divided by it, so that such a latent takes its most
@@ -166,7 +179,6 @@ def largest_cells(graph: FactorGraph, plan: ContractionPlan, log_densities: Tabl
 
     Args:
         graph: The factors.
-        plan: From `contraction_of`.
         log_densities: Per group. # (members, *sizes)
     """
     tables = []
@@ -181,7 +193,7 @@ def largest_cells(graph: FactorGraph, plan: ContractionPlan, log_densities: Tabl
             )
             table = torch.where(group.mask | (top == -torch.inf), table, table - top)
         tables.append(table)
-    return run_contraction(graph, plan, tables, ring=maximum)
+    return tables
 
 
 def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> EStep:
@@ -210,7 +222,11 @@ def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> 
             )
         if largest > 1e9:  # no normalised density on float data comes near it
             _refuse_unbounded(graph, log_densities)
-    result = run_contraction(graph, plan, log_densities)
+    together = step_cells(graph, log_densities)
+    if together is None:
+        result = run_contraction(graph, plan, log_densities)
+    else:
+        result = EStep(together.log_evidence, together.terms, together.cells)
     if not bool(torch.isfinite(result.log_evidence)):
         _refuse_impossible(graph, plan, log_densities)
     _check_sums(graph, result, log_densities)
@@ -293,6 +309,9 @@ def _check_sums(graph: FactorGraph, result: EStep, tables: Tables) -> None:
             continue
         axes = tuple(range(1 + group.n_plates, cells.dim()))
         total = cells.sum(axes)
+        # All members at once where they count once; one by one to say which of them is wrong.
+        if group.is_unscaled and bool(((total - 1).abs() <= 1e-6).all()):
+            continue
         for i, scale in enumerate(group.scale):
             expected: Tensor | float = scale
             if isinstance(scale, Tensor):

@@ -86,16 +86,55 @@ def smooth(
     # Rows of A that sum to at most one keep messages from growing.
     largest = transition.sum(-1).amax()
     A = transition / largest
-    B, T, K = likelihood.shape
-    steps = likelihood.permute(1, 2, 0)
-    # Two levels multiply matrices where one multiplies vectors, but in √T steps.
-    least, most = (100, 1500) if likelihood.device.type == "cpu" else (16, 2**18)
-    is_long = least <= T and most >= B * K * K
-    messages = (_two_levels if is_long else _one_loop)(steps, A)
-    if not bool(messages.are_kept()):
-        messages = _one_loop(steps, A, every=1)
+    B, T, _ = likelihood.shape
+    messages = _messages(likelihood.permute(1, 2, 0), A)
     gamma, xi = messages.smoothed(likelihood, A, weight)
     return gamma, xi, messages.log_evidence() + (B * (T - 1)) * largest.log()
+
+
+def neighbours(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Posterior marginals of all steps, of all pairs of neighbours, and the log evidence.
+
+    Args:
+        likelihood: ℓ, each row divided by its maximum; the first row holds the initial
+            probabilities too. # (T, K, B)
+        transition: A, rows from the former state; any non-negative numbers. # (K, K)
+
+    Returns:
+        γ # (T, B, K), ξ # (T - 1, B, K, K) and Σ_t log c_t in nats # (B,); None where mass that may
+        matter nearly underflows.
+
+    Example:
+        >>> A = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
+        >>> l = torch.tensor([[[0.5], [0.5]], [[1.0], [0.0]]], dtype=torch.float64)
+        >>> gamma, xi, log_evidence = neighbours(l, A)
+        >>> xi.squeeze().round(decimals=4), log_evidence.exp()
+        (tensor([[0.8182, 0.0000],
+                [0.1818, 0.0000]], dtype=torch.float64), tensor([0.5500], dtype=torch.float64))
+    """
+    largest = transition.sum(-1).amax()
+    A = transition / largest
+    messages = _messages(likelihood, A)
+    if not bool(messages.are_kept()):
+        return None
+    both = messages.alpha * messages.beta
+    mass = both.sum(1)
+    gamma = (both / mass.unsqueeze(1)).transpose(1, 2)
+    each = (messages.norm * mass)[1:].unsqueeze(1)
+    starts = (messages.alpha[:-1] / each).transpose(1, 2).unsqueeze(-1)
+    ends = (likelihood[1:] * messages.beta[1:]).transpose(1, 2).unsqueeze(-2)
+    log_evidence = messages.norm.log().sum(0) + (len(likelihood) - 1) * largest.log()
+    return gamma, starts * A * ends, log_evidence
+
+
+def _messages(steps: Tensor, A: Tensor) -> _Messages:
+    """Messages of all steps. The likelihood: # (T, K, B)"""
+    T, K, B = steps.shape
+    # Two levels multiply matrices where one multiplies vectors, but in √T steps.
+    least, most = (100, 1500) if steps.device.type == "cpu" else (16, 2**18)
+    is_long = least <= T and most >= B * K * K
+    messages = (_two_levels if is_long else _one_loop)(steps, A)
+    return messages if bool(messages.are_kept()) else _one_loop(steps, A, every=1)
 
 
 def _by_numba(

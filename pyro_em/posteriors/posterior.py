@@ -16,7 +16,12 @@ from pyro_em.globs import Values, stacked_answers
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.portable import Portable
 from pyro_em.posteriors.crossed import across_plates, are_connected
-from pyro_em.posteriors.enumeration import contraction_of, largest_cells, run_contraction
+from pyro_em.posteriors.enumeration import (
+    contraction_of,
+    largest_cells,
+    run_contraction,
+    tables_that_count,
+)
 from pyro_em.posteriors.names import (
     by_glob,
     latent_of,
@@ -36,6 +41,7 @@ from pyro_em.posteriors.stacks import (
     stack_of,
     table_of,
 )
+from pyro_em.posteriors.steps import best_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,8 +227,10 @@ class Posterior(Portable, NamesFromElsewhere):
                 for name, latent in self.graph.latents.items()
             }
             return self._under_user_names(best)
-        plan = contraction_of(self.graph)
-        result = largest_cells(self.graph, plan, self.tables)
+        path = best_path(self.graph, tables_that_count(self.graph, self.tables))
+        if path is not None:
+            return self._under_user_names(self._values_of(list(self.graph.latents), path))
+        result = largest_cells(self.graph, contraction_of(self.graph), self.tables)
         return self._assignment(result.cells)
 
     def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
@@ -267,14 +275,26 @@ class Posterior(Portable, NamesFromElsewhere):
         names = list(self.graph.latents)
         out: dict[str, Tensor] = dict.fromkeys(names, marked[0])
         for part in parts_of(places_of(self.graph, names)):
-            rows = (
+            own = (
                 names[part.rows] if isinstance(part.rows, slice) else [names[r] for r in part.rows]
             )
-            codes = table_of(marked, part).argmax(-1)
-            for name, code in zip(rows, codes.unbind(0), strict=True):
-                support = self.graph.latents[name].support
-                out[name] = support[code.reshape(batch_shape(self.graph, name))]
+            out.update(self._values_of(own, table_of(marked, part).argmax(-1)))
         return self._under_user_names(out)
+
+    def _values_of(self, names: Sequence[str], codes: Tensor) -> dict[str, Tensor]:
+        """Values at positions in the latents' supports. # (latents, *plates)"""
+        latents = [self.graph.latents[name] for name in names]
+        support = latents[0].support
+        if all(z.support is support or torch.equal(z.support, support) for z in latents):
+            # Memory of its own for each: a view would be pickled with all the others.
+            values = [value.clone() for value in support[codes].unbind(0)]
+        else:
+            values = [z.support[c] for z, c in zip(latents, codes, strict=True)]
+        event = support.shape[1:]
+        return {
+            name: value.reshape((*batch_shape(self.graph, name), *event))
+            for name, value in zip(names, values, strict=True)
+        }
 
     def _under_user_names(self, values: dict[str, Tensor]) -> Values:
         """Values of ``obs_mask`` sites under the user's names, with what was observed."""

@@ -253,6 +253,7 @@ def test_what_comes_back_is_a_dict() -> None:
     for other in (pickle.loads(pickle.dumps(mode)), copy.deepcopy(mode), mode.copy(), mode | {}):
         assert other == mode
     assert torch.equal(pickle.loads(pickle.dumps(mode))["z_*"], mode["z_*"])
+    assert all(v.untyped_storage().nbytes() == v.element_size() for v in mode.values())
     mode["z_3"] = torch.tensor(7)  # what was put there counts
     assert int(mode["z_*"][3]) == 7
     mode["z_*"] = torch.tensor(1)

@@ -1,0 +1,280 @@
+"""The E-step and the most probable path of a chain of equal steps, all steps together.
+
+What the contraction does one latent after the other goes here by messages, in about √T operations
+where transitions are the same at all steps, with the cells of every factor as its result:
+
+    γ_t ∝ α_t β_t,     ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j)
+
+Where messages lose what may matter (prior and likelihood in worse conflict than floats can hold) there
+is no result, and the contraction, which works with logarithms, has to serve.
+
+Source: Rabiner (1989), "A tutorial on hidden Markov models"; Viterbi (1967) for the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.forward_backward import neighbours
+from pyro_em.posteriors.viterbi import viterbi
+
+_LEAST = 3  # latents of a chain: fewer are as quick by contraction
+
+
+@dataclass(frozen=True)
+class Couple:
+    """A group whose members read neighbours.
+
+    Attributes:
+        group: Its number.
+        steps: For each member the earlier of its two latents.
+        is_turned: Whether the later latent comes first in its tables.
+    """
+
+    group: int
+    steps: tuple[int, ...]
+    is_turned: bool
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A graph as a chain.
+
+    Attributes:
+        plates: Of all its latents.
+        sizes: Of these plates.
+        T: Number of latents.
+        K: Their number of values.
+        couples: Groups that read neighbours.
+        single: Groups that read one latent, and for each member which.
+        free: Groups that read none.
+    """
+
+    plates: tuple[str, ...]
+    sizes: tuple[int, ...]
+    T: int
+    K: int
+    couples: tuple[Couple, ...]
+    single: tuple[tuple[int, tuple[int, ...]], ...]
+    free: tuple[int, ...]
+
+
+def steps_of(graph: FactorGraph) -> Steps | None:
+    """The chain that a graph is, or None; by looking only, once."""
+    if "steps" not in graph.remembered:
+        graph.remembered["steps"] = _look(graph)
+    steps: Steps | None = graph.remembered["steps"]
+    return steps
+
+
+def _look(graph: FactorGraph) -> Steps | None:
+    names = list(graph.latents)
+    if len(names) < _LEAST:
+        return None
+    first = graph.latents[names[0]]
+    if any(z.plates != first.plates or z.size != first.size for z in graph.latents.values()):
+        return None
+    place = {name: t for t, name in enumerate(names)}
+    couples: list[Couple] = []
+    single: list[tuple[int, tuple[int, ...]]] = []
+    free: list[int] = []
+    coupled: set[int] = set()
+    for g, group in enumerate(graph.groups):
+        # Plates that the latents are not in are summed over, and may be others at each step.
+        plates = {
+            tuple(p if p in first.plates else None for p in dims[: group.n_plates])
+            for dims in group.dims
+        }
+        read = [tuple(place[d] for d in dims[group.n_plates :]) for dims in group.dims]
+        if not group.is_unscaled or len(plates) > 1:
+            return None
+        degrees = {len(r) for r in read}
+        if degrees == {0}:
+            free.append(g)
+            continue
+        if not set(first.plates) <= set(*plates):
+            return None
+        if degrees == {1}:
+            single.append((g, tuple(t for (t,) in read)))
+        elif degrees == {2}:
+            turned = {b - a for a, b in read}
+            if turned not in ({1}, {-1}):
+                return None
+            steps = tuple(min(pair) for pair in read)
+            couples.append(Couple(g, steps, turned == {-1}))
+            coupled.update(steps)
+        else:
+            return None
+    if len(coupled) < len(names) - 1:
+        return None
+    sizes = tuple(graph.dim_size(p) for p in first.plates)
+    return Steps(
+        first.plates, sizes, len(names), first.size, tuple(couples), tuple(single), tuple(free)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class StepCells:
+    """What the E-step of a chain is made of.
+
+    Attributes:
+        log_evidence: In nats. # ()
+        terms: Its terms with their plates.
+        cells: Per group the posterior of its cells. # (members, *sizes)
+    """
+
+    log_evidence: Tensor
+    terms: list[tuple[tuple[str, ...], Tensor]]
+    cells: list[Tensor]
+
+
+@torch.no_grad()
+def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None:
+    """The E-step of a graph that is a chain of equal steps; None where it is none.
+
+    Args:
+        graph: The factors.
+        tables: Log densities per group. # (members, *sizes)
+
+    Returns:
+        Evidence and cells; None also where messages lose what may matter.
+    """
+    steps = steps_of(graph)
+    if steps is None:
+        return None
+    transition = _transition(graph, steps, tables)
+    if transition is None:
+        return None
+    log_l = _single(graph, steps, tables)
+    top = log_l.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(top).all()):
+        return None
+    largest = transition.amax()
+    likelihood = (log_l - top).exp_().reshape(steps.T, -1, steps.K)
+    smoothed = neighbours(likelihood.transpose(1, 2), (transition - largest).exp())
+    if smoothed is None:
+        return None
+    gamma, xi, log_c = smoothed
+    per_sequence = log_c.reshape(steps.sizes) + top.squeeze(-1).sum(0) + (steps.T - 1) * largest
+    gamma = gamma.reshape(log_l.shape)
+    xi = xi.reshape(steps.T - 1, *steps.sizes, steps.K, steps.K)
+    terms = [(steps.plates, per_sequence)]
+    cells: list[Tensor] = [per_sequence] * len(graph.groups)
+    for g, places in steps.single:
+        cells[g] = _laid_out(_at(gamma, places), graph.groups[g], steps)
+    for couple in steps.couples:
+        table = _at(xi, couple.steps)
+        table = table.mT if couple.is_turned else table
+        cells[couple.group] = _laid_out(table, graph.groups[couple.group], steps)
+    for g in steps.free:
+        table = tables[g].to(torch.float64)
+        cells[g] = torch.ones_like(table)
+        terms += list(zip(graph.groups[g].dims, table.unbind(0), strict=True))
+    total = torch.stack([t.sum() for _, t in terms]).sum()
+    return StepCells(total, terms, cells)
+
+
+@torch.no_grad()
+def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
+    """A jointly most probable path of a graph that is a chain; None where it is none.
+
+    Args:
+        graph: The factors.
+        tables: Log densities per group. # (members, *sizes)
+
+    Returns:
+        Positions in the latents' supports. # (T, *plates)
+    """
+    steps = steps_of(graph)
+    if steps is None:
+        return None
+    pairs = torch.zeros((), dtype=torch.float64, device=tables[0].device)
+    pairs = pairs.expand(steps.T - 1, *(1 for _ in steps.plates), steps.K, steps.K)
+    for couple in steps.couples:
+        table = _of_couple(graph, steps, couple, tables)
+        if couple.steps == tuple(range(steps.T - 1)):
+            pairs = pairs + table
+        else:
+            sizes = torch.broadcast_shapes(pairs.shape[1:], table.shape[1:])
+            pairs = pairs.expand(-1, *sizes).clone()
+            index = torch.tensor(couple.steps, device=table.device)
+            pairs.index_add_(0, index, table.expand(-1, *sizes))
+    log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
+    pairs = pairs.reshape(steps.T - 1, -1, steps.K, steps.K)
+    return viterbi(log_l, pairs).reshape(steps.T, *steps.sizes)
+
+
+def _transition(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor | None:
+    """Logarithms of transitions where they are the same everywhere, else None. # (K, K)"""
+    total: Tensor | None = None
+    for couple in steps.couples:
+        if couple.steps != tuple(range(steps.T - 1)):
+            return None
+        table = _of_couple(graph, steps, couple, tables)
+        one = table[(0,) * (table.dim() - 2)]
+        if not bool((_once(table) == one).all()):
+            return None
+        total = one if total is None else total + one
+    return total
+
+
+def _of_couple(
+    graph: FactorGraph, steps: Steps, couple: Couple, tables: Sequence[Tensor]
+) -> Tensor:
+    """Log densities of neighbours, the earlier first. # (members, *plates, K, K)"""
+    table = _reduced(tables[couple.group], graph.groups[couple.group], steps)
+    return table.mT if couple.is_turned else table
+
+
+def _single(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor:
+    """Log densities that read one latent, summed per step. # (T, *plates, K)"""
+    out = torch.zeros(
+        (steps.T, *steps.sizes, steps.K), dtype=torch.float64, device=tables[0].device
+    )
+    for g, places in steps.single:
+        table = _reduced(tables[g], graph.groups[g], steps)
+        if places == tuple(range(steps.T)):
+            out += table
+        else:
+            out.index_add_(0, torch.tensor(places, device=out.device), table)
+    return out
+
+
+def _once(table: Tensor) -> Tensor:
+    """A table without the repetitions of expanded dimensions."""
+    for d, stride in enumerate(table.stride()):
+        if stride == 0 and table.shape[d] > 1:
+            table = table.narrow(d, 0, 1)
+    return table
+
+
+def _reduced(table: Tensor, group: Group, steps: Steps) -> Tensor:
+    """A table summed over plates that the latents are not in. # (members, *plates, *values)"""
+    beyond = _beyond(group, steps)
+    table = table.to(torch.float64)
+    return table.sum(beyond) if beyond else table
+
+
+def _laid_out(table: Tensor, group: Group, steps: Steps) -> Tensor:
+    """A table over the latents' plates as one over those of a group. # (members, *sizes)"""
+    for d in _beyond(group, steps):
+        table = table.unsqueeze(d)
+    return table.expand(len(group.members), *group.sizes)
+
+
+def _beyond(group: Group, steps: Steps) -> list[int]:
+    plates = group.dims[0][: group.n_plates]
+    return [1 + d for d, plate in enumerate(plates) if plate not in steps.plates]
+
+
+def _at(stack: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Some rows of a stack; no copy where they are consecutive."""
+    first, last = places[0], places[-1]
+    if places == tuple(range(first, last + 1)):
+        return stack[first : last + 1]
+    return stack[torch.tensor(places, device=stack.device)]
