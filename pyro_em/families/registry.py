@@ -116,7 +116,9 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
     }
     if "probs" in arguments and "logits" in arguments:
         del arguments["logits"]
-    return {n: torch.as_tensor(v) for n, v in arguments.items()}
+    return {
+        n: v if isinstance(v, torch.Tensor) else torch.as_tensor(v) for n, v in arguments.items()
+    }
 
 
 def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:

@@ -7,20 +7,27 @@ has all its alternatives at once, and what would be summed is another model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding
+from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.coupling import Sites, differs, parts_of
+from pyro_em.graph.forms import FEW, form_of, in_forms
 
 _LOOKED_AT = 256  # elements of a plate that are compared; fewer where plates cross
 
 
 def disagreements(
-    enumerated: Sites, plain: Sites, latents: Sequence[str], nesting: int
+    enumerated: Sites,
+    plain: Sites,
+    latents: Sequence[str],
+    nesting: int,
+    forms: Mapping[str, Hashable | None],
 ) -> list[tuple[str, str]]:
     """Sites, and what of them differs.
 
@@ -29,12 +36,19 @@ def disagreements(
         plain: The same sites of a plain run from the same random state.
         latents: The sites that are enumerated.
         nesting: Number of dimensions that belong to plates.
+        forms: Of the enumerated sites.
     """
     look = _Look(enumerated, plain, latents, nesting)
+    both = {
+        name: None if form is None or name not in plain else (form, form_of(plain[name]))
+        for name, form in forms.items()
+    }
+    kinds = {n: None if f is None or f[1] is None else f for n, f in both.items()}
+    agreeing = _Together(look, kinds).agreeing()
     found = []
     for name, site in enumerated.items():
         other = plain.get(name)
-        if other is None:
+        if other is None or name in agreeing:
             continue
         visible = look.visible(site)
         for (what, e, event_dim), (_, p, _) in zip(parts_of(site), parts_of(other), strict=False):
@@ -87,7 +101,7 @@ class _Look:
                 index.append(torch.zeros((), dtype=torch.long, device=e.device))
             elif d >= -self.nesting:
                 index.append(self.elements(d, size).to(e.device))
-            elif d in visible and size == self._size(visible[d]):
+            elif d in visible and size == self.size(visible[d]):
                 index.append(self.index(visible[d]).to(e.device))
             else:
                 return True  # a dimension that the layout has to judge
@@ -124,9 +138,14 @@ class _Look:
         ]
         return p[tuple(index)]
 
-    def _size(self, name: str) -> int:
+    def size(self, name: str) -> int:
+        """The number of values of a latent."""
         site = self.enumerated[name]
         return site["value"].shape[site["infer"]["_enumerate_dim"] - site["fn"].event_dim]
+
+    def know(self, indices: Mapping[str, Tensor]) -> None:
+        """Take note of what `index` would find."""
+        self._indices.update(indices)
 
     def index(self, name: str) -> Tensor:
         """The place of a latent's plain values in its support, at the elements compared."""
@@ -146,6 +165,145 @@ class _Look:
                 hit = hit.all(-1)
             self._indices[name] = hit.to(torch.uint8).argmax(0)
         return self._indices[name]
+
+
+class _Together:
+    """Sites of equal form that surely agree, found for all of a form at once.
+
+    It is as strict as the look at one site: what is not seen to agree here is looked at again.
+    """
+
+    def __init__(self, look: _Look, kinds: Mapping[str, Hashable | None]) -> None:
+        self.look, self.kinds = look, kinds
+        latents = {n: kinds.get(n) for n in look.names.values()}
+        for names in in_forms({n: self._with_dim(n, k) for n, k in latents.items()}):
+            if len(names) >= FEW:
+                self._find_indices(names)
+
+    def _with_dim(self, name: str, kind: Hashable | None) -> Hashable | None:
+        return None if kind is None else (kind, self._site(name)["infer"]["_enumerate_dim"])
+
+    def _site(self, name: str) -> Mapping[str, Any]:
+        return self.look.enumerated[name]
+
+    def agreeing(self) -> set[str]:
+        """Names of sites that agree."""
+        found: set[str] = set()
+        for names in in_forms({n: self._with_latents(n, k) for n, k in self.kinds.items()}):
+            if len(names) >= FEW:
+                found.update(self._agreeing(names))
+        return found
+
+    def _with_latents(self, name: str, kind: Hashable | None) -> Hashable | None:
+        if kind is None:
+            return None
+        seen = self.look.visible(self._site(name))
+        return kind, tuple(sorted((dim, self.look.size(z)) for dim, z in seen.items()))
+
+    def _agreeing(self, names: Sequence[str]) -> list[str]:
+        fns = [[unwrap(s[n]["fn"]) for n in names] for s in (self.look.enumerated, self.look.plain)]
+        reinterpreted, family = fns[0][0][1], family_of(fns[0][0][0])
+        if family is None:
+            return []
+        held = [[given_arguments(fn, family) for fn, _, _ in side] for side in fns]
+        same = torch.ones(len(names), dtype=torch.bool)
+        visible = [self.look.visible(self._site(n)) for n in names]
+        for name in held[0][0]:
+            event_dim = reinterpreted + family.argument_event_dim(name)
+            pairs = [(e[name], _untagged(p[name])) for e, p in zip(*held, strict=True)]
+            same &= self._same(pairs, event_dim, visible)
+        if self._site(names[0])["is_observed"]:
+            event_dim = self._site(names[0])["fn"].event_dim
+            values = [
+                (self._site(n)["value"], _untagged(self.look.plain[n]["value"])) for n in names
+            ]
+            same &= self._same(values, event_dim, visible)
+        return [n for n, agrees in zip(names, same.tolist(), strict=True) if agrees]
+
+    def _same(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        event_dim: int,
+        visible: Sequence[Mapping[int, str]],
+    ) -> Tensor:
+        """Which enumerated tensors, gathered, are surely the plain ones."""
+        enumerated = _narrow([e for e, _ in pairs])
+        plain = _narrow([p for _, p in pairs])
+        nothing = torch.zeros(len(pairs), dtype=torch.bool)
+        event_dim = min(event_dim, enumerated[0].dim(), plain[0].dim())
+        shape = enumerated[0].shape[: enumerated[0].dim() - event_dim]
+        lead = plain[0].dim() - event_dim
+        places: list[list[Tensor]] = []
+        for d in range(-len(shape), 0):
+            size = shape[d]
+            if size == 1:
+                one = torch.zeros((), dtype=torch.long)
+                places.append([one])
+            elif d >= -self.look.nesting:
+                if size > self.look.most:
+                    return nothing
+                places.append([self.look.elements(d, size)])
+            elif d in visible[0] and size == self.look.size(visible[0][d]):
+                places.append([self.look.index(v[d]) for v in visible])
+            else:
+                return nothing
+        if any(n > self.look.most for n in plain[0].shape[:lead]):
+            return nothing
+        rank = max([lead, *(p[0].dim() for p in places)])
+        device = enumerated[0].device
+        n = len(pairs)
+        index = [torch.arange(n).reshape(n, *(1,) * rank)]
+        for place in places:
+            one = torch.stack(place)
+            index.append(one.reshape(len(one), *(1,) * (rank + 1 - one.dim()), *one.shape[1:]))
+        part = torch.stack(enumerated).detach()[tuple(i.to(device) for i in index)]
+        other = torch.stack(plain).detach()
+        other = other.reshape(n, *(1,) * (rank - lead), *other.shape[1:])
+        try:
+            part, other = torch.broadcast_tensors(part, other.to(part.dtype))
+        except RuntimeError:
+            return nothing
+        return (
+            _close(part, other).flatten(1).all(1).cpu() if part.dim() > 1 else _close(part, other)
+        )
+
+    def _find_indices(self, names: Sequence[str]) -> None:
+        """The places of plain values in their supports, as `_Look.index` finds them one by one."""
+        site = self._site(names[0])
+        event_dim, at = site["fn"].event_dim, site["infer"]["_enumerate_dim"]
+        plain = [_untagged(self.look.plain[n]["value"]) for n in names]
+        lead = plain[0].dim() - event_dim
+        if any(n > self.look.most for n in plain[0].shape[:lead]):
+            return
+        support = torch.stack([self._site(n)["value"] for n in names])
+        batch = support.dim() - 1 - event_dim
+        for dim in reversed(range(batch)):
+            if dim != batch + at:
+                support = support.select(dim + 1, 0)
+        n, k = support.shape[:2]
+        support = support.reshape(n, k, *(1,) * lead, *support.shape[2:])
+        hit = support == torch.stack(plain).unsqueeze(1)
+        if event_dim:
+            hit = hit.flatten(2 + lead).all(-1)
+        found = hit.to(torch.uint8).argmax(1)
+        self.look.know(dict(zip(names, found.unbind(0), strict=True)))
+
+
+def _narrow(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one form without the dimensions along which they are copies."""
+    first = tensors[0]
+    copies = [d for d in range(first.dim()) if first.stride(d) == 0 and first.shape[d] > 1]
+    out = list(tensors)
+    for d in copies:
+        out = [t.narrow(d, 0, 1) for t in out]
+    return out
+
+
+def _close(a: Tensor, b: Tensor) -> Tensor:
+    if not a.is_floating_point():
+        return a == b
+    tolerance = (64 * torch.finfo(a.dtype).eps) ** 0.75
+    return torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _untagged(value: Any) -> Any:

@@ -8,8 +8,8 @@ and updated by one call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -303,11 +303,89 @@ _FIXED_SIZE = (
 )
 
 
-def _stack(factors: Sequence[Factor]) -> list[Group]:
-    by_signature: dict[tuple[Any, ...], list[Factor]] = {}
-    for f in factors:
-        by_signature.setdefault(f.signature, []).append(f)
-    return [_group(members) for members in by_signature.values()]
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Factors of equal form and equal bindings, stacked.
+
+    Attributes:
+        first: The first of them.
+        members: Their sites, in model order.
+        dims: For each member the names of its dimensions.
+        arguments: See `Group`.
+        bindings: See `Group`.
+        value: See `Group`.
+    """
+
+    first: Factor
+    members: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    arguments: Mapping[str, Tensor]
+    bindings: Mapping[str, Binding]
+    value: Tensor
+
+
+def _stack(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> list[Group]:
+    """Groups of equal signature, in the order of their first members.
+
+    Args:
+        pieces: All factors.
+        order: The place of each site in the model.
+    """
+    pieces = sorted(pieces, key=lambda p: order[_first(p).info.name])
+    by_signature: dict[tuple[Any, ...], list[Factor | Batch]] = {}
+    for p in pieces:
+        by_signature.setdefault(_first(p).signature, []).append(p)
+    groups = []
+    for members in by_signature.values():
+        factors = [m for m in members if isinstance(m, Factor)]
+        if len(factors) == len(members):
+            groups.append(_group(factors))
+        else:
+            groups.append(_of_batches(members, order))
+    return groups
+
+
+def _first(piece: Factor | Batch) -> Factor:
+    return piece.first if isinstance(piece, Batch) else piece
+
+
+def _of_batches(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> Group:
+    """A group of batches and of factors that were laid out by themselves."""
+    groups = [_of_batch(p) if isinstance(p, Batch) else _group([p]) for p in pieces]
+    first = groups[0]
+    if len(groups) == 1:
+        return first
+    names = [n for g in groups for n in g.members]
+    place = sorted(range(len(names)), key=lambda i: order[names[i]])
+    dims = [d for g in groups for d in g.dims]
+    scale = [s for g in groups for s in g.scale]
+    at = torch.tensor(place, device=first.value.device)
+
+    def joined(parts: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(parts)).index_select(0, at)
+
+    return replace(
+        first,
+        members=tuple(names[i] for i in place),
+        dims=tuple(dims[i] for i in place),
+        arguments={a: joined([g.arguments[a] for g in groups]) for a in first.arguments},
+        bindings={a: _joined([g.bindings[a] for g in groups], joined) for a in first.bindings},
+        value=joined([g.value for g in groups]),
+        scale=tuple(scale[i] for i in place),
+    )
+
+
+def _of_batch(batch: Batch) -> Group:
+    one, n = _group([batch.first]), len(batch.members)
+    return replace(
+        one,
+        members=batch.members,
+        dims=batch.dims,
+        arguments=batch.arguments,
+        bindings=batch.bindings,
+        value=batch.value,
+        scale=one.scale * n,
+    )
 
 
 def _group(members: Sequence[Factor]) -> Group:
@@ -346,27 +424,36 @@ def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
+    return _joined(bindings, _stack_tensors)
+
+
+def _joined(bindings: Sequence[Binding], join: Callable[[Sequence[Tensor]], Tensor]) -> Binding:
+    """Bindings of one form as one, their tensors joined along the members."""
     first = bindings[0]
     selections = []
     for i, part in enumerate(first.selections):
         same = [b.selections[i] for b in bindings]
         factor = None
         if part.factor is not None:
-            factor = _stack_tensors([s.factor for s in same if s.factor is not None])
-        index = _stack_tensors([s.index for s in same])
-        selections.append(Selection(part.param, index, part.maps, factor))
+            factor = join([s.factor for s in same if s.factor is not None])
+        selections.append(Selection(part.param, join([s.index for s in same]), part.maps, factor))
     jacobians = None
     if first.jacobians is not None:
         jacobians = {
-            name: _stack_tensors([b.jacobians[name] for b in bindings if b.jacobians is not None])
+            name: join([b.jacobians[name] for b in bindings if b.jacobians is not None])
             for name in first.jacobians
         }
     return Binding(
         first.how,
         first.params,
-        _stack_tensors([b.constant for b in bindings]),
+        join([b.constant for b in bindings]),
         tuple(selections),
         jacobians,
         first.reason,
         first.normalise,
     )
+
+
+def repeated(binding: Binding, n: int) -> Binding:
+    """One binding for several members, whose tensors are kept once."""
+    return _joined([binding], lambda ts: ts[0].unsqueeze(0).expand(n, *ts[0].shape))

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import broadcast_shape, element_mask, is_outside, split_mask, unwrap
+from pyro_em.distributions import (
+    broadcast_shape,
+    element_mask,
+    is_outside,
+    split_mask,
+    unexpanded,
+    unwrap,
+)
 from pyro_em.errors import DataError, DegenerateError, Finding, message
 from pyro_em.families.family import Family
 from pyro_em.families.registry import family_of, given_arguments, spread_arguments
 from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.factors import Factor, Latent
-from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.factors import Batch, Factor, Latent, repeated
+from pyro_em.graph.forms import FEW, equal_to_first, stacked
+from pyro_em.graph.signatures import Recurring, outline
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor
 from pyro_em.tracing.support import density_anywhere
+
+_KINDS = 8  # of bindings among sites of one form that are told apart together
 
 
 class _Layout:
@@ -37,6 +47,7 @@ class _Layout:
         self.problems: list[Finding] = []
         self.order = {n: i for i, n in enumerate(structure.latents)}
         self.dim_of: dict[str, int] = {}
+        self.size_of: dict[str, int] = {}
         self.id_of: dict[str, int] = {}
         self.name_of: dict[int, str] = {}
         for name in structure.latents:
@@ -44,6 +55,23 @@ class _Layout:
             self.dim_of[name] = infer["_enumerate_dim"]
             self.id_of[name] = infer["_dim_to_id"][infer["_enumerate_dim"]]
             self.name_of[self.id_of[name]] = name
+            site = sites[name]
+            self.size_of[name] = site["value"].shape[self.dim_of[name] - site["fn"].event_dim]
+
+    def latents(self, forms: Mapping[str, Hashable]) -> dict[str, Latent]:
+        """All latents; those of one form that have equal values share one support."""
+        known: dict[Hashable, tuple[Tensor, Latent]] = {}
+        out: dict[str, Latent] = {}
+        for name in self.structure.latents:
+            form = forms[name]
+            key = (form, self.dim_of[name], self.structure.sites[name].batch_dim)
+            value = self.sites[name]["value"]
+            if form is not None and key in known and torch.equal(known[key][0], value):
+                out[name] = replace(known[key][1], name=name)
+                continue
+            out[name] = self.latent(name)
+            known[key] = value, out[name]
+        return out
 
     def latent(self, name: str) -> Latent:
         site = self.sites[name]
@@ -60,21 +88,108 @@ class _Layout:
         dims = tuple(by_dim.get(d) for d in range(-rank, 0))
         return Latent(name, tuple(frames_of(site)), support.detach(), dims)
 
+    def place(self, name: str) -> tuple[tuple[str, ...], list[int | None], list[int]]:
+        """The latents in a site's scope, and the dimensions and sizes of its plates and of these."""
+        site, info = self.sites[name], self.structure.sites[name]
+        scope = self._scope(info, site["infer"].get("_dim_to_id", {}), site["fn"], site["value"])
+        plates = [self.structure.plates[p] for p in info.plates]
+        # A latent of one value has no dimension of its own: Pyro may give it to another.
+        own = [self.dim_of[z] if self.size_of[z] > 1 else None for z in scope]
+        sizes = [p.size for p in plates] + [self.size_of[z] for z in scope]
+        return scope, [*(p.dim for p in plates), *own], sizes
+
+    def form_of_place(self, name: str) -> Hashable:
+        """What sites of one form must share to be laid out together."""
+        _, dims, sizes = self.place(name)
+        return tuple(dims), tuple(sizes)
+
+    def batches(
+        self, names: Sequence[str], leaves: Mapping[str, Tensor] | None
+    ) -> tuple[list[Batch], list[str]]:
+        """The factors of sites of one form and one place, laid out together.
+
+        Args:
+            names: The sites.
+            leaves: The leaf tensor of each parameter; None where bindings are not read.
+
+        Returns:
+            Factors of equal bindings, and the sites that have to be laid out by themselves.
+        """
+        fns = [unwrap(self.sites[n]["fn"])[0] for n in names]
+        family = family_of(fns[0])
+        if family is None or self.structure.sites[names[0]].role is Role.POINT:
+            return [], list(names)
+        held = [given_arguments(fn, family) for fn in fns]
+        moving = [a for a, t in held[0].items() if leaves is not None and t.requires_grad]
+        graphs: dict[Hashable, list[int]] = {}
+        saved: list[list[Tensor]] = []
+        for i, arguments in enumerate(held):
+            found = [outline(arguments[a], {}) for a in moving]
+            shown = [f for f in found if f is not None]
+            key = tuple(f[0] for f in shown) if len(shown) == len(found) else None
+            saved.append(
+                [t for f in shown for t in f[1]] + [unexpanded(arguments[a]) for a in moving]
+            )
+            graphs.setdefault(key, []).append(i)
+        out, rest = [], graphs.pop(None, [])
+        for left in graphs.values():
+            for _ in range(_KINDS):
+                if len(left) < FEW:
+                    break
+                alike = torch.ones(len(left), dtype=torch.bool)
+                for tensors in zip(*(saved[i] for i in left), strict=True):
+                    alike &= equal_to_first(stacked(tensors)).cpu()
+                kept = [i for i, same in zip(left, alike.tolist(), strict=True) if same]
+                left = [i for i, same in zip(left, alike.tolist(), strict=True) if not same]
+                if len(kept) < FEW:
+                    rest += kept
+                    continue
+                members = [(names[i], held[i]) for i in kept]
+                out.append(self._batch(members, moving, self.factor(names[kept[0]], leaves)))
+            rest += left
+        return out, [names[i] for i in rest]
+
+    def _batch(
+        self,
+        members: Sequence[tuple[str, Mapping[str, Tensor]]],
+        moving: Sequence[str],
+        first: Factor,
+    ) -> Batch:
+        """The factors of sites with their arguments; those in ``moving`` are equal."""
+        assert first.family is not None
+        name, held = members[0]
+        fn, dims = self.sites[name]["fn"], self.place(name)[1]
+        reinterpreted, n = unwrap(fn)[1], len(members)
+        arguments, bindings = {}, {}
+        for argument, one in first.arguments.items():
+            if argument in moving:
+                arguments[argument] = one.unsqueeze(0).expand(n, *one.shape)
+                bindings[argument] = repeated(first.bindings[argument], n)
+                continue
+            event = reinterpreted + first.family.argument_event_dim(argument)
+            recipe = _recipe(held[argument], event, dims, reinterpreted)
+            stack = _compact_all([own[argument] for _, own in members], recipe).to(one.dtype)
+            arguments[argument] = stack
+            bindings[argument] = replace(first.bindings[argument], constant=stack.detach())
+        values = [self.sites[member]["value"] for member, _ in members]
+        value = _compact_all(values, _recipe(values[0], fn.event_dim, dims))
+        return Batch(
+            first,
+            tuple(member for member, _ in members),
+            tuple(first.info.plates + self.place(member)[0] for member, _ in members),
+            arguments,
+            bindings,
+            value.to(first.value.dtype),
+        )
+
     def factor(self, name: str, leaves: Mapping[str, Tensor] | None) -> Factor:
         site, info = self.sites[name], self.structure.sites[name]
         fn, value = site["fn"], site["value"]
-        visible = site["infer"].get("_dim_to_id", {})
-        scope = self._scope(info, visible, fn, value)
-        plate_dims = [self.structure.plates[p].dim for p in info.plates]
-        dims: list[int | None] = [*plate_dims]
-        # A latent of one value has no dimension of its own: Pyro may give it to another.
-        dims += [self.dim_of[z] if self._support_size(z) > 1 else None for z in scope]
-        sizes = [self.structure.plates[p].size for p in info.plates]
-        sizes += [self._support_size(z) for z in scope]
+        scope, dims, sizes = self.place(name)
         base, reinterpreted, _ = unwrap(fn)
         family = family_of(fn)
         mask, elements = self._masks(site, dims)
-        if mask is not None and not info.observed and mask.shape[len(plate_dims) :].numel() != 1:
+        if mask is not None and not info.observed and mask.shape[len(info.plates) :].numel() != 1:
             self.problems.append(
                 Finding(
                     f"site '{name}'",
@@ -133,8 +248,8 @@ class _Layout:
                     allow_affine=may_be_affine(family, arg),
                 )
         return Factor(
-            replace(info, scope=tuple(scope)),
-            info.plates + tuple(scope),
+            info if scope == info.scope else replace(info, scope=scope),
+            info.plates + scope,
             tuple(sizes),
             family,
             reinterpreted if family is not None else 0,
@@ -169,17 +284,14 @@ class _Layout:
             for name in known_below(tensor, leaves)
         )
 
-    def _support_size(self, name: str) -> int:
-        site = self.sites[name]
-        return site["value"].shape[self.dim_of[name] - site["fn"].event_dim]
-
     def find_out_of_scope(self, name: str) -> None:
         """Note every latent that a site reads outside the latent's markov scope."""
         site = self.sites[name]
-        shown = set(site["infer"].get("_dim_to_id", {}).values())
+        visible = site["infer"].get("_dim_to_id", {}).values()
         for latent in self.structure.sites[name].scope:
-            if self.id_of[latent] in shown or self._support_size(latent) == 1:
+            if self.id_of[latent] in visible or self.size_of[latent] == 1:
                 continue
+            shown = set(visible)
             if site["infer"].get("_markov_scope") is None:
                 fixes: tuple[str, ...] = (
                     f"move site '{name}' into the loop, beside '{latent}'",
@@ -214,15 +326,22 @@ class _Layout:
 
     def _scope(
         self, info: SiteInfo, visible: Mapping[int, int], fn: Any, value: Tensor
-    ) -> list[str]:
-        scope = list(info.scope)
+    ) -> tuple[str, ...]:
         # Dimensions that the tags did not show (a value that left torch and came back).
-        shape = broadcast_shape(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+        more = []
+        shape: Sequence[int] | None = None
         for dim, ident in visible.items():
-            latent = self.name_of.get(ident, "")
-            if latent and latent not in info.scope and len(shape) >= -dim and shape[dim] > 1:
-                scope.append(latent)
-        return sorted(set(scope), key=self.order.__getitem__)
+            latent = self.name_of.get(ident)
+            if latent is None or latent in info.scope:
+                continue
+            if shape is None:
+                own = value.shape[: value.dim() - fn.event_dim]
+                shape = broadcast_shape(fn.batch_shape, own)
+            if len(shape) >= -dim and shape[dim] > 1:
+                more.append(latent)
+        if not more:
+            return info.scope
+        return tuple(sorted({*info.scope, *more}, key=self.order.__getitem__))
 
     def _masks(
         self, site: Mapping[str, Any], dims: Sequence[int | None]
@@ -273,26 +392,73 @@ def compact(
         >>> compact(torch.zeros(2, 1, 5, 3), 1, [-1, -3]).shape
         torch.Size([5, 2, 3])
     """
-    like = tensor if like is None else like
-    batch = tensor.dim() - event_dim
-    expanded = [d for d in range(batch + collapse) if like.shape[d] > 1 and like.stride(d) == 0]
+    return _compacted(tensor, _recipe(tensor if like is None else like, event_dim, dims, collapse))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How tensors of one shape and strides are brought into the compact layout.
+
+    Attributes:
+        expanded: Dimensions that are copies.
+        padded: How many dimensions of size one are missing on the left.
+        order: The order of the dimensions then.
+        shape: The shape at last.
+    """
+
+    expanded: tuple[int, ...]
+    padded: int
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _recipe(like: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0) -> _Recipe:
+    """The recipe for tensors of the form of ``like``; see `compact`."""
+    shape = list(like.shape)
+    batch = len(shape) - event_dim
+    strides = like.stride()
+    expanded = [d for d in range(batch + collapse) if shape[d] > 1 and strides[d] == 0]
     for d in expanded:
-        tensor = tensor.narrow(d, 0, 1)
-    if batch < 0:  # an argument that broadcasts over reinterpreted dimensions
-        tensor = tensor.reshape((1,) * -batch + tuple(tensor.shape))
-        batch = 0
+        shape[d] = 1
+    padded = max(-batch, 0)  # an argument that broadcasts over reinterpreted dimensions
+    shape, batch = [1] * padded + shape, max(batch, 0)
     present = [batch + d for d in dims if d is not None and batch + d >= 0]
     others = [d for d in range(batch) if d not in present]
     for d in others:
-        if tensor.shape[d] != 1:
-            raise _Stray(tuple(tensor.shape), tensor.shape[d])
-    order = [*present, *others, *range(batch, tensor.dim())]
-    if order != list(range(tensor.dim())):
-        tensor = tensor.permute(order)
-    sizes = iter(tensor.shape[: len(present)])
-    shape = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
-    target = shape + list(tensor.shape[batch:])
-    return tensor if list(tensor.shape) == target else tensor.reshape(target)
+        if shape[d] != 1:
+            raise _Stray(tuple(shape), shape[d])
+    order = (*present, *others, *range(batch, len(shape)))
+    sizes = iter([shape[d] for d in present])
+    target = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
+    return _Recipe(tuple(expanded), padded, order, (*target, *shape[batch:]))
+
+
+def _compacted(tensor: Tensor, recipe: _Recipe) -> Tensor:
+    for d in recipe.expanded:
+        tensor = tensor.narrow(d, 0, 1)
+    if recipe.padded:
+        tensor = tensor.reshape((1,) * recipe.padded + tuple(tensor.shape))
+    if recipe.order != tuple(range(tensor.dim())):
+        tensor = tensor.permute(recipe.order)
+    return tensor if tuple(tensor.shape) == recipe.shape else tensor.reshape(recipe.shape)
+
+
+def _compact_all(tensors: Sequence[Tensor], recipe: _Recipe) -> Tensor:
+    """Tensors of one form in the compact layout, along a leading dimension of their own."""
+    if recipe.expanded:
+        narrow = []
+        for t in tensors:
+            for d in recipe.expanded:
+                t = t.narrow(d, 0, 1)
+            narrow.append(t)
+        tensors = narrow
+    stack = torch.stack(list(tensors))
+    if recipe.padded:
+        stack = stack.reshape(len(stack), *(1,) * recipe.padded, *stack.shape[1:])
+    order = (0, *(d + 1 for d in recipe.order))
+    if order != tuple(range(stack.dim())):
+        stack = stack.permute(order)
+    return stack.reshape(len(stack), *recipe.shape)
 
 
 def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:

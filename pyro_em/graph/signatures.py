@@ -138,16 +138,97 @@ def signature(tensor: Tensor) -> Hashable | None:
     return (edge.output_nr, tuple(entries))
 
 
+def outline(tensor: Tensor, seen: dict[Node, int]) -> tuple[Hashable, list[Tensor]] | None:
+    """What determines a tensor's Jacobians, tensors that nodes saved apart.
+
+    Two tensors of equal outline, of equal bits and with equal saved tensors have one and the same
+    binding. What a node saved of inputs that the graph shows is left out.
+
+    Args:
+        tensor: A tensor that requires a gradient.
+        seen: Empty; cleared for the next call.
+
+    Returns:
+        The structure, leaves by identity, and what was saved; None where something that matters is
+        not shown.
+    """
+    edge = get_gradient_edge(tensor)
+    seen[edge.node] = 0
+    stack = [edge.node]
+    entries: list[Hashable] = []
+    constants: list[Tensor] = []
+    derived: list[tuple[Node, str]] = []
+    hides = False
+    while stack:
+        node = stack.pop()
+        name = node.name()
+        if name[-14:] == "AccumulateGrad":
+            entries.append((seen[node], id(node.variable)))  # type: ignore[attr-defined]
+            continue
+        if name not in _OPEN:
+            return None
+        children: list[Hashable] = []
+        following = node.next_functions
+        for child, output in following:
+            if child is None:
+                children.append((-1, 0))
+                hides = hides or not name.startswith(_SHOWING)
+                continue
+            if child not in seen:
+                seen[child] = len(seen)
+                stack.append(child)
+            children.append((seen[child], output))
+        saved: list[Hashable] = []
+        for field in _fields_of(node):
+            place = _SAVED_INPUTS.get(field)
+            known = place is not None and (
+                place < 0 or (place < len(following) and following[place][0] is not None)
+            )
+            if known:
+                derived.append((node, field))
+                continue
+            value = getattr(node, field)
+            if isinstance(value, Tensor):
+                constants.append(value)
+            elif isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
+                saved.append((field, tuple(isinstance(v, Tensor) for v in value)))
+                constants += [v for v in value if isinstance(v, Tensor)]
+            else:
+                saved.append((field, value))
+        shapes = tuple((tuple(m.shape), m.dtype) for m in node._input_metadata)  # type: ignore[attr-defined]
+        entries.append((seen[node], name, tuple(saved), shapes, tuple(children)))
+    if hides:
+        # A constant operand that no node saved: what was computed from it tells.
+        values = [getattr(node, field) for node, field in derived]
+        constants += [v for v in values if isinstance(v, Tensor)]
+    if any(c.numel() > _SMALL for c in constants):
+        return None
+    forms = tuple((c.shape, c.dtype) for c in constants)
+    return (edge.output_nr, tuple(entries), forms), constants
+
+
+# What a node saves of its inputs, by the place of the input; -1 stands for its output.
+_SAVED_INPUTS = {"_saved_self": 0, "_saved_other": 1, "_saved_result": -1}
+
+
+# Nodes that save every constant operand that their Jacobian depends on.
+_SHOWING = ("Mul", "Div", "Index")
+
+
 _fields: dict[type, tuple[str, ...]] = {}
 
 
 def _saved(node: Node) -> tuple[Hashable, ...] | None:
     """What a node saved, tensors by content; None where one is too large to compare."""
+    out = tuple(_content(getattr(node, name)) for name in _fields_of(node))
+    return None if any(c is _TOO_LARGE for c in out) else out
+
+
+def _fields_of(node: Node) -> tuple[str, ...]:
     cls = type(node)
     if cls not in _fields:
         _fields[cls] = tuple(name for name in dir(cls) if name.startswith("_saved_"))
-    out = tuple(_content(getattr(node, name)) for name in _fields[cls])
-    return None if any(c is _TOO_LARGE for c in out) else out
+    return _fields[cls]
 
 
 _TOO_LARGE = object()

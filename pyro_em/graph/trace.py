@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ from pyro_em.errors import (
 )
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.blame import given_tensors
-from pyro_em.graph.factors import _FIXED_SIZE, Factor, FactorGraph, Latent, _stack
+from pyro_em.graph.factors import _FIXED_SIZE, Batch, Factor, FactorGraph, Latent, _stack
 from pyro_em.graph.failures import (
     changing_sites,
     needs_more_dimensions,
     on_failure,
     too_many_dimensions,
 )
+from pyro_em.graph.forms import FEW, form_of, in_forms
 from pyro_em.graph.layout import _Layout, _outside, _Stray
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
@@ -98,15 +100,19 @@ def trace_graph(
     if steps is not None:
         try:
             with vectorizing(steps.series()):
-                factors, latents, run = _traced(model, args, kwargs, steps.template, **how)
+                pieces, latents, run = _traced(model, args, kwargs, steps.template, few=inf, **how)
+            factors = [p for p in pieces if isinstance(p, Factor)]
             return unrolled_graph(structure, factors, latents, run.parameters)
         except (NotVectorized, PyroEMError):
             if looked is not None:  # at the first look, which then is made at the loop itself
                 raise
             structure = replace(structure, series=None)
-    factors, latents, run = _traced(model, args, kwargs, structure, **how)
-    factors = _count_where_needed(factors, structure)
-    return FactorGraph(structure, latents, tuple(_stack(factors)), run.parameters)
+    pieces, latents, run = _traced(model, args, kwargs, structure, few=FEW, **how)
+    batches = [p for p in pieces if isinstance(p, Batch)]
+    factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
+    order = {name: i for i, name in enumerate(structure.sites)}
+    groups = tuple(_stack([*batches, *factors], order))
+    return FactorGraph(structure, latents, groups, run.parameters)
 
 
 @torch.enable_grad()
@@ -124,8 +130,12 @@ def _traced(
     attached: bool,
     looked: Mapping[str, Mapping[str, Any]] | None,
     log: OperationLog | None,
-) -> tuple[list[Factor], dict[str, Latent], Run]:
-    """The factor of every site that counts, and the latents; see `trace_graph`."""
+    few: float,
+) -> tuple[list[Factor | Batch], dict[str, Latent], Run]:
+    """The factor of every site that counts, and the latents; see `trace_graph`.
+
+    From ``few`` sites of one form on these are laid out together.
+    """
     run = run_enumerated(
         model,
         args,
@@ -145,7 +155,8 @@ def _traced(
         raise_findings([changing_sites([], structure.random_plates)])
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
         raise_findings([_more_than_torch_has(structure)])
-    _require_sizes(sites, structure)
+    forms = {name: form_of(site) for name, site in sites.items()}
+    _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = _Layout(sites, structure, Recurring(leaves))
     counted = [n for n in structure.sites if n not in structure.passing]
@@ -154,32 +165,62 @@ def _traced(
     if layout.problems:
         raise_findings(layout.problems)
     if looked is not None:
-        _require_same(model, args, kwargs, sites, structure, looked)
+        _require_same(model, args, kwargs, sites, structure, looked, forms)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
-    factors = []
+    pieces = _pieces(layout, counted, forms, leaves if with_bindings else None, few)
+    return pieces, layout.latents(forms), run
+
+
+def _pieces(
+    layout: _Layout,
+    counted: Sequence[str],
+    forms: Mapping[str, Hashable | None],
+    leaves: Mapping[str, Tensor] | None,
+    few: float,
+) -> list[Factor | Batch]:
+    """All factors in the compact layout, those of equal form together where that is plain."""
+    structure = layout.structure
+    out: list[Factor | Batch] = []
+    alone = set(counted)
+    masked = any(layout.sites[name]["mask"] is not None for name in structure.latents)
+    if len(counted) >= few and not masked:
+        # What is counted where a latent is masked depends on each site below it.
+        kinds = {n: (forms[n], layout.form_of_place(n)) for n in counted if forms[n] is not None}
+        for names in in_forms(kinds):
+            if len(names) < few:
+                continue
+            try:
+                found, rest = layout.batches(names, leaves)
+            except _Stray:
+                continue  # named below
+            out += found
+            alone -= set(names) - set(rest)
     for name in counted:
+        if name not in alone:
+            continue
         try:
-            factors.append(layout.factor(name, leaves if with_bindings else None))
+            out.append(layout.factor(name, leaves))
         except _Stray as stray:
-            shape, size = stray.args
-            layout.problems.append(
-                Finding(
-                    f"site '{name}'",
-                    f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
-                    f"of size {size} belongs to no plate and no latent of the site.",
-                    "an enumerated value has its own dimension on the left of all plates",
-                    (
-                        "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
-                        "reshape on a latent's value",
-                        "wrap the site in a pyro.plate, or use .to_event",
-                    ),
-                    latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
-                )
-            )
+            layout.problems.append(_stray(name, structure, *stray.args))
     if layout.problems:
         raise_findings(layout.problems)
-    return factors, {name: layout.latent(name) for name in structure.latents}, run
+    return out
+
+
+def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -> Finding:
+    return Finding(
+        f"site '{name}'",
+        f"with latents enumerated, one of its tensors has shape {shape}; its dimension "
+        f"of size {size} belongs to no plate and no latent of the site.",
+        "an enumerated value has its own dimension on the left of all plates",
+        (
+            "align other tensors with the plates on the right: avoid unsqueeze(-1) and "
+            "reshape on a latent's value",
+            "wrap the site in a pyro.plate, or use .to_event",
+        ),
+        latents=tuple(n for n in structure.sites[name].scope if n in structure.latents),
+    )
 
 
 def note_sites(log: OperationLog, run: Run) -> None:
@@ -300,9 +341,20 @@ class Resized(ModelError):
     """A plate or a support has another size than when the model was looked at."""
 
 
-def _require_sizes(sites: Mapping[str, dict[str, Any]], structure: Structure) -> None:
+def _require_sizes(
+    sites: Mapping[str, dict[str, Any]],
+    structure: Structure,
+    forms: Mapping[str, Hashable | None],
+) -> None:
     """Refuse a model whose plates or supports are of another size than when it was looked at."""
+    seen: set[Hashable] = set()
     for name, site in sites.items():
+        form = forms[name]
+        if form is not None:
+            key = (form, site["infer"].get("_enumerate_dim"), structure.sites[name].support_size)
+            if key in seen:
+                continue
+            seen.add(key)
         for frame in frames_of(site).values():
             known = structure.plates.get(frame.name)
             if known is None or known.size == frame.size:
@@ -346,10 +398,12 @@ def _require_same(
     sites: Mapping[str, dict[str, Any]],
     structure: Structure,
     looked: Mapping[str, Mapping[str, Any]],
+    forms: Mapping[str, Hashable | None],
 ) -> None:
     """Refuse a model that is another one when its latents are enumerated."""
     with torch.no_grad():
-        off = disagreements(sites, looked, structure.latents, structure.max_plate_nesting)
+        nesting = structure.max_plate_nesting
+        off = disagreements(sites, looked, structure.latents, nesting, forms)
         if not off:
             return
         # What the model draws at random, or keeps from run to run, differs by itself.

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_em.graph import signatures
 from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.signatures import Recurring, signature
+from pyro_em.graph.forms import equal_to_first, stacked
+from pyro_em.graph.signatures import Recurring, outline, signature
 
 Argument = Callable[[Tensor], Tensor]
 
@@ -55,6 +56,40 @@ def same(a: Binding, b: Binding) -> bool:
         and torch.equal(a.constant, b.constant)
         and all(s.param == r.param and torch.equal(s.index, r.index) for s, r in parts)
     )
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are taken to have one binding where many are compared at once."""
+    one, two = outline(a, {}), outline(b, {})
+    if one is None or two is None or one[0] != two[0] or a.shape != b.shape:
+        return False
+    pairs = [*zip(one[1], two[1], strict=True), (a.detach(), b.detach())]
+    return all(bool(equal_to_first(stacked(pair))[1]) for pair in pairs)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_outlines_tell_functions_of_the_same_values_apart(name: str) -> None:
+    theta = torch.ones(4).requires_grad_()
+    first, second = PAIRS[name]
+    assert not alike(first(theta), second(theta))
+    assert not alike(second(theta), first(theta))
+    for make in PAIRS[name]:
+        assert alike(make(theta), make(theta)) == (outline(make(theta), {}) is not None)
+
+
+def test_what_is_computed_from_a_hidden_constant_is_compared() -> None:
+    theta = torch.ones(4).requires_grad_()
+    c = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    up = (theta - c).exp().sum(0, keepdim=True)
+    down = (theta - c.flip(0)).exp().sum(0, keepdim=True)
+    again = (theta - c).exp().sum(0, keepdim=True)
+    assert torch.allclose(up, down)
+    assert alike(up, again)
+    assert not alike((theta - c).exp()[:1] * 1, (theta - c - 1).exp()[:1] * 1)
+    outlines = outline(up, {}), outline(down, {})
+    assert outlines[0] is not None and outlines[1] is not None
+    saved = [torch.cat([t.reshape(-1) for t in o[1]]) for o in outlines]  # type: ignore[index]
+    assert not torch.equal(*saved)
 
 
 @pytest.mark.parametrize("affine", [False, True])

@@ -1,0 +1,121 @@
+"""Sites of equal form: what numbers do not decide is decided once for all steps of a chain.
+
+The form of a site is all of it but numbers and names: the classes of its distribution and of what wraps
+it, shapes, strides and dtypes of the tensors that it holds, its plates. Sites with a mask, a scale or
+anything that is not known here have none, and are looked at one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_em.tracing.sites import _ROLE
+
+FEW = 4  # sites of one form from which on they are looked at together
+
+
+_MOST = 2**16  # cells of one tensor; larger ones are worth a look of their own
+
+
+_PLAIN: tuple[type, ...] = (int, float, bool, str, type(None))
+
+
+def form_of(site: Mapping[str, Any]) -> Hashable | None:
+    """What determines all of a traced site but numbers and names; None for an unusual one."""
+    value, scale = site["value"], site["scale"]
+    if site["mask"] is not None or isinstance(scale, Tensor) or scale != 1.0:
+        return None
+    value = _untagged(value)
+    if value is None or value.requires_grad:
+        return None
+    own = _of_distribution(site["fn"])
+    if own is None:
+        return None
+    return (
+        own,
+        _of_tensor(value),
+        site["is_observed"],
+        site["infer"].get(_ROLE),
+        tuple((f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.dim is not None),
+    )
+
+
+def in_forms(forms: Mapping[str, Hashable | None]) -> list[list[str]]:
+    """Names by form in their order; those without one each by itself."""
+    found: dict[Hashable, list[str]] = {}
+    for name, form in forms.items():
+        found.setdefault(("alone", name) if form is None else form, []).append(name)
+    return list(found.values())
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one form along a new leading dimension; one that all of them are is expanded."""
+    first = tensors[0]
+    if all(t is first for t in tensors):
+        return first.unsqueeze(0).expand(len(tensors), *first.shape)
+    return torch.stack(list(tensors))
+
+
+def equal_to_first(stack: Tensor) -> Tensor:
+    """Which members of a stack hold the bits of the first one. # (members)"""
+    if stack.dim() > 1 and stack.stride(0) == 0:
+        return torch.ones(len(stack), dtype=torch.bool, device=stack.device)
+    as_bits = _BITS.get(stack.dtype)
+    bits = stack.detach() if as_bits is None else stack.detach().view(as_bits)
+    same = bits == bits[0]
+    return same.flatten(1).all(1) if same.dim() > 1 else same
+
+
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def _of_distribution(fn: Any) -> Hashable | None:
+    if not isinstance(fn, Distribution) or isinstance(fn, MaskedDistribution):
+        return None
+    parts: list[Any] = [type(fn)]
+    seen: dict[int, int] = {}
+    for name, item in vars(fn).items():
+        kind = type(item)
+        if kind in _PLAIN or kind is torch.Size:
+            parts.append((name, item))
+        elif isinstance(item, Tensor):
+            tensor = _untagged(item)
+            if tensor is None:
+                return None
+            # A distribution may hold one tensor under two names.
+            parts.append((name, _of_tensor(tensor), seen.setdefault(id(item), len(seen))))
+        elif isinstance(item, Distribution):
+            inner = _of_distribution(item)
+            if inner is None:
+                return None
+            parts.append((name, inner))
+        else:
+            return None
+    return tuple(parts)
+
+
+def _untagged(value: Any) -> Tensor | None:
+    """A tensor of the common kind, without the tags of a provenance run; None if it is none."""
+    value = getattr(value, "_t", value) if isinstance(value, Tensor) else None
+    if type(value) is not Tensor and type(value) is not torch.nn.Parameter:
+        return None
+    common = value.layout is torch.strided and not value.is_meta and value.dtype in _DTYPES
+    return value if common and value.numel() <= _MOST else None
+
+
+_DTYPES = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
+
+
+def _of_tensor(t: Tensor) -> Hashable:
+    return t.shape, t.stride(), t.dtype, t.device, t.requires_grad

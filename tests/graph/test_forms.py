@@ -1,0 +1,266 @@
+"""Steps of equal form are laid out together: a step that is another one is seen as before."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from pyro_em import DataError, ExactPosteriorEM, ModelError
+from pyro_em.graph import agreement, layout, trace
+from pyro_em.graph.examination import examine
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.trace import trace_graph
+
+T, ODD = 7, 4
+X = torch.tensor([0.4, 1.1, 0.2, 2.0, 0.7, 1.5, 0.9], dtype=torch.float64)
+Step = Callable[[int, Tensor, Any], None]
+
+
+def normal(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu[z], 1.0), obs=X[t])
+
+
+def another_family(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.StudentT(5.0, p.mu[z], 1.0), obs=X[t])
+
+
+def another_parameter(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.nu[z], 1.0), obs=X[t])
+
+
+def a_mask(t: int, z: Tensor, p: Any) -> None:
+    with poutine.mask(mask=torch.tensor(False)):
+        normal(t, z, p)
+
+
+def a_scale(t: int, z: Tensor, p: Any) -> None:
+    with poutine.scale(scale=1.0):
+        pyro.sample(f"x_{t}", dist.Normal(p.mu[z], 1.0).mask(torch.tensor(True)), obs=X[t])
+
+
+def another_expression(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu[1 - z], 1.0), obs=X[t])
+
+
+def another_constant(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu[z], 2.0), obs=X[t])
+
+
+def a_constant_argument(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu.detach()[z], 1.0), obs=X[t])
+
+
+def a_map(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.nu[z].exp(), 1.0), obs=X[t])
+
+
+def an_opaque_step(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu[z].sin() + 1.0, 1.0), obs=X[t])
+
+
+def regression(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu[z] + p.nu[z] * X[t - 1], 1.0), obs=X[t])
+
+
+def an_event(t: int, z: Tensor, p: Any) -> None:
+    two = torch.stack([p.mu[z], p.mu[z]], -1)
+    pyro.sample(f"x_{t}", dist.Normal(two, 1.0).to_event(1), obs=X[t - 1 : t + 1])
+
+
+def a_plate(t: int, z: Tensor, p: Any) -> None:
+    with pyro.plate(f"rows_{t}", 3, dim=-1):
+        pyro.sample(f"x_{t}", dist.Normal(p.mu[z], 1.0), obs=X[t - 2 : t + 1])
+
+
+def two_steps_back(t: int, z: Tensor, p: Any) -> None:
+    pyro.sample(f"x_{t}", dist.Normal(p.mu[(z + p.last) % 2], 1.0), obs=X[t])
+
+
+STEPS = [
+    normal,
+    another_family,
+    another_parameter,
+    a_mask,
+    a_scale,
+    another_expression,
+    another_constant,
+    a_constant_argument,
+    a_map,
+    an_opaque_step,
+    regression,
+    an_event,
+    a_plate,
+    two_steps_back,
+]
+
+
+class Parameters:
+    def __init__(self, equal: bool) -> None:
+        # Where all elements are equal, values do not tell one expression from another.
+        start = torch.ones(2) if equal else torch.tensor([0.0, 1.5])
+        self.A = pyro.param("A", torch.tensor([[0.7, 0.3], [0.4, 0.6]]), constraint=C.simplex)
+        self.mu = pyro.param("mu", start.double())
+        self.nu = pyro.param("nu", start.double() if equal else torch.tensor([0.3, -0.2]).double())
+        self.last: Any = None
+
+
+def chain(odd: Step, equal: bool = False, first: int | None = None) -> Callable[[], None]:
+    def model() -> None:
+        p = Parameters(equal)
+        z: Any = 0
+        for t in pyro.markov(range(T)):
+            p.last = z
+            z = pyro.sample(f"z_{t}", dist.Categorical(p.A.double()[z]))
+            (odd if t == ODD else normal)(t, z, p)
+
+    return model
+
+
+def graph_of(model: Callable[[], None], together: bool) -> FactorGraph:
+    structure, problems = examine(model, (), {})
+    assert not problems
+    with pytest.MonkeyPatch.context() as patch:
+        if not together:
+            for module in (trace, layout, agreement):
+                patch.setattr(module, "FEW", 10**9)
+        return trace_graph(model, (), {}, structure, looked=structure.looked)
+
+
+def log_evidence(model: Callable[[], None]) -> Tensor:
+    """By the sum over all sequences of states, each a run of the model."""
+    found = []
+    for states in itertools.product((0, 1), repeat=T):
+        data = {f"z_{t}": torch.tensor(z) for t, z in enumerate(states)}
+        found.append(poutine.trace(poutine.condition(model, data)).get_trace().log_prob_sum())
+    return torch.stack(found).logsumexp(0).detach()
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("odd", STEPS, ids=lambda s: s.__name__)
+def test_layouts_together_are_those_of_each_step(odd: Step, equal: bool) -> None:
+    model = chain(odd, equal)
+    one, other = graph_of(model, True), graph_of(model, False)
+    assert [g.members for g in one.groups] == [g.members for g in other.groups]
+    assert len(one.groups) < T
+    values = {n: p.value() + torch.rand(p.leaf.shape) for n, p in one.parameters.items()}
+    for a, b in zip(one.groups, other.groups, strict=True):
+        assert (a.dims, a.sizes, a.scale, a.edges) == (b.dims, b.sizes, b.scale, b.edges)
+        assert (a.n_plates, a.event_dims, a.observed) == (b.n_plates, b.event_dims, b.observed)
+        assert a.family is b.family and a.is_static == b.is_static
+        assert torch.equal(a.value, b.value) and a.value.dtype == b.value.dtype
+        assert a.arguments.keys() == b.arguments.keys()
+        for name, argument in a.arguments.items():
+            assert torch.equal(argument, b.arguments[name])
+            bound, expected = a.bindings[name], b.bindings[name]
+            assert (bound.how, bound.params, bound.normalise, bound.reason) == (
+                expected.how,
+                expected.params,
+                expected.normalise,
+                expected.reason,
+            )
+            assert torch.equal(bound.constant, expected.constant)
+            if bound.is_static:
+                assert torch.equal(bound.evaluate(values), expected.evaluate(values))
+    for name, latent in one.latents.items():
+        assert latent.name == name and latent.plates == other.latents[name].plates
+        assert torch.equal(latent.support, other.latents[name].support)
+
+
+@pytest.mark.parametrize("odd", STEPS, ids=lambda s: s.__name__)
+def test_the_evidence_is_that_of_the_model(odd: Step) -> None:
+    model = chain(odd)
+    expected = log_evidence(model)
+    found = ExactPosteriorEM(model).posterior().log_evidence
+    assert found == pytest.approx(float(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("odd", [another_expression, another_parameter, a_mask, regression])
+def test_a_fit_is_that_of_the_model(odd: Step) -> None:
+    model = chain(odd, True)
+    result = ExactPosteriorEM(model).fit(max_steps=3, tol=0, progress=False)
+    assert result.log_evidence == pytest.approx(float(log_evidence(model)), abs=1e-8)
+
+
+def test_numbers_at_one_step_are_looked_at() -> None:
+    for bad, text in ((-1.0, "outside the support"), (torch.nan, "are NaN|is NaN|NaN")):
+        y = X.clone()
+        y[ODD] = bad
+
+        def model(y: Tensor) -> None:
+            rate = pyro.param("rate", torch.tensor([0.5, 2.0]).double(), constraint=C.positive)
+            z: Any = 0
+            for t in pyro.markov(range(T)):
+                z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2, 2).double()[z] / 2))
+                pyro.sample(f"x_{t}", dist.Exponential(rate[z]), obs=y[t])
+
+        with pytest.raises(DataError, match=text) as error:
+            ExactPosteriorEM(model).posterior(y)
+        assert f"x_{ODD}" in str(error.value) and f"x_{ODD - 1}" not in str(error.value)
+
+
+def test_an_argument_outside_its_constraint_at_one_step_is_refused() -> None:
+    scale = torch.ones(T)
+    scale[ODD] = -1.0
+
+    def model() -> None:
+        mu = pyro.param("mu", torch.zeros(2))
+        z: Any = 0
+        for t in pyro.markov(range(T)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2, 2)[z] / 2))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], scale[t]), obs=X[t].float())
+
+    with pytest.raises(ModelError, match="scale"):
+        ExactPosteriorEM(model).plan()
+
+
+def test_another_support_at_one_step() -> None:
+    def model() -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 1.0, 2.0]).double())
+        z: Any = 0
+        for t in pyro.markov(range(T)):
+            k = 3 if t == ODD else 2
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(3, k).double()[z] / k))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=X[t])
+
+    expected = torch.zeros((), dtype=torch.float64)
+    for t in range(T):
+        k = 3 if t == ODD else 2
+        densities = dist.Normal(torch.arange(k).double(), 1.0).log_prob(X[t])
+        expected = expected + densities.logsumexp(0) - torch.tensor(float(k)).double().log()
+    posterior = ExactPosteriorEM(model).posterior()
+    assert posterior.log_evidence == pytest.approx(float(expected), abs=1e-9)
+    assert posterior.probs(f"z_{ODD}").shape == (3,)
+
+
+def test_one_step_that_is_another_model_when_enumerated_is_refused() -> None:
+    def model() -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 1.5]).double())
+        z: Any = 0
+        for t in pyro.markov(range(T)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2, 2).double()[z] / 2))
+            loc = mu[z] if t != ODD else mu[z] * (z.sort().values * 0 + z.numel())
+            pyro.sample(f"x_{t}", dist.Normal(loc, 1.0), obs=X[t])
+
+    with pytest.raises(ModelError, match=f"x_{ODD}"):
+        ExactPosteriorEM(model).posterior()
+
+
+def test_a_branch_at_one_step_is_not_compiled() -> None:
+    def model() -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 1.5]).double())
+        z: Any = 0
+        for t in pyro.markov(range(T)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2, 2).double()[z] / 2))
+            shift = float(mu[0].detach()) if t == ODD else 0.0
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0 + shift**2), obs=X[t])
+
+    assert not ExactPosteriorEM(model).plan().compiled
