@@ -369,7 +369,7 @@ def test_routes_of_several_starts(route: str) -> None:
             pyro.sample("y", dist.Normal(torch.tanh(mu[z] / 30) * 30, 1.0), obs=y)
 
     model = generic if route == "generic" else mixture
-    result = fit(model, y, 3, num_restarts=4, seed=0, tol=1e-6, **options)
+    result = fit(model, y, 3, num_restarts=4, seed=0, tol=1e-3, **options)
     assert sorted(round(v / 6) for v in result.params["mu"].tolist()) == [0, 1, 2]
     assert not seen or seen.count(0) > 4
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_em import Alternating, ExactPosteriorEM, PyroEMError, PyroEMWarning
 from pyro_em.fitting.result import EMStatus
-from pyro_em.variational.recovery import Kept
+from pyro_em.variational.recovery import Recovery
 
 T = torch.tensor
 
@@ -708,7 +708,7 @@ def test_a_parameter_that_few_steps_read_returns_with_the_others() -> None:
 
 
 def test_a_step_may_read_no_parameter() -> None:
-    kept, parameter = Kept(), torch.zeros(2)
+    kept, parameter = Recovery(), torch.zeros(2)
     kept.keep({}, 0, at_once=False)
     kept.put_back()
     assert kept.step is None

@@ -223,10 +223,12 @@ def test_draws_below_an_enumerated_site(kind: str) -> None:
     assert v.routing.enumerated == ("y",) and v.routing.exact == ("z",)
     assert set(v.routing.drawn) == {"y", "h"} and not v.is_exact
     value, by_logits, by_at = written_out(bound)
-    rows = -gradients(v, ["logits", "at"], X, draws=250)
+    losses: list[torch.Tensor] = []
+    rows = -gradients(v, ["logits", "at"], X, draws=250, losses=losses)
     assert_mean(rows, torch.cat([by_logits.reshape(-1), by_at]))
-    assert_mean(torch.stack(v.draws((X,), {}, 20))[:, None], value)
-    terms = em.elbo(X, num_particles=250)
+    assert_mean(torch.stack(losses)[:, None], -value)
+    assert_mean(torch.stack(v.draws((X,), {}, 50))[:, None], value)
+    terms = em.elbo(X, num_particles=100)
     assert abs(terms.value - value) < 5 * terms.standard_error
     assert terms.pointwise is not None
     assert float(terms.pointwise.sum()) == pytest.approx(terms.value, rel=1e-9)

@@ -55,15 +55,20 @@ def leaf(name: str) -> torch.Tensor:
     return pyro.get_param_store()._params[name]
 
 
-def gradients(v: Variational, names, *args, draws: int, factors=None, baseline: bool = True):
-    """Single-draw gradients of the loss. # (draws, len(names) flattened)"""
+def gradients(
+    v: Variational, names, *args, draws: int, factors=None, baseline: bool = True, losses=None
+):
+    """Single-draw gradients of the loss, which joins `losses`. # (draws, len(names) flattened)"""
     rows = []
     for _ in range(draws):
         if not baseline:
             v.baselines.clear()
         for n in names:
             leaf(n).grad = None
-        v.loss(args, {}, 1, factors).backward()
+        loss = v.loss(args, {}, 1, factors)
+        loss.backward()
+        if losses is not None:
+            losses.append(loss.detach())
         rows.append(torch.cat([leaf(n).grad.reshape(-1) for n in names]))
     return torch.stack(rows)
 
