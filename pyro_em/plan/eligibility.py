@@ -80,8 +80,13 @@ class Kernel:
         names = dict.fromkeys(k.name for k in self.each or (self,))
         return " and ".join(n if n == CONTRACTION else f"{n} kernel" for n in names)
 
-    def in_words(self) -> str:
-        """What the plan says of an iteration: components that step alike together."""
+    def in_words(self, users: Mapping[str, str] | None = None) -> str:
+        """What the plan says of an iteration: components that step alike together.
+
+        Args:
+            users: The user's names of latents that have others here.
+        """
+        users = users or {}
         said: dict[str, list[Kernel]] = {}
         for kernel in self.each or (self,):
             said.setdefault(kernel.words or kernel.name, []).append(kernel)
@@ -89,7 +94,10 @@ class Kernel:
         for words, kernels in said.items():
             reasons = list(dict.fromkeys(k.reason for k in kernels if k.reason is not None))
             shown = "; ".join(reasons[:2]) + ("; …" if len(reasons) > 2 else "")
-            of = _components_in_words([names for k in kernels for names in k.latents])
+            latents = [
+                tuple(users.get(n, n) for n in names) for k in kernels for names in k.latents
+            ]
+            of = _components_in_words(latents)
             tells = self.block is not None and len(self.latents) > 1
             parts.append(
                 words + (f" ({shown})" if shown else "") + (f", for {of}" if tells else "")

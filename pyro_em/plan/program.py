@@ -319,6 +319,7 @@ class Program(StaysHere):
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
+        users = {f"{name}_unobserved": name for name in self.structure.masked_pairs}
         return Plan(
             self.routes or routes_of(self.structure),
             self.updates,
@@ -331,6 +332,6 @@ class Program(StaysHere):
             is_monotone=self.is_monotone,
             kernel=self.kernel.names,
             kernel_reason=self.kernel.reasons,
-            iterations=self.kernel.in_words(),
+            iterations=self.kernel.in_words(users),
             gives_up=gives_up(self.strategy),
         )

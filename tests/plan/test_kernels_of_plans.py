@@ -194,6 +194,19 @@ def test_sets_of_all_kinds() -> None:
     )
 
 
+def test_a_site_that_is_seen_in_part_has_its_name() -> None:
+    def model() -> None:
+        two_sets()
+        with pyro.plate("m", 4):
+            seen = torch.tensor([True, False, True, False])
+            v = pyro.sample("v", dist.Categorical(weights()), obs=torch.ones(4), obs_mask=seen)
+            pyro.sample("y2", dist.Normal(means()[v.long()], 1.0), obs=X[:4])
+
+    plan = ExactPosteriorEM(model).plan()
+    assert len(plan.kernel) == 3
+    assert "v_unobserved" not in str(plan).split("Iterations")[1]
+
+
 def test_sets_without_a_kernel() -> None:
     def model() -> None:
         w, mu = weights(), means()
