@@ -51,7 +51,7 @@ from pyro_em.variational.particle import (
 )
 from pyro_em.variational.score_function import coupled_sites, downstream_terms, score_terms
 
-_KEPT = 16  # structures that are cached: one for each shape of a batch
+_MOST_STRUCTURES = 16  # that are cached: one for each shape of a batch
 
 
 @dataclass(eq=False)
@@ -156,7 +156,7 @@ class Variational(StaysHere):
                 raise_findings([in_users_names(p) for p in problems])
             looked, structure = structure.looked, replace(structure, looked=None)
             trace_graph(self.pair, args, kwargs, structure, with_bindings=False, looked=looked)
-            if len(self._structures) >= _KEPT:
+            if len(self._structures) >= _MOST_STRUCTURES:
                 self._structures.pop(next(iter(self._structures)))
             self._structures[key] = structure
         return self._structures[key]
