@@ -17,7 +17,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from tests.benchmarks import growth, network
+from tests.benchmarks import calls, growth, network
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.timing import Case, Row, measure
 
@@ -99,11 +99,29 @@ def memory() -> list[str]:
     return out
 
 
+def whole_calls(only: str, rounds: int | None) -> list[str]:
+    """The table of whole calls."""
+    out = [
+        "",
+        "Whole calls, reading the model included; ratios are ours over the peer's, so that",
+        "",
+    ]
+    out[1] += " less is better for us; processor time of the quickest rounds:"
+    out += [calls.HEAD, "|---" * 7 + "|"]
+    for call in tqdm([c for c in calls.CALLS if only in c.name]):
+        out.append(calls.line(calls.measure(call, rounds)))
+        tqdm.write(out[-1])
+    out += ["", "The first fit of a fresh process, and the second (processor time):", ""]
+    return out + list(calls.first_calls())
+
+
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description="EM iterations beside their peers.")
     parser.add_argument("--only", default="", help="cases whose name holds this word")
     parser.add_argument("--no-growth", action="store_true")
+    parser.add_argument("--no-iterations", action="store_true", help="whole calls only")
+    parser.add_argument("--rounds", type=int, help="of each whole call")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -113,12 +131,13 @@ def main() -> None:
     head = "| work | against | at least | ratio | spread | ours, theirs | note |"
     lines = [head, "|---" * 7 + "|"]
     begin = time.perf_counter()
-    chosen = [c for c in (*CASES, VAE) if options.only in c.name]
+    chosen = [c for c in (*CASES, VAE) if options.only in c.name and not options.no_iterations]
     rows = []
     for case in tqdm(chosen):
         rows.append(measure(case))
         lines.append(line(rows[-1], limit))
         tqdm.write(lines[-1])
+    lines += whole_calls(options.only, options.rounds)
     if not options.no_growth:
         growths = [growth.sweep(what) for what in growth.SWEEPS]
         growth.draw(growths, HERE / "growth.png")

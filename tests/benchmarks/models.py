@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM
+from pyro_em import ExactPosteriorEM, vectorized_markov
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.plan.program import Program
@@ -36,6 +36,17 @@ def symbols_chain(x: Tensor, K: int, S: int, start: dict[str, Tensor]) -> None:
     E = pyro.param("E", start["E"], constraint=C.simplex)
     z = None
     for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
+        pyro.sample(f"x_{t}", dist.Categorical(E[z]), obs=x[t])
+
+
+def vectorized_symbols(x: Tensor, K: int, S: int, start: dict[str, Tensor]) -> None:
+    """The same without a loop. # x: (T,)"""
+    pi = pyro.param("pi", start["pi"], constraint=C.simplex)
+    A = pyro.param("A", start["A"], constraint=C.simplex)
+    E = pyro.param("E", start["E"], constraint=C.simplex)
+    z = None
+    for t in vectorized_markov("t", len(x), dim=-1):
         z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
         pyro.sample(f"x_{t}", dist.Categorical(E[z]), obs=x[t])
 
