@@ -135,12 +135,20 @@ def has_fallen(program: Program, before: Point, after: Point) -> bool:
     return True
 
 
-def write(program: Program, values: Mapping[str, Tensor]) -> None:
-    """Write constrained values into the param store."""
+def write(
+    program: Program, values: Mapping[str, Tensor], held: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write constrained values into the param store.
+
+    Args:
+        program: The model with its data.
+        values: What to write.
+        held: The values that were written last, where the store holds them still.
+    """
     with torch.no_grad():
         for name, value in values.items():
             p = program.graph.parameters[name]
-            if not torch.equal(p.value(), value):
+            if not torch.equal(p.value() if held is None else held[name], value):
                 write_unconstrained(p, value)
 
 

@@ -16,6 +16,7 @@ from pyro_em.errors import DegenerateError, PyroEMError, UsageError, message, wa
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.fit_wishes import FitWishes
+from pyro_em.portable import Given
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.variational.batches import Batch, Batches, factors_of, stands_for_all, without_last_row
@@ -100,7 +101,7 @@ def steps(
     for index, batch in enumerate(batches):
         factors = factors_at(trainer, batch)
         loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
-        yield EMStep(index, -loss, None, None, {}, time.perf_counter() - begin)
+        yield EMStep(index, -loss, None, None, dict, time.perf_counter() - begin)
 
 
 def endless_steps(
@@ -109,7 +110,7 @@ def endless_steps(
     """Steps on the same data without an end, with the parameters after each."""
     same = itertools.repeat(Batch(args, kwargs))
     for step in steps(trainer, same, None, time.perf_counter()):
-        yield replace(step, params=values_of(trainer.variational.parameters))
+        yield replace(step, made_params=Given(values_of(trainer.variational.parameters)))
 
 
 def run(
@@ -168,7 +169,7 @@ def run(
             bar.update()
             if callbacks:
                 held_out = out.validation[-1] if out.validation else None
-                reported = replace(step, params=parameters(), validation=held_out)
+                reported = replace(step, made_params=Given(parameters()), validation=held_out)
                 if any(callback(reported) is True for callback in callbacks):
                     out.status = EMStatus.STOPPED
                     break

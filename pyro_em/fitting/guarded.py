@@ -144,10 +144,18 @@ class Guarded:
         again.massless = at.massless
         return again
 
-    def publish(self, at: Point) -> None:
-        """Put the parameters of a point into the param store."""
-        if isinstance(at, SumsPoint):
-            write(self.program, at.values)
+    def publish(self, step: Step, was_public: bool) -> None:
+        """Put the parameters after a step into the param store.
+
+        Args:
+            step: The step.
+            was_public: Whether the store holds those before it, so that only what moved is written.
+        """
+        if isinstance(step.after, SumsPoint):
+            before = (
+                step.before.values if was_public and isinstance(step.before, SumsPoint) else None
+            )
+            write(self.program, step.after.values, before)
 
     def _is_confirmed_at(self, values: Mapping[str, Tensor]) -> bool:
         """Write values and hold a fresh trace against them; if it differs, all is as before."""

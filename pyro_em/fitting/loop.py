@@ -67,7 +67,7 @@ def advance(em: Guarded, run: Run, is_watched: bool, verify: bool = True) -> Ste
     first = run.num_steps == run.verify_at
     step = em.step(run.last, run.num_steps, verify=first and verify, touched=touched)
     if is_watched or first:
-        em.publish(step.after)
+        em.publish(step, was_public=is_watched and run.recorded is step.before)
     run.take(step.before.objective, step.bound, step.after)
     if is_watched or first or not isinstance(step.after, SumsPoint):
         run.record(em.program, step.after)
@@ -128,20 +128,21 @@ def _calls_stop(program: Program, settings: Settings, run: Run, step: Step) -> b
     """Show a step to the callbacks; returns whether one of them asks to stop."""
     if not settings.callbacks:
         return False
-    shown = as_step(program, run.num_steps - 1, step.before, step.bound, settings.begin)
+    shown = as_step(run, program, run.num_steps - 1, step, settings.begin)
     return any(callback(shown) is True for callback in settings.callbacks)
 
 
-def as_step(program: Program, index: int, before: Point, bound: float, begin: float) -> EMStep:
+def as_step(run: Run, program: Program, index: int, step: Step, begin: float) -> EMStep:
     """A step as users see it: the bound entering it and the bound after its M-step."""
+    parameters, held = program.graph.parameters, run.parameters
     return EMStep(
         index,
-        before.objective,
-        before.log_evidence,
-        bound,
-        values_of(program.graph.parameters),
+        step.before.objective,
+        step.before.log_evidence,
+        step.bound,
+        lambda: {name: p.value(held[name]) for name, p in parameters.items()},
         time.perf_counter() - begin,
-        lambda: before.q,
+        lambda: step.before.q,
     )
 
 
@@ -163,7 +164,7 @@ def endless_steps(program: Program) -> Iterator[EMStep]:
             step = advance(em, run, True)
         except Fell:
             return
-        yield as_step(program, index, step.before, step.bound, begin)
+        yield as_step(run, program, index, step, begin)
 
 
 # ---------------------------------------------------------------- its starts

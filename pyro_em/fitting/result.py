@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -124,7 +125,7 @@ class EMStep(Portable):
         elbo: The bound at the parameters entering the step, after its E-step.
         log_evidence: log p(x; θ) where the E-step computed it.
         after_m_step: The bound ELBO(q, θ_new) after the M-step; None in a stochastic step.
-        params: Constrained parameters after the M-step.
+        made_params: Gives the constrained parameters after the M-step.
         seconds: Since the loop began.
         e_step: Gives the q of this step's E-step; None in a stochastic step.
         validation: (step, bound) of the held-out data when it was last taken: after that many steps,
@@ -135,18 +136,23 @@ class EMStep(Portable):
     elbo: float
     log_evidence: float | None
     after_m_step: float | None
-    params: Mapping[str, Tensor]
+    made_params: Callable[[], Mapping[str, Tensor]] = field(repr=False)
     seconds: float
     e_step: Callable[[], Posterior] | None = field(default=None, repr=False)
     validation: tuple[int, float] | None = None
 
     def _travelling(self) -> dict[str, Any]:
         e_step = None if self.e_step is None else answered(self.e_step)
-        return {**vars(self), "e_step": e_step}
+        return {**vars(self), "e_step": e_step, "made_params": answered(self.made_params)}
 
     def _staying(self) -> dict[str, Any]:
         e_step = None if self.e_step is None else Copied(self.e_step)
-        return {**vars(self), "e_step": e_step}
+        return {**vars(self), "e_step": e_step, "made_params": Copied(self.made_params)}
+
+    @cached_property
+    def params(self) -> Mapping[str, Tensor]:
+        """Constrained parameters after the M-step, by name."""
+        return self.made_params()
 
     @property
     def posterior(self) -> Posterior | None:

@@ -46,11 +46,16 @@ class TracedParameter:
     initial: torch.Tensor | None = None
     given: torch.Tensor | None = None
 
-    def value(self) -> torch.Tensor:
-        """The current constrained value: a tensor of its own, which no later step changes."""
+    def value(self, unconstrained: torch.Tensor | None = None) -> torch.Tensor:
+        """The current constrained value: a tensor of its own, which no later step changes.
+
+        Args:
+            unconstrained: Another unconstrained value than the current one.
+        """
+        u = self.unconstrained if unconstrained is None else unconstrained
         with torch.no_grad():
-            out = transform_to(self.constraint)(self.unconstrained).detach()
-            return out.clone() if out.data_ptr() == self.unconstrained.data_ptr() else out
+            out = transform_to(self.constraint)(u).detach()
+            return out.clone() if out.data_ptr() == u.data_ptr() else out
 
 
 class NoTensor(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -450,3 +451,22 @@ def test_a_results_parameters_are_its_own() -> None:
     em.step(torch.randn(50) + 3)
     assert torch.equal(result.params["mu"], before)
     assert not torch.equal(pyro.param("mu"), before)
+
+
+def test_the_parameters_of_a_step_are_those_of_its_moment_whenever_asked_for() -> None:
+    def model(x):
+        w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+        s = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Normal(mu[z], s), obs=x)
+
+    x = torch.cat([torch.randn(40) - 2, torch.randn(30) + 2])
+    held, steps = [], []
+    for step in itertools.islice(ExactPosteriorEM(model).steps(x), 4):
+        steps.append(step)
+        held.append({n: pyro.param(n).detach().clone() for n in ("w", "mu", "s")})
+    for step, store in zip(steps, held, strict=True):
+        for name, value in store.items():
+            assert torch.equal(step.params[name], value)
