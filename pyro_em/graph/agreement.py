@@ -17,7 +17,8 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.coupling import Sites, differs, parts_of
-from pyro_em.graph.forms import FEW, form_of, in_forms
+from pyro_em.graph.forms import FEW, form_of, in_forms, in_parts
+from pyro_em.tracing.sites import tensors_of
 
 _LOOKED_AT = 256  # elements of a plate that are compared; fewer where plates cross
 
@@ -190,8 +191,12 @@ class _Together:
         """Names of sites that agree."""
         found: set[str] = set()
         for names in in_forms({n: self._with_latents(n, k) for n, k in self.kinds.items()}):
-            if len(names) >= FEW:
-                found.update(self._agreeing(names))
+            if len(names) < FEW:
+                continue
+            site = self._site(names[0])
+            held = [site["value"].numel(), *(t.numel() for t in tensors_of(site["fn"]))]
+            for part in in_parts(len(names), max(held)):
+                found.update(self._agreeing(names[part]))
         return found
 
     def _with_latents(self, name: str, kind: Hashable | None) -> Hashable | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_em.distributions import _enumerable, is_discrete, support_size_of
 from pyro_em.errors import Finding, UsageError, message, raise_findings
+from pyro_em.graph.alike import Alike
 from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
 from pyro_em.graph.checks import latent_problems, scope_problems, shape_problems
 from pyro_em.graph.coupling import Coupling, couplings, moved_by
@@ -138,7 +139,8 @@ def _findings(
     if writing:
         raise_findings(writing)
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
-    unused = {n for n, s in factors.items() if is_latent(s) and _masked_out(s)}
+    unobserved_sites = [n for n, s in factors.items() if is_latent(s)]
+    unused = {n for n in unobserved_sites if _masked_out(factors[n])}
     unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
     place = {name: i for i, name in enumerate(plain.sites)}
     reached = _with_numbers_read(model, args, kwargs, plain, tagged)
@@ -148,7 +150,7 @@ def _findings(
         for parent in sorted(scope & place.keys(), key=place.__getitem__)
         if parent != child
     )
-    hidden = {n for n, s in factors.items() if is_latent(s)} - unused
+    hidden = set(unobserved_sites) - unused
     scopes = {n: scope & hidden for n, scope in reached.items()}
     barren = _barren(factors, scopes, max_enumeration)
     masked_pairs = {
@@ -159,21 +161,30 @@ def _findings(
         and f"{name}_unobserved" in factors
     }
     dropped = set(barren)
-    latents = {n: None for n, s in factors.items() if is_latent(s) and n not in dropped}
+    latents = {n: None for n in unobserved_sites if n not in dropped}
     counted = {n: scope for n, scope in scopes.items() if n not in dropped}
     coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
     order = {name: i for i, name in enumerate(factors)}
-    site_plates = {n: tuple(frames_of(s)) for n, s in factors.items()}
+    site_plates = {
+        n: tuple(frames_of(s)) if s["cond_indep_stack"] else () for n, s in factors.items()
+    }
     marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
     of_latents: list[Finding] = []
     of_others: list[Finding] = []
     told_of: list[Tensor] = []
     sites: dict[str, SiteInfo] = {}
+    alike = Alike(factors)
     for name, site in factors.items():
         if name in dropped:
             continue
         unobserved = name in latents
         scope = set(scopes[name]) | ({name} if unobserved else set())
+        if not any(site_plates[z] for z in scope) and name not in coupled:
+            known = alike.known(name)
+            if known is not None:  # nothing was found at a site of this form
+                sites[name] = _info_like(known, name, site, sorted(scope, key=order.__getitem__))
+                continue
+        told = len(of_latents) + len(of_others)
         found = of_latents if unobserved else of_others
         no_route: list[Finding] = []
         if unobserved:
@@ -210,6 +221,8 @@ def _findings(
             tuple(f.name for f in site["cond_indep_stack"]),
             {f.name: f.counter for f in site["cond_indep_stack"] if f.dim is None},
         )
+        if told == len(of_latents) + len(of_others) and name not in coupled:
+            alike.note(name, sites[name])
     nesting = max((-p.dim for p in plates.values()), default=0)
     nesting = max([nesting, *(len(s["fn"].batch_shape) for s in factors.values())])
     if max_plate_nesting is not None:
@@ -256,6 +269,26 @@ def _findings(
     return structure, [*of_latents, *of_parameters, *of_others]
 
 
+def _info_like(
+    known: SiteInfo, name: str, site: Mapping[str, Any], scope: Sequence[str]
+) -> SiteInfo:
+    """The record of a site of the same form as another one."""
+    stack = site["cond_indep_stack"]
+    return SiteInfo(
+        name,
+        known.distribution,
+        known.observed,
+        known.plates,
+        tuple(scope),
+        known.support_size,
+        known.batch_dim,
+        known.role,
+        known.is_discrete,
+        tuple(f.name for f in stack),
+        {f.name: f.counter for f in stack if f.dim is None},
+    )
+
+
 def _with_numbers_read(
     model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, tagged: Run
 ) -> dict[str, frozenset[str]]:
@@ -264,8 +297,10 @@ def _with_numbers_read(
     Raises:
         NumbersNeeded: If a run without numbers cannot tell.
     """
-    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
     scopes = {n: frozenset(scope) for n, scope in tagged.scopes.items()}
+    if not tagged.read:
+        return scopes
+    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
     for latent in sorted(tagged.read & latents.keys()):
         if plain.shadows is not None:
             raise NumbersNeeded

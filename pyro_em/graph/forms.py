@@ -20,6 +20,9 @@ from pyro_em.tracing.sites import _ROLE
 FEW = 4  # sites of one form from which on they are looked at together
 
 
+_AT_ONCE = 2**20  # cells
+
+
 _MOST = 2**16  # cells of one tensor; larger ones are worth a look of their own
 
 
@@ -54,22 +57,25 @@ def in_forms(forms: Mapping[str, Hashable | None]) -> list[list[str]]:
     return list(found.values())
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one form along a new leading dimension; one that all of them are is expanded."""
+def in_parts(n: int, cells: int) -> list[slice]:
+    """Slices of ``n`` tensors of some number of cells, so that few cells are stacked at once."""
+    size = max(1, _AT_ONCE // max(cells, 1))
+    return [slice(i, i + size) for i in range(0, n, size)]
+
+
+def equal_to_first(tensors: Sequence[Tensor]) -> Tensor:
+    """Which tensors of one form hold the bits of the first one. # (tensors)"""
     first = tensors[0]
+    out = torch.ones(len(tensors), dtype=torch.bool)
     if all(t is first for t in tensors):
-        return first.unsqueeze(0).expand(len(tensors), *first.shape)
-    return torch.stack(list(tensors))
-
-
-def equal_to_first(stack: Tensor) -> Tensor:
-    """Which members of a stack hold the bits of the first one. # (members)"""
-    if stack.dim() > 1 and stack.stride(0) == 0:
-        return torch.ones(len(stack), dtype=torch.bool, device=stack.device)
-    as_bits = _BITS.get(stack.dtype)
-    bits = stack.detach() if as_bits is None else stack.detach().view(as_bits)
-    same = bits == bits[0]
-    return same.flatten(1).all(1) if same.dim() > 1 else same
+        return out
+    as_bits = _BITS.get(first.dtype)
+    for part in in_parts(len(tensors), first.numel()):
+        stack = torch.stack([first, *tensors[part]]).detach()
+        bits = stack if as_bits is None else stack.view(as_bits)
+        same = (bits == bits[0])[1:]
+        out[part] = same.flatten(1).all(1) if same.dim() > 1 else same
+    return out
 
 
 _BITS = {

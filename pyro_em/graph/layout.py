@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import (
-    broadcast_shape,
     element_mask,
     is_outside,
     split_mask,
@@ -25,7 +24,7 @@ from pyro_em.families.registry import family_of, given_arguments, spread_argumen
 from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Batch, Factor, Latent, repeated
-from pyro_em.graph.forms import FEW, equal_to_first, stacked
+from pyro_em.graph.forms import FEW, equal_to_first
 from pyro_em.graph.signatures import Recurring, outline
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.tracing.feasible import without_masked_nonsense
@@ -48,6 +47,7 @@ class _Layout:
         self.order = {n: i for i, n in enumerate(structure.latents)}
         self.dim_of: dict[str, int] = {}
         self.size_of: dict[str, int] = {}
+        self._places: dict[str, tuple[tuple[str, ...], list[int | None], list[int]]] = {}
         self.id_of: dict[str, int] = {}
         self.name_of: dict[int, str] = {}
         for name in structure.latents:
@@ -90,13 +90,16 @@ class _Layout:
 
     def place(self, name: str) -> tuple[tuple[str, ...], list[int | None], list[int]]:
         """The latents in a site's scope, and the dimensions and sizes of its plates and of these."""
+        if name in self._places:
+            return self._places[name]
         site, info = self.sites[name], self.structure.sites[name]
         scope = self._scope(info, site["infer"].get("_dim_to_id", {}), site["fn"], site["value"])
         plates = [self.structure.plates[p] for p in info.plates]
         # A latent of one value has no dimension of its own: Pyro may give it to another.
         own = [self.dim_of[z] if self.size_of[z] > 1 else None for z in scope]
         sizes = [p.size for p in plates] + [self.size_of[z] for z in scope]
-        return scope, [*(p.dim for p in plates), *own], sizes
+        self._places[name] = scope, [*(p.dim for p in plates), *own], sizes
+        return self._places[name]
 
     def form_of_place(self, name: str) -> Hashable:
         """What sites of one form must share to be laid out together."""
@@ -138,7 +141,7 @@ class _Layout:
                     break
                 alike = torch.ones(len(left), dtype=torch.bool)
                 for tensors in zip(*(saved[i] for i in left), strict=True):
-                    alike &= equal_to_first(stacked(tensors)).cpu()
+                    alike &= equal_to_first(tensors)
                 kept = [i for i, same in zip(left, alike.tolist(), strict=True) if same]
                 left = [i for i, same in zip(left, alike.tolist(), strict=True) if not same]
                 if len(kept) < FEW:
@@ -329,15 +332,13 @@ class _Layout:
     ) -> tuple[str, ...]:
         # Dimensions that the tags did not show (a value that left torch and came back).
         more = []
-        shape: Sequence[int] | None = None
         for dim, ident in visible.items():
             latent = self.name_of.get(ident)
             if latent is None or latent in info.scope:
                 continue
-            if shape is None:
-                own = value.shape[: value.dim() - fn.event_dim]
-                shape = broadcast_shape(fn.batch_shape, own)
-            if len(shape) >= -dim and shape[dim] > 1:
+            own = dim - fn.event_dim
+            in_value = value.dim() >= -own and value.shape[own] > 1
+            if in_value or (len(fn.batch_shape) >= -dim and fn.batch_shape[dim] > 1):
                 more.append(latent)
         if not more:
             return info.scope

@@ -35,6 +35,7 @@ from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph
 from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import (
@@ -49,6 +50,7 @@ from pyro_em.tracing.sites import Role, frames_of, is_factor, mask_tensor, role_
 from pyro_em.tracing.vectorized import NotVectorized, vectorizing
 
 
+@fewer_collections()
 def trace_graph(
     model: Model,
     args: tuple,

@@ -88,9 +88,12 @@ def _leaves(
                 if node in seen:
                     continue
                 seen.add(node)
-                if node.name().endswith("AccumulateGrad"):
+                following = node.next_functions
+                if not following and node.name().endswith("AccumulateGrad"):
                     leaves.append(node.variable)  # type: ignore[attr-defined]
-                stack.extend(child for child, _ in node.next_functions if child is not None)
+                for child, _ in following:
+                    if child is not None and child not in seen:
+                        stack.append(child)
             for leaf in leaves:
                 if id(leaf) not in told:
                     told.add(id(leaf))

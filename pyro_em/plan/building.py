@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,24 +29,13 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.vectorized import NotVectorized
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
-
-
-@contextmanager
-def _fewer_collections() -> Iterator[None]:
-    """Let Python look for garbage more rarely: planning a long chain keeps nearly all it makes."""
-    before = gc.get_threshold()
-    if before[0]:
-        gc.set_threshold(max(before[0], 50_000), *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +83,7 @@ class Task(StaysHere):
         return OperationLog([*store.items(), *tensors_in(names)], reading)
 
 
-@_fewer_collections()
+@fewer_collections()
 def build_program(
     task: Task, *, first_look: bool = True, step_by_step: str = ""
 ) -> Program | Unrouted:

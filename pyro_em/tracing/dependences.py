@@ -161,6 +161,8 @@ class Reading:
 
     def note(self, tensor: Tensor) -> None:
         """A tensor was read."""
+        if tensor.layout is torch.strided and tensor.data_ptr() in self.made:
+            return
         if not _is_plain(tensor):
             return
         at = tensor.untyped_storage().data_ptr()

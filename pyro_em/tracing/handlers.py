@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.ops.provenance import get_provenance
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.util import site_is_subsample
@@ -16,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_em.distributions import element_mask, has_finite_support, unwrap
 from pyro_em.tracing.allocation import Overspent, Shadows, spending_at_most
 from pyro_em.tracing.feasible import without_masked_nonsense
-from pyro_em.tracing.provenance import Tagged
+from pyro_em.tracing.lean import nothing
+from pyro_em.tracing.provenance import Tagged, tags_of
 from pyro_em.tracing.sites import _ROLE, Role, is_factor, is_latent, role_of
 
 _LARGE = 256  # elements; smaller latents are always drawn
@@ -47,19 +47,23 @@ class _KeepValues(_SampleMessenger):
     search that is far off.
     """
 
+    _postprocess_message = nothing
+
     def __init__(self, values: Mapping[str, torch.Tensor], of_guide: bool = False) -> None:
         super().__init__()
         self.values, self.of_guide = values, of_guide
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        drawn = is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE)
-        if msg["name"] in self.values and not msg["done"] and drawn:
-            # Not marked as done: the enumerating handler still has to note the site's scope.
+        if msg["name"] not in self.values or msg["done"]:
+            return
+        if is_latent(msg) or (self.of_guide and role_of(msg) is Role.GUIDE):
             msg["value"] = self.values[msg["name"]]
 
 
 class _DrawNothing(_SampleMessenger):
     """Give large latents that can be enumerated a shadow instead of a draw."""
+
+    _postprocess_message = nothing
 
     def __init__(self, shadows: Shadows) -> None:
         super().__init__()
@@ -95,6 +99,8 @@ class _SpendLittle(_SampleMessenger):
         Overspent: From the midst of the run.
     """
 
+    _postprocess_message = nothing
+
     def __init__(self, limit: int) -> None:
         super().__init__()
         self.limit = limit
@@ -116,51 +122,27 @@ class _SpendLittle(_SampleMessenger):
 
 
 class _TagSites(_SampleMessenger):
-    """Tag the value of each site with the site's own name; observed ones keep their tags too."""
+    """Tag the value of each site with the site's own name; observed ones keep their tags too.
+
+    Args:
+        values: Values of unobserved sites, which are not drawn again.
+    """
+
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not msg["done"] and is_latent(msg):
+            msg["value"] = self.values[msg["name"]]
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         value = msg["value"]
         if not is_factor(msg) or not isinstance(value, torch.Tensor):
             return
-        before = frozenset() if is_latent(msg) else get_provenance(value)
+        before = frozenset() if is_latent(msg) else tags_of(value)
         untagged = getattr(value, "_t", value)
         msg["value"] = Tagged(untagged, before | {msg["name"]})
-
-
-class _MarkForEnumeration(_SampleMessenger):
-    """Ask Pyro to enumerate the given sites in parallel, whatever the model says of them."""
-
-    def __init__(self, names: frozenset[str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] or msg["name"] not in self.names:
-            msg["infer"].pop("enumerate", None)
-            return
-        msg["infer"]["enumerate"] = "parallel"
-        msg["infer"].pop("num_samples", None)
-
-
-class _Watch(_SampleMessenger):
-    """Note plates of size zero, by which Pyro divides, and masks that are written after their site."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.empty: list[str] = []
-        self.seen: list[tuple[str, torch.Tensor, int]] = []
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if site_is_subsample(msg) and getattr(msg["fn"], "size", None) == 0:
-            self.empty.append(msg["name"])
-
-    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if isinstance(msg["mask"], torch.Tensor):
-            self.seen.append((msg["name"], msg["mask"], msg["mask"]._version))
-
-    def changed_masks(self) -> tuple[str, ...]:
-        """Names of the sites whose mask is another one by now."""
-        return tuple(name for name, mask, version in self.seen if mask._version != version)
 
 
 class ScalePlates(_SampleMessenger):
@@ -169,6 +151,8 @@ class ScalePlates(_SampleMessenger):
     Args:
         factors: Per plate its factor.
     """
+
+    _postprocess_message = nothing
 
     def __init__(self, factors: Mapping[str, float]) -> None:
         super().__init__()
@@ -182,6 +166,8 @@ class ScalePlates(_SampleMessenger):
 
 class FeasibleWhereMasked(_SampleMessenger):
     """Put a feasible value where an observation is masked: 0 · NaN is NaN in a gradient."""
+
+    _postprocess_message = nothing
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         fn, value = msg["fn"], msg["value"]
@@ -199,6 +185,8 @@ class OnlySites(_SampleMessenger):
         hidden: Sites that outer handlers must not see.
         enumerated: Sites to enumerate; no other one is.
     """
+
+    _postprocess_message = nothing
 
     def __init__(self, hidden: frozenset[str], enumerated: frozenset[str] = frozenset()) -> None:
         super().__init__()
@@ -223,6 +211,8 @@ class MaskSites(_SampleMessenger):
         observed_only: Whether only sites with an observed value are masked.
     """
 
+    _postprocess_message = nothing
+
     def __init__(self, observed_only: bool) -> None:
         super().__init__()
         self.observed_only = observed_only
@@ -241,6 +231,8 @@ class GiveValues(_SampleMessenger):
         roles: What each of them is.
         subsamples: Indices that the guide's plates drew, to be used again.
     """
+
+    _postprocess_message = nothing
 
     def __init__(
         self,
@@ -300,6 +292,8 @@ class HoldAt(_SampleMessenger):
         chosen: Per site the place of the value in its support.
     """
 
+    _postprocess_message = nothing
+
     def __init__(self, chosen: Mapping[str, int]) -> None:
         super().__init__()
         self.chosen = chosen
@@ -321,6 +315,8 @@ class _SampleTrace(_SampleMessenger, TraceMessenger):
 
 class _DrawObserved(_SampleMessenger):
     """Draw what the model observes; latents at given values stay."""
+
+    _postprocess_message = nothing
 
     def __init__(self, active: bool) -> None:
         super().__init__()

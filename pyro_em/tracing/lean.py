@@ -6,13 +6,20 @@ nothing: a ``Counter`` per site, a context manager per call, methods looked up b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.markov_messenger import MarkovMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor
+
+from pyro_em.tracing.sites import is_latent
+
+nothing: Any = staticmethod(id)  # what does nothing with a message, without a call of Python
 
 
 class _Markov(MarkovMessenger):
@@ -31,33 +38,99 @@ class _Markov(MarkovMessenger):
         infer["_markov_depth"] = 1 + infer.get("_markov_depth", 0)
         self._stack[pos].add(msg["name"])
 
-    def _postprocess_message(self, msg: Any) -> None:
-        pass
+    _postprocess_message = nothing
 
 
 class LeanTrace(TraceMessenger):
-    """``poutine.trace``; turns the ``pyro.markov`` contexts that it meets into the quick ones."""
+    """``poutine.trace``; turns the ``pyro.markov`` contexts that it meets into the quick ones.
+
+    Args:
+        capture: A handler of parameters alone, which none of the many sites has to pass.
+    """
+
+    def __init__(self, capture: Messenger | None = None) -> None:
+        super().__init__()
+        self.capture = capture
 
     def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "param":
+            if self.capture is not None:
+                self.capture._process_message(msg)
+            return
         for handler in _PYRO_STACK:
             if type(handler) is MarkovMessenger:
                 handler.__class__ = _Markov  # from the next site on
 
     def _postprocess_message(self, msg: Any) -> None:
         name, nodes = msg["name"], self.trace.nodes
-        plain = msg["type"] == "sample" and not msg["infer"].get("_do_not_trace")
-        if plain and name not in nodes:
-            nodes[name] = msg.copy()
-        else:
+        if msg["type"] != "sample" or msg["infer"].get("_do_not_trace") or name in nodes:
             super()._postprocess_message(msg)
+            if msg["type"] == "param" and self.capture is not None:
+                self.capture._postprocess_message(msg)
+        else:
+            nodes[name] = msg.copy()
+
+
+class WatchingTrace(LeanTrace):
+    """The same, noting plates of size zero, by which Pyro divides, and masks.
+
+    Attributes:
+        empty: Names of empty plates.
+    """
+
+    def __init__(self, capture: Messenger | None = None) -> None:
+        super().__init__(capture)
+        self.empty: list[str] = []
+        self._masks: list[tuple[str, Tensor, int]] = []
+
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        if getattr(msg["fn"], "size", None) == 0 and type(msg["fn"]).__name__ == "_Subsample":
+            self.empty.append(msg["name"])
+
+    def _postprocess_message(self, msg: Any) -> None:
+        super()._postprocess_message(msg)
+        if isinstance(msg["mask"], Tensor):
+            self._masks.append((msg["name"], msg["mask"], msg["mask"]._version))
+
+    def changed_masks(self) -> tuple[str, ...]:
+        """Names of the sites whose mask was written after them."""
+        return tuple(name for name, mask, version in self._masks if mask._version != version)
 
 
 class LeanEnum(EnumMessenger):
-    """``poutine.enum`` without a context manager around each site."""
+    """``poutine.enum`` without a context manager around each site.
+
+    Args:
+        first_available_dim: As there.
+        latents: The sites to enumerate, whatever the model says of them; None for those that it
+            marks.
+        kept: Values of unobserved sites that are not enumerated.
+    """
+
+    def __init__(
+        self,
+        first_available_dim: int,
+        latents: frozenset[str] | None = None,
+        kept: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(first_available_dim)
+        self.latents, self.kept = latents, kept or {}
 
     def _process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample":
-            _enumerate(self, msg)
+        if msg["type"] != "sample":
+            return
+        name, infer = msg["name"], msg["infer"]
+        if name in self.kept and not msg["done"] and is_latent(msg):
+            # Not marked as done: the site's scope has still to be noted.
+            msg["value"] = self.kept[name]
+        if self.latents is not None:
+            if name in self.latents and not msg["is_observed"]:
+                infer["enumerate"] = "parallel"
+                infer.pop("num_samples", None)
+            else:
+                infer.pop("enumerate", None)
+        _enumerate(self, msg)
 
     def _postprocess_message(self, msg: Any) -> None:
         value = msg["value"]

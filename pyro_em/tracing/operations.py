@@ -24,7 +24,16 @@ _FRESH = torch.ops.aten.lift_fresh.default
 
 _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
+_NUMBERS = (bool, int, float, str)
+
 _NEAR = 256  # operations: whence a tensor comes is counted back from here, so that steps are alike
+
+
+def _storage(tensor: Tensor) -> int:
+    """The address at which the memory of a tensor begins."""
+    if tensor.layout is not torch.strided:
+        return tensor.untyped_storage().data_ptr()
+    return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
 
 
 class OperationLog:
@@ -56,9 +65,9 @@ class OperationLog:
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and note it."""
         is_fresh = operation is _FRESH  # torch.tensor(numbers): memory that nobody has noted
-        noted = [
-            self.origin(a, is_fresh) if isinstance(a, Tensor) else self._other(a) for a in args
-        ]
+        noted: list[Any] = [getattr(operation, "_name", operation)]  # the hash of a name is kept
+        for a in args:
+            noted.append(self.origin(a, is_fresh) if isinstance(a, Tensor) else self._other(a))
         if kwargs:
             noted += [(k, self._other(v)) for k, v in kwargs.items()]
         run = self.reading
@@ -66,15 +75,14 @@ class OperationLog:
         number = len(self.entries)
         if isinstance(out, Tensor):
             if not is_view(operation):
-                self._origin[out.untyped_storage().data_ptr()] = number
-            entry = (operation, *noted)
+                self._origin[_storage(out)] = number
         elif isinstance(out, (list, tuple)):
             for part in out:
                 if isinstance(part, Tensor) and not is_view(operation):
-                    self._origin[part.untyped_storage().data_ptr()] = number
-            entry = (operation, *noted)
+                    self._origin[_storage(part)] = number
         else:
-            entry = (operation, *noted, self._other(out))
+            noted.append(self._other(out))
+        entry = tuple(noted)
         self.entries.append(self._distinct.setdefault(entry, entry))
         return out
 
@@ -82,20 +90,15 @@ class OperationLog:
         """Whence a tensor comes, and how it lies in its memory."""
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
             return object()  # equal to nothing
-        at = tensor.untyped_storage().data_ptr()
+        offset = tensor.storage_offset()
+        at = tensor.data_ptr() - offset * tensor.element_size()
         known = self._origin.get(at)
         if known is None or (is_fresh and isinstance(known, int)):
             known = self._origin[at] = ("content", checksum(tensor))
         elif isinstance(known, int):
             back = len(self.entries) - known
             known = -back if back < _NEAR else known
-        return (
-            known,
-            tensor.storage_offset(),
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.dtype,
-        )
+        return known, offset, tensor.shape, tensor.stride(), tensor.dtype
 
     def add_site(self, name: str, site: Mapping[str, Any]) -> None:
         """Note a site: its distribution, plates and weights, and whence its tensors come."""
@@ -138,6 +141,8 @@ class OperationLog:
 
     def _other(self, value: Any) -> Any:
         """A number, a list or an option; types are kept apart, since 1 == 1.0 == True."""
+        if type(value) in _NUMBERS:
+            return (type(value), value)
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):

@@ -22,7 +22,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.ops.provenance import get_provenance
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
@@ -44,17 +43,15 @@ from pyro_em.tracing.handlers import (
     _DrawNothing,
     _DrawObserved,
     _KeepValues,
-    _MarkForEnumeration,
     _SampleTrace,
     _SpendLittle,
     _TagSites,
-    _Watch,
 )
-from pyro_em.tracing.lean import LeanEnum, LeanTrace
+from pyro_em.tracing.lean import LeanEnum, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, _alive
-from pyro_em.tracing.provenance import _mixing
+from pyro_em.tracing.provenance import _mixing, tags_of
 from pyro_em.tracing.randomness import random_state, same_random_state, set_random_state
 from pyro_em.tracing.sites import Role, is_factor, is_latent, tensors_of
 from pyro_em.tracing.whole import LeftWhole
@@ -227,12 +224,12 @@ def plain_run(
 
 def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
-    tracer, watch = LeanTrace(), _Watch()
+    tracer = WatchingTrace(capture)
     begun = _store_as_it_is()
     with LeftWhole(), ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(True))
-        for messenger in (tracer, watch, capture, *more):
+        for messenger in (tracer, *more):
             stack.enter_context(messenger)
         try:
             model(*args, **kwargs)
@@ -241,10 +238,10 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
         except Exception as error:
             broken = capture.unfinished()
             run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=broken)
-            raise RunFailed(error, run, tuple(watch.empty)) from error
+            raise RunFailed(error, run, tuple(tracer.empty)) from error
     parameters = _apart(_alive(capture.parameters), capture.given)
     cleared = _was_cleared(begun)
-    return Run(dict(tracer.trace.nodes), parameters, {}, watch.changed_masks(), cleared=cleared)
+    return Run(dict(tracer.trace.nodes), parameters, {}, tracer.changed_masks(), cleared=cleared)
 
 
 def _store_as_it_is() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -334,11 +331,9 @@ def provenance_run(
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        _TagSites(),
-        _KeepValues({n: s["value"] for n, s in latents.items()}),
-        capture,
+        _TagSites({n: s["value"] for n, s in latents.items()}),
         _looking_at(mixing),
-        LeanTrace() as tracer,  # innermost: it records values with their tags
+        LeanTrace(capture) as tracer,  # innermost: it records values with their tags
     ):
         model(*args, **kwargs)
     sites = dict(tracer.trace.nodes)
@@ -348,10 +343,10 @@ def provenance_run(
             continue
         scope: frozenset[str] = frozenset()
         for tensor in tensors_of(site["fn"]):
-            scope |= get_provenance(tensor)
-        scope |= get_provenance(site["mask"]) | get_provenance(site["scale"])
+            scope |= tags_of(tensor)
+        scope |= tags_of(site["mask"]) | tags_of(site["scale"])
         if site["is_observed"]:
-            scope |= get_provenance(site["value"]) - {name}
+            scope |= tags_of(site["value"]) - {name}
         scopes[name] = scope
     return Run(
         sites,
@@ -447,11 +442,8 @@ def enumerated_run(
         torch.enable_grad(),
         pyro.validation_enabled(False),
         dist.validation_enabled(validated),
-        LeanTrace() as tracer,
-        LeanEnum(first_available_dim=-1 - max_plate_nesting),
-        _MarkForEnumeration(latents),
-        _KeepValues(kept),
-        capture,
+        LeanTrace(capture) as tracer,
+        LeanEnum(-1 - max_plate_nesting, latents, kept),
     ):
         if random_seed is not None:
             # torch.manual_seed would queue a seed for devices that are not initialised yet.

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_em.graph import signatures
 from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.forms import equal_to_first, stacked
+from pyro_em.graph.forms import equal_to_first
 from pyro_em.graph.signatures import Recurring, outline, signature
 
 Argument = Callable[[Tensor], Tensor]
@@ -64,7 +64,7 @@ def alike(a: Tensor, b: Tensor) -> bool:
     if one is None or two is None or one[0] != two[0] or a.shape != b.shape:
         return False
     pairs = [*zip(one[1], two[1], strict=True), (a.detach(), b.detach())]
-    return all(bool(equal_to_first(stacked(pair))[1]) for pair in pairs)
+    return all(bool(equal_to_first(pair)[1]) for pair in pairs)
 
 
 @pytest.mark.parametrize("name", PAIRS)
