@@ -340,7 +340,7 @@ def test_missing_cells_below_a_guide() -> None:
     em = ExactPosteriorEM(model, guide, optim)
     # The bound of the exact posterior does not vary from draw to draw, NaN or not.
     assert em.elbo(nan, seen).log_evidence is None
-    assert float(em.elbo(nan, seen, num_particles=2000).value) == pytest.approx(evidence, abs=0.15)
+    assert float(em.elbo(nan, seen, num_particles=400).value) == pytest.approx(evidence, abs=0.15)
     em.step(nan, seen)
     assert bool(torch.isfinite(pyro.param("W")).all())
 

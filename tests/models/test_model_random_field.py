@@ -184,8 +184,8 @@ def test_a_mask_that_hides_nothing_is_no_symmetric_start() -> None:
 def test_main_prints_what_it_claims(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On fewer rows; also that the figure is written."""
-    printed = run_main(rf, monkeypatch, capsys, tmp_path, "-N", "300")
+    """On fewer rows, and with fewer answers hidden; also that the figure is written."""
+    printed = run_main(rf, monkeypatch, capsys, tmp_path, "-N", "300", "--hidden", "0.1")
     assert "Z = 130" in printed and "P(you sick) = 9/130" in printed
     assert "P(coworker sick) = 17/130" in printed
     assert "Z = 7,201,840" in printed and "= 0.6945" in printed
