@@ -63,10 +63,10 @@ def by_glob(graph: FactorGraph, pattern: str, *, as_rows: bool = True) -> tuple[
     known = graph.remembered
     if ("glob", pattern) not in known:
         names = names_of(graph)
-        found = matching(pattern, names) or matching(pattern, graph.latents)
-        if not found:
+        hits = matching(pattern, names) or matching(pattern, graph.latents)
+        if not hits:
             raise unknown(pattern, names, "summed latents")
-        known["glob", pattern] = tuple(found)
+        known["glob", pattern] = tuple(hits)
     if as_rows:
         refuse_gaps(pattern, observed_steps(graph))
     matched: tuple[str, ...] = known["glob", pattern]

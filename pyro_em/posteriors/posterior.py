@@ -160,8 +160,9 @@ class Posterior(Portable, NamesFromElsewhere):
             return stacked_answers("probs", names, self.probs)
         table = stack_of(self.cells, parts_of_marginals(self.graph, names))
         table = table / table.sum(-1, keepdim=True)
-        shape = [*batch_shape(self.graph, names[0]), self.graph.latents[names[0]].size]
-        return table.reshape(len(names), *shape).to(self.graph.dtype)
+        first = self.graph.latents[names[0]]
+        shape = (len(names), *batch_shape(self.graph, first), first.size)
+        return table.reshape(shape).to(self.graph.dtype)
 
     def joint(self, a: str, b: str | None = None) -> Tensor:
         """The joint posterior of two latents, or of all neighbours along a chain.
@@ -191,7 +192,7 @@ class Posterior(Portable, NamesFromElsewhere):
         if (own_a, own_b) != (a, b):
             return self._joint_with_observed(a, b, own_a, own_b)
         first, second = latent_of(self.graph, a), latent_of(self.graph, b)
-        plates = plates_of(self.graph, first.name, second.name)
+        plates = plates_of(self.graph, first, second)
         wanted = [*plates, a, b]
         place = factors_of_pairs(self.graph).get((a, b))
         if place is not None:
@@ -252,13 +253,13 @@ class Posterior(Portable, NamesFromElsewhere):
             generator = torch.Generator(device=self.cells[0].device).manual_seed(seed)
         latents = self.graph.latents
         out = {
-            name: z.support.new_empty((n, *batch_shape(self.graph, name), *z.support.shape[1:]))
+            name: z.support.new_empty((n, *batch_shape(self.graph, z), *z.support.shape[1:]))
             for name, z in latents.items()
         }
         done = 0
         for size, codes in draw_codes(self.graph, self._conditionals(), n, generator):
             for name, z in latents.items():
-                values = z.support[codes[name].reshape(size, *batch_shape(self.graph, name))]
+                values = z.support[codes[name].reshape(size, *batch_shape(self.graph, z))]
                 out[name][done : done + size] = values
             done += size
         return self._under_user_names(out)
@@ -274,7 +275,7 @@ class Posterior(Portable, NamesFromElsewhere):
     def _assignment(self, marked: Sequence[Tensor]) -> Values:
         names = list(self.graph.latents)
         out: dict[str, Tensor] = dict.fromkeys(names, marked[0])
-        for part in parts_of(places_of(self.graph, names)):
+        for part in parts_of(places_of(self.graph, self.graph.latents.values())):
             own = (
                 names[part.rows] if isinstance(part.rows, slice) else [names[r] for r in part.rows]
             )
@@ -292,8 +293,8 @@ class Posterior(Portable, NamesFromElsewhere):
             values = [z.support[c] for z, c in zip(latents, codes, strict=True)]
         event = support.shape[1:]
         return {
-            name: value.reshape((*batch_shape(self.graph, name), *event))
-            for name, value in zip(names, values, strict=True)
+            z.name: value.reshape((*batch_shape(self.graph, z), *event))
+            for z, value in zip(latents, values, strict=True)
         }
 
     def _under_user_names(self, values: dict[str, Tensor]) -> Values:
@@ -337,7 +338,7 @@ class Posterior(Portable, NamesFromElsewhere):
         """Where one of the two was observed the joint is a product of the marginals."""
         joint = self.joint(own_a, own_b)
         first, second = latent_of(self.graph, own_a), latent_of(self.graph, own_b)
-        plates = plates_of(self.graph, first.name, second.name)
+        plates = plates_of(self.graph, first, second)
         product = self._over(a, first, plates).unsqueeze(-1) * self._over(
             b, second, plates
         ).unsqueeze(-2)
@@ -345,7 +346,7 @@ class Posterior(Portable, NamesFromElsewhere):
         for name, latent in ((a, first), (b, second)):
             mask = self.graph.structure.masked_pairs.get(name)
             if mask is not None and latent.name != name:
-                flat = mask.expand(batch_shape(self.graph, latent.name))
+                flat = mask.expand(batch_shape(self.graph, latent))
                 observed = observed | self._lay_out(flat, latent, plates)
         return torch.where(observed[..., None, None], product, joint)
 
@@ -361,9 +362,11 @@ class Posterior(Portable, NamesFromElsewhere):
     def _stacked_joints(self, pairs: tuple[tuple[str, str], ...], site: str) -> Tensor:
         """# (pairs, *plates of both, K_a, K_b)"""
         if not pairs:  # the neighbours of a chain of one step
-            own = own_name(self.graph, next(iter(by_glob(self.graph, site) or ())))
-            sizes = [self.graph.dim_size(d) for d in (*plates_of(self.graph, own), own, own)]
-            return self.cells[0].new_empty((0, *sizes), dtype=self.graph.dtype)
+            name = own_name(self.graph, next(iter(by_glob(self.graph, site) or ())))
+            latent = self.graph.latents[name]
+            sizes = [self.graph.dim_size(p) for p in plates_of(self.graph, latent)]
+            shape = (0, *sizes, latent.size, latent.size)
+            return self.cells[0].new_empty(shape, dtype=self.graph.dtype)
         parts = parts_of_joints(self.graph, pairs)
         if parts is not None:
             return self._normalised(stack_of(self.cells, parts), 2)

@@ -6,13 +6,13 @@ What a glob asks for is found out once per graph; the sums go over all steps tog
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from pyro_em.globs import require_alike
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.names import latent_of
 
 
@@ -50,14 +50,14 @@ class Part:
 
 def parts_of(places: Sequence[Place]) -> tuple[Part, ...]:
     """Places put together by what can be summed at once."""
-    found: dict[tuple[int, tuple[int, ...]], tuple[list[int], list[int]]] = {}
+    alike: dict[tuple[int, tuple[int, ...]], tuple[list[int], list[int]]] = {}
     for row, place in enumerate(places):
-        members, rows = found.setdefault((place.group, place.axes), ([], []))
+        members, rows = alike.setdefault((place.group, place.axes), ([], []))
         members.append(place.member)
         rows.append(row)
     return tuple(
         Part(group, axes, _run(members), _run(rows))
-        for (group, axes), (members, rows) in found.items()
+        for (group, axes), (members, rows) in alike.items()
     )
 
 
@@ -101,9 +101,8 @@ def parts_of_marginals(graph: FactorGraph, names: tuple[str, ...]) -> tuple[Part
     key = "marginals", names
     if key not in graph.remembered:
         latents = [latent_of(graph, n) for n in names]
-        shapes = ((z.name, (*batch_shape(graph, z.name), z.size)) for z in latents)
-        require_alike("probs", shapes)
-        graph.remembered[key] = parts_of(places_of(graph, names))
+        require_alike("probs", ((z.name, (*batch_shape(graph, z), z.size)) for z in latents))
+        graph.remembered[key] = parts_of(places_of(graph, latents))
     parts: tuple[Part, ...] = graph.remembered[key]
     return parts
 
@@ -122,51 +121,61 @@ def parts_of_joints(
         if any(pair not in together for pair in pairs):
             graph.remembered[key] = None
         else:
-            dims = {pair: (*plates_of(graph, *pair), *pair) for pair in pairs}
-            shapes = ((", ".join(p), [graph.dim_size(d) for d in ds]) for p, ds in dims.items())
-            require_alike("joint", shapes)
-            places = []
-            for pair in pairs:
-                g, i = together[pair]
-                own = graph.groups[g].dims[i]
-                places.append(Place(g, i, tuple(own.index(d) for d in dims[pair])))
-            graph.remembered[key] = parts_of(places)
+            graph.remembered[key] = _parts_of_joints(graph, pairs, together)
     parts: tuple[Part, ...] | None = graph.remembered[key]
     return parts
 
 
-def places_of(graph: FactorGraph, names: Iterable[str]) -> list[Place]:
+def _parts_of_joints(
+    graph: FactorGraph,
+    pairs: tuple[tuple[str, str], ...],
+    together: Mapping[tuple[str, str], tuple[int, int]],
+) -> tuple[Part, ...]:
+    latents = {name: graph.latents[name] for pair in pairs for name in pair}
+    places, shapes = [], []
+    for a, b in pairs:
+        plates = plates_of(graph, latents[a], latents[b])
+        g, i = together[a, b]
+        dims = graph.groups[g].dims[i]
+        places.append(Place(g, i, tuple(dims.index(d) for d in (*plates, a, b))))
+        sizes = [graph.structure.plates[p].size for p in plates]
+        shapes.append((f"{a}, {b}", [*sizes, latents[a].size, latents[b].size]))
+    require_alike("joint", shapes)
+    return parts_of(places)
+
+
+def places_of(graph: FactorGraph, latents: Iterable[Latent]) -> list[Place]:
     """Where the tables of latents lie, over their plates and their values."""
     numbers = {id(group): g for g, group in enumerate(graph.groups)}
     places = []
-    for name in names:
-        group, i = graph.group_of(name)
-        dims, plates = group.dims[i], graph.latents[name].plates
-        axes = [d for d, dim in enumerate(dims) if dim in plates]
-        places.append(Place(numbers[id(group)], i, (*axes, dims.index(name))))
+    for latent in latents:
+        group, i = graph.group_of(latent.name)
+        dims = group.dims[i]
+        axes = [d for d, dim in enumerate(dims) if dim in latent.plates]
+        places.append(Place(numbers[id(group)], i, (*axes, dims.index(latent.name))))
     return places
 
 
 def factors_of_pairs(graph: FactorGraph) -> dict[tuple[str, str], tuple[int, int]]:
     """For every two latents that a factor reads together the first such factor: group, member."""
     if "factors of pairs" not in graph.remembered:
-        found: dict[tuple[str, str], tuple[int, int]] = {}
+        first: dict[tuple[str, str], tuple[int, int]] = {}
         for g, group in enumerate(graph.groups):
             for i, dims in enumerate(group.dims):
-                for pair in itertools.permutations(dims[group.n_plates :], 2):
-                    found.setdefault((pair[0], pair[1]), (g, i))
-        graph.remembered["factors of pairs"] = found
+                for a, b in itertools.permutations(dims[group.n_plates :], 2):
+                    first.setdefault((a, b), (g, i))
+        graph.remembered["factors of pairs"] = first
     pairs: dict[tuple[str, str], tuple[int, int]] = graph.remembered["factors of pairs"]
     return pairs
 
 
-def batch_shape(graph: FactorGraph, name: str) -> tuple[int, ...]:
+def batch_shape(graph: FactorGraph, latent: Latent) -> tuple[int, ...]:
     """The batch shape of a latent's site, size-one dimensions kept."""
-    dims = graph.latents[name].batch_dims
-    return tuple(1 if d is None else graph.dim_size(d) for d in dims)
+    sizes = graph.structure.plates
+    return tuple(1 if d is None else sizes[d].size for d in latent.batch_dims)
 
 
-def plates_of(graph: FactorGraph, *names: str) -> list[str]:
+def plates_of(graph: FactorGraph, *latents: Latent) -> list[str]:
     """The plates of several latents, left to right."""
-    plates = {p for name in names for p in graph.latents[name].plates}
+    plates = {p for latent in latents for p in latent.plates}
     return sorted(plates, key=lambda p: graph.structure.plates[p].dim)
