@@ -1,7 +1,7 @@
-"""The E-step and the most probable path of a chain of equal steps, all steps together.
+"""The E-step and the most probable path of a first-order chain, all steps together.
 
-What the contraction does one latent after the other goes here by messages, in about √T operations
-where transitions are the same at all steps, with the cells of every factor as its result:
+What the contraction does one latent after the other goes here by messages, in about √T operations,
+with the cells of every factor as its result; transitions may be the same at all steps or not:
 
     γ_t ∝ α_t β_t,     ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j)
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.forward_backward import neighbours
+from pyro_em.posteriors.varying import varying_neighbours
 from pyro_em.posteriors.viterbi import viterbi
 
 _LEAST = 3  # latents of a chain: fewer are as quick by contraction
@@ -135,7 +136,7 @@ class StepCells:
 
 @torch.no_grad()
 def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None:
-    """The E-step of a graph that is a chain of equal steps; None where it is none.
+    """The E-step of a graph that is a first-order chain; None where it is none.
 
     Args:
         graph: The factors.
@@ -147,20 +148,21 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
     steps = steps_of(graph)
     if steps is None:
         return None
-    transition = _transition(graph, steps, tables)
-    if transition is None:
-        return None
     log_l = _single(graph, steps, tables)
     top = log_l.amax(-1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
         return None
-    largest = transition.amax()
     likelihood = (log_l - top).exp_().reshape(steps.T, -1, steps.K)
-    smoothed = neighbours(likelihood.transpose(1, 2), (transition - largest).exp())
+    transition = _transition(graph, steps, tables)
+    smoothed = (
+        _of_varying(likelihood, _pairs(graph, steps, tables))
+        if transition is None
+        else _of_equal(likelihood, transition)
+    )
     if smoothed is None:
         return None
     gamma, xi, log_c = smoothed
-    per_sequence = log_c.reshape(steps.sizes) + top.squeeze(-1).sum(0) + (steps.T - 1) * largest
+    per_sequence = log_c.reshape(steps.sizes) + top.squeeze(-1).sum(0)
     gamma = gamma.reshape(log_l.shape)
     xi = xi.reshape(steps.T - 1, *steps.sizes, steps.K, steps.K)
     terms = [(steps.plates, per_sequence)]
@@ -193,6 +195,35 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
     steps = steps_of(graph)
     if steps is None:
         return None
+    log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
+    pairs = _pairs(graph, steps, tables)
+    return viterbi(log_l, pairs).reshape(steps.T, *steps.sizes)
+
+
+def _of_equal(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Messages where the logarithms of transitions are those of all steps. # (K, K)"""
+    largest = transition.amax()
+    smoothed = neighbours(likelihood.transpose(1, 2), (transition - largest).exp())
+    if smoothed is None:
+        return None
+    gamma, xi, log_c = smoothed
+    return gamma, xi, log_c + (len(likelihood) - 1) * largest
+
+
+def _of_varying(likelihood: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Messages where each step has transitions of its own. # (T - 1, B or 1, K, K)"""
+    largest = pairs.amax((-2, -1), keepdim=True)
+    if not bool(torch.isfinite(largest).all()):
+        return None
+    smoothed = varying_neighbours(likelihood, (pairs - largest).exp_())
+    if smoothed is None:
+        return None
+    gamma, xi, log_c = smoothed
+    return gamma, xi, log_c + largest.sum((0, 2, 3))
+
+
+def _pairs(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor:
+    """Log densities that read neighbours, summed per step. # (T - 1, B or 1, K, K)"""
     pairs = torch.zeros((), dtype=torch.float64, device=tables[0].device)
     pairs = pairs.expand(steps.T - 1, *(1 for _ in steps.plates), steps.K, steps.K)
     for couple in steps.couples:
@@ -204,9 +235,7 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
             pairs = pairs.expand(-1, *sizes).clone()
             index = torch.tensor(couple.steps, device=table.device)
             pairs.index_add_(0, index, table.expand(-1, *sizes))
-    log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
-    pairs = pairs.reshape(steps.T - 1, -1, steps.K, steps.K)
-    return viterbi(log_l, pairs).reshape(steps.T, *steps.sizes)
+    return pairs.reshape(steps.T - 1, -1, steps.K, steps.K)
 
 
 def _transition(graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]) -> Tensor | None:
