@@ -206,6 +206,9 @@ def are_inside(fn: Any) -> bool:
         value = vars(base).get(name)  # lazy ones are no arguments that were given
         if not isinstance(value, Tensor) or constraints.is_dependent(constraint):
             continue
+        for d in range(value.dim() - constraint.event_dim):  # what was expanded is the same
+            if value.stride(d) == 0 and value.shape[d] > 1:
+                value = value.narrow(d, 0, 1)
         if is_real(constraint) and not bool(torch.isnan(value).any()):
             continue
         if not bool(constraint.check(value).all()):

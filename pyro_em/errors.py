@@ -161,7 +161,7 @@ def _folded(problems: Sequence[Finding]) -> list[str]:
     return texts
 
 
-def sites_in_words(names: list[str]) -> str:
+def sites_in_words(names: Sequence[str]) -> str:
     """``site 'z'`` or ``sites 'a', 'b', …`` for a message's beginning."""
     shown = ", ".join(f"'{n}'" for n in names[:5]) + (", …" if len(names) > 5 else "")
     if not names:

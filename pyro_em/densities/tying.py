@@ -23,7 +23,7 @@ def collapsed(graph: FactorGraph) -> FactorGraph:
 
     Priors on point estimates are left as they are, in float64.
     """
-    return replace(graph, groups=tuple(_collapsed_group(g) for g in graph.groups))
+    return replace(graph, groups=tuple(_collapsed_group(g.thin()) for g in graph.groups))
 
 
 def collapsed_updates(

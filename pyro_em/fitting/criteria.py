@@ -19,6 +19,7 @@ from pyro_em.distributions import unexpanded
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
+from pyro_em.graph.latent_series import plates_of
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
 from pyro_em.tracing.parameters import TracedParameter
@@ -30,7 +31,7 @@ Alive = list[Tensor | None]
 
 def num_rows(program: Program) -> float:
     """Elements of the outermost data plate with any observed value, by their sample weights."""
-    structure = program.structure
+    structure = program.structure.sketch
     nested = [i.nested for i in structure.sites.values() if i.role is Role.DATA and i.nested]
     if not nested:
         return 1.0
@@ -43,6 +44,15 @@ def num_rows(program: Program) -> float:
     weight: Tensor | None = None
     for group in program.graph.groups:
         if group.role is not Role.DATA:
+            continue
+        plates = plates_of(group)
+        if plates is not None and outermost not in plates:
+            continue
+        if plates is not None and not isinstance(group.scales[0], Tensor):  # all members at once
+            axis = plates.index(outermost)
+            mask = torch.ones_like(observed) if group.mask is None else group.mask
+            seen = mask.movedim(1 + axis, 0) if group.mask is not None else mask
+            observed = observed | seen.reshape(seen.shape[0], -1).any(-1)
             continue
         for i, dims in enumerate(group.dims):
             if outermost not in dims:
@@ -147,7 +157,8 @@ def _count_of(program: Program, initial: Mapping[str, Tensor], names: Collection
 
 def estimated_locally(program: Program) -> set[str]:
     """Parameters that hold point estimates of latents of the data's plates: they grow with the data."""
-    sites, plates = program.structure.sites, set(program.structure.data_plates)
+    structure = program.structure
+    sites, plates = structure.sites, set(structure.data_plates)
     return {
         name
         for group in program.graph.groups
@@ -172,6 +183,7 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     possible = _possible_cells(program, initial)
     unknown: dict[int, set[str]] = {}
     for g, group in enumerate(graph.groups):
+        group = group.thin()
         alive = _alive(group, possible[g])
         bindings = [*group.bindings.values()]
         bindings += [] if group.value_binding is None else [group.value_binding]

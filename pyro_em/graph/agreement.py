@@ -29,6 +29,7 @@ def disagreements(
     latents: Sequence[str],
     nesting: int,
     forms: Mapping[str, Hashable | None],
+    parts: Mapping[int, tuple[int, Tensor]] | None = None,
 ) -> list[tuple[str, str]]:
     """Sites, and what of them differs.
 
@@ -38,8 +39,10 @@ def disagreements(
         latents: The sites that are enumerated.
         nesting: Number of dimensions that belong to plates.
         forms: Of the enumerated sites.
+        parts: For each dimension of which the plain run has a part: its size, and which elements.
     """
     look = _Look(enumerated, plain, latents, nesting)
+    look.parts = parts or {}
     both = {
         name: None if form is None or name not in plain else (form, form_of(plain[name]))
         for name, form in forms.items()
@@ -80,6 +83,7 @@ class _Look:
     ) -> None:
         self.enumerated, self.plain, self.nesting = enumerated, plain, nesting
         self.most = _LOOKED_AT if nesting < 2 else 48
+        self.parts: Mapping[int, tuple[int, Tensor]] = {}
         self.names: dict[int, str] = {}
         for name in latents:
             infer = enumerated[name]["infer"]
@@ -116,6 +120,10 @@ class _Look:
 
     def elements(self, dim: int, size: int) -> Tensor:
         """The elements of a plate that are compared, along its dimension."""
+        if dim in self.parts:
+            full, part = self.parts[dim]
+            chosen = part if size == full else torch.arange(size)
+            return chosen.reshape(-1, *(1,) * (-dim - 1))
         if size not in self._chosen:
             if size <= self.most:
                 chosen = torch.arange(size)

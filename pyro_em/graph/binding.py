@@ -8,7 +8,7 @@ neither, and only a gradient serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,6 +128,24 @@ class Binding:
     def is_static(self) -> bool:
         """Whether the argument can be recomputed from the parameters without the model."""
         return self.how != "opaque"
+
+    def thin(self) -> Binding:
+        """The same, held once where all of it is expanded along the first dimension."""
+        tensors = [self.constant, *(s.index for s in self.selections)]
+        tensors += [s.factor for s in self.selections if s.factor is not None]
+        tensors += [] if self.jacobians is None else list(self.jacobians.values())
+        if self.constant.shape[0] == 1 or any(t.stride(0) for t in tensors):
+            return self
+        jacobians = self.jacobians
+        return replace(
+            self,
+            constant=self.constant[:1],
+            selections=tuple(
+                replace(s, index=s.index[:1], factor=None if s.factor is None else s.factor[:1])
+                for s in self.selections
+            ),
+            jacobians=None if jacobians is None else {n: j[:1] for n, j in jacobians.items()},
+        )
 
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
         """The argument at parameter ``values``; differentiable in them."""

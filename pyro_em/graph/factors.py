@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
 from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
@@ -129,8 +130,8 @@ class Group:
         edges: Parameters at which the support of an observed site ends.
     """
 
-    members: tuple[str, ...]
-    dims: tuple[tuple[str, ...], ...]
+    members: Sequence[str]
+    dims: Sequence[tuple[str, ...]]
     n_plates: int
     sizes: tuple[int, ...]
     family: Family | None
@@ -139,7 +140,7 @@ class Group:
     bindings: Mapping[str, Binding]
     value: Tensor
     mask: Tensor | None
-    scale: tuple[Tensor | float, ...]
+    scale: Sequence[Tensor | float]
     raw: Tensor | None
     raw_params: tuple[str, ...] | None
     observed: bool
@@ -163,15 +164,39 @@ class Group:
             if not self.value_binding.is_static:
                 return False
         fixed += [m for m in (self.mask, self.elements) if m is not None]
-        scales = [s for s in self.scale if isinstance(s, Tensor)]
+        scales = [s for s in self.scales if isinstance(s, Tensor)]
         return all(b.is_static for b in self.bindings.values()) and not any(
             t.requires_grad for t in fixed + scales
         )
 
     @property
+    def scales(self) -> Sequence[Tensor | float]:
+        """The scales of all members, or the one that they share."""
+        return (self.scale.value,) if isinstance(self.scale, Repeated) else self.scale
+
+    @property
     def is_unscaled(self) -> bool:
         """Whether every member counts once."""
-        return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scale)
+        return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scales)
+
+    def thin(self) -> Group:
+        """The same group; what was expanded over its members is held once. # (members or 1, …)"""
+        if len(self.members) == 1 or self.family is None:
+            return self
+
+        bindings = {n: b.thin() for n, b in self.bindings.items()}
+        return replace(
+            self,
+            arguments={
+                n: a[:1] if bindings[n].constant.shape[0] == 1 else a
+                for n, a in self.arguments.items()
+            },
+            bindings=bindings,
+            value=_once(self.value),
+            mask=None if self.mask is None else _once(self.mask),
+            value_binding=None if self.value_binding is None else self.value_binding.thin(),
+            elements=None if self.elements is None else _once(self.elements),
+        )
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -203,9 +228,11 @@ class Group:
         ones = (1,) * len(self.sizes)
         parts = [
             s if isinstance(s, Tensor) else self.value.new_full(ones, s, dtype=torch.float64)
-            for s in self.scale
+            for s in self.scales
         ]
-        out = torch.stack(torch.broadcast_tensors(*parts))
+        out = torch.stack(torch.broadcast_tensors(*parts)).expand(
+            len(self.scale), *torch.broadcast_shapes(*(p.shape for p in parts))
+        )
         if self.elements is not None:
             return out.reshape(out.shape + (1,) * self.event_dims) * self.elements
         return out if self.mask is None else out * self.mask
@@ -239,6 +266,10 @@ class Group:
         if self.mask is not None and self.observed:
             log_p = torch.where(self.mask, log_p, 0.0)
         return log_p
+
+
+def _once(t: Tensor) -> Tensor:
+    return t[:1] if t.stride(0) == 0 else t
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +307,9 @@ class FactorGraph:
 
     def group_of(self, site: str) -> tuple[Group, int]:
         """The group that holds a site, and the site's place in it."""
+        for group in self.groups:
+            if isinstance(group.members, Members) and site in group.members:
+                return group, group.members.index(site)
         return self._places[site]
 
     @cached_property
@@ -288,7 +322,12 @@ class FactorGraph:
 
     @cached_property
     def _places(self) -> dict[str, tuple[Group, int]]:
-        return {name: (g, i) for g in self.groups for i, name in enumerate(g.members)}
+        return {
+            name: (g, i)
+            for g in self.groups
+            if not isinstance(g.members, Members)
+            for i, name in enumerate(g.members)
+        }
 
     def dim_size(self, dim: str) -> int:
         """The size of a plate or of a latent's support."""

@@ -18,10 +18,11 @@ def _agrees(
 ) -> bool:
     """Whether all members are traced as predicted; False where it takes a look at each of them."""
     other, first = fresh.group_of(group.members[0])
+    other = other.thin()
     own = slice(first, first + len(group.members))
     if other.members[own] != group.members or group.raw is not None or other.raw is not None:
         return False
-    scales = (*group.scale, *other.scale[own])
+    scales = (*group.scales, *other.scales)
     if any(isinstance(s, Tensor) for s in scales) or group.scale != other.scale[own]:
         return False
     if set(group.arguments) != set(other.arguments) or not group.is_static:

@@ -9,11 +9,14 @@ index and of the ``history`` steps before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import permutations
 from typing import Any
 
 from torch import Tensor
 
+from pyro_em.graph.stretches import Later, LaterDict, LaterTuple, Stem
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.tracing.vectorized import Loop, NotVectorized, Place, Series
 
@@ -28,6 +31,8 @@ class Unrolling:
         loops: By name.
         places: Of the sites in loops.
         ranks: For each site of all later steps the number of its batch dimensions at one step.
+        seen: For each dimension of steps of which part was looked at: how many there are, and which
+            those were, counted from the first later one.
     """
 
     template: Structure
@@ -35,6 +40,7 @@ class Unrolling:
     loops: Mapping[str, Loop]
     places: Mapping[str, Place]
     ranks: Mapping[str, int]
+    seen: Mapping[int, tuple[int, Tensor]] = field(default_factory=dict)
 
     def series(self) -> Series:
         """How to run the model."""
@@ -113,15 +119,51 @@ class Unrolling:
         dim = tensor.dim() - event_dim + loop.dim
         if dim < 0:
             return tensor
-        own = tensor.narrow(dim, t - loop.history if tensor.shape[dim] > 1 else 0, 1)
+        own = tensor.narrow(dim, loop.place(t) if tensor.shape[dim] > 1 else 0, 1)
         return own.squeeze(0) if dim == 0 else own
 
     def unrolled(self, looked: Mapping[str, Mapping[str, Any]] | None = None) -> Structure:
-        """The structure of the loop itself.
+        """The structure of the loop itself, whose sites are listed when somebody asks for them.
 
         Args:
             looked: The sites of the template, as a run with tags traced them.
         """
+        template, whole = self.template, Later(self._whole)
+
+        def later(name: str) -> Any:
+            own = getattr(template, name)
+            return LaterDict(lambda: getattr(whole.value, name)) if own else {}
+
+        return replace(
+            template,
+            plates={n: p for n, p in template.plates.items() if n not in self.loops},
+            sites=later("sites"),
+            latents=LaterTuple(lambda: tuple(whole.value.latents)),
+            barren=later("barren"),
+            masked_pairs=later("masked_pairs"),
+            kept_values=later("kept_values"),
+            unobserved=later("unobserved"),
+            edges=LaterTuple(lambda: tuple(whole.value.edges)),
+            passing=frozenset(),
+            looked=looked,
+            unregistered=tuple(
+                replace(u, site=self.name_at(u.site, self._first_step(u.site)))
+                for u in template.unregistered
+            ),
+            series=self,
+        )
+
+    @cached_property
+    def sketch(self) -> Structure:
+        """The structure of the loop with few steps."""
+        few = {
+            n: replace(loop, size=min(loop.size, 2 * loop.history + 3))
+            for n, loop in self.loops.items()
+        }
+        return replace(self, loops=few)._whole()
+
+    def _whole(self) -> Structure:
+        """The structure of the loop, with all its steps."""
         template = self.template
         sites: dict[str, SiteInfo] = {}
         edges: dict[tuple[str, str], None] = {}
@@ -164,13 +206,30 @@ class Unrolling:
             },
             edges=tuple(edges),
             passing=frozenset(),
-            looked=looked,
-            unregistered=tuple(
-                replace(u, site=self.name_at(u.site, self._first_step(u.site)))
-                for u in template.unregistered
-            ),
-            series=self,
+            looked=None,
+            unregistered=(),
+            series=None,
         )
+
+    def stem_of(self, name: str) -> tuple[Stem, int] | None:
+        """What the name of a site at an integer step shares with later steps, and that step."""
+        place = self.places.get(name)
+        if place is None or place.first is None:
+            return None
+        for stem in self.stems.get(place.loop, ()):
+            if stem.at(place.first) == name:
+                return stem, place.first
+        return None
+
+    @cached_property
+    def stems(self) -> dict[str, tuple[Stem, ...]]:
+        """Per loop the stems of the sites of all later steps, in their order."""
+        out: dict[str, tuple[Stem, ...]] = {}
+        for name in self.template.sites:
+            if self.is_rest(name):
+                place = self.places[name]
+                out[place.loop] = (*out.get(place.loop, ()), Stem(place.before, place.after))
+        return out
 
     def _first_step(self, name: str) -> int | None:
         return self.loops[self.places[name].loop].history if self.is_rest(name) else None
@@ -211,6 +270,10 @@ def require_loops(template: Structure, series: Series) -> None:
     for own in (places[n] for n in rest):
         if own.before[-1:].isdigit() or own.after[:1].isdigit():
             raise NotVectorized(f"the name '{own.before}{{t}}{own.after}' has more digits")
+    for a, b in permutations([Stem(places[n].before, places[n].after) for n in rest], 2):
+        digits = b.before.removeprefix(a.before)[:1]
+        if b.before.startswith(a.before) and digits.isdigit():
+            raise NotVectorized(f"'{a.at(0)}' and '{b.at(0)}' may be names of one site")
     for name in template.sites:
         if name not in rest:
             _require_own_name(name, rest, places)

@@ -43,16 +43,28 @@ def unrolling_of(template: Structure, series: Series, held: Held) -> Unrolling:
     values = _values(found)
     seen = template.looked
     if seen is None:
-        seen = held(Series(series.way), values)
-    _require_memory(found, seen, held(Series(series.way, disturbed=True), values))
+        seen = held(Series(series.way, series.few), values)
+    disturbed = Series(series.way, series.few, disturbed=True)
+    _require_memory(found, seen, held(disturbed, values))
     steps = {loop.name: _steps(loop) for loop in found.loops.values()}
-    over = Series(series.way, {n: _walk(found.loops[n], chosen) for n, chosen in steps.items()})
+    walks = {n: _walk(found.loops[n], chosen) for n, chosen in steps.items()}
+    over = Series(series.way, steps=walks)
     apart = held(over, {**_outside(found, values), **_values_at(found, values, steps)})
     ranks = _require_steps(found, seen, apart, over.places, steps)
+    loops = {n: replace(loop, chosen=None) for n, loop in found.loops.items()}
     passing = frozenset(n for n in template.sites if not found.is_counted(n))
     by_numbers = template.by_numbers or series.by_numbers
-    alone = replace(template, looked=None, passing=passing, by_numbers=by_numbers)
-    return Unrolling(alone, series.way, found.loops, found.places, ranks)
+    plates = {
+        n: replace(p, size=loops[n].rest, full_size=loops[n].rest) if n in loops else p
+        for n, p in template.plates.items()
+    }
+    alone = replace(template, plates=plates, looked=None, passing=passing, by_numbers=by_numbers)
+    seen_at = {
+        loop.dim: (loops[n].rest, loop.chosen)
+        for n, loop in found.loops.items()
+        if loop.chosen is not None
+    }
+    return Unrolling(alone, series.way, loops, found.places, ranks, seen_at)
 
 
 def _values(found: Unrolling) -> dict[str, Tensor]:
@@ -87,7 +99,8 @@ def _steps(loop: Loop) -> tuple[int, ...]:
     """The steps that are compared: the first that counts, and some beyond, apart from each other."""
     h = loop.history
     out = [h]
-    for t in (2 * h + 1, (loop.size + h) // 2, loop.size - 1):
+    later = loop.steps() + h
+    for t in (2 * h + 1, int(later[len(later) // 2]), loop.size - 1):
         if t - h > out[-1] and t < loop.size:
             out.append(t)
     return tuple(out)

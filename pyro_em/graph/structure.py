@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +90,7 @@ class Structure(Portable):
 
     plates: Mapping[str, Plate]
     sites: Mapping[str, SiteInfo]
-    latents: tuple[str, ...]
+    latents: Sequence[str]
     barren: Mapping[str, str]
     max_plate_nesting: int
     parameters: Mapping[str, TracedParameter]
@@ -100,7 +100,7 @@ class Structure(Portable):
     unobserved: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sequential: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    edges: tuple[tuple[str, str], ...] = ()
+    edges: Sequence[tuple[str, str]] = ()
     unchecked: bool = False
     coupled: Mapping[str, Coupling] = field(default_factory=dict)
     unregistered: tuple[Unregistered, ...] = ()
@@ -122,9 +122,14 @@ class Structure(Portable):
         return self if self.series is None else self.series.template
 
     @property
+    def sketch(self) -> Structure:
+        """The same with a few steps of each loop that runs over indices: they are all alike."""
+        return self if self.series is None else self.series.sketch
+
+    @property
     def data_plates(self) -> tuple[str, ...]:
         """The plates that all observations share, outermost first; loops included."""
-        data = [i for i in self.sites.values() if i.role is Role.DATA]
+        data = [i for i in self.sketch.sites.values() if i.role is Role.DATA]
         if not data:
             return ()
         shared = set.intersection(*(set(i.nested) for i in data))

@@ -102,7 +102,9 @@ def trace_graph(
     if steps is not None:
         try:
             with vectorizing(steps.series()):
-                pieces, latents, run = _traced(model, args, kwargs, steps.template, few=inf, **how)
+                pieces, latents, run = _traced(
+                    model, args, kwargs, steps.template, few=inf, parts=steps.seen, **how
+                )
             factors = [p for p in pieces if isinstance(p, Factor)]
             return unrolled_graph(structure, factors, latents, run.parameters)
         except (NotVectorized, PyroEMError):
@@ -133,6 +135,7 @@ def _traced(
     looked: Mapping[str, Mapping[str, Any]] | None,
     log: OperationLog | None,
     few: float,
+    parts: Mapping[int, tuple[int, Tensor]] | None = None,
 ) -> tuple[list[Factor | Batch], dict[str, Latent], Run]:
     """The factor of every site that counts, and the latents; see `trace_graph`.
 
@@ -167,7 +170,7 @@ def _traced(
     if layout.problems:
         raise_findings(layout.problems)
     if looked is not None:
-        _require_same(model, args, kwargs, sites, structure, looked, forms)
+        _require_same(model, args, kwargs, sites, structure, looked, forms, parts)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
     pieces = _pieces(layout, counted, forms, leaves if with_bindings else None, few)
@@ -313,7 +316,7 @@ def run_enumerated(
             f"budget is max_enumeration={limit:,}.",
             "a value inside the model combines too many latents",
             ("raise max_enumeration", "let each factor depend on fewer latents"),
-            latents=structure.latents,
+            latents=tuple(structure.latents),
         )
         raise as_error([found]) from None
     except Exception as error:
@@ -325,7 +328,7 @@ def run_enumerated(
         given = given_tensors(model, args, kwargs)
         found = on_failure(error, latents, enumerated=not checked, values=given)
         if not checked:  # it runs with one value of each latent, and not with all of them
-            found = replace(found, latents=structure.latents)
+            found = replace(found, latents=tuple(structure.latents))
         raise as_error([found]) from error
 
 
@@ -401,11 +404,12 @@ def _require_same(
     structure: Structure,
     looked: Mapping[str, Mapping[str, Any]],
     forms: Mapping[str, Hashable | None],
+    parts: Mapping[int, tuple[int, Tensor]] | None,
 ) -> None:
     """Refuse a model that is another one when its latents are enumerated."""
     with torch.no_grad():
         nesting = structure.max_plate_nesting
-        off = disagreements(sites, looked, structure.latents, nesting, forms)
+        off = disagreements(sites, looked, structure.latents, nesting, forms, parts)
         if not off:
             return
         # What the model draws at random, or keeps from run to run, differs by itself.

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Factor, FactorGraph, Group, Latent
+from pyro_em.graph.latent_series import LatentSeries
 from pyro_em.graph.series import Unrolling
+from pyro_em.graph.stretches import Dims, Members, Read, Repeated, Stem, Stretch
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.vectorized import NotVectorized
@@ -28,14 +30,12 @@ class _Block:
     """Members of a group that come from one factor of the template.
 
     Attributes:
-        names: Of the members.
-        dims: For each member the names of its dimensions.
+        stretch: Their names and dimensions.
         one: The first of them.
         whole: The factor, with tensors whose first dimension is that of members, or of size one.
     """
 
-    names: tuple[str, ...]
-    dims: tuple[tuple[str, ...], ...]
+    stretch: Stretch
     one: Factor
     whole: Factor
 
@@ -55,32 +55,39 @@ def unrolled_graph(
         parameters: What the run read.
     """
     unrolling: Unrolling = structure.series
-    factors = _counted(factors, unrolling)
-    by_name = {f.info.name: f for f in factors}
     blocks: dict[tuple[Any, ...], list[_Block]] = {}
-    for name in dict.fromkeys(n for n, _ in _in_order(unrolling)):
-        block = _block(by_name[name], unrolling)
+    for factor in _counted(factors, unrolling):
+        block = _block(factor, unrolling)
         blocks.setdefault(block.one.signature, []).append(block)
-    found: dict[str, Latent] = {}
-    for name, t in unrolling.order():
-        if name in latents:
-            found[unrolling.name_at(name, t)] = _latent_at(latents[name], unrolling, name, t)
     groups = tuple(_merged(own) for own in blocks.values())
-    return FactorGraph(structure, found, groups, parameters)
+    return FactorGraph(structure, _series(latents, unrolling), groups, parameters)
 
 
-def _in_order(unrolling: Unrolling) -> Sequence[tuple[str, int | None]]:
-    """Each counted site of the template once, in the order of the loop's first sites."""
-    seen: dict[str, int | None] = {}
-    for name in unrolling.template.sites:
-        if unrolling.is_counted(name):
-            seen[name] = None
-    return list(seen.items())
+def _series(latents: Mapping[str, Latent], unrolling: Unrolling) -> LatentSeries:
+    """The latents of the loop's steps, in their order."""
+    before: list[dict[str, Latent]] = [{}]
+    steps = []
+    done: set[str] = set()
+    for name in latents:
+        place = unrolling.places.get(name)
+        if place is None or place.first is not None:
+            before[-1][name] = latents[name]
+        elif unrolling.is_rest(name) and place.loop not in done:
+            done.add(place.loop)
+            loop = unrolling.loops[place.loop]
+            own = tuple(
+                (Stem(p.before, p.after), _latent_at(latents[n], unrolling, n, loop.history))
+                for n in latents
+                if (p := unrolling.places.get(n)) is not None
+                and p.loop == loop.name
+                and unrolling.is_rest(n)
+            )
+            steps.append((loop.history, loop.size, own))
+            before.append({})
+    return LatentSeries(before, steps)
 
 
-def _latent_at(latent: Latent, unrolling: Unrolling, name: str, t: int | None) -> Latent:
-    if t is None:
-        return latent
+def _latent_at(latent: Latent, unrolling: Unrolling, name: str, t: int) -> Latent:
     loop = unrolling.places[name].loop
     rank = unrolling.ranks[name]
     by_dim = {unrolling.template.plates[p].dim: p for p in latent.plates if p != loop}
@@ -94,36 +101,65 @@ def _latent_at(latent: Latent, unrolling: Unrolling, name: str, t: int | None) -
 
 def _block(f: Factor, unrolling: Unrolling) -> _Block:
     name = f.info.name
+    n = len(f.info.plates)
     if not unrolling.is_rest(name):
-        return _Block((name,), (f.dims,), f, _mapped(f, lambda t: t.unsqueeze(0)))
-    loop = unrolling.loops[unrolling.places[name].loop]
+        return _Block(_single(f, unrolling), f, _mapped(f, lambda t: t.unsqueeze(0)))
+    place = unrolling.places[name]
+    loop = unrolling.loops[place.loop]
     k = f.info.plates.index(loop.name)
     if isinstance(f.scale, Tensor):
         if f.scale.shape[k] > 1:
             raise NotVectorized(f"poutine.scale of '{name}' differs from step to step")
         f = replace(f, scale=f.scale.squeeze(k))
     whole = _mapped(f, lambda t: t.movedim(k, 0))
-    rest = f.dims[:k] + f.dims[k + 1 :]
-    plates, scope = rest[: len(f.info.plates) - 1], rest[len(f.info.plates) - 1 :]
-    steps = range(loop.history, loop.size)
-    names = tuple(unrolling.name_at(name, t) for t in steps)
-    read = [[unrolling.name_at(z, t) for t in steps] for z in scope]
-    dims = (
-        tuple((*plates, *own) for own in zip(*read, strict=True))
-        if read
-        else (plates,) * len(names)
-    )
-    first = loop.history
+    read: list[Read | str] = []
+    for z in f.dims[n:]:
+        p = unrolling.places.get(z)
+        lag = 0 if p is None or p.shift is None else loop.history - p.shift
+        read.append(z if p is None else Read(Stem(p.before, p.after), lag))
+    plates = f.dims[:k] + f.dims[k + 1 : n]
+    stem = Stem(place.before, place.after)
+    stretch = Stretch(stem, loop.history, loop.size, plates, tuple(read))
+    dims = stretch.dims_of(0)
     one = replace(
         _mapped(whole, lambda t: t[0]),
-        info=replace(
-            unrolling.info_at(name, first),
-            scope=tuple(unrolling.name_at(z, first) for z in scope),
-        ),
-        dims=dims[0],
+        info=replace(unrolling.info_at(name, loop.history), scope=dims[n - 1 :]),
+        dims=dims,
         sizes=f.sizes[:k] + f.sizes[k + 1 :],
     )
-    return _Block(names, dims, one, whole)
+    return _Block(stretch, one, whole)
+
+
+def _single(f: Factor, unrolling: Unrolling) -> Stretch:
+    """One site by itself, or one step of a loop at an integer."""
+    n = len(f.info.plates)
+    own = unrolling.stem_of(f.info.name)
+    if own is None:
+        return Stretch(f.info.name, 0, 1, f.dims[:n], f.dims[n:])
+    stem, t = own
+    read: list[Read | str] = []
+    for z in f.dims[n:]:
+        other = unrolling.stem_of(z)
+        same = other is not None and unrolling.places[z].loop == unrolling.places[f.info.name].loop
+        read.append(Read(other[0], t - other[1]) if same and other is not None else z)
+    return Stretch(stem, t, t + 1, f.dims[:n], tuple(read))
+
+
+def _joined_stretches(blocks: Sequence[_Block]) -> list[Stretch]:
+    """Stretches that go on where another ends are one."""
+    out: list[Stretch] = []
+    for stretch in (b.stretch for b in blocks):
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and not isinstance(stretch.name, str)
+            and replace(last, stop=stretch.stop) == replace(stretch, start=last.start)
+            and last.stop == stretch.start
+        ):
+            out[-1] = replace(last, stop=stretch.stop)
+        else:
+            out.append(stretch)
+    return out
 
 
 def _mapped(f: Factor, lead: Lead) -> Factor:
@@ -158,7 +194,8 @@ def _mapped_binding(b: Binding, lead: Lead) -> Binding:
 
 def _merged(blocks: Sequence[_Block]) -> Group:
     first = blocks[0].one
-    counts = [len(b.names) for b in blocks]
+    counts = [len(b.stretch) for b in blocks]
+    stretches = _joined_stretches(blocks)
     whole = [b.whole for b in blocks]
 
     def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -173,8 +210,8 @@ def _merged(blocks: Sequence[_Block]) -> Group:
 
     values = [w.value_binding for w in whole if w.value_binding is not None]
     return Group(
-        tuple(n for b in blocks for n in b.names),
-        tuple(d for b in blocks for d in b.dims),
+        Members(stretches),
+        Dims(stretches),
         len(first.info.plates),
         first.sizes,
         first.family,
@@ -183,7 +220,7 @@ def _merged(blocks: Sequence[_Block]) -> Group:
         {a: bound([w.bindings[a] for w in whole]) for a in first.bindings},
         joined([w.value for w in whole]),
         optional([w.mask for w in whole]),
-        tuple(b.one.scale for b, n in zip(blocks, counts, strict=True) for _ in range(n)),
+        _scales([b.one.scale for b in blocks], counts),
         optional([w.raw for w in whole]),
         first.raw_params,
         first.info.observed,
@@ -194,6 +231,13 @@ def _merged(blocks: Sequence[_Block]) -> Group:
         first.hyperparameters,
         first.edges,
     )
+
+
+def _scales(scales: Sequence[Tensor | float], counts: Sequence[int]) -> Sequence[Tensor | float]:
+    first = scales[0]
+    if not isinstance(first, Tensor) and all(s is first or s == first for s in scales):
+        return Repeated(first, sum(counts))
+    return tuple(s for s, n in zip(scales, counts, strict=True) for _ in range(n))
 
 
 def _joined(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

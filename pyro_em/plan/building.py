@@ -11,11 +11,13 @@ import pyro
 import torch
 from torch.distributions import transform_to
 
+from pyro_em.distributions import are_inside
 from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import check_arguments, trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
+from pyro_em.graph.value_checks import data_problems, weight_problems
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops
@@ -25,7 +27,7 @@ from pyro_em.plan.routes import Route
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.elimination import ContractionPlan
+from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
@@ -33,6 +35,7 @@ from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import Role
 from pyro_em.tracing.vectorized import NotVectorized
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
@@ -110,6 +113,8 @@ def build_program(
         if structure.unchecked:
             check_arguments(task.model, task.args, task.kwargs, structure, task.limit)
         graph = traced(task, structure, log, looked)
+        if structure.series is not None and not are_possible(log.sites, structure):
+            raise NotVectorized("some observed value, weight or argument cannot be used")
     except (NotVectorized, PyroEMError) as error:
         if structure.series is not None:
             why = str(error).splitlines()[0]
@@ -138,8 +143,8 @@ def _examined(task: Task, first_look: bool, step_by_step: str) -> Structure | Un
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None
     try:
-        cost = contraction_from_structure(structure)
-        found = budget_problems(structure, cost, task.max_enumeration)
+        cost = contraction_from_structure(structure.sketch)
+        found = budget_problems(structure.sketch, cost, task.max_enumeration)
         too_dear = cost if found else None
     except ModelError as error:
         found = [] if problems else list(error.problems)
@@ -149,6 +154,25 @@ def _examined(task: Task, first_look: bool, step_by_step: str) -> Structure | Un
     if problems:
         raise_findings(problems)
     return structure
+
+
+def are_possible(sites: Mapping[str, Mapping[str, Any]], structure: Structure) -> bool:
+    """Whether nothing can be found fault with in observed values, weights and arguments.
+
+    Args:
+        sites: The sites of an enumerated run.
+        structure: The skeleton.
+    """
+    shown = structure.as_run
+    for name, info in shown.sites.items():
+        if name in shown.passing:
+            continue
+        site = sites[name]
+        if info.role is Role.DATA and data_problems(name, site):
+            return False
+        if weight_problems(name, site) or not are_inside(site["fn"]):
+            return False
+    return True
 
 
 def traced(
@@ -179,7 +203,7 @@ def traced(
 
 def decided(task: Task, structure: Structure, graph: FactorGraph, log: OperationLog) -> Program:
     """A program from its graph: the order of its sums, its updates, its notes; not verified yet."""
-    contraction = contraction_of(graph)
+    contraction = _contraction(structure, graph)
     notes = (*check_scales(graph, contraction), *structure.notes)
     if structure.random_plates:
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
@@ -209,6 +233,14 @@ def decided(task: Task, structure: Structure, graph: FactorGraph, log: Operation
         operations=log.finished(),
         rebuild=None if task.look_only else partial(build_program, task, first_look=False),
     )
+
+
+def _contraction(structure: Structure, graph: FactorGraph) -> ContractionPlan:
+    """The order of the sums; of a loop over indices only its cost, which a few steps show."""
+    if structure.series is None:
+        return contraction_of(graph)
+    few = contraction_from_structure(structure.sketch)
+    return LaterContraction(partial(contraction_of, graph), few.cells, few.largest)
 
 
 def verify(program: Program) -> None:

@@ -129,7 +129,8 @@ def kernel_of(
     finding = needs_more_than_sums(graph, updates)
     if finding is not None:
         return Kernel(CONTRACTION, finding.what, None, parts)
-    whole = Component(collapsed(graph), updates, values, tuple(graph.latents))
+    names = parts[0] if len(parts) == 1 else tuple(graph.latents)
+    whole = Component(collapsed(graph), updates, values, names)
     if len(parts) > 1:
         return _kernel_of_several(whole, parts)
     said: list[Finding] = []

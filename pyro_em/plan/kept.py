@@ -16,20 +16,17 @@ from typing import Any
 
 import torch
 
-from pyro_em.distributions import are_inside
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph, form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import note_sites, run_enumerated
-from pyro_em.graph.value_checks import data_problems, weight_problems
-from pyro_em.plan.building import Task, decided, traced, verify
+from pyro_em.plan.building import Task, are_possible, decided, traced, verify
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
 from pyro_em.tracing.dependences import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import is_stored
-from pyro_em.tracing.sites import Role
 
 _MOST = 8  # forms of data that are remembered
 
@@ -133,7 +130,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     graph = traced(task, structure, log)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, structure):
         return None
-    if not _are_possible(log.sites, structure):
+    if not are_possible(log.sites, structure):
         return None
     program = decided(task, structure, graph, log)
     if task.look_only:
@@ -150,17 +147,6 @@ def _bindings_of(graph: FactorGraph) -> list[Any]:
     return [
         (g.members, [(a, form_of_binding(b)) for a, b in g.bindings.items()]) for g in graph.groups
     ]
-
-
-def _are_possible(sites: Mapping[str, Mapping[str, Any]], structure: Structure) -> bool:
-    """Whether nothing can be found fault with in the observed values, weights and arguments."""
-    for name, info in structure.as_run.sites.items():
-        site = sites[name]
-        if info.role is Role.DATA and data_problems(name, site):
-            return False
-        if weight_problems(name, site) or not are_inside(site["fn"]):
-            return False
-    return True
 
 
 def _are_sound(parameters: Mapping[str, TracedParameter], structure: Structure) -> bool:

@@ -38,12 +38,17 @@ def examine_with_loops(
     begin, known = random_state(), frozenset(pyro.get_param_store()._params)
     reasons: list[str] = []
     for way in () if step_by_step else (ALIGNED, EVENTS, PLAIN):
-        series = Series(way)
+        series = Series(way, few=True)
         try:
             with vectorizing(series):
                 structure, problems = examine(model, args, kwargs, **how)
             if not series.was_met:
                 return structure, problems
+            if series.is_cut and _needs_all_steps(structure):
+                set_random_state(begin)
+                series = Series(way)
+                with vectorizing(series):
+                    structure, problems = examine(model, args, kwargs, **how)
             if not problems:
                 return _unrolled(model, args, kwargs, structure, series), []
             reasons.append("")
@@ -64,6 +69,12 @@ def examine_with_loops(
         ["let the body do the same with an index tensor as with an integer"],
     )
     return replace(structure, notes=(*structure.notes, note)), problems
+
+
+def _needs_all_steps(structure: Structure) -> bool:
+    """Whether a structure holds values or masks of steps, or what masks decide."""
+    summed = all(structure.sites[n].support_size for n in structure.latents)
+    return bool(structure.barren or structure.masked_pairs) or not summed
 
 
 def _unrolled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,13 +47,13 @@ class Plan(Portable):
         iterations: What an iteration does, in words.
     """
 
-    routes: tuple[Route, ...]
+    routes: Sequence[Route]
     updates: Mapping[str, ParameterUpdate]
     cells: int
     largest: tuple[str, ...]
     compiled: bool
-    observed: tuple[Observation, ...]
-    edges: tuple[tuple[str, str], ...]
+    observed: Sequence[Observation]
+    edges: Sequence[tuple[str, str]]
     notes: tuple[str, ...] = ()
     stochastic: bool = False
     draws: bool = True

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_em.errors import Finding, ModelError, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.prediction import _agrees, _same, _static_parts
+from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
 from pyro_em.plan.eligibility import CONTRACTION, Kernel, changing_argument, kernel_of
@@ -250,7 +251,7 @@ class Program(StaysHere):
     ) -> dict[int, Tensor]:
         """Differentiable log densities of some groups at constrained values."""
         if self.compiled:
-            return {g: self.graph.groups[g].log_density_at(values) for g in groups}
+            return {g: self.graph.groups[g].thin().log_density_at(values) for g in groups}
         try:
             graph = self._trace(values=values, with_bindings=False)
         except Resized as error:  # a trial point: the search goes on without it
@@ -303,10 +304,13 @@ class Program(StaysHere):
             return [("model", "its sites")]
         found = []
         for group in self.graph.groups:
+            thin = group.thin()
+            arguments = thin.evaluate_arguments(predicted_at)
+            at = thin.evaluate_value(predicted_at)
+            if _agrees(thin, arguments, at, fresh):
+                continue
             arguments = group.evaluate_arguments(predicted_at)
             at = group.evaluate_value(predicted_at)
-            if _agrees(group, arguments, at, fresh):
-                continue
             for i, site in enumerate(group.members):
                 traced = dict(_static_parts(*fresh.group_of(site)))
                 for name, tensor in _static_parts(group, i, arguments, at):
@@ -319,15 +323,16 @@ class Program(StaysHere):
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""
-        users = {f"{name}_unobserved": name for name in self.structure.masked_pairs}
+        structure = self.structure
+        users = {f"{name}_unobserved": name for name in structure.masked_pairs}
         return Plan(
-            self.routes or routes_of(self.structure),
+            self.routes or LaterTuple(lambda: routes_of(structure)),
             self.updates,
             self.contraction.cells,
             self.contraction.largest,
             self.compiled,
-            observations_of(self.structure),
-            self.structure.edges,
+            LaterTuple(lambda: observations_of(structure)),
+            structure.edges,
             self.notes,
             is_monotone=self.is_monotone,
             kernel=self.kernel.names,

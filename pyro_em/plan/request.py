@@ -86,7 +86,9 @@ class Request(StaysHere):
                 )
             )
         asked = self.e_step
-        left = [n for n in exact if asked is not None and matching(self.strategy, n) != asked]
+        if asked is None:
+            return
+        left = [n for n in exact if matching(self.strategy, n) != asked]
         if left:
             raise UsageError(
                 message(

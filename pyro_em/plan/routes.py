@@ -57,7 +57,7 @@ def decide_routes(
         The routes, and what speaks against them.
     """
     if guide is None:
-        return Routing(structure.latents), []
+        return Routing(tuple(structure.latents)), []
     problems = pair_problems(structure, guide)
     mine = [n for n in guide.sites if n in structure.latents or n in structure.barren]
     reasons: dict[str, str] = {}

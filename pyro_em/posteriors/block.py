@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 from torch import Tensor
 
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.latent_series import chain_form
 from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ParameterUpdate
 
@@ -89,6 +90,9 @@ class Block(Protocol):
 
 def components_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:
     """The latents that share factors, directly or through others, each set in model order."""
+    form = chain_form(graph)
+    if form is not None:
+        return (cast(tuple[str, ...], form.names),)  # any number of names
     root = {name: name for name in graph.latents}
 
     def find(name: str) -> str:

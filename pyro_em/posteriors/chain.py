@@ -40,6 +40,7 @@ from pyro_em.errors import Finding, sites_in_words
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.latent_series import chain_form, kinds_of, names_of, plates_of
 from pyro_em.posteriors.block import Component
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
 from pyro_em.posteriors.quick import Outline, QuickBlock
@@ -131,7 +132,7 @@ class Chain(QuickBlock):
         steps: dict[int, Tensor | None] = {}
         others: list[int] = []
         for g, places in shape.unary.items():
-            at = torch.tensor(places, device=groups[g].value.device)
+            at = torch.as_tensor(places, device=groups[g].value.device)
             steps[g] = None if len(at) == T and is_in_order(at) else at
             if g in linears and _reads_no_row(groups[g]):
                 tables[g] = cells(groups[g], *linears[g])
@@ -175,7 +176,9 @@ class Chain(QuickBlock):
         device = self.graph.groups[0].value.device
         self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
         self.lanes = wants_lanes(self.B, self.K, device)
-        self.first = {g: s is not None and s.tolist() == [0] for g, s in self.steps.items()}
+        self.first = {
+            g: s is not None and len(s) == 1 and int(s) == 0 for g, s in self.steps.items()
+        }
         found = {} if self.lanes else {g: as_lookup(part) for g, part in self.linear.items()}
         self.lookups = {g: lookup for g, lookup in found.items() if lookup is not None}
         self.symbols = self._only_symbols()
@@ -372,7 +375,7 @@ class Shape:
     """The groups of a chain, by what they read."""
 
     couples: int
-    unary: Mapping[int, tuple[int, ...]]
+    unary: Mapping[int, Sequence[int] | Tensor]
     free: tuple[int, ...]
 
     def eligible(self, graph: FactorGraph) -> list[int]:
@@ -388,19 +391,21 @@ class Shape:
 
 def why_no_chain(latents: Mapping[str, Latent]) -> Finding | None:
     """Why latents that share factors are no chain, whatever the factors."""
-    where = sites_in_words(list(latents))
+    where = sites_in_words(names_of(latents))
     if len(latents) < 3:
         return Finding(where, "fewer than three latents are no chain")
-    first = next(iter(latents.values()))
-    if first.size < 2 or any(
-        v.plates != first.plates or v.size != first.size for v in latents.values()
-    ):
+    first, *others = kinds_of(latents)
+    if first.size < 2 or any(v.plates != first.plates or v.size != first.size for v in others):
         return Finding(where, "latents of different plates or sizes: no kernel")
     return None
 
 
 def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
     """The groups of a homogeneous chain, or why a collapsed graph is none; by looking only."""
+    shape = _shape_by_form(graph)
+    if shape is not None:
+        finding = _not_homogeneous(graph, shape.couples)
+        return shape if finding is None else finding
     finding = why_no_chain(graph.latents)
     if finding is not None:
         return finding
@@ -437,15 +442,37 @@ def shape_of_chain(graph: FactorGraph) -> Shape | Finding:
             return _no_first_order(latents)
     if couples is None:
         return Finding(where, f"{len(latents)} latents that are no chain: no kernel")
+    finding = _not_homogeneous(graph, couples)
+    return Shape(couples, unary, tuple(free)) if finding is None else finding
+
+
+def _shape_by_form(graph: FactorGraph) -> Shape | None:
+    """The groups of a chain whose steps are known by their pattern; None where it takes a look."""
+    form = chain_form(graph)
+    if form is None:
+        return None
+    first = next(iter(graph.latents.values()))
+    groups = graph.groups
+    for g in (form.couples, *form.unary):
+        if plates_of(groups[g]) not in ((), first.plates) or groups[g].family is None:
+            return None
+    if first.size < 2 or any(groups[g].sizes[-1] != first.size for g in form.unary):
+        return None
+    return Shape(form.couples, form.unary, form.free)
+
+
+def _not_homogeneous(graph: FactorGraph, couples: int) -> Finding | None:
+    """Why transitions are not the same at all steps and for all sequences, if they are not."""
     group = graph.groups[couples]
     mask_is_of_latents = group.mask is None or (group.mask.shape[-1] == group.mask.shape[-2] == 1)
     tensors = [group.value, *group.arguments.values()]
     repeated = all(n == 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
+    if repeated and mask_is_of_latents and not group.observed and not group.event_dims:
+        return None
+    where = sites_in_words(list(graph.latents))
     if not repeated:
         return Finding(where, "transitions change along the chain: no kernel")
-    if not mask_is_of_latents or group.observed or group.event_dims:
-        return Finding(where, "factors that couple the chain's steps beside transitions: no kernel")
-    return Shape(couples, unary, tuple(free))
+    return Finding(where, "factors that couple the chain's steps beside transitions: no kernel")
 
 
 def _no_first_order(latents: list[str]) -> Finding:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from pyro_em.errors import Finding, raise_findings
 
@@ -86,6 +87,32 @@ class ContractionPlan:
     def eliminations(self) -> list[tuple[str, ...]]:
         """The dimensions of each table from which a latent is eliminated, that latent last."""
         return [step.dims for step in self.steps if isinstance(step, Eliminate)]
+
+
+class LaterContraction(ContractionPlan):
+    """The order of a contraction whose cost is known, decided when somebody asks for more.
+
+    Args:
+        make: Decides it.
+        cells: Cells of the largest table, plates included.
+        largest: Names of that table's dimensions.
+    """
+
+    def __init__(
+        self, make: Callable[[], ContractionPlan], cells: int, largest: tuple[str, ...]
+    ) -> None:
+        vars(self).update(make=make, cells=cells, largest=largest)
+
+    def __getattr__(self, name: str) -> Any:
+        make = vars(self).pop("make", None)
+        if make is None:
+            raise AttributeError(name)
+        vars(self).update({**vars(make()), **vars(self)})
+        return getattr(self, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = [f.name for f in fields(ContractionPlan)]
+        return ContractionPlan, tuple(getattr(self, name) for name in names)
 
 
 def plan_contraction(

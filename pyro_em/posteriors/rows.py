@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, sites_in_words
 from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.latent_series import kinds_of, names_of
 from pyro_em.posteriors.equal_rows import equal_rows
 from pyro_em.tracing.sites import Role
 
@@ -90,7 +91,7 @@ def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
 
 def _several(latents: Mapping[str, Latent]) -> Finding:
     """Why no latent, or more than one, is no mixture over rows."""
-    names, plates = list(latents), {v.plates for v in latents.values()}
+    names, plates = names_of(latents), {v.plates for v in kinds_of(latents)}
     if not names:
         return Finding("model", "no latent is summed")
     words = {2: "two", 3: "three", 4: "four"}.get(len(names), str(len(names)))

@@ -35,6 +35,8 @@ from pyro_em.tracing.provenance import Tagged
 
 ALIGNED, EVENTS, PLAIN = "aligned", "events", "plain"
 
+_FEW = 61  # steps of a long loop whose looks go by values
+
 EARLIER = "<earlier>"  # the tag of what comes from steps before those that a step may read
 
 _series: ContextVar[Series | None] = ContextVar("series", default=None)
@@ -81,6 +83,7 @@ class Loop:
         shift: Of the run that is made now; None at an integer.
         step: The integer of the run that is made now.
         is_done: Whether its last run came to an end.
+        chosen: The later steps that are looked at, counted from the first of them; None for all.
     """
 
     name: str
@@ -92,11 +95,22 @@ class Loop:
     shift: int | None = None
     step: int = 0
     is_done: bool = False
+    chosen: Tensor | None = None
 
     @property
     def rest(self) -> int:
         """How many steps the index tensors have."""
-        return self.size - self.history
+        return self.size - self.history if self.chosen is None else len(self.chosen)
+
+    def steps(self) -> Tensor:
+        """The later steps that index tensors have, counted from the first of them."""
+        return torch.arange(self.rest) if self.chosen is None else self.chosen
+
+    def place(self, t: int) -> int:
+        """Where a later step is in index tensors."""
+        if self.chosen is None:
+            return t - self.history
+        return int(torch.searchsorted(self.chosen, t - self.history))
 
     @property
     def form(self) -> tuple[int, int, int]:
@@ -113,6 +127,7 @@ class Series:
             are the leftmost dimension; `EVENTS`: the same, and the last dimensions of what it looks
             up are those of an event, even where they may be a plate's; `PLAIN`: it is a tensor of
             one dimension like any other, and steps are where the model says.
+        few: Whether part of the steps of a long loop will do.
         steps: Integers to run over instead, by loop.
         disturbed: Whether the body runs once more, over steps out of order, before the runs that
             carry values on, and all that it computes is tagged: what counts must not notice.
@@ -122,6 +137,7 @@ class Series:
     """
 
     way: str = ALIGNED
+    few: bool = False
     steps: Mapping[str, tuple[int, ...]] | None = None
     disturbed: bool = False
     loops: dict[str, Loop] = field(default_factory=dict)
@@ -143,7 +159,18 @@ class Series:
         if name in self._met:
             raise NotVectorized(f"two loops are called '{name}'")
         self._met.add(name)
-        return Loop(name, size, history)
+        loop = Loop(name, size, history)
+        if self.few and loop.rest > 4 * _FEW:
+            ends, third = loop.rest - 1, _FEW // 3
+            inner = torch.linspace(third, ends - third, _FEW - 2 * third).long()
+            first = torch.arange(third)
+            loop.chosen = torch.cat([first, inner, ends - first.flip(0)])
+        return loop
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether part of the steps of any loop was looked at."""
+        return any(loop.chosen is not None for loop in self.loops.values())
 
     def leave(self, loop: Loop) -> None:
         """A loop ends."""
@@ -262,7 +289,7 @@ class vectorized_markov:
                 loop.dim = self.dim
             for shift in range(-1 if series.disturbed else 0, self.history + 1):
                 loop.shift = shift
-                steps = torch.arange(max(shift, 0), loop.rest + max(shift, 0))
+                steps = loop.steps() + max(shift, 0)
                 if shift < 0:
                     generator = torch.Generator().manual_seed(17)
                     order = torch.randperm(loop.rest, generator=generator)

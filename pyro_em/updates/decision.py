@@ -255,7 +255,7 @@ def _whole_events(index: Tensor, parameter: Tensor, form: Form) -> str:
     if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
         return "only part of a row of the parameter is used"
     size = math.prod(parameter.shape[-event:])
-    rows = index.reshape(-1, size)
+    rows = (index[:1] if index.stride(0) == 0 else index).reshape(-1, size)
     rows = rows[(rows >= 0).any(-1)]
     if bool((rows < 0).any()):
         return "a row is partly constant"
