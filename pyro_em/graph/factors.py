@@ -423,7 +423,7 @@ def _of_batch(batch: Batch) -> Group:
         arguments=batch.arguments,
         bindings=batch.bindings,
         value=batch.value,
-        scale=one.scale * n,
+        scale=tuple(one.scale) * n,
     )
 
 
