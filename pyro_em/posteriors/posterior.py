@@ -14,6 +14,7 @@ from pyro_em.elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values, stacked_answers
 from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.latent_series import kinds_of
 from pyro_em.portable import Portable
 from pyro_em.posteriors.crossed import across_plates, are_connected
 from pyro_em.posteriors.enumeration import (
@@ -31,6 +32,7 @@ from pyro_em.posteriors.names import (
 )
 from pyro_em.posteriors.sampling import Conditional, conditionals, cumulative_rows, draw_codes
 from pyro_em.posteriors.stacks import (
+    are_alike,
     batch_shape,
     factors_of_pairs,
     parts_of,
@@ -284,18 +286,23 @@ class Posterior(Portable, NamesFromElsewhere):
 
     def _values_of(self, names: Sequence[str], codes: Tensor) -> dict[str, Tensor]:
         """Values at positions in the latents' supports. # (latents, *plates)"""
-        latents = [self.graph.latents[name] for name in names]
-        support = latents[0].support
-        if all(z.support is support or torch.equal(z.support, support) for z in latents):
-            # Memory of its own for each: a view would be pickled with all the others.
-            values = [value.clone() for value in support[codes].unbind(0)]
-        else:
-            values = [z.support[c] for z, c in zip(latents, codes, strict=True)]
-        event = support.shape[1:]
-        return {
-            z.name: value.reshape((*batch_shape(self.graph, z), *event))
-            for z, value in zip(latents, values, strict=True)
-        }
+        support = self._one_support()
+        if support is None:
+            latents = [self.graph.latents[name] for name in names]
+            shapes = [(*batch_shape(self.graph, z), *z.support.shape[1:]) for z in latents]
+            each = [z.support[c] for z, c in zip(latents, codes, strict=True)]
+            return {n: v.reshape(s) for n, v, s in zip(names, each, shapes, strict=True)}
+        shape = (*batch_shape(self.graph, self.graph.latents[names[0]]), *support.shape[1:])
+        values = support[codes].reshape(len(names), *shape).unbind(0)
+        # Memory of its own for each: a view would be pickled with all the others.
+        return {n: v.clone() for n, v in zip(names, values, strict=True)}
+
+    def _one_support(self) -> Tensor | None:
+        """The support of all latents, if it is one and they have one batch shape."""
+        if not are_alike(self.graph):
+            return None
+        first, *others = (z.support for z in kinds_of(self.graph.latents))
+        return first if all(s is first or torch.equal(s, first) for s in others) else None
 
     def _under_user_names(self, values: dict[str, Tensor]) -> Values:
         """Values of ``obs_mask`` sites under the user's names, with what was observed."""

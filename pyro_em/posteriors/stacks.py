@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_em.globs import require_alike
 from pyro_em.graph.factors import FactorGraph, Latent
+from pyro_em.graph.latent_series import chain_form, kinds_of
 from pyro_em.posteriors.names import latent_of
 
 
@@ -100,11 +101,59 @@ def parts_of_marginals(graph: FactorGraph, names: tuple[str, ...]) -> tuple[Part
     """
     key = "marginals", names
     if key not in graph.remembered:
-        latents = [latent_of(graph, n) for n in names]
-        require_alike("probs", ((z.name, (*batch_shape(graph, z), z.size)) for z in latents))
-        graph.remembered[key] = parts_of(places_of(graph, latents))
-    parts: tuple[Part, ...] = graph.remembered[key]
-    return parts
+        parts = _marginals_by_form(graph, names)
+        if parts is None:
+            latents = [latent_of(graph, n) for n in names]
+            require_alike("probs", ((z.name, (*batch_shape(graph, z), z.size)) for z in latents))
+            parts = parts_of(places_of(graph, latents))
+        graph.remembered[key] = parts
+    kept: tuple[Part, ...] = graph.remembered[key]
+    return kept
+
+
+def _marginals_by_form(graph: FactorGraph, names: Sequence[str]) -> tuple[Part, ...] | None:
+    """The marginals of all steps of a loop, by their pattern; None where it takes a look at each."""
+    form = chain_form(graph)
+    if form is None or not are_alike(graph) or tuple(form.names) != tuple(names):
+        return None
+    parts = []
+    for g, group in enumerate(graph.groups):
+        if group.observed or g in form.free:
+            continue
+        first = 0
+        for stretch in getattr(group.members, "stretches", ()):
+            name, dims = stretch.name_of(0), stretch.dims_of(0)
+            row = form.names.index(name)
+            axes = [d for d, dim in enumerate(dims) if dim in graph.latents[name].plates]
+            members = slice(first, first + len(stretch))
+            rows = slice(row, row + len(stretch))
+            parts.append(Part(g, (*axes, dims.index(name)), members, rows))
+            first += len(stretch)
+    return tuple(parts)
+
+
+def _joints_by_form(
+    graph: FactorGraph, pairs: Sequence[tuple[str, str]]
+) -> tuple[Part, ...] | None:
+    """The tables of all neighbours along a loop, by their pattern; None where it takes a look."""
+    form = chain_form(graph)
+    if form is None or not are_alike(graph) or len(pairs) != len(form.names) - 1:
+        return None
+    if tuple(pairs) != tuple(itertools.pairwise(form.names)):
+        return None
+    a, b = pairs[0]
+    dims = graph.groups[form.couples].dims[0]
+    plates = plates_of(graph, graph.latents[a])
+    axes = tuple(dims.index(d) for d in (*plates, a, b))
+    return (Part(form.couples, axes, slice(0, len(pairs)), slice(0, len(pairs))),)
+
+
+def are_alike(graph: FactorGraph) -> bool:
+    """Whether all latents have one batch shape and one support."""
+    first, *others = kinds_of(graph.latents)
+    return all(
+        z.size == first.size and batch_shape(graph, z) == batch_shape(graph, first) for z in others
+    )
 
 
 def parts_of_joints(
@@ -117,8 +166,11 @@ def parts_of_joints(
     """
     key = "joints", pairs
     if key not in graph.remembered:
-        together = factors_of_pairs(graph)
-        if any(pair not in together for pair in pairs):
+        by_form = _joints_by_form(graph, pairs)
+        together = factors_of_pairs(graph) if by_form is None else {}
+        if by_form is not None:
+            graph.remembered[key] = by_form
+        elif any(pair not in together for pair in pairs):
             graph.remembered[key] = None
         else:
             graph.remembered[key] = _parts_of_joints(graph, pairs, together)

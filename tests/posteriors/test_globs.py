@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import numpy as np
 import pyro
@@ -15,7 +17,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from pyro_em import DrawnPosterior, ExactPosteriorEM, UsageError
+from pyro_em import DrawnPosterior, ExactPosteriorEM, UsageError, vectorized_markov
 from tests.posteriors.test_joints import brute_joint
 
 A = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]], dtype=torch.float64)
@@ -383,6 +385,34 @@ def test_a_guide_that_draws_states_takes_globs() -> None:
         each.append(expected)
         expected = expected @ A
     torch.testing.assert_close(probs, torch.stack(each), rtol=0, atol=0.06)
+
+
+def in_steps(loop: Callable[..., Iterable], x: Tensor, rows: int) -> None:
+    p = PI
+    with pyro.plate("sequences", rows) if rows else nullcontext():
+        for t in loop("time", x.shape[-1]):
+            z = pyro.sample(f"z_{t}", dist.Categorical(p))
+            pyro.sample(f"x_{t}", dist.Normal(MU[z], 0.8), obs=x[..., t])
+            p = A[z]
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_vectorised_loops_answer_as_loops_do(rows: int) -> None:
+    x = XS if rows else X
+    plain = ExactPosteriorEM(in_steps).posterior(lambda _, T: pyro.markov(range(T)), x, rows)
+    q = ExactPosteriorEM(in_steps).posterior(vectorized_markov, x, rows)
+    for ask in (lambda q: q.probs("z_*"), lambda q: q.joint("z_*"), lambda q: q.probs("z_1?")):
+        torch.testing.assert_close(ask(q), ask(plain), rtol=1e-11, atol=1e-13)
+    backwards = [f"z_{t}" for t in reversed(range(T))]
+    torch.testing.assert_close(q.stacked(backwards), q.probs("z_*").flip(0))
+    torch.testing.assert_close(q.joint("z_10", "z_11"), q.joint("z_*")[10])
+    assert torch.equal(q.mode()["z_*"], plain.mode()["z_*"])
+    assert list(q.mode()) == list(plain.mode())
+    assert q.sample(2, seed=0)["z_*"].shape == plain.sample(2, seed=0)["z_*"].shape
+    with pytest.raises(
+        UsageError, match=r"'y_\*': it matches nothing; .*'z_0', …, 'z_11' \(12 names"
+    ):
+        q.probs("y_*")
 
 
 class Counting(torch.overrides.TorchFunctionMode):
