@@ -94,14 +94,13 @@ class Kernel:
         for words, kernels in said.items():
             reasons = list(dict.fromkeys(k.reason for k in kernels if k.reason is not None))
             shown = "; ".join(reasons[:2]) + ("; …" if len(reasons) > 2 else "")
-            latents = [
-                tuple(users.get(n, n) for n in names) for k in kernels for names in k.latents
-            ]
-            of = _components_in_words(latents)
-            tells = self.block is not None and len(self.latents) > 1
-            parts.append(
-                words + (f" ({shown})" if shown else "") + (f", for {of}" if tells else "")
-            )
+            parts.append(words + (f" ({shown})" if shown else ""))
+            # One component is not named: a chain has a latent for each step.
+            if self.block is not None and len(self.latents) > 1:
+                latents = [
+                    tuple(users.get(n, n) for n in names) for k in kernels for names in k.latents
+                ]
+                parts[-1] += f", for {_components_in_words(latents)}"
         return "; ".join(parts)
 
 
