@@ -1,9 +1,12 @@
-"""ExactPosteriorEM: expectation-maximisation for any Pyro model with an exact posterior."""
+"""ExactPosteriorEM: expectation-maximisation for any Pyro model with an exact posterior.
+
+One class and all its public methods, so that a user finds them in one place: each checks what it was
+given and hands it to the wing that does the work. Most lines are docstrings.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -14,10 +17,11 @@ from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
 from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.analysis.predictive import predictive_draws
-from pyro_em.arguments import by_name, check_path, seed_of, site_name, truth, whole
+from pyro_em.arguments import by_name, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
 from pyro_em.fitting import stepping
 from pyro_em.fitting.fit import fit
+from pyro_em.fitting.keeping import Keeping
 from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.session import Session
@@ -29,7 +33,6 @@ from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request, Strategy
 from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
-from pyro_em.portable import deep_copied, require_picklable
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import snapshot
@@ -41,7 +44,7 @@ from pyro_em.variational.drawn import DrawnPosterior, dependences_of
 from pyro_em.variational.trainer import Trainer
 
 
-class ExactPosteriorEM(NamesFromElsewhere):
+class ExactPosteriorEM(Keeping, NamesFromElsewhere):
     r"""Coordinate ascent on the ELBO of an ordinary Pyro model: EM where it can, SVI where it must.
 
         log p(x; θ) = ELBO(q, θ) + KL(q ‖ p(z | x; θ))
@@ -500,79 +503,6 @@ class ExactPosteriorEM(NamesFromElsewhere):
         by = a_key(site, by)
         program = refuse_a_guide(self._ready(args, kwargs), "sort_components")
         return sort_components(program, site, by, descending=descending)
-
-    # ------------------------------------------------------------------ keeping
-
-    @alone("save")
-    def save(self, path: str | Path) -> None:
-        """Save all parameters; the file loads under ``torch.load(weights_only=True)``.
-
-        A complete new file takes the place of the old one at once: a process that is killed, or a
-        full disk, leaves the old one as it was. No folder is made.
-
-        Args:
-            path: The file.
-
-        Raises:
-            UsageError: If the model has not been run yet, or a parameter is not finite.
-            FileError: If the file cannot be written; also a `UsageError` and an ``OSError``.
-        """
-        check_path("save", path)
-        self._session.save(path)
-
-    @alone("pickling")
-    def __getstate__(self) -> dict[str, Any]:
-        """For another process: what the constructor was given, and what was fitted.
-
-        Raises:
-            UsageError: If the model, the guide or something else does not pickle, by name.
-        """
-        given = self._session.given()
-        require_picklable("ExactPosteriorEM", given)
-        return {"given": given, "fitted": self._session.fitted()}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__init__(**state["given"])  # type: ignore[misc]
-        self._session.pending = state["fitted"]
-
-    def __copy__(self) -> ExactPosteriorEM:
-        """Another object of the same parts."""
-        return type(self)(**self._session.given())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExactPosteriorEM:
-        """Another object with copies of what the constructor was given; the param store is one."""
-        copied = type(self)(**deep_copied("ExactPosteriorEM", self._session.given(), memo))
-        memo[id(self)] = copied
-        return copied
-
-    @alone("load")
-    def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Load parameters that ``save`` wrote, with this version of the library or an earlier one.
-
-        They are checked against the model at once where the model has been run or its arguments are
-        given here, else at the next call with data.
-
-        Args:
-            path: The file.
-            *args: The model's arguments, optional.
-            **kwargs: The model's keyword arguments, optional.
-
-        Raises:
-            UsageError: If the file belongs to another model (names the first difference), is
-                damaged, of a newer version or something else, or has numbers that are not finite.
-            FileError: If it is missing or cannot be read; also a `UsageError` and an ``OSError``.
-        """
-        check_path("load", path)
-        self._session.load(path, args, kwargs)
-
-    @alone("reset")
-    def reset(self) -> None:
-        """Forget what was fitted.
-
-        Parameters that the model initialises leave the param store, so that its next run makes them
-        anew; each ``nn.Parameter`` returns to the value at which it was first seen.
-        """
-        self._session.reset()
 
     # ------------------------------------------------------------------ inside
 
