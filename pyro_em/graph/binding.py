@@ -129,6 +129,11 @@ class Binding:
         """Whether the argument can be recomputed from the parameters without the model."""
         return self.how != "opaque"
 
+    @property
+    def is_one_for_all(self) -> bool:
+        """Whether one row stands for all along the first dimension."""
+        return self.constant.dim() > 1 and self.is_static and self.thin() is not self
+
     def thin(self) -> Binding:
         """The same, held once where all of it is expanded along the first dimension."""
         tensors = [self.constant, *(s.index for s in self.selections)]
@@ -151,6 +156,9 @@ class Binding:
         """The argument at parameter ``values``; differentiable in them."""
         if self.how == "constant":
             return self.constant
+        if self.is_one_for_all:
+            one = self.thin().evaluate(values)
+            return one.expand(len(self.constant), *one.shape[1:])
         if self.how == "affine":
             assert self.jacobians is not None
             out = self.constant

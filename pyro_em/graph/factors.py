@@ -398,20 +398,50 @@ def _of_batches(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> G
     place = sorted(range(len(names)), key=lambda i: order[names[i]])
     dims = [d for g in groups for d in g.dims]
     scale = [s for g in groups for s in g.scale]
-    at = torch.tensor(place, device=first.value.device)
+    into = torch.empty(len(place), dtype=torch.long)
+    into[torch.tensor(place)] = torch.arange(len(place))
 
     def joined(parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts)).index_select(0, at)
+        return _joined_in_order(parts, into)
 
+    bindings = {a: _joined([g.bindings[a] for g in groups], joined) for a in first.bindings}
     return replace(
         first,
         members=tuple(names[i] for i in place),
         dims=tuple(dims[i] for i in place),
-        arguments={a: joined([g.arguments[a] for g in groups]) for a in first.arguments},
-        bindings={a: _joined([g.bindings[a] for g in groups], joined) for a in first.bindings},
+        arguments={
+            # One binding of all says that the arguments are one function of the parameters.
+            a: _repeated(first.arguments[a][:1], len(names))
+            if b.is_one_for_all
+            else joined([g.arguments[a] for g in groups])
+            for a, b in bindings.items()
+        },
+        bindings=bindings,
         value=joined([g.value for g in groups]),
         scale=tuple(scale[i] for i in place),
     )
+
+
+def _joined_in_order(parts: Sequence[Tensor], into: Tensor) -> Tensor:
+    """Stacks of members as one, each member put where it belongs; kept once where all are equal."""
+    into, n = into.to(parts[0].device), len(into)
+    if any(p.requires_grad for p in parts):
+        return torch.cat(list(parts)).index_select(0, into.argsort())
+    one = parts[0][:1]
+    if all(len(p) == 1 or p.stride(0) == 0 for p in parts) and all(
+        torch.equal(p[:1], one) for p in parts[1:]
+    ):
+        return _repeated(one, n)
+    out = one.new_empty((n, *one.shape[1:]))
+    begin = 0
+    for p in parts:
+        out.index_copy_(0, into[begin : begin + len(p)], p)
+        begin += len(p)
+    return out
+
+
+def _repeated(one: Tensor, n: int) -> Tensor:
+    return one.expand(n, *one.shape[1:])
 
 
 def _of_batch(batch: Batch) -> Group:
@@ -495,4 +525,4 @@ def _joined(bindings: Sequence[Binding], join: Callable[[Sequence[Tensor]], Tens
 
 def repeated(binding: Binding, n: int) -> Binding:
     """One binding for several members, whose tensors are kept once."""
-    return _joined([binding], lambda ts: ts[0].unsqueeze(0).expand(n, *ts[0].shape))
+    return _joined([binding], lambda ts: _repeated(ts[0].unsqueeze(0), n))

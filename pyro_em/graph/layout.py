@@ -453,6 +453,10 @@ def _compact_all(tensors: Sequence[Tensor], recipe: _Recipe) -> Tensor:
                 t = t.narrow(d, 0, 1)
             narrow.append(t)
         tensors = narrow
+    first = tensors[0]
+    if not first.requires_grad and bool(equal_to_first(tensors).all()):
+        one = _compacted(first, replace(recipe, expanded=()))
+        return one.unsqueeze(0).expand(len(tensors), *one.shape)  # kept once
     stack = torch.stack(list(tensors))
     if recipe.padded:
         stack = stack.reshape(len(stack), *(1,) * recipe.padded, *stack.shape[1:])

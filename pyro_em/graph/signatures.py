@@ -152,9 +152,11 @@ def outline(tensor: Tensor, seen: dict[Node, int]) -> tuple[Hashable, list[Tenso
         The structure, leaves by identity, and what was saved; None where something that matters is
         not shown.
     """
-    edge = get_gradient_edge(tensor)
-    seen[edge.node] = 0
-    stack = [edge.node]
+    root = tensor.grad_fn
+    if root is None:
+        root = get_gradient_edge(tensor).node
+    seen[root] = 0
+    stack = [root]
     entries: list[Hashable] = []
     constants: list[Tensor] = []
     derived: list[tuple[Node, str]] = []
@@ -167,44 +169,65 @@ def outline(tensor: Tensor, seen: dict[Node, int]) -> tuple[Hashable, list[Tenso
             continue
         if name not in _OPEN:
             return None
-        children: list[Hashable] = []
+        entry: list[Hashable] = [seen[node], name]
         following = node.next_functions
         for child, output in following:
             if child is None:
-                children.append((-1, 0))
+                entry.append(None)
                 hides = hides or not name.startswith(_SHOWING)
                 continue
-            if child not in seen:
-                seen[child] = len(seen)
+            number = seen.get(child)
+            if number is None:
+                number = seen[child] = len(seen)
                 stack.append(child)
-            children.append((seen[child], output))
-        saved: list[Hashable] = []
+            entry += (number, output)
         for field in _fields_of(node):
             place = _SAVED_INPUTS.get(field)
-            known = place is not None and (
+            if place is not None and (
                 place < 0 or (place < len(following) and following[place][0] is not None)
-            )
-            if known:
+            ):
                 derived.append((node, field))
                 continue
             value = getattr(node, field)
-            if isinstance(value, Tensor):
+            kind = type(value)
+            if kind is Tensor:
                 constants.append(value)
-            elif isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
-                saved.append((field, tuple(isinstance(v, Tensor) for v in value)))
-                constants += [v for v in value if isinstance(v, Tensor)]
+            elif kind is tuple:
+                for v in value:
+                    if isinstance(v, Tensor):
+                        constants.append(v)
+                        entry.append(Tensor)
+                    else:
+                        entry.append(v)
+            elif isinstance(value, Tensor):
+                constants.append(value)
             else:
-                saved.append((field, value))
-        shapes = tuple((tuple(m.shape), m.dtype) for m in node._input_metadata)  # type: ignore[attr-defined]
-        entries.append((seen[node], name, tuple(saved), shapes, tuple(children)))
+                entry.append(value)
+        if name not in _SHAPED_BY_INPUTS:
+            entry += _shapes(node)
+        entries.append(tuple(entry))
     if hides:
         # A constant operand that no node saved: what was computed from it tells.
         values = [getattr(node, field) for node, field in derived]
         constants += [v for v in values if isinstance(v, Tensor)]
-    if any(c.numel() > _SMALL for c in constants):
-        return None
-    forms = tuple((c.shape, c.dtype) for c in constants)
-    return (edge.output_nr, tuple(entries), forms), constants
+        entries += [s for node in seen if node.next_functions for s in _shapes(node)]
+    for c in constants:
+        if c.numel() > _SMALL:
+            return None
+        entries.append((c.shape, c.dtype))
+    return (tensor.output_nr, tuple(entries)), constants
+
+
+def _shapes(node: Node) -> list[Hashable]:
+    """Shapes and dtypes of a node's outputs."""
+    return [(tuple(m.shape), m.dtype) for m in node._input_metadata]  # type: ignore[attr-defined]
+
+
+# Nodes whose output has a shape that follows from their inputs and from what they saved.
+_SHAPED_BY_INPUTS = frozenset(
+    {"DivBackward0", "ExpBackward0", "IndexBackward0", "LogBackward0", "MulBackward0"}
+    | {"SumBackward1", "SigmoidBackward0", "SqrtBackward0", "LogsumexpBackward0"}
+)
 
 
 # What a node saves of its inputs, by the place of the input; -1 stands for its output.

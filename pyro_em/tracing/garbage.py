@@ -12,7 +12,7 @@ def fewer_collections() -> Iterator[None]:
     """Let Python look for garbage more rarely: reading a long chain keeps nearly all it makes."""
     before = gc.get_threshold()
     if before[0]:
-        gc.set_threshold(max(before[0], 50_000), *before[1:])
+        gc.set_threshold(max(before[0], 150_000), *before[1:])
     try:
         yield
     finally:
