@@ -33,7 +33,14 @@ def _agrees(
             pairs.append((mask, now))
         elif mask is not now:
             return False
-    return all(a.shape == b[own].shape and _same(a, b[own]) for a, b in pairs)
+    n = len(group.members)
+    rows = [(_rows(a, n), _rows(b, len(other.members))[own]) for a, b in pairs]
+    return all(a.shape == b.shape and _same(a, b) for a, b in rows)
+
+
+def _rows(t: Tensor, n: int) -> Tensor:
+    """A tensor with a row for each of ``n`` members, where one stands for all."""
+    return t.expand(n, *t.shape[1:]) if len(t) == 1 else t
 
 
 def _static_parts(
