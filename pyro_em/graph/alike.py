@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import depends_on_tensors, unwrap
-from pyro_em.graph.forms import FEW, form_of, in_forms, in_parts
+from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts
 from pyro_em.graph.structure import SiteInfo
 from pyro_em.tracing.sites import Role, role_of
 
@@ -30,7 +30,7 @@ class Alike:
         self._known: dict[Hashable, SiteInfo] = {}
         if len(sites) < FEW:
             return
-        forms = {name: form_of(site) for name, site in sites.items()}
+        forms = forms_of(sites)
         for names in in_forms({n: f for n, f in forms.items() if f is not None}):
             if len(names) >= FEW and _are_sound([sites[n] for n in names]):
                 self._forms.update((n, forms[n]) for n in names)

@@ -49,6 +49,11 @@ def form_of(site: Mapping[str, Any]) -> Hashable | None:
     )
 
 
+def forms_of(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Hashable | None]:
+    """The form of each of some sites."""
+    return {name: form_of(site) for name, site in sites.items()}
+
+
 def in_forms(forms: Mapping[str, Hashable | None]) -> list[list[str]]:
     """Names by form in their order; those without one each by itself."""
     found: dict[Hashable, list[str]] = {}

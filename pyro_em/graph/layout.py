@@ -101,10 +101,10 @@ class _Layout:
         self._places[name] = scope, [*(p.dim for p in plates), *own], sizes
         return self._places[name]
 
-    def form_of_place(self, name: str) -> Hashable:
-        """What sites of one form must share to be laid out together."""
-        _, dims, sizes = self.place(name)
-        return tuple(dims), tuple(sizes)
+    def kinds(self, forms: Mapping[str, Hashable]) -> dict[str, Hashable]:
+        """What sites must share to be laid out together: their form, and their dimensions."""
+        places = ((name, form, self.place(name)) for name, form in forms.items())
+        return {name: (form, tuple(p[1]), tuple(p[2])) for name, form, p in places}
 
     def batches(
         self, names: Sequence[str], leaves: Mapping[str, Tensor] | None
@@ -124,6 +124,7 @@ class _Layout:
             return [], list(names)
         held = [given_arguments(fn, family) for fn in fns]
         moving = [a for a, t in held[0].items() if leaves is not None and t.requires_grad]
+        expanded = any(0 in held[0][a].stride() for a in moving)
         graphs: dict[Hashable, list[int]] = {}
         saved: list[list[Tensor]] = []
         for i, arguments in enumerate(held):
@@ -131,7 +132,8 @@ class _Layout:
             shown = [f for f in found if f is not None]
             key = tuple(f[0] for f in shown) if len(shown) == len(found) else None
             saved.append(
-                [t for f in shown for t in f[1]] + [unexpanded(arguments[a]) for a in moving]
+                [t for f in shown for t in f[1]]
+                + [unexpanded(arguments[a]) if expanded else arguments[a] for a in moving]
             )
             graphs.setdefault(key, []).append(i)
         out, rest = [], graphs.pop(None, [])
@@ -287,8 +289,12 @@ class _Layout:
             for name in known_below(tensor, leaves)
         )
 
-    def find_out_of_scope(self, name: str) -> None:
+    def find_out_of_scope(self, names: Sequence[str]) -> None:
         """Note every latent that a site reads outside the latent's markov scope."""
+        for name in names:
+            self._find_out_of_scope(name)
+
+    def _find_out_of_scope(self, name: str) -> None:
         site = self.sites[name]
         visible = site["infer"].get("_dim_to_id", {}).values()
         for latent in self.structure.sites[name].scope:

@@ -29,7 +29,7 @@ from pyro_em.graph.failures import (
     on_failure,
     too_many_dimensions,
 )
-from pyro_em.graph.forms import FEW, form_of, in_forms
+from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import _Layout, _outside, _Stray
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
@@ -160,13 +160,12 @@ def _traced(
         raise_findings([changing_sites([], structure.random_plates)])
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
         raise_findings([_more_than_torch_has(structure)])
-    forms = {name: form_of(site) for name, site in sites.items()}
+    forms = forms_of(sites)
     _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = _Layout(sites, structure, Recurring(leaves))
     counted = [n for n in structure.sites if n not in structure.passing]
-    for name in counted:
-        layout.find_out_of_scope(name)
+    layout.find_out_of_scope(counted)
     if layout.problems:
         raise_findings(layout.problems)
     if looked is not None:
@@ -191,7 +190,7 @@ def _pieces(
     masked = any(layout.sites[name]["mask"] is not None for name in structure.latents)
     if len(counted) >= few and not masked:
         # What is counted where a latent is masked depends on each site below it.
-        kinds = {n: (forms[n], layout.form_of_place(n)) for n in counted if forms[n] is not None}
+        kinds = layout.kinds({n: forms[n] for n in counted if forms[n] is not None})
         for names in in_forms(kinds):
             if len(names) < few:
                 continue

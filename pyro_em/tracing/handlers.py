@@ -309,6 +309,8 @@ class HoldAt(_SampleMessenger):
 class _SampleTrace(_SampleMessenger, TraceMessenger):
     """Record sample sites only."""
 
+    _process_message = nothing
+
     def _pyro_post_sample(self, msg: Any) -> None:
         TraceMessenger._pyro_post_sample(self, msg)
 

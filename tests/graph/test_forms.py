@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -14,8 +15,9 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import DataError, ExactPosteriorEM, ModelError
+from pyro_em import DataError, ExactPosteriorEM, ModelError, PyroEMWarning
 from pyro_em.graph import agreement, layout, trace
+from pyro_em.graph.binding import Binding
 from pyro_em.graph.examination import examine
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.trace import trace_graph
@@ -264,3 +266,49 @@ def test_a_branch_at_one_step_is_not_compiled() -> None:
             pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0 + shift**2), obs=X[t])
 
     assert not ExactPosteriorEM(model).plan().compiled
+
+
+def test_one_step_that_changes_after_the_first_m_step_is_noticed() -> None:
+    y = X + 4.0
+
+    def model() -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 1.5]).double())
+        z: Any = 0
+        for t in pyro.markov(range(T)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2, 2).double()[z] / 2))
+            has_moved = t == ODD and float(mu[1].detach()) > 3.0
+            pyro.sample(f"x_{t}", dist.Normal(mu[z] + (1.0 if has_moved else 0.0), 1.0), obs=y[t])
+
+    with pytest.warns(PyroEMWarning, match=f"x_{ODD}"):
+        result = ExactPosteriorEM(model).fit(max_steps=3, tol=0, progress=False)
+    assert result.log_evidence == pytest.approx(float(log_evidence(model)), abs=1e-8)
+
+
+def test_what_is_equal_at_all_steps_is_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (trace, layout):
+        monkeypatch.setattr(module, "FEW", 2)
+    graph = graph_of(chain(normal), True)
+    values = {n: (p.value() + 0.1).requires_grad_() for n, p in graph.parameters.items()}
+    for group in graph.groups:
+        n = len(group.members)
+        if n == 1:
+            continue
+        for name, binding in group.bindings.items():
+            assert group.arguments[name].stride(0) == 0
+            assert binding.constant.stride(0) == 0
+            found = binding.evaluate(values)
+            assert found.shape == group.arguments[name].shape
+            if not binding.params:
+                continue
+            each = torch.stack([_member(binding, i).evaluate(values) for i in range(n)])
+            weights = torch.rand(found.shape)
+            assert torch.equal(found, each)
+            one = torch.autograd.grad((found * weights).sum(), values[binding.params[0]])
+            other = torch.autograd.grad((each * weights).sum(), values[binding.params[0]])
+            assert torch.allclose(one[0], other[0])
+
+
+def _member(binding: Binding, i: int) -> Binding:
+    """The binding of one member."""
+    parts = tuple(replace(s, index=s.index[i].clone()) for s in binding.selections)
+    return replace(binding, constant=binding.constant[i].clone(), selections=parts)
