@@ -4,13 +4,19 @@ What a reading found out (the sites, what reads what, how parameters reach the d
 elements of a plate read each other, ...) follows from what the model does, not from the numbers that
 it is given. So a later call runs the model once, with its latents enumerated, and notes every
 operation: if it did the same as when it was read, on parameters and data that are sound, all that was
-found out still holds. Anything else is read anew, from the beginning.
+found out still holds. Anything else is read anew, from the beginning. Where parameters have no values
+yet, a plain run gives them theirs before.
+
+Readings belong to the model and are shared by all objects that were given the same one. The latest
+program belongs to one object, since it holds the data: asked again on the very same ones, it serves as
+it is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping
+import weakref
+from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,98 +24,165 @@ import torch
 
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph, form_of_binding
+from pyro_em.graph.first_run import run_plainly
+from pyro_em.graph.initial import forget_bad_starts
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import note_sites, run_enumerated
+from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import Task, are_possible, decided, traced, verify
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
+from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import is_stored
+from pyro_em.tracing.vectorized import NotVectorized
 
-_MOST = 8  # forms of data that are remembered
+_MOST = 8  # forms of data that are remembered of one model
 
 
 @dataclass(frozen=True, eq=False)
-class Kept(StaysHere):
+class Kept:
     """One reading.
 
     Attributes:
         structure: The skeleton.
         operations: What its enumerated run did.
         numbers: What those names of the model stood for that are numbers or texts.
-        program: All that was decided; None where only an E-step was wanted.
+        bindings: How parameters reach the arguments, where another run confirmed it; else None.
     """
 
     structure: Structure
     operations: tuple[Any, ...]
     numbers: Mapping[str, Any]
-    program: Program | None
+    bindings: Any
+
+
+_by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
 
 
 class Readings(StaysHere):
-    """The latest readings of one model, by the form of their data."""
+    """What one object knows of its model: the readings of the model, and the latest program.
+
+    Attributes:
+        latest: The latest program that an M-step can follow.
+    """
 
     def __init__(self) -> None:
-        self._by_form: dict[Hashable, Kept] = {}
+        self.latest: Program | None = None
+        self._own: dict[Hashable, Kept] = {}  # of a model that nothing else can refer to
 
     def forget(self) -> None:
-        """Forget all of them."""
-        self._by_form.clear()
+        """Forget what belongs to one object."""
+        self.latest = None
+
+    def _of(self, model: Any) -> dict[Hashable, Kept]:
+        try:
+            return _by_model.setdefault(model, {})
+        except TypeError:  # no weak references, or no hash
+            return self._own
 
     def keep(self, task: Task, program: Program) -> None:
         """Remember a reading, whole or for an E-step only."""
-        form = _form(task)
+        form, readings = _form(task), self._of(task.model)
         numbers = numbers_in(names_of(task.model, task.args, task.kwargs))
-        before = self._by_form.pop(form, None)
-        # A copy: what the caller notes on its own, or comes to distrust, is not remembered.
-        whole = None if program.look_only else copy.copy(program)
-        if whole is None and before is not None and _is_of(before, program):
-            whole = before.program
-        if whole is not None:  # a program holds its data: one at a time
-            self._by_form = {f: replace(k, program=None) for f, k in self._by_form.items()}
-        self._by_form[form] = Kept(program.structure, program.operations, numbers, whole)
-        while len(self._by_form) > _MOST:
-            del self._by_form[next(iter(self._by_form))]
+        before = readings.pop(form, None)
+        bindings = _bindings_of(program.graph) if program.compiled else None
+        if program.look_only and before is not None and before.operations == program.operations:
+            bindings = before.bindings
+        readings[form] = Kept(program.structure, program.operations, numbers, bindings)
+        while len(readings) > _MOST:
+            del readings[next(iter(readings))]
+        self._keep_program(program)
 
-    def again(self, task: Task) -> Program | None:
-        """The program for a task, from what is remembered; None where it has to be read anew."""
-        kept = self._by_form.get(_form(task))
-        if kept is None or not is_stored(kept.structure.parameters):
+    def again(self, task: Task, first_look: bool) -> Program | None:
+        """The program for a task, from what is remembered; None where it has to be read anew.
+
+        Args:
+            task: What is wanted.
+            first_look: Whether this is the first look of an object, whose plain run may advance the
+                random state, as Pyro's first run does.
+        """
+        kept = self._of(task.model).get(_form(task))
+        if kept is None:
             return None
         names = names_of(task.model, task.args, task.kwargs)
         if numbers_in(names) != kept.numbers:
             return None
+        latest = self.latest
         try:
-            log = task.log(names)
-            program = kept.program
-            if program is not None and _is_on_the_same_data(program, task):
-                return copy.copy(program) if _does_the_same(task, kept, log) else None
-            return _on_other_data(task, kept, log)
-        except PyroEMError:  # reading it anew says what is wrong
+            if first_look or not is_stored(kept.structure.parameters):
+                begun = _begun(task, kept, first_look)
+                if begun is None:
+                    return None
+                kept, latest = begun, None
+                self._of(task.model)[_form(task)] = begun
+            if latest is not None and _is_on_the_same_data(latest, kept, task):
+                log = replace(task, look_only=True).log(names)  # what was read is known
+                return copy.copy(latest) if _does_the_same(task, kept, log) else None
+            program = _on_other_data(task, kept, task.log(names))
+        except (PyroEMError, NotVectorized):  # reading it anew says what is wrong
             return None
+        if program is not None and not task.look_only:
+            bindings = _bindings_of(program.graph) if program.compiled else None
+            self._of(task.model)[_form(task)] = replace(kept, bindings=bindings)
+            self._keep_program(program)
+        return program
 
-
-def _is_of(kept: Kept, program: Program) -> bool:
-    """Whether a reading is that of a program: the same operations on the same parameters."""
-    own = kept.structure.parameters
-    others = program.structure.parameters
-    return kept.operations == program.operations and all(
-        own[n].unconstrained is p.unconstrained for n, p in others.items()
-    )
+    def _keep_program(self, program: Program) -> None:
+        if not program.look_only:
+            # A copy: what the caller notes on its own, or comes to distrust, is not remembered.
+            self.latest = copy.copy(program)
 
 
 def _form(task: Task) -> Hashable:
     parts, keywords = form_of(task.args, task.kwargs)
-    return parts, keywords, id(task.model), torch.get_default_dtype()
+    budgets = (task.max_plate_nesting, task.max_enumeration)
+    return parts, keywords, budgets, torch.get_default_dtype()
 
 
-def _is_on_the_same_data(program: Program, task: Task) -> bool:
+def _begun(task: Task, kept: Kept, first_look: bool) -> Kept | None:
+    """A reading on parameters that a plain run has given their values; None if they are others."""
+    known = kept.structure.parameters
+    if kept.structure.series is not None:  # a plain run of such a loop takes all its steps
+        return None
+    begin = random_state()
+    try:
+        plain = run_plainly(task.model, task.args, task.kwargs, first_look, sparing=True)
+    except NumbersNeeded:
+        set_random_state(begin)
+        return None
+    if parameter_problems(plain) or plain.cleared or plain.changed_masks:
+        forget_bad_starts(plain.parameters)
+        set_random_state(begin)
+        return None
+    same = plain.parameters.keys() == known.keys() and all(
+        p.leaf.shape == known[n].leaf.shape
+        and p.leaf.dtype == known[n].leaf.dtype
+        and p.leaf.device == known[n].leaf.device
+        and repr(p.constraint) == repr(known[n].constraint)
+        for n, p in plain.parameters.items()
+    )
+    if not same:
+        return None
+    return replace(kept, structure=replace(kept.structure, parameters=plain.parameters))
+
+
+def _is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
+    """Whether a program is that of a reading, and its data are the very ones, unchanged."""
     given = (*task.args, *task.kwargs.values())
     before = (*program.args, *program.kwargs.values())
-    same = len(given) == len(before) and all(a is b for a, b in zip(given, before, strict=True))
-    return same and program.compiled and not program.is_changed()
+    return (
+        program.compiled
+        and program.operations == kept.operations
+        and is_stored(program.graph.parameters)
+        and (program.model, program.strategy) == (task.model, task.strategy)
+        and len(given) == len(before)
+        and all(a is b for a, b in zip(given, before, strict=True))
+        and not program.is_changed()
+    )
 
 
 def _does_the_same(task: Task, kept: Kept, log: OperationLog) -> bool:
@@ -124,7 +197,7 @@ def _does_the_same(task: Task, kept: Kept, log: OperationLog) -> bool:
 
 def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     """A program from one run of the model on other data, or on data that were changed."""
-    structure, before = kept.structure, kept.program
+    structure = kept.structure
     if structure.by_numbers or structure.random_plates:
         return None
     graph = traced(task, structure, log)
@@ -135,7 +208,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     program = decided(task, structure, graph, log)
     if task.look_only:
         return program
-    if before is not None and before.compiled and _bindings_of(before.graph) == _bindings_of(graph):
+    if kept.bindings is not None and kept.bindings == _bindings_of(graph):
         program.compiled = graph.is_static
     else:
         verify(program)

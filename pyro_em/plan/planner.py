@@ -45,7 +45,7 @@ class Looker(StaysHere):
         seen: Whether the model has been run before.
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
-        readings: Those of a model without a guide, by the form of its data.
+        readings: What is known of a model without a guide.
     """
 
     request: Request
@@ -288,11 +288,11 @@ class Looker(StaysHere):
             strategy=self.request.e_step,
             routes=routes,
         )
-        program: Program | Unrouted | None = None
         if self.request.guide is None:
-            program = self.readings.again(task)
-        if program is None:
-            program = build_program(task, first_look=first)
+            known = self.readings.again(task, first)
+            if known is not None:
+                return known
+        program = build_program(task, first_look=first)
         if isinstance(program, Program):
             self.readings.keep(task, program)
         return program

@@ -4,7 +4,10 @@ Every number of a later call is held against that of a new object, which has rea
 against brute force.
 """
 
+import gc
 import math
+import types
+import weakref
 
 import numpy as np
 import pyro
@@ -28,14 +31,21 @@ def _clear():
     pyro.clear_param_store()
 
 
+def unread(model):
+    """The same model as another function, of which no reading is remembered."""
+    return types.FunctionType(
+        model.__code__, model.__globals__, model.__name__, model.__defaults__, model.__closure__
+    )
+
+
 @pytest.fixture
 def count(monkeypatch):
     """How often a model was read from the beginning, and from one run."""
     seen = {"anew": 0, "again": 0}
     again = kept.Readings.again
 
-    def counted(self, task):
-        found = again(self, task)
+    def counted(self, task, first_look):
+        found = again(self, task, first_look)
         seen["anew" if found is None else "again"] += 1
         return found
 
@@ -90,7 +100,8 @@ def test_score_is_refused_where_a_guide_draws():
 
 
 def test_one_reading_serves_every_method(count):
-    em = ExactPosteriorEM(mixture)
+    model = unread(mixture)
+    em = ExactPosteriorEM(model)
     em.plan(X)
     assert count == {"anew": 1, "again": 0}
     em.fit(X, max_steps=2, tol=0)
@@ -101,17 +112,73 @@ def test_one_reading_serves_every_method(count):
     assert count == {"anew": 2, "again": 7}
     em.reset()
     em.score(X)
-    assert count == {"anew": 3, "again": 7}
+    pyro.clear_param_store()
+    assert em.score(X) == pytest.approx(by_hand(X), abs=1e-4)
+    assert count == {"anew": 2, "again": 9}
+
+
+def test_objects_share_what_is_known_of_a_model(count):
+    model = unread(mixture)
+    first = ExactPosteriorEM(model).fit(X, max_steps=4, tol=0)
+    pyro.clear_param_store()
+    again = ExactPosteriorEM(model).fit(X, max_steps=4, tol=0)
+    assert count == {"anew": 1, "again": 1}
+    assert again.history == pytest.approx(first.history, abs=1e-9)
+    assert again.start == first.start
+    pyro.clear_param_store()
+    assert ExactPosteriorEM(model).score(OTHER) == pytest.approx(by_hand(OTHER), abs=1e-4)
+    assert count == {"anew": 1, "again": 2}
+
+
+def test_other_parameters_of_one_model_are_read_anew(count):
+    """The parameters' form is part of a reading."""
+    starts = {"mu": torch.tensor([0.0, 3.0], dtype=torch.float64)}
+
+    def model(x):
+        mu = pyro.param("mu", lambda: starts["mu"])
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    assert ExactPosteriorEM(model).score(X) == pytest.approx(by_hand(X), abs=1e-4)
+    pyro.clear_param_store()
+    starts["mu"] = starts["mu"].to(torch.float32)
+    ExactPosteriorEM(model).score(X)
+    assert count == {"anew": 2, "again": 0}
+    pyro.clear_param_store()
+    starts["mu"] = torch.tensor([0.0, math.nan])
+    with pytest.raises(PyroEMError, match=r"parameter 'mu'"):
+        ExactPosteriorEM(model).score(X)
+
+
+def test_a_model_is_forgotten_with_its_last_reference():
+    model = unread(mixture)
+    ExactPosteriorEM(model).fit(X, max_steps=1, tol=0)
+    assert model in kept._by_model
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_data_are_not_kept_alive_by_readings():
+    model, x = unread(mixture), X.clone()
+    alive = weakref.ref(x)
+    em = ExactPosteriorEM(model)
+    em.plan(x)
+    del em, x
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_second_fit_is_that_of_a_new_object(count):
-    em = ExactPosteriorEM(mixture)
+    em = ExactPosteriorEM(unread(mixture))
     em.posterior(X)
     em.fit(X, max_steps=4, tol=0)
     again = em.fit(OTHER, max_steps=6, tol=0)
     pyro.clear_param_store()
-    ExactPosteriorEM(mixture).fit(X, max_steps=4, tol=0)
-    anew = ExactPosteriorEM(mixture).fit(OTHER, max_steps=6, tol=0)
+    ExactPosteriorEM(unread(mixture)).fit(X, max_steps=4, tol=0)
+    anew = ExactPosteriorEM(unread(mixture)).fit(OTHER, max_steps=6, tol=0)
     assert again.history == pytest.approx(anew.history, abs=1e-5)
     assert again.log_evidence == pytest.approx(anew.log_evidence, abs=1e-5)
     assert count["again"] == 2
@@ -384,7 +451,7 @@ def test_data_may_be_read_in_any_way(model, first):
     em.fit(X, max_steps=1, tol=0) if first == "fit" else getattr(em, first)(X)
     for data in (OTHER, X, OTHER.flip(0)):
         got = outcome(lambda d=data: em.score(d))
-        expected = outcome(lambda d=data: ExactPosteriorEM(model).score(d))
+        expected = outcome(lambda d=data: ExactPosteriorEM(unread(model)).score(d))
         assert got == (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-5))
         begin = {n: p.clone() for n, p in pyro.get_param_store().named_parameters()}
         got = outcome(lambda d=data: em.fit(d, max_steps=3, tol=0).history)
@@ -392,7 +459,7 @@ def test_data_may_be_read_in_any_way(model, first):
             for name, p in pyro.get_param_store().named_parameters():
                 p.copy_(begin[name])
         expected = outcome(
-            lambda d=data: ExactPosteriorEM(model).fit(d, max_steps=3, tol=0).history
+            lambda d=data: ExactPosteriorEM(unread(model)).fit(d, max_steps=3, tol=0).history
         )
         assert got == (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-4))
 
@@ -527,7 +594,7 @@ def test_a_form_that_was_seen_costs_one_run(monkeypatch):
 
 
 def test_only_the_latest_forms_are_remembered():
-    em = ExactPosteriorEM(mixture)
+    model = unread(mixture)
     for n in range(1, 15):
-        em.score(torch.linspace(0, 1, n))
-    assert len(em._session.looker.readings._by_form) == 8
+        ExactPosteriorEM(model).score(torch.linspace(0, 1, n))
+    assert len(kept._by_model[model]) == 8
