@@ -28,12 +28,14 @@ from pyro_em.plan.fit_wishes import (
 )
 from pyro_em.plan.program import Program
 from pyro_em.plan.wishes import check_collisions, check_loader
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.parameters import restore, values_of
 from pyro_em.tracing.randomness import seeded
 from pyro_em.variational.batches import first_batch, is_loader
 from pyro_em.variational.trainer import Trainer
 
 
+@fewer_collections()
 def fit(session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]) -> EMResult:
     """Fit as `ExactPosteriorEM.fit` says.
 

@@ -25,6 +25,7 @@ from pyro_em.plan.request import Request
 from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.wishes import check_model_keywords
 from pyro_em.tracing import checkpoint
+from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import is_stored, without_state
 from pyro_em.variational.bound import Variational
@@ -68,6 +69,7 @@ class Session:
 
     # ------------------------------------------------------------------ reading
 
+    @fewer_collections()
     def look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:

@@ -201,9 +201,24 @@ def traced(
     )
 
 
-def decided(task: Task, structure: Structure, graph: FactorGraph, log: OperationLog) -> Program:
-    """A program from its graph: the order of its sums, its updates, its notes; not verified yet."""
-    contraction = _contraction(structure, graph)
+def decided(
+    task: Task,
+    structure: Structure,
+    graph: FactorGraph,
+    log: OperationLog,
+    contraction: ContractionPlan | None = None,
+) -> Program:
+    """A program from its graph: the order of its sums, its updates, its notes; not verified yet.
+
+    Args:
+        task: The model with its data.
+        structure: Its skeleton.
+        graph: The factor graph of an enumerated run.
+        log: What that run did.
+        contraction: The order of the sums, where it is known.
+    """
+    if contraction is None:
+        contraction = _contraction(structure, graph)
     notes = (*check_scales(graph, contraction), *structure.notes)
     if structure.random_plates:
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)

@@ -32,6 +32,7 @@ from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import Task, are_possible, decided, traced, verify
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
+from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
@@ -52,12 +53,14 @@ class Kept:
         operations: What its enumerated run did.
         numbers: What those names of the model stood for that are numbers or texts.
         bindings: How parameters reach the arguments, where another run confirmed it; else None.
+        contraction: The order of its sums; None where that is made when it is asked for.
     """
 
     structure: Structure
     operations: tuple[Any, ...]
     numbers: Mapping[str, Any]
     bindings: Any
+    contraction: ContractionPlan | None
 
 
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -92,7 +95,8 @@ class Readings(StaysHere):
         bindings = _bindings_of(program.graph) if program.compiled else None
         if program.look_only and before is not None and before.operations == program.operations:
             bindings = before.bindings
-        readings[form] = Kept(program.structure, program.operations, numbers, bindings)
+        order = program.contraction if program.structure.series is None else None
+        readings[form] = Kept(program.structure, program.operations, numbers, bindings, order)
         while len(readings) > _MOST:
             del readings[next(iter(readings))]
         self._keep_program(program)
@@ -205,7 +209,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
         return None
     if not are_possible(log.sites, structure):
         return None
-    program = decided(task, structure, graph, log)
+    program = decided(task, structure, graph, log, kept.contraction)
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
