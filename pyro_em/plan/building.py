@@ -88,14 +88,14 @@ class Task(StaysHere):
 
 @fewer_collections()
 def build_program(
-    task: Task, *, first_look: bool = True, step_by_step: str = ""
+    task: Task, *, first_look: bool = True, refused: Mapping[str, str] | None = None
 ) -> Program | Unrouted:
     """Look at a model and its data, decide everything, pay nothing yet.
 
     Args:
         task: What is wanted.
         first_look: Whether the plain run may advance the random state.
-        step_by_step: Why vectorised loops have to be read step by step; empty by default.
+        refused: Ways of reading the indices of vectorised loops that do not serve, and why.
 
     Returns:
         The program; where a latent has no route, what there is to say of it.
@@ -103,7 +103,7 @@ def build_program(
     Raises:
         PyroEMError: If the model or its data cannot be used, with all findings.
     """
-    structure = _examined(task, first_look, step_by_step)
+    structure = _examined(task, first_look, refused or {})
     if isinstance(structure, Unrouted):
         return structure
     looked, structure = structure.looked, replace(structure, looked=None)
@@ -117,8 +117,8 @@ def build_program(
             raise NotVectorized("some observed value, weight or argument cannot be used")
     except (NotVectorized, PyroEMError) as error:
         if structure.series is not None:
-            why = str(error).splitlines()[0]
-            return build_program(task, first_look=False, step_by_step=why)
+            refused = {**(refused or {}), structure.series.way: str(error).splitlines()[0]}
+            return build_program(task, first_look=False, refused=refused)
         if not isinstance(error, ModelError) or not are_of_routes(error.problems):
             raise
         return without_route(structure, error, routes=task.routes)
@@ -128,7 +128,7 @@ def build_program(
     return program
 
 
-def _examined(task: Task, first_look: bool, step_by_step: str) -> Structure | Unrouted:
+def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:
     """What two cheap runs say, before anything is paid for."""
     structure, problems = examine_with_loops(
         task.model,
@@ -138,7 +138,7 @@ def _examined(task: Task, first_look: bool, step_by_step: str) -> Structure | Un
         first_look=first_look,
         sparing=True,
         max_enumeration=task.max_enumeration,
-        step_by_step=step_by_step,
+        refused=refused,
     )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None

@@ -21,7 +21,7 @@ from pyro_em.tracing.vectorized import ALIGNED, EVENTS, PLAIN, NotVectorized, Se
 
 
 def examine_with_loops(
-    model: Model, args: tuple, kwargs: dict[str, Any], *, step_by_step: str = "", **how: Any
+    model: Model, args: tuple, kwargs: dict[str, Any], *, refused: Mapping[str, str], **how: Any
 ) -> tuple[Structure, list[Finding]]:
     """As `pyro_em.graph.examination.examine`, with vectorised loops over index tensors.
 
@@ -32,12 +32,12 @@ def examine_with_loops(
         model: The user's model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        step_by_step: Why loops have to be read step by step; empty where that is not known.
+        refused: Ways of reading indices that do not serve, and why.
         **how: As there.
     """
     begin, known = random_state(), frozenset(pyro.get_param_store()._params)
-    reasons: list[str] = []
-    for way in () if step_by_step else (ALIGNED, EVENTS, PLAIN):
+    reasons = list(refused.values())
+    for way in (w for w in (ALIGNED, EVENTS, PLAIN) if w not in refused):
         series = Series(way, few=True)
         try:
             with vectorizing(series):
@@ -61,7 +61,7 @@ def examine_with_loops(
         set_random_state(begin)
         _forget_all_but(known)
     structure, problems = examine(model, args, kwargs, **how)
-    reason = next((r for r in (step_by_step, *reasons) if r), "it fails with index tensors")
+    reason = next((r for r in reasons if r), "it fails with index tensors")
     note = message(
         "vectorized_markov",
         "the loop is read step by step, like one of pyro.markov.",

@@ -11,6 +11,7 @@ Outside this library's own looks at a model the loop is an ordinary ``pyro.marko
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -467,8 +468,11 @@ class PerStep(Tensor):
             return _as_plain(func, args, kwargs, own)
         if name in _BY_ELEMENT and all(_is_per_step(a) for a in (*args, *kwargs.values())):
             return _by_element(func, args, kwargs, own)
-        dtype = _dtype_of((*args, *kwargs.values())) or torch.get_default_dtype()
-        return func(*_mapped(args, dtype), **{k: _mapped(a, dtype) for k, a in kwargs.items()})
+        given = (*args, *kwargs.values())
+        dtype = _dtype_of(given) or torch.get_default_dtype()
+        events = _events_beside(given, own) if name in _BY_ELEMENT else None
+        mapped = {k: _mapped(a, dtype, events) for k, a in kwargs.items()}
+        return func(*_mapped(args, dtype, events), **mapped)
 
 
 class Index(PerStep):
@@ -578,19 +582,21 @@ def _as_plain(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
     return out
 
 
-def _mapped(value: Any, dtype: torch.dtype | None = None) -> Any:
+def _mapped(value: Any, dtype: torch.dtype | None = None, events: int | None = None) -> Any:
     """Arguments with plain tensors in them."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(v, dtype) for v in value)
-    return placed(value, dtype)
+        return type(value)(_mapped(v, dtype, events) for v in value)
+    return placed(value, dtype, events)
 
 
-def placed(value: Any, dtype: torch.dtype | None = None) -> Any:
+def placed(value: Any, dtype: torch.dtype | None = None, events: int | None = None) -> Any:
     """A tensor per step as a plain one, laid out beside the plates; anything else as it is.
 
     Args:
         value: Anything.
         dtype: Of real numbers that were numbers of Python at each step; the default one if None.
+        events: How many dimensions of an event there are to the right of the plates; told by the
+            sizes of plates if None.
     """
     if not isinstance(value, PerStep):
         return value
@@ -599,7 +605,35 @@ def placed(value: Any, dtype: torch.dtype | None = None) -> Any:
         return raw
     if value.is_number:
         raw = _of_dtype(raw, dtype or torch.get_default_dtype())
+    if events is not None and value.series.way != PLAIN:
+        right = max(-1 - value.loop.dim + events, raw.dim() - 1)
+        return raw.reshape(raw.shape[0], *(1,) * (right - raw.dim() + 1), *raw.shape[1:])
     return _laid_out(raw, value.series, value.loop)
+
+
+def _events_beside(values: Any, own: PerStep) -> int | None:
+    """How many dimensions of an event the plain tensors have that an operation meets."""
+    loop, series = own.loop, own.series
+    tensors = [v for v in values if isinstance(v, Tensor) and not isinstance(v, PerStep)]
+    shapes = [tuple(t.shape) for t in tensors if t.dim()]
+    if not shapes:
+        return None
+    sizes = [loop.plates.get(-1 - d, 1) for d in range(-1 - loop.dim)]
+    per_step = [v for v in values if isinstance(v, PerStep)]
+    found = max(_own_events(v.raw, series, loop) for v in per_step)
+    for shape in shapes:
+        fitting = [e for e in range(len(shape) + 1) if _fits(shape, e, sizes, loop.rest)]
+        wanted = [e for e in fitting if e == loop.events] if series.way == EVENTS else []
+        found = max(found, (wanted or fitting)[0])
+        if loop.events and len(fitting) > 1 and math.prod(shape) > 1:
+            series.by_numbers = True
+    return found
+
+
+def _fits(shape: tuple[int, ...], events: int, plates: list[int], steps: int) -> bool:
+    """Whether what is left of so many dimensions of an event may be plates, and then steps."""
+    batch = shape[: len(shape) - events][::-1]
+    return all(n in (1, size) for n, size in zip(batch, [*plates, steps], strict=False))
 
 
 def _of_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -621,23 +655,26 @@ def _dtype_of(values: Any) -> torch.dtype | None:
 
 
 def _laid_out(raw: Tensor, series: Series, loop: Loop) -> Tensor:
-    """Steps where their dimension is: plates that one step lacks are of size one.
+    """Steps where their dimension is: plates that one step lacks are of size one."""
+    right = -1 - loop.dim + _own_events(raw, series, loop)
+    ones = (1,) * (right - raw.dim() + 1)
+    return raw.reshape(raw.shape[0], *ones, *raw.shape[1:]) if ones else raw
 
-    How many of one step's dimensions belong to an event is told by the sizes of plates.
-    """
+
+def _own_events(raw: Tensor, series: Series, loop: Loop) -> int:
+    """How many of one step's dimensions belong to an event, as the sizes of plates tell."""
     right, shape = -1 - loop.dim, tuple(raw.shape[1:])
     least = max(0, len(shape) - right)
     if series.way == EVENTS:
         least = max(least, min(loop.events, len(shape)))
+    if loop.events and any(n > 1 and n in loop.plates.values() for n in shape):
+        series.by_numbers = True  # a plate's, or an event's
     for events in range(least, len(shape) + 1):
         batch = shape[: len(shape) - events]
         sizes = [loop.plates.get(d - len(batch), 1) for d in range(len(batch))]
         if all(n in (1, size) for n, size in zip(batch, sizes, strict=True)):
             break
-    if loop.events and any(n > 1 and n in loop.plates.values() for n in shape):
-        series.by_numbers = True  # a plate's, or an event's
-    ones = (1,) * (right - len(shape) + events)
-    return raw.reshape(raw.shape[0], *ones, *shape) if ones else raw
+    return events
 
 
 def _looked_up(target: Any, index: Any, series: Series, loop: Loop) -> Any:

@@ -393,6 +393,44 @@ def test_one_reading_serves_other_data(rows: int) -> None:
     )
 
 
+def test_point_estimates_beside_a_chain() -> None:
+    def chain(loop: Loop, x: Tensor) -> None:
+        A = pyro.sample("A", dist.Dirichlet(2 * torch.ones(2, 2, dtype=x.dtype)).to_event(1))
+        mu = real("mu", 2)
+        z: Any = 0
+        for t in loop("time", len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+    found = []
+    for loop in LOOPS.values():
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(as_model(chain, loop), "map")
+        assert STEP_BY_STEP not in notes(em, data(T))
+        found.append(em.fit(data(T), max_steps=2, tol=0).elbo)
+    assert found[0] == pytest.approx(found[1], rel=1e-10)
+
+
+def test_scores_of_chains() -> None:
+    x = data(T)
+    em = ExactPosteriorEM(as_model(models.gaussian, vectorized_markov))
+    assert em.score(x) == pytest.approx(em.posterior(x).log_evidence, rel=1e-12)
+    y = data(T, seed=1)
+    assert em.score(y) == pytest.approx(em.posterior(y).log_evidence, rel=1e-12)
+
+
+def test_loops_that_cannot_be_told_apart_are_read_step_by_step() -> None:
+    def chain(loop: Loop, x: Tensor) -> None:
+        A, mu = simplex("A", 2, 2), real("mu", 2)
+        for name in "ab":
+            z: Any = 0
+            for t in loop("time", len(x)):
+                z = pyro.sample(f"{name}_{t}", dist.Categorical(A[z]))
+                pyro.sample(f"x{name}_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+    compare(chain, data(4), vectorised=False)
+
+
 def test_a_counter_and_random_numbers_are_read_as_a_loop() -> None:
     def drawing(loop: Loop, x: Tensor) -> None:
         A, mu, s = simplex("A", 2, 2), real("mu", 2), positive("s")

@@ -223,6 +223,38 @@ def _offsets(loop: Loop, x: Tensor, D: int) -> None:
             pyro.sample(f"x_{t}", dist.Normal(mu[z] + loc[t], s).to_event(1), obs=x[t])
 
 
+def inputs_beside_events(loop: Loop, x: Tensor) -> None:
+    """Numbers and vectors per step that meet vectors per state, in a plate."""
+    pi, A, w, s = simplex("pi", K), simplex("A", K, K), real("w", K, 4), positive("s", 4)
+    u, vectors = data(len(x), seed=8), data(len(x), 4, seed=9)
+    x = x.unsqueeze(-1) + data(len(x), x.shape[1], 4, seed=4)
+    z: Any = None
+    with pyro.plate("rows", x.shape[1]):
+        for t in loop("time", len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(pi if t == 0 else A[z]))
+            loc = w[z] * vectors[t] + u[t] + 0.1 * t
+            pyro.sample(f"x_{t}", dist.Normal(loc, s).to_event(1), obs=x[t])
+
+
+def driven_transitions(loop: Loop, x: Tensor) -> None:
+    """An input changes what the next state is likely to be."""
+    A, c, mu = simplex("A", K, K), real("c", K), real("mu", K)
+    u = data(len(x), seed=8)
+    z: Any = torch.tensor(0)
+    for t in loop("time", len(x)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(logits=A[z].log() + u[t] * c))
+        pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+
+def states_in_a_list(loop: Loop, x: Tensor) -> None:
+    A, mu, b, s = simplex("A", K, K), real("mu", K), real("b"), positive("s")
+    states: list[Any] = [0]
+    for t in loop("time", len(x)):
+        states.append(pyro.sample(f"z_{t}", dist.Categorical(A[states[-1]])))
+        before = b * x[t - 1] if t > 0 else 0.0
+        pyro.sample(f"x_{t}", dist.Normal(mu[states[-1]] + before, s), obs=x[t])
+
+
 def other_start(loop: Loop, x: Tensor) -> None:
     pi, A, mu, s = simplex("pi", K), simplex("A", K, K), real("mu", K), positive("s")
     z: Any = None
@@ -347,6 +379,8 @@ ONE = [
     missing_by_obs_mask,
     covariates,
     changing_transitions,
+    driven_transitions,
+    states_in_a_list,
     other_start,
     side_by_side,
     one_after_the_other,
@@ -367,6 +401,7 @@ MANY = [
     pyros_way,
     covariates_in_a_plate,
     two_transitions,
+    inputs_beside_events,
     offsets,
     offsets_of_as_many_numbers,
     mixture_of_chains,
