@@ -106,7 +106,8 @@ class Program(StaysHere):
     readings: int = 0
     has_told_of_sizes: bool = False
     traced_at: tuple[int, ...] = field(init=False)
-    _kernel: Kernel | None = field(init=False, default=None)
+    # Copies of a program share what was found: it follows from the graph and the updates.
+    _kernel: list[Kernel] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.traced_at = self.versions()
@@ -119,10 +120,10 @@ class Program(StaysHere):
             again = "" if self.compiled else ", the model is run again at each"
             parts = components_of(self.graph)
             return Kernel(CONTRACTION, finding.what, None, parts, words=CONTRACTION + again)
-        if self._kernel is None:
+        if not self._kernel:
             values = values_of(self.graph.parameters)
-            self._kernel = kernel_of(self.graph, self.updates, values)
-        return self._kernel
+            self._kernel.append(kernel_of(self.graph, self.updates, values))
+        return self._kernel[0]
 
     def _off_the_sums(self) -> Finding | None:
         """Why no step on sums may stand for a step of the model, whatever its latents are."""
@@ -156,7 +157,7 @@ class Program(StaysHere):
             fresh.graph,
             fresh.contraction,
         )
-        self.updates, self.compiled, self._kernel = fresh.updates, fresh.compiled, None
+        self.updates, self.compiled, self._kernel = fresh.updates, fresh.compiled, []
         self.dependences, self.traced_at = fresh.dependences, fresh.traced_at
         self.readings += 1
 
