@@ -85,7 +85,7 @@ class WatchingTrace(LeanTrace):
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
-        if getattr(msg["fn"], "size", None) == 0 and type(msg["fn"]).__name__ == "_Subsample":
+        if type(msg["fn"]).__name__ == "_Subsample" and getattr(msg["fn"], "size", None) == 0:
             self.empty.append(msg["name"])
 
     def _postprocess_message(self, msg: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em.tracing.allocation import Overspent
 from pyro_em.tracing.dependences import Reading
 from pyro_em.tracing.handlers import _SpendLittle
-from pyro_em.tracing.lean import LeanEnum, LeanTrace
+from pyro_em.tracing.lean import LeanEnum, LeanTrace, WatchingTrace
 
 K = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
 PARALLEL = {"enumerate": "parallel"}
@@ -135,3 +135,12 @@ def test_many_views_of_one_tensor_are_one_memory() -> None:
     assert not found.is_written()
     x.numpy()[4 * 990] = -1.0
     assert found.is_written()
+
+
+def test_a_distribution_may_have_an_attribute_called_size() -> None:
+    class Sized(dist.Normal):
+        size = torch.zeros(2)
+
+    with WatchingTrace() as tracer:
+        pyro.sample("x", Sized(0.0, 1.0), obs=torch.tensor(0.5))
+    assert list(tracer.trace.nodes) == ["x"] and not tracer.empty
