@@ -50,7 +50,9 @@ def form_of(site: Mapping[str, Any]) -> Hashable | None:
 
 
 def forms_of(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Hashable | None]:
-    """The form of each of some sites."""
+    """The form of each of some sites; where they are few it is of no use."""
+    if len(sites) < FEW:
+        return dict.fromkeys(sites)
     return {name: form_of(site) for name, site in sites.items()}
 
 

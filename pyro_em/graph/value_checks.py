@@ -46,7 +46,8 @@ def parameter_problems(run: Run) -> list[Finding]:
                     ),
                 )
             )
-        shape = p.value().shape
+        value = p.value()
+        shape = value.shape
         if p.initial_shape is not None and p.initial_shape != shape:
             problems.append(
                 Finding(
@@ -63,7 +64,7 @@ def parameter_problems(run: Run) -> list[Finding]:
         start = start_problem(p)
         if start is not None:
             problems.append(start)
-        elif not bool(torch.isfinite(p.value()).all()):
+        elif not bool(torch.isfinite(value).all()):
             problems.append(
                 Finding(
                     where,

@@ -136,28 +136,33 @@ class Reading:
 
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation, and note what it reads and makes."""
-        made = self.made
-        for value in () if operation is _FRESH else args:
-            if isinstance(value, Tensor):
-                if value.layout is not torch.strided or value.data_ptr() not in made:
+        if operation is not _FRESH:
+            for value in args:
+                if isinstance(value, Tensor):
                     self.note(value)
-            elif isinstance(value, (list, tuple)):
-                for part in value:
-                    if isinstance(part, Tensor):
-                        self.note(part)
-        for value in kwargs.values():
-            if isinstance(value, Tensor):
-                self.note(value)
+                elif isinstance(value, (list, tuple)):
+                    self.note_all(value)
+        self.note_all(kwargs.values())
         out = operation(*args, **kwargs)
+        self.add_made(operation, out)
+        return out
+
+    def add_made(self, operation: Any, out: Any) -> None:
+        """An operation of the run has returned something."""
         if operation is _FRESH:  # torch.tensor(numbers)
-            made.add(out.untyped_storage().data_ptr())
+            self.made.add(out.untyped_storage().data_ptr())
         elif not is_view(operation):
             for one in out if isinstance(out, (list, tuple)) else (out,):
                 if isinstance(one, Tensor) and one.layout is torch.strided:
                     at = one.data_ptr()
                     if at not in self.read:
-                        made.add(at)
-        return out
+                        self.made.add(at)
+
+    def note_all(self, values: Iterable[Any]) -> None:
+        """The tensors among some values were read."""
+        for value in values:
+            if isinstance(value, Tensor):
+                self.note(value)
 
     def note(self, tensor: Tensor) -> None:
         """A tensor was read."""

@@ -36,6 +36,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
 
 
+def _is_made(origin: Any) -> bool:
+    """Whether an operation of the run has made what a tensor holds."""
+    return isinstance(origin, tuple) and isinstance(origin[0], int)
+
+
 class OperationLog:
     """Notes the operations of one run.
 
@@ -65,13 +70,25 @@ class OperationLog:
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and note it."""
         is_fresh = operation is _FRESH  # torch.tensor(numbers): memory that nobody has noted
+        reading = self.reading
         noted: list[Any] = [getattr(operation, "_name", operation)]  # the hash of a name is kept
         for a in args:
-            noted.append(self.origin(a, is_fresh) if isinstance(a, Tensor) else self._other(a))
+            if isinstance(a, Tensor):
+                origin = self.origin(a, is_fresh)
+                if reading is not None and not is_fresh and not _is_made(origin):
+                    reading.note(a)
+                noted.append(origin)
+            else:
+                if reading is not None and isinstance(a, (list, tuple)):
+                    reading.note_all(a)
+                noted.append(self._other(a))
         if kwargs:
+            if reading is not None:
+                reading.note_all(kwargs.values())
             noted += [(k, self._other(v)) for k, v in kwargs.items()]
-        run = self.reading
-        out = operation(*args, **kwargs) if run is None else run(operation, args, kwargs)
+        out = operation(*args, **kwargs)
+        if reading is not None:
+            reading.add_made(operation, out)
         number = len(self.entries)
         if isinstance(out, Tensor):
             if not is_view(operation):
