@@ -195,7 +195,7 @@ def are_inside(fn: Any) -> bool:
         False
     """
     base = unwrap(fn)[0]
-    parts = getattr(base, "component_distribution", None), getattr(base, "base_dist", None)
+    parts = vars(base).values()  # of mixtures, of what is transformed or compounded
     if not all(are_inside(p) for p in parts if isinstance(p, torch.distributions.Distribution)):
         return False
     try:

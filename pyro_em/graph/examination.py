@@ -255,7 +255,10 @@ def _findings(
         {name: first for name, (first, *_) in coupled.items()},
         unregistered(model, args, kwargs, plain, sites),
         None if plain.shadows is not None else {n: tagged.sites[n] for n in sites},
-        bool(masked_pairs or (tagged.suspects | tagged.read) & hidden),
+        bool(
+            (tagged.suspects | tagged.read) & hidden
+            or unused - {f"{n}_unobserved" for n in masked_pairs}
+        ),
     )
     of_parameters = parameter_problems(plain)
     if of_parameters and has_bad_parameters(plain):

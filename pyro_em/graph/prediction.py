@@ -13,8 +13,55 @@ from pyro_em.graph.factors import FactorGraph, Group
 _PART = 2**17  # cells that are compared at once
 
 
+def disagreements(
+    graph: FactorGraph, fresh: FactorGraph, values: Mapping[str, Tensor], *, exactly: bool = False
+) -> list[tuple[str, str]]:
+    """Sites and arguments of a fresh trace that differ from what the bindings of a graph predict.
+
+    Args:
+        graph: The graph with its bindings.
+        fresh: The fresh trace.
+        values: Constrained parameter values at which it was made.
+        exactly: Whether what no parameter reaches has to be the same number; else up to rounding.
+    """
+    found = []
+    for group in graph.groups:
+        still = _unmoved(group) if exactly else frozenset[str]()
+        thin = group.thin()
+        arguments = thin.evaluate_arguments(values)
+        if _agrees(thin, arguments, thin.evaluate_value(values), fresh, still):
+            continue
+        arguments = group.evaluate_arguments(values)
+        at = group.evaluate_value(values)
+        for i, site in enumerate(group.members):
+            traced = dict(_static_parts(*fresh.group_of(site)))
+            parts = dict(_static_parts(group, i, arguments, at))
+            found += [(site, name) for name in traced if name not in parts]
+            for name, tensor in parts.items():
+                binding = group.bindings.get(name)
+                if binding is not None and not binding.is_static:
+                    continue
+                same = _is_equal if name in still else _same
+                if name not in traced or not same(tensor, traced[name]):
+                    found.append((site, name))
+    return found
+
+
+def _unmoved(group: Group) -> frozenset[str]:
+    """The parts of a group that no parameter reaches."""
+    names = {name for name, b in group.bindings.items() if not b.params}
+    names |= {_MASK, _ELEMENTS, _SCALE, _DENSITY}
+    if group.value_binding is None:
+        names.add(_VALUE)
+    return frozenset(names)
+
+
 def _agrees(
-    group: Group, arguments: Mapping[str, Tensor], value: Tensor, fresh: FactorGraph
+    group: Group,
+    arguments: Mapping[str, Tensor],
+    value: Tensor,
+    fresh: FactorGraph,
+    exact: frozenset[str],
 ) -> bool:
     """Whether all members are traced as predicted; False where it takes a look at each of them."""
     other, first = fresh.group_of(group.members[0])
@@ -27,15 +74,21 @@ def _agrees(
         return False
     if set(group.arguments) != set(other.arguments) or not group.is_static:
         return False
-    pairs = [(value, other.value), *((arguments[n], other.arguments[n]) for n in arguments)]
-    for mask, now in ((group.mask, other.mask), (group.elements, other.elements)):
+    pairs = [(_VALUE, value, other.value)]
+    pairs += [(n, arguments[n], other.arguments[n]) for n in arguments]
+    for name, mask, now in (
+        (_MASK, group.mask, other.mask),
+        (_ELEMENTS, group.elements, other.elements),
+    ):
         if mask is not None and now is not None:
-            pairs.append((mask, now))
+            pairs.append((name, mask, now))
         elif mask is not now:
             return False
     n = len(group.members)
-    rows = [(_rows(a, n), _rows(b, len(other.members))[own]) for a, b in pairs]
-    return all(a.shape == b.shape and _same(a, b) for a, b in rows)
+    rows = [(m, _rows(a, n), _rows(b, len(other.members))[own]) for m, a, b in pairs]
+    return all(
+        a.shape == b.shape and (_is_equal if m in exact else _same)(a, b) for m, a, b in rows
+    )
 
 
 def _rows(t: Tensor, n: int) -> Tensor:
@@ -51,14 +104,24 @@ def _static_parts(
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (group.arguments if arguments is None else arguments).items():
         yield name, tensor[i]
-    yield "value of the site", (group.value if value is None else value)[i]
+    yield _VALUE, (group.value if value is None else value)[i]
     if group.mask is not None:
-        yield "poutine.mask", group.mask[i]
+        yield _MASK, group.mask[i]
     if group.elements is not None:
-        yield "mask below to_event", group.elements[i]
-    yield "poutine.scale", torch.as_tensor(group.scale[i])
+        yield _ELEMENTS, group.elements[i]
+    yield _SCALE, torch.as_tensor(group.scale[i])
     if group.raw is not None:
-        yield "log density", group.raw[i]
+        yield _DENSITY, group.raw[i]
+
+
+_VALUE, _MASK, _ELEMENTS = "value of the site", "poutine.mask", "mask below to_event"
+
+
+_SCALE, _DENSITY = "poutine.scale", "log density"
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and (_are_one(a, b) or torch.equal(a, b))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

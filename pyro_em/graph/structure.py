@@ -82,7 +82,8 @@ class Structure(Portable):
             where it has no numbers, or once they have been compared.
         by_numbers: Whether something of it was found out by looking at numbers: whether elements
             that an operation could mix are coupled, what a latent does that was read as a number of
-            Python, where an ``obs_mask`` is False.
+            Python, that a latent is masked everywhere. Where an ``obs_mask`` is False is in
+            ``masked_pairs``.
         passing: Sites that only carry values from step to step, and do not count.
         series: How its loops are read over index tensors (`pyro_em.graph.series.Unrolling`), where
             they are.

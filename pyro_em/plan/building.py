@@ -9,6 +9,7 @@ from typing import Any
 
 import pyro
 import torch
+from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_em.distributions import are_inside
@@ -171,6 +172,9 @@ def are_possible(sites: Mapping[str, Mapping[str, Any]], structure: Structure) -
         if info.role is Role.DATA and data_problems(name, site):
             return False
         if weight_problems(name, site) or not are_inside(site["fn"]):
+            return False
+        scale = site["scale"]
+        if isinstance(scale, Tensor) and not bool((scale > 0).all()):
             return False
     return True
 

@@ -26,8 +26,9 @@ from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph, form_of_binding
 from pyro_em.graph.first_run import run_plainly
 from pyro_em.graph.initial import forget_bad_starts
+from pyro_em.graph.prediction import disagreements
+from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.structure import Structure, form_of
-from pyro_em.graph.trace import note_sites, run_enumerated
 from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import Task, are_possible, decided, traced, verify
 from pyro_em.plan.program import Program
@@ -36,7 +37,7 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import is_stored
 from pyro_em.tracing.vectorized import NotVectorized
@@ -110,13 +111,14 @@ class Readings(StaysHere):
                 random state, as Pyro's first run does.
         """
         kept = self._of(task.model).get(_form(task))
-        if kept is None:
+        if kept is None or kept.structure.by_numbers:
             return None
         names = names_of(task.model, task.args, task.kwargs)
         if numbers_in(names) != kept.numbers:
             return None
         latest = self.latest
         try:
+            refuse_inference_mode(task.args, task.kwargs)
             if first_look or not is_stored(kept.structure.parameters):
                 begun = _begun(task, kept, first_look)
                 if begun is None:
@@ -124,8 +126,10 @@ class Readings(StaysHere):
                 kept, latest = begun, None
                 self._of(task.model)[_form(task)] = begun
             if latest is not None and _is_on_the_same_data(latest, kept, task):
-                log = replace(task, look_only=True).log(names)  # what was read is known
-                return copy.copy(latest) if _does_the_same(task, kept, log) else None
+                # What is read is known: only the graph is wanted, without its bindings.
+                again = replace(task, look_only=True)
+                same = _does_the_same(again, kept, latest, again.log(names))
+                return copy.copy(latest) if same else None
             program = _on_other_data(task, kept, task.log(names))
         except (PyroEMError, NotVectorized):  # reading it anew says what is wrong
             return None
@@ -189,20 +193,22 @@ def _is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
     )
 
 
-def _does_the_same(task: Task, kept: Kept, log: OperationLog) -> bool:
-    """Whether the model still does what it did, on parameters that are sound."""
-    structure = kept.structure
-    run = run_enumerated(
-        task.model, task.args, task.kwargs, structure, limit=task.limit, reading=log
-    )
-    note_sites(log, run)
-    return log.finished() == kept.operations and _are_sound(run.parameters, structure)
+def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) -> bool:
+    """Whether the model still does what it did, on parameters that are sound.
+
+    Its numbers are compared too: they may come from where no operation shows them, as what numpy
+    wrote into a tensor, what a distribution keeps for itself, a draw that was the same by chance.
+    """
+    graph = traced(task, kept.structure, log)
+    if log.finished() != kept.operations or not _are_sound(graph.parameters, kept.structure):
+        return False
+    return not disagreements(program.graph, graph, values_of(graph.parameters), exactly=True)
 
 
 def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     """A program from one run of the model on other data, or on data that were changed."""
     structure = kept.structure
-    if structure.by_numbers or structure.random_plates:
+    if structure.as_run.masked_pairs or structure.random_plates:
         return None
     graph = traced(task, structure, log)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, structure):
@@ -233,6 +239,7 @@ def _are_sound(parameters: Mapping[str, TracedParameter], structure: Structure) 
         p.unconstrained is known[n].unconstrained
         and not p.is_foreign
         and len(p.declared) < 2
+        and p.initial_shape in (None, p.leaf.shape)
         and type(p.constraint) is type(known[n].constraint)
         and bool(torch.isfinite(p.leaf).all())
         for n, p in parameters.items()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.prediction import _agrees, _same, _static_parts
+from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
@@ -303,24 +303,7 @@ class Program(StaysHere):
             return [("model", "the size of a plate or a support")]
         except ModelError:
             return [("model", "its sites")]
-        found = []
-        for group in self.graph.groups:
-            thin = group.thin()
-            arguments = thin.evaluate_arguments(predicted_at)
-            at = thin.evaluate_value(predicted_at)
-            if _agrees(thin, arguments, at, fresh):
-                continue
-            arguments = group.evaluate_arguments(predicted_at)
-            at = group.evaluate_value(predicted_at)
-            for i, site in enumerate(group.members):
-                traced = dict(_static_parts(*fresh.group_of(site)))
-                for name, tensor in _static_parts(group, i, arguments, at):
-                    binding = group.bindings.get(name)
-                    if binding is not None and not binding.is_static:
-                        continue
-                    if name not in traced or not _same(tensor, traced[name]):
-                        found.append((site, name))
-        return found
+        return disagreements(self.graph, fresh, predicted_at)
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""

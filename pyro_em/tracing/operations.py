@@ -115,7 +115,8 @@ class OperationLog:
         elif isinstance(known, int):
             back = len(self.entries) - known
             known = -back if back < _NEAR else known
-        return known, offset, tensor.shape, tensor.stride(), tensor.dtype
+        kind = tensor.dtype, tensor.requires_grad
+        return known, offset, tensor.shape, tensor.stride(), kind
 
     def add_site(self, name: str, site: Mapping[str, Any]) -> None:
         """Note a site: its distribution, plates and weights, and whence its tensors come."""

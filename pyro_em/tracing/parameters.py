@@ -160,6 +160,8 @@ class ParameterCapture(Messenger):
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())
             start = self._given(msg)
             shape = start.shape if isinstance(start, torch.Tensor) else None
+            if shape is None and len(msg["args"]) > 1 and isinstance(msg["args"][1], torch.Tensor):
+                shape = msg["args"][1].shape
             self.given[name] = start
             own = msg["args"][1] if len(msg["args"]) > 1 else None
             foreign = isinstance(own, torch.nn.Parameter) and own is not value and "$$$" not in name

@@ -6,6 +6,7 @@ against brute force.
 
 import gc
 import math
+import operator
 import types
 import weakref
 
@@ -312,7 +313,90 @@ def a_file():
     return model, change, {"mu": (1.0, -2.0)}
 
 
+class _Elsewhere:
+    """What no name of a model stands for: read through functions of other modules, say."""
+
+    value = 1.5
+    numbers = np.array([0.0, 3.0], dtype=np.float32)
+
+    @staticmethod
+    def get(name):
+        return getattr(_Elsewhere, name)
+
+
+_get, _get_numbers = (operator.methodcaller("get", name) for name in ("value", "numbers"))
+
+
+def written_by_numpy_in_the_run():
+    _Elsewhere.numbers = np.array([0.0, 3.0], dtype=np.float32)
+
+    def model(x):
+        mu = torch.zeros(2)
+        mu.numpy()[:] = _get_numbers(_Elsewhere)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    def change():
+        _Elsewhere.numbers = np.array([1.0, -2.0], dtype=np.float32)
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
+def number_of_a_transform():
+    _Elsewhere.value = 1.5
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            base = dist.Normal(torch.tensor([0.0, 2.0])[z], 1.0)
+            scale = dist.transforms.AffineTransform(0.0, _get(_Elsewhere))
+            pyro.sample("x", dist.TransformedDistribution(base, [scale]), obs=x)
+
+    def change():
+        _Elsewhere.value = 0.5
+
+    return model, change, {"mu": (0.0, 1.0), "scale": 0.5}
+
+
+class _ByClass(dist.TorchDistribution):
+    """A Normal whose scale is an attribute of its class."""
+
+    arg_constraints = {"loc": constraints.real}  # noqa: RUF012
+    support = constraints.real
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape)
+
+    def expand(self, shape, _instance=None):
+        return type(self)(self.loc.expand(shape))
+
+    def sample(self, shape=()):
+        return self.loc.expand(shape + self.loc.shape).clone()
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, _Elsewhere.value).log_prob(value)
+
+
+def number_of_a_class():
+    _Elsewhere.value = 1.5
+
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", _ByClass(torch.tensor([0.0, 3.0])[z]), obs=x)
+
+    def change():
+        _Elsewhere.value = 0.5
+
+    return model, change, {"scale": 0.5}
+
+
 CHANGES = [
+    written_by_numpy_in_the_run,
+    number_of_a_transform,
+    number_of_a_class,
     closed_over_tensor,
     closed_over_tensor_in_place,
     number_of_an_object,
@@ -462,6 +546,125 @@ def test_data_may_be_read_in_any_way(model, first):
             lambda d=data: ExactPosteriorEM(unread(model)).fit(d, max_steps=3, tol=0).history
         )
         assert got == (expected if isinstance(expected, str) else pytest.approx(expected, abs=1e-4))
+
+
+def test_a_draw_that_was_the_same_by_chance_is_drawn_again():
+    def model(x):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            mu = torch.tensor([0.0, 3.0]) + torch.randint(0, 2, ())
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.plan(X)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        got = em.score(X)
+        torch.manual_seed(seed)
+        shift = float(torch.randint(0, 2, ()))
+        assert got == pytest.approx(by_hand(X, mu=(shift, 3.0 + shift)), abs=1e-4)
+
+
+def test_weights_are_held_to_be_positive():
+    def model(x, s):
+        with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=s):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(torch.tensor([0.0, 3.0])[z], 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.score(X, torch.ones(6))
+    for bad in (-torch.ones(6), torch.arange(6.0)):
+        with pytest.raises(PyroEMError, match=r"poutine.scale: \d of its 6 numbers"):
+            em.score(X, bad)
+
+
+def test_a_latent_that_was_masked_everywhere_is_seen_where_it_is_not():
+    def model(x, seen):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            with pyro.poutine.mask(mask=seen):
+                h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            mu = torch.tensor([0.0, 3.0])[z] + torch.where(seen, h, 0.0)
+            pyro.sample("x", dist.Normal(mu, 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    nowhere = torch.zeros(6, dtype=torch.bool)
+    assert em.score(X, nowhere) == pytest.approx(by_hand(X), abs=1e-4)
+    with pytest.raises(PyroEMError, match="site 'h'"):
+        em.score(X, ~nowhere)
+
+
+def test_a_parameter_may_come_to_couple_rows():
+    def model(x):
+        t = pyro.param("t", torch.tensor(-1.0))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6))
+            z = torch.where(t > 0, z.roll(1, -1), z)
+            pyro.sample("x", dist.Normal(3 * z, 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.plan(X)
+    assert em.score(X) == pytest.approx(by_hand(X), abs=1e-4)
+    pyro.param("t").data.fill_(1.0)
+    for data in (X, OTHER):
+        with pytest.raises(PyroEMError, match="reads latent 'z' of other elements"):
+            em.score(data)
+
+
+def test_data_of_inference_mode_are_refused_as_at_first():
+    em = ExactPosteriorEM(mixture)
+    em.score(X)
+    with torch.inference_mode():
+        other = OTHER.clone()
+        with pytest.raises(PyroEMError, match="inference_mode"):
+            em.score(X)
+    with pytest.raises(PyroEMError, match="inference_mode"):
+        em.score(other)
+
+
+def test_a_tensor_that_comes_to_need_a_gradient_is_told_of():
+    shift = torch.tensor([0.0, 1.0])
+
+    def model(x):
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal((mu + shift)[z], 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.plan(X)
+    shift.requires_grad_(True)
+    assert "'shift' of shape (2,)) that requires a gradient" in str(em.plan(X))
+
+
+def test_arguments_inside_a_compound_are_held_to_their_constraints():
+    def model(x, a):
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.DirichletMultinomial(a[z], total_count=x.sum(-1)), obs=x)
+
+    em = ExactPosteriorEM(model)
+    x, a = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+    em.score(x, a)
+    with pytest.raises(PyroEMError, match="Expected parameter concentration"):
+        em.score(x, -a)
+
+
+def test_an_initial_value_of_another_shape_is_refused():
+    held = [torch.tensor([0.0, 3.0])]
+
+    def model(x):
+        mu = pyro.param("mu", held[0])
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.plan(X)
+    held[0] = torch.zeros(3)
+    for data in (X, OTHER):
+        with pytest.raises(PyroEMError, match=r"holds a value of shape \(2,\).*shape \(3,\)"):
+            em.score(data)
 
 
 def test_data_that_are_changed_in_place_are_read_as_they_are():
