@@ -18,9 +18,12 @@ from torch import Tensor
 
 from pyro_em.tracing.allocation import is_view
 from pyro_em.tracing.dependences import Reading, checksum
-from pyro_em.tracing.sites import tensors_of
 
 _FRESH = torch.ops.aten.lift_fresh.default
+
+_OF_TRANSFORMS = ("_inv", "_cached_x_y")  # what a transform remembers of its use
+
+_MADE, _HELD = "made of numbers", "held by the model"
 
 _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
@@ -30,15 +33,10 @@ _NEAR = 256  # operations: whence a tensor comes is counted back from here, so t
 
 
 def _storage(tensor: Tensor) -> int:
-    """The address at which the memory of a tensor begins."""
+    """The address at which the memory of a tensor begins; of one without such memory none."""
     if tensor.layout is not torch.strided:
-        return tensor.untyped_storage().data_ptr()
+        return 0
     return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
-
-
-def _is_made(origin: Any) -> bool:
-    """Whether an operation of the run has made what a tensor holds."""
-    return isinstance(origin, tuple) and isinstance(origin[0], int)
 
 
 class OperationLog:
@@ -46,7 +44,7 @@ class OperationLog:
 
     Args:
         given: Tensors that exist before the run, and their names.
-        reading: Runs each operation, and notes what it reads.
+        reading: Notes what the run reads that was there before it.
 
     Attributes:
         entries: One for each operation, and one for each site.
@@ -55,7 +53,7 @@ class OperationLog:
 
     def __init__(
         self,
-        given: Iterable[tuple[Hashable, Tensor]],
+        given: Iterable[tuple[str, Tensor]],
         reading: Reading | None = None,
     ) -> None:
         self.entries: list[tuple[Any, ...]] = []
@@ -70,25 +68,12 @@ class OperationLog:
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and note it."""
         is_fresh = operation is _FRESH  # torch.tensor(numbers): memory that nobody has noted
-        reading = self.reading
         noted: list[Any] = [getattr(operation, "_name", operation)]  # the hash of a name is kept
         for a in args:
-            if isinstance(a, Tensor):
-                origin = self.origin(a, is_fresh)
-                if reading is not None and not is_fresh and not _is_made(origin):
-                    reading.note(a)
-                noted.append(origin)
-            else:
-                if reading is not None and isinstance(a, (list, tuple)):
-                    reading.note_all(a)
-                noted.append(self._other(a))
+            noted.append(self.origin(a, is_fresh) if isinstance(a, Tensor) else self._other(a))
         if kwargs:
-            if reading is not None:
-                reading.note_all(kwargs.values())
             noted += [(k, self._other(v)) for k, v in kwargs.items()]
         out = operation(*args, **kwargs)
-        if reading is not None:
-            reading.add_made(operation, out)
         number = len(self.entries)
         if isinstance(out, Tensor):
             if not is_view(operation):
@@ -110,11 +95,17 @@ class OperationLog:
         offset = tensor.storage_offset()
         at = tensor.data_ptr() - offset * tensor.element_size()
         known = self._origin.get(at)
-        if known is None or (is_fresh and isinstance(known, int)):
-            known = self._origin[at] = ("content", checksum(tensor))
-        elif isinstance(known, int):
+        if isinstance(known, int) and not is_fresh:
             back = len(self.entries) - known
             known = -back if back < _NEAR else known
+        elif is_fresh and not isinstance(known, str):
+            # Such memory is soon given back and used again: what was known of it says nothing.
+            known = self._origin[at] = (_MADE, checksum(tensor))
+        else:
+            if known is None:
+                known = self._origin[at] = (_HELD, checksum(tensor))
+            if self.reading is not None and known[0] is not _MADE:
+                self.reading.note(tensor)
         kind = tensor.dtype, tensor.requires_grad
         return known, offset, tensor.shape, tensor.stride(), kind
 
@@ -131,10 +122,6 @@ class OperationLog:
         )
         self.entries.append(entry)
         self.sites[name] = site
-        if self.reading is not None:
-            for tensor in (*held, *tensors_of(site["fn"])):
-                if isinstance(tensor, Tensor):
-                    self.reading.note(tensor)
 
     def _distribution(self, fn: Any) -> Any:
         """A distribution, by its class and what it holds."""
@@ -169,6 +156,9 @@ class OperationLog:
             return torch.Generator
         if isinstance(value, torch.distributions.Distribution):
             return self._distribution(value)
+        if isinstance(value, torch.distributions.Transform):
+            own = ((n, v) for n, v in vars(value).items() if n not in _OF_TRANSFORMS)
+            return (type(value), *((n, self._other(v)) for n, v in own))
         if isinstance(value, (bool, int, float, str)):
             return (value.__class__, value)
         return value if isinstance(value, _OPTIONS) else repr(value)

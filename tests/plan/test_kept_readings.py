@@ -274,6 +274,23 @@ def deep_in_containers():
     return model, change, {"mu": (1.0, -2.0)}
 
 
+def numbers_deep_in_containers():
+    config = {"a": [{"b": [{"c": [0.0, 3.0]}]}]}
+
+    def model(x):
+        for _ in range(4):  # memory that is given back, and used again for what comes next
+            torch.tensor([7.0, 7.0])
+        mu = torch.tensor(config["a"][0]["b"][0]["c"])
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.6)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.5), obs=x)
+
+    def change():
+        config["a"][0]["b"][0]["c"][:] = [1.0, -2.0]
+
+    return model, change, {"mu": (1.0, -2.0)}
+
+
 def module_swapped():
     held = [torch.nn.Linear(1, 2)]
     with torch.no_grad():
@@ -402,6 +419,7 @@ CHANGES = [
     number_of_an_object,
     numpy_array,
     deep_in_containers,
+    numbers_deep_in_containers,
     module_swapped,
     a_file,
 ]
