@@ -180,8 +180,10 @@ def observed_steps(graph: FactorGraph) -> tuple[str, ...]:
         stems = {n.rstrip(_DIGITS) for n in names_of(graph) if n[-1:].isdigit()}
         graph.remembered["observed steps"] = tuple(
             n
-            for n, info in graph.structure.sites.items()
-            if info.observed and n[-1:].isdigit() and n.rstrip(_DIGITS) in stems
+            for group in graph.groups
+            if group.observed
+            for n in group.members
+            if n[-1:].isdigit() and n.rstrip(_DIGITS) in stems
         )
     steps: tuple[str, ...] = graph.remembered["observed steps"]
     return steps
