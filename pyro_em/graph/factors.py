@@ -183,7 +183,13 @@ class Group:
         """The same group; what was expanded over its members is held once. # (members or 1, …)"""
         if len(self.members) == 1 or self.family is None:
             return self
+        return self._thin
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_thin"}
+
+    @cached_property
+    def _thin(self) -> Group:
         bindings = {n: b.thin() for n, b in self.bindings.items()}
         return replace(
             self,

@@ -44,7 +44,7 @@ class Unrolling:
 
     def series(self) -> Series:
         """How to run the model."""
-        return Series(self.way)
+        return Series(self.way, is_known=True)
 
     def is_rest(self, name: str) -> bool:
         """Whether a site of the template stands for all later steps."""

@@ -52,13 +52,18 @@ def unrolling_of(template: Structure, series: Series, held: Held) -> Unrolling:
     apart = held(over, {**_outside(found, values), **_values_at(found, values, steps)})
     ranks = _require_steps(found, seen, apart, over.places, steps)
     loops = {n: replace(loop, chosen=None) for n, loop in found.loops.items()}
-    passing = frozenset(n for n in template.sites if not found.is_counted(n))
+    sites = {
+        n: i for n, i in template.sites.items() if found.is_counted(n) or n in template.latents
+    }
+    passing = frozenset(n for n in sites if not found.is_counted(n))
     by_numbers = template.by_numbers or series.by_numbers
     plates = {
         n: replace(p, size=loops[n].rest, full_size=loops[n].rest) if n in loops else p
         for n, p in template.plates.items()
     }
-    alone = replace(template, plates=plates, looked=None, passing=passing, by_numbers=by_numbers)
+    alone = replace(
+        template, sites=sites, plates=plates, looked=None, passing=passing, by_numbers=by_numbers
+    )
     seen_at = {
         loop.dim: (loops[n].rest, loop.chosen)
         for n, loop in found.loops.items()
@@ -100,7 +105,7 @@ def _steps(loop: Loop) -> tuple[int, ...]:
     h = loop.history
     out = [h]
     later = loop.steps() + h
-    for t in (2 * h + 1, int(later[len(later) // 2]), loop.size - 1):
+    for t in (int(later[len(later) // 2]), loop.size - 1):
         if t - h > out[-1] and t < loop.size:
             out.append(t)
     return tuple(out)

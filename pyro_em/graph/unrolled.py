@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.vectorized import NotVectorized
 
 Lead = Callable[[Tensor], Tensor]
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,7 @@ def _block(f: Factor, unrolling: Unrolling) -> _Block:
     stem = Stem(place.before, place.after)
     stretch = Stretch(stem, loop.history, loop.size, plates, tuple(read))
     dims = stretch.dims_of(0)
-    one = replace(
+    one = _with(
         _mapped(whole, lambda t: t[0]),
         info=replace(unrolling.info_at(name, loop.history), scope=dims[n - 1 :]),
         dims=dims,
@@ -168,28 +170,38 @@ def _mapped(f: Factor, lead: Lead) -> Factor:
     def of(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else lead(tensor)
 
-    return replace(
+    value = f.value_binding
+    return _with(
         f,
         arguments={n: lead(a) for n, a in f.arguments.items()},
         bindings={n: _mapped_binding(b, lead) for n, b in f.bindings.items()},
         value=lead(f.value),
         mask=of(f.mask),
         raw=of(f.raw),
-        value_binding=None if f.value_binding is None else _mapped_binding(f.value_binding, lead),
+        value_binding=None if value is None else _mapped_binding(value, lead),
         elements=of(f.elements),
     )
 
 
 def _mapped_binding(b: Binding, lead: Lead) -> Binding:
-    return replace(
+    if not b.selections and b.jacobians is None:
+        return _with(b, constant=lead(b.constant))
+    return _with(
         b,
         constant=lead(b.constant),
         selections=tuple(
-            replace(s, index=lead(s.index), factor=None if s.factor is None else lead(s.factor))
+            _with(s, index=lead(s.index), factor=None if s.factor is None else lead(s.factor))
             for s in b.selections
         ),
         jacobians=None if b.jacobians is None else {n: lead(j) for n, j in b.jacobians.items()},
     )
+
+
+def _with(one: V, /, **changes: Any) -> V:
+    """As ``dataclasses.replace``, at a tenth of the time."""
+    out = object.__new__(type(one))
+    vars(out).update(vars(one), **changes)
+    return out
 
 
 def _merged(blocks: Sequence[_Block]) -> Group:

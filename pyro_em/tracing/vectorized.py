@@ -33,6 +33,7 @@ from torch import Tensor
 from pyro_em.arguments import whole
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.provenance import Tagged
+from pyro_em.tracing.sites import is_latent
 
 ALIGNED, EVENTS, PLAIN = "aligned", "events", "plain"
 
@@ -129,6 +130,8 @@ class Series:
             up are those of an event, even where they may be a plate's; `PLAIN`: it is a tensor of
             one dimension like any other, and steps are where the model says.
         few: Whether part of the steps of a long loop will do.
+        is_known: Whether it is known what carries values on: no other site is shown that does not
+            count.
         steps: Integers to run over instead, by loop.
         disturbed: Whether the body runs once more, over steps out of order, before the runs that
             carry values on, and all that it computes is tagged: what counts must not notice.
@@ -139,6 +142,7 @@ class Series:
 
     way: str = ALIGNED
     few: bool = False
+    is_known: bool = False
     steps: Mapping[str, tuple[int, ...]] | None = None
     disturbed: bool = False
     loops: dict[str, Loop] = field(default_factory=dict)
@@ -341,6 +345,8 @@ class _Inside(Messenger):
         frame = CondIndepStackFrame(loop.name, loop.dim, loop.rest, 0)
         msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
         BroadcastMessenger._pyro_sample(msg)  # type: ignore[arg-type]
+        if self.series.is_known and loop.shift < loop.history and not is_latent(msg):
+            msg["stop"] = True  # its value is carried on, and nothing else of it is of use
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         """Only now do all plates around the site show, also those around the loop."""
