@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.latent_series import ChainForm, chain_form, kinds_of, plates_of
 from pyro_em.posteriors.forward_backward import neighbours
 from pyro_em.posteriors.varying import varying_neighbours
 from pyro_em.posteriors.viterbi import viterbi
+from pyro_em.tracing.sites import Role
 
 _LEAST = 3  # latents of a chain: fewer are as quick by contraction
 
@@ -74,6 +76,36 @@ def steps_of(graph: FactorGraph) -> Steps | None:
 
 
 def _look(graph: FactorGraph) -> Steps | None:
+    form = chain_form(graph)
+    return _of_members(graph) if form is None else _of_pattern(graph, form)
+
+
+def _of_pattern(graph: FactorGraph, form: ChainForm) -> Steps | None:
+    """The chain that the steps of one loop are, without a look at each."""
+    first = kinds_of(graph.latents)[0]
+    for group in graph.groups:
+        if group.role is Role.POINT:
+            return _of_members(graph)
+        plates = plates_of(group)
+        if plates is None or not group.is_unscaled:
+            return None
+    for g in (form.couples, *form.unary):
+        if not set(first.plates) <= set(plates_of(graph.groups[g]) or ()):
+            return None
+    T = len(form.names)
+    return Steps(
+        first.plates,
+        tuple(graph.dim_size(p) for p in first.plates),
+        T,
+        first.size,
+        (Couple(form.couples, tuple(range(T - 1)), False),),
+        tuple((g, tuple(places.tolist())) for g, places in form.unary.items()),
+        form.free,
+    )
+
+
+def _of_members(graph: FactorGraph) -> Steps | None:
+    """The chain that a graph is, by a look at each latent and each member of its groups."""
     names = list(graph.latents)
     if len(names) < _LEAST:
         return None
