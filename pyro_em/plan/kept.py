@@ -55,6 +55,7 @@ class Kept:
         numbers: What those names of the model stood for that are numbers or texts.
         bindings: How parameters reach the arguments, where another run confirmed it; else None.
         contraction: The order of its sums; None where that is made when it is asked for.
+        members: The order of the factors that it is of.
     """
 
     structure: Structure
@@ -62,6 +63,7 @@ class Kept:
     numbers: Mapping[str, Any]
     bindings: Any
     contraction: ContractionPlan | None
+    members: tuple[tuple[str, ...], ...]
 
 
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -96,8 +98,12 @@ class Readings(StaysHere):
         bindings = _bindings_of(program.graph) if program.compiled else None
         if program.look_only and before is not None and before.operations == program.operations:
             bindings = before.bindings
-        order = program.contraction if program.structure.series is None else None
-        readings[form] = Kept(program.structure, program.operations, numbers, bindings, order)
+        order, members = None, tuple[tuple[str, ...], ...]()
+        if program.structure.series is None:
+            order, members = program.contraction, _members_of(program.graph)
+        readings[form] = Kept(
+            program.structure, program.operations, numbers, bindings, order, members
+        )
         while len(readings) > _MOST:
             del readings[next(iter(readings))]
         self._keep_program(program)
@@ -215,7 +221,10 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
         return None
     if not are_possible(log.sites, structure):
         return None
-    program = decided(task, structure, graph, log, kept.contraction)
+    order = None
+    if kept.contraction is not None and kept.members == _members_of(graph):
+        order = kept.contraction  # factors without bindings are grouped, and follow, differently
+    program = decided(task, structure, graph, log, order)
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
@@ -223,6 +232,11 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     else:
         verify(program)
     return program
+
+
+def _members_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:
+    """The sites of each group."""
+    return tuple(tuple(g.members) for g in graph.groups)
 
 
 def _bindings_of(graph: FactorGraph) -> list[Any]:

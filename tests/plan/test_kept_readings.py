@@ -5,6 +5,7 @@ against brute force.
 """
 
 import gc
+import itertools
 import math
 import operator
 import types
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_em import DataError, ExactPosteriorEM, PyroEMError
+from pyro_em import DataError, ExactPosteriorEM, Hard, PyroEMError
 from pyro_em.plan import kept
 from pyro_em.tracing import runs
 
@@ -581,6 +582,36 @@ def test_a_draw_that_was_the_same_by_chance_is_drawn_again():
         torch.manual_seed(seed)
         shift = float(torch.randint(0, 2, ()))
         assert got == pytest.approx(by_hand(X, mu=(shift, 3.0 + shift)), abs=1e-4)
+
+
+def _chain_with_odd_steps(x):
+    A = pyro.param("A", torch.tensor([[0.9, 0.1], [0.3, 0.7]]), constraint=constraints.simplex)
+    mu = pyro.param("mu", torch.tensor([-1.0, 1.0]))
+    nu = pyro.param("nu", torch.tensor([2.0, 0.5]))
+    z = 0
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        pyro.sample(f"x_{t}", dist.Normal((nu if t in (1, 3) else mu)[z], 1.0), obs=x[t])
+
+
+def test_the_order_of_sums_is_that_of_the_factors_with_their_bindings():
+    em = ExactPosteriorEM(_chain_with_odd_steps, strategy=Hard())
+    A, mu, nu = ([[0.9, 0.1], [0.3, 0.7]], [-1.0, 1.0], [2.0, 0.5])
+    joints = []
+    for path in itertools.product((0, 1), repeat=len(X)):
+        came = (0, *path[:-1])
+        loc = torch.tensor([(nu if t in (1, 3) else mu)[z] for t, z in enumerate(path)])
+        prior = sum(math.log(A[i][j]) for i, j in zip(came, path, strict=True))
+        joints.append(prior + float(dist.Normal(loc, 1.0).log_prob(X).sum()))
+    em.posterior(X)
+    assert em.fit(X, max_steps=1, tol=0).history[0] == pytest.approx(max(joints), abs=1e-4)
+    pyro.clear_param_store()
+    exact = ExactPosteriorEM(_chain_with_odd_steps)
+    exact.posterior(X)
+    expected = float(torch.tensor(joints).logsumexp(0))
+    assert exact.fit(X, max_steps=1, tol=0).history[0] == pytest.approx(expected, abs=1e-4)
+    entering = exact.score(X)
+    assert exact.step(X) == pytest.approx(-entering, abs=1e-4)
 
 
 def test_weights_are_held_to_be_positive():
