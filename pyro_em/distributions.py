@@ -167,13 +167,9 @@ def bounds(constraint: constraints.Constraint) -> tuple[float, float] | None:
         return None
 
 
-def _enumerable(fn: Any) -> bool:
-    return has_finite_support(fn)
-
-
 def support_size_of(fn: Any) -> int | None:
     """Number of values that Pyro can enumerate, or None."""
-    if not _enumerable(fn):
+    if not has_finite_support(fn):
         return None
     base = unwrap(fn)[0]
     probs = getattr(base, "probs", None)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from pyro_em.graph.binding import _MAPS, Binding, ElementwiseMap, Selection, _power
+from pyro_em.graph.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
 from pyro_em.tracing.without_sympy import pull_back
 
 _VIEWS = frozenset(
@@ -354,15 +354,15 @@ def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
         if node.name() in _VIEWS:
             if len(parents) > 1:
                 break
-        elif base in _MAPS and len(parents) == 1:
+        elif base in MAPS and len(parents) == 1:
             if base == "Softplus" and getattr(node, "_saved_beta", 1) != 1:
                 return (), False, "softplus with a beta other than one"
-            maps.append(_MAPS[base])
+            maps.append(MAPS[base])
         elif base == "Pow" and len(parents) == 1:
             exponent = float(getattr(node, "_saved_exponent", math.nan))
             if not math.isfinite(exponent) or exponent == 0:
                 return (), False, "a power whose exponent is not a known number"
-            maps.append(_power(exponent))
+            maps.append(power_map(exponent))
         elif base in ("Mul", "Div") and len(parents) == 1 and not maps:
             # A division *by* the parameter shows the same node; the check below refuses it.
             if base == "Div" and node.next_functions[0][0] is None:

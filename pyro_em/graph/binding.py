@@ -45,7 +45,7 @@ def _positive(a: Tensor) -> Tensor:
     return a.clamp(min=torch.finfo(a.dtype).tiny)
 
 
-_MAPS = {
+MAPS = {
     "Exp": ElementwiseMap("exp", torch.exp, lambda a: _positive(a).log()),
     "Log": ElementwiseMap("log", torch.log, torch.exp),
     "Sqrt": ElementwiseMap("sqrt", torch.sqrt, lambda a: a.clamp(min=0).square()),
@@ -67,8 +67,8 @@ _MAPS = {
 def _map_named(name: str, exponent: float | None) -> ElementwiseMap:
     """The map of a name, in place of functions, which do not pickle."""
     if exponent is not None:
-        return _power(exponent)
-    return next(m for m in _MAPS.values() if m.name == name)
+        return power_map(exponent)
+    return next(m for m in MAPS.values() if m.name == name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +181,7 @@ def normalised(rows: Tensor, how: str) -> Tensor:
     return rows.log_softmax(-1) if how == "logits" else rows
 
 
-def _power(exponent: float) -> ElementwiseMap:
+def power_map(exponent: float) -> ElementwiseMap:
     """x ↦ x^e on the positive numbers."""
     return ElementwiseMap(
         f"power {exponent:g}",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import _enumerable, is_discrete, support_size_of
+from pyro_em.distributions import has_finite_support, is_discrete, support_size_of
 from pyro_em.errors import Finding, UsageError, message, raise_findings
 from pyro_em.graph.alike import Alike
 from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
@@ -141,7 +141,7 @@ def _findings(
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
     unobserved_sites = [n for n, s in factors.items() if is_latent(s)]
     unused = {n for n in unobserved_sites if _masked_out(factors[n])}
-    unused = {n for n in unused if not _enumerable(factors[n]["fn"])}
+    unused = {n for n in unused if not has_finite_support(factors[n]["fn"])}
     place = {name: i for i, name in enumerate(plain.sites)}
     reached = _with_numbers_read(model, args, kwargs, plain, tagged)
     edges = tuple(
@@ -202,7 +202,7 @@ def _findings(
         found.extend(weight_problems(name, site))
         if not guide_given:
             # A continuous latent is no sum: what is said of it above is enough.
-            summed = [s for s in sorted(scope) if _enumerable(factors[s]["fn"])]
+            summed = [s for s in sorted(scope) if has_finite_support(factors[s]["fn"])]
             found.extend(scope_problems(name, summed, site_plates))
         for latent in sorted(scope - {name}):
             outside = [p for p in site_plates[latent] if p not in site_plates[name]]
@@ -411,7 +411,11 @@ def _barren(
         return math.prod((*supports, *plates)) <= max_enumeration
 
     for name, site in factors.items():
-        if name in needed or not _enumerable(site["fn"]) or not scopes[name] - {name} <= needed:
+        if (
+            name in needed
+            or not has_finite_support(site["fn"])
+            or not scopes[name] - {name} <= needed
+        ):
             continue
         if is_cheap(name):
             needed.add(name)

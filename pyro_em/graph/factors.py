@@ -342,7 +342,7 @@ class FactorGraph:
         return self.structure.plates[dim].size
 
 
-_FIXED_SIZE = (
+FIXED_SIZE = (
     "take the size from the data or from a number: len(x), not int(10 * p.item())",
     "fit the model once for each size that is of interest, and compare with BIC",
 )
@@ -369,7 +369,7 @@ class Batch:
     value: Tensor
 
 
-def _stack(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> list[Group]:
+def stacked(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> list[Group]:
     """Groups of equal signature, in the order of their first members.
 
     Args:

@@ -15,7 +15,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_em.tracing.sites import _ROLE
+from pyro_em.tracing.sites import ROLE
 
 FEW = 4  # sites of one form from which on they are looked at together
 
@@ -44,7 +44,7 @@ def form_of(site: Mapping[str, Any]) -> Hashable | None:
         own,
         _of_tensor(value),
         site["is_observed"],
-        site["infer"].get(_ROLE),
+        site["infer"].get(ROLE),
         tuple((f.name, f.dim, f.size) for f in site["cond_indep_stack"] if f.dim is not None),
     )
 

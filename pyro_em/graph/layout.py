@@ -34,7 +34,7 @@ from pyro_em.tracing.support import density_anywhere
 _KINDS = 8  # of bindings among sites of one form that are told apart together
 
 
-class _Layout:
+class FactorLayout:
     """Brings traced tensors into the compact layout."""
 
     def __init__(
@@ -74,6 +74,7 @@ class _Layout:
         return out
 
     def latent(self, name: str) -> Latent:
+        """A latent that is summed: its values and its plates."""
         site = self.sites[name]
         fn, value = site["fn"], site["value"]
         event_dim = fn.event_dim
@@ -188,6 +189,7 @@ class _Layout:
         )
 
     def factor(self, name: str, leaves: Mapping[str, Tensor] | None) -> Factor:
+        """A site's factor; ``leaves`` are the parameters to which its arguments are bound."""
         site, info = self.sites[name], self.structure.sites[name]
         fn, value = site["fn"], site["value"]
         scope, dims, sizes = self.place(name)
@@ -367,7 +369,7 @@ class _Layout:
         return mask, elements
 
 
-class _Stray(Exception):
+class Stray(Exception):
     """A dimension that belongs to no plate and no latent; holds the tensor's shape and its size."""
 
 
@@ -433,7 +435,7 @@ def _recipe(like: Tensor, event_dim: int, dims: Sequence[int | None], collapse: 
     others = [d for d in range(batch) if d not in present]
     for d in others:
         if shape[d] != 1:
-            raise _Stray(tuple(shape), shape[d])
+            raise Stray(tuple(shape), shape[d])
     order = (*present, *others, *range(batch, len(shape)))
     sizes = iter([shape[d] for d in present])
     target = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
@@ -482,7 +484,7 @@ def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:
     except ValueError as error:  # torch's validation
         text = str(error).split("\n")[0].removesuffix(", but found invalid values:")
         if role is not Role.DATA:
-            raise DegenerateError(_outside(name, fn, text)) from error
+            raise DegenerateError(outside_support(name, fn, text)) from error
         kind = type(unwrap(fn)[0]).__name__
         raise DataError(
             message(
@@ -498,7 +500,8 @@ def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:
         ) from error
 
 
-def _outside(name: str, fn: Any, text: str) -> str:
+def outside_support(name: str, fn: Any, text: str) -> str:
+    """What is said of a site whose density cannot be evaluated."""
     kind = type(unwrap(fn)[0]).__name__
     return message(
         f"site '{name}'",

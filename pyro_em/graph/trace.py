@@ -22,7 +22,7 @@ from pyro_em.errors import (
 )
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.blame import given_tensors
-from pyro_em.graph.factors import _FIXED_SIZE, Batch, Factor, FactorGraph, Latent, _stack
+from pyro_em.graph.factors import FIXED_SIZE, Batch, Factor, FactorGraph, Latent, stacked
 from pyro_em.graph.failures import (
     changing_sites,
     needs_more_dimensions,
@@ -30,7 +30,7 @@ from pyro_em.graph.failures import (
     too_many_dimensions,
 )
 from pyro_em.graph.forms import FEW, forms_of, in_forms
-from pyro_em.graph.layout import _Layout, _outside, _Stray
+from pyro_em.graph.layout import FactorLayout, Stray, outside_support
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph
@@ -115,7 +115,7 @@ def trace_graph(
     batches = [p for p in pieces if isinstance(p, Batch)]
     factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
     order = {name: i for i, name in enumerate(structure.sites)}
-    groups = tuple(_stack([*batches, *factors], order))
+    groups = tuple(stacked([*batches, *factors], order))
     return FactorGraph(structure, latents, groups, run.parameters)
 
 
@@ -163,7 +163,7 @@ def _traced(
     forms = forms_of(sites)
     _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
-    layout = _Layout(sites, structure, Recurring(leaves))
+    layout = FactorLayout(sites, structure, Recurring(leaves))
     counted = [n for n in structure.sites if n not in structure.passing]
     layout.find_out_of_scope(counted)
     if layout.problems:
@@ -177,7 +177,7 @@ def _traced(
 
 
 def _pieces(
-    layout: _Layout,
+    layout: FactorLayout,
     counted: Sequence[str],
     forms: Mapping[str, Hashable | None],
     leaves: Mapping[str, Tensor] | None,
@@ -196,7 +196,7 @@ def _pieces(
                 continue
             try:
                 found, rest = layout.batches(names, leaves)
-            except _Stray:
+            except Stray:
                 continue  # named below
             out += found
             alone -= set(names) - set(rest)
@@ -205,7 +205,7 @@ def _pieces(
             continue
         try:
             out.append(layout.factor(name, leaves))
-        except _Stray as stray:
+        except Stray as stray:
             layout.problems.append(_stray(name, structure, *stray.args))
     if layout.problems:
         raise_findings(layout.problems)
@@ -371,7 +371,7 @@ def _require_sizes(
                         "when it was first looked at.",
                         "its size changes with a parameter or from run to run; evidences of "
                         "different numbers of elements cannot be compared",
-                        _FIXED_SIZE,
+                        FIXED_SIZE,
                         Resized,
                     )
                 ]
@@ -388,7 +388,7 @@ def _require_sizes(
                             f"it has {size} values in this run of the model and had "
                             f"{known_support} when it was first looked at.",
                             "the number of its values changes with a parameter or from run to run",
-                            _FIXED_SIZE,
+                            FIXED_SIZE,
                             Resized,
                         )
                     ]
@@ -439,7 +439,9 @@ def _require_inside(sites: Mapping[str, dict[str, Any]], structure: Structure) -
         if mask_tensor(sites[name]) is not None or bool(torch.isnan(value).any()):
             continue
         if is_outside(fn, value):
-            raise DegenerateError(_outside(name, fn, "the guide's value is outside its support"))
+            raise DegenerateError(
+                outside_support(name, fn, "the guide's value is outside its support")
+            )
 
 
 def _count_where_needed(factors: Sequence[Factor], structure: Structure) -> list[Factor]:

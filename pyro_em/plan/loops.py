@@ -16,7 +16,7 @@ from pyro_em.graph.series import require_loops
 from pyro_em.graph.stepwise import unrolling_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import Model, _forget_all_but, held_run
+from pyro_em.tracing.runs import Model, forget_all_but, held_run
 from pyro_em.tracing.vectorized import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
 
 
@@ -59,7 +59,7 @@ def examine_with_loops(
                 raise
             reasons.append("")
         set_random_state(begin)
-        _forget_all_but(known)
+        forget_all_but(known)
     structure, problems = examine(model, args, kwargs, **how)
     reason = next((r for r in reasons if r), "it fails with index tensors")
     note = message(

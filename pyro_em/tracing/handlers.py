@@ -17,7 +17,7 @@ from pyro_em.tracing.allocation import Overspent, Shadows, spending_at_most
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.lean import nothing
 from pyro_em.tracing.provenance import Tagged, tags_of
-from pyro_em.tracing.sites import _ROLE, Role, is_factor, is_latent, role_of
+from pyro_em.tracing.sites import ROLE, Role, is_factor, is_latent, role_of
 
 _LARGE = 256  # elements; smaller latents are always drawn
 
@@ -40,7 +40,7 @@ class _SampleMessenger(Messenger):
         pass
 
 
-class _KeepValues(_SampleMessenger):
+class KeepValues(_SampleMessenger):
     """Give unobserved sites the values that they had in a plain run: nothing is drawn again.
 
     Some distributions cannot be sampled with tagged arguments, none at a trial point of a line
@@ -60,7 +60,7 @@ class _KeepValues(_SampleMessenger):
             msg["value"] = self.values[msg["name"]]
 
 
-class _DrawNothing(_SampleMessenger):
+class DrawNothing(_SampleMessenger):
     """Give large latents that can be enumerated a shadow instead of a draw."""
 
     _postprocess_message = nothing
@@ -86,7 +86,7 @@ def _is_large(msg: Mapping[str, Any]) -> bool:
     return has_finite_support(fn) and fn.shape().numel() >= _LARGE
 
 
-class _SpendLittle(_SampleMessenger):
+class SpendLittle(_SampleMessenger):
     """Break a run off once what it does with large latents has allocated much.
 
     Operations are watched from the first such latent on. What a model computes before it costs the
@@ -121,7 +121,7 @@ class _SpendLittle(_SampleMessenger):
             self._watch.__exit__(*exception)
 
 
-class _TagSites(_SampleMessenger):
+class TagSites(_SampleMessenger):
     """Tag the value of each site with the site's own name; observed ones keep their tags too.
 
     Args:
@@ -251,7 +251,7 @@ class GiveValues(_SampleMessenger):
             return
         if name in self.roles and name in self.values and not msg["is_observed"]:
             msg["value"], msg["is_observed"] = self.values[name], True
-            msg["infer"] = {**msg["infer"], _ROLE: self.roles[name].value}
+            msg["infer"] = {**msg["infer"], ROLE: self.roles[name].value}
 
 
 class GuideSites(_SampleMessenger):
@@ -275,7 +275,7 @@ class GuideSites(_SampleMessenger):
             msg["stop"] = True
             return
         msg["name"] = self.prefix + msg["name"]
-        msg["infer"] = {**msg["infer"], _ROLE: Role.GUIDE.value}
+        msg["infer"] = {**msg["infer"], ROLE: Role.GUIDE.value}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if site_is_subsample(msg):
@@ -306,7 +306,7 @@ class HoldAt(_SampleMessenger):
             self.sites[msg["name"]] = dict(msg)
 
 
-class _SampleTrace(_SampleMessenger, TraceMessenger):
+class SampleTrace(_SampleMessenger, TraceMessenger):
     """Record sample sites only."""
 
     _process_message = nothing
@@ -315,7 +315,7 @@ class _SampleTrace(_SampleMessenger, TraceMessenger):
         TraceMessenger._pyro_post_sample(self, msg)
 
 
-class _DrawObserved(_SampleMessenger):
+class DrawObserved(_SampleMessenger):
     """Draw what the model observes; latents at given values stay."""
 
     _postprocess_message = nothing

@@ -229,7 +229,7 @@ class _ParameterRecord(Messenger):
             self.found[msg["name"]] = own
 
 
-def _alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParameter]:
+def alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParameter]:
     """Parameters with the leaves that the store holds now.
 
     A ``PyroModule`` that declares a parameter during a run puts another leaf into the store.

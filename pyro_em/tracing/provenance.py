@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_em.tracing.mixing import Mixing
 
-_mixing: ContextVar[Mixing | None] = ContextVar("mixing", default=None)
+watched_mixing: ContextVar[Mixing | None] = ContextVar("mixing", default=None)
 
 
 def _is_tagged(value: Any) -> bool:
@@ -48,7 +48,7 @@ class Tagged(ProvenanceTensor):
             tags = tags | named
         else:
             out = func(*plain)
-        mixing = _mixing.get()
+        mixing = watched_mixing.get()
         if mixing is not None:
             mixing.see(func, args, kwargs or {}, tags, _is_tagged, out)
         return _with_tags(out, tags) if type(out) is torch.Tensor else _tagged(out, tags)

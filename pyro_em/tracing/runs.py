@@ -39,19 +39,19 @@ from pyro_em.tracing.allocation import (
 )
 from pyro_em.tracing.densities import add_log_probs
 from pyro_em.tracing.handlers import (
+    DrawNothing,
+    DrawObserved,
     GiveValues,
-    _DrawNothing,
-    _DrawObserved,
-    _KeepValues,
-    _SampleTrace,
-    _SpendLittle,
-    _TagSites,
+    KeepValues,
+    SampleTrace,
+    SpendLittle,
+    TagSites,
 )
 from pyro_em.tracing.lean import LeanEnum, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
-from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, _alive
-from pyro_em.tracing.provenance import _mixing, tags_of
+from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
+from pyro_em.tracing.provenance import tags_of, watched_mixing
 from pyro_em.tracing.randomness import random_state, same_random_state, set_random_state
 from pyro_em.tracing.sites import Role, is_factor, is_latent, tensors_of
 from pyro_em.tracing.whole import LeftWhole
@@ -111,7 +111,7 @@ def drawn_run(
     Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
     ``unneeded`` excepted.
     """
-    with LeftWhole(), pyro.validation_enabled(False), _SampleTrace() as tracer:
+    with LeftWhole(), pyro.validation_enabled(False), SampleTrace() as tracer:
         model(*args, **kwargs)
     add_log_probs(
         tracer.trace,
@@ -167,7 +167,7 @@ def predicted_run(
         torch.no_grad(),
         pyro.validation_enabled(False),
         poutine.trace() as tracer,
-        _DrawObserved(not keep_observed),
+        DrawObserved(not keep_observed),
         GiveValues(values, dict.fromkeys(values, Role.SAMPLED), {}),
     ):
         model(*args, **kwargs)
@@ -207,17 +207,17 @@ def plain_run(
             return _plain_run(model, args, kwargs)
         begin, known = random_state(), frozenset(pyro.get_param_store()._params)
         try:
-            return _plain_run(model, args, kwargs, _SpendLittle(_PLAIN_BYTES))
+            return _plain_run(model, args, kwargs, SpendLittle(_PLAIN_BYTES))
         except Overspent:
             set_random_state(begin)
-            _forget_all_but(known)  # the next run draws their starts from the same state
+            forget_all_but(known)  # the next run draws their starts from the same state
         try:
             with Shadows() as shadows:
-                run = _plain_run(model, args, kwargs, _DrawNothing(shadows))
+                run = _plain_run(model, args, kwargs, DrawNothing(shadows))
             if _holds_shadows():
                 raise NumbersNeeded
         except BaseException:
-            _forget_all_but(known)
+            forget_all_but(known)
             raise
         return replace(run, shadows=shadows)
 
@@ -239,7 +239,7 @@ def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messeng
             broken = capture.unfinished()
             run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=broken)
             raise RunFailed(error, run, tuple(tracer.empty)) from error
-    parameters = _apart(_alive(capture.parameters), capture.given)
+    parameters = _apart(alive(capture.parameters), capture.given)
     cleared = _was_cleared(begun)
     return Run(dict(tracer.trace.nodes), parameters, {}, tracer.changed_masks(), cleared=cleared)
 
@@ -262,7 +262,7 @@ def _holds_shadows() -> bool:
     return any(is_shadow(p) for p in pyro.get_param_store()._params.values())
 
 
-def _forget_all_but(known: Collection[str]) -> None:
+def forget_all_but(known: Collection[str]) -> None:
     """Delete the parameters that a run which is not used has initialised."""
     store = pyro.get_param_store()
     for name in [n for n in store._params if n not in known]:
@@ -331,7 +331,7 @@ def provenance_run(
         same_random_state(),
         torch.no_grad(),
         pyro.validation_enabled(False),
-        _TagSites({n: s["value"] for n, s in latents.items()}),
+        TagSites({n: s["value"] for n, s in latents.items()}),
         _looking_at(mixing),
         LeanTrace(capture) as tracer,  # innermost: it records values with their tags
     ):
@@ -361,11 +361,11 @@ def provenance_run(
 @contextmanager
 def _looking_at(mixing: Mixing) -> Iterator[None]:
     """Let every operation on tagged tensors be seen."""
-    token = _mixing.set(mixing)
+    token = watched_mixing.set(mixing)
     try:
         yield
     finally:
-        _mixing.reset(token)
+        watched_mixing.reset(token)
 
 
 def _plate_sizes(site: Mapping[str, Any]) -> frozenset[int]:
@@ -396,7 +396,7 @@ def held_run(
         torch.no_grad(),
         pyro.validation_enabled(False),
         LeanTrace() as tracer,
-        _KeepValues(values, of_guide=True),
+        KeepValues(values, of_guide=True),
     ):
         model(*args, **kwargs)
     return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}

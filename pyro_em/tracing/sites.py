@@ -26,12 +26,12 @@ class Role(Enum):
     GUIDE = "guide"  # a site of the guide whose value was drawn
 
 
-_ROLE = "_pyro_em_role"
+ROLE = "_pyro_em_role"
 
 
 def role_of(site: Mapping[str, Any]) -> Role:
     """The role of a traced site."""
-    marked = site["infer"].get(_ROLE)
+    marked = site["infer"].get(ROLE)
     if marked is not None:
         return Role(marked)
     return Role.DATA if site["is_observed"] else Role.LATENT

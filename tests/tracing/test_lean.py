@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_em.tracing.allocation import Overspent
 from pyro_em.tracing.dependences import Reading
-from pyro_em.tracing.handlers import _SpendLittle
+from pyro_em.tracing.handlers import SpendLittle
 from pyro_em.tracing.lean import LeanEnum, LeanTrace, WatchingTrace
 
 K = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
@@ -115,7 +115,7 @@ def test_only_what_is_done_with_large_latents_is_counted() -> None:
     for rows in (255, 10_000):
         modes = torch._C._len_torch_dispatch_stack()
         try:
-            with _SpendLittle(2**17):
+            with SpendLittle(2**17):
                 model(rows)
             spent = False
         except Overspent:
