@@ -29,7 +29,8 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.wishes import check_draws
 from pyro_em.portable import Portable
 from pyro_em.posteriors.posterior import Posterior
-from pyro_em.tracing.runs import Model, drawn_run
+from pyro_em.tracing.draws import drawn_run
+from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role, is_factor, role_of
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.particle import LogWeights, Particle, Term, dims_of, log_weights

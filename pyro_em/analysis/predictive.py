@@ -15,8 +15,8 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.protocol import AnyPosterior
+from pyro_em.tracing.draws import predicted_run
 from pyro_em.tracing.randomness import seeded
-from pyro_em.tracing.runs import predicted_run
 
 
 def predictive_draws(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyro_em.families.family import Family
 from pyro_em.families.registry import family_of, given_arguments, spread_arguments
 from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.compact import compact, compact_all, recipe_for
 from pyro_em.graph.factors import Batch, Factor, Latent, repeated
 from pyro_em.graph.forms import FEW, equal_to_first
 from pyro_em.graph.signatures import Recurring, outline
@@ -173,12 +174,12 @@ class FactorLayout:
                 bindings[argument] = repeated(first.bindings[argument], n)
                 continue
             event = reinterpreted + first.family.argument_event_dim(argument)
-            recipe = _recipe(held[argument], event, dims, reinterpreted)
-            stack = _compact_all([own[argument] for _, own in members], recipe).to(one.dtype)
+            recipe = recipe_for(held[argument], event, dims, reinterpreted)
+            stack = compact_all([own[argument] for _, own in members], recipe).to(one.dtype)
             arguments[argument] = stack
             bindings[argument] = replace(first.bindings[argument], constant=stack.detach())
         values = [self.sites[member]["value"] for member, _ in members]
-        value = _compact_all(values, _recipe(values[0], fn.event_dim, dims))
+        value = compact_all(values, recipe_for(values[0], fn.event_dim, dims))
         return Batch(
             first,
             tuple(member for member, _ in members),
@@ -369,109 +370,9 @@ class FactorLayout:
         return mask, elements
 
 
-class Stray(Exception):
-    """A dimension that belongs to no plate and no latent; holds the tensor's shape and its size."""
-
-
 def may_be_affine(family: Family, argument: str) -> bool:
     """Whether an argument that is affine in parameters has an update: least squares."""
     return argument == "loc" and family.name in ("Normal", "LogNormal")
-
-
-def compact(
-    tensor: Tensor,
-    event_dim: int,
-    dims: Sequence[int | None],
-    collapse: int = 0,
-    like: Tensor | None = None,
-) -> Tensor:
-    """Keep only the batch dimensions ``dims`` (from the right), in that order; expanded ones as 1.
-
-    Args:
-        tensor: A traced tensor. # (*batch, *event)
-        event_dim: How many of its rightmost dimensions are kept whole.
-        dims: Negative positions among the batch dimensions; None inserts one of size one.
-        collapse: How many of the leftmost event dimensions may be collapsed too when expanded.
-        like: The tensor of the same shape whose strides say what is expanded; by default this one.
-
-    Returns:
-        A view. # (*dims, *event)
-
-    Example:
-        >>> compact(torch.zeros(2, 1, 5, 3), 1, [-1, -3]).shape
-        torch.Size([5, 2, 3])
-    """
-    return _compacted(tensor, _recipe(tensor if like is None else like, event_dim, dims, collapse))
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How tensors of one shape and strides are brought into the compact layout.
-
-    Attributes:
-        expanded: Dimensions that are copies.
-        padded: How many dimensions of size one are missing on the left.
-        order: The order of the dimensions then.
-        shape: The shape at last.
-    """
-
-    expanded: tuple[int, ...]
-    padded: int
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-def _recipe(like: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0) -> _Recipe:
-    """The recipe for tensors of the form of ``like``; see `compact`."""
-    shape = list(like.shape)
-    batch = len(shape) - event_dim
-    strides = like.stride()
-    expanded = [d for d in range(batch + collapse) if shape[d] > 1 and strides[d] == 0]
-    for d in expanded:
-        shape[d] = 1
-    padded = max(-batch, 0)  # an argument that broadcasts over reinterpreted dimensions
-    shape, batch = [1] * padded + shape, max(batch, 0)
-    present = [batch + d for d in dims if d is not None and batch + d >= 0]
-    others = [d for d in range(batch) if d not in present]
-    for d in others:
-        if shape[d] != 1:
-            raise Stray(tuple(shape), shape[d])
-    order = (*present, *others, *range(batch, len(shape)))
-    sizes = iter([shape[d] for d in present])
-    target = [next(sizes) if d is not None and batch + d >= 0 else 1 for d in dims]
-    return _Recipe(tuple(expanded), padded, order, (*target, *shape[batch:]))
-
-
-def _compacted(tensor: Tensor, recipe: _Recipe) -> Tensor:
-    for d in recipe.expanded:
-        tensor = tensor.narrow(d, 0, 1)
-    if recipe.padded:
-        tensor = tensor.reshape((1,) * recipe.padded + tuple(tensor.shape))
-    if recipe.order != tuple(range(tensor.dim())):
-        tensor = tensor.permute(recipe.order)
-    return tensor if tuple(tensor.shape) == recipe.shape else tensor.reshape(recipe.shape)
-
-
-def _compact_all(tensors: Sequence[Tensor], recipe: _Recipe) -> Tensor:
-    """Tensors of one form in the compact layout, along a leading dimension of their own."""
-    if recipe.expanded:
-        narrow = []
-        for t in tensors:
-            for d in recipe.expanded:
-                t = t.narrow(d, 0, 1)
-            narrow.append(t)
-        tensors = narrow
-    first = tensors[0]
-    if not first.requires_grad and bool(equal_to_first(tensors).all()):
-        one = _compacted(first, replace(recipe, expanded=()))
-        return one.unsqueeze(0).expand(len(tensors), *one.shape)  # kept once
-    stack = torch.stack(list(tensors))
-    if recipe.padded:
-        stack = stack.reshape(len(stack), *(1,) * recipe.padded, *stack.shape[1:])
-    order = (0, *(d + 1 for d in recipe.order))
-    if order != tuple(range(stack.dim())):
-        stack = stack.permute(order)
-    return stack.reshape(len(stack), *recipe.shape)
 
 
 def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:

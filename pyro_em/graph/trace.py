@@ -22,6 +22,7 @@ from pyro_em.errors import (
 )
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.blame import given_tensors
+from pyro_em.graph.compact import Stray
 from pyro_em.graph.factors import FIXED_SIZE, Batch, Factor, FactorGraph, Latent, stacked
 from pyro_em.graph.failures import (
     changing_sites,
@@ -30,7 +31,7 @@ from pyro_em.graph.failures import (
     too_many_dimensions,
 )
 from pyro_em.graph.forms import FEW, forms_of, in_forms
-from pyro_em.graph.layout import FactorLayout, Stray, outside_support
+from pyro_em.graph.layout import FactorLayout, outside_support
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph

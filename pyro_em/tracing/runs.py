@@ -1,4 +1,4 @@
-"""The only file that touches Pyro's internals: running a model under handlers.
+"""Running a model under handlers, to see what it is.
 
 Three kinds of run, in the order in which a model is looked at:
 
@@ -21,14 +21,12 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.poutine.util import site_is_subsample
 
-from pyro_em.distributions import has_finite_support, unwrap
+from pyro_em.distributions import has_finite_support
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import (
     NumbersNeeded,
@@ -37,13 +35,9 @@ from pyro_em.tracing.allocation import (
     is_shadow,
     size_guard,
 )
-from pyro_em.tracing.densities import add_log_probs
 from pyro_em.tracing.handlers import (
     DrawNothing,
-    DrawObserved,
-    GiveValues,
     KeepValues,
-    SampleTrace,
     SpendLittle,
     TagSites,
 )
@@ -53,7 +47,7 @@ from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
 from pyro_em.tracing.provenance import tags_of, watched_mixing
 from pyro_em.tracing.randomness import random_state, same_random_state, set_random_state
-from pyro_em.tracing.sites import Role, is_factor, is_latent, tensors_of
+from pyro_em.tracing.sites import is_factor, is_latent, tensors_of
 from pyro_em.tracing.whole import LeftWhole
 
 Model = Callable[..., Any]
@@ -103,23 +97,6 @@ class Run:
     cleared: bool = False
 
 
-def drawn_run(
-    model: Model, args: tuple, kwargs: dict[str, Any], unneeded: Collection[str] = ()
-) -> Run:
-    """Run a model paired with its guide once, drawing on; parameters stay attached.
-
-    Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
-    ``unneeded`` excepted.
-    """
-    with LeftWhole(), pyro.validation_enabled(False), SampleTrace() as tracer:
-        model(*args, **kwargs)
-    add_log_probs(
-        tracer.trace,
-        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded,
-    )
-    return Run(dict(tracer.trace.nodes), {})
-
-
 def is_being_traced() -> bool:
     """Whether a handler around this call records every sample site: a model is being run."""
     for handler in reversed(_PYRO_STACK):
@@ -137,47 +114,6 @@ def without_state(optim: Any) -> Any:
     fresh = copy.copy(optim)
     fresh.optim_objs, fresh.grad_clip, fresh._state_waiting_to_be_consumed = {}, {}, {}
     return fresh
-
-
-def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The sites of one run, without densities and without gradients."""
-    with LeftWhole(), torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
-        model(*args, **kwargs)
-    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
-
-
-def predicted_run(
-    model: Model,
-    args: tuple,
-    kwargs: dict[str, Any],
-    values: Mapping[str, torch.Tensor],
-    keep_observed: bool,
-) -> dict[str, dict[str, Any]]:
-    """The sites of one run with latents at given values and observed sites drawn anew.
-
-    Args:
-        model: The user's model.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        values: Values of latents.
-        keep_observed: Whether observed sites keep their values.
-    """
-    with (
-        LeftWhole(),
-        torch.no_grad(),
-        pyro.validation_enabled(False),
-        poutine.trace() as tracer,
-        DrawObserved(not keep_observed),
-        GiveValues(values, dict.fromkeys(values, Role.SAMPLED), {}),
-    ):
-        model(*args, **kwargs)
-    return {
-        n: s
-        for n, s in tracer.trace.nodes.items()
-        if s["type"] == "sample"
-        and not site_is_subsample(s)
-        and type(unwrap(s["fn"])[0]).__name__ != "Unit"
-    }
 
 
 def plain_run(

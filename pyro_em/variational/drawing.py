@@ -28,8 +28,9 @@ from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import GuideSites, HoldAt
-from pyro_em.tracing.runs import Model, drawn_run
+from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
 from pyro_em.variational.divergence import kl_term
 from pyro_em.variational.guide import GuideLook

@@ -20,9 +20,9 @@ from pyro_em.portable import Absent, Portable
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.allocation import watching
 from pyro_em.tracing.dependences import Dependences, Reading, changed_since
+from pyro_em.tracing.draws import sites_of
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.randomness import same_random_state, seeded
-from pyro_em.tracing.runs import sites_of
 from pyro_em.tracing.turns import alone
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.drawing import inner_posterior

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import MaskSites
 from pyro_em.tracing.randomness import seeded
-from pyro_em.tracing.runs import Model, drawn_run
+from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role, is_factor, role_of
 from pyro_em.updates.statistics import dot
 from pyro_em.variational.bound import Variational

@@ -1,0 +1,76 @@
+"""Runs that draw: a model paired with its guide, and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+
+from pyro_em.distributions import unwrap
+from pyro_em.tracing.densities import add_log_probs
+from pyro_em.tracing.handlers import DrawObserved, GiveValues, SampleTrace
+from pyro_em.tracing.runs import Model, Run
+from pyro_em.tracing.sites import Role, is_factor, is_latent
+from pyro_em.tracing.whole import LeftWhole
+
+
+def drawn_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], unneeded: Collection[str] = ()
+) -> Run:
+    """Run a model paired with its guide once, drawing on; parameters stay attached.
+
+    Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
+    ``unneeded`` excepted.
+    """
+    with LeftWhole(), pyro.validation_enabled(False), SampleTrace() as tracer:
+        model(*args, **kwargs)
+    add_log_probs(
+        tracer.trace,
+        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded,
+    )
+    return Run(dict(tracer.trace.nodes), {})
+
+
+def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The sites of one run, without densities and without gradients."""
+    with LeftWhole(), torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
+        model(*args, **kwargs)
+    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
+
+
+def predicted_run(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    values: Mapping[str, torch.Tensor],
+    keep_observed: bool,
+) -> dict[str, dict[str, Any]]:
+    """The sites of one run with latents at given values and observed sites drawn anew.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        values: Values of latents.
+        keep_observed: Whether observed sites keep their values.
+    """
+    with (
+        LeftWhole(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        poutine.trace() as tracer,
+        DrawObserved(not keep_observed),
+        GiveValues(values, dict.fromkeys(values, Role.SAMPLED), {}),
+    ):
+        model(*args, **kwargs)
+    return {
+        n: s
+        for n, s in tracer.trace.nodes.items()
+        if s["type"] == "sample"
+        and not site_is_subsample(s)
+        and type(unwrap(s["fn"])[0]).__name__ != "Unit"
+    }
