@@ -224,12 +224,12 @@ def test_draws_below_an_enumerated_site(kind: str) -> None:
     assert set(v.routing.drawn) == {"y", "h"} and not v.is_exact
     value, by_logits, by_at = written_out(bound)
     losses: list[torch.Tensor] = []
-    rows = -gradients(v, ["logits", "at"], X, draws=250, losses=losses)
+    rows = -gradients(v, ["logits", "at"], X, draws=125, losses=losses)
     assert_mean(rows, torch.cat([by_logits.reshape(-1), by_at]))
     assert_mean(torch.stack(losses)[:, None], -value)
-    assert_mean(torch.stack(v.draws((X,), {}, 50))[:, None], value)
-    terms = em.elbo(X, num_particles=100)
-    assert abs(terms.value - value) < 5 * terms.standard_error
+    assert_mean(torch.stack(v.draws((X,), {}, 25))[:, None], value)
+    terms = em.elbo(X, num_particles=50)
+    assert abs(terms.value - value) < 3.5 * terms.standard_error
     assert terms.pointwise is not None
     assert float(terms.pointwise.sum()) == pytest.approx(terms.value, rel=1e-9)
     assert terms.expected_log_joint + terms.entropy == pytest.approx(terms.value, rel=1e-9)
@@ -239,8 +239,8 @@ def test_summing_y_takes_its_noise_out_of_the_gradient() -> None:
     family, bound = KINDS["reparameterised"]
     em = ExactPosteriorEM(tree(family), tree_guide(family), **GIVEN)
     v = variational(em, X)
-    summed = -gradients(v, ["logits"], X, draws=100)
-    drawn = -gradients(v.with_draws_only(), ["logits"], X, draws=100)
+    summed = -gradients(v, ["logits"], X, draws=50)
+    drawn = -gradients(v.with_draws_only(), ["logits"], X, draws=50)
     assert_mean(drawn, written_out(bound)[1])
     assert float(summed.var(0).sum()) < 0.5 * float(drawn.var(0).sum())
 
@@ -309,7 +309,7 @@ def test_a_site_whose_rows_are_coupled_is_drawn() -> None:
 
     em = ExactPosteriorEM(model, guide, **GIVEN)
     assert "score function" in reason(em, "y", X) and "outside its plates" in reason(em, "y", X)
-    rows = gradients(variational(em, X), ["l"], X, draws=400)
+    rows = gradients(variational(em, X), ["l"], X, draws=200)
     p = T(0.0, requires_grad=True)
     total = 0.0
     for code in range(8):

@@ -207,7 +207,7 @@ def test_scaled_rows_are_replicated_rows_in_importance_weights() -> None:
     )
     pyro.param("a", torch.tensor(0.8))
     torch.manual_seed(0)
-    estimate = em.estimate_evidence(x, num_particles=2000)
+    estimate = em.estimate_evidence(x, num_particles=1000)
     assert estimate.value == pytest.approx(10 * evidence_of_rows(x), abs=0.2)
 
 
@@ -230,11 +230,11 @@ def test_a_plate_of_the_batch_size_by_chance_is_not_scaled() -> None:
     likelihood = dist.Normal(1.5, 1.0).log_prob(groups).sum() - 5 * 0.4**2 / 2
     likelihood = likelihood + dist.Normal(1.5, 10.0).log_prob(x).sum() - 40 * 0.4**2 / 200
     full = float(likelihood) - ((1.5**2 + 0.4**2 - 1) / 2 - math.log(0.4))
-    drawn = em.elbo(x, num_particles=200)
-    assert abs(drawn.value - full) < 5 * drawn.standard_error
+    drawn = em.elbo(x, num_particles=100)
+    assert abs(drawn.value - full) < 3.5 * drawn.standard_error
     for batch in (5, 10):
-        bounds = torch.tensor(em.fit(x, batch_size=batch, num_epochs=60, seed=0).history)
-        assert abs(float(bounds.mean()) - full) < 5 * float(bounds.std()) / len(bounds) ** 0.5
+        bounds = torch.tensor(em.fit(x, batch_size=batch, num_epochs=30, seed=0).history)
+        assert abs(float(bounds.mean()) - full) < 3.5 * float(bounds.std()) / len(bounds) ** 0.5
 
 
 def test_a_loader_of_dicts_counts_its_rows() -> None:
@@ -248,10 +248,10 @@ def test_a_loader_of_dicts_counts_its_rows() -> None:
 
     em = ExactPosteriorEM(model, guide, updates={"m": Fixed()})
     loader = DataLoader([{"x": v} for v in x], 10)
-    history = torch.tensor(em.fit(loader, num_epochs=20, seed=0).history)
-    full = em.elbo({"x": x}, num_particles=500)
+    history = torch.tensor(em.fit(loader, num_epochs=10, seed=0).history)
+    full = em.elbo({"x": x}, num_particles=250)
     error = math.hypot(float(history.std()) / len(history) ** 0.5, full.standard_error)
-    assert abs(float(history.mean()) - full.value) < 5 * error
+    assert abs(float(history.mean()) - full.value) < 3.5 * error
 
 
 @pytest.mark.parametrize("wrap", ["scale", "mask"])
@@ -277,10 +277,10 @@ def test_a_guide_messenger_keeps_scale_and_mask(wrap: str) -> None:
     data = dist.Normal(q.mean, 0.5).log_prob(x) - q.variance / (2 * 0.5**2)
     weight = torch.tensor([3.0] * 4 if wrap == "scale" else [1.0, 0.0, 1.0, 0.0])
     exact = float((weight * (data - kl)).sum().detach())
-    ours = em.elbo(x, num_particles=700)  # beside an exact number half the draws weigh as much
-    assert abs(ours.value - exact) < 5 * ours.standard_error
-    theirs = torch.tensor([-Trace_ELBO().loss(model, messenger, x) for _ in range(200)])
-    assert abs(float(theirs.mean()) - exact) < 5 * float(theirs.std()) / 200**0.5
+    ours = em.elbo(x, num_particles=350)
+    assert abs(ours.value - exact) < 3.5 * ours.standard_error
+    theirs = torch.tensor([-Trace_ELBO().loss(model, messenger, x) for _ in range(100)])
+    assert abs(float(theirs.mean()) - exact) < 3.5 * float(theirs.std()) / 100**0.5
 
 
 def test_a_score_function_of_a_site_without_data_is_unbiased() -> None:
@@ -320,11 +320,11 @@ def test_a_score_function_of_a_site_without_data_is_unbiased() -> None:
     assert log_p.grad is not None
 
     for loss, n in (
-        (lambda: found.loss((x,), {}), 700),
-        (lambda: Trace_ELBO().differentiable_loss(model, guide, x), 200),
+        (lambda: found.loss((x,), {}), 350),
+        (lambda: Trace_ELBO().differentiable_loss(model, guide, x), 100),
     ):
         drawn = torch.tensor([gradient(loss) for _ in range(n)])
-        assert abs(float(drawn.mean() - log_p.grad)) < 5 * float(drawn.std()) / n**0.5
+        assert abs(float(drawn.mean() - log_p.grad)) < 3.5 * float(drawn.std()) / n**0.5
     leaf.grad = None
 
 
