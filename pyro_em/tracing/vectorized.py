@@ -339,8 +339,10 @@ class _Inside(Messenger):
             raise NotVectorized(f"the name of site '{name}' does not show its step once")
         place = Place(loop.name, None, loop.shift, before, after)
         self.series.places[name] = place
-        for part in ("value", "mask", "scale"):
-            msg[part] = placed(msg[part])
+        msg["value"] = placed(msg["value"])
+        device = _device_of((msg["value"], *vars(msg["fn"]).values()))
+        for part in ("mask", "scale"):
+            msg[part] = placed(msg[part], device=device)
         _place_arguments(msg["fn"])
         frame = CondIndepStackFrame(loop.name, loop.dim, loop.rest, 0)
         msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
@@ -477,8 +479,8 @@ class PerStep(Tensor):
         given = (*args, *kwargs.values())
         dtype = _dtype_of(given) or torch.get_default_dtype()
         events = _events_beside(given, own) if name in _BY_ELEMENT else None
-        mapped = {k: _mapped(a, dtype, events) for k, a in kwargs.items()}
-        return func(*_mapped(args, dtype, events), **mapped)
+        how = dtype, events, _device_of(given)
+        return func(*_mapped(args, *how), **{k: _mapped(a, *how) for k, a in kwargs.items()})
 
 
 class Index(PerStep):
@@ -556,12 +558,13 @@ def _by_element(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
             return raw
         if numbers:  # of Python: in double precision until they meet a tensor
             return raw.to(torch.float64) if raw.dtype == torch.int64 and real else raw
-        return _of_dtype(raw, dtype)
+        raw = _of_dtype(raw, dtype)
+        return raw if device is None else raw.to(device)
 
     given = (*args, *kwargs.values())
     numbers = all(v.is_number for v in given if isinstance(v, PerStep))
     real = func.__name__.strip("_") not in _WHOLE or any(isinstance(v, float) for v in given)
-    dtype = _dtype_of(given) or torch.get_default_dtype()
+    dtype, device = _dtype_of(given) or torch.get_default_dtype(), _device_of(given)
     out = func(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
     if numbers and out.dim() == 1 and not out.is_floating_point():
         return Index.of(out, own.series, own.loop)
@@ -588,14 +591,19 @@ def _as_plain(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
     return out
 
 
-def _mapped(value: Any, dtype: torch.dtype | None = None, events: int | None = None) -> Any:
+def _mapped(value: Any, *how: Any) -> Any:
     """Arguments with plain tensors in them."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(v, dtype, events) for v in value)
-    return placed(value, dtype, events)
+        return type(value)(_mapped(v, *how) for v in value)
+    return placed(value, *how)
 
 
-def placed(value: Any, dtype: torch.dtype | None = None, events: int | None = None) -> Any:
+def placed(
+    value: Any,
+    dtype: torch.dtype | None = None,
+    events: int | None = None,
+    device: torch.device | None = None,
+) -> Any:
     """A tensor per step as a plain one, laid out beside the plates; anything else as it is.
 
     Args:
@@ -603,10 +611,11 @@ def placed(value: Any, dtype: torch.dtype | None = None, events: int | None = No
         dtype: Of real numbers that were numbers of Python at each step; the default one if None.
         events: How many dimensions of an event there are to the right of the plates; told by the
             sizes of plates if None.
+        device: Where to put it, other than in the processor's memory.
     """
     if not isinstance(value, PerStep):
         return value
-    raw = value.raw
+    raw = value.raw if device is None else value.raw.to(device)
     if isinstance(value, Index) and value.series.way == PLAIN:
         return raw
     if value.is_number:
@@ -615,6 +624,20 @@ def placed(value: Any, dtype: torch.dtype | None = None, events: int | None = No
         right = max(-1 - value.loop.dim + events, raw.dim() - 1)
         return raw.reshape(raw.shape[0], *(1,) * (right - raw.dim() + 1), *raw.shape[1:])
     return _laid_out(raw, value.series, value.loop)
+
+
+def _device_of(values: Any) -> torch.device | None:
+    """The device of the first tensor that has one of its own; None for the processor's memory."""
+    for v in values:
+        if isinstance(v, Tensor):
+            device = v.raw.device if isinstance(v, PerStep) else v.device
+            if device.type not in ("cpu", "meta"):
+                return device
+        elif isinstance(v, (tuple, list)):
+            found = _device_of(v)
+            if found is not None:
+                return found
+    return None
 
 
 def _events_beside(values: Any, own: PerStep) -> int | None:
