@@ -14,9 +14,10 @@ from torch.distributions import transform_to
 
 from pyro_em.distributions import are_inside
 from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
+from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.structure import Structure
-from pyro_em.graph.trace import check_arguments, trace_graph
+from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.graph.value_checks import data_problems, weight_problems
 from pyro_em.plan.cost import budget_problems, contraction_from_structure

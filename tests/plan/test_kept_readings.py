@@ -830,12 +830,12 @@ def test_a_form_that_was_seen_costs_one_run(monkeypatch):
 
         return counted
 
-    from pyro_em.graph import examination, first_run, trace
+    from pyro_em.graph import enumerated, examination, first_run
 
     for module, name in (
         (first_run, "plain_run"),
         (examination, "provenance_run"),
-        (trace, "enumerated_run"),
+        (enumerated, "enumerated_run"),
     ):
         monkeypatch.setattr(module, name, model_runs(name))
     em.score(OTHER)
