@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 from collections.abc import Iterator
 
 # One thread for every library, and for the processes that tests start: two workers with two
 # threads each on two cores wait for each other. It is read at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -20,10 +22,19 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 
+def seed(value: int) -> None:
+    """As pyro.set_rng_seed, without a seed that is queued, with its stack, for unused devices."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    random.seed(value)
+    np.random.seed(value)
+
+
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     pyro.clear_param_store()
-    pyro.set_rng_seed(0)
+    seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield

@@ -46,7 +46,12 @@ from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
 from pyro_em.tracing.provenance import tags_of, watched_mixing
-from pyro_em.tracing.randomness import random_state, same_random_state, set_random_state
+from pyro_em.tracing.randomness import (
+    random_state,
+    same_random_state,
+    seed_generators,
+    set_random_state,
+)
 from pyro_em.tracing.sites import is_factor, is_latent, tensors_of
 from pyro_em.tracing.whole import LeftWhole
 
@@ -382,10 +387,7 @@ def enumerated_run(
         LeanEnum(-1 - max_plate_nesting, latents, kept),
     ):
         if random_seed is not None:
-            # torch.manual_seed would queue a seed for devices that are not initialised yet.
-            torch.default_generator.manual_seed(random_seed)
-            if torch.cuda.is_initialized():
-                torch.cuda.manual_seed(random_seed)
+            seed_generators(random_seed)
         if limit is None:
             model(*args, **kwargs)
         else:

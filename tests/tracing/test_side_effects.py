@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 
 from pyro_em import ExactPosteriorEM, ModelError, TraceExact_ELBO
+from pyro_em.tracing.randomness import seeded
 
 
 @pytest.fixture(autouse=True)
@@ -205,3 +206,14 @@ def test_data_are_left_alone_by_looking():
     before = x.clone()
     ExactPosteriorEM(mixture).plan(x)
     assert torch.equal(x, before)
+
+
+def test_a_seeded_block_queues_no_seed_for_devices_that_are_not_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would outlive the block, and most of the time of a short one goes to noting its stack."""
+    for device in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(device, "manual_seed_all", lambda seed: pytest.fail("queued"))
+    with seeded(5):
+        first = torch.rand(3)
+    assert torch.equal(first, torch.rand(3, generator=torch.Generator().manual_seed(5)))
