@@ -279,6 +279,8 @@ def require_loops(template: Structure, series: Series) -> None:
             _require_own_name(name, rest, places)
     for name, info in template.sites.items():
         place = places.get(name)
+        if place is None and any(p in loops for p in info.plates):
+            raise NotVectorized(f"a plate of site '{name}' has the name of a loop")
         for latent in info.scope:
             other = places.get(latent)
             if other is None or (

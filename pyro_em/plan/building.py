@@ -22,7 +22,7 @@ from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.graph.value_checks import data_problems, weight_problems
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
-from pyro_em.plan.loops import examine_with_loops
+from pyro_em.plan.loops import examine_with_loops, trouble
 from pyro_em.plan.notes import support_edges, unconstrained_simplexes
 from pyro_em.plan.program import Program
 from pyro_em.plan.routes import Route
@@ -119,7 +119,7 @@ def build_program(
             raise NotVectorized("some observed value, weight or argument cannot be used")
     except (NotVectorized, PyroEMError) as error:
         if structure.series is not None:
-            refused = {**(refused or {}), structure.series.way: str(error).splitlines()[0]}
+            refused = {**(refused or {}), structure.series.way: trouble(error)}
             return build_program(task, first_look=False, refused=refused)
         if not isinstance(error, ModelError) or not are_of_routes(error.problems):
             raise

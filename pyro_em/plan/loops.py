@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ def examine_with_loops(
     """
     begin, known = random_state(), frozenset(pyro.get_param_store()._params)
     reasons = list(refused.values())
+    findings: list[str] = []
     for way in (w for w in (ALIGNED, EVENTS, PLAIN) if w not in refused):
         series = Series(way, few=True)
         try:
@@ -51,17 +53,21 @@ def examine_with_loops(
                     structure, problems = examine(model, args, kwargs, **how)
             if not problems:
                 return _unrolled(model, args, kwargs, structure, series), []
-            reasons.append("")
+            findings.append(trouble(problems[0]))
         except NotVectorized as refusal:
-            reasons.append(str(refusal))
-        except PyroEMError:
+            reasons.append(trouble(refusal))
+        except PyroEMError as error:
             if not series.was_met:
                 raise
-            reasons.append("")
+            findings.append(trouble(error))
         set_random_state(begin)
         forget_all_but(known)
+        if series.is_hopeless:
+            break
     structure, problems = examine(model, args, kwargs, **how)
-    reason = next((r for r in reasons if r), "it fails with index tensors")
+    if problems and not reasons:  # of the model, not of index tensors
+        return structure, problems
+    reason = [*reasons, *findings][0]
     note = message(
         "vectorized_markov",
         "the loop is read step by step, like one of pyro.markov.",
@@ -69,6 +75,15 @@ def examine_with_loops(
         ["let the body do the same with an index tensor as with an integer"],
     )
     return replace(structure, notes=(*structure.notes, note)), problems
+
+
+def trouble(found: Finding | BaseException) -> str:
+    """What is wrong with index tensors, in short: names are made of t where they hold an index."""
+    if isinstance(found, PyroEMError) and found.problems:
+        found = found.problems[0]
+    said = f"{found.where}: {found.what}" if isinstance(found, Finding) else str(found)
+    said = re.sub(r"<[^<>]*\+-?\d+>", "t", said.partition("\n")[0]).rstrip(".")
+    return said if isinstance(found, NotVectorized) else f"with index tensors, {said}"
 
 
 def _needs_all_steps(structure: Structure) -> bool:

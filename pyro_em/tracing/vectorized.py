@@ -12,12 +12,13 @@ Outside this library's own looks at a model the loop is an ordinary ``pyro.marko
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from pyro.ops.provenance import get_provenance
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from pyro_em.arguments import whole
 from pyro_em.errors import UsageError, message
+from pyro_em.tracing.each_step import REDUCING, SHAPING, reduced, shaped
 from pyro_em.tracing.provenance import Tagged
 from pyro_em.tracing.sites import is_latent
 
@@ -138,6 +140,8 @@ class Series:
         loops: By name.
         places: Of the sites inside, by name.
         by_numbers: Whether sizes did not tell how something is laid out: numbers have to.
+        is_hopeless: Whether the body decides something for all steps at once, so that no way of
+            reading indices serves.
     """
 
     way: str = ALIGNED
@@ -148,6 +152,7 @@ class Series:
     loops: dict[str, Loop] = field(default_factory=dict)
     places: dict[str, Place] = field(default_factory=dict)
     by_numbers: bool = False
+    is_hopeless: bool = False
     _run: Any = None
     _met: set[str] = field(default_factory=set)
 
@@ -209,9 +214,10 @@ class vectorized_markov:
     arange(i, size − history + i), i = 0, …, history; in the last of these runs a value that is
     carried along (``z_prev = z``) is that of the step before, at every step at once. An index
     tensor means what an integer means at each step: ``x[t]``, ``A[t, z_prev]``, ``t < lengths``,
-    ``t == 0``, f"z_{t}". Anywhere else (a call of the model, ``Predictive``, ``SVI``), and where
-    ``size <= history``, it is an ordinary ``pyro.markov`` loop over integers. Sites are known as
-    those of the loop: ``z_0``, ``z_1``, …
+    ``t == 0``, f"z_{t}", ``(t < lengths).unsqueeze(-1)``. Anywhere
+    else (a call of the model, ``Predictive``, ``SVI``), and where ``size <= history``, it is an
+    ordinary ``pyro.markov`` loop over integers. Sites are known as those of the
+    loop: ``z_0``, ``z_1``, …
 
     A body that needs an integer (``int(t)``, ``if t > 3``, a list's index) is read as a loop, and a
     note on the plan says why.
@@ -334,6 +340,8 @@ class _Inside(Messenger):
         loop, name = self.loop, msg["name"]
         if loop.shift is None:
             return
+        if any(f.name == loop.name for f in msg["cond_indep_stack"]):
+            raise NotVectorized(f"a plate is called '{loop.name}' as well")
         before, token, after = name.partition(_token(loop))
         if not token or _token(loop) in after:
             raise NotVectorized(f"the name of site '{name}' does not show its step once")
@@ -408,6 +416,7 @@ _BY_ELEMENT = _words("""
     add sub rsub mul div true_divide floor_divide remainder fmod pow neg abs exp log sqrt sin cos
     tanh sigmoid eq ne lt le gt ge float double long int to clamp minimum maximum floor ceil round
     logical_and logical_or logical_not square where bool bitwise_and bitwise_or bitwise_not
+    isnan isfinite isinf nan_to_num log1p expm1 rsqrt sign
     __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __mod__
     __pow__ __rpow__ __neg__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__
     __invert__ __rfloordiv__ __rmod__
@@ -419,6 +428,12 @@ _WHOLE = _words("""
     add radd sub rsub mul rmul floordiv floor_divide rfloordiv mod rmod remainder fmod pow neg abs eq
     ne lt le gt ge long int clamp minimum maximum logical_and logical_or logical_not square where
     bool and or invert bitwise_and bitwise_or bitwise_not floor ceil round to
+    """)
+
+
+# What mixes the steps with other dimensions, or goes through them.
+_MOVES_STEPS = _words("""
+    nonzero argwhere unique flatten ravel masked_select __iter__ unbind split chunk tolist
     """)
 
 
@@ -474,13 +489,23 @@ class PerStep(Tensor):
             return _looked_up(args[0], args[1], own.series, own.loop)
         if isinstance(own, Index) and (own.series.way == PLAIN or name in _LAID_OUT):
             return _as_plain(func, args, kwargs, own)
-        if name in _BY_ELEMENT and all(_is_per_step(a) for a in (*args, *kwargs.values())):
+        if args and args[0] is own and own.series.way != PLAIN:
+            raw = _at_each_step(func, name, own, args[1:], kwargs)
+            if raw is not None:
+                return PerStep.of(raw, own.series, own.loop)
+        if name in _BY_ELEMENT and all(_is_per_step(a, own) for a in (*args, *kwargs.values())):
             return _by_element(func, args, kwargs, own)
         given = (*args, *kwargs.values())
         dtype = _dtype_of(given) or torch.get_default_dtype()
         events = _events_beside(given, own) if name in _BY_ELEMENT else None
         how = dtype, events, _device_of(given)
-        return func(*_mapped(args, *how), **{k: _mapped(a, *how) for k, a in kwargs.items()})
+        out = func(*_mapped(args, *how), **{k: _mapped(a, *how) for k, a in kwargs.items()})
+        if own.series.way != PLAIN and _is_of_all_steps(name, out, own.loop):
+            own.series.is_hopeless = True
+            raise NotVectorized(
+                f"the body calls '{name}' on what one step reads: index tensors hold all steps"
+            )
+        return out
 
 
 class Index(PerStep):
@@ -540,15 +565,56 @@ def _first(values: Any) -> PerStep | None:
     return None
 
 
-def _is_per_step(value: Any) -> bool:
-    """Whether a value is the same for all elements of plates: per step, or a number."""
-    if isinstance(value, Tensor):
-        return isinstance(value, PerStep)
-    return value is None or isinstance(value, (int, float, bool, torch.dtype))
+def _is_of_all_steps(name: str, out: Any, loop: Loop) -> bool:
+    """Whether a result is one for all steps, which a body could branch on."""
+    if name in _MOVES_STEPS:
+        return True
+    if isinstance(out, (tuple, list)):
+        return any(_is_of_all_steps(name, o, loop) for o in out)
+    if isinstance(out, Tensor):
+        places = out.shape[
+            : max(0, out.dim() + loop.dim + 1)
+        ]  # further left by dimensions of events
+        has_steps = any(n in (1, loop.rest) for n in places)
+        return not (has_steps or name.startswith("_"))
+    shows = name.startswith(("is_", "_is_")) and name != "is_nonzero"
+    return isinstance(out, (int, float, np.ndarray)) and not shows
+
+
+def _at_each_step(
+    func: Any, name: str, own: PerStep, how: Sequence[Any], by_name: dict[str, Any]
+) -> Tensor | None:
+    """An operation that counts the dimensions of one step; None for any other."""
+    if name in SHAPING and not by_name:
+        out = shaped(name, own.raw, how, -own.loop.dim)
+        if out is None and name in ("view", "reshape") and own.loop.rest not in _flat(how):
+            own.series.is_hopeless = True
+            raise NotVectorized("the body gives what a step reads another shape")
+        return out
+    return reduced(func, own.raw, how, by_name) if name in REDUCING else None
+
+
+def _flat(how: Sequence[Any]) -> Sequence[Any]:
+    return how[0] if len(how) == 1 and isinstance(how[0], (tuple, list)) else how
+
+
+def _is_per_step(value: Any, own: PerStep) -> bool:
+    """Whether a value is one per step, or the same at all of them.
+
+    A plain tensor has no dimension of steps where it has too few dimensions for it.
+    """
+    if isinstance(value, Tensor) and not isinstance(value, PerStep):
+        return own.series.way != PLAIN and value.dim() < -own.loop.dim
+    return value is None or isinstance(value, (PerStep, int, float, bool, torch.dtype))
 
 
 def _by_element(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
-    most = max(v.raw.dim() for v in (*args, *kwargs.values()) if isinstance(v, PerStep))
+    given = (*args, *kwargs.values())
+    most = max(
+        v.raw.dim() if isinstance(v, PerStep) else v.dim() + 1
+        for v in given
+        if isinstance(v, Tensor)
+    )
 
     def plain(v: Any) -> Any:
         if not isinstance(v, PerStep):
@@ -561,8 +627,7 @@ def _by_element(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
         raw = _of_dtype(raw, dtype)
         return raw if device is None else raw.to(device)
 
-    given = (*args, *kwargs.values())
-    numbers = all(v.is_number for v in given if isinstance(v, PerStep))
+    numbers = all(isinstance(v, PerStep) and v.is_number for v in given if isinstance(v, Tensor))
     real = func.__name__.strip("_") not in _WHOLE or any(isinstance(v, float) for v in given)
     dtype, device = _dtype_of(given) or torch.get_default_dtype(), _device_of(given)
     out = func(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
@@ -586,7 +651,7 @@ def _as_plain(func: Any, args: Any, kwargs: Any, own: PerStep) -> Any:
     out = func(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
     name = getattr(func, "__name__", "")
     whole_numbers = isinstance(out, Tensor) and out.shape == own.raw.shape
-    if whole_numbers and name in _BY_ELEMENT and all(_is_per_step(a) for a in args):
+    if whole_numbers and name in _BY_ELEMENT and all(_is_per_step(a, own) for a in args):
         return Index.of(out, own.series, own.loop)
     return out
 
@@ -724,7 +789,7 @@ def _looked_up(target: Any, index: Any, series: Series, loop: Loop) -> Any:
     if any(parts[i].raw.dim() != 1 or parts[i].raw.dtype == torch.bool for i in steps):
         return target[_mapped(index)]
     if tensors:
-        return target[tuple(_to(placed(p), target) for p in parts)]
+        return _looked_up_together(target, parts, series, loop)
     if len(steps) > 1:
         if steps != list(range(len(steps))):
             raise NotVectorized("the body indexes with its index in several places")
@@ -743,7 +808,30 @@ def _looked_up(target: Any, index: Any, series: Series, loop: Loop) -> Any:
         k = next(i for i, p in enumerate(parts) if isinstance(p, PerStep))
     parts[k] = slice(None)
     dim = sum(p is None or isinstance(p, slice) for p in parts[:k])
-    return PerStep.of(target[tuple(parts)].index_select(dim, at).movedim(dim, 0), series, loop)
+    looked = target[tuple(parts)][(*(slice(None),) * dim, at)]
+    return PerStep.of(looked.movedim(dim, 0), series, loop)
+
+
+def _looked_up_together(target: Tensor, parts: list[Any], series: Series, loop: Loop) -> Any:
+    """``target[parts]`` at each step, where indices per step stand beside tensors."""
+    at = [i for i, p in enumerate(parts) if isinstance(p, Tensor)]
+    known = all(isinstance(parts[i], PerStep) or parts[i].dim() < -loop.dim for i in at)
+    whole_numbers = all(parts[i].dtype != torch.bool for i in at)
+    if series.way == PLAIN or not known or not whole_numbers or at[-1] - at[0] >= len(at):
+        return target[tuple(_to(placed(p), target) for p in parts)]
+    most = max(parts[i].dim() for i in at if not isinstance(parts[i], PerStep))
+    most = max([most, *(p.raw.dim() - 1 for p in parts if isinstance(p, PerStep))])
+
+    def beside(p: Any) -> Any:
+        if not isinstance(p, PerStep):
+            return _to(p, target)
+        steps, *own = p.raw.shape
+        return _to(p.raw.reshape(steps, *(1,) * (most - len(own)), *own), target)
+
+    dim = sum(p is None or isinstance(p, slice) for p in parts[: at[0]])
+    if Ellipsis in parts[: at[0]]:
+        dim += target.dim() - sum(p is not None and p is not Ellipsis for p in parts)
+    return PerStep.of(target[tuple(map(beside, parts))].movedim(dim, 0), series, loop)
 
 
 def _to(value: Any, target: Tensor) -> Any:
@@ -763,4 +851,5 @@ def _decided(condition: PerStep) -> bool:
         return first
     if condition.loop.shift is not None and condition.loop.shift < condition.loop.history:
         return bool(said[-1])
+    condition.series.is_hopeless = True
     raise NotVectorized("the body branches on its index, and not all steps go the same way")

@@ -336,6 +336,53 @@ def test_bodies_that_need_integers(use: Callable[[Any, Tensor], Any]) -> None:
     compare(chain_with(use), data(T), vectorised=False)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda v: v.max() > 3,
+        lambda v: (v > 3).any(),
+        lambda v: v.sum() > 3,
+        lambda v: v.reshape(-1).max() > 3,
+        lambda v: True in (v > 3),
+        lambda v: len((v > 3).nonzero()) > 0,
+        lambda v: v.numpy().max() > 3,
+    ],
+    ids=["max", "any", "sum", "reshape", "in", "nonzero", "numpy"],
+)
+def test_numbers_of_a_step_that_decide_what_the_body_does(use: Callable[[Tensor], Any]) -> None:
+    """All steps but one go one way, also those that are looked at."""
+    x = torch.full((9,), 4.0, dtype=torch.float64)
+    x[2] = 0.0
+    found = []
+    for loop in LOOPS.values():
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(as_model(chain_with(lambda t, x: float(bool(use(x[t])))), loop))
+        found.append(em.score(x))
+        says = STEP_BY_STEP in notes(em, x)
+        assert says == (loop is vectorized_markov)
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_a_plate_of_the_same_name() -> None:
+    def chain(loop: Loop, x: Tensor) -> None:
+        mu = real("mu", 2)
+        with pyro.plate("time", len(x)):
+            pyro.sample("y", dist.Normal(mu[0], 1.0), obs=x)
+        models.symbols(loop, (x > 0).long())
+
+    compare(chain, data(T), vectorised=False)
+
+
+def test_why_a_body_fails_with_index_tensors_is_said() -> None:
+    x = data(T)
+    model = as_model(chain_with(lambda t, x: x[t].reshape(1)[0]), vectorized_markov)
+    assert "what a step reads another shape" in notes(ExactPosteriorEM(model), x)
+    pyro.clear_param_store()
+    bodies = chain_with(lambda t, x: torch.cat([x[t][None], x[:1]])[0])
+    said = notes(ExactPosteriorEM(as_model(bodies, vectorized_markov)), x)
+    assert "with index tensors, " in said and "<" not in said
+
+
 def test_sums_over_earlier_steps_are_read_as_a_loop() -> None:
     def total(loop: Loop, x: Tensor) -> None:
         A, mu, s = simplex("A", 2, 2), real("mu", 2), positive("s")

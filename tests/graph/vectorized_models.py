@@ -123,6 +123,33 @@ def ragged_by_a_table(loop: Loop, x: Tensor) -> None:
                 pyro.sample(f"x_{t}", dist.Normal(mu[z], s), obs=x[t])
 
 
+def rows_then_steps(loop: Loop, x: Tensor) -> None:
+    """Steps are the second dimension, and one before the first is the last."""
+    px, mu, s, b = simplex("px", K, K), real("mu", K), positive("s"), real("b", K, seed=6)
+    x = x.T
+    with pyro.plate("rows", len(x)):
+        z: Any = 0
+        for t in loop("time", x.shape[1]):
+            z = pyro.sample(f"z_{t}", dist.Categorical(px[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z] + b[z] * x[:, t - 1], s), obs=x[:, t])
+
+
+def tones_of_sequences(loop: Loop, x: Tensor) -> None:
+    """Two plates beside the steps; dimensions are added to what is read at a step."""
+    px, py = simplex("px", K, K), rows(K, 2) / 2
+    y = (data(x.shape[1], len(x), 2) > 0).double()
+    lengths = torch.tensor([7, 4, 1])
+    tones = pyro.plate("tones", 2, dim=-1)
+    with pyro.plate("rows", x.shape[1], dim=-2) as n:
+        z: Any = 0
+        for t in loop("time", len(x)):
+            with poutine.mask(mask=(t < lengths).unsqueeze(-1)):
+                z = pyro.sample(f"z_{t}", dist.Categorical(px[z]))
+                pyro.sample(f"x_{t}", dist.Normal(1.0 * z, 1.0), obs=x[t][:, None])
+                with tones as k:
+                    pyro.sample(f"y_{t}", dist.Bernoulli(py[z, k]), obs=y[n, t])
+
+
 def pyros_way(loop: Loop, x: Tensor) -> None:
     """Laid out by hand, as Pyro's examples are: sequences, then steps, then tones."""
     pi, A, p = simplex("pi", K), simplex("A", K, K), simplex("p", K, 2)
@@ -399,6 +426,8 @@ MANY = [
     ragged,
     ragged_by_a_table,
     pyros_way,
+    tones_of_sequences,
+    rows_then_steps,
     covariates_in_a_plate,
     two_transitions,
     inputs_beside_events,
