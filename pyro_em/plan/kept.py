@@ -87,7 +87,7 @@ class Readings(StaysHere):
     def _of(self, model: Any) -> dict[Hashable, Kept]:
         try:
             return _by_model.setdefault(model, {})
-        except TypeError:  # no weak references, or no hash
+        except Exception:  # no weak references, no hash, or a comparison of its own that raises
             return self._own
 
     def keep(self, task: Task, program: Program) -> None:
