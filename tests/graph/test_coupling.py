@@ -236,15 +236,15 @@ def test_a_guide_that_draws_the_latent_is_followed(marked):
         bound = bound + log_q.exp() * (joint(f, w, x, z) - log_q)
     (gradient,) = torch.autograd.grad(bound, free)
     torch.manual_seed(0)
-    terms = em.elbo(x, num_particles=500)
-    assert abs(terms.value - float(bound.detach())) < 4 * terms.standard_error
-    loss, n = TraceExact_ELBO(), 800
+    terms = em.elbo(x, num_particles=280)
+    assert abs(terms.value - float(bound.detach())) < 3 * terms.standard_error
+    loss, n = TraceExact_ELBO(), 450
     draws = [
         torch.autograd.grad(-loss.differentiable_loss(model, guide, x), leaf)[0] for _ in range(n)
     ]
     stacked = torch.stack(draws)
     error = stacked.std(0) / n**0.5
-    assert bool(((stacked.mean(0) - gradient).abs() < 4 * error).all())
+    assert bool(((stacked.mean(0) - gradient).abs() < 3 * error).all())
 
 
 def test_a_guide_whose_own_elements_read_each_other_is_not_enumerated():
@@ -333,8 +333,8 @@ def test_the_guide_that_a_refusal_advises_helps(model, guide, bound, strategy):
         ExactPosteriorEM(model).posterior(X)
     pyro.clear_param_store()
     torch.manual_seed(0)
-    terms = ExactPosteriorEM(model, guide, strategy=strategy).elbo(X, num_particles=600)
-    assert abs(terms.value - bound(X)) < 4 * terms.standard_error
+    terms = ExactPosteriorEM(model, guide, strategy=strategy).elbo(X, num_particles=340)
+    assert abs(terms.value - bound(X)) < 3 * terms.standard_error
 
 
 def test_a_guide_that_reads_a_plate_from_outside_is_not_enumerated():

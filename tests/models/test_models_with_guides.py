@@ -108,15 +108,15 @@ def test_gmvae_bound_is_that_of_plain_monte_carlo() -> None:
     x = vae.load_data()[0][:20]
     pair, values = pair_at_random(x)
     em = ExactPosteriorEM(pair.model, pair.guide)
-    terms = em.elbo(x, params=values, num_particles=400)
+    terms = em.elbo(x, params=values, num_particles=200)
     with torch.no_grad():
         loc, log_scale = pair.encoder(x).chunk(2, -1)
         q = torch.distributions.Normal(loc, log_scale.exp())
-        z = q.sample((20_000,))
+        z = q.sample((10_000,))
         draws = log_joint(pair, values, x, z) - q.log_prob(z).sum((-1, -2))
     error = float(draws.std()) / len(draws) ** 0.5
     assert terms.standard_error is not None
-    tolerance = 5 * (error**2 + terms.standard_error**2) ** 0.5
+    tolerance = 3.5 * (error**2 + terms.standard_error**2) ** 0.5
     assert abs(terms.value - float(draws.mean())) < tolerance
     assert tolerance < 4.0  # nats, of about a thousand
 
@@ -133,7 +133,7 @@ def test_gmm_guide_and_its_gap() -> None:
     assert before.gap == pytest.approx(evidence - before.value, abs=1e-8)
     assert before.gap > 1  # a guide that knows nothing yet
     # The family holds the posterior, whose log odds are quadratic in x: the gap can close.
-    em.fit(x, 2, max_steps=300, seed=0, progress=False)
+    em.fit(x, 2, max_steps=150, seed=0, progress=False)
     after = em.elbo(x, 2)
     assert after.gap is not None
     assert 0 <= after.gap < before.gap

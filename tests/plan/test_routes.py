@@ -240,7 +240,7 @@ def test_autoguides_of_a_model_with_labels(name) -> None:
     else:
         assert {found[n] for n in ("w", "s", "mu")} == {"point estimate" if points else "guide"}
     before = em.elbo(T(X), num_particles=20).value
-    result = em.fit(T(X), max_steps=60, seed=0, progress=False)
+    result = em.fit(T(X), max_steps=25, seed=0, progress=False)
     assert em.elbo(T(X), num_particles=20).value > before - 1.0
     assert result.posterior.probs("z").shape == (4, 2)
 
@@ -469,11 +469,11 @@ def test_a_normal_guide_of_a_positive_latent_runs_as_in_pyro() -> None:
 
     em = ExactPosteriorEM(model, guide, lambda p: torch.optim.Adam(p, lr=0.01))
     assert "closed form" not in str(em.plan(T(X)))
-    terms = em.elbo(T(X), num_particles=200)
+    terms = em.elbo(T(X), num_particles=100)
     loss = pyro.infer.Trace_ELBO()
-    theirs = torch.tensor([-loss.loss(model, guide, T(X)) for _ in range(200)])
-    error = (terms.standard_error**2 + float(theirs.var()) / 200) ** 0.5
-    assert abs(terms.value - float(theirs.mean())) < 5 * error
+    theirs = torch.tensor([-loss.loss(model, guide, T(X)) for _ in range(100)])
+    error = (terms.standard_error**2 + float(theirs.var()) / 100) ** 0.5
+    assert abs(terms.value - float(theirs.mean())) < 3.5 * error
     assert em.fit(T(X), max_steps=5, progress=False).status is EMStatus.STEPS_DONE
 
 
