@@ -490,6 +490,8 @@ class PerStep(Tensor):
         if isinstance(own, Index) and (own.series.way == PLAIN or name in _LAID_OUT):
             return _as_plain(func, args, kwargs, own)
         if args and args[0] is own and own.series.way != PLAIN:
+            if name == "unbind" and not any(args[1:]) and not kwargs and own.raw.dim() > 1:
+                return tuple(PerStep.of(r, own.series, own.loop) for r in own.raw.unbind(1))
             raw = _at_each_step(func, name, own, args[1:], kwargs)
             if raw is not None:
                 return PerStep.of(raw, own.series, own.loop)

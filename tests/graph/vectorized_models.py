@@ -145,7 +145,8 @@ def tones_of_sequences(loop: Loop, x: Tensor) -> None:
         for t in loop("time", len(x)):
             with poutine.mask(mask=(t < lengths).unsqueeze(-1)):
                 z = pyro.sample(f"z_{t}", dist.Categorical(px[z]))
-                pyro.sample(f"x_{t}", dist.Normal(1.0 * z, 1.0), obs=x[t][:, None])
+                first, *_ = x[t]
+                pyro.sample(f"x_{t}", dist.Normal(first + z, 1.0), obs=x[t][:, None])
                 with tones as k:
                     pyro.sample(f"y_{t}", dist.Bernoulli(py[z, k]), obs=y[n, t])
 
