@@ -512,7 +512,7 @@ def monotone_and_compiled_as_generic(model: RandomModel) -> None:
     generic = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
     generic.compiled = False
     previous = -math.inf
-    last = 5 if exact else 2
+    last = 3 if exact else 2
     for step in range(last + 1):
         start = {n: p.unconstrained.detach().clone() for n, p in parameters.items()}
         one, two = compiled.evaluate(), generic.evaluate()
