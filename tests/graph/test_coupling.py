@@ -105,7 +105,7 @@ def test_no_call_gives_a_number_for_them(call):
 
 def test_they_are_found_in_large_data():
     """Large data are first looked at without numbers, which cannot show a shift."""
-    n = 200_000
+    n = 140_000  # sigma[z] alone is more than a look with numbers allocates
     sigma = torch.eye(8).expand(2, 8, 8).contiguous()
 
     def model(x, shift):
