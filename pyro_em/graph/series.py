@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.graph.stretches import Later, LaterDict, LaterTuple, Stem
 from pyro_em.graph.structure import SiteInfo, Structure
-from pyro_em.tracing.vectorized import Loop, NotVectorized, Place, Series
+from pyro_em.tracing.loops import Loop, NotVectorized, Place, Series
 
 
 @dataclass(frozen=True, eq=False)

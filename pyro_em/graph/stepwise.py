@@ -22,8 +22,8 @@ from pyro_em.graph.coupling import Sites, differs, parts_of
 from pyro_em.graph.series import Unrolling
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.allocation import is_shadow
+from pyro_em.tracing.loops import EARLIER, Loop, NotVectorized, Place, Series
 from pyro_em.tracing.sites import is_factor, tensors_of
-from pyro_em.tracing.vectorized import EARLIER, Loop, NotVectorized, Place, Series
 
 Held = Callable[[Series, Mapping[str, Tensor]], Sites]
 

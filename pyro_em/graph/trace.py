@@ -31,6 +31,7 @@ from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph
 from pyro_em.tracing.garbage import fewer_collections
+from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import (
@@ -39,7 +40,6 @@ from pyro_em.tracing.runs import (
     held_run,
 )
 from pyro_em.tracing.sites import Role, frames_of, is_factor, mask_tensor, role_of
-from pyro_em.tracing.vectorized import NotVectorized, vectorizing
 
 
 @fewer_collections()

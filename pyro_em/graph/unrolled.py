@@ -19,8 +19,8 @@ from pyro_em.graph.latent_series import LatentSeries
 from pyro_em.graph.series import Unrolling
 from pyro_em.graph.stretches import Dims, Members, Read, Repeated, Stem, Stretch
 from pyro_em.graph.structure import Structure
+from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.parameters import TracedParameter
-from pyro_em.tracing.vectorized import NotVectorized
 
 Lead = Callable[[Tensor], Tensor]
 

@@ -34,11 +34,11 @@ from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
 from pyro_em.tracing.garbage import fewer_collections
+from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
-from pyro_em.tracing.vectorized import NotVectorized
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
 

@@ -36,11 +36,11 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
+from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import is_stored
-from pyro_em.tracing.vectorized import NotVectorized
 
 _MOST = 8  # forms of data that are remembered of one model
 

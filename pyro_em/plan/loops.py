@@ -16,9 +16,9 @@ from pyro_em.graph.examination import examine
 from pyro_em.graph.series import require_loops
 from pyro_em.graph.stepwise import unrolling_of
 from pyro_em.graph.structure import Structure
+from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import Model, forget_all_but, held_run
-from pyro_em.tracing.vectorized import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
 
 
 def examine_with_loops(
