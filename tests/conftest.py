@@ -1,4 +1,4 @@
-"""Every test starts with an empty param store, a seed, float64 and one thread for tiny ops."""
+"""Every test starts with an empty param store, no readings, a seed, float64 and one thread."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pyro_em.plan.kept import forget_readings
+
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
 torch.set_num_threads(1)
@@ -34,6 +36,7 @@ def seed(value: int) -> None:
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
     pyro.clear_param_store()
+    forget_readings()  # no test begins with what another one has found out
     seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

@@ -69,6 +69,11 @@ class Kept:
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
 
 
+def forget_readings() -> None:
+    """Forget what is known of all models, and let go of what was kept for it."""
+    _by_model.clear()
+
+
 class Readings(StaysHere):
     """What one object knows of its model: the readings of the model, and the latest program.
 
