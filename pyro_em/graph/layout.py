@@ -24,9 +24,10 @@ from pyro_em.families.registry import family_of, given_arguments, spread_argumen
 from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.compact import compact, compact_all, recipe_for
-from pyro_em.graph.factors import Batch, Factor, Latent, repeated
+from pyro_em.graph.factors import Latent
 from pyro_em.graph.forms import FEW, equal_to_first
 from pyro_em.graph.signatures import Recurring, outline
+from pyro_em.graph.stacking import Batch, Factor, repeated
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor

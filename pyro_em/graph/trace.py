@@ -21,13 +21,14 @@ from pyro_em.errors import (
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.compact import Stray
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
-from pyro_em.graph.factors import FIXED_SIZE, Batch, Factor, FactorGraph, Latent, stacked
+from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failures import (
     changing_sites,
 )
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout, outside_support
 from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph
 from pyro_em.tracing.garbage import fewer_collections

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.factors import Factor, FactorGraph, Group, Latent
+from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.latent_series import LatentSeries
 from pyro_em.graph.series import Unrolling
+from pyro_em.graph.stacking import Factor
 from pyro_em.graph.stretches import Dims, Members, Read, Repeated, Stem, Stretch
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.loops import NotVectorized

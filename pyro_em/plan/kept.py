@@ -23,11 +23,12 @@ from typing import Any
 import torch
 
 from pyro_em.errors import PyroEMError
-from pyro_em.graph.factors import FactorGraph, form_of_binding
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.first_run import run_plainly
 from pyro_em.graph.initial import forget_bad_starts
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.readable import refuse_inference_mode
+from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import Task, are_possible, decided, traced, verify
