@@ -54,8 +54,10 @@ class vectorized_markov:
     ordinary ``pyro.markov`` loop over integers. Sites are known as those of the
     loop: ``z_0``, ``z_1``, …
 
-    A body that needs an integer (``int(t)``, ``if t > 3``, a list's index) is read as a loop, and a
-    note on the plan says why.
+    A body that needs an integer (``int(t)``, ``if t > 3``, a list's index), or decides something by
+    the numbers of a step (``if x[t].max() > c``), is read as a loop, and a note on the plan says
+    why. Decide by what goes into a site, not by what ``pyro.sample`` returns for an observed one:
+    that is noticed where it matters at one of some sixty steps, which are held against integers.
 
     Args:
         name: A name of its own among the loops of the model.
