@@ -28,7 +28,6 @@ from torch import Tensor
 
 from pyro_em.errors import message
 from pyro_em.portable import StaysHere
-from pyro_em.tracing.allocation import is_view
 
 _WHOLE = 2**24  # bytes of one tensor that are all in its checksum
 
@@ -43,9 +42,6 @@ _MANY_VIEWS = 32  # of one piece of memory that are kept each by itself
 
 
 _DEPTH = 3  # functions that call functions, containers that hold containers
-
-
-_FRESH = torch.ops.aten.lift_fresh.default
 
 
 _MANY = 256  # entries of a container
@@ -117,7 +113,7 @@ class Dependences(StaysHere):
 
 
 class Reading:
-    """Notes what the operations of a run read that was there before it.
+    """Notes what a run reads that was there before it; an `OperationLog` tells it.
 
     Args:
         model: What is run.
@@ -127,53 +123,17 @@ class Reading:
 
     def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.read: dict[int, list[Memory]] = {}
-        self.made: set[int] = {0}  # addresses; of what has no memory as well
         self._look = functools.partial(names_of, model, args, kwargs)
         self._names = self._look()
         for value in (args, kwargs, *self._names.values()):
             for tensor in _tensors(value):
                 self.note(tensor)
 
-    def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """Run an operation, and note what it reads and makes."""
-        if operation is not _FRESH:
-            for value in args:
-                if isinstance(value, Tensor):
-                    self.note(value)
-                elif isinstance(value, (list, tuple)):
-                    self.note_all(value)
-        self.note_all(kwargs.values())
-        out = operation(*args, **kwargs)
-        self.add_made(operation, out)
-        return out
-
-    def add_made(self, operation: Any, out: Any) -> None:
-        """An operation of the run has returned something."""
-        if operation is _FRESH:  # torch.tensor(numbers)
-            self.made.add(out.untyped_storage().data_ptr())
-        elif not is_view(operation):
-            for one in out if isinstance(out, (list, tuple)) else (out,):
-                if isinstance(one, Tensor) and one.layout is torch.strided:
-                    at = one.data_ptr()
-                    if at not in self.read:
-                        self.made.add(at)
-
-    def note_all(self, values: Iterable[Any]) -> None:
-        """The tensors among some values were read."""
-        for value in values:
-            if isinstance(value, Tensor):
-                self.note(value)
-
     def note(self, tensor: Tensor) -> None:
         """A tensor was read."""
-        if tensor.layout is torch.strided and tensor.data_ptr() in self.made:
-            return
         if not _is_plain(tensor):
             return
         at = tensor.untyped_storage().data_ptr()
-        if at in self.made:
-            self.made.add(tensor.data_ptr())
-            return
         known = self.read.setdefault(at, [])
         if any(_covers(m.tensor, tensor) for m in known):
             return

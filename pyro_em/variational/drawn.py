@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -19,8 +20,15 @@ from pyro_em.graph.factors import Latent
 from pyro_em.portable import Absent, Portable
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.allocation import watching
-from pyro_em.tracing.dependences import Dependences, Reading, changed_since
+from pyro_em.tracing.dependences import (
+    Dependences,
+    Reading,
+    changed_since,
+    names_of,
+    tensors_in,
+)
 from pyro_em.tracing.draws import sites_of
+from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.randomness import same_random_state, seeded
 from pyro_em.tracing.turns import alone
@@ -33,7 +41,9 @@ from pyro_em.variational.parts import split
 def dependences_of(variational: Variational, args: tuple, kwargs: Mapping[str, Any]) -> Dependences:
     """What a run of guide and model reads, its parameters excepted."""
     reading = Reading(variational.pair, args, kwargs)
-    with torch.no_grad(), same_random_state(), watching(reading):
+    names = names_of(variational.pair, args, kwargs)
+    held = [*pyro.get_param_store()._params.items(), *tensors_in(names)]
+    with torch.no_grad(), same_random_state(), watching(OperationLog(held, reading)):
         variational.particle(args, dict(kwargs))
     return reading.finished(p.unconstrained for p in variational.parameters.values())
 
