@@ -369,7 +369,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         check_q(q, is_needed=True)
         program = refuse_a_guide(self._ready(args, kwargs), "m_step")
         evaluation = program.evaluate()
-        program.m_step(as_posterior(q, evaluation).counts, evaluation)
+        program.m_step(as_posterior(q, evaluation).counts, evaluation, self._session.m_step_state)
 
     @alone("steps")
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, UsageError, message, sites_in_words
+from pyro_em.fitting.guarded import Guarded
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.program import Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
@@ -61,21 +63,21 @@ class Beginning:
     """Makes the first parameters of each start of a fit.
 
     Attributes:
-        program: The model with its data.
+        em: The map, which knows the model with its data as they are now.
         generator: Source of all random choices.
     """
 
-    program: Program
+    em: Guarded
     generator: torch.Generator
 
-    _rows: tuple[int, list[Rows]] | None = None
+    _rows: tuple[FactorGraph, list[Rows]] | None = None
 
     @property
     def rows(self) -> list[Rows]:
         """The observed vectors of the latents; from start to start they change with the data only."""
-        reading = self.program.readings
-        if self._rows is None or self._rows[0] != reading:
-            self._rows = reading, rows_of(self.program.graph)
+        graph = self.em.program.graph
+        if self._rows is None or self._rows[0] is not graph:
+            self._rows = graph, rows_of(graph)
         return self._rows[1]
 
     def write(self, init: Any) -> None:
@@ -91,7 +93,7 @@ class Beginning:
         """
         if init is None:
             return
-        program = self.program
+        program = self.em.program
         evaluation = program.evaluate()
         if isinstance(init, str) and init in RULES:
             self._cluster(init)
@@ -119,10 +121,10 @@ class Beginning:
                     ],
                 )
             )
-        program.m_step(counts, evaluation)
+        program.m_step(counts, evaluation, self.em.state)
 
     def _cluster(self, rule: str) -> None:
-        program = self.program
+        program = self.em.program
         if not program.graph.latents and rule == "random k-means":
             return
         if not self.rows:
@@ -141,7 +143,7 @@ class Beginning:
                     generator=self.generator,
                     shared=share,
                 )
-                program.m_step(counts, evaluation)
+                program.m_step(counts, evaluation, self.em.state)
                 return
             except (UsageError, DegenerateError):
                 if share == _SHARES[-1]:

@@ -17,6 +17,7 @@ from pyro_em.errors import message, warn
 from pyro_em.fitting.point import Point, SumsPoint, TracedPoint, Values
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
+from pyro_em.updates.m_step import MStepState
 from pyro_em.updates.statistics import dot, expected_log_joint
 
 
@@ -54,10 +55,11 @@ class ByTracing:
 
     Args:
         program: The model with its data.
+        state: What lasts from one M-step to the next.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, state: MStepState | None = None) -> None:
+        self.program, self.state = program, MStepState() if state is None else state
 
     def e_step(self, values: Values | None = None, index: int = 0) -> TracedPoint:
         """See `EMMap.e_step`; the values are written into the param store."""
@@ -69,7 +71,7 @@ class ByTracing:
 
     def m_step(self, point: Point) -> tuple[Values, float]:
         """See `EMMap.m_step`; the values are in the param store."""
-        self.program.m_step(point.q.counts, point.evaluation)
+        self.program.m_step(point.q.counts, point.evaluation, self.state)
         bound = after_m_step(point, self.program.evaluate().tables)
         return values_of(self.program.graph.parameters), bound
 
@@ -77,22 +79,20 @@ class ByTracing:
         self,
         point: Point,
         index: int = 0,
-        confirm: Callable[[Mapping[str, Tensor]], bool] | None = None,
+        confirm: Callable[[], None] | None = None,
     ) -> tuple[TracedPoint, float]:
         """See `EMMap.step`; if it breaks, the parameters are as before.
 
         Args:
             point: The point.
             index: The number of the step.
-            confirm: Called after the M-step with the parameters before it; where it says no, it has
-                put them back, and the step is made anew.
+            confirm: Called after the M-step; raises where what it sees is not what was expected.
         """
         origin = snapshot(self.program.graph.parameters)
         try:
-            report = self.program.m_step(point.q.counts, point.evaluation)
-            if confirm is not None and not confirm(origin):
-                again = self.e_step(index=index)
-                report = self.program.m_step(again.q.counts, again.evaluation)
+            report = self.program.m_step(point.q.counts, point.evaluation, self.state)
+            if confirm is not None:
+                confirm()
             reached = self.e_step(index=index + 1)
         except BaseException:
             restore(self.program.graph.parameters, origin)

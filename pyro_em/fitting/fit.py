@@ -11,6 +11,7 @@ import pyro
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import epochs
+from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.origins import with_origin
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.progress import Bar
@@ -109,8 +110,10 @@ def _exact(
         wishes.max_steps, wishes.tol, wishes.callbacks, bar, begin, wishes.acceleration
     )
     init, seed = wishes.init, wishes.seed
-    runs = run_starts(program, settings, init, wishes.num_restarts, seed)
+    em = Guarded(program, session.m_step_state)
+    runs = run_starts(em, settings, init, wishes.num_restarts, seed)
     best = best_of(runs)
+    program = em.program
     restore(program.graph.parameters, best.parameters)
     session.total_steps = before + best.num_steps
     session.last_data.note(args, kwargs)

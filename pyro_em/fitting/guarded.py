@@ -3,6 +3,9 @@
 A quick step that is out of the ordinary (a component near a collapse, impossible data, a fall of the
 objective) is not judged by itself: the step through tables is taken instead, which names what is
 wrong or goes on. After the first step a fresh trace of the model confirms what the step computed with.
+
+What is known of the model may change on the way (somebody writes data between two steps, a trace does
+not confirm the bindings): `Guarded` is the one place where the program of a fit is replaced.
 """
 
 from __future__ import annotations
@@ -13,19 +16,28 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_em.errors import Handover, message, warn
-from pyro_em.fitting.em_map import ByTracing, allowed_fall, has_fallen, write
+from pyro_em.fitting.em_map import ByTracing, after_m_step, allowed_fall, has_fallen, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.point import Point, SumsPoint
-from pyro_em.plan.building import distrust
+from pyro_em.plan.building import distrusted
 from pyro_em.plan.eligibility import Kernel
-from pyro_em.plan.program import Program
+from pyro_em.plan.program import Disagreement, Program
 from pyro_em.tracing.parameters import restore, snapshot
+from pyro_em.updates.m_step import MStepState
 
 _MANY_HANDOVERS = 3
 
 
 class Fell(Exception):
     """The objective fell; it has been reported, and the parameters are those before the step."""
+
+
+class Unconfirmed(Exception):
+    """A fresh trace does not agree with what steps compute from the parameters; holds where not."""
+
+    def __init__(self, off: Disagreement) -> None:
+        super().__init__(*off.places)
+        self.off = off
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,22 +56,41 @@ class Step:
 
 
 class Guarded:
-    """The EM map of a program: on sums where it has them, through tables otherwise.
+    """The EM map of a fit: on sums where its program has them, through tables otherwise.
 
     Args:
-        program: The model with its data.
+        program: The model with its data, as a reading found them.
+        state: What lasts from one M-step to the next.
+
+    Attributes:
+        sound: The map through tables, which holds the program as it is known now.
+        quick: The map on sums, where it may be used.
+        handovers: How many quick steps were left to ``sound``.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.sound = ByTracing(program)
-        self.quick: OnSums | None = on_sums(program)
+    def __init__(self, program: Program, state: MStepState | None = None) -> None:
+        self.state = MStepState() if state is None else state
+        self.sound = ByTracing(program, self.state)
+        self.start_over()
+
+    @property
+    def program(self) -> Program:
+        """The model with its data, as it is known now."""
+        return self.sound.program
+
+    def start_over(self) -> None:
+        """Take quick steps, whatever happened to earlier ones."""
+        self.quick: OnSums | None = on_sums(self.program)
         self.handovers = 0
 
     def reread(self) -> None:
         """Read the model on the data as they are now."""
-        self.program.reread()
-        self.quick, self.handovers = on_sums(self.program), 0
+        self.sound = ByTracing(self.program.reread(), self.state)
+        self.start_over()
+
+    def distrust(self, off: Disagreement) -> None:
+        """Run the model at each step from now on: its bindings are not what it does."""
+        self.sound = ByTracing(distrusted(self.program, off), self.state)
 
     def stay_sound(self) -> None:
         """Take no quick steps any more: somebody writes parameters between steps."""
@@ -127,9 +158,14 @@ class Guarded:
         if isinstance(at, SumsPoint):
             at = (at if touched else self.published(at)).judged()
         origin = snapshot(program.graph.parameters)
-        confirm = self._is_confirmed if verify and program.compiled else None
-        after, bound = self.sound.step(at, index, confirm)
-        if not touched and has_fallen(program, at, after):
+        try:
+            confirm = self._confirm if verify and program.compiled else None
+            after, bound = self.sound.step(at, index, confirm)
+        except Unconfirmed as error:  # the parameters are as before the step
+            self.distrust(error.off)
+            after, _ = self.sound.step(self.sound.e_step(index=index), index)
+            bound = after_m_step(at, after.evaluation.tables)
+        if not touched and has_fallen(self.program, at, after):
             restore(program.graph.parameters, origin)
             raise Fell
         return Step(at, bound, after)
@@ -158,39 +194,45 @@ class Guarded:
             write(self.program, step.after.values, before)
 
     def _is_confirmed_at(self, values: Mapping[str, Tensor]) -> bool:
-        """Write values and hold a fresh trace against them; if it differs, all is as before."""
+        """Write values and hold a fresh trace against them.
+
+        If it differs, the parameters are as before, and the contraction takes over, which runs the
+        model at each step.
+        """
         origin = snapshot(self.program.graph.parameters)
         try:
             write(self.program, values)
-            return self._is_confirmed(origin)
+            self._confirm()
+            return True
+        except Unconfirmed as error:
+            restore(self.program.graph.parameters, origin)
+            self.distrust(error.off)
+            return False
         except BaseException:
             restore(self.program.graph.parameters, origin)
             raise
 
-    def _is_confirmed(self, origin: Mapping[str, Tensor]) -> bool:
-        """Whether a fresh trace agrees with what steps compute from the parameters.
+    def _confirm(self) -> None:
+        """Hold a fresh trace against what steps compute from the parameters.
 
-        On a disagreement it is said, the parameters go back to ``origin``, and the contraction takes
-        over, which runs the model at each step.
+        Raises:
+            Unconfirmed: If it differs; it has been said.
         """
         off = self.program.disagreements()
-        if not off:
-            return True
-        warn_disagreement(self.program.kernel, off[0], "it is not")
-        restore(self.program.graph.parameters, origin)
-        distrust(self.program, off)
-        return False
+        if off:
+            warn_disagreement(self.program.kernel, off, "it is not")
+            raise Unconfirmed(off)
 
 
-def warn_disagreement(kernel: Kernel, place: tuple[str, str], when: str) -> None:
+def warn_disagreement(kernel: Kernel, off: Disagreement, when: str) -> None:
     """Say that what stepped and the model disagree, and that the contraction takes over.
 
     Args:
         kernel: What stepped.
-        place: A site and its argument.
+        off: Where they disagree.
         when: The beginning of the sentence.
     """
-    site, argument = place
+    site, argument = off.places[0]
     warn(
         message(
             f"site '{site}', argument '{argument}'",

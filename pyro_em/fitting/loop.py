@@ -18,7 +18,6 @@ from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.squarem import PLAIN_STEPS, accelerate
 from pyro_em.fitting.stopping import should_stop
-from pyro_em.plan.building import distrust
 from pyro_em.plan.hyperparameters import run_away
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
@@ -146,35 +145,35 @@ def as_step(run: Run, program: Program, index: int, step: Step, begin: float) ->
     )
 
 
-def endless_steps(program: Program) -> Iterator[EMStep]:
+def endless_steps(em: Guarded) -> Iterator[EMStep]:
     """Steps without an end; their parameters are in the store when they are yielded.
 
     Args:
-        program: The model with its data.
+        em: The map.
 
     Yields:
         Each step, on the data as they are when it is asked for. The end comes only if the objective
         falls on data and from parameters that nobody has changed, which is said in a warning.
     """
-    begin, em = time.perf_counter(), Guarded(program)
-    run = Run(snapshot(program.graph.parameters))
-    run.record(program, em.e_step())
+    begin = time.perf_counter()
+    run = Run(snapshot(em.program.graph.parameters))
+    run.record(em.program, em.e_step())
     for index in itertools.count():
         try:
             step = advance(em, run, True)
         except Fell:
             return
-        yield as_step(run, program, index, step, begin)
+        yield as_step(run, em.program, index, step, begin)
 
 
 # ---------------------------------------------------------------- its starts
 
 
-def run_start(program: Program, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
+def run_start(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
     """Run EM from one start until something stops it.
 
     Args:
-        program: The model with its data.
+        em: The map.
         settings: What all starts share.
         beginning: Makes the first parameters.
         init: The start, as `Beginning.write` takes it.
@@ -183,57 +182,57 @@ def run_start(program: Program, settings: Settings, beginning: Beginning, init: 
     Returns:
         The run; the parameters in the store are those of its last complete step.
     """
-    em = Guarded(program)
     run = _set_out(em, settings, beginning, init, r)
     if run.last is not None:
         _proceed(em, settings, run, r)
     return run
 
 
-def short_run(program: Program, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
+def short_run(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
     """Run EM from one start for as many steps as ``settings`` say, for `continue_run` to go on."""
-    em = Guarded(program)
     run = _set_out(em, settings, beginning, init, r)
     if run.last is not None:
         iterate(em, settings, run, r)
     return run
 
 
-def lengthen_run(program: Program, settings: Settings, run: Run, r: int) -> None:
+def lengthen_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Run EM on from where a short run was left for as many steps in all as ``settings`` say."""
-    if _taken_up(program, run):
-        iterate(Guarded(program), settings, run, r)
+    if _taken_up(em, run):
+        iterate(em, settings, run, r)
 
 
-def continue_run(program: Program, settings: Settings, run: Run, r: int) -> None:
+def continue_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Run EM on from where a short run was left until something stops it."""
-    if _taken_up(program, run):
-        _proceed(Guarded(program), settings, run, r)
+    if _taken_up(em, run):
+        _proceed(em, settings, run, r)
 
 
-def _taken_up(program: Program, run: Run) -> bool:
+def _taken_up(em: Guarded, run: Run) -> bool:
     """Whether a run can go on; its parameters are in the store then."""
     if run.last is None or run.status is not EMStatus.MAX_STEPS:
         return False
     try:
-        revive(program, run)
+        revive(em, run)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
         return False
     return True
 
 
-def revive(program: Program, run: Run) -> None:
+def revive(em: Guarded, run: Run) -> None:
     """Put a run's parameters into the store, and make the E-step at them again if it was let go."""
-    restore(program.graph.parameters, run.parameters)
+    em.start_over()
+    restore(em.program.graph.parameters, run.parameters)
     if isinstance(run.last, LeftPoint):
-        at = Guarded(program).e_step()
+        at = em.e_step()
         at.massless = run.last.massless
-        run.record(program, at)
+        run.record(em.program, at)
 
 
 def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
     """The first parameters of a start and the E-step at them; without it, the status says why."""
+    em.start_over()
     program = em.program
     run = Run(snapshot(program.graph.parameters), name=name_of_start(init))
     run.initial_values = values_of(program.graph.parameters)
@@ -260,13 +259,13 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
 
 def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
-    program = em.program
     if settings.acceleration is None:
         iterate(em, settings, run, r)
     else:
         _alternate(em, settings, run, r)
-    if settings.callbacks and run.status is not EMStatus.INTERRUPTED and program.is_changed():
+    if settings.callbacks and run.status is not EMStatus.INTERRUPTED and em.program.is_changed():
         read_anew(em, run)  # after the last step
+    program = em.program
     if program.compiled and run.num_steps > run.verify_at + 1 and run.verified is not None:
         try:
             off = program.disagreements()
@@ -274,13 +273,13 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             run.status = EMStatus.INTERRUPTED
             return
         if off:
-            warn_disagreement(program.kernel, off[0], "at the end of the fit it was not")
-            distrust(program, off)
-            run.go_back(program)
-            run.record(program, em.sound.e_step(index=run.num_steps))
+            warn_disagreement(program.kernel, off, "at the end of the fit it was not")
+            em.distrust(off)
+            run.go_back(em.program)
+            run.record(em.program, em.sound.e_step(index=run.num_steps))
             iterate(em, settings, run, r)
     if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
-        away = run_away(program.graph, run.initial_values)
+        away = run_away(em.program.graph, run.initial_values)
         if away:
             run.status, run.message = EMStatus.UNBOUNDED, away
     if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:

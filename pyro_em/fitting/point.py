@@ -90,7 +90,6 @@ class SumsPoint(Point):
         self.expectation, self.log_prior = expectation, log_prior
         self.massless = {}
         self.noise = expectation.noise
-        self._dependences = program.dependences
         if values is not None:
             self.values = dict(values)
 
@@ -118,7 +117,7 @@ class SumsPoint(Point):
     @cached_property
     def evaluation(self) -> Evaluation:  # type: ignore[override]
         """The factors at the values."""
-        self.program.require_unchanged(self._dependences, "posterior")
+        self.program.require_unchanged("posterior")
         with Alone("posterior"):
             return self.program.evaluate(self.values)
 

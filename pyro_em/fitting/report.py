@@ -34,7 +34,6 @@ from pyro_em.plan.program import Program
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import scales_of
 from pyro_em.posteriors.strategies import Hard
-from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.tracing.turns import alone
@@ -93,7 +92,7 @@ def build_result(
         start = run.name
     local = estimated_locally(program)
     values = Params(values_of(parameters), _point_sites(program))
-    unconstrained, dependences = snapshot(parameters), program.dependences
+    unconstrained = snapshot(parameters)
     rate = rate_of_convergence([*run.entering, bound])
     logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)
     return EMResult(
@@ -117,7 +116,7 @@ def build_result(
         start=start,
         seed=seed,
         dtype=program.graph.dtype,
-        _standard_errors=lambda: _observed_information(program, unconstrained, dependences),
+        _standard_errors=lambda: _observed_information(program, unconstrained),
         log_prior=log_prior,
         _posterior=posterior,
         _information=_information_of(program, unconstrained),
@@ -268,12 +267,10 @@ def _warn_of_massless(program: Program, run: Run) -> None:
 
 
 @alone("standard_errors")
-def _observed_information(
-    program: Program, unconstrained: Mapping[str, Tensor], dependences: Dependences
-) -> StandardErrors:
+def _observed_information(program: Program, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
     """Standard errors at the parameters of a finished fit, wherever the store is now."""
     parameters = program.graph.parameters
-    program.require_unchanged(dependences, "standard_errors")
+    program.require_unchanged("standard_errors")
     free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
     order = range(len(program.graph.groups))
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.fitting.beginnings import Beginning
+from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.loop import continue_run, lengthen_run, revive, run_start, short_run
 from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.run import Run, Settings, best_of
-from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
 
 # Per start after the first: how many candidates run for how many steps in all.
@@ -40,12 +40,12 @@ _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 
 
 def run_starts(
-    program: Program, settings: Settings, init: Any, num_restarts: int, seed: int | None
+    em: Guarded, settings: Settings, init: Any, num_restarts: int, seed: int | None
 ) -> list[Run]:
     """EM from several starts.
 
     Args:
-        program: The model with its data.
+        em: The map.
         settings: What all starts share.
         init: Where the first one begins.
         num_restarts: How many run to the end.
@@ -58,17 +58,17 @@ def run_starts(
     generator = torch.Generator().manual_seed(
         int(torch.randint(2**31, ())) if seed is None else seed
     )
-    beginning = Beginning(program, generator)
-    origin = snapshot(program.graph.parameters)
+    beginning = Beginning(em, generator)
+    origin = snapshot(em.program.graph.parameters)
     runs: list[Run] = []
     try:
-        runs.append(run_start(program, settings, beginning, init, 0))
+        runs.append(run_start(em, settings, beginning, init, 0))
         if num_restarts > 1 and runs[0].status not in _OVER:
-            _others(program, settings, beginning, num_restarts - 1, origin, runs)
-        revive(program, best_of(runs))
+            _others(em, settings, beginning, num_restarts - 1, origin, runs)
+        revive(em, best_of(runs))
     except BaseException:
         if runs:  # nothing already fitted is lost
-            restore(program.graph.parameters, best_of(runs).parameters)
+            restore(em.program.graph.parameters, best_of(runs).parameters)
         raise
     finally:
         settings.bar.close()
@@ -76,7 +76,7 @@ def run_starts(
 
 
 def _others(
-    program: Program,
+    em: Guarded,
     settings: Settings,
     beginning: Beginning,
     count: int,
@@ -85,25 +85,27 @@ def _others(
 ) -> None:
     """The starts after the first, appended to ``runs``."""
     kinds = itertools.cycle(MIX if beginning.rows else MIX[-1:])
-    if not program.is_monotone:  # objectives of a few steps say little: each start goes to the end
+    if (
+        not em.program.is_monotone
+    ):  # objectives of a few steps say little: each start goes to the end
         for r, kind in zip(range(1, count + 1), kinds, strict=False):
-            restore(program.graph.parameters, origin)
-            runs.append(run_start(program, settings, beginning, kind, r))
+            restore(em.program.graph.parameters, origin)
+            runs.append(run_start(em, settings, beginning, kind, r))
             if runs[-1].status in _OVER:
                 return
         return
     waiting: list[Run] = []
-    for stage, (each, steps) in enumerate(STAGES if program.compiled else DEAR_STAGES):
+    for stage, (each, steps) in enumerate(STAGES if em.program.compiled else DEAR_STAGES):
         # The first start was compared with the model, and every long run is at its end.
         most = min(steps, settings.max_steps)
         few = replace(settings, max_steps=most, tol=0.0, acceleration=None, verify=False)
         for c in range(each * count):
             settings.bar.label = f"EM, {most} steps: {c + 1}/{each * count}"
             if stage == 0:
-                restore(program.graph.parameters, origin)
-                waiting.append(short_run(program, few, beginning, next(kinds), 1))
+                restore(em.program.graph.parameters, origin)
+                waiting.append(short_run(em, few, beginning, next(kinds), 1))
             else:
-                lengthen_run(program, few, waiting[c], 1)
+                lengthen_run(em, few, waiting[c], 1)
             run = waiting[c]
             run.leave()
             if run.status in _OVER:
@@ -114,7 +116,7 @@ def _others(
     for r in range(1, count + 1):
         while waiting:
             run = waiting.pop(0)
-            continue_run(program, settings, run, r)
+            continue_run(em, settings, run, r)
             runs.append(run)
             best = best_of(runs)
             for other in runs:

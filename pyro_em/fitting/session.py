@@ -28,6 +28,7 @@ from pyro_em.tracing import checkpoint
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import is_stored, without_state
+from pyro_em.updates.m_step import MStepState
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.trainer import Trainer
 
@@ -41,7 +42,8 @@ class Session:
 
     Attributes:
         looker: Reads the model.
-        program: The last exact reading; the state of its M-step goes on in the next one.
+        program: The last exact reading.
+        m_step_state: What lasts from one M-step to the next.
         trainer: The optimisers of a pair, which live on while its parameters are the same.
         parameters: All parameters, as the last reading found them.
         total_steps: Steps over all fits.
@@ -59,6 +61,7 @@ class Session:
 
     def _begin(self) -> None:
         self.program: Program | None = None
+        self.m_step_state = MStepState()
         self.trainer: Trainer | None = None
         self.parameters: dict[str, TracedParameter] = {}
         self.total_steps = 0
@@ -119,8 +122,6 @@ class Session:
         """Take note of the parameters that a look found."""
         if isinstance(found, Program):
             self.parameters = dict(found.graph.parameters)
-            if self.program is not None:
-                found.state = self.program.state
             self.program = found
         else:
             self.parameters = found.parameters

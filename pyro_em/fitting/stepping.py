@@ -7,6 +7,7 @@ from typing import Any
 
 from pyro_em.errors import PyroEMError, UsageError, message
 from pyro_em.fitting import epochs
+from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.loop import endless_steps
 from pyro_em.fitting.result import EMStep
 from pyro_em.fitting.session import Session
@@ -39,7 +40,7 @@ def step(session: Session, args: tuple, kwargs: dict[str, Any]) -> float:
         apply_floors(found.graph, found.updates)
         evaluation = found.evaluate()
         q = found.e_step(evaluation, session.total_steps)
-        found.m_step(q.counts, evaluation)
+        found.m_step(q.counts, evaluation, session.m_step_state)
         loss = loss_of(q)
     session.total_steps += 1
     return loss
@@ -56,7 +57,7 @@ def steps(session: Session, args: tuple, kwargs: dict[str, Any]) -> Generator[EM
         return session.counted(epochs.endless_steps(found, args, kwargs))
     apply_floors(found.graph, found.updates)
     session.last_data.note(args, kwargs)
-    return session.counted(endless_steps(found))
+    return session.counted(endless_steps(Guarded(found, session.m_step_state)))
 
 
 def loss_of(q: Posterior) -> float:

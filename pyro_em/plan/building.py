@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops, trouble
 from pyro_em.plan.notes import support_edges, unconstrained_simplexes
-from pyro_em.plan.program import Program
+from pyro_em.plan.program import Disagreement, Program, later_kernel
 from pyro_em.plan.routes import Route
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.plan.wishes import matched
@@ -36,7 +36,7 @@ from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.parameters import parameters_at
+from pyro_em.tracing.parameters import parameters_at, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.decision import decide_updates
@@ -125,9 +125,7 @@ def build_program(
             raise
         return without_route(structure, error, routes=task.routes)
     program = decided(task, structure, graph, log)
-    if not task.look_only:
-        verify(program)
-    return program
+    return program if task.look_only else verified(program)
 
 
 def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:
@@ -244,6 +242,8 @@ def decided(
         contraction,
         updates,
         compiled=False,
+        traced_at=versions_of(graph.parameters),
+        on_sums=later_kernel(graph, updates),
         notes=notes,
         look_only=task.look_only,
         gradient=task.gradient,
@@ -263,30 +263,33 @@ def _contraction(structure: Structure, graph: FactorGraph) -> ContractionPlan:
     return LaterContraction(partial(contraction_of, graph), few.cells, few.largest)
 
 
-def verify(program: Program) -> None:
-    """Hold the bindings of a program against a run at other parameters; what is off gets a gradient."""
+def verified(program: Program) -> Program:
+    """The program after its bindings were held against a run at other parameters.
+
+    What they do not show gets a gradient.
+    """
     off = _disagreements_elsewhere(program)
-    program.compiled = program.graph.is_static and not off
     if not off:
-        return
-    distrust(program, off)
+        return replace(program, compiled=program.graph.is_static)
+    program = distrusted(program, off)
     random = program.disagreements(random_seed=21)
-    if random and not program.structure.random_plates:
-        site, argument = random[0]
-        program.notes += (
-            message(
-                f"site '{site}' ({argument})",
-                "the model draws random numbers that reach it.",
-                "every step uses one and the same draw; another call would draw others",
-                ["draw outside the model and pass the numbers as an argument"],
-            ),
-        )
+    program = program.noting(random.note)
+    if not random or program.structure.random_plates:
+        return program
+    site, argument = random.places[0]
+    return program.noting(
+        message(
+            f"site '{site}' ({argument})",
+            "the model draws random numbers that reach it.",
+            "every step uses one and the same draw; another call would draw others",
+            ["draw outside the model and pass the numbers as an argument"],
+        ),
+    )
 
 
-def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
-    """Hand every parameter of a site whose bindings are wrong to a gradient step."""
-    program.compiled = False
-    sites = {site for site, _ in off}
+def distrusted(program: Program, off: Disagreement) -> Program:
+    """The program with every parameter of a site whose bindings are wrong left to a gradient step."""
+    sites = {site for site, _ in off.places}
     updates = dict(program.updates)
     for group in program.graph.groups:
         if not sites.intersection(group.members) and "model" not in sites:
@@ -294,17 +297,17 @@ def distrust(program: Program, off: Sequence[tuple[str, str]]) -> None:
         for name in group.params:
             if isinstance(updates[name].update, (Gradient, Fixed)):
                 continue
-            where = ", ".join(f"'{s}' ({a})" for s, a in list(off)[:3])
+            where = ", ".join(f"'{s}' ({a})" for s, a in off.places[:3])
             updates[name] = ParameterUpdate(
                 name,
                 program.gradient or Gradient(),
                 f"the model changes {where} in a way that no binding shows "
                 "(detach, .item(), a branch on a value, randomness)",
             )
-    program.updates = updates
+    return replace(program.noting(off.note), compiled=False, updates=updates)
 
 
-def _disagreements_elsewhere(program: Program) -> list[tuple[str, str]]:
+def _disagreements_elsewhere(program: Program) -> Disagreement:
     """Trace once with all free parameters moved inside their constraints and another random state."""
     generator = torch.Generator().manual_seed(20)
     moved = {}

@@ -14,7 +14,6 @@ it is.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import Task, are_possible, decided, traced, verify
+from pyro_em.plan.building import Task, are_possible, decided, traced, verified
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
@@ -141,7 +140,7 @@ class Readings(StaysHere):
                 # What is read is known: only the graph is wanted, without its bindings.
                 again = replace(task, look_only=True)
                 same = _does_the_same(again, kept, latest, again.log(names))
-                return copy.copy(latest) if same else None
+                return latest if same else None
             program = _on_other_data(task, kept, task.log(names))
         except (PyroEMError, NotVectorized):  # reading it anew says what is wrong
             return None
@@ -153,8 +152,7 @@ class Readings(StaysHere):
 
     def _keep_program(self, program: Program) -> None:
         if not program.look_only:
-            # A copy: what the caller notes on its own, or comes to distrust, is not remembered.
-            self.latest = copy.copy(program)
+            self.latest = program
 
 
 def _form(task: Task) -> Hashable:
@@ -234,10 +232,8 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
-        program.compiled = graph.is_static
-    else:
-        verify(program)
-    return program
+        return replace(program, compiled=graph.is_static)
+    return verified(program)
 
 
 def _members_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:

@@ -82,10 +82,8 @@ class Looker(StaysHere):
             program = self._program(self.request.model, args, kwargs, first, look_only, ())
             if isinstance(program, Unrouted):
                 return program
-            _drop_unused_strategy(program)
             self.request.check_strategies(program.structure.latents, program.structure.latents)
-            self._note_unused_optimiser(program)
-            return program
+            return self._noting_unused_optimiser(_without_unused_strategy(program))
         bare, look = self._look_at_both(args, kwargs, first)
         routing = self._route(bare, look)
         if isinstance(routing, Unrouted):
@@ -105,12 +103,10 @@ class Looker(StaysHere):
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if isinstance(program, Unrouted):
             return program
-        program.notes += tuple(unbounded_priors(program))
-        _drop_unused_strategy(program)
+        program = _without_unused_strategy(program.noting(*unbounded_priors(program)))
         if not routing.points:
-            program.notes += ("the guide is not used: every latent has an exact posterior.",)
-        self._note_unused_optimiser(program)
-        return program
+            program = program.noting("the guide is not used: every latent has an exact posterior.")
+        return self._noting_unused_optimiser(program)
 
     @property
     def guide_now(self) -> Any:
@@ -127,13 +123,13 @@ class Looker(StaysHere):
             found, self.request.updates_for(found.parameters), self.request.optim is not None
         )
 
-    def _note_unused_optimiser(self, program: Program) -> None:
-        """Say so where an optimiser was given and no parameter of an exact fit is moved by it."""
+    def _noting_unused_optimiser(self, program: Program) -> Program:
+        """The program; it says so where an optimiser was given and moves no parameter."""
         if self.request.optim is None or not program.updates:
-            return
+            return program
         if any(isinstance(u.update, Gradient) for u in program.updates.values()):
-            return
-        program.notes += (
+            return program
+        return program.noting(
             "optim is not used: no parameter needs a gradient (updates={name: Gradient(optim)} "
             "would move one by it).",
         )
@@ -298,9 +294,9 @@ class Looker(StaysHere):
         return program
 
 
-def _drop_unused_strategy(program: Program) -> None:
-    """An E-step has no meaning where no latent is summed; say so and do without."""
+def _without_unused_strategy(program: Program) -> Program:
+    """The program without an E-step that has no meaning because no latent is summed; it says so."""
     if program.strategy is None or program.graph.latents:
-        return
-    program.notes += (f"strategy={program.strategy!r} is not used: no latent is summed.",)
-    program.strategy = None
+        return program
+    note = f"strategy={program.strategy!r} is not used: no latent is summed."
+    return replace(program.noting(note), strategy=None)

@@ -3,12 +3,16 @@
 Every model can be evaluated by running it. Where every binding is a selection or affine, and a run with
 moved parameters and another random state confirms it, arguments flow from the parameters through the
 bindings (`Program.compiled`), and the model is not run again except to verify.
+
+A program is a value: who comes to know more of a model (its data have changed, its bindings are wrong)
+makes another one, and `pyro_em.fitting.guarded` is where that of a fit is replaced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,11 +42,18 @@ from pyro_em.posteriors.strategies import (
     gives_up,
 )
 from pyro_em.tracing.dependences import Dependences, changed_since
-from pyro_em.tracing.parameters import values_of
+from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step
 from pyro_em.updates.update import Gradient, ParameterUpdate
+
+
+def later_kernel(
+    graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
+) -> Callable[[], Kernel]:
+    """What iterates a graph on sums, looked for once, when somebody asks."""
+    return cache(lambda: kernel_of(graph, updates, values_of(graph.parameters)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +71,23 @@ class Evaluation:
     tables: list[Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class Disagreement:
+    """Where a fresh trace differs from what the bindings predict; false where it does not.
+
+    Attributes:
+        places: Sites, each with an argument.
+        note: What users have to be told of it, in words, or nothing.
+    """
+
+    places: tuple[tuple[str, str], ...] = ()
+    note: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.places)
+
+
+@dataclass(frozen=True, eq=False)
 class Program(StaysHere):
     """A model with its data; see the module's text.
 
@@ -69,12 +96,13 @@ class Program(StaysHere):
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         structure: The skeleton found by looking.
-        graph: The latest trace.
+        graph: The trace from which it was decided.
         contraction: The elimination order.
         updates: What was decided per parameter.
         compiled: Whether evaluations skip the model.
         notes: Warnings in words.
-        traced_at: Versions of the parameters at the latest trace, so that it can be used again.
+        traced_at: Versions of the parameters at the trace, so that it can be used again.
+        on_sums: Gives what iterates on sums where the bindings are right (`later_kernel`).
         look_only: Whether bindings are left out, because no M-step follows.
         gradient: The update of parameters without a closed form.
         strategy: Another E-step than the exact one.
@@ -82,8 +110,6 @@ class Program(StaysHere):
         dependences: What it was read from, beside the parameters.
         operations: What the run did from which the graph is.
         rebuild: Reads the model anew.
-        readings: How often it was read anew.
-        has_told_of_sizes: Whether a plate or support whose size changes has been told of.
     """
 
     model: Model
@@ -94,8 +120,9 @@ class Program(StaysHere):
     contraction: ContractionPlan
     updates: Mapping[str, ParameterUpdate]
     compiled: bool
+    traced_at: tuple[int, ...]
+    on_sums: Callable[[], Kernel]
     notes: tuple[str, ...] = ()
-    state: MStepState = field(default_factory=MStepState)
     look_only: bool = False
     gradient: Gradient | None = None
     strategy: EStepStrategy | None = None
@@ -103,14 +130,6 @@ class Program(StaysHere):
     dependences: Dependences = field(default_factory=Dependences)
     operations: tuple[Any, ...] = ()
     rebuild: Callable[[], Program | Unrouted] | None = None
-    readings: int = 0
-    has_told_of_sizes: bool = False
-    traced_at: tuple[int, ...] = field(init=False)
-    # Copies of a program share what was found: it follows from the graph and the updates.
-    _kernel: list[Kernel] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.traced_at = self.versions()
 
     @property
     def kernel(self) -> Kernel:
@@ -120,10 +139,7 @@ class Program(StaysHere):
             again = "" if self.compiled else ", the model is run again at each"
             parts = components_of(self.graph)
             return Kernel(CONTRACTION, finding.what, None, parts, words=CONTRACTION + again)
-        if not self._kernel:
-            values = values_of(self.graph.parameters)
-            self._kernel.append(kernel_of(self.graph, self.updates, values))
-        return self._kernel[0]
+        return self.on_sums()
 
     def _off_the_sums(self) -> Finding | None:
         """Why no step on sums may stand for a step of the model, whatever its latents are."""
@@ -138,62 +154,64 @@ class Program(StaysHere):
             return Finding("data", "the data were made in inference mode")
         return None
 
-    def versions(self) -> tuple[int, ...]:
-        """Counts of in-place writes: equal as long as no parameter has been written."""
-        return tuple(p.unconstrained._version for p in self.graph.parameters.values())
-
     def is_changed(self) -> bool:
         """Whether something that was read, the parameters excepted, is another by now."""
         return self.dependences.is_changed()
 
-    def reread(self) -> None:
-        """Read the model anew, on the data as they are now."""
+    def reread(self) -> Program:
+        """The model read anew, on the data as they are now."""
         assert self.rebuild is not None
         fresh = self.rebuild()
         if isinstance(fresh, Unrouted):
             raise fresh.error
-        self.structure, self.graph, self.contraction = (
-            fresh.structure,
-            fresh.graph,
-            fresh.contraction,
+        return replace(
+            self,
+            structure=fresh.structure,
+            graph=fresh.graph,
+            contraction=fresh.contraction,
+            updates=fresh.updates,
+            compiled=fresh.compiled,
+            traced_at=fresh.traced_at,
+            on_sums=fresh.on_sums,
+            dependences=fresh.dependences,
         )
-        self.updates, self.compiled, self._kernel = fresh.updates, fresh.compiled, []
-        self.dependences, self.traced_at = fresh.dependences, fresh.traced_at
-        self.readings += 1
 
-    def require_unchanged(self, dependences: Dependences, what: str) -> None:
+    def noting(self, *notes: str) -> Program:
+        """The same with notes that it lacks."""
+        new = tuple(n for n in notes if n and n not in self.notes)
+        return replace(self, notes=self.notes + new) if new else self
+
+    def require_unchanged(self, what: str) -> None:
         """Refuse to compute late what belongs to the data of a fit, if those are others by now.
 
         Args:
-            dependences: What the fit was read from.
             what: What somebody asks for.
 
         Raises:
             UsageError: If anything of it was changed.
         """
         # Bindings hold all that is needed; without them the model is run again.
-        seen = dependences.is_written() if self.compiled else dependences.is_changed()
-        if seen or self.dependences is not dependences:
+        read = self.dependences
+        if read.is_written() if self.compiled else read.is_changed():
             raise UsageError(changed_since(what))
 
     def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
         """The factors at the current parameters, or, through the bindings, at other values."""
+        graph = self.graph
         with torch.no_grad():
             if self.compiled or values is not None:
-                values = values or values_of(self.graph.parameters)
-                arguments = [g.evaluate_arguments(values) for g in self.graph.groups]
-                at = [g.evaluate_value(values) for g in self.graph.groups]
+                values = values or values_of(graph.parameters)
+                arguments = [g.evaluate_arguments(values) for g in graph.groups]
+                at = [g.evaluate_value(values) for g in graph.groups]
             else:
-                if self.versions() != self.traced_at:
-                    self.graph = self._trace(with_bindings=not self.look_only)
-                    self.traced_at = self.versions()
-                arguments = [dict(g.arguments) for g in self.graph.groups]
-                at = [g.value for g in self.graph.groups]
+                if versions_of(graph.parameters) != self.traced_at:
+                    graph = self._trace(with_bindings=not self.look_only)
+                arguments = [dict(g.arguments) for g in graph.groups]
+                at = [g.value for g in graph.groups]
             tables = [
-                g.log_density(a, x)
-                for g, a, x in zip(self.graph.groups, arguments, at, strict=True)
+                g.log_density(a, x) for g, a, x in zip(graph.groups, arguments, at, strict=True)
             ]
-        return Evaluation(self.graph, arguments, [t.detach() for t in tables])
+        return Evaluation(graph, arguments, [t.detach() for t in tables])
 
     def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
         """The exact E-step."""
@@ -236,16 +254,29 @@ class Program(StaysHere):
             return False
         return not isinstance(self.strategy, Annealed) or self.strategy.beta(max(step - 6, 0)) == 1
 
-    def m_step(self, counts: Sequence[Tensor], evaluation: Evaluation) -> MStepReport:
-        """The M-step; parameters are written in place."""
-        return m_step(
-            evaluation.graph,
-            self.updates,
-            counts,
-            evaluation.arguments,
-            self.log_densities_at,
-            self.state,
-        )
+    def m_step(
+        self, counts: Sequence[Tensor], evaluation: Evaluation, state: MStepState | None = None
+    ) -> MStepReport:
+        """The M-step; parameters are written in place.
+
+        Args:
+            counts: Expected counts per group.
+            evaluation: The factors at the E-step.
+            state: What lasts from one M-step to the next.
+        """
+        state = MStepState() if state is None else state
+
+        def densities(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
+            try:
+                return self.log_densities_at(values, groups)
+            except Resized as error:  # a trial point: the search goes on without it
+                if str(error) not in (*self.notes, *state.told):
+                    state.told.append(str(error))
+                    warn(str(error))
+                raise
+
+        graph, arguments = evaluation.graph, evaluation.arguments
+        return m_step(graph, self.updates, counts, arguments, densities, state)
 
     def log_densities_at(
         self, values: Mapping[str, Tensor], groups: Sequence[int]
@@ -253,13 +284,7 @@ class Program(StaysHere):
         """Differentiable log densities of some groups at constrained values."""
         if self.compiled:
             return {g: self.graph.groups[g].thin().log_density_at(values) for g in groups}
-        try:
-            graph = self._trace(values=values, with_bindings=False)
-        except Resized as error:  # a trial point: the search goes on without it
-            if not self.has_told_of_sizes:
-                self.has_told_of_sizes = True
-                warn(str(error))
-            raise
+        graph = self._trace(values=values, with_bindings=False)
         wanted = {name for g in groups for name in self.graph.groups[g].members}
         by_site = {
             name: table
@@ -290,20 +315,17 @@ class Program(StaysHere):
 
     def disagreements(
         self, values: Mapping[str, Tensor] | None = None, random_seed: int | None = None
-    ) -> list[tuple[str, str]]:
-        """Sites and arguments of a fresh trace that differ from what the bindings predict."""
+    ) -> Disagreement:
+        """Where a fresh trace differs from what the bindings predict."""
         current = values_of(self.graph.parameters)
         predicted_at = {**current, **(values or {})}
         try:
             fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)
         except Resized as error:
-            if not self.has_told_of_sizes:
-                self.has_told_of_sizes = True
-                self.notes += (str(error),)
-            return [("model", "the size of a plate or a support")]
+            return Disagreement((("model", "the size of a plate or a support"),), str(error))
         except ModelError:
-            return [("model", "its sites")]
-        return disagreements(self.graph, fresh, predicted_at)
+            return Disagreement((("model", "its sites"),))
+        return Disagreement(tuple(disagreements(self.graph, fresh, predicted_at)))
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -181,9 +182,9 @@ def _check_rerun(
     slack: float,
     iterations: str,
 ) -> None:
-    program = em._look(args, kwargs)
-    assert isinstance(program, Program)
-    program.compiled = False
+    found = em._look(args, kwargs)
+    assert isinstance(found, Program)
+    program = replace(found, compiled=False)
     rerun = []
     for _ in range(steps):
         evaluation = program.evaluate()

@@ -255,6 +255,11 @@ def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tens
     return {name: p.value() for name, p in parameters.items()}
 
 
+def versions_of(parameters: Mapping[str, TracedParameter]) -> tuple[int, ...]:
+    """Counts of in-place writes: equal as long as no parameter has been written."""
+    return tuple(p.unconstrained._version for p in parameters.values())
+
+
 def snapshot(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:
     """Copies of all unconstrained parameters."""
     return {name: p.unconstrained.detach().clone() for name, p in parameters.items()}

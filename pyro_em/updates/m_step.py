@@ -32,9 +32,11 @@ class MStepState:
 
     Attributes:
         optimizers: The torch optimisers of gradient updates, by their parameters' names.
+        told: Warnings that have been given.
     """
 
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

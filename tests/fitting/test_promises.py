@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -72,7 +74,7 @@ def test_compiled_and_generic_paths_agree_step_by_step() -> None:
     pyro.clear_param_store()
     em = ExactPosteriorEM(half_normals)
     program = em._look((X,), {})
-    program.compiled = False
+    program = replace(program, compiled=False)
     path = []
     for _ in range(12):
         evaluation = program.evaluate()

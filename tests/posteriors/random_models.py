@@ -510,7 +510,7 @@ def monotone_and_compiled_as_generic(model: RandomModel) -> None:
     if short:
         compiled = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
     generic = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
-    generic.compiled = False
+    generic = replace(generic, compiled=False)
     previous = -math.inf
     last = 3 if exact else 2
     for step in range(last + 1):
