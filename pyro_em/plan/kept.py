@@ -31,12 +31,13 @@ from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import Task, are_possible, decided, traced, verified
+from pyro_em.plan.loops import needs_all_steps
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
-from pyro_em.tracing.loops import NotVectorized
+from pyro_em.tracing.loops import NotVectorized, Series, vectorizing
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.randomness import random_state, set_random_state
@@ -163,13 +164,15 @@ def _form(task: Task) -> Hashable:
 
 def _begun(task: Task, kept: Kept, first_look: bool) -> Kept | None:
     """A reading on parameters that a plain run has given their values; None if they are others."""
-    known = kept.structure.parameters
-    if kept.structure.series is not None:  # a plain run of such a loop takes all its steps
+    known, unrolling = kept.structure.parameters, kept.structure.series
+    if unrolling is not None and needs_all_steps(unrolling.template):
         return None
+    series = None if unrolling is None else Series(unrolling.way, few=True)
     begin = random_state()
     try:
-        plain = run_plainly(task.model, task.args, task.kwargs, first_look, sparing=True)
-    except NumbersNeeded:
+        with vectorizing(series):
+            plain = run_plainly(task.model, task.args, task.kwargs, first_look, sparing=True)
+    except (NumbersNeeded, NotVectorized):
         set_random_state(begin)
         return None
     if parameter_problems(plain) or plain.cleared or plain.changed_masks:

@@ -46,7 +46,7 @@ def examine_with_loops(
                 structure, problems = examine(model, args, kwargs, **how)
             if not series.was_met:
                 return structure, problems
-            if series.is_cut and _needs_all_steps(structure):
+            if series.is_cut and needs_all_steps(structure):
                 set_random_state(begin)
                 series = Series(way)
                 with vectorizing(series):
@@ -86,7 +86,7 @@ def trouble(found: Finding | BaseException) -> str:
     return said if isinstance(found, NotVectorized) else f"with index tensors, {said}"
 
 
-def _needs_all_steps(structure: Structure) -> bool:
+def needs_all_steps(structure: Structure) -> bool:
     """Whether a structure holds values or masks of steps, or what masks decide."""
     summed = all(structure.sites[n].support_size for n in structure.latents)
     return bool(structure.barren or structure.masked_pairs) or not summed

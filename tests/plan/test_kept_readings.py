@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_em import DataError, ExactPosteriorEM, Hard, PyroEMError
+from pyro_em import DataError, ExactPosteriorEM, Hard, PyroEMError, vectorized_markov
 from pyro_em.plan import kept
 from pyro_em.tracing import runs
 
@@ -130,6 +130,38 @@ def test_objects_share_what_is_known_of_a_model(count):
     pyro.clear_param_store()
     assert ExactPosteriorEM(model).score(OTHER) == pytest.approx(by_hand(OTHER), abs=1e-4)
     assert count == {"anew": 1, "again": 2}
+
+
+def _chain(steps, held):
+    """A chain whose start and a parameter are drawn, and that reads a tensor from outside."""
+
+    def model(x):
+        mu = pyro.param("mu", lambda: torch.randn(3))
+        A = pyro.param("A", lambda: torch.rand(3, 3).softmax(-1), constraint=constraints.simplex)
+        z = None
+        for t in steps(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(3) / 3 if z is None else A[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], held["scale"]), obs=x[t])
+
+    return model
+
+
+def test_objects_share_what_is_known_of_a_chain_without_a_loop(count):
+    held = {"scale": torch.tensor(1.5)}
+    without = _chain(lambda n: vectorized_markov("t", n), held)
+    loop = _chain(lambda n: pyro.markov(range(n)), held)
+    fitted, states = [], []
+    for seed, scale, x in ((1, 1.5, X), (1, 1.5, X), (2, 1.5, OTHER), (1, 0.5, X), (1, 0.5, OTHER)):
+        held["scale"] = torch.tensor(scale)
+        for model in (without, unread(loop)):
+            pyro.clear_param_store()
+            torch.manual_seed(seed)
+            fitted.append(ExactPosteriorEM(model).fit(x, max_steps=4, tol=0))
+            states.append(torch.get_rng_state())
+        assert fitted[-2].history == pytest.approx(fitted[-1].history, abs=1e-4)
+        assert fitted[-2].log_evidence == pytest.approx(fitted[-1].log_evidence, abs=1e-4)
+    assert torch.equal(states[0], states[2])  # the same draws, read anew or not
+    assert count["again"] == 4  # a scale of another value is another number of the same form
 
 
 def test_other_parameters_of_one_model_are_read_anew(count):
