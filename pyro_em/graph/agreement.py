@@ -17,7 +17,7 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.coupling import Sites, differs, parts_of
-from pyro_em.graph.forms import FEW, form_of, in_forms, in_parts
+from pyro_em.graph.forms import FEW, form_of, in_forms, in_parts, unrepeated
 from pyro_em.tracing.sites import tensors_of
 
 _LOOKED_AT = 256  # elements of a plate that are compared; fewer where plates cross
@@ -240,8 +240,8 @@ class _Together:
         visible: Sequence[Mapping[int, str]],
     ) -> Tensor:
         """Which enumerated tensors, gathered, are surely the plain ones."""
-        enumerated = _narrow([e for e, _ in pairs])
-        plain = _narrow([p for _, p in pairs])
+        enumerated = unrepeated([e for e, _ in pairs])
+        plain = unrepeated([p for _, p in pairs])
         nothing = torch.zeros(len(pairs), dtype=torch.bool)
         event_dim = min(event_dim, enumerated[0].dim(), plain[0].dim())
         shape = enumerated[0].shape[: enumerated[0].dim() - event_dim]
@@ -300,16 +300,6 @@ class _Together:
             hit = hit.flatten(2 + lead).all(-1)
         found = hit.to(torch.uint8).argmax(1)
         self.look.know(dict(zip(names, found.unbind(0), strict=True)))
-
-
-def _narrow(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one form without the dimensions along which they are copies."""
-    first = tensors[0]
-    copies = [d for d in range(first.dim()) if first.stride(d) == 0 and first.shape[d] > 1]
-    out = list(tensors)
-    for d in copies:
-        out = [t.narrow(d, 0, 1) for t in out]
-    return out
 
 
 def _close(a: Tensor, b: Tensor) -> Tensor:

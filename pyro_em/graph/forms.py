@@ -70,6 +70,17 @@ def in_parts(n: int, cells: int) -> list[slice]:
     return [slice(i, i + size) for i in range(0, n, size)]
 
 
+def unrepeated(tensors: Sequence[Tensor], event_dim: int = 0) -> list[Tensor]:
+    """Tensors of one form without the batch dimensions along which they are copies."""
+    first = tensors[0]
+    batch = range(first.dim() - event_dim)
+    copies = [d for d in batch if first.stride(d) == 0 and first.shape[d] > 1]
+    out = list(tensors)
+    for d in copies:
+        out = [t.narrow(d, 0, 1) for t in out]
+    return out
+
+
 def equal_to_first(tensors: Sequence[Tensor]) -> Tensor:
     """Which tensors of one form hold the bits of the first one. # (tensors)"""
     first = tensors[0]

@@ -154,6 +154,8 @@ def _traced(
     if any(s["value"].dim() > 64 or len(s["fn"].batch_shape) > 64 for s in sites.values()):
         raise_findings([more_than_torch_has(structure)])
     forms = forms_of(sites)
+    if log is not None:
+        log.forms = forms
     _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
     layout = FactorLayout(sites, structure, Recurring(leaves))

@@ -9,17 +9,15 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
 from torch.distributions import transform_to
 
-from pyro_em.distributions import are_inside
 from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.possible import are_possible
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
-from pyro_em.graph.value_checks import data_problems, weight_problems
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops, trouble
@@ -38,7 +36,6 @@ from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import parameters_at, versions_of
 from pyro_em.tracing.runs import Model
-from pyro_em.tracing.sites import Role
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
 
@@ -115,7 +112,7 @@ def build_program(
         if structure.unchecked:
             check_arguments(task.model, task.args, task.kwargs, structure, task.limit)
         graph = traced(task, structure, log, looked)
-        if structure.series is not None and not are_possible(log.sites, structure):
+        if structure.series is not None and not are_possible(log.sites, structure, log.forms):
             raise NotVectorized("some observed value, weight or argument cannot be used")
     except (NotVectorized, PyroEMError) as error:
         if structure.series is not None:
@@ -154,28 +151,6 @@ def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Struc
     if problems:
         raise_findings(problems)
     return structure
-
-
-def are_possible(sites: Mapping[str, Mapping[str, Any]], structure: Structure) -> bool:
-    """Whether nothing can be found fault with in observed values, weights and arguments.
-
-    Args:
-        sites: The sites of an enumerated run.
-        structure: The skeleton.
-    """
-    shown = structure.as_run
-    for name, info in shown.sites.items():
-        if name in shown.passing:
-            continue
-        site = sites[name]
-        if info.role is Role.DATA and data_problems(name, site):
-            return False
-        if weight_problems(name, site) or not are_inside(site["fn"]):
-            return False
-        scale = site["scale"]
-        if isinstance(scale, Tensor) and not bool((scale > 0).all()):
-            return False
-    return True
 
 
 def traced(

@@ -25,12 +25,13 @@ from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.first_run import run_plainly
 from pyro_em.graph.initial import forget_bad_starts
+from pyro_em.graph.possible import are_possible
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import Task, are_possible, decided, traced, verified
+from pyro_em.plan.building import Task, decided, traced, verified
 from pyro_em.plan.loops import needs_all_steps
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
@@ -226,7 +227,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     graph = traced(task, structure, log)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, structure):
         return None
-    if not are_possible(log.sites, structure):
+    if not are_possible(log.sites, structure, log.forms):
         return None
     order = None
     if kept.contraction is not None and kept.members == _members_of(graph):

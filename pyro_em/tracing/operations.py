@@ -49,6 +49,7 @@ class OperationLog:
     Attributes:
         entries: One for each operation, and one for each site.
         sites: The sites.
+        forms: Of the sites, where these were laid out; None for those that are unlike all others.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class OperationLog:
     ) -> None:
         self.entries: list[tuple[Any, ...]] = []
         self.sites: dict[str, Mapping[str, Any]] = {}
+        self.forms: Mapping[str, Hashable | None] = {}
         self.reading = reading
         self._origin: dict[int, Any] = {}
         self._distinct: dict[Any, Any] = {}

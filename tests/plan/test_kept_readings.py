@@ -813,6 +813,47 @@ def test_data_outside_the_support_and_arguments_outside_their_constraints_are_re
             method(X.abs(), -ones)
 
 
+def test_one_step_of_many_is_held_to_its_constraints(count):
+    """Steps of equal form are looked at together."""
+
+    def counts(x, exposure):
+        rate = pyro.param("rate", torch.tensor([1.0, 4.0]), constraint=constraints.positive)
+        z = 0
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.8, 0.2], [0.3, 0.7]])[z]))
+            pyro.sample(f"x_{t}", dist.Poisson(rate[z] * exposure[t]), obs=x[t])
+
+    x, ones = torch.tensor([0.0, 1.0, 5.0, 3.0, 0.0, 2.0]).repeat(2), torch.ones(12)
+    em = ExactPosteriorEM(counts)
+    before = em.score(x, ones)
+    for t, bad in ((4, -1.0), (0, 0.5), (11, math.nan)):
+        wrong = x.clone()
+        wrong[t] = bad
+        with pytest.raises(DataError, match=f"site 'x_{t}'"):
+            em.score(wrong, ones)
+    for t, bad in ((7, -1.0), (0, math.nan)):
+        wrong = ones.clone()
+        wrong[t] = bad
+        with pytest.raises(PyroEMError):
+            em.score(x, wrong)
+    seen = dict(count)
+    assert em.score(x.clone(), ones.clone()) == before
+    assert count == {**seen, "again": seen["again"] + 1}
+
+
+def test_an_event_of_copies_is_held_to_the_support_as_a_whole():
+    def shares(x):
+        a = pyro.param("a", torch.tensor([[1.0, 2.0, 1.0], [4.0, 1.0, 1.0]]))
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample(f"x_{t}", dist.Dirichlet(a[z]), obs=x[t])
+
+    em = ExactPosteriorEM(shares)
+    em.score(torch.full((10, 1), 1 / 3).expand(10, 3))
+    with pytest.raises(DataError, match="outside the support"):
+        em.score(torch.ones(10, 1).expand(10, 3))
+
+
 def test_parameters_that_are_no_numbers_are_refused():
     em = ExactPosteriorEM(mixture)
     em.plan(X)
