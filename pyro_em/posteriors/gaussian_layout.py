@@ -116,6 +116,7 @@ class Bucket:
     """Blocks whose matrices are padded to one size.
 
     Attributes:
+        first: The number of its first block.
         count: B, the blocks.
         size: d, the rows and columns of each matrix.
         vector: Where its vectors lie in the flat vector; B·d places.
@@ -125,6 +126,7 @@ class Bucket:
             latent after the other; the place after the last for padding. # (B * d,)
     """
 
+    first: int
     count: int
     size: int
     vector: slice
@@ -403,7 +405,7 @@ def _buckets(
     places: _Places,
     device: torch.device,
 ) -> tuple[Bucket, ...]:
-    vector_begin = matrix_begin = 0
+    block_begin = vector_begin = matrix_begin = 0
     out = []
     for size in np.unique(padded):
         size, count = int(size), int((padded == size).sum())
@@ -445,6 +447,7 @@ def _buckets(
         order[order < 0] = coordinates
         out.append(
             Bucket(
+                block_begin,
                 count,
                 size,
                 slice(vector_begin, vector_begin + count * size),
@@ -453,6 +456,7 @@ def _buckets(
                 torch.as_tensor(order, device=device),
             )
         )
+        block_begin += count
         vector_begin += count * size
         matrix_begin += count * size * size
     return tuple(out)

@@ -5,12 +5,13 @@ For sites as in `gaussian_layout`, all unknowns h are written in their own noise
     h = c + T ε,     Λ = I + Tᵀ M T,     M = Σ_rows Cᵀ P C,     P = (L Lᵀ)⁻¹ of observed rows,
 
 T by substitution in topological order. No prior is inverted: variances of zero are fine. The posterior
-of ε is N(m, Λ⁻¹). The evidence is taken at the mode m, which is refined once,
+of ε is N(m, Λ⁻¹). The evidence is taken at the mode m, which is refined until it stays,
 
     log p(x) = log p(x, m) + ½ d log 2π − ½ log|Λ|.
 
 A mode that is off by δ costs δᵀΛδ/2 there: sums of large squares, whose difference would be the
-answer, never meet. All is done in float64, and can be differentiated twice.
+answer, never meet. Where |Λ| itself would be lost to rounding, it is taken from the rows by a QR
+decomposition. All is done in float64, and can be differentiated twice.
 """
 
 from __future__ import annotations
@@ -24,12 +25,28 @@ import torch
 from torch import Tensor
 
 from pyro_em.posteriors.gaussian_layout import BlockLayout, Bucket, Reading
+from pyro_em.posteriors.square_root import square_root
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 
 _LOG_TWO_PI = math.log(2 * math.pi)
 
 
 _MANY = 2**24  # numbers that the rows of one site may add to M at once
+
+
+_MOST = 2**27  # numbers that the rows of some blocks may take in all
+
+
+_STEPS = 6  # moves to the mode at most: the first, and mostly one refinement
+
+
+_SHORT = 1e-10  # nats; one more move makes far less of it
+
+
+_EPSILON = 2.0**-53
+
+
+_LOSS = 1e-11  # nats that the log evidence of a block may lose where its rows could do better
 
 
 @dataclass(frozen=True, eq=False)
@@ -391,21 +408,20 @@ def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSoluti
     for bucket in layout.buckets:
         T = _substituted(layout, bucket, rows, cells)
         M = precision[:, bucket.matrix].reshape(-1, bucket.count, bucket.size, bucket.size)
-        eye = torch.eye(bucket.size, dtype=T.dtype, device=T.device)
-        cholesky, failed = torch.linalg.cholesky_ex(eye + T.mT @ M @ T)
-        if bool(failed.any()):  # numbers that are not finite: the answer says so, without an error
-            wrong = (failed != 0)[..., None, None]
-            cholesky = torch.where(wrong, torch.full_like(cholesky, math.nan), cholesky)
+        cholesky = _factorized(layout, bucket, rows, T, M)
         factors.append(_Factor(bucket, T, cholesky))
 
     epsilon = precision.new_zeros(cells, layout.vector_size)
     delta = epsilon
-    if factors:
-        for _ in range(2):  # the mode, and one refinement of it
-            gradient = _gradient(layout, rows, residual, delta)
-            gradient = torch.cat([f.gather_in(gradient) for f in factors], 1) - epsilon
-            epsilon = epsilon + torch.cat([f.solve(gradient) for f in factors], 1)
-            delta = torch.cat([f.spread_out(epsilon) for f in factors], 1)
+    for step in range(_STEPS if factors else 0):  # the mode, and refinements of it
+        gradient = _gradient(layout, rows, residual, delta)
+        gradient = torch.cat([f.gather_in(gradient) for f in factors], 1) - epsilon
+        move = torch.cat([f.solve(gradient) for f in factors], 1)
+        epsilon = epsilon + move
+        delta = torch.cat([f.spread_out(epsilon) for f in factors], 1)
+        # Half of gᵀ Λ⁻¹ g is what the evidence was short of before this move.
+        if step > 0 and not bool((gradient * move).sum(-1).max() > _SHORT):
+            break
 
     log_evidence = -0.5 * _log_determinants(factors) if factors else delta.new_zeros(cells, 0)
     if factors:
@@ -616,6 +632,82 @@ def _substituted(layout: BlockLayout, bucket: Bucket, rows: Sequence[_Rows], cel
     stacked.append(stacked[0].new_zeros(cells, 1, bucket.size))  # what padding takes
     shape = cells, bucket.count, bucket.size, bucket.size
     return torch.cat(stacked, 1).index_select(1, bucket.order).reshape(shape)
+
+
+def _factorized(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[_Rows], T: Tensor, M: Tensor
+) -> Tensor:
+    """The lower factor of Λ = I + Tᵀ M T, from the rows themselves where that would lose digits.
+
+    What rounding does to log|Λ| is about the size of the terms of Λ_ii relative to the pivots.
+    """
+    eye = torch.eye(bucket.size, dtype=T.dtype, device=T.device)
+    information = eye + T.mT @ M @ T
+    cholesky, failed = torch.linalg.cholesky_ex(information)
+    with torch.no_grad():
+        reach = M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().unsqueeze(-2) @ T.abs()
+        pivots = cholesky.diagonal(dim1=-2, dim2=-1).square()
+        lost = _EPSILON * ((1 + reach.squeeze(-2).square()) / pivots).amax(-1)
+        finite = information.isfinite().flatten(2).all(-1)
+        poor = ((lost > _LOSS) | (failed != 0)) & finite
+        which = poor.any(0).nonzero().squeeze(-1)
+        exact = _from_rows(layout, bucket, rows, T, which) if len(which) else None
+        if exact is None:
+            wrong = (failed != 0)[..., None, None]
+    if exact is None:  # numbers that are not finite: the answer says so, without an error
+        return torch.where(wrong, torch.full_like(cholesky, math.nan), cholesky)
+
+    if information.requires_grad:
+        # Its derivatives are those of the factor of L⁻¹ Λ L⁻ᵀ, which is the identity here.
+        moved = information[:, which] - information[:, which].detach()
+        half = torch.linalg.solve_triangular(exact, moved, upper=False)
+        moved = torch.linalg.solve_triangular(exact, half.mT, upper=False)
+        exact = exact @ torch.linalg.cholesky(eye + moved)
+        replaced = torch.zeros_like(poor[0])
+        replaced[which] = True
+        safe = torch.where(replaced[:, None, None], eye, information)
+        cholesky, failed = torch.linalg.cholesky_ex(safe)
+    cholesky = torch.where(
+        (failed != 0)[..., None, None] & ~finite[..., None, None], math.nan, cholesky
+    )
+    return cholesky.index_copy(1, which, exact)
+
+
+def _from_rows(
+    layout: BlockLayout, bucket: Bucket, rows: Sequence[_Rows], T: Tensor, which: Tensor
+) -> Tensor | None:
+    """The factors of some blocks of a bucket by QR; None if the rows are too many.
+
+    Returns:
+        # (cells, n, d, d)
+    """
+    cells, B, d = T.shape[:3]
+    number = torch.full((layout.blocks,), -1, device=T.device)
+    number[bucket.first + which] = torch.arange(len(which), device=T.device)
+    chosen = []
+    for s, site in enumerate(rows):
+        block, reading = layout.block_of_row[s], layout.reads[s]
+        if site.value is not None and reading.size:
+            inside = number[block.clamp(min=0)]
+            chosen.append(
+                (site, reading, ((block >= 0) & (inside >= 0)).nonzero().squeeze(-1), inside)
+            )
+    sizes = [len(r) * max(site.coefficients.shape[-2:]) for site, _, r, _ in chosen]
+    if cells * sum(sizes) * d > _MOST:
+        return None
+    flat_T = T.reshape(cells, B * d, d)
+    out, blocks = [T.new_zeros(cells, 0, d)], [which[:0]]
+    for site, reading, r, inside in chosen:
+        W = site.whitened
+        W = (W if W.shape[1] == 1 else W[:, r]).expand(-1, len(r), -1, -1)
+        if site.weight is not None:
+            weight = site.weight if site.weight.shape[0] == 1 else site.weight[r]
+            W = W * weight.sqrt().unsqueeze(-1)
+        # A missing read takes any row: its coefficients are zero.
+        places = (reading.vector[r] - bucket.vector.start).clamp(0, B * d - 1)
+        out.append((W @ flat_T[:, places]).flatten(1, 2))
+        blocks.append(inside[r].repeat_interleave(W.shape[-2]))
+    return square_root(torch.cat(out, 1), torch.cat(blocks), len(which))
 
 
 def _of_members(x: Tensor, elements: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_em.posteriors.gaussian_layout import BlockLayout, SiteForm, Term
 from pyro_em.posteriors.linear_gaussian import GaussianSolution, SiteNumbers, solve
+from pyro_em.posteriors.square_root import square_root
 from pyro_em.updates.linear_moments import shifted, summed
 
 LOG_TWO_PI = float(np.log(2 * np.pi))
@@ -427,6 +428,70 @@ def test_little_noise_about_a_large_offset_keeps_the_digits(noise: float, prior:
     assert found == pytest.approx(right, abs=1e-6)
 
 
+@pytest.mark.parametrize(("noise", "prior"), [(1e-4, 1.0), (1e-4, 100.0), (1e-6, 100.0)])
+@pytest.mark.parametrize("nested", [False, True])
+def test_unknowns_that_precise_data_confound_keep_the_digits(
+    noise: float, prior: float, nested: bool
+) -> None:
+    """Of a common mean and three groups' the data tell sums only: the rest is the prior's."""
+    g = np.random.default_rng(0)
+    index = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    y = 1e6 + prior * g.normal() + prior * g.normal(size=3)[index] + noise * g.normal(size=8)
+    A = np.zeros((8, 4))
+    A[:, 0] = A[np.arange(8), 1 + index] = prior
+    right = exact_evidence(y.tolist(), A.tolist(), noise)
+    x, one = torch.as_tensor(y).reshape(8, 1), torch.ones(1, 1, 1).double()
+    C = one[..., None]
+    zero = torch.zeros(8, dtype=torch.long)
+    common, own = Term(0, zero), Term(1, index)
+    first = SiteForm("common", 1, 1, True)
+    if nested:
+        group = SiteForm("group", 3, 1, True, (Term(0, zero[:3]),))
+        layout = BlockLayout.of([first, group, SiteForm("x", 8, 1, False, (own,))])
+        group_numbers = SiteNumbers(None, 0 * one, prior * one, (C,))
+        data = SiteNumbers(x, 0 * one, noise * one, (C,))
+        mean = 1e6 * one
+    else:
+        group = SiteForm("group", 3, 1, True)
+        layout = BlockLayout.of([first, group, SiteForm("x", 8, 1, False, (common, own))])
+        group_numbers = SiteNumbers(None, 0 * one, prior * one)
+        data = SiteNumbers(x, 1e6 * one, noise * one, (C, C))
+        mean = 0 * one
+    solution = solve(layout, [SiteNumbers(None, mean, prior * one), group_numbers, data])
+    assert solution.log_evidence.item() == pytest.approx(right, abs=1e-9)
+    # Three groups' means tell the common one: prior² / (1 + 3) and the noise of the means.
+    variance = solution.covariance_of(0, zero[:1], 0, zero[:1]).item()
+    assert variance == pytest.approx(prior**2 / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS[::5])
+def test_factors_from_rows_are_those_of_the_matrices(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, numbers = random_program(seed)
+    right = solve(layout, numbers)
+    monkeypatch.setattr("pyro_em.posteriors.linear_gaussian._LOSS", -1.0)
+    found = solve(layout, numbers)
+    close(found.log_evidence, right.log_evidence.numpy())
+    for s in range(len(layout.sites)):
+        close(found.moments(s)[1], right.moments(s)[1].numpy())
+
+
+@pytest.mark.parametrize("counts", [[0, 1, 2000, 7], [300, 0, 0, 40], [0, 0]])
+@pytest.mark.parametrize("d", [1, 3, 12])
+def test_square_roots_of_very_different_numbers_of_rows(counts: list[int], d: int) -> None:
+    block = torch.repeat_interleave(torch.arange(len(counts)), torch.as_tensor(counts))
+    g = torch.Generator().manual_seed(d)
+    block = block[torch.randperm(len(block), generator=g)]
+    rows = torch.randn(2, len(block), d, generator=g).double()
+    found = square_root(rows, block, len(counts))
+    assert (found.diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert (found.triu(1) == 0).all()
+    for b in range(len(counts)):
+        mine = rows[:, block == b]
+        close(found[:, b] @ found[:, b].mT, (torch.eye(d) + mine.mT @ mine).numpy(), 1e-12)
+
+
 def test_draws_have_the_posterior_moments() -> None:
     layout, numbers = random_program(11)
     solution = solve(layout, numbers)
@@ -445,7 +510,12 @@ def test_draws_have_the_posterior_moments() -> None:
         assert (np.abs(np.cov(h.T) - covariance) <= 5 * scale / np.sqrt(n) * 1.5 + 1e-9).all()
 
 
-def test_gradients_are_right_and_can_be_taken_twice() -> None:
+@pytest.mark.parametrize("from_rows", [False, True])
+def test_gradients_are_right_and_can_be_taken_twice(
+    from_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if from_rows:
+        monkeypatch.setattr("pyro_em.posteriors.linear_gaussian._LOSS", -1.0)
     layout, _ = random_intercepts([2, 3, 1], q=2)
     g = torch.Generator().manual_seed(6)
     x = torch.randn(6, 1, generator=g).double()
