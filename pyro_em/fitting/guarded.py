@@ -108,7 +108,15 @@ class Guarded:
         except Handover:
             return None
 
-    def step(self, at: Point, index: int, *, verify: bool = False, touched: bool = False) -> Step:
+    def step(
+        self,
+        at: Point,
+        index: int,
+        *,
+        verify: bool = False,
+        touched: bool = False,
+        last: bool = False,
+    ) -> Step:
         """One step.
 
         Args:
@@ -116,6 +124,7 @@ class Guarded:
             index: The number of the step.
             verify: Whether a fresh trace has to confirm what the step computed with.
             touched: Whether somebody has written parameters since, so that a fall is no wonder.
+            last: Whether no other follows: its E-step is made at what the param store holds.
 
         Raises:
             Fell: If the objective fell.
@@ -123,7 +132,7 @@ class Guarded:
         """
         if self.quick is not None and self.program.compiled and self.handovers < _MANY_HANDOVERS:
             at = self._again(at)
-            found = self._quick_step(at, verify)
+            found = self._last_quick_step(at) if last else self._quick_step(at, verify)
             if found is not None:
                 return found
             self.handovers += 1
@@ -147,11 +156,32 @@ class Guarded:
             after, bound = self.quick.step(at)
         except Handover:
             return None
-        if after.objective < at.objective - allowed_fall(at.objective, self.program.graph.eps):
+        if self._has_fallen(at, after):
             return None
         if verify and not self._is_confirmed_at(after.values):
             return None
         return Step(at, bound, after)
+
+    def _last_quick_step(self, at: Point) -> Step | None:
+        """As `_quick_step`, with the parameters in the param store, where a transform may round."""
+        if self.quick is None or not isinstance(at, SumsPoint):
+            return None
+        origin = snapshot(self.program.graph.parameters)
+        try:
+            values, bound = self.quick.m_step(at)
+            write(self.program, values)
+            after = self.quick.e_step()
+        except Handover:
+            restore(self.program.graph.parameters, origin)
+            return None
+        if self._has_fallen(at, after):
+            restore(self.program.graph.parameters, origin)
+            return None
+        return Step(at, bound, after)
+
+    def _has_fallen(self, at: Point, after: Point) -> bool:
+        allowed = allowed_fall(at.objective, self.program.graph.eps)
+        return after.objective < at.objective - allowed
 
     def _sound_step(self, at: Point, index: int, verify: bool, touched: bool) -> Step:
         program = self.program

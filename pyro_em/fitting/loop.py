@@ -32,7 +32,8 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     run.status, em.handovers = EMStatus.MAX_STEPS, 0
     try:
         while run.num_steps < settings.max_steps:
-            step = advance(em, run, bool(settings.callbacks), settings.verify)
+            is_last = run.num_steps + 1 == settings.max_steps
+            step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
             settings.bar.update(r, step.after.objective)
             if _calls_stop(em.program, settings, run, step):
                 run.status = EMStatus.STOPPED
@@ -52,7 +53,9 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     settle(em, run)
 
 
-def advance(em: Guarded, run: Run, is_watched: bool, verify: bool = True) -> Step:
+def advance(
+    em: Guarded, run: Run, is_watched: bool, verify: bool = True, is_last: bool = False
+) -> Step:
     """One step of a run, noted in it.
 
     Args:
@@ -60,15 +63,17 @@ def advance(em: Guarded, run: Run, is_watched: bool, verify: bool = True) -> Ste
         run: Where it stands.
         is_watched: Whether somebody looks at parameters and data between steps, and may write them.
         verify: Whether the first step is held against a fresh trace of the model.
+        is_last: Whether no other follows.
     """
     touched = is_watched and _look(em, run)
     assert run.last is not None
     first = run.num_steps == run.verify_at
-    step = em.step(run.last, run.num_steps, verify=first and verify, touched=touched)
+    last = is_last and not (is_watched or first)
+    step = em.step(run.last, run.num_steps, verify=first and verify, touched=touched, last=last)
     if is_watched or first:
         em.publish(step, was_public=is_watched and run.recorded is step.before)
     run.take(step.before.objective, step.bound, step.after)
-    if is_watched or first or not isinstance(step.after, SumsPoint):
+    if is_watched or first or last or not isinstance(step.after, SumsPoint):
         run.record(em.program, step.after)
     if first:
         run.verified = run.parameters

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from pyro_em.distributions import are_inside, depends_on_tensors, satisfies, unwrap
+from pyro_em.families.family import BUILT_IN
 from pyro_em.families.registry import family_of
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.forms import FEW, in_forms, in_parts, unrepeated
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.value_checks import data_problems, weight_problems
@@ -46,6 +49,25 @@ def are_possible(
         if not all(_is_possible(n, sites[n], is_data) for n in names):
             return False
     return True
+
+
+def finds_all(graph: FactorGraph, structure: Structure) -> bool:
+    """Whether `are_possible` finds all that Pyro's validation finds at the sites of such a run.
+
+    Args:
+        graph: The factor graph of the run.
+        structure: The skeleton.
+    """
+    return not structure.barren and all(
+        group.family is not None
+        and group.family is BUILT_IN.get(group.family.distribution)
+        and group.family.distribution not in _CHECKING_MORE
+        for group in graph.groups
+    )
+
+
+# Their constructors check what none of the constraints of their arguments says.
+_CHECKING_MORE = (dist.Geometric, dist.Uniform)
 
 
 def _is_possible(name: str, site: Site, is_data: bool) -> bool:

@@ -23,9 +23,8 @@ import torch
 
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.first_run import run_plainly
-from pyro_em.graph.initial import forget_bad_starts
-from pyro_em.graph.possible import are_possible
+from pyro_em.graph.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.possible import are_possible, finds_all
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.stacking import form_of_binding
@@ -42,7 +41,7 @@ from pyro_em.tracing.loops import NotVectorized, Series, vectorizing
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import is_stored
+from pyro_em.tracing.runs import RunFailed, first_run_again, is_stored
 
 _MOST = 8  # forms of data that are remembered of one model
 
@@ -58,6 +57,7 @@ class Kept:
         bindings: How parameters reach the arguments, where another run confirmed it; else None.
         contraction: The order of its sums; None where that is made when it is asked for.
         members: The order of the factors that it is of.
+        is_held: Whether a look at the numbers of its enumerated run finds all that validation finds.
     """
 
     structure: Structure
@@ -66,6 +66,7 @@ class Kept:
     bindings: Any
     contraction: ContractionPlan | None
     members: tuple[tuple[str, ...], ...]
+    is_held: bool
 
 
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -108,8 +109,9 @@ class Readings(StaysHere):
         order, members = None, tuple[tuple[str, ...], ...]()
         if program.structure.series is None:
             order, members = program.contraction, _members_of(program.graph)
+        is_held = finds_all(program.graph, program.structure)
         readings[form] = Kept(
-            program.structure, program.operations, numbers, bindings, order, members
+            program.structure, program.operations, numbers, bindings, order, members, is_held
         )
         while len(readings) > _MOST:
             del readings[next(iter(readings))]
@@ -172,10 +174,17 @@ def _begun(task: Task, kept: Kept, first_look: bool) -> Kept | None:
     begin = random_state()
     try:
         with vectorizing(series):
-            plain = run_plainly(task.model, task.args, task.kwargs, first_look, sparing=True)
-    except (NumbersNeeded, NotVectorized):
-        set_random_state(begin)
+            plain = first_run_again(
+                task.model,
+                task.args,
+                task.kwargs,
+                keep_random_state=not first_look,
+                shadowed=kept.structure.unchecked,
+                validated=not kept.is_held,
+            )
+    except (RunFailed, NumbersNeeded, NotVectorized):
         return None
+    tell_of_starts(plain.parameters)
     if parameter_problems(plain) or plain.cleared or plain.changed_masks:
         forget_bad_starts(plain.parameters)
         set_random_state(begin)

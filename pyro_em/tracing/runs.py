@@ -152,24 +152,66 @@ def plain_run(
         except Overspent:
             set_random_state(begin)
             forget_all_but(known)  # the next run draws their starts from the same state
+        return _run_with_shadows(model, args, kwargs)
+
+
+def first_run_again(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    keep_random_state: bool,
+    shadowed: bool,
+    validated: bool,
+) -> Run:
+    """Run a model of a form that was seen, so that its parameters begin as in its first plain run.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        keep_random_state: Whether the global random state is restored.
+        shadowed: Whether the first run had shadows in place of large latents.
+        validated: Whether distributions validate their arguments.
+
+    Raises:
+        RunFailed: If the model raises; the random state and the parameters are as before.
+        NumbersNeeded: If the model raises with shadows; likewise.
+    """
+    begin, known = random_state(), frozenset(pyro.get_param_store()._params)
+    with same_random_state(keep_random_state):
         try:
-            with Shadows() as shadows:
-                run = _plain_run(model, args, kwargs, DrawNothing(shadows))
-            if _holds_shadows():
-                raise NumbersNeeded
+            if shadowed:
+                return _run_with_shadows(model, args, kwargs)
+            return _plain_run(model, args, kwargs, validated=validated)
         except BaseException:
             forget_all_but(known)
+            set_random_state(begin)
             raise
-        return replace(run, shadows=shadows)
 
 
-def _plain_run(model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger) -> Run:
+def _run_with_shadows(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
+    known = frozenset(pyro.get_param_store()._params)
+    try:
+        with Shadows() as shadows:
+            run = _plain_run(model, args, kwargs, DrawNothing(shadows))
+        if _holds_shadows():
+            raise NumbersNeeded
+    except BaseException:
+        forget_all_but(known)
+        raise
+    return replace(run, shadows=shadows)
+
+
+def _plain_run(
+    model: Model, args: tuple, kwargs: dict[str, Any], *more: Messenger, validated: bool = True
+) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer = WatchingTrace(capture)
     begun = _store_as_it_is()
     with LeftWhole(), ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(pyro.validation_enabled(True))
+        stack.enter_context(pyro.validation_enabled(validated))
         for messenger in (tracer, *more):
             stack.enter_context(messenger)
         try:

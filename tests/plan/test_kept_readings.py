@@ -841,6 +841,59 @@ def test_one_step_of_many_is_held_to_its_constraints(count):
     assert count == {**seen, "again": seen["again"] + 1}
 
 
+def _spread(x):
+    """A start that follows from the data, and may leave its constraint."""
+    s = pyro.param("s", x.mean())
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Normal(torch.tensor([0.0, 3.0])[z], s), obs=x)
+
+
+def _waiting(x):
+    p = pyro.param("p", x.min() / 10)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Geometric(p * torch.tensor([1.0, 0.5])[z]), obs=x)
+
+
+def _between(x):
+    end = pyro.param("end", x.max() - 1.0)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("y", dist.Normal(torch.tensor([0.0, 3.0])[z], 1.0), obs=x)
+        pyro.sample("u", dist.Uniform(0.0, end), obs=torch.full_like(x, 0.1))
+
+
+def _in_part(x):
+    """A latent on which nothing depends."""
+    s = pyro.param("s", x.mean())
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Normal(torch.tensor([0.0, 3.0])[z], 1.0), obs=x)
+        pyro.sample("new", dist.Normal(0.0, s))
+
+
+@pytest.mark.parametrize(
+    "model, good, bad",
+    [
+        (_spread, X, -OTHER.abs()),
+        (_waiting, torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([0.0, 2.0, 3.0, 1.0])),
+        (_between, X, X.clamp(max=0.5)),
+        (_in_part, X, -OTHER.abs()),
+    ],
+)
+def test_a_first_run_on_other_data_finds_what_a_first_look_finds(model, good, bad):
+    """Parameters begin anew: their values are those that the other data give."""
+    ExactPosteriorEM(model).score(good)
+    pyro.clear_param_store()
+    with pytest.raises(PyroEMError) as again:
+        ExactPosteriorEM(model).score(bad)
+    pyro.clear_param_store()
+    with pytest.raises(PyroEMError) as first:
+        ExactPosteriorEM(unread(model)).score(bad)
+    assert str(again.value) == str(first.value)
+
+
 def test_an_event_of_copies_is_held_to_the_support_as_a_whole():
     def shares(x):
         a = pyro.param("a", torch.tensor([[1.0, 2.0, 1.0], [4.0, 1.0, 1.0]]))
