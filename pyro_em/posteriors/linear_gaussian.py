@@ -180,7 +180,8 @@ class _Factor:
 class GaussianSolution:
     """The posterior of the unknowns of a linear-Gaussian component.
 
-    Latents are named by the number of their site. Everything is float64.
+    Latents are named by the number of their site. Everything is float64. Covariances are kept from
+    their first use: take them with gradients on if they are to be differentiated.
 
     Attributes:
         layout: Blocks and places.
@@ -571,28 +572,39 @@ def _added(target: Tensor, places: Tensor, x: Tensor) -> Tensor:
 def _precision(layout: BlockLayout, rows: Sequence[_Rows], cells: int) -> Tensor:
     """M = Σ Cᵀ P C of observed rows, the flat matrices. # (cells|1, matrix_size)"""
     total = torch.zeros(1, layout.matrix_size, dtype=torch.float64, device=layout.device)
-    for s, site in enumerate(rows):
-        reading = layout.reads[s]
-        if site.value is None or reading.size == 0:
-            continue
-        W = site.whitened
-        n, Q = layout.sites[s].rows, reading.size
-        step = n
-        if not (torch.is_grad_enabled() and W.requires_grad):
-            step = max(1, _MANY // (W.shape[0] * Q * Q))
-        part = total.new_zeros(W.shape[0], layout.matrix_size)
-        for begin in range(0, n, max(step, 1)):
-            chunk = slice(begin, min(begin + step, n))
-            w = W if W.shape[1] == 1 else W[:, chunk]
-            weighted = w
-            if site.weight is not None:
-                weight = site.weight if site.weight.shape[0] == 1 else site.weight[chunk]
-                weighted = w * weight.unsqueeze(-1)
-            gram = w.mT * weighted if w.shape[-2] == 1 else w.mT @ weighted
-            gram = gram.expand(-1, chunk.stop - chunk.start, -1, -1)
-            part = _added(part, reading.pairs(chunk), gram)
-        total = total + part
+    for k in sorted({1, cells}):  # what all cells share is added once
+        places, terms, size = [], [], 0  # what many small sites add goes at once
+        for s, site in enumerate(rows):
+            reading = layout.reads[s]
+            if site.value is None or reading.size == 0 or site.whitened.shape[0] != k:
+                continue
+            W, n = site.whitened, layout.sites[s].rows
+            each = k * reading.size**2
+            step = max(1, _MANY // each)
+            if torch.is_grad_enabled() and W.requires_grad:
+                step = max(1, n)
+            for begin in range(0, n, step):
+                chunk = slice(begin, min(begin + step, n))
+                places.append(reading.pairs(chunk).reshape(-1))
+                terms.append(_gram(site, chunk).reshape(k, -1))
+                size += each * (chunk.stop - begin)
+                if size >= _MANY:
+                    total = _added(total.expand(k, -1), torch.cat(places), torch.cat(terms, 1))
+                    places, terms, size = [], [], 0
+        if places:
+            total = _added(total.expand(k, -1), torch.cat(places), torch.cat(terms, 1))
     return total
+
+
+def _gram(site: _Rows, rows: slice) -> Tensor:
+    """Cᵀ P C of each row. # (cells|1, rows, Q, Q)"""
+    W = site.whitened if site.whitened.shape[1] == 1 else site.whitened[:, rows]
+    weighted = W
+    if site.weight is not None:
+        weight = site.weight if site.weight.shape[0] == 1 else site.weight[rows]
+        weighted = W * weight.unsqueeze(-1)
+    gram = W.mT * weighted if W.shape[-2] == 1 else W.mT @ weighted
+    return gram.expand(-1, rows.stop - rows.start, -1, -1)
 
 
 def _gradient(
@@ -662,7 +674,7 @@ def _factorized(
         moved = information[:, which] - information[:, which].detach()
         half = torch.linalg.solve_triangular(exact, moved, upper=False)
         moved = torch.linalg.solve_triangular(exact, half.mT, upper=False)
-        exact = exact @ torch.linalg.cholesky(eye + moved)
+        exact = exact @ torch.linalg.cholesky_ex(eye + moved).L
         replaced = torch.zeros_like(poor[0])
         replaced[which] = True
         safe = torch.where(replaced[:, None, None], eye, information)

@@ -11,6 +11,7 @@ E[y φᵀ] would.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, cat, ones_like
@@ -138,5 +139,5 @@ def shifted(moments: LinearMoments, delta: Tensor) -> Tensor:
 def _over_rows(weights: Tensor, x: Tensor) -> Tensor:
     """Σ_rows w x as a product, which keeps no weighted copy. # (cells, ...)"""
     cells, rows = x.shape[:2]
-    flat = x.reshape(cells, rows, x[0, 0].numel() if rows else 1)
+    flat = x.reshape(cells, rows, math.prod(x.shape[2:]))
     return (weights.unsqueeze(-2) @ flat).squeeze(-2).reshape(cells, *x.shape[2:])

@@ -543,6 +543,26 @@ def test_gradients_are_right_and_can_be_taken_twice(
     assert score.item() == pytest.approx(solution.residual_moments(1)[0].sum().item() / 0.25)
 
 
+@pytest.mark.parametrize("rows", [0, None])
+def test_without_data_the_posterior_is_the_prior(rows: int | None) -> None:
+    parent = torch.tensor([0, 0, 1])
+    forms = [SiteForm("a", 2, 1, True), SiteForm("b", 3, 2, True, (Term(0, parent),))]
+    one = torch.ones(1, 1, 1).double()
+    C = torch.tensor([[[[1.0], [2.0]]]])
+    numbers = [SiteNumbers(None, one, one), SiteNumbers(None, 0 * one, one.expand(1, 1, 2), (C,))]
+    if rows is not None:
+        forms.append(SiteForm("x", 0, 1, False, (Term(0, parent[:0]),)))
+        numbers.append(SiteNumbers(torch.zeros(0, 1), one, one, (one[..., None],)))
+    layout = BlockLayout.of(forms)
+    solution = solve(layout, numbers)
+    right = dense(layout, numbers, 0)
+    assert (solution.log_evidence == 0).all()
+    close(solution.mean(1)[0].reshape(-1), right.mean[2:])
+    close(solution.moments(1)[1][0, 2], right.covariance[np.ix_([1, 6, 7], [1, 6, 7])])
+    if rows is not None:
+        assert summed(solution.linear_moments(2, diagonal=True)).r_r.item() == 0
+
+
 def test_solving_can_be_differentiated_at_a_zero_variance() -> None:
     layout, _ = random_intercepts([2, 3])
     one = torch.ones(1, 1, 1).double()
