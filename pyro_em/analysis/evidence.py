@@ -31,7 +31,7 @@ from pyro_em.portable import Portable
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.runs import Model
-from pyro_em.tracing.sites import Role, is_factor, role_of
+from pyro_em.tracing.sites import Role
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.particle import LogWeights, Particle, Term, dims_of, log_weights
 
@@ -276,19 +276,12 @@ class _Prior:
         self.is_local = structure.are_local(latents)
 
     def __call__(self) -> Particle:
-        sites = drawn_run(self.model, self.args, self.kwargs).sites
-        terms = tuple(
-            Term(
-                name,
-                Role.DATA,
-                dims_of(site, site["log_prob"]),
-                site["log_prob"],
-                site["scale"],
-            )
-            for name, site in sites.items()
-            if is_factor(site) and role_of(site) is Role.DATA
-        )
-        return Particle(terms, {}, {})
+        drawn = drawn_run(self.model, self.args, self.kwargs)
+        terms = []
+        for name, log_p in drawn.log_probs(Role.DATA).items():
+            site = drawn.sites[name]
+            terms.append(Term(name, Role.DATA, dims_of(site, log_p), log_p, site["scale"]))
+        return Particle(tuple(terms), {}, {})
 
 
 def _from_posterior(q: Posterior, num_particles: int) -> EvidenceEstimate:

@@ -94,7 +94,7 @@ class Beginning:
         if init is None:
             return
         program = self.em.program
-        evaluation = program.evaluate()
+        evaluation = self.em.sound.evaluate()
         if isinstance(init, str) and init in RULES:
             self._cluster(init)
             return
@@ -132,7 +132,7 @@ class Beginning:
         state = self.generator.get_state()
         for share in _SHARES:
             self.generator.set_state(state)
-            evaluation = program.evaluate()
+            evaluation = self.em.sound.evaluate()
             try:
                 counts = clustered_counts(
                     evaluation.graph,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_em.errors import message, warn
 from pyro_em.fitting.point import Point, SumsPoint, TracedPoint, Values
-from pyro_em.plan.program import Program
+from pyro_em.plan.program import Evaluation, Program
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.updates.m_step import MStepState
 from pyro_em.updates.statistics import dot, expected_log_joint
@@ -56,23 +56,32 @@ class ByTracing:
     Args:
         program: The model with its data.
         state: What lasts from one M-step to the next.
+
+    Attributes:
+        program: The same at its latest trace.
     """
 
     def __init__(self, program: Program, state: MStepState | None = None) -> None:
         self.program, self.state = program, MStepState() if state is None else state
 
+    def evaluate(self) -> Evaluation:
+        """The factors at the parameters in the param store."""
+        evaluation = self.program.evaluate()
+        self.program = self.program.following(evaluation)
+        return evaluation
+
     def e_step(self, values: Values | None = None, index: int = 0) -> TracedPoint:
         """See `EMMap.e_step`; the values are written into the param store."""
         if values is not None:
             write(self.program, values)
-        evaluation = self.program.evaluate()
+        evaluation = self.evaluate()
         q = self.program.e_step(evaluation, index)
         return TracedPoint(values_of(self.program.graph.parameters), evaluation, q)
 
     def m_step(self, point: Point) -> tuple[Values, float]:
         """See `EMMap.m_step`; the values are in the param store."""
         self.program.m_step(point.q.counts, point.evaluation, self.state)
-        bound = after_m_step(point, self.program.evaluate().tables)
+        bound = after_m_step(point, self.evaluate().tables)
         return values_of(self.program.graph.parameters), bound
 
     def step(

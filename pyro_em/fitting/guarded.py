@@ -4,8 +4,9 @@ A quick step that is out of the ordinary (a component near a collapse, impossibl
 objective) is not judged by itself: the step through tables is taken instead, which names what is
 wrong or goes on. After the first step a fresh trace of the model confirms what the step computed with.
 
-What is known of the model may change on the way (somebody writes data between two steps, a trace does
-not confirm the bindings): `Guarded` is the one place where the program of a fit is replaced.
+What is known of the model may change on the way: somebody writes data between two steps, a trace does
+not confirm the bindings, a later trace takes the place of an earlier one. The program of a fit is
+replaced here and nowhere else; ``sound`` holds it.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class Guarded:
             after, _ = self.sound.step(self.sound.e_step(index=index), index)
             bound = after_m_step(at, after.evaluation.tables)
         if not touched and has_fallen(self.program, at, after):
-            restore(program.graph.parameters, origin)
+            restore(self.program.graph.parameters, origin)
             raise Fell
         return Step(at, bound, after)
 

@@ -94,7 +94,8 @@ def _look(em: Guarded, run: Run) -> bool:
 def read_anew(em: Guarded, run: Run) -> None:
     """Read the model on the data as they are now, and make the E-step there."""
     em.reread()
-    run.record(em.program, em.e_step())
+    at = em.e_step()
+    run.record(em.program, at)
     run.plain_from = run.verify_at = run.num_steps
     run.verified = None
 
@@ -162,7 +163,8 @@ def endless_steps(em: Guarded) -> Iterator[EMStep]:
     """
     begin = time.perf_counter()
     run = Run(snapshot(em.program.graph.parameters))
-    run.record(em.program, em.e_step())
+    at = em.e_step()
+    run.record(em.program, at)
     for index in itertools.count():
         try:
             step = advance(em, run, True)
@@ -238,26 +240,25 @@ def revive(em: Guarded, run: Run) -> None:
 def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r: int) -> Run:
     """The first parameters of a start and the E-step at them; without it, the status says why."""
     em.start_over()
-    program = em.program
-    run = Run(snapshot(program.graph.parameters), name=name_of_start(init))
-    run.initial_values = values_of(program.graph.parameters)
+    run = Run(snapshot(em.program.graph.parameters), name=name_of_start(init))
+    run.initial_values = values_of(em.program.graph.parameters)
     try:
         beginning.write(init)
-        apply_floors(program.graph, program.updates)
+        apply_floors(em.program.graph, em.program.updates)
         at = em.e_step()
     except (DegenerateError, DataError) as error:
         if r == 0:
-            restore(program.graph.parameters, run.parameters)
+            restore(em.program.graph.parameters, run.parameters)
             raise
         run.status, run.message = EMStatus.DEGENERATE, str(error)
         return run
     except KeyboardInterrupt:
-        restore(program.graph.parameters, run.parameters)
+        restore(em.program.graph.parameters, run.parameters)
         if r == 0:
             raise
         run.status = EMStatus.INTERRUPTED
         return run
-    run.record(program, at)
+    run.record(em.program, at)
     run.began_symmetric = _is_symmetric(at)
     return run
 
@@ -281,7 +282,8 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             warn_disagreement(program.kernel, off, "at the end of the fit it was not")
             em.distrust(off)
             run.go_back(em.program)
-            run.record(em.program, em.sound.e_step(index=run.num_steps))
+            at = em.sound.e_step(index=run.num_steps)
+            run.record(em.program, at)
             iterate(em, settings, run, r)
     if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
         away = run_away(em.program.graph, run.initial_values)

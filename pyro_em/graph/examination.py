@@ -50,12 +50,13 @@ from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import Model, Run, held_run, is_smooth, provenance_run
 from pyro_em.tracing.sites import (
     Role,
+    factors_in,
+    frames_in,
     frames_of,
-    is_factor,
-    is_latent,
-    is_subsample,
+    latents_in,
     mask_tensor,
     role_of,
+    subsamples_in,
     support_reads_latents,
 )
 
@@ -122,14 +123,15 @@ def _findings(
     """The skeleton and all findings, from a plain run."""
     refuse_clearing(plain, "model")
     watched.after_one_run(plain.sites)
-    factors = {n: s for n, s in plain.sites.items() if is_factor(s)}
+    factors = factors_in(plain.sites)
     if not factors:
         raise UsageError(
             message(
                 "model", "it has no sites.", fixes=["call pyro.sample in it, and pass its data"]
             )
         )
-    plates, random_plates = _plates(plain.sites, factors)
+    frames = frames_in(factors)
+    plates, random_plates = _plates(plain.sites, frames)
     refuse_sparse_values(factors)
     tagged = provenance_run(model, args, kwargs, plain, drawn=guide_given)
     refuse_clearing(tagged, "model")
@@ -139,7 +141,7 @@ def _findings(
     if writing:
         raise_findings(writing)
     # Under an obs_mask that is True everywhere nothing of the unobserved part is used.
-    unobserved_sites = [n for n, s in factors.items() if is_latent(s)]
+    unobserved_sites = list(latents_in(factors))
     unused = {n for n in unobserved_sites if _masked_out(factors[n])}
     unused = {n for n in unused if not has_finite_support(factors[n]["fn"])}
     place = {name: i for i, name in enumerate(plain.sites)}
@@ -165,9 +167,7 @@ def _findings(
     counted = {n: scope for n, scope in scopes.items() if n not in dropped}
     coupled = coupled_latents(model, args, kwargs, plain, tagged.suspects & latents.keys(), counted)
     order = {name: i for i, name in enumerate(factors)}
-    site_plates = {
-        n: tuple(frames_of(s)) if s["cond_indep_stack"] else () for n, s in factors.items()
-    }
+    site_plates = {n: tuple(own) for n, own in frames.items()}
     marginals = marginals_of(model, args, kwargs, plain, scopes, not guide_given)
     of_latents: list[Finding] = []
     of_others: list[Finding] = []
@@ -303,7 +303,7 @@ def _with_numbers_read(
     scopes = {n: frozenset(scope) for n, scope in tagged.scopes.items()}
     if not tagged.read:
         return scopes
-    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
+    latents = latents_in(plain.sites)
     for latent in sorted(tagged.read & latents.keys()):
         if plain.shadows is not None:
             raise NumbersNeeded
@@ -345,7 +345,7 @@ def coupled_latents(
         raise NumbersNeeded
     found = couplings(
         lambda values: held_run(model, args, kwargs, values),
-        {n: s for n, s in plain.sites.items() if is_latent(s)},
+        latents_in(plain.sites),
         suspects,
         scopes,
     )
@@ -379,17 +379,15 @@ def _changed_mask(name: str) -> str:
 
 
 def _plates(
-    all_sites: Mapping[str, Any], factors: Mapping[str, Any]
+    all_sites: Mapping[str, Any], frames: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Plate], tuple[str, ...]]:
     plates: dict[str, Plate] = {}
-    for site in factors.values():
-        for name, f in frames_of(site).items():
+    for own in frames.values():
+        for name, f in own.items():
             plates[name] = Plate(name, f.dim, f.size, f.full_size or f.size)
     random_plates = []
-    for name, site in all_sites.items():
+    for name, site in subsamples_in(all_sites).items():
         fn = site.get("fn")
-        if not is_subsample(site):
-            continue
         size, part = getattr(fn, "size", None), getattr(fn, "subsample_size", None)
         if part is not None and size is not None and part < size:
             random_plates.append(name)
@@ -401,8 +399,9 @@ def _barren(
 ) -> tuple[str, ...]:
     """Unobserved sites that reach no observation and cannot be enumerated with their parents."""
     needed: set[str] = set()
+    latents = latents_in(factors)
     for name in reversed(list(factors)):  # the model's order is topological
-        if name in needed or not is_latent(factors[name]):
+        if name in needed or name not in latents:
             needed |= {name} | scopes[name]
 
     def is_cheap(name: str) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_em.distributions import unwrap
 from pyro_em.tracing.runs import Model, Run, held_run
-from pyro_em.tracing.sites import is_latent
+from pyro_em.tracing.sites import is_latent, latents_in
 
 logger = logging.getLogger("pyro_em")
 
@@ -116,7 +116,7 @@ def marginals_of(
         wanted: Whether anyone reads it: nothing is run otherwise.
     """
     known: dict[str, tuple[str, ...]] = {}
-    drawn = {n: s["value"] for n, s in plain.sites.items() if is_latent(s)}
+    drawn = {n: s["value"] for n, s in latents_in(plain.sites).items()}
 
     def rerun(values: Mapping[str, Tensor]) -> Sites:
         return held_run(model, args, kwargs, {**drawn, **values})

@@ -17,7 +17,7 @@ from pyro_em.graph.blame import given_tensors
 from pyro_em.graph.coupling import Sites, differs, parts_of
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.runs import Model, Run, held_run
-from pyro_em.tracing.sites import is_latent
+from pyro_em.tracing.sites import latents_in
 
 _SAMPLED = 1024  # numbers of a tensor that are compared where a count of writes may not show any
 
@@ -132,7 +132,7 @@ def writing_problems(
         return []
     if plain.shadows is not None:
         raise NumbersNeeded
-    held = {n: s["value"] for n, s in plain.sites.items() if is_latent(s)}
+    held = {n: s["value"] for n, s in latents_in(plain.sites).items()}
     run = held_run(model, args, kwargs, held)
     first = {n: [(w, t.clone(), e) for w, t, e in parts_of(run[n])] for n in names if n in run}
     second = held_run(model, args, kwargs, held)

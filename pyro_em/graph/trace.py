@@ -40,7 +40,7 @@ from pyro_em.tracing.runs import (
     Run,
     held_run,
 )
-from pyro_em.tracing.sites import Role, frames_of, is_factor, mask_tensor, role_of
+from pyro_em.tracing.sites import Role, factors_in, frames_of, mask_tensor, role_of
 
 
 @fewer_collections()
@@ -224,9 +224,7 @@ def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -
 
 def note_sites(log: OperationLog, run: Run) -> None:
     """What sites hold, with or without any operation."""
-    for name, site in run.sites.items():
-        if is_factor(site):
-            log.add_site(name, site)
+    log.add_sites(factors_in(run.sites))
 
 
 class Resized(ModelError):

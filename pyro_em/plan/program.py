@@ -96,7 +96,7 @@ class Program(StaysHere):
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         structure: The skeleton found by looking.
-        graph: The trace from which it was decided.
+        graph: The latest trace.
         contraction: The elimination order.
         updates: What was decided per parameter.
         compiled: Whether evaluations skip the model.
@@ -212,6 +212,17 @@ class Program(StaysHere):
                 g.log_density(a, x) for g, a, x in zip(graph.groups, arguments, at, strict=True)
             ]
         return Evaluation(graph, arguments, [t.detach() for t in tables])
+
+    def following(self, evaluation: Evaluation) -> Program:
+        """The program at the trace of an evaluation.
+
+        A ``PyroModule`` that declares a parameter in each run has put another tensor behind it.
+        """
+        if evaluation.graph is self.graph:
+            return self
+        return replace(
+            self, graph=evaluation.graph, traced_at=versions_of(evaluation.graph.parameters)
+        )
 
     def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
         """The exact E-step."""

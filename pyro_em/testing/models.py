@@ -188,6 +188,7 @@ def _check_rerun(
     rerun = []
     for _ in range(steps):
         evaluation = program.evaluate()
+        program = program.following(evaluation)
         q = program.posterior(evaluation)
         rerun.append(q.log_evidence)
         program.m_step(q.counts, evaluation)

@@ -18,6 +18,8 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_em.tracing.operations import is_view
+
 Operation = Callable[..., Any]
 
 
@@ -153,18 +155,6 @@ _FORESEEN: Mapping[Operation, Callable[..., int]] = {
     _aten.index.Tensor: _of_index,
     _aten.multinomial.default: _of_draw,
 }
-
-
-_views: dict[int, tuple[Operation, bool]] = {}  # by identity: an operation's hash is slow
-
-
-def is_view(func: Any) -> bool:
-    """Whether an operation's outputs share an input's memory, or are that input."""
-    known = _views.get(id(func))
-    if known is None or known[0] is not func:
-        known = func, any(r.alias_info is not None for r in func._schema.returns)
-        _views[id(func)] = known
-    return known[1]
 
 
 class Shadows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,28 +12,28 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 
-def add_log_probs(trace: Trace, wanted: Callable[[str, Any], bool]) -> None:
+def add_log_probs(trace: Trace, wanted: Collection[str]) -> None:
     """Give sites their ``log_prob`` over the batch, scaled and masked, and ``unscaled_log_prob``.
 
     Args:
         trace: A trace of samples; its sites are changed.
-        wanted: Which sites, by name and site.
+        wanted: Names of the sites.
 
     Example:
         >>> import pyro
         >>> with pyro.poutine.trace() as tracer:
         ...     _ = pyro.sample("x", dist.Bernoulli(logits=torch.zeros(4)).to_event(1))
-        >>> add_log_probs(tracer.trace, lambda name, site: True)
+        >>> add_log_probs(tracer.trace, ["x"])
         >>> tracer.trace.nodes["x"]["log_prob"]
         tensor(-2.7726)
     """
     for name, site in trace.nodes.items():
-        if site["type"] == "sample" and wanted(name, site) and "log_prob" not in site:
+        if site["type"] == "sample" and name in wanted and "log_prob" not in site:
             value = _of_independent_bits(site["fn"], site["value"])
             if value is not None:
                 site["unscaled_log_prob"] = value
                 site["log_prob"] = scale_and_mask(value, site["scale"], site["mask"])
-    trace.compute_log_prob(wanted)
+    trace.compute_log_prob(lambda name, site: name in wanted)
 
 
 def _of_independent_bits(fn: Any, value: Any) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -13,33 +14,49 @@ from pyro.poutine.util import site_is_subsample
 from pyro_em.distributions import unwrap
 from pyro_em.tracing.densities import add_log_probs
 from pyro_em.tracing.handlers import DrawObserved, GiveValues, SampleTrace
-from pyro_em.tracing.runs import Model, Run
-from pyro_em.tracing.sites import Role, is_factor, is_latent
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import Role, factors_in, roles_in
 from pyro_em.tracing.whole import LeftWhole
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """One draw of a model paired with its guide.
+
+    Attributes:
+        sites: Everything that was traced, by name.
+        roles: What each site with a density stands for; a latent that nobody gave a value has none.
+    """
+
+    sites: Mapping[str, dict[str, Any]]
+    roles: Mapping[str, Role]
+
+    def log_probs(self, role: Role) -> dict[str, torch.Tensor]:
+        """The log densities of the sites of one role, over their batches, scaled and masked."""
+        return {n: self.sites[n]["log_prob"] for n, own in self.roles.items() if own is role}
 
 
 def drawn_run(
     model: Model, args: tuple, kwargs: dict[str, Any], unneeded: Collection[str] = ()
-) -> Run:
+) -> Drawn:
     """Run a model paired with its guide once, drawing on; parameters stay attached.
 
-    Every site with a density gets ``log_prob`` over its batch, scaled and masked, those in
+    Every site with a role gets ``log_prob`` over its batch, scaled and masked, those in
     ``unneeded`` excepted.
     """
     with LeftWhole(), pyro.validation_enabled(False), SampleTrace() as tracer:
         model(*args, **kwargs)
-    add_log_probs(
-        tracer.trace,
-        lambda name, site: is_factor(site) and not is_latent(site) and name not in unneeded,
-    )
-    return Run(dict(tracer.trace.nodes), {})
+    sites = dict(tracer.trace.nodes)
+    roles = {n: role for n, role in roles_in(sites).items() if role is not Role.LATENT}
+    add_log_probs(tracer.trace, roles.keys() - set(unneeded))
+    return Drawn(sites, roles)
 
 
 def sites_of(model: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The sites of one run, without densities and without gradients."""
     with LeftWhole(), torch.no_grad(), pyro.validation_enabled(False), poutine.trace() as tracer:
         model(*args, **kwargs)
-    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
+    return factors_in(tracer.trace.nodes)
 
 
 def predicted_run(

@@ -164,12 +164,14 @@ class ScalePlates(_SampleMessenger):
                 msg["scale"] = msg["scale"] * self.factors[frame.name]
 
 
-class FeasibleWhereMasked(_SampleMessenger):
-    """Put a feasible value where an observation is masked: 0 · NaN is NaN in a gradient."""
+class OfBatch(ScalePlates):
+    """The same for sites of which gradients are taken.
 
-    _postprocess_message = nothing
+    A feasible value stands where an observation is masked: 0 · NaN is NaN in a gradient.
+    """
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        super()._pyro_sample(msg)
         fn, value = msg["fn"], msg["value"]
         if not isinstance(value, torch.Tensor) or role_of(msg) is not Role.DATA:
             return
@@ -259,18 +261,31 @@ class GuideSites(_SampleMessenger):
 
     Args:
         shown: Sites whose log density counts; they appear as ``guide:name``.
+        chosen: Per site that is held at one value of its support, everywhere in its plates, the
+            place of the value there.
+
+    Attributes:
+        values: What was drawn, by the guide's names.
+        infer: What the guide says of each site.
+        subsamples: Indices that its plates drew.
+        held: The sites that are held.
     """
 
     prefix = "guide:"
 
-    def __init__(self, shown: frozenset[str]) -> None:
+    def __init__(self, shown: frozenset[str], chosen: Mapping[str, int]) -> None:
         super().__init__()
-        self.shown = shown
+        self.shown, self.chosen = shown, chosen
+        self.held: dict[str, dict[str, Any]] = {}
         self.values: dict[str, torch.Tensor] = {}
         self.infer: dict[str, dict[str, Any]] = {}
         self.subsamples: dict[str, torch.Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.chosen:
+            support = msg["fn"].enumerate_support(expand=True)
+            msg["value"], msg["done"] = support[self.chosen[msg["name"]]], True
+            self.held[msg["name"]] = dict(msg)
         if site_is_subsample(msg) or msg["name"] not in self.shown:
             msg["stop"] = True
             return
@@ -283,27 +298,6 @@ class GuideSites(_SampleMessenger):
         else:
             own = msg["name"].removeprefix(self.prefix)
             self.values[own], self.infer[own] = msg["value"], msg["infer"]
-
-
-class HoldAt(_SampleMessenger):
-    """Hold sites of a guide at one value of their support, everywhere in their plates.
-
-    Args:
-        chosen: Per site the place of the value in its support.
-    """
-
-    _postprocess_message = nothing
-
-    def __init__(self, chosen: Mapping[str, int]) -> None:
-        super().__init__()
-        self.chosen = chosen
-        self.sites: dict[str, dict[str, Any]] = {}
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.chosen:
-            support = msg["fn"].enumerate_support(expand=True)
-            msg["value"], msg["done"] = support[self.chosen[msg["name"]]], True
-            self.sites[msg["name"]] = dict(msg)
 
 
 class SampleTrace(_SampleMessenger, TraceMessenger):

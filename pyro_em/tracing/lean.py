@@ -98,14 +98,15 @@ class WatchingTrace(LeanTrace):
         return tuple(name for name, mask, version in self._masks if mask._version != version)
 
 
-class LeanEnum(EnumMessenger):
-    """``poutine.enum`` without a context manager around each site.
+class EnumTrace(LeanTrace, EnumMessenger):
+    """``poutine.trace`` around ``poutine.enum`` as one, without a context manager at each site.
 
     Args:
-        first_available_dim: As there.
+        first_available_dim: As ``poutine.enum`` takes it.
         latents: The sites to enumerate, whatever the model says of them; None for those that it
             marks.
         kept: Values of unobserved sites that are not enumerated.
+        capture: A handler of parameters alone.
     """
 
     def __init__(
@@ -113,11 +114,14 @@ class LeanEnum(EnumMessenger):
         first_available_dim: int,
         latents: frozenset[str] | None = None,
         kept: Mapping[str, Tensor] | None = None,
+        capture: Messenger | None = None,
     ) -> None:
-        super().__init__(first_available_dim)
+        super().__init__(capture)
+        self.first_available_dim = first_available_dim
         self.latents, self.kept = latents, kept or {}
 
     def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
         if msg["type"] != "sample":
             return
         name, infer = msg["name"], msg["infer"]
@@ -133,6 +137,7 @@ class LeanEnum(EnumMessenger):
         _enumerate(self, msg)
 
     def _postprocess_message(self, msg: Any) -> None:
+        super()._postprocess_message(msg)
         value = msg["value"]
         if msg["type"] != "sample" or value is None:
             return

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.tracing.allocation import is_view
 from pyro_em.tracing.dependences import Reading, checksum
 
 _FRESH = torch.ops.aten.lift_fresh.default
@@ -30,6 +29,18 @@ _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(N
 _NUMBERS = (bool, int, float, str)
 
 _NEAR = 256  # operations: whence a tensor comes is counted back from here, so that steps are alike
+
+
+_views: dict[int, tuple[Any, bool]] = {}  # by identity: an operation's hash is slow
+
+
+def is_view(operation: Any) -> bool:
+    """Whether an operation's outputs share an input's memory, or are that input."""
+    known = _views.get(id(operation))
+    if known is None or known[0] is not operation:
+        known = operation, any(r.alias_info is not None for r in operation._schema.returns)
+        _views[id(operation)] = known
+    return known[1]
 
 
 def _storage(tensor: Tensor) -> int:
@@ -111,8 +122,13 @@ class OperationLog:
         kind = tensor.dtype, tensor.requires_grad
         return known, offset, tensor.shape, tensor.stride(), kind
 
+    def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note sites: their distributions, plates and weights, and whence their tensors come."""
+        for name, site in sites.items():
+            self.add_site(name, site)
+
     def add_site(self, name: str, site: Mapping[str, Any]) -> None:
-        """Note a site: its distribution, plates and weights, and whence its tensors come."""
+        """Note one site."""
         plates = tuple((f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"])
         held = (site["value"], site["mask"], site["scale"])
         entry = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -10,6 +11,7 @@ from pyro.ops.provenance import ProvenanceTensor, get_provenance
 from torch.utils._pytree import tree_map
 
 from pyro_em.tracing.mixing import Mixing
+from pyro_em.tracing.sites import tensors_of
 
 watched_mixing: ContextVar[Mixing | None] = ContextVar("mixing", default=None)
 
@@ -61,6 +63,18 @@ def tags_of(value: Any) -> frozenset[str]:
     if isinstance(value, torch.Tensor) or type(value) in _NUMBERS:
         return frozenset()
     return get_provenance(value)
+
+
+def scopes_of(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, frozenset[str]]:
+    """Per site of a run with tagged values the other sites that reach it."""
+    scopes = {}
+    for name, site in factors.items():
+        held = [*tensors_of(site["fn"]), site["mask"], site["scale"]]
+        scope = frozenset().union(*map(tags_of, held))
+        if site["is_observed"]:
+            scope |= tags_of(site["value"]) - {name}
+        scopes[name] = scope
+    return scopes
 
 
 def _with_tags(value: torch.Tensor, tags: frozenset[str]) -> torch.Tensor:

@@ -41,18 +41,18 @@ from pyro_em.tracing.handlers import (
     SpendLittle,
     TagSites,
 )
-from pyro_em.tracing.lean import LeanEnum, LeanTrace, WatchingTrace
+from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
-from pyro_em.tracing.provenance import tags_of, watched_mixing
+from pyro_em.tracing.provenance import scopes_of, watched_mixing
 from pyro_em.tracing.randomness import (
     random_state,
     same_random_state,
     seed_generators,
     set_random_state,
 )
-from pyro_em.tracing.sites import is_factor, is_latent, tensors_of
+from pyro_em.tracing.sites import factors_in, latents_in
 from pyro_em.tracing.whole import LeftWhole
 
 Model = Callable[..., Any]
@@ -303,7 +303,7 @@ def provenance_run(
         NumbersNeeded: If the plain run has shadows and the model raises with them.
     """
     capture = ParameterCapture()
-    latents = {n: s for n, s in plain.sites.items() if is_latent(s)}
+    latents = latents_in(plain.sites)
     begun = _store_as_it_is()
     mixing = Mixing(
         {n: _plate_sizes(s) for n, s in latents.items() if drawn or not is_smooth(s["fn"])}
@@ -320,21 +320,10 @@ def provenance_run(
     ):
         model(*args, **kwargs)
     sites = dict(tracer.trace.nodes)
-    scopes = {}
-    for name, site in sites.items():
-        if not is_factor(site):
-            continue
-        scope: frozenset[str] = frozenset()
-        for tensor in tensors_of(site["fn"]):
-            scope |= tags_of(tensor)
-        scope |= tags_of(site["mask"]) | tags_of(site["scale"])
-        if site["is_observed"]:
-            scope |= tags_of(site["value"]) - {name}
-        scopes[name] = scope
     return Run(
         sites,
         capture.parameters,
-        scopes,
+        scopes_of(factors_in(sites)),
         suspects=frozenset(mixing.suspects),
         read=frozenset(mixing.read),
         cleared=_was_cleared(begun),
@@ -382,7 +371,7 @@ def held_run(
         KeepValues(values, of_guide=True),
     ):
         model(*args, **kwargs)
-    return {n: s for n, s in tracer.trace.nodes.items() if is_factor(s)}
+    return factors_in(tracer.trace.nodes)
 
 
 def enumerated_run(
@@ -425,8 +414,7 @@ def enumerated_run(
         torch.enable_grad(),
         pyro.validation_enabled(False),
         dist.validation_enabled(validated),
-        LeanTrace(capture) as tracer,
-        LeanEnum(-1 - max_plate_nesting, latents, kept),
+        EnumTrace(-1 - max_plate_nesting, latents, kept, capture) as tracer,
     ):
         if random_seed is not None:
             seed_generators(random_seed)

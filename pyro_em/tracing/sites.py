@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -60,9 +60,29 @@ def is_factor(site: Mapping[str, Any]) -> bool:
     return not site["infer"].get("_deterministic", False)
 
 
+def factors_in(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sites of a trace that contribute a density (`is_factor`)."""
+    return {name: site for name, site in sites.items() if is_factor(site)}
+
+
+def latents_in(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The unobserved random choices of a trace that no guide drew (`is_latent`)."""
+    return {name: site for name, site in sites.items() if is_latent(site)}
+
+
 def is_subsample(site: Mapping[str, Any]) -> bool:
     """Whether a traced site holds the indices of a plate."""
     return site["type"] == "sample" and site_is_subsample(site)
+
+
+def roles_in(sites: Mapping[str, dict[str, Any]]) -> dict[str, Role]:
+    """The role of each site of a trace that contributes a density."""
+    return {name: role_of(site) for name, site in sites.items() if is_factor(site)}
+
+
+def subsamples_in(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The sites of a trace that hold the indices of a plate (`is_subsample`)."""
+    return {name: site for name, site in sites.items() if is_subsample(site)}
 
 
 def signature_of(model: Any) -> list[inspect.Parameter]:
@@ -74,19 +94,21 @@ def signature_of(model: Any) -> list[inspect.Parameter]:
         return []
 
 
-def tensors_of(fn: Any) -> Iterator[torch.Tensor]:
+def tensors_of(fn: Any) -> list[torch.Tensor]:
     """Every tensor that a distribution object holds, through its wrappers."""
+    found: list[torch.Tensor] = []
     for item in vars(fn).values():
         if isinstance(item, torch.Tensor):
-            yield item
+            found.append(item)
         elif isinstance(item, torch.distributions.Distribution):
-            yield from tensors_of(item)
+            found += tensors_of(item)
         elif isinstance(item, (list, tuple)):
             for part in item:
                 if isinstance(part, torch.Tensor):
-                    yield part
+                    found.append(part)
                 elif isinstance(part, torch.distributions.Distribution) or hasattr(part, "inv"):
-                    yield from tensors_of(part)
+                    found += tensors_of(part)
+    return found
 
 
 def support_reads_latents(fn: Any) -> bool:
@@ -115,3 +137,8 @@ def frames_of(site: Mapping[str, Any]) -> dict[str, Any]:
     """The vectorised plate frames of a traced site, left to right."""
     frames = [f for f in site["cond_indep_stack"] if f.dim is not None]
     return {f.name: f for f in sorted(frames, key=lambda f: f.dim)}
+
+
+def frames_in(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The vectorised plate frames of each site (`frames_of`)."""
+    return {name: frames_of(s) if s["cond_indep_stack"] else {} for name, s in sites.items()}

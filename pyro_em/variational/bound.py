@@ -33,7 +33,7 @@ from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.portable import StaysHere
-from pyro_em.tracing.handlers import FeasibleWhereMasked, ScalePlates
+from pyro_em.tracing.handlers import OfBatch
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Model
 from pyro_em.variational.broken_bounds import (
@@ -107,7 +107,7 @@ class Variational(StaysHere):
             report: Whether log q is wanted as well where it is not needed for the bound.
             chosen: Guide sites that are held at a value instead, and weighed by its probability.
         """
-        with ScalePlates(factors or {}), FeasibleWhereMasked(), draw_errors_named():
+        with OfBatch(factors or {}), draw_errors_named():
             if self.routing.exact:
                 assert isinstance(self.pair, Pair) and self.routing.guide is not None
                 structure, guide = self.structure(args, kwargs), self.routing.guide

@@ -29,9 +29,9 @@ from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.draws import drawn_run
-from pyro_em.tracing.handlers import GuideSites, HoldAt
+from pyro_em.tracing.handlers import GuideSites
 from pyro_em.tracing.runs import Model
-from pyro_em.tracing.sites import Role, is_factor, is_latent, role_of
+from pyro_em.tracing.sites import Role
 from pyro_em.variational.divergence import kl_term
 from pyro_em.variational.guide import GuideLook
 from pyro_em.variational.pair import Pair
@@ -59,13 +59,11 @@ def plain_draw(
         known: Latents whose terms are replaced by their KL divergence in closed form.
     """
     unneeded = set() if report else {*known, *(GuideSites.prefix + n for n in known)}
-    sites = drawn_run(pair, args, kwargs, unneeded).sites
+    drawn = drawn_run(pair, args, kwargs, unneeded)
+    sites = drawn.sites
     terms: list[Term] = []
-    for name, site in sites.items():
-        if not is_factor(site) or is_latent(site):
-            continue
-        role = role_of(site)
-        latent = name.removeprefix(GuideSites.prefix)
+    for name, role in drawn.roles.items():
+        site, latent = sites[name], name.removeprefix(GuideSites.prefix)
         if latent in known and role in (Role.GUIDE, Role.SAMPLED):
             if role is Role.SAMPLED:
                 terms.append(kl_term(latent, site, sites[GuideSites.prefix + latent]))
@@ -75,9 +73,9 @@ def plain_draw(
             value = -(value if is_reparameterised(site) else value.detach())
         terms.append(Term(name, role, dims_of(site, value), value, site["scale"]))
     values = {
-        n.removeprefix(GuideSites.prefix): s["value"]
-        for n, s in sites.items()
-        if n.startswith(GuideSites.prefix) or (is_factor(s) and _is_given(s))
+        n.removeprefix(GuideSites.prefix): sites[n]["value"]
+        for n, role in drawn.roles.items()
+        if role in (Role.GUIDE, Role.SAMPLED, Role.POINT)
     }
     return _with_scores(terms, sites, None, report, values)
 
@@ -102,7 +100,7 @@ def summed_draw(
         report: Whether log q is wanted as well where it is not needed for the bound.
         chosen: Guide sites that are held at a value instead, and weighed by its probability.
     """
-    record: list[tuple[GuideSites, HoldAt]] = []
+    record: list[GuideSites] = []
     graph = trace_graph(
         replace(pair, record=record, chosen=chosen),
         args,
@@ -112,8 +110,8 @@ def summed_draw(
         keep_random_state=False,
         attached=True,
     )
-    drawn, held_sites = record[-1]
-    weight = Weight(tuple(_weight_of(held_sites.sites[n]) for n in chosen))
+    drawn = record[-1]
+    weight = Weight(tuple(_weight_of(drawn.held[n]) for n in chosen))
     plan = contraction_of(graph)
     tables = [g.log_density().to(torch.float64) for g in graph.groups]
     flat: list[Tensor] = []
@@ -153,7 +151,8 @@ def _with_scores(
     chosen: Collection[str] = (),
 ) -> Particle:
     """The terms with the scores of draws that are not reparameterised, as one draw."""
-    terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
+    if weight.parts:
+        terms = [replace(t, value=weight.weigh(t.value, t.dims)) for t in terms]
     scores, baselines, log_q = {}, {}, 0.0
     for name, site in sites.items():
         if not name.startswith(GuideSites.prefix):
@@ -211,7 +210,3 @@ def _common_scale(graph: FactorGraph) -> float | None:
     }
     only = scales.pop() if len(scales) == 1 else math.nan
     return None if math.isnan(only) else only
-
-
-def _is_given(site: Mapping[str, Any]) -> bool:
-    return role_of(site) in (Role.SAMPLED, Role.POINT)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -27,7 +28,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import Unregistered, unregistered
 from pyro_em.tracing.parameters import TracedParameter, rename
 from pyro_em.tracing.runs import Model, Run, RunFailed, plain_run, provenance_run
-from pyro_em.tracing.sites import frames_of, is_factor, is_subsample, signature_of, tensors_of
+from pyro_em.tracing.sites import factors_in, frames_of, signature_of, subsamples_in, tensors_of
 from pyro_em.variational.amortized import AutoAmortizedCategorical
 
 _FOR_DISCRETE = (AutoAmortizedCategorical, AutoDiscreteParallel)
@@ -64,14 +65,14 @@ class GuideLook:
         """Indices of part of a plate that the guide's plates drew."""
         return {
             n: s["value"]
-            for n, s in self.run.sites.items()
-            if is_subsample(s) and len(s["value"]) != s["fn"].size
+            for n, s in subsamples_in(self.run.sites).items()
+            if len(s["value"]) != s["fn"].size
         }
 
-    @property
+    @cached_property
     def sites(self) -> Mapping[str, dict[str, Any]]:
         """The guide's sites by name."""
-        return {n: s for n, s in self.run.sites.items() if is_factor(s)}
+        return factors_in(self.run.sites)
 
     def upstream(self, names: set[str]) -> set[str]:
         """Sites on which any of the given sites depends, themselves included."""
@@ -249,9 +250,7 @@ def look_at_guide(
         raise_findings(writing)
     scopes: dict[str, frozenset[str]] = {}
     random: set[str] = set()
-    for name, site in plain.sites.items():
-        if not is_factor(site):
-            continue
+    for name, site in factors_in(plain.sites).items():
         reached = tagged.scopes.get(name, frozenset()) - {name}
         for parent in tuple(reached):
             reached |= scopes.get(parent, frozenset())

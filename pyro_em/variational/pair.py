@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from pyro_em.tracing.handlers import (
-    FeasibleWhereMasked,
     GiveValues,
     GuideSites,
-    HoldAt,
+    OfBatch,
     OnlySites,
     ScalePlates,
 )
@@ -30,7 +29,7 @@ class Pair:
         guide: The guide.
         roles: Per latent of the model that takes its value from the guide, what that value is.
         shown: Guide sites whose log density counts.
-        record: Where each run notes the guide's handlers with its values, or None.
+        record: Where each run notes the guide's handler with its values, or None.
         chosen: Guide sites that are held at one value of their support, by its place there.
     """
 
@@ -38,16 +37,15 @@ class Pair:
     guide: Model
     roles: Mapping[str, Role]
     shown: frozenset[str] = frozenset()
-    record: list[tuple[GuideSites, HoldAt]] | None = None
+    record: list[GuideSites] | None = None
     chosen: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run guide and model on the model's arguments."""
-        sites, held_sites = GuideSites(self.shown), HoldAt(self.chosen)
-        with sites, held_sites:
+        with GuideSites(self.shown, self.chosen) as sites:
             self.guide(*args, **kwargs)
         if self.record is not None:
-            self.record.append((sites, held_sites))
+            self.record.append(sites)
         with GiveValues(sites.values, self.roles, sites.subsamples):
             return self.model(*args, **kwargs)
 
@@ -141,7 +139,7 @@ def pyros_pair(
     enumerated = frozenset(routing.enumerated)
 
     def seen_model(*args: Any, **kwargs: Any) -> Any:
-        with ScalePlates(factors), FeasibleWhereMasked(), OnlySites(hidden):
+        with OfBatch(factors), OnlySites(hidden):
             return model(*args, **kwargs)
 
     def seen_guide(*args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,7 @@ from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import MaskSites
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import Model
-from pyro_em.tracing.sites import Role, is_factor, role_of
+from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.broken_bounds import draw_errors_named, require_finite
@@ -110,10 +110,6 @@ def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, A
     log_prior = 0.0
     if variational.routing.points:
         with torch.no_grad():
-            sites = drawn_run(variational.point_model(), args, kwargs).sites
-        log_prior = sum(
-            float(s["log_prob"].sum())
-            for s in sites.values()
-            if is_factor(s) and role_of(s) is Role.POINT
-        )
+            drawn = drawn_run(variational.point_model(), args, kwargs)
+        log_prior = sum(float(p.sum()) for p in drawn.log_probs(Role.POINT).values())
     return Split(total, total - negative_kl, log_prior, entropy)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em.tracing.allocation import Overspent
 from pyro_em.tracing.dependences import Reading
 from pyro_em.tracing.handlers import SpendLittle
-from pyro_em.tracing.lean import LeanEnum, LeanTrace, WatchingTrace
+from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.operations import OperationLog
 
 K = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
@@ -78,7 +78,7 @@ MODELS = [plain_chain, of_second_order, nested, branching, two_side_by_side]
 def test_dimensions_and_scopes_are_those_of_pyro(model: Callable[[], None]) -> None:
     with poutine.trace() as own, poutine.enum(first_available_dim=-2):
         model()
-    with LeanTrace() as lean, LeanEnum(first_available_dim=-2):
+    with EnumTrace(first_available_dim=-2) as lean:
         model()
     assert list(own.trace.nodes) == list(lean.trace.nodes)
     for name, site in own.trace.nodes.items():
