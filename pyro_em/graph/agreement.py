@@ -17,7 +17,7 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.coupling import Sites, differs, parts_of
-from pyro_em.graph.forms import FEW, form_of, in_forms, in_parts, unrepeated
+from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts, unrepeated
 from pyro_em.tracing.sites import tensors_of
 
 _LOOKED_AT = 256  # elements of a plate that are compared; fewer where plates cross
@@ -43,11 +43,11 @@ def disagreements(
     """
     look = _Look(enumerated, plain, latents, nesting)
     look.parts = parts or {}
-    both = {
-        name: None if form is None or name not in plain else (form, form_of(plain[name]))
-        for name, form in forms.items()
+    others = forms_of({n: plain[n] for n in enumerated if n in plain})
+    kinds = {
+        n: None if form is None or others.get(n) is None else (form, others[n])
+        for n, form in forms.items()
     }
-    kinds = {n: None if f is None or f[1] is None else f for n, f in both.items()}
     agreeing = _Together(look, kinds).agreeing()
     found = []
     for name, site in enumerated.items():

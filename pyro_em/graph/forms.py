@@ -20,7 +20,7 @@ from pyro_em.tracing.sites import ROLE
 FEW = 4  # sites of one form from which on they are looked at together
 
 
-_AT_ONCE = 2**20  # cells
+_AT_ONCE = 2**17  # cells
 
 
 _MOST = 2**16  # cells of one tensor; larger ones are worth a look of their own
@@ -53,7 +53,9 @@ def forms_of(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Hashable | Non
     """The form of each of some sites; where they are few it is of no use."""
     if len(sites) < FEW:
         return dict.fromkeys(sites)
-    return {name: form_of(site) for name, site in sites.items()}
+    known: dict[Hashable, Hashable] = {}  # a form is long, and kept once
+    forms = ((name, form_of(site)) for name, site in sites.items())
+    return {name: known.setdefault(form, form) for name, form in forms}
 
 
 def in_forms(forms: Mapping[str, Hashable | None]) -> list[list[str]]:

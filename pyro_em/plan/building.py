@@ -105,7 +105,7 @@ def build_program(
     structure = _examined(task, first_look, refused or {})
     if isinstance(structure, Unrouted):
         return structure
-    looked, structure = structure.looked, replace(structure, looked=None)
+    looked, structure = structure.looked, _without_sites(structure)
     names = names_of(task.model, task.args, task.kwargs)
     log = task.log(names)
     try:
@@ -121,8 +121,16 @@ def build_program(
         if not isinstance(error, ModelError) or not are_of_routes(error.problems):
             raise
         return without_route(structure, error, routes=task.routes)
+    looked, log.sites = None, {}  # before the next run has sites of its own
     program = decided(task, structure, graph, log)
     return program if task.look_only else verified(program)
+
+
+def _without_sites(structure: Structure) -> Structure:
+    """A structure without what runs traced: of a chain that is as much as the runs themselves."""
+    if structure.series is not None:
+        return replace(structure, looked=None)
+    return replace(structure, looked=None, unobserved={})
 
 
 def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:

@@ -131,14 +131,9 @@ class OperationLog:
         """Note one site."""
         plates = tuple((f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"])
         held = (site["value"], site["mask"], site["scale"])
-        entry = (
-            name,
-            bool(site["is_observed"]),
-            plates,
-            *(self._other(part) for part in held),
-            self._distribution(site["fn"]),
-        )
-        self.entries.append(entry)
+        noted = bool(site["is_observed"]), plates, self._distribution(site["fn"])
+        noted = self._distinct.setdefault(noted, noted)
+        self.entries.append((name, noted, *(self._other(part) for part in held)))
         self.sites[name] = site
 
     def _distribution(self, fn: Any) -> Any:

@@ -1,6 +1,7 @@
 """Whose memory it is: a fit writes its parameters and nothing that the user holds."""
 
 import math
+import weakref
 
 import numpy as np
 import pyro
@@ -380,3 +381,20 @@ def test_a_drawn_guide_built_from_values_leaves_them():
     em = ExactPosteriorEM(with_prior, lambda model: AutoNormal(model, init_loc_fn=start))
     em.fit(x, max_steps=3)
     assert x.tolist() == DATA
+
+
+def test_a_run_begins_when_the_sites_of_the_run_before_are_let_go():
+    """Of a long chain each run has some KiB a step."""
+    made, alive = [], []
+
+    def model(x):
+        alive.append(sum(fn() is not None for fn in made))
+        mu, z = pyro.param("mu", torch.tensor([0.0, 3.0])), 0
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.8, 0.2], [0.3, 0.7]])[z]))
+            fn = dist.Normal(mu[z], 1.0)
+            made.append(weakref.ref(fn))
+            pyro.sample(f"x_{t}", fn, obs=x[t])
+
+    ExactPosteriorEM(model).plan(torch.linspace(0, 3, 9))
+    assert alive == [0, 9, 9, 0]  # plain, tagged, enumerated, at other parameters
