@@ -35,6 +35,7 @@ from pyro_em.plan.request import Request, Strategy
 from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import snapshot
 from pyro_em.tracing.turns import AloneAtEachStep, alone
 from pyro_em.updates.optimizers import Optimizer
@@ -75,6 +76,13 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         num_particles: Draws from the guide per step and per bound.
         max_plate_nesting: Number of plate dimensions; found by looking where left out.
         max_enumeration: Cells of the largest tensor that an enumeration may need.
+        missing: ``"nan"``: NaN in observed floating values is missing at random, and integrated out
+            exactly. Every element under ``to_event`` is an entry of its own, in every family; a
+            MultivariateNormal (also within a MixtureSameFamily) is conditioned on the coordinates
+            that are seen, so that ``fit`` is the EM of Little and Rubin; of other vectors
+            (Multinomial, Dirichlet) the whole event is lost. Where a row has nothing that is seen
+            it does not count. NaN in anything else that a density reads is refused. By default NaN
+            in observed values is refused too.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -90,7 +98,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         [0.797, 0.52]
         >>> pyro.clear_param_store()
 
-    Source: Dempster, Laird and Rubin (1977); Neal and Hinton (1998) for the bound.
+    Source: Dempster, Laird and Rubin (1977); Neal and Hinton (1998) for the bound; Little and Rubin
+    (2002) for missing data.
     """
 
     elsewhere = OF_EM
@@ -106,6 +115,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         num_particles: int = 1,
         max_plate_nesting: int | None = None,
         max_enumeration: int = 2**27,
+        missing: str | None = None,
     ) -> None:
         updates = updates_by_name(updates)
         check_constructor(
@@ -117,10 +127,17 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             num_particles,
             max_plate_nesting,
             max_enumeration,
+            missing,
         )
         self.model = model
         request = Request(
-            model, guide, optim, strategy, updates, max_plate_nesting, max_enumeration
+            model if missing is None else WithMissing(model),
+            guide,
+            optim,
+            strategy,
+            updates,
+            max_plate_nesting,
+            max_enumeration,
         )
         self._session = Session(request, num_particles)
 
@@ -155,7 +172,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         Raises:
             PyroEMError: If the model or its data cannot be used; all findings in one message.
         """
-        return self._session.looker.plan(self._session.look_at_routes(args, kwargs))
+        found = self._session.look_at_routes(args, kwargs)
+        return self._session.looker.plan_on(found, args, kwargs)
 
     @alone("posterior")
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:

@@ -75,24 +75,25 @@ def standard_contenders(
             )
         )
     budgets = budgets_of(em)
+    model = request.model  # what it makes of missing data included
     users_guide = request.guide if callable(request.guide) else None
-    chosen = guide or users_guide or AutoAmortizedCategorical(em.model)
+    chosen = guide or users_guide or AutoAmortizedCategorical(model)
     empty = (
         users_guide if users_guide is not None and not isinstance(users_guide, type) else no_guide
     )
     adam = pyro.optim.Adam({"lr": 0.01})
     return {
         "exact EM": em,
-        "SVI, exact marginal": SVI(em.model, empty, adam, TraceExact_ELBO(**budgets)),
+        "SVI, exact marginal": SVI(model, empty, adam, TraceExact_ELBO(**budgets)),
         "SVI, guide": ExactPosteriorEM(
-            em.model,
+            model,
             chosen,
             pyro.optim.Adam({"lr": 0.01}),
             strategy="guide",
             num_particles=em.num_particles,
             **budgets,
         ),
-        "L-BFGS": Direct(em.model, **budgets),
+        "L-BFGS": Direct(model, **budgets),
     }
 
 
@@ -146,7 +147,10 @@ def check_contenders(contenders: Any) -> None:
 
 def models_of(contenders: Mapping[str, Contender]) -> dict[str, Callable[..., Any]]:
     """The model of every contender; ``Direct()`` has that of the first that has one."""
-    models = {label: one.model for label, one in contenders.items()}
+    models = {
+        label: one._session.request.model if isinstance(one, ExactPosteriorEM) else one.model
+        for label, one in contenders.items()
+    }
     first = next(model for model in models.values() if model is not None)
     return {label: first if model is None else model for label, model in models.items()}
 

@@ -297,7 +297,7 @@ def _anew(em: ExactPosteriorEM, rate: float | None) -> ExactPosteriorEM:
     """The same settings, nothing fitted, another learning rate."""
     request = em._session.request
     return ExactPosteriorEM(
-        em.model,
+        request.model,
         request.guide,
         _remade(request.optim, rate),
         strategy=request.strategy,

@@ -26,7 +26,7 @@ from pyro_em.graph.factors import Group
 _MANY = 24
 
 
-_FEW_CELLS = 2**20
+FEW_CELLS = 2**20
 
 
 _LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
@@ -125,7 +125,7 @@ class Gaussian:
         self.full = unfolding(D, self.x.device)
         self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
         # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
-        if self.width * self.x.shape[1] <= _FEW_CELLS:
+        if self.width * self.x.shape[1] <= FEW_CELLS:
             self.stored = self._features(self.x)
 
     @property

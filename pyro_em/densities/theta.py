@@ -247,7 +247,7 @@ def theta_of(
         solver: NormalSolver | None = None
         if isinstance(rule, Lines):
             solver = rule
-        elif isinstance(rule, Gaussian):
+        elif type(rule) is Gaussian:
             solver = owned(g, rule, graph, updates, values)
         if solver is not None:
             components[g] = solver

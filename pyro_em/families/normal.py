@@ -54,8 +54,17 @@ def _variance(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
 def _scatter(
     weights: Tensor, value: Tensor, arguments: Arguments, keep: tuple[bool, ...]
 ) -> Statistics:
-    """Σ w d and Σ w d dᵀ without a (*batch, D, D) tensor: batched matrix products."""
-    d = value - arguments["loc"]
+    return scatter(weights, value - arguments["loc"], keep)
+
+
+def scatter(weights: Tensor, d: Tensor, keep: tuple[bool, ...]) -> Statistics:
+    """Σ w d and Σ w d dᵀ without a (*batch, D, D) tensor: batched matrix products.
+
+    Args:
+        weights: # (*batch)
+        d: Deviations from the location. # (*batch or 1s, D)
+        keep: For each batch dimension, whether the result keeps it.
+    """
     first = weigh(weights, d, keep)
     n_batch = weights.dim()
     batch = torch.broadcast_shapes(weights.shape, d.shape[:-1])
@@ -80,7 +89,8 @@ def _precision_matrix(arguments: Arguments) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(arguments["covariance_matrix"]))
 
 
-def _mean_vector(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+def mean_vector(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """Λ Σ w x and Λ Σ w: the rule of a mean vector."""
     precision = _precision_matrix(arguments)
     weight = stats["weight"].unsqueeze(-1)
     total = stats["deviation"] + weight * stats["reference:loc"]
@@ -145,7 +155,7 @@ def _weighted_data(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Ten
     return stats["event"], stats["weight"] / arguments["scale"]
 
 
-_SPREADS = {
+SPREADS = {
     "covariance_matrix": Rule(Kind.COVARIANCE, _covariance),
     "scale_tril": Rule(Kind.COVARIANCE, _covariance, CHOLESKY),
     "precision_matrix": Rule(Kind.COVARIANCE, _covariance, PRECISION),
@@ -169,7 +179,7 @@ FAMILIES = (
     Family(
         dist.MultivariateNormal,
         lambda x, a: {"deviation": x - a["loc"]},
-        {"loc": Rule(Kind.MEAN_VECTOR, _mean_vector), **_SPREADS},
+        {"loc": Rule(Kind.MEAN_VECTOR, mean_vector), **SPREADS},
         log_density=_multivariate_normal_log_density,
         accumulate=_scatter,
         event_dim=1,

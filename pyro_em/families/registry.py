@@ -14,12 +14,12 @@ import torch
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
-from pyro_em.families import conjugacy, discrete, normal, rates
+from pyro_em.families import conjugacy, discrete, missing, normal, rates
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
 REGISTRY: dict[type, Family] = {
     family.distribution: family
-    for module in (discrete, rates, normal, conjugacy)
+    for module in (discrete, rates, normal, missing, conjugacy)
     for family in module.FAMILIES
 }
 

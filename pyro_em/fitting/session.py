@@ -26,8 +26,10 @@ from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.wishes import check_model_keywords
 from pyro_em.tracing import checkpoint
 from pyro_em.tracing.garbage import fewer_collections
+from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import is_stored, without_state
+from pyro_em.tracing.sites import users
 from pyro_em.updates.m_step import MStepState
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.trainer import Trainer
@@ -174,7 +176,7 @@ class Session:
         """What the constructor of `ExactPosteriorEM` was given, by name."""
         request = self.request
         return {
-            "model": request.model,
+            "model": users(request.model),
             "guide": request.guide,
             "optim": without_state(request.optim),
             "strategy": request.strategy,
@@ -182,6 +184,7 @@ class Session:
             "num_particles": self.num_particles,
             "max_plate_nesting": request.max_plate_nesting,
             "max_enumeration": request.max_enumeration,
+            "missing": "nan" if has_missing(request.model) else None,
         }
 
     def fitted(self) -> dict[str, Any] | None:
@@ -246,7 +249,7 @@ class Session:
         self.trainer, self._training = None, dict(state.get("training", {}))
 
     def _roots(self) -> tuple[Any, Any]:
-        return self.request.model, self.looker.guide_now
+        return users(self.request.model), self.looker.guide_now
 
     def _by_saved_name(self) -> dict[str, TracedParameter]:
         return {self.looker.saved_name(n): p for n, p in self.parameters.items()}

@@ -20,7 +20,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em.tracing.sites import signature_of
+from pyro_em.tracing.sites import signature_of, users
 
 _NOT_THE_USERS = (
     *(str(Path(str(m.__file__)).parent) for m in (torch, pyro, numpy)),
@@ -213,6 +213,7 @@ def given_arguments(
 
 def variables_of(model: Any) -> Iterator[tuple[str, Any]]:
     """Global and enclosing variables that a function names."""
+    model = users(model)
     function = getattr(model, "__func__", model)
     code = getattr(function, "__code__", None)
     if code is None:

@@ -30,6 +30,7 @@ from pyro_em.graph.first_run import (
 )
 from pyro_em.graph.initial import forget_bad_starts
 from pyro_em.graph.marginals import marginals_of
+from pyro_em.graph.missing_inputs import input_problems
 from pyro_em.graph.readable import (
     refuse_inference_mode,
     refuse_sparse_values,
@@ -46,6 +47,7 @@ from pyro_em.graph.value_checks import (
 )
 from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.tracing.feasible import feasible_event
+from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import Model, Run, held_run, is_smooth, provenance_run
 from pyro_em.tracing.sites import (
@@ -174,6 +176,7 @@ def _findings(
     told_of: list[Tensor] = []
     sites: dict[str, SiteInfo] = {}
     alike = Alike(factors)
+    missing = has_missing(model)
     for name, site in factors.items():
         if name in dropped:
             continue
@@ -198,6 +201,8 @@ def _findings(
             found.extend(of_data)
             if of_data and isinstance(site["value"], Tensor):
                 told_of.append(site["value"])
+        if missing:
+            found.extend(input_problems(site))
         found.extend(shape_problems(name, site))
         found.extend(weight_problems(name, site))
         if not guide_given:

@@ -9,6 +9,13 @@ from torch import Tensor
 from pyro_em.errors import sites_in_words
 from pyro_em.graph.blame import Place, same_tensor
 
+# What NaN becomes where it is made an integer: x.long(), x.int().
+CONVERTED_NAN = (-(2**63), -(2**31))
+
+NAN_CONVERTED = (
+    "NaN became this integer (.long(), .int()): a missing value is no longer known as one"
+)
+
 
 def place_in_words(place: Place | None) -> str:
     """Where it was, in brackets; empty where that is unknown."""

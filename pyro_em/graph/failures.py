@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Finding, sites_in_words
+from pyro_em.errors import DataError, Finding, sites_in_words
 from pyro_em.graph.blame import place_of
 from pyro_em.graph.failing_index import of_index
 from pyro_em.graph.failing_values import of_branch, of_number, of_scale, of_validation
-from pyro_em.graph.failing_words import place_in_words
+from pyro_em.graph.failing_words import CONVERTED_NAN, NAN_CONVERTED, place_in_words
 from pyro_em.tracing.parameters import NoTensor
 from pyro_em.tracing.runs import is_of_validation
 
@@ -46,6 +46,17 @@ def on_failure(
         return _no_tensor(error)
     place, text = place_of(error), _own_words(error)
     known = values or {}
+    if any(f"index {n} is out of" in text for n in CONVERTED_NAN):
+        return Finding(
+            "model",
+            f"running it plainly fails with {type(error).__name__}: {text}{place_in_words(place)}",
+            NAN_CONVERTED,
+            (
+                "an index is input of a density, which is never filled: drop the rows that hold NaN",
+                "make it a site of its own with obs_mask: what is missing is then a latent",
+            ),
+            DataError,
+        )
     found = (
         of_index(error, text, place, latents, known)
         or of_branch(text, place, latents, known)

@@ -13,7 +13,9 @@ from pyro_em.errors import DataError, Finding, raise_findings
 from pyro_em.graph.blame import given_tensors
 from pyro_em.graph.failures import is_about_numbers, on_failure
 from pyro_em.graph.initial import forget_bad_starts, start_problem, tell_of_starts
+from pyro_em.graph.missing_inputs import inputs_that_failed
 from pyro_em.graph.value_checks import given_problems, parameter_problems
+from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.runs import Model, Run, RunFailed, plain_run
 from pyro_em.tracing.sites import is_factor, is_latent
 
@@ -72,6 +74,10 @@ def _why_it_failed(
     start = None if run.unfinished is None else start_problem(run.unfinished)
     if start is not None:
         problems.append(start)
+    if not problems and has_missing(model):
+        inputs = inputs_that_failed(model, args, kwargs)
+        if inputs:
+            return inputs
     if not problems:
         latents = {n: name_of_distribution(s) for n, s in run.sites.items() if is_latent(s)}
         values = {**given, **_values_by_site(run)}

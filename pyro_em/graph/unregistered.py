@@ -17,7 +17,7 @@ from pyro_em.errors import message
 from pyro_em.graph.blame import given_tensors, variables_of
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Run
-from pyro_em.tracing.sites import tensors_of
+from pyro_em.tracing.sites import tensors_of, users
 
 _SHOWN = 4
 
@@ -102,7 +102,7 @@ def _leaves(
 
 def _names(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[int, str]:
     """Names in the user's code of the tensors that a model can reach, by identity."""
-    owner = getattr(model, "__self__", None)
+    owner = getattr(users(model), "__self__", None)
     reached: list[tuple[str, Any]] = list(variables_of(model))
     reached += [(f"argument {i + 1}", a) for i, a in enumerate(args)]
     reached += list(kwargs.items())

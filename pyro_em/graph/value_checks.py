@@ -12,7 +12,9 @@ from torch import Tensor
 from pyro_em.distributions import broadcast_shape, element_mask, unwrap
 from pyro_em.errors import DataError, Finding
 from pyro_em.graph.blame import same_tensor
+from pyro_em.graph.failing_words import CONVERTED_NAN, NAN_CONVERTED
 from pyro_em.graph.initial import start_problem
+from pyro_em.incomplete import may_hold_nan
 from pyro_em.tracing.runs import Run
 
 
@@ -147,6 +149,13 @@ def weight_problems(name: str, site: Mapping[str, Any]) -> list[Finding]:
     return problems
 
 
+def _are_converted(value: Tensor, inside: Tensor) -> bool:
+    """Whether all values outside a support are what NaN becomes as an integer."""
+    if inside.shape != value.shape:
+        return False
+    return set(value[~inside].unique().tolist()) <= set(CONVERTED_NAN)
+
+
 def _has_nonfinite(value: Tensor) -> bool:
     """Whether a number is NaN or infinite, without a tensor of the value's size."""
     if not value.is_floating_point() or not value.numel():
@@ -208,6 +217,8 @@ def data_problems(
         except ValueError:
             return []
     bad = torch.isfinite(value).logical_not_() & shown if _has_nonfinite(value) else None
+    if bad is not None and may_hold_nan(base):
+        bad &= torch.isinf(value)
     if bad is not None and bool(bad.any()):
         count, kind, first = _nonfinite(value, bad)
         rows = ".all(-1)" if event_dim else ""
@@ -219,6 +230,8 @@ def data_problems(
             kind += " where obs_mask is True"
         else:
             fixes = (f"mark them as missing: {remedy}", "drop the rows that hold them")
+            if kind == "NaN":
+                fixes = ("integrate them out: ExactPosteriorEM(model, missing='nan')", *fixes)
         return [
             Finding(
                 where,
@@ -242,6 +255,21 @@ def data_problems(
         return []
     first = tuple(int(i) for i in (~inside).nonzero()[0])
     count = int((~inside).sum())
+    if not base.event_shape and _are_converted(value, inside):
+        return [
+            Finding(
+                where,
+                f"{count} of {inside.numel()} observed values are {int(value[first])}, the first at "
+                f"index {first}.",
+                NAN_CONVERTED,
+                (
+                    "observe the floating tensor as it is, codes too: obs=x with "
+                    "ExactPosteriorEM(model, missing='nan')",
+                    "mark them as missing before: obs_mask=~x.isnan()",
+                ),
+                DataError,
+            )
+        ]
     return [
         Finding(
             where,

@@ -11,6 +11,7 @@ import torch
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.routes import Observation, Route, observations_of, reduced, routes_with_guide
 from pyro_em.portable import Portable
+from pyro_em.tracing.missing import Missing
 from pyro_em.updates.update import (
     ClosedForm,
     Fixed,
@@ -45,6 +46,7 @@ class Plan(Portable):
             latent has no route; with several components of latents one for each.
         kernel_reason: Why no quicker kernel does; None where there is none. Of the same shape.
         iterations: What an iteration does, in words.
+        missing: What is missing of observed sites, with ``missing="nan"``.
     """
 
     routes: Sequence[Route]
@@ -63,6 +65,7 @@ class Plan(Portable):
     kernel: str | Mapping[tuple[str, ...], str] = "none"
     kernel_reason: str | Mapping[tuple[str, ...], str | None] | None = None
     iterations: str = ""
+    missing: Sequence[Missing] = ()
 
     @property
     def graph(self) -> Any:
@@ -149,6 +152,9 @@ class Plan(Portable):
             parts.append(f"Iterations: {self.iterations}")
         if self.gives_up:
             parts.append(f"Strategy: {self.gives_up}")
+        if self.missing:
+            rows = _missing_in_words(self.missing)
+            parts += ["Missing entries", _table(("site", "missing", "entries", "treatment"), rows)]
         parts.extend(f"Note: {n}" for n in self.notes)
         return "\n".join(parts)
 
@@ -190,6 +196,24 @@ def _folded_updates(updates: Iterable[ParameterUpdate]) -> list[tuple[str, Param
         else:
             folded.append((f"{own} ({len(members)} parameters)", members[0]))
     return folded
+
+
+def _missing_in_words(missing: Iterable[Missing]) -> list[tuple[str, ...]]:
+    """Rows of the table of missing entries; the steps of a chain on one line."""
+    groups: dict[tuple[str, bool], list[Missing]] = {}
+    for m in missing:
+        name = m.site.removesuffix("_observed")
+        stem = name.rstrip("0123456789")
+        groups.setdefault((stem if stem != name else name + " ", m.whole), []).append(m)
+    rows: list[tuple[str, ...]] = []
+    for (stem, whole), members in groups.items():
+        name = stem.strip() + ("*" if len(members) > 1 else "")
+        if len(members) == 1:
+            name = members[0].site.removesuffix("_observed")
+        entries, of = sum(m.entries for m in members), sum(m.of for m in members)
+        said = "integrated out" + (", with the whole events that hold them" if whole else "")
+        rows.append((name, f"{entries:,}", f"{of:,}", said))
+    return rows
 
 
 def _update_name(update: ParameterUpdate) -> str:

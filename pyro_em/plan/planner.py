@@ -22,6 +22,7 @@ from pyro_em.plan.routes import decide_routes, matching, reduced, routes_with_gu
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import MonteCarlo
+from pyro_em.tracing.missing import has_missing, missing_in
 from pyro_em.tracing.runs import Model
 from pyro_em.updates.update import Gradient
 from pyro_em.variational.bound import Variational
@@ -112,6 +113,15 @@ class Looker(StaysHere):
     def guide_now(self) -> Any:
         """The guide: as given, or once data have been seen the one that was built."""
         return self.request.guide if self.built is None else self.built
+
+    def plan_on(
+        self, found: Program | Variational | Unrouted, args: tuple, kwargs: dict[str, Any]
+    ) -> Plan:
+        """Every decision about what a look at some data found, and what of these is missing."""
+        plan = self.plan(found)
+        if not has_missing(self.request.model):
+            return plan
+        return replace(plan, missing=missing_in(self.request.model, args, kwargs))
 
     def plan(self, found: Program | Variational | Unrouted) -> Plan:
         """Every decision about what a look found, with its reason."""

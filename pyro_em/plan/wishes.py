@@ -14,7 +14,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed, meant
 from pyro_em.plan.fit_wishes import FIT_KEYWORDS
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.tracing.sites import signature_of
+from pyro_em.tracing.sites import signature_of, users
 from pyro_em.updates.update import Update
 
 
@@ -27,6 +27,7 @@ def check_constructor(
     num_particles: int,
     max_plate_nesting: Any = None,
     max_enumeration: Any = 1,
+    missing: Any = None,
 ) -> None:
     """Refuse what cannot be a model, a guide, an optimiser, a strategy or an update."""
     if not callable(model):
@@ -81,6 +82,15 @@ def check_constructor(
                 "ExactPosteriorEM",
                 "strategy='guide' was asked for, but there is no guide.",
                 fixes=["pass guide=", "let a network be it: guide=AutoAmortizedCategorical"],
+            )
+        )
+    if missing is not None and not (isinstance(missing, str) and missing == "nan"):
+        raise UsageError(
+            message(
+                "ExactPosteriorEM",
+                f"missing={shown(missing)} is no mark of missing data.",
+                "observed values that are missing are NaN",
+                ["pass missing='nan', and NaN in floating tensors", "leave it out: NaN is refused"],
             )
         )
     check_draws(num_particles, "ExactPosteriorEM")
@@ -222,6 +232,7 @@ def check_call(
     model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any], where: str
 ) -> None:
     """Refuse arguments with which the model cannot be called."""
+    model = users(model)
     target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         signature = inspect.signature(target)

@@ -34,6 +34,7 @@ from pyro_em.densities.features import (
     known,
 )
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
+from pyro_em.densities.incomplete import as_incomplete
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
@@ -144,7 +145,7 @@ class Chain(QuickBlock):
                 linear[g] = part
             elif g in lines:
                 normals[g] = lines[g]
-            elif (rule := as_gaussian(groups[g], K)) is not None:
+            elif (rule := as_gaussian(groups[g], K) or as_incomplete(groups[g], K)) is not None:
                 normals[g] = rule
             else:
                 others.append(g)

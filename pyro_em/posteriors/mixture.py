@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
+from pyro_em.densities.incomplete import as_incomplete
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
@@ -62,6 +63,7 @@ class Mixture(QuickBlock):
         known: Linear groups that read no component.
         free: Other groups that read no component.
         repeats: How often each row occurs, or its weight; None where each counts once. # (N,)
+        counted: Which rows of a Normal group count, where some are masked. # (N,)
     """
 
     graph: FactorGraph
@@ -81,6 +83,7 @@ class Mixture(QuickBlock):
     columns: Tensor = field(init=False)
     base: float = field(init=False)
     total: float = field(init=False)
+    counted: Mapping[int, Tensor] = field(init=False)
 
     name: ClassVar[str] = "mixture"
     words: ClassVar[str] = "mixture kernel, in chunks of rows"
@@ -128,13 +131,13 @@ class Mixture(QuickBlock):
                     return why_not_constant(groups[g])
                 parts.append(part)
                 continue
-            single = len(groups[g].members) == 1 and groups[g].mask is None
-            if g in lines and single:
+            single = len(groups[g].members) == 1
+            if g in lines and single and groups[g].mask is None:
                 normals[g] = lines[g]
                 continue
             if varies(groups[g]):
                 return why_not_constant(groups[g])
-            rule = as_gaussian(groups[g], K) if single else None
+            rule = as_gaussian(groups[g], K) or as_incomplete(groups[g], K) if single else None
             if rule is None:
                 others.append(g)
             else:
@@ -171,6 +174,11 @@ class Mixture(QuickBlock):
         device = self.graph.groups[0].value.device
         none = torch.empty(0, dtype=torch.long, device=device)
         self.columns = torch.cat([none, *parts])
+        self.counted = {
+            g: mask.reshape(-1).expand(self.N)
+            for g in self.normals
+            if (mask := self.graph.groups[g].mask) is not None
+        }
 
     def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.
@@ -193,7 +201,11 @@ class Mixture(QuickBlock):
                 joint = torch.addmm(joint, theta, self.linear.phi[:, rows])
             features = {g: rule.features(rows, at.prepared[g]) for g, rule in self.normals.items()}
             for g, rule in self.normals.items():
-                joint = rule.log_density(at.prepared[g], features[g], joint)
+                if g not in self.counted:
+                    joint = rule.log_density(at.prepared[g], features[g], joint)
+                    continue
+                table = rule.log_density(at.prepared[g], features[g])
+                joint = joint + torch.where(self.counted[g][rows], table, 0.0)
             parts = {g: restricted(self.graph.groups[g], rows) for g in self.others}
             for g, part in parts.items():
                 table = part.log_density(at.arguments[g])
@@ -221,7 +233,11 @@ class Mixture(QuickBlock):
                 wide = weights if weights.dtype == torch.float64 else weights.double()
                 sums.add("linear", wide @ self.linear.phi[:, rows].T)
             for g, rule in self.normals.items():
-                sums.add(g, rule.moments(at.prepared[g], weights, features[g]))
+                own = weights
+                if g in self.counted:
+                    own = weights * self.counted[g][rows]
+                    sums.add(f"mass of {g}", own.sum(1, dtype=torch.float64))
+                sums.add(g, rule.moments(at.prepared[g], own, features[g]))
             for g, part in parts.items():
                 sums.add_statistics(g, self._counted(part, weights, at.arguments[g]))
         return self._summed(at, sums)
@@ -295,12 +311,13 @@ class Mixture(QuickBlock):
             entries.append(k.f)
         if self.linear is not None:
             entries.append(sums["linear"].reshape(-1))
+        counted = {g: sums[f"mass of {g}"] if g in self.counted else mass for g in self.normals}
         for g, rule in self.normals.items():
-            evidence = evidence + rule.correction(at.prepared[g], sums[g], mass)
+            evidence = evidence + rule.correction(at.prepared[g], sums[g], counted[g])
         log_evidence = checked(evidence, mass, self.total) + self.base
         if entries:
             out[NATURAL] = {"features": scattered(at.eta, self.columns, entries)}
-        out |= {g: {"moments": sums[g], "mass": mass} for g in self.normals}
+        out |= {g: {"moments": sums[g], "mass": counted[g]} for g in self.normals}
         largest = max((at.prepared[g].size for g in self.normals), default=0.0)
         noise = 2e-16 * self.total / self.N**0.5 * largest
         return Expectation(log_evidence, out, noise=noise)

@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 
 from pyro_em.distributions import unwrap
 from pyro_em.tracing.densities import add_log_probs
-from pyro_em.tracing.handlers import DrawObserved, GiveValues, SampleTrace
+from pyro_em.tracing.handlers import DrawMissing, DrawObserved, GiveValues, SampleTrace
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role, factors_in, roles_in
 from pyro_em.tracing.whole import LeftWhole
@@ -81,6 +81,7 @@ def predicted_run(
         pyro.validation_enabled(False),
         poutine.trace() as tracer,
         DrawObserved(not keep_observed),
+        DrawMissing(keep_observed),
         GiveValues(values, dict.fromkeys(values, Role.SAMPLED), {}),
     ):
         model(*args, **kwargs)

@@ -19,7 +19,9 @@ from pyro_em.distributions import Mask, unwrap
 _CANNOT = (NotImplementedError, AttributeError, RuntimeError, ValueError, TypeError, IndexError)
 
 
-def without_masked_nonsense(fn: Any, value: Tensor, mask: Mask, *, sparing: bool = False) -> Tensor:
+def without_masked_nonsense(
+    fn: Any, value: Tensor, mask: Mask, *, sparing: bool = False, by_itself: bool = False
+) -> Tensor:
     """A value with feasible events where it is masked.
 
     Args:
@@ -27,6 +29,7 @@ def without_masked_nonsense(fn: Any, value: Tensor, mask: Mask, *, sparing: bool
         value: The observed value. # (*batch or 1s, *event)
         mask: As `pyro_em.distributions.element_mask` returns. # (*batch, *reinterpreted dims)
         sparing: Whether masked events that are possible stay: others may read them.
+        by_itself: Whether what takes the place of an event is the same whatever the others are.
 
     Returns:
         The value itself where nothing is masked. # (*batch, *event)
@@ -50,13 +53,15 @@ def without_masked_nonsense(fn: Any, value: Tensor, mask: Mask, *, sparing: bool
     if bool(kept.all()):
         return value if sparing else full
     with torch.no_grad():
-        other = _feasible(base, reinterpreted, full, kept)
+        other = _feasible(base, reinterpreted, full, kept, by_itself)
     return torch.where(_along(kept, full), full, other) if full.requires_grad else other
 
 
-def _feasible(base: Any, reinterpreted: int, value: Tensor, kept: Tensor) -> Tensor:
+def _feasible(
+    base: Any, reinterpreted: int, value: Tensor, kept: Tensor, by_itself: bool
+) -> Tensor:
     """A value with feasible events where ``kept`` is False."""
-    out, done = _from_data(value, kept, reinterpreted)
+    out, done = (value, kept) if by_itself else from_data(value, kept, reinterpreted)
     support = _support(base, out)
     if support is not None:
         done = kept | (done & _inside(support, out, kept.shape))
@@ -88,7 +93,7 @@ def _along(mask: Tensor, value: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (value.dim() - mask.dim()))
 
 
-def _from_data(value: Tensor, kept: Tensor, reinterpreted: int) -> tuple[Tensor, Tensor]:
+def from_data(value: Tensor, kept: Tensor, reinterpreted: int) -> tuple[Tensor, Tensor]:
     """Each masked event as the first one that is seen: of the same feature, in any row.
 
     Args:

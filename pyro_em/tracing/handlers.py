@@ -13,6 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em.distributions import element_mask, has_finite_support, unwrap
+from pyro_em.incomplete import IncompleteMultivariateNormal
 from pyro_em.tracing.allocation import Overspent, Shadows, spending_at_most
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.lean import nothing
@@ -21,8 +22,10 @@ from pyro_em.tracing.sites import ROLE, Role, is_factor, is_latent, role_of
 
 _LARGE = 256  # elements; smaller latents are always drawn
 
+MISSING = "_pyro_em_missing"  # in ``infer``: which entries of an observed value do not count
 
-class _SampleMessenger(Messenger):
+
+class SampleMessenger(Messenger):
     """A handler of sample sites alone: the many parameters of a network pass it quickly."""
 
     def _process_message(self, msg: Any) -> None:
@@ -40,7 +43,7 @@ class _SampleMessenger(Messenger):
         pass
 
 
-class KeepValues(_SampleMessenger):
+class KeepValues(SampleMessenger):
     """Give unobserved sites the values that they had in a plain run: nothing is drawn again.
 
     Some distributions cannot be sampled with tagged arguments, none at a trial point of a line
@@ -60,7 +63,7 @@ class KeepValues(_SampleMessenger):
             msg["value"] = self.values[msg["name"]]
 
 
-class DrawNothing(_SampleMessenger):
+class DrawNothing(SampleMessenger):
     """Give large latents that can be enumerated a shadow instead of a draw."""
 
     _postprocess_message = nothing
@@ -86,7 +89,7 @@ def _is_large(msg: Mapping[str, Any]) -> bool:
     return has_finite_support(fn) and fn.shape().numel() >= _LARGE
 
 
-class SpendLittle(_SampleMessenger):
+class SpendLittle(SampleMessenger):
     """Break a run off once what it does with large latents has allocated much.
 
     Operations are watched from the first such latent on. What a model computes before it costs the
@@ -121,7 +124,7 @@ class SpendLittle(_SampleMessenger):
             self._watch.__exit__(*exception)
 
 
-class TagSites(_SampleMessenger):
+class TagSites(SampleMessenger):
     """Tag the value of each site with the site's own name; observed ones keep their tags too.
 
     Args:
@@ -145,7 +148,7 @@ class TagSites(_SampleMessenger):
         msg["value"] = Tagged(untagged, before | {msg["name"]})
 
 
-class ScalePlates(_SampleMessenger):
+class ScalePlates(SampleMessenger):
     """Multiply the scale of every site inside some plates: a batch stands for all data.
 
     Args:
@@ -180,7 +183,7 @@ class OfBatch(ScalePlates):
             msg["value"] = without_masked_nonsense(fn, value, mask, sparing=True)
 
 
-class OnlySites(_SampleMessenger):
+class OnlySites(SampleMessenger):
     """Hide sites that do not count, and enumerate some in parallel.
 
     Args:
@@ -206,7 +209,7 @@ class OnlySites(_SampleMessenger):
         msg["infer"] = infer
 
 
-class MaskSites(_SampleMessenger):
+class MaskSites(SampleMessenger):
     """Leave sites out of the density: observed ones, or all.
 
     Args:
@@ -225,7 +228,7 @@ class MaskSites(_SampleMessenger):
         msg["mask"] = False
 
 
-class GiveValues(_SampleMessenger):
+class GiveValues(SampleMessenger):
     """Run a model with some latents at values from elsewhere, marked by their role.
 
     Args:
@@ -256,7 +259,7 @@ class GiveValues(_SampleMessenger):
             msg["infer"] = {**msg["infer"], ROLE: self.roles[name].value}
 
 
-class GuideSites(_SampleMessenger):
+class GuideSites(SampleMessenger):
     """Run a guide inside a model's trace: record values, rename what counts, hide the rest.
 
     Args:
@@ -300,7 +303,7 @@ class GuideSites(_SampleMessenger):
             self.values[own], self.infer[own] = msg["value"], msg["infer"]
 
 
-class SampleTrace(_SampleMessenger, TraceMessenger):
+class SampleTrace(SampleMessenger, TraceMessenger):
     """Record sample sites only."""
 
     _process_message = nothing
@@ -309,7 +312,7 @@ class SampleTrace(_SampleMessenger, TraceMessenger):
         TraceMessenger._pyro_post_sample(self, msg)
 
 
-class DrawObserved(_SampleMessenger):
+class DrawObserved(SampleMessenger):
     """Draw what the model observes; latents at given values stay."""
 
     _postprocess_message = nothing
@@ -323,3 +326,26 @@ class DrawObserved(_SampleMessenger):
         unit = type(unwrap(msg["fn"])[0]).__name__ == "Unit"
         if self.active and data and not unit:
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+class DrawMissing(SampleMessenger):
+    """Draw the missing entries of what the model observes, given those that are seen."""
+
+    _postprocess_message = nothing
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self.active = active
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        missing = msg["infer"].get(MISSING) if self.active else None
+        if missing is None:
+            return
+        fn, value = msg["fn"], msg["value"]
+        base = unwrap(fn)[0]
+        if isinstance(base, IncompleteMultivariateNormal):
+            whole = base.imputed(torch.where(missing, torch.nan, value))
+        else:
+            whole = fn.sample()
+        msg["value"] = torch.where(missing, whole.to(value.dtype), value)
+        msg["infer"] = {k: v for k, v in msg["infer"].items() if k != MISSING}

@@ -85,8 +85,14 @@ def subsamples_in(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, An
     return {name: site for name, site in sites.items() if is_subsample(site)}
 
 
+def users(model: Any) -> Any:
+    """The user's own function or module, without what this library put around it."""
+    return getattr(model, "users_model", model)
+
+
 def signature_of(model: Any) -> list[inspect.Parameter]:
     """The parameters of a model or guide; empty where they cannot be known."""
+    model = users(model)
     target = model.forward if isinstance(model, torch.nn.Module) else model
     try:
         return list(inspect.signature(target).parameters.values())

@@ -1,0 +1,332 @@
+r"""Gaussian components of rows with missing entries, by few and large matrix products.
+
+*Full covariances.* Rows that have seen the same coordinates share, for each component, one factor of
+Σ_oo (see `pyro_em.incomplete`): with u = W (x' − μ'), zero where missing,
+
+    ℓ = −½ ‖u‖² − log det − (D_o / 2) log 2π,
+    Σ r E[d] = Σ_p G_p Σ r u,      Σ r E[d dᵀ] = Σ_p (G_p (Σ r u uᵀ − m_p I) G_pᵀ + m_p Σ),
+
+where p runs over the patterns and m_p = Σ r. Patterns of about as many rows are evaluated together.
+
+*Independent features.* With s = 1 where an entry is seen, ℓ is linear in (s, s x', s x'²):
+
+    ℓ_k = Σ_i s_i (−½ log 2π − log σ_ki − μ'_ki² / 2σ_ki²)
+          + s_i x'_i μ'_ki / σ_ki² − s_i x'_i² / 2σ_ki².
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.gaussian import FEW_CELLS, Gaussian
+from pyro_em.families.family import Statistics
+from pyro_em.graph.factors import Group
+from pyro_em.incomplete import Patterns, covariance_of, patterns_of, whitening
+
+_TABLES = 2**22  # numbers in the factors of all patterns that are kept from chunk to chunk
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What rows of some patterns are evaluated with.
+
+    Attributes:
+        whiten: W. # (u, K or 1, D, D)
+        shift: W μ'. # (u, K, D, 1)
+        gain: G = Σ Wᵀ. # (u, K or 1, D, D)
+        constant: −log det − (D_o / 2) log 2π. # (u, K or 1, 1)
+    """
+
+    whiten: Tensor
+    shift: Tensor
+    gain: Tensor
+    constant: Tensor
+
+    def of(self, own: Tensor) -> Factors:
+        """Those of some of the patterns."""
+        return Factors(self.whiten[own], self.shift[own], self.gain[own], self.constant[own])
+
+
+@dataclass(frozen=True, eq=False)
+class AtPatterns:
+    """The components at some arguments.
+
+    Attributes:
+        mean: μ'. # (K, D)
+        covariance: Σ. # (K or 1, D, D)
+        factors: Of all patterns, where they are few.
+        size: As of `pyro_em.densities.gaussian.Prepared`.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    factors: Factors | None
+    size: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Rows of some patterns: their factors, places, and u. # …, (u, rows), (u, K, D, rows)"""
+
+    factors: Factors
+    rows: Tensor
+    white: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _White:
+    """u of some rows.
+
+    Attributes:
+        rows: How many they are.
+        batches: Those of patterns of about as many rows together.
+    """
+
+    rows: int
+    batches: list[_Batch]
+
+
+@dataclass(eq=False)
+class Incomplete(Gaussian):
+    """The rows of a group of IncompleteMultivariateNormal sites with component-wise arguments.
+
+    Attributes:
+        patterns: Which entries of each row are seen.
+    """
+
+    patterns: Patterns = field(init=False)
+    _layouts: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        seen = ~torch.isnan(self.x)
+        self.patterns, self._layouts = patterns_of(seen.T), {}
+        self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        return 4 * self.K * self.x.shape[0]
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
+        """Coefficients at some arguments."""
+        D = self.x.shape[0]
+        mean = self._each(self._shift(arguments["loc"]))
+        covariance = covariance_of({self.spread: arguments[self.spread]}).reshape(-1, D, D)
+        U = len(self.patterns.seen)
+        few = U * len(covariance) * D * D <= _TABLES
+        factors = self._factors(mean, covariance, self.patterns.seen) if few else None
+        return AtPatterns(mean, covariance, factors)
+
+    def _factors(self, mean: Tensor, covariance: Tensor, seen: Tensor) -> Factors:
+        both = seen.unsqueeze(1).expand(-1, len(covariance), -1)
+        whiten, log_det = whitening(covariance.expand(len(seen), *covariance.shape), both)
+        constant = -log_det - 0.5 * math.log(2 * math.pi) * seen.sum(-1, keepdim=True)
+        shift = whiten @ mean.unsqueeze(-1)
+        return Factors(whiten, shift, covariance @ whiten.mT, constant.unsqueeze(-1))
+
+    def features(self, rows: slice, p: Any = None) -> Any:
+        """u of some rows, pattern by pattern; see `_White`."""
+        begin, end, _ = rows.indices(self.x.shape[1])
+        D, u = self.x.shape[0], []
+        x = torch.cat([self.x[:, begin:end], self.x.new_zeros(D, 1)], 1)
+        for own, at in self._layout(begin, end):
+            if p.factors is None:
+                factors = self._factors(p.mean, p.covariance, self.patterns.seen[own])
+            else:
+                factors = p.factors.of(own)
+            values = x[:, at].transpose(0, 1)  # (u, D, rows)
+            white = factors.whiten.flatten(1, 2) @ values
+            white = white.reshape(len(own), -1, D, white.shape[-1]) - factors.shift
+            u.append(_Batch(factors, at, white))
+        return _White(end - begin, u)
+
+    def _layout(self, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """The patterns of some rows, and the places of these; see `Patterns.batches`."""
+        if (begin, end) not in self._layouts:
+            part = Patterns(self.patterns.seen, self.patterns.of_row[begin:end])
+            self._layouts[begin, end] = part.batches()
+        return self._layouts[begin, end]
+
+    def log_density(self, p: Any, features: Any, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
+        n = features.rows
+        out = self.x.new_empty(self.K, n + 1)
+        for b in features.batches:
+            log_p = b.factors.constant - 0.5 * b.white.square().sum(2)
+            out[:, b.rows] = log_p.transpose(0, 1)
+        out = out[:, :n]
+        return out if onto is None else out + onto
+
+    def moments(self, p: Any, weights: Tensor, features: Any) -> Tensor:
+        """Σ r E[d] and Σ r E[d dᵀ] of some rows, d = x' − μ', in float64. # (K, D + D²)"""
+        D = self.x.shape[0]
+        weights = torch.cat([weights.to(torch.float64), self.x.new_zeros(self.K, 1)], 1)
+        first = self.x.new_zeros(self.K, D, 1)
+        second = self.x.new_zeros(self.K, D, D)
+        eye = torch.eye(D, dtype=torch.float64, device=self.x.device)
+        for b in features.batches:
+            r = weights[:, b.rows].transpose(0, 1).unsqueeze(2)  # (u, K, 1, rows)
+            weighted = b.white * r
+            mass = r.sum(-1, keepdim=True)
+            gain = b.factors.gain
+            first += (gain @ weighted.sum(-1, keepdim=True)).sum(0)
+            squares = weighted @ b.white.mT - mass * eye
+            second += (gain @ squares @ gain.mT + mass * p.covariance).sum(0)
+        return torch.cat([first.squeeze(-1), second.flatten(1)], 1)
+
+    def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """Nothing: all is computed in float64."""
+        return 0.0
+
+    def statistics(
+        self, p: Any, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics about its location."""
+        D = self.x.shape[0]
+        square = moments[:, D:].reshape(-1, D, D)
+        return self._shaped({"deviation": moments[:, :D], "square": square, "weight": mass})
+
+
+@dataclass(frozen=True, eq=False)
+class AtFeatures:
+    """Components of independent features at some arguments.
+
+    Attributes:
+        mean: μ'. # (K, D)
+        scale: σ. # (K, D)
+        linear: Coefficients of (s, s x', s x'²); None where the square would cancel. # (K, 3 D)
+        size: As of `pyro_em.densities.gaussian.Prepared`.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    linear: Tensor | None
+    size: float
+
+
+@dataclass(eq=False)
+class Masked(Gaussian):
+    """The rows of a group of Normal sites with masked entries and component-wise arguments.
+
+    Attributes:
+        seen: 1 where an entry is seen, else 0. # (D, N)
+    """
+
+    seen: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        seen = ~torch.isnan(self.x)
+        self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
+        self.seen = seen.to(torch.float64)
+        low, high = torch.aminmax(self.x, dim=1)
+        self.reach2 = torch.maximum(high, -low).square()
+        if self.width * self.x.shape[1] <= FEW_CELLS:
+            self.stored = self._features_of(slice(None))
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        return 3 * self.x.shape[0]
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
+        """Coefficients at some arguments."""
+        D = self.x.shape[0]
+        mean = self._each(self._shift(arguments["loc"]))
+        scale = arguments["scale"].to(torch.float64)
+        scale = self._each(scale.reshape(-1, scale.shape[-1]).expand(-1, D))
+        precision = scale**-2
+        size = D**0.5 * float((precision * self.reach2).max())
+        if not size <= self.limit:
+            return AtFeatures(mean, scale, None, 0.0)
+        constant = -0.5 * (mean * mean * precision + math.log(2 * math.pi)) - scale.log()
+        linear = torch.cat([constant, mean * precision, -0.5 * precision], 1)
+        return AtFeatures(mean, scale, linear, size)
+
+    def features(self, rows: slice, p: Any = None) -> Any:
+        """(s, s x', s x'²). # (3 D, rows)"""
+        return self._features_of(rows) if self.stored is None else self.stored[:, rows]
+
+    def _features_of(self, rows: slice) -> Tensor:
+        x = self.x[:, rows]
+        return torch.cat([self.seen[:, rows], x, x * x])
+
+    def log_density(self, p: Any, features: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
+        if p.linear is not None:
+            if onto is None:
+                return p.linear @ features
+            return torch.addmm(onto.to(torch.float64), p.linear, features)
+        D = self.x.shape[0]
+        seen = features[:D]
+        out = -(p.scale.log() + 0.5 * math.log(2 * math.pi)) @ seen
+        for k, (mean, scale) in enumerate(zip(p.mean, p.scale, strict=True)):
+            z = (features[D : 2 * D] - mean.unsqueeze(-1)) / scale.unsqueeze(-1) * seen
+            out[k] -= 0.5 * (z * z).sum(0)
+        return out if onto is None else out + onto
+
+    def moments(self, p: Any, weights: Tensor, features: Tensor) -> Tensor:
+        """Σ r s, Σ r s d, Σ r s d² of some rows; d is x', or x' − μ'. # (K, 3 D)"""
+        weights = weights.to(torch.float64)
+        if p.linear is not None:
+            return weights @ features.T
+        D, out = self.x.shape[0], []
+        for w, mean in zip(weights, p.mean, strict=True):
+            weighted = features[:D] * w
+            d = features[D : 2 * D] - mean.unsqueeze(-1)
+            each = (weighted, weighted * d, weighted * d * d)
+            out.append(torch.cat([t.sum(-1) for t in each]))
+        return torch.stack(out)
+
+    def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """Nothing: all is computed in float64."""
+        return 0.0
+
+    def statistics(
+        self, p: Any, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics about its location, from moments about another point."""
+        weight, first, second = moments.chunk(3, -1)
+        mu = self._each(self._shift(arguments["loc"]))
+        if p.linear is None:  # about the location already, up to its rounding
+            mu = mu - p.mean
+        deviation = first - weight * mu
+        square = second - 2 * mu * first + weight * mu**2
+        return self._shaped({"deviation": deviation, "square": square, "weight": weight})
+
+
+def as_incomplete(group: Group, K: int) -> Incomplete | Masked | None:
+    """The rule of Gaussian sites with missing entries, or None; see `as_gaussian`."""
+    lead = 1 + group.n_plates
+    value = group.value
+    if group.family is None or not group.observed:
+        return None
+    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
+    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
+        return None
+    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+        return None
+    event = value.shape[lead + 1 :]
+    if group.family.name == "IncompleteMultivariateNormal" and not group.event_dims:
+        spread = next(n for n in group.arguments if n != "loc")
+        x, centre = _centred(value.reshape(rows, -1))
+        return Incomplete(x, centre, False, spread, K, False, lead)
+    if group.family.name != "Normal" or group.elements is None or group.event_dims != 1:
+        return None
+    seen = group.elements
+    if len(event) != 1 or seen.shape[lead] != 1:
+        return None
+    seen = seen.expand(*value.shape[:lead], 1, *event)
+    x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1))
+    return Masked(x, centre, True, "scale", K, False, lead)
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The data about the mean of what is seen, and that. # (D, N), (D,)"""
+    centre = x.to(torch.float64).nanmean(0).nan_to_num(0.0)
+    return (x.to(torch.float64) - centre).T.contiguous(), centre

@@ -1,0 +1,347 @@
+r"""Normal vectors of which some coordinates are missing: what the seen ones say and predict.
+
+With o the coordinates that are seen and m the others,
+
+    log p(x_o) = log N(x_o | μ_o, Σ_oo),
+    E[x_m | x_o] = μ_m + Σ_mo Σ_oo⁻¹ (x_o − μ_o),
+    Cov[x_m | x_o] = Σ_mm − Σ_mo Σ_oo⁻¹ Σ_om.
+
+All rows that have seen the same coordinates share one factor of Σ_oo. With W the inverse of its
+Cholesky factor, zero in the rows and columns of what is missing, and y = x − μ, zero where missing,
+
+    ‖W y‖² = y_oᵀ Σ_oo⁻¹ y_o,   E[x − μ | x_o] = G W y,   Cov[x | x_o] = Σ − G Gᵀ,   G = Σ Wᵀ.
+
+Source: Little and Rubin (2002), section 11.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em.distributions import unwrap
+
+_BITS = 62  # coordinates whose pattern is one integer
+
+
+class _RealOrMissing(constraints.Constraint):
+    """Vectors of numbers, NaN where a coordinate is missing."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether no coordinate is infinite."""
+        return torch.isinf(value).logical_not_().all(-1)
+
+
+class IncompleteMultivariateNormal(dist.MultivariateNormal):  # type: ignore[misc]
+    """A MultivariateNormal whose values may hold NaN: such coordinates are integrated out.
+
+    It has the arguments of the distribution that it was made from (`of`), with their gradients.
+
+    Example:
+        >>> full = dist.MultivariateNormal(torch.zeros(2), torch.tensor([[4.0, 1.0], [1.0, 9.0]]))
+        >>> x = torch.tensor([torch.nan, 3.0])
+        >>> same = dist.Normal(0.0, 3.0).log_prob(x[1])
+        >>> bool(torch.isclose(IncompleteMultivariateNormal.of(full).log_prob(x), same))
+        True
+    """
+
+    support = _RealOrMissing()
+
+    @classmethod
+    def of(cls, fn: Any) -> IncompleteMultivariateNormal:
+        """The same distribution for values with missing coordinates.
+
+        Args:
+            fn: A MultivariateNormal, or a LowRankMultivariateNormal.
+        """
+        if isinstance(fn, torch.distributions.LowRankMultivariateNormal):
+            covariance = fn.covariance_matrix
+            fn = dist.MultivariateNormal(fn.loc, covariance, validate_args=False)
+        out: IncompleteMultivariateNormal = cls.__new__(cls)
+        out.__dict__.update(vars(fn))
+        return out
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log p of the coordinates that are seen, in nats; zero where none is. # (*batch)"""
+        arguments = {"loc": self.loc, "scale_tril": self._unbroadcasted_scale_tril}
+        log_p = marginal_log_density(value, arguments)
+        batch = torch.broadcast_shapes(log_p.shape, self.batch_shape)
+        return log_p.expand(batch)
+
+    def imputed(self, value: Tensor) -> Tensor:
+        """A value with its missing coordinates drawn, given the others. # (*batch, D)"""
+        whole = self.sample()
+        missing = torch.isnan(value)
+        arguments = {"loc": whole, "scale_tril": self._unbroadcasted_scale_tril}
+        # A draw of all coordinates, moved by what the seen ones differ from theirs.
+        moved = whole + expected_deviation(value, arguments).to(whole.dtype)
+        return torch.where(missing, moved, value)
+
+
+def covariance_of(arguments: Mapping[str, Tensor]) -> Tensor:
+    """The covariance matrix in float64, however it was given. # (*batch, D, D)"""
+    if "covariance_matrix" in arguments:
+        return arguments["covariance_matrix"].to(torch.float64)
+    if "scale_tril" in arguments:
+        tril = arguments["scale_tril"].to(torch.float64)
+        return tril @ tril.mT
+    root = torch.linalg.cholesky(arguments["precision_matrix"].to(torch.float64))
+    return torch.cholesky_inverse(root)
+
+
+@dataclass(frozen=True, eq=False)
+class Patterns:
+    """Rows by which coordinates they have seen.
+
+    Attributes:
+        seen: The distinct patterns. # (U, D)
+        of_row: Which of them each row has. # (R,)
+    """
+
+    seen: Tensor
+    of_row: Tensor
+
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """Patterns of about as many rows, with the places of these.
+
+        Returns:
+            For each batch its patterns # (u,) and their rows # (u, most rows), filled up by R.
+        """
+        of_row, rows = self.of_row, len(self.of_row)
+        counts = torch.bincount(of_row, minlength=len(self.seen))
+        order = torch.cat([of_row.argsort(stable=True), of_row.new_full((1,), rows)])
+        begin = counts.cumsum(0) - counts
+        size = counts.clamp(min=1).to(torch.float64).log2().ceil().long()
+        out = []
+        for one in size.unique().tolist():
+            own = ((size == one) & (counts > 0)).nonzero().squeeze(-1)
+            if not len(own):
+                continue
+            place = torch.arange(int(counts[own].max()), device=of_row.device)
+            there = place < counts[own, None]
+            at = torch.where(there, begin[own, None] + place, rows)
+            out.append((own, order[at]))
+        return out
+
+
+def patterns_of(seen: Tensor) -> Patterns:
+    """The distinct patterns of some rows.
+
+    Args:
+        seen: Which coordinates each row has seen. # (R, D)
+
+    Example:
+        >>> found = patterns_of(torch.tensor([[True, False], [True, True], [True, False]]))
+        >>> found.seen[found.of_row].tolist()
+        [[True, False], [True, True], [True, False]]
+    """
+    D = seen.shape[1]
+    if D > _BITS:
+        distinct, of_row = torch.unique(seen.to(torch.uint8), dim=0, return_inverse=True)
+        return Patterns(distinct.bool(), of_row)
+    bit = torch.arange(D, device=seen.device)
+    code, of_row = torch.unique((seen.long() << bit).sum(-1), return_inverse=True)
+    return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
+
+
+def whitening(covariance: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """W, and log det of the Cholesky factor of Σ_oo.
+
+    Args:
+        covariance: Σ. # (*batch, D, D)
+        seen: Which coordinates are seen. # (*batch, D)
+
+    Returns:
+        # (*batch, D, D) and (*batch)
+    """
+    both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
+    eye = torch.eye(seen.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    root = torch.linalg.cholesky(torch.where(both, covariance, eye))
+    whiten = torch.linalg.solve_triangular(root, eye.expand(root.shape), upper=False)
+    return whiten * both, root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Laid:
+    """Values and arguments as rows (dimensions of the data) by cells (all other dimensions).
+
+    Attributes:
+        y: x − μ, zero where missing. # (R, Q, D)
+        covariance: Of each pattern, or of all. # (U or 1, Q or 1, D, D)
+        patterns: Of the rows; one for each row where the covariance differs between rows.
+        rows: The dimensions that are rows.
+        cells: The others.
+        shape: Sizes of all dimensions.
+    """
+
+    y: Tensor
+    covariance: Tensor
+    patterns: Patterns
+    rows: list[int]
+    cells: list[int]
+    shape: list[int]
+
+    def white(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Per batch of patterns: which, their rows, W, log det, and W y. # …, (u, Q, D, rows)"""
+        _, Q, D = self.y.shape
+        y = torch.cat([self.y, self.y.new_zeros(1, Q, D)])
+        out = []
+        for own, rows in self.patterns.batches():
+            covariance = self.covariance if len(self.covariance) == 1 else self.covariance[own]
+            seen = self.patterns.seen[own].unsqueeze(1)
+            whiten, log_det = whitening(covariance, seen.expand(-1, covariance.shape[1], -1))
+            out.append((own, rows, whiten, log_det, whiten @ y[rows].permute(0, 2, 3, 1)))
+        return out
+
+    def restored(self, t: Tensor, event: int) -> Tensor:
+        """From rows by cells back to the dimensions as they were. # (*shape, *event)"""
+        order = self.rows + self.cells
+        t = t.reshape([self.shape[d] for d in order] + list(t.shape[2:]))
+        back = [order.index(d) for d in range(len(order))]
+        return t.permute(back + [len(order) + i for i in range(event)])
+
+
+def _laid(value: Tensor, arguments: Mapping[str, Tensor]) -> _Laid:
+    """See `_Laid`.
+
+    Args:
+        value: # (*batch or 1s, D)
+        arguments: ``loc`` # (*batch or 1s, D) and a spread # (*batch or 1s, D, D)
+    """
+    covariance, loc = covariance_of(arguments), arguments["loc"].to(torch.float64)
+    n = max(value.dim() - 1, loc.dim() - 1, covariance.dim() - 2)
+    value, loc = (t.reshape((1,) * (n + 1 - t.dim()) + t.shape) for t in (value, loc))
+    covariance = covariance.reshape((1,) * (n + 2 - covariance.dim()) + covariance.shape)
+    shape = list(torch.broadcast_shapes(value.shape[:n], loc.shape[:n], covariance.shape[:n]))
+    rows = [d for d in range(n) if value.shape[d] > 1]
+    cells = [d for d in range(n) if value.shape[d] == 1]
+    order = rows + cells
+    value, loc = (t.permute(*order, n) for t in (value, loc))
+    covariance = covariance.permute(*order, n, n + 1)
+    D, r = value.shape[-1], len(rows)
+    seen = ~torch.isnan(value)
+    x = torch.where(seen, value, 0.0).to(torch.float64)
+    y = (x - loc) * seen
+    R, Q = math.prod(value.shape[:r]), math.prod(shape[d] for d in cells)
+    y = y.expand(*y.shape[:r], *(shape[d] for d in cells), D).reshape(R, Q, D)
+    own = covariance.shape[r:n]
+    each = Q if math.prod(own) > 1 else 1
+    wide = [shape[d] for d in cells] if each > 1 else list(own)
+    seen = seen.reshape(R, D)
+    if math.prod(covariance.shape[:r]) == 1:
+        covariance = covariance.expand(*(1,) * r, *wide, D, D).reshape(1, each, D, D)
+        return _Laid(y, covariance, patterns_of(seen), rows, cells, shape)
+    covariance = covariance.expand(*value.shape[:r], *wide, D, D).reshape(R, each, D, D)
+    alone = Patterns(seen, torch.arange(R, device=value.device))
+    return _Laid(y, covariance, alone, rows, cells, shape)
+
+
+def marginal_log_density(value: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
+    """log N(x_o | μ_o, Σ_oo) in nats; zero where nothing is seen.
+
+    Args:
+        value: NaN where missing. # (*batch or 1s, D)
+        arguments: Of a MultivariateNormal. # (*batch or 1s, D), (*batch or 1s, D, D)
+
+    Returns:
+        # (*batch)
+
+    Example:
+        >>> x = torch.tensor([[torch.nan, torch.nan], [0.0, torch.nan]])
+        >>> at = {"loc": torch.zeros(2), "covariance_matrix": torch.eye(2)}
+        >>> [round(v, 4) for v in marginal_log_density(x, at).tolist()]
+        [0.0, -0.9189]
+    """
+    laid = _laid(value, arguments)
+    R, Q, _ = laid.y.shape
+    out = laid.y.new_zeros(R + 1, Q)
+    constant = 0.5 * math.log(2 * math.pi) * laid.patterns.seen.sum(-1)
+    for own, rows, _whiten, log_det, white in laid.white():
+        log_p = -0.5 * (white * white).sum(-2) - (constant[own, None] + log_det).unsqueeze(-1)
+        out = out.index_put((rows,), log_p.mT)
+    return laid.restored(out[:R], 0).to(_dtype(value, arguments))
+
+
+def expected_deviation(value: Tensor, arguments: Mapping[str, Tensor]) -> Tensor:
+    """E[x − μ | x_o], in float64; see `marginal_log_density`. # (*batch, D)"""
+    laid = _laid(value, arguments)
+    R, Q, D = laid.y.shape
+    out = laid.y.new_zeros(R + 1, Q, D)
+    for own, rows, whiten, _log_det, white in laid.white():
+        covariance = laid.covariance if len(laid.covariance) == 1 else laid.covariance[own]
+        out = out.index_put((rows,), (covariance @ (whiten.mT @ white)).permute(0, 3, 1, 2))
+    seen = (~torch.isnan(value)).expand(*torch.broadcast_shapes(value.shape[:-1], laid.shape), D)
+    exact = laid.restored(laid.y, 1)
+    return torch.where(seen, exact, laid.restored(out[:R], 1))
+
+
+def expected_covariance(
+    weights: Tensor, value: Tensor, arguments: Mapping[str, Tensor], keep: tuple[bool, ...]
+) -> Tensor:
+    """Σ w Cov[x | x_o], summed over the dimensions that are not kept, in float64.
+
+    Args:
+        weights: # (*batch)
+        value: NaN where missing. # (*batch or 1s, D)
+        arguments: Of a MultivariateNormal; they do not vary along what is summed.
+        keep: For each batch dimension, whether the result keeps it.
+
+    Returns:
+        # (*batch with 1 where summed, D, D)
+    """
+    laid = _laid(value, arguments)
+    D, n = value.shape[-1], len(laid.shape)
+    shape = torch.broadcast_shapes(weights.shape, tuple(laid.shape))
+    order = laid.rows + laid.cells
+    w = weights.to(torch.float64).expand(shape).permute(order)
+    R, Q = laid.y.shape[:2]
+    w = w.reshape(R, Q)
+    U = len(laid.patterns.seen)
+    out: Tensor | None = None
+    for own, _rows, whiten, _log_det, _white in laid.white():
+        covariance = laid.covariance if len(laid.covariance) == 1 else laid.covariance[own]
+        gain = covariance @ whiten.mT
+        left = covariance - gain @ gain.mT
+        missing = ~laid.patterns.seen[own]
+        left = left * (missing.unsqueeze(-1) & missing.unsqueeze(-2)).unsqueeze(1)
+        if out is None:
+            out = w.new_zeros(U, left.shape[1], D, D)
+        out[own] = left
+    assert out is not None
+    if not any(keep[d] for d in laid.rows):
+        mass = w.new_zeros(U, Q).index_add_(0, laid.patterns.of_row, w)
+        total = (mass[..., None, None] * out).sum(0, keepdim=True)  # (1, Q, D, D)
+        total = total.reshape([1] * len(laid.rows) + [shape[d] for d in laid.cells] + [D, D])
+    else:
+        total = w[..., None, None] * out[laid.patterns.of_row]
+        total = total.reshape([shape[d] for d in order] + [D, D])
+        summed = [i for i, d in enumerate(order) if d in laid.rows and not keep[d]]
+        total = total.sum(summed, keepdim=True) if summed else total
+    lost = [i for i, d in enumerate(order) if d in laid.cells and not keep[d]]
+    total = total.sum(lost, keepdim=True) if lost else total
+    back = [order.index(d) for d in range(n)]
+    return total.permute(*back, n, n + 1)
+
+
+def _dtype(value: Tensor, arguments: Mapping[str, Tensor]) -> torch.dtype:
+    out = value.dtype
+    for a in arguments.values():
+        out = torch.promote_types(out, a.dtype)
+    return out
+
+
+def may_hold_nan(fn: Any) -> bool:
+    """Whether an unwrapped distribution takes NaN for coordinates that are missing."""
+    if isinstance(fn, dist.MixtureSameFamily):
+        inner = unwrap(fn.component_distribution)[0]
+        return may_hold_nan(inner)
+    return isinstance(fn, IncompleteMultivariateNormal)

@@ -1,0 +1,241 @@
+"""``missing="nan"``: NaN in observed values means missing at random, and is integrated out.
+
+Where a model observes NaN, its distribution is replaced by the marginal one of what is seen:
+
+* elements of their own (everything but event dimensions of the distribution itself) are masked, as by
+  ``.mask(seen).to_event(1)``;
+* a MultivariateNormal keeps NaN in its value and integrates such coordinates out
+  (`pyro_em.incomplete.IncompleteMultivariateNormal`); so do the components of a MixtureSameFamily;
+* of any other vector (Multinomial, Dirichlet) the whole event is masked.
+
+The model itself gets its own value back from ``pyro.sample``, NaN included: what it computes from it is
+input of other densities, and is never filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor
+
+from pyro_em.distributions import Mask, element_mask, unwrap
+from pyro_em.incomplete import IncompleteMultivariateNormal, may_hold_nan
+from pyro_em.tracing.dependences import names_of, tensors_in
+from pyro_em.tracing.feasible import from_data, without_masked_nonsense
+from pyro_em.tracing.handlers import MISSING, SampleMessenger
+from pyro_em.tracing.provenance import Tagged, tags_of
+from pyro_em.tracing.randomness import same_random_state
+from pyro_em.tracing.sites import is_factor
+from pyro_em.tracing.whole import LeftWhole
+
+Model = Callable[..., Any]
+
+_NORMAL = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
+
+
+@dataclass(frozen=True)
+class WithMissing:
+    """A model in whose observed values NaN means missing.
+
+    Attributes:
+        users_model: The user's model.
+    """
+
+    users_model: Model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with MissingEntries(_holds_nan(self.users_model, args, kwargs)):
+            return self.users_model(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """How many entries of an observed site are missing.
+
+    Attributes:
+        site: The site's name.
+        entries: Missing entries.
+        of: All entries of the site that count.
+        whole: Whether one missing entry loses its whole event.
+    """
+
+    site: str
+    entries: int
+    of: int
+    whole: bool = False
+
+
+def has_missing(model: Any) -> bool:
+    """Whether NaN in the observed values of a model, or of its pair with a guide, means missing."""
+    return isinstance(model, WithMissing) or isinstance(getattr(model, "model", None), WithMissing)
+
+
+class MissingEntries(SampleMessenger):
+    """Integrate NaN in observed values out; see the module's text.
+
+    Args:
+        alike: Whether sites with numbers in their names are treated as if something of them were
+            missing: the steps of a loop are of one form, whatever is missing of each.
+
+    Attributes:
+        found: What was missing, by the name of its site.
+    """
+
+    def __init__(self, alike: bool = False) -> None:
+        super().__init__()
+        self.alike = alike
+        self.found: dict[str, Missing] = {}
+        self._given: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        value, fn = msg["value"], msg["fn"]
+        if not msg["is_observed"] or not is_factor(msg) or not isinstance(value, Tensor):
+            return
+        if not value.is_floating_point() or type(unwrap(fn)[0]).__name__ == "Unit":
+            return
+        name = msg["name"]
+        missing = torch.isnan(getattr(value, "_t", value).detach())
+        some = bool(missing.any())
+        is_step = self.alike and any(c.isdigit() for c in name)
+        if not some and not is_step:
+            return
+        of, missing = _counted(fn, missing, element_mask(fn, msg["mask"]))
+        some = some and bool(missing.any())  # not where all of it lies under a mask
+        if not some and not is_step:
+            return
+        msg["fn"], msg["value"], lost = integrated(fn, value, missing, is_step)
+        if not some:
+            return
+        entries = int(missing.sum())
+        self.found[name] = Missing(name, entries, of, bool((lost & ~missing).any()))
+        self._given[name] = value
+        msg["infer"] = {**msg["infer"], MISSING: lost}
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        given = self._given.pop(msg["name"], None)
+        if given is None or not msg["is_observed"] or MISSING not in msg["infer"]:
+            return
+        tags = tags_of(msg["value"])
+        plain = getattr(given, "_t", given)
+        msg["value"] = Tagged(plain, tags | tags_of(given)) if tags else given
+
+
+def _counted(fn: Any, missing: Tensor, counted: Mask) -> tuple[int, Tensor]:
+    """How many entries count, and where one that counts is missing. # (value's shape)"""
+    base = unwrap(fn)[0]
+    if counted is None or counted is True:
+        return missing.numel(), missing
+    if counted is False:
+        return 0, torch.zeros_like(missing)
+    own = counted.reshape(counted.shape + (1,) * len(base.event_shape))
+    try:
+        own = own.expand(missing.shape)
+    except RuntimeError:  # a mask of more dimensions than the value, as of a latent
+        return missing.numel(), missing
+    return int(own.sum()), missing & own
+
+
+def _holds_nan(model: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a tensor that a model can read by a name holds NaN."""
+    tensors = (t for _, t in tensors_in(names_of(model, args, kwargs)))
+    return any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in tensors)
+
+
+def integrated(
+    fn: Any, value: Tensor, missing: Tensor, may_be_more: bool = False
+) -> tuple[Any, Tensor, Tensor]:
+    """The distribution of what is seen, with a value that it can have.
+
+    Args:
+        fn: A site's distribution.
+        value: Its observed value, NaN where missing. # (*batch or 1s, *event)
+        missing: Where it is. # like the value
+        may_be_more: Whether a vector is taken as one of which any coordinate may be missing.
+
+    Returns:
+        The distribution, the value, and which entries count no more. # like the value
+    """
+    base, reinterpreted, _ = unwrap(fn)
+    event = len(base.event_shape)
+    seen = ~missing
+    if event == 0:
+        marginal = base
+    elif isinstance(base, _NORMAL) and (
+        may_be_more or bool((missing.any(-1) & seen.any(-1)).any())
+    ):
+        marginal, seen = IncompleteMultivariateNormal.of(base), seen.any(-1)
+    elif (mixture := _mixture_of_seen(base, missing)) is not None:
+        marginal, seen = mixture, seen.flatten(-event).any(-1)
+        if not may_hold_nan(mixture):
+            value = _filled(value, missing, event)
+    else:
+        marginal, seen = base, seen.flatten(-event).all(-1)
+        missing = (~seen).reshape(seen.shape + (1,) * event).expand(missing.shape)
+    batch = fn.batch_shape + fn.event_shape[:reinterpreted]
+    own = element_mask(fn)
+    if own is False or isinstance(own, Tensor):
+        seen = seen & own
+    if marginal.batch_shape != batch:
+        marginal = ExpandedDistribution(marginal, batch)
+    out = marginal.mask(seen)
+    out = out.to_event(reinterpreted) if reinterpreted else out
+    if may_hold_nan(unwrap(out)[0]):
+        # Elsewhere NaN under a mask of the user's own would count as missing: it is harmless there.
+        return out, value, missing
+    filled = without_masked_nonsense(out, value, seen, by_itself=may_be_more)
+    if type(base).__name__ == "Categorical":  # codes that are stored as floats
+        filled = filled.long()
+    return out, filled, missing
+
+
+def _mixture_of_seen(base: Any, missing: Tensor) -> Any:
+    """A MixtureSameFamily over vectors with each component's marginal; None for anything else."""
+    if not isinstance(base, torch.distributions.MixtureSameFamily):
+        return None
+    inner, reinterpreted, masks = unwrap(base.component_distribution)
+    event = len(base.event_shape)
+    if masks or event != reinterpreted + len(inner.event_shape):
+        return None
+    if reinterpreted and not inner.event_shape:
+        seen = (~missing).unsqueeze(-1 - event)
+        parts = inner.mask(seen).to_event(reinterpreted)
+    elif isinstance(inner, _NORMAL) and not reinterpreted:
+        parts = IncompleteMultivariateNormal.of(inner)
+    else:
+        return None
+    return dist.MixtureSameFamily(base.mixture_distribution, parts, validate_args=False)
+
+
+def _filled(value: Tensor, missing: Tensor, event: int) -> Tensor:
+    """Another observed number of the same feature, or of any, where an entry is missing."""
+    out, there = from_data(value, ~missing, event)
+    if bool((there | ~missing).all()):
+        return out
+    return torch.where(there | ~missing, out, value[~missing][0])
+
+
+def missing_in(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Missing, ...]:
+    """What is missing per site of a model, from one run of it.
+
+    Args:
+        model: A model, as `has_missing` knows it.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    inner = model if isinstance(model, WithMissing) else model.model
+    with (
+        LeftWhole(),
+        same_random_state(),
+        torch.no_grad(),
+        poutine.trace(),
+        MissingEntries() as entries,
+    ):
+        inner.users_model(*args, **kwargs)
+    return tuple(entries.found.values())

@@ -1,0 +1,169 @@
+"""``missing="nan"`` fills nothing that a density reads as input, and says where it was asked to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints as C
+
+from pyro_em import DataError, ExactPosteriorEM, UsageError
+
+NAN = float("nan")
+Y = torch.tensor([1.0, NAN, 2.0, 4.0], dtype=torch.float64)
+
+
+def regression(x, y):
+    b = pyro.param("b", torch.zeros(2))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
+
+
+def counts(y, exposure):
+    rate = pyro.param("rate", torch.tensor(0.5), constraint=C.positive)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Poisson(rate * exposure), obs=y)
+
+
+def weighted(y, w):
+    mu = pyro.param("mu", torch.tensor(0.0))
+    with pyro.plate("rows", len(y)), pyro.poutine.scale(scale=w):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def lagged(y, _=None):
+    b, before = pyro.param("b", torch.tensor(0.5)), torch.tensor(0.0)
+    for t in range(len(y)):
+        before = pyro.sample(f"y_{t}", dist.Normal(b * before, 1.0), obs=y[t])
+
+
+def caused(y, x):
+    b = pyro.param("b", torch.zeros(2))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Bernoulli(logits=x @ b))
+        pyro.sample("y", dist.Normal(2 * z, 1.0), obs=y)
+
+
+def initial(y, _=None):
+    mu = pyro.param("mu", y.mean())
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+def indexed(y, code):
+    mu = pyro.param("mu", torch.zeros(3))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(mu[code.long()], 1.0), obs=y)
+
+
+COVARIATES = torch.tensor([[1.0, 2.0], [0.0, 1.0], [NAN, 1.0], [1.0, 1.0]], dtype=torch.float64)
+NUMBERS = torch.tensor([1.0, 2.0, NAN, 1.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "text"),
+    [
+        (regression, (COVARIATES, Y), r"site 'y', argument 'loc': 1 of 4 numbers is NaN, .*\(2,\)"),
+        (counts, (Y, NUMBERS), r"site 'y', argument 'rate': 1 of 4 numbers is NaN"),
+        (weighted, (Y, NUMBERS), r"site 'y', poutine.scale: 1 of 4 numbers is NaN"),
+        (lagged, (Y,), r"site 'y_2', argument 'loc': 1 of 1 numbers is NaN"),
+        (caused, (Y, COVARIATES), r"site 'z', argument 'logits': 1 of 4 numbers is NaN"),
+        (initial, (Y,), r"argument 'y': 1 of 4 numbers is NaN[\s\S]*parameter 'mu'"),
+        (indexed, (Y, NUMBERS), r"IndexError: index -9223372036854775808[\s\S]*NaN became"),
+    ],
+)
+def test_inputs_are_never_filled(model: Any, args: tuple, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        ExactPosteriorEM(model, missing="nan").fit(*args)
+
+
+def test_the_same_models_take_missing_observations() -> None:
+    covariates, numbers = COVARIATES.nan_to_num(), NUMBERS.nan_to_num(1.0)
+    for model, args in (
+        (regression, (covariates, Y)),
+        (counts, (Y, numbers)),
+        (weighted, (Y, numbers)),
+    ):
+        pyro.clear_param_store()
+        kept = ExactPosteriorEM(model, missing="nan").fit(*args).log_evidence
+        rows = [a[~Y.isnan()] for a in args]
+        pyro.clear_param_store()
+        assert kept == pytest.approx(ExactPosteriorEM(model).fit(*rows).log_evidence, abs=1e-12)
+
+
+def test_nan_that_has_become_an_integer_is_named() -> None:
+    def model(x):
+        p = pyro.param("p", torch.ones(3) / 3, constraint=C.simplex)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Categorical(p), obs=x)
+
+    x = torch.tensor([0.0, 1.0, NAN, 2.0])
+    for codes in (x.long(), x.int()):
+        with pytest.raises(
+            DataError, match=r"site 'x': 1 of 4 .*-\d+, the first .*\(2,\)[\s\S]*NaN became"
+        ):
+            ExactPosteriorEM(model, missing="nan").fit(codes)
+    assert ExactPosteriorEM(model, missing="nan").score(x) == pytest.approx(-3.295837)
+
+
+def test_without_it_nan_is_refused_and_the_message_knows_the_way() -> None:
+    with pytest.raises(DataError, match=r"1 of 4 observed values are NaN[\s\S]*missing='nan'"):
+        ExactPosteriorEM(counts).fit(Y, NUMBERS.nan_to_num(1.0))
+    with pytest.raises(UsageError, match=r"missing='NaN' is no mark"):
+        ExactPosteriorEM(counts, missing="NaN")
+
+
+def test_nan_under_masks_of_the_user_stays_harmless() -> None:
+    """Rows that are masked hold NaN in some coordinates, or in all, and count as little as before."""
+
+    def model(x, keep, how):
+        mu = pyro.param("mu", torch.zeros(2))
+        s = pyro.param("s", torch.eye(2), constraint=C.positive_definite)
+        with pyro.plate("rows", len(x)):
+            fn = dist.MultivariateNormal(mu, s)
+            if how == "obs_mask":
+                pyro.sample("x", fn, obs=x, obs_mask=keep)
+            else:
+                with pyro.poutine.mask(mask=keep):
+                    pyro.sample("x", fn, obs=x)
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 2, generator=g, dtype=torch.float64)
+    keep = torch.arange(12) % 3 > 0
+    x[0], x[3, 1] = NAN, NAN  # under the mask
+    for incomplete in (False, True):
+        if incomplete:
+            x[1, 0] = NAN  # not under it
+        found = []
+        for how in ("obs_mask", "mask"):
+            pyro.clear_param_store()
+            em = ExactPosteriorEM(model, missing="nan")
+            found.append(em.fit(x, keep, how, max_steps=8, tol=0).log_evidence)
+        pyro.clear_param_store()
+        rows = x[keep]
+        every = torch.ones(len(rows), dtype=torch.bool)
+        only = ExactPosteriorEM(model, missing="nan").fit(rows, every, "mask", max_steps=8, tol=0)
+        assert found == pytest.approx([only.log_evidence] * 2, abs=1e-10)
+
+
+def test_the_plan_counts_what_is_missing_per_site() -> None:
+    def model(x, y):
+        for t in range(3):
+            pyro.sample(f"x_{t}", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=x[t])
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    x = torch.tensor([[NAN, 1.0], [NAN, NAN], [1.0, 1.0]])
+    plan = ExactPosteriorEM(model, missing="nan").plan(x, Y)
+    assert [(m.site, m.entries, m.of) for m in plan.missing] == [
+        ("x_0", 1, 2),
+        ("x_1", 2, 2),
+        ("y", 1, 4),
+    ]
+    assert "Missing entries" in str(plan)
+    assert "  x_*   3        4        integrated out" in str(plan)
+    assert not ExactPosteriorEM(model, missing="nan").plan(x.nan_to_num(), Y.nan_to_num()).missing
