@@ -83,6 +83,7 @@ class TraceExact_ELBO(ELBO):
         self.max_enumeration = max_enumeration
         self.strategy = strategy
         self._last: tuple[Any, Any, Any, Program | Variational] | None = None
+        self._baselines: dict[str, float] = {}
 
     def _get_trace(self, *args: Any) -> Any:
         """Part of Pyro's interface for sampled bounds; this one has terms of its own."""
@@ -100,7 +101,7 @@ class TraceExact_ELBO(ELBO):
         """
         model_read = self._look(model, guide, args, kwargs)
         if isinstance(model_read, Variational):
-            return model_read.loss(args, kwargs, self.num_particles)
+            return model_read.loss(args, kwargs, self.num_particles, baselines=self._baselines)
         graph = trace_graph(
             model_read.model,
             args,
@@ -135,7 +136,7 @@ class TraceExact_ELBO(ELBO):
                 return model_read
         request = Request(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
         model_read = Looker(request).look(args, kwargs, look_only=True)
-        self._last = (model, guide, form, model_read)
+        self._last, self._baselines = (model, guide, form, model_read), {}
         return model_read
 
     @alone("TraceExact_ELBO")

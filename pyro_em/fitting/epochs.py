@@ -143,7 +143,8 @@ def run(
     out = StochasticRun()
     if num_epochs is None and max_steps == 0:
         return out
-    trainer.recovery.is_unbroken = False  # what an earlier fit copied may have been changed since
+    # What an earlier fit copied may have been changed since.
+    trainer.training.recovery.is_unbroken = False
     per_epoch = batches.per_epoch
     total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
     disable = None if progress is None else not progress

@@ -33,6 +33,7 @@ from pyro_em.tracing.sites import users
 from pyro_em.updates.m_step import MStepState
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.trainer import Trainer
+from pyro_em.variational.training import Training
 
 
 class Session:
@@ -46,7 +47,8 @@ class Session:
         looker: Reads the model.
         program: The last exact reading.
         m_step_state: What lasts from one M-step to the next.
-        trainer: The optimisers of a pair, which live on while its parameters are the same.
+        trainer: Stochastic steps on the last pair; what lasts between them lives on in the next one
+            while parameters are the same.
         parameters: All parameters, as the last reading found them.
         total_steps: Steps over all fits.
         pending: What was read from a file before the model had been run.
@@ -132,23 +134,20 @@ class Session:
         return found
 
     def _trainer_of(self, variational: Variational) -> Trainer:
-        """The optimisers for a pair; they live on while parameters are the same."""
+        """Stochastic steps on a pair; optimisers live on while parameters are the same."""
         refuse_untrainable(variational, self.request.updates_for(variational.parameters))
         if self.trainer is None:
             for note in variational.notes:
                 warn(note)
-            self.trainer = Trainer(
-                variational,
-                self.request.optim,
-                self.request.updates_for,
-                self.num_particles,
-                self.looker.saved_name,
-            )
-            self.trainer.restore(self._training)
+            training = Training(self.looker.saved_name)
+            training.restore(self._training)
             self._training = {}
         else:
-            variational.baselines = self.trainer.variational.baselines
-            self.trainer.variational = variational
+            training = self.trainer.training
+        request = self.request
+        self.trainer = Trainer(
+            variational, request.optim, request.updates_for, training, self.num_particles
+        )
         return self.trainer
 
     # ------------------------------------------------------------------ fitting
@@ -193,7 +192,7 @@ class Session:
             return self.pending
         extra: dict[str, Any] = {"total_steps": self.total_steps}
         if self.trainer is not None:
-            extra["training"] = self.trainer.state()
+            extra["training"] = self.trainer.training.state()
         elif self._training:  # loaded, and not continued yet
             extra["training"] = self._training
         extra["buffers"] = checkpoint.copied_buffers(self._roots())

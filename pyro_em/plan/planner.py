@@ -91,7 +91,7 @@ class Looker(StaysHere):
             return routing
         self.request.check_strategies((*bare.latents, *bare.barren), routing.exact)
         if routing.is_stochastic:
-            return Variational(
+            return Variational.of(
                 self.request.model,
                 self.built,
                 routing,
@@ -219,7 +219,7 @@ class Looker(StaysHere):
             raise routing.error
         if routing.exact or not routing.drawn:
             return None
-        return Variational(
+        return Variational.of(
             self.request.model, self.built, routing, bare, self.request.max_plate_nesting
         )
 

@@ -19,9 +19,10 @@ Rao–Blackwellisation; Obermeyer et al. (2019) for sums under continuous draws.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from pyro.infer import TraceEnum_ELBO
@@ -54,36 +55,57 @@ from pyro_em.variational.score_function import coupled_sites, downstream_terms, 
 _MOST_STRUCTURES = 16  # that are cached: one for each shape of a batch
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Variational(StaysHere):
-    """A model with its guide, ready to draw bounds.
+    """A model with its guide, ready to draw bounds; `Variational.of` makes one.
 
     Attributes:
         model: The user's model.
         guide: Its guide.
         routing: The routes.
-        max_plate_nesting: As the user gave it.
         bare: The structure of the model without its guide.
+        analytic: Drawn latents whose KL divergence is taken in closed form.
+        max_plate_nesting: As the user gave it.
         weighted: Draws of the importance-weighted bound that takes the place of the ELBO, or None.
-        analytic: Drawn latents whose KL divergence is known in closed form.
-        baselines: Decaying averages of downstream costs.
     """
 
     model: Model
     guide: Model
     routing: Routing
     bare: Structure
+    analytic: frozenset[str]
     max_plate_nesting: int | None = None
     weighted: int | None = None
-    analytic: frozenset[str] = frozenset()
-    baselines: dict[str, float] = field(default_factory=dict)
-    _structures: dict[Any, Structure] = field(default_factory=dict)
+    _structures: dict[Any, Structure] = field(default_factory=dict, init=False)  # found once each
 
-    def __post_init__(self) -> None:
-        self.pair = self.routing.pair(self.model, self.guide)
-        self.analytic = with_analytic_kl(self.routing, self.bare)
-        self.downstream = downstream_terms(self.routing, self.bare)
-        self.shared = coupled_sites(self.routing, self.bare)
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        guide: Model,
+        routing: Routing,
+        bare: Structure,
+        max_plate_nesting: int | None,
+        weighted: int | None = None,
+    ) -> Self:
+        """A model with its guide, each KL divergence in closed form where there is one."""
+        analytic = with_analytic_kl(routing, bare)
+        return cls(model, guide, routing, bare, analytic, max_plate_nesting, weighted)
+
+    @cached_property
+    def pair(self) -> Model:
+        """Guide and model as one."""
+        return self.routing.pair(self.model, self.guide)
+
+    @cached_property
+    def downstream(self) -> Mapping[str, frozenset[str]]:
+        """For each drawn site the terms that depend on its draw."""
+        return downstream_terms(self.routing, self.bare)
+
+    @cached_property
+    def shared(self) -> Collection[str]:
+        """Drawn sites of which an element reaches terms of other elements of its plate."""
+        return coupled_sites(self.routing, self.bare)
 
     # ------------------------------------------------------------------ drawing
 
@@ -169,6 +191,7 @@ class Variational(StaysHere):
         kwargs: dict[str, Any],
         num_particles: int = 1,
         factors: Mapping[str, float] | None = None,
+        baselines: dict[str, float] | None = None,
     ) -> Tensor:
         """−ELBO, a scalar whose gradient is an unbiased estimate of the bound's.
 
@@ -177,10 +200,13 @@ class Variational(StaysHere):
             kwargs: Its keyword arguments.
             num_particles: Draws to average over.
             factors: Per plate what multiplies its sites.
+            baselines: Decaying averages of downstream costs, which go on with these draws where a
+                gradient is wanted.
 
         Raises:
             DegenerateError: If the bound is not finite; names the site.
         """
+        baselines = {} if baselines is None else baselines
         if self.weighted is not None:
             return -self._weighted_bound(args, kwargs, factors)
         if self.is_pyros:
@@ -199,7 +225,7 @@ class Variational(StaysHere):
             bound = particle.bound
             require_finite(particle, bound)
             if torch.is_grad_enabled():  # evaluating a bound must not move the baselines
-                bound = bound + score_terms(particle, self.downstream, self.shared, self.baselines)
+                bound = bound + score_terms(particle, self.downstream, self.shared, baselines)
             total = bound if total is None else total + bound
         assert total is not None
         return -total if num_particles == 1 else -total / num_particles
@@ -261,7 +287,7 @@ class Variational(StaysHere):
         if not self.routing.enumerated:
             return self
         routing = replace(self.routing, enumerated=())
-        return Variational(self.model, self.guide, routing, self.bare, self.max_plate_nesting)
+        return Variational.of(self.model, self.guide, routing, self.bare, self.max_plate_nesting)
 
     def point_model(self) -> Model:
         """The model at its point estimates, all other latents its own."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -22,11 +21,10 @@ from pyro_em.errors import DegenerateError, UsageError, message, warn
 from pyro_em.portable import StaysHere
 from pyro_em.tracing.parameters import parameters_read
 from pyro_em.tracing.randomness import same_random_state
-from pyro_em.updates.optimizers import Optimizer, Steppers, adam
+from pyro_em.updates.optimizers import Optimizer, adam
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update
 from pyro_em.variational.bound import Variational
-from pyro_em.variational.recovery import Recovery
-from pyro_em.variational.running_averages import RunningAverages
+from pyro_em.variational.training import Stage, Training
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,7 @@ class Alternating:
             )
 
 
-class Stage(Enum):
-    """How far a stochastic step has come, for what has to be undone where it breaks."""
-
-    ENTERED = "nothing is known of the parameters that enter it"
-    FINITE = "the loss of those parameters is finite"
-    MOVED = "they have been copied and are being changed"
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Trainer(StaysHere):
     """Stochastic steps on one pair of model and guide.
 
@@ -80,28 +70,15 @@ class Trainer(StaysHere):
         variational: The pair.
         optim: The user's optimiser; Adam where None.
         updates: The user's updates by parameter name, patterns resolved at each step.
+        training: What lasts from step to step, and outlives a pair.
         num_particles: Draws per step.
-        saved_name: From a parameter's name here to its name in a file.
-        steps: Complete steps so far.
-        optimizers: The optimisers that have stepped.
-        averages: What the closed forms on batches average.
-        recovery: Parameters at which the loss was finite, to return to.
     """
 
     variational: Variational
     optim: Optimizer | pyro.optim.PyroOptim | None
     updates: Callable[[Mapping[str, Any]], Mapping[str, Update]]
+    training: Training
     num_particles: int = 1
-    saved_name: Callable[[str], str] = str
-    steps: int = 0
-    recovery: Recovery = field(default_factory=Recovery)
-    _wishes: tuple[tuple[str, ...], Mapping[str, Update]] | None = None
-    _stage: Stage = Stage.ENTERED
-    _last: tuple[tuple, dict[str, Any], Mapping[str, float] | None] | None = None
-
-    def __post_init__(self) -> None:
-        self.optimizers = Steppers(self.saved_name)
-        self.averages = RunningAverages(self.saved_name)
 
     def step(
         self,
@@ -126,31 +103,32 @@ class Trainer(StaysHere):
                 are then some at which the loss was finite: those of this step or the one before if
                 they are, else the last that were copied.
         """
-        self._stage = Stage.ENTERED
+        past = self.training
+        past.stage = Stage.ENTERED
         try:
             loss = self._step(args, kwargs, factors, schedule)
         except DegenerateError as error:
             which = "last good parameters"
-            moved = self._stage is Stage.MOVED
-            if moved or not (self._stage is Stage.FINITE or self._is_sound()):
-                self.recovery.put_back()
-                if self.recovery.step is not None and self.recovery.step < self.steps - 1:
-                    which = f"parameters that entered step {self.recovery.step}"
+            moved = past.stage is Stage.MOVED
+            if moved or not (past.stage is Stage.FINITE or self._is_sound()):
+                past.recovery.put_back()
+                if past.recovery.step is not None and past.recovery.step < past.steps - 1:
+                    which = f"parameters that entered step {past.recovery.step}"
             head, newline, rest = str(error).partition("\n")
-            text = f"step {self.steps}: {head} The {which} were kept."
+            text = f"step {past.steps}: {head} The {which} were kept."
             raise DegenerateError(text + newline + rest) from error.__cause__
         except BaseException:  # an interrupt, or whatever the user's functions raise
-            if self._stage is Stage.MOVED and self.recovery.step == self.steps:
-                self.recovery.put_back()  # half a step is no step
+            if past.stage is Stage.MOVED and past.recovery.step == past.steps:
+                past.recovery.put_back()  # half a step is no step
             raise
-        self._last = (args, kwargs, factors)
+        past.last = (args, kwargs, factors)
         return loss
 
     def _is_sound(self) -> bool:
         """Whether the present parameters have a finite loss on the batch before this one."""
-        if self._last is None:
+        if self.training.last is None:
             return True
-        args, kwargs, factors = self._last
+        args, kwargs, factors = self.training.last
         try:
             with torch.no_grad(), same_random_state():
                 self.variational.loss(args, kwargs, self.num_particles, factors)
@@ -191,9 +169,9 @@ class Trainer(StaysHere):
                 first = loss if first is None else first
             assert first is not None
             loss = first
-        asked = {} if self._wishes is None else self._wishes[1]
-        self.averages.m_step(self.variational, asked, self.steps, args, kwargs, factors)
-        self.steps += 1
+        past = self.training
+        past.averages.m_step(self.variational, past.wishes, past.steps, args, kwargs, factors)
+        past.steps += 1
         return loss
 
     @property
@@ -212,9 +190,12 @@ class Trainer(StaysHere):
         chosen: Callable[[str], bool],
     ) -> float:
         with torch.enable_grad(), parameters_read() as parameters:
-            loss = self.variational.loss(args, kwargs, self.num_particles, factors)
-        if self._stage is Stage.ENTERED:
-            self._stage = Stage.FINITE
+            loss = self.variational.loss(
+                args, kwargs, self.num_particles, factors, self.training.baselines
+            )
+        past = self.training
+        if past.stage is Stage.ENTERED:
+            past.stage = Stage.FINITE
         tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
         for p in tensors.values():
             p.grad = None
@@ -228,29 +209,29 @@ class Trainer(StaysHere):
             if isinstance(wish, (Fixed, ClosedForm)):
                 continue
             has_optimizer = isinstance(wish, Gradient) and wish.optimizer is not None
-            first = self.saved_name(_first_with(wish, wishes)) if has_optimizer else ""
+            first = past.saved_name(_first_with(wish, wishes)) if has_optimizer else ""
             by_update.setdefault(f"updates:{first}" if has_optimizer else label, {})[name] = p
         self._require_finite(moved)
-        if self._stage is not Stage.MOVED:
-            whole = len(by_update) == 1 and self.optimizers.is_one_kernel(label)
+        if past.stage is not Stage.MOVED:
+            whole = len(by_update) == 1 and past.optimizers.is_one_kernel(label)
             whole = whole and label == "joint" and label in by_update
             whole = whole and not any(isinstance(w, ClosedForm) for w in wishes.values())
-            self.recovery.keep(tensors, self.steps, at_once=not whole)
-            self._stage = Stage.MOVED
+            past.recovery.keep(tensors, past.steps, at_once=not whole)
+            past.stage = Stage.MOVED
         for key, group in by_update.items():
             wish = wishes.get(next(iter(group)))
             given = wish.optimizer if key != label and isinstance(wish, Gradient) else optim
-            self.optimizers.of(key, given or adam).step(group)
+            past.optimizers.of(key, given or adam).step(group)
         for p in tensors.values():
             p.grad = None
         return float(loss.detach())
 
     def _wishes_for(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Update]:
         """The user's updates by name, resolved again only when parameters come or go."""
-        names = tuple(tensors)
-        if self._wishes is None or self._wishes[0] != names:
-            self._wishes = (names, self.updates(tensors))
-        return self._wishes[1]
+        past, names = self.training, tuple(tensors)
+        if past.wished_for != names:
+            past.wishes, past.wished_for = self.updates(tensors), names
+        return past.wishes
 
     def _require_finite(self, moved: Mapping[str, Tensor]) -> None:
         each = {n: _numbers(p.grad) for n, p in moved.items() if p.grad is not None}
@@ -276,22 +257,6 @@ class Trainer(StaysHere):
                 ],
             )
         )
-
-    def state(self) -> dict[str, Any]:
-        """What a saved fit needs to continue on the same path: tensors and numbers."""
-        return {
-            "optimizers": self.optimizers.state(),
-            "baselines": dict(self.variational.baselines),
-            "steps": self.steps,
-            "averages": self.averages.state(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where a saved fit stopped."""
-        self.optimizers.restore(state.get("optimizers", {}))
-        self.variational.baselines.update(state.get("baselines", {}))
-        self.steps = int(state.get("steps", 0))
-        self.averages.restore(state.get("averages", {}))
 
 
 def _warn_of_squares(gradients: Mapping[str, Tensor]) -> None:
