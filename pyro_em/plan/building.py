@@ -34,7 +34,7 @@ from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.parameters import parameters_at, versions_of
+from pyro_em.tracing.parameters import moved, parameters_at, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
@@ -292,20 +292,10 @@ def distrusted(program: Program, off: Disagreement) -> Program:
 
 def _disagreements_elsewhere(program: Program) -> Disagreement:
     """Trace once with all free parameters moved inside their constraints and another random state."""
-    generator = torch.Generator().manual_seed(20)
-    moved = {}
-    direct = {}
-    for name, p in program.graph.parameters.items():
-        if not p.unconstrained.is_floating_point():
-            continue
-        u = p.unconstrained.detach()
-        noise = torch.randn(u.shape, generator=generator, dtype=torch.float64, device="cpu").to(u)
-        new = u + 0.1 * noise
-        if p.leaf is p.unconstrained:
-            direct[name] = new
-        with torch.no_grad():
-            moved[name] = transform_to(p.constraint)(new)
-    with parameters_at(
-        {n: program.graph.parameters[n] for n in direct}, direct, unconstrained=True
-    ):
-        return program.disagreements(moved, random_seed=20)
+    places = program.graph.parameters
+    unconstrained = moved(places, seed=20)
+    direct = {n: u for n, u in unconstrained.items() if places[n].leaf is places[n].unconstrained}
+    with torch.no_grad():
+        values = {n: transform_to(places[n].constraint)(u) for n, u in unconstrained.items()}
+    with parameters_at({n: places[n] for n in direct}, direct, unconstrained=True):
+        return program.disagreements(values, random_seed=20)

@@ -329,6 +329,26 @@ def parameters_at(
         restore(parameters, before)
 
 
+def moved(parameters: Mapping[str, TracedParameter], seed: int) -> dict[str, Tensor]:
+    """Unconstrained values near those of floating parameters, moved at random."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for name, p in parameters.items():
+        if p.unconstrained.is_floating_point():
+            u = p.unconstrained.detach()
+            noise = torch.randn(u.shape, generator=generator, dtype=torch.float64, device="cpu")
+            out[name] = u + 0.1 * noise.to(u)
+    return out
+
+
+@contextmanager
+def at_moved(parameters: Mapping[str, TracedParameter], seed: int) -> Iterator[None]:
+    """Hold all floating parameters at values moved at random inside a ``with`` block."""
+    values = moved(parameters, seed)
+    with parameters_at({n: parameters[n] for n in values}, values, unconstrained=True):
+        yield
+
+
 def _allowed(value: Tensor, constraint: constraints.Constraint) -> bool:
     """Whether a value satisfies a constraint or lies on the boundary that estimates may reach."""
     interval = bounds(constraint)

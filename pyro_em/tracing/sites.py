@@ -24,6 +24,7 @@ class Role(Enum):
     POINT = "point"  # a latent of the model at a point estimate: its density is a log prior
     SAMPLED = "sampled"  # a latent of the model at a value that the guide drew
     GUIDE = "guide"  # a site of the guide whose value was drawn
+    GAUSSIAN = "gaussian"  # a latent of the model that is integrated: its value here is zero
 
 
 ROLE = "_pyro_em_role"

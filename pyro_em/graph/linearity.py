@@ -1,0 +1,160 @@
+"""Whether a tensor is linear in the values of latents, proven from its autograd graph.
+
+A tensor a(h) = b + C h is linear in h if no operation between them is anything but a view, a sum, or
+a product of which one side alone depends on h. What does not reach h may be anything: exp(W) h is
+linear in h. What leaves autograd (a comparison, ``detach``, ``.item()``) does not show in the graph, and
+is seen as it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+_SUMS = frozenset(
+    "Add Sub Rsub Neg Sum Mean Cumsum Trace Tril Triu Alias AsStrided Cat Clone Diagonal Expand Flip "
+    "Gather Index IndexSelect MovedimIntList Permute Repeat RepeatInterleave ReshapeAlias Roll Select "
+    "Slice Split SplitWithSizes Squeeze Stack T Take TakeAlongDim ToCopy Transpose Unbind UnsafeView "
+    "Unsqueeze View Where MaskedFill IndexAdd IndexPut ScatterAdd Scatter ConstantPadNd "
+    "DiagEmbed Unfold Trapz Mt".split()
+)
+
+_PRODUCTS = frozenset("Mul Mm Mv Bmm Dot Ger Linear Kron".split())
+
+_SUMS_OF_PRODUCTS = frozenset("Addmm Addmv Baddbmm Addbmm Addr Addcmul".split())
+
+# What these return does not depend on the numbers that they are given.
+_WITHOUT_NUMBERS = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
+    "new_full new_tensor new_empty_strided".split()
+)
+
+_NUMBERS = frozenset("item tolist numpy __array__ __bool__ __float__ __int__ __index__".split())
+
+
+def why_not_linear(tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "latents") -> str:
+    """What makes a tensor no linear function of some leaves, in words; empty where it is one.
+
+    Args:
+        tensor: As a run computed it.
+        leaves: The value of each latent in that run, or of each parameter.
+        noun: What they are.
+    """
+    if tensor.grad_fn is None:
+        return ""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    reach: dict[Node, frozenset[str]] = {}
+    for node in _parents_first(tensor.grad_fn):
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            name = names.get(id(variable))
+            reach[node] = frozenset() if name is None else frozenset([name])
+            continue
+        sides = [frozenset() if n is None else reach[n] for n, _ in node.next_functions]
+        reach[node] = frozenset().union(*sides)
+        if reach[node]:
+            problem = _problem(node, sides, noun)
+            if problem:
+                return problem
+    return ""
+
+
+def _problem(node: Node, sides: list[frozenset[str]], noun: str) -> str:
+    """Why one operation is not linear in the leaves that reach it."""
+    name = _operation(node)
+    shown = " and ".join(f"'{n}'" for n in sorted(frozenset().union(*sides)))
+    if name in _SUMS:
+        return ""
+    if name == "Div" and not any(sides[1:]):
+        return ""
+    if name in _PRODUCTS or name in _SUMS_OF_PRODUCTS:
+        factors = [s for s in (sides if name in _PRODUCTS else sides[1:]) if s]
+        if len(factors) < 2:
+            return ""
+        latents = sorted(frozenset().union(*factors))
+        if len(latents) > 1:
+            return f"a product of {noun} " + " and ".join(f"'{n}'" for n in latents)
+        return f"a product of '{latents[0]}' with itself"
+    return f"it is not linear in {shown} ({name.lower()})"
+
+
+def _operation(node: Node) -> str:
+    return node.name().split("::")[-1].split("Backward")[0]
+
+
+def _parents_first(top: Node) -> Iterator[Node]:
+    """All nodes below one, each after those that it reads."""
+    done: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(top, False)]
+    while stack:
+        node, ready = stack.pop()
+        if node in done:
+            continue
+        if ready:
+            done.add(node)
+            yield node
+            continue
+        stack.append((node, True))
+        stack.extend((n, False) for n, _ in node.next_functions if n is not None and n not in done)
+
+
+class Breaks(TorchFunctionMode):
+    """Note where the values of latents leave autograd, while a model runs.
+
+    Args:
+        leaves: The value of each latent.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.found: dict[str, str] = {}
+        self._of = {id(leaf): frozenset([name]) for name, leaf in leaves.items()}
+        self._alive: list[Tensor] = list(leaves.values())  # so that no identity is used again
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = [self._of[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._of]
+        if not read:
+            return out
+        latents = frozenset().union(*read)
+        name = getattr(func, "__name__", str(func))
+        if name in _WITHOUT_NUMBERS:
+            return out
+        if name in _NUMBERS:
+            self._note(latents, name)
+        if name == "broadcast_tensors":
+            for before, after in zip(_tensors(args), _tensors(out), strict=True):
+                self._follow(after, self._of.get(id(before), frozenset()))
+            return out
+        results = list(_tensors(out))
+        followed = any(t.requires_grad for t in results)
+        for t in results:
+            if t.requires_grad:
+                self._follow(t, latents)
+            elif not followed or not t.is_floating_point():  # an order, a comparison, detach
+                self._note(latents, name)
+        return out
+
+    def _follow(self, t: Tensor, latents: frozenset[str]) -> None:
+        if latents:
+            self._of[id(t)] = latents | self._of.get(id(t), frozenset())
+            self._alive.append(t)
+
+    def _note(self, latents: frozenset[str], name: str) -> None:
+        for latent in latents:
+            self.found.setdefault(latent, name.strip("_"))
+
+
+def _tensors(parts: Any) -> Iterator[Tensor]:
+    if isinstance(parts, torch.Tensor):
+        yield parts
+    elif isinstance(parts, (list, tuple)):
+        for part in parts:
+            yield from _tensors(part)
+    elif isinstance(parts, dict):
+        yield from _tensors(list(parts.values()))

@@ -1,0 +1,349 @@
+"""How Gaussian latents enter the mean of a site: loc = b(θ) + Σ C(θ) h[element], read from runs.
+
+The model runs with its latents at random values. Their Jacobian C is read off autograd with few
+vectors: C_j = J (1 ⊗ e_j) for each coordinate j of a latent's event, and J (arange ⊗ e_j) / C_j is the
+element of the latent's plates that a row reads; a random vector verifies. C and b are differentiable
+in the parameters, and are bound to them where no plate changes them, at parameters moved at random, so
+that nothing vanishes by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import unwrap
+from pyro_em.errors import Finding
+from pyro_em.families.registry import family_of, given_arguments
+from pyro_em.graph.autograd import known_below
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.compact import compact
+from pyro_em.graph.enumerated import run_enumerated
+from pyro_em.graph.linearity import Breaks, why_not_linear
+from pyro_em.graph.sparse_lines import (
+    bind_line,
+    forward_of,
+    is_close,
+    numbers_read,
+    random_like,
+)
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.parameters import at_moved
+from pyro_em.tracing.sites import Role, mask_tensor, tensors_of
+
+_FEW = 64  # elements of a latent of which one row may read several
+
+GAUSSIAN = ("Normal", "MultivariateNormal")
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One latent in the mean of a site.
+
+    Attributes:
+        latent: The latent.
+        elements: For each cell of the site the flat number of the latent's element, −1 for none.
+            # (cells,)
+        coefficient: C, and how parameters reach it. # (1, *sizes or 1s, *event, q)
+    """
+
+    latent: str
+    elements: Tensor
+    coefficient: Binding
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """The mean of a site as a function of Gaussian latents.
+
+    Attributes:
+        site: The site.
+        sizes: Of its plates.
+        event: Dimensions of its event, ``to_event`` included.
+        offset: b, and how parameters reach it. # (1, *sizes or 1s, *event)
+        reads: What it reads.
+    """
+
+    site: str
+    sizes: tuple[int, ...]
+    event: int
+    offset: Binding
+    reads: tuple[Read, ...]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the mean can be recomputed from the parameters without the model."""
+        return self.offset.is_static and all(r.coefficient.is_static for r in self.reads)
+
+
+class NotLinear(Exception):
+    """A latent is not linear and Gaussian; holds the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.what)
+        self.finding = finding
+
+
+def is_gaussian(fn: Any) -> bool:
+    """Whether a distribution is a Normal or a MultivariateNormal, with any number of ``to_event``."""
+    family = family_of(fn)
+    return family is not None and family.name in GAUSSIAN
+
+
+def random_values(model: GivenGaussians, seed: int, scale: float = 1.0) -> dict[str, Tensor]:
+    """Random values of all latents of a model; those of one seed differ by their scale alone."""
+    return {
+        name: scale * random_like(like, seed + i)
+        for i, (name, like) in enumerate(model.values.items())
+    }
+
+
+def read_lines(
+    model: GivenGaussians, args: tuple, kwargs: dict[str, Any], structure: Structure
+) -> dict[str, Line]:
+    """The mean of every site that is a Gaussian latent, or reads one.
+
+    Bindings are found at parameters that are moved at random, and put back.
+
+    Args:
+        model: The model with its Gaussian latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+
+    Raises:
+        NotLinear: If a latent has a child that is not linear in it and Gaussian.
+    """
+    values = {n: v.requires_grad_() for n, v in random_values(model, 31).items()}
+    with at_moved(structure.parameters, seed=31):
+        with Breaks(values) as breaks:
+            run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
+        at_zero = run_enumerated(model, args, kwargs, structure, limit=None)
+    for latent, how in breaks.found.items():
+        raise NotLinear(
+            _refusal((latent,), "model", f"it changes with '{latent}' outside autograd ({how}).")
+        )
+    leaves = {n: p.leaf for n, p in run.parameters.items()}
+    leaves_at_zero = {n: p.leaf for n, p in at_zero.parameters.items()}
+    out = {}
+    for name, info in structure.sites.items():
+        site = run.sites[name]
+        read = _latents_read(name, site, values)
+        if info.role is not Role.GAUSSIAN and not read:
+            continue
+        place = _Place.of(name, site, structure)
+        loc = place.loc(site)
+        problem = why_not_linear(loc, values)
+        if problem:
+            raise NotLinear(_refusal(read, f"site '{name}'", f"its loc: {problem}."))
+        reads = [
+            one
+            for latent in read
+            for one in _reads(place, loc, values[latent], latent, run.sites[latent], leaves)
+        ]
+        offset = place.compact(place.loc(at_zero.sites[name]))
+        bound = bind_line(offset, leaves_at_zero, len(place.sizes))
+        out[name] = Line(name, place.sizes, place.event, bound, tuple(reads))
+    return out
+
+
+def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
+    """The mean of a site, predicted at parameters and values of the latents.
+
+    Args:
+        line: How the latents enter it.
+        parameters: Constrained values by name.
+        values: Values of the latents. # (*batch, *event)
+
+    Returns:
+        # (1, *sizes or 1s, *event)
+    """
+    out = line.offset.evaluate(parameters)
+    for read in line.reads:
+        coefficient = read.coefficient.evaluate(parameters)
+        q = coefficient.shape[-1]
+        rows = values[read.latent].reshape(-1, q)[read.elements.clamp(min=0)]
+        rows = rows * (read.elements >= 0).unsqueeze(-1)
+        rows = rows.reshape(1, *line.sizes, *(1,) * line.event, q)
+        out = out + (coefficient * rows).sum(-1)
+    return out
+
+
+def differing_lines(
+    lines: Mapping[str, Line],
+    model: GivenGaussians,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    parameters: Mapping[str, Tensor],
+    at: Mapping[str, Tensor] | None = None,
+) -> list[str]:
+    """Sites whose mean, in runs at other values of the latents, is not what the lines predict.
+
+    Args:
+        lines: How the latents enter each site.
+        model: The model with its Gaussian latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+        parameters: Constrained values at which to predict.
+        at: What to hand to the runs; the current parameters where None.
+    """
+    off: dict[str, None] = {}
+    # Thresholds are passed by signs, and by values beyond most of them.
+    for seed, scale in ((31, -1.0), (41, 1e4), (41, -1e4)):
+        values = random_values(model, seed, scale)
+        with torch.no_grad():
+            run = run_enumerated(
+                model.at(values), args, kwargs, structure, limit=None, values=at
+            )
+            for name, line in lines.items():
+                if not line.is_static:
+                    continue
+                place = _Place.of(name, run.sites[name], structure)
+                actual = place.compact(place.loc(run.sites[name])).unsqueeze(0)
+                expected = mean_at(line, parameters, values).to(actual.dtype)
+                if not is_close(*torch.broadcast_tensors(actual, expected)):
+                    off[name] = None
+    return list(off)
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the cells of a site are in its tensors."""
+
+    sizes: tuple[int, ...]
+    dims: tuple[int, ...]
+    event: int
+
+    @classmethod
+    def of(cls, name: str, site: Mapping[str, Any], structure: Structure) -> _Place:
+        plates = [structure.plates[p] for p in structure.sites[name].plates]
+        return cls(
+            tuple(p.size for p in plates), tuple(p.dim for p in plates), site["fn"].event_dim
+        )
+
+    @staticmethod
+    def loc(site: Mapping[str, Any]) -> Tensor:
+        """The mean as the site holds it."""
+        family = family_of(site["fn"])
+        assert family is not None
+        return given_arguments(unwrap(site["fn"])[0], family)["loc"]
+
+    def compact(self, t: Tensor) -> Tensor:
+        """# (*sizes or 1s, *event)"""
+        return compact(t, self.event, self.dims)
+
+
+def _latents_read(
+    name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """The latents in the mean of a site; whatever else one reaches is refused."""
+    fn = site["fn"]
+    parts = [t for t in tensors_of(fn) if t.requires_grad]
+    outside = [t for t in (site["scale"], mask_tensor(site)) if isinstance(t, Tensor)]
+    if site["is_observed"] and name not in values:
+        outside.append(site["value"])
+    reached = {latent for t in (*parts, *outside) for latent in known_below(t, values)}
+    if not reached:
+        return ()
+    latents = tuple(n for n in values if n in reached)
+    kind = type(unwrap(fn)[0]).__name__
+    if not is_gaussian(fn):
+        raise NotLinear(
+            _refusal(latents, f"site '{name}'", f"{kind} of Gaussian '{latents[0]}' has no exact posterior.")
+        )
+    family = family_of(fn)
+    assert family is not None
+    spreads = {
+        a: known_below(t, values)
+        for a, t in given_arguments(unwrap(fn)[0], family).items()
+        if a != "loc"
+    }
+    for argument, found in spreads.items():
+        if found:
+            raise NotLinear(
+                _refusal(found, f"site '{name}'", f"its {argument} depends on '{found[0]}'.")
+            )
+    if any(known_below(t, values) for t in outside):
+        raise NotLinear(
+            _refusal(latents, f"site '{name}'", f"its value, mask or scale depends on '{latents[0]}'.")
+        )
+    return latents
+
+
+def _reads(
+    place: _Place,
+    loc: Tensor,
+    leaf: Tensor,
+    latent: str,
+    site: Mapping[str, Any],
+    leaves: Mapping[str, Tensor],
+) -> list[Read]:
+    """What a site reads of one latent: one element in each row, or few elements one by one."""
+    event = site["fn"].event_dim
+    batch = leaf.shape[: leaf.dim() - event]
+    q, count = leaf.shape[leaf.dim() - event :].numel(), batch.numel()
+    forward = forward_of(loc, leaf, attached=True)
+
+    def along(elements: Tensor, j: int) -> Tensor:
+        """J (elements ⊗ e_j). # (*sizes or 1s, *event)"""
+        t = torch.zeros(count, q, dtype=leaf.dtype, device=leaf.device)
+        t[:, j] = elements.to(t)
+        return compact(forward(t.reshape(leaf.shape)), place.event, place.dims, like=loc)
+
+    ones = torch.ones(count, device=leaf.device)
+    slopes = [along(ones, j) for j in range(q)]
+    numbers = torch.stack(
+        [
+            numbers_read(lambda t, j=j: along(t, j).detach(), s.detach(), torch.Size([count]), count)
+            for j, s in enumerate(slopes)
+        ],
+        -1,
+    )
+    cells = len(place.sizes)
+    element = numbers.flatten(cells).amax(-1) if numbers.dim() > cells else numbers
+    shaped = element.reshape(*element.shape, *(1,) * (numbers.dim() - cells))
+    alike = bool(((numbers == shaped) | (numbers < 0)).all())
+    coefficient = torch.stack(slopes, -1)
+    probe = random_like(leaf).reshape(count, q)
+    there = compact(forward(probe.reshape(leaf.shape)), place.event, place.dims, like=loc).detach()
+    rows = probe[element.clamp(min=0)].reshape(
+        *element.shape, *(1,) * (numbers.dim() - cells - 1), q
+    )
+    if alike and is_close((coefficient.detach() * rows).sum(-1), there):
+        bound = bind_line(coefficient, leaves, cells)
+        return [Read(latent, element.expand(place.sizes).reshape(-1).clone(), bound)]
+    if count > _FEW:
+        what = f"a row reads several elements of '{latent}', which has {count:,}."
+        raise NotLinear(_refusal((latent,), "model", what))
+    out = []
+    for i in range(count):
+        unit = torch.zeros(count, device=leaf.device)
+        unit[i] = 1
+        part = torch.stack([along(unit, j) for j in range(q)], -1)
+        used = (part.detach() != 0).flatten(cells).any(-1)
+        if bool(used.any()):
+            element = torch.where(used, i, -1).expand(place.sizes).reshape(-1).clone()
+            out.append(Read(latent, element, bind_line(part, leaves, cells)))
+    return out
+
+
+def _refusal(latents: Sequence[str], where: str, what: str) -> Finding:
+    """Why latents have no exact posterior as Gaussians."""
+    return Finding(
+        where,
+        what,
+        "a Gaussian latent is integrated exactly where all that reads it is a Normal or "
+        "MultivariateNormal whose loc is linear in it",
+        (
+            "give a guide: ExactPosteriorEM(model, AutoNormal)",
+            "take a point estimate under its prior: ExactPosteriorEM(model, guide='map')",
+        ),
+        latents=tuple(latents),
+    )

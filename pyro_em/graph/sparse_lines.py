@@ -1,0 +1,154 @@
+"""Tensors that are linear in parameters, bound to them with few vectors where each element reads one.
+
+With J = ∂a/∂θ, J 1 and J (0, 1, 2, …) tell which element of θ an element of a reads, and its factor; a
+random vector verifies. Loadings have thousands of elements, and a vector for each would be too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.autograd import bind, known_below
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.linearity import why_not_linear
+from pyro_em.tracing.without_sympy import pull_back
+
+_DIGIT = 1024  # element numbers are read in digits that single precision holds
+_DENSE = 512  # elements of a parameter that are tried one by one
+_CELLS = 2**26  # of a Jacobian
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def forward_of(output: Tensor, source: Tensor, *, attached: bool = False) -> Forward:
+    """t ↦ J t for J = ∂output/∂source.
+
+    Args:
+        output: As a run computed it.
+        source: What it depends on.
+        attached: Whether results stay differentiable in what else ``output`` depends on.
+    """
+    v = torch.zeros_like(output, requires_grad=True)
+    g = pull_back(output, source, v, create_graph=True, allow_unused=True)
+
+    def forward(t: Tensor) -> Tensor:
+        if g is None or not g.requires_grad:
+            return torch.zeros_like(v)
+        out = pull_back(g, v, t.to(g).expand(g.shape), create_graph=attached, allow_unused=True)
+        return torch.zeros_like(v) if out is None else out
+
+    return forward
+
+
+def numbers_read(forward: Forward, slope: Tensor, shape: torch.Size, count: int) -> Tensor:
+    """Which element of the source each element of the output reads, where it reads one alone.
+
+    Args:
+        forward: t ↦ J t.
+        slope: J 1. # output's shape
+        shape: That to which a number for each element is brought.
+        count: How many elements the source has.
+
+    Returns:
+        Numbers, −1 where nothing is read. # output's shape
+    """
+    used = slope != 0
+    safe = torch.where(used, slope, 1.0)
+    arange = torch.arange(count, device=slope.device)
+    out = torch.zeros_like(slope, dtype=torch.long)
+    base = 1
+    while base == 1 or base < count:
+        digits = (arange // base % _DIGIT).to(slope.dtype).reshape(shape)
+        out = out + (forward(digits) / safe).round().long() * base
+        base *= _DIGIT
+    return torch.where(used, out.clamp(0, count - 1), -1)
+
+
+def random_like(t: Tensor, seed: int = 37) -> Tensor:
+    """Random numbers of a tensor's shape, away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+    return (noise + noise.sign()).to(t)
+
+
+def is_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree up to rounding at the size of their largest elements."""
+    size = torch.maximum(a.abs().amax(), b.abs().amax()) if a.numel() else a.new_zeros(())
+    return bool((a - b).abs().le(1e3 * torch.finfo(a.dtype).eps * size).all())
+
+
+def narrowed(t: Tensor, plates: int) -> Tensor:
+    """The tensor with one slice of each plate along which it is constant. # (*sizes or 1s, *event)"""
+    for d in range(plates):
+        if t.shape[d] > 1 and bool((t.detach() == t.detach().narrow(d, 0, 1)).all()):
+            t = t.narrow(d, 0, 1)
+    return t
+
+
+def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Binding:
+    """How parameters reach a tensor that should be linear in them.
+
+    Args:
+        tensor: At parameters in general position. # (*sizes or 1s, *event)
+        leaves: The leaf tensor of each parameter in that run.
+        plates: How many of its leading dimensions are plates.
+
+    Returns:
+        A binding of the narrowest tensor that stands for all. # (1, *sizes or 1s, *event)
+    """
+    narrow = narrowed(tensor, plates).unsqueeze(0)
+    constant = narrow.detach().clone()
+    names = known_below(narrow, leaves)
+    if not names:
+        return Binding("constant", (), constant)
+    plain = bind(narrow, leaves)
+    if plain.how == "selection":
+        return plain
+    own = {n: leaves[n] for n in names}
+    reason = why_not_linear(narrow, own, "parameters")
+    if reason:
+        return Binding("opaque", names, constant, reason=reason)
+    jacobians: dict[str, Tensor] = {}
+    for name in names:
+        jacobian = _jacobian(narrow, leaves[name])
+        if jacobian is None:
+            return Binding("opaque", names, constant, reason=f"too many elements of '{name}' meet")
+        if bool((jacobian != 0).any()):
+            jacobians[name] = jacobian
+    if not jacobians:
+        return Binding("constant", (), constant)
+    offset = constant
+    for name, jacobian in jacobians.items():
+        offset = offset - jacobian @ leaves[name].detach().reshape(-1).to(jacobian.dtype)
+    # What is left of rounding is no offset.
+    size = max(float(constant.abs().amax()), 1.0)
+    offset = torch.where(offset.abs() <= 64 * torch.finfo(offset.dtype).eps * size, 0.0, offset)
+    return Binding("affine", tuple(jacobians), offset, jacobians=jacobians)
+
+
+def _jacobian(tensor: Tensor, leaf: Tensor) -> Tensor | None:
+    """∂a/∂θ, None where it is too large. # (*a's shape, θ.numel())"""
+    forward, count = forward_of(tensor, leaf), leaf.numel()
+    probe = random_like(leaf)
+    there = forward(probe)
+    if not bool((there != 0).any()):
+        return tensor.new_zeros(*tensor.shape, 1).expand(*tensor.shape, count).detach()
+    if tensor.numel() * count > _CELLS:
+        return None
+    slope = forward(torch.ones_like(leaf))
+    index = numbers_read(forward, slope, leaf.shape, count)
+    one = torch.where(index >= 0, slope * probe.reshape(-1)[index.clamp(min=0)], 0.0)
+    if is_close(one, there):
+        out = tensor.new_zeros(*tensor.shape, count).detach()
+        return out.scatter_(-1, index.clamp(min=0).unsqueeze(-1), slope.unsqueeze(-1))
+    if count > _DENSE:
+        return None
+    columns = []
+    for j in range(count):
+        unit = torch.zeros_like(leaf).reshape(-1)
+        unit[j] = 1
+        columns.append(forward(unit.reshape(leaf.shape)))
+    return torch.stack(columns, -1).detach()

@@ -1,0 +1,35 @@
+"""A model in which some latents have values, as a callable that runs like the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from pyro_em.tracing.handlers import GiveValues
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import Role
+
+
+@dataclass(frozen=True, eq=False)
+class GivenGaussians:
+    """A model whose Gaussian latents are at given values, wherever it is run.
+
+    Attributes:
+        model: The user's model.
+        values: Per latent its value. # (*batch, *event)
+    """
+
+    model: Model
+    values: Mapping[str, Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with GiveValues(self.values, dict.fromkeys(self.values, Role.GAUSSIAN), {}):
+            return self.model(*args, **kwargs)
+
+    def at(self, values: Mapping[str, Tensor]) -> GivenGaussians:
+        """The same model with other values of its latents."""
+        return replace(self, values=values)
