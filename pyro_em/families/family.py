@@ -251,7 +251,7 @@ class Family:
         """
         if elements is not None and self.accumulate is not None:
             weights, elements = weights * elements, None
-        if self.accumulate is not None:
+        if self.accumulate is not None and known is None:
             stats = self.accumulate(weights, value, arguments, keep)
         else:
             known = self.statistics(value, arguments) if known is None else known

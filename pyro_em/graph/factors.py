@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,31 @@ class Latent:
         return self.support.shape[0]
 
 
+class Nested(Protocol):
+    """Latents that are integrated inside a group; the group's log density is what is left of them."""
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of its sites, one each."""
+        ...
+
+    def log_evidence(self, arguments: Mapping[str, Tensor]) -> Tensor:
+        """In nats, from the arguments of all its sites. # (1, *sizes)"""
+        ...
+
+
+class Belief(Protocol):
+    """Posterior moments of the latents that a site reads, in place of values."""
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """E_q[log p] of each cell at given arguments, in nats. # (1, *sizes)"""
+        ...
+
+    def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """E_q[T] of each cell, residuals taken about ``arguments["loc"]``. # (1, *sizes, *event)"""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Group:
     """Factors of equal form, stacked along a leading dimension of members.
@@ -75,6 +100,10 @@ class Group:
         hyperparameters: Of a point estimate's prior, pairs of an argument that sets how concentrated
             it is and a parameter in it.
         edges: Parameters at which the support of an observed site ends.
+        lines: Of a site whose mean reads Gaussian latents the arguments that its mean is made of: the
+            offset ``loc``, and the coefficients of each latent.
+        belief: What is known of these latents, in an M-step.
+        nested: The latents that the group integrates, where it stands for all their sites.
     """
 
     members: Sequence[str]
@@ -97,10 +126,15 @@ class Group:
     elements: Tensor | None = None
     hyperparameters: tuple[tuple[str, str], ...] = ()
     edges: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    belief: Belief | None = None
+    nested: Nested | None = None
 
     @property
     def is_static(self) -> bool:
         """Whether its density can be recomputed from parameters without the model."""
+        if self.nested is not None:
+            return all(g.is_static for g in self.nested.groups)
         if self.family is None:
             assert self.raw is not None
             return not self.raw.requires_grad
@@ -160,6 +194,12 @@ class Group:
         names.extend(self.raw_params or ())
         return tuple(dict.fromkeys(names))
 
+    @property
+    def mean_params(self) -> tuple[str, ...]:
+        """Parameters that reach the mean of a Normal, through coefficients of latents too."""
+        parts = [self.bindings[a] for a in self.lines or ("loc",) if a in self.bindings]
+        return tuple(dict.fromkeys(p for b in parts for p in b.params))
+
     def evaluate_arguments(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The arguments at parameter values, or as traced where ``values`` is None."""
         if values is None:
@@ -205,6 +245,12 @@ class Group:
     ) -> Tensor:
         """log p of every cell, zero where an observation is masked. # (members, *sizes)"""
         full = (len(self.members), *self.sizes)
+        if self.nested is not None:
+            return self.nested.log_evidence(self.arguments if arguments is None else arguments)
+        if self.belief is not None:
+            return self.belief.expected_log_density(
+                self, self.arguments if arguments is None else arguments
+            )
         if self.family is None:
             assert self.raw is not None
             return self.raw.expand(full)
@@ -275,9 +321,10 @@ class FactorGraph:
 
     @cached_property
     def _places(self) -> dict[str, tuple[Group, int]]:
+        groups = [n for g in self.groups for n in (g.nested.groups if g.nested else (g,))]
         return {
             name: (g, i)
-            for g in self.groups
+            for g in groups
             if not isinstance(g.members, Members)
             for i, name in enumerate(g.members)
         }

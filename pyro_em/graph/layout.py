@@ -245,6 +245,10 @@ class FactorLayout:
                 kept = layout(tensor)
                 if kept.dtype != compact_value.dtype and compact_value.is_floating_point():
                     kept = kept.to(compact_value.dtype)
+                if arg == "loc" and name in self.structure.lines:
+                    kept = kept.detach()
+                    arguments[arg], bindings[arg] = kept, Binding("opaque", (), kept)
+                    continue
                 arguments[arg] = kept
                 if leaves is None:
                     bindings[arg] = Binding("opaque", (), kept.detach())

@@ -1,13 +1,14 @@
 """Whether a tensor is linear in the values of latents, proven from its autograd graph.
 
 A tensor a(h) = b + C h is linear in h if no operation between them is anything but a view, a sum, or
-a product of which one side alone depends on h. What does not reach h may be anything: exp(W) h is
-linear in h. What leaves autograd (a comparison, ``detach``, ``.item()``) does not show in the graph, and
-is seen as it happens.
+a product of which one side alone depends on h. What does not depend on h may be anything: exp(W) h is
+linear in h. What leaves autograd (a comparison, ``detach``, ``.item()``) does not show in the graph,
+and is seen as it happens.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,25 +17,22 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-_SUMS = frozenset(
-    "Add Sub Rsub Neg Sum Mean Cumsum Trace Tril Triu Alias AsStrided Cat Clone Diagonal Expand Flip "
-    "Gather Index IndexSelect MovedimIntList Permute Repeat RepeatInterleave ReshapeAlias Roll Select "
-    "Slice Split SplitWithSizes Squeeze Stack T Take TakeAlongDim ToCopy Transpose Unbind UnsafeView "
-    "Unsqueeze View Where MaskedFill IndexAdd IndexPut ScatterAdd Scatter ConstantPadNd "
-    "DiagEmbed Unfold Trapz Mt".split()
+# Operations that are linear in all that they read.
+_SUMS = re.compile(
+    "Add|Alias|AsStrided|Cat|Clone|ConstantPadNd|Cumsum|DiagEmbed|Diagonal|Expand|Flip|Gather|"
+    "Index|IndexAdd|IndexPut|IndexSelect|MaskedFill|Mean|MovedimIntList|Neg|Permute|Repeat|"
+    "RepeatInterleave|ReshapeAlias|Roll|Rsub|Scatter|ScatterAdd|Select|Slice|Split|"
+    "SplitWithSizes|Squeeze|Stack|Sub|Sum|T|Take|TakeAlongDim|ToCopy|Trace|Transpose|Tril|Triu|"
+    "Unbind|Unfold|UnsafeView|Unsqueeze|View|Where"
 )
 
-_PRODUCTS = frozenset("Mul Mm Mv Bmm Dot Ger Linear Kron".split())
+# Products: linear if one side alone depends on latents.
+_PRODUCTS = re.compile("Mul|Mm|Mv|Bmm|Dot|Ger|Linear")
+_SUMS_OF_PRODUCTS = re.compile("Addmm|Addmv|Baddbmm|Addbmm|Addr|Addcmul")
 
-_SUMS_OF_PRODUCTS = frozenset("Addmm Addmv Baddbmm Addbmm Addr Addcmul".split())
-
-# What these return does not depend on the numbers that they are given.
-_WITHOUT_NUMBERS = frozenset(
-    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty "
-    "new_full new_tensor new_empty_strided".split()
-)
-
-_NUMBERS = frozenset("item tolist numpy __array__ __bool__ __float__ __int__ __index__".split())
+# Functions whose results do not depend on the numbers that they are given, and those that leave torch.
+_WITHOUT_NUMBERS = re.compile("(zeros|ones|empty|full|rand|randn)_like|new_[a-z_]+")
+_NUMBERS = re.compile("item|tolist|numpy|__(array|bool|float|int|index)__")
 
 
 def why_not_linear(tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "latents") -> str:
@@ -68,12 +66,13 @@ def _problem(node: Node, sides: list[frozenset[str]], noun: str) -> str:
     """Why one operation is not linear in the leaves that reach it."""
     name = _operation(node)
     shown = " and ".join(f"'{n}'" for n in sorted(frozenset().union(*sides)))
-    if name in _SUMS:
+    if _SUMS.fullmatch(name):
         return ""
     if name == "Div" and not any(sides[1:]):
         return ""
-    if name in _PRODUCTS or name in _SUMS_OF_PRODUCTS:
-        factors = [s for s in (sides if name in _PRODUCTS else sides[1:]) if s]
+    plain = _PRODUCTS.fullmatch(name)
+    if plain or _SUMS_OF_PRODUCTS.fullmatch(name):
+        factors = [s for s in (sides if plain else sides[1:]) if s]
         if len(factors) < 2:
             return ""
         latents = sorted(frozenset().union(*factors))
@@ -123,9 +122,9 @@ class Breaks(TorchFunctionMode):
             return out
         latents = frozenset().union(*read)
         name = getattr(func, "__name__", str(func))
-        if name in _WITHOUT_NUMBERS:
+        if _WITHOUT_NUMBERS.fullmatch(name):
             return out
-        if name in _NUMBERS:
+        if _NUMBERS.fullmatch(name):
             self._note(latents, name)
         if name == "broadcast_tensors":
             for before, after in zip(_tensors(args), _tensors(out), strict=True):

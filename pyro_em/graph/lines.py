@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,6 +149,10 @@ def read_lines(
         ]
         offset = place.compact(place.loc(at_zero.sites[name]))
         bound = bind_line(offset, leaves_at_zero, len(place.sizes))
+        for binding in (bound, *(r.coefficient for r in reads)):
+            if not binding.is_static:
+                what = f"its loc is no linear function of parameters: {binding.reason}."
+                raise NotLinear(_refusal(tuple(values), f"site '{name}'", what))
         out[name] = Line(name, place.sizes, place.event, bound, tuple(reads))
     return out
 
@@ -199,9 +204,7 @@ def differing_lines(
     for seed, scale in ((31, -1.0), (41, 1e4), (41, -1e4)):
         values = random_values(model, seed, scale)
         with torch.no_grad():
-            run = run_enumerated(
-                model.at(values), args, kwargs, structure, limit=None, values=at
-            )
+            run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
             for name, line in lines.items():
                 if not line.is_static:
                     continue
@@ -256,7 +259,11 @@ def _latents_read(
     kind = type(unwrap(fn)[0]).__name__
     if not is_gaussian(fn):
         raise NotLinear(
-            _refusal(latents, f"site '{name}'", f"{kind} of Gaussian '{latents[0]}' has no exact posterior.")
+            _refusal(
+                latents,
+                f"site '{name}'",
+                f"{kind} of Gaussian '{latents[0]}' has no exact posterior.",
+            )
         )
     family = family_of(fn)
     assert family is not None
@@ -272,7 +279,9 @@ def _latents_read(
             )
     if any(known_below(t, values) for t in outside):
         raise NotLinear(
-            _refusal(latents, f"site '{name}'", f"its value, mask or scale depends on '{latents[0]}'.")
+            _refusal(
+                latents, f"site '{name}'", f"its value, mask or scale depends on '{latents[0]}'."
+            )
         )
     return latents
 
@@ -301,8 +310,8 @@ def _reads(
     slopes = [along(ones, j) for j in range(q)]
     numbers = torch.stack(
         [
-            numbers_read(lambda t, j=j: along(t, j).detach(), s.detach(), torch.Size([count]), count)
-            for j, s in enumerate(slopes)
+            numbers_read(partial(along, j=j), slope.detach(), torch.Size([count]), count)
+            for j, slope in enumerate(slopes)
         ],
         -1,
     )

@@ -7,6 +7,7 @@ random vector verifies. Loadings have thousands of elements, and a vector for ea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def numbers_read(forward: Forward, slope: Tensor, shape: torch.Size, count: int)
     base = 1
     while base == 1 or base < count:
         digits = (arange // base % _DIGIT).to(slope.dtype).reshape(shape)
-        out = out + (forward(digits) / safe).round().long() * base
+        out = out + (forward(digits).detach() / safe).round().long() * base
         base *= _DIGIT
     return torch.where(used, out.clamp(0, count - 1), -1)
 
@@ -106,7 +107,10 @@ def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Bind
         return Binding("constant", (), constant)
     plain = bind(narrow, leaves)
     if plain.how == "selection":
-        return plain
+        used = tuple(s for s in plain.selections if bool((s.index >= 0).any()))
+        if not used:  # it is multiplied by zero
+            return Binding("constant", (), constant)
+        return replace(plain, params=tuple(s.param for s in used), selections=used)
     own = {n: leaves[n] for n in names}
     reason = why_not_linear(narrow, own, "parameters")
     if reason:

@@ -87,6 +87,7 @@ class Structure(Portable):
         passing: Sites that only carry values from step to step, and do not count.
         series: How its loops are read over index tensors (`pyro_em.graph.series.Unrolling`), where
             they are.
+        lines: Sites whose mean is bound apart, as it reads Gaussian latents.
     """
 
     plates: Mapping[str, Plate]
@@ -109,6 +110,7 @@ class Structure(Portable):
     by_numbers: bool = False
     passing: frozenset[str] = frozenset()
     series: Any = None
+    lines: frozenset[str] = frozenset()
 
     def _travelling(self) -> dict[str, Any]:
         # What only runs of the model need: traced sites, values of barren latents.

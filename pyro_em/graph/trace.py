@@ -185,7 +185,8 @@ def _pieces(
     masked = any(layout.sites[name]["mask"] is not None for name in structure.latents)
     if len(counted) >= few and not masked:
         # What is counted where a latent is masked depends on each site below it.
-        kinds = layout.kinds({n: forms[n] for n in counted if forms[n] is not None})
+        alike = [n for n in counted if forms[n] is not None and n not in structure.lines]
+        kinds = layout.kinds({n: forms[n] for n in alike})
         for names in in_forms(kinds):
             if len(names) < few:
                 continue

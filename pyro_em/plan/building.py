@@ -14,11 +14,18 @@ from torch.distributions import transform_to
 from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.lines import NotLinear, read_lines
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
+from pyro_em.plan.gaussians import (
+    explained,
+    gaussian_routes,
+    reads_discrete,
+    with_values,
+)
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops, trouble
 from pyro_em.plan.notes import support_edges, unconstrained_simplexes
@@ -29,6 +36,7 @@ from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
+from pyro_em.posteriors.gaussian import GaussianBlock, for_updates, integrated
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
 from pyro_em.tracing.garbage import fewer_collections
@@ -104,7 +112,7 @@ def build_program(
     """
     structure = _examined(task, first_look, refused or {})
     if isinstance(structure, Unrouted):
-        return structure
+        return _with_gaussians(task, structure)
     looked, structure = structure.looked, _without_sites(structure)
     names = names_of(task.model, task.args, task.kwargs)
     log = task.log(names)
@@ -131,6 +139,37 @@ def _without_sites(structure: Structure) -> Structure:
     if structure.series is not None:
         return replace(structure, looked=None)
     return replace(structure, looked=None, unobserved={})
+
+
+def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
+    """A program whose Gaussian latents are integrated; what stands in the way of one."""
+    model = with_values(task.model, unrouted.structure)
+    if model is None:
+        return unrouted
+    given = replace(task, model=model)
+    structure = _examined(given, False, {})
+    if isinstance(structure, Unrouted) or structure.series is not None:
+        return unrouted
+    try:
+        lines = read_lines(model, task.args, task.kwargs, structure)
+    except NotLinear as error:
+        return explained(unrouted, error.finding)
+    finding = reads_discrete(structure, lines)
+    if finding is not None:
+        return explained(unrouted, finding)
+    looked = structure.looked
+    structure = replace(structure, looked=None, lines=frozenset(lines))
+    log = task.log(names_of(task.model, task.args, task.kwargs))
+    graph = integrated(traced(given, structure, log, looked), lines)
+    block = graph.groups[-1].nested
+    assert isinstance(block, GaussianBlock)
+    routes = gaussian_routes(unrouted.structure, structure, lines, block)
+    program = replace(
+        decided(replace(given, routes=routes), structure, graph, log),
+        lines=lines,
+        rebuild=partial(build_program, task, first_look=False),
+    )
+    return program if task.look_only else verified(program)
 
 
 def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:
@@ -210,11 +249,12 @@ def decided(
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
     notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
-    updates = decide_updates(graph, matched(task.requested, graph.parameters), task.gradient)
+    apart = for_updates(graph)
+    updates = decide_updates(apart, matched(task.requested, graph.parameters), task.gradient)
     fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
-    notes += tuple(unbounded_joints(graph, fixed))
-    notes += tuple(unconstrained_simplexes(graph, updates))
-    notes += tuple(support_edges(graph, updates))
+    notes += tuple(unbounded_joints(apart, fixed))
+    notes += tuple(unconstrained_simplexes(apart, updates))
+    notes += tuple(support_edges(apart, updates))
     leaves = [p.unconstrained for p in graph.parameters.values()]
     return Program(
         task.model,

@@ -113,6 +113,20 @@ def _components_in_words(components: Sequence[tuple[str, ...]]) -> str:
     )
 
 
+def gaussian_kernel(graph: FactorGraph) -> Kernel:
+    """What iterates a model with Gaussian latents."""
+    names = tuple(
+        name
+        for group in graph.groups
+        if group.nested is not None
+        for site in group.nested.groups
+        if site.role is Role.GAUSSIAN
+        for name in site.members
+    )
+    parts = (*components_of(graph), names)
+    return Kernel("Gaussian", None, None, parts, words="Gaussian blocks")
+
+
 @torch.no_grad()
 def kernel_of(
     graph: FactorGraph, updates: Mapping[str, ParameterUpdate], values: Mapping[str, Tensor]

@@ -20,11 +20,18 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.lines import Line, differing_lines
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
-from pyro_em.plan.eligibility import CONTRACTION, Kernel, changing_argument, kernel_of
+from pyro_em.plan.eligibility import (
+    CONTRACTION,
+    Kernel,
+    changing_argument,
+    gaussian_kernel,
+    kernel_of,
+)
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
 from pyro_em.plan.unrouted import Unrouted
@@ -32,6 +39,14 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.block import components_of
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
+from pyro_em.posteriors.gaussian import (
+    Solved,
+    at_zero,
+    expected_densities,
+    in_m_step,
+    integrated,
+    tables_of,
+)
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.strategies import (
     Annealed,
@@ -42,6 +57,7 @@ from pyro_em.posteriors.strategies import (
     gives_up,
 )
 from pyro_em.tracing.dependences import Dependences, changed_since
+from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.missing import Missing, has_missing, missing_in
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model
@@ -65,11 +81,13 @@ class Evaluation:
         graph: The graph that they belong to.
         arguments: Per group.
         tables: Log densities per group.
+        solved: The posterior of the latents that a group integrates.
     """
 
     graph: FactorGraph
     arguments: list[dict[str, Tensor]]
     tables: list[Tensor]
+    solved: Solved = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,6 +129,7 @@ class Program(StaysHere):
         dependences: What it was read from, beside the parameters.
         operations: What the run did from which the graph is.
         rebuild: Reads the model anew.
+        lines: What the means of sites read of Gaussian latents, which are at zero in ``model``.
     """
 
     model: Model
@@ -131,10 +150,13 @@ class Program(StaysHere):
     dependences: Dependences = field(default_factory=Dependences)
     operations: tuple[Any, ...] = ()
     rebuild: Callable[[], Program | Unrouted] | None = None
+    lines: Mapping[str, Line] = field(default_factory=dict)
 
     @property
     def kernel(self) -> Kernel:
         """What iterates the program, and why nothing quicker does."""
+        if self.lines:
+            return gaussian_kernel(self.graph)
         finding = self._off_the_sums()
         if finding is not None:
             again = "" if self.compiled else ", the model is run again at each"
@@ -175,6 +197,7 @@ class Program(StaysHere):
             traced_at=fresh.traced_at,
             on_sums=fresh.on_sums,
             dependences=fresh.dependences,
+            lines=fresh.lines,
         )
 
     def noting(self, *notes: str) -> Program:
@@ -209,10 +232,8 @@ class Program(StaysHere):
                     graph = self._trace(with_bindings=not self.look_only)
                 arguments = [dict(g.arguments) for g in graph.groups]
                 at = [g.value for g in graph.groups]
-            tables = [
-                g.log_density(a, x) for g, a, x in zip(graph.groups, arguments, at, strict=True)
-            ]
-        return Evaluation(graph, arguments, [t.detach() for t in tables])
+            tables, solved = tables_of(graph, arguments, at)
+        return Evaluation(graph, arguments, [t.detach() for t in tables], solved)
 
     def following(self, evaluation: Evaluation) -> Program:
         """The program at the trace of an evaluation.
@@ -288,7 +309,14 @@ class Program(StaysHere):
                 raise
 
         graph, arguments = evaluation.graph, evaluation.arguments
-        return m_step(graph, self.updates, counts, arguments, densities, state)
+        if not evaluation.solved:
+            return m_step(graph, self.updates, counts, arguments, densities, state)
+        own, weights, arguments = in_m_step(graph, counts, arguments, evaluation.solved)
+
+        def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
+            return expected_densities(own, values, groups, densities, self._trace)
+
+        return m_step(own, self.updates, weights, arguments, expected, state)
 
     def log_densities_at(
         self, values: Mapping[str, Tensor], groups: Sequence[int]
@@ -314,6 +342,15 @@ class Program(StaysHere):
         random_seed: int | None = None,
         with_bindings: bool = True,
     ) -> FactorGraph:
+        return integrated(self._traced(values, random_seed, with_bindings), self.lines)
+
+    def _traced(
+        self,
+        values: Mapping[str, Tensor] | None,
+        random_seed: int | None,
+        with_bindings: bool,
+    ) -> FactorGraph:
+        """A trace of the model, its Gaussian latents at zero."""
         with self.dependences.own_run():
             return trace_graph(
                 self.model,
@@ -332,12 +369,17 @@ class Program(StaysHere):
         current = values_of(self.graph.parameters)
         predicted_at = {**current, **(values or {})}
         try:
-            fresh = self._trace(values=values, random_seed=random_seed, with_bindings=False)
+            fresh = self._traced(values, random_seed, False)
         except Resized as error:
             return Disagreement((("model", "the size of a plate or a support"),), str(error))
         except ModelError:
             return Disagreement((("model", "its sites"),))
-        return Disagreement(tuple(disagreements(self.graph, fresh, predicted_at)))
+        off = disagreements(at_zero(self.graph), fresh, predicted_at)
+        if self.lines:
+            assert isinstance(self.model, GivenGaussians)
+            run = (self.model, self.args, self.kwargs, self.structure)
+            off += [(s, "loc") for s in differing_lines(self.lines, *run, predicted_at, values)]
+        return Disagreement(tuple(off))
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""

@@ -62,10 +62,9 @@ def decide_updates(
     while changed:
         changed = False
         for group in graph.groups:
-            binding = group.bindings.get("loc")
-            if binding is None or not least_squares.intersection(binding.params):
+            if not least_squares.intersection(group.mean_params):
                 continue
-            for p in binding.params:
+            for p in group.mean_params:
                 is_mean = _is_plain_mean(decided[p]) and is_real(graph.parameters[p].constraint)
                 if p not in least_squares and is_mean:
                     least_squares.add(p)
@@ -79,6 +78,11 @@ def decide_updates(
             )
             decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block, decided[p].priors)
     return decided
+
+
+def _is_line(binding: Binding) -> bool:
+    """Whether least squares solves for a selection: its elements as they stand."""
+    return not any(s.maps or s.factor is not None for s in binding.selections)
 
 
 def _is_plain_mean(update: ParameterUpdate) -> bool:
@@ -138,7 +142,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
             elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
-            elif binding.how == "affine":
+            elif binding.how == "affine" or (argument in group.lines and _is_line(binding)):
                 affine = True
                 if not is_real(constraint):
                     weakest = weakest or f"its constraint {constraint} bounds {where}"
@@ -298,10 +302,7 @@ def _blocks(graph: FactorGraph, names: set[str]) -> list[tuple[str, ...]]:
     """Sets of parameters that share an affine argument, directly or through others."""
     blocks: list[set[str]] = []
     for group in graph.groups:
-        binding = group.bindings.get("loc")
-        if binding is None:
-            continue
-        here = names.intersection(binding.params)
+        here = names.intersection(group.mean_params)
         if not here:
             continue
         touching = [b for b in blocks if b & here]

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.gaussian_lines import normal_equations
 from pyro_em.updates.scatter import sum_to
 from pyro_em.updates.update import ParameterUpdate
 
@@ -46,9 +47,14 @@ def least_squares(
     gram: Tensor | None = None
     moment: Tensor | None = None
     for g, group in enumerate(graph.groups):
-        binding = group.bindings.get("loc")
-        if binding is None or not set(block).intersection(binding.params):
+        if not set(block).intersection(group.mean_params):
             continue
+        if group.belief is not None:
+            own_gram, own_moment = normal_equations(group, block, arguments[g], values)
+            gram = own_gram if gram is None else gram + own_gram
+            moment = own_moment if moment is None else moment + own_moment
+            continue
+        binding = group.bindings["loc"]
         stats = statistics[g]
         scale = arguments[g]["scale"].detach()
         loc = arguments[g]["loc"].detach()
@@ -183,11 +189,45 @@ def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
 
 
 def pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
-    """Pseudo-inverse solution with columns scaled to unit length."""
-    diagonal = gram.diagonal()
+    """Pseudo-inverse solution with columns scaled to unit length.
+
+    Columns that share no equation with others are solved apart: those of each row of loadings.
+    """
+    out = torch.zeros_like(moment)
+    for columns in _apart(gram):
+        blocks = gram[columns.unsqueeze(-1), columns.unsqueeze(-2)]
+        out[columns.reshape(-1)] = _pseudo_solve(blocks, moment[columns]).reshape(-1)
+    return out
+
+
+def _apart(gram: Tensor) -> list[Tensor]:
+    """The columns of a Gram matrix that share equations, those of equal number together.
+
+    Returns:
+        # (blocks, columns) each
+    """
+    n = len(gram)
+    place = torch.arange(n, device=gram.device)
+    coupled = gram != 0
+    label, before = place, place - 1
+    while not torch.equal(label, before):
+        before = label
+        label = torch.minimum(label, torch.where(coupled, label, n).amin(-1))
+    order = torch.argsort(label, stable=True)
+    sizes = torch.unique_consecutive(label[order], return_counts=True)[1].tolist()
+    by_size: dict[int, list[Tensor]] = {}
+    for columns in order.split(sizes):
+        by_size.setdefault(len(columns), []).append(columns)
+    return [torch.stack(columns) for columns in by_size.values()]
+
+
+def _pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
+    """For each of some blocks. # (blocks, columns)"""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(gram.dtype).tiny), 1.0).rsqrt()
-    scaled = gram * scale * scale.unsqueeze(-1)
+    scaled = gram * scale.unsqueeze(-2) * scale.unsqueeze(-1)
     eigenvalues, vectors = torch.linalg.eigh(scaled)
-    limit = eigenvalues[-1] * gram.shape[0] * torch.finfo(gram.dtype).eps
+    limit = eigenvalues[..., -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps
     inverse = torch.where(eigenvalues > limit, 1 / eigenvalues.clamp(min=limit), 0.0)
-    return scale * (vectors @ (inverse * (vectors.mT @ (scale * moment))))
+    inner = vectors.mT @ (scale * moment).unsqueeze(-1)
+    return scale * (vectors @ (inverse.unsqueeze(-1) * inner)).squeeze(-1)

@@ -109,9 +109,13 @@ def _m_step(
                     if binding.is_static and names.intersection(binding.params):
                         dtype = group.arguments[argument].dtype
                         current[g][argument] = binding.evaluate(values).to(dtype)
-                if not group.family.additive and g in statistics:
-                    # Absolute deviations do not shift: take them again about the new location.
-                    statistics[g] = group_statistics(group, counts[g], current[g])
+                if g not in statistics or (group.family.additive and group.belief is None):
+                    continue
+                # Absolute deviations do not shift, nor do squares with the coefficients of latents:
+                # they are taken again about the new location.
+                statistics[g] = group_statistics(group, counts[g], current[g])
+                if group.belief is not None:
+                    statistics[g]["reference:loc"] = current[g]["loc"]
 
         done: set[str] = set()
         for update in sorted(exact, key=_order):

@@ -94,6 +94,8 @@ def group_statistics(
     ]
     weights = counts.to(group.value.dtype if group.value.is_floating_point() else _dtype(arguments))
     weights = weights.reshape(weights.shape + (1,) * group.event_dims)
+    if group.belief is not None:
+        known = group.belief.statistics(group, arguments)
     return family.expected_statistics(
         weights, group.value, arguments, tuple(varying), known, group.elements
     )
@@ -129,7 +131,7 @@ def expected_statistics(
 def known_statistics(group: Group) -> Statistics | None:
     """T(x) of a group whose statistics do not change with the arguments, else None."""
     family = group.family
-    if family is None or family.has_reference:
+    if family is None or family.has_reference or group.belief is not None:
         return None
     arguments = {name: a.detach() for name, a in group.arguments.items()}
     floating = next((a.dtype for a in arguments.values() if a.is_floating_point()), torch.float64)

@@ -1,0 +1,101 @@
+"""Models whose continuous latents are Gaussian and linear: what a look at them needs besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from pyro_em.distributions import has_finite_support, unwrap
+from pyro_em.errors import Finding, as_error
+from pyro_em.graph.lines import Line, is_gaussian
+from pyro_em.graph.structure import Structure
+from pyro_em.plan.routes import Route, routes_of
+from pyro_em.plan.unrouted import Unrouted, without_route
+from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import mask_tensor
+
+
+def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
+    """The model with its continuous latents at zero; None where one of them is no Gaussian.
+
+    Args:
+        model: The user's model.
+        structure: Its skeleton.
+    """
+    sites = {n: structure.unobserved[n] for n in structure.latents}
+    continuous = {n: s for n, s in sites.items() if not has_finite_support(s["fn"])}
+    if not continuous or structure.random_plates:
+        return None
+    for site in continuous.values():
+        if not is_gaussian(site["fn"]) or mask_tensor(site) is not None:
+            return None
+        base, reinterpreted, _ = unwrap(site["fn"])
+        if type(base).__name__ == "MultivariateNormal" and reinterpreted:
+            return None
+        if isinstance(site["scale"], torch.Tensor) or site["scale"] != 1:
+            return None
+    return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
+
+
+def reads_discrete(structure: Structure, lines: Mapping[str, Line]) -> Finding | None:
+    """Why discrete latents beside Gaussian ones have no exact posterior yet; None where none meet."""
+    for name in lines:
+        scope = [z for z in structure.sites[name].scope if z in structure.latents]
+        if scope:
+            latents = {r.latent for r in lines[name].reads} or {name}
+            return Finding(
+                f"site '{name}'",
+                f"it depends on discrete '{scope[0]}' and on Gaussian '{sorted(latents)[0]}'.",
+                "",
+                (),
+                latents=tuple(latents),
+            )
+    return None
+
+
+def explained(unrouted: Unrouted, finding: Finding) -> Unrouted:
+    """What a look found, with the reason why a Gaussian latent has no exact posterior."""
+    problems = []
+    for problem in unrouted.error.problems:
+        if set(problem.latents) & set(finding.latents):
+            reason = f"{finding.where}: {finding.what.rstrip('.')}"
+            problem = replace(problem, why=f"{problem.why}; {reason}" if problem.why else reason)
+        problems.append(problem)
+    return without_route(
+        unrouted.structure, as_error(problems), routes=unrouted.routes, cost=unrouted.cost
+    )
+
+
+def gaussian_routes(
+    bare: Structure, inner: Structure, lines: Mapping[str, Line], block: GaussianBlock
+) -> tuple[Route, ...]:
+    """The rows of the plan: Gaussian latents in the place that they have in the model."""
+    rows = {r.site: r for r in routes_of(inner)}
+    children: dict[str, list[str]] = {}
+    for name, line in lines.items():
+        for latent in dict.fromkeys(r.latent for r in line.reads):
+            children.setdefault(latent, []).append(name)
+    out = []
+    for name in (*bare.latents, *bare.barren):
+        if name in rows:
+            out.append(rows[name])
+            continue
+        info = bare.sites[name]
+        shown = ", ".join(f"'{c}'" for c in children.get(name, ())[:3])
+        layout = block.layout
+        sizes = f"{layout.largest} unknown{'s' * (layout.largest > 1)} in the largest block"
+        out.append(
+            Route(
+                name,
+                info.distribution,
+                "Gaussian",
+                None,
+                info.plates,
+                f"linear in {shown}; {sizes}",
+            )
+        )
+    return tuple(out)

@@ -1,0 +1,76 @@
+"""What an M-step knows of a site that reads Gaussian latents: second moments in place of values.
+
+With φ = (u, 1) for the unknowns u that a row reads, and r = y − (C, b) φ at the E-step, any other
+coefficients give E[(r − Δφ)(r − Δφ)ᵀ] from E[r rᵀ], E[r φᵀ] and E[φ φᵀ]: the expected log density is
+exact for all parameters, as log N is quadratic in u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.factors import Group
+from pyro_em.updates.gaussian_rows import (
+    cells_of,
+    coefficient_rows,
+    is_matrix,
+    rows_of,
+    tril_rows,
+)
+from pyro_em.updates.linear_moments import LinearMoments, shifted
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Posterior moments of one site's residuals and of the unknowns in its mean.
+
+    Attributes:
+        moments: Of each row. # one cell
+        coefficients: (C, b) at the E-step. # (rows or 1, D, Q + 1)
+        weights: How much each row, or each entry, counts. # (rows,) or (rows, D)
+    """
+
+    moments: LinearMoments
+    coefficients: Tensor
+    weights: Tensor
+
+    def change(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """Δ, the coefficients less those of the E-step. # (1, rows or 1, D, Q + 1)"""
+        return (coefficient_rows(group, arguments) - self.coefficients).unsqueeze(0)
+
+    def residuals(self, group: Group, arguments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """E[r] and E[r rᵀ], or its diagonal, at other coefficients.
+
+        Returns:
+            # (rows, D), (rows, D, D) or (rows, D)
+        """
+        delta, m = self.change(group, arguments), self.moments
+        shift = (delta @ m.phi_phi[..., -1:]).squeeze(-1)
+        return (m.r_phi[..., -1] - shift)[0], shifted(m, delta)[0]
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """See `pyro_em.graph.factors.Belief`."""
+        _, second = self.residuals(group, arguments)
+        if is_matrix(group):
+            tril = tril_rows(group, arguments)
+            precision = torch.cholesky_inverse(tril)
+            distance = (precision * second).sum((-2, -1))
+            log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            constant = tril.shape[-1] * math.log(2 * math.pi)
+            return (-0.5 * (distance + constant) - log_det).reshape(1, *group.sizes)
+        scale = rows_of(group, arguments["scale"]).to(torch.float64)
+        log_p = -0.5 * (second / scale.square() + math.log(2 * math.pi)) - scale.log()
+        if self.weights.dim() == 2:  # elements of an event that do not count
+            log_p = torch.where(self.weights > 0, log_p, 0.0)
+        return log_p.sum(-1).reshape(1, *group.sizes)
+
+    def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `pyro_em.graph.factors.Belief`."""
+        first, second = self.residuals(group, arguments)
+        tail = 1 if is_matrix(group) else 0
+        return {"deviation": cells_of(group, first), "square": cells_of(group, second, tail)}

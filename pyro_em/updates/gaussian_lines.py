@@ -1,0 +1,165 @@
+"""Normal equations of all that the mean of a site is made of, loadings and offsets together.
+
+With φ = (u, 1), r = y − (C, b) φ and J = ∂(C, b)/∂θ, the maximiser of the expected log density given
+the spreads moves θ by δ with
+
+    (Σ w E[(Jφ)ᵀ P (Jφ)]) δ = Σ w E[(Jφ)ᵀ P r].
+
+Where J is the same for all rows, which loadings are, only sums over rows enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import Group
+from pyro_em.updates.beliefs import Moments
+from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
+from pyro_em.updates.linear_moments import summed
+
+_MANY = 2**24  # numbers of a design that are held at once
+
+
+def normal_equations(
+    group: Group,
+    block: Sequence[str],
+    arguments: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What one site adds to the normal equations of a block of parameters.
+
+    Args:
+        group: A site that reads Gaussian latents, with its moments.
+        block: Parameter names.
+        arguments: The current arguments.
+        values: The current parameters, for their sizes.
+
+    Returns:
+        Gram matrix and right-hand side. # (p, p), (p,)
+    """
+    belief = group.belief
+    assert isinstance(belief, Moments)
+    design = _designs(group, block, values)
+    delta = belief.change(group, arguments)
+    m = belief.moments
+    r_phi = m.r_phi - delta @ m.phi_phi  # E[r φᵀ] at the current coefficients
+    moved = type(m)(m.phi_phi, r_phi, m.r_r, m.diagonal)
+    precision = _precisions(group, arguments)
+    if len(design) == 1 and len(precision) == 1 and belief.weights.dim() == 1:
+        sums = summed(moved, belief.weights.unsqueeze(0))
+        weighed = _weighed(precision, sums.r_phi)[0]
+        return _shared(design[0], precision[0], sums.phi_phi[0], weighed)
+    return _by_rows(design, precision, m.phi_phi[0], r_phi[0], belief.weights)
+
+
+def _precisions(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+    """P, or its diagonal. # (rows or 1, D, D) or (rows or 1, D)"""
+    if is_matrix(group):
+        return torch.cholesky_inverse(tril_rows(group, arguments))
+    return rows_of(group, arguments["scale"]).to(torch.float64) ** -2
+
+
+def _weighed(precision: Tensor, x: Tensor) -> Tensor:
+    """P x for x of D rows. # (·, D, ·)"""
+    return precision.unsqueeze(-1) * x if precision.dim() == 2 else precision @ x
+
+
+def _designs(group: Group, block: Sequence[str], values: Mapping[str, Tensor]) -> Tensor:
+    """J, offset last. # (rows or 1, D, Q + 1, p)"""
+    columns = []
+    for name in block:
+        parts = [
+            _design(group, group.bindings[a], name, values[name], 1)
+            for a in group.lines
+            if a != "loc"
+        ]
+        own = _design(group, group.bindings["loc"], name, values[name], 0)
+        parts.append(own.unsqueeze(-2))
+        n = max(len(p) for p in parts)
+        columns.append(torch.cat([p.expand(n, *p.shape[1:]) for p in parts], -2))
+    n = max(len(c) for c in columns)
+    return torch.cat([c.expand(n, *c.shape[1:]) for c in columns], -1)
+
+
+def _design(group: Group, binding: Binding, name: str, value: Tensor, tail: int) -> Tensor:
+    """∂a/∂θ of one argument. # (rows or 1, D, *tail, θ.numel())"""
+    if binding.jacobians is not None and name in binding.jacobians:
+        return rows_of(group, binding.jacobians[name], tail + 1).to(torch.float64)
+    for part in binding.selections:
+        if part.param == name:
+            columns = torch.arange(value.numel(), device=part.index.device)
+            chosen = (part.index.unsqueeze(-1) == columns).to(torch.float64)
+            return rows_of(group, chosen, tail + 1)
+    event = event_shape(group).numel()
+    rest = binding.constant.shape[binding.constant.dim() - tail :] if tail else ()
+    return binding.constant.new_zeros(1, event, *rest, value.numel(), dtype=torch.float64)
+
+
+def _shared(
+    design: Tensor, precision: Tensor, phi_phi: Tensor, weighed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One design for all rows: sums enter. The columns that each entry reads are few.
+
+    Args:
+        design: # (D, Q + 1, p)
+        precision: # (D, D) or (D,)
+        phi_phi: Σ w E[φ φᵀ]. # (Q + 1, Q + 1)
+        weighed: P Σ w E[r φᵀ]. # (D, Q + 1)
+    """
+    p = design.shape[-1]
+    if precision.dim() == 2:
+        there = torch.einsum("de,eqp->dqp", precision, design)
+        gram = torch.einsum("dqp,qr,drs->ps", design, phi_phi, there)
+        return gram, torch.einsum("dqp,dq->p", design, weighed)
+    read = (design != 0).any(1)
+    width = max(int(read.sum(-1).max()), 1)
+    columns = torch.argsort(read.to(torch.uint8), dim=-1, descending=True, stable=True)[:, :width]
+    narrow = design.gather(-1, columns.unsqueeze(1).expand(-1, design.shape[1], -1))
+    parts = narrow.mT @ phi_phi @ narrow * precision[:, None, None]
+    places = columns.unsqueeze(-1) * p + columns.unsqueeze(-2)
+    gram = design.new_zeros(p * p).index_add(0, places.reshape(-1), parts.reshape(-1))
+    moment = (narrow * weighed.unsqueeze(-1)).sum(1)
+    right = design.new_zeros(p).index_add(0, columns.reshape(-1), moment.reshape(-1))
+    return gram.reshape(p, p), right
+
+
+def _by_rows(
+    design: Tensor, precision: Tensor, phi_phi: Tensor, r_phi: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Designs or precisions that differ between rows: a few coordinates of φ, some rows at a time.
+
+    Args:
+        design: # (rows or 1, D, Q + 1, p)
+        precision: # (rows or 1, D, D) or (rows or 1, D)
+        phi_phi: E[φ φᵀ]. # (rows, Q + 1, Q + 1)
+        r_phi: E[r φᵀ]. # (rows, D, Q + 1)
+        weights: # (rows,) or (rows, D)
+    """
+    rows, p = len(phi_phi), design.shape[-1]
+    read = (design != 0).any(-1).any(1).any(0).nonzero().reshape(-1).tolist()
+    gram, right = design.new_zeros(p, p), design.new_zeros(p)
+    step = max(1, _MANY // max(1, design.shape[1] * max(len(read), 1) * p))
+    for begin in range(0, rows, step):
+        part = slice(begin, min(begin + step, rows))
+
+        def own(t: Tensor, part: slice = part) -> Tensor:
+            return t if len(t) == 1 else t[part]
+
+        n = part.stop - part.start
+        J, P, w = own(design), own(precision), weights[part]
+        w = w.unsqueeze(-1) if w.dim() == 1 else w
+        r = _weighed(P, r_phi[part] * w.unsqueeze(-1))
+        for a in read:
+            left = J[:, :, a].expand(n, *J[:, :, a].shape[1:])
+            right = right + (left * r[:, :, a].unsqueeze(-1)).sum((0, 1))
+            for b in read:
+                there = J[:, :, b].expand_as(left) * (
+                    w * phi_phi[part, a, b].unsqueeze(-1)
+                ).unsqueeze(-1)
+                there = _weighed(P, there)
+                gram = gram + left.reshape(-1, p).mT @ there.reshape(-1, p)
+    return gram, right
