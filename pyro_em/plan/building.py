@@ -146,6 +146,9 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     model = with_values(task.model, unrouted.structure)
     if model is None:
         return unrouted
+    finding = reads_discrete(unrouted.structure, model.values)
+    if finding is not None:
+        return explained(unrouted, finding)
     given = replace(task, model=model)
     structure = _examined(given, False, {})
     if isinstance(structure, Unrouted) or structure.series is not None:
@@ -154,11 +157,9 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
         lines = read_lines(model, task.args, task.kwargs, structure)
     except NotLinear as error:
         return explained(unrouted, error.finding)
-    finding = reads_discrete(structure, lines)
-    if finding is not None:
-        return explained(unrouted, finding)
     looked = structure.looked
-    structure = replace(structure, looked=None, lines=frozenset(lines))
+    edges = unrouted.structure.edges
+    structure = replace(structure, looked=None, lines=frozenset(lines), edges=edges)
     log = task.log(names_of(task.model, task.args, task.kwargs))
     graph = integrated(traced(given, structure, log, looked), lines)
     block = graph.groups[-1].nested

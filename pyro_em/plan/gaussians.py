@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -41,19 +41,19 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
 
 
-def reads_discrete(structure: Structure, lines: Mapping[str, Line]) -> Finding | None:
-    """Why discrete latents beside Gaussian ones have no exact posterior yet; None where none meet."""
-    for name in lines:
-        scope = [z for z in structure.sites[name].scope if z in structure.latents]
-        if scope:
-            latents = {r.latent for r in lines[name].reads} or {name}
-            return Finding(
-                f"site '{name}'",
-                f"it depends on discrete '{scope[0]}' and on Gaussian '{sorted(latents)[0]}'.",
-                "",
-                (),
-                latents=tuple(latents),
-            )
+def reads_discrete(bare: Structure, gaussians: Collection[str]) -> Finding | None:
+    """Why discrete latents beside Gaussian ones have no exact posterior yet; None where none meet.
+
+    Args:
+        bare: The skeleton of the user's model.
+        gaussians: Its Gaussian latents.
+    """
+    for name, info in bare.sites.items():
+        own = [z for z in info.scope if z in gaussians]
+        others = [z for z in info.scope if z in bare.latents and z not in gaussians]
+        if own and others:
+            what = f"it depends on discrete '{others[0]}' and on Gaussian '{own[0]}'"
+            return Finding(f"site '{name}'", what, "", (), latents=tuple(own))
     return None
 
 

@@ -246,7 +246,7 @@ def test_predictive_refusals() -> None:
 
     def continuous(x: Tensor) -> None:
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+        pyro.sample("x", dist.Normal(mean.exp(), 1.0), obs=x)
 
     with pytest.raises(PyroEMError, match="'mean'"):
         ExactPosteriorEM(continuous).predictive(torch.tensor(0.0))

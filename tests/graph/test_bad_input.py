@@ -256,6 +256,7 @@ IF = "'z' | if z | torch.where"
 LABELS = {"z": [0, 2, 0, 1, 1]}
 
 drawn: Any = lambda mu: mu[0] + pyro.sample("z", dist.Normal(0.0, 1.0))  # noqa: E731
+bent: Any = lambda mu: mu[0] + pyro.sample("z", dist.Normal(0.0, 1.0)).exp()  # noqa: E731
 counted: Any = lambda mu: mu[0] + pyro.sample("z", dist.Poisson(1.0))  # noqa: E731
 hidden: Any = lambda mu: mu[poutine.mask(label, mask=label() > 0)("y")]  # noqa: E731
 unequal: Any = lambda mu: mu[label()] + mu[poutine.scale(label, scale=2.0)("y")]  # noqa: E731
@@ -285,7 +286,7 @@ REFUSED: dict[str, tuple[type[PyroEMError], Callable[[], Any], str]] = {
     "impossible": (DataError, lambda: fit(emissions, tensor([0, 2])), "'x' | imposs | rows = 1"),
     "impossible chain": (DataError, lambda: fit(left_to_right, tensor([0, 1, 0])), "'x_2' | impos"),
     # latents and enumeration
-    "continuous": (ModelError, lambda: fit(rows, X, drawn), "'z' | continuous | Normal | guide"),
+    "continuous": (ModelError, lambda: fit(rows, X, bent), "'z' | continuous | Normal | guide"),
     "guide lacks it": (ModelError, lambda: EM(rows, empty).fit(X, drawn), "'z' | guide lacks it"),
     "infinite": (ModelError, lambda: fit(rows, X, counted), "'z' | Poisson | infinite support"),
     "event latent": (ModelError, lambda: fit(event_bits, tensor(1.0)), "'z' | to_event"),

@@ -310,8 +310,13 @@ def refused(call, *words: str) -> None:
 
 
 def test_latents_without_a_route() -> None:
-    assert routes(ExactPosteriorEM(normal), T(X)) == {"h": "none"}
-    refused(lambda: ExactPosteriorEM(normal).fit(T(X)), "'h'", "guide")
+    def bent(x):
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h.exp(), 1.0), obs=x)
+
+    assert routes(ExactPosteriorEM(bent), T(X)) == {"h": "none"}
+    refused(lambda: ExactPosteriorEM(bent).fit(T(X)), "'h'", "guide", "not linear in 'h' (exp)")
 
     def misses(x):
         pyro.sample("s", dist.Delta(pyro.param("ps", T(1.0))))
