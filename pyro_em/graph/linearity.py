@@ -116,16 +116,15 @@ class Breaks(TorchFunctionMode):
         self._alive: list[Tensor] = list(leaves.values())  # so that no identity is used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         read = [self._of[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._of]
-        if not read:
+        name = getattr(func, "__name__", str(func))
+        if read and _NUMBERS.fullmatch(name):
+            self._note(frozenset().union(*read), name)
+            args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        out = func(*args, **(kwargs or {}))
+        if not read or _WITHOUT_NUMBERS.fullmatch(name):
             return out
         latents = frozenset().union(*read)
-        name = getattr(func, "__name__", str(func))
-        if _WITHOUT_NUMBERS.fullmatch(name):
-            return out
-        if _NUMBERS.fullmatch(name):
-            self._note(latents, name)
         if name == "broadcast_tensors":
             for before, after in zip(_tensors(args), _tensors(out), strict=True):
                 self._follow(after, self._of.get(id(before), frozenset()))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import unwrap
-from pyro_em.errors import Finding
+from pyro_em.errors import Finding, ModelError
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.autograd import known_below
 from pyro_em.graph.binding import Binding
@@ -122,8 +122,12 @@ def read_lines(
     """
     values = {n: v.requires_grad_() for n, v in random_values(model, 31).items()}
     with at_moved(structure.parameters, seed=31):
-        with Breaks(values) as breaks:
-            run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
+        try:
+            with Breaks(values) as breaks:
+                run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
+        except ModelError as error:
+            what = "it does not run at other values of its latents."
+            raise NotLinear(_refusal(tuple(values), "model", what)) from error
         at_zero = run_enumerated(model, args, kwargs, structure, limit=None)
     for latent, how in breaks.found.items():
         raise NotLinear(
