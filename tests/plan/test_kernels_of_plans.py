@@ -230,7 +230,7 @@ def test_without_a_route_nothing_iterates() -> None:
     def model() -> None:
         with pyro.plate("n", len(X)):
             u = pyro.sample("u", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(u, 1.0), obs=X)
+            pyro.sample("x", dist.Normal(u.exp(), 1.0), obs=X)
 
     plan = ExactPosteriorEM(model).plan()
     assert plan.kernel == "none"
