@@ -104,24 +104,24 @@ def count_free(
     for name, p in parameters.items():
         if isinstance(getattr(updates[name], "update", None), Fixed):
             continue
-        value = p.value()
-        used = read.get(name, torch.ones_like(value, dtype=torch.bool))
+        ones = torch.ones_like(p.leaf, dtype=torch.bool)
+        used = read.get(name, ones)
         base = p.constraint
         while isinstance(base, constraints.independent):
             base = base.base_constraint
         shape = type(base).__name__.lstrip("_")
         if base is constraints.simplex:
-            zeros = structural_zeros.get(name, torch.zeros_like(value, dtype=torch.bool))
+            zeros = structural_zeros.get(name, ~ones)
             alive = ((~zeros).sum(-1) - 1).clamp(min=0)
             total += int((alive * used.any(-1)).sum())
         elif shape.endswith("PositiveDefinite") or shape in (
             "LowerCholesky",
             "SoftplusLowerCholesky",
         ):
-            d = value.shape[-1]
+            d = ones.shape[-1]
             total += int(used.flatten(-2).any(-1).sum()) * d * (d + 1) // 2
         elif shape in ("CorrCholesky", "CorrMatrix", "UnitLowerCholesky"):
-            d = value.shape[-1]
+            d = ones.shape[-1]
             total += int(used.flatten(-2).any(-1).sum()) * d * (d - 1) // 2
         else:
             total += int(used.sum())
@@ -177,7 +177,7 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     """
     graph = program.graph
     read = {
-        n: torch.zeros_like(p.value(), dtype=torch.bool).reshape(-1)
+        n: torch.zeros_like(p.leaf, dtype=torch.bool).reshape(-1)
         for n, p in graph.parameters.items()
     }
     possible = _possible_cells(program, initial)
@@ -211,7 +211,7 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     }
     if unknown:
         _differentiate(program, unknown, possible, read)
-    return {n: r.reshape(graph.parameters[n].value().shape) for n, r in read.items()}
+    return {n: r.reshape(graph.parameters[n].leaf.shape) for n, r in read.items()}
 
 
 def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tensor | None:
@@ -261,7 +261,7 @@ def _possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:
     graph = program.graph
     none: Alive = [None] * len(graph.groups)
     latents = [g for g, group in enumerate(graph.groups) if group.role is Role.LATENT]
-    values = {n: initial.get(n, p.value()) for n, p in graph.parameters.items()}
+    values = {n: initial[n] if n in initial else p.value() for n, p in graph.parameters.items()}
     try:
         tables = program.log_densities_at(values, latents) if latents else {}
     except PyroEMError:

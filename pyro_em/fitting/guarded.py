@@ -49,11 +49,13 @@ class Step:
         before: Where it began.
         bound: ELBO(q, θ_new) after its M-step, in nats.
         after: Where it led.
+        is_public: Whether the param store holds the parameters there.
     """
 
     before: Point
     bound: float
     after: Point
+    is_public: bool = False
 
 
 class Guarded:
@@ -161,7 +163,7 @@ class Guarded:
             return None
         if verify and not self._is_confirmed_at(after.values):
             return None
-        return Step(at, bound, after)
+        return Step(at, bound, after, is_public=verify)
 
     def _last_quick_step(self, at: Point) -> Step | None:
         """As `_quick_step`, with the parameters in the param store, where a transform may round."""
@@ -178,7 +180,7 @@ class Guarded:
         if self._has_fallen(at, after):
             restore(self.program.graph.parameters, origin)
             return None
-        return Step(at, bound, after)
+        return Step(at, bound, after, is_public=True)
 
     def _has_fallen(self, at: Point, after: Point) -> bool:
         allowed = allowed_fall(at.objective, self.program.graph.eps)
@@ -218,7 +220,7 @@ class Guarded:
             step: The step.
             was_public: Whether the store holds those before it, so that only what moved is written.
         """
-        if isinstance(step.after, SumsPoint):
+        if isinstance(step.after, SumsPoint) and not step.is_public:
             before = (
                 step.before.values if was_public and isinstance(step.before, SumsPoint) else None
             )

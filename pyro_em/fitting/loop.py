@@ -70,10 +70,11 @@ def advance(
     first = run.num_steps == run.verify_at
     last = is_last and not (is_watched or first)
     step = em.step(run.last, run.num_steps, verify=first and verify, touched=touched, last=last)
-    if is_watched or first:
+    is_public = is_watched or first or last
+    if is_public:
         em.publish(step, was_public=is_watched and run.recorded is step.before)
     run.take(step.before.objective, step.bound, step.after)
-    if is_watched or first or last or not isinstance(step.after, SumsPoint):
+    if is_public or not isinstance(step.after, SumsPoint):
         run.record(em.program, step.after)
     if first:
         run.verified = run.parameters

@@ -47,6 +47,9 @@ _DEPTH = 3  # functions that call functions, containers that hold containers
 _MANY = 256  # entries of a container
 
 
+_COMMON = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
+
+
 @dataclass(eq=False)
 class Memory:
     """A piece of memory that was read: a tensor, its count of writes, a checksum."""
@@ -181,6 +184,9 @@ def checksum(tensor: Tensor) -> Hashable:
     if not _is_plain(tensor):
         return None
     t = tensor.detach()
+    is_common = t.dtype in _COMMON and t.device.type == "cpu" and not t.is_neg()
+    if is_common and t.is_contiguous() and t.numel() * t.element_size() <= _WHOLE:
+        return zlib.crc32(t.numpy())
     for dim in range(t.dim()):
         if t.stride(dim) == 0 and t.shape[dim] > 1:
             t = t.narrow(dim, 0, 1)

@@ -266,14 +266,19 @@ def closed_form(
     return solver_of(update, graph, value).solve(statistics, arguments, value, blend)
 
 
+def floor_of(update: ParameterUpdate) -> float:
+    """Below which a parameter's spread must not fall; zero where nothing was asked for."""
+    is_spread = update.kind is not None and update.kind.is_spread
+    return update.update.floor if is_spread and isinstance(update.update, ClosedForm) else 0.0
+
+
 def apply_floor(update: ParameterUpdate, value: Tensor) -> Tensor:
     """A parameter's value with its spread raised to the floor that the user asked for.
 
     A start below the floor would make the first floored update look like a fall of the evidence.
     """
-    kind = update.kind
-    floor = update.update.floor if isinstance(update.update, ClosedForm) else 0.0
-    if kind is None or not kind.is_spread or floor <= 0:
+    kind, floor = update.kind, floor_of(update)
+    if kind is None or floor <= 0:
         return value
     rows = value.reshape(-1, *value.shape[value.dim() - kind.event_dim :])
     natural, low = kind.form.floored(_natural(update, rows), floor)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
-from pyro_em.updates.closed_form import Blend, apply_floor, closed_form
+from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.gradient import Runaway, maximise
 from pyro_em.updates.least_squares import least_squares
@@ -145,6 +145,8 @@ def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> 
     """Raise spreads that start below the floor that the user asked for."""
     with torch.no_grad():
         for name, update in updates.items():
+            if floor_of(update) <= 0:
+                continue
             value = graph.parameters[name].value()
             raised = apply_floor(update, value)
             if not torch.equal(raised, value):
