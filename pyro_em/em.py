@@ -144,7 +144,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
     @property
     def guide(self) -> Any:
         """The guide: as given, or once data have been seen the one that was built."""
-        return self._session.looker.guide_now
+        return self._session.planner.guide_now
 
     @property
     def num_particles(self) -> int:
@@ -173,7 +173,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             PyroEMError: If the model or its data cannot be used; all findings in one message.
         """
         found = self._session.look_at_routes(args, kwargs)
-        return self._session.looker.plan_on(found, args, kwargs)
+        return self._session.planner.plan_on(found, args, kwargs)
 
     @alone("posterior")
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
@@ -228,8 +228,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         if num_particles is not None:
             check_draws(num_particles, "elbo")
         found = self._look(args, kwargs, look_only=True)
-        looker, n = self._session.looker, num_particles or self.num_particles
-        return elbo_at(looker, found, args, kwargs, q, params, n, self._session.total_steps)
+        planner, n = self._session.planner, num_particles or self.num_particles
+        return elbo_at(planner, found, args, kwargs, q, params, n, self._session.total_steps)
 
     @alone("score")
     def score(self, *args: Any, **kwargs: Any) -> float:
@@ -305,7 +305,9 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         """
         check_collisions(self.model, args, ("num_particles", "proposal"), "estimate_evidence")
         found = self._look(args, kwargs, look_only=True)
-        return estimate_evidence(self._session.looker, found, args, kwargs, num_particles, proposal)
+        return estimate_evidence(
+            self._session.planner, found, args, kwargs, num_particles, proposal
+        )
 
     @alone("predictive")
     def predictive(

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.structure import form_of
 from pyro_em.graph.trace import trace_graph
-from pyro_em.plan.planner import Looker
+from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.plan.wishes import check_draws, check_limits
@@ -135,7 +135,7 @@ class TraceExact_ELBO(ELBO):
             if same and is_stored(read):
                 return model_read
         request = Request(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
-        model_read = Looker(request).look(args, kwargs, look_only=True)
+        model_read = Planner(request).look(args, kwargs, look_only=True)
         self._last, self._baselines = (model, guide, form, model_read), {}
         return model_read
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.given_q import as_posterior
-from pyro_em.plan.planner import Looker
+from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.portable import Portable
 from pyro_em.posteriors.posterior import Posterior
@@ -76,7 +76,7 @@ class ELBOTerms(Portable):
 
 
 def elbo_at(
-    looker: Looker,
+    planner: Planner,
     found: Program | Variational,
     args: tuple,
     kwargs: dict[str, Any],
@@ -88,7 +88,7 @@ def elbo_at(
     """ELBO(q, θ) of whatever a model turned out to be; see `ExactPosteriorEM.elbo`.
 
     Args:
-        looker: What the user asked for.
+        planner: What the user asked for.
         found: What the model with its guide is.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
@@ -104,10 +104,10 @@ def elbo_at(
     if isinstance(found, Variational):
         if q is None:
             with parameters_at(found.parameters, params):
-                beside = looker.exact_beside(found, args, kwargs)
+                beside = planner.exact_beside(found, args, kwargs)
                 at = None if beside is None else beside.posterior()
                 return drawn_terms(found, args, kwargs, num_particles, at)
-        program = looker.exact_beside(found, args, kwargs)
+        program = planner.exact_beside(found, args, kwargs)
     if program is None:
         raise UsageError(
             message(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.plan.planner import Looker
+from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.plan.wishes import check_draws
 from pyro_em.portable import Portable
@@ -174,7 +174,7 @@ def _shape(excess: Tensor) -> float:
 
 
 def estimate_evidence(
-    looker: Looker,
+    planner: Planner,
     found: Program | Variational,
     args: tuple,
     kwargs: dict[str, Any],
@@ -184,7 +184,7 @@ def estimate_evidence(
     """The importance-weighted bound; see `ExactPosteriorEM.estimate_evidence`.
 
     Args:
-        looker: What the user asked for.
+        planner: What the user asked for.
         found: What a look at the model found.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
@@ -207,10 +207,10 @@ def estimate_evidence(
         )
     draw: _Prior | _Guide
     if proposal == "prior":
-        draw = _Prior(looker, found, args, kwargs)
+        draw = _Prior(planner, found, args, kwargs)
     elif proposal == "guide":
         variational = (
-            found if isinstance(found, Variational) else looker.all_from_guide(args, kwargs)
+            found if isinstance(found, Variational) else planner.all_from_guide(args, kwargs)
         )
         if variational is None:
             raise UsageError(
@@ -222,7 +222,7 @@ def estimate_evidence(
             )
         draw = _Guide(variational, args, kwargs)
     else:
-        program = found if isinstance(found, Program) else looker.exact_beside(found, args, kwargs)
+        program = found if isinstance(found, Program) else planner.exact_beside(found, args, kwargs)
         if program is None:
             raise UsageError(
                 message(
@@ -259,7 +259,7 @@ class _Prior:
 
     def __init__(
         self,
-        looker: Looker,
+        planner: Planner,
         found: Program | Variational,
         args: tuple,
         kwargs: dict[str, Any],

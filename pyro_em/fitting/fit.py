@@ -148,7 +148,7 @@ def _stochastic(
         begin=begin,
     )
     session.total_steps = before + len(run.bounds)
-    plan = session.looker.plan(trainer.variational)
+    plan = session.planner.plan(trainer.variational)
     return build_stochastic_result(
         trainer, batches, run, plan, wishes.seed, begin, session.total_steps
     )

@@ -19,7 +19,7 @@ from pyro_em.fitting.result import EMStep
 from pyro_em.graph.blame import given_arguments
 from pyro_em.graph.readable import refuse_without_numbers
 from pyro_em.graph.structure import form_of
-from pyro_em.plan.planner import Looker
+from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.plan.unrouted import Unrouted
@@ -44,7 +44,7 @@ class Session:
         num_particles: Draws from the guide per step.
 
     Attributes:
-        looker: Reads the model.
+        planner: Reads the model.
         program: The last exact reading.
         m_step_state: What lasts from one M-step to the next.
         trainer: Stochastic steps on the last pair; what lasts between them lives on in the next one
@@ -58,7 +58,7 @@ class Session:
 
     def __init__(self, request: Request, num_particles: int) -> None:
         self.request = request
-        self.looker = Looker(request)
+        self.planner = Planner(request)
         self.num_particles = num_particles
         self.first = FirstSeen()
         self._begin()
@@ -91,14 +91,14 @@ class Session:
             PyroEMError: If a latent has no route, or the model or data cannot be used.
         """
         self._check_arguments(args, kwargs)
-        return self._noted(self.looker.look(args, kwargs, look_only=look_only))
+        return self._noted(self.planner.look(args, kwargs, look_only=look_only))
 
     def look_at_routes(
         self, args: tuple, kwargs: dict[str, Any]
     ) -> Program | Variational | Unrouted:
         """As ``look``; where a latent has no route it is a finding, not an exception."""
         self._check_arguments(args, kwargs)
-        found = self.looker.look_at_routes(args, kwargs)
+        found = self.planner.look_at_routes(args, kwargs)
         return found if isinstance(found, Unrouted) else self._noted(found)
 
     def ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
@@ -139,7 +139,7 @@ class Session:
         if self.trainer is None:
             for note in variational.notes:
                 warn(note)
-            training = Training(self.looker.saved_name)
+            training = Training(self.planner.saved_name)
             training.restore(self._training)
             self._training = {}
         else:
@@ -232,7 +232,7 @@ class Session:
 
     def reset(self) -> None:
         """Forget what was fitted, and the guide that was built."""
-        built = self.looker.forget()
+        built = self.planner.forget()
         self.first.put_back(self.parameters, built)
         self._begin()
 
@@ -248,10 +248,10 @@ class Session:
         self.trainer, self._training = None, dict(state.get("training", {}))
 
     def _roots(self) -> tuple[Any, Any]:
-        return users(self.request.model), self.looker.guide_now
+        return users(self.request.model), self.planner.guide_now
 
     def _by_saved_name(self) -> dict[str, TracedParameter]:
-        return {self.looker.saved_name(n): p for n, p in self.parameters.items()}
+        return {self.planner.saved_name(n): p for n, p in self.parameters.items()}
 
 
 def _without_rows(form: Any) -> Any:

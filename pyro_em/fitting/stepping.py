@@ -86,7 +86,7 @@ def _no_loader(session: Session, args: tuple, kwargs: dict[str, Any]) -> str:
 
 def _is_exact_on(session: Session, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether no guide draws for the batches of a loader."""
-    if session.looker.guide_now is None:
+    if session.planner.guide_now is None:
         return True
     batch = first_batch(args[0])
     items = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -36,25 +36,36 @@ from pyro_em.variational.guide import (
 from pyro_em.variational.pair import Routing, WithSubsamples
 
 
-@dataclass(eq=False)
-class Looker(StaysHere):
-    """How to look at a model with what the user asked for.
+@dataclass(frozen=True, eq=False)
+class Known(StaysHere):
+    """What is known of a model and its guide from one look to the next.
 
     Attributes:
-        request: What the user asked for.
-        built: The guide that ``request.guide`` stands for, once it has been built.
-        seen: Whether the model has been run before.
+        has_run: Whether the model has been run before.
+        guide: The guide that the user's ``guide`` stands for, once it has been built.
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
+    """
+
+    has_run: bool = False
+    guide: Any = None
+    guide_parameters: tuple[str, ...] = ()
+    name: tuple[str, str] = ("", "")
+
+
+class Planner(StaysHere):
+    """Looks at a model with what the user asked for; a `Session` has one.
+
+    Args:
+        request: What the user asked for.
+
+    Attributes:
+        known: What earlier looks found out.
         readings: What is known of a model without a guide.
     """
 
-    request: Request
-    built: Any = None
-    seen: bool = False
-    guide_parameters: tuple[str, ...] = ()
-    name: tuple[str, str] = ("", "")
-    readings: Readings = field(default_factory=Readings)
+    def __init__(self, request: Request) -> None:
+        self.request, self.known, self.readings = request, Known(), Readings()
 
     def look(
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
@@ -78,7 +89,8 @@ class Looker(StaysHere):
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational | Unrouted:
         """As ``look``; where a latent has no route it is a finding, not an exception."""
-        first, self.seen = not self.seen, True
+        first = not self.known.has_run
+        self.known = replace(self.known, has_run=True)
         if self.request.guide is None:
             program = self._program(self.request.model, args, kwargs, first, look_only, ())
             if isinstance(program, Unrouted):
@@ -93,13 +105,13 @@ class Looker(StaysHere):
         if routing.is_stochastic:
             return Variational.of(
                 self.request.model,
-                self.built,
+                self.known.guide,
                 routing,
                 bare,
                 self.request.max_plate_nesting,
                 self._weighted(routing),
             )
-        pair = routing.pair(self.request.model, self.built)
+        pair = routing.pair(self.request.model, self.known.guide)
         routes = routes_with_guide(bare, routing)
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if isinstance(program, Unrouted):
@@ -112,7 +124,7 @@ class Looker(StaysHere):
     @property
     def guide_now(self) -> Any:
         """The guide: as given, or once data have been seen the one that was built."""
-        return self.request.guide if self.built is None else self.built
+        return self.request.guide if self.known.guide is None else self.known.guide
 
     def plan_on(
         self, found: Program | Variational | Unrouted, args: tuple, kwargs: dict[str, Any]
@@ -150,10 +162,12 @@ class Looker(StaysHere):
         """The bare model, at the subsamples that its guide drew, and the guide."""
         look: GuideLook | None = None
         model = self.request.model
-        if self.built is None and not needs_building(self.request.guide):
-            self.built = built_guide(self.request.guide, self.request.model, None)
-        if self.built is not None:
-            look = look_at_guide(self.built, args, kwargs, first_look=first)
+        guide = self.known.guide
+        if guide is None and not needs_building(self.request.guide):
+            guide = built_guide(self.request.guide, self.request.model, None)
+            self.known = replace(self.known, guide=guide)
+        if guide is not None:
+            look = look_at_guide(guide, args, kwargs, first_look=first)
             if look.subsamples:
                 model = WithSubsamples(model, look.subsamples)
         bare, problems = examine(
@@ -169,15 +183,16 @@ class Looker(StaysHere):
             raise_findings(problems)
         bare = replace(bare, looked=None)  # what sums the latents looks at the pair
         if look is None:
-            self.built = built_guide(self.request.guide, self.request.model, bare)
-            self.name = given_a_name(self.built)
-            look = look_at_guide(self.built, args, kwargs, first_look=first)
+            guide = built_guide(self.request.guide, self.request.model, bare)
+            self.known = replace(self.known, guide=guide)
+            self.known = replace(self.known, name=given_a_name(guide))
+            look = look_at_guide(guide, args, kwargs, first_look=first)
         return bare, look
 
     def forget(self) -> tuple[str, ...]:
         """Forget a guide that was built here; returns the names of its parameters."""
-        own = self.guide_parameters if needs_building(self.request.guide) else ()
-        self.built, self.seen, self.guide_parameters, self.name = None, False, (), ("", "")
+        own = self.known.guide_parameters if needs_building(self.request.guide) else ()
+        self.known = Known()
         self.readings.forget()
         if isinstance(self.request.optim, pyro.optim.PyroOptim):
             self.request.optim.optim_objs.clear()
@@ -185,7 +200,7 @@ class Looker(StaysHere):
 
     def saved_name(self, name: str) -> str:
         """A parameter's name in a file: that of a built guide's class, however it is called here."""
-        own, cls = self.name
+        own, cls = self.known.name
         return cls + name[len(own) :] if own and name.startswith(f"{own}.") else name
 
     def exact_beside(
@@ -205,13 +220,13 @@ class Looker(StaysHere):
         if cost.cells > self.request.max_enumeration:
             return None
         exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())
-        pair = exact.pair(self.request.model, self.built)
+        pair = exact.pair(self.request.model, self.known.guide)
         program = self._program(pair, args, kwargs, False, True, ())
         return program if isinstance(program, Program) else None
 
     def all_from_guide(self, args: tuple, kwargs: dict[str, Any]) -> Variational | None:
         """The pair in which the guide draws all that it covers; None if that is not everything."""
-        if self.request.guide is None or self.built is None:
+        if self.request.guide is None or self.known.guide is None:
             return None
         bare, look = self._look_at_both(args, kwargs, False)
         routing = self._route(bare, look, everything=True)
@@ -220,13 +235,13 @@ class Looker(StaysHere):
         if routing.exact or not routing.drawn:
             return None
         return Variational.of(
-            self.request.model, self.built, routing, bare, self.request.max_plate_nesting
+            self.request.model, self.known.guide, routing, bare, self.request.max_plate_nesting
         )
 
     def _route(
         self, bare: Structure, look: GuideLook, everything: bool = False
     ) -> Routing | Unrouted:
-        self.guide_parameters = tuple(look.run.parameters)
+        self.known = replace(self.known, guide_parameters=tuple(look.run.parameters))
 
         def strategy(name: str) -> str:
             one = matching(self.request.strategy, name)
