@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import pyro.distributions as dist
@@ -72,6 +72,11 @@ def unwrap(fn: Any) -> tuple[Any, int, list[tuple[Any, int]]]:
         elif not isinstance(fn, dist.torch_distribution.ExpandedDistribution):
             return fn, reinterpreted, masks
         fn = fn.base_dist
+
+
+def bases_of(fns: Iterable[Any]) -> list[Any]:
+    """The base distributions of several (`unwrap`)."""
+    return [unwrap(fn)[0] for fn in fns]
 
 
 def element_mask(fn: Any, site_mask: Mask = None) -> Mask:

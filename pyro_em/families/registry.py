@@ -7,6 +7,7 @@ To add a family, copy a neighbour in one of the files beside this one, add it to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -119,6 +120,11 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
     return {
         n: v if isinstance(v, torch.Tensor) else torch.as_tensor(v) for n, v in arguments.items()
     }
+
+
+def given_arguments_of_all(fns: Iterable[Any], family: Family) -> list[dict[str, torch.Tensor]]:
+    """The given arguments of several unwrapped distributions of one family (`given_arguments`)."""
+    return [given_arguments(fn, family) for fn in fns]
 
 
 def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:

@@ -31,11 +31,10 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps from where a run stands until a rule stops it; then its parameters are in the store."""
     run.status, em.handovers = EMStatus.MAX_STEPS, 0
     try:
-        while run.num_steps < settings.max_steps:
-            is_last = run.num_steps + 1 == settings.max_steps
-            step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
+        while (left := settings.max_steps - run.num_steps) > 0:
+            step = advance(em, run, bool(settings.callbacks), settings.verify, left == 1)
             settings.bar.update(r, step.after.objective)
-            if _calls_stop(em.program, settings, run, step):
+            if _calls_stop(em, settings, run, step):
                 run.status = EMStatus.STOPPED
                 break
             path = [*run.plain_path(), step.after.objective]
@@ -67,9 +66,10 @@ def advance(
     """
     touched = is_watched and _look(em, run)
     assert run.last is not None
-    first = run.num_steps == run.verify_at
+    index = run.num_steps
+    first = index == run.verify_at
     last = is_last and not (is_watched or first)
-    step = em.step(run.last, run.num_steps, verify=first and verify, touched=touched, last=last)
+    step = em.step(run.last, index, verify=first and verify, touched=touched, last=last)
     is_public = is_watched or first or last
     if is_public:
         em.publish(step, was_public=is_watched and run.recorded is step.before)
@@ -130,11 +130,11 @@ def settle(em: Guarded, run: Run, *, anew: bool = True) -> bool:
     return interrupted
 
 
-def _calls_stop(program: Program, settings: Settings, run: Run, step: Step) -> bool:
+def _calls_stop(em: Guarded, settings: Settings, run: Run, step: Step) -> bool:
     """Show a step to the callbacks; returns whether one of them asks to stop."""
     if not settings.callbacks:
         return False
-    shown = as_step(run, program, run.num_steps - 1, step, settings.begin)
+    shown = as_step(run, em.program, run.num_steps - 1, step, settings.begin)
     return any(callback(shown) is True for callback in settings.callbacks)
 
 
@@ -308,7 +308,7 @@ def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         if run.status is not EMStatus.MAX_STEPS or run.num_steps >= settings.max_steps:
             return
         stopped = accelerate(
-            em, settings, run, r, lambda step: _calls_stop(em.program, settings, run, step)
+            em, settings, run, r, lambda step: _calls_stop(em, settings, run, step)
         )
         interrupted = settle(em, run, anew=stopped is not None)  # plain steps follow otherwise
         run.plain_from = run.num_steps

@@ -24,24 +24,17 @@ class Point:
         evaluation: The factors at the values.
         q: The E-step there.
         massless: Per parameter the components that had no mass in the M-step before.
+        objective: What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact.
+        log_evidence: log p(x; θ) in nats, where the E-step computed it.
         noise: How far rounding may carry the objective, in nats, beyond that of a sum.
     """
 
     evaluation: Evaluation
     q: Posterior
     massless: Mapping[str, tuple[int, ...]]
+    objective: float
+    log_evidence: float | None
     noise: float = 0.0
-
-    @property
-    def objective(self) -> float:
-        """What EM raises: ELBO(q, θ), the evidence plus the log prior where q is exact."""
-        assert self.q.bound is not None
-        return self.q.bound
-
-    @property
-    def log_evidence(self) -> float | None:
-        """log p(x; θ) in nats, where the E-step computed it."""
-        return self.q.log_evidence
 
 
 class TracedPoint(Point):
@@ -62,6 +55,8 @@ class TracedPoint(Point):
         massless: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.values, self.evaluation, self.q = values, evaluation, q
+        assert q.bound is not None
+        self.objective, self.log_evidence = q.bound, q.log_evidence
         self.massless = massless or {}
 
 
@@ -88,20 +83,12 @@ class SumsPoint(Point):
     ) -> None:
         self.program, self.block, self.at = program, block, at
         self.expectation, self.log_prior = expectation, log_prior
+        self.log_evidence = expectation.log_evidence  # E-steps on sums are exact
+        self.objective = expectation.log_evidence + log_prior
         self.massless = {}
         self.noise = expectation.noise
         if values is not None:
             self.values = dict(values)
-
-    @property
-    def objective(self) -> float:
-        """The log evidence plus the log prior."""
-        return self.expectation.log_evidence + self.log_prior
-
-    @property
-    def log_evidence(self) -> float:
-        """The log evidence: E-steps on sums are exact."""
-        return self.expectation.log_evidence
 
     @cached_property
     def values(self) -> dict[str, Tensor]:
@@ -136,14 +123,4 @@ class LeftPoint(Point):
 
     def __init__(self, at: Point) -> None:
         self.massless = at.massless
-        self._objective, self._log_evidence = at.objective, at.log_evidence
-
-    @property
-    def objective(self) -> float:
-        """What EM raises."""
-        return self._objective
-
-    @property
-    def log_evidence(self) -> float | None:
-        """log p(x; θ) in nats."""
-        return self._log_evidence
+        self.objective, self.log_evidence = at.objective, at.log_evidence

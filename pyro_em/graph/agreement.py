@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import unwrap
+from pyro_em.distributions import bases_of, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.registry import family_of, given_arguments
+from pyro_em.families.registry import family_of, given_arguments_of_all
 from pyro_em.graph.coupling import Sites, differs, parts_of
 from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts, unrepeated
 from pyro_em.tracing.sites import tensors_of
@@ -214,11 +214,13 @@ class _Together:
         return kind, tuple(sorted((dim, self.look.size(z)) for dim, z in seen.items()))
 
     def _agreeing(self, names: Sequence[str]) -> list[str]:
-        fns = [[unwrap(s[n]["fn"]) for n in names] for s in (self.look.enumerated, self.look.plain)]
-        reinterpreted, family = fns[0][0][1], family_of(fns[0][0][0])
+        sides = (self.look.enumerated, self.look.plain)
+        first = self._site(names[0])["fn"]
+        reinterpreted, family = unwrap(first)[1], family_of(first)
         if family is None:
             return []
-        held = [[given_arguments(fn, family) for fn, _, _ in side] for side in fns]
+        fns = [bases_of([side[n]["fn"] for n in names]) for side in sides]
+        held = [given_arguments_of_all(of_side, family) for of_side in fns]
         same = torch.ones(len(names), dtype=torch.bool)
         visible = [self.look.visible(self._site(n)) for n in names]
         for name in held[0][0]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import (
+    bases_of,
     element_mask,
     is_outside,
     split_mask,
@@ -20,7 +21,12 @@ from pyro_em.distributions import (
 )
 from pyro_em.errors import DataError, DegenerateError, Finding, message
 from pyro_em.families.family import Family
-from pyro_em.families.registry import family_of, given_arguments, spread_arguments
+from pyro_em.families.registry import (
+    family_of,
+    given_arguments,
+    given_arguments_of_all,
+    spread_arguments,
+)
 from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.compact import compact, compact_all, recipe_for
@@ -121,11 +127,11 @@ class FactorLayout:
         Returns:
             Factors of equal bindings, and the sites that have to be laid out by themselves.
         """
-        fns = [unwrap(self.sites[n]["fn"])[0] for n in names]
+        fns = bases_of([self.sites[n]["fn"] for n in names])
         family = family_of(fns[0])
         if family is None or self.structure.sites[names[0]].role is Role.POINT:
             return [], list(names)
-        held = [given_arguments(fn, family) for fn in fns]
+        held = given_arguments_of_all(fns, family)
         moving = [a for a, t in held[0].items() if leaves is not None and t.requires_grad]
         expanded = any(0 in held[0][a].stride() for a in moving)
         graphs: dict[Hashable, list[int]] = {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_em.distributions import are_inside, depends_on_tensors, satisfies, unwrap
+from pyro_em.distributions import are_inside, bases_of, depends_on_tensors, satisfies
 from pyro_em.families.family import BUILT_IN
 from pyro_em.families.registry import family_of
 from pyro_em.graph.factors import FactorGraph
@@ -81,7 +81,7 @@ def _is_possible(name: str, site: Site, is_data: bool) -> bool:
 
 def _are_surely_possible(alike: Sequence[Site], is_data: bool) -> bool:
     """Whether sites of one form, which have no mask and no scale, are seen to be possible together."""
-    fns = [unwrap(site["fn"])[0] for site in alike]
+    fns = bases_of([site["fn"] for site in alike])
     first = fns[0]
     if family_of(first) is None or any(isinstance(p, Distribution) for p in vars(first).values()):
         return False  # what it declares may be another for each of them

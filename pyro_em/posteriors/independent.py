@@ -27,7 +27,7 @@ from pyro_em.posteriors.quick import QuickBlock, SumsBlock
 from pyro_em.updates.statistics import Expectation
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Independent(SumsBlock):
     """Components of latents that share no factor.
 

@@ -37,7 +37,7 @@ from pyro_em.updates.update import ClosedForm, ParameterUpdate
 Blend = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Solver:
     """The closed form of one parameter, decided once and solved from sums over the data.
 
