@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_em.densities.gaussian import FEW_CELLS, Gaussian
 from pyro_em.families.family import Statistics
-from pyro_em.graph.factors import Group
+from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.incomplete import Patterns, covariance_of, patterns_of, whitening
 
 _TABLES = 2**22  # numbers in the factors of all patterns that are kept from chunk to chunk
@@ -111,7 +111,7 @@ class Incomplete(Gaussian):
     @property
     def width(self) -> int:
         """Numbers per row that a chunk holds."""
-        return 4 * self.K * self.x.shape[0]
+        return 2 * self.K * self.x.shape[0]
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
         """Coefficients at some arguments."""
@@ -304,26 +304,25 @@ def as_incomplete(group: Group, K: int) -> Incomplete | Masked | None:
     """The rule of Gaussian sites with missing entries, or None; see `as_gaussian`."""
     lead = 1 + group.n_plates
     value = group.value
-    if group.family is None or not group.observed:
+    if group.family is None:
         return None
     rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
     if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
         return None
     if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
         return None
-    event = value.shape[lead + 1 :]
-    if group.family.name == "IncompleteMultivariateNormal" and not group.event_dims:
-        spread = next(n for n in group.arguments if n != "loc")
-        x, centre = _centred(value.reshape(rows, -1))
-        return Incomplete(x, centre, False, spread, K, False, lead)
-    if group.family.name != "Normal" or group.elements is None or group.event_dims != 1:
+    event, seen = value.shape[lead + 1 :], seen_entries(group)
+    if seen is None or len(event) != 1 or seen.shape[lead] != 1:
         return None
-    seen = group.elements
-    if len(event) != 1 or seen.shape[lead] != 1:
+    kind: type[Incomplete] | type[Masked]
+    if is_incomplete(group) and not group.event_dims:
+        kind, spread = Incomplete, next(n for n in group.arguments if n != "loc")
+    elif group.family.name == "Normal" and group.event_dims == 1 and group.elements is not None:
+        kind, spread = Masked, "scale"
+    else:
         return None
-    seen = seen.expand(*value.shape[:lead], 1, *event)
     x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1))
-    return Masked(x, centre, True, "scale", K, False, lead)
+    return kind(x, centre, kind is Masked, spread, K, False, lead)
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch.distributions import constraints, transform_to
 from pyro_em.distributions import unexpanded
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.factors import Group
+from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.latent_series import plates_of
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
@@ -118,8 +118,7 @@ def count_free(
             "LowerCholesky",
             "SoftplusLowerCholesky",
         ):
-            d = ones.shape[-1]
-            total += int(used.flatten(-2).any(-1).sum()) * d * (d + 1) // 2
+            total += int((used | used.mT).tril().sum())
         elif shape in ("CorrCholesky", "CorrMatrix", "UnitLowerCholesky"):
             d = ones.shape[-1]
             total += int(used.flatten(-2).any(-1).sum()) * d * (d - 1) // 2
@@ -185,12 +184,14 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     for g, group in enumerate(graph.groups):
         group = group.thin()
         alive = _alive(group, possible[g])
-        bindings = [*group.bindings.values()]
-        bindings += [] if group.value_binding is None else [group.value_binding]
+        bindings = list(group.bindings.items())
+        bindings += [] if group.value_binding is None else [("", group.value_binding)]
+        seen = seen_entries(group) if is_incomplete(group) else None
         known: set[str] = set()
-        for binding in bindings:
+        for argument, binding in bindings:
             for name in binding.params:
-                elements = _elements_of(binding, name, alive, read[name].numel())
+                at = alive if seen is None else _alive_at(argument, alive, seen)
+                elements = _elements_of(binding, name, at, read[name].numel())
                 if elements is None:
                     unknown.setdefault(g, set()).add(name)
                 else:
@@ -254,6 +255,20 @@ def _alive(group: Group, possible: Tensor | None) -> Tensor | None:
     if group.elements is not None and out is not None:
         return out.reshape(out.shape + (1,) * group.event_dims) & group.elements
     return out
+
+
+def _alive_at(argument: str, alive: Tensor | None, seen: Tensor) -> Tensor:
+    """Elements of an argument of vectors that a row has seen: of a matrix, both coordinates.
+
+    Args:
+        argument: Its name.
+        alive: Cells that count. # (members, *sizes or 1s), or None for all
+        seen: Coordinates that are seen. # (members, *sizes or 1s, D)
+    """
+    out = seen if argument == "loc" else seen.unsqueeze(-1) & seen.unsqueeze(-2)
+    if alive is None:
+        return out
+    return out & alive.reshape(alive.shape + (1,) * (out.dim() - alive.dim()))
 
 
 def _possible_cells(program: Program, initial: Mapping[str, Tensor]) -> Alive:

@@ -21,6 +21,7 @@ from pyro_em.families.family import Family
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import Structure
+from pyro_em.incomplete import IncompleteMultivariateNormal
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 
@@ -265,6 +266,43 @@ class Group:
         if self.mask is not None and self.observed:
             log_p = torch.where(self.mask, log_p, 0.0)
         return log_p
+
+
+def seen_entries(group: Group) -> Tensor | None:
+    """Which entries of the value are observed, whatever hides the others; None where all are.
+
+    There are three ways: whole events are masked (``group.mask``), elements under ``to_event``
+    (``group.elements``), or coordinates of a vector that are integrated out (NaN in the value).
+
+    Args:
+        group: The stacked factors.
+
+    Returns:
+        # (members, *dims or 1s, *to_event dims or 1s, *event or 1s), as the value
+    """
+    if not group.observed:
+        return None
+    lead, seen = 1 + len(group.sizes), list[Tensor]()
+    event = group.value.dim() - lead
+    if group.mask is not None:
+        seen.append(group.mask.reshape(group.mask.shape + (1,) * event))
+    if group.elements is not None:
+        rest = group.value.dim() - group.elements.dim()
+        seen.append(group.elements.reshape(group.elements.shape + (1,) * rest))
+    if is_incomplete(group):
+        seen.append(~torch.isnan(group.value))
+    if not seen:
+        return None
+    out = seen[0]
+    for other in seen[1:]:
+        out = out & other
+    return out
+
+
+def is_incomplete(group: Group) -> bool:
+    """Whether NaN in the value of a group stands for coordinates that are integrated out."""
+    family = group.family
+    return family is not None and family.distribution is IncompleteMultivariateNormal
 
 
 def _once(t: Tensor) -> Tensor:

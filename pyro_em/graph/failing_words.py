@@ -17,6 +17,18 @@ NAN_CONVERTED = (
 )
 
 
+# Why, and what to do, where a mask of coordinates is given as one of events.
+OF_COORDINATES = (
+    "an obs_mask or a poutine.mask has one entry per event; coordinates of an event have masks of "
+    "their own",
+    (
+        "let NaN say what is missing: ExactPosteriorEM(model, missing='nan'), obs=x",
+        "mask below the event: fn.mask(seen).to_event(1), obs=torch.where(seen, x, 0.0)",
+        "put the coordinates into a pyro.plate of their own, and leave .to_event out",
+    ),
+)
+
+
 def place_in_words(place: Place | None) -> str:
     """Where it was, in brackets; empty where that is unknown."""
     return "" if place is None else f" ({place})"

@@ -11,7 +11,12 @@ from pyro_em.errors import DataError, Finding, sites_in_words
 from pyro_em.graph.blame import place_of
 from pyro_em.graph.failing_index import of_index
 from pyro_em.graph.failing_values import of_branch, of_number, of_scale, of_validation
-from pyro_em.graph.failing_words import CONVERTED_NAN, NAN_CONVERTED, place_in_words
+from pyro_em.graph.failing_words import (
+    CONVERTED_NAN,
+    NAN_CONVERTED,
+    OF_COORDINATES,
+    place_in_words,
+)
 from pyro_em.tracing.parameters import NoTensor
 from pyro_em.tracing.runs import is_of_validation
 
@@ -81,6 +86,8 @@ def on_failure(
                 ".mask(cells).to_event(1)",
             ),
         )
+    if text.startswith("Invalid obs_mask shape"):
+        return Finding("model", f"an obs_mask does not fit its site: {text}{at}", *OF_COORDINATES)
     if enumerated:
         return Finding(
             sites_in_words(list(latents)),

@@ -22,7 +22,9 @@ from pyro_em.tracing.sites import is_factor, is_latent
 
 def name_of_distribution(site: Mapping[str, Any]) -> str:
     """The name of a site's distribution, without what wraps it."""
-    return type(unwrap(site["fn"])[0]).__name__
+    base = unwrap(site["fn"])[0]
+    # Of a vector with missing coordinates that of the whole one, which the user wrote.
+    return type(base).__name__.removeprefix("Incomplete")
 
 
 def run_plainly(

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_em.distributions import broadcast_shape, element_mask, unwrap
 from pyro_em.errors import DataError, Finding
 from pyro_em.graph.blame import same_tensor
-from pyro_em.graph.failing_words import CONVERTED_NAN, NAN_CONVERTED
+from pyro_em.graph.failing_words import CONVERTED_NAN, NAN_CONVERTED, OF_COORDINATES
 from pyro_em.graph.initial import start_problem
 from pyro_em.incomplete import may_hold_nan
 from pyro_em.tracing.runs import Run
@@ -133,15 +133,18 @@ def weight_problems(name: str, site: Mapping[str, Any]) -> list[Finding]:
             plates = ", ".join(
                 f"'{f.name}' of size {f.size} in dimension {d}" for d, f in frames.items()
             )
+            event = tuple(site["fn"].event_shape)
+            of_coordinates = what == "poutine.mask" and event and shape[-len(event) :] == event
+            why = f"a {what.partition('.')[2]} holds one number per element of the plates"
+            fixes = (
+                *(("drop the last dimension: .squeeze(-1)",) if shape[-1] == 1 else ()),
+                "give it the shape of the plates",
+            )
             problems.append(
                 Finding(
                     f"site '{name}'",
                     f"its {what} has shape {shape}, but its plates are: {plates or 'none'}.",
-                    f"a {what.partition('.')[2]} holds one number per element of the plates",
-                    (
-                        *(("drop the last dimension: .squeeze(-1)",) if shape[-1] == 1 else ()),
-                        "give it the shape of the plates",
-                    ),
+                    *(OF_COORDINATES if of_coordinates else (why, fixes)),
                     DataError,
                 )
             )

@@ -131,8 +131,9 @@ class Mixture(QuickBlock):
                     return why_not_constant(groups[g])
                 parts.append(part)
                 continue
-            single = len(groups[g].members) == 1
-            if g in lines and single and groups[g].mask is None:
+            mask = groups[g].mask
+            single = len(groups[g].members) == 1 and (mask is None or mask.shape[2] == 1)
+            if g in lines and single and mask is None:
                 normals[g] = lines[g]
                 continue
             if varies(groups[g]):

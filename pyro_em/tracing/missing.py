@@ -98,7 +98,7 @@ class MissingEntries(SampleMessenger):
         value, fn = msg["value"], msg["fn"]
         if not msg["is_observed"] or not is_factor(msg) or not isinstance(value, Tensor):
             return
-        if not value.is_floating_point() or type(unwrap(fn)[0]).__name__ == "Unit":
+        if not value.is_floating_point() or value.is_meta or type(unwrap(fn)[0]).__name__ == "Unit":
             return
         name = msg["name"]
         missing = torch.isnan(getattr(value, "_t", value).detach())
@@ -145,7 +145,13 @@ def _counted(fn: Any, missing: Tensor, counted: Mask) -> tuple[int, Tensor]:
 def _holds_nan(model: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a tensor that a model can read by a name holds NaN."""
     tensors = (t for _, t in tensors_in(names_of(model, args, kwargs)))
-    return any(t.is_floating_point() and bool(torch.isnan(t).any()) for t in tensors)
+    return any(_may_hold_nan(t) for t in tensors)
+
+
+def _may_hold_nan(t: Tensor) -> bool:
+    """Whether a tensor holds NaN, or infinite numbers of both signs: without a tensor of its size."""
+    plain = t.is_floating_point() and t.layout is torch.strided and not t.is_meta
+    return plain and bool(torch.isnan(t.detach().sum()))
 
 
 def integrated(

@@ -16,7 +16,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import ExactPosteriorEM, Fixed, vectorized_markov
+from pyro_em import Annealed, ExactPosteriorEM, Fixed, vectorized_markov
 
 N, D, K = 40, 3, 2
 
@@ -438,3 +438,98 @@ def test_random_patterns(data: st.DataObject) -> None:
     fixed = ExactPosteriorEM(model, missing="nan", updates={"s": Fixed()})
     result = fixed.fit(x, max_steps=3, tol=0)
     assert min(np.diff([*result.history, result.log_evidence])) > (-1e-9 if exact else -1e-4)
+
+
+def test_what_no_row_has_seen_is_no_free_parameter() -> None:
+    x = X.clone()
+    x[:, 1] = torch.nan
+    result = ExactPosteriorEM(mixture, missing="nan").fit(x, max_steps=3)
+    pyro.clear_param_store()
+
+    def two_columns(x):
+        w = pyro.param("w", W.clone(), constraint=C.simplex)
+        mu = pyro.param("mu", MU[:, [0, 2]].clone())
+        s = pyro.param("s", S[:, [0, 2]][:, :, [0, 2]].clone(), constraint=C.positive_definite)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.MultivariateNormal(mu[z], s[z]), obs=x)
+
+    without = ExactPosteriorEM(two_columns, missing="nan").fit(x[:, [0, 2]], max_steps=3)
+    assert result.log_evidence == pytest.approx(without.log_evidence, rel=1e-12)
+    assert result.bic == pytest.approx(without.bic, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["MultivariateNormal", "Normal"])
+@pytest.mark.parametrize("how", ["chunks", "tables per chunk", "far off"])
+def test_kernels_step_as_tables_do(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in several chunks; too many patterns to be kept; spreads that are tiny beside the data."""
+    if how == "tables per chunk":
+        monkeypatch.setattr("pyro_em.densities.incomplete._TABLES", 0)
+    full = some_rows(1500)
+    full = full * 1e-3 + 1e4 if how == "far off" else full
+    x = with_holes(full, 0.4)
+    start = torch.cov(full.T).repeat(K, 1, 1)
+
+    def model(x):
+        w = pyro.param("w", W.clone(), constraint=C.simplex)
+        mu = pyro.param("mu", full[:K].clone())
+        if kind == "Normal":
+            s = pyro.param("s", start.diagonal(dim1=1, dim2=2).sqrt(), constraint=C.positive)
+        else:
+            s = pyro.param("s", start.clone(), constraint=C.positive_definite)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            fn = dist.Normal(mu[z], s[z]).to_event(1) if kind == "Normal" else None
+            pyro.sample("x", fn or dist.MultivariateNormal(mu[z], s[z]), obs=x)
+
+    em = ExactPosteriorEM(model, missing="nan")
+    assert em.plan(x).kernel == "mixture"
+    quick = em.fit(x, max_steps=3, tol=0)
+    pyro.clear_param_store()
+    # An E-step strategy that is exact at temperature one goes through tables.
+    slow = ExactPosteriorEM(model, missing="nan", strategy=Annealed(lambda step: 1.0))
+    assert slow.plan(x).kernel == "contraction"
+    through_tables = slow.fit(x, max_steps=3, tol=0)
+    assert quick.log_evidence == pytest.approx(through_tables.log_evidence, rel=1e-11)
+    for name in ("w", "mu", "s"):
+        expected = through_tables.params[name]
+        torch.testing.assert_close(quick.params[name], expected, rtol=1e-6, atol=1e-10)
+
+
+def test_many_coordinates() -> None:
+    """More than one integer can hold the pattern of."""
+    d = 70
+    g = torch.Generator().manual_seed(0)
+    x = with_holes(torch.randn(30, d, generator=g), 0.5)
+
+    def model(x):
+        mu = pyro.param("mu", torch.zeros(d))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.MultivariateNormal(mu, 2.0 * torch.eye(d)), obs=x)
+
+    em = ExactPosteriorEM(model, missing="nan")
+    expected = dist.Normal(0.0, 2.0**0.5).log_prob(x.nan_to_num())[~x.isnan()].sum()
+    assert em.score(x) == pytest.approx(float(expected), rel=1e-12)
+    result = em.fit(x, tol=1e-12)
+    torch.testing.assert_close(result.params["mu"], x.nanmean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_several_outputs_of_a_regression() -> None:
+    """Each output is its own regression on the rows that have it."""
+    g = torch.Generator().manual_seed(0)
+    u = torch.randn(N, 2, generator=g)
+    y = with_holes(u @ torch.randn(2, D, generator=g) + 0.1 * torch.randn(N, D, generator=g))
+
+    def model(u, y):
+        b = pyro.param("b", torch.zeros(2, D))
+        s = pyro.param("s", torch.ones(D), constraint=C.positive)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(u @ b, s).to_event(1), obs=y)
+
+    result = ExactPosteriorEM(model, missing="nan").fit(u, y)
+    for j in range(D):
+        own = ~y[:, j].isnan()
+        b = torch.linalg.lstsq(u[own], y[own, j : j + 1]).solution[:, 0]
+        torch.testing.assert_close(result.params["b"][:, j], b)
+        s = (y[own, j] - u[own] @ b).square().mean().sqrt()
+        torch.testing.assert_close(result.params["s"][j], s, rtol=1e-6, atol=0)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.distributions import constraints as C
 
-from pyro_em import DataError, ExactPosteriorEM, UsageError
+from pyro_em import DataError, ExactPosteriorEM, PyroEMError, UsageError
+from pyro_em.graph.factors import seen_entries
 
 NAN = float("nan")
 Y = torch.tensor([1.0, NAN, 2.0, 4.0], dtype=torch.float64)
@@ -167,3 +168,35 @@ def test_the_plan_counts_what_is_missing_per_site() -> None:
     assert "Missing entries" in str(plan)
     assert "  x_*   3        4        integrated out" in str(plan)
     assert not ExactPosteriorEM(model, missing="nan").plan(x.nan_to_num(), Y.nan_to_num()).missing
+
+
+def test_a_mask_of_coordinates_in_the_place_of_one_of_events_is_told_where_it_belongs() -> None:
+    def model(x):
+        mu = pyro.param("mu", torch.zeros(3))
+        with pyro.plate("rows", len(x)):
+            fn = dist.Normal(mu, 1.0).to_event(1)
+            pyro.sample("x", fn, obs=x.nan_to_num(), obs_mask=~x.isnan())
+
+    x = torch.ones(4, 3)
+    x[0, 0] = NAN
+    for rows in (x, x[:3]):  # as many rows as coordinates would pass in Pyro
+        with pytest.raises(PyroEMError, match=r"missing='nan'[\s\S]*fn.mask\(seen\).to_event\(1\)"):
+            ExactPosteriorEM(model).fit(rows)
+
+
+def test_one_function_says_which_entries_are_seen() -> None:
+    def model(x, y, keep):
+        with pyro.plate("rows", len(x)):
+            with pyro.poutine.mask(mask=keep):
+                pyro.sample("x", dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), obs=x)
+            pyro.sample("y", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=y)
+            pyro.sample("whole", dist.Normal(torch.zeros(2), 1.0).to_event(1), obs=x.nan_to_num())
+
+    x = torch.tensor([[1.0, NAN], [NAN, NAN], [1.0, 2.0], [3.0, 4.0]])
+    keep = torch.tensor([True, True, True, False])
+    em = ExactPosteriorEM(model, missing="nan")
+    graph = em._session.look((x, x.flip(0), keep), {}).graph
+    seen = {g.members[0]: seen_entries(g) for g in graph.groups}
+    assert torch.equal(seen["x"][0], ~x.isnan() & keep.unsqueeze(-1))
+    assert torch.equal(seen["y"][0], ~x.flip(0).isnan())
+    assert seen["whole"] is None
