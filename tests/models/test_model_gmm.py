@@ -16,7 +16,7 @@ from sklearn.discriminant_analysis import (
 )
 from sklearn.mixture import GaussianMixture
 
-from models import discriminant, gmm
+from models import discriminant, gmm, gmm_missing
 from tests.mains import run_main
 
 FAITHFUL = {
@@ -165,6 +165,27 @@ def test_unlabelled_flowers_help_most_where_labels_are_few() -> None:
     assert gain[6] > gain[20] + 0.05
 
 
+def test_what_was_lost_after_long_eruptions_biases_whole_rows_only() -> None:
+    """The weight and the waiting time of long eruptions, beside those of all data; by scipy."""
+    whole, x = gmm_missing.load_data()
+    data = gmm_missing.treated(whole, x)
+    fits = {name: gmm_missing.fit(data[name]) for name in data}
+    target = fits["all data"].params
+    weight = {n: abs(float(f.params["w"][1] - target["w"][1])) for n, f in fits.items()}
+    waiting = {n: abs(float(f.params["mu"][1, 1] - target["mu"][1, 1])) for n, f in fits.items()}
+    assert weight["missing='nan'"] < 0.01 < 0.4 < weight["whole rows only"]
+    assert waiting["missing='nan'"] < 0.5 < 10 < waiting["means filled in"]
+    w, mu, s = (fits["missing='nan'"].params[n].numpy() for n in ("w", "mu", "Sigma"))
+    total = 0.0
+    for row in x.numpy():
+        o = ~np.isnan(row)
+        parts = [
+            w[k] * multivariate_normal.pdf(row[o], mu[k][o], s[k][np.ix_(o, o)]) for k in range(2)
+        ]
+        total += np.log(sum(parts))
+    assert fits["missing='nan'"].log_evidence == pytest.approx(total, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("module", "options", "expected"),
     [
@@ -172,6 +193,7 @@ def test_unlabelled_flowers_help_most_where_labels_are_few() -> None:
         (gmm, ["--covariance", "diagonal", "--restarts", "1"], "-1147.806353"),
         (gmm, ["--select", "2"], "The lowest BIC has full covariances with K = 2."),
         (discriminant, ["--draws", "1"], "-188.375555"),
+        (gmm_missing, [], "missing='nan'       272           0.646"),
     ],
 )
 def test_main_runs(

@@ -23,6 +23,7 @@ from pyro_em.posteriors.contracted import Contraction, contraction_around
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.testing import check_block
 from pyro_em.testing.blocks import joint_table
+from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import values_of
 from pyro_em.updates.statistics import Expectation, Key, group_sums
 
@@ -209,6 +210,41 @@ def test_chains(kind: type[Block], dtype: torch.dtype) -> None:
     x = tensor(-1.3, 0.2, 0.9, 2.5, -0.5, dtype=dtype)
     check_block(kind, steps, x)
     check_block(kind, steps, x, torch.tensor([True, False, True, True, False]))
+
+
+def of_vectors(x: Tensor, kind: str, chain: bool) -> None:
+    """Two states; a mixture of the rows, or a chain of them."""
+    A = pyro.param("A", torch.tensor([[0.8, 0.2], [0.3, 0.7]], dtype=x.dtype), C.simplex)
+    mu = pyro.param("mu", torch.tensor([[0.0, 1.0, 2.0], [1.0, -1.0, 0.0]], dtype=x.dtype))
+    if kind == "MultivariateNormal":
+        s = 2 * torch.eye(3, dtype=x.dtype).repeat(2, 1, 1) + 1
+        s = pyro.param("s", s, constraint=C.positive_definite)
+    else:
+        s = pyro.param("s", torch.ones(2, 3, dtype=x.dtype), constraint=C.positive)
+
+    def of(z: Tensor) -> Any:
+        if kind == "MultivariateNormal":
+            return dist.MultivariateNormal(mu[z], s[z])
+        return dist.Normal(mu[z], s[z]).to_event(1)
+
+    if not chain:
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", of(pyro.sample("z", dist.Categorical(A[0]))), obs=x)
+        return
+    z = None
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[0] if z is None else A[z]))
+        pyro.sample(f"x_{t}", of(z), obs=x[t])
+
+
+@pytest.mark.parametrize("kind", ["MultivariateNormal", "Normal"])
+def test_rows_with_missing_entries(kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    x[torch.rand(6, 3, generator=g) < 0.25] = torch.nan
+    x[2] = torch.nan
+    check_block(Mixture, WithMissing(of_vectors), x, kind, False, states=1)
+    check_block(Chain, WithMissing(of_vectors), x, kind, True, states=1)
 
 
 @pytest.mark.parametrize("kind", [Chain, Contraction])
