@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from pyro_em.tracing.each_step import REDUCING, SHAPING, reduced, shaped
 from pyro_em.tracing.loops import (
-    EVENTS,
     PLAIN,
     Loop,
     NotVectorized,
     Series,
     current_series,
 )
+from pyro_em.tracing.step_places import events_beside, laid_out, own_events
 
 
 def _words(names: str) -> frozenset[str]:
@@ -79,7 +78,7 @@ class PerStep(Tensor):
     @classmethod
     def of(cls, raw: Tensor, series: Series, loop: Loop, is_number: bool = False) -> Tensor:
         """A tensor per step, from one whose first dimension is that of steps."""
-        shown = _laid_out(raw, series, loop)
+        shown = laid_out(raw, series, loop)
         out = getattr(shown, "_t", shown).as_subclass(PerStep)
         out.raw, out.series, out.loop, out.is_number = raw, series, loop, is_number
         return out
@@ -310,7 +309,7 @@ def placed(
     if events is not None and value.series.way != PLAIN:
         right = max(-1 - value.loop.dim + events, raw.dim() - 1)
         return raw.reshape(raw.shape[0], *(1,) * (right - raw.dim() + 1), *raw.shape[1:])
-    return _laid_out(raw, value.series, value.loop)
+    return laid_out(raw, value.series, value.loop)
 
 
 def device_of(values: Any) -> torch.device | None:
@@ -334,22 +333,8 @@ def _events_beside(values: Any, own: PerStep) -> int | None:
     shapes = [tuple(t.shape) for t in tensors if t.dim()]
     if not shapes:
         return None
-    sizes = [loop.plates.get(-1 - d, 1) for d in range(-1 - loop.dim)]
-    per_step = [v for v in values if isinstance(v, PerStep)]
-    found = max(_own_events(v.raw, series, loop) for v in per_step)
-    for shape in shapes:
-        fitting = [e for e in range(len(shape) + 1) if _fits(shape, e, sizes, loop.rest)]
-        wanted = [e for e in fitting if e == loop.events] if series.way == EVENTS else []
-        found = max(found, (wanted or fitting)[0])
-        if loop.events and len(fitting) > 1 and math.prod(shape) > 1:
-            series.by_numbers = True
-    return found
-
-
-def _fits(shape: tuple[int, ...], events: int, plates: list[int], steps: int) -> bool:
-    """Whether what is left of so many dimensions of an event may be plates, and then steps."""
-    batch = shape[: len(shape) - events][::-1]
-    return all(n in (1, size) for n, size in zip(batch, [*plates, steps], strict=False))
+    own_ones = [own_events(v.raw, series, loop) for v in values if isinstance(v, PerStep)]
+    return max(*own_ones, *(events_beside(shape, series, loop) for shape in shapes))
 
 
 def _of_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -370,29 +355,6 @@ def _dtype_of(values: Any) -> torch.dtype | None:
     return None
 
 
-def _laid_out(raw: Tensor, series: Series, loop: Loop) -> Tensor:
-    """Steps where their dimension is: plates that one step lacks are of size one."""
-    right = -1 - loop.dim + _own_events(raw, series, loop)
-    ones = (1,) * (right - raw.dim() + 1)
-    return raw.reshape(raw.shape[0], *ones, *raw.shape[1:]) if ones else raw
-
-
-def _own_events(raw: Tensor, series: Series, loop: Loop) -> int:
-    """How many of one step's dimensions belong to an event, as the sizes of plates tell."""
-    right, shape = -1 - loop.dim, tuple(raw.shape[1:])
-    least = max(0, len(shape) - right)
-    if series.way == EVENTS:
-        least = max(least, min(loop.events, len(shape)))
-    if loop.events and any(n > 1 and n in loop.plates.values() for n in shape):
-        series.by_numbers = True  # a plate's, or an event's
-    for events in range(least, len(shape) + 1):
-        batch = shape[: len(shape) - events]
-        sizes = [loop.plates.get(d - len(batch), 1) for d in range(len(batch))]
-        if all(n in (1, size) for n, size in zip(batch, sizes, strict=True)):
-            break
-    return events
-
-
 def _looked_up(target: Any, index: Any, series: Series, loop: Loop) -> Any:
     """``target[index]`` at each step."""
     parts = list(index) if isinstance(index, tuple) else [index]
@@ -406,7 +368,7 @@ def _looked_up(target: Any, index: Any, series: Series, loop: Loop) -> Any:
         raw = target.raw
         if not tensors and not steps:
             return PerStep.of(raw[(slice(None), *parts)], series, loop)
-        at = _laid_out(torch.arange(len(raw), device=raw.device), series, loop)
+        at = laid_out(torch.arange(len(raw), device=raw.device), series, loop)
         return raw[(at, *map(placed, parts))]
     if any(parts[i].raw.dim() != 1 or parts[i].raw.dtype == torch.bool for i in steps):
         return target[_mapped(index)]
