@@ -24,7 +24,9 @@ from pyro_em.graph.autograd import known_below
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.compact import compact
 from pyro_em.graph.enumerated import run_enumerated
+from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks, why_not_linear
+from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import (
     bind_line,
     forward_of,
@@ -48,9 +50,9 @@ class Read:
 
     Attributes:
         latent: The latent.
-        elements: For each cell of the site the flat number of the latent's element, −1 for none.
-            # (cells,)
-        coefficient: C, and how parameters reach it. # (1, *sizes or 1s, *event, q)
+        elements: For each row of the site the flat number of the latent's element, −1 for none.
+            # (rows,)
+        coefficient: C, and how parameters reach it. # (1, *sizes or 1s, *scope, *event, q)
     """
 
     latent: str
@@ -64,14 +66,16 @@ class Line:
 
     Attributes:
         site: The site.
-        sizes: Of its plates.
+        sizes: Of its plates; their product is the number of rows.
+        scope: Discrete latents that its mean, or its spread, depends on.
         event: Dimensions of its event, ``to_event`` included.
-        offset: b, and how parameters reach it. # (1, *sizes or 1s, *event)
+        offset: b, and how parameters reach it. # (1, *sizes or 1s, *scope, *event)
         reads: What it reads.
     """
 
     site: str
     sizes: tuple[int, ...]
+    scope: tuple[str, ...]
     event: int
     offset: Binding
     reads: tuple[Read, ...]
@@ -135,13 +139,14 @@ def read_lines(
         )
     leaves = {n: p.leaf for n, p in run.parameters.items()}
     leaves_at_zero = {n: p.leaf for n, p in at_zero.parameters.items()}
+    layout = FactorLayout(run.sites, structure, Recurring(leaves))
     out = {}
     for name, info in structure.sites.items():
         site = run.sites[name]
         read = _latents_read(name, site, values)
         if info.role is not Role.GAUSSIAN and not read:
             continue
-        place = _Place.of(name, site, structure)
+        place = _Place.of(name, layout)
         loc = place.loc(site)
         problem = why_not_linear(loc, values)
         if problem:
@@ -157,7 +162,7 @@ def read_lines(
             if not binding.is_static:
                 what = f"its loc is no linear function of parameters: {binding.reason}."
                 raise NotLinear(_refusal(tuple(values), f"site '{name}'", what))
-        out[name] = Line(name, place.sizes, place.event, bound, tuple(reads))
+        out[name] = Line(name, place.sizes, place.scope, place.event, bound, tuple(reads))
     return out
 
 
@@ -170,7 +175,7 @@ def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, T
         values: Values of the latents. # (*batch, *event)
 
     Returns:
-        # (1, *sizes or 1s, *event)
+        # (1, *sizes or 1s, *scope, *event)
     """
     out = line.offset.evaluate(parameters)
     for read in line.reads:
@@ -178,7 +183,7 @@ def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, T
         q = coefficient.shape[-1]
         rows = values[read.latent].reshape(-1, q)[read.elements.clamp(min=0)]
         rows = rows * (read.elements >= 0).unsqueeze(-1)
-        rows = rows.reshape(1, *line.sizes, *(1,) * line.event, q)
+        rows = rows.reshape(1, *line.sizes, *(1,) * (len(line.scope) + line.event), q)
         out = out + (coefficient * rows).sum(-1)
     return out
 
@@ -209,10 +214,11 @@ def differing_lines(
         values = random_values(model, seed, scale)
         with torch.no_grad():
             run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
+            layout = FactorLayout(run.sites, structure, Recurring({}))
             for name, line in lines.items():
                 if not line.is_static:
                     continue
-                place = _Place.of(name, run.sites[name], structure)
+                place = _Place.of(name, layout)
                 actual = place.compact(place.loc(run.sites[name])).unsqueeze(0)
                 expected = mean_at(line, parameters, values).to(actual.dtype)
                 if not is_close(*torch.broadcast_tensors(actual, expected)):
@@ -225,15 +231,16 @@ class _Place:
     """Where the cells of a site are in its tensors."""
 
     sizes: tuple[int, ...]
-    dims: tuple[int, ...]
+    scope: tuple[str, ...]
+    dims: tuple[int | None, ...]
     event: int
 
     @classmethod
-    def of(cls, name: str, site: Mapping[str, Any], structure: Structure) -> _Place:
-        plates = [structure.plates[p] for p in structure.sites[name].plates]
-        return cls(
-            tuple(p.size for p in plates), tuple(p.dim for p in plates), site["fn"].event_dim
-        )
+    def of(cls, name: str, layout: FactorLayout) -> _Place:
+        scope, dims, sizes = layout.place(name)
+        plates = len(sizes) - len(scope)
+        event = layout.sites[name]["fn"].event_dim
+        return cls(tuple(sizes[:plates]), scope, tuple(dims), event)
 
     @staticmethod
     def loc(site: Mapping[str, Any]) -> Tensor:
@@ -243,7 +250,7 @@ class _Place:
         return given_arguments(unwrap(site["fn"])[0], family)["loc"]
 
     def compact(self, t: Tensor) -> Tensor:
-        """# (*sizes or 1s, *event)"""
+        """# (*sizes or 1s, *scope, *event)"""
         return compact(t, self.event, self.dims)
 
 
@@ -305,7 +312,7 @@ def _reads(
     forward = forward_of(loc, leaf, attached=True)
 
     def along(elements: Tensor, j: int) -> Tensor:
-        """J (elements ⊗ e_j). # (*sizes or 1s, *event)"""
+        """J (elements ⊗ e_j). # (*sizes or 1s, *scope, *event)"""
         t = torch.zeros(count, q, dtype=leaf.dtype, device=leaf.device)
         t[:, j] = elements.to(t)
         return compact(forward(t.reshape(leaf.shape)), place.event, place.dims, like=loc)
@@ -319,18 +326,18 @@ def _reads(
         ],
         -1,
     )
-    cells = len(place.sizes)
-    element = numbers.flatten(cells).amax(-1) if numbers.dim() > cells else numbers
-    shaped = element.reshape(*element.shape, *(1,) * (numbers.dim() - cells))
+    plates = len(place.sizes)
+    element = numbers.flatten(plates).amax(-1)
+    shaped = element.reshape(*element.shape, *(1,) * (numbers.dim() - plates))
     alike = bool(((numbers == shaped) | (numbers < 0)).all())
     coefficient = torch.stack(slopes, -1)
     probe = random_like(leaf).reshape(count, q)
     there = compact(forward(probe.reshape(leaf.shape)), place.event, place.dims, like=loc).detach()
     rows = probe[element.clamp(min=0)].reshape(
-        *element.shape, *(1,) * (numbers.dim() - cells - 1), q
+        *element.shape, *(1,) * (numbers.dim() - plates - 1), q
     )
     if alike and is_close((coefficient.detach() * rows).sum(-1), there):
-        bound = bind_line(coefficient, leaves, cells)
+        bound = bind_line(coefficient, leaves, plates)
         return [Read(latent, element.expand(place.sizes).reshape(-1).clone(), bound)]
     if count > _FEW:
         what = f"a row reads several elements of '{latent}', which has {count:,}."
@@ -340,10 +347,10 @@ def _reads(
         unit = torch.zeros(count, device=leaf.device)
         unit[i] = 1
         part = torch.stack([along(unit, j) for j in range(q)], -1)
-        used = (part.detach() != 0).flatten(cells).any(-1)
+        used = (part.detach() != 0).flatten(plates).any(-1)
         if bool(used.any()):
             element = torch.where(used, i, -1).expand(place.sizes).reshape(-1).clone()
-            out.append(Read(latent, element, bind_line(part, leaves, cells)))
+            out.append(Read(latent, element, bind_line(part, leaves, plates)))
     return out
 
 

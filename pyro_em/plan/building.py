@@ -23,7 +23,6 @@ from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.gaussians import (
     explained,
     gaussian_routes,
-    reads_discrete,
     with_values,
 )
 from pyro_em.plan.hyperparameters import unbounded_joints
@@ -36,7 +35,7 @@ from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
-from pyro_em.posteriors.gaussian import GaussianBlock, for_updates, integrated
+from pyro_em.posteriors.gaussian import NotSeparate, for_updates, integrated
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
 from pyro_em.tracing.garbage import fewer_collections
@@ -146,9 +145,6 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     model = with_values(task.model, unrouted.structure)
     if model is None:
         return unrouted
-    finding = reads_discrete(unrouted.structure, model.values)
-    if finding is not None:
-        return explained(unrouted, finding)
     given = replace(task, model=model)
     structure = _examined(given, False, {})
     if isinstance(structure, Unrouted) or structure.series is not None:
@@ -161,10 +157,11 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     edges = unrouted.structure.edges
     structure = replace(structure, looked=None, lines=frozenset(lines), edges=edges)
     log = task.log(names_of(task.model, task.args, task.kwargs))
-    graph = integrated(traced(given, structure, log, looked), lines)
-    block = graph.groups[-1].nested
-    assert isinstance(block, GaussianBlock)
-    routes = gaussian_routes(unrouted.structure, structure, lines, block)
+    try:
+        graph = integrated(traced(given, structure, log, looked), lines, task.max_enumeration)
+    except NotSeparate as error:
+        return explained(unrouted, error.finding)
+    routes = gaussian_routes(unrouted.structure, structure, lines, graph)
     program = replace(
         decided(replace(given, routes=routes), structure, graph, log),
         lines=lines,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from pyro_em.distributions import has_finite_support, unwrap
 from pyro_em.errors import Finding, as_error
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line, is_gaussian
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
@@ -41,22 +42,6 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
 
 
-def reads_discrete(bare: Structure, gaussians: Collection[str]) -> Finding | None:
-    """Why discrete latents beside Gaussian ones have no exact posterior yet; None where none meet.
-
-    Args:
-        bare: The skeleton of the user's model.
-        gaussians: Its Gaussian latents.
-    """
-    for name, info in bare.sites.items():
-        own = [z for z in info.scope if z in gaussians]
-        others = [z for z in info.scope if z in bare.latents and z not in gaussians]
-        if own and others:
-            what = f"it depends on discrete '{others[0]}' and on Gaussian '{own[0]}'"
-            return Finding(f"site '{name}'", what, "", (), latents=tuple(own))
-    return None
-
-
 def explained(unrouted: Unrouted, finding: Finding) -> Unrouted:
     """What a look found, with the reason why a Gaussian latent has no exact posterior."""
     problems = []
@@ -71,7 +56,7 @@ def explained(unrouted: Unrouted, finding: Finding) -> Unrouted:
 
 
 def gaussian_routes(
-    bare: Structure, inner: Structure, lines: Mapping[str, Line], block: GaussianBlock
+    bare: Structure, inner: Structure, lines: Mapping[str, Line], graph: FactorGraph
 ) -> tuple[Route, ...]:
     """The rows of the plan: Gaussian latents in the place that they have in the model."""
     rows = {r.site: r for r in routes_of(inner)}
@@ -79,6 +64,12 @@ def gaussian_routes(
     for name, line in lines.items():
         for latent in dict.fromkeys(r.latent for r in line.reads):
             children.setdefault(latent, []).append(name)
+    blocks = {
+        n: g.nested
+        for g in graph.groups
+        if isinstance(g.nested, GaussianBlock)
+        for n in g.nested.latents
+    }
     out = []
     for name in (*bare.latents, *bare.barren):
         if name in rows:
@@ -86,7 +77,7 @@ def gaussian_routes(
             continue
         info = bare.sites[name]
         shown = ", ".join(f"'{c}'" for c in children.get(name, ())[:3])
-        layout = block.layout
+        layout = blocks[name].layout
         sizes = f"{layout.largest} unknown{'s' * (layout.largest > 1)} in the largest block"
         out.append(
             Route(

@@ -7,6 +7,7 @@ parameters as ever. In the M-step the sites stand for themselves, with posterior
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, message
+from pyro_em.errors import DegenerateError, Finding, message
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
@@ -28,6 +29,7 @@ from pyro_em.updates.gaussian_rows import (
     is_matrix,
     rows_of,
     tril_rows,
+    weights_of,
 )
 
 Arguments = Mapping[str, Tensor]
@@ -38,24 +40,39 @@ Solved = Mapping[int, GaussianSolution]
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], dict[int, Tensor]]
 
 
+class NotSeparate(Exception):
+    """Gaussian latents that cannot be integrated before the discrete ones; holds the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.what)
+        self.finding = finding
+
+
 @dataclass(frozen=True, eq=False)
 class GaussianBlock:
     """Gaussian latents and all sites that read them.
 
     Attributes:
-        groups: The sites in model order, one group each; a latent's value is zero.
+        groups: The sites in model order, one group each, over plates and the whole scope; a latent's
+            value is zero.
         lines: What the mean of each reads.
-        plate: The data plate that no block of unknowns crosses, or None.
-        size: Its size.
+        scope: Discrete latents that any of the sites depends on.
+        states: How many values each of these has.
+        plates: Plates whose elements no unknown connects: those of the table.
+        sizes: Their sizes.
+        traced: The sites as a run with all Gaussian latents at zero shows them.
     """
 
     groups: tuple[Group, ...]
     lines: tuple[Line, ...]
-    plate: str | None = None
-    size: int = 1
+    scope: tuple[str, ...] = ()
+    states: tuple[int, ...] = ()
+    plates: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    traced: tuple[Group, ...] = ()
 
     @cached_property
-    def places(self) -> dict[str, int]:
+    def numbers_of_sites(self) -> dict[str, int]:
         """The number of each site."""
         return {g.members[0]: i for i, g in enumerate(self.groups)}
 
@@ -69,11 +86,17 @@ class GaussianBlock:
         """Which unknowns belong together."""
         forms = []
         for group, line in zip(self.groups, self.lines, strict=True):
-            terms = tuple(Term(self.places[r.latent], r.elements) for r in line.reads)
-            rows = torch.Size(group.sizes).numel()
+            terms = tuple(Term(self.numbers_of_sites[r.latent], r.elements) for r in line.reads)
+            rows = torch.Size(line.sizes).numel()
             width = event_shape(group).numel()
             forms.append(SiteForm(line.site, rows, width, group.role is Role.GAUSSIAN, terms))
         return BlockLayout.of(forms, self.groups[0].value.device)
+
+    @property
+    def cost(self) -> int:
+        """Numbers in the matrices of one E-step."""
+        sizes = torch.as_tensor(self.layout.block_sizes, dtype=torch.float64)
+        return math.prod(self.states) * int(sizes.square().sum())
 
     def of_site(self, i: int, arguments: Arguments) -> dict[str, Tensor]:
         """The arguments of one site among those of all."""
@@ -81,7 +104,7 @@ class GaussianBlock:
         return {a: arguments[piece(group.members[0], a)] for a in group.arguments}
 
     def solve(self, arguments: Arguments) -> GaussianSolution:
-        """The posterior of the latents.
+        """The posterior of the latents, for each state of the scope.
 
         Raises:
             DegenerateError: If an observation has no noise.
@@ -100,11 +123,8 @@ class GaussianBlock:
             own = self.of_site(i, arguments)
             if group.role is Role.GAUSSIAN:
                 continue
-            spread = (
-                tril_rows(group, own).diagonal(dim1=-2, dim2=-1)
-                if is_matrix(group)
-                else own["scale"]
-            )
+            matrix = is_matrix(group)
+            spread = tril_rows(group, own).diagonal(dim1=-2, dim2=-1) if matrix else own["scale"]
             if bool((spread == 0).any()):
                 sites.append(group.members[0])
         where = f"site '{sites[0]}'" if sites else "model"
@@ -112,41 +132,60 @@ class GaussianBlock:
             where,
             "its observation noise is exactly zero.",
             "the evidence is infinite, or zero, where data below a Gaussian latent have no noise",
-            [
-                "let the scale be positive",
-                "give it a floor: ClosedForm(floor=1e-6)",
-            ],
+            ["let the scale be positive", "give it a floor: ClosedForm(floor=1e-6)"],
         )
 
     def table(self, solution: GaussianSolution) -> Tensor:
-        """The log evidence in nats, per element of the plate. # (1, size) or (1,)"""
-        evidence, constant = solution.log_evidence[0], solution.constant[0]
-        if self.plate is None:
-            return (evidence.sum() + constant).reshape(1)
-        out = evidence.new_zeros(self.size).index_add(0, self._element_of_block, evidence)
+        """The log evidence in nats, per element of the plates and state of the scope.
+
+        Returns:
+            # (1, *sizes, *states)
+        """
+        evidence = solution.log_evidence
+        out = evidence.new_zeros(len(evidence), math.prod(self.sizes))
+        out = out.index_add(1, self._element_of_block.to(out.device), evidence)
         for i, group in enumerate(self.groups):
             if group.role is not Role.GAUSSIAN:
-                rows = solution.constant_rows(i)[0]
-                out = out.index_add(0, _plate_index(group, self.plate).to(out.device), rows)
-        return out.unsqueeze(0)
+                rows = solution.constant_rows(i)
+                out = out.index_add(1, self._element_of_row(i).to(out.device), rows)
+        return out.transpose(0, 1).reshape(1, *self.sizes, *self.states)
 
     @cached_property
     def _element_of_block(self) -> Tensor:
-        assert self.plate is not None
-        return blocks_in_plate(self, self.plate)[0]
+        return elements_of_blocks(self, self.plates)[0]
+
+    def _element_of_row(self, i: int) -> Tensor:
+        """For each row of a site the element of the table's plates to which it belongs. # (rows,)"""
+        group = self.groups[i]
+        if _is_within(group, self.plates):
+            return _elements(group, self.plates)
+        return self._element_of_block[self.layout.block_of_row[i]]
 
     def log_evidence(self, arguments: Arguments) -> Tensor:
         """See `pyro_em.graph.factors.Nested`."""
         return self.table(self.solve(arguments))
 
-    def believed(self, solution: GaussianSolution, arguments: Arguments) -> list[Group]:
-        """The sites with the posterior moments of what they read."""
+    def believed(
+        self, solution: GaussianSolution, arguments: Arguments, counts: Tensor
+    ) -> list[tuple[Group, Tensor]]:
+        """The sites with the posterior moments of what they read, and how often each cell counts.
+
+        Args:
+            solution: The posterior of the latents.
+            arguments: At which it was computed.
+            counts: The posterior of the scope. # (1, *sizes, *states)
+        """
         out = []
         for i, group in enumerate(self.groups):
             own = self.of_site(i, arguments)
+            of_rows = counts.reshape(-1, *self.states)[self._element_of_row(i).to(counts.device)]
+            cells = of_rows.reshape(1, *group.sizes).to(torch.float64)
             moments = solution.linear_moments(i, diagonal=not is_matrix(group))
-            belief = Moments(moments, coefficient_rows(group, own), _weights(group))
-            out.append(replace(group, arguments=own, belief=belief))
+            belief = Moments(moments, coefficient_rows(group, own), weights_of(group, cells))
+            weights = cells * replace(group, elements=None).weights().detach()
+            out.append(
+                (replace(group, arguments=own, belief=belief), weights.expand(1, *group.sizes))
+            )
         return out
 
 
@@ -158,80 +197,87 @@ def piece(site: str, argument: str) -> str:
 def _numbers(group: Group, arguments: Arguments) -> SiteNumbers:
     matrix = is_matrix(group)
     spread = tril_rows(group, arguments) if matrix else rows_of(group, arguments["scale"])
-    offset = rows_of(group, arguments["loc"])
-    coefficients = tuple(
-        rows_of(group, arguments[a], 1).unsqueeze(0) for a in group.lines if a != "loc"
-    )
+    coefficients = tuple(rows_of(group, arguments[a], 1) for a in group.lines if a != "loc")
     latent = group.role is Role.GAUSSIAN
     weight = None
-    if not latent and (
-        group.mask is not None or group.elements is not None or not group.is_unscaled
-    ):
-        own = _weights(group)
+    if not latent and not _counts_once(group):
+        own = weights_of(group)[0]
         weight = own.unsqueeze(-1) if own.dim() == 1 else own
     return SiteNumbers(
-        None if latent else rows_of(group, group.value),
-        offset.unsqueeze(0),
-        spread.unsqueeze(0),
+        None if latent else rows_of(group, group.value)[0],
+        rows_of(group, arguments["loc"]),
+        spread,
         coefficients,
         matrix,
         weight,
     )
 
 
-def _weights(group: Group) -> Tensor:
-    """How much each row, or each of its entries, counts. # (rows,) or (rows, D)"""
-    weights = group.weights().detach()
-    rows = torch.Size(group.sizes).numel()
-    if group.elements is not None:
-        whole = weights.expand(1, *group.sizes, *event_shape(group))
-        return whole.reshape(rows, -1).to(torch.float64)
-    return weights.expand(1, *group.sizes).reshape(rows).to(torch.float64)
+def _counts_once(group: Group) -> bool:
+    return group.mask is None and group.elements is None and group.is_unscaled
 
 
-def _plate_index(group: Group, plate: str) -> Tensor:
-    """For each row of a site its element of a plate. # (rows,)"""
-    names = group.dims[0][: group.n_plates]
-    at = names.index(plate)
-    index = torch.arange(group.sizes[at]).reshape(-1, *(1,) * (len(group.sizes) - at - 1))
-    return index.expand(group.sizes).reshape(-1)
+def _elements(group: Group, plates: Sequence[str]) -> Tensor:
+    """For each row of a site its element of some plates, as a flat number. # (rows,)"""
+    names, sizes = group.dims[0][: group.n_plates], group.sizes[: group.n_plates]
+    out = torch.zeros((1,) * len(sizes), dtype=torch.long)
+    for plate in plates:
+        at = names.index(plate)
+        index = torch.arange(sizes[at]).reshape(-1, *(1,) * (len(sizes) - at - 1))
+        out = out * sizes[at] + index
+    return out.expand(sizes).reshape(-1)
 
 
-def blocks_in_plate(block: GaussianBlock, plate: str) -> tuple[Tensor, bool]:
-    """For each block of unknowns its element of a plate, and whether none crosses two."""
+def _is_within(group: Group, plates: Sequence[str]) -> bool:
+    return set(plates) <= set(group.dims[0][: group.n_plates])
+
+
+def elements_of_blocks(block: GaussianBlock, plates: Sequence[str]) -> tuple[Tensor, str]:
+    """For each block of unknowns its element of some plates, and a latent that crosses them.
+
+    A row outside the plates, which reads latents by index, belongs where these do.
+    """
     layout = block.layout
     device = block.groups[0].value.device
     low = torch.full((layout.blocks,), torch.iinfo(torch.long).max, device=device)
     high = torch.full((layout.blocks,), -1, device=device)
-    for i in block.latents.values():
-        group = block.groups[i]
-        if plate not in group.dims[0][: group.n_plates]:
-            return low, False
-        index = _plate_index(group, plate).to(device)
-        at = layout.block_of_element(i).to(device)
-        low = low.scatter_reduce(0, at, index, "amin")
-        high = high.scatter_reduce(0, at, index, "amax")
-    for group in block.groups:
-        if plate not in group.dims[0][: group.n_plates]:
-            return low, False
-    return low, bool((low == high).all())
+    for i, group in enumerate(block.groups):
+        at = layout.block_of_row[i].to(device)
+        if _is_within(group, plates):
+            index, reading = _elements(group, plates).to(device), at >= 0
+            low = low.scatter_reduce(0, at[reading], index[reading], "amin")
+            high = high.scatter_reduce(0, at[reading], index[reading], "amax")
+        elif bool((at < 0).any()):
+            return low, next(iter(block.latents))
+    for name, i in block.latents.items():
+        if bool((low != high)[layout.block_of_element(i).to(device)].any()):
+            return low, name
+    return low, ""
 
 
-def integrated(graph: FactorGraph, lines: Mapping[str, Line]) -> FactorGraph:
-    """The graph in which one group stands for all sites that Gaussian latents connect.
+def integrated(
+    graph: FactorGraph, lines: Mapping[str, Line], limit: int | None = None
+) -> FactorGraph:
+    """The graph in which groups stand for all sites that Gaussian latents connect.
 
     Args:
         graph: As traced with Gaussian latents at zero.
         lines: What the mean of each of these sites reads.
+        limit: How many numbers the matrices of one E-step may have.
+
+    Raises:
+        NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
     """
     if not lines:
         return graph
     values = {name: p.value() for name, p in graph.parameters.items()}
-    sites = tuple(_site(graph, line, values) for line in lines.values())
-    block = GaussianBlock(sites, tuple(lines.values()))
-    plate = graph.structure.data_plate
-    if plate is not None and blocks_in_plate(block, plate)[1]:
-        block = replace(block, plate=plate, size=graph.structure.plates[plate].size)
+    blocks = []
+    for names in components_of_lines(lines):
+        own = {n: lines[n] for n in names}
+        block = _block(graph, own, values)
+        if limit is not None and block.cost > limit:
+            raise NotSeparate(_too_dear(block, limit))
+        blocks.append(block)
     rest: list[Group] = []
     for group in graph.groups:
         members = [i for i, name in enumerate(group.members) if name not in lines]
@@ -239,26 +285,175 @@ def integrated(graph: FactorGraph, lines: Mapping[str, Line]) -> FactorGraph:
             rest.append(group)
         elif members:
             rest.append(taken(group, members))
-    return replace(graph, groups=(*rest, _group(block)))
+    return replace(graph, groups=(*rest, *map(_group, blocks)))
 
 
-def _site(graph: FactorGraph, line: Line, values: Mapping[str, Tensor]) -> Group:
-    """The group of one site, its mean in parts."""
+def components_of_lines(lines: Mapping[str, Line]) -> list[list[str]]:
+    """Sites that Gaussian latents connect, each set in model order."""
+    root = {name: name for name in lines}
+
+    def find(name: str) -> str:
+        while root[name] != name:
+            name = root[name]
+        return name
+
+    for name, line in lines.items():
+        for read in line.reads:
+            root[find(name)] = find(read.latent)
+    found: dict[str, list[str]] = {}
+    for name in lines:
+        found.setdefault(find(name), []).append(name)
+    return list(found.values())
+
+
+def _block(
+    graph: FactorGraph, lines: Mapping[str, Line], values: Mapping[str, Tensor]
+) -> GaussianBlock:
+    """The block of connected sites."""
+    in_scope = {z for line in lines.values() for z in line.scope}
+    scope = tuple(z for z in graph.latents if z in in_scope)
+    states = tuple(graph.latents[z].size for z in scope)
+    if math.prod(states) > 2**20:
+        raise NotSeparate(_too_many(tuple(lines), scope, states))
+    traced = tuple(_traced(graph, line, values) for line in lines.values())
+    sites = tuple(
+        _site(group, line, scope, states, values)
+        for group, line in zip(traced, lines.values(), strict=True)
+    )
+    block = GaussianBlock(sites, tuple(lines.values()), scope, states, traced=traced)
+    for group in sites:
+        if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
+            what = f"its mask depends on '{scope[0]}'."
+            raise NotSeparate(_finding(block, f"site '{group.members[0]}'", what))
+    order = sorted(graph.structure.plates.values(), key=lambda p: p.dim)
+    needed = {p for z in scope for p in graph.latents[z].plates}
+    data = graph.structure.data_plate
+    for wanted in ({*needed, data} if data is not None else needed, needed):
+        plates = tuple(p.name for p in order if p.name in wanted)
+        crossing = elements_of_blocks(block, plates)[1]
+        if not crossing:
+            sizes = tuple(graph.structure.plates[p].size for p in plates)
+            return replace(block, plates=plates, sizes=sizes)
+    inner = next(z for z in scope if graph.latents[z].plates)
+    own = ", ".join(f"'{p}'" for p in graph.latents[inner].plates)
+    raise NotSeparate(
+        _finding(
+            block,
+            f"site '{inner}'",
+            f"it lives in plate {own}, and Gaussian '{crossing}' connects elements of that plate: a "
+            f"mixture of {states[scope.index(inner)]} to the power of the plate's size Gaussians.",
+        )
+    )
+
+
+def _finding(block: GaussianBlock, where: str, what: str) -> Finding:
+    return Finding(
+        where,
+        what,
+        "Gaussian latents are integrated for each state of the discrete latents that touch them",
+        ("give a guide: ExactPosteriorEM(model, AutoNormal)",),
+        latents=tuple(block.latents),
+    )
+
+
+def _too_many(sites: tuple[str, ...], scope: tuple[str, ...], states: tuple[int, ...]) -> Finding:
+    shown = f"'{scope[0]} … {scope[-1]}'" if len(scope) > 2 else " and ".join(map(repr, scope))
+    cells = math.prod(states)
+    size = f"{cells:,}" if cells < 10**12 else f"{cells:.3g}"
+    return Finding(
+        f"site '{sites[0]}'",
+        f"discrete {shown} and Gaussian latents form one component of {size} cells.",
+        "Gaussian latents are integrated for each state of the discrete latents that touch them",
+        ("use a shorter series", "give a guide: ExactPosteriorEM(model, AutoNormal)"),
+        latents=sites,
+    )
+
+
+def _too_dear(block: GaussianBlock, limit: int) -> Finding:
+    return _finding(
+        block,
+        f"site '{next(iter(block.latents))}'",
+        f"its E-step has matrices of {block.cost:,} numbers, the largest of {block.layout.largest} "
+        f"unknowns; the budget is max_enumeration={limit:,}.",
+    )
+
+
+def _traced(graph: FactorGraph, line: Line, values: Mapping[str, Tensor]) -> Group:
+    """The group of one site, its mean bound to parameters."""
     group, i = graph.group_of(line.site)
     group = taken(group, [i])
+    offset, dtype = line.offset, group.arguments["loc"].dtype
+    with torch.no_grad():
+        loc = offset.evaluate(values) if offset.is_static else offset.constant
+    return replace(
+        group,
+        arguments={**group.arguments, "loc": loc.to(dtype)},
+        bindings={**group.bindings, "loc": offset},
+    )
+
+
+def _site(
+    group: Group,
+    line: Line,
+    scope: tuple[str, ...],
+    states: tuple[int, ...],
+    values: Mapping[str, Tensor],
+) -> Group:
+    """The group of one site, its mean in parts, over its plates and the whole scope."""
+    n = group.n_plates
+    own = group.dims[0][n:]
+
+    def widened(t: Tensor) -> Tensor:
+        there = dict(zip(own, t.shape[1 + n :], strict=False))
+        return t.reshape(
+            *t.shape[: 1 + n], *(there.get(z, 1) for z in scope), *t.shape[1 + n + len(own) :]
+        )
+
     parts: dict[str, Binding] = {"loc": line.offset}
     for k, read in enumerate(line.reads):
         parts[f"coefficient {k + 1}, of '{read.latent}'"] = read.coefficient
+    bindings = {a: with_tensors(b, widened) for a, b in {**group.bindings, **parts}.items()}
+    dtype = group.arguments["loc"].dtype
     with torch.no_grad():
         held = {
-            a: (b.evaluate(values) if b.is_static else b.constant).to(group.arguments["loc"].dtype)
-            for a, b in parts.items()
+            a: (bindings[a].evaluate(values) if bindings[a].is_static else bindings[a].constant).to(
+                dtype
+            )
+            for a in parts
         }
     return replace(
         group,
-        arguments={**group.arguments, **held},
-        bindings={**group.bindings, **parts},
+        dims=((*group.dims[0][:n], *scope),),
+        sizes=(*group.sizes[:n], *states),
+        arguments={**{a: widened(t) for a, t in group.arguments.items()}, **held},
+        bindings=bindings,
+        value=widened(group.value),
+        mask=None if group.mask is None else widened(group.mask),
+        scale=tuple(
+            widened(s.unsqueeze(0))[0] if isinstance(s, Tensor) and s.dim() else s
+            for s in group.scale
+        ),
+        elements=None if group.elements is None else widened(group.elements),
         lines=tuple(parts),
+    )
+
+
+def _wide(scale: Tensor | float, widened: Callable[[Tensor], Tensor]) -> Tensor | float:
+    if isinstance(scale, Tensor) and scale.dim():
+        return widened(scale.unsqueeze(0))[0]
+    return scale
+
+
+def with_tensors(b: Binding, change: Callable[[Tensor], Tensor]) -> Binding:
+    """A binding whose tensors, over an argument's cells, are laid out anew."""
+    return replace(
+        b,
+        constant=change(b.constant),
+        selections=tuple(
+            replace(s, index=change(s.index), factor=None if s.factor is None else change(s.factor))
+            for s in b.selections
+        ),
+        jacobians=None if b.jacobians is None else {n: change(j) for n, j in b.jacobians.items()},
     )
 
 
@@ -271,27 +466,18 @@ def taken(group: Group, members: Sequence[int]) -> Group:
     def rows(t: Tensor) -> Tensor:
         return t[at] if t.shape[0] > 1 or t.stride(0) else t[:1].expand(len(at), *t.shape[1:])
 
-    def bound(b: Binding) -> Binding:
-        return replace(
-            b,
-            constant=rows(b.constant),
-            selections=tuple(
-                replace(s, index=rows(s.index), factor=None if s.factor is None else rows(s.factor))
-                for s in b.selections
-            ),
-            jacobians=None if b.jacobians is None else {n: rows(j) for n, j in b.jacobians.items()},
-        )
-
     return replace(
         group,
         members=tuple(group.members[i] for i in at),
         dims=tuple(group.dims[i] for i in at),
         arguments={a: rows(t) for a, t in group.arguments.items()},
-        bindings={a: bound(b) for a, b in group.bindings.items()},
+        bindings={a: with_tensors(b, rows) for a, b in group.bindings.items()},
         value=rows(group.value),
         mask=None if group.mask is None else rows(group.mask),
         scale=tuple(group.scale[i] for i in at),
-        value_binding=None if group.value_binding is None else bound(group.value_binding),
+        value_binding=None
+        if group.value_binding is None
+        else with_tensors(group.value_binding, rows),
         elements=None if group.elements is None else rows(group.elements),
     )
 
@@ -314,9 +500,9 @@ def _group(block: GaussianBlock) -> Group:
         raw = block.log_evidence(arguments)
     return Group(
         (first.members[0],),
-        ((block.plate,) if block.plate is not None else (),),
-        1 if block.plate is not None else 0,
-        (block.size,) if block.plate is not None else (),
+        ((*block.plates, *block.scope),),
+        len(block.plates),
+        (*block.sizes, *block.states),
         None,
         0,
         arguments,
@@ -368,33 +554,18 @@ def in_m_step(
     for g, solution in solved.items():
         block = graph.groups[g].nested
         assert isinstance(block, GaussianBlock)
-        for site in block.believed(solution, arguments[g]):
+        for site, weights in block.believed(solution, arguments[g], counts[g]):
             groups.append(site)
-            weights = site.weights() if site.elements is None else _counted(site)
-            all_counts.append(weights.detach().expand(1, *site.sizes).to(torch.float64))
+            all_counts.append(weights)
             all_arguments.append(dict(site.arguments))
     return replace(graph, groups=tuple(groups)), all_counts, all_arguments
-
-
-def _counted(group: Group) -> Tensor:
-    """The weights of a site's cells, apart from which of their elements count. # (1, *sizes or 1s)"""
-    return replace(group, elements=None).weights()
 
 
 def at_zero(graph: FactorGraph) -> FactorGraph:
     """The graph as a run with all Gaussian latents at zero shows it."""
     groups: list[Group] = []
     for group in graph.groups:
-        for site in group.nested.groups if group.nested is not None else (group,):
-            kept = [a for a in site.arguments if a == "loc" or a not in site.lines]
-            groups.append(
-                replace(
-                    site,
-                    arguments={a: site.arguments[a] for a in kept},
-                    bindings={a: site.bindings[a] for a in kept},
-                    lines=(),
-                )
-            )
+        groups += group.nested.traced if isinstance(group.nested, GaussianBlock) else (group,)
     return replace(graph, groups=tuple(groups))
 
 

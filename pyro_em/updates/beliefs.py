@@ -21,6 +21,7 @@ from pyro_em.updates.gaussian_rows import (
     is_matrix,
     rows_of,
     tril_rows,
+    weights_of,
 )
 from pyro_em.updates.linear_moments import LinearMoments, shifted
 
@@ -30,9 +31,10 @@ class Moments:
     """Posterior moments of one site's residuals and of the unknowns in its mean.
 
     Attributes:
-        moments: Of each row. # one cell
-        coefficients: (C, b) at the E-step. # (rows or 1, D, Q + 1)
-        weights: How much each row, or each entry, counts. # (rows,) or (rows, D)
+        moments: Of each row, for each state of the discrete latents.
+        coefficients: (C, b) at the E-step. # (cells or 1, rows or 1, D, Q + 1)
+        weights: How much each row, or each entry, counts: posterior probabilities of the states
+            included. # (cells or 1, rows) or (cells or 1, rows, D)
     """
 
     moments: LinearMoments
@@ -40,18 +42,18 @@ class Moments:
     weights: Tensor
 
     def change(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
-        """Δ, the coefficients less those of the E-step. # (1, rows or 1, D, Q + 1)"""
-        return (coefficient_rows(group, arguments) - self.coefficients).unsqueeze(0)
+        """Δ, the coefficients less those of the E-step. # (cells or 1, rows or 1, D, Q + 1)"""
+        return coefficient_rows(group, arguments) - self.coefficients
 
     def residuals(self, group: Group, arguments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """E[r] and E[r rᵀ], or its diagonal, at other coefficients.
 
         Returns:
-            # (rows, D), (rows, D, D) or (rows, D)
+            # (cells, rows, D), (cells, rows, D, D) or (cells, rows, D)
         """
         delta, m = self.change(group, arguments), self.moments
         shift = (delta @ m.phi_phi[..., -1:]).squeeze(-1)
-        return (m.r_phi[..., -1] - shift)[0], shifted(m, delta)[0]
+        return m.r_phi[..., -1] - shift, shifted(m, delta)
 
     def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
         """See `pyro_em.graph.factors.Belief`."""
@@ -62,12 +64,13 @@ class Moments:
             distance = (precision * second).sum((-2, -1))
             log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             constant = tril.shape[-1] * math.log(2 * math.pi)
-            return (-0.5 * (distance + constant) - log_det).reshape(1, *group.sizes)
+            log_p = -0.5 * (distance + constant) - log_det
+            return log_p.transpose(0, 1).reshape(1, *group.sizes)
         scale = rows_of(group, arguments["scale"]).to(torch.float64)
         log_p = -0.5 * (second / scale.square() + math.log(2 * math.pi)) - scale.log()
-        if self.weights.dim() == 2:  # elements of an event that do not count
-            log_p = torch.where(self.weights > 0, log_p, 0.0)
-        return log_p.sum(-1).reshape(1, *group.sizes)
+        if group.elements is not None:
+            log_p = torch.where(weights_of(group) > 0, log_p, 0.0)
+        return log_p.sum(-1).transpose(0, 1).reshape(1, *group.sizes)
 
     def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `pyro_em.graph.factors.Belief`."""

@@ -49,15 +49,27 @@ def normal_equations(
     r_phi = m.r_phi - delta @ m.phi_phi  # E[r φᵀ] at the current coefficients
     moved = type(m)(m.phi_phi, r_phi, m.r_r, m.diagonal)
     precision = _precisions(group, arguments)
-    if len(design) == 1 and len(precision) == 1 and belief.weights.dim() == 1:
-        sums = summed(moved, belief.weights.unsqueeze(0))
-        weighed = _weighed(precision, sums.r_phi)[0]
-        return _shared(design[0], precision[0], sums.phi_phi[0], weighed)
-    return _by_rows(design, precision, m.phi_phi[0], r_phi[0], belief.weights)
+    is_shared = design.shape[1] == precision.shape[1] == 1 and belief.weights.dim() == 2
+    sums = summed(moved, belief.weights) if is_shared else None
+    gram, right = design.new_zeros(design.shape[-1], design.shape[-1]), design.new_zeros(())
+    for cell in range(len(m.phi_phi)):
+        own = (_of_cell(design, cell), _of_cell(precision, cell))
+        if sums is None:
+            weights = _of_cell(belief.weights, cell)
+            parts = _by_rows(*own, m.phi_phi[cell], r_phi[cell], weights)
+        else:
+            weighed = _weighed(own[1], sums.r_phi[cell])[0]
+            parts = _shared(own[0][0], own[1][0], sums.phi_phi[cell], weighed)
+        gram, right = gram + parts[0], right + parts[1]
+    return gram, right
+
+
+def _of_cell(t: Tensor, cell: int) -> Tensor:
+    return t[cell] if len(t) > 1 else t[0]
 
 
 def _precisions(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
-    """P, or its diagonal. # (rows or 1, D, D) or (rows or 1, D)"""
+    """P, or its diagonal. # (cells or 1, rows or 1, D, D) or (cells or 1, rows or 1, D)"""
     if is_matrix(group):
         return torch.cholesky_inverse(tril_rows(group, arguments))
     return rows_of(group, arguments["scale"]).to(torch.float64) ** -2
@@ -69,7 +81,7 @@ def _weighed(precision: Tensor, x: Tensor) -> Tensor:
 
 
 def _designs(group: Group, block: Sequence[str], values: Mapping[str, Tensor]) -> Tensor:
-    """J, offset last. # (rows or 1, D, Q + 1, p)"""
+    """J, offset last. # (cells or 1, rows or 1, D, Q + 1, p)"""
     columns = []
     for name in block:
         parts = [
@@ -79,14 +91,17 @@ def _designs(group: Group, block: Sequence[str], values: Mapping[str, Tensor]) -
         ]
         own = _design(group, group.bindings["loc"], name, values[name], 0)
         parts.append(own.unsqueeze(-2))
-        n = max(len(p) for p in parts)
-        columns.append(torch.cat([p.expand(n, *p.shape[1:]) for p in parts], -2))
-    n = max(len(c) for c in columns)
-    return torch.cat([c.expand(n, *c.shape[1:]) for c in columns], -1)
+        columns.append(_joined(parts, -2))
+    return _joined(columns, -1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    shape = torch.broadcast_shapes(*(p.shape[:2] for p in parts))
+    return torch.cat([p.expand(*shape, *p.shape[2:]) for p in parts], dim)
 
 
 def _design(group: Group, binding: Binding, name: str, value: Tensor, tail: int) -> Tensor:
-    """∂a/∂θ of one argument. # (rows or 1, D, *tail, θ.numel())"""
+    """∂a/∂θ of one argument. # (cells or 1, rows or 1, D, *tail, θ.numel())"""
     if binding.jacobians is not None and name in binding.jacobians:
         return rows_of(group, binding.jacobians[name], tail + 1).to(torch.float64)
     for part in binding.selections:
@@ -96,7 +111,7 @@ def _design(group: Group, binding: Binding, name: str, value: Tensor, tail: int)
             return rows_of(group, chosen, tail + 1)
     event = event_shape(group).numel()
     rest = binding.constant.shape[binding.constant.dim() - tail :] if tail else ()
-    return binding.constant.new_zeros(1, event, *rest, value.numel(), dtype=torch.float64)
+    return binding.constant.new_zeros(1, 1, event, *rest, value.numel(), dtype=torch.float64)
 
 
 def _shared(

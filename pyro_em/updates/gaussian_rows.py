@@ -1,4 +1,7 @@
-"""The arguments of a site that reads Gaussian latents, as rows: cells of plates by events."""
+"""The arguments of a site that reads Gaussian latents as rows, one batch for each discrete cell.
+
+A row is a cell of the site's plates; the states of the discrete latents in its scope come first.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pyro_em.graph.factors import Group
 
 def event_shape(group: Group) -> torch.Size:
     """The shape of one event of a site, ``to_event`` included."""
-    return group.value.shape[1 + group.n_plates :]
+    return group.value.shape[1 + len(group.sizes) :]
 
 
 def rows_of(group: Group, t: Tensor, tail: int = 0) -> Tensor:
@@ -24,16 +27,26 @@ def rows_of(group: Group, t: Tensor, tail: int = 0) -> Tensor:
         tail: How many dimensions follow the event.
 
     Returns:
-        # (rows or 1, D, *tail)
+        # (cells or 1, rows or 1, D, *tail)
     """
-    t, n, event = t[0], group.n_plates, event_shape(group)
-    lead, rest = t.shape[:n], t.shape[n + len(event) :]
-    assert len(rest) == tail
-    if all(size == 1 for size in lead):
-        t = t.reshape(1, *t.shape[n:])
-    else:
-        t = t.expand(*group.sizes, *t.shape[n:]).flatten(0, n - 1)
-    return t.expand(len(t), *event, *rest).reshape(len(t), event.numel(), *rest)
+    event, n = event_shape(group), group.n_plates
+    rest = t.shape[t.dim() - tail :] if tail else torch.Size()
+    rows = _flat(t[0], 0, group.sizes[:n])
+    both = _flat(rows, 1, group.sizes[n:])
+    return (
+        both.transpose(0, 1)
+        .expand(both.shape[1], len(both), *event, *rest)
+        .reshape(both.shape[1], len(both), event.numel(), *rest)
+    )
+
+
+def _flat(t: Tensor, begin: int, sizes: tuple[int, ...]) -> Tensor:
+    """Some dimensions as one: of size one where none of them is larger."""
+    end = begin + len(sizes)
+    lead, own, rest = t.shape[:begin], t.shape[begin:end], t.shape[end:]
+    if all(size == 1 for size in own):
+        return t.reshape(*lead, 1, *rest)
+    return t.expand(*lead, *sizes, *rest).reshape(*lead, torch.Size(sizes).numel(), *rest)
 
 
 def cells_of(group: Group, rows: Tensor, tail: int = 0) -> Tensor:
@@ -41,15 +54,44 @@ def cells_of(group: Group, rows: Tensor, tail: int = 0) -> Tensor:
 
     Args:
         group: The site.
-        rows: # (rows, D, *tail)
+        rows: # (cells, rows, D, *tail)
         tail: How many dimensions follow the event.
+
+    Returns:
+        # (1, *sizes, *event, *tail)
     """
     rest = rows.shape[rows.dim() - tail :] if tail else torch.Size()
-    return rows.reshape(1, *group.sizes, *event_shape(group), *rest)
+    return rows.transpose(0, 1).reshape(1, *group.sizes, *event_shape(group), *rest)
+
+
+def weights_of(group: Group, counts: Tensor | None = None) -> Tensor:
+    """How much each row, or each of its entries, counts.
+
+    Args:
+        group: The site.
+        counts: Posterior probabilities of its cells. # (1, *sizes)
+
+    Returns:
+        # (cells or 1, rows), or (cells or 1, rows, D) where elements of events are masked
+    """
+    weights = group.weights().detach().to(torch.float64)
+    n = group.n_plates
+    lead, own = weights.shape[: 1 + len(group.sizes)], weights.shape[1 + len(group.sizes) :]
+    if counts is not None:
+        weights = weights * counts.reshape(counts.shape + (1,) * len(own))
+        lead = weights.shape[: 1 + len(group.sizes)]
+    flat = weights.reshape(*lead, *own)[0]
+    flat = _flat(_flat(flat, 0, group.sizes[:n]), 1, group.sizes[n:]).transpose(0, 1)
+    rows = torch.Size(group.sizes[:n]).numel()
+    flat = flat.expand(len(flat), rows, *flat.shape[2:])
+    if group.elements is None:
+        return flat
+    event = event_shape(group)
+    return flat.expand(len(flat), rows, *event).reshape(len(flat), rows, event.numel())
 
 
 def tril_rows(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
-    """The Cholesky factor of a multivariate normal's covariance. # (rows or 1, D, D)"""
+    """The Cholesky factor of a multivariate normal's covariance. # (cells or 1, rows or 1, D, D)"""
     if "scale_tril" in arguments:
         return rows_of(group, arguments["scale_tril"], 1).to(torch.float64)
     if "covariance_matrix" in arguments:
@@ -66,8 +108,8 @@ def is_matrix(group: Group) -> bool:
 
 
 def coefficient_rows(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
-    """The coefficients (C, b) of all that the mean is made of. # (rows or 1, D, Q + 1)"""
+    """The coefficients (C, b) of all that the mean is made of. # (cells or 1, rows or 1, D, Q + 1)"""
     parts = [rows_of(group, arguments[a], 1) for a in group.lines if a != "loc"]
     parts.append(rows_of(group, arguments["loc"]).unsqueeze(-1))
-    n = max(len(p) for p in parts)
-    return torch.cat([p.expand(n, *p.shape[1:]).to(torch.float64) for p in parts], -1)
+    shape = torch.broadcast_shapes(*(p.shape[:2] for p in parts))
+    return torch.cat([p.expand(*shape, *p.shape[2:]).to(torch.float64) for p in parts], -1)
