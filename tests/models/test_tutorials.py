@@ -34,19 +34,25 @@ def test_names() -> None:
     assert sorted(p.stem for p in TUTORIALS.glob("*.ipynb")) == sorted(NAMES)
 
 
-# Figures are drawn once and small: nobody looks at these.
+# Figures are drawn once, in place: nobody looks at these.
 AS_NEW = """
 %reset -f
+%matplotlib inline
 import sys, warnings
-import matplotlib.pyplot, pyro, torch
+import matplotlib.figure, matplotlib.pyplot, pyro, torch
 matplotlib.pyplot.close("all")
 matplotlib.pyplot.rcdefaults()
+matplotlib.pyplot.uninstall_repl_displayhook()
 sys.filters_as_new = getattr(sys, "filters_as_new", warnings.filters[:])
 warnings.filters[:] = sys.filters_as_new
 pyro.clear_param_store()
 pyro.enable_validation(True)
 torch.set_default_dtype(torch.float32)
-%config InlineBackend.print_figure_kwargs = {"bbox_inches": None, "dpi": 20}
+def drawn(figure):
+    figure.set_layout_engine("none")
+    figure.canvas.draw()
+    return b"drawn"
+get_ipython().display_formatter.formatters["image/png"].for_type(matplotlib.figure.Figure, drawn)
 %reset -f
 """
 
