@@ -11,21 +11,24 @@ from collections.abc import Iterator
 # threads each on two cores wait for each other. It is read at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-import pyro
 import pytest
-import torch
 from hypothesis import settings
-
-from pyro_em.plan.kept import forget_readings
 
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
-torch.set_num_threads(1)
+
+# Reading the tests makes millions of objects, nearly all of which stay: nothing to look for.
+gc.disable()
+
+# The libraries are imported where they are used: of the processes of pytest-xdist, the one that
+# hands out tests does without, and the others wait for it.
 
 
 def seed(value: int) -> None:
     """As pyro.set_rng_seed, without a seed that is queued, with its stack, for unused devices."""
+    import numpy as np
+    import torch
+
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
@@ -35,6 +38,11 @@ def seed(value: int) -> None:
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
+    import pyro
+    import torch
+
+    from pyro_em.plan.kept import forget_readings
+
     pyro.clear_param_store()
     forget_readings()  # no test begins with what another one has found out
     seed(0)
@@ -46,7 +54,11 @@ def clean() -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """Look for garbage more rarely, and never among what was imported."""
+    """Look for garbage more rarely than usual, and never among what was imported."""
+    import torch
+
+    torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    gc.enable()
