@@ -1,14 +1,13 @@
 """The conformance suite of blocks of latents: exact against the joint table, cell by cell.
 
-The joint table is made by running the model once for every assignment of its latents, with Pyro's own
-densities; nothing of the block or of the contraction takes part in it.
+The joint table is made by running the model with every assignment of its latents in an outermost plate,
+with Pyro's own densities; nothing of the block or of the contraction takes part in it.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +28,9 @@ from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation, group_statistics
 
 _LIMIT = 20_000
+
+
+_TOGETHER = 2_000  # assignments of one run
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,46 +239,38 @@ def _same(a: Expectation, b: Expectation, rtol: float, how: str) -> None:
 
 
 def joint_table(program: Program, plates: Sequence[str] = ()) -> Joint:
-    """The joint table of a model at its current parameters, by one run for each assignment.
+    """The joint table of a model at its current parameters, by runs with many assignments each.
 
     Args:
         program: A model with its data.
         plates: Plates of all sites, whose elements share no latent: they are told apart.
     """
     graph = program.graph
-    priors = _priors(graph)
-    parts: list[Tensor] = []
-    weights: list[float] = []
-    assignments: list[dict[str, Tensor]] = []
-    for assignment in _assignments(graph):
-        data = {
-            name: graph.latents[name].support[_laid_out(graph, name, index)]
-            for name, index in assignment.items()
-        }
-        with torch.no_grad(), pyro.validation_enabled(False):
-            trace = poutine.trace(poutine.condition(program.model, data=data)).get_trace(
-                *program.args, **program.kwargs
-            )
-            trace.compute_log_prob()
-            for name in priors:
-                trace.remove_node(name)
-            weights.append(float(trace.log_prob_sum().double()))
-            parts.append(_per_element(trace, plates))
-        assignments.append(assignment)
-    log_p = torch.tensor(weights, dtype=torch.float64)
-    total = torch.logsumexp(log_p, 0)
-    probabilities = (log_p - total).exp()
+    assignments = _assignments(graph)
+    depth = _depth(program)
+    runs: list[Tensor] = []
+    for begin in range(0, len(next(iter(assignments.values()))), _TOGETHER):
+        some = {name: index[begin : begin + _TOGETHER] for name, index in assignments.items()}
+        runs.append(_log_joint(program, some, plates, depth))
+    log_p = torch.cat(runs)
+    each = log_p.reshape(len(log_p), -1).sum(1)
+    total = torch.logsumexp(each, 0)
+    probabilities = (each - total).exp()
     cells = [torch.zeros(len(g.members), *g.sizes, dtype=torch.float64) for g in graph.groups]
-    for p, assignment in zip(probabilities, assignments, strict=True):
-        for g, group in enumerate(graph.groups):
-            for i in range(len(group.members)):
-                cells[g][i][_cells_at(graph, group, i, assignment)] += p
+    for g, group in enumerate(graph.groups):
+        for i in range(len(group.members)):
+            index = _cells_at(graph, group, i, assignments)
+            if not index:
+                cells[g][i] += 1.0
+                continue
+            p = probabilities.reshape(-1, *(1,) * (index[0].dim() - 1))
+            cells[g][i].index_put_(index, p.expand_as(index[0]), accumulate=True)
     # Every assignment of an element's own latents comes with all those of the other elements.
     own = math.prod(
         v.size ** math.prod(graph.dim_size(p) for p in v.plates if p not in plates)
         for v in graph.latents.values()
     )
-    table = torch.stack(parts).logsumexp(0) - math.log(len(parts) / own)
+    table = log_p.logsumexp(0) - math.log(len(log_p) / own)
     return Joint(float(total), cells, table)
 
 
@@ -290,56 +284,88 @@ def _priors(graph: FactorGraph) -> list[str]:
     ]
 
 
-def _per_element(trace: Any, plates: Sequence[str]) -> Tensor:
-    """The log joint of a run, summed over all plates but some. # (*plates,)"""
-    total = torch.zeros((), dtype=torch.float64)
-    for site in trace.nodes.values():
-        if site["type"] != "sample" or "log_prob" not in site:
+def _depth(program: Program) -> int:
+    """How many batch dimensions the model's sites have."""
+    with torch.no_grad(), pyro.validation_enabled(False), torch.random.fork_rng(devices=[]):
+        trace = poutine.trace(program.model).get_trace(*program.args, **program.kwargs)
+    sites = [s for s in trace.nodes.values() if s["type"] == "sample"]
+    plates = [-f.dim for s in sites for f in s["cond_indep_stack"] if f.vectorized]
+    shapes = [len(s["fn"].batch_shape) for s in sites if hasattr(s["fn"], "batch_shape")]
+    return max([*plates, *shapes], default=0)
+
+
+def _log_joint(
+    program: Program, assignments: Mapping[str, Tensor], plates: Sequence[str], depth: int
+) -> Tensor:
+    """The log joint of some assignments, summed over all plates but some. # (n, *plates)"""
+    graph = program.graph
+    n = len(next(iter(assignments.values())))
+    data = {
+        name: graph.latents[name].support[_laid_out(graph, name, index, depth)]
+        for name, index in assignments.items()
+    }
+
+    def model() -> None:
+        with pyro.plate("_assignments", n, dim=-depth - 1):
+            program.model(*program.args, **program.kwargs)
+
+    with torch.no_grad(), pyro.validation_enabled(False):
+        trace = poutine.trace(poutine.condition(model, data=data)).get_trace()
+        trace.compute_log_prob()
+    total = torch.zeros(n, *(1,) * len(plates), dtype=torch.float64)
+    priors = {*_priors(graph), "_assignments"}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or name in priors:
             continue
-        at = {f.name: f.dim for f in site["cond_indep_stack"] if f.vectorized}
+        at = {f.name: depth + 1 + f.dim for f in site["cond_indep_stack"] if f.vectorized}
         log_p = site["log_prob"].double()
-        axes = [log_p.dim() + at[p] for p in plates if p in at]
-        log_p = log_p.movedim(axes, list(range(len(axes))))
-        total = total + log_p.reshape(*log_p.shape[: len(axes)], -1).sum(-1)
+        log_p = log_p.reshape(*(1,) * (depth + 1 - log_p.dim()), *log_p.shape)
+        kept = [0, *(at[p] for p in plates if p in at)]
+        log_p = log_p.movedim(kept, list(range(len(kept))))
+        log_p = log_p.reshape(*log_p.shape[: len(kept)], -1).sum(-1)
+        own = iter(log_p.shape[1:])
+        total = total + log_p.reshape(-1, *(next(own) if p in at else 1 for p in plates))
     return total
 
 
-def _assignments(graph: FactorGraph) -> Iterator[dict[str, Tensor]]:
-    """Every assignment: for each latent its value's number. # (*plates,)"""
+def _assignments(graph: FactorGraph) -> dict[str, Tensor]:
+    """For each latent its value's number in every assignment. # (n, *plates)"""
     shapes = {n: [graph.dim_size(p) for p in v.plates] for n, v in graph.latents.items()}
-    ranges: list[Sequence[int]] = []
+    ranges: list[Tensor] = []
     for name, shape in shapes.items():
-        ranges += [range(graph.latents[name].size)] * math.prod(shape)
+        ranges += [torch.arange(graph.latents[name].size)] * math.prod(shape)
     count = math.prod(len(r) for r in ranges)
     assert count <= _LIMIT, f"{count:,} assignments are too many: use fewer data"
-    for cell in itertools.product(*ranges):
-        out, begin = {}, 0
-        for name, shape in shapes.items():
-            end = begin + math.prod(shape)
-            out[name] = torch.tensor(cell[begin:end]).reshape(shape)
-            begin = end
-        yield out
+    cells = torch.cartesian_prod(*ranges).reshape(count, len(ranges))
+    parts = cells.split([math.prod(shape) for shape in shapes.values()], 1)
+    return {n: p.reshape(count, *s) for (n, s), p in zip(shapes.items(), parts, strict=True)}
 
 
-def _laid_out(graph: FactorGraph, name: str, index: Tensor) -> Tensor:
-    """Numbers of values in the batch shape of their site."""
+def _laid_out(graph: FactorGraph, name: str, index: Tensor, depth: int) -> Tensor:
+    """Numbers of values in the batch shape of their site, assignments outermost. # (n, ...)"""
     batch = graph.latents[name].batch_dims
-    return index.reshape([1 if d is None else graph.dim_size(d) for d in batch])
+    own = [1 if d is None else graph.dim_size(d) for d in batch]
+    return index.reshape(len(index), *(1,) * (depth - len(own)), *own)
 
 
 def _cells_at(
-    graph: FactorGraph, group: Group, i: int, assignment: Mapping[str, Tensor]
+    graph: FactorGraph, group: Group, i: int, assignments: Mapping[str, Tensor]
 ) -> tuple[Tensor, ...]:
-    """Where an assignment is in the table of a factor: indices of all its plates' elements."""
+    """Where assignments are in the table of a factor: indices of all its plates' elements.
+
+    Returns:
+        One for each dimension of the factor. # (n, *plates)
+    """
     dims = group.dims[i]
     plates = [d for d in dims if d not in graph.latents]
     sizes = [graph.dim_size(p) for p in plates]
     grid = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij") if plates else ()
-    index = list(grid)
+    n = len(next(iter(assignments.values())))
+    index = [g.expand(n, *sizes) for g in grid]
     for d in dims[len(plates) :]:
         own = graph.latents[d].plates
-        value = assignment[d]
-        index.append(
-            value[tuple(grid[plates.index(p)] for p in own)] if own else value.expand(sizes)
-        )
+        value = assignments[d]
+        if own:
+            value = value[(slice(None), *(grid[plates.index(p)] for p in own))]
+        index.append(value.reshape(n, *(sizes if own else [1] * len(sizes))).expand(n, *sizes))
     return tuple(index)

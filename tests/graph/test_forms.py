@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -138,12 +137,20 @@ def graph_of(model: Callable[[], None], together: bool) -> FactorGraph:
 
 
 def log_evidence(model: Callable[[], None]) -> Tensor:
-    """By the sum over all sequences of states, each a run of the model."""
-    found = []
-    for states in itertools.product((0, 1), repeat=T):
-        data = {f"z_{t}": torch.tensor(z) for t, z in enumerate(states)}
-        found.append(poutine.trace(poutine.condition(model, data)).get_trace().log_prob_sum())
-    return torch.stack(found).logsumexp(0).detach()
+    """By the sum over all sequences of states, which an outer plate tells apart."""
+    states = torch.cartesian_prod(*[torch.arange(2)] * T)
+
+    def with_all() -> None:
+        with pyro.plate("sequences of states", len(states), dim=-2):
+            model()
+
+    data = {f"z_{t}": states[:, t, None] for t in range(T)}
+    trace = poutine.trace(poutine.condition(with_all, data)).get_trace()
+    trace.compute_log_prob()
+    sites = [site for name, site in trace.nodes.items() if name[:2] in ("z_", "x_")]
+    assert len(sites) == 2 * T
+    log_p = [site["log_prob"].expand(len(states), -1).sum(-1) for site in sites]
+    return torch.stack(log_p).sum(0).logsumexp(0).detach()
 
 
 @pytest.mark.parametrize("equal", [False, True])
