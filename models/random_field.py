@@ -269,13 +269,13 @@ def main() -> None:
     fits = {"all answers known": fit(x), f"{options.hidden:.0%} hidden": fit(x, known)}
     for label, result in fits.items():
         print(f"{label}: {result}\n")
-    truth = coordinates(STUDENTS)
+    truth, errors = coordinates(STUDENTS), [r.standard_errors() for r in fits.values()]
     print(f"{'in nats':<16}{'true':>8}" + "".join(f"{label:>20}" for label in fits))
     for kind, keys in (("h", names(STUDENTS)), ("J", ["-".join(pair) for pair in STUDENTS])):
         for i, key in enumerate(keys):
             cells = [
-                f"{float(r.params[kind][i]):12.3f} ± {float(r.standard_errors()[kind][i]):.3f}"
-                for r in fits.values()
+                f"{float(r.params[kind][i]):12.3f} ± {float(error[kind][i]):.3f}"
+                for r, error in zip(fits.values(), errors, strict=True)
             ]
             print(f"{kind + ' ' + key:<16}{float(truth[kind][i]):8.3f}" + "".join(cells))
     print("h: log odds of 1 where neighbours are 0; J: coupling.")

@@ -140,7 +140,7 @@ def test_figures_of_latents_take_a_posterior_and_a_glob() -> None:
 
 def test_comparison_is_what_its_plot_method_draws() -> None:
     result = compare(
-        ExactPosteriorEM(mixture), data(), max_steps=20, svi_steps=20, seeds=(0,), progress=False
+        ExactPosteriorEM(mixture), data(), max_steps=20, svi_steps=6, seeds=(0,), progress=False
     )
     for axes in (plotting.comparison(result), result.plot()):
         labels = [t.get_text() for t in axes[0].get_legend().get_texts()]
