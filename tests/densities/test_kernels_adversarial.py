@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -258,31 +255,3 @@ def test_a_write_after_a_step_that_was_handed_over(monkeypatch: pytest.MonkeyPat
         x = (torch.arange(10.0) % 3 == 0).to(torch.float64)
         out.append(ExactPosteriorEM(model).fit(x, **HOW, callbacks=lift))
     _same(out)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
-def test_steps_do_not_take_their_memory_anew() -> None:
-    """Page faults of steps with temporaries of some MB, in a process of its own."""
-    script = """
-import resource, torch
-from pyro_em.fitting.em_on_sums import keep_freed_memory
-# Room for small blocks, which at the end of the heap would keep all below them.
-small = [bytes(n) for n in range(600, 3000) for _ in range(4)]
-del small
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        kept = [torch.ones(2**19, dtype=torch.float64) for _ in range(14)]
-        del kept
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(); before = faults(); keep_freed_memory(); faults(); print(before, faults())
-"""
-    for _ in range(6):  # in some processes what was imported keeps the memory already
-        out = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True
-        )
-        before, after = map(int, out.stdout.split())
-        assert after < 1000
-        if before > 1000:
-            return
-    pytest.skip("this C library keeps freed memory by itself")

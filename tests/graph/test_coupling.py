@@ -105,17 +105,17 @@ def test_no_call_gives_a_number_for_them(call):
 
 def test_they_are_found_in_large_data():
     """Large data are first looked at without numbers, which cannot show a shift."""
-    n = 140_000  # sigma[z] alone is more than a look with numbers allocates
-    sigma = torch.eye(8).expand(2, 8, 8).contiguous()
+    n, D = 8_900, 32  # sigma[z] alone is more than a look with numbers allocates
+    sigma = torch.eye(D).expand(2, D, D).contiguous()
 
     def model(x, shift):
-        mu = pyro.param("mu", torch.randn(2, 8))
+        mu = pyro.param("mu", torch.randn(2, D))
         with pyro.plate("n", n):
             z = pyro.sample("z", dist.Categorical(torch.ones(2)))
             loc = mu[z].roll(1, -2) if shift else mu[z]
             pyro.sample("x", dist.MultivariateNormal(loc, scale_tril=sigma[z]), obs=x)
 
-    x = torch.randn(n, 8)
+    x = torch.randn(n, D)
     ExactPosteriorEM(model).posterior(x, False)
     with pytest.raises(ModelError, match="other elements of plate 'n'"):
         ExactPosteriorEM(model).posterior(x, True)
