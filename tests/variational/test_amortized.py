@@ -56,8 +56,8 @@ def test_a_linear_gaussian_model_gives_the_posterior_of_every_datum(hidden, tole
     x = linear_data(200)
     guide = AutoAmortizedNormal(linear, hidden=hidden)
     loss = TraceMeanField_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-    train(linear, guide, x, steps=150, lr=0.05, loss=loss)
-    train(linear, guide, x, steps=100, lr=0.005, loss=loss)
+    train(linear, guide, x, steps=60, lr=0.1, loss=loss)
+    train(linear, guide, x, steps=40, lr=0.005, loss=loss)
     precision = torch.eye(2) + W @ W.T / NOISE**2
     scale = precision.diagonal() ** -0.5  # the best factorised Normal has these scales
     for data in (x, linear_data(50)):  # the second: new data, of another number

@@ -169,7 +169,7 @@ def test_a_closed_form_on_batches_may_have_arguments_of_its_own_for_each_row(bat
             pyro.sample("h", dist.Normal(pyro.param("a", torch.tensor(0.0)) * x, 0.01))
 
     em = ExactPosteriorEM(model, guide, updates={"s": ClosedForm(), "a": Fixed()})
-    result = em.fit(c, x, batch_size=batch, num_epochs=20, seed=0)
+    result = em.fit(c, x, batch_size=batch, num_epochs=10, seed=0)
     assert float(result.params["s"]) == pytest.approx(
         float((x - c).square().mean().sqrt()), rel=0.05
     )
