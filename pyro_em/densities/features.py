@@ -213,7 +213,8 @@ def as_lookup(part: Counted) -> Lookup | None:
     if not bool(((part.phi == 0) | (part.phi == 1)).all()) or not bool((each <= 1).all()):
         return None
     S = len(part.phi)
-    index = torch.where(each == 1, part.phi.argmax(0), S)
+    places = torch.arange(S).to(part.phi) @ part.phi
+    index = torch.where(each == 1, places.long(), S)
     size = S + int(bool((each == 0).any()))
     often = torch.bincount(index, minlength=size).to(torch.float64)
     return Lookup(index, often, part.columns.T.contiguous())

@@ -130,15 +130,14 @@ def _rest(
     assert group.family is not None
     form, event = rule.kind.form, n.shape[n.dim() - rule.kind.event_dim :]
     a = form.inside(n.new_empty(event), which)
-    linear_part = torch.zeros_like(n)
-    for feature, eta in zip(form.features(n, d), form.natural_parameters(a), strict=True):
-        linear_part = linear_part + feature * eta
-    if event:
-        linear_part = linear_part.sum(-1)
+    parts = [
+        feature @ eta if event else feature * eta
+        for feature, eta in zip(form.features(n, d), form.natural_parameters(a), strict=True)
+    ]
     argument = a.reshape((1,) * (n.dim() - len(event)) + a.shape)
     wide = {k: c.to(torch.float64) for k, c in constants.items()}
     log_p = group.family.log_prob(group.value, {**wide, name: argument})
     if group.elements is not None:
         log_p = torch.where(group.elements, log_p, 0.0)
-    rest = log_p - linear_part
+    rest = log_p - sum(parts[1:], parts[0])
     return rest.sum(tuple(range(-group.event_dims, 0))) if group.event_dims else rest

@@ -80,9 +80,9 @@ def _geometric_log_density(value: Tensor, arguments: Arguments) -> Tensor:
 
 
 def _counts_of_index(value: Tensor, arguments: Arguments) -> Statistics:
-    size = _log_probs(arguments).shape[-1]
-    one_hot = torch.nn.functional.one_hot(value.long(), size)
-    return {"count": one_hot.to(_log_probs(arguments).dtype)}
+    log_p = _log_probs(arguments)
+    counts = log_p.new_zeros(*value.shape, log_p.shape[-1])
+    return {"count": counts.scatter_(-1, value.long().unsqueeze(-1), 1.0)}
 
 
 def _counts(value: Tensor, arguments: Arguments) -> Statistics:

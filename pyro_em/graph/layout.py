@@ -43,12 +43,23 @@ _KINDS = 8  # of bindings among sites of one form that are told apart together
 
 
 class FactorLayout:
-    """Brings traced tensors into the compact layout."""
+    """Brings traced tensors into the compact layout.
+
+    Args:
+        sites: As a run traced them.
+        structure: The skeleton.
+        bindings: Reads how parameters reach arguments.
+        detached: Whether only the numbers of arguments and densities are of interest.
+    """
 
     def __init__(
-        self, sites: Mapping[str, dict[str, Any]], structure: Structure, bindings: Recurring
+        self,
+        sites: Mapping[str, dict[str, Any]],
+        structure: Structure,
+        bindings: Recurring,
+        detached: bool = False,
     ) -> None:
-        self.sites = sites
+        self.sites, self.detached = sites, detached
         self.bindings = bindings
         self.structure = structure
         self.problems: list[Finding] = []
@@ -238,12 +249,13 @@ class FactorLayout:
                 log_p = torch.where(mask_now, log_p, 0.0)
             elif mask_now is False and info.observed:
                 log_p = torch.zeros_like(log_p)
-            raw = compact(log_p, 0, dims)
+            raw = compact(log_p.detach() if self.detached else log_p, 0, dims)
             if leaves is not None:
                 raw_params = parameters_below(raw, leaves)
         else:
             compact_value = _typed(compact_value, given_arguments(base, family), family)
             for arg, tensor in given_arguments(base, family).items():
+                tensor = tensor.detach() if self.detached else tensor
                 event = reinterpreted + family.argument_event_dim(arg)
                 layout = partial(
                     compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor

@@ -58,6 +58,7 @@ def trace_graph(
     attached: bool = False,
     looked: Mapping[str, Mapping[str, Any]] | None = None,
     log: OperationLog | None = None,
+    detached: bool = False,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -75,6 +76,7 @@ def trace_graph(
         looked: The sites of a plain run from the same random state, which this one has to agree
             with; None where that is known.
         log: Notes what the run does, and what it reads beside the parameters; needs a limit.
+        detached: Whether only the numbers of arguments and densities are of interest.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -90,6 +92,7 @@ def trace_graph(
         "attached": attached,
         "looked": looked,
         "log": log,
+        "detached": detached,
     }
     steps = structure.series
     if steps is not None:
@@ -127,6 +130,7 @@ def _traced(
     attached: bool,
     looked: Mapping[str, Mapping[str, Any]] | None,
     log: OperationLog | None,
+    detached: bool,
     few: float,
     parts: Mapping[int, tuple[int, Tensor]] | None = None,
 ) -> tuple[list[Factor | Batch], dict[str, Latent], Run]:
@@ -158,7 +162,7 @@ def _traced(
         log.forms = forms
     _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
-    layout = FactorLayout(sites, structure, Recurring(leaves))
+    layout = FactorLayout(sites, structure, Recurring(leaves), detached)
     counted = [n for n in structure.sites if n not in structure.passing]
     layout.find_out_of_scope(counted)
     if layout.problems:

@@ -222,6 +222,14 @@ def _merged(blocks: Sequence[_Block]) -> Group:
         return _joined_bindings(bindings, joined)
 
     values = [w.value_binding for w in whole if w.value_binding is not None]
+    bindings = {a: bound([w.bindings[a] for w in whole]) for a in first.bindings}
+    arguments = {
+        # One binding of all says that the arguments are one function of the parameters.
+        a: first.arguments[a].expand(sum(counts), *first.arguments[a].shape)
+        if bindings[a].is_one_for_all
+        else joined([w.arguments[a] for w in whole])
+        for a in first.arguments
+    }
     return Group(
         Members(stretches),
         Dims(stretches),
@@ -229,8 +237,8 @@ def _merged(blocks: Sequence[_Block]) -> Group:
         first.sizes,
         first.family,
         first.event_dims,
-        {a: joined([w.arguments[a] for w in whole]) for a in first.arguments},
-        {a: bound([w.bindings[a] for w in whole]) for a in first.bindings},
+        arguments,
+        bindings,
         joined([w.value for w in whole]),
         optional([w.mask for w in whole]),
         _scales([b.one.scale for b in blocks], counts),

@@ -349,6 +349,7 @@ class Program(StaysHere):
         values: Mapping[str, Tensor] | None,
         random_seed: int | None,
         with_bindings: bool,
+        detached: bool = False,
     ) -> FactorGraph:
         """A trace of the model, its Gaussian latents at zero."""
         with self.dependences.own_run():
@@ -360,6 +361,7 @@ class Program(StaysHere):
                 values=values,
                 random_seed=random_seed,
                 with_bindings=with_bindings,
+                detached=detached,
             )
 
     def disagreements(
@@ -369,7 +371,7 @@ class Program(StaysHere):
         current = values_of(self.graph.parameters)
         predicted_at = {**current, **(values or {})}
         try:
-            fresh = self._traced(values, random_seed, False)
+            fresh = self._traced(values, random_seed, with_bindings=False, detached=True)
         except Resized as error:
             return Disagreement((("model", "the size of a plate or a support"),), str(error))
         except ModelError:

@@ -20,6 +20,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from pyro_em import ExactPosteriorEM, PyroEMError, UsageError, vectorized_markov
+from pyro_em.plan.program import Program
 from tests.graph import vectorized_models as models
 from tests.graph.vectorized_models import LOOPS, Loop, N, T, data, positive, real, simplex
 
@@ -527,3 +528,22 @@ def test_what_is_wrong_is_said_by_the_names_of_the_loop() -> None:
 def test_wrong_arguments(how: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         vectorized_markov(**{"name": "time", "size": 3, **how})
+
+
+def test_arguments_that_all_steps_share_are_held_once() -> None:
+    """Also those of the first steps, which the run over integers made by themselves."""
+
+    def model(x: Tensor) -> None:
+        A = simplex("A", 2, 2)
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        z: Any = 0
+        for t in vectorized_markov("t", len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+    program = ExactPosteriorEM(model)._ready((torch.linspace(0.0, 3.0, 50),), {})
+    assert isinstance(program, Program)
+    for graph in (program.graph, program._traced(None, None, False, detached=True)):
+        group, _ = graph.group_of("x_7")
+        assert group.arguments["loc"].shape[0] == 50
+        assert group.arguments["loc"].stride(0) == 0
