@@ -136,7 +136,7 @@ OF_POSTERIOR = table(
         "those of each row by itself",
     ),
     (
-        "predict_proba responsibilities resp_ probabilities proba marginals marginal gamma weights "
+        "predict_proba responsibilities resp_ probabilities proba marginals gamma weights "
         "smoothed_probs posterior pmf",
         "q.probs('z') gives the probabilities of a latent",
     ),
@@ -154,17 +154,20 @@ OF_POSTERIOR = table(
 
 OF_SUMMED = OF_POSTERIOR | table(
     (
-        "mean expectation",
-        "(q.probs('z') * values).sum(-1) is the mean of a latent with these values",
+        "expectation",
+        "(q.probs('z') * values).sum(-1) is the mean of a discrete latent with these values, "
+        "q.mean('h') that of a Gaussian one",
     ),
     (
-        "variance var std covariance",
-        "q.probs('z') gives a latent's probabilities, and so its moments",
+        "variance var std stddev cov",
+        "q.covariance('h') gives the variances of a Gaussian latent, q.probs('z') the probabilities "
+        "of a discrete one, and so its moments",
     ),
 )
 
 
 OF_DRAWN = OF_POSTERIOR | table(
+    ("marginal", "q.probs('z') gives the probabilities of a discrete latent"),
     ("variance var std covariance", "q.sample(1000)['h'].std(0) estimates it from draws"),
     ("joint", "q.sample(1000) draws all latents together"),
     ("bound pointwise", "em.elbo(x, num_particles=100) estimates the bound, with .pointwise"),

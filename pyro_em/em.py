@@ -7,6 +7,7 @@ given and hands it to the wing that does the work. Most lines are docstrings.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -35,6 +36,7 @@ from pyro_em.plan.request import Request, Strategy
 from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import snapshot
 from pyro_em.tracing.turns import AloneAtEachStep, alone
@@ -350,7 +352,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             q = found.posterior()
         else:
             q = DrawnPosterior(found, args, kwargs)
-        return predictive_draws(found.model, q, args, kwargs, num_samples, seed, keep_observed)
+        model = without_values(found.model)
+        return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
 
     # ------------------------------------------------------------------ stepping
 
@@ -389,7 +392,9 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         check_q(q, is_needed=True)
         program = refuse_a_guide(self._ready(args, kwargs), "m_step")
         evaluation = program.evaluate()
-        program.m_step(as_posterior(q, evaluation).counts, evaluation, self._session.m_step_state)
+        given = as_posterior(q, evaluation)
+        evaluation = replace(evaluation, solved=given.solved)
+        program.m_step(given.counts, evaluation, self._session.m_step_state)
 
     @alone("steps")
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.given_q import as_posterior
 from pyro_em.plan.planner import Planner
-from pyro_em.plan.program import Program
+from pyro_em.plan.program import Evaluation, Program
 from pyro_em.portable import Portable
+from pyro_em.posteriors.gaussian import in_m_step
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role
@@ -121,27 +123,32 @@ def elbo_at(
         evaluation = program.evaluate()
         at = program.posterior(evaluation)
         given = program.e_step(evaluation, index) if q is None else as_posterior(q, evaluation)
-        return elbo_terms(evaluation.graph, given, evaluation.tables, at)
+        return elbo_terms(evaluation, given, at)
 
 
-def elbo_terms(
-    graph: FactorGraph, q: Posterior, tables: Sequence[Tensor], at: Posterior
-) -> ELBOTerms:
-    """ELBO(q, θ) for the θ of ``tables``.
+def elbo_terms(evaluation: Evaluation, q: Posterior, at: Posterior) -> ELBOTerms:
+    """ELBO(q, θ) for the θ of an evaluation.
 
     Args:
-        graph: The factor graph.
+        evaluation: The factors at θ.
         q: Any distribution over the latents.
-        tables: Log densities at θ, per group.
         at: The exact posterior at θ.
     """
-    parts = [float(dot(w, t)) for w, t in zip(q.counts, tables, strict=True)]
-    joint = sum(parts)
+    graph = evaluation.graph
+    parts = [float(dot(w, t)) for w, t in zip(q.counts, evaluation.tables, strict=True)]
     entropy = q.entropy()
-    value = joint + entropy
-    unnormalised = any(g.distribution == "Unit" for g in graph.groups)
-    data = [g.role is Role.DATA for g in graph.groups]
+    value = sum(parts) + q.entropy_value
+    data = [g.role is Role.DATA and g.nested is None for g in graph.groups]
     reconstruction = sum(p for is_data, p in zip(data, parts, strict=True) if is_data)
+    if q.solved:
+        integrated = gaussian_terms(evaluation, q)
+        reconstruction += integrated.reconstruction
+        if integrated.joint is not None:
+            value += integrated.joint + entropy - q.entropy_value
+            value -= sum(parts[g] for g in q.solved)
+            value = -math.inf if math.isnan(value) else value
+    joint = value - entropy
+    unnormalised = any(g.distribution == "Unit" for g in graph.groups)
     assert at.log_evidence is not None
     return ELBOTerms(
         value=value,
@@ -154,6 +161,39 @@ def elbo_terms(
         kl=None if unnormalised else reconstruction + at.log_prior - value,
         log_prior=at.log_prior,
         pointwise=at.pointwise,
+    )
+
+
+@dataclass(frozen=True)
+class GaussianTerms:
+    """What Gaussian latents add to a bound, in nats.
+
+    Attributes:
+        reconstruction: E_q[log p] of the observed sites that they connect.
+        joint: The same of these and of the latents themselves; None where q is their posterior at θ,
+            so that the log density that integrates them is exact.
+    """
+
+    reconstruction: float
+    joint: float | None
+
+
+@torch.no_grad()
+def gaussian_terms(evaluation: Evaluation, q: Posterior) -> GaussianTerms:
+    """E_q[log p(x, h; θ)] of the sites that Gaussian latents connect.
+
+    Args:
+        evaluation: The factors at θ.
+        q: A posterior of the same model, at any parameters.
+    """
+    first = len(evaluation.graph.groups)
+    graph, counts, arguments = in_m_step(evaluation.graph, q.counts, evaluation.arguments, q.solved)
+    sites = list(zip(graph.groups, counts, arguments, strict=True))[first:]
+    terms = [(g, float(dot(w, g.log_density(a)))) for g, w, a in sites]
+    same = all(s.is_of(evaluation.solved[g]) for g, s in q.solved.items())
+    return GaussianTerms(
+        sum(t for g, t in terms if g.role is Role.DATA),
+        None if same else sum(t for _, t in terms),
     )
 
 

@@ -30,6 +30,7 @@ from pyro_em.plan.wishes import check_draws
 from pyro_em.portable import Portable
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.draws import drawn_run
+from pyro_em.tracing.given import without_values
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 from pyro_em.variational.bound import Variational
@@ -270,9 +271,10 @@ class _Prior:
             self.model: Model = found.point_model()
         else:
             structure, points = found.structure, set()
-            self.model = found.model
+            self.model = without_values(found.model)
         self.plate = structure.data_plate
-        latents = tuple(n for n in structure.latents if n not in points)
+        latents = [n for n in structure.latents if n not in points]
+        latents += [n for n, s in structure.sites.items() if s.role is Role.GAUSSIAN]
         self.is_local = structure.are_local(latents)
 
     def __call__(self) -> Particle:

@@ -111,8 +111,11 @@ class ByTracing:
 
 
 def after_m_step(before: Point, tables: Sequence[Tensor]) -> float:
-    """ELBO(q, θ_new) in nats, from the E-step before and the log densities after the M-step."""
-    return expected_log_joint(before.q.counts, tables) + before.q.entropy()
+    """ELBO(q, θ_new) in nats, from the E-step before and the log densities after the M-step.
+
+    Of the discrete latents: Gaussian ones are integrated in the log densities.
+    """
+    return expected_log_joint(before.q.counts, tables) + before.q.entropy_value
 
 
 def has_fallen(program: Program, before: Point, after: Point) -> bool:

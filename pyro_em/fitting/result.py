@@ -273,8 +273,14 @@ class EMResult(Portable, NamesFromElsewhere):
 
     @property
     def icl(self) -> float | None:
-        """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better."""
-        return None if self.bic is None else self.bic + 2 * self.posterior.entropy()
+        """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better.
+
+        H(q) is the entropy of the discrete latents: how clearly rows belong to their components.
+        """
+        if self.bic is None:
+            return None
+        q = self.posterior
+        return self.bic + 2 * (q.entropy_value if isinstance(q, Posterior) else q.entropy())
 
     def standard_errors(self) -> StandardErrors:
         """Standard errors at ``params``, from the Hessian of the exact log evidence.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,8 @@ def as_posterior(q: Posterior | Mapping[str, Tensor], evaluation: Evaluation) ->
         UsageError: If it does not fit the model or its data.
     """
     if not isinstance(q, Posterior):
-        return product_posterior(evaluation.graph, q, evaluation.tables)
+        product = product_posterior(evaluation.graph, q, evaluation.tables)
+        return replace(product, solved=evaluation.solved)
     laid_out = regrouped(q, evaluation.graph)
     if laid_out is None:
         raise UsageError(

@@ -249,7 +249,8 @@ class Program(StaysHere):
     def posterior(self, evaluation: Evaluation | None = None) -> Posterior:
         """The exact E-step."""
         evaluation = evaluation or self.evaluate()
-        return exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
+        q = exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
+        return replace(q, solved=evaluation.solved) if evaluation.solved else q
 
     def log_evidence(self) -> float:
         """log p(x; θ) at the current parameters, in nats."""
@@ -258,9 +259,8 @@ class Program(StaysHere):
 
     def e_step(self, evaluation: Evaluation, index: int = 0) -> Posterior:
         """The E-step of the strategy; ``index`` is the number of the step."""
-        return e_step_of(
-            self.strategy, evaluation.graph, self.contraction, evaluation.tables, index
-        )
+        q = e_step_of(self.strategy, evaluation.graph, self.contraction, evaluation.tables, index)
+        return replace(q, solved=evaluation.solved) if evaluation.solved else q
 
     @property
     def is_monotone(self) -> bool:

@@ -24,7 +24,6 @@ from pyro_em.posteriors.linear_gaussian import GaussianSolution, SiteNumbers, so
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import (
-    coefficient_rows,
     event_shape,
     is_matrix,
     rows_of,
@@ -147,14 +146,14 @@ class GaussianBlock:
         for i, group in enumerate(self.groups):
             if group.role is not Role.GAUSSIAN:
                 rows = solution.constant_rows(i)
-                out = out.index_add(1, self._element_of_row(i).to(out.device), rows)
+                out = out.index_add(1, self.element_of_row(i).to(out.device), rows)
         return out.transpose(0, 1).reshape(1, *self.sizes, *self.states)
 
     @cached_property
     def _element_of_block(self) -> Tensor:
         return elements_of_blocks(self, self.plates)[0]
 
-    def _element_of_row(self, i: int) -> Tensor:
+    def element_of_row(self, i: int) -> Tensor:
         """For each row of a site the element of the table's plates to which it belongs. # (rows,)"""
         group = self.groups[i]
         if _is_within(group, self.plates):
@@ -178,10 +177,10 @@ class GaussianBlock:
         out = []
         for i, group in enumerate(self.groups):
             own = self.of_site(i, arguments)
-            of_rows = counts.reshape(-1, *self.states)[self._element_of_row(i).to(counts.device)]
+            of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i).to(counts.device)]
             cells = of_rows.reshape(1, *group.sizes).to(torch.float64)
             moments = solution.linear_moments(i, diagonal=not is_matrix(group))
-            belief = Moments(moments, coefficient_rows(group, own), weights_of(group, cells))
+            belief = Moments(moments, solution.coefficients(i), weights_of(group, cells))
             weights = cells * replace(group, elements=None).weights().detach()
             out.append(
                 (replace(group, arguments=own, belief=belief), weights.expand(1, *group.sizes))

@@ -255,6 +255,21 @@ class GaussianSolution:
             mean = torch.cat([mean, self.mean(site)], -1)
         return mean, _pairs(self._covariance, reading, reading)
 
+    def coefficients(self, site: int) -> Tensor:
+        """(C, b), of which the mean of a site is made; zero where a row reads nothing.
+
+        Returns:
+            # (cells|1, rows|1, D, Q + 1)
+        """
+        rows = self._rows[site]
+        return _beside([rows.coefficients, rows.offset.unsqueeze(-1)], rows.offset, 0)
+
+    def is_of(self, other: GaussianSolution) -> bool:
+        """Whether it is the posterior of the very numbers of another one, site by site."""
+        if self is other:
+            return True
+        return len(self._rows) == len(other._rows) and all(map(_are_equal, self._rows, other._rows))
+
     def residual_moments(self, site: int, diagonal: bool = False) -> tuple[Tensor, Tensor]:
         """Moments of the residuals y − offset − Σ C h; zero at observed entries of weight zero.
 
@@ -458,6 +473,18 @@ def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSoluti
         delta,
         tuple(at_mode),
     )
+
+
+def _are_equal(a: _Rows, b: _Rows) -> bool:
+    """Whether all numbers of two sites are the same."""
+    pairs = (
+        (a.coefficients, b.coefficients),
+        (a.spread, b.spread),
+        (a.value, b.value),
+        (a.offset, b.offset),
+        (a.weight, b.weight),
+    )
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)
 
 
 def _prepared(layout: BlockLayout, s: int, numbers: SiteNumbers) -> _Rows:

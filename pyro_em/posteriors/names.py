@@ -13,6 +13,7 @@ from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import is_glob, listed, matching, refuse_gaps, unknown
 from pyro_em.graph.factors import FactorGraph, Latent
+from pyro_em.tracing.sites import Role
 
 _DIGITS = "0123456789"
 
@@ -28,6 +29,17 @@ def names_of(graph: FactorGraph) -> tuple[str, ...]:
     """The latents as users call them, in model order."""
     called = {f"{name}_unobserved": name for name in graph.structure.masked_pairs}
     return tuple(called.get(name, name) for name in graph.latents)
+
+
+def gaussian_names(graph: FactorGraph) -> tuple[str, ...]:
+    """The Gaussian latents that groups integrate, in model order."""
+    return tuple(
+        g.members[0]
+        for group in graph.groups
+        if group.nested is not None
+        for g in group.nested.groups
+        if g.role is Role.GAUSSIAN
+    )
 
 
 def latent_of(graph: FactorGraph, site: str) -> Latent:
@@ -177,11 +189,13 @@ def _is_named(graph: FactorGraph, name: str) -> bool:
 def observed_steps(graph: FactorGraph) -> tuple[str, ...]:
     """Observed sites that are named as latents are but for a number at the end."""
     if "observed steps" not in graph.remembered:
-        stems = {n.rstrip(_DIGITS) for n in names_of(graph) if n[-1:].isdigit()}
+        latents = (*names_of(graph), *gaussian_names(graph))
+        stems = {n.rstrip(_DIGITS) for n in latents if n[-1:].isdigit()}
         graph.remembered["observed steps"] = tuple(
             n
-            for group in graph.groups
-            if group.observed
+            for outer in graph.groups
+            for group in (outer.nested.groups if outer.nested else (outer,))
+            if group.observed and group.role is not Role.GAUSSIAN
             for n in group.members
             if n[-1:].isdigit() and n.rstrip(_DIGITS) in stems
         )

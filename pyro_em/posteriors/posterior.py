@@ -1,10 +1,10 @@
-"""`Posterior`: q(z) over all summed latents, as users hold it."""
+"""`Posterior`: q over all latents with an exact posterior, as users hold it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from pyro_em.posteriors.enumeration import (
     largest_cells,
     run_contraction,
     tables_that_count,
+)
+from pyro_em.posteriors.gaussian import Solved
+from pyro_em.posteriors.gaussian_faces import (
+    GaussianFaces,
+    covariance,
+    refuse_gaussian,
+    regrouped_solutions,
 )
 from pyro_em.posteriors.names import (
     by_glob,
@@ -50,6 +57,9 @@ from pyro_em.posteriors.steps import best_path
 class Posterior(Portable, NamesFromElsewhere):
     """q(z): the exact posterior over all summed latents, or a product that a user gave.
 
+    Gaussian latents that enter the model linearly are part of it: q(z, h) = q(z) N(h | m(z), S(z)).
+    Of these ``mean``, ``covariance`` and ``marginal`` answer, of discrete ones ``probs`` and ``joint``.
+
     Where a method takes a site it takes a glob as well (``"z_*"``, as in `fnmatch`; a name that exists
     is no glob) and stacks its answers along a new first dimension, in order of time: ``z_2`` comes
     before ``z_10``.
@@ -77,8 +87,9 @@ class Posterior(Portable, NamesFromElsewhere):
         bound: ELBO(q, θ) in nats, log prior included; None for a q that a user gave.
         exact: Whether this is p(z | x; θ).
         tables: The log densities behind it.
-        entropy_value: H(q) in nats.
+        entropy_value: H(q) of the discrete latents in nats.
         pointwise: The evidence per element of the outermost data plate, where there is one.
+        solved: For groups that integrate Gaussian latents, by their number, the posterior of these.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = OF_SUMMED
@@ -93,18 +104,143 @@ class Posterior(Portable, NamesFromElsewhere):
     pointwise: Tensor | None = None
     log_prior: float = 0.0
     bound: float | None = None
+    solved: Solved = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        sites = ", ".join(
+        shown = [
             f"{n} {tuple(self.graph.dim_size(p) for p in v.plates)}x{v.size}"
             for n, v in list(self.graph.latents.items())[:4]
-        )
-        more = ", …" if len(self.graph.latents) > 4 else ""
-        return f"Posterior(exact={self.exact}, log_evidence={self.log_evidence}, {sites}{more})"
+        ]
+        faces = self._gaussian
+        for name in list(faces.places)[: 4 - len(shown)]:
+            site = faces.site("repr", name)
+            shown.append(f"{name} {(*site.batch, *site.event)} Gaussian")
+        more = [", …"] if len(self.graph.latents) + len(faces.places) > len(shown) else [""]
+        about = f"exact={self.exact}, log_evidence={self.log_evidence}"
+        return f"Posterior({', '.join([about, *shown])}{more[0]})"
 
     def entropy(self) -> float:
-        """H(q) = −E_q[log q(z)] in nats, scaled as the sites are."""
-        return self.entropy_value
+        """H(q) = −E_q[log q(z, h)] in nats, scaled as the sites are.
+
+        The entropy of the discrete latents, and the expected differential entropy of Gaussian ones
+        given these, which may be negative, and is −inf where a variance is zero.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+            >>> q = ExactPosteriorEM(model).posterior(torch.tensor(2.0))
+            >>> round(q.entropy(), 4)  # log(2 π e / 2) / 2
+            1.0724
+        """
+        return self.entropy_value + (self._gaussian.entropy() if self.solved else 0.0)
+
+    def mean(self, site: str) -> Tensor:
+        """The posterior mean of a Gaussian latent, or of all steps of a chain.
+
+        Args:
+            site: Its name, or a glob.
+
+        Returns:
+            E_q[h]; under discrete latents the mean of the mixture. # (*plates, *event), of a glob
+            (T, *plates, *event)
+
+        Raises:
+            UsageError: If the model has no such Gaussian latent, or those of a glob differ in shape.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+            >>> ExactPosteriorEM(model).posterior(torch.tensor([2.0, 4.0])).mean("h")
+            tensor([1., 2.])
+        """
+        site_name("mean", "site", site)
+        faces = self._gaussian
+        names = faces.names("mean", site)
+        if names is None:
+            return faces.site("mean", site).mean()
+        return stacked_answers("mean", names, lambda n: faces.site("mean", n).mean())
+
+    def covariance(self, a: str, b: str | None = None) -> Tensor:
+        """The posterior covariance of a Gaussian latent, or of two, element by element of the plates.
+
+        Elements of one plate may depend on each other too; ``sample`` draws them jointly.
+
+        Args:
+            a: One site; left alone also a glob, for the covariance of each.
+            b: Another.
+
+        Returns:
+            Of numbers # (*plates,), of vectors # (*plates, D, D); of events of more dimensions with D
+            numbers in all. Of two sites # (*plates of both, D_a, D_b) without the D of numbers; zero
+            where nothing connects them. Of a glob # (T, ...)
+
+        Raises:
+            UsageError: If the model has no such Gaussian latent, or the two lie in different plates of
+                one dimension.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            ...     b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+            >>> q = ExactPosteriorEM(model).posterior(torch.tensor(3.0))
+            >>> q.covariance("a"), q.covariance("a", "b")
+            (tensor(0.6667), tensor(-0.3333))
+        """
+        site_name("covariance", "a", a)
+        faces = self._gaussian
+        if b is not None:
+            site_name("covariance", "b", b)
+            return covariance(faces.site("covariance", a), faces.site("covariance", b))
+        names = faces.names("covariance", a)
+        if names is None:
+            own = faces.site("covariance", a)
+            return covariance(own, own)
+
+        def own_covariance(name: str) -> Tensor:
+            site = faces.site("covariance", name)
+            return covariance(site, site)
+
+        return stacked_answers("covariance", names, own_covariance)
+
+    def marginal(self, site: str) -> Any:
+        """The posterior distribution of a Gaussian latent, for each element of its plates by itself.
+
+        Args:
+            site: Its name.
+
+        Returns:
+            A Pyro distribution with batch shape (*plates,): a Normal of numbers, a MultivariateNormal
+            of vectors (of events of more dimensions flattened to one); below discrete latents a
+            MixtureSameFamily of these. Variances may be zero.
+
+        Raises:
+            UsageError: If the model has no such Gaussian latent.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            ...     pyro.sample("x", dist.Normal(h, 1.0), obs=x)
+            >>> ExactPosteriorEM(model).posterior(torch.tensor(2.0)).marginal("h")
+            Normal(loc: 1.0, scale: 0.7071067690849304)
+        """
+        site_name("marginal", "site", site)
+        return self._gaussian.site("marginal", site).marginal()
+
+    @property
+    def _gaussian(self) -> GaussianFaces:
+        return GaussianFaces(self.graph, self.solved, self.cells)
 
     def probs(self, site: str) -> Tensor:
         """The posterior marginals of a latent, or of all steps of a chain.
@@ -131,6 +267,7 @@ class Posterior(Portable, NamesFromElsewhere):
             (torch.Size([3, 2]), torch.Size([2, 2, 2]), tensor([0, 1, 1]))
         """
         site_name("probs", "site", site)
+        refuse_gaussian(self.graph, "probs", site)
         names = by_glob(self.graph, site)
         if names is not None:
             return self.stacked(names)
@@ -184,6 +321,8 @@ class Posterior(Portable, NamesFromElsewhere):
         site_name("joint", "a", a)
         if b is not None:
             site_name("joint", "b", b)
+        for name in (a, b):
+            refuse_gaussian(self.graph, "joint", name)
         pairs = pairs_by_glob(self.graph, a, b)
         if pairs is not None:
             return self._stacked_joints(pairs, a)
@@ -218,26 +357,52 @@ class Posterior(Portable, NamesFromElsewhere):
         return self._normalised(result.cells[-1], 2)
 
     def mode(self) -> Values:
-        """A jointly most probable assignment of all latents: Viterbi on chains.
+        """A jointly most probable assignment of the discrete latents; Gaussian ones at their means.
+
+        The discrete latents are most probable with the Gaussian ones integrated out (on chains the
+        path of Viterbi); each Gaussian latent is at its mean given these, which is its mode.
 
         Returns:
-            For each latent its values, from its support # (*plates, *event); a glob gives the path
-            of a chain: ``mode()["z_*"]`` # (T, *plates, *event)
+            For each latent its values, a discrete one's from its support # (*plates, *event); a glob
+            gives the path of a chain: ``mode()["z_*"]`` # (T, *plates, *event)
         """
+        best = self._best()
+        if self.solved:
+            best |= self._gaussian.mode(self._codes(best))
+        return self._under_user_names(best)
+
+    def _best(self) -> dict[str, Tensor]:
+        """The most probable values of the discrete latents."""
         if not self.exact:
-            best = {
+            return {
                 name: latent.support[self.probs(name).argmax(-1)]
                 for name, latent in self.graph.latents.items()
             }
-            return self._under_user_names(best)
         path = best_path(self.graph, tables_that_count(self.graph, self.tables))
         if path is not None:
-            return self._under_user_names(self._values_of(list(self.graph.latents), path))
+            return self._values_of(list(self.graph.latents), path)
+        if not self.graph.latents:
+            return {}
         result = largest_cells(self.graph, contraction_of(self.graph), self.tables)
         return self._assignment(result.cells)
 
+    def _codes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The places of values in the supports of the discrete latents. # (*leading, *plates)"""
+        if all(s.cells == 1 for s in self.solved.values()):
+            return {}
+        out = {}
+        for name, z in self.graph.latents.items():
+            event = z.support.dim() - 1
+            value = values[name].unsqueeze(values[name].dim() - event)
+            same = value == z.support
+            same = same.flatten(same.dim() - event).all(-1) if event else same
+            sizes = [self.graph.dim_size(p) for p in z.plates]
+            lead = same.shape[: same.dim() - 1 - len(z.batch_dims)]
+            out[name] = same.long().argmax(-1).reshape(*lead, *sizes)
+        return out
+
     def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
-        """Draw jointly from the posterior.
+        """Draw jointly from the posterior: discrete latents first, Gaussian ones given these.
 
         Args:
             n: Number of draws.
@@ -252,18 +417,21 @@ class Posterior(Portable, NamesFromElsewhere):
             raise UsageError(message("sample", f"n={n}: at least one draw is needed."))
         generator = None
         if seed is not None:
-            generator = torch.Generator(device=self.cells[0].device).manual_seed(seed)
+            device = self.cells[0].device if self.cells else None
+            generator = torch.Generator(device=device).manual_seed(seed)
         latents = self.graph.latents
         out = {
             name: z.support.new_empty((n, *batch_shape(self.graph, z), *z.support.shape[1:]))
             for name, z in latents.items()
         }
-        done = 0
-        for size, codes in draw_codes(self.graph, self._conditionals(), n, generator):
+        done, found = 0, self._conditionals() if latents else []
+        for size, codes in draw_codes(self.graph, found, n, generator) if found else ():
             for name, z in latents.items():
                 values = z.support[codes[name].reshape(size, *batch_shape(self.graph, z))]
                 out[name][done : done + size] = values
             done += size
+        if self.solved:
+            out |= self._gaussian.sample(n, generator, self._codes(out))
         return self._under_user_names(out)
 
     def _conditionals(self) -> list[Conditional]:
@@ -274,7 +442,7 @@ class Posterior(Portable, NamesFromElsewhere):
             for name, z in self.graph.latents.items()
         ]
 
-    def _assignment(self, marked: Sequence[Tensor]) -> Values:
+    def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
         names = list(self.graph.latents)
         out: dict[str, Tensor] = dict.fromkeys(names, marked[0])
         for part in parts_of(places_of(self.graph, self.graph.latents.values())):
@@ -282,7 +450,7 @@ class Posterior(Portable, NamesFromElsewhere):
                 names[part.rows] if isinstance(part.rows, slice) else [names[r] for r in part.rows]
             )
             out.update(self._values_of(own, table_of(marked, part).argmax(-1)))
-        return self._under_user_names(out)
+        return out
 
     def _values_of(self, names: Sequence[str], codes: Tensor) -> dict[str, Tensor]:
         """Values at positions in the latents' supports. # (latents, *plates)"""
@@ -412,6 +580,9 @@ def marginal(cells: Tensor, dims: Sequence[str], keep: Sequence[str]) -> Tensor:
 
 def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
     """A posterior laid out for another graph of the same model and data; None if it is not."""
+    solved = regrouped_solutions(q.graph, q.solved, graph)
+    if solved is None:
+        return None
     by_site = {
         name: (g.dims[i], g.sizes, q.cells[k][i], q.counts[k][i])
         for k, g in enumerate(q.graph.groups)
@@ -428,4 +599,4 @@ def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
                 return None
         cells.append(torch.stack([by_site[name][2] for name in group.members]))
         counts.append(torch.stack([by_site[name][3] for name in group.members]))
-    return replace(q, graph=graph, cells=cells, counts=counts)
+    return replace(q, graph=graph, cells=cells, counts=counts, solved=solved)

@@ -13,6 +13,11 @@ from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
 
+def without_values(model: Model) -> Model:
+    """The model that draws its Gaussian latents, where it is one in which these have values."""
+    return model.model if isinstance(model, GivenGaussians) else model
+
+
 @dataclass(frozen=True, eq=False)
 class GivenGaussians:
     """A model whose Gaussian latents are at given values, wherever it is run.
