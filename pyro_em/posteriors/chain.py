@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,9 +41,10 @@ from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph, Group, Latent
-from pyro_em.posteriors.block import Component
+from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.chain_shape import Shape, shape_of_chain, why_no_chain
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
+from pyro_em.posteriors.per_sequence import PerSequence
 from pyro_em.posteriors.quick import Outline, QuickBlock
 from pyro_em.updates.statistics import NATURAL, Expectation, group_sums, known_statistics
 
@@ -200,6 +201,28 @@ class Chain(QuickBlock):
     def B(self) -> int:
         """Sequences."""
         return math.prod(self.plates)
+
+    @cached_property
+    def per_sequence(self) -> PerSequence | None:
+        """The same sequence by sequence; None where the contraction has to serve."""
+        return PerSequence.of(self.component.graph)
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The plates of the sequences in which everything lies."""
+        return super().dims if self.per_sequence is None else self.per_sequence.dims
+
+    def table(self, values: Values) -> Tensor:
+        """The log evidence per sequence, in nats. # (*plates,)"""
+        found = None if self.per_sequence is None else self.per_sequence.table(values)
+        return super().table(values) if found is None else found
+
+    def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
+        """Evidence and sums at parameter values; see `pyro_em.posteriors.block.Block`."""
+        found = None
+        if weights is not None and self.per_sequence is not None:
+            found = self.per_sequence.expect(values, weights)
+        return super().expect(values, weights) if found is None else found
 
     def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.

@@ -198,6 +198,42 @@ def test_rows_one_by_one_are_those_of_the_contraction(scaled: bool) -> None:
     assert "contraction" not in vars(one)  # it was not asked
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_sequences_one_by_one_are_those_of_the_contraction(shared: bool) -> None:
+    """Masked steps, and a factor outside of the sequences, which none of them can have for itself."""
+    x = torch.tensor([[0.3, -1.0, 2.0, 0.4], [1.0, 0.1, -0.2, 1.9], [0.0, 2.2, 1.0, -1.3]])
+    seen = torch.tensor([[True, False, True, True], [True] * 4, [True, True, True, False]])
+
+    def model() -> None:
+        A = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+        A = pyro.param("A", A, constraint=C.simplex)
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.5]))
+        if shared:
+            pyro.sample("beside", dist.Normal(mu[0], 1.0), obs=torch.tensor(0.3))
+        with pyro.plate("n", len(x)):
+            z = None
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z_{t}", dist.Categorical(A[0] if z is None else A[z]))
+                fn = dist.Normal(mu[z], 1.0).mask(seen[:, t])
+                pyro.sample(f"x_{t}", fn, obs=x[:, t])
+
+    program, graph, values = prepared(model)
+    whole = component(program, graph, values, tuple(graph.latents))
+    one, other = Chain.match(whole), Contraction.match(whole)
+    assert not isinstance(one, Finding) and not isinstance(other, Finding)
+    assert one.dims == other.dims == (() if shared else ("n",))
+    table = other.table(values)
+    torch.testing.assert_close(one.table(values), table)
+    weights = 0.5 + torch.arange(table.numel(), dtype=torch.float64).reshape(table.shape)
+    a, b = one.expect(values, weights), other.expect(values, weights)
+    assert a.sums.keys() == b.sums.keys()
+    for g, named in b.sums.items():
+        for name, total in named.items():
+            torch.testing.assert_close(a.sums[g][name], total, msg=f"{name} of {g}")
+    assert a.log_evidence == pytest.approx(b.log_evidence)
+    assert "contraction" not in vars(one)  # it was not asked
+
+
 @pytest.mark.parametrize("kind", [Mixture, Contraction])
 @pytest.mark.parametrize("x", [[0, 1, 1, 2], [1]])
 def test_symbols_and_a_single_row(kind: type[Block], x: list[int]) -> None:
