@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 # Operations that are linear in all that they read.
 _SUMS = re.compile(
-    "Add|Alias|AsStrided|Cat|Clone|ConstantPadNd|Cumsum|DiagEmbed|Diagonal|Expand|Flip|Gather|"
+    "Add|Alias|AsStrided|Cat|Clone|ConstantPadNd|Copy|Cumsum|DiagEmbed|Diagonal|Expand|Flip|Gather|"
     "Index|IndexAdd|IndexPut|IndexSelect|MaskedFill|Mean|MovedimIntList|Neg|Permute|Repeat|"
     "RepeatInterleave|ReshapeAlias|Roll|Rsub|Scatter|ScatterAdd|Select|Slice|Split|"
     "SplitWithSizes|Squeeze|Stack|Sub|Sum|T|Take|TakeAlongDim|ToCopy|Trace|Transpose|Tril|Triu|"
@@ -32,7 +32,12 @@ _SUMS_OF_PRODUCTS = re.compile("Addmm|Addmv|Baddbmm|Addbmm|Addr|Addcmul")
 
 # Functions whose results do not depend on the numbers that they are given, and those that leave torch.
 _WITHOUT_NUMBERS = re.compile("(zeros|ones|empty|full|rand|randn)_like|new_[a-z_]+")
-_NUMBERS = re.compile("item|tolist|numpy|__(array|bool|float|int|index)__")
+_NUMBERS = re.compile(
+    "item|tolist|numpy|equal|allclose|is_nonzero|__(array|bool|complex|float|int|index)__"
+)
+
+# What autograd calls a write into a part of a tensor; what was written with does not show.
+_IN_PLACE = "CopySlices"
 
 
 def why_not_linear(tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "latents") -> str:
@@ -79,7 +84,8 @@ def _problem(node: Node, sides: list[frozenset[str]], noun: str) -> str:
         if len(latents) > 1:
             return f"a product of {noun} " + " and ".join(f"'{n}'" for n in latents)
         return f"a product of '{latents[0]}' with itself"
-    return f"it is not linear in {shown} ({name.lower()})"
+    how = "written into a part of a tensor in place" if name == _IN_PLACE else name.lower()
+    return f"it is not linear in {shown} ({how})"
 
 
 def _operation(node: Node) -> str:

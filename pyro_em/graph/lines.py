@@ -36,7 +36,8 @@ from pyro_em.graph.sparse_lines import (
 )
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import GivenGaussians
-from pyro_em.tracing.parameters import at_moved
+from pyro_em.tracing.parameters import at_moved, values_of
+from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import Role, mask_tensor, tensors_of
 
 _FEW = 64  # elements of a latent of which one row may read several
@@ -133,6 +134,7 @@ def read_lines(
             what = "it does not run at other values of its latents."
             raise NotLinear(_refusal(tuple(values), "model", what)) from error
         at_zero = run_enumerated(model, args, kwargs, structure, limit=None)
+        moved = values_of(run.parameters)
     for latent, how in breaks.found.items():
         raise NotLinear(
             _refusal((latent,), "model", f"it changes with '{latent}' outside autograd ({how}).")
@@ -163,7 +165,61 @@ def read_lines(
                 what = f"its loc is no linear function of parameters: {binding.reason}."
                 raise NotLinear(_refusal(tuple(values), f"site '{name}'", what))
         out[name] = Line(name, place.sizes, place.scope, place.event, bound, tuple(reads))
+    hidden = _hidden(out, (run, at_zero), values, moved, layout)
+    if hidden is not None:
+        raise NotLinear(hidden)
     return out
+
+
+def _hidden(
+    lines: Mapping[str, Line],
+    runs: tuple[Run, Run],
+    values: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    layout: FactorLayout,
+) -> Finding | None:
+    """What changes with the latents although autograd does not show it; None if nothing does.
+
+    Args:
+        lines: What autograd shows.
+        runs: One with the latents at random values, and one with the latents at zero.
+        values: The random values.
+        parameters: Constrained values in both runs.
+        layout: Of the first run.
+    """
+    for name in layout.structure.sites:
+        here, there = (run.sites[name] for run in runs)
+        line = lines.get(name)
+        own = (line is not None, name not in values)
+        fixed = _numbers_of(here, *own), _numbers_of(there, *own)
+        alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
+        if alike and line is not None:
+            place = _Place.of(name, layout)
+            actual = place.compact(place.loc(here)).detach().unsqueeze(0)
+            expected = mean_at(line, parameters, values).detach().to(actual.dtype)
+            alike = is_close(*torch.broadcast_tensors(actual, expected))
+        if not alike:
+            what = "it changes with Gaussian latents in a way that autograd does not show."
+            return _refusal(tuple(values), f"site '{name}'", what)
+    return None
+
+
+def _numbers_of(site: Mapping[str, Any], has_line: bool, with_value: bool) -> list[Tensor]:
+    """The numbers in the density of a site; without its loc where that reads latents."""
+    fn = site["fn"]
+    family = family_of(fn)
+    if has_line and family is not None:
+        arguments = given_arguments(unwrap(fn)[0], family)
+        out = [t for a, t in arguments.items() if a != "loc"]
+    else:
+        out = tensors_of(fn)
+    value = site["value"] if site["is_observed"] and with_value else None
+    rest = (value, site["scale"], mask_tensor(site))
+    return [t for t in (*out, *rest) if isinstance(t, Tensor)]
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:

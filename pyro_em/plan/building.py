@@ -160,7 +160,7 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     try:
         graph = integrated(traced(given, structure, log, looked), lines, task.max_enumeration)
     except NotSeparate as error:
-        return explained(unrouted, error.finding)
+        return explained(unrouted, error.finding, linear=True)
     routes = gaussian_routes(unrouted.structure, structure, lines, graph)
     program = replace(
         decided(replace(given, routes=routes), structure, graph, log),

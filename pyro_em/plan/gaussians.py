@@ -42,13 +42,22 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
 
 
-def explained(unrouted: Unrouted, finding: Finding) -> Unrouted:
-    """What a look found, with the reason why a Gaussian latent has no exact posterior."""
+def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> Unrouted:
+    """What a look found, with the reason why a Gaussian latent has no exact posterior.
+
+    Args:
+        unrouted: What the look found.
+        finding: The reason.
+        linear: Whether the latent enters means linearly, so that what is left without it is Gaussian.
+    """
     problems = []
     for problem in unrouted.error.problems:
         if set(problem.latents) & set(finding.latents):
             reason = f"{finding.where}: {finding.what.rstrip('.')}"
-            problem = replace(problem, why=f"{problem.why}; {reason}" if problem.why else reason)
+            wrong = ("integrate it out", "its posterior is a")
+            fixes = tuple(f for f in problem.fixes if linear or not f.startswith(wrong))
+            why = f"{problem.why}; {reason}" if problem.why else reason
+            problem = replace(problem, why=why, fixes=fixes)
         problems.append(problem)
     return without_route(
         unrouted.structure, as_error(problems), routes=unrouted.routes, cost=unrouted.cost

@@ -95,7 +95,14 @@ _PRODUCT = _words("matmul mm bmm mv dot inner __matmul__ __rmatmul__")
 
 
 # What leaves torch carries no tag.
-_NUMBERS = _words("item tolist numpy __array__ __int__ __float__ __bool__ __index__ __complex__")
+_NUMBERS = _words("""
+    item tolist numpy __array__ __int__ __float__ __bool__ __index__ __complex__ __format__ equal
+    allclose is_nonzero
+    """)
+
+
+# What writes into its first argument: a plain tensor that is written into carries no tag.
+_WRITES = _words("__setitem__ __set__")
 
 
 class Mixing:
@@ -106,7 +113,7 @@ class Mixing:
 
     Attributes:
         suspects: Latents whose plates' elements may have been mixed.
-        read: Latents that were turned into numbers or arrays of Python.
+        read: Latents that were turned into numbers or arrays of Python, or written into tensors.
     """
 
     def __init__(self, plates: Mapping[str, frozenset[int]]) -> None:
@@ -135,7 +142,7 @@ class Mixing:
             out: What it returned, without tags.
         """
         name = getattr(func, "__name__", "")
-        if name in _NUMBERS:
+        if name in _NUMBERS or (_is_written(name, kwargs) and not is_tagged(args[0])):
             self.read |= tags
         if name in _ELEMENTWISE or (name[-1:] == "_" and name[:-1] in _ELEMENTWISE):
             return
@@ -146,6 +153,12 @@ class Mixing:
         own, sizes = self._known[tags]
         if own and not own <= self.suspects and _may_mix(name, args, kwargs, sizes, is_tagged, out):
             self.suspects |= own
+
+
+def _is_written(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operation writes into a tensor that was there before."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in _WRITES or kwargs.get("out") is not None
 
 
 def _may_mix(

@@ -81,8 +81,8 @@ def decide_updates(
 
 
 def _is_line(binding: Binding) -> bool:
-    """Whether least squares solves for a selection: its elements as they stand."""
-    return not any(s.maps or s.factor is not None for s in binding.selections)
+    """Whether a selection is linear in its parameters: no map changes them."""
+    return not any(s.maps for s in binding.selections)
 
 
 def _is_plain_mean(update: ParameterUpdate) -> bool:

@@ -108,6 +108,8 @@ def _design(group: Group, binding: Binding, name: str, value: Tensor, tail: int)
         if part.param == name:
             columns = torch.arange(value.numel(), device=part.index.device)
             chosen = (part.index.unsqueeze(-1) == columns).to(torch.float64)
+            if part.factor is not None:
+                chosen = chosen * part.factor.unsqueeze(-1)
             return rows_of(group, chosen, tail + 1)
     event = event_shape(group).numel()
     rest = binding.constant.shape[binding.constant.dim() - tail :] if tail else ()
