@@ -6,10 +6,12 @@ With o the coordinates that are seen and m the others,
     E[x_m | x_o] = μ_m + Σ_mo Σ_oo⁻¹ (x_o − μ_o),
     Cov[x_m | x_o] = Σ_mm − Σ_mo Σ_oo⁻¹ Σ_om.
 
-All rows that have seen the same coordinates share one factor of Σ_oo. With W the inverse of its
-Cholesky factor, zero in the rows and columns of what is missing, and y = x − μ, zero where missing,
+One Cholesky factor of Σ with the seen coordinates first gives all three, and nothing is subtracted:
 
-    ‖W y‖² = y_oᵀ Σ_oo⁻¹ y_o,   E[x − μ | x_o] = G W y,   Cov[x | x_o] = Σ − G Gᵀ,   G = Σ Wᵀ.
+    Σ = [L_o 0; L_mo L_m] [L_o 0; L_mo L_m]ᵀ,   u = L_o⁻¹ (x_o − μ_o),
+    (x_o − μ_o)ᵀ Σ_oo⁻¹ (x_o − μ_o) = ‖u‖²,   E[x_m | x_o] = μ_m + L_mo u,   Cov[x_m | x_o] = L_m L_mᵀ.
+
+All rows that have seen the same coordinates share it.
 
 Source: Little and Rubin (2002), section 11.2.
 """
@@ -153,21 +155,52 @@ def patterns_of(seen: Tensor) -> Patterns:
     return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
 
 
-def whitening(covariance: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """W, and log det of the Cholesky factor of Σ_oo.
+@dataclass(frozen=True, eq=False)
+class Conditional:
+    """What seen coordinates say of the others, for some patterns and covariances.
+
+    Attributes:
+        whiten: L_o⁻¹; zero in the columns of what is missing. # (*batch, D, D)
+        log_det: log det L_o. # (*batch)
+        gain: L_mo; zero in the rows of what is seen. # (*batch, D, D)
+        root: L_m; zero in the rows of what is seen. # (*batch, D, D)
+    """
+
+    whiten: Tensor
+    log_det: Tensor
+    gain: Tensor
+    root: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """Cov[x | x_o]; zero for what is seen. # (*batch, D, D)"""
+        return self.root @ self.root.mT
+
+
+def conditional(covariance: Tensor, seen: Tensor) -> Conditional:
+    """The factors of covariances with the seen coordinates first.
 
     Args:
         covariance: Σ. # (*batch, D, D)
         seen: Which coordinates are seen. # (*batch, D)
-
-    Returns:
-        # (*batch, D, D) and (*batch)
     """
-    both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
-    eye = torch.eye(seen.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    root = torch.linalg.cholesky(torch.where(both, covariance, eye))
-    whiten = torch.linalg.solve_triangular(root, eye.expand(root.shape), upper=False)
-    return whiten * both, root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    order = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)
+    rows, columns = order.unsqueeze(-1), order.unsqueeze(-2)
+    sorted_rows = covariance.take_along_dim(rows, -2)
+    root = torch.linalg.cholesky(sorted_rows.take_along_dim(columns, -1))
+    is_seen = seen.take_along_dim(order, -1)
+    eye = torch.eye(seen.shape[-1], dtype=root.dtype, device=root.device).expand(root.shape)
+    inverse = torch.linalg.solve_triangular(root, eye, upper=False)
+    back = order.argsort(-1)
+    whiten = inverse * (is_seen.unsqueeze(-1) & is_seen.unsqueeze(-2))
+    below = root.take_along_dim(back.unsqueeze(-1), -2) * (~seen).unsqueeze(-1)
+    diagonal = torch.where(is_seen, root.diagonal(dim1=-2, dim2=-1), 1.0)
+    return Conditional(
+        whiten.take_along_dim(back.unsqueeze(-2), -1),
+        diagonal.log().sum(-1),
+        below * is_seen.unsqueeze(-2),
+        below * ~is_seen.unsqueeze(-2),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,16 +223,17 @@ class _Laid:
     cells: list[int]
     shape: list[int]
 
-    def white(self) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-        """Per batch of patterns: which, their rows, W, log det, and W y. # …, (u, Q, D, rows)"""
+    def white(self) -> list[tuple[Tensor, Tensor, Conditional, Tensor]]:
+        """Per batch of patterns: which, their rows, their factors, and u. # …, (u, Q, D, rows)"""
         _, Q, D = self.y.shape
         y = torch.cat([self.y, self.y.new_zeros(1, Q, D)])
         out = []
         for own, rows in self.patterns.batches():
             covariance = self.covariance if len(self.covariance) == 1 else self.covariance[own]
             seen = self.patterns.seen[own].unsqueeze(1)
-            whiten, log_det = whitening(covariance, seen.expand(-1, covariance.shape[1], -1))
-            out.append((own, rows, whiten, log_det, whiten @ y[rows].permute(0, 2, 3, 1)))
+            seen = seen.expand(-1, covariance.shape[1], -1)
+            found = conditional(covariance.expand(len(own), *covariance.shape[1:]), seen)
+            out.append((own, rows, found, found.whiten @ y[rows].permute(0, 2, 3, 1)))
         return out
 
     def restored(self, t: Tensor, event: int) -> Tensor:
@@ -265,8 +299,9 @@ def marginal_log_density(value: Tensor, arguments: Mapping[str, Tensor]) -> Tens
     R, Q, _ = laid.y.shape
     out = laid.y.new_zeros(R + 1, Q)
     constant = 0.5 * math.log(2 * math.pi) * laid.patterns.seen.sum(-1)
-    for own, rows, _whiten, log_det, white in laid.white():
-        log_p = -0.5 * (white * white).sum(-2) - (constant[own, None] + log_det).unsqueeze(-1)
+    for own, rows, found, white in laid.white():
+        log_p = -0.5 * (white * white).sum(-2)
+        log_p = log_p - (constant[own, None] + found.log_det).unsqueeze(-1)
         out = out.index_put((rows,), log_p.mT)
     return laid.restored(out[:R], 0).to(_dtype(value, arguments))
 
@@ -276,12 +311,9 @@ def expected_deviation(value: Tensor, arguments: Mapping[str, Tensor]) -> Tensor
     laid = _laid(value, arguments)
     R, Q, D = laid.y.shape
     out = laid.y.new_zeros(R + 1, Q, D)
-    for own, rows, whiten, _log_det, white in laid.white():
-        covariance = laid.covariance if len(laid.covariance) == 1 else laid.covariance[own]
-        out = out.index_put((rows,), (covariance @ (whiten.mT @ white)).permute(0, 3, 1, 2))
-    seen = (~torch.isnan(value)).expand(*torch.broadcast_shapes(value.shape[:-1], laid.shape), D)
-    exact = laid.restored(laid.y, 1)
-    return torch.where(seen, exact, laid.restored(out[:R], 1))
+    for _own, rows, found, white in laid.white():
+        out = out.index_put((rows,), (found.gain @ white).permute(0, 3, 1, 2))
+    return laid.restored(laid.y + out[:R], 1)
 
 
 def expected_covariance(
@@ -307,12 +339,8 @@ def expected_covariance(
     w = w.reshape(R, Q)
     U = len(laid.patterns.seen)
     out: Tensor | None = None
-    for own, _rows, whiten, _log_det, _white in laid.white():
-        covariance = laid.covariance if len(laid.covariance) == 1 else laid.covariance[own]
-        gain = covariance @ whiten.mT
-        left = covariance - gain @ gain.mT
-        missing = ~laid.patterns.seen[own]
-        left = left * (missing.unsqueeze(-1) & missing.unsqueeze(-2)).unsqueeze(1)
+    for own, _rows, found, _white in laid.white():
+        left = found.covariance
         if out is None:
             out = w.new_zeros(U, left.shape[1], D, D)
         out[own] = left

@@ -1,10 +1,10 @@
 r"""Gaussian components of rows with missing entries, by few and large matrix products.
 
 *Full covariances.* Rows that have seen the same coordinates share, for each component, one factor of
-Σ_oo (see `pyro_em.incomplete`): with u = W (x' − μ'), zero where missing,
+Σ (see `pyro_em.incomplete`). With y = x' − μ', zero where missing, and u = L_o⁻¹ y,
 
-    ℓ = −½ ‖u‖² − log det − (D_o / 2) log 2π,
-    Σ r E[d] = Σ_p G_p Σ r u,      Σ r E[d dᵀ] = Σ_p (G_p (Σ r u uᵀ − m_p I) G_pᵀ + m_p Σ),
+    ℓ = −½ ‖u‖² − log det L_o − (D_o / 2) log 2π,
+    Σ r E[d],   E[d] = y + L_mo u,      Σ r E[d dᵀ] = Σ r E[d] E[d]ᵀ + Σ_p m_p Cov_p,
 
 where p runs over the patterns and m_p = Σ r. Patterns of about as many rows are evaluated together.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from pyro_em.densities.gaussian import FEW_CELLS, Gaussian
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
-from pyro_em.incomplete import Patterns, covariance_of, patterns_of, whitening
+from pyro_em.incomplete import Patterns, conditional, covariance_of, patterns_of
 
 _TABLES = 2**22  # numbers in the factors of all patterns that are kept from chunk to chunk
 
@@ -37,20 +37,20 @@ class Factors:
     """What rows of some patterns are evaluated with.
 
     Attributes:
-        whiten: W. # (u, K or 1, D, D)
-        shift: W μ'. # (u, K, D, 1)
-        gain: G = Σ Wᵀ. # (u, K or 1, D, D)
-        constant: −log det − (D_o / 2) log 2π. # (u, K or 1, 1)
+        whiten: L_o⁻¹. # (u, K or 1, D, D)
+        gain: L_mo. # (u, K or 1, D, D)
+        left: Cov[x | x_o]. # (u, K or 1, D, D)
+        constant: −log det L_o − (D_o / 2) log 2π. # (u, K or 1, 1)
     """
 
     whiten: Tensor
-    shift: Tensor
     gain: Tensor
+    left: Tensor
     constant: Tensor
 
     def of(self, own: Tensor) -> Factors:
         """Those of some of the patterns."""
-        return Factors(self.whiten[own], self.shift[own], self.gain[own], self.constant[own])
+        return Factors(self.whiten[own], self.gain[own], self.left[own], self.constant[own])
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +72,18 @@ class AtPatterns:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Rows of some patterns: their factors, places, and u. # …, (u, rows), (u, K, D, rows)"""
+    """Rows of some patterns: their factors, their places, y and u.
+
+    Attributes:
+        factors: Of the patterns.
+        rows: Places in the chunk, filled up by its end. # (u, rows)
+        y: x' − μ', zero where missing. # (u, K, D, rows)
+        white: u. # (u, K, D, rows)
+    """
 
     factors: Factors
     rows: Tensor
+    y: Tensor
     white: Tensor
 
 
@@ -111,24 +119,23 @@ class Incomplete(Gaussian):
     @property
     def width(self) -> int:
         """Numbers per row that a chunk holds."""
-        return 2 * self.K * self.x.shape[0]
+        return self.K * self.x.shape[0] // 2  # many rows at once: patterns cost calls
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
         """Coefficients at some arguments."""
         D = self.x.shape[0]
-        mean = self._each(self._shift(arguments["loc"]))
         covariance = covariance_of({self.spread: arguments[self.spread]}).reshape(-1, D, D)
+        mean = self._each(self._shift(arguments["loc"]))
         U = len(self.patterns.seen)
         few = U * len(covariance) * D * D <= _TABLES
-        factors = self._factors(mean, covariance, self.patterns.seen) if few else None
+        factors = self._factors(covariance, self.patterns.seen) if few else None
         return AtPatterns(mean, covariance, factors)
 
-    def _factors(self, mean: Tensor, covariance: Tensor, seen: Tensor) -> Factors:
+    def _factors(self, covariance: Tensor, seen: Tensor) -> Factors:
         both = seen.unsqueeze(1).expand(-1, len(covariance), -1)
-        whiten, log_det = whitening(covariance.expand(len(seen), *covariance.shape), both)
-        constant = -log_det - 0.5 * math.log(2 * math.pi) * seen.sum(-1, keepdim=True)
-        shift = whiten @ mean.unsqueeze(-1)
-        return Factors(whiten, shift, covariance @ whiten.mT, constant.unsqueeze(-1))
+        found = conditional(covariance.expand(len(seen), *covariance.shape), both)
+        constant = -found.log_det - 0.5 * math.log(2 * math.pi) * seen.sum(-1, keepdim=True)
+        return Factors(found.whiten, found.gain, found.covariance, constant.unsqueeze(-1))
 
     def features(self, rows: slice, p: Any = None) -> Any:
         """u of some rows, pattern by pattern; see `_White`."""
@@ -137,13 +144,12 @@ class Incomplete(Gaussian):
         x = torch.cat([self.x[:, begin:end], self.x.new_zeros(D, 1)], 1)
         for own, at in self._layout(begin, end):
             if p.factors is None:
-                factors = self._factors(p.mean, p.covariance, self.patterns.seen[own])
+                factors = self._factors(p.covariance, self.patterns.seen[own])
             else:
                 factors = p.factors.of(own)
-            values = x[:, at].transpose(0, 1)  # (u, D, rows)
-            white = factors.whiten.flatten(1, 2) @ values
-            white = white.reshape(len(own), -1, D, white.shape[-1]) - factors.shift
-            u.append(_Batch(factors, at, white))
+            seen = self.patterns.seen[own].to(x.dtype)[:, None, :, None]
+            y = (x[:, at].transpose(0, 1).unsqueeze(1) - p.mean.unsqueeze(-1)).mul_(seen)
+            u.append(_Batch(factors, at, y, factors.whiten @ y))
         return _White(end - begin, u)
 
     def _layout(self, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
@@ -167,18 +173,16 @@ class Incomplete(Gaussian):
         """Σ r E[d] and Σ r E[d dᵀ] of some rows, d = x' − μ', in float64. # (K, D + D²)"""
         D = self.x.shape[0]
         weights = torch.cat([weights.to(torch.float64), self.x.new_zeros(self.K, 1)], 1)
-        first = self.x.new_zeros(self.K, D, 1)
+        first = self.x.new_zeros(self.K, D)
         second = self.x.new_zeros(self.K, D, D)
-        eye = torch.eye(D, dtype=torch.float64, device=self.x.device)
         for b in features.batches:
             r = weights[:, b.rows].transpose(0, 1).unsqueeze(2)  # (u, K, 1, rows)
-            weighted = b.white * r
-            mass = r.sum(-1, keepdim=True)
-            gain = b.factors.gain
-            first += (gain @ weighted.sum(-1, keepdim=True)).sum(0)
-            squares = weighted @ b.white.mT - mass * eye
-            second += (gain @ squares @ gain.mT + mass * p.covariance).sum(0)
-        return torch.cat([first.squeeze(-1), second.flatten(1)], 1)
+            d = b.y + b.factors.gain @ b.white
+            weighted = d * r
+            first += weighted.sum((0, 3))
+            left = r.sum(-1, keepdim=True) * b.factors.left
+            second += (weighted @ d.mT + left).sum(0)
+        return torch.cat([first, second.flatten(1)], 1)
 
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""
