@@ -103,6 +103,7 @@ class Group:
         edges: Parameters at which the support of an observed site ends.
         lines: Of a site whose mean reads Gaussian latents the arguments that its mean is made of: the
             offset ``loc``, and the coefficients of each latent.
+        reads: The latent of each of these coefficients, in their order.
         belief: What is known of these latents, in an M-step.
         nested: The latents that the group integrates, where it stands for all their sites.
     """
@@ -128,6 +129,7 @@ class Group:
     hyperparameters: tuple[tuple[str, str], ...] = ()
     edges: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     belief: Belief | None = None
     nested: Nested | None = None
 

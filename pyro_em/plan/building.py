@@ -44,6 +44,7 @@ from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import moved, parameters_at, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.updates.decision import decide_updates
+from pyro_em.updates.expansion import expansions_of
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
 
 
@@ -249,6 +250,9 @@ def decided(
     notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
     apart = for_updates(graph)
     updates = decide_updates(apart, matched(task.requested, graph.parameters), task.gradient)
+    for e in expansions_of(apart, updates):
+        reason = f"{updates[e.parameter].reason}, with parameter expansion"
+        updates[e.parameter] = replace(updates[e.parameter], reason=reason)
     fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
     notes += tuple(unbounded_joints(apart, fixed))
     notes += tuple(unconstrained_simplexes(apart, updates))

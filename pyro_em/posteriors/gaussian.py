@@ -434,6 +434,7 @@ def _site(
         ),
         elements=None if group.elements is None else widened(group.elements),
         lines=tuple(parts),
+        reads=tuple(r.latent for r in line.reads),
     )
 
 

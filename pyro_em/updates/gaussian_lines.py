@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
+from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
 from pyro_em.updates.linear_moments import summed
 
@@ -25,25 +26,29 @@ _MANY = 2**24  # numbers of a design that are held at once
 
 
 def normal_equations(
+    number: int,
     group: Group,
     block: Sequence[str],
     arguments: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
+    expansions: Sequence[Expansion] = (),
 ) -> tuple[Tensor, Tensor]:
     """What one site adds to the normal equations of a block of parameters.
 
     Args:
+        number: The number of the site's group.
         group: A site that reads Gaussian latents, with its moments.
         block: Parameter names.
         arguments: The current arguments.
         values: The current parameters, for their sizes.
+        expansions: Latents whose working coefficients are among the unknowns, after the parameters.
 
     Returns:
         Gram matrix and right-hand side. # (p, p), (p,)
     """
     belief = group.belief
     assert isinstance(belief, Moments)
-    design = _designs(group, block, values)
+    design = _designs(number, group, block, arguments, values, expansions)
     delta = belief.change(group, arguments)
     m = belief.moments
     r_phi = m.r_phi - delta @ m.phi_phi  # E[r φᵀ] at the current coefficients
@@ -80,7 +85,14 @@ def _weighed(precision: Tensor, x: Tensor) -> Tensor:
     return precision.unsqueeze(-1) * x if precision.dim() == 2 else precision @ x
 
 
-def _designs(group: Group, block: Sequence[str], values: Mapping[str, Tensor]) -> Tensor:
+def _designs(
+    number: int,
+    group: Group,
+    block: Sequence[str],
+    arguments: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    expansions: Sequence[Expansion],
+) -> Tensor:
     """J, offset last. # (cells or 1, rows or 1, D, Q + 1, p)"""
     columns = []
     for name in block:
@@ -91,6 +103,18 @@ def _designs(group: Group, block: Sequence[str], values: Mapping[str, Tensor]) -
         ]
         own = _design(group, group.bindings["loc"], name, values[name], 0)
         parts.append(own.unsqueeze(-2))
+        columns.append(_joined(parts, -2))
+    for e in expansions:
+        parts = []
+        for a in group.lines:
+            if a == "loc":
+                continue
+            coefficient = rows_of(group, arguments[a], 1).to(torch.float64)
+            if (number, a) in e.children:
+                parts.append(e.design(coefficient))
+            else:
+                parts.append(coefficient.new_zeros(1, 1, *coefficient.shape[2:], e.size))
+        parts.append(parts[0].new_zeros(1, 1, parts[0].shape[2], 1, e.size))
         columns.append(_joined(parts, -2))
     return _joined(columns, -1)
 

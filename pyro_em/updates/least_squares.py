@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_lines import normal_equations
 from pyro_em.updates.scatter import sum_to
 from pyro_em.updates.update import ParameterUpdate
@@ -32,6 +33,7 @@ def least_squares(
     arguments: Sequence[Mapping[str, Tensor]] | Mapping[int, Mapping[str, Tensor]],
     values: Mapping[str, Tensor],
     updates: Mapping[str, ParameterUpdate],
+    expansions: Sequence[Expansion] = (),
 ) -> dict[str, Tensor]:
     """New values of all parameters of a block.
 
@@ -42,15 +44,21 @@ def least_squares(
         arguments: The current arguments per group.
         values: The current parameters.
         updates: What was decided per parameter, for Normal priors: ridge regression.
+        expansions: Latents whose working coefficients are found with them; by the latent's name.
     """
     sizes = [values[p].numel() for p in block]
+    total = sum(sizes) + sum(e.size for e in expansions)
     gram: Tensor | None = None
     moment: Tensor | None = None
     for g, group in enumerate(graph.groups):
-        if not set(block).intersection(group.mean_params):
+        if not set(block).intersection(group.mean_params) and not any(
+            e.is_read_by((g,)) for e in expansions
+        ):
             continue
         if group.belief is not None:
-            own_gram, own_moment = normal_equations(group, block, arguments[g], values)
+            own_gram, own_moment = normal_equations(
+                g, group, block, arguments[g], values, expansions
+            )
             gram = own_gram if gram is None else gram + own_gram
             moment = own_moment if moment is None else moment + own_moment
             continue
@@ -67,7 +75,7 @@ def least_squares(
         weight, residual = torch.broadcast_tensors(weight, residual)
         weight, residual = sum_to(weight, cells), sum_to(residual, cells)
         if gram is None or moment is None:
-            gram, moment = weight.new_zeros(sum(sizes), sum(sizes)), weight.new_zeros(sum(sizes))
+            gram, moment = weight.new_zeros(total, total), weight.new_zeros(total)
         parts = designs_of(binding, block, values, 1 + group.n_plates)
         w, r = weight.reshape(-1, len(parts)), residual.reshape(-1, len(parts))
         for k, (columns, narrow) in enumerate(parts):
@@ -99,6 +107,9 @@ def least_squares(
     for p, size in zip(block, sizes, strict=True):
         new[p] = values[p] + step[begin : begin + size].reshape(values[p].shape)
         begin += size
+    for e in expansions:
+        new[e.latent] = e.one(step) + step[begin : begin + e.size]
+        begin += e.size
     return new
 
 

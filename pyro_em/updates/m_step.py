@@ -18,6 +18,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
 from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.expansion import Expansion, expansions_of
 from pyro_em.updates.gradient import Runaway, maximise
 from pyro_em.updates.least_squares import least_squares
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
@@ -109,20 +110,41 @@ def _m_step(
                     if binding.is_static and names.intersection(binding.params):
                         dtype = group.arguments[argument].dtype
                         current[g][argument] = binding.evaluate(values).to(dtype)
-                if g not in statistics or (group.family.additive and group.belief is None):
-                    continue
-                # Absolute deviations do not shift, nor do squares with the coefficients of latents:
-                # they are taken again about the new location.
-                statistics[g] = group_statistics(group, counts[g], current[g])
-                if group.belief is not None:
-                    statistics[g]["reference:loc"] = current[g]["loc"]
+                if g in statistics and not (group.family.additive and group.belief is None):
+                    retake(g)
 
+        def retake(g: int) -> None:
+            """Absolute deviations do not shift, nor do squares with the coefficients of latents."""
+            statistics[g] = group_statistics(graph.groups[g], counts[g], current[g])
+            if graph.groups[g].belief is not None:
+                statistics[g]["reference:loc"] = current[g]["loc"]
+
+        def regressed(block: Sequence[str], own: Sequence[Expansion]) -> dict[str, Tensor]:
+            """Least squares; coefficients of latents stay expanded until spreads are estimated."""
+            new = least_squares(block, graph, statistics, current, values, updates, own)
+            for e in own:
+                working[e.latent] = new.pop(e.latent)
+                for g, argument in e.children:
+                    current[g][argument] = e.applied(current[g][argument], working[e.latent])
+                    if g in statistics:
+                        retake(g)
+            return new
+
+        working: dict[str, Tensor] = {}
+        expansions = expansions_of(graph, updates)
+        with_block: dict[tuple[str, ...], list[Expansion]] = {}
+        for e in expansions:
+            blocks = dict.fromkeys(u.block for u in exact if u.block)
+            met = (b for b in blocks if e.is_read_by(groups_reached(graph, set(b))))
+            with_block.setdefault(next(met, ()), []).append(e)
+        if () in with_block:
+            regressed((), with_block[()])
         done: set[str] = set()
         for update in sorted(exact, key=_order):
             if update.name in done:
                 continue
             if isinstance(update.update, LeastSquares):
-                new = least_squares(update.block, graph, statistics, current, values, updates)
+                new = regressed(update.block, with_block.get(update.block, ()))
             else:
                 value, empty = closed_form(
                     update, graph, statistics, current, counts, values[update.name], blend
@@ -137,6 +159,9 @@ def _m_step(
                 _require_finite(name, values[name])
             done.update(new)
             refresh(set(new))
+        for e in expansions:
+            spread = e.returned(values[e.parameter], working[e.latent])
+            write_unconstrained(graph.parameters[e.parameter], spread)
     _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
 
