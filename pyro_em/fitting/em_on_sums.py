@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_em.errors import Handover
 from pyro_em.fitting.point import Point, SumsPoint, Values
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.quick import SumsBlock
+from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
 
@@ -27,7 +27,7 @@ class OnSums:
         block: The latents, with their E-step and the parameters' M-step.
     """
 
-    def __init__(self, program: Program, block: SumsBlock) -> None:
+    def __init__(self, program: Program, block: QuickSteps) -> None:
         self.program, self.block = program, block
 
     @torch.inference_mode()

@@ -323,7 +323,7 @@ def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
 
 def _is_symmetric(at: Point) -> bool:
     """`is_symmetric`, without tables where the arguments already tell the components apart."""
-    if isinstance(at, SumsPoint) and tells_apart(at):
+    if isinstance(at, SumsPoint) and (not at.program.graph.latents or tells_apart(at)):
         return False
     return is_symmetric(at.q)
 

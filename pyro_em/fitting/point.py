@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
-from pyro_em.densities.theta import At
 from pyro_em.plan.program import Evaluation, Program
 from pyro_em.posteriors.posterior import Posterior
-from pyro_em.posteriors.quick import SumsBlock
+from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.turns import Alone
 from pyro_em.updates.statistics import Expectation
 
@@ -75,8 +75,8 @@ class SumsPoint(Point):
     def __init__(
         self,
         program: Program,
-        block: SumsBlock,
-        at: At,
+        block: QuickSteps,
+        at: Any,
         expectation: Expectation,
         log_prior: float,
         values: Values | None = None,

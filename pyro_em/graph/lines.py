@@ -28,6 +28,7 @@ from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks, why_not_linear
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import (
+    Forward,
     bind_line,
     forward_of,
     is_close,
@@ -54,11 +55,13 @@ class Read:
         elements: For each row of the site the flat number of the latent's element, −1 for none.
             # (rows,)
         coefficient: C, and how parameters reach it. # (1, *sizes or 1s, *scope, *event, q)
+        only: The one element that it is about, where rows read several.
     """
 
     latent: str
     elements: Tensor
     coefficient: Binding
+    only: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,17 @@ class Line:
     event: int
     offset: Binding
     reads: tuple[Read, ...]
+
+    @property
+    def parts(self) -> dict[str, Binding]:
+        """All that the mean is made of, by name: the offset ``loc``, and the coefficients."""
+        out = {"loc": self.offset}
+        for read in self.reads:
+            name = f"loc per '{read.latent}'"
+            if name in out:
+                name = f"{name} ({len(out)})"
+            out[name] = read.coefficient
+        return out
 
     @property
     def is_static(self) -> bool:
@@ -160,10 +174,6 @@ def read_lines(
         ]
         offset = place.compact(place.loc(at_zero.sites[name]))
         bound = bind_line(offset, leaves_at_zero, len(place.sizes))
-        for binding in (bound, *(r.coefficient for r in reads)):
-            if not binding.is_static:
-                what = f"its loc is no linear function of parameters: {binding.reason}."
-                raise NotLinear(_refusal(tuple(values), f"site '{name}'", what))
         out[name] = Line(name, place.sizes, place.scope, place.event, bound, tuple(reads))
     hidden = _hidden(out, (run, at_zero), values, moved, layout)
     if hidden is not None:
@@ -193,7 +203,7 @@ def _hidden(
         own = (line is not None, name not in values)
         fixed = _numbers_of(here, *own), _numbers_of(there, *own)
         alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
-        if alike and line is not None:
+        if alike and line is not None and line.is_static:
             place = _Place.of(name, layout)
             actual = place.compact(place.loc(here)).detach().unsqueeze(0)
             expected = mean_at(line, parameters, values).detach().to(actual.dtype)
@@ -220,6 +230,53 @@ def _numbers_of(site: Mapping[str, Any], has_line: bool, with_value: bool) -> li
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def parts_at(
+    lines: Mapping[str, Line],
+    model: GivenGaussians,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """What means are made of where no binding gives it, read from runs of the model.
+
+    Args:
+        lines: How the latents enter each site.
+        model: The model with its Gaussian latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+        parameters: Constrained values at which to run, possibly attached; the current ones if None.
+
+    Returns:
+        Per site the parts that are not static, by their names in `Line.parts`.
+    """
+    if all(line.is_static for line in lines.values()):
+        return {}
+    values = {n: v.requires_grad_() for n, v in random_values(model, 31).items()}
+    how: dict[str, Any] = {"limit": None, "values": parameters}
+    run = run_enumerated(model.at(values), args, kwargs, structure, **how)
+    at_zero = run_enumerated(model, args, kwargs, structure, **how)
+    layout = FactorLayout(run.sites, structure, Recurring({}))
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, line in lines.items():
+        place = _Place.of(name, layout)
+        loc = place.loc(run.sites[name])
+        for read, (part, binding) in zip((None, *line.reads), line.parts.items(), strict=True):
+            if binding.is_static:
+                continue
+            if read is None:
+                found = place.compact(place.loc(at_zero.sites[name]))
+            else:
+                along = _Jacobian.of(place, loc, values[read.latent], run.sites[read.latent])
+                found = along.coefficient(read.only)
+            shape = binding.constant.shape[1:]
+            for d, size in enumerate(shape[: len(place.sizes)]):
+                found = found.narrow(d, 0, 1) if size == 1 else found
+            out.setdefault(name, {})[part] = found.unsqueeze(0)
+    return out
 
 
 def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:
@@ -353,6 +410,53 @@ def _latents_read(
     return latents
 
 
+@dataclass(frozen=True, eq=False)
+class _Jacobian:
+    """J = ∂loc/∂h of one site in one latent.
+
+    Attributes:
+        place: Where the site's cells are.
+        loc: Its mean.
+        leaf: The latent's value.
+        forward: t ↦ J t.
+        count: How many elements the latent has.
+        q: How many coordinates an element has.
+    """
+
+    place: _Place
+    loc: Tensor
+    leaf: Tensor
+    forward: Forward
+    count: int
+    q: int
+
+    @classmethod
+    def of(cls, place: _Place, loc: Tensor, leaf: Tensor, site: Mapping[str, Any]) -> _Jacobian:
+        event = leaf.dim() - site["fn"].event_dim
+        forward = forward_of(loc, leaf, attached=True)
+        count, q = leaf.shape[:event].numel(), leaf.shape[event:].numel()
+        return cls(place, loc, leaf, forward, count, q)
+
+    def along(self, elements: Tensor, j: int) -> Tensor:
+        """J (elements ⊗ e_j). # (*sizes or 1s, *scope, *event)"""
+        t = torch.zeros(self.count, self.q, dtype=self.leaf.dtype, device=self.leaf.device)
+        t[:, j] = elements.to(t)
+        return self.of_all(t)
+
+    def of_all(self, t: Tensor) -> Tensor:
+        """J t for t of all elements. # (elements, q) to (*sizes or 1s, *scope, *event)"""
+        image = self.forward(t.reshape(self.leaf.shape))
+        return compact(image, self.place.event, self.place.dims, like=self.loc)
+
+    def coefficient(self, only: int | None = None) -> Tensor:
+        """The coefficients of one element, or of that which each row reads. # (…, q)"""
+        elements = torch.ones(self.count, device=self.leaf.device)
+        if only is not None:
+            elements = torch.zeros_like(elements)
+            elements[only] = 1
+        return torch.stack([self.along(elements, j) for j in range(self.q)], -1)
+
+
 def _reads(
     place: _Place,
     loc: Tensor,
@@ -362,22 +466,13 @@ def _reads(
     leaves: Mapping[str, Tensor],
 ) -> list[Read]:
     """What a site reads of one latent: one element in each row, or few elements one by one."""
-    event = site["fn"].event_dim
-    batch = leaf.shape[: leaf.dim() - event]
-    q, count = leaf.shape[leaf.dim() - event :].numel(), batch.numel()
-    forward = forward_of(loc, leaf, attached=True)
-
-    def along(elements: Tensor, j: int) -> Tensor:
-        """J (elements ⊗ e_j). # (*sizes or 1s, *scope, *event)"""
-        t = torch.zeros(count, q, dtype=leaf.dtype, device=leaf.device)
-        t[:, j] = elements.to(t)
-        return compact(forward(t.reshape(leaf.shape)), place.event, place.dims, like=loc)
-
-    ones = torch.ones(count, device=leaf.device)
-    slopes = [along(ones, j) for j in range(q)]
+    jacobian = _Jacobian.of(place, loc, leaf, site)
+    count, q = jacobian.count, jacobian.q
+    coefficient = jacobian.coefficient()
+    slopes = coefficient.detach().unbind(-1)
     numbers = torch.stack(
         [
-            numbers_read(partial(along, j=j), slope.detach(), torch.Size([count]), count)
+            numbers_read(partial(jacobian.along, j=j), slope, torch.Size([count]), count)
             for j, slope in enumerate(slopes)
         ],
         -1,
@@ -386,9 +481,8 @@ def _reads(
     element = numbers.flatten(plates).amax(-1)
     shaped = element.reshape(*element.shape, *(1,) * (numbers.dim() - plates))
     alike = bool(((numbers == shaped) | (numbers < 0)).all())
-    coefficient = torch.stack(slopes, -1)
     probe = random_like(leaf).reshape(count, q)
-    there = compact(forward(probe.reshape(leaf.shape)), place.event, place.dims, like=loc).detach()
+    there = jacobian.of_all(probe).detach()
     rows = probe[element.clamp(min=0)].reshape(
         *element.shape, *(1,) * (numbers.dim() - plates - 1), q
     )
@@ -400,13 +494,11 @@ def _reads(
         raise NotLinear(_refusal((latent,), "model", what))
     out = []
     for i in range(count):
-        unit = torch.zeros(count, device=leaf.device)
-        unit[i] = 1
-        part = torch.stack([along(unit, j) for j in range(q)], -1)
+        part = jacobian.coefficient(i)
         used = (part.detach() != 0).flatten(plates).any(-1)
         if bool(used.any()):
             element = torch.where(used, i, -1).expand(place.sizes).reshape(-1).clone()
-            out.append(Read(latent, element, bind_line(part, leaves, plates)))
+            out.append(Read(latent, element, bind_line(part, leaves, plates), i))
     return out
 
 

@@ -106,22 +106,23 @@ def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Bind
     if not names:
         return Binding("constant", (), constant)
     plain = bind(narrow, leaves)
-    if plain.how == "selection":
+    # A factor may have any sign in a mean: such an element is solved for as a coefficient.
+    if plain.how == "selection" and all(s.maps or s.factor is None for s in plain.selections):
         used = tuple(s for s in plain.selections if bool((s.index >= 0).any()))
         if not used:  # it is multiplied by zero
             return Binding("constant", (), constant)
         return replace(plain, params=tuple(s.param for s in used), selections=used)
-    own = {n: leaves[n] for n in names}
+    # What is multiplied by zero has no slope anywhere.
+    own = {n: leaves[n] for n in names if _moves(narrow, leaves[n])}
     reason = why_not_linear(narrow, own, "parameters")
     if reason:
-        return Binding("opaque", names, constant, reason=reason)
+        return Binding("opaque", tuple(own), constant, reason=reason)
     jacobians: dict[str, Tensor] = {}
-    for name in names:
+    for name in own:
         jacobian = _jacobian(narrow, leaves[name])
         if jacobian is None:
             return Binding("opaque", names, constant, reason=f"too many elements of '{name}' meet")
-        if bool((jacobian != 0).any()):
-            jacobians[name] = jacobian
+        jacobians[name] = jacobian
     if not jacobians:
         return Binding("constant", (), constant)
     offset = constant
@@ -133,13 +134,16 @@ def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Bind
     return Binding("affine", tuple(jacobians), offset, jacobians=jacobians)
 
 
+def _moves(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor changes with a parameter, at parameters in general position."""
+    return bool((forward_of(tensor, leaf)(random_like(leaf)) != 0).any())
+
+
 def _jacobian(tensor: Tensor, leaf: Tensor) -> Tensor | None:
     """∂a/∂θ, None where it is too large. # (*a's shape, θ.numel())"""
     forward, count = forward_of(tensor, leaf), leaf.numel()
     probe = random_like(leaf)
     there = forward(probe)
-    if not bool((there != 0).any()):
-        return tensor.new_zeros(*tensor.shape, 1).expand(*tensor.shape, count).detach()
     if tensor.numel() * count > _CELLS:
         return None
     slope = forward(torch.ones_like(leaf))

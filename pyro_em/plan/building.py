@@ -14,7 +14,7 @@ from torch.distributions import transform_to
 from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import NotLinear, read_lines
+from pyro_em.graph.lines import NotLinear, parts_at, read_lines
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
@@ -159,7 +159,9 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     structure = replace(structure, looked=None, lines=frozenset(lines), edges=edges)
     log = task.log(names_of(task.model, task.args, task.kwargs))
     try:
-        graph = integrated(traced(given, structure, log, looked), lines, task.max_enumeration)
+        read = parts_at(lines, model, task.args, task.kwargs, structure)
+        graph = traced(given, structure, log, looked)
+        graph = integrated(graph, lines, task.max_enumeration, read)
     except NotSeparate as error:
         return explained(unrouted, error.finding, linear=True)
     routes = gaussian_routes(unrouted.structure, structure, lines, graph)

@@ -22,9 +22,10 @@ from pyro_em.graph.layout import may_be_affine
 from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
+from pyro_em.posteriors.collapsed import collapsed_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
-from pyro_em.posteriors.quick import SumsBlock
+from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
@@ -50,7 +51,7 @@ class Kernel:
 
     name: str
     reason: str | None = None
-    block: SumsBlock | None = None
+    block: QuickSteps | None = None
     latents: tuple[tuple[str, ...], ...] = ()
     own: tuple[Kernel, ...] = ()
     words: str = ""
@@ -113,8 +114,16 @@ def _components_in_words(components: Sequence[tuple[str, ...]]) -> str:
     )
 
 
-def gaussian_kernel(graph: FactorGraph) -> Kernel:
-    """What iterates a model with Gaussian latents."""
+def gaussian_kernel(
+    graph: FactorGraph, reason: str | None = None, block: QuickSteps | None = None
+) -> Kernel:
+    """What iterates a model with Gaussian latents.
+
+    Args:
+        graph: Its graph.
+        reason: Why no sums over rows serve, where something stands in their way.
+        block: What takes steps on sums over rows.
+    """
     names = tuple(
         name
         for group in graph.groups
@@ -124,7 +133,8 @@ def gaussian_kernel(graph: FactorGraph) -> Kernel:
         for name in site.members
     )
     parts = (*components_of(graph), names)
-    return Kernel("Gaussian", None, None, parts, words="Gaussian blocks")
+    words = "Gaussian blocks" if block is None else block.words
+    return Kernel("Gaussian", reason, block, parts, words=words)
 
 
 @torch.no_grad()
@@ -138,6 +148,8 @@ def kernel_of(
         updates: As decided.
         values: Parameter values, for their shapes.
     """
+    if any(g.nested for g in graph.groups):
+        return gaussian_kernel(graph, block=collapsed_rows(graph, updates))
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)
     if finding is not None:
@@ -240,12 +252,15 @@ def _no_sums(
 
 def changing_argument(graph: FactorGraph) -> Finding:
     """Which factor cannot be recomputed from the parameters without the model."""
-    for group in graph.groups:
+    groups = [n for g in graph.groups for n in (g.nested.groups if g.nested else (g,))]
+    for group in groups:
         if group.is_static:
             continue
         site = group.members[0]
         where = f"site '{site}'"
         for argument, binding in group.bindings.items():
+            if not binding.is_static and argument in group.lines:
+                return Finding(where, f"the mean of '{site}' is not linear in parameters")
             if not binding.is_static:
                 either = group.family is not None and may_be_affine(group.family, argument)
                 what = "neither a selection nor affine in" if either else "no selection of"

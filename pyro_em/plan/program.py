@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line, differing_lines
+from pyro_em.graph.lines import Line, differing_lines, parts_at
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
@@ -155,9 +155,9 @@ class Program(StaysHere):
     @property
     def kernel(self) -> Kernel:
         """What iterates the program, and why nothing quicker does."""
-        if self.lines:
-            return gaussian_kernel(self.graph)
         finding = self._off_the_sums()
+        if finding is not None and self.lines:
+            return gaussian_kernel(self.graph, finding.what)
         if finding is not None:
             again = "" if self.compiled else ", the model is run again at each"
             parts = components_of(self.graph)
@@ -342,7 +342,14 @@ class Program(StaysHere):
         random_seed: int | None = None,
         with_bindings: bool = True,
     ) -> FactorGraph:
-        return integrated(self._traced(values, random_seed, with_bindings), self.lines)
+        graph = self._traced(values, random_seed, with_bindings)
+        if not self.lines:
+            return graph
+        assert isinstance(self.model, GivenGaussians)
+        with self.dependences.own_run():
+            run = (self.model, self.args, self.kwargs, self.structure)
+            read = parts_at(self.lines, *run, values)
+        return integrated(graph, self.lines, read=read)
 
     def _traced(
         self,

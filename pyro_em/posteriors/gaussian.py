@@ -255,7 +255,10 @@ def elements_of_blocks(block: GaussianBlock, plates: Sequence[str]) -> tuple[Ten
 
 
 def integrated(
-    graph: FactorGraph, lines: Mapping[str, Line], limit: int | None = None
+    graph: FactorGraph,
+    lines: Mapping[str, Line],
+    limit: int | None = None,
+    read: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> FactorGraph:
     """The graph in which groups stand for all sites that Gaussian latents connect.
 
@@ -263,6 +266,7 @@ def integrated(
         graph: As traced with Gaussian latents at zero.
         lines: What the mean of each of these sites reads.
         limit: How many numbers the matrices of one E-step may have.
+        read: Per site what its mean is made of, where no binding gives it.
 
     Raises:
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
@@ -273,7 +277,7 @@ def integrated(
     blocks = []
     for names in components_of_lines(lines):
         own = {n: lines[n] for n in names}
-        block = _block(graph, own, values)
+        block = _block(graph, own, values, read or {})
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
@@ -306,7 +310,10 @@ def components_of_lines(lines: Mapping[str, Line]) -> list[list[str]]:
 
 
 def _block(
-    graph: FactorGraph, lines: Mapping[str, Line], values: Mapping[str, Tensor]
+    graph: FactorGraph,
+    lines: Mapping[str, Line],
+    values: Mapping[str, Tensor],
+    read: Mapping[str, Mapping[str, Tensor]],
 ) -> GaussianBlock:
     """The block of connected sites."""
     in_scope = {z for line in lines.values() for z in line.scope}
@@ -316,7 +323,7 @@ def _block(
         raise NotSeparate(_too_many(tuple(lines), scope, states))
     traced = tuple(_traced(graph, line, values) for line in lines.values())
     sites = tuple(
-        _site(group, line, scope, states, values)
+        _site(group, line, scope, states, values, read.get(line.site, {}))
         for group, line in zip(traced, lines.values(), strict=True)
     )
     block = GaussianBlock(sites, tuple(lines.values()), scope, states, traced=traced)
@@ -382,8 +389,10 @@ def _traced(graph: FactorGraph, line: Line, values: Mapping[str, Tensor]) -> Gro
     group, i = graph.group_of(line.site)
     group = taken(group, [i])
     offset, dtype = line.offset, group.arguments["loc"].dtype
+    if not offset.is_static:
+        return group
     with torch.no_grad():
-        loc = offset.evaluate(values) if offset.is_static else offset.constant
+        loc = offset.evaluate(values)
     return replace(
         group,
         arguments={**group.arguments, "loc": loc.to(dtype)},
@@ -397,6 +406,7 @@ def _site(
     scope: tuple[str, ...],
     states: tuple[int, ...],
     values: Mapping[str, Tensor],
+    read: Mapping[str, Tensor],
 ) -> Group:
     """The group of one site, its mean in parts, over its plates and the whole scope."""
     n = group.n_plates
@@ -408,18 +418,12 @@ def _site(
             *t.shape[: 1 + n], *(there.get(z, 1) for z in scope), *t.shape[1 + n + len(own) :]
         )
 
-    parts: dict[str, Binding] = {"loc": line.offset}
-    for k, read in enumerate(line.reads):
-        parts[f"coefficient {k + 1}, of '{read.latent}'"] = read.coefficient
+    parts = line.parts
     bindings = {a: with_tensors(b, widened) for a, b in {**group.bindings, **parts}.items()}
     dtype = group.arguments["loc"].dtype
     with torch.no_grad():
-        held = {
-            a: (bindings[a].evaluate(values) if bindings[a].is_static else bindings[a].constant).to(
-                dtype
-            )
-            for a in parts
-        }
+        held = {a: bindings[a].evaluate(values) for a in parts if bindings[a].is_static}
+    held = {a: (held[a] if a in held else widened(read[a])).to(dtype) for a in parts}
     return replace(
         group,
         dims=((*group.dims[0][:n], *scope),),

@@ -46,6 +46,7 @@ class Independent(SumsBlock):
     rest: Part | None
 
     name: ClassVar[str] = "independent"
+    words: ClassVar[str] = ""
     kinds: ClassVar[Kinds] = ()
 
     @classmethod

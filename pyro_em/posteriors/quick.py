@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -36,6 +36,24 @@ class Outline(Generic[B]):
     graph: FactorGraph
     eligible: Sequence[int]
     finish: Callable[[Layout], B | Finding]
+
+
+class QuickSteps(Protocol):
+    """What steps on sums need: parameters in a form of their own, and an E-step there."""
+
+    @property
+    def words(self) -> str:
+        """What the plan says of an iteration."""
+        ...
+
+    @property
+    def theta(self) -> Any:
+        """The parameters: ``enter``, ``values``, ``m_step``, ``log_prior``."""
+        ...
+
+    def e_step(self, at: Any) -> Expectation:
+        """Evidence and sums at some parameters."""
+        ...
 
 
 class SumsBlock:

@@ -6,7 +6,7 @@ block sees the new values of those before it (Meng and Rubin, 1993), so that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -96,8 +96,11 @@ def _m_step(
     needed = groups_reached(graph, {u.name for u in exact})
     needed = [g for g in needed if graph.groups[g].family is not None]
     with torch.no_grad():
-        collected = expected_statistics(graph, counts, arguments, needed)
-        statistics = {g: collected.of(g) for g in needed}
+        # Those of sites that read Gaussian latents change with each update: taken when needed.
+        plain = [g for g in needed if graph.groups[g].belief is None]
+        stale = set(needed) - set(plain)
+        collected = expected_statistics(graph, counts, arguments, plain)
+        statistics = {g: collected.of(g) for g in plain}
         current = [dict(a) for a in arguments]
         massless: dict[str, tuple[int, ...]] = {}
 
@@ -110,24 +113,27 @@ def _m_step(
                     if binding.is_static and names.intersection(binding.params):
                         dtype = group.arguments[argument].dtype
                         current[g][argument] = binding.evaluate(values).to(dtype)
-                if g in statistics and not (group.family.additive and group.belief is None):
-                    retake(g)
+                # Absolute deviations do not shift, nor do squares with the coefficients of latents.
+                if g in needed and not (group.family.additive and group.belief is None):
+                    stale.add(g)
 
-        def retake(g: int) -> None:
-            """Absolute deviations do not shift, nor do squares with the coefficients of latents."""
-            statistics[g] = group_statistics(graph.groups[g], counts[g], current[g])
-            if graph.groups[g].belief is not None:
-                statistics[g]["reference:loc"] = current[g]["loc"]
+        def take(groups: Iterable[int]) -> None:
+            """Statistics of groups about the current location."""
+            for g in stale.intersection(groups):
+                statistics[g] = group_statistics(graph.groups[g], counts[g], current[g])
+                if graph.groups[g].belief is not None:
+                    statistics[g]["reference:loc"] = current[g]["loc"]
+                stale.discard(g)
 
         def regressed(block: Sequence[str], own: Sequence[Expansion]) -> dict[str, Tensor]:
             """Least squares; coefficients of latents stay expanded until spreads are estimated."""
+            take(plain)
             new = least_squares(block, graph, statistics, current, values, updates, own)
             for e in own:
                 working[e.latent] = new.pop(e.latent)
                 for g, argument in e.children:
                     current[g][argument] = e.applied(current[g][argument], working[e.latent])
-                    if g in statistics:
-                        retake(g)
+                    stale.add(g)
             return new
 
         working: dict[str, Tensor] = {}
@@ -146,6 +152,7 @@ def _m_step(
             if isinstance(update.update, LeastSquares):
                 new = regressed(update.block, with_block.get(update.block, ()))
             else:
+                take(u.group for u in update.uses)
                 value, empty = closed_form(
                     update, graph, statistics, current, counts, values[update.name], blend
                 )

@@ -138,7 +138,7 @@ def test_it_never_falls_and_ends_where_the_dense_evidence_is_flat(spread) -> Non
             return values["S"]
         return (values["between"].expand(2) ** 2).diag()
 
-    same = (BATCH == BATCH[:, None]).double()
+    same = (BATCH[:, None] == BATCH).double()
     noise = values["within"] ** 2 * torch.eye(30)
     fn = dist.MultivariateNormal(x @ values["beta"], same * (x @ covariance() @ x.T) + noise)
     by_hand = fn.log_prob(y)

@@ -1,0 +1,250 @@
+"""Gaussian latents of rows that are all alike: a few rows with the same sums stand for all of them.
+
+Where coefficients, offsets and spreads are the same in every row, the evidence depends on the data only
+through their number n, mean x̄ and scatter S = RᵀR,
+
+    Σ_n log N(x_n; μ, Σ) = −½ (n log det 2πΣ + tr Σ⁻¹ (S + n (x̄ − μ)(x̄ − μ)ᵀ)).
+
+So do all sums of the M-step. D + 1 rows x̄ + √(1/w) U R, each counted w = n / (D + 1) times, have the
+same number, mean and scatter if U has orthonormal columns that sum to zero. An iteration costs the
+same whatever n is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateError, Handover
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.lines import Line
+from pyro_em.posteriors.gaussian import GaussianBlock, in_m_step
+from pyro_em.posteriors.linear_gaussian import GaussianSolution
+from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.gaussian_rows import event_shape, rows_of
+from pyro_em.updates.m_step import MStepState, m_step
+from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Solved(Expectation):
+    """The evidence with the posterior behind it.
+
+    Attributes:
+        solution: Of the rows that stand for all.
+    """
+
+    solution: GaussianSolution | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AtValues:
+    """Parameter values, and the E-step there once it has been made.
+
+    Attributes:
+        values: Constrained values by name.
+        expectation: The E-step.
+    """
+
+    values: Values
+    expectation: list[Solved] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class CollapsedTheta:
+    """The parameters of a collapsed block and their M-step.
+
+    Attributes:
+        graph: One group that integrates the rows that stand for all; parameters of its own.
+        updates: What was decided per parameter.
+        weight: How often each row counts.
+    """
+
+    graph: FactorGraph
+    updates: Mapping[str, ParameterUpdate]
+    weight: float
+    evaluators: tuple[()] = ()
+
+    @property
+    def group(self) -> Group:
+        """The group that integrates the rows."""
+        return self.graph.groups[0]
+
+    def enter(self, values: Values) -> AtValues:
+        """Parameter values in the form of the E-step."""
+        return AtValues(dict(values))
+
+    def values(self, at: AtValues) -> dict[str, Tensor]:
+        """The parameters by name, in memory of their own."""
+        return {name: value.clone() for name, value in at.values.items()}
+
+    def log_prior(self, at: AtValues) -> float:
+        """No parameter has a prior."""
+        return 0.0
+
+    def e_step(self, at: AtValues) -> Solved:
+        """The evidence, and the posterior of the rows.
+
+        Raises:
+            Handover: If the step through tables has to look.
+        """
+        if not at.expectation:
+            block = self.group.nested
+            assert isinstance(block, GaussianBlock)
+            try:
+                found = block.solve(self.group.evaluate_arguments(at.values))
+            except DegenerateError as error:
+                raise Handover from error
+            total = self.weight * float(block.table(found).sum())
+            if not abs(total) < float("inf"):
+                raise Handover
+            at.expectation.append(Solved(total, {}, solution=found))
+        return at.expectation[0]
+
+    def m_step(self, at: AtValues, expectation: Solved) -> tuple[AtValues, float]:
+        """The maximiser, and the gain in nats.
+
+        Raises:
+            Handover: If the step through tables has to look.
+        """
+        assert expectation.solution is not None
+        for name, parameter in self.graph.parameters.items():
+            write_unconstrained(parameter, at.values[name])
+        arguments = [self.group.evaluate_arguments(at.values)]
+        counts = [torch.full((1,), self.weight, dtype=torch.float64)]
+        own = in_m_step(self.graph, counts, arguments, {0: expectation.solution})
+        try:
+            m_step(own[0], self.updates, own[1], own[2], _no_densities, MStepState())
+        except DegenerateError as error:
+            raise Handover from error
+        after = AtValues(values_of(self.graph.parameters))
+        return after, self.e_step(after).log_evidence - expectation.log_evidence
+
+
+@dataclass(frozen=True, eq=False)
+class Collapsed:
+    """Gaussian latents of rows that are all alike.
+
+    Attributes:
+        theta: The parameters with their steps.
+        latents: The latents.
+        rows: How many rows there are.
+    """
+
+    theta: CollapsedTheta
+    latents: tuple[str, ...]
+    rows: int
+    name: str = "Gaussian"
+    words: str = "Gaussian blocks, on sums over rows"
+
+    def e_step(self, at: AtValues) -> Solved:
+        """The E-step at some parameters."""
+        return self.theta.e_step(at)
+
+
+def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> Collapsed | None:
+    """The block of a model whose rows are all alike; None where they are not.
+
+    Args:
+        graph: Of the E-step.
+        updates: What was decided per parameter.
+    """
+    exact = (ClosedForm, LeastSquares, Fixed)
+    if len(graph.groups) != 1 or not all(isinstance(u.update, exact) for u in updates.values()):
+        return None
+    if all(isinstance(u.update, Fixed) for u in updates.values()):
+        return None
+    (group,) = graph.groups
+    block = group.nested
+    if not isinstance(block, GaussianBlock) or not _are_alike(block):
+        return None
+    rows = block.groups[0].sizes[0]
+    data = [g for g in block.groups if g.role is not Role.GAUSSIAN]
+    x = torch.cat([rows_of(g, g.value)[0] for g in data], -1).to(torch.float64)
+    width = x.shape[-1]
+    if not data or rows <= 2 * (width + 1) or not bool(torch.isfinite(x).all()):
+        return None
+    few, weight = _with_equal_sums(x)
+    parts = dict(
+        zip(
+            (g.members[0] for g in data),
+            few.split([event_shape(g).numel() for g in data], -1),
+            strict=True,
+        )
+    )
+    narrow = replace(
+        block,
+        groups=tuple(_narrowed(g, parts.get(g.members[0]), len(few)) for g in block.groups),
+        lines=tuple(_narrow_line(line, len(few)) for line in block.lines),
+        plates=(),
+        sizes=(),
+        traced=(),
+    )
+    own = replace(group, dims=((),), n_plates=0, sizes=(), raw=torch.zeros(1), nested=narrow)
+    parameters = {n: _own(p) for n, p in graph.parameters.items()}
+    theta = CollapsedTheta(replace(graph, groups=(own,), parameters=parameters), updates, weight)
+    return Collapsed(theta, tuple(block.latents), rows)
+
+
+def _are_alike(block: GaussianBlock) -> bool:
+    """Whether every site has one row for each element of one plate, all with equal arguments."""
+    if block.scope:
+        return False
+    plates = {g.dims[0][: g.n_plates] for g in block.groups}
+    if len(plates) != 1 or len(next(iter(plates))) != 1:
+        return False
+    for group, line in zip(block.groups, block.lines, strict=True):
+        if not (group.mask is None and group.elements is None and group.is_unscaled):
+            return False
+        if not group.is_static or any(t.shape[1] > 1 for t in group.arguments.values()):
+            return False
+        for read in line.reads:
+            there = torch.arange(len(read.elements), device=read.elements.device)
+            if not torch.equal(read.elements, there):
+                return False
+    return True
+
+
+def _with_equal_sums(x: Tensor) -> tuple[Tensor, float]:
+    """D + 1 rows with the mean and scatter of all, and how often each counts. # (D + 1, D)"""
+    rows, width = x.shape
+    mean = x.mean(0)
+    _, upper = torch.linalg.qr(x - mean)
+    weight = rows / (width + 1)
+    # Helmert's matrix: orthonormal columns that sum to zero.
+    k = torch.arange(1, width + 1, dtype=x.dtype, device=x.device)
+    helmert = torch.ones(width + 1, width, dtype=x.dtype, device=x.device).triu()
+    helmert = torch.cat([helmert[:width], helmert.new_zeros(1, width)])
+    helmert[torch.arange(1, width + 1), torch.arange(width)] = -k
+    helmert = helmert / (k * (k + 1)).sqrt()
+    return mean + helmert @ upper / weight**0.5, weight
+
+
+def _narrowed(group: Group, value: Tensor | None, rows: int) -> Group:
+    """A site over other rows; of a latent the values are zero."""
+    event = event_shape(group)
+    if value is None:
+        value = group.value.new_zeros(rows, event.numel())
+    return replace(group, sizes=(rows,), value=value.reshape(1, rows, *event))
+
+
+def _narrow_line(line: Line, rows: int) -> Line:
+    device = line.offset.constant.device
+    reads = tuple(replace(r, elements=torch.arange(rows, device=device)) for r in line.reads)
+    return replace(line, sizes=(rows,), reads=reads)
+
+
+def _own(parameter: TracedParameter) -> TracedParameter:
+    """The same parameter in memory that steps may write."""
+    return replace(parameter, unconstrained=parameter.unconstrained.detach().clone())
+
+
+def _no_densities(*_: object) -> dict[int, Tensor]:
+    raise Handover  # no parameter is updated by a gradient
