@@ -69,7 +69,7 @@ def gmm() -> Iterator[Comparison]:
     yield compare(
         ExactPosteriorEM(mixture),
         X,
-        svi_steps=10,
+        svi_steps=5,
         tol=1e-9,
         learning_rates=(0.01, 0.03, 0.1),
         progress=False,
