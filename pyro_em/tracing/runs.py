@@ -176,17 +176,19 @@ def first_run_again(
 
     Raises:
         RunFailed: If the model raises; the random state and the parameters are as before.
-        NumbersNeeded: If the model raises with shadows; likewise.
+        NumbersNeeded: If the model raises with shadows, or would need them now; likewise.
     """
     begin, known = random_state(), frozenset(pyro.get_param_store()._params)
     with same_random_state(keep_random_state):
         try:
             if shadowed:
                 return _run_with_shadows(model, args, kwargs)
-            return _plain_run(model, args, kwargs, validated=validated)
-        except BaseException:
+            return _plain_run(model, args, kwargs, SpendLittle(_PLAIN_BYTES), validated=validated)
+        except BaseException as error:
             forget_all_but(known)
             set_random_state(begin)
+            if isinstance(error, Overspent):
+                raise NumbersNeeded from None
             raise
 
 

@@ -19,6 +19,7 @@ from pyro_em import DataError, ExactPosteriorEM, ModelError
 from pyro_em.fitting.em_on_sums import keep_freed_memory
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
+from pyro_em.plan.kept import forget_readings
 from pyro_em.tracing import handlers, runs
 from pyro_em.tracing.allocation import (
     NumbersNeeded,
@@ -111,6 +112,7 @@ def test_planning_and_fitting_make_no_tensor_much_larger_than_the_data() -> None
         ExactPosteriorEM(mixture).fit(x, 16, max_steps=2, tol=0)
     assert fitting.bytes <= 3 * of_data(x)
     pyro.clear_param_store()
+    forget_readings()  # which know that it is read without numbers
     with Largest() as with_numbers:  # what the bound is about: S[z] is N x D x D
         ExactPosteriorEM(mixture).plan(x, 16)
     assert with_numbers.bytes >= 8 * of_data(x)
@@ -473,3 +475,27 @@ def test_a_compiled_function_inside_a_model_stays_compiled() -> None:
             pyro.sample("x", dist.Normal(double(mu)[z], 1.0), obs=x)
 
     assert "mu" in ExactPosteriorEM(model).plan(X).updates
+
+
+def test_a_form_that_was_seen_needs_no_more_memory_on_other_data() -> None:
+    """How many rows are chosen depends on the data: the run that starts parameters is watched too."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", lambda: torch.rand(2, 8))
+        chosen = x[x[:, 0] > 0]
+        with pyro.plate("rows", len(chosen)):
+            z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+            pyro.sample("x", dist.Normal(mu[z], 1.0).to_event(1), obs=chosen)
+
+    few, many = torch.ones(3000, 8), torch.ones(3000, 8)
+    few[300:, 0] = -1.0
+    how: dict[str, Any] = {"keep_random_state": False, "shadowed": False, "validated": False}
+    with sparing(limit=2**17):
+        pyro.clear_param_store()
+        runs.first_run_again(model, (few,), {}, **how)
+        assert "mu" in pyro.get_param_store()
+        pyro.clear_param_store()
+        before = torch.get_rng_state()
+        with pytest.raises(NumbersNeeded):
+            runs.first_run_again(model, (many,), {}, **how)
+    assert not dict(pyro.get_param_store()) and torch.equal(torch.get_rng_state(), before)
