@@ -18,6 +18,18 @@ from pyro_em.posteriors.enumeration import scales_of
 from pyro_em.tracing.dependences import Dependences
 
 
+def loadings_of(graph: FactorGraph) -> frozenset[str]:
+    """Parameters that multiply Gaussian latents."""
+    return frozenset(
+        name
+        for group in graph.groups
+        for site in (group.nested.groups if group.nested is not None else ())
+        for argument in site.lines
+        if argument != "loc"
+        for name in site.bindings[argument].params
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class StaticInformation(Portable):
     """Gives standard errors without the model: what a pickled copy of a result keeps.
@@ -62,5 +74,7 @@ class StaticInformation(Portable):
             return flat, total
 
         return standard_errors(
-            [p for n, p in parameters.items() if n not in self.fixed], evidence_of
+            [p for n, p in parameters.items() if n not in self.fixed],
+            evidence_of,
+            loadings_of(self.graph),
         )

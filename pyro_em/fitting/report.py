@@ -23,7 +23,7 @@ from pyro_em.fitting.criteria import (
 )
 from pyro_em.fitting.ends import End
 from pyro_em.fitting.epochs import StochasticRun, bound_of
-from pyro_em.fitting.information import StaticInformation
+from pyro_em.fitting.information import StaticInformation, loadings_of
 from pyro_em.fitting.point import SumsPoint
 from pyro_em.fitting.result import EMResult, EMStatus, History, Params
 from pyro_em.fitting.run import Run, Settings
@@ -281,4 +281,4 @@ def _observed_information(program: Program, unconstrained: Mapping[str, Tensor])
         return flat, evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
 
     with parameters_at(parameters, unconstrained, unconstrained=True):
-        return standard_errors(free, evidence_of)
+        return standard_errors(free, evidence_of, loadings_of(program.graph))

@@ -13,12 +13,16 @@ complete data would have, the size of the terms that cancel in it,
 
     F = Σ_cells q ∂log p(x, z) ∂log p(x, z)ᵀ.
 
+Where a fit ended early the Hessian has some curvature along a direction that changes no row's density,
+such as a rotation of loadings: a path that bends has some, if the slope is not zero. F has none, so
+that it tells such a direction from a saddle.
+
 Source: Louis (1982) for the observed information of incomplete data; the delta method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +34,14 @@ from pyro_em.portable import Portable
 from pyro_em.tracing.parameters import TracedParameter
 
 _DRAWS = 8  # of random signs; a mean square of so many is right within a small factor
+
+
+_SLIGHT = 1e-3  # curvature, relative to that of each coordinate, that a slope may leave
+
+
+_NEARLY = (
+    1e-4  # of a square: what is left of terms that cancel, with directions that are nearly right
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +76,7 @@ class StandardErrors(Portable, Mapping[str, Tensor]):
 def standard_errors(
     parameters: Sequence[TracedParameter],
     evidence_of: Callable[[Mapping[str, Tensor]], tuple[Sequence[Tensor], Tensor]],
+    loadings: Collection[str] = (),
 ) -> StandardErrors:
     """Standard errors of constrained parameters at their current values.
 
@@ -71,6 +84,7 @@ def standard_errors(
         parameters: The free parameters.
         evidence_of: From constrained values to the log densities of all factors and the log evidence
             that follows from them, twice differentiable.
+        loadings: Parameters that multiply Gaussian latents.
 
     Raises:
         UsageError: If there is no parameter.
@@ -108,7 +122,14 @@ def standard_errors(
     reduced = torch.where(reduced.abs() <= (rounding * rounding.unsqueeze(-1)).sqrt(), 0.0, reduced)
     size = torch.where(curvature <= rounding, complete, curvature)
     scale = torch.where(size > 0, size, 1.0).rsqrt()
-    eigenvalues, vectors = torch.linalg.eigh(reduced * scale * scale.unsqueeze(-1))
+    scaled = reduced * scale * scale.unsqueeze(-1)
+    eigenvalues, vectors = torch.linalg.eigh(scaled)
+    unseen = _unseen(scores @ basis * scale, vectors) & (eigenvalues.abs() <= _SLIGHT)
+    if loadings or bool(unseen.any()):
+        draws = _random_scores(tables, total, variables, basis.shape[1] + _DRAWS).to(basis)
+        # Fewer densities than directions leave some unseen that all of them together show.
+        few = sum(t.numel() for t in tables) < basis.shape[1]
+        eigenvalues, vectors = _apart(scaled, draws @ basis * scale, _SLIGHT if few else torch.inf)
     small = (
         ((vectors * scale.unsqueeze(-1)).square() * rounding.unsqueeze(-1)).sum(0).clamp(min=least)
     )
@@ -134,6 +155,11 @@ def standard_errors(
                 f"not identified by the data: {names}. The evidence is flat along "
                 f"{int(null.sum())} direction(s) that move them."
             )
+            if any(f"'{name}'" in names for name in loadings):
+                notes.append(
+                    "loadings of several Gaussian latents can be rotated, and the evidence stays: what "
+                    "does not change with a rotation (their product W Wᵀ, say) is identified."
+                )
     # A row without any free direction is a boundary value: it has no standard error.
     stuck = (jacobian @ basis).abs().amax(-1) == 0 if basis.shape[1] else variance == variance
     variance[stuck] = torch.nan
@@ -147,6 +173,42 @@ def standard_errors(
         )
         begin += size
     return StandardErrors(errors, covariance.detach(), tuple(notes))
+
+
+def _unseen(scores: Tensor, directions: Tensor) -> Tensor:
+    """Along which directions no row's density changes, but for rounding. # (directions,)
+
+    Args:
+        scores: Draws. # (draws, free directions)
+        directions: As columns. # (free directions, directions)
+    """
+    along = (scores @ directions).square().mean(0)
+    terms = (scores.abs() @ directions.abs()).square().mean(0)
+    return along <= _NEARLY * terms
+
+
+def _apart(information: Tensor, scores: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors where directions that no row sees are kept apart, as zeros.
+
+    Args:
+        information: Scaled. # (n, n)
+        scores: At least n draws. # (draws, n)
+        limit: The curvature up to which they are.
+
+    Returns:
+        # (n,), (n, n)
+    """
+    _, sizes, rows = torch.linalg.svd(scores, full_matrices=False)
+    least = 1e-9 if scores.dtype == torch.float64 else 1e-4
+    seen = sizes > least * sizes[0]
+    hidden, rest = rows[~seen].mT, rows[seen].mT
+    curvature, turned = torch.linalg.eigh(hidden.mT @ information @ hidden)
+    flat = curvature.abs() <= limit
+    flat_ones = hidden @ turned[:, flat]
+    rest = torch.cat([rest, hidden @ turned[:, ~flat]], 1)
+    eigenvalues, vectors = torch.linalg.eigh(rest.mT @ information @ rest)
+    zeros = eigenvalues.new_zeros(flat_ones.shape[1])
+    return torch.cat([zeros, eigenvalues]), torch.cat([flat_ones, rest @ vectors], 1)
 
 
 def _names(
@@ -207,15 +269,17 @@ def _is_flat(constraint: constraints.Constraint) -> bool:
     return base is constraints.simplex or base.event_dim == 0 or shape in cones
 
 
-def _random_scores(tables: Sequence[Tensor], total: Tensor, variables: Sequence[Tensor]) -> Tensor:
-    """Draws whose mean square is F: scores of all cells under random signs. # (draws, all u)"""
+def _random_scores(
+    tables: Sequence[Tensor], total: Tensor, variables: Sequence[Tensor], n: int = _DRAWS
+) -> Tensor:
+    """Draws whose mean square is F: scores of all cells under random signs. # (n, all u)"""
     attached = [t for t in tables if t.requires_grad]
     if not attached or not total.requires_grad:
         return torch.zeros(1, sum(v.numel() for v in variables), dtype=total.dtype)
     counts = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
     generator = torch.Generator().manual_seed(0)
     draws = []
-    for _ in range(_DRAWS):
+    for _ in range(n):
         parts = []
         for table, count in zip(attached, counts, strict=True):
             if count is None:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
+from pyro_em.posteriors.gaussian_faces import refuse_gaussian
+from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.protocol import AnyPosterior
 
 
@@ -44,6 +46,8 @@ def states_of(
     """
     if isinstance(source, Tensor):
         return source
+    if isinstance(source, Posterior):
+        refuse_gaussian(source.graph, where, site)
     if isinstance(source, AnyPosterior):
         return source.mode()[_named(where, site)]
     if isinstance(source, Mapping):

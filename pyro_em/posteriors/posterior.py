@@ -294,6 +294,8 @@ class Posterior(Portable, NamesFromElsewhere):
             UsageError: If no such latent was summed, or two differ in shape.
         """
         names = tuple(sites)
+        for name in names if self.solved else ():
+            refuse_gaussian(self.graph, "stacked", name)
         partly = self.graph.structure.masked_pairs
         if partly and any(own_name(self.graph, n) != n for n in names):
             return stacked_answers("probs", names, self.probs)
