@@ -39,6 +39,7 @@ from pyro_em.posteriors.gaussian import NotSeparate, for_updates, integrated
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
 from pyro_em.tracing.garbage import fewer_collections
+from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import moved, parameters_at, versions_of
@@ -146,31 +147,46 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     model = with_values(task.model, unrouted.structure)
     if model is None:
         return unrouted
+    try:
+        program = integrating(task, model, unrouted.structure)
+    except NotLinear as error:
+        return explained(unrouted, error.finding)
+    except NotSeparate as error:
+        return explained(unrouted, error.finding, linear=True)
+    if program is None:
+        return unrouted
+    found = unrouted.structure, program.structure, program.lines, program.graph
+    program = replace(program, routes=gaussian_routes(*found))
+    return program if task.look_only else verified(program)
+
+
+def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program | None:
+    """A program that integrates Gaussian latents, not verified yet; None where others have no route.
+
+    Args:
+        task: The user's model, and what is wanted of it.
+        model: The same with values for these latents.
+        bare: The skeleton of the user's model.
+
+    Raises:
+        NotLinear: If a latent has a child that is not linear in it and Gaussian.
+        NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
+    """
     given = replace(task, model=model)
     structure = _examined(given, False, {})
     if isinstance(structure, Unrouted) or structure.series is not None:
-        return unrouted
-    try:
-        lines = read_lines(model, task.args, task.kwargs, structure)
-    except NotLinear as error:
-        return explained(unrouted, error.finding)
+        return None
+    lines = read_lines(model, task.args, task.kwargs, structure)
     looked = structure.looked
-    edges = unrouted.structure.edges
-    structure = replace(structure, looked=None, lines=frozenset(lines), edges=edges)
+    structure = replace(structure, looked=None, lines=frozenset(lines), edges=bare.edges)
     log = task.log(names_of(task.model, task.args, task.kwargs))
-    try:
-        read = parts_at(lines, model, task.args, task.kwargs, structure)
-        graph = traced(given, structure, log, looked)
-        graph = integrated(graph, lines, task.max_enumeration, read)
-    except NotSeparate as error:
-        return explained(unrouted, error.finding, linear=True)
-    routes = gaussian_routes(unrouted.structure, structure, lines, graph)
-    program = replace(
-        decided(replace(given, routes=routes), structure, graph, log),
+    read = parts_at(lines, model, task.args, task.kwargs, structure)
+    graph = integrated(traced(given, structure, log, looked), lines, task.max_enumeration, read)
+    return replace(
+        decided(given, structure, graph, log),
         lines=lines,
         rebuild=partial(build_program, task, first_look=False),
     )
-    return program if task.look_only else verified(program)
 
 
 def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:

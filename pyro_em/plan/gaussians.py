@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -31,15 +32,19 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     continuous = {n: s for n, s in sites.items() if not has_finite_support(s["fn"])}
     if not continuous or structure.random_plates:
         return None
-    for site in continuous.values():
-        if not is_gaussian(site["fn"]) or mask_tensor(site) is not None:
-            return None
-        base, reinterpreted, _ = unwrap(site["fn"])
-        if type(base).__name__ == "MultivariateNormal" and reinterpreted:
-            return None
-        if isinstance(site["scale"], torch.Tensor) or site["scale"] != 1:
-            return None
+    if not all(map(is_integrable, continuous.values())):
+        return None
     return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
+
+
+def is_integrable(site: Mapping[str, Any]) -> bool:
+    """Whether an unobserved site, as it was traced, is one Gaussian for each element of its plates."""
+    if not is_gaussian(site["fn"]) or mask_tensor(site) is not None:
+        return False
+    base, reinterpreted, _ = unwrap(site["fn"])
+    if type(base).__name__ == "MultivariateNormal" and reinterpreted:
+        return False
+    return not isinstance(site["scale"], torch.Tensor) and bool(site["scale"] == 1)
 
 
 def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> Unrouted:

@@ -175,11 +175,13 @@ class GaussianFaces:
         graph: The factor graph.
         solved: The posterior of the latents that each group integrates.
         cells: Per group the probability of every cell. # (members, *sizes)
+        others: Names of latents for which others answer, for messages.
     """
 
     graph: FactorGraph
     solved: Solved
     cells: Sequence[Tensor]
+    others: tuple[str, ...] = ()
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
@@ -202,7 +204,7 @@ class GaussianFaces:
         if not found:
             if matching(pattern, names_of(self.graph)):
                 raise UsageError(discrete(where, pattern))
-            raise unknown(pattern, list(self.places), "Gaussian latents")
+            raise unknown(pattern, [*self.places, *self.others], "Gaussian latents")
         refuse_gaps(pattern, observed_steps(self.graph))
         return found
 
@@ -219,7 +221,7 @@ class GaussianFaces:
                 message(
                     f"site '{name}'",
                     "it is no Gaussian latent of this posterior; those are: "
-                    f"{listed(list(self.places))}.",
+                    f"{listed([*self.places, *self.others])}.",
                     "means and covariances are those of continuous latents with an exact posterior",
                     ["ask for one of them"],
                 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_em.arguments import seed_of, site_name, whole
 from pyro_em.elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
-from pyro_em.globs import Values, stacked_answers
+from pyro_em.globs import Values, meant, stacked_answers
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.latent_series import kinds_of
 from pyro_em.portable import Portable
@@ -30,6 +30,7 @@ from pyro_em.posteriors.gaussian_faces import (
     refuse_gaussian,
     regrouped_solutions,
 )
+from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.names import (
     by_glob,
     latent_of,
@@ -90,6 +91,7 @@ class Posterior(Portable, NamesFromElsewhere):
         entropy_value: H(q) of the discrete latents in nats.
         pointwise: The evidence per element of the outermost data plate, where there is one.
         solved: For groups that integrate Gaussian latents, by their number, the posterior of these.
+        later: Answers for Gaussian latents that no observation depends on; None where there are none.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = OF_SUMMED
@@ -105,6 +107,7 @@ class Posterior(Portable, NamesFromElsewhere):
     log_prior: float = 0.0
     bound: float | None = None
     solved: Solved = field(default_factory=dict)
+    later: LaterFaces | None = None
 
     def __repr__(self) -> str:
         shown = [
@@ -144,8 +147,8 @@ class Posterior(Portable, NamesFromElsewhere):
             site: Its name, or a glob.
 
         Returns:
-            E_q[h]; under discrete latents the mean of the mixture. # (*plates, *event), of a glob
-            (T, *plates, *event)
+            E_q[h]; under discrete latents the mean of the mixture; where no observation depends on the
+            latent, the mean of its prior. # (*plates, *event), of a glob (T, *plates, *event)
 
         Raises:
             UsageError: If the model has no such Gaussian latent, or those of a glob differ in shape.
@@ -161,7 +164,7 @@ class Posterior(Portable, NamesFromElsewhere):
             tensor([1., 2.])
         """
         site_name("mean", "site", site)
-        faces = self._gaussian
+        faces = self._faces_of(site)
         names = faces.names("mean", site)
         if names is None:
             return faces.site("mean", site).mean()
@@ -197,10 +200,11 @@ class Posterior(Portable, NamesFromElsewhere):
             (tensor(0.6667), tensor(-0.3333))
         """
         site_name("covariance", "a", a)
-        faces = self._gaussian
         if b is not None:
             site_name("covariance", "b", b)
+            faces = self._faces_of(a, b)
             return covariance(faces.site("covariance", a), faces.site("covariance", b))
+        faces = self._faces_of(a)
         names = faces.names("covariance", a)
         if names is None:
             own = faces.site("covariance", a)
@@ -236,7 +240,15 @@ class Posterior(Portable, NamesFromElsewhere):
             Normal(loc: 1.0, scale: 0.7071067690849304)
         """
         site_name("marginal", "site", site)
-        return self._gaussian.site("marginal", site).marginal()
+        return self._faces_of(site).site("marginal", site).marginal()
+
+    def _faces_of(self, *sites: str) -> GaussianFaces:
+        """What answers for some Gaussian latents: names or globs."""
+        names = () if self.later is None else self.later.names
+        unread = {n for s in sites for n in meant(s, names)}
+        if unread and self.later is not None:
+            return self.later.faces(unread)
+        return replace(self._gaussian, others=names)
 
     @property
     def _gaussian(self) -> GaussianFaces:

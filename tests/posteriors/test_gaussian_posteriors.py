@@ -627,3 +627,117 @@ def test_a_covariance_through_two_chains_of_causes_is_refused() -> None:
     q = posterior(model, Y)
     with pytest.raises(UsageError, match="'a' depends on discrete 'z', and 'b' on 'w'"):
         q.covariance("a", "b")
+
+
+# ---------------------------------------------------------------- without observations
+
+
+def network(rows: int, weights: Tensor, biases: Tensor, scales: Tensor) -> None:
+    """x_i ~ N(Σ_j w_ij x_j + b_i, v_i), nothing observed."""
+    with pyro.plate("rows", rows):
+        x: list[Any] = []
+        for i in range(len(biases)):
+            mean = biases[i] + sum(weights[i, j] * x[j] for j in range(i))
+            x.append(pyro.sample(f"x_{i}", dist.Normal(mean, scales[i])))
+
+
+def test_without_observations_the_moments_follow_the_recurrences_of_the_prior() -> None:
+    """E[x_i] = Σ_j w_ij E[x_j] + b_i and Σ_ij = Σ_k w_jk Σ_ik + I_ij v_j (Bishop 2006, 8.1.4)."""
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(4, 4, generator=generator, dtype=D64).tril(-1)
+    weights[3, 0] = 0.0
+    biases, scales = tensor(0.5, -1.0, 0.2, 2.0), tensor(1.0, 0.3, 2.0, 0.7)
+    mean, covariance = np.zeros(4), np.zeros((4, 4))
+    w, v = weights.numpy(), scales.numpy() ** 2
+    for j in range(4):
+        mean[j] = w[j] @ mean + float(biases[j])
+        for i in range(j + 1):
+            covariance[i, j] = covariance[j, i] = w[j] @ covariance[i] + (i == j) * v[j]
+    q = posterior(network, 2, weights, biases, scales)
+    close(q.mean("x_*"), np.broadcast_to(mean[:, None], (4, 2)))
+    close(q.covariance("x_*"), np.broadcast_to(covariance.diagonal()[:, None], (4, 2)))
+    for i in range(4):
+        for j in range(4):
+            close(q.covariance(f"x_{i}", f"x_{j}"), np.full(2, covariance[i, j]))
+    close(q.marginal("x_3").variance, np.full(2, covariance[3, 3]))
+    assert q.sample(3) == {} and q.mode() == {}  # nothing depends on what is drawn
+
+
+def forecast(y: list[Tensor | None]) -> None:
+    h: Any = torch.zeros((), dtype=D64)
+    for t, value in enumerate(y):
+        h = pyro.sample(f"h_{t}", dist.Normal(0.8 * h + 0.5, torch.tensor(0.6, dtype=D64)))
+        pyro.sample(f"y_{t}", dist.Normal(h, torch.tensor(0.4, dtype=D64)), obs=value)
+
+
+def test_steps_beyond_the_data_are_forecasts() -> None:
+    q = posterior(forecast, [Y[0], Y[1], None, None])
+    inverse = np.linalg.inv(np.eye(4) - np.diag([0.8] * 3, -1))
+    prior = 0.36 * inverse @ inverse.T
+    C = np.eye(4)[:2]
+    mean, covariance, _ = conditioned(
+        inverse @ np.full(4, 0.5), prior, C, np.zeros(2), 0.16 * np.eye(2), Y[:2].numpy()
+    )
+    close(q.mean("h_*"), mean)
+    close(q.covariance("h_*"), covariance.diagonal())
+    close(q.covariance("h_0", "h_3"), covariance[0, 3])
+    close(q.mean("y_3"), mean[3])
+    close(q.covariance("y_3"), covariance[3, 3] + 0.16)
+    assert set(q.sample(2)) == {"h_0", "h_1"}
+
+
+def test_copies_answer_for_latents_without_observations() -> None:
+    q = posterior(forecast, [Y[0], Y[1], None, None])
+    before = pickle.loads(pickle.dumps(q)), copy.deepcopy(q)
+    wanted = q.mean("h_*")
+    for other in (*before, pickle.loads(pickle.dumps(q)), copy.deepcopy(q)):
+        assert torch.equal(other.mean("h_*"), wanted)
+
+
+def test_moments_without_observations_are_those_of_their_moment() -> None:
+    def model(y: Tensor, x: Tensor) -> None:
+        slope = pyro.param("slope", tensor(2.0)[0])
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(slope * x, y.new_tensor(1.0)), obs=y)
+            pyro.sample("new", dist.Normal(slope * x, y.new_tensor(1.0)))
+
+    em, x = ExactPosteriorEM(model), Y.clone()
+    q, late = em.posterior(Y, x), em.posterior(Y, x)
+    pyro.get_param_store()["slope"] = torch.tensor(7.0, dtype=D64)
+    close(q.mean("new"), 2 * Y.numpy())
+    x.mul_(3)
+    with pytest.raises(UsageError, match="changed"):
+        late.mean("new")
+
+
+def test_a_prior_below_a_discrete_latent_is_a_mixture() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Categorical(PRIOR))
+        pyro.sample("h", dist.Normal(3.0 * z, SCALES[z]))
+
+    q = posterior(model)
+    w, m, v = PRIOR.numpy(), np.array([0.0, 3.0]), SCALES.numpy() ** 2
+    close(q.mean("h"), w @ m)
+    close(q.covariance("h"), w @ (v + m**2) - (w @ m) ** 2)
+    assert isinstance(q.marginal("h"), dist.MixtureSameFamily)
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [("b", r"not linear in 'a'(.*\n)*.*predictive"), ("d", "'c': it is a Gamma")],
+)
+def test_a_prior_that_is_not_gaussian_has_no_moments(site: str, words: str) -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Normal(tensor(0.0)[0], 1.0))
+        pyro.sample("b", dist.Normal(a.exp(), 1.0))
+        c = pyro.sample("c", dist.Gamma(tensor(2.0)[0], 1.0))
+        pyro.sample("d", dist.Normal(c, 1.0))
+
+    q = posterior(model)
+    assert float(q.mean("a")) == 0.0
+    with pytest.raises(UsageError, match=words):
+        q.mean(site)
+    copied = pickle.loads(pickle.dumps(q))  # has no model that it could ask
+    assert float(copied.mean("a")) == 0.0
+    with pytest.raises(UsageError, match="they have no closed form"):
+        copied.mean(site)
