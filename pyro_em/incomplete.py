@@ -373,3 +373,44 @@ def may_hold_nan(fn: Any) -> bool:
         inner = unwrap(fn.component_distribution)[0]
         return may_hold_nan(inner)
     return isinstance(fn, IncompleteMultivariateNormal)
+
+
+def drawn_given_seen(fn: Any, value: Tensor, missing: Tensor) -> Tensor:
+    """Draws of missing entries given those of the same event that are seen.
+
+    Args:
+        fn: The marginal distribution of what is seen, as a site has it.
+        value: Its value; anything where an entry is missing. # (*batch, *event)
+        missing: Which entries are. # (*batch or 1s, *event)
+
+    Returns:
+        The value with draws in the place of what is missing. # (*batch, *event)
+    """
+    base = unwrap(fn)[0]
+    if isinstance(base, IncompleteMultivariateNormal):
+        whole = base.imputed(torch.where(missing, torch.nan, value))
+    elif isinstance(base, dist.MixtureSameFamily) and _has_marginals(base):
+        whole = _drawn_by_component(base, value, missing)
+    else:
+        whole = fn.sample()
+    return torch.where(missing, whole.to(value.dtype), value)
+
+
+def _has_marginals(mixture: Any) -> bool:
+    """Whether the components of a MixtureSameFamily are those of what is seen."""
+    return may_hold_nan(mixture) or bool(unwrap(mixture.component_distribution)[2])
+
+
+def _drawn_by_component(mixture: Any, value: Tensor, missing: Tensor) -> Tensor:
+    """A component given what is seen, and the rest given the component. # (*batch, *event)"""
+    parts, event = mixture.component_distribution, len(mixture.event_shape)
+    given = torch.where(missing, torch.nan, value) if may_hold_nan(mixture) else value
+    given = given.unsqueeze(-1 - event)
+    logits = mixture.mixture_distribution.logits + parts.log_prob(given)
+    which = torch.distributions.Categorical(logits=logits).sample()
+    inner = unwrap(parts)[0]
+    is_normal = isinstance(inner, IncompleteMultivariateNormal)
+    each = inner.imputed(given) if is_normal else parts.sample()
+    each = each.expand(*logits.shape, *mixture.event_shape)
+    at = which.reshape(*which.shape, *(1,) * (event + 1))
+    return each.take_along_dim(at, logits.dim() - 1).squeeze(logits.dim() - 1)

@@ -22,6 +22,7 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import Structure
 from pyro_em.incomplete import IncompleteMultivariateNormal
+from pyro_em.tracing.missing import Missing
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 
@@ -313,12 +314,13 @@ def _once(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FactorGraph:
-    """A traced model: plates, latents, stacked factors with bindings, parameters."""
+    """A traced model: plates, latents, stacked factors with bindings, parameters, what is missing."""
 
     structure: Structure
     latents: Mapping[str, Latent]
     groups: tuple[Group, ...]
     parameters: Mapping[str, TracedParameter]
+    missing: tuple[Missing, ...] = ()
 
     @property
     def is_static(self) -> bool:

@@ -33,6 +33,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized, vectorizing
+from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.runs import (
@@ -102,7 +103,8 @@ def trace_graph(
                     model, args, kwargs, steps.template, few=inf, parts=steps.seen, **how
                 )
             factors = [p for p in pieces if isinstance(p, Factor)]
-            return unrolled_graph(structure, factors, latents, run.parameters)
+            graph = unrolled_graph(structure, factors, latents, run.parameters)
+            return replace(graph, missing=missing_of(run.sites))
         except (NotVectorized, PyroEMError):
             if looked is not None:  # at the first look, which then is made at the loop itself
                 raise
@@ -112,7 +114,7 @@ def trace_graph(
     factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
     order = {name: i for i, name in enumerate(structure.sites)}
     groups = tuple(stacked([*batches, *factors], order))
-    return FactorGraph(structure, latents, groups, run.parameters)
+    return FactorGraph(structure, latents, groups, run.parameters, missing_of(run.sites))
 
 
 @torch.enable_grad()

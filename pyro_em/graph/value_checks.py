@@ -152,11 +152,13 @@ def weight_problems(name: str, site: Mapping[str, Any]) -> list[Finding]:
     return problems
 
 
-def _are_converted(value: Tensor, inside: Tensor) -> bool:
-    """Whether all values outside a support are what NaN becomes as an integer."""
-    if inside.shape != value.shape:
-        return False
-    return set(value[~inside].unique().tolist()) <= set(CONVERTED_NAN)
+def _converted(value: Tensor) -> Tensor:
+    """Where a value is what NaN becomes as an integer, also where that became a float again."""
+    if value.dtype == torch.int32:
+        return value == CONVERTED_NAN[1]
+    if value.dtype == torch.int64 or value.is_floating_point():
+        return value == CONVERTED_NAN[0]
+    return torch.zeros((), dtype=torch.bool, device=value.device)
 
 
 def _has_nonfinite(value: Tensor) -> bool:
@@ -244,6 +246,24 @@ def data_problems(
                 DataError,
             )
         ]
+    converted = _converted(value) & shown
+    if bool(converted.any()):
+        first = tuple(int(i) for i in converted.nonzero()[0])
+        count = int(converted.sum())
+        return [
+            Finding(
+                where,
+                f"{count} of {value.numel()} observed values {'is' if count == 1 else 'are'} "
+                f"{int(value.expand(converted.shape)[first])}, the first at index {first}.",
+                NAN_CONVERTED,
+                (
+                    "observe the floating tensor as it is, codes too: obs=x with "
+                    "ExactPosteriorEM(model, missing='nan')",
+                    "mark them as missing before: obs_mask=~x.isnan()",
+                ),
+                DataError,
+            )
+        ]
     if not check_support:
         return []
     try:
@@ -258,21 +278,6 @@ def data_problems(
         return []
     first = tuple(int(i) for i in (~inside).nonzero()[0])
     count = int((~inside).sum())
-    if not base.event_shape and _are_converted(value, inside):
-        return [
-            Finding(
-                where,
-                f"{count} of {inside.numel()} observed values are {int(value[first])}, the first at "
-                f"index {first}.",
-                NAN_CONVERTED,
-                (
-                    "observe the floating tensor as it is, codes too: obs=x with "
-                    "ExactPosteriorEM(model, missing='nan')",
-                    "mark them as missing before: obs_mask=~x.isnan()",
-                ),
-                DataError,
-            )
-        ]
     return [
         Finding(
             where,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -202,14 +203,10 @@ def _missing_in_words(missing: Iterable[Missing]) -> list[tuple[str, ...]]:
     """Rows of the table of missing entries; the steps of a chain on one line."""
     groups: dict[tuple[str, bool], list[Missing]] = {}
     for m in missing:
-        name = m.site.removesuffix("_observed")
-        stem = name.rstrip("0123456789")
-        groups.setdefault((stem if stem != name else name + " ", m.whole), []).append(m)
+        groups.setdefault((re.sub(r"\d+$", "*", m.site), m.whole), []).append(m)
     rows: list[tuple[str, ...]] = []
-    for (stem, whole), members in groups.items():
-        name = stem.strip() + ("*" if len(members) > 1 else "")
-        if len(members) == 1:
-            name = members[0].site.removesuffix("_observed")
+    for (glob, whole), members in groups.items():
+        name = glob if len(members) > 1 else members[0].site
         entries, of = sum(m.entries for m in members), sum(m.of for m in members)
         said = "integrated out" + (", with the whole events that hold them" if whole else "")
         rows.append((name, f"{entries:,}", f"{of:,}", said))

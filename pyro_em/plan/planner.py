@@ -131,7 +131,7 @@ class Planner(StaysHere):
     ) -> Plan:
         """Every decision about what a look at some data found, and what of these is missing."""
         plan = self.plan(found)
-        if not has_missing(self.request.model):
+        if isinstance(found, Program) or not has_missing(self.request.model):
             return plan
         return replace(plan, missing=missing_in(self.request.model, args, kwargs))
 

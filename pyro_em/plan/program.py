@@ -58,7 +58,6 @@ from pyro_em.posteriors.strategies import (
 )
 from pyro_em.tracing.dependences import Dependences, changed_since
 from pyro_em.tracing.given import GivenGaussians
-from pyro_em.tracing.missing import Missing, has_missing, missing_in
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
@@ -408,10 +407,5 @@ class Program(StaysHere):
             kernel_reason=self.kernel.reasons,
             iterations=self.kernel.in_words(users),
             gives_up=gives_up(self.strategy),
-            missing=self._missing(),
+            missing=self.graph.missing,
         )
-
-    def _missing(self) -> Sequence[Missing]:
-        if not has_missing(self.model):
-            return ()
-        return LaterTuple(lambda: missing_in(self.model, self.args, self.kwargs))

@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_em.distributions import element_mask, has_finite_support, unwrap
-from pyro_em.incomplete import IncompleteMultivariateNormal
+from pyro_em.incomplete import drawn_given_seen
 from pyro_em.tracing.allocation import Overspent, Shadows, spending_at_most
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.lean import nothing
@@ -341,11 +341,5 @@ class DrawMissing(SampleMessenger):
         missing = msg["infer"].get(MISSING) if self.active else None
         if missing is None:
             return
-        fn, value = msg["fn"], msg["value"]
-        base = unwrap(fn)[0]
-        if isinstance(base, IncompleteMultivariateNormal):
-            whole = base.imputed(torch.where(missing, torch.nan, value))
-        else:
-            whole = fn.sample()
-        msg["value"] = torch.where(missing, whole.to(value.dtype), value)
+        msg["value"] = drawn_given_seen(msg["fn"], msg["value"], missing)
         msg["infer"] = {k: v for k, v in msg["infer"].items() if k != MISSING}

@@ -14,7 +14,8 @@ input of other densities, and is never filled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ from pyro_em.tracing.sites import is_factor
 from pyro_em.tracing.whole import LeftWhole
 
 Model = Callable[..., Any]
+
+_FOUND = "_pyro_em_found"  # in ``infer``: a `Missing`
 
 _NORMAL = (torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal)
 
@@ -60,7 +63,7 @@ class Missing:
     """How many entries of an observed site are missing.
 
     Attributes:
-        site: The site's name.
+        site: The site's name as the user knows it; a glob for the steps of a vectorised loop.
         entries: Missing entries.
         of: All entries of the site that count.
         whole: Whether one missing entry loses its whole event.
@@ -83,15 +86,11 @@ class MissingEntries(SampleMessenger):
     Args:
         alike: Whether sites with numbers in their names are treated as if something of them were
             missing: the steps of a loop are of one form, whatever is missing of each.
-
-    Attributes:
-        found: What was missing, by the name of its site.
     """
 
     def __init__(self, alike: bool = False) -> None:
         super().__init__()
         self.alike = alike
-        self.found: dict[str, Missing] = {}
         self._given: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -114,9 +113,10 @@ class MissingEntries(SampleMessenger):
         if not some:
             return
         entries = int(missing.sum())
-        self.found[name] = Missing(name, entries, of, bool((lost & ~missing).any()))
         self._given[name] = value
-        msg["infer"] = {**msg["infer"], MISSING: lost}
+        shown = re.sub("<[^>]*>", "*", name.removesuffix("_observed"))
+        found = Missing(shown, entries, of, bool((lost & ~missing).any()))
+        msg["infer"] = {**msg["infer"], MISSING: lost, _FOUND: found}
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         given = self._given.pop(msg["name"], None)
@@ -227,21 +227,20 @@ def _filled(value: Tensor, missing: Tensor, event: int) -> Tensor:
     return torch.where(there | ~missing, out, value[~missing][0])
 
 
-def missing_in(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Missing, ...]:
+def missing_of(sites: Mapping[str, Mapping[str, Any]]) -> tuple[Missing, ...]:
+    """What is missing per site of a trace."""
+    found = (site["infer"].get(_FOUND) for site in sites.values() if site["type"] == "sample")
+    return tuple(one for one in found if one is not None)
+
+
+def missing_in(model: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Missing, ...]:
     """What is missing per site of a model, from one run of it.
 
     Args:
-        model: A model, as `has_missing` knows it.
+        model: The model.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
     """
-    inner = model if isinstance(model, WithMissing) else model.model
-    with (
-        LeftWhole(),
-        same_random_state(),
-        torch.no_grad(),
-        poutine.trace(),
-        MissingEntries() as entries,
-    ):
-        inner.users_model(*args, **kwargs)
-    return tuple(entries.found.values())
+    with LeftWhole(), same_random_state(), torch.no_grad(), poutine.trace() as tracer:
+        model(*args, **kwargs)
+    return missing_of(tracer.trace.nodes)

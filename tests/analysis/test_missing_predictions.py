@@ -47,6 +47,28 @@ def test_imputations_of_elements_of_their_own() -> None:
     assert float(draws[:, 0, 1].mean()) == pytest.approx(3.0, abs=0.4)
 
 
+@pytest.mark.parametrize("kind", ["MultivariateNormal", "Normal"])
+def test_imputations_by_a_mixture_distribution(kind: str) -> None:
+    """The component is drawn given what is seen: it is certain here, and so is the rest."""
+    mu = torch.tensor([[-50.0, -5.0], [50.0, 5.0]])
+
+    def model(x):
+        parts = dist.MultivariateNormal(mu, torch.eye(2))
+        parts = dist.Normal(mu, 1.0).to_event(1) if kind == "Normal" else parts
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(W), parts), obs=x)
+
+    nan = torch.nan
+    x = torch.tensor([[-49.0, nan], [51.0, nan], [nan, 4.5], [nan, nan], [50.0, 5.0]])
+    em = ExactPosteriorEM(model, missing="nan")
+    draws = em.predictive(x, num_samples=200, keep_observed=True, seed=0)["x"]
+    assert torch.equal(draws[:, ~x.isnan()], x[~x.isnan()].expand(200, -1))
+    assert float(draws[:, 0, 1].mean()) == pytest.approx(-5.0, abs=0.4)
+    assert float(draws[:, 1, 1].mean()) == pytest.approx(5.0, abs=0.4)
+    assert float(draws[:, 2, 0].mean()) == pytest.approx(50.0, abs=0.4)
+    assert float((draws[:, 3, 0] < 0).double().mean()) == pytest.approx(float(W[0]), abs=0.12)
+
+
 def test_standard_errors_are_of_the_observed_information() -> None:
     """With Σ known the information of μ is Σ_n Σ_oo⁻¹, over what each row has seen."""
 

@@ -295,7 +295,10 @@ def test_a_chain(kind: str, loop: str, complete: int) -> None:
     em = ExactPosteriorEM(model, missing="nan")
     warnings.simplefilter("error")
     assert em.score(x) == pytest.approx(forward(x.numpy(), spread.numpy()), rel=1e-12)
-    assert em.plan(x).kernel == "chain"
+    plan = em.plan(x)
+    assert plan.kernel == "chain"
+    assert sum(m.entries for m in plan.missing) == int(x.isnan().sum())
+    assert all(m.site.startswith("x_") and "<" not in m.site for m in plan.missing)
     result = em.fit(x, max_steps=5, tol=0)
     evidence = [*result.history, result.log_evidence]
     assert min(np.diff(evidence)) > -1e-9

@@ -109,6 +109,17 @@ def test_nan_that_has_become_an_integer_is_named() -> None:
             ExactPosteriorEM(model, missing="nan").fit(codes)
     assert ExactPosteriorEM(model, missing="nan").score(x) == pytest.approx(-3.295837)
 
+    def real(x, keep):
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=keep):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    # Every number is in the support of a Normal, which would take it in silence.
+    keep = torch.ones(4, dtype=torch.bool)
+    for numbers in (x.long(), x.long().double(), x.int()):
+        with pytest.raises(DataError, match=r"site 'x': 1 of 4 .*-\d+[\s\S]*NaN became"):
+            ExactPosteriorEM(real).score(numbers, keep)
+        assert ExactPosteriorEM(real).score(numbers, ~x.isnan()) < 0
+
 
 def test_without_it_nan_is_refused_and_the_message_knows_the_way() -> None:
     with pytest.raises(DataError, match=r"1 of 4 observed values are NaN[\s\S]*missing='nan'"):
