@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding, sites_in_words
-from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.factors import FactorGraph, Group, Latent, is_incomplete
 from pyro_em.graph.latent_series import kinds_of, names_of
 from pyro_em.posteriors.equal_rows import equal_rows
 from pyro_em.tracing.sites import Role
@@ -160,7 +160,11 @@ def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGr
         group = graph.groups[g]
         if varies(group):
             return graph, own
-        for t in (group.value, group.mask, group.elements):
+        value, missing = group.value, None
+        if is_incomplete(group):
+            missing = torch.isnan(value)
+            value = value.nan_to_num(0.0)
+        for t in (value, missing, group.mask, group.elements):
             if t is not None and t.shape[1] > 1:
                 columns.append(t.transpose(0, 1).reshape(N, -1))
     wide = [c for c in columns if c.is_floating_point()]

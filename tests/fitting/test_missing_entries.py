@@ -536,3 +536,26 @@ def test_several_outputs_of_a_regression() -> None:
         torch.testing.assert_close(result.params["b"][:, j], b)
         s = (y[own, j] - u[own] @ b).square().mean().sqrt()
         torch.testing.assert_close(result.params["s"][j], s, rtol=1e-6, atol=0)
+
+
+def test_equal_rows_are_equal_in_what_is_missing_too() -> None:
+    """Whole numbers, each row several times: rows are merged where all of them agree."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 3, (12, D), generator=g).double()
+    x = with_holes(rows, 0.3)[torch.randint(0, 12, (400,), generator=g)]
+
+    def model(x):
+        w = pyro.param("w", W.clone(), constraint=C.simplex)
+        mu = pyro.param("mu", torch.stack([torch.zeros(D), 2 * torch.ones(D)]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.MultivariateNormal(mu[z], torch.eye(D)), obs=x)
+
+    em = ExactPosteriorEM(model, missing="nan")
+    assert em.plan(x).kernel == "mixture"
+    quick = em.fit(x, max_steps=3, tol=0)
+    pyro.clear_param_store()
+    slow = ExactPosteriorEM(model, missing="nan", strategy=Annealed(lambda step: 1.0))
+    tables = slow.fit(x, max_steps=3, tol=0)
+    assert quick.log_evidence == pytest.approx(tables.log_evidence, rel=1e-12)
+    torch.testing.assert_close(quick.params["mu"], tables.params["mu"])
