@@ -9,7 +9,8 @@ structural zero) is not fitted: neither counts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,11 +18,13 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em.distributions import unexpanded
 from pyro_em.errors import PyroEMError
+from pyro_em.fitting.identified import Undetermined
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.latent_series import plates_of
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
+from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import Fixed
@@ -34,7 +37,7 @@ def num_rows(program: Program) -> float:
     structure = program.structure.sketch
     nested = [i.nested for i in structure.sites.values() if i.role is Role.DATA and i.nested]
     if not nested:
-        return 1.0
+        return _observed_steps(program)
     outermost = (*structure.data_plates, *nested[0])[0]
     if outermost not in structure.plates:
         return _observed_turns(program, outermost)
@@ -42,7 +45,7 @@ def num_rows(program: Program) -> float:
     device = program.graph.groups[0].value.device
     observed = torch.zeros(plate.size, dtype=torch.bool, device=device)
     weight: Tensor | None = None
-    for group in program.graph.groups:
+    for _, group in _sites(program):
         if group.role is not Role.DATA:
             continue
         plates = plates_of(group)
@@ -69,6 +72,26 @@ def num_rows(program: Program) -> float:
     if weight is not None:
         return float((weight * observed).sum())
     return float(observed.sum()) * plate.full_size / plate.size
+
+
+def _sites(program: Program) -> Iterator[tuple[int, Group]]:
+    """All groups with their numbers, the sites of a Gaussian block one by one."""
+    for g, group in enumerate(program.graph.groups):
+        if isinstance(group.nested, GaussianBlock):
+            yield from ((g, site) for site in group.nested.groups)
+        else:
+            yield g, group
+
+
+def _observed_steps(program: Program) -> float:
+    """Steps of a chain of Gaussian latents without plates that have any observed value; 1 elsewhere."""
+    steps: dict[str, int] = {}
+    for _, group in _sites(program):
+        chained = group.belief is None and bool(group.lines) and group.role is Role.DATA
+        if chained and (group.mask is None or bool(group.mask.any())):
+            kind = re.sub(r"\d+", "#", group.members[0])
+            steps[kind] = steps.get(kind, 0) + 1
+    return float(max(steps.values(), default=1))
 
 
 def _observed_turns(program: Program, plate: str) -> float:
@@ -129,7 +152,11 @@ def count_free(
 
 @torch.no_grad()
 def free_parameters(
-    program: Program, initial: Mapping[str, Tensor], *, without: Collection[str] = ()
+    program: Program,
+    initial: Mapping[str, Tensor],
+    *,
+    without: Collection[str] = (),
+    apart: Sequence[Undetermined] = (),
 ) -> int:
     """p of a finished fit.
 
@@ -137,9 +164,10 @@ def free_parameters(
         program: The model with its data.
         initial: The parameters where the fit began, whose zeros are structural.
         without: Parameters that are left out: point estimates of `estimated_locally`.
+        apart: What no data determine.
     """
     names = [n for n in program.graph.parameters if n not in without]
-    return _count_of(program, initial, names)
+    return _count_of(program, initial, names) - sum(found.count for found in apart)
 
 
 @torch.no_grad()
@@ -181,9 +209,9 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     }
     possible = _possible_cells(program, initial)
     unknown: dict[int, set[str]] = {}
-    for g, group in enumerate(graph.groups):
+    for g, group in _sites(program):
         group = group.thin()
-        alive = _alive(group, possible[g])
+        alive = _alive(group, None if graph.groups[g].nested else possible[g])
         bindings = list(group.bindings.items())
         bindings += [] if group.value_binding is None else [("", group.value_binding)]
         seen = seen_entries(group) if is_incomplete(group) else None

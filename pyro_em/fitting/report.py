@@ -23,6 +23,7 @@ from pyro_em.fitting.criteria import (
 )
 from pyro_em.fitting.ends import End
 from pyro_em.fitting.epochs import StochasticRun, bound_of
+from pyro_em.fitting.identified import undetermined
 from pyro_em.fitting.information import StaticInformation, loadings_of
 from pyro_em.fitting.point import SumsPoint
 from pyro_em.fitting.result import EMResult, EMStatus, History, Params
@@ -91,6 +92,7 @@ def build_result(
     else:
         start = run.name
     local = estimated_locally(program)
+    apart = undetermined(program)
     values = Params(values_of(parameters), _point_sites(program))
     unconstrained = snapshot(parameters)
     rate = rate_of_convergence([*run.entering, bound])
@@ -106,12 +108,17 @@ def build_result(
         num_steps=run.num_steps,
         total_steps=total_steps,
         seconds=time.perf_counter() - settings.begin,
-        plan=_with_advice(program.plan(), settings, run.num_steps, rate),
+        plan=_noting(
+            _with_advice(program.plan(), settings, run.num_steps, rate),
+            [found.note for found in apart],
+        ),
         rate=rate,
         starts=tuple(r.objective for r in runs if not r.is_replaced),
         ends=tuple(_end(r) for r in runs),
         num_rows=rows,
-        num_free_parameters=free_parameters(program, run.initial_values, without=local),
+        num_free_parameters=free_parameters(
+            program, run.initial_values, without=local, apart=apart
+        ),
         num_local_estimates=local_estimates(program, run.initial_values, local),
         start=start,
         seed=seed,
@@ -150,7 +157,11 @@ def _with_advice(plan: Plan, settings: Settings, steps: int, rate: float | None)
         f"each step kept {rate:.1%} of the gain of the one before: fit(..., acceleration='squarem') "
         "needs fewer steps."
     )
-    return replace(plan, notes=(*plan.notes, note))
+    return _noting(plan, [note])
+
+
+def _noting(plan: Plan, notes: Sequence[str]) -> Plan:
+    return replace(plan, notes=(*plan.notes, *notes)) if notes else plan
 
 
 def _point_sites(program: Program) -> dict[str, str]:

@@ -1,0 +1,241 @@
+"""How many directions of its parameters a model with Gaussian latents leaves undetermined.
+
+p of the information criteria is the rank of what the data determine.
+
+The distribution of what is observed is Gaussian, with a mean and a covariance that are functions of the
+parameters. Directions along which neither moves, such as a rotation of loadings, no data determine: at
+parameters in general position they are the kernel of the Jacobian of both. Blocks are alike in large
+numbers; a few of them stand for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+
+from pyro_em.graph.factors import Group
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.tracing.parameters import TracedParameter, moved
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
+from pyro_em.updates.update import Fixed
+
+_MOST = 300  # numbers in parameters of which a Jacobian is taken
+_ROWS = 60  # of a site in one block that are looked at
+_RELATIVE = 1e-12  # of the largest eigenvalue: what lies below is none
+
+
+@dataclass(frozen=True)
+class Undetermined:
+    """Directions in which no data determine the parameters of a block.
+
+    Attributes:
+        count: How many there are.
+        parameters: The parameters that they move.
+    """
+
+    count: int
+    parameters: tuple[str, ...]
+
+    @property
+    def note(self) -> str:
+        """In words, for users."""
+        names = " and ".join(f"'{n}'" for n in self.parameters)
+        one = self.count == 1
+        return (
+            f"no data determine {names} in {self.count} direction{'s' * (not one)} (a rotation or a "
+            f"scale of latents): p does not count {'it' if one else 'them'}."
+        )
+
+
+@torch.no_grad()
+def undetermined(program: Program) -> list[Undetermined]:
+    """What each block of Gaussian latents leaves undetermined.
+
+    Args:
+        program: The model with its data.
+    """
+    groups = program.graph.groups
+    out = []
+    for group in groups:
+        block = group.nested
+        if not isinstance(block, GaussianBlock):
+            continue
+        elsewhere = {n for g in groups if g is not group for n in _reaching(g)}
+        names = [
+            n
+            for n in group.params
+            if n not in elsewhere and not isinstance(program.updates[n].update, Fixed)
+        ]
+        if not all(b.is_static for b in group.bindings.values()):
+            continue
+        found = _of_block(block, names, program.graph.parameters)
+        if found is not None and found.count:
+            out.append(found)
+    return out
+
+
+def _reaching(group: Group) -> Collection[str]:
+    return (*group.params, *(group.raw_params or ()))
+
+
+def _of_block(
+    block: GaussianBlock, names: Sequence[str], parameters: Mapping[str, TracedParameter]
+) -> Undetermined | None:
+    """The kernel of the Jacobian of a block's moments; None where it is too large to look at."""
+    unconstrained = moved(parameters, seed=51)
+    others = {n: p.value().double() for n, p in parameters.items() if n not in names}
+    sizes = [unconstrained[n].numel() for n in names]
+    if not names or sum(sizes) > _MOST:
+        return None
+    flat = torch.cat([unconstrained[n].double().reshape(-1) for n in names])
+    rows = _chosen(block, sum(sizes))
+
+    def constrained(u: Tensor) -> dict[str, Tensor]:
+        parts = zip(names, u.split(sizes), strict=True)
+        return {
+            n: transform_to(parameters[n].constraint)(x.reshape(unconstrained[n].shape))
+            for n, x in parts
+        }
+
+    # As many random combinations of the moments as there are numbers: their rank is the same.
+    seen = sum(len(_lower(n)[0]) + n for n in (_width(block, own) for own in rows))
+    cells = math.prod(block.states)
+    generator = torch.Generator().manual_seed(52)
+    mix = torch.randn(len(flat) + 8, cells * seen, generator=generator, dtype=flat.dtype)
+
+    def moments(u: Tensor) -> Tensor:
+        values = {**others, **constrained(u)}
+        return mix.to(u) @ torch.cat([_moments(block, own, values) for own in rows])
+
+    jacobian = _jacobian(moments, flat)
+    norms = jacobian.norm(dim=0)
+    read = norms > 0
+    kernel = _kernel(jacobian[:, read] / norms[read])
+    # What the parameters' own constraints leave free: a matrix may have fewer than its numbers.
+    bound = _kernel(_jacobian(lambda u: _all_of(constrained(u)), flat)[:, read])
+    moves = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    moves[read] = (kernel.abs() > 1e-4).any(1)
+    shown = [n for n, own in zip(names, moves.split(sizes), strict=True) if bool(own.any())]
+    return Undetermined(max(kernel.shape[1] - bound.shape[1], 0), tuple(shown))
+
+
+def _all_of(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([v.reshape(-1) for v in values.values()])
+
+
+def _jacobian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    with torch.enable_grad():
+        out: Tensor = torch.autograd.functional.jacobian(f, at, vectorize=True)
+    return out
+
+
+def _kernel(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the directions that a matrix maps to nothing. # (columns, directions)"""
+    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+    return vectors[:, values < _RELATIVE * values[-1:]]
+
+
+def _lower(n: int) -> Tensor:
+    return torch.tril_indices(n, n)
+
+
+def _width(block: GaussianBlock, rows: Sequence[Tensor]) -> int:
+    """How many numbers some rows observe."""
+    return sum(
+        len(own) * event_shape(group).numel()
+        for own, group in zip(rows, block.groups, strict=True)
+        if group.role is not Role.GAUSSIAN
+    )
+
+
+def _chosen(block: GaussianBlock, wanted: int) -> list[list[Tensor]]:
+    """Some blocks of unknowns, each as rows per site, with several times as many moments as wanted."""
+    layout = block.layout
+    order = torch.randperm(layout.blocks, generator=torch.Generator().manual_seed(0)).tolist()
+    largest = int(layout.block_sizes.argmax()) if layout.blocks else -1
+    out: list[list[Tensor]] = []
+    moments = 0
+    for number in (-1, largest, *order):
+        own = [(at == number).nonzero().reshape(-1) for at in layout.block_of_row]
+        own = [
+            rows if group.role is Role.GAUSSIAN else rows[:_ROWS]
+            for rows, group in zip(own, block.groups, strict=True)
+        ]
+        seen = _width(block, own)
+        if seen:
+            out.append(own)
+            moments += seen * (seen + 3) // 2
+        if moments > 4 * wanted + 50:
+            break
+    return out
+
+
+def _moments(block: GaussianBlock, rows: list[Tensor], values: Mapping[str, Tensor]) -> Tensor:
+    """Mean and covariance of what some rows observe, for each state of the scope."""
+    halves: list[Tensor | None] = []  # of each site's coordinates in all noises; of each latent
+    means: list[Tensor | None] = []
+    place: list[dict[int, int]] = []
+    widths = [event_shape(g).numel() for g in block.groups]
+    first, total = [], 0
+    for width, own in zip(widths, rows, strict=True):
+        first.append(total)
+        total += width * len(own)
+    observed: list[tuple[Tensor, Tensor]] = []
+    for i, (group, own) in enumerate(zip(block.groups, rows, strict=True)):
+        place.append({int(r): k for k, r in enumerate(own)})
+        if not len(own):
+            halves.append(None)
+            means.append(None)
+            continue
+        arguments = {a: b.evaluate(values) for a, b in group.bindings.items()}
+        mean = _taken(rows_of(group, arguments["loc"]), own)
+        cells = len(mean)
+        half = mean.new_zeros(cells, len(own), widths[i], total)
+        spread = (
+            _taken(tril_rows(group, arguments), own)
+            if is_matrix(group)
+            else torch.diag_embed(_taken(rows_of(group, arguments["scale"]), own))
+        )
+        for k in range(len(own)):
+            begin = first[i] + k * widths[i]
+            pad = (begin, total - begin - widths[i])
+            part = torch.nn.functional.pad(spread[:, k], pad)
+            half = half + torch.nn.functional.one_hot(torch.tensor(k), len(own)).to(mean)[
+                None, :, None, None
+            ] * part.unsqueeze(1)
+        terms = [a for a in group.lines if a != "loc"]
+        for argument, read in zip(terms, block.lines[i].reads, strict=True):
+            j = block.numbers_of_sites[read.latent]
+            above, above_mean = halves[j], means[j]
+            elements = read.elements[own.to(read.elements.device)].tolist()
+            if above is None or above_mean is None:
+                continue
+            at = torch.tensor([place[j].get(e, -1) for e in elements])
+            there = (at >= 0).to(mean)[None, :, None, None]
+            C = _taken(rows_of(group, arguments[argument], 1), own) * there
+            half = half + C @ above[:, at.clamp(min=0)]
+            mean = mean + (C @ above_mean[:, at.clamp(min=0)].unsqueeze(-1)).squeeze(-1)
+        halves.append(half)
+        means.append(mean)
+        if group.role is not Role.GAUSSIAN:
+            observed.append((mean.flatten(1), half.flatten(1, 2)))
+    cells = max(len(m) for m, _ in observed)
+    mean = torch.cat([m.expand(cells, *m.shape[1:]) for m, _ in observed], 1)
+    half = torch.cat([h.expand(cells, *h.shape[1:]) for _, h in observed], 1)
+    n = mean.shape[1]
+    lower = _lower(n)
+    covariance = (half @ half.mT)[:, lower[0], lower[1]]
+    return torch.cat([mean.reshape(-1), covariance.reshape(-1)])
+
+
+def _taken(t: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of what is held for all of them, or once. # (cells or 1, rows, …)"""
+    t = t.double()
+    return t[:, rows] if t.shape[1] > 1 else t.expand(t.shape[0], len(rows), *t.shape[2:])
