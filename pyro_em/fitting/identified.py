@@ -49,8 +49,9 @@ class Undetermined:
         names = " and ".join(f"'{n}'" for n in self.parameters)
         one = self.count == 1
         return (
-            f"no data determine {names} in {self.count} direction{'s' * (not one)} (a rotation or a "
-            f"scale of latents): p does not count {'it' if one else 'them'}."
+            f"no data determine {names} in {self.count} direction{'s' * (not one)}: the evidence stays "
+            f"as it is along {'it' if one else 'them'}, as when latents are turned, and p does not "
+            f"count {'it' if one else 'them'}."
         )
 
 

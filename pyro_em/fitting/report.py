@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, UsageError, message, warn
+from pyro_em.fitting.boundaries import boundary_notes, loadings_at_zero
 from pyro_em.fitting.criteria import (
     count_free,
     estimated_locally,
@@ -81,8 +82,14 @@ def build_result(
         assert exact.log_evidence is not None and q.bound is not None
         log_evidence, bound, log_prior = exact.log_evidence, q.bound, exact.log_prior
         posterior = cache(lambda: q)
-    text = run.message or run.status.value
-    if run.status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED):
+    status = run.status
+    text = run.message or status.value
+    broken = status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)
+    stuck = "" if broken else loadings_at_zero(program)
+    if stuck and status in (EMStatus.CONVERGED, EMStatus.ROUNDING):
+        status = EMStatus.SYMMETRIC
+    text = stuck or text
+    if stuck or broken:
         warn(text)
     parameters = program.graph.parameters
     _warn_of_massless(program, run)
@@ -102,15 +109,15 @@ def build_result(
         log_evidence=log_evidence,
         elbo=bound,
         history=History(tuple(run.entering), tuple(run.after)),
-        converged=run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
-        status=run.status,
+        converged=status in (EMStatus.CONVERGED, EMStatus.ROUNDING),
+        status=status,
         message=text,
         num_steps=run.num_steps,
         total_steps=total_steps,
         seconds=time.perf_counter() - settings.begin,
         plan=_noting(
             _with_advice(program.plan(), settings, run.num_steps, rate),
-            [found.note for found in apart],
+            [*boundary_notes(program, log_evidence), *(found.note for found in apart)],
         ),
         rate=rate,
         starts=tuple(r.objective for r in runs if not r.is_replaced),
