@@ -68,8 +68,9 @@ def _loadings_at_zero(block: GaussianBlock, values: Mapping[str, Tensor]) -> Ite
     read: dict[str, Tensor] = {}
     names: dict[str, list[str]] = {}
     for site, line in zip(block.groups, block.lines, strict=True):
-        for k, one in enumerate(line.reads):
-            binding = site.bindings[f"coefficient {k + 1}, of '{one.latent}'"]
+        coefficients = [a for a in site.lines if a != "loc"]
+        for argument, one in zip(coefficients, line.reads, strict=True):
+            binding = site.bindings[argument]
             used = (binding.evaluate(values) != 0).flatten(0, -2).any(0)
             read[one.latent] = read[one.latent] | used if one.latent in read else used
             names.setdefault(one.latent, []).extend(binding.params)
