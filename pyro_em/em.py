@@ -207,7 +207,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
     def elbo(
         self,
         *args: Any,
-        q: Posterior | Mapping[str, Tensor] | None = None,
+        q: Posterior | Mapping[str, Any] | None = None,
         params: Mapping[str, Tensor] | None = None,
         num_particles: int | None = None,
         **kwargs: Any,
@@ -217,7 +217,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         Args:
             *args: The model's arguments.
             q: A `Posterior` (of any parameters), or {site: probabilities} standing for the product
-                of its marginals; the exact posterior at θ by default.
+                of its marginals; for Gaussian latents {site: Normal(...)} or a MultivariateNormal
+                (those left out have their posterior at θ). The exact posterior at θ by default.
             params: Constrained values to evaluate at instead of the current ones, which stay.
             num_particles: Draws from the guide; those of the constructor where None.
             **kwargs: The model's keyword arguments.
@@ -379,12 +380,13 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return stepping.step(self._session, args, kwargs)
 
     @alone("m_step")
-    def m_step(self, q: Posterior | Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+    def m_step(self, q: Posterior | Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """The M-step for a given q; parameters are written in place.
 
         Args:
             q: A `Posterior`, or {site: probabilities} for every summed latent # (*plates, K); by glob
-                those of a chain, {"z_*": probabilities} # (T, *plates, K)
+                those of a chain, {"z_*": probabilities} # (T, *plates, K). For Gaussian latents a
+                Normal or MultivariateNormal; those left out have their posterior.
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
 

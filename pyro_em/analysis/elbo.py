@@ -82,7 +82,7 @@ def elbo_at(
     found: Program | Variational,
     args: tuple,
     kwargs: dict[str, Any],
-    q: Posterior | Mapping[str, Tensor] | None,
+    q: Posterior | Mapping[str, Any] | None,
     params: Mapping[str, Tensor],
     num_particles: int,
     index: int,

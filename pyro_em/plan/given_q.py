@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
+from pyro_em.globs import listed
 from pyro_em.plan.program import Evaluation
+from pyro_em.posteriors.gaussian import Solved
+from pyro_em.posteriors.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
+from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated
+from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.posterior import Posterior, regrouped
 from pyro_em.posteriors.product import product_posterior
 from pyro_em.variational.drawn import DrawnPosterior
@@ -38,15 +42,48 @@ def check_q(q: Any, is_needed: bool = False) -> None:
     )
 
 
-def as_posterior(q: Posterior | Mapping[str, Tensor], evaluation: Evaluation) -> Posterior:
+def _solved(evaluation: Evaluation, given: Mapping[str, Any]) -> Solved:
+    """What stands for Gaussian latents: distributions of all that a component has, or their posterior.
+
+    Raises:
+        UsageError: If some of a component are given only, or a distribution does not fit.
+    """
+    out: dict[int, Integrated] = dict(evaluation.solved)
+    faces = GaussianFaces(evaluation.graph, evaluation.solved, ())
+    for g, solution in evaluation.solved.items():
+        names = {n: i for n, (at, i) in faces.places.items() if at == g}
+        missing = [n for n in names if n not in given]
+        if len(missing) == len(names):
+            continue
+        if missing:
+            raise UsageError(
+                message(
+                    "q",
+                    f"distributions are missing for {listed(missing)}.",
+                    "given Gaussian latents stand for all that are solved together with them",
+                    [f"give distributions for: {listed(names)}", "leave all of them out"],
+                )
+            )
+        assert isinstance(solution, GaussianSolution)
+        moments = {
+            i: moments_given(faces.group(n), faces.batch(n), given[n]) for n, i in names.items()
+        }
+        means = {i: m for i, (m, _) in moments.items()}
+        out[g] = GaussianProduct(solution, means, {i: c for i, (_, c) in moments.items()})
+    return out
+
+
+def as_posterior(q: Posterior | Mapping[str, Any], evaluation: Evaluation) -> Posterior:
     """What the user gave, on the factors of an evaluation.
 
     Raises:
         UsageError: If it does not fit the model or its data.
     """
     if not isinstance(q, Posterior):
-        product = product_posterior(evaluation.graph, q, evaluation.tables)
-        return replace(product, solved=evaluation.solved)
+        gaussian = {n: q[n] for n in gaussian_names(evaluation.graph) if n in q}
+        rest = {n: p for n, p in q.items() if n not in gaussian}
+        product = product_posterior(evaluation.graph, rest, evaluation.tables)
+        return replace(product, solved=_solved(evaluation, gaussian))
     laid_out = regrouped(q, evaluation.graph)
     if laid_out is None:
         raise UsageError(

@@ -20,7 +20,7 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian_layout import BlockLayout, SiteForm, Term
-from pyro_em.posteriors.linear_gaussian import GaussianSolution, SiteNumbers, solve
+from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated, SiteNumbers, solve
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import (
@@ -34,7 +34,7 @@ from pyro_em.updates.gaussian_rows import (
 Arguments = Mapping[str, Tensor]
 
 # The posterior of the latents that each group of some number integrates.
-Solved = Mapping[int, GaussianSolution]
+Solved = Mapping[int, Integrated]
 
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], dict[int, Tensor]]
 
@@ -165,7 +165,7 @@ class GaussianBlock:
         return self.table(self.solve(arguments))
 
     def believed(
-        self, solution: GaussianSolution, arguments: Arguments, counts: Tensor
+        self, solution: Integrated, arguments: Arguments, counts: Tensor
     ) -> list[tuple[Group, Tensor]]:
         """The sites with the posterior moments of what they read, and how often each cell counts.
 

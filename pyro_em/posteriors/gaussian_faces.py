@@ -22,7 +22,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import is_glob, listed, matching, meant, refuse_gaps, unknown
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.gaussian import GaussianBlock, Solved
-from pyro_em.posteriors.linear_gaussian import GaussianSolution
+from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.names import gaussian_names, names_of, observed_steps, own_name
 from pyro_em.posteriors.sampling import AT_ONCE
 from pyro_em.updates.gaussian_rows import event_shape
@@ -49,7 +49,7 @@ class GaussianSite:
     group: Group
     place: int
     number: int
-    solution: GaussianSolution
+    solution: Integrated
     plates: tuple[str | None, ...]
     batch: tuple[int, ...]
     weights: Tensor | None
@@ -227,15 +227,26 @@ class GaussianFaces:
                 )
             )
         g, i = self.places[name]
-        block = _block(self.graph, g)
-        group = block.groups[i]
-        info = self.graph.structure.sites[name]
-        own = {self.graph.structure.plates[p].dim: p for p in info.plates}
-        plates = tuple(own.get(d) for d in range(-info.batch_dim, 0))
-        batch = tuple(1 if p is None else self.graph.dim_size(p) for p in plates)
+        block, group = _block(self.graph, g), self.group(name)
+        plates, batch = self._plates(name), self.batch(name)
         return GaussianSite(
             group, g, i, self.solved[g], plates, batch, self._weights(g, i), block.scope
         )
+
+    def group(self, name: str) -> Group:
+        """The site of a latent."""
+        g, i = self.places[name]
+        return _block(self.graph, g).groups[i]
+
+    def batch(self, name: str) -> tuple[int, ...]:
+        """The sizes of a latent's batch dimensions."""
+        return tuple(1 if p is None else self.graph.dim_size(p) for p in self._plates(name))
+
+    def _plates(self, name: str) -> tuple[str | None, ...]:
+        """For each batch dimension of a latent, the plate's name or None."""
+        info = self.graph.structure.sites[name]
+        own = {self.graph.structure.plates[p].dim: p for p in info.plates}
+        return tuple(own.get(d) for d in range(-info.batch_dim, 0))
 
     @torch.no_grad()
     def entropy(self) -> float:
@@ -346,7 +357,7 @@ def refuse_gaussian(graph: FactorGraph, where: str, site: str | None) -> None:
 
 def regrouped_solutions(
     graph: FactorGraph, solved: Solved, other: FactorGraph
-) -> dict[int, GaussianSolution] | None:
+) -> dict[int, Integrated] | None:
     """The solutions of a graph by the numbers of the groups of another; None where these differ.
 
     Args:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -176,6 +177,50 @@ class _Factor:
         return (self.T.mT @ g).flatten(1)
 
 
+class Integrated(Protocol):
+    """Moments of the unknowns of a component: their posterior, or what a user gave in its place."""
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Blocks and places."""
+        ...
+
+    @property
+    def cells(self) -> int:
+        """Combinations of discrete values."""
+        ...
+
+    def mean(self, latent: int) -> Tensor:
+        """The mean of a latent. # (cells, n, q)"""
+        ...
+
+    def covariance_of(
+        self, latent_a: int, elements_a: Tensor, latent_b: int, elements_b: Tensor
+    ) -> Tensor:
+        """The covariance of pairs of elements. # (cells, m, q_a, q_b)"""
+        ...
+
+    def coefficients(self, site: int) -> Tensor:
+        """(C, b), of which the mean of a site is made. # (cells|1, rows|1, D, Q + 1)"""
+        ...
+
+    def linear_moments(self, site: int, diagonal: bool = False) -> LinearMoments:
+        """Moments of the residuals and of φ = (unknowns that the mean reads, 1)."""
+        ...
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Joint draws of all latents. # (n, cells, elements, q) each"""
+        ...
+
+    def entropy(self) -> Tensor:
+        """In nats. # (cells, blocks)"""
+        ...
+
+    def is_of(self, other: Integrated) -> bool:
+        """Whether it is the posterior that another one is."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class GaussianSolution:
     """The posterior of the unknowns of a linear-Gaussian component.
@@ -264,10 +309,27 @@ class GaussianSolution:
         rows = self._rows[site]
         return _beside([rows.coefficients, rows.offset.unsqueeze(-1)], rows.offset, 0)
 
-    def is_of(self, other: GaussianSolution) -> bool:
+    def residual_at(self, site: int, read: Tensor, own: Tensor | None = None) -> Tensor:
+        """y − b − C u at some values; zero at observed entries of weight zero.
+
+        Args:
+            site: The number of the site.
+            read: u, what its mean reads. # (cells|1, rows, Q)
+            own: y of a latent. # (rows, D)
+
+        Returns:
+            # (cells|1, rows, D)
+        """
+        rows = self._rows[site]
+        y = rows.value if own is None else own
+        assert y is not None
+        r = y - rows.offset - _apply(rows.coefficients, read)
+        return r if rows.weight is None else torch.where(rows.weight > 0, r, torch.zeros_like(r))
+
+    def is_of(self, other: Integrated) -> bool:
         """Whether it is the posterior of the very numbers of another one, site by site."""
-        if self is other:
-            return True
+        if self is other or not isinstance(other, GaussianSolution):
+            return self is other
         return len(self._rows) == len(other._rows) and all(map(_are_equal, self._rows, other._rows))
 
     def residual_moments(self, site: int, diagonal: bool = False) -> tuple[Tensor, Tensor]:
@@ -289,7 +351,7 @@ class GaussianSolution:
             covariance = L @ _pairs(self._noise, own, own) @ L.mT
         else:
             reading = self.layout.reads[site]
-            C = self._counted_coefficients(site)
+            C = self.counted_coefficients(site)
             mean = residual
             if diagonal:
                 spread = C @ _pairs(self._covariance, reading, reading)
@@ -309,7 +371,7 @@ class GaussianSolution:
         reading, own, rows = self.layout.reads[site], self.layout.own[site], self._rows[site]
         covariance = _pairs(self._covariance, reading, reading)
         if own is None:
-            cross = -(self._counted_coefficients(site) @ covariance)
+            cross = -(self.counted_coefficients(site) @ covariance)
         else:
             L = rows.spread if rows.is_matrix else rows.spread.diag_embed()
             cross = L @ _pairs(self._noise_and_latents, own, reading)
@@ -361,7 +423,7 @@ class GaussianSolution:
         centre = _read_centres(self.layout, site, self._centre)
         return centre + _at(self._delta, reading)
 
-    def _counted_coefficients(self, site: int) -> Tensor:
+    def counted_coefficients(self, site: int) -> Tensor:
         """C, zero at entries of weight zero. # (·, ·, D, Q)"""
         rows = self._rows[site]
         if rows.weight is None:

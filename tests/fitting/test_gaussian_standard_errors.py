@@ -66,9 +66,7 @@ def test_random_intercepts() -> None:
     wanted = torch.linalg.inv(curvature(evidence, at)).diagonal().sqrt()
     errors = result.standard_errors()
     assert not errors.notes
-    torch.testing.assert_close(
-        torch.stack([errors[n] for n in names]), wanted, rtol=1e-4, atol=0.0
-    )
+    torch.testing.assert_close(torch.stack([errors[n] for n in names]), wanted, rtol=1e-4, atol=0.0)
 
 
 def factors(x: Tensor) -> None:

@@ -741,3 +741,95 @@ def test_a_prior_that_is_not_gaussian_has_no_moments(site: str, words: str) -> N
     assert float(copied.mean("a")) == 0.0
     with pytest.raises(UsageError, match="they have no closed form"):
         copied.mean(site)
+
+
+# ---------------------------------------------------------------- distributions in place of a posterior
+
+
+def test_the_gap_of_a_given_distribution_is_its_divergence_from_the_posterior() -> None:
+    mean, covariance, _ = dense_factors()
+    p = dist.MultivariateNormal(torch.tensor(mean), torch.tensor(covariance))
+    loc, scale = X[:, :2], tensor(0.7, 0.4)
+    for q in (
+        dist.Normal(loc, scale).to_event(1),
+        dist.Normal(loc, scale),
+        dist.MultivariateNormal(loc, tensor([0.5, 0.1], [0.1, 0.3])),
+    ):
+        own = dist.MultivariateNormal(loc, scale.square().diag_embed())
+        own = q if isinstance(q, dist.MultivariateNormal) else own
+        terms = ExactPosteriorEM(factors).elbo(X, q={"h": q})
+        wanted = float(torch.distributions.kl_divergence(own, p).sum())
+        assert terms.gap == pytest.approx(wanted, rel=1e-10)
+        assert terms.entropy == pytest.approx(float(own.entropy().expand(7).sum()), rel=1e-10)
+        prior = dist.MultivariateNormal(torch.zeros(2, dtype=D64), torch.eye(2, dtype=D64))
+        kl = float(torch.distributions.kl_divergence(own, prior).expand(7).sum())
+        assert terms.kl == pytest.approx(kl, rel=1e-10)
+    terms = ExactPosteriorEM(factors).elbo(X, q={"h": p})
+    assert terms.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_the_gap_of_a_product_of_latents_of_latents() -> None:
+    y = tensor(1.7)[0]
+    mean, covariance, _ = dense_chain(1.7)
+    q: dict[str, Any] = {f"h_{t}": dist.Normal(tensor(0.3 * t)[0], 0.5 + t / 9) for t in range(4)}
+    vector = tensor([0.6, 0.2], [0.2, 0.9])
+    q["v"] = dist.MultivariateNormal(tensor(1.0, -1.0), vector)
+    joint = torch.zeros(6, 6, dtype=D64)
+    joint[:4, :4] = torch.diag(torch.stack([q[f"h_{t}"].variance for t in range(4)]))
+    joint[4:, 4:] = vector
+    own = dist.MultivariateNormal(tensor(0.0, 0.3, 0.6, 0.9, 1.0, -1.0), joint)
+    p = dist.MultivariateNormal(torch.tensor(mean), torch.tensor(covariance))
+    terms = ExactPosteriorEM(chain).elbo(y, q=q)
+    wanted = float(torch.distributions.kl_divergence(own, p))
+    assert terms.gap == pytest.approx(wanted, rel=1e-10) and terms.log_evidence is not None
+
+
+def test_an_m_step_for_a_given_distribution_is_the_regression_on_its_moments() -> None:
+    loc, scale = X[:, :2].clone(), tensor(0.7, 0.4)
+    ExactPosteriorEM(factors).m_step({"h": dist.Normal(loc, scale).to_event(1)}, X)
+    phi = np.concatenate([loc.numpy(), np.ones((7, 1))], 1)
+    second = phi.T @ phi
+    second[:2, :2] += 7 * np.diag(scale.numpy() ** 2)
+    wanted = np.linalg.solve(second, phi.T @ X.numpy()).T
+    close(pyro.param("W").detach(), wanted[:, :2], 1e-9)
+    close(pyro.param("mu").detach(), wanted[:, 2], 1e-9)
+    residual = X.numpy() - phi @ wanted.T
+    spread = wanted[:, :2] ** 2 @ scale.numpy() ** 2
+    close(pyro.param("noise").detach(), np.sqrt((residual**2).mean(0) + spread), 1e-9)
+
+
+def test_given_distributions_beside_given_probabilities() -> None:
+    by_hand = Analysers()
+    w = torch.full((7, 2), 0.5, dtype=D64)
+    q = {"z": w, "h": dist.Normal(X[:, :2], 0.5), "g": dist.Normal(X[:, 0], 0.3)}
+    terms = ExactPosteriorEM(analysers).elbo(X, q=q)
+    own = dist.MultivariateNormal(
+        torch.cat([X[:, :2], X[:, :1]], 1), torch.diag(tensor(0.25, 0.25, 0.09))
+    )
+    wanted = 0.0
+    for k in range(2):
+        p = dist.MultivariateNormal(
+            torch.tensor(by_hand.means[k]), torch.tensor(by_hand.covariances[k])
+        )
+        part = torch.distributions.kl_divergence(own, p) + math.log(0.5)
+        wanted += float((0.5 * (part - torch.tensor(by_hand.weights[k]).log())).sum())
+    assert terms.gap == pytest.approx(wanted, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"h": torch.zeros(7, 2)}, r"'h' is a Gaussian latent(.*\n)*.*Normal\(mean, scale\)"),
+        ({"h": dist.Gamma(torch.ones(7, 2), 1.0)}, "Gamma"),
+        ({"h": dist.Normal(torch.zeros(6, 2), 1.0)}, r"shape is \(6, 2\); \(7, 2\) was expected"),
+        ({"nobody": torch.zeros(7, 2)}, "no summed latent is called 'nobody'"),
+    ],
+)
+def test_a_wrong_distribution_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        ExactPosteriorEM(factors).elbo(X, q=given)
+
+
+def test_latents_that_are_solved_together_are_given_together() -> None:
+    with pytest.raises(UsageError, match="distributions are missing for 'h_1', 'h_2', 'h_3', 'v'"):
+        ExactPosteriorEM(chain).elbo(tensor(1.0)[0], q={"h_0": dist.Normal(0.0, 1.0)})
