@@ -253,8 +253,9 @@ class FactorLayout:
             if leaves is not None:
                 raw_params = parameters_below(raw, leaves)
         else:
-            compact_value = _typed(compact_value, given_arguments(base, family), family)
-            for arg, tensor in given_arguments(base, family).items():
+            given = given_arguments(base, family)
+            compact_value = _typed(compact_value, given, family)
+            for arg, tensor in given.items():
                 tensor = tensor.detach() if self.detached else tensor
                 event = reinterpreted + family.argument_event_dim(arg)
                 layout = partial(

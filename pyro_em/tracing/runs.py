@@ -285,7 +285,7 @@ def _apart(
         store._param_to_name.pop(old, None)
         store._param_to_name[new] = name
         out[name] = replace(p, unconstrained=new)
-    settle(p.unconstrained for p in out.values())
+    settle([p.unconstrained for p in out.values()])
     return out
 
 
@@ -425,7 +425,7 @@ def enumerated_run(
         else:
             with size_guard(limit, reading):
                 model(*args, **kwargs)
-    settle(p.unconstrained for p in capture.parameters.values())
+    settle([p.unconstrained for p in capture.parameters.values()])
     return Run(dict(tracer.trace.nodes), capture.parameters)
 
 
