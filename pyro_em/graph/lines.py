@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -469,23 +468,21 @@ def _reads(
     jacobian = _Jacobian.of(place, loc, leaf, site)
     count, q = jacobian.count, jacobian.q
     coefficient = jacobian.coefficient()
-    slopes = coefficient.detach().unbind(-1)
-    numbers = torch.stack(
-        [
-            numbers_read(partial(jacobian.along, j=j), slope, torch.Size([count]), count)
-            for j, slope in enumerate(slopes)
-        ],
-        -1,
-    )
+    # All coordinates of an element together, with a weight for each.
+    along = random_like(leaf.new_zeros(q))
+
+    def weighed(elements: Tensor) -> Tensor:
+        return jacobian.of_all(elements.unsqueeze(-1).to(along) * along).detach()
+
+    slope = weighed(torch.ones(count, device=leaf.device))
+    numbers = numbers_read(weighed, slope, torch.Size([count]), count)
     plates = len(place.sizes)
-    element = numbers.flatten(plates).amax(-1)
-    shaped = element.reshape(*element.shape, *(1,) * (numbers.dim() - plates))
+    element = numbers.flatten(plates).amax(-1) if numbers.dim() > plates else numbers
+    shaped = element.reshape((*element.shape, *(1,) * (numbers.dim() - plates)))
     alike = bool(((numbers == shaped) | (numbers < 0)).all())
     probe = random_like(leaf).reshape(count, q)
     there = jacobian.of_all(probe).detach()
-    rows = probe[element.clamp(min=0)].reshape(
-        *element.shape, *(1,) * (numbers.dim() - plates - 1), q
-    )
+    rows = probe[element.clamp(min=0)].reshape(*element.shape, *(1,) * (numbers.dim() - plates), q)
     if alike and is_close((coefficient.detach() * rows).sum(-1), there):
         bound = bind_line(coefficient, leaves, plates)
         return [Read(latent, element.expand(place.sizes).reshape(-1).clone(), bound)]

@@ -23,6 +23,7 @@ from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.collapsed import collapsed_rows
+from pyro_em.posteriors.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.posteriors.quick import QuickSteps
@@ -134,7 +135,8 @@ def gaussian_kernel(
     )
     parts = (*components_of(graph), names)
     words = "Gaussian blocks" if block is None else block.words
-    return Kernel("Gaussian", reason, block, parts, words=words)
+    name = "Gaussian" if block is None else block.name
+    return Kernel(name, reason, block, parts, words=words)
 
 
 @torch.no_grad()
@@ -149,7 +151,8 @@ def kernel_of(
         values: Parameter values, for their shapes.
     """
     if any(g.nested for g in graph.groups):
-        return gaussian_kernel(graph, block=collapsed_rows(graph, updates))
+        rows = factor_rows(graph, updates, values) or collapsed_rows(graph, updates)
+        return gaussian_kernel(graph, block=rows)
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)
     if finding is not None:

@@ -163,7 +163,7 @@ def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -
         return None
     (group,) = graph.groups
     block = group.nested
-    if not isinstance(block, GaussianBlock) or not _are_alike(block):
+    if not isinstance(block, GaussianBlock) or not are_alike(block):
         return None
     rows = block.groups[0].sizes[0]
     data = [g for g in block.groups if g.role is not Role.GAUSSIAN]
@@ -193,7 +193,7 @@ def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -
     return Collapsed(theta, tuple(block.latents), rows)
 
 
-def _are_alike(block: GaussianBlock) -> bool:
+def are_alike(block: GaussianBlock) -> bool:
     """Whether every site has one row for each element of one plate, all with equal arguments."""
     if block.scope:
         return False

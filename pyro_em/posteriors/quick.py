@@ -42,6 +42,11 @@ class QuickSteps(Protocol):
     """What steps on sums need: parameters in a form of their own, and an E-step there."""
 
     @property
+    def name(self) -> str:
+        """What the plan calls it."""
+        ...
+
+    @property
     def words(self) -> str:
         """What the plan says of an iteration."""
         ...

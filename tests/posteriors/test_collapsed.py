@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, Fixed
+from pyro_em import EMStatus, ExactPosteriorEM, Fixed, PyroEMWarning
 from pyro_em.posteriors import collapsed
 
 ROWS, D, Q = 40, 4, 2
@@ -57,31 +57,69 @@ def deep(x: Tensor) -> None:
         pyro.sample("y", dist.MultivariateNormal(mean, scale_tril=low), obs=x[:, 1:])
 
 
+def known(x: Tensor) -> None:
+    """Known means, a prior with correlations, loadings in rows of their own."""
+    w = pyro.param("W", lambda: torch.randn(Q, D, generator=torch.Generator().manual_seed(1)))
+    s = pyro.param("s", torch.ones(D), constraint=constraints.positive)
+    low = torch.tensor([[1.0, 0.0], [0.5, 2.0]])
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.MultivariateNormal(torch.zeros(Q), scale_tril=low))
+        pyro.sample("x", dist.Normal(h @ w + 0.1, s).to_event(1), obs=x)
+
+
+FACTORS = "factor analysis kernel, on sums over rows"
+SUMS = "Gaussian blocks, on sums over rows"
 CASES = {
-    "factor analysis": (factors, (data(), False)),
-    "probabilistic PCA": (factors, (data(), True)),
-    "far from zero": (factors, (data(1e6), False, 1e6)),
-    "a network": (deep, (data(),)),
+    "factor analysis": (factors, (data(), False), FACTORS),
+    "probabilistic PCA": (factors, (data(), True), FACTORS),
+    "far from zero": (factors, (data(1e6), False, 1e6), FACTORS),
+    "known means": (known, (data(),), FACTORS),
+    "a network": (deep, (data(),), SUMS),
 }
 
 
-@pytest.mark.parametrize(("model", "args"), CASES.values(), ids=list(CASES))
-def test_its_steps_are_those_of_all_rows(model, args, monkeypatch: pytest.MonkeyPatch) -> None:
-    em = ExactPosteriorEM(model)
-    assert em.plan(*args).iterations == "Gaussian blocks, on sums over rows"
-    quick = em.fit(*args, max_steps=6, tol=0)
-    monkeypatch.setattr("pyro_em.plan.eligibility.collapsed_rows", lambda *_: None)
-    pyro.clear_param_store()
-    em = ExactPosteriorEM(model)
-    assert em.plan(*args).iterations == "Gaussian blocks"
-    slow = em.fit(*args, max_steps=6, tol=0)
-    assert list(quick.history) == pytest.approx(list(slow.history), rel=1e-10, abs=1e-7)
-    assert quick.log_evidence == pytest.approx(slow.log_evidence, rel=1e-10, abs=1e-7)
-    for name, value in slow.params.items():
-        torch.testing.assert_close(quick.params[name], value, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        quick.posterior.pointwise, slow.posterior.pointwise, rtol=1e-6, atol=1e-6
-    )
+@pytest.mark.parametrize(("model", "args", "words"), CASES.values(), ids=list(CASES))
+def test_its_steps_are_those_of_all_rows(
+    model, args, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for kernel in dict.fromkeys((words, SUMS, "Gaussian blocks")):
+        if kernel != FACTORS:
+            monkeypatch.setattr("pyro_em.plan.eligibility.factor_rows", lambda *_: None)
+        if kernel == "Gaussian blocks":
+            monkeypatch.setattr("pyro_em.plan.eligibility.collapsed_rows", lambda *_: None)
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        assert em.plan(*args).iterations == kernel
+        found[kernel] = em.fit(*args, max_steps=6, tol=0)
+    slow = found.pop("Gaussian blocks")
+    for quick in found.values():
+        assert list(quick.history) == pytest.approx(list(slow.history), rel=1e-10, abs=1e-7)
+        assert quick.log_evidence == pytest.approx(slow.log_evidence, rel=1e-10, abs=1e-7)
+        for name, value in slow.params.items():
+            torch.testing.assert_close(quick.params[name], value, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            quick.posterior.pointwise, slow.posterior.pointwise, rtol=1e-6, atol=1e-6
+        )
+
+
+def test_the_bound_after_each_m_step_lies_between() -> None:
+    """ELBO(q, θ_new): above the evidence before, below the evidence after."""
+    result = ExactPosteriorEM(factors).fit(data(), False, max_steps=8, tol=0)
+    entering = [*result.history, result.log_evidence]
+    for before, bound, after in zip(
+        entering, result.history.after_m_step, entering[1:], strict=False
+    ):
+        assert before < bound <= after + 1e-9
+
+
+def test_a_noise_that_vanishes_is_named() -> None:
+    """A Heywood case: the kernel hands over, and the step through tables says what is wrong."""
+    x = data()
+    x[:, 1] = x[:, 0]
+    with pytest.warns(PyroEMWarning, match="variance collapses"):
+        result = ExactPosteriorEM(factors).fit(x, False, max_steps=3000, tol=1e-12)
+    assert result.status is EMStatus.DEGENERATE and "parameter 's', component" in result.message
 
 
 def test_the_evidence_is_that_of_all_rows() -> None:
