@@ -19,7 +19,7 @@ Source: Little and Rubin (2002), section 11.2.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from torch.distributions import constraints
 from pyro_em.distributions import unwrap
 
 _BITS = 62  # coordinates whose pattern is one integer
+
+FACTORS = 2**21  # numbers in the factors of some patterns that are held at once
 
 
 class _RealOrMissing(constraints.Constraint):
@@ -112,8 +114,11 @@ class Patterns:
     seen: Tensor
     of_row: Tensor
 
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
+    def batches(self, most: int) -> list[tuple[Tensor, Tensor]]:
         """Patterns of about as many rows, with the places of these.
+
+        Args:
+            most: Patterns in one batch.
 
         Returns:
             For each batch its patterns # (u,) and their rows # (u, most rows), filled up by R.
@@ -125,13 +130,13 @@ class Patterns:
         size = counts.clamp(min=1).to(torch.float64).log2().ceil().long()
         out = []
         for one in size.unique().tolist():
-            own = ((size == one) & (counts > 0)).nonzero().squeeze(-1)
-            if not len(own):
-                continue
-            place = torch.arange(int(counts[own].max()), device=of_row.device)
-            there = place < counts[own, None]
-            at = torch.where(there, begin[own, None] + place, rows)
-            out.append((own, order[at]))
+            for own in ((size == one) & (counts > 0)).nonzero().squeeze(-1).split(most):
+                if not len(own):
+                    continue
+                place = torch.arange(int(counts[own].max()), device=of_row.device)
+                there = place < counts[own, None]
+                at = torch.where(there, begin[own, None] + place, rows)
+                out.append((own, order[at]))
         return out
 
 
@@ -153,6 +158,11 @@ def patterns_of(seen: Tensor) -> Patterns:
     bit = torch.arange(D, device=seen.device)
     code, of_row = torch.unique((seen.long() << bit).sum(-1), return_inverse=True)
     return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
+
+
+def most_patterns(matrices: int, D: int) -> int:
+    """Patterns whose factors are held at once: their memory is that of D² numbers per covariance."""
+    return max(1, FACTORS // (matrices * D * D))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,18 +233,17 @@ class _Laid:
     cells: list[int]
     shape: list[int]
 
-    def white(self) -> list[tuple[Tensor, Tensor, Conditional, Tensor]]:
+    def white(self) -> Iterator[tuple[Tensor, Tensor, Conditional, Tensor]]:
         """Per batch of patterns: which, their rows, their factors, and u. # …, (u, Q, D, rows)"""
         _, Q, D = self.y.shape
         y = torch.cat([self.y, self.y.new_zeros(1, Q, D)])
-        out = []
-        for own, rows in self.patterns.batches():
+        most = most_patterns(self.covariance.shape[1], D)
+        for own, rows in self.patterns.batches(most):
             covariance = self.covariance if len(self.covariance) == 1 else self.covariance[own]
             seen = self.patterns.seen[own].unsqueeze(1)
             seen = seen.expand(-1, covariance.shape[1], -1)
             found = conditional(covariance.expand(len(own), *covariance.shape[1:]), seen)
-            out.append((own, rows, found, found.whiten @ y[rows].permute(0, 2, 3, 1)))
-        return out
+            yield own, rows, found, found.whiten @ y[rows].permute(0, 2, 3, 1)
 
     def restored(self, t: Tensor, event: int) -> Tensor:
         """From rows by cells back to the dimensions as they were. # (*shape, *event)"""
@@ -338,18 +347,16 @@ def expected_covariance(
     R, Q = laid.y.shape[:2]
     w = w.reshape(R, Q)
     U = len(laid.patterns.seen)
-    out: Tensor | None = None
-    for own, _rows, found, _white in laid.white():
-        left = found.covariance
-        if out is None:
-            out = w.new_zeros(U, left.shape[1], D, D)
-        out[own] = left
-    assert out is not None
     if not any(keep[d] for d in laid.rows):
         mass = w.new_zeros(U, Q).index_add_(0, laid.patterns.of_row, w)
-        total = (mass[..., None, None] * out).sum(0, keepdim=True)  # (1, Q, D, D)
+        total = w.new_zeros(Q, D, D)
+        for own, _rows, found, _white in laid.white():
+            total += (mass[own][..., None, None] * found.covariance).sum(0)
         total = total.reshape([1] * len(laid.rows) + [shape[d] for d in laid.cells] + [D, D])
     else:
+        out = w.new_zeros(U, laid.covariance.shape[1], D, D)
+        for own, _rows, found, _white in laid.white():
+            out[own] = found.covariance
         total = w[..., None, None] * out[laid.patterns.of_row]
         total = total.reshape([shape[d] for d in order] + [D, D])
         summed = [i for i, d in enumerate(order) if d in laid.rows and not keep[d]]

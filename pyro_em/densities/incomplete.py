@@ -27,9 +27,7 @@ from torch import Tensor
 from pyro_em.densities.gaussian import FEW_CELLS, Gaussian
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
-from pyro_em.incomplete import Patterns, conditional, covariance_of, patterns_of
-
-_TABLES = 2**22  # numbers in the factors of all patterns that are kept from chunk to chunk
+from pyro_em.incomplete import Patterns, conditional, covariance_of, most_patterns, patterns_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +73,17 @@ class _Batch:
     """Rows of some patterns: their factors, their places, y and u.
 
     Attributes:
-        factors: Of the patterns.
+        own: The patterns. # (u,)
+        factors: Theirs; None where they are made again when they are needed.
+        constant: As there. # (u, K or 1, 1)
         rows: Places in the chunk, filled up by its end. # (u, rows)
         y: x' − μ', zero where missing. # (u, K, D, rows)
         white: u. # (u, K, D, rows)
     """
 
-    factors: Factors
+    own: Tensor
+    factors: Factors | None
+    constant: Tensor
     rows: Tensor
     y: Tensor
     white: Tensor
@@ -126,8 +128,7 @@ class Incomplete(Gaussian):
         D = self.x.shape[0]
         covariance = covariance_of({self.spread: arguments[self.spread]}).reshape(-1, D, D)
         mean = self._each(self._shift(arguments["loc"]))
-        U = len(self.patterns.seen)
-        few = U * len(covariance) * D * D <= _TABLES
+        few = len(self.patterns.seen) <= most_patterns(len(covariance), D)
         factors = self._factors(covariance, self.patterns.seen) if few else None
         return AtPatterns(mean, covariance, factors)
 
@@ -142,21 +143,23 @@ class Incomplete(Gaussian):
         begin, end, _ = rows.indices(self.x.shape[1])
         D, u = self.x.shape[0], []
         x = torch.cat([self.x[:, begin:end], self.x.new_zeros(D, 1)], 1)
-        for own, at in self._layout(begin, end):
+        for own, at in self._layout(begin, end, len(p.covariance)):
             if p.factors is None:
                 factors = self._factors(p.covariance, self.patterns.seen[own])
             else:
                 factors = p.factors.of(own)
             seen = self.patterns.seen[own].to(x.dtype)[:, None, :, None]
             y = (x[:, at].transpose(0, 1).unsqueeze(1) - p.mean.unsqueeze(-1)).mul_(seen)
-            u.append(_Batch(factors, at, y, factors.whiten @ y))
+            kept = None if p.factors is None else factors
+            u.append(_Batch(own, kept, factors.constant, at, y, factors.whiten @ y))
         return _White(end - begin, u)
 
-    def _layout(self, begin: int, end: int) -> list[tuple[Tensor, Tensor]]:
+    def _layout(self, begin: int, end: int, matrices: int) -> list[tuple[Tensor, Tensor]]:
         """The patterns of some rows, and the places of these; see `Patterns.batches`."""
         if (begin, end) not in self._layouts:
             part = Patterns(self.patterns.seen, self.patterns.of_row[begin:end])
-            self._layouts[begin, end] = part.batches()
+            most = most_patterns(matrices, self.x.shape[0])
+            self._layouts[begin, end] = part.batches(most)
         return self._layouts[begin, end]
 
     def log_density(self, p: Any, features: Any, onto: Tensor | None = None) -> Tensor:
@@ -164,7 +167,7 @@ class Incomplete(Gaussian):
         n = features.rows
         out = self.x.new_empty(self.K, n + 1)
         for b in features.batches:
-            log_p = b.factors.constant - 0.5 * b.white.square().sum(2)
+            log_p = b.constant - 0.5 * b.white.square().sum(2)
             out[:, b.rows] = log_p.transpose(0, 1)
         out = out[:, :n]
         return out if onto is None else out + onto
@@ -177,10 +180,11 @@ class Incomplete(Gaussian):
         second = self.x.new_zeros(self.K, D, D)
         for b in features.batches:
             r = weights[:, b.rows].transpose(0, 1).unsqueeze(2)  # (u, K, 1, rows)
-            d = b.y + b.factors.gain @ b.white
+            factors = b.factors or self._factors(p.covariance, self.patterns.seen[b.own])
+            d = b.y + factors.gain @ b.white
             weighted = d * r
             first += weighted.sum((0, 3))
-            left = r.sum(-1, keepdim=True) * b.factors.left
+            left = r.sum(-1, keepdim=True) * factors.left
             second += (weighted @ d.mT + left).sum(0)
         return torch.cat([first, second.flatten(1)], 1)
 

@@ -467,7 +467,7 @@ def test_what_no_row_has_seen_is_no_free_parameter() -> None:
 def test_kernels_step_as_tables_do(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in several chunks; too many patterns to be kept; spreads that are tiny beside the data."""
     if how == "tables per chunk":
-        monkeypatch.setattr("pyro_em.densities.incomplete._TABLES", 0)
+        monkeypatch.setattr("pyro_em.incomplete.FACTORS", 0)
     full = some_rows(1500)
     full = full * 1e-3 + 1e4 if how == "far off" else full
     x = with_holes(full, 0.4)
