@@ -461,8 +461,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
                   is observed keep it;
                 * ``"random points"``: the same rows, with responsibilities by distance to K of
                   them, drawn far apart (as k-means++ draws its centres);
-                * ``"random"``: random probabilities for every latent, then an M-step;
-                * {site: labels or probabilities}, by glob those of a chain, then an M-step.
+                * ``"random"``: random probabilities for every discrete latent, draws from the prior of
+                  Gaussian ones, then an M-step;
+                * {site: labels or probabilities}, by glob those of a chain, {site: values} of Gaussian
+                  latents, then an M-step.
             seed: Seed of random starts.
             progress: Whether to show a bar; by default where the output is a terminal.
             callbacks: Called with each `EMStep`; one that returns True stops the fit.

@@ -7,18 +7,24 @@ drawn far apart (`pyro_em.posteriors.clusters` names the sources).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.arguments import as_tensor
 from pyro_em.errors import DegenerateError, UsageError, message, sites_in_words
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.plan.program import Program
+from pyro_em.plan.given_q import given_solutions
+from pyro_em.plan.program import Evaluation, Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
+from pyro_em.posteriors.gaussian_product import drawn_from_prior
+from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated
+from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.vectors import Rows, rows_of
 
 # Shares of every row that all clusters get: none; against exact zeros of the model that clusters
@@ -99,7 +105,7 @@ class Beginning:
             self._cluster(init)
             return
         if isinstance(init, str) and init in ("random", "random hard"):
-            if not program.graph.latents:
+            if not program.graph.latents and not evaluation.solved:
                 return
             counts = random_counts(
                 evaluation.graph,
@@ -108,8 +114,12 @@ class Beginning:
                 generator=self.generator,
                 hard=init == "random hard",
             )
+            evaluation = _with_prior_draws(evaluation, self.generator)
         elif isinstance(init, Mapping):
-            counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, init)
+            names = gaussian_names(evaluation.graph)
+            rest = {n: v for n, v in init.items() if n not in names}
+            counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, rest)
+            evaluation = _with_values(evaluation, {n: init[n] for n in names if n in init})
         else:
             raise UsageError(
                 message(
@@ -148,6 +158,28 @@ class Beginning:
             except (UsageError, DegenerateError):
                 if share == _SHARES[-1]:
                     raise
+
+
+def _with_prior_draws(evaluation: Evaluation, generator: torch.Generator) -> Evaluation:
+    """The factors with Gaussian latents at draws from their prior."""
+    drawn: dict[int, Integrated] = {}
+    for g, solution in evaluation.solved.items():
+        assert isinstance(solution, GaussianSolution)
+        drawn[g] = drawn_from_prior(solution, generator)
+    return replace(evaluation, solved=drawn)
+
+
+def _with_values(evaluation: Evaluation, given: Mapping[str, Any]) -> Evaluation:
+    """The factors with Gaussian latents at values, or with distributions, that the user gave."""
+    if not given:
+        return evaluation
+    as_given = {
+        n: v
+        if isinstance(v, torch.distributions.Distribution)
+        else pyro.distributions.Delta(as_tensor(f"init['{n}']", v))
+        for n, v in given.items()
+    }
+    return replace(evaluation, solved=given_solutions(evaluation, as_given, "init"))
 
 
 def name_of_start(init: Any) -> str:

@@ -42,8 +42,13 @@ def check_q(q: Any, is_needed: bool = False) -> None:
     )
 
 
-def _solved(evaluation: Evaluation, given: Mapping[str, Any]) -> Solved:
+def given_solutions(evaluation: Evaluation, given: Mapping[str, Any], where: str = "q") -> Solved:
     """What stands for Gaussian latents: distributions of all that a component has, or their posterior.
+
+    Args:
+        evaluation: The factors at the parameters of the moment.
+        given: Distributions by latent.
+        where: The argument that they are.
 
     Raises:
         UsageError: If some of a component are given only, or a distribution does not fit.
@@ -58,7 +63,7 @@ def _solved(evaluation: Evaluation, given: Mapping[str, Any]) -> Solved:
         if missing:
             raise UsageError(
                 message(
-                    "q",
+                    where,
                     f"distributions are missing for {listed(missing)}.",
                     "given Gaussian latents stand for all that are solved together with them",
                     [f"give distributions for: {listed(names)}", "leave all of them out"],
@@ -66,7 +71,8 @@ def _solved(evaluation: Evaluation, given: Mapping[str, Any]) -> Solved:
             )
         assert isinstance(solution, GaussianSolution)
         moments = {
-            i: moments_given(faces.group(n), faces.batch(n), given[n]) for n, i in names.items()
+            i: moments_given(faces.group(n), faces.batch(n), given[n], where)
+            for n, i in names.items()
         }
         means = {i: m for i, (m, _) in moments.items()}
         out[g] = GaussianProduct(solution, means, {i: c for i, (_, c) in moments.items()})
@@ -83,7 +89,7 @@ def as_posterior(q: Posterior | Mapping[str, Any], evaluation: Evaluation) -> Po
         gaussian = {n: q[n] for n in gaussian_names(evaluation.graph) if n in q}
         rest = {n: p for n, p in q.items() if n not in gaussian}
         product = product_posterior(evaluation.graph, rest, evaluation.tables)
-        return replace(product, solved=_solved(evaluation, gaussian))
+        return replace(product, solved=given_solutions(evaluation, gaussian))
     laid_out = regrouped(q, evaluation.graph)
     if laid_out is None:
         raise UsageError(

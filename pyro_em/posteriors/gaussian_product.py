@@ -141,13 +141,29 @@ class GaussianProduct:
         )
 
 
-def moments_given(group: Group, batch: tuple[int, ...], given: Any) -> tuple[Tensor, Tensor]:
+def drawn_from_prior(at: GaussianSolution, generator: torch.Generator) -> GaussianProduct:
+    """Values drawn from the prior of Gaussian latents, as known ones.
+
+    Args:
+        at: Their posterior at the parameters of the moment.
+        generator: The source of randomness, on the CPU.
+    """
+    # Whatever the discrete latents are: a start need not be likely.
+    means = {i: h[0] for i, h in at.prior_draw(generator).items()}
+    none = {i: m.new_zeros(*m.shape, m.shape[-1]) for i, m in means.items()}
+    return GaussianProduct(at, means, none)
+
+
+def moments_given(
+    group: Group, batch: tuple[int, ...], given: Any, where: str = "q"
+) -> tuple[Tensor, Tensor]:
     """The moments of a distribution that a user gave for a latent, element by element.
 
     Args:
         group: The latent's site.
         batch: The sizes of its batch dimensions.
         given: A Normal, MultivariateNormal or Delta, with any number of ``to_event``.
+        where: The argument that it is.
 
     Returns:
         # (n, q), (n, q, q)
@@ -160,7 +176,7 @@ def moments_given(group: Group, batch: tuple[int, ...], given: Any) -> tuple[Ten
     if not kind:
         raise UsageError(
             message(
-                f"q['{name}']",
+                f"{where}['{name}']",
                 f"it is {shown(given)}, and '{name}' is a Gaussian latent.",
                 "probabilities are those of discrete latents",
                 [
@@ -187,7 +203,7 @@ def moments_given(group: Group, batch: tuple[int, ...], given: Any) -> tuple[Ten
         shape = (*given.batch_shape, *given.event_shape)
         raise UsageError(
             message(
-                f"q['{name}']",
+                f"{where}['{name}']",
                 f"its shape is {tuple(shape)}; {(*batch, *event)} was expected.",
                 "plates first, left to right, and independent of each other; then the event",
             )

@@ -401,6 +401,24 @@ class GaussianSolution:
             if own is not None
         ]
 
+    def prior_draw(self, generator: torch.Generator) -> dict[int, Tensor]:
+        """One draw of all latents from their prior, by the number of the site. # (cells, n, q) each
+
+        Args:
+            generator: The source of randomness, on the CPU.
+        """
+        parts = []
+        for factor in self._factors:
+            shape = (*factor.T.shape[:-1], 1)
+            z = torch.randn(shape, generator=generator, dtype=torch.float64)
+            parts.append((factor.T @ z.to(factor.T.device)).reshape(self.cells, -1))
+        flat = torch.cat(parts, 1)
+        return {
+            s: self._latent(s)[1] + flat[:, own.vector]
+            for s, own in enumerate(self.layout.own)
+            if own is not None
+        }
+
     def entropy(self) -> Tensor:
         """Entropy of the posterior of each block, −inf at a variance of zero. # (cells, blocks)"""
         layout = self.layout
