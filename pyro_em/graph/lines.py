@@ -146,12 +146,25 @@ def read_lines(
         except ModelError as error:
             what = "it does not run at other values of its latents."
             raise NotLinear(_refusal(tuple(values), "model", what)) from error
+        for latent, how in breaks.found.items():
+            what = f"it changes with '{latent}' outside autograd ({how})."
+            raise NotLinear(_refusal((latent,), "model", what))
         at_zero = run_enumerated(model, args, kwargs, structure, limit=None)
-        moved = values_of(run.parameters)
-    for latent, how in breaks.found.items():
-        raise NotLinear(
-            _refusal((latent,), "model", f"it changes with '{latent}' outside autograd ({how}).")
-        )
+        # Modules read their own tensors, which must not be written before all has been read.
+        return _lines_of(run, at_zero, values, structure)
+
+
+def _lines_of(
+    run: Run, at_zero: Run, values: Mapping[str, Tensor], structure: Structure
+) -> dict[str, Line]:
+    """The lines that two runs show.
+
+    Args:
+        run: With the latents at random values.
+        at_zero: With the latents at zero.
+        values: The random values.
+        structure: What `examine` found of the model.
+    """
     leaves = {n: p.leaf for n, p in run.parameters.items()}
     leaves_at_zero = {n: p.leaf for n, p in at_zero.parameters.items()}
     layout = FactorLayout(run.sites, structure, Recurring(leaves))
@@ -174,7 +187,7 @@ def read_lines(
         offset = place.compact(place.loc(at_zero.sites[name]))
         bound = bind_line(offset, leaves_at_zero, len(place.sizes))
         out[name] = Line(name, place.sizes, place.scope, place.event, bound, tuple(reads))
-    hidden = _hidden(out, (run, at_zero), values, moved, layout)
+    hidden = _hidden(out, (run, at_zero), values, values_of(run.parameters), layout)
     if hidden is not None:
         raise NotLinear(hidden)
     return out

@@ -260,7 +260,7 @@ def test_networks_behind_pyro_module_and_guides_that_set_themselves_up() -> None
         pyro.module("network", network)
         with pyro.plate("n", len(x)):
             h = pyro.sample("h", dist.Normal(0.0, 1.0))
-            pyro.sample("x", dist.Normal(network(h[..., None])[..., 0], 1.0), obs=x)
+            pyro.sample("x", dist.Normal(network(h.exp()[..., None])[..., 0], 1.0), obs=x)
 
     guide = AutoNormal(model)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())

@@ -68,3 +68,28 @@ def test_a_coefficient_through_a_map_is_bound() -> None:
     )
     dense = dist.MultivariateNormal(torch.zeros(5), low @ low.T + 0.09 * torch.eye(5))
     assert result.log_evidence == pytest.approx(float(dense.log_prob(y)), abs=1e-8)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_networks_of_a_module_are_loadings(layers: int) -> None:
+    """A linear network is bound; two in a row multiply, and are read at each step."""
+    torch.manual_seed(0)
+    sizes = [(1, 2)] if layers == 1 else [(1, 3), (3, 2)]
+    network = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in sizes))
+
+    def model(x: Tensor) -> None:
+        pyro.module("network", network)
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(network(h[..., None]), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(12, 2)
+    em = ExactPosteriorEM(model)
+    assert em.plan(x).compiled == (layers == 1)
+    result = em.fit(x, max_steps=3, tol=0)
+    with torch.no_grad():
+        mean = network(torch.zeros(1, 1))[0]
+        w = network(torch.ones(1, 1))[0] - mean
+    dense = dist.MultivariateNormal(mean, torch.outer(w, w) + torch.eye(2))
+    assert result.log_evidence == pytest.approx(dense.log_prob(x).sum().item(), abs=1e-8)
+    assert min(torch.as_tensor(result.history).diff()) > -1e-9
