@@ -14,8 +14,9 @@ from torch.distributions import transform_to
 from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import NotLinear, parts_at, read_lines
+from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.possible import are_possible
+from pyro_em.graph.read_lines import parts_at, read_lines
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
@@ -35,7 +36,8 @@ from pyro_em.plan.wishes import matched
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
-from pyro_em.posteriors.gaussian import NotSeparate, for_updates, integrated
+from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
+from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
 from pyro_em.tracing.garbage import fewer_collections

@@ -10,9 +10,9 @@ from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.plan.program import Evaluation
-from pyro_em.posteriors.gaussian import Solved
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
+from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated
 from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.posterior import Posterior, regrouped

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line, differing_lines, parts_at
+from pyro_em.graph.lines import Line
 from pyro_em.graph.prediction import disagreements
+from pyro_em.graph.read_lines import differing_lines, parts_at
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
@@ -39,12 +40,12 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.block import components_of
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
-from pyro_em.posteriors.gaussian import (
+from pyro_em.posteriors.gaussian_components import integrated
+from pyro_em.posteriors.gaussian_steps import (
     Solved,
     at_zero,
     expected_densities,
     in_m_step,
-    integrated,
     tables_of,
 )
 from pyro_em.posteriors.posterior import Posterior

@@ -18,7 +18,7 @@ from pyro_em.plan.building import Task, integrating
 from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.gaussian import NotSeparate
+from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.posterior import Posterior

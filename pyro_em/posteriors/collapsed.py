@@ -21,7 +21,8 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, Handover
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
-from pyro_em.posteriors.gaussian import GaussianBlock, in_m_step
+from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussian_steps import in_m_step
 from pyro_em.posteriors.linear_gaussian import GaussianSolution
 from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
 from pyro_em.tracing.sites import Role

@@ -21,7 +21,8 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import is_glob, listed, matching, meant, refuse_gaps, unknown
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.gaussian import GaussianBlock, Solved
+from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.names import gaussian_names, names_of, observed_steps, own_name
 from pyro_em.posteriors.sampling import AT_ONCE

@@ -23,13 +23,13 @@ from pyro_em.posteriors.enumeration import (
     run_contraction,
     tables_that_count,
 )
-from pyro_em.posteriors.gaussian import Solved
 from pyro_em.posteriors.gaussian_faces import (
     GaussianFaces,
     covariance,
     refuse_gaussian,
     regrouped_solutions,
 )
+from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.names import (
     by_glob,

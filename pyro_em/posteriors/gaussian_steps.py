@@ -1,0 +1,127 @@
+"""Gaussian latents in EM steps: their evidence in the E-step, sites with moments in the M-step.
+
+In the E-step one group stands for all sites of a block. In the M-step the sites stand for themselves,
+with the posterior moments of what they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
+from pyro_em.posteriors.linear_gaussian import Integrated
+
+# The posterior of the latents that each group of some number integrates.
+Solved = Mapping[int, Integrated]
+
+
+Densities = Callable[[Mapping[str, Tensor], Sequence[int]], dict[int, Tensor]]
+
+
+def for_updates(graph: FactorGraph) -> FactorGraph:
+    """The graph of an M-step: the sites of each block stand for themselves, after all other groups.
+
+    The group of a block stays where it is, and no parameter reaches it.
+    """
+    if not any(g.nested for g in graph.groups):
+        return graph
+    own = [n for g in graph.groups if g.nested is not None for n in g.nested.groups]
+    return replace(graph, groups=(*map(_disarmed, graph.groups), *own))
+
+
+def _disarmed(group: Group) -> Group:
+    if group.nested is None:
+        return group
+    return replace(group, arguments={}, bindings={}, raw_params=(), nested=None)
+
+
+def in_m_step(
+    graph: FactorGraph,
+    counts: Sequence[Tensor],
+    arguments: Sequence[Mapping[str, Tensor]],
+    solved: Solved,
+) -> tuple[FactorGraph, list[Tensor], list[dict[str, Tensor]]]:
+    """Graph, counts and arguments as an M-step sees them, the sites of blocks with their moments.
+
+    Args:
+        graph: That of the E-step.
+        counts: Expected counts per group.
+        arguments: Per group, at the E-step.
+        solved: The posterior of the latents of each group that stands for a block.
+    """
+    groups = [_disarmed(g) for g in graph.groups]
+    all_counts, all_arguments = list(counts), [dict(a) for a in arguments]
+    for g, solution in solved.items():
+        block = graph.groups[g].nested
+        assert isinstance(block, GaussianBlock)
+        for site, weights in block.believed(solution, arguments[g], counts[g]):
+            groups.append(site)
+            all_counts.append(weights)
+            all_arguments.append(dict(site.arguments))
+    return replace(graph, groups=tuple(groups)), all_counts, all_arguments
+
+
+def at_zero(graph: FactorGraph) -> FactorGraph:
+    """The graph as a run with all Gaussian latents at zero shows it."""
+    groups: list[Group] = []
+    for group in graph.groups:
+        groups += group.nested.traced if isinstance(group.nested, GaussianBlock) else (group,)
+    return replace(graph, groups=tuple(groups))
+
+
+def tables_of(
+    graph: FactorGraph, arguments: Sequence[Arguments], values: Sequence[Tensor]
+) -> tuple[list[Tensor], Solved]:
+    """The log densities of all groups, and the posteriors of the latents that some integrate.
+
+    Args:
+        graph: The graph of an E-step.
+        arguments: Per group.
+        values: Per group.
+    """
+    tables, solved = [], {}
+    for g, (group, own, value) in enumerate(zip(graph.groups, arguments, values, strict=True)):
+        if isinstance(group.nested, GaussianBlock):
+            solved[g] = group.nested.solve(own)
+            tables.append(group.nested.table(solved[g]))
+        else:
+            tables.append(group.log_density(own, value))
+    return tables, solved
+
+
+def expected_densities(
+    graph: FactorGraph,
+    values: Mapping[str, Tensor],
+    groups: Sequence[int],
+    densities: Densities,
+    trace: Callable[..., FactorGraph],
+) -> dict[int, Tensor]:
+    """Log densities of groups at parameter values, expected ones where there is a belief.
+
+    Args:
+        graph: That of an M-step.
+        values: Constrained values by name.
+        groups: Their numbers.
+        densities: Gives those of groups without a belief.
+        trace: Runs the model at given values, for arguments that no binding gives.
+    """
+    ordinary = [g for g in groups if graph.groups[g].belief is None]
+    out = densities(values, ordinary) if ordinary else {}
+    fresh: FactorGraph | None = None
+    for g in groups:
+        site = graph.groups[g]
+        if site.belief is None:
+            continue
+        arguments = site.evaluate_arguments(values)
+        if not all(b.is_static for b in site.bindings.values()):
+            fresh = trace(values=values, with_bindings=False) if fresh is None else fresh
+            traced, _ = fresh.group_of(site.members[0])
+            for name, binding in site.bindings.items():
+                if not binding.is_static:
+                    arguments[name] = traced.arguments[name]
+        out[g] = site.log_density(arguments)
+    return out
