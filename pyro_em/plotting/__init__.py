@@ -7,12 +7,14 @@ shows them.
 * `evidence`: the objective per step;
 * `responsibilities` and `ellipses`: a Gaussian mixture in the plane;
 * `state_sequence` and `state_probs`: a chain of states over time;
+* `caterpillar` and `loadings`: random effects with their intervals, the weights of factors;
 * `comparison`: how fast the contenders of `pyro_em.compare` close the gap;
 * `graph`: the model as a directed graph.
 """
 
 from pyro_em.plotting.axes import PALETTE
 from pyro_em.plotting.contenders import comparison
+from pyro_em.plotting.effects import caterpillar, loadings
 from pyro_em.plotting.fits import evidence
 from pyro_em.plotting.gaussians import ellipses, responsibilities
 from pyro_em.plotting.graphs import graph
@@ -20,10 +22,12 @@ from pyro_em.plotting.sequences import state_probs, state_sequence
 
 __all__ = [
     "PALETTE",
+    "caterpillar",
     "comparison",
     "ellipses",
     "evidence",
     "graph",
+    "loadings",
     "responsibilities",
     "state_probs",
     "state_sequence",

@@ -422,7 +422,8 @@ class GaussianSolution:
     def entropy(self) -> Tensor:
         """Entropy of the posterior of each block, −inf at a variance of zero. # (cells, blocks)"""
         layout = self.layout
-        out = 0.5 * (1 + _LOG_TWO_PI) * layout.block_sizes - 0.5 * _log_determinants(self._factors)
+        sizes = layout.block_sizes.to(torch.float64)
+        out = 0.5 * (1 + _LOG_TWO_PI) * sizes - 0.5 * _log_determinants(self._factors)
         for s, form in enumerate(layout.sites):
             if form.is_latent:
                 each = self._rows[s].deviations.log().sum(-1).expand(self.cells, form.rows)

@@ -833,3 +833,44 @@ def test_a_wrong_distribution_is_refused(given: dict[str, Any], words: str) -> N
 def test_latents_that_are_solved_together_are_given_together() -> None:
     with pytest.raises(UsageError, match="distributions are missing for 'h_1', 'h_2', 'h_3', 'v'"):
         ExactPosteriorEM(chain).elbo(tensor(1.0)[0], q={"h_0": dist.Normal(0.0, 1.0)})
+
+
+# ---------------------------------------------------------------- missing entries, other defaults
+
+
+def test_missing_entries_are_conditioned_on_what_is_seen() -> None:
+    x = X.clone()
+    x[0, 1], x[3] = math.nan, math.nan
+    em = ExactPosteriorEM(factors, missing="nan")
+    q = em.posterior(x)
+    for row in range(7):
+        seen = ~x[row].isnan().numpy()
+        mean, covariance, _ = conditioned(
+            np.zeros(2),
+            np.eye(2),
+            W.numpy()[seen],
+            MU.numpy()[seen],
+            np.diag(NOISE.numpy()[seen] ** 2),
+            x.numpy()[row, seen],
+        )
+        close(q.mean("h")[row], mean)
+        close(q.covariance("h")[row], covariance)
+    assert em.elbo(x, q={"h": q.marginal("h")}).gap == pytest.approx(0, abs=1e-10)
+    draws = em.predictive(x, num_samples=500, keep_observed=True, seed=0)["x"]
+    assert torch.equal(draws[:, 1], x[1].expand(500, 3)) and not bool(draws.isnan().any())
+    expected = W @ q.mean("h")[0] + MU
+    spread = float(W[1] @ q.covariance("h")[0] @ W[1] + NOISE[1] ** 2)
+    assert abs(float(draws[:, 0, 1].mean() - expected[1])) < 4 * math.sqrt(spread / 500)
+    assert abs(float(draws[:, 0, 1].var()) - spread) < 0.3 * spread
+
+
+def test_numbers_do_not_depend_on_the_default_dtype() -> None:
+    before = torch.get_default_dtype()
+    entropies = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            entropies.append(posterior(factors, X).entropy())
+        finally:
+            torch.set_default_dtype(before)
+    assert entropies[0] == entropies[1]
