@@ -9,7 +9,12 @@ from types import ModuleType
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
-ROUTES = {"enumerate": "sum", "guide": "guide", "point estimate": "point estimate"}
+ROUTES = {
+    "enumerate": "sum",
+    "Gaussian": "Gaussian",
+    "guide": "guide",
+    "point estimate": "point estimate",
+}
 UPDATES = {
     "closed form": "closed form",
     "least squares": "least squares",
