@@ -28,7 +28,7 @@ from pyro_em.plan.gaussians import (
 )
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops, trouble
-from pyro_em.plan.notes import support_edges, unconstrained_simplexes
+from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
 from pyro_em.plan.program import Disagreement, Program, later_kernel
 from pyro_em.plan.routes import Route
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
@@ -277,6 +277,7 @@ def decided(
     notes += tuple(unbounded_joints(apart, fixed))
     notes += tuple(unconstrained_simplexes(apart, updates))
     notes += tuple(support_edges(apart, updates))
+    notes += tuple(sites_without_data(graph, structure))
     leaves = [p.unconstrained for p in graph.parameters.values()]
     return Program(
         task.model,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 
 from pyro_em.distributions import is_real
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
+from pyro_em.tracing.missing import Missing
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.m_step import edge_fixes
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate
@@ -78,3 +82,34 @@ def support_edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) ->
         for name, g in where.items()
         if isinstance(updates[name].update, Gradient)
     ]
+
+
+def sites_without_data(graph: FactorGraph, structure: Structure) -> list[str]:
+    """Observed sites all of whose entries are missing, in all steps where they are steps."""
+    if not any(m.entries == m.of for m in graph.missing):
+        return []
+    data = [i.name for i in structure.sketch.sites.values() if i.role is Role.DATA]
+    steps = Counter(_glob(name.removesuffix("_observed")) for name in data)
+    lost: dict[str, list[Missing]] = {}
+    for m in graph.missing:
+        lost.setdefault(_glob(m.site), []).append(m)
+    found = [
+        own[0].site if len(own) == 1 else glob
+        for glob, own in lost.items()
+        if all(m.entries == m.of for m in own)
+        and (len(own) >= steps[glob] or any(m.site == glob for m in own))
+    ]
+    return [
+        message(
+            f"site '{site}'",
+            "all of its entries are missing.",
+            "nothing is learnt from it; a mean or a standard deviation that is computed with NaN makes "
+            "everything NaN that is computed from it",
+            ["standardise by what is there: (x - x.nanmean(0)) / x[~x.isnan().any(1)].std(0)"],
+        )
+        for site in found
+    ]
+
+
+def _glob(name: str) -> str:
+    return re.sub(r"\d+$", "*", name)

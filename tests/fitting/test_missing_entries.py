@@ -412,19 +412,26 @@ def test_random_patterns(data: st.DataObject) -> None:
         data.draw(st.integers(1, 3)),
     )
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32]))
+    is_diagonal = data.draw(st.booleans())
     seen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n * d, max_size=n * d)))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     x = torch.randn(n, d, generator=g).masked_fill(~seen.reshape(n, d), torch.nan).to(dtype)
     root = torch.randn(k, d, d, generator=g)
     s, mu = root @ root.mT + 0.5 * torch.eye(d), torch.randn(k, d, generator=g)
+    s = torch.diag_embed(s.diagonal(dim1=1, dim2=2)) if is_diagonal else s
 
     def model(x):
         loc = pyro.param("mu", mu.to(dtype))
-        spread = pyro.param("s", s.to(dtype), constraint=C.positive_definite)
+        if is_diagonal:
+            start = s.diagonal(dim1=1, dim2=2).sqrt().to(dtype)
+            spread = pyro.param("s", start, constraint=C.positive)
+        else:
+            spread = pyro.param("s", s.to(dtype), constraint=C.positive_definite)
         w = pyro.param("w", torch.ones(k, dtype=dtype) / k, constraint=C.simplex)
         with pyro.plate("rows", n):
             z = pyro.sample("z", dist.Categorical(w))
-            pyro.sample("x", dist.MultivariateNormal(loc[z], spread[z]), obs=x)
+            fn = dist.Normal(loc[z], spread[z]).to_event(1) if is_diagonal else None
+            pyro.sample("x", fn or dist.MultivariateNormal(loc[z], spread[z]), obs=x)
 
     table = [
         [-np.log(k) + marginal(r, mu[j].numpy(), s[j].numpy()) for j in range(k)]

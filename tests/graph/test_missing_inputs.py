@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributions import constraints as C
 
-from pyro_em import DataError, ExactPosteriorEM, PyroEMError, UsageError
+from pyro_em import DataError, ExactPosteriorEM, PyroEMError, UsageError, vectorized_markov
 from pyro_em.graph.factors import seen_entries
 
 NAN = float("nan")
@@ -193,6 +193,30 @@ def test_a_mask_of_coordinates_in_the_place_of_one_of_events_is_told_where_it_be
     for rows in (x, x[:3]):  # as many rows as coordinates would pass in Pyro
         with pytest.raises(PyroEMError, match=r"missing='nan'[\s\S]*fn.mask\(seen\).to_event\(1\)"):
             ExactPosteriorEM(model).fit(rows)
+
+
+def test_a_site_without_any_entry_is_noted() -> None:
+    """What is standardised with NaN is NaN everywhere."""
+
+    def model(x, loop):
+        x = (x - x.mean(0)) / x.std(0) if loop is None else x
+        if loop is None:
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1), obs=x)
+            return
+        z = None
+        for t in vectorized_markov("t", len(x)) if loop else pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(0.5 if z is None else 0.2 + 0.6 * z))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    x = torch.tensor([[1.0, NAN], [NAN, 2.0], [1.0, 1.0]])
+    em = ExactPosteriorEM(model, missing="nan")
+    assert "site 'x': all of its entries are missing" in str(em.plan(x, None))
+    steps = torch.tensor([1.0, NAN, 2.0, NAN, 0.5])
+    for loop in (True, False):
+        assert "all of its entries" not in str(em.plan(steps, loop))
+        lost = em.plan(torch.full_like(steps, NAN), loop)
+        assert "site 'x_*': all of its entries are missing" in str(lost)
 
 
 def test_one_function_says_which_entries_are_seen() -> None:
