@@ -77,3 +77,16 @@ class Moments:
         first, second = self.residuals(group, arguments)
         tail = 1 if is_matrix(group) else 0
         return {"deviation": cells_of(group, first), "square": cells_of(group, second, tail)}
+
+
+def mean_of(group: Group) -> Tensor:
+    """The posterior mean of a Gaussian latent over all its elements, weighed as they count. # (q,)
+
+    Args:
+        group: The latent's own site, whose offset is zero.
+    """
+    belief = group.belief
+    assert isinstance(belief, Moments)
+    mean, _ = belief.residuals(group, group.arguments)
+    weights = belief.weights.expand(mean.shape[:2]).unsqueeze(-1)
+    return (weights * mean).sum((0, 1)) / weights.sum()

@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.expansion import Expansion
-from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
+from pyro_em.updates.gaussian_rows import design_of, is_matrix, rows_of, tril_rows
 from pyro_em.updates.linear_moments import summed
 
 _MANY = 2**24  # numbers of a design that are held at once
@@ -97,11 +96,11 @@ def _designs(
     columns = []
     for name in block:
         parts = [
-            _design(group, group.bindings[a], name, values[name], 1)
+            design_of(group, group.bindings[a], name, values[name], 1)
             for a in group.lines
             if a != "loc"
         ]
-        own = _design(group, group.bindings["loc"], name, values[name], 0)
+        own = design_of(group, group.bindings["loc"], name, values[name], 0)
         parts.append(own.unsqueeze(-2))
         columns.append(_joined(parts, -2))
     for e in expansions:
@@ -122,22 +121,6 @@ def _designs(
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     shape = torch.broadcast_shapes(*(p.shape[:2] for p in parts))
     return torch.cat([p.expand(*shape, *p.shape[2:]) for p in parts], dim)
-
-
-def _design(group: Group, binding: Binding, name: str, value: Tensor, tail: int) -> Tensor:
-    """∂a/∂θ of one argument. # (cells or 1, rows or 1, D, *tail, θ.numel())"""
-    if binding.jacobians is not None and name in binding.jacobians:
-        return rows_of(group, binding.jacobians[name], tail + 1).to(torch.float64)
-    for part in binding.selections:
-        if part.param == name:
-            columns = torch.arange(value.numel(), device=part.index.device)
-            chosen = (part.index.unsqueeze(-1) == columns).to(torch.float64)
-            if part.factor is not None:
-                chosen = chosen * part.factor.unsqueeze(-1)
-            return rows_of(group, chosen, tail + 1)
-    event = event_shape(group).numel()
-    rest = binding.constant.shape[binding.constant.dim() - tail :] if tail else ()
-    return binding.constant.new_zeros(1, 1, event, *rest, value.numel(), dtype=torch.float64)
 
 
 def _shared(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
 
 
@@ -113,3 +114,19 @@ def coefficient_rows(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
     parts.append(rows_of(group, arguments["loc"]).unsqueeze(-1))
     shape = torch.broadcast_shapes(*(p.shape[:2] for p in parts))
     return torch.cat([p.expand(*shape, *p.shape[2:]).to(torch.float64) for p in parts], -1)
+
+
+def design_of(group: Group, binding: Binding, name: str, value: Tensor, tail: int) -> Tensor:
+    """∂a/∂θ of one argument. # (cells or 1, rows or 1, D, *tail, θ.numel())"""
+    if binding.jacobians is not None and name in binding.jacobians:
+        return rows_of(group, binding.jacobians[name], tail + 1).to(torch.float64)
+    for part in binding.selections:
+        if part.param == name:
+            columns = torch.arange(value.numel(), device=part.index.device)
+            chosen = (part.index.unsqueeze(-1) == columns).to(torch.float64)
+            if part.factor is not None:
+                chosen = chosen * part.factor.unsqueeze(-1)
+            return rows_of(group, chosen, tail + 1)
+    event = event_shape(group).numel()
+    rest = binding.constant.shape[binding.constant.dim() - tail :] if tail else ()
+    return binding.constant.new_zeros(1, 1, event, *rest, value.numel(), dtype=torch.float64)

@@ -16,9 +16,11 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
+from pyro_em.updates.beliefs import mean_of
 from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.expansion import Expansion, expansions_of
+from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.gradient import Runaway, maximise
 from pyro_em.updates.least_squares import least_squares
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
@@ -145,6 +147,15 @@ def _m_step(
             with_block.setdefault(next(met, ()), []).append(e)
         if () in with_block:
             regressed((), with_block[()])
+        means = {e.latent: mean_of(graph.groups[e.group]) for e in expansions if e.block}
+        for e in expansions:
+            if (
+                e.block
+            ):  # spreads are estimated about the mean, which the coefficients take in below
+                group = graph.groups[e.group]
+                loc = means[e.latent].reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
+                current[e.group]["loc"] = loc.to(group.arguments["loc"].dtype)
+                stale.add(e.group)
         done: set[str] = set()
         for update in sorted(exact, key=_order):
             if update.name in done:
@@ -169,6 +180,12 @@ def _m_step(
         for e in expansions:
             spread = e.returned(values[e.parameter], working[e.latent])
             write_unconstrained(graph.parameters[e.parameter], spread)
+            if e.block:
+                gained = e.taken_in(means[e.latent], working[e.latent])
+                sizes = [values[name].numel() for name in e.block]
+                for name, part in zip(e.block, gained.split(sizes), strict=True):
+                    values[name] = values[name] + part.reshape(values[name].shape).to(values[name])
+                    write_unconstrained(graph.parameters[name], values[name])
     _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
 
