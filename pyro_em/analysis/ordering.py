@@ -38,8 +38,9 @@ def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
     together, axes = {first}, dict[str, set[int]]()
     while True:
         before = (len(together), sum(map(len, axes.values())))
-        for group in graph.groups:
-            _collect(graph, group, together, axes)
+        for outer in graph.groups:
+            for group in outer.nested.groups if outer.nested is not None else (outer,):
+                _collect(graph, group, together, axes)
         if (len(together), sum(map(len, axes.values()))) == before:
             break
     apart = next((n for n in names if own_name(graph, n) not in together), None)
@@ -73,6 +74,14 @@ def _collect(
                     axis = _axis_along(selection, i, d, tuple(shape), graph.latents[latent].size)
                     if axis is not None:
                         _note(latent, axis, selection.param, together, axes)
+        for param, jacobian in (binding.jacobians or {}).items():
+            shape = graph.parameters[param].leaf.shape
+            for i in range(len(group.members)):
+                for d, latent in enumerate(group.dims[i]):
+                    if latent in graph.latents:
+                        axis = _axis_of_jacobian(jacobian[i], d, tuple(shape))
+                        if axis is not None:
+                            _note(latent, axis, param, together, axes)
 
 
 def _note(
@@ -102,6 +111,22 @@ def _axis_along(
         if at == stride and shape[axis] == size:
             return axis
         at *= shape[axis]
+    return None
+
+
+def _axis_of_jacobian(jacobian: Tensor, dim: int, shape: tuple[int, ...]) -> int | None:
+    """The parameter's axis whose elements each reach one place along a dimension, in order."""
+    size = jacobian.shape[dim]
+    if size < 2 or size not in shape:
+        return None
+    reached = (jacobian != 0).movedim(dim, 0).reshape(size, -1, jacobian.shape[-1]).any(1)
+    reached = reached.reshape(size, *shape)
+    same = torch.eye(size, dtype=torch.bool, device=reached.device)
+    for axis in range(len(shape)):
+        if shape[axis] == size:
+            along = reached.movedim(axis + 1, 1).reshape(size, size, -1).any(-1)
+            if torch.equal(along, same):
+                return axis
     return None
 
 

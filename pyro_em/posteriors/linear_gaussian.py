@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -147,6 +147,9 @@ class _Factor:
     T: Tensor
     cholesky: Tensor
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cached(self)
+
     @cached_property
     def inverse(self) -> Tensor:
         """The inverse of `cholesky`. # (cells, B, d, d)"""
@@ -247,6 +250,9 @@ class GaussianSolution:
     _residuals: tuple[
         Tensor | None, ...
     ]  # of observed sites at the posterior mean. (cells, rows, D)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return _without_cached(self)
 
     @property
     def cells(self) -> int:
@@ -388,12 +394,11 @@ class GaussianSolution:
         """
         delta = []
         for factor in self._factors:
-            shape = (n, *factor.cholesky.shape[:-1], 1)
+            shape = (*factor.cholesky.shape[:-1], n)
             z = torch.randn(
                 shape, generator=generator, dtype=self._delta.dtype, device=self._delta.device
             )
-            e = torch.linalg.solve_triangular(factor.cholesky.mT, z, upper=True)
-            delta.append((factor.T @ e).reshape(n, self.cells, -1))
+            delta.append((factor.spreading.mT @ z).flatten(1, 2).movedim(-1, 0))
         flat = self._delta + (torch.cat(delta, -1) if delta else 0)
         return [
             self._latent(s)[1] + flat[:, :, own.vector]
@@ -468,6 +473,11 @@ class GaussianSolution:
         if not batches:
             return self._delta.new_zeros(self.cells, 0)
         return torch.cat([batch.flatten(1) for batch in batches], 1)
+
+
+def _without_cached(value: _Factor | GaussianSolution) -> dict[str, Any]:
+    """What a copy begins with: the rest follows from it."""
+    return {f.name: getattr(value, f.name) for f in fields(value)}
 
 
 def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSolution:

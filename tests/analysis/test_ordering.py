@@ -111,3 +111,50 @@ def test_components_that_constants_tell_apart_are_refused() -> None:
         em.sort_components("y", "mu", X[0])
     with pytest.raises(UsageError, match="3 keys for 2 components"):
         em.sort_components("z", torch.zeros(3), X[0])
+
+
+def analysers(x: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(2)
+    w = pyro.param("W", torch.randn(3, 4, 2, generator=generator))
+    mu = pyro.param("mu", torch.randn(3, 4, generator=generator))
+    s = pyro.param(
+        "s", torch.rand(3, 4, generator=generator) + 0.5, constraint=constraints.positive
+    )
+    pi = pyro.param("pi", torch.tensor([0.2, 0.5, 0.3]), constraint=constraints.simplex)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(pi))
+        h = pyro.sample("h", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mean = (w[z] @ h.unsqueeze(-1)).squeeze(-1) + mu[z]
+        pyro.sample("x", dist.Normal(mean, s[z]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("by", ["mu", "W", "pi"])
+def test_components_of_factor_analysers_are_sorted_in_all_their_parameters(by: str) -> None:
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(3))
+    em = ExactPosteriorEM(analysers)
+    before = em.posterior(x)
+    values = {n: pyro.param(n).detach().clone() for n in ("W", "mu", "s", "pi")}
+    order = em.sort_components("z", by, x, descending=True)
+    keys = values[by].reshape(3, -1)[:, 0]
+    assert torch.equal(order, keys.argsort(descending=True)) and order.tolist() != [0, 1, 2]
+    for name, value in values.items():
+        torch.testing.assert_close(pyro.param(name).detach(), value[order])
+    after = em.posterior(x)
+    torch.testing.assert_close(after.probs("z"), before.probs("z")[:, order])
+    torch.testing.assert_close(after.mean("h"), before.mean("h"))
+
+
+def test_coefficients_of_a_mixture_of_regressions_are_sorted() -> None:
+    x = torch.randn(9, 2, generator=torch.Generator().manual_seed(3))
+
+    def model(y: torch.Tensor) -> None:
+        beta = pyro.param("beta", torch.tensor([[1.0, -0.5], [-1.0, 2.0], [0.3, 0.1]]))
+        s = pyro.param("s", torch.tensor([0.5, 1.0, 0.7]), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+            pyro.sample("y", dist.Normal((beta[z] * x).sum(-1), s[z]), obs=y)
+
+    em = ExactPosteriorEM(model)
+    assert em.sort_components("z", "beta", x[:, 0]).tolist() == [1, 2, 0]
+    torch.testing.assert_close(pyro.param("s").detach(), torch.tensor([1.0, 0.7, 0.5]))
+    torch.testing.assert_close(pyro.param("beta").detach()[:, 0], torch.tensor([-1.0, 0.3, 1.0]))
