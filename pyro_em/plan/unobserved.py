@@ -37,7 +37,8 @@ def with_unobserved(q: Posterior, program: Program, max_enumeration: int) -> Pos
         max_enumeration: How many numbers the matrices of an E-step may have.
     """
     structure = program.structure
-    names = [n for n, kind in structure.barren.items() if kind in GAUSSIAN]
+    hidden = {f"{n}_unobserved" for n in structure.masked_pairs}
+    names = [n for n, k in structure.barren.items() if k in GAUSSIAN and n not in hidden]
     if not names or structure.random_plates:
         return q
     model = without_values(program.model)

@@ -164,7 +164,7 @@ def _two_scopes(a: GaussianSite, b: GaussianSite) -> str:
         f"covariance('{a.name}', '{b.name}')",
         f"'{a.name}' depends on discrete {listed(a.scope)}, and '{b.name}' on {listed(b.scope)}.",
         "their covariance needs the joint distribution of all these",
-        ["draw jointly with sample(n), and take the covariance of the draws"],
+        ["draw jointly (sample(n), em.predictive), and take the covariance of the draws"],
     )
 
 
@@ -422,7 +422,7 @@ def _common(a: GaussianSite, b: GaussianSite) -> torch.Size:
                     "the elements of two plates of one dimension do not belong to each other",
                     [
                         "ask for sites of the same plates",
-                        "draw jointly with sample(n), and take the covariance of the draws",
+                        "draw jointly (sample(n), em.predictive), and take the covariance of the draws",
                     ],
                 )
             )

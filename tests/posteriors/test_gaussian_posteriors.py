@@ -874,3 +874,36 @@ def test_numbers_do_not_depend_on_the_default_dtype() -> None:
         finally:
             torch.set_default_dtype(before)
     assert entropies[0] == entropies[1]
+
+
+def test_forecasts_of_a_hidden_markov_model_are_mixtures() -> None:
+    A, mu, s = tensor([0.9, 0.1], [0.3, 0.7]), tensor(-1.0, 2.0), tensor(0.5, 1.0)
+
+    def model(x: list[Tensor | None]) -> None:
+        z: Any = 0
+        for t, value in enumerate(x):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], s[z]), obs=value)
+
+    q = posterior(model, [Y[0], Y[1], None, None])
+    filtered = A[0] * dist.Normal(mu, s).log_prob(Y[0]).exp()
+    filtered = (filtered @ A) * dist.Normal(mu, s).log_prob(Y[1]).exp()
+    p = filtered / filtered.sum() @ A @ A
+    mean = float(p @ mu)
+    close(q.mean("x_3"), mean)
+    close(q.covariance("x_3"), float(p @ (s**2 + mu**2)) - mean**2)
+    with pytest.raises(UsageError, match="'x_0' as well, which is observed"):
+        q.mean("x_*")
+
+
+def test_the_hidden_part_of_an_observed_site_is_no_latent_to_ask_for() -> None:
+    def model(x: Tensor, seen: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(h, x.new_tensor(1.0)), obs=x, obs_mask=seen)
+
+    q = posterior(model, Y[:3], torch.tensor([True, False, True]))
+    close(q.mean("h"), Y[:3].numpy() / 2 * [1, 0, 1])
+    close(q.covariance("h"), np.array([0.5, 1.0, 0.5]))
+    with pytest.raises(UsageError, match="those are: 'h'"):
+        q.mean("x")
