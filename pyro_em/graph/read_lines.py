@@ -24,7 +24,7 @@ from pyro_em.graph.compact import compact
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks, why_not_linear
-from pyro_em.graph.lines import Line, NotLinear, Read, is_gaussian, mean_at
+from pyro_em.graph.lines import Line, NotLinear, Read, is_gaussian, is_matrix_of_rows, mean_at
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import (
     Forward,
@@ -308,6 +308,9 @@ def _latents_read(
                 f"{kind} of Gaussian '{latents[0]}' has no exact posterior.",
             )
         )
+    if is_matrix_of_rows(fn):
+        what = "it is a MultivariateNormal under to_event: put its rows in a plate."
+        raise NotLinear(_refusal(latents, f"site '{name}'", what))
     family = family_of(fn)
     assert family is not None
     spreads = {

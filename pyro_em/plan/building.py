@@ -146,10 +146,10 @@ def _without_sites(structure: Structure) -> Structure:
 
 def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     """A program whose Gaussian latents are integrated; what stands in the way of one."""
-    model = with_values(task.model, unrouted.structure)
-    if model is None:
-        return unrouted
     try:
+        model = with_values(task.model, unrouted.structure)
+        if model is None:
+            return unrouted
         program = integrating(task, model, unrouted.structure)
     except NotLinear as error:
         return explained(unrouted, error.finding)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from pyro_em.distributions import has_finite_support, unwrap
+from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, as_error
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import Line, is_gaussian
+from pyro_em.graph.lines import Line, NotLinear, is_gaussian, is_matrix_of_rows
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.plan.unrouted import Unrouted, without_route
@@ -27,24 +27,41 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     Args:
         model: The user's model.
         structure: Its skeleton.
+
+    Raises:
+        NotLinear: If a Gaussian latent is masked, weighted, or a matrix of correlated rows.
     """
     sites = {n: structure.unobserved[n] for n in structure.latents}
     continuous = {n: s for n, s in sites.items() if not has_finite_support(s["fn"])}
     if not continuous or structure.random_plates:
         return None
-    if not all(map(is_integrable, continuous.values())):
+    if not all(is_gaussian(s["fn"]) for s in continuous.values()):
         return None
+    for name, site in continuous.items():
+        problem = why_not_integrable(site)
+        if problem:
+            raise NotLinear(Finding(f"site '{name}'", problem, latents=(name,)))
     return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
 
 
 def is_integrable(site: Mapping[str, Any]) -> bool:
     """Whether an unobserved site, as it was traced, is one Gaussian for each element of its plates."""
-    if not is_gaussian(site["fn"]) or mask_tensor(site) is not None:
-        return False
-    base, reinterpreted, _ = unwrap(site["fn"])
-    if type(base).__name__ == "MultivariateNormal" and reinterpreted:
-        return False
-    return not isinstance(site["scale"], torch.Tensor) and bool(site["scale"] == 1)
+    return is_gaussian(site["fn"]) and not why_not_integrable(site)
+
+
+def why_not_integrable(site: Mapping[str, Any]) -> str:
+    """Why a Gaussian site is not one Gaussian for each element of its plates, or nothing.
+
+    Args:
+        site: As it was traced.
+    """
+    if mask_tensor(site) is not None:
+        return "a mask covers it: put poutine.mask around its observations alone"
+    if is_matrix_of_rows(site["fn"]):
+        return "it is a MultivariateNormal under to_event: put its rows in a plate"
+    if isinstance(site["scale"], torch.Tensor) or site["scale"] != 1:
+        return "poutine.scale weighs it: put that around its observations alone"
+    return ""
 
 
 def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> Unrouted:

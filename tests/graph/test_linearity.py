@@ -147,6 +147,29 @@ def between(how: str) -> Callable[[], None]:
     return model
 
 
+def around(how: str) -> Callable[[], None]:
+    """Latents that are no single Gaussian for each element of their plates."""
+
+    def model() -> None:
+        with pyro.plate("rows", N):
+            if how == "masked":
+                with poutine.mask(mask=SEEN):
+                    h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            elif how == "weighted":
+                with poutine.scale(scale=2.0):
+                    h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            elif how == "rows":
+                rows = dist.MultivariateNormal(torch.zeros(N, 3, 2), torch.eye(2)).to_event(1)
+                h = pyro.sample("h", rows)[..., 0, 0]
+            else:
+                h = pyro.sample("h", dist.Normal(0.0, 1.0))
+                rows = dist.MultivariateNormal(h[:, None, None].expand(N, 3, 2), torch.eye(2))
+                pyro.sample("x", rows.to_event(1), obs=torch.zeros(N, 3, 2))
+            pyro.sample("y", dist.Normal(h, 1.0), obs=Y)
+
+    return model
+
+
 LINEAR: dict[str, Callable[[], None]] = {
     "views": of_rows(lambda h: (h[None] @ torch.eye(N)).squeeze(0).clone()[...]),
     "index": of_rows(lambda h: h[FEW]),
@@ -246,6 +269,10 @@ NONLINEAR: dict[str, tuple[Callable[[], None], str]] = {
     "small product": (between("small product"), "a product of latents 'h' and 'u'"),
     "scale of a latent": (between("scale of a latent"), "its scale depends on 'h'"),
     "covariance": (between("covariance"), "its covariance_matrix depends on 'h'"),
+    "masked latent": (around("masked"), "a mask covers it"),
+    "weighted latent": (around("weighted"), "poutine.scale weighs it"),
+    "latent rows": (around("rows"), "site 'h': it is a MultivariateNormal under to_event"),
+    "rows": (around("data"), "site 'x': it is a MultivariateNormal under to_event"),
     "other sites": (between("other sites"), r"outside autograd \(gt\)"),
 }
 
