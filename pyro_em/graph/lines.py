@@ -112,6 +112,11 @@ def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, T
         q = coefficient.shape[-1]
         rows = values[read.latent].reshape(-1, q)[read.elements.clamp(min=0)]
         rows = rows * (read.elements >= 0).unsqueeze(-1)
-        rows = rows.reshape(1, *line.sizes, *(1,) * (len(line.scope) + line.event), q)
-        out = out + (coefficient * rows).sum(-1)
+        own = coefficient.shape[1 + len(line.sizes) : -1]
+        if coefficient.shape[: 1 + len(line.sizes)].numel() == 1:
+            image = rows.to(coefficient.dtype) @ coefficient.reshape(-1, q).mT
+            out = out + image.reshape(1, *line.sizes, *own)
+        else:
+            rows = rows.reshape(1, *line.sizes, *(1,) * len(own), q)
+            out = out + (coefficient * rows).sum(-1)
     return out

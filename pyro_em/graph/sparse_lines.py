@@ -7,7 +7,7 @@ random vector verifies. Loadings have thousands of elements, and a vector for ea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -113,13 +113,15 @@ def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Bind
             return Binding("constant", (), constant)
         return replace(plain, params=tuple(s.param for s in used), selections=used)
     # What is multiplied by zero has no slope anywhere.
-    own = {n: leaves[n] for n in names if _moves(narrow, leaves[n])}
+    slopes = {n: _Slope.of(narrow, leaves[n]) for n in names}
+    slopes = {n: slope for n, slope in slopes.items() if bool((slope.there != 0).any())}
+    own = {n: leaves[n] for n in slopes}
     reason = why_not_linear(narrow, own, "parameters")
     if reason:
         return Binding("opaque", tuple(own), constant, reason=reason)
     jacobians: dict[str, Tensor] = {}
     for name in own:
-        jacobian = _jacobian(narrow, leaves[name])
+        jacobian = _jacobian(narrow, leaves[name], slopes[name])
         if jacobian is None:
             return Binding("opaque", names, constant, reason=f"too many elements of '{name}' meet")
         jacobians[name] = jacobian
@@ -134,16 +136,29 @@ def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Bind
     return Binding("affine", tuple(jacobians), offset, jacobians=jacobians)
 
 
-def _moves(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor changes with a parameter, at parameters in general position."""
-    return bool((forward_of(tensor, leaf)(random_like(leaf)) != 0).any())
+@dataclass(frozen=True, eq=False)
+class _Slope:
+    """∂a/∂θ along a random direction.
+
+    Attributes:
+        forward: t ↦ J t.
+        probe: The direction.
+        there: J t for it.
+    """
+
+    forward: Forward
+    probe: Tensor
+    there: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, leaf: Tensor) -> _Slope:
+        forward, probe = forward_of(tensor, leaf), random_like(leaf)
+        return cls(forward, probe, forward(probe))
 
 
-def _jacobian(tensor: Tensor, leaf: Tensor) -> Tensor | None:
+def _jacobian(tensor: Tensor, leaf: Tensor, along: _Slope) -> Tensor | None:
     """∂a/∂θ, None where it is too large. # (*a's shape, θ.numel())"""
-    forward, count = forward_of(tensor, leaf), leaf.numel()
-    probe = random_like(leaf)
-    there = forward(probe)
+    forward, probe, there, count = along.forward, along.probe, along.there, leaf.numel()
     if tensor.numel() * count > _CELLS:
         return None
     slope = forward(torch.ones_like(leaf))

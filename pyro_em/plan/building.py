@@ -11,7 +11,14 @@ import pyro
 import torch
 from torch.distributions import transform_to
 
-from pyro_em.errors import ModelError, PyroEMError, as_error, message, raise_findings
+from pyro_em.errors import (
+    ModelError,
+    PyroEMError,
+    UsageError,
+    as_error,
+    message,
+    raise_findings,
+)
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import NotLinear
@@ -174,6 +181,15 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
         NotLinear: If a latent has a child that is not linear in it and Gaussian.
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
     """
+    if task.strategy is not None:
+        raise UsageError(
+            message(
+                f"strategy={task.strategy!r}",
+                f"'{next(iter(model.values))}' is a Gaussian latent, and this E-step is one of sums.",
+                "it works on the cells of discrete latents",
+                ["use strategy='exact'", "give a guide for the continuous latents"],
+            )
+        )
     given = replace(task, model=model)
     structure = _examined(given, False, {})
     if isinstance(structure, Unrouted) or structure.series is not None:

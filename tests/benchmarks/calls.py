@@ -239,12 +239,39 @@ def first_calls() -> Iterator[str]:
         yield f"* {name}: {first:.3f} s, then {second:.3f} s; {first - second:.2f} of at most 0.5 s"
 
 
+def factors(N: int, D: int, q: int, steps: int) -> Callable[[], Any]:
+    """As many steps of factor analysis as scikit-learn takes, by exact singular values."""
+
+    def make() -> tuple[Run, Run]:
+        from sklearn.decomposition import FactorAnalysis
+
+        g = torch.Generator().manual_seed(0)
+        w = torch.randn(q, D, generator=g, dtype=torch.float64)
+        x = torch.randn(N, q, generator=g, dtype=torch.float64) @ w
+        x = x + torch.randn(N, D, generator=g, dtype=torch.float64)
+        X = x.numpy()
+
+        def theirs() -> int:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                peer = FactorAnalysis(q, tol=0, max_iter=steps, svd_method="lapack")
+                return int(peer.fit(X).n_iter_)
+
+        return fit(models.factors, x, q, steps=theirs()), theirs
+
+    return make
+
+
 CALLS = (
     Call("GMM fit, N=200 D=2 K=2", "scikit-learn", 3.0, gaussian(200, 2, 2), 30),
     Call("the same again", "scikit-learn", 3.0, gaussian(200, 2, 2, again), 30),
     Call("GMM fit, N=1,000 D=5 K=5", "scikit-learn", 2.0, gaussian(1000, 5, 5), 20),
     Call("GMM fit, N=10,000 D=8 K=8", "scikit-learn", 1.0, gaussian(10_000, 8, 8)),
     Call("GMM fit, N=100k D=16 K=32", "scikit-learn", 0.15, gaussian(100_000, 16, 32), 2),
+    Call(
+        "factor analysis fit, 1,800 x 60 q=10", "scikit-learn", 0.2, factors(1800, 60, 10, 200), 3
+    ),
+    Call("factor analysis fit, 20k x 64 q=10", "scikit-learn", 0.2, factors(20_000, 64, 10, 50), 2),
     Call("score of 200 new rows", "one trace", 2.0, score, 30),
     Call("loop chain fit, T=1,000 K=10", "one trace", 5.0, loop(1000, "fit"), 3),
     Call("the same again", "one trace", 5.0, loop(1000, "fit again"), 3),

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, vectorized_markov
@@ -96,6 +97,17 @@ def hidden_cause(x: Tensor) -> None:
         z = pyro.sample("z", dist.Bernoulli(p)).long()
         for j, t in enumerate(tables):
             pyro.sample(f"x{j}", dist.Bernoulli(t[z]), obs=x[:, j])
+
+
+def factors(x: Tensor, q: int) -> None:
+    D = x.shape[-1]
+    start = torch.randn(D, q, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    w = pyro.param("W", start)
+    mu = pyro.param("mu", torch.zeros(D, dtype=x.dtype))
+    s = pyro.param("s", torch.ones(D, dtype=x.dtype), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.Normal(x.new_zeros(q), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(h @ w.T + mu, s).to_event(1), obs=x)
 
 
 def iterations(model: Callable[..., None], *args: Any) -> Steps:

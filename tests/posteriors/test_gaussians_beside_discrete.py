@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, ModelError
+from pyro_em import ExactPosteriorEM, Hard, ModelError, UsageError
 
 K, D = 3, 4
 FLIPS = torch.tensor([[0.9, 0.1], [0.2, 0.8]], dtype=torch.float64)
@@ -187,3 +187,10 @@ def test_what_couples_too_many_cases_is_refused_with_the_number(
     with pytest.raises(ModelError) as caught:
         em.posterior(*args)
     assert words in str(caught.value) and "give a guide" in str(caught.value)
+
+
+def test_an_e_step_on_cells_is_refused_beside_gaussian_latents() -> None:
+    with pytest.raises(
+        UsageError, match="'h' is a Gaussian latent, and this E-step is one of sums"
+    ):
+        ExactPosteriorEM(analysers, strategy=Hard()).fit(numbers(20, D))
