@@ -7,6 +7,10 @@ r"""Gaussian components of rows with missing entries, by few and large matrix pr
     Σ r E[d],   E[d] = y + L_mo u,      Σ r E[d dᵀ] = Σ r E[d] E[d]ᵀ + Σ_p m_p Cov_p,
 
 where p runs over the patterns and m_p = Σ r. Patterns of about as many rows are evaluated together.
+Where the square does not cancel, ℓ is linear in the features (x'_i, x'_i x'_j) of what is seen, as for
+complete rows: one product gives the log densities of a pattern's rows, another their moments. What is
+missing is completed in these: with A = I_o + L_mo L_o⁻¹, Σ r E[d] = A Σ r y and
+Σ r E[d] E[d]ᵀ = A (Σ r y yᵀ) Aᵀ.
 
 *Independent features.* With s = 1 where an entry is seen, ℓ is linear in (s, s x', s x'²):
 
@@ -24,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.densities.gaussian import FEW_CELLS, Gaussian
+from pyro_em.densities.gaussian import FEW_CELLS, Gaussian, products, unfolding, upper_pairs
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.incomplete import Patterns, conditional, covariance_of, most_patterns, patterns_of
@@ -60,12 +64,20 @@ class AtPatterns:
         covariance: Σ. # (K or 1, D, D)
         factors: Of all patterns, where they are few.
         size: As of `pyro_em.densities.gaussian.Prepared`.
+        linear: Coefficients of the features for each pattern; None where rows are whitened. # (U, K, P)
+        constant: What goes with them. # (U, K, 1)
+        complete: A, which gives E[d] from y. # (U, K or 1, D, D)
+        left: Cov[x | x_o]. # (U, K or 1, D, D)
     """
 
     mean: Tensor
     covariance: Tensor
     factors: Factors | None
     size: float = 0.0
+    linear: Tensor | None = None
+    constant: Tensor | None = None
+    complete: Tensor | None = None
+    left: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +114,19 @@ class _White:
     batches: list[_Batch]
 
 
+@dataclass(frozen=True, eq=False)
+class _Features:
+    """Features of some rows, by their patterns.
+
+    Attributes:
+        rows: How many they are.
+        batches: Patterns # (u,), places filled up by the end # (u, rows), features # (u, P, rows).
+    """
+
+    rows: int
+    batches: list[tuple[Tensor, Tensor, Tensor]]
+
+
 @dataclass(eq=False)
 class Incomplete(Gaussian):
     """The rows of a group of IncompleteMultivariateNormal sites with component-wise arguments.
@@ -111,12 +136,18 @@ class Incomplete(Gaussian):
     """
 
     patterns: Patterns = field(init=False)
+    _kept: dict[tuple[int, int], _Features] = field(init=False)
     _layouts: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = field(init=False)
 
     def __post_init__(self) -> None:
         seen = ~torch.isnan(self.x)
         self.patterns, self._layouts = patterns_of(seen.T), {}
         self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
+        self._kept = {}
+        self.reach2 = self.x.square().amax(1)
+        i, j = self.upper = upper_pairs(len(self.x), self.x.device)
+        self.full = unfolding(len(self.x), self.x.device)
+        self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
 
     @property
     def width(self) -> int:
@@ -129,8 +160,33 @@ class Incomplete(Gaussian):
         covariance = covariance_of({self.spread: arguments[self.spread]}).reshape(-1, D, D)
         mean = self._each(self._shift(arguments["loc"]))
         few = len(self.patterns.seen) <= most_patterns(len(covariance), D)
-        factors = self._factors(covariance, self.patterns.seen) if few else None
-        return AtPatterns(mean, covariance, factors)
+        if not few:
+            return AtPatterns(mean, covariance, None)
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        size = D**0.5 * float((precision.diagonal(dim1=-2, dim2=-1) * self.reach2).max())
+        if not size <= self.limit:
+            return AtPatterns(mean, covariance, self._factors(covariance, self.patterns.seen))
+        return self._linear(mean, covariance, size)
+
+    def _linear(self, mean: Tensor, covariance: Tensor, size: float) -> AtPatterns:
+        """Coefficients of the features, and what completes their sums, for all patterns."""
+        D = self.x.shape[0]
+        seen = self.patterns.seen.unsqueeze(1)
+        both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
+        eye = torch.eye(D, dtype=torch.float64, device=self.x.device)
+        root = torch.linalg.cholesky(torch.where(both, covariance, eye))
+        precision = torch.cholesky_inverse(root) * both
+        along = (precision @ mean.unsqueeze(-1)).squeeze(-1)
+        squares = precision[..., self.upper[0], self.upper[1]] * self.halved
+        linear = torch.cat([along, squares.expand(*along.shape[:-1], -1)], -1)
+        log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+        constant = log_det + 0.5 * math.log(2 * math.pi) * seen.sum(-1, keepdim=True)
+        constant = -constant - 0.5 * (along * mean).sum(-1, keepdim=True)
+        slopes = covariance @ precision  # of what is missing on what is seen
+        complete = torch.where(seen.unsqueeze(-1), eye * both, slopes)
+        rest = (~seen).unsqueeze(-1) & (~seen).unsqueeze(-2)
+        left = (covariance - slopes @ covariance) * rest
+        return AtPatterns(mean, covariance, None, size, linear, constant, complete, left)
 
     def _factors(self, covariance: Tensor, seen: Tensor) -> Factors:
         both = seen.unsqueeze(1).expand(-1, len(covariance), -1)
@@ -139,8 +195,10 @@ class Incomplete(Gaussian):
         return Factors(found.whiten, found.gain, found.covariance, constant.unsqueeze(-1))
 
     def features(self, rows: slice, p: Any = None) -> Any:
-        """u of some rows, pattern by pattern; see `_White`."""
+        """Features of some rows, or u, pattern by pattern; see `_Features` and `_White`."""
         begin, end, _ = rows.indices(self.x.shape[1])
+        if p.linear is not None:
+            return self._products(begin, end, len(p.covariance))
         D, u = self.x.shape[0], []
         x = torch.cat([self.x[:, begin:end], self.x.new_zeros(D, 1)], 1)
         for own, at in self._layout(begin, end, len(p.covariance)):
@@ -154,6 +212,23 @@ class Incomplete(Gaussian):
             u.append(_Batch(own, kept, factors.constant, at, y, factors.whiten @ y))
         return _White(end - begin, u)
 
+    def _products(self, begin: int, end: int, matrices: int) -> _Features:
+        """x' and its products of some rows; of few data they are made once."""
+        if (begin, end) in self._kept:
+            return self._kept[begin, end]
+        D, out = self.x.shape[0], []
+        x = torch.cat([self.x[:, begin:end], self.x.new_zeros(D, 1)], 1)
+        for own, at in self._layout(begin, end, matrices):
+            values = x[:, at].flatten(1)
+            phi = x.new_empty(D + len(self.halved), values.shape[1])
+            phi[:D] = values
+            products(values, phi[D:])
+            out.append((own, at, phi.unflatten(1, at.shape).transpose(0, 1).contiguous()))
+        found = _Features(end - begin, out)
+        if (D + len(self.halved)) * self.x.shape[1] <= FEW_CELLS:
+            self._kept[begin, end] = found
+        return found
+
     def _layout(self, begin: int, end: int, matrices: int) -> list[tuple[Tensor, Tensor]]:
         """The patterns of some rows, and the places of these; see `Patterns.batches`."""
         if (begin, end) not in self._layouts:
@@ -166,16 +241,34 @@ class Incomplete(Gaussian):
         """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
         n = features.rows
         out = self.x.new_empty(self.K, n + 1)
-        for b in features.batches:
-            log_p = b.constant - 0.5 * b.white.square().sum(2)
-            out[:, b.rows] = log_p.transpose(0, 1)
+        if p.linear is not None:
+            for own, at, phi in features.batches:
+                log_p = torch.baddbmm(p.constant[own], p.linear[own], phi)
+                out[:, at] = log_p.transpose(0, 1)
+        else:
+            for b in features.batches:
+                log_p = b.constant - 0.5 * b.white.square().sum(2)
+                out[:, b.rows] = log_p.transpose(0, 1)
         out = out[:, :n]
         return out if onto is None else out + onto
 
     def moments(self, p: Any, weights: Tensor, features: Any) -> Tensor:
-        """Σ r E[d] and Σ r E[d dᵀ] of some rows, d = x' − μ', in float64. # (K, D + D²)"""
-        D = self.x.shape[0]
+        """Sums of some rows, in float64.
+
+        Returns:
+            Σ r E[d] and Σ r E[d dᵀ] with d = x' − μ' # (K, D + D²); of features those of each pattern,
+            with its Σ r # (K, U (P + 1)).
+        """
         weights = torch.cat([weights.to(torch.float64), self.x.new_zeros(self.K, 1)], 1)
+        if p.linear is not None:
+            U, _, P = p.linear.shape
+            sums = self.x.new_zeros(self.K, U, P + 1)
+            for own, at, phi in features.batches:
+                r = weights[:, at].transpose(0, 1)  # (u, K, rows)
+                part = torch.cat([r @ phi.mT, r.sum(-1, keepdim=True)], -1)
+                sums[:, own] = part.transpose(0, 1)
+            return sums.flatten(1)
+        D = self.x.shape[0]
         first = self.x.new_zeros(self.K, D)
         second = self.x.new_zeros(self.K, D, D)
         for b in features.batches:
@@ -188,6 +281,21 @@ class Incomplete(Gaussian):
             second += (weighted @ d.mT + left).sum(0)
         return torch.cat([first, second.flatten(1)], 1)
 
+    def _completed(self, p: AtPatterns, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ r E[d] and Σ r E[d dᵀ] from the sums of features over the rows of each pattern."""
+        assert p.linear is not None and p.complete is not None and p.left is not None
+        D, P = self.x.shape[0], p.linear.shape[-1]
+        sums = moments.unflatten(-1, (-1, P + 1)).transpose(0, 1)  # (U, K, P + 1)
+        seen = self.patterns.seen.to(sums.dtype).unsqueeze(1)
+        total, mass, mu = sums[..., :D], sums[..., P:], p.mean * seen
+        squares = sums[..., D:P][..., self.full].unflatten(-1, (D, D))
+        cross = total.unsqueeze(-1) * mu.unsqueeze(-2)
+        outer = mass.unsqueeze(-1) * mu.unsqueeze(-1) * mu.unsqueeze(-2)
+        squares = squares - cross - cross.mT + outer
+        first = (p.complete @ (total - mass * mu).unsqueeze(-1)).squeeze(-1)
+        second = p.complete @ squares @ p.complete.mT + mass.unsqueeze(-1) * p.left
+        return first.sum(0), second.sum(0)
+
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""
         return 0.0
@@ -197,8 +305,11 @@ class Incomplete(Gaussian):
     ) -> Statistics:
         """The family's statistics about its location."""
         D = self.x.shape[0]
-        square = moments[:, D:].reshape(-1, D, D)
-        return self._shaped({"deviation": moments[:, :D], "square": square, "weight": mass})
+        if p.linear is not None:
+            first, square = self._completed(p, moments)
+        else:
+            first, square = moments[:, :D], moments[:, D:].reshape(-1, D, D)
+        return self._shaped({"deviation": first, "square": square, "weight": mass})
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.tracing.missing import WithMissing
 from tests.benchmarks import models
 from tests.benchmarks.timing import Case, Steps
 
@@ -61,6 +62,19 @@ def precision(N: int, D: int, K: int) -> Callable[[], Pair]:
     def make() -> Pair:
         single = models.iterations(models.mixture, blobs(N, D, K, torch.float32), K)
         return single, models.iterations(models.mixture, blobs(N, D, K), K)
+
+    return make
+
+
+def incomplete(N: int, D: int, K: int) -> Callable[[], Pair]:
+    """A tenth of the entries missing, against the complete data."""
+
+    def make() -> Pair:
+        full = blobs(N, D, K, torch.float64)
+        g = torch.Generator().manual_seed(1)
+        x = full.masked_fill(torch.rand(N, D, generator=g) < 0.1, torch.nan)
+        ours = models.iterations(WithMissing(models.mixture), x, K, full)
+        return ours, models.iterations(models.mixture, full, K, full)
 
     return make
 
@@ -282,6 +296,10 @@ CASES = (
         "GMM f64, N=20k D=64 K=10", "scikit-learn", 1.4, gaussian(20_000, 64, 10), 1, 9, 5, 5,
     ),
     Case("GMM f32, N=100k D=16 K=32", "its own f64", 1.5, precision(100_000, 16, 32), 1, 5, 4, 5),
+    Case(
+        "GMM f64, N=10k D=8 K=4, 10% missing", "complete data", 0.125, incomplete(10_000, 8, 4),
+        2, 32, 102, 5,
+    ),
     Case("categorical HMM, T=1000 K=10", "hmmlearn scaling", 1.4, symbols(1000, 10), 5, 205),
     Case(
         "the same without numba", "TraceEnum_ELBO", 500.0, against_trace_enum(1000, 10), 1, 21, 2, 3

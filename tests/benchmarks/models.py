@@ -20,11 +20,12 @@ from pyro_em.tracing.parameters import values_of
 from tests.benchmarks.timing import Steps
 
 
-def mixture(x: Tensor, K: int) -> None:
-    """Gaussian mixture with full covariances. # x: (N, D)"""
+def mixture(x: Tensor, K: int, start: Tensor | None = None) -> None:
+    """Gaussian mixture with full covariances, which begins at other rows where given. # x: (N, D)"""
+    start = x if start is None else start
     w = pyro.param("w", x.new_ones(K) / K, constraint=C.simplex)
-    mu = pyro.param("mu", x[:K].clone())
-    S = pyro.param("S", torch.cov(x[:5000].T).repeat(K, 1, 1), constraint=C.positive_definite)
+    mu = pyro.param("mu", start[:K].clone())
+    S = pyro.param("S", torch.cov(start[:5000].T).repeat(K, 1, 1), constraint=C.positive_definite)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(w))
         pyro.sample("x", dist.MultivariateNormal(mu[z], S[z]), obs=x)
