@@ -152,7 +152,8 @@ class Incomplete(Gaussian):
     @property
     def width(self) -> int:
         """Numbers per row that a chunk holds."""
-        return self.K * self.x.shape[0] // 2  # many rows at once: patterns cost calls
+        # Many rows at once, since each pattern costs calls; fewer where their whitening is large.
+        return self.K * max(0, self.x.shape[0] - 16) // 2
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
         """Coefficients at some arguments."""
