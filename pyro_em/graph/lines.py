@@ -7,7 +7,7 @@ parameters as any argument is. `pyro_em.graph.read_lines` reads them from runs o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -68,6 +68,15 @@ class Line:
                 name = f"{name} ({len(out)})"
             out[name] = read.coefficient
         return out
+
+    def as_read(self) -> Line:
+        """The mean at the parameters at which it was read, where no binding gives it."""
+
+        def known(binding: Binding) -> Binding:
+            return binding if binding.is_static else Binding("constant", (), binding.constant)
+
+        reads = tuple(replace(r, coefficient=known(r.coefficient)) for r in self.reads)
+        return replace(self, offset=known(self.offset), reads=reads)
 
     @property
     def is_static(self) -> bool:

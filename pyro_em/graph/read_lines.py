@@ -52,7 +52,12 @@ def random_values(model: GivenGaussians, seed: int, scale: float = 1.0) -> dict[
 
 
 def read_lines(
-    model: GivenGaussians, args: tuple, kwargs: dict[str, Any], structure: Structure
+    model: GivenGaussians,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    *,
+    bound: bool = True,
 ) -> dict[str, Line]:
     """The mean of every site that is a Gaussian latent, or reads one.
 
@@ -63,6 +68,7 @@ def read_lines(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         structure: What `examine` found of it.
+        bound: Whether bindings are of use, because an M-step follows.
 
     Raises:
         NotLinear: If a latent has a child that is not linear in it and Gaussian.
@@ -80,11 +86,11 @@ def read_lines(
             raise NotLinear(_refusal((latent,), "model", what))
         at_zero = run_enumerated(model, args, kwargs, structure, limit=None)
         # Modules read their own tensors, which must not be written before all has been read.
-        return _lines_of(run, at_zero, values, structure)
+        return _lines_of(run, at_zero, values, structure, bound)
 
 
 def _lines_of(
-    run: Run, at_zero: Run, values: Mapping[str, Tensor], structure: Structure
+    run: Run, at_zero: Run, values: Mapping[str, Tensor], structure: Structure, bound: bool
 ) -> dict[str, Line]:
     """The lines that two runs show.
 
@@ -93,6 +99,7 @@ def _lines_of(
         at_zero: With the latents at zero.
         values: The random values.
         structure: What `examine` found of the model.
+        bound: Whether bindings are of use.
     """
     leaves = {n: p.leaf for n, p in run.parameters.items()}
     leaves_at_zero = {n: p.leaf for n, p in at_zero.parameters.items()}
@@ -111,11 +118,11 @@ def _lines_of(
         reads = [
             one
             for latent in read
-            for one in _reads(place, loc, values[latent], latent, run.sites[latent], leaves)
+            for one in _reads(place, loc, values[latent], latent, run.sites[latent], leaves, bound)
         ]
         offset = place.compact(place.loc(at_zero.sites[name]))
-        bound = bind_line(offset, leaves_at_zero, len(place.sizes))
-        out[name] = Line(name, place.sizes, place.scope, place.event, bound, tuple(reads))
+        own = bind_line(offset, leaves_at_zero, len(place.sizes), bound=bound)
+        out[name] = Line(name, place.sizes, place.scope, place.event, own, tuple(reads))
     hidden = _hidden(out, (run, at_zero), values, values_of(run.parameters), layout)
     if hidden is not None:
         raise NotLinear(hidden)
@@ -144,10 +151,10 @@ def _hidden(
         own = (line is not None, name not in values)
         fixed = _numbers_of(here, *own), _numbers_of(there, *own)
         alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
-        if alike and line is not None and line.is_static:
+        if alike and line is not None:
             place = _Place.of(name, layout)
             actual = place.compact(place.loc(here)).detach().unsqueeze(0)
-            expected = mean_at(line, parameters, values).detach().to(actual.dtype)
+            expected = mean_at(line.as_read(), parameters, values).detach().to(actual.dtype)
             alike = is_close(*torch.broadcast_tensors(actual, expected))
         if not alike:
             what = "it changes with Gaussian latents in a way that autograd does not show."
@@ -386,6 +393,7 @@ def _reads(
     latent: str,
     site: Mapping[str, Any],
     leaves: Mapping[str, Tensor],
+    bound: bool,
 ) -> list[Read]:
     """What a site reads of one latent: one element in each row, or few elements one by one."""
     jacobian = _Jacobian.of(place, loc, leaf, site)
@@ -407,8 +415,8 @@ def _reads(
     there = jacobian.of_all(probe).detach()
     rows = probe[element.clamp(min=0)].reshape(*element.shape, *(1,) * (numbers.dim() - plates), q)
     if alike and is_close((coefficient.detach() * rows).sum(-1), there):
-        bound = bind_line(coefficient, leaves, plates)
-        return [Read(latent, element.expand(place.sizes).reshape(-1).clone(), bound)]
+        own = bind_line(coefficient, leaves, plates, bound=bound)
+        return [Read(latent, element.expand(place.sizes).reshape(-1).clone(), own)]
     if count > _FEW:
         what = f"a row reads several elements of '{latent}', which has {count:,}."
         raise NotLinear(_refusal((latent,), "model", what))
@@ -418,7 +426,8 @@ def _reads(
         used = (part.detach() != 0).flatten(plates).any(-1)
         if bool(used.any()):
             element = torch.where(used, i, -1).expand(place.sizes).reshape(-1).clone()
-            out.append(Read(latent, element, bind_line(part, leaves, plates), i))
+            own = bind_line(part, leaves, plates, bound=bound)
+            out.append(Read(latent, element, own, i))
     return out
 
 

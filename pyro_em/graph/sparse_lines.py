@@ -89,13 +89,16 @@ def narrowed(t: Tensor, plates: int) -> Tensor:
     return t
 
 
-def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Binding:
+def bind_line(
+    tensor: Tensor, leaves: Mapping[str, Tensor], plates: int, *, bound: bool = True
+) -> Binding:
     """How parameters reach a tensor that should be linear in them.
 
     Args:
         tensor: At parameters in general position. # (*sizes or 1s, *event)
         leaves: The leaf tensor of each parameter in that run.
         plates: How many of its leading dimensions are plates.
+        bound: Whether a binding is of use; it is opaque otherwise where parameters reach it.
 
     Returns:
         A binding of the narrowest tensor that stands for all. # (1, *sizes or 1s, *event)
@@ -105,6 +108,8 @@ def bind_line(tensor: Tensor, leaves: Mapping[str, Tensor], plates: int) -> Bind
     names = known_below(narrow, leaves)
     if not names:
         return Binding("constant", (), constant)
+    if not bound:
+        return Binding("opaque", names, constant, reason="no update follows")
     plain = bind(narrow, leaves)
     # A factor may have any sign in a mean: such an element is solved for as a coefficient.
     if plain.how == "selection" and all(s.maps or s.factor is None for s in plain.selections):

@@ -194,7 +194,8 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
     structure = _examined(given, False, {})
     if isinstance(structure, Unrouted) or structure.series is not None:
         return None
-    lines = read_lines(model, task.args, task.kwargs, structure)
+    bound = not task.look_only
+    lines = read_lines(model, task.args, task.kwargs, structure, bound=bound)
     looked = structure.looked
     structure = replace(structure, looked=None, lines=frozenset(lines), edges=bare.edges)
     log = task.log(names_of(task.model, task.args, task.kwargs))

@@ -93,3 +93,32 @@ def test_networks_of_a_module_are_loadings(layers: int) -> None:
     dense = dist.MultivariateNormal(mean, torch.outer(w, w) + torch.eye(2))
     assert result.log_evidence == pytest.approx(dense.log_prob(x).sum().item(), abs=1e-8)
     assert min(torch.as_tensor(result.history).diff()) > -1e-9
+
+
+def test_who_only_looks_sees_parameters_as_they_are() -> None:
+    """A look at loadings of zero shows no shape that other loadings would not have."""
+    covariate = torch.arange(6.0)
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("W", torch.zeros(2))
+        c = pyro.param("c", torch.zeros(()))
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            mean = (h * covariate)[:, None] * w + c * covariate[:, None]
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    em = ExactPosteriorEM(model)
+    for w, c in (([0.0, 0.0], 0.0), ([1.0, -0.5], 0.3), ([0.0, 0.0], 1.0)):
+        if "W" in pyro.get_param_store():
+            with torch.no_grad():
+                pyro.get_param_store()._params["W"].copy_(torch.tensor(w))
+                pyro.get_param_store()._params["c"].fill_(c)
+        total = 0.0
+        for row, a in zip(x, covariate, strict=True):
+            v = a * torch.tensor(w)
+            dense = dist.MultivariateNormal(c * a * torch.ones(2), torch.outer(v, v) + torch.eye(2))
+            total += dense.log_prob(row).item()
+        assert em.elbo(x).log_evidence == pytest.approx(total, abs=1e-10)
+        assert em.score(x) == pytest.approx(total, abs=1e-10)
+        assert em.posterior(x).log_evidence == pytest.approx(total, abs=1e-10)
