@@ -23,6 +23,7 @@ from pyro_em.families.form import Spread
 from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import is_in_order
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.tracing.sites import Role
 from pyro_em.updates.from_data import from_data
 from pyro_em.updates.priors import contributions, refuse_boundary_mode
 from pyro_em.updates.scatter import (
@@ -188,6 +189,9 @@ class Solver:
         bad, spread = form.collapsed(a, before, mass, self.magnitude)
         bad = bad & ~keep
         if bool(bad.any()):
+            if all(self.graph.groups[u.group].role is Role.GAUSSIAN for u in self.update.uses):
+                # A variance of latents at zero has no unbounded likelihood: it stays where it is.
+                return torch.where(bad.reshape(-1, *(1,) * form.event_dim), before, a)
             k = int(bad.nonzero()[0])
             raise DegenerateError(_collapse(self.update, self.graph, k, spread[k], mass[k]))
         return a

@@ -127,6 +127,29 @@ def test_a_variance_that_vanishes_is_noted() -> None:
     assert not any("boundary" in note for note in result.plan.notes)
 
 
+def test_a_singular_covariance_of_latents_is_a_boundary_and_no_collapse() -> None:
+    """Slopes and intercepts of batches that do not differ."""
+    X = torch.stack([torch.ones(30), torch.arange(30.0) % 5], -1)
+
+    def model() -> None:
+        beta = pyro.param("beta", torch.zeros(2))
+        L = pyro.param("L", torch.eye(2), constraint=constraints.lower_cholesky)
+        s = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("groups", 6):
+            u = pyro.sample("u", dist.MultivariateNormal(torch.zeros(2), scale_tril=L))
+        with pyro.plate("rows", 30):
+            pyro.sample("y", dist.Normal(X @ beta + (X * u[BATCH]).sum(-1), s), obs=YIELD)
+
+    result = ExactPosteriorEM(model).fit(max_steps=120)
+    assert result.converged
+    path = torch.tensor([*result.history, result.log_evidence])
+    assert path.diff().min() > -1e-9
+    line = torch.linalg.lstsq(X, YIELD).solution
+    plain = dist.Normal(X @ line, (YIELD - X @ line).std(unbiased=False)).log_prob(YIELD).sum()
+    assert result.log_evidence == pytest.approx(plain.item(), abs=1e-2)
+    assert any("'L'" in note and "singular, at the boundary" in note for note in result.plan.notes)
+
+
 def test_a_heywood_case_is_noted_and_a_floor_ends_it() -> None:
     start = loadings(4, 1)
     result = ExactPosteriorEM(analysis).fit(IRIS, start, max_steps=60, acceleration="squarem")
