@@ -399,7 +399,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         evaluation = program.evaluate()
         given = as_posterior(q, evaluation)
         evaluation = replace(evaluation, solved=given.solved)
-        program.m_step(given.counts, evaluation, self._session.m_step_state)
+        program.m_step(given.counts, evaluation, self._session.m_step_state, expand=False)
 
     @alone("steps")
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:

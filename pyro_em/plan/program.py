@@ -288,7 +288,12 @@ class Program(StaysHere):
         return not isinstance(self.strategy, Annealed) or self.strategy.beta(max(step - 6, 0)) == 1
 
     def m_step(
-        self, counts: Sequence[Tensor], evaluation: Evaluation, state: MStepState | None = None
+        self,
+        counts: Sequence[Tensor],
+        evaluation: Evaluation,
+        state: MStepState | None = None,
+        *,
+        expand: bool = True,
     ) -> MStepReport:
         """The M-step; parameters are written in place.
 
@@ -296,6 +301,7 @@ class Program(StaysHere):
             counts: Expected counts per group.
             evaluation: The factors at the E-step.
             state: What lasts from one M-step to the next.
+            expand: Whether parameters may be expanded: q is the posterior at the present ones.
         """
         state = MStepState() if state is None else state
 
@@ -316,7 +322,7 @@ class Program(StaysHere):
         def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
             return expected_densities(own, values, groups, densities, self._trace)
 
-        return m_step(own, self.updates, weights, arguments, expected, state)
+        return m_step(own, self.updates, weights, arguments, expected, state, expand=expand)
 
     def log_densities_at(
         self, values: Mapping[str, Tensor], groups: Sequence[int]

@@ -7,7 +7,8 @@ about μ,
     Σ E[ε] = n β d,    Σ E[ε εᵀ] = n M⁻¹ + β S βᵀ,    Σ x E[ε]ᵀ = S βᵀ,
     −2 log p = n (D log 2π + log det Ψ + log det M) + tr Ψ⁻¹ S − tr Aᵀ Ψ⁻¹ S βᵀ.
 
-The M-step regresses x on (u, 1) from these sums. An iteration does not depend on the number of rows.
+The M-step regresses x on (u, 1) from these sums; a free μ becomes x̄, as parameter expansion by a mean
+of u gives. An iteration does not depend on the number of rows.
 
 Source: Rubin and Thayer (1982), EM algorithms for ML factor analysis.
 """
@@ -195,7 +196,8 @@ class FactorTheta:
         loadings = torch.linalg.solve_triangular(
             self.low, coefficients[:, :q], upper=False, left=False
         )
-        mu = at.mu if self.mean.param is None else at.mu + coefficients[:, q]
+        # A working mean of the factors goes into μ, which then is that of the data.
+        mu = at.mu if self.mean.param is None else self.centre
         psi, n = at.psi, self.rows
         left = e.d_d - (coefficients * cross).sum(-1)
         if self.noise.param is not None:

@@ -5,31 +5,23 @@ matrix α that is one at the E-step. The M-step regresses on Z E[u] with the oth
 estimates S as ever, and returns to the model by S ← α S αᵀ: the likelihood of both is the same, so
 that it cannot fall, and variances near zero take ten steps instead of a hundred thousand.
 
-Where the other coefficients β have a design X with X B = Z (an intercept beside random intercepts),
-u has a working mean m as well, which is estimated as the mean of E[u], and goes into β ← β + B α m:
-what the groups have in common is learned at once and not little by little.
-
 Source: Liu, Rubin and Wu (1998), Parameter expansion to accelerate EM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.gaussian_rows import design_of, event_shape, is_matrix, rows_of
-from pyro_em.updates.update import ClosedForm, Gradient, LeastSquares, ParameterUpdate
+from pyro_em.updates.gaussian_rows import event_shape, is_matrix
+from pyro_em.updates.update import ClosedForm, Gradient, ParameterUpdate
 
 SCALAR, DIAGONAL, MATRIX = "scalar", "diagonal", "matrix"
-
-_MANY = 2**26  # numbers of a design that is looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +35,6 @@ class Expansion:
         form: What α is: one number for all coordinates, one for each, or a matrix.
         width: q, how many coordinates an element has.
         children: Groups that read it, and the names of the coefficients there.
-        group: The latent's own group.
-        block: Coefficients that take in a mean of the latent.
-        into: B, how they do. # (p, q)
     """
 
     latent: str
@@ -54,9 +43,6 @@ class Expansion:
     form: str
     width: int
     children: tuple[tuple[int, str], ...]
-    group: int
-    block: tuple[str, ...] = ()
-    into: Tensor | None = None
 
     def is_read_by(self, groups: Collection[int]) -> bool:
         """Whether any of some groups reads the latent."""
@@ -90,13 +76,6 @@ class Expansion:
         whole = coefficient[..., None, :, None] * eye[:, None, :]
         return whole.reshape(*coefficient.shape, self.size)
 
-    def taken_in(self, mean: Tensor, alpha: Tensor) -> Tensor:
-        """What the coefficients of the block gain for a mean of the latent. # (p,)"""
-        assert self.into is not None
-        if self.form == MATRIX:
-            return self.into @ (alpha.reshape(self.width, self.width) @ mean)
-        return self.into @ (alpha * mean)
-
     def returned(self, value: Tensor, alpha: Tensor) -> Tensor:
         """The spread of α u, for that of u.
 
@@ -127,15 +106,20 @@ def expansions_of(
         return ()  # a gradient sees the latents as they are
     found = []
     for g, group in enumerate(graph.groups):
-        if group.role is not Role.GAUSSIAN or group.lines != ("loc",):
-            continue
-        loc = group.bindings["loc"]
-        if loc.how != "constant" or bool((loc.constant != 0).any()):
+        if not is_centred(group):
             continue
         one = _expansion(graph, g, group, updates)
         if one is not None:
             found.append(one)
     return tuple(found)
+
+
+def is_centred(group: Group) -> bool:
+    """Whether a site is a Gaussian latent whose mean is zero, whatever the parameters are."""
+    if group.role is not Role.GAUSSIAN or group.lines != ("loc",):
+        return False
+    loc = group.bindings["loc"]
+    return loc.how == "constant" and not bool((loc.constant != 0).any())
 
 
 def _expansion(
@@ -173,63 +157,7 @@ def _expansion(
     form = MATRIX if matrix else SCALAR if size == 1 else DIAGONAL
     if form == DIAGONAL and size != width:
         return None
-    block, into = _taken_in(graph, updates, children, width)
-    return Expansion(name, part.param, arguments[0], form, width, tuple(children), g, block, into)
-
-
-# B of a child, by the binding of its offset; found once, as it does not change.
-_known: WeakKeyDictionary[Binding, tuple[Binding, Tensor | None]] = WeakKeyDictionary()
-
-
-def _taken_in(
-    graph: FactorGraph,
-    updates: Mapping[str, ParameterUpdate],
-    children: Sequence[tuple[int, str]],
-    width: int,
-) -> tuple[tuple[str, ...], Tensor | None]:
-    """The coefficients into which a mean of a latent can go, and B; nothing where it cannot."""
-    if len(children) != 1:
-        return (), None
-    ((c, argument),) = children
-    child = graph.groups[c]
-    offset, coefficient = child.bindings["loc"], child.bindings[argument]
-    block = offset.params
-    for name in block:
-        update = updates[name]
-        if not isinstance(update.update, LeastSquares) or update.priors:
-            return (), None
-    reached = [g for g, group in enumerate(graph.groups) if set(block) & set(group.params)]
-    if not block or reached != [c]:
-        return (), None
-    if any(set(block) & set(child.bindings[a].params) for a in child.lines if a != "loc"):
-        return (), None
-    known = _known.get(offset)
-    if known is None or known[0] is not coefficient:
-        known = coefficient, _solved(graph, child, offset, coefficient, block, width)
-        _known[offset] = known
-    return (block, known[1]) if known[1] is not None else ((), None)
-
-
-def _solved(
-    graph: FactorGraph,
-    child: Group,
-    offset: Binding,
-    coefficient: Binding,
-    block: Sequence[str],
-    width: int,
-) -> Tensor | None:
-    """B with X B = Z, where there is one."""
-    leaves = graph.parameters
-    parts = [design_of(child, offset, name, leaves[name].leaf, 0) for name in block]
-    z = rows_of(child, coefficient.constant, 1).to(torch.float64)
-    shape = torch.broadcast_shapes(*(t.shape[:2] for t in (*parts, z)))
-    x = torch.cat([p.expand(*shape, *p.shape[2:]) for p in parts], -1)
-    if x.numel() > _MANY:
-        return None
-    x, z = x.reshape(-1, x.shape[-1]), z.expand(*shape, *z.shape[2:]).reshape(-1, width)
-    into = torch.linalg.pinv(x.mT @ x, hermitian=True) @ (x.mT @ z)
-    size = z.abs().amax()
-    return into if bool(((x @ into - z).abs() <= 1e-9 * size).all()) else None
+    return Expansion(name, part.param, arguments[0], form, width, tuple(children))
 
 
 def _numel(graph: FactorGraph, name: str) -> int:

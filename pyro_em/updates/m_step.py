@@ -16,13 +16,13 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
-from pyro_em.updates.beliefs import mean_of
 from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.expansion import Expansion, expansions_of
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.gradient import Runaway, maximise
 from pyro_em.updates.least_squares import least_squares
+from pyro_em.updates.shift import shifts_of, taken_in
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
 from pyro_em.updates.update import ClosedForm, Gradient, LeastSquares, ParameterUpdate
 
@@ -61,6 +61,8 @@ def m_step(
     evaluate: Evaluate,
     state: MStepState,
     blend: Blend | None = None,
+    *,
+    expand: bool = True,
 ) -> MStepReport:
     """Update every parameter in place; nothing is changed if any update is degenerate.
 
@@ -72,13 +74,14 @@ def m_step(
         evaluate: From constrained values and group numbers to those groups' log densities.
         state: What lasts between M-steps.
         blend: Running averages of the closed forms' numerators and denominators, for batches.
+        expand: Whether parameters of Gaussian latents may be expanded: q is their posterior.
 
     Raises:
         DegenerateError: Naming parameter and component; all parameters are as before.
     """
     before = snapshot(graph.parameters)
     try:
-        return _m_step(graph, updates, counts, arguments, evaluate, state, blend)
+        return _m_step(graph, updates, counts, arguments, evaluate, state, blend, expand)
     except BaseException:
         restore(graph.parameters, before)
         raise
@@ -91,7 +94,8 @@ def _m_step(
     arguments: Sequence[Mapping[str, Tensor]],
     evaluate: Evaluate,
     state: MStepState,
-    blend: Blend | None = None,
+    blend: Blend | None,
+    expand: bool,
 ) -> MStepReport:
     values = values_of(graph.parameters)
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
@@ -139,7 +143,7 @@ def _m_step(
             return new
 
         working: dict[str, Tensor] = {}
-        expansions = expansions_of(graph, updates)
+        expansions = expansions_of(graph, updates) if expand else ()
         with_block: dict[tuple[str, ...], list[Expansion]] = {}
         for e in expansions:
             blocks = dict.fromkeys(u.block for u in exact if u.block)
@@ -147,19 +151,28 @@ def _m_step(
             with_block.setdefault(next(met, ()), []).append(e)
         if () in with_block:
             regressed((), with_block[()])
-        means = {e.latent: mean_of(graph.groups[e.group]) for e in expansions if e.block}
-        for e in expansions:
-            if (
-                e.block
-            ):  # spreads are estimated about the mean, which the coefficients take in below
-                group = graph.groups[e.group]
-                loc = means[e.latent].reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
-                current[e.group]["loc"] = loc.to(group.arguments["loc"].dtype)
-                stale.add(e.group)
+        gains: list[Mapping[str, Tensor]] = []
+
+        def shifted() -> None:
+            """Means of latents go into coefficients at last; spreads are estimated about them."""
+            for shift in shifts_of(graph, updates) if expand else ():
+                found = taken_in(shift, graph, current, values)
+                if found is None:
+                    continue
+                group = graph.groups[shift.group]
+                loc = found[0].reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
+                current[shift.group]["loc"] = loc.to(group.arguments["loc"].dtype)
+                stale.add(shift.group)
+                gains.append(found[1])
+
+        is_shifted = False
         done: set[str] = set()
         for update in sorted(exact, key=_order):
             if update.name in done:
                 continue
+            if not is_shifted and _order(update) > 0:
+                shifted()
+                is_shifted = True
             if isinstance(update.update, LeastSquares):
                 new = regressed(update.block, with_block.get(update.block, ()))
             else:
@@ -180,12 +193,12 @@ def _m_step(
         for e in expansions:
             spread = e.returned(values[e.parameter], working[e.latent])
             write_unconstrained(graph.parameters[e.parameter], spread)
-            if e.block:
-                gained = e.taken_in(means[e.latent], working[e.latent])
-                sizes = [values[name].numel() for name in e.block]
-                for name, part in zip(e.block, gained.split(sizes), strict=True):
-                    values[name] = values[name] + part.reshape(values[name].shape).to(values[name])
-                    write_unconstrained(graph.parameters[name], values[name])
+        if not is_shifted:
+            shifted()
+        for gain in gains:
+            for name, more in gain.items():
+                values[name] = values[name] + more.to(values[name])
+                write_unconstrained(graph.parameters[name], values[name])
     _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
 

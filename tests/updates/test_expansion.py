@@ -68,9 +68,18 @@ def test_the_published_path_of_em_without_it(monkeypatch: pytest.MonkeyPatch) ->
     assert expanded[0] == pytest.approx(plain[0], abs=1e-8)
     assert all(a > b + 0.1 for a, b in zip(list(expanded)[1:], plain[1:], strict=True))
     monkeypatch.setattr(m_step, "expansions_of", lambda *_: ())
+    monkeypatch.setattr(m_step, "shifts_of", lambda *_: ())
     pyro.clear_param_store()
     history = ExactPosteriorEM(batches).fit(FIRST, 1500.0, 50.0, max_steps=3, tol=0).history
     assert list(history) == pytest.approx(plain, abs=1e-8)
+
+
+def test_an_m_step_for_a_given_q_is_that_of_the_textbook() -> None:
+    args = FIRST, 1500.0, 50.0
+    em = ExactPosteriorEM(batches)
+    for expected in (-164.427148444, -164.203185646):
+        em.m_step(em.posterior(*args), *args)
+        assert em.score(*args) == pytest.approx(expected, abs=1e-8)
 
 
 def test_both_end_at_the_closed_form() -> None:
@@ -178,3 +187,23 @@ def test_nested_groups_share_one_intercept() -> None:
     assert result.log_evidence == pytest.approx(by_hand.item(), abs=1e-8)
     for slope in torch.autograd.grad(by_hand, list(p.values())):
         assert slope.abs().max() < 1e-3
+
+
+def test_factors_of_data_far_from_the_start_find_their_mean_at_once() -> None:
+    g = torch.Generator().manual_seed(2)
+    x = 1e3 + torch.randn(40, 2, generator=g) @ torch.randn(2, 4, generator=g)
+    x = x + torch.randn(40, 4, generator=g)
+
+    def factors(x: Tensor) -> None:
+        w = pyro.param("W", lambda: torch.randn(4, 1, generator=torch.Generator().manual_seed(0)))
+        mu = pyro.param("mu", torch.zeros(4))
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            fn = dist.Normal(h[:, None] * w[:, 0] + mu, positive("s", torch.ones(4)))
+            pyro.sample("x", fn.to_event(1), obs=x)
+
+    result = ExactPosteriorEM(factors).fit(x, max_steps=300, tol=1e-9)
+    torch.testing.assert_close(result.params["mu"], x.mean(0))
+    pyro.clear_param_store()
+    centred = ExactPosteriorEM(factors).fit(x - x.mean(0), max_steps=300, tol=1e-9)
+    assert result.log_evidence == pytest.approx(centred.log_evidence, abs=1e-5)

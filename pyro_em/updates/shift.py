@@ -1,0 +1,128 @@
+"""Parameter expansion by a mean: what all elements of a Gaussian latent share goes into coefficients.
+
+A latent u ~ N(0, S) that a site reads as C u + X β has a working mean m, which is zero at the E-step.
+It is estimated as the mean of E[u], S about it; then u is centred again and β ← β + δ with X δ = C m.
+The likelihood of both is the same, so that it cannot fall: an intercept beside random intercepts, or
+the mean of the data beside factors, is learned at once and not little by little.
+
+Source: Liu, Rubin and Wu (1998), Parameter expansion to accelerate EM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.beliefs import mean_of
+from pyro_em.updates.expansion import is_centred
+from pyro_em.updates.gaussian_rows import design_of, rows_of
+from pyro_em.updates.update import Gradient, LeastSquares, ParameterUpdate
+
+_MANY = 2**26  # numbers of a design that is looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """A latent whose mean other coefficients may take in.
+
+    Attributes:
+        group: The latent's group.
+        children: Groups that read it, and the names of the coefficients there.
+        block: The coefficients.
+    """
+
+    group: int
+    children: tuple[tuple[int, str], ...]
+    block: tuple[str, ...]
+
+
+def shifts_of(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> tuple[Shift, ...]:
+    """The latents with a mean of zero that sites with free offsets read, and no other site.
+
+    Args:
+        graph: The graph of an M-step.
+        updates: What was decided per parameter.
+    """
+    if any(isinstance(u.update, Gradient) for u in updates.values()):
+        return ()  # a gradient sees the latents as they are
+    found = []
+    for g, group in enumerate(graph.groups):
+        if not is_centred(group):
+            continue
+        children = tuple(
+            (c, argument)
+            for c, child in enumerate(graph.groups)
+            for latent, argument in zip(child.reads, child.lines[1:], strict=True)
+            if latent == group.members[0]
+        )
+        block = tuple(
+            dict.fromkeys(p for c, _ in children for p in graph.groups[c].bindings["loc"].params)
+        )
+        if block and _are_theirs(graph, updates, block, {c for c, _ in children}):
+            found.append(Shift(g, children, block))
+    return tuple(found)
+
+
+def _are_theirs(
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    block: Sequence[str],
+    children: set[int],
+) -> bool:
+    """Whether coefficients are least squares, and reach the offsets of some sites alone."""
+    for name in block:
+        if not isinstance(updates[name].update, LeastSquares) or updates[name].priors:
+            return False
+    for g, group in enumerate(graph.groups):
+        reached = [a for a, b in group.bindings.items() if set(block) & set(b.params)]
+        if reached and (g not in children or reached != ["loc"]):
+            return False
+    return True
+
+
+def taken_in(
+    shift: Shift,
+    graph: FactorGraph,
+    arguments: Sequence[Mapping[str, Tensor]],
+    values: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """The mean of a latent, and what the coefficients gain for it; None where they cannot.
+
+    Args:
+        shift: The latent with its coefficients.
+        graph: The graph of an M-step.
+        arguments: The current arguments per group, coefficients of the latent as they are now.
+        values: The current parameters, for sizes.
+    """
+    mean = mean_of(graph.groups[shift.group])
+    designs, targets = [], []
+    for c in dict.fromkeys(c for c, _ in shift.children):
+        child = graph.groups[c]
+        parts = [design_of(child, child.bindings["loc"], n, values[n], 0) for n in shift.block]
+        image = sum(
+            rows_of(child, arguments[c][a], 1).to(torch.float64) @ mean
+            for other, a in shift.children
+            if other == c
+        )
+        assert isinstance(image, Tensor)
+        shape = torch.broadcast_shapes(*(t.shape[:2] for t in (*parts, image)))
+        design = torch.cat([p.expand(*shape, *p.shape[2:]) for p in parts], -1)
+        if design.numel() > _MANY:
+            return None
+        designs.append(design.reshape(-1, design.shape[-1]))
+        targets.append(image.expand(*shape, image.shape[-1]).reshape(-1))
+    x, z = torch.cat(designs), torch.cat(targets)
+    gain = torch.linalg.pinv(x.mT @ x, hermitian=True) @ (x.mT @ z)
+    size = z.abs().amax()
+    if not bool(torch.isfinite(size)) or bool(((x @ gain - z).abs() > 1e-9 * size).any()):
+        return None
+    sizes = [values[name].numel() for name in shift.block]
+    parts = gain.split(sizes)
+    return mean, {
+        name: part.reshape(values[name].shape)
+        for name, part in zip(shift.block, parts, strict=True)
+    }
