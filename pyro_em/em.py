@@ -33,7 +33,7 @@ from pyro_em.plan.given_q import as_posterior, check_q
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request, Strategy
-from pyro_em.plan.unobserved import with_unobserved
+from pyro_em.plan.unobserved import unobserved, with_unobserved
 from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
@@ -197,7 +197,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
             q = found.e_step(found.evaluate(), self._session.total_steps)
-            return with_unobserved(q, found, self._session.request.max_enumeration)
+            return with_unobserved(q, unobserved(found, self._session.request.max_enumeration))
         at = snapshot(found.parameters)
         return DrawnPosterior(
             found, args, kwargs, at, dependences=dependences_of(found, args, kwargs)

@@ -28,6 +28,7 @@ from pyro_em.plan.fit_wishes import (
     refuse_stochastic_keywords,
 )
 from pyro_em.plan.program import Program
+from pyro_em.plan.unobserved import unobserved
 from pyro_em.plan.wishes import check_collisions, check_loader
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.parameters import restore, values_of
@@ -117,7 +118,8 @@ def _exact(
     restore(program.graph.parameters, best.parameters)
     session.total_steps = before + best.num_steps
     session.last_data.note(args, kwargs)
-    return build_result(program, best, runs, settings, init, seed, session.total_steps)
+    later = unobserved(program, session.request.max_enumeration)
+    return build_result(program, best, runs, settings, init, seed, session.total_steps, later)
 
 
 def _stochastic(

@@ -115,7 +115,14 @@ def _of_block(
         values = {**others, **constrained(u)}
         return mix.to(u) @ torch.cat([_moments(block, own, values) for own in rows])
 
-    jacobian = _jacobian(moments, flat)
+    try:
+        jacobian = _jacobian(moments, flat)
+    except torch.linalg.LinAlgError:
+        # A spread that ended near the boundary is singular when moved: the rank is that of any
+        # point inside.
+        inside = [_inside(parameters[n], unconstrained[n]) for n in names]
+        flat = torch.cat([x.double().reshape(-1) for x in inside])
+        jacobian = _jacobian(moments, flat)
     norms = jacobian.norm(dim=0)
     read = norms > 0
     kernel = _kernel(jacobian[:, read] / norms[read])
@@ -125,6 +132,12 @@ def _of_block(
     moves[read] = (kernel.abs() > 1e-4).any(1)
     shown = [n for n, own in zip(names, moves.split(sizes), strict=True) if bool(own.any())]
     return Undetermined(max(kernel.shape[1] - bound.shape[1], 0), tuple(shown))
+
+
+def _inside(parameter: TracedParameter, moved_to: Tensor) -> Tensor:
+    """Where a parameter was moved to; of a matrix, what it was moved by, which is near the identity."""
+    is_spread = parameter.constraint.event_dim == 2
+    return moved_to - parameter.unconstrained.detach() if is_spread else moved_to
 
 
 def _all_of(values: Mapping[str, Tensor]) -> Tensor:

@@ -33,8 +33,10 @@ from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
 from pyro_em.fitting.stopping import rate_of_convergence
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
+from pyro_em.plan.unobserved import with_unobserved
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import scales_of
+from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.strategies import Hard
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
 from pyro_em.tracing.sites import Role
@@ -59,6 +61,7 @@ def build_result(
     init: Any,
     seed: int | None,
     total_steps: int,
+    later: LaterFaces | None = None,
 ) -> EMResult:
     """Collect a run into a result; everything is at the returned parameters.
 
@@ -70,18 +73,19 @@ def build_result(
         init: The start that the user asked for.
         seed: The user's seed.
         total_steps: Steps of all calls of ``fit`` so far.
+        later: Moments of Gaussian latents that no observation depends on.
     """
     assert run.last is not None
     last = run.last
     if isinstance(last, SumsPoint):
         log_evidence, bound, log_prior = last.log_evidence, last.objective, last.log_prior
-        posterior = cache(lambda: last.q)
+        posterior = cache(lambda: with_unobserved(last.q, later))
     else:
         exact = last.q if last.q.exact else program.posterior(last.evaluation)
         q = last.q if isinstance(program.strategy, Hard) else exact
         assert exact.log_evidence is not None and q.bound is not None
         log_evidence, bound, log_prior = exact.log_evidence, q.bound, exact.log_prior
-        posterior = cache(lambda: q)
+        posterior = cache(lambda: with_unobserved(q, later))
     status = run.status
     text = run.message or status.value
     broken = status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)

@@ -28,11 +28,10 @@ from pyro_em.tracing.parameters import parameters_at, snapshot
 from pyro_em.tracing.turns import Alone
 
 
-def with_unobserved(q: Posterior, program: Program, max_enumeration: int) -> Posterior:
-    """A posterior that answers for Gaussian latents without observations as well.
+def unobserved(program: Program, max_enumeration: int) -> LaterFaces | None:
+    """Moments of Gaussian latents without observations, at the current parameters; None without such.
 
     Args:
-        q: The E-step of a program.
         program: The program.
         max_enumeration: How many numbers the matrices of an E-step may have.
     """
@@ -40,13 +39,22 @@ def with_unobserved(q: Posterior, program: Program, max_enumeration: int) -> Pos
     hidden = {f"{n}_unobserved" for n in structure.masked_pairs}
     names = [n for n, k in structure.barren.items() if k in GAUSSIAN and n not in hidden]
     if not names or structure.random_plates:
-        return q
+        return None
     model = without_values(program.model)
     read = Reading(model, program.args, program.kwargs)
     leaves = [p.unconstrained for p in program.graph.parameters.values()]
     at = snapshot(program.graph.parameters)
-    later = _Unobserved(program, at, read.finished(leaves), max_enumeration)
-    return replace(q, later=LaterFaces(names, later))
+    return LaterFaces(names, _Unobserved(program, at, read.finished(leaves), max_enumeration))
+
+
+def with_unobserved(q: Posterior, later: LaterFaces | None) -> Posterior:
+    """A posterior that answers for Gaussian latents without observations as well.
+
+    Args:
+        q: The E-step of a program.
+        later: Their moments.
+    """
+    return q if later is None else replace(q, later=later)
 
 
 @dataclass(frozen=True, eq=False)

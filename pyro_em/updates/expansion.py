@@ -24,6 +24,18 @@ from pyro_em.updates.update import ClosedForm, Gradient, ParameterUpdate
 SCALAR, DIAGONAL, MATRIX = "scalar", "diagonal", "matrix"
 
 
+class FlatSpread(Exception):
+    """The spread of an expanded latent became singular, where rounding leaves no matrix.
+
+    Attributes:
+        latent: The latent.
+    """
+
+    def __init__(self, latent: str) -> None:
+        super().__init__(latent)
+        self.latent = latent
+
+
 @dataclass(frozen=True, eq=False)
 class Expansion:
     """One latent whose scale is also learned as a coefficient.
@@ -82,15 +94,33 @@ class Expansion:
         Args:
             value: The parameter.
             alpha: The working coefficients.
+
+        Raises:
+            FlatSpread: If it is singular: fewer elements than coordinates span no volume.
         """
         alpha = alpha.to(value.dtype)
         if self.form != MATRIX:
             return value * alpha.abs().reshape(value.shape if alpha.numel() > 1 else ())
         a = alpha.reshape(self.width, self.width)
         if self.argument == "covariance_matrix":
-            return a @ value @ a.mT
-        _, upper = torch.linalg.qr((a @ value).mT)
-        return (upper * upper.diagonal().sign().unsqueeze(-1)).mT
+            spread = covariance = a @ value @ a.mT
+        else:
+            _, upper = torch.linalg.qr((a @ value).mT)
+            spread = (upper * upper.diagonal().sign().unsqueeze(-1)).mT
+            covariance = spread @ spread.mT
+        if _is_flat(covariance):
+            raise FlatSpread(self.latent)
+        return spread
+
+
+def _is_flat(covariance: Tensor) -> bool:
+    """Whether the correlations of a covariance are singular but for rounding. # (q, q)"""
+    unit = covariance.diagonal().clamp(min=torch.finfo(covariance.dtype).tiny).rsqrt()
+    correlation = unit.unsqueeze(-1) * covariance * unit
+    if not bool(torch.isfinite(correlation).all()):
+        return True
+    limit = 128 * len(unit) * torch.finfo(covariance.dtype).eps
+    return bool(torch.linalg.eigvalsh(correlation)[0] <= limit)
 
 
 def expansions_of(

@@ -6,7 +6,7 @@ block sees the new values of those before it (Meng and Rubin, 1993), so that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -18,7 +18,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
 from pyro_em.updates.decision import groups_reached
-from pyro_em.updates.expansion import Expansion, expansions_of
+from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.gradient import Runaway, maximise
 from pyro_em.updates.least_squares import least_squares
@@ -80,11 +80,19 @@ def m_step(
         DegenerateError: Naming parameter and component; all parameters are as before.
     """
     before = snapshot(graph.parameters)
-    try:
-        return _m_step(graph, updates, counts, arguments, evaluate, state, blend, expand)
-    except BaseException:
-        restore(graph.parameters, before)
-        raise
+    unexpanded: list[str] = []
+    while True:
+        try:
+            return _m_step(
+                graph, updates, counts, arguments, evaluate, state, blend, expand, unexpanded
+            )
+        except FlatSpread as flat:
+            # Steps without the expansion stay inside: they go towards a singular matrix slowly.
+            restore(graph.parameters, before)
+            unexpanded.append(flat.latent)
+        except BaseException:
+            restore(graph.parameters, before)
+            raise
 
 
 def _m_step(
@@ -96,6 +104,7 @@ def _m_step(
     state: MStepState,
     blend: Blend | None,
     expand: bool,
+    unexpanded: Collection[str],
 ) -> MStepReport:
     values = values_of(graph.parameters)
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
@@ -143,7 +152,8 @@ def _m_step(
             return new
 
         working: dict[str, Tensor] = {}
-        expansions = expansions_of(graph, updates) if expand else ()
+        found = expansions_of(graph, updates) if expand else ()
+        expansions = [e for e in found if e.latent not in unexpanded]
         with_block: dict[tuple[str, ...], list[Expansion]] = {}
         for e in expansions:
             blocks = dict.fromkeys(u.block for u in exact if u.block)

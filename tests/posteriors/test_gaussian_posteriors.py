@@ -907,3 +907,24 @@ def test_the_hidden_part_of_an_observed_site_is_no_latent_to_ask_for() -> None:
     close(q.covariance("h"), np.array([0.5, 1.0, 0.5]))
     with pytest.raises(UsageError, match="those are: 'h'"):
         q.mean("x")
+
+
+def test_the_posterior_of_a_fit_answers_for_latents_without_observations() -> None:
+    """As that of ``em.posterior`` does, at the parameters of the result, also when they go on."""
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", tensor(0.5)[0])
+        a = pyro.sample("a", dist.Normal(mu, tensor(1.0)[0]))
+        pyro.sample("ahead", dist.Normal(2 * a, tensor(0.3)[0]))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(a, tensor(1.0)[0]), obs=x)
+
+    em = ExactPosteriorEM(model)
+    result = em.fit(X[:, 0])
+    q = result.posterior
+    assert isinstance(q, Posterior)
+    pyro.get_param_store()["mu"] = tensor(7.0)[0]
+    for own in (q, pickle.loads(pickle.dumps(result)).posterior):
+        torch.testing.assert_close(own.mean("ahead"), 2 * q.mean("a"))
+        torch.testing.assert_close(own.covariance("ahead"), 4 * q.covariance("a") + 0.09)
+    assert abs(float(em.posterior(X[:, 0]).mean("ahead") - q.mean("ahead"))) > 0.1

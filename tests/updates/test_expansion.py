@@ -207,3 +207,38 @@ def test_factors_of_data_far_from_the_start_find_their_mean_at_once() -> None:
     pyro.clear_param_store()
     centred = ExactPosteriorEM(factors).fit(x - x.mean(0), max_steps=300, tol=1e-9)
     assert result.log_evidence == pytest.approx(centred.log_evidence, abs=1e-5)
+
+
+def fewer_groups_than_slopes(x: Tensor, scale_tril: bool = False) -> None:
+    """Three correlated coefficients in each of two groups: the best covariance is singular."""
+    noise = pyro.param("noise", torch.tensor(1.0), constraint=constraints.positive)
+    if scale_tril:
+        tril = pyro.param("tril", torch.eye(3), constraint=constraints.lower_cholesky)
+        spread = {"scale_tril": tril}
+    else:
+        S = pyro.param("S", torch.eye(3), constraint=constraints.positive_definite)
+        spread = {"covariance_matrix": S}
+    with pyro.plate("groups", 2):
+        w = pyro.sample("w", dist.MultivariateNormal(torch.zeros(3), **spread))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal((POWERS * w[GROUP]).sum(-1), noise), obs=x)
+
+
+POWERS = torch.stack([torch.arange(7.0, dtype=torch.float64) / 7], -1) ** torch.arange(3)
+GROUP = torch.tensor([0, 0, 1, 1, 0, 1, 0])
+CURVES = torch.tensor(
+    [1.6614, 1.2669, 1.0617, 1.6213, 0.5481, 0.8339, -0.5228], dtype=torch.float64
+)
+
+
+@pytest.mark.parametrize("scale_tril", [False, True])
+@pytest.mark.parametrize("x", [CURVES, 1 + 0.01 * CURVES])
+def test_a_covariance_that_goes_to_a_singular_one_stays_inside(x: Tensor, scale_tril: bool) -> None:
+    result = ExactPosteriorEM(fewer_groups_than_slopes).fit(x, scale_tril=scale_tril, max_steps=60)
+    S = result.params["tril"] @ result.params["tril"].T if scale_tril else result.params["S"]
+    marginal = POWERS @ S @ POWERS.T * (GROUP[:, None] == GROUP)
+    marginal = marginal + torch.eye(7) * result.params["noise"] ** 2
+    expected = torch.distributions.MultivariateNormal(torch.zeros(7), marginal).log_prob(x)
+    assert float(result.log_evidence) == pytest.approx(float(expected), abs=1e-6)
+    history = torch.tensor(list(result.history))
+    assert (history.diff() > -1e-9).all()
