@@ -131,7 +131,7 @@ class Beginning:
                     ],
                 )
             )
-        program.m_step(counts, evaluation, self.em.state)
+        program.m_step(counts, evaluation, self.em.state, expand=False)
 
     def _cluster(self, rule: str) -> None:
         program = self.em.program
@@ -153,7 +153,7 @@ class Beginning:
                     generator=self.generator,
                     shared=share,
                 )
-                program.m_step(counts, evaluation, self.em.state)
+                program.m_step(counts, evaluation, self.em.state, expand=False)
                 return
             except (UsageError, DegenerateError):
                 if share == _SHARES[-1]:
