@@ -307,6 +307,8 @@ def _latents_read(
         return ()
     latents = tuple(n for n in values if n in reached)
     kind = type(unwrap(fn)[0]).__name__
+    if kind == "IncompleteMultivariateNormal":
+        kind = "MultivariateNormal with missing entries"
     if not is_gaussian(fn):
         raise NotLinear(
             _refusal(

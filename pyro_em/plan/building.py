@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch.distributions import transform_to
 
 from pyro_em.errors import (
+    Finding,
     ModelError,
     PyroEMError,
     UsageError,
@@ -232,8 +233,20 @@ def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Struc
     if are_of_routes(problems):
         return without_route(structure, as_error(problems), routes=task.routes, cost=too_dear)
     if problems:
-        raise_findings(problems)
+        raise_findings(_without_gaussians(task, structure, problems))
     return structure
+
+
+def _without_gaussians(
+    task: Task, structure: Structure, problems: Sequence[Finding]
+) -> Sequence[Finding]:
+    """Findings without those on latents that may well be integrated once the others are mended."""
+    try:
+        model = with_values(task.model, structure)
+    except NotLinear:
+        return problems
+    gaussians = set() if model is None else set(model.values)
+    return [p for p in problems if not (p.latents and set(p.latents) <= gaussians)] or problems
 
 
 def traced(

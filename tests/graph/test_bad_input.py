@@ -414,7 +414,8 @@ def mixed_up(x: Tensor) -> None:
     pyro.param("a", tensor(0.5), constraint=constraints.positive)
     pyro.param("a", tensor(0.5), constraint=constraints.unit_interval)
     mu, z = means(), pyro.sample("z", dist.Categorical(torch.ones(5, 2) / 2))
-    pyro.sample("x", dist.Normal(mu[z] + pyro.sample("c", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+    c = pyro.sample("c", dist.Gamma(1.0, 1.0))
+    pyro.sample("x", dist.Normal(mu[z] + c, 1.0), obs=x)
 
 
 @pytest.mark.parametrize(
@@ -427,6 +428,20 @@ def mixed_up(x: Tensor) -> None:
 def test_latents_come_first(first: str, second: str) -> None:
     text = refuses(ModelError, lambda: fit(mixed_up, X), f"{first} | {second}")
     assert text.index(first) < text.index(second)
+
+
+def test_unreadable_data_of_gaussian_latents_are_the_only_problem() -> None:
+    """Once they are mended, the latent has an exact posterior."""
+
+    def factors(x: Tensor) -> None:
+        w = pyro.param("W", torch.ones(4))
+        with pyro.plate("n", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(h[:, None] * w, 1.0).to_event(1), obs=x)
+
+    bad = torch.where(torch.eye(4) > 0, NAN, torch.eye(4))
+    text = refuses(DataError, lambda: fit(factors, bad), "'x' | 4 of 16 observed values are NaN")
+    assert "'h'" not in text
 
 
 def test_one_mistake_in_a_long_chain_is_said_once() -> None:
