@@ -314,7 +314,8 @@ class Planner(StaysHere):
             if known is not None:
                 return known
         program = build_program(task, first_look=first)
-        if isinstance(program, Program):
+        # The runs that a reading repeats are those of the user's model, without Gaussian latents given.
+        if isinstance(program, Program) and not program.lines:
             self.readings.keep(task, program)
         return program
 

@@ -159,3 +159,15 @@ def test_rows_that_differ_are_not_collapsed(how: str) -> None:
     updates = {"w": Fixed(), "c": Fixed()} if how == "fixed" else {}
     plan = ExactPosteriorEM(model, updates=updates).plan(x)
     assert "Gaussian blocks" in plan.iterations and "sums" not in plan.iterations
+
+
+def test_one_object_on_other_data_and_other_parameters() -> None:
+    """Nothing of an earlier call is answered: data of one form, of another, parameters in between."""
+    em, first, second = ExactPosteriorEM(factors), data(), data() + 2
+    em.fit(first, False, max_steps=2, tol=0)
+    for x in (first, second, second[:25], first):
+        w, mu, s = (pyro.param(n).detach() for n in ("W", "mu", "s"))
+        dense = float(dist.MultivariateNormal(mu, w @ w.T + (s**2).diag()).log_prob(x).sum())
+        assert em.elbo(x, False).log_evidence == pytest.approx(dense, rel=1e-11)
+        assert em.score(x, False) == pytest.approx(dense, rel=1e-11)
+        em.fit(x, False, max_steps=1, tol=0)
