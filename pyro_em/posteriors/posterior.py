@@ -223,7 +223,7 @@ class Posterior(Portable, NamesFromElsewhere):
             site: Its name.
 
         Returns:
-            A Pyro distribution with batch shape (*plates,): a Normal of numbers, a MultivariateNormal
+            A Pyro distribution over the site's plates: a Normal of numbers, a MultivariateNormal
             of vectors (of events of more dimensions flattened to one); below discrete latents a
             MixtureSameFamily of these. Variances may be zero.
 
