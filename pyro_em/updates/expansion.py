@@ -10,12 +10,16 @@ Source: Liu, Rubin and Wu (1998), Parameter expansion to accelerate EM.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions.constraints import softplus_lower_cholesky
 from torch import Tensor
+from torch.distributions import constraints
 
+from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix
@@ -168,6 +172,8 @@ def _expansion(
     plain = not part.maps and part.factor is None and bool((part.index >= 0).all())
     if not plain or not isinstance(update.update, ClosedForm) or update.priors:
         return None
+    if update.update.floor > 0 or not _is_any_spread(graph.parameters[part.param].constraint):
+        return None  # what it is multiplied by could leave its place
     if len(update.uses) != 1 or update.uses[0].group != g:
         return None
     # One spread for all elements, the whole of its parameter.
@@ -188,6 +194,15 @@ def _expansion(
     if form == DIAGONAL and size != width:
         return None
     return Expansion(name, part.param, arguments[0], form, width, tuple(children))
+
+
+def _is_any_spread(constraint: constraints.Constraint) -> bool:
+    """Whether a parameter may be any positive number or matrix."""
+    interval = bounds(constraint)
+    if interval is not None:
+        return interval[0] <= 0 and interval[1] == math.inf
+    matrices = (constraints.lower_cholesky, constraints.positive_definite)
+    return any(type(constraint) is type(c) for c in (*matrices, softplus_lower_cholesky))
 
 
 def _numel(graph: FactorGraph, name: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
+from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
@@ -95,6 +96,134 @@ def m_step(
             raise
 
 
+@dataclass(eq=False)
+class _Progress:
+    """Where an M-step stands: values, arguments and statistics as its blocks change them.
+
+    Attributes:
+        graph: The factor graph.
+        updates: What was decided per parameter.
+        counts: Expected counts per group.
+        values: Parameter values as they are now.
+        arguments: Per group as they are now.
+        needed: Groups whose statistics some closed form needs.
+        statistics: Of these groups, about the locations at which they were taken.
+        stale: Those that have to be taken again: deviations do not shift to another location, nor do
+            squares with the coefficients of latents.
+        working: Working coefficients of expanded latents.
+    """
+
+    graph: FactorGraph
+    updates: Mapping[str, ParameterUpdate]
+    counts: Sequence[Tensor]
+    values: dict[str, Tensor]
+    arguments: list[dict[str, Tensor]]
+    needed: list[int]
+    statistics: dict[int, Statistics]
+    stale: set[int]
+    working: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        counts: Sequence[Tensor],
+        arguments: Sequence[Mapping[str, Tensor]],
+        exact: Sequence[ParameterUpdate],
+    ) -> _Progress:
+        """At the E-step."""
+        needed = groups_reached(graph, {u.name for u in exact})
+        needed = [g for g in needed if graph.groups[g].family is not None]
+        # Those of sites that read Gaussian latents change with each update: taken when needed.
+        plain = [g for g in needed if graph.groups[g].belief is None]
+        collected = expected_statistics(graph, counts, arguments, plain)
+        return cls(
+            graph,
+            updates,
+            counts,
+            values_of(graph.parameters),
+            [dict(a) for a in arguments],
+            needed,
+            {g: collected.of(g) for g in plain},
+            set(needed) - set(plain),
+        )
+
+    def take(self, groups: Iterable[int]) -> None:
+        """Take stale statistics of groups about the current locations."""
+        for g in self.stale.intersection(groups):
+            group = self.graph.groups[g]
+            self.statistics[g] = group_statistics(group, self.counts[g], self.arguments[g])
+            if group.belief is not None:
+                self.statistics[g]["reference:loc"] = self.arguments[g]["loc"]
+            self.stale.discard(g)
+
+    def write(self, new: Mapping[str, Tensor]) -> None:
+        """Put new values into the param store, and into the arguments that they reach."""
+        for name, value in new.items():
+            write_unconstrained(self.graph.parameters[name], value)
+            # Continue with what the store holds: a transform may round.
+            self.values[name] = self.graph.parameters[name].value()
+            _require_finite(name, self.values[name])
+        names = set(new)
+        for g in groups_reached(self.graph, names):
+            group = self.graph.groups[g]
+            if group.family is None:
+                continue
+            for argument, binding in group.bindings.items():
+                if binding.is_static and names.intersection(binding.params):
+                    dtype = group.arguments[argument].dtype
+                    self.arguments[g][argument] = binding.evaluate(self.values).to(dtype)
+            if g in self.needed and not (group.family.additive and group.belief is None):
+                self.stale.add(g)
+
+    def regress(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
+        """Least squares; coefficients of expanded latents stay so until spreads are estimated."""
+        self.take(g for g in self.needed if self.graph.groups[g].belief is None)
+        new = least_squares(
+            block,
+            self.graph,
+            self.statistics,
+            self.arguments,
+            self.values,
+            self.updates,
+            expansions,
+        )
+        for e in expansions:
+            self.working[e.latent] = new.pop(e.latent)
+            for g, argument in e.children:
+                before = self.arguments[g][argument]
+                self.arguments[g][argument] = e.applied(before, self.working[e.latent])
+                self.stale.add(g)
+        return new
+
+    def shift(self) -> list[Mapping[str, Tensor]]:
+        """Working means of latents: spreads are estimated about them, coefficients take them in."""
+        gains: list[Mapping[str, Tensor]] = []
+        for shift in shifts_of(self.graph, self.updates):
+            found = taken_in(shift, self.graph, self.arguments, self.values)
+            if found is None:
+                continue
+            group = self.graph.groups[shift.group]
+            loc = found[0].reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
+            self.arguments[shift.group]["loc"] = loc.to(group.arguments["loc"].dtype)
+            self.stale.add(shift.group)
+            gains.append(found[1])
+        return gains
+
+    def return_to_model(
+        self, expansions: Sequence[Expansion], gains: Sequence[Mapping[str, Tensor]]
+    ) -> None:
+        """Let spreads and coefficients take in what was expanded."""
+        for e in expansions:
+            spread = e.returned(self.values[e.parameter], self.working[e.latent])
+            write_unconstrained(self.graph.parameters[e.parameter], spread)
+        for gain in gains:
+            for name, more in gain.items():
+                self.values[name] = self.values[name] + more.to(self.values[name])
+                write_unconstrained(self.graph.parameters[name], self.values[name])
+
+
 def _m_step(
     graph: FactorGraph,
     updates: Mapping[str, ParameterUpdate],
@@ -106,111 +235,66 @@ def _m_step(
     expand: bool,
     unexpanded: Collection[str],
 ) -> MStepReport:
-    values = values_of(graph.parameters)
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
-    needed = groups_reached(graph, {u.name for u in exact})
-    needed = [g for g in needed if graph.groups[g].family is not None]
+    exact = sorted(exact, key=_order)
+    massless: dict[str, tuple[int, ...]] = {}
     with torch.no_grad():
-        # Those of sites that read Gaussian latents change with each update: taken when needed.
-        plain = [g for g in needed if graph.groups[g].belief is None]
-        stale = set(needed) - set(plain)
-        collected = expected_statistics(graph, counts, arguments, plain)
-        statistics = {g: collected.of(g) for g in plain}
-        current = [dict(a) for a in arguments]
-        massless: dict[str, tuple[int, ...]] = {}
-
-        def refresh(names: set[str]) -> None:
-            for g in groups_reached(graph, names):
-                group = graph.groups[g]
-                if group.family is None:
-                    continue
-                for argument, binding in group.bindings.items():
-                    if binding.is_static and names.intersection(binding.params):
-                        dtype = group.arguments[argument].dtype
-                        current[g][argument] = binding.evaluate(values).to(dtype)
-                # Absolute deviations do not shift, nor do squares with the coefficients of latents.
-                if g in needed and not (group.family.additive and group.belief is None):
-                    stale.add(g)
-
-        def take(groups: Iterable[int]) -> None:
-            """Statistics of groups about the current location."""
-            for g in stale.intersection(groups):
-                statistics[g] = group_statistics(graph.groups[g], counts[g], current[g])
-                if graph.groups[g].belief is not None:
-                    statistics[g]["reference:loc"] = current[g]["loc"]
-                stale.discard(g)
-
-        def regressed(block: Sequence[str], own: Sequence[Expansion]) -> dict[str, Tensor]:
-            """Least squares; coefficients of latents stay expanded until spreads are estimated."""
-            take(plain)
-            new = least_squares(block, graph, statistics, current, values, updates, own)
-            for e in own:
-                working[e.latent] = new.pop(e.latent)
-                for g, argument in e.children:
-                    current[g][argument] = e.applied(current[g][argument], working[e.latent])
-                    stale.add(g)
-            return new
-
-        working: dict[str, Tensor] = {}
+        now = _Progress.of(graph, updates, counts, arguments, exact)
         found = expansions_of(graph, updates) if expand else ()
         expansions = [e for e in found if e.latent not in unexpanded]
-        with_block: dict[tuple[str, ...], list[Expansion]] = {}
-        for e in expansions:
-            blocks = dict.fromkeys(u.block for u in exact if u.block)
-            met = (b for b in blocks if e.is_read_by(groups_reached(graph, set(b))))
-            with_block.setdefault(next(met, ()), []).append(e)
+        with_block = _with_blocks(graph, exact, expansions)
         if () in with_block:
-            regressed((), with_block[()])
-        gains: list[Mapping[str, Tensor]] = []
-
-        def shifted() -> None:
-            """Means of latents go into coefficients at last; spreads are estimated about them."""
-            for shift in shifts_of(graph, updates) if expand else ():
-                found = taken_in(shift, graph, current, values)
-                if found is None:
-                    continue
-                group = graph.groups[shift.group]
-                loc = found[0].reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
-                current[shift.group]["loc"] = loc.to(group.arguments["loc"].dtype)
-                stale.add(shift.group)
-                gains.append(found[1])
-
-        is_shifted = False
+            now.regress((), with_block[()])
         done: set[str] = set()
-        for update in sorted(exact, key=_order):
-            if update.name in done:
-                continue
-            if not is_shifted and _order(update) > 0:
-                shifted()
-                is_shifted = True
-            if isinstance(update.update, LeastSquares):
-                new = regressed(update.block, with_block.get(update.block, ()))
-            else:
-                take(u.group for u in update.uses)
-                value, empty = closed_form(
-                    update, graph, statistics, current, counts, values[update.name], blend
-                )
-                new = {update.name: value}
-                if empty:
-                    massless[update.name] = tuple(empty)
-            for name, value in new.items():
-                write_unconstrained(graph.parameters[name], value)
-                # Continue with what the store holds: a transform may round.
-                values[name] = graph.parameters[name].value()
-                _require_finite(name, values[name])
-            done.update(new)
-            refresh(set(new))
-        for e in expansions:
-            spread = e.returned(values[e.parameter], working[e.latent])
-            write_unconstrained(graph.parameters[e.parameter], spread)
-        if not is_shifted:
-            shifted()
-        for gain in gains:
-            for name, more in gain.items():
-                values[name] = values[name] + more.to(values[name])
-                write_unconstrained(graph.parameters[name], values[name])
+        for update in exact:  # locations
+            if _order(update) == 0 and update.name not in done:
+                new = _updated(now, update, with_block.get(update.block, ()), blend, massless)
+                now.write(new)
+                done.update(new)
+        gains = now.shift() if expand else []
+        for update in exact:
+            if update.name not in done:
+                now.write(_updated(now, update, (), blend, massless))
+        now.return_to_model(expansions, gains)
     _gradient_blocks(graph, updates, counts, evaluate, state)
     return MStepReport(massless)
+
+
+def _with_blocks(
+    graph: FactorGraph, exact: Sequence[ParameterUpdate], expansions: Sequence[Expansion]
+) -> dict[tuple[str, ...], list[Expansion]]:
+    """The expansions that are solved with each block of coefficients, () for those alone."""
+    blocks = dict.fromkeys(u.block for u in exact if u.block)
+    out: dict[tuple[str, ...], list[Expansion]] = {}
+    for e in expansions:
+        met = (b for b in blocks if e.is_read_by(groups_reached(graph, set(b))))
+        out.setdefault(next(met, ()), []).append(e)
+    return out
+
+
+def _updated(
+    now: _Progress,
+    update: ParameterUpdate,
+    expansions: Sequence[Expansion],
+    blend: Blend | None,
+    massless: dict[str, tuple[int, ...]],
+) -> dict[str, Tensor]:
+    """The new values of a parameter, or of its block; events without mass are noted."""
+    if isinstance(update.update, LeastSquares):
+        return now.regress(update.block, expansions)
+    now.take(u.group for u in update.uses)
+    value, empty = closed_form(
+        update,
+        now.graph,
+        now.statistics,
+        now.arguments,
+        now.counts,
+        now.values[update.name],
+        blend,
+    )
+    if empty:
+        massless[update.name] = tuple(empty)
+    return {update.name: value}
 
 
 def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM
+from pyro_em import ClosedForm, ExactPosteriorEM
 from pyro_em.updates import m_step
 
 # Box and Tiao (1973): yields of dyestuff, six batches of five; and their simulated second set.
@@ -242,3 +242,21 @@ def test_a_covariance_that_goes_to_a_singular_one_stays_inside(x: Tensor, scale_
     assert float(result.log_evidence) == pytest.approx(float(expected), abs=1e-6)
     history = torch.tensor(list(result.history))
     assert (history.diff() > -1e-9).all()
+
+
+@pytest.mark.parametrize("how", ["floor", "interval"])
+def test_a_spread_that_has_an_end_is_not_multiplied(how: str) -> None:
+    low = constraints.interval(0.5, 3.0) if how == "interval" else constraints.positive
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("batches", 6):
+            scale = pyro.param("between", torch.tensor(1.0), constraint=low)
+            u = pyro.sample("u", dist.Normal(0.0, scale))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(5.7 + u[BATCH], positive("within", 2.0)), obs=y)
+
+    updates = {"between": ClosedForm(floor=0.25)} if how == "floor" else {}
+    em = ExactPosteriorEM(model, updates=updates)
+    assert "parameter expansion" not in str(em.plan(SECOND))
+    result = em.fit(SECOND, max_steps=200, tol=1e-9)
+    assert float(result.params["between"]) == pytest.approx(0.5, abs=1e-3)
