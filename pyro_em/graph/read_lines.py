@@ -152,10 +152,7 @@ def _hidden(
         fixed = _numbers_of(here, *own), _numbers_of(there, *own)
         alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
         if alike and line is not None:
-            place = _Place.of(name, layout)
-            actual = place.compact(place.loc(here)).detach().unsqueeze(0)
-            expected = mean_at(line.as_read(), parameters, values).detach().to(actual.dtype)
-            alike = is_close(*torch.broadcast_tensors(actual, expected))
+            alike = _is_as_predicted(line.as_read(), layout, parameters, values)
         if not alike:
             what = "it changes with Gaussian latents in a way that autograd does not show."
             return _refusal(tuple(values), f"site '{name}'", what)
@@ -255,14 +252,22 @@ def differing_lines(
             run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
             layout = FactorLayout(run.sites, structure, Recurring({}))
             for name, line in lines.items():
-                if not line.is_static:
-                    continue
-                place = _Place.of(name, layout)
-                actual = place.compact(place.loc(run.sites[name])).unsqueeze(0)
-                expected = mean_at(line, parameters, values).to(actual.dtype)
-                if not is_close(*torch.broadcast_tensors(actual, expected)):
+                if line.is_static and not _is_as_predicted(line, layout, parameters, values):
                     off[name] = None
     return list(off)
+
+
+def _is_as_predicted(
+    line: Line,
+    layout: FactorLayout,
+    parameters: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> bool:
+    """Whether a run has the mean of a site that its line gives at parameters and latents' values."""
+    place = _Place.of(line.site, layout)
+    actual = place.compact(place.loc(layout.sites[line.site])).detach().unsqueeze(0)
+    expected = mean_at(line, parameters, values).detach().to(actual.dtype)
+    return is_close(*torch.broadcast_tensors(actual, expected))
 
 
 @dataclass(frozen=True, eq=False)

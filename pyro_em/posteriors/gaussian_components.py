@@ -217,12 +217,6 @@ def _site(
     )
 
 
-def _wide(scale: Tensor | float, widened: Callable[[Tensor], Tensor]) -> Tensor | float:
-    if isinstance(scale, Tensor) and scale.dim():
-        return widened(scale.unsqueeze(0))[0]
-    return scale
-
-
 def with_tensors(b: Binding, change: Callable[[Tensor], Tensor]) -> Binding:
     """A binding whose tensors, over an argument's cells, are laid out anew."""
     return replace(
@@ -275,13 +269,14 @@ def _group(block: GaussianBlock) -> Group:
         for n, g in zip(names, block.groups, strict=True)
         for a, b in g.bindings.items()
     }
-    with torch.no_grad():
-        raw = block.log_evidence(arguments)
+    sizes = (*block.sizes, *block.states)
+    # The block gives its density: what a traced one would be is not computed.
+    raw = first.value.new_zeros(1, *(1,) * len(sizes), dtype=torch.float64)
     return Group(
         (first.members[0],),
         ((*block.plates, *block.scope),),
         len(block.plates),
-        (*block.sizes, *block.states),
+        sizes,
         None,
         0,
         arguments,

@@ -136,20 +136,41 @@ def expansions_of(
         graph: The graph of an M-step.
         updates: What was decided per parameter.
     """
+    found = (_expansion(graph, c, updates) for c in centred_latents(graph, updates))
+    return tuple(e for e in found if e is not None)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """A Gaussian latent whose mean is zero, whatever the parameters are.
+
+    Attributes:
+        group: The number of its group.
+        children: Groups that read it, and the names of the coefficients there.
+    """
+
+    group: int
+    children: tuple[tuple[int, str], ...]
+
+
+def centred_latents(
+    graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
+) -> tuple[Centred, ...]:
+    """The latents that an M-step may expand: none beside a gradient, which sees them as they are."""
     if any(isinstance(u.update, Gradient) for u in updates.values()):
-        return ()  # a gradient sees the latents as they are
-    found = []
-    for g, group in enumerate(graph.groups):
-        if not is_centred(group):
-            continue
-        one = _expansion(graph, g, group, updates)
-        if one is not None:
-            found.append(one)
-    return tuple(found)
+        return ()
+    children: dict[str, list[tuple[int, str]]] = {}
+    for c, child in enumerate(graph.groups):
+        for latent, argument in zip(child.reads, child.lines[1:], strict=True):
+            children.setdefault(latent, []).append((c, argument))
+    return tuple(
+        Centred(g, tuple(children.get(group.members[0], ())))
+        for g, group in enumerate(graph.groups)
+        if _is_centred(group)
+    )
 
 
-def is_centred(group: Group) -> bool:
-    """Whether a site is a Gaussian latent whose mean is zero, whatever the parameters are."""
+def _is_centred(group: Group) -> bool:
     if group.role is not Role.GAUSSIAN or group.lines != ("loc",):
         return False
     loc = group.bindings["loc"]
@@ -157,8 +178,9 @@ def is_centred(group: Group) -> bool:
 
 
 def _expansion(
-    graph: FactorGraph, g: int, group: Group, updates: Mapping[str, ParameterUpdate]
+    graph: FactorGraph, latent: Centred, updates: Mapping[str, ParameterUpdate]
 ) -> Expansion | None:
+    group = graph.groups[latent.group]
     name, width = group.members[0], event_shape(group).numel()
     matrix = is_matrix(group)
     arguments = [a for a in group.arguments if a not in group.lines]
@@ -174,26 +196,20 @@ def _expansion(
         return None
     if update.update.floor > 0 or not _is_any_spread(graph.parameters[part.param].constraint):
         return None  # what it is multiplied by could leave its place
-    if len(update.uses) != 1 or update.uses[0].group != g:
+    if len(update.uses) != 1 or update.uses[0].group != latent.group:
         return None
     # One spread for all elements, the whole of its parameter.
     size = part.index.numel()
     if size != int(part.index.max()) + 1 or size != _numel(graph, part.param):
         return None
-    children = []
-    for c, child in enumerate(graph.groups):
-        for latent, argument in zip(child.reads, child.lines[1:], strict=True):
-            if latent != name:
-                continue
-            if child.bindings[argument].how != "constant":
-                return None
-            children.append((c, argument))
+    if any(graph.groups[c].bindings[a].how != "constant" for c, a in latent.children):
+        return None
     if matrix and size != width**2:
         return None
     form = MATRIX if matrix else SCALAR if size == 1 else DIAGONAL
     if form == DIAGONAL and size != width:
         return None
-    return Expansion(name, part.param, arguments[0], form, width, tuple(children))
+    return Expansion(name, part.param, arguments[0], form, width, latent.children)
 
 
 def _is_any_spread(constraint: constraints.Constraint) -> bool:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.beliefs import mean_of
-from pyro_em.updates.expansion import is_centred
+from pyro_em.updates.expansion import centred_latents
 from pyro_em.updates.gaussian_rows import design_of, rows_of
-from pyro_em.updates.update import Gradient, LeastSquares, ParameterUpdate
+from pyro_em.updates.update import LeastSquares, ParameterUpdate
 
 _MANY = 2**26  # numbers of a design that is looked at
 
@@ -47,23 +47,14 @@ def shifts_of(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> tup
         graph: The graph of an M-step.
         updates: What was decided per parameter.
     """
-    if any(isinstance(u.update, Gradient) for u in updates.values()):
-        return ()  # a gradient sees the latents as they are
     found = []
-    for g, group in enumerate(graph.groups):
-        if not is_centred(group):
-            continue
-        children = tuple(
-            (c, argument)
-            for c, child in enumerate(graph.groups)
-            for latent, argument in zip(child.reads, child.lines[1:], strict=True)
-            if latent == group.members[0]
-        )
+    for latent in centred_latents(graph, updates):
+        readers = {c: None for c, _ in latent.children}
         block = tuple(
-            dict.fromkeys(p for c, _ in children for p in graph.groups[c].bindings["loc"].params)
+            dict.fromkeys(p for c in readers for p in graph.groups[c].bindings["loc"].params)
         )
-        if block and _are_theirs(graph, updates, block, {c for c, _ in children}):
-            found.append(Shift(g, children, block))
+        if block and _are_theirs(graph, updates, block, set(readers)):
+            found.append(Shift(latent.group, latent.children, block))
     return tuple(found)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM
+from tests.dyestuff import BATCH
+from tests.dyestuff import FIRST as DYES
 
 
 @pytest.fixture(autouse=True)
@@ -21,21 +23,6 @@ def start_clean(clean: None) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
-
-
-# Davies (1949): yields of dyestuff in grams of standard colour, five samples of each of six batches.
-DYES = torch.tensor(
-    [
-        [1545.0, 1440, 1440, 1520, 1580],
-        [1540, 1555, 1490, 1560, 1495],
-        [1595, 1550, 1605, 1510, 1560],
-        [1445, 1440, 1595, 1465, 1545],
-        [1595, 1630, 1515, 1635, 1625],
-        [1520, 1455, 1450, 1480, 1445],
-    ],
-    dtype=torch.float64,
-).reshape(-1)
-BATCH = torch.arange(6).repeat_interleave(5)
 
 
 def dyes(y: Tensor, batch: Tensor) -> None:

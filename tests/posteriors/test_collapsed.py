@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import EMStatus, ExactPosteriorEM, Fixed, PyroEMWarning
+from pyro_em import DegenerateError, EMStatus, ExactPosteriorEM, Fixed, PyroEMWarning
 from pyro_em.posteriors import collapsed
 
 ROWS, D, Q = 40, 4, 2
@@ -171,3 +171,15 @@ def test_one_object_on_other_data_and_other_parameters() -> None:
         assert em.elbo(x, False).log_evidence == pytest.approx(dense, rel=1e-11)
         assert em.score(x, False) == pytest.approx(dense, rel=1e-11)
         em.fit(x, False, max_steps=1, tol=0)
+
+
+def test_observations_without_noise_are_named() -> None:
+    """Where validation of arguments is passed by: a step that rounds a scale to zero."""
+    x = data()
+    program = ExactPosteriorEM(factors)._session.look((x, True), {})
+    (group,) = program.graph.groups
+    values = {n: p.value() for n, p in program.graph.parameters.items()}
+    arguments = group.evaluate_arguments({**values, "s": torch.zeros(())})
+    with pytest.raises(DegenerateError, match="its observation noise is exactly zero") as caught:
+        group.log_density(arguments)
+    assert str(caught.value).startswith("site 'x': ") and "give it a floor" in str(caught.value)
