@@ -10,6 +10,9 @@ about μ,
 The M-step regresses x on (u, 1) from these sums; a free μ becomes x̄, as parameter expansion by a mean
 of u gives. An iteration does not depend on the number of rows.
 
+Such matrices are small, and an operation of torch costs more than its arithmetic: steps are in numpy
+and double precision, wherever the data are, and parameters become tensors when somebody asks for them.
+
 Source: Rubin and Thayer (1982), EM algorithms for ML factor analysis.
 """
 
@@ -20,6 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,8 +39,23 @@ from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 Values = Mapping[str, Tensor]
+Numbers = npt.NDArray[np.float64]
 
 _COLLAPSED = 1e-8  # of a feature's variance: the step through tables judges such a noise
+
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+def _total(x: Numbers) -> float:
+    """Their sum, without what a method of numpy's costs in Python."""
+    return float(np.add.reduce(x))
+
+
+def _numbers(t: Tensor) -> Numbers:
+    """A tensor in double precision, where numpy can read it; of its own memory."""
+    out: Numbers = t.detach().to("cpu", torch.float64).numpy().copy()
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +69,20 @@ class Part:
     """
 
     param: str | None
-    index: Tensor
-    known: Tensor
+    index: npt.NDArray[np.int64]
+    known: Numbers
 
-    def at(self, values: Values) -> Tensor:
-        """The numbers at parameter values, in float64."""
+    def at(self, values: Values) -> Numbers:
+        """The numbers at parameter values."""
         if self.param is None:
             return self.known
-        return values[self.param].reshape(-1).to(torch.float64)[self.index]
+        return _numbers(values[self.param]).reshape(-1)[self.index]
 
-    def into(self, numbers: Tensor, like: Tensor) -> Tensor:
+    def into(self, numbers: Numbers, like: Tensor) -> Tensor:
         """The parameter, for numbers of which each of its elements has one."""
-        flat = numbers.new_empty(like.numel())
+        flat = np.empty(like.numel())
         flat[self.index.reshape(-1)] = numbers.reshape(-1)
-        return flat.reshape(like.shape).to(like.dtype)
+        return torch.from_numpy(flat).reshape(like.shape).to(like)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,24 +95,32 @@ class Factors:
         psi: Variances of the noise. # (D,)
     """
 
-    W: Tensor
-    mu: Tensor
-    psi: Tensor
+    W: Numbers
+    mu: Numbers
+    psi: Numbers
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Sums(Expectation):
     """The evidence with the sums of an E-step.
 
     Attributes:
-        phi_phi: Σ E[φ φᵀ] for φ = (ε, 1). # (q + 1, q + 1)
-        d_phi: Σ (x − μ) E[φ]ᵀ. # (D, q + 1)
-        d_d: Σ (x − μ)². # (D,)
+        second: Σ E[ε εᵀ]. # (q, q)
+        first: Σ E[ε]; None where x̄ = μ, and it is zero. # (q,)
+        cross: Σ (x − μ) E[ε]ᵀ. # (D, q)
+        total: Σ (x − μ). # (D,)
+        squares: Σ (x − μ)². # (D,)
+        log_psi: log det Ψ.
+        distance: Σ E[|Ψ^(−½) (x − μ − A ε)|²].
     """
 
-    phi_phi: Tensor | None = None
-    d_phi: Tensor | None = None
-    d_d: Tensor | None = None
+    second: Numbers
+    first: Numbers | None
+    cross: Numbers
+    total: Numbers
+    squares: Numbers
+    log_psi: float
+    distance: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,16 +142,15 @@ class FactorTheta:
     mean: Part
     noise: Part
     start: Values
-    scatter: Tensor
-    centre: Tensor
+    scatter: Numbers
+    centre: Numbers
     rows: int
-    low: Tensor
+    low: Numbers
 
     def enter(self, values: Values) -> Factors:
         """Parameter values in the form of the E-step."""
-        return Factors(
-            self.loadings.at(values), self.mean.at(values), self.noise.at(values).square()
-        )
+        mu, psi = self.mean.at(values), np.square(self.noise.at(values))
+        return Factors(self.loadings.at(values), mu, psi)
 
     def values(self, at: Factors) -> dict[str, Tensor]:
         """The parameters by name."""
@@ -131,7 +158,7 @@ class FactorTheta:
         for part, numbers in (
             (self.loadings, at.W),
             (self.mean, at.mu),
-            (self.noise, at.psi.sqrt()),
+            (self.noise, np.sqrt(at.psi)),
         ):
             if part.param is not None:
                 out[part.param] = part.into(numbers, self.start[part.param])
@@ -147,34 +174,47 @@ class FactorTheta:
         Raises:
             Handover: If the step through tables has to look.
         """
-        n, loadings = self.rows, at.W @ self.low
-        d = self.centre - at.mu
-        scatter = self.scatter + n * torch.outer(d, d)
-        white = loadings / at.psi.unsqueeze(-1)
-        q = loadings.shape[-1]
-        eye = self._eye
-        chol, bad = torch.linalg.cholesky_ex(eye + loadings.mT @ white)
-        if int(bad):
-            raise Handover
-        inverse = torch.cholesky_inverse(chol)
-        beta = inverse @ white.mT
-        explained = scatter @ beta.mT
-        d_d = scatter.diagonal()
-        log_det = at.psi.log().sum() + 2 * chol.diagonal().log().sum()
-        distance = (d_d / at.psi).sum() - (white * explained).sum()
-        evidence = -0.5 * float(n * (len(d) * math.log(2 * math.pi) + log_det) + distance)
+        try:
+            with np.errstate(all="ignore"):
+                return self._sums(at)
+        except np.linalg.LinAlgError as error:
+            raise Handover from error
+
+    def _sums(self, at: Factors) -> Sums:
+        n, psi, loadings = self.rows, at.psi, self._scaled(at.W)
+        scatter, squares, total = self.scatter, self._squares, self._zero
+        d = None
+        if at.mu is not self.centre:
+            d = self.centre - at.mu
+            scatter = scatter + n * np.outer(d, d)
+            squares, total = scatter.diagonal(), n * d
+        weight = 1 / psi
+        white = loadings * weight[:, None]
+        inner = loadings.T @ white
+        precision = inner + self._eye
+        chol = np.linalg.cholesky(precision)
+        inverse = np.linalg.inv(precision)
+        cross = scatter @ white @ inverse
+        log_psi = _total(np.log(psi))
+        log_det = log_psi + 2 * _total(np.log(chol.diagonal()))
+        own, shared = float(squares @ weight), float(np.vdot(white, cross))
+        evidence = -0.5 * (n * (len(psi) * _LOG_2PI + log_det) + own - shared)
         if not abs(evidence) < math.inf:
             raise Handover
-        first = n * (beta @ d)
-        second = n * inverse + beta @ explained
-        phi_phi = torch.empty(q + 1, q + 1, dtype=second.dtype, device=second.device)
-        phi_phi[:q, :q], phi_phi[:q, q], phi_phi[q, :q], phi_phi[q, q] = second, first, first, n
-        d_phi = torch.cat([explained, (n * d).unsqueeze(-1)], -1)
-        return Sums(evidence, {}, phi_phi=phi_phi, d_phi=d_phi, d_d=d_d)
-
-    @cached_property
-    def _eye(self) -> Tensor:
-        return torch.eye(len(self.low), dtype=torch.float64, device=self.low.device)
+        second = n * inverse + inverse @ (white.T @ cross)
+        first = None if d is None else n * (inverse @ (white.T @ d))
+        distance = own - 2 * shared + float(np.vdot(inner, second))
+        return Sums(
+            evidence,
+            {},
+            second=second,
+            first=first,
+            cross=cross,
+            total=total,
+            squares=squares,
+            log_psi=log_psi,
+            distance=distance,
+        )
 
     def m_step(self, at: Factors, e: Sums) -> tuple[Factors, float]:
         """The maximiser, and by how much it raises the expected log joint, in nats.
@@ -182,46 +222,76 @@ class FactorTheta:
         Raises:
             Handover: If the step through tables has to look.
         """
-        assert e.phi_phi is not None and e.d_phi is not None and e.d_d is not None
-        q = e.phi_phi.shape[0] - 1
-        if self.mean.param is None:
-            phi, cross = e.phi_phi[:q, :q], e.d_phi[:, :q]
-        else:
-            phi, cross = e.phi_phi, e.d_phi
+        try:
+            with np.errstate(all="ignore"):
+                return self._maximiser(at, e)
+        except np.linalg.LinAlgError as error:
+            raise Handover from error
+
+    def _maximiser(self, at: Factors, e: Sums) -> tuple[Factors, float]:
+        phi, cross, q = e.second, e.cross, len(e.second)
+        if self.mean.param is not None and e.first is not None:
+            first = e.first[:, None]
+            phi = np.block([[phi, first], [first.T, np.array([[float(self.rows)]])]])
+            cross = np.column_stack([cross, e.total])
         # The residuals are x − μ at the E-step: coefficients begin from zero.
-        found, bad = torch.linalg.solve_ex(phi, cross.mT)
-        if int(bad):
-            raise Handover
-        coefficients = found.mT
-        loadings = torch.linalg.solve_triangular(
-            self.low, coefficients[:, :q], upper=False, left=False
-        )
+        coefficients = cross @ np.linalg.inv(phi)
+        left = e.squares - np.einsum("dq,dq->d", coefficients, cross)
         # A working mean of the factors goes into μ, which then is that of the data.
         mu = at.mu if self.mean.param is None else self.centre
-        psi, n = at.psi, self.rows
-        left = e.d_d - (coefficients * cross).sum(-1)
-        if self.noise.param is not None:
-            psi = self._tied(left / n)
-            if bool((psi <= _COLLAPSED * self._variances).any()):
+        if self.noise.param is None:
+            psi, log_psi, distance = at.psi, e.log_psi, _total(left / at.psi)
+        else:
+            psi = self._tied(left / self.rows)
+            if (psi <= self._lowest).any():
                 raise Handover
-        old = at.W @ self.low
-        before = (
-            e.d_d - 2 * (old * e.d_phi[:, :q]).sum(-1) + (old @ e.phi_phi[:q, :q] * old).sum(-1)
-        )
-        gain = n * (at.psi.log() - psi.log()) + before / at.psi - left / psi
-        return Factors(loadings, mu, psi), 0.5 * float(gain.sum())
+            log_psi, distance = _total(np.log(psi)), float(self.rows * len(psi))
+        gain = 0.5 * (self.rows * (e.log_psi - log_psi) + e.distance - distance)
+        return Factors(self._unscaled(coefficients[:, :q]), mu, psi), gain
 
     @cached_property
-    def _variances(self) -> Tensor:
-        return self.scatter.diagonal() / self.rows
+    def _is_standard(self) -> bool:
+        return bool((self.low == self._eye).all())
 
-    def _tied(self, variances: Tensor) -> Tensor:
+    def _scaled(self, W: Numbers) -> Numbers:
+        """A = W L."""
+        return W if self._is_standard else W @ self.low
+
+    def _unscaled(self, loadings: Numbers) -> Numbers:
+        """W = A L⁻¹."""
+        if self._is_standard:
+            return loadings
+        return np.asarray(np.linalg.solve(self.low.T, loadings.T).T, dtype=np.float64)
+
+    @cached_property
+    def _eye(self) -> Numbers:
+        return np.eye(len(self.low))
+
+    @cached_property
+    def _zero(self) -> Numbers:
+        return np.zeros(len(self.centre))
+
+    @cached_property
+    def _squares(self) -> Numbers:
+        return self.scatter.diagonal().copy()
+
+    @cached_property
+    def _lowest(self) -> Numbers:
+        return _COLLAPSED * self._squares / self.rows
+
+    @cached_property
+    def _sharing(self) -> npt.NDArray[np.int64] | None:
+        """How many features share each element of the noise; None where each has one of its own."""
+        count = np.bincount(self.noise.index)
+        return None if bool((count <= 1).all()) else count
+
+    def _tied(self, variances: Numbers) -> Numbers:
         """Averages over the features that share an element of the noise."""
+        if self._sharing is None:
+            return variances
         index = self.noise.index
-        size = int(index.max()) + 1
-        total = variances.new_zeros(size).index_add(0, index, variances)
-        count = variances.new_zeros(size).index_add(0, index, torch.ones_like(variances))
-        return (total / count)[index]
+        means = np.bincount(index, variances) / self._sharing.clip(min=1)
+        return np.asarray(means[index], dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,10 +364,10 @@ def factor_rows(
         mean,
         noise,
         {n: v.clone() for n, v in values.items()},
-        centred.mT @ centred,
-        centre,
+        _numbers(centred.mT @ centred),
+        _numbers(centre),
         len(data),
-        low,
+        _numbers(low),
     )
     return FactorRows(theta, tuple(block.latents))
 
@@ -312,16 +382,17 @@ def _part(
     """Loadings, means or noise as numbers; None where they are of another form."""
     binding = group.bindings[argument]
     tail = 1 if argument == group.lines[1] else 0
-    known = rows_of(group, binding.evaluate(values), tail)[0, 0].to(torch.float64)
+    known = _numbers(rows_of(group, binding.evaluate(values), tail)[0, 0])
+    constant = Part(None, np.zeros(known.shape, dtype=np.int64), known)
     if binding.how == "constant":
-        return Part(None, torch.zeros_like(known, dtype=torch.long), known)
+        return constant
     index = _index(binding)
     if index is None or len(binding.params) != 1:
         return None
     (name,) = binding.params
     update = updates[name]
     if isinstance(update.update, Fixed):
-        return Part(None, torch.zeros_like(known, dtype=torch.long), known)
+        return constant
     floored = isinstance(update.update, ClosedForm) and update.update.floor > 0
     if not isinstance(update.update, wanted) or update.priors or floored or len(update.uses) > 1:
         return None
@@ -333,7 +404,7 @@ def _part(
         *binding.constant.shape[binding.constant.dim() - tail :],
     )
     whole = index.expand(shape) if tail else index.expand(1, *(1,) * group.n_plates, *event)
-    return Part(name, whole.reshape(known.shape), known)
+    return Part(name, whole.reshape(known.shape).cpu().numpy(), known)
 
 
 def _index(binding: Binding) -> Tensor | None:
@@ -354,7 +425,5 @@ def _index(binding: Binding) -> Tensor | None:
 
 def _is_whole(part: Part, value: Tensor) -> bool:
     """Whether each element of a parameter is read once."""
-    flat = part.index.reshape(-1)
-    return flat.numel() == value.numel() and bool(
-        (flat.sort().values == torch.arange(len(flat), device=flat.device)).all()
-    )
+    flat = np.sort(part.index, axis=None)
+    return flat.size == value.numel() and bool((flat == np.arange(flat.size)).all())
