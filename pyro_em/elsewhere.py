@@ -154,6 +154,15 @@ OF_POSTERIOR = table(
 
 OF_SUMMED = OF_POSTERIOR | table(
     (
+        "filter filtered_probs filtered_means filtered_state",
+        "q.filtered('z_*') gives what was known at each step of a chain, q.probs('z_*') and "
+        "q.mean('h_*') what all data say",
+    ),
+    (
+        "residuals resid innovations",
+        "q.prediction_errors('y_*') gives standardised one-step errors",
+    ),
+    (
         "expectation",
         "(q.probs('z') * values).sum(-1) is the mean of a discrete latent with these values, "
         "q.mean('h') that of a Gaussian one",
@@ -167,6 +176,11 @@ OF_SUMMED = OF_POSTERIOR | table(
 
 
 OF_DRAWN = OF_POSTERIOR | table(
+    (
+        "filtered prediction_errors",
+        "what is known step by step takes an exact posterior; em.posterior(x[:t]) is that of the first "
+        "t steps alone",
+    ),
     ("marginal", "q.probs('z') gives the probabilities of a discrete latent"),
     ("variance var std covariance", "q.sample(1000)['h'].std(0) estimates it from draws"),
     ("joint", "q.sample(1000) draws all latents together"),

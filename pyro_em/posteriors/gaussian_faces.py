@@ -231,7 +231,7 @@ class GaussianFaces:
         block, group = _block(self.graph, g), self.group(name)
         plates, batch = self._plates(name), self.batch(name)
         return GaussianSite(
-            group, g, i, self.solved[g], plates, batch, self._weights(g, i), block.scope
+            group, g, i, self.solved[g], plates, batch, self.weights(g, i), block.scope
         )
 
     def group(self, name: str) -> Group:
@@ -261,7 +261,7 @@ class GaussianFaces:
             block = _block(self.graph, g)
             weights = torch.zeros_like(entropy)
             for i in block.latents.values():
-                each = self._weights(g, i)
+                each = self.weights(g, i)
                 assert each is not None
                 at = block.layout.block_of_element(i)
                 weights[:, at] = each.to(weights)
@@ -304,7 +304,7 @@ class GaussianFaces:
                     out[site.name][begin:end] = site.chosen(values, cells)
         return out
 
-    def _weights(self, g: int, site: int) -> Tensor | None:
+    def weights(self, g: int, site: int) -> Tensor | None:
         """The probabilities of the discrete values that a site is given. # (cells, elements)"""
         cells = self.solved[g].cells
         if cells == 1:

@@ -17,7 +17,7 @@ decomposition. All is done in float64, and can be differentiated twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Protocol
@@ -423,6 +423,36 @@ class GaussianSolution:
             for s, own in enumerate(self.layout.own)
             if own is not None
         }
+
+    def seeing(self, kept: Mapping[int, Tensor]) -> GaussianSolution:
+        """The posterior given some of the data only: the weights of all others are zero.
+
+        Args:
+            kept: By the number of an observed site which of its rows are seen; all rows of a site that
+                is not named. # (rows,) each
+        """
+        numbers = []
+        for s, (form, rows) in enumerate(zip(self.layout.sites, self._rows, strict=True)):
+            widths = [self.layout.sites[term.latent].width for term in form.terms]
+            weight = rows.weight
+            if s in kept:
+                seen = kept[s].to(rows.offset).expand(form.rows).unsqueeze(-1)
+                weight = seen if weight is None else weight * seen
+            parts = rows.coefficients.split(widths, -1) if widths else ()
+            numbers.append(
+                SiteNumbers(rows.value, rows.offset, rows.spread, parts, rows.is_matrix, weight)
+            )
+        return solve(self.layout, numbers)
+
+    def noise(self, site: int) -> Tensor:
+        """The covariance of a site given all latents; that of entries of weight zero is of no use.
+
+        Returns:
+            # (cells|1, rows|1, D, D)
+        """
+        rows = self._rows[site]
+        spread = rows.spread
+        return spread @ spread.mT if rows.is_matrix else spread.square().diag_embed()
 
     def entropy(self) -> Tensor:
         """Entropy of the posterior of each block, −inf at a variance of zero. # (cells, blocks)"""

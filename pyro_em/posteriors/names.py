@@ -107,7 +107,7 @@ def pairs_by_glob(graph: FactorGraph, a: str, b: str | None) -> tuple[tuple[str,
         seconds = by_glob(graph, b)
         if firsts is None and seconds is None:
             return None
-        pairs = _pairs(a, b, firsts, seconds)
+        pairs = matched_pairs("joint", a, b, firsts, seconds)
     known["pairs", a, b] = pairs
     return pairs
 
@@ -127,9 +127,23 @@ def _neighbours(a: str, names: Sequence[str] | None) -> tuple[tuple[str, str], .
     return tuple(itertools.pairwise(names))
 
 
-def _pairs(
-    a: str, b: str, firsts: Sequence[str] | None, seconds: Sequence[str] | None
+def matched_pairs(
+    where: str, a: str, b: str, firsts: Sequence[str] | None, seconds: Sequence[str] | None
 ) -> tuple[tuple[str, str], ...]:
+    """The pairs that two names or globs mean, in order of time.
+
+    Args:
+        where: The method that was called.
+        a: A name or a glob.
+        b: Another.
+        firsts: What the first matches; None for a name.
+        seconds: What the other matches.
+
+    Raises:
+        UsageError: If they match different numbers of latents.
+    """
+    if firsts is None and seconds is None:
+        return ((a, b),)
     if firsts is None:
         firsts = (a,) * len(seconds or ())
     if seconds is None:
@@ -137,7 +151,7 @@ def _pairs(
     if len(firsts) != len(seconds):
         raise UsageError(
             message(
-                f"joint('{a}', '{b}')",
+                f"{where}('{a}', '{b}')",
                 f"the first matches {listed(firsts)}, the second {listed(seconds)}.",
                 f"{len(firsts)} and {len(seconds)} latents are no pairs",
                 ["use globs that match equally many latents"],

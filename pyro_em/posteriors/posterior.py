@@ -25,7 +25,6 @@ from pyro_em.posteriors.enumeration import (
 )
 from pyro_em.posteriors.gaussian_faces import (
     GaussianFaces,
-    covariance,
     refuse_gaussian,
     regrouped_solutions,
 )
@@ -39,6 +38,12 @@ from pyro_em.posteriors.names import (
     pairs_by_glob,
 )
 from pyro_em.posteriors.sampling import Conditional, conditionals, cumulative_rows, draw_codes
+from pyro_em.posteriors.series_faces import (
+    covariances,
+    filtered,
+    prediction_errors,
+    stacked_marginals,
+)
 from pyro_em.posteriors.stacks import (
     are_alike,
     batch_shape,
@@ -170,19 +175,20 @@ class Posterior(Portable, NamesFromElsewhere):
             return faces.site("mean", site).mean()
         return stacked_answers("mean", names, lambda n: faces.site("mean", n).mean())
 
-    def covariance(self, a: str, b: str | None = None) -> Tensor:
+    def covariance(self, a: str, b: str | None = None, *, lag: int | None = None) -> Tensor:
         """The posterior covariance of a Gaussian latent, or of two, element by element of the plates.
 
         Elements of one plate may depend on each other too; ``sample`` draws them jointly.
 
         Args:
             a: One site; left alone also a glob, for the covariance of each.
-            b: Another.
+            b: Another, or a glob: pairs are taken in order of time, and a single site goes with each.
+            lag: Of a glob left alone the covariance of steps so far apart, Cov(h_t, h_{t+lag}).
 
         Returns:
             Of numbers # (*plates,), of vectors # (*plates, D, D); of events of more dimensions with D
             numbers in all. Of two sites # (*plates of both, D_a, D_b) without the D of numbers; zero
-            where nothing connects them. Of a glob # (T, ...)
+            where nothing connects them. Of a glob # (T, ...), with a lag # (T - lag, ...)
 
         Raises:
             UsageError: If the model has no such Gaussian latent, or the two lie in different plates of
@@ -202,33 +208,21 @@ class Posterior(Portable, NamesFromElsewhere):
         site_name("covariance", "a", a)
         if b is not None:
             site_name("covariance", "b", b)
-            faces = self._faces_of(a, b)
-            return covariance(faces.site("covariance", a), faces.site("covariance", b))
-        faces = self._faces_of(a)
-        names = faces.names("covariance", a)
-        if names is None:
-            own = faces.site("covariance", a)
-            return covariance(own, own)
-
-        def own_covariance(name: str) -> Tensor:
-            site = faces.site("covariance", name)
-            return covariance(site, site)
-
-        return stacked_answers("covariance", names, own_covariance)
+        return covariances(self._faces_of(*([a] if b is None else [a, b])), a, b, lag)
 
     def marginal(self, site: str) -> Any:
         """The posterior distribution of a Gaussian latent, for each element of its plates by itself.
 
         Args:
-            site: Its name.
+            site: Its name, or a glob.
 
         Returns:
             A Pyro distribution over the site's plates: a Normal of numbers, a MultivariateNormal
             of vectors (of events of more dimensions flattened to one); below discrete latents a
-            MixtureSameFamily of these. Variances may be zero.
+            MixtureSameFamily of these. Variances may be zero. Of a glob one over # (T, *plates)
 
         Raises:
-            UsageError: If the model has no such Gaussian latent.
+            UsageError: If the model has no such Gaussian latent, or those of a glob differ in shape.
 
         Example:
             >>> import pyro, pyro.distributions as dist
@@ -240,7 +234,79 @@ class Posterior(Portable, NamesFromElsewhere):
             Normal(loc: 1.0, scale: 0.7071067690849304)
         """
         site_name("marginal", "site", site)
-        return self._faces_of(site).site("marginal", site).marginal()
+        faces = self._faces_of(site)
+        names = faces.names("marginal", site)
+        if names is None:
+            return faces.site("marginal", site).marginal()
+        parts = [faces.site("marginal", n).marginal() for n in names]
+        return stacked_marginals("marginal", names, parts)
+
+    def filtered(self, site: str) -> Any:
+        """What was known of each step of a series at that step: given no data that come later.
+
+        Data come at the step that has their number (``y_3`` at ``h_3``); of data with other names the
+        order of the model decides, and of rows of a plate what they read.
+
+        Args:
+            site: A glob of the steps, discrete or Gaussian, or one of them.
+
+        Returns:
+            Of discrete latents p(z_t | x_1, …, x_t) # (T, *plates, K); of Gaussian ones a distribution
+            over # (T, *plates) as ``marginal`` gives it, with ``mean`` and ``variance``. Of one name
+            without the T.
+
+        Raises:
+            UsageError: If there are no such latents, they differ in shape, or this q is not the exact
+                posterior of data.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(y):
+            ...     h = 0.0
+            ...     for t in pyro.markov(range(len(y))):
+            ...         h = pyro.sample(f"h_{t}", dist.Normal(h, 1.0))
+            ...         pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
+            >>> q = ExactPosteriorEM(model).posterior(torch.tensor([1.0, 2.0]))
+            >>> q.filtered("h_*").mean, q.mean("h_*")
+            (tensor([0.5000, 1.4000]), tensor([0.8000, 1.4000]))
+        """
+        site_name("filtered", "site", site)
+        return filtered(self, site, self._faces_of(site))
+
+    def prediction_errors(self, site: str) -> Tensor:
+        """Standardised one-step prediction errors of data that read Gaussian latents, for diagnostics.
+
+            e_t = (y_t − E[y_t | y_1, …, y_{t−1}]) / sd(y_t | y_1, …, y_{t−1})
+
+        Under the model they are independent and standard normal along a series of numbers. Entries of a
+        vector are standardised each by itself. Other data of the same step are not used.
+
+        Args:
+            site: An observed site, or a glob of the steps of a series.
+
+        Returns:
+            NaN where nothing was observed. # (*plates, *event), of a glob (T, *plates, *event)
+
+        Raises:
+            UsageError: If no such data read Gaussian latents.
+
+        Source: Durbin and Koopman (2012), "Time Series Analysis by State Space Methods", section 2.12.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(y):
+            ...     h = 0.0
+            ...     for t in pyro.markov(range(len(y))):
+            ...         h = pyro.sample(f"h_{t}", dist.Normal(h, 1.0))
+            ...         pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
+            >>> q = ExactPosteriorEM(model).posterior(torch.tensor([1.0, 2.0]))
+            >>> q.prediction_errors("y_*")  # 1 / √2 and (2 − 1/2) / √2.5
+            tensor([0.7071, 0.9487])
+        """
+        site_name("prediction_errors", "site", site)
+        return prediction_errors(self, site)
 
     def _faces_of(self, *sites: str) -> GaussianFaces:
         """What answers for some Gaussian latents: names or globs."""

@@ -214,6 +214,33 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
 
 
 @torch.no_grad()
+def forward_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
+    """p(z_t | all factors up to step t) of a graph that is a chain; None where it is none.
+
+    A factor of two steps counts from the later one on. In logarithms: nothing is lost.
+
+    Args:
+        graph: The factors.
+        tables: Log densities per group. # (members, *sizes)
+
+    Returns:
+        Probabilities. # (T, *plates, K)
+    """
+    steps = steps_of(graph)
+    if steps is None:
+        return None
+    log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
+    pairs = _pairs(graph, steps, tables)
+    alpha = log_l[0].log_softmax(-1)
+    found = [alpha]
+    for likelihood, pair in zip(log_l[1:], pairs, strict=True):
+        alpha = torch.logsumexp(alpha.unsqueeze(-1) + pair, -2) + likelihood
+        alpha = alpha.log_softmax(-1)
+        found.append(alpha)
+    return torch.stack(found).exp().reshape(steps.T, *steps.sizes, steps.K)
+
+
+@torch.no_grad()
 def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
     """A jointly most probable path of a graph that is a chain; None where it is none.
 

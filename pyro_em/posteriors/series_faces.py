@@ -1,0 +1,346 @@
+"""Series of latents as users ask for them: what was known at each step, and how steps depend.
+
+A filter answers for each step from the data up to and including it,
+
+    p(z_t | x_1, …, x_t),     p(h_t | x_1, …, x_t),
+
+and the errors of its predictions are those of p(y_t | y_1, …, y_{t−1}).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.arguments import whole
+from pyro_em.errors import UsageError, message
+from pyro_em.globs import (
+    is_glob,
+    listed,
+    matching,
+    meant,
+    natural,
+    require_alike,
+    stacked_answers,
+    unknown,
+)
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.data_steps import (
+    DataSteps,
+    number_of,
+    observed_sites,
+    stem_of,
+    steps_of_data,
+    users_name,
+)
+from pyro_em.posteriors.gaussian_faces import GaussianFaces, covariance
+from pyro_em.posteriors.gaussian_predictions import noise_of, observed_moments
+from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
+from pyro_em.posteriors.so_far import given_steps
+from pyro_em.posteriors.stacks import batch_shape
+from pyro_em.posteriors.steps import forward_cells, steps_of
+
+if TYPE_CHECKING:
+    from pyro_em.posteriors.posterior import Posterior
+
+
+def stacked_marginals(where: str, names: Sequence[str], parts: Sequence[Any]) -> Any:
+    """The distributions of several sites as one, with the sites as its first dimension.
+
+    Args:
+        where: What was asked for.
+        names: The sites.
+        parts: Their distributions: Normals, MultivariateNormals, or mixtures of these.
+
+    Returns:
+        A distribution of their kind. # batch (T, *plates)
+
+    Raises:
+        UsageError: If they differ in shape, or only some are mixtures.
+    """
+    shapes = [(n, (*p.batch_shape, *p.event_shape)) for n, p in zip(names, parts, strict=True)]
+    require_alike(where, shapes)
+    first = parts[0]
+    if isinstance(first, torch.distributions.MixtureSameFamily):
+        inner = [getattr(p, "component_distribution", p) for p in parts]
+        require_alike(where, [(n, p.batch_shape) for n, p in zip(names, inner, strict=True)])
+        weights = torch.stack([p.mixture_distribution.probs for p in parts])
+        chosen = dist.Categorical(probs=weights, validate_args=False)
+        return dist.MixtureSameFamily(
+            chosen, stacked_marginals(where, names, inner), validate_args=False
+        )
+    kinds = {type(p) for p in parts}
+    if len(kinds) > 1:
+        raise UsageError(
+            message(
+                where,
+                f"the posteriors of {listed(names)} are of several kinds: "
+                f"{', '.join(sorted(k.__name__ for k in kinds))}.",
+                "what a glob stacks has one form",
+                ["ask for each by its name", "ask for those of one form with a narrower glob"],
+            )
+        )
+    loc = torch.stack([p.loc for p in parts])
+    if isinstance(first, torch.distributions.MultivariateNormal):
+        # The factor is kept as it is: that of a singular covariance cannot be had again.
+        tril = torch.stack([p.scale_tril for p in parts])
+        return dist.MultivariateNormal(loc, scale_tril=tril, validate_args=False)
+    return dist.Normal(loc, torch.stack([p.scale for p in parts]), validate_args=False)
+
+
+def covariances(faces: GaussianFaces, a: str, b: str | None, lag: int | None) -> Tensor:
+    """See `Posterior.covariance`.
+
+    Args:
+        faces: The Gaussian latents.
+        a: A name or a glob.
+        b: Another, or None.
+        lag: How many steps apart.
+    """
+    firsts = faces.names("covariance", a)
+    if lag is not None:
+        pairs = _lagged(a, firsts, b, whole("covariance", "lag", lag, None))
+    elif b is None:
+        pairs = [(n, n) for n in firsts or [a]]
+    else:
+        seconds = faces.names("covariance", b)
+        pairs = list(matched_pairs("covariance", a, b, firsts, seconds))
+        firsts = firsts or seconds
+    sites = {n: faces.site("covariance", n) for n in dict.fromkeys(n for p in pairs for n in p)}
+    if firsts is None:
+        return covariance(*(sites[n] for n in pairs[0]))
+    each = {", ".join(pair): pair for pair in pairs}
+
+    def answer(words: str) -> Tensor:
+        return covariance(*(sites[n] for n in each[words]))
+
+    return stacked_answers("covariance", list(each), answer)
+
+
+def _lagged(a: str, names: Sequence[str] | None, b: str | None, lag: int) -> list[tuple[str, str]]:
+    where = f"covariance('{a}', lag={lag})"
+    if names is None or b is not None:
+        raise UsageError(
+            message(
+                where,
+                "a lag is between the steps of one series, which a glob names.",
+                fixes=["ask by glob: covariance('h_*', lag=1)", "name both: covariance(a, b)"],
+            )
+        )
+    if not 0 <= lag < len(names):
+        raise UsageError(
+            message(
+                where,
+                f"the glob matches {len(names)} steps: {listed(names)}.",
+                "no two of them lie so far apart",
+                ["pass a whole number from 0, below the number of steps"],
+            )
+        )
+    return list(zip(names, names[lag:], strict=False))
+
+
+def filtered(q: Posterior, site: str, faces: GaussianFaces) -> Any:
+    """See `Posterior.filtered`.
+
+    Args:
+        q: The posterior.
+        site: A name or a glob.
+        faces: The Gaussian latents that it may mean.
+    """
+    if not q.exact:
+        raise UsageError(
+            message(
+                f"filtered('{site}')",
+                "this q is not the posterior of the data.",
+                "only of that it is known what each step adds",
+                ["ask the exact posterior: em.posterior(x).filtered('z_*')"],
+            )
+        )
+    if meant(site, names_of(q.graph)) or own_name(q.graph, site) in q.graph.latents:
+        found = by_glob(q.graph, site)
+        names = [site] if found is None else list(found)
+        table = _forward(q, names)
+        if table is None:
+            table = torch.stack(_by_steps(q, "filtered", names, lambda p, n: p.probs(n)))
+        return table[0] if found is None else table
+    several = faces.names("filtered", site)
+    names = [faces.site("filtered", site).name] if several is None else several
+    parts = _by_steps(q, "filtered", names, lambda p, n: p.marginal(n))
+    return parts[0] if several is None else stacked_marginals("filtered", names, parts)
+
+
+def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
+    """The forward messages of a chain, where its factors come as its data do. # (T, *plates, K)"""
+    graph = q.graph
+    steps, latents = steps_of(graph), list(graph.latents)
+    if steps is None or any(n not in graph.latents for n in names):
+        return None
+    chain = _series(names[0], latents)
+    if chain != latents:
+        return None
+    data = _data_steps(q, chain)
+    comes = dict(steps.single)
+    comes |= {c.group: tuple(t + 1 for t in c.steps) for c in steps.couples}
+    for (g, i), at in data.of_site.items():
+        if g in comes and int(at) != comes[g][i]:
+            return None
+    table = forward_cells(graph, q.tables)
+    assert table is not None
+    rows = table[[chain.index(n) for n in names]]
+    latent = latent_of(graph, names[0])
+    return rows.reshape(len(names), *batch_shape(graph, latent), latent.size).to(graph.dtype)
+
+
+def _by_steps(
+    q: Posterior, where: str, names: Sequence[str], answer: Callable[[Posterior, str], Any]
+) -> list[Any]:
+    """What each of some latents is, given the data up to and including its step."""
+    unread = () if q.later is None else q.later.names
+    everyone = [*names_of(q.graph), *_gaussian(q).places, *unread]
+    known: dict[tuple[str, int], Posterior] = {}
+    clocks: dict[str, tuple[list[str], DataSteps]] = {}
+    out = []
+    for name in names:
+        stem = stem_of(name)
+        if stem not in clocks:
+            chain = _series(name, everyone)
+            clocks[stem] = chain, _data_steps(q, chain)
+        chain, data = clocks[stem]
+        step = chain.index(name)
+        if name in unread:
+            _refuse_later_data(where, name, data, step)
+            out.append(answer(q, name))
+            continue
+        if (stem, step) not in known:
+            known[stem, step] = _until(q, data, step)
+        out.append(answer(known[stem, step], name))
+    return out
+
+
+def _until(q: Posterior, data: DataSteps, last: int) -> Posterior:
+    """The posterior given the data up to and including a step."""
+    if all(bool((at <= last).all()) for at in data.of_site.values()):
+        return q
+    part = given_steps(q.graph, q.tables, q.cells, q.solved, data, last)
+    return replace(q, tables=part.tables, cells=part.cells, solved=part.solved, later=None)
+
+
+def _refuse_later_data(where: str, name: str, data: DataSteps, step: int) -> None:
+    if any(bool((at > step).any()) for at in data.of_site.values()):
+        raise UsageError(
+            message(
+                f"{where}('{name}')",
+                "no observation depends on this latent, and data come after its step.",
+                "what they say of it through others is not told apart from what came before",
+                ["ask for its moments given all data: mean, covariance, marginal"],
+            )
+        )
+
+
+def _gaussian(q: Posterior) -> GaussianFaces:
+    return GaussianFaces(q.graph, q.solved, q.cells)
+
+
+def _series(name: str, names: Sequence[str]) -> list[str]:
+    """All steps of the series that a latent belongs to, in order of time."""
+    stem = stem_of(name)
+    return sorted({n for n in names if stem_of(n) == stem}, key=natural)
+
+
+def _data_steps(q: Posterior, chain: Sequence[str]) -> DataSteps:
+    known = q.graph.remembered
+    key = "data steps", tuple(chain)
+    if key not in known:
+        known[key] = steps_of_data(q.graph, _gaussian(q), chain)
+    steps: DataSteps = known[key]
+    return steps
+
+
+@torch.no_grad()
+def prediction_errors(q: Posterior, site: str) -> Tensor:
+    """See `Posterior.prediction_errors`."""
+    names, places = _observed(q.graph, site)
+    is_named = not is_glob(site) or site in places
+    data = _data_steps(q, _clock_of(q, names, places))
+    known: dict[int, Posterior] = {}
+    out = []
+    for name in names:
+        g, i = places[name]
+        block_group = q.graph.groups[g].nested
+        assert block_group is not None
+        group = block_group.groups[i]
+        noise = noise_of(q.solved[g], i)
+        rows = q.solved[g].layout.sites[i].rows
+        steps = data.of_site[g, i].expand(rows)
+        errors = torch.zeros(rows, group.value[0].numel() // max(rows, 1), dtype=torch.float64)
+        for step in sorted(set(steps.tolist())):
+            if step not in known:
+                known[step] = _until(q, data, step - 1)
+            error = observed_moments(_gaussian(known[step]), g, i, noise).standardised()
+            here = steps == step
+            errors[here] = error[here.to(error.device)].to(errors)
+        shape = (*_batch_of(q.graph, group.members[0]), *group.value.shape[1 + len(group.sizes) :])
+        out.append(errors.reshape(shape).to(group.value))
+    require_alike("prediction_errors", [(n, e.shape) for n, e in zip(names, out, strict=True)])
+    return out[0] if is_named else torch.stack(out)
+
+
+def _observed(graph: FactorGraph, site: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
+    """The observed sites that a name or a glob means, and where those below Gaussian latents are."""
+    places = {
+        users_name(group.members[0]): (g, i)
+        for g, i, group in observed_sites(graph)
+        if graph.groups[g].nested is not None
+    }
+    if site in places:
+        return [site], places
+    names = matching(site, places)
+    if not names:
+        others = [
+            users_name(group.members[i])
+            for g, i, group in observed_sites(graph)
+            if graph.groups[g].nested is None
+        ]
+        if meant(site, others):
+            raise UsageError(
+                message(
+                    f"prediction_errors('{site}')",
+                    "no Gaussian latent enters the mean of these data.",
+                    "errors over their standard deviation are those of Gaussian predictions",
+                    [
+                        "compare the data with draws given the past: em.forecast(x) with later "
+                        "steps NaN",
+                    ],
+                )
+            )
+        raise unknown(site, list(places), "observed sites that read Gaussian latents")
+    return names, places
+
+
+def _clock_of(q: Posterior, names: Sequence[str], places: dict[str, tuple[int, int]]) -> list[str]:
+    """The series of latents that data read, or the data themselves where they read none of several."""
+    faces = _gaussian(q)
+    by_place: dict[tuple[int, int], list[str]] = {}
+    for latent, place in faces.places.items():
+        by_place.setdefault(place, []).append(latent)
+    for name in names:
+        g, i = places[name]
+        for term in q.solved[g].layout.sites[i].terms:
+            for latent in by_place[g, term.latent]:
+                chain = _series(latent, list(faces.places))
+                if number_of(latent) is not None and len(chain) > 1:
+                    return chain
+    return _series(names[0], list(places))
+
+
+def _batch_of(graph: FactorGraph, site: str) -> tuple[int, ...]:
+    """The sizes of a site's batch dimensions."""
+    info = graph.structure.sites[site]
+    own = {graph.structure.plates[p].dim: p for p in info.plates}
+    sizes = (own.get(d) for d in range(-info.batch_dim, 0))
+    return tuple(1 if p is None else graph.dim_size(p) for p in sizes)
