@@ -1,14 +1,16 @@
 """Reading how Gaussian latents enter means, from runs of the model.
 
 The model runs with its latents at random values. Their Jacobian C is read off autograd with few
-vectors: C_j = J (1 ⊗ e_j) for each coordinate j of a latent's event, and J (arange ⊗ a) / J (1 ⊗ a) is
-the element of the latent's plates that a row reads; a random vector verifies. C and b are
-differentiable in the parameters, and are bound to them where no plate changes them, at parameters
-moved at random, so that nothing vanishes by chance.
+vectors. If each row reads an element of its own through the same C, then J (e_j in row j) has C_j in
+row j. Otherwise C_j = J (1 ⊗ e_j) for each coordinate j of a latent's event, and
+J (arange ⊗ a) / J (1 ⊗ a) is the element of the latent's plates that a row reads. A random vector
+verifies either. C and b are differentiable in the parameters, and are bound to them where no plate
+changes them, at parameters moved at random, so that nothing vanishes by chance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -384,6 +386,29 @@ class _Jacobian:
         image = self.forward(t.reshape(self.leaf.shape))
         return compact(image, self.place.event, self.place.dims, like=self.loc)
 
+    def coefficient_of_own(self, probe: Tensor, there: Tensor) -> Tensor | None:
+        """The coefficients where each row reads the element of its own number through equal ones.
+
+        Args:
+            probe: Random values of all elements. # (elements, q)
+            there: J of them. # (*sizes or 1s, *scope, *event)
+
+        Returns:
+            # (*1s, *scope, *event, q); None where it is not so
+        """
+        sizes, plates = self.place.sizes, len(self.place.sizes)
+        own = there.shape[plates:]
+        if there.shape[:plates] != sizes or math.prod(sizes) != self.count or self.count < self.q:
+            return None
+        t = torch.zeros_like(probe)
+        t.diagonal().fill_(1)
+        image = self.of_all(t).reshape(self.count, *own)[: self.q].movedim(0, -1)
+        matrix = image.detach().reshape(-1, self.q)
+        predicted = (probe.to(matrix) @ matrix.mT).reshape(there.shape)
+        if not bool((matrix != 0).any()) or not is_close(predicted, there):
+            return None
+        return image.reshape(*(1,) * plates, *own, self.q)
+
     def coefficient(self, only: int | None = None) -> Tensor:
         """The coefficients of one element, or of that which each row reads. # (…, q)"""
         elements = torch.ones(self.count, device=self.leaf.device)
@@ -405,6 +430,13 @@ def _reads(
     """What a site reads of one latent: one element in each row, or few elements one by one."""
     jacobian = _Jacobian.of(place, loc, leaf, site)
     count, q = jacobian.count, jacobian.q
+    plates = len(place.sizes)
+    probe = random_like(leaf).reshape(count, q)
+    there = jacobian.of_all(probe).detach()
+    coefficient = jacobian.coefficient_of_own(probe, there)
+    if coefficient is not None:
+        own = bind_line(coefficient, leaves, plates, bound=bound)
+        return [Read(latent, torch.arange(count, device=leaf.device), own)]
     coefficient = jacobian.coefficient()
     # All coordinates of an element together, with a weight for each.
     along = random_like(leaf.new_zeros(q))
@@ -414,12 +446,9 @@ def _reads(
 
     slope = weighed(torch.ones(count, device=leaf.device))
     numbers = numbers_read(weighed, slope, torch.Size([count]), count)
-    plates = len(place.sizes)
     element = numbers.flatten(plates).amax(-1) if numbers.dim() > plates else numbers
     shaped = element.reshape((*element.shape, *(1,) * (numbers.dim() - plates)))
     alike = bool(((numbers == shaped) | (numbers < 0)).all())
-    probe = random_like(leaf).reshape(count, q)
-    there = jacobian.of_all(probe).detach()
     rows = probe[element.clamp(min=0)].reshape(*element.shape, *(1,) * (numbers.dim() - plates), q)
     if alike and is_close((coefficient.detach() * rows).sum(-1), there):
         own = bind_line(coefficient, leaves, plates, bound=bound)

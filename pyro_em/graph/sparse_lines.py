@@ -1,7 +1,8 @@
 """Tensors that are linear in parameters, bound to them with few vectors where each element reads one.
 
-With J = ∂a/∂θ, J 1 and J (0, 1, 2, …) tell which element of θ an element of a reads, and its factor; a
-random vector verifies. Loadings have thousands of elements, and a vector for each would be too many.
+Mostly they are parameters as they stand, which equal numbers show. Else, with J = ∂a/∂θ, J 1 and
+J (0, 1, 2, …) tell which element of θ an element of a reads, and its factor. A random vector verifies
+either. Loadings have thousands of elements, and a vector for each would be too many.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.autograd import bind, known_below
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.linearity import why_not_linear
-from pyro_em.tracing.without_sympy import pull_back
+from pyro_em.tracing.without_sympy import pull_back, pull_back_all
 
 _DIGIT = 1024  # element numbers are read in digits that single precision holds
 _DENSE = 512  # elements of a parameter that are tried one by one
@@ -110,6 +111,9 @@ def bind_line(
         return Binding("constant", (), constant)
     if not bound:
         return Binding("opaque", names, constant, reason="no update follows")
+    as_they_stand = _as_they_stand(narrow, {n: leaves[n] for n in names})
+    if as_they_stand is not None:
+        return as_they_stand
     plain = bind(narrow, leaves)
     # A factor may have any sign in a mean: such an element is solved for as a coefficient.
     if plain.how == "selection" and all(s.maps or s.factor is None for s in plain.selections):
@@ -139,6 +143,56 @@ def bind_line(
     size = max(float(constant.abs().amax()), 1.0)
     offset = torch.where(offset.abs() <= 64 * torch.finfo(offset.dtype).eps * size, 0.0, offset)
     return Binding("affine", tuple(jacobians), offset, jacobians=jacobians)
+
+
+def _as_they_stand(tensor: Tensor, leaves: Mapping[str, Tensor]) -> Binding | None:
+    """The binding of a tensor that is made of elements of parameters, or zeros; None where it is not.
+
+    Args:
+        tensor: At parameters in general position. # (*sizes or 1s, *event)
+        leaves: The leaf tensors of the parameters that reach it.
+    """
+    constant = tensor.detach().clone()
+    if any(leaf.dtype != constant.dtype for leaf in leaves.values()):
+        return None
+    values, order = torch.cat([t.detach().reshape(-1) for t in leaves.values()]).sort()
+    if bool((values[1:] == values[:-1]).any()):
+        return None
+    place = torch.searchsorted(values, constant.contiguous()).clamp(max=len(values) - 1)
+    used = values[place] == constant
+    if not bool((used | (constant == 0)).all()) or not bool(used.any()):
+        return None
+    number = torch.where(used, order[place], -1)
+    probes = {name: random_like(leaf) for name, leaf in leaves.items()}
+    probe = torch.cat([t.reshape(-1) for t in probes.values()])
+    predicted = torch.where(used, probe[number.clamp(min=0)], 0.0)
+    if why_not_linear(tensor, leaves, "parameters"):
+        return None
+    if not is_close(predicted, _pushed_forward(tensor, leaves, probes)):
+        return None
+    selections, begin = [], 0
+    for name, leaf in leaves.items():
+        own = used & (number >= begin) & (number < begin + leaf.numel())
+        if bool(own.any()):
+            selections.append(Selection(name, torch.where(own, number - begin, -1)))
+        begin += leaf.numel()
+    params = tuple(s.param for s in selections)
+    return Binding("selection", params, constant, tuple(selections))
+
+
+def _pushed_forward(
+    tensor: Tensor, leaves: Mapping[str, Tensor], along: Mapping[str, Tensor]
+) -> Tensor:
+    """∂a/∂θ t for all parameters together."""
+    v = torch.zeros_like(tensor, requires_grad=True)
+    found = pull_back_all([tensor], [*leaves.values()], [v], create_graph=True, allow_unused=True)
+    pairs = [
+        (g, t) for g, t in zip(found, along.values(), strict=True) if g is not None and g.grad_fn
+    ]
+    (out,) = pull_back_all(
+        [g for g, _ in pairs], [v], [t.to(g) for g, t in pairs], allow_unused=True
+    )
+    return torch.zeros_like(v) if out is None else out
 
 
 @dataclass(frozen=True, eq=False)

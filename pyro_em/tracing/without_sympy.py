@@ -86,13 +86,43 @@ def pull_back(
         >>> pull_back(x * x, x, torch.ones(2))
         tensor([2., 4.])
     """
+    return pull_back_all(
+        (output,), (source,), (cotangent,), create_graph=create_graph, allow_unused=allow_unused
+    )[0]
+
+
+def pull_back_all(
+    outputs: Sequence[Tensor | GradientEdge],
+    sources: Sequence[Tensor | GradientEdge],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> Sequence[Tensor | None]:
+    """As `pull_back`, summed over outputs, for several sources at once.
+
+    Args:
+        outputs: Where cotangents are given.
+        sources: With respect to what.
+        cotangents: One for each output, of its shape.
+        create_graph: Whether the results can be differentiated.
+        allow_unused: Whether None is returned where no output depends on a source.
+
+    Raises:
+        RuntimeError: If no output depends on a source.
+
+    Example:
+        >>> x, y = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> pull_back_all([2 * x, x * y], [x, y], [torch.ones(1), torch.ones(1)])
+        (tensor([3.]), tensor([1.]))
+    """
     found: Sequence[Tensor | None] = _engine_run_backward(
-        (output,),
-        (cotangent,),
+        tuple(outputs),
+        tuple(cotangents),
         True,
         create_graph,
-        (source,),
+        tuple(sources),
         allow_unused,
         accumulate_grad=False,
     )
-    return found[0]
+    return found
