@@ -284,6 +284,8 @@ def differs(a: Tensor, b: Tensor, event_dim: int) -> Tensor | None:
     """Where two tensors differ by more than rounding, per element of the batch; None if nowhere."""
     if a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()):
         return None
+    if torch.equal(a, b):  # one operation where most are the same
+        return None
     if a.is_floating_point():
         tolerance = (64 * torch.finfo(a.dtype).eps) ** 0.75
         # Sums that cancel are as exact as what they sum.

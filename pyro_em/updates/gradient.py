@@ -20,6 +20,7 @@ from torch.distributions import transform_to, transforms
 
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.updates.kept_loss import KeptLoss
 from pyro_em.updates.lbfgs import minimise
 from pyro_em.updates.optimizers import of_update
 from pyro_em.updates.saturated import leave_bounds
@@ -87,33 +88,34 @@ def maximise(
     else:
         variables = [p.unconstrained for p in parameters]
 
-    def loss() -> Tensor:
-        values = {
-            p.name: transform_to(p.constraint)(v)
-            for p, v in zip(parameters, variables, strict=True)
-        }
-        return -objective(values) / weight
-
-    if update.optimizer is not None:
-        _step_optimizer(parameters, variables, loss, update, state)
-        return None
-    with torch.no_grad():
-        start = float(loss())
-
     def at(values: Mapping[str, Tensor]) -> Tensor:
         return -objective(values) / weight
 
+    def here() -> Tensor:
+        return at(
+            {
+                p.name: transform_to(p.constraint)(v)
+                for p, v in zip(parameters, variables, strict=True)
+            }
+        )
+
+    if update.optimizer is not None:
+        _step_optimizer(parameters, variables, here, update, state)
+        return None
+    is_small = sum(v.numel() for v in variables) <= _NEWTON_SIZE
+    loss = KeptLoss(variables, here, curved=is_small)
+    start = float(loss.tensor().detach())
     for _ in range(_CLIMBS):
         _lbfgs(variables, loss, update.steps)
         uphill: Tensor | None = None
-        if _value(loss) < math.inf and sum(v.numel() for v in variables) <= _NEWTON_SIZE:
+        if is_small and loss.value_with_graph() < math.inf:
             uphill = _newton(variables, loss)
-        moved = leave_bounds(parameters, variables, before, at, lambda: _value(loss))
+        moved = leave_bounds(parameters, variables, before, at, loss.value)
         if uphill is not None and not moved:
             moved = _leave_saddle(variables, loss, uphill)
         if not moved:
             break
-    end = _value(loss)
+    end = loss.value_with_graph()
     runaway = _runaway(parameters, variables, before, loss, weight)
     with torch.no_grad():
         improved = end <= start + _rounding(start, variables[0])
@@ -126,7 +128,7 @@ def _runaway(
     parameters: Sequence[TracedParameter],
     variables: Sequence[Tensor],
     before: Sequence[Tensor],
-    loss: Callable[[], Tensor],
+    loss: KeptLoss,
     weight: float,
 ) -> Runaway | None:
     """A coordinate where the climb was ended by the limits of numbers.
@@ -136,8 +138,7 @@ def _runaway(
     gradient vanishes on the way.
     """
     try:
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(), variables, allow_unused=True)
+        gradients = loss.gradients()
     except PyroEMError:
         return None
     for p, v, b, g in zip(parameters, variables, before, gradients, strict=True):
@@ -155,7 +156,7 @@ def _runaway(
             kept = v.detach().clone()
             with torch.no_grad():
                 v.copy_(torch.where(outward, v * (1 + _CLIFF), v))
-                breaks = _breaks(variables, loss)
+                breaks = _breaks(loss)
                 v.copy_(kept)
             far = outward if breaks else far
         if bool(far.any()):
@@ -164,16 +165,14 @@ def _runaway(
     return None
 
 
-def _breaks(variables: Sequence[Tensor], loss: Callable[[], Tensor]) -> bool:
+def _breaks(loss: KeptLoss) -> bool:
     """Whether the loss has no value here, or no slope."""
     try:
-        with torch.enable_grad():
-            value = loss()
-            gradients = torch.autograd.grad(value, variables, allow_unused=True)
+        gradients = loss.gradients()
     except PyroEMError:
         return True
-    found = [value.detach(), *(g for g in gradients if g is not None)]
-    return not all(bool(torch.isfinite(f).all()) for f in found)
+    finite = (bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+    return not (math.isfinite(loss.value()) and all(finite))
 
 
 def _is_logarithm(parameter: TracedParameter, before: Tensor, after: Tensor) -> Tensor:
@@ -211,15 +210,6 @@ def _parts(transform: transforms.Transform) -> list[transforms.Transform]:
     return [transform]
 
 
-def _value(loss: Callable[[], Tensor]) -> float:
-    """The loss, or infinity where the model cannot run."""
-    try:
-        with torch.no_grad():
-            return float(loss())
-    except PyroEMError:
-        return math.inf
-
-
 def _rounding(value: float, like: Tensor) -> float:
     """What a sum of this size may be off by."""
     return 8 * torch.finfo(like.dtype).eps * max(1.0, abs(value))
@@ -248,20 +238,20 @@ def _step_optimizer(
         known.zero_grad()
 
 
-def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> None:
+def _lbfgs(variables: list[Tensor], loss: KeptLoss, steps: int) -> None:
     """Lower the loss in place, all variables as one vector."""
 
     def place(flat: Tensor) -> None:
         with torch.no_grad():
             for v, part in zip(variables, flat.split([v.numel() for v in variables]), strict=True):
-                v.copy_(part.reshape(v.shape))
+                new = part.reshape(v.shape)
+                if not torch.equal(v, new):  # what is known of the loss here stays known
+                    v.copy_(new)
 
     def function(flat: Tensor) -> tuple[float, Tensor]:
         place(flat)
         try:
-            with torch.enable_grad():
-                value = loss()
-                found = torch.autograd.grad(value, variables, allow_unused=True)
+            found = loss.gradients()
         except PyroEMError:
             if flat is start:
                 raise
@@ -276,20 +266,18 @@ def _lbfgs(variables: list[Tensor], loss: Callable[[], Tensor], steps: int) -> N
                 for v, g in zip(variables, found, strict=True)
             ]
         )
-        return float(value.detach()), gradient
+        return loss.value(), gradient
 
     start = torch.cat([v.detach().reshape(-1) for v in variables])
     place(minimise(function, start, steps))
 
 
-def _leave_saddle(
-    variables: Sequence[Tensor], loss: Callable[[], Tensor], direction: Tensor
-) -> bool:
+def _leave_saddle(variables: Sequence[Tensor], loss: KeptLoss, direction: Tensor) -> bool:
     """Move along a direction in which the loss curves downwards, where that lowers it.
 
     A start in the middle of a symmetric prior may have no slope at all: loc = t² at t = 0.
     """
-    best = _value(loss)
+    best = loss.value()
     best -= 64 * _rounding(best, variables[0])
     kept, at = [v.detach().clone() for v in variables], None
     with torch.no_grad():
@@ -299,7 +287,7 @@ def _leave_saddle(
                 part = direction[begin : begin + v.numel()].reshape(v.shape)
                 v.copy_(old + size * part)
                 begin += v.numel()
-            there = _value(loss)
+            there = loss.value()
             if there < best:
                 best, at = there, [v.detach().clone() for v in variables]
         for v, new in zip(variables, kept if at is None else at, strict=True):
@@ -307,7 +295,7 @@ def _leave_saddle(
     return at is not None
 
 
-def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | None:
+def _newton(variables: list[Tensor], loss: KeptLoss) -> Tensor | None:
     """A few safeguarded Newton steps: the last digits that first-order steps leave.
 
     Returns:
@@ -316,29 +304,10 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | Non
     """
     uphill: Tensor | None = None
     for _ in range(_NEWTON_STEPS):
-        with torch.enable_grad():
-            value = loss()
-            gradients = torch.autograd.grad(value, variables, create_graph=True, allow_unused=True)
-            rows = []
-            flat = []
-            for v, g in zip(variables, gradients, strict=True):
-                flat.append(torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1))
-            gradient = torch.cat(flat)
-            if not gradient.requires_grad:
-                return None
-            for component in gradient:
-                row = torch.autograd.grad(
-                    component, variables, retain_graph=True, allow_unused=True
-                )
-                rows.append(
-                    torch.cat(
-                        [
-                            torch.zeros_like(v).reshape(-1) if r is None else r.reshape(-1)
-                            for v, r in zip(variables, row, strict=True)
-                        ]
-                    )
-                )
-        hessian, gradient = torch.stack(rows).detach(), gradient.detach()
+        old_value, found = loss.value_with_graph(), _curvature(variables, loss)
+        if found is None:
+            return None
+        hessian, gradient = found
         if not bool(torch.isfinite(hessian).all()) or not bool(torch.isfinite(gradient).all()):
             return None
         if hessian.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
@@ -357,8 +326,7 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | Non
                 v += step[at : at + v.numel()].reshape(v.shape)
                 at += v.numel()
             # Near the optimum the gain is below rounding while the step is not.
-            old_value = float(value.detach())
-            better = _value(loss) <= old_value + _rounding(old_value, variables[0])
+            better = loss.value_with_graph() <= old_value + _rounding(old_value, variables[0])
             if not better:
                 for v, o in zip(variables, old, strict=True):
                     v.copy_(o)
@@ -366,3 +334,26 @@ def _newton(variables: list[Tensor], loss: Callable[[], Tensor]) -> Tensor | Non
         if float(step.abs().max()) < 1e-14:
             return uphill
     return uphill
+
+
+def _curvature(variables: list[Tensor], loss: KeptLoss) -> tuple[Tensor, Tensor] | None:
+    """The Hessian and the gradient of the loss; None where it depends on nothing. # (P, P), (P,)"""
+    with torch.enable_grad():
+        first = torch.autograd.grad(loss.tensor(), variables, create_graph=True, allow_unused=True)
+        gradient = _flat(variables, first)
+        if not gradient.requires_grad:
+            return None
+        rows = [
+            _flat(
+                variables,
+                torch.autograd.grad(component, variables, retain_graph=True, allow_unused=True),
+            )
+            for component in gradient
+        ]
+    return torch.stack(rows).detach(), gradient.detach()
+
+
+def _flat(variables: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """Gradients as one vector, zero where there is none. # (P,)"""
+    pairs = zip(variables, gradients, strict=True)
+    return torch.cat([(torch.zeros_like(v) if g is None else g).reshape(-1) for v, g in pairs])
