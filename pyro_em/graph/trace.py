@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any
@@ -60,6 +60,7 @@ def trace_graph(
     looked: Mapping[str, Mapping[str, Any]] | None = None,
     log: OperationLog | None = None,
     detached: bool = False,
+    only: Collection[str] | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -78,6 +79,7 @@ def trace_graph(
             with; None where that is known.
         log: Notes what the run does, and what it reads beside the parameters; needs a limit.
         detached: Whether only the numbers of arguments and densities are of interest.
+        only: Sites whose factors are asked for; others may be left out. All by default.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -109,7 +111,7 @@ def trace_graph(
             if looked is not None:  # at the first look, which then is made at the loop itself
                 raise
             structure = replace(structure, series=None)
-    pieces, latents, run = _traced(model, args, kwargs, structure, few=FEW, **how)
+    pieces, latents, run = _traced(model, args, kwargs, structure, few=FEW, only=only, **how)
     batches = [p for p in pieces if isinstance(p, Batch)]
     factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
     order = {name: i for i, name in enumerate(structure.sites)}
@@ -135,6 +137,7 @@ def _traced(
     detached: bool,
     few: float,
     parts: Mapping[int, tuple[int, Tensor]] | None = None,
+    only: Collection[str] | None = None,
 ) -> tuple[list[Factor | Batch], dict[str, Latent], Run]:
     """The factor of every site that counts, and the latents; see `trace_graph`.
 
@@ -173,6 +176,8 @@ def _traced(
         _require_same(model, args, kwargs, sites, structure, looked, forms, parts)
     if values is None:  # not at a trial point
         _require_inside(sites, structure)
+    if only is not None and not _is_masked(layout):
+        counted = [n for n in counted if n in only]
     pieces = _pieces(layout, counted, forms, leaves if with_bindings else None, few)
     return pieces, layout.latents(forms), run
 
@@ -188,9 +193,7 @@ def _pieces(
     structure = layout.structure
     out: list[Factor | Batch] = []
     alone = set(counted)
-    masked = any(layout.sites[name]["mask"] is not None for name in structure.latents)
-    if len(counted) >= few and not masked:
-        # What is counted where a latent is masked depends on each site below it.
+    if len(counted) >= few and not _is_masked(layout):
         alike = [n for n in counted if forms[n] is not None and n not in structure.lines]
         kinds = layout.kinds({n: forms[n] for n in alike})
         for names in in_forms(kinds):
@@ -212,6 +215,11 @@ def _pieces(
     if layout.problems:
         raise_findings(layout.problems)
     return out
+
+
+def _is_masked(layout: FactorLayout) -> bool:
+    """Whether a latent is masked: what is counted there depends on each site below it."""
+    return any(layout.sites[name]["mask"] is not None for name in layout.structure.latents)
 
 
 def _stray(name: str, structure: Structure, shape: tuple[int, ...], size: int) -> Finding:

@@ -10,7 +10,8 @@ makes another one, and `pyro_em.fitting.guarded` is where that of a fit is repla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -316,13 +317,20 @@ class Program(StaysHere):
 
         graph, arguments = evaluation.graph, evaluation.arguments
         if not evaluation.solved:
-            return m_step(graph, self.updates, counts, arguments, densities, state)
+            with self._searching():
+                return m_step(graph, self.updates, counts, arguments, densities, state)
         own, weights, arguments = in_m_step(graph, counts, arguments, evaluation.solved)
 
         def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
             return expected_densities(own, values, groups, densities, self._trace)
 
-        return m_step(own, self.updates, weights, arguments, expected, state, expand=expand)
+        with self._searching():
+            return m_step(own, self.updates, weights, arguments, expected, state, expand=expand)
+
+    def _searching(self) -> AbstractContextManager[None]:
+        """An M-step, which may run the model at many trial points."""
+        runs = any(isinstance(u.update, Gradient) for u in self.updates.values())
+        return self.dependences.own_names() if runs and not self.compiled else nullcontext()
 
     def log_densities_at(
         self, values: Mapping[str, Tensor], groups: Sequence[int]
@@ -330,8 +338,8 @@ class Program(StaysHere):
         """Differentiable log densities of some groups at constrained values."""
         if self.compiled:
             return {g: self.graph.groups[g].thin().log_density_at(values) for g in groups}
-        graph = self._trace(values=values, with_bindings=False)
         wanted = {name for g in groups for name in self.graph.groups[g].members}
+        graph = self._trace(values=values, with_bindings=False, only=wanted)
         by_site = {
             name: table
             for group in graph.groups
@@ -347,8 +355,9 @@ class Program(StaysHere):
         values: Mapping[str, Tensor] | None = None,
         random_seed: int | None = None,
         with_bindings: bool = True,
+        only: Collection[str] | None = None,
     ) -> FactorGraph:
-        graph = self._traced(values, random_seed, with_bindings)
+        graph = self._traced(values, random_seed, with_bindings, only=None if self.lines else only)
         if not self.lines:
             return graph
         assert isinstance(self.model, GivenGaussians)
@@ -363,6 +372,7 @@ class Program(StaysHere):
         random_seed: int | None,
         with_bindings: bool,
         detached: bool = False,
+        only: Collection[str] | None = None,
     ) -> FactorGraph:
         """A trace of the model, its Gaussian latents at zero."""
         with self.dependences.own_run():
@@ -375,6 +385,7 @@ class Program(StaysHere):
                 random_seed=random_seed,
                 with_bindings=with_bindings,
                 detached=detached,
+                only=only,
             )
 
     def disagreements(

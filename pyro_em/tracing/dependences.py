@@ -82,11 +82,13 @@ class Dependences(StaysHere):
         memory: What was read.
         look: Gives what the model's names stand for.
         names: What they stood for.
+        names_held: Whether a block of runs is under way before and after which they are compared.
     """
 
     memory: list[Memory] = field(default_factory=list)
     look: Callable[[], dict[str, Any]] = dict
     names: dict[str, Any] = field(default_factory=dict)
+    names_held: bool = False
 
     def is_written(self) -> bool:
         """Whether the content of anything that was read is another by now."""
@@ -103,14 +105,27 @@ class Dependences(StaysHere):
     @contextmanager
     def own_run(self) -> Iterator[None]:
         """A block in which the model is run here: what the model changes in it is its own."""
-        written = {id(m) for m in self.memory if m.is_seen_to_change()}
+        with self.own_names():
+            written = {id(m) for m in self.memory if m.is_seen_to_change()}
+            try:
+                yield
+            finally:
+                kept = [m for m in self.memory if id(m) in written or not m.is_seen_to_change()]
+                if len(kept) < len(self.memory):
+                    self.memory = kept
+
+    @contextmanager
+    def own_names(self) -> Iterator[None]:
+        """A block of runs between which only this library does anything: names are compared once."""
+        if self.names_held:
+            yield
+            return
         renamed = set(self._renamed())
+        self.names_held = True
         try:
             yield
         finally:
-            kept = [m for m in self.memory if id(m) in written or not m.is_seen_to_change()]
-            if len(kept) < len(self.memory):
-                self.memory = kept
+            self.names_held = False
             for name in set(self._renamed()) - renamed:
                 del self.names[name]
 
