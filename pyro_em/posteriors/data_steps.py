@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -44,24 +44,71 @@ def number_of(name: str) -> int | None:
     return None if match is None else int(match[2])
 
 
-def users_name(site: str) -> str:
-    """The name in the model of the observed part of a site with ``obs_mask``."""
-    return site.removesuffix("_observed")
+@dataclass(frozen=True, eq=False)
+class ObservedSite:
+    """An observed site in its graph.
 
-
-def observed_sites(graph: FactorGraph) -> Iterator[tuple[int, int, Group]]:
-    """All observed sites: the number of the graph's group, the site's own number in it, its group.
-
-    The number is the place among the members of a group, or in the block that the group stands for.
+    Attributes:
+        name: As users know it.
+        group: The number of the graph's group.
+        number: The number of the site's group in the block that the graph's group stands for; None
+            where no Gaussian latent enters it.
+        member: The site's place among the members of its group.
+        of: Its group, which may hold other sites too.
     """
+
+    name: str
+    group: int
+    number: int | None
+    member: int
+    of: Group
+
+    @property
+    def own(self) -> str:
+        """Its name in the graph: with ``obs_mask`` that of the observed part."""
+        return self.of.members[self.member]
+
+    @property
+    def rows(self) -> slice:
+        """Its rows among those of its group."""
+        rows = torch.Size(self.of.sizes[: self.of.n_plates]).numel()
+        return slice(self.member * rows, (self.member + 1) * rows)
+
+    @property
+    def alone(self) -> Group:
+        """Its group without others."""
+
+        def own(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[self.member : self.member + 1]
+
+        value = own(self.of.value)
+        assert value is not None
+        return replace(
+            self.of,
+            members=(self.own,),
+            dims=(self.of.dims[self.member],),
+            arguments={a: self.of_member(t) for a, t in self.of.arguments.items()},
+            value=value,
+            mask=own(self.of.mask),
+            elements=own(self.of.elements),
+            scale=(self.of.scale[self.member],),
+        )
+
+    def of_member(self, t: Tensor) -> Tensor:
+        """What of an argument of the group is its own. # (members or 1, …) to (1, …)"""
+        return t if len(t) == 1 else t[self.member : self.member + 1]
+
+
+def observed_sites(graph: FactorGraph) -> Iterator[ObservedSite]:
+    """All observed sites, group by group."""
     for g, outer in enumerate(graph.groups):
-        if outer.nested is not None:
-            for i, group in enumerate(outer.nested.groups):
-                if group.role is Role.DATA:
-                    yield g, i, group
-        elif outer.role is Role.DATA:
-            for i in range(len(outer.members)):
-                yield g, i, outer
+        inside = outer.nested.groups if outer.nested is not None else (outer,)
+        for i, group in enumerate(inside):
+            if group.role is not Role.DATA:
+                continue
+            number = None if outer.nested is None else i
+            for m, own in enumerate(group.members):
+                yield ObservedSite(own.removesuffix("_observed"), g, number, m, group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +117,22 @@ class DataSteps:
 
     Attributes:
         chain: Names of the series' latents (or of its data) in order of time.
-        of_site: The step of each site of `observed_sites`, one for each of its rows: by the number of
-            its group, and its own. # (rows,) each
+        of_rows: By the number of a graph's group and that of the site's group in its block (None
+            without one) the step of every row, or of every member of a group without a block.
     """
 
     chain: tuple[str, ...]
-    of_site: Mapping[tuple[int, int], Tensor]
+    of_rows: Mapping[tuple[int, int | None], Tensor]
+
+    def of_site(self, site: ObservedSite) -> Tensor:
+        """The step of each row of a site. # (rows,)"""
+        steps = self.of_rows[site.group, site.number]
+        return steps[site.member : site.member + 1] if site.number is None else steps[site.rows]
+
+    @property
+    def last(self) -> int:
+        """The step after which no data come."""
+        return max((int(t.max()) for t in self.of_rows.values() if len(t)), default=_ALWAYS)
 
 
 def steps_of_data(graph: FactorGraph, faces: GaussianFaces, chain: Sequence[str]) -> DataSteps:
@@ -87,29 +144,23 @@ def steps_of_data(graph: FactorGraph, faces: GaussianFaces, chain: Sequence[str]
         chain: The series: names as users know them, in order of time.
     """
     clock = _Clock.of(graph, chain)
-    families = _families(graph)
+    families: dict[str, list[str]] = {}
+    for site in observed_sites(graph):
+        families.setdefault(stem_of(site.name), []).append(site.name)
+    known = {stem: clock.of_family(names) for stem, names in families.items()}
     gaussians = _GaussianSteps(graph, faces, clock)
-    found = {}
-    for g, i, group in observed_sites(graph):
-        site = group.members[0] if graph.groups[g].nested is not None else group.members[i]
-        name = users_name(site)
-        step = clock.of_name(name, families[stem_of(name)])
-        if step is not None:
-            found[g, i] = torch.tensor([step])
-        elif graph.groups[g].nested is None:
-            found[g, i] = torch.tensor([clock.latest(group.dims[i])])
+    found: dict[tuple[int, int | None], list[Tensor]] = {}
+    for site in observed_sites(graph):
+        step = known[stem_of(site.name)].get(site.name)
+        if site.number is None:
+            at = clock.latest(site.of.dims[site.member]) if step is None else step
+            steps = torch.tensor([at])
+        elif step is None:
+            steps = gaussians.of_rows(site)
         else:
-            found[g, i] = gaussians.of_rows(g, i)
-    return DataSteps(tuple(chain), found)
-
-
-def _families(graph: FactorGraph) -> dict[str, list[str]]:
-    """Observed sites, as users know them, by what their names share."""
-    out: dict[str, list[str]] = {}
-    for g, i, group in observed_sites(graph):
-        site = group.members[0] if graph.groups[g].nested is not None else group.members[i]
-        out.setdefault(stem_of(users_name(site)), []).append(users_name(site))
-    return out
+            steps = torch.full((site.rows.stop - site.rows.start,), step)
+        found.setdefault((site.group, site.number), []).append(steps)
+    return DataSteps(tuple(chain), {key: torch.cat(parts) for key, parts in found.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,21 +192,26 @@ class _Clock:
             tuple(places) if len(places) == len(chain) and _rises(places) else None,
         )
 
-    def of_name(self, name: str, family: Sequence[str]) -> int | None:
-        """The step of a site by its name or place; None where what it reads decides."""
-        if name in self.at:
-            return self.at[name]
-        number = number_of(name)
-        if number is not None and self.numbers is not None and len(self.numbers) > 1:
-            own = {number_of(n) for n in family}
-            if own <= set(self.numbers):
-                return bisect_right(self.numbers, number) - 1
+    def of_family(self, family: Sequence[str]) -> dict[str, int]:
+        """The steps of numbered sites of one name, by number or place.
+
+        Nothing of those about whom what they read has to decide.
+        """
+        numbers = {n: number_of(n) for n in family}
+        if self.numbers is not None and len(self.numbers) > 1:
+            own = {k for k in numbers.values() if k is not None}
+            if len(own) == len(family) and own <= set(self.numbers):
+                return {
+                    n: bisect_right(self.numbers, k) - 1
+                    for n, k in numbers.items()
+                    if k is not None
+                }
         if self.places is None:
-            return None
-        reached = [self._reached(n) for n in family]
-        if min(reached) < len(self.places) - 1:
-            return self._reached(name)
-        return None
+            return {n: self.at[n] for n in family if n in self.at}
+        reached = {n: self._reached(n) for n in family}
+        if min(reached.values()) < len(self.places) - 1:
+            return reached
+        return {}
 
     def _reached(self, name: str) -> int:
         assert self.places is not None
@@ -201,15 +257,16 @@ class _GaussianSteps:
                 self._elements[key] = steps
         return self._elements
 
-    def of_rows(self, g: int, i: int) -> Tensor:
+    def of_rows(self, site: ObservedSite) -> Tensor:
         """The latest step that each row of a site reads. # (rows,)"""
-        form = self.faces.solved[g].layout.sites[i]
+        assert site.number is not None
+        form = self.faces.solved[site.group].layout.sites[site.number]
         out = torch.full((form.rows,), _ALWAYS)
         for term in form.terms:
             elements = term.elements.cpu()
-            steps = self.elements[g, term.latent][elements.clamp(min=0)]
+            steps = self.elements[site.group, term.latent][elements.clamp(min=0)]
             out = torch.maximum(out, torch.where(elements >= 0, steps, _ALWAYS))
-        return out
+        return out[site.rows]
 
 
 def _rises(numbers: Sequence[int]) -> bool:

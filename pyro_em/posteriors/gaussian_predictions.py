@@ -9,6 +9,7 @@ and where discrete values change any of it the mixture of these over the values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,15 +18,32 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group, seen_entries
-from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.data_steps import ObservedSite
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
 
 
 @runtime_checkable
-class HasNoise(Protocol):
-    """A solution that knows the noises of its sites."""
+class OfData(Protocol):
+    """A solution that knows the data that it was made of."""
+
+    def seeing(self, kept: Mapping[int, Tensor]) -> Integrated:
+        """The posterior given some of the data.
+
+        Args:
+            kept: By the number of an observed site which of its rows are seen; all of a site that is
+                not named. # (rows,) each
+        """
+        ...
+
+    def moments(self, site: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of what the rows of an observed site read, terms beside each other.
+
+        Returns:
+            # (cells, rows, Q), (cells, rows, Q, Q)
+        """
+        ...
 
     def noise(self, site: int) -> Tensor:
         """The covariance of a site given all latents. # (cells|1, rows|1, D, D)"""
@@ -64,72 +82,73 @@ def line_moments(solution: Integrated, site: int) -> tuple[Tensor, Tensor]:
     """Mean and covariance of b + Σ C h, without the site's own noise.
 
     Args:
-        solution: The moments of the latents.
+        solution: The posterior of the latents.
         site: The number of the site.
 
     Returns:
         # (cells, rows, D), (cells, rows, D, D)
-    """
-    form = solution.layout.sites[site]
-    coefficients = solution.coefficients(site)  # (cells|1, rows|1, D, Q + 1)
-    mean = coefficients[..., -1]
-    rows, cells = form.rows, solution.cells
-    mean = mean.expand(cells, rows, -1)
-    parts, begin = [], 0
-    for term in form.terms:
-        width = solution.layout.sites[term.latent].width
-        parts.append((term.latent, term.elements.clamp(min=0), begin, begin + width))
-        begin += width
-    covariance = mean.new_zeros(cells, rows, form.width, form.width)
-    for latent, elements, first, end in parts:
-        C = coefficients[..., first:end]
-        read = solution.mean(latent)[:, elements]
-        mean = mean + (C @ read.unsqueeze(-1)).squeeze(-1)
-        for other, at, begin, stop in parts:
-            between = solution.covariance_of(latent, elements, other, at)
-            covariance = covariance + C @ between @ coefficients[..., begin:stop].mT
-    return mean, covariance
-
-
-def noise_of(solution: Integrated, site: int) -> Tensor:
-    """The covariance of an observed site given the latents. # (cells|1, rows|1, D, D)
-
-    Args:
-        solution: The posterior of these.
-        site: The number of the site.
 
     Raises:
-        UsageError: If it is not known: the moments were given.
+        UsageError: If they are not known: the moments of the latents were given.
     """
-    if isinstance(solution, HasNoise):
-        return solution.noise(site)
+    found = known_data(solution)
+    both = solution.coefficients(site)  # (cells|1, rows|1, D, Q + 1)
+    C, b = both[..., :-1], both[..., -1]
+    mean, covariance = found.moments(site)
+    return b + (C @ mean.unsqueeze(-1)).squeeze(-1), C @ covariance @ C.mT
+
+
+def known_data(solution: Integrated) -> OfData:
+    """A solution that knows its data.
+
+    Raises:
+        UsageError: If it does not: its moments were given.
+    """
+    if isinstance(solution, OfData):
+        return solution
     raise UsageError(
         message(
-            "prediction_errors",
+            "posterior",
             "these are moments that were given, of which no data are known.",
-            fixes=["ask the posterior of the data: em.posterior(x)"],
+            "predictions follow from the data before them",
+            ["ask the posterior of the data: em.posterior(x)"],
         )
     )
 
 
-def observed_moments(faces: GaussianFaces, g: int, i: int, noise: Tensor) -> Predicted:
+def predicted(faces: GaussianFaces, site: ObservedSite, noise: Tensor) -> Predicted:
     """What is predicted of an observed site, and what it was.
 
     Args:
         faces: The Gaussian latents of a posterior.
-        g: The number of the graph's group.
-        i: The number of the site in its block.
-        noise: The covariance given the latents. # (cells|1, rows|1, D, D)
+        site: The site.
+        noise: The covariance of its rows given the latents. # (cells|1, rows|1, D, D)
     """
-    solution = faces.solved[g]
-    block = faces.graph.groups[g].nested
-    assert isinstance(block, GaussianBlock)
-    mean, covariance = line_moments(solution, i)
-    return Predicted(mean, covariance + noise, faces.weights(g, i), value_rows(block.groups[i]))
+    assert site.number is not None
+    mean, covariance = line_moments(faces.solved[site.group], site.number)
+    weights = faces.weights(site.group, site.number)
+    return Predicted(
+        mean[:, site.rows],
+        covariance[:, site.rows] + noise,
+        None if weights is None else weights[:, site.rows],
+        value_rows(site.alone),
+    )
+
+
+def noise_of(solution: Integrated, site: ObservedSite) -> Tensor:
+    """The covariance of the rows of a site given the latents. # (cells|1, rows|1, D, D)
+
+    Args:
+        solution: Their posterior, given all data.
+        site: The site.
+    """
+    assert site.number is not None
+    noise = known_data(solution).noise(site.number)
+    return noise if noise.shape[1] == 1 else noise[:, site.rows]
 
 
 def value_rows(group: Group) -> Tensor:
-    """The observed values of a site, NaN where nothing was observed. # (rows, D)"""
+    """The observed values of a group of one site, NaN where nothing was observed. # (rows, D)"""
     value = rows_of(group, group.value)[0].to(torch.float64)
     seen = seen_entries(group)
     if seen is not None:

@@ -9,7 +9,7 @@ and the errors of its predictions are those of p(y_t | y_1, …, y_{t−1}).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,7 @@ from torch import Tensor
 from pyro_em.arguments import whole
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import (
-    is_glob,
     listed,
-    matching,
     meant,
     natural,
     require_alike,
@@ -32,18 +30,19 @@ from pyro_em.globs import (
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.data_steps import (
     DataSteps,
+    ObservedSite,
     number_of,
     observed_sites,
     stem_of,
     steps_of_data,
-    users_name,
 )
 from pyro_em.posteriors.gaussian_faces import GaussianFaces, covariance
-from pyro_em.posteriors.gaussian_predictions import noise_of, observed_moments
+from pyro_em.posteriors.gaussian_predictions import noise_of, predicted, value_rows
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
 from pyro_em.posteriors.so_far import given_steps
 from pyro_em.posteriors.stacks import batch_shape
 from pyro_em.posteriors.steps import forward_cells, steps_of
+from pyro_em.updates.gaussian_rows import event_shape
 
 if TYPE_CHECKING:
     from pyro_em.posteriors.posterior import Posterior
@@ -186,8 +185,8 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
     data = _data_steps(q, chain)
     comes = dict(steps.single)
     comes |= {c.group: tuple(t + 1 for t in c.steps) for c in steps.couples}
-    for (g, i), at in data.of_site.items():
-        if g in comes and int(at) != comes[g][i]:
+    for (g, _), at in data.of_rows.items():
+        if g in comes and at.tolist() != list(comes[g]):
             return None
     table = forward_cells(graph, q.tables)
     assert table is not None
@@ -224,14 +223,14 @@ def _by_steps(
 
 def _until(q: Posterior, data: DataSteps, last: int) -> Posterior:
     """The posterior given the data up to and including a step."""
-    if all(bool((at <= last).all()) for at in data.of_site.values()):
+    if last >= data.last:
         return q
     part = given_steps(q.graph, q.tables, q.cells, q.solved, data, last)
     return replace(q, tables=part.tables, cells=part.cells, solved=part.solved, later=None)
 
 
 def _refuse_later_data(where: str, name: str, data: DataSteps, step: int) -> None:
-    if any(bool((at > step).any()) for at in data.of_site.values()):
+    if data.last > step:
         raise UsageError(
             message(
                 f"{where}('{name}')",
@@ -264,82 +263,62 @@ def _data_steps(q: Posterior, chain: Sequence[str]) -> DataSteps:
 @torch.no_grad()
 def prediction_errors(q: Posterior, site: str) -> Tensor:
     """See `Posterior.prediction_errors`."""
-    names, places = _observed(q.graph, site)
-    is_named = not is_glob(site) or site in places
-    data = _data_steps(q, _clock_of(q, names, places))
+    every = {s.name: s for s in observed_sites(q.graph)}
+    names = _observed(site, every)
+    data = _data_steps(q, _clock_of(q, [every[n] for n in names], list(every)))
     known: dict[int, Posterior] = {}
     out = []
     for name in names:
-        g, i = places[name]
-        block_group = q.graph.groups[g].nested
-        assert block_group is not None
-        group = block_group.groups[i]
-        noise = noise_of(q.solved[g], i)
-        rows = q.solved[g].layout.sites[i].rows
-        steps = data.of_site[g, i].expand(rows)
-        errors = torch.zeros(rows, group.value[0].numel() // max(rows, 1), dtype=torch.float64)
+        own = every[name]
+        group, noise = own.alone, noise_of(q.solved[own.group], own)
+        steps = data.of_site(own)
+        errors = value_rows(group).clone()
         for step in sorted(set(steps.tolist())):
             if step not in known:
                 known[step] = _until(q, data, step - 1)
-            error = observed_moments(_gaussian(known[step]), g, i, noise).standardised()
-            here = steps == step
-            errors[here] = error[here.to(error.device)].to(errors)
-        shape = (*_batch_of(q.graph, group.members[0]), *group.value.shape[1 + len(group.sizes) :])
-        out.append(errors.reshape(shape).to(group.value))
+            here = (steps == step).to(errors.device)
+            errors[here] = predicted(_gaussian(known[step]), own, noise).standardised()[here]
+        shape = (*batch_of(q.graph, own.own), *event_shape(group))
+        out.append(errors.reshape(shape).to(group.value.dtype))
+    if names == [site]:
+        return out[0]
     require_alike("prediction_errors", [(n, e.shape) for n, e in zip(names, out, strict=True)])
-    return out[0] if is_named else torch.stack(out)
+    return torch.stack(out)
 
 
-def _observed(graph: FactorGraph, site: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
-    """The observed sites that a name or a glob means, and where those below Gaussian latents are."""
-    places = {
-        users_name(group.members[0]): (g, i)
-        for g, i, group in observed_sites(graph)
-        if graph.groups[g].nested is not None
-    }
-    if site in places:
-        return [site], places
-    names = matching(site, places)
-    if not names:
-        others = [
-            users_name(group.members[i])
-            for g, i, group in observed_sites(graph)
-            if graph.groups[g].nested is None
-        ]
-        if meant(site, others):
-            raise UsageError(
-                message(
-                    f"prediction_errors('{site}')",
-                    "no Gaussian latent enters the mean of these data.",
-                    "errors over their standard deviation are those of Gaussian predictions",
-                    [
-                        "compare the data with draws given the past: em.forecast(x) with later "
-                        "steps NaN",
-                    ],
-                )
+def _observed(site: str, every: Mapping[str, ObservedSite]) -> list[str]:
+    """The observed sites below Gaussian latents that a name or a glob means."""
+    below = [name for name, s in every.items() if s.number is not None]
+    names = meant(site, below)
+    if names:
+        return names
+    if meant(site, every):
+        raise UsageError(
+            message(
+                f"prediction_errors('{site}')",
+                "no Gaussian latent enters the mean of these data.",
+                "errors over their standard deviation are those of Gaussian predictions",
+                ["compare the data with em.forecast(x), of a series whose later steps are NaN"],
             )
-        raise unknown(site, list(places), "observed sites that read Gaussian latents")
-    return names, places
+        )
+    raise unknown(site, below, "observed sites that read Gaussian latents")
 
 
-def _clock_of(q: Posterior, names: Sequence[str], places: dict[str, tuple[int, int]]) -> list[str]:
-    """The series of latents that data read, or the data themselves where they read none of several."""
-    faces = _gaussian(q)
-    by_place: dict[tuple[int, int], list[str]] = {}
-    for latent, place in faces.places.items():
-        by_place.setdefault(place, []).append(latent)
-    for name in names:
-        g, i = places[name]
-        for term in q.solved[g].layout.sites[i].terms:
-            for latent in by_place[g, term.latent]:
-                chain = _series(latent, list(faces.places))
-                if number_of(latent) is not None and len(chain) > 1:
-                    return chain
-    return _series(names[0], list(places))
+def _clock_of(q: Posterior, sites: Sequence[ObservedSite], observed: Sequence[str]) -> list[str]:
+    """The longest series of latents, or the data themselves where no latents are one."""
+    chains = {stem_of(n): n for n in _gaussian(q).places if number_of(n) is not None}
+    series = [_series(n, list(_gaussian(q).places)) for n in chains.values()]
+    longest = max(series, key=len, default=[])
+    return longest if len(longest) > 1 else _series(sites[0].name, observed)
 
 
-def _batch_of(graph: FactorGraph, site: str) -> tuple[int, ...]:
-    """The sizes of a site's batch dimensions."""
+def batch_of(graph: FactorGraph, site: str) -> tuple[int, ...]:
+    """The sizes of a site's batch dimensions.
+
+    Args:
+        graph: The factor graph.
+        site: Its name there.
+    """
     info = graph.structure.sites[site]
     own = {graph.structure.plates[p].dim: p for p in info.plates}
     sizes = (own.get(d) for d in range(-info.batch_dim, 0))

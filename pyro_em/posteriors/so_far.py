@@ -6,34 +6,18 @@ weights at zero; the latents after the last step that is seen then integrate to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.enumeration import contraction_of, e_step
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussian_predictions import known_data
 from pyro_em.posteriors.gaussian_steps import Solved
-from pyro_em.posteriors.linear_gaussian import Integrated
-
-
-@runtime_checkable
-class LeavesOut(Protocol):
-    """A solution that can be had for a part of its data."""
-
-    def seeing(self, kept: Mapping[int, Tensor]) -> Integrated:
-        """The posterior given some of the data.
-
-        Args:
-            kept: By the number of an observed site which of its rows are seen; all of a site that is
-                not named. # (rows,) each
-        """
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +58,18 @@ def given_steps(
     for g, solution in solved.items():
         block = graph.groups[g].nested
         assert isinstance(block, GaussianBlock)
-        kept = {i: at <= last for (h, i), at in steps.of_site.items() if h == g}
-        hidden = {i: rows for i, rows in kept.items() if not bool(rows.all())}
-        if hidden:
-            found = _leaving_out(solution).seeing(hidden)
+        seen = {i: at <= last for (h, i), at in steps.of_rows.items() if h == g and i is not None}
+        kept = {i: rows for i, rows in seen.items() if not bool(rows.all())}
+        if kept:
+            found = known_data(solution).seeing(kept)
             own_solved[g] = found
             # Evidence is known of solutions of numbers, which all that can leave out data are.
             own_tables[g] = block.table(found)  # type: ignore[arg-type]
-    for (g, i), at in steps.of_site.items():
-        if g not in solved and int(at) > last:
-            if own_tables[g] is tables[g]:
-                own_tables[g] = tables[g].clone()
-            own_tables[g][i] = 0.0
+    for (g, i), at in steps.of_rows.items():
+        hidden = (at > last).nonzero().squeeze(-1)
+        if i is None and len(hidden):
+            own_tables[g] = tables[g].clone()
+            own_tables[g][hidden.to(tables[g].device)] = 0.0
     own_cells = list(cells)
     if graph.latents:
         found_cells = e_step(graph, contraction_of(graph), own_tables).cells
@@ -94,16 +78,3 @@ def given_steps(
             axes = tuple(range(1 + group.n_plates, table.dim()))
             own_cells.append(table / table.sum(axes, keepdim=True) if axes else table)
     return Part(own_tables, own_cells, own_solved)
-
-
-def _leaving_out(solution: Integrated) -> LeavesOut:
-    if isinstance(solution, LeavesOut):
-        return solution
-    raise UsageError(
-        message(
-            "filtered",
-            "these are moments that were given, of which no data are known.",
-            "what was known at each step follows from the data up to it",
-            ["ask the posterior of the data: em.posterior(x).filtered('h_*')"],
-        )
-    )
