@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_em.analysis.elbo import ELBOTerms
     from pyro_em.analysis.evidence import EvidenceEstimate
+    from pyro_em.analysis.forecast import Forecast
     from pyro_em.analysis.partition import log_partition
     from pyro_em.comparison.compare import compare
     from pyro_em.comparison.contenders import Direct, standard_contenders
@@ -74,6 +75,7 @@ __all__ = [
     "Family",
     "FileError",
     "Fixed",
+    "Forecast",
     "Gradient",
     "Hard",
     "History",
@@ -118,6 +120,7 @@ _HOMES = {
     "Family": "pyro_em.families.family",
     "FileError": "pyro_em.errors",
     "Fixed": "pyro_em.updates.update",
+    "Forecast": "pyro_em.analysis.forecast",
     "Gradient": "pyro_em.updates.update",
     "Hard": "pyro_em.posteriors.strategies",
     "History": "pyro_em.fitting.result",

@@ -71,6 +71,25 @@ def number(where: str, name: str, value: Any) -> float:
     return real
 
 
+def a_level(where: str, value: Any) -> float:
+    """The probability that an interval holds.
+
+    Raises:
+        UsageError: If it does not lie between zero and one.
+    """
+    level = number(where, "level", value)
+    if not 0 < level < 1:
+        raise UsageError(
+            message(
+                where,
+                f"level={level:g} is not between zero and one.",
+                "it is the probability that an interval holds",
+                ["pass level=0.95"],
+            )
+        )
+    return level
+
+
 def seed_of(where: str, value: Any) -> int | None:
     """A seed for torch's generators, or None.
 

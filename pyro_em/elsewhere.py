@@ -63,6 +63,10 @@ OF_EM = table(
     ),
     ("score_samples pointwise", "em.elbo(x).pointwise is the log evidence of each row in nats"),
     (
+        "get_forecast predict_ahead forecast_ahead",
+        "em.forecast(longer) predicts the steps of a longer series that are NaN",
+    ),
+    (
         "sample generate simulate posterior_predictive",
         "em.predictive(x, num_samples=100) draws what the model observes, em.posterior(x).sample(100) "
         "its latents",

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
+from pyro_em.analysis.forecast import Forecast, forecast
 from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.analysis.predictive import predictive_draws
-from pyro_em.arguments import by_name, seed_of, site_name, truth, whole
+from pyro_em.arguments import a_level, by_name, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
+from pyro_em.errors import UsageError, message
 from pyro_em.fitting import stepping
 from pyro_em.fitting.fit import fit
 from pyro_em.fitting.keeping import Keeping
@@ -358,6 +360,64 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             q = DrawnPosterior(found, args, kwargs)
         model = without_values(found.model)
         return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
+
+    @alone("forecast")
+    def forecast(
+        self,
+        *args: Any,
+        level: float = 0.95,
+        num_samples: int = 1000,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Forecast:
+        """Predict the missing entries of a longer series, at the current parameters.
+
+            p(y_{T+1}, …, y_{T+H} | y_1, …, y_T; θ)
+
+        Steps to predict are NaN in the data, whatever ``missing`` is, or under ``obs_mask``; inputs of
+        theirs are the user's to give. Entries that are missing in between are predicted as well, given
+        what comes after them. Nothing is learned from the longer series.
+
+        Args:
+            *args: The model's arguments, for the longer series.
+            level: The probability that an interval holds.
+            num_samples: Number of draws.
+            seed: Seed of the draws; torch's global state otherwise.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Means, intervals and draws of each observed site with missing entries. Means are exact, and
+            intervals where an entry is a normal or a mixture of normals; otherwise, and where a guide
+            draws, they are those of the draws.
+
+        Raises:
+            UsageError: If nothing is missing, or an argument cannot be used.
+            PyroEMError: If the model or the data cannot be used.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(y):
+            ...     h = 0.0
+            ...     for t in pyro.markov(range(len(y))):
+            ...         h = pyro.sample(f"h_{t}", dist.Normal(h, 1.0))
+            ...         pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
+            >>> y = torch.tensor([1.0, 2.0, float("nan"), float("nan")])
+            >>> forecast = ExactPosteriorEM(model).forecast(y, seed=0)
+            >>> forecast.means["y_*"], forecast.lower["y_*"]
+            (tensor([1.4000, 1.4000]), tensor([-1.7607, -2.3192]))
+            >>> forecast.draws["y_*"].shape
+            torch.Size([2, 1000])
+        """
+        check_collisions(self.model, args, ("level", "num_samples", "seed"), "forecast")
+        level = a_level("forecast", level)
+        num_samples = whole("forecast", "num_samples", num_samples, None)
+        seed = seed_of("forecast", seed)
+        if num_samples < 1:
+            raise UsageError(
+                message("forecast", f"num_samples={num_samples}: at least one draw is needed.")
+            )
+        found = self._session.look_at_gaps(args, kwargs)
+        return forecast(found, args, kwargs, level, num_samples, seed)
 
     # ------------------------------------------------------------------ stepping
 

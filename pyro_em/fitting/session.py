@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.wishes import check_model_keywords
 from pyro_em.tracing import checkpoint
 from pyro_em.tracing.garbage import fewer_collections
-from pyro_em.tracing.missing import has_missing
+from pyro_em.tracing.missing import WithMissing, has_missing
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import is_stored, without_state
 from pyro_em.tracing.sites import users
@@ -100,6 +101,26 @@ class Session:
         self._check_arguments(args, kwargs)
         found = self.planner.look_at_routes(args, kwargs)
         return found if isinstance(found, Unrouted) else self._noted(found)
+
+    @fewer_collections()
+    def look_at_gaps(self, args: tuple, kwargs: dict[str, Any]) -> Program | Variational:
+        """As ``look`` for an E-step; NaN in observed values means missing, whatever the user asked for.
+
+        Raises:
+            PyroEMError: If a latent has no route, or the model or data cannot be used.
+        """
+        if has_missing(self.request.model):
+            return self.look(args, kwargs, look_only=True)
+        self._check_arguments(args, kwargs)
+        planner = Planner(replace(self.request, model=WithMissing(self.request.model)))
+        planner.known = self.planner.known
+        found = planner.look(args, kwargs, look_only=True)
+        if not self.parameters:
+            parameters = found.graph.parameters if isinstance(found, Program) else found.parameters
+            self.parameters = dict(parameters)
+            self.first.note(self.parameters)
+        self._restore_pending()
+        return found
 
     def ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         """As ``look``, and refuse what has nothing to fit."""

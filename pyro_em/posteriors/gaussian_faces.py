@@ -102,7 +102,7 @@ class GaussianSite:
         # Variances of zero are answers too: no argument is validated.
         part: Any
         if self.event:
-            tril = _factors(covariance).reshape(*lead, *covariance.shape[-2:])
+            tril = factors_of(covariance).reshape(*lead, *covariance.shape[-2:])
             part = dist.MultivariateNormal(
                 mean.reshape(*lead, -1).to(self.dtype),
                 scale_tril=tril.to(self.dtype),
@@ -314,16 +314,30 @@ class GaussianFaces:
 
     def _cells(self, site: GaussianSite, codes: Codes, n: int) -> Tensor | None:
         """The combination of discrete values of each element. # (n, elements)"""
-        if site.solution.cells == 1:
+        return self.cells_of_rows(site.place, site.number, codes, n)
+
+    def cells_of_rows(self, g: int, i: int, codes: Codes, n: int) -> Tensor | None:
+        """The combination of discrete values of each row of a site; None where there is one.
+
+        Args:
+            g: The number of the graph's group.
+            i: The number of the site in its block.
+            codes: The places of the discrete latents' drawn values. # (n, *plates)
+            n: Number of draws.
+
+        Returns:
+            # (n, rows)
+        """
+        if self.solved[g].cells == 1:
             return None
-        block = _block(self.graph, site.place)
-        device = site.group.value.device
+        block = _block(self.graph, g)
+        device = block.groups[i].value.device
         place = torch.zeros((n, *block.sizes), dtype=torch.long, device=device)
         for z, states in zip(block.scope, block.states, strict=True):
             own = self.graph.latents[z].plates
             shape = [s if p in own else 1 for p, s in zip(block.plates, block.sizes, strict=True)]
             place = place * states + codes[z].reshape(n, *shape)
-        return place.reshape(n, -1)[:, block.element_of_row(site.number).to(device)]
+        return place.reshape(n, -1)[:, block.element_of_row(i).to(device)]
 
 
 def refuse_gaussian(graph: FactorGraph, where: str, site: str | None) -> None:
@@ -429,7 +443,7 @@ def _common(a: GaussianSite, b: GaussianSite) -> torch.Size:
     return torch.Size(torch.broadcast_shapes(a.batch, b.batch))
 
 
-def _factors(covariance: Tensor) -> Tensor:
+def factors_of(covariance: Tensor) -> Tensor:
     """Lower factors of covariances, which may be singular. # (..., D, D)"""
     cholesky, failed = torch.linalg.cholesky_ex(covariance)
     if not bool(failed.any()):

@@ -9,8 +9,7 @@ and where discrete values change any of it the mixture of these over the values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,6 +20,7 @@ from pyro_em.graph.factors import Group, seen_entries
 from pyro_em.posteriors.data_steps import ObservedSite
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
 
 
@@ -49,33 +49,17 @@ class OfData(Protocol):
         """The covariance of a site given all latents. # (cells|1, rows|1, D, D)"""
         ...
 
+    def read_of_draws(self, site: int, drawn: Sequence[Tensor]) -> Tensor:
+        """What the rows of an observed site read of draws.
 
-@dataclass(frozen=True, eq=False)
-class Predicted:
-    """Rows of an observed site, predicted.
+        Args:
+            site: Its number.
+            drawn: As `Integrated.sample` gives them. # (n, cells, elements, q) each
 
-    Attributes:
-        mean: Under each combination of discrete values. # (cells, rows, D)
-        covariance: # (cells, rows, D, D)
-        weights: The probability of each combination; None where there is one. # (cells, rows)
-        value: What was observed, NaN where nothing was. # (rows, D)
-    """
-
-    mean: Tensor
-    covariance: Tensor
-    weights: Tensor | None
-    value: Tensor
-
-    def standardised(self) -> Tensor:
-        """(y − E[y]) / sd(y) of each entry; NaN where nothing was observed. # (rows, D)"""
-        variance = self.covariance.diagonal(dim1=-2, dim2=-1)
-        if self.weights is None:
-            mean, own = self.mean[0], variance[0]
-        else:
-            weights = self.weights.unsqueeze(-1)
-            mean = (weights * self.mean).sum(0)
-            own = (weights * (variance + (self.mean - mean).square())).sum(0)
-        return (self.value - mean) / own.sqrt()
+        Returns:
+            # (n, cells, rows, Q)
+        """
+        ...
 
 
 def line_moments(solution: Integrated, site: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +100,8 @@ def known_data(solution: Integrated) -> OfData:
     )
 
 
-def predicted(faces: GaussianFaces, site: ObservedSite, noise: Tensor) -> Predicted:
-    """What is predicted of an observed site, and what it was.
+def predicted(faces: GaussianFaces, site: ObservedSite, noise: Tensor) -> NormalRows:
+    """What is predicted of an observed site.
 
     Args:
         faces: The Gaussian latents of a posterior.
@@ -127,11 +111,10 @@ def predicted(faces: GaussianFaces, site: ObservedSite, noise: Tensor) -> Predic
     assert site.number is not None
     mean, covariance = line_moments(faces.solved[site.group], site.number)
     weights = faces.weights(site.group, site.number)
-    return Predicted(
+    return NormalRows(
         mean[:, site.rows],
-        covariance[:, site.rows] + noise,
+        (covariance[:, site.rows] + noise).diagonal(dim1=-2, dim2=-1),
         None if weights is None else weights[:, site.rows],
-        value_rows(site.alone),
     )
 
 

@@ -454,6 +454,27 @@ class GaussianSolution:
         spread = rows.spread
         return spread @ spread.mT if rows.is_matrix else spread.square().diag_embed()
 
+    def read_of_draws(self, site: int, drawn: Sequence[Tensor]) -> Tensor:
+        """What the rows of a site read of draws of all latents.
+
+        Args:
+            site: The number of the site.
+            drawn: As `sample` gives them. # (n, cells, elements, q) each
+
+        Returns:
+            # (n, cells, rows, Q)
+        """
+        latents = [s for s, form in enumerate(self.layout.sites) if form.is_latent]
+        of_latent = dict(zip(latents, drawn, strict=True))
+        form = self.layout.sites[site]
+        n = drawn[0].shape[0] if drawn else 1
+        parts = [self._delta.new_zeros(n, self.cells, form.rows, 0)]
+        for term in form.terms:
+            read = of_latent[term.latent][:, :, term.elements.clamp(min=0)]
+            there = (term.elements >= 0).unsqueeze(-1)
+            parts.append(torch.where(there, read, torch.zeros_like(read)))
+        return torch.cat(parts, -1)
+
     def entropy(self) -> Tensor:
         """Entropy of the posterior of each block, −inf at a variance of zero. # (cells, blocks)"""
         layout = self.layout

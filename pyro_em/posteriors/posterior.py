@@ -37,7 +37,13 @@ from pyro_em.posteriors.names import (
     own_name,
     pairs_by_glob,
 )
-from pyro_em.posteriors.sampling import Conditional, conditionals, cumulative_rows, draw_codes
+from pyro_em.posteriors.sampling import (
+    Conditional,
+    codes_of,
+    conditionals,
+    cumulative_rows,
+    draw_codes,
+)
 from pyro_em.posteriors.series_faces import (
     covariances,
     filtered,
@@ -470,16 +476,7 @@ class Posterior(Portable, NamesFromElsewhere):
         """The places of values in the supports of the discrete latents. # (*leading, *plates)"""
         if all(s.cells == 1 for s in self.solved.values()):
             return {}
-        out = {}
-        for name, z in self.graph.latents.items():
-            event = z.support.dim() - 1
-            value = values[name].unsqueeze(values[name].dim() - event)
-            same = value == z.support
-            same = same.flatten(same.dim() - event).all(-1) if event else same
-            sizes = [self.graph.dim_size(p) for p in z.plates]
-            lead = same.shape[: same.dim() - 1 - len(z.batch_dims)]
-            out[name] = same.long().argmax(-1).reshape(*lead, *sizes)
-        return out
+        return codes_of(self.graph, values)
 
     def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
         """Draw jointly from the posterior: discrete latents first, Gaussian ones given these.

@@ -193,3 +193,25 @@ def draw_cells(
         torch.stack([cells * (s / n) for cells, s in zip(total, group.scale, strict=True)])
         for group, total in zip(graph.groups, totals, strict=True)
     ]
+
+
+def codes_of(graph: FactorGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The places of values in the supports of the latents.
+
+    Args:
+        graph: The factors.
+        values: By the names in the graph. # (*leading, *batch, *event)
+
+    Returns:
+        # (*leading, *plates)
+    """
+    out = {}
+    for name, z in graph.latents.items():
+        event = z.support.dim() - 1
+        value = values[name].unsqueeze(values[name].dim() - event)
+        same = value == z.support
+        same = same.flatten(same.dim() - event).all(-1) if event else same
+        sizes = [graph.dim_size(p) for p in z.plates]
+        lead = same.shape[: same.dim() - 1 - len(z.batch_dims)]
+        out[name] = same.long().argmax(-1).reshape(*lead, *sizes)
+    return out

@@ -277,7 +277,8 @@ def prediction_errors(q: Posterior, site: str) -> Tensor:
             if step not in known:
                 known[step] = _until(q, data, step - 1)
             here = (steps == step).to(errors.device)
-            errors[here] = predicted(_gaussian(known[step]), own, noise).standardised()[here]
+            mean, variance = predicted(_gaussian(known[step]), own, noise).moments()
+            errors[here] = ((errors - mean) / variance.sqrt())[here]
         shape = (*batch_of(q.graph, own.own), *event_shape(group))
         out.append(errors.reshape(shape).to(group.value.dtype))
     if names == [site]:

@@ -54,7 +54,7 @@ class WithMissing:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        with MissingEntries(_holds_nan(self.users_model, args, kwargs)):
+        with MissingEntries(*_holds_nan(self.users_model, args, kwargs)):
             return self.users_model(*args, **kwargs)
 
 
@@ -86,11 +86,12 @@ class MissingEntries(SampleMessenger):
     Args:
         alike: Whether sites with numbers in their names are treated as if something of them were
             missing: the steps of a loop are of one form, whatever is missing of each.
+        in_part: Whether vectors of such sites are treated as if some of their coordinates were.
     """
 
-    def __init__(self, alike: bool = False) -> None:
+    def __init__(self, alike: bool = False, in_part: bool = False) -> None:
         super().__init__()
-        self.alike = alike
+        self.alike, self.in_part = alike, in_part
         self._given: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -109,7 +110,9 @@ class MissingEntries(SampleMessenger):
         some = some and bool(missing.any())  # not where all of it lies under a mask
         if not some and not is_step:
             return
-        msg["fn"], msg["value"], lost = integrated(fn, value, missing, is_step)
+        msg["fn"], msg["value"], lost = integrated(
+            fn, value, missing, is_step, is_step and self.in_part
+        )
         if not some:
             return
         entries = int(missing.sum())
@@ -142,10 +145,16 @@ def _counted(fn: Any, missing: Tensor, counted: Mask) -> tuple[int, Tensor]:
     return int(own.sum()), missing & own
 
 
-def _holds_nan(model: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a tensor that a model can read by a name holds NaN."""
+def _holds_nan(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether a tensor that a model can read by a name holds NaN, and whether in part of a vector."""
     tensors = (t for _, t in tensors_in(names_of(model, args, kwargs)))
-    return any(_may_hold_nan(t) for t in tensors)
+    found = [t for t in tensors if _may_hold_nan(t)]
+    return bool(found), any(_in_part(t) for t in found if t.dim() > 1)
+
+
+def _in_part(t: Tensor) -> bool:
+    missing = torch.isnan(t.detach())
+    return bool((missing.any(-1) & ~missing.all(-1)).any())
 
 
 def _may_hold_nan(t: Tensor) -> bool:
@@ -155,7 +164,7 @@ def _may_hold_nan(t: Tensor) -> bool:
 
 
 def integrated(
-    fn: Any, value: Tensor, missing: Tensor, may_be_more: bool = False
+    fn: Any, value: Tensor, missing: Tensor, by_itself: bool = False, in_part: bool = False
 ) -> tuple[Any, Tensor, Tensor]:
     """The distribution of what is seen, with a value that it can have.
 
@@ -163,7 +172,8 @@ def integrated(
         fn: A site's distribution.
         value: Its observed value, NaN where missing. # (*batch or 1s, *event)
         missing: Where it is. # like the value
-        may_be_more: Whether a vector is taken as one of which any coordinate may be missing.
+        by_itself: Whether what takes the place of an event is the same whatever the others are.
+        in_part: Whether a vector is taken as one of which any coordinate may be missing.
 
     Returns:
         The distribution, the value, and which entries count no more. # like the value
@@ -173,9 +183,7 @@ def integrated(
     seen = ~missing
     if event == 0:
         marginal = base
-    elif isinstance(base, _NORMAL) and (
-        may_be_more or bool((missing.any(-1) & seen.any(-1)).any())
-    ):
+    elif isinstance(base, _NORMAL) and (in_part or bool((missing.any(-1) & seen.any(-1)).any())):
         marginal, seen = IncompleteMultivariateNormal.of(base), seen.any(-1)
     elif (mixture := _mixture_of_seen(base, missing)) is not None:
         marginal, seen = mixture, seen.flatten(-event).any(-1)
@@ -195,7 +203,7 @@ def integrated(
     if may_hold_nan(unwrap(out)[0]):
         # Elsewhere NaN under a mask of the user's own would count as missing: it is harmless there.
         return out, value, missing
-    filled = without_masked_nonsense(out, value, seen, by_itself=may_be_more)
+    filled = without_masked_nonsense(out, value, seen, by_itself=by_itself)
     if type(base).__name__ == "Categorical":  # codes that are stored as floats
         filled = filled.long()
     return out, filled, missing
