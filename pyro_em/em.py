@@ -404,7 +404,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             >>> y = torch.tensor([1.0, 2.0, float("nan"), float("nan")])
             >>> forecast = ExactPosteriorEM(model).forecast(y, seed=0)
             >>> forecast.means["y_*"], forecast.lower["y_*"]
-            (tensor([1.4000, 1.4000]), tensor([-1.7607, -2.3192]))
+            (tensor([1.4000, 1.4000]), tensor([-1.7603, -2.3188]))
             >>> forecast.draws["y_*"].shape
             torch.Size([2, 1000])
         """
