@@ -22,7 +22,7 @@ from pyro_em.errors import (
 )
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.lines import NotLinear
+from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.read_lines import parts_at, read_lines
 from pyro_em.graph.structure import Structure
@@ -165,8 +165,6 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
         return explained(unrouted, error.finding, linear=True)
     if program is None:
         return unrouted
-    found = unrouted.structure, program.structure, program.lines, program.graph
-    program = replace(program, routes=gaussian_routes(*found))
     return program if task.look_only else verified(program)
 
 
@@ -200,11 +198,43 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
     looked = structure.looked
     structure = replace(structure, looked=None, lines=frozenset(lines), edges=bare.edges)
     log = task.log(names_of(task.model, task.args, task.kwargs))
-    read = parts_at(lines, model, task.args, task.kwargs, structure)
-    graph = integrated(traced(given, structure, log, looked), lines, task.max_enumeration, read)
+    graph = with_lines(given, structure, lines, traced(given, structure, log, looked))
+    return on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))
+
+
+def with_lines(
+    given: Task, structure: Structure, lines: Mapping[str, Line], graph: FactorGraph
+) -> FactorGraph:
+    """The graph of a model, traced with its Gaussian latents at zero, in which these are integrated.
+
+    Args:
+        given: The model with its Gaussian latents given.
+        structure: Its skeleton.
+        lines: How the latents enter each site.
+        graph: As it was traced.
+
+    Raises:
+        NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
+    """
+    assert isinstance(given.model, GivenGaussians)
+    read = parts_at(lines, given.model, given.args, given.kwargs, structure)
+    return integrated(graph, lines, given.max_enumeration, read)
+
+
+def on_lines(task: Task, program: Program, lines: Mapping[str, Line], bare: Structure) -> Program:
+    """A program that knows the lines of its Gaussian latents, and the user's model without them.
+
+    Args:
+        task: The user's model, and what is wanted of it.
+        program: Of the model with its Gaussian latents given.
+        lines: How the latents enter each site.
+        bare: The skeleton of the user's model.
+    """
     return replace(
-        decided(given, structure, graph, log),
+        program,
         lines=lines,
+        bare=bare,
+        routes=gaussian_routes(bare, program.structure, lines, program.graph),
         rebuild=partial(build_program, task, first_look=False),
     )
 

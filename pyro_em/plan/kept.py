@@ -7,6 +7,9 @@ operation: if it did the same as when it was read, on parameters and data that a
 found out still holds. Anything else is read anew, from the beginning. Where parameters have no values
 yet, a plain run gives them theirs before.
 
+A model whose Gaussian latents are integrated is run with these at zero. How they enter means is read
+again where the data are others; on the same data a run at other values confirms it.
+
 Readings belong to the model and are shared by all objects that were given the same one. The latest
 program belongs to one object, since it holds the data: asked again on the very same ones, it serves as
 it is.
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,19 +27,24 @@ import torch
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible, finds_all
 from pyro_em.graph.prediction import disagreements
+from pyro_em.graph.read_lines import differing_lines, read_lines
 from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import Task, decided, traced, verified
+from pyro_em.plan.building import Task, decided, on_lines, traced, verified, with_lines
 from pyro_em.plan.loops import needs_all_steps
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
+from pyro_em.posteriors.gaussian_components import NotSeparate
+from pyro_em.posteriors.gaussian_steps import at_zero
 from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
+from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.loops import NotVectorized, Series, vectorizing
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
@@ -58,6 +66,9 @@ class Kept:
         contraction: The order of its sums; None where that is made when it is asked for.
         members: The order of the factors that it is of.
         is_held: Whether a look at the numbers of its enumerated run finds all that validation finds.
+        bare: The skeleton of the user's model where Gaussian latents are integrated: the other one is
+            that of the model with these given.
+        gaussians: Shape, dtype and device of the values of these.
     """
 
     structure: Structure
@@ -67,6 +78,20 @@ class Kept:
     contraction: ContractionPlan | None
     members: tuple[tuple[str, ...], ...]
     is_held: bool
+    bare: Structure | None = None
+    gaussians: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]] = field(
+        default_factory=dict
+    )
+
+    def task(self, task: Task) -> Task:
+        """A task with the model that is run, whose Gaussian latents are given."""
+        if self.bare is None:
+            return task
+        zeros = {
+            name: torch.zeros(shape, dtype=dtype, device=device)
+            for name, (shape, dtype, device) in self.gaussians.items()
+        }
+        return replace(task, model=GivenGaussians(task.model, zeros))
 
 
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -109,9 +134,18 @@ class Readings(StaysHere):
         order, members = None, tuple[tuple[str, ...], ...]()
         if program.structure.series is None:
             order, members = program.contraction, _members_of(program.graph)
-        is_held = finds_all(program.graph, program.structure)
+        is_held = finds_all(at_zero(program.graph), program.structure)
+        given = program.model.values if isinstance(program.model, GivenGaussians) else {}
         readings[form] = Kept(
-            program.structure, program.operations, numbers, bindings, order, members, is_held
+            program.structure,
+            program.operations,
+            numbers,
+            bindings,
+            order,
+            members,
+            is_held,
+            program.bare,
+            {n: (v.shape, v.dtype, v.device) for n, v in given.items()},
         )
         while len(readings) > _MOST:
             del readings[next(iter(readings))]
@@ -143,11 +177,11 @@ class Readings(StaysHere):
             if latest is not None and _is_on_the_same_data(latest, kept, task):
                 # What is read is known: only the graph is wanted, without its bindings.
                 again = replace(task, look_only=True)
-                same = _does_the_same(again, kept, latest, again.log(names))
+                same = _does_the_same(kept.task(again), kept, latest, again.log(names))
                 return latest if same else None
             program = _on_other_data(task, kept, task.log(names))
-        except (PyroEMError, NotVectorized):  # reading it anew says what is wrong
-            return None
+        except (PyroEMError, NotVectorized, NotLinear, NotSeparate):
+            return None  # reading it anew says what is wrong
         if program is not None and not task.look_only:
             bindings = _bindings_of(program.graph) if program.compiled else None
             self._of(task.model)[_form(task)] = replace(kept, bindings=bindings)
@@ -209,7 +243,7 @@ def _is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
         program.compiled
         and program.operations == kept.operations
         and is_stored(program.graph.parameters)
-        and (program.model, program.strategy) == (task.model, task.strategy)
+        and (without_values(program.model), program.strategy) == (task.model, task.strategy)
         and len(given) == len(before)
         and all(a is b for a, b in zip(given, before, strict=True))
         and not program.is_changed()
@@ -225,23 +259,36 @@ def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
     graph = traced(task, kept.structure, log)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, kept.structure):
         return False
-    return not disagreements(program.graph, graph, values_of(graph.parameters), exactly=True)
+    values = values_of(graph.parameters)
+    if disagreements(at_zero(program.graph), graph, values, exactly=True):
+        return False
+    if not isinstance(task.model, GivenGaussians):
+        return True
+    run = task.model, task.args, task.kwargs, kept.structure
+    return not differing_lines(program.lines, *run, values, once=True)
 
 
 def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     """A program from one run of the model on other data, or on data that were changed."""
-    structure = kept.structure
+    structure, given = kept.structure, kept.task(task)
     if structure.as_run.masked_pairs or structure.random_plates:
         return None
-    graph = traced(task, structure, log)
+    graph = traced(given, structure, log)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, structure):
         return None
     if not are_possible(log.sites, structure, log.forms):
         return None
+    lines: Mapping[str, Line] = {}
+    if isinstance(given.model, GivenGaussians):
+        run = given.model, task.args, task.kwargs, structure
+        lines = read_lines(*run, bound=not task.look_only)
+        graph = with_lines(given, structure, lines, graph)
     order = None
     if kept.contraction is not None and kept.members == _members_of(graph):
         order = kept.contraction  # factors without bindings are grouped, and follow, differently
-    program = decided(task, structure, graph, log, order)
+    program = decided(given, structure, graph, log, order)
+    if kept.bare is not None:
+        program = on_lines(task, program, lines, kept.bare)
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):

@@ -314,8 +314,7 @@ class Planner(StaysHere):
             if known is not None:
                 return known
         program = build_program(task, first_look=first)
-        # The runs that a reading repeats are those of the user's model, without Gaussian latents given.
-        if isinstance(program, Program) and not program.lines:
+        if isinstance(program, Program) and (self.request.guide is None or not program.lines):
             self.readings.keep(task, program)
         return program
 

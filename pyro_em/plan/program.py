@@ -131,6 +131,7 @@ class Program(StaysHere):
         operations: What the run did from which the graph is.
         rebuild: Reads the model anew.
         lines: What the means of sites read of Gaussian latents, which are at zero in ``model``.
+        bare: The skeleton of the user's model, where Gaussian latents are integrated.
     """
 
     model: Model
@@ -152,6 +153,7 @@ class Program(StaysHere):
     operations: tuple[Any, ...] = ()
     rebuild: Callable[[], Program | Unrouted] | None = None
     lines: Mapping[str, Line] = field(default_factory=dict)
+    bare: Structure | None = None
 
     @property
     def kernel(self) -> Kernel:
@@ -199,6 +201,7 @@ class Program(StaysHere):
             on_sums=fresh.on_sums,
             dependences=fresh.dependences,
             lines=fresh.lines,
+            bare=fresh.bare,
         )
 
     def noting(self, *notes: str) -> Program:

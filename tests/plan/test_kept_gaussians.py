@@ -1,0 +1,249 @@
+"""Readings of models with Gaussian latents are kept as those of others: nothing stale is answered.
+
+Every number of a later call is held against the dense Gaussian that the model is.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em import ExactPosteriorEM, ModelError, PyroEMError
+from pyro_em.plan import kept
+
+N = 12
+
+
+@pytest.fixture(autouse=True)
+def start_clean(clean: None) -> Iterator[None]:
+    """Each case begins with an empty param store, in double precision."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often a model was read from the beginning, and from what was kept."""
+    seen = {"anew": 0, "again": 0}
+    again = kept.Readings.again
+
+    def counted(self: Any, task: Any, first_look: bool) -> Any:
+        found = again(self, task, first_look)
+        seen["anew" if found is None else "again"] += 1
+        return found
+
+    monkeypatch.setattr(kept.Readings, "again", counted)
+    return seen
+
+
+def unread(model: Callable[..., None]) -> Callable[..., None]:
+    """The same model as another function, of which no reading is remembered."""
+    code = model.__code__, model.__globals__, model.__name__, model.__defaults__, model.__closure__
+    return types.FunctionType(*code)  # type: ignore[arg-type]
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+X, OTHER, Z = numbers(0, N, 3), numbers(1, N, 3) + 5, numbers(2, N)
+
+
+def factors(x: Tensor) -> None:
+    w = pyro.param("w", lambda: torch.tensor([0.5, -1.0, 2.0]))
+    mu = pyro.param("mu", lambda: torch.zeros(3))
+    s = pyro.param("s", lambda: torch.tensor(0.7), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(h[:, None] * w + mu, s).to_event(1), obs=x)
+
+
+def dense(x: Tensor, values: dict[str, Tensor] | None = None) -> float:
+    values = {n: pyro.param(n).detach() for n in ("w", "mu", "s")} if values is None else values
+    cov = torch.outer(values["w"], values["w"]) + values["s"] ** 2 * torch.eye(3)
+    return float(dist.MultivariateNormal(values["mu"], cov).log_prob(x).sum())
+
+
+def slopes(y: Tensor, z: Any) -> None:
+    """A slope in all rows, drawn."""
+    c = pyro.param("c", lambda: torch.tensor(0.3))
+    z = z if isinstance(z, Tensor) else torch.as_tensor(z)
+    b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(b * z + c, 0.5), obs=y)
+
+
+def dense_slopes(y: Tensor, z: Any) -> float:
+    z = torch.as_tensor(z)
+    cov = 4 * torch.outer(z, z) + 0.25 * torch.eye(len(y))
+    mean = pyro.param("c").detach().expand(len(y))
+    return float(dist.MultivariateNormal(mean, cov).log_prob(y))
+
+
+def test_one_reading_serves_every_method(count: dict[str, int]) -> None:
+    model = unread(factors)
+    em = ExactPosteriorEM(model)
+    first = str(em.plan(X))
+    em.fit(X, max_steps=3, tol=0)
+    assert em.posterior(X).log_evidence == pytest.approx(dense(X), rel=1e-11)
+    assert em.elbo(X).log_evidence == pytest.approx(dense(X), rel=1e-11)
+    assert em.score(OTHER) == pytest.approx(dense(OTHER), rel=1e-11)
+    em.step(X), em.fit(OTHER, max_steps=2, tol=0), em.predictive(X, num_samples=2)
+    assert str(em.plan(X)) == first
+    assert count["anew"] == 1 and count["again"] >= 7
+    em.score(X[:5])
+    assert count["anew"] == 2
+
+
+def test_a_fit_from_a_kept_reading_is_that_of_a_model_that_nobody_has_read(
+    count: dict[str, int],
+) -> None:
+    model, found = unread(factors), []
+    ExactPosteriorEM(model).fit(X, max_steps=2, tol=0)
+    for one in (model, unread(factors)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        result = ExactPosteriorEM(one).fit(OTHER, max_steps=5, tol=0)
+        assert result.log_evidence == pytest.approx(dense(OTHER, result.params), rel=1e-11)
+        found.append((result, torch.get_rng_state()))
+    (again, state), (anew, other) = found
+    assert count == {"anew": 2, "again": 1}
+    assert list(again.history) == pytest.approx(list(anew.history), rel=1e-12)
+    assert torch.equal(state, other) and str(again.plan) == str(anew.plan)
+
+
+def test_data_that_are_changed_in_place_are_read_again(count: dict[str, int]) -> None:
+    x, z = X.clone(), Z.clone()
+    em, of_slopes = ExactPosteriorEM(unread(factors)), ExactPosteriorEM(unread(slopes))
+    em.fit(x, max_steps=1, tol=0), of_slopes.fit(x[:, 0], z, max_steps=1, tol=0)
+    x += 1
+    z *= 1 + 1e-7
+    assert em.score(x) == pytest.approx(dense(x), rel=1e-11)
+    assert of_slopes.score(x[:, 0], z) == pytest.approx(dense_slopes(x[:, 0], z), rel=1e-11)
+    x[0, 0] = math.nan
+    with pytest.raises(PyroEMError, match="NaN"):
+        em.score(x)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0])
+def test_covariates_of_any_origin_that_change_are_seen(size: float, count: dict[str, int]) -> None:
+    """In arrays, in a closure, written by numpy into a tensor that the model makes."""
+    array, held = Z.numpy().copy(), {"z": Z.clone()}
+
+    def closed(y: Tensor) -> None:
+        slopes(y, held["z"])
+
+    def made(y: Tensor) -> None:
+        z = torch.zeros(N)
+        z.numpy()[:] = array
+        slopes(y, z)
+
+    y = X[:, 0]
+    calls = (
+        (ExactPosteriorEM(unread(slopes)), (y, array)),
+        (ExactPosteriorEM(closed), (y,)),
+        (ExactPosteriorEM(made), (y,)),
+    )
+    for em, args in calls:
+        em.fit(*args, max_steps=1, tol=0)
+        assert em.score(*args) == pytest.approx(dense_slopes(y, Z), rel=1e-12)
+    array *= 1 + size
+    held["z"] = held["z"] * (1 + size)
+    now = dense_slopes(y, array)
+    assert now != pytest.approx(dense_slopes(y, Z), rel=1e-10)
+    for em, args in calls:
+        assert em.score(*args) == pytest.approx(now, rel=1e-12)
+        assert em.posterior(*args).log_evidence == pytest.approx(now, rel=1e-12)
+
+
+def test_parameters_of_another_form_are_read_anew(count: dict[str, int]) -> None:
+    size = {"w": 1}
+
+    def model(x: Tensor) -> None:
+        w = pyro.param("w", lambda: torch.full((size["w"],), 0.5))
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            mean = h[:, None] * w.expand(3)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.fit(X, max_steps=2, tol=0)
+    pyro.clear_param_store()
+    size["w"] = 3
+    result = em.fit(X, max_steps=2, tol=0)
+    values = {"w": result.params["w"], "mu": torch.zeros(3), "s": torch.tensor(1.0)}
+    assert result.params["w"].shape == (3,) and count["anew"] == 2
+    assert result.log_evidence == pytest.approx(dense(X, values), rel=1e-11)
+
+
+def test_a_model_that_is_not_linear_any_more_is_refused(count: dict[str, int]) -> None:
+    how: dict[str, Callable[[Tensor], Tensor]] = {"f": lambda h: h}
+
+    def model(y: Tensor) -> None:
+        c = pyro.param("c", lambda: torch.tensor(0.3))
+        with pyro.plate("rows", len(y)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(how["f"](h) + c, 1.0), obs=y)
+
+    y = X[:, 0]
+    em = ExactPosteriorEM(model)
+    em.fit(y, max_steps=1, tol=0)
+    em.score(y)
+    for f in (lambda h: h.clamp(min=-1e3), lambda h: h * h, lambda h: h.detach()):
+        how["f"] = f
+        for data in (y, y + 1):
+            with pytest.raises(ModelError):
+                em.score(data)
+
+
+def test_missing_entries_may_be_others_in_data_of_one_form(count: dict[str, int]) -> None:
+    x, there = X.clone(), OTHER.clone()
+    x[0, 0] = there[3, 1] = there[4] = math.nan
+    model = unread(factors)
+    ExactPosteriorEM(model, missing="nan").fit(x, max_steps=2, tol=0)
+    em = ExactPosteriorEM(model, missing="nan")
+    seen = ~there.isnan()
+    cov = torch.outer(pyro.param("w"), pyro.param("w")) + pyro.param("s") ** 2 * torch.eye(3)
+    expected = 0.0
+    for row, own in zip(there, seen, strict=True):
+        if bool(own.any()):
+            part = dist.MultivariateNormal(pyro.param("mu")[own], cov[own][:, own])
+            expected += part.log_prob(row[own]).item()
+    assert em.score(there) == pytest.approx(expected, rel=1e-11)
+
+
+def test_float32_and_arrays_of_latents_keep_their_form() -> None:
+    model = unread(factors)
+    for x in (X.float(), OTHER.float()):
+        torch.set_default_dtype(torch.float32)
+        pyro.clear_param_store()
+        found = ExactPosteriorEM(model).fit(x, max_steps=2, tol=0)
+        assert found.params["w"].dtype == torch.float32
+        torch.set_default_dtype(torch.float64)
+        values = {n: v.double() for n, v in found.params.items()}
+        assert found.log_evidence == pytest.approx(dense(x.double(), values), rel=1e-5)
+
+
+def test_readings_keep_no_data_alive() -> None:
+    import gc
+    import weakref
+
+    model, x = unread(factors), X.clone()
+    alive = weakref.ref(x)
+    ExactPosteriorEM(model).fit(x, max_steps=1, tol=0)
+    del x
+    gc.collect()
+    assert alive() is None and np.isfinite(ExactPosteriorEM(model).score(OTHER))
