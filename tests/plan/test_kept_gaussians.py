@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,8 @@ def test_data_that_are_changed_in_place_are_read_again(count: dict[str, int]) ->
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0])
-def test_covariates_of_any_origin_that_change_are_seen(size: float, count: dict[str, int]) -> None:
-    """In arrays, in a closure, written by numpy into a tensor that the model makes."""
+def test_covariates_of_any_origin_that_change_are_seen(size: float, tmp_path: Path) -> None:
+    """In arrays, in a closure, in a file, written by numpy into a tensor that the model makes."""
     array, held = Z.numpy().copy(), {"z": Z.clone()}
 
     def closed(y: Tensor) -> None:
@@ -151,16 +152,24 @@ def test_covariates_of_any_origin_that_change_are_seen(size: float, count: dict[
         z.numpy()[:] = array
         slopes(y, z)
 
+    def read(y: Tensor) -> None:
+        z = torch.zeros(N)
+        z.numpy()[:] = np.fromfile(tmp_path / "z")
+        slopes(y, z)
+
     y = X[:, 0]
+    array.tofile(tmp_path / "z")
     calls = (
         (ExactPosteriorEM(unread(slopes)), (y, array)),
         (ExactPosteriorEM(closed), (y,)),
         (ExactPosteriorEM(made), (y,)),
+        (ExactPosteriorEM(read), (y,)),
     )
     for em, args in calls:
         em.fit(*args, max_steps=1, tol=0)
         assert em.score(*args) == pytest.approx(dense_slopes(y, Z), rel=1e-12)
     array *= 1 + size
+    array.tofile(tmp_path / "z")
     held["z"] = held["z"] * (1 + size)
     now = dense_slopes(y, array)
     assert now != pytest.approx(dense_slopes(y, Z), rel=1e-10)
