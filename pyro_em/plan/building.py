@@ -165,6 +165,7 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
         return explained(unrouted, error.finding, linear=True)
     if program is None:
         return unrouted
+    program = with_routes(program)
     return program if task.look_only else verified(program)
 
 
@@ -234,9 +235,15 @@ def on_lines(task: Task, program: Program, lines: Mapping[str, Line], bare: Stru
         program,
         lines=lines,
         bare=bare,
-        routes=gaussian_routes(bare, program.structure, lines, program.graph),
         rebuild=partial(build_program, task, first_look=False),
     )
+
+
+def with_routes(program: Program) -> Program:
+    """A program with the rows of its plan, where Gaussian latents are integrated."""
+    assert program.bare is not None
+    found = program.bare, program.structure, program.lines, program.graph
+    return replace(program, routes=gaussian_routes(*found))
 
 
 def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:

@@ -35,7 +35,15 @@ from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import Task, decided, on_lines, traced, verified, with_lines
+from pyro_em.plan.building import (
+    Task,
+    decided,
+    on_lines,
+    traced,
+    verified,
+    with_lines,
+    with_routes,
+)
 from pyro_em.plan.loops import needs_all_steps
 from pyro_em.plan.program import Program
 from pyro_em.portable import StaysHere
@@ -288,7 +296,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
         order = kept.contraction  # factors without bindings are grouped, and follow, differently
     program = decided(given, structure, graph, log, order)
     if kept.bare is not None:
-        program = on_lines(task, program, lines, kept.bare)
+        program = with_routes(on_lines(task, program, lines, kept.bare))
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
