@@ -1,0 +1,109 @@
+"""A linear-Gaussian chain in numbers, and what its E-step gives.
+
+    x_t = A_t x_{t−1} + a_t + G_t ε_t,     ε_t ~ N(0, I),     x_{−1} = 0,
+    y_t = H_t x_t + s_t e_t,               e_t ~ N(0, I),
+
+for several chains at once. The noises of one step's observations are independent of each other: a full
+covariance is whitened before, and offsets are taken off. Nothing is inverted: G may have fewer columns
+than rows, or be zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StateSpace:
+    """The numbers of some chains of T steps, in float64.
+
+    Steps that are alike share their matrices: `dynamics` and `measurement` hold, for each step, the
+    number of its own among the U or V different ones.
+
+    Attributes:
+        transition: A; that of the first step is not used. # (chains|1, U, n, n)
+        drift: a. # (chains|1, U, n)
+        noise: G. # (chains|1, U, n, k)
+        dynamics: Which of the U each step has. # (T,)
+        loading: H. # (chains|1, V, D, n)
+        deviation: s, positive. # (chains|1, V, D)
+        measurement: Which of the V each step has. # (T,)
+        value: y; anything where not seen. # (chains, T, D)
+        seen: Which numbers were observed; None if all. # (chains|1, T, D)
+    """
+
+    transition: Tensor
+    drift: Tensor
+    noise: Tensor
+    dynamics: Tensor
+    loading: Tensor
+    deviation: Tensor
+    measurement: Tensor
+    value: Tensor
+    seen: Tensor | None = None
+
+    @property
+    def chains(self) -> int:
+        """How many chains there are."""
+        return int(self.value.shape[0])
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return int(self.value.shape[1])
+
+    @property
+    def size(self) -> int:
+        """n, the numbers of one state."""
+        return int(self.transition.shape[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Filtered:
+    """The states given the data up to their own step, and the evidence.
+
+    Attributes:
+        log_evidence: In nats, of each step. # (chains, T)
+        predicted_mean: E[x_t | y_{<t}]. # (chains, T, n)
+        predicted_covariance: # (chains|1, T, n, n)
+        mean: E[x_t | y_{≤t}]. # (chains, T, n)
+        covariance: # (chains|1, T, n, n)
+    """
+
+    log_evidence: Tensor
+    predicted_mean: Tensor
+    predicted_covariance: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Smoothed:
+    """What the E-step of some chains gives.
+
+    With r and N the adjoints of a predicted state, which hold what y_t, y_{t+1}, … say of it, any z that
+    acts on these only through x_t has
+
+        E[z | y] = E[z | y_{<t}] + Cov(z, x_t | y_{<t}) r_t,
+        Cov(z, w | y) = Cov(z, w | y_{<t}) − Cov(z, x_t | y_{<t}) N_t Cov(x_t, w | y_{<t}).
+
+    Attributes:
+        filtered: The forward pass.
+        adjoint: r. # (chains, T, n)
+        information: N. # (chains|1, T, n, n)
+        mean: E[x_t | y]. # (chains, T, n)
+        covariance: Cov(x_t | y). # (chains|1, T, n, n)
+    """
+
+    filtered: Filtered
+    adjoint: Tensor
+    information: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """In nats, of each chain. # (chains,)"""
+        return self.filtered.log_evidence.sum(-1)
