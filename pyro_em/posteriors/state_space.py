@@ -83,8 +83,8 @@ class Filtered:
 class Smoothed:
     """What the E-step of some chains gives.
 
-    With r and N the adjoints of a predicted state, which hold what y_t, y_{t+1}, … say of it, any z that
-    acts on these only through x_t has
+    With r and N the adjoints of a predicted state, which hold what y_t, y_{t+1}, … say of it, any z
+    that acts on these only through x_t has
 
         E[z | y] = E[z | y_{<t}] + Cov(z, x_t | y_{<t}) r_t,
         Cov(z, w | y) = Cov(z, w | y_{<t}) − Cov(z, x_t | y_{<t}) N_t Cov(x_t, w | y_{<t}).
