@@ -164,12 +164,13 @@ class GaussianBlock:
         for i, group in enumerate(self.groups):
             own = self.of_site(i, arguments)
             of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i).to(counts.device)]
-            cells = of_rows.reshape(1, *group.sizes).to(torch.float64)
+            full = len(group.members), *group.sizes
+            cells = of_rows.reshape(full).to(torch.float64)
             moments = solution.linear_moments(i, diagonal=not is_matrix(group))
             belief = Moments(moments, solution.coefficients(i), weights_of(group, cells))
             weights = cells * replace(group, elements=None).weights().detach()
             out.append(
-                (replace(group, arguments=own, belief=belief), weights.expand(1, *group.sizes))
+                (replace(group, arguments=own, belief=belief), weights.expand(full))
             )
         return out
 
@@ -210,7 +211,7 @@ def _elements(group: Group, plates: Sequence[str]) -> Tensor:
         at = names.index(plate)
         index = torch.arange(sizes[at]).reshape(-1, *(1,) * (len(sizes) - at - 1))
         out = out * sizes[at] + index
-    return out.expand(sizes).reshape(-1)
+    return out.expand((len(group.members), *sizes)).reshape(-1)
 
 
 def _is_within(group: Group, plates: Sequence[str]) -> bool:

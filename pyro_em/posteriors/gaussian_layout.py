@@ -218,8 +218,8 @@ def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLa
     counts = [site.rows if site.is_latent else 0 for site in sites]
     first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     widths = np.repeat([site.width for site in sites], counts).astype(np.int64)
-    columns = [_columns(s, sites, first) for s in range(len(sites))]
-    label = _components(columns, int(first[-1]))
+    columns = [columns_of(s, sites, first) for s in range(len(sites))]
+    label = components(columns, int(first[-1]))
 
     blocks = int(label.max()) + 1 if len(label) else 0
     sizes = np.bincount(label, weights=widths, minlength=blocks).astype(np.int64)
@@ -265,7 +265,7 @@ def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLa
     )
 
 
-def _columns(s: int, sites: tuple[SiteForm, ...], first: _Ints) -> list[_Ints]:
+def columns_of(s: int, sites: Sequence[SiteForm], first: _Ints) -> list[_Ints]:
     """The elements that each row of a site reads, numbered through all latents; its own last."""
     site = sites[s]
     out = []
@@ -297,7 +297,7 @@ def _anchor(columns: list[_Ints], rows: int) -> _Ints:
     return out
 
 
-def _components(columns: list[list[_Ints]], elements: int) -> _Ints:
+def components(columns: list[list[_Ints]], elements: int) -> _Ints:
     """The connected component of each element."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components

@@ -42,22 +42,26 @@ def filtered(space: StateSpace) -> Filtered:
         Means of each chain, covariances once where all chains share them.
 
     Example:
-        >>> one, which = torch.ones(1, 1, 1, 1).double(), torch.zeros(2, dtype=torch.long)
+        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
         >>> space = StateSpace(
-        ...     one, 0 * one[..., 0], one, which, one, one[..., 0], which, torch.ones(1, 2, 1).double()
+        ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
         >>> filtered(space).mean.flatten()
         tensor([0.5000, 0.8000], dtype=torch.float64)
     """
     predicted, covariance = _covariances(space)
     columns = _Columns.of(space, len(predicted))
-    mean, log_evidence = _forward(space, columns, predicted)
+    mean, log_evidence, log_variance = _forward(space, columns, predicted)
+    noise = (math.sqrt(2 * math.pi) * space.deviation[:, space.measurement]).log()
+    if space.seen is not None:
+        noise = torch.where(space.seen, noise, noise.new_zeros(()))
     return Filtered(
         columns.chains(log_evidence.unsqueeze(-2)).squeeze(-1),
         columns.chains(mean[0]),
         predicted,
         columns.chains(mean[1]),
         covariance,
+        log_variance - 2 * noise.sum(-1),
     )
 
 
@@ -71,9 +75,9 @@ def smoothed(space: StateSpace) -> Smoothed:
         Means and covariances of each step, and the adjoints that give covariances between steps.
 
     Example:
-        >>> one, which = torch.ones(1, 1, 1, 1).double(), torch.zeros(2, dtype=torch.long)
+        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
         >>> space = StateSpace(
-        ...     one, 0 * one[..., 0], one, which, one, one[..., 0], which, torch.ones(1, 2, 1).double()
+        ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
         >>> smoothed(space).mean.flatten()
         tensor([0.6000, 0.8000], dtype=torch.float64)
@@ -107,9 +111,9 @@ def sampled(space: StateSpace, n: int, generator: torch.Generator | None = None)
         Independent draws, also where covariances are singular. # (n, chains, T, n_state)
 
     Example:
-        >>> one, which = torch.ones(1, 1, 1, 1).double(), torch.zeros(2, dtype=torch.long)
+        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
         >>> space = StateSpace(
-        ...     one, 0 * one[..., 0], one, which, one, one[..., 0], which, torch.ones(1, 2, 1).double()
+        ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
         >>> sampled(space, 3).shape
         torch.Size([3, 1, 2, 1])
@@ -118,7 +122,7 @@ def sampled(space: StateSpace, n: int, generator: torch.Generator | None = None)
     columns = _Columns.of(space, len(predicted), n)
     states, values = _drawn(space, columns, generator)
     centred = replace(columns, value=columns.value - values, drift=torch.zeros_like(columns.drift))
-    mean, _ = _forward(space, centred, predicted)
+    mean, _, _ = _forward(space, centred, predicted)
     adjoint, _ = _backward(space, centred, predicted, mean[0])
     return (
         columns.chains(states + mean[1]) + _moved(space, columns, covariance, adjoint)
@@ -138,9 +142,9 @@ def lagged_covariance(space: StateSpace, smoothed: Smoothed, s: Tensor, t: Tenso
         Once where all chains share it. # (chains|1, pairs, n, n)
 
     Example:
-        >>> one, which = torch.ones(1, 1, 1, 1).double(), torch.zeros(2, dtype=torch.long)
+        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
         >>> space = StateSpace(
-        ...     one, 0 * one[..., 0], one, which, one, one[..., 0], which, torch.ones(1, 2, 1).double()
+        ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
         >>> first, second = torch.tensor([0]), torch.tensor([1])
         >>> lagged_covariance(space, smoothed(space), first, second).round(decimals=4).item()
@@ -174,7 +178,7 @@ class _Columns:
 
     Attributes:
         value: y, zero where not seen. # (B, T, D, M)
-        drift: # (B|1, U, n, M|1)
+        drift: # (B|1, T, n, M|1)
         draws: How many draws of each chain there are, the first of the dimensions in M.
     """
 
@@ -324,14 +328,14 @@ def _chunks(T: int) -> list[slice]:
 
 def _forward(
     space: StateSpace, columns: _Columns, predicted: Tensor
-) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Predicted and filtered means # (B, T, n, M), and the log evidence of each step # (B, T, M)."""
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Predicted and filtered means # (B, T, n, M), log evidence of each step # (B, T, M), Σ log 2πf."""
     A, H = space.transition.unbind(1), space.loading.unbind(1)
     drift = columns.drift.unbind(1)
     dynamics, measurement = space.dynamics.tolist(), space.measurement.tolist()
     before: list[Tensor] = []
     after: list[Tensor] = []
-    evidence = []
+    evidence, variances = [], []
     B, _, _, M = columns.value.shape
     m = columns.value.new_zeros(B, space.size, M)
     for steps in _chunks(space.steps):
@@ -341,14 +345,16 @@ def _forward(
         numbers = zip(gains.joint().unbind(1), value.unbind(1), strict=True)
         for t, (K, y) in enumerate(numbers, start):
             u = dynamics[t]
-            m = A[u] @ m + drift[u] if t else drift[u].expand_as(m)
+            m = A[u] @ m + drift[t] if t else drift[t].expand_as(m)
             before.append(m)
             m = m + K @ (y - H[measurement[t]] @ m)
             after.append(m)
         errors = gains.errors(value, torch.stack(before[start:], 1))
         squares = (e.square() * p for e, p in zip(errors, gains.precision, strict=True))
         evidence.append(-0.5 * (sum(squares).squeeze(-2) + gains.log_variance))
-    return (torch.stack(before, 1), torch.stack(after, 1)), torch.cat(evidence, 1)
+        variances.append(gains.log_variance.squeeze(-1))
+    means = torch.stack(before, 1), torch.stack(after, 1)
+    return means, torch.cat(evidence, 1), torch.cat(variances, 1)
 
 
 def _backward(
@@ -414,7 +420,7 @@ def _drawn(
     for t, (u, e) in enumerate(
         zip(space.dynamics.tolist(), normal(space.noise.shape[-1]).unbind(1), strict=True)
     ):
-        x = G[u] @ e + drift[u] + (A[u] @ x if t else 0.0)
+        x = G[u] @ e + drift[t] + (A[u] @ x if t else 0.0)
         states.append(x)
     stacked = torch.stack(states, 1)
     which = space.measurement

@@ -24,7 +24,7 @@ class StateSpace:
 
     Attributes:
         transition: A; that of the first step is not used. # (chains|1, U, n, n)
-        drift: a. # (chains|1, U, n)
+        drift: a, of each step. # (chains|1, T, n)
         noise: G. # (chains|1, U, n, k)
         dynamics: Which of the U each step has. # (T,)
         loading: H. # (chains|1, V, D, n)
@@ -70,6 +70,8 @@ class Filtered:
         predicted_covariance: # (chains|1, T, n, n)
         mean: E[x_t | y_{≤t}]. # (chains, T, n)
         covariance: # (chains|1, T, n, n)
+        log_determinant: log|Λ|, by parts: what the data of a step add to log det(I + GᵀHᵀR⁻¹HG) of all
+            noises. # (chains|1, T)
     """
 
     log_evidence: Tensor
@@ -77,6 +79,7 @@ class Filtered:
     predicted_covariance: Tensor
     mean: Tensor
     covariance: Tensor
+    log_determinant: Tensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,12 +65,12 @@ class Moments:
             log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             constant = tril.shape[-1] * math.log(2 * math.pi)
             log_p = -0.5 * (distance + constant) - log_det
-            return log_p.transpose(0, 1).reshape(1, *group.sizes)
+            return log_p.transpose(0, 1).reshape(len(group.members), *group.sizes)
         scale = rows_of(group, arguments["scale"]).to(torch.float64)
         log_p = -0.5 * (second / scale.square() + math.log(2 * math.pi)) - scale.log()
         if group.elements is not None:
             log_p = torch.where(weights_of(group) > 0, log_p, 0.0)
-        return log_p.sum(-1).transpose(0, 1).reshape(1, *group.sizes)
+        return log_p.sum(-1).transpose(0, 1).reshape(len(group.members), *group.sizes)
 
     def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `pyro_em.graph.factors.Belief`."""

@@ -1,6 +1,7 @@
 """The arguments of a site that reads Gaussian latents as rows, one batch for each discrete cell.
 
-A row is a cell of the site's plates; the states of the discrete latents in its scope come first.
+A row is a cell of the site's plates, of each member of its group in turn; the states of the discrete
+latents in its scope come first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def rows_of(group: Group, t: Tensor, tail: int = 0) -> Tensor:
 
     Args:
         group: The site.
-        t: # (1, *sizes or 1s, *event or 1s, *tail)
+        t: # (members or 1, *sizes or 1s, *event or 1s, *tail)
         tail: How many dimensions follow the event.
 
     Returns:
@@ -32,13 +33,18 @@ def rows_of(group: Group, t: Tensor, tail: int = 0) -> Tensor:
     """
     event, n = event_shape(group), group.n_plates
     rest = t.shape[t.dim() - tail :] if tail else torch.Size()
-    rows = _flat(t[0], 0, group.sizes[:n])
+    rows = _flat(once(t), 0, (len(group.members), *group.sizes[:n]))
     both = _flat(rows, 1, group.sizes[n:])
     return (
         both.transpose(0, 1)
         .expand(both.shape[1], len(both), *event, *rest)
         .reshape(both.shape[1], len(both), event.numel(), *rest)
     )
+
+
+def once(t: Tensor) -> Tensor:
+    """What is the same for all members of a group, held for one. # (members or 1, …)"""
+    return t[:1] if t.stride(0) == 0 else t
 
 
 def _flat(t: Tensor, begin: int, sizes: tuple[int, ...]) -> Tensor:
@@ -59,10 +65,11 @@ def cells_of(group: Group, rows: Tensor, tail: int = 0) -> Tensor:
         tail: How many dimensions follow the event.
 
     Returns:
-        # (1, *sizes, *event, *tail)
+        # (members, *sizes, *event, *tail)
     """
     rest = rows.shape[rows.dim() - tail :] if tail else torch.Size()
-    return rows.transpose(0, 1).reshape(1, *group.sizes, *event_shape(group), *rest)
+    lead = len(group.members), *group.sizes
+    return rows.transpose(0, 1).reshape(*lead, *event_shape(group), *rest)
 
 
 def weights_of(group: Group, counts: Tensor | None = None) -> Tensor:
@@ -70,7 +77,7 @@ def weights_of(group: Group, counts: Tensor | None = None) -> Tensor:
 
     Args:
         group: The site.
-        counts: Posterior probabilities of its cells. # (1, *sizes)
+        counts: Posterior probabilities of its cells. # (members, *sizes)
 
     Returns:
         # (cells or 1, rows), or (cells or 1, rows, D) where elements of events are masked
@@ -81,9 +88,10 @@ def weights_of(group: Group, counts: Tensor | None = None) -> Tensor:
     if counts is not None:
         weights = weights * counts.reshape(counts.shape + (1,) * len(own))
         lead = weights.shape[: 1 + len(group.sizes)]
-    flat = weights.reshape(*lead, *own)[0]
-    flat = _flat(_flat(flat, 0, group.sizes[:n]), 1, group.sizes[n:]).transpose(0, 1)
-    rows = torch.Size(group.sizes[:n]).numel()
+    plates = len(group.members), *group.sizes[:n]
+    flat = once(weights.reshape(*lead, *own))
+    flat = _flat(_flat(flat, 0, plates), 1, group.sizes[n:]).transpose(0, 1)
+    rows = torch.Size(plates).numel()
     flat = flat.expand(len(flat), rows, *flat.shape[2:])
     if group.elements is None:
         return flat
@@ -123,9 +131,9 @@ def design_of(group: Group, binding: Binding, name: str, value: Tensor, tail: in
     for part in binding.selections:
         if part.param == name:
             columns = torch.arange(value.numel(), device=part.index.device)
-            chosen = (part.index.unsqueeze(-1) == columns).to(torch.float64)
+            chosen = (once(part.index).unsqueeze(-1) == columns).to(torch.float64)
             if part.factor is not None:
-                chosen = chosen * part.factor.unsqueeze(-1)
+                chosen = chosen * once(part.factor).unsqueeze(-1)
             return rows_of(group, chosen, tail + 1)
     event = event_shape(group).numel()
     rest = binding.constant.shape[binding.constant.dim() - tail :] if tail else ()

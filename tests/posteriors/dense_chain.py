@@ -64,7 +64,7 @@ def _dense(space: StateSpace, chain: int, until: int) -> Dense:
     zero = Decimal(0)
     reach, mean = np.full((T, n, T, k), zero), np.full((T, n), zero)
     for t, u in enumerate(space.dynamics.tolist()):
-        mean[t] = a[u]
+        mean[t] = a[t]
         if t:
             mean[t] = mean[t] + A[u] @ mean[t - 1]
             reach[t] = (A[u] @ reach[t - 1].reshape(n, -1)).reshape(n, T, k)

@@ -47,7 +47,7 @@ def random(
         value = torch.where(seen, value, torch.nan)
     return StateSpace(
         normal(C, kinds + 1, n, n) / n**0.5,
-        normal(C, kinds + 1, n),
+        normal(C, T, n),
         normal(C, kinds + 1, n, k),
         dynamics,
         normal(C, kinds, D, n),
@@ -66,7 +66,7 @@ def trend(
     space = random(1, T, n=2, D=2, chains=1)
     transition = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).double().expand(1, 2, 2, 2)
     noise = torch.stack([torch.eye(2) * prior, torch.diag(torch.tensor([0.5, 0.1]))]).double()[None]
-    drift = torch.zeros(1, 2, 2).double()
+    drift = torch.zeros(1, T, 2).double()
     drift[:, 0, 0] = offset
     walk = torch.randn(1, T, 1, generator=generator).double().cumsum(1) + offset
     return replace(

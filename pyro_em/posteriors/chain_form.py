@@ -1,0 +1,295 @@
+"""Gaussian latents that follow each other: which state each belongs to, and where its numbers lie.
+
+Every latent has a *level*, later than those that its mean reads. The state x_t of a chain holds the
+latents of level t, and those of earlier levels that a later site still reads: a step of history 2, or
+an observation of what was before. Elements of plates that nothing connects are chains side by side.
+Whether the model wrote a loop, and what its steps are called, does not matter.
+
+    x_t = A_t x_{t−1} + a_t + G_t ε_t,     y_t = H_t x_t + d_t + e_t
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_em.posteriors.gaussian_layout import SiteForm, columns_of, components
+
+_SHORTEST = 8  # levels of a chain; what is shorter is one block
+
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """Where the numbers of one site lie in the chains.
+
+    Attributes:
+        level: The step.
+        start: The first place of its numbers: in the newest part of the state, or in the data of the
+            step.
+        chain: The chain of each row. # (rows,)
+        rank: The number of each row among the site's rows of its chain. # (rows,)
+        reads: Places of what each row reads: in x_{t−1} for a latent, in x_t for an observed site;
+            one array per term. # (rows, q) each
+        present: Whether each row reads the term. # (rows,) each
+    """
+
+    level: int
+    start: int
+    chain: _Ints
+    rank: _Ints
+    reads: tuple[_Ints, ...]
+    present: tuple[NDArray[np.bool_], ...]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for sites of different steps that lie alike; observed ones may start elsewhere."""
+        arrays = (self.chain, self.rank, *self.reads, *self.present)
+        return tuple(a.tobytes() for a in arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class ChainForm:
+    """Chains without their numbers.
+
+    Attributes:
+        steps: T.
+        chains: How many there are side by side.
+        fresh: How many numbers of a state are new at its step; they come first.
+        size: n, the numbers of a state.
+        width: D, the most numbers that are observed at one step.
+        carried: Pairs of places: where a state holds what the one before held elsewhere. # (c, 2)
+        sites: For each site its place.
+    """
+
+    steps: int
+    chains: int
+    fresh: int
+    size: int
+    width: int
+    carried: Tensor
+    sites: tuple[Placed, ...]
+
+
+def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
+    """The chains that some connected sites make up; None where one dense block does as well.
+
+    Args:
+        sites: In topological order.
+
+    Example:
+        >>> from pyro_em.posteriors.gaussian_layout import Term
+        >>> one = torch.zeros(1, dtype=torch.long)
+        >>> sites = []
+        >>> for t in range(10):
+        ...     before = () if t == 0 else (Term(2 * t - 2, one),)
+        ...     sites.append(SiteForm(f"h_{t}", 1, 1, True, before))
+        ...     sites.append(SiteForm(f"y_{t}", 1, 1, False, (Term(2 * t, one),)))
+        >>> form = chain_form(sites)
+        >>> form.steps, form.chains, form.size, form.width
+        (10, 1, 1, 1)
+    """
+    levels = _levels(sites)
+    steps = max((level for level in levels), default=-1) + 1
+    if steps < _SHORTEST:
+        return None
+    first = np.concatenate([[0], np.cumsum([s.rows if s.is_latent else 0 for s in sites])])
+    columns = [columns_of(i, sites, first.astype(np.int64)) for i in range(len(sites))]
+    label = components(columns, int(first[-1]))
+    chains = int(label.max()) + 1
+    label = _in_order(label)
+
+    rows = [_rows(site, c, label, chains) for site, c in zip(sites, columns, strict=True)]
+    if any(r is None for r in rows):
+        return None
+    placed = [r for r in rows if r is not None]
+    slots = _slots(sites, levels, placed)
+    depths = _depths(sites, levels, slots)
+    widths = [slot.width for slot in slots.all]
+    fresh, unknowns = sum(widths), sum(
+        s.rows * s.width for s in sites if s.is_latent
+    ) // max(chains, 1)
+    size = sum(w * (d + 1) for w, d in zip(widths, depths, strict=True))
+    if 4 * steps * size**3 > unknowns**3:
+        return None
+
+    starts, carried = _state_places(widths, depths)
+    filled = [0] * steps
+    out = []
+    for i, site in enumerate(sites):
+        own = placed[i]
+        back = 1 if site.is_latent else 0
+        reads, present = [], []
+        for term, column in zip(site.terms, columns[i], strict=False):
+            parent = sites[term.latent]
+            lag = levels[i] - levels[term.latent] - back
+            begin = starts[slots.of[term.latent]][lag]
+            element = np.maximum(column - first[term.latent], 0)
+            at = begin + placed[term.latent].rank[element] * parent.width
+            present.append(column >= 0)
+            reads.append(np.where(present[-1], at, begin)[:, None] + np.arange(parent.width))
+        if site.is_latent:
+            start = starts[slots.of[i]][0]
+        else:
+            start = filled[levels[i]]
+            filled[levels[i]] += own.count * site.width
+        out.append(Placed(levels[i], start, own.chain, own.rank, tuple(reads), tuple(present)))
+    return ChainForm(
+        steps, chains, fresh, size, max(filled), torch.as_tensor(carried), tuple(out)
+    )
+
+
+def _levels(sites: Sequence[SiteForm]) -> list[int]:
+    """The level of each site: latents after all that they read, observations where they can be made.
+
+    Latents that the program samples after an observation are no earlier than it: two series of one
+    loop keep step.
+    """
+    out: list[int] = []
+    clock = 0
+    for site in sites:
+        read = [out[t.latent] for t in site.terms]
+        if site.is_latent:
+            out.append(max([clock, *(level + 1 for level in read)]))
+        else:
+            out.append(max(read, default=clock))
+            clock = max(clock, out[-1])
+    readers: dict[int, list[int]] = {}
+    for i, site in enumerate(sites):
+        for term in site.terms:
+            readers.setdefault(term.latent, []).append(i)
+    for i, site in enumerate(sites):  # a latent that reads nothing waits for the first who reads it
+        if site.is_latent and not site.terms:
+            out[i] = max(out[i], _needed(sites, out, i, readers.get(i, ())))
+    for i, site in enumerate(sites):
+        if not site.is_latent and site.terms:
+            out[i] = max(out[t.latent] for t in site.terms)
+    return out
+
+
+def _needed(
+    sites: Sequence[SiteForm], levels: Sequence[int], latent: int, readers: Sequence[int]
+) -> int:
+    """The last level at which a latent that reads nothing is early enough for all its readers."""
+    found = []
+    for i in readers:
+        others = [t.latent for t in sites[i].terms if t.latent != latent]
+        if sites[i].is_latent:
+            found.append(levels[i] - 1)
+        elif others:
+            found.append(max(levels[t] for t in others))
+    return min(found, default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of a site by chains: `count` for each, at most."""
+
+    chain: _Ints
+    rank: _Ints
+    count: int
+
+
+def _rows(site: SiteForm, columns: list[_Ints], label: _Ints, chains: int) -> _Rows | None:
+    """The chain of each row of a site; None where some belong to none, or chains differ in latents."""
+    anchor = np.full(site.rows, -1, dtype=np.int64)
+    for column in columns:
+        anchor = np.where(anchor < 0, column, anchor)
+    if (anchor < 0).any():
+        return None
+    chain = label[anchor]
+    counts = np.bincount(chain, minlength=chains)
+    if site.is_latent and (counts != counts[0]).any():
+        return None
+    order = np.argsort(chain, kind="stable")
+    rank = np.empty_like(chain)
+    rank[order] = np.arange(site.rows) - np.repeat(np.cumsum(counts) - counts, counts)
+    return _Rows(chain, rank, int(counts.max()))
+
+
+def _in_order(label: _Ints) -> _Ints:
+    """Components numbered in the order in which elements meet them."""
+    _, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    number = np.empty_like(first)
+    number[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return number[inverse].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A part of the state, which holds one latent at each level at most."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Slots:
+    """The parts of a state, and that of each latent."""
+
+    all: tuple[_Slot, ...]
+    of: dict[int, int]
+
+
+def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Rows]) -> _Slots:
+    """Latents of one name but for numbers share a part of the state; a first one of another name too."""
+    found: list[_Slot] = []
+    of: dict[int, int] = {}
+    taken: set[tuple[int, int]] = set()
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for i, site in enumerate(sites):
+        if not site.is_latent:
+            continue
+        width = rows[i].count * site.width
+        name = re.sub(r"\d+", "#", site.name)
+        own = kinds.setdefault((name, width), [])
+        free = [s for s in own if (levels[i], s) not in taken]
+        if not free:
+            free = [
+                s
+                for s, slot in enumerate(found)
+                if slot.width == width and (levels[i], s) not in taken
+            ]
+        if not free:
+            found.append(_Slot(name, width))
+            free = [len(found) - 1]
+        if free[0] not in own:
+            own.append(free[0])
+        of[i] = free[0]
+        taken.add((levels[i], free[0]))
+    return _Slots(tuple(found), of)
+
+
+def _depths(sites: Sequence[SiteForm], levels: Sequence[int], slots: _Slots) -> list[int]:
+    """For each part of a state how many levels it is kept after its own."""
+    out = [0] * len(slots.all)
+    for i, site in enumerate(sites):
+        for term in site.terms:
+            lag = levels[i] - levels[term.latent] - (1 if site.is_latent else 0)
+            slot = slots.of[term.latent]
+            out[slot] = max(out[slot], lag)
+    return out
+
+
+def _state_places(widths: Sequence[int], depths: Sequence[int]) -> tuple[list[list[int]], _Ints]:
+    """Where each part begins, lag by lag, and which places are copies of the state before."""
+    starts: list[list[int]] = [[] for _ in widths]
+    carried = []
+    at = 0
+    for lag in range(max(depths, default=0) + 1):
+        for slot, width in enumerate(widths):
+            if lag > depths[slot]:
+                continue
+            if lag:
+                before = starts[slot][lag - 1]
+                carried += [(at + k, before + k) for k in range(width)]
+            starts[slot].append(at)
+            at += width
+    return starts, np.asarray(carried, dtype=np.int64).reshape(-1, 2)
