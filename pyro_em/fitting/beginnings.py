@@ -23,7 +23,7 @@ from pyro_em.plan.program import Evaluation, Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
 from pyro_em.posteriors.gaussian_product import drawn_from_prior
-from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated
+from pyro_em.posteriors.linear_gaussian import Integrated, Solution
 from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.vectors import Rows, rows_of
 
@@ -164,7 +164,7 @@ def _with_prior_draws(evaluation: Evaluation, generator: torch.Generator) -> Eva
     """The factors with Gaussian latents at draws from their prior."""
     drawn: dict[int, Integrated] = {}
     for g, solution in evaluation.solved.items():
-        assert isinstance(solution, GaussianSolution)
+        assert isinstance(solution, Solution)
         drawn[g] = drawn_from_prior(solution, generator)
     return replace(evaluation, solved=drawn)
 

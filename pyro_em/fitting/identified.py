@@ -76,7 +76,7 @@ def undetermined(program: Program) -> list[Undetermined]:
         ]
         if not all(b.is_static for b in group.bindings.values()):
             continue
-        found = _of_block(block, names, program.graph.parameters)
+        found = _of_block(block.representative, names, program.graph.parameters)
         if found is not None and found.count:
             out.append(found)
     return out

@@ -108,8 +108,6 @@ def gaussian_routes(
             continue
         info = bare.sites[name]
         shown = ", ".join(f"'{c}'" for c in children.get(name, ())[:3])
-        layout = blocks[name].layout
-        sizes = f"{layout.largest} unknown{'s' * (layout.largest > 1)} in the largest block"
         out.append(
             Route(
                 name,
@@ -117,7 +115,7 @@ def gaussian_routes(
                 "Gaussian",
                 None,
                 info.plates,
-                f"linear in {shown}; {sizes}",
+                f"linear in {shown}; {blocks[name].kind}",
             )
         )
     return tuple(out)

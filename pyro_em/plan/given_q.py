@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
@@ -13,7 +16,7 @@ from pyro_em.plan.program import Evaluation
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
 from pyro_em.posteriors.gaussian_steps import Solved
-from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated
+from pyro_em.posteriors.linear_gaussian import Integrated, Solution
 from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.posterior import Posterior, regrouped
 from pyro_em.posteriors.product import product_posterior
@@ -69,13 +72,18 @@ def given_solutions(evaluation: Evaluation, given: Mapping[str, Any], where: str
                     [f"give distributions for: {listed(names)}", "leave all of them out"],
                 )
             )
-        assert isinstance(solution, GaussianSolution)
-        moments = {
-            i: moments_given(faces.group(n), faces.batch(n), given[n], where)
-            for n, i in names.items()
-        }
-        means = {i: m for i, (m, _) in moments.items()}
-        out[g] = GaussianProduct(solution, means, {i: c for i, (_, c) in moments.items()})
+        assert isinstance(solution, Solution)
+        means: dict[int, list[Tensor]] = {}
+        covariances: dict[int, list[Tensor]] = {}
+        for n, i in names.items():  # members of one site follow each other
+            mean, covariance = moments_given(faces.group(n), faces.batch(n), given[n], where)
+            means.setdefault(i, []).append(mean)
+            covariances.setdefault(i, []).append(covariance)
+        out[g] = GaussianProduct(
+            solution,
+            {i: torch.cat(m) for i, m in means.items()},
+            {i: torch.cat(c) for i, c in covariances.items()},
+        )
     return out
 
 

@@ -113,9 +113,10 @@ def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
     slots = _slots(sites, levels, placed)
     depths = _depths(sites, levels, slots)
     widths = [slot.width for slot in slots.all]
-    fresh, unknowns = sum(widths), sum(
-        s.rows * s.width for s in sites if s.is_latent
-    ) // max(chains, 1)
+    fresh, unknowns = (
+        sum(widths),
+        sum(s.rows * s.width for s in sites if s.is_latent) // max(chains, 1),
+    )
     size = sum(w * (d + 1) for w, d in zip(widths, depths, strict=True))
     if 4 * steps * size**3 > unknowns**3:
         return None
@@ -141,9 +142,7 @@ def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
             start = filled[levels[i]]
             filled[levels[i]] += own.count * site.width
         out.append(Placed(levels[i], start, own.chain, own.rank, tuple(reads), tuple(present)))
-    return ChainForm(
-        steps, chains, fresh, size, max(filled), torch.as_tensor(carried), tuple(out)
-    )
+    return ChainForm(steps, chains, fresh, size, max(filled), torch.as_tensor(carried), tuple(out))
 
 
 def _levels(sites: Sequence[SiteForm]) -> list[int]:
@@ -239,7 +238,7 @@ class _Slots:
 
 
 def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Rows]) -> _Slots:
-    """Latents of one name but for numbers share a part of the state; a first one of another name too."""
+    """Latents of one name but for numbers share a part of the state; so does the first, of another."""
     found: list[_Slot] = []
     of: dict[int, int] = {}
     taken: set[tuple[int, int]] = set()

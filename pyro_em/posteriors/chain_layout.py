@@ -1,4 +1,7 @@
-"""The sites of Gaussian chains as stacks: those that are alike at many levels, and where their numbers lie."""
+"""The sites of Gaussian chains as stacks, and where their numbers lie.
+
+A stack holds sites that are alike at many levels.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,8 @@ class Stack:
         empty = np.zeros((form.rows, 0), dtype=np.int64)
         reads = np.concatenate([empty, *one.reads], 1)
         present = [
-            np.broadcast_to(p[:, None], r.shape) for p, r in zip(one.present, one.reads, strict=True)
+            np.broadcast_to(p[:, None], r.shape)
+            for p, r in zip(one.present, one.reads, strict=True)
         ]
         there = np.concatenate([empty.astype(bool), *present], 1)
         return cls(

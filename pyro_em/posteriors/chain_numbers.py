@@ -118,10 +118,14 @@ def numbers_of(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainNumb
         kind, member, start = kinds.entries[i]
         place = start[:, None, None] + stack.own
         reads = stack.reads.expand(len(kind), *stack.reads.shape)
-        transition.add(stack, kind, member, (place.unsqueeze(-1), reads.unsqueeze(-2)), number.coefficients)
+        transition.add(
+            stack, kind, member, (place.unsqueeze(-1), reads.unsqueeze(-2)), number.coefficients
+        )
         noise.add(stack, kind, member, (place.unsqueeze(-1), place.unsqueeze(-2)), number.root)
         every = torch.arange(stack.members)
-        drift.add(stack, stack.levels, every, (stack.starts[:, None, None] + stack.own,), number.offset)
+        drift.add(
+            stack, stack.levels, every, (stack.starts[:, None, None] + stack.own,), number.offset
+        )
     A = transition.tensor
     if len(form.carried):
         shift = A.new_zeros(n, n)

@@ -11,6 +11,7 @@ P the filtered covariance: nothing is the difference of large numbers, and nothi
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,9 +79,7 @@ class ChainSolution:
             self._places(latent_b, elements_b),
         )
         swapped = s > t
-        found = self.numbers.constant.new_zeros(
-            self.cells, len(s), own.shape[1], its.shape[1]
-        )
+        found = self.numbers.constant.new_zeros(self.cells, len(s), own.shape[1], its.shape[1])
         for backward in (False, True):
             which = (swapped if backward else ~swapped).nonzero().squeeze(-1)
             which = which[chain[which] == other[which]]
@@ -126,8 +125,7 @@ class ChainSolution:
             diagonal: Whether of E[r rᵀ] only the diagonal is wanted.
         """
         stack, numbers = self.layout.stacks[site], self.numbers.stacks[site]
-        back = 1 if stack.form.is_latent else 0
-        level = (stack.levels - back).clamp(min=0)
+        level = self._read_levels(site)
         mean = self._gathered(self._mean, level, stack.chain, stack.reads)
         covariance = self._pairs(self._covariance, level, stack.chain, stack.reads, stack.reads)
         if stack.present is not None:
@@ -181,17 +179,64 @@ class ChainSolution:
             passed = passed * stack.present.unsqueeze(-2)
         return residual, covariance, -(Q @ passed)
 
+    def counted_coefficients(self, site: int) -> Tensor:
+        """C, zero at entries of weight zero. # (cells|1, rows|1, D, Q)"""
+        numbers, stack = self.numbers.stacks[site], self.layout.stacks[site]
+        C = numbers.coefficients
+        if numbers.weight is not None:
+            C = C * (numbers.weight > 0).unsqueeze(-1)
+        if C.shape[1:3] == (1, 1):
+            return C.flatten(1, 2)
+        return C.expand(-1, stack.members, stack.form.rows, -1, -1).flatten(1, 2)
+
     def residual_at(self, site: int, read: Tensor, own: Tensor | None = None) -> Tensor:
         """y − b − C u at some values; zero at observed entries of weight zero. # (cells|1, rows, D)"""
         stack, numbers = self.layout.stacks[site], self.numbers.stacks[site]
         full = (stack.members, stack.form.rows)
-        y = numbers.value if own is None else own.reshape(*full, -1)
+        y = numbers.value if own is None else own.reshape(*full, own.shape[-1])
         assert y is not None
-        read = read.reshape(-1, *full, read.shape[-1])
+        read = read.reshape(len(read), *full, read.shape[-1])
         r = y - numbers.offset - (numbers.coefficients @ read.unsqueeze(-1)).squeeze(-1)
         if numbers.weight is not None:
             r = torch.where(numbers.weight > 0, r, torch.zeros_like(r))
         return r.expand(-1, *full, -1).flatten(1, 2)
+
+    def read_of(self, site: int, values: Mapping[int, Tensor]) -> Tensor:
+        """What the rows of a stack read of values of all latents. # (members · rows, Q)"""
+        form = self.layout.form
+        path = self.numbers.constant.new_zeros(form.chains, form.steps, form.size)
+        for i, value in values.items():
+            level, chain, own = self._places(i, torch.arange(len(value)))
+            path[chain.unsqueeze(-1), level.unsqueeze(-1), own] = value
+        for here, before in form.carried.tolist():
+            path[:, 1:, here] = path[:, :-1, before]
+        stack = self.layout.stacks[site]
+        level = self._read_levels(site)
+        found = self._gathered(path.unsqueeze(0), level, stack.chain, stack.reads)
+        if stack.present is not None:
+            found = found * stack.present.to(found)
+        return found[0].flatten(0, 1)
+
+    def read_covariance(self, site: int, covariances: Mapping[int, Tensor]) -> Tensor:
+        """The same of covariances of independent elements. # (members · rows, Q, Q)"""
+        form = self.layout.form
+        n = form.size
+        path = self.numbers.constant.new_zeros(form.chains, form.steps, n, n)
+        for i, value in covariances.items():
+            level, chain, own = self._places(i, torch.arange(len(value)))
+            at = chain[:, None, None], level[:, None, None], own.unsqueeze(-1), own.unsqueeze(-2)
+            path[at] = value
+        copies = dict(form.carried.tolist())
+        for here, before in copies.items():
+            for other, its in copies.items():
+                path[:, 1:, here, other] = path[:, :-1, before, its]
+        stack = self.layout.stacks[site]
+        level = self._read_levels(site)
+        found = self._pairs(path.unsqueeze(0), level, stack.chain, stack.reads, stack.reads)
+        if stack.present is not None:
+            there = stack.present.to(found)
+            found = found * (there.unsqueeze(-1) * there.unsqueeze(-2))
+        return found[0].flatten(0, 1)
 
     def is_of(self, other: Integrated) -> bool:
         """Whether it is the posterior of the very numbers of another one, stack by stack."""
@@ -226,7 +271,9 @@ class ChainSolution:
         state = space.value.new_zeros(space.chains, space.size)
         states = []
         for t, kind in enumerate(space.dynamics.tolist()):
-            moved = (space.transition[:, kind] @ state.unsqueeze(-1)).squeeze(-1) if t else 0 * state
+            moved = (
+                (space.transition[:, kind] @ state.unsqueeze(-1)).squeeze(-1) if t else 0 * state
+            )
             state = moved + space.drift[:, t] + (space.noise[:, kind] @ z[:, t]).squeeze(-1)
             states.append(state)
         path = self._by_cell(torch.stack(states, 1))
@@ -270,10 +317,17 @@ class ChainSolution:
         """# (cells · chains|1, …) as (cells|1, chains|1, …)"""
         return t.unsqueeze(0) if len(t) == 1 else t.unflatten(0, (self.cells, self.layout.blocks))
 
+    def _read_levels(self, site: int) -> Tensor:
+        """The levels of the states that the members of a stack read. # (members,)"""
+        stack = self.layout.stacks[site]
+        return (stack.levels - 1).clamp(min=0) if stack.form.is_latent else stack.levels
+
     def _own(self, latent: int, path: Tensor) -> Tensor:
         """The numbers of a latent in states. # (…, members, rows, q)"""
         stack = self.layout.stacks[latent]
-        return self._gathered(path, stack.levels, stack.chain, stack.starts[:, None, None] + stack.own)
+        return self._gathered(
+            path, stack.levels, stack.chain, stack.starts[:, None, None] + stack.own
+        )
 
     def _gathered(self, t: Tensor, level: Tensor, chain: Tensor, places: Tensor) -> Tensor:
         """Numbers of states. # (cells|1, members, rows, ·)

@@ -23,7 +23,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_steps import in_m_step
-from pyro_em.posteriors.linear_gaussian import GaussianSolution
+from pyro_em.posteriors.linear_gaussian import Solution
 from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
@@ -42,7 +42,7 @@ class Solved(Expectation):
         solution: Of the rows that stand for all.
     """
 
-    solution: GaussianSolution | None = None
+    solution: Solution | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian_layout import BlockLayout, SiteForm, Term
-from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated, SiteNumbers, solve
+from pyro_em.posteriors.linear_gaussian import Blocks, Integrated, SiteNumbers, Solution, solve
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import (
@@ -64,11 +64,37 @@ class GaussianBlock:
     @cached_property
     def latents(self) -> dict[str, int]:
         """The number of each latent's site."""
-        return {g.members[0]: i for i, g in enumerate(self.groups) if g.role is Role.GAUSSIAN}
+        return {
+            name: i
+            for i, g in enumerate(self.groups)
+            if g.role is Role.GAUSSIAN
+            for name in g.members
+        }
+
+    def first_element(self, latent: str) -> int:
+        """The number of a latent's first element among those of its site's members."""
+        group = self.groups[self.latents[latent]]
+        rows = torch.Size(group.sizes[: group.n_plates]).numel()
+        return 0 if len(group.members) == 1 else group.members.index(latent) * rows
+
+    @property
+    def kind(self) -> str:
+        """What the E-step works on, in words."""
+        largest = self.layout.largest
+        return f"{largest} unknown{'s' * (largest > 1)} in the largest block"
+
+    @property
+    def representative(self) -> GaussianBlock:
+        """A dense block whose moments depend on the parameters as those of this one do."""
+        return self
+
+    @property
+    def layout(self) -> Blocks:
+        """Which unknowns belong together."""
+        return self._dense
 
     @cached_property
-    def layout(self) -> BlockLayout:
-        """Which unknowns belong together."""
+    def _dense(self) -> BlockLayout:
         forms = []
         for group, line in zip(self.groups, self.lines, strict=True):
             terms = tuple(Term(self.numbers_of_sites[r.latent], r.elements) for r in line.reads)
@@ -80,7 +106,7 @@ class GaussianBlock:
     @property
     def cost(self) -> int:
         """Numbers in the matrices of one E-step."""
-        sizes = torch.as_tensor(self.layout.block_sizes, dtype=torch.float64)
+        sizes = torch.as_tensor(self._dense.block_sizes, dtype=torch.float64)
         return math.prod(self.states) * int(sizes.square().sum())
 
     def of_site(self, i: int, arguments: Arguments) -> dict[str, Tensor]:
@@ -88,19 +114,23 @@ class GaussianBlock:
         group = self.groups[i]
         return {a: arguments[piece(group.members[0], a)] for a in group.arguments}
 
-    def solve(self, arguments: Arguments) -> GaussianSolution:
+    def solve(self, arguments: Arguments) -> Solution:
         """The posterior of the latents, for each state of the scope.
 
         Raises:
             DegenerateError: If an observation has no noise.
         """
-        numbers = [
-            _numbers(group, self.of_site(i, arguments)) for i, group in enumerate(self.groups)
-        ]
-        found = solve(self.layout, numbers)
+        found = self.solution(arguments)
         if found.degenerate:
             raise DegenerateError(self._without_noise(arguments))
         return found
+
+    def solution(self, arguments: Arguments) -> Solution:
+        """The posterior of the latents, which is not valid if an observation has no noise."""
+        numbers = [
+            _numbers(group, self.of_site(i, arguments)) for i, group in enumerate(self.groups)
+        ]
+        return solve(self._dense, numbers)
 
     def _without_noise(self, arguments: Arguments) -> str:
         sites = []
@@ -120,7 +150,7 @@ class GaussianBlock:
             ["let the scale be positive", "give it a floor: ClosedForm(floor=1e-6)"],
         )
 
-    def table(self, solution: GaussianSolution) -> Tensor:
+    def table(self, solution: Solution) -> Tensor:
         """The log evidence in nats, per element of the plates and state of the scope.
 
         Returns:
@@ -169,9 +199,7 @@ class GaussianBlock:
             moments = solution.linear_moments(i, diagonal=not is_matrix(group))
             belief = Moments(moments, solution.coefficients(i), weights_of(group, cells))
             weights = cells * replace(group, elements=None).weights().detach()
-            out.append(
-                (replace(group, arguments=own, belief=belief), weights.expand(full))
-            )
+            out.append((replace(group, arguments=own, belief=belief), weights.expand(full)))
         return out
 
 
@@ -186,7 +214,7 @@ def _numbers(group: Group, arguments: Arguments) -> SiteNumbers:
     coefficients = tuple(rows_of(group, arguments[a], 1) for a in group.lines if a != "loc")
     latent = group.role is Role.GAUSSIAN
     weight = None
-    if not latent and not _counts_once(group):
+    if not latent and not counts_once(group):
         own = weights_of(group)[0]
         weight = own.unsqueeze(-1) if own.dim() == 1 else own
     return SiteNumbers(
@@ -199,7 +227,8 @@ def _numbers(group: Group, arguments: Arguments) -> SiteNumbers:
     )
 
 
-def _counts_once(group: Group) -> bool:
+def counts_once(group: Group) -> bool:
+    """Whether every entry of a site's value counts once."""
     return group.mask is None and group.elements is None and group.is_unscaled
 
 

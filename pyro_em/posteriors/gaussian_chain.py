@@ -1,4 +1,4 @@
-"""The block of Gaussian latents that follow each other: Kalman's filter and smoother in place of matrices.
+"""The block of Gaussian latents that follow each other, by Kalman's filter and smoother.
 
 Sites that are alike at many steps are one group with a member for each, so that neither the E-step nor
 the M-step goes from site to site. What an E-step costs is linear in the number of steps.
@@ -6,18 +6,100 @@ the M-step goes from site to site. What an E-step costs is linear in the number 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.chain_form import ChainForm
 from pyro_em.posteriors.chain_layout import ChainLayout, Stack
-from pyro_em.posteriors.chain_numbers import ChainNumbers, StackNumbers, numbers_of
+from pyro_em.posteriors.chain_numbers import StackNumbers, numbers_of
 from pyro_em.posteriors.chain_solution import ChainSolution
-from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
+from pyro_em.posteriors.gaussian import Arguments, GaussianBlock, counts_once
 from pyro_em.posteriors.kalman import smoothed
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.gaussian_rows import (
+    apart_rows,
+    event_shape,
+    is_matrix,
+    tril_factors,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianChain(GaussianBlock):
+    """Gaussian latents that follow each other, and the sites that read them.
+
+    A group holds the sites of many steps as its members; ``lines`` are those of the first members.
+
+    Attributes:
+        chains: Where their numbers lie in states.
+        beginning: The first few steps as one dense block.
+    """
+
+    chains: ChainLayout = field(kw_only=True)
+    beginning: GaussianBlock = field(kw_only=True)
+
+    @property
+    def layout(self) -> ChainLayout:
+        """The chains, which are solved apart."""
+        return self.chains
+
+    @property
+    def cost(self) -> int:
+        """Numbers in the matrices of one E-step."""
+        form = self.chains.form
+        cells = torch.Size(self.states).numel()
+        return cells * form.chains * form.steps * form.size * (form.size + form.width)
+
+    @property
+    def representative(self) -> GaussianBlock:
+        """The first few steps, which stand for all."""
+        return self.beginning
+
+    @property
+    def kind(self) -> str:
+        """See `GaussianBlock.kind`."""
+        n = self.chains.form.size
+        return f"chain: Kalman filter and smoother, {n} state{'s' * (n > 1)}"
+
+    def solution(self, arguments: Arguments) -> ChainSolution:
+        """The posterior of the latents, for each state of the scope."""
+        stacks = [
+            _numbers(group, stack, self.of_site(i, arguments))
+            for i, (group, stack) in enumerate(zip(self.groups, self.chains.stacks, strict=True))
+        ]
+        numbers = numbers_of(self.chains, stacks)
+        return ChainSolution(self.chains, numbers, smoothed(numbers.space))
+
+
+def _numbers(group: Group, stack: Stack, arguments: Arguments) -> StackNumbers:
+    """The numbers of one stack."""
+    double = torch.float64
+    offset = apart_rows(group, arguments["loc"]).to(double)
+    matrix = is_matrix(group)
+    spread = tril_factors(group, arguments) if matrix else apart_rows(group, arguments["scale"])
+    parts = [apart_rows(group, arguments[a], 1).to(double) for a in group.lines if a != "loc"]
+    shape = torch.broadcast_shapes(*(p.shape[:3] for p in parts)) if parts else (1, 1, 1)
+    width = event_shape(group).numel()
+    C = offset.new_zeros(*shape, width, 0)
+    C = torch.cat([C, *(p.expand(*shape, *p.shape[3:]) for p in parts)], -1)
+    if stack.present is not None:
+        C = C * stack.present.unsqueeze(-2).to(C)
+    spread = spread.to(double)
+    if group.role is Role.GAUSSIAN:
+        return StackNumbers(C, offset, spread, matrix)
+    value = apart_rows(group, group.value)[0].to(double)
+    weight = None if counts_once(group) else _weights(group)
+    if weight is not None:
+        value = torch.where(weight > 0, value, torch.zeros_like(value))
+    full = (stack.members, stack.form.rows, width)
+    return StackNumbers(C, offset, spread, matrix, value.expand(full), weight)
+
+
+def _weights(group: Group) -> Tensor:
+    """How much each entry counts. # (members|1, rows|1, D|1)"""
+    weights = group.weights().detach().to(torch.float64)
+    if group.elements is None:
+        weights = weights.reshape(weights.shape + (1,) * len(event_shape(group)))
+    return apart_rows(group, weights, own_event=True)[0]

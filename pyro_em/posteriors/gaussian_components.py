@@ -7,17 +7,18 @@ which is exact where no unknown connects elements of the plates in which the sco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding
-from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
+from pyro_em.posteriors.chain_building import chain_block
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks, piece
+from pyro_em.posteriors.gaussian_sites import dense_block, taken
 from pyro_em.tracing.sites import Role
 
 
@@ -96,13 +97,9 @@ def _block(
     states = tuple(graph.latents[z].size for z in scope)
     if math.prod(states) > 2**20:
         raise NotSeparate(_too_many(tuple(lines), scope, states))
-    traced = tuple(_traced(graph, line, values) for line in lines.values())
-    sites = tuple(
-        _site(group, line, scope, states, values, read.get(line.site, {}))
-        for group, line in zip(traced, lines.values(), strict=True)
-    )
-    block = GaussianBlock(sites, tuple(lines.values()), scope, states, traced=traced)
-    for group in sites:
+    chain = chain_block(graph, lines, scope, states, values)
+    block = chain or dense_block(graph, lines, scope, states, values, read)
+    for group in block.groups:
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
             what = f"its mask depends on '{scope[0]}'."
             raise NotSeparate(_finding(block, f"site '{group.members[0]}'", what))
@@ -156,102 +153,6 @@ def _too_dear(block: GaussianBlock, limit: int) -> Finding:
         f"site '{next(iter(block.latents))}'",
         f"its E-step has matrices of {block.cost:,} numbers, the largest of {block.layout.largest} "
         f"unknowns; the budget is max_enumeration={limit:,}.",
-    )
-
-
-def _traced(graph: FactorGraph, line: Line, values: Mapping[str, Tensor]) -> Group:
-    """The group of one site, its mean bound to parameters."""
-    group, i = graph.group_of(line.site)
-    group = taken(group, [i])
-    offset, dtype = line.offset, group.arguments["loc"].dtype
-    if not offset.is_static:
-        return group
-    with torch.no_grad():
-        loc = offset.evaluate(values)
-    return replace(
-        group,
-        arguments={**group.arguments, "loc": loc.to(dtype)},
-        bindings={**group.bindings, "loc": offset},
-    )
-
-
-def _site(
-    group: Group,
-    line: Line,
-    scope: tuple[str, ...],
-    states: tuple[int, ...],
-    values: Mapping[str, Tensor],
-    read: Mapping[str, Tensor],
-) -> Group:
-    """The group of one site, its mean in parts, over its plates and the whole scope."""
-    n = group.n_plates
-    own = group.dims[0][n:]
-
-    def widened(t: Tensor) -> Tensor:
-        there = dict(zip(own, t.shape[1 + n :], strict=False))
-        return t.reshape(
-            *t.shape[: 1 + n], *(there.get(z, 1) for z in scope), *t.shape[1 + n + len(own) :]
-        )
-
-    parts = line.parts
-    bindings = {a: with_tensors(b, widened) for a, b in {**group.bindings, **parts}.items()}
-    dtype = group.arguments["loc"].dtype
-    with torch.no_grad():
-        held = {a: bindings[a].evaluate(values) for a in parts if bindings[a].is_static}
-    held = {a: (held[a] if a in held else widened(read[a])).to(dtype) for a in parts}
-    return replace(
-        group,
-        dims=((*group.dims[0][:n], *scope),),
-        sizes=(*group.sizes[:n], *states),
-        arguments={**{a: widened(t) for a, t in group.arguments.items()}, **held},
-        bindings=bindings,
-        value=widened(group.value),
-        mask=None if group.mask is None else widened(group.mask),
-        scale=tuple(
-            widened(s.unsqueeze(0))[0] if isinstance(s, Tensor) and s.dim() else s
-            for s in group.scale
-        ),
-        elements=None if group.elements is None else widened(group.elements),
-        lines=tuple(parts),
-        reads=tuple(r.latent for r in line.reads),
-    )
-
-
-def with_tensors(b: Binding, change: Callable[[Tensor], Tensor]) -> Binding:
-    """A binding whose tensors, over an argument's cells, are laid out anew."""
-    return replace(
-        b,
-        constant=change(b.constant),
-        selections=tuple(
-            replace(s, index=change(s.index), factor=None if s.factor is None else change(s.factor))
-            for s in b.selections
-        ),
-        jacobians=None if b.jacobians is None else {n: change(j) for n, j in b.jacobians.items()},
-    )
-
-
-def taken(group: Group, members: Sequence[int]) -> Group:
-    """A group with some of its members."""
-    if len(members) == len(group.members):
-        return group
-    at = list(members)
-
-    def rows(t: Tensor) -> Tensor:
-        return t[at] if t.shape[0] > 1 or t.stride(0) else t[:1].expand(len(at), *t.shape[1:])
-
-    return replace(
-        group,
-        members=tuple(group.members[i] for i in at),
-        dims=tuple(group.dims[i] for i in at),
-        arguments={a: rows(t) for a, t in group.arguments.items()},
-        bindings={a: with_tensors(b, rows) for a, b in group.bindings.items()},
-        value=rows(group.value),
-        mask=None if group.mask is None else rows(group.mask),
-        scale=tuple(group.scale[i] for i in at),
-        value_binding=None
-        if group.value_binding is None
-        else with_tensors(group.value_binding, rows),
-        elements=None if group.elements is None else rows(group.elements),
     )
 
 

@@ -22,6 +22,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import is_glob, listed, matching, meant, refuse_gaps, unknown
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussian_sites import taken
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.names import gaussian_names, names_of, observed_steps, own_name
@@ -39,6 +40,7 @@ class GaussianSite:
         group: Its site.
         place: The number of the graph's group that integrates it.
         number: Its number among the sites of that group's block.
+        first: The number of its first element among those of that site.
         solution: The posterior of the block.
         plates: For each batch dimension of the site, the plate's name or None.
         batch: The sizes of these.
@@ -50,6 +52,7 @@ class GaussianSite:
     group: Group
     place: int
     number: int
+    first: int
     solution: Integrated
     plates: tuple[str | None, ...]
     batch: tuple[int, ...]
@@ -80,11 +83,21 @@ class GaussianSite:
     def elements(self) -> Tensor:
         """The numbers of its elements. # (*batch,)"""
         count = math.prod(self.batch)
-        return torch.arange(count, device=self.group.value.device).reshape(self.batch)
+        own = torch.arange(count, device=self.group.value.device).reshape(self.batch)
+        return own + self.first
+
+    @property
+    def own(self) -> slice:
+        """The places of its elements."""
+        return slice(self.first, self.first + math.prod(self.batch))
+
+    def means(self) -> Tensor:
+        """The mean of each element under each combination. # (cells, elements, D)"""
+        return self.solution.mean(self.number)[:, self.own]
 
     def mean(self) -> Tensor:
         """E[h]. # (*batch, *event)"""
-        mixed = _mixed(self.solution.mean(self.number), self.weights)
+        mixed = _mixed(self.means(), self.weights)
         return mixed.reshape((*self.batch, *self.event)).to(self.dtype)
 
     def covariances(self) -> Tensor:
@@ -94,7 +107,7 @@ class GaussianSite:
 
     def marginal(self) -> Any:
         """A distribution over the batch; see `Posterior.marginal`."""
-        mean = self.solution.mean(self.number).transpose(0, 1)  # (elements, cells, D)
+        mean = self.means().transpose(0, 1)  # (elements, cells, D)
         covariance = self.covariances().transpose(0, 1)
         if self.weights is None:
             mean, covariance = mean[:, 0], covariance[:, 0]
@@ -149,7 +162,7 @@ def covariance(a: GaussianSite, b: GaussianSite) -> Tensor:
     if a.weights is not None and b.weights is not None:
         if a.scope != b.scope:
             raise UsageError(_two_scopes(a, b))
-        weights = a.weights[:, first]
+        weights = a.weights[:, first - a.first]
         u = a.solution.mean(a.number)[:, first]
         v = b.solution.mean(b.number)[:, second]
         u, v = u - _mixed(u, weights), v - _mixed(v, weights)
@@ -230,14 +243,16 @@ class GaussianFaces:
         g, i = self.places[name]
         block, group = _block(self.graph, g), self.group(name)
         plates, batch = self._plates(name), self.batch(name)
-        return GaussianSite(
-            group, g, i, self.solved[g], plates, batch, self.weights(g, i), block.scope
-        )
+        first, weights = block.first_element(name), self.weights(g, i)
+        if weights is not None:
+            weights = weights[:, first : first + math.prod(batch)]
+        return GaussianSite(group, g, i, first, self.solved[g], plates, batch, weights, block.scope)
 
     def group(self, name: str) -> Group:
         """The site of a latent."""
         g, i = self.places[name]
-        return _block(self.graph, g).groups[i]
+        group = _block(self.graph, g).groups[i]
+        return taken(group, [group.members.index(name)])
 
     def batch(self, name: str) -> tuple[int, ...]:
         """The sizes of a latent's batch dimensions."""
@@ -260,7 +275,7 @@ class GaussianFaces:
                 continue
             block = _block(self.graph, g)
             weights = torch.zeros_like(entropy)
-            for i in block.latents.values():
+            for i in set(block.latents.values()):
                 each = self.weights(g, i)
                 assert each is not None
                 at = block.layout.block_of_element(i)
@@ -278,7 +293,7 @@ class GaussianFaces:
         for name in self.places:
             site = self.site("mode", name)
             cells = self._cells(site, {z: c.unsqueeze(0) for z, c in codes.items()}, 1)
-            out[name] = site.chosen(site.solution.mean(site.number).unsqueeze(0), cells)[0].clone()
+            out[name] = site.chosen(site.means().unsqueeze(0), cells)[0].clone()
         return out
 
     def sample(self, n: int, generator: torch.Generator | None, codes: Codes) -> dict[str, Tensor]:
@@ -293,12 +308,14 @@ class GaussianFaces:
         out = {name: s.group.value.new_empty((n, *s.batch, *s.event)) for name, s in sites.items()}
         for g, solution in self.solved.items():
             own = [s for s in sites.values() if s.place == g]
+            order = {i: k for k, i in enumerate(sorted({s.number for s in own}))}
             size = max(1, solution.cells * solution.layout.vector_size)
             portion = max(1, AT_ONCE // size)
             for begin in range(0, n, portion):
                 end = min(begin + portion, n)
                 drawn = solution.sample(end - begin, generator)
-                for site, values in zip(own, drawn, strict=True):
+                for site in own:
+                    values = drawn[order[site.number]][:, :, site.own]
                     part = {z: c[begin:end] for z, c in codes.items()}
                     cells = self._cells(site, part, end - begin)
                     out[site.name][begin:end] = site.chosen(values, cells)
@@ -314,7 +331,8 @@ class GaussianFaces:
 
     def _cells(self, site: GaussianSite, codes: Codes, n: int) -> Tensor | None:
         """The combination of discrete values of each element. # (n, elements)"""
-        return self.cells_of_rows(site.place, site.number, codes, n)
+        rows = self.cells_of_rows(site.place, site.number, codes, n)
+        return None if rows is None else rows[:, site.own]
 
     def cells_of_rows(self, g: int, i: int, codes: Codes, n: int) -> Tensor | None:
         """The combination of discrete values of each row of a site; None where there is one.

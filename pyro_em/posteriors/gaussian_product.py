@@ -18,8 +18,7 @@ from pyro_em.arguments import shown
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.gaussian_layout import BlockLayout
-from pyro_em.posteriors.linear_gaussian import GaussianSolution, Integrated
+from pyro_em.posteriors.linear_gaussian import Blocks, Integrated, Solution
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 
@@ -36,12 +35,12 @@ class GaussianProduct:
         covariances: Of each element. # (n, q, q)
     """
 
-    at: GaussianSolution
+    at: Solution
     means: Mapping[int, Tensor]
     covariances: Mapping[int, Tensor]
 
     @property
-    def layout(self) -> BlockLayout:
+    def layout(self) -> Blocks:
         """Blocks and places."""
         return self.at.layout
 
@@ -100,24 +99,9 @@ class GaussianProduct:
 
     def linear_moments(self, site: int, diagonal: bool = False) -> LinearMoments:
         """Moments of the residuals and of φ = (unknowns that the mean reads, 1)."""
-        form = self.layout.sites[site]
-        rows = range(form.rows)
-        mean = self.at.log_evidence.new_zeros(1, form.rows, 0)
-        blocks = []
-        for term in form.terms:
-            there = (term.elements >= 0).unsqueeze(-1)
-            part = self.means[term.latent][term.elements.clamp(min=0)]
-            mean = torch.cat([mean, torch.where(there, part, torch.zeros_like(part))[None]], -1)
-            blocks.append(
-                torch.cat(
-                    [
-                        self._covariance(term.latent, term.elements, t.latent, t.elements)
-                        for t in form.terms
-                    ],
-                    -1,
-                )
-            )
-        covariance = torch.cat(blocks, -2) if blocks else mean.new_zeros(len(rows), 0, 0)
+        rows = self.layout.sites[site].rows
+        mean = self.at.read_of(site, self.means).unsqueeze(0)
+        covariance = self.at.read_covariance(site, self.covariances)
         own = self.means.get(site)
         residual = self.at.residual_at(site, mean, own)
         C = self.at.counted_coefficients(site)
@@ -130,7 +114,7 @@ class GaussianProduct:
         else:
             second = spread + residual.unsqueeze(-1) * residual.unsqueeze(-2)
         cells = torch.broadcast_shapes(residual.shape[:1], cross.shape[:1])[0]
-        lead = (cells, form.rows)
+        lead = (cells, rows)
         return linear_moments(
             mean.expand(cells, -1, -1),
             covariance.expand(*lead, *covariance.shape[-2:]),
@@ -141,7 +125,7 @@ class GaussianProduct:
         )
 
 
-def drawn_from_prior(at: GaussianSolution, generator: torch.Generator) -> GaussianProduct:
+def drawn_from_prior(at: Solution, generator: torch.Generator) -> GaussianProduct:
     """Values drawn from the prior of Gaussian latents, as known ones.
 
     Args:

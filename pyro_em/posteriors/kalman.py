@@ -42,7 +42,8 @@ def filtered(space: StateSpace) -> Filtered:
         Means of each chain, covariances once where all chains share them.
 
     Example:
-        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
+        >>> one, x = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double()
+        >>> which = torch.zeros(2, dtype=torch.long)
         >>> space = StateSpace(
         ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
@@ -75,7 +76,8 @@ def smoothed(space: StateSpace) -> Smoothed:
         Means and covariances of each step, and the adjoints that give covariances between steps.
 
     Example:
-        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
+        >>> one, x = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double()
+        >>> which = torch.zeros(2, dtype=torch.long)
         >>> space = StateSpace(
         ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
@@ -111,7 +113,8 @@ def sampled(space: StateSpace, n: int, generator: torch.Generator | None = None)
         Independent draws, also where covariances are singular. # (n, chains, T, n_state)
 
     Example:
-        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
+        >>> one, x = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double()
+        >>> which = torch.zeros(2, dtype=torch.long)
         >>> space = StateSpace(
         ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )
@@ -142,7 +145,8 @@ def lagged_covariance(space: StateSpace, smoothed: Smoothed, s: Tensor, t: Tenso
         Once where all chains share it. # (chains|1, pairs, n, n)
 
     Example:
-        >>> one, x, which = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double(), torch.zeros(2).long()
+        >>> one, x = torch.ones(1, 1, 1, 1).double(), torch.ones(1, 2, 1).double()
+        >>> which = torch.zeros(2, dtype=torch.long)
         >>> space = StateSpace(
         ...     one, 0 * x, one, which, one, one[..., 0], which, x
         ... )

@@ -20,12 +20,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussian_layout import BlockLayout, Bucket, Reading
+from pyro_em.posteriors.gaussian_layout import BlockLayout, Bucket, Reading, SiteForm
 from pyro_em.posteriors.square_root import square_root
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 
@@ -180,11 +180,49 @@ class _Factor:
         return (self.T.mT @ g).flatten(1)
 
 
+class Blocks(Protocol):
+    """Which unknowns of a component are solved together."""
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        ...
+
+    @property
+    def block_sizes(self) -> Tensor:
+        """Unknown numbers of each block. # (blocks,)"""
+        ...
+
+    @property
+    def largest(self) -> int:
+        """Unknown numbers that one matrix of an E-step is about."""
+        ...
+
+    @property
+    def vector_size(self) -> int:
+        """All unknown numbers, padding included."""
+        ...
+
+    @property
+    def sites(self) -> tuple[SiteForm, ...]:
+        """The sites."""
+        ...
+
+    @property
+    def block_of_row(self) -> tuple[Tensor, ...]:
+        """For each site the block of each row; −1 where a row reads nothing. # (rows,) each"""
+        ...
+
+    def block_of_element(self, latent: int) -> Tensor:
+        """The block of each element of a latent. # (n,)"""
+        ...
+
+
 class Integrated(Protocol):
     """Moments of the unknowns of a component: their posterior, or what a user gave in its place."""
 
     @property
-    def layout(self) -> BlockLayout:
+    def layout(self) -> Blocks:
         """Blocks and places."""
         ...
 
@@ -221,6 +259,45 @@ class Integrated(Protocol):
 
     def is_of(self, other: Integrated) -> bool:
         """Whether it is the posterior that another one is."""
+        ...
+
+
+@runtime_checkable
+class Solution(Integrated, Protocol):
+    """The posterior of the unknowns of a component at parameters, with its evidence."""
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """Nats of each block. # (cells, blocks)"""
+        ...
+
+    @property
+    def degenerate(self) -> bool:
+        """Whether an observed entry that counts has no spread: nothing here is valid then."""
+        ...
+
+    def constant_rows(self, site: int) -> Tensor:
+        """Log density of observed rows that read no latent, 0 for all others. # (cells, rows)"""
+        ...
+
+    def prior_draw(self, generator: torch.Generator) -> dict[int, Tensor]:
+        """One draw of all latents from their prior, by the number of the site. # (cells, n, q) each"""
+        ...
+
+    def counted_coefficients(self, site: int) -> Tensor:
+        """C, zero at entries of weight zero. # (cells|1, rows|1, D, Q)"""
+        ...
+
+    def residual_at(self, site: int, read: Tensor, own: Tensor | None = None) -> Tensor:
+        """y − b − C u at some values; zero at observed entries of weight zero. # (cells|1, rows, D)"""
+        ...
+
+    def read_of(self, site: int, values: Mapping[int, Tensor]) -> Tensor:
+        """What the rows of a site read of values of all latents. # (rows, Q), of (n, q) each"""
+        ...
+
+    def read_covariance(self, site: int, covariances: Mapping[int, Tensor]) -> Tensor:
+        """The same of covariances of independent elements. # (rows, Q, Q), of (n, q, q) each"""
         ...
 
 
@@ -331,6 +408,49 @@ class GaussianSolution:
         assert y is not None
         r = y - rows.offset - _apply(rows.coefficients, read)
         return r if rows.weight is None else torch.where(rows.weight > 0, r, torch.zeros_like(r))
+
+    def read_of(self, site: int, values: Mapping[int, Tensor]) -> Tensor:
+        """What the rows of a site read of values of all latents; zero where they read nothing.
+
+        Args:
+            site: The number of the site.
+            values: Of each latent. # (n, q) each
+
+        Returns:
+            # (rows, Q)
+        """
+        form = self.layout.sites[site]
+        parts = [self._delta.new_zeros(form.rows, 0)]
+        for term in form.terms:
+            part = values[term.latent][term.elements.clamp(min=0)]
+            there = (term.elements >= 0).unsqueeze(-1)
+            parts.append(torch.where(there, part, torch.zeros_like(part)))
+        return torch.cat(parts, -1)
+
+    def read_covariance(self, site: int, covariances: Mapping[int, Tensor]) -> Tensor:
+        """The covariance of what the rows of a site read, where elements are independent.
+
+        Args:
+            site: The number of the site.
+            covariances: Of each element of each latent. # (n, q, q) each
+
+        Returns:
+            # (rows, Q, Q)
+        """
+        form = self.layout.sites[site]
+        blocks = []
+        for a in form.terms:
+            row = []
+            for b in form.terms:
+                if a.latent == b.latent:
+                    same = (a.elements == b.elements) & (a.elements >= 0)
+                    part = covariances[a.latent][a.elements.clamp(min=0)]
+                    row.append(torch.where(same[:, None, None], part, torch.zeros_like(part)))
+                else:
+                    shape = covariances[a.latent].shape[-1], covariances[b.latent].shape[-1]
+                    row.append(self._delta.new_zeros(form.rows, *shape))
+            blocks.append(torch.cat(row, -1))
+        return torch.cat(blocks, -2) if blocks else self._delta.new_zeros(form.rows, 0, 0)
 
     def is_of(self, other: Integrated) -> bool:
         """Whether it is the posterior of the very numbers of another one, site by site."""

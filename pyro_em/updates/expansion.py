@@ -164,9 +164,9 @@ def centred_latents(
         for latent, argument in zip(child.reads, child.lines[1:], strict=True):
             children.setdefault(latent, []).append((c, argument))
     return tuple(
-        Centred(g, tuple(children.get(group.members[0], ())))
+        Centred(g, tuple(children[group.members[0]]))
         for g, group in enumerate(graph.groups)
-        if _is_centred(group)
+        if _is_centred(group) and group.members[0] in children
     )
 
 

@@ -42,6 +42,30 @@ def rows_of(group: Group, t: Tensor, tail: int = 0) -> Tensor:
     )
 
 
+def apart_rows(group: Group, t: Tensor, tail: int = 0, *, own_event: bool = False) -> Tensor:
+    """As `rows_of`, with the members of the group apart from their rows.
+
+    Args:
+        group: The site.
+        t: # (members or 1, *sizes or 1s, *event or 1s, *tail)
+        tail: How many dimensions follow the event.
+        own_event: Whether the event stays as small as it is held.
+
+    Returns:
+        # (cells or 1, members or 1, rows or 1, D, *tail)
+    """
+    event, n = event_shape(group), group.n_plates
+    t = once(t)
+    rest = t.shape[t.dim() - tail :] if tail else torch.Size()
+    rows = _flat(_flat(t, 1, group.sizes[:n]), 2, group.sizes[n:]).movedim(2, 0)
+    own = rows.shape[3 : rows.dim() - tail]
+    if own_event and own.numel() == 1:
+        return rows.reshape(*rows.shape[:3], 1, *rest)
+    return rows.expand(*rows.shape[:3], *event, *rest).reshape(
+        *rows.shape[:3], event.numel(), *rest
+    )
+
+
 def once(t: Tensor) -> Tensor:
     """What is the same for all members of a group, held for one. # (members or 1, …)"""
     return t[:1] if t.stride(0) == 0 else t
@@ -101,12 +125,23 @@ def weights_of(group: Group, counts: Tensor | None = None) -> Tensor:
 
 def tril_rows(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
     """The Cholesky factor of a multivariate normal's covariance. # (cells or 1, rows or 1, D, D)"""
-    if "scale_tril" in arguments:
-        return rows_of(group, arguments["scale_tril"], 1).to(torch.float64)
-    if "covariance_matrix" in arguments:
-        covariance = rows_of(group, arguments["covariance_matrix"], 1).to(torch.float64)
-        return torch.linalg.cholesky(covariance)
-    precision = rows_of(group, arguments["precision_matrix"], 1).to(torch.float64)
+    return _tril({a: rows_of(group, t, 1) for a, t in arguments.items() if a in _MATRICES})
+
+
+def tril_factors(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+    """As `tril_rows`, with the members apart. # (cells or 1, members or 1, rows or 1, D, D)"""
+    return _tril({a: apart_rows(group, t, 1) for a, t in arguments.items() if a in _MATRICES})
+
+
+_MATRICES = ("scale_tril", "covariance_matrix", "precision_matrix")
+
+
+def _tril(spreads: Mapping[str, Tensor]) -> Tensor:
+    if "scale_tril" in spreads:
+        return spreads["scale_tril"].to(torch.float64)
+    if "covariance_matrix" in spreads:
+        return torch.linalg.cholesky(spreads["covariance_matrix"].to(torch.float64))
+    precision = spreads["precision_matrix"].to(torch.float64)
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(precision)))
 
 

@@ -1,0 +1,153 @@
+"""From connected sites to a chain: alike steps become members of one group, with one binding."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.lines import Line
+from pyro_em.posteriors.chain_form import ChainForm, chain_form
+from pyro_em.posteriors.chain_layout import ChainLayout, Stack
+from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussian_chain import GaussianChain
+from pyro_em.posteriors.gaussian_layout import SiteForm, Term
+from pyro_em.posteriors.gaussian_sites import dense_block, site_over, taken, with_offset
+from pyro_em.tracing.sites import Role
+
+_FIRST = 12  # levels that stand for all where a look at a few steps is enough
+
+
+def chain_block(
+    graph: FactorGraph,
+    lines: Mapping[str, Line],
+    scope: tuple[str, ...],
+    states: tuple[int, ...],
+    values: Mapping[str, Tensor],
+) -> GaussianChain | None:
+    """The chain that connected sites make up; None where they make up none.
+
+    Args:
+        graph: As traced with Gaussian latents at zero.
+        lines: What the mean of each site reads.
+        scope: Discrete latents that any of them depends on.
+        states: How many values each has.
+        values: Constrained parameters by name.
+    """
+    if not all(line.is_static for line in lines.values()):
+        return None
+    numbers = {name: i for i, name in enumerate(lines)}
+    members = [graph.group_of(name) for name in lines]
+    forms = [
+        SiteForm(
+            line.site,
+            torch.Size(line.sizes).numel(),
+            group.value.shape[1 + len(group.sizes) :].numel(),
+            group.role is Role.GAUSSIAN,
+            tuple(Term(numbers[r.latent], r.elements) for r in line.reads),
+        )
+        for line, (group, _) in zip(lines.values(), members, strict=True)
+    ]
+    form = chain_form(forms)
+    if form is None:
+        return None
+    alike: dict[Hashable, list[int]] = {}
+    for i, (line, (group, member)) in enumerate(zip(lines.values(), members, strict=True)):
+        placed = form.sites[i]
+        start = placed.start if forms[i].is_latent else None
+        own = group.dims[member][group.n_plates :]
+        kinds = tuple(_kind(b) for b in line.parts.values())
+        alike.setdefault((id(group), start, own, placed.key, kinds), []).append(i)
+    if 3 * len(alike) > len(forms):  # steps that are all of different kinds
+        return None
+
+    every = list(lines.values())
+    traced, groups, stacks = [], [], []
+    for chosen in alike.values():
+        group = taken(members[chosen[0]][0], [members[i][1] for i in chosen])
+        parts = _stacked_parts([every[i] for i in chosen])
+        group = with_offset(group, parts["loc"], values)
+        traced.append(group)
+        # Its coefficients are of several latents, one for each member.
+        reads = ("",) * (len(parts) - 1)
+        groups.append(site_over(group, parts, reads, scope, states, values, {}))
+        placed_here = [form.sites[i] for i in chosen]
+        stacks.append(Stack.of(forms[chosen[0]], placed_here, form.chains))
+    return GaussianChain(
+        tuple(groups),
+        tuple(every[chosen[0]] for chosen in alike.values()),
+        scope,
+        states,
+        traced=tuple(traced),
+        chains=ChainLayout(form, tuple(stacks)),
+        beginning=_beginning(graph, lines, form, scope, states, values),
+    )
+
+
+def _beginning(
+    graph: FactorGraph,
+    lines: Mapping[str, Line],
+    form: ChainForm,
+    scope: tuple[str, ...],
+    states: tuple[int, ...],
+    values: Mapping[str, Tensor],
+) -> GaussianBlock:
+    """The first few steps as one dense block."""
+    last = max(_FIRST, 2 * form.size + 2)
+    levels = (placed.level for placed in form.sites)
+    first = {n: line for (n, line), t in zip(lines.items(), levels, strict=True) if t < last}
+    return dense_block(graph, first, scope, states, values, {})
+
+
+def _kind(b: Binding) -> Hashable:
+    """The same for bindings that may be stacked."""
+    selections = tuple(
+        (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in b.selections
+    )
+    tail = b.constant.shape[-1:] if b.constant.dim() else ()
+    return b.how, b.params, selections, tuple(b.jacobians or ()), b.normalise, tail
+
+
+def _stacked_parts(lines: Sequence[Line]) -> dict[str, Binding]:
+    """What the means of alike sites are made of, one binding for each part."""
+    parts = [tuple(line.parts.values()) for line in lines]
+    names = ("loc", *(f"loc per latent {j}" for j in range(1, len(parts[0]))))
+    return {name: _stacked([own[j] for own in parts]) for j, name in enumerate(names)}
+
+
+def _stacked(bindings: Sequence[Binding]) -> Binding:
+    """One binding for many members."""
+    first = bindings[0]
+    selections = tuple(
+        replace(
+            s,
+            index=_cat([b.selections[k].index for b in bindings]),
+            factor=None
+            if s.factor is None
+            else _cat([f for b in bindings if (f := b.selections[k].factor) is not None]),
+        )
+        for k, s in enumerate(first.selections)
+    )
+    jacobians = None
+    if first.jacobians is not None:
+        jacobians = {
+            n: _cat([b.jacobians[n] for b in bindings if b.jacobians is not None])
+            for n in first.jacobians
+        }
+    constant = _cat([b.constant for b in bindings])
+    return replace(first, constant=constant, selections=selections, jacobians=jacobians)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one row each as one, which is expanded where they are all the same. # (members, …)"""
+    if len({t.shape for t in tensors}) > 1:
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        tensors = [t.expand(shape) for t in tensors]
+    out = torch.cat(list(tensors))
+    if bool((out == out[:1]).all()):
+        return out[:1].expand(out.shape)
+    return out

@@ -1,0 +1,147 @@
+"""The sites of Gaussian blocks as groups: some members of a traced group, their means in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.lines import Line
+from pyro_em.posteriors.gaussian import GaussianBlock
+
+
+def dense_block(
+    graph: FactorGraph,
+    lines: Mapping[str, Line],
+    scope: tuple[str, ...],
+    states: tuple[int, ...],
+    values: Mapping[str, Tensor],
+    read: Mapping[str, Mapping[str, Tensor]],
+) -> GaussianBlock:
+    """The block of connected sites, one group each.
+
+    Args:
+        graph: As traced with Gaussian latents at zero.
+        lines: What the mean of each site reads.
+        scope: Discrete latents that any of them depends on.
+        states: How many values each has.
+        values: Constrained parameters by name.
+        read: Per site what its mean is made of, where no binding gives it.
+    """
+    traced, sites = [], []
+    for line in lines.values():
+        group, i = graph.group_of(line.site)
+        group = with_offset(taken(group, [i]), line.offset, values)
+        traced.append(group)
+        reads = tuple(r.latent for r in line.reads)
+        own = read.get(line.site, {})
+        sites.append(site_over(group, line.parts, reads, scope, states, values, own))
+    return GaussianBlock(tuple(sites), tuple(lines.values()), scope, states, traced=tuple(traced))
+
+
+def with_offset(group: Group, offset: Binding, values: Mapping[str, Tensor]) -> Group:
+    """A site as a run with all Gaussian latents at zero shows it, its mean bound to parameters."""
+    dtype = group.arguments["loc"].dtype
+    if not offset.is_static:
+        return group
+    with torch.no_grad():
+        loc = offset.evaluate(values)
+    return replace(
+        group,
+        arguments={**group.arguments, "loc": loc.to(dtype)},
+        bindings={**group.bindings, "loc": offset},
+    )
+
+
+def site_over(
+    group: Group,
+    parts: Mapping[str, Binding],
+    reads: tuple[str, ...],
+    scope: tuple[str, ...],
+    states: tuple[int, ...],
+    values: Mapping[str, Tensor],
+    read: Mapping[str, Tensor],
+) -> Group:
+    """The group of a site, its mean in parts, over its plates and the whole scope.
+
+    Args:
+        group: As a run with all Gaussian latents at zero shows it.
+        parts: What its mean is made of.
+        reads: The latent of each part but the offset.
+        scope: Discrete latents.
+        states: How many values each has.
+        values: Constrained parameters by name.
+        read: Parts that no binding gives.
+    """
+    n = group.n_plates
+    own = group.dims[0][n:]
+
+    def widened(t: Tensor) -> Tensor:
+        there = dict(zip(own, t.shape[1 + n :], strict=False))
+        return t.reshape(
+            *t.shape[: 1 + n], *(there.get(z, 1) for z in scope), *t.shape[1 + n + len(own) :]
+        )
+
+    bindings = {a: with_tensors(b, widened) for a, b in {**group.bindings, **parts}.items()}
+    dtype = group.arguments["loc"].dtype
+    with torch.no_grad():
+        held = {a: bindings[a].evaluate(values) for a in parts if bindings[a].is_static}
+    held = {a: (held[a] if a in held else widened(read[a])).to(dtype) for a in parts}
+    return replace(
+        group,
+        dims=tuple((*d[:n], *scope) for d in group.dims),
+        sizes=(*group.sizes[:n], *states),
+        arguments={**{a: widened(t) for a, t in group.arguments.items()}, **held},
+        bindings=bindings,
+        value=widened(group.value),
+        mask=None if group.mask is None else widened(group.mask),
+        scale=tuple(
+            widened(s.unsqueeze(0))[0] if isinstance(s, Tensor) and s.dim() else s
+            for s in group.scale
+        ),
+        elements=None if group.elements is None else widened(group.elements),
+        lines=tuple(parts),
+        reads=reads,
+    )
+
+
+def with_tensors(b: Binding, change: Callable[[Tensor], Tensor]) -> Binding:
+    """A binding whose tensors, over an argument's cells, are laid out anew."""
+    return replace(
+        b,
+        constant=change(b.constant),
+        selections=tuple(
+            replace(s, index=change(s.index), factor=None if s.factor is None else change(s.factor))
+            for s in b.selections
+        ),
+        jacobians=None if b.jacobians is None else {n: change(j) for n, j in b.jacobians.items()},
+    )
+
+
+def taken(group: Group, members: Sequence[int]) -> Group:
+    """A group with some of its members."""
+    if len(members) == len(group.members):
+        return group
+    at = list(members)
+
+    def rows(t: Tensor) -> Tensor:
+        return t[at] if t.shape[0] > 1 or t.stride(0) else t[:1].expand(len(at), *t.shape[1:])
+
+    return replace(
+        group,
+        members=tuple(group.members[i] for i in at),
+        dims=tuple(group.dims[i] for i in at),
+        arguments={a: rows(t) for a, t in group.arguments.items()},
+        bindings={a: with_tensors(b, rows) for a, b in group.bindings.items()},
+        value=rows(group.value),
+        mask=None if group.mask is None else rows(group.mask),
+        scale=tuple(group.scale[i] for i in at),
+        value_binding=None
+        if group.value_binding is None
+        else with_tensors(group.value_binding, rows),
+        elements=None if group.elements is None else rows(group.elements),
+    )
