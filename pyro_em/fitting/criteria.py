@@ -88,9 +88,10 @@ def _observed_steps(program: Program) -> float:
     steps: dict[str, int] = {}
     for _, group in _sites(program):
         chained = group.belief is None and bool(group.lines) and group.role is Role.DATA
-        if chained and (group.mask is None or bool(group.mask.any())):
-            kind = re.sub(r"\d+", "#", group.members[0])
-            steps[kind] = steps.get(kind, 0) + 1
+        for i, name in enumerate(group.members if chained else ()):
+            if group.mask is None or bool(group.mask[i].any()):
+                kind = re.sub(r"\d+", "#", name)
+                steps[kind] = steps.get(kind, 0) + 1
     return float(max(steps.values(), default=1))
 
 

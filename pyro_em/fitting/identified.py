@@ -240,7 +240,7 @@ def _moments(block: GaussianBlock, rows: list[Tensor], values: Mapping[str, Tens
         means.append(mean)
         if group.role is not Role.GAUSSIAN:
             observed.append((mean.flatten(1), half.flatten(1, 2)))
-    cells = max(len(m) for m, _ in observed)
+    cells = max(len(t) for pair in observed for t in pair)
     mean = torch.cat([m.expand(cells, *m.shape[1:]) for m, _ in observed], 1)
     half = torch.cat([h.expand(cells, *h.shape[1:]) for _, h in observed], 1)
     n = mean.shape[1]

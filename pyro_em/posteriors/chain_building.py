@@ -28,6 +28,7 @@ def chain_block(
     scope: tuple[str, ...],
     states: tuple[int, ...],
     values: Mapping[str, Tensor],
+    read: Mapping[str, Mapping[str, Tensor]],
 ) -> GaussianChain | None:
     """The chain that connected sites make up; None where they make up none.
 
@@ -37,9 +38,8 @@ def chain_block(
         scope: Discrete latents that any of them depends on.
         states: How many values each has.
         values: Constrained parameters by name.
+        read: Per site what its mean is made of, where no binding gives it.
     """
-    if not all(line.is_static for line in lines.values()):
-        return None
     numbers = {name: i for i, name in enumerate(lines)}
     members = [graph.group_of(name) for name in lines]
     forms = [
@@ -74,7 +74,8 @@ def chain_block(
         traced.append(group)
         # Its coefficients are of several latents, one for each member.
         reads = ("",) * (len(parts) - 1)
-        groups.append(site_over(group, parts, reads, scope, states, values, {}))
+        known = _stacked_tensors([every[i] for i in chosen], parts, read)
+        groups.append(site_over(group, parts, reads, scope, states, values, known))
         placed_here = [form.sites[i] for i in chosen]
         stacks.append(Stack.of(forms[chosen[0]], placed_here, form.chains))
     return GaussianChain(
@@ -84,7 +85,7 @@ def chain_block(
         states,
         traced=tuple(traced),
         chains=ChainLayout(form, tuple(stacks)),
-        beginning=_beginning(graph, lines, form, scope, states, values),
+        beginning=_beginning(graph, lines, form, scope, states, values, read),
     )
 
 
@@ -95,12 +96,13 @@ def _beginning(
     scope: tuple[str, ...],
     states: tuple[int, ...],
     values: Mapping[str, Tensor],
+    read: Mapping[str, Mapping[str, Tensor]],
 ) -> GaussianBlock:
     """The first few steps as one dense block."""
     last = max(_FIRST, 2 * form.size + 2)
     levels = (placed.level for placed in form.sites)
     first = {n: line for (n, line), t in zip(lines.items(), levels, strict=True) if t < last}
-    return dense_block(graph, first, scope, states, values, {})
+    return dense_block(graph, first, scope, states, values, read)
 
 
 def _kind(b: Binding) -> Hashable:
@@ -117,6 +119,20 @@ def _stacked_parts(lines: Sequence[Line]) -> dict[str, Binding]:
     parts = [tuple(line.parts.values()) for line in lines]
     names = ("loc", *(f"loc per latent {j}" for j in range(1, len(parts[0]))))
     return {name: _stacked([own[j] for own in parts]) for j, name in enumerate(names)}
+
+
+def _stacked_tensors(
+    lines: Sequence[Line],
+    parts: Mapping[str, Binding],
+    read: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """What no binding gives of the means of alike sites, for all of them."""
+    out = {}
+    for j, (name, binding) in enumerate(parts.items()):
+        if not binding.is_static:
+            own = [read[line.site][list(line.parts)[j]] for line in lines]
+            out[name] = _cat(own)
+    return out
 
 
 def _stacked(bindings: Sequence[Binding]) -> Binding:
@@ -148,6 +164,7 @@ def _cat(tensors: Sequence[Tensor]) -> Tensor:
         shape = torch.broadcast_shapes(*(t.shape for t in tensors))
         tensors = [t.expand(shape) for t in tensors]
     out = torch.cat(list(tensors))
-    if bool((out == out[:1]).all()):
+    # Equal numbers may depend on different parameters.
+    if not out.requires_grad and bool((out == out[:1]).all()):
         return out[:1].expand(out.shape)
     return out

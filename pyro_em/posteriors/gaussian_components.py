@@ -97,7 +97,7 @@ def _block(
     states = tuple(graph.latents[z].size for z in scope)
     if math.prod(states) > 2**20:
         raise NotSeparate(_too_many(tuple(lines), scope, states))
-    chain = chain_block(graph, lines, scope, states, values)
+    chain = chain_block(graph, lines, scope, states, values, read)
     block = chain or dense_block(graph, lines, scope, states, values, read)
     for group in block.groups:
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:

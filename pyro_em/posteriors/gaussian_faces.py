@@ -200,11 +200,10 @@ class GaussianFaces:
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
         """For each latent, in model order, the numbers of its group and of its site there."""
-        out = {}
-        for g in self.solved:
-            block = _block(self.graph, g)
-            out.update({name: (g, i) for name, i in block.latents.items()})
-        return out
+        found = {
+            name: (g, i) for g in self.solved for name, i in _block(self.graph, g).latents.items()
+        }
+        return {name: found[name] for name in gaussian_names(self.graph) if name in found}
 
     def names(self, where: str, pattern: str) -> list[str] | None:
         """The latents that a glob matches, in order of time; None for a name.

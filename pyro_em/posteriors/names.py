@@ -33,13 +33,15 @@ def names_of(graph: FactorGraph) -> tuple[str, ...]:
 
 def gaussian_names(graph: FactorGraph) -> tuple[str, ...]:
     """The Gaussian latents that groups integrate, in model order."""
-    return tuple(
-        g.members[0]
+    found = {
+        name
         for group in graph.groups
         if group.nested is not None
         for g in group.nested.groups
         if g.role is Role.GAUSSIAN
-    )
+        for name in g.members
+    }
+    return tuple(name for name in graph.structure.sites if name in found)
 
 
 def latent_of(graph: FactorGraph, site: str) -> Latent:

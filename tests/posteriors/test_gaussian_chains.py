@@ -1,0 +1,182 @@
+"""Gaussian latents that follow each other, against Pyro's own joint and against one dense block."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_em import ExactPosteriorEM
+from pyro_em.posteriors import chain_form
+from tests.posteriors.chain_models import CASES, noise, positive
+from tests.posteriors.gaussian_models import DenseJoint, Values, dense_joint
+
+JOINTS = [n for n in CASES if n not in ("classes", "vectors")]  # discrete, and a noise next to zero
+
+
+def joint_of(model: Callable[..., None], args: tuple[Any, ...]) -> DenseJoint:
+    """Evidence and posterior from Pyro's own log density, which is quadratic."""
+    sites = poutine.trace(model).get_trace(*args).nodes
+    shapes = {
+        n: s["value"].shape
+        for n, s in sites.items()
+        if s["type"] == "sample" and not s["is_observed"] and "Plate" not in str(s["name"])
+        if not type(s["fn"]).__name__.startswith("_Subsample")
+    }
+
+    def log_joint(values: Values) -> Tensor:
+        return poutine.trace(poutine.condition(model, values)).get_trace(*args).log_prob_sum()
+
+    return dense_joint(shapes, log_joint)
+
+
+def as_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let chains of any length be solved as one dense block."""
+    monkeypatch.setattr(chain_form, "_SHORTEST", 10**9)
+
+
+@pytest.mark.parametrize("case", JOINTS)
+def test_evidence_and_moments_are_those_of_the_joint(case: str) -> None:
+    model, args = CASES[case]()
+    joint = joint_of(model, args)
+    q = ExactPosteriorEM(model).posterior(*args)
+    assert q.log_evidence == pytest.approx(joint.log_evidence, abs=1e-9)
+    for name, place in joint.places.items():
+        mean = joint.mean[place].reshape(joint.shapes[name])
+        torch.testing.assert_close(q.mean(name), mean, rtol=0.0, atol=1e-9)
+    names = list(joint.places)
+    pairs = [(names[i], names[j]) for i in (0, 3, -1) for j in (0, 4, -2)]
+    for a, b in pairs:
+        part = joint.covariance[joint.places[a], joint.places[b]]
+        found = q.covariance(a, b)
+        if joint.shapes[a] and found.shape != part.shape:  # a plate: elements of their own
+            part = part.diagonal()
+        torch.testing.assert_close(found, part.reshape(found.shape), rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_steps_are_those_of_one_dense_block(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = CASES[case]()
+    found = []
+    for one_block in (False, True):
+        if one_block:
+            as_one_block(monkeypatch)
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        reasons = {r.site: r.reason for r in em.plan(*args).routes if r.route == "Gaussian"}
+        assert all(("Kalman" in r) is not one_block for r in reasons.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = em.fit(*args, max_steps=3, tol=0)
+        terms = em.elbo(*args)
+        draws = em.posterior(*args).sample(3)
+        assert {n: d.shape[0] for n, d in draws.items()} == dict.fromkeys(draws, 3)
+        found.append((result, terms, em.posterior(*args)))
+    (ours, terms, q), (theirs, other_terms, other) = found
+    assert ours.history == pytest.approx(theirs.history, abs=1e-9)
+    assert all(b >= a - 1e-9 for a, b in zip(ours.history, ours.history[1:], strict=False))
+    for name, value in ours.params.items():
+        torch.testing.assert_close(value, theirs.params[name], rtol=1e-8, atol=1e-9)
+    assert float(terms.value) == pytest.approx(float(other_terms.value), abs=1e-9)
+    assert float(terms.entropy) == pytest.approx(float(other_terms.entropy), abs=1e-9)
+    assert ours.num_free_parameters == theirs.num_free_parameters
+    assert ours.num_rows == theirs.num_rows
+    names = [n for n in draws if n != "z"]
+    for a, b in zip(names, names[3:] + names[:3], strict=True):
+        torch.testing.assert_close(q.covariance(a, b), other.covariance(a, b), rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["trend", "dynamic_factor", "panel", "second_order", "late"])
+def test_given_distributions_and_random_starts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound at any q, an M-step from it, and a start from the prior: as of one dense block."""
+    model, args = CASES[case]()
+    found = []
+    for one_block in (False, True):
+        if one_block:
+            as_one_block(monkeypatch)
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        posterior = em.posterior(*args)
+        q = {}
+        for route in em.plan(*args).routes:
+            mean = posterior.mean(route.site)
+            moved = mean + 0.1 * torch.cos(torch.arange(mean.numel()).double()).reshape(mean.shape)
+            q[route.site] = dist.Normal(moved, 0.3).to_event(int("Multi" in route.distribution))
+        bound = float(em.elbo(*args, q=q).value)
+        assert bound < posterior.log_evidence
+        em.m_step(q, *args)
+        found.append((bound, {n: p.detach().clone() for n, p in pyro.get_param_store().items()}))
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(model).fit(*args, init="random", seed=3, max_steps=2, tol=0)
+        assert torch.tensor(result.history).isfinite().all()
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-9)
+    for name, value in found[0][1].items():
+        torch.testing.assert_close(value, found[1][1][name], rtol=1e-8, atol=1e-9)
+
+
+def test_standard_errors_are_those_of_one_dense_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = CASES["local_level"]()
+    found = []
+    for one_block in (False, True):
+        if one_block:
+            as_one_block(monkeypatch)
+        pyro.clear_param_store()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = ExactPosteriorEM(model).fit(*args, max_steps=10, tol=0)
+        found.append(result.standard_errors())
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-5, atol=1e-8, equal_nan=True)
+
+
+def test_draws_have_the_moments_of_the_posterior() -> None:
+    model, args = CASES["panel"]()
+    q = ExactPosteriorEM(model).posterior(*args)
+    draws = q.sample(4000)
+    for name in ("h_0", "h_5", "h_9"):
+        deviation = q.covariance(name).sqrt()
+        off = (draws[name].mean(0) - q.mean(name)) / deviation
+        assert float(off.abs().max()) < 5 / 4000**0.5
+        torch.testing.assert_close(draws[name].std(0), deviation, rtol=0.06, atol=0.0)
+
+
+def test_a_long_chain_costs_what_its_length_costs() -> None:
+    """The evidence of 400 steps, which as one block would take matrices of 160,000 numbers."""
+
+    def model(y: Tensor) -> None:
+        h = pyro.sample("h_0", dist.Normal(0.0, 1.0))
+        for t in pyro.markov(range(len(y))):
+            if t:
+                h = pyro.sample(f"h_{t}", dist.Normal(h, positive("q", 0.5)))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 1.0)), obs=y[t])
+
+    y = noise(400, seed=20)
+    found = ExactPosteriorEM(model, max_enumeration=10_000).posterior(y).log_evidence
+    lags = torch.arange(400).double()
+    walk = 1 + 0.25 * torch.minimum(lags, lags.unsqueeze(-1))
+    joint = dist.MultivariateNormal(torch.zeros(400).double(), walk + torch.eye(400).double())
+    assert found == pytest.approx(float(joint.log_prob(y)), abs=1e-8)
+
+
+def test_latents_that_all_steps_read_make_one_block() -> None:
+    """A drift with a distribution reaches every step: it is no state of one step."""
+
+    def model(y: Tensor) -> None:
+        drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+        h = torch.zeros(()).double()
+        for t in range(len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(h + drift, positive("q", 0.5)))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 1.0)), obs=y[t])
+
+    args = (noise(9, seed=21),)
+    joint = joint_of(model, args)
+    q = ExactPosteriorEM(model).posterior(*args)
+    assert q.log_evidence == pytest.approx(joint.log_evidence, abs=1e-9)
+    torch.testing.assert_close(q.mean("drift"), joint.mean[0], rtol=0.0, atol=1e-9)
