@@ -11,8 +11,8 @@ P the filtered covariance: nothing is the difference of large numbers, and nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.posteriors.chain_layout import ChainLayout
-from pyro_em.posteriors.chain_numbers import ChainNumbers
-from pyro_em.posteriors.kalman import lagged_covariance, sampled
+from pyro_em.posteriors.chain_numbers import ChainNumbers, StackNumbers, numbers_of
+from pyro_em.posteriors.kalman import lagged_covariance, sampled, smoothed
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.state_space import Smoothed
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
@@ -125,13 +125,7 @@ class ChainSolution:
             diagonal: Whether of E[r rᵀ] only the diagonal is wanted.
         """
         stack, numbers = self.layout.stacks[site], self.numbers.stacks[site]
-        level = self._read_levels(site)
-        mean = self._gathered(self._mean, level, stack.chain, stack.reads)
-        covariance = self._pairs(self._covariance, level, stack.chain, stack.reads, stack.reads)
-        if stack.present is not None:
-            there = stack.present.to(mean)
-            mean = mean * there
-            covariance = covariance * (there.unsqueeze(-1) * there.unsqueeze(-2))
+        mean, covariance = self._read(site)
         if stack.form.is_latent:
             residual, spread, cross = self._noise(site)
         else:
@@ -161,6 +155,54 @@ class ChainSolution:
         return linear_moments(
             rows(mean), rows(covariance), rows(residual), rows(cross), rows(second), diagonal
         )
+
+    def moments(self, site: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of what the rows of an observed stack read, terms beside each other.
+
+        Returns:
+            # (cells, members · rows, Q), (cells, members · rows, Q, Q)
+        """
+        stack = self.layout.stacks[site]
+        full = (self.cells, stack.members, stack.form.rows)
+        mean, covariance = self._read(site)
+        return (
+            mean.expand(*full, -1).flatten(1, 2),
+            covariance.expand(*full, -1, -1).flatten(1, 2),
+        )
+
+    def noise(self, site: int) -> Tensor:
+        """The covariance of a stack given all latents. # (cells|1, members · rows|1, D, D)"""
+        stack, root = self.layout.stacks[site], self.numbers.stacks[site].root
+        covariance = root @ root.mT
+        if covariance.shape[1:3] != (1, 1):
+            covariance = covariance.expand(-1, stack.members, stack.form.rows, -1, -1)
+        return covariance.flatten(1, 2)
+
+    def seeing(self, kept: Mapping[int, Tensor]) -> ChainSolution:
+        """The posterior given some of the data only: the weights of all others are zero.
+
+        Args:
+            kept: By the number of a stack which of its rows are seen; all rows of one that is not named.
+                # (members · rows,) each
+        """
+        stacks = list(self.numbers.stacks)
+        for i, rows in kept.items():
+            stack, own = self.layout.stacks[i], stacks[i]
+            seen = rows.to(own.offset).reshape(stack.members, stack.form.rows, 1)
+            weight = seen if own.weight is None else own.weight * seen
+            stacks[i] = replace(own, weight=weight)
+        return solve(self.layout, stacks)
+
+    def _read(self, site: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance of what rows read. # (cells|1, members, rows, Q), (…, Q, Q)"""
+        stack, level = self.layout.stacks[site], self._read_levels(site)
+        mean = self._gathered(self._mean, level, stack.chain, stack.reads)
+        covariance = self._pairs(self._covariance, level, stack.chain, stack.reads, stack.reads)
+        if stack.present is not None:
+            there = stack.present.to(mean)
+            mean = mean * there
+            covariance = covariance * (there.unsqueeze(-1) * there.unsqueeze(-2))
+        return mean, covariance
 
     def _noise(self, site: int) -> tuple[Tensor, Tensor, Tensor]:
         """The noise of a latent: mean, covariance, and covariance with what its mean reads."""
@@ -353,3 +395,14 @@ class ChainSolution:
         member, row = elements // stack.form.rows, elements % stack.form.rows
         own = stack.starts[member].unsqueeze(-1) + stack.own[row]
         return stack.levels[member], stack.chain[row], own
+
+
+def solve(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainSolution:
+    """Evidence and posterior of some chains.
+
+    Args:
+        layout: The chains.
+        stacks: The numbers of each of their stacks.
+    """
+    numbers = numbers_of(layout, stacks)
+    return ChainSolution(layout, numbers, smoothed(numbers.space))

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.chain_layout import ChainLayout, Stack
-from pyro_em.posteriors.chain_numbers import StackNumbers, numbers_of
-from pyro_em.posteriors.chain_solution import ChainSolution
+from pyro_em.posteriors.chain_numbers import StackNumbers
+from pyro_em.posteriors.chain_solution import ChainSolution, solve
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock, counts_once
-from pyro_em.posteriors.kalman import smoothed
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import (
     apart_rows,
@@ -69,8 +68,7 @@ class GaussianChain(GaussianBlock):
             _numbers(group, stack, self.of_site(i, arguments))
             for i, (group, stack) in enumerate(zip(self.groups, self.chains.stacks, strict=True))
         ]
-        numbers = numbers_of(self.chains, stacks)
-        return ChainSolution(self.chains, numbers, smoothed(numbers.space))
+        return solve(self.chains, stacks)
 
 
 def _numbers(group: Group, stack: Stack, arguments: Arguments) -> StackNumbers:
