@@ -155,6 +155,11 @@ class ChainLayout:
         """For each stack the chain of each row. # (members · rows,) each"""
         return tuple(s.chain.repeat(s.members) for s in self.stacks)
 
+    @cached_property
+    def level_of_row(self) -> tuple[Tensor, ...]:
+        """For each stack the level of each row. # (members · rows,) each"""
+        return tuple(s.levels.repeat_interleave(s.form.rows) for s in self.stacks)
+
     def block_of_element(self, latent: int) -> Tensor:
         """The chain of each element of a latent. # (members · rows,)"""
         return self.block_of_row[latent]

@@ -182,7 +182,7 @@ class ChainSolution:
         """The posterior given some of the data only: the weights of all others are zero.
 
         Args:
-            kept: By the number of a stack which of its rows are seen; all rows of one that is not named.
+            kept: By the number of a stack which of its rows are seen; all of one that is not named.
                 # (members · rows,) each
         """
         stacks = list(self.numbers.stacks)
@@ -245,19 +245,33 @@ class ChainSolution:
 
     def read_of(self, site: int, values: Mapping[int, Tensor]) -> Tensor:
         """What the rows of a stack read of values of all latents. # (members · rows, Q)"""
-        form = self.layout.form
-        path = self.numbers.constant.new_zeros(form.chains, form.steps, form.size)
+        return self._read_values(site, {i: v.unsqueeze(0) for i, v in values.items()})[0]
+
+    def read_of_draws(self, site: int, drawn: Sequence[Tensor]) -> Tensor:
+        """What the rows of a stack read of draws of all latents. # (n, cells, members · rows, Q)
+
+        Args:
+            site: The number of the stack.
+            drawn: In the order of stacks. # (n, cells, members · rows, q) each
+        """
+        latents = [i for i, stack in enumerate(self.layout.stacks) if stack.form.is_latent]
+        values = {i: v.flatten(0, 1) for i, v in zip(latents, drawn, strict=True)}
+        return self._read_values(site, values).unflatten(0, drawn[0].shape[:2])
+
+    def _read_values(self, site: int, values: Mapping[int, Tensor]) -> Tensor:
+        """What the rows of a stack read. # (n, members · rows, Q), of (n, elements, q) each"""
+        form, stack = self.layout.form, self.layout.stacks[site]
+        n = len(next(iter(values.values())))
+        path = self.numbers.constant.new_zeros(n, form.chains, form.steps, form.size)
         for i, value in values.items():
-            level, chain, own = self._places(i, torch.arange(len(value)))
-            path[chain.unsqueeze(-1), level.unsqueeze(-1), own] = value
+            level, chain, own = self._places(i, torch.arange(value.shape[1]))
+            path[:, chain.unsqueeze(-1), level.unsqueeze(-1), own] = value.to(path)
         for here, before in form.carried.tolist():
-            path[:, 1:, here] = path[:, :-1, before]
-        stack = self.layout.stacks[site]
-        level = self._read_levels(site)
-        found = self._gathered(path.unsqueeze(0), level, stack.chain, stack.reads)
+            path[:, :, 1:, here] = path[:, :, :-1, before]
+        found = self._gathered(path, self._read_levels(site), stack.chain, stack.reads)
         if stack.present is not None:
             found = found * stack.present.to(found)
-        return found[0].flatten(0, 1)
+        return found.flatten(1, 2)
 
     def read_covariance(self, site: int, covariances: Mapping[int, Tensor]) -> Tensor:
         """The same of covariances of independent elements. # (members · rows, Q, Q)"""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.chain_layout import ChainLayout
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.names import own_name
 from pyro_em.tracing.sites import Role
@@ -260,13 +261,24 @@ class _GaussianSteps:
     def of_rows(self, site: ObservedSite) -> Tensor:
         """The latest step that each row of a site reads. # (rows,)"""
         assert site.number is not None
-        form = self.faces.solved[site.group].layout.sites[site.number]
+        layout = self.faces.solved[site.group].layout
+        if isinstance(layout, ChainLayout):
+            return self._of_levels(site.group, layout)[layout.level_of_row[site.number]][site.rows]
+        form = layout.sites[site.number]
         out = torch.full((form.rows,), _ALWAYS)
         for term in form.terms:
             elements = term.elements.cpu()
             steps = self.elements[site.group, term.latent][elements.clamp(min=0)]
             out = torch.maximum(out, torch.where(elements >= 0, steps, _ALWAYS))
         return out[site.rows]
+
+    def _of_levels(self, g: int, layout: ChainLayout) -> Tensor:
+        """The latest step of the latents up to each level of a chain. # (levels,)"""
+        out = torch.full((layout.form.steps,), _ALWAYS)
+        for (group, i), steps in self.elements.items():
+            if group == g:
+                out = out.scatter_reduce(0, layout.level_of_row[i], steps, "amax")
+        return out.cummax(0).values
 
 
 def _rises(numbers: Sequence[int]) -> bool:
