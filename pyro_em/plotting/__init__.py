@@ -8,6 +8,8 @@ shows them.
 * `responsibilities` and `ellipses`: a Gaussian mixture in the plane;
 * `state_sequence` and `state_probs`: a chain of states over time;
 * `caterpillar` and `loadings`: random effects with their intervals, the weights of factors;
+* `path`, `forecast` and `prediction_errors`: a series of Gaussian latents with its band, the fan of a
+  forecast, and standardised one-step errors;
 * `comparison`: how fast the contenders of `pyro_em.compare` close the gap;
 * `graph`: the model as a directed graph.
 """
@@ -19,6 +21,7 @@ from pyro_em.plotting.fits import evidence
 from pyro_em.plotting.gaussians import ellipses, responsibilities
 from pyro_em.plotting.graphs import graph
 from pyro_em.plotting.sequences import state_probs, state_sequence
+from pyro_em.plotting.series import forecast, path, prediction_errors
 
 __all__ = [
     "PALETTE",
@@ -26,8 +29,11 @@ __all__ = [
     "comparison",
     "ellipses",
     "evidence",
+    "forecast",
     "graph",
     "loadings",
+    "path",
+    "prediction_errors",
     "responsibilities",
     "state_probs",
     "state_sequence",
