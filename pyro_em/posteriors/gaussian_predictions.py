@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group, seen_entries
-from pyro_em.posteriors.data_steps import ObservedSite
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.normal_mixtures import NormalRows
@@ -100,41 +99,25 @@ def known_data(solution: Integrated) -> OfData:
     )
 
 
-def predicted(faces: GaussianFaces, site: ObservedSite, noise: Tensor) -> NormalRows:
-    """What is predicted of an observed site.
+def predicted(faces: GaussianFaces, g: int, i: int, noise: Tensor) -> NormalRows:
+    """What is predicted of the observed sites of one group.
 
     Args:
         faces: The Gaussian latents of a posterior.
-        site: The site.
+        g: The number of the graph's group.
+        i: The number of the group in its block.
         noise: The covariance of its rows given the latents. # (cells|1, rows|1, D, D)
     """
-    assert site.number is not None
-    mean, covariance = line_moments(faces.solved[site.group], site.number)
-    weights = faces.weights(site.group, site.number)
-    return NormalRows(
-        mean[:, site.rows],
-        (covariance[:, site.rows] + noise).diagonal(dim1=-2, dim2=-1),
-        None if weights is None else weights[:, site.rows],
-    )
-
-
-def noise_of(solution: Integrated, site: ObservedSite) -> Tensor:
-    """The covariance of the rows of a site given the latents. # (cells|1, rows|1, D, D)
-
-    Args:
-        solution: Their posterior, given all data.
-        site: The site.
-    """
-    assert site.number is not None
-    noise = known_data(solution).noise(site.number)
-    return noise if noise.shape[1] == 1 else noise[:, site.rows]
+    mean, covariance = line_moments(faces.solved[g], i)
+    variance = (covariance + noise).diagonal(dim1=-2, dim2=-1)
+    return NormalRows(mean, variance, faces.weights(g, i))
 
 
 def value_rows(group: Group) -> Tensor:
-    """The observed values of a group of one site, NaN where nothing was observed. # (rows, D)"""
+    """The observed values of a group, NaN where nothing was observed. # (rows, D)"""
     value = rows_of(group, group.value)[0].to(torch.float64)
     seen = seen_entries(group)
     if seen is not None:
         value = torch.where(rows_of(group, seen)[0], value, torch.nan)
-    rows = torch.Size(group.sizes[: group.n_plates]).numel()
+    rows = len(group.members) * torch.Size(group.sizes[: group.n_plates]).numel()
     return value.expand(rows, event_shape(group).numel())

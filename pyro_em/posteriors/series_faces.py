@@ -27,7 +27,8 @@ from pyro_em.globs import (
     stacked_answers,
     unknown,
 )
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.chain_filter import filtered_solutions, predicted_solution
 from pyro_em.posteriors.data_steps import (
     DataSteps,
     ObservedSite,
@@ -37,8 +38,9 @@ from pyro_em.posteriors.data_steps import (
     steps_of_data,
 )
 from pyro_em.posteriors.gaussian_faces import GaussianFaces, covariance
-from pyro_em.posteriors.gaussian_predictions import noise_of, predicted, value_rows
+from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value_rows
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
+from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.posteriors.so_far import given_steps
 from pyro_em.posteriors.stacks import batch_shape
 from pyro_em.posteriors.steps import forward_cells, steps_of
@@ -169,7 +171,9 @@ def filtered(q: Posterior, site: str, faces: GaussianFaces) -> Any:
         return table[0] if found is None else table
     several = faces.names("filtered", site)
     names = [faces.site("filtered", site).name] if several is None else several
-    parts = _by_steps(q, "filtered", names, lambda p, n: p.marginal(n))
+    parts = _by_filter(q, names)
+    if parts is None:
+        parts = _by_steps(q, "filtered", names, lambda p, n: p.marginal(n))
     return parts[0] if several is None else stacked_marginals("filtered", names, parts)
 
 
@@ -193,6 +197,19 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
     rows = table[[chain.index(n) for n in names]]
     latent = latent_of(graph, names[0])
     return rows.reshape(len(names), *batch_shape(graph, latent), latent.size).to(graph.dtype)
+
+
+def _by_filter(q: Posterior, names: Sequence[str]) -> list[Any] | None:
+    """The marginals of Gaussian latents by the filter of their chain; None where it has them not."""
+    faces = _gaussian(q)
+    chain = _series(names[0], [*names_of(q.graph), *faces.places])
+    if any(n not in chain for n in names):
+        return None
+    solved = filtered_solutions(faces, _data_steps(q, chain), names)
+    if solved is None:
+        return None
+    known = replace(faces, solved=solved)
+    return [known.site("filtered", n).marginal() for n in names]
 
 
 def _by_steps(
@@ -266,25 +283,54 @@ def prediction_errors(q: Posterior, site: str) -> Tensor:
     every = {s.name: s for s in observed_sites(q.graph)}
     names = _observed(site, every)
     data = _data_steps(q, _clock_of(q, [every[n] for n in names], list(every)))
-    known: dict[int, Posterior] = {}
+    rows = _Errors(q, data)
     out = []
     for name in names:
         own = every[name]
-        group, noise = own.alone, noise_of(q.solved[own.group], own)
-        steps = data.of_site(own)
-        errors = value_rows(group).clone()
-        for step in sorted(set(steps.tolist())):
-            if step not in known:
-                known[step] = _until(q, data, step - 1)
-            here = (steps == step).to(errors.device)
-            mean, variance = predicted(_gaussian(known[step]), own, noise).moments()
-            errors[here] = ((errors - mean) / variance.sqrt())[here]
-        shape = (*batch_of(q.graph, own.own), *event_shape(group))
-        out.append(errors.reshape(shape).to(group.value.dtype))
+        shape = (*batch_of(q.graph, own.own), *event_shape(own.of))
+        out.append(rows.of_site(own).reshape(shape).to(own.of.value.dtype))
     if names == [site]:
         return out[0]
     require_alike("prediction_errors", [(n, e.shape) for n, e in zip(names, out, strict=True)])
     return torch.stack(out)
+
+
+class _Errors:
+    """Standardised errors, those of all sites of a group together."""
+
+    def __init__(self, q: Posterior, data: DataSteps) -> None:
+        self.q, self.data = q, data
+        self._until: dict[int, Posterior] = {}
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def of_site(self, site: ObservedSite) -> Tensor:
+        """# (rows, D)"""
+        assert site.number is not None
+        key = site.group, site.number
+        if key not in self._known:
+            self._known[key] = self._of_group(*key, site.of)
+        return self._known[key][site.rows]
+
+    def _of_group(self, g: int, i: int, group: Group) -> Tensor:
+        value, noise = value_rows(group), known_data(self.q.solved[g]).noise(i)
+        steps = {j: at for (h, j), at in self.data.of_rows.items() if h == g and j is not None}
+        own = predicted_solution(self.q.solved[g], steps)
+        if own is not None:
+            faces = replace(_gaussian(self.q), solved={**self.q.solved, g: own})
+            return _standardised(value, predicted(faces, g, i, noise))
+        out = value.clone()
+        for step in sorted(set(steps[i].tolist())):
+            if step not in self._until:
+                self._until[step] = _until(self.q, self.data, step - 1)
+            here = (steps[i] == step).to(value.device)
+            rows = predicted(_gaussian(self._until[step]), g, i, noise)
+            out[here] = _standardised(value, rows)[here]
+        return out
+
+
+def _standardised(value: Tensor, rows: NormalRows) -> Tensor:
+    mean, variance = rows.moments()
+    return (value - mean) / variance.sqrt()
 
 
 def _observed(site: str, every: Mapping[str, ObservedSite]) -> list[str]:
