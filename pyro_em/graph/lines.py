@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.binding import Binding, is_in_order
 
 GAUSSIAN = ("Normal", "MultivariateNormal")
 
@@ -119,12 +119,13 @@ def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, T
     for read in line.reads:
         coefficient = read.coefficient.evaluate(parameters)
         q = coefficient.shape[-1]
-        rows = values[read.latent].reshape(-1, q)[read.elements.clamp(min=0)]
-        rows = rows * (read.elements >= 0).unsqueeze(-1)
+        rows = values[read.latent].reshape(-1, q)
+        if not is_in_order(read.elements) or len(read.elements) != len(rows):
+            rows = rows[read.elements.clamp(min=0)] * (read.elements >= 0).unsqueeze(-1)
         own = coefficient.shape[1 + len(line.sizes) : -1]
         if coefficient.shape[: 1 + len(line.sizes)].numel() == 1:
             image = rows.to(coefficient.dtype) @ coefficient.reshape(-1, q).mT
-            out = out + image.reshape(1, *line.sizes, *own)
+            out = image.reshape(1, *line.sizes, *own) + out
         else:
             rows = rows.reshape(1, *line.sizes, *(1,) * len(own), q)
             out = out + (coefficient * rows).sum(-1)

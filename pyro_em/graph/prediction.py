@@ -136,6 +136,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
         a, b = torch.broadcast_tensors(a, b)
     except RuntimeError:
         return False
+    if a.dtype == b.dtype and torch.equal(
+        a, b
+    ):  # mostly: a look at rounding takes ten times as long
+        return True
     tolerance = (64 * torch.finfo(a.dtype).eps) ** 0.75
     return all(
         torch.allclose(x, y.to(x.dtype), rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -112,7 +112,7 @@ def _lines_of(
         read = _latents_read(name, site, values)
         if info.role is not Role.GAUSSIAN and not read:
             continue
-        place = _Place.of(name, layout)
+        place = Place.of(name, layout)
         loc = place.loc(site)
         problem = why_not_linear(loc, values)
         if problem:
@@ -154,7 +154,7 @@ def _hidden(
         fixed = _numbers_of(here, *own), _numbers_of(there, *own)
         alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
         if alike and line is not None:
-            alike = _is_as_predicted(line.as_read(), layout, parameters, values)
+            alike = is_as_predicted(line.as_read(), layout, parameters, values)
         if not alike:
             what = "it changes with Gaussian latents in a way that autograd does not show."
             return _refusal(tuple(values), f"site '{name}'", what)
@@ -209,7 +209,7 @@ def parts_at(
     layout = FactorLayout(run.sites, structure, Recurring({}))
     out: dict[str, dict[str, Tensor]] = {}
     for name, line in lines.items():
-        place = _Place.of(name, layout)
+        place = Place.of(name, layout)
         loc = place.loc(run.sites[name])
         for read, (part, binding) in zip((None, *line.reads), line.parts.items(), strict=True):
             if binding.is_static:
@@ -217,7 +217,7 @@ def parts_at(
             if read is None:
                 found = place.compact(place.loc(at_zero.sites[name]))
             else:
-                along = _Jacobian.of(place, loc, values[read.latent], run.sites[read.latent])
+                along = Jacobian.of(place, loc, values[read.latent], run.sites[read.latent])
                 found = along.coefficient(read.only)
             shape = binding.constant.shape[1:]
             for d, size in enumerate(shape[: len(place.sizes)]):
@@ -251,32 +251,33 @@ def differing_lines(
     """
     off: dict[str, None] = {}
     # Thresholds are passed by signs, and by values beyond most of them.
-    for seed, scale in ((31, -1.0), (41, 1e4), (41, -1e4))[: 1 if once else 3]:
-        values = random_values(model, seed, scale)
+    some, others = random_values(model, 31, -1.0), {} if once else random_values(model, 41, 1e4)
+    opposite = {name: -value for name, value in others.items()}
+    for values in (some,) if once else (some, others, opposite):
         with torch.no_grad():
             run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
             layout = FactorLayout(run.sites, structure, Recurring({}))
             for name, line in lines.items():
-                if line.is_static and not _is_as_predicted(line, layout, parameters, values):
+                if line.is_static and not is_as_predicted(line, layout, parameters, values):
                     off[name] = None
     return list(off)
 
 
-def _is_as_predicted(
+def is_as_predicted(
     line: Line,
     layout: FactorLayout,
     parameters: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
 ) -> bool:
     """Whether a run has the mean of a site that its line gives at parameters and latents' values."""
-    place = _Place.of(line.site, layout)
+    place = Place.of(line.site, layout)
     actual = place.compact(place.loc(layout.sites[line.site])).detach().unsqueeze(0)
     expected = mean_at(line, parameters, values).detach().to(actual.dtype)
     return is_close(*torch.broadcast_tensors(actual, expected))
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class Place:
     """Where the cells of a site are in its tensors."""
 
     sizes: tuple[int, ...]
@@ -285,7 +286,8 @@ class _Place:
     event: int
 
     @classmethod
-    def of(cls, name: str, layout: FactorLayout) -> _Place:
+    def of(cls, name: str, layout: FactorLayout) -> Place:
+        """That of a site in the layout of its run."""
         scope, dims, sizes = layout.place(name)
         plates = len(sizes) - len(scope)
         event = layout.sites[name]["fn"].event_dim
@@ -352,7 +354,7 @@ def _latents_read(
 
 
 @dataclass(frozen=True, eq=False)
-class _Jacobian:
+class Jacobian:
     """J = ∂loc/∂h of one site in one latent.
 
     Attributes:
@@ -364,7 +366,7 @@ class _Jacobian:
         q: How many coordinates an element has.
     """
 
-    place: _Place
+    place: Place
     loc: Tensor
     leaf: Tensor
     forward: Forward
@@ -372,7 +374,8 @@ class _Jacobian:
     q: int
 
     @classmethod
-    def of(cls, place: _Place, loc: Tensor, leaf: Tensor, site: Mapping[str, Any]) -> _Jacobian:
+    def of(cls, place: Place, loc: Tensor, leaf: Tensor, site: Mapping[str, Any]) -> Jacobian:
+        """That of a site's mean in the value of a latent, whose own site is given."""
         event = leaf.dim() - site["fn"].event_dim
         forward = forward_of(loc, leaf, attached=True)
         count, q = leaf.shape[:event].numel(), leaf.shape[event:].numel()
@@ -422,7 +425,7 @@ class _Jacobian:
 
 
 def _reads(
-    place: _Place,
+    place: Place,
     loc: Tensor,
     leaf: Tensor,
     latent: str,
@@ -431,7 +434,7 @@ def _reads(
     bound: bool,
 ) -> list[Read]:
     """What a site reads of one latent: one element in each row, or few elements one by one."""
-    jacobian = _Jacobian.of(place, loc, leaf, site)
+    jacobian = Jacobian.of(place, loc, leaf, site)
     count, q = jacobian.count, jacobian.q
     plates = len(place.sizes)
     probe = random_like(leaf).reshape(count, q)

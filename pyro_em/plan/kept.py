@@ -7,8 +7,9 @@ operation: if it did the same as when it was read, on parameters and data that a
 found out still holds. Anything else is read anew, from the beginning. Where parameters have no values
 yet, a plain run gives them theirs before.
 
-A model whose Gaussian latents are integrated is run with these at zero. How they enter means is read
-again where the data are others; on the same data a run at other values confirms it.
+A model whose Gaussian latents are integrated is run with these at zero. On the same data a run at other
+values confirms how they enter means. Where the data are others, that is read again, unless it holds no
+number of the data.
 
 Readings belong to the model and are shared by all objects that were given the same one. The latest
 program belongs to one object, since it holds the data: asked again on the very same ones, it serves as
@@ -27,6 +28,7 @@ import torch
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.kept_lines import are_as_read, offsets_are_as_read, without_data
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible, finds_all
 from pyro_em.graph.prediction import disagreements
@@ -77,6 +79,7 @@ class Kept:
         bare: The skeleton of the user's model where Gaussian latents are integrated: the other one is
             that of the model with these given.
         gaussians: Shape, dtype and device of the values of these.
+        lines: How they enter means, where that holds no number of the data.
     """
 
     structure: Structure
@@ -90,6 +93,7 @@ class Kept:
     gaussians: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]] = field(
         default_factory=dict
     )
+    lines: Mapping[str, Line] = field(default_factory=dict)
 
     def task(self, task: Task) -> Task:
         """A task with the model that is run, whose Gaussian latents are given."""
@@ -137,8 +141,9 @@ class Readings(StaysHere):
         numbers = numbers_in(names_of(task.model, task.args, task.kwargs))
         before = readings.pop(form, None)
         bindings = _bindings_of(program.graph) if program.compiled else None
+        lines = program.lines if without_data(program.lines) else {}
         if program.look_only and before is not None and before.operations == program.operations:
-            bindings = before.bindings
+            bindings, lines = before.bindings, before.lines
         order, members = None, tuple[tuple[str, ...], ...]()
         if program.structure.series is None:
             order, members = program.contraction, _members_of(program.graph)
@@ -154,6 +159,7 @@ class Readings(StaysHere):
             is_held,
             program.bare,
             {n: (v.shape, v.dtype, v.device) for n, v in given.items()},
+            lines,
         )
         while len(readings) > _MOST:
             del readings[next(iter(readings))]
@@ -288,8 +294,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
         return None
     lines: Mapping[str, Line] = {}
     if isinstance(given.model, GivenGaussians):
-        run = given.model, task.args, task.kwargs, structure
-        lines = read_lines(*run, bound=not task.look_only)
+        lines = _lines(given, kept, graph)
         graph = with_lines(given, structure, lines, graph)
     order = None
     if kept.contraction is not None and kept.members == _members_of(graph):
@@ -302,6 +307,26 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
         return replace(program, compiled=graph.is_static)
     return verified(program)
+
+
+def _lines(given: Task, kept: Kept, graph: FactorGraph) -> Mapping[str, Line]:
+    """How the Gaussian latents of a model enter means, on the data at hand.
+
+    Args:
+        given: The model with these latents given.
+        kept: What is known of it.
+        graph: As a run with all of them at zero shows it.
+
+    Raises:
+        NotLinear: If a latent has a child that is not linear in it and Gaussian.
+    """
+    assert isinstance(given.model, GivenGaussians)
+    run = given.model, given.args, given.kwargs, kept.structure
+    values = values_of(graph.parameters)
+    is_known = kept.lines and offsets_are_as_read(kept.lines, graph, values)
+    if is_known and are_as_read(kept.lines, *run):
+        return kept.lines
+    return read_lines(*run, bound=not given.look_only)
 
 
 def _members_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:

@@ -103,6 +103,12 @@ class GaussianBlock:
             forms.append(SiteForm(line.site, rows, width, group.role is Role.GAUSSIAN, terms))
         return BlockLayout.of(forms, self.groups[0].value.device)
 
+    def over(self, plates: tuple[str, ...], sizes: tuple[int, ...]) -> GaussianBlock:
+        """The same block with a table over some plates; its layout is not computed again."""
+        out = replace(self, plates=plates, sizes=sizes)
+        vars(out)["layout"] = self.layout
+        return out
+
     @property
     def cost(self) -> int:
         """Numbers in the matrices of one E-step."""

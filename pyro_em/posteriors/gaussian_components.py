@@ -111,7 +111,7 @@ def _block(
         crossing = elements_of_blocks(block, plates)[1]
         if not crossing:
             sizes = tuple(graph.structure.plates[p].size for p in plates)
-            return replace(block, plates=plates, sizes=sizes)
+            return block.over(plates, sizes)
     inner = next(z for z in scope if graph.latents[z].plates)
     own = ", ".join(f"'{p}'" for p in graph.latents[inner].plates)
     raise NotSeparate(

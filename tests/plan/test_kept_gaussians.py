@@ -178,6 +178,53 @@ def test_covariates_of_any_origin_that_change_are_seen(size: float, tmp_path: Pa
         assert em.posterior(*args).log_evidence == pytest.approx(now, rel=1e-12)
 
 
+CHANGED = {
+    "a factor of the loadings": (2.0, 0.0, 0.0),
+    "other loadings, at zero now": (1.0, 1.0, 0.0),
+    "an offset": (1.0, 0.0, 1.0),
+    "a small offset": (1.0, 0.0, 1e-7),
+    "a small factor": (1 + 1e-7, 0.0, 0.0),
+    "small other loadings": (1.0, 1e-7, 0.0),
+    "nothing": (1.0, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("how", list(CHANGED))
+def test_zeros_and_ones_of_the_data_may_be_other_numbers(how: str) -> None:
+    """Where lines held no number of the data: no factor, no second loadings, no known offset."""
+
+    def model(x: Tensor, k: Tensor) -> None:
+        w = pyro.param("w", lambda: torch.tensor([0.5, -1.0, 2.0]))
+        v = pyro.param("v", lambda: torch.zeros(3))
+        mu = pyro.param("mu", lambda: torch.zeros(3))
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            mean = h[:, None] * (k[0] * w + k[1] * v) + mu + k[2]
+            pyro.sample("x", dist.Normal(mean, 0.7).to_event(1), obs=x)
+
+    def expected(values: dict[str, Tensor], k: Tensor) -> float:
+        w = k[0] * values["w"] + k[1] * values["v"]
+        return dense(OTHER, {"w": w, "mu": values["mu"] + k[2], "s": torch.tensor(0.7)})
+
+    before, now = torch.tensor([1.0, 0.0, 0.0]), torch.tensor(CHANGED[how])
+    em = ExactPosteriorEM(model)
+    em.fit(X, before, max_steps=2, tol=0)
+    (kept_reading,) = kept._by_model[model].values()
+    assert kept_reading.lines
+    result = em.fit(OTHER, now, max_steps=3, tol=0)
+    assert result.log_evidence == pytest.approx(expected(result.params, now), rel=1e-11)
+    pyro.clear_param_store()
+    em.fit(X, before, max_steps=1, tol=0)
+    pyro.clear_param_store()
+    again = ExactPosteriorEM(model).fit(OTHER, now, max_steps=3, tol=0)
+    pyro.clear_param_store()
+    anew = ExactPosteriorEM(unread(model)).fit(OTHER, now, max_steps=3, tol=0)
+    assert list(again.history) == pytest.approx(list(anew.history), rel=1e-12)
+    assert str(again.plan) == str(anew.plan)
+    for name, value in anew.params.items():
+        torch.testing.assert_close(again.params[name], value, rtol=1e-9, atol=1e-9)
+
+
 def test_parameters_of_another_form_are_read_anew(count: dict[str, int]) -> None:
     size = {"w": 1}
 

@@ -1,0 +1,121 @@
+"""Lines that were read on other data: whether they are those of the data at hand.
+
+Where each coefficient is one element of a parameter, and each offset too, or zero, a line holds no
+number of the data. A program that did the same operations then has another line only if the data
+multiplied something by zero or one, or added zero. A run at moved parameters and random values of the
+latents shows that: its derivative along a random direction, and its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.enumerated import run_enumerated
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.lines import Line, Read, mean_at
+from pyro_em.graph.read_lines import Jacobian, Place, is_as_predicted, random_values
+from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.sparse_lines import is_close, random_like
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.parameters import at_moved, values_of
+
+_MOST = 2**20  # numbers that are kept of one model
+
+
+def without_data(lines: Mapping[str, Line]) -> bool:
+    """Whether lines hold no number of the data, and are small enough to be kept."""
+    size = sum(r.elements.numel() + r.coefficient.constant.numel() for r in _reads(lines))
+    if size > _MOST:
+        return False
+    return all(_is_of_parameters(r.coefficient) and r.only is None for r in _reads(lines)) and all(
+        _is_of_parameters(line.offset) or _is_zero(line.offset) for line in lines.values()
+    )
+
+
+def _reads(lines: Mapping[str, Line]) -> list[Read]:
+    return [r for line in lines.values() for r in line.reads]
+
+
+def _is_of_parameters(binding: Binding) -> bool:
+    """Whether each element is one of a parameter as it stands."""
+    if binding.how != "selection" or any(
+        s.maps or s.factor is not None for s in binding.selections
+    ):
+        return False
+    used = [s.index >= 0 for s in binding.selections]
+    return bool(torch.stack(used).any(0).all())
+
+
+def _is_zero(binding: Binding) -> bool:
+    return binding.how == "constant" and not bool((binding.constant != 0).any())
+
+
+def offsets_are_as_read(
+    lines: Mapping[str, Line], graph: FactorGraph, parameters: Mapping[str, Tensor]
+) -> bool:
+    """Whether means in a run with all latents at zero are the offsets, to the bit.
+
+    Args:
+        lines: As they were read on other data.
+        graph: As the run shows it.
+        parameters: Constrained values in that run.
+    """
+    for name, line in lines.items():
+        group, i = graph.group_of(name)
+        found = group.arguments["loc"][i].detach()
+        expected = line.offset.evaluate(parameters)[0].detach().to(found.dtype)
+        try:
+            if not torch.equal(*torch.broadcast_tensors(found, expected)):
+                return False
+        except RuntimeError:
+            return False
+    return True
+
+
+def are_as_read(
+    lines: Mapping[str, Line],
+    model: GivenGaussians,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+) -> bool:
+    """Whether a run at moved parameters and random values of the latents has these lines.
+
+    Args:
+        lines: As they were read on other data.
+        model: The model with its Gaussian latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+    """
+    values = {n: v.requires_grad_() for n, v in random_values(model, 31).items()}
+    with at_moved(structure.parameters, seed=31):
+        run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
+        parameters = values_of(run.parameters)
+        layout = FactorLayout(run.sites, structure, Recurring({}))
+        for name, line in lines.items():
+            place = Place.of(name, layout)
+            loc = place.loc(run.sites[name])
+            if place.sizes != line.sizes or place.scope != line.scope:
+                return False
+            if not is_as_predicted(line, layout, parameters, values):
+                return False
+            for read in line.reads:
+                leaf = values[read.latent]
+                probe = random_like(leaf)
+                jacobian = Jacobian.of(place, loc, leaf, run.sites[read.latent])
+                there = jacobian.of_all(probe).detach().unsqueeze(0)
+                nothing = Binding("constant", (), torch.zeros_like(line.offset.constant))
+                alone = replace(line, offset=nothing, reads=(read,))
+                expected = mean_at(alone, parameters, {read.latent: probe}).detach()
+                if not is_close(*torch.broadcast_tensors(there, expected.to(there.dtype))):
+                    return False
+    return True
