@@ -509,8 +509,7 @@ def monotone_and_compiled_as_generic(model: RandomModel) -> None:
     exact = not short
     if short:
         compiled = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
-    generic = ExactPosteriorEM(model, guide=model.guide, updates=short)._look((), {})
-    generic = replace(generic, compiled=False)
+    generic = replace(compiled, compiled=False)
     previous = -math.inf
     last = 3 if exact else 2
     for step in range(last + 1):
