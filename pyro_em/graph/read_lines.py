@@ -105,9 +105,9 @@ def _lines_of(
     """
     leaves = {n: p.leaf for n, p in run.parameters.items()}
     leaves_at_zero = {n: p.leaf for n, p in at_zero.parameters.items()}
-    layout = FactorLayout(run.sites, structure, Recurring(leaves))
+    layout = FactorLayout(run.sites, structure.as_run, Recurring(leaves))
     out = {}
-    for name, info in structure.sites.items():
+    for name, info in structure.as_run.sites.items():
         site = run.sites[name]
         read = _latents_read(name, site, values)
         if info.role is not Role.GAUSSIAN and not read:
@@ -206,7 +206,7 @@ def parts_at(
     how: dict[str, Any] = {"limit": None, "values": parameters}
     run = run_enumerated(model.at(values), args, kwargs, structure, **how)
     at_zero = run_enumerated(model, args, kwargs, structure, **how)
-    layout = FactorLayout(run.sites, structure, Recurring({}))
+    layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
     out: dict[str, dict[str, Tensor]] = {}
     for name, line in lines.items():
         place = Place.of(name, layout)
@@ -256,7 +256,7 @@ def differing_lines(
     for values in (some,) if once else (some, others, opposite):
         with torch.no_grad():
             run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
-            layout = FactorLayout(run.sites, structure, Recurring({}))
+            layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
             for name, line in lines.items():
                 if line.is_static and not is_as_predicted(line, layout, parameters, values):
                     off[name] = None

@@ -250,6 +250,21 @@ class Unrolling:
         return self.at(value, name, t, fn.event_dim)
 
 
+def with_template(known: Unrolling, template: Structure) -> Unrolling:
+    """A template of the same model with some latents given, read as its loops are known to be.
+
+    Args:
+        known: How the loops of the model are read.
+        template: What all steps of its loops showed.
+    """
+    sites = {
+        n: i for n, i in template.sites.items() if known.is_counted(n) or n in template.latents
+    }
+    passing = frozenset(n for n in sites if not known.is_counted(n))
+    alone = replace(template, sites=sites, looked=None, passing=passing)
+    return replace(known, template=alone, seen={})
+
+
 def require_loops(template: Structure, series: Series) -> None:
     """Refuse a template whose later steps are no functions of the steps just before.
 

@@ -35,7 +35,7 @@ from pyro_em.plan.gaussians import (
     with_values,
 )
 from pyro_em.plan.hyperparameters import unbounded_joints
-from pyro_em.plan.loops import examine_with_loops, trouble
+from pyro_em.plan.loops import examine_with_loops, examined_in_loops, trouble
 from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
 from pyro_em.plan.program import Disagreement, Program, later_kernel
 from pyro_em.plan.routes import Route
@@ -106,7 +106,11 @@ class Task(StaysHere):
 
 @fewer_collections()
 def build_program(
-    task: Task, *, first_look: bool = True, refused: Mapping[str, str] | None = None
+    task: Task,
+    *,
+    first_look: bool = True,
+    refused: Mapping[str, str] | None = None,
+    stepwise: bool = False,
 ) -> Program | Unrouted:
     """Look at a model and its data, decide everything, pay nothing yet.
 
@@ -114,6 +118,7 @@ def build_program(
         task: What is wanted.
         first_look: Whether the plain run may advance the random state.
         refused: Ways of reading the indices of vectorised loops that do not serve, and why.
+        stepwise: Whether these loops are run over integers.
 
     Returns:
         The program; where a latent has no route, what there is to say of it.
@@ -121,9 +126,18 @@ def build_program(
     Raises:
         PyroEMError: If the model or its data cannot be used, with all findings.
     """
-    structure = _examined(task, first_look, refused or {})
+    structure = _examined(task, first_look, refused or {}, stepwise)
     if isinstance(structure, Unrouted):
-        return _with_gaussians(task, structure)
+        if structure.structure.series is None:
+            return _with_gaussians(task, structure)
+        try:
+            found = _with_gaussians(task, structure)
+        except NotVectorized as error:
+            refused = {**(refused or {}), structure.structure.series.way: trouble(error)}
+            return build_program(task, first_look=False, refused=refused)
+        # What is wrong is said of the loop, by the names of its sites.
+        is_found = isinstance(found, Program)
+        return found if is_found else build_program(task, first_look=False, stepwise=True)
     looked, structure = structure.looked, _without_sites(structure)
     names = names_of(task.model, task.args, task.kwargs)
     log = task.log(names)
@@ -191,16 +205,24 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
             )
         )
     given = replace(task, model=model)
-    structure = _examined(given, False, {})
-    if isinstance(structure, Unrouted) or structure.series is not None:
+    structure = _examined(given, False, {}, bare=bare)
+    if isinstance(structure, Unrouted):
         return None
     bound = not task.look_only
     lines = read_lines(model, task.args, task.kwargs, structure, bound=bound)
     looked = structure.looked
-    structure = replace(structure, looked=None, lines=frozenset(lines), edges=bare.edges)
+    structure = _knowing(replace(structure, looked=None, edges=bare.edges), lines)
     log = task.log(names_of(task.model, task.args, task.kwargs))
     graph = with_lines(given, structure, lines, traced(given, structure, log, looked))
     return on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))
+
+
+def _knowing(structure: Structure, lines: Mapping[str, Line]) -> Structure:
+    """A skeleton that knows which means are bound apart."""
+    if structure.series is not None:
+        template = replace(structure.series.template, lines=frozenset(lines))
+        structure = replace(structure, series=replace(structure.series, template=template))
+    return replace(structure, lines=frozenset(lines))
 
 
 def with_lines(
@@ -246,18 +268,27 @@ def with_routes(program: Program) -> Program:
     return replace(program, routes=gaussian_routes(*found))
 
 
-def _examined(task: Task, first_look: bool, refused: Mapping[str, str]) -> Structure | Unrouted:
+def _examined(
+    task: Task,
+    first_look: bool,
+    refused: Mapping[str, str],
+    stepwise: bool = False,
+    bare: Structure | None = None,
+) -> Structure | Unrouted:
     """What two cheap runs say, before anything is paid for."""
-    structure, problems = examine_with_loops(
-        task.model,
-        task.args,
-        task.kwargs,
-        max_plate_nesting=task.max_plate_nesting,
-        first_look=first_look,
-        sparing=True,
-        max_enumeration=task.max_enumeration,
-        refused=refused,
-    )
+    run = task.model, task.args, task.kwargs
+    how: dict[str, Any] = {
+        "max_plate_nesting": task.max_plate_nesting,
+        "first_look": first_look,
+        "sparing": True,
+        "max_enumeration": task.max_enumeration,
+    }
+    if bare is not None and bare.series is not None:
+        structure, problems = examined_in_loops(*run, bare, **how)
+    else:
+        structure, problems = examine_with_loops(
+            *run, refused=refused, stepwise=stepwise or bare is not None, **how
+        )
     n_latent = sum(p.where.startswith("site") and "latent" in p.what for p in problems)
     too_dear: ContractionPlan | None = None
     try:

@@ -31,7 +31,8 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     Raises:
         NotLinear: If a Gaussian latent is masked, weighted, or a matrix of correlated rows.
     """
-    sites = {n: structure.unobserved[n] for n in structure.latents}
+    run = structure.as_run
+    sites = {n: run.unobserved[n] for n in run.latents}
     continuous = {n: s for n, s in sites.items() if not has_finite_support(s["fn"])}
     if not continuous or structure.random_plates:
         return None
@@ -41,7 +42,18 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
         problem = why_not_integrable(site)
         if problem:
             raise NotLinear(Finding(f"site '{name}'", problem, latents=(name,)))
-    return GivenGaussians(model, {n: torch.zeros_like(s["value"]) for n, s in continuous.items()})
+    return GivenGaussians(model, {n: _zeros(n, s, structure) for n, s in continuous.items()})
+
+
+def _zeros(name: str, site: Mapping[str, Any], structure: Structure) -> torch.Tensor:
+    """Zeros in place of a latent's value, at all steps of a loop that runs over indices."""
+    value, fn = site["value"], site["fn"]
+    shape = list(value.shape)
+    place = None if structure.series is None else structure.series.places.get(name)
+    if place is not None and place.shift is not None:
+        loop = structure.series.loops[place.loop]
+        shape[len(shape) - fn.event_dim + loop.dim] = loop.rest
+    return torch.zeros(shape, dtype=value.dtype, device=value.device)
 
 
 def is_integrable(site: Mapping[str, Any]) -> bool:

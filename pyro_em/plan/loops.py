@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pyro
 from torch import Tensor
 
+from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, PyroEMError, message
 from pyro_em.graph.coupling import Sites
 from pyro_em.graph.examination import examine
-from pyro_em.graph.series import require_loops
+from pyro_em.graph.lines import is_gaussian
+from pyro_em.graph.series import require_loops, with_template
 from pyro_em.graph.stepwise import unrolling_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
@@ -22,7 +24,13 @@ from pyro_em.tracing.runs import Model, forget_all_but, held_run
 
 
 def examine_with_loops(
-    model: Model, args: tuple, kwargs: dict[str, Any], *, refused: Mapping[str, str], **how: Any
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    refused: Mapping[str, str],
+    stepwise: bool = False,
+    **how: Any,
 ) -> tuple[Structure, list[Finding]]:
     """As `pyro_em.graph.examination.examine`, with vectorised loops over index tensors.
 
@@ -34,8 +42,11 @@ def examine_with_loops(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         refused: Ways of reading indices that do not serve, and why.
+        stepwise: Whether loops are run over integers, as it is known that indices do not help.
         **how: As there.
     """
+    if stepwise:
+        return examine(model, args, kwargs, **how)
     begin, known = random_state(), frozenset(pyro.get_param_store()._params)
     reasons = list(refused.values())
     findings: list[str] = []
@@ -51,8 +62,8 @@ def examine_with_loops(
                 series = Series(way)
                 with vectorizing(series):
                     structure, problems = examine(model, args, kwargs, **how)
-            if not problems:
-                return _unrolled(model, args, kwargs, structure, series), []
+            if not problems or _are_gaussian(structure, problems):
+                return _unrolled(model, args, kwargs, structure, series), problems
             findings.append(trouble(problems[0]))
         except NotVectorized as refusal:
             reasons.append(trouble(refusal))
@@ -75,6 +86,14 @@ def examine_with_loops(
         ["let the body do the same with an index tensor as with an integer"],
     )
     return replace(structure, notes=(*structure.notes, note)), problems
+
+
+def _are_gaussian(structure: Structure, problems: Sequence[Finding]) -> bool:
+    """Whether all that is wrong are latents without sums, which may be integrated as Gaussians."""
+    sites = [structure.unobserved[n] for n in structure.latents]
+    continuous = [s for s in sites if not has_finite_support(s["fn"])]
+    routes = bool(problems) and all(p.latents for p in problems)
+    return routes and bool(continuous) and all(is_gaussian(s["fn"]) for s in continuous)
 
 
 def trouble(found: Finding | BaseException) -> str:
@@ -106,3 +125,22 @@ def _unrolled(
 
     require_loops(template, series)
     return unrolling_of(template, series, held).unrolled(template.looked)
+
+
+def examined_in_loops(
+    given: Model, args: tuple, kwargs: dict[str, Any], bare: Structure, **how: Any
+) -> tuple[Structure, list[Finding]]:
+    """As `examine_with_loops`, of a model with some latents given, whose loops are known.
+
+    Args:
+        given: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        bare: The skeleton of the user's model, which draws these latents.
+        **how: As `pyro_em.graph.examination.examine`.
+    """
+    with vectorizing(Series(bare.series.way)):
+        template, problems = examine(given, args, kwargs, **how)
+    if problems:
+        return template, problems
+    return with_template(bare.series, template).unrolled(template.looked), []

@@ -7,7 +7,7 @@ which is exact where no unknown connects elements of the plates in which the sco
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.chain_building import chain_block
+from pyro_em.posteriors.chain_series import aliases, series_chain
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks, piece
 from pyro_em.posteriors.gaussian_sites import dense_block, taken
 from pyro_em.tracing.sites import Role
@@ -51,15 +52,21 @@ def integrated(
         return graph
     values = {name: p.value() for name, p in graph.parameters.items()}
     blocks = []
-    for names in components_of_lines(lines):
+    series = graph.structure.series
+    pairs = [] if series is None else aliases(lines, series)
+    for names in components_of_lines(lines, pairs):
         own = {n: lines[n] for n in names}
-        block = _block(graph, own, values, read or {})
+        if series is not None and any(n in series.places for n in names):
+            block: GaussianBlock = _with_plates(series_chain(graph, own, values, read or {}), graph)
+        else:
+            block = _block(graph, own, values, read or {})
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
+    inside = {name for block in blocks for group in block.groups for name in group.members}
     rest: list[Group] = []
     for group in graph.groups:
-        members = [i for i, name in enumerate(group.members) if name not in lines]
+        members = [i for i, name in enumerate(group.members) if name not in inside]
         if len(members) == len(group.members):
             rest.append(group)
         elif members:
@@ -67,9 +74,16 @@ def integrated(
     return replace(graph, groups=(*rest, *map(_group, blocks)))
 
 
-def components_of_lines(lines: Mapping[str, Line]) -> list[list[str]]:
-    """Sites that Gaussian latents connect, each set in model order."""
-    root = {name: name for name in lines}
+def components_of_lines(
+    lines: Mapping[str, Line], pairs: Sequence[tuple[str, str]] = ()
+) -> list[list[str]]:
+    """Sites that Gaussian latents connect, each set in model order.
+
+    Args:
+        lines: What the mean of each site reads.
+        pairs: Names that belong together.
+    """
+    root = {name: name for name in (*lines, *(name for pair in pairs for name in pair))}
 
     def find(name: str) -> str:
         while root[name] != name:
@@ -79,6 +93,8 @@ def components_of_lines(lines: Mapping[str, Line]) -> list[list[str]]:
     for name, line in lines.items():
         for read in line.reads:
             root[find(name)] = find(read.latent)
+    for a, b in pairs:
+        root[find(a)] = find(b)
     found: dict[str, list[str]] = {}
     for name in lines:
         found.setdefault(find(name), []).append(name)
@@ -103,6 +119,12 @@ def _block(
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
             what = f"its mask depends on '{scope[0]}'."
             raise NotSeparate(_finding(block, f"site '{group.members[0]}'", what))
+    return _with_plates(block, graph)
+
+
+def _with_plates(block: GaussianBlock, graph: FactorGraph) -> GaussianBlock:
+    """The block with the plates of its table: the discrete latents' own, and the data's if they can."""
+    scope, states = block.scope, block.states
     order = sorted(graph.structure.plates.values(), key=lambda p: p.dim)
     needed = {p for z in scope for p in graph.latents[z].plates}
     data = graph.structure.data_plate
