@@ -50,7 +50,7 @@ from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.given import GivenGaussians
-from pyro_em.tracing.loops import NotVectorized
+from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import moved, parameters_at, versions_of
 from pyro_em.tracing.runs import Model
@@ -133,7 +133,8 @@ def build_program(
         try:
             found = _with_gaussians(task, structure)
         except NotVectorized as error:
-            refused = {**(refused or {}), structure.structure.series.way: trouble(error)}
+            # However indices are read, their latents follow each other in the same way.
+            refused = dict.fromkeys((ALIGNED, EVENTS, PLAIN), trouble(error))
             return build_program(task, first_look=False, refused=refused)
         # What is wrong is said of the loop, by the names of its sites.
         is_found = isinstance(found, Program)
@@ -211,7 +212,9 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
     bound = not task.look_only
     lines = read_lines(model, task.args, task.kwargs, structure, bound=bound)
     looked = structure.looked
-    structure = _knowing(replace(structure, looked=None, edges=bare.edges), lines)
+    notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
+    structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
+    structure = _knowing(structure, lines)
     log = task.log(names_of(task.model, task.args, task.kwargs))
     graph = with_lines(given, structure, lines, traced(given, structure, log, looked))
     return on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))

@@ -1,0 +1,158 @@
+"""Loops over indices with Gaussian latents, against the same loops over integers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em import ExactPosteriorEM, ModelError, vectorized_markov
+from tests.posteriors.chain_models import noise, number, positive
+
+Loop = Callable[..., Iterator[Any]]
+Case = tuple[Callable[..., None], tuple[Any, ...]]
+
+
+def over_integers(name: str, size: int, history: int = 1) -> Iterator[int]:
+    """The loop that an index stands for."""
+    yield from pyro.markov(range(size), history=history)
+
+
+def local_level() -> Case:
+    def model(loop: Loop, y: Tensor) -> None:
+        h: Any = None
+        for t in loop("time", len(y)):
+            mean, spread = (0.0, 3.0) if h is None else (h, positive("q", 0.7))
+            h = pyro.sample(f"h_{t}", dist.Normal(mean, spread))
+            pyro.sample(f"y_{t}", dist.Normal(h + number("m", 0.1), positive("r", 0.9)), obs=y[t])
+
+    return model, (noise(30),)
+
+
+def second_order() -> Case:
+    """History two, inputs, gaps."""
+
+    def model(loop: Loop, y: Tensor, u: Tensor, ok: Tensor) -> None:
+        phi, before, h = number("phi", [0.6, 0.2]), None, None
+        for t in loop("time", len(y), history=2):
+            mean = torch.zeros(()).double()
+            if h is not None:
+                mean = mean + phi[0] * h
+            if before is not None:
+                mean = mean + phi[1] * before
+            before, h = h, pyro.sample(f"h_{t}", dist.Normal(mean + u[t], positive("s", 0.8)))
+            seen = dist.Normal(h, positive("r", 0.6)).mask(ok[t])
+            pyro.sample(f"y_{t}", seen, obs=y[t])
+
+    ok = torch.ones(20, dtype=torch.bool)
+    ok[5:8] = False
+    return model, (noise(20, seed=2), noise(20, seed=3), ok)
+
+
+def factors() -> Case:
+    """Vectors below a plate of series, with a coefficient that is no linear function."""
+
+    def model(loop: Loop, y: Tensor) -> None:
+        W = number("W", [[1.0, 0.2], [0.5, 1.0], [0.3, -1.0]])
+        tril = number("L", [[0.5, 0.0], [0.2, 0.6]], constraints.lower_cholesky)
+        series, h = pyro.plate("series", 3), None
+        for t in loop("time", len(y)):
+            if h is None:
+                start = dist.MultivariateNormal(torch.zeros(2).double(), torch.eye(2).double())
+                h = pyro.sample(f"h_{t}", start)
+            else:
+                decay = torch.exp(-positive("tau", [0.3, 0.6]))
+                h = pyro.sample(f"h_{t}", dist.MultivariateNormal(decay * h, scale_tril=tril))
+            with series:
+                mean = (W * h.unsqueeze(-2)).sum(-1)
+                pyro.sample(f"y_{t}", dist.Normal(mean, positive("r", [0.5, 0.7, 0.9])), obs=y[t])
+
+    return model, (noise(9, 3, seed=4),)
+
+
+def panel() -> Case:
+    """Series of unequal lengths, level and slope."""
+
+    def model(loop: Loop, y: Tensor, lengths: Tensor) -> None:
+        people, level, slope = pyro.plate("people", y.shape[1]), None, None
+        for t in loop("time", len(y)):
+            with people:
+                first = slope is None
+                mean = 0.0 if first else slope
+                slope = pyro.sample(f"slope_{t}", dist.Normal(mean, positive("a", 0.3)))
+                mean = 0.0 if first else level + slope
+                level = pyro.sample(f"level_{t}", dist.Normal(mean, positive("b", 0.5)))
+                with pyro.poutine.mask(mask=t < lengths):
+                    pyro.sample(f"y_{t}", dist.Normal(level, positive("r", 0.6)), obs=y[t])
+
+    return model, (noise(14, 4, seed=6), torch.tensor([14, 4, 7, 14]))
+
+
+CASES = {f.__name__: f for f in (local_level, second_order, factors, panel)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_indices_do_what_integers_do(case: str) -> None:
+    model, args = CASES[case]()
+    found = []
+    for loop in (vectorized_markov, over_integers):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        plan = em.plan(loop, *args)
+        assert not plan.notes
+        assert all("Kalman" in r.reason for r in plan.routes)
+        names = [r.site for r in plan.routes]
+        q = em.posterior(loop, *args)
+        means = [q.mean(n) for n in names]
+        between = q.covariance(names[3], names[4])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = em.fit(loop, *args, max_steps=1 if case == "factors" else 3, tol=0)
+        found.append((q.log_evidence, means, between, result))
+    (ours, means, between, result), (theirs, others, other_between, other) = found
+    assert ours == pytest.approx(theirs, abs=1e-10)
+    for a, b in zip(means, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.0, atol=1e-10)
+    torch.testing.assert_close(between, other_between, rtol=0.0, atol=1e-10)
+    assert result.history == pytest.approx(other.history, abs=1e-9)
+    for name, value in result.params.items():
+        torch.testing.assert_close(value, other.params[name], rtol=1e-8, atol=1e-9)
+    assert result.num_rows == other.num_rows
+    assert result.num_free_parameters == other.num_free_parameters
+
+
+def test_a_step_that_reads_all_others_is_read_step_by_step() -> None:
+    def model(loop: Loop, y: Tensor) -> None:
+        drift = pyro.sample("drift", dist.Normal(0.0, 1.0))
+        h: Any = 0.0
+        for t in loop("time", len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(h + drift, positive("q", 0.5)))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 1.0)), obs=y[t])
+
+    y = noise(9, seed=8)
+    em = ExactPosteriorEM(model)
+    assert "read step by step" in " ".join(em.plan(vectorized_markov, y).notes)
+    q = em.posterior(vectorized_markov, y)
+    other = ExactPosteriorEM(model).posterior(over_integers, y)
+    assert q.log_evidence == pytest.approx(other.log_evidence, abs=1e-10)
+
+
+def test_what_is_not_linear_is_said_by_the_names_of_its_sites() -> None:
+    def model(loop: Loop, y: Tensor) -> None:
+        h: Any = torch.zeros(()).double()
+        for t in loop("time", len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(torch.tanh(h), 0.5))
+            pyro.sample(f"y_{t}", dist.Normal(h, 1.0), obs=y[t])
+
+    y = noise(12, seed=9)
+    with pytest.raises(ModelError, match="h_0") as error:
+        ExactPosteriorEM(model).fit(vectorized_markov, y, max_steps=1)
+    assert "<time" not in str(error.value)
+    assert "not linear in 'h_0' (tanh)" in str(error.value)
