@@ -112,7 +112,7 @@ def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
     placed = [r for r in rows if r is not None]
     slots = _slots(sites, levels, placed)
     depths = _depths(sites, levels, slots)
-    widths = [slot.width for slot in slots.all]
+    widths = slots.widths
     fresh, unknowns = (
         sum(widths),
         sum(s.rows * s.width for s in sites if s.is_latent) // max(chains, 1),
@@ -221,54 +221,48 @@ def _in_order(label: _Ints) -> _Ints:
     return number[inverse].astype(np.int64)
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A part of the state, which holds one latent at each level at most."""
-
-    name: str
-    width: int
-
-
 @dataclass(frozen=True, eq=False)
 class _Slots:
-    """The parts of a state, and that of each latent."""
+    """The parts of a state, each of which holds one latent at each level at most.
 
-    all: tuple[_Slot, ...]
+    Attributes:
+        widths: How many numbers each has.
+        of: The part of each latent.
+    """
+
+    widths: tuple[int, ...]
     of: dict[int, int]
 
 
 def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Rows]) -> _Slots:
-    """Latents of one name but for numbers share a part of the state; so does the first, of another."""
-    found: list[_Slot] = []
-    of: dict[int, int] = {}
-    taken: set[tuple[int, int]] = set()
-    kinds: dict[tuple[str, int], list[int]] = {}
+    """Latents of one name but for numbers share a part of the state; one of another name joins them."""
+    kinds: dict[tuple[str, int, int], list[int]] = {}
+    met: dict[tuple[str, int, int], int] = {}
     for i, site in enumerate(sites):
-        if not site.is_latent:
-            continue
-        width = rows[i].count * site.width
-        name = re.sub(r"\d+", "#", site.name)
-        own = kinds.setdefault((name, width), [])
-        free = [s for s in own if (levels[i], s) not in taken]
-        if not free:
-            free = [
-                s
-                for s, slot in enumerate(found)
-                if slot.width == width and (levels[i], s) not in taken
-            ]
-        if not free:
-            found.append(_Slot(name, width))
-            free = [len(found) - 1]
-        if free[0] not in own:
-            own.append(free[0])
-        of[i] = free[0]
-        taken.add((levels[i], free[0]))
-    return _Slots(tuple(found), of)
+        if site.is_latent:
+            kind = re.sub(r"\d+", "#", site.name), rows[i].count * site.width
+            here = (*kind, levels[i])
+            met[here] = met.get(here, -1) + 1
+            kinds.setdefault((*kind, met[here]), []).append(i)
+    widths: list[int] = []
+    held: list[set[int]] = []
+    of: dict[int, int] = {}
+    for (_, width, _), own in sorted(kinds.items(), key=lambda k: -len(k[1])):
+        at = {levels[i] for i in own}
+        # A first latent goes where later ones of its series are.
+        joins = [s for s, w in enumerate(widths) if w == width and not at & held[s]]
+        if len(own) > 1 or not joins:
+            joins = [len(widths)]
+            widths.append(width)
+            held.append(set())
+        held[joins[0]] |= at
+        of.update(dict.fromkeys(own, joins[0]))
+    return _Slots(tuple(widths), of)
 
 
 def _depths(sites: Sequence[SiteForm], levels: Sequence[int], slots: _Slots) -> list[int]:
     """For each part of a state how many levels it is kept after its own."""
-    out = [0] * len(slots.all)
+    out = [0] * len(slots.widths)
     for i, site in enumerate(sites):
         for term in site.terms:
             lag = levels[i] - levels[term.latent] - (1 if site.is_latent else 0)
