@@ -407,7 +407,10 @@ class Program(StaysHere):
         if self.lines:
             assert isinstance(self.model, GivenGaussians)
             run = (self.model, self.args, self.kwargs, self.structure)
-            off += [(s, "loc") for s in differing_lines(self.lines, *run, predicted_at, values)]
+            # Where parameters were moved, thresholds were looked for.
+            once = values is None
+            found = differing_lines(self.lines, *run, predicted_at, values, once=once)
+            off += [(s, "loc") for s in found]
         return Disagreement(tuple(off))
 
     def plan(self) -> Plan:

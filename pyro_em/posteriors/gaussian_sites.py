@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
+from pyro_em.graph.stretches import Repeated
 from pyro_em.posteriors.gaussian import GaussianBlock
 
 
@@ -99,9 +100,11 @@ def site_over(
         bindings=bindings,
         value=widened(group.value),
         mask=None if group.mask is None else widened(group.mask),
-        scale=tuple(
-            widened(s.unsqueeze(0))[0] if isinstance(s, Tensor) and s.dim() else s
-            for s in group.scale
+        scale=group.scale
+        if not any(isinstance(x, Tensor) for x in group.scales)
+        else tuple(
+            widened(x.unsqueeze(0))[0] if isinstance(x, Tensor) and x.dim() else x
+            for x in group.scale
         ),
         elements=None if group.elements is None else widened(group.elements),
         lines=tuple(parts),
@@ -139,9 +142,19 @@ def taken(group: Group, members: Sequence[int]) -> Group:
         bindings={a: with_tensors(b, rows) for a, b in group.bindings.items()},
         value=rows(group.value),
         mask=None if group.mask is None else rows(group.mask),
-        scale=tuple(group.scale[i] for i in at),
+        scale=_scales(group.scale, at),
         value_binding=None
         if group.value_binding is None
         else with_tensors(group.value_binding, rows),
         elements=None if group.elements is None else rows(group.elements),
     )
+
+
+def _scales(scale: Sequence[Tensor | float], members: Sequence[int]) -> Sequence[Tensor | float]:
+    """Those of some members, held once where they are one number."""
+    if isinstance(scale, Repeated):
+        return Repeated(scale.value, len(members))
+    found = tuple(scale[i] for i in members)
+    first = found[0]
+    alike = all(not isinstance(s, Tensor) and s == first for s in found)
+    return Repeated(first, len(found)) if alike and len(found) > 1 else found
