@@ -18,37 +18,103 @@ from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.state_space import Filtered, StateSpace
 
 
 def filtered_solutions(
     faces: GaussianFaces, data: DataSteps, names: Sequence[str]
 ) -> Solved | None:
-    """Solutions in which a latent has its moments given the data up to its own step.
+    """Solutions in which some latents have their moments given the data up to their own step.
 
     Args:
         faces: The Gaussian latents.
         data: When data come, along the series of the latents.
-        names: The latents.
+        names: The latents, of that series.
 
     Returns:
         None where a filter does not have them: where discrete values change the moments, or data come
         otherwise than level by level.
     """
-    groups = {faces.places[n][0] for n in (*names, *data.chain) if n in faces.places}
+    groups = {faces.places[n][0] for n in names if n in faces.places}
     if len(groups) != 1 or any(n not in faces.places for n in names):
         return None
     (g,) = groups
     solution = faces.solved[g]
     if not isinstance(solution, ChainSolution) or solution.cells > 1:
         return None
-    if any(n not in faces.places for n in data.chain):
-        return None
-    levels = torch.tensor([_level(faces, solution.layout, n) for n in data.chain])
-    if not _come_by_level(solution.layout, _of_group(data, g), levels):
+    own = torch.tensor([_level(faces, solution.layout, n) for n in names])
+    steps = torch.tensor([data.chain.index(n) for n in names])
+    lags = _lags(solution.layout, _of_group(data, g), own, steps, len(data.chain))
+    if lags is None:
         return None
     found = solution.smoothed.filtered
-    own = replace(solution.smoothed, mean=found.mean, covariance=found.covariance)
-    return {**faces.solved, g: replace(solution, smoothed=own)}
+    mean, covariance = found.mean, found.covariance
+    for lag in sorted({int(k) for k in lags if k > 0}):
+        at = own[lags == lag]
+        later, their = lagged_filter(solution.numbers.space, found, lag)
+        lead = max(len(covariance), len(their))
+        mean = mean.index_copy(1, at.to(mean.device), later[:, at])
+        covariance = covariance.expand(lead, *covariance.shape[1:])
+        their = their.expand(lead, *their.shape[1:])
+        covariance = covariance.index_copy(1, at.to(mean.device), their[:, at])
+    smoothed = replace(solution.smoothed, mean=mean, covariance=covariance)
+    return {**faces.solved, g: replace(solution, smoothed=smoothed)}
+
+
+def lagged_filter(space: StateSpace, found: Filtered, lag: int) -> tuple[Tensor, Tensor]:
+    """The states given the data up to some levels after their own; fewer where a chain ends.
+
+    The state of a level stands beside the newest one, which moves on,
+
+        (x_t, x_{t+j}) → (x_t, A x_{t+j} + a + G ε),   then the data of level t + j + 1,
+
+    for all levels t at once.
+
+    Args:
+        space: The chains.
+        found: The states given the data up to their own level.
+        lag: How many levels more.
+
+    Returns:
+        # (chains, T, n), (chains|1, T, n, n)
+    """
+    n, T = space.size, space.steps
+    mean = torch.cat([found.mean, found.mean], -1)
+    P = found.covariance
+    S = torch.cat([torch.cat([P, P], -1), torch.cat([P, P], -1)], -2)
+    for j in range(1, lag + 1):
+        there = torch.arange(T - j, device=mean.device)
+        after = there + j
+        kind = space.dynamics[after]
+        A, G = space.transition[:, kind], space.noise[:, kind]
+        before, cross, old = S[:, there, n:, n:], S[:, there, :n, n:] @ A.mT, S[:, there, :n, :n]
+        new = A @ before @ A.mT + G @ G.mT
+        moved = (A @ mean[:, there, n:].unsqueeze(-1)).squeeze(-1) + space.drift[:, after]
+        cross, old = (t.expand(len(new), *t.shape[1:]) for t in (cross, old))
+        joint = torch.cat([torch.cat([old, cross], -1), torch.cat([cross.mT, new], -1)], -2)
+        both = torch.cat([mean[:, there, :n], moved], -1)
+        both, joint = _given(space, after, both, joint)
+        lead = max(len(S), len(joint))
+        S = S.expand(lead, *S.shape[1:]).index_copy(1, there, joint.expand(lead, *joint.shape[1:]))
+        mean = mean.index_copy(1, there, both)
+    return mean[..., :n], S[..., :n, :n]
+
+
+def _given(space: StateSpace, at: Tensor, mean: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of states, the second of them of some levels, given the data of these levels."""
+    kind, n = space.measurement[at], space.size
+    H, deviation = space.loading[:, kind], space.deviation[:, kind]
+    error = space.value[:, at] - (H @ mean[..., n:].unsqueeze(-1)).squeeze(-1)
+    if space.seen is not None:
+        seen = space.seen[:, at]
+        error = torch.where(seen, error, torch.zeros_like(error))
+        H = H * seen.unsqueeze(-1)
+        deviation = torch.where(seen, deviation, torch.ones_like(deviation))
+    cross = S[..., n:] @ H.mT
+    variance = H @ S[..., n:, n:] @ H.mT + deviation.square().diag_embed()
+    gain = torch.linalg.solve(variance, cross.mT).mT
+    S = S - gain @ cross.mT
+    return mean + (gain @ error.unsqueeze(-1)).squeeze(-1), (S + S.mT) / 2
 
 
 def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> ChainSolution | None:
@@ -85,20 +151,25 @@ def _of_group(data: DataSteps, g: int) -> dict[int, Tensor]:
     return {i: at for (h, i), at in data.of_rows.items() if h == g and i is not None}
 
 
-def _come_by_level(layout: ChainLayout, data: Mapping[int, Tensor], levels: Tensor) -> bool:
-    """Whether the data up to each step are those up to its level.
+def _lags(
+    layout: ChainLayout, data: Mapping[int, Tensor], own: Tensor, steps: Tensor, T: int
+) -> Tensor | None:
+    """How many levels after its own a latent's step has data; None where steps are no levels.
 
     Args:
         layout: The chain.
         data: The step of each row of the observed sites. # (rows,) each
-        levels: The level of each step. # (T,)
+        own: The level of each latent. # (latents,)
+        steps: The step of each. # (latents,)
+        T: The number of steps.
     """
-    if bool((levels.diff() < 0).any()):
-        return False
-    for i, steps in data.items():
-        own = layout.level_of_row[i].cpu()
-        known = own <= levels[steps.clamp(min=0)]
-        new = (steps <= 0) | (own > levels[(steps - 1).clamp(min=0)])
-        if not bool((known & new).all()):
-            return False
-    return True
+    come = torch.cat(list(data.values()))
+    levels = torch.cat([layout.level_of_row[i].cpu() for i in data])
+    far = layout.form.steps
+    highest = torch.full((T + 1,), -1).scatter_reduce(0, come + 1, levels, "amax").cummax(0).values
+    lowest = torch.full((T + 2,), far).scatter_reduce(0, come + 1, levels, "amin")
+    lowest = lowest.flip(0).cummin(0).values.flip(0)
+    last, then = highest[steps + 1], lowest[steps + 2]  # of the data by a step, and after it
+    if bool((last >= then).any()) or bool((own >= then).any()):
+        return None
+    return (last - own).clamp(min=0)

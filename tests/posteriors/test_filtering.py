@@ -110,6 +110,37 @@ def test_level_and_slope_of_a_trend_are_filtered_each_by_its_number() -> None:
     assert errors == pytest.approx(np.array(right.errors), abs=1e-11, nan_ok=True)
 
 
+def test_latents_of_a_step_that_read_each_other_are_filtered_together() -> None:
+    """Three of them one after the other, of two series with gaps of their own."""
+    T = 9
+    y = series(T, 2)
+    y[3, 0] = y[4, 1] = y[5, 1] = math.nan
+
+    def model() -> None:
+        a = b = c = torch.zeros(2)
+        with pyro.plate("series", 2):
+            for t in pyro.markov(range(T)):
+                a = pyro.sample(f"a_{t}", dist.Normal(0.9 * a, 0.5))
+                b = pyro.sample(f"b_{t}", dist.Normal(0.5 * b + a, 0.3))
+                c = pyro.sample(f"c_{t}", dist.Normal(c + b, 0.2))
+                pyro.sample(f"y_{t}", dist.Normal(c - 0.5 * a, 0.7), obs=y[t])
+
+    q = ExactPosteriorEM(model, missing="nan").posterior()
+    now = np.linalg.inv(np.array([[1.0, 0, 0], [-1, 1, 0], [0, -1, 1]]))
+    F, G = now @ np.diag([0.9, 0.5, 1.0]), now @ np.diag([0.5, 0.3, 0.2])
+    H, R = np.array([[-0.5, 0.0, 1.0]]), 0.49 * np.eye(1)
+    for b in range(2):
+        right = Kalman(y[:, b, None], F, G @ G.T, H, R, np.zeros(3), G @ G.T)
+        for i, name in enumerate(("a_*", "b_*", "c_*")):
+            found = q.filtered(name)
+            means = np.array(right.means)[:, i]
+            assert found.mean[:, b].numpy() == pytest.approx(means, abs=1e-11)
+            variances = np.array(right.covariances)[:, i, i]
+            assert found.variance[:, b].numpy() == pytest.approx(variances, abs=1e-11)
+        errors = q.prediction_errors("y_*")[:, b].numpy()
+        assert errors == pytest.approx(np.ravel(right.errors), abs=1e-11, nan_ok=True)
+
+
 def test_vectors_in_a_plate_are_filtered_as_by_pyro() -> None:
     """Several series, one shorter than the other, with correlated noises."""
     B, D = 2, 2
