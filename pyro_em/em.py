@@ -386,9 +386,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             **kwargs: The model's keyword arguments.
 
         Returns:
-            Means, intervals and draws of each observed site with missing entries. Means are exact, and
-            intervals where an entry is a normal or a mixture of normals; otherwise, and where a guide
-            draws, they are those of the draws.
+            Means, intervals and draws of each observed site with missing entries. Means are exact for
+            numbers and normal vectors of the families that the library knows, intervals where an entry
+            is a normal or a mixture of normals; otherwise, and where a guide draws, they are those of
+            the draws. The forecast says of which sites.
 
         Raises:
             UsageError: If nothing is missing, or an argument cannot be used.
