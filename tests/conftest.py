@@ -12,16 +12,21 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
-settings.load_profile("suite")
 
 # Reading the tests makes millions of objects, nearly all of which stay: nothing to look for.
 gc.disable()
 
 # The libraries are imported where they are used: of the processes of pytest-xdist, the one that
 # hands out tests does without, and the others wait for it.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load Hypothesis and its settings, where tests are run and not only handed out."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        from hypothesis import settings
+
+        settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+        settings.load_profile("suite")
 
 
 def seed(value: int) -> None:

@@ -600,15 +600,15 @@ def nesting_of(k):
 def test_hidden_markov_examples_are_fitted(k, form) -> None:
     model, data = HMMS[k], hmm_data(k)
     em = ExactPosteriorEM(model, "map" if form == "map" else probabilities_only(model))
-    found = routes(em, *data)
-    assert {n for n, r in found.items() if r == "point estimate"} == {
-        n for n in found if n.startswith("probs_")
-    }
-    assert {r for n, r in found.items() if not n.startswith("probs_")} == {"enumerate"}
     start = em.elbo(*data)
     theirs = float(pyro_bounds(model, em.guide, *data, nesting=nesting_of(k)))
     assert start.value == pytest.approx(theirs, rel=1e-6)
     result = em.fit(*data, init="random", seed=1, max_steps=2 if k == 5 else 8)
+    found = {r.site: r.route for r in result.plan.routes}
+    assert {n for n, r in found.items() if r == "point estimate"} == {
+        n for n in found if n.startswith("probs_")
+    }
+    assert {r for n, r in found.items() if not n.startswith("probs_")} == {"enumerate"}
     assert_rises(result)
     assert result.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS)
     assert_same_objective(em, result, *data, nesting=nesting_of(k))
