@@ -6,7 +6,8 @@ parameters as any argument is. `pyro_em.graph.read_lines` reads them from runs o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,18 +116,58 @@ def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, T
     Returns:
         # (1, *sizes or 1s, *scope, *event)
     """
-    out = line.offset.evaluate(parameters)
+    ((_, out),) = means_at(line, parameters, values, 0)
+    return out
+
+
+def means_at(
+    line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], cells: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """The same in parts along the first plate, so that little is held at once.
+
+    Args:
+        line: How the latents enter it.
+        parameters: Constrained values by name.
+        values: Values of the latents. # (*batch, *event)
+        cells: How many numbers a part should have; 0 for all of them.
+
+    Returns:
+        Places along the first plate, each with # (1, *sizes or 1s, *scope, *event)
+    """
+    offset = line.offset.evaluate(parameters)
+    reads = []
     for read in line.reads:
         coefficient = read.coefficient.evaluate(parameters)
-        q = coefficient.shape[-1]
-        rows = values[read.latent].reshape(-1, q)
-        if not is_in_order(read.elements) or len(read.elements) != len(rows):
-            rows = rows[read.elements.clamp(min=0)] * (read.elements >= 0).unsqueeze(-1)
-        own = coefficient.shape[1 + len(line.sizes) : -1]
-        if coefficient.shape[: 1 + len(line.sizes)].numel() == 1:
-            image = rows.to(coefficient.dtype) @ coefficient.reshape(-1, q).mT
-            out = image.reshape(1, *line.sizes, *own) + out
-        else:
-            rows = rows.reshape(1, *line.sizes, *(1,) * len(own), q)
-            out = out + (coefficient * rows).sum(-1)
-    return out
+        rows = values[read.latent].reshape(-1, coefficient.shape[-1]).to(coefficient.dtype)
+        reads.append((coefficient, _read(rows, read.elements)))
+    first, rest = (line.sizes[0], math.prod(line.sizes[1:])) if line.sizes else (1, 1)
+    own = offset.shape[1 + len(line.sizes) :].numel() * rest
+    step = max(1, cells // max(own, 1)) if cells and reads else first
+    for begin in range(0, first, step):
+        part = slice(begin, min(begin + step, first))
+        out = _part_of(offset, part)
+        sizes = (part.stop - part.start, *line.sizes[1:]) if line.sizes else ()
+        for coefficient, rows in reads:
+            chosen = rows[part.start * rest : part.stop * rest]
+            out = _applied(_part_of(coefficient, part), chosen, sizes) + out
+        yield part, out
+
+
+def _read(values: Tensor, elements: Tensor) -> Tensor:
+    """The elements that rows read, zero where there is none. # (rows, q)"""
+    if len(elements) == len(values) and is_in_order(elements):
+        return values
+    return values[elements.clamp(min=0)] * (elements >= 0).unsqueeze(-1)
+
+
+def _part_of(t: Tensor, part: slice) -> Tensor:
+    """A part along the first plate, where the tensor has one. # (1, sizes[0] or 1, …)"""
+    return t[:, part] if t.dim() > 1 and t.shape[1] > 1 else t
+
+
+def _applied(coefficient: Tensor, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """C h for the elements that rows read. # (1, *sizes, *scope, *event)"""
+    q, own = coefficient.shape[-1], coefficient.shape[1 + len(sizes) : -1]
+    if coefficient.shape[: 1 + len(sizes)].numel() == 1:
+        return (rows @ coefficient.reshape(-1, q).mT).reshape(1, *sizes, *own)
+    return (coefficient * rows.reshape(1, *sizes, *(1,) * len(own), q)).sum(-1)

@@ -78,13 +78,16 @@ def random_like(t: Tensor, seed: int = 37) -> Tensor:
 
 def is_close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree up to rounding at the size of their largest elements."""
-    if not a.numel():
-        return True
     # Where they agree, either's largest element is that of both.
-    return _largest(a - b) <= 1e3 * torch.finfo(a.dtype).eps * _largest(a)
+    return not a.numel() or largest(a - b) <= rounding_of(a)
 
 
-def _largest(t: Tensor) -> float:
+def rounding_of(t: Tensor) -> float:
+    """How far a tensor may be off by rounding, at the size of its largest element."""
+    return 1e3 * torch.finfo(t.dtype).eps * largest(t)
+
+
+def largest(t: Tensor) -> float:
     """The size of a tensor's largest element, without a copy of it."""
     low, high = t.aminmax()
     return float(torch.maximum(-low, high))

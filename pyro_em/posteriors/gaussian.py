@@ -106,7 +106,7 @@ class GaussianBlock:
     def over(self, plates: tuple[str, ...], sizes: tuple[int, ...]) -> GaussianBlock:
         """The same block with a table over some plates; its layout is not computed again."""
         out = replace(self, plates=plates, sizes=sizes)
-        vars(out)["layout"] = self.layout
+        vars(out)["_dense"] = self._dense
         return out
 
     @property

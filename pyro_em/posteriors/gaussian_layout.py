@@ -298,10 +298,7 @@ def _anchor(columns: list[_Ints], rows: int) -> _Ints:
 
 
 def components(columns: list[list[_Ints]], elements: int) -> _Ints:
-    """The connected component of each element."""
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
+    """The connected component of each element, in the order of their first elements."""
     here, there = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for site in columns:
         if len(site) < 2:
@@ -311,12 +308,21 @@ def components(columns: list[list[_Ints]], elements: int) -> _Ints:
             linked = (column >= 0) & (column != anchor)
             here.append(anchor[linked])
             there.append(column[linked])
-    if elements == 0:
-        return np.zeros(0, np.int64)
     a, b = np.concatenate(here), np.concatenate(there)
-    links = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(elements, elements))
-    _, label = connected_components(links, directed=False)
-    return np.asarray(label, dtype=np.int64)
+    label = np.arange(elements, dtype=np.int64)
+    if not len(a):
+        return label
+    # Each component is named after its least element so far. A name that meets a smaller one leads
+    # to it, so that every round leaves at most half of the names that are not final.
+    while bool((label[a] != label[b]).any()):
+        low = np.minimum(label[a], label[b])
+        leads = label.copy()
+        np.minimum.at(leads, label[a], low)
+        np.minimum.at(leads, label[b], low)
+        while bool((leads[leads] != leads).any()):
+            leads = leads[leads]  # twice as far
+        label = leads[label]
+    return np.unique(label, return_inverse=True)[1].astype(np.int64)
 
 
 def _padded(sizes: _Ints) -> _Ints:
