@@ -145,11 +145,11 @@ def means_at(
     step = max(1, cells // max(own, 1)) if cells and reads else first
     for begin in range(0, first, step):
         part = slice(begin, min(begin + step, first))
-        out = _part_of(offset, part)
+        out = _part_of(offset, part, line.sizes)
         sizes = (part.stop - part.start, *line.sizes[1:]) if line.sizes else ()
         for coefficient, rows in reads:
             chosen = rows[part.start * rest : part.stop * rest]
-            out = _applied(_part_of(coefficient, part), chosen, sizes) + out
+            out = _applied(_part_of(coefficient, part, line.sizes), chosen, sizes) + out
         yield part, out
 
 
@@ -160,9 +160,9 @@ def _read(values: Tensor, elements: Tensor) -> Tensor:
     return values[elements.clamp(min=0)] * (elements >= 0).unsqueeze(-1)
 
 
-def _part_of(t: Tensor, part: slice) -> Tensor:
-    """A part along the first plate, where the tensor has one. # (1, sizes[0] or 1, …)"""
-    return t[:, part] if t.dim() > 1 and t.shape[1] > 1 else t
+def _part_of(t: Tensor, part: slice, sizes: tuple[int, ...]) -> Tensor:
+    """A part along the first plate, where there is one that changes the tensor."""
+    return t[:, part] if sizes and t.shape[1] > 1 else t
 
 
 def _applied(coefficient: Tensor, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
