@@ -186,7 +186,11 @@ OF_DRAWN = OF_POSTERIOR | table(
         "t steps alone",
     ),
     ("marginal", "q.probs('z') gives the probabilities of a discrete latent"),
-    ("variance var std covariance", "q.sample(1000)['h'].std(0) estimates it from draws"),
+    (
+        "variance var std",
+        "q.sample(1000)['h'].std(0) estimates it from draws; q.covariance('h') gives the variances of "
+        "a Gaussian latent that is integrated under each draw",
+    ),
     ("joint", "q.sample(1000) draws all latents together"),
     ("bound pointwise", "em.elbo(x, num_particles=100) estimates the bound, with .pointwise"),
 )

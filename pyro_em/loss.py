@@ -8,14 +8,16 @@ from the guide, and what remains is summed exactly under each draw.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
-from pyro_em.errors import UsageError, message
+from pyro_em.errors import UsageError, message, warn
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.structure import form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.planner import Planner
@@ -24,13 +26,19 @@ from pyro_em.plan.request import Request
 from pyro_em.plan.wishes import check_draws, check_limits
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
-from pyro_em.tracing.runs import is_stored
+from pyro_em.posteriors.gaussian_components import NotSeparate
+from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.randomness import random_state
+from pyro_em.tracing.runs import Run, is_stored
 from pyro_em.tracing.turns import alone
 from pyro_em.variational.bound import Variational
+from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here
 
 
 class TraceExact_ELBO(ELBO):
-    """−ELBO with every discrete latent summed exactly, and the guide for the rest.
+    """−ELBO with every latent that has an exact posterior solved, and the guide for the rest.
+
+    Discrete latents are summed, Gaussian ones whose children are linear in them integrated.
 
     Unlike ``TraceEnum_ELBO`` it needs no annotation of the model and loses no posterior mass in its
     gradients, however far prior and likelihood are apart. Guide sites of latents that are summed
@@ -41,7 +49,8 @@ class TraceExact_ELBO(ELBO):
         num_particles: Draws from the guide per loss.
         max_plate_nesting: Number of plate dimensions; found by looking where left out.
         max_enumeration: Cells of the largest tensor that an enumeration may need.
-        strategy: ``"exact"``, or ``"guide"`` to take the guide for everything that it covers.
+        strategy: ``"exact"``, or ``"guide"`` to take the guide for everything that it covers, or a
+            dict from latents or globs to these.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -66,16 +75,20 @@ class TraceExact_ELBO(ELBO):
         *,
         max_plate_nesting: int | None = None,
         max_enumeration: int = 2**27,
-        strategy: str = "exact",
+        strategy: str | Mapping[str, str] = "exact",
     ) -> None:
         check_draws(num_particles, "TraceExact_ELBO")
         check_limits("TraceExact_ELBO", max_plate_nesting, max_enumeration)
-        if strategy not in ("exact", "guide"):
+        wishes = list(strategy.values()) if isinstance(strategy, Mapping) else [strategy]
+        if any(wish not in ("exact", "guide") for wish in wishes):
             raise UsageError(
                 message(
                     "TraceExact_ELBO",
                     f"strategy={strategy!r} is no loss.",
-                    fixes=["use 'exact' or 'guide'", "ExactPosteriorEM has other E-steps"],
+                    fixes=[
+                        "use 'exact' or 'guide', or a dict from latents to these",
+                        "ExactPosteriorEM has other E-steps",
+                    ],
                 )
             )
         super().__init__(num_particles=num_particles)
@@ -102,15 +115,7 @@ class TraceExact_ELBO(ELBO):
         model_read = self._look(model, guide, args, kwargs)
         if isinstance(model_read, Variational):
             return model_read.loss(args, kwargs, self.num_particles, baselines=self._baselines)
-        graph = trace_graph(
-            model_read.model,
-            args,
-            kwargs,
-            model_read.structure,
-            with_bindings=False,
-            attached=True,
-            keep_random_state=False,  # the next step draws another batch
-        )
+        graph = _attached_graph(model_read, args, kwargs)
         tables = [group.log_density().to(torch.float64) for group in graph.groups]
         flat = [part for table in tables for part in table.unbind(0)]
         plan = contraction_of(graph)
@@ -135,7 +140,10 @@ class TraceExact_ELBO(ELBO):
             if same and is_stored(read):
                 return model_read
         request = Request(model, guide, None, self.strategy, {}, self.nesting, self.max_enumeration)
-        model_read = Planner(request).look(args, kwargs, look_only=True)
+        planner = Planner(request)
+        model_read = planner.look(args, kwargs, look_only=True)
+        for note in planner.known.leaving:
+            warn(note)
         self._last, self._baselines = (model, guide, form, model_read), {}
         return model_read
 
@@ -156,3 +164,27 @@ class TraceExact_ELBO(ELBO):
         if loss.requires_grad:
             loss.backward()
         return float(loss.detach())
+
+
+def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> FactorGraph:
+    """The factors of a model on some arguments, attached to its parameters."""
+    runs: list[Run] = []
+    state = random_state()
+    graph = trace_graph(
+        program.model,
+        args,
+        kwargs,
+        program.structure,
+        with_bindings=False,
+        attached=True,
+        keep_random_state=False,  # the next step draws another batch
+        runs=runs,
+    )
+    if not program.lines:
+        return graph
+    assert isinstance(program.model, GivenGaussians)
+    run = AttachedRun(runs[-1], program.model, program.structure, args, kwargs, state)
+    try:
+        return integrated_run(graph, run)
+    except (NotLinear, NotSeparate) as error:
+        raise not_here(error, "on these data and at these parameters") from error

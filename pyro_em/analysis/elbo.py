@@ -109,6 +109,7 @@ def elbo_at(
                 beside = planner.exact_beside(found, args, kwargs)
                 at = None if beside is None else beside.posterior()
                 return drawn_terms(found, args, kwargs, num_particles, at)
+        _refuse_tables(found, q)
         program = planner.exact_beside(found, args, kwargs)
     if program is None:
         raise UsageError(
@@ -124,6 +125,25 @@ def elbo_at(
         at = program.posterior(evaluation)
         given = program.e_step(evaluation, index) if q is None else as_posterior(q, evaluation)
         return elbo_terms(evaluation, given, at)
+
+
+def _refuse_tables(found: Variational, q: Posterior | Mapping[str, Any]) -> None:
+    """Refuse probabilities for what a guide draws and is not discrete."""
+    given = {} if isinstance(q, Posterior) else q
+    drawn = {n for n in found.routing.drawn if n in found.bare.sites}
+    for name in sorted(drawn & given.keys()):
+        if isinstance(given[name], Tensor) and not found.bare.sites[name].is_discrete:
+            raise UsageError(
+                message(
+                    "elbo",
+                    f"q was given as a tensor for '{name}', which is continuous.",
+                    "a table of probabilities can stand for discrete latents only",
+                    [
+                        "leave q out: the guide is q",
+                        f"give a distribution: {{'{name}': Normal(...)}}",
+                    ],
+                )
+            )
 
 
 def elbo_terms(evaluation: Evaluation, q: Posterior, at: Posterior) -> ELBOTerms:

@@ -223,14 +223,16 @@ def estimate_evidence(
             )
         draw = _Guide(variational, args, kwargs)
     else:
-        program = found if isinstance(found, Program) else planner.exact_beside(found, args, kwargs)
+        program = found if isinstance(found, Program) else None
+        if isinstance(found, Variational):
+            program = planner.exact_beside(found, args, kwargs, summed_only=True)
         if program is None:
             raise UsageError(
                 message(
                     "estimate_evidence",
-                    "proposal='posterior' was asked for, but the model has no exact posterior.",
-                    "some latent is continuous, or the enumeration is past max_enumeration",
-                    ["use proposal='guide'"],
+                    "proposal='posterior' was asked for, but the model has no exact posterior here.",
+                    "the guide draws a continuous latent, or the enumeration is past max_enumeration",
+                    ["use proposal='guide'", "leave strategy='guide' out where it was given"],
                 )
             )
         return _from_posterior(program.posterior(), num_particles)

@@ -120,9 +120,9 @@ def _variances_at_zero(
 def _is_as_high(program: Program, values: Mapping[str, Tensor], now: float) -> bool:
     try:
         at = program.evaluate(values)
-    except DegenerateError:
+        there = log_evidence_of(at.graph, program.contraction, at.tables)
+    except DegenerateError:  # no noise below it, or a prior that excludes the boundary
         return False
-    there = log_evidence_of(at.graph, program.contraction, at.tables)
     return there >= now - 1e-10 * max(1.0, abs(now))
 
 

@@ -94,7 +94,7 @@ def _exact(
     kwargs: dict[str, Any],
     begin: float,
 ) -> EMResult:
-    refuse_stochastic_keywords(wishes.stochastic())
+    refuse_stochastic_keywords(wishes.stochastic(), session.request.guide is not None)
     check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
     if args and is_loader(args[0]):
         raise UsageError(

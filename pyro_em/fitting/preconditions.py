@@ -19,8 +19,12 @@ from pyro_em.variational.bound import Variational
 from pyro_em.variational.trainer import Trainer
 
 
-def refuse_unfittable(program: Program) -> None:
+def refuse_unfittable(program: Program, has_guide: bool = False) -> None:
     """Refuse an exact fit that has nothing to learn from, nothing to learn, or not all data.
+
+    Args:
+        program: The model with its data.
+        has_guide: Whether there is a guide that could draw the latents.
 
     Raises:
         UsageError: With the reason.
@@ -44,6 +48,7 @@ def refuse_unfittable(program: Program) -> None:
                     *_networks(program.structure.unregistered),
                     "declare what is to be learned with pyro.param or PyroParam",
                     "call em.posterior(...) if only the latents are of interest",
+                    *(["let a guide draw the latents: strategy='guide'"] if has_guide else []),
                 ],
             )
         )

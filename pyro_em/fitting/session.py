@@ -132,7 +132,7 @@ class Session:
         if isinstance(found, Variational):
             self._form = form
             return self._trainer_of(found)
-        refuse_unfittable(found)
+        refuse_unfittable(found, self.request.guide is not None)
         for note in found.notes:
             warn(note)
         return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +41,22 @@ _NUMBERS = re.compile(
 _IN_PLACE = "CopySlices"
 
 
+@dataclass(frozen=True)
+class Break:
+    """An operation that is not linear in the leaves that reach it.
+
+    Attributes:
+        words: Why.
+        alone: Leaves in which it is not linear, whatever the others are.
+        factors: Of a product the other leaves of each factor: it is linear in those of one factor
+            while those of the others have values.
+    """
+
+    words: str
+    alone: frozenset[str]
+    factors: tuple[frozenset[str], ...] = ()
+
+
 def why_not_linear(tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "latents") -> str:
     """What makes a tensor no linear function of some leaves, in words; empty where it is one.
 
@@ -48,8 +65,19 @@ def why_not_linear(tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "la
         leaves: The value of each latent in that run, or of each parameter.
         noun: What they are.
     """
+    return next((b.words for b in breaks_of(tensor, leaves, noun)), "")
+
+
+def breaks_of(
+    tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "latents"
+) -> Iterator[Break]:
+    """All operations that make a tensor no linear function of some leaves.
+
+    What is computed from such an operation is judged as if the leaves that are not linear there had
+    values. Arguments are those of `why_not_linear`.
+    """
     if tensor.grad_fn is None:
-        return ""
+        return
     names = {id(leaf): name for name, leaf in leaves.items()}
     reach: dict[Node, frozenset[str]] = {}
     for node in _parents_first(tensor.grad_fn):
@@ -61,31 +89,34 @@ def why_not_linear(tensor: Tensor, leaves: Mapping[str, Tensor], noun: str = "la
         sides = [frozenset() if n is None else reach[n] for n, _ in node.next_functions]
         reach[node] = frozenset().union(*sides)
         if reach[node]:
-            problem = _problem(node, sides, noun)
-            if problem:
-                return problem
-    return ""
+            found = _break(node, sides, noun)
+            if found is not None:
+                reach[node] -= found.alone
+                yield found
 
 
-def _problem(node: Node, sides: list[frozenset[str]], noun: str) -> str:
-    """Why one operation is not linear in the leaves that reach it."""
-    name = _operation(node)
-    shown = " and ".join(f"'{n}'" for n in sorted(frozenset().union(*sides)))
+def _break(node: Node, sides: list[frozenset[str]], noun: str) -> Break | None:
+    """Why one operation is not linear in the leaves that reach it; None where it is."""
+    name, every = _operation(node), frozenset().union(*sides)
     if _SUMS.fullmatch(name):
-        return ""
+        return None
     if name == "Div" and not any(sides[1:]):
-        return ""
+        return None
     plain = _PRODUCTS.fullmatch(name)
     if plain or _SUMS_OF_PRODUCTS.fullmatch(name):
         factors = [s for s in (sides if plain else sides[1:]) if s]
         if len(factors) < 2:
-            return ""
+            return None
+        twice = frozenset(n for n in every if sum(n in f for f in factors) > 1)
         latents = sorted(frozenset().union(*factors))
         if len(latents) > 1:
-            return f"a product of {noun} " + " and ".join(f"'{n}'" for n in latents)
-        return f"a product of '{latents[0]}' with itself"
+            words = f"a product of {noun} " + " and ".join(f"'{n}'" for n in latents)
+        else:
+            words = f"a product of '{latents[0]}' with itself"
+        return Break(words, twice, tuple(f - twice for f in factors if f - twice))
+    shown = " and ".join(f"'{n}'" for n in sorted(every))
     how = "written into a part of a tensor in place" if name == _IN_PLACE else name.lower()
-    return f"it is not linear in {shown} ({how})"
+    return Break(f"it is not linear in {shown} ({how})", every)
 
 
 def _operation(node: Node) -> str:

@@ -11,7 +11,7 @@ changes them, at parameters moved at random, so that nothing vanishes by chance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,10 @@ def read_lines(
                 run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
         except ModelError as error:
             what = "it does not run at other values of its latents."
-            raise NotLinear(_refusal(tuple(values), "model", what)) from error
+            raise NotLinear(refusal(tuple(values), "model", what)) from error
         for latent, how in breaks.found.items():
             what = f"it changes with '{latent}' outside autograd ({how})."
-            raise NotLinear(_refusal((latent,), "model", what))
+            raise NotLinear(refusal((latent,), "model", what))
         at_zero = run_enumerated(model, args, kwargs, structure, limit=None)
         # Modules read their own tensors, which must not be written before all has been read.
         return _lines_of(run, at_zero, values, structure, bound)
@@ -112,29 +112,34 @@ def _lines_of(
     out = {}
     for name, info in structure.as_run.sites.items():
         site = run.sites[name]
-        read = _latents_read(name, site, values)
+        read = latents_read(name, site, values)
         if info.role is not Role.GAUSSIAN and not read:
             continue
         place = Place.of(name, layout)
         loc = place.loc(site)
         problem = why_not_linear(loc, values)
         if problem:
-            raise NotLinear(_refusal(read, f"site '{name}'", f"its loc: {problem}."))
+            raise NotLinear(refusal(read, f"site '{name}'", f"its loc: {problem}."))
         reads = [
-            one
+            Read(
+                latent,
+                c.elements,
+                bind_line(c.values, leaves, len(place.sizes), bound=bound),
+                c.only,
+            )
             for latent in read
-            for one in _reads(place, loc, values[latent], latent, run.sites[latent], leaves, bound)
+            for c in coefficients_of(place, loc, values[latent], latent, run.sites[latent])
         ]
         offset = place.compact(place.loc(at_zero.sites[name]))
         own = bind_line(offset, leaves_at_zero, len(place.sizes), bound=bound)
         out[name] = Line(name, place.sizes, place.scope, place.event, own, tuple(reads))
-    hidden = _hidden(out, (run, at_zero), values, values_of(run.parameters), layout)
-    if hidden is not None:
-        raise NotLinear(hidden)
+    unseen = hidden(out, (run, at_zero), values, values_of(run.parameters), layout)
+    if unseen is not None:
+        raise NotLinear(unseen)
     return out
 
 
-def _hidden(
+def hidden(
     lines: Mapping[str, Line],
     runs: tuple[Run, Run],
     values: Mapping[str, Tensor],
@@ -160,7 +165,7 @@ def _hidden(
             alike = is_as_predicted(line.as_read(), layout, parameters, values)
         if not alike:
             what = "it changes with Gaussian latents in a way that autograd does not show."
-            return _refusal(tuple(values), f"site '{name}'", what)
+            return refusal(tuple(values), f"site '{name}'", what)
     return None
 
 
@@ -287,7 +292,14 @@ def is_as_predicted(
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Where the cells of a site are in its tensors."""
+    """Where the cells of a site are in its tensors.
+
+    Attributes:
+        sizes: Of its plates.
+        scope: Discrete latents that it depends on.
+        dims: The dimension of each plate and latent, from the right.
+        event: Dimensions of its event.
+    """
 
     sizes: tuple[int, ...]
     scope: tuple[str, ...]
@@ -314,52 +326,64 @@ class Place:
         return compact(t, self.event, self.dims)
 
 
-def _latents_read(
+def latents_read(
     name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
     """The latents in the mean of a site; whatever else one reaches is refused."""
-    fn = site["fn"]
-    parts = [t for t in tensors_of(fn) if t.requires_grad]
-    outside = [t for t in (site["scale"], mask_tensor(site)) if isinstance(t, Tensor)]
-    if site["is_observed"] and name not in values:
-        outside.append(site["value"])
-    reached = {latent for t in (*parts, *outside) for latent in known_below(t, values)}
-    if not reached:
-        return ()
-    latents = tuple(n for n in values if n in reached)
+    latents = reaching(name, site, values)
+    for finding in refusals(name, site, values, latents):
+        raise NotLinear(finding)
+    return latents
+
+
+def reaching(name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The latents on which the density of a site depends, in the order of their values."""
+    parts = [t for t in tensors_of(site["fn"]) if t.requires_grad]
+    parts += _outside(name, site, values)
+    reached = {latent for t in parts for latent in known_below(t, values)}
+    return tuple(n for n in values if n in reached)
+
+
+def _outside(name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]) -> list[Tensor]:
+    """What a density depends on beside its distribution."""
+    out = [t for t in (site["scale"], mask_tensor(site)) if isinstance(t, Tensor)]
+    return [*out, site["value"]] if site["is_observed"] and name not in values else out
+
+
+def refusals(
+    name: str, site: Mapping[str, Any], values: Mapping[str, Tensor], latents: Sequence[str]
+) -> Iterator[Finding]:
+    """Why a site that latents reach otherwise than through its mean has no exact treatment.
+
+    Args:
+        name: Its name.
+        site: As a run with the latents at attached values traced it.
+        values: These.
+        latents: Those that reach it (`reaching`).
+    """
+    fn, where = site["fn"], f"site '{name}'"
+    if not latents:
+        return
     kind = type(unwrap(fn)[0]).__name__
     if kind == "IncompleteMultivariateNormal":
         kind = "MultivariateNormal with missing entries"
     if not is_gaussian(fn):
-        raise NotLinear(
-            _refusal(
-                latents,
-                f"site '{name}'",
-                f"{kind} of Gaussian '{latents[0]}' has no exact posterior.",
-            )
-        )
+        what = f"{kind} of Gaussian '{latents[0]}' has no exact posterior."
+        yield refusal(latents, where, what)
+        return
     if is_matrix_of_rows(fn):
         what = "it is a MultivariateNormal under to_event: put its rows in a plate."
-        raise NotLinear(_refusal(latents, f"site '{name}'", what))
+        yield refusal(latents, where, what)
+        return
     family = family_of(fn)
     assert family is not None
-    spreads = {
-        a: known_below(t, values)
-        for a, t in given_arguments(unwrap(fn)[0], family).items()
-        if a != "loc"
-    }
-    for argument, found in spreads.items():
+    for argument, t in given_arguments(unwrap(fn)[0], family).items():
+        found = () if argument == "loc" else known_below(t, values)
         if found:
-            raise NotLinear(
-                _refusal(found, f"site '{name}'", f"its {argument} depends on '{found[0]}'.")
-            )
-    if any(known_below(t, values) for t in outside):
-        raise NotLinear(
-            _refusal(
-                latents, f"site '{name}'", f"its value, mask or scale depends on '{latents[0]}'."
-            )
-        )
-    return latents
+            yield refusal(found, where, f"its {argument} depends on '{found[0]}'.")
+    found = tuple(n for t in _outside(name, site, values) for n in known_below(t, values))
+    if found:
+        yield refusal(found, where, f"its value, mask or scale depends on '{found[0]}'.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -433,16 +457,36 @@ class Jacobian:
         return torch.stack([self.along(elements, j) for j in range(self.q)], -1)
 
 
-def _reads(
-    place: Place,
-    loc: Tensor,
-    leaf: Tensor,
-    latent: str,
-    site: Mapping[str, Any],
-    leaves: Mapping[str, Tensor],
-    bound: bool,
-) -> list[Read]:
-    """What a site reads of one latent: one element in each row, or few elements one by one."""
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """How one latent enters a mean, attached to all that the mean depends on.
+
+    Attributes:
+        elements: For each row the flat number of the latent's element, −1 for none. # (rows,)
+        values: C. # (*sizes or 1s, *scope, *event, q)
+        only: The one element that it is about, where rows read several.
+    """
+
+    elements: Tensor
+    values: Tensor
+    only: int | None = None
+
+
+def coefficients_of(
+    place: Place, loc: Tensor, leaf: Tensor, latent: str, site: Mapping[str, Any]
+) -> list[Coefficients]:
+    """What a mean reads of one latent: one element in each row, or few elements one by one.
+
+    Args:
+        place: Where the cells of the site are.
+        loc: Its mean.
+        leaf: The latent's value.
+        latent: Its name.
+        site: As the run traced the latent.
+
+    Raises:
+        NotLinear: If rows read several elements of many.
+    """
     jacobian = Jacobian.of(place, loc, leaf, site)
     count, q = jacobian.count, jacobian.q
     plates = len(place.sizes)
@@ -450,8 +494,7 @@ def _reads(
     there = jacobian.of_all(probe).detach()
     coefficient = jacobian.coefficient_of_own(probe, there)
     if coefficient is not None:
-        own = bind_line(coefficient, leaves, plates, bound=bound)
-        return [Read(latent, torch.arange(count, device=leaf.device), own)]
+        return [Coefficients(torch.arange(count, device=leaf.device), coefficient)]
     coefficient = jacobian.coefficient()
     # All coordinates of an element together, with a weight for each.
     along = random_like(leaf.new_zeros(q))
@@ -466,23 +509,21 @@ def _reads(
     alike = bool(((numbers == shaped) | (numbers < 0)).all())
     rows = probe[element.clamp(min=0)].reshape(*element.shape, *(1,) * (numbers.dim() - plates), q)
     if alike and is_close((coefficient.detach() * rows).sum(-1), there):
-        own = bind_line(coefficient, leaves, plates, bound=bound)
-        return [Read(latent, element.expand(place.sizes).reshape(-1).clone(), own)]
+        return [Coefficients(element.expand(place.sizes).reshape(-1).clone(), coefficient)]
     if count > _FEW:
         what = f"a row reads several elements of '{latent}', which has {count:,}."
-        raise NotLinear(_refusal((latent,), "model", what))
+        raise NotLinear(refusal((latent,), "model", what))
     out = []
     for i in range(count):
         part = jacobian.coefficient(i)
         used = (part.detach() != 0).flatten(plates).any(-1)
         if bool(used.any()):
             element = torch.where(used, i, -1).expand(place.sizes).reshape(-1).clone()
-            own = bind_line(part, leaves, plates, bound=bound)
-            out.append(Read(latent, element, own, i))
+            out.append(Coefficients(element, part, i))
     return out
 
 
-def _refusal(latents: Sequence[str], where: str, what: str) -> Finding:
+def refusal(latents: Sequence[str], where: str, what: str) -> Finding:
     """Why latents have no exact posterior as Gaussians."""
     return Finding(
         where,

@@ -61,6 +61,7 @@ def trace_graph(
     log: OperationLog | None = None,
     detached: bool = False,
     only: Collection[str] | None = None,
+    runs: list[Run] | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -80,6 +81,7 @@ def trace_graph(
         log: Notes what the run does, and what it reads beside the parameters; needs a limit.
         detached: Whether only the numbers of arguments and densities are of interest.
         only: Sites whose factors are asked for; others may be left out. All by default.
+        runs: Where the run itself is noted, of a model that is run as it is.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -112,6 +114,8 @@ def trace_graph(
                 raise
             structure = replace(structure, series=None)
     pieces, latents, run = _traced(model, args, kwargs, structure, few=FEW, only=only, **how)
+    if runs is not None:
+        runs.append(run)
     batches = [p for p in pieces if isinstance(p, Batch)]
     factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
     order = {name: i for i, name in enumerate(structure.sites)}

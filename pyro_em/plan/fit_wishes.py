@@ -189,8 +189,13 @@ def check_fit(
         )
 
 
-def refuse_stochastic_keywords(names: Sequence[str]) -> None:
-    """An exact fit uses all data at every step."""
+def refuse_stochastic_keywords(names: Sequence[str], has_guide: bool = False) -> None:
+    """An exact fit uses all data at every step.
+
+    Args:
+        names: The keywords that were passed and belong to stochastic fits.
+        has_guide: Whether there is a guide that could draw the latents.
+    """
     if names:
         raise UsageError(
             message(
@@ -199,6 +204,7 @@ def refuse_stochastic_keywords(names: Sequence[str]) -> None:
                 "these arguments belong to stochastic objectives, where a guide draws latents",
                 [
                     "leave them out",
+                    *(["let the guide draw the latents: strategy='guide'"] if has_guide else []),
                     "for batches on the exact evidence: "
                     "SVI(model, guide, optim, loss=TraceExact_ELBO())",
                 ],

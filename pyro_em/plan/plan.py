@@ -22,7 +22,7 @@ from pyro_em.updates.update import (
     ParameterUpdate,
     Update,
 )
-from pyro_em.variational.bound import Variational
+from pyro_em.variational.bound import Variational, unused_parameters
 
 
 @dataclass(frozen=True, repr=False)
@@ -249,6 +249,7 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
     assert look is not None
     decided = {}
     of_guide = look.parameters(variational.parameters)
+    unused = unused_parameters(variational.routing) if variational.routing.gaussian else ()
     for name in variational.parameters:
         wish = updates.get(name)
         whose = "guide" if name in of_guide else "model"
@@ -256,6 +257,9 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
             whose = "guide and model (under Alternating it moves in the guide's turns)"
         if isinstance(wish, Fixed):
             decided[name] = ParameterUpdate(name, wish, "as the user asked")
+        elif name in unused:
+            why = "of the guide; what it belongs to has an exact posterior"
+            decided[name] = ParameterUpdate(name, NoUpdate(), why)
         elif wish is not None:
             decided[name] = ParameterUpdate(name, wish, f"of the {whose}, as the user asked")
         else:
@@ -263,8 +267,9 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
             reason = f"of the {whose}; gradient of the {kind} bound"
             decided[name] = ParameterUpdate(name, Gradient(torch.optim.Adam, 1), reason)  # type: ignore[arg-type]
     exact = variational.routing.exact
+    routing = variational.routing
     cost = contraction_from_structure(
-        reduced(bare, {*variational.routing.drawn, *variational.routing.points})
+        reduced(bare, {*routing.drawn, *routing.points, *routing.gaussian})
     )
     notes = [] if has_optim else ["no optim was given: Adam with learning rate 0.005."]
     notes += variational.notes

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
 
-from pyro_em.errors import ModelError, UsageError, as_error, message, raise_findings
+from pyro_em.errors import (
+    Finding,
+    ModelError,
+    PyroEMError,
+    UsageError,
+    as_error,
+    message,
+    raise_findings,
+)
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import Task, build_program
 from pyro_em.plan.cost import contraction_from_structure
+from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.kept import Readings
+from pyro_em.plan.leaving import Leaving, look_for_exact
 from pyro_em.plan.notes import unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
-from pyro_em.plan.routes import decide_routes, matching, reduced, routes_with_guide
+from pyro_em.plan.routes import Route, decide_routes, matching, reduced, routes_with_guide
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import MonteCarlo
 from pyro_em.tracing.missing import has_missing, missing_in
 from pyro_em.tracing.runs import Model
-from pyro_em.updates.update import Gradient
-from pyro_em.variational.bound import Variational
+from pyro_em.updates.update import Gradient, Update
+from pyro_em.variational.bound import Variational, notes_on_leaving
 from pyro_em.variational.guide import (
     GuideLook,
     built_guide,
@@ -45,12 +56,14 @@ class Known(StaysHere):
         guide: The guide that the user's ``guide`` stands for, once it has been built.
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
+        leaving: What there is to say of Gaussian latents that left the guide.
     """
 
     has_run: bool = False
     guide: Any = None
     guide_parameters: tuple[str, ...] = ()
     name: tuple[str, str] = ("", "")
+    leaving: tuple[str, ...] = ()
 
 
 class Planner(StaysHere):
@@ -98,10 +111,11 @@ class Planner(StaysHere):
             self.request.check_strategies(program.structure.latents, program.structure.latents)
             return self._noting_unused_optimiser(_without_unused_strategy(program))
         bare, look = self._look_at_both(args, kwargs, first)
-        routing = self._route(bare, look)
+        routing = self._route(bare, look, args, kwargs)
         if isinstance(routing, Unrouted):
             return routing
-        self.request.check_strategies((*bare.latents, *bare.barren), routing.exact)
+        self.request.check_strategies((*bare.latents, *bare.barren), routing.solved)
+        self.known = replace(self.known, leaving=notes_on_leaving(routing))
         if routing.is_stochastic:
             return Variational.of(
                 self.request.model,
@@ -116,8 +130,12 @@ class Planner(StaysHere):
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if isinstance(program, Unrouted):
             return program
+        program = replace(
+            program, routes=_with_gaussian_rows(routes, program.routes, routing.unused)
+        )
         program = _without_unused_strategy(program.noting(*unbounded_priors(program)))
-        if not routing.points:
+        program = program.noting(*self.known.leaving)
+        if not (routing.points or self.known.leaving):
             program = program.noting("the guide is not used: every latent has an exact posterior.")
         return self._noting_unused_optimiser(program)
 
@@ -204,42 +222,96 @@ class Planner(StaysHere):
         return cls + name[len(own) :] if own and name.startswith(f"{own}.") else name
 
     def exact_beside(
-        self, variational: Variational, args: tuple, kwargs: dict[str, Any]
+        self,
+        variational: Variational,
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        summed_only: bool = False,
     ) -> Program | None:
-        """The exact program of a model whose guide was chosen over it; None if there is none."""
+        """The exact program of a model whose guide was chosen over it; None if there is none.
+
+        Args:
+            variational: The model with its guide.
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            summed_only: Whether Gaussian latents are not to be integrated.
+        """
         bare, routing = variational.bare, variational.routing
         latents = set(bare.latents) - set(routing.points)
-        if any(bare.sites[n].support_size is None for n in latents if n in bare.sites):
+        may = set() if summed_only else latents
+        gaussian = {n for n in may if self._may_be_integrated(n, bare)}
+        summed = latents - gaussian
+        if any(bare.sites[n].support_size is None for n in summed if n in bare.sites):
             return None
-        if latents & bare.coupled.keys():
+        if summed & bare.coupled.keys():
+            return None
+        if gaussian & routing.not_linear:
             return None
         try:
-            cost = contraction_from_structure(reduced(bare, set(routing.points)))
+            cost = contraction_from_structure(reduced(bare, {*routing.points, *gaussian}))
         except ModelError:  # latents of crossed plates
             return None
         if cost.cells > self.request.max_enumeration:
             return None
-        exact = replace(routing, exact=tuple(latents), drawn=(), enumerated=())
+        exact = replace(routing, exact=tuple(summed), drawn=(), enumerated=(), gaussian=())
         pair = exact.pair(self.request.model, self.known.guide)
-        program = self._program(pair, args, kwargs, False, True, ())
+        try:
+            program = self._program(pair, args, kwargs, False, True, (), updates={})
+        except PyroEMError:
+            if not gaussian:
+                raise
+            return None  # the model does not run with these latents at zero
         return program if isinstance(program, Program) else None
+
+    def _may_be_integrated(self, name: str, bare: Structure) -> bool:
+        """Whether a latent may be one of those that are integrated where a model is linear."""
+        site = bare.unobserved.get(name)
+        return self.request.e_step is None and site is not None and is_integrable(site)
 
     def all_from_guide(self, args: tuple, kwargs: dict[str, Any]) -> Variational | None:
         """The pair in which the guide draws all that it covers; None if that is not everything."""
         if self.request.guide is None or self.known.guide is None:
             return None
         bare, look = self._look_at_both(args, kwargs, False)
-        routing = self._route(bare, look, everything=True)
+        routing = self._route(bare, look, args, kwargs, everything=True)
         if isinstance(routing, Unrouted):
             raise routing.error
-        if routing.exact or not routing.drawn:
+        if routing.solved or not routing.drawn:
             return None
         return Variational.of(
             self.request.model, self.known.guide, routing, bare, self.request.max_plate_nesting
         )
 
+    def _leaving(
+        self, bare: Structure, look: GuideLook, args: tuple, kwargs: dict[str, Any]
+    ) -> Leaving:
+        """Finds the Gaussian latents that leave the guide."""
+        wish, e_step = self.request.strategy, self.request.e_step
+        kept = {n: "strategy='guide'" for n in bare.latents if matching(wish, n) == "guide"}
+        if e_step is not None:
+            kept = dict.fromkeys(bare.latents, f"strategy={e_step!r}")
+        model = self.request.model
+        return Leaving(
+            WithSubsamples(model, look.subsamples) if look.subsamples else model,
+            self.known.guide,
+            bare,
+            look,
+            args,
+            kwargs,
+            self.request.max_plate_nesting,
+            self.request.max_enumeration,
+            frozenset(n for n in bare.latents if look_for_exact(wish, n)),
+            kept,
+        )
+
     def _route(
-        self, bare: Structure, look: GuideLook, everything: bool = False
+        self,
+        bare: Structure,
+        look: GuideLook,
+        args: tuple,
+        kwargs: dict[str, Any],
+        everything: bool = False,
     ) -> Routing | Unrouted:
         self.known = replace(self.known, guide_parameters=tuple(look.run.parameters))
 
@@ -249,9 +321,23 @@ class Planner(StaysHere):
                 return "guide"
             return one if isinstance(one, str) else "exact"
 
-        routing, problems = decide_routes(
-            bare, look, strategy=strategy, max_enumeration=self.request.max_enumeration
-        )
+        def decide(
+            gaussian: frozenset[str], kept: Mapping[str, Finding]
+        ) -> tuple[Routing, list[Finding]]:
+            limit = self.request.max_enumeration
+            return decide_routes(
+                bare,
+                look,
+                strategy=strategy,
+                max_enumeration=limit,
+                gaussian=gaussian,
+                kept=kept,
+            )
+
+        if everything:
+            routing, problems = decide(frozenset(), {})
+        else:
+            routing, problems = self._leaving(bare, look, args, kwargs).routed(decide)
         problems = [*parameter_problems(look.run), *problems]
         if are_of_routes(problems):
             return without_route(bare, as_error(problems), guide=look)
@@ -296,12 +382,13 @@ class Planner(StaysHere):
         first: bool,
         look_only: bool,
         routes: tuple[Any, ...],
+        updates: Mapping[str, Update] | None = None,
     ) -> Program | Unrouted:
         task = Task(
             model,
             args,
             kwargs,
-            requested=self.request.updates,
+            requested=self.request.updates if updates is None else updates,
             gradient=self.request.gradient,
             max_plate_nesting=self.request.max_plate_nesting,
             max_enumeration=self.request.max_enumeration,
@@ -317,6 +404,22 @@ class Planner(StaysHere):
         if isinstance(program, Program) and (self.request.guide is None or not program.lines):
             self.readings.keep(task, program)
         return program
+
+
+def _with_gaussian_rows(
+    routes: Sequence[Route], read: Sequence[Route], unused: Collection[str]
+) -> tuple[Route, ...]:
+    """The rows of a plan, those of integrated latents with what the program says of them."""
+    found = {r.site: r for r in read if r.route == "Gaussian"}
+    return tuple(
+        replace(
+            r,
+            reason=found[r.site].reason + "; its guide site is not used" * (r.site in unused),
+        )
+        if r.route == "Gaussian" and r.site in found
+        else r
+        for r in routes
+    )
 
 
 def _without_unused_strategy(program: Program) -> Program:

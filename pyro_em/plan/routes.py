@@ -3,7 +3,8 @@
     guide, model → look at both → a route per latent, with its reason → `Pair`
 
 A latent with an exact posterior within the budget is summed, its guide site stays unused, unless a
-guide site that is used depends on it. Everything else takes its value from the guide: a point
+guide site that is used depends on it. Gaussian latents that leave the guide are found by
+`pyro_em.plan.leaving`. Everything else takes its value from the guide: a point
 estimate where the guide is a ``Delta`` that nothing random reaches, else a draw. A ``Delta`` of a
 discrete latent is no estimate of a parameter but a distribution of one value, with a gap of its own.
 """
@@ -44,6 +45,8 @@ def decide_routes(
     *,
     strategy: Callable[[str], str],
     max_enumeration: int,
+    gaussian: frozenset[str] = frozenset(),
+    kept: Mapping[str, Finding] | None = None,
 ) -> tuple[Routing, list[Finding]]:
     """Choose a route for every latent, by looking only.
 
@@ -52,10 +55,13 @@ def decide_routes(
         guide: What the guide's runs said, or None.
         strategy: From a latent's name to ``"exact"`` or ``"guide"``.
         max_enumeration: The budget in cells.
+        gaussian: Gaussian latents that are to be integrated where no used guide site reads them.
+        kept: Per Gaussian latent that is not to be, why.
 
     Returns:
         The routes, and what speaks against them.
     """
+    kept = kept or {}
     if guide is None:
         return Routing(tuple(structure.latents)), []
     problems = pair_problems(structure, guide)
@@ -65,6 +71,8 @@ def decide_routes(
     for name in structure.latents:
         info = structure.sites[name]
         coupled = structure.coupled.get(name)
+        if name in gaussian:
+            continue
         if name not in guide.sites:
             if strategy(name) == "guide" and info.support_size is not None:
                 reasons[name] = "the guide lacks it; finite support, exact sum"
@@ -72,7 +80,7 @@ def decide_routes(
         if info.support_size is None:
             kind = "infinite support" if info.is_discrete else "continuous"
             from_guide.add(name)
-            reasons[name] = kind
+            reasons[name] = f"{kind}, {_in_words(kept[name])}" if name in kept else kind
         elif coupled is not None:
             from_guide.add(name)
             reasons[name] = coupled.reason
@@ -83,18 +91,19 @@ def decide_routes(
     missing = [
         n
         for n in structure.latents
-        if n not in guide.sites and structure.sites[n].support_size is None
+        if n not in guide.sites and structure.sites[n].support_size is None and n not in gaussian
     ]
-    problems += [no_route(structure, n) for n in missing]
+    problems += [no_route(structure, n, kept.get(n)) for n in missing]
     problems += [
         c.problem()
         for n, c in structure.coupled.items()
-        if n not in guide.sites and n not in missing
+        if n not in guide.sites and n not in missing and n not in gaussian
     ]
     if problems:
         return Routing(()), problems
     while True:
-        given = reduced(structure, from_guide)
+        # What is integrated has no cells of its own.
+        given = reduced(structure, from_guide | gaussian)
         try:
             cost = contraction_from_structure(given)
         except ModelError as error:  # latents of crossed plates
@@ -122,14 +131,28 @@ def decide_routes(
     estimated = {n for n in guide.points if not _is_discrete(structure, n)}
     points = tuple(n for n in mine if n in from_guide and n in estimated)
     drawn = tuple(n for n in mine if n in from_guide and n not in estimated)
-    exact = tuple(n for n in structure.latents if n not in from_guide)
-    enumerated = _enumerated_in_guide(structure, guide, drawn, exact, max_enumeration)
+    integrated = tuple(n for n in structure.latents if n in gaussian - from_guide)
+    exact = tuple(n for n in structure.latents if n not in from_guide | gaussian)
+    solved = (*exact, *integrated)
+    enumerated = _enumerated_in_guide(structure, guide, drawn, solved, max_enumeration)
+    found = {n: f for n, f in kept.items() if n in from_guide}
+    for name in gaussian & from_guide:
+        found[name] = Finding("guide", f"{reasons[name]}.", latents=(name,))
     for name in points:
         reasons[name] = "the guide is a Delta: its log prior enters the objective"
     for name in drawn:
-        reasons[name] = _how(name, guide, name in enumerated, reasons[name], exact)
+        reasons[name] = _how(name, guide, name in enumerated, reasons[name], solved)
     unused = tuple(n for n in mine if n not in from_guide)
-    return Routing(exact, points, drawn, enumerated, reasons, guide, unused), []
+    return (
+        Routing(exact, points, drawn, enumerated, reasons, guide, unused, integrated, found),
+        [],
+    )
+
+
+def _in_words(finding: Finding) -> str:
+    """Why a Gaussian latent is not integrated, within a sentence."""
+    what = finding.what.rstrip(".")
+    return f"{finding.where}: {what}" if finding.where else what
 
 
 def _is_discrete(structure: Structure, name: str) -> bool:
@@ -168,7 +191,7 @@ def _how(
     words = f"{reason}; score function with a baseline"
     if exact and has_finite_support(fn):
         words += (
-            f" (not enumerated: '{exact[0]}' is summed exactly under each of its values, which are "
+            f" (not enumerated: '{exact[0]}' is solved exactly under each of its values, which are "
             "too many, or what depends on it is outside its plates)"
         )
     return words
@@ -276,7 +299,12 @@ def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:
     for route in routes_of(bare):
         name = route.site
         if name in words:
-            routes.append(replace(route, route=words[name], reason=routing.reasons[name]))
+            why, kept = routing.reasons[name], routing.kept.get(name)
+            routes.append(replace(route, route=words[name], reason=why, not_exact=kept))
+        elif name in routing.gaussian:
+            unused = "; its guide site is not used" if name in routing.unused else ""
+            reason = f"linear in {_children(bare, name)} given what is drawn{unused}"
+            routes.append(replace(route, route="Gaussian", reason=reason))
         elif name in routing.reasons:
             routes.append(replace(route, reason=routing.reasons[name]))
         elif name in routing.unused:
@@ -285,6 +313,10 @@ def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:
         else:
             routes.append(route)
     return tuple(routes)
+
+
+def _children(structure: Structure, name: str) -> str:
+    return ", ".join([f"'{c}'" for p, c in structure.edges if p == name][:3])
 
 
 def unknown_strategies(strategy: Any, latents: Iterable[str]) -> list[str]:
@@ -312,12 +344,13 @@ class Route:
     Attributes:
         site: The site's name.
         distribution: Its distribution.
-        route: ``"enumerate"``, ``"integrates to one"``, ``"point estimate"``, ``"guide"``, or
-            ``"none"`` where there is none; everything but a plan then raises.
+        route: ``"enumerate"``, ``"Gaussian"``, ``"integrates to one"``, ``"point estimate"``,
+            ``"guide"``, or ``"none"`` where there is none; everything but a plan then raises.
         size: Number of values summed over, or None.
         plates: Its plates.
         reason: Why, in words.
         finding: What leaves it without a route, with the fixes to try; else None.
+        not_exact: Why a Gaussian latent stays with the guide, with the fixes to try; else None.
     """
 
     site: str
@@ -327,6 +360,7 @@ class Route:
     plates: tuple[str, ...]
     reason: str
     finding: Finding | None = None
+    not_exact: Finding | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def integrated(
     lines: Mapping[str, Line],
     limit: int | None = None,
     read: Mapping[str, Mapping[str, Tensor]] | None = None,
+    kept: frozenset[str] = frozenset(),
 ) -> FactorGraph:
     """The graph in which groups stand for all sites that Gaussian latents connect.
 
@@ -44,6 +45,8 @@ def integrated(
         lines: What the mean of each of these sites reads.
         limit: How many numbers the matrices of one E-step may have.
         read: Per site what its mean is made of, where no binding gives it.
+        kept: Plates that a block's table has where all sites are in them and nothing connects their
+            elements.
 
     Raises:
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
@@ -59,7 +62,7 @@ def integrated(
         if series is not None and any(n in series.places for n in names):
             block: GaussianBlock = _with_plates(series_chain(graph, own, values, read or {}), graph)
         else:
-            block = _block(graph, own, values, read or {})
+            block = _block(graph, own, values, read or {}, kept)
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
@@ -106,6 +109,7 @@ def _block(
     lines: Mapping[str, Line],
     values: Mapping[str, Tensor],
     read: Mapping[str, Mapping[str, Tensor]],
+    kept: frozenset[str],
 ) -> GaussianBlock:
     """The block of connected sites."""
     in_scope = {z for line in lines.values() for z in line.scope}
@@ -119,16 +123,20 @@ def _block(
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
             what = f"its mask depends on '{scope[0]}'."
             raise NotSeparate(_finding(block, f"site '{group.members[0]}'", what))
-    return _with_plates(block, graph)
+    return _with_plates(block, graph, kept)
 
 
-def _with_plates(block: GaussianBlock, graph: FactorGraph) -> GaussianBlock:
+def _with_plates(
+    block: GaussianBlock, graph: FactorGraph, kept: frozenset[str] = frozenset()
+) -> GaussianBlock:
     """The block with the plates of its table: the discrete latents' own, and the data's if they can."""
     scope, states = block.scope, block.states
     order = sorted(graph.structure.plates.values(), key=lambda p: p.dim)
     needed = {p for z in scope for p in graph.latents[z].plates}
     data = graph.structure.data_plate
-    for wanted in ({*needed, data} if data is not None else needed, needed):
+    beside = set(kept).intersection(*(g.dims[0][: g.n_plates] for g in block.groups))
+    outermost = set() if data is None else {data}
+    for wanted in (needed | outermost | beside, needed | beside, needed | outermost, needed):
         plates = tuple(p.name for p in order if p.name in wanted)
         crossing = elements_of_blocks(block, plates)[1]
         if not crossing:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from pyro_em.tracing.handlers import GiveValues
+from pyro_em.tracing.handlers import GiveValues, GiveZeros
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
@@ -38,3 +38,28 @@ class GivenGaussians:
     def at(self, values: Mapping[str, Tensor]) -> GivenGaussians:
         """The same model with other values of its latents."""
         return replace(self, values=values)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussiansAtZero:
+    """A model whose Gaussian latents are at zero in their own shapes, which its first run shows.
+
+    Attributes:
+        model: The user's model.
+        names: The latents.
+        zeros: Their values in the runs so far. # (*batch, *event)
+    """
+
+    model: Model
+    names: frozenset[str]
+    zeros: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with GiveZeros(self.names, Role.GAUSSIAN, self.zeros):
+            return self.model(*args, **kwargs)
+
+    @property
+    def given(self) -> GivenGaussians:
+        """The same model at these values from now on."""
+        return GivenGaussians(self.model, dict(self.zeros))

@@ -259,6 +259,31 @@ class GiveValues(SampleMessenger):
             msg["infer"] = {**msg["infer"], ROLE: self.roles[name].value}
 
 
+class GiveZeros(SampleMessenger):
+    """Run a model with some latents at zero, whatever their shapes are.
+
+    Args:
+        names: The latents.
+        role: What their values are.
+        zeros: Values that earlier runs gave; what they lack is added.
+    """
+
+    _postprocess_message = nothing
+
+    def __init__(self, names: frozenset[str], role: Role, zeros: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.names, self.role, self.zeros = names, role, zeros
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        name = msg["name"]
+        if name not in self.names or msg["is_observed"]:
+            return
+        if name not in self.zeros:
+            self.zeros[name] = torch.zeros_like(msg["fn"].mean.detach())
+        msg["value"], msg["is_observed"] = self.zeros[name], True
+        msg["infer"] = {**msg["infer"], ROLE: self.role.value}
+
+
 class GuideSites(SampleMessenger):
     """Run a guide inside a model's trace: record values, rename what counts, hide the rest.
 
@@ -272,6 +297,7 @@ class GuideSites(SampleMessenger):
         infer: What the guide says of each site.
         subsamples: Indices that its plates drew.
         held: The sites that are held.
+        state: The random state after the guide, where somebody keeps it.
     """
 
     prefix = "guide:"
@@ -282,6 +308,7 @@ class GuideSites(SampleMessenger):
         self.held: dict[str, dict[str, Any]] = {}
         self.values: dict[str, torch.Tensor] = {}
         self.infer: dict[str, dict[str, Any]] = {}
+        self.state: Any = None
         self.subsamples: dict[str, torch.Tensor] = {}
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:

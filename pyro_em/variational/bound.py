@@ -28,8 +28,9 @@ import torch
 from pyro.infer import TraceEnum_ELBO
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, raise_findings
-from pyro_em.graph.examination import examine
+from pyro_em.errors import DegenerateError, message, sites_in_words
+from pyro_em.globs import listed
+from pyro_em.graph.autograd import leaves_below
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
@@ -37,15 +38,16 @@ from pyro_em.portable import StaysHere
 from pyro_em.tracing.handlers import OfBatch
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import tensors_of
 from pyro_em.variational.broken_bounds import (
     draw_errors_named,
-    in_users_names,
     not_finite,
     require_finite,
 )
 from pyro_em.variational.divergence import with_analytic_kl
 from pyro_em.variational.drawing import plain_draw, summed_draw
-from pyro_em.variational.pair import Pair, Routing, pyros_pair, support_size
+from pyro_em.variational.laying import laid_out
+from pyro_em.variational.pair import Laid, Routing, pyros_pair, support_size
 from pyro_em.variational.particle import (
     Particle,
     log_weights,
@@ -76,7 +78,7 @@ class Variational(StaysHere):
     analytic: frozenset[str]
     max_plate_nesting: int | None = None
     weighted: int | None = None
-    _structures: dict[Any, Structure] = field(default_factory=dict, init=False)  # found once each
+    _laid: dict[Any, Laid] = field(default_factory=dict, init=False)  # found once each
 
     @classmethod
     def of(
@@ -130,10 +132,11 @@ class Variational(StaysHere):
             chosen: Guide sites that are held at a value instead, and weighed by its probability.
         """
         with OfBatch(factors or {}), draw_errors_named():
-            if self.routing.exact:
-                assert isinstance(self.pair, Pair) and self.routing.guide is not None
-                structure, guide = self.structure(args, kwargs), self.routing.guide
-                return summed_draw(self.pair, guide, structure, args, kwargs, report, chosen or {})
+            if self.routing.solved:
+                assert self.routing.guide is not None
+                laid, guide = self.laid(args, kwargs), self.routing.guide
+                how = (report, chosen or {}, factors or {})
+                return summed_draw(laid, guide, args, kwargs, *how)
             known = self.analytic if analytic else frozenset()
             return plain_draw(self.pair, args, kwargs, report, known)
 
@@ -164,24 +167,20 @@ class Variational(StaysHere):
 
     def structure(self, args: tuple, kwargs: dict[str, Any]) -> Structure:
         """The pair's structure for these arguments; found once per shape."""
+        return self.laid(args, kwargs).structure
+
+    def laid(self, args: tuple, kwargs: dict[str, Any]) -> Laid:
+        """The pair for these arguments; found once per shape."""
         key = form_of(args, kwargs)
-        if key not in self._structures:
-            structure, problems = examine(
-                self.pair,
-                args,
-                kwargs,
-                max_plate_nesting=self.max_plate_nesting,
-                first_look=False,
-                guide_given=True,
-            )
-            if problems:
-                raise_findings([in_users_names(p) for p in problems])
-            looked, structure = structure.looked, replace(structure, looked=None)
-            trace_graph(self.pair, args, kwargs, structure, with_bindings=False, looked=looked)
-            if len(self._structures) >= _MOST_STRUCTURES:
-                self._structures.pop(next(iter(self._structures)))
-            self._structures[key] = structure
-        return self._structures[key]
+        if key not in self._laid:
+            laid = laid_out(self.pair, self.routing, args, kwargs, self.max_plate_nesting)
+            looked, structure = laid.structure.looked, replace(laid.structure, looked=None)
+            model = laid.pair if laid.gaussians is None else laid.gaussians
+            trace_graph(model, args, kwargs, structure, with_bindings=False, looked=looked)
+            if len(self._laid) >= _MOST_STRUCTURES:
+                self._laid.pop(next(iter(self._laid)))
+            self._laid[key] = replace(laid, structure=structure)
+        return self._laid[key]
 
     # ------------------------------------------------------------------ the bound and its gradient
 
@@ -251,7 +250,7 @@ class Variational(StaysHere):
         guide = self.routing.guide
         if guide is not None and guide.coupled & set(self.routing.drawn):
             return False
-        return self.bare.are_local((*self.routing.drawn, *self.routing.exact))
+        return self.bare.are_local((*self.routing.drawn, *self.routing.solved))
 
     def draws(
         self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
@@ -274,6 +273,7 @@ class Variational(StaysHere):
             *self.bare.notes,
             *unregistered_notes(self.bare.unregistered, self.parameters, "model"),
             *unregistered_notes(of_guide, self.parameters, "guide"),
+            *notes_on_leaving(self.routing),
         )
 
     @property
@@ -312,7 +312,7 @@ class Variational(StaysHere):
     @property
     def is_pyros(self) -> bool:
         """Whether latents are summed under the guide by Pyro: where nothing is summed exactly."""
-        return bool(self.routing.enumerated) and not self.routing.exact
+        return bool(self.routing.enumerated) and not self.routing.solved
 
     def pyros_elbo(self, num_particles: int) -> TraceEnum_ELBO:
         """Pyro's bound where ``is_pyros``."""
@@ -335,3 +335,36 @@ class Variational(StaysHere):
         guide = self.routing.guide
         one_value = guide.points if guide is not None else frozenset()
         return set(self.routing.drawn) <= {*self.routing.enumerated, *one_value}
+
+
+def notes_on_leaving(routing: Routing) -> tuple[str, ...]:
+    """What users have to know of Gaussian latents that left the guide."""
+    left = [n for n in routing.gaussian if n in routing.unused]
+    if routing.guide is None or not left:
+        return ()
+    if not (routing.drawn or routing.points):
+        return (
+            "the guide is not used (strategy='guide' keeps it): every latent has an exact posterior.",
+        )
+    unused = unused_parameters(routing)
+    it = "it is" if len(left) == 1 else "they are"
+    rest = f", and {listed(unused)} of the guide get no gradient" if unused else ""
+    return (
+        message(
+            sites_in_words(left),
+            f"{it} integrated exactly, and no longer drawn by the guide{rest}.",
+            "Gaussian, and linear given what the guide draws: the bound is tighter so",
+            ["strategy='guide' keeps the guide for all that it covers"],
+        ),
+    )
+
+
+def unused_parameters(routing: Routing) -> list[str]:
+    """Parameters that reach only guide sites which are not used."""
+    guide = routing.guide
+    if guide is None or not routing.unused:
+        return []
+    used = guide.upstream({n for n in (*routing.drawn, *routing.points) if n in guide.sites})
+    held = [t for n in used for t in (*tensors_of(guide.sites[n]["fn"]), guide.sites[n]["value"])]
+    reached = leaves_below(t for t in held if isinstance(t, Tensor))
+    return [n for n, p in guide.run.parameters.items() if id(p.leaf) not in reached]

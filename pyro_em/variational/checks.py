@@ -22,8 +22,14 @@ from pyro_em.tracing.sites import Role, frames_of, is_auxiliary
 from pyro_em.variational.guide import GuideLook, is_plain_delta
 
 
-def no_route(structure: Structure, name: str) -> Finding:
-    """The finding about a latent that needs a guide and that the guide lacks."""
+def no_route(structure: Structure, name: str, not_exact: Finding | None = None) -> Finding:
+    """The finding about a latent that needs a guide and that the guide lacks.
+
+    Args:
+        structure: The model's.
+        name: The latent.
+        not_exact: Why it is not integrated, if it is Gaussian.
+    """
     info = structure.sites[name]
     if info.is_discrete:
         return Finding(
@@ -41,7 +47,8 @@ def no_route(structure: Structure, name: str) -> Finding:
         f"site '{name}'",
         f"the guide lacks it, and a continuous latent ({info.distribution}) has no exact posterior "
         "here.",
-        "every latent needs a route: an exact sum, a point estimate or a guide",
+        "every latent needs a route: an exact sum, a point estimate or a guide"
+        + ("" if not_exact is None else f"; {not_exact.where}: {not_exact.what.rstrip('.')}"),
         (
             f"add pyro.sample('{name}', ...) to the guide",
             "pass guide='map' for point estimates, or a class for all: AutoNormal",

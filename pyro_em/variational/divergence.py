@@ -43,7 +43,7 @@ def with_analytic_kl(routing: Routing, structure: Structure) -> frozenset[str]:
     The prior's parents must not be drawn from a guide site that depends on the latent.
     """
     guide = routing.guide
-    if guide is None or routing.exact or routing.enumerated:
+    if guide is None or routing.solved or routing.enumerated:
         return frozenset()
     known = set()
     for name in routing.drawn:

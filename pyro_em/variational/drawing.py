@@ -5,7 +5,8 @@ Where nothing is summed exactly, the pair of guide and model runs once and each 
     log p(x, h) − log q(h | x)   at   h ~ q(h | x).
 
 Where discrete latents z are summed under the draw, the model's factors are contracted at h, and their
-log Σ_z p(x, z, h) takes the place of the model's terms. Log densities of the guide count with the
+log Σ_z p(x, z, h) takes the place of the model's terms; Gaussian latents that are linear given the draw
+are integrated before. Log densities of the guide count with the
 draw's gradient where it is reparameterised; elsewhere they are detached, and the score that
 `pyro_em.variational.score_function` needs stands beside the terms.
 """
@@ -22,19 +23,22 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.structure import Structure
+from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.trace import trace_graph
 from pyro_em.posteriors.contraction import contract
 from pyro_em.posteriors.enumeration import contraction_of, scales_of
 from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.posteriors.gaussian_components import NotSeparate
+from pyro_em.posteriors.gaussian_steps import tables_of
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import GuideSites
-from pyro_em.tracing.runs import Model
+from pyro_em.tracing.runs import Model, Run
 from pyro_em.tracing.sites import Role
 from pyro_em.variational.divergence import kl_term
 from pyro_em.variational.guide import GuideLook
-from pyro_em.variational.pair import Pair
+from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here
+from pyro_em.variational.pair import AtDraw, Laid
 from pyro_em.variational.particle import (
     Particle,
     Term,
@@ -81,36 +85,33 @@ def plain_draw(
 
 
 def summed_draw(
-    pair: Pair,
+    laid: Laid,
     guide: GuideLook,
-    structure: Structure,
     args: tuple,
     kwargs: dict[str, Any],
     report: bool,
     chosen: Mapping[str, int],
+    factors: Mapping[str, float],
 ) -> Particle:
-    """One draw of a pair with discrete latents that are summed exactly under it.
+    """One draw of a pair with latents that are summed or integrated exactly under it.
 
     Args:
-        pair: The guide, then the model at its values.
+        laid: Guide and model for these arguments.
         guide: What runs of the guide showed.
-        structure: The pair's structure for these arguments.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
         report: Whether log q is wanted as well where it is not needed for the bound.
         chosen: Guide sites that are held at a value instead, and weighed by its probability.
+        factors: Per plate what multiplies its sites.
+
+    Raises:
+        ModelError: If the model is not linear in a Gaussian latent at this draw.
+        UsageError: If a batch stands for all data, and a Gaussian latent is outside its plate.
     """
-    record: list[GuideSites] = []
-    graph = trace_graph(
-        replace(pair, record=record, chosen=chosen),
-        args,
-        kwargs,
-        structure,
-        with_bindings=False,
-        keep_random_state=False,
-        attached=True,
-    )
-    drawn = record[-1]
+    try:
+        graph, drawn = drawn_graph(laid, args, kwargs, chosen=chosen, factors=factors)
+    except (NotLinear, NotSeparate) as error:
+        raise not_here(error, "at this draw of the guide") from error
     weight = Weight(tuple(_weight_of(drawn.held[n]) for n in chosen))
     plan = contraction_of(graph)
     tables = [g.log_density().to(torch.float64) for g in graph.groups]
@@ -139,6 +140,57 @@ def summed_draw(
     for dims, value in contract(plan, flat, scales=scales_of(graph)):
         terms.append(Term("summed", None, dims, value, scale))
     return _with_scores(terms, sites, graph, report, drawn.values, weight, chosen)
+
+
+def drawn_graph(
+    laid: Laid,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    chosen: Mapping[str, int] | None = None,
+    factors: Mapping[str, float] | None = None,
+    limit: int | None = None,
+    bindings: bool = False,
+) -> tuple[FactorGraph, GuideSites]:
+    """The factor graph at one draw of the guide, its Gaussian latents integrated.
+
+    Args:
+        laid: Guide and model for these arguments.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        chosen: Guide sites that are held at a value instead.
+        factors: Per plate what multiplies its sites in this run.
+        limit: How many numbers the matrices of one E-step may have.
+        bindings: Whether it is wanted how parameters reach the arguments, in place of gradients.
+
+    Returns:
+        The graph, attached to parameters and draws, and what was drawn.
+
+    Raises:
+        NotLinear: If the model is not linear in a Gaussian latent at this draw.
+        NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
+        UsageError: If a batch stands for all data, and a Gaussian latent is outside its plate.
+    """
+    record: list[GuideSites] = []
+    runs: list[Run] = []
+    recording = replace(laid.pair, record=record, chosen=chosen or {})
+    graph = trace_graph(
+        recording if laid.gaussians is None else replace(laid.gaussians, model=recording),
+        args,
+        kwargs,
+        laid.structure,
+        with_bindings=bindings,
+        keep_random_state=False,
+        attached=not bindings,
+        runs=runs,
+    )
+    drawn = record[-1]
+    if laid.gaussians is None:
+        return graph, drawn
+    at_draw = AtDraw(laid.pair.model, laid.pair.roles, drawn)
+    given, values = replace(laid.gaussians, model=at_draw), tuple(drawn.values.values())
+    run = AttachedRun(runs[-1], given, laid.structure, args, kwargs, drawn.state, values)
+    return integrated_run(graph, run, factors, limit), drawn
 
 
 def _with_scores(
@@ -179,12 +231,22 @@ def inner_posterior(
     """p(z | x, h) at one draw h, and the model's factors; arbitrary where the draw has no weight."""
     groups = tuple(g for g in graph.groups if g.role is not Role.GUIDE)
     model = FactorGraph(graph.structure, graph.latents, groups, graph.parameters)
-    tables = [g.log_density().detach() for g in groups]
+    with torch.no_grad():
+        arguments = [detached(g.arguments) for g in groups]
+        tables, solved = tables_of(model, arguments, [g.value for g in groups])
     tables = [
-        torch.stack([weight.possible(t, d) for t, d in zip(table, group.dims, strict=True)])
+        torch.stack(
+            [weight.possible(t, d) for t, d in zip(table.detach(), group.dims, strict=True)]
+        )
         for table, group in zip(tables, groups, strict=True)
     ]
-    return exact_posterior(model, contraction_of(model), tables), groups
+    q = exact_posterior(model, contraction_of(model), tables)
+    return (replace(q, solved=solved) if solved else q), groups
+
+
+def detached(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same numbers without what they were computed from."""
+    return {a: t.detach() for a, t in arguments.items()}
 
 
 def _weight_of(site: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor, int]:

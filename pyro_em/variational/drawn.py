@@ -82,8 +82,10 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             return "DrawnPosterior(a pickled copy, without its model and guide)"
         routing = self.variational.routing
         drawn = ", ".join(routing.drawn)
-        summed = f"; summed under them: {', '.join(routing.exact)}" if routing.exact else ""
-        return f"DrawnPosterior(from the guide: {drawn}{summed})"
+        under = f"; summed under them: {', '.join(routing.exact)}" if routing.exact else ""
+        if routing.gaussian:
+            under += f"; integrated under them: {', '.join(routing.gaussian)}"
+        return f"DrawnPosterior(from the guide: {drawn}{under})"
 
     @alone("sample")
     def sample(self, n: int = 1, *, seed: int | None = None) -> Values:
@@ -106,14 +108,14 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         draws = []
         with seeded(seed):
             for _ in range(n):
-                if self.variational.routing.exact:
+                if self.variational.routing.solved:
                     inner = self._inner()
                     values = {**self._of_graph(inner), **{k: v[0] for k, v in inner[1].items()}}
                 else:
                     values = self._values()
                 draws.append(values)
         names = [*self.variational.routing.drawn, *self.variational.routing.points]
-        names += list(self.variational.routing.exact)
+        names += list(self.variational.routing.solved)
         return Values({k: torch.stack([d[k] for d in draws]) for k in names if k in draws[0]})
 
     @alone("probs")
@@ -194,6 +196,8 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
     def mean(self, site: str, *, num_particles: int = 100) -> Tensor:
         """The mean of a latent under the guide: its distribution's own, else that of draws.
 
+        Of a Gaussian latent that is integrated under each draw it is the average of its means there.
+
         Args:
             site: Its name, or a glob that takes all steps of a chain.
             num_particles: Draws, where the distribution has no mean or depends on other draws.
@@ -215,9 +219,14 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         """Means of latents that the guide draws, or that are point estimates."""
         routing = self.variational.routing
         for site in sites:
-            if site not in routing.drawn and site not in routing.points:
+            if site not in (*routing.drawn, *routing.points, *routing.gaussian):
                 raise UsageError(self._unknown(site))
         found = {}
+        integrated = [site for site in sites if site in routing.gaussian]
+        if integrated:
+            qs = self._inner_posteriors(num_particles)
+            found = {n: torch.stack([q.mean(n) for q in qs]).mean(0) for n in integrated}
+            sites = [site for site in sites if site not in found]
         with torch.no_grad():
             roots = [site for site in sites if self._is_root(site)]
             run = self._run() if roots else {}
@@ -229,6 +238,49 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
                 draws = self.sample(num_particles)
                 found = {site: draws[site].mean(0) for site in sites} | found
         return found
+
+    @alone("covariance")
+    def covariance(self, a: str, b: str | None = None, *, num_particles: int = 100) -> Tensor:
+        """Covariances of Gaussian latents that are integrated under each draw.
+
+            Cov(h) = E[Cov(h | u)] + Cov(E[h | u]) over draws u of the guide
+
+        Args:
+            a: Their site.
+            b: Another one of the same plates; the same site where None.
+            num_particles: Draws to average over.
+
+        Returns:
+            # (*plates,) for numbers, (*plates, D, D) for vectors
+
+        Raises:
+            UsageError: If a site is no Gaussian latent with an exact posterior given the draws.
+        """
+        site_name("covariance", "a", a)
+        num_particles = whole("covariance", "num_particles", num_particles)
+        b = a if b is None else b
+        site_name("covariance", "b", b)
+        for site in (a, b):
+            if site not in self.variational.routing.gaussian:
+                raise UsageError(self._unknown(site))
+        qs = self._inner_posteriors(num_particles)
+        within = torch.stack([q.covariance(a, b) for q in qs]).mean(0)
+        u, v = self._deviations(a, qs), self._deviations(b, qs)
+        has_events = [self._event_dim(n) > 0 for n in (a, b)]
+        if has_events[1]:
+            u = u.unsqueeze(-1)
+        if has_events[0]:
+            v = v.unsqueeze(-2 if has_events[1] else -1)
+        return within + (u * v).mean(0)
+
+    def _deviations(self, site: str, qs: Sequence[Posterior]) -> Tensor:
+        """Means of a latent under each draw, less their average. # (draws, *plates) or (…, D)"""
+        means, event = torch.stack([q.mean(site) for q in qs]), self._event_dim(site)
+        means = means.flatten(-event) if event else means
+        return means - means.mean(0)
+
+    def _event_dim(self, site: str) -> int:
+        return int(self.variational.bare.unobserved[site]["fn"].event_dim)
 
     @alone("mode")
     def mode(self) -> Values:
@@ -254,6 +306,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             else:
                 mean = self.mean(name)
                 out[name] = mean.round() if is_discrete(fn) else mean
+        out |= self._means(routing.gaussian, 100) if routing.gaussian else {}
         return Values(out)
 
     @alone("entropy")
@@ -286,6 +339,11 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         assert particle.graph is not None
         return inner_posterior(particle.graph)[0]
 
+    @torch.no_grad()
+    def _inner_posteriors(self, n: int) -> list[Posterior]:
+        """What is solved under each of some draws."""
+        return [self._inner_q(self._particle()) for _ in range(n)]
+
     def _latents(self) -> Mapping[str, Latent]:
         graph = self._particle().graph
         assert graph is not None
@@ -317,7 +375,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
 
     def _names(self) -> tuple[str, ...]:
         routing = self.variational.routing
-        return (*routing.exact, *routing.drawn, *routing.points)
+        return (*routing.solved, *routing.drawn, *routing.points)
 
     def _by_glob(self, pattern: str) -> list[str] | None:
         """The latents that a glob matches, in order of time; None for a name.
@@ -337,6 +395,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         return message(
             f"site '{site}'",
             f"it is no latent of this kind; the latents are: {listed(self._names())}.",
-            "probabilities belong to discrete latents, means to those that the guide draws",
+            "probabilities belong to discrete latents, means to continuous ones, covariances to "
+            "Gaussian ones with an exact posterior given the draws",
             ["ask for another site", "use .sample(n) and count"],
         )

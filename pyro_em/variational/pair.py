@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from pyro_em.errors import Finding
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.handlers import (
     GiveValues,
     GuideSites,
@@ -15,6 +18,7 @@ from pyro_em.tracing.handlers import (
     OnlySites,
     ScalePlates,
 )
+from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 from pyro_em.variational.guide import GuideLook
@@ -45,8 +49,44 @@ class Pair:
         with GuideSites(self.shown, self.chosen) as sites:
             self.guide(*args, **kwargs)
         if self.record is not None:
+            sites.state = random_state()
             self.record.append(sites)
         with GiveValues(sites.values, self.roles, sites.subsamples):
+            return self.model(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """Guide and model for arguments of one form, some latents of the model solved exactly.
+
+    Attributes:
+        structure: The skeleton.
+        pair: Guide and model.
+        gaussians: The same with values for Gaussian latents that are integrated; None without such.
+    """
+
+    structure: Structure
+    pair: Pair
+    gaussians: GivenGaussians | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AtDraw:
+    """A model at one draw of its guide.
+
+    Attributes:
+        model: The user's model.
+        roles: Per latent that takes its value from the guide, what that value is.
+        drawn: The guide's handler with its values.
+    """
+
+    model: Model
+    roles: Mapping[str, Role]
+    drawn: GuideSites
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with GiveValues(self.drawn.values, self.roles, self.drawn.subsamples):
             return self.model(*args, **kwargs)
 
 
@@ -55,13 +95,16 @@ class Routing:
     """Where each latent of the model goes.
 
     Attributes:
-        exact: Latents that are summed.
+        exact: Discrete latents that are summed.
         points: Latents at a point estimate.
         drawn: Latents that the guide draws.
         enumerated: Those of ``drawn`` that are summed under the guide.
         reasons: Per latent, why, in words.
         guide: What runs of the guide showed, or None.
         unused: Guide sites that are left unused.
+        gaussian: Gaussian latents that are integrated.
+        kept: Per Gaussian latent that stays with the guide, why it is not integrated.
+        not_linear: Those of them that runs of the model show not to have an exact posterior.
     """
 
     exact: tuple[str, ...]
@@ -71,6 +114,14 @@ class Routing:
     reasons: Mapping[str, str] = field(default_factory=dict)
     guide: GuideLook | None = None
     unused: tuple[str, ...] = ()
+    gaussian: tuple[str, ...] = ()
+    kept: Mapping[str, Finding] = field(default_factory=dict)
+    not_linear: frozenset[str] = frozenset()
+
+    @property
+    def solved(self) -> tuple[str, ...]:
+        """Latents that have an exact posterior given what is drawn: summed or integrated ones."""
+        return (*self.exact, *self.gaussian)
 
     @property
     def is_stochastic(self) -> bool:

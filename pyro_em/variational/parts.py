@@ -7,11 +7,15 @@ with the entropy of q apart, at one draw of h and with z summed under it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from pyro_em.graph.factors import Group
+from pyro_em.posteriors.gaussian_steps import in_m_step
 from pyro_em.tracing.draws import drawn_run
 from pyro_em.tracing.handlers import MaskSites
 from pyro_em.tracing.randomness import seeded
@@ -20,7 +24,7 @@ from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.broken_bounds import draw_errors_named, require_finite
-from pyro_em.variational.drawing import inner_posterior
+from pyro_em.variational.drawing import detached, inner_posterior
 from pyro_em.variational.particle import Particle
 
 
@@ -72,10 +76,9 @@ def _split_particle(particle: Particle) -> Split:
             sums[t.role] += float(t.value.to(torch.float64).sum())
     entropy = -particle.log_q
     if particle.graph is not None:
-        q, groups = inner_posterior(particle.graph, particle.weight)
-        # The entropy of what is summed: its log normaliser, less what is expected of its terms.
+        # The entropy of what is solved: its log normaliser, less what is expected of its terms.
         entropy += sum(float(t.value.sum()) for t in particle.terms if t.role is None)
-        for group, counts, table in zip(groups, q.counts, q.tables, strict=True):
+        for group, counts, table in _expected_terms(particle):
             weighed = [
                 particle.weight.weigh(c, dims) for c, dims in zip(counts, group.dims, strict=True)
             ]
@@ -85,6 +88,23 @@ def _split_particle(particle: Particle) -> Split:
                 sums[group.role] += expected
     value = float(particle.bound)
     return Split(value, sums[Role.DATA], sums[Role.POINT], entropy)
+
+
+def _expected_terms(particle: Particle) -> Iterator[tuple[Group, Tensor, Tensor]]:
+    """The model's factors with their expected counts, and the log density that these weigh.
+
+    Sites that Gaussian latents connect stand for themselves, with their expected log density.
+    """
+    assert particle.graph is not None
+    q, groups = inner_posterior(particle.graph, particle.weight)
+    ordinary = zip(groups, q.counts, q.tables, strict=True)
+    yield from ((g, c, t) for g, c, t in ordinary if g.nested is None)
+    if not q.solved:
+        return
+    arguments = [detached(g.arguments) for g in groups]
+    graph, counts, arguments = in_m_step(q.graph, q.counts, arguments, q.solved)
+    sites = list(zip(graph.groups, counts, arguments, strict=True))[len(groups) :]
+    yield from ((g, c, g.log_density(a)) for g, c, a in sites)
 
 
 def _split_enumerated(variational: Variational, args: tuple, kwargs: dict[str, Any]) -> Split:

@@ -137,7 +137,7 @@ def test_a_stochastic_fit_says_where_it_begins():
             with pyro.plate("n", len(x)):
                 pyro.sample("h", dist.Normal(a * x, 0.5))
 
-        return ExactPosteriorEM(own, guide)
+        return ExactPosteriorEM(own, guide, strategy="guide")
 
     em = pair()
     assert em.fit(X, max_steps=2).start == MODEL
@@ -215,4 +215,6 @@ def test_a_step_refuses_a_loader_in_the_words_of_the_model():
     with pytest.raises(UsageError, match="forgets what the batches"):
         ExactPosteriorEM(prior, "map").step(DataLoader(X, 3))
     with pytest.raises(UsageError, match="for batch in loader"):
-        ExactPosteriorEM(prior, pyro.infer.autoguide.AutoNormal).step(DataLoader(X, 3))
+        ExactPosteriorEM(prior, pyro.infer.autoguide.AutoNormal, strategy="guide").step(
+            DataLoader(X, 3)
+        )

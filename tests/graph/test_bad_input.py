@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[type[PyroEMError], Callable[[], Any], str]] = {
     "impossible chain": (DataError, lambda: fit(left_to_right, tensor([0, 1, 0])), "'x_2' | impos"),
     # latents and enumeration
     "continuous": (ModelError, lambda: fit(rows, X, bent), "'z' | continuous | Normal | guide"),
-    "guide lacks it": (ModelError, lambda: EM(rows, empty).fit(X, drawn), "'z' | guide lacks it"),
+    "guide lacks it": (ModelError, lambda: EM(rows, empty).fit(X, bent), "'z' | guide lacks it"),
     "infinite": (ModelError, lambda: fit(rows, X, counted), "'z' | Poisson | infinite support"),
     "event latent": (ModelError, lambda: fit(event_bits, tensor(1.0)), "'z' | to_event"),
     "budget": (ModelError, lambda: EM(gmm, max_enumeration=9).fit(X), "'z' | 10 cells | tion=9"),

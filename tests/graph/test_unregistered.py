@@ -128,7 +128,7 @@ def test_model_and_guide_of_a_stochastic_fit_are_looked_at():
         with pyro.plate("n", len(x)):
             pyro.sample("h", dist.Normal(loc, scale))
 
-    em = ExactPosteriorEM(model, guide)
+    em = ExactPosteriorEM(model, guide, strategy="guide")
     notes = found(em.plan(X).notes)
     assert [n.split(":")[0] for n in notes] == ["site 'x'", "guide site 'h'"]
     assert "'encoder.weight'" in notes[1] and "where the guide begins" in notes[1]
@@ -152,7 +152,7 @@ def test_who_registers_it_does_not_matter(registering):
         with pyro.plate("n", len(x)):
             pyro.sample("h", dist.Normal(loc, 1.0))
 
-    assert not found(ExactPosteriorEM(model, guide).plan(X).notes)
+    assert not found(ExactPosteriorEM(model, guide, strategy="guide").plan(X).notes)
 
 
 def test_point_estimates_and_autoguides_are_no_finding():
@@ -164,7 +164,7 @@ def test_point_estimates_and_autoguides_are_no_finding():
 
     for guide in ("map", AutoNormal):
         pyro.clear_param_store()
-        assert not found(ExactPosteriorEM(model, guide).plan(X).notes)
+        assert not found(ExactPosteriorEM(model, guide, strategy="guide").plan(X).notes)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_as_a_module_with_a_torch_optimiser() -> None:
 def test_what_cannot_be_exact_is_refused() -> None:
     def model(x):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+        pyro.sample("x", dist.Normal(mu.exp(), 1.0), obs=x)
 
     with pytest.raises(ModelError, match="site 'mu': the guide lacks it, and a continuous latent"):
         TraceExact_ELBO().loss(model, guide, torch.tensor(1.0))

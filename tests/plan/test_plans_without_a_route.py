@@ -156,7 +156,9 @@ def test_latents_with_a_route_keep_it_in_such_a_plan() -> None:
             k = pyro.sample("k", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(h + k, 1.0), obs=x)
 
-    routes = {r.site: r.route for r in ExactPosteriorEM(two, drawn).plan(X).routes}
+    routes = {
+        r.site: r.route for r in ExactPosteriorEM(two, drawn, strategy="guide").plan(X).routes
+    }
     assert routes == {"h": "guide", "k": "none"}
 
 

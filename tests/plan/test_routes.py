@@ -90,7 +90,7 @@ X = [-1.5, -0.5, 0.7, 2.0]
 
 
 def test_an_exact_latent_leaves_its_guide_site_unused() -> None:
-    em = ExactPosteriorEM(mixture, both)
+    em = ExactPosteriorEM(mixture, both, strategy={"h": "guide"})
     plan = str(em.plan(T(X)))
     assert routes(em, T(X)) == {"y": "enumerate", "h": "guide"}
     says(plan, "its guide site is not used", "reparameterised draw", "stochastic", "no optim")
@@ -525,7 +525,7 @@ def test_a_guide_that_raises() -> None:
 
 
 def test_an_unknown_number_of_data_names_the_users_site() -> None:
-    em = ExactPosteriorEM(with_global, with_global_guide)
+    em = ExactPosteriorEM(with_global, with_global_guide, strategy="guide")
     loader = DataLoader(Stream(torch.randn(8)), 4)
     refused(lambda: em.fit(loader, num_epochs=1, progress=False), "'g'")
 
@@ -549,7 +549,7 @@ def with_global_guide(x):
 
 
 def test_loaders() -> None:
-    em = ExactPosteriorEM(with_global, with_global_guide)
+    em = ExactPosteriorEM(with_global, with_global_guide, strategy="guide")
     loader = DataLoader(Stream(torch.randn(8)), 4)
     refused(lambda: em.fit(loader, num_epochs=1, progress=False), "num_data")
     assert em.fit(loader, num_epochs=1, num_data=8, progress=False).num_steps == 2
@@ -560,7 +560,7 @@ def test_loaders() -> None:
 def test_a_loader_of_other_arguments_than_the_models() -> None:
     """(x, y) for a model of x, and x for a model of (x, y); by keyword it is complete."""
     x, y = torch.randn(8), torch.zeros(8)
-    em = ExactPosteriorEM(normal, normal_guide)
+    em = ExactPosteriorEM(normal, normal_guide, strategy="guide")
     both = DataLoader(TensorDataset(x, y), 4)
     refused(lambda: em.fit(both, num_epochs=1), "DataLoader", "2 items", "takes 'x'", "labels=None")
     one = DataLoader(TensorDataset(x), 4)
@@ -572,7 +572,7 @@ def test_a_loader_of_other_arguments_than_the_models() -> None:
     def guide(x, y, on=True):
         normal_guide(x)
 
-    em = ExactPosteriorEM(of_two, guide)
+    em = ExactPosteriorEM(of_two, guide, strategy="guide")
     refused(lambda: em.fit(one, num_epochs=1), "1 item;", "'x', 'y'", "fit(loader, y=...)")
     assert em.fit(one, num_epochs=1, y=0.0, progress=False).num_steps == 2
     assert em.fit(both, num_epochs=1, progress=False).num_steps == 2
@@ -593,7 +593,7 @@ def test_keywords_of_the_other_kind_of_fit() -> None:
             pyro.sample("x", dist.Normal(mu[y], 1.0), obs=x)
 
     refused(lambda: ExactPosteriorEM(model).fit(T(X), batch_size=2), "batch_size", "exact fit")
-    em = ExactPosteriorEM(normal, normal_guide)
+    em = ExactPosteriorEM(normal, normal_guide, strategy="guide")
     refused(lambda: em.fit(T(X), init="random"), "init", "stochastic")
     refused(lambda: em.fit(T(X), num_restarts=3), "num_restarts", "stochastic")
     refused(lambda: em.fit(T(X), batch_size=9), "batch_size=9", "4 rows")
@@ -623,7 +623,9 @@ def breaking(at: int):
 
 def test_a_nan_loss_keeps_the_last_good_parameters_and_names_the_step() -> None:
     model, count = breaking(5)
-    em = ExactPosteriorEM(model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01))
+    em = ExactPosteriorEM(
+        model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01), strategy="guide"
+    )
     seen = []
 
     def watch(step) -> None:
@@ -641,7 +643,9 @@ def test_a_nan_loss_keeps_the_last_good_parameters_and_names_the_step() -> None:
 
 
 def test_a_step_too_far_returns_to_parameters_with_a_finite_bound() -> None:
-    em = ExactPosteriorEM(normal, normal_guide, lambda p: torch.optim.SGD(p, lr=1e200))
+    em = ExactPosteriorEM(
+        normal, normal_guide, lambda p: torch.optim.SGD(p, lr=1e200), strategy="guide"
+    )
     with pytest.warns(PyroEMWarning):
         result = em.fit(T(X), max_steps=20, seed=0, progress=False)
     assert result.status is EMStatus.DEGENERATE
@@ -661,7 +665,9 @@ def test_parameters_that_broke_are_replaced_by_a_late_copy(far: int, fused: bool
                 self.param_groups[0]["lr"] = 1e200
             return super().step(closure)
 
-    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01, fused=fused))
+    em = ExactPosteriorEM(
+        normal, normal_guide, lambda p: Breaks(p, lr=0.01, fused=fused), strategy="guide"
+    )
     em.fit(T(X), max_steps=1, seed=0, progress=False)
     with pytest.warns(PyroEMWarning, match=f"step {far + 1}"):
         result = em.fit(T(X), max_steps=50, progress=False)
@@ -703,7 +709,7 @@ def test_a_parameter_that_few_steps_read_returns_with_the_others() -> None:
         built.append(_Recorded(parameters, far=22))
         return built[-1]
 
-    em = ExactPosteriorEM(model, guide, optim)
+    em = ExactPosteriorEM(model, guide, optim, strategy="guide")
     with pytest.raises(PyroEMError, match="that entered step 16 were kept"):
         for i in range(50):
             em.step(T(X), i % 3 == 0)  # not by the steps 8 and 16
@@ -731,7 +737,7 @@ def test_a_later_fit_that_breaks_at_once_says_which_parameters_it_kept() -> None
         built.append(_Recorded(parameters, far=13))
         return built[-1]
 
-    em = ExactPosteriorEM(normal, normal_guide, optim)
+    em = ExactPosteriorEM(normal, normal_guide, optim, strategy="guide")
     em.fit(T(X), max_steps=14, progress=False)
     with pytest.raises(PyroEMError, match=r"step 14.* that entered step 8 were kept"):
         em.fit(T(X), max_steps=5, progress=False)
@@ -762,7 +768,7 @@ def test_adam_moves_parameters_with_gaps_in_memory(late: bool) -> None:
     for optim in (None, lambda p: torch.optim.Adam(p, lr=0.005, fused=False)):
         with pyro.settings.context(module_local_params=True), pyro.get_param_store().scope():
             model = _WithGaps()
-            em = ExactPosteriorEM(model, lambda x, read: normal_guide(x), optim)
+            em = ExactPosteriorEM(model, lambda x, read: normal_guide(x), optim, strategy="guide")
             torch.manual_seed(0)
             for i in range(4):
                 em.step(T(X), not late or i > 0)
@@ -792,7 +798,7 @@ def test_sparse_gradients_are_followed_and_looked_at(far: bool) -> None:
             pyro.sample("h", dist.Normal(0.5 * x, 0.7))
 
     before = table.weight.detach().clone()
-    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SparseAdam(p))
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SparseAdam(p), strategy="guide")
     if far:
         with pytest.raises(PyroEMError, match=r"'table.*weight': its gradient is not finite"):
             for _ in range(9):
@@ -816,7 +822,7 @@ def test_a_large_gradient_that_is_finite_is_followed() -> None:
             pyro.sample("h", dist.Normal(0.5 * x, 0.7))
 
     assert torch.isinf(torch._foreach_norm([torch.full((3,), 1e25).float()])[0])
-    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SGD(p, lr=1e-30))
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.SGD(p, lr=1e-30), strategy="guide")
     with pytest.warns(PyroEMWarning, match="parameter 'a': .* the square of it is not"):
         em.step(torch.full((3,), 100.0).float())  # Adam would not move it any more
     assert bool((pyro.param("a") > 0.0).all())
@@ -824,7 +830,9 @@ def test_a_large_gradient_that_is_finite_is_followed() -> None:
 
 def test_an_alternating_step_that_breaks_is_undone_whole() -> None:
     model, count = breaking(0)
-    em = ExactPosteriorEM(model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01))
+    em = ExactPosteriorEM(
+        model, normal_guide, lambda p: torch.optim.SGD(p, lr=0.01), strategy="guide"
+    )
     seen = []
 
     def watch(step) -> None:
@@ -845,7 +853,7 @@ def test_an_interrupt_returns_a_result() -> None:
         if step.index == 3:
             raise KeyboardInterrupt
 
-    em = ExactPosteriorEM(normal, normal_guide)
+    em = ExactPosteriorEM(normal, normal_guide, strategy="guide")
     result = em.fit(T(X), max_steps=20, callbacks=stop, progress=False)
     assert result.status is EMStatus.INTERRUPTED and result.num_steps == 4
     assert em.fit(T(X), max_steps=2, progress=False).total_steps == 6
@@ -873,7 +881,7 @@ def test_half_an_alternating_step_is_undone(error) -> None:
         seen.append({n: v.detach().clone() for n, v in step.params.items()})
 
     model, _ = breaking(0)
-    em = ExactPosteriorEM(model, normal_guide, optim)
+    em = ExactPosteriorEM(model, normal_guide, optim, strategy="guide")
     schedule = Alternating(2, 1, model_optim=breaks)
     options = {"max_steps": 9, "callbacks": watch, "seed": 0, "schedule": schedule}
     if error is KeyboardInterrupt:
@@ -902,7 +910,7 @@ def test_half_a_move_of_an_optimiser_is_undone(error, at: int) -> None:
                 raise error
             return super().step(closure)
 
-    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01))
+    em = ExactPosteriorEM(normal, normal_guide, lambda p: Breaks(p, lr=0.01), strategy="guide")
     if error is KeyboardInterrupt:
         result = em.fit(T(X), max_steps=30, progress=False)
         assert result.status is EMStatus.INTERRUPTED and result.num_steps == at - 1
@@ -950,12 +958,12 @@ def some_read_guide(x, whole):
 def test_a_built_guide_with_another_name_continues(tmp_path) -> None:
     """A second AutoNormal of a process has parameters with a name of their own."""
     path, losses = tmp_path / "fit.pt", []
-    em = ExactPosteriorEM(normal, auto.AutoNormal)
+    em = ExactPosteriorEM(normal, auto.AutoNormal, strategy="guide")
     em.fit(T(X), max_steps=5, progress=False)
     em.save(path)
     torch.manual_seed(3)
     losses.append([em.step(T(X)) for _ in range(5)])
-    other = ExactPosteriorEM(normal, auto.AutoNormal)
+    other = ExactPosteriorEM(normal, auto.AutoNormal, strategy="guide")
     other.load(path, T(X))
     torch.manual_seed(3)
     losses.append([other.step(T(X)) for _ in range(5)])
@@ -975,14 +983,14 @@ def test_a_loaded_optimiser_knows_parameters_by_name(tmp_path, first, saves: int
             em.step(T(X), whole)
         return {n: p.detach().clone() for n, p in pyro.get_param_store().items()}
 
-    em = ExactPosteriorEM(some_read, some_read_guide)
+    em = ExactPosteriorEM(some_read, some_read_guide, strategy="guide")
     for whole in wholes:
         em.step(T(X), whole)
     em.save(path)
     expected = last(em)
     for _ in range(saves):
         pyro.clear_param_store()
-        em = ExactPosteriorEM(some_read, some_read_guide)
+        em = ExactPosteriorEM(some_read, some_read_guide, strategy="guide")
         em.load(path, T(X), True)
         em.save(path)
     found = last(em)
@@ -1007,14 +1015,14 @@ def test_a_loaded_fit_continues_as_if_it_had_not_stopped(tmp_path, where, optim,
         torch.manual_seed(seed)
         return [em.step(x) for _ in range(8)]
 
-    em = ExactPosteriorEM(*pair, OPTIMS[optim]())
+    em = ExactPosteriorEM(*pair, OPTIMS[optim](), strategy="guide")
     run(em, 1)
     em.save(tmp_path / "fit.pt")
     want = run(em, 2)
     end = pyro.param("a").detach().clone()
     if where == "new":
         pyro.clear_param_store()
-        em = ExactPosteriorEM(*pair, OPTIMS[optim]())
+        em = ExactPosteriorEM(*pair, OPTIMS[optim](), strategy="guide")
     em.load(tmp_path / "fit.pt")
     if where == "new":
         em.plan(x)
@@ -1034,7 +1042,7 @@ def test_a_loaded_fit_continues_as_if_it_had_not_stopped(tmp_path, where, optim,
 def test_looking_changes_no_parameter_and_no_random_number(guide) -> None:
     x = T(X)
     given = {
-        "drawn": (normal, normal_guide, "exact"),
+        "drawn": (normal, normal_guide, "guide"),
         "enumerated": (mixture, y_then_h, "guide"),
         "exact sums": (mixture, both, "exact"),
         "points": (bayesian, auto.AutoDelta, "exact"),

@@ -78,7 +78,7 @@ def test_values_cannot_be_written() -> None:
     def guide(x: Tensor) -> None:
         pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.5)), 1.0))
 
-    trainer = ExactPosteriorEM(model, guide)._ready((torch.tensor(0.3),), {})
+    trainer = ExactPosteriorEM(model, guide, strategy="guide")._ready((torch.tensor(0.3),), {})
     assert isinstance(trainer, Trainer)
     with pytest.raises(FrozenInstanceError):
         trainer.num_particles = 2  # type: ignore[misc]

@@ -57,7 +57,7 @@ def em(**kwargs: Any) -> ExactPosteriorEM:
 
 
 def guided() -> ExactPosteriorEM:
-    return ExactPosteriorEM(drawn, AutoNormal)
+    return ExactPosteriorEM(drawn, AutoNormal, strategy="guide")
 
 
 def fit(**kwargs: Any) -> Any:

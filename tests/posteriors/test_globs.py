@@ -330,7 +330,7 @@ def drawn(x: Tensor) -> None:
 
 
 def test_sums_under_draws_of_a_guide_take_globs() -> None:
-    q = ExactPosteriorEM(drawn, AutoNormal).posterior(X[:4])
+    q = ExactPosteriorEM(drawn, AutoNormal, strategy="guide").posterior(X[:4])
     assert isinstance(q, DrawnPosterior)
     probs = q.probs("z_*", num_particles=2)
     torch.testing.assert_close(probs.sum(-1), torch.ones(4, dtype=X.dtype))
@@ -356,7 +356,7 @@ def heights_guide(x: Tensor) -> None:
 
 
 def test_means_of_a_guide_take_globs() -> None:
-    q = ExactPosteriorEM(heights, heights_guide).posterior(X)
+    q = ExactPosteriorEM(heights, heights_guide, strategy="guide").posterior(X)
     assert q.mean("h_*").tolist() == [float(t) for t in range(T)]
     assert q.mode()["h_*"].tolist() == [float(t) for t in range(T)]
     with pytest.raises(UsageError, match="no latent of this kind"):

@@ -206,7 +206,7 @@ def test_a_drawn_posterior_of_changed_data_is_refused():
         with pyro.plate("n", len(x)):
             pyro.sample("h", dist.Normal(a * x, 0.5))
 
-    result = ExactPosteriorEM(model, guide).fit(x, max_steps=3)
+    result = ExactPosteriorEM(model, guide, strategy="guide").fit(x, max_steps=3)
     mean = result.posterior.mean("h")
     assert mean.shape == (3,)
     x.mul_(2.0)
@@ -232,7 +232,7 @@ def test_a_drawn_posterior_is_that_of_the_moment_when_it_was_asked_for():
         with pyro.plate("n", len(x)):
             pyro.sample("h", dist.Normal(a * x, 0.5))
 
-    em = ExactPosteriorEM(model, guide)
+    em = ExactPosteriorEM(model, guide, strategy="guide")
     q = em.posterior(x)
     mean = q.mean("h")
     em.fit(x, max_steps=5)
@@ -497,7 +497,7 @@ def test_an_autoguides_posterior_of_changed_weights_is_refused():
         with pyro.plate("n", len(x)), poutine.scale(scale=weights):
             pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
 
-    result = ExactPosteriorEM(model, AutoNormal).fit(x, max_steps=2)
+    result = ExactPosteriorEM(model, AutoNormal, strategy="guide").fit(x, max_steps=2)
     assert result.posterior.sample(2)["mu"].shape == (2,)
     weights.mul_(2.0)
     with pytest.raises(UsageError, match="changed in place after the fit"):

@@ -325,7 +325,7 @@ def test_a_recurrent_network_in_the_guide_goes_on_working():
             pyro.sample("x", dist.Normal(h, 1.0), obs=x)
 
     before = [p.detach().clone() for p in network.parameters()]
-    ExactPosteriorEM(model, guide).fit(x, max_steps=2)
+    ExactPosteriorEM(model, guide, strategy="guide").fit(x, max_steps=2)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in network.parameters()}
     moved = [not torch.equal(p, b) for p, b in zip(network.parameters(), before, strict=True)]

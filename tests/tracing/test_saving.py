@@ -202,7 +202,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     def guide(x):
         pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.5)), 1.0))
 
-    em = ExactPosteriorEM(model, guide, lambda p: Odd(p, lr=0.1))
+    em = ExactPosteriorEM(model, guide, lambda p: Odd(p, lr=0.1), strategy="guide")
     em.plan(X)
     path = tmp_path / "fit.pt"
     em.save(path)
@@ -235,7 +235,11 @@ def test_a_file_saved_by_a_callback_knows_its_steps(tmp_path: Path, stochastic: 
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Normal(a * h, 1.0), obs=x)
 
-    em = ExactPosteriorEM(model, guide) if stochastic else ExactPosteriorEM(mixture)
+    em = (
+        ExactPosteriorEM(model, guide, strategy="guide")
+        if stochastic
+        else ExactPosteriorEM(mixture)
+    )
     em.step(X)
 
     def save(step):

@@ -153,7 +153,7 @@ def test_every_call_is_refused_while_another_thread_fits(call: str, tmp_path) ->
 
 def test_results_that_run_the_model_late_wait_their_turn() -> None:
     result = fit()
-    drawn = ExactPosteriorEM(normal, normal_guide).posterior(X)
+    drawn = ExactPosteriorEM(normal, normal_guide, strategy="guide").posterior(X)
     late = [
         lambda: result.posterior,
         result.standard_errors,
@@ -185,7 +185,8 @@ def test_steps_hold_their_turn_only_while_they_advance() -> None:
 
 
 def test_a_callback_may_call_again_and_its_helper_thread_may_not() -> None:
-    em, other, seen = ExactPosteriorEM(model), ExactPosteriorEM(normal, normal_guide), []
+    em, seen = ExactPosteriorEM(model), []
+    other = ExactPosteriorEM(normal, normal_guide, strategy="guide")
 
     def look(step):
         seen.append(float(em.elbo(X)))
@@ -244,7 +245,8 @@ def test_an_interrupt_inside_a_handler_leaves_the_process_whole(monkeypatch, at,
             pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
 
     pairs = {"mixture": (model,), "opaque": (opaque,), "guide": (plated, plated_guide)}
-    em, allocate, calls = ExactPosteriorEM(*pairs[name]), _DIM_ALLOCATOR.allocate, 0
+    em = ExactPosteriorEM(*pairs[name], strategy="guide" if name == "guide" else "exact")
+    allocate, calls = _DIM_ALLOCATOR.allocate, 0
 
     def interrupted(*args):
         nonlocal calls
@@ -328,7 +330,7 @@ def nested(x, how):
 
 
 def test_a_call_inside_a_model_is_refused_by_name() -> None:
-    em = ExactPosteriorEM(nested, lambda x, how: normal_guide(x))
+    em = ExactPosteriorEM(nested, lambda x, how: normal_guide(x), strategy="guide")
     with pytest.raises(UsageError, match=r"^ExactPosteriorEM: it was called inside a model"):
         em.step(X, "inside")
     assert torch.isfinite(torch.tensor(em.step(X, "hidden")))

@@ -47,11 +47,11 @@ def given_global(x):
 
 
 def bound_of(x: torch.Tensor) -> float:
-    return ExactPosteriorEM(rows, rows_guide).elbo(x).value
+    return ExactPosteriorEM(rows, rows_guide, strategy="guide").elbo(x).value
 
 
 def fit(*args: Any, model: Any = rows, guide: Any = rows_guide, **options: Any) -> Any:
-    em = ExactPosteriorEM(model, guide, still)
+    em = ExactPosteriorEM(model, guide, still, strategy="guide")
     return em.fit(*args, num_epochs=1, seed=0, progress=False, **options)
 
 

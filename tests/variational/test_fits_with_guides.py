@@ -65,7 +65,7 @@ def evidence_of_rows(x: torch.Tensor, mu: float = 0.0) -> float:
 
 def test_a_first_fit_of_an_autoguide_returns_and_saves_what_was_fitted(tmp_path: Path) -> None:
     x = torch.randn(10) + 4
-    em = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    em = ExactPosteriorEM(shared, AutoNormal, adam(0.1), strategy="guide")
     seen: list[float] = []
     result = em.fit(
         x,
@@ -79,17 +79,17 @@ def test_a_first_fit_of_an_autoguide_returns_and_saves_what_was_fitted(tmp_path:
     assert seen[-1] == fitted and seen[0] != seen[-1]
     em.save(tmp_path / "fit.pt")
     pyro.clear_param_store()
-    other = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    other = ExactPosteriorEM(shared, AutoNormal, adam(0.1), strategy="guide")
     other.load(tmp_path / "fit.pt", x)
     assert float(other.guide.locs.h.detach()) == fitted
 
 
 def test_a_second_em_does_not_go_on_with_the_guide_of_the_first(tmp_path: Path) -> None:
     x = torch.randn(10) + 4
-    first = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    first = ExactPosteriorEM(shared, AutoNormal, adam(0.1), strategy="guide")
     first.fit(x, max_steps=50, seed=0)
     kept = float(first.guide.locs.h.detach())
-    second = ExactPosteriorEM(shared, AutoNormal, adam(0.1))
+    second = ExactPosteriorEM(shared, AutoNormal, adam(0.1), strategy="guide")
     second.plan(x)
     assert float(second.guide.locs.h.detach()) != kept
     second.fit(x, max_steps=3, seed=1)
@@ -98,12 +98,12 @@ def test_a_second_em_does_not_go_on_with_the_guide_of_the_first(tmp_path: Path) 
     second.load(tmp_path / "one.pt", x)  # names in a file do not depend on who was first
     assert float(second.guide.locs.h.detach()) == kept
     for _ in range(2):  # a cell that is run twice
-        ExactPosteriorEM(rows, AutoAmortizedNormal).fit(x, max_steps=2, seed=0)
+        ExactPosteriorEM(rows, AutoAmortizedNormal, strategy="guide").fit(x, max_steps=2, seed=0)
 
 
 def test_a_result_keeps_its_posterior_when_the_fit_goes_on() -> None:
     x = torch.randn(6)
-    em = ExactPosteriorEM(rows, slopes, adam(0.05))
+    em = ExactPosteriorEM(rows, slopes, adam(0.05), strategy="guide")
     result = em.fit(x, max_steps=5, seed=0)
     before = result.posterior.mean("h").clone()
     em.fit(x, max_steps=50, seed=0)
@@ -113,7 +113,7 @@ def test_a_result_keeps_its_posterior_when_the_fit_goes_on() -> None:
 
 def test_no_steps_change_nothing() -> None:
     x = torch.randn(5)
-    em = ExactPosteriorEM(rows, slopes, adam(0.05))
+    em = ExactPosteriorEM(rows, slopes, adam(0.05), strategy="guide")
     result = em.fit(x, max_steps=0)
     assert result.num_steps == 0 and float(result.params["mu"]) == 0.0
 
@@ -121,7 +121,7 @@ def test_no_steps_change_nothing() -> None:
 def test_a_reset_forgets_the_optimiser() -> None:
     x = torch.randn(20)
     for optim in (adam(0.1), pyro.optim.Adam({"lr": 0.1})):
-        em = ExactPosteriorEM(rows, slopes, optim)
+        em = ExactPosteriorEM(rows, slopes, optim, strategy="guide")
         ends = []
         for _ in range(2):
             ends.append(float(em.fit(x, max_steps=7, seed=3).params["a"]))
@@ -131,7 +131,7 @@ def test_a_reset_forgets_the_optimiser() -> None:
 
 def test_a_new_schedule_brings_its_own_optimisers() -> None:
     x = torch.randn(20) + 3
-    em = ExactPosteriorEM(rows, slopes)
+    em = ExactPosteriorEM(rows, slopes, strategy="guide")
     em.fit(x, max_steps=3, schedule=Alternating(1, 1, sgd(1e-3), sgd(1e-3)))
     before = float(pyro.param("mu").detach())
     em.fit(x, max_steps=3, schedule=Alternating(1, 1, sgd(1e-30), sgd(1e-30)))
@@ -143,7 +143,7 @@ def test_validation_does_not_change_the_path() -> None:
     ends = []
     for held_out in (None, x[:5]):
         pyro.clear_param_store()
-        em = ExactPosteriorEM(rows, slopes, adam(0.05))
+        em = ExactPosteriorEM(rows, slopes, adam(0.05), strategy="guide")
         result = em.fit(x, batch_size=5, num_epochs=3, seed=0, validation=held_out)
         ends.append(float(result.params["a"]))
     assert ends[0] == ends[1]
@@ -168,7 +168,7 @@ def test_a_closed_form_on_batches_may_have_arguments_of_its_own_for_each_row(bat
         with pyro.plate("n", len(x)):
             pyro.sample("h", dist.Normal(pyro.param("a", torch.tensor(0.0)) * x, 0.01))
 
-    em = ExactPosteriorEM(model, guide, updates={"s": ClosedForm(), "a": Fixed()})
+    em = ExactPosteriorEM(model, guide, updates={"s": ClosedForm(), "a": Fixed()}, strategy="guide")
     result = em.fit(c, x, batch_size=batch, num_epochs=10, seed=0)
     assert float(result.params["s"]) == pytest.approx(
         float((x - c).square().mean().sqrt()), rel=0.05
@@ -183,7 +183,7 @@ def test_a_median_has_no_closed_form_on_batches() -> None:
             pyro.sample("x", dist.Laplace(m, 1.0), obs=x)
             pyro.sample("y", dist.Normal(h, 1.0), obs=x)
 
-    em = ExactPosteriorEM(model, slopes, updates={"m": ClosedForm()})
+    em = ExactPosteriorEM(model, slopes, updates={"m": ClosedForm()}, strategy="guide")
     with pytest.raises(UsageError, match=r"updates\['m'\].*closed form"):
         em.fit(torch.randn(8), max_steps=2)
 
@@ -226,7 +226,7 @@ def test_a_plate_of_the_batch_size_by_chance_is_not_scaled() -> None:
     def guide(x):
         pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(1.5)), 0.4))
 
-    em = ExactPosteriorEM(model, guide, updates={"m": Fixed()})
+    em = ExactPosteriorEM(model, guide, updates={"m": Fixed()}, strategy="guide")
     likelihood = dist.Normal(1.5, 1.0).log_prob(groups).sum() - 5 * 0.4**2 / 2
     likelihood = likelihood + dist.Normal(1.5, 10.0).log_prob(x).sum() - 40 * 0.4**2 / 200
     full = float(likelihood) - ((1.5**2 + 0.4**2 - 1) / 2 - math.log(0.4))
@@ -246,7 +246,7 @@ def test_a_loader_of_dicts_counts_its_rows() -> None:
     def guide(batch):
         pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(1.8)), 0.1))
 
-    em = ExactPosteriorEM(model, guide, updates={"m": Fixed()})
+    em = ExactPosteriorEM(model, guide, updates={"m": Fixed()}, strategy="guide")
     loader = DataLoader([{"x": v} for v in x], 10)
     history = torch.tensor(em.fit(loader, num_epochs=10, seed=0).history)
     full = em.elbo({"x": x}, num_particles=250)
@@ -299,7 +299,7 @@ def test_a_score_function_of_a_site_without_data_is_unbiased() -> None:
             a = pyro.sample("a", dist.Poisson(p))
             pyro.sample("h", dist.Normal(0.4 * a, 0.7))
 
-    em = ExactPosteriorEM(model, guide)
+    em = ExactPosteriorEM(model, guide, strategy="guide")
     found = em._look((x,), {})
     leaf = pyro.get_param_store()._params["p"]
 
@@ -342,7 +342,7 @@ def test_nan_under_a_mask_is_no_obstacle() -> None:
 
 
 def test_rows_of_an_autoguide_and_batches_do_not_go_together() -> None:
-    em = ExactPosteriorEM(rows, AutoNormal)
+    em = ExactPosteriorEM(rows, AutoNormal, strategy="guide")
     with pytest.raises(
         UsageError, match=r"AutoNormal.*each of the 20 rows(.|\n)*AutoAmortizedNormal"
     ):
@@ -365,13 +365,13 @@ def test_an_exact_estimate_is_exact_in_double_precision() -> None:
 def test_buffers_are_saved_with_a_fit(tmp_path: Path) -> None:
     """The standardisation of an amortised guide comes from the data that it saw first."""
     x = 100 + torch.randn(50)
-    em = ExactPosteriorEM(rows, AutoAmortizedNormal)
+    em = ExactPosteriorEM(rows, AutoAmortizedNormal, strategy="guide")
     em.fit(x, max_steps=20, seed=0)
     em.save(tmp_path / "fit.pt")
     torch.manual_seed(0)
     before = em.elbo(x, num_particles=5).value
     pyro.clear_param_store()
-    other = ExactPosteriorEM(rows, AutoAmortizedNormal)
+    other = ExactPosteriorEM(rows, AutoAmortizedNormal, strategy="guide")
     other.load(tmp_path / "fit.pt")
     other.plan(x - 100)  # another first look
     torch.manual_seed(0)
@@ -380,7 +380,7 @@ def test_buffers_are_saved_with_a_fit(tmp_path: Path) -> None:
 
 def test_a_bound_prints_its_parts() -> None:
     x = torch.randn(5)
-    em = ExactPosteriorEM(rows, slopes)
+    em = ExactPosteriorEM(rows, slopes, strategy="guide")
     text = str(em.elbo(x, num_particles=10))
     assert "ELBO" in text and "±" in text and "reconstruction" in text
     assert "num_particles" in str(em.elbo(x))
@@ -423,7 +423,7 @@ def test_of_nested_plates_of_one_size_the_outer_one_holds_the_rows() -> None:
         with pyro.plate("documents", words.shape[1], dim=-1):
             pyro.sample("h", dist.Normal(pyro.param("m", torch.tensor(0.0)), 0.4))
 
-    em = ExactPosteriorEM(model, guide)
+    em = ExactPosteriorEM(model, guide, strategy="guide")
     found = em._look((words[:, :4],), {})
     structure = found.structure((words[:, :4],), {})
     batch = Batch((words[:, :4],), {}, size=4, total=8)
@@ -464,14 +464,14 @@ def test_one_draw_has_no_standard_error() -> None:
 
 @pytest.mark.parametrize("n", [0, -2, 2.5, True])
 def test_numbers_of_draws_that_cannot_be(n: Any) -> None:
-    em = ExactPosteriorEM(rows, slopes)
+    em = ExactPosteriorEM(rows, slopes, strategy="guide")
     for ask in (em.elbo, em.estimate_evidence):
         with pytest.raises(UsageError, match=f"num_particles={n} is no number of draws"):
             ask(torch.randn(3), num_particles=n)
     with pytest.raises(UsageError, match=f"num_particles={n}"):
-        ExactPosteriorEM(rows, slopes, num_particles=n)
+        ExactPosteriorEM(rows, slopes, num_particles=n, strategy="guide")
     with pytest.raises(UsageError, match=f"TraceExact_ELBO: num_particles={n}"):
-        TraceExact_ELBO(num_particles=n)
+        TraceExact_ELBO(num_particles=n, strategy="guide")
     with pytest.raises(UsageError, match="strategy='hard'"):
         TraceExact_ELBO(strategy="hard")
 
@@ -480,7 +480,7 @@ def test_a_plan_says_whether_anything_is_drawn() -> None:
     summed = ExactPosteriorEM(coins, coins_guide, strategy="guide").plan(BITS)
     assert summed.stochastic and not summed.draws
     assert "no draws" in str(summed) and "drawn" not in str(summed)
-    drawn = ExactPosteriorEM(rows, slopes).plan(torch.randn(4))
+    drawn = ExactPosteriorEM(rows, slopes, strategy="guide").plan(torch.randn(4))
     assert drawn.stochastic and drawn.draws
     assert "each draws from the guide" in str(drawn) and "closed form" in str(drawn)
     # Importance weights take log q(h) of each draw, not the closed form of the divergence.
@@ -498,11 +498,13 @@ def test_an_optimiser_that_nothing_needs_is_said_to_be_unused() -> None:
 
 
 def test_optimisers_that_are_none_for_draws() -> None:
-    em = ExactPosteriorEM(rows, slopes, torch.optim.LBFGS)
+    em = ExactPosteriorEM(rows, slopes, torch.optim.LBFGS, strategy="guide")
     with pytest.raises(UsageError, match="LBFGS evaluates the loss several times"):
         em.fit(torch.randn(4), max_steps=2)
     with pytest.raises(UsageError, match="returned a list, not a torch optimiser"):
-        ExactPosteriorEM(rows, slopes, lambda p: p).fit(torch.randn(4), max_steps=2)
+        ExactPosteriorEM(rows, slopes, lambda p: p, strategy="guide").fit(
+            torch.randn(4), max_steps=2
+        )
 
 
 def test_one_torch_optimiser_serves_all_parameters() -> None:
@@ -512,12 +514,14 @@ def test_one_torch_optimiser_serves_all_parameters() -> None:
         built.append(len(parameters))
         return torch.optim.Adam(parameters, lr=0.01, fused=True)
 
-    ExactPosteriorEM(rows, slopes, fused).fit(torch.randn(6), batch_size=2, num_epochs=3)
+    ExactPosteriorEM(rows, slopes, fused, strategy="guide").fit(
+        torch.randn(6), batch_size=2, num_epochs=3
+    )
     assert built == [2]
 
 
 def test_a_closed_form_of_a_guides_parameter_is_refused_in_the_users_words() -> None:
-    em = ExactPosteriorEM(rows, slopes, updates={"a": ClosedForm()})
+    em = ExactPosteriorEM(rows, slopes, updates={"a": ClosedForm()}, strategy="guide")
     with pytest.raises(UsageError) as refused:
         em.fit(torch.randn(4), max_steps=2)
     assert "guide site 'h'" in str(refused.value) and "guide:" not in str(refused.value)
@@ -526,7 +530,9 @@ def test_a_closed_form_of_a_guides_parameter_is_refused_in_the_users_words() -> 
 
 def test_a_stochastic_fit_cannot_be_accelerated() -> None:
     with pytest.raises(UsageError, match="needs exact EM steps"):
-        ExactPosteriorEM(rows, slopes).fit(torch.randn(4), max_steps=2, acceleration="squarem")
+        ExactPosteriorEM(rows, slopes, strategy="guide").fit(
+            torch.randn(4), max_steps=2, acceleration="squarem"
+        )
 
 
 @pytest.mark.parametrize(
@@ -536,7 +542,7 @@ def test_a_result_says_which_bound_it_holds(n, name) -> None:
     torch.manual_seed(1)
     x = torch.randn(30)
     pyro.param("a", torch.tensor(0.1))
-    strategy = "exact" if n is None else MonteCarlo(n)
+    strategy = "guide" if n is None else MonteCarlo(n)
     held = {"mu": Fixed(), "a": Fixed()}
     em = ExactPosteriorEM(rows, slopes, strategy=strategy, updates=held, num_particles=20)
     result = em.fit(x, max_steps=2, seed=0)
@@ -560,7 +566,7 @@ def test_the_plan_says_whose_turn_moves_a_parameter_of_both() -> None:
         return guide(x)
 
     x = torch.tensor([1.0, 2.0, 4.0])
-    em = ExactPosteriorEM(rows, start, adam(0.1))
+    em = ExactPosteriorEM(rows, start, adam(0.1), strategy="guide")
     reasons = {u.name: u.reason for u in em.plan(x).updates.values()}
     assert reasons["mu"].startswith("of the guide and model (under Alternating it moves in the gui")
     assert reasons["a"].startswith("of the guide;")
@@ -581,7 +587,7 @@ def test_a_callback_sees_the_held_out_bound_and_can_stop_early() -> None:
             seen.append(step.validation)
         return len(seen) > 2 and max(v for _, v in seen[-2:]) <= seen[-3][1]
 
-    em = ExactPosteriorEM(rows, slopes, adam(0.05))
+    em = ExactPosteriorEM(rows, slopes, adam(0.05), strategy="guide")
     result = em.fit(
         x, batch_size=5, num_epochs=200, validation=held_out, callbacks=patience, seed=0
     )

@@ -86,7 +86,7 @@ def subsampled(x):
 
 
 def pair(**settings: Any) -> ExactPosteriorEM:
-    return EM(rows, slopes, **settings)
+    return EM(rows, slopes, **{"strategy": "guide", **settings})
 
 
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
@@ -94,16 +94,27 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "loader": (lambda: pair().fit(DataLoader(X, 4), batch_size=2), "DataLoader | loader makes"),
     "batch": (lambda: pair().fit(X, batch_size=99), "batch_size=99 | 8 rows | from 1 to 8"),
     "arrays": (
-        lambda: EM(lambda x, y: rows(x), lambda x, y: slopes(x)).fit(X, X[:3], batch_size=2),
+        lambda: EM(lambda x, y: rows(x), lambda x, y: slopes(x), strategy="guide").fit(
+            X, X[:3], batch_size=2
+        ),
         "[3, 8] | same rows",
     ),
-    "no plate": (lambda: EM(looped, of_shared).fit(X, batch_size=2), "size 2 | pyro.plate("),
+    "no plate": (
+        lambda: EM(looped, of_shared, strategy="guide").fit(X, batch_size=2),
+        "size 2 | pyro.plate(",
+    ),
     "least squares": (
         lambda: pair(updates={"mu": LeastSquares()}).fit(X),
         "updates['mu'] | exact fit | ClosedForm(",
     ),
-    "nothing": (lambda: EM(without_parameters, fixed).fit(X), "neither the model nor the guide"),
-    "turns": (lambda: EM(rows, fixed).fit(X, schedule=Alternating()), "no parameters of its own"),
+    "nothing": (
+        lambda: EM(without_parameters, fixed, strategy="guide").fit(X),
+        "neither the model nor the guide",
+    ),
+    "turns": (
+        lambda: EM(rows, fixed, strategy="guide").fit(X, schedule=Alternating()),
+        "no parameters of its own",
+    ),
     "hard": (lambda: pair(strategy=Hard()).fit(X), "Hard() | draws 'h' | guide='map'"),
     "rough": (
         lambda: EM(counted, rates, strategy=MonteCarlo(3)).fit(X),
@@ -112,7 +123,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "optim": (lambda: pair(optim=0.01), "optim=0.01 | torch.optim.Adam"),
     "step size": (lambda: ClosedForm(step_size=2.0), "step_size=2.0 | (0, 1]"),
     "no turns": (lambda: Alternating(0, 0), "guide_steps=0 | one must be positive"),
-    "factory": (lambda: EM(rows, lambda model: 3).fit(X), "returned a int, not a guide"),
+    "factory": (
+        lambda: EM(rows, lambda model: 3, strategy="guide").fit(X),
+        "returned a int, not a guide",
+    ),
     "messenger": (lambda: EM(subsampled, AutoNormalMessenger).fit(X), "plate 'n' | subsample"),
     "weights": (
         lambda: EM(shared, of_shared, strategy=MonteCarlo(3)).fit(X, batch_size=4),

@@ -136,7 +136,7 @@ CASES = {
 @pytest.mark.parametrize("which", list(CASES))
 def test_the_bound_and_its_terms_agree_with_quadrature(which) -> None:
     model, data, (m, s), transformed, (m0, s0) = CASES[which]
-    em = ExactPosteriorEM(model, given(m, s, transformed=transformed))
+    em = ExactPosteriorEM(model, given(m, s, transformed=transformed), strategy="guide")
     # Where nothing is summed under draws, fewer that are even come as near as n at random.
     n, draws = (300, 300) if which == "discrete" else (1000, 64)
     with nullcontext() if which == "discrete" else even_draws(1):
@@ -412,7 +412,7 @@ def gmvae_by_hand(x, h, V, s, mu, w, W):
 
 def test_a_mixture_prior_on_a_code_at_the_same_draws_with_its_gradient() -> None:
     x = torch.randn(6, 3)
-    em = ExactPosteriorEM(gmvae, code_guide)
+    em = ExactPosteriorEM(gmvae, code_guide, strategy="guide")
     em.plan(x)
     v = variational(em, x)
     names = ["V", "sd", "mu", "W", "w"]
@@ -720,7 +720,7 @@ def test_a_linear_vae_closes_on_probabilistic_pca(k, evidence) -> None:
         with pyro.plate("n", len(x)):
             pyro.sample("h", dist.Normal(x @ V, s).to_event(1))
 
-    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.Adam(p, lr=0.08))
+    em = ExactPosteriorEM(model, guide, lambda p: torch.optim.Adam(p, lr=0.08), strategy="guide")
     start = em.elbo(x, num_particles=50)
     assert start.value < evidence
     em.fit(x, max_steps=250, seed=0, progress=False)
@@ -887,7 +887,9 @@ def global_guide(x):
 def test_bounds_of_batches_average_to_the_bound_of_all(how) -> None:
     """Draws are noiseless, so that the identity is exact to 1e-5 rather than in expectation."""
     x = torch.randn(12)
-    em = ExactPosteriorEM(global_model, global_guide, lambda p: torch.optim.SGD(p, lr=0.0))
+    em = ExactPosteriorEM(
+        global_model, global_guide, lambda p: torch.optim.SGD(p, lr=0.0), strategy="guide"
+    )
     full = em.elbo(x).value
     if how == "batch_size":
         result = em.fit(x, batch_size=3, num_epochs=1, seed=0, progress=False)
@@ -907,7 +909,9 @@ def test_bounds_of_batches_average_to_the_bound_of_all(how) -> None:
 
 def test_unequal_batches_weigh_by_their_rows() -> None:
     x = torch.randn(10)
-    em = ExactPosteriorEM(global_model, global_guide, lambda p: torch.optim.SGD(p, lr=0.0))
+    em = ExactPosteriorEM(
+        global_model, global_guide, lambda p: torch.optim.SGD(p, lr=0.0), strategy="guide"
+    )
     full = em.elbo(x).value
     result = em.fit(x, batch_size=4, num_epochs=1, seed=0, validation=x, progress=False)
     weighted = np.average(list(result.history), weights=[4, 4, 2])
@@ -918,7 +922,9 @@ def test_unequal_batches_weigh_by_their_rows() -> None:
 
 def test_a_loader_that_drops_its_last_batch_still_estimates_the_bound_of_all() -> None:
     x = torch.full((5,), 1.3)  # all rows alike: any four stand for five
-    em = ExactPosteriorEM(global_model, global_guide, lambda p: torch.optim.SGD(p, lr=0.0))
+    em = ExactPosteriorEM(
+        global_model, global_guide, lambda p: torch.optim.SGD(p, lr=0.0), strategy="guide"
+    )
     full = em.elbo(x).value
     loader = DataLoader(x, 2, drop_last=True)
     result = em.fit(loader, num_epochs=1, seed=0, progress=False)
@@ -941,9 +947,9 @@ def test_a_plate_that_subsamples_by_itself() -> None:
         with pyro.plate("n", len(x), subsample_size=3) as i:
             pyro.sample("z", dist.Normal(w * x[i], 1e-9))
 
-    full = ExactPosteriorEM(global_model, global_guide).elbo(x).value
+    full = ExactPosteriorEM(global_model, global_guide, strategy="guide").elbo(x).value
     pyro.clear_param_store()
-    terms = ExactPosteriorEM(model, guide).elbo(x, num_particles=300)
+    terms = ExactPosteriorEM(model, guide, strategy="guide").elbo(x, num_particles=300)
     assert terms.standard_error > 0.05
     assert abs(terms.value - full) < 3.5 * terms.standard_error
 
@@ -1060,7 +1066,7 @@ def test_equal_large_weights_beside_impossible_draws_are_no_proof_of_trust() -> 
 
 def test_a_drawn_posterior() -> None:
     x = torch.randn(6, 3)
-    em = ExactPosteriorEM(gmvae, code_guide)
+    em = ExactPosteriorEM(gmvae, code_guide, strategy="guide")
     q = em.posterior(x)
     assert isinstance(q, DrawnPosterior) and not q.exact and q.log_evidence is None
     draws = q.sample(5, seed=1)
@@ -1121,7 +1127,7 @@ def test_delta_guides_and_log_priors() -> None:
         pyro.sample("s", dist.Delta(pyro.param("p", T(1.5))))
         pyro.sample("h", dist.Normal(pyro.param("m", T(0.7)), 0.4))
 
-    terms = ExactPosteriorEM(model, guide).elbo(x, num_particles=400)
+    terms = ExactPosteriorEM(model, guide, strategy="guide").elbo(x, num_particles=400)
     prior = float(dist.Gamma(2.0, 1.0).log_prob(T(1.5)))
     second = ((x - 0.7) ** 2 + 0.16).sum()
     data = float(-0.5 * 3 * math.log(2 * math.pi * 2.25) - second / 4.5)

@@ -1,0 +1,66 @@
+"""Guide and model for arguments of one form: their skeleton, and values for what is integrated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pyro_em.errors import Finding, raise_findings
+from pyro_em.graph.examination import examine
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GaussiansAtZero
+from pyro_em.tracing.runs import Model
+from pyro_em.variational.broken_bounds import in_users_names
+from pyro_em.variational.pair import Laid, Pair, Routing
+
+
+def laid_out(
+    pair: Model, routing: Routing, args: tuple, kwargs: dict[str, Any], nesting: int | None
+) -> Laid:
+    """Look at a pair with these arguments.
+
+    Args:
+        pair: Guide and model.
+        routing: The routes.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        nesting: Number of plate dimensions, as the user gave it.
+
+    Raises:
+        PyroEMError: If the pair cannot be used.
+    """
+    assert isinstance(pair, Pair)
+    at_zero = GaussiansAtZero(pair, frozenset(routing.gaussian))
+    structure, problems = look_at_given(at_zero, args, kwargs, nesting)
+    if problems:
+        raise_findings([in_users_names(p) for p in problems])
+    return Laid(structure, pair, at_zero.given if routing.gaussian else None)
+
+
+def look_at_given(
+    at_zero: GaussiansAtZero,
+    args: tuple,
+    kwargs: dict[str, Any],
+    nesting: int | None,
+    max_enumeration: int = 2**27,
+) -> tuple[Structure, list[Finding]]:
+    """The skeleton of a pair with values for some Gaussian latents, and all findings.
+
+    Args:
+        at_zero: The pair; its values are noted in it.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        nesting: Number of plate dimensions, as the user gave it.
+        max_enumeration: The budget in cells.
+    """
+    structure, problems = examine(
+        at_zero if at_zero.names else at_zero.model,
+        args,
+        kwargs,
+        max_plate_nesting=nesting,
+        first_look=False,
+        guide_given=True,
+        max_enumeration=max_enumeration,
+    )
+    reading = {child for parent, child in structure.edges if parent in at_zero.names}
+    return replace(structure, lines=at_zero.names | reading), problems
