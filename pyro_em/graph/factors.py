@@ -57,6 +57,11 @@ class Nested(Protocol):
         """The groups of its sites, one each."""
         ...
 
+    @property
+    def words(self) -> str:
+        """What its E-step is, in a plan's words."""
+        ...
+
     def log_evidence(self, arguments: Mapping[str, Tensor]) -> Tensor:
         """In nats, from the arguments of all its sites. # (1, *sizes)"""
         ...

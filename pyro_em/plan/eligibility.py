@@ -134,7 +134,8 @@ def gaussian_kernel(
         for name in site.members
     )
     parts = (*components_of(graph), names)
-    words = "Gaussian blocks" if block is None else block.words
+    own = dict.fromkeys(g.nested.words for g in graph.groups if g.nested is not None)
+    words = ", ".join(own) if block is None else block.words
     name = "Gaussian" if block is None else block.name
     return Kernel(name, reason, block, parts, words=words)
 

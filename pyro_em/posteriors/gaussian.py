@@ -78,6 +78,11 @@ class GaussianBlock:
         return 0 if len(group.members) == 1 else group.members.index(latent) * rows
 
     @property
+    def words(self) -> str:
+        """See `pyro_em.graph.factors.Nested`."""
+        return "Gaussian blocks"
+
+    @property
     def kind(self) -> str:
         """What the E-step works on, in words."""
         largest = self.layout.largest

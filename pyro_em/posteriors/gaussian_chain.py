@@ -57,6 +57,11 @@ class GaussianChain(GaussianBlock):
         return self.beginning
 
     @property
+    def words(self) -> str:
+        """See `pyro_em.graph.factors.Nested`."""
+        return "Kalman filter and smoother"
+
+    @property
     def kind(self) -> str:
         """See `GaussianBlock.kind`."""
         n = self.chains.form.size

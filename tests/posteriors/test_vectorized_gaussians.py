@@ -108,6 +108,7 @@ def test_indices_do_what_integers_do(case: str) -> None:
         plan = em.plan(loop, *args)
         assert not plan.notes
         assert all("Kalman" in r.reason for r in plan.routes)
+        assert "Iterations: Kalman filter and smoother" in str(plan)
         names = [r.site for r in plan.routes]
         q = em.posterior(loop, *args)
         means = [q.mean(n) for n in names]
