@@ -36,13 +36,20 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def series_chain(
-    graph: FactorGraph, lines: Mapping[str, Line], values: Mapping[str, Tensor], read: Parts
+    graph: FactorGraph,
+    lines: Mapping[str, Line],
+    scope: tuple[str, ...],
+    states: tuple[int, ...],
+    values: Mapping[str, Tensor],
+    read: Parts,
 ) -> GaussianChain:
     """The chain that the connected sites of one loop make up.
 
     Args:
         graph: As traced with Gaussian latents at zero.
         lines: What the mean of each site of the template reads.
+        scope: Discrete latents that any of them depends on.
+        states: How many values each has.
         values: Constrained parameters by name.
         read: Per site what its mean is made of, where no binding gives it.
 
@@ -71,15 +78,18 @@ def series_chain(
             for (new, binding), old in zip(parts.items(), line.parts, strict=True)
             if not binding.is_static
         }
-        groups.append(site_over(group, parts, ("",) * len(line.reads), (), (), values, known))
+        reads = ("",) * len(line.reads)
+        groups.append(site_over(group, parts, reads, scope, states, values, known))
         stacks.append(_stack(forms[members[0]], placed, len(group.members), form.chains))
     steps = 1 + max(int(s.levels.max()) for s in stacks)
     return GaussianChain(
         tuple(groups),
         tuple(lines.values()),
+        scope,
+        states,
         traced=tuple(traced),
         chains=ChainLayout(replace(form, steps=steps, sites=()), tuple(stacks)),
-        beginning=dense_block(graph, short, (), (), values, loop.read_at(short, read)),
+        beginning=dense_block(graph, short, scope, states, values, loop.read_at(short, read)),
     )
 
 
@@ -138,8 +148,8 @@ class _Steps:
     @classmethod
     def of(cls, graph: FactorGraph, lines: Mapping[str, Line]) -> _Steps:
         unrolling: Unrolling = graph.structure.series
-        if any(line.scope for line in lines.values()):
-            raise NotVectorized("discrete latents decide about Gaussian ones")
+        if any(z in unrolling.places for line in lines.values() for z in line.scope):
+            raise NotVectorized("discrete latents of a loop decide about Gaussian ones")
         names = [p.loop for n in lines if (p := unrolling.places.get(n)) is not None]
         if len(set(names)) != 1 or len(names) < len(lines):
             raise NotVectorized("Gaussian latents of a loop are read outside of it")

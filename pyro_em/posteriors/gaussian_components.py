@@ -59,10 +59,7 @@ def integrated(
     pairs = [] if series is None else aliases(lines, series)
     for names in components_of_lines(lines, pairs):
         own = {n: lines[n] for n in names}
-        if series is not None and any(n in series.places for n in names):
-            block: GaussianBlock = _with_plates(series_chain(graph, own, values, read or {}), graph)
-        else:
-            block = _block(graph, own, values, read or {}, kept)
+        block = _block(graph, own, values, read or {}, kept)
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
@@ -117,8 +114,13 @@ def _block(
     states = tuple(graph.latents[z].size for z in scope)
     if math.prod(states) > 2**20:
         raise NotSeparate(_too_many(tuple(lines), scope, states))
-    chain = chain_block(graph, lines, scope, states, values, read)
-    block = chain or dense_block(graph, lines, scope, states, values, read)
+    series = graph.structure.series
+    given = graph, lines, scope, states, values, read
+    block: GaussianBlock
+    if series is not None and any(n in series.places for n in lines):
+        block = series_chain(*given)
+    else:
+        block = chain_block(*given) or dense_block(*given)
     for group in block.groups:
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
             what = f"its mask depends on '{scope[0]}'."
