@@ -190,6 +190,11 @@ class ChainLayout:
         """What was found, for the next who asks; copies begin without."""
         return {}
 
+    @cached_property
+    def indices(self) -> dict[Any, Any]:
+        """Where the numbers of stacks go in tensors, for the next E-step; copies begin without."""
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         return {"form": self.form, "stacks": self.stacks}
 

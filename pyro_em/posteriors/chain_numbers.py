@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.chain_layout import ChainLayout, Stack
+from pyro_em.posteriors.chain_layout import ChainLayout, Kinds
 from pyro_em.posteriors.state_space import StateSpace
 
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -104,59 +104,40 @@ def numbers_of(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainNumb
     cells = max(t.shape[0] for s in stacks for t in (s.coefficients, s.offset, s.spread))
     form, device = layout.form, stacks[0].offset.device
     n, D, T = form.size, form.width, form.steps
-    varying = [s.varies for s in stacks]
+    varying = tuple(s.varies for s in stacks)
     own = [i for i, s in enumerate(layout.stacks) if s.form.is_latent]
-    seen_of = [i for i, s in enumerate(layout.stacks) if not s.form.is_latent]
+    data = [i for i, s in enumerate(layout.stacks) if not s.form.is_latent]
+    every = (cells, form.chains)
 
-    each = _lead(layout, stacks, own, cells)
-    kinds = layout.kinds(varying, True)
-    transition = _Places((*each, kinds.count, n, n), device)
-    noise = _Places((*each, kinds.count, n, form.fresh), device)
-    drift = _Places((*_lead(layout, stacks, own, cells, offsets=True), T, n), device)
+    each, kinds = _lead(layout, stacks, own, cells), layout.kinds(varying, True)
+    transition = _Filled(layout, (*each, kinds.count, n, n), kinds, device)
+    noise = _Filled(layout, (*each, kinds.count, n, form.fresh), kinds, device)
+    lead = _lead(layout, stacks, own, cells, offsets=True)
+    drift = _Filled(layout, (*lead, T, n), None, device)
     for i in own:
-        stack, number = layout.stacks[i], stacks[i]
-        kind, member, start = kinds.entries[i]
-        place = start[:, None, None] + stack.own
-        reads = stack.reads.expand(len(kind), *stack.reads.shape)
-        transition.add(
-            stack, kind, member, (place.unsqueeze(-1), reads.unsqueeze(-2)), number.coefficients
-        )
-        noise.add(stack, kind, member, (place.unsqueeze(-1), place.unsqueeze(-2)), number.root)
-        every = torch.arange(stack.members)
-        drift.add(
-            stack, stack.levels, every, (stack.starts[:, None, None] + stack.own,), number.offset
-        )
+        transition.add(i, (OWN, READ), stacks[i].coefficients)
+        noise.add(i, (OWN, OWN), stacks[i].root)
+        drift.add(i, (OWN,), stacks[i].offset)
     A = transition.tensor
     if len(form.carried):
         shift = A.new_zeros(n, n)
         shift[form.carried[:, 0].to(device), form.carried[:, 1].to(device)] = 1
         A = A + shift
 
-    each = _lead(layout, stacks, seen_of, cells)
-    kinds = layout.kinds(varying, False)
-    loading = _Places((*each, kinds.count, D, n), device)
-    deviation = _Places((*each, kinds.count, D), device)
-    every_chain = (cells, form.chains)
-    value = _Places((*every_chain, T, D), device)
-    seen = _Places((1, form.chains, T, D), device)
-    constant = value.flat.new_zeros(cells, form.chains)
-    for i in seen_of:
-        stack, number = layout.stacks[i], stacks[i]
-        kind, member, start = kinds.entries[i]
-        place = start[:, None, None] + stack.own
-        reads = stack.reads.expand(len(kind), *stack.reads.shape)
-        C, spread, residual, nats = _whitened(number)
-        loading.add(stack, kind, member, (place.unsqueeze(-1), reads.unsqueeze(-2)), C)
-        deviation.add(stack, kind, member, (place,), spread)
-        every = torch.arange(stack.members)
-        at = (stack.starts[:, None, None] + stack.own,)
-        value.add(stack, stack.levels, every, at, residual)
-        counts = torch.ones_like(residual[:1]) if number.weight is None else number.weight[None] > 0
-        full = (1, stack.members, stack.form.rows, stack.form.width)
-        seen.add(stack, stack.levels, every, at, counts.to(torch.float64).expand(full))
-        by_row = nats.expand(-1, stack.members, stack.form.rows, -1).sum((1, 3))
-        constant = constant.index_add(1, stack.chain.to(device), by_row.expand(cells, -1))
-    there = seen.tensor > 0
+    each, kinds = _lead(layout, stacks, data, cells), layout.kinds(varying, False)
+    loading = _Filled(layout, (*each, kinds.count, D, n), kinds, device)
+    deviation = _Filled(layout, (*each, kinds.count, D), kinds, device)
+    value = _Filled(layout, (*every, T, D), None, device)
+    constant = value.flat.new_zeros(every)
+    for i in data:
+        stack = layout.stacks[i]
+        C, spread, residual, nats = _whitened(stacks[i])
+        loading.add(i, (OWN, READ), C)
+        deviation.add(i, (OWN,), spread)
+        value.add(i, (OWN,), residual)
+        if stacks[i].is_matrix or stacks[i].weight is not None:
+            by_row = nats.expand(-1, stack.members, stack.form.rows, -1).sum((1, 3))
+            constant = constant.index_add(1, stack.chain.to(device), by_row.expand(cells, -1))
     s = deviation.tensor
     space = StateSpace(
         A,
@@ -167,9 +148,31 @@ def numbers_of(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainNumb
         torch.where(s > 0, s, torch.ones_like(s)),
         kinds.of_level,
         value.tensor,
-        None if bool(there.all()) else _once_if_alike(there, cells),
+        _seen(layout, stacks, data, cells),
     )
     return ChainNumbers(cells, tuple(stacks), space, constant)
+
+
+def _seen(
+    layout: ChainLayout, stacks: Sequence[StackNumbers], data: Sequence[int], cells: int
+) -> Tensor | None:
+    """Which numbers were observed, None if all. # (1, T, D) or (cells · chains, T, D)"""
+    form, device = layout.form, stacks[0].offset.device
+    shape = (1, form.chains, form.steps, form.width)
+    if all(stacks[i].weight is None for i in data):
+        places = sum(layout.stacks[i].members * layout.stacks[i].own.numel() for i in data)
+        if places == math.prod(shape):
+            return None
+    seen = _Filled(layout, shape, None, device)
+    for i in data:
+        stack, weight = layout.stacks[i], stacks[i].weight
+        full = (1, stack.members, stack.form.rows, stack.form.width)
+        counts = (
+            seen.flat.new_ones(1, 1, 1, 1) if weight is None else (weight[None] > 0).to(seen.flat)
+        )
+        seen.add(i, (OWN,), counts.expand(full))
+    there = seen.tensor > 0
+    return None if bool(there.all()) else _once_if_alike(there, cells)
 
 
 def _once_if_alike(seen: Tensor, cells: int) -> Tensor:
@@ -193,56 +196,98 @@ def _lead(
     return 1, 1
 
 
-class _Places:
-    """A tensor of numbers for each cell and chain that stacks fill.
+OWN, READ = "own", "read"  # what a dimension holds: a row's own numbers, or what it reads
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Where the numbers of a stack go in a tensor.
 
     Attributes:
+        members: Which ones.
+        rows: By chain and rank. # (chains|1, K)
+        there: Whether a chain has a row of the rank; None if all have.
+        flat: Places. # (cells, members, chains|1, K, …)
+    """
+
+    members: Tensor
+    rows: Tensor
+    there: Tensor | None
+    flat: Tensor
+
+
+class _Filled:
+    """A tensor of numbers for each cell and chain, which stacks fill.
+
+    Args:
+        layout: The chains, which remember where stacks go.
         shape: # (cells|1, chains|1, levels or kinds, …)
+        kinds: The kinds of levels; None where each level has numbers of its own.
+        device: Where the numbers are.
+
+    Attributes:
         flat: The numbers, one after the other.
     """
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.shape = shape
+    def __init__(
+        self,
+        layout: ChainLayout,
+        shape: tuple[int, ...],
+        kinds: Kinds | None,
+        device: torch.device,
+    ) -> None:
+        self.layout, self.shape, self.kinds = layout, shape, kinds
         self.flat = torch.zeros(math.prod(shape), dtype=torch.float64, device=device)
 
-    def add(
-        self,
-        stack: Stack,
-        kind: Tensor,
-        member: Tensor,
-        places: tuple[Tensor, ...],
-        numbers: Tensor,
-    ) -> None:
-        """Fill in the numbers of some members.
+    def add(self, i: int, what: tuple[str, ...], numbers: Tensor) -> None:
+        """Fill in the numbers of a stack.
 
         Args:
-            stack: Their stack.
-            kind: Where each goes. # (c,)
-            member: Which ones. # (c,)
-            places: Along each of the last dimensions. # (c, rows, …) each
+            i: Its number.
+            what: What each of the last dimensions holds.
             numbers: # (cells|1, members|1, rows|1, …)
         """
+        key = ("index", i, what, self.shape, self.kinds, self.flat.device)
+        if key not in self.layout.indices:
+            self.layout.indices[key] = self._index(i, what)
+        index: _Index = self.layout.indices[key]
+        chosen = numbers[:, index.members] if numbers.shape[1] > 1 else numbers
+        # (cells|1, members|1, chains|1, K|1, …)
+        chosen = chosen[:, :, index.rows] if numbers.shape[2] > 1 else chosen.unsqueeze(2)
+        chosen = chosen.expand(index.flat.shape)
+        if index.there is not None:
+            chosen = chosen * index.there
+        self.flat = self.flat.index_add(0, index.flat.reshape(-1), chosen.reshape(-1))
+
+    def _index(self, i: int, what: tuple[str, ...]) -> _Index:
+        stack = self.layout.stacks[i]
+        if self.kinds is None:
+            kind, members, start = stack.levels, torch.arange(stack.members), stack.starts
+        else:
+            kind, members, start = self.kinds.entries[i]
         cells, chains = self.shape[:2]
         rows = stack.rows if chains > 1 else stack.rows[:1]
-        there, rows = rows >= 0, rows.clamp(min=0)
-        index = kind.reshape(-1, 1, *(1,) * (places[0].dim() - 2)).expand_as(places[0])
-        for place, size in zip(places, self.shape[3:], strict=True):
-            index = index * size + place
-        index = index[:, rows]  # (c, chains, K, …)
-        apart = math.prod(self.shape[2:])
-        tail = (1,) * (index.dim() - 3)
-        index = index + torch.arange(len(rows)).reshape(1, -1, 1, *tail) * apart
-        chosen = numbers[:, member.to(numbers.device)] if numbers.shape[1] > 1 else numbers
-        if numbers.shape[2] > 1:
-            chosen = chosen[:, :, rows.to(numbers.device)]
-        else:
-            chosen = chosen.unsqueeze(2)  # (cells|1, c|1, 1, 1, …)
-        chosen = chosen.expand(cells, *index.shape)
-        if not bool(there.all()):
-            chosen = chosen * there.reshape(1, *there.shape, *tail).to(chosen)
+        missing, rows = rows < 0, rows.clamp(min=0)
+        count, depth = len(what), 2 + len(what)
+        index = kind.reshape(-1, *(1,) * (1 + count))
+        for d, (holds, size) in enumerate(zip(what, self.shape[3:], strict=True)):
+            place = stack.reads.unsqueeze(0)
+            if holds == OWN:
+                place = start[:, None, None] + stack.own
+            width = [1] * count
+            width[d] = place.shape[-1]
+            index = index * size + place.reshape(*place.shape[:2], *width)
+        index = index[:, rows]  # (members, chains, K, …)
+        apart, tail = math.prod(self.shape[2:]), (1,) * count
+        index = index + apart * torch.arange(len(rows)).reshape(1, -1, *(1,) * (depth - 1))
         each = torch.arange(cells).reshape(-1, *(1,) * index.dim()) * (chains * apart)
-        index = (each + index.unsqueeze(0)).reshape(-1).to(self.flat.device)
-        self.flat = self.flat.index_add(0, index, chosen.reshape(-1))
+        device = self.flat.device
+        there = None
+        if bool(missing.any()):
+            there = (~missing).reshape(1, 1, *missing.shape, *tail).to(device)
+        return _Index(
+            members.to(device), rows.to(device), there, (each + index.unsqueeze(0)).to(device)
+        )
 
     @property
     def tensor(self) -> Tensor:
