@@ -6,7 +6,7 @@ the M-step goes from site to site. What an E-step costs is linear in the number 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class GaussianChain(GaussianBlock):
     def layout(self) -> ChainLayout:
         """The chains, which are solved apart."""
         return self.chains
+
+    def over(self, plates: tuple[str, ...], sizes: tuple[int, ...]) -> GaussianChain:
+        """The same chains with a table over some plates."""
+        return replace(self, plates=plates, sizes=sizes)
 
     @property
     def cost(self) -> int:
