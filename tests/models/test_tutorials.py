@@ -27,6 +27,7 @@ NAMES = (
     "07_intractable_posteriors",
     "08_discrete_and_continuous",
     "09_your_own_model",
+    "10_time_series",
 )
 
 
