@@ -149,7 +149,7 @@ def vectors() -> Case:
             R = number("R", [[1.0, 0.3], [0.3, 0.8]], constraints.positive_definite)
             pyro.sample(f"y_{t}", dist.MultivariateNormal(H @ h, R), obs=y[t])
 
-    return model, (noise(12, 2, seed=8),)
+    return model, (noise(9, 2, seed=8),)
 
 
 def classes() -> Case:
@@ -208,7 +208,7 @@ def decay() -> Case:
                 h = pyro.sample(f"h_{t}", dist.Normal(rho * h, (1 - rho**2).sqrt()))
             pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 0.5)), obs=y[t])
 
-    return model, (noise(10, seed=12),)
+    return model, (noise(8, seed=12),)
 
 
 CASES: dict[str, Callable[[], Case]] = {
