@@ -47,10 +47,12 @@ def boundary_notes(program: Program, log_evidence: float) -> list[str]:
     """
     values = values_of(program.graph.parameters)
     out: dict[str, None] = {}
+    tried: set[tuple[str, int]] = set()
     for block in _blocks(program):
         for site in block.groups:
             if site.role is Role.GAUSSIAN:
-                out |= dict.fromkeys(_variances_at_zero(program, site, values, log_evidence))
+                found = _variances_at_zero(program, site, values, log_evidence, tried)
+                out |= dict.fromkeys(found)
             else:
                 out |= dict.fromkeys(_noises_at_zero(site, values))
     return list(out)
@@ -86,8 +88,13 @@ def _loadings_at_zero(block: GaussianBlock, values: Mapping[str, Tensor]) -> Ite
 
 
 def _variances_at_zero(
-    program: Program, site: Group, values: Mapping[str, Tensor], now: float
+    program: Program,
+    site: Group,
+    values: Mapping[str, Tensor],
+    now: float,
+    tried: set[tuple[str, int]],
 ) -> Iterator[str]:
+    """Elements of parameters that a latent's variance is, and that may as well be zero; each once."""
     name = site.members[0]
     for argument, binding in site.bindings.items():
         if argument in site.lines or not binding.params:
@@ -107,6 +114,9 @@ def _variances_at_zero(
         for parameter, elements in _read(binding):
             value = values[parameter]
             for i in elements[:_FEW]:
+                if (parameter, i) in tried:
+                    continue
+                tried.add((parameter, i))
                 trial = value.clone()
                 trial.view(-1)[i] = 0
                 if bool(_is_as_high(program, {**values, parameter: trial}, now)):
