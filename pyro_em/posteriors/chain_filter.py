@@ -17,6 +17,7 @@ from pyro_em.posteriors.chain_solution import ChainSolution
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.kalman import filtered
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.state_space import Filtered, StateSpace
 
@@ -47,7 +48,7 @@ def filtered_solutions(
     lags = _lags(solution.layout, _of_group(data, g), own, steps, len(data.chain))
     if lags is None:
         return None
-    found = solution.smoothed.filtered
+    found = filtered(solution.numbers.space)
     mean, covariance = found.mean, found.covariance
     for lag in sorted({int(k) for k in lags if k > 0}):
         at = own[lags == lag]
@@ -135,7 +136,7 @@ def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> Chai
     pairs = torch.stack([steps, levels]).unique(dim=1)  # in order of the steps
     if bool((pairs.diff(dim=1) <= 0).any()) or int(pairs[0, 0]) < 0:
         return None
-    found = solution.smoothed.filtered
+    found = filtered(solution.numbers.space)
     own = replace(
         solution.smoothed, mean=found.predicted_mean, covariance=found.predicted_covariance
     )

@@ -1,11 +1,8 @@
 """The posterior of Gaussian chains as E-step and M-step ask for it: see `Integrated`.
 
-With adjoints r_t and N_t of the predicted states (`pyro_em.posteriors.state_space`), the noise L ε of a
-latent of level t, whose covariance is Q = L Lᵀ, has
-
-    E[L ε] = Q r_t,     Cov(L ε) = Q − Q N_t Q,     Cov(L ε, x_{t−1}) = −Q N_t A_t P_{t−1},
-
-P the filtered covariance: nothing is the difference of large numbers, and nothing is inverted.
+Given all data the states are a Markov chain again (`pyro_em.posteriors.state_space.Smoothed`), whose
+covariances and those of its noises are sums: nothing is the difference of large numbers, and nothing is
+inverted.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from pyro_em.posteriors.chain_layout import ChainLayout
 from pyro_em.posteriors.chain_numbers import ChainNumbers, StackNumbers, numbers_of
-from pyro_em.posteriors.kalman import lagged_covariance, sampled, smoothed
+from pyro_em.posteriors.kalman import disturbances, lagged_covariance, sampled, smoothed
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.state_space import Smoothed
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
@@ -206,20 +203,15 @@ class ChainSolution:
 
     def _noise(self, site: int) -> tuple[Tensor, Tensor, Tensor]:
         """The noise of a latent: mean, covariance, and covariance with what its mean reads."""
-        stack, numbers = self.layout.stacks[site], self.numbers.stacks[site]
+        stack = self.layout.stacks[site]
         own = stack.starts[:, None, None] + stack.own  # (members, rows, D)
-        root = numbers.root
-        Q = root @ root.mT
-        adjoint = self._by_cell(self.smoothed.adjoint)
-        r = self._gathered(adjoint, stack.levels, stack.chain, own)
-        information = self._by_cell(self.smoothed.information)
-        N = self._pairs(information, stack.levels, stack.chain, own, own)
-        residual = (Q @ r.unsqueeze(-1)).squeeze(-1)
-        covariance = Q - Q @ N @ Q
-        passed = self._pairs(self._passed, stack.levels, stack.chain, own, stack.reads)
+        covariance, cross = self._disturbances
+        residual = self._gathered(self._disturbance, stack.levels, stack.chain, own)
+        spread = self._pairs(covariance, stack.levels, stack.chain, own, own)
+        shared = self._pairs(cross, stack.levels, stack.chain, own, stack.reads)
         if stack.present is not None:
-            passed = passed * stack.present.unsqueeze(-2)
-        return residual, covariance, -(Q @ passed)
+            shared = shared * stack.present.unsqueeze(-2)
+        return residual, spread, shared
 
     def counted_coefficients(self, site: int) -> Tensor:
         """C, zero at entries of weight zero. # (cells|1, rows|1, D, Q)"""
@@ -343,7 +335,7 @@ class ChainSolution:
         """Entropy of the posterior of each chain, −inf at a variance of zero. # (cells, chains)"""
         layout = self.layout
         sizes = layout.block_sizes.to(self.numbers.constant)
-        log_det = self._by_cell(self.smoothed.filtered.log_determinant.sum(-1))
+        log_det = self._by_cell(self.smoothed.log_determinant)
         out = (0.5 * _LOG_TWO_PI_E * sizes - 0.5 * log_det).expand(self.cells, layout.blocks)
         for i, stack in enumerate(layout.stacks):
             if stack.form.is_latent:
@@ -361,13 +353,14 @@ class ChainSolution:
         return self._by_cell(self.smoothed.covariance)
 
     @cached_property
-    def _passed(self) -> Tensor:
-        """N_t A_t P_{t−1}: what the data from t on say of the state before. # (…, T, n, n)"""
-        space = self.numbers.space
-        A = space.transition[:, space.dynamics[1:]]
-        P = self.smoothed.filtered.covariance[:, :-1]
-        first = torch.zeros_like(self.smoothed.information[:, :1])
-        return self._by_cell(torch.cat([first, self.smoothed.information[:, 1:] @ A @ P], 1))
+    def _disturbance(self) -> Tensor:
+        return self._by_cell(self.smoothed.disturbance)
+
+    @cached_property
+    def _disturbances(self) -> tuple[Tensor, Tensor]:
+        """Covariances of the noises of each step, and with the state before. # (…, T, n, n) each"""
+        covariance, cross = disturbances(self.numbers.space, self.smoothed)
+        return self._by_cell(covariance), self._by_cell(cross)
 
     def _by_cell(self, t: Tensor) -> Tensor:
         """# (cells · chains|1, …) as (cells|1, chains|1, …)"""

@@ -86,27 +86,25 @@ class Filtered:
 class Smoothed:
     """What the E-step of some chains gives.
 
-    With r and N the adjoints of a predicted state, which hold what y_t, y_{t+1}, … say of it, any z
-    that acts on these only through x_t has
+    Given all data the states are a Markov chain again, x_t = Φ_t x_{t−1} + … with noise of covariance
+    C_t, from which all covariances follow by sums:
 
-        E[z | y] = E[z | y_{<t}] + Cov(z, x_t | y_{<t}) r_t,
-        Cov(z, w | y) = Cov(z, w | y_{<t}) − Cov(z, x_t | y_{<t}) N_t Cov(x_t, w | y_{<t}).
+        P_t = Φ_t P_{t−1} Φ_tᵀ + C_t,     Cov(x_t, x_{t−1} | y) = Φ_t P_{t−1}.
 
     Attributes:
-        filtered: The forward pass.
-        adjoint: r. # (chains, T, n)
-        information: N. # (chains|1, T, n, n)
+        log_evidence: In nats, of all steps. # (chains,)
+        log_determinant: log det(I + GᵀHᵀR⁻¹HG) of all noises ε together. # (chains|1,)
         mean: E[x_t | y]. # (chains, T, n)
-        covariance: Cov(x_t | y). # (chains|1, T, n, n)
+        covariance: P_t = Cov(x_t | y). # (chains|1, T, n, n)
+        disturbance: E[G_t ε_t | y]. # (chains, T, n)
+        transition: Φ_t; zero at the first step. # (chains|1, T, n, n)
+        noise: C_t = Cov(x_t | x_{t−1}, y). # (chains|1, T, n, n)
     """
 
-    filtered: Filtered
-    adjoint: Tensor
-    information: Tensor
+    log_evidence: Tensor
+    log_determinant: Tensor
     mean: Tensor
     covariance: Tensor
-
-    @property
-    def log_evidence(self) -> Tensor:
-        """In nats, of each chain. # (chains,)"""
-        return self.filtered.log_evidence.sum(-1)
+    disturbance: Tensor
+    transition: Tensor
+    noise: Tensor

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors import kalman
-from pyro_em.posteriors.kalman import filtered, lagged_covariance, sampled, smoothed
-from pyro_em.posteriors.state_space import StateSpace
+from pyro_em.posteriors import kalman, kalman_compiled, kalman_steps
+from pyro_em.posteriors.condensed import condensed
+from pyro_em.posteriors.kalman import disturbances, filtered, lagged_covariance, sampled, smoothed
+from pyro_em.posteriors.kalman_moments import filtered_by_moments, smoothed_by_moments
+from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
 from tests.posteriors.dense_chain import dense
 
 
@@ -59,9 +62,9 @@ def random(
 
 
 def trend(
-    T: int = 8, deviation: float = 1.0, prior: float = 1.0, offset: float = 0.0
+    T: int = 8, deviation: float = 1.0, prior: float = 1.0, offset: float = 0.0, both: bool = True
 ) -> StateSpace:
-    """A local linear trend of two series with one state, the second half as steep."""
+    """A local linear trend of two series with one state, the second half as steep; or of the first."""
     generator = torch.Generator().manual_seed(0)
     space = random(1, T, n=2, D=2, chains=1)
     transition = torch.tensor([[1.0, 1.0], [0.0, 1.0]]).double().expand(1, 2, 2, 2)
@@ -69,16 +72,43 @@ def trend(
     drift = torch.zeros(1, T, 2).double()
     drift[:, 0, 0] = offset
     walk = torch.randn(1, T, 1, generator=generator).double().cumsum(1) + offset
+    e = torch.randn(1, T, 2, generator=generator).double()
+    D = 2 if both else 1
     return replace(
         space,
         transition=transition,
         drift=drift,
         noise=noise,
-        loading=torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]).double(),
-        deviation=torch.full((1, 1, 2), deviation).double(),
-        value=walk * torch.tensor([1.0, 0.5])
-        + deviation * torch.randn(1, T, 2, generator=generator).double(),
+        loading=torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]]).double()[:, :, :D],
+        deviation=torch.full((1, 1, D), deviation).double(),
+        value=(walk * torch.tensor([1.0, 0.5]) + deviation * e)[..., :D],
     )
+
+
+def regression(deviation: float, prior: float, T: int = 8) -> StateSpace:
+    """Two coefficients that do not change."""
+    generator = torch.Generator().manual_seed(3)
+    space = trend(T, deviation, prior, both=False)
+    X = torch.randn(1, T, 1, 2, generator=generator).double()
+    noise = space.noise.clone()
+    noise[:, 1] = 0.0
+    e = deviation * torch.randn(1, T, 1, generator=generator).double()
+    return replace(
+        space,
+        transition=torch.eye(2).double().expand(1, 2, 2, 2),
+        noise=noise,
+        loading=X,
+        measurement=torch.arange(T),
+        deviation=space.deviation.expand(1, T, 1),
+        value=X[..., 0] + 2.0 * X[..., 1] + e,
+    )
+
+
+def late(space: StateSpace) -> StateSpace:
+    """The same, whose first three steps have no data."""
+    seen = torch.ones(1, space.steps, space.value.shape[-1], dtype=torch.bool)
+    seen[:, :3] = False
+    return replace(space, seen=seen)
 
 
 def companion(prior: float, chains: int = 2) -> StateSpace:
@@ -115,6 +145,7 @@ CASES: dict[str, Callable[[], StateSpace]] = {
     "own loading": lambda: replace(random(17), loading=random(17, own=True).loading),
     "singular noise": lambda: random(18, k=1),
     "no noise": lambda: random(19, k=0),
+    "many noises": lambda: random(21, n=2, k=3),
     "known first state": lambda: companion(0.0),
     "companion": lambda: companion(1.0),
     "no noise after the first": lambda: replace(
@@ -132,7 +163,7 @@ def test_against_the_dense_joint(case: str) -> None:
     order = torch.randperm(len(s), generator=torch.Generator().manual_seed(0))
     s, t = s[order], t[order]
     lagged = lagged_covariance(space, found, s, t)
-    covariances = found.covariance, found.information, lagged
+    covariances = found.covariance, found.transition, found.noise, lagged
     shared = all(
         len(x) == 1 for x in (space.transition, space.noise, space.loading, space.deviation)
     )
@@ -141,7 +172,7 @@ def test_against_the_dense_joint(case: str) -> None:
     for chain in range(space.chains):
         expected = dense(space, chain)
         c = chain if len(found.covariance) > 1 else 0
-        torch.testing.assert_close(found.log_evidence[chain], expected.log_evidence)
+        close(found.log_evidence[chain], expected.log_evidence)
         assert found.mean.shape == (space.chains, T, n)
         close(found.mean[chain], expected.mean)
         close(lagged[c], expected.covariance[s, :, t])
@@ -171,26 +202,118 @@ def close(found: Tensor, expected: Tensor, within: float = 1e-11) -> None:
     torch.testing.assert_close(found, expected, rtol=within, atol=within * max(1.0, size))
 
 
+WAYS = ["numpy", *(["numba"] if kalman._HAS_NUMBA else [])]
+
+
+def by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kalman, "_HAS_NUMBA", way == "numba")
+    monkeypatch.setattr(kalman, "_FEW", 0)
+
+
+VAGUE = 1e7**0.5
+
 STRESS: dict[str, Callable[[], StateSpace]] = {
-    "precise data": lambda: trend(deviation=1e-6),
-    "precise data, known start": lambda: trend(deviation=1e-6, prior=0.0),
-    "far from zero": lambda: trend(offset=1e6),
-    "vague start": lambda: trend(prior=1e7**0.5),
-    "vague start, far from zero": lambda: trend(prior=1e7**0.5, offset=1e6),
+    "precise": lambda: trend(deviation=1e-6),
+    "precise, one series": lambda: trend(deviation=1e-6, both=False),
+    "precise, known start": lambda: trend(deviation=1e-6, prior=0.0),
+    "vague": lambda: trend(prior=VAGUE),
+    "vague, one series": lambda: trend(prior=VAGUE, both=False),
+    "vague, late": lambda: late(trend(prior=VAGUE, both=False)),
+    "vague, precise": lambda: trend(prior=VAGUE, deviation=1e-6),
+    "vague, precise, one series": lambda: trend(prior=VAGUE, deviation=1e-6, both=False),
+    "vague, precise, late": lambda: late(trend(prior=VAGUE, deviation=1e-6)),
+    "regression": lambda: regression(1.0, 1.0),
+    "regression, vague": lambda: regression(1.0, VAGUE),
+    "regression, vague, precise": lambda: regression(1e-3, VAGUE),
+    "regression, vague, very precise": lambda: regression(1e-6, VAGUE),
 }
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("case", STRESS)
-def test_under_stress(case: str) -> None:
+def test_under_stress(case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    by(way, monkeypatch)
     space = STRESS[case]()
     found, expected = smoothed(space), dense(space, 0)
     T = space.steps
-    evidence = float(expected.log_evidence)
-    close(found.log_evidence[0], expected.log_evidence, max(1e-9, 1e-15 * abs(evidence)))
-    close(found.mean[0], expected.mean, 1e-9)
+    within = 1e-15 * abs(float(expected.log_evidence)) + 1e-9
+    torch.testing.assert_close(found.log_evidence[0], expected.log_evidence, rtol=0.0, atol=within)
+    close(found.mean[0], expected.mean, 1e-13)
     s, t = torch.triu_indices(T, T)
     lagged = lagged_covariance(space, found, s, t)[0]
-    torch.testing.assert_close(lagged, expected.covariance[s, :, t], rtol=0.0, atol=1e-9)
+    deviation = expected.covariance[range(T), :, range(T)].diagonal(dim1=-2, dim2=-1).sqrt()
+    size = deviation[s].unsqueeze(-1) * deviation[t].unsqueeze(-2)
+    assert bool(((lagged - expected.covariance[s, :, t]).abs() <= 1e-9 * size).all())
+    assert float(torch.linalg.eigvalsh(found.covariance).amin()) >= 0.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", STRESS)
+def test_filtering_under_stress(case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    by(way, monkeypatch)
+    space = STRESS[case]()
+    found = filtered(space)
+    before = torch.zeros(()).double()
+    for t in range(space.steps):
+        expected = dense(space, 0, t + 1)
+        within = 1e-15 * abs(float(expected.log_evidence)) + 1e-9
+        nats = expected.log_evidence - before
+        torch.testing.assert_close(found.log_evidence[0, t], nats, rtol=0.0, atol=within)
+        close(found.mean[0, t], expected.mean[t])
+        size = expected.covariance[t, :, t].diagonal().sqrt()
+        error = (found.covariance[0, t] - expected.covariance[t, :, t]).abs()
+        assert bool((error <= 1e-9 * size.outer(size)).all())
+        before = expected.log_evidence
+
+
+@pytest.mark.parametrize("deviation", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("prior", [0.0, 1.0, VAGUE])
+def test_far_from_zero(deviation: float, prior: float) -> None:
+    space = trend(deviation=deviation, prior=prior, offset=1e6)
+    found, expected = smoothed(space), dense(space, 0)
+    within = 1e-15 * abs(float(expected.log_evidence)) + 1e-9
+    torch.testing.assert_close(found.log_evidence[0], expected.log_evidence, rtol=0.0, atol=within)
+    torch.testing.assert_close(found.mean[0], expected.mean, rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", ["plain", "missing, own, varying", "companion", "vague"])
+def test_noises(case: str) -> None:
+    space = {**CASES, **STRESS}[case]()
+    found = smoothed(space)
+    covariance, cross = disturbances(space, found)
+    for chain in range(space.chains):
+        c, own = (chain if len(x) > 1 else 0 for x in (covariance, space.transition))
+        expected = dense(space, chain)
+        for t in range(1, space.steps):
+            A = space.transition[own, space.dynamics[t]]
+            P = expected.covariance
+            drift = space.drift[chain if len(space.drift) > 1 else 0, t]
+            mean = expected.mean[t] - A @ expected.mean[t - 1] - drift
+            shared = P[t, :, t - 1] - A @ P[t - 1, :, t - 1]
+            spread = P[t, :, t] - A @ P[t - 1, :, t] - shared @ A.T
+            close(found.disturbance[chain, t], mean)
+            close(cross[c, t], shared)
+            close(covariance[c, t], spread)
+        close(covariance[c, 0], expected.covariance[0, :, 0])
+    assert bool((cross[:, 0] == 0.0).all())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_determinants_are_the_same(case: str) -> None:
+    space = CASES[case]()
+    torch.testing.assert_close(
+        smoothed(space).log_determinant, filtered(space).log_determinant.sum(-1)
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_differentiable_ones_are_the_same(case: str) -> None:
+    space = CASES[case]()
+    found, other = filtered(space), filtered_by_moments(space)
+    for name in ("log_evidence", "log_determinant", "mean", "covariance", "predicted_mean"):
+        close(getattr(other, name), getattr(found, name))
+    close(other.predicted_covariance, found.predicted_covariance)
+    same(smoothed_by_moments(space), smoothed(space), 1e-11)
 
 
 def test_a_known_first_state_stays_known() -> None:
@@ -219,6 +342,21 @@ def test_the_evidence_is_twice_differentiable(case: str) -> None:
     numbers = [getattr(space, name).clone().requires_grad_() for name in NUMBERS]
     assert torch.autograd.gradcheck(evidence, numbers, fast_mode=True)
     assert torch.autograd.gradgradcheck(evidence, numbers, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "case", ["plain", "missing, own, varying", "known first state", "no noise"]
+)
+def test_the_posterior_is_differentiable(case: str) -> None:
+    space = CASES[case]()
+    space = replace(space, value=space.value.nan_to_num(0.0))
+
+    def posterior(*numbers: Tensor) -> tuple[Tensor, ...]:
+        found = smoothed(replace(space, **dict(zip(NUMBERS, numbers, strict=True))))
+        return tuple(getattr(found, f.name) for f in fields(found))
+
+    numbers = [getattr(space, name).clone().requires_grad_() for name in NUMBERS]
+    assert torch.autograd.gradcheck(posterior, numbers, fast_mode=True)
 
 
 def test_gradients_at_a_missing_value_are_zero() -> None:
@@ -257,11 +395,129 @@ def test_draws_of_different_chains_differ() -> None:
     assert not torch.allclose(first, second)
 
 
-def test_chunks_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    space = random(0, T=7, missing=0.2)
-    whole = smoothed(space)
-    monkeypatch.setattr(kalman, "_CHUNK", 3)
-    pieces = smoothed(space)
-    torch.testing.assert_close(pieces.mean, whole.mean)
-    torch.testing.assert_close(pieces.covariance, whole.covariance)
-    torch.testing.assert_close(pieces.log_evidence, whole.log_evidence)
+def long(T: int = 300, chains: int = 1, D: int = 2, slow: float = 0.9) -> StateSpace:
+    """A chain that stays as it is, until something is missing or other matrices come."""
+    space = random(30, T=T, n=3, D=D, chains=chains)
+    turn = torch.linalg.qr(space.transition[0, 1])[0]
+    transition = torch.stack([turn, slow * turn])[None]
+    return replace(space, transition=transition, deviation=torch.ones(1, 1, D).double())
+
+
+def with_gaps(space: StateSpace, own: bool = False) -> StateSpace:
+    seen = torch.ones(space.chains if own else 1, *space.value.shape[1:], dtype=torch.bool)
+    seen[:, 100:103] = False
+    seen[:, 200, 0] = False
+    if own:
+        seen[-1, 250:] = False
+    value = space.value.clone()
+    value[:, 100:103] = torch.nan
+    return replace(space, value=value, seen=seen)
+
+
+def with_a_break(space: StateSpace) -> StateSpace:
+    dynamics = space.dynamics.clone()
+    dynamics[150] = 0
+    return replace(space, dynamics=dynamics)
+
+
+LONG: dict[str, Callable[[], StateSpace]] = {
+    "steady": long,
+    "steady, chains": lambda: long(chains=9),
+    "gaps": lambda: with_gaps(long()),
+    "gaps, chains": lambda: with_gaps(long(chains=9)),
+    "own gaps": lambda: with_gaps(long(chains=3), own=True),
+    "break": lambda: with_a_break(long()),
+    "slow": lambda: long(slow=0.999),
+    "condensed": lambda: long(D=7),
+    "condensed, gaps": lambda: with_gaps(long(D=7, chains=2)),
+    "own drift": lambda: replace(long(chains=2), drift=random(31, T=300, own=True).drift),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", LONG)
+def test_steps_that_repeat(case: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    by(way, monkeypatch)
+    space = LONG[case]()
+    expected = filtered_by_moments(space)
+    same(filtered(space), expected, 1e-11)
+    found = smoothed(space)
+    torch.testing.assert_close(
+        found.log_evidence, expected.log_evidence.sum(-1), rtol=1e-12, atol=0.0
+    )
+    whole = with_no_two_alike(space)
+    same(found, smoothed(whole), 1e-11)
+
+
+@pytest.mark.skipif(not kalman._HAS_NUMBA, reason="numba is not installed")
+@pytest.mark.parametrize("case", [*CASES, *STRESS, *LONG])
+def test_both_ways_are_the_same(case: str) -> None:
+    space = {**CASES, **STRESS, **LONG}[case]()
+    space, _ = condensed(space)
+    same(kalman_compiled.smoothed(space), kalman_steps.smoothed(space), 1e-10)
+    same(kalman_compiled.filtered(space), kalman_steps.filtered(space), 1e-10)
+    normal = torch.randn(2, space.chains, space.steps, space.noise.shape[-1]).double()
+    close(kalman_compiled.sampled(space, normal), kalman_steps.sampled(space, normal), 1e-10)
+
+
+def with_no_two_alike(space: StateSpace) -> StateSpace:
+    """The same chain, each step with matrices of its own."""
+    return replace(
+        space,
+        transition=space.transition[:, space.dynamics],
+        noise=space.noise[:, space.dynamics],
+        loading=space.loading[:, space.measurement],
+        deviation=space.deviation[:, space.measurement],
+        dynamics=torch.arange(space.steps),
+        measurement=torch.arange(space.steps),
+    )
+
+
+def same(found: Filtered | Smoothed, expected: Filtered | Smoothed, within: float) -> None:
+    for field in fields(found):
+        close(getattr(found, field.name), getattr(expected, field.name), within)
+
+
+def test_few_steps_do_not_start_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kalman, "_HAS_NUMBA", True)
+    assert kalman._way(random(0, T=64, chains=2)) is kalman_steps
+    assert kalman._way(random(0, T=65, chains=2)) is not kalman_steps
+
+
+def test_data_are_not_changed() -> None:
+    space = with_gaps(long())
+    before = [None if x is None else x.clone() for x in vars(space).values()]
+    smoothed(space), filtered(space), sampled(space, 2)
+    for x, y in zip(vars(space).values(), before, strict=True):
+        assert x is y is None or torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+@pytest.mark.skipif(not kalman._HAS_NUMBA, reason="numba is not installed")
+@pytest.mark.parametrize("n, D", [(1, 1), (4, 4), (4, 1), (10, 10)])
+def test_memory(n: int, D: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 4 (n² + D) numbers a step, the results among them, where no step is like another."""
+    by("numba", monkeypatch)
+    space = with_no_two_alike(random(0, T=4000, n=n, D=D, chains=1))
+    smoothed(space)
+    tracemalloc.start()
+    smoothed(space)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak / 8 / space.steps < 4 * (n * n + D)
+
+
+@pytest.mark.parametrize(
+    "case", ["many numbers", "many numbers, missing in all", "own drift, missing"]
+)
+def test_digits_do_not_depend_on_the_default(case: str) -> None:
+    space = CASES[case]()
+    found = []
+    before = torch.get_default_dtype()
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            found.append((smoothed(space), filtered(space), filtered_by_moments(space)))
+        finally:
+            torch.set_default_dtype(before)
+    for one, other in zip(*found, strict=True):
+        same(one, other, 0.0)

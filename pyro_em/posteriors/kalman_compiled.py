@@ -1,0 +1,340 @@
+"""Kalman's filter and smoother by `pyro_em.posteriors.numba_kalman`: tensors in, tensors out.
+
+Chains that share their matrices and miss the same data are a group, solved together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
+
+_Floats = NDArray[np.float64]
+_Ints = NDArray[np.int64]
+_Bools = NDArray[np.bool_]
+
+
+def filtered(space: StateSpace) -> Filtered:
+    """See `pyro_em.posteriors.kalman.filtered`.
+
+    Args:
+        space: The chains, on the CPU.
+    """
+    groups = _Groups.of_space(space)
+    B, T, n = groups.count, space.steps, space.size
+    before, after, size = np.empty((B, T, n, n)), np.empty((B, T, n, n)), np.empty((B, T))
+    parts = []
+    for b, group in enumerate(groups.each()):
+        found = _forward(group, (before[b], after[b]))
+        parts.append((found.evidence, found.predicted, found.mean))
+        size[b] = found.determinant
+    evidence, predicted, mean = groups.together(parts)
+    return Filtered(
+        evidence,
+        predicted,
+        groups.of_chains(before),
+        mean,
+        groups.of_chains(after),
+        groups.of_chains(size),
+    )
+
+
+def smoothed(space: StateSpace) -> Smoothed:
+    """See `pyro_em.posteriors.kalman.smoothed`.
+
+    Args:
+        space: The chains, on the CPU.
+    """
+    from pyro_em.posteriors.numba_kalman import onward
+
+    groups = _Groups.of_space(space)
+    B, T, n, k = groups.count, space.steps, space.size, space.noise.shape[-1]
+    covariance, transition, noise = (np.empty((B, T, n, n)) for _ in range(3))
+    size, parts = np.empty(B), []
+    for b, group in enumerate(groups.each()):
+        sizes = group.sizes
+        found = _forward(group)
+        told = _backward(group, found, (transition[b], noise[b]))
+        states, disturbance, squares = _follow(group, found, told, told.shift, fresh=False)
+        onward(
+            group.A,
+            group.G,
+            group.dynamics,
+            told.pull,
+            told.factor,
+            told.place,
+            covariance[b],
+            transition[b],
+            noise[b],
+            _work((n, k), (n, n), (n, n)),
+        )
+        size[b] = told.determinant
+        evidence = -0.5 * (squares + told.determinant) - sizes
+        parts.append((evidence, states, disturbance))
+    evidences, means, disturbances = groups.together(parts)
+    return Smoothed(
+        evidences,
+        groups.of_chains(size),
+        means,
+        groups.of_chains(covariance),
+        disturbances,
+        groups.of_chains(transition),
+        groups.of_chains(noise),
+    )
+
+
+def sampled(space: StateSpace, normal: Tensor) -> Tensor:
+    """See `pyro_em.posteriors.kalman.sampled`.
+
+    Args:
+        space: The chains, on the CPU.
+        normal: Standard normal numbers. # (draws, chains, T, k)
+    """
+    draws = np.empty((*normal.shape[:3], space.size))
+    for group in _Groups.of_space(space).each():
+        found = _forward(group)
+        told = _backward(group, found)
+        factor = told.factor[told.place]
+        for i, eta in enumerate(normal.numpy()[:, group.chains]):
+            shift = told.shift + (factor @ eta[..., None])[..., 0]
+            draws[i, group.chains] = _follow(group, found, told, shift, fresh=True)[0]
+    return torch.from_numpy(draws)
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Chains that share their matrices and what is seen: see `pyro_em.posteriors.numba_kalman`."""
+
+    chains: _Ints
+    A: _Floats
+    G: _Floats
+    H: _Floats
+    s: _Floats
+    dynamics: _Ints
+    measurement: _Ints
+    seen: _Bools
+    value: _Floats
+    drift: _Floats
+
+    @property
+    def same(self) -> _Bools:
+        """Whether each step has the same matrices as the one before. # (T,)"""
+        out = np.zeros(len(self.dynamics), np.bool_)
+        u, v = self.dynamics[1:], self.measurement[1:]
+        out[2:] = (u[1:] == u[:-1]) & (v[1:] == v[:-1])
+        out[2:] &= (self.seen[2:] == self.seen[1:-1]).all(-1)
+        return out
+
+    @property
+    def sizes(self) -> float:
+        """Σ log(√2π s) of all that is seen."""
+        logs = np.log(np.sqrt(2 * np.pi) * self.s)[self.measurement]
+        return float(logs[self.seen].sum())
+
+
+@dataclass(frozen=True, eq=False)
+class _Groups:
+    """All groups.
+
+    Attributes:
+        space: The chains.
+        count: How many groups there are.
+        of: The group of each chain; None if there is one. # (chains,)
+    """
+
+    space: StateSpace
+    count: int
+    of: _Ints | None
+    seen: _Bools
+
+    @staticmethod
+    def of_space(space: StateSpace) -> _Groups:
+        """Those of a state-space model."""
+        T, D = space.value.shape[1:]
+        seen = np.ones((1, T, D), np.bool_) if space.seen is None else space.seen.numpy()
+        own = (space.transition, space.noise, space.loading, space.deviation)
+        if max(len(x) for x in own) > 1:
+            return _Groups(space, space.chains, np.arange(space.chains), seen)
+        if len(seen) == 1:
+            return _Groups(space, 1, None, seen)
+        patterns, of = np.unique(
+            np.packbits(seen.reshape(len(seen), -1), 1), axis=0, return_inverse=True
+        )
+        return _Groups(space, len(patterns), of, seen)
+
+    def each(self) -> Iterator[_Group]:
+        """One after the other."""
+        space = self.space
+        arrays = [
+            x.detach().contiguous().numpy()
+            for x in (space.transition, space.noise, space.loading, space.deviation)
+        ]
+        which = [x.contiguous().numpy() for x in (space.dynamics, space.measurement)]
+        value, drift = (x.detach().contiguous().numpy() for x in (space.value, space.drift))
+        for b in range(self.count):
+            chains = np.arange(space.chains) if self.of is None else np.flatnonzero(self.of == b)
+            first = int(chains[0])
+            A, G, H, s = (x[first % len(x)] for x in arrays)
+            dynamics, measurement = which
+            yield _Group(
+                chains,
+                A,
+                G,
+                H,
+                s,
+                dynamics,
+                measurement,
+                np.ascontiguousarray(self.seen[first % len(self.seen)]),
+                value if self.of is None else value[chains],
+                drift if len(drift) == 1 else drift[chains],
+            )
+
+    def together(self, parts: Sequence[tuple[_Floats, ...]]) -> list[Tensor]:
+        """Numbers of the chains of each group as those of all chains."""
+        if self.of is None:
+            return [torch.from_numpy(x) for x in parts[0]]
+        back = np.argsort(np.argsort(self.of, kind="stable"), kind="stable")
+        return [torch.from_numpy(np.concatenate(x)[back]) for x in zip(*parts, strict=True)]
+
+    def of_chains(self, x: _Floats) -> Tensor:
+        """Numbers of each group as those of each chain, or of all."""
+        return torch.from_numpy(x if self.of is None else x[self.of])
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    predicted: _Floats
+    mean: _Floats
+    evidence: _Floats
+    determinant: _Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Backward:
+    pull: _Floats
+    factor: _Floats
+    shift: _Floats
+    place: _Ints
+    determinant: float
+
+
+def _forward(group: _Group, covariances: tuple[_Floats, _Floats] | None = None) -> _Forward:
+    """The filter; covariances go where they are wanted, else nothing but means is kept."""
+    from pyro_em.posteriors.numba_kalman import forward
+
+    M, T, D = group.value.shape
+    n, k = group.G.shape[1:]
+    kept = 1 if covariances else 0
+    none = np.empty((0, n, n))
+    nats, size = np.empty((kept * M, T)), np.empty(kept * T)
+    out = _Forward(np.empty((M, T, n)), np.empty((M, T, n)), nats, size)
+    forward(
+        group.A,
+        group.G,
+        group.H,
+        group.s,
+        group.dynamics,
+        group.measurement,
+        group.seen,
+        group.same,
+        group.value,
+        group.drift,
+        out.predicted,
+        out.mean,
+        out.evidence,
+        out.determinant,
+        *(covariances or (none, none)),
+        _work((n, n + k), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))),
+    )
+    return out
+
+
+def _backward(
+    group: _Group, found: _Forward, room: tuple[_Floats, _Floats] | None = None
+) -> _Backward:
+    """The noises of each step given the state before and all data.
+
+    Args:
+        group: The chains.
+        found: The filter's results.
+        room: Where there is memory until the steps are gone through in their order. # (T, n, n) each
+    """
+    from pyro_em.posteriors.numba_kalman import backward
+
+    M, T, D = group.value.shape
+    n, k = group.G.shape[1:]
+    told, wide = D + n, k + n
+    if room is None or k > n:
+        room = np.empty((T, k, n)), np.empty((T, k, k))
+    pull, factor = room
+    shift, place = np.empty((M, T, k)), np.empty(T, np.int64)
+    determinant = backward(
+        group.A,
+        group.G,
+        group.H,
+        group.s,
+        group.dynamics,
+        group.measurement,
+        group.seen,
+        group.same,
+        group.value,
+        found.predicted,
+        found.mean,
+        pull,
+        factor,
+        shift,
+        place,
+        _work((wide + told, told + k), (n, n), (n, n), (M, told), (wide, told), (M, n)),
+    )
+    return _Backward(pull, factor, shift, place, determinant)
+
+
+def _follow(
+    group: _Group, found: _Forward, told: _Backward, shift: _Floats, fresh: bool
+) -> tuple[_Floats, _Floats, _Floats]:
+    """States # (M, T, n), G ε # (M, T, n) and the squares of all noises # (M,).
+
+    Args:
+        group: The chains.
+        found: The filter's results.
+        told: The noises of each step given the state before.
+        shift: Their means, or draws of them. # (M, T, k)
+        fresh: Whether the filter's results are needed afterwards; else their memory is used.
+    """
+    from pyro_em.posteriors.numba_kalman import follow
+
+    n, k = group.G.shape[1:]
+    if fresh:
+        both = np.empty_like(found.predicted), np.empty_like(found.mean)
+    else:
+        both = found.predicted, found.mean
+    squares = np.zeros(len(found.mean))
+    follow(
+        group.A,
+        group.G,
+        group.H,
+        group.s,
+        group.dynamics,
+        group.measurement,
+        group.seen,
+        group.value,
+        found.predicted,
+        found.mean,
+        told.pull,
+        told.place,
+        shift,
+        *both,
+        squares,
+        _work((len(shift), n), (3, max(n, k))),
+    )
+    return *both, squares
+
+
+def _work(*shapes: tuple[int, int]) -> tuple[_Floats, ...]:
+    return tuple(np.zeros(shape) for shape in shapes)

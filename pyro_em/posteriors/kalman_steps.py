@@ -1,0 +1,552 @@
+"""Kalman's filter and smoother on factors of covariances, by numpy.
+
+Forward goes S with S S' the covariance. One triangle holds all that a step does to it:
+
+    [S'A'H'  S'A']     [F½  K̄']
+    [G'H'    G'  ] = Q [0   S'],        F = F½'F½ the variance of y,  K = K̄ F½⁻ᵀ its gain.
+    [diag s  0   ]
+
+Backward go rows R and numbers ζ such that all later data say of δ_t = x_t − E[x_t | y_{≤t}] what
+R δ = ζ + noise of variance one says. With W the rows [H/s; R] of a step and what is later, of
+d_t = x_t − E[x_t | y_{<t}] = A δ_{t−1} + G ε,
+
+    [W G  W A]     [U  V]
+    [I    0  ] = Q [0  R] ,     U ε = w − V δ_{t−1} + noise of variance one
+
+given x_{t−1} and all data: the states are a Markov chain again, along which means and covariances are
+sums. No matrix is inverted but U, whose UᵀU = I + … has the prior of ε in it, and no covariance is
+the difference of two others. The evidence is that of the mode, −½|ε|² − ½|e|² there, less log|U|.
+
+What depends on no data is computed until it repeats. Along steps whose matrices are the same, a
+recursion x_t = F x_{t−1} + b_t is solved in log T steps, x ← x + F x one step before, F ← F².
+
+Source: Kailath, Sayed and Hassibi (2000), "Linear estimation", chapter 12, for the array of the filter;
+Bierman (1977), "Factorization methods for discrete sequential estimation", chapters VI and X, for the
+rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
+
+_Floats = NDArray[np.float64]
+_Ints = NDArray[np.int64]
+
+_SAME = 1e-14  # how far a matrix may be from that of the step before, for it to repeat
+
+
+_NEAR = (
+    1e-3  # the same for a filter whose means are no results: a smoother's may start from any near
+)
+
+
+_RUN = 24  # steps with the same matrices that are worth a loop of their own
+
+
+def filtered(space: StateSpace) -> Filtered:
+    """See `pyro_em.posteriors.kalman.filtered`.
+
+    Args:
+        space: The chains, on the CPU.
+    """
+    arrays = _Arrays.of(space)
+    found = _forward(arrays, _SAME)
+    before = _predicted_covariances(arrays, found)
+    errors = arrays.errors(found.predicted)
+    white = _apply(found.whiten, found.places, errors)
+    sizes = (math.log(2 * math.pi) + 2 * found.log_root) * arrays.counted
+    return Filtered(
+        arrays.chains(-0.5 * (white**2 + sizes[..., None]).sum(1)),
+        arrays.chains(found.predicted),
+        torch.from_numpy(before),
+        arrays.chains(found.mean),
+        torch.from_numpy(found.covariance[:, found.places.of]),
+        torch.from_numpy(2 * (found.log_root - arrays.log_deviation).sum(1)),
+    )
+
+
+def smoothed(space: StateSpace) -> Smoothed:
+    """See `pyro_em.posteriors.kalman.smoothed`.
+
+    Args:
+        space: The chains, on the CPU.
+    """
+    arrays = _Arrays.of(space)
+    found = _forward(arrays, _NEAR)
+    told = _backward(arrays, found)
+    epsilon, distance = _onward(arrays, found, told, told.shift)
+    left = (arrays.errors(found.predicted) - arrays.expected(distance)) / arrays.s[..., None]
+    nats = 0.5 * math.log(2 * math.pi) + arrays.log_deviation
+    squares = (epsilon**2).sum((1, 2)) + (left**2).sum((1, 2))
+    sizes = told.log_determinant + 2 * (nats * arrays.counted).sum((1, 2))
+    covariance = _covariances(told)
+    return Smoothed(
+        arrays.chains(-0.5 * (squares + sizes[:, None])),
+        torch.from_numpy(told.log_determinant),
+        arrays.chains(found.predicted + distance),
+        torch.from_numpy(covariance),
+        arrays.chains(_apply(arrays.G, arrays.of_dynamics, epsilon)),
+        torch.from_numpy(told.transition[:, told.places.of]),
+        torch.from_numpy(told.noise[:, told.places.of]),
+    )
+
+
+def sampled(space: StateSpace, normal: Tensor) -> Tensor:
+    """See `pyro_em.posteriors.kalman.sampled`.
+
+    Args:
+        space: The chains, on the CPU.
+        normal: Standard normal numbers. # (draws, chains, T, k)
+    """
+    arrays = _Arrays.of(space)
+    found = _forward(arrays, _NEAR)
+    told = _backward(arrays, found)
+    # Draws are columns too, with the chains inside them.
+    z, n = normal.numpy(), len(normal)
+    if arrays.batches == 1:
+        eta = _columns(z.reshape(n * space.chains, *z.shape[2:]), 1)
+    else:
+        eta = np.ascontiguousarray(z.transpose(1, 3, 2, 0))
+    shift, mean, predicted = (np.tile(x, n) for x in (told.shift, found.mean, found.predicted))
+    shift += _apply(told.factor, told.places, eta)
+    _, distance = _onward(arrays, replace(found, mean=mean, predicted=predicted), told, shift)
+    return arrays.chains(predicted + distance).unflatten(0, (n, space.chains))
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrays:
+    """The numbers of some chains: B batches with covariances of their own, of M chains each.
+
+    Attributes:
+        A: # (B|1, U, n, n)
+        G: # (B|1, U, n, k)
+        H: # (B|1, V, D, n)
+        deviation: # (B|1, V, D)
+        dynamics: # (T,)
+        measurement: # (T,)
+        seen: None if all. # (B|1, T, D)
+        value: y, zero where not seen. # (B, D, T, M)
+        drift: # (B|1, n, T, M|1)
+    """
+
+    A: _Floats
+    G: _Floats
+    H: _Floats
+    deviation: _Floats
+    dynamics: _Ints
+    measurement: _Ints
+    seen: NDArray[np.bool_] | None
+    value: _Floats
+    drift: _Floats
+
+    @staticmethod
+    def of(space: StateSpace) -> _Arrays:
+        """Those of a state-space model."""
+        own = (space.transition, space.noise, space.loading, space.deviation)
+        arrays = [x.detach().numpy() for x in own]
+        seen = None if space.seen is None else space.seen.numpy()
+        batches = max(len(x) for x in (*arrays, *(() if seen is None else (seen,))))
+        value, drift = space.value.detach().numpy(), space.drift.detach().numpy()
+        if seen is not None:
+            value = np.where(seen, value, 0.0)
+        many = batches == 1 and len(drift) > 1
+        A, G, H, deviation = arrays
+        return _Arrays(
+            A,
+            G,
+            H,
+            deviation,
+            space.dynamics.numpy(),
+            space.measurement.numpy(),
+            seen,
+            _columns(value, batches),
+            _columns(drift, 1) if many else drift.transpose(0, 2, 1)[..., None],
+        )
+
+    @property
+    def batches(self) -> int:
+        """B."""
+        return len(self.value)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.dynamics)
+
+    @cached_property
+    def alike(self) -> list[bool]:
+        """Whether each step has the same matrices as the one before."""
+        u, v = self.dynamics, self.measurement
+        out = np.zeros(len(u), np.bool_)
+        out[2:] = (u[2:] == u[1:-1]) & (v[2:] == v[1:-1])
+        if self.seen is not None:
+            out[2:] &= (self.seen[:, 2:] == self.seen[:, 1:-1]).all((0, 2))
+        return out.tolist()
+
+    @property
+    def counted(self) -> _Floats:
+        """One where a number is seen. # (B|1, D, T)"""
+        if self.seen is None:
+            return np.ones((1, 1, 1))
+        return self.seen.transpose(0, 2, 1).astype(np.float64)
+
+    @property
+    def s(self) -> _Floats:
+        """Deviations. # (B|1, D, T)"""
+        return self.deviation[:, self.measurement].transpose(0, 2, 1)
+
+    @property
+    def log_deviation(self) -> _Floats:
+        """# (B|1, D, T)"""
+        return np.log(self.deviation)[:, self.measurement].transpose(0, 2, 1)
+
+    def loading(self, t: int) -> _Floats:
+        """H, zero where not seen. # (B|1, D, n)"""
+        H = self.H[:, self.measurement[t]]
+        return H if self.seen is None else H * self.seen[:, t, :, None]
+
+    def loadings(self, steps: _Ints) -> _Floats:
+        """The same of several steps. # (B|1, steps, D, n)"""
+        H = self.H[:, self.measurement[steps]]
+        return H if self.seen is None else H * self.seen[:, steps, :, None]
+
+    @cached_property
+    def of_dynamics(self) -> _Places:
+        """Which A and G each step has."""
+        return _Places(self.dynamics, self.dynamics)
+
+    @cached_property
+    def of_measurement(self) -> _Places:
+        """Which H each step has."""
+        return _Places(self.measurement, self.measurement)
+
+    def moved(self, x: _Floats) -> _Floats:
+        """A x of the step before; zero at first. # (B, n, T, M)"""
+        before = np.zeros_like(x)
+        before[:, :, 1:] = x[:, :, :-1]
+        return _apply(self.A, self.of_dynamics, before)
+
+    def expected(self, x: _Floats) -> _Floats:
+        """H x, zero where not seen. # (B, D, T, M)"""
+        y = _apply(self.H, self.of_measurement, x)
+        return y if self.seen is None else y * self.counted[..., None]
+
+    def errors(self, predicted: _Floats) -> _Floats:
+        """y − H x. # (B, D, T, M)"""
+        return self.value - self.expected(predicted)
+
+    def chains(self, x: _Floats) -> Tensor:
+        """(B, …, T, M) as (chains, T, …); (B, M) as (chains,)."""
+        moved = np.moveaxis(x, -1, 0).reshape(-1, *x.shape[1:-1])
+        return torch.from_numpy(
+            np.ascontiguousarray(moved.swapaxes(1, 2) if x.ndim == 4 else moved)
+        )
+
+
+def _columns(x: _Floats, batches: int) -> _Floats:
+    """(chains, T, n) as (B, n, T, M)."""
+    if batches == 1:
+        return np.ascontiguousarray(x.transpose(2, 1, 0))[None]
+    return np.ascontiguousarray(x.transpose(0, 2, 1))[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Which of the different matrices each step has.
+
+    Attributes:
+        of: # (T,)
+        step: A step that has each of them. # (P,)
+    """
+
+    of: _Ints
+    step: _Ints
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, bool]]:
+        """Pieces of all steps: those with the same matrices if they are many, and what is between."""
+        ends = np.flatnonzero(np.diff(self.of)) + 1
+        starts, ends = np.concatenate([[0], ends]), np.concatenate([ends, [len(self.of)]])
+        out, at = [], 0
+        for i in np.flatnonzero(ends - starts >= _RUN).tolist():
+            if at < starts[i]:
+                out.append((at, int(starts[i]), False))
+            out.append((int(starts[i]), int(ends[i]), True))
+            at = int(ends[i])
+        return [*out, (at, len(self.of), False)] if at < len(self.of) else out
+
+    @property
+    def reversed(self) -> _Places:
+        """From the last step to the first."""
+        return _Places(self.of[::-1], self.step)
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """The filter's results.
+
+    Attributes:
+        places: Which of the matrices a step has.
+        covariance: # (B, P, n, n)
+        whiten: F½⁻ᵀ. # (B, P, D, D)
+        log_root: Logarithms of the diagonal of F½. # (B, D, T)
+        predicted: # (B, n, T, M)
+        mean: # (B, n, T, M)
+    """
+
+    places: _Places
+    covariance: _Floats
+    whiten: _Floats
+    log_root: _Floats
+    predicted: _Floats
+    mean: _Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Backward:
+    """ε = g − E δ_{t−1} + W η of each step, and what follows of the states.
+
+    Attributes:
+        places: Which of the matrices a step has.
+        pull: E. # (B, P, k, n)
+        factor: W. # (B, P, k, k)
+        transition: Φ. # (B, P, n, n)
+        noise: C. # (B, P, n, n)
+        shift: g. # (B, k, T, M)
+        log_determinant: 2 Σ log|U|. # (B,)
+    """
+
+    places: _Places
+    pull: _Floats
+    factor: _Floats
+    transition: _Floats
+    noise: _Floats
+    shift: _Floats
+    log_determinant: _Floats
+
+
+def _forward(arrays: _Arrays, within: float) -> _Forward:
+    """The filter.
+
+    Args:
+        arrays: The chains.
+        within: When its gains are taken to repeat.
+    """
+    B, T = arrays.batches, arrays.steps
+    n, D = arrays.H.shape[-1], arrays.H.shape[-2]
+    k = arrays.G.shape[-1]
+    St = np.zeros((B, n, n))
+    array = np.zeros((B, n + k + D, D + n))
+    upper = np.triu(np.ones((D + n, D + n)))
+    place, steps, found = np.empty(T, np.int64), [], []
+    steady, alike = False, arrays.alike
+    for t in range(T):
+        if not (steady and alike[t]):
+            if not alike[t]:
+                u, v = arrays.dynamics[t], arrays.measurement[t]
+                H = arrays.loading(t)
+                to = np.concatenate([_t(H), np.broadcast_to(np.eye(n), (len(H), n, n))], -1)
+                move, array[:, n : n + k] = _t(arrays.A[:, u]) @ to, _t(arrays.G[:, u]) @ to
+                array[:, n + k :, :D] = arrays.deviation[:, v, :, None] * np.eye(D)
+            array[:, :n] = St @ move
+            triangle = _reflected(array)[:, : D + n] * upper
+            triangle *= np.copysign(1.0, triangle.diagonal(axis1=-2, axis2=-1))[..., None]
+            new = triangle[:, D:, D:]
+            steady = alike[t] and t % 2 == 0 and _settled(new, St, within)
+            St = new
+            found.append(triangle)
+            steps.append(t)
+        place[t] = len(found) - 1
+    places = _Places(place, np.asarray(steps))
+    triangles = np.stack(found, 1)
+    root, roots = triangles[..., D:, D:], triangles[..., :D, :D]
+    whiten = _t(cast(_Floats, np.linalg.inv(roots)))
+    K = _t(triangles[..., :D, D:]) @ whiten
+    keep = np.eye(n) - K @ arrays.loadings(places.step)
+    mean = _apply(keep, places, arrays.drift) + _apply(K, places, arrays.value)
+    mean = _scanned(keep @ arrays.A[:, arrays.dynamics[places.step]], places, mean)
+    predicted = arrays.moved(mean) + arrays.drift
+    log_root = np.log(roots.diagonal(axis1=-2, axis2=-1))[:, place].swapaxes(-1, -2)
+    return _Forward(places, _t(root) @ root, whiten, log_root, predicted, mean)
+
+
+def _predicted_covariances(arrays: _Arrays, found: _Forward) -> _Floats:
+    """A P A' + G G'. # (B, T, n, n)"""
+    noise = (arrays.G @ _t(arrays.G))[:, arrays.dynamics]
+    A = arrays.A[:, arrays.dynamics[1:]]
+    moved = A @ found.covariance[:, found.places.of[:-1]] @ _t(A)
+    out = np.array(np.broadcast_to(noise, (arrays.batches, *noise.shape[1:])))
+    out[:, 1:] += (moved + _t(moved)) / 2
+    return out
+
+
+def _backward(arrays: _Arrays, found: _Forward) -> _Backward:
+    """The noises of each step given the state before and all data."""
+    B, T = arrays.batches, arrays.steps
+    n, D = arrays.H.shape[-1], arrays.H.shape[-2]
+    k = arrays.G.shape[-1]
+    R = np.zeros((B, n, n))
+    # The last columns are turned by the reflections of the first.
+    array = np.zeros((B, D + n + k, k + n + D + n))
+    array[:, D + n :, :k] = np.eye(k)
+    array[:, : D + n, k + n :] = np.eye(D + n)
+    upper = np.triu(np.ones((k + n, k + n + D + n)))
+    upper[:, k + n :] = 1.0
+    place, steps, parts = np.empty(T, np.int64), [], []
+    steady, same = False, arrays.alike
+    for t in range(T - 1, -1, -1):
+        alike = 0 < t < T - 1 and same[t + 1]
+        if not (steady and alike):
+            if not alike:
+                u, v = arrays.dynamics[t], arrays.measurement[t]
+                A = arrays.A[:, u] if t else np.zeros_like(arrays.A[:, u])
+                shape = max(len(A), len(arrays.G)), n
+                both = np.empty((*shape, k + n))
+                both[..., :k], both[..., k:] = arrays.G[:, u], A
+                rows = arrays.loading(t) / arrays.deviation[:, v, :, None]
+                array[:, :D, : k + n] = rows @ both
+            array[:, D : D + n, : k + n] = R @ both
+            triangle = _reflected(array)[:, : k + n] * upper
+            triangle *= np.copysign(1.0, triangle.diagonal(axis1=-2, axis2=-1))[..., None]
+            new = triangle[:, k:, k : k + n]
+            parts.append((triangle, R))
+            steps.append(t)
+            steady = alike and t % 2 == 0 and _settled(new, R)
+            R = new
+        place[t] = len(parts) - 1
+    places = _Places(place, np.asarray(steps))
+    triangles, before = (np.stack(x, 1) for x in zip(*parts, strict=True))
+    own = arrays.dynamics[places.step]
+    G, U = arrays.G[:, own], triangles[..., :k, :k]
+    W = cast(_Floats, np.linalg.inv(U))
+    E, J = W @ triangles[..., :k, k : k + n], G @ W
+    transition = np.where((places.step > 0)[:, None, None], arrays.A[:, own] - G @ E, 0.0)
+    size = 2 * np.log(U.diagonal(axis1=-2, axis2=-1)).sum(-1)[:, place].sum(1)
+    turn = triangles[..., k + n :]
+    # told = (v/s, ζ + R (E[x | y_{≤t}] − E[x | y_{<t}])); ζ comes from the step after.
+    told = np.empty((B, D + n, *arrays.value.shape[2:]))
+    told[:, :D] = arrays.errors(found.predicted) / arrays.s[..., None]
+    told[:, D:] = _apply(before, places, found.mean - found.predicted)
+    ahead = turn[..., k:, :]
+    zeta = np.ascontiguousarray(_apply(ahead, places, told)[:, :, ::-1])
+    zeta = _scanned(ahead[..., D:], places.reversed, zeta)[:, :, ::-1]
+    told[:, D:, :-1] += zeta[:, :, 1:]
+    shift = _apply(W @ turn[..., :k, :], places, told)
+    return _Backward(places, E, W, transition, J @ _t(J), shift, size)
+
+
+def _onward(
+    arrays: _Arrays, found: _Forward, told: _Backward, shift: _Floats
+) -> tuple[_Floats, _Floats]:
+    """ε # (B, k, T, M), and the states' distances from their predictions # (B, n, T, M)."""
+    gained = found.mean - found.predicted
+    delta = _apply(arrays.G, arrays.of_dynamics, shift) - gained
+    delta = _scanned(told.transition, told.places, delta)
+    before = np.zeros_like(delta)
+    before[:, :, 1:] = delta[:, :, :-1]
+    return shift - _apply(told.pull, told.places, before), delta + gained
+
+
+def _covariances(told: _Backward) -> _Floats:
+    """Cov(x_t | y). # (B, T, n, n)"""
+    P = np.zeros_like(told.noise[:, 0])
+    place = told.places.of
+    out = np.empty((len(P), len(place), *P.shape[1:]))
+    for start, end, same in told.places.runs:
+        for t in range(start, end):
+            F = told.transition[:, place[t]]
+            new = F @ P @ _t(F)
+            new = (new + _t(new)) / 2 + told.noise[:, place[t]]
+            steady = same and t % 2 == 0 and _settled(new, P)
+            out[:, t] = P = new
+            if steady:
+                out[:, t:end] = P[:, None]
+                break
+    return out
+
+
+def _t(x: _Floats) -> _Floats:
+    """The transpose."""
+    return x.swapaxes(-1, -2)
+
+
+def _reflected(x: _Floats) -> _Floats:
+    """Columns after reflections of the first ones; what is below the diagonal is not set to zero.
+
+    Numpy's own zeros take longer than the reflections.
+    """
+    found, _ = np.linalg.qr(x, mode="raw")
+    return _t(cast(_Floats, found))
+
+
+def _settled(new: _Floats, old: _Floats, within: float = _SAME) -> bool:
+    """Whether a matrix is as before, row by row."""
+    size = np.abs(new)
+    limit = within * (size.max(-1, keepdims=True) + 1e-2 * size.max())
+    return bool((np.abs(new - old) <= limit).all())
+
+
+def _apply(matrices: _Floats, places: _Places, x: _Floats) -> _Floats:
+    """The product of each step's matrix and its columns. # (B, i, T, M)
+
+    Args:
+        matrices: # (B|1, P, i, j)
+        places: Which of them each step has.
+        x: # (B|1, j, T, M)
+    """
+    T, M = x.shape[2:]
+    B, place = max(len(matrices), len(x)), places.of
+    out = np.empty((B, matrices.shape[-2], T, M))
+    for start, end, same in places.runs:
+        piece = x[:, :, start:end]
+        if same:
+            flat = piece.reshape(*piece.shape[:2], -1)
+            out[:, :, start:end] = (matrices[:, place[start]] @ flat).reshape(B, -1, end - start, M)
+        else:
+            found = matrices[:, place[start:end]] @ piece.transpose(0, 2, 1, 3)
+            out[:, :, start:end] = found.transpose(0, 2, 1, 3)
+    return out
+
+
+def _scanned(matrices: _Floats, places: _Places, x: _Floats) -> _Floats:
+    """x_t = F_t x_{t−1} + b_t, from nothing. # (B, n, T, M)
+
+    Args:
+        matrices: F. # (B, P, n, n)
+        places: Which of them each step has.
+        x: b; it is overwritten. # (B, n, T, M)
+    """
+    M, place = x.shape[-1], places.of
+    for start, end, same in places.runs:
+        F = matrices[:, place[start]]
+        if not same:
+            for t in range(max(start, 1), end):
+                x[:, :, t] += matrices[:, place[t]] @ x[:, :, t - 1]
+            continue
+        if start:
+            x[:, :, start] += F @ x[:, :, start - 1]
+        flat = x[:, :, start:end].reshape(*x.shape[:2], -1)
+        apart = 1
+        while apart < end - start:
+            flat[..., apart * M :] += F @ flat[..., : -apart * M]
+            F, apart = F @ F, 2 * apart
+            size = np.abs(F).max()
+            if size < 1e-20:
+                break
+            if size > 1e100:  # known states that grow: its square may be infinite, and they zero
+                for at in range(apart * M, flat.shape[-1], apart * M):
+                    piece = flat[..., at : at + apart * M]
+                    piece += F @ flat[..., at - apart * M : at][..., : piece.shape[-1]]
+                break
+        x[:, :, start:end] = flat.reshape(*x.shape[:2], -1, M)
+    return x
