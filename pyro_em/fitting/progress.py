@@ -19,6 +19,8 @@ class Bar:
 
     def update(self, start: int, objective: float) -> None:
         """One more step of a start."""
+        if self.bar.disable:
+            return
         if start != self.current:
             self.bar.n = start * self.max_steps
             self.current = start

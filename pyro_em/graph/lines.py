@@ -143,7 +143,7 @@ def means_at(
     first, rest = (line.sizes[0], math.prod(line.sizes[1:])) if line.sizes else (1, 1)
     own = offset.shape[1 + len(line.sizes) :].numel() * rest
     step = max(1, cells // max(own, 1)) if cells and reads else first
-    for begin in range(0, first, step):
+    for begin in range(0, max(first, 1), max(step, 1)):
         part = slice(begin, min(begin + step, first))
         out = _part_of(offset, part, line.sizes)
         sizes = (part.stop - part.start, *line.sizes[1:]) if line.sizes else ()

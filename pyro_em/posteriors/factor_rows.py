@@ -93,11 +93,13 @@ class Factors:
         W: # (D, q)
         mu: # (D,)
         psi: Variances of the noise. # (D,)
+        log_psi: log det Ψ.
     """
 
     W: Numbers
     mu: Numbers
     psi: Numbers
+    log_psi: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,7 +112,6 @@ class Sums(Expectation):
         cross: Σ (x − μ) E[ε]ᵀ. # (D, q)
         total: Σ (x − μ). # (D,)
         squares: Σ (x − μ)². # (D,)
-        log_psi: log det Ψ.
         distance: Σ E[|Ψ^(−½) (x − μ − A ε)|²].
     """
 
@@ -119,7 +120,6 @@ class Sums(Expectation):
     cross: Numbers
     total: Numbers
     squares: Numbers
-    log_psi: float
     distance: float
 
 
@@ -150,7 +150,8 @@ class FactorTheta:
     def enter(self, values: Values) -> Factors:
         """Parameter values in the form of the E-step."""
         mu, psi = self.mean.at(values), np.square(self.noise.at(values))
-        return Factors(self.loadings.at(values), mu, psi)
+        with np.errstate(all="ignore"):
+            return Factors(self.loadings.at(values), mu, psi, _total(np.log(psi)))
 
     def values(self, at: Factors) -> dict[str, Tensor]:
         """The parameters by name."""
@@ -192,14 +193,13 @@ class FactorTheta:
         white = loadings * weight[:, None]
         inner = loadings.T @ white
         precision = inner + self._eye
-        chol = np.linalg.cholesky(precision)
+        sign, log_det = np.linalg.slogdet(precision)
         inverse = np.linalg.inv(precision)
         cross = scatter @ white @ inverse
-        log_psi = _total(np.log(psi))
-        log_det = log_psi + 2 * _total(np.log(chol.diagonal()))
         own, shared = float(squares @ weight), float(np.vdot(white, cross))
-        evidence = -0.5 * (n * (len(psi) * _LOG_2PI + log_det) + own - shared)
-        if not abs(evidence) < math.inf:
+        log_dets = at.log_psi + float(log_det)
+        evidence = -0.5 * (n * (len(psi) * _LOG_2PI + log_dets) + own - shared)
+        if not (sign > 0 and abs(evidence) < math.inf):
             raise Handover
         second = n * inverse + inverse @ (white.T @ cross)
         first = None if d is None else n * (inverse @ (white.T @ d))
@@ -212,7 +212,6 @@ class FactorTheta:
             cross=cross,
             total=total,
             squares=squares,
-            log_psi=log_psi,
             distance=distance,
         )
 
@@ -240,14 +239,14 @@ class FactorTheta:
         # A working mean of the factors goes into μ, which then is that of the data.
         mu = at.mu if self.mean.param is None else self.centre
         if self.noise.param is None:
-            psi, log_psi, distance = at.psi, e.log_psi, _total(left / at.psi)
+            psi, log_psi, distance = at.psi, at.log_psi, _total(left / at.psi)
         else:
             psi = self._tied(left / self.rows)
             if (psi <= self._lowest).any():
                 raise Handover
             log_psi, distance = _total(np.log(psi)), float(self.rows * len(psi))
-        gain = 0.5 * (self.rows * (e.log_psi - log_psi) + e.distance - distance)
-        return Factors(self._unscaled(coefficients[:, :q]), mu, psi), gain
+        gain = 0.5 * (self.rows * (at.log_psi - log_psi) + e.distance - distance)
+        return Factors(self._unscaled(coefficients[:, :q]), mu, psi, log_psi), gain
 
     @cached_property
     def _is_standard(self) -> bool:

@@ -18,7 +18,7 @@ from pyro import poutine
 
 from pyro_em import ExactPosteriorEM
 from tests.benchmarks import models
-from tests.benchmarks.cases import blobs, chain_start
+from tests.benchmarks.cases import blobs, chain_start, digits, factor_data
 
 Run = Callable[[], Any]
 
@@ -239,22 +239,26 @@ def first_calls() -> Iterator[str]:
         yield f"* {name}: {first:.3f} s, then {second:.3f} s; {first - second:.2f} of at most 0.5 s"
 
 
-def factors(N: int, D: int, q: int, steps: int) -> Callable[[], Any]:
-    """As many steps of factor analysis as scikit-learn takes, by exact singular values."""
+def factors(data: Callable[[], torch.Tensor], q: int, steps: int) -> Callable[[], Any]:
+    """As many steps of factor analysis as scikit-learn takes, by exact singular values.
+
+    Args:
+        data: Makes the rows.
+        q: How many factors there are.
+        steps: How many steps are taken; as many as it takes by default where that is zero.
+    """
 
     def make() -> tuple[Run, Run]:
         from sklearn.decomposition import FactorAnalysis
 
-        g = torch.Generator().manual_seed(0)
-        w = torch.randn(q, D, generator=g, dtype=torch.float64)
-        x = torch.randn(N, q, generator=g, dtype=torch.float64) @ w
-        x = x + torch.randn(N, D, generator=g, dtype=torch.float64)
+        x = data()
         X = x.numpy()
+        how = {"tol": 0, "max_iter": steps} if steps else {}
 
         def theirs() -> int:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                peer = FactorAnalysis(q, tol=0, max_iter=steps, svd_method="lapack")
+                peer = FactorAnalysis(q, svd_method="lapack", **how)
                 return int(peer.fit(X).n_iter_)
 
         return fit(models.factors, x, q, steps=theirs()), theirs
@@ -268,10 +272,14 @@ CALLS = (
     Call("GMM fit, N=1,000 D=5 K=5", "scikit-learn", 2.0, gaussian(1000, 5, 5), 20),
     Call("GMM fit, N=10,000 D=8 K=8", "scikit-learn", 1.0, gaussian(10_000, 8, 8)),
     Call("GMM fit, N=100k D=16 K=32", "scikit-learn", 0.15, gaussian(100_000, 16, 32), 2),
+    Call("factor analysis fit, digits q=10", "scikit-learn", 0.2, factors(digits, 10, 0), 10),
     Call(
-        "factor analysis fit, 1,800 x 60 q=10", "scikit-learn", 0.2, factors(1800, 60, 10, 200), 3
+        "factor analysis fit, 20k x 64 q=10, 50 steps",
+        "scikit-learn",
+        0.2,
+        factors(lambda: factor_data(20_000, 64, 10), 10, 50),
+        2,
     ),
-    Call("factor analysis fit, 20k x 64 q=10", "scikit-learn", 0.2, factors(20_000, 64, 10, 50), 2),
     Call("score of 200 new rows", "one trace", 2.0, score, 30),
     Call("loop chain fit, T=1,000 K=10", "one trace", 5.0, loop(1000, "fit"), 3),
     Call("the same again", "one trace", 5.0, loop(1000, "fit again"), 3),

