@@ -9,6 +9,7 @@ from the guide, and what remains is summed exactly under each draw.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -169,12 +170,14 @@ class TraceExact_ELBO(ELBO):
 def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> FactorGraph:
     """The factors of a model on some arguments, attached to its parameters."""
     runs: list[Run] = []
-    state = random_state()
+    state, structure = random_state(), program.structure
+    if program.lines:  # what a loop over indices shows is attached to no step of it
+        structure = replace(structure, series=None)
     graph = trace_graph(
         program.model,
         args,
         kwargs,
-        program.structure,
+        structure,
         with_bindings=False,
         attached=True,
         keep_random_state=False,  # the next step draws another batch
@@ -183,7 +186,7 @@ def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> Fa
     if not program.lines:
         return graph
     assert isinstance(program.model, GivenGaussians)
-    run = AttachedRun(runs[-1], program.model, program.structure, args, kwargs, state)
+    run = AttachedRun(runs[-1], program.model, structure, args, kwargs, state)
     try:
         return integrated_run(graph, run)
     except (NotLinear, NotSeparate) as error:
