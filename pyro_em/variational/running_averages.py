@@ -21,16 +21,20 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.graph.autograd import known_below
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.trace import trace_graph
 from pyro_em.posteriors.enumeration import contraction_of
 from pyro_em.posteriors.exact import exact_posterior
+from pyro_em.posteriors.gaussian_steps import for_updates, in_m_step, tables_of
 from pyro_em.tracing.handlers import GuideSites, ScalePlates
+from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.m_step import MStepState, m_step
 from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, ParameterUpdate, Update
 from pyro_em.variational.bound import Variational
+from pyro_em.variational.drawing import detached, drawn_graph
+from pyro_em.variational.pair import Laid
 
 
 @dataclass(eq=False)
@@ -70,16 +74,19 @@ class RunningAverages:
         names = {n for n, u in asked.items() if isinstance(u, ClosedForm)}
         if not names:
             return
+        laid = variational.laid(args, kwargs)
+        if not self.by_name:
+            _refuse_means(laid, names, args, kwargs)
         with ScalePlates(factors or {}):
-            structure = variational.structure(args, kwargs)
-            graph = trace_graph(variational.pair, args, kwargs, structure, keep_random_state=False)
-        updates = _granted(graph, names, asked)
+            graph, _ = drawn_graph(laid, args, kwargs, factors=factors, bindings=True)
+        updates = _granted(for_updates(graph), names, asked)
         with torch.no_grad():
-            tables = [g.log_density().detach() for g in graph.groups]
-            q = exact_posterior(graph, contraction_of(graph), tables)
+            arguments = [detached(g.arguments) for g in graph.groups]
+            tables, solved = tables_of(graph, arguments, [g.value for g in graph.groups])
+            q = exact_posterior(graph, contraction_of(graph), [t.detach() for t in tables])
+            own, weights, arguments = in_m_step(graph, q.counts, arguments, solved)
         # A component that no row of the batch belongs to is empty, not one of 1e-40 rows.
-        counts = [torch.where(c < 1e-10, 0.0, c) for c in q.counts]
-        arguments = [{n: a.detach() for n, a in g.arguments.items()} for g in graph.groups]
+        counts = [torch.where(c < 1e-10, 0.0, c) for c in weights]
 
         def blend(name: str, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
             """Numerators and denominators live on the parameter: batches may differ in rows."""
@@ -95,7 +102,7 @@ class RunningAverages:
             n, d = _pair(average)
             return n.clone(), d.clone()
 
-        m_step(graph, updates, counts, arguments, _no_gradient, MStepState(), blend)
+        m_step(own, updates, counts, arguments, _no_gradient, MStepState(), blend)
 
     def state(self) -> dict[str, list[Tensor]]:
         """Numerators and denominators by the parameter's name in a file."""
@@ -104,6 +111,32 @@ class RunningAverages:
     def restore(self, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Continue with the averages of a saved fit."""
         self.by_name = {name: _sums(n, d) for name, (n, d) in state.items()}
+
+
+def _refuse_means(laid: Laid, names: Collection[str], args: tuple, kwargs: dict[str, Any]) -> None:
+    """Refuse a closed form of what reaches a mean that reads integrated latents.
+
+    Raises:
+        UsageError: With the parameter and the site.
+    """
+    if laid.gaussians is None:
+        return
+    with torch.enable_grad(), same_random_state():
+        graph, _ = drawn_graph(laid, args, kwargs)
+    places = {n: p.unconstrained for n, p in graph.parameters.items() if n in names}
+    for site in (s for g in graph.groups if g.nested is not None for s in g.nested.groups):
+        for found in (known_below(site.arguments[a], places) for a in site.lines):
+            if found:
+                raise UsageError(
+                    message(
+                        f"updates['{found[0]}']",
+                        f"a closed form was asked for, but it is in the mean of site "
+                        f"'{site.members[0]}', which depends on Gaussian latents.",
+                        "they are integrated under each draw, and all in such a mean is solved "
+                        "together where nothing is drawn",
+                        ["leave it out: the parameter is then trained by gradient"],
+                    )
+                )
 
 
 def _granted(

@@ -15,7 +15,15 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNorma
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, ModelError, MonteCarlo, TraceExact_ELBO, UsageError
+from pyro_em import (
+    ClosedForm,
+    ExactPosteriorEM,
+    Fixed,
+    ModelError,
+    MonteCarlo,
+    TraceExact_ELBO,
+    UsageError,
+)
 from pyro_em.variational.drawn import DrawnPosterior
 
 pytestmark = pytest.mark.filterwarnings("ignore::pyro_em.errors.PyroEMWarning")
@@ -558,3 +566,30 @@ def test_a_drawn_child_of_a_gaussian_is_as_good_as_observed() -> None:
     assert value == pytest.approx(want, abs=1e-10)
     for name, g in by_dense.items():
         assert torch.allclose(gradient[name], g, rtol=0, atol=1e-10), name
+
+
+def test_a_closed_form_beside_a_guide_takes_the_moments_of_what_is_integrated() -> None:
+    """At a draw s = 0.9 the first M-step on the noise is that of the model with this scale."""
+
+    def model(y: Tensor, s: Any = None) -> None:
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5)) if s is None else s
+        with pyro.plate("groups", 4):
+            u = pyro.sample("u", dist.Normal(0.2, s))
+        with pyro.plate("rows", len(y)):
+            loc = pyro.param("m", torch.tensor(0.3)) + u[GROUPS]
+            pyro.sample("y", dist.Normal(loc, positive("noise", 0.8)), obs=y)
+
+    def guide(y: Tensor) -> None:
+        pyro.sample("s", dist.Uniform(0.9, 0.9 + 1e-9))
+
+    held = {"m": Fixed()}
+    ExactPosteriorEM(model, updates=held).step(Y, 0.9)
+    want = float(pyro.param("noise").detach())
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(model, guide, updates={"noise": ClosedForm(), **held})
+    em.step(Y)
+    assert abs(want - 0.8) > 0.01
+    assert float(pyro.param("noise").detach()) == pytest.approx(want, abs=1e-6)
+    em = ExactPosteriorEM(model, guide, updates={"m": ClosedForm()})
+    with pytest.raises(UsageError, match="mean of site 'y'"):
+        em.step(Y)
