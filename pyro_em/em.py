@@ -69,13 +69,16 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             annotation: no ``config_enumerate``, no ``max_plate_nesting``.
         guide: A guide for any of the latents, an autoguide class or a factory from a model to a
             guide (``AutoNormal``; built on the model with its discrete sites hidden), or
-            ``"map"`` for point estimates. Sites with an exact posterior leave theirs unused.
+            ``"map"`` for point estimates. Sites with an exact posterior leave theirs unused: discrete
+            ones within the budget, and Gaussian ones that are linear given all that is drawn, where
+            no other guide site reads them and their guide density is a factor of its own.
         optim: A callable from a list of tensors to a torch optimiser, or a ``pyro.optim`` object.
             For drawn bounds it moves all parameters (Adam with learning rate 0.005 where None);
             in an exact fit it replaces L-BFGS for parameters without a closed form, with one step
             per M-step.
-        strategy: ``"exact"``, ``"guide"`` (the guide for everything that it covers), `Hard`,
-            `MonteCarlo`, `Annealed`, or a dict from latents or globs to these.
+        strategy: ``"exact"``, ``"guide"`` (the guide for everything that it covers: SVI), `Hard`,
+            `MonteCarlo`, `Annealed`, or a dict from latents or globs to these. Of a product u·v of
+            Gaussian latents ``{"u": "exact"}`` integrates u under draws of v.
         updates: What to do with parameters, by name or glob: `ClosedForm`, `LeastSquares`,
             `Gradient`, `Fixed`.
         num_particles: Draws from the guide per step and per bound.

@@ -80,7 +80,7 @@ def decide_routes(
         if info.support_size is None:
             kind = "infinite support" if info.is_discrete else "continuous"
             from_guide.add(name)
-            reasons[name] = f"{kind}, {_in_words(kept[name])}" if name in kept else kind
+            reasons[name] = f"{kind}; {_in_words(kept[name])}" if name in kept else kind
         elif coupled is not None:
             from_guide.add(name)
             reasons[name] = coupled.reason
