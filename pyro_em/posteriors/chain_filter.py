@@ -102,20 +102,23 @@ def lagged_filter(space: StateSpace, found: Filtered, lag: int) -> tuple[Tensor,
 
 
 def _given(space: StateSpace, at: Tensor, mean: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of states, the second of them of some levels, given the data of these levels."""
+    """Pairs of states, the second of them of some levels, given the data of these levels.
+
+    One number after the other, as in the filter: noises may be as small as they like.
+    """
     kind, n = space.measurement[at], space.size
-    H, deviation = space.loading[:, kind], space.deviation[:, kind]
-    error = space.value[:, at] - (H @ mean[..., n:].unsqueeze(-1)).squeeze(-1)
-    if space.seen is not None:
-        seen = space.seen[:, at]
-        error = torch.where(seen, error, torch.zeros_like(error))
-        H = H * seen.unsqueeze(-1)
-        deviation = torch.where(seen, deviation, torch.ones_like(deviation))
-    cross = S[..., n:] @ H.mT
-    variance = H @ S[..., n:, n:] @ H.mT + deviation.square().diag_embed()
-    gain = torch.linalg.solve(variance, cross.mT).mT
-    S = S - gain @ cross.mT
-    return mean + (gain @ error.unsqueeze(-1)).squeeze(-1), (S + S.mT) / 2
+    loadings, deviation = space.loading[:, kind], space.deviation[:, kind]
+    for d in range(loadings.shape[2]):
+        h = loadings[:, :, d]
+        if space.seen is not None:
+            h = h * space.seen[:, at, d].unsqueeze(-1)
+        error = space.value[:, at, d] - (h * mean[..., n:]).sum(-1)
+        cross = (S[..., n:] @ h.unsqueeze(-1)).squeeze(-1)
+        variance = (h * cross[..., n:]).sum(-1) + deviation[:, :, d].square()
+        gain = cross / variance.unsqueeze(-1)  # zero where nothing is seen
+        mean = mean + gain * torch.where(gain.abs().amax(-1) > 0, error, 0.0).unsqueeze(-1)
+        S = S - gain.unsqueeze(-1) * cross.unsqueeze(-2)
+    return mean, (S + S.mT) / 2
 
 
 def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> ChainSolution | None:
@@ -132,7 +135,7 @@ def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> Chai
     if not isinstance(solution, ChainSolution) or solution.cells > 1 or not data:
         return None
     steps = torch.cat([data[i] for i in sorted(data)])
-    levels = torch.cat([solution.layout.level_of_row[i] for i in sorted(data)])
+    levels = torch.cat([solution.layout.level_of_row[i].cpu() for i in sorted(data)])
     pairs = torch.stack([steps, levels]).unique(dim=1)  # in order of the steps
     if bool((pairs.diff(dim=1) <= 0).any()) or int(pairs[0, 0]) < 0:
         return None
