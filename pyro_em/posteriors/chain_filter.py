@@ -19,6 +19,7 @@ from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.kalman import filtered
 from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.site_runs import members_of
 from pyro_em.posteriors.state_space import Filtered, StateSpace
 
 
@@ -43,8 +44,10 @@ def filtered_solutions(
     solution = faces.solved[g]
     if not isinstance(solution, ChainSolution) or solution.cells > 1:
         return None
-    own = torch.tensor([_level(faces, solution.layout, n) for n in names])
-    steps = torch.tensor([data.chain.index(n) for n in names])
+    members, stacks = members_of(faces), solution.layout.stacks
+    own = torch.stack([stacks[members[n][1]].levels[members[n][2]] for n in names]).cpu()
+    step_of = {n: t for t, n in enumerate(data.chain)}
+    steps = torch.tensor([step_of[n] for n in names])
     lags = _lags(solution.layout, _of_group(data, g), own, steps, len(data.chain))
     if lags is None:
         return None
@@ -144,11 +147,6 @@ def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> Chai
         solution.smoothed, mean=found.predicted_mean, covariance=found.predicted_covariance
     )
     return replace(solution, smoothed=own)
-
-
-def _level(faces: GaussianFaces, layout: ChainLayout, name: str) -> int:
-    site = faces.site("filtered", name)
-    return int(layout.level_of_row[site.number][site.first])
 
 
 def _of_group(data: DataSteps, g: int) -> dict[int, Tensor]:

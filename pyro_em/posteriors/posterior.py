@@ -47,9 +47,10 @@ from pyro_em.posteriors.sampling import (
 from pyro_em.posteriors.series_faces import (
     covariances,
     filtered,
+    marginals,
     prediction_errors,
-    stacked_marginals,
 )
+from pyro_em.posteriors.site_runs import means
 from pyro_em.posteriors.stacks import (
     are_alike,
     batch_shape,
@@ -63,6 +64,7 @@ from pyro_em.posteriors.stacks import (
     table_of,
 )
 from pyro_em.posteriors.steps import best_path
+from pyro_em.tracing.without_sympy import PlainShapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +181,7 @@ class Posterior(Portable, NamesFromElsewhere):
         names = faces.names("mean", site)
         if names is None:
             return faces.site("mean", site).mean()
-        return stacked_answers("mean", names, lambda n: faces.site("mean", n).mean())
+        return means(faces, names)
 
     def covariance(self, a: str, b: str | None = None, *, lag: int | None = None) -> Tensor:
         """The posterior covariance of a Gaussian latent, or of two, element by element of the plates.
@@ -244,8 +246,7 @@ class Posterior(Portable, NamesFromElsewhere):
         names = faces.names("marginal", site)
         if names is None:
             return faces.site("marginal", site).marginal()
-        parts = [faces.site("marginal", n).marginal() for n in names]
-        return stacked_marginals("marginal", names, parts)
+        return marginals(faces, "marginal", names)
 
     def filtered(self, site: str) -> Any:
         """What was known of each step of a series at that step: given no data that come later.
@@ -278,7 +279,8 @@ class Posterior(Portable, NamesFromElsewhere):
             (tensor([0.5000, 1.4000]), tensor([0.8000, 1.4000]))
         """
         site_name("filtered", "site", site)
-        return filtered(self, site, self._faces_of(site))
+        with PlainShapes():
+            return filtered(self, site, self._faces_of(site))
 
     def prediction_errors(self, site: str) -> Tensor:
         """Standardised one-step prediction errors of data that read Gaussian latents, for diagnostics.
@@ -312,7 +314,8 @@ class Posterior(Portable, NamesFromElsewhere):
             tensor([0.7071, 0.9487])
         """
         site_name("prediction_errors", "site", site)
-        return prediction_errors(self, site)
+        with PlainShapes():
+            return prediction_errors(self, site)
 
     def _faces_of(self, *sites: str) -> GaussianFaces:
         """What answers for some Gaussian latents: names or globs."""

@@ -24,7 +24,6 @@ from pyro_em.globs import (
     meant,
     natural,
     require_alike,
-    stacked_answers,
     unknown,
 )
 from pyro_em.graph.factors import FactorGraph, Group
@@ -41,6 +40,7 @@ from pyro_em.posteriors.gaussian_faces import GaussianFaces, covariance
 from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value_rows
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
 from pyro_em.posteriors.normal_mixtures import NormalRows
+from pyro_em.posteriors.site_runs import covariances_of_pairs, runs_of
 from pyro_em.posteriors.so_far import given_steps
 from pyro_em.posteriors.stacks import batch_shape
 from pyro_em.posteriors.steps import forward_cells, steps_of
@@ -50,13 +50,16 @@ if TYPE_CHECKING:
     from pyro_em.posteriors.posterior import Posterior
 
 
-def stacked_marginals(where: str, names: Sequence[str], parts: Sequence[Any]) -> Any:
+def stacked_marginals(
+    where: str, names: Sequence[str], parts: Sequence[Any], are_runs: bool = False
+) -> Any:
     """The distributions of several sites as one, with the sites as its first dimension.
 
     Args:
         where: What was asked for.
         names: The sites.
         parts: Their distributions: Normals, MultivariateNormals, or mixtures of these.
+        are_runs: Whether each is of several steps, along its first dimension.
 
     Returns:
         A distribution of their kind. # batch (T, *plates)
@@ -64,16 +67,18 @@ def stacked_marginals(where: str, names: Sequence[str], parts: Sequence[Any]) ->
     Raises:
         UsageError: If they differ in shape, or only some are mixtures.
     """
-    shapes = [(n, (*p.batch_shape, *p.event_shape)) for n, p in zip(names, parts, strict=True)]
-    require_alike(where, shapes)
+    put, lead = (torch.cat, 1) if are_runs else (torch.stack, 0)
+    shapes = [(*p.batch_shape[lead:], *p.event_shape) for p in parts]
+    require_alike(where, zip(names, shapes, strict=True))
     first = parts[0]
     if isinstance(first, torch.distributions.MixtureSameFamily):
         inner = [getattr(p, "component_distribution", p) for p in parts]
-        require_alike(where, [(n, p.batch_shape) for n, p in zip(names, inner, strict=True)])
-        weights = torch.stack([p.mixture_distribution.probs for p in parts])
+        states = [p.batch_shape[lead:] for p in inner]
+        require_alike(where, zip(names, states, strict=True))
+        weights = put([p.mixture_distribution.probs for p in parts])
         chosen = dist.Categorical(probs=weights, validate_args=False)
         return dist.MixtureSameFamily(
-            chosen, stacked_marginals(where, names, inner), validate_args=False
+            chosen, stacked_marginals(where, names, inner, are_runs), validate_args=False
         )
     kinds = {type(p) for p in parts}
     if len(kinds) > 1:
@@ -86,12 +91,12 @@ def stacked_marginals(where: str, names: Sequence[str], parts: Sequence[Any]) ->
                 ["ask for each by its name", "ask for those of one form with a narrower glob"],
             )
         )
-    loc = torch.stack([p.loc for p in parts])
+    loc = put([p.loc for p in parts])
     if isinstance(first, torch.distributions.MultivariateNormal):
         # The factor is kept as it is: that of a singular covariance cannot be had again.
-        tril = torch.stack([p.scale_tril for p in parts])
+        tril = put([p.scale_tril for p in parts])
         return dist.MultivariateNormal(loc, scale_tril=tril, validate_args=False)
-    return dist.Normal(loc, torch.stack([p.scale for p in parts]), validate_args=False)
+    return dist.Normal(loc, put([p.scale for p in parts]), validate_args=False)
 
 
 def covariances(faces: GaussianFaces, a: str, b: str | None, lag: int | None) -> Tensor:
@@ -112,15 +117,15 @@ def covariances(faces: GaussianFaces, a: str, b: str | None, lag: int | None) ->
         seconds = faces.names("covariance", b)
         pairs = list(matched_pairs("covariance", a, b, firsts, seconds))
         firsts = firsts or seconds
-    sites = {n: faces.site("covariance", n) for n in dict.fromkeys(n for p in pairs for n in p)}
     if firsts is None:
-        return covariance(*(sites[n] for n in pairs[0]))
-    each = {", ".join(pair): pair for pair in pairs}
+        return covariance(*(faces.site("covariance", n) for n in pairs[0]))
+    return covariances_of_pairs(faces, pairs)
 
-    def answer(words: str) -> Tensor:
-        return covariance(*(sites[n] for n in each[words]))
 
-    return stacked_answers("covariance", list(each), answer)
+def marginals(faces: GaussianFaces, where: str, names: Sequence[str]) -> Any:
+    """The distribution of each of several latents. # batch (T, *plates)"""
+    sites = [s for (s,) in runs_of(faces, where, [names])]
+    return stacked_marginals(where, [s.name for s in sites], [s.marginal() for s in sites], True)
 
 
 def _lagged(a: str, names: Sequence[str] | None, b: str | None, lag: int) -> list[tuple[str, str]]:
@@ -171,9 +176,12 @@ def filtered(q: Posterior, site: str, faces: GaussianFaces) -> Any:
         return table[0] if found is None else table
     several = faces.names("filtered", site)
     names = [faces.site("filtered", site).name] if several is None else several
-    parts = _by_filter(q, names)
-    if parts is None:
-        parts = _by_steps(q, "filtered", names, lambda p, n: p.marginal(n))
+    known = _by_filter(q, names)
+    if known is not None and several is None:
+        return known.site("filtered", names[0]).marginal()
+    if known is not None:
+        return marginals(known, "filtered", names)
+    parts = _by_steps(q, "filtered", names, lambda p, n: p.marginal(n))
     return parts[0] if several is None else stacked_marginals("filtered", names, parts)
 
 
@@ -199,8 +207,8 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
     return rows.reshape(len(names), *batch_shape(graph, latent), latent.size).to(graph.dtype)
 
 
-def _by_filter(q: Posterior, names: Sequence[str]) -> list[Any] | None:
-    """The marginals of Gaussian latents by the filter of their chain; None where it has them not."""
+def _by_filter(q: Posterior, names: Sequence[str]) -> GaussianFaces | None:
+    """Faces with the moments of the filter of a chain; None where it does not have them."""
     faces = _gaussian(q)
     chain = _series(names[0], [*names_of(q.graph), *faces.places])
     if any(n not in chain for n in names):
@@ -208,8 +216,7 @@ def _by_filter(q: Posterior, names: Sequence[str]) -> list[Any] | None:
     solved = filtered_solutions(faces, _data_steps(q, chain), names)
     if solved is None:
         return None
-    known = replace(faces, solved=solved)
-    return [known.site("filtered", n).marginal() for n in names]
+    return replace(faces, solved=solved)
 
 
 def _by_steps(
