@@ -36,9 +36,9 @@ class NormalRows:
         """What each entry stays below with probability p. # (rows, D)
 
         Example:
-            >>> two = torch.tensor([[[-1.0]], [[1.0]]])
-            >>> rows = NormalRows(two, torch.ones(2, 1, 1), torch.tensor([[0.5], [0.5]]))
-            >>> abs(rows.quantile(0.5).item()) < 1e-12
+            >>> two = torch.tensor([[[-1.0]], [[1.0]]], dtype=torch.float64)
+            >>> rows = NormalRows(two, torch.ones_like(two), torch.full_like(two[..., 0], 0.5))
+            >>> abs(rows.quantile(0.5).item()) < 1e-9
             True
         """
         z = torch.special.ndtri(self.mean.new_tensor(p, dtype=torch.float64))
