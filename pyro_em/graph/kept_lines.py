@@ -20,9 +20,9 @@ from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, Read, mean_at
-from pyro_em.graph.read_lines import Jacobian, Place, is_as_predicted, random_values
+from pyro_em.graph.read_lines import Jacobian, Place, random_values
 from pyro_em.graph.signatures import Recurring
-from pyro_em.graph.sparse_lines import is_close, random_like
+from pyro_em.graph.sparse_lines import is_close
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.parameters import at_moved, values_of
@@ -106,16 +106,18 @@ def are_as_read(
             loc = place.loc(run.sites[name])
             if place.sizes != line.sizes or place.scope != line.scope:
                 return False
-            if not is_as_predicted(line, layout, parameters, values):
-                return False
+            total = line.offset.evaluate(parameters).detach()
             for read in line.reads:
                 leaf = values[read.latent]
-                probe = random_like(leaf)
                 jacobian = Jacobian.of(place, loc, leaf, run.sites[read.latent])
-                there = jacobian.of_all(probe).detach().unsqueeze(0)
+                there = jacobian.of_all(leaf.detach()).detach().unsqueeze(0)
                 nothing = Binding("constant", (), torch.zeros_like(line.offset.constant))
                 alone = replace(line, offset=nothing, reads=(read,))
-                expected = mean_at(alone, parameters, {read.latent: probe}).detach()
+                expected = mean_at(alone, parameters, values)
                 if not is_close(*torch.broadcast_tensors(there, expected.to(there.dtype))):
                     return False
+                total = total + expected
+            found = place.compact(loc).detach().unsqueeze(0)
+            if not is_close(*torch.broadcast_tensors(found, total.to(found.dtype))):
+                return False
     return True

@@ -123,7 +123,7 @@ def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, T
 def means_at(
     line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor], cells: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The same in parts along the first plate, so that little is held at once.
+    """The same in parts along the first plate, so that little is held at once; attached to nothing.
 
     Args:
         line: How the latents enter it.
@@ -134,11 +134,12 @@ def means_at(
     Returns:
         Places along the first plate, each with # (1, *sizes or 1s, *scope, *event)
     """
-    offset = line.offset.evaluate(parameters)
+    offset = line.offset.evaluate(parameters).detach()
     reads = []
     for read in line.reads:
-        coefficient = read.coefficient.evaluate(parameters)
-        rows = values[read.latent].reshape(-1, coefficient.shape[-1]).to(coefficient.dtype)
+        coefficient = read.coefficient.evaluate(parameters).detach()
+        rows = values[read.latent].detach().reshape(-1, coefficient.shape[-1])
+        rows = rows.to(coefficient.dtype)
         reads.append((coefficient, _read(rows, read.elements)))
     first, rest = (line.sizes[0], math.prod(line.sizes[1:])) if line.sizes else (1, 1)
     own = offset.shape[1 + len(line.sizes) :].numel() * rest
@@ -149,8 +150,16 @@ def means_at(
         sizes = (part.stop - part.start, *line.sizes[1:]) if line.sizes else ()
         for coefficient, rows in reads:
             chosen = rows[part.start * rest : part.stop * rest]
-            out = _applied(_part_of(coefficient, part, line.sizes), chosen, sizes) + out
+            image = _applied(_part_of(coefficient, part, line.sizes), chosen, sizes)
+            out = image.add_(out) if _fits(out, image) else image + out
         yield part, out
+
+
+def _fits(t: Tensor, into: Tensor) -> bool:
+    """Whether a tensor can be added to another one where that lies."""
+    if t.dtype != into.dtype or t.dim() != into.dim():
+        return False
+    return all(own in (1, size) for own, size in zip(t.shape, into.shape, strict=True))
 
 
 def _read(values: Tensor, elements: Tensor) -> Tensor:

@@ -121,7 +121,15 @@ _SCALE, _DENSITY = "poutine.scale", "log density"
 
 
 def _is_equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and (_are_one(a, b) or torch.equal(a, b))
+    """Whether numbers are the same to the bit; a line holds once what all rows have."""
+    if a.dtype != b.dtype:
+        return False
+    if a.shape == b.shape:
+        return _are_one(a, b) or torch.equal(a, b)
+    try:
+        return torch.equal(*torch.broadcast_tensors(a, b))
+    except RuntimeError:
+        return False
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -162,7 +162,7 @@ def hidden(
         fixed = _numbers_of(here, *own), _numbers_of(there, *own)
         alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
         if alike and line is not None:
-            alike = is_as_predicted(line.as_read(), layout, parameters, values)
+            alike = _is_as_predicted(line.as_read(), layout, parameters, values)
         if not alike:
             what = "it changes with Gaussian latents in a way that autograd does not show."
             return refusal(tuple(values), f"site '{name}'", what)
@@ -266,12 +266,12 @@ def differing_lines(
             run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
             layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
             for name, line in lines.items():
-                if line.is_static and not is_as_predicted(line, layout, parameters, values):
+                if line.is_static and not _is_as_predicted(line, layout, parameters, values):
                     off[name] = None
     return list(off)
 
 
-def is_as_predicted(
+def _is_as_predicted(
     line: Line,
     layout: FactorLayout,
     parameters: Mapping[str, Tensor],
@@ -285,7 +285,7 @@ def is_as_predicted(
     bound = rounding_of(actual)
     for part, expected in means_at(line, parameters, values, _CELLS):
         there = actual[:, part] if line.sizes and actual.shape[1] > 1 else actual
-        if not largest(there - expected.detach().to(actual.dtype)) <= bound:
+        if not largest(there - expected.to(actual.dtype)) <= bound:
             return False
     return True
 

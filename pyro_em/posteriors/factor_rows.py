@@ -348,7 +348,7 @@ def factor_rows(
     if any(n not in used and not isinstance(u.update, Fixed) for n, u in updates.items()):
         return None
     data = rows_of(x, x.value)[0].to(torch.float64)
-    if not bool(torch.isfinite(data).all()) or len(data) <= 1:
+    if len(data) <= 1:
         return None
     if is_matrix(u):
         low = tril_rows(u, u.arguments)[0, 0]
@@ -358,12 +358,15 @@ def factor_rows(
         return None
     centre = data.mean(0)
     centred = data - centre
+    scatter = _numbers(centred.mT @ centred)
+    if not np.isfinite(scatter).all():  # as the data are not
+        return None
     theta = FactorTheta(
         loadings,
         mean,
         noise,
         {n: v.clone() for n, v in values.items()},
-        _numbers(centred.mT @ centred),
+        scatter,
         _numbers(centre),
         len(data),
         _numbers(low),

@@ -178,6 +178,24 @@ def test_covariates_of_any_origin_that_change_are_seen(size: float, tmp_path: Pa
         assert em.posterior(*args).log_evidence == pytest.approx(now, rel=1e-12)
 
 
+def test_a_mean_without_an_offset_is_the_same_on_the_same_data(count: dict[str, int]) -> None:
+    """Held once for all rows, it is compared with a zero in each."""
+
+    def model(y: Tensor, z: Tensor) -> None:
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(z @ b, 0.5), obs=y)
+
+    em = ExactPosteriorEM(model)
+    y, z = X[:, 0].clone(), OTHER[:, :2].clone()
+    for _ in range(3):
+        cov = z @ z.T + 0.25 * torch.eye(N)
+        expected = dist.MultivariateNormal(torch.zeros(N), cov).log_prob(y)
+        assert em.score(y, z) == pytest.approx(float(expected), rel=1e-11)
+    em.plan(y, z), em.elbo(y, z), em.plan(y, z)
+    assert count["anew"] == 1
+
+
 CHANGED = {
     "a factor of the loadings": (2.0, 0.0, 0.0),
     "other loadings, at zero now": (1.0, 1.0, 0.0),
