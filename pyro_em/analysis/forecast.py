@@ -9,7 +9,7 @@ latents; draws are joint over all steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.predicted_sites import Draws, OtherSite, PredictedSite, predicted_site
-from pyro_em.posteriors.sampling import codes_of
+from pyro_em.posteriors.sampling import AT_ONCE, codes_of
 from pyro_em.posteriors.series_faces import batch_of
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import missing_in
@@ -127,12 +127,16 @@ def forecast(
                 block = posterior.graph.groups[site.group].nested
                 assert isinstance(block, GaussianBlock)
                 arguments = block.of_site(site.number, arguments)
-            own = predicted_site(faces, site, arguments)
-            if own is not None:
-                known[site.name], sites[site.name] = own, site
+            found_site = predicted_site(faces, site, arguments)
+            if found_site is not None:
+                known[site.name], sites[site.name] = found_site, site
     with seeded(seed):
-        draws, latents = _latent_draws(posterior, num_samples)
-        drawn = {n: _laid_out(posterior.graph, sites[n], p.draw(draws)) for n, p in known.items()}
+        codes, latents = _discrete_draws(posterior, num_samples)
+        parts: dict[str, list[Tensor]] = {n: [] for n in known}
+        for draws in _portions(posterior, num_samples, codes):
+            for n, own in known.items():
+                parts[n].append(_laid_out(posterior.graph, sites[n], own.draw(draws)))
+        drawn = {n: torch.cat(own) for n, own in parts.items()}
         drawn |= {n: latents[n] for n in names if n in enumerated}
     if any(n not in drawn for n in names):
         every = predictive_draws(model, posterior, args, kwargs, num_samples, seed, True)
@@ -172,16 +176,24 @@ def _enumerated(q: Posterior) -> tuple[str, ...]:
     return tuple(n for n in pairs if f"{n}_unobserved" in q.graph.latents)
 
 
-def _latent_draws(q: Posterior, n: int) -> tuple[Draws, dict[str, Tensor]]:
-    """Draws of all latents, and those of discrete ones by the names of users."""
-    codes: dict[str, Tensor] = {}
-    values: dict[str, Tensor] = {}
-    if q.graph.latents:
-        values = dict(replace(q, solved={}).sample(n))
-        pairs = q.graph.structure.masked_pairs
-        own = {f"{k}_unobserved": v for k, v in values.items() if k in pairs}
-        codes = codes_of(q.graph, {**values, **own})
-    return Draws(n, codes, {g: s.sample(n) for g, s in q.solved.items()}), values
+def _discrete_draws(q: Posterior, n: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws of discrete latents: their places in the supports, and values by the names of users."""
+    if not q.graph.latents:
+        return {}, {}
+    values = dict(replace(q, solved={}).sample(n))
+    pairs = q.graph.structure.masked_pairs
+    own = {f"{k}_unobserved": v for k, v in values.items() if k in pairs}
+    return codes_of(q.graph, {**values, **own}), values
+
+
+def _portions(q: Posterior, n: int, codes: Mapping[str, Tensor]) -> Iterator[Draws]:
+    """Draws of all latents, as many at once as memory should hold."""
+    size = max((s.cells * s.layout.vector_size for s in q.solved.values()), default=1)
+    portion = max(1, AT_ONCE // max(size, 1))
+    for begin in range(0, n, portion):
+        end = min(begin + portion, n)
+        own = {z: c[begin:end] for z, c in codes.items()}
+        yield Draws(end - begin, own, {g: s.sample(end - begin) for g, s in q.solved.items()})
 
 
 def _laid_out(graph: FactorGraph, site: ObservedSite, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Seen entries are themselves then. What is not normal is predicted by its distrib
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pyro.distributions as dist
@@ -36,11 +36,26 @@ class Draws:
         n: How many.
         codes: The places of discrete latents' values in their supports. # (n, *plates)
         solved: By group, those of its Gaussian latents. # (n, cells, elements, q) each
+        reads: What rows read of these, for the next who asks; by group and number there.
     """
 
     n: int
     codes: Mapping[str, Tensor]
     solved: Mapping[int, Sequence[Tensor]]
+    reads: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def read(self, faces: GaussianFaces, g: int, i: int) -> Tensor:
+        """What the rows of the sites of one group read. # (n, cells, rows, Q)
+
+        Args:
+            faces: The latents.
+            g: The number of the graph's group.
+            i: The number of the sites' group in its block.
+        """
+        if (g, i) not in self.reads:
+            solution = known_data(faces.solved[g])
+            self.reads[g, i] = solution.read_of_draws(i, self.solved[g])
+        return self.reads[g, i]
 
 
 class PredictedSite(Protocol):
@@ -113,8 +128,7 @@ class NormalSite:
         each = self.offset.unsqueeze(0)
         site = self.site
         if site.number is not None:
-            solution = known_data(self.faces.solved[site.group])
-            read = solution.read_of_draws(site.number, draws.solved[site.group])[:, :, site.rows]
+            read = draws.read(self.faces, site.group, site.number)[:, :, site.rows]
             each = each + (self.coefficients @ read.unsqueeze(-1)).squeeze(-1)
         root = factors_of(self.noise)
         normal = torch.randn(draws.n, *self.offset.shape, dtype=root.dtype, device=root.device)
