@@ -64,6 +64,7 @@ class Leaving(StaysHere):
         limit: The budget in cells.
         chosen: Latents for which the user asked for the exact route by name.
         kept: Latents that a strategy leaves to the guide, and which.
+        known: Latents that earlier runs of a model of these sites kept, each with the reason.
     """
 
     model: Model
@@ -76,6 +77,7 @@ class Leaving(StaysHere):
     limit: int
     chosen: frozenset[str] = frozenset()
     kept: Mapping[str, str] = field(default_factory=dict)
+    known: Mapping[str, Finding] = field(default_factory=dict)
 
     def routed(self, decide: Decide) -> tuple[Routing, list[Finding]]:
         """All routes, with as many Gaussian latents integrated as the rules allow.
@@ -87,7 +89,7 @@ class Leaving(StaysHere):
             UsageError: If strategies ask for two factors of a product.
         """
         wanted, kept = self._candidates()
-        not_linear: frozenset[str] = frozenset()
+        not_linear = frozenset(n for n in self.known if n in kept)
         while True:
             routing, problems = decide(frozenset(wanted), kept)
             routing = replace(routing, not_linear=not_linear)
@@ -126,6 +128,8 @@ class Leaving(StaysHere):
                 kept[name] = _finding(f"plate '{shown}'", "it holds a part of its rows", (name,))
             elif problem:
                 kept[name] = _finding("", problem, (name,))
+            elif name in self.known:
+                kept[name] = self.known[name]
             else:
                 wanted.add(name)
         return wanted, kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -57,6 +57,8 @@ class Known(StaysHere):
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
         leaving: What there is to say of Gaussian latents that left the guide.
+        kept: Per skeleton, by the names of its sites, Gaussian latents that runs have shown to have
+            no exact posterior, each with the reason.
     """
 
     has_run: bool = False
@@ -64,6 +66,7 @@ class Known(StaysHere):
     guide_parameters: tuple[str, ...] = ()
     name: tuple[str, str] = ("", "")
     leaving: tuple[str, ...] = ()
+    kept: Mapping[tuple[str, ...], Mapping[str, Finding]] = field(default_factory=dict)
 
 
 class Planner(StaysHere):
@@ -303,6 +306,7 @@ class Planner(StaysHere):
             self.request.max_enumeration,
             frozenset(n for n in bare.latents if look_for_exact(wish, n)),
             kept,
+            self.known.kept.get(tuple(bare.sites), {}),
         )
 
     def _route(
@@ -334,11 +338,18 @@ class Planner(StaysHere):
                 kept=kept,
             )
 
-        if everything:
+        of_parameters = parameter_problems(look.run)
+        if of_parameters:  # Gaussian latents may well be integrated once these are mended
+            may = (n for n in bare.latents if self._may_be_integrated(n, bare))
+            routing, problems = decide(frozenset(may), {})
+        elif everything:
             routing, problems = decide(frozenset(), {})
         else:
             routing, problems = self._leaving(bare, look, args, kwargs).routed(decide)
-        problems = [*parameter_problems(look.run), *problems]
+            found = {n: f for n, f in routing.kept.items() if n in routing.not_linear}
+            kept_now = {**self.known.kept, tuple(bare.sites): found}
+            self.known = replace(self.known, kept=kept_now)
+        problems = [*of_parameters, *problems]
         if are_of_routes(problems):
             return without_route(bare, as_error(problems), guide=look)
         if problems:
