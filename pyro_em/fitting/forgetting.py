@@ -8,6 +8,7 @@ from pyro_em.errors import message, warn
 from pyro_em.plan.program import Program
 from pyro_em.tracing.dependences import contents_of
 from pyro_em.updates.decision import forgets
+from pyro_em.variational.bound import Variational
 
 
 class LastData:
@@ -40,5 +41,32 @@ class LastData:
                 "every M-step of an exact model is the maximum for the data of its own step: going "
                 "through batches fits the last one",
                 ["em.fit(all data): it finds the best parameters for all of them by itself"],
+            )
+        )
+
+    def warn_of_batches(
+        self, variational: Variational, args: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        """Record the data, and warn where integrated latents would connect these with those before."""
+        bare, routing = variational.bare, variational.routing
+        shared = [n for n in routing.gaussian if not bare.are_local((n,))]
+        if self._has_told or not shared:
+            return
+        before = self._contents
+        self.note(args, kwargs)
+        if before in (None, self._contents):
+            return
+        self._has_told = True
+        names = ", ".join(f"'{n}': 'guide'" for n in shared)
+        warn(
+            message(
+                "step",
+                f"these data are others than before, and '{shared[0]}' is integrated over those of "
+                "this step alone.",
+                "it has an exact posterior given all data; the rows of one batch do not show it",
+                [
+                    f"let the guide learn it from all batches: strategy={{{names}}}",
+                    "em.fit(all data), or em.step(all data)",
+                ],
             )
         )

@@ -34,6 +34,7 @@ def step(session: Session, args: tuple, kwargs: dict[str, Any]) -> float:
         raise UsageError(_no_loader(session, args, kwargs))
     found = session.ready(args, kwargs)
     if isinstance(found, Trainer):
+        session.last_data.warn_of_batches(found.variational, args, kwargs)
         loss = found.step(args, kwargs)
     else:
         session.last_data.warn_of_others(found, args, kwargs)

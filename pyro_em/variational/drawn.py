@@ -306,7 +306,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             else:
                 mean = self.mean(name)
                 out[name] = mean.round() if is_discrete(fn) else mean
-        out |= self._means(routing.gaussian, 100) if routing.gaussian else {}
+        out |= self._means(routing.gaussian, 10) if routing.gaussian else {}
         return Values(out)
 
     @alone("entropy")
