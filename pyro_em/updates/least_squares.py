@@ -20,7 +20,9 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_lines import normal_equations
+from pyro_em.updates.pseudo_inverse import pseudo_solve
 from pyro_em.updates.scatter import sum_to
+from pyro_em.updates.separate_lines import separate_step
 from pyro_em.updates.update import ParameterUpdate
 
 _MANY_CELLS = 256
@@ -50,11 +52,18 @@ def least_squares(
     total = sum(sizes) + sum(e.size for e in expansions)
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for g, group in enumerate(graph.groups):
-        if not set(block).intersection(group.mean_params) and not any(
-            e.is_read_by((g,)) for e in expansions
-        ):
-            continue
+    groups = [
+        (g, group)
+        for g, group in enumerate(graph.groups)
+        if set(block).intersection(group.mean_params) or any(e.is_read_by((g,)) for e in expansions)
+    ]
+    if len(groups) == 1 and not expansions and not any(updates[p].priors for p in block):
+        ((g, group),) = groups
+        separate = separate_step(group, block, arguments[g], values)
+        if separate is not None:
+            steps = zip(block, separate.split(sizes), strict=True)
+            return {p: values[p] + own.reshape(values[p].shape) for p, own in steps}
+    for g, group in groups:
         if group.belief is not None:
             own_gram, own_moment = normal_equations(
                 g, group, block, arguments[g], values, expansions
@@ -197,48 +206,3 @@ def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
             rows = eye[torch.where(part.index >= 0, part.index, value.numel())]
             return rows if part.factor is None else rows * part.factor.unsqueeze(-1)
     return value.new_zeros(*binding.constant.shape, value.numel())
-
-
-def pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
-    """Pseudo-inverse solution with columns scaled to unit length.
-
-    Columns that share no equation with others are solved apart: those of each row of loadings.
-    """
-    out = torch.zeros_like(moment)
-    for columns in _apart(gram):
-        blocks = gram[columns.unsqueeze(-1), columns.unsqueeze(-2)]
-        out[columns.reshape(-1)] = _pseudo_solve(blocks, moment[columns]).reshape(-1)
-    return out
-
-
-def _apart(gram: Tensor) -> list[Tensor]:
-    """The columns of a Gram matrix that share equations, those of equal number together.
-
-    Returns:
-        # (blocks, columns) each
-    """
-    n = len(gram)
-    place = torch.arange(n, device=gram.device)
-    coupled = gram != 0
-    label, before = place, place - 1
-    while not torch.equal(label, before):
-        before = label
-        label = torch.minimum(label, torch.where(coupled, label, n).amin(-1))
-    order = torch.argsort(label, stable=True)
-    sizes = torch.unique_consecutive(label[order], return_counts=True)[1].tolist()
-    by_size: dict[int, list[Tensor]] = {}
-    for columns in order.split(sizes):
-        by_size.setdefault(len(columns), []).append(columns)
-    return [torch.stack(columns) for columns in by_size.values()]
-
-
-def _pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
-    """For each of some blocks. # (blocks, columns)"""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal.clamp(min=torch.finfo(gram.dtype).tiny), 1.0).rsqrt()
-    scaled = gram * scale.unsqueeze(-2) * scale.unsqueeze(-1)
-    eigenvalues, vectors = torch.linalg.eigh(scaled)
-    limit = eigenvalues[..., -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps
-    inverse = torch.where(eigenvalues > limit, 1 / eigenvalues.clamp(min=limit), 0.0)
-    inner = vectors.mT @ (scale * moment).unsqueeze(-1)
-    return scale * (vectors @ (inverse.unsqueeze(-1) * inner)).squeeze(-1)
