@@ -1,4 +1,4 @@
-"""Loadings with an equation of their own are moved as the normal equations of all together move them."""
+"""Loadings with an equation of their own move as the normal equations of all together move them."""
 
 from __future__ import annotations
 
