@@ -93,7 +93,7 @@ def _numbers(group: Group, stack: Stack, arguments: Arguments) -> StackNumbers:
     C = torch.cat([C, *(p.expand(*shape, *p.shape[3:]) for p in parts)], -1)
     if stack.present is not None:
         C = C * stack.present.unsqueeze(-2).to(C)
-    spread = spread.to(double)
+    C, spread = _once_if_alike(C), _once_if_alike(spread.to(double))
     if group.role is Role.GAUSSIAN:
         return StackNumbers(C, offset, spread, matrix)
     value = apart_rows(group, group.value)[0].to(double)
@@ -102,6 +102,13 @@ def _numbers(group: Group, stack: Stack, arguments: Arguments) -> StackNumbers:
         value = torch.where(weight > 0, value, torch.zeros_like(value))
     full = (stack.members, stack.form.rows, width)
     return StackNumbers(C, offset, spread, matrix, value.expand(full), weight)
+
+
+def _once_if_alike(t: Tensor) -> Tensor:
+    """What holds the same numbers for all members, held once. # (cells|1, members|1, …)"""
+    if t.shape[1] == 1 or t.requires_grad or not bool((t == t[:, :1]).all()):
+        return t
+    return t[:, :1]
 
 
 def _weights(group: Group) -> Tensor:

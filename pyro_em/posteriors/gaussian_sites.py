@@ -132,7 +132,9 @@ def taken(group: Group, members: Sequence[int]) -> Group:
     at = list(members)
 
     def rows(t: Tensor) -> Tensor:
-        return t[at] if t.shape[0] > 1 or t.stride(0) else t[:1].expand(len(at), *t.shape[1:])
+        if t.shape[0] == 1 or t.stride(0) == 0:  # held once for all members
+            return t[:1].expand(len(at), *t.shape[1:])
+        return t[at]
 
     return replace(
         group,

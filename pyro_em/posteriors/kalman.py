@@ -25,7 +25,7 @@ _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 # Steps of all chains for which numba is not started. A rule by size alone, so that a fit repeated gives
 # the same digits.
-_FEW = 128
+_FEW = 256
 
 
 _T = TypeVar("_T", StateSpace, Filtered, Smoothed)

@@ -17,6 +17,7 @@ from pyro_em import EMResult, ExactPosteriorEM, Posterior
 from pyro_em.posteriors import chain_form
 from tests.posteriors.chain_models import CASES, noise, positive
 from tests.posteriors.gaussian_models import DenseJoint, Values, dense_joint
+from tests.posteriors.random_chains import random_chain
 
 JOINTS = [n for n in CASES if n not in ("classes", "vectors")]  # discrete, and a noise next to zero
 
@@ -50,13 +51,16 @@ def fitted(model: Callable[..., None], args: tuple[Any, ...], steps: int) -> EMR
         return ExactPosteriorEM(model).fit(*args, max_steps=steps, tol=0)
 
 
-def require_joint(q: Posterior, model: Callable[..., None], args: tuple[Any, ...]) -> None:
-    """Evidence, means and covariances must be those of Pyro's own log density."""
-    joint = joint_of(model, args)
+def require_joint(q: Posterior, joint: DenseJoint) -> None:
+    """Evidence and means must be those of Pyro's own log density."""
     assert q.log_evidence == pytest.approx(joint.log_evidence, abs=1e-9)
     for name, place in joint.places.items():
         mean = joint.mean[place].reshape(joint.shapes[name])
         torch.testing.assert_close(q.mean(name), mean, rtol=0.0, atol=1e-9)
+
+
+def require_covariances(q: Posterior, joint: DenseJoint) -> None:
+    """Covariances of some pairs of latents must be those of the joint."""
     names = list(joint.places)
     for a, b in [(names[i], names[j]) for i in (0, 3, -1) for j in (0, 4, -2)]:
         part = joint.covariance[joint.places[a], joint.places[b]]
@@ -76,7 +80,9 @@ def test_a_chain_is_what_its_joint_and_one_dense_block_are(
     assert "Iterations: Kalman filter and smoother" in str(ours.plan)
     q = ours.posterior
     if case in JOINTS:
-        require_joint(q, model, args)
+        joint = joint_of(model, args)
+        require_joint(q, joint)
+        require_covariances(q, joint)
     as_one_block(monkeypatch)
     theirs = fitted(model, args, 2)
     assert not any("Kalman" in r.reason for r in theirs.plan.routes)
@@ -181,3 +187,11 @@ def test_latents_that_all_steps_read_make_one_block() -> None:
     q = ExactPosteriorEM(model).posterior(*args)
     assert q.log_evidence == pytest.approx(joint.log_evidence, abs=1e-9)
     torch.testing.assert_close(q.mean("drift"), joint.mean[0], rtol=0.0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", [4, 16])
+def test_random_chains_are_their_joints(seed: int) -> None:
+    model = random_chain(seed)
+    result = fitted(model, (), 1)
+    assert result.history[0] <= result.log_evidence + 1e-9
+    require_joint(result.posterior, joint_of(model, ()))

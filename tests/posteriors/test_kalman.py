@@ -480,8 +480,8 @@ def same(found: Filtered | Smoothed, expected: Filtered | Smoothed, within: floa
 
 def test_few_steps_do_not_start_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kalman, "_HAS_NUMBA", True)
-    assert kalman._way(random(0, T=64, chains=2)) is kalman_steps
-    assert kalman._way(random(0, T=65, chains=2)) is not kalman_steps
+    assert kalman._way(random(0, T=128, chains=2)) is kalman_steps
+    assert kalman._way(random(0, T=129, chains=2)) is not kalman_steps
 
 
 def test_data_are_not_changed() -> None:
