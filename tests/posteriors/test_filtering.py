@@ -407,3 +407,53 @@ def test_latents_after_the_last_datum_are_predicted() -> None:
     last = found.mean[2].item()
     assert found.mean[3:].tolist() == pytest.approx([0.5 * last, 0.25 * last], abs=1e-12)
     assert found.variance[3].item() == pytest.approx(0.25 * found.variance[2].item() + 1, abs=1e-12)
+
+
+def coupled(y: Tensor) -> None:
+    """Data that read two states, and the datum before."""
+    z = torch.tensor(0)
+    for t in pyro.markov(range(len(y))):
+        before, z = (
+            z,
+            pyro.sample(f"z_{t}", dist.Categorical(torch.tensor([[0.9, 0.1], [0.2, 0.8]])[z])),
+        )
+        last = y[t - 1] if t else 0.0
+        mean = torch.tensor([0.0, 2.0])[z] + torch.tensor([0.5, -0.5])[before] * last
+        pyro.sample(f"y_{t}", dist.Normal(mean, 1.0), obs=y[t])
+
+
+def factorial(y: Tensor) -> None:
+    """Two chains of states below one series."""
+    A, z, w = torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor(0), torch.tensor(0)
+    for t in pyro.markov(range(len(y))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        w = pyro.sample(f"w_{t}", dist.Categorical(A[w]))
+        pyro.sample(f"y_{t}", dist.Normal(2.0 * z - w, 1.0), obs=y[t])
+
+
+def autoregression(y: Tensor) -> None:
+    """A latent that reads two steps back, and a constant that all data read."""
+    past = [torch.tensor(0.0), torch.tensor(0.0)]
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    for t in pyro.markov(range(len(y)), history=2):
+        past.append(pyro.sample(f"h_{t}", dist.Normal(0.5 * past[-1] - 0.3 * past[-2], 1.0)))
+        pyro.sample(f"y_{t}", dist.Normal(past[-1] + b, 0.5), obs=y[t])
+
+
+@pytest.mark.parametrize(
+    ("model", "names"), [(coupled, "z"), (factorial, "zw"), (autoregression, "h")]
+)
+def test_what_is_filtered_is_the_posterior_of_a_shorter_series(model, names: str) -> None:
+    y = series(4)
+    em = ExactPosteriorEM(model)
+    q = em.posterior(y)
+    for name in names:
+        found = q.filtered(f"{name}_*")
+        for t in range(4):
+            right = em.posterior(y[: t + 1])
+            if isinstance(found, Tensor):
+                assert torch.allclose(found[t], right.probs(f"{name}_{t}"), atol=1e-12)
+            else:
+                assert torch.allclose(found.mean[t], right.mean(f"{name}_{t}"), atol=1e-12)
+                spread = right.covariance(f"{name}_{t}")
+                assert torch.allclose(found.variance[t], spread, atol=1e-12)
