@@ -16,7 +16,7 @@ import torch
 from pyro.infer.elbo import ELBO
 from torch import Tensor
 
-from pyro_em.errors import UsageError, message, warn
+from pyro_em.errors import UsageError, message, raise_findings, warn
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.structure import form_of
@@ -28,12 +28,14 @@ from pyro_em.plan.wishes import check_draws, check_limits
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
 from pyro_em.posteriors.gaussian_components import NotSeparate
-from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.given import GaussiansAtZero, GivenGaussians, without_values
 from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Run, is_stored
+from pyro_em.tracing.sites import Role
 from pyro_em.tracing.turns import alone
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here
+from pyro_em.variational.laying import look_at_given
 
 
 class TraceExact_ELBO(ELBO):
@@ -145,6 +147,8 @@ class TraceExact_ELBO(ELBO):
         model_read = planner.look(args, kwargs, look_only=True)
         for note in planner.known.leaving:
             warn(note)
+        if isinstance(model_read, Program) and model_read.lines:
+            model_read = _step_by_step(model_read, args, kwargs)
         self._last, self._baselines = (model, guide, form, model_read), {}
         return model_read
 
@@ -167,12 +171,24 @@ class TraceExact_ELBO(ELBO):
         return float(loss.detach())
 
 
+def _step_by_step(program: Program, args: tuple, kwargs: dict[str, Any]) -> Program:
+    """A program with Gaussian latents whose loops run over integers: each step has its gradients."""
+    if program.structure.series is None:
+        return program
+    sites = program.structure.sites.values()
+    names = frozenset(i.name for i in sites if i.role is Role.GAUSSIAN)
+    at_zero = GaussiansAtZero(without_values(program.model), names)
+    nesting = program.structure.max_plate_nesting
+    structure, problems = look_at_given(at_zero, args, kwargs, nesting)
+    if problems:
+        raise_findings(problems)
+    return replace(program, model=at_zero.given, structure=replace(structure, looked=None))
+
+
 def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> FactorGraph:
     """The factors of a model on some arguments, attached to its parameters."""
     runs: list[Run] = []
     state, structure = random_state(), program.structure
-    if program.lines:  # what a loop over indices shows is attached to no step of it
-        structure = replace(structure, series=None)
     graph = trace_graph(
         program.model,
         args,

@@ -25,6 +25,7 @@ from pyro_em import (
     PyroEMWarning,
     TraceExact_ELBO,
     UsageError,
+    vectorized_markov,
 )
 from pyro_em.variational.drawn import DrawnPosterior
 
@@ -372,6 +373,32 @@ LOADINGS = torch.tensor(
     [[[1.0, 0.2], [-0.4, 0.9], [0.3, 0.3]], [[0.1, -0.8], [1.2, 0.5], [-0.6, 0.7]]],
     dtype=torch.float64,
 )
+
+
+def test_the_loss_of_a_chain_in_a_loop_over_indices() -> None:
+    def model(y: Tensor) -> None:
+        a, h = pyro.param("a", torch.tensor(0.8)), torch.tensor(0.2)
+        for t in vectorized_markov("time", len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(a * h, positive("s", 0.7)))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 0.5)), obs=y[t])
+
+    def dense(y: Tensor) -> None:
+        a, n = pyro.param("a", torch.tensor(0.8)), len(y)
+        power = (torch.arange(n)[:, None] - torch.arange(n)).double()
+        response = torch.where(power >= 0, a ** power.clamp(min=0), 0.0)
+        covariance = positive("s", 0.7) ** 2 * response @ response.T
+        covariance = covariance + positive("r", 0.5) ** 2 * torch.eye(n)
+        loc = 0.2 * a ** (torch.arange(n) + 1)
+        pyro.sample("y", dist.MultivariateNormal(loc, covariance), obs=y)
+
+    def nothing(y: Tensor) -> None:
+        pass
+
+    value, gradient = loss_and_gradients(TraceExact_ELBO(), model, nothing, Y)
+    want, by_hand = loss_and_gradients(Trace_ELBO(), dense, nothing, Y)
+    assert value == pytest.approx(want, abs=1e-10)
+    for name, g in by_hand.items():
+        assert torch.allclose(gradient[name], g, rtol=0, atol=1e-10), name
 
 
 def analysers(x: Tensor) -> None:
