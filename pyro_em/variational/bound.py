@@ -347,8 +347,10 @@ def notes_on_leaving(routing: Routing) -> tuple[str, ...]:
             "the guide is not used (strategy='guide' keeps it): every latent has an exact posterior.",
         )
     unused = unused_parameters(routing)
+    more = f" and {len(unused) - 2} more" if len(unused) > 4 else ""
+    shown = listed(unused[:2] if more else unused) + more
     it = "it is" if len(left) == 1 else "they are"
-    rest = f", and {listed(unused)} of the guide get no gradient" if unused else ""
+    rest = f", and {shown} of the guide get no gradient" if unused else ""
     return (
         message(
             sites_in_words(left),

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, autoguide
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO, autoguide
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
@@ -341,6 +341,22 @@ def test_a_drawn_bound_and_its_gradient_are_those_of_the_integrated_model() -> N
     assert float(by_hand["b"].abs()) > 0.1
     for name, g in by_hand.items():
         assert torch.allclose(gradient[name], g, rtol=0, atol=1e-10), name
+
+
+def test_a_guide_that_is_kept_has_the_bound_that_it_always_had() -> None:
+    def guide(y: Tensor) -> None:
+        of_scale(y)
+        with pyro.plate("groups", 4):
+            pyro.sample("u", dist.Normal(pyro.param("a", torch.zeros(4)), positive("b", 0.6)))
+
+    for strategy in ("guide", {"u": "guide"}):
+        loss = TraceExact_ELBO(strategy=strategy)
+        loss.loss(intercepts, guide, Y)
+        value, gradient = loss_and_gradients(loss, intercepts, guide, Y)
+        want, pyros = loss_and_gradients(TraceMeanField_ELBO(), intercepts, guide, Y)
+        assert value == pytest.approx(want, abs=1e-10)
+        for name, g in pyros.items():
+            assert torch.allclose(gradient[name], g, rtol=0, atol=1e-10), name
 
 
 def test_the_loss_of_a_model_that_is_all_gaussian() -> None:
