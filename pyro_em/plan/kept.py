@@ -176,6 +176,8 @@ class Readings(StaysHere):
         kept = self._of(task.model).get(_form(task))
         if kept is None or kept.structure.by_numbers:
             return None
+        if kept.bare is not None and task.strategy is not None:  # which is refused by name
+            return None
         names = names_of(task.model, task.args, task.kwargs)
         if numbers_in(names) != kept.numbers:
             return None

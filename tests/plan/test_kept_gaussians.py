@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, ModelError, PyroEMError
+from pyro_em import ExactPosteriorEM, Fixed, Hard, ModelError, PyroEMError, UsageError
 from pyro_em.plan import kept
 
 N = 12
@@ -194,6 +194,23 @@ def test_a_mean_without_an_offset_is_the_same_on_the_same_data(count: dict[str, 
         assert em.score(y, z) == pytest.approx(float(expected), rel=1e-11)
     em.plan(y, z), em.elbo(y, z), em.plan(y, z)
     assert count["anew"] == 1
+
+
+def test_an_e_step_of_sums_is_refused_whatever_is_known() -> None:
+    model = unread(factors)
+    ExactPosteriorEM(model).fit(X, max_steps=1, tol=0)
+    for x in (X, OTHER):
+        with pytest.raises(UsageError, match="'h' is a Gaussian latent"):
+            ExactPosteriorEM(model, strategy=Hard()).score(x)
+
+
+def test_wishes_of_another_object_are_heard() -> None:
+    model = unread(factors)
+    ExactPosteriorEM(model).fit(X, max_steps=1, tol=0)
+    pyro.clear_param_store()
+    result = ExactPosteriorEM(model, updates={"w": Fixed()}).fit(OTHER, max_steps=3, tol=0)
+    torch.testing.assert_close(result.params["w"], torch.tensor([0.5, -1.0, 2.0]))
+    assert result.log_evidence == pytest.approx(dense(OTHER, result.params), rel=1e-11)
 
 
 CHANGED = {
