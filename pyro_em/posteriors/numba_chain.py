@@ -111,7 +111,9 @@ def smooth_rows(
     B, T, K = likelihood.shape
     P = -(-K // _WIDTH) * _WIDTH
     forward, backward, counts = np.zeros((K, P)), np.zeros((K, P)), np.zeros((K, P))
-    forward[:, :K], backward[:, :K] = A, A.T
+    for i in range(K):
+        for j in range(K):
+            forward[i, j], backward[j, i] = A[i, j], A[i, j]
     alpha, moved, beta, scale = np.zeros(P), np.zeros(P), np.zeros(P), np.empty(T)
     starts, ends, n = np.zeros((K, _STEPS)), np.zeros((_STEPS, P)), 0
     log_evidence = 0.0
@@ -140,7 +142,8 @@ def smooth_rows(
                 log_evidence += np.log(mass)
                 mass = 1.0
         log_evidence += np.log(mass)
-        beta[:K] = 1.0
+        for j in range(K):
+            beta[j] = 1.0
         for t in range(T - 1, 0, -1):
             s = scale[t]
             for j in range(K):
@@ -181,13 +184,17 @@ def smooth_lanes(
     """
     K, T, B = likelihood.shape
     P, Q = -(-B // _WIDTH) * _WIDTH, -(-K // 4) * 4
-    At = np.ascontiguousarray(A.T)
+    At = np.empty((K, K))
+    for i in range(K):
+        for j in range(K):
+            At[j, i] = A[i, j]
     alpha, moved, beta, to = np.zeros((K, P)), np.zeros((K, P)), np.ones((K, P)), np.zeros((Q, P))
     scale, mass, total, m = np.empty((T, B)), np.ones(B), np.empty(B), np.empty(B)
     counts = np.zeros((K, Q))
     low, high, log_evidence = 1.0, 1.0, 0.0
     for t in range(T):
-        total[:] = 0.0
+        for b in range(B):
+            total[b] = 0.0
         for j in range(K):
             row, l, g = moved[j], likelihood[j, t], gamma[j, t]
             if t > 0:
@@ -215,10 +222,12 @@ def smooth_lanes(
             return np.nan
         low, high = low * least, high * most
         if low < 1e-150 or high > 1e150:
-            log_evidence += np.log(mass).sum()
-            mass[:] = 1.0
+            for b in range(B):
+                log_evidence += np.log(mass[b])
+                mass[b] = 1.0
             low, high = 1.0, 1.0
-    log_evidence += np.log(mass).sum()
+    for b in range(B):
+        log_evidence += np.log(mass[b])
     for t in range(T - 1, 0, -1):
         s = scale[t]
         for j in range(K):
