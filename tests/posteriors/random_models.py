@@ -573,11 +573,14 @@ def m_step_maximises(model: RandomModel, long: RandomModel, assignments: Values,
         gain, best = now - best, now
         return gain
 
-    short = short_gradients(em.plan().updates)
+    updates = em._session.program.updates
+    short = short_gradients(updates)
     if short:
         em = ExactPosteriorEM(model, guide=em.guide, updates=short)
         for step in range(2):
             m_step(first=not step)
+        if not any(isinstance(u.update, (ClosedForm, LeastSquares)) for u in updates.values()):
+            return
         # The maximum is promised of exact updates: of all where the others stand still.
         held = {name: Fixed() for name in short}
         em = ExactPosteriorEM(model, guide=em.guide, updates=held)

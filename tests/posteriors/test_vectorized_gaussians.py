@@ -33,7 +33,7 @@ def local_level() -> Case:
             h = pyro.sample(f"h_{t}", dist.Normal(mean, spread))
             pyro.sample(f"y_{t}", dist.Normal(h + number("m", 0.1), positive("r", 0.9)), obs=y[t])
 
-    return model, (noise(30),)
+    return model, (noise(12),)
 
 
 def second_order() -> Case:
@@ -51,9 +51,9 @@ def second_order() -> Case:
             seen = dist.Normal(h, positive("r", 0.6)).mask(ok[t])
             pyro.sample(f"y_{t}", seen, obs=y[t])
 
-    ok = torch.ones(20, dtype=torch.bool)
+    ok = torch.ones(12, dtype=torch.bool)
     ok[5:8] = False
-    return model, (noise(20, seed=2), noise(20, seed=3), ok)
+    return model, (noise(12, seed=2), noise(12, seed=3), ok)
 
 
 def factors() -> Case:
@@ -92,7 +92,7 @@ def panel() -> Case:
                 with pyro.poutine.mask(mask=t < lengths):
                     pyro.sample(f"y_{t}", dist.Normal(level, positive("r", 0.6)), obs=y[t])
 
-    return model, (noise(14, 4, seed=6), torch.tensor([14, 4, 7, 14]))
+    return model, (noise(9, 4, seed=6), torch.tensor([9, 4, 7, 9]))
 
 
 def classes() -> Case:
