@@ -261,9 +261,9 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
         f"lines, {how}": (Mixture, lines, (points(90, 2, 3), points(90, 1, 4)[:, 0], 3, how))
         for how in ("own slopes", "shared slope", "shared noise", "known noise", "offsets")
     },
-    "switching autoregression": (Chain, switching, (points(40, 1)[:, 0], 2)),
+    "switching autoregression": (Chain, switching, (points(16, 1)[:, 0], 2)),
     "mixed": (Mixture, mixed, (points(), symbols(200), 3)),
-    "chain, one": (Chain, chain, (symbols(40), 3, "Categorical")),
+    "chain, one": (Chain, chain, (symbols(20), 3, "Categorical")),
     "chain, short": (Chain, chain, (symbols(3), 2, "Categorical")),
     "chains": (Chain, chain, (symbols(4, 12), 3, "Categorical")),
     "chains, padded": (
@@ -309,7 +309,7 @@ WEIGHTED: dict[str, tuple[Model, tuple[Any, ...], Any]] = {
 def test_weights_count_like_repeated_rows(case: str) -> None:
     model, args, weight = WEIGHTED[case]
     given = some_weights(len(args[0])) if weight is None else weight
-    steps_of(weighted, (given, model, *args), Mixture, steps=4)
+    steps_of(weighted, (given, model, *args), Mixture, steps=3)
 
 
 @pytest.mark.parametrize("rows", [40, 3])
@@ -346,7 +346,7 @@ def test_weights_are_repeated_rows_in_a_compiled_fit() -> None:
 
 
 def steps_of(
-    model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 8, guide: Any = None
+    model: Model, args: tuple[Any, ...], kernel: type | None, steps: int = 4, guide: Any = None
 ) -> Any:
     """Both ways side by side from one start."""
     program = ExactPosteriorEM(model, guide)._ready(args, {})
@@ -391,8 +391,8 @@ def test_random_mixtures(
         steps_of(gaussian, (x, K, spread), Mixture, steps=2)
 
 
-@settings(max_examples=25)
-@given(seed=st.integers(0, 10**6), B=st.integers(1, 4), T=st.integers(3, 30), K=st.integers(2, 4))
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 4), T=st.integers(3, 12), K=st.integers(2, 4))
 def test_random_chains(seed: int, B: int, T: int, K: int) -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -406,7 +406,7 @@ def test_random_chains(seed: int, B: int, T: int, K: int) -> None:
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forward_backward, "_HAS_NUMBA", False)
-    for x in (symbols(60), symbols(30, 40)):
+    for x in (symbols(20), symbols(30, 12)):
         pyro.clear_param_store()
         steps_of(chain, (x, 3, "Categorical"), Chain, steps=2)
 
@@ -824,10 +824,10 @@ def test_the_first_step_is_verified_at_once(how: str) -> None:
     em = ExactPosteriorEM(model)
     with pytest.warns(Warning, match=r"argument 'loc': it is not what the mixture kernel computed"):
         if how == "steps":
-            found = list(itertools.islice(em.steps(x), 9))[-1].log_evidence
+            found = list(itertools.islice(em.steps(x), 5))[-1].log_evidence
         else:
             callbacks = [lambda step: None] if how == "callbacks" else []
-            result = em.fit(x, max_steps=8, progress=False, callbacks=callbacks)
+            result = em.fit(x, max_steps=4, progress=False, callbacks=callbacks)
             found = result.log_evidence
     again = ExactPosteriorEM(model).elbo(x).log_evidence
     assert found == pytest.approx(again, rel=1e-10)

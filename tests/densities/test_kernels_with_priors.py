@@ -119,8 +119,8 @@ CASES: dict[str, tuple[type, Model, tuple[Any, ...]]] = {
     "rates, Exponential": (Mixture, rates, (symbols(90).double(), "Exponential")),
     "classes": (Mixture, classes, (BITS,)),
     "classes, missing": (Mixture, classes, (BITS, points(300, 4, 5) > 0.5)),
-    "chains": (Chain, chain, (symbols(4, 12), "symbols")),
-    "chains, Normal": (Chain, chain, (points(5, 14), "numbers")),
+    "chains": (Chain, chain, (symbols(4, 8), "symbols")),
+    "chains, Normal": (Chain, chain, (points(5, 8), "numbers")),
 }
 
 
@@ -134,7 +134,7 @@ def test_every_step_is_the_full_step(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_fits_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, args = CASES[case]
-    quick, full = both_fits(monkeypatch, model, *args, guide="map", max_steps=40)
+    quick, full = both_fits(monkeypatch, model, *args, guide="map", max_steps=15)
     assert quick.num_steps == full.num_steps and quick.status is full.status
     np.testing.assert_allclose(quick.history, full.history, rtol=1e-10)
     np.testing.assert_allclose(quick.history.after_m_step, full.history.after_m_step, rtol=1e-10)
@@ -181,7 +181,7 @@ def test_the_mode_of_a_mixture_by_hand() -> None:
     assert result.elbo == pytest.approx(evidence + float(prior), rel=1e-12)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 10**6),
     concentration=st.floats(1.0, 20.0),
