@@ -98,13 +98,17 @@ class Leaving(StaysHere):
             if problems:  # what it is exact with has no route
                 return decide(frozenset(), kept)
             if not wanted:
-                return routing, problems
+                return self._with_wishes(routing), problems
             against = self._against(routing)
             if not against:
-                return routing, problems
+                return self._with_wishes(routing), problems
             kept |= against
             not_linear |= against.keys()
             wanted -= against.keys()
+
+    def _with_wishes(self, routing: Routing) -> Routing:
+        """The routes, with the latents whose exact route was asked for in vain."""
+        return replace(routing, wished=tuple(n for n in routing.kept if n in self.chosen))
 
     # ------------------------------------------------------------------ before any run
 

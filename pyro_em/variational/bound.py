@@ -338,27 +338,38 @@ class Variational(StaysHere):
 
 
 def notes_on_leaving(routing: Routing) -> tuple[str, ...]:
-    """What users have to know of Gaussian latents that left the guide."""
+    """What users have to know of Gaussian latents that left the guide, or were asked to in vain."""
+    notes = [
+        message(
+            f"strategy={{'{name}': 'exact'}}",
+            f"'{name}' stays with the guide: {why.where + ': ' * bool(why.where)}"
+            f"{why.what.rstrip('.')}.",
+            why.why,
+            why.fixes,
+        )
+        for name, why in routing.kept.items()
+        if name in routing.wished
+    ]
     left = [n for n in routing.gaussian if n in routing.unused]
     if routing.guide is None or not left:
-        return ()
+        return tuple(notes)
     if not (routing.drawn or routing.points):
-        return (
-            "the guide is not used (strategy='guide' keeps it): every latent has an exact posterior.",
-        )
+        text = "the guide is not used (strategy='guide' keeps it): every latent has an exact posterior."
+        return (text,)
     unused = unused_parameters(routing)
     more = f" and {len(unused) - 2} more" if len(unused) > 4 else ""
     shown = listed(unused[:2] if more else unused) + more
     it = "it is" if len(left) == 1 else "they are"
     rest = f", and {shown} of the guide get no gradient" if unused else ""
-    return (
+    notes.append(
         message(
             sites_in_words(left),
             f"{it} integrated exactly, and no longer drawn by the guide{rest}.",
             "Gaussian, and linear given what the guide draws: the bound is tighter so",
             ["strategy='guide' keeps the guide for all that it covers"],
-        ),
+        )
     )
+    return tuple(notes)
 
 
 def unused_parameters(routing: Routing) -> list[str]:

@@ -105,6 +105,7 @@ class Routing:
         gaussian: Gaussian latents that are integrated.
         kept: Per Gaussian latent that stays with the guide, why it is not integrated.
         not_linear: Those of them that runs of the model show not to have an exact posterior.
+        wished: Those of them whose exact route a strategy asked for.
     """
 
     exact: tuple[str, ...]
@@ -117,6 +118,7 @@ class Routing:
     gaussian: tuple[str, ...] = ()
     kept: Mapping[str, Finding] = field(default_factory=dict)
     not_linear: frozenset[str] = frozenset()
+    wished: tuple[str, ...] = ()
 
     @property
     def solved(self) -> tuple[str, ...]:

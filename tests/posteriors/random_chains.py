@@ -95,9 +95,7 @@ class RandomChain:
         out: Tensor = pyro.sample(f"h{k}_{t}", noise.to_event(1) if width else noise)
         return out
 
-    def _observed(
-        self, t: int, now: list[Tensor], before: list[list[Tensor]], plate: Any
-    ) -> None:
+    def _observed(self, t: int, now: list[Tensor], before: list[list[Tensor]], plate: Any) -> None:
         if t % self.every:
             return
         mean = torch.zeros(self.people, dtype=torch.float64)

@@ -238,6 +238,8 @@ def test_a_latent_without_an_exact_posterior_stays(name: str) -> None:
     em = ExactPosteriorEM(model, AutoNormal)
     assert routes(em, Y) == {"u": "guide"}
     assert words in reason(em, "u", Y)
+    notes = ExactPosteriorEM(model, AutoNormal, strategy={"u": "exact"}).plan(Y).notes
+    assert [words in n for n in notes if n.startswith("strategy={'u': 'exact'}")] == [True]
 
 
 def test_masks_and_weights_of_a_latent_keep_it() -> None:
