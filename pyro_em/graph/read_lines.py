@@ -33,10 +33,9 @@ from pyro_em.graph.sparse_lines import (
     bind_line,
     forward_of,
     is_close,
-    largest,
+    is_rounding,
     numbers_read,
     random_like,
-    rounding_of,
 )
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.given import GivenGaussians
@@ -282,10 +281,9 @@ def _is_as_predicted(
     actual = place.compact(place.loc(layout.sites[line.site])).detach().unsqueeze(0)
     if not actual.numel():
         return True
-    bound = rounding_of(actual)
     for part, expected in means_at(line, parameters, values, _CELLS):
         there = actual[:, part] if line.sizes and actual.shape[1] > 1 else actual
-        if not largest(there - expected.to(actual.dtype)) <= bound:
+        if not is_rounding(there - expected.to(actual.dtype), actual):
             return False
     return True
 
