@@ -207,7 +207,8 @@ def gaussian_terms(evaluation: Evaluation, q: Posterior) -> GaussianTerms:
         q: A posterior of the same model, at any parameters.
     """
     first = len(evaluation.graph.groups)
-    graph, counts, arguments = in_m_step(evaluation.graph, q.counts, evaluation.arguments, q.solved)
+    what = evaluation.graph, q.counts, evaluation.arguments, q.solved
+    graph, counts, arguments = in_m_step(*what, complete=False)
     sites = list(zip(graph.groups, counts, arguments, strict=True))[first:]
     terms = [(g, float(dot(w, g.log_density(a)))) for g, w, a in sites]
     same = all(s.is_of(evaluation.solved[g]) for g, s in q.solved.items())

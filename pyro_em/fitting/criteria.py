@@ -219,7 +219,8 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
         known: set[str] = set()
         for argument, binding in bindings:
             for name in binding.params:
-                at = alive if seen is None else _alive_at(argument, alive, seen)
+                by_row = argument in group.lines[1:]
+                at = alive if seen is None else _alive_at(argument, alive, seen, by_row)
                 elements = _elements_of(binding, name, at, read[name].numel())
                 if elements is None:
                     unknown.setdefault(g, set()).add(name)
@@ -286,15 +287,19 @@ def _alive(group: Group, possible: Tensor | None) -> Tensor | None:
     return out
 
 
-def _alive_at(argument: str, alive: Tensor | None, seen: Tensor) -> Tensor:
+def _alive_at(argument: str, alive: Tensor | None, seen: Tensor, by_row: bool = False) -> Tensor:
     """Elements of an argument of vectors that a row has seen: of a matrix, both coordinates.
 
     Args:
         argument: Its name.
         alive: Cells that count. # (members, *sizes or 1s), or None for all
         seen: Coordinates that are seen. # (members, *sizes or 1s, D)
+        by_row: Whether each coordinate reads a row of the matrix.
     """
-    out = seen if argument == "loc" else seen.unsqueeze(-1) & seen.unsqueeze(-2)
+    if by_row:
+        out = seen.unsqueeze(-1)
+    else:
+        out = seen if argument == "loc" else seen.unsqueeze(-1) & seen.unsqueeze(-2)
     if alive is None:
         return out
     return out & alive.reshape(alive.shape + (1,) * (out.dim() - alive.dim()))

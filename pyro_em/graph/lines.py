@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding
@@ -96,13 +97,13 @@ class NotLinear(Exception):
 def is_gaussian(fn: Any) -> bool:
     """Whether a distribution is a Normal or a MultivariateNormal, with any number of ``to_event``."""
     family = family_of(fn)
-    return family is not None and family.name in GAUSSIAN
+    return family is not None and family.name in (*GAUSSIAN, "IncompleteMultivariateNormal")
 
 
 def is_matrix_of_rows(fn: Any) -> bool:
     """Whether a distribution is a MultivariateNormal for each of several rows of one event."""
     base, reinterpreted, _ = unwrap(fn)
-    return type(base).__name__ == "MultivariateNormal" and bool(reinterpreted)
+    return isinstance(base, MultivariateNormal) and bool(reinterpreted)
 
 
 def mean_at(line: Line, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Tensor:

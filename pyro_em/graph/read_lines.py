@@ -363,8 +363,6 @@ def refusals(
     if not latents:
         return
     kind = type(unwrap(fn)[0]).__name__
-    if kind == "IncompleteMultivariateNormal":
-        kind = "MultivariateNormal with missing entries"
     if not is_gaussian(fn):
         what = f"{kind} of Gaussian '{latents[0]}' has no exact posterior."
         yield refusal(latents, where, what)

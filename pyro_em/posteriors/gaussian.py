@@ -18,11 +18,18 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import Group
 from pyro_em.graph.lines import Line
+from pyro_em.posteriors.coordinates import (
+    apart,
+    completed,
+    seen_coordinates,
+    with_seen_alone,
+)
 from pyro_em.posteriors.gaussian_layout import BlockLayout, SiteForm, Term
 from pyro_em.posteriors.linear_gaussian import Blocks, Integrated, SiteNumbers, Solution, solve
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import (
+    coefficient_rows,
     event_shape,
     is_matrix,
     rows_of,
@@ -192,7 +199,7 @@ class GaussianBlock:
         return self.table(self.solve(arguments))
 
     def believed(
-        self, solution: Integrated, arguments: Arguments, counts: Tensor
+        self, solution: Integrated, arguments: Arguments, counts: Tensor, complete: bool = True
     ) -> list[tuple[Group, Tensor]]:
         """The sites with the posterior moments of what they read, and how often each cell counts.
 
@@ -200,6 +207,8 @@ class GaussianBlock:
             solution: The posterior of the latents.
             arguments: At which it was computed.
             counts: The posterior of the scope. # (1, *sizes, *states)
+            complete: Whether vectors that were seen in part are completed, as an M-step wants them;
+                otherwise what was seen counts alone.
         """
         out = []
         for i, group in enumerate(self.groups):
@@ -208,7 +217,16 @@ class GaussianBlock:
             full = len(group.members), *group.sizes
             cells = of_rows.reshape(full).to(torch.float64)
             moments = solution.linear_moments(i, diagonal=not is_matrix(group))
-            belief = Moments(moments, solution.coefficients(i), weights_of(group, cells))
+            coefficients, constant = solution.coefficients(i), None
+            seen = seen_coordinates(group)
+            if seen is not None and complete:
+                moments = completed(moments, tril_rows(group, own), seen)
+                coefficients = coefficient_rows(group, own)
+            elif seen is not None:
+                own = with_seen_alone(group, own, seen)
+                coefficients = coefficient_rows(group, own)
+                constant = 0.5 * math.log(2 * math.pi) * (~seen).sum(-1)
+            belief = Moments(moments, coefficients, weights_of(group, cells), constant)
             weights = cells * replace(group, elements=None).weights().detach()
             out.append((replace(group, arguments=own, belief=belief), weights.expand(full)))
         return out
@@ -228,14 +246,13 @@ def _numbers(group: Group, arguments: Arguments) -> SiteNumbers:
     if not latent and not counts_once(group):
         own = weights_of(group)[0]
         weight = own.unsqueeze(-1) if own.dim() == 1 else own
-    return SiteNumbers(
-        None if latent else rows_of(group, group.value)[0],
-        rows_of(group, arguments["loc"]),
-        spread,
-        coefficients,
-        matrix,
-        weight,
-    )
+    value = None if latent else rows_of(group, group.value)[0]
+    seen = seen_coordinates(group)
+    if seen is not None:
+        spread = apart(spread, seen)
+        weight = seen.to(spread) if weight is None else weight * seen
+    offset = rows_of(group, arguments["loc"])
+    return SiteNumbers(value, offset, spread, coefficients, matrix, weight, seen is not None)
 
 
 def counts_once(group: Group) -> bool:

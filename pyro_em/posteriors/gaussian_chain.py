@@ -15,6 +15,7 @@ from pyro_em.graph.factors import Group
 from pyro_em.posteriors.chain_layout import ChainLayout, Stack
 from pyro_em.posteriors.chain_numbers import StackNumbers
 from pyro_em.posteriors.chain_solution import ChainSolution, solve
+from pyro_em.posteriors.coordinates import apart, seen_coordinates
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock, counts_once
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import (
@@ -98,6 +99,11 @@ def _numbers(group: Group, stack: Stack, arguments: Arguments) -> StackNumbers:
         return StackNumbers(C, offset, spread, matrix)
     value = apart_rows(group, group.value)[0].to(double)
     weight = None if counts_once(group) else _weights(group)
+    seen = seen_coordinates(group)
+    if seen is not None:
+        seen = seen.reshape(stack.members, stack.form.rows, width)
+        spread = apart(spread, seen)
+        weight = seen.to(spread) if weight is None else weight * seen
     if weight is not None:
         value = torch.where(weight > 0, value, torch.zeros_like(value))
     full = (stack.members, stack.form.rows, width)

@@ -44,6 +44,7 @@ def in_m_step(
     counts: Sequence[Tensor],
     arguments: Sequence[Mapping[str, Tensor]],
     solved: Solved,
+    complete: bool = True,
 ) -> tuple[FactorGraph, list[Tensor], list[dict[str, Tensor]]]:
     """Graph, counts and arguments as an M-step sees them, the sites of blocks with their moments.
 
@@ -52,13 +53,14 @@ def in_m_step(
         counts: Expected counts per group.
         arguments: Per group, at the E-step.
         solved: The posterior of the latents of each group that stands for a block.
+        complete: Whether vectors that were seen in part are completed; not for a bound.
     """
     groups = [_disarmed(g) for g in graph.groups]
     all_counts, all_arguments = list(counts), [dict(a) for a in arguments]
     for g, solution in solved.items():
         block = graph.groups[g].nested
         assert isinstance(block, GaussianBlock)
-        for site, weights in block.believed(solution, arguments[g], counts[g]):
+        for site, weights in block.believed(solution, arguments[g], counts[g], complete):
             groups.append(site)
             all_counts.append(weights)
             all_arguments.append(dict(site.arguments))

@@ -62,8 +62,9 @@ class SiteNumbers:
         coefficients: Of each term. # (cells|1, rows|1, D, q) each
         is_matrix: Whether the spread is a Cholesky factor.
         weight: How much each entry counts: its log density is multiplied by it. At 0 it is missing, and
-            the value may be NaN. Of observed sites only; with `is_matrix` of whole rows, D = 1.
-            # (rows|1, D|1)
+            the value may be NaN. Of observed sites only; with `is_matrix` of whole rows, D = 1, unless
+            `is_apart`. # (rows|1, D|1)
+        is_apart: Whether entries of weight zero are independent of the others given the mean.
     """
 
     value: Tensor | None
@@ -72,6 +73,7 @@ class SiteNumbers:
     coefficients: tuple[Tensor, ...] = ()
     is_matrix: bool = False
     weight: Tensor | None = None
+    is_apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -771,7 +773,7 @@ def _prepared(layout: BlockLayout, s: int, numbers: SiteNumbers) -> _Rows:
     value = value.double()
     if weight is not None:
         weight = weight.double()
-        if numbers.is_matrix and weight.shape[-1] != 1:
+        if numbers.is_matrix and weight.shape[-1] != 1 and not numbers.is_apart:
             raise ValueError(f"{form.name!r} has a full covariance: weights must be of whole rows.")
         missing = weight == 0
         value = torch.where(missing, torch.zeros_like(value), value)
@@ -779,7 +781,8 @@ def _prepared(layout: BlockLayout, s: int, numbers: SiteNumbers) -> _Rows:
             missing = missing.all(0, keepdim=True)
         if numbers.is_matrix:
             eye = torch.eye(form.width, dtype=spread.dtype, device=spread.device)
-            spread = torch.where(missing.unsqueeze(-1), eye, spread)
+            whole = missing.all(-1, keepdim=True) if numbers.is_apart else missing
+            spread = torch.where(whole.unsqueeze(-1), eye, spread)
         else:
             spread = torch.where(missing, torch.ones_like(spread), spread)
     diagonal = spread.diagonal(dim1=-2, dim2=-1) if numbers.is_matrix else spread

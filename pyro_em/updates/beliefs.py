@@ -35,11 +35,13 @@ class Moments:
         coefficients: (C, b) at the E-step. # (cells or 1, rows or 1, D, Q + 1)
         weights: How much each row, or each entry, counts: posterior probabilities of the states
             included. # (cells or 1, rows) or (cells or 1, rows, D)
+        constant: Nats that the log density of each row has besides. # (rows,)
     """
 
     moments: LinearMoments
     coefficients: Tensor
     weights: Tensor
+    constant: Tensor | None = None
 
     def change(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
         """Δ, the coefficients less those of the E-step. # (cells or 1, rows or 1, D, Q + 1)"""
@@ -65,6 +67,8 @@ class Moments:
             log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             constant = tril.shape[-1] * math.log(2 * math.pi)
             log_p = -0.5 * (distance + constant) - log_det
+            if self.constant is not None:
+                log_p = log_p + self.constant
             return log_p.transpose(0, 1).reshape(len(group.members), *group.sizes)
         scale = rows_of(group, arguments["scale"]).to(torch.float64)
         log_p = -0.5 * (second / scale.square() + math.log(2 * math.pi)) - scale.log()

@@ -148,7 +148,7 @@ def _tril(spreads: Mapping[str, Tensor]) -> Tensor:
 def is_matrix(group: Group) -> bool:
     """Whether the elements of an event are correlated given the mean."""
     assert group.family is not None
-    return group.family.name == "MultivariateNormal"
+    return group.family.name in ("MultivariateNormal", "IncompleteMultivariateNormal")
 
 
 def coefficient_rows(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:

@@ -102,7 +102,7 @@ def _expected_terms(particle: Particle) -> Iterator[tuple[Group, Tensor, Tensor]
     if not q.solved:
         return
     arguments = [detached(g.arguments) for g in groups]
-    graph, counts, arguments = in_m_step(q.graph, q.counts, arguments, q.solved)
+    graph, counts, arguments = in_m_step(q.graph, q.counts, arguments, q.solved, complete=False)
     sites = list(zip(graph.groups, counts, arguments, strict=True))[len(groups) :]
     yield from ((g, c, g.log_density(a)) for g, c, a in sites)
 
