@@ -78,7 +78,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             per M-step.
         strategy: ``"exact"``, ``"guide"`` (the guide for everything that it covers: SVI), `Hard`,
             `MonteCarlo`, `Annealed`, or a dict from latents or globs to these. Of a product u·v of
-            Gaussian latents ``{"u": "exact"}`` integrates u under draws of v.
+            Gaussian latents ``{"u": "exact"}`` integrates u under draws of v, and with ``guide="map"``
+            at the point estimates of all others.
         updates: What to do with parameters, by name or glob: `ClosedForm`, `LeastSquares`,
             `Gradient`, `Fixed`.
         num_particles: Draws from the guide per step and per bound.

@@ -118,7 +118,9 @@ def refuse_rows_of_a_guide(
     if amortised or not isinstance(guide, AutoGuide) or guide.create_plates is not None:
         return
     rows = rows_in_batches(batches)
-    for name in (*routing.drawn, *routing.points):
+    # Sites that are left unused are drawn as well, with all others of the guide.
+    unused = [n for n in routing.gaussian if n in routing.unused]
+    for name in (*routing.drawn, *routing.points, *unused):
         info = bare.sites.get(name)
         if info is None:
             continue
@@ -132,6 +134,12 @@ def refuse_rows_of_a_guide(
         else:
             continue
         kind = type(guide).__name__
+        aside = ""
+        if name in unused:
+            aside = (
+                f"leave '{name}' out of the guide, which is not asked for it: "
+                f"lambda model: {kind}(poutine.block(model, hide=['{name}']))"
+            )
         raise UsageError(
             message(
                 f"guide ({kind})",
@@ -139,6 +147,7 @@ def refuse_rows_of_a_guide(
                 f"{what} does not fit it.",
                 "its plates are those of the first call",
                 [
+                    *filter(None, [aside]),
                     "let a network serve all rows: AutoAmortizedNormal",
                     leave,
                     f"give it plates that draw batches: {kind}(model, create_plates=...)",

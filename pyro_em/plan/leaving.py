@@ -120,8 +120,10 @@ class Leaving(StaysHere):
         parts = [p.name for p in self.bare.plates.values() if p.size < p.full_size]
         for name in self.bare.latents:
             site = self.bare.unobserved[name]
-            if not is_gaussian(site["fn"]) or name in self.look.points:
+            if not is_gaussian(site["fn"]):
                 continue
+            if name in self.look.points and name not in self.chosen:
+                continue  # a point estimate is what the user asked for
             problem = why_not_integrable(site)
             if name in self.kept:
                 kept[name] = Finding("", self.kept[name], latents=(name,))
@@ -237,7 +239,7 @@ def _drawn_jointly(guide: Any, look: GuideLook) -> dict[str, str]:
         elif above - helpers:
             shown = min(above - helpers)
             out.setdefault(name, f"its guide density depends on the guide's '{shown}'")
-        elif is_delta and not above:
+        elif is_delta and not above and name not in look.points:
             out.setdefault(name, "the guide is a Delta")
     return out
 

@@ -360,12 +360,13 @@ def notes_on_leaving(routing: Routing) -> tuple[str, ...]:
     more = f" and {len(unused) - 2} more" if len(unused) > 4 else ""
     shown = listed(unused[:2] if more else unused) + more
     it = "it is" if len(left) == 1 else "they are"
-    rest = f", and {shown} of the guide get no gradient" if unused else ""
+    its = "its guide site is" if len(left) == 1 else "their guide sites are"
+    rest = f": no gradient reaches {shown}" if unused else ""
     notes.append(
         message(
             sites_in_words(left),
-            f"{it} integrated exactly, and no longer drawn by the guide{rest}.",
-            "Gaussian, and linear given what the guide draws: the bound is tighter so",
+            f"{it} integrated exactly, and {its} not used{rest}.",
+            "Gaussian, and linear given what the guide is used for: the bound is tighter so",
             ["strategy='guide' keeps the guide for all that it covers"],
         )
     )

@@ -279,6 +279,8 @@ def test_a_guide_that_lacks_a_latent_needs_no_more() -> None:
     assert routes(em, Y) == {"s": "guide", "u": "Gaussian"}
     hidden = ExactPosteriorEM(intercepts, lambda model: AutoDelta(poutine.block(model, hide=["u"])))
     assert routes(hidden, Y) == {"s": "point estimate", "u": "Gaussian"}
+    chosen = ExactPosteriorEM(intercepts, "map", strategy={"u": "exact"})
+    assert routes(chosen, Y) == {"s": "point estimate", "u": "Gaussian"}
     # The objective is the log evidence of the intercepts plus the log prior of the scale.
     result = hidden.fit(Y, max_steps=200, tol=1e-9, progress=False)
     s, m, noise = (result.params[n] for n in ("AutoDelta.s", "m", "noise"))
@@ -522,6 +524,14 @@ def test_a_latent_that_crosses_batches_is_refused_by_name() -> None:
         em.step(Y)
     with pytest.warns(PyroEMWarning, match=r"'u' is integrated(.|\n)*strategy=\{'u': 'guide'\}"):
         em.step(Y[:5])
+
+
+def test_an_autoguide_with_rows_of_its_own_takes_no_batches_though_they_are_unused() -> None:
+    x = X.double()
+    em = ExactPosteriorEM(analysers, AutoNormal)
+    assert routes(em, x) == {"s": "guide", "z": "enumerate", "h": "Gaussian"}
+    with pytest.raises(UsageError, match=r"each of the 5 rows of 'h'(.|\n)*hide=\['h'\]"):
+        em.fit(x, batch_size=2, num_epochs=1, progress=False)
 
 
 def test_a_fit_leaves_unused_parameters_alone_and_tells_once() -> None:
