@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, Fixed, Hard, ModelError, PyroEMError, UsageError
+from pyro_em import (
+    EMResult,
+    ExactPosteriorEM,
+    Fixed,
+    Hard,
+    ModelError,
+    PyroEMError,
+    UsageError,
+)
 from pyro_em.plan import kept
 
 N = 12
@@ -213,6 +221,13 @@ def test_wishes_of_another_object_are_heard() -> None:
     assert result.log_evidence == pytest.approx(dense(OTHER, result.params), rel=1e-11)
 
 
+def _from_the_start(model: Callable[..., None], *args: Tensor) -> EMResult:
+    pyro.clear_param_store()
+    result = ExactPosteriorEM(model).fit(*args, max_steps=3, tol=0)
+    assert isinstance(result, EMResult)
+    return result
+
+
 CHANGED = {
     "a factor of the loadings": (2.0, 0.0, 0.0),
     "other loadings, at zero now": (1.0, 1.0, 0.0),
@@ -242,18 +257,11 @@ def test_zeros_and_ones_of_the_data_may_be_other_numbers(how: str) -> None:
         return dense(OTHER, {"w": w, "mu": values["mu"] + k[2], "s": torch.tensor(0.7)})
 
     before, now = torch.tensor([1.0, 0.0, 0.0]), torch.tensor(CHANGED[how])
-    em = ExactPosteriorEM(model)
-    em.fit(X, before, max_steps=2, tol=0)
-    (kept_reading,) = kept._by_model[model].values()
-    assert kept_reading.lines
-    result = em.fit(OTHER, now, max_steps=3, tol=0)
-    assert result.log_evidence == pytest.approx(expected(result.params, now), rel=1e-11)
-    pyro.clear_param_store()
-    em.fit(X, before, max_steps=1, tol=0)
-    pyro.clear_param_store()
-    again = ExactPosteriorEM(model).fit(OTHER, now, max_steps=3, tol=0)
-    pyro.clear_param_store()
-    anew = ExactPosteriorEM(unread(model)).fit(OTHER, now, max_steps=3, tol=0)
+    ExactPosteriorEM(model).fit(X, before, max_steps=1, tol=0)
+    (known,) = kept._by_model[model].values()
+    assert known.lines
+    again, anew = (_from_the_start(m, OTHER, now) for m in (model, unread(model)))
+    assert again.log_evidence == pytest.approx(expected(again.params, now), rel=1e-11)
     assert list(again.history) == pytest.approx(list(anew.history), rel=1e-12)
     assert str(again.plan) == str(anew.plan)
     for name, value in anew.params.items():
