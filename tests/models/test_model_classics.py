@@ -220,7 +220,7 @@ def test_the_bound_of_the_guide_and_both_estimates_of_the_evidence() -> None:
 
 
 def test_bilinear_runs_and_ends_in_the_mode_of_its_start(monkeypatch, capsys, tmp_path) -> None:
-    out = run_main(bilinear, monkeypatch, capsys, tmp_path, "--steps", "300", "--draws", "512")
+    out = run_main(bilinear, monkeypatch, capsys, tmp_path, "--steps", "200", "--draws", "256")
     fits = [line for line in out.splitlines() if line.startswith("start ")]
     means = [[float(q.split(",")[0]) for q in line.split("N(")[1:]] for line in fits]
     np.testing.assert_allclose(means, math.sqrt(2.75) * np.array([[1, 1], [-1, -1]]), atol=0.15)

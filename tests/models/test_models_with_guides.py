@@ -43,8 +43,8 @@ def test_main_runs(
 
 
 def test_vae_is_no_worse_than_pyros_own_svi() -> None:
-    x = vae.load_data()[0][:100]
-    steps, differences, errors = 75, [], []
+    x = vae.load_data()[0][:60]
+    steps, differences, errors = 50, [], []
     for seed in range(4):
         bounds = []
         for ours in (True, False):

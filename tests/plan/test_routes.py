@@ -240,7 +240,7 @@ def test_autoguides_of_a_model_with_labels(name) -> None:
     else:
         assert {found[n] for n in ("w", "s", "mu")} == {"point estimate" if points else "guide"}
     before = em.elbo(T(X), num_particles=20).value
-    result = em.fit(T(X), max_steps=10, seed=0, progress=False)
+    result = em.fit(T(X), max_steps=4, seed=0, progress=False)
     assert em.elbo(T(X), num_particles=20).value > before - 1.0
     assert result.posterior.probs("z").shape == (4, 2)
 

@@ -250,7 +250,7 @@ def test_a_fit_and_its_posterior() -> None:
     em = ExactPosteriorEM(
         tree(family), tree_guide(family), lambda p: torch.optim.Adam(p, lr=0.1), **GIVEN
     )
-    result = em.fit(X, max_steps=100, seed=0, progress=False)
+    result = em.fit(X, max_steps=50, seed=0, progress=False)
     logits, at = result.params["logits"], result.params["at"]
     best = float(bound(X, logits, at))
     assert best > written_out(bound)[0] + 0.3
