@@ -153,7 +153,7 @@ NO_MODEL = {"opaque", "optimiser"}
 def fit(em: ExactPosteriorEM, **how: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return em.fit(X, **{"max_steps": 6, "tol": 0, "progress": False, **how})
+        return em.fit(X, **{"max_steps": 3, "tol": 0, "progress": False, **how})
 
 
 def same(a: Any, b: Any) -> None:
@@ -208,8 +208,9 @@ def check_copy(result: Any, name: str, way: str) -> None:
             with pytest.raises(UsageError, match="a pickled copy of a result, without its model"):
                 copied.standard_errors()
         else:
-            same(dict(result.standard_errors()), dict(copied.standard_errors()))
-            same(result.standard_errors().covariance, copied.standard_errors().covariance)
+            errors, again = result.standard_errors(), copied.standard_errors()
+            same(dict(errors), dict(again))
+            same(errors.covariance, again.covariance)
     assert str(result.summary()) == str(copied.summary())
 
 

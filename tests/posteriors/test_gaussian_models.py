@@ -69,7 +69,7 @@ def slopes(model: GaussianModel, joint: DenseJoint, at: Values, names: list[str]
     return {n: g for n, g in zip(names, found, strict=True) if g is not None}
 
 
-@pytest.mark.parametrize("seed", range(36))
+@pytest.mark.parametrize("seed", range(27))
 def test_a_random_program_has_evidence_and_m_step_of_its_dense_joint(seed: int) -> None:
     """All that means are made of is at its joint maximum, then all spreads are."""
     model = random_gaussian_model(seed)

@@ -29,20 +29,20 @@ def test_evidence_and_posterior(seed: int) -> None:
     evidence_and_posterior(*random_model(seed))
 
 
-@hypothesis_settings(max_examples=40)
+@hypothesis_settings(max_examples=30)
 @given(seed=seeds)
 def test_monotone_and_compiled_as_generic(seed: int) -> None:
     monotone_and_compiled_as_generic(random_model(seed)[0])
 
 
-@hypothesis_settings(max_examples=40)
+@hypothesis_settings(max_examples=30)
 @given(seed=seeds)
 def test_m_step_maximises(seed: int) -> None:
     """The expected log joint, summed by brute force, rises to a maximum in every exact update."""
     m_step_maximises(*random_model(seed), seed)
 
 
-@hypothesis_settings(max_examples=20)
+@hypothesis_settings(max_examples=15)
 @given(seed=seeds)
 def test_weights_equal_replication(seed: int) -> None:
     """Two EM steps with weighted rows and with repeated rows reach the same parameters."""
