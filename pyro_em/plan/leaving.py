@@ -49,6 +49,19 @@ _WHY = (
 )
 
 
+@dataclass(frozen=True)
+class _Against:
+    """Latents that cannot be integrated in some routes; none if all can.
+
+    Attributes:
+        reasons: Per latent why.
+        lasting: Whether that holds whatever the data and the other latents are.
+    """
+
+    reasons: dict[str, Finding]
+    lasting: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Leaving(StaysHere):
     """Finds the latents that leave.
@@ -89,10 +102,11 @@ class Leaving(StaysHere):
             UsageError: If strategies ask for two factors of a product.
         """
         wanted, kept = self._candidates()
-        not_linear = frozenset(n for n in self.known if n in kept)
+        bent = {n: f for n, f in kept.items() if self.known.get(n) is f}
+        not_linear = frozenset(bent)
         while True:
             routing, problems = decide(frozenset(wanted), kept)
-            routing = replace(routing, not_linear=not_linear)
+            routing = replace(routing, not_linear=not_linear, bent=bent)
             # A guide site that is used may read some of them, which then stay.
             wanted = set(routing.gaussian)
             if problems:  # what it is exact with has no route
@@ -100,11 +114,12 @@ class Leaving(StaysHere):
             if not wanted:
                 return self._with_wishes(routing), problems
             against = self._against(routing)
-            if not against:
+            if not against.reasons:
                 return self._with_wishes(routing), problems
-            kept |= against
-            not_linear |= against.keys()
-            wanted -= against.keys()
+            bent = bent | (against.reasons if against.lasting else {})
+            kept |= against.reasons
+            not_linear |= against.reasons.keys()
+            wanted -= against.reasons.keys()
 
     def _with_wishes(self, routing: Routing) -> Routing:
         """The routes, with the latents whose exact route was asked for in vain."""
@@ -142,8 +157,8 @@ class Leaving(StaysHere):
 
     # ------------------------------------------------------------------ from runs
 
-    def _against(self, routing: Routing) -> dict[str, Finding]:
-        """Latents that cannot be integrated in these routes, each with the reason; none if all can."""
+    def _against(self, routing: Routing) -> _Against:
+        """Latents that cannot be integrated in these routes."""
         names = routing.gaussian
         at_zero = GaussiansAtZero(routing.pair(self.model, self.guide), frozenset(names))
         try:
@@ -152,50 +167,47 @@ class Leaving(StaysHere):
                     at_zero, self.args, self.kwargs, self.nesting, self.limit
                 )
                 if problems:
-                    return _all_of(names, problems[0])
+                    return _Against(_all_of(names, problems[0]))
                 return self._from_runs(at_zero.given, structure, names)
-        except NotSeparate as error:
-            return _all_of([n for n in names if n in error.finding.latents] or names, error.finding)
-        except NotLinear as error:
-            return _all_of([n for n in names if n in error.finding.latents] or names, error.finding)
+        except (NotSeparate, NotLinear) as error:
+            return _Against(_named(names, error.finding))
         except UsageError:
             raise
         except PyroEMError as error:  # what it says without these latents is said elsewhere
             what = str(error).splitlines()[0]
-            return _all_of(names, next(iter(error.problems), Finding("", what)))
+            return _Against(_all_of(names, next(iter(error.problems), Finding("", what))))
 
     def _from_runs(
         self, given: GivenGaussians, structure: Structure, names: tuple[str, ...]
-    ) -> dict[str, Finding]:
+    ) -> _Against:
         run = (given, self.args, self.kwargs, structure)
         try:
             lines = read_lines(*run, bound=False)
         except NotLinear as error:
-            return self._blamed(given, structure) or _all_of(
-                [n for n in names if n in error.finding.latents] or names, error.finding
-            )
+            against = self._blamed(given, structure)
+            return against if against.reasons else _Against(_named(names, error.finding))
         points = _reached_points(lines, structure)
         if points:
-            return points
+            return _Against(points)
         looked, structure = structure.looked, replace(structure, looked=None)
         if isinstance(given.model, Pair) and Role.SAMPLED in given.model.roles.values():
             laid = Laid(structure, given.model, given)
             drawn_graph(laid, self.args, self.kwargs, limit=self.limit)
-            return {}
+            return _Against({})
         graph = trace_graph(
             given, self.args, self.kwargs, structure, with_bindings=False, looked=looked
         )
         integrated(graph, lines, self.limit, parts_at(lines, *run))
-        return {}
+        return _Against({})
 
-    def _blamed(self, given: GivenGaussians, structure: Structure) -> dict[str, Finding]:
+    def _blamed(self, given: GivenGaussians, structure: Structure) -> _Against:
         """Latents in which the model is not linear; else factors of products."""
         values = {n: v.requires_grad_() for n, v in random_values(given, 31).items()}
         with torch.enable_grad():
             run = run_enumerated(given.at(values), self.args, self.kwargs, structure, limit=None)
             found = culprits(run, values)
         if found.alone:
-            return dict(found.alone)
+            return _Against(dict(found.alone), lasting=True)
         out: dict[str, Finding] = {}
         for factors, finding in found.products:
             favoured = [f for f in factors if f & self.chosen]
@@ -204,7 +216,7 @@ class Leaving(StaysHere):
             own = favoured[0] if favoured else frozenset()
             for latent in sorted(frozenset().union(*factors) - own):
                 out.setdefault(latent, _given_others(latent, factors, finding))
-        return out
+        return _Against(out)
 
 
 def look_for_exact(strategy: Any, name: str) -> bool:
@@ -262,6 +274,11 @@ def _finding(where: str, what: str, latents: tuple[str, ...]) -> Finding:
 
 def _all_of(names: Any, finding: Finding) -> dict[str, Finding]:
     return {n: replace(finding, latents=tuple(names)) for n in names}
+
+
+def _named(names: tuple[str, ...], finding: Finding) -> dict[str, Finding]:
+    """The finding for the latents that it names, or for all."""
+    return _all_of([n for n in names if n in finding.latents] or names, finding)
 
 
 def _given_others(latent: str, factors: tuple[frozenset[str], ...], finding: Finding) -> Finding:

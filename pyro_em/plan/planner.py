@@ -57,8 +57,8 @@ class Known(StaysHere):
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
         leaving: What there is to say of Gaussian latents that left the guide.
-        kept: Per skeleton, by the names of its sites, Gaussian latents that runs have shown to have
-            no exact posterior, each with the reason.
+        bent: Per skeleton, by the names of its sites, Gaussian latents in which runs have shown the
+            model not to be linear, each with the reason.
     """
 
     has_run: bool = False
@@ -66,7 +66,7 @@ class Known(StaysHere):
     guide_parameters: tuple[str, ...] = ()
     name: tuple[str, str] = ("", "")
     leaving: tuple[str, ...] = ()
-    kept: Mapping[tuple[str, ...], Mapping[str, Finding]] = field(default_factory=dict)
+    bent: Mapping[tuple[str, ...], Mapping[str, Finding]] = field(default_factory=dict)
 
 
 class Planner(StaysHere):
@@ -306,7 +306,7 @@ class Planner(StaysHere):
             self.request.max_enumeration,
             frozenset(n for n in bare.latents if look_for_exact(wish, n)),
             kept,
-            self.known.kept.get(tuple(bare.sites), {}),
+            self.known.bent.get(tuple(bare.sites), {}),
         )
 
     def _route(
@@ -346,9 +346,8 @@ class Planner(StaysHere):
             routing, problems = decide(frozenset(), {})
         else:
             routing, problems = self._leaving(bare, look, args, kwargs).routed(decide)
-            found = {n: f for n, f in routing.kept.items() if n in routing.not_linear}
-            kept_now = {**self.known.kept, tuple(bare.sites): found}
-            self.known = replace(self.known, kept=kept_now)
+            bent = {**self.known.bent, tuple(bare.sites): routing.bent}
+            self.known = replace(self.known, bent=bent)
         problems = [*of_parameters, *problems]
         if are_of_routes(problems):
             return without_route(bare, as_error(problems), guide=look)

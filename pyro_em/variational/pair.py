@@ -105,6 +105,7 @@ class Routing:
         gaussian: Gaussian latents that are integrated.
         kept: Per Gaussian latent that stays with the guide, why it is not integrated.
         not_linear: Those of them that runs of the model show not to have an exact posterior.
+        bent: Those of them in which the model is not linear, whatever its data and other latents are.
         wished: Those of them whose exact route a strategy asked for.
     """
 
@@ -118,6 +119,7 @@ class Routing:
     gaussian: tuple[str, ...] = ()
     kept: Mapping[str, Finding] = field(default_factory=dict)
     not_linear: frozenset[str] = frozenset()
+    bent: Mapping[str, Finding] = field(default_factory=dict)
     wished: tuple[str, ...] = ()
 
     @property
