@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.chain_layout import ChainLayout
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.names import own_name
+from pyro_em.posteriors.state_layout import StateLayout
 from pyro_em.tracing.sites import Role
 
 _NUMBERED = re.compile(r"(.*?)(\d+)(\D*)", re.DOTALL)
@@ -262,7 +262,7 @@ class _GaussianSteps:
         """The latest step that each row of a site reads. # (rows,)"""
         assert site.number is not None
         layout = self.faces.solved[site.group].layout
-        if isinstance(layout, ChainLayout):
+        if isinstance(layout, StateLayout):
             return self._of_levels(site.group, layout)[layout.level_of_row[site.number]][site.rows]
         form = layout.sites[site.number]
         out = torch.full((form.rows,), _ALWAYS)
@@ -272,7 +272,7 @@ class _GaussianSteps:
             out = torch.maximum(out, torch.where(elements >= 0, steps, _ALWAYS))
         return out[site.rows]
 
-    def _of_levels(self, g: int, layout: ChainLayout) -> Tensor:
+    def _of_levels(self, g: int, layout: StateLayout) -> Tensor:
         """The latest step of the latents up to each level of a chain. # (levels,)"""
         out = torch.full((layout.form.steps,), _ALWAYS)
         for (group, i), steps in self.elements.items():

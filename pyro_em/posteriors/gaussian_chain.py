@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.chain_layout import ChainLayout, Stack
-from pyro_em.posteriors.chain_numbers import StackNumbers
-from pyro_em.posteriors.chain_solution import ChainSolution, solve
 from pyro_em.posteriors.coordinates import apart, seen_coordinates
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock, counts_once
+from pyro_em.posteriors.state_layout import Stack, StateLayout
+from pyro_em.posteriors.state_numbers import StackNumbers
+from pyro_em.posteriors.state_solution import StateSolution, solve
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import (
     apart_rows,
@@ -37,11 +37,11 @@ class GaussianChain(GaussianBlock):
         beginning: The first few steps as one dense block.
     """
 
-    chains: ChainLayout = field(kw_only=True)
+    chains: StateLayout = field(kw_only=True)
     beginning: GaussianBlock = field(kw_only=True)
 
     @property
-    def layout(self) -> ChainLayout:
+    def layout(self) -> StateLayout:
         """The chains, which are solved apart."""
         return self.chains
 
@@ -72,7 +72,7 @@ class GaussianChain(GaussianBlock):
         n = self.chains.form.size
         return f"chain: Kalman filter and smoother, {n} state{'s' * (n > 1)}"
 
-    def solution(self, arguments: Arguments) -> ChainSolution:
+    def solution(self, arguments: Arguments) -> StateSolution:
         """The posterior of the latents, for each state of the scope."""
         stacks = [
             _numbers(group, stack, self.of_site(i, arguments))

@@ -16,10 +16,10 @@ from torch import Tensor
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
-from pyro_em.posteriors.chain_building import chain_block
-from pyro_em.posteriors.chain_series import aliases, series_chain
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks, piece
 from pyro_em.posteriors.gaussian_sites import dense_block, taken
+from pyro_em.posteriors.state_building import chain_block
+from pyro_em.posteriors.state_series import aliases, series_chain
 from pyro_em.tracing.sites import Role
 
 

@@ -27,7 +27,6 @@ from pyro_em.globs import (
     unknown,
 )
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.chain_filter import filtered_solutions, predicted_solution
 from pyro_em.posteriors.data_steps import (
     DataSteps,
     ObservedSite,
@@ -43,6 +42,7 @@ from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.posteriors.site_runs import covariances_of_pairs, runs_of
 from pyro_em.posteriors.so_far import given_steps
 from pyro_em.posteriors.stacks import batch_shape
+from pyro_em.posteriors.state_filter import filtered_solutions, predicted_solution
 from pyro_em.posteriors.steps import forward_cells, steps_of
 from pyro_em.updates.gaussian_rows import event_shape
 

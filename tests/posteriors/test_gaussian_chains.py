@@ -14,7 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em import EMResult, ExactPosteriorEM, Posterior
-from pyro_em.posteriors import chain_form
+from pyro_em.posteriors import state_form
 from tests.posteriors.chain_models import CASES, noise, positive
 from tests.posteriors.gaussian_models import DenseJoint, Values, dense_joint
 from tests.posteriors.random_chains import random_chain
@@ -40,7 +40,7 @@ def joint_of(model: Callable[..., None], args: tuple[Any, ...]) -> DenseJoint:
 
 def as_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let chains of any length be solved as one dense block."""
-    monkeypatch.setattr(chain_form, "_SHORTEST", 10**9)
+    monkeypatch.setattr(state_form, "_SHORTEST", 10**9)
 
 
 def fitted(model: Callable[..., None], args: tuple[Any, ...], steps: int) -> EMResult:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.chain_layout import ChainLayout, Kinds
+from pyro_em.posteriors.state_layout import Kinds, StateLayout
 from pyro_em.posteriors.state_space import StateSpace
 
 _LOG_TWO_PI = math.log(2 * math.pi)
@@ -73,7 +73,7 @@ class StackNumbers:
 
 
 @dataclass(frozen=True, eq=False)
-class ChainNumbers:
+class StateNumbers:
     """The numbers of chains.
 
     Attributes:
@@ -94,7 +94,7 @@ class ChainNumbers:
         return any(s.is_degenerate for s in self.stacks)
 
 
-def numbers_of(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainNumbers:
+def numbers_of(layout: StateLayout, stacks: Sequence[StackNumbers]) -> StateNumbers:
     """The state-space model of some chains.
 
     Args:
@@ -150,11 +150,11 @@ def numbers_of(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainNumb
         value.tensor,
         _seen(layout, stacks, data, cells),
     )
-    return ChainNumbers(cells, tuple(stacks), space, constant)
+    return StateNumbers(cells, tuple(stacks), space, constant)
 
 
 def _seen(
-    layout: ChainLayout, stacks: Sequence[StackNumbers], data: Sequence[int], cells: int
+    layout: StateLayout, stacks: Sequence[StackNumbers], data: Sequence[int], cells: int
 ) -> Tensor | None:
     """Which numbers were observed, None if all. # (1, T, D) or (cells · chains, T, D)"""
     form, device = layout.form, stacks[0].offset.device
@@ -181,7 +181,7 @@ def _once_if_alike(seen: Tensor, cells: int) -> Tensor:
 
 
 def _lead(
-    layout: ChainLayout,
+    layout: StateLayout,
     stacks: Sequence[StackNumbers],
     which: Sequence[int],
     cells: int,
@@ -231,7 +231,7 @@ class _Filled:
 
     def __init__(
         self,
-        layout: ChainLayout,
+        layout: StateLayout,
         shape: tuple[int, ...],
         kinds: Kinds | None,
         device: torch.device,

@@ -11,12 +11,12 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
-from pyro_em.posteriors.chain_form import ChainForm, chain_form
-from pyro_em.posteriors.chain_layout import ChainLayout, Stack
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_layout import SiteForm, Term
 from pyro_em.posteriors.gaussian_sites import dense_block, site_over, taken, with_offset
+from pyro_em.posteriors.state_form import StateForm, state_form
+from pyro_em.posteriors.state_layout import Stack, StateLayout
 from pyro_em.tracing.sites import Role
 
 _FIRST = 12  # levels that stand for all where a look at a few steps is enough
@@ -52,7 +52,7 @@ def chain_block(
         )
         for line, (group, _) in zip(lines.values(), members, strict=True)
     ]
-    form = chain_form(forms)
+    form = state_form(forms)
     if form is None:
         return None
     alike: dict[Hashable, list[int]] = {}
@@ -84,7 +84,7 @@ def chain_block(
         scope,
         states,
         traced=tuple(traced),
-        chains=ChainLayout(form, tuple(stacks)),
+        chains=StateLayout(form, tuple(stacks)),
         beginning=_beginning(graph, lines, form, scope, states, values, read),
     )
 
@@ -92,7 +92,7 @@ def chain_block(
 def _beginning(
     graph: FactorGraph,
     lines: Mapping[str, Line],
-    form: ChainForm,
+    form: StateForm,
     scope: tuple[str, ...],
     states: tuple[int, ...],
     values: Mapping[str, Tensor],

@@ -56,7 +56,7 @@ class Placed:
 
 
 @dataclass(frozen=True, eq=False)
-class ChainForm:
+class StateForm:
     """Chains without their numbers.
 
     Attributes:
@@ -78,7 +78,7 @@ class ChainForm:
     sites: tuple[Placed, ...]
 
 
-def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
+def state_form(sites: Sequence[SiteForm]) -> StateForm | None:
     """The chains that some connected sites make up; None where one dense block does as well.
 
     Args:
@@ -92,7 +92,7 @@ def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
         ...     before = () if t == 0 else (Term(2 * t - 2, one),)
         ...     sites.append(SiteForm(f"h_{t}", 1, 1, True, before))
         ...     sites.append(SiteForm(f"y_{t}", 1, 1, False, (Term(2 * t, one),)))
-        >>> form = chain_form(sites)
+        >>> form = state_form(sites)
         >>> form.steps, form.chains, form.size, form.width
         (10, 1, 1, 1)
     """
@@ -142,7 +142,7 @@ def chain_form(sites: Sequence[SiteForm]) -> ChainForm | None:
             start = filled[levels[i]]
             filled[levels[i]] += own.count * site.width
         out.append(Placed(levels[i], start, own.chain, own.rank, tuple(reads), tuple(present)))
-    return ChainForm(steps, chains, fresh, size, max(filled), torch.as_tensor(carried), tuple(out))
+    return StateForm(steps, chains, fresh, size, max(filled), torch.as_tensor(carried), tuple(out))
 
 
 def _levels(sites: Sequence[SiteForm]) -> list[int]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.chain_layout import ChainLayout
-from pyro_em.posteriors.chain_numbers import ChainNumbers, StackNumbers, numbers_of
 from pyro_em.posteriors.kalman import disturbances, lagged_covariance, sampled, smoothed
 from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.state_layout import StateLayout
+from pyro_em.posteriors.state_numbers import StackNumbers, StateNumbers, numbers_of
 from pyro_em.posteriors.state_space import Smoothed
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 
@@ -27,7 +27,7 @@ _LOG_TWO_PI_E = 1 + math.log(2 * math.pi)
 
 
 @dataclass(frozen=True, eq=False)
-class ChainSolution:
+class StateSolution:
     """The posterior of the unknowns of some chains. Latents are named by the number of their stack.
 
     Attributes:
@@ -36,8 +36,8 @@ class ChainSolution:
         smoothed: The E-step; its chains are those of the first discrete cell, then of the second, ….
     """
 
-    layout: ChainLayout
-    numbers: ChainNumbers
+    layout: StateLayout
+    numbers: StateNumbers
     smoothed: Smoothed
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class ChainSolution:
             covariance = covariance.expand(-1, stack.members, stack.form.rows, -1, -1)
         return covariance.flatten(1, 2)
 
-    def seeing(self, kept: Mapping[int, Tensor]) -> ChainSolution:
+    def seeing(self, kept: Mapping[int, Tensor]) -> StateSolution:
         """The posterior given some of the data only: the weights of all others are zero.
 
         Args:
@@ -288,7 +288,7 @@ class ChainSolution:
 
     def is_of(self, other: Integrated) -> bool:
         """Whether it is the posterior of the very numbers of another one, stack by stack."""
-        if self is other or not isinstance(other, ChainSolution):
+        if self is other or not isinstance(other, StateSolution):
             return self is other
         pairs = zip(self.numbers.stacks, other.numbers.stacks, strict=True)
         return all(
@@ -404,7 +404,7 @@ class ChainSolution:
         return stack.levels[member], stack.chain[row], own
 
 
-def solve(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainSolution:
+def solve(layout: StateLayout, stacks: Sequence[StackNumbers]) -> StateSolution:
     """Evidence and posterior of some chains.
 
     Args:
@@ -412,4 +412,4 @@ def solve(layout: ChainLayout, stacks: Sequence[StackNumbers]) -> ChainSolution:
         stacks: The numbers of each of their stacks.
     """
     numbers = numbers_of(layout, stacks)
-    return ChainSolution(layout, numbers, smoothed(numbers.space))
+    return StateSolution(layout, numbers, smoothed(numbers.space))

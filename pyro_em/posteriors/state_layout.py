@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.chain_form import ChainForm, Placed
 from pyro_em.posteriors.gaussian_layout import SiteForm
+from pyro_em.posteriors.state_form import Placed, StateForm
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ class Kinds:
 
 
 @dataclass(frozen=True, eq=False)
-class ChainLayout:
+class StateLayout:
     """Chains as stacks of sites.
 
     Attributes:
@@ -124,7 +124,7 @@ class ChainLayout:
         device: Where places are needed.
     """
 
-    form: ChainForm
+    form: StateForm
     stacks: tuple[Stack, ...]
 
     @property

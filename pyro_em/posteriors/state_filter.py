@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.chain_layout import ChainLayout
-from pyro_em.posteriors.chain_solution import ChainSolution
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.kalman import filtered
 from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.site_runs import members_of
+from pyro_em.posteriors.state_layout import StateLayout
+from pyro_em.posteriors.state_solution import StateSolution
 from pyro_em.posteriors.state_space import Filtered, StateSpace
 
 
@@ -42,7 +42,7 @@ def filtered_solutions(
         return None
     (g,) = groups
     solution = faces.solved[g]
-    if not isinstance(solution, ChainSolution) or solution.cells > 1:
+    if not isinstance(solution, StateSolution) or solution.cells > 1:
         return None
     members, stacks = members_of(faces), solution.layout.stacks
     own = torch.stack([stacks[members[n][1]].levels[members[n][2]] for n in names]).cpu()
@@ -124,7 +124,7 @@ def _given(space: StateSpace, at: Tensor, mean: Tensor, S: Tensor) -> tuple[Tens
     return mean, (S + S.mT) / 2
 
 
-def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> ChainSolution | None:
+def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> StateSolution | None:
     """A solution in which each level has its moments given the data of all steps before.
 
     Args:
@@ -135,7 +135,7 @@ def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> Chai
         None where a filter does not have it: where discrete values change the moments, or steps are no
         levels.
     """
-    if not isinstance(solution, ChainSolution) or solution.cells > 1 or not data:
+    if not isinstance(solution, StateSolution) or solution.cells > 1 or not data:
         return None
     steps = torch.cat([data[i] for i in sorted(data)])
     levels = torch.cat([solution.layout.level_of_row[i].cpu() for i in sorted(data)])
@@ -154,7 +154,7 @@ def _of_group(data: DataSteps, g: int) -> dict[int, Tensor]:
 
 
 def _lags(
-    layout: ChainLayout, data: Mapping[int, Tensor], own: Tensor, steps: Tensor, T: int
+    layout: StateLayout, data: Mapping[int, Tensor], own: Tensor, steps: Tensor, T: int
 ) -> Tensor | None:
     """How many levels after its own a latent's step has data; None where steps are no levels.
 

@@ -16,8 +16,6 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line, Read
 from pyro_em.graph.series import Unrolling
-from pyro_em.posteriors.chain_form import Placed, chain_form
-from pyro_em.posteriors.chain_layout import ChainLayout, Stack
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_layout import SiteForm, Term
 from pyro_em.posteriors.gaussian_sites import (
@@ -27,6 +25,8 @@ from pyro_em.posteriors.gaussian_sites import (
     with_offset,
     with_tensors,
 )
+from pyro_em.posteriors.state_form import Placed, state_form
+from pyro_em.posteriors.state_layout import Stack, StateLayout
 from pyro_em.tracing.loops import Loop, NotVectorized
 from pyro_em.tracing.sites import Role
 
@@ -61,7 +61,7 @@ def series_chain(
     short = {own: line for name, t in few.order() for own, line in loop.lines_at(name, t)}
     numbers = {name: i for i, name in enumerate(short)}
     forms = [_form(graph, line, numbers) for line in short.values()]
-    form = chain_form(forms)
+    form = state_form(forms)
     if form is None:
         raise NotVectorized("Gaussian latents of all steps are read at one step")
     traced, groups, stacks = [], [], []
@@ -88,7 +88,7 @@ def series_chain(
         scope,
         states,
         traced=tuple(traced),
-        chains=ChainLayout(replace(form, steps=steps, sites=()), tuple(stacks)),
+        chains=StateLayout(replace(form, steps=steps, sites=()), tuple(stacks)),
         beginning=dense_block(graph, short, scope, states, values, loop.read_at(short, read)),
     )
 
