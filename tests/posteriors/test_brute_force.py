@@ -17,7 +17,7 @@ from pyro_em import DataError, ExactPosteriorEM
 from tests.brute_force import random_network
 
 
-@hypothesis_settings(max_examples=120)
+@hypothesis_settings(max_examples=90)
 @given(seed=st.integers(0, 10**6), zeros=st.booleans(), tiny=st.booleans())
 def test_random_network(seed: int, zeros: bool, tiny: bool) -> None:
     torch.set_default_dtype(torch.float64)

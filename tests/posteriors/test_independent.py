@@ -332,7 +332,7 @@ def test_a_fresh_trace_confirms_all_of_them(where: str) -> None:
     stepped = "mixture kernel and " + ("chain kernel" if where == "chain" else "contraction")
     words = f"argument 'loc': it is not what the {stepped} computed.*contraction takes over"
     with pytest.warns(Warning, match=words):
-        result = ExactPosteriorEM(model).fit(max_steps=4, progress=False)
+        result = ExactPosteriorEM(model).fit(max_steps=2, progress=False)
     assert not result.plan.compiled
     again = ExactPosteriorEM(model).elbo().log_evidence
     assert result.log_evidence == pytest.approx(again, rel=1e-10)

@@ -211,13 +211,13 @@ def test_evidence_and_posterior(seed: int) -> None:
     evidence_and_posterior(*random_program(seed))
 
 
-@hypothesis_settings(max_examples=10)
+@hypothesis_settings(max_examples=8)
 @given(seed=seeds)
 def test_monotone_and_compiled_as_generic(seed: int) -> None:
     monotone_and_compiled_as_generic(random_program(seed)[0])
 
 
-@hypothesis_settings(max_examples=10)
+@hypothesis_settings(max_examples=8)
 @given(seed=seeds)
 def test_m_step_maximises(seed: int) -> None:
     m_step_maximises(*random_program(seed), seed)
@@ -278,7 +278,7 @@ def draws_modes_and_pairs(
                     )
 
 
-@hypothesis_settings(max_examples=8)
+@hypothesis_settings(max_examples=6)
 @given(seed=seeds)
 def test_priors(seed: int) -> None:
     with_priors(*random_program(seed, with_priors=True))
@@ -310,7 +310,7 @@ def with_priors(model: Program, long: RandomModel, assignments: Values) -> None:
             return
 
 
-@hypothesis_settings(max_examples=8)
+@hypothesis_settings(max_examples=6)
 @given(seed=seeds)
 def test_m_step_under_priors_maximises(seed: int) -> None:
     m_step_maximises(*random_program(seed, with_priors=True), seed)
