@@ -98,15 +98,28 @@ def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> 
     )
 
 
+def _children(structure: Structure, lines: Mapping[str, Line]) -> dict[str, list[str]]:
+    """The sites whose means read each Gaussian latent; of a loop over indices at every step."""
+    out: dict[str, list[str]] = {}
+    series = structure.series
+    sites = [(n, None) for n in lines] if series is None else series.order()
+    for name, t in sites:
+        if name not in lines:
+            continue
+        for latent in dict.fromkeys(r.latent for r in lines[name].reads):
+            own = (latent, name)
+            if series is not None:
+                own = series.name_at(latent, t), series.name_at(name, t)
+            out.setdefault(own[0], []).append(own[1])
+    return out
+
+
 def gaussian_routes(
     bare: Structure, inner: Structure, lines: Mapping[str, Line], graph: FactorGraph
 ) -> tuple[Route, ...]:
     """The rows of the plan: Gaussian latents in the place that they have in the model."""
     rows = {r.site: r for r in routes_of(inner)}
-    children: dict[str, list[str]] = {}
-    for name, line in lines.items():
-        for latent in dict.fromkeys(r.latent for r in line.reads):
-            children.setdefault(latent, []).append(name)
+    children = _children(inner, lines)
     blocks = {
         n: g.nested
         for g in graph.groups

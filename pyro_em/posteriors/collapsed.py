@@ -196,7 +196,7 @@ def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -
 
 def are_alike(block: GaussianBlock) -> bool:
     """Whether every site has one row for each element of one plate, all with equal arguments."""
-    if block.scope:
+    if block.scope or any(len(g.members) > 1 for g in block.groups):
         return False
     plates = {g.dims[0][: g.n_plates] for g in block.groups}
     if len(plates) != 1 or len(next(iter(plates))) != 1:

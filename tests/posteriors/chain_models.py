@@ -131,6 +131,19 @@ def panel() -> Case:
     return model, (noise(10, 4, seed=6), torch.tensor([10, 4, 7, 10]), noise(10, 4, seed=7))
 
 
+def alike() -> Case:
+    """Many series whose numbers are all the same."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("people", y.shape[1]):
+            h = torch.zeros(()).double()
+            for t in range(len(y)):
+                h = pyro.sample(f"h_{t}", dist.Normal(number("rho", 0.8) * h, positive("q", 0.5)))
+                pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 0.6)), obs=y[t])
+
+    return model, (noise(8, 20, seed=13),)
+
+
 def vectors() -> Case:
     """A state with a companion matrix, observed as a correlated vector."""
 
@@ -219,6 +232,7 @@ CASES: dict[str, Callable[[], Case]] = {
         second_order,
         dynamic_factor,
         panel,
+        alike,
         vectors,
         classes,
         weighted,
