@@ -49,8 +49,9 @@ def run_main(
     save = Figure.savefig
 
     def in_place(self: Figure, *args: object, **kwargs: object) -> None:
-        self.set_layout_engine("none")  # measuring all texts takes as long as drawing, unseen
-        save(self, *args, **kwargs)
+        # Measuring all texts takes as long as drawing; nobody looks at these.
+        self.set_layout_engine("none")
+        save(self, *args, **{**kwargs, "dpi": 60})
 
     monkeypatch.setattr(Figure, "savefig", in_place)
     figure = tmp_path / "figures" / "figure.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,26 @@ def x() -> torch.Tensor:
 @pytest.fixture
 def result(x: torch.Tensor) -> EMResult:
     return ExactPosteriorEM(hmm.model).fit(x, tol=1e-11)
+
+
+@pytest.fixture(scope="module")
+def fits() -> dict[object, EMResult]:
+    """Of the variants, by model and data."""
+    return {}
+
+
+@pytest.fixture
+def fitted_once(fits: dict[object, EMResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several tests fit is fitted once: a result is a value."""
+    fit = hmm_variants.fit
+
+    def kept(model: Callable[..., None], *args: torch.Tensor) -> EMResult:
+        key = model, tuple(x.numpy().tobytes() for x in args)
+        if key not in fits:
+            fits[key] = fit(model, *args)
+        return fits[key]
+
+    monkeypatch.setattr(hmm_variants, "fit", kept)
 
 
 def peer_of(result: EMResult) -> hmmlearn.PoissonHMM:
@@ -95,6 +116,7 @@ def split(x: torch.Tensor, lengths: torch.Tensor) -> np.ndarray:
     return torch.cat(rows).numpy()[:, None]
 
 
+@pytest.mark.usefixtures("fitted_once")
 def test_left_to_right_gaussian_of_unequal_lengths() -> None:
     data = hmm_variants.load_data()
     x, lengths = data["patients"], data["lengths"]
@@ -184,6 +206,7 @@ def test_second_order_is_a_first_order_chain_on_pairs() -> None:
     assert [int(q.mode()[f"z_{t}"]) for t in range(20)] == [int(p) % 2 for p in path]
 
 
+@pytest.mark.usefixtures("fitted_once")
 def test_what_the_variants_claim() -> None:
     data = hmm_variants.load_data()
     power = hmm_variants.fit(hmm_variants.factorial, data["power"])
@@ -196,6 +219,7 @@ def test_what_the_variants_claim() -> None:
     assert two.log_evidence > one.log_evidence + 10
 
 
+@pytest.mark.usefixtures("fitted_once")
 @pytest.mark.parametrize(
     ("module", "arguments", "says"),
     [

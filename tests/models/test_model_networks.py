@@ -228,12 +228,12 @@ def test_logistic_conditional_table_is_counting_when_nothing_is_missing() -> Non
 
 
 def test_logistic_conditional_runs(run) -> None:
-    said = run(logistic_conditional, "-N", "300")
+    said = run(logistic_conditional, "-N", "150")
     rows = [line.split() for line in said.splitlines()]
     numbers = {
         tuple(r[:2]): int(r[2]) for r in rows if len(r) == 5 and r[0] in ("table", "logistic")
     }
-    x, _, _ = logistic_conditional.load_data(300)
+    x, _, _ = logistic_conditional.load_data(150)
     cells = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 5)
     fits = ((x.unsqueeze(1) == cells) | x.unsqueeze(1).isnan()).all(-1).any(0)
     read = int(fits.sum())  # cells of the table that no row can be in say nothing
