@@ -205,16 +205,16 @@ def test_the_bound_of_the_guide_and_both_estimates_of_the_evidence() -> None:
     pyro.param("scale", r.new_full((2,), s), constraint=torch.distributions.constraints.positive)
     em = ExactPosteriorEM(bilinear.model, bilinear.guide)
     _, _, evidence = bilinear.log_posterior(r)
-    bound = em.elbo(r, num_particles=400)
+    bound = em.elbo(r, num_particles=200)
     assert bound.standard_error is not None
     assert abs(bound.value - mean_field_bound(m, s, 4.0)) < 4 * bound.standard_error
-    guide = em.estimate_evidence(r, num_particles=1500)
+    guide = em.estimate_evidence(r, num_particles=1100)
     assert guide.value == pytest.approx(evidence - math.log(2), abs=0.15)  # half is never seen
-    prior = em.estimate_evidence(r, num_particles=1500, proposal="prior")
+    prior = em.estimate_evidence(r, num_particles=1100, proposal="prior")
     assert abs(prior.value - evidence) < 4 * prior.standard_error < 0.6
     sizes, bounds = bilinear.by_draws(guide)
     w = guide.log_weights.numpy()
-    assert float(bounds[0]) == pytest.approx(w[:1500].mean())
+    assert float(bounds[0]) == pytest.approx(w.mean())
     assert float(bounds[-1]) == pytest.approx(logsumexp(w[:1024]) - math.log(1024))
     assert sizes.tolist() == [2**j for j in range(11)]
 
