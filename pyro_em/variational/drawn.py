@@ -251,7 +251,7 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             num_particles: Draws to average over.
 
         Returns:
-            # (*plates,) for numbers, (*plates, D, D) for vectors
+            # (*plates,) for numbers, and D x D for each element of vectors
 
         Raises:
             UsageError: If a site is no Gaussian latent with an exact posterior given the draws.
