@@ -188,7 +188,8 @@ def _folded_updates(updates: Iterable[ParameterUpdate]) -> list[tuple[str, Param
     groups: dict[tuple[Any, ...], list[ParameterUpdate]] = {}
     for u in updates:
         module, separator, _ = u.name.replace("$$$", ".").partition(".")
-        own = module if separator and isinstance(u.update, Gradient) else u.name
+        of_module = separator and isinstance(u.update, (Gradient, NoUpdate))
+        own = module if of_module else u.name
         groups.setdefault((own, _update_name(u), u.reason), []).append(u)
     folded: list[tuple[str, ParameterUpdate]] = []
     for (own, _, _), members in groups.items():

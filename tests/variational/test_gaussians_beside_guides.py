@@ -656,3 +656,42 @@ def test_a_closed_form_beside_a_guide_takes_the_moments_of_what_is_integrated() 
     em = ExactPosteriorEM(model, guide, updates={"m": ClosedForm()})
     with pytest.raises(UsageError, match="mean of site 'y'"):
         em.step(Y)
+
+
+def test_a_chain_beside_a_guide_is_integrated_by_its_filter() -> None:
+    """The loss of one draw is that of the walk's dense marginal, and so are its slopes."""
+    y = torch.tensor([0.3, -0.8, 0.4, 1.1, 0.9, 1.7, 1.2, 2.0, 2.6])
+
+    def model() -> None:
+        step = pyro.sample("step", dist.LogNormal(0.0, 1.0))
+        h = torch.zeros(())
+        for t in range(len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(h, step))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("noise", 0.7)), obs=y[t])
+
+    def marginal() -> None:
+        step, n = pyro.sample("step", dist.LogNormal(0.0, 1.0)), len(y)
+        count = torch.arange(1.0, n + 1)
+        walk = step**2 * torch.minimum(count, count.unsqueeze(-1))
+        covariance = walk + positive("noise", 0.7) ** 2 * torch.eye(n)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(n), covariance), obs=y)
+
+    def guide() -> None:
+        pyro.sample("step", dist.Delta(positive("there", 0.8)))  # every draw is the same
+        if _whole.get("whole"):
+            for t in range(len(y)):
+                pyro.sample(f"h_{t}", dist.Normal(pyro.param(f"m_{t}", torch.zeros(())), 1.0))
+
+    _whole = {"whole": True}
+    plan = str(ExactPosteriorEM(model, guide).plan())
+    assert "h_0 … h_8 (9 sites)" in plan and "m_0" in plan
+    found = []
+    for own, loss in ((model, TraceExact_ELBO()), (marginal, Trace_ELBO())):
+        _whole["whole"] = own is model
+        pyro.clear_param_store()
+        value = loss.loss_and_grads(own, guide)
+        slopes = {n: pyro.get_param_store()._params[n].grad.clone() for n in ("there", "noise")}
+        found.append((value, slopes))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-9)
+    for name, slope in found[0][1].items():
+        torch.testing.assert_close(slope, found[1][1][name], rtol=1e-8, atol=1e-9)
