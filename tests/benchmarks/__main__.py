@@ -70,7 +70,17 @@ def into_readme(rows: list[Row]) -> None:
 
 def versions() -> str:
     """What was run."""
-    names = ("torch", "pyro-ppl", "numba", "scikit-learn", "hmmlearn", "stepmix", "pgmpy", "numpy")
+    names = (
+        "torch",
+        "pyro-ppl",
+        "numba",
+        "scikit-learn",
+        "hmmlearn",
+        "stepmix",
+        "pgmpy",
+        "statsmodels",
+        "numpy",
+    )
     found = []
     for name in names:
         try:

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro_em import ExactPosteriorEM
 from tests.benchmarks import models
 from tests.benchmarks.cases import blobs, chain_start, digits, factor_data
+from tests.benchmarks.series import e_step, local_level_fit
 
 Run = Callable[[], Any]
 
@@ -288,4 +289,8 @@ CALLS = (
     Call("chain without a loop, fit, T=1,000 K=10", "hmmlearn", 3.0, without_loop(1000), 7),
     Call("chain without a loop, fit, T=100k K=10", "hmmlearn", 0.5, without_loop(100_000), 2),
     Call("chain without a loop, plan, T=100k", "itself at T=100", 1.5, planned(100_000, 100)),
+    Call("local level, 20 steps, T=1,000", "statsmodels", 1.0, local_level_fit(1000, 20), 5),
+    Call("Kalman E-step, T=1,000 n=4 D=4", "statsmodels", 0.05, e_step(1000, 4, 4), 10),
+    Call("Kalman E-step, T=1,000 n=10 D=20", "statsmodels", 1 / 15, e_step(1000, 10, 20), 10),
+    Call("Kalman E-step, 1,000 series of 50", "statsmodels", 0.02, e_step(50, 2, 1, 1000), 3),
 )
