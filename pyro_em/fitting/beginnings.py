@@ -23,7 +23,7 @@ from pyro_em.plan.program import Evaluation, Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
 from pyro_em.posteriors.gaussian_product import drawn_from_prior
-from pyro_em.posteriors.linear_gaussian import Integrated, Solution
+from pyro_em.posteriors.integrated import Integrated, Solution
 from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.vectors import Rows, rows_of
 

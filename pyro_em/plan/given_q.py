@@ -16,7 +16,7 @@ from pyro_em.plan.program import Evaluation
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
 from pyro_em.posteriors.gaussian_steps import Solved
-from pyro_em.posteriors.linear_gaussian import Integrated, Solution
+from pyro_em.posteriors.integrated import Integrated, Solution
 from pyro_em.posteriors.names import gaussian_names
 from pyro_em.posteriors.posterior import Posterior, regrouped
 from pyro_em.posteriors.product import product_posterior

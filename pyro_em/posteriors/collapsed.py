@@ -23,7 +23,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_steps import in_m_step
-from pyro_em.posteriors.linear_gaussian import Solution
+from pyro_em.posteriors.integrated import Solution
 from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, rows_of

@@ -25,7 +25,8 @@ from pyro_em.posteriors.coordinates import (
     with_seen_alone,
 )
 from pyro_em.posteriors.gaussian_layout import BlockLayout, SiteForm, Term
-from pyro_em.posteriors.linear_gaussian import Blocks, Integrated, SiteNumbers, Solution, solve
+from pyro_em.posteriors.integrated import Blocks, Integrated, Solution
+from pyro_em.posteriors.linear_gaussian import SiteNumbers, solve
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import (

@@ -24,7 +24,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_sites import taken
 from pyro_em.posteriors.gaussian_steps import Solved
-from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.names import gaussian_names, names_of, observed_steps, own_name
 from pyro_em.posteriors.sampling import AT_ONCE
 from pyro_em.updates.gaussian_rows import event_shape

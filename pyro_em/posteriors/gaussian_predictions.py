@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group, seen_entries
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
 

@@ -18,7 +18,7 @@ from pyro_em.arguments import shown
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.linear_gaussian import Blocks, Integrated, Solution
+from pyro_em.posteriors.integrated import Blocks, Integrated, Solution
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
-from pyro_em.posteriors.linear_gaussian import Integrated
+from pyro_em.posteriors.integrated import Integrated
 
 # The posterior of the latents that each group of some number integrates.
 Solved = Mapping[int, Integrated]

@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.kalman import filtered
-from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.site_runs import members_of
 from pyro_em.posteriors.state_layout import StateLayout
 from pyro_em.posteriors.state_solution import StateSolution

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.kalman import disturbances, lagged_covariance, sampled, smoothed
-from pyro_em.posteriors.linear_gaussian import Integrated
 from pyro_em.posteriors.state_layout import StateLayout
 from pyro_em.posteriors.state_numbers import StackNumbers, StateNumbers, numbers_of
 from pyro_em.posteriors.state_space import Smoothed
