@@ -299,7 +299,7 @@ def test_a_chain(kind: str, loop: str, complete: int) -> None:
     assert plan.kernel == "chain"
     assert sum(m.entries for m in plan.missing) == int(x.isnan().sum())
     assert all(m.site.startswith("x_") and "<" not in m.site for m in plan.missing)
-    result = em.fit(x, max_steps=5, tol=0)
+    result = em.fit(x, max_steps=3, tol=0)
     evidence = [*result.history, result.log_evidence]
     assert min(np.diff(evidence)) > -1e-9
     assert evidence[0] == pytest.approx(forward(x.numpy(), spread.numpy()), rel=1e-12)
@@ -385,7 +385,7 @@ def test_parameters_without_a_closed_form_climb_the_marginal_density() -> None:
         for r in X.numpy()
     ]
     assert em.score(X) == pytest.approx(np.logaddexp.reduce(table, 1).sum(), rel=1e-12)
-    result = em.fit(X, max_steps=4, tol=0)
+    result = em.fit(X, max_steps=2, tol=0)
     assert min(np.diff([*result.history, result.log_evidence])) > -1e-9
 
 
