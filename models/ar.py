@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import EMResult, ExactPosteriorEM, Forecast, Posterior, plotting
+from pyro_em import EMResult, ExactPosteriorEM, Forecast, Posterior, plotting, vectorized_markov
 
 FIRST_YEAR = 1821
 HISTORY = 2
@@ -43,8 +43,8 @@ def model(y: Tensor) -> None:
     sigma = pyro.param("sigma", y.new_tensor(0.2), constraint=constraints.positive)
     rho = pyro.param("rho", y.new_tensor(0.05), constraint=constraints.positive)
     past: list[Tensor] = []
-    for t in pyro.markov(range(len(y)), history=HISTORY):
-        if t < HISTORY:
+    for t in vectorized_markov("time", len(y), history=HISTORY):
+        if len(past) < HISTORY:
             h = pyro.sample(f"h_{t}", dist.Normal(y.new_tensor(3.0), 1.0))
         else:
             h = pyro.sample(f"h_{t}", dist.Normal(c + phi[0] * past[-1] + phi[1] * past[-2], sigma))

@@ -153,24 +153,41 @@ def _levels(sites: Sequence[SiteForm]) -> list[int]:
     """
     out: list[int] = []
     clock = 0
+    seen: set[str] = set()  # series of which data at the level of the clock have come
     for site in sites:
         read = [out[t.latent] for t in site.terms]
         if site.is_latent:
-            out.append(max([clock, *(level + 1 for level in read)]))
-        else:
-            out.append(max(read, default=clock))
-            clock = max(clock, out[-1])
+            begin = clock + (not read and _series(site) in seen)
+            out.append(max([begin, *(level + 1 for level in read)]))
+            continue
+        out.append(max(read, default=clock))
+        if out[-1] > clock:
+            clock, seen = out[-1], set()
+        seen |= {_series(sites[t.latent]) for t in site.terms if out[t.latent] == clock}
     readers: dict[int, list[int]] = {}
     for i, site in enumerate(sites):
         for term in site.terms:
             readers.setdefault(term.latent, []).append(i)
-    for i, site in enumerate(sites):  # a latent that reads nothing waits for the first who reads it
-        if site.is_latent and not site.terms:
-            out[i] = max(out[i], _needed(sites, out, i, readers.get(i, ())))
+    after: dict[str, int] = {}  # the level of the next latent of a series
+    for i in reversed(range(len(sites))):
+        if not sites[i].is_latent:
+            continue
+        name = _series(sites[i])
+        if not sites[
+            i
+        ].terms:  # it waits for the first who reads it, but not for the next of its own
+            late = _needed(sites, out, i, readers.get(i, ()))
+            out[i] = max(out[i], min(late, after.get(name, late + 1) - 1))
+        after[name] = out[i]
     for i, site in enumerate(sites):
         if not site.is_latent and site.terms:
             out[i] = max(out[t.latent] for t in site.terms)
     return out
+
+
+def _series(site: SiteForm) -> str:
+    """The name of a site but for numbers."""
+    return re.sub(r"\d+", "#", site.name)
 
 
 def _needed(
@@ -240,7 +257,7 @@ def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Row
     met: dict[tuple[str, int, int], int] = {}
     for i, site in enumerate(sites):
         if site.is_latent:
-            kind = re.sub(r"\d+", "#", site.name), rows[i].count * site.width
+            kind = _series(site), rows[i].count * site.width
             here = (*kind, levels[i])
             met[here] = met.get(here, -1) + 1
             kinds.setdefault((*kind, met[here]), []).append(i)
