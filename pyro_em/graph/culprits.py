@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_em.errors import Finding
 from pyro_em.graph.linearity import breaks_of
 from pyro_em.graph.lines import is_gaussian
-from pyro_em.graph.read_lines import Place, reaching, refusal, refusals
+from pyro_em.graph.means import Place, reaching, refusal, refusals
 from pyro_em.tracing.runs import Run
 
 

@@ -23,22 +23,17 @@ from torch import Tensor
 from pyro_em.errors import ModelError, message, sites_in_words
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.layout import FactorLayout
-from pyro_em.graph.linearity import why_not_linear
 from pyro_em.graph.lines import Line, NotLinear, Read
-from pyro_em.graph.read_lines import (
-    Coefficients,
+from pyro_em.graph.means import (
     Jacobian,
-    Place,
-    coefficients_of,
-    hidden,
-    latents_read,
-    refusal,
+    Mean,
+    means_of,
 )
+from pyro_em.graph.read_lines import hidden
 from pyro_em.graph.signatures import Recurring
-from pyro_em.graph.sparse_lines import is_close, narrowed, random_like
+from pyro_em.graph.sparse_lines import is_close, random_like
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.runs import Run
-from pyro_em.tracing.sites import Role
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +76,13 @@ def drawn_lines(
         structure, sites={n: i for n, i in structure.sites.items() if n in run.sites}
     )
     layout = FactorLayout(run.sites, structure, Recurring({}))
-    whole = _means(runs, values, layout)
+    whole = means_of(runs, values, layout)
     means = [m.narrowed() for m in whole]
     if not _are_followed(means, whole, values, run, sources):
         other = moved()
-        there = _means((other, other), values, FactorLayout(other.sites, structure, Recurring({})))
+        there = means_of(
+            (other, other), values, FactorLayout(other.sites, structure, Recurring({}))
+        )
         means = _with_elements_of(whole, there, values, run)
         if not _are_followed(means, means, values, run, sources):
             raise ModelError(_hidden_element([m.site for m in means if m.reads]))
@@ -107,73 +104,9 @@ def drawn_lines(
     return DrawnLines(lines, parts)
 
 
-@dataclass(frozen=True, eq=False)
-class _Mean:
-    """The mean of a site, and what it is made of, attached.
-
-    Attributes:
-        site: The site.
-        place: Where its cells are.
-        loc: Its mean in a run with the latents at random values.
-        offset: The same with the latents at zero. # (*sizes or 1s, *scope, *event)
-        reads: What it reads of latents.
-    """
-
-    site: str
-    place: Place
-    loc: Tensor
-    offset: Tensor
-    reads: tuple[tuple[str, Coefficients], ...]
-
-    def narrowed(self) -> _Mean:
-        """The same with one slice of each plate along which numbers are equal."""
-        plates = len(self.place.sizes)
-        reads = tuple(
-            (latent, replace(c, values=narrowed(c.values, plates))) for latent, c in self.reads
-        )
-        return replace(self, offset=narrowed(self.offset, plates), reads=reads)
-
-    def at(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The mean at values of the latents, from its parts. # (*sizes or 1s, *scope, *event)"""
-        sizes, out = self.place.sizes, self.offset
-        for latent, c in self.reads:
-            q = c.values.shape[-1]
-            rows = values[latent].reshape(-1, q)[c.elements.clamp(min=0)]
-            rows = rows * (c.elements >= 0).unsqueeze(-1)
-            inner = c.values.dim() - 1 - len(sizes)
-            out = out + (c.values * rows.reshape(*sizes, *(1,) * inner, q)).sum(-1)
-        return out
-
-
-def _means(
-    runs: tuple[Run, Run], values: Mapping[str, Tensor], layout: FactorLayout
-) -> list[_Mean]:
-    """The means of all Gaussian latents, and of the sites that read some."""
-    run, at_zero = runs
-    out = []
-    for name, info in layout.structure.sites.items():
-        site = run.sites[name]
-        read = latents_read(name, site, values)
-        if info.role is not Role.GAUSSIAN and not read:
-            continue
-        place = Place.of(name, layout)
-        loc = place.loc(site)
-        problem = why_not_linear(loc, values)
-        if problem:
-            raise NotLinear(refusal(read, f"site '{name}'", f"its loc: {problem}."))
-        reads = tuple(
-            (latent, c)
-            for latent in read
-            for c in coefficients_of(place, loc, values[latent], latent, run.sites[latent])
-        )
-        offset = place.compact(place.loc(at_zero.sites[name]))
-        out.append(_Mean(name, place, loc, offset, reads))
-    return out
-
-
 def _are_followed(
-    means: Sequence[_Mean],
-    whole: Sequence[_Mean],
+    means: Sequence[Mean],
+    whole: Sequence[Mean],
     values: Mapping[str, Tensor],
     run: Run,
     sources: Sequence[Tensor],
@@ -211,11 +144,11 @@ def _gradients(total: Tensor, sources: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _with_elements_of(
-    means: Sequence[_Mean],
-    other: Sequence[_Mean],
+    means: Sequence[Mean],
+    other: Sequence[Mean],
     values: Mapping[str, Tensor],
     run: Run,
-) -> list[_Mean]:
+) -> list[Mean]:
     """The means with the elements that another run shows, coefficients those of this run."""
     out = []
     known = {m.site: m for m in other}

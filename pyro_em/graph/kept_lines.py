@@ -20,7 +20,8 @@ from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, Read, mean_at
-from pyro_em.graph.read_lines import Jacobian, Place, random_values
+from pyro_em.graph.means import Jacobian, Place
+from pyro_em.graph.read_lines import random_values
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import is_close
 from pyro_em.graph.structure import Structure
