@@ -112,7 +112,21 @@ def classes() -> Case:
     return model, (noise(9, 3, seed=9),)
 
 
-CASES = {f.__name__: f for f in (local_level, second_order, factors, panel, classes)}
+def two_stages() -> Case:
+    """Each step is made of two latents, one after the other: states go on by two levels."""
+
+    def model(loop: Loop, y: Tensor) -> None:
+        a = None
+        for t in loop("time", len(y)):
+            mean = torch.zeros(()).double() if a is None else 0.9 * a
+            half = pyro.sample(f"half_{t}", dist.Normal(mean, positive("q", 0.4)))
+            a = pyro.sample(f"a_{t}", dist.Normal(half, positive("s", 0.3)))
+            pyro.sample(f"y_{t}", dist.Normal(a, positive("r", 0.5)), obs=y[t])
+
+    return model, (noise(9, seed=14),)
+
+
+CASES = {f.__name__: f for f in (local_level, second_order, factors, panel, classes, two_stages)}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -127,6 +141,8 @@ def test_indices_do_what_integers_do(case: str) -> None:
             result = ExactPosteriorEM(model).fit(loop, *args, max_steps=steps, tol=0)
         plan, q = result.plan, result.posterior
         assert "step by step" not in str(plan)
+        flat = [n.partition(":")[0] for n in plan.notes if "evidence is as high" in n]
+        assert len(flat) == len(set(flat)), "a variance at zero is said once for all steps"
         assert all("Kalman" in r.reason for r in plan.routes if r.route == "Gaussian")
         names = [r.site for r in plan.routes if r.route == "Gaussian"]
         means = [q.mean(n) for n in names]
