@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_em.families.family import Arguments, Statistics
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.reduction.trees import SAME
 
 Key = int | str
 
@@ -36,7 +37,7 @@ class Expectation:
 
     log_evidence: float
     sums: Mapping[Key, Statistics]
-    references: Mapping[int, Arguments] = field(default_factory=dict)
+    references: Mapping[int, Arguments] = field(default_factory=dict, metadata=SAME)
     noise: float = 0.0
 
     def __add__(self, other: Expectation) -> Expectation:
