@@ -83,8 +83,8 @@ class Moments:
         return {"deviation": cells_of(group, first), "square": cells_of(group, second, tail)}
 
 
-def mean_of(group: Group) -> Tensor:
-    """The posterior mean of a Gaussian latent over all its elements, weighed as they count. # (q,)
+def mean_sums(group: Group) -> tuple[Tensor, Tensor]:
+    """Of a Gaussian latent the sum of its posterior means, weighed as they count. # (q,), ()
 
     Args:
         group: The latent's own site, whose offset is zero.
@@ -93,4 +93,4 @@ def mean_of(group: Group) -> Tensor:
     assert isinstance(belief, Moments)
     mean, _ = belief.residuals(group, group.arguments)
     weights = belief.weights.expand(mean.shape[:2]).unsqueeze(-1)
-    return (weights * mean).sum((0, 1)) / weights.sum()
+    return (weights * mean).sum((0, 1)), weights.sum()

@@ -101,14 +101,24 @@ class Solver:
         Raises:
             DegenerateError: If a spread collapses, or no finite solution exists.
         """
-        kind, event = self.kind, self.kind.event_dim
-        if kind.form.is_average and self.direct and self.prior is None and blend is None:
+        if self.kind.form.is_average and self.direct and self.prior is None and blend is None:
             mean = self._weighted_mean(statistics)
             if mean is not None:
                 return mean if mean.dtype == value.dtype else mean.to(value.dtype), []
-        n, d = self._sums(statistics, arguments, value)
+        n, d = self.sums(statistics, arguments, value)
         if blend is not None:
             n, d = blend(self.update.name, n, d)
+        return self.maximiser(n, d, value)
+
+    def maximiser(self, n: Tensor, d: Tensor, value: Tensor) -> tuple[Tensor, list[int]]:
+        """The maximiser from sums over all of the data; see `solve`.
+
+        Args:
+            n: Numerators of all uses on the parameter's events, priors left out.
+            d: Denominators.
+            value: The parameter's current value.
+        """
+        kind, event = self.kind, self.kind.event_dim
         if self.prior is not None:
             n, d = n + self.prior[0].to(n), d + self.prior[1].to(d)
             refuse_boundary_mode(self.update, self.graph, n, d, value)
@@ -144,7 +154,7 @@ class Solver:
             return None
         return mean.reshape(self.shape)
 
-    def _sums(
+    def sums(
         self,
         statistics: Mapping[int, Statistics],
         arguments: Mapping[int, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],

@@ -28,6 +28,19 @@ from pyro_em.updates.update import ParameterUpdate
 _MANY_CELLS = 256
 
 
+@dataclass(frozen=True, eq=False)
+class Equations:
+    """Normal equations of a block of parameters, and of working coefficients after them.
+
+    Attributes:
+        gram: Σ w/σ² J Jᵀ. # (p, p)
+        moment: Σ (w/σ²) J (x̄ − loc). # (p,)
+    """
+
+    gram: Tensor
+    moment: Tensor
+
+
 def least_squares(
     block: Sequence[str],
     graph: FactorGraph,
@@ -48,22 +61,42 @@ def least_squares(
         updates: What was decided per parameter, for Normal priors: ridge regression.
         expansions: Latents whose working coefficients are found with them; by the latent's name.
     """
-    sizes = [values[p].numel() for p in block]
-    total = sum(sizes) + sum(e.size for e in expansions)
-    gram: Tensor | None = None
-    moment: Tensor | None = None
-    groups = [
-        (g, group)
+    groups = _groups_of(block, graph, expansions)
+    if len(groups) == 1 and not expansions and not any(updates[p].priors for p in block):
+        (g,) = groups
+        separate = separate_step(graph.groups[g], block, arguments[g], values)
+        if separate is not None:
+            steps = zip(block, separate.split([values[p].numel() for p in block]), strict=True)
+            return {p: values[p] + own.reshape(values[p].shape) for p, own in steps}
+    equations = equations_of(block, graph, statistics, arguments, values, expansions)
+    return solved(equations, block, graph, values, updates, expansions)
+
+
+def _groups_of(
+    block: Sequence[str], graph: FactorGraph, expansions: Sequence[Expansion]
+) -> list[int]:
+    """The groups whose means a block reaches, or whose latents are expanded."""
+    return [
+        g
         for g, group in enumerate(graph.groups)
         if set(block).intersection(group.mean_params) or any(e.is_read_by((g,)) for e in expansions)
     ]
-    if len(groups) == 1 and not expansions and not any(updates[p].priors for p in block):
-        ((g, group),) = groups
-        separate = separate_step(group, block, arguments[g], values)
-        if separate is not None:
-            steps = zip(block, separate.split(sizes), strict=True)
-            return {p: values[p] + own.reshape(values[p].shape) for p, own in steps}
-    for g, group in groups:
+
+
+def equations_of(
+    block: Sequence[str],
+    graph: FactorGraph,
+    statistics: Mapping[int, Statistics],
+    arguments: Sequence[Mapping[str, Tensor]] | Mapping[int, Mapping[str, Tensor]],
+    values: Mapping[str, Tensor],
+    expansions: Sequence[Expansion] = (),
+) -> Equations:
+    """The normal equations of a block from its data, without priors; see `least_squares`."""
+    total = sum(values[p].numel() for p in block) + sum(e.size for e in expansions)
+    gram: Tensor | None = None
+    moment: Tensor | None = None
+    for g in _groups_of(block, graph, expansions):
+        group = graph.groups[g]
         if group.belief is not None:
             own_gram, own_moment = normal_equations(
                 g, group, block, arguments[g], values, expansions
@@ -94,8 +127,21 @@ def least_squares(
             gram[columns.unsqueeze(-1), columns] = diagonal_block
             moment[columns] += design.mT @ r[:, k]
     assert gram is not None and moment is not None
+    return Equations(gram, moment)
+
+
+def solved(
+    equations: Equations,
+    block: Sequence[str],
+    graph: FactorGraph,
+    values: Mapping[str, Tensor],
+    updates: Mapping[str, ParameterUpdate],
+    expansions: Sequence[Expansion] = (),
+) -> dict[str, Tensor]:
+    """The maximisers from the normal equations of all of the data, with priors; see `least_squares`."""
+    gram, moment = equations.gram, equations.moment
     begin = 0
-    for p, size in zip(block, sizes, strict=True):
+    for p in block:
         for prior in updates[p].priors:
             group = graph.groups[prior.group]
             loc, scale = (group.arguments[a].detach() for a in ("loc", "scale"))
@@ -110,10 +156,11 @@ def least_squares(
             pull = precision * (target - values[p].reshape(-1)[index.reshape(-1)])
             gram = gram + torch.diag(gram.new_zeros(len(gram)).index_add(0, column, precision))
             moment = moment.index_add(0, column, pull)
-        begin += size
+        begin += values[p].numel()
     step = pseudo_solve(gram, moment)
     new, begin = {}, 0
-    for p, size in zip(block, sizes, strict=True):
+    for p in block:
+        size = values[p].numel()
         new[p] = values[p] + step[begin : begin + size].reshape(values[p].shape)
         begin += size
     for e in expansions:

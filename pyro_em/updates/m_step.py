@@ -6,28 +6,43 @@ block sees the new values of those before it (Meng and Rubin, 1993), so that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
-from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
-from pyro_em.updates.closed_form import Blend, apply_floor, closed_form, floor_of
+from pyro_em.reduction.reduction import Reduction, Whole
+from pyro_em.tracing.parameters import (
+    TracedParameter,
+    restore,
+    snapshot,
+    values_of,
+    write_unconstrained,
+)
+from pyro_em.updates.closed_form import Blend, apply_floor, floor_of, solver_of
+from pyro_em.updates.data_sums import (
+    DataSums,
+    Derivatives,
+    Evaluate,
+    Expanded,
+    Move,
+    Shifted,
+    Written,
+)
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
-from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.gradient import Runaway, maximise
-from pyro_em.updates.least_squares import least_squares
-from pyro_em.updates.shift import shifts_of, taken_in
-from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
+from pyro_em.updates.least_squares import solved
+from pyro_em.updates.parted_objective import parted
+from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
 from pyro_em.updates.update import ClosedForm, Gradient, LeastSquares, ParameterUpdate
 
-Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
+T = TypeVar("T")
 
 
 @dataclass
@@ -80,13 +95,41 @@ def m_step(
     Raises:
         DegenerateError: Naming parameter and component; all parameters are as before.
     """
+
+    def at_e_step() -> Reduction[DataSums]:
+        return Whole(DataSums(graph, updates, counts, arguments, evaluate))
+
+    return m_step_over(at_e_step, graph, updates, state, blend, expand=expand)
+
+
+def m_step_over(
+    at_e_step: Callable[[], Reduction[DataSums]],
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    state: MStepState,
+    blend: Blend | None = None,
+    *,
+    expand: bool = True,
+) -> MStepReport:
+    """Update every parameter in place from what parts of the data say; see `m_step`.
+
+    Args:
+        at_e_step: Gives the parts, each as it is after the E-step.
+        graph: That of any one part: what all parts have in common is read from it.
+        updates: What was decided per parameter, of the same part.
+        state: What lasts between M-steps.
+        blend: Running averages of sums, where there is one part.
+        expand: Whether parameters of Gaussian latents may be expanded: q is their posterior.
+
+    Raises:
+        DegenerateError: Naming parameter and component; all parameters are as before.
+    """
     before = snapshot(graph.parameters)
     unexpanded: list[str] = []
     while True:
         try:
-            return _m_step(
-                graph, updates, counts, arguments, evaluate, state, blend, expand, unexpanded
-            )
+            now = _MStep(at_e_step(), graph, updates, blend)
+            return _m_step(now, state, expand, unexpanded)
         except FlatSpread as flat:
             # Steps without the expansion stay inside: they go towards a singular matrix slowly.
             restore(graph.parameters, before)
@@ -96,120 +139,108 @@ def m_step(
             raise
 
 
-@dataclass(eq=False)
-class _Progress:
-    """Where an M-step stands: values, arguments and statistics as its blocks change them.
+class _MStep:
+    """Where an M-step stands: the values that it has found, and what it asks of the data.
+
+    Args:
+        over: The parts of the data.
+        graph: That of one part.
+        updates: What was decided per parameter.
+        blend: Running averages of sums, where there is one part.
 
     Attributes:
-        graph: The factor graph.
-        updates: What was decided per parameter.
-        counts: Expected counts per group.
         values: Parameter values as they are now.
-        arguments: Per group as they are now.
-        needed: Groups whose statistics some closed form needs.
-        statistics: Of these groups, about the locations at which they were taken.
-        stale: Those that have to be taken again: deviations do not shift to another location, nor do
-            squares with the coefficients of latents.
         working: Working coefficients of expanded latents.
+        moves: What the parts have to follow.
+        massless: Events without mass, by parameter.
     """
 
-    graph: FactorGraph
-    updates: Mapping[str, ParameterUpdate]
-    counts: Sequence[Tensor]
-    values: dict[str, Tensor]
-    arguments: list[dict[str, Tensor]]
-    needed: list[int]
-    statistics: dict[int, Statistics]
-    stale: set[int]
-    working: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
+        over: Reduction[DataSums],
         graph: FactorGraph,
         updates: Mapping[str, ParameterUpdate],
-        counts: Sequence[Tensor],
-        arguments: Sequence[Mapping[str, Tensor]],
-        exact: Sequence[ParameterUpdate],
-    ) -> _Progress:
-        """At the E-step."""
-        needed = groups_reached(graph, {u.name for u in exact})
-        needed = [g for g in needed if graph.groups[g].family is not None]
-        # Those of sites that read Gaussian latents change with each update: taken when needed.
-        plain = [g for g in needed if graph.groups[g].belief is None]
-        collected = expected_statistics(graph, counts, arguments, plain)
-        return cls(
-            graph,
-            updates,
-            counts,
-            values_of(graph.parameters),
-            [dict(a) for a in arguments],
-            needed,
-            {g: collected.of(g) for g in plain},
-            set(needed) - set(plain),
-        )
+        blend: Blend | None,
+    ) -> None:
+        self.over, self.graph, self.updates, self.blend = over, graph, updates, blend
+        self.values = values_of(graph.parameters)
+        self.working: dict[str, Tensor] = {}
+        self.moves: list[Move] = []
+        self.massless: dict[str, tuple[int, ...]] = {}
+        self._pending: list[ParameterUpdate] = []
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def take(self, groups: Iterable[int]) -> None:
-        """Take stale statistics of groups about the current locations."""
-        for g in self.stale.intersection(groups):
-            group = self.graph.groups[g]
-            self.statistics[g] = group_statistics(group, self.counts[g], self.arguments[g])
-            if group.belief is not None:
-                self.statistics[g]["reference:loc"] = self.arguments[g]["loc"]
-            self.stale.discard(g)
+    def sum(self, of: Callable[[DataSums], T]) -> T:
+        """The sum over parts of what each says after all moves."""
+        return self.over.sum(lambda part: of(part.following(self.moves)))
 
     def write(self, new: Mapping[str, Tensor]) -> None:
-        """Put new values into the param store, and into the arguments that they reach."""
+        """Put new values into the param store."""
+        written = {}
         for name, value in new.items():
             write_unconstrained(self.graph.parameters[name], value)
             # Continue with what the store holds: a transform may round.
-            self.values[name] = self.graph.parameters[name].value()
+            written[name] = self.values[name] = self.graph.parameters[name].value()
             _require_finite(name, self.values[name])
-        names = set(new)
-        for g in groups_reached(self.graph, names):
-            group = self.graph.groups[g]
-            if group.family is None:
-                continue
-            for argument, binding in group.bindings.items():
-                if binding.is_static and names.intersection(binding.params):
-                    dtype = group.arguments[argument].dtype
-                    self.arguments[g][argument] = binding.evaluate(self.values).to(dtype)
-            if g in self.needed and not (group.family.additive and group.belief is None):
-                self.stale.add(g)
+        self.moves.append(Written(written))
+        reached = set(groups_reached(self.graph, set(new)))
+        for update in self._pending:
+            if update.name in new or any(u.group in reached for u in update.uses):
+                self._known.pop(update.name, None)
+
+    def closed_forms(self, updates: Sequence[ParameterUpdate]) -> None:
+        """Say which closed forms are due: parts that are dear to visit answer all at once."""
+        self._pending = list(updates)
+
+    def updated(self, update: ParameterUpdate) -> Tensor:
+        """The maximiser in a parameter in closed form; events without mass are noted."""
+        name, blend = update.name, self.blend
+        if self.over.is_whole:
+            value, empty = self.sum(lambda part: part.solved(name, blend))
+        else:
+            if name not in self._known:
+                names = [u.name for u in self._pending if u.name not in self._known]
+                self._known |= self.sum(lambda part: {n: part.closed(n) for n in names})
+            solver = solver_of(update, self.graph, self.values[name])
+            value, empty = solver.maximiser(*self._known.pop(name), self.values[name])
+            self._pending = [u for u in self._pending if u.name != name]
+        if empty:
+            self.massless[name] = tuple(empty)
+        return value
 
     def regress(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
         """Least squares; coefficients of expanded latents stay so until spreads are estimated."""
-        self.take(g for g in self.needed if self.graph.groups[g].belief is None)
-        new = least_squares(
-            block,
-            self.graph,
-            self.statistics,
-            self.arguments,
-            self.values,
-            self.updates,
-            expansions,
-        )
+        if self.over.is_whole:
+            new = self.sum(lambda part: part.regressed(block, expansions))
+        else:
+            equations = self.sum(lambda part: part.equations(block, expansions))
+            new = solved(equations, block, self.graph, self.values, self.updates, expansions)
         for e in expansions:
             self.working[e.latent] = new.pop(e.latent)
-            for g, argument in e.children:
-                before = self.arguments[g][argument]
-                self.arguments[g][argument] = e.applied(before, self.working[e.latent])
-                self.stale.add(g)
+            self.moves.append(Expanded(e, self.working[e.latent]))
         return new
 
     def shift(self) -> list[Mapping[str, Tensor]]:
         """Working means of latents: spreads are estimated about them, coefficients take them in."""
         gains: list[Mapping[str, Tensor]] = []
         for shift in shifts_of(self.graph, self.updates):
-            found = taken_in(shift, self.graph, self.arguments, self.values)
-            if found is None:
-                continue
-            group = self.graph.groups[shift.group]
-            loc = found[0].reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
-            self.arguments[shift.group]["loc"] = loc.to(group.arguments["loc"].dtype)
-            self.stale.add(shift.group)
-            gains.append(found[1])
+            total, weight = self.sum(lambda part, shift=shift: part.mean_sums(shift))  # type: ignore[misc]
+            gain = self._taken_in(shift, total / weight)
+            if gain is not None:
+                self.moves.append(Shifted(shift.group, total / weight))
+                gains.append(gain)
         return gains
+
+    def _taken_in(self, shift: Shift, mean: Tensor) -> dict[str, Tensor] | None:
+        """What the coefficients gain for the mean of a latent; None where they cannot."""
+        sums = self.sum(lambda part: part.image_sums(shift, mean))
+        size = self.over.max(lambda part: part.following(self.moves).image_size(shift, mean))
+        if sums.left_out or not isfinite(size):
+            return None
+        gain = gain_of(sums)
+        if self.over.any(lambda part: part.following(self.moves).is_off(shift, mean, gain, size)):
+            return None
+        return split(shift, gain, self.values)
 
     def return_to_model(
         self, expansions: Sequence[Expansion], gains: Sequence[Mapping[str, Tensor]]
@@ -225,39 +256,34 @@ class _Progress:
 
 
 def _m_step(
-    graph: FactorGraph,
-    updates: Mapping[str, ParameterUpdate],
-    counts: Sequence[Tensor],
-    arguments: Sequence[Mapping[str, Tensor]],
-    evaluate: Evaluate,
-    state: MStepState,
-    blend: Blend | None,
-    expand: bool,
-    unexpanded: Collection[str],
+    now: _MStep, state: MStepState, expand: bool, unexpanded: Collection[str]
 ) -> MStepReport:
+    graph, updates = now.graph, now.updates
     exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
     exact = sorted(exact, key=_order)
-    massless: dict[str, tuple[int, ...]] = {}
     with torch.no_grad():
-        now = _Progress.of(graph, updates, counts, arguments, exact)
         found = expansions_of(graph, updates) if expand else ()
         expansions = [e for e in found if e.latent not in unexpanded]
         with_block = _with_blocks(graph, exact, expansions)
         if () in with_block:
             now.regress((), with_block[()])
+        now.closed_forms([u for u in exact if isinstance(u.update, ClosedForm)])
         done: set[str] = set()
         for update in exact:  # locations
             if _order(update) == 0 and update.name not in done:
-                new = _updated(now, update, with_block.get(update.block, ()), blend, massless)
+                if isinstance(update.update, LeastSquares):
+                    new = now.regress(update.block, with_block.get(update.block, ()))
+                else:
+                    new = {update.name: now.updated(update)}
                 now.write(new)
                 done.update(new)
         gains = now.shift() if expand else []
         for update in exact:
             if update.name not in done:
-                now.write(_updated(now, update, (), blend, massless))
+                now.write({update.name: now.updated(update)})
         now.return_to_model(expansions, gains)
-    _gradient_blocks(graph, updates, counts, evaluate, state)
-    return MStepReport(massless)
+    _gradient_blocks(now, state)
+    return MStepReport(now.massless)
 
 
 def _with_blocks(
@@ -270,31 +296,6 @@ def _with_blocks(
         met = (b for b in blocks if e.is_read_by(groups_reached(graph, set(b))))
         out.setdefault(next(met, ()), []).append(e)
     return out
-
-
-def _updated(
-    now: _Progress,
-    update: ParameterUpdate,
-    expansions: Sequence[Expansion],
-    blend: Blend | None,
-    massless: dict[str, tuple[int, ...]],
-) -> dict[str, Tensor]:
-    """The new values of a parameter, or of its block; events without mass are noted."""
-    if isinstance(update.update, LeastSquares):
-        return now.regress(update.block, expansions)
-    now.take(u.group for u in update.uses)
-    value, empty = closed_form(
-        update,
-        now.graph,
-        now.statistics,
-        now.arguments,
-        now.counts,
-        now.values[update.name],
-        blend,
-    )
-    if empty:
-        massless[update.name] = tuple(empty)
-    return {update.name: value}
 
 
 def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> None:
@@ -327,15 +328,10 @@ def _require_finite(name: str, value: Tensor) -> None:
         )
 
 
-def _gradient_blocks(
-    graph: FactorGraph,
-    updates: Mapping[str, ParameterUpdate],
-    counts: Sequence[Tensor],
-    evaluate: Evaluate,
-    state: MStepState,
-) -> None:
+def _gradient_blocks(now: _MStep, state: MStepState) -> None:
+    graph = now.graph
     by_update: list[tuple[Gradient, list[str]]] = []
-    for u in updates.values():
+    for u in now.updates.values():
         if not isinstance(u.update, Gradient):
             continue
         for known, names in by_update:
@@ -344,31 +340,40 @@ def _gradient_blocks(
                 break
         else:
             by_update.append((u.update, [u.name]))
-    weight = max(1.0, max((float(c.sum()) for c in counts), default=1.0))
+    if not by_update:
+        return
+    weight = max([1.0, *now.sum(DataSums.masses)])
     for update, names in by_update:
         reached = groups_reached(graph, set(names))
-        fixed = {n: p.value() for n, p in graph.parameters.items() if n not in names}
-
-        def objective(
-            moved: Mapping[str, Tensor],
-            fixed: Mapping[str, Tensor] = fixed,
-            reached: Sequence[int] = tuple(reached),
-        ) -> Tensor:
-            tables = evaluate({**fixed, **moved}, reached)
-            return torch.stack([dot(counts[g], tables[g]) for g in reached]).sum()
-
         if reached:
-            runaway = maximise(
-                [graph.parameters[n] for n in names],
-                objective,
-                update,
-                state.optimizers,
-                weight,
-            )
+            moved = [graph.parameters[n] for n in names]
+            objective = _objective(now, moved, reached)
+            runaway = maximise(moved, objective, update, state.optimizers, weight)
             if runaway is not None:
                 raise DegenerateError(_unbounded(graph, runaway))
             for n in names:
                 _require_finite(n, graph.parameters[n].value())
+
+
+def _objective(
+    now: _MStep, moved: Sequence[TracedParameter], reached: Sequence[int]
+) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """From values of some parameters to the expected log joint of the groups that they reach."""
+    names = [p.name for p in moved]
+    fixed = {n: p.value() for n, p in now.graph.parameters.items() if n not in names}
+    if now.over.is_whole:
+        return lambda values: now.sum(
+            lambda part: part.expected_log_joint({**fixed, **values}, reached)
+        )
+    shapes = {p.name: p.value().shape for p in moved}
+
+    def ask(flat: Tensor, order: int) -> Derivatives:
+        sizes = [shape.numel() for shape in shapes.values()]
+        each = zip(shapes.items(), flat.split(sizes), strict=True)
+        values = {**fixed, **{name: part.reshape(shape) for (name, shape), part in each}}
+        return now.sum(lambda part: part.derivatives(values, moved, reached, order))
+
+    return lambda values: parted(ask, values, names)
 
 
 def edge_fixes(name: str) -> list[str]:

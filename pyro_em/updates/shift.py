@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.beliefs import mean_of
+from pyro_em.updates import beliefs
 from pyro_em.updates.expansion import centred_latents
 from pyro_em.updates.gaussian_rows import design_of, rows_of
 from pyro_em.updates.update import LeastSquares, ParameterUpdate
@@ -75,21 +75,42 @@ def _are_theirs(
     return True
 
 
-def taken_in(
+@dataclass(frozen=True, eq=False)
+class ImageSums:
+    """Sums of the least squares X δ = z, with z = C m of those who read a latent.
+
+    Attributes:
+        gram: Xᵀ X. # (p, p)
+        moment: Xᵀ z. # (p,)
+        left_out: How many parts of the data have too many rows to be looked at.
+    """
+
+    gram: Tensor
+    moment: Tensor
+    left_out: int = 0
+
+
+def mean_sums(shift: Shift, graph: FactorGraph) -> tuple[Tensor, Tensor]:
+    """The sum of a latent's posterior means and of what they count. # (q,), ()"""
+    return beliefs.mean_sums(graph.groups[shift.group])
+
+
+def image_of(
     shift: Shift,
     graph: FactorGraph,
     arguments: Sequence[Mapping[str, Tensor]],
     values: Mapping[str, Tensor],
-) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """The mean of a latent, and what the coefficients gain for it; None where they cannot.
+    mean: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """X and z = C m, row by row; None where they would be too large. # (rows, p), (rows,)
 
     Args:
         shift: The latent with its coefficients.
         graph: The graph of an M-step.
         arguments: The current arguments per group, coefficients of the latent as they are now.
         values: The current parameters, for sizes.
+        mean: m. # (q,)
     """
-    mean = mean_of(graph.groups[shift.group])
     designs, targets = [], []
     for c in dict.fromkeys(c for c, _ in shift.children):
         child = graph.groups[c]
@@ -106,14 +127,44 @@ def taken_in(
             return None
         designs.append(design.reshape(-1, design.shape[-1]))
         targets.append(image.expand(*shape, image.shape[-1]).reshape(-1))
-    x, z = torch.cat(designs), torch.cat(targets)
-    gain = torch.linalg.pinv(x.mT @ x, hermitian=True) @ (x.mT @ z)
-    size = z.abs().amax()
-    if not bool(torch.isfinite(size)) or bool(((x @ gain - z).abs() > 1e-9 * size).any()):
-        return None
-    sizes = [values[name].numel() for name in shift.block]
-    parts = gain.split(sizes)
-    return mean, {
+    return torch.cat(designs), torch.cat(targets)
+
+
+def image_sums(image: tuple[Tensor, Tensor] | None, like: Tensor) -> ImageSums:
+    """The sums of one part of the data.
+
+    Args:
+        image: X and z; None where they would be too large.
+        like: A tensor on the device of the sums, whose last dimension has their size.
+    """
+    if image is None:
+        size = like.shape[-1]
+        return ImageSums(like.new_zeros(size, size), like.new_zeros(size), 1)
+    x, z = image
+    return ImageSums(x.mT @ x, x.mT @ z)
+
+
+def gain_of(sums: ImageSums) -> Tensor:
+    """δ, what the coefficients gain. # (p,)"""
+    return torch.linalg.pinv(sums.gram, hermitian=True) @ sums.moment
+
+
+def is_off(x: Tensor, z: Tensor, gain: Tensor, size: float) -> bool:
+    """Whether X δ differs from z by more than rounding.
+
+    Args:
+        x: # (rows, p)
+        z: # (rows,)
+        gain: δ. # (p,)
+        size: The largest number among all z.
+    """
+    return bool(((x @ gain - z).abs() > 1e-9 * size).any())
+
+
+def split(shift: Shift, gain: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """δ by parameter."""
+    parts = gain.split([values[name].numel() for name in shift.block])
+    return {
         name: part.reshape(values[name].shape)
         for name, part in zip(shift.block, parts, strict=True)
     }

@@ -1,0 +1,314 @@
+"""What an M-step asks of one part of the data: sums at the posterior, as parameters move.
+
+The posterior is that of the E-step; arguments follow the values that the M-step has found so far. All
+answers add up over parts: numerators and denominators of closed forms, normal equations, the expected
+log joint with its derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Statistics
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.tracing.parameters import TracedParameter, values_of
+from pyro_em.updates.closed_form import Blend, closed_form, solver_of
+from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.expansion import Expansion
+from pyro_em.updates.gaussian_rows import event_shape
+from pyro_em.updates.least_squares import Equations, equations_of, least_squares
+from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
+from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
+from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
+
+Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
+
+
+class Move(Protocol):
+    """One thing that an M-step has found, which all parts have to follow."""
+
+    def apply(self, sums: DataSums) -> None:
+        """Change what is known of a part."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """New values of parameters.
+
+    Attributes:
+        new: By name.
+    """
+
+    new: Mapping[str, Tensor]
+
+    def apply(self, sums: DataSums) -> None:
+        """See `Move.apply`."""
+        sums.write(self.new)
+
+
+@dataclass(frozen=True, eq=False)
+class Expanded:
+    """Working coefficients of a latent.
+
+    Attributes:
+        expansion: The latent.
+        working: Its coefficients.
+    """
+
+    expansion: Expansion
+    working: Tensor
+
+    def apply(self, sums: DataSums) -> None:
+        """See `Move.apply`."""
+        for g, argument in self.expansion.children:
+            before = sums.arguments[g][argument]
+            sums.arguments[g][argument] = self.expansion.applied(before, self.working)
+            sums.stale.add(g)
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted:
+    """The working mean of a latent, about which its spread is estimated.
+
+    Attributes:
+        group: The latent's group.
+        mean: The mean. # (q,)
+    """
+
+    group: int
+    mean: Tensor
+
+    def apply(self, sums: DataSums) -> None:
+        """See `Move.apply`."""
+        group = sums.graph.groups[self.group]
+        loc = self.mean.reshape((1,) * (1 + len(group.sizes)) + event_shape(group))
+        sums.arguments[self.group]["loc"] = loc.to(group.arguments["loc"].dtype)
+        sums.stale.add(self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Derivatives:
+    """The expected log joint of some groups at some values, with its derivatives.
+
+    Attributes:
+        value: In nats. # ()
+        gradient: In all moved values, one after the other. # (P,)
+        hessian: None where it was not asked for. # (P, P)
+    """
+
+    value: Tensor
+    gradient: Tensor
+    hessian: Tensor | None
+
+
+class DataSums:
+    """One part of the data in an M-step.
+
+    Args:
+        graph: The factor graph with bindings.
+        updates: What was decided per parameter.
+        counts: Expected counts per group.
+        arguments: Arguments per group at the E-step.
+        evaluate: From constrained values and group numbers to those groups' log densities.
+        values: Constrained parameter values at the E-step; those in the param store where None.
+
+    Attributes:
+        arguments: Per group, as they are now.
+        stale: Groups whose statistics have to be taken again: deviations do not shift to another
+            location, nor do squares with the coefficients of latents.
+    """
+
+    def __init__(
+        self,
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        counts: Sequence[Tensor],
+        arguments: Sequence[Mapping[str, Tensor]],
+        evaluate: Evaluate,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.graph, self.updates, self.counts = graph, updates, counts
+        self.evaluate = evaluate
+        self.values = values_of(graph.parameters) if values is None else dict(values)
+        self.arguments = [dict(a) for a in arguments]
+        exact = {n for n, u in updates.items() if isinstance(u.update, (ClosedForm, LeastSquares))}
+        needed = groups_reached(graph, exact)
+        self.needed = [g for g in needed if graph.groups[g].family is not None]
+        # Those of sites that read Gaussian latents change with each update: taken when needed.
+        plain = [g for g in self.needed if graph.groups[g].belief is None]
+        collected = expected_statistics(graph, counts, arguments, plain)
+        self._statistics: dict[int, Statistics] = {g: collected.of(g) for g in plain}
+        self.stale = set(self.needed) - set(plain)
+        self._followed = 0
+
+    # ------------------------------------------------------------------ following
+
+    def following(self, moves: Sequence[Move]) -> DataSums:
+        """The same after all moves of an M-step so far."""
+        for move in moves[self._followed :]:
+            move.apply(self)
+        self._followed = len(moves)
+        return self
+
+    def write(self, new: Mapping[str, Tensor]) -> None:
+        """Take in new values, and put them into the arguments that they reach."""
+        self.values |= new
+        names = set(new)
+        for g in groups_reached(self.graph, names):
+            group = self.graph.groups[g]
+            if group.family is None:
+                continue
+            for argument, binding in group.bindings.items():
+                if binding.is_static and names.intersection(binding.params):
+                    dtype = group.arguments[argument].dtype
+                    self.arguments[g][argument] = binding.evaluate(self.values).to(dtype)
+            if g in self.needed and not (group.family.additive and group.belief is None):
+                self.stale.add(g)
+
+    def _taken(self, groups: Iterable[int]) -> dict[int, Statistics]:
+        """All statistics, those of some groups about the current locations."""
+        for g in self.stale.intersection(groups):
+            group = self.graph.groups[g]
+            self._statistics[g] = group_statistics(group, self.counts[g], self.arguments[g])
+            if group.belief is not None:
+                self._statistics[g]["reference:loc"] = self.arguments[g]["loc"]
+            self.stale.discard(g)
+        return self._statistics
+
+    def _plain(self) -> list[int]:
+        """Groups whose statistics do not follow from moments of Gaussian latents."""
+        return [g for g in self.needed if self.graph.groups[g].belief is None]
+
+    # ------------------------------------------------------------------ asking
+
+    def solved(self, name: str, blend: Blend | None = None) -> tuple[Tensor, list[int]]:
+        """The maximiser in one parameter, where this part is all of the data; see `closed_form`."""
+        update = self.updates[name]
+        return closed_form(
+            update,
+            self.graph,
+            self._taken(u.group for u in update.uses),
+            self.arguments,
+            self.counts,
+            self.values[name],
+            blend,
+        )
+
+    def regressed(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
+        """The maximisers of a block, where this part is all of the data; see `least_squares`."""
+        return least_squares(
+            block,
+            self.graph,
+            self._taken(self._plain()),
+            self.arguments,
+            self.values,
+            self.updates,
+            expansions,
+        )
+
+    def closed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator of one closed form, on the parameter's events."""
+        update, value = self.updates[name], self.values[name]
+        statistics = self._taken(u.group for u in update.uses)
+        return solver_of(update, self.graph, value).sums(statistics, self.arguments, value)
+
+    def equations(self, block: Sequence[str], expansions: Sequence[Expansion]) -> Equations:
+        """The normal equations of a block of coefficients."""
+        statistics = self._taken(self._plain())
+        return equations_of(block, self.graph, statistics, self.arguments, self.values, expansions)
+
+    def mean_sums(self, shift: Shift) -> tuple[Tensor, Tensor]:
+        """Of a latent the sum of its means and of its weights; see `shift.mean_sums`."""
+        return mean_sums(shift, self.graph)
+
+    def image_sums(self, shift: Shift, mean: Tensor) -> ImageSums:
+        """What a latent's mean adds to those who read it; see `shift.ImageSums`."""
+        size = sum(self.values[name].numel() for name in shift.block)
+        return image_sums(self._image(shift, mean), mean.new_zeros(size))
+
+    def image_size(self, shift: Shift, mean: Tensor) -> float:
+        """The largest number of what a latent's mean adds."""
+        image = self._image(shift, mean)
+        return 0.0 if image is None else float(image[1].abs().amax())
+
+    def is_off(self, shift: Shift, mean: Tensor, gain: Tensor, size: float) -> bool:
+        """Whether coefficients do not take a mean in; see `shift.is_off`."""
+        image = self._image(shift, mean)
+        return image is None or is_off(*image, gain, size)
+
+    def _image(self, shift: Shift, mean: Tensor) -> tuple[Tensor, Tensor] | None:
+        return image_of(shift, self.graph, self.arguments, self.values, mean)
+
+    def masses(self) -> list[float]:
+        """Total expected counts per group."""
+        return [float(c.sum()) for c in self.counts]
+
+    def expected_log_joint(self, values: Mapping[str, Tensor], groups: Sequence[int]) -> Tensor:
+        """E_q[log p] of some groups at given values, in nats; differentiable. # ()"""
+        tables = self.evaluate(values, groups)
+        return torch.stack([dot(self.counts[g], tables[g]) for g in groups]).sum()
+
+    def derivatives(
+        self,
+        values: Mapping[str, Tensor],
+        moved: Sequence[TracedParameter],
+        groups: Sequence[int],
+        order: int,
+    ) -> Derivatives:
+        """The expected log joint with its derivatives in the constrained values of some parameters.
+
+        Args:
+            values: Constrained values of all parameters.
+            moved: The parameters.
+            groups: Groups that they reach.
+            order: 0 for the value alone, 1 with the gradient, 2 with second derivatives.
+        """
+        own = {p.name: values[p.name].detach().requires_grad_(order > 0) for p in moved}
+        fixed = {n: v.detach() for n, v in values.items()}
+        with torch.set_grad_enabled(order > 0):
+            value = self.expected_log_joint({**fixed, **own}, groups)
+            if order == 0 or not value.requires_grad:
+                size = sum(v.numel() for v in own.values())
+                flat = value.new_zeros(size)
+                return Derivatives(
+                    value.detach(), flat, flat.new_zeros(size, size) if order > 1 else None
+                )
+            # A module's own parameter is read from where it lives, not from what it is given.
+            leaves = [
+                (own[p.name], p.unconstrained) if p.leaf is p.unconstrained else (own[p.name],)
+                for p in moved
+            ]
+            gradient = _gradient(value, leaves, curved=order > 1)
+            hessian = None
+            if order > 1:
+                rows = [
+                    _gradient(component, leaves, curved=True).detach()
+                    if component.requires_grad
+                    else torch.zeros_like(gradient.detach())
+                    for component in gradient
+                ]
+                hessian = torch.stack(rows)
+        return Derivatives(value.detach(), gradient.detach(), hessian)
+
+
+def _gradient(value: Tensor, leaves: Sequence[tuple[Tensor, ...]], *, curved: bool) -> Tensor:
+    """The gradient, one parameter after the other. # (P,)"""
+    flat = [t for pair in leaves for t in pair if t.requires_grad]
+    found = torch.autograd.grad(
+        value, flat, allow_unused=True, create_graph=curved, retain_graph=curved
+    )
+    each = iter(found)
+    out = []
+    for pair in leaves:
+        total = torch.zeros_like(pair[0])
+        for t in pair:
+            part = next(each) if t.requires_grad else None
+            total = total if part is None else total + part.reshape(total.shape)
+        out.append(total.reshape(-1))
+    return torch.cat(out)
