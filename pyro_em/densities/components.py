@@ -126,7 +126,7 @@ class Owned:
             clear = (root * root - self.least).amin()
             few = 1.6
         else:
-            squares = moments[:, D:][:, self.rule.full].reshape(-1, D, D)
+            squares = moments[:, D:].index_select(1, self.rule.full).reshape(-1, D, D)
             outer = (each * step).unsqueeze(-1) * step.unsqueeze(-2)
             spread = self._rounded(self._pooled(squares - outer, each.unsqueeze(-1)))
             root = torch.linalg.cholesky(spread)

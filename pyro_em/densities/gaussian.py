@@ -99,6 +99,7 @@ class Gaussian:
         lead: Dimensions of the group before the component's: members and plates.
         reach2: The largest square of each centred feature. # (D,)
         upper: The pairs of `upper_pairs`. # (P,) each
+        flat: Where they are among all D * D elements of a matrix. # (P,)
         full: The places of `unfolding`. # (D * D,)
         halved: What the coefficient of each pair is of its element of Λ: −½ on the diagonal, else −1.
         stored: The features of all rows, where the data are few; else None. # (P, N)
@@ -113,6 +114,7 @@ class Gaussian:
     lead: int
     reach2: Tensor = field(init=False)
     upper: tuple[Tensor, Tensor] = field(init=False)
+    flat: Tensor = field(init=False)
     full: Tensor = field(init=False)
     halved: Tensor = field(init=False)
     stored: Tensor | None = field(init=False, default=None)
@@ -122,6 +124,7 @@ class Gaussian:
         low, high = torch.aminmax(self.x, dim=1)
         self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
         i, j = self.upper = upper_pairs(D, self.x.device)
+        self.flat = i * D + j
         self.full = unfolding(D, self.x.device)
         self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
         # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
@@ -181,7 +184,8 @@ class Gaussian:
                 whiten = torch.linalg.solve_triangular(root, eye, upper=False)
                 return self._whitened(mu, whiten, log_det)
             along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
-            squares = self._each(precision[:, self.upper[0], self.upper[1]] * self.halved)
+            pairs = precision.reshape(-1, D * D).index_select(1, self.flat)
+            squares = self._each(pairs * self.halved)
         constant = (-0.5 * ((along * mu).sum(-1) + log_det + log_2pi)).unsqueeze(-1)
         linear = torch.cat([along, squares], -1)
         wide = (linear, constant)
@@ -194,7 +198,7 @@ class Gaussian:
 
     def _each(self, t: Tensor) -> Tensor:
         """Shared between components or not: one row per component."""
-        return t.expand(self.K, *t.shape[1:])
+        return t if len(t) == self.K else t.expand(self.K, *t.shape[1:])
 
     def _whitened(self, mu: Tensor, whiten: Tensor, log_det: Tensor) -> Prepared:
         D, dtype = self.x.shape[0], self.x.dtype
@@ -280,7 +284,7 @@ class Gaussian:
                 )
             weight = mass.unsqueeze(-1).expand(-1, D)
             return self._shaped({"deviation": deviation, "square": square, "weight": weight})
-        second = moments[:, D:][:, self.full].reshape(self.K, D, D)
+        second = moments[:, D:].index_select(1, self.full).reshape(self.K, D, D)
         cross = first.unsqueeze(-1) * mu.unsqueeze(-2)
         outer = mass[:, None, None] * (mu.unsqueeze(-1) * mu.unsqueeze(-2))
         square = second - cross - cross.mT + outer

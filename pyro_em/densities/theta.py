@@ -135,7 +135,9 @@ class Theta:
         Raises:
             Handover: If a point estimate is impossible.
         """
-        total = float(at.log_prior + self.prior.of_natural(at.natural))
+        total = float(at.log_prior)
+        if self.prior.counts is not None:
+            total = float(at.log_prior + self.prior.of_natural(at.natural))
         if not abs(total) < IMPOSSIBLE:
             raise Handover
         return total

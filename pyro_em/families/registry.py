@@ -113,7 +113,7 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
     arguments = {
         n: attributes[n] if n in attributes else getattr(fn, n)
         for n in names
-        if n in attributes or not isinstance(vars_of_class(fn).get(n), lazy)
+        if n in attributes or not isinstance(_of_class(fn, n), lazy)
     }
     if "probs" in arguments and "logits" in arguments:
         del arguments["logits"]
@@ -134,11 +134,11 @@ def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
     density bounded.
     """
     bounded = {"loc", "mean"} | ({"df"} if "StudentT" in type(fn).__name__ else set())
-    attributes, of_class = vars(fn), vars_of_class(fn)
+    attributes = vars(fn)
     lazy = torch.distributions.utils.lazy_property
     spread = {}
     for name in getattr(fn, "arg_constraints", {}):
-        if name in bounded or (name not in attributes and isinstance(of_class.get(name), lazy)):
+        if name in bounded or (name not in attributes and isinstance(_of_class(fn, name), lazy)):
             continue
         value = attributes[name] if name in attributes else getattr(fn, name, None)
         if isinstance(value, torch.Tensor):
@@ -146,9 +146,6 @@ def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
     return spread
 
 
-def vars_of_class(fn: Any) -> dict[str, Any]:
-    """Class attributes of a distribution, nearest class first, without triggering properties."""
-    attributes: dict[str, Any] = {}
-    for cls in reversed(type(fn).__mro__):
-        attributes.update(vars(cls))
-    return attributes
+def _of_class(fn: Any, name: str) -> Any:
+    """An attribute of a distribution's class, without triggering properties; None if it has none."""
+    return next((vars(cls)[name] for cls in type(fn).__mro__ if name in vars(cls)), None)

@@ -11,15 +11,17 @@ class Bar:
     def __init__(
         self, progress: bool | None, max_steps: int, starts: int, objective_name: str
     ) -> None:
-        disable = None if progress is None else not progress
-        self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
+        self.bar: tqdm | None = None
+        if progress is not False:
+            disable = None if progress is None else False
+            self.bar = tqdm(total=max_steps * starts, disable=disable, desc="EM", unit="step")
         self.max_steps, self.starts, self.current = max_steps, starts, 0
         self.objective_name = objective_name
         self.label = ""
 
     def update(self, start: int, objective: float) -> None:
         """One more step of a start."""
-        if self.bar.disable:
+        if self.bar is None or self.bar.disable:
             return
         if start != self.current:
             self.bar.n = start * self.max_steps
@@ -32,4 +34,5 @@ class Bar:
 
     def close(self) -> None:
         """End the bar."""
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

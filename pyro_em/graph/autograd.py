@@ -332,12 +332,23 @@ def _as_selection(
                 return "its elementwise map cannot be inverted at the present parameters"
         checked.append(part)
     binding = Binding("selection", tuple(names), constant, tuple(checked), normalise=how)
-    predicted = binding.evaluate({name: leaves[name].detach() for name in names})
-    exact = not maps and not how and not has_factor
-    close = torch.isclose(predicted, constant, rtol=1e-5, atol=1e-7, equal_nan=True)
-    if not bool(((predicted == constant) if exact else close).all()):
+    if not is_right(binding, leaves):
         return "its elements are not those of the parameter"
     return binding
+
+
+def is_right(selection: Binding, leaves: Mapping[str, Tensor]) -> bool:
+    """Whether what a selection selects from the leaves is the argument that it holds as constant.
+
+    To the bit, unless a map, a factor or a normalisation computes with it.
+    """
+    constant = selection.constant
+    predicted = selection.evaluate({name: leaves[name].detach() for name in selection.params})
+    if selection.normalise or any(s.maps or s.factor is not None for s in selection.selections):
+        near = torch.isclose(predicted, constant, rtol=1e-5, atol=1e-7, equal_nan=True)
+    else:
+        near = predicted == constant
+    return bool(near.all())
 
 
 def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:

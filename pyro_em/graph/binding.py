@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -88,9 +89,15 @@ class Selection:
     maps: tuple[ElementwiseMap, ...] = ()
     factor: Tensor | None = None
 
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether every element of the argument comes from the parameter."""
+        return not self.index.numel() or int(self.index.min()) >= 0
+
     def forward(self, parameter: Tensor) -> Tensor:
         """The argument's elements at a parameter value (anything where ``index`` is −1)."""
-        out = parameter.reshape(-1)[self.index.clamp(min=0)]
+        index = self.index if self.is_whole else self.index.clamp(min=0)
+        out = parameter.reshape(-1)[index]
         for m in self.maps:
             out = m.forward(out)
         return out if self.factor is None else out * self.factor
@@ -124,23 +131,32 @@ class Binding:
     reason: str = ""
     normalise: str = ""
 
-    @property
+    @cached_property
     def is_static(self) -> bool:
         """Whether the argument can be recomputed from the parameters without the model."""
         return self.how != "opaque"
 
-    @property
+    @cached_property
     def is_one_for_all(self) -> bool:
         """Whether one row stands for all along the first dimension."""
-        return self.constant.dim() > 1 and self.is_static and self.thin() is not self
+        return self.constant.dim() > 1 and self.is_static and self._is_expanded
 
-    def thin(self) -> Binding:
-        """The same, held once where all of it is expanded along the first dimension."""
+    @cached_property
+    def _is_expanded(self) -> bool:
+        """Whether all of it is expanded along the first dimension."""
+        if self.constant.shape[0] == 1:
+            return False
         tensors = [self.constant, *(s.index for s in self.selections)]
         tensors += [s.factor for s in self.selections if s.factor is not None]
         tensors += [] if self.jacobians is None else list(self.jacobians.values())
-        if self.constant.shape[0] == 1 or any(t.stride(0) for t in tensors):
-            return self
+        return not any(t.stride(0) for t in tensors)
+
+    def thin(self) -> Binding:
+        """The same, held once where all of it is expanded along the first dimension."""
+        return self._thin if self._is_expanded else self
+
+    @cached_property
+    def _thin(self) -> Binding:
         jacobians = self.jacobians
         return replace(
             self,
@@ -151,6 +167,9 @@ class Binding:
             ),
             jacobians=None if jacobians is None else {n: j[:1] for n, j in jacobians.items()},
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if name != "_thin"}
 
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
         """The argument at parameter ``values``; differentiable in them."""

@@ -139,7 +139,7 @@ class Group:
     belief: Belief | None = None
     nested: Nested | None = None
 
-    @property
+    @cached_property
     def is_static(self) -> bool:
         """Whether its density can be recomputed from parameters without the model."""
         if self.nested is not None:
@@ -159,12 +159,12 @@ class Group:
             t.requires_grad for t in fixed + scales
         )
 
-    @property
+    @cached_property
     def scales(self) -> Sequence[Tensor | float]:
         """The scales of all members, or the one that they share."""
         return (self.scale.value,) if isinstance(self.scale, Repeated) else self.scale
 
-    @property
+    @cached_property
     def is_unscaled(self) -> bool:
         """Whether every member counts once."""
         return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scales)
@@ -194,7 +194,7 @@ class Group:
             elements=None if self.elements is None else _once(self.elements),
         )
 
-    @property
+    @cached_property
     def params(self) -> tuple[str, ...]:
         """All parameters that reach the group."""
         if self.family is None:
@@ -203,7 +203,7 @@ class Group:
         names.extend(self.raw_params or ())
         return tuple(dict.fromkeys(names))
 
-    @property
+    @cached_property
     def mean_params(self) -> tuple[str, ...]:
         """Parameters that reach the mean of a Normal, through coefficients of latents too."""
         parts = [self.bindings[a] for a in self.lines or ("loc",) if a in self.bindings]

@@ -3,18 +3,23 @@
 A binding is determined by the nodes between an argument and the parameters, by what they saved
 (indices, sizes, factors), by the parameters themselves and by the argument's value. Where all of
 these are equal the binding that was read off before is the binding.
+
+From run to run parameters and values differ. Where elements of parameters are looked up as they are,
+the nodes and what they saved determine which: such a selection holds in a later run too, if what it
+selects there is the argument.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from pyro_em.graph.autograd import bind
+from pyro_em.graph.autograd import bind, is_right
 from pyro_em.graph.binding import Binding
 
 # Nodes of which the Jacobian depends on nothing but what they show: saved fields and output shapes.
@@ -56,15 +61,46 @@ _OPEN = frozenset(
 _SMALL = 4096  # cells of a saved tensor that is compared
 
 
+_MOST = 64  # selections that are kept from run to run
+
+
+class KeptSelections:
+    """Selections that earlier runs of a model showed, by the form of the graph that they are of."""
+
+    def __init__(self) -> None:
+        self.known: dict[Hashable, Binding] = {}
+
+    def keep(self, key: Hashable, binding: Binding) -> None:
+        """Keep a selection that holds no number of its run."""
+        parts = binding.selections
+        if binding.how != "selection" or any(s.maps or s.factor is not None for s in parts):
+            return
+        if len(parts) > 1 or not parts[0].is_whole or parts[0].index.numel() > _SMALL:
+            return
+        while len(self.known) >= _MOST:
+            del self.known[next(iter(self.known))]
+        self.known[key] = replace(binding, constant=binding.constant.new_empty(0))
+
+    def find(self, key: Hashable, constant: Tensor, leaves: Mapping[str, Tensor]) -> Binding | None:
+        """The selection of a graph of a known form, if what it selects now is the argument."""
+        kept = self.known.get(key)
+        if kept is None:
+            return None
+        binding = replace(kept, constant=constant)
+        return binding if is_right(binding, leaves) else None
+
+
 class Recurring:
     """`bind` for many arguments of one run, each form of graph read once.
 
     Args:
         leaves: The leaf tensor of each parameter in the run.
+        kept: What earlier runs of the same model showed.
     """
 
-    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
-        self.leaves = leaves
+    def __init__(self, leaves: Mapping[str, Tensor], kept: KeptSelections | None = None) -> None:
+        self.leaves, self.kept = leaves, kept
+        self.names = {id(leaf): name for name, leaf in leaves.items()}
         self.known: dict[Hashable, tuple[Tensor, Binding]] = {}
 
     def bind(
@@ -85,12 +121,18 @@ class Recurring:
             normalised: As there.
             allow_affine: As there.
         """
-        graph = signature(argument)
-        key = (graph, form, argument.shape, argument.stride(), normalised, allow_affine)
+        graph = signature(argument, self.names)
+        kind = (argument.dtype, argument.device, argument.shape, argument.stride())
+        key = (graph, form, *kind, normalised, allow_affine)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
                 return binding
+        if graph is not None and self.kept is not None:
+            before = self.kept.find(key, layout(argument.detach()), self.leaves)
+            if before is not None:
+                self.known[key] = argument.detach(), before
+                return before
         binding = bind(
             argument,
             self.leaves,
@@ -100,13 +142,18 @@ class Recurring:
         )
         if graph is not None and argument.numel() <= _SMALL:
             self.known[key] = argument.detach(), binding
+            if self.kept is not None:
+                self.kept.keep(key, binding)
         return binding
 
 
-def signature(tensor: Tensor) -> Hashable | None:
+def signature(tensor: Tensor, names: Mapping[int, str] | None = None) -> Hashable | None:
     """What determines a tensor's Jacobians; None where something that does is not shown.
 
-    Leaves are told apart by identity: signatures of one run can be compared while it is alive.
+    Args:
+        tensor: Where the graph ends.
+        names: Of leaves, by identity. Those without a name are told apart by identity: signatures of
+            one run can be compared while it is alive.
     """
     if not tensor.requires_grad:
         return None
@@ -119,7 +166,9 @@ def signature(tensor: Tensor) -> Hashable | None:
         node = stack.pop()
         name = node.name()
         if name.endswith("AccumulateGrad"):
-            entries.append((number[node], id(node.variable)))  # type: ignore[attr-defined]
+            leaf = node.variable  # type: ignore[attr-defined]
+            name = (names or {}).get(id(leaf), id(leaf))
+            entries.append((number[node], name, leaf.shape))
             continue
         saved = _saved(node) if name in _OPEN else None
         if saved is None:

@@ -27,7 +27,7 @@ from pyro_em.graph.failures import (
 )
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout, outside_support
-from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.signatures import KeptSelections, Recurring
 from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrolled import unrolled_graph
@@ -62,6 +62,7 @@ def trace_graph(
     detached: bool = False,
     only: Collection[str] | None = None,
     runs: list[Run] | None = None,
+    kept: KeptSelections | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -82,6 +83,7 @@ def trace_graph(
         detached: Whether only the numbers of arguments and densities are of interest.
         only: Sites whose factors are asked for; others may be left out. All by default.
         runs: Where the run itself is noted, of a model that is run as it is.
+        kept: How earlier runs read off which elements of parameters arguments are.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -98,6 +100,7 @@ def trace_graph(
         "looked": looked,
         "log": log,
         "detached": detached,
+        "kept": kept,
     }
     steps = structure.series
     if steps is not None:
@@ -139,6 +142,7 @@ def _traced(
     looked: Mapping[str, Mapping[str, Any]] | None,
     log: OperationLog | None,
     detached: bool,
+    kept: KeptSelections | None,
     few: float,
     parts: Mapping[int, tuple[int, Tensor]] | None = None,
     only: Collection[str] | None = None,
@@ -171,7 +175,7 @@ def _traced(
         log.forms = forms
     _require_sizes(sites, structure, forms)
     leaves = {name: p.leaf for name, p in run.parameters.items()}
-    layout = FactorLayout(sites, structure, Recurring(leaves), detached)
+    layout = FactorLayout(sites, structure, Recurring(leaves, kept), detached)
     counted = [n for n in structure.sites if n not in structure.passing]
     layout.find_out_of_scope(counted)
     if layout.problems:

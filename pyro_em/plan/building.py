@@ -25,6 +25,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.read_lines import parts_at, read_lines
+from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
@@ -325,6 +326,7 @@ def traced(
     structure: Structure,
     log: OperationLog,
     looked: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: KeptSelections | None = None,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are noted and held to the budget.
 
@@ -333,6 +335,7 @@ def traced(
         structure: Its skeleton.
         log: Where the run is noted.
         looked: The sites of a plain run, which this one has to agree with.
+        kept: How earlier runs read off which elements of parameters arguments are.
     """
     return trace_graph(
         task.model,
@@ -343,6 +346,7 @@ def traced(
         with_bindings=not task.look_only,
         looked=looked,
         log=log,
+        kept=kept,
     )
 
 

@@ -34,6 +34,7 @@ from pyro_em.graph.possible import are_possible, finds_all
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.read_lines import differing_lines, read_lines
 from pyro_em.graph.readable import refuse_inference_mode
+from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
@@ -80,6 +81,7 @@ class Kept:
             that of the model with these given.
         gaussians: Shape, dtype and device of the values of these.
         lines: How they enter means, where that holds no number of the data.
+        selections: How its runs showed which elements of parameters arguments are.
     """
 
     structure: Structure
@@ -94,6 +96,7 @@ class Kept:
         default_factory=dict
     )
     lines: Mapping[str, Line] = field(default_factory=dict)
+    selections: KeptSelections = field(default_factory=KeptSelections)
 
     def task(self, task: Task) -> Task:
         """A task with the model that is run, whose Gaussian latents are given."""
@@ -231,6 +234,7 @@ def _begun(task: Task, kept: Kept, first_look: bool) -> Kept | None:
                 keep_random_state=not first_look,
                 shadowed=kept.structure.unchecked,
                 validated=not kept.is_held,
+                begin=begin,
             )
     except (RunFailed, NumbersNeeded, NotVectorized):
         return None
@@ -289,7 +293,7 @@ def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
     structure, given = kept.structure, kept.task(task)
     if structure.as_run.masked_pairs or structure.random_plates:
         return None
-    graph = traced(given, structure, log)
+    graph = traced(given, structure, log, kept=kept.selections)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, structure):
         return None
     if not are_possible(log.sites, structure, log.forms):

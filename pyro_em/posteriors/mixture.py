@@ -187,12 +187,16 @@ class Mixture(QuickBlock):
         Raises:
             Handover: If a row is impossible, a density is not a number, or mass was lost.
         """
-        constant = self._constant(at)
+        eta = None if at.natural is None else at.natural.eta
+        constant = self._constant(at, eta)
         # In float32 the exponential of numbers far below −87 is slow; a weight of e⁻⁸⁰ counts nothing.
         # A weight of exactly zero has to stay.
         may_clamp = self.linear is None and not self.others and self._is_single()
         may_clamp = may_clamp and bool((constant > _IMPOSSIBLE).all())
-        theta = None if self.linear is None else at.eta.take(self.linear.columns)
+        theta = None
+        if self.linear is not None:
+            assert eta is not None
+            theta = eta.take(self.linear.columns)
         sums = _Collected()
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
@@ -241,7 +245,7 @@ class Mixture(QuickBlock):
                 sums.add(g, rule.moments(at.prepared[g], own, features[g]))
             for g, part in parts.items():
                 sums.add_statistics(g, self._counted(part, weights, at.arguments[g]))
-        return self._summed(at, sums)
+        return self._summed(at, eta, sums)
 
     @cached_property
     def per_row(self) -> PerRow:
@@ -274,11 +278,12 @@ class Mixture(QuickBlock):
             isinstance(r, Gaussian) and r.x.dtype == torch.float32 for r in self.normals.values()
         )
 
-    def _constant(self, at: At) -> Tensor:
+    def _constant(self, at: At, eta: Tensor | None) -> Tensor:
         """Log densities that no row reaches. # (K, 1)"""
         out: Tensor | None = None
         for table in self.cells.values():
-            part = table.table(at.eta)
+            assert eta is not None
+            part = table.table(eta)
             out = part if out is None else out + part
         for g in self.tables:
             group = self.graph.groups[g]
@@ -295,7 +300,7 @@ class Mixture(QuickBlock):
         counts = weights.T.reshape(1, *part.sizes).expand(len(part.members), *part.sizes)
         return group_sums(part, counts, arguments)
 
-    def _summed(self, at: At, sums: _Collected) -> Expectation:
+    def _summed(self, at: At, eta: Tensor | None, sums: _Collected) -> Expectation:
         """What was collected over the chunks, and what no row reaches."""
         groups, mass, evidence = self.graph.groups, sums["mass"], sums["evidence"]
         out = dict(sums.statistics)
@@ -308,7 +313,8 @@ class Mixture(QuickBlock):
             out[g] = group_sums(groups[g], counts, at.arguments[g])
         entries = [t.counts(mass) for t in self.cells.values()]
         for k in self.known.values():
-            evidence = evidence + torch.dot(k.f, at.eta.take(k.columns))
+            assert eta is not None
+            evidence = evidence + torch.dot(k.f, eta.take(k.columns))
             entries.append(k.f)
         if self.linear is not None:
             entries.append(sums["linear"].reshape(-1))
@@ -317,7 +323,8 @@ class Mixture(QuickBlock):
             evidence = evidence + rule.correction(at.prepared[g], sums[g], counted[g])
         log_evidence = checked(evidence, mass, self.total) + self.base
         if entries:
-            out[NATURAL] = {"features": scattered(at.eta, self.columns, entries)}
+            assert eta is not None
+            out[NATURAL] = {"features": scattered(eta, self.columns, entries)}
         out |= {g: {"moments": sums[g], "mass": counted[g]} for g in self.normals}
         largest = max((at.prepared[g].size for g in self.normals), default=0.0)
         noise = 2e-16 * self.total / self.N**0.5 * largest

@@ -157,6 +157,8 @@ class ScalePlates(SampleMessenger):
 
     _postprocess_message = nothing
 
+    _postprocess_message = nothing
+
     def __init__(self, factors: Mapping[str, float]) -> None:
         super().__init__()
         self.factors = factors

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import Transform, constraints, transform_to
 
 from pyro_em.arguments import as_tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.memory import own_start
+
+_FEW = 2**16  # elements of a parameter whose latest value is kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +56,51 @@ class TracedParameter:
             unconstrained: Another unconstrained value than the current one.
         """
         u = self.unconstrained if unconstrained is None else unconstrained
+        known = self._latest.get(u)
+        if known is not None:
+            return known
         with torch.no_grad():
-            out = transform_to(self.constraint)(u).detach()
-            return out.clone() if out.data_ptr() == u.data_ptr() else out
+            out = self._transform(u).detach()
+            if out.data_ptr() == u.data_ptr():
+                return out.clone()
+            self._latest.keep(u, out)
+            return out
+
+    @cached_property
+    def _transform(self) -> Transform:
+        """From unconstrained values to constrained ones."""
+        return transform_to(self.constraint)
+
+    @cached_property
+    def _latest(self) -> _Latest:
+        """What was transformed last: between two steps the same value is asked for many times."""
+        return _Latest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes of a copy: what it needs to be quick it finds by itself."""
+        return {name: v for name, v in vars(self).items() if name not in ("_transform", "_latest")}
+
+
+class _Latest:
+    """The unconstrained value that was transformed last, and what became of it."""
+
+    def __init__(self) -> None:
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+    def get(self, u: Tensor) -> Tensor | None:
+        """A copy of the constrained value of ``u``, if that is the one that is kept."""
+        if self.pair is None:
+            return None
+        before, value = self.pair
+        # Numbers are compared, not counts of writes, which ``.data`` and numpy go past.
+        if before.dtype != u.dtype or before.device != u.device or not torch.equal(before, u):
+            return None
+        return value.clone()
+
+    def keep(self, u: Tensor, value: Tensor) -> None:
+        """Keep copies of both, where they are small."""
+        if u.numel() <= _FEW and value.numel() <= _FEW:
+            self.pair = u.detach().clone(), value.clone()
 
 
 class NoTensor(Exception):
@@ -146,9 +191,11 @@ class ParameterCapture(Messenger):
         known = self.parameters.get(name)
         # pyro.param("p") without an initial value reads and declares nothing.
         declares = len(msg["args"]) > 1 and given is not None
-        declared = (known.declared if known else ()) + ((repr(given),) if declares else ())
-        if declares and repr(constraint) != repr(given):
-            declared = (*declared, repr(constraint))
+        declared = known.declared if known else ()
+        if declares:
+            declared = (*declared, repr(given))
+            if constraint is not given and repr(constraint) != declared[-1]:
+                declared = (*declared, repr(constraint))
         if known is None:
             unconstrained = value.unconstrained() if hasattr(value, "unconstrained") else value
             if isinstance(value, torch.nn.Parameter):

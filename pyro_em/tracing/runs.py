@@ -163,6 +163,7 @@ def first_run_again(
     keep_random_state: bool,
     shadowed: bool,
     validated: bool,
+    begin: tuple[Any, Any] | None = None,
 ) -> Run:
     """Run a model of a form that was seen, so that its parameters begin as in its first plain run.
 
@@ -173,12 +174,14 @@ def first_run_again(
         keep_random_state: Whether the global random state is restored.
         shadowed: Whether the first run had shadows in place of large latents.
         validated: Whether distributions validate their arguments.
+        begin: The present random state, where the caller has it.
 
     Raises:
         RunFailed: If the model raises; the random state and the parameters are as before.
         NumbersNeeded: If the model raises with shadows, or would need them now; likewise.
     """
-    begin, known = random_state(), frozenset(pyro.get_param_store()._params)
+    begin = random_state() if begin is None else begin
+    known = frozenset(pyro.get_param_store()._params)
     with same_random_state(keep_random_state):
         try:
             if shadowed:

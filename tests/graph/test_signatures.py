@@ -12,7 +12,7 @@ from pyro_em.graph import signatures
 from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.forms import equal_to_first
-from pyro_em.graph.signatures import Recurring, outline, signature
+from pyro_em.graph.signatures import KeptSelections, Recurring, outline, signature
 
 Argument = Callable[[Tensor], Tensor]
 
@@ -111,6 +111,52 @@ def test_another_function_with_the_same_values_is_read_anew(name: str, affine: b
         if expected.jacobians is not None:
             assert found.jacobians is not None
             assert torch.equal(found.jacobians["theta"], expected.jacobians["theta"])
+
+
+@pytest.mark.parametrize("values", ["equal", "other"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_an_earlier_run_selected_is_what_a_later_one_selects(name: str, values: str) -> None:
+    kept = KeptSelections()
+    normalised = "probs" if name == "normalised" else ""
+    generator = torch.Generator().manual_seed(0)
+    for run in range(4):
+        theta = torch.ones(4)
+        if values == "other":
+            theta = torch.rand(4, generator=generator) + 0.5
+        theta.requires_grad_()
+        bindings = Recurring({"theta": theta}, kept)
+        for make in PAIRS[name][:: -1 if run % 2 else 1]:
+            argument = make(theta)
+            found = bindings.bind(argument, lambda t: t, (), normalised=normalised)
+            expected = bind(argument, {"theta": theta}, normalised=normalised)
+            assert same(found, expected)
+            assert torch.equal(found.constant, argument.detach())
+
+
+def test_a_selection_of_an_earlier_run_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, kept = [], KeptSelections()
+
+    def counted(*args: object, **kwargs: object) -> Binding:
+        calls.append(1)
+        return bind(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(signatures, "bind", counted)
+    for run in range(3):
+        theta = (torch.arange(4.0) + run).requires_grad_()
+        Recurring({"theta": theta}, kept).bind(theta[BACKWARD], lambda t: t, ())
+    assert len(calls) == 1
+    # A number that no node shows changes the value: what was selected is not the argument.
+    theta = torch.arange(4.0).requires_grad_()
+    argument = theta[BACKWARD]
+    argument.data += 1.0
+    assert Recurring({"theta": theta}, kept).bind(argument, lambda t: t, ()).how == "opaque"
+
+
+def test_selections_of_few_forms_are_kept() -> None:
+    kept, theta = KeptSelections(), torch.ones(200).requires_grad_()
+    for i in range(100):
+        Recurring({"theta": theta}, kept).bind(theta[i : i + 3], lambda t: t, ())
+    assert len(kept.known) == signatures._MOST
 
 
 def test_a_recurring_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
