@@ -57,6 +57,10 @@ class DegenerateError(PyroEMError, ArithmeticError):
     """An update had no finite, non-degenerate solution; it has been rolled back."""
 
 
+class GroupError(PyroEMError, RuntimeError):
+    """Processes of a group that do not, or cannot, work together."""
+
+
 class PyroEMWarning(UserWarning):
     """Something that a user can act upon and that does not stop a fit."""
 

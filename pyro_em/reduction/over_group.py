@@ -1,0 +1,243 @@
+"""Parts that other processes hold, on this machine or on others: `torch.distributed` adds them up."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import UsageError, message
+from pyro_em.reduction.exchange import Counts, Exchange, Form
+from pyro_em.reduction.flat import flat, form, unflat
+from pyro_em.reduction.reduction import Reduction
+from pyro_em.reduction.trees import leaves, mapped
+
+P = TypeVar("P", covariant=True)
+T = TypeVar("T")
+
+
+class OverGroup(Reduction[P]):
+    """The parts of all processes of a group; each makes the same calls in the same order.
+
+    A sum is one all-reduce of all its numbers in float64 and is the same on all ranks, bit by bit.
+    What one rank raises is raised on all of them.
+
+    Args:
+        inner: This process's parts; None where it has none.
+        group: A process group of torch, for instance ``torch.distributed.group.WORLD``.
+        is_empty: Whether the parts of ``inner`` count nothing: they show the form of values where a
+            process has no rows.
+        place: Where this process's data lie in all data, in words, for messages.
+        timed: Whether the wait for slower ranks is measured, by one more collective each time.
+
+    Attributes:
+        rank: Of this process in the group.
+        size: How many processes the group has.
+    """
+
+    def __init__(
+        self,
+        inner: Reduction[P] | None,
+        group: Any,
+        *,
+        is_empty: bool = False,
+        place: str = "",
+        timed: bool = False,
+    ) -> None:
+        self._inner = inner
+        self._is_empty = is_empty or inner is None
+        self._exchange = Exchange(group, place, timed)
+        self.rank = self._exchange.rank
+        self.size = self._exchange.size
+
+    def with_parts(self, inner: Reduction[P] | None, *, is_empty: bool = False) -> OverGroup[P]:
+        """The same group, which goes on where it is, with other parts of this process."""
+        other: OverGroup[P] = object.__new__(OverGroup)
+        other._inner, other._is_empty = inner, is_empty or inner is None
+        other._exchange, other.rank, other.size = self._exchange, self.rank, self.size
+        return other
+
+    @property
+    def is_whole(self) -> bool:
+        """See `Reduction.is_whole`."""
+        return False
+
+    @property
+    def counts(self) -> Counts:
+        """What exchanges have cost this process so far."""
+        return self._exchange.counts
+
+    def sum(self, of: Callable[[P], T]) -> T:
+        """See `Reduction.sum`.
+
+        Raises:
+            GroupError: If values of the ranks have different forms, or a rank does not answer.
+            UsageError: If a whole number is too large to be exact in float64.
+        """
+
+        def own(parts: Reduction[P]) -> tuple[T, Tensor]:
+            value = parts.sum(of)
+            return value, flat(leaves(value), self._exchange.device)
+
+        value, total = self._exchanged("a sum", own)
+        return self._like(value, total)
+
+    def max(self, of: Callable[[P], T]) -> T:
+        """See `Reduction.max`; NaN on any rank is NaN on all."""
+
+        def own(parts: Reduction[P]) -> tuple[T, Tensor]:
+            value = parts.max(of)
+            numbers = flat(leaves(value), self._exchange.device)
+            rows = numbers.new_zeros(self.size, 1 + len(numbers))  # this rank's row and none else
+            rows[self.rank] = torch.cat([numbers.new_ones(1), numbers])
+            return value, rows.reshape(-1)
+
+        value, total = self._exchanged("a maximum", own)
+        rows = total.reshape(self.size, -1)
+        return self._like(value, rows[rows[:, 0] > 0, 1:].amax(0))
+
+    def any(self, of: Callable[[P], bool]) -> bool:
+        """See `Reduction.any`."""
+        error, holds = None, False
+        try:
+            holds = self._inner is not None and not self._is_empty and self._inner.any(of)
+        except BaseException as raised:
+            error = raised
+        return bool(self._one("a question", float(holds), error) > 0)
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """See `Reduction.from_first`; anything that can be pickled.
+
+        Args:
+            make: Called on rank 0 only.
+        """
+        return self._from(0, make, "a value of rank 0")
+
+    def agree(self, digests: Mapping[str, str], fixes: tuple[str, ...] = ()) -> None:
+        """Refuse, on all ranks, what differs between them.
+
+        Args:
+            digests: By name, a checksum of what all must have alike.
+            fixes: What to try where something differs.
+
+        Raises:
+            UsageError: If something does; it names the first difference and the ranks.
+        """
+        call = "a comparison"
+        self._one(call, 0.0, None)
+        all_of_them: list[Mapping[str, str]] = self._exchange.gathered(dict(digests), call)
+        first = all_of_them[0]
+        names = dict.fromkeys(name for one in all_of_them for name in one)
+        for name in names:
+            others = [r for r, one in enumerate(all_of_them) if one.get(name) != first.get(name)]
+            if others:
+                ranks = ", ".join(map(str, others[:5])) + (", …" if len(others) > 5 else "")
+                raise self._exchange.known(
+                    UsageError(
+                        message(
+                            f"group of {self.size} processes",
+                            f"{name} differs: rank{'s' if len(others) > 1 else ''} {ranks} "
+                            f"{'have' if len(others) > 1 else 'has'} another than rank 0.",
+                            "only what lies along the outermost plate is split over processes; "
+                            "all else has to be the same everywhere",
+                            fixes,
+                        )
+                    )
+                )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks leave together: what one of them raises in it is raised on all.
+
+        Outside a call of this class, an exception reaches the others at their next call.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._exchange.announce(error)
+            raise
+        self._exchange.of(Form("the end", (), 0), None, None)
+
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """What each rank makes, by rank; anything that can be pickled, and is small."""
+        call, made, error = "a gathering", None, None
+        try:
+            made = make()
+        except BaseException as raised:
+            error = raised
+        self._one(call, 0.0, error)
+        return self._exchange.gathered(made, call)
+
+    def _exchanged(
+        self, call: str, own: Callable[[Reduction[P]], tuple[T, Tensor]]
+    ) -> tuple[T | None, Tensor]:
+        """This rank's value, where it has one, and the sum of all ranks' numbers."""
+        value: T | None = None
+        numbers: Tensor | None = None
+        said: Form | None = Form(call, None, 0)
+        error: BaseException | None = None
+        if self._inner is not None:
+            try:
+                value, numbers = own(self._inner)
+                said = Form(call, form(leaves(value)), len(numbers))
+            except BaseException as raised:
+                said, error = None, raised
+        total = self._exchange.of(said, None if self._is_empty else numbers, error)
+        return value, total
+
+    def _like(self, value: T | None, numbers: Tensor) -> T:
+        """Numbers in the form of a value; a rank without parts takes the form of another's."""
+        lacking = self._exchange.lacking
+        if lacking:
+            source = next(r for r in range(self.size) if r not in lacking)
+            form_of_all = self._from(source, lambda: mapped(value, _emptied), "the form of a value")
+            value = form_of_all if value is None else value
+        return unflat(value, numbers)  # type: ignore[return-value]
+
+    def _from(self, source: int, make: Callable[[], Any], call: str) -> Any:
+        """What one rank makes; on that rank itself, and as a copy on the others."""
+        made, content, error = None, b"", None
+        if self.rank == source:
+            try:
+                made = make()
+                content = _bytes_of(made)
+            except BaseException as raised:
+                error = raised
+        size = int(self._one(call, float(len(content)), error))
+        if self.rank == source:
+            numbers = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        else:
+            numbers = torch.zeros(size, dtype=torch.uint8)
+        numbers = numbers.to(self._exchange.device)
+        self._exchange.broadcast(numbers, source, call)
+        return made if self.rank == source else self._read(numbers)
+
+    def _one(self, call: str, number: float, error: BaseException | None) -> float:
+        """The sum of one number of each rank."""
+        numbers = torch.tensor([number], dtype=torch.float64, device=self._exchange.device)
+        said = Form(call, ("float",), 1) if error is None else None
+        return float(self._exchange.of(said, numbers, error)[0])
+
+    def _read(self, numbers: Tensor) -> Any:
+        device = self._exchange.device
+        content = io.BytesIO(numbers.cpu().numpy().tobytes())
+        return torch.load(
+            content,
+            map_location=lambda stored, at: stored if at == "cpu" else stored.to(device),
+            weights_only=False,
+        )
+
+
+def _emptied(leaf: Any) -> Any:
+    """A leaf of the same form, which takes no room in a message."""
+    return leaf.new_zeros(()).expand(leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+
+def _bytes_of(value: Any) -> bytes:
+    content = io.BytesIO()
+    torch.save(value, content)
+    return content.getvalue()
