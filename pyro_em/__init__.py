@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pyro_em.plan.plan import Plan
     from pyro_em.posteriors.posterior import Posterior
     from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
+    from pyro_em.sources.chunks import Chunks
     from pyro_em.tracing.vectorized import vectorized_markov
     from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares
     from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
@@ -60,6 +61,7 @@ __all__ = [
     "Annealed",
     "AutoAmortizedCategorical",
     "AutoAmortizedNormal",
+    "Chunks",
     "ClosedForm",
     "Comparison",
     "DataError",
@@ -105,6 +107,7 @@ _HOMES = {
     "Annealed": "pyro_em.posteriors.strategies",
     "AutoAmortizedCategorical": "pyro_em.variational.amortized",
     "AutoAmortizedNormal": "pyro_em.variational.amortized",
+    "Chunks": "pyro_em.sources.chunks",
     "ClosedForm": "pyro_em.updates.update",
     "Comparison": "pyro_em.comparison.table",
     "DataError": "pyro_em.errors",

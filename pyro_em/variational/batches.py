@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_em.errors import DataError, UsageError, message
 from pyro_em.graph.structure import Structure
+from pyro_em.sources.loaders import is_loader, length_of, rows_of_loader
 from pyro_em.tracing.sites import Role
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,7 +73,7 @@ class Batches:
                         ["set batch_size in the DataLoader", "pass the arrays themselves"],
                     )
                 )
-            rows_known = _rows_of_loader(self.loader)
+            rows_known = rows_of_loader(self.loader)
             self.total = rows_known if num_data is None else num_data
         elif batch_size is not None:
             rows = {len(a) for a in self._arrays()}
@@ -106,7 +107,7 @@ class Batches:
     def per_epoch(self) -> int | None:
         """Batches in one epoch, where known."""
         if self.loader is not None:
-            return _length_of(self.loader)
+            return length_of(self.loader)
         return (
             1 if self.rows is None or self.batch_size is None else -(-self.rows // self.batch_size)
         )
@@ -140,11 +141,6 @@ class Batches:
     @staticmethod
     def _rows(a: Any, chosen: Tensor) -> Any:
         return a[chosen.to(a.device)] if isinstance(a, Tensor) and a.dim() else a
-
-
-def is_loader(value: Any) -> bool:
-    """Whether an argument makes batches itself, as ``torch.utils.data.DataLoader`` does."""
-    return isinstance(value, torch.utils.data.DataLoader)
 
 
 def _rows_in(value: Any) -> int | None:
@@ -192,17 +188,6 @@ def rows_in_batches(batches: Batches) -> int | None:
     return None if size == batches.total else size
 
 
-def _rows_of_loader(loader: Any) -> int | None:
-    """Rows that a loader goes through in one epoch, where it is known."""
-    order = getattr(loader, "batch_sampler", None)
-    if order is None:  # its items are batches already: their number is not that of the rows
-        return None
-    sampler = getattr(order, "sampler", None)
-    if isinstance(sampler, torch.utils.data.SubsetRandomSampler):
-        return len(sampler)
-    return _length_of(getattr(loader, "dataset", None))
-
-
 def _check_num_data(num_data: Any, rows: int | None) -> None:
     """Refuse what cannot be the number of all rows."""
     if num_data is None:
@@ -219,13 +204,6 @@ def _check_num_data(num_data: Any, rows: int | None) -> None:
             ["pass the number of rows of all data", "leave it out for arrays"],
         )
     )
-
-
-def _length_of(value: Any) -> int | None:
-    try:
-        return len(value)
-    except TypeError:  # an iterable without a length
-        return None
 
 
 def data_plates(
