@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import pyro
@@ -76,6 +76,7 @@ class Finding:
         fixes: What to try, most likely first.
         kind: The exception class that suits it.
         latents: The latents that have no route because of it; none where it is of another matter.
+        row: The first row of the data that it is about, where it is about any.
     """
 
     where: str
@@ -84,6 +85,7 @@ class Finding:
     fixes: tuple[str, ...] = ()
     kind: type[PyroEMError] = ModelError
     latents: tuple[str, ...] = ()
+    row: int | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}"]
@@ -163,6 +165,32 @@ def _folded(problems: Sequence[Finding]) -> list[str]:
             head += f" (and {len(members) - 1} more alike, up to {members[-1].where})"
         texts.append(head + ("\n" + rest if rest else ""))
     return texts
+
+
+def of_rows(error: PyroEMError, begin: int) -> PyroEMError:
+    """The error that was raised for some rows of the data, with their place among all rows.
+
+    Args:
+        error: The error.
+        begin: The number of the first of these rows among all.
+
+    Example:
+        >>> found = Finding("site 'x'", "2 of 9 values are NaN.", row=2)
+        >>> print(of_rows(as_error([found]), 1000))
+        site 'x': 2 of 9 values are NaN. The first is in row 1002 of all data.
+    """
+    if not any(p.row is not None for p in error.problems):
+        other = type(error)(f"rows from {begin} on: {error}")
+        other.problems = error.problems
+        return other
+    return as_error(
+        [
+            p
+            if p.row is None
+            else replace(p, what=f"{p.what} The first is in row {begin + p.row} of all data.")
+            for p in error.problems
+        ]
+    )
 
 
 def sites_in_words(names: Sequence[str]) -> str:

@@ -57,9 +57,26 @@ def input_problems(site: Mapping[str, Any]) -> list[Finding]:
                     "impute it before, or drop the rows that hold it",
                 ),
                 DataError,
+                row=_row_of(site, what, tensor, first),
             )
         )
     return out
+
+
+def _row_of(
+    site: Mapping[str, Any], what: str, tensor: Tensor, index: tuple[int, ...]
+) -> int | None:
+    """The element of the outermost vectorised plate that an entry of an argument is in."""
+    frame = next((f for f in site["cond_indep_stack"] if f.dim is not None), None)
+    if frame is None:
+        return None
+    base, reinterpreted, _ = unwrap(site["fn"])
+    constraint = getattr(base, "arg_constraints", {}).get(what.partition("'")[2][:-1])
+    of_event = getattr(constraint, "event_dim", 0) + (
+        0 if what == "poutine.scale" else reinterpreted
+    )
+    place = tensor.dim() - of_event + frame.dim
+    return index[place] if place >= 0 and tensor.shape[place] == frame.size else None
 
 
 def _arguments(fn: Any) -> Iterator[tuple[str, Tensor]]:

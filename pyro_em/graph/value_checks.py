@@ -107,9 +107,17 @@ def given_problems(given: Mapping[str, Tensor], why: str) -> list[Finding]:
                     "drop the rows that hold them",
                 ),
                 DataError,
+                row=first[0] if first else None,
             )
         )
     return problems
+
+
+def _row_of(site: Mapping[str, Any], value: Tensor, index: tuple[int, ...]) -> int | None:
+    """The element of the outermost vectorised plate that an entry of an observed value is in."""
+    frame = next((f for f in site["cond_indep_stack"] if f.dim is not None), None)  # the outermost
+    place = -1 if frame is None else value.dim() - site["fn"].event_dim + frame.dim
+    return index[place] if frame and place >= 0 and value.shape[place] == frame.size else None
 
 
 def _nonfinite(value: Tensor, bad: Tensor) -> tuple[int, str, tuple[int, ...]]:
@@ -244,6 +252,7 @@ def data_problems(
                 "a density cannot be evaluated there",
                 fixes,
                 DataError,
+                row=_row_of(site, value, first),
             )
         ]
     converted = _converted(value) & shown
@@ -262,6 +271,7 @@ def data_problems(
                     "mark them as missing before: obs_mask=~x.isnan()",
                 ),
                 DataError,
+                row=_row_of(site, value, first),
             )
         ]
     if not check_support:
@@ -286,5 +296,6 @@ def data_problems(
             f"its support is {fn.support}",
             ("check the data", "choose a distribution whose support holds them"),
             DataError,
+            row=_row_of(site, value, first),
         )
     ]
