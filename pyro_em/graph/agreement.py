@@ -17,10 +17,13 @@ from pyro_em.distributions import bases_of, unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments_of_all
 from pyro_em.graph.coupling import Sites, differs, parts_of
+from pyro_em.graph.folded import Folded
 from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts, unrepeated
 from pyro_em.tracing.sites import tensors_of
 
 _LOOKED_AT = 256  # elements of a plate that are compared; fewer where plates cross
+
+_AT_ONCE = 128  # sites that are compared together: each is held twice meanwhile
 
 
 def disagreements(
@@ -43,7 +46,7 @@ def disagreements(
     """
     look = _Look(enumerated, plain, latents, nesting)
     look.parts = parts or {}
-    others = forms_of({n: plain[n] for n in enumerated if n in plain})
+    others = plain.forms if isinstance(plain, Folded) else forms_of(_of_both(plain, enumerated))
     kinds = {
         n: None if form is None or others.get(n) is None else (form, others[n])
         for n, form in forms.items()
@@ -51,15 +54,20 @@ def disagreements(
     agreeing = _Together(look, kinds).agreeing()
     found = []
     for name, site in enumerated.items():
-        other = plain.get(name)
-        if other is None or name in agreeing:
+        if name in agreeing or name not in plain:
             continue
+        other = plain[name]
         visible = look.visible(site)
         for (what, e, event_dim), (_, p, _) in zip(parts_of(site), parts_of(other), strict=False):
             if not look.same(e, _untagged(p), event_dim, visible):
                 found.append((name, what))
                 break
     return found
+
+
+def _of_both(sites: Sites, others: Sites) -> dict[str, Mapping[str, Any]]:
+    """The sites that others have, too."""
+    return {n: sites[n] for n in others if n in sites}
 
 
 def differing(a: Sites, b: Sites, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -203,7 +211,7 @@ class _Together:
                 continue
             site = self._site(names[0])
             held = [site["value"].numel(), *(t.numel() for t in tensors_of(site["fn"]))]
-            for part in in_parts(len(names), max(held)):
+            for part in in_parts(len(names), max(held), _AT_ONCE):
                 found.update(self._agreeing(names[part]))
         return found
 
@@ -214,12 +222,12 @@ class _Together:
         return kind, tuple(sorted((dim, self.look.size(z)) for dim, z in seen.items()))
 
     def _agreeing(self, names: Sequence[str]) -> list[str]:
-        sides = (self.look.enumerated, self.look.plain)
+        sides = [[side[n] for n in names] for side in (self.look.enumerated, self.look.plain)]
         first = self._site(names[0])["fn"]
         reinterpreted, family = unwrap(first)[1], family_of(first)
         if family is None:
             return []
-        fns = [bases_of([side[n]["fn"] for n in names]) for side in sides]
+        fns = [bases_of([site["fn"] for site in side]) for side in sides]
         held = [given_arguments_of_all(of_side, family) for of_side in fns]
         same = torch.ones(len(names), dtype=torch.bool)
         visible = [self.look.visible(self._site(n)) for n in names]
@@ -229,9 +237,7 @@ class _Together:
             same &= self._same(pairs, event_dim, visible)
         if self._site(names[0])["is_observed"]:
             event_dim = self._site(names[0])["fn"].event_dim
-            values = [
-                (self._site(n)["value"], _untagged(self.look.plain[n]["value"])) for n in names
-            ]
+            values = [(e["value"], _untagged(p["value"])) for e, p in zip(*sides, strict=True)]
             same &= self._same(values, event_dim, visible)
         return [n for n, agrees in zip(names, same.tolist(), strict=True) if agrees]
 

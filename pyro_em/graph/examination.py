@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from pyro_em.graph.first_run import (
     name_of_distribution,
     run_plainly,
 )
+from pyro_em.graph.folded import without_graphs
 from pyro_em.graph.initial import forget_bad_starts
 from pyro_em.graph.marginals import marginals_of
 from pyro_em.graph.missing_inputs import input_problems
@@ -105,11 +107,27 @@ def examine(
         try:
             plain = run_plainly(model, args, kwargs, first_look, sparing=True)
             with judging_shadows() if plain.shadows else nullcontext():
-                return _findings(model, args, kwargs, plain, *how)
+                plain, foreign = _without_graphs(model, args, kwargs, plain)
+                return _findings(model, args, kwargs, plain, foreign, *how)
         except NumbersNeeded:
             set_random_state(begin)
             logger.debug("the model reads numbers off its latents: it is run with draws")
-    return _findings(model, args, kwargs, run_plainly(model, args, kwargs, first_look), *how)
+    plain = run_plainly(model, args, kwargs, first_look)
+    plain, foreign = _without_graphs(model, args, kwargs, plain)
+    return _findings(model, args, kwargs, plain, foreign, *how)
+
+
+def _without_graphs(
+    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run
+) -> tuple[Run, bool]:
+    """A run without the autograd graphs behind its sites, before the next run has graphs of its own.
+
+    Where a tensor that is no parameter requires a gradient, they stay, which is the second result:
+    it is said of which sites that count.
+    """
+    if unregistered(model, args, kwargs, plain, factors_in(plain.sites)):
+        return plain, True
+    return replace(plain, sites=without_graphs(plain.sites)), False
 
 
 def _findings(
@@ -117,12 +135,16 @@ def _findings(
     args: tuple,
     kwargs: dict[str, Any],
     plain: Run,
+    foreign: bool,
     max_plate_nesting: int | None,
     guide_given: bool,
     watched: Watched,
     max_enumeration: int,
 ) -> tuple[Structure, list[Finding]]:
-    """The skeleton and all findings, from a plain run."""
+    """The skeleton and all findings, from a plain run.
+
+    ``foreign`` says whether a tensor that is no parameter requires a gradient in it.
+    """
     refuse_clearing(plain, "model")
     watched.after_one_run(plain.sites)
     factors = factors_in(plain.sites)
@@ -258,7 +280,7 @@ def _findings(
         edges,
         plain.shadows is not None,
         {name: first for name, (first, *_) in coupled.items()},
-        unregistered(model, args, kwargs, plain, sites),
+        unregistered(model, args, kwargs, plain, sites) if foreign else (),
         None if plain.shadows is not None else {n: tagged.sites[n] for n in sites},
         bool(
             (tagged.suspects | tagged.read) & hidden

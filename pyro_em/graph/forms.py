@@ -66,9 +66,15 @@ def in_forms(forms: Mapping[str, Hashable | None]) -> list[list[str]]:
     return list(found.values())
 
 
-def in_parts(n: int, cells: int) -> list[slice]:
-    """Slices of ``n`` tensors of some number of cells, so that few cells are stacked at once."""
-    size = max(1, _AT_ONCE // max(cells, 1))
+def in_parts(n: int, cells: int, most: int = _AT_ONCE) -> list[slice]:
+    """Slices of ``n`` tensors of some number of cells, so that few cells are stacked at once.
+
+    Args:
+        n: How many tensors.
+        cells: Of each.
+        most: How many tensors at once, whatever their size.
+    """
+    size = max(1, min(most, _AT_ONCE // max(cells, 1)))
     return [slice(i, i + size) for i in range(0, n, size)]
 
 

@@ -25,7 +25,7 @@ class Plate:
     full_size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SiteInfo:
     """One sample site that contributes a density.
 

@@ -22,6 +22,7 @@ from pyro_em.errors import (
 )
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.folded import Folded
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.read_lines import parts_at, read_lines
@@ -140,7 +141,7 @@ def build_program(
         # What is wrong is said of the loop, by the names of its sites.
         is_found = isinstance(found, Program)
         return found if is_found else build_program(task, first_look=False, stepwise=True)
-    looked, structure = structure.looked, _without_sites(structure)
+    looked, structure = _folded(structure.looked), _without_sites(structure)
     names = names_of(task.model, task.args, task.kwargs)
     log = task.log(names)
     try:
@@ -159,6 +160,11 @@ def build_program(
     looked, log.sites = None, {}  # before the next run has sites of its own
     program = decided(task, structure, graph, log)
     return program if task.look_only else verified(program)
+
+
+def _folded(looked: Mapping[str, Mapping[str, Any]] | None) -> Folded | None:
+    """The sites of a run with tags in little memory: the next run has sites of its own."""
+    return None if looked is None else Folded(looked)
 
 
 def _without_sites(structure: Structure) -> Structure:
@@ -212,7 +218,7 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
         return None
     bound = not task.look_only
     lines = read_lines(model, task.args, task.kwargs, structure, bound=bound)
-    looked = structure.looked
+    looked = _folded(structure.looked)
     notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
     structure = _knowing(structure, lines)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.tracing.dependences import Reading, checksum
+from pyro_em.tracing.sites import tensors_of
 
 _FRESH = torch.ops.aten.lift_fresh.default
 
@@ -73,6 +74,7 @@ class OperationLog:
         self.forms: Mapping[str, Hashable | None] = {}
         self.reading = reading
         self._origin: dict[int, Any] = {}
+        self._end: int | None = None
         self._distinct: dict[Any, Any] = {}
         for name, tensor in given:
             if tensor.layout is torch.strided and not tensor.is_meta:
@@ -109,8 +111,8 @@ class OperationLog:
         at = tensor.data_ptr() - offset * tensor.element_size()
         known = self._origin.get(at)
         if isinstance(known, int) and not is_fresh:
-            back = len(self.entries) - known
-            known = -back if back < _NEAR else known
+            back = (len(self.entries) if self._end is None else self._end) - known
+            known = -back if 0 < back < _NEAR else known
         elif is_fresh and not isinstance(known, str):
             # Such memory is soon given back and used again: what was known of it says nothing.
             known = self._origin[at] = (_MADE, checksum(tensor))
@@ -119,22 +121,46 @@ class OperationLog:
                 known = self._origin[at] = (_HELD, checksum(tensor))
             if self.reading is not None and known[0] is not _MADE:
                 self.reading.note(tensor)
-        kind = tensor.dtype, tensor.requires_grad
-        return known, offset, tensor.shape, tensor.stride(), kind
+        laid = tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
+        laid = self._distinct.setdefault(laid, laid)
+        found = known, offset, laid
+        return self._distinct.setdefault(found, found)
 
     def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note sites: their distributions, plates and weights, and whence their tensors come."""
+        """Note all sites of the run, which is over: their distributions, plates and weights, and
+        whence their tensors come.
+        """
+        end = 0
         for name, site in sites.items():
-            self.add_site(name, site)
+            before, end = end, self._end_of(site, end)
+            self.add_site(name, site, end, end - before)
+        self._origin.clear()
 
-    def add_site(self, name: str, site: Mapping[str, Any]) -> None:
-        """Note one site."""
+    def _end_of(self, site: Mapping[str, Any], least: int) -> int:
+        """The number of the operation after all those that made a site's tensors."""
+        tensors = [t for t in (site["value"], *tensors_of(site["fn"])) if isinstance(t, Tensor)]
+        made = [self._origin.get(_storage(t)) for t in tensors]
+        return 1 + max((n for n in made if isinstance(n, int)), default=least - 1)
+
+    def add_site(
+        self, name: str, site: Mapping[str, Any], end: int | None = None, steps: int = 0
+    ) -> None:
+        """Note one site.
+
+        Args:
+            name: Its name.
+            site: As it was traced.
+            end: The operation from which is counted back; by default the latest.
+            steps: How many operations that is after the one for the site before.
+        """
+        self._end = end
         plates = tuple((f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"])
-        held = (site["value"], site["mask"], site["scale"])
-        noted = bool(site["is_observed"]), plates, self._distribution(site["fn"])
+        weights = self._other(site["mask"]), self._other(site["scale"])
+        noted = bool(site["is_observed"]), plates, *weights, self._distribution(site["fn"])
         noted = self._distinct.setdefault(noted, noted)
-        self.entries.append((name, noted, *(self._other(part) for part in held)))
+        self.entries.append((name, steps, noted, self._other(site["value"])))
         self.sites[name] = site
+        self._end = None
 
     def _distribution(self, fn: Any) -> Any:
         """A distribution, by its class and what it holds."""
@@ -160,7 +186,8 @@ class OperationLog:
     def _other(self, value: Any) -> Any:
         """A number, a list or an option; types are kept apart, since 1 == 1.0 == True."""
         if type(value) in _NUMBERS:
-            return (type(value), value)
+            known = type(value), value
+            return self._distinct.setdefault(known, known)
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):

@@ -92,3 +92,55 @@ def test_sites_are_told_apart_by_all_that_their_distributions_hold():
     assert noted(dist.Normal(W, 1.0).to_event(1)) != noted(dist.Normal(W, 1.0))
     assert noted(dist.Normal(W, 1.0)) != noted(dist.Laplace(W, 1.0))
     assert noted(dist.Normal(W, 1.0).mask(True)) != noted(dist.Normal(W, 1.0).mask(False))
+
+
+def test_sites_are_told_apart_by_the_operations_that_made_their_tensors():
+    def noted(order):
+        log, sites = OperationLog([("x", X)]), {}
+        with size_guard(2**20, log):
+            made = [X * n for n in range(1, 400)]  # far apart, too
+        for i, (arguments, value) in enumerate(order):
+            sites[f"x_{i}"] = {
+                "fn": dist.Normal(made[arguments], 1.0),
+                "value": made[value],
+                "mask": None,
+                "scale": 1.0,
+                "is_observed": True,
+                "cond_indep_stack": (),
+            }
+        log.add_sites(sites)
+        return log.finished()
+
+    orders = [
+        [(0, 1), (2, 3)],
+        [(0, 1), (3, 2)],
+        [(0, 1), (3, 4)],
+        [(1, 0), (3, 2)],
+        [(2, 3), (0, 1)],
+        [(0, 398), (2, 3)],
+        [(398, 0), (2, 3)],
+        [(397, 0), (2, 3)],
+    ]
+    found = [noted(order) for order in orders]
+    assert all(noted(order) == own for order, own in zip(orders, found, strict=True))
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
+
+
+def test_steps_that_are_alike_share_their_notes():
+    log, sites = OperationLog([("x", X)]), {}
+    with size_guard(2**20, log):
+        for t in range(50):
+            sites[f"x_{t}"] = {
+                "fn": dist.Normal(X * 2, 1.0),
+                "value": X * 3,
+                "mask": None,
+                "scale": 1.0,
+                "is_observed": True,
+                "cond_indep_stack": (),
+            }
+    log.add_sites(sites)
+    own = [entry for entry in log.finished() if entry[0] in sites]
+    assert len(own) == 50
+    assert (
+        len({id(part) for entry in own for part in entry[2:]}) <= 4
+    )  # the first step's, the others'
