@@ -27,6 +27,7 @@ from pyro_em.posteriors.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
@@ -152,7 +153,10 @@ def kernel_of(
         values: Parameter values, for their shapes.
     """
     if any(g.nested for g in graph.groups):
-        rows = factor_rows(graph, updates, values) or collapsed_rows(graph, updates)
+        found = chain_sums(graph, updates, values)
+        if isinstance(found, Finding):
+            return gaussian_kernel(graph, found.what)
+        rows = found or factor_rows(graph, updates, values) or collapsed_rows(graph, updates)
         return gaussian_kernel(graph, block=rows)
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)

@@ -144,7 +144,9 @@ class Readings(StaysHere):
         numbers = numbers_in(names_of(task.model, task.args, task.kwargs))
         before = readings.pop(form, None)
         bindings = _bindings_of(program.graph) if program.compiled else None
-        lines = program.lines if without_data(program.lines) else {}
+        # Lines of a loop over indices name sites of its template, which no graph of the loop has.
+        is_template = program.structure.series is not None
+        lines = program.lines if not is_template and without_data(program.lines) else {}
         if program.look_only and before is not None and before.operations == program.operations:
             bindings, lines = before.bindings, before.lines
         order, members = None, tuple[tuple[str, ...], ...]()

@@ -15,7 +15,7 @@ from pyro_em.graph.factors import Group
 from pyro_em.posteriors.coordinates import apart, seen_coordinates
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock, counts_once
 from pyro_em.posteriors.state_layout import Stack, StateLayout
-from pyro_em.posteriors.state_numbers import StackNumbers
+from pyro_em.posteriors.state_numbers import StackNumbers, StateNumbers, numbers_of
 from pyro_em.posteriors.state_solution import StateSolution, solve
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import (
@@ -74,11 +74,17 @@ class GaussianChain(GaussianBlock):
 
     def solution(self, arguments: Arguments) -> StateSolution:
         """The posterior of the latents, for each state of the scope."""
-        stacks = [
+        return solve(self.chains, self._stacks(arguments))
+
+    def numbers(self, arguments: Arguments) -> StateNumbers:
+        """The matrices of the chains."""
+        return numbers_of(self.chains, self._stacks(arguments))
+
+    def _stacks(self, arguments: Arguments) -> list[StackNumbers]:
+        return [
             _numbers(group, stack, self.of_site(i, arguments))
             for i, (group, stack) in enumerate(zip(self.groups, self.chains.stacks, strict=True))
         ]
-        return solve(self.chains, stacks)
 
 
 def _numbers(group: Group, stack: Stack, arguments: Arguments) -> StackNumbers:

@@ -1,0 +1,506 @@
+"""The M-step of Gaussian chains from sums: least squares of coefficients, then closed forms of spreads.
+
+As `pyro_em.updates.gaussian_lines` and `pyro_em.updates.closed_form` have it, decided once and solved
+in numpy. Columns that share no equation with others are known before any number is: those of a row of
+loadings are a small system of their own, and systems of equal size are solved together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_em.distributions import bounds
+from pyro_em.errors import Handover
+from pyro_em.families.forms import Kind
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.state_arguments import Numbers, Picked, Places, Unlike
+from pyro_em.posteriors.state_sites import Site
+from pyro_em.posteriors.state_sums import SiteNumbers, SiteSums
+from pyro_em.updates.scatter import data_magnitude
+from pyro_em.updates.update import ClosedForm, ParameterUpdate
+
+_CLEAR = (
+    1e-11  # of the largest eigenvalue: below it the step through tables judges what is determined
+)
+_ROUNDING = 1e-14  # of the size of data: a deviation that small may be none
+_LOST = 1e-7  # of the variance before: what little data leave of it
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """The normal equations of one site.
+
+    Attributes:
+        design: ∂(C, B)/∂θ by entries of the mean, the columns that each reads beside each other.
+            # (lead, K, D, q, w)
+        column: The unknown behind each; the last one stands for none. # (lead, K, D, w)
+        gram_place: Where products of columns go among all systems. # (lead, K, D, w, w), or, where
+            entries are correlated, (lead, K, D · w, D · w)
+        cancels: Whether no spread matters, as every entry is regressed on the same.
+    """
+
+    design: Numbers
+    column: Places
+    gram_place: Places
+    cancels: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """Least squares of all coefficients.
+
+    Attributes:
+        unknowns: The element of θ that each unknown is. # (p,)
+        systems: How many systems there are of each size. # pairs
+        room: Numbers in the matrices of all systems.
+        lines: Of each site; None where no coefficient is free.
+    """
+
+    unknowns: Places
+    systems: tuple[tuple[int, int], ...]
+    room: int
+    lines: tuple[_Line | None, ...]
+
+    @classmethod
+    def of(cls, sites: Sequence[Site], free: Places, size: int) -> Regression:
+        """Decide it.
+
+        Args:
+            sites: The sites.
+            free: Elements of θ that are coefficients to solve for.
+            size: Elements of θ.
+        """
+        number = np.full(size, -1)
+        number[free] = np.arange(len(free))
+        read = [_columns(site, number) for site in sites]
+        shared = _shared([None if own is None else own[1] for own in read], len(free))
+        label = _labels(sites, read, shared)
+        order = np.lexsort((np.arange(len(free)), label, np.bincount(label, minlength=1)[label]))
+        place = np.empty(len(free) + 1, dtype=np.int64)
+        place[order], place[-1] = np.arange(len(free)), len(free)
+        sorted_label = label[order]
+        first = np.flatnonzero(np.diff(sorted_label, prepend=-1)) if len(free) else order
+        sizes = np.diff(np.append(first, len(free)))
+        begin_of_system = np.concatenate([[0], np.cumsum(sizes**2)])
+        system = np.repeat(np.arange(len(sizes)), sizes)
+        # Of each unknown: where its system begins, its number there, and the size.
+        base = np.append(begin_of_system[:-1][system], 0)
+        inside = np.append(np.arange(len(free)) - first[system], 0)
+        width = np.append(sizes[system], 0)
+        room = int(begin_of_system[-1])
+        lines: list[_Line | None] = []
+        for site, own in zip(sites, read, strict=True):
+            if own is None:
+                lines.append(None)
+                continue
+            design, column = own
+            cancels = site.spread.is_matrix and _cancels(design, column, shared)
+            column = place[column]
+            flat = column
+            if site.spread.is_matrix and not cancels:
+                flat = column.reshape(*column.shape[:2], -1)
+            a, b = flat[..., :, None], flat[..., None, :]
+            there = (a < len(free)) & (b < len(free))
+            gram = np.where(there, base[a] + inside[a] * width[a] + inside[b], room)
+            lines.append(_Line(design, column, gram, cancels))
+        counts: dict[int, int] = {}
+        for n in sizes.tolist():
+            counts[n] = counts.get(n, 0) + 1
+        return cls(free[order], tuple((c, n) for n, c in counts.items()), room, tuple(lines))
+
+    def step(self, numbers: Sequence[SiteNumbers], sums: Sequence[SiteSums]) -> Numbers:
+        """By how much each unknown moves; a last number stands for none. # (p + 1,)
+
+        Raises:
+            Handover: If the data do not clearly determine it.
+        """
+        p = len(self.unknowns)
+        gram, right = np.zeros(self.room + 1), np.zeros(p + 1)
+        for line, own, s in zip(self.lines, numbers, sums, strict=True):
+            if line is None:
+                continue
+            J, flipped = line.design, line.design.swapaxes(-1, -2)
+            r_phi = s.r_phi
+            correlated = own.spread.ndim == 4
+            if correlated and not line.cancels:
+                inverse = np.linalg.inv(own.spread)
+                precision = inverse.swapaxes(-1, -2) @ inverse  # (lead|1, K, D, D)
+                lead, K, D, q, w = J.shape
+                wide = J.transpose(0, 1, 3, 2, 4).reshape(lead, K, q, D * w)
+                parts = wide.swapaxes(-1, -2) @ (s.phi_phi[:, :, 0] @ wide)
+                parts *= precision.repeat(w, -1).repeat(w, -2)
+                r_phi = precision @ r_phi
+            else:
+                parts = flipped @ (s.phi_phi @ J)
+                if not correlated:
+                    weight = own.spread**-2
+                    parts = parts * weight[..., None, None]
+                    r_phi = r_phi * weight[..., None]
+            gram += np.bincount(line.gram_place.reshape(-1), parts.reshape(-1), len(gram))
+            pulled = flipped @ r_phi[..., None]
+            right += np.bincount(line.column.reshape(-1), pulled.reshape(-1), len(right))
+        out = np.zeros(p + 1)
+        at = column = 0
+        for count, n in self.systems:
+            matrices = gram[at : at + count * n * n].reshape(count, n, n)
+            rights = right[column : column + count * n].reshape(count, n)
+            out[column : column + count * n] = _solved(matrices, rights).reshape(-1)
+            at, column = at + count * n * n, column + count * n
+        return out
+
+    def moved(self, i: int, s: SiteSums, step: Numbers) -> Numbers:
+        """E[r rᵀ] of a site, or its diagonal, at the new coefficients: see `shifted`."""
+        line = self.lines[i]
+        if line is None:
+            return s.r_r
+        delta = (line.design @ step[line.column][..., None]).squeeze(-1)  # (lead, K, D, q)
+        if s.r_r.ndim == 4:
+            cross = s.r_phi @ delta.swapaxes(-1, -2)
+            grown = delta @ s.phi_phi[:, :, 0] @ delta.swapaxes(-1, -2)
+            out: Numbers = s.r_r - cross - cross.swapaxes(-1, -2) + grown
+            return out
+        quadratic = (np.matmul(delta[..., None, :], s.phi_phi).squeeze(-2) * delta).sum(-1)
+        found: Numbers = s.r_r - 2 * (delta * s.r_phi).sum(-1) + quadratic
+        return found
+
+
+def _columns(site: Site, number: Places) -> tuple[Numbers, Places] | None:
+    """The design of a site's free coefficients, and the unknown behind each column, −1 for none."""
+    shape = site.lead, site.ranks, site.width
+    rows, q = int(np.prod(shape)), site.reads.shape[1] + len(site.features)
+    unknown = number[site.design.column] if len(site.design.column) else site.design.column
+    free = unknown >= 0
+    if not free.any():
+        return None
+    d = site.design
+    row, place, unknown, factor = d.row[free], d.place[free], unknown[free], d.factor[free]
+    pairs, which = np.unique(row * (int(unknown.max()) + 1) + unknown, return_inverse=True)
+    of_row, of_unknown = np.divmod(pairs, int(unknown.max()) + 1)
+    starts = np.searchsorted(of_row, np.arange(rows))
+    slot = np.arange(len(pairs)) - starts[of_row]
+    w = int(slot.max()) + 1
+    column = np.full((rows, w), -1)
+    column[of_row, slot] = of_unknown
+    design = np.zeros((rows, q, w))
+    np.add.at(design, (row, place, slot[which.reshape(-1)]), factor)
+    return design.reshape(*shape, q, w), column.reshape(*shape, w)
+
+
+def _shared(columns: Sequence[Places | None], size: int) -> NDArray[np.bool_]:
+    """Which unknowns several sites, or several entries of one, read. # (p,)"""
+    count = np.zeros(size + 1, dtype=np.int64)
+    for column in columns:
+        if column is not None:
+            np.add.at(count, column.reshape(-1), 1)
+    return count[:size] > 1
+
+
+def _labels(
+    sites: Sequence[Site],
+    read: Sequence[tuple[Numbers, Places] | None],
+    shared: NDArray[np.bool_],
+) -> Places:
+    """The system of each unknown: unknowns that share an equation share it. # (p,)"""
+    size = len(shared)
+    label = np.arange(size + 1)
+    members = []
+    for site, own in zip(sites, read, strict=True):
+        if own is None:
+            continue
+        column = own[1]
+        if site.spread.is_matrix and not _cancels(*own, shared):
+            column = column.reshape(*column.shape[:2], -1)
+        members.append(np.where(column >= 0, column, size).reshape(-1, column.shape[-1]))
+    before = label - 1
+    while not np.array_equal(label, before):
+        before = label.copy()
+        for m in members:
+            least = np.where(m < size, label[m], size).min(-1, keepdims=True)
+            np.minimum.at(label, m.reshape(-1), np.broadcast_to(least, m.shape).reshape(-1))
+            label[size] = size
+    return label[:size]
+
+
+def _cancels(design: Numbers, column: Places, shared: NDArray[np.bool_]) -> bool:
+    """Whether entries have the same regressors and no unknown in common: their noise cancels."""
+    if design.shape[:2] != (1, 1) or bool((design != design[:, :, :1]).any()):
+        return False
+    return not bool(shared[column[column >= 0]].any())
+
+
+def _solved(gram: Numbers, right: Numbers) -> Numbers:
+    """The solution of systems whose columns are scaled to unit length. # (systems, columns)"""
+    diagonal = gram.diagonal(0, -2, -1)
+    if not bool((diagonal > 0).all()):
+        raise Handover
+    scale = 1 / np.sqrt(diagonal)
+    scaled = gram * scale[..., None] * scale[:, None]
+    if gram.shape[-1] == 1:
+        return right / gram[..., 0]
+    eigenvalues, vectors = np.linalg.eigh(scaled)
+    if not bool((eigenvalues[:, 0] > _CLEAR * eigenvalues[:, -1]).all()):
+        raise Handover
+    inner = (vectors.swapaxes(-1, -2) @ (scale * right)[..., None]) / eigenvalues[..., None]
+    out: Numbers = scale * (vectors @ inner).squeeze(-1)
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Deviation:
+    """Elements of θ that are deviations of the entries of one site.
+
+    Attributes:
+        site: Its number.
+        part: Which of its numbers they are.
+        row: By chain, rank and number, as one. # (entries,)
+        column: The elements of θ. # (entries,)
+    """
+
+    site: int
+    part: Picked
+    row: Places
+    column: Places
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A parameter's matrices that are covariances of sites, or their factors.
+
+    Attributes:
+        uses: Sites, each with the event of the parameter for each chain and rank. # (lead, K)
+        begin: Where the parameter begins in θ.
+        events: How many matrices it has.
+        size: D.
+        is_factor: Whether it holds the lower triangles.
+        magnitude: What rounding is relative to. # (events, D)
+    """
+
+    uses: tuple[tuple[int, Places], ...]
+    begin: int
+    events: int
+    size: int
+    is_factor: bool
+    magnitude: Numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Spreads:
+    """Closed forms of all spreads.
+
+    Attributes:
+        deviations: Those that are numbers.
+        chosen: Elements of θ that deviations are. # (p,)
+        low: Their limits. # (p,)
+        high: # (p,)
+        magnitude: What the rounding of each is relative to. # (p,)
+        matrices: Those that are matrices.
+    """
+
+    deviations: tuple[_Deviation, ...]
+    chosen: Places
+    low: Numbers
+    high: Numbers
+    magnitude: Numbers
+    matrices: tuple[_Matrix, ...]
+
+    @classmethod
+    def of(
+        cls,
+        sites: Sequence[Site],
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        begins: Mapping[str, int],
+        size: int,
+    ) -> Spreads:
+        """Decide them.
+
+        Args:
+            sites: The sites.
+            graph: The graph of the E-step.
+            updates: What was decided per parameter.
+            begins: Where each parameter begins in θ.
+            size: Elements of θ.
+
+        Raises:
+            Unlike: If a spread has another form.
+        """
+        own = for_updates(graph)
+        free = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm)}
+        low, high = np.full(size, -math.inf), np.full(size, math.inf)
+        magnitude, scalars, matrices = np.zeros(size), [], []
+        for name, update in free.items():
+            leaf = graph.parameters[name].leaf
+            part = slice(begins[name], begins[name] + leaf.numel())
+            large = data_magnitude(update, own, leaf).detach().cpu().double().numpy()
+            if update.kind is Kind.SCALE:
+                interval = bounds(graph.parameters[name].constraint)
+                if interval is not None:
+                    low[part], high[part] = interval
+                magnitude[part] = large.reshape(-1)
+                scalars.append(part)
+            elif update.kind is Kind.COVARIANCE:
+                matrices.append(_matrix_of(name, sites, begins[name], leaf.shape, large))
+            else:
+                raise Unlike(f"'{name}' is no spread and no coefficient")
+        is_scalar = np.zeros(size, np.bool_)
+        for part in scalars:
+            is_scalar[part] = True
+        deviations = []
+        for i, site in enumerate(sites):
+            if site.spread.is_matrix:
+                continue
+            for picked in site.spread.picked:
+                if not is_scalar[picked.column].any():
+                    continue
+                row, column = _over_chains(site, picked)
+                deviations.append(_Deviation(i, picked, row, column))
+        read = [d.column for d in deviations]
+        chosen = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *read]))
+        return cls(
+            tuple(deviations),
+            chosen,
+            low[chosen],
+            high[chosen],
+            magnitude[chosen],
+            tuple(matrices),
+        )
+
+    def solve(
+        self, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
+    ) -> tuple[Places, Numbers]:
+        """The maximisers, and which elements of θ they are.
+
+        Args:
+            theta: The parameters before.
+            sites: The sites.
+            second: Σ E[r rᵀ] of each at the new coefficients, or its diagonal.
+
+        Raises:
+            Handover: If one is near a collapse.
+        """
+        where, found = [], []
+        if len(self.chosen):
+            where.append(self.chosen)
+            found.append(self._deviations(theta, sites, second))
+        for m in self.matrices:
+            values = _covariances(m, theta, sites, second)
+            where.append(m.begin + np.arange(values.size))
+            found.append(values.reshape(-1))
+        none = np.empty(0, dtype=np.int64)
+        return np.concatenate([none, *where]), np.concatenate([np.empty(0), *found])
+
+    def _deviations(
+        self, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
+    ) -> Numbers:
+        size = len(theta)
+        total, count = np.zeros(size), np.zeros(size)
+        for d in self.deviations:
+            site = sites[d.site]
+            squares = second[d.site]
+            weight = np.broadcast_to(
+                site.count if site.by_entry else site.count[..., None], squares.shape
+            )
+            own = squares.reshape(-1)[d.row]
+            if not (d.part.factor == 1).all():
+                own = own / np.tile(d.part.factor, len(own) // len(d.part.factor)) ** 2
+            total += np.bincount(d.column, own, size)
+            count += np.bincount(d.column, weight.reshape(-1)[d.row], size)
+        total, count = total[self.chosen], count[self.chosen]
+        if not bool((count > 0).all()) or not bool((total > 0).all()):
+            raise Handover
+        natural = np.sqrt(total / count)
+        few = count < 2
+        if bool(few.any()):
+            few &= total < _LOST * count * self._natural(theta) ** 2
+        if bool(((natural <= _ROUNDING * self.magnitude) | few).any()):
+            raise Handover
+        return np.clip(self._inverse(natural), self.low, self.high)
+
+    def _natural(self, theta: Numbers) -> Numbers:
+        """The deviations that elements of parameters are, but for known factors."""
+        out = theta[self.chosen]
+        for d in self.deviations:
+            if d.part.maps:
+                at = np.searchsorted(self.chosen, d.part.column)
+                out[at] = d.part.forward(theta) / d.part.factor
+        return out
+
+    def _inverse(self, natural: Numbers) -> Numbers:
+        """Elements of parameters whose maps give some deviations."""
+        out = natural.copy()
+        for d in self.deviations:
+            if d.part.maps:
+                at = np.searchsorted(self.chosen, d.part.column)
+                out[at] = d.part.inverse(natural[at])
+        return out
+
+
+def _over_chains(site: Site, picked: Picked) -> tuple[Places, Places]:
+    """The numbers of a site that are elements of parameters, for each chain with sums of its own."""
+    if site.lead == 1 or site.spread.linear.constant.shape[1] > 1:
+        return picked.row, picked.column
+    size = site.ranks * site.width
+    row = (picked.row + size * np.arange(site.lead)[:, None]).reshape(-1)
+    return row, np.tile(picked.column, site.lead)
+
+
+def _matrix_of(
+    name: str, sites: Sequence[Site], begin: int, shape: Sequence[int], magnitude: Numbers
+) -> _Matrix:
+    """A parameter's matrices and the sites that read them."""
+    size = int(shape[-1])
+    events = int(np.prod(shape[:-2]))
+    uses, argument = [], ""
+    for i, site in enumerate(sites):
+        for picked in site.spread.picked if site.spread.is_matrix else ():
+            if not bool(
+                ((picked.column >= begin) & (picked.column < begin + events * size**2)).any()
+            ):
+                continue
+            index = np.full(site.spread.linear.constant.shape[1:], -1)
+            index.reshape(-1)[picked.row] = picked.column - begin
+            index = index.reshape(*index.shape[:2], -1)
+            event = index[..., 0] // size**2
+            every = event[..., None] * size**2 + np.arange(size**2)
+            if picked.maps or bool((picked.factor != 1).any()) or bool((index != every).any()):
+                raise Unlike(f"'{name}' is read as another matrix than it is")
+            uses.append((i, np.broadcast_to(event, (site.lead, site.ranks))))
+            argument = site.spread.argument
+    if not uses:
+        raise Unlike(f"'{name}' is no matrix of one site")
+    large = np.broadcast_to(magnitude.reshape(events, -1), (events, size))
+    return _Matrix(tuple(uses), begin, events, size, argument == "scale_tril", large)
+
+
+def _covariances(
+    m: _Matrix, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
+) -> Numbers:
+    """The values of a parameter that holds covariances. # (events, D, D)"""
+    total, count = np.zeros((m.events, m.size, m.size)), np.zeros(m.events)
+    for i, event in m.uses:
+        np.add.at(total, event, second[i])
+        np.add.at(count, event, sites[i].count)
+    if not bool((count > 0).all()):
+        raise Handover
+    found = total / count[:, None, None]
+    found = (found + found.swapaxes(-1, -2)) / 2
+    few = count < m.size + 1.1
+    if bool(few.any()):
+        before = theta[m.begin : m.begin + found.size].reshape(found.shape)[few]
+        if m.is_factor:
+            before = before @ before.swapaxes(-1, -2)
+        least, was = (np.linalg.eigvalsh(x)[:, 0] for x in (found[few], before))
+        if not bool((least > _LOST * was).all()):
+            raise Handover
+    low: Numbers = np.linalg.cholesky(found)
+    variances, pivots = found.diagonal(0, -2, -1), low.diagonal(0, -2, -1)
+    clear = (pivots**2 > 1e-10 * variances) & (variances > 1e-8 * m.magnitude**2)
+    if not bool(clear.all()):
+        raise Handover
+    return low if m.is_factor else found
