@@ -153,10 +153,10 @@ def kernel_of(
         values: Parameter values, for their shapes.
     """
     if any(g.nested for g in graph.groups):
-        found = chain_sums(graph, updates, values)
-        if isinstance(found, Finding):
-            return gaussian_kernel(graph, found.what)
-        rows = found or factor_rows(graph, updates, values) or collapsed_rows(graph, updates)
+        chains = chain_sums(graph, updates, values)
+        if isinstance(chains, Finding):
+            return gaussian_kernel(graph, chains.what)
+        rows = chains or factor_rows(graph, updates, values) or collapsed_rows(graph, updates)
         return gaussian_kernel(graph, block=rows)
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)

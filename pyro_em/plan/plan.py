@@ -44,7 +44,8 @@ class Plan(Portable):
         gives_up: What the strategy does without, in words.
         obstacle: Where a latent has no route, what everything but a plan raises; else empty.
         kernel: What iterates: "mixture", "chain", "contraction", "stochastic", or "none" where a
-            latent has no route; with several components of latents one for each.
+            latent has no route; of Gaussian latents "factor", "Kalman" (chains on sums over steps) or
+            "Gaussian"; with several components of latents one for each.
         kernel_reason: Why no quicker kernel does; None where there is none. Of the same shape.
         iterations: What an iteration does, in words.
         missing: What is missing of observed sites, with ``missing="nan"``.

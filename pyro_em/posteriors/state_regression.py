@@ -459,13 +459,12 @@ def _matrix_of(
     uses, argument = [], ""
     for i, site in enumerate(sites):
         for picked in site.spread.picked if site.spread.is_matrix else ():
-            if not bool(
-                ((picked.column >= begin) & (picked.column < begin + events * size**2)).any()
-            ):
+            element = picked.column - begin
+            if not bool(((element >= 0) & (element < events * size**2)).any()):
                 continue
-            index = np.full(site.spread.linear.constant.shape[1:], -1)
-            index.reshape(-1)[picked.row] = picked.column - begin
-            index = index.reshape(*index.shape[:2], -1)
+            flat: Places = np.full(site.spread.linear.constant[0].size, -1)
+            flat[picked.row] = element
+            index = flat.reshape(*site.spread.linear.constant.shape[1:3], -1)
             event = index[..., 0] // size**2
             every = event[..., None] * size**2 + np.arange(size**2)
             if picked.maps or bool((picked.factor != 1).any()) or bool((index != every).any()):
@@ -482,13 +481,18 @@ def _covariances(
     m: _Matrix, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
 ) -> Numbers:
     """The values of a parameter that holds covariances. # (events, D, D)"""
-    total, count = np.zeros((m.events, m.size, m.size)), np.zeros(m.events)
+    total: Numbers = np.zeros((m.events, m.size, m.size))
+    count: Numbers = np.zeros(m.events)
     for i, event in m.uses:
+        if m.events == 1:
+            total = total + second[i].sum((0, 1))
+            count = count + sites[i].count.sum()
+            continue
         np.add.at(total, event, second[i])
         np.add.at(count, event, sites[i].count)
     if not bool((count > 0).all()):
         raise Handover
-    found = total / count[:, None, None]
+    found: Numbers = total / count[:, None, None]
     found = (found + found.swapaxes(-1, -2)) / 2
     few = count < m.size + 1.1
     if bool(few.any()):
@@ -498,7 +502,7 @@ def _covariances(
         least, was = (np.linalg.eigvalsh(x)[:, 0] for x in (found[few], before))
         if not bool((least > _LOST * was).all()):
             raise Handover
-    low: Numbers = np.linalg.cholesky(found)
+    low: Numbers = np.asarray(np.linalg.cholesky(found), dtype=np.float64)
     variances, pivots = found.diagonal(0, -2, -1), low.diagonal(0, -2, -1)
     clear = (pivots**2 > 1e-10 * variances) & (variances > 1e-8 * m.magnitude**2)
     if not bool(clear.all()):

@@ -9,7 +9,7 @@ is known.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -152,8 +152,8 @@ def site_of(group: Group, stack: Stack, chains: int, begins: Mapping[str, int]) 
     if K > 1 and alike and not matrix:  # one row with as many entries
         own, reads = own.reshape(1, -1), reads[:1]
         there = None if there is None else there[:1]
-        lead, D = coefficients.constant.shape[:2], K * D
-        coefficients = reshaped(coefficients, (*lead, 1, D, reads.shape[1]))
+        of_C, D = coefficients.constant.shape[:2], K * D
+        coefficients = reshaped(coefficients, (*of_C, 1, D, reads.shape[1]))
         offset = reshaped(offset, (*offset.constant.shape[:2], 1, D))
         of_spread = spread.linear.constant.shape[:2]
         linear = reshaped(spread.linear, (*of_spread, 1, D))
@@ -161,13 +161,13 @@ def site_of(group: Group, stack: Stack, chains: int, begins: Mapping[str, int]) 
         value = None if value is None else value.reshape(chains, N, 1, D)
         weight = None if weight is None else weight.reshape(chains, N, 1, D)
         K = 1
-    features, at, by_chain = _features(offset, N)
+    features, entered, by_chain = _features(offset)
     lead = max(coefficients.constant.shape[1], spread.linear.constant.shape[1], by_chain)
-    design = _design(coefficients, at, by_chain, lead, reads.shape[1])
+    design = _design(coefficients, entered, by_chain, lead, reads.shape[1])
     by_entry = weight is not None and bool((weight != weight[..., :1]).any())
     if weight is not None and not by_entry:
         weight = weight[..., 0]
-    count = np.full((lead, K), float(N if lead > 1 else N * chains))
+    count: Numbers = np.full((lead, K), float(N if lead > 1 else N * chains))
     if weight is not None:
         summed = weight.sum(1)
         count = summed if lead > 1 else summed.sum(0, keepdims=True)
@@ -229,17 +229,17 @@ def _data(group: Group, stack: Stack, chains: int) -> tuple[Numbers, Numbers | N
     return np.where(weight > 0, value, 0.0), None if bool((weight == 1).all()) else weight
 
 
-def _features(offset: Linear, steps: int) -> tuple[Numbers, tuple[Places, ...], int]:
+def _features(offset: Linear) -> tuple[Numbers, _Entered, int]:
     """What offsets are linear in, and where parameters enter.
 
     Returns:
         Features. # (F, N|1, chains|1)
-        Entries of ∂B/∂θ: chain, rank, number, feature, element of θ. # (entries,) each, and factors
+        Entries of ∂B/∂θ.
         How many chains have coefficients of their own.
     """
     none = np.empty(0, dtype=np.int64)
     if offset.is_constant:
-        return np.empty((0, 1, 1)), (none,) * 6, 1
+        return np.empty((0, 1, 1)), _Entered(none, none, none, none, none, np.empty(0)), 1
     (m, c, k, d), column, factor = offset.entries()
     N, C, K, D = offset.constant.shape
     if N == 1 or _is_same_for(m, (c, k, d, column), factor, N):
@@ -248,7 +248,7 @@ def _features(offset: Linear, steps: int) -> tuple[Numbers, tuple[Places, ...], 
         if C > 1 and _is_same_for(c, (k, d, column), factor, C):
             first, C = c == 0, 1
             c, k, d, column, factor = (x[first] for x in (c, k, d, column, factor))
-        return np.ones((1, 1, 1)), (c, k, d, 0 * c, column, factor), C
+        return np.ones((1, 1, 1)), _Entered(c, k, d, 0 * c, column, factor), C
     size = int(column.max()) + 1
     keys, which = np.unique(np.ravel_multi_index((k, d, column), (K, D, size)), return_inverse=True)
     if len(keys) * N * C > _MANY:
@@ -260,7 +260,8 @@ def _features(offset: Linear, steps: int) -> tuple[Numbers, tuple[Places, ...], 
         raise Unlike("offsets depend on many parameters, otherwise at each step")
     k, d, column = np.unravel_index(keys, (K, D, size))
     ones = np.ones(len(keys))
-    return found.reshape(-1, N, C), (0 * k, k, d, of.reshape(-1), column, ones), 1
+    features: Numbers = found.reshape(-1, N, C)
+    return features, _Entered(0 * k, k, d, of.reshape(-1), column, ones), 1
 
 
 def _is_same_for(along: Places, other: tuple[Places, ...], factor: Numbers, size: int) -> bool:
@@ -276,16 +277,28 @@ def _is_same_for(along: Places, other: tuple[Places, ...], factor: Numbers, size
 
 
 def _design(
-    coefficients: Linear, offsets: tuple[Places, ...], by_chain: int, lead: int, width: int
+    coefficients: Linear, offsets: _Entered, by_chain: int, lead: int, width: int
 ) -> Design:
     """∂(C, B)/∂θ of coefficients and of what parameters add to offsets."""
     _, chains, K, D, _ = coefficients.constant.shape
     (_, c, k, d, q), column, factor = coefficients.entries()
     parts = []
-    of_offsets = (*offsets[:3], offsets[3] + width, *offsets[4:])
-    for own, held in (((c, k, d, q, column, factor), chains), (of_offsets, by_chain)):
-        c, k, d, q, column, factor = own
+    of_coefficients = _Entered(c, k, d, q, column, factor)
+    of_offsets = replace(offsets, place=offsets.place + width)
+    for own, held in ((of_coefficients, chains), (of_offsets, by_chain)):
         for b in range(lead if held == 1 else 1):
-            row = np.ravel_multi_index((c + b, k, d), (lead, K, D))
-            parts.append((row, q, column, factor))
+            row = np.ravel_multi_index((own.chain + b, own.rank, own.number), (lead, K, D))
+            parts.append((row, own.place, own.column, own.factor))
     return Design(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Entered:
+    """Entries of a derivative: chain, rank, number and coordinate of φ, the element of θ, the entry."""
+
+    chain: Places
+    rank: Places
+    number: Places
+    place: Places
+    column: Places
+    factor: Numbers

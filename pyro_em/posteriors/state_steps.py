@@ -60,7 +60,10 @@ class Entry:
         """
         flat = array.reshape(len(array), -1)
         if self.is_twice:
-            np.add.at(flat, (slice(None), self.place), numbers)
+            at = np.broadcast_to(
+                np.arange(len(flat))[:, None, None], (len(flat), *self.place.shape)
+            )
+            np.add.at(flat, (at, self.place[None]), numbers)
         else:
             flat[:, self.place] = numbers
 
@@ -199,8 +202,8 @@ class ChainMatrices:
             residual = self._residual(site, theta)
             own.append(SiteNumbers(C, spread, residual))
             if site.spread.is_matrix:
-                inverse = np.linalg.inv(spread)
-                C, residual = inverse @ C, (inverse @ residual[..., None])[..., 0]
+                inverse: Numbers = np.linalg.inv(spread).astype(np.float64)
+                C, residual = inverse @ C, _by_rows(residual, inverse)
                 logs = np.log(spread.diagonal(0, -2, -1)).sum(-1)
                 constant -= float((logs * site.count).sum())
             elif known[DEVIATION] is None:
@@ -260,6 +263,11 @@ def _places(
     of_spread = of_spread.reshape(1, -1) + kind * (rows * columns)
     of_last = levels[:, None] * rows + own.reshape(1, -1)
     return Entry.of(of_C), Entry.of(of_spread), Entry.of(of_last)
+
+
+def _by_rows(x: Numbers, matrices: Numbers) -> Numbers:
+    """Matrices of each chain and rank times the rows of all steps. # (chains, N, K, D)"""
+    return (x.swapaxes(1, 2) @ matrices.swapaxes(-1, -2)).swapaxes(1, 2)
 
 
 def _flat(x: Numbers) -> Numbers:

@@ -99,13 +99,14 @@ class States:
         less = less - moved.reshape(L * T, n, n)[starts]
         away = less @ by_run[0]
         by_run[1] += away @ less.swapaxes(-1, -2)
+        every = np.concatenate([by_run[1], -away, by_run[0]], -1)
+        sums = np.zeros((L * U, n, 3 * n))
         where = chain * U + kind
-        sums = []
-        for x in (by_run[1], -away, by_run[0]):
-            out = np.zeros((L * U, n, n))
-            np.add.at(out, where, x)
-            sums.append(out.reshape(L, U, n, n))
-        return cls(found.mean.numpy(), found.disturbance.numpy(), P, *sums)
+        order = where.argsort(kind="stable")
+        first = np.flatnonzero(np.diff(where[order], prepend=-1))
+        sums[where[order][first]] = np.add.reduceat(every[order], first, 0)
+        parts = sums.reshape(L, U, n, 3, n).transpose(3, 0, 1, 2, 4)
+        return cls(found.mean.numpy(), found.disturbance.numpy(), P, *parts)
 
 
 def sums_of(site: Site, numbers: SiteNumbers, states: States, kinds: Places) -> SiteSums:
