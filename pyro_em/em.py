@@ -497,6 +497,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         num_data: int | None = None,
         validation: Any = None,
         schedule: Any = None,
+        process_group: Any = None,
         **kwargs: Any,
     ) -> EMResult:
         """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
@@ -543,6 +544,12 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
                 bound is taken after each epoch, into ``history.validation``; callbacks see the latest
                 one from the next step on, as ``step.validation``, so that one of them can stop early.
             schedule: Stochastic fits: None moves guide and model together; see `Alternating`.
+            process_group: A process group of ``torch.distributed``, all of whose processes make this
+                call. Arguments whose first dimension is the outermost plate's hold the rows of this
+                process, none or more; all else has to be the same everywhere, and the initial values
+                are those of the first process with rows. The result is that of all rows together,
+                on all processes; its posterior is of this process's rows. ``batch_size`` is each
+                process's own.
             **kwargs: The model's keyword arguments.
 
         Returns:
@@ -565,6 +572,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             num_data=num_data,
             validation=validation,
             schedule=schedule,
+            process_group=process_group,
         )
         return fit(self._session, wishes, args, kwargs)
 

@@ -19,13 +19,16 @@ _context.set_forkserver_preload(["pyro_em", "torch.distributed", "pytest", "test
 def on_ranks(
     size: int, call: Callable[..., Any], *args: Any, timeout: float = 20.0, limit: float = 60.0
 ) -> list[Any]:
-    """What ``call(*args)`` returns on each rank; what it raises there; None where it was killed.
+    """What ``call(*args)`` returns on each rank; None where the process was killed.
 
     Args:
         size: How many processes.
         call: A function of a module, which may use ``torch.distributed``.
         timeout: Of the group, in seconds.
         limit: Seconds after which the processes are killed, and this raises.
+
+    Raises:
+        Exception: What a rank raises.
     """
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(size)]
@@ -41,11 +44,15 @@ def on_ranks(
             sender.close()
         end = time.monotonic() + limit
         try:
-            return [_received(receiver, end) for receiver, _ in pipes]
+            out = [_received(receiver, end) for receiver, _ in pipes]
         finally:
             for process in started:
                 process.join(max(0.0, min(5.0, end - time.monotonic())))
                 process.kill()
+        for one in out:
+            if isinstance(one, BaseException):
+                raise one
+        return out
 
 
 def _received(receiver: Any, end: float) -> Any:

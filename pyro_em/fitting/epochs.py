@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,9 +44,15 @@ class StochasticRun:
 
 
 def data_of(
-    wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
+    wishes: FitWishes, args: tuple, kwargs: dict[str, Any], per_epoch: int | None = None
 ) -> tuple[Batches, Batches | None]:
     """The data of a stochastic fit in batches, in an order drawn now, and the held-out data.
+
+    Args:
+        wishes: The keywords of the fit.
+        args: The model's positional arguments, or a loader of them.
+        kwargs: Its keyword arguments.
+        per_epoch: Batches in one epoch, where other processes take as many steps.
 
     Raises:
         UsageError: If the schedule, the batches or the held-out data are not understood.
@@ -60,7 +67,7 @@ def data_of(
             )
         )
     order = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    batches = Batches(args, kwargs, wishes.batch_size, wishes.num_data, order)
+    batches = Batches(args, kwargs, wishes.batch_size, wishes.num_data, order, per_epoch)
     if validation is None:
         return batches, None
     if any(isinstance(v, Tensor) and v.dim() for v in kwargs.values()):
@@ -82,6 +89,8 @@ def factors_at(trainer: Trainer, batch: Batch) -> Mapping[str, float]:
     if batch.size is None and batch.total is None:
         return {}
     structure_of = trainer.variational.structure
+    if trainer.sharing is not None:
+        return trainer.sharing.factors(structure_of(batch.args, batch.kwargs))
 
     def shorter() -> Structure:
         other = without_last_row(batch)
@@ -171,7 +180,7 @@ def run(
             if callbacks:
                 held_out = out.validation[-1] if out.validation else None
                 reported = replace(step, made_params=Given(parameters()), validation=held_out)
-                if any(callback(reported) is True for callback in callbacks):
+                if _asks_to_stop(trainer, callbacks, reported):
                     out.status = EMStatus.STOPPED
                     break
             if num_epochs is None and len(out.bounds) >= max_steps:
@@ -186,6 +195,17 @@ def run(
     finally:
         bar.close()
     return out
+
+
+def _asks_to_stop(
+    trainer: Trainer, callbacks: Sequence[Callable[[EMStep], Any]], step: EMStep
+) -> bool:
+    """Show a step to the callbacks; whether one of them, on any process, asks to stop."""
+
+    def asks() -> bool:
+        return any(callback(step) is True for callback in callbacks)
+
+    return asks() if trainer.sharing is None else trainer.sharing.any(asks)
 
 
 def look_at_validation(trainer: Trainer, held_out: Batches) -> None:
@@ -220,12 +240,20 @@ def look_at_validation(trainer: Trainer, held_out: Batches) -> None:
 
 def bound_of(trainer: Trainer, batches: Batches, num_particles: int = 1) -> float:
     """The bound of all data at the current parameters, batch by batch, in nats."""
+    if trainer.sharing is None:
+        return _bound_here(trainer, batches, num_particles)
+    with same_random_state():
+        return trainer.sharing.mean(lambda: _bound_here(trainer, batches, num_particles))
+
+
+def _bound_here(trainer: Trainer, batches: Batches, num_particles: int) -> float:
     total, rows = 0.0, 0
     # Evaluating the bound must not change the path of a seeded fit.
     with torch.no_grad(), same_random_state():
         for batch in batches.epoch(shuffle=False):
             factors = factors_at(trainer, batch)
-            loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
+            with nullcontext() if trainer.sharing is None else trainer.sharing.drawing():
+                loss = trainer.variational.loss(batch.args, batch.kwargs, num_particles, factors)
             # Each batch's bound estimates that of all data; their weighted mean is it.
             structure = trainer.variational.structure(batch.args, batch.kwargs)
             share = (batch.size or 1) if stands_for_all(structure, batch) else 0

@@ -12,6 +12,7 @@ import pyro
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import epochs
 from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.joining import Joined
 from pyro_em.fitting.origins import with_origin
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.progress import Bar
@@ -20,6 +21,7 @@ from pyro_em.fitting.restarts import run_starts
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.run import Settings, best_of
 from pyro_em.fitting.session import Session
+from pyro_em.fitting.shards import Shards
 from pyro_em.plan.fit_wishes import (
     FIT_KEYWORDS,
     FitWishes,
@@ -32,7 +34,7 @@ from pyro_em.plan.unobserved import unobserved
 from pyro_em.plan.wishes import check_collisions, check_loader
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.parameters import restore, values_of
-from pyro_em.tracing.randomness import seeded
+from pyro_em.tracing.randomness import same_random_state, seeded
 from pyro_em.variational.batches import first_batch, is_loader
 from pyro_em.variational.trainer import Trainer
 
@@ -50,17 +52,41 @@ def fit(session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
     Raises:
         PyroEMError: If the model, the data or the keywords cannot be used.
     """
-    begin = time.perf_counter()
+    if wishes.process_group is None:
+        return _fit(session, wishes, args, kwargs, None)
+    joined = Joined.of(wishes, session.request)
+    with joined.over.together():
+        return _fit(session, joined.own_wishes(), args, kwargs, joined)
+
+
+def _fit(
+    session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any], joined: Joined | None
+) -> EMResult:
+    begin, has_rows = time.perf_counter(), True
+    if joined is not None:
+        args, kwargs, has_rows = joined.arguments(args, kwargs)
     looked = _arguments_of(session, args, kwargs)
     check_collisions(session.request.model, looked, FIT_KEYWORDS, "fit", wishes.passed())
     held = frozenset(pyro.get_param_store())
     with seeded(wishes.seed):
         found = session.ready(looked, kwargs)
+        shared: Shards | None = None
+        if joined is not None:
+            shared = joined.shards(found, looked, args, kwargs, has_rows)
         origin = session.origin(found, held)
         if wishes.callbacks:
             wishes = replace(wishes, callbacks=(_counting(session), *wishes.callbacks))
         if isinstance(found, Trainer):
-            result = _stochastic(session, found, wishes, args, kwargs, begin)
+            steps = None
+            if joined is not None and shared is not None:
+                found = joined.sharing(shared, found)
+                wishes, steps = joined.batches(wishes, shared, args)
+            with same_random_state(joined is not None):
+                result = _stochastic(session, found, wishes, args, kwargs, begin, steps)
+        elif joined is not None:
+            raise UsageError(
+                message("process_group", "exact fits over several processes are not there yet.")
+            )
         else:
             result = _exact(session, found, wishes, args, kwargs, begin)
         return with_origin(result, origin)
@@ -129,9 +155,10 @@ def _stochastic(
     args: tuple,
     kwargs: dict[str, Any],
     begin: float,
+    per_epoch: int | None = None,
 ) -> EMResult:
     refuse_exact_keywords(wishes.init, wishes.num_restarts, wishes.acceleration)
-    batches, held_out = epochs.data_of(wishes, args, kwargs)
+    batches, held_out = epochs.data_of(wishes, args, kwargs, per_epoch)
     refuse_rows_of_a_guide(trainer.variational, batches, held_out)
     if held_out is not None:
         epochs.look_at_validation(trainer, held_out)

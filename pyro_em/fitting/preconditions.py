@@ -106,9 +106,18 @@ def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) 
 
 
 def refuse_rows_of_a_guide(
-    variational: Variational, batches: Batches, held_out: Batches | None
+    variational: Variational,
+    batches: Batches | None,
+    held_out: Batches | None,
+    others: bool = False,
 ) -> None:
     """Refuse batches and held-out data where an autoguide has parameters for every row of the data.
+
+    Args:
+        variational: The pair of model and guide.
+        batches: The data.
+        held_out: Data that the bound is taken of, too.
+        others: Whether other processes have other rows.
 
     Raises:
         UsageError: With the reason.
@@ -117,7 +126,7 @@ def refuse_rows_of_a_guide(
     amortised = isinstance(guide, (AutoAmortizedNormal, AutoAmortizedCategorical))
     if amortised or not isinstance(guide, AutoGuide) or guide.create_plates is not None:
         return
-    rows = rows_in_batches(batches)
+    rows = None if batches is None else rows_in_batches(batches)
     # Sites that are left unused are drawn as well, with all others of the guide.
     unused = [n for n in routing.gaussian if n in routing.unused]
     for name in (*routing.drawn, *routing.points, *unused):
@@ -128,9 +137,12 @@ def refuse_rows_of_a_guide(
         data_plate = next((p for p in info.plates if p in bare.data_plates), None)
         if rows is not None and rows in sizes:
             size, what = rows, "a batch"
-            leave = "leave batch_size out" if batches.loader is None else "pass the data themselves"
-        elif held_out is not None and data_plate is not None:
-            size, what, leave = bare.plates[data_plate].size, "other data", "leave validation out"
+            in_loader = batches is not None and batches.loader is not None
+            leave = "pass the data themselves" if in_loader else "leave batch_size out"
+        elif (held_out is not None or others) and data_plate is not None:
+            size, what = bare.plates[data_plate].size, "other data"
+            leave = "fit in one process" if others else "leave validation out"
+            what = "another process" if others else what
         else:
             continue
         kind = type(guide).__name__

@@ -16,7 +16,7 @@ from pyro_em.posteriors.assignments import Start
 class FitWishes:
     """The keywords of ``fit``, as checked; see there for what they mean.
 
-    The last five belong to stochastic fits.
+    Those from ``batch_size`` to ``schedule`` belong to stochastic fits.
     """
 
     max_steps: int = 1000
@@ -32,6 +32,7 @@ class FitWishes:
     num_data: int | None = None
     validation: Any = None
     schedule: Any = None
+    process_group: Any = None
 
     def passed(self) -> list[str]:
         """Names of the keywords that are not at their defaults."""

@@ -37,6 +37,8 @@ from pyro_em.reduction.told import (
 )
 from pyro_em.reduction.uninterrupted import Uninterrupted
 
+END = "the end"  # the call after the last one; an interrupt is not told any more
+
 _ERRORS, _SURPRISES, _HEAD = 0, 1, 2  # places in the vector, and where numbers begin
 
 
@@ -116,7 +118,8 @@ class Exchange:
             BaseException: On all ranks, if one of them has an error, or their forms differ.
             GroupError: If a rank does not answer.
         """
-        if self._guard.pending:
+        is_end = form is not None and form.call == END
+        if self._guard.pending and not is_end:
             self._guard.pending = False
             error = error or KeyboardInterrupt()
         self.counts = replace(self.counts, exchanges=self.counts.exchanges + 1)
@@ -233,6 +236,15 @@ class Exchange:
             bytes=c.bytes + size,
             seconds=c.seconds + spent,
         )
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """A block in which Ctrl-C waits for the next exchange; after the last one it is raised here."""
+        with self._guard:
+            yield
+        if self._guard.pending:
+            self._guard.pending = False
+            raise KeyboardInterrupt
 
     def announce(self, error: BaseException) -> None:
         """Tell the others, who are in their next exchange or come to it, what ends it here.

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.reduction.exchange import Counts, Exchange, Form
+from pyro_em.reduction.exchange import END, Counts, Exchange
 from pyro_em.reduction.flat import flat, form, unflat
 from pyro_em.reduction.reduction import Reduction
+from pyro_em.reduction.told import Form
 from pyro_em.reduction.trees import leaves, mapped
 
 P = TypeVar("P", covariant=True)
@@ -67,6 +68,15 @@ class OverGroup(Reduction[P]):
         return False
 
     @property
+    def place(self) -> str:
+        """Where this process's data lie in all data, in words, for messages."""
+        return self._exchange.place
+
+    @place.setter
+    def place(self, words: str) -> None:
+        self._exchange.place = words
+
+    @property
     def counts(self) -> Counts:
         """What exchanges have cost this process so far."""
         return self._exchange.counts
@@ -115,7 +125,20 @@ class OverGroup(Reduction[P]):
         Args:
             make: Called on rank 0 only.
         """
-        return self._from(0, make, "a value of rank 0")
+        return self.from_rank(0, make)
+
+    def from_rank(self, source: int, make: Callable[[], Any]) -> Any:
+        """What one rank makes: on that rank itself, and as a copy on the others.
+
+        Args:
+            source: The rank.
+            make: Called on that rank only; makes anything that can be pickled.
+        """
+        return self._from(source, make, f"a value of rank {source}")
+
+    def refusal(self, error: BaseException) -> BaseException:
+        """An exception that all ranks are about to raise, so that none has to tell the others."""
+        return self._exchange.known(error)
 
     def agree(self, digests: Mapping[str, str], fixes: tuple[str, ...] = ()) -> None:
         """Refuse, on all ranks, what differs between them.
@@ -153,14 +176,16 @@ class OverGroup(Reduction[P]):
     def together(self) -> Iterator[None]:
         """A block that all ranks leave together: what one of them raises in it is raised on all.
 
-        Outside a call of this class, an exception reaches the others at their next call.
+        Outside a call of this class, an exception reaches the others at their next call, and so does
+        Ctrl-C, which waits for this rank's next call; a second one does not wait.
         """
-        try:
-            yield
-        except BaseException as error:
-            self._exchange.announce(error)
-            raise
-        self._exchange.of(Form("the end", (), 0), None, None)
+        with self._exchange.uninterrupted():
+            try:
+                yield
+            except BaseException as error:
+                self._exchange.announce(error)
+                raise
+            self._exchange.of(Form(END, (), 0), None, None)
 
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
         """What each rank makes, by rank; anything that can be pickled, and is small."""
@@ -199,7 +224,6 @@ class OverGroup(Reduction[P]):
         return unflat(value, numbers)  # type: ignore[return-value]
 
     def _from(self, source: int, make: Callable[[], Any], call: str) -> Any:
-        """What one rank makes; on that rank itself, and as a copy on the others."""
         made, content, error = None, b"", None
         if self.rank == source:
             try:

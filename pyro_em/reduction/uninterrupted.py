@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Uninterrupted:
-    """A block that an interrupt does not leave; it is remembered, to be told to all.
+    """A block that the first interrupt does not leave; it is remembered, to be told to all.
 
     Attributes:
         pending: Whether an interrupt came in such a block.
@@ -37,6 +37,8 @@ class Uninterrupted:
             self._before = signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending:  # who asks twice does not wait for others
+            raise KeyboardInterrupt
         self.pending = True
 
     def __exit__(self, *error: object) -> None:

@@ -47,6 +47,7 @@ class Batches:
         batch_size: Rows per batch; all at once where None.
         num_data: Rows of all data, where a loader does not know.
         generator: Source of the order; None keeps the order of the data.
+        per_epoch: Batches of arrays in one epoch, where processes of a group take as many steps.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Batches:
         batch_size: int | None,
         num_data: int | None,
         generator: torch.Generator | None,
+        per_epoch: int | None = None,
     ) -> None:
         self.args, self.kwargs, self.generator = args, kwargs, generator
+        self._per_epoch = per_epoch
         self.loader = args[0] if args and is_loader(args[0]) else None
         self.batch_size = batch_size
         self.total = num_data
@@ -108,6 +111,8 @@ class Batches:
         """Batches in one epoch, where known."""
         if self.loader is not None:
             return length_of(self.loader)
+        if self._per_epoch is not None:
+            return self._per_epoch
         return (
             1 if self.rows is None or self.batch_size is None else -(-self.rows // self.batch_size)
         )
@@ -130,13 +135,25 @@ class Batches:
             order = torch.randperm(self.rows, generator=self.generator)
         else:
             order = torch.arange(self.rows)
-        for chosen in order.split(self.batch_size):
+        for chosen in self._split(order):
             yield Batch(
                 tuple(self._rows(a, chosen) for a in self.args),
                 {k: self._rows(a, chosen) for k, a in self.kwargs.items()},
                 len(chosen),
                 self.total,
             )
+
+    def _split(self, order: Tensor) -> Sequence[Tensor]:
+        """The rows of each batch; where there are too few, one row may come again in an epoch."""
+        assert self.batch_size is not None
+        steps = self._per_epoch
+        if steps is None:
+            return order.split(self.batch_size)
+        return (
+            order.tensor_split(steps)
+            if len(order) >= steps
+            else order[:, None].repeat(-(-steps // len(order)), 1)[:steps].unbind(0)
+        )
 
     @staticmethod
     def _rows(a: Any, chosen: Tensor) -> Any:

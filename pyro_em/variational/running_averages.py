@@ -57,6 +57,7 @@ class RunningAverages:
         args: tuple,
         kwargs: dict[str, Any],
         factors: Mapping[str, float] | None,
+        over_all: Callable[[Callable[[], list[Tensor]]], list[Tensor]] | None = None,
     ) -> None:
         """Take in the sums of a batch, and set the parameters to the maximisers.
 
@@ -67,6 +68,8 @@ class RunningAverages:
             args: The batch: the model's positional arguments.
             kwargs: Its keyword arguments.
             factors: Per plate what multiplies its sites.
+            over_all: The mean over all processes of what makes this one's numerators and
+                denominators, where there are others.
 
         Raises:
             UsageError: If a parameter has no closed form on batches.
@@ -94,6 +97,9 @@ class RunningAverages:
             step_size = update.step_size if isinstance(update, ClosedForm) else None
             rho = step_size or (step + 1) ** -0.6
             saved = self.saved_name(name)
+            if over_all is not None:
+                own = [n, d]
+                n, d = over_all(lambda: own)
             average = _sums(n, d)
             if saved in self.by_name:
                 old = _sums(*(s.to(n) for s in _pair(self.by_name[saved])))

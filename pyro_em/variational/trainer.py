@@ -24,6 +24,7 @@ from pyro_em.tracing.randomness import same_random_state
 from pyro_em.updates.optimizers import Optimizer, adam
 from pyro_em.updates.update import ClosedForm, Fixed, Gradient, Update
 from pyro_em.variational.bound import Variational
+from pyro_em.variational.sharing import Sharing
 from pyro_em.variational.training import Stage, Training
 
 
@@ -72,6 +73,7 @@ class Trainer(StaysHere):
         updates: The user's updates by parameter name, patterns resolved at each step.
         training: What lasts from step to step, and outlives a pair.
         num_particles: Draws per step.
+        sharing: How steps are made together with other processes; None where this one has all data.
     """
 
     variational: Variational
@@ -79,6 +81,7 @@ class Trainer(StaysHere):
     updates: Callable[[Mapping[str, Any]], Mapping[str, Update]]
     training: Training
     num_particles: int = 1
+    sharing: Sharing | None = None
 
     def step(
         self,
@@ -128,6 +131,12 @@ class Trainer(StaysHere):
         """Whether the present parameters have a finite loss on the batch before this one."""
         if self.training.last is None:
             return True
+        if self.sharing is not None:
+            return not self.sharing.any(lambda: not self._is_sound_here())
+        return self._is_sound_here()
+
+    def _is_sound_here(self) -> bool:
+        assert self.training.last is not None
         args, kwargs, factors = self.training.last
         try:
             with torch.no_grad(), same_random_state():
@@ -169,8 +178,15 @@ class Trainer(StaysHere):
                 first = loss if first is None else first
             assert first is not None
             loss = first
-        past = self.training
-        past.averages.m_step(self.variational, past.wishes, past.steps, args, kwargs, factors)
+        past, sharing = self.training, self.sharing
+        batch = (args, kwargs, factors)
+        if sharing is None:
+            past.averages.m_step(self.variational, past.wishes, past.steps, *batch)
+        else:
+            with sharing.drawing():
+                past.averages.m_step(
+                    self.variational, past.wishes, past.steps, *batch, sharing.mean
+                )
         past.steps += 1
         return loss
 
@@ -189,18 +205,16 @@ class Trainer(StaysHere):
         optim: Optimizer | pyro.optim.PyroOptim | None,
         chosen: Callable[[str], bool],
     ) -> float:
-        with torch.enable_grad(), parameters_read() as parameters:
-            loss = self.variational.loss(
-                args, kwargs, self.num_particles, factors, self.training.baselines
-            )
-        past = self.training
+        past, sharing = self.training, self.sharing
+        if sharing is None:
+            loss, tensors = self._gradients(args, kwargs, factors)
+        else:
+            with sharing.drawing():
+                loss, tensors = sharing.gradients(
+                    lambda: self._gradients(args, kwargs, factors), past.baselines
+                )
         if past.stage is Stage.ENTERED:
             past.stage = Stage.FINITE
-        tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
-        for p in tensors.values():
-            p.grad = None
-        if loss.requires_grad:
-            loss.backward()
         wishes = self._wishes_for(tensors)
         moved = {n: p for n, p in tensors.items() if chosen(n) and p.grad is not None}
         by_update: dict[str, dict[str, Tensor]] = {}
@@ -224,7 +238,25 @@ class Trainer(StaysHere):
             past.optimizers.of(key, given or adam).step(group)
         for p in tensors.values():
             p.grad = None
-        return float(loss.detach())
+        return loss
+
+    def _gradients(
+        self, args: tuple, kwargs: dict[str, Any], factors: Mapping[str, float] | None
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The loss of a batch, and the parameters that it read, with its gradient."""
+        with torch.enable_grad(), parameters_read() as parameters:
+            loss = self.variational.loss(
+                args, kwargs, self.num_particles, factors, self.training.baselines
+            )
+        past = self.training
+        if past.stage is Stage.ENTERED and self.sharing is None:
+            past.stage = Stage.FINITE
+        tensors = {n: p for n, p in parameters.items() if p.is_floating_point()}
+        for p in tensors.values():
+            p.grad = None
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach()), tensors
 
     def _wishes_for(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Update]:
         """The user's updates by name, resolved again only when parameters come or go."""

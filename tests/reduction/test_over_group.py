@@ -175,12 +175,20 @@ def failing() -> dict[str, Any]:
     def signalled() -> None:
         with over.together():
             if rank == 1:
-                with over._exchange._guard:
-                    signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            out["went on"] = True
             over.sum(float)
             over.sum(float)
 
     out["signalled"] = caught(signalled)
+
+    def at_the_end() -> None:
+        with over.together():
+            over.sum(float)
+            if rank == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    out["after the last"] = caught(at_the_end)
     out["finally"] = over.sum(float)
     return out
 
@@ -199,6 +207,7 @@ def test_what_one_rank_raises_is_raised_on_all() -> None:
         assert out["foreign"][:2] == ("KeyError", "'mu'" if rank else at + "KeyError: 'mu'")
         assert out["handover"][:2] == ("Handover", "the pivot is zero")
         assert out["interrupt"][0] == out["signalled"][0] == "KeyboardInterrupt"
+        assert out["went on"] and out["after the last"][0] == ("KeyboardInterrupt" if rank else "")
         assert out["first value"][0] == "UsageError" and "no start" in out["first value"][1]
         assert out["form"][0] == "GroupError"
         assert "value 1 is float64 (2,) on rank 0 and float64 (3,) on rank 1" in out["form"][1]
