@@ -1,7 +1,7 @@
-r"""Gaussian components of rows with missing entries, by few and large matrix products.
+"""Gaussian components of rows with missing entries, by few and large matrix products.
 
-*Full covariances.* Rows that have seen the same coordinates share, for each component, one factor of
-Σ (see `pyro_em.incomplete`). With y = x' − μ', zero where missing, and u = L_o⁻¹ y,
+Rows that have seen the same coordinates share, for each component, one factor of Σ (see
+`pyro_em.incomplete`). With y = x' − μ', zero where missing, and u = L_o⁻¹ y,
 
     ℓ = −½ ‖u‖² − log det L_o − (D_o / 2) log 2π,
     Σ r E[d],   E[d] = y + L_mo u,      Σ r E[d dᵀ] = Σ r E[d] E[d]ᵀ + Σ_p m_p Cov_p,
@@ -11,11 +11,6 @@ Where the square does not cancel, ℓ is linear in the features (x'_i, x'_i x'_j
 complete rows: one product gives the log densities of a pattern's rows, another their moments. What is
 missing is completed in these: with A = I_o + L_mo L_o⁻¹, Σ r E[d] = A Σ r y and
 Σ r E[d] E[d]ᵀ = A (Σ r y yᵀ) Aᵀ.
-
-*Independent features.* With s = 1 where an entry is seen, ℓ is linear in (s, s x', s x'²):
-
-    ℓ_k = Σ_i s_i (−½ log 2π − log σ_ki − μ'_ki² / 2σ_ki²)
-          + s_i x'_i μ'_ki / σ_ki² − s_i x'_i² / 2σ_ki².
 """
 
 from __future__ import annotations
@@ -30,7 +25,6 @@ from torch import Tensor
 
 from pyro_em.densities.gaussian import FEW_CELLS, Gaussian, products, unfolding, upper_pairs
 from pyro_em.families.family import Statistics
-from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.incomplete import Patterns, conditional, covariance_of, most_patterns, patterns_of
 
 
@@ -311,141 +305,3 @@ class Incomplete(Gaussian):
         else:
             first, square = moments[:, :D], moments[:, D:].reshape(-1, D, D)
         return self._shaped({"deviation": first, "square": square, "weight": mass})
-
-
-@dataclass(frozen=True, eq=False)
-class AtFeatures:
-    """Components of independent features at some arguments.
-
-    Attributes:
-        mean: μ'. # (K, D)
-        scale: σ. # (K, D)
-        linear: Coefficients of (s, s x', s x'²); None where the square would cancel. # (K, 3 D)
-        size: As of `pyro_em.densities.gaussian.Prepared`.
-    """
-
-    mean: Tensor
-    scale: Tensor
-    linear: Tensor | None
-    size: float
-
-
-@dataclass(eq=False)
-class Masked(Gaussian):
-    """The rows of a group of Normal sites with masked entries and component-wise arguments.
-
-    Attributes:
-        seen: 1 where an entry is seen, else 0. # (D, N)
-    """
-
-    seen: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        seen = ~torch.isnan(self.x)
-        self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
-        self.seen = seen.to(torch.float64)
-        low, high = torch.aminmax(self.x, dim=1)
-        self.reach2 = torch.maximum(high, -low).square()
-        if self.width * self.x.shape[1] <= FEW_CELLS:
-            self.stored = self._features_of(slice(None))
-
-    @property
-    def width(self) -> int:
-        """Numbers per row that a chunk holds."""
-        return 3 * self.x.shape[0]
-
-    def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
-        """Coefficients at some arguments."""
-        D = self.x.shape[0]
-        mean = self._each(self._shift(arguments["loc"]))
-        scale = arguments["scale"].to(torch.float64)
-        scale = self._each(scale.reshape(-1, scale.shape[-1]).expand(-1, D))
-        precision = scale**-2
-        size = D**0.5 * float((precision * self.reach2).max())
-        if not size <= self.limit:
-            return AtFeatures(mean, scale, None, 0.0)
-        constant = -0.5 * (mean * mean * precision + math.log(2 * math.pi)) - scale.log()
-        linear = torch.cat([constant, mean * precision, -0.5 * precision], 1)
-        return AtFeatures(mean, scale, linear, size)
-
-    def features(self, rows: slice, p: Any = None) -> Any:
-        """(s, s x', s x'²). # (3 D, rows)"""
-        return self._features_of(rows) if self.stored is None else self.stored[:, rows]
-
-    def _features_of(self, rows: slice) -> Tensor:
-        x = self.x[:, rows]
-        return torch.cat([self.seen[:, rows], x, x * x])
-
-    def log_density(self, p: Any, features: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
-        if p.linear is not None:
-            if onto is None:
-                return p.linear @ features
-            return torch.addmm(onto.to(torch.float64), p.linear, features)
-        D = self.x.shape[0]
-        seen = features[:D]
-        out = -(p.scale.log() + 0.5 * math.log(2 * math.pi)) @ seen
-        for k, (mean, scale) in enumerate(zip(p.mean, p.scale, strict=True)):
-            z = (features[D : 2 * D] - mean.unsqueeze(-1)) / scale.unsqueeze(-1) * seen
-            out[k] -= 0.5 * (z * z).sum(0)
-        return out if onto is None else out + onto
-
-    def moments(self, p: Any, weights: Tensor, features: Tensor) -> Tensor:
-        """Σ r s, Σ r s d, Σ r s d² of some rows; d is x', or x' − μ'. # (K, 3 D)"""
-        weights = weights.to(torch.float64)
-        if p.linear is not None:
-            return weights @ features.T
-        D, out = self.x.shape[0], []
-        for w, mean in zip(weights, p.mean, strict=True):
-            weighted = features[:D] * w
-            d = features[D : 2 * D] - mean.unsqueeze(-1)
-            each = (weighted, weighted * d, weighted * d * d)
-            out.append(torch.cat([t.sum(-1) for t in each]))
-        return torch.stack(out)
-
-    def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
-        """Nothing: all is computed in float64."""
-        return 0.0
-
-    def statistics(
-        self, p: Any, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
-    ) -> Statistics:
-        """The family's statistics about its location, from moments about another point."""
-        weight, first, second = moments.chunk(3, -1)
-        mu = self._each(self._shift(arguments["loc"]))
-        if p.linear is None:  # about the location already, up to its rounding
-            mu = mu - p.mean
-        deviation = first - weight * mu
-        square = second - 2 * mu * first + weight * mu**2
-        return self._shaped({"deviation": deviation, "square": square, "weight": weight})
-
-
-def as_incomplete(group: Group, K: int) -> Incomplete | Masked | None:
-    """The rule of Gaussian sites with missing entries, or None; see `as_gaussian`."""
-    lead = 1 + group.n_plates
-    value = group.value
-    if group.family is None:
-        return None
-    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
-        return None
-    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
-        return None
-    event, seen = value.shape[lead + 1 :], seen_entries(group)
-    if seen is None or len(event) != 1 or seen.shape[lead] != 1:
-        return None
-    kind: type[Incomplete] | type[Masked]
-    if is_incomplete(group) and not group.event_dims:
-        kind, spread = Incomplete, next(n for n in group.arguments if n != "loc")
-    elif group.family.name == "Normal" and group.event_dims == 1 and group.elements is not None:
-        kind, spread = Masked, "scale"
-    else:
-        return None
-    x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1))
-    return kind(x, centre, kind is Masked, spread, K, False, lead)
-
-
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The data about the mean of what is seen, and that. # (D, N), (D,)"""
-    centre = x.to(torch.float64).nanmean(0).nan_to_num(0.0)
-    return (x.to(torch.float64) - centre).T.contiguous(), centre

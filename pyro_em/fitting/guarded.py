@@ -20,9 +20,9 @@ from pyro_em.errors import Handover, message, warn
 from pyro_em.fitting.em_map import ByTracing, after_m_step, allowed_fall, has_fallen, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.point import Point, SumsPoint
-from pyro_em.plan.building import distrusted
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Disagreement, Program
+from pyro_em.plan.verification import distrusted
 from pyro_em.tracing.parameters import restore, snapshot
 from pyro_em.updates.m_step import MStepState
 

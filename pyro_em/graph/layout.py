@@ -11,15 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import (
-    bases_of,
-    element_mask,
-    is_outside,
-    split_mask,
-    unexpanded,
-    unwrap,
-)
-from pyro_em.errors import DataError, DegenerateError, Finding, message
+from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded, unwrap
+from pyro_em.errors import Finding
 from pyro_em.families.family import Family
 from pyro_em.families.registry import (
     family_of,
@@ -35,9 +28,9 @@ from pyro_em.graph.forms import FEW, equal_to_first
 from pyro_em.graph.signatures import Recurring, outline
 from pyro_em.graph.stacking import Batch, Factor, repeated
 from pyro_em.graph.structure import SiteInfo, Structure
+from pyro_em.graph.unrecorded import log_density_of_site
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor
-from pyro_em.tracing.support import density_anywhere
 
 _KINDS = 8  # of bindings among sites of one form that are told apart together
 
@@ -243,7 +236,7 @@ class FactorLayout:
                 layout = partial(compact, event_dim=fn.event_dim, dims=dims, like=value)
                 value_binding = bind(value, leaves, layout=layout)
         if family is None:
-            log_p = _log_density(name, fn, value, info.role)
+            log_p = log_density_of_site(name, fn, value, info.role)
             mask_now = mask_tensor(site)
             if isinstance(mask_now, Tensor) and info.observed:
                 log_p = torch.where(mask_now, log_p, 0.0)
@@ -397,48 +390,6 @@ class FactorLayout:
 def may_be_affine(family: Family, argument: str) -> bool:
     """Whether an argument that is affine in parameters has an update: least squares."""
     return argument == "loc" and family.name in ("Normal", "LogNormal")
-
-
-def _log_density(name: str, fn: Any, value: Tensor, role: Role) -> Tensor:
-    """The log density of a site without a record of its family."""
-    try:
-        # With latents enumerated every row meets every value, also those that cannot produce it.
-        if role is Role.DATA and is_outside(fn, value):
-            return density_anywhere(fn, value)
-        return fn.log_prob(value)
-    except ValueError as error:  # torch's validation
-        text = str(error).split("\n")[0].removesuffix(", but found invalid values:")
-        if role is not Role.DATA:
-            raise DegenerateError(outside_support(name, fn, text)) from error
-        kind = type(unwrap(fn)[0]).__name__
-        raise DataError(
-            message(
-                f"site '{name}'",
-                f"the density of its observed values cannot be evaluated: {text}.",
-                f"every row is tried with every value of the latents, and {kind} has no density "
-                "for some of them",
-                [
-                    "let all values of a latent choose among distributions of one support",
-                    "check the data against each of them by itself: fn.support.check(x)",
-                ],
-            )
-        ) from error
-
-
-def outside_support(name: str, fn: Any, text: str) -> str:
-    """What is said of a site whose density cannot be evaluated."""
-    kind = type(unwrap(fn)[0]).__name__
-    return message(
-        f"site '{name}'",
-        f"its density cannot be evaluated: {text}.",
-        f"the value, or an argument of {kind}, left its support: a guide that is wider than the "
-        "model's distribution, a spread that goes to zero, a step too far",
-        [
-            "let the guide draw only what the model can: LogNormal or AutoNormal for what is positive",
-            "give parameters the constraint of the support: pyro.param(..., constraint=...)",
-            "start elsewhere, or give scales a prior that is zero at zero (InverseGamma)",
-        ],
-    )
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

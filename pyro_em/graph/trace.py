@@ -11,36 +11,25 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import is_outside
-from pyro_em.errors import (
-    DegenerateError,
-    Finding,
-    ModelError,
-    PyroEMError,
-    raise_findings,
-)
+from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.compact import Stray
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
-from pyro_em.graph.failures import (
-    changing_sites,
-)
+from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.forms import FEW, forms_of, in_forms
-from pyro_em.graph.layout import FactorLayout, outside_support
+from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.signatures import KeptSelections, Recurring
 from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
+from pyro_em.graph.unrecorded import outside_support
 from pyro_em.graph.unrolled import unrolled_graph
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
-from pyro_em.tracing.runs import (
-    Model,
-    Run,
-    held_run,
-)
+from pyro_em.tracing.runs import Model, Run, held_run
 from pyro_em.tracing.sites import Role, factors_in, frames_of, mask_tensor, role_of
 
 

@@ -2,7 +2,8 @@
 
 `planner` looks at a model, its guide and its data and decides the route of each latent (`routes`), the
 update of each parameter, and which block iterates (`eligibility`); `plan.Plan` prints it,
-`building` makes a `program`, a model with its data ready for E-steps and M-steps; `wishes`,
+`building` makes of a `task` a `program`, a model with its data ready for E-steps and M-steps, and
+`verification` holds it against another run of the model; `wishes`,
 `fit_wishes` and `given_q` check what the user asked for.
 
 May import: `pyro_em.variational`, `pyro_em.posteriors` and what is below them. To make a block

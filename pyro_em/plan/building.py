@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
-
-import pyro
-import torch
-from torch.distributions import transform_to
 
 from pyro_em.errors import (
     Finding,
@@ -26,84 +22,31 @@ from pyro_em.graph.folded import Folded
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.read_lines import parts_at, read_lines
-from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.structure import Structure
-from pyro_em.graph.trace import trace_graph
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
-from pyro_em.plan.gaussians import (
-    explained,
-    gaussian_routes,
-    with_values,
-)
+from pyro_em.plan.gaussians import explained, gaussian_routes, with_values
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops, examined_in_loops, trouble
 from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
-from pyro_em.plan.program import Disagreement, Program, later_kernel
-from pyro_em.plan.routes import Route
+from pyro_em.plan.program import Program, later_kernel
+from pyro_em.plan.task import Task, traced
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
+from pyro_em.plan.verification import verified
 from pyro_em.plan.wishes import matched
-from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
 from pyro_em.posteriors.gaussian_steps import for_updates
-from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.tracing.dependences import Dependences, Reading, names_of, tensors_in
+from pyro_em.tracing.dependences import Dependences, names_of
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.parameters import moved, parameters_at, versions_of
-from pyro_em.tracing.runs import Model
+from pyro_em.tracing.parameters import versions_of
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.expansion import expansions_of
-from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
-
-
-@dataclass(frozen=True, eq=False)
-class Task(StaysHere):
-    """A model, its data, and what is wanted of them.
-
-    Attributes:
-        model: The user's model, or the pair of it and a guide.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        requested: The user's updates, by parameter name or glob.
-        gradient: The update of parameters without a closed form; L-BFGS if None.
-        max_plate_nesting: As the user gave it.
-        max_enumeration: The budget in cells.
-        look_only: Whether only an E-step is wanted, so that bindings need not be read.
-        strategy: Another E-step than the exact one.
-        routes: Rows of the plan where a guide takes part.
-    """
-
-    model: Model
-    args: tuple
-    kwargs: dict[str, Any]
-    requested: Mapping[str, Update]
-    gradient: Gradient | None
-    max_plate_nesting: int | None
-    max_enumeration: int
-    look_only: bool = False
-    strategy: EStepStrategy | None = None
-    routes: tuple[Route, ...] = ()
-
-    @property
-    def limit(self) -> int:
-        """Cells that one operation of an enumerated run may make."""
-        return max(self.max_enumeration, 2**20)
-
-    def log(self, names: Mapping[str, Any]) -> OperationLog:
-        """Notes for an enumerated run.
-
-        Args:
-            names: What the model's names stand for.
-        """
-        # Who wants an E-step only does not need a list of what was read.
-        reading = None if self.look_only else Reading(self.model, self.args, self.kwargs)
-        store = pyro.get_param_store()._params
-        return OperationLog([*store.items(), *tensors_in(names)], reading)
+from pyro_em.updates.update import Fixed
 
 
 @fewer_collections()
@@ -327,35 +270,6 @@ def _without_gaussians(
     return [p for p in problems if not (p.latents and set(p.latents) <= gaussians)] or problems
 
 
-def traced(
-    task: Task,
-    structure: Structure,
-    log: OperationLog,
-    looked: Mapping[str, Mapping[str, Any]] | None = None,
-    kept: KeptSelections | None = None,
-) -> FactorGraph:
-    """The graph of an enumerated run, whose operations are noted and held to the budget.
-
-    Args:
-        task: The model with its data.
-        structure: Its skeleton.
-        log: Where the run is noted.
-        looked: The sites of a plain run, which this one has to agree with.
-        kept: How earlier runs read off which elements of parameters arguments are.
-    """
-    return trace_graph(
-        task.model,
-        task.args,
-        task.kwargs,
-        structure,
-        limit=task.limit,
-        with_bindings=not task.look_only,
-        looked=looked,
-        log=log,
-        kept=kept,
-    )
-
-
 def decided(
     task: Task,
     structure: Structure,
@@ -418,58 +332,3 @@ def _contraction(structure: Structure, graph: FactorGraph) -> ContractionPlan:
         return contraction_of(graph)
     few = contraction_from_structure(structure.sketch)
     return LaterContraction(partial(contraction_of, graph), few.cells, few.largest)
-
-
-def verified(program: Program) -> Program:
-    """The program after its bindings were held against a run at other parameters.
-
-    What they do not show gets a gradient.
-    """
-    off = _disagreements_elsewhere(program)
-    if not off:
-        return replace(program, compiled=program.graph.is_static)
-    program = distrusted(program, off)
-    random = program.disagreements(random_seed=21)
-    program = program.noting(random.note)
-    if not random or program.structure.random_plates:
-        return program
-    site, argument = random.places[0]
-    return program.noting(
-        message(
-            f"site '{site}' ({argument})",
-            "the model draws random numbers that reach it.",
-            "every step uses one and the same draw; another call would draw others",
-            ["draw outside the model and pass the numbers as an argument"],
-        ),
-    )
-
-
-def distrusted(program: Program, off: Disagreement) -> Program:
-    """The program with every parameter of a site whose bindings are wrong left to a gradient step."""
-    sites = {site for site, _ in off.places}
-    updates = dict(program.updates)
-    for group in program.graph.groups:
-        if not sites.intersection(group.members) and "model" not in sites:
-            continue
-        for name in group.params:
-            if isinstance(updates[name].update, (Gradient, Fixed)):
-                continue
-            where = ", ".join(f"'{s}' ({a})" for s, a in off.places[:3])
-            updates[name] = ParameterUpdate(
-                name,
-                program.gradient or Gradient(),
-                f"the model changes {where} in a way that no binding shows "
-                "(detach, .item(), a branch on a value, randomness)",
-            )
-    return replace(program.noting(off.note), compiled=False, updates=updates)
-
-
-def _disagreements_elsewhere(program: Program) -> Disagreement:
-    """Trace once with all free parameters moved inside their constraints and another random state."""
-    places = program.graph.parameters
-    unconstrained = moved(places, seed=20)
-    direct = {n: u for n, u in unconstrained.items() if places[n].leaf is places[n].unconstrained}
-    with torch.no_grad():
-        values = {n: transform_to(places[n].constraint)(u) for n, u in unconstrained.items()}
-    with parameters_at({n: places[n] for n in direct}, direct, unconstrained=True):
-        return program.disagreements(values, random_seed=20)

@@ -18,8 +18,9 @@ from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.integrated import Integrated, Solution
 from pyro_em.posteriors.names import gaussian_names
-from pyro_em.posteriors.posterior import Posterior, regrouped
+from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.product import product_posterior
+from pyro_em.posteriors.regrouped import regrouped
 from pyro_em.variational.drawn import DrawnPosterior
 
 

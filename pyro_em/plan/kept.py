@@ -38,17 +38,11 @@ from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import (
-    Task,
-    decided,
-    on_lines,
-    traced,
-    verified,
-    with_lines,
-    with_routes,
-)
+from pyro_em.plan.building import decided, on_lines, with_lines, with_routes
 from pyro_em.plan.loops import needs_all_steps
 from pyro_em.plan.program import Program
+from pyro_em.plan.task import Task, traced
+from pyro_em.plan.verification import verified
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.gaussian_components import NotSeparate

@@ -20,7 +20,7 @@ from pyro_em.errors import (
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.value_checks import parameter_problems
-from pyro_em.plan.building import Task, build_program
+from pyro_em.plan.building import build_program
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.kept import Readings
@@ -30,6 +30,7 @@ from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.plan.routes import Route, decide_routes, matching, reduced, routes_with_guide
+from pyro_em.plan.task import Task
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import MonteCarlo

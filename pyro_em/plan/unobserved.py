@@ -14,9 +14,10 @@ from pyro_em.globs import listed
 from pyro_em.graph.examination import examine
 from pyro_em.graph.lines import GAUSSIAN, NotLinear
 from pyro_em.graph.structure import Structure
-from pyro_em.plan.building import Task, integrating
+from pyro_em.plan.building import integrating
 from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.program import Program
+from pyro_em.plan.task import Task
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_faces import GaussianFaces

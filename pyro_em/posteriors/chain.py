@@ -34,9 +34,9 @@ from pyro_em.densities.features import (
     known,
 )
 from pyro_em.densities.gaussian import Gaussian, as_gaussian
-from pyro_em.densities.incomplete import as_incomplete
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
+from pyro_em.densities.with_missing import as_incomplete
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order

@@ -18,15 +18,12 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import Group
 from pyro_em.graph.lines import Line
-from pyro_em.posteriors.coordinates import (
-    apart,
-    completed,
-    seen_coordinates,
-    with_seen_alone,
-)
-from pyro_em.posteriors.gaussian_layout import BlockLayout, SiteForm, Term
+from pyro_em.posteriors.coordinates import apart, completed, seen_coordinates, with_seen_alone
+from pyro_em.posteriors.gaussian_layout import BlockLayout
 from pyro_em.posteriors.integrated import Blocks, Integrated, Solution
-from pyro_em.posteriors.linear_gaussian import SiteNumbers, solve
+from pyro_em.posteriors.linear_gaussian import solve
+from pyro_em.posteriors.site_forms import SiteForm, Term
+from pyro_em.posteriors.site_rows import SiteNumbers
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import (

@@ -17,42 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-_Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """What a site reads of one latent: at most one element per row.
-
-    Attributes:
-        latent: The number of the latent's site among all sites.
-        elements: The element that each row reads; −1 where a row reads none. # (rows,)
-    """
-
-    latent: int
-    elements: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class SiteForm:
-    """A linear-Gaussian site without its numbers.
-
-    Attributes:
-        name: Its name in the model.
-        rows: Cells of its plates. Of a latent: its elements.
-        width: D, the size of its event; 1 for numbers.
-        is_latent: Whether it is an unknown rather than observed.
-        terms: What its mean reads; a latent may only be read by sites that come after it.
-    """
-
-    name: str
-    rows: int
-    width: int
-    is_latent: bool
-    terms: tuple[Term, ...] = ()
+from pyro_em.posteriors.block_search import (
+    Ints,
+    anchors,
+    columns_of,
+    components,
+    padded_sizes,
+    positions_in,
+)
+from pyro_em.posteriors.site_forms import SiteForm
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +198,7 @@ def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLa
 
     blocks = int(label.max()) + 1 if len(label) else 0
     sizes = np.bincount(label, weights=widths, minlength=blocks).astype(np.int64)
-    padded = _padded(sizes)
+    padded = padded_sizes(sizes)
     by_size = np.argsort(padded, kind="stable")  # blocks are numbered anew, bucket by bucket
     renumbered = np.empty_like(by_size)
     renumbered[by_size] = np.arange(blocks)
@@ -231,7 +206,7 @@ def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLa
     vector_end, matrix_end = np.cumsum(padded), np.cumsum(padded**2)
     vector_begin, matrix_begin = vector_end - padded, matrix_end - padded**2
 
-    position = _positions(label, widths)
+    position = positions_in(label, widths)
     places = _Places(
         vector_begin[label] + position,
         matrix_begin[label] + position * padded[label],
@@ -265,105 +240,18 @@ def _layout(sites: tuple[SiteForm, ...], device: torch.device | None) -> BlockLa
     )
 
 
-def columns_of(s: int, sites: Sequence[SiteForm], first: _Ints) -> list[_Ints]:
-    """The elements that each row of a site reads, numbered through all latents; its own last."""
-    site = sites[s]
-    out = []
-    for term in site.terms:
-        if not (0 <= term.latent < s and sites[term.latent].is_latent):
-            raise ValueError(f"{site.name!r} must only read latents that come before it.")
-        elements = term.elements.detach().cpu().numpy().astype(np.int64)
-        if elements.shape != (site.rows,):
-            raise ValueError(
-                f"{site.name!r} has {site.rows} rows, but a term of it has elements of shape "
-                f"{elements.shape}."
-            )
-        if elements.size and (elements.min() < -1 or elements.max() >= sites[term.latent].rows):
-            raise ValueError(
-                f"{site.name!r} reads elements {elements.min()} … {elements.max()} of "
-                f"{sites[term.latent].name!r}, which has {sites[term.latent].rows}."
-            )
-        out.append(np.where(elements >= 0, elements + first[term.latent], -1))
-    if site.is_latent:
-        out.append(first[s] + np.arange(site.rows))
-    return out
-
-
-def _anchor(columns: list[_Ints], rows: int) -> _Ints:
-    """For each row one element that it reads; −1 if there is none."""
-    out = np.full(rows, -1, dtype=np.int64)
-    for column in columns:
-        out = np.where(out < 0, column, out)
-    return out
-
-
-def components(columns: list[list[_Ints]], elements: int) -> _Ints:
-    """The connected component of each element, in the order of their first elements."""
-    here, there = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for site in columns:
-        if len(site) < 2:
-            continue
-        anchor = _anchor(site, len(site[0]))
-        for column in site:
-            linked = (column >= 0) & (column != anchor)
-            here.append(anchor[linked])
-            there.append(column[linked])
-    a, b = np.concatenate(here), np.concatenate(there)
-    label = np.arange(elements, dtype=np.int64)
-    if not len(a):
-        return label
-    # Each component is named after its least element so far. A name that meets a smaller one leads
-    # to it, so that every round leaves at most half of the names that are not final.
-    while bool((label[a] != label[b]).any()):
-        low = np.minimum(label[a], label[b])
-        leads = label.copy()
-        np.minimum.at(leads, label[a], low)
-        np.minimum.at(leads, label[b], low)
-        while bool((leads[leads] != leads).any()):
-            leads = leads[leads]  # twice as far
-        label = leads[label]
-    return np.unique(label, return_inverse=True)[1].astype(np.int64)
-
-
-def _padded(sizes: _Ints) -> _Ints:
-    """The size to which each block is padded: few different ones, each that of a block."""
-    out = sizes.copy()
-    if len(np.unique(sizes)) <= 8:
-        return out
-    # Steps of 2^(1/4): matrices grow by at most about two fifths, and mostly by less.
-    steps = np.ceil(4 * np.log2(np.maximum(sizes, 1))).astype(np.int64)
-    for step in np.unique(steps):
-        members = steps == step
-        out[members] = sizes[members].max()
-    return out
-
-
-def _positions(label: _Ints, widths: _Ints) -> _Ints:
-    """The place of each element's first coordinate in its block: elements in topological order."""
-    order = np.argsort(label, kind="stable")
-    before = np.cumsum(widths[order]) - widths[order]
-    sorted_label = label[order]
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = sorted_label[1:] != sorted_label[:-1]
-    start = before[is_first]
-    rank = np.cumsum(is_first) - 1
-    out = np.empty_like(before)
-    out[order] = before - start[rank] if len(order) else before
-    return out
-
-
 @dataclass(frozen=True, eq=False)
 class _Places:
     """Places of each element's first coordinate, and how far apart rows of its matrix are."""
 
-    vector: _Ints
-    row: _Ints
-    column: _Ints
-    stride: _Ints
+    vector: Ints
+    row: Ints
+    column: Ints
+    stride: Ints
 
 
 def _reading(
-    places: _Places, columns: list[_Ints], widths: list[int], device: torch.device
+    places: _Places, columns: list[Ints], widths: list[int], device: torch.device
 ) -> Reading:
     vector, row, column, present = [], [], [], []
     for elements, width in zip(columns, widths, strict=True):
@@ -396,8 +284,8 @@ def _all_present(reading: Reading) -> Tensor:
     return torch.ones_like(reading.vector, dtype=torch.bool)
 
 
-def _blocks_of(site: SiteForm, columns: list[_Ints], label: _Ints) -> _Ints:
-    anchor = _anchor(columns, site.rows)
+def _blocks_of(site: SiteForm, columns: list[Ints], label: Ints) -> Ints:
+    anchor = anchors(columns, site.rows)
     if not len(label):
         return anchor
     return np.where(anchor >= 0, label[np.maximum(anchor, 0)], -1)
@@ -405,9 +293,9 @@ def _blocks_of(site: SiteForm, columns: list[_Ints], label: _Ints) -> _Ints:
 
 def _buckets(
     sites: tuple[SiteForm, ...],
-    first: _Ints,
-    label: _Ints,
-    padded: _Ints,
+    first: Ints,
+    label: Ints,
+    padded: Ints,
     places: _Places,
     device: torch.device,
 ) -> tuple[Bucket, ...]:
@@ -416,7 +304,7 @@ def _buckets(
     for size in np.unique(padded):
         size, count = int(size), int((padded == size).sum())
         members: list[Members] = []
-        rank: dict[int, _Ints] = {}  # of each element of a latent among the bucket's
+        rank: dict[int, Ints] = {}  # of each element of a latent among the bucket's
         order = np.full(count * size, -1, dtype=np.int64)
         coordinates = 0
         for s, site in enumerate(sites):

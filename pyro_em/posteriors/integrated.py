@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussian_layout import SiteForm
+from pyro_em.posteriors.site_forms import SiteForm
 from pyro_em.updates.linear_moments import LinearMoments
 
 

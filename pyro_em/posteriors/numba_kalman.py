@@ -6,6 +6,9 @@ is a lower triangle, of which each number y = h'x + s e changes column by column
 What depends on no data is computed once for all chains that share it, and no more once it repeats: as
 long as steps are alike, matrices that have become those of the step before stay so.
 
+All compiled functions that call each other are in this one file: Numba's cache on disk notices a change
+of the file of the function that is called first, and of no other.
+
 Source: Carlson (1973), "Fast triangular formulation of the square root filter", AIAA Journal 11.
 """
 

@@ -12,58 +12,19 @@ from torch import Tensor
 from pyro_em.arguments import seed_of, site_name, whole
 from pyro_em.elsewhere import OF_SUMMED, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
-from pyro_em.globs import Values, meant, stacked_answers
-from pyro_em.graph.factors import FactorGraph, Group, Latent
-from pyro_em.graph.latent_series import kinds_of
+from pyro_em.globs import Values, meant
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.portable import Portable
-from pyro_em.posteriors.crossed import across_plates, are_connected
-from pyro_em.posteriors.enumeration import (
-    contraction_of,
-    largest_cells,
-    run_contraction,
-    tables_that_count,
-)
-from pyro_em.posteriors.gaussian_faces import (
-    GaussianFaces,
-    refuse_gaussian,
-    regrouped_solutions,
-)
+from pyro_em.posteriors.discrete_faces import DiscreteFaces
+from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.later_faces import LaterFaces
-from pyro_em.posteriors.names import (
-    by_glob,
-    latent_of,
-    observed_steps,
-    own_name,
-    pairs_by_glob,
-)
-from pyro_em.posteriors.sampling import (
-    Conditional,
-    codes_of,
-    conditionals,
-    cumulative_rows,
-    draw_codes,
-)
-from pyro_em.posteriors.series_faces import (
-    covariances,
-    filtered,
-    marginals,
-    prediction_errors,
-)
+from pyro_em.posteriors.observed_in_part import under_user_names
+from pyro_em.posteriors.refusals import refuse_gaussian
+from pyro_em.posteriors.sampling import codes_of, draw_codes
+from pyro_em.posteriors.series_faces import covariances, filtered, marginals, prediction_errors
 from pyro_em.posteriors.site_runs import means
-from pyro_em.posteriors.stacks import (
-    are_alike,
-    batch_shape,
-    factors_of_pairs,
-    parts_of,
-    parts_of_joints,
-    parts_of_marginals,
-    places_of,
-    plates_of,
-    stack_of,
-    table_of,
-)
-from pyro_em.posteriors.steps import best_path
+from pyro_em.posteriors.stacks import batch_shape
 from pyro_em.tracing.without_sympy import PlainShapes
 
 
@@ -329,6 +290,10 @@ class Posterior(Portable, NamesFromElsewhere):
     def _gaussian(self) -> GaussianFaces:
         return GaussianFaces(self.graph, self.solved, self.cells)
 
+    @property
+    def _discrete(self) -> DiscreteFaces:
+        return DiscreteFaces(self.graph, self.cells, self.tables, self.exact)
+
     def probs(self, site: str) -> Tensor:
         """The posterior marginals of a latent, or of all steps of a chain.
 
@@ -354,19 +319,7 @@ class Posterior(Portable, NamesFromElsewhere):
             (torch.Size([3, 2]), torch.Size([2, 2, 2]), tensor([0, 1, 1]))
         """
         site_name("probs", "site", site)
-        refuse_gaussian(self.graph, "probs", site)
-        names = by_glob(self.graph, site)
-        if names is not None:
-            return self.stacked(names)
-        if own_name(self.graph, site) != site:
-            return self._with_observed(site)
-        latent = latent_of(self.graph, site)
-        group, i = self.graph.group_of(site)
-        cells = self._cells(group)[i]
-        dims = group.dims[i]
-        keep = [d for d in dims if d in latent.plates] + [site]
-        table = marginal(cells, dims, keep)
-        return self._shaped(table / table.sum(-1, keepdim=True), latent)
+        return self._discrete.probs(site)
 
     def stacked(self, sites: Sequence[str]) -> Tensor:
         """The posterior marginals of several latents, in this order.
@@ -383,14 +336,7 @@ class Posterior(Portable, NamesFromElsewhere):
         names = tuple(sites)
         for name in names if self.solved else ():
             refuse_gaussian(self.graph, "stacked", name)
-        partly = self.graph.structure.masked_pairs
-        if partly and any(own_name(self.graph, n) != n for n in names):
-            return stacked_answers("probs", names, self.probs)
-        table = stack_of(self.cells, parts_of_marginals(self.graph, names))
-        table = table / table.sum(-1, keepdim=True)
-        first = self.graph.latents[names[0]]
-        shape = (len(names), *batch_shape(self.graph, first), first.size)
-        return table.reshape(shape).to(self.graph.dtype)
+        return self._discrete.stacked(names)
 
     def joint(self, a: str, b: str | None = None) -> Tensor:
         """The joint posterior of two latents, or of all neighbours along a chain.
@@ -410,40 +356,7 @@ class Posterior(Portable, NamesFromElsewhere):
         site_name("joint", "a", a)
         if b is not None:
             site_name("joint", "b", b)
-        for name in (a, b):
-            refuse_gaussian(self.graph, "joint", name)
-        pairs = pairs_by_glob(self.graph, a, b)
-        if pairs is not None:
-            return self._stacked_joints(pairs, a)
-        assert b is not None
-        if a == b:
-            return torch.diag_embed(self.probs(a))
-        own_a, own_b = own_name(self.graph, a), own_name(self.graph, b)
-        if (own_a, own_b) != (a, b):
-            return self._joint_with_observed(a, b, own_a, own_b)
-        first, second = latent_of(self.graph, a), latent_of(self.graph, b)
-        plates = plates_of(self.graph, first, second)
-        wanted = [*plates, a, b]
-        place = factors_of_pairs(self.graph).get((a, b))
-        if place is not None:
-            g, i = place
-            dims = self.graph.groups[g].dims[i]
-            return self._normalised(marginal(self.cells[g][i], dims, wanted), 2)
-        if not self.exact or not are_connected(self.graph, a, b):
-            return self._product(first, second, plates)
-        if not (set(first.plates) <= set(second.plates) or set(second.plates) <= set(first.plates)):
-            return self._normalised(
-                across_plates(self.graph, self.tables, first, second, plates), 2
-            )
-        extra = tuple(wanted)
-        plan = contraction_of(self.graph, [extra])
-        zeros = torch.zeros(
-            [self.graph.dim_size(d) for d in extra],
-            dtype=torch.float64,
-            device=self.cells[0].device,
-        )
-        result = run_contraction(self.graph, plan, self.tables, extra=[zeros])
-        return self._normalised(result.cells[-1], 2)
+        return self._discrete.joint(a, b)
 
     def mode(self) -> Values:
         """A jointly most probable assignment of the discrete latents; Gaussian ones at their means.
@@ -455,25 +368,10 @@ class Posterior(Portable, NamesFromElsewhere):
             For each latent its values, a discrete one's from its support # (*plates, *event); a glob
             gives the path of a chain: ``mode()["z_*"]`` # (T, *plates, *event)
         """
-        best = self._best()
+        best = self._discrete.best()
         if self.solved:
             best |= self._gaussian.mode(self._codes(best))
-        return self._under_user_names(best)
-
-    def _best(self) -> dict[str, Tensor]:
-        """The most probable values of the discrete latents."""
-        if not self.exact:
-            return {
-                name: latent.support[self.probs(name).argmax(-1)]
-                for name, latent in self.graph.latents.items()
-            }
-        path = best_path(self.graph, tables_that_count(self.graph, self.tables))
-        if path is not None:
-            return self._values_of(list(self.graph.latents), path)
-        if not self.graph.latents:
-            return {}
-        result = largest_cells(self.graph, contraction_of(self.graph), self.tables)
-        return self._assignment(result.cells)
+        return under_user_names(self.graph, best)
 
     def _codes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The places of values in the supports of the discrete latents. # (*leading, *plates)"""
@@ -504,7 +402,7 @@ class Posterior(Portable, NamesFromElsewhere):
             name: z.support.new_empty((n, *batch_shape(self.graph, z), *z.support.shape[1:]))
             for name, z in latents.items()
         }
-        done, found = 0, self._conditionals() if latents else []
+        done, found = 0, self._discrete.conditionals() if latents else []
         for size, codes in draw_codes(self.graph, found, n, generator) if found else ():
             for name, z in latents.items():
                 values = z.support[codes[name].reshape(size, *batch_shape(self.graph, z))]
@@ -512,171 +410,4 @@ class Posterior(Portable, NamesFromElsewhere):
             done += size
         if self.solved:
             out |= self._gaussian.sample(n, generator, self._codes(out))
-        return self._under_user_names(out)
-
-    def _conditionals(self) -> list[Conditional]:
-        if self.exact:
-            return conditionals(self.graph, contraction_of(self.graph), self.tables)
-        return [
-            Conditional(name, z.plates, (), cumulative_rows(self.probs(name).reshape(-1, z.size)))
-            for name, z in self.graph.latents.items()
-        ]
-
-    def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
-        names = list(self.graph.latents)
-        out: dict[str, Tensor] = dict.fromkeys(names, marked[0])
-        for part in parts_of(places_of(self.graph, self.graph.latents.values())):
-            own = (
-                names[part.rows] if isinstance(part.rows, slice) else [names[r] for r in part.rows]
-            )
-            out.update(self._values_of(own, table_of(marked, part).argmax(-1)))
-        return out
-
-    def _values_of(self, names: Sequence[str], codes: Tensor) -> dict[str, Tensor]:
-        """Values at positions in the latents' supports. # (latents, *plates)"""
-        support = self._one_support()
-        if support is None:
-            latents = [self.graph.latents[name] for name in names]
-            shapes = [(*batch_shape(self.graph, z), *z.support.shape[1:]) for z in latents]
-            each = [z.support[c] for z, c in zip(latents, codes, strict=True)]
-            return {n: v.reshape(s) for n, v, s in zip(names, each, shapes, strict=True)}
-        shape = (*batch_shape(self.graph, self.graph.latents[names[0]]), *support.shape[1:])
-        values = support[codes].reshape(len(names), *shape).unbind(0)
-        # Memory of its own for each: a view would be pickled with all the others.
-        return {n: v.clone() for n, v in zip(names, values, strict=True)}
-
-    def _one_support(self) -> Tensor | None:
-        """The support of all latents, if it is one and they have one batch shape."""
-        if not are_alike(self.graph):
-            return None
-        first, *others = (z.support for z in kinds_of(self.graph.latents))
-        return first if all(s is first or torch.equal(s, first) for s in others) else None
-
-    def _under_user_names(self, values: dict[str, Tensor]) -> Values:
-        """Values of ``obs_mask`` sites under the user's names, with what was observed."""
-        for name, mask in self.graph.structure.masked_pairs.items():
-            hidden = f"{name}_unobserved"
-            if hidden in values:
-                values[name] = self._where_observed(name, mask, values.pop(hidden))
-        return Values(values, observed_steps(self.graph))
-
-    def _where_observed(self, name: str, mask: Tensor, unobserved: Tensor) -> Tensor:
-        event_dim = self.graph.latents[f"{name}_unobserved"].support.dim() - 1
-        own = len(self.graph.latents[f"{name}_unobserved"].batch_dims) + event_dim
-        shape = unobserved.shape[unobserved.dim() - own :]  # without that of draws
-        value = self._observed_value(name).to(unobserved.dtype).reshape(shape)
-        return torch.where(mask.reshape(mask.shape + (1,) * event_dim), value, unobserved)
-
-    def _observed_value(self, name: str) -> Tensor:
-        group, i = self.graph.group_of(f"{name}_observed")
-        value = group.value[i]
-        latent = self.graph.latents[f"{name}_unobserved"]
-        plates = value.shape[: group.n_plates]
-        event = value.shape[len(group.dims[i]) :]
-        value = value.reshape((*plates, *event))
-        sizes = [self.graph.dim_size(p) for p in latent.plates]
-        return value.expand((*sizes, *event))
-
-    def _with_observed(self, name: str) -> Tensor:
-        """Marginals of an ``obs_mask`` site: one-hot where it was observed."""
-        latent = self.graph.latents[f"{name}_unobserved"]
-        probs = self.probs(f"{name}_unobserved")
-        value = self._observed_value(name)
-        event_dim = latent.support.dim() - 1
-        same = value.unsqueeze(value.dim() - event_dim) == latent.support.to(value.dtype)
-        hot = same.flatten(same.dim() - event_dim).all(-1) if event_dim else same
-        mask = self.graph.structure.masked_pairs[name]
-        hot = hot.reshape(probs.shape)
-        return torch.where(mask.unsqueeze(-1), hot.to(probs.dtype), probs)
-
-    def _joint_with_observed(self, a: str, b: str, own_a: str, own_b: str) -> Tensor:
-        """Where one of the two was observed the joint is a product of the marginals."""
-        joint = self.joint(own_a, own_b)
-        first, second = latent_of(self.graph, own_a), latent_of(self.graph, own_b)
-        plates = plates_of(self.graph, first, second)
-        product = self._over(a, first, plates).unsqueeze(-1) * self._over(
-            b, second, plates
-        ).unsqueeze(-2)
-        observed = torch.zeros(product.shape[:-2], dtype=torch.bool, device=product.device)
-        for name, latent in ((a, first), (b, second)):
-            mask = self.graph.structure.masked_pairs.get(name)
-            if mask is not None and latent.name != name:
-                flat = mask.expand(batch_shape(self.graph, latent))
-                observed = observed | self._lay_out(flat, latent, plates)
-        return torch.where(observed[..., None, None], product, joint)
-
-    def _lay_out(self, table: Tensor, latent: Latent, plates: Sequence[str]) -> Tensor:
-        """A table over a latent's own batch dimensions, and more, over some plates."""
-        beyond = table.shape[len(latent.batch_dims) :]
-        shape = [self.graph.dim_size(d) if d in latent.plates else 1 for d in plates]
-        return table.reshape([*shape, *beyond])
-
-    def _over(self, site: str, latent: Latent, plates: Sequence[str]) -> Tensor:
-        return self._lay_out(self.probs(site), latent, plates)
-
-    def _stacked_joints(self, pairs: tuple[tuple[str, str], ...], site: str) -> Tensor:
-        """# (pairs, *plates of both, K_a, K_b)"""
-        if not pairs:  # the neighbours of a chain of one step
-            name = own_name(self.graph, next(iter(by_glob(self.graph, site) or ())))
-            latent = self.graph.latents[name]
-            sizes = [self.graph.dim_size(p) for p in plates_of(self.graph, latent)]
-            shape = (0, *sizes, latent.size, latent.size)
-            return self.cells[0].new_empty(shape, dtype=self.graph.dtype)
-        parts = parts_of_joints(self.graph, pairs)
-        if parts is not None:
-            return self._normalised(stack_of(self.cells, parts), 2)
-        each = {", ".join(pair): pair for pair in pairs}
-        return stacked_answers("joint", list(each), lambda words: self.joint(*each[words]))
-
-    def _cells(self, group: Group) -> Tensor:
-        return self.cells[self.graph.groups.index(group)]
-
-    def _normalised(self, table: Tensor, event: int) -> Tensor:
-        table = table / table.sum(tuple(range(-event, 0)), keepdim=True)
-        return table.to(self.graph.dtype)
-
-    def _product(self, first: Latent, second: Latent, plates: list[str]) -> Tensor:
-        a, b = (self._over(latent.name, latent, plates) for latent in (first, second))
-        sizes = [self.graph.dim_size(p) for p in plates]
-        return (a.unsqueeze(-1) * b.unsqueeze(-2)).expand(*sizes, first.size, second.size)
-
-    def _shaped(self, table: Tensor, latent: Latent) -> Tensor:
-        """From (plates, K) to the site's own batch dimensions, size-one ones kept."""
-        sizes = dict(zip(latent.plates, table.shape, strict=False))
-        shape = [sizes[d] if d is not None else 1 for d in latent.batch_dims]
-        return table.reshape([*shape, latent.size]).to(self.graph.dtype)
-
-
-def marginal(cells: Tensor, dims: Sequence[str], keep: Sequence[str]) -> Tensor:
-    """A table summed over the dimensions that are not kept; tables are normalised afterwards."""
-    dims = list(dims)
-    plates_beyond = [i for i, d in enumerate(dims) if d not in keep]
-    table = cells
-    for i in reversed(plates_beyond):
-        table = table.sum(i)
-    names = [d for d in dims if d in keep]
-    return table.permute([names.index(d) for d in keep])
-
-
-def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
-    """A posterior laid out for another graph of the same model and data; None if it is not."""
-    solved = regrouped_solutions(q.graph, q.solved, graph)
-    if solved is None:
-        return None
-    by_site = {
-        name: (g.dims[i], g.sizes, q.cells[k][i], q.counts[k][i])
-        for k, g in enumerate(q.graph.groups)
-        for i, name in enumerate(g.members)
-    }
-    names = [name for g in graph.groups for name in g.members]
-    if set(names) != set(by_site):
-        return None
-    cells, counts = [], []
-    for group in graph.groups:
-        for i, name in enumerate(group.members):
-            dims, sizes, _, _ = by_site[name]
-            if dims != group.dims[i] or sizes != group.sizes:
-                return None
-        cells.append(torch.stack([by_site[name][2] for name in group.members]))
-        counts.append(torch.stack([by_site[name][3] for name in group.members]))
-    return replace(q, graph=graph, cells=cells, counts=counts, solved=solved)
+        return under_user_names(self.graph, out)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.data_steps import ObservedSite
-from pyro_em.posteriors.gaussian_faces import GaussianFaces, factors_of
+from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_predictions import known_data, value_rows
+from pyro_em.posteriors.gaussian_site import factors_of
 from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.updates.gaussian_rows import event_shape, rows_of, tril_rows
 

@@ -11,8 +11,9 @@ from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.discrete_faces import marginal
 from pyro_em.posteriors.names import names_of, spread
-from pyro_em.posteriors.posterior import Posterior, marginal
+from pyro_em.posteriors.posterior import Posterior
 
 
 def product_posterior(

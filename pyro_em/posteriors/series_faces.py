@@ -19,13 +19,7 @@ from torch import Tensor
 
 from pyro_em.arguments import whole
 from pyro_em.errors import UsageError, message
-from pyro_em.globs import (
-    listed,
-    meant,
-    natural,
-    require_alike,
-    unknown,
-)
+from pyro_em.globs import listed, meant, natural, require_alike, unknown
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.data_steps import (
     DataSteps,
@@ -35,8 +29,9 @@ from pyro_em.posteriors.data_steps import (
     stem_of,
     steps_of_data,
 )
-from pyro_em.posteriors.gaussian_faces import GaussianFaces, covariance
+from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value_rows
+from pyro_em.posteriors.gaussian_site import covariance
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
 from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.posteriors.site_runs import covariances_of_pairs, runs_of

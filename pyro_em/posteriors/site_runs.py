@@ -12,7 +12,8 @@ from dataclasses import replace
 from torch import Tensor, cat
 
 from pyro_em.globs import require_alike
-from pyro_em.posteriors.gaussian_faces import GaussianFaces, GaussianSite, covariance
+from pyro_em.posteriors.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.gaussian_site import GaussianSite, covariance
 
 
 def runs_of(

@@ -13,8 +13,8 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_chain import GaussianChain
-from pyro_em.posteriors.gaussian_layout import SiteForm, Term
 from pyro_em.posteriors.gaussian_sites import dense_block, site_over, taken, with_offset
+from pyro_em.posteriors.site_forms import SiteForm, Term
 from pyro_em.posteriors.state_form import StateForm, state_form
 from pyro_em.posteriors.state_layout import Stack, StateLayout
 from pyro_em.tracing.sites import Role

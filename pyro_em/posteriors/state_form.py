@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_em.posteriors.gaussian_layout import SiteForm, columns_of, components
+from pyro_em.posteriors.block_search import columns_of, components
+from pyro_em.posteriors.site_forms import SiteForm
 
 _SHORTEST = 8  # levels of a chain; what is shorter is one block
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.gaussian_layout import SiteForm
+from pyro_em.posteriors.site_forms import SiteForm
 from pyro_em.posteriors.state_form import Placed, StateForm
 
 

@@ -17,7 +17,6 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line, Read
 from pyro_em.graph.series import Unrolling
 from pyro_em.posteriors.gaussian_chain import GaussianChain
-from pyro_em.posteriors.gaussian_layout import SiteForm, Term
 from pyro_em.posteriors.gaussian_sites import (
     dense_block,
     site_over,
@@ -25,6 +24,7 @@ from pyro_em.posteriors.gaussian_sites import (
     with_offset,
     with_tensors,
 )
+from pyro_em.posteriors.site_forms import SiteForm, Term
 from pyro_em.posteriors.state_form import Placed, state_form
 from pyro_em.posteriors.state_layout import Stack, StateLayout
 from pyro_em.tracing.loops import Loop, NotVectorized

@@ -1,0 +1,43 @@
+"""Which rule evaluates Gaussian rows with missing entries: by patterns, or feature by feature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.incomplete import Incomplete
+from pyro_em.densities.masked import Masked
+from pyro_em.graph.factors import Group, is_incomplete, seen_entries
+
+
+def as_incomplete(group: Group, K: int) -> Incomplete | Masked | None:
+    """The rule of Gaussian sites with missing entries, or None; see `as_gaussian`."""
+    lead = 1 + group.n_plates
+    value = group.value
+    if group.family is None:
+        return None
+    rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
+    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
+        return None
+    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+        return None
+    event, seen = value.shape[lead + 1 :], seen_entries(group)
+    if seen is None or len(event) != 1 or seen.shape[lead] != 1:
+        return None
+    kind: type[Incomplete] | type[Masked]
+    if is_incomplete(group) and not group.event_dims:
+        kind, spread = Incomplete, next(n for n in group.arguments if n != "loc")
+    elif group.family.name == "Normal" and group.event_dims == 1 and group.elements is not None:
+        kind, spread = Masked, "scale"
+    else:
+        return None
+    x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1))
+    return kind(x, centre, kind is Masked, spread, K, False, lead)
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The data about the mean of what is seen, and that. # (D, N), (D,)"""
+    centre = x.to(torch.float64).nanmean(0).nan_to_num(0.0)
+    return (x.to(torch.float64) - centre).T.contiguous(), centre

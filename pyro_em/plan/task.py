@@ -1,0 +1,95 @@
+"""What is wanted of a model, and how its enumerated run is noted and held to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.signatures import KeptSelections
+from pyro_em.graph.structure import Structure
+from pyro_em.graph.trace import trace_graph
+from pyro_em.plan.routes import Route
+from pyro_em.portable import StaysHere
+from pyro_em.posteriors.strategies import EStepStrategy
+from pyro_em.tracing.dependences import Reading, tensors_in
+from pyro_em.tracing.operations import OperationLog
+from pyro_em.tracing.runs import Model
+from pyro_em.updates.update import Gradient, Update
+
+
+@dataclass(frozen=True, eq=False)
+class Task(StaysHere):
+    """A model, its data, and what is wanted of them.
+
+    Attributes:
+        model: The user's model, or the pair of it and a guide.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        requested: The user's updates, by parameter name or glob.
+        gradient: The update of parameters without a closed form; L-BFGS if None.
+        max_plate_nesting: As the user gave it.
+        max_enumeration: The budget in cells.
+        look_only: Whether only an E-step is wanted, so that bindings need not be read.
+        strategy: Another E-step than the exact one.
+        routes: Rows of the plan where a guide takes part.
+    """
+
+    model: Model
+    args: tuple
+    kwargs: dict[str, Any]
+    requested: Mapping[str, Update]
+    gradient: Gradient | None
+    max_plate_nesting: int | None
+    max_enumeration: int
+    look_only: bool = False
+    strategy: EStepStrategy | None = None
+    routes: tuple[Route, ...] = ()
+
+    @property
+    def limit(self) -> int:
+        """Cells that one operation of an enumerated run may make."""
+        return max(self.max_enumeration, 2**20)
+
+    def log(self, names: Mapping[str, Any]) -> OperationLog:
+        """Notes for an enumerated run.
+
+        Args:
+            names: What the model's names stand for.
+        """
+        # Who wants an E-step only does not need a list of what was read.
+        reading = None if self.look_only else Reading(self.model, self.args, self.kwargs)
+        store = pyro.get_param_store()._params
+        return OperationLog([*store.items(), *tensors_in(names)], reading)
+
+
+def traced(
+    task: Task,
+    structure: Structure,
+    log: OperationLog,
+    looked: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: KeptSelections | None = None,
+) -> FactorGraph:
+    """The graph of an enumerated run, whose operations are noted and held to the budget.
+
+    Args:
+        task: The model with its data.
+        structure: Its skeleton.
+        log: Where the run is noted.
+        looked: The sites of a plain run, which this one has to agree with.
+        kept: How earlier runs read off which elements of parameters arguments are.
+    """
+    return trace_graph(
+        task.model,
+        task.args,
+        task.kwargs,
+        structure,
+        limit=task.limit,
+        with_bindings=not task.look_only,
+        looked=looked,
+        log=log,
+        kept=kept,
+    )

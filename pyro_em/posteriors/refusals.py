@@ -1,0 +1,48 @@
+"""What is said to who asks of a Gaussian latent what only discrete ones have, or the reverse."""
+
+from __future__ import annotations
+
+from pyro_em.errors import UsageError, message
+from pyro_em.globs import listed, matching, meant
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.names import gaussian_names, names_of, own_name
+
+
+def refuse_gaussian(graph: FactorGraph, where: str, site: str | None) -> None:
+    """Refuse to make a table of probabilities of a Gaussian latent.
+
+    Args:
+        graph: The factor graph.
+        where: The method that was called.
+        site: What was asked for: a name, or a glob.
+
+    Raises:
+        UsageError: If it means Gaussian latents.
+    """
+    names = gaussian_names(graph)
+    if site is None or not names or own_name(graph, site) in graph.latents:
+        return
+    found = meant(site, names)
+    if not found or matching(site, names_of(graph)):
+        return
+    raise UsageError(
+        message(
+            f"{where}('{site}')",
+            f"{listed(found)} {'is a Gaussian latent' if len(found) == 1 else 'are Gaussian latents'}.",
+            "the posterior is a density, which no table of probabilities holds",
+            [
+                f"ask for moments: mean('{site}'), covariance('{site}')",
+                f"ask for the distribution: marginal('{found[0]}')",
+            ],
+        )
+    )
+
+
+def discrete(where: str, site: str) -> str:
+    """What somebody is told who asks for the moments of a discrete latent."""
+    return message(
+        f"{where}('{site}')",
+        f"'{site}' is a discrete latent.",
+        "its posterior is a table of probabilities, from which the mean of any function follows",
+        [f"ask for its probabilities: probs('{site}')"],
+    )
