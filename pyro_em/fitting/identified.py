@@ -126,6 +126,8 @@ def _of_block(
     norms = jacobian.norm(dim=0)
     read = norms > 0
     kernel = _kernel(jacobian[:, read] / norms[read])
+    if not kernel.shape[1]:
+        return Undetermined(0, ())
     # What the parameters' own constraints leave free: a matrix may have fewer than its numbers.
     bound = _kernel(_jacobian(lambda u: _all_of(constrained(u)), flat)[:, read])
     moves = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
@@ -193,60 +195,77 @@ def _chosen(block: GaussianBlock, wanted: int) -> list[list[Tensor]]:
 
 def _moments(block: GaussianBlock, rows: list[Tensor], values: Mapping[str, Tensor]) -> Tensor:
     """Mean and covariance of what some rows observe, for each state of the scope."""
-    halves: list[Tensor | None] = []  # of each site's coordinates in all noises; of each latent
-    means: list[Tensor | None] = []
+    parts: list[Tensor | None] = []  # of each site's coordinates in all noises; then their means
     place: list[dict[int, int]] = []
     widths = [event_shape(g).numel() for g in block.groups]
     first, total = [], 0
     for width, own in zip(widths, rows, strict=True):
         first.append(total)
         total += width * len(own)
-    observed: list[tuple[Tensor, Tensor]] = []
+    observed: list[Tensor] = []
     for i, (group, own) in enumerate(zip(block.groups, rows, strict=True)):
         place.append({int(r): k for k, r in enumerate(own)})
         if not len(own):
-            halves.append(None)
-            means.append(None)
+            parts.append(None)
             continue
         arguments = {a: b.evaluate(values) for a, b in group.bindings.items()}
         mean = _taken(rows_of(group, arguments["loc"]), own)
-        cells = len(mean)
-        half = mean.new_zeros(cells, len(own), widths[i], total)
         spread = (
             _taken(tril_rows(group, arguments), own)
             if is_matrix(group)
             else torch.diag_embed(_taken(rows_of(group, arguments["scale"]), own))
         )
-        for k in range(len(own)):
-            begin = first[i] + k * widths[i]
-            pad = (begin, total - begin - widths[i])
-            part = torch.nn.functional.pad(spread[:, k], pad)
-            half = half + torch.nn.functional.one_hot(torch.tensor(k), len(own)).to(mean)[
-                None, :, None, None
-            ] * part.unsqueeze(1)
+        part = _beside(_among(spread, first[i], total), mean)
         terms = [a for a in group.lines if a != "loc"]
         for argument, read in zip(terms, block.lines[i].reads, strict=True):
             j = block.numbers_of_sites[read.latent]
-            above, above_mean = halves[j], means[j]
-            elements = read.elements[own.to(read.elements.device)].tolist()
-            if above is None or above_mean is None:
+            above = parts[j]
+            if above is None:
                 continue
-            at = torch.tensor([place[j].get(e, -1) for e in elements])
-            there = (at >= 0).to(mean)[None, :, None, None]
-            C = _taken(rows_of(group, arguments[argument], 1), own) * there
-            half = half + C @ above[:, at.clamp(min=0)]
-            mean = mean + (C @ above_mean[:, at.clamp(min=0)].unsqueeze(-1)).squeeze(-1)
-        halves.append(half)
-        means.append(mean)
+            elements = read.elements[own.to(read.elements.device)].tolist()
+            at = [place[j].get(e, -1) for e in elements]
+            C = _taken(rows_of(group, arguments[argument], 1), own)
+            if min(at) < 0:
+                C = C * (torch.tensor(at) >= 0).to(C)[None, :, None, None]
+            if at != list(range(above.shape[1])):
+                above = above[:, torch.tensor(at).clamp(min=0)]
+            part = part + C @ above
+        parts.append(part)
         if group.role is not Role.GAUSSIAN:
-            observed.append((mean.flatten(1), half.flatten(1, 2)))
-    cells = max(len(t) for pair in observed for t in pair)
-    mean = torch.cat([m.expand(cells, *m.shape[1:]) for m, _ in observed], 1)
-    half = torch.cat([h.expand(cells, *h.shape[1:]) for _, h in observed], 1)
+            observed.append(part.flatten(1, 2))
+    cells = max(len(t) for t in observed)
+    both = torch.cat([t.expand(cells, *t.shape[1:]) for t in observed], 1)
+    half, mean = both[..., :-1], both[..., -1]
     n = mean.shape[1]
     lower = _lower(n)
     covariance = (half @ half.mT)[:, lower[0], lower[1]]
     return torch.cat([mean.reshape(-1), covariance.reshape(-1)])
+
+
+def _among(spread: Tensor, first: int, total: int) -> Tensor:
+    """The rows' own noises among all noises.
+
+    Args:
+        spread: Of each row. # (cells, rows, D, D)
+        first: The first noise of the first row.
+        total: How many noises there are.
+
+    Returns:
+        # (cells, rows, D, total)
+    """
+    rows, width = spread.shape[1:3]
+    begins = [first + k * width for k in range(rows)]
+    pads = [(begin, total - begin - width) for begin in begins]
+    if rows == 1:
+        return torch.nn.functional.pad(spread, pads[0])
+    own = zip(spread.unbind(1), pads, strict=True)
+    return torch.stack([torch.nn.functional.pad(s, pad) for s, pad in own], 1)
+
+
+def _beside(half: Tensor, mean: Tensor) -> Tensor:
+    """Noises and means, one column more. # (cells, rows, D, total + 1)"""
+    cells = max(len(half), len(mean))
+    return torch.cat([half.expand(cells, -1, -1, -1), mean.expand(cells, -1, -1).unsqueeze(-1)], -1)
 
 
 def _taken(t: Tensor, rows: Tensor) -> Tensor:

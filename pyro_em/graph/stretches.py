@@ -7,10 +7,10 @@ made when they are asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, Self, TypeVar, overload
 
 V = TypeVar("V")
 
@@ -108,12 +108,27 @@ class _OfStretches(Sequence[V]):
     def __getitem__(self, index: int | slice) -> V | Sequence[V]:
         if isinstance(index, slice):
             chosen = range(*index.indices(len(self)))
-            return self if chosen == range(len(self)) else tuple(self[i] for i in chosen)
+            if chosen == range(len(self)):
+                return self
+            if chosen and chosen.step == 1:
+                return self._cut(chosen.start, chosen.stop)
+            return tuple(self[i] for i in chosen)
         i = index + len(self) if index < 0 else index
         for stretch, end in zip(self.stretches, self._ends, strict=True):
             if 0 <= i < end:
                 return self._of(stretch, i - end + len(stretch))
         raise IndexError(index)
+
+    def _cut(self, begin: int, end: int) -> Self:
+        """Some of them, one after the other."""
+        out, at = [], 0
+        for stretch in self.stretches:
+            low, high = max(begin - at, 0), min(end - at, len(stretch))
+            if low < high:
+                start = stretch.start + low
+                out.append(replace(stretch, start=start, stop=start + high - low))
+            at += len(stretch)
+        return type(self)(out)
 
     def __iter__(self) -> Iterator[V]:
         for stretch in self.stretches:
@@ -122,11 +137,13 @@ class _OfStretches(Sequence[V]):
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, _OfStretches):
-            return type(other) is type(self) and self.stretches == other.stretches
+            if type(other) is not type(self) or len(other) != len(self):
+                return False
+            return self.stretches == other.stretches or tuple(self) == tuple(other)
         return isinstance(other, tuple) and tuple(self) == other
 
     def __hash__(self) -> int:
-        return hash(self.stretches)
+        return hash((len(self), self[0]))
 
     def __repr__(self) -> str:
         return repr(tuple(self))

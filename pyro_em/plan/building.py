@@ -22,6 +22,7 @@ from pyro_em.graph.folded import Folded
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.read_lines import parts_at, read_lines
+from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
@@ -218,7 +219,7 @@ def with_routes(program: Program) -> Program:
     """A program with the rows of its plan, where Gaussian latents are integrated."""
     assert program.bare is not None
     found = program.bare, program.structure, program.lines, program.graph
-    return replace(program, routes=gaussian_routes(*found))
+    return replace(program, routes=LaterTuple(lambda: gaussian_routes(*found)))
 
 
 def _examined(

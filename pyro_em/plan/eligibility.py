@@ -19,6 +19,7 @@ from pyro_em.errors import Finding
 from pyro_em.families.family import main_rule
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.layout import may_be_affine
+from pyro_em.graph.stretches import LaterTuple
 from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
@@ -54,7 +55,7 @@ class Kernel:
     name: str
     reason: str | None = None
     block: QuickSteps | None = None
-    latents: tuple[tuple[str, ...], ...] = ()
+    latents: tuple[Sequence[str], ...] = ()
     own: tuple[Kernel, ...] = ()
     words: str = ""
 
@@ -63,14 +64,14 @@ class Kernel:
         """The name; with several components of latents one for each."""
         if len(self.latents) < 2:
             return self.name
-        return {k.latents[0]: k.name for k in self.each}
+        return {tuple(k.latents[0]): k.name for k in self.each}
 
     @property
     def reasons(self) -> str | dict[tuple[str, ...], str | None] | None:
         """The reason, of the same shape as the name."""
         if len(self.latents) < 2:
             return self.reason
-        return {k.latents[0]: k.reason for k in self.each}
+        return {tuple(k.latents[0]): k.reason for k in self.each}
 
     @property
     def each(self) -> tuple[Kernel, ...]:
@@ -126,15 +127,11 @@ def gaussian_kernel(
         reason: Why no sums over rows serve, where something stands in their way.
         block: What takes steps on sums over rows.
     """
-    names = tuple(
-        name
-        for group in graph.groups
-        if group.nested is not None
-        for site in group.nested.groups
-        if site.role is Role.GAUSSIAN
-        for name in site.members
-    )
-    parts = (*components_of(graph), names)
+    sites = [s for g in graph.groups if g.nested is not None for s in g.nested.groups]
+    latents = [s.members for s in sites if s.role is Role.GAUSSIAN]
+    names: Sequence[str] = LaterTuple(lambda: tuple(n for own in latents for n in own))
+    others = components_of(graph)
+    parts = (*others, tuple(names)) if others else (names,)
     own = dict.fromkeys(g.nested.words for g in graph.groups if g.nested is not None)
     words = ", ".join(own) if block is None else block.words
     name = "Gaussian" if block is None else block.name

@@ -148,7 +148,7 @@ class Program(StaysHere):
     look_only: bool = False
     gradient: Gradient | None = None
     strategy: EStepStrategy | None = None
-    routes: tuple[Route, ...] = ()
+    routes: Sequence[Route] = ()
     dependences: Dependences = field(default_factory=Dependences)
     operations: tuple[Any, ...] = ()
     rebuild: Callable[[], Program | Unrouted] | None = None
@@ -417,8 +417,11 @@ class Program(StaysHere):
         """The decisions, as a value that prints."""
         structure = self.structure
         users = {f"{name}_unobserved": name for name in structure.masked_pairs}
+        routes = self.routes
+        if not isinstance(routes, LaterTuple) and not routes:
+            routes = LaterTuple(lambda: routes_of(structure))
         return Plan(
-            self.routes or LaterTuple(lambda: routes_of(structure)),
+            routes,
             self.updates,
             self.contraction.cells,
             self.contraction.largest,

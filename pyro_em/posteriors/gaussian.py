@@ -290,7 +290,12 @@ def elements_of_blocks(block: GaussianBlock, plates: Sequence[str]) -> tuple[Ten
             high = high.scatter_reduce(0, at[reading], index[reading], "amax")
         elif bool((at < 0).any()):
             return low, next(iter(block.latents))
-    for name, i in block.latents.items():
-        if bool((low != high)[layout.block_of_element(i).to(device)].any()):
-            return low, name
+    crossing = low != high
+    if bool(crossing.any()):
+        for i, group in enumerate(block.groups):
+            if group.role is Role.GAUSSIAN:
+                found = crossing[layout.block_of_element(i).to(device)].nonzero()
+                if len(found):
+                    rows = torch.Size(group.sizes[: group.n_plates]).numel()
+                    return low, group.members[int(found[0]) // rows]
     return low, ""

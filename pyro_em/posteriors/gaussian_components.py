@@ -63,9 +63,14 @@ def integrated(
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
-    inside = {name for block in blocks for group in block.groups for name in group.members}
+    integrated_sites = [group.members for block in blocks for group in block.groups]
+    inside: set[str] | None = None
     rest: list[Group] = []
     for group in graph.groups:
+        # Mostly all of its members are in blocks: of a long loop no name is made.
+        if sum(len(m) for m in integrated_sites if m[0] in group.members) == len(group.members):
+            continue
+        inside = {name for m in integrated_sites for name in m} if inside is None else inside
         members = [i for i, name in enumerate(group.members) if name not in inside]
         if len(members) == len(group.members):
             rest.append(group)

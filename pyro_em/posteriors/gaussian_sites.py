@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.graph.stretches import Repeated
 from pyro_em.posteriors.gaussian import GaussianBlock
+
+V = TypeVar("V")
 
 
 def dense_block(
@@ -129,27 +132,35 @@ def taken(group: Group, members: Sequence[int]) -> Group:
     """A group with some of its members."""
     if len(members) == len(group.members):
         return group
-    at = list(members)
+    number = len(members)
+    at: slice | list[int] = list(members)
+    if isinstance(members, range) and members.step == 1:
+        at = slice(members.start, members.stop)
 
     def rows(t: Tensor) -> Tensor:
         if t.shape[0] == 1 or t.stride(0) == 0:  # held once for all members
-            return t[:1].expand(len(at), *t.shape[1:])
+            return t[:1].expand(number, *t.shape[1:])
         return t[at]
 
     return replace(
         group,
-        members=tuple(group.members[i] for i in at),
-        dims=tuple(group.dims[i] for i in at),
+        members=_those(group.members, at),
+        dims=_those(group.dims, at),
         arguments={a: rows(t) for a, t in group.arguments.items()},
         bindings={a: with_tensors(b, rows) for a, b in group.bindings.items()},
         value=rows(group.value),
         mask=None if group.mask is None else rows(group.mask),
-        scale=_scales(group.scale, at),
+        scale=_scales(group.scale, members),
         value_binding=None
         if group.value_binding is None
         else with_tensors(group.value_binding, rows),
         elements=None if group.elements is None else rows(group.elements),
     )
+
+
+def _those(of: Sequence[V], at: slice | list[int]) -> Sequence[V]:
+    """Some elements, in the form in which all are held where they follow each other."""
+    return of[at] if isinstance(at, slice) else tuple(of[i] for i in at)
 
 
 def _scales(scale: Sequence[Tensor | float], members: Sequence[int]) -> Sequence[Tensor | float]:

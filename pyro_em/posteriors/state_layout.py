@@ -199,6 +199,11 @@ class StateLayout:
         return {"form": self.form, "stacks": self.stacks}
 
     def _kinds(self, varying: Sequence[bool], latents: bool) -> Kinds:
+        own = [s for s, stack in enumerate(self.stacks) if stack.form.is_latent == latents]
+        if own and not any(varying[s] for s in own):
+            found = self._alike(own)
+            if found is not None:
+                return found
         at: list[list[tuple[int, int, int, int]]] = [[] for _ in range(self.form.steps)]
         for s, m, level, start in self._members(latents):
             at[level].append((s, start, m if varying[s] else -1, m))
@@ -215,6 +220,31 @@ class StateLayout:
         return Kinds(
             torch.tensor(of_level), len(known), {s: (a, b, c) for s, (a, b, c) in columns.items()}
         )
+
+    def _alike(self, own: Sequence[int]) -> Kinds | None:
+        """The kinds of levels of stacks whose members are alike; None where a level has two of one."""
+        places = np.full((self.form.steps, len(own)), -1)
+        members = np.zeros_like(places)
+        for column, s in enumerate(own):
+            levels = self.stacks[s].levels.numpy()
+            if len(np.unique(levels)) < len(levels):
+                return None
+            places[levels, column] = self.stacks[s].starts.numpy()
+            members[levels, column] = np.arange(len(levels))
+        # The kinds in the order of their first levels.
+        _, first, which = np.unique(places, axis=0, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        number = np.empty_like(order)
+        number[order] = np.arange(len(order))
+        entries = {}
+        for column, s in enumerate(own):
+            start, member = (x[first[order], column] for x in (places, members))
+            there = np.flatnonzero(start >= 0)
+            columns = there, member[there], start[there]
+            a, b, c = (torch.from_numpy(x) for x in columns)
+            entries[s] = (a, b, c)
+        of_level = torch.from_numpy(number[which.reshape(-1)])
+        return Kinds(of_level, len(order), entries)
 
     def _members(self, latents: bool) -> Iterator[tuple[int, int, int, int]]:
         for s, stack in enumerate(self.stacks):

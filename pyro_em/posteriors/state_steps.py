@@ -445,11 +445,9 @@ class ChainSums:
 
     Attributes:
         theta: Parameters, sums and their steps.
-        latents: The latents.
     """
 
     theta: ChainTheta
-    latents: tuple[str, ...]
     name: str = "Kalman"
     words: str = "Kalman filter and smoother, on sums over steps"
 
@@ -525,4 +523,4 @@ def _chain_sums(
     spreads = Spreads.of(sites, graph, updates, begins, size)
     start = {n: v.clone() for n, v in values.items()}
     kernel = ChainTheta(start, begins, size, tuple(chains), regression, spreads)
-    return ChainSums(kernel, tuple(n for b in blocks for n in b.latents))
+    return ChainSums(kernel)
