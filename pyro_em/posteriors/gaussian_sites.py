@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
-from pyro_em.graph.stretches import Repeated
+from pyro_em.graph.stretches import Dims, Repeated
 from pyro_em.posteriors.gaussian import GaussianBlock
 
 V = TypeVar("V")
@@ -85,19 +85,23 @@ def site_over(
     own = group.dims[0][n:]
 
     def widened(t: Tensor) -> Tensor:
+        if own == scope:
+            return t
         there = dict(zip(own, t.shape[1 + n :], strict=False))
         return t.reshape(
             *t.shape[: 1 + n], *(there.get(z, 1) for z in scope), *t.shape[1 + n + len(own) :]
         )
 
-    bindings = {a: with_tensors(b, widened) for a, b in {**group.bindings, **parts}.items()}
+    bindings = {**group.bindings, **parts}
+    if own != scope:
+        bindings = {a: with_tensors(b, widened) for a, b in bindings.items()}
     dtype = group.arguments["loc"].dtype
     with torch.no_grad():
         held = {a: bindings[a].evaluate(values) for a in parts if bindings[a].is_static}
     held = {a: (held[a] if a in held else widened(read[a])).to(dtype) for a in parts}
     return replace(
         group,
-        dims=tuple((*d[:n], *scope) for d in group.dims),
+        dims=_over(group.dims, n, scope),
         sizes=(*group.sizes[:n], *states),
         arguments={**{a: widened(t) for a, t in group.arguments.items()}, **held},
         bindings=bindings,
@@ -113,6 +117,15 @@ def site_over(
         lines=tuple(parts),
         reads=reads,
     )
+
+
+def _over(
+    dims: Sequence[tuple[str, ...]], plates: int, scope: tuple[str, ...]
+) -> Sequence[tuple[str, ...]]:
+    """Plates and a scope, for each member."""
+    if isinstance(dims, Dims):
+        return Dims([replace(s, read=scope) for s in dims.stretches])
+    return tuple((*d[:plates], *scope) for d in dims)
 
 
 def with_tensors(b: Binding, change: Callable[[Tensor], Tensor]) -> Binding:
