@@ -6,6 +6,7 @@ given and hands it to the wing that does the work. Most lines are docstrings.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -498,6 +499,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         validation: Any = None,
         schedule: Any = None,
         process_group: Any = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        resume: bool = True,
+        on_checkpoint_error: str = "warn",
         **kwargs: Any,
     ) -> EMResult:
         """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
@@ -550,13 +555,26 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
                 are those of the first process with rows. The result is that of all rows together,
                 on all processes; its posterior is of this process's rows. ``batch_size`` is each
                 process's own.
+            checkpoint: A file in which the fit keeps where it stands. If the process is killed, or the
+                fit interrupted, the same call made again goes on from there and ends with the same
+                digits, on the same machine with the same versions and threads: parameters, history and
+                all. ``max_steps``, ``num_epochs`` and ``tol`` may be others then, and count from the
+                very beginning; what has been done is not done again. A file of another model, of
+                other data or of another setting is refused and left alone. What callbacks keep for
+                themselves is not in it.
+            checkpoint_every: Steps from one writing to the next, which are lost at most; by default as
+                few as cost one hundredth of the time. The end of a fit is always written.
+            resume: Whether to go on from the file, if there is one; False starts over and replaces it.
+            on_checkpoint_error: ``"warn"`` says once that the file cannot be written (a full disk, a
+                read-only folder), and goes on; ``"raise"`` ends the fit.
             **kwargs: The model's keyword arguments.
 
         Returns:
             The result at the returned parameters. A second ``fit`` continues from there.
 
         Raises:
-            PyroEMError: If the model, the data or the arguments cannot be used.
+            PyroEMError: If the model, the data or the arguments cannot be used, or a checkpoint belongs
+                to another fit.
         """
         wishes = fit_wishes(
             max_steps=max_steps,
@@ -573,6 +591,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             validation=validation,
             schedule=schedule,
             process_group=process_group,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            on_checkpoint_error=on_checkpoint_error,
         )
         return fit(self._session, wishes, args, kwargs)
 

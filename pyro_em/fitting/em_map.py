@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import message, warn
-from pyro_em.fitting.point import Point, SumsPoint, TracedPoint, Values
+from pyro_em.fitting.point import Made, Point, SumsPoint, TracedPoint, Values
 from pyro_em.plan.program import Evaluation, Program
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
+from pyro_em.tracing.randomness import random_state
 from pyro_em.updates.m_step import MStepState
 from pyro_em.updates.statistics import dot, expected_log_joint
 
@@ -56,13 +57,17 @@ class ByTracing:
     Args:
         program: The model with its data.
         state: What lasts from one M-step to the next.
+        remembers: Whether points say what they were made from.
 
     Attributes:
         program: The same at its latest trace.
     """
 
-    def __init__(self, program: Program, state: MStepState | None = None) -> None:
+    def __init__(
+        self, program: Program, state: MStepState | None = None, remembers: bool = False
+    ) -> None:
         self.program, self.state = program, MStepState() if state is None else state
+        self.remembers = remembers
 
     def evaluate(self) -> Evaluation:
         """The factors at the parameters in the param store."""
@@ -74,9 +79,16 @@ class ByTracing:
         """See `EMMap.e_step`; the values are written into the param store."""
         if values is not None:
             write(self.program, values)
+        made = self._made_from(index) if self.remembers else None
         evaluation = self.evaluate()
         q = self.program.e_step(evaluation, index)
-        return TracedPoint(values_of(self.program.graph.parameters), evaluation, q)
+        point = TracedPoint(values_of(self.program.graph.parameters), evaluation, q)
+        point.made = made
+        return point
+
+    def _made_from(self, index: int) -> Made:
+        random = random_state() if self.program.may_draw else None
+        return Made(snapshot(self.program.graph.parameters), index, random)
 
     def m_step(self, point: Point) -> tuple[Values, float]:
         """See `EMMap.m_step`; the values are in the param store."""

@@ -11,8 +11,10 @@ import pyro
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import epochs
+from pyro_em.fitting.checkpoints import at_beginning, opened, origin_of_state
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.joining import Joined
+from pyro_em.fitting.kept_fit import Kept
 from pyro_em.fitting.origins import with_origin
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.progress import Bar
@@ -20,6 +22,7 @@ from pyro_em.fitting.report import build_result, build_stochastic_result
 from pyro_em.fitting.restarts import run_starts
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.run import Settings, best_of
+from pyro_em.fitting.search import Search
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.shards import Shards
 from pyro_em.plan.fit_wishes import (
@@ -73,7 +76,22 @@ def _fit(
         shared: Shards | None = None
         if joined is not None:
             shared = joined.shards(found, looked, args, kwargs, has_rows)
+        if wishes.checkpoint is not None and (joined is not None or isinstance(found, Trainer)):
+            raise UsageError(
+                message(
+                    "fit",
+                    "checkpoint is for fits of exact steps in one process.",
+                    "a guide draws latents here, or there are several processes",
+                )
+            )
+        checkpoint = opened(session, wishes, args, kwargs)
+        if checkpoint is not None:
+            found = at_beginning(checkpoint, found, session, wishes, (looked, kwargs))
         origin = session.origin(found, held)
+        if checkpoint is not None and checkpoint.saved is not None:
+            origin = origin_of_state(checkpoint.saved["origins"])
+            session.total_steps = checkpoint.saved["total_before"]
+            begin -= checkpoint.saved["seconds"]
         if wishes.callbacks:
             wishes = replace(wishes, callbacks=(_counting(session), *wishes.callbacks))
         if isinstance(found, Trainer):
@@ -88,7 +106,10 @@ def _fit(
                 message("process_group", "exact fits over several processes are not there yet.")
             )
         else:
-            result = _exact(session, found, wishes, args, kwargs, begin)
+            kept = None
+            if checkpoint is not None:
+                kept = Kept.of(checkpoint, found, session, wishes, origin, begin)
+            result = _exact(session, found, wishes, args, kwargs, begin, kept)
         return with_origin(result, origin)
 
 
@@ -119,6 +140,7 @@ def _exact(
     args: tuple,
     kwargs: dict[str, Any],
     begin: float,
+    kept: Kept | None,
 ) -> EMResult:
     refuse_stochastic_keywords(wishes.stochastic(), session.request.guide is not None)
     check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
@@ -133,12 +155,24 @@ def _exact(
         )
     before = session.total_steps
     bar = Bar(wishes.progress, wishes.max_steps, wishes.num_restarts, program.objective_name)
+    keeper = None if kept is None else kept.keeper
     settings = Settings(
-        wishes.max_steps, wishes.tol, wishes.callbacks, bar, begin, wishes.acceleration
+        wishes.max_steps,
+        wishes.tol,
+        wishes.callbacks,
+        bar,
+        begin,
+        wishes.acceleration,
+        keeper=keeper,
     )
     init, seed = wishes.init, wishes.seed
-    em = Guarded(program, session.m_step_state)
-    runs = run_starts(em, settings, init, wishes.num_restarts, seed)
+    em = Guarded(program, session.m_step_state, remembers=kept is not None)
+    if kept is not None:
+        kept.take_up(em)
+    search = Search.seeded(seed) if keeper is None else keeper.search
+    runs = run_starts(em, settings, init, wishes.num_restarts, search)
+    if keeper is not None:
+        keeper.finish(em)
     best = best_of(runs)
     program = em.program
     restore(program.graph.parameters, best.parameters)

@@ -64,16 +64,21 @@ class Guarded:
     Args:
         program: The model with its data, as a reading found them.
         state: What lasts from one M-step to the next.
+        remembers: Whether points through tables say what they were made from.
 
     Attributes:
         sound: The map through tables, which holds the program as it is known now.
         quick: The map on sums, where it may be used.
         handovers: How many quick steps were left to ``sound``.
+        doubts: What has shown that the program's bindings are not what the model does.
     """
 
-    def __init__(self, program: Program, state: MStepState | None = None) -> None:
+    def __init__(
+        self, program: Program, state: MStepState | None = None, remembers: bool = False
+    ) -> None:
         self.state = MStepState() if state is None else state
-        self.sound = ByTracing(program, self.state)
+        self.sound = ByTracing(program, self.state, remembers)
+        self.doubts: list[Disagreement] = []
         self.start_over()
 
     @property
@@ -88,12 +93,15 @@ class Guarded:
 
     def reread(self) -> None:
         """Read the model on the data as they are now."""
-        self.sound = ByTracing(self.program.reread(), self.state)
+        self.sound = ByTracing(self.program.reread(), self.state, self.sound.remembers)
+        self.doubts = []
         self.start_over()
 
     def distrust(self, off: Disagreement) -> None:
         """Run the model at each step from now on: its bindings are not what it does."""
-        self.sound = ByTracing(distrusted(self.program, off), self.state)
+        program = distrusted(self.program, off)
+        self.sound = ByTracing(program, self.state, self.sound.remembers)
+        self.doubts.append(off)
 
     def stay_sound(self) -> None:
         """Take no quick steps any more: somebody writes parameters between steps."""

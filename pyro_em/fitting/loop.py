@@ -29,27 +29,43 @@ from pyro_em.updates.m_step import apply_floors
 
 def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps from where a run stands until a rule stops it; then its parameters are in the store."""
-    run.status, em.handovers = EMStatus.MAX_STEPS, 0
+    keeper = settings.keeper
+    if run.is_resumed:
+        run.is_resumed = False
+    else:
+        run.status, run.judges, em.handovers = EMStatus.MAX_STEPS, False, 0
     try:
-        while (left := settings.max_steps - run.num_steps) > 0:
-            step = advance(em, run, bool(settings.callbacks), settings.verify, left == 1)
+        while not _is_over(em, settings, run):
+            # Who keeps where runs stand has to see the last step as if others followed it.
+            is_last = settings.max_steps - run.num_steps == 1 and keeper is None
+            step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
             settings.bar.update(r, step.after.objective)
             if _calls_stop(em, settings, run, step):
                 run.status = EMStatus.STOPPED
-                break
-            path = [*run.plain_path(), step.after.objective]
-            status = should_stop(path, settings.tol, em.program.graph.eps, step.after.noise)
-            if status is not None and em.program.may_stop(run.num_steps):
-                run.status = status
-                break
+            if keeper is not None:
+                keeper.after_step(em, run)
     except Fell:
         run.status = EMStatus.FELL
     except (DegenerateError, DataError) as error:
         run.status, run.message = EMStatus.DEGENERATE, str(error)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
-    del run.entering[len(run.after) :]  # an interrupt may have come between the two
+    if keeper is not None:
+        keeper.at_rest(em, run)
     settle(em, run)
+
+
+def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
+    """Whether no step follows the last one; the run's status says why."""
+    if run.status is EMStatus.STOPPED:
+        return True
+    if run.judges and run.last is not None:
+        path = [*run.plain_path(), run.last.objective]
+        status = should_stop(path, settings.tol, em.program.graph.eps, run.last.noise)
+        if status is not None and em.program.may_stop(run.num_steps):
+            run.status = status
+            return True
+    return run.num_steps >= settings.max_steps
 
 
 def advance(
@@ -264,6 +280,12 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     return run
 
 
+def resume_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
+    """Run EM on from where another process left it until something stops it."""
+    if run.last is not None:
+        _proceed(em, settings, run, r)
+
+
 def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
     if settings.acceleration is None:
@@ -303,15 +325,22 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
 def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """A few plain steps, cycles of SQUAREM until they promise little, plain steps that may stop."""
     while True:
-        few = min(settings.max_steps, run.num_steps + PLAIN_STEPS)
-        iterate(em, replace(settings, max_steps=few), run, r)
-        if run.status is not EMStatus.MAX_STEPS or run.num_steps >= settings.max_steps:
-            return
+        if run.cycle is None:
+            run.stretch = run.num_steps if run.stretch is None else run.stretch
+            few = min(settings.max_steps, run.stretch + PLAIN_STEPS)
+            iterate(em, replace(settings, max_steps=few), run, r)
+            if run.status is not EMStatus.MAX_STEPS or run.num_steps >= settings.max_steps:
+                return
+        run.stretch, run.is_resumed = None, False
         stopped = accelerate(
             em, settings, run, r, lambda step: _calls_stop(em, settings, run, step)
         )
+        if stopped is not None and settings.keeper is not None:
+            run.status = stopped
+            settings.keeper.at_rest(em, run)
         interrupted = settle(em, run, anew=stopped is not None)  # plain steps follow otherwise
-        run.plain_from = run.num_steps
+        if not interrupted:
+            run.plain_from, run.cycle = run.num_steps, None
         if stopped is not None:
             run.status = stopped
         if interrupted or stopped is not None:

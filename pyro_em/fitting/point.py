@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +38,21 @@ class Point:
     noise: float = 0.0
 
 
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What an E-step through tables was made from, so that it can be made again to the last bit.
+
+    Attributes:
+        unconstrained: The parameters in the param store.
+        index: The number of the step.
+        random: The random states, where the E-step may draw.
+    """
+
+    unconstrained: Mapping[str, Tensor]
+    index: int
+    random: Any = None
+
+
 class TracedPoint(Point):
     """A point whose E-step kept tables of all cells.
 
@@ -45,7 +61,12 @@ class TracedPoint(Point):
         evaluation: The factors there.
         q: The E-step.
         massless: Components without mass in the M-step before.
+
+    Attributes:
+        made: What it was made from, where somebody wants to know.
     """
+
+    made: Made | None = None
 
     def __init__(
         self,
@@ -118,9 +139,21 @@ class LeftPoint(Point):
     """What is remembered of a point whose tables are not needed any more.
 
     Args:
-        at: The point.
+        massless: Components without mass in the M-step before.
+        objective: What EM raises there, in nats.
+        log_evidence: log p(x; θ) in nats, where it was computed.
     """
 
-    def __init__(self, at: Point) -> None:
-        self.massless = at.massless
-        self.objective, self.log_evidence = at.objective, at.log_evidence
+    def __init__(
+        self,
+        massless: Mapping[str, tuple[int, ...]],
+        objective: float,
+        log_evidence: float | None,
+    ) -> None:
+        self.massless = massless
+        self.objective, self.log_evidence = objective, log_evidence
+
+    @classmethod
+    def of(cls, at: Point) -> LeftPoint:
+        """What is remembered of a point."""
+        return cls(at.massless, at.objective, at.log_evidence)

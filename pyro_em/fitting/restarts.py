@@ -10,14 +10,23 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_em.fitting.beginnings import Beginning
 from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.loop import continue_run, lengthen_run, revive, run_start, short_run
+from pyro_em.fitting.loop import (
+    continue_run,
+    iterate,
+    lengthen_run,
+    resume_run,
+    revive,
+    run_start,
+    short_run,
+)
 from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.resuming import ended_run, is_ended, resumed
 from pyro_em.fitting.run import Run, Settings, best_of
+from pyro_em.fitting.search import Search
 from pyro_em.tracing.parameters import restore, snapshot
 
 # Per start after the first: how many candidates run for how many steps in all.
@@ -40,7 +49,7 @@ _OVER = (EMStatus.INTERRUPTED, EMStatus.STOPPED)
 
 
 def run_starts(
-    em: Guarded, settings: Settings, init: Any, num_restarts: int, seed: int | None
+    em: Guarded, settings: Settings, init: Any, num_restarts: int, search: Search
 ) -> list[Run]:
     """EM from several starts.
 
@@ -49,30 +58,41 @@ def run_starts(
         settings: What all starts share.
         init: Where the first one begins.
         num_restarts: How many run to the end.
-        seed: Of random choices; torch's global state where None.
+        search: Where the fit stands.
 
     Returns:
         The runs that went to the end, the first start first; after an interrupt also the short runs
         that had been done. The best one has its E-step.
     """
-    generator = torch.Generator().manual_seed(
-        int(torch.randint(2**31, ())) if seed is None else seed
-    )
-    beginning = Beginning(em, generator)
+    beginning = Beginning(em, search.generator)
     origin = snapshot(em.program.graph.parameters)
-    runs: list[Run] = []
+    runs = search.runs
+    over: list[Run] = []
     try:
-        runs.append(run_start(em, settings, beginning, init, 0))
+        first = _left(em, settings, search, 0)
+        runs.append(first or run_start(em, settings, beginning, init, 0))
         if num_restarts > 1 and runs[0].status not in _OVER:
-            _others(em, settings, beginning, num_restarts - 1, origin, runs)
-        revive(em, best_of(runs))
+            over = _others(em, settings, beginning, num_restarts - 1, origin, search)
+        revive(em, best_of([*runs, *over]))
     except BaseException:
         if runs:  # nothing already fitted is lost
             restore(em.program.graph.parameters, best_of(runs).parameters)
         raise
     finally:
         settings.bar.close()
-    return runs
+    return [*runs, *over]
+
+
+def _left(em: Guarded, settings: Settings, search: Search, r: int) -> Run | None:
+    """The next run to the end that another process left, at its end; None where there is none."""
+    if not search.left:
+        return None
+    state = search.left.pop(0)
+    if is_ended(state):
+        return ended_run(state)
+    run = resumed(em, state)
+    resume_run(em, settings, run, r)
+    return run
 
 
 def _others(
@@ -81,52 +101,93 @@ def _others(
     beginning: Beginning,
     count: int,
     origin: dict[str, Tensor],
-    runs: list[Run],
-) -> None:
-    """The starts after the first, appended to ``runs``."""
-    kinds = itertools.cycle(MIX if beginning.rows else MIX[-1:])
+    search: Search,
+) -> list[Run]:
+    """The starts after the first; after an interrupt of short runs these, else none."""
+    kinds = MIX if beginning.rows else MIX[-1:]
+    runs = search.runs
     if (
         not em.program.is_monotone
     ):  # objectives of a few steps say little: each start goes to the end
-        for r, kind in zip(range(1, count + 1), kinds, strict=False):
-            restore(em.program.graph.parameters, origin)
-            runs.append(run_start(em, settings, beginning, kind, r))
-            if runs[-1].status in _OVER:
-                return
-        return
-    waiting: list[Run] = []
-    for stage, (each, steps) in enumerate(STAGES if em.program.compiled else DEAR_STAGES):
-        # The first start was compared with the model, and every long run is at its end.
-        most = min(steps, settings.max_steps)
-        few = replace(settings, max_steps=most, tol=0.0, acceleration=None, verify=False)
-        for c in range(each * count):
-            settings.bar.label = f"EM, {most} steps: {c + 1}/{each * count}"
-            if stage == 0:
+        search.begin_candidates((settings.max_steps,))
+        for r, kind in zip(range(1, count + 1), itertools.cycle(kinds), strict=False):
+            run = _left(em, settings, search, r)
+            if run is None:
+                search.drawn = search.generator.get_state()
                 restore(em.program.graph.parameters, origin)
-                waiting.append(short_run(em, few, beginning, next(kinds), 1))
-            else:
-                lengthen_run(em, few, waiting[c], 1)
-            run = waiting[c]
-            run.leave()
+                run = run_start(em, settings, beginning, kind, r)
+            runs.append(run)
             if run.status in _OVER:
-                runs.extend(waiting)
-                return
-        waiting = _best_first(waiting)
-    settings.bar.label = ""
+                return []
+        return []
+    over = _candidates(em, settings, beginning, count, origin, search)
+    if over:
+        return over
+    waiting = list(search.waiting)
     for r in range(1, count + 1):
         while waiting:
             run = waiting.pop(0)
-            continue_run(em, settings, run, r)
+            left = _left(em, settings, search, r)
+            if left is None:
+                continue_run(em, settings, run, r)
+            else:
+                run = left
             runs.append(run)
             best = best_of(runs)
             for other in runs:
                 if other is not best:
                     other.leave()
             if run.status in _OVER:
-                return
+                return []
             if run.status not in _UNSOUND or len(waiting) <= count - r:
                 break
             run.is_replaced = True  # it collapsed: another candidate replaces it
+    return []
+
+
+def _candidates(
+    em: Guarded,
+    settings: Settings,
+    beginning: Beginning,
+    count: int,
+    origin: dict[str, Tensor],
+    search: Search,
+) -> list[Run]:
+    """Short runs, the most promising first in the end; all of them where one was interrupted."""
+    kinds = itertools.cycle(MIX if beginning.rows else MIX[-1:])
+    stages = STAGES if em.program.compiled else DEAR_STAGES
+    search.begin_candidates(tuple(min(steps, settings.max_steps) for _, steps in stages))
+    for _ in range(search.done if search.stage == 0 else 0):
+        next(kinds)
+    search.is_short = True
+    for stage in range(search.stage, len(stages)):
+        each, most = stages[stage][0], search.limits[stage]
+        # The first start was compared with the model, and every long run is at its end.
+        few = replace(settings, max_steps=most, tol=0.0, acceleration=None, verify=False)
+        for c in range(search.done, each * count):
+            settings.bar.label = f"EM, {most} steps: {c + 1}/{each * count}"
+            search.drawn = search.generator.get_state()
+            left, search.left_short = search.left_short, None
+            kind = next(kinds) if stage == 0 else ""
+            if left is not None:
+                run = resumed(em, left)
+                iterate(em, few, run, 1)
+            elif stage == 0:
+                restore(em.program.graph.parameters, origin)
+                run = short_run(em, few, beginning, kind, 1)
+            else:
+                run = search.waiting[c]
+                lengthen_run(em, few, run, 1)
+            search.waiting[c : c + 1] = [run]
+            run.leave()
+            if run.status in _OVER:
+                return search.waiting
+            run.rest, search.done = None, c + 1
+        search.waiting = _best_first(search.waiting)
+        search.stage, search.done = stage + 1, 0
+    search.is_short = False
+    settings.bar.label = ""
+    return []
 
 
 def _best_first(pool: list[Run]) -> list[Run]:

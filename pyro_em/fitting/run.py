@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,25 @@ from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
+
+if TYPE_CHECKING:
+    from pyro_em.fitting.guarded import Guarded
+
+
+class Keeper(Protocol):
+    """Keeps where runs stand, so that another process can go on from there."""
+
+    def after_step(self, em: Guarded, run: Run) -> None:
+        """Called after each complete step of a run, when callbacks have seen it."""
+        ...
+
+    def at_rest(self, em: Guarded, run: Run) -> None:
+        """Called where the steps of a run end, before the param store gets its values."""
+        ...
+
+    def at_fork(self, em: Guarded, run: Run) -> None:
+        """Called where the path of a run begins to depend on ``max_steps`` or ``tol``."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +49,7 @@ class Settings:
         begin: When the fit began, for the steps' seconds.
         acceleration: None or ``"squarem"``.
         verify: Whether a fresh trace of the model confirms the first step of a run.
+        keeper: Keeps where runs stand; None where nobody asked for it.
     """
 
     max_steps: int
@@ -38,6 +59,32 @@ class Settings:
     begin: float
     acceleration: str | None = None
     verify: bool = True
+    keeper: Keeper | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cycle:
+    """Where an accelerated run stands in its cycles of extrapolation.
+
+    Attributes:
+        start: Where the present cycle began.
+        best: The best point seen.
+        longest: The longest extrapolation that is tried.
+        num_steps: Complete steps of the run.
+        first: The point after the first step of the cycle; None before.
+        gain: What the cycle before gained or promises of the next ones, in nats.
+        rounding: Gains that are rounding, in nats.
+        is_over: Whether plain steps are due.
+    """
+
+    start: Point
+    best: Point
+    longest: float
+    num_steps: int
+    first: Point | None = None
+    gain: float = math.inf
+    rounding: float = 0.0
+    is_over: bool = False
 
 
 class Seen:
@@ -78,6 +125,12 @@ class Run:
         began_symmetric: Whether no argument told the components apart where it began.
         is_replaced: Whether another candidate has replaced it.
         verify_at: How many steps were complete when the data were last read anew.
+        is_resumed: Whether it goes on where another process left it.
+        judges: Whether the last step is one that the stopping rule looks at.
+        stretch: How many steps were complete where the present plain steps of an accelerated run began.
+        cycle: Where it stands in its cycles of extrapolation.
+        rest: Where it stood when its steps ended, as its keeper keeps it.
+        fork: Where its path began to depend on ``max_steps`` or ``tol``, likewise.
     """
 
     parameters: dict[str, Tensor]
@@ -95,6 +148,12 @@ class Run:
     began_symmetric: bool = False
     is_replaced: bool = False
     verify_at: int = 0
+    is_resumed: bool = False
+    judges: bool = False
+    stretch: int | None = None
+    cycle: Cycle | None = None
+    rest: Any = None
+    fork: Any = None
 
     def plain_path(self) -> list[float]:
         """The last objectives that plain EM steps entered, enough for the stopping rule."""
@@ -112,9 +171,26 @@ class Run:
 
     def take(self, entering: float, bound: float, point: Point) -> None:
         """Record a complete step: the objective entering it, the bound after its M-step, its end."""
-        self.entering.append(entering)
-        self.after.append(bound)
-        self.last = point
+        before, index = self.last, len(self.after)
+        try:
+            self.judges = True
+            self.entering.append(entering)
+            self.after.append(bound)
+            self.last = point
+        except KeyboardInterrupt:  # half a step is no step
+            self.last = before
+            self.truncate(index)
+            raise
+
+    def truncate(self, num_steps: int) -> None:
+        """Forget the steps after the first ``num_steps``."""
+        del self.entering[num_steps:], self.after[num_steps:]
+
+    def copied(self) -> Run:
+        """The same run as it stands now, with a path of its own."""
+        out = copy.copy(self)
+        out.entering, out.after = list(self.entering), list(self.after)
+        return out
 
     def record(self, program: Program, point: Point) -> None:
         """Remember parameters and E-step of the last complete step."""
@@ -126,13 +202,13 @@ class Run:
         """Keep parameters, path and objective, and let the tables of the last E-step go."""
         self.seen = None
         if self.last is not None and not isinstance(self.last, LeftPoint):
-            self.last = self.recorded = LeftPoint(self.last)
+            self.last = self.recorded = LeftPoint.of(self.last)
 
     def go_back(self, program: Program) -> None:
         """Return to the last parameters that were verified, after a step on these data."""
         assert self.verified is not None
         restore(program.graph.parameters, self.verified)
-        del self.entering[self.verify_at + 1 :], self.after[self.verify_at + 1 :]
+        self.truncate(self.verify_at + 1)
         self.plain_from = self.verify_at
         self.message = ""
 

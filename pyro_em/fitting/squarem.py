@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from pyro_em.fitting.em_map import EMMap, values_at
 from pyro_em.fitting.guarded import Guarded, Step
 from pyro_em.fitting.point import Point, SumsPoint, Values
 from pyro_em.fitting.result import EMStatus
-from pyro_em.fitting.run import Run, Settings
+from pyro_em.fitting.run import Cycle, Run, Settings
 from pyro_em.plan.program import Program
 
 PLAIN_STEPS = 8
@@ -58,8 +59,9 @@ def accelerate(
         Why the run is over; None where plain steps are due.
     """
     assert run.last is not None
-    step_of, last = _map_of(em, settings, run.last)
-    start, best, longest, eps = last, last, 1.0, em.program.graph.eps
+    step_of, last = _map_of(em, settings, run.last if run.cycle is None else run.cycle.start)
+    if run.cycle is None:
+        run.cycle = Cycle(last, last, 1.0, run.num_steps)
 
     def note(before: Point, bound: float, after: Point) -> bool:
         """Record one step; returns whether a callback asked to stop."""
@@ -67,45 +69,78 @@ def accelerate(
         settings.bar.update(r, after.objective)
         return shown(Step(before, bound, after))
 
-    def is_changed() -> bool:
-        """Whether a callback wrote data: plain steps read the model anew."""
-        return bool(settings.callbacks) and em.program.is_changed()
-
+    stopped: EMStatus | None = None
     try:
-        while run.num_steps + 2 + PLAIN_STEPS <= settings.max_steps:
-            values, bound = _m_step(step_of, start)
-            first = _e_step(step_of, values)
-            if note(start, bound, first):
-                best = _better(best, first)
-                return EMStatus.STOPPED
-            if is_changed():
-                best = _better(best, first)
-                return None
-            gain = first.objective - start.objective
-            second, bound = _m_step(step_of, first)
-            best = _better(best, first)
-            theta = Unconstrained(em.program, second)
-            u = [theta.vector(v) for v in (values_at(start), values_at(first), second)]
-            extrapolated, alpha, ratio = _extrapolate(u, longest)
-            promised = gain * ratio**2 / (1 - ratio**2)
-            small = max(settings.tol, 8 * eps * abs(start.objective))
-            reached = _accepted(step_of, theta, second, u, extrapolated, alpha, best.objective)
-            longest = 4 * longest if -alpha >= longest else longest
-            best = _better(best, reached)
-            if note(first, bound, reached):
-                return EMStatus.STOPPED
-            if is_changed():
-                return None
-            if gain <= small and promised <= small:
-                return None
-            start = reached
-        return None
+        while stopped is None and not run.cycle.is_over:
+            stopped = _half(em, settings, run, step_of, note)
+            if settings.keeper is not None and stopped is None and not run.cycle.is_over:
+                settings.keeper.after_step(em, run)
     except Handover:
-        return None
+        run.cycle = replace(run.cycle, is_over=True)
     except KeyboardInterrupt:
-        return EMStatus.INTERRUPTED
-    finally:
-        run.last = best
+        run.truncate(run.cycle.num_steps)
+        stopped = EMStatus.INTERRUPTED
+    run.last = run.cycle.best
+    if stopped is EMStatus.STOPPED:
+        run.cycle = None
+    return stopped
+
+
+def _half(
+    em: Guarded,
+    settings: Settings,
+    run: Run,
+    step_of: EMMap,
+    note: Callable[[Point, float, Point], bool],
+) -> EMStatus | None:
+    """One of the two steps of a cycle; returns why the run is over, if it is."""
+    cycle, eps = run.cycle, em.program.graph.eps
+    assert cycle is not None
+    if cycle.first is None:
+        are_few = run.num_steps + 2 + PLAIN_STEPS > settings.max_steps
+        if are_few or cycle.gain <= max(settings.tol, cycle.rounding):
+            _end(em, settings, run)
+            return None
+        values, bound = _m_step(step_of, cycle.start)
+        first = _e_step(step_of, values)
+        stops = note(cycle.start, bound, first)
+        run.cycle = replace(cycle, first=first, num_steps=run.num_steps)
+    else:
+        start, first = cycle.start, cycle.first
+        second, bound = _m_step(step_of, first)
+        best = _better(cycle.best, first)
+        run.cycle = replace(cycle, best=best)
+        theta = Unconstrained(em.program, second)
+        u = [theta.vector(v) for v in (values_at(start), values_at(first), second)]
+        extrapolated, alpha, ratio = _extrapolate(u, cycle.longest)
+        gain = first.objective - start.objective
+        promised = gain * ratio**2 / (1 - ratio**2)
+        rounding = 8 * eps * abs(start.objective)
+        reached = _accepted(step_of, theta, second, u, extrapolated, alpha, best.objective)
+        longest = 4 * cycle.longest if -alpha >= cycle.longest else cycle.longest
+        stops = note(first, bound, reached)
+        run.cycle = Cycle(
+            reached,
+            _better(best, reached),
+            longest,
+            run.num_steps,
+            gain=max(gain, promised),
+            rounding=rounding,
+        )
+    changed = bool(settings.callbacks) and em.program.is_changed()
+    if stops or changed:
+        # Plain steps read the model anew, where a callback has written data.
+        last = run.cycle.first or run.cycle.best
+        run.cycle = replace(run.cycle, best=_better(run.cycle.best, last), is_over=changed)
+    return EMStatus.STOPPED if stops else None
+
+
+def _end(em: Guarded, settings: Settings, run: Run) -> None:
+    """Plain steps are due, because of ``max_steps`` or ``tol``."""
+    assert run.cycle is not None
+    if settings.keeper is not None:
+        settings.keeper.at_fork(em, run)
+    run.cycle = replace(run.cycle, is_over=True)
 
 
 def _map_of(em: Guarded, settings: Settings, last: Point) -> tuple[EMMap, Point]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from pyro_em.arguments import limit, number, seed_of, shown, truth, whole
+from pyro_em.arguments import check_path, limit, number, seed_of, shown, truth, whole
 from pyro_em.errors import UsageError, message
 from pyro_em.posteriors.assignments import Start
 
@@ -33,6 +34,10 @@ class FitWishes:
     validation: Any = None
     schedule: Any = None
     process_group: Any = None
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_every: int | None = None
+    resume: bool = True
+    on_checkpoint_error: str = "warn"
 
     def passed(self) -> list[str]:
         """Names of the keywords that are not at their defaults."""
@@ -74,8 +79,10 @@ def fit_wishes(**given: Any) -> FitWishes:
         truth("fit", "progress", w.progress)
     callbacks = as_callbacks(w.callbacks)
     check_fit(max_steps, tol, num_restarts, w.acceleration, num_epochs)
+    every = check_checkpoint(w)
     return replace(
         w,
+        checkpoint_every=every,
         max_steps=max_steps,
         tol=tol,
         num_restarts=num_restarts,
@@ -188,6 +195,38 @@ def check_fit(
                 fixes=["pass at least 1, or leave it out and set max_steps"],
             )
         )
+
+
+def check_checkpoint(w: FitWishes) -> int | None:
+    """The number of steps from one checkpoint to the next, where the user gave one.
+
+    Raises:
+        UsageError: If an option of checkpoints is not understood, or there is no file for it.
+    """
+    truth("fit", "resume", w.resume)
+    if w.on_checkpoint_error not in ("warn", "raise"):
+        raise UsageError(
+            message(
+                "fit",
+                f"on_checkpoint_error={shown(w.on_checkpoint_error)} is not understood.",
+                "a checkpoint that cannot be written is said in a warning, or ends the fit",
+                ["use 'warn' or 'raise'"],
+            )
+        )
+    if w.checkpoint is not None:
+        check_path("fit", w.checkpoint)
+    elif w.checkpoint_every is not None:
+        raise UsageError(
+            message(
+                "fit",
+                f"checkpoint_every={shown(w.checkpoint_every)} was given without checkpoint.",
+                "nothing says which file is to be written",
+                ["name it: fit(..., checkpoint='run.pt')"],
+            )
+        )
+    if w.checkpoint_every is None:
+        return None
+    return whole("fit", "checkpoint_every", w.checkpoint_every)
 
 
 def refuse_stochastic_keywords(names: Sequence[str], has_guide: bool = False) -> None:

@@ -277,6 +277,11 @@ class Program(StaysHere):
         )
 
     @property
+    def may_draw(self) -> bool:
+        """Whether a step may draw random numbers: the model is run in it, or the E-step draws."""
+        return self.strategy is not None or not self.compiled
+
+    @property
     def objective_name(self) -> str:
         """What a fit raises, in words."""
         if isinstance(self.strategy, Hard):

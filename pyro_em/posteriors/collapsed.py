@@ -24,6 +24,7 @@ from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_steps import in_m_step
 from pyro_em.posteriors.integrated import Solution
+from pyro_em.tracing.encoding import DERIVED
 from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
@@ -55,7 +56,7 @@ class AtValues:
     """
 
     values: Values
-    expectation: list[Solved] = field(default_factory=list)
+    expectation: list[Solved] = field(default_factory=list, metadata=DERIVED)
 
 
 @dataclass(frozen=True, eq=False)

@@ -206,7 +206,7 @@ def read(path: str | Path) -> dict[str, Any]:
         )
     if content[:4] != _ZIP and not _looks_like_ours(content):
         raise _not_ours(path, "it is no torch file")
-    damage = _damage(content)
+    damage = damage_of(content)
     if damage:
         raise _damaged(path, damage)
     try:
@@ -241,7 +241,7 @@ def _looks_like_ours(content: bytes) -> bool:
     return b"\0" in content and sum(word in content for word in _OURS) >= len(_OURS) - 1
 
 
-def _damage(content: bytes) -> str:
+def damage_of(content: bytes) -> str:
     """What is wrong with a torch file as a zip archive, whose parts have checksums of their own."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -61,6 +61,18 @@ def write_whole(path: str | Path, content: bytes) -> None:
     _sync_folder(target.parent)
 
 
+def check_writable(path: str | Path) -> None:
+    """Refuse a file that can be seen to be one that `write_whole` cannot write.
+
+    Raises:
+        FileError: As `write_whole`.
+    """
+    target = Path(os.path.realpath(path))
+    _check_target(path, target)
+    if not os.access(target.parent, os.W_OK):
+        raise _refusal(path, target, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def read_whole(path: str | Path) -> bytes:
     """All bytes of a file.
 

@@ -156,6 +156,23 @@ class Steppers:
         self._pending = dict(state)
 
 
+def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimiser of an M-step needs to continue; its tensors are those that it steps with."""
+    if isinstance(optimizer, StepsPyroOptim):
+        return {"pyro": optimizer.optim.get_state()}
+    return optimizer.state_dict()
+
+
+def with_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """A new optimiser that continues from a state of `state_of`."""
+    if isinstance(optimizer, StepsPyroOptim):
+        optimizer.optim.optim_objs.clear()  # states are taken in by new ones only
+        optimizer.optim.set_state(state["pyro"])
+    else:
+        optimizer.load_state_dict(dict(state))
+    return optimizer
+
+
 def of_update(
     optim: Optimizer | pyro.optim.PyroOptim, parameters: list[Tensor]
 ) -> torch.optim.Optimizer:

@@ -1,0 +1,152 @@
+"""Keeps where a fit of exact steps stands, in a file, and lets another process go on from there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyro_em.fitting.checkpoint_file import CheckpointFile
+from pyro_em.fitting.fingerprints import Fingerprint
+from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.resuming import Between, ended_run, ended_state, standing_state
+from pyro_em.fitting.run import Run
+from pyro_em.fitting.search import Search
+from pyro_em.plan.program import Disagreement, Program
+from pyro_em.tracing.encoding import encoded
+from pyro_em.tracing.randomness import random_state
+
+
+@dataclass(eq=False)
+class ExactKeeper:
+    """See `pyro_em.fitting.run.Keeper`.
+
+    Attributes:
+        file: The file.
+        fingerprint: What the fit is, as it is now.
+        constant: What stays the same in the file.
+        search: Where the starts of the fit stand.
+        limits: ``max_steps`` and ``tol``.
+        is_watched: Whether callbacks may write parameters.
+        begin: When the fit began, the time before it was resumed included.
+    """
+
+    file: CheckpointFile
+    fingerprint: Callable[[Program], Fingerprint]
+    constant: Mapping[str, Any]
+    search: Search
+    limits: tuple[int, float]
+    is_watched: bool
+    begin: float
+    _current: Run | None = None
+    _between: Between | None = None
+
+    def after_step(self, em: Guarded, run: Run) -> None:
+        """See `pyro_em.fitting.run.Keeper.after_step`."""
+        if em.program.may_draw or em.state.optimizers:
+            self._between = Between.of(em)
+        if self.file.is_due():
+            self._keep(em, run, self._between)
+            self._write(em)
+
+    def at_rest(self, em: Guarded, run: Run) -> None:
+        """See `pyro_em.fitting.run.Keeper.at_rest`."""
+        if run.status is EMStatus.MAX_STEPS and run.num_steps < self.limits[0]:
+            return  # it goes on
+        if self.search.is_short and run.status is not EMStatus.INTERRUPTED:
+            return
+        is_broken = run.status in (EMStatus.INTERRUPTED, EMStatus.DEGENERATE, EMStatus.FELL)
+        self._keep(em, run, self._between if is_broken else None)
+
+    def _keep(self, em: Guarded, run: Run, between: Between | None) -> None:
+        self._current = run
+        self.search.drawn = self.search.generator.get_state()
+        run.rest = standing_state(em, run, self.is_watched, between)
+
+    def at_fork(self, em: Guarded, run: Run) -> None:
+        """See `pyro_em.fitting.run.Keeper.at_fork`."""
+        if run.fork is None:
+            run.fork = standing_state(em, run, self.is_watched)
+
+    def finish(self, em: Guarded) -> None:
+        """Write where the fit ended, unless that is in the file."""
+        if self.file.is_behind:
+            self._write(em)
+
+    def _write(self, em: Guarded) -> None:
+        self.file.write(lambda: self._state(em))
+
+    def _state(self, em: Guarded) -> dict[str, Any]:
+        search, current = self.search, self._current
+        long = [s for s in map(_of_run, search.runs) if s is not None]
+        short = search.left_short
+        rest = None if current is None or current in search.runs else current.rest
+        if rest is not None and search.is_short:
+            short = rest
+        elif rest is not None:
+            long.append(rest)
+        return {
+            "kind": "exact",
+            "fit": self.fingerprint(em.program),
+            **self.constant,
+            "limits": list(self.limits),
+            "seconds": time.perf_counter() - self.begin,
+            "random": encoded(random_state()) if rest is None else rest["random"],
+            "doubts": [{"places": off.places, "note": off.note} for off in em.doubts],
+            "told": list(em.state.told),
+            "search": {
+                "generator": search.drawn,
+                "at_candidates": search.at_candidates,
+                "limits": list(search.limits),
+                "stage": search.stage,
+                "done": search.done,
+                "waiting": [ended_state(r) for r in self._waiting()],
+                "long": [*long, *search.left],
+                "short": short,
+            },
+        }
+
+    def _waiting(self) -> list[Run]:
+        """The short runs; the present one of the first round is not yet one of them."""
+        search = self.search
+        return search.waiting if search.stage else search.waiting[: search.done]
+
+
+def _of_run(run: Run) -> dict[str, Any] | None:
+    """Where a run stood at its end; None where it was interrupted before it made a step."""
+    if run.rest is not None:
+        rest: dict[str, Any] = run.rest
+        return rest
+    return None if run.status is EMStatus.INTERRUPTED else ended_state(run)
+
+
+def search_of(state: Mapping[str, Any], asks_for_more: bool) -> Search:
+    """The starts of a fit as another process left them.
+
+    Args:
+        state: What the file says of them.
+        asks_for_more: Whether ``max_steps`` is larger now, or ``tol`` smaller: runs then go on from
+            where their path began to depend on it.
+    """
+    search = Search(torch.Generator())
+    search.generator.set_state(state["generator"])
+    search.drawn = state["generator"]
+    search.at_candidates, search.limits = state["at_candidates"], tuple(state["limits"])
+    search.stage, search.done = state["stage"], state["done"]
+    search.waiting = [ended_run(r) for r in state["waiting"]]
+    left = list(state["long"])
+    if asks_for_more:
+        left = [r if r.get("fork") is None else r["fork"] for r in left]
+    search.left, search.left_short = left, state["short"]
+    return search
+
+
+def doubts_of(state: Mapping[str, Any]) -> list[Disagreement]:
+    """What has shown that the program's bindings are not what the model does."""
+    return [
+        Disagreement(tuple(tuple(p) for p in off["places"]), off["note"]) for off in state["doubts"]
+    ]
