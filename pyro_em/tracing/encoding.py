@@ -109,7 +109,8 @@ def _encoded_tensor(t: Tensor) -> Any:
 
 def _as_tensor(a: np.ndarray[Any, Any]) -> Tensor:
     try:
-        return torch.from_numpy(a if all(s >= 0 for s in a.strides) else a.copy())
+        can_share = a.flags.writeable and all(s >= 0 for s in a.strides)
+        return torch.from_numpy(a if can_share else a.copy(order="K"))
     except TypeError as error:  # of texts or objects
         raise NotPlain(f"an array of {a.dtype}") from error
 
