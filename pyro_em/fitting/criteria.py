@@ -252,6 +252,9 @@ def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -
         if part.param != name:
             continue
         index = part.index
+        plain = alive is None and binding.how == "selection"
+        if plain and part.is_in_order and index.numel() == size:
+            return torch.ones(size, dtype=torch.bool, device=index.device)
         there = index >= 0
         if alive is not None:
             there = there & _shaped(alive, index)

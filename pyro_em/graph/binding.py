@@ -94,6 +94,19 @@ class Selection:
         """Whether every element of the argument comes from the parameter."""
         return not self.index.numel() or int(self.index.min()) >= 0
 
+    @cached_property
+    def is_in_order(self) -> bool:
+        """Whether its elements are those of the parameter, 0, 1, 2, …"""
+        return is_in_order(self.index)
+
+    @cached_property
+    def remembered(self) -> dict[Any, Any]:
+        """What was found out about its index, for the next who asks; copies begin without."""
+        return {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in vars(self).items() if name != "remembered"}
+
     def forward(self, parameter: Tensor) -> Tensor:
         """The argument's elements at a parameter value (anything where ``index`` is −1)."""
         index = self.index if self.is_whole else self.index.clamp(min=0)
@@ -222,4 +235,4 @@ def whole_parameter(binding: Binding, values: Mapping[str, Tensor]) -> str | Non
         return None
     (s,) = binding.selections
     plain = not s.maps and s.factor is None and s.index.numel() == values[s.param].numel()
-    return s.param if plain and is_in_order(s.index) else None
+    return s.param if plain and s.is_in_order else None

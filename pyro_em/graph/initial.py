@@ -62,6 +62,8 @@ def start_note(p: TracedParameter) -> Finding | None:
         return None
     where, start = f"parameter '{p.name}'", p.value()
     given = given.to(start.dtype)
+    if torch.equal(start, given):
+        return None
     if start.shape != given.shape or not bool(torch.isfinite(start).all()):
         return None
     if _base(p.constraint) is constraints.simplex:

@@ -134,7 +134,7 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     a, b = a.detach(), b.detach()
-    if _are_one(a, b):
+    if _are_one(a, b) or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)):
         return True
     if a.dtype == torch.bool or not a.is_floating_point():
         return a.shape == b.shape and bool((a == b).all())

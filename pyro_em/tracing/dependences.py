@@ -394,10 +394,12 @@ _LIBRARIES = ("torch", "pyro", "pyro_em", "numpy", "pandas", "logging", "tqdm", 
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 
+_WATCHED = (*_NUMBERS, Tensor, np.ndarray, np.generic, list, tuple, dict)
+
 
 def _may_be_watched(value: Any) -> bool:
     """Numbers, data and containers; functions and modules are looked into instead."""
-    return isinstance(value, (*_NUMBERS, Tensor, np.ndarray, np.generic, list, tuple, dict))
+    return isinstance(value, _WATCHED)
 
 
 def _is_same(a: Any, b: Any) -> bool:

@@ -21,6 +21,8 @@ from pyro_em.tracing.sites import tensors_of
 
 _FRESH = torch.ops.aten.lift_fresh.default
 
+_STRIDED = torch.strided
+
 _OF_TRANSFORMS = ("_inv", "_cached_x_y")  # what a transform remembers of its use
 
 _MADE, _HELD = "made of numbers", "held by the model"
@@ -46,9 +48,10 @@ def is_view(operation: Any) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     """The address at which the memory of a tensor begins; of one without such memory none."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not _STRIDED:
         return 0
-    return tensor.data_ptr() - tensor.storage_offset() * tensor.element_size()
+    offset = tensor.storage_offset()
+    return tensor.data_ptr() - (offset * tensor.element_size() if offset else 0)
 
 
 class OperationLog:
@@ -99,16 +102,23 @@ class OperationLog:
                     self._origin[_storage(part)] = number
         else:
             noted.append(self._other(out))
-        entry = tuple(noted)
-        self.entries.append(self._distinct.setdefault(entry, entry))
+        self.entries.append(self._shared(tuple(noted)))
         return out
+
+    def _shared(self, note: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A note, or the earlier one that it equals: the steps of a long run are alike.
+
+        Of a short run nothing is compared, which would take longer than to write it down.
+        """
+        return note if len(self.entries) < _NEAR else self._distinct.setdefault(note, note)
 
     def origin(self, tensor: Tensor, is_fresh: bool = False) -> Hashable:
         """Whence a tensor comes, and how it lies in its memory."""
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        if tensor.layout is not _STRIDED or tensor.is_meta or tensor.is_quantized:
             return object()  # equal to nothing
-        offset = tensor.storage_offset()
-        at = tensor.data_ptr() - offset * tensor.element_size()
+        offset, at = tensor.storage_offset(), tensor.data_ptr()
+        if offset:
+            at -= offset * tensor.element_size()
         known = self._origin.get(at)
         if isinstance(known, int) and not is_fresh:
             back = (len(self.entries) if self._end is None else self._end) - known
@@ -121,10 +131,8 @@ class OperationLog:
                 known = self._origin[at] = (_HELD, checksum(tensor))
             if self.reading is not None and known[0] is not _MADE:
                 self.reading.note(tensor)
-        laid = tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
-        laid = self._distinct.setdefault(laid, laid)
-        found = known, offset, laid
-        return self._distinct.setdefault(found, found)
+        laid = self._shared((tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad))
+        return self._shared((known, offset, laid))
 
     def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
         """Note all sites of the run, which is over: their distributions, plates and weights, and
@@ -157,7 +165,7 @@ class OperationLog:
         plates = tuple((f.name, f.dim, f.size, f.counter) for f in site["cond_indep_stack"])
         weights = self._other(site["mask"]), self._other(site["scale"])
         noted = bool(site["is_observed"]), plates, *weights, self._distribution(site["fn"])
-        noted = self._distinct.setdefault(noted, noted)
+        noted = self._shared(noted)
         self.entries.append((name, steps, noted, self._other(site["value"])))
         self.sites[name] = site
         self._end = None
@@ -186,8 +194,7 @@ class OperationLog:
     def _other(self, value: Any) -> Any:
         """A number, a list or an option; types are kept apart, since 1 == 1.0 == True."""
         if type(value) in _NUMBERS:
-            known = type(value), value
-            return self._distinct.setdefault(known, known)
+            return self._shared((type(value), value))
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):

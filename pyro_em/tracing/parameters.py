@@ -60,14 +60,14 @@ class TracedParameter:
         if known is not None:
             return known
         with torch.no_grad():
-            out = self._transform(u).detach()
+            out = self.transform(u).detach()
             if out.data_ptr() == u.data_ptr():
                 return out.clone()
             self._latest.keep(u, out)
             return out
 
     @cached_property
-    def _transform(self) -> Transform:
+    def transform(self) -> Transform:
         """From unconstrained values to constrained ones."""
         return transform_to(self.constraint)
 
@@ -78,7 +78,7 @@ class TracedParameter:
 
     def __getstate__(self) -> dict[str, Any]:
         """The attributes of a copy: what it needs to be quick it finds by itself."""
-        return {name: v for name, v in vars(self).items() if name not in ("_transform", "_latest")}
+        return {name: v for name, v in vars(self).items() if name not in ("transform", "_latest")}
 
 
 class _Latest:
@@ -293,8 +293,7 @@ def alive(parameters: Mapping[str, TracedParameter]) -> dict[str, TracedParamete
 def write_unconstrained(parameter: TracedParameter, value: torch.Tensor) -> None:
     """Write a constrained value in place into the parameter's unconstrained leaf."""
     with torch.no_grad():
-        transform = transform_to(parameter.constraint)
-        parameter.unconstrained.copy_(transform.inv(value))
+        parameter.unconstrained.copy_(parameter.transform.inv(value))
 
 
 def values_of(parameters: Mapping[str, TracedParameter]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from pyro_em.distributions import bounds, is_real
 from pyro_em.families.conjugacy import conjugate
 from pyro_em.families.form import Form
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import (
@@ -219,11 +219,8 @@ def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str
         if known is None or use.rule.link.name != "identity":
             return f"its {group.distribution} prior is not conjugate to a {use.rule.kind.value}"
         event = use.rule.kind.event_dim
-        if event and _whole_events(
-            prior.selection.index,
-            graph.parameters[prior.selection.param].leaf,
-            use.rule.kind.form,
-        ):
+        parameter = graph.parameters[prior.selection.param].leaf
+        if event and _whole_events(prior.selection, parameter, use.rule.kind.form):
             return f"its {group.distribution} prior is on other rows"
     return ""
 
@@ -247,14 +244,24 @@ def _as_use(
     if event:
         if selection.maps:
             return None, "an elementwise map of whole rows"
-        problem = _whole_events(selection.index, graph.parameters[name].leaf, rule.kind.form)
+        problem = _whole_events(selection, graph.parameters[name].leaf, rule.kind.form)
         if problem:
             return None, problem
     return Use(g, argument, selection, rule), ""
 
 
-def _whole_events(index: Tensor, parameter: Tensor, form: Form) -> str:
-    """A closed form maximises over whole rows or matrices: they must map one to one."""
+def _whole_events(selection: Selection, parameter: Tensor, form: Form) -> str:
+    """Why a closed form cannot maximise over whole rows or matrices, or nothing: a selection may be one
+    that earlier runs have shown.
+    """
+    asked = (_whole_events, parameter.shape, form.event_dim, form.is_row)
+    if asked not in selection.remembered:
+        selection.remembered[asked] = _not_one_to_one(selection.index, parameter, form)
+    return str(selection.remembered[asked])
+
+
+def _not_one_to_one(index: Tensor, parameter: Tensor, form: Form) -> str:
+    """Why the rows or matrices that are selected are not those of the parameter, or nothing."""
     event = form.event_dim
     if parameter.dim() < event or parameter.shape[-event:] != index.shape[-event:]:
         return "only part of a row of the parameter is used"
