@@ -508,8 +508,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
 
         Args:
-            *args: The model's arguments; where a guide draws latents also one ``DataLoader``, whose
-                batches are the model's arguments.
+            *args: The model's arguments; `Chunks` in their place for data larger than memory; where a
+                guide draws latents also one ``DataLoader``, whose batches are the model's arguments.
             max_steps: Steps at most; exactly so many with ``tol=0``. Stochastic fits run so many
                 steps where ``num_epochs`` is None.
             tol: Estimated remaining gain in nats at which to stop: g a / (1 − a), with g the last

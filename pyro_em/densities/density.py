@@ -33,6 +33,10 @@ class NormalRows(Protocol):
         """Sums of some rows, in float64. # (K, P)"""
         ...
 
+    def over_rows(self, p: Any, moments: Tensor) -> Tensor:
+        """Sums over all rows at hand, in a form that other rows add to. # (K, P')"""
+        ...
+
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""
         ...

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.family import Statistics
+from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.graph.factors import Group
 
 _MANY = 24
@@ -97,6 +98,7 @@ class Gaussian:
         K: Components.
         scalar: Whether each datum is a number (no ``to_event``).
         lead: Dimensions of the group before the component's: members and plates.
+        given_reach2: The same as ``reach2`` of all data, where these are a part of them. # (D,)
         reach2: The largest square of each centred feature. # (D,)
         upper: The pairs of `upper_pairs`. # (P,) each
         flat: Where they are among all D * D elements of a matrix. # (P,)
@@ -112,6 +114,7 @@ class Gaussian:
     K: int
     scalar: bool
     lead: int
+    given_reach2: Tensor | None = None
     reach2: Tensor = field(init=False)
     upper: tuple[Tensor, Tensor] = field(init=False)
     flat: Tensor = field(init=False)
@@ -121,8 +124,11 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         D = self.x.shape[0]
-        low, high = torch.aminmax(self.x, dim=1)
-        self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
+        if self.given_reach2 is None:
+            low, high = torch.aminmax(self.x, dim=1)
+            self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
+        else:
+            self.reach2 = self.given_reach2
         i, j = self.upper = upper_pairs(D, self.x.device)
         self.flat = i * D + j
         self.full = unfolding(D, self.x.device)
@@ -259,6 +265,10 @@ class Gaussian:
             out.append(torch.cat([weighted.sum(-1), second]))
         return torch.stack(out).to(torch.float64)
 
+    def over_rows(self, p: Prepared, moments: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        return moments
+
     def correction(self, p: Prepared, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""
         if p.wide is None or p.linear is None or p.linear.dtype == torch.float64:
@@ -294,12 +304,13 @@ class Gaussian:
         return {name: t.reshape(*(1,) * self.lead, *t.shape) for name, t in statistics.items()}
 
 
-def as_gaussian(group: Group, K: int) -> Gaussian | None:
+def as_gaussian(group: Group, K: int, all_data: AllData | None = None) -> Gaussian | None:
     """The rule of Gaussian sites whose arguments differ between components only, or None.
 
     Args:
         group: A collapsed group; its members and plates are the rows, members first.
         K: Number of components.
+        all_data: What is known of all data, where the group holds a part of them.
     """
     if group.family is None or not group.observed or group.elements is not None:
         return None
@@ -313,18 +324,29 @@ def as_gaussian(group: Group, K: int) -> Gaussian | None:
     if math.prod(value.shape[:lead]) != rows:
         return None
     event = value.shape[lead + 1 :]
+    centre = None if all_data is None else all_data.centres.get(group.members[0])
     if group.family.name == "MultivariateNormal" and len(event) == 1 and not group.event_dims:
         spread = next(n for n in group.arguments if n != "loc")
         if spread not in ("covariance_matrix", "scale_tril"):
             return None
-        return _centred(value.reshape(rows, -1), False, spread, K, False, lead)
+        return _centred(value.reshape(rows, -1), False, spread, K, False, lead, centre)
     if group.family.name == "Normal" and len(event) == group.event_dims <= 1:
         scalar = group.event_dims == 0
-        return _centred(value.reshape(rows, -1), True, "scale", K, scalar, lead)
+        return _centred(value.reshape(rows, -1), True, "scale", K, scalar, lead, centre)
     return None
 
 
-def _centred(x: Tensor, diagonal: bool, spread: str, K: int, scalar: bool, lead: int) -> Gaussian:
-    centre = x.mean(0, dtype=torch.float64).to(x.dtype)
+def _centred(
+    x: Tensor,
+    diagonal: bool,
+    spread: str,
+    K: int,
+    scalar: bool,
+    lead: int,
+    known: Centre | None,
+) -> Gaussian:
+    mean = x.mean(0, dtype=torch.float64) if known is None else known.mean
+    centre = mean.to(x.dtype)
     rows = torch.sub(x.T, centre.unsqueeze(-1), out=x.new_empty(x.shape[1], x.shape[0]))
-    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead)
+    reach2 = None if known is None else known.reach2
+    return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead, reach2)

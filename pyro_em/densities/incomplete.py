@@ -138,7 +138,7 @@ class Incomplete(Gaussian):
         self.patterns, self._layouts = patterns_of(seen.T), {}
         self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
         self._kept = {}
-        self.reach2 = self.x.square().amax(1)
+        self.reach2 = self.x.square().amax(1) if self.given_reach2 is None else self.given_reach2
         i, j = self.upper = upper_pairs(len(self.x), self.x.device)
         self.full = unfolding(len(self.x), self.x.device)
         self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
@@ -252,7 +252,7 @@ class Incomplete(Gaussian):
 
         Returns:
             Σ r E[d] and Σ r E[d dᵀ] with d = x' − μ' # (K, D + D²); of features those of each pattern,
-            with its Σ r # (K, U (P + 1)).
+            with its Σ r # (K, U (P + 1)), of which ``over_rows`` makes the same.
         """
         weights = torch.cat([weights.to(torch.float64), self.x.new_zeros(self.K, 1)], 1)
         if p.linear is not None:
@@ -274,6 +274,13 @@ class Incomplete(Gaussian):
             first += weighted.sum((0, 3))
             left = r.sum(-1, keepdim=True) * factors.left
             second += (weighted @ d.mT + left).sum(0)
+        return torch.cat([first, second.flatten(1)], 1)
+
+    def over_rows(self, p: Any, moments: Tensor) -> Tensor:
+        """Σ r E[d] and Σ r E[d dᵀ]; other rows have other patterns. # (K, D + D²)"""
+        if p.linear is None:
+            return moments
+        first, second = self._completed(p, moments)
         return torch.cat([first, second.flatten(1)], 1)
 
     def _completed(self, p: AtPatterns, moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,8 +307,5 @@ class Incomplete(Gaussian):
     ) -> Statistics:
         """The family's statistics about its location."""
         D = self.x.shape[0]
-        if p.linear is not None:
-            first, square = self._completed(p, moments)
-        else:
-            first, square = moments[:, :D], moments[:, D:].reshape(-1, D, D)
+        first, square = moments[:, :D], moments[:, D:].reshape(-1, D, D)
         return self._shaped({"deviation": first, "square": square, "weight": mass})

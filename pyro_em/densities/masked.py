@@ -52,7 +52,8 @@ class Masked(Gaussian):
         self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
         self.seen = seen.to(torch.float64)
         low, high = torch.aminmax(self.x, dim=1)
-        self.reach2 = torch.maximum(high, -low).square()
+        known = self.given_reach2
+        self.reach2 = torch.maximum(high, -low).square() if known is None else known
         if self.width * self.x.shape[1] <= FEW_CELLS:
             self.stored = self._features_of(slice(None))
 

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from pyro_em.densities.incomplete import Incomplete
 from pyro_em.densities.masked import Masked
+from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 
 
-def as_incomplete(group: Group, K: int) -> Incomplete | Masked | None:
+def as_incomplete(
+    group: Group, K: int, all_data: AllData | None = None
+) -> Incomplete | Masked | None:
     """The rule of Gaussian sites with missing entries, or None; see `as_gaussian`."""
     lead = 1 + group.n_plates
     value = group.value
@@ -33,11 +36,14 @@ def as_incomplete(group: Group, K: int) -> Incomplete | Masked | None:
         kind, spread = Masked, "scale"
     else:
         return None
-    x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1))
-    return kind(x, centre, kind is Masked, spread, K, False, lead)
+    known = None if all_data is None else all_data.centres.get(group.members[0])
+    x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1), known)
+    reach2 = None if known is None else known.reach2
+    return kind(x, centre, kind is Masked, spread, K, False, lead, reach2)
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+def _centred(x: Tensor, known: Centre | None) -> tuple[Tensor, Tensor]:
     """The data about the mean of what is seen, and that. # (D, N), (D,)"""
-    centre = x.to(torch.float64).nanmean(0).nan_to_num(0.0)
-    return (x.to(torch.float64) - centre).T.contiguous(), centre
+    wide = x.to(torch.float64)
+    centre = wide.nanmean(0).nan_to_num(0.0) if known is None else known.mean
+    return (wide - centre).T.contiguous(), centre

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import message, warn
-from pyro_em.fitting.point import Made, Point, SumsPoint, TracedPoint, Values
+from pyro_em.fitting.point import Made, PartsPoint, Point, SumsPoint, TracedPoint, Values
 from pyro_em.plan.program import Evaluation, Program
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.tracing.randomness import random_state
@@ -121,6 +121,14 @@ class ByTracing:
         reached.massless = report.massless
         return reached, after_m_step(point, reached.evaluation.tables)
 
+    def judged(self, point: SumsPoint) -> TracedPoint:
+        """A point on sums with tables."""
+        return point.judged()
+
+    def has_fallen(self, before: Point, after: Point, allowed: float) -> bool:
+        """Whether the objective fell by more than rounding; it is reported."""
+        return has_fallen(self.program, before, after, allowed)
+
 
 def after_m_step(before: Point, tables: Sequence[Tensor]) -> float:
     """ELBO(q, θ_new) in nats, from the E-step before and the log densities after the M-step.
@@ -130,13 +138,13 @@ def after_m_step(before: Point, tables: Sequence[Tensor]) -> float:
     return expected_log_joint(before.q.counts, tables) + before.q.entropy_value
 
 
-def has_fallen(program: Program, before: Point, after: Point) -> bool:
+def has_fallen(program: Program, before: Point, after: Point, allowed: float) -> bool:
     """Whether the objective fell by more than rounding, which EM rules out.
 
     A fall is reported with the site that did it.
     """
     old, new = before.objective, after.objective
-    if new >= old - allowed_fall(old, program.graph.eps) or not program.is_monotone:
+    if new >= old - allowed or not program.is_monotone:
         return False
     losses = {}
     for g in range(len(program.graph.groups)):
@@ -183,5 +191,5 @@ def allowed_fall(objective: float, eps: float) -> float:
 
 def values_at(point: Point) -> Values:
     """The parameter values of a point that has them."""
-    assert isinstance(point, (TracedPoint, SumsPoint))
+    assert isinstance(point, (TracedPoint, SumsPoint, PartsPoint))
     return point.values

@@ -7,16 +7,19 @@ the ordinary raises `Handover`: `pyro_em.fitting.guarded` then takes a step thro
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import Handover
+from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import Point, SumsPoint, Values
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.statistics import Expectation
 
 
 class OnSums:
@@ -25,10 +28,11 @@ class OnSums:
     Args:
         program: The model with its data.
         block: The latents, with their E-step and the parameters' M-step.
+        data: The parts of the data; None where all are at hand.
     """
 
-    def __init__(self, program: Program, block: QuickSteps) -> None:
-        self.program, self.block = program, block
+    def __init__(self, program: Program, block: QuickSteps, data: Parted | None = None) -> None:
+        self.program, self.block, self.data = program, block, data
 
     @torch.inference_mode()
     def e_step(self, values: Values | None = None, index: int = 0) -> SumsPoint:
@@ -40,11 +44,25 @@ class OnSums:
         theta = self.block.theta
         try:
             at = theta.enter(values_of(self.program.graph.parameters) if values is None else values)
-            expectation = self.block.e_step(at)
+            expectation = self.expectation(at)
         except torch.linalg.LinAlgError as error:
             raise Handover from error
         log_prior = theta.log_prior(at)
-        return SumsPoint(self.program, self.block, at, expectation, log_prior, values)
+        return self.point(at, expectation, log_prior, values)
+
+    def expectation(self, at: Any) -> Expectation:
+        """Sums over all data."""
+        if self.data is None:
+            return self.block.e_step(at)
+        values = self.block.theta.values(at)
+        return self.data.over.sum(lambda part: part.expectation(values))
+
+    def point(
+        self, at: Any, expectation: Expectation, log_prior: float, values: Values | None = None
+    ) -> SumsPoint:
+        """A point with its E-step."""
+        how = None if self.data is None else self.data.how
+        return SumsPoint(self.program, self.block, at, expectation, log_prior, values, how)
 
     def m_step(self, at: Point) -> tuple[Values, float]:
         """See `pyro_em.fitting.em_map.EMMap.m_step`; nothing is written.
@@ -72,20 +90,24 @@ class OnSums:
         theta = self.block.theta
         try:
             after, gain = theta.m_step(at.at, at.expectation)
-            expectation = self.block.e_step(after)
+            expectation = self.expectation(after)
         except torch.linalg.LinAlgError as error:
             raise Handover from error
-        reached = SumsPoint(self.program, self.block, after, expectation, theta.log_prior(after))
-        return reached, at.objective + gain
+        return self.point(after, expectation, theta.log_prior(after)), at.objective + gain
 
 
-def on_sums(program: Program) -> OnSums | None:
-    """The quick map of a program, or None where it has none; the plan says why."""
+def on_sums(program: Program, data: Parted | None = None) -> OnSums | None:
+    """The quick map of a program, or None where it has none; the plan says why.
+
+    Args:
+        program: The model with its data.
+        data: The parts of the data; None where all are at hand.
+    """
     block = program.kernel.block
-    if block is None:
+    if block is None or (data is not None and not data.is_quick):
         return None
     keep_freed_memory()
-    return OnSums(program, block)
+    return OnSums(program, block, data)
 
 
 def tells_apart(at: SumsPoint) -> bool:

@@ -12,6 +12,7 @@ import pyro
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import epochs
 from pyro_em.fitting.checkpoints import at_beginning, opened, origin_of_state
+from pyro_em.fitting.chunked import chunked, chunks_in, first_arguments, refuse_chunks_of_a_guide
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.joining import Joined
 from pyro_em.fitting.kept_fit import Kept
@@ -116,7 +117,7 @@ def _fit(
 def _arguments_of(session: Session, args: tuple, kwargs: dict[str, Any]) -> tuple:
     """The model's positional arguments; with the first batch where there is a loader."""
     if not args or not is_loader(args[0]):
-        return args
+        return first_arguments(args)
     first = first_batch(args[0])
     items = tuple(first) if isinstance(first, (tuple, list)) else (first,)
     check_loader(session.request.model, len(items), args[1:], kwargs)
@@ -166,7 +167,10 @@ def _exact(
         keeper=keeper,
     )
     init, seed = wishes.init, wishes.seed
-    em = Guarded(program, session.m_step_state, remembers=kept is not None)
+    chunks = chunks_in(args)
+    data = None if chunks is None else chunked(session, program, chunks, args[1:], kwargs)
+    lead = program if data is None else data.lead
+    em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
     if kept is not None:
         kept.take_up(em)
     search = Search.seeded(seed) if keeper is None else keeper.search
@@ -178,8 +182,8 @@ def _exact(
     restore(program.graph.parameters, best.parameters)
     session.total_steps = before + best.num_steps
     session.last_data.note(args, kwargs)
-    later = unobserved(program, session.request.max_enumeration)
-    return build_result(program, best, runs, settings, init, seed, session.total_steps, later)
+    later = None if data else unobserved(program, session.request.max_enumeration)
+    return build_result(em, best, runs, settings, init, seed, session.total_steps, later)
 
 
 def _stochastic(
@@ -192,6 +196,8 @@ def _stochastic(
     per_epoch: int | None = None,
 ) -> EMResult:
     refuse_exact_keywords(wishes.init, wishes.num_restarts, wishes.acceleration)
+    if chunks_in(args) is not None:
+        refuse_chunks_of_a_guide()
     batches, held_out = epochs.data_of(wishes, args, kwargs, per_epoch)
     refuse_rows_of_a_guide(trainer.variational, batches, held_out)
     if held_out is not None:

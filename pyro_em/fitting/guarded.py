@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_em.errors import Handover, message, warn
-from pyro_em.fitting.em_map import ByTracing, after_m_step, allowed_fall, has_fallen, write
+from pyro_em.fitting.by_parts import ByParts
+from pyro_em.fitting.em_map import ByTracing, after_m_step, allowed_fall, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
+from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import Point, SumsPoint
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Disagreement, Program
@@ -64,6 +66,7 @@ class Guarded:
     Args:
         program: The model with its data, as a reading found them.
         state: What lasts from one M-step to the next.
+        data: The parts of the data; None where the program has all.
         remembers: Whether points through tables say what they were made from.
 
     Attributes:
@@ -74,12 +77,25 @@ class Guarded:
     """
 
     def __init__(
-        self, program: Program, state: MStepState | None = None, remembers: bool = False
+        self,
+        program: Program,
+        state: MStepState | None = None,
+        data: Parted | None = None,
+        *,
+        remembers: bool = False,
     ) -> None:
-        self.state = MStepState() if state is None else state
-        self.sound = ByTracing(program, self.state, remembers)
+        self.state, self.data = MStepState() if state is None else state, data
+        self.remembers = remembers
+        self._begin(program)
         self.doubts: list[Disagreement] = []
         self.start_over()
+
+    def _begin(self, program: Program) -> None:
+        self.sound: ByTracing | ByParts = (
+            ByTracing(program, self.state, self.remembers)
+            if self.data is None
+            else ByParts(self.data, self.state)
+        )
 
     @property
     def program(self) -> Program:
@@ -88,19 +104,22 @@ class Guarded:
 
     def start_over(self) -> None:
         """Take quick steps, whatever happened to earlier ones."""
-        self.quick: OnSums | None = on_sums(self.program)
+        self.quick: OnSums | None = on_sums(self.program, self.data)
         self.handovers = 0
 
     def reread(self) -> None:
         """Read the model on the data as they are now."""
-        self.sound = ByTracing(self.program.reread(), self.state, self.sound.remembers)
+        if self.data is not None:
+            self.data.refuse_changes()
+        self._begin(self.program.reread())
         self.doubts = []
         self.start_over()
 
     def distrust(self, off: Disagreement) -> None:
         """Run the model at each step from now on: its bindings are not what it does."""
-        program = distrusted(self.program, off)
-        self.sound = ByTracing(program, self.state, self.sound.remembers)
+        if self.data is not None:
+            self.data = self.data.distrusted(off)
+        self._begin(distrusted(self.program, off))
         self.doubts.append(off)
 
     def stay_sound(self) -> None:
@@ -197,16 +216,18 @@ class Guarded:
     def _sound_step(self, at: Point, index: int, verify: bool, touched: bool) -> Step:
         program = self.program
         if isinstance(at, SumsPoint):
-            at = (at if touched else self.published(at)).judged()
+            at = self.sound.judged(at if touched else self.published(at))
         origin = snapshot(program.graph.parameters)
         try:
             confirm = self._confirm if verify and program.compiled else None
             after, bound = self.sound.step(at, index, confirm)
         except Unconfirmed as error:  # the parameters are as before the step
             self.distrust(error.off)
-            after, _ = self.sound.step(self.sound.e_step(index=index), index)
-            bound = after_m_step(at, after.evaluation.tables)
-        if not touched and has_fallen(self.program, at, after):
+            after, bound = self.sound.step(self.sound.e_step(index=index), index)
+            if self.data is None:
+                bound = after_m_step(at, after.evaluation.tables)
+        allowed = allowed_fall(at.objective, self.program.graph.eps)
+        if not touched and self.sound.has_fallen(at, after, allowed):
             restore(self.program.graph.parameters, origin)
             raise Fell
         return Step(at, bound, after)
@@ -253,13 +274,17 @@ class Guarded:
             restore(self.program.graph.parameters, origin)
             raise
 
+    def disagreements(self) -> Disagreement:
+        """Where a fresh trace differs from what the bindings predict."""
+        return self.program.disagreements() if self.data is None else self.data.disagreements()
+
     def _confirm(self) -> None:
         """Hold a fresh trace against what steps compute from the parameters.
 
         Raises:
             Unconfirmed: If it differs; it has been said.
         """
-        off = self.program.disagreements()
+        off = self.disagreements()
         if off:
             warn_disagreement(self.program.kernel, off, "it is not")
             raise Unconfirmed(off)

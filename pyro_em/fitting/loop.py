@@ -276,7 +276,7 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
         run.status = EMStatus.INTERRUPTED
         return run
     run.record(em.program, at)
-    run.began_symmetric = _is_symmetric(at)
+    run.began_symmetric = _is_symmetric(em, at)
     return run
 
 
@@ -297,7 +297,7 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     program = em.program
     if program.compiled and run.num_steps > run.verify_at + 1 and run.verified is not None:
         try:
-            off = program.disagreements()
+            off = em.disagreements()
         except KeyboardInterrupt:
             run.status = EMStatus.INTERRUPTED
             return
@@ -315,9 +315,9 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:
         return
     # A prior, a constraint, a constant or a fixed parameter of one component may have parted them.
-    if _is_symmetric(run.last):
+    if _is_symmetric(em, run.last):
         if settings.bar.starts == 1:
-            _warn_symmetric(run.last.q)
+            _warn_symmetric(_at_hand(em, run.last))
         if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING):
             run.status = EMStatus.SYMMETRIC
 
@@ -350,11 +350,18 @@ def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
 # ---------------------------------------------------------------- symmetric starts
 
 
-def _is_symmetric(at: Point) -> bool:
+def _is_symmetric(em: Guarded, at: Point) -> bool:
     """`is_symmetric`, without tables where the arguments already tell the components apart."""
     if isinstance(at, SumsPoint) and (not at.program.graph.latents or tells_apart(at)):
         return False
-    return is_symmetric(at.q)
+    return is_symmetric(_at_hand(em, at))
+
+
+def _at_hand(em: Guarded, at: Point) -> Posterior:
+    """The E-step at a point, of the part at hand where the data come in parts."""
+    if em.data is None:
+        return at.q
+    return em.program.posterior(em.program.evaluate())
 
 
 def is_symmetric(q: Posterior) -> bool:

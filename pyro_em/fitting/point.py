@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_em.errors import UsageError, message
+from pyro_em.plan.part import Before, Summary
 from pyro_em.plan.program import Evaluation, Program
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.quick import QuickSteps
@@ -91,6 +93,7 @@ class SumsPoint(Point):
         expectation: The E-step.
         log_prior: Of point estimates, in nats.
         values: All parameters by name, where they are known, and nobody writes them.
+        how: How the data are parted, in words; None where all are at hand.
     """
 
     def __init__(
@@ -101,8 +104,9 @@ class SumsPoint(Point):
         expectation: Expectation,
         log_prior: float,
         values: Values | None = None,
+        how: str | None = None,
     ) -> None:
-        self.program, self.block, self.at = program, block, at
+        self.program, self.block, self.at, self.how = program, block, at, how
         self.expectation, self.log_prior = expectation, log_prior
         self.log_evidence = expectation.log_evidence  # E-steps on sums are exact
         self.objective = expectation.log_evidence + log_prior
@@ -131,8 +135,55 @@ class SumsPoint(Point):
 
     @cached_property
     def q(self) -> Posterior:  # type: ignore[override]
-        """The E-step there."""
+        """The E-step there.
+
+        Raises:
+            UsageError: If the data come in parts.
+        """
+        if self.how is not None:
+            raise UsageError(no_posterior(self.how))
         return self.program.posterior(self.evaluation)
+
+
+class PartsPoint(Point):
+    """A point whose data come in parts: what all of them say is known, and no tables.
+
+    Args:
+        values: Constrained parameter values by name.
+        before: The parameters as they are in the param store, for another look at a part.
+        summary: What the E-step says.
+        how: How the data are parted, in words.
+    """
+
+    def __init__(self, values: Values, before: Before, summary: Summary, how: str) -> None:
+        self.values, self.before, self.how = values, before, how
+        self.objective, self.log_evidence = summary.bound, summary.log_evidence
+        self.log_prior = summary.bound - summary.log_evidence
+        self.made = Made(before.unconstrained, before.index)
+        self.massless = {}
+
+    @property
+    def q(self) -> Posterior:  # type: ignore[override]
+        """There is none of all data at once.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(no_posterior(self.how))
+
+
+def no_posterior(how: str) -> str:
+    """The sentence on a posterior of data in parts.
+
+    Args:
+        how: How the data are parted, in words.
+    """
+    return message(
+        "posterior",
+        f"the data of this fit were given {how}.",
+        "the posterior of all rows would be as large as all of the data",
+        ["ask for that of some rows: em.posterior(rows)"],
+    )
 
 
 class LeftPoint(Point):

@@ -24,9 +24,10 @@ from pyro_em.fitting.criteria import (
 )
 from pyro_em.fitting.ends import End
 from pyro_em.fitting.epochs import StochasticRun, bound_of
+from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.identified import undetermined
 from pyro_em.fitting.information import StaticInformation, loadings_of
-from pyro_em.fitting.point import SumsPoint
+from pyro_em.fitting.point import PartsPoint, SumsPoint
 from pyro_em.fitting.result import EMResult, EMStatus, History, Params
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
@@ -34,6 +35,7 @@ from pyro_em.fitting.stopping import rate_of_convergence
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import with_unobserved
+from pyro_em.portable import Refused
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import scales_of
 from pyro_em.posteriors.later_faces import LaterFaces
@@ -54,7 +56,7 @@ logger = logging.getLogger("pyro_em")
 
 
 def build_result(
-    program: Program,
+    em: Guarded,
     run: Run,
     runs: Sequence[Run],
     settings: Settings,
@@ -66,7 +68,7 @@ def build_result(
     """Collect a run into a result; everything is at the returned parameters.
 
     Args:
-        program: The model with its data; its parameters are those of ``run``.
+        em: The map, whose program's parameters are those of ``run``.
         run: The best run.
         runs: All of them.
         settings: What all starts shared.
@@ -76,8 +78,8 @@ def build_result(
         later: Moments of Gaussian latents that no observation depends on.
     """
     assert run.last is not None
-    last = run.last
-    if isinstance(last, SumsPoint):
+    last, program, data = run.last, em.program, em.data
+    if isinstance(last, (SumsPoint, PartsPoint)):
         log_evidence, bound, log_prior = last.log_evidence, last.objective, last.log_prior
         posterior = cache(lambda: with_unobserved(last.q, later))
     else:
@@ -97,7 +99,7 @@ def build_result(
         warn(text)
     parameters = program.graph.parameters
     _warn_of_massless(program, run)
-    rows = num_rows(program)
+    rows = num_rows(program) if data is None else data.over.sum(lambda p: num_rows(p.program))
     if settings.bar.starts > 1:
         start = f"best of {sum(not r.is_replaced for r in runs)} starts: {run.name}"
     else:
@@ -134,10 +136,25 @@ def build_result(
         start=start,
         seed=seed,
         dtype=program.graph.dtype,
-        _standard_errors=lambda: _observed_information(program, unconstrained),
+        _standard_errors=(
+            (lambda: _observed_information(program, unconstrained))
+            if data is None
+            else Refused(_of_parts(data.how))
+        ),
         log_prior=log_prior,
         _posterior=posterior,
-        _information=_information_of(program, unconstrained),
+        is_parted=data is not None,
+        _information=None if data else _information_of(program, unconstrained),
+    )
+
+
+def _of_parts(how: str) -> str:
+    """Why there are no standard errors of data in parts."""
+    return message(
+        "standard_errors",
+        f"the data of this fit were given {how}.",
+        "the curvature of the evidence is taken of data at hand",
+        ["take them of a sample of rows, and divide by the root of how many times more there are"],
     )
 
 

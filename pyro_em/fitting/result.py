@@ -196,6 +196,7 @@ class EMResult(Portable, NamesFromElsewhere):
         seed: The seed that was given.
         dtype: Of the densities.
         bound_name: Which bound ``elbo`` and ``history`` hold, in words.
+        is_parted: Whether the data came in parts, so that there is no posterior of all rows at once.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = OF_RESULT
@@ -223,6 +224,7 @@ class EMResult(Portable, NamesFromElsewhere):
     log_prior: float = 0.0
     num_local_estimates: int = 0
     bound_name: str = "ELBO"
+    is_parted: bool = False
     ends: tuple[End, ...] = ()
     _information: StaticInformation | None = field(default=None, repr=False)
 
@@ -275,9 +277,10 @@ class EMResult(Portable, NamesFromElsewhere):
     def icl(self) -> float | None:
         """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better.
 
-        H(q) is the entropy of the discrete latents: how clearly rows belong to their components.
+        H(q) is the entropy of the discrete latents: how clearly rows belong to their components. None
+        without an evidence, and where the data came in parts.
         """
-        if self.bic is None:
+        if self.bic is None or self.is_parted:
             return None
         q = self.posterior
         return self.bic + 2 * (q.entropy_value if isinstance(q, Posterior) else q.entropy())
@@ -357,11 +360,12 @@ class EMResult(Portable, NamesFromElsewhere):
                 f" ({self.seconds:.2f} s)\n{self.message}"
             )
         single = self.num_rows == 1
+        icl = "" if self.icl is None else f"  ICL {self.icl:.3f}"
         prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"
         return (
             f"log evidence {self.log_evidence:.6f}{prior} after {self.num_steps} steps"
             f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
-            f"BIC {self.bic:.3f}  AIC {self.aic:.3f}  ICL {self.icl:.3f}"
+            f"BIC {self.bic:.3f}  AIC {self.aic:.3f}{icl}"
             f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
             + self._uncounted()
             + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.point import LeftPoint, Made, Point, SumsPoint, TracedPoint
+from pyro_em.fitting.point import LeftPoint, Made, PartsPoint, Point, SumsPoint, TracedPoint
 from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.run import Cycle, Run, Seen
 from pyro_em.tracing.encoding import NotPlain, decoded, encoded
@@ -201,7 +201,7 @@ def _of_point(point: Point | None) -> dict[str, Any] | None:
             "log_prior": encoded(point.log_prior),
             "values": encoded(point.__dict__.get("values")),
         }
-    if isinstance(point, TracedPoint) and point.made is not None:
+    if isinstance(point, (TracedPoint, PartsPoint)) and point.made is not None:
         return {
             "kind": "made",
             "massless": massless,
@@ -247,17 +247,17 @@ def _point_of(em: Guarded, state: Mapping[str, Any] | None) -> Point | None:
 
 
 def _sums_of(em: Guarded, state: Mapping[str, Any]) -> SumsPoint:
-    steps = on_sums(em.program)
+    steps = on_sums(em.program, em.data)
     assert steps is not None  # the fingerprint of the fit names what iterates
     at, expectation = decoded(state["at"]), decoded(state["expectation"])
     if expectation is None:
         with torch.inference_mode():
-            expectation = steps.block.e_step(at)
+            expectation = steps.expectation(at)
     log_prior, values = decoded(state["log_prior"]), decoded(state["values"])
-    return SumsPoint(em.program, steps.block, at, expectation, log_prior, values)
+    return steps.point(at, expectation, log_prior, values)
 
 
-def _made_of(em: Guarded, state: Mapping[str, Any]) -> TracedPoint:
+def _made_of(em: Guarded, state: Mapping[str, Any]) -> Point:
     made = Made(decoded(state["unconstrained"]), state["index"], decoded(state["random"]))
     restore(em.program.graph.parameters, made.unconstrained)
     before = random_state()

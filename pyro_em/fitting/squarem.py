@@ -149,7 +149,7 @@ def _map_of(em: Guarded, settings: Settings, last: Point) -> tuple[EMMap, Point]
     if em.quick is not None and quick and isinstance(last, SumsPoint):
         return em.quick, last
     if isinstance(last, SumsPoint):
-        return em.sound, last.judged()
+        return em.sound, em.sound.judged(last)
     return em.sound, last
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
+from pyro_em.graph.all_data import AllData
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import Structure
@@ -319,13 +320,23 @@ def _once(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FactorGraph:
-    """A traced model: plates, latents, stacked factors with bindings, parameters, what is missing."""
+    """A traced model.
+
+    Attributes:
+        structure: Its plates and sites.
+        latents: The latents that are summed.
+        groups: Stacked factors with bindings.
+        parameters: All parameters.
+        missing: What is missing.
+        all_data: What is known of all data, where the graph holds a part of them.
+    """
 
     structure: Structure
     latents: Mapping[str, Latent]
     groups: tuple[Group, ...]
     parameters: Mapping[str, TracedParameter]
     missing: tuple[Missing, ...] = ()
+    all_data: AllData | None = None
 
     @property
     def is_static(self) -> bool:

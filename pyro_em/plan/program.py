@@ -46,6 +46,7 @@ from pyro_em.posteriors.gaussian_steps import (
     Solved,
     at_zero,
     expected_densities,
+    for_updates,
     in_m_step,
     tables_of,
 )
@@ -58,12 +59,14 @@ from pyro_em.posteriors.strategies import (
     e_step_of,
     gives_up,
 )
+from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.dependences import Dependences, changed_since
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.m_step import MStepReport, MStepState, m_step
+from pyro_em.updates.data_sums import DataSums
+from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
 from pyro_em.updates.update import Gradient, ParameterUpdate
 
 
@@ -179,6 +182,10 @@ class Program(StaysHere):
         if any(g.value.is_inference() for g in self.graph.groups):
             return Finding("data", "the data were made in inference mode")
         return None
+
+    def on(self, graph: FactorGraph) -> Program:
+        """The same on another graph of the same run."""
+        return replace(self, graph=graph, on_sums=later_kernel(graph, self.updates))
 
     def is_changed(self) -> bool:
         """Whether something that was read, the parameters excepted, is another by now."""
@@ -313,6 +320,31 @@ class Program(StaysHere):
             expand: Whether parameters may be expanded: q is the posterior at the present ones.
         """
         state = MStepState() if state is None else state
+        graph = for_updates(evaluation.graph)
+        with self.searching():
+            return m_step_over(
+                lambda: Whole(self.data_sums(counts, evaluation, state)),
+                graph,
+                self.updates,
+                state,
+                expand=expand,
+            )
+
+    def data_sums(
+        self,
+        counts: Sequence[Tensor],
+        evaluation: Evaluation,
+        state: MStepState,
+        values: Mapping[str, Tensor] | None = None,
+    ) -> DataSums:
+        """What an M-step asks of the data, as they are after an E-step.
+
+        Args:
+            counts: Expected counts per group.
+            evaluation: The factors at the E-step.
+            state: What lasts from one M-step to the next.
+            values: The parameters at the E-step; those in the param store where None.
+        """
 
         def densities(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
             try:
@@ -325,17 +357,15 @@ class Program(StaysHere):
 
         graph, arguments = evaluation.graph, evaluation.arguments
         if not evaluation.solved:
-            with self._searching():
-                return m_step(graph, self.updates, counts, arguments, densities, state)
+            return DataSums(graph, self.updates, counts, arguments, densities, values)
         own, weights, arguments = in_m_step(graph, counts, arguments, evaluation.solved)
 
         def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
             return expected_densities(own, values, groups, densities, self._trace)
 
-        with self._searching():
-            return m_step(own, self.updates, weights, arguments, expected, state, expand=expand)
+        return DataSums(own, self.updates, weights, arguments, expected, values)
 
-    def _searching(self) -> AbstractContextManager[None]:
+    def searching(self) -> AbstractContextManager[None]:
         """An M-step, which may run the model at many trial points."""
         runs = any(isinstance(u.update, Gradient) for u in self.updates.values())
         return self.dependences.own_names() if runs and not self.compiled else nullcontext()

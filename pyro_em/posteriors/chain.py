@@ -146,7 +146,10 @@ class Chain(QuickBlock):
                 linear[g] = part
             elif g in lines:
                 normals[g] = lines[g]
-            elif (rule := as_gaussian(groups[g], K) or as_incomplete(groups[g], K)) is not None:
+            elif (
+                rule := as_gaussian(groups[g], K, graph.all_data)
+                or as_incomplete(groups[g], K, graph.all_data)
+            ) is not None:
                 normals[g] = rule
             else:
                 others.append(g)
@@ -266,7 +269,7 @@ class Chain(QuickBlock):
                 weights = weights.to(rule.x.dtype)
             total = weights.sum(1, dtype=torch.float64)
             moments = rule.moments(at.prepared[g], weights, features[g])
-            sums[g] = {"moments": moments, "mass": total}
+            sums[g] = {"moments": rule.over_rows(at.prepared[g], moments), "mass": total}
             log_evidence = log_evidence + rule.correction(at.prepared[g], moments, total)
         for g in self.others:
             sums[g] = self._counted(g, self._at_steps(mass, g), at.arguments[g])

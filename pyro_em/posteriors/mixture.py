@@ -138,7 +138,12 @@ class Mixture(QuickBlock):
                 continue
             if varies(groups[g]):
                 return why_not_constant(groups[g])
-            rule = as_gaussian(groups[g], K) or as_incomplete(groups[g], K) if single else None
+            rule = (
+                as_gaussian(groups[g], K, graph.all_data)
+                or as_incomplete(groups[g], K, graph.all_data)
+                if single
+                else None
+            )
             if rule is None:
                 others.append(g)
             else:
@@ -325,7 +330,9 @@ class Mixture(QuickBlock):
         if entries:
             assert eta is not None
             out[NATURAL] = {"features": scattered(eta, self.columns, entries)}
-        out |= {g: {"moments": sums[g], "mass": counted[g]} for g in self.normals}
+        for g, rule in self.normals.items():
+            moments = rule.over_rows(at.prepared[g], sums[g])
+            out[g] = {"moments": moments, "mass": counted[g]}
         largest = max((at.prepared[g].size for g in self.normals), default=0.0)
         noise = 2e-16 * self.total / self.N**0.5 * largest
         return Expectation(log_evidence, out, noise=noise)

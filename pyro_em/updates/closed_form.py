@@ -232,7 +232,12 @@ def solver_of(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Sol
     assert kind is not None and isinstance(update.update, ClosedForm)
     event = kind.event_dim
     selections = [u.selection for u in update.uses]
-    used = used_events([*selections, *(p.selection for p in update.priors)], value, event)
+    read = None if graph.all_data is None else graph.all_data.read.get(update.name)
+    if read is None:
+        read = used_events(selections, value, event)
+    used = read
+    if update.priors:
+        used = read | used_events([p.selection for p in update.priors], value, event)
     index = selections[0].index
     direct = (
         len(selections) == 1
@@ -246,7 +251,7 @@ def solver_of(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Sol
         tuple(value.shape),
         direct,
         used,
-        used_events(selections, value, event),
+        read,
         bool(used.all()),
         bounds(graph.parameters[update.name].constraint) if event == 0 else None,
         update.update.floor,

@@ -89,6 +89,8 @@ def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -
         One number per event of the parameter, or one per feature. # (events,) or (events, D)
     """
     assert update.kind is not None
+    if graph.all_data is not None and update.name in graph.all_data.magnitudes:
+        return graph.all_data.magnitudes[update.name]
     event = update.kind.event_dim
     size = _prod(value.shape[value.dim() - event :])
     n_events = value.numel() // size

@@ -1,0 +1,114 @@
+"""A fit to chunks: each chunk is read as the model with these rows, in every pass anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import UsageError, message
+from pyro_em.fitting.parted import Parted
+from pyro_em.fitting.session import Session
+from pyro_em.plan.part import Part
+from pyro_em.plan.program import Program
+from pyro_em.reduction.over_parts import OverParts
+from pyro_em.sources.chunks import Chunks
+
+HOW = "in chunks"
+
+# Parts of so few data are read once: with their tables they are some hundred MB at most.
+_KEPT_BYTES = 2**23
+
+
+def chunks_in(args: tuple) -> Chunks | None:
+    """The chunks that stand for a model's first arguments, if there are any."""
+    return args[0] if args and isinstance(args[0], Chunks) else None
+
+
+def first_arguments(args: tuple) -> tuple:
+    """The model's positional arguments, with those of the first chunk."""
+    chunks = chunks_in(args)
+    if chunks is None:
+        return args
+    return (*next(chunks.read()).args, *args[1:])
+
+
+def chunked(
+    session: Session, lead: Program, chunks: Chunks, rest: tuple, kwargs: dict[str, Any]
+) -> Parted:
+    """The parts of a fit to chunks.
+
+    Args:
+        session: Reads the model.
+        lead: The model with the first chunk.
+        chunks: The data.
+        rest: The model's other positional arguments.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        PyroEMError: If a chunk cannot be used.
+    """
+
+    noted = lead.noting(
+        "the data are read in chunks in each pass; initial values that the model computes from its "
+        "data, and starts, are those of the first chunk."
+    )
+    return Parted.of(OverParts(_Passes(session, chunks, rest, kwargs)), Part(noted), HOW)
+
+
+class _Passes:
+    """Gives the parts of one pass: of few data those of the first pass, of many data new ones.
+
+    Args:
+        session: Reads the model.
+        chunks: The data.
+        rest: The model's other positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(
+        self, session: Session, chunks: Chunks, rest: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
+        self._kept: list[Part] | None = None
+
+    def __call__(self) -> Iterable[Part]:
+        """The parts of a pass."""
+        return self._read() if self._kept is None else self._kept
+
+    def _read(self) -> Iterator[Part]:
+        kept: list[Part] | None = []
+        size = 0
+        for number, chunk in enumerate(self._chunks.read()):
+            size += sum(a.nbytes for a in chunk.args if isinstance(a, Tensor))
+            is_kept = kept is not None and size <= _KEPT_BYTES
+            # Steps run without gradients, and what is read of a model is read off its gradients.
+            with torch.inference_mode(False), torch.enable_grad():
+                found = self._session.planner.look((*chunk.args, *self._rest), self._kwargs)
+            assert isinstance(found, Program)
+            part = Part(found, number == 0, chunk.begin, is_kept)
+            if kept is not None and is_kept:
+                kept.append(part)
+            else:
+                kept = None
+            yield part
+            del part, found
+        self._kept = kept
+
+
+def refuse_chunks_of_a_guide() -> None:
+    """A guide that draws takes batches in random order.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        message(
+            "fit",
+            "Chunks were given, and a guide draws latents.",
+            "a stochastic step takes a random batch, chunks are for exact steps on all data",
+            ["pass a DataLoader: em.fit(DataLoader(dataset, batch_size, shuffle=True), ...)"],
+        )
+    )

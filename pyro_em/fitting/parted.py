@@ -1,0 +1,94 @@
+"""The data of a fit in parts: chunks that are read one after the other, or what each process holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pyro_em.errors import UsageError, message
+from pyro_em.graph.all_data import AllData
+from pyro_em.plan.over_all import all_data_of, require_partable
+from pyro_em.plan.part import Part
+from pyro_em.plan.program import Disagreement, Program
+from pyro_em.plan.verification import distrusted
+from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.reduction.reduction import Reduction
+from pyro_em.reduction.seen_as import SeenAs
+
+
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """The parts of the data, one of which is at hand as a program.
+
+    Attributes:
+        over: The parts.
+        lead: The program of the part at hand, which knows what is known of all data.
+        all_data: What is known of all.
+        how: How the data are parted, in words: ``in chunks``.
+        is_quick: Whether steps on sums serve.
+    """
+
+    over: Reduction[Part]
+    lead: Program
+    all_data: AllData
+    how: str
+    is_quick: bool
+
+    @classmethod
+    def of(cls, over: Reduction[Part], lead: Part, how: str) -> Parted:
+        """Go through the parts once, and see what they have in common.
+
+        Args:
+            over: The parts.
+            lead: The one at hand.
+            how: How the data are parted, in words.
+
+        Raises:
+            PyroEMError: If the model's rows are not independent, or a part cannot be used.
+        """
+        require_partable(lead.program, how)
+        all_data = all_data_of(over, lead.program)
+        program = lead.told(all_data).program
+        parts = SeenAs(over, lambda part: part.told(all_data))
+        # What is outside the rows would count once per part in sums: tables know better.
+        form = _form_of_sums(program)
+        quick = form is not None and not lead.has_data_outside
+        quick = not parts.any(lambda part: _form_of_sums(part.program) != form) and quick
+        return cls(parts, program, all_data, how, quick)
+
+    def disagreements(self) -> Disagreement:
+        """Where a fresh trace of the part at hand differs from what the bindings predict."""
+        return self.lead.disagreements()
+
+    def distrusted(self, off: Disagreement) -> Parted:
+        """The same with programs that run the model at each step."""
+        lead = distrusted(self.lead, off)
+
+        def to(part: Part) -> Part:
+            return replace(part, program=distrusted(part.program, off), is_kept=False)
+
+        parts = SeenAs(self.over, to)
+        return replace(self, over=parts, lead=lead, is_quick=False)
+
+    def refuse_changes(self) -> None:
+        """Data that are parted are read once.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            message(
+                "fit",
+                f"data were changed during a fit whose data are given {self.how}.",
+                "what is known of all parts was found before the first step",
+                ["leave the data as they are while the fit runs", "pass all data at once"],
+            )
+        )
+
+
+def _form_of_sums(program: Program) -> Any:
+    """What the sums of parts have to agree in to be added; None where no kernel makes them."""
+    block = program.kernel.block
+    if not isinstance(block, QuickBlock):
+        return None
+    return block.name, {g: type(rule) for g, rule in block.normals.items()}

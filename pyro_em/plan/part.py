@@ -1,0 +1,217 @@
+"""One part of the data of a fit: its program, and what it says of values that all parts share.
+
+Rows of the outermost plate are independent given the parameters, so that what parts say adds up:
+
+    log p(x; θ) = Σ_parts log p(x_part; θ),    S = Σ_parts S_part.
+
+Factors outside that plate, priors among them, count once: with the first part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Handover
+from pyro_em.graph.all_data import AllData
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.structure import Structure
+from pyro_em.plan.program import Evaluation, Program
+from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.parameters import parameters_at, values_of
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.data_sums import DataSums
+from pyro_em.updates.m_step import MStepState
+from pyro_em.updates.statistics import Expectation, dot
+
+Unconstrained = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What an E-step on one part says; it adds up.
+
+    Attributes:
+        bound: ELBO(q, θ) in nats, log prior included.
+        log_evidence: log p(x; θ) in nats.
+        after_m_step: ELBO(q, θ_new) in nats of the q before, where there is one.
+    """
+
+    bound: float
+    log_evidence: float
+    after_m_step: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Before:
+    """Where an E-step was made.
+
+    Attributes:
+        unconstrained: Parameter values by name.
+        index: The number of the step.
+    """
+
+    unconstrained: Unconstrained
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of the data.
+
+    Attributes:
+        program: The model with this part of the data.
+        is_first: Whether what is outside the rows counts with it.
+        begin: The number of its first row among all.
+        is_kept: Whether it outlives a pass over the data, so that its last E-step does, too.
+    """
+
+    program: Program
+    is_first: bool = True
+    begin: int = 0
+    is_kept: bool = False
+    _remembered: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def plate(self) -> str:
+        """The plate whose elements are parted."""
+        plate = plate_of_rows(self.program.structure)
+        assert plate is not None
+        return plate
+
+    @property
+    def rows(self) -> int:
+        """How many elements of the plate it has."""
+        return self.program.structure.plates[self.plate].size
+
+    @property
+    def has_data_outside(self) -> bool:
+        """Whether any factor but priors of point estimates is outside the plate."""
+        groups = self.program.graph.groups
+        return any(is_outside(g, self.plate) for g in groups if g.role is not Role.POINT)
+
+    def _left_out(self, graph: FactorGraph) -> tuple[int, ...]:
+        """Groups that do not count with this part."""
+        if self.is_first:
+            return ()
+        return tuple(g for g, group in enumerate(graph.groups) if is_outside(group, self.plate))
+
+    def _counted(self, graph: FactorGraph, counts: Sequence[Tensor]) -> list[Tensor]:
+        """Counts, zero for what counts with another part."""
+        out = list(counts)
+        for g in self._left_out(graph):
+            out[g] = torch.zeros_like(out[g])
+        return out
+
+    def expectation(self, values: Mapping[str, Tensor]) -> Expectation:
+        """The E-step on sums at parameter values.
+
+        Raises:
+            Handover: If an E-step through tables has to look.
+        """
+        block = self.program.kernel.block
+        if block is None:
+            raise Handover
+        with torch.inference_mode():
+            try:
+                return block.e_step(block.theta.enter(values))
+            except torch.linalg.LinAlgError as error:
+                raise Handover from error
+
+    def summary(self, index: int, before: Before | None = None) -> Summary:
+        """The E-step through tables at the parameters in the param store.
+
+        Args:
+            index: The number of the step that it begins.
+            before: Where the E-step was made that an M-step has followed.
+        """
+        after = 0.0
+        evaluation = self.program.evaluate()
+        if before is not None:
+            earlier, q = self._e_step_at(before)
+            counts = self._counted(earlier.graph, q.counts)
+            pairs = zip(counts, evaluation.tables, strict=True)
+            after = sum(float(dot(c, t)) for c, t in pairs) + q.entropy_value
+        q = self.program.e_step(evaluation, index)
+        assert q.bound is not None and q.log_evidence is not None
+        bound, evidence = q.bound, q.log_evidence
+        for g in self._left_out(evaluation.graph):
+            own = float(dot(q.counts[g], evaluation.tables[g]))
+            bound -= own
+            evidence -= 0.0 if evaluation.graph.groups[g].role is Role.POINT else own
+        return Summary(bound, evidence, after)
+
+    def data_sums(self, at: Before, state: MStepState) -> DataSums:
+        """What an M-step asks of this part.
+
+        Args:
+            at: Where the E-step was made.
+            state: What lasts from one M-step to the next.
+        """
+        evaluation, q = self._e_step_at(at)
+        counts = self._counted(evaluation.graph, q.counts)
+        with self._parameters_at(at.unconstrained):
+            values = values_of(self.program.graph.parameters)
+        return self.program.data_sums(counts, evaluation, state, values)
+
+    def _e_step_at(self, at: Before) -> tuple[Evaluation, Posterior]:
+        known = self._remembered.get("E-step")
+        if known is not None and known[0] is at:
+            return known[1], known[2]
+        with self._parameters_at(at.unconstrained):
+            evaluation = self.program.evaluate()
+            q = self.program.e_step(evaluation, at.index)
+        if self.is_kept:
+            self._remembered["E-step"] = at, evaluation, q
+        return evaluation, q
+
+    def _parameters_at(self, unconstrained: Unconstrained) -> AbstractContextManager[None]:
+        parameters = self.program.graph.parameters
+        if all(torch.equal(p.unconstrained, unconstrained[n]) for n, p in parameters.items()):
+            return nullcontext()
+        return parameters_at(parameters, unconstrained, unconstrained=True)
+
+    def told(self, all_data: AllData) -> Part:
+        """The same, which knows what is known of all data."""
+        known = self._remembered.get("told")
+        if known is not None and known[0] is all_data:
+            part: Part = known[1]
+            return part
+        graph = replace(self.program.graph, all_data=all_data)
+        part = replace(self, program=self.program.on(graph), _remembered={})
+        if self.is_kept:
+            self._remembered["told"] = all_data, part
+        return part
+
+
+def plate_of_rows(structure: Structure) -> str | None:
+    """The outermost plate that all observations in plates share; None where it is a loop, or none.
+
+    Args:
+        structure: The skeleton of a model.
+    """
+    data = [i for i in structure.sites.values() if i.role is Role.DATA and i.nested]
+    if not data:
+        return None
+    shared = set.intersection(*(set(i.nested) for i in data))
+    outermost = next((p for p in data[0].nested if p in shared), None)
+    return outermost if outermost in structure.plates else None
+
+
+def is_outside(group: Group, plate: str) -> bool:
+    """Whether a group's factors are outside a plate.
+
+    Args:
+        group: The group.
+        plate: The name of the plate.
+    """
+    if isinstance(group.nested, GaussianBlock):
+        return any(is_outside(site, plate) for site in group.nested.groups)
+    return any(plate not in dims for dims in group.dims)

@@ -1,0 +1,326 @@
+"""Fits to data in chunks take the steps of a fit to all data at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em import Chunks, ExactPosteriorEM
+from pyro_em.errors import ModelError, UsageError
+from pyro_em.fitting.result import EMResult
+
+torch.set_default_dtype(torch.float64)
+_N = 24
+_generator = torch.Generator().manual_seed(0)
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=_generator)
+
+
+_X = torch.cat([_randn(_N // 2) - 2, _randn(_N // 2) + 2])[torch.randperm(_N, generator=_generator)]
+_Y = _randn(_N, 2) + 3.0 * (_X > 0).unsqueeze(-1)
+_HOLES = torch.where(torch.rand(_N, 2, generator=_generator) < 0.2, torch.nan, _Y)
+_HOLES[:3] = _Y[:3]  # the first chunk may be complete
+_COVARIATE = _randn(_N)
+_LINE = 1 + 2 * _COVARIATE + 0.3 * _randn(_N)
+_COUNTS = torch.poisson(3.0 + 4.0 * (_X > 0), generator=_generator)
+_WEIGHTS = 0.5 + torch.rand(_N, generator=_generator)
+_WIDE = _randn(_N, 26)
+_SERIES = _randn(_N, 4)
+
+
+def _positive(name: str, *values: float) -> Tensor:
+    value = torch.tensor(values if len(values) > 1 else values[0])
+    return pyro.param(name, value, constraint=constraints.positive)
+
+
+def _weights() -> Tensor:
+    return pyro.param("w", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+
+
+def _means() -> Tensor:
+    return pyro.param("m", torch.tensor([-1.0, 1.3]))
+
+
+def mixture(x: Tensor) -> None:
+    w, m, s = _weights(), _means(), _positive("s", 1.0, 1.5)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(m[z], s[z]), obs=x)
+
+
+def full(x: Tensor) -> None:
+    w, m = _weights(), pyro.param("m", torch.tensor([[-1.0, 0.0], [1.3, 1.0]]))
+    tril = pyro.param("L", torch.eye(2).repeat(2, 1, 1), constraint=constraints.lower_cholesky)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.MultivariateNormal(m[z], scale_tril=tril[z]), obs=x)
+
+
+def counts(x: Tensor) -> None:
+    w, r = _weights(), _positive("r", 2.0, 8.0)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Poisson(r[z]), obs=x)
+
+
+def two_latents(x: Tensor) -> None:
+    w, s = _weights(), _positive("s", 1.0)
+    m = pyro.param("m", torch.tensor([[-1.0, 1.3], [0.0, 2.0]]))
+    with pyro.plate("rows", len(x)):
+        a = pyro.sample("a", dist.Categorical(w))
+        b = pyro.sample("b", dist.Categorical(torch.tensor([0.3, 0.7])))
+        pyro.sample("x", dist.Normal(m[a, b], s), obs=x)
+
+
+def regressions(c: Tensor, y: Tensor) -> None:
+    a, b = pyro.param("a", torch.tensor(0.0)), pyro.param("b", torch.tensor([1.0, -1.0]))
+    s = _positive("s", 1.0)
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("y", dist.Normal(a + b[z] * c, s), obs=y)
+
+
+def regression(c: Tensor, y: Tensor) -> None:
+    a, b = pyro.param("a", torch.tensor(0.0)), pyro.param("b", torch.tensor(1.0))
+    s = _positive("s", 1.0)
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(a + b * c, s), obs=y)
+
+
+def logistic(c: Tensor, y: Tensor) -> None:
+    a, b = pyro.param("a", torch.tensor([0.0, 0.5])), pyro.param("b", torch.tensor([1.0, -1.0]))
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("y", dist.Bernoulli(logits=a[z] + b[z] * c), obs=(y > 0.0).to(y))
+
+
+def robust(x: Tensor, y: Tensor) -> None:
+    a = pyro.param("a", torch.zeros(26))  # too many for Newton steps
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.StudentT(4.0, x @ a, 1.0), obs=y)
+
+
+def factors(x: Tensor) -> None:
+    loadings, m = pyro.param("l", torch.tensor([1.0, 0.5])), pyro.param("m", torch.zeros(2))
+    s = _positive("s", 1.0, 1.0)
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(m + h.unsqueeze(-1) * loadings, s).to_event(1), obs=x)
+
+
+def intercepts(y: Tensor) -> None:
+    m, t, s = pyro.param("m", torch.tensor(0.1)), _positive("t", 1.0), _positive("s", 1.0)
+    with pyro.plate("groups", len(y), dim=-2):
+        u = pyro.sample("u", dist.Normal(0.0, t))
+        with pyro.plate("rows", y.shape[1], dim=-1):
+            pyro.sample("y", dist.Normal(m + u, s), obs=y)
+
+
+def chains(y: Tensor) -> None:
+    rows = pyro.param("A", torch.tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=constraints.simplex)
+    m, s = _means(), _positive("s", 1.0)
+    with pyro.plate("sequences", len(y)):
+        z: Any = 0
+        for t in pyro.markov(range(y.shape[1])):
+            z = pyro.sample(f"z_{t}", dist.Categorical(rows[z]))
+            pyro.sample(f"x_{t}", dist.Normal(m[z], s), obs=y[:, t])
+
+
+def with_data_outside(x: Tensor) -> None:
+    m, s = _means(), _positive("s", 1.0)
+    pyro.sample("o", dist.Normal(m[0], 1.0), obs=torch.tensor(-5.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("x", dist.Normal(m[z], s), obs=x)
+
+
+def with_priors(x: Tensor) -> None:
+    w = pyro.sample("w", dist.Dirichlet(3.0 * torch.ones(2)))
+    m = pyro.sample("m", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    v = pyro.sample("v", dist.InverseGamma(3.0, 3.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Normal(m[z], v.sqrt()), obs=x)
+
+
+def _at_a_point(model: Callable[..., Any]) -> AutoDelta:
+    begin = {"w": torch.tensor([0.4, 0.6]), "m": torch.tensor([-1.0, 1.0]), "v": torch.tensor(1.0)}
+    return AutoDelta(model, init_loc_fn=init_to_value(values=begin))
+
+
+def weighted(x: Tensor, weight: Tensor) -> None:
+    m, s = _means(), _positive("s", 1.0)
+    with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=weight):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("x", dist.Normal(m[z], s), obs=x)
+
+
+_CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]] = {
+    "mixture": (mixture, (_X,), {}),
+    "full": (full, (_Y,), {}),
+    "counts": (counts, (_COUNTS,), {}),
+    "two latents": (two_latents, (_X,), {}),
+    "regressions": (regressions, (_COVARIATE, _LINE), {}),
+    "regression": (regression, (_COVARIATE, _LINE), {}),
+    "logistic": (logistic, (_COVARIATE, _X), {}),
+    "robust": (robust, (_WIDE, _LINE), {}),
+    "factors": (factors, (_Y,), {}),
+    "intercepts": (intercepts, (_SERIES,), {}),
+    "chains": (chains, (_SERIES,), {}),
+    "data outside": (with_data_outside, (_X,), {}),
+    "priors": (with_priors, (_X,), {"guide": _at_a_point}),
+    "weights": (weighted, (_X, _WEIGHTS), {}),
+    "holes": (full, (_HOLES,), {"missing": "nan"}),
+    "holes of factors": (factors, (_HOLES,), {"missing": "nan"}),
+}
+
+
+def _fit(case: str, *data: Any, steps: int = 3, **options: Any) -> EMResult:
+    pyro.clear_param_store()
+    model, _, given = _CASES[case]
+    em = ExactPosteriorEM(model, **given)
+    return em.fit(*data, max_steps=steps, tol=0.0, progress=False, **options)
+
+
+def _agree(a: EMResult, b: EMResult, after_m_step: bool = True, rtol: float = 1e-11) -> None:
+    def path(r: EMResult) -> Tensor:
+        return torch.tensor([*r.history, *r.history.after_m_step * after_m_step, r.elbo])
+
+    torch.testing.assert_close(path(a), path(b), rtol=rtol, atol=0.0)
+    assert a.log_evidence == pytest.approx(b.log_evidence, rel=rtol)
+    for name in a.params:
+        torch.testing.assert_close(a.params[name], b.params[name], rtol=1e-9, atol=1e-10)
+    assert a.num_rows == pytest.approx(b.num_rows) and len(a.history) == len(b.history)
+    assert a.num_free_parameters == b.num_free_parameters
+
+
+@pytest.mark.parametrize("case", _CASES)
+def test_steps_are_those_on_all_data(case: str) -> None:
+    _, data, _ = _CASES[case]
+    whole = _fit(case, *data)
+    # On sums the bound after an M-step is that of completed data, or of factors and data together.
+    bounds = case not in ("factors", "holes")
+    rtol = 1e-8 if case in ("logistic", "robust") else 1e-11
+    _agree(_fit(case, Chunks(*data, rows=9)), whole, bounds, rtol)
+
+
+@pytest.mark.parametrize("case", ["mixture", "two latents", "chains", "holes"])
+def test_chunks_may_have_a_single_row(case: str) -> None:
+    _, data, _ = _CASES[case]
+    _agree(_fit(case, Chunks(*data, rows=1), steps=2), _fit(case, *data, steps=2))
+
+
+def test_an_iterable_of_chunks_of_unequal_sizes() -> None:
+    items = [(_X[:1],), (_X[1:1],), (_X[1:20],), (_X[20:],)]
+    _agree(_fit("mixture", Chunks(items)), _fit("mixture", _X))
+
+
+def test_extrapolated_steps() -> None:
+    chunks = Chunks(_X, rows=7)
+    a = _fit("mixture", chunks, steps=30, acceleration="squarem")
+    _agree(a, _fit("mixture", _X, steps=30, acceleration="squarem"))
+
+
+def test_a_fit_stops_where_one_on_all_data_does() -> None:
+    pyro.clear_param_store()
+    a = ExactPosteriorEM(mixture).fit(Chunks(_X, rows=7), progress=False)
+    pyro.clear_param_store()
+    b = ExactPosteriorEM(mixture).fit(_X, progress=False)
+    assert a.num_steps == b.num_steps and a.status is b.status
+
+
+def test_magnitudes_and_centres_are_those_of_all_data() -> None:
+    # The first chunk is far from the others, and a spread that is tiny beside it is none beside all.
+    far = torch.cat([1e3 + _X[:4], _X[4:] * 1e-3])
+    a = _fit("mixture", Chunks(far, rows=4), steps=2)
+    _agree(a, _fit("mixture", far, steps=2), after_m_step=False)
+
+
+def test_a_callback_sees_parameters_and_the_bound() -> None:
+    seen: list[tuple[float, float]] = []
+
+    def watch(step: Any) -> None:
+        seen.append((step.elbo, float(step.params["w"][0])))
+
+    _fit("mixture", Chunks(_X, rows=7), callbacks=[watch])
+    whole: list[tuple[float, float]] = seen.copy()
+    seen.clear()
+    _fit("mixture", _X, callbacks=[watch])
+    torch.testing.assert_close(torch.tensor(whole), torch.tensor(seen), rtol=1e-11, atol=1e-12)
+
+
+def test_there_is_no_posterior_of_all_rows_and_the_sentence_says_what_to_ask() -> None:
+    for case, data in (("mixture", _X), ("two latents", _X)):
+        result = _fit(case, Chunks(data, rows=9), steps=1)
+        with pytest.raises(UsageError, match=r"(?s)given in chunks.*em.posterior\(rows\)"):
+            _ = result.posterior
+        with pytest.raises(UsageError, match="standard_errors: the data of this fit were given"):
+            result.standard_errors()
+
+
+def global_mean(x: Tensor) -> None:
+    s = _positive("s", 1.0)
+    u = pyro.sample("u", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(u, s), obs=x)
+
+
+def medians(x: Tensor) -> None:
+    m = pyro.param("m", torch.tensor(0.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Laplace(m, 1.0), obs=x)
+
+
+def without_plate(x: Tensor) -> None:
+    m = pyro.param("m", torch.tensor(0.0))
+    pyro.sample("x", dist.Normal(m, 1.0).expand([len(x)]).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (global_mean, "site 'u': it is outside plate 'rows', and the data are given in chunks"),
+        (medians, "parameter 'm': its update is a .*median"),
+        (without_plate, "model: its observations share no plate"),
+    ],
+)
+def test_models_whose_rows_are_not_independent_are_refused(model: Any, text: str) -> None:
+    pyro.clear_param_store()
+    with pytest.raises(UsageError, match=text):
+        ExactPosteriorEM(model).fit(Chunks(_X, rows=9), progress=False)
+
+
+def test_a_guide_that_draws_takes_batches() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            h = pyro.sample("h", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Poisson(h.exp()), obs=x)
+
+    pyro.clear_param_store()
+    with pytest.raises(UsageError, match="Chunks were given, and a guide draws"):
+        ExactPosteriorEM(model, AutoNormal).fit(Chunks(_COUNTS, rows=_N), progress=False)
+
+
+def test_a_chunk_that_reads_as_another_model_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.param("m", torch.tensor([-1.0, 1.0]))
+        s = _positive("s", 1.0)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            loc = m[z] if len(x) == 9 else m[z] ** 2
+            pyro.sample("x", dist.Normal(loc, s), obs=x)
+
+    pyro.clear_param_store()
+    with pytest.raises(ModelError, match=r"rows from 18.*another update"):
+        ExactPosteriorEM(model).fit(Chunks(_X, rows=9), progress=False)
