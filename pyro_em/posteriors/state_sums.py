@@ -79,40 +79,37 @@ class States:
             transition: A. # (chains|1, U, n, n)
             dynamics: Which of the U each step has. # (T,)
         """
-        P, moved, noise, of_P, of_move = (
-            x.numpy()
-            for x in (
-                found.covariances,
-                found.transitions,
-                found.noises,
-                found.which_covariance,
-                found.which_transition,
-            )
-        )
+        P, moved, noise = (x.numpy() for x in (found.covariances, found.transitions, found.noises))
+        of_P, of_move = found.which_covariance.numpy(), found.which_transition.numpy()
         L, T = of_P.shape
         n, U = P.shape[-1], transition.shape[1]
         # Runs of steps with the same matrices, and of states before them with the same covariance.
         new = np.ones((L, T), np.bool_)
-        new[:, 1:] = (of_move[:, 1:] != of_move[:, :-1]) | (dynamics[1:] != dynamics[:-1])
+        np.not_equal(of_move[:, 1:], of_move[:, :-1], out=new[:, 1:])
+        new[:, 1:] |= dynamics[1:] != dynamics[:-1]
         new[:, 2:] |= of_P[:, 1:-1] != of_P[:, :-2]
         starts = np.flatnonzero(new.reshape(-1))
-        length = np.diff(starts, append=L * T)
+        length = np.append(starts[1:], L * T) - starts
         chain, t = np.divmod(starts, T)
-        kind = dynamics[t]
-        F = moved[chain, of_move[chain, t]]
-        less = transition[chain if len(transition) > 1 else 0 * chain, kind] - F
-        times = length[:, None, None]
-        before = (
-            P[chain, of_P[chain, np.maximum(t - 1, 0)]] * np.where(t > 0, length, 0)[:, None, None]
-        )
+        kind = dynamics.take(t)
+        move = of_move.reshape(-1).take(starts) + chain * moved.shape[1]
+        prior = of_P.reshape(-1).take(starts - (t > 0)) + chain * P.shape[1]
+        own = kind + chain * U if len(transition) > 1 else kind
+        less = transition.reshape(-1, n, n).take(own, 0) - moved.reshape(-1, n, n).take(move, 0)
+        before = P.reshape(-1, n, n).take(prior, 0) * (length * (t > 0))[:, None, None]
         away = less @ before
-        own = noise[chain, of_move[chain, t]] * times + away @ less.swapaxes(-1, -2)
-        every = np.concatenate([own, -away, before], -1)
-        sums = np.zeros((L * U, n, 3 * n))
+        every = np.empty((len(starts), n, 3 * n))
+        every[..., :n] = noise.reshape(-1, n, n).take(move, 0) * length[:, None, None]
+        every[..., :n] += away @ less.swapaxes(-1, -2)
+        np.negative(away, out=every[..., n : 2 * n])
+        every[..., 2 * n :] = before
         where = chain * U + kind
-        order = where.argsort(kind="stable")
-        first = np.flatnonzero(np.diff(where[order], prepend=-1))
-        sums[where[order][first]] = np.add.reduceat(every[order], first, 0)
+        if bool((where[1:] < where[:-1]).any()):
+            order = where.argsort(kind="stable")
+            where, every = where.take(order), every.take(order, 0)
+        first = np.flatnonzero(np.append(True, where[1:] != where[:-1]))
+        sums = np.zeros((L * U, n, 3 * n))
+        sums[where.take(first)] = np.add.reduceat(every, first, 0)
         parts = sums.reshape(L, U, n, 3, n).transpose(3, 0, 1, 2, 4)
         return cls(found, found.mean.numpy(), found.disturbance.numpy(), *parts)
 
@@ -226,7 +223,7 @@ def _over_steps(site: Site, found: Smoothed) -> Numbers:
     P, which = found.covariances.numpy(), found.which_covariance.numpy()[:, site.levels]
     out = []
     for own, of in zip(P, which, strict=True):
-        count = np.bincount(of)
+        count = np.bincount(of).astype(np.float64)
         out.append(count @ own[: len(count)].reshape(len(count), -1))
     sums: Numbers = np.stack(out).reshape(len(P), *P.shape[2:])
     return sums
