@@ -93,7 +93,7 @@ def _agrees(
 
 def _rows(t: Tensor, n: int) -> Tensor:
     """A tensor with a row for each of ``n`` members, where one stands for all."""
-    return t.expand(n, *t.shape[1:]) if len(t) == 1 else t
+    return t.expand(n, *t.shape[1:]) if n > 1 == len(t) else t
 
 
 def _static_parts(

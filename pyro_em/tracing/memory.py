@@ -9,13 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-# Parameters with the address of the memory that was made for them here.
-_homes = WeakTensorKeyDictionary()
+# Parameters, by identity, with the address of the memory that was made for them here.
+_homes: dict[int, tuple[ReferenceType[Tensor], int]] = {}
+
+
+def _is_at_home(p: Tensor) -> bool:
+    """Whether a parameter is where memory was made for it here."""
+    home = _homes.get(id(p))
+    if home is None:
+        return False
+    same = home[0]()  # another tensor may have had this identity
+    return same is not None and same is p and home[1] == same.data_ptr()
+
+
+def _note_home(p: Tensor) -> None:
+    own = id(p)
+    _homes[own] = ref(p, lambda gone: _forget_home(own, gone)), p.data_ptr()
+
+
+def _forget_home(own: int, gone: ReferenceType[Tensor]) -> None:
+    if own in _homes and _homes[own][0] is gone:
+        del _homes[own]
 
 
 def own_start(initial: Any) -> Any:
@@ -62,7 +81,7 @@ def settle(parameters: Iterable[Tensor]) -> None:
     """
     by_memory: dict[int, dict[int, Tensor]] = {}
     for p in parameters:
-        if _is_plain(p) and _homes.get(p) != p.data_ptr():
+        if not _is_at_home(p) and _is_plain(p):
             by_memory.setdefault(p.untyped_storage().data_ptr(), {})[id(p)] = p
     for held in by_memory.values():
         together = list(held.values())
@@ -72,7 +91,7 @@ def settle(parameters: Iterable[Tensor]) -> None:
             for p in together:
                 p.data = p.detach().clone()
         for p in together:
-            _homes[p] = p.data_ptr()
+            _note_home(p)
 
 
 def _is_plain(t: Tensor) -> bool:

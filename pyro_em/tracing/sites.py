@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from enum import Enum
+from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pyro.ops.provenance import get_provenance
@@ -95,10 +97,24 @@ def signature_of(model: Any) -> list[inspect.Parameter]:
     """The parameters of a model or guide; empty where they cannot be known."""
     model = users(model)
     target = model.forward if isinstance(model, torch.nn.Module) else model
+    if type(target) is FunctionType and not vars(target) and not target.__kwdefaults__:
+        form = (target.__code__, target.__defaults__)
+        known = _signatures.get(target)
+        if known is None or known[0] is not form[0] or known[1] is not form[1]:
+            known = _signatures[target] = (
+                *form,
+                list(inspect.signature(target).parameters.values()),
+            )
+        return list(known[2])
     try:
         return list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
         return []
+
+
+# Of plain functions, with the code and the defaults that they are of.
+_signatures: WeakKeyDictionary[FunctionType, tuple[Any, Any, list[inspect.Parameter]]]
+_signatures = WeakKeyDictionary()
 
 
 def tensors_of(fn: Any) -> list[torch.Tensor]:

@@ -398,3 +398,20 @@ def test_a_run_begins_when_the_sites_of_the_run_before_are_let_go():
 
     ExactPosteriorEM(model).plan(torch.linspace(0, 3, 9))
     assert alive == [0, 9, 9, 0]  # plain, tagged, enumerated, at other parameters
+
+
+def test_parameters_that_take_the_place_of_others_get_memory_of_their_own():
+    x = torch.zeros(3)
+    for _ in range(50):  # Python gives the identity of the one that is gone to the next
+        p = torch.nn.Parameter(x[:2])
+        settle([p])
+        at = p.data_ptr()
+        settle([p])
+        assert p.data_ptr() == at
+        with torch.no_grad():
+            p.add_(1.0)
+        assert not x.any()
+        p.data = x[:2]  # somebody gives it other memory
+        settle([p])
+        assert p.data_ptr() != x.data_ptr()
+        del p
