@@ -102,4 +102,7 @@ class ByParts:
         parts = SeenAs(self.data.over, lambda part: part.data_sums(point.before, self.state))
         graph = for_updates(self.program.graph)
         with self.program.searching():
-            return m_step_over(lambda: parts, graph, self.program.updates, self.state)
+            report = m_step_over(lambda: parts, graph, self.program.updates, self.state)
+        parameters = self.program.graph.parameters
+        restore(parameters, self.data.over.alike(snapshot(parameters)))
+        return report

@@ -77,7 +77,8 @@ class OnSums:
         except torch.linalg.LinAlgError as error:
             raise Handover from error
         # Outside, since tensors that are made in inference mode must not reach anybody.
-        return self.block.theta.values(after), at.objective + gain
+        values = self.block.theta.values(after)
+        return values if self.data is None else self.data.over.alike(values), at.objective + gain
 
     @torch.inference_mode()
     def step(self, at: Point, index: int = 0) -> tuple[SumsPoint, float]:
@@ -90,6 +91,8 @@ class OnSums:
         theta = self.block.theta
         try:
             after, gain = theta.m_step(at.at, at.expectation)
+            if self.data is not None:
+                after = self.data.over.alike(after)
             expectation = self.expectation(after)
         except torch.linalg.LinAlgError as error:
             raise Handover from error

@@ -17,6 +17,7 @@ from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.joining import Joined
 from pyro_em.fitting.kept_fit import Kept
 from pyro_em.fitting.origins import with_origin
+from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result, build_stochastic_result
@@ -102,15 +103,14 @@ def _fit(
                 wishes, steps = joined.batches(wishes, shared, args)
             with same_random_state(joined is not None):
                 result = _stochastic(session, found, wishes, args, kwargs, begin, steps)
-        elif joined is not None:
-            raise UsageError(
-                message("process_group", "exact fits over several processes are not there yet.")
-            )
         else:
-            kept = None
+            kept, data = None, None
             if checkpoint is not None:
                 kept = Kept.of(checkpoint, found, session, wishes, origin, begin)
-            result = _exact(session, found, wishes, args, kwargs, begin, kept)
+            if joined is not None and shared is not None:
+                data = joined.parted(shared, found)
+                wishes = joined.watched(wishes)
+            result = _exact(session, found, wishes, args, kwargs, begin, kept, data)
         return with_origin(result, origin)
 
 
@@ -142,6 +142,7 @@ def _exact(
     kwargs: dict[str, Any],
     begin: float,
     kept: Kept | None,
+    data: Parted | None,
 ) -> EMResult:
     refuse_stochastic_keywords(wishes.stochastic(), session.request.guide is not None)
     check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
@@ -168,7 +169,8 @@ def _exact(
     )
     init, seed = wishes.init, wishes.seed
     chunks = chunks_in(args)
-    data = None if chunks is None else chunked(session, program, chunks, args[1:], kwargs)
+    if chunks is not None:
+        data = chunked(session, program, chunks, args[1:], kwargs)
     lead = program if data is None else data.lead
     em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
     if kept is not None:

@@ -9,9 +9,11 @@ import torch
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import shards
+from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.shards import Shards
 from pyro_em.plan.fit_wishes import FitWishes
+from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.reduction.over_group import OverGroup
@@ -21,6 +23,8 @@ from pyro_em.tracing.checkpoint import checksum
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.sharing import Sharing
 from pyro_em.variational.trainer import Trainer
+
+HOW = "on several processes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +75,7 @@ class Joined:
             self.over.agree({"whether data come in a DataLoader": "yes"})
             return args, kwargs, True
         self.over.agree({"whether data come in a DataLoader": "no"})
-        shown, named, empty = shards.arguments(self.over, self.request.model, args, kwargs)
-        return shown, named, self.over.rank not in empty
+        return shards.arguments(self.over, self.request.model, args, kwargs)
 
     def shards(
         self, found: Program | Trainer, looked: tuple, given: tuple, kwargs: dict, has_rows: bool
@@ -110,6 +113,22 @@ class Joined:
         shards.share_parameters(out, parameters)
         return out
 
+    def parted(self, shared: Shards, program: Program) -> Parted:
+        """The rows of all processes as the parts of an exact fit.
+
+        Args:
+            shared: The rows of all ranks.
+            program: The model with this rank's rows.
+
+        Raises:
+            UsageError: If the model's rows are not independent.
+        """
+        part = Part(program, self.over.rank == shared.first, shared.begin, is_kept=True)
+        over: OverGroup[Part] = self.over.with_parts(
+            Whole(part), is_empty=shared.is_empty, first=shared.first
+        )
+        return Parted.of(over, part, HOW)
+
     def sharing(self, shared: Shards, trainer: Trainer) -> Trainer:
         """Stochastic steps together with the other processes.
 
@@ -137,6 +156,11 @@ class Joined:
         sharing.know(variational.parameters)
         refuse_rows_of_a_guide(variational, None, None, others=True)
         return replace(trainer, sharing=sharing)
+
+    def watched(self, w: FitWishes) -> FitWishes:
+        """Keywords by which all ranks know that steps are watched, if one of them watches."""
+        is_watched = any(self.over.gathered(lambda: bool(w.callbacks)))
+        return replace(w, callbacks=w.callbacks or (_nothing,)) if is_watched else w
 
     def batches(self, w: FitWishes, shared: Shards, args: tuple) -> tuple[FitWishes, int | None]:
         """Keywords for batches that stand for the rows of all ranks, and the batches in an epoch.
@@ -175,6 +199,10 @@ _SAME = (
     *("max_steps", "tol", "num_restarts", "seed", "acceleration"),
     *("batch_size", "num_epochs", "num_data", "validation", "schedule"),
 )
+
+
+def _nothing(step: Any) -> None:
+    """A callback where another rank has one."""
 
 
 def _seed_of(seed: int | None) -> int:

@@ -151,7 +151,11 @@ def _calls_stop(em: Guarded, settings: Settings, run: Run, step: Step) -> bool:
     if not settings.callbacks:
         return False
     shown = as_step(run, em.program, run.num_steps - 1, step, settings.begin)
-    return any(callback(shown) is True for callback in settings.callbacks)
+
+    def asks() -> bool:
+        return any(callback(shown) is True for callback in settings.callbacks)
+
+    return asks() if em.data is None else any(em.data.over.gathered(asks))
 
 
 def as_step(run: Run, program: Program, index: int, step: Step, begin: float) -> EMStep:
@@ -260,7 +264,10 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     run = Run(snapshot(em.program.graph.parameters), name=name_of_start(init))
     run.initial_values = values_of(em.program.graph.parameters)
     try:
-        beginning.write(init)
+        if em.data is None or init is None:
+            beginning.write(init)
+        else:
+            em.data.begin(lambda: beginning.write(init))
         apply_floors(em.program.graph, em.program.updates)
         at = em.e_step()
     except (DegenerateError, DataError) as error:

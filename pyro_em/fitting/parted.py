@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.all_data import AllData
@@ -14,6 +17,7 @@ from pyro_em.plan.verification import distrusted
 from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.reduction.seen_as import SeenAs
+from pyro_em.tracing.parameters import restore, snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +58,29 @@ class Parted:
         form = _form_of_sums(program)
         quick = form is not None and not lead.has_data_outside
         quick = not parts.any(lambda part: _form_of_sums(part.program) != form) and quick
+        # Where processes differ in what they could do, all take the steps that all can take.
+        each = over.gathered(lambda: (quick, repr(form)))
+        quick = all(able for able, _ in each) and len({own for _, own in each}) == 1
         return cls(parts, program, all_data, how, quick)
+
+    def begin(self, write: Callable[[], None]) -> None:
+        """Let the first process write the parameters of a start, and give them to all.
+
+        Args:
+            write: Writes them.
+        """
+        parameters = self.lead.graph.parameters
+
+        def made() -> dict[str, Tensor]:
+            write()
+            return snapshot(parameters)
+
+        restore(parameters, self.over.from_first(made))
 
     def disagreements(self) -> Disagreement:
         """Where a fresh trace of the part at hand differs from what the bindings predict."""
-        return self.lead.disagreements()
+        found = self.over.gathered(self.lead.disagreements)
+        return next((off for off in found if off), Disagreement())
 
     def distrusted(self, off: Disagreement) -> Parted:
         """The same with programs that run the model at each step."""

@@ -95,6 +95,15 @@ def _left(em: Guarded, settings: Settings, search: Search, r: int) -> Run | None
     return run
 
 
+def _kinds(em: Guarded, beginning: Beginning) -> tuple[str, ...]:
+    """The rules of starts that serve the data."""
+    if em.data is None:
+        has_rows = bool(beginning.rows)
+    else:
+        has_rows = em.data.over.from_first(lambda: bool(beginning.rows))
+    return MIX if has_rows else MIX[-1:]
+
+
 def _others(
     em: Guarded,
     settings: Settings,
@@ -104,7 +113,7 @@ def _others(
     search: Search,
 ) -> list[Run]:
     """The starts after the first; after an interrupt of short runs these, else none."""
-    kinds = MIX if beginning.rows else MIX[-1:]
+    kinds = _kinds(em, beginning)
     runs = search.runs
     if (
         not em.program.is_monotone
@@ -154,7 +163,7 @@ def _candidates(
     search: Search,
 ) -> list[Run]:
     """Short runs, the most promising first in the end; all of them where one was interrupted."""
-    kinds = itertools.cycle(MIX if beginning.rows else MIX[-1:])
+    kinds = itertools.cycle(_kinds(em, beginning))
     stages = STAGES if em.program.compiled else DEAR_STAGES
     search.begin_candidates(tuple(min(steps, settings.max_steps) for _, steps in stages))
     for _ in range(search.done if search.stage == 0 else 0):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.plan.part import plate_of_rows
 from pyro_em.plan.program import Program
 from pyro_em.reduction.over_group import OverGroup
 from pyro_em.tracing.checkpoint import checksum
@@ -94,8 +95,8 @@ class Shards:
 
 def arguments(
     over: OverGroup[Any], model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
-) -> tuple[tuple, dict[str, Any], frozenset[int]]:
-    """The arguments of this rank, one row of another rank's where it has none.
+) -> tuple[tuple, dict[str, Any], bool]:
+    """The arguments of this rank, some rows of another rank's where it has none.
 
     Args:
         over: The group.
@@ -104,42 +105,63 @@ def arguments(
         kwargs: Its keyword arguments.
 
     Returns:
-        The arguments, and the ranks that have no rows.
+        The arguments, and whether this rank has rows. What a single row looks like says little of the
+        other rows (what is constant along them, what is not), so that a rank with one row lends it to
+        a neighbour with more.
 
     Raises:
         UsageError: If ranks pass different arguments.
     """
     mine = dict(_leaves(model, args, kwargs))
-    all_of_them: list[dict[str, _Described]] = over.gathered(
-        lambda: {name: _described(value) for name, value in mine.items()}
-    )
     over.agree(
         {"the list of arguments": checksum({"names": [str(n) for n in mine]})},
         ("pass the same arguments on all processes; only the rows differ",),
     )
+    all_of_them: list[dict[str, _Described]] = over.gathered(
+        lambda: {name: _described(value) for name, value in mine.items()}
+    )
     sizes = {name: [one[name].size for one in all_of_them] for name in mine}
-    parted = [n for n, s in sizes.items() if 0 in s and any(size not in (0, None) for size in s)]
-    if not parted:
-        return args, dict(kwargs), frozenset()
-    empty = {r for n in parted for r, size in enumerate(sizes[n]) if size == 0}
-    full = [r for r in range(over.size) if r not in empty]
-    half = [n for n in parted for r in empty if sizes[n][r] != 0]
-    if half or not full:
+    parted = [n for n, s in sizes.items() if len(set(s)) > 1 and None not in s]
+    if not parted:  # all shards have one size
+        return args, dict(kwargs), True
+    rows = [int(size or 0) for size in sizes[parted[0]]]
+    if any(sizes[n] != rows for n in parted):
         raise over.refusal(
             UsageError(
                 message(
-                    f"argument '{(half or parted)[0]}'",
-                    "a process has rows of some arguments and none of others.",
+                    f"arguments {', '.join(repr(n) for n in parted[:4])}",
+                    "they do not have as many rows as each other on all processes.",
                     "rows of all arguments belong together",
-                    ["pass empty tensors for all of them, or for none"],
+                    ["pass the same rows of all arguments, or empty tensors for all of them"],
                 )
             )
         )
-    shown = over.from_rank(full[0], lambda: {n: mine[n][:1] for n in parted})
-    if over.rank not in empty:
-        return args, dict(kwargs), frozenset(empty)
-    changed = _replaced(model, args, kwargs, shown)
-    return *changed, frozenset(empty)
+    many = [r for r, size in enumerate(rows) if size > 1] or [rows.index(max(rows))]
+    lent = {r: min(many, key=lambda m: abs(m - r)) for r, n in enumerate(rows) if n == 1}
+    own = {n: mine[n] for n in parted}
+    for lender, to in lent.items():
+        if lender == to:
+            continue
+        row = over.from_rank(lender, lambda: {n: mine[n] for n in parted})
+        if over.rank == to:
+            own = {n: _joined(own[n], row[n], after=lender > to) for n in parted}
+    has_rows = over.rank in many
+    shown = over.from_rank(many[0], lambda: {n: own[n][:_SHOWN] for n in parted})
+    changed = _replaced(model, args, kwargs, own if has_rows else shown)
+    return *changed, has_rows
+
+
+_SHOWN = 8  # rows that a rank without rows looks at
+
+
+def _joined(own: Any, more: Any, after: bool) -> Any:
+    """Rows with another one before or after them."""
+    pair = (own, more) if after else (more, own)
+    if isinstance(own, Tensor):
+        return torch.cat([t.to(own.device) for t in pair])
+    if isinstance(own, numpy.ndarray):
+        return numpy.concatenate(pair)
+    return type(own)([*pair[0], *pair[1]])
 
 
 def agreed(
@@ -276,12 +298,12 @@ def outermost_plate(found: Program | Variational) -> tuple[str, int]:
         UsageError: If there is none, or it is a part of more rows already.
     """
     structure = found.structure if isinstance(found, Program) else found.bare
-    name = structure.data_plate
+    name = plate_of_rows(structure)
     if name is None:
         raise UsageError(
             message(
                 "process_group",
-                "no vectorised plate is around all observations.",
+                "no vectorised plate is around all observations that are in plates.",
                 "processes share out the elements of the outermost plate, which are independent",
                 ["put the rows into pyro.plate(name, len(x))", "fit in one process"],
             )
@@ -392,7 +414,7 @@ def plan_digest(found: Program | Variational) -> dict[str, str]:
         )
     }
     for name, plate in structure.plates.items():
-        if name != structure.data_plate:
+        if name != plate_of_rows(structure):
             out[f"the size of plate '{name}'"] = str(plate.size)
     if isinstance(found, Program):
         plan = found.plan()
@@ -401,7 +423,7 @@ def plan_digest(found: Program | Variational) -> dict[str, str]:
             out[f"the update of parameter '{name}'"] = re.sub(
                 r"\d+", "#", f"{type(update.update).__name__} {update.reason}"
             )
-        out["what iterates"] = checksum({"kernel": str(plan.kernel), "compiled": plan.compiled})
+        out["whether the model is run at each step"] = str(plan.compiled)
     else:
         routing = found.routing
         out["the routes of latents"] = checksum(

@@ -31,6 +31,7 @@ from torch.distributions import constraints, transform_to
 
 from pyro_em.errors import UsageError, message
 from pyro_em.portable import Portable
+from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.parameters import TracedParameter
 
 _DRAWS = 8  # of random signs; a mean square of so many is right within a small factor
@@ -73,9 +74,64 @@ class StandardErrors(Portable, Mapping[str, Tensor]):
         return "\n".join([*lines, *(f"Note: {n}" for n in self.notes)])
 
 
+Evidence = Callable[[Mapping[str, Tensor]], tuple[Sequence[Tensor], Tensor]]
+
+
+class Curved:
+    """The evidence of a part of the data at some parameters, ready to be differentiated.
+
+    Args:
+        parameters: The free parameters.
+        evidence_of: From constrained values to the log densities of all factors and the log evidence
+            that follows from them, twice differentiable.
+        number: Of the part, whose random signs are its own.
+
+    Attributes:
+        values: Constrained values that are attached to ``variables``.
+        variables: Unconstrained ones.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[TracedParameter],
+        evidence_of: Evidence | None = None,
+        number: int = 0,
+    ) -> None:
+        self.parameters, self.number = parameters, number
+        self.variables = [
+            p.unconstrained if p.leaf is p.unconstrained else p.unconstrained.detach().clone()
+            for p in parameters
+        ]
+        for v in self.variables:
+            v.requires_grad_(True)
+        with torch.enable_grad():
+            self.values = {
+                p.name: transform_to(p.constraint)(v)
+                for p, v in zip(parameters, self.variables, strict=True)
+            }
+            if evidence_of is not None:
+                self.tables, self.total = evidence_of(self.values)
+
+    @property
+    def cells(self) -> int:
+        """How many log densities there are."""
+        return sum(t.numel() for t in self.tables)
+
+    def scores(self, n: int = _DRAWS) -> Tensor:
+        """Draws whose mean square is F. # (n, all u)"""
+        with torch.enable_grad():
+            return _random_scores(self.tables, self.total, self.variables, n, self.number)
+
+    def information(self) -> Tensor:
+        """−∂² log p / ∂u². # (all u, all u)"""
+        with torch.enable_grad():
+            total = _without_slope(self.total, self.parameters, self.values)
+            return -_hessian(total, self.variables)
+
+
 def standard_errors(
     parameters: Sequence[TracedParameter],
-    evidence_of: Callable[[Mapping[str, Tensor]], tuple[Sequence[Tensor], Tensor]],
+    evidence_of: Evidence,
     loadings: Collection[str] = (),
 ) -> StandardErrors:
     """Standard errors of constrained parameters at their current values.
@@ -89,25 +145,35 @@ def standard_errors(
     Raises:
         UsageError: If there is no parameter.
     """
+    _require_any(parameters)
+    return standard_errors_over(parameters, Whole(Curved(parameters, evidence_of)), loadings)
+
+
+def _require_any(parameters: Sequence[TracedParameter]) -> None:
     if not parameters:
         raise UsageError(
             message("standard_errors", "no parameter is free.", "all are fixed or unused")
         )
-    variables = [
-        p.unconstrained if p.leaf is p.unconstrained else p.unconstrained.detach().clone()
-        for p in parameters
-    ]
-    for v in variables:
-        v.requires_grad_(True)
-    with torch.enable_grad():
-        values = {
-            p.name: transform_to(p.constraint)(v)
-            for p, v in zip(parameters, variables, strict=True)
-        }
-        tables, total = evidence_of(values)
-        scores = _random_scores(tables, total, variables)
-        information = -_hessian(_without_slope(total, parameters, values), variables)
-        jacobian = _jacobian([values[p.name] for p in parameters], variables)
+
+
+def standard_errors_over(
+    parameters: Sequence[TracedParameter], over: Reduction[Curved], loadings: Collection[str] = ()
+) -> StandardErrors:
+    """Standard errors from parts of the data: information adds up, and so do scores.
+
+    Args:
+        parameters: The free parameters.
+        over: The parts.
+        loadings: Parameters that multiply Gaussian latents.
+
+    Raises:
+        UsageError: If there is no parameter.
+    """
+    _require_any(parameters)
+    scores, information, cells = over.sum(lambda c: (c.scores(), c.information(), c.cells))
+    at = Curved(parameters)
+    values, variables = at.values, at.variables
+    jacobian = _jacobian([values[p.name] for p in parameters], variables)
     notes: list[str] = []
     basis = _basis(parameters, variables, values, jacobian, notes)
     if information.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
@@ -126,9 +192,10 @@ def standard_errors(
     eigenvalues, vectors = torch.linalg.eigh(scaled)
     unseen = _unseen(scores @ basis * scale, vectors) & (eigenvalues.abs() <= _SLIGHT)
     if loadings or bool(unseen.any()):
-        draws = _random_scores(tables, total, variables, basis.shape[1] + _DRAWS).to(basis)
+        many = basis.shape[1] + _DRAWS
+        draws = over.sum(lambda c: c.scores(many)).to(basis)
         # Fewer densities than directions leave some unseen that all of them together show.
-        few = sum(t.numel() for t in tables) < basis.shape[1]
+        few = cells < basis.shape[1]
         eigenvalues, vectors = _apart(scaled, draws @ basis * scale, _SLIGHT if few else torch.inf)
     small = (
         ((vectors * scale.unsqueeze(-1)).square() * rounding.unsqueeze(-1)).sum(0).clamp(min=least)
@@ -270,14 +337,18 @@ def _is_flat(constraint: constraints.Constraint) -> bool:
 
 
 def _random_scores(
-    tables: Sequence[Tensor], total: Tensor, variables: Sequence[Tensor], n: int = _DRAWS
+    tables: Sequence[Tensor],
+    total: Tensor,
+    variables: Sequence[Tensor],
+    n: int = _DRAWS,
+    seed: int = 0,
 ) -> Tensor:
     """Draws whose mean square is F: scores of all cells under random signs. # (n, all u)"""
     attached = [t for t in tables if t.requires_grad]
     if not attached or not total.requires_grad:
-        return torch.zeros(1, sum(v.numel() for v in variables), dtype=total.dtype)
+        return torch.zeros(n, sum(v.numel() for v in variables), dtype=total.dtype)
     counts = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(n):
         parts = []

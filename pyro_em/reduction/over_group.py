@@ -18,6 +18,7 @@ from pyro_em.reduction.told import Form
 from pyro_em.reduction.trees import leaves, mapped
 
 P = TypeVar("P", covariant=True)
+Q = TypeVar("Q")
 T = TypeVar("T")
 
 
@@ -34,6 +35,7 @@ class OverGroup(Reduction[P]):
             process has no rows.
         place: Where this process's data lie in all data, in words, for messages.
         timed: Whether the wait for slower ranks is measured, by one more collective each time.
+        first: The rank whose values are taken where one makes them for all.
 
     Attributes:
         rank: Of this process in the group.
@@ -48,16 +50,20 @@ class OverGroup(Reduction[P]):
         is_empty: bool = False,
         place: str = "",
         timed: bool = False,
+        first: int = 0,
     ) -> None:
-        self._inner = inner
+        self._inner, self._first = inner, first
         self._is_empty = is_empty or inner is None
         self._exchange = Exchange(group, place, timed)
         self.rank = self._exchange.rank
         self.size = self._exchange.size
 
-    def with_parts(self, inner: Reduction[P] | None, *, is_empty: bool = False) -> OverGroup[P]:
+    def with_parts(
+        self, inner: Reduction[Q] | None, *, is_empty: bool = False, first: int = 0
+    ) -> OverGroup[Q]:
         """The same group, which goes on where it is, with other parts of this process."""
-        other: OverGroup[P] = object.__new__(OverGroup)
+        other: OverGroup[Q] = object.__new__(OverGroup)
+        other._first = first
         other._inner, other._is_empty = inner, is_empty or inner is None
         other._exchange, other.rank, other.size = self._exchange, self.rank, self.size
         return other
@@ -120,12 +126,15 @@ class OverGroup(Reduction[P]):
         return bool(self._one("a question", float(holds), error) > 0)
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """See `Reduction.from_first`; anything that can be pickled.
+        """See `Reduction.from_first`; anything that can be pickled."""
+        return self.from_rank(self._first, make)
 
-        Args:
-            make: Called on rank 0 only.
-        """
-        return self.from_rank(0, make)
+    def alike(self, value: T) -> T:
+        """See `Reduction.alike`; one all-reduce to which the other ranks add zeros."""
+        call, numbers = "a value of all", flat(leaves(value), self._exchange.device)
+        said = Form(call, form(leaves(value)), len(numbers))
+        own = numbers if self.rank == self._first else None
+        return unflat(value, self._exchange.of(said, own, None))
 
     def from_rank(self, source: int, make: Callable[[], Any]) -> Any:
         """What one rank makes: on that rank itself, and as a copy on the others.
@@ -188,7 +197,7 @@ class OverGroup(Reduction[P]):
             self._exchange.of(Form(END, (), 0), None, None)
 
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
-        """What each rank makes, by rank; anything that can be pickled, and is small."""
+        """See `Reduction.gathered`; by rank, anything that can be pickled."""
         call, made, error = "a gathering", None, None
         try:
             made = make()

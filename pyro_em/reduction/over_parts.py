@@ -49,6 +49,14 @@ class OverParts(Reduction[P]):
         """See `Reduction.from_first`."""
         return make()
 
+    def alike(self, value: T) -> T:
+        """See `Reduction.alike`."""
+        return value
+
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """See `Reduction.gathered`."""
+        return [make()]
+
     def _folded(self, of: Callable[[P], T], both: Callable[[T, T], T]) -> T:
         total: T | None = None
         for part in self.parts():

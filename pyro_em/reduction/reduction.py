@@ -42,7 +42,15 @@ class Reduction(Protocol[P]):
         ...
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """A value that only the first process makes, and all have."""
+        """A value that only the first process with parts makes, and all have."""
+        ...
+
+    def alike(self, value: T) -> T:
+        """A value that each process has made, as the first one has it: numbers and tensors of it."""
+        ...
+
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """What each process makes; something small."""
         ...
 
 
@@ -76,3 +84,11 @@ class Whole(Reduction[P]):
     def from_first(self, make: Callable[[], Any]) -> Any:
         """See `Reduction.from_first`."""
         return make()
+
+    def alike(self, value: T) -> T:
+        """See `Reduction.alike`."""
+        return value
+
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """See `Reduction.gathered`."""
+        return [make()]

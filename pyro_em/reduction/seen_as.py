@@ -49,3 +49,11 @@ class SeenAs(Reduction[Q]):
     def from_first(self, make: Callable[[], Any]) -> Any:
         """See `Reduction.from_first`."""
         return self.over.from_first(make)
+
+    def alike(self, value: T) -> T:
+        """See `Reduction.alike`."""
+        return self.over.alike(value)
+
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """See `Reduction.gathered`."""
+        return self.over.gathered(make)

@@ -122,7 +122,7 @@ class Sharing(StaysHere):
 
     def any(self, holds: Callable[[], bool]) -> bool:
         """Whether something holds on any rank."""
-        return self.over.any(lambda _: holds())
+        return any(self.over.gathered(holds))  # processes without rows have a say, too
 
 
 class _EqualDraws(Messenger):
