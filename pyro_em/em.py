@@ -18,12 +18,15 @@ from torch import Tensor
 from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
 from pyro_em.analysis.forecast import Forecast, forecast
+from pyro_em.analysis.of_parts import bound_of_parts, elbo_of_parts, log_evidence_of_parts
 from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import a_level, by_name, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import stepping
+from pyro_em.fitting.chunk_by_chunk import answers, parts_of, refuse_q_of_chunks
+from pyro_em.fitting.chunked import chunks_in, first_arguments
 from pyro_em.fitting.fit import fit
 from pyro_em.fitting.keeping import Keeping
 from pyro_em.fitting.preconditions import refuse_a_guide
@@ -33,6 +36,7 @@ from pyro_em.fitting.stepping import loss_of
 from pyro_em.globs import Values
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.plan.given_q import as_posterior, check_q
+from pyro_em.plan.part import Part
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request, Strategy
@@ -43,6 +47,7 @@ from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import snapshot
+from pyro_em.tracing.randomness import seeds_from
 from pyro_em.tracing.turns import AloneAtEachStep, alone
 from pyro_em.updates.optimizers import Optimizer
 from pyro_em.updates.update import Update
@@ -182,11 +187,12 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         Raises:
             PyroEMError: If the model or its data cannot be used; all findings in one message.
         """
+        args = first_arguments(args)
         found = self._session.look_at_routes(args, kwargs)
         return self._session.planner.plan_on(found, args, kwargs)
 
     @alone("posterior")
-    def posterior(self, *args: Any, **kwargs: Any) -> Posterior | DrawnPosterior:
+    def posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The E-step at the current parameters, for these data; changes nothing.
 
         Args:
@@ -194,13 +200,21 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             **kwargs: The model's keyword arguments.
 
         Returns:
-            q(z) = p(z | x; θ) with its log evidence; draws of the guide where a latent has no exact
-            posterior. It answers for the moments of Gaussian sites without observations too, a forecast
-            or a network of which nothing is observed.
+            A `Posterior`: q(z) = p(z | x; θ) with its log evidence; a `DrawnPosterior`, draws of the
+            guide, where a latent has no exact one. It answers for the moments of Gaussian sites without
+            observations too, a forecast or a network of which nothing is observed. Of `Chunks` an
+            iterator over the posterior of each, at the parameters when it is asked for.
 
         Raises:
             PyroEMError: If a latent has no route, or the data are impossible.
         """
+        chunks = chunks_in(args)
+        if chunks is not None:
+            each = answers(lambda own: self._posterior(own, kwargs), chunks, args[1:])
+            return AloneAtEachStep("posterior", each)
+        return self._posterior(args, kwargs)
+
+    def _posterior(self, args: tuple, kwargs: dict[str, Any]) -> Posterior | DrawnPosterior:
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
             q = found.e_step(found.evaluate(), self._session.total_steps)
@@ -240,6 +254,12 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         )
         if num_particles is not None:
             check_draws(num_particles, "elbo")
+        chunks = chunks_in(args)
+        if chunks is not None:
+            refuse_q_of_chunks(q)
+            return elbo_of_parts(
+                self._parts("elbo", args, kwargs), params, self._session.total_steps
+            )
         found = self._look(args, kwargs, look_only=True)
         planner, n = self._session.planner, num_particles or self.num_particles
         return elbo_at(planner, found, args, kwargs, q, params, n, self._session.total_steps)
@@ -273,6 +293,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             >>> round(ExactPosteriorEM(model).score(torch.tensor([1.0, 0.0])), 4)
             -1.3863
         """
+        if chunks_in(args) is not None:
+            return log_evidence_of_parts(self._parts("score", args, kwargs))
         found = self._look(args, kwargs, look_only=True)
         return refuse_a_guide(found, "score", _SCORES).log_evidence()
 
@@ -284,6 +306,9 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
         """
+        if chunks_in(args) is not None:
+            parts = self._parts("evaluate_loss", args, kwargs)
+            return -bound_of_parts(parts, self._session.total_steps)
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Variational):
             draws = found.draws(args, kwargs, self.num_particles)
@@ -330,7 +355,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         seed: int | None = None,
         keep_observed: bool = False,
         **kwargs: Any,
-    ) -> Values:
+    ) -> Any:
         """Draws from the posterior predictive, p(x_new | x) = E_{q(z | x)}[p(x_new | z)].
 
         Latents come from their exact posterior (from the guide where there is none), and the model
@@ -347,7 +372,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         Returns:
             Per site its values; observations, latents and deterministic sites
             # (num_samples, *plates, *event); a glob takes all steps of a chain, time first:
-            ``["x_*"]`` # (T, num_samples, *plates, *event)
+            ``["x_*"]`` # (T, num_samples, *plates, *event). Of `Chunks` an iterator over the draws
+            of each, independent of each other.
 
         Raises:
             UsageError: If num_samples is below one.
@@ -357,6 +383,25 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         num_samples = whole("predictive", "num_samples", num_samples, None)
         seed = seed_of("predictive", seed)
         truth("predictive", "keep_observed", keep_observed)
+        chunks = chunks_in(args)
+        if chunks is not None:
+            seeds = seeds_from(seed)
+            each = answers(
+                lambda own: self._predictive(own, kwargs, num_samples, next(seeds), keep_observed),
+                chunks,
+                args[1:],
+            )
+            return AloneAtEachStep("predictive", each)
+        return self._predictive(args, kwargs, num_samples, seed, keep_observed)
+
+    def _predictive(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        num_samples: int,
+        seed: int | None,
+        keep_observed: bool,
+    ) -> Values:
         found = self._look(args, kwargs, look_only=True)
         q: Posterior | DrawnPosterior
         if isinstance(found, Program):
@@ -628,7 +673,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         site_name("sort_components", "site", site)
         truth("sort_components", "descending", descending)
         by = a_key(site, by)
-        program = refuse_a_guide(self._ready(args, kwargs), "sort_components")
+        ready = self._ready(first_arguments(args), kwargs)
+        program = refuse_a_guide(ready, "sort_components")
         return sort_components(program, site, by, descending=descending)
 
     # ------------------------------------------------------------------ inside
@@ -637,6 +683,11 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:
         return self._session.look(args, kwargs, look_only=look_only)
+
+    def _parts(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Iterator[Part]:
+        chunks = chunks_in(args)
+        assert chunks is not None
+        return parts_of(self._session, chunks, args[1:], kwargs, method)
 
     def _ready(self, args: tuple, kwargs: dict[str, Any]) -> Program | Trainer:
         return self._session.ready(args, kwargs)

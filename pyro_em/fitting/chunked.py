@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.fitting.chunk_by_chunk import HOW, at_rows
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.session import Session
+from pyro_em.plan.other_rows import OtherRows
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.reduction.over_parts import OverParts
 from pyro_em.sources.chunks import Chunks
-
-HOW = "in chunks"
 
 # Parts of so few data are read once: with their tables they are some hundred MB at most.
 _KEPT_BYTES = 2**23
@@ -73,6 +73,7 @@ class _Passes:
     ) -> None:
         self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
         self._kept: list[Part] | None = None
+        self._rows = OtherRows(self._look)
 
     def __call__(self) -> Iterable[Part]:
         """The parts of a pass."""
@@ -84,10 +85,8 @@ class _Passes:
         for number, chunk in enumerate(self._chunks.read()):
             size += sum(a.nbytes for a in chunk.args if isinstance(a, Tensor))
             is_kept = kept is not None and size <= _KEPT_BYTES
-            # Steps run without gradients, and what is read of a model is read off its gradients.
-            with torch.inference_mode(False), torch.enable_grad():
-                found = self._session.planner.look((*chunk.args, *self._rest), self._kwargs)
-            assert isinstance(found, Program)
+            with at_rows(chunk.begin):
+                found = self._rows.program((*chunk.args, *self._rest), self._kwargs)
             part = Part(found, number == 0, chunk.begin, is_kept)
             if kept is not None and is_kept:
                 kept.append(part)
@@ -96,6 +95,14 @@ class _Passes:
             yield part
             del part, found
         self._kept = kept
+        self._rows.end_of_pass()
+
+    def _look(self, args: tuple, kwargs: dict[str, Any]) -> Program:
+        # Steps run without gradients, and what is read of a model is read off its gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            found = self._session.planner.look(args, kwargs)
+        assert isinstance(found, Program)
+        return found
 
 
 def refuse_chunks_of_a_guide() -> None:

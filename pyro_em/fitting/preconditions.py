@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.unregistered import Unregistered
 from pyro_em.plan.program import Program
+from pyro_em.sources.chunks import Chunks
 from pyro_em.tracing.runs import is_being_traced
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import LeastSquares, Update
@@ -189,11 +190,21 @@ def refuse_inside_a_model() -> None:
 
 
 def refuse_a_loader(args: tuple, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a DataLoader where the data of one call are wanted.
+    """Refuse a DataLoader, or Chunks, where the data of one call are wanted.
 
     Raises:
         UsageError: With the ways out.
     """
+    if any(isinstance(a, Chunks) for a in (*args, *kwargs.values())):
+        raise UsageError(
+            message(
+                "arguments",
+                "Chunks were given.",
+                "fit, score, elbo, evaluate_loss, posterior and predictive go through chunks, and take "
+                "them as their first argument",
+                ["pass arrays that fit into memory, for instance those of one chunk"],
+            )
+        )
     if any(is_loader(a) for a in (*args, *kwargs.values())):
         raise UsageError(
             message(

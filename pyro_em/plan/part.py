@@ -97,7 +97,7 @@ class Part:
         groups = self.program.graph.groups
         return any(is_outside(g, self.plate) for g in groups if g.role is not Role.POINT)
 
-    def _left_out(self, graph: FactorGraph) -> tuple[int, ...]:
+    def left_out(self, graph: FactorGraph) -> tuple[int, ...]:
         """Groups that do not count with this part."""
         if self.is_first:
             return ()
@@ -106,7 +106,7 @@ class Part:
     def _counted(self, graph: FactorGraph, counts: Sequence[Tensor]) -> list[Tensor]:
         """Counts, zero for what counts with another part."""
         out = list(counts)
-        for g in self._left_out(graph):
+        for g in self.left_out(graph):
             out[g] = torch.zeros_like(out[g])
         return out
 
@@ -125,6 +125,15 @@ class Part:
             except torch.linalg.LinAlgError as error:
                 raise Handover from error
 
+    def log_evidence(self) -> float:
+        """log p(x; θ) of the part at the parameters in the param store, in nats."""
+        evaluation = self.program.evaluate()
+        q = self.program.posterior(evaluation)
+        assert q.log_evidence is not None
+        groups = evaluation.graph.groups
+        other = [g for g in self.left_out(evaluation.graph) if groups[g].role is not Role.POINT]
+        return q.log_evidence - sum(float(dot(q.counts[g], evaluation.tables[g])) for g in other)
+
     def summary(self, index: int, before: Before | None = None) -> Summary:
         """The E-step through tables at the parameters in the param store.
 
@@ -142,7 +151,7 @@ class Part:
         q = self.program.e_step(evaluation, index)
         assert q.bound is not None and q.log_evidence is not None
         bound, evidence = q.bound, q.log_evidence
-        for g in self._left_out(evaluation.graph):
+        for g in self.left_out(evaluation.graph):
             own = float(dot(q.counts[g], evaluation.tables[g]))
             bound -= own
             evidence -= 0.0 if evaluation.graph.groups[g].role is Role.POINT else own

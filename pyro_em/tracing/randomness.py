@@ -61,3 +61,16 @@ def set_random_state(state: tuple[Any, Any]) -> None:
     set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])
+
+
+def seeds_from(seed: int | None) -> Iterator[int | None]:
+    """Seeds of several calls, which all follow from one and are independent; None without one.
+
+    Example:
+        >>> seeds, again = seeds_from(0), seeds_from(0)
+        >>> [next(seeds), next(seeds)] == [next(again), next(again)]
+        True
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    while True:
+        yield None if generator is None else int(torch.randint(2**62, (), generator=generator))

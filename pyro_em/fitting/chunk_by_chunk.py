@@ -1,0 +1,95 @@
+"""Questions to a model whose data are chunks: parts for what adds up, answers one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pyro_em.errors import PyroEMError, UsageError, message, of_rows
+from pyro_em.fitting.preconditions import refuse_a_guide
+from pyro_em.fitting.session import Session
+from pyro_em.plan.over_all import require_partable
+from pyro_em.plan.part import Part
+from pyro_em.sources.chunks import Chunks
+
+HOW = "in chunks"
+
+T = TypeVar("T")
+
+
+def parts_of(
+    session: Session, chunks: Chunks, rest: tuple, kwargs: dict[str, Any], method: str
+) -> Iterator[Part]:
+    """One pass over the parts, for a question at the current parameters.
+
+    Args:
+        session: Reads the model.
+        chunks: The data.
+        rest: The model's other positional arguments.
+        kwargs: Its keyword arguments.
+        method: What was called.
+
+    Raises:
+        PyroEMError: If a chunk cannot be used, or the rows are not independent.
+    """
+    for chunk in chunks.read():
+        with at_rows(chunk.begin):
+            found = session.look((*chunk.args, *rest), kwargs, look_only=True)
+            program = refuse_a_guide(found, method, _OF_CHUNKS)
+            require_partable(program, HOW)
+        yield Part(program, not chunk.begin, chunk.begin)
+
+
+def answers(ask: Callable[[tuple], T], chunks: Chunks, rest: tuple) -> Generator[T, None, None]:
+    """What one question answers, chunk by chunk.
+
+    Args:
+        ask: From the model's positional arguments to the answer.
+        chunks: The data.
+        rest: The model's other positional arguments.
+    """
+    for chunk in chunks.read():
+        with at_rows(chunk.begin):
+            answer = ask((*chunk.args, *rest))
+        yield answer
+        del answer
+
+
+@contextmanager
+def at_rows(begin: int) -> Iterator[None]:
+    """A block whose errors name the place of its rows among all rows, where that is not the beginning.
+
+    Args:
+        begin: The number of the first row.
+    """
+    try:
+        yield
+    except PyroEMError as error:
+        if not begin:
+            raise
+        raise of_rows(error, begin) from error
+
+
+def refuse_q_of_chunks(q: Any) -> None:
+    """Refuse a distribution over the latents of all rows.
+
+    Raises:
+        UsageError: If it is given.
+    """
+    if q is None:
+        return
+    raise UsageError(
+        message(
+            "elbo",
+            "q was given together with Chunks.",
+            "q is as large as the data: it is that of the rows of one call",
+            ["leave q out: it is the E-step then", "ask chunk by chunk: em.elbo(rows, q=q)"],
+        )
+    )
+
+
+_OF_CHUNKS = (
+    "draws of what all rows share would be others in each chunk",
+    ["ask for rows that fit into memory, as arrays", "em.fit(DataLoader(...)) trains a guide"],
+)

@@ -1,0 +1,83 @@
+"""Chunks that are read anew in each pass give the digits of chunks that are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_em import Chunks, ExactPosteriorEM
+from pyro_em.fitting import chunked
+from tests.fitting.test_chunks import _CASES, _fit, mixture
+
+# Two forms of chunks: several of five rows, and one of four.
+ROWS = 5
+
+CASES = ("mixture", "two latents", "regressions", "factors", "weights", "holes", "priors")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_digits_are_those_of_chunks_that_are_kept(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data, _ = _CASES[case]
+    kept = _fit(case, Chunks(*data, rows=ROWS), steps=2)
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+    anew = _fit(case, Chunks(*data, rows=ROWS), steps=2)
+    bounds = [(*r.history, *r.history.after_m_step, r.log_evidence) for r in (anew, kept)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-14)
+    torch.testing.assert_close(anew.params, kept.params, rtol=1e-13, atol=1e-14)
+
+
+def runs_of(model: Any, *data: Tensor, steps: int = 4) -> int:
+    """How often a fit to chunks runs a model on chunks of the common form, after a first fit."""
+    runs = 0
+
+    def counted(*args: Tensor) -> None:
+        nonlocal runs
+        runs += len(args[0]) == ROWS
+        model(*args)
+
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(counted)
+    em.fit(Chunks(*data, rows=ROWS), max_steps=1, tol=0.0, progress=False)
+    before, runs = runs, 0
+    em.fit(Chunks(*data, rows=ROWS), max_steps=steps, tol=0.0, progress=False)
+    assert before
+    return runs
+
+
+def with_covariate(x: Tensor, c: Tensor) -> None:
+    m, b = pyro.param("m", torch.tensor([-1.0, 1.3])), pyro.param("b", torch.tensor(0.1))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+        pyro.sample("x", dist.Normal(m[z] + b * c, 1.0), obs=x)
+
+
+def of_logarithms(x: Tensor) -> None:
+    m = pyro.param("m", torch.tensor([-1.0, 1.3]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+        pyro.sample("x", dist.Normal(m[z], 1.0), obs=x.abs().log())
+
+
+def with_its_own_mean(x: Tensor) -> None:
+    m = pyro.param("m", torch.tensor([-1.0, 1.3]))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+        pyro.sample("x", dist.Normal(m[z] + x.mean(), 1.0), obs=x)
+
+
+def test_a_model_that_observes_its_arguments_is_not_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+    x, c = torch.randn(22), torch.randn(22)
+    assert runs_of(mixture, x, steps=2) == runs_of(mixture, x, steps=9)
+    for model, data in ((with_covariate, (x, c)), (of_logarithms, (x,)), (with_its_own_mean, (x,))):
+        # Four chunks of the form in each of seven passes more.
+        assert runs_of(model, *data, steps=9) == runs_of(model, *data, steps=2) + 4 * 7
