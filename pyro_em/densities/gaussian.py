@@ -30,6 +30,9 @@ _MANY = 24
 FEW_CELLS = 2**20
 
 
+_BLOCK = 2**13
+
+
 _LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
 
 
@@ -347,6 +350,9 @@ def _centred(
 ) -> Gaussian:
     mean = x.mean(0, dtype=torch.float64) if known is None else known.mean
     centre = mean.to(x.dtype)
-    rows = torch.sub(x.T, centre.unsqueeze(-1), out=x.new_empty(x.shape[1], x.shape[0]))
+    rows = x.new_empty(x.shape[1], x.shape[0])
+    for begin in range(0, len(x), _BLOCK):  # what is transposed stays in the cache
+        end = begin + _BLOCK
+        torch.sub(x[begin:end].T, centre.unsqueeze(-1), out=rows[:, begin:end])
     reach2 = None if known is None else known.reach2
     return Gaussian(rows, centre.to(torch.float64), diagonal, spread, K, scalar, lead, reach2)

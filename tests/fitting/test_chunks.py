@@ -324,3 +324,55 @@ def test_a_chunk_that_reads_as_another_model_is_refused() -> None:
     pyro.clear_param_store()
     with pytest.raises(ModelError, match=r"rows from 18.*another update"):
         ExactPosteriorEM(model).fit(Chunks(_X, rows=9), progress=False)
+
+
+# ---------------------------------------------------------------- parts that are read in each pass
+
+
+@pytest.fixture
+def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyro_em.fitting.chunked._KEPT_BYTES", 0)
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+@pytest.mark.parametrize("case", ["mixture", "full", "two latents", "regressions", "chains"])
+def test_steps_on_chunks_that_are_read_in_each_pass(case: str) -> None:
+    _, data, _ = _CASES[case]
+    _agree(_fit(case, Chunks(*data, rows=8), steps=2), _fit(case, *data, steps=2))
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+def test_chunks_whose_data_are_observed_as_they_stand_are_put_in_place_without_the_model() -> None:
+    runs = []
+
+    def counting(x: Tensor) -> None:
+        runs.append(len(x))
+        mixture(x)
+
+    def runs_of(steps: int) -> int:
+        pyro.clear_param_store()
+        runs.clear()
+        chunks = Chunks(_X, rows=6)
+        ExactPosteriorEM(counting).fit(chunks, max_steps=steps, tol=0.0, progress=False)
+        return len(runs)
+
+    assert runs_of(10) == runs_of(3)
+
+
+@pytest.mark.usefixtures("_nothing_kept")
+def test_chunks_of_which_more_is_read_than_values_are_read_from_the_model() -> None:
+    def model(x: Tensor) -> None:
+        w, m, s = _weights(), _means(), _positive("s", 1.0, 1.5)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            # The same size and view, and a density that depends on the rows of the chunk.
+            pyro.sample("x", dist.Normal(m[z], s[z] * x.abs().mean().detach()), obs=x)
+
+    pyro.clear_param_store()
+    result = ExactPosteriorEM(model).fit(Chunks(_X, rows=8), max_steps=1, tol=0.0, progress=False)
+    w, m, s = (torch.tensor(v) for v in ([0.4, 0.6], [-1.0, 1.3], [1.0, 1.5]))
+    total = 0.0
+    for x in _X.split(8):
+        density = dist.Normal(m, s * x.abs().mean()).log_prob(x.unsqueeze(-1)) + w.log()
+        total += float(density.logsumexp(-1).sum())
+    assert result.history[0] == pytest.approx(total, rel=1e-12)
