@@ -62,7 +62,7 @@ class Checkpoint:
         if isinstance(found, Program):
             model, seen = of_program(found), of_data_seen(found.graph)
         else:
-            model = of_pair(found.variational)
+            model = of_pair(found.variational, session.planner.saved_name)
         self.fixed = {
             **model,
             **of_wishes(wishes),
@@ -72,18 +72,22 @@ class Checkpoint:
         self._names = self.numbers()
         self.data = {**of_arguments(args, kwargs), **seen}
 
-    def fingerprint(self, program: Program | None = None) -> dict[str, Any]:
+    def fingerprint(
+        self, program: Program | None = None, looks_again: bool = False
+    ) -> dict[str, Any]:
         """What the fit is, with the data as they are now.
 
         Args:
             program: The model with its data, where a callback has changed them.
+            looks_again: Whether a callback may have changed the data.
         """
         # What changes by itself while the fit goes on is no part of what the fit is.
         now = self.numbers()
         self._names = {n: v for n, v in self._names.items() if now.get(n) == v}
-        if program is not None:
+        if program is not None or looks_again:
             args, kwargs = self.call
-            data = {**of_arguments(args, kwargs), **of_data_seen(program.graph)}
+            seen = {} if program is None else of_data_seen(program.graph)
+            data = {**of_arguments(args, kwargs), **seen}
             self.has_changed |= bool(first_difference(self.data, data))
             self.data = data
         return {

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_em.errors import DegenerateError, PyroEMError, UsageError, message, warn
+from pyro_em.fitting.places import Place
 from pyro_em.fitting.result import EMStatus, EMStep
+from pyro_em.fitting.stochastic_keeper import StochasticKeeper
+from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.portable import Given
@@ -22,25 +25,6 @@ from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.variational.batches import Batch, Batches, factors_of, stands_for_all, without_last_row
 from pyro_em.variational.trainer import Alternating, Trainer
-
-
-@dataclass(eq=False)
-class StochasticRun:
-    """The path of a stochastic fit.
-
-    Attributes:
-        bounds: The bound of each step's batch, scaled to all data, at the parameters entering it.
-        validation: (step, bound) on the validation data after each epoch.
-        status: Why it ended.
-        message: More about the status.
-        epochs: Complete epochs.
-    """
-
-    bounds: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    status: EMStatus = EMStatus.MAX_STEPS
-    message: str = ""
-    epochs: int = 0
 
 
 def data_of(
@@ -100,14 +84,25 @@ def factors_at(trainer: Trainer, batch: Batch) -> Mapping[str, float]:
 
 
 def steps(
-    trainer: Trainer, batches: Iterable[Batch], schedule: Alternating | None, begin: float
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    schedule: Alternating | None,
+    begin: float,
+    first: int = 0,
 ) -> Iterator[EMStep]:
     """Stochastic steps without an end of their own.
+
+    Args:
+        trainer: The pair with its optimisers.
+        batches: The data of each step.
+        schedule: How guide and model take turns.
+        begin: When the fit began.
+        first: The number of the first step.
 
     Yields:
         Each step after its update; ``elbo`` is the bound of its batch, scaled to all data.
     """
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches, first):
         factors = factors_at(trainer, batch)
         loss = trainer.step(batch.args, batch.kwargs, factors, schedule)
         yield EMStep(index, -loss, None, None, dict, time.perf_counter() - begin)
@@ -124,7 +119,8 @@ def endless_steps(
 
 def run(
     trainer: Trainer,
-    batches: Batches,
+    place: Place,
+    out: StochasticRun,
     *,
     max_steps: int,
     num_epochs: int | None,
@@ -134,12 +130,14 @@ def run(
     parameters: Callable[[], Mapping[str, Tensor]],
     progress: bool | None,
     begin: float,
-) -> StochasticRun:
+    keeper: StochasticKeeper | None = None,
+) -> None:
     """Train until the steps or epochs are done, a callback stops it, or something breaks.
 
     Args:
         trainer: The pair with its optimisers.
-        batches: The data.
+        place: The data, and where the fit stands in them.
+        out: The path so far, which goes on.
         max_steps: Steps at most where ``num_epochs`` is None.
         num_epochs: Epochs.
         schedule: How guide and model take turns.
@@ -148,13 +146,17 @@ def run(
         parameters: Current constrained values, for callbacks.
         progress: Whether to show a bar.
         begin: When the fit began.
+        keeper: Keeps where it stands.
     """
-    out = StochasticRun()
-    if num_epochs is None and max_steps == 0:
-        return out
-    # What an earlier fit copied may have been changed since.
-    trainer.training.recovery.is_unbroken = False
-    per_epoch = batches.per_epoch
+    is_stopped = out.status is EMStatus.STOPPED
+    if is_stopped or (num_epochs is None and len(out.bounds) >= max_steps):
+        return
+    if not out.bounds:
+        # What an earlier fit copied may have been changed since.
+        trainer.training.recovery.is_unbroken = False
+    if keeper is not None:
+        keeper.start(out)
+    per_epoch = place.batches.per_epoch
     total = max_steps if num_epochs is None else (per_epoch and per_epoch * num_epochs)
     disable = None if progress is None else not progress
     bar = tqdm(total=total, disable=disable, desc="SVI", unit="step")
@@ -162,14 +164,15 @@ def run(
 
     def endless() -> Iterator[Batch]:
         while num_epochs is None or out.epochs < num_epochs:
-            yield from batches.epoch()
+            yield from place.epoch()
+            value = None if validation is None else bound_of(trainer, validation)
             out.epochs += 1
-            if validation is not None:
-                value = bound_of(trainer, validation)
+            place.end()
+            if value is not None:
                 out.validation.append((len(out.bounds), value))
 
     try:
-        for step in steps(trainer, endless(), schedule, begin):
+        for step in steps(trainer, endless(), schedule, begin, len(out.bounds)):
             out.bounds.append(step.elbo)
             smoothed = step.elbo if smoothed is None else 0.95 * smoothed + 0.05 * step.elbo
             label = f"bound {smoothed:.4f}"
@@ -182,8 +185,10 @@ def run(
                 reported = replace(step, made_params=Given(parameters()), validation=held_out)
                 if _asks_to_stop(trainer, callbacks, reported):
                     out.status = EMStatus.STOPPED
-                    break
-            if num_epochs is None and len(out.bounds) >= max_steps:
+            if keeper is not None:
+                keeper.after_step(out)
+            is_last = num_epochs is None and len(out.bounds) >= max_steps
+            if is_last or out.status is EMStatus.STOPPED:
                 break
     except DegenerateError as error:
         if not out.bounds:
@@ -194,7 +199,8 @@ def run(
         out.status = EMStatus.INTERRUPTED
     finally:
         bar.close()
-    return out
+    if keeper is not None:
+        keeper.finish(out)
 
 
 def _asks_to_stop(

@@ -12,7 +12,7 @@ import functools
 import math
 import types
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
+from pyro_em.tracing.checkpoint import buffers_of
 from pyro_em.tracing.dependences import flat_bytes, names_of, numbers_in, tensors_in
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.sites import users
@@ -86,10 +87,15 @@ def of_data_seen(graph: FactorGraph) -> Fingerprint:
     }
 
 
-def of_pair(variational: Variational) -> Fingerprint:
-    """A model with a guide: its sites and routes."""
+def of_pair(variational: Variational, saved_name: Callable[[str], str]) -> Fingerprint:
+    """A model with a guide: its sites and routes.
+
+    Args:
+        variational: The pair.
+        saved_name: From a parameter's name here to its name in a file.
+    """
     out: Fingerprint = {"the kind of fit": "stochastic steps"}
-    out |= of_parameters(variational.parameters)
+    out |= of_parameters({saved_name(n): p for n, p in variational.parameters.items()})
     for name, site in variational.bare.sites.items():
         out[f"site '{name}'"] = f"{site.distribution}, plates {site.plates}"
     routing = variational.routing
@@ -137,11 +143,12 @@ def of_numbers(request: Request, guide: Any, args: tuple, kwargs: Mapping[str, A
 
 
 def of_tensors(request: Request, guide: Any, args: tuple, kwargs: Mapping[str, Any]) -> Fingerprint:
-    """The data that names in model and guide stand for; parameters are none."""
+    """The data that names in model and guide stand for; parameters and buffers are none."""
     out: Fingerprint = {}
+    buffers = {id(b) for b in buffers_of((users(request.model), guide)).values()}
     for who, names in _names(request, guide, args, kwargs):
         for name, tensor in tensors_in(names):
-            if not tensor.requires_grad:
+            if not tensor.requires_grad and id(tensor) not in buffers:
                 out |= dict(_of_data(f"'{name}' in the {who}", tensor))
     return out
 

@@ -16,8 +16,10 @@ from pyro_em.fitting.chunked import chunked, chunks_in, first_arguments, refuse_
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.joining import Joined
 from pyro_em.fitting.kept_fit import Kept
+from pyro_em.fitting.kept_training import KeptTraining
 from pyro_em.fitting.origins import with_origin
 from pyro_em.fitting.parted import Parted
+from pyro_em.fitting.places import Place
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result, build_stochastic_result
@@ -27,6 +29,7 @@ from pyro_em.fitting.run import Settings, best_of
 from pyro_em.fitting.search import Search
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.shards import Shards
+from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.plan.fit_wishes import (
     FIT_KEYWORDS,
     FitWishes,
@@ -78,14 +81,8 @@ def _fit(
         shared: Shards | None = None
         if joined is not None:
             shared = joined.shards(found, looked, args, kwargs, has_rows)
-        if wishes.checkpoint is not None and (joined is not None or isinstance(found, Trainer)):
-            raise UsageError(
-                message(
-                    "fit",
-                    "checkpoint is for fits of exact steps in one process.",
-                    "a guide draws latents here, or there are several processes",
-                )
-            )
+        if wishes.checkpoint is not None and joined is not None:
+            raise UsageError(message("fit", "checkpoint and process_group do not go together yet."))
         checkpoint = opened(session, wishes, args, kwargs)
         if checkpoint is not None:
             found = at_beginning(checkpoint, found, session, wishes, (looked, kwargs))
@@ -101,16 +98,19 @@ def _fit(
             if joined is not None and shared is not None:
                 found = joined.sharing(shared, found)
                 wishes, steps = joined.batches(wishes, shared, args)
-            with same_random_state(joined is not None):
-                result = _stochastic(session, found, wishes, args, kwargs, begin, steps)
-        else:
-            kept, data = None, None
+            kept = None
             if checkpoint is not None:
-                kept = Kept.of(checkpoint, found, session, wishes, origin, begin)
+                kept = KeptTraining(checkpoint, origin, session)
+            with same_random_state(joined is not None):
+                result = _stochastic(session, found, wishes, args, kwargs, begin, steps, kept)
+        else:
+            exact, data = None, None
+            if checkpoint is not None:
+                exact = Kept.of(checkpoint, found, session, wishes, origin, begin)
             if joined is not None and shared is not None:
                 data = joined.parted(shared, found)
                 wishes = joined.watched(wishes)
-            result = _exact(session, found, wishes, args, kwargs, begin, kept, data)
+            result = _exact(session, found, wishes, args, kwargs, begin, exact, data)
         return with_origin(result, origin)
 
 
@@ -196,6 +196,7 @@ def _stochastic(
     kwargs: dict[str, Any],
     begin: float,
     per_epoch: int | None = None,
+    kept: KeptTraining | None = None,
 ) -> EMResult:
     refuse_exact_keywords(wishes.init, wishes.num_restarts, wishes.acceleration)
     if chunks_in(args) is not None:
@@ -206,9 +207,14 @@ def _stochastic(
         epochs.look_at_validation(trainer, held_out)
     parameters = trainer.variational.parameters
     before = session.total_steps
-    run = epochs.run(
+    place, run = Place(batches, kept is not None), StochasticRun()
+    keeper = None
+    if kept is not None:
+        run, keeper = kept.taken_up(trainer, place, begin, bool(wishes.callbacks))
+    epochs.run(
         trainer,
-        batches,
+        place,
+        run,
         max_steps=wishes.max_steps,
         num_epochs=wishes.num_epochs,
         schedule=wishes.schedule,
@@ -217,6 +223,7 @@ def _stochastic(
         parameters=lambda: values_of(parameters),
         progress=wishes.progress,
         begin=begin,
+        keeper=keeper,
     )
     session.total_steps = before + len(run.bounds)
     plan = session.planner.plan(trainer.variational)

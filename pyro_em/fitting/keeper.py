@@ -44,6 +44,7 @@ class ExactKeeper:
     begin: float
     _current: Run | None = None
     _between: Between | None = None
+    _is_interrupted: bool = False
 
     def after_step(self, em: Guarded, run: Run) -> None:
         """See `pyro_em.fitting.run.Keeper.after_step`."""
@@ -60,6 +61,7 @@ class ExactKeeper:
         if self.search.is_short and run.status is not EMStatus.INTERRUPTED:
             return
         is_broken = run.status in (EMStatus.INTERRUPTED, EMStatus.DEGENERATE, EMStatus.FELL)
+        self._is_interrupted |= run.status is EMStatus.INTERRUPTED
         self._keep(em, run, self._between if is_broken else None)
 
     def _keep(self, em: Guarded, run: Run, between: Between | None) -> None:
@@ -74,7 +76,7 @@ class ExactKeeper:
 
     def finish(self, em: Guarded) -> None:
         """Write where the fit ended, unless that is in the file."""
-        if self.file.is_behind:
+        if self.file.is_behind or self._is_interrupted:
             self._write(em)
 
     def _write(self, em: Guarded) -> None:

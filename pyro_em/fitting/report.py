@@ -23,7 +23,7 @@ from pyro_em.fitting.criteria import (
     num_rows,
 )
 from pyro_em.fitting.ends import End
-from pyro_em.fitting.epochs import StochasticRun, bound_of
+from pyro_em.fitting.epochs import bound_of
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.identified import undetermined
 from pyro_em.fitting.information import StaticInformation, loadings_of
@@ -31,6 +31,7 @@ from pyro_em.fitting.point import PartsPoint, SumsPoint
 from pyro_em.fitting.result import EMResult, EMStatus, History, Params
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
+from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.fitting.stopping import rate_of_convergence
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program

@@ -216,7 +216,7 @@ class Session:
             extra["training"] = self.trainer.training.state()
         elif self._training:  # loaded, and not continued yet
             extra["training"] = self._training
-        extra["buffers"] = checkpoint.copied_buffers(self._roots())
+        extra["buffers"] = checkpoint.copied_buffers(self.roots())
         return checkpoint.pack(self._by_saved_name(), extra)
 
     def save(self, path: str | Path) -> None:
@@ -264,11 +264,12 @@ class Session:
         state, self.pending = self.pending, None
         self.first.loaded(self.parameters)
         checkpoint.restore(state, self._by_saved_name())
-        checkpoint.restore_buffers(state, self._roots())
+        checkpoint.restore_buffers(state, self.roots())
         self.total_steps = int(state["total_steps"])
         self.trainer, self._training = None, dict(state.get("training", {}))
 
-    def _roots(self) -> tuple[Any, Any]:
+    def roots(self) -> tuple[Any, Any]:
+        """The user's model and the guide, whose modules have buffers."""
         return users(self.request.model), self.planner.guide_now
 
     def _by_saved_name(self) -> dict[str, TracedParameter]:

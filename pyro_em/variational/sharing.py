@@ -40,6 +40,7 @@ class Sharing(StaysHere):
         plate: The plate whose elements are parted.
         seed: Of all draws of this fit, the same on all ranks.
         rank: The number of this process.
+        draws: How often it has drawn so far.
     """
 
     over: Reduction[Any]
@@ -49,7 +50,7 @@ class Sharing(StaysHere):
     seed: int
     rank: int
     _known: set[str] = field(default_factory=set, init=False)  # parameters that began alike
-    _draws: int = field(default=0, init=False)
+    draws: int = field(default=0, init=False)
 
     @property
     def weight(self) -> float:
@@ -70,9 +71,9 @@ class Sharing(StaysHere):
 
         Model and guide have to be looked at before: a look compares runs at one random state.
         """
-        self._draws += 1
-        seed_generators(_seed(self.seed, self._draws, self.rank + 1))
-        with _EqualDraws(self.plate, _seed(self.seed, self._draws, 0)):
+        self.draws += 1
+        seed_generators(_seed(self.seed, self.draws, self.rank + 1))
+        with _EqualDraws(self.plate, _seed(self.seed, self.draws, 0)):
             yield
 
     def gradients(

@@ -19,8 +19,6 @@ from pyro_em.fitting import checkpoint_file
 from pyro_em.fitting.checkpoint_file import CheckpointFile
 from pyro_em.tracing import files
 
-torch.set_default_dtype(torch.float64)
-
 
 class Killed(BaseException):
     """Stands for a process that ends at once."""
@@ -28,12 +26,12 @@ class Killed(BaseException):
 
 def data(rows=90, width=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    parts = [torch.randn(rows // 3, width, generator=generator) + 1.5 * i for i in range(3)]
-    return torch.cat(parts)
+    x = torch.randn(3, rows // 3, width, generator=generator, dtype=torch.float64)
+    return (x + 1.5 * torch.arange(3.0)[:, None, None]).reshape(-1, width)
 
 
 X = data()
-SERIES = torch.randn(12, generator=torch.Generator().manual_seed(1)).cumsum(0) / 2
+SERIES = data(12, 1, seed=1)[:, 0].cumsum(0) / 4
 
 
 def mixture(x):
