@@ -24,6 +24,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
+from pyro_em.sources.chunks import Chunks
 from pyro_em.tracing.checkpoint import buffers_of
 from pyro_em.tracing.dependences import flat_bytes, names_of, numbers_in, tensors_in
 from pyro_em.tracing.parameters import TracedParameter, values_of
@@ -174,9 +175,6 @@ def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         >>> first_difference({"seed": "1", "batch_size": "8"}, {"seed": "2", "batch_size": "8"})
         'seed is 1 there and 2 here'
     """
-    for name in now:
-        if name not in saved:
-            return f"{name} is here, and not there"
     for name, there in saved.items():
         if name not in now:
             return f"{name} is there, and not here"
@@ -187,7 +185,8 @@ def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             if not isinstance(there, str):
                 return f"{name} has other values here"
             return f"{name} is {there} there and {here} here"
-    return ""
+    new = next((name for name in now if name not in saved), "")
+    return f"{new} is here, and not there" if new else ""
 
 
 def described(value: Any) -> str:
@@ -297,8 +296,12 @@ def _of_data(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         dataset = value.dataset
         held = getattr(dataset, "tensors", None) or type(dataset).__name__
         yield from _of_data(f"dataset of {name}", held)
-    elif hasattr(value, "fingerprint"):
-        yield name, value.fingerprint()
+    elif isinstance(value, Chunks):
+        form = value.form()
+        columns = ", ".join(form.arguments)
+        yield name, f"chunks of {columns}: {form.rows} rows in {form.chunks} chunks"
+        yield f"rows of each chunk of {name}", form.splits
+        yield f"values of {name}", form.checksum
     else:
         yield name, described(value)
 

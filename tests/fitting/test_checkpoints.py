@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_em import Annealed, EMStatus, ExactPosteriorEM, Gradient, MonteCarlo
+from pyro_em import Annealed, Chunks, EMStatus, ExactPosteriorEM, Gradient, MonteCarlo
 from pyro_em.errors import FileError, PyroEMWarning, UsageError
 from pyro_em.fitting import checkpoint_file
 from pyro_em.fitting.checkpoint_file import CheckpointFile
@@ -117,6 +117,7 @@ KINDS = {
     ),
     "Monte Carlo": (mixture, X[::3], {"strategy": MonteCarlo(3)}, {"max_steps": 12}),
     "annealed": (mixture, X, {"strategy": Annealed([0.3, 0.7])}, {"max_steps": 12}),
+    "chunks": (mixture, Chunks(X, rows=40), {}, {"max_steps": 12}),
     "restarts": (mixture, X, {}, {"num_restarts": 2, "init": "random", "max_steps": 60}),
 }
 
@@ -368,7 +369,7 @@ def test_another_fit_is_refused_with_the_first_difference(tmp_path):
 
     text = refused(path, "site 'x' is Normal", call(other_model))
     assert "Laplace" in text and "resume=False" in text and str(path) in text
-    refused(path, "parameter 'angle' is here, and not there", call(bent))
+    refused(path, "parameter 'loc' is there, and not here", call(bent))
     refused(path, r"shape \(90, 2\) there and .* shape \(60, 2\) here", call(x=X[:60]))
     changed = X.clone()
     changed[4, 1] += 1e-9
@@ -380,6 +381,7 @@ def test_another_fit_is_refused_with_the_first_difference(tmp_path):
     refused(path, "acceleration is None there", call(acceleration="squarem"))
     refused(path, "strategy", call(given={"strategy": MonteCarlo(2)}))
     refused(path, "updates", call(given={"updates": {"loc": Gradient()}}))
+    refused(path, "argument 0 is a tensor .* there and chunks of", call(x=Chunks(X, rows=40)))
     pyro.clear_param_store()
     again = ExactPosteriorEM(mixture).fit(X, progress=False, checkpoint=path, tol=1e-5)
     assert again.num_steps > 8
