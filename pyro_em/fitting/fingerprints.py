@@ -48,7 +48,7 @@ _SETTINGS = ("num_restarts", "init", "seed", "acceleration", "batch_size", "num_
 def of_parameters(parameters: Mapping[str, TracedParameter]) -> Fingerprint:
     """The parameters: their forms and where they live."""
     return {
-        f"parameter '{n}'": f"shape {tuple(p.unconstrained.shape)}, {p.unconstrained.dtype}, "
+        f"parameter '{n}'": f"of shape {tuple(p.unconstrained.shape)}, {p.unconstrained.dtype}, "
         f"{p.constraint!r}"
         for n, p in parameters.items()
     }
