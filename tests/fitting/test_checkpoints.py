@@ -380,7 +380,7 @@ def test_another_fit_is_refused_with_the_first_difference(tmp_path):
     refused(path, "init is None there and 'random' here", call(init="random"))
     refused(path, "acceleration is None there", call(acceleration="squarem"))
     refused(path, "strategy", call(given={"strategy": MonteCarlo(2)}))
-    refused(path, "updates", call(given={"updates": {"loc": Gradient()}}))
+    refused(path, "update of .loc. is ClosedForm", call(given={"updates": {"loc": Gradient()}}))
     refused(path, "argument 0 is a tensor .* there and chunks of", call(x=Chunks(X, rows=40)))
     pyro.clear_param_store()
     again = ExactPosteriorEM(mixture).fit(X, progress=False, checkpoint=path, tol=1e-5)
