@@ -22,6 +22,7 @@ from pyro_em.fitting.identified import Undetermined
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.latent_series import plates_of
+from pyro_em.graph.stretches import Members
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
 from pyro_em.posteriors.gaussian import GaussianBlock
@@ -87,12 +88,28 @@ def _observed_steps(program: Program) -> float:
     """Steps of a chain of Gaussian latents without plates that have any observed value; 1 elsewhere."""
     steps: dict[str, int] = {}
     for _, group in _sites(program):
-        chained = group.belief is None and bool(group.lines) and group.role is Role.DATA
-        for i, name in enumerate(group.members if chained else ()):
-            if group.mask is None or bool(group.mask[i].any()):
-                kind = re.sub(r"\d+", "#", name)
-                steps[kind] = steps.get(kind, 0) + 1
+        if group.belief is not None or not group.lines or group.role is not Role.DATA:
+            continue
+        seen = None if group.mask is None else group.mask.flatten(1).any(1)
+        if seen is not None and len(seen) == 1:
+            seen = seen.expand(len(group.members))
+        for first, own in _alike_names(group.members):
+            kind = re.sub(r"\d+", "#", first)
+            steps[kind] = steps.get(kind, 0) + (
+                len(own) if seen is None else int(seen[own.start : own.stop].sum())
+            )
     return float(max(steps.values(), default=1))
+
+
+def _alike_names(members: Sequence[str]) -> Iterator[tuple[str, range]]:
+    """Names that differ in a number alone, by the first of them, and their places."""
+    if not isinstance(members, Members):
+        yield from ((name, range(i, i + 1)) for i, name in enumerate(members))
+        return
+    at = 0
+    for stretch in members.stretches:
+        yield stretch.name_of(0), range(at, at + len(stretch))
+        at += len(stretch)
 
 
 def _observed_turns(program: Program, plate: str) -> float:

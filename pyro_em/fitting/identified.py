@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import transform_to
@@ -21,12 +23,15 @@ from torch.distributions import transform_to
 from pyro_em.graph.factors import Group
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.state_moments import moments_of_first
+from pyro_em.posteriors.state_steps import ChainSums, ChainTheta
 from pyro_em.tracing.parameters import TracedParameter, moved
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
 from pyro_em.updates.update import Fixed
 
 _MOST = 300  # numbers in parameters of which a Jacobian is taken
+_LEVELS = 12  # of a chain that are looked at, or more where its state is large
 _ROWS = 60  # of a site in one block that are looked at
 _RELATIVE = 1e-12  # of the largest eigenvalue: what lies below is none
 
@@ -63,8 +68,10 @@ def undetermined(program: Program) -> list[Undetermined]:
         program: The model with its data.
     """
     groups = program.graph.groups
+    kernel = program.kernel.block
+    theta = kernel.theta if isinstance(kernel, ChainSums) else None
     out = []
-    for group in groups:
+    for g, group in enumerate(groups):
         block = group.nested
         if not isinstance(block, GaussianBlock):
             continue
@@ -76,7 +83,11 @@ def undetermined(program: Program) -> list[Undetermined]:
         ]
         if not all(b.is_static for b in group.bindings.values()):
             continue
-        found = _of_block(block.representative, names, program.graph.parameters)
+        found = None
+        if theta is not None:
+            found = _of_chain(theta, g, names, program.graph.parameters)
+        if found is None:
+            found = _of_block(block.representative, names, program.graph.parameters)
         if found is not None and found.count:
             out.append(found)
     return out
@@ -123,16 +134,67 @@ def _of_block(
         inside = [_inside(parameters[n], unconstrained[n]) for n in names]
         flat = torch.cat([x.double().reshape(-1) for x in inside])
         jacobian = _jacobian(moments, flat)
+    return _left(jacobian, lambda: _jacobian(lambda u: _all_of(constrained(u)), flat), names, sizes)
+
+
+def _of_chain(
+    theta: ChainTheta, g: int, names: Sequence[str], parameters: Mapping[str, TracedParameter]
+) -> Undetermined | None:
+    """The same from the matrices of a chain whose steps are alike; None where these do not serve."""
+    unconstrained = moved(parameters, seed=51)
+    if not names or sum(unconstrained[n].numel() for n in names) > _MOST:
+        return None
+    values = {n: p.value() for n, p in parameters.items()}
+    slopes = []
+    for name in names:
+        u, constraint = unconstrained[name].double(), parameters[name].constraint
+        values[name] = transform_to(constraint)(u)
+        if constraint.event_dim == 0:  # each number by itself: it moves wherever its own moves
+            slopes.append(torch.eye(u.numel(), dtype=torch.float64))
+            continue
+
+        def flat(x: Tensor, constraint: Any = constraint, shape: torch.Size = u.shape) -> Tensor:
+            return transform_to(constraint)(x.reshape(shape)).reshape(-1)
+
+        slopes.append(_jacobian(flat, u.reshape(-1)).cpu())
+    at = theta.enter(values).theta
+    columns = [theta.begins[n] + np.arange(values[n].numel()) for n in names]
+    size = theta.chains[g].bare[0].shape[-1]
+    try:
+        found = moments_of_first(
+            theta.chains[g], at, np.concatenate(columns), max(_LEVELS, 2 * size + 2)
+        )
+    except np.linalg.LinAlgError:
+        return None
+    if found is None or not np.isfinite(found).all():
+        return None
+    of_values = torch.block_diag(*slopes)
+    sizes = [unconstrained[n].numel() for n in names]
+    return _left(torch.from_numpy(found) @ of_values, lambda: of_values, names, sizes)
+
+
+def _left(
+    jacobian: Tensor, of_values: Callable[[], Tensor], names: Sequence[str], sizes: Sequence[int]
+) -> Undetermined:
+    """The directions along which no moment moves, less those along which no parameter does.
+
+    Args:
+        jacobian: Of the moments, in unconstrained coordinates. # (moments, p)
+        of_values: Gives that of the parameters. # (numbers, p)
+        names: The parameters.
+        sizes: How many coordinates each has.
+    """
     norms = jacobian.norm(dim=0)
     read = norms > 0
     kernel = _kernel(jacobian[:, read] / norms[read])
     if not kernel.shape[1]:
         return Undetermined(0, ())
     # What the parameters' own constraints leave free: a matrix may have fewer than its numbers.
-    bound = _kernel(_jacobian(lambda u: _all_of(constrained(u)), flat)[:, read])
-    moves = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    bound = _kernel(of_values()[:, read])
+    moves = torch.zeros(len(norms), dtype=torch.bool, device=norms.device)
     moves[read] = (kernel.abs() > 1e-4).any(1)
-    shown = [n for n, own in zip(names, moves.split(sizes), strict=True) if bool(own.any())]
+    parts = zip(names, moves.split(list(sizes)), strict=True)
+    shown = [n for n, own in parts if bool(own.any())]
     return Undetermined(max(kernel.shape[1] - bound.shape[1], 0), tuple(shown))
 
 

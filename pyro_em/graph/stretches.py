@@ -224,6 +224,13 @@ class Later(Generic[V]):
         """The value."""
         return self._make()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made, (self.value,)
+
+
+def _made(value: V) -> Later[V]:
+    return Later(lambda: value)
+
 
 class LaterDict(Mapping[str, V]):
     """A mapping that is made when it is asked for."""

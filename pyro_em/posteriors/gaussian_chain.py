@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
+from pyro_em.graph.stretches import Later
 from pyro_em.posteriors.coordinates import apart, seen_coordinates
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock, counts_once
 from pyro_em.posteriors.state_layout import Stack, StateLayout
@@ -34,11 +35,11 @@ class GaussianChain(GaussianBlock):
 
     Attributes:
         chains: Where their numbers lie in states.
-        beginning: The first few steps as one dense block.
+        beginning: The first few steps as one dense block, if somebody asks for it.
     """
 
     chains: StateLayout = field(kw_only=True)
-    beginning: GaussianBlock = field(kw_only=True)
+    beginning: Later[GaussianBlock] = field(kw_only=True)
 
     @property
     def layout(self) -> StateLayout:
@@ -59,7 +60,7 @@ class GaussianChain(GaussianBlock):
     @property
     def representative(self) -> GaussianBlock:
         """The first few steps, which stand for all."""
-        return self.beginning
+        return self.beginning.value
 
     @property
     def words(self) -> str:

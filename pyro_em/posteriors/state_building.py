@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
+from pyro_em.graph.stretches import Later
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_sites import dense_block, site_over, taken, with_offset
@@ -85,7 +86,7 @@ def chain_block(
         states,
         traced=tuple(traced),
         chains=StateLayout(form, tuple(stacks)),
-        beginning=_beginning(graph, lines, form, scope, states, values, read),
+        beginning=Later(lambda: _beginning(graph, lines, form, scope, states, values, read)),
     )
 
 

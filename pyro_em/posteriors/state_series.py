@@ -16,6 +16,7 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line, Read
 from pyro_em.graph.series import Unrolling
+from pyro_em.graph.stretches import Later
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_sites import (
     dense_block,
@@ -89,7 +90,9 @@ def series_chain(
         states,
         traced=tuple(traced),
         chains=StateLayout(replace(form, steps=steps, sites=()), tuple(stacks)),
-        beginning=dense_block(graph, short, scope, states, values, loop.read_at(short, read)),
+        beginning=Later(
+            lambda: dense_block(graph, short, scope, states, values, loop.read_at(short, read))
+        ),
     )
 
 
