@@ -90,7 +90,7 @@ def _observed_steps(program: Program) -> float:
     for _, group in _sites(program):
         if group.belief is not None or not group.lines or group.role is not Role.DATA:
             continue
-        seen = None if group.mask is None else group.mask.flatten(1).any(1)
+        seen = None if group.mask is None else group.mask.reshape(len(group.mask), -1).any(1)
         if seen is not None and len(seen) == 1:
             seen = seen.expand(len(group.members))
         for first, own in _alike_names(group.members):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import EMResult, ExactPosteriorEM, Fixed, PyroEMWarning, vectorized_markov
+from pyro_em.fitting import identified
 from pyro_em.fitting.em_map import ByTracing
 from tests.posteriors.chain_models import noise, number, positive
 from tests.posteriors.random_chains import random_chain
@@ -169,6 +170,17 @@ def test_its_steps_are_those_through_all_sites(case: str, monkeypatch: pytest.Mo
     slow = ExactPosteriorEM(model).fit(max_steps=4, tol=0)
     assert slow.plan.kernel == "Gaussian"
     require_same(quick, slow)
+
+
+@pytest.mark.parametrize("case", ["numbers", "own matrices", "covariances", "maps and factors"])
+def test_what_data_determine_is_that_of_one_dense_block(case: str) -> None:
+    """Directions that no data determine: a state with a whole covariance may be turned."""
+    program = ExactPosteriorEM(CASES[case])._session.look((), {})
+    (group,), parameters = program.graph.groups, program.graph.parameters
+    names = list(group.params)
+    found = identified._of_chain(program.kernel.block.theta, 0, names, parameters)
+    expected = identified._of_block(group.nested.representative, names, parameters)
+    assert found == expected and (found.count > 0) == (case in ("own matrices", "covariances"))
 
 
 def test_what_is_fixed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
