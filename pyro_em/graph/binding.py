@@ -202,7 +202,9 @@ class Binding:
             raise ValueError("an opaque binding cannot be evaluated without its model")
         out = self.constant
         for part in self.selections:
-            out = torch.where(part.index >= 0, part.forward(values[part.param]), out)
+            found = part.forward(values[part.param])
+            plain = part.is_whole and found.dtype == out.dtype
+            out = found if plain else torch.where(part.index >= 0, found, out)
         return normalised(out, self.normalise)
 
 

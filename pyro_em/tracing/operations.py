@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from pyro_em.tracing.dependences import Reading, checksum
-from pyro_em.tracing.sites import tensors_of
 
 _FRESH = torch.ops.aten.lift_fresh.default
 
@@ -146,9 +145,16 @@ class OperationLog:
 
     def _end_of(self, site: Mapping[str, Any], least: int) -> int:
         """The number of the operation after all those that made a site's tensors."""
-        tensors = [t for t in (site["value"], *tensors_of(site["fn"])) if isinstance(t, Tensor)]
-        made = [self._origin.get(_storage(t)) for t in tensors]
-        return 1 + max((n for n in made if isinstance(n, int)), default=least - 1)
+        latest, waiting = least - 1, [site["value"], site["fn"]]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, Tensor):
+                made = self._origin.get(_storage(part))
+                if isinstance(made, int) and made > latest:
+                    latest = made
+            elif isinstance(part, torch.distributions.Distribution):
+                waiting += vars(part).values()
+        return latest + 1
 
     def add_site(
         self, name: str, site: Mapping[str, Any], end: int | None = None, steps: int = 0
