@@ -23,7 +23,7 @@ from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import a_level, by_name, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
-from pyro_em.errors import UsageError, message
+from pyro_em.errors import ModelError, UsageError, message
 from pyro_em.fitting import stepping
 from pyro_em.fitting.chunk_by_chunk import answers, parts_of, refuse_q_of_chunks
 from pyro_em.fitting.chunked import chunks_in, first_arguments
@@ -33,6 +33,7 @@ from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.stepping import loss_of
+from pyro_em.fitting.within_budget import in_chunks, within_budget
 from pyro_em.globs import Values
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.plan.given_q import as_posterior, check_q
@@ -41,6 +42,7 @@ from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request, Strategy
 from pyro_em.plan.unobserved import unobserved, with_unobserved
+from pyro_em.plan.unrouted import Unrouted
 from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
@@ -90,7 +92,9 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             `Gradient`, `Fixed`.
         num_particles: Draws from the guide per step and per bound.
         max_plate_nesting: Number of plate dimensions; found by looking where left out.
-        max_enumeration: Cells of the largest tensor that an enumeration may need.
+        max_enumeration: Cells of the largest tensor that an enumeration may need. Where a table of all
+            rows would be above it, ``fit``, ``score`` and ``evaluate_loss`` go through chunks of
+            rows, if these have a thousand rows at least.
         missing: ``"nan"``: NaN in observed floating values is missing at random, and integrated out
             exactly. Every element under ``to_event`` is an entry of its own, in every family; a
             MultivariateNormal (also within a MixtureSameFamily) is conditioned on the coordinates
@@ -189,6 +193,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         """
         args = first_arguments(args)
         found = self._session.look_at_routes(args, kwargs)
+        if isinstance(found, Unrouted):
+            args, found = within_budget(self._session, found, args, kwargs)
         return self._session.planner.plan_on(found, args, kwargs)
 
     @alone("posterior")
@@ -293,9 +299,9 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             >>> round(ExactPosteriorEM(model).score(torch.tensor([1.0, 0.0])), 4)
             -1.3863
         """
-        if chunks_in(args) is not None:
+        args, found = self._within_budget(args, kwargs)
+        if found is None:
             return log_evidence_of_parts(self._parts("score", args, kwargs))
-        found = self._look(args, kwargs, look_only=True)
         return refuse_a_guide(found, "score", _SCORES).log_evidence()
 
     @alone("evaluate_loss")
@@ -306,10 +312,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             *args: The model's arguments.
             **kwargs: The model's keyword arguments.
         """
-        if chunks_in(args) is not None:
+        args, found = self._within_budget(args, kwargs)
+        if found is None:
             parts = self._parts("evaluate_loss", args, kwargs)
             return -bound_of_parts(parts, self._session.total_steps)
-        found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Variational):
             draws = found.draws(args, kwargs, self.num_particles)
             return -float(torch.stack(draws).mean())
@@ -683,6 +689,20 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         self, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
     ) -> Program | Variational:
         return self._session.look(args, kwargs, look_only=look_only)
+
+    def _within_budget(
+        self, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, Program | Variational | None]:
+        """The arguments with what they are; in chunks, with nothing, where all rows are too many."""
+        if chunks_in(args) is not None:
+            return args, None
+        try:
+            return args, self._look(args, kwargs, look_only=True)
+        except ModelError as error:
+            fewer = in_chunks(error, args, kwargs)
+            if fewer is None:
+                raise
+            return fewer, None
 
     def _parts(self, method: str, args: tuple, kwargs: dict[str, Any]) -> Iterator[Part]:
         chunks = chunks_in(args)

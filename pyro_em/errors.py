@@ -97,6 +97,19 @@ class Finding:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class OverBudget(Finding):
+    """An enumeration past the budget.
+
+    Attributes:
+        cells: Cells of its largest table.
+        limit: The budget.
+    """
+
+    cells: int = 0
+    limit: int = 0
+
+
 def message(where: str, what: str, why: str = "", fixes: Sequence[str] = ()) -> str:
     """Build the four-part text of an error or a warning.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyro
 
-from pyro_em.errors import UsageError, message
+from pyro_em.errors import ModelError, UsageError, message
 from pyro_em.fitting import epochs
 from pyro_em.fitting.checkpoints import at_beginning, opened, origin_of_state
 from pyro_em.fitting.chunked import chunked, chunks_in, first_arguments, refuse_chunks_of_a_guide
@@ -30,6 +30,7 @@ from pyro_em.fitting.search import Search
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.shards import Shards
 from pyro_em.fitting.stochastic_run import StochasticRun
+from pyro_em.fitting.within_budget import in_chunks, serve
 from pyro_em.plan.fit_wishes import (
     FIT_KEYWORDS,
     FitWishes,
@@ -77,7 +78,14 @@ def _fit(
     check_collisions(session.request.model, looked, FIT_KEYWORDS, "fit", wishes.passed())
     held = frozenset(pyro.get_param_store())
     with seeded(wishes.seed):
-        found = session.ready(looked, kwargs)
+        try:
+            found = session.ready(looked, kwargs)
+        except ModelError as error:
+            fewer = in_chunks(error, args, kwargs) if joined is None else None
+            if fewer is None or not serve(session, fewer, kwargs):
+                raise
+            args, looked = fewer, first_arguments(fewer)
+            found = session.ready(looked, kwargs)
         shared: Shards | None = None
         if joined is not None:
             shared = joined.shards(found, looked, args, kwargs, has_rows)

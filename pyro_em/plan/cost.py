@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_em.errors import Finding, sites_in_words
+from pyro_em.errors import Finding, OverBudget, sites_in_words
 from pyro_em.graph.structure import Structure
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
 
@@ -32,7 +32,7 @@ def budget_problems(structure: Structure, plan: ContractionPlan, limit: int) -> 
     if coupling:
         why += f", coupled by site '{coupling[0]}'"
     return [
-        Finding(
+        OverBudget(
             sites_in_words(latents),
             f"enumerating them needs a table of {size} cells; the budget is "
             f"max_enumeration={limit:,}.",
@@ -44,5 +44,7 @@ def budget_problems(structure: Structure, plan: ContractionPlan, limit: int) -> 
                 "fit a subset of the data",
             ),
             latents=tuple(latents),
+            cells=plan.cells,
+            limit=limit,
         )
     ]
