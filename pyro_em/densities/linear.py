@@ -23,6 +23,8 @@ from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import Group
 from pyro_em.updates.statistics import known_statistics
 
+_FEW = 2**8  # numbers of a value whose linear form is remembered
+
 # Those with complements after those without, and rates last: the order of `natural`.
 KINDS = tuple(
     sorted(
@@ -74,11 +76,31 @@ def main_argument(group: Group) -> tuple[str, Rule] | None:
 
 
 def linear(group: Group) -> Linear | None:
-    """The linear form of a group that has a `main_argument`; None where it does not hold."""
-    argument_and_rule, family = main_argument(group), group.family
-    if argument_and_rule is None or family is None:
+    """The linear form of a group that has a `main_argument`; None where it does not hold.
+
+    It depends on the data and on nothing else that changes from run to run of a model. A latent's own
+    density reads its support, and what few numbers gave before is remembered by the selection.
+    """
+    argument_and_rule = main_argument(group)
+    if argument_and_rule is None:
         return None
     name, rule = argument_and_rule
+    selections, value = group.bindings[name].selections, group.value
+    is_plain = len(group.arguments) == 1 and group.mask is None and group.elements is None
+    if not is_plain or len(selections) != 1 or value.numel() > _FEW or value.requires_grad:
+        return _linear(group, name, rule)
+    argument = group.arguments[name]
+    form = (name, argument.shape, argument.dtype, group.sizes, group.n_plates, group.event_dims)
+    asked = (linear, *form, value.shape, value.dtype, value.device)
+    family, before, found = selections[0].remembered.get(asked, (None, None, None))
+    if family is not group.family or not torch.equal(before, value):
+        found = _linear(group, name, rule)
+        selections[0].remembered[asked] = group.family, value.clone(), found
+    return found  # type: ignore[no-any-return]
+
+
+def _linear(group: Group, name: str, rule: Rule) -> Linear | None:
+    """The linear form of a group in one of its arguments; None where it does not hold."""
     event = rule.kind.event_dim
     constants = {
         n: _narrow(a.detach(), 1 + group.n_plates, 1 + len(group.sizes))

@@ -100,12 +100,18 @@ class Selection:
         return is_in_order(self.index)
 
     @cached_property
+    def alone(self) -> Selection:
+        """The same as the only one of a stack, with what is remembered of that. # (1, *argument)"""
+        factor = None if self.factor is None else self.factor.unsqueeze(0)
+        return Selection(self.param, self.index.unsqueeze(0), self.maps, factor)
+
+    @cached_property
     def remembered(self) -> dict[Any, Any]:
         """What was found out about its index, for the next who asks; copies begin without."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: v for name, v in vars(self).items() if name != "remembered"}
+        return {n: v for n, v in vars(self).items() if n not in ("alone", "remembered")}
 
     def forward(self, parameter: Tensor) -> Tensor:
         """The argument's elements at a parameter value (anything where ``index`` is −1)."""

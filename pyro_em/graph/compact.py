@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,9 +65,19 @@ def recipe_for(
     like: Tensor, event_dim: int, dims: Sequence[int | None], collapse: int = 0
 ) -> Recipe:
     """The recipe for tensors of the form of ``like``; see `compact`."""
-    shape = list(like.shape)
+    return _recipe(like.shape, like.stride(), event_dim, tuple(dims), collapse)
+
+
+@lru_cache(maxsize=1024)
+def _recipe(
+    full: tuple[int, ...],
+    strides: tuple[int, ...],
+    event_dim: int,
+    dims: tuple[int | None, ...],
+    collapse: int,
+) -> Recipe:
+    shape = list(full)
     batch = len(shape) - event_dim
-    strides = like.stride()
     expanded = [d for d in range(batch + collapse) if shape[d] > 1 and strides[d] == 0]
     for d in expanded:
         shape[d] = 1

@@ -219,6 +219,10 @@ def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
+    if len(bindings) == 1 and bindings[0].how == "selection":
+        (one,) = bindings
+        alone = tuple(s.alone for s in one.selections)
+        return replace(one, constant=one.constant.unsqueeze(0), selections=alone)
     return _joined(bindings, _stack_tensors)
 
 

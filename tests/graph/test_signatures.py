@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -204,3 +205,13 @@ def test_what_a_node_hides_has_no_signature() -> None:
 def test_nodes_show_their_output_shapes() -> None:
     node = torch.ones(4).requires_grad_().reshape(2, 2).grad_fn
     assert [tuple(m.shape) for m in node._input_metadata] == [(2, 2)]  # type: ignore[union-attr]
+
+
+def test_what_a_selection_remembers_is_not_copied() -> None:
+    theta = torch.arange(4.0).requires_grad_()
+    (selection,) = bind(theta[FORWARD], {"theta": theta}).selections
+    assert selection.is_whole and selection.is_in_order and selection.alone is selection.alone
+    selection.remembered["something"] = object()
+    twin = pickle.loads(pickle.dumps(selection))
+    assert torch.equal(twin.index, selection.index) and not twin.remembered
+    assert not bind(theta[BACKWARD], {"theta": theta}).selections[0].is_in_order
