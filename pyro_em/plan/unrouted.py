@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pyro_em.errors import Finding, PyroEMError
+from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
@@ -27,7 +28,7 @@ class Unrouted:
     """
 
     structure: Structure
-    routes: tuple[Route, ...]
+    routes: Sequence[Route]
     error: PyroEMError
     parameters: tuple[str, ...]
     cost: ContractionPlan | None = None
@@ -83,6 +84,16 @@ def without_route(
         routes: The rows as decided, where that was possible.
         cost: The enumeration, where it is past the budget.
     """
+    of_guide = () if guide is None else tuple(guide.run.parameters)
+    names = tuple(dict.fromkeys((*of_guide, *structure.parameters)))
+    # Mostly nobody asks: Gaussian latents may be integrated.
+    rows = LaterTuple(lambda: _rows(structure, error, guide, routes))
+    return Unrouted(structure, rows, error, names, cost)
+
+
+def _rows(
+    structure: Structure, error: PyroEMError, guide: GuideLook | None, routes: Sequence[Route]
+) -> tuple[Route, ...]:
     found: dict[str, Finding] = {}
     for problem in error.problems:
         for latent in problem.latents:
@@ -99,9 +110,7 @@ def without_route(
         else:
             row = route
         rows.append(row)
-    of_guide = () if guide is None else tuple(guide.run.parameters)
-    names = tuple(dict.fromkeys((*of_guide, *structure.parameters)))
-    return Unrouted(structure, tuple(rows), error, names, cost)
+    return tuple(rows)
 
 
 def _has_no_sum(route: Route, structure: Structure) -> bool:
