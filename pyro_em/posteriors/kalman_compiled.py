@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
 _Bools = NDArray[np.bool_]
+_Which = NDArray[np.int32]
 
 
 def filtered(space: StateSpace) -> Filtered:
@@ -57,12 +59,14 @@ def smoothed(space: StateSpace) -> Smoothed:
     B, T, n, k = groups.count, space.steps, space.size, space.noise.shape[-1]
     covariance, transition, noise = (np.empty((B, T, n, n)) for _ in range(3))
     size, parts = np.empty(B), []
+    which, place = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
+    first, count = T, 0
     for b, group in enumerate(groups.each()):
         sizes = group.sizes
         found = _forward(group)
-        told = _backward(group, found, (transition[b], noise[b]))
+        told = _backward(group, found, place[b], (transition[b], noise[b]))
         states, disturbance, squares = _follow(group, found, told, told.shift, fresh=False)
-        onward(
+        found_here = onward(
             group.A,
             group.G,
             group.dynamics,
@@ -70,10 +74,12 @@ def smoothed(space: StateSpace) -> Smoothed:
             told.factor,
             told.place,
             covariance[b],
+            which[b],
             transition[b],
             noise[b],
             _work((n, k), (n, n), (n, n)),
         )
+        first, count = min(first, int(told.place[0])), max(count, found_here)
         size[b] = told.determinant
         evidence = -0.5 * (squares + told.determinant) - sizes
         parts.append((evidence, states, disturbance))
@@ -82,10 +88,12 @@ def smoothed(space: StateSpace) -> Smoothed:
         evidences,
         groups.of_chains(size),
         means,
-        groups.of_chains(covariance),
         disturbances,
-        groups.of_chains(transition),
-        groups.of_chains(noise),
+        groups.of_chains(covariance[:, :count]),
+        groups.of_chains(which),
+        groups.of_chains(transition[:, first:]),
+        groups.of_chains(noise[:, first:]),
+        groups.of_chains(np.subtract(place, first, out=place)),
     )
 
 
@@ -121,8 +129,9 @@ class _Group:
     seen: _Bools
     value: _Floats
     drift: _Floats
+    is_complete: bool
 
-    @property
+    @cached_property
     def same(self) -> _Bools:
         """Whether each step has the same matrices as the one before. # (T,)"""
         out = np.zeros(len(self.dynamics), np.bool_)
@@ -134,8 +143,10 @@ class _Group:
     @property
     def sizes(self) -> float:
         """Σ log(√2π s) of all that is seen."""
-        logs = np.log(np.sqrt(2 * np.pi) * self.s)[self.measurement]
-        return float(logs[self.seen].sum())
+        logs = np.log(np.sqrt(2 * np.pi) * self.s)
+        if self.is_complete and 4 * len(logs) < len(self.measurement):
+            return float(np.bincount(self.measurement, minlength=len(logs)) @ logs.sum(-1))
+        return float(logs[self.measurement][self.seen].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +204,7 @@ class _Groups:
                 np.ascontiguousarray(self.seen[first % len(self.seen)]),
                 value if self.of is None else value[chains],
                 drift if len(drift) == 1 else drift[chains],
+                space.seen is None,
             )
 
     def together(self, parts: Sequence[tuple[_Floats, ...]]) -> list[Tensor]:
@@ -202,7 +214,7 @@ class _Groups:
         back = np.argsort(np.argsort(self.of, kind="stable"), kind="stable")
         return [torch.from_numpy(np.concatenate(x)[back]) for x in zip(*parts, strict=True)]
 
-    def of_chains(self, x: _Floats) -> Tensor:
+    def of_chains(self, x: _Floats | _Which) -> Tensor:
         """Numbers of each group as those of each chain, or of all."""
         return torch.from_numpy(x if self.of is None else x[self.of])
 
@@ -220,7 +232,7 @@ class _Backward:
     pull: _Floats
     factor: _Floats
     shift: _Floats
-    place: _Ints
+    place: _Which
     determinant: float
 
 
@@ -256,13 +268,17 @@ def _forward(group: _Group, covariances: tuple[_Floats, _Floats] | None = None) 
 
 
 def _backward(
-    group: _Group, found: _Forward, room: tuple[_Floats, _Floats] | None = None
+    group: _Group,
+    found: _Forward,
+    place: _Which | None = None,
+    room: tuple[_Floats, _Floats] | None = None,
 ) -> _Backward:
     """The noises of each step given the state before and all data.
 
     Args:
         group: The chains.
         found: The filter's results.
+        place: Where it goes which matrices a step has. # (T,)
         room: Where there is memory until the steps are gone through in their order. # (T, n, n) each
     """
     from pyro_em.posteriors.numba_kalman import backward
@@ -273,7 +289,8 @@ def _backward(
     if room is None or k > n:
         room = np.empty((T, k, n)), np.empty((T, k, k))
     pull, factor = room
-    shift, place = np.empty((M, T, k)), np.empty(T, np.int64)
+    shift = np.empty((M, T, k))
+    place = np.empty(T, np.int32) if place is None else place
     determinant = backward(
         group.A,
         group.G,

@@ -65,14 +65,17 @@ def smoothed_by_moments(space: StateSpace) -> Smoothed:
     mean, disturbance, covariance, transition, noise = (
         torch.stack(x, 1) for x in zip(*out, strict=True)
     )
+    every = torch.arange(space.steps, device=mean.device).expand(len(covariance), -1)
     return Smoothed(
         _chains(found.log_evidence).sum(-1),
         found.log_determinant.sum(-1),
         _chains(mean),
-        covariance,
         _chains(disturbance),
+        covariance,
+        every,
         transition,
         noise,
+        every,
     )
 
 

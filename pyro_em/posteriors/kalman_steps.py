@@ -89,15 +89,18 @@ def smoothed(space: StateSpace) -> Smoothed:
     nats = 0.5 * math.log(2 * math.pi) + arrays.log_deviation
     squares = (epsilon**2).sum((1, 2)) + (left**2).sum((1, 2))
     sizes = told.log_determinant + 2 * (nats * arrays.counted).sum((1, 2))
-    covariance = _covariances(told)
+    covariances, which = _covariances(told)
+    B, place = arrays.batches, torch.from_numpy(told.places.of)
     return Smoothed(
         arrays.chains(-0.5 * (squares + sizes[:, None])),
         torch.from_numpy(told.log_determinant),
         arrays.chains(found.predicted + distance),
-        torch.from_numpy(covariance),
         arrays.chains(_apply(arrays.G, arrays.of_dynamics, epsilon)),
-        torch.from_numpy(told.transition[:, told.places.of]),
-        torch.from_numpy(told.noise[:, told.places.of]),
+        torch.from_numpy(covariances),
+        torch.from_numpy(which).expand(B, -1),
+        torch.from_numpy(told.transition),
+        torch.from_numpy(told.noise),
+        place.expand(B, -1),
     )
 
 
@@ -457,22 +460,25 @@ def _onward(
     return shift - _apply(told.pull, told.places, before), delta + gained
 
 
-def _covariances(told: _Backward) -> _Floats:
-    """Cov(x_t | y). # (B, T, n, n)"""
+def _covariances(told: _Backward) -> tuple[_Floats, _Ints]:
+    """The different ones of Cov(x_t | y), and which each step has. # (B, P, n, n), (T,)"""
     P = np.zeros_like(told.noise[:, 0])
     place = told.places.of
-    out = np.empty((len(P), len(place), *P.shape[1:]))
+    out: list[_Floats] = []
+    which = np.empty(len(place), np.int64)
     for start, end, same in told.places.runs:
         for t in range(start, end):
             F = told.transition[:, place[t]]
             new = F @ P @ _t(F)
             new = (new + _t(new)) / 2 + told.noise[:, place[t]]
             steady = same and t % 2 == 0 and _settled(new, P)
-            out[:, t] = P = new
+            which[t] = len(out)
+            out.append(new)
+            P = new
             if steady:
-                out[:, t:end] = P[:, None]
+                which[t:end] = which[t]
                 break
-    return out
+    return np.stack(out, 1), which
 
 
 def _t(x: _Floats) -> _Floats:

@@ -420,11 +420,12 @@ def onward(
     factor: np.ndarray,
     place: np.ndarray,
     covariance: np.ndarray,
+    which: np.ndarray,
     transition: np.ndarray,
     noise: np.ndarray,
     work: Work,
-) -> None:
-    """Covariances of the states given all data.
+) -> int:
+    """Covariances of the states given all data; return how many differ.
 
     Args:
         A: # (U, n, n)
@@ -433,24 +434,24 @@ def onward(
         pull: From `backward`; it may be the memory of `transition`. # (T, k or more, n)
         factor: From `backward`; it may be the memory of `noise`. # (T, k or more, k or more)
         place: From `backward`. # (T,)
-        covariance: Where P goes. # (T, n, n)
-        transition: Where Φ goes; zero at first. # (T, n, n)
-        noise: Where C goes. # (T, n, n)
+        covariance: Where P goes, those that differ one after the other. # (T, n, n)
+        which: Where it goes which P a step has. # (T,)
+        transition: Where Φ goes, at the places of E; zero at first. # (T, n, n)
+        noise: Where C goes, at the places of W. # (T, n, n)
         work: Zeros. # (n, k), (n, n), (n, n)
     """
     T, n, k = len(place), G.shape[1], G.shape[2]
     J, half, last = work
-    steady = False
+    steady, count = False, 0
     for t in range(T):
         alike = t > 1 and place[t] == place[t - 1]
-        P, F, C = covariance[t], transition[t], noise[t]
-        if alike:
-            _copy(transition[t - 1], F)
-            _copy(noise[t - 1], C)
-            if steady:
-                _copy(covariance[t - 1], P)
-                continue
-        else:
+        if alike and steady:
+            which[t] = count - 1
+            continue
+        which[t] = count
+        P, F, C = covariance[count], transition[place[t]], noise[place[t]]
+        count += 1
+        if not alike:
             a, g, E, W = A[dynamics[t]], G[dynamics[t]], pull[place[t]], factor[place[t]]
             for i in range(n):
                 for c in range(k):
@@ -485,6 +486,7 @@ def onward(
                 P[i, j] = total + C[i, j]
                 P[j, i] = P[i, j]
         steady = _settle(P, last, n, SAME) and alike
+    return count
 
 
 @_compiled

@@ -61,7 +61,7 @@ def filtered_solutions(
         covariance = covariance.expand(lead, *covariance.shape[1:])
         their = their.expand(lead, *their.shape[1:])
         covariance = covariance.index_copy(1, at.to(mean.device), their[:, at])
-    smoothed = replace(solution.smoothed, mean=mean, covariance=covariance)
+    smoothed = solution.smoothed.with_states(mean, covariance)
     return {**faces.solved, g: replace(solution, smoothed=smoothed)}
 
 
@@ -143,9 +143,7 @@ def predicted_solution(solution: Integrated, data: Mapping[int, Tensor]) -> Stat
     if bool((pairs.diff(dim=1) <= 0).any()) or int(pairs[0, 0]) < 0:
         return None
     found = filtered(solution.numbers.space)
-    own = replace(
-        solution.smoothed, mean=found.predicted_mean, covariance=found.predicted_covariance
-    )
+    own = solution.smoothed.with_states(found.predicted_mean, found.predicted_covariance)
     return replace(solution, smoothed=own)
 
 

@@ -10,8 +10,10 @@ than rows, or be zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
 
@@ -91,20 +93,59 @@ class Smoothed:
 
         P_t = Φ_t P_{t−1} Φ_tᵀ + C_t,     Cov(x_t, x_{t−1} | y) = Φ_t P_{t−1}.
 
+    Steps that have the same matrices, as most of a long series do, share them.
+
     Attributes:
         log_evidence: In nats, of all steps. # (chains,)
         log_determinant: log det(I + GᵀHᵀR⁻¹HG) of all noises ε together. # (chains|1,)
         mean: E[x_t | y]. # (chains, T, n)
-        covariance: P_t = Cov(x_t | y). # (chains|1, T, n, n)
         disturbance: E[G_t ε_t | y]. # (chains, T, n)
-        transition: Φ_t; zero at the first step. # (chains|1, T, n, n)
-        noise: C_t = Cov(x_t | x_{t−1}, y). # (chains|1, T, n, n)
+        covariances: The different ones of `covariance`; of chains with fewer, anything follows.
+            # (chains|1, P, n, n)
+        which_covariance: Which of them each step has, in the order of steps. # (chains|1, T)
+        transitions: The different ones of `transition`. # (chains|1, Q, n, n)
+        noises: The different ones of `noise`. # (chains|1, Q, n, n)
+        which_transition: Which of both each step has. # (chains|1, T)
     """
 
     log_evidence: Tensor
     log_determinant: Tensor
     mean: Tensor
-    covariance: Tensor
     disturbance: Tensor
-    transition: Tensor
-    noise: Tensor
+    covariances: Tensor
+    which_covariance: Tensor
+    transitions: Tensor
+    noises: Tensor
+    which_transition: Tensor
+
+    def with_states(self, mean: Tensor, covariance: Tensor) -> Smoothed:
+        """The same with other states.
+
+        Args:
+            mean: # (chains, T, n)
+            covariance: # (chains|1, T, n, n)
+        """
+        every = torch.arange(covariance.shape[1], device=covariance.device)
+        which = every.expand(len(covariance), -1)
+        return replace(self, mean=mean, covariances=covariance, which_covariance=which)
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """P_t = Cov(x_t | y). # (chains|1, T, n, n)"""
+        return _each(self.covariances, self.which_covariance)
+
+    @cached_property
+    def transition(self) -> Tensor:
+        """Φ_t; zero at the first step. # (chains|1, T, n, n)"""
+        return _each(self.transitions, self.which_transition)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """C_t = Cov(x_t | x_{t−1}, y). # (chains|1, T, n, n)"""
+        return _each(self.noises, self.which_transition)
+
+
+def _each(different: Tensor, which: Tensor) -> Tensor:
+    """The matrix of each step. # (chains|1, T, n, n)"""
+    chain = torch.arange(len(different), device=which.device).unsqueeze(-1)
+    return different[chain, which]

@@ -55,17 +55,17 @@ class States:
     """What a smoother says of some chains, as arrays.
 
     Attributes:
+        found: The smoother's results.
         mean: # (chains, T, n)
         disturbance: E[G ε]. # (chains, T, n)
-        covariance: # (chains|1, T, n, n)
         noises: Σ Cov(G ε) by kind of step. # (chains|1, U, n, n)
         shared: Σ Cov(G ε, x before). # (chains|1, U, n, n)
         before: Σ P before. # (chains|1, U, n, n)
     """
 
+    found: Smoothed
     mean: Numbers
     disturbance: Numbers
-    covariance: Numbers
     noises: Numbers
     shared: Numbers
     before: Numbers
@@ -79,34 +79,39 @@ class States:
             transition: A. # (chains|1, U, n, n)
             dynamics: Which of the U each step has. # (T,)
         """
-        P, moved, noise = (x.numpy() for x in (found.covariance, found.transition, found.noise))
-        L, T, n, _ = P.shape
-        U = transition.shape[1]
-        before = np.zeros_like(P)
-        before[:, 1:] = P[:, :-1]
+        P, moved, noise = (x.numpy() for x in (found.covariances, found.transitions, found.noises))
+        of_P, of_move = found.which_covariance.numpy(), found.which_transition.numpy()
+        L, T = of_P.shape
+        n, U = P.shape[-1], transition.shape[1]
+        # Runs of steps with the same matrices, and of states before them with the same covariance.
         new = np.ones((L, T), np.bool_)
-        differs = moved[:, 1:] != moved[:, :-1]
-        new[:, 1:] = differs.reshape(L, T - 1, -1).any(-1)
+        np.not_equal(of_move[:, 1:], of_move[:, :-1], out=new[:, 1:])
         new[:, 1:] |= dynamics[1:] != dynamics[:-1]
+        new[:, 2:] |= of_P[:, 1:-1] != of_P[:, :-2]
         starts = np.flatnonzero(new.reshape(-1))
-        size = n * n
-        by_run = [
-            np.add.reduceat(x.reshape(L * T, size), starts, 0).reshape(-1, n, n)
-            for x in (before, noise)
-        ]
-        chain, kind = starts // T, dynamics[starts % T]
-        less = transition[chain if len(transition) > 1 else 0 * chain, kind]
-        less = less - moved.reshape(L * T, n, n)[starts]
-        away = less @ by_run[0]
-        by_run[1] += away @ less.swapaxes(-1, -2)
-        every = np.concatenate([by_run[1], -away, by_run[0]], -1)
-        sums = np.zeros((L * U, n, 3 * n))
+        length = np.append(starts[1:], L * T) - starts
+        chain, t = np.divmod(starts, T)
+        kind = dynamics.take(t)
+        move = of_move.reshape(-1).take(starts) + chain * moved.shape[1]
+        prior = of_P.reshape(-1).take(starts - (t > 0)) + chain * P.shape[1]
+        own = kind + chain * U if len(transition) > 1 else kind
+        less = transition.reshape(-1, n, n).take(own, 0) - moved.reshape(-1, n, n).take(move, 0)
+        before = P.reshape(-1, n, n).take(prior, 0) * (length * (t > 0))[:, None, None]
+        away = less @ before
+        every = np.empty((len(starts), n, 3 * n))
+        every[..., :n] = noise.reshape(-1, n, n).take(move, 0) * length[:, None, None]
+        every[..., :n] += away @ less.swapaxes(-1, -2)
+        np.negative(away, out=every[..., n : 2 * n])
+        every[..., 2 * n :] = before
         where = chain * U + kind
-        order = where.argsort(kind="stable")
-        first = np.flatnonzero(np.diff(where[order], prepend=-1))
-        sums[where[order][first]] = np.add.reduceat(every[order], first, 0)
+        if bool((where[1:] < where[:-1]).any()):
+            order = where.argsort(kind="stable")
+            where, every = where.take(order), every.take(order, 0)
+        first = np.flatnonzero(np.append(True, where[1:] != where[:-1]))
+        sums = np.zeros((L * U, n, 3 * n))
+        sums[where.take(first)] = np.add.reduceat(every, first, 0)
         parts = sums.reshape(L, U, n, 3, n).transpose(3, 0, 1, 2, 4)
-        return cls(found.mean.numpy(), found.disturbance.numpy(), P, *parts)
+        return cls(found, found.mean.numpy(), found.disturbance.numpy(), *parts)
 
 
 def sums_of(site: Site, numbers: SiteNumbers, states: States, kinds: Places) -> SiteSums:
@@ -199,19 +204,29 @@ def _covariances(
             read = read * (there[:, :, None] & there[:, None])
             cross = cross * there[:, None]
         return read[:, :, None], cross, _latent_noise(site, states, kinds)
-    P = states.covariance[:, site.levels]
     C = numbers.coefficients
     if site.weight is None:
-        whole = _for_lead(P.sum(1), site, chains)
+        whole = _for_lead(_over_steps(site, states.found), site, chains)
         read = whole[:, a, b][:, :, None]
     else:
-        read = _weighed(site, P)
+        read = _weighed(site, states.found.covariance.numpy()[:, site.levels])
     if there is not None:
         read = read * (there[:, :, None] & there[:, None])[:, None]
     cross = -np.matmul(C[..., None, :], read).squeeze(-2)
     if site.spread.is_matrix:
         return read, cross, -(cross @ C.swapaxes(-1, -2))
     return read, cross, -(cross * C).sum(-1)
+
+
+def _over_steps(site: Site, found: Smoothed) -> Numbers:
+    """Σ P over the steps of a site. # (chains|1, n, n)"""
+    P, which = found.covariances.numpy(), found.which_covariance.numpy()[:, site.levels]
+    out = []
+    for own, of in zip(P, which, strict=True):
+        count = np.bincount(of).astype(np.float64)
+        out.append(count @ own[: len(count)].reshape(len(count), -1))
+    sums: Numbers = np.stack(out).reshape(len(P), *P.shape[2:])
+    return sums
 
 
 def _weighed(site: Site, P: Numbers) -> Numbers:
