@@ -25,9 +25,11 @@ class PyroEMError(Exception):
 
     Attributes:
         problems: The findings behind the message, where there are several or they are collected.
+        names_rows: Whether it says which row it is among all rows.
     """
 
     problems: tuple[Finding, ...] = ()
+    names_rows: bool = False
 
 
 class ModelError(PyroEMError, ValueError):
@@ -196,7 +198,7 @@ def of_rows(error: PyroEMError, begin: int) -> PyroEMError:
         other = type(error)(f"rows from {begin} on: {error}")
         other.problems = error.problems
         return other
-    return as_error(
+    out = as_error(
         [
             p
             if p.row is None
@@ -204,6 +206,8 @@ def of_rows(error: PyroEMError, begin: int) -> PyroEMError:
             for p in error.problems
         ]
     )
+    out.names_rows = True
+    return out
 
 
 def sites_in_words(names: Sequence[str]) -> str:

@@ -131,7 +131,23 @@ class Beginning:
                     ],
                 )
             )
-        program.m_step(counts, evaluation, self.em.state, expand=False)
+        data = self.em.data
+        if isinstance(init, Mapping) and data is not None and data.is_at_hand:
+            data.m_step(counts, evaluation, self.em.state)
+        else:
+            program.m_step(counts, evaluation, self.em.state, expand=False)
+
+    def write_for_all(self, init: Any) -> None:
+        """Write the first parameters of a start where the data come in parts.
+
+        One process makes them and all have them; assignments that the user gave are known of the
+        rows of all processes.
+        """
+        data = self.em.data
+        if data is None or init is None or (isinstance(init, Mapping) and data.is_at_hand):
+            self.write(init)
+        else:
+            data.begin(lambda: self.write(init), self.generator)
 
     def _cluster(self, rule: str) -> None:
         program = self.em.program

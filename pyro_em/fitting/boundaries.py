@@ -38,12 +38,13 @@ def loadings_at_zero(program: Program) -> str:
 
 
 @torch.no_grad()
-def boundary_notes(program: Program, log_evidence: float) -> list[str]:
+def boundary_notes(program: Program, log_evidence: float | None) -> list[str]:
     """Notes on variances and noises at the parameters where a fit ended.
 
     Args:
         program: The model with its data.
-        log_evidence: At these parameters, in nats.
+        log_evidence: At these parameters, in nats; None where the program has not all data, and
+            nothing is tried.
     """
     values = values_of(program.graph.parameters)
     out: dict[str, None] = {}
@@ -91,7 +92,7 @@ def _variances_at_zero(
     program: Program,
     site: Group,
     values: Mapping[str, Tensor],
-    now: float,
+    now: float | None,
     tried: set[tuple[str, int]],
 ) -> Iterator[str]:
     """Elements of parameters that a latent's variance is, and that may as well be zero; each once."""
@@ -110,6 +111,8 @@ def _variances_at_zero(
                     f"{shown}: the covariance of '{name}' is singular, at the boundary of what it may "
                     "be: some combination of its coordinates has no variance."
                 )
+            continue
+        if now is None:
             continue
         for parameter, elements in _read(binding):
             value = values[parameter]

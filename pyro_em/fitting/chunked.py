@@ -51,14 +51,19 @@ def chunked(
         PyroEMError: If a chunk cannot be used.
     """
 
-    noted = lead.noting(
+    parts = OverParts(Passes(session, chunks, rest, kwargs))
+    return Parted.of(parts, Part(noted(lead)), HOW)
+
+
+def noted(lead: Program) -> Program:
+    """The program of the first chunk, which says what it stands for."""
+    return lead.noting(
         "the data are read in chunks in each pass; initial values that the model computes from its "
         "data, and starts, are those of the first chunk."
     )
-    return Parted.of(OverParts(_Passes(session, chunks, rest, kwargs)), Part(noted), HOW)
 
 
-class _Passes:
+class Passes:
     """Gives the parts of one pass: of few data those of the first pass, of many data new ones.
 
     Args:
@@ -66,11 +71,20 @@ class _Passes:
         chunks: The data.
         rest: The model's other positional arguments.
         kwargs: Its keyword arguments.
+        is_first: Whether what is outside the rows counts with the first chunk.
+        begin: The number of the first row of the chunks among all.
     """
 
     def __init__(
-        self, session: Session, chunks: Chunks, rest: tuple, kwargs: dict[str, Any]
+        self,
+        session: Session,
+        chunks: Chunks,
+        rest: tuple,
+        kwargs: dict[str, Any],
+        is_first: bool = True,
+        begin: int = 0,
     ) -> None:
+        self._is_first, self._begin = is_first, begin
         self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
         self._kept: list[Part] | None = None
         self._rows = OtherRows(self._look)
@@ -85,9 +99,10 @@ class _Passes:
         for number, chunk in enumerate(self._chunks.read()):
             size += sum(a.nbytes for a in chunk.args if isinstance(a, Tensor))
             is_kept = kept is not None and size <= _KEPT_BYTES
-            with at_rows(chunk.begin):
+            begin = self._begin + chunk.begin
+            with at_rows(begin):
                 found = self._rows.program((*chunk.args, *self._rest), self._kwargs)
-            part = Part(found, number == 0, chunk.begin, is_kept)
+            part = Part(found, self._is_first and number == 0, begin, is_kept)
             if kept is not None and is_kept:
                 kept.append(part)
             else:

@@ -175,6 +175,7 @@ def free_parameters(
     *,
     without: Collection[str] = (),
     apart: Sequence[Undetermined] = (),
+    read: Mapping[str, Tensor] | None = None,
 ) -> int:
     """p of a finished fit.
 
@@ -183,9 +184,10 @@ def free_parameters(
         initial: The parameters where the fit began, whose zeros are structural.
         without: Parameters that are left out: point estimates of `estimated_locally`.
         apart: What no data determine.
+        read: Which elements of each parameter any factor reads, where the program has not all data.
     """
     names = [n for n in program.graph.parameters if n not in without]
-    return _count_of(program, initial, names) - sum(found.count for found in apart)
+    return _count_of(program, initial, names, read) - sum(found.count for found in apart)
 
 
 @torch.no_grad()
@@ -194,10 +196,16 @@ def local_estimates(program: Program, initial: Mapping[str, Tensor], names: Coll
     return _count_of(program, initial, names) if names else 0
 
 
-def _count_of(program: Program, initial: Mapping[str, Tensor], names: Collection[str]) -> int:
+def _count_of(
+    program: Program,
+    initial: Mapping[str, Tensor],
+    names: Collection[str],
+    read: Mapping[str, Tensor] | None = None,
+) -> int:
     zeros = {n: v == 0 for n, v in initial.items()}
     parameters = {n: program.graph.parameters[n] for n in names}
-    return count_free(parameters, program.updates, zeros, elements_read(program, initial))
+    read = elements_read(program, initial) if read is None else read
+    return count_free(parameters, program.updates, zeros, read)
 
 
 def estimated_locally(program: Program) -> set[str]:

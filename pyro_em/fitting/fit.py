@@ -73,7 +73,7 @@ def _fit(
 ) -> EMResult:
     begin, has_rows = time.perf_counter(), True
     if joined is not None:
-        args, kwargs, has_rows = joined.arguments(args, kwargs)
+        wishes, args, kwargs, has_rows = joined.arguments(wishes, args, kwargs)
     looked = _arguments_of(session, args, kwargs)
     check_collisions(session.request.model, looked, FIT_KEYWORDS, "fit", wishes.passed())
     held = frozenset(pyro.get_param_store())
@@ -116,7 +116,7 @@ def _fit(
             if checkpoint is not None:
                 exact = Kept.of(checkpoint, found, session, wishes, origin, begin)
             if joined is not None and shared is not None:
-                data = joined.parted(shared, found)
+                data = joined.parted(shared, session, found, args, kwargs)
                 wishes = joined.watched(wishes)
             result = _exact(session, found, wishes, args, kwargs, begin, exact, data)
         return with_origin(result, origin)
@@ -177,7 +177,7 @@ def _exact(
     )
     init, seed = wishes.init, wishes.seed
     chunks = chunks_in(args)
-    if chunks is not None:
+    if chunks is not None and data is None:
         data = chunked(session, program, chunks, args[1:], kwargs)
     lead = program if data is None else data.lead
     em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,20 +10,24 @@ import torch
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting import shards
+from pyro_em.fitting.chunked import Passes, chunks_in, noted
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
+from pyro_em.fitting.session import Session
 from pyro_em.fitting.shards import Shards
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.reduction.over_group import OverGroup
+from pyro_em.reduction.over_parts import OverParts
 from pyro_em.reduction.reduction import Whole
 from pyro_em.sources.loaders import is_loader, length_of, rows_of_pass
-from pyro_em.tracing.checkpoint import checksum
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.sharing import Sharing
 from pyro_em.variational.trainer import Trainer
+
+_INIT = "init of "  # before the name of a site whose values the user gave
 
 HOW = "on several processes"
 
@@ -62,20 +67,37 @@ class Joined:
             for name in _SAME
             if getattr(w, name) is None or isinstance(getattr(w, name), (int, float, str))
         }
-        same["init"] = checksum({"init": w.init if isinstance(w.init, (str, dict)) else None})
+        same["init"] = str(sorted(w.init) if isinstance(w.init, Mapping) else w.init)
         self.over.agree(
             {f"fit(..., {n}=)": v for n, v in same.items()},
             ("pass the same keywords on all processes",),
         )
         return w if self.over.rank == 0 else replace(w, progress=False)
 
-    def arguments(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any], bool]:
-        """The arguments of this process, and whether it has rows; see `shards.arguments`."""
+    def arguments(
+        self, w: FitWishes, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[FitWishes, tuple, dict[str, Any], bool]:
+        """Keywords and arguments of this process, and whether it has rows; see `shards.arguments`."""
+        kind = "rows"
         if args and is_loader(args[0]):
-            self.over.agree({"whether data come in a DataLoader": "yes"})
-            return args, kwargs, True
-        self.over.agree({"whether data come in a DataLoader": "no"})
-        return shards.arguments(self.over, self.request.model, args, kwargs)
+            kind = "a DataLoader"
+        elif chunks_in(args) is not None:
+            kind = "Chunks"
+        self.over.agree(
+            {"what the data come in": kind}, ("pass data of one kind on all processes",)
+        )
+        if kind == "Chunks":
+            totals = self.over.gathered(lambda: args[0].total)
+            if None not in totals:
+                self.over.at_rows(sum(totals[: self.over.rank]))
+        if kind != "rows":
+            return w, args, kwargs, True
+        given = dict(w.init) if isinstance(w.init, Mapping) else {}
+        named = {**kwargs, **{f"{_INIT}{site}": value for site, value in given.items()}}
+        args, named, has_rows = shards.arguments(self.over, self.request.model, args, named)
+        if given:
+            w = replace(w, init={site: named.pop(f"{_INIT}{site}") for site in given})
+        return w, args, named, has_rows
 
     def shards(
         self, found: Program | Trainer, looked: tuple, given: tuple, kwargs: dict, has_rows: bool
@@ -99,13 +121,17 @@ class Joined:
         else:
             seen, parameters = found.variational, found.variational.parameters
         plate, size = shards.outermost_plate(seen)
-        shards.agreed(over, model, looked, kwargs, size)
+        chunks = chunks_in(given)
+        items = 0 if chunks is None else len(looked) - len(given) + 1
+        shards.agreed(over, model, looked, kwargs, size, items)
         over.agree(shards.plan_digest(seen), ("build the same model on all processes",))
         if given and is_loader(given[0]):
             size = _rows_in_loader(given[0])
+        if chunks is not None:
+            size = chunks.total or sum(chunk.rows for chunk in chunks.read())
         rows = tuple(over.gathered(lambda: size if has_rows else 0))
         out = Shards(over, plate, rows)
-        over.place = out.place
+        over.at_rows(out.begin, out.place)
         if has_rows:
             shards.refuse_parameters_of_rows(
                 out, model, self.request.guide, looked, kwargs, parameters
@@ -113,21 +139,30 @@ class Joined:
         shards.share_parameters(out, parameters)
         return out
 
-    def parted(self, shared: Shards, program: Program) -> Parted:
+    def parted(
+        self, shared: Shards, session: Session, program: Program, args: tuple, kwargs: dict
+    ) -> Parted:
         """The rows of all processes as the parts of an exact fit.
 
         Args:
             shared: The rows of all ranks.
-            program: The model with this rank's rows.
+            session: Reads the model.
+            program: The model with this rank's rows, or the first chunk of them.
+            args: The model's positional arguments, the first of them perhaps in chunks.
+            kwargs: Its keyword arguments.
 
         Raises:
             UsageError: If the model's rows are not independent.
         """
-        part = Part(program, self.over.rank == shared.first, shared.begin, is_kept=True)
-        over: OverGroup[Part] = self.over.with_parts(
-            Whole(part), is_empty=shared.is_empty, first=shared.first
-        )
-        return Parted.of(over, part, HOW)
+        is_first, chunks = self.over.rank == shared.first, chunks_in(args)
+        over: OverGroup[Part]
+        if chunks is None:
+            part = Part(program, is_first, shared.begin, is_kept=True)
+            over = self.over.with_parts(Whole(part), is_empty=shared.is_empty, first=shared.first)
+            return Parted.of(over, part, HOW, is_at_hand=True)
+        passes = Passes(session, chunks, args[1:], kwargs, is_first, shared.begin)
+        over = self.over.with_parts(OverParts(passes), first=shared.first)
+        return Parted.of(over, Part(noted(program), is_first, shared.begin), f"{HOW} in chunks")
 
     def sharing(self, shared: Shards, trainer: Trainer) -> Trainer:
         """Stochastic steps together with the other processes.

@@ -264,10 +264,7 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     run = Run(snapshot(em.program.graph.parameters), name=name_of_start(init))
     run.initial_values = values_of(em.program.graph.parameters)
     try:
-        if em.data is None or init is None:
-            beginning.write(init)
-        else:
-            em.data.begin(lambda: beginning.write(init))
+        beginning.write_for_all(init)
         apply_floors(em.program.graph, em.program.updates)
         at = em.e_step()
     except (DegenerateError, DataError) as error:

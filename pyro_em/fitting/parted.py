@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.all_data import AllData
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
-from pyro_em.plan.program import Disagreement, Program
+from pyro_em.plan.program import Disagreement, Evaluation, Program
 from pyro_em.plan.verification import distrusted
+from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.reduction.seen_as import SeenAs
 from pyro_em.tracing.parameters import restore, snapshot
+from pyro_em.updates.data_sums import DataSums
+from pyro_em.updates.m_step import MStepState, m_step_over
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +35,8 @@ class Parted:
         all_data: What is known of all.
         how: How the data are parted, in words: ``in chunks``.
         is_quick: Whether steps on sums serve.
+        lead_part: The part at hand.
+        is_at_hand: Whether each process has one part, which it keeps.
     """
 
     over: Reduction[Part]
@@ -37,22 +44,26 @@ class Parted:
     all_data: AllData
     how: str
     is_quick: bool
+    lead_part: Part
+    is_at_hand: bool = False
 
     @classmethod
-    def of(cls, over: Reduction[Part], lead: Part, how: str) -> Parted:
+    def of(cls, over: Reduction[Part], lead: Part, how: str, is_at_hand: bool = False) -> Parted:
         """Go through the parts once, and see what they have in common.
 
         Args:
             over: The parts.
             lead: The one at hand.
             how: How the data are parted, in words.
+            is_at_hand: Whether each process has one part, which it keeps.
 
         Raises:
             PyroEMError: If the model's rows are not independent, or a part cannot be used.
         """
         require_partable(lead.program, how)
         all_data = all_data_of(over, lead.program)
-        program = lead.told(all_data).program
+        lead = lead.told(all_data)
+        program = lead.program
         parts = SeenAs(over, lambda part: part.told(all_data))
         # What is outside the rows would count once per part in sums: tables know better.
         form = _form_of_sums(program)
@@ -61,21 +72,40 @@ class Parted:
         # Where processes differ in what they could do, all take the steps that all can take.
         each = over.gathered(lambda: (quick, repr(form)))
         quick = all(able for able, _ in each) and len({own for _, own in each}) == 1
-        return cls(parts, program, all_data, how, quick)
+        return cls(parts, program, all_data, how, quick, lead, is_at_hand)
 
-    def begin(self, write: Callable[[], None]) -> None:
+    def begin(self, write: Callable[[], None], generator: torch.Generator) -> None:
         """Let the first process write the parameters of a start, and give them to all.
 
         Args:
             write: Writes them.
+            generator: Whose numbers it uses.
         """
         parameters = self.lead.graph.parameters
 
-        def made() -> dict[str, Tensor]:
+        def made() -> tuple[dict[str, Tensor], Tensor]:
             write()
-            return snapshot(parameters)
+            return snapshot(parameters), generator.get_state()
 
-        restore(parameters, self.over.from_first(made))
+        values, state = self.over.from_first(made)
+        restore(parameters, values)
+        generator.set_state(state)
+
+    def m_step(self, counts: Sequence[Tensor], evaluation: Evaluation, state: MStepState) -> None:
+        """The M-step from what each process knows of its own rows; parameters are written in place.
+
+        Args:
+            counts: Expected counts per group, of the part at hand.
+            evaluation: Its factors.
+            state: What lasts from one M-step to the next.
+        """
+        graph = for_updates(evaluation.graph)
+
+        def parts() -> Reduction[DataSums]:
+            sums = cache(lambda: self.lead_part.given_sums(counts, evaluation, state))
+            return SeenAs(self.over, lambda part: sums())
+
+        m_step_over(parts, graph, self.lead.updates, state, expand=False)
 
     def disagreements(self) -> Disagreement:
         """Where a fresh trace of the part at hand differs from what the bindings predict."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -27,18 +27,23 @@ from pyro_em.fitting.epochs import bound_of
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.identified import undetermined
 from pyro_em.fitting.information import StaticInformation, loadings_of
+from pyro_em.fitting.over_parts import (
+    evidence_of,
+    free_parameters_of,
+    read_anywhere,
+    standard_errors_of_parts,
+)
+from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, SumsPoint
 from pyro_em.fitting.result import EMResult, EMStatus, History, Params
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
 from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.fitting.stopping import rate_of_convergence
+from pyro_em.plan.part import Part
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import with_unobserved
-from pyro_em.portable import Refused
-from pyro_em.posteriors.contraction import contract, evidence
-from pyro_em.posteriors.enumeration import scales_of
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.strategies import Hard
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
@@ -89,10 +94,12 @@ def build_result(
         assert exact.log_evidence is not None and q.bound is not None
         log_evidence, bound, log_prior = exact.log_evidence, q.bound, exact.log_prior
         posterior = cache(lambda: with_unobserved(q, later))
+    # Of data in parts, one part tells what is told of the model.
+    over_all = _here if data is None else data.over.from_first
     status = run.status
     text = run.message or status.value
     broken = status in (EMStatus.DEGENERATE, EMStatus.UNBOUNDED)
-    stuck = "" if broken else loadings_at_zero(program)
+    stuck = "" if broken else over_all(lambda: loadings_at_zero(program))
     if stuck and status in (EMStatus.CONVERGED, EMStatus.ROUNDING):
         status = EMStatus.SYMMETRIC
     text = stuck or text
@@ -106,7 +113,10 @@ def build_result(
     else:
         start = run.name
     local = estimated_locally(program)
-    apart = undetermined(program)
+    apart = over_all(lambda: undetermined(program))
+    now = log_evidence if data is None else None
+    notes = over_all(lambda: boundary_notes(program, now))
+    read = None if data is None else read_anywhere(data, run.initial_values)
     values = Params(values_of(parameters), _point_sites(program))
     unconstrained = snapshot(parameters)
     rate = rate_of_convergence([*run.entering, bound])
@@ -124,14 +134,14 @@ def build_result(
         seconds=time.perf_counter() - settings.begin,
         plan=_noting(
             _with_advice(program.plan(), settings, run.num_steps, rate),
-            [*boundary_notes(program, log_evidence), *(found.note for found in apart)],
+            [*notes, *(found.note for found in apart)],
         ),
         rate=rate,
         starts=tuple(r.objective for r in runs if not r.is_replaced),
         ends=tuple(_end(r) for r in runs),
         num_rows=rows,
         num_free_parameters=free_parameters(
-            program, run.initial_values, without=local, apart=apart
+            program, run.initial_values, without=local, apart=apart, read=read
         ),
         num_local_estimates=local_estimates(program, run.initial_values, local),
         start=start,
@@ -140,7 +150,7 @@ def build_result(
         _standard_errors=(
             (lambda: _observed_information(program, unconstrained))
             if data is None
-            else Refused(_of_parts(data.how))
+            else (lambda: _information_of_parts(data, unconstrained))
         ),
         log_prior=log_prior,
         _posterior=posterior,
@@ -149,14 +159,8 @@ def build_result(
     )
 
 
-def _of_parts(how: str) -> str:
-    """Why there are no standard errors of data in parts."""
-    return message(
-        "standard_errors",
-        f"the data of this fit were given {how}.",
-        "the curvature of the evidence is taken of data at hand",
-        ["take them of a sample of rows, and divide by the root of how many times more there are"],
-    )
+def _here(make: Callable[[], Any]) -> Any:
+    return make()
 
 
 def _information_of(
@@ -309,16 +313,14 @@ def _warn_of_massless(program: Program, run: Run) -> None:
 @alone("standard_errors")
 def _observed_information(program: Program, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
     """Standard errors at the parameters of a finished fit, wherever the store is now."""
-    parameters = program.graph.parameters
     program.require_unchanged("standard_errors")
-    free = [p for n, p in parameters.items() if not isinstance(program.updates[n].update, Fixed)]
-    order = range(len(program.graph.groups))
+    with parameters_at(program.graph.parameters, unconstrained, unconstrained=True):
+        return standard_errors(
+            free_parameters_of(program), evidence_of(Part(program)), loadings_of(program.graph)
+        )
 
-    def evidence_of(moved: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        fixed = {n: p.value() for n, p in parameters.items() if n not in moved}
-        tables = program.log_densities_at({**fixed, **moved}, list(order))
-        flat = [part for g in order for part in tables[g].to(torch.float64).unbind(0)]
-        return flat, evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
 
-    with parameters_at(parameters, unconstrained, unconstrained=True):
-        return standard_errors(free, evidence_of, loadings_of(program.graph))
+@alone("standard_errors")
+def _information_of_parts(data: Parted, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
+    """The same of data in parts."""
+    return standard_errors_of_parts(data, unconstrained)

@@ -122,6 +122,10 @@ def arguments(
     )
     sizes = {name: [one[name].size for one in all_of_them] for name in mine}
     parted = [n for n, s in sizes.items() if len(set(s)) > 1 and None not in s]
+    counted = parted or [n for n, s in sizes.items() if None not in s]
+    if counted:  # before the model has been read, the longest argument tells where rows are
+        longest = max(counted, key=lambda n: sum(s or 0 for s in sizes[n]))
+        over.at_rows(sum(s or 0 for s in sizes[longest][: over.rank]))
     if not parted:  # all shards have one size
         return args, dict(kwargs), True
     rows = [int(size or 0) for size in sizes[parted[0]]]
@@ -170,6 +174,7 @@ def agreed(
     args: tuple,
     kwargs: Mapping[str, Any],
     size: int,
+    in_chunks: int = 0,
 ) -> None:
     """Refuse arguments that are neither parted nor the same on all ranks.
 
@@ -179,14 +184,20 @@ def agreed(
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         size: Elements of the outermost plate, as the model was read here.
+        in_chunks: How many of the first arguments come in chunks, which hold rows of their own.
 
     Raises:
         UsageError: If there are any, or no argument is parted.
     """
-    mine = dict(_leaves(model, args, kwargs))
+    apart = [name for name, _ in _named(model, args, kwargs)[:in_chunks]]
+    mine = {
+        name: value
+        for name, value in _leaves(model, args, kwargs)
+        if not any(name == n or name.startswith(f"{n}[") for n in apart)
+    }
     has_rows = over.gathered(lambda: [_described(v).size == size for v in mine.values()])
     parted = {n for i, n in enumerate(mine) if all(of_rank[i] for of_rank in has_rows)}
-    if not parted:
+    if not parted and not in_chunks:
         raise over.refusal(
             UsageError(
                 message(

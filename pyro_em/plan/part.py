@@ -103,6 +103,11 @@ class Part:
             return ()
         return tuple(g for g, group in enumerate(graph.groups) if is_outside(group, self.plate))
 
+    def counted_tables(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """Log densities per group, zero for what counts with another part."""
+        left_out = self.left_out(self.program.graph)
+        return [torch.zeros_like(t) if g in left_out else t for g, t in enumerate(tables)]
+
     def _counted(self, graph: FactorGraph, counts: Sequence[Tensor]) -> list[Tensor]:
         """Counts, zero for what counts with another part."""
         out = list(counts)
@@ -169,6 +174,18 @@ class Part:
         with self._parameters_at(at.unconstrained):
             values = values_of(self.program.graph.parameters)
         return self.program.data_sums(counts, evaluation, state, values)
+
+    def given_sums(
+        self, counts: Sequence[Tensor], evaluation: Evaluation, state: MStepState
+    ) -> DataSums:
+        """What an M-step asks of this part where its counts are given.
+
+        Args:
+            counts: Expected counts per group.
+            evaluation: The factors.
+            state: What lasts from one M-step to the next.
+        """
+        return self.program.data_sums(self._counted(evaluation.graph, counts), evaluation, state)
 
     def _e_step_at(self, at: Before) -> tuple[Evaluation, Posterior]:
         known = self._remembered.get("E-step")

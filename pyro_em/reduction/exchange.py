@@ -251,7 +251,7 @@ class Exchange:
 
         An exception that all ranks have raised is known to them.
         """
-        if self._is_known(error):
+        if self.is_known(error):
             return
         try:
             self.of(None, None, error)
@@ -259,7 +259,8 @@ class Exchange:
             if told is not error:  # a rank that did not answer, or a worse error elsewhere
                 error.add_note(str(told))
 
-    def _is_known(self, error: BaseException | None) -> bool:
+    def is_known(self, error: BaseException | None) -> bool:
+        """Whether all ranks have raised an exception, or one of them does not answer."""
         while error is not None:
             if error is self.agreed or isinstance(error, NotAnswering):
                 return True

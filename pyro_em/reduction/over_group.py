@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_em.errors import UsageError, message
+from pyro_em.errors import PyroEMError, UsageError, message, of_rows
 from pyro_em.reduction.exchange import END, Counts, Exchange
 from pyro_em.reduction.flat import flat, form, unflat
 from pyro_em.reduction.reduction import Reduction
@@ -53,6 +53,7 @@ class OverGroup(Reduction[P]):
         first: int = 0,
     ) -> None:
         self._inner, self._first = inner, first
+        self._begin: int | None = None
         self._is_empty = is_empty or inner is None
         self._exchange = Exchange(group, place, timed)
         self.rank = self._exchange.rank
@@ -63,7 +64,7 @@ class OverGroup(Reduction[P]):
     ) -> OverGroup[Q]:
         """The same group, which goes on where it is, with other parts of this process."""
         other: OverGroup[Q] = object.__new__(OverGroup)
-        other._first = first
+        other._first, other._begin = first, self._begin
         other._inner, other._is_empty = inner, is_empty or inner is None
         other._exchange, other.rank, other.size = self._exchange, self.rank, self.size
         return other
@@ -78,9 +79,14 @@ class OverGroup(Reduction[P]):
         """Where this process's data lie in all data, in words, for messages."""
         return self._exchange.place
 
-    @place.setter
-    def place(self, words: str) -> None:
-        self._exchange.place = words
+    def at_rows(self, begin: int, place: str = "") -> None:
+        """Note where this process's data lie in all data, for messages.
+
+        Args:
+            begin: The number of its first row among all.
+            place: The same in words.
+        """
+        self._begin, self._exchange.place = begin, place
 
     @property
     def counts(self) -> Counts:
@@ -122,7 +128,7 @@ class OverGroup(Reduction[P]):
         try:
             holds = self._inner is not None and not self._is_empty and self._inner.any(of)
         except BaseException as raised:
-            error = raised
+            error = self._with_row(raised)
         return bool(self._one("a question", float(holds), error) > 0)
 
     def from_first(self, make: Callable[[], Any]) -> Any:
@@ -183,7 +189,7 @@ class OverGroup(Reduction[P]):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block that all ranks leave together: what one of them raises in it is raised on all.
+        """See `Reduction.together`.
 
         Outside a call of this class, an exception reaches the others at their next call, and so does
         Ctrl-C, which waits for this rank's next call; a second one does not wait.
@@ -191,9 +197,12 @@ class OverGroup(Reduction[P]):
         with self._exchange.uninterrupted():
             try:
                 yield
-            except BaseException as error:
+            except BaseException as raised:
+                error = raised if self._exchange.is_known(raised) else self._with_row(raised)
                 self._exchange.announce(error)
-                raise
+                if error is raised:
+                    raise
+                raise error from raised
             self._exchange.of(Form(END, (), 0), None, None)
 
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
@@ -219,7 +228,7 @@ class OverGroup(Reduction[P]):
                 value, numbers = own(self._inner)
                 said = Form(call, form(leaves(value)), len(numbers))
             except BaseException as raised:
-                said, error = None, raised
+                said, error = None, self._with_row(raised)
         total = self._exchange.of(said, None if self._is_empty else numbers, error)
         return value, total
 
@@ -248,6 +257,14 @@ class OverGroup(Reduction[P]):
         numbers = numbers.to(self._exchange.device)
         self._exchange.broadcast(numbers, source, call)
         return made if self.rank == source else self._read(numbers)
+
+    def _with_row(self, error: BaseException) -> BaseException:
+        """An error about a row of this process, with its number among all rows."""
+        problems = error.problems if isinstance(error, PyroEMError) else ()
+        if self._begin is None or not any(p.row is not None for p in problems):
+            return error
+        assert isinstance(error, PyroEMError)
+        return error if error.names_rows else of_rows(error, self._begin)
 
     def _one(self, call: str, number: float, error: BaseException | None) -> float:
         """The sum of one number of each rank."""

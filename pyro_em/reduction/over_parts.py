@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -56,6 +57,10 @@ class OverParts(Reduction[P]):
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
         """See `Reduction.gathered`."""
         return [make()]
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Reduction.together`."""
+        return nullcontext()
 
     def _folded(self, of: Callable[[P], T], both: Callable[[T, T], T]) -> T:
         total: T | None = None

@@ -10,6 +10,7 @@ of processes has a part in each.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -53,6 +54,10 @@ class Reduction(Protocol[P]):
         """What each process makes; something small."""
         ...
 
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all processes leave together: what one of them raises in it is raised on all."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Whole(Reduction[P]):
@@ -92,3 +97,7 @@ class Whole(Reduction[P]):
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
         """See `Reduction.gathered`."""
         return [make()]
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Reduction.together`."""
+        return nullcontext()

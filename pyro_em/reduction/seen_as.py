@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,3 +58,7 @@ class SeenAs(Reduction[Q]):
     def gathered(self, make: Callable[[], Any]) -> list[Any]:
         """See `Reduction.gathered`."""
         return self.over.gathered(make)
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Reduction.together`."""
+        return self.over.together()

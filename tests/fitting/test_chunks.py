@@ -264,8 +264,14 @@ def test_there_is_no_posterior_of_all_rows_and_the_sentence_says_what_to_ask() -
         result = _fit(case, Chunks(data, rows=9), steps=1)
         with pytest.raises(UsageError, match=r"(?s)given in chunks.*em.posterior\(rows\)"):
             _ = result.posterior
-        with pytest.raises(UsageError, match="standard_errors: the data of this fit were given"):
-            result.standard_errors()
+
+
+@pytest.mark.parametrize("case", ["mixture", "two latents"])
+def test_standard_errors_of_chunks_are_those_of_all_rows(case: str) -> None:
+    errors = _fit(case, Chunks(_X, rows=9), steps=30).standard_errors()
+    whole = _fit(case, _X, steps=30).standard_errors()
+    for name in whole:
+        assert torch.allclose(errors[name], whole[name], rtol=1e-8, equal_nan=True), name
 
 
 def global_mean(x: Tensor) -> None:

@@ -1,0 +1,82 @@
+"""Of data in parts: what they read of parameters, and how the evidence curves, for a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_em.fitting.criteria import elements_read
+from pyro_em.fitting.information import loadings_of
+from pyro_em.fitting.parted import Parted
+from pyro_em.fitting.standard_errors import (
+    Curved,
+    Evidence,
+    StandardErrors,
+    standard_errors_over,
+)
+from pyro_em.plan.part import Part
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.contraction import contract, evidence
+from pyro_em.posteriors.enumeration import scales_of
+from pyro_em.reduction.seen_as import SeenAs
+from pyro_em.tracing.parameters import TracedParameter, parameters_at
+from pyro_em.updates.update import Fixed
+
+
+def read_anywhere(data: Parted, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which elements of each parameter any factor of any part reads.
+
+    Args:
+        data: The parts.
+        initial: The parameters where the fit began.
+    """
+
+    def count(part: Part) -> dict[str, Tensor]:
+        return {n: r.to(torch.long) for n, r in elements_read(part.program, initial).items()}
+
+    return {name: number > 0 for name, number in data.over.sum(count).items()}
+
+
+def evidence_of(part: Part) -> Evidence:
+    """From constrained values to log densities and log evidence of a part, differentiable."""
+    program = part.program
+    parameters = program.graph.parameters
+    order = list(range(len(program.graph.groups)))
+
+    def of(moved: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        fixed = {n: p.value() for n, p in parameters.items() if n not in moved}
+        tables = program.log_densities_at({**fixed, **moved}, order)
+        counted = part.counted_tables([tables[g].to(torch.float64) for g in order])
+        flat = [one for table in counted for one in table.unbind(0)]
+        return flat, evidence(contract(program.contraction, flat, scales=scales_of(program.graph)))
+
+    return of
+
+
+def free_parameters_of(program: Program) -> list[TracedParameter]:
+    """The parameters that a fit moves."""
+    updates = program.updates
+    return [
+        p for n, p in program.graph.parameters.items() if not isinstance(updates[n].update, Fixed)
+    ]
+
+
+def standard_errors_of_parts(data: Parted, unconstrained: Mapping[str, Tensor]) -> StandardErrors:
+    """Standard errors at the parameters of a finished fit; several processes make this call together.
+
+    Args:
+        data: The parts.
+        unconstrained: The parameters.
+    """
+    lead = data.lead
+
+    def curved(part: Part) -> Curved:
+        part.program.require_unchanged("standard_errors")
+        return Curved(free_parameters_of(part.program), evidence_of(part), part.begin)
+
+    at = parameters_at(lead.graph.parameters, unconstrained, unconstrained=True)
+    with data.over.together(), at:
+        over = SeenAs(data.over, curved)
+        return standard_errors_over(free_parameters_of(lead), over, loadings_of(lead.graph))
