@@ -21,7 +21,7 @@ from pyro_em.errors import Finding, UsageError, message, raise_findings
 from pyro_em.graph.alike import Alike
 from pyro_em.graph.blame import given_arguments, given_tensors, same_tensor
 from pyro_em.graph.checks import latent_problems, scope_problems, shape_problems
-from pyro_em.graph.coupling import Coupling, couplings, moved_by
+from pyro_em.graph.coupling import Coupling
 from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.first_run import (
     NO_NUMBERS,
@@ -30,6 +30,7 @@ from pyro_em.graph.first_run import (
     run_plainly,
 )
 from pyro_em.graph.folded import without_graphs
+from pyro_em.graph.held_latents import coupled_latents, with_numbers_read
 from pyro_em.graph.initial import forget_bad_starts
 from pyro_em.graph.marginals import marginals_of
 from pyro_em.graph.missing_inputs import input_problems
@@ -51,7 +52,7 @@ from pyro_em.tracing.allocation import NumbersNeeded, is_shadow, judging_shadows
 from pyro_em.tracing.feasible import feasible_event
 from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import Model, Run, held_run, is_smooth, provenance_run
+from pyro_em.tracing.runs import Model, Run, is_smooth, provenance_run
 from pyro_em.tracing.sites import (
     Role,
     factors_in,
@@ -169,7 +170,7 @@ def _findings(
     unused = {n for n in unobserved_sites if _masked_out(factors[n])}
     unused = {n for n in unused if not has_finite_support(factors[n]["fn"])}
     place = {name: i for i, name in enumerate(plain.sites)}
-    reached = _with_numbers_read(model, args, kwargs, plain, tagged)
+    reached = with_numbers_read(model, args, kwargs, plain, tagged)
     edges = tuple(
         (parent, child)
         for child, scope in reached.items()
@@ -317,69 +318,6 @@ def _info_like(
         tuple(f.name for f in stack),
         {f.name: f.counter for f in stack if f.dim is None},
     )
-
-
-def _with_numbers_read(
-    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, tagged: Run
-) -> dict[str, frozenset[str]]:
-    """Which sites reach each site, those included whose values went through Python's numbers.
-
-    Raises:
-        NumbersNeeded: If a run without numbers cannot tell.
-    """
-    scopes = {n: frozenset(scope) for n, scope in tagged.scopes.items()}
-    if not tagged.read:
-        return scopes
-    latents = latents_in(plain.sites)
-    for latent in sorted(tagged.read & latents.keys()):
-        if plain.shadows is not None:
-            raise NumbersNeeded
-        try:
-            moved = moved_by(
-                lambda values: held_run(model, args, kwargs, values), latents, latent, scopes
-            )
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
-            continue  # other values lead elsewhere; what is refused of it is refused below
-        for name in moved:
-            scopes[name] |= {latent}
-    return scopes
-
-
-def coupled_latents(
-    model: Model,
-    args: tuple,
-    kwargs: dict[str, Any],
-    plain: Run,
-    suspects: frozenset[str],
-    scopes: Mapping[str, frozenset[str]],
-) -> dict[str, list[Coupling]]:
-    """Latents whose elements in a plate are read by other elements.
-
-    Args:
-        model: The model or guide.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        plain: A plain run of it.
-        suspects: Latents whose elements a provenance run may have mixed.
-        scopes: For each site that counts, the latents that reach it.
-
-    Raises:
-        NumbersNeeded: If a run without numbers cannot tell.
-    """
-    if not suspects:
-        return {}
-    if plain.shadows is not None:
-        raise NumbersNeeded
-    found = couplings(
-        lambda values: held_run(model, args, kwargs, values),
-        latents_in(plain.sites),
-        suspects,
-        scopes,
-    )
-    out: dict[str, list[Coupling]] = {}
-    for one in found:
-        out.setdefault(one.latent, []).append(one)
-    return out
 
 
 def _kept_values(factors: Mapping[str, Any], barren: Iterable[str]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from pyro.poutine.guide import GuideMessenger
 from pyro_em.distributions import unwrap
 from pyro_em.errors import ModelError, PyroEMError, UsageError, message, raise_findings
 from pyro_em.graph.autograd import leaves_below
-from pyro_em.graph.examination import coupled_latents
+from pyro_em.graph.held_latents import coupled_latents
 from pyro_em.graph.initial import tell_of_starts
 from pyro_em.graph.side_effects import Watched, refuse_clearing, writing_problems
 from pyro_em.graph.structure import Structure

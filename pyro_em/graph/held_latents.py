@@ -1,0 +1,79 @@
+"""What runs with latents held at other values say: who reads whom, beyond what tags show.
+
+A latent whose value became a number of Python carries no tag any more, and elements of a plate that
+read each other share one. Where a run with tags leaves either open, latents are moved, and what moves
+with them reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro_em.graph.coupling import Coupling, couplings, moved_by
+from pyro_em.tracing.allocation import NumbersNeeded
+from pyro_em.tracing.runs import Model, Run, held_run
+from pyro_em.tracing.sites import latents_in
+
+
+def with_numbers_read(
+    model: Model, args: tuple, kwargs: dict[str, Any], plain: Run, tagged: Run
+) -> dict[str, frozenset[str]]:
+    """Which sites reach each site, those included whose values went through Python's numbers.
+
+    Raises:
+        NumbersNeeded: If a run without numbers cannot tell.
+    """
+    scopes = {n: frozenset(scope) for n, scope in tagged.scopes.items()}
+    if not tagged.read:
+        return scopes
+    latents = latents_in(plain.sites)
+    for latent in sorted(tagged.read & latents.keys()):
+        if plain.shadows is not None:
+            raise NumbersNeeded
+        try:
+            moved = moved_by(
+                lambda values: held_run(model, args, kwargs, values), latents, latent, scopes
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            continue  # other values lead elsewhere; what is refused of it is refused below
+        for name in moved:
+            scopes[name] |= {latent}
+    return scopes
+
+
+def coupled_latents(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    plain: Run,
+    suspects: frozenset[str],
+    scopes: Mapping[str, frozenset[str]],
+) -> dict[str, list[Coupling]]:
+    """Latents whose elements in a plate are read by other elements.
+
+    Args:
+        model: The model or guide.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        plain: A plain run of it.
+        suspects: Latents whose elements a provenance run may have mixed.
+        scopes: For each site that counts, the latents that reach it.
+
+    Raises:
+        NumbersNeeded: If a run without numbers cannot tell.
+    """
+    if not suspects:
+        return {}
+    if plain.shadows is not None:
+        raise NumbersNeeded
+    found = couplings(
+        lambda values: held_run(model, args, kwargs, values),
+        latents_in(plain.sites),
+        suspects,
+        scopes,
+    )
+    out: dict[str, list[Coupling]] = {}
+    for one in found:
+        out.setdefault(one.latent, []).append(one)
+    return out
