@@ -17,6 +17,7 @@ from pyro_em.fitting.fingerprints import (
     of_numbers,
     of_pair,
     of_program,
+    of_ranks,
     of_request,
     of_tensors,
     of_wishes,
@@ -25,6 +26,7 @@ from pyro_em.fitting.origins import Origin
 from pyro_em.fitting.session import Session
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.program import Program
+from pyro_em.reduction.over_group import OverGroup
 from pyro_em.tracing.parameters import restore, snapshot
 from pyro_em.variational.trainer import Trainer
 
@@ -43,6 +45,7 @@ class Checkpoint:
         fixed: What the fit is, the data excepted.
         data: The data, as the call gave them.
         has_changed: Whether a callback has changed the data since.
+        over: The processes that make the fit together; None where there is one.
     """
 
     file: CheckpointFile
@@ -52,6 +55,7 @@ class Checkpoint:
     fixed: Fingerprint = field(default_factory=dict)
     data: Fingerprint = field(default_factory=dict)
     has_changed: bool = False
+    over: OverGroup[Any] | None = None
     _names: Fingerprint = field(default_factory=dict)
 
     def note(self, found: Program | Trainer, session: Session, wishes: FitWishes) -> None:
@@ -71,6 +75,11 @@ class Checkpoint:
         }
         self._names = self.numbers()
         self.data = {**of_arguments(args, kwargs), **seen}
+        if self.over is not None:
+            all_of_them = self.over.gathered(lambda: (self.fixed, self.data))
+            self.fixed = of_ranks([fixed for fixed, _ in all_of_them])
+            self.fixed["the number of processes"] = str(self.over.size)
+            self.data = of_ranks([data for _, data in all_of_them])
 
     def fingerprint(
         self, program: Program | None = None, looks_again: bool = False
@@ -143,9 +152,20 @@ def _forms(data: Mapping[str, Any]) -> Fingerprint:
 
 
 def opened(
-    session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
+    session: Session,
+    wishes: FitWishes,
+    args: tuple,
+    kwargs: dict[str, Any],
+    over: OverGroup[Any] | None = None,
 ) -> Checkpoint | None:
     """The checkpoint that the user named; None where there is none.
+
+    Args:
+        session: What is known of the model.
+        wishes: The keywords of the fit.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        over: The processes that make the fit together, of which rank 0 reads and writes the file.
 
     Raises:
         UsageError: If the file is something else, or damaged.
@@ -155,14 +175,19 @@ def opened(
         return None
     every, raises = wishes.checkpoint_every, wishes.on_checkpoint_error == "raise"
     file = CheckpointFile(wishes.checkpoint, every, raises)
-    saved = file.read() if wishes.resume else None
+    file.writes = over is None or over.rank == 0
+
+    def read() -> dict[str, Any] | None:
+        return file.read() if wishes.resume else None
+
+    saved = read() if over is None else over.from_rank(0, read)
     file.probe()
     guide = session.planner.guide_now
 
     def numbers() -> Fingerprint:
-        return of_numbers(session.request, guide, args, kwargs)
+        return of_numbers(session.request, guide, args, kwargs) if file.writes else {}
 
-    return Checkpoint(file, saved, (args, kwargs), numbers)
+    return Checkpoint(file, saved, (args, kwargs), numbers, over=over)
 
 
 def at_beginning(

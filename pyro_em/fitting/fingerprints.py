@@ -12,7 +12,7 @@ import functools
 import math
 import types
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,20 @@ def _names(
             who,
             {n: v for n, v in names.items() if not n.startswith("argument") and n[-1:] != ":"},
         )
+
+
+def of_ranks(all_of_them: Sequence[Fingerprint]) -> Fingerprint:
+    """Fingerprints of several processes as one: that of rank 0, and what is other elsewhere.
+
+    Example:
+        >>> of_ranks([{"a": "1", "b": "2"}, {"a": "1", "b": "3"}])
+        {'a': '1', 'b': '2', 'b on rank 1': '3'}
+    """
+    out = dict(all_of_them[0])
+    for rank, one in enumerate(all_of_them[1:], start=1):
+        other = {n: v for n, v in one.items() if n not in all_of_them[0] or v != out[n]}
+        out |= {f"{name} on rank {rank}": value for name, value in other.items()}
+    return out
 
 
 def first_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:

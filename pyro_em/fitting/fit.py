@@ -89,9 +89,10 @@ def _fit(
         shared: Shards | None = None
         if joined is not None:
             shared = joined.shards(found, looked, args, kwargs, has_rows)
-        if wishes.checkpoint is not None and joined is not None:
-            raise UsageError(message("fit", "checkpoint and process_group do not go together yet."))
-        checkpoint = opened(session, wishes, args, kwargs)
+        if joined is not None and isinstance(found, Trainer):
+            joined.refuse_checkpoint()
+        over = None if joined is None else joined.over
+        checkpoint = opened(session, wishes, args, kwargs, over)
         if checkpoint is not None:
             found = at_beginning(checkpoint, found, session, wishes, (looked, kwargs))
         origin = session.origin(found, held)

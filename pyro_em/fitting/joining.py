@@ -68,6 +68,7 @@ class Joined:
             if getattr(w, name) is None or isinstance(getattr(w, name), (int, float, str))
         }
         same["init"] = str(sorted(w.init) if isinstance(w.init, Mapping) else w.init)
+        same["checkpoint"] = "none" if w.checkpoint is None else "one"
         self.over.agree(
             {f"fit(..., {n}=)": v for n, v in same.items()},
             ("pass the same keywords on all processes",),
@@ -164,6 +165,26 @@ class Joined:
         over = self.over.with_parts(OverParts(passes), first=shared.first)
         return Parted.of(over, Part(noted(program), is_first, shared.begin), f"{HOW} in chunks")
 
+    def refuse_checkpoint(self) -> None:
+        """Refuse to keep a stochastic fit.
+
+        Raises:
+            UsageError: If the user named a checkpoint.
+        """
+        if self.wishes.checkpoint is None:
+            return
+        raise UsageError(
+            message(
+                "fit",
+                "checkpoint was given together with process_group, and a guide draws latents.",
+                "each process draws batches and latents of its own, which one file does not hold",
+                [
+                    "leave checkpoint out, and save parameters between fits: em.save(path) on rank 0",
+                    "fit in one process",
+                ],
+            )
+        )
+
     def sharing(self, shared: Shards, trainer: Trainer) -> Trainer:
         """Stochastic steps together with the other processes.
 
@@ -233,6 +254,7 @@ class Joined:
 _SAME = (
     *("max_steps", "tol", "num_restarts", "seed", "acceleration"),
     *("batch_size", "num_epochs", "num_data", "validation", "schedule"),
+    *("checkpoint_every", "resume", "on_checkpoint_error"),
 )
 
 
