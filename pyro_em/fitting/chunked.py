@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from pyro_em.errors import UsageError, message
 from pyro_em.fitting.chunk_by_chunk import HOW, at_rows
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.session import Session
+from pyro_em.graph.all_data import AllData
 from pyro_em.plan.other_rows import OtherRows
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.reduction.over_parts import OverParts
 from pyro_em.sources.chunks import Chunks
+from pyro_em.sources.source import Chunk
 
 # Parts of so few data are read once: with their tables they are some hundred MB at most.
 _KEPT_BYTES = 2**23
@@ -50,9 +53,11 @@ def chunked(
     Raises:
         PyroEMError: If a chunk cannot be used.
     """
-
-    parts = OverParts(Passes(session, chunks, rest, kwargs))
-    return Parted.of(parts, Part(noted(lead)), HOW)
+    passes = Passes(session, chunks, rest, kwargs)
+    data = Parted.of(OverParts(passes), Part(noted(lead)), HOW)
+    if data.is_quick:
+        passes.all_data = data.all_data
+    return data
 
 
 def noted(lead: Program) -> Program:
@@ -73,6 +78,10 @@ class Passes:
         kwargs: Its keyword arguments.
         is_first: Whether what is outside the rows counts with the first chunk.
         begin: The number of the first row of the chunks among all.
+
+    Attributes:
+        all_data: What is known of all data, where steps are on sums: the thread that reads then makes
+            the kernel of a chunk as well.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Passes:
         self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
         self._kept: list[Part] | None = None
         self._rows = OtherRows(self._look)
+        self.all_data: AllData | None = None
 
     def __call__(self) -> Iterable[Part]:
         """The parts of a pass."""
@@ -96,21 +106,36 @@ class Passes:
     def _read(self) -> Iterator[Part]:
         kept: list[Part] | None = []
         size = 0
-        for number, chunk in enumerate(self._chunks.read()):
+        for number, (chunk, ahead) in enumerate(self._chunks.made_ahead(self._ahead)):
             size += sum(a.nbytes for a in chunk.args if isinstance(a, Tensor))
             is_kept = kept is not None and size <= _KEPT_BYTES
             begin = self._begin + chunk.begin
             with at_rows(begin):
-                found = self._rows.program((*chunk.args, *self._rest), self._kwargs)
+                found = ahead or self._rows.program(self._arguments(chunk), self._kwargs)
             part = Part(found, self._is_first and number == 0, begin, is_kept)
             if kept is not None and is_kept:
                 kept.append(part)
             else:
                 kept = None
             yield part
-            del part, found
+            del part, found, ahead, chunk
         self._kept = kept
         self._rows.end_of_pass()
+
+    def _arguments(self, chunk: Chunk) -> tuple:
+        return (*chunk.args, *self._rest)
+
+    def _ahead(self, chunk: Chunk) -> tuple[Chunk, Program | None]:
+        """A chunk, with its program and kernel where they are made without running the model."""
+        if self.all_data is None:
+            return chunk, None
+        program = self._rows.without_a_run(self._arguments(chunk), self._kwargs)
+        if program is None:
+            return chunk, None
+        program = program.on(replace(program.graph, all_data=self.all_data))
+        with torch.no_grad():
+            _ = program.kernel
+        return chunk, program
 
     def _look(self, args: tuple, kwargs: dict[str, Any]) -> Program:
         # Steps run without gradients, and what is read of a model is read off its gradients.

@@ -95,7 +95,7 @@ class Known:
             kwargs: Its keyword arguments.
         """
         given = replace(self.program, args=args, kwargs=kwargs)
-        if self.groups is not None and self.is_confirmed:
+        if self.is_confirmed:
             graph = replace(given.graph, groups=self._filled(args, kwargs))
         else:
             with torch.inference_mode(False), torch.enable_grad():
@@ -145,6 +145,16 @@ class OtherRows:
         elif len(self._by_form) < _MOST:
             self._by_form[form] = Known.of(found)
         return found
+
+    def without_a_run(self, args: tuple, kwargs: dict[str, Any]) -> Program | None:
+        """The program on some rows, where that takes no run of the model; else None.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+        """
+        known = self._by_form.get(form_of(args, kwargs)) if self._is_known else None
+        return known.on(args, kwargs) if known is not None and known.is_confirmed else None
 
     def end_of_pass(self) -> None:
         """All parts were read."""

@@ -206,6 +206,8 @@ class Part:
 
     def told(self, all_data: AllData) -> Part:
         """The same, which knows what is known of all data."""
+        if self.program.graph.all_data is all_data:
+            return self
         known = self._remembered.get("told")
         if known is not None and known[0] is all_data:
             part: Part = known[1]

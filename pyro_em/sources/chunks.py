@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from pyro_em.arguments import whole
 from pyro_em.errors import DataError, FileError, PyroEMError, UsageError, message
@@ -16,6 +16,8 @@ from pyro_em.sources.source import Arguments, Chunk, Source
 from pyro_em.sources.tensors import arrays_in, is_array, rows_in
 
 _ROWS = 100_000
+
+T = TypeVar("T")
 
 
 class Chunks:
@@ -123,7 +125,18 @@ class Chunks:
                 rows, or not as many as in the last pass.
             FileError: If the operating system says so.
         """
-        return one_ahead(self._pass)
+        return self.made_ahead(lambda chunk: chunk)
+
+    def made_ahead(self, make: Callable[[Chunk], T]) -> Iterator[T]:
+        """One pass over the data, of what the thread that reads makes of each chunk.
+
+        Args:
+            make: From a chunk to what is wanted of it.
+
+        Raises:
+            DataError: As `read`.
+        """
+        return one_ahead(lambda: self._pass(make))
 
     def form(self) -> Form:
         """What the data are, in one pass: rows, dtypes, shapes and a checksum.
@@ -146,7 +159,7 @@ class Chunks:
         rows = getattr(self._source, "rows", None)
         return f"Chunks({self._source}: {known}{f', {rows:,} in a chunk' if rows else ''})"
 
-    def _pass(self) -> Iterator[Chunk]:
+    def _pass(self, make: Callable[[Chunk], T]) -> Iterator[T]:
         begin, number, first = 0, 0, ""
         pieces = self._source.pieces()
         while True:
@@ -168,11 +181,11 @@ class Chunks:
             first = first or form
             if form != first:
                 raise _other_form(number, form, first)
-            chunk = Chunk(args, begin, rows)
+            made = make(Chunk(args, begin, rows))
             del args
             begin += rows
-            yield chunk
-            del chunk
+            yield made
+            del made
         if not begin:
             raise _empty()
         if self._counted not in (None, begin):
