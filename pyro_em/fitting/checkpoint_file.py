@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from pyro_em.errors import FileError, UsageError, message, warn
+from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.checkpoint import checksum, damage_of
 from pyro_em.tracing.files import check_writable, read_whole, write_whole
 
@@ -33,6 +34,9 @@ _FIRST = 0.01  # seconds that the first writing is taken to cost
 logger = logging.getLogger("pyro_em")
 
 
+_ALONE: Reduction[Any] = Whole(None)
+
+
 class CheckpointFile:
     """Where one fit is kept.
 
@@ -41,22 +45,42 @@ class CheckpointFile:
         every: Steps from one writing to the next; None writes as often as costs a hundredth of the
             time.
         raises: Whether a file that cannot be written ends the fit; it is said in a warning otherwise.
-
-    Attributes:
-        writes: Whether this process writes; all processes of a fit read.
+        over: The processes that make the fit together. The first one reads and writes the file, and the
+            others have from it what it reads.
+        rank: The number of this process.
     """
 
-    def __init__(self, path: str | os.PathLike[str], every: int | None, raises: bool) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        every: int | None,
+        raises: bool,
+        over: Reduction[Any] = _ALONE,
+        rank: int = 0,
+    ) -> None:
         self.path, self.every, self.raises = Path(path), every, raises
-        self.writes = True
+        self.over, self.rank = over, rank
         self._steps, self._has_told, self._has_read_back = 0, False, False
         self._ended, self._cost = time.perf_counter(), _FIRST
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are other processes."""
+        return self.over is not _ALONE
+
     def is_due(self) -> bool:
-        """Count a complete step; whether it is time to write."""
+        """Count a complete step; whether it is time to write, on all processes."""
         self._steps += 1
         if self.every is not None:
             return self._steps >= self.every
+        return self.over.from_first(self._is_time) if self.is_shared else self._is_time()
+
+    def _is_time(self) -> bool:
         return time.perf_counter() - self._ended >= self._cost / _SHARE
 
     @property
@@ -70,8 +94,7 @@ class CheckpointFile:
         Raises:
             FileError: If the fit is to end then.
         """
-        if self.writes:
-            self._guarded(lambda: check_writable(self.path))
+        self.over.from_first(lambda: self._guarded(lambda: check_writable(self.path)))
 
     def write(self, make: Callable[[], Mapping[str, Any]]) -> None:
         """Write what ``make`` returns, whole or not at all.
@@ -125,12 +148,16 @@ class CheckpointFile:
         return content.getvalue()
 
     def read(self) -> dict[str, Any] | None:
-        """What was written; None if there is no file.
+        """What was written, on all processes; None if there is no file.
 
         Raises:
             UsageError: If it is damaged or something else; it is left as it is.
             FileError: If it cannot be read.
         """
+        found: dict[str, Any] | None = self.over.from_first(self._read)
+        return found
+
+    def _read(self) -> dict[str, Any] | None:
         if not os.path.lexists(self.path):
             return None
         content = read_whole(self.path)

@@ -45,7 +45,6 @@ class Checkpoint:
         fixed: What the fit is, the data excepted.
         data: The data, as the call gave them.
         has_changed: Whether a callback has changed the data since.
-        over: The processes that make the fit together; None where there is one.
     """
 
     file: CheckpointFile
@@ -55,16 +54,14 @@ class Checkpoint:
     fixed: Fingerprint = field(default_factory=dict)
     data: Fingerprint = field(default_factory=dict)
     has_changed: bool = False
-    over: OverGroup[Any] | None = None
     _names: Fingerprint = field(default_factory=dict)
 
     def note(self, found: Program | Trainer, session: Session, wishes: FitWishes) -> None:
         """Take note of what the fit is, before its first step."""
         args, kwargs = self.call
         request, guide = session.request, session.planner.guide_now
-        seen: Fingerprint = {}
         if isinstance(found, Program):
-            model, seen = of_program(found), of_data_seen(found.graph)
+            model = of_program(found)
         else:
             model = of_pair(found.variational, session.planner.saved_name)
         self.fixed = {
@@ -74,12 +71,20 @@ class Checkpoint:
             **of_tensors(request, guide, args, kwargs),
         }
         self._names = self.numbers()
-        self.data = {**of_arguments(args, kwargs), **seen}
-        if self.over is not None:
-            all_of_them = self.over.gathered(lambda: (self.fixed, self.data))
-            self.fixed = of_ranks([fixed for fixed, _ in all_of_them])
-            self.fixed["the number of processes"] = str(self.over.size)
-            self.data = of_ranks([data for _, data in all_of_them])
+        self.data = self._data(found if isinstance(found, Program) else None)
+        if self.file.is_shared:
+            each = self.file.over.gathered(lambda: self.fixed)
+            self.fixed = {"the number of processes": str(len(each)), **of_ranks(each)}
+
+    def _data(self, program: Program | None) -> Fingerprint:
+        """The data of all processes."""
+        args, kwargs = self.call
+
+        def own() -> Fingerprint:
+            seen = {} if program is None else of_data_seen(program.graph)
+            return {**of_arguments(args, kwargs), **seen}
+
+        return of_ranks(self.file.over.gathered(own)) if self.file.is_shared else own()
 
     def fingerprint(
         self, program: Program | None = None, looks_again: bool = False
@@ -94,9 +99,7 @@ class Checkpoint:
         now = self.numbers()
         self._names = {n: v for n, v in self._names.items() if now.get(n) == v}
         if program is not None or looks_again:
-            args, kwargs = self.call
-            seen = {} if program is None else of_data_seen(program.graph)
-            data = {**of_arguments(args, kwargs), **seen}
+            data = self._data(program)
             self.has_changed |= bool(first_difference(self.data, data))
             self.data = data
         return {
@@ -107,13 +110,16 @@ class Checkpoint:
         }
 
     def require_same(self) -> None:
-        """Refuse a checkpoint of another fit; it is left as it is.
+        """Refuse a checkpoint of another fit, on all processes; it is left as it is.
 
         Raises:
             UsageError: With the first difference.
         """
-        if self.saved is None:
-            return
+        if self.saved is not None:
+            self.file.over.from_first(self._require_same)
+
+    def _require_same(self) -> None:
+        assert self.saved is not None
         there, why = self.saved["fit"], "the path of a fit depends on it"
         now = self.numbers()
         known = {n: v for n, v in there["names"].items() if n in now}
@@ -156,7 +162,7 @@ def opened(
     wishes: FitWishes,
     args: tuple,
     kwargs: dict[str, Any],
-    over: OverGroup[Any] | None = None,
+    group: OverGroup[Any] | None,
 ) -> Checkpoint | None:
     """The checkpoint that the user named; None where there is none.
 
@@ -165,7 +171,7 @@ def opened(
         wishes: The keywords of the fit.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
-        over: The processes that make the fit together, of which rank 0 reads and writes the file.
+        group: The processes that make the fit together, where there are several.
 
     Raises:
         UsageError: If the file is something else, or damaged.
@@ -175,19 +181,16 @@ def opened(
         return None
     every, raises = wishes.checkpoint_every, wishes.on_checkpoint_error == "raise"
     file = CheckpointFile(wishes.checkpoint, every, raises)
-    file.writes = over is None or over.rank == 0
-
-    def read() -> dict[str, Any] | None:
-        return file.read() if wishes.resume else None
-
-    saved = read() if over is None else over.from_rank(0, read)
+    if group is not None:
+        file = CheckpointFile(wishes.checkpoint, every, raises, group, group.rank)
+    saved = file.read() if wishes.resume else None
     file.probe()
     guide = session.planner.guide_now
 
     def numbers() -> Fingerprint:
         return of_numbers(session.request, guide, args, kwargs) if file.writes else {}
 
-    return Checkpoint(file, saved, (args, kwargs), numbers, over=over)
+    return Checkpoint(file, saved, (args, kwargs), numbers)
 
 
 def at_beginning(

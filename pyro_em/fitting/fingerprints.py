@@ -41,6 +41,9 @@ _BLOCK = 2**24  # bytes of which a checksum is taken at once
 _NEAR = 1e-6  # relative, within which two sums of arguments are equal
 
 
+_NUMBERS = (bool, int, float, str)
+
+
 # Of the keywords of a fit those that say how its path goes on, not how far.
 _SETTINGS = ("num_restarts", "init", "seed", "acceleration", "batch_size", "num_data", "schedule")
 
@@ -289,6 +292,7 @@ def _of_data(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """The form of a value and of what is in it, and checksums of their bytes."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "OUSV":
         yield name, f"an array of {value.dtype} and shape {value.shape}"
+        yield f"values of {name}", zlib.crc32(repr(value.tolist()).encode())
     elif isinstance(value, np.ndarray):
         yield name, f"an array of {value.dtype} and shape {value.shape}"
         yield f"values of {name}", _crc_of_array(value)
@@ -300,10 +304,17 @@ def _of_data(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, f"a {type(value).__name__} of {len(value)}"
         for key, part in value.items():
             yield from _of_data(f"{name}[{key!r}]", part)
+    elif isinstance(value, (list, tuple)) and all(type(v) in _NUMBERS for v in value):
+        yield name, f"a {type(value).__name__} of {len(value)}"
+        yield f"values of {name}", zlib.crc32(repr(value).encode())
     elif isinstance(value, (list, tuple)):
         yield name, f"a {type(value).__name__} of {len(value)}"
         for i, part in enumerate(value):
             yield from _of_data(f"{name}[{i}]", part)
+    elif callable(getattr(value, "to_numpy", None)):  # tables and columns of pandas
+        columns = [str(c) for c in getattr(value, "columns", ())]
+        yield name, f"a {type(value).__name__} of {columns}" if columns else type(value).__name__
+        yield from _of_data(f"content of {name}", value.to_numpy())
     elif is_loader(value):
         yield name, f"a DataLoader, batch_size={value.batch_size}, drop_last={value.drop_last}"
         yield f"sampler of {name}", type(value.sampler).__name__
@@ -312,8 +323,8 @@ def _of_data(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _of_data(f"dataset of {name}", held)
     elif isinstance(value, Chunks):
         form = value.form()
-        columns = ", ".join(form.arguments)
-        yield name, f"chunks of {columns}: {form.rows} rows in {form.chunks} chunks"
+        each = ", ".join(form.arguments)
+        yield name, f"chunks of {each}: {form.rows} rows in {form.chunks} chunks"
         yield f"rows of each chunk of {name}", form.splits
         yield f"values of {name}", form.checksum
     else:

@@ -89,10 +89,8 @@ def _fit(
         shared: Shards | None = None
         if joined is not None:
             shared = joined.shards(found, looked, args, kwargs, has_rows)
-        if joined is not None and isinstance(found, Trainer):
-            joined.refuse_checkpoint()
-        over = None if joined is None else joined.over
-        checkpoint = opened(session, wishes, args, kwargs, over)
+        group = None if joined is None else joined.over
+        checkpoint = opened(session, wishes, args, kwargs, group)
         if checkpoint is not None:
             found = at_beginning(checkpoint, found, session, wishes, (looked, kwargs))
         origin = session.origin(found, held)
@@ -114,12 +112,16 @@ def _fit(
                 result = _stochastic(session, found, wishes, args, kwargs, begin, steps, kept)
         else:
             exact, data = None, None
-            if checkpoint is not None:
-                exact = Kept.of(checkpoint, found, session, wishes, origin, begin)
             if joined is not None and shared is not None:
                 data = joined.parted(shared, session, found, args, kwargs)
                 wishes = joined.watched(wishes)
-            result = _exact(session, found, wishes, args, kwargs, begin, exact, data)
+            is_resumed = False
+            if checkpoint is not None:
+                exact = Kept.of(checkpoint, found, session, wishes, origin, begin)
+                is_resumed = exact.saved is not None
+            # What is resumed has the random state of the first process.
+            with same_random_state(joined is not None and is_resumed):
+                result = _exact(session, found, wishes, args, kwargs, begin, exact, data)
         return with_origin(result, origin)
 
 

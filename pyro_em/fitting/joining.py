@@ -165,26 +165,6 @@ class Joined:
         over = self.over.with_parts(OverParts(passes), first=shared.first)
         return Parted.of(over, Part(noted(program), is_first, shared.begin), f"{HOW} in chunks")
 
-    def refuse_checkpoint(self) -> None:
-        """Refuse to keep a stochastic fit.
-
-        Raises:
-            UsageError: If the user named a checkpoint.
-        """
-        if self.wishes.checkpoint is None:
-            return
-        raise UsageError(
-            message(
-                "fit",
-                "checkpoint was given together with process_group, and a guide draws latents.",
-                "each process draws batches and latents of its own, which one file does not hold",
-                [
-                    "leave checkpoint out, and save parameters between fits: em.save(path) on rank 0",
-                    "fit in one process",
-                ],
-            )
-        )
-
     def sharing(self, shared: Shards, trainer: Trainer) -> Trainer:
         """Stochastic steps together with the other processes.
 

@@ -46,7 +46,7 @@ class KeptTraining:
         constant = {"origins": origin_state(self.origin), "total_before": session.total_steps}
 
         def fingerprint() -> dict[str, object]:
-            return checkpoint.fingerprint(looks_again=is_watched)
+            return checkpoint.fingerprint(looks_again=is_watched and not checkpoint.file.is_shared)
 
         keeper = StochasticKeeper(
             checkpoint.file, fingerprint, constant, trainer, place, buffers, begin
@@ -59,4 +59,5 @@ class KeptTraining:
             trainer.training.last = (batch.args, batch.kwargs, factors)
 
         place.pass_over = pass_over
-        return taken_up(checkpoint.saved, trainer, place, buffers), keeper
+        rank = checkpoint.file.rank
+        return taken_up(checkpoint.saved, trainer, place, buffers, rank), keeper

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from pyro_em.errors import DataError, DegenerateError, message, sites_in_words, warn
+from pyro_em.errors import DataError, DegenerateError, FileError, message, sites_in_words, warn
 from pyro_em.fitting.beginnings import Beginning, name_of_start
 from pyro_em.fitting.em_map import values_at, write
 from pyro_em.fitting.em_on_sums import tells_apart
@@ -292,10 +292,14 @@ def resume_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
 
 def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
-    if settings.acceleration is None:
-        iterate(em, settings, run, r)
-    else:
-        _alternate(em, settings, run, r)
+    try:
+        if settings.acceleration is None:
+            iterate(em, settings, run, r)
+        else:
+            _alternate(em, settings, run, r)
+    except FileError:  # a checkpoint that cannot be written, and ends the fit
+        settle(em, run)
+        raise
     if settings.callbacks and run.status is not EMStatus.INTERRUPTED and em.program.is_changed():
         read_anew(em, run)  # after the last step
     program = em.program

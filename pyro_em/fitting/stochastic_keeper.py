@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class StochasticKeeper:
 
     def finish(self, out: StochasticRun) -> None:
         """Write where the fit ended, unless that is in the file, or a broken step has changed it."""
+        if self.file.is_shared and out.status is EMStatus.INTERRUPTED:
+            return  # processes may have been interrupted at different steps
         training, (steps, bounds) = self.trainer.training, self._steps
         new = len(out.bounds) - bounds
         is_broken = out.status in (EMStatus.INTERRUPTED, EMStatus.DEGENERATE)
@@ -116,10 +119,30 @@ class StochasticKeeper:
             live = random_state()
             if not _same_elsewhere(live, self._random):
                 self._random, self._draws_elsewhere = live, True
-        self.file.write(lambda: self._state(out))
+        each = [self._own()] if not self.file.is_shared else self._of_all()
+        self.file.write(lambda: self._state(out, each))
 
-    def _state(self, out: StochasticRun) -> dict[str, Any]:
-        training, place = self.trainer.training, self.place
+    def _own(self) -> dict[str, Any]:
+        """What each process has of its own."""
+        return {
+            "random": encoded(self._random),
+            "place": self.place.state(),
+            "buffers": encoded(self.buffers),
+        }
+
+    def _of_all(self) -> list[dict[str, Any]]:
+        """The same of all processes, sent as a file would hold it: not all tensors can be pickled."""
+
+        def content() -> bytes:
+            stream = io.BytesIO()
+            torch.save(self._own(), stream)
+            return stream.getvalue()
+
+        each = self.file.over.gathered(content)
+        return [torch.load(io.BytesIO(one), map_location="cpu", weights_only=True) for one in each]
+
+    def _state(self, out: StochasticRun, each: list[dict[str, Any]]) -> dict[str, Any]:
+        training = self.trainer.training
         recovery, saved = training.recovery, training.saved_name
         status = EMStatus.MAX_STEPS if out.status is EMStatus.INTERRUPTED else out.status
         sharing = self.trainer.sharing
@@ -128,21 +151,19 @@ class StochasticKeeper:
             "fit": self.fingerprint(),
             **self.constant,
             "seconds": time.perf_counter() - self.begin,
-            "random": encoded(self._random),
+            "each": each,
             "bounds": torch.tensor(out.bounds, dtype=torch.float64),
             "validation": [tuple(v) for v in out.validation],
             "status": status.name,
             "epochs": out.epochs,
-            "place": place.state(),
             "parameters": {saved(n): encoded(v) for n, v in self._parameters().items()},
-            "buffers": encoded(self.buffers),
             "training": training.state(),
             "recovery": {
                 "step": recovery.step,
                 "is_unbroken": recovery.is_unbroken,
                 "copies": {saved(n): encoded(copy) for n, (_, copy) in recovery.copies.items()},
             },
-            "draws": 0 if sharing is None else sharing.draws,
+            "draws": None if sharing is None else [sharing.seed, sharing.draws],
         }
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -151,7 +172,11 @@ class StochasticKeeper:
 
 
 def taken_up(
-    saved: Mapping[str, Any], trainer: Trainer, place: Place, buffers: Mapping[str, Tensor]
+    saved: Mapping[str, Any],
+    trainer: Trainer,
+    place: Place,
+    buffers: Mapping[str, Tensor],
+    rank: int,
 ) -> StochasticRun:
     """Bring a trainer to where another process left it.
 
@@ -160,18 +185,19 @@ def taken_up(
         trainer: The pair with its optimisers.
         place: Where it stands in its data.
         buffers: Tensors of modules that steps write and that are no parameters, by name.
+        rank: The number of this process.
 
     Returns:
         The path so far.
     """
-    training = trainer.training
+    training, own = trainer.training, saved["each"][rank]
     name_of = training.saved_name
     parameters = trainer.variational.parameters
     values = decoded(saved["parameters"])
     restore(parameters, {n: values[name_of(n)] for n in parameters})
     with torch.no_grad():
         for name, buffer in buffers.items():
-            buffer.copy_(decoded(saved["buffers"][name]))
+            buffer.copy_(decoded(own["buffers"][name]))
     training.optimizers = Steppers(name_of)
     training.baselines.clear()
     training.restore(saved["training"])
@@ -185,9 +211,9 @@ def taken_up(
         if n in places
     }
     if trainer.sharing is not None:
-        trainer.sharing.draws = saved["draws"]
-    place.go_to(saved["place"])
-    set_random_state(decoded(saved["random"]))
+        trainer.sharing.seed, trainer.sharing.draws = saved["draws"]
+    place.go_to(own["place"])
+    set_random_state(decoded(own["random"]))
     validation = [(int(step), float(bound)) for step, bound in saved["validation"]]
     status = EMStatus[saved["status"]]
     return StochasticRun(saved["bounds"].tolist(), validation, status, "", saved["epochs"])

@@ -485,7 +485,13 @@ def test_a_full_disk_is_said_once_and_the_fit_goes_on(tmp_path, monkeypatch):
         assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
         assert path.read_bytes() == content
         with pytest.raises(FileError, match="no room"):
-            fit("mixture on sums", checkpoint=path, on_checkpoint_error="raise")
+            options = {"checkpoint": path, "checkpoint_every": 3, "on_checkpoint_error": "raise"}
+            fit("mixture on sums", **options)
+        after = fit("mixture on sums", max_steps=11)[0].params["loc"]  # of the 8 there were, and 3
+        pyro.clear_param_store()
+        with pytest.raises(FileError, match="no room"):
+            fit("mixture on sums", **options)
+        assert torch.equal(pyro.param("loc").detach(), after)
     assert_same(whole, fit("mixture on sums", checkpoint=path))
 
 
