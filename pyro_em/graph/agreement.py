@@ -292,7 +292,7 @@ class _Together:
         """The places of plain values in their supports, as `_Look.index` finds them one by one."""
         site = self._site(names[0])
         event_dim, at = site["fn"].event_dim, site["infer"]["_enumerate_dim"]
-        plain = [_untagged(self.look.plain[n]["value"]) for n in names]
+        plain = [_untagged(_value(self.look.plain, n)) for n in names]
         lead = plain[0].dim() - event_dim
         if any(n > self.look.most for n in plain[0].shape[:lead]):
             return
@@ -315,6 +315,13 @@ def _close(a: Tensor, b: Tensor) -> Tensor:
         return a == b
     tolerance = (64 * torch.finfo(a.dtype).eps) ** 0.75
     return torch.isclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _value(sites: Sites, name: str) -> Tensor:
+    """The value of a site."""
+    if isinstance(sites, Folded):
+        return sites.value(name)
+    return sites[name]["value"]  # type: ignore[no-any-return]
 
 
 def _untagged(value: Any) -> Any:

@@ -35,17 +35,18 @@ class _Alike:
     Attributes:
         template: One of them.
         stacks: Their values, then the tensors of their distributions. # (sites, *shape) each
+        held: The identities of the tensors of the template's distribution, in the order of these.
     """
 
     template: Mapping[str, Any]
     stacks: Sequence[Tensor]
+    held: Sequence[int]
 
     def site(self, name: str, i: int) -> dict[str, Any]:
         """The site that is number ``i`` of them."""
-        rows = [stack[i] for stack in self.stacks]
-        own = {id(t): row for t, row in zip(_tensors(self.template["fn"]), rows[1:], strict=True)}
-        fn = _with_tensors(self.template["fn"], own)
-        return {**self.template, "name": name, "value": rows[0], "fn": fn}
+        value, *rows = (stack[i] for stack in self.stacks)
+        fn = _with_tensors(self.template["fn"], dict(zip(self.held, rows, strict=True)))
+        return {**self.template, "name": name, "value": value, "fn": fn}
 
 
 class Folded(Mapping[str, Mapping[str, Any]]):
@@ -69,12 +70,20 @@ class Folded(Mapping[str, Mapping[str, Any]]):
             if max(t.numel() for t in held[0]) > _SMALL:
                 continue
             stacks = [torch.stack(list(each)).detach() for each in zip(*held, strict=True)]
-            alike = _Alike({**first, "fn": _copied(first["fn"])}, stacks)
+            fn = _copied(first["fn"])
+            alike = _Alike({**first, "fn": fn}, stacks, [id(t) for t in _tensors(fn)])
             self._places |= {n: (alike, i) for i, n in enumerate(names)}
 
     def __getitem__(self, name: str) -> Mapping[str, Any]:
         place = self._places[name]
         return place[0].site(name, place[1]) if isinstance(place, tuple) else place
+
+    def value(self, name: str) -> Tensor:
+        """The value of a site, possibly with tags."""
+        place = self._places[name]
+        if isinstance(place, tuple):
+            return place[0].stacks[0][place[1]]
+        return place["value"]  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

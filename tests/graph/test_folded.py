@@ -50,6 +50,7 @@ def test_folded_sites_are_the_sites() -> None:
     assert list(folded) == list(own)
     assert folded.forms == forms_of(own)
     assert all(same(folded[n], own[n]) for n in own)
+    assert all(torch.equal(folded.value(n), own[n]["value"]) for n in own)
     assert all(type(folded[n]["fn"]) is type(own[n]["fn"]) for n in own)
     assert torch.equal(
         folded["x_3"]["fn"].log_prob(own["x_3"]["value"]),
