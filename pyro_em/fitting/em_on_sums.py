@@ -50,9 +50,19 @@ class OnSums:
         log_prior = theta.log_prior(at)
         return self.point(at, expectation, log_prior, values)
 
+    def _alike(self, at: Any) -> Any:
+        """The same parameters in all processes, where there are several."""
+        if self.data is None or not self.data.has_others:
+            return at
+        if not self.data.is_known:
+            return self.data.over.alike(at)
+        # What the kernel holds beside parameters follows from them.
+        theta = self.block.theta
+        return theta.enter(self.data.over.alike(theta.values(at)))
+
     def expectation(self, at: Any) -> Expectation:
         """Sums over all data."""
-        if self.data is None:
+        if self.data is None or self.data.is_known:
             return self.block.e_step(at)
         values = self.block.theta.values(at)
         return self.data.over.sum(lambda part: part.expectation(values))
@@ -91,8 +101,7 @@ class OnSums:
         theta = self.block.theta
         try:
             after, gain = theta.m_step(at.at, at.expectation)
-            if self.data is not None:
-                after = self.data.over.alike(after)
+            after = self._alike(after)
             expectation = self.expectation(after)
         except torch.linalg.LinAlgError as error:
             raise Handover from error

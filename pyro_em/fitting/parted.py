@@ -16,6 +16,8 @@ from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Disagreement, Evaluation, Program
 from pyro_em.plan.verification import distrusted
+from pyro_em.posteriors.collapsed import Collapsed
+from pyro_em.posteriors.factor_rows import FactorRows
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.posteriors.quick import QuickBlock
 from pyro_em.reduction.reduction import Reduction
@@ -37,6 +39,9 @@ class Parted:
         is_quick: Whether steps on sums serve.
         lead_part: The part at hand.
         is_at_hand: Whether each process has one part, which it keeps.
+        is_known: Whether the part at hand knows all sums that these steps need, so that no other is
+            visited.
+        has_others: Whether other processes have parts, too.
     """
 
     over: Reduction[Part]
@@ -46,6 +51,8 @@ class Parted:
     is_quick: bool
     lead_part: Part
     is_at_hand: bool = False
+    is_known: bool = False
+    has_others: bool = False
 
     @classmethod
     def of(cls, over: Reduction[Part], lead: Part, how: str, is_at_hand: bool = False) -> Parted:
@@ -66,13 +73,16 @@ class Parted:
         program = lead.program
         parts = SeenAs(over, lambda part: part.told(all_data))
         # What is outside the rows would count once per part in sums: tables know better.
+        is_known = isinstance(program.kernel.block, (FactorRows, Collapsed))
         form = _form_of_sums(program)
         quick = form is not None and not lead.has_data_outside
         quick = not parts.any(lambda part: _form_of_sums(part.program) != form) and quick
         # Where processes differ in what they could do, all take the steps that all can take.
-        each = over.gathered(lambda: (quick, repr(form)))
-        quick = all(able for able, _ in each) and len({own for _, own in each}) == 1
-        return cls(parts, program, all_data, how, quick, lead, is_at_hand)
+        each = over.gathered(lambda: (quick, repr(form), is_known))
+        quick = all(able for able, _, _ in each) and len({own for _, own, _ in each}) == 1
+        known = all(own for _, _, own in each)
+        others = len(each) > 1
+        return cls(parts, program, all_data, how, quick or known, lead, is_at_hand, known, others)
 
     def begin(self, write: Callable[[], None], generator: torch.Generator) -> None:
         """Let the first process write the parameters of a start, and give them to all.

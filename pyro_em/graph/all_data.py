@@ -35,6 +35,21 @@ class Centre:
 
 
 @dataclass(frozen=True, eq=False)
+class Vectors:
+    """What rows that are all alike say of a multivariate normal: their number, mean and scatter.
+
+    Attributes:
+        rows: n.
+        mean: x̄ of all observed entries of a row. # (D,)
+        scatter: Σ (x − x̄)(x − x̄)ᵀ. # (D, D)
+    """
+
+    rows: int
+    mean: Tensor
+    scatter: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class AllData:
     """Numbers of all data; see the module's text.
 
@@ -43,9 +58,11 @@ class AllData:
         centres: By the first site of a group.
         magnitudes: By parameter; see `pyro_em.updates.scatter.data_magnitude`.
         read: By parameter which of its events any factor reads. # (events,)
+        vectors: Of all rows, where they are alike and Gaussian latents are integrated; else None.
     """
 
     rows: int
     centres: Mapping[str, Centre] = field(default_factory=dict)
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     read: Mapping[str, Tensor] = field(default_factory=dict)
+    vectors: Vectors | None = None

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, message
-from pyro_em.graph.all_data import AllData, Centre
+from pyro_em.graph.all_data import AllData, Centre, Vectors
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.collapsed import own_vectors
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.sites import Role
@@ -78,7 +79,51 @@ def all_data_of(over: Reduction[Part], lead: Program) -> AllData:
         mean = torch.where(seen > 0, total / seen.clamp(min=1), 0.0)
         centres[site] = Centre(mean, -bounds.low[site], bounds.high[site])
     read = {name: count > 0 for name, count in sums.read.items()}
-    return AllData(sums.rows, centres, bounds.magnitudes, read)
+    vectors = _vectors(over, lead)
+    return AllData(sums.rows, centres, bounds.magnitudes, read, vectors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Of rows that are alike; of parts whose rows are not, how many there are.
+
+    Attributes:
+        rows: n.
+        total: Σ x, or Σ (x − c)(x − c)ᵀ. # (D,) or (D, D)
+        others: Parts whose rows are not alike.
+    """
+
+    rows: int
+    total: Tensor
+    others: int = 0
+
+
+def _vectors(over: Reduction[Part], lead: Program) -> Vectors | None:
+    """Number, mean and scatter of all rows; None where they are not alike in all parts."""
+    own = own_vectors(lead.graph)
+    if not any(over.gathered(lambda: own is not None)):
+        return None
+    none = torch.zeros(0) if own is None else own.new_zeros(own.shape[-1])
+
+    def summed(part: Part) -> _Moments:
+        x = own_vectors(part.program.graph)
+        if x is None or x.shape[1:] != none.shape:
+            return _Moments(0, none, 1)
+        return _Moments(len(x), x.sum(0))
+
+    first = over.sum(summed)
+    if first.others:
+        return None
+    mean = first.total / first.rows
+
+    def squared(part: Part) -> _Moments:
+        x = own_vectors(part.program.graph)
+        assert x is not None
+        centred = x - mean
+        return _Moments(len(x), centred.mT @ centred)
+
+    scatter = over.sum(squared).total
+    return Vectors(first.rows, mean, scatter) if bool(torch.isfinite(scatter).all()) else None
 
 
 def _sums(part: Part) -> _Sums:

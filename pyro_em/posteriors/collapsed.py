@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, Handover
+from pyro_em.graph.all_data import Vectors
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock
@@ -167,13 +168,11 @@ def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -
     block = group.nested
     if not isinstance(block, GaussianBlock) or not are_alike(block):
         return None
-    rows = block.groups[0].sizes[0]
-    data = [g for g in block.groups if g.role is not Role.GAUSSIAN]
-    x = torch.cat([rows_of(g, g.value)[0] for g in data], -1).to(torch.float64)
-    width = x.shape[-1]
-    if not data or rows <= 2 * (width + 1) or not bool(torch.isfinite(x).all()):
+    found = vectors_of(graph)
+    if found is None or not found.rows > 2 * (len(found.mean) + 1):
         return None
-    few, weight = _with_equal_sums(x)
+    rows, data = found.rows, _observed(block)
+    few, weight = _with_equal_sums(found, _root(graph, found))
     parts = dict(
         zip(
             (g.members[0] for g in data),
@@ -195,6 +194,39 @@ def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -
     return Collapsed(theta, tuple(block.latents), rows)
 
 
+def vectors_of(graph: FactorGraph) -> Vectors | None:
+    """Number, mean and scatter of the rows of a graph whose Gaussian latents' rows are all alike.
+
+    Args:
+        graph: Of the E-step; where it holds a part of the data, those of all are known.
+    """
+    if graph.all_data is not None:
+        return graph.all_data.vectors
+    x = own_vectors(graph)
+    if x is None or not bool(torch.isfinite(x).all()):
+        return None
+    mean = x.mean(0)
+    centred = x - mean
+    return Vectors(len(x), mean, centred.mT @ centred)
+
+
+def own_vectors(graph: FactorGraph) -> Tensor | None:
+    """All observed entries of each row at hand; None where rows are not all alike. # (rows, D)"""
+    block = graph.groups[0].nested if len(graph.groups) == 1 else None
+    if not isinstance(block, GaussianBlock) or not are_alike(block):
+        return None
+    data = _observed(block)
+    if not data:
+        return None
+    rows = block.groups[0].sizes[0]
+    parts = [rows_of(g, g.value)[0].to(torch.float64) for g in data]
+    return torch.cat([p.expand(rows, -1) for p in parts], -1)
+
+
+def _observed(block: GaussianBlock) -> list[Group]:
+    return [g for g in block.groups if g.role is not Role.GAUSSIAN]
+
+
 def are_alike(block: GaussianBlock) -> bool:
     """Whether every site has one row for each element of one plate, all with equal arguments."""
     if block.scope or any(len(g.members) > 1 for g in block.groups):
@@ -214,19 +246,31 @@ def are_alike(block: GaussianBlock) -> bool:
     return True
 
 
-def _with_equal_sums(x: Tensor) -> tuple[Tensor, float]:
+def _with_equal_sums(x: Vectors, root: Tensor) -> tuple[Tensor, float]:
     """D + 1 rows with the mean and scatter of all, and how often each counts. # (D + 1, D)"""
-    rows, width = x.shape
-    mean = x.mean(0)
-    _, upper = torch.linalg.qr(x - mean)
-    weight = rows / (width + 1)
+    mean, width = x.mean, len(x.mean)
+    weight = x.rows / (width + 1)
     # Helmert's matrix: orthonormal columns that sum to zero.
-    k = torch.arange(1, width + 1, dtype=x.dtype, device=x.device)
-    helmert = torch.ones(width + 1, width, dtype=x.dtype, device=x.device).triu()
+    k = torch.arange(1, width + 1, dtype=mean.dtype, device=mean.device)
+    helmert = torch.ones(width + 1, width, dtype=mean.dtype, device=mean.device).triu()
     helmert = torch.cat([helmert[:width], helmert.new_zeros(1, width)])
     helmert[torch.arange(1, width + 1), torch.arange(width)] = -k
     helmert = helmert / (k * (k + 1)).sqrt()
-    return mean + helmert @ upper / weight**0.5, weight
+    return mean + helmert @ root / weight**0.5, weight
+
+
+def _root(graph: FactorGraph, x: Vectors) -> Tensor:
+    """R with RᵀR = S, of the rows themselves where they are at hand, which rounds less. # (D, D)"""
+    own = own_vectors(graph) if graph.all_data is None else None
+    if own is not None:
+        return torch.linalg.qr(own - x.mean)[1]
+    return root_of(x.scatter)
+
+
+def root_of(scatter: Tensor) -> Tensor:
+    """R with RᵀR = S, zero where features do not vary. # (D, D)"""
+    squares, vectors = torch.linalg.eigh((scatter + scatter.mT) / 2)
+    return squares.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
 
 
 def _narrowed(group: Group, value: Tensor | None, rows: int) -> Group:

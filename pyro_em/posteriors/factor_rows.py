@@ -31,7 +31,7 @@ from torch import Tensor
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.collapsed import are_alike
+from pyro_em.posteriors.collapsed import are_alike, vectors_of
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
@@ -347,8 +347,8 @@ def factor_rows(
     used = {p.param for p in (loadings, mean, noise)}
     if any(n not in used and not isinstance(u.update, Fixed) for n, u in updates.items()):
         return None
-    data = rows_of(x, x.value)[0].to(torch.float64)
-    if len(data) <= 1:
+    data = vectors_of(graph)
+    if data is None or data.rows <= 1:
         return None
     if is_matrix(u):
         low = tril_rows(u, u.arguments)[0, 0]
@@ -356,19 +356,14 @@ def factor_rows(
         low = rows_of(u, u.arguments["scale"])[0, 0].to(torch.float64).diag()
     if bool((low.diagonal() == 0).any()):
         return None
-    centre = data.mean(0)
-    centred = data - centre
-    scatter = _numbers(centred.mT @ centred)
-    if not np.isfinite(scatter).all():  # as the data are not
-        return None
     theta = FactorTheta(
         loadings,
         mean,
         noise,
         {n: v.clone() for n, v in values.items()},
-        scatter,
-        _numbers(centre),
-        len(data),
+        _numbers(data.scatter),
+        _numbers(data.mean),
+        data.rows,
         _numbers(low),
     )
     return FactorRows(theta, tuple(block.latents))

@@ -118,6 +118,14 @@ def factors(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(m + h.unsqueeze(-1) * loadings, s).to_event(1), obs=x)
 
 
+def vectors_of_factors(x: Tensor) -> None:
+    tril = pyro.param("T", torch.eye(2), constraint=constraints.lower_cholesky)
+    m, s = pyro.param("m", torch.zeros(2)), _positive("s", 1.0)
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.MultivariateNormal(torch.zeros(2), scale_tril=tril))
+        pyro.sample("x", dist.Normal(m + h, s).to_event(1), obs=x)
+
+
 def intercepts(y: Tensor) -> None:
     m, t, s = pyro.param("m", torch.tensor(0.1)), _positive("t", 1.0), _positive("s", 1.0)
     with pyro.plate("groups", len(y), dim=-2):
@@ -175,6 +183,7 @@ _CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]
     "logistic": (logistic, (_COVARIATE, _X), {}),
     "robust": (robust, (_WIDE, _LINE), {}),
     "factors": (factors, (_Y,), {}),
+    "collapsed": (vectors_of_factors, (_Y,), {}),
     "intercepts": (intercepts, (_SERIES,), {}),
     "chains": (chains, (_SERIES,), {}),
     "data outside": (with_data_outside, (_X,), {}),
@@ -223,6 +232,19 @@ def test_chunks_may_have_a_single_row(case: str) -> None:
 def test_an_iterable_of_chunks_of_unequal_sizes() -> None:
     items = [(_X[:1],), (_X[1:1],), (_X[1:20],), (_X[20:],)]
     _agree(_fit("mixture", Chunks(items)), _fit("mixture", _X))
+
+
+def test_factors_know_all_sums_after_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    read = Chunks.read
+    monkeypatch.setattr("pyro_em.fitting.chunked._KEPT_BYTES", 0)
+    monkeypatch.setattr(Chunks, "read", lambda self: (passes.append(1), read(self))[1])
+    counts = []
+    for steps in (2, 12):
+        passes.clear()
+        _fit("factors", Chunks(_Y, rows=9), steps=steps)
+        counts.append(len(passes))
+    assert counts[0] == counts[1]
 
 
 def test_extrapolated_steps() -> None:

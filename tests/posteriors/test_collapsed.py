@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import DegenerateError, EMStatus, ExactPosteriorEM, Fixed, PyroEMWarning
+from pyro_em.graph.all_data import Vectors
 from pyro_em.posteriors import collapsed
 
 ROWS, D, Q = 40, 4, 2
@@ -131,12 +132,19 @@ def test_the_evidence_is_that_of_all_rows() -> None:
     torch.testing.assert_close(result.posterior.pointwise, by_hand)
 
 
-def test_few_rows_have_number_mean_and_scatter_of_all() -> None:
+@pytest.mark.parametrize("root", ["of the rows", "of their scatter"])
+def test_few_rows_have_number_mean_and_scatter_of_all(root: str) -> None:
     x = data(100.0)
-    few, weight = collapsed._with_equal_sums(x)
+    centred = x - x.mean(0)
+    scatter = centred.T @ centred
+    if root == "of the rows":
+        upper = torch.linalg.qr(centred)[1]
+    else:
+        upper = collapsed.root_of(scatter)
+    few, weight = collapsed._with_equal_sums(Vectors(ROWS, x.mean(0), scatter), upper)
     assert few.shape == (D + 1, D) and weight * len(few) == pytest.approx(ROWS)
     torch.testing.assert_close(few.mean(0), x.mean(0))
-    centred, own = x - x.mean(0), few - few.mean(0)
+    own = few - few.mean(0)
     torch.testing.assert_close(weight * own.T @ own, centred.T @ centred)
 
 
