@@ -163,7 +163,11 @@ class Joined:
             return Parted.of(over, part, HOW, is_at_hand=True)
         passes = Passes(session, chunks, args[1:], kwargs, is_first, shared.begin)
         over = self.over.with_parts(OverParts(passes), first=shared.first)
-        return Parted.of(over, Part(noted(program), is_first, shared.begin), f"{HOW} in chunks")
+        lead = Part(noted(program), is_first, shared.begin)
+        data = Parted.of(over, lead, f"{HOW} in chunks")
+        if data.is_quick:
+            passes.all_data = data.all_data
+        return data
 
     def sharing(self, shared: Shards, trainer: Trainer) -> Trainer:
         """Stochastic steps together with the other processes.
