@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 _END: Any = object()
@@ -31,6 +33,7 @@ def one_ahead(make: Callable[[], Iterator[T]]) -> Iterator[T]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="pyro_em-chunks")
     items: Iterator[T] | None = None
     try:
+        _alone_in_its_thread(pool)
         items = pool.submit(make).result()
         coming: Future[T] = pool.submit(next, items, _END)
         while (item := coming.result()) is not _END:
@@ -44,3 +47,12 @@ def one_ahead(make: Callable[[], Iterator[T]]) -> Iterator[T]:
                 pool.submit(close)
         is_own = threading.current_thread().name.startswith("pyro_em-chunks")
         pool.shutdown(wait=not is_own)  # garbage may be collected in the thread itself
+
+
+def _alone_in_its_thread(pool: ThreadPoolExecutor) -> None:
+    """Let what runs in a pool's thread start no threads of its own, which would wait for processors."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        pool.submit(torch.get_num_threads).result()  # which sets it when a thread first asks
+        pool.submit(torch.set_num_threads, 1).result()
+        torch.set_num_threads(threads)  # of this thread, and of all that begin later

@@ -17,7 +17,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from tests.benchmarks import calls, growth, network
+from tests.benchmarks import calls, chunks, growth, network
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.timing import Case, Row, measure
 
@@ -154,6 +154,7 @@ def main() -> None:
         lines += ["", *growth.table(growths)]
         lines += planning()
         lines += memory()
+        lines += chunks.table()
         lines += ["", "![Time and memory as the work grows](growth.png)"]
     text = "\n".join(
         [

@@ -293,3 +293,20 @@ def test_files_of_columns_need_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pyarrow, which is not installed.*\n.*\n.*pip install"):
         Chunks.parquet(tmp_path / "x.parquet", ["a"])
+
+
+def test_reading_starts_no_threads_of_its_own() -> None:
+    before, seen = torch.get_num_threads(), []
+
+    class Asks:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for _ in range(2):
+                seen.append(torch.get_num_threads())
+                yield torch.zeros(2)
+
+    torch.set_num_threads(3)
+    try:
+        list(Chunks(Asks()).read())
+        assert seen == [1, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
