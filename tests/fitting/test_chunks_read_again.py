@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -81,3 +85,46 @@ def test_a_model_that_observes_its_arguments_is_not_run_again(
     for model, data in ((with_covariate, (x, c)), (of_logarithms, (x,)), (with_its_own_mean, (x,))):
         # Four chunks of the form in each of seven passes more.
         assert runs_of(model, *data, steps=9) == runs_of(model, *data, steps=2) + 4 * 7
+
+
+_PEAKS = """
+import sys, numpy as np, pyro, torch
+import pyro.distributions as dist
+from pathlib import Path
+from pyro_em import Chunks, ExactPosteriorEM
+
+def model(x):
+    m = pyro.param("m", lambda: x[:2].clone())
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+        pyro.sample("x", dist.Normal(m[z], 1.0).to_event(1), obs=x)
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(l for l in lines if l.startswith("VmHWM")).split()[1])
+
+def above(path):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    pyro.clear_param_store()
+    data = Chunks(np.load(path, mmap_mode="r"), rows=20_000)
+    ExactPosteriorEM(model).fit(data, max_steps=2, tol=0, progress=False)
+    return peak() - before
+
+torch.set_num_threads(1)
+above(sys.argv[1])
+print(above(sys.argv[1]), above(sys.argv[2]))
+"""
+
+
+def test_a_fit_takes_no_more_memory_where_there_are_more_rows(tmp_path: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("memory is read from /proc")
+    paths = []
+    for rows in (300_000, 900_000):  # 10 MB and 29 MB: more than is kept
+        paths.append(str(tmp_path / f"{rows}.npy"))
+        np.save(paths[-1], np.random.default_rng(0).standard_normal((rows, 8), dtype=np.float32))
+    command = [sys.executable, "-c", _PEAKS, *paths]
+    said = subprocess.run(command, check=True, capture_output=True, timeout=100).stdout
+    few, many = map(int, said.split())
+    assert few < 5e7 and many < few + 2e7, (few, many)
