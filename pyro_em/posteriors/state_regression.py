@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,12 +261,14 @@ class _Deviation:
         part: Which of its numbers they are.
         row: By chain, rank and number, as one. # (entries,)
         column: The elements of θ. # (entries,)
+        weight: What squares are multiplied by, for known factors; None if by one. # (entries,)
     """
 
     site: int
     part: Picked
     row: Places
     column: Places
+    weight: Numbers | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +302,7 @@ class Spreads:
         low: Their limits. # (p,)
         high: # (p,)
         magnitude: What the rounding of each is relative to. # (p,)
+        count: How many data each has. # (p,)
         matrices: Those that are matrices.
     """
 
@@ -307,6 +311,7 @@ class Spreads:
     low: Numbers
     high: Numbers
     magnitude: Numbers
+    count: Numbers
     matrices: tuple[_Matrix, ...]
 
     @classmethod
@@ -351,7 +356,7 @@ class Spreads:
         is_scalar = np.zeros(size, np.bool_)
         for part in scalars:
             is_scalar[part] = True
-        deviations = []
+        deviations, count = [], np.zeros(size)
         for i, site in enumerate(sites):
             if site.spread.is_matrix:
                 continue
@@ -359,7 +364,13 @@ class Spreads:
                 if not is_scalar[picked.column].any():
                     continue
                 row, column = _over_chains(site, picked)
-                deviations.append(_Deviation(i, picked, row, column))
+                times = len(row) // max(len(picked.row), 1)
+                factor = np.tile(picked.factor, times)
+                weight = None if bool((factor == 1).all()) else factor**-2
+                deviations.append(_Deviation(i, picked, row, column, weight))
+                of_entries = site.count if site.by_entry else site.count[..., None]
+                of_entries = np.broadcast_to(of_entries, (site.lead, site.ranks, site.width))
+                count += np.bincount(column, of_entries.reshape(-1)[row], size)
         read = [d.column for d in deviations]
         chosen = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *read]))
         return cls(
@@ -368,6 +379,7 @@ class Spreads:
             low[chosen],
             high[chosen],
             magnitude[chosen],
+            count[chosen],
             tuple(matrices),
         )
 
@@ -387,7 +399,7 @@ class Spreads:
         where, found = [], []
         if len(self.chosen):
             where.append(self.chosen)
-            found.append(self._deviations(theta, sites, second))
+            found.append(self._deviations(theta, second))
         for m in self.matrices:
             values = _covariances(m, theta, sites, second)
             where.append(m.begin + np.arange(values.size))
@@ -395,32 +407,27 @@ class Spreads:
         none = np.empty(0, dtype=np.int64)
         return np.concatenate([none, *where]), np.concatenate([np.empty(0), *found])
 
-    def _deviations(
-        self, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
-    ) -> Numbers:
-        size = len(theta)
-        total, count = np.zeros(size), np.zeros(size)
+    def _deviations(self, theta: Numbers, second: Sequence[Numbers]) -> Numbers:
+        size, count = len(theta), self.count
+        total = np.zeros(size)
         for d in self.deviations:
-            site = sites[d.site]
-            squares = second[d.site]
-            weight = np.broadcast_to(
-                site.count if site.by_entry else site.count[..., None], squares.shape
-            )
-            own = squares.reshape(-1)[d.row]
-            if not (d.part.factor == 1).all():
-                own = own / np.tile(d.part.factor, len(own) // len(d.part.factor)) ** 2
-            total += np.bincount(d.column, own, size)
-            count += np.bincount(d.column, weight.reshape(-1)[d.row], size)
-        total, count = total[self.chosen], count[self.chosen]
-        if not bool((count > 0).all()) or not bool((total > 0).all()):
+            own = second[d.site].reshape(-1).take(d.row)
+            total += np.bincount(d.column, own if d.weight is None else own * d.weight, size)
+        total = total.take(self.chosen)
+        if not bool(((count > 0) & (total > 0)).all()):
             raise Handover
         natural = np.sqrt(total / count)
-        few = count < 2
-        if bool(few.any()):
-            few &= total < _LOST * count * self._natural(theta) ** 2
-        if bool(((natural <= _ROUNDING * self.magnitude) | few).any()):
+        low = natural <= _ROUNDING * self.magnitude
+        if bool(self.few.any()):
+            low |= self.few & (total < _LOST * count * self._natural(theta) ** 2)
+        if bool(low.any()):
             raise Handover
         return np.clip(self._inverse(natural), self.low, self.high)
+
+    @cached_property
+    def few(self) -> NDArray[np.bool_]:
+        """Which have a single one. # (p,)"""
+        return self.count < 2
 
     def _natural(self, theta: Numbers) -> Numbers:
         """The deviations that elements of parameters are, but for known factors."""
