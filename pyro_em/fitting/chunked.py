@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.chunk_by_chunk import HOW, at_rows
 from pyro_em.fitting.parted import Parted
+from pyro_em.fitting.progress import bar_of_rows
 from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData
 from pyro_em.plan.other_rows import OtherRows
@@ -39,7 +40,12 @@ def first_arguments(args: tuple) -> tuple:
 
 
 def chunked(
-    session: Session, lead: Program, chunks: Chunks, rest: tuple, kwargs: dict[str, Any]
+    session: Session,
+    lead: Program,
+    chunks: Chunks,
+    rest: tuple,
+    kwargs: dict[str, Any],
+    progress: bool | None,
 ) -> Parted:
     """The parts of a fit to chunks.
 
@@ -49,11 +55,12 @@ def chunked(
         chunks: The data.
         rest: The model's other positional arguments.
         kwargs: Its keyword arguments.
+        progress: Whether a bar of each pass is shown.
 
     Raises:
         PyroEMError: If a chunk cannot be used.
     """
-    passes = Passes(session, chunks, rest, kwargs)
+    passes = Passes(session, chunks, rest, kwargs, progress=progress)
     data = Parted.of(OverParts(passes), Part(noted(lead)), HOW)
     if data.is_quick:
         passes.all_data = data.all_data
@@ -78,6 +85,7 @@ class Passes:
         kwargs: Its keyword arguments.
         is_first: Whether what is outside the rows counts with the first chunk.
         begin: The number of the first row of the chunks among all.
+        progress: Whether a bar of each pass is shown, where that reads.
 
     Attributes:
         all_data: What is known of all data, where steps are on sums: the thread that reads then makes
@@ -92,8 +100,9 @@ class Passes:
         kwargs: dict[str, Any],
         is_first: bool = True,
         begin: int = 0,
+        progress: bool | None = False,
     ) -> None:
-        self._is_first, self._begin = is_first, begin
+        self._is_first, self._begin, self._progress = is_first, begin, progress
         self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
         self._kept: list[Part] | None = None
         self._rows = OtherRows(self._look)
@@ -101,7 +110,19 @@ class Passes:
 
     def __call__(self) -> Iterable[Part]:
         """The parts of a pass."""
-        return self._read() if self._kept is None else self._kept
+        return self._shown() if self._kept is None else self._kept
+
+    def _shown(self) -> Iterator[Part]:
+        """The parts of a pass that reads, and how far it is."""
+        bar = bar_of_rows(self._progress, self._chunks.total)
+        try:
+            for part in self._read():
+                rows = part.rows
+                yield part
+                del part
+                bar.update(rows)
+        finally:
+            bar.close()
 
     def _read(self) -> Iterator[Part]:
         kept: list[Part] | None = []

@@ -181,7 +181,7 @@ def _exact(
     init, seed = wishes.init, wishes.seed
     chunks = chunks_in(args)
     if chunks is not None and data is None:
-        data = chunked(session, program, chunks, args[1:], kwargs)
+        data = chunked(session, program, chunks, args[1:], kwargs, wishes.progress)
     lead = program if data is None else data.lead
     em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
     if kept is not None:

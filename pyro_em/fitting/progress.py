@@ -1,4 +1,4 @@
-"""The progress bar of an exact fit."""
+"""The progress bars of an exact fit: of its steps, and of a pass over data that are read."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ class Bar:
         """End the bar."""
         if self.bar is not None:
             self.bar.close()
+
+
+def bar_of_rows(progress: bool | None, total: int | None) -> tqdm:
+    """A bar for one pass over data: rows per second, and the time that is left of it.
+
+    Args:
+        progress: Whether to show it; by default where the output is a terminal.
+        total: The number of all rows, where it is known.
+    """
+    disable = None if progress is None else not progress
+    return tqdm(
+        total=total, disable=disable, desc="rows", unit=" rows", unit_scale=True, leave=False
+    )

@@ -128,3 +128,16 @@ def test_a_fit_takes_no_more_memory_where_there_are_more_rows(tmp_path: Path) ->
     said = subprocess.run(command, check=True, capture_output=True, timeout=100).stdout
     few, many = map(int, said.split())
     assert few < 5e7 and many < few + 2e7, (few, many)
+
+
+def test_a_bar_tells_rows_per_second_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chunked, "_KEPT_BYTES", 0)
+    pyro.clear_param_store()
+    chunks = Chunks(torch.randn(22), rows=ROWS)
+    ExactPosteriorEM(mixture).fit(chunks, max_steps=2, tol=0.0, progress=True)
+    said = capsys.readouterr().err
+    assert "/22.0 [" in said and " rows/s]" in said and "EM:" in said
+    ExactPosteriorEM(mixture).fit(chunks, max_steps=1, tol=0.0, progress=False)
+    assert "rows" not in capsys.readouterr().err
