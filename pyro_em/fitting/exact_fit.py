@@ -1,0 +1,95 @@
+"""A fit of exact steps, from a call that has been read to its result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pyro_em.errors import UsageError, message
+from pyro_em.fitting.call import Call
+from pyro_em.fitting.chunked import chunked, chunks_in
+from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.kept_fit import Kept
+from pyro_em.fitting.parted import Parted
+from pyro_em.fitting.progress import Bar
+from pyro_em.fitting.report import build_result
+from pyro_em.fitting.restarts import run_starts
+from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.run import Settings, best_of
+from pyro_em.fitting.search import Search
+from pyro_em.plan.fit_wishes import check_acceleration, refuse_stochastic_keywords
+from pyro_em.plan.program import Program
+from pyro_em.plan.unobserved import unobserved
+from pyro_em.tracing.parameters import restore
+from pyro_em.tracing.randomness import same_random_state
+from pyro_em.variational.batches import is_loader
+
+
+def fit_exactly(call: Call, program: Program) -> EMResult:
+    """Run EM from all starts, and return the best.
+
+    Args:
+        call: The call.
+        program: The model with its data, or with the part of them that is at hand.
+
+    Raises:
+        PyroEMError: If the data or the keywords are not those of an exact fit.
+    """
+    data = None
+    if call.together is not None:
+        joined, shards = call.together.joined, call.together.shards
+        data = joined.parted(shards, call.session, program, call.args, call.kwargs)
+        call = replace(call, wishes=joined.watched(call.wishes))
+    kept = None
+    if call.checkpoint is not None:
+        kept = Kept.of(call.checkpoint, program, call.session, call.wishes, call.origin, call.begin)
+    # What is resumed has the random state of the first process.
+    is_resumed = kept is not None and kept.saved is not None
+    with same_random_state(call.together is not None and is_resumed):
+        return _fit(call, program, data, kept)
+
+
+def _fit(call: Call, program: Program, data: Parted | None, kept: Kept | None) -> EMResult:
+    session, wishes = call.session, call.wishes
+    refuse_stochastic_keywords(wishes.stochastic(), session.request.guide is not None)
+    check_acceleration(wishes.acceleration, program.is_monotone and program.strategy is None)
+    if call.args and is_loader(call.args[0]):
+        raise UsageError(
+            message(
+                "fit",
+                "a DataLoader was given.",
+                "an exact fit uses all data at every step",
+                ["pass the data themselves: em.fit(data)"],
+            )
+        )
+    before = session.total_steps
+    bar = Bar(wishes.progress, wishes.max_steps, wishes.num_restarts, program.objective_name)
+    keeper = None if kept is None else kept.keeper
+    settings = Settings(
+        wishes.max_steps,
+        wishes.tol,
+        wishes.callbacks,
+        bar,
+        call.begin,
+        wishes.acceleration,
+        keeper=keeper,
+    )
+    chunks = chunks_in(call.args)
+    if chunks is not None and data is None:
+        rest = call.args[1:]
+        data = chunked(session, program, chunks, rest, call.kwargs, wishes.progress)
+    lead = program if data is None else data.lead
+    em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
+    if kept is not None:
+        kept.take_up(em)
+    search = Search.seeded(wishes.seed) if keeper is None else keeper.search
+    runs = run_starts(em, settings, wishes.init, wishes.num_restarts, search)
+    if keeper is not None:
+        keeper.finish(em)
+    best = best_of(runs)
+    restore(em.program.graph.parameters, best.parameters)
+    session.total_steps = before + best.num_steps
+    session.last_data.note(call.args, call.kwargs)
+    later = None if data else unobserved(em.program, session.request.max_enumeration)
+    return build_result(
+        em, best, runs, settings, wishes.init, wishes.seed, session.total_steps, later
+    )
