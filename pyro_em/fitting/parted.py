@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.densities.density import NormalRows
+from pyro_em.densities.regression import Lines
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.all_data import AllData
 from pyro_em.plan.over_all import all_data_of, require_partable
@@ -153,4 +155,9 @@ def _form_of_sums(program: Program) -> Any:
     block = program.kernel.block
     if not isinstance(block, QuickBlock):
         return None
-    return block.name, {g: type(rule) for g, rule in block.normals.items()}
+    return block.name, {g: _form_of_rule(rule) for g, rule in block.normals.items()}
+
+
+def _form_of_rule(rule: NormalRows) -> tuple[str, list[list[int]]]:
+    """What its sums are of; of lines which coefficients their covariates multiply."""
+    return type(rule).__name__, rule.columns.tolist() if isinstance(rule, Lines) else []

@@ -20,9 +20,11 @@ from pyro_em.graph.kept_lines import without_data
 from pyro_em.graph.structure import form_of
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program, later_kernel
+from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.parameters import versions_of
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.update import at_other_rows
 
 _MOST = 8  # forms of data that are remembered
 
@@ -95,16 +97,19 @@ class Known:
             kwargs: Its keyword arguments.
         """
         given = replace(self.program, args=args, kwargs=kwargs)
+        updates = given.updates
         if self.is_confirmed:
             graph = replace(given.graph, groups=self._filled(args, kwargs))
         else:
             with torch.inference_mode(False), torch.enable_grad():
                 graph = given._trace(with_bindings=not given.look_only)
+            updates = at_other_rows(updates, for_updates(graph))
         return replace(
             given,
             graph=graph,
+            updates=updates,
             traced_at=versions_of(graph.parameters),
-            on_sums=later_kernel(graph, given.updates),
+            on_sums=later_kernel(graph, updates),
             compiled=given.compiled and graph.is_static,
         )
 

@@ -18,9 +18,10 @@ from pyro_em.graph.all_data import AllData, Centre, Vectors
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.collapsed import own_vectors
+from pyro_em.posteriors.collapsed import form_of_rows, own_vectors
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Reduction
+from pyro_em.tracing.checkpoint import checksum
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.scatter import data_magnitude, used_events
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
@@ -103,11 +104,16 @@ def _vectors(over: Reduction[Part], lead: Program) -> Vectors | None:
     own = own_vectors(lead.graph)
     if not any(over.gathered(lambda: own is not None)):
         return None
+    # Rows may be alike in each part, and others in the next: data that are sorted by a covariate.
+    form = None if own is None else checksum(form_of_rows(lead.graph))
+    if len(set(over.gathered(lambda: form))) > 1:
+        return None
     none = torch.zeros(0) if own is None else own.new_zeros(own.shape[-1])
 
     def summed(part: Part) -> _Moments:
         x = own_vectors(part.program.graph)
-        if x is None or x.shape[1:] != none.shape:
+        is_other = x is None or checksum(form_of_rows(part.program.graph)) != form
+        if x is None or x.shape[1:] != none.shape or is_other:
             return _Moments(0, none, 1)
         return _Moments(len(x), x.sum(0))
 

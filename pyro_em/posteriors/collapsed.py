@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,6 +222,27 @@ def own_vectors(graph: FactorGraph) -> Tensor | None:
     rows = block.groups[0].sizes[0]
     parts = [rows_of(g, g.value)[0].to(torch.float64) for g in data]
     return torch.cat([p.expand(rows, -1) for p in parts], -1)
+
+
+def form_of_rows(graph: FactorGraph) -> dict[str, Any]:
+    """What rows that are all alike have in common: how each argument is made of parameters and numbers.
+
+    Args:
+        graph: Of the E-step; of its rows `own_vectors` knows that they are alike.
+    """
+    block = graph.groups[0].nested
+    assert isinstance(block, GaussianBlock)
+    return {
+        f"{group.members[0]}.{argument}": {
+            "constant": binding.constant,
+            "selections": [
+                (s.param, [m.name for m in s.maps], s.index, s.factor) for s in binding.selections
+            ],
+            "slopes": dict(binding.jacobians or {}),
+        }
+        for group in block.groups
+        for argument, binding in group.bindings.items()
+    }
 
 
 def _observed(block: GaussianBlock) -> list[Group]:

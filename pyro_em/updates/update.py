@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.families.family import Rule
 from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import Selection
+from pyro_em.graph.factors import FactorGraph
 
 
 @dataclass(frozen=True)
@@ -161,3 +162,21 @@ class ParameterUpdate:
     def is_row(self) -> bool:
         """Whether it is solved for by rows of probabilities, which may well go without data."""
         return self.kind is not None and self.kind.form.is_row
+
+
+def at_other_rows(
+    updates: Mapping[str, ParameterUpdate], graph: FactorGraph
+) -> dict[str, ParameterUpdate]:
+    """Updates decided on some rows, for others of the same form: which elements a row reads may differ.
+
+    Args:
+        updates: What was decided.
+        graph: The graph of the other rows, as an M-step sees it.
+    """
+
+    def moved(use: Use) -> Use:
+        selections = graph.groups[use.group].bindings[use.argument].selections
+        own = next(s for s in selections if s.param == use.selection.param)
+        return replace(use, selection=own)
+
+    return {n: replace(u, uses=tuple(map(moved, u.uses))) for n, u in updates.items()}

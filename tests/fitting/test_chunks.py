@@ -36,6 +36,7 @@ _COUNTS = torch.poisson(3.0 + 4.0 * (_X > 0), generator=_generator)
 _WEIGHTS = 0.5 + torch.rand(_N, generator=_generator)
 _WIDE = _randn(_N, 26)
 _SERIES = _randn(_N, 4)
+_GROUP = torch.arange(_N) // 9  # the data are sorted by it: a chunk sees one or two groups
 
 
 def _positive(name: str, *values: float) -> Tensor:
@@ -173,6 +174,35 @@ def weighted(x: Tensor, weight: Tensor) -> None:
         pyro.sample("x", dist.Normal(m[z], s), obs=x)
 
 
+def by_group(x: Tensor, group: Tensor) -> None:
+    w = pyro.param(
+        "w", torch.tensor([[0.4, 0.6], [0.5, 0.5], [0.7, 0.3]]), constraint=constraints.simplex
+    )
+    m, s = (
+        pyro.param("m", torch.tensor([[-2.0, 0.0, 1.0], [1.0, 2.0, 3.0]])),
+        _positive("s", 1.0, 1.5, 2.0),
+    )
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w[group]))
+        pyro.sample("x", dist.Normal(m[z, group], s[group]), obs=x)
+
+
+def lines_by_group(x: Tensor, c: Tensor, group: Tensor) -> None:
+    a, b = pyro.param("a", torch.zeros(3)), pyro.param("b", torch.tensor([0.0, 0.5, 1.0]))
+    d, s = pyro.param("d", torch.tensor([0.0, 1.0])), _positive("s", 1.0)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("x", dist.Normal(a[group] + b[group] * c + d[z], s), obs=x)
+
+
+def factors_by_group(x: Tensor, group: Tensor) -> None:
+    loadings, m = pyro.param("l", torch.tensor([1.0, 0.5])), pyro.param("m", torch.zeros(3, 2))
+    s = _positive("s", 1.0, 1.0)
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(m[group] + h.unsqueeze(-1) * loadings, s).to_event(1), obs=x)
+
+
 _CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]] = {
     "mixture": (mixture, (_X,), {}),
     "full": (full, (_Y,), {}),
@@ -189,6 +219,9 @@ _CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]
     "data outside": (with_data_outside, (_X,), {}),
     "priors": (with_priors, (_X,), {"guide": _at_a_point}),
     "weights": (weighted, (_X, _WEIGHTS), {}),
+    "by group": (by_group, (_X, _GROUP), {}),
+    "lines by group": (lines_by_group, (_X, _COVARIATE, _GROUP), {}),
+    "factors by group": (factors_by_group, (_Y, _GROUP), {}),
     "holes": (full, (_HOLES,), {"missing": "nan"}),
     "holes of factors": (factors, (_HOLES,), {"missing": "nan"}),
 }

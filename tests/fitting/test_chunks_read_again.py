@@ -21,7 +21,16 @@ from tests.fitting.test_chunks import _CASES, _fit, mixture
 # Two forms of chunks: several of five rows, and one of four.
 ROWS = 5
 
-CASES = ("mixture", "two latents", "regressions", "factors", "weights", "holes", "priors")
+CASES = (
+    "mixture",
+    "two latents",
+    "regressions",
+    "factors",
+    "weights",
+    "holes",
+    "priors",
+    "by group",
+)
 
 
 @pytest.mark.parametrize("case", CASES)
