@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.given_q import as_posterior
 from pyro_em.plan.planner import Planner
-from pyro_em.plan.program import Evaluation, Program
+from pyro_em.plan.program import Program
 from pyro_em.portable import Portable
 from pyro_em.posteriors.gaussian_steps import in_m_step
 from pyro_em.posteriors.posterior import Posterior

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.analysis.elbo import ELBOTerms, elbo_terms
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Part
-from pyro_em.plan.program import Evaluation
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role

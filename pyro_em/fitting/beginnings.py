@@ -18,8 +18,9 @@ from pyro_em.arguments import as_tensor
 from pyro_em.errors import DegenerateError, UsageError, message, sites_in_words
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.given_q import given_solutions
-from pyro_em.plan.program import Evaluation, Program
+from pyro_em.plan.program import Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
 from pyro_em.posteriors.gaussian_product import drawn_from_prior

@@ -12,8 +12,9 @@ from pyro_em.errors import message, warn
 from pyro_em.fitting.em_map import write
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, Point, SumsPoint, Values
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Before, Summary
-from pyro_em.plan.program import Evaluation, Program
+from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.seen_as import SeenAs
 from pyro_em.tracing.parameters import restore, snapshot, values_of

@@ -23,7 +23,8 @@ from pyro_em.fitting.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import Point, SumsPoint
 from pyro_em.plan.eligibility import Kernel
-from pyro_em.plan.program import Disagreement, Program
+from pyro_em.plan.evaluation import Disagreement
+from pyro_em.plan.program import Program
 from pyro_em.plan.verification import distrusted
 from pyro_em.tracing.parameters import restore, snapshot
 from pyro_em.updates.m_step import MStepState

@@ -16,7 +16,8 @@ from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.resuming import Between, ended_run, ended_state, standing_state
 from pyro_em.fitting.run import Run
 from pyro_em.fitting.search import Search
-from pyro_em.plan.program import Disagreement, Program
+from pyro_em.plan.evaluation import Disagreement
+from pyro_em.plan.program import Program
 from pyro_em.tracing.encoding import encoded
 from pyro_em.tracing.randomness import random_state
 

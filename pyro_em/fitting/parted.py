@@ -14,9 +14,10 @@ from pyro_em.densities.density import NormalRows
 from pyro_em.densities.regression import Lines
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.all_data import AllData
+from pyro_em.plan.evaluation import Disagreement, Evaluation
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
-from pyro_em.plan.program import Disagreement, Evaluation, Program
+from pyro_em.plan.program import Program
 from pyro_em.plan.verification import distrusted
 from pyro_em.posteriors.collapsed import Collapsed
 from pyro_em.posteriors.factor_rows import FactorRows

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.part import Before, Summary
-from pyro_em.plan.program import Evaluation, Program
+from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.turns import Alone

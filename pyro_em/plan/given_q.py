@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
-from pyro_em.plan.program import Evaluation
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
 from pyro_em.posteriors.gaussian_steps import Solved

@@ -22,7 +22,8 @@ from pyro_em.errors import Handover
 from pyro_em.graph.all_data import AllData
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure
-from pyro_em.plan.program import Evaluation, Program
+from pyro_em.plan.evaluation import Evaluation
+from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import parameters_at, values_of

@@ -34,6 +34,7 @@ from pyro_em.plan.eligibility import (
     gaussian_kernel,
     kernel_of,
 )
+from pyro_em.plan.evaluation import Disagreement, Evaluation
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
 from pyro_em.plan.unrouted import Unrouted
@@ -43,7 +44,6 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
 from pyro_em.posteriors.gaussian_components import integrated
 from pyro_em.posteriors.gaussian_steps import (
-    Solved,
     at_zero,
     expected_densities,
     for_updates,
@@ -75,39 +75,6 @@ def later_kernel(
 ) -> Callable[[], Kernel]:
     """What iterates a graph on sums, looked for once, when somebody asks."""
     return cache(lambda: kernel_of(graph, updates, values_of(graph.parameters)))
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """The factors at some parameter values.
-
-    Attributes:
-        graph: The graph that they belong to.
-        arguments: Per group.
-        tables: Log densities per group.
-        solved: The posterior of the latents that a group integrates.
-    """
-
-    graph: FactorGraph
-    arguments: list[dict[str, Tensor]]
-    tables: list[Tensor]
-    solved: Solved = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """Where a fresh trace differs from what the bindings predict; false where it does not.
-
-    Attributes:
-        places: Sites, each with an argument.
-        note: What users have to be told of it, in words, or nothing.
-    """
-
-    places: tuple[tuple[str, str], ...] = ()
-    note: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.places)
 
 
 @dataclass(frozen=True, eq=False)

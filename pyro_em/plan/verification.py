@@ -8,7 +8,8 @@ import torch
 from torch.distributions import transform_to
 
 from pyro_em.errors import message
-from pyro_em.plan.program import Disagreement, Program
+from pyro_em.plan.evaluation import Disagreement
+from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import moved, parameters_at
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pyro_em.posteriors.state_arguments import Numbers, Places
+from pyro_em.posteriors.state_matrices import ChainMatrices, Entry
 from pyro_em.posteriors.state_sites import Site
-from pyro_em.posteriors.state_steps import ChainMatrices, Entry
 
 _MANY = 2**22  # numbers of all derivatives together
 _STEP = 1e-5  # of differences of matrices, most of which are linear

@@ -1,0 +1,288 @@
+"""The matrices of Gaussian chains whose steps are alike, from one vector of parameters.
+
+Each entry of a matrix of `pyro_em.posteriors.state_space.StateSpace` is an element of the vector, a
+map of one or a constant, so that all are made by a few operations of numpy. They are held once against
+those of the ordinary way through all sites (`pyro_em.posteriors.state_numbers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_em.posteriors.state_arguments import Numbers, Places, Unlike
+from pyro_em.posteriors.state_layout import StateLayout
+from pyro_em.posteriors.state_sites import Site
+from pyro_em.posteriors.state_space import StateSpace
+from pyro_em.posteriors.state_sums import SiteNumbers
+
+Values = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """Where numbers of one site go in an array, for each kind of step or each step.
+
+    Attributes:
+        place: In the array of one chain, flat. # (kinds, numbers)
+        is_twice: Whether numbers meet at a place.
+    """
+
+    place: Places
+    is_twice: bool
+
+    @classmethod
+    def of(cls, place: Places) -> Entry:
+        """# place: (kinds, numbers)"""
+        return cls(place, len(np.unique(place)) < place.size)
+
+    def into(self, array: Numbers, numbers: Numbers) -> None:
+        """Put numbers into an array that is zero there.
+
+        Args:
+            array: # (lead, …)
+            numbers: # (lead|1, kinds|1, numbers)
+        """
+        flat = array.reshape(len(array), -1)
+        if self.is_twice:
+            at = np.broadcast_to(
+                np.arange(len(flat))[:, None, None], (len(flat), *self.place.shape)
+            )
+            np.add.at(flat, (at, self.place[None]), numbers)
+        else:
+            flat[:, self.place] = numbers
+
+
+@dataclass(frozen=True, eq=False)
+class ChainNumbers:
+    """The arguments of some chains at parameters.
+
+    Attributes:
+        space: Their state-space model.
+        sites: Of each site.
+        constant: What the evidence has besides, in nats.
+    """
+
+    space: StateSpace
+    sites: tuple[SiteNumbers, ...]
+    constant: float
+
+
+TRANSITION, DRIFT, NOISE, LOADING, DEVIATION, DATA = range(6)
+
+
+@dataclass(frozen=True, eq=False)
+class ChainMatrices:
+    """From parameters to the matrices of chains.
+
+    Attributes:
+        sites: The sites, in the order of stacks.
+        kinds: For each site the kinds of its steps.
+        bare: Transition, drift, noise, loading, deviation and data without what sites put there.
+        known: Those that no parameter reaches, complete; None in place of the others.
+        where: For each site where its coefficients, its spreads, and its offsets or data go.
+        dynamics: # (T,)
+        measurement: # (T,)
+        seen: See `StateSpace`.
+    """
+
+    sites: tuple[Site, ...]
+    kinds: tuple[Places, ...]
+    bare: tuple[Numbers, ...]
+    known: tuple[Numbers | None, ...]
+    where: tuple[tuple[Entry, Entry, Entry], ...]
+    dynamics: Tensor
+    measurement: Tensor
+    seen: Tensor | None
+
+    @classmethod
+    def of(
+        cls, layout: StateLayout, sites: tuple[Site, ...], space: StateSpace, theta: Numbers
+    ) -> ChainMatrices:
+        """Those of some chains.
+
+        Args:
+            layout: Where the sites lie.
+            sites: The sites.
+            space: The chains at some parameters, as an E-step through tables has them.
+            theta: These parameters.
+
+        Raises:
+            Unlike: If these are not the matrices there.
+        """
+        form = layout.form
+        n, D, T, k = form.size, form.width, form.steps, form.fresh
+        alike = (False,) * len(sites)
+        latents, data = layout.kinds(alike, True), layout.kinds(alike, False)
+        own, its = (max(s.lead for s in sites if s.is_latent == x) for x in (True, False))
+        moved = max(s.offset.constant.shape[1] for s in sites if s.is_latent)
+        transition = np.zeros((own, latents.count, n, n))
+        here, before = form.carried.numpy().T
+        transition[:, :, here, before] = 1
+        bare = (
+            transition,
+            np.zeros((moved, T, n)),
+            np.zeros((own, latents.count, n, k)),
+            np.zeros((its, data.count, D, n)),
+            np.ones((its, data.count, D)),
+            np.zeros((form.chains, T, D)),
+        )
+        entries = [(latents if s.is_latent else data).entries[i] for i, s in enumerate(sites)]
+        where = [
+            _places(site, stack.levels.numpy(), entry, n, k, D)
+            for site, stack, entry in zip(sites, layout.stacks, entries, strict=True)
+        ]
+        found = cls(
+            sites,
+            tuple(e[0].numpy() for e in entries),
+            bare,
+            (None,) * 6,
+            tuple(where),
+            latents.of_level,
+            data.of_level,
+            space.seen,
+        )
+        arrays, _, _ = found.arrays(theta)
+        theirs = (
+            space.transition,
+            space.drift,
+            space.noise,
+            space.loading,
+            space.deviation,
+            space.value,
+        )
+        if not all(_is_same(x, y.numpy()) for x, y in zip(arrays, theirs, strict=True)):
+            raise Unlike("its matrices are others than those of its sites")
+        known = [x if stays else None for x, stays in zip(arrays, _staying(sites), strict=True)]
+        return replace(found, known=tuple(known))
+
+    def at(self, theta: Numbers) -> ChainNumbers:
+        """The chains at parameters.
+
+        Raises:
+            LinAlgError: If a covariance is none.
+        """
+        arrays, own, constant = self.arrays(theta)
+        A, drift, G, H, s, value = (torch.from_numpy(x) for x in arrays)
+        space = StateSpace(A, drift, G, self.dynamics, H, s, self.measurement, value, self.seen)
+        return ChainNumbers(space, tuple(own), constant)
+
+    def arrays(self, theta: Numbers) -> tuple[list[Numbers], list[SiteNumbers], float]:
+        """The matrices, the numbers of each site, and what the evidence has besides, in nats."""
+        known = self.known
+        out = [b.copy() if k is None else k for b, k in zip(self.bare, known, strict=True)]
+        own, constant = [], 0.0
+        for site, where in zip(self.sites, self.where, strict=True):
+            C, spread = site.coefficients.at(theta)[0], site.spread.at(theta)
+            of_C, of_spread, of_last = where
+            if site.is_latent:
+                own.append(SiteNumbers(C, spread, None))
+                if known[TRANSITION] is None and C.size:
+                    of_C.into(out[TRANSITION], _flat(C))
+                if known[NOISE] is None:
+                    of_spread.into(out[NOISE], _flat(spread))
+                if known[DRIFT] is None:
+                    of_last.into(out[DRIFT], _by_step(site.offset.at(theta)))
+                continue
+            residual = self._residual(site, theta)
+            own.append(SiteNumbers(C, spread, residual))
+            if site.spread.is_matrix:
+                inverse: Numbers = np.linalg.inv(spread).astype(np.float64)
+                C, residual = inverse @ C, _by_rows(residual, inverse)
+                logs = np.log(spread.diagonal(0, -2, -1)).sum(-1)
+                constant -= float((logs * site.count).sum())
+            elif known[DEVIATION] is None:
+                of_spread.into(out[DEVIATION], _flat(spread))
+            if known[LOADING] is None:
+                of_C.into(out[LOADING], _flat(C))
+            if known[DATA] is None:
+                of_last.into(out[DATA], residual.reshape(len(residual), site.steps, -1))
+        return out, own, constant
+
+    def _residual(self, site: Site, theta: Numbers) -> Numbers:
+        """The data less offsets, zero where missing. # (chains, N, K, D)"""
+        if site.offset.is_constant:
+            return self._known_residuals[site.name]
+        return _less(site, site.offset.at(theta))
+
+    @cached_property
+    def _known_residuals(self) -> dict[str, Numbers]:
+        """Those of sites whose offsets no parameter reaches."""
+        return {
+            s.name: _less(s, s.offset.constant)
+            for s in self.sites
+            if s.value is not None and s.offset.is_constant
+        }
+
+
+def _staying(sites: Sequence[Site]) -> tuple[bool, ...]:
+    """Which arrays no parameter reaches."""
+    out = [True] * 6
+    for site in sites:
+        C, b, spread = (x.is_constant for x in (site.coefficients, site.offset, site.spread))
+        if site.is_latent:
+            found = {TRANSITION: C, DRIFT: b, NOISE: spread}
+        elif site.spread.is_matrix:
+            found = {LOADING: C and spread, DATA: b and spread}
+        else:
+            found = {LOADING: C, DEVIATION: spread, DATA: b}
+        for i, stays in found.items():
+            out[i] = out[i] and stays
+    return tuple(out)
+
+
+def _places(
+    site: Site, levels: Places, entry: tuple[Tensor, Tensor, Tensor], n: int, k: int, D: int
+) -> tuple[Entry, Entry, Entry]:
+    """Where coefficients, spreads, and offsets or data of a site go."""
+    kind = entry[0].numpy()[:, None]
+    own, reads = site.own, site.reads
+    rows, columns = (n, k) if site.is_latent else (D, 1)
+    of_C = (own[:, :, None] * n + reads[:, None]).reshape(1, -1) + kind * (rows * n)
+    if site.is_latent and site.spread.is_matrix:
+        of_spread = own[:, :, None] * columns + own[:, None]
+    elif site.is_latent:
+        of_spread = own * (columns + 1)
+    else:
+        of_spread = own
+    of_spread = of_spread.reshape(1, -1) + kind * (rows * columns)
+    of_last = levels[:, None] * rows + own.reshape(1, -1)
+    return Entry.of(of_C), Entry.of(of_spread), Entry.of(of_last)
+
+
+def _by_rows(x: Numbers, matrices: Numbers) -> Numbers:
+    """Matrices of each chain and rank times the rows of all steps. # (chains, N, K, D)"""
+    return (x.swapaxes(1, 2) @ matrices.swapaxes(-1, -2)).swapaxes(1, 2)
+
+
+def _flat(x: Numbers) -> Numbers:
+    """Numbers of each chain, for every kind of step. # (lead|1, 1, numbers)"""
+    return x.reshape(len(x), 1, -1)
+
+
+def _by_step(x: Numbers) -> Numbers:
+    """Offsets by chain and step. # (chains|1, N|1, numbers)"""
+    return x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0], -1)
+
+
+def _less(site: Site, offset: Numbers) -> Numbers:
+    """The data less an offset, zero where missing."""
+    assert site.value is not None
+    out = site.value - offset.swapaxes(0, 1)
+    if site.weight is not None:
+        out = out * (site.weight if site.by_entry else site.weight[..., None])
+    return np.ascontiguousarray(out)
+
+
+def _is_same(x: Numbers, y: Numbers) -> bool:
+    """Whether arrays hold the same numbers but for rounding, whatever of them is held once."""
+    try:
+        size = float(np.abs(y).max(initial=0.0))
+        return bool((np.abs(x - y) <= 1e-12 * max(size, 1.0)).all())
+    except ValueError:
+        return False
