@@ -29,18 +29,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_em.posteriors.kalman_arrays import (
+    Arrays,
+    Floats,
+    Ints,
+    Places,
+    apply,
+    columns,
+    scanned,
+)
 from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
-
-_Floats = NDArray[np.float64]
-_Ints = NDArray[np.int64]
 
 _SAME = 1e-14  # how far a matrix may be from that of the step before, for it to repeat
 
@@ -50,20 +54,17 @@ _NEAR = (
 )
 
 
-_RUN = 24  # steps with the same matrices that are worth a loop of their own
-
-
 def filtered(space: StateSpace) -> Filtered:
     """See `pyro_em.posteriors.kalman.filtered`.
 
     Args:
         space: The chains, on the CPU.
     """
-    arrays = _Arrays.of(space)
+    arrays = Arrays.of(space)
     found = _forward(arrays, _SAME)
     before = _predicted_covariances(arrays, found)
     errors = arrays.errors(found.predicted)
-    white = _apply(found.whiten, found.places, errors)
+    white = apply(found.whiten, found.places, errors)
     sizes = (math.log(2 * math.pi) + 2 * found.log_root) * arrays.counted
     return Filtered(
         arrays.chains(-0.5 * (white**2 + sizes[..., None]).sum(1)),
@@ -81,7 +82,7 @@ def smoothed(space: StateSpace) -> Smoothed:
     Args:
         space: The chains, on the CPU.
     """
-    arrays = _Arrays.of(space)
+    arrays = Arrays.of(space)
     found = _forward(arrays, _NEAR)
     told = _backward(arrays, found)
     epsilon, distance = _onward(arrays, found, told, told.shift)
@@ -95,7 +96,7 @@ def smoothed(space: StateSpace) -> Smoothed:
         arrays.chains(-0.5 * (squares + sizes[:, None])),
         torch.from_numpy(told.log_determinant),
         arrays.chains(found.predicted + distance),
-        arrays.chains(_apply(arrays.G, arrays.of_dynamics, epsilon)),
+        arrays.chains(apply(arrays.G, arrays.of_dynamics, epsilon)),
         torch.from_numpy(covariances),
         torch.from_numpy(which).expand(B, -1),
         torch.from_numpy(told.transition),
@@ -111,187 +112,19 @@ def sampled(space: StateSpace, normal: Tensor) -> Tensor:
         space: The chains, on the CPU.
         normal: Standard normal numbers. # (draws, chains, T, k)
     """
-    arrays = _Arrays.of(space)
+    arrays = Arrays.of(space)
     found = _forward(arrays, _NEAR)
     told = _backward(arrays, found)
     # Draws are columns too, with the chains inside them.
     z, n = normal.numpy(), len(normal)
     if arrays.batches == 1:
-        eta = _columns(z.reshape(n * space.chains, *z.shape[2:]), 1)
+        eta = columns(z.reshape(n * space.chains, *z.shape[2:]), 1)
     else:
         eta = np.ascontiguousarray(z.transpose(1, 3, 2, 0))
     shift, mean, predicted = (np.tile(x, n) for x in (told.shift, found.mean, found.predicted))
-    shift += _apply(told.factor, told.places, eta)
+    shift += apply(told.factor, told.places, eta)
     _, distance = _onward(arrays, replace(found, mean=mean, predicted=predicted), told, shift)
     return arrays.chains(predicted + distance).unflatten(0, (n, space.chains))
-
-
-@dataclass(frozen=True, eq=False)
-class _Arrays:
-    """The numbers of some chains: B batches with covariances of their own, of M chains each.
-
-    Attributes:
-        A: # (B|1, U, n, n)
-        G: # (B|1, U, n, k)
-        H: # (B|1, V, D, n)
-        deviation: # (B|1, V, D)
-        dynamics: # (T,)
-        measurement: # (T,)
-        seen: None if all. # (B|1, T, D)
-        value: y, zero where not seen. # (B, D, T, M)
-        drift: # (B|1, n, T, M|1)
-    """
-
-    A: _Floats
-    G: _Floats
-    H: _Floats
-    deviation: _Floats
-    dynamics: _Ints
-    measurement: _Ints
-    seen: NDArray[np.bool_] | None
-    value: _Floats
-    drift: _Floats
-
-    @staticmethod
-    def of(space: StateSpace) -> _Arrays:
-        """Those of a state-space model."""
-        own = (space.transition, space.noise, space.loading, space.deviation)
-        arrays = [x.detach().numpy() for x in own]
-        seen = None if space.seen is None else space.seen.numpy()
-        batches = max(len(x) for x in (*arrays, *(() if seen is None else (seen,))))
-        value, drift = space.value.detach().numpy(), space.drift.detach().numpy()
-        if seen is not None:
-            value = np.where(seen, value, 0.0)
-        many = batches == 1 and len(drift) > 1
-        A, G, H, deviation = arrays
-        return _Arrays(
-            A,
-            G,
-            H,
-            deviation,
-            space.dynamics.numpy(),
-            space.measurement.numpy(),
-            seen,
-            _columns(value, batches),
-            _columns(drift, 1) if many else drift.transpose(0, 2, 1)[..., None],
-        )
-
-    @property
-    def batches(self) -> int:
-        """B."""
-        return len(self.value)
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return len(self.dynamics)
-
-    @cached_property
-    def alike(self) -> list[bool]:
-        """Whether each step has the same matrices as the one before."""
-        u, v = self.dynamics, self.measurement
-        out = np.zeros(len(u), np.bool_)
-        out[2:] = (u[2:] == u[1:-1]) & (v[2:] == v[1:-1])
-        if self.seen is not None:
-            out[2:] &= (self.seen[:, 2:] == self.seen[:, 1:-1]).all((0, 2))
-        return out.tolist()
-
-    @property
-    def counted(self) -> _Floats:
-        """One where a number is seen. # (B|1, D, T)"""
-        if self.seen is None:
-            return np.ones((1, 1, 1))
-        return self.seen.transpose(0, 2, 1).astype(np.float64)
-
-    @property
-    def s(self) -> _Floats:
-        """Deviations. # (B|1, D, T)"""
-        return self.deviation[:, self.measurement].transpose(0, 2, 1)
-
-    @property
-    def log_deviation(self) -> _Floats:
-        """# (B|1, D, T)"""
-        return np.log(self.deviation)[:, self.measurement].transpose(0, 2, 1)
-
-    def loading(self, t: int) -> _Floats:
-        """H, zero where not seen. # (B|1, D, n)"""
-        H = self.H[:, self.measurement[t]]
-        return H if self.seen is None else H * self.seen[:, t, :, None]
-
-    def loadings(self, steps: _Ints) -> _Floats:
-        """The same of several steps. # (B|1, steps, D, n)"""
-        H = self.H[:, self.measurement[steps]]
-        return H if self.seen is None else H * self.seen[:, steps, :, None]
-
-    @cached_property
-    def of_dynamics(self) -> _Places:
-        """Which A and G each step has."""
-        return _Places(self.dynamics, self.dynamics)
-
-    @cached_property
-    def of_measurement(self) -> _Places:
-        """Which H each step has."""
-        return _Places(self.measurement, self.measurement)
-
-    def moved(self, x: _Floats) -> _Floats:
-        """A x of the step before; zero at first. # (B, n, T, M)"""
-        before = np.zeros_like(x)
-        before[:, :, 1:] = x[:, :, :-1]
-        return _apply(self.A, self.of_dynamics, before)
-
-    def expected(self, x: _Floats) -> _Floats:
-        """H x, zero where not seen. # (B, D, T, M)"""
-        y = _apply(self.H, self.of_measurement, x)
-        return y if self.seen is None else y * self.counted[..., None]
-
-    def errors(self, predicted: _Floats) -> _Floats:
-        """y − H x. # (B, D, T, M)"""
-        return self.value - self.expected(predicted)
-
-    def chains(self, x: _Floats) -> Tensor:
-        """(B, …, T, M) as (chains, T, …); (B, M) as (chains,)."""
-        moved = np.moveaxis(x, -1, 0).reshape(-1, *x.shape[1:-1])
-        return torch.from_numpy(
-            np.ascontiguousarray(moved.swapaxes(1, 2) if x.ndim == 4 else moved)
-        )
-
-
-def _columns(x: _Floats, batches: int) -> _Floats:
-    """(chains, T, n) as (B, n, T, M)."""
-    if batches == 1:
-        return np.ascontiguousarray(x.transpose(2, 1, 0))[None]
-    return np.ascontiguousarray(x.transpose(0, 2, 1))[..., None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """Which of the different matrices each step has.
-
-    Attributes:
-        of: # (T,)
-        step: A step that has each of them. # (P,)
-    """
-
-    of: _Ints
-    step: _Ints
-
-    @cached_property
-    def runs(self) -> list[tuple[int, int, bool]]:
-        """Pieces of all steps: those with the same matrices if they are many, and what is between."""
-        ends = np.flatnonzero(np.diff(self.of)) + 1
-        starts, ends = np.concatenate([[0], ends]), np.concatenate([ends, [len(self.of)]])
-        out, at = [], 0
-        for i in np.flatnonzero(ends - starts >= _RUN).tolist():
-            if at < starts[i]:
-                out.append((at, int(starts[i]), False))
-            out.append((int(starts[i]), int(ends[i]), True))
-            at = int(ends[i])
-        return [*out, (at, len(self.of), False)] if at < len(self.of) else out
-
-    @property
-    def reversed(self) -> _Places:
-        """From the last step to the first."""
-        return _Places(self.of[::-1], self.step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,12 +140,12 @@ class _Forward:
         mean: # (B, n, T, M)
     """
 
-    places: _Places
-    covariance: _Floats
-    whiten: _Floats
-    log_root: _Floats
-    predicted: _Floats
-    mean: _Floats
+    places: Places
+    covariance: Floats
+    whiten: Floats
+    log_root: Floats
+    predicted: Floats
+    mean: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,16 +162,16 @@ class _Backward:
         log_determinant: 2 Σ log|U|. # (B,)
     """
 
-    places: _Places
-    pull: _Floats
-    factor: _Floats
-    transition: _Floats
-    noise: _Floats
-    shift: _Floats
-    log_determinant: _Floats
+    places: Places
+    pull: Floats
+    factor: Floats
+    transition: Floats
+    noise: Floats
+    shift: Floats
+    log_determinant: Floats
 
 
-def _forward(arrays: _Arrays, within: float) -> _Forward:
+def _forward(arrays: Arrays, within: float) -> _Forward:
     """The filter.
 
     Args:
@@ -370,20 +203,20 @@ def _forward(arrays: _Arrays, within: float) -> _Forward:
             found.append(triangle)
             steps.append(t)
         place[t] = len(found) - 1
-    places = _Places(place, np.asarray(steps))
+    places = Places(place, np.asarray(steps))
     triangles = np.stack(found, 1)
     root, roots = triangles[..., D:, D:], triangles[..., :D, :D]
-    whiten = _t(cast(_Floats, np.linalg.inv(roots)))
+    whiten = _t(cast(Floats, np.linalg.inv(roots)))
     K = _t(triangles[..., :D, D:]) @ whiten
     keep = np.eye(n) - K @ arrays.loadings(places.step)
-    mean = _apply(keep, places, arrays.drift) + _apply(K, places, arrays.value)
-    mean = _scanned(keep @ arrays.A[:, arrays.dynamics[places.step]], places, mean)
+    mean = apply(keep, places, arrays.drift) + apply(K, places, arrays.value)
+    mean = scanned(keep @ arrays.A[:, arrays.dynamics[places.step]], places, mean)
     predicted = arrays.moved(mean) + arrays.drift
     log_root = np.log(roots.diagonal(axis1=-2, axis2=-1))[:, place].swapaxes(-1, -2)
     return _Forward(places, _t(root) @ root, whiten, log_root, predicted, mean)
 
 
-def _predicted_covariances(arrays: _Arrays, found: _Forward) -> _Floats:
+def _predicted_covariances(arrays: Arrays, found: _Forward) -> Floats:
     """A P A' + G G'. # (B, T, n, n)"""
     noise = (arrays.G @ _t(arrays.G))[:, arrays.dynamics]
     A = arrays.A[:, arrays.dynamics[1:]]
@@ -393,7 +226,7 @@ def _predicted_covariances(arrays: _Arrays, found: _Forward) -> _Floats:
     return out
 
 
-def _backward(arrays: _Arrays, found: _Forward) -> _Backward:
+def _backward(arrays: Arrays, found: _Forward) -> _Backward:
     """The noises of each step given the state before and all data."""
     B, T = arrays.batches, arrays.steps
     n, D = arrays.H.shape[-1], arrays.H.shape[-2]
@@ -427,11 +260,11 @@ def _backward(arrays: _Arrays, found: _Forward) -> _Backward:
             steady = alike and t % 2 == 0 and _settled(new, R)
             R = new
         place[t] = len(parts) - 1
-    places = _Places(place, np.asarray(steps))
+    places = Places(place, np.asarray(steps))
     triangles, before = (np.stack(x, 1) for x in zip(*parts, strict=True))
     own = arrays.dynamics[places.step]
     G, U = arrays.G[:, own], triangles[..., :k, :k]
-    W = cast(_Floats, np.linalg.inv(U))
+    W = cast(Floats, np.linalg.inv(U))
     E, J = W @ triangles[..., :k, k : k + n], G @ W
     transition = np.where((places.step > 0)[:, None, None], arrays.A[:, own] - G @ E, 0.0)
     size = 2 * np.log(U.diagonal(axis1=-2, axis2=-1)).sum(-1)[:, place].sum(1)
@@ -439,32 +272,32 @@ def _backward(arrays: _Arrays, found: _Forward) -> _Backward:
     # told = (v/s, ζ + R (E[x | y_{≤t}] − E[x | y_{<t}])); ζ comes from the step after.
     told = np.empty((B, D + n, *arrays.value.shape[2:]))
     told[:, :D] = arrays.errors(found.predicted) / arrays.s[..., None]
-    told[:, D:] = _apply(before, places, found.mean - found.predicted)
+    told[:, D:] = apply(before, places, found.mean - found.predicted)
     ahead = turn[..., k:, :]
-    zeta = np.ascontiguousarray(_apply(ahead, places, told)[:, :, ::-1])
-    zeta = _scanned(ahead[..., D:], places.reversed, zeta)[:, :, ::-1]
+    zeta = np.ascontiguousarray(apply(ahead, places, told)[:, :, ::-1])
+    zeta = scanned(ahead[..., D:], places.reversed, zeta)[:, :, ::-1]
     told[:, D:, :-1] += zeta[:, :, 1:]
-    shift = _apply(W @ turn[..., :k, :], places, told)
+    shift = apply(W @ turn[..., :k, :], places, told)
     return _Backward(places, E, W, transition, J @ _t(J), shift, size)
 
 
 def _onward(
-    arrays: _Arrays, found: _Forward, told: _Backward, shift: _Floats
-) -> tuple[_Floats, _Floats]:
+    arrays: Arrays, found: _Forward, told: _Backward, shift: Floats
+) -> tuple[Floats, Floats]:
     """ε # (B, k, T, M), and the states' distances from their predictions # (B, n, T, M)."""
     gained = found.mean - found.predicted
-    delta = _apply(arrays.G, arrays.of_dynamics, shift) - gained
-    delta = _scanned(told.transition, told.places, delta)
+    delta = apply(arrays.G, arrays.of_dynamics, shift) - gained
+    delta = scanned(told.transition, told.places, delta)
     before = np.zeros_like(delta)
     before[:, :, 1:] = delta[:, :, :-1]
-    return shift - _apply(told.pull, told.places, before), delta + gained
+    return shift - apply(told.pull, told.places, before), delta + gained
 
 
-def _covariances(told: _Backward) -> tuple[_Floats, _Ints]:
+def _covariances(told: _Backward) -> tuple[Floats, Ints]:
     """The different ones of Cov(x_t | y), and which each step has. # (B, P, n, n), (T,)"""
     P = np.zeros_like(told.noise[:, 0])
     place = told.places.of
-    out: list[_Floats] = []
+    out: list[Floats] = []
     which = np.empty(len(place), np.int64)
     for start, end, same in told.places.runs:
         for t in range(start, end):
@@ -481,78 +314,22 @@ def _covariances(told: _Backward) -> tuple[_Floats, _Ints]:
     return np.stack(out, 1), which
 
 
-def _t(x: _Floats) -> _Floats:
+def _t(x: Floats) -> Floats:
     """The transpose."""
     return x.swapaxes(-1, -2)
 
 
-def _reflected(x: _Floats) -> _Floats:
+def _reflected(x: Floats) -> Floats:
     """Columns after reflections of the first ones; what is below the diagonal is not set to zero.
 
     Numpy's own zeros take longer than the reflections.
     """
     found, _ = np.linalg.qr(x, mode="raw")
-    return _t(cast(_Floats, found))
+    return _t(cast(Floats, found))
 
 
-def _settled(new: _Floats, old: _Floats, within: float = _SAME) -> bool:
+def _settled(new: Floats, old: Floats, within: float = _SAME) -> bool:
     """Whether a matrix is as before, row by row."""
     size = np.abs(new)
     limit = within * (size.max(-1, keepdims=True) + 1e-2 * size.max())
     return bool((np.abs(new - old) <= limit).all())
-
-
-def _apply(matrices: _Floats, places: _Places, x: _Floats) -> _Floats:
-    """The product of each step's matrix and its columns. # (B, i, T, M)
-
-    Args:
-        matrices: # (B|1, P, i, j)
-        places: Which of them each step has.
-        x: # (B|1, j, T, M)
-    """
-    T, M = x.shape[2:]
-    B, place = max(len(matrices), len(x)), places.of
-    out = np.empty((B, matrices.shape[-2], T, M))
-    for start, end, same in places.runs:
-        piece = x[:, :, start:end]
-        if same:
-            flat = piece.reshape(*piece.shape[:2], -1)
-            out[:, :, start:end] = (matrices[:, place[start]] @ flat).reshape(B, -1, end - start, M)
-        else:
-            found = matrices[:, place[start:end]] @ piece.transpose(0, 2, 1, 3)
-            out[:, :, start:end] = found.transpose(0, 2, 1, 3)
-    return out
-
-
-def _scanned(matrices: _Floats, places: _Places, x: _Floats) -> _Floats:
-    """x_t = F_t x_{t−1} + b_t, from nothing. # (B, n, T, M)
-
-    Args:
-        matrices: F. # (B, P, n, n)
-        places: Which of them each step has.
-        x: b; it is overwritten. # (B, n, T, M)
-    """
-    M, place = x.shape[-1], places.of
-    for start, end, same in places.runs:
-        F = matrices[:, place[start]]
-        if not same:
-            for t in range(max(start, 1), end):
-                x[:, :, t] += matrices[:, place[t]] @ x[:, :, t - 1]
-            continue
-        if start:
-            x[:, :, start] += F @ x[:, :, start - 1]
-        flat = x[:, :, start:end].reshape(*x.shape[:2], -1)
-        apart = 1
-        while apart < end - start:
-            flat[..., apart * M :] += F @ flat[..., : -apart * M]
-            F, apart = F @ F, 2 * apart
-            size = np.abs(F).max()
-            if size < 1e-20:
-                break
-            if size > 1e100:  # known states that grow: its square may be infinite, and they zero
-                for at in range(apart * M, flat.shape[-1], apart * M):
-                    piece = flat[..., at : at + apart * M]
-                    piece += F @ flat[..., at - apart * M : at][..., : piece.shape[-1]]
-                break
-        x[:, :, start:end] = flat.reshape(*x.shape[:2], -1, M)
-    return x
