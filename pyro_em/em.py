@@ -554,6 +554,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         checkpoint_every: int | None = None,
         resume: bool = True,
         on_checkpoint_error: str = "warn",
+        online: Any = None,
         **kwargs: Any,
     ) -> EMResult:
         """Run EM until the estimated remaining gain is below ``tol``, or stochastic steps to an end.
@@ -618,6 +619,12 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             resume: Whether to go on from the file, if there is one; False starts over and replaces it.
             on_checkpoint_error: ``"warn"`` says once that the file cannot be written (a full disk, a
                 read-only folder), and goes on; ``"raise"`` ends the fit.
+            online: With `Chunks`: an M-step after each chunk. ``StepSize(0.6)`` averages sums of chunks
+                with steps that become smaller (stepwise EM, Cappé and Moulines 2009),
+                ``"incremental"`` replaces those of a chunk when it comes again (Neal and Hinton 1998).
+                ``num_epochs`` passes are made (10 by default); with ``validation``, other data, the
+                parameters are those with the best log evidence of these after a pass. Each entry of
+                ``history`` is the evidence of a chunk, scaled to all rows; ``plan.exact`` is False.
             **kwargs: The model's keyword arguments.
 
         Returns:
@@ -646,6 +653,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             checkpoint_every=checkpoint_every,
             resume=resume,
             on_checkpoint_error=on_checkpoint_error,
+            online=online,
         )
         return fit(self._session, wishes, args, kwargs)
 

@@ -9,6 +9,7 @@ from pyro_em.fitting.call import Call
 from pyro_em.fitting.chunked import chunked, chunks_in
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.kept_fit import Kept
+from pyro_em.fitting.online_fit import fit_online
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result
@@ -81,6 +82,8 @@ def _fit(call: Call, program: Program, data: Parted | None, kept: Kept | None) -
     em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
     if kept is not None:
         kept.take_up(em)
+    if wishes.online is not None:
+        return fit_online(call, em, settings)
     search = Search.seeded(wishes.seed) if keeper is None else keeper.search
     runs = run_starts(em, settings, wishes.init, wishes.num_restarts, search)
     if keeper is not None:

@@ -12,9 +12,10 @@ import pyro
 from pyro_em.errors import ModelError
 from pyro_em.fitting.call import Call, Together
 from pyro_em.fitting.checkpoints import at_beginning, opened, origin_of_state
-from pyro_em.fitting.chunked import first_arguments
+from pyro_em.fitting.chunked import chunks_in, first_arguments
 from pyro_em.fitting.exact_fit import fit_exactly
 from pyro_em.fitting.joining import Joined
+from pyro_em.fitting.online import refuse_with_online
 from pyro_em.fitting.origins import with_origin
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.session import Session
@@ -42,6 +43,8 @@ def fit(session: Session, wishes: FitWishes, args: tuple, kwargs: dict[str, Any]
     Raises:
         PyroEMError: If the model, the data or the keywords cannot be used.
     """
+    if wishes.online is not None:
+        refuse_with_online(wishes, chunks_in(args) is not None)
     if wishes.process_group is None:
         return _fit(session, wishes, args, kwargs, None)
     joined = Joined.of(wishes, session.request)

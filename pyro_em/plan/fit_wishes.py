@@ -38,6 +38,7 @@ class FitWishes:
     checkpoint_every: int | None = None
     resume: bool = True
     on_checkpoint_error: str = "warn"
+    online: Any = None
 
     def passed(self) -> list[str]:
         """Names of the keywords that are not at their defaults."""
@@ -46,7 +47,8 @@ class FitWishes:
 
     def stochastic(self) -> list[str]:
         """Names of the keywords that were given and belong to stochastic fits."""
-        return [n for n in _STOCHASTIC if getattr(self, n) is not None]
+        own = () if self.online is None else ("num_epochs", "validation")  # of online EM, too
+        return [n for n in _STOCHASTIC if n not in own and getattr(self, n) is not None]
 
 
 _STOCHASTIC = ("batch_size", "num_epochs", "num_data", "validation", "schedule")

@@ -49,6 +49,8 @@ class Plan(Portable):
         kernel_reason: Why no quicker kernel does; None where there is none. Of the same shape.
         iterations: What an iteration does, in words.
         missing: What is missing of observed sites, with ``missing="nan"``.
+        exact: Whether each step is an exact E-step on all of the data: nothing is drawn, nothing given
+            up, no batch stands for all.
     """
 
     routes: Sequence[Route]
@@ -68,6 +70,7 @@ class Plan(Portable):
     kernel_reason: str | Mapping[tuple[str, ...], str | None] | None = None
     iterations: str = ""
     missing: Sequence[Missing] = ()
+    exact: bool = True
 
     @property
     def graph(self) -> Any:
@@ -291,6 +294,7 @@ def plan_of(variational: Variational, updates: Mapping[str, Update], has_optim: 
         kernel="stochastic",
         draws=not variational.is_exact,
         is_monotone=False,
+        exact=False,
         gives_up=""
         if variational.weighted is None
         else f"MonteCarlo({variational.weighted}): raises the importance-weighted bound of "

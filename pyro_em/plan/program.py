@@ -437,4 +437,5 @@ class Program(StaysHere):
             iterations=self.kernel.in_words(users),
             gives_up=gives_up(self.strategy),
             missing=self.graph.missing,
+            exact=self.strategy is None,
         )

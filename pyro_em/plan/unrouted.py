@@ -59,6 +59,7 @@ class Unrouted:
             self.structure.notes,
             kernel_reason="a latent has no route",
             obstacle=str(self.error),
+            exact=False,
         )
 
 
