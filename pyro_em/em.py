@@ -33,7 +33,7 @@ from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.stepping import loss_of
-from pyro_em.fitting.within_budget import in_chunks, within_budget
+from pyro_em.fitting.within_budget import in_chunks, serve, within_budget
 from pyro_em.globs import Values
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.plan.given_q import as_posterior, check_q
@@ -708,7 +708,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             return args, self._look(args, kwargs, look_only=True)
         except ModelError as error:
             fewer = in_chunks(error, args, kwargs)
-            if fewer is None:
+            if fewer is None or serve(self._session, fewer, kwargs, look_only=True) is None:
                 raise
             return fewer, None
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pyro_em.errors import PyroEMError, UsageError, message, of_rows
 from pyro_em.fitting.preconditions import refuse_a_guide
+from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
 from pyro_em.fitting.session import Session
 from pyro_em.plan.over_all import require_partable
 from pyro_em.plan.part import Part
@@ -38,6 +39,8 @@ def parts_of(
             found = session.look((*chunk.args, *rest), kwargs, look_only=True)
             program = refuse_a_guide(found, method, _OF_CHUNKS)
             require_partable(program, HOW)
+            if not chunk.begin:
+                refuse_rows_that_see_others(session.planner, program, HOW, len(chunk.args))
         yield Part(program, not chunk.begin, chunk.begin)
 
 

@@ -13,9 +13,11 @@ from pyro_em.errors import UsageError, message
 from pyro_em.fitting.chunk_by_chunk import HOW, at_rows
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.progress import bar_of_rows
+from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
 from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData
 from pyro_em.plan.other_rows import OtherRows
+from pyro_em.plan.over_all import require_partable
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.reduction.over_parts import OverParts
@@ -61,6 +63,8 @@ def chunked(
         PyroEMError: If a chunk cannot be used.
     """
     passes = Passes(session, chunks, rest, kwargs, progress=progress)
+    require_partable(lead, HOW)
+    refuse_rows_that_see_others(session.planner, lead, HOW, len(lead.args) - len(rest))
     data = Parted.of(OverParts(passes), Part(noted(lead)), HOW)
     if data.is_quick:
         passes.all_data = data.all_data

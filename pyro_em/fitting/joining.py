@@ -13,9 +13,11 @@ from pyro_em.fitting import shards
 from pyro_em.fitting.chunked import Passes, chunks_in, noted
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
+from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.shards import Shards
 from pyro_em.plan.fit_wishes import FitWishes
+from pyro_em.plan.over_all import require_partable
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
@@ -157,6 +159,9 @@ class Joined:
         """
         is_first, chunks = self.over.rank == shared.first, chunks_in(args)
         over: OverGroup[Part]
+        require_partable(program, HOW)
+        items = None if chunks is None else len(program.args) - len(args) + 1
+        refuse_rows_that_see_others(session.planner, program, HOW, items)
         if chunks is None:
             part = Part(program, is_first, shared.begin, is_kept=True)
             over = self.over.with_parts(Whole(part), is_empty=shared.is_empty, first=shared.first)

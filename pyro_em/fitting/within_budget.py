@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_em.errors import OverBudget, PyroEMError
 from pyro_em.fitting.chunk_by_chunk import HOW
 from pyro_em.fitting.chunked import first_arguments
+from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
 from pyro_em.fitting.session import Session
 from pyro_em.plan.over_all import require_partable
 from pyro_em.plan.program import Program
@@ -49,19 +50,23 @@ def in_chunks(error: PyroEMError, args: tuple, kwargs: Mapping[str, Any]) -> tup
     return (Chunks(*args[:parted], rows=most), *args[parted:])
 
 
-def serve(session: Session, args: tuple, kwargs: dict[str, Any]) -> Program | None:
-    """The first chunk of some arguments; None where a fit cannot go through them.
+def serve(
+    session: Session, args: tuple, kwargs: dict[str, Any], *, look_only: bool = False
+) -> Program | None:
+    """The first chunk of some arguments; None where one cannot go through them.
 
     Args:
         session: Reads the model.
         args: The model's positional arguments in chunks.
         kwargs: Its keyword arguments.
+        look_only: Whether only an E-step is wanted.
     """
     try:
-        found = session.look(first_arguments(args), kwargs)
+        found = session.look(first_arguments(args), kwargs, look_only=look_only)
         if not isinstance(found, Program):
             return None
         require_partable(found, HOW)
+        refuse_rows_that_see_others(session.planner, found, HOW, len(found.args) - len(args) + 1)
         return found
     except PyroEMError:
         return None

@@ -165,5 +165,20 @@ def guide_of_outside(x: Tensor) -> None:
     pyro.sample("p", dist.Delta(p))
 
 
-EXACT = {f.__name__: f for f in (mixture, chain, lines, shapes, slopes, factors, outside)}
+def levels(x: Tensor) -> None:
+    """Rows read elements of their own: a process may have none of one."""
+    m, b = pyro.param("m", torch.zeros(2)), pyro.param("b", torch.tensor([0.5, -0.5]))
+    level = (x[:, 0] > 1).long()
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(two_weights()))
+        pyro.sample("y", dist.Normal(m[level] + b[z] * x[:, 0], 1.0), obs=x[:, 1])
+
+
+def centred(x: Tensor) -> None:
+    """Each process would take away another mean."""
+    lines(x - x.mean(0))
+
+
+EXACT = {f.__name__: f for f in (mixture, chain, lines, shapes, slopes, factors, outside, levels)}
+REFUSED = {"centred": centred}
 GUIDES = {"outside": guide_of_outside}

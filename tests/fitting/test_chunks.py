@@ -361,6 +361,49 @@ def test_models_whose_rows_are_not_independent_are_refused(model: Any, text: str
         ExactPosteriorEM(model).fit(Chunks(_X, rows=9), progress=False)
 
 
+def centred(x: Tensor) -> None:
+    mixture(x - x.mean())
+
+
+def weighed_by_number(x: Tensor) -> None:
+    m = pyro.param("m", torch.tensor(0.5))
+    pyro.sample("prior", dist.Normal(m, 2.0 / len(x) ** 0.5), obs=torch.tensor(0.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+
+def of_neighbours(x: Tensor) -> None:
+    m = pyro.param("m", torch.tensor(0.5))
+    with pyro.plate("rows", len(x) - 1):
+        pyro.sample("x", dist.Normal(m * x[:-1], 1.0), obs=x[1:])
+
+
+@pytest.mark.parametrize("model", [centred, weighed_by_number, of_neighbours])
+def test_models_that_see_which_rows_are_together_are_refused(model: Any) -> None:
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(model)
+    with pytest.raises(
+        UsageError, match=r"'rows': what the model says of a row depends on .*beside"
+    ):
+        em.fit(Chunks(_X, rows=9), progress=False)
+    with pytest.raises(UsageError, match=r"depends on the rows beside"):
+        em.score(Chunks(_X, rows=9))
+    em.fit(_X, max_steps=1, tol=0.0, progress=False)
+
+
+def test_a_budget_does_not_part_what_sees_all_rows() -> None:
+    x = torch.cat([_X.repeat(100) - 3, _X.repeat(100) + 3])
+    for model, serves in ((mixture, True), (centred, False)):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model, max_enumeration=2 * len(x) - 1)
+        if serves:
+            em.fit(x, max_steps=1, tol=0.0, progress=False)
+            continue
+        for ask in (em.score, lambda x, em=em: em.fit(x, max_steps=1, tol=0.0, progress=False)):
+            with pytest.raises(ModelError, match="max_enumeration"):
+                ask(x)
+
+
 def test_a_guide_that_draws_takes_batches() -> None:
     def model(x: Tensor) -> None:
         m = pyro.param("m", torch.tensor(0.0))
@@ -427,13 +470,14 @@ def test_chunks_of_which_more_is_read_than_values_are_read_from_the_model() -> N
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Categorical(w))
             # The same size and view, and a density that depends on the rows of the chunk.
-            pyro.sample("x", dist.Normal(m[z], s[z] * x.abs().mean().detach()), obs=x)
+            pyro.sample("x", dist.Normal(m[z], s[z] * (1 + x.abs())), obs=x)
 
     pyro.clear_param_store()
     result = ExactPosteriorEM(model).fit(Chunks(_X, rows=8), max_steps=1, tol=0.0, progress=False)
     w, m, s = (torch.tensor(v) for v in ([0.4, 0.6], [-1.0, 1.3], [1.0, 1.5]))
     total = 0.0
     for x in _X.split(8):
-        density = dist.Normal(m, s * x.abs().mean()).log_prob(x.unsqueeze(-1)) + w.log()
+        spread = s * (1 + x.abs().unsqueeze(-1))
+        density = dist.Normal(m, spread).log_prob(x.unsqueeze(-1)) + w.log()
         total += float(density.logsumexp(-1).sum())
     assert result.history[0] == pytest.approx(total, rel=1e-12)

@@ -15,6 +15,7 @@ from pyro_em import Chunks, ExactPosteriorEM
 from tests.fitting.group_models import (
     EXACT,
     GUIDES,
+    REFUSED,
     are_equal,
     largest_difference,
     numbers_of,
@@ -26,7 +27,9 @@ from tests.ranks import on_ranks
 
 def fit(name: str, x: Any, **how: Any) -> dict[str, Any]:
     pyro.clear_param_store()
-    em = ExactPosteriorEM(EXACT[name], GUIDES.get(name), missing=how.pop("missing", None))
+    em = ExactPosteriorEM(
+        (EXACT | REFUSED)[name], GUIDES.get(name), missing=how.pop("missing", None)
+    )
     result = em.fit(x, **({"max_steps": 3, "tol": 0.0, "progress": False} | how))
     numbers = {
         "evidence": result.log_evidence,
@@ -84,6 +87,8 @@ def varied() -> dict[str, Any]:
     out["interrupted"] = fit("mixture", own, max_steps=9, callbacks=interrupts, **together)
     out["errors of"] = caught("mixture", own, callbacks=lambda _: own.add_(rank), **together)
     out["nan"] = caught("mixture", bad, **together)
+    out["centred"] = caught("centred", own, **together)
+    out["centred in chunks"] = caught("centred", Chunks(own, rows=4), **together)
     out["nan in chunks"] = caught("lines", Chunks(bad, rows=2), **together)
     return out
 
@@ -121,6 +126,9 @@ def test_whatever_a_fit_does_all_processes_do() -> None:
         assert first[name].startswith("DataError: rank 1 of 2") and "rank 1" not in second[name]
         assert first[name].count("of all data.") == 1
     assert "data were changed during a fit" in first["errors of"]
+    for name in ("centred", "centred in chunks"):
+        assert "a row depends on the rows beside it" in first[name]
+        assert "a row depends on the rows beside it" in second[name]
 
 
 def errors_of_shards() -> dict[str, Any]:
