@@ -88,11 +88,6 @@ OF_EM = table(
     ("load_state_dict set_state", "em.load(path) reads parameters that em.save wrote"),
     ("to cuda cpu double float half", "device and dtype follow the data: em.fit(x.to(device))"),
     ("standard_errors", "what em.fit(x) returns has it: result.standard_errors()"),
-    (
-        "partial_fit",
-        "an exact fit uses all data: em.fit(x); em.fit(Chunks(x), online=StepSize(0.6)) takes a step "
-        "after each chunk; with a guide em.step(batch)",
-    ),
     ("plot", "pyro_em.plotting has the pictures, and pyro_em.compare(...) a plot of its own"),
 )
 

@@ -29,6 +29,7 @@ from pyro_em.fitting.chunk_by_chunk import answers, parts_of, refuse_q_of_chunks
 from pyro_em.fitting.chunked import chunks_in, first_arguments
 from pyro_em.fitting.fit import fit
 from pyro_em.fitting.keeping import Keeping
+from pyro_em.fitting.partial import partial_fit
 from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.result import EMResult, EMStep
 from pyro_em.fitting.session import Session
@@ -656,6 +657,31 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             online=online,
         )
         return fit(self._session, wishes, args, kwargs)
+
+    @alone("partial_fit")
+    def partial_fit(self, *args: Any, online: Any = None, **kwargs: Any) -> float:
+        """One step of stepwise EM on a batch, with what was learnt from the batches before.
+
+            s ← (1 − γ_t) s + γ_t S_batch / n,    θ ← M(N s)
+
+        The sums are saved and loaded with the parameters, and forgotten by ``reset``.
+
+        Args:
+            *args: The model's arguments, for the batch.
+            online: The sizes of steps γ_t: ``StepSize(0.6)``.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            The log evidence of the batch at the parameters entering the step, in nats.
+
+        Raises:
+            UsageError: If the sums of this model cannot be averaged.
+            DegenerateError: If the step has no solution; nothing was changed.
+
+        Source: Cappé and Moulines (2009).
+        """
+        check_collisions(self.model, args, ("online",), "partial_fit")
+        return partial_fit(self._session, online, args, kwargs)
 
     @alone("sort_components")
     def sort_components(

@@ -33,9 +33,11 @@ from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.part import Part
+from pyro_em.plan.program import Program
 from pyro_em.portable import Given
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.parameters import snapshot, values_of
+from pyro_em.tracing.sites import Role
 from pyro_em.updates.m_step import apply_floors
 from pyro_em.updates.statistics import Expectation
 
@@ -227,7 +229,7 @@ def online_run(
             try:
                 place.at, gain = theta.m_step(at, stands_for_all)
             except (Handover, torch.linalg.LinAlgError):
-                run.status, run.message = EMStatus.DEGENERATE, _NO_STEP
+                run.status, run.message = EMStatus.DEGENERATE, NO_STEP
                 return 0.0
         run.entering.append(entering)
         run.after.append(entering + gain)
@@ -251,9 +253,9 @@ def online_run(
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
     if not run.entering and run.status is EMStatus.DEGENERATE:
-        raise DegenerateError(_NO_STEP)
+        raise DegenerateError(NO_STEP)
     if run.status is EMStatus.DEGENERATE:
-        warn(_NO_STEP)
+        warn(NO_STEP)
     write(program, theta.values(place.at if best[1] is None else best[1]))
     run.record(program, em.e_step())
     return run, validation
@@ -277,35 +279,47 @@ def _stops(
 
 
 def _block_of(em: Guarded, data: Parted) -> Any:
-    """The kernel whose sums are averaged.
+    """The kernel whose sums are averaged."""
+    block = em.quick.block if em.quick is not None and data.is_quick else None
+    refuse_what_is_no_average(em.program, block)
+    return block
+
+
+def refuse_what_is_no_average(program: Program, block: Any, has_others: bool = False) -> None:
+    """Refuse a kernel whose sums mean nothing at the parameters of another E-step.
+
+    Args:
+        program: The model.
+        block: The kernel; None where there is none.
+        has_others: Whether the sums hold what counts once.
 
     Raises:
-        UsageError: If there is none, or its sums are those of one E-step alone.
+        UsageError: With the reason.
     """
-    block = None if em.quick is None else em.quick.block
     why = ""
     normals = getattr(block, "normals", None)
-    if block is None or not data.is_quick or normals is None:
-        reasons = em.program.kernel.reasons or "not all chunks are of one kind"
+    if has_others or normals is None:
+        reasons = program.kernel.reasons or "not all chunks are of one kind"
+        if has_others or block is not None:
+            reasons = "they hold more than rows"
         why = f"the sums of this model are made by tables: {reasons}"
     elif any(type(rule) is not Gaussian for rule in normals.values()):
         why = "what is missing is completed at the parameters of one E-step"
     else:
         for g, group in enumerate(block.theta.graph.groups):
             family = group.family
-            is_own = g in normals or group.role.name == "POINT"
+            is_own = g in normals or group.role is Role.POINT
             if not is_own and family is not None and family.has_reference and group.observed:
                 why = f"the sums of site '{group.members[0]}' are taken about its arguments"
-    if not why:
-        return block
-    raise UsageError(
-        message(
-            "online",
-            "steps after each chunk are not there for this model.",
-            why,
-            ["leave online out: every step then is of all data"],
+    if why:
+        raise UsageError(
+            message(
+                "online",
+                "steps after each chunk are not there for this model.",
+                why,
+                ["use steps on all data: em.fit(data)"],
+            )
         )
-    )
 
 
 def checked_online(online: Any) -> StepSize | str:
@@ -358,7 +372,7 @@ def refuse_with_online(wishes: FitWishes, has_chunks: bool) -> None:
     )
 
 
-_NO_STEP = message(
+NO_STEP = message(
     "online",
     "a step on the sums so far has no solution; the parameters before it were kept.",
     "a component has lost its mass, or its spread has collapsed",

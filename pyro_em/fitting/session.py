@@ -55,6 +55,7 @@ class Session:
         pending: What was read from a file before the model had been run.
         first: Parameters as they were first seen.
         last_data: The data that were learnt from last.
+        running: The sums of `pyro_em.fitting.partial`, as a file holds them.
     """
 
     def __init__(self, request: Request, num_particles: int) -> None:
@@ -72,6 +73,7 @@ class Session:
         self.total_steps = 0
         self.pending: dict[str, Any] | None = None
         self.last_data = LastData()
+        self.running: dict[str, Any] = {}
         self._training: dict[str, Any] = {}  # of a file, until there are optimisers
         self._form: Any = None
 
@@ -216,6 +218,8 @@ class Session:
             extra["training"] = self.trainer.training.state()
         elif self._training:  # loaded, and not continued yet
             extra["training"] = self._training
+        if self.running:
+            extra["running"] = self.running
         extra["buffers"] = checkpoint.copied_buffers(self.roots())
         return checkpoint.pack(self._by_saved_name(), extra)
 
@@ -267,6 +271,7 @@ class Session:
         checkpoint.restore_buffers(state, self.roots())
         self.total_steps = int(state["total_steps"])
         self.trainer, self._training = None, dict(state.get("training", {}))
+        self.running = dict(state.get("running", {}))
 
     def roots(self) -> tuple[Any, Any]:
         """The user's model and the guide, whose modules have buffers."""

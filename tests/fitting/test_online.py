@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -308,3 +309,54 @@ def test_a_plan_says_whether_its_steps_are_exact() -> None:
     assert not ExactPosteriorEM(mixture, strategy=MonteCarlo(2)).plan(x).exact
     assert not ExactPosteriorEM(drawn, AutoNormal).plan(x).exact
     assert not ExactPosteriorEM(drawn).plan(x).exact  # there is no route
+
+
+@pytest.mark.parametrize("exponent", [0.6, 1.0])
+def test_batches_one_after_the_other(exponent: float, tmp_path: Path) -> None:
+    expected = written_out(np.concatenate([X, X]), 16, 1, exponent)
+    batches = torch.tensor(np.concatenate([X, X])).split(16)
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(mixture)
+    for i, batch in enumerate(batches):
+        if i == 4:  # in another process
+            em.save(tmp_path / "half.pt")
+            pyro.clear_param_store()
+            em = ExactPosteriorEM(mixture)
+            em.load(tmp_path / "half.pt")
+        before = em.score(batch)
+        assert em.partial_fit(batch, online=StepSize(exponent)) == pytest.approx(before, rel=1e-12)
+    for name, value in zip("wms", expected, strict=True):
+        np.testing.assert_allclose(pyro.param(name).detach().numpy(), value, rtol=1e-9)
+    em.reset()
+    em.partial_fit(batches[0], online=StepSize(exponent))
+    first = maximum(sums_of(batches[0].numpy(), W, M, S))
+    np.testing.assert_allclose(pyro.param("m").detach().numpy(), first[1], rtol=1e-9)
+
+
+def test_a_batch_that_cannot_be_learnt_from_changes_nothing() -> None:
+    x = torch.tensor(X)
+    em = ExactPosteriorEM(mixture)
+    with pytest.raises(UsageError, match="online is no StepSize"):
+        em.partial_fit(x)
+    em.score(x)
+    pyro.param("m").data[1] = 1e5
+    with pytest.raises(DegenerateError, match="has no solution"):
+        em.partial_fit(x, online=StepSize())
+    assert pyro.param("m").tolist() == [M[0], 1e5] and pyro.param("w").tolist() == [0.5, 0.5]
+    pyro.param("m").data[1] = M[1]
+    em.partial_fit(x, online=StepSize())
+    first = maximum(sums_of(X, W, M, S))
+    np.testing.assert_allclose(pyro.param("m").detach().numpy(), first[1], rtol=1e-9)
+
+    def outside(x: Tensor) -> None:
+        m = pyro.param("m", torch.tensor(M))
+        pyro.sample("o", dist.Normal(m[0], 1.0), obs=torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+            pyro.sample("x", dist.Normal(m[z], 1.0), obs=x)
+
+    pyro.clear_param_store()
+    with pytest.raises(UsageError, match="they hold more than rows"):
+        ExactPosteriorEM(outside).partial_fit(x, online=StepSize())
+    with pytest.raises(UsageError, match="Chunks were given"):
+        ExactPosteriorEM(mixture).partial_fit(Chunks(x), online=StepSize())
