@@ -37,6 +37,7 @@ from pyro_em.comparison.sweep import Sweep, best_rate, run_sweep
 from pyro_em.comparison.table import Comparison, Row
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
+from pyro_em.fitting.preconditions import refuse_a_loader
 from pyro_em.plan.wishes import check_call, check_collisions
 from pyro_em.tracing.scopes import Keeper, common_start, store_state
 from pyro_em.tracing.turns import alone
@@ -136,6 +137,7 @@ def compare(
     )
     tolerance = number("compare", "tolerance", tolerance)
     check_contenders(contenders)
+    refuse_a_loader(args, kwargs)
     _check_numbers(limits, tolerance, rates, seeds)
     models = models_of(contenders)
     for model in models.values():

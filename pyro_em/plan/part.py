@@ -9,8 +9,8 @@ Factors outside that plate, priors among them, count once: with the first part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Handover
+from pyro_em.errors import Handover, PyroEMError, of_rows
 from pyro_em.graph.all_data import AllData
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure
@@ -134,7 +134,8 @@ class Part:
     def log_evidence(self) -> float:
         """log p(x; θ) of the part at the parameters in the param store, in nats."""
         evaluation = self.program.evaluate()
-        q = self.program.posterior(evaluation)
+        with self._naming_rows():
+            q = self.program.posterior(evaluation)
         assert q.log_evidence is not None
         groups = evaluation.graph.groups
         other = [g for g in self.left_out(evaluation.graph) if groups[g].role is not Role.POINT]
@@ -154,7 +155,8 @@ class Part:
             counts = self._counted(earlier.graph, q.counts)
             pairs = zip(counts, evaluation.tables, strict=True)
             after = sum(float(dot(c, t)) for c, t in pairs) + q.entropy_value
-        q = self.program.e_step(evaluation, index)
+        with self._naming_rows():
+            q = self.program.e_step(evaluation, index)
         assert q.bound is not None and q.log_evidence is not None
         bound, evidence = q.bound, q.log_evidence
         for g in self.left_out(evaluation.graph):
@@ -198,6 +200,17 @@ class Part:
         if self.is_kept:
             self._remembered["E-step"] = at, evaluation, q
         return evaluation, q
+
+    @contextmanager
+    def _naming_rows(self) -> Iterator[None]:
+        """A block whose errors about a row say which one of all data it is."""
+        try:
+            yield
+        except PyroEMError as error:
+            has_row = any(problem.row is not None for problem in error.problems)
+            if not self.begin or error.names_rows or not has_row:
+                raise
+            raise of_rows(error, self.begin) from error
 
     def _parameters_at(self, unconstrained: Unconstrained) -> AbstractContextManager[None]:
         parameters = self.program.graph.parameters

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DataError, DegenerateError, ModelError, PyroEMError, message
+from pyro_em.errors import (
+    DataError,
+    DegenerateError,
+    Finding,
+    ModelError,
+    PyroEMError,
+    as_error,
+    message,
+)
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.contraction import Ring, contract, evidence, log_sum_exp, maximum
 from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
@@ -209,17 +217,15 @@ def e_step(graph: FactorGraph, plan: ContractionPlan, log_densities: Tables) -> 
             index = tuple(int(i) for i in bad.nonzero()[0])
             site = group.members[index[0]]
             value = "NaN" if bool(torch.isnan(table[index])) else "+inf"
-            raise DataError(
-                message(
-                    f"site '{site}'",
-                    f"its log density is {value} {_where(graph, group, index)}.",
-                    "an evidence that is no number cannot be raised",
-                    [
-                        "check the parameters' values and constraints",
-                        "check the data at this place",
-                    ],
-                )
+            found = Finding(
+                f"site '{site}'",
+                f"its log density is {value} {_where(graph, group, index)}.",
+                "an evidence that is no number cannot be raised",
+                ("check the parameters' values and constraints", "check the data at this place"),
+                DataError,
+                row=_row_of(graph, site, group.dims[index[0]], index[1:]),
             )
+            raise as_error([found])
         if largest > 1e9:  # no normalised density on float data comes near it
             _refuse_unbounded(graph, log_densities)
     together = step_cells(graph, log_densities)
@@ -264,24 +270,33 @@ def _refuse_impossible(graph: FactorGraph, plan: ContractionPlan, tables: Tables
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if impossible(middle) else (middle, high)
-    row = ""
+    site, place, row = (observed[high - 1][2] if observed else ""), "", None
     for dims, term in terms_of_first(high):
         if bool((term == -torch.inf).any()):
             index = (term == -torch.inf).nonzero()[0]
-            row = ", ".join(f"{d} = {int(i)}" for d, i in zip(dims, index, strict=True))
+            place = ", ".join(f"{d} = {int(i)}" for d, i in zip(dims, index, strict=True))
+            row = _row_of(graph, site, dims, index.tolist())
             break
-    raise DataError(
-        message(
-            f"site '{observed[high - 1][2]}'" if observed else "model",
-            "the data are impossible under the model (log evidence −inf)"
-            + (f", first at {row}." if row else "."),
-            "every assignment of the latents has a probability of exactly zero",
-            [
-                "check for exact zeros in probabilities (structural zeros stay zero)",
-                "check this observation",
-            ],
-        )
+    found = Finding(
+        f"site '{site}'" if site else "model",
+        "the data are impossible under the model (log evidence −inf)"
+        + (f", first at {place}." if place else "."),
+        "every assignment of the latents has a probability of exactly zero",
+        (
+            "check for exact zeros in probabilities (structural zeros stay zero)",
+            "check this observation",
+        ),
+        DataError,
+        row=row,
     )
+    raise as_error([found])
+
+
+def _row_of(graph: FactorGraph, site: str, dims: Sequence[str], index: Sequence[int]) -> int | None:
+    """The element of the outermost plate around a site, where an index goes along it."""
+    known = graph.structure.sites.get(site)
+    outermost = known.nested[0] if known is not None and known.nested else None
+    return next((i for d, i in zip(dims, index, strict=False) if d == outermost), None)
 
 
 def _refuse_unbounded(graph: FactorGraph, tables: Tables) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
@@ -14,7 +15,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import Chunks, DataError, ExactPosteriorEM, Hard, UsageError
+from pyro_em import Chunks, DataError, ExactPosteriorEM, Hard, UsageError, compare
 
 N = 11
 _generator = torch.Generator().manual_seed(3)
@@ -131,11 +132,25 @@ def test_what_is_wrong_names_its_row() -> None:
     assert em.score(Chunks(X, rows=4)) == pytest.approx(em.score(X), rel=1e-12)
 
 
+def test_a_row_that_cannot_be_is_named_among_all() -> None:
+    def model(x: Tensor) -> None:
+        p = pyro.param("p", torch.tensor([0.3, 0.7, 0.0]), constraint=constraints.simplex)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Categorical(p), obs=x)
+
+    x = torch.tensor([0, 1, 0, 1, 1, 1, 2, 0])
+    for ask in (ExactPosteriorEM(model).fit, ExactPosteriorEM(model).score):
+        with pytest.raises(DataError, match=r"impossible.*The first is in row 6 of all data"):
+            pyro.clear_param_store()
+            ask(Chunks(x, rows=3))
+
+
 def test_other_questions_are_refused_or_asked_of_the_first_chunk() -> None:
     em, chunks = ExactPosteriorEM(mixture), Chunks(X, rows=4)
     assert str(em.plan(chunks)) == str(em.plan(X[:4]))
     assert em.sort_components("z", "w", chunks).tolist() == [0, 1]
-    for ask in (em.step, em.steps, em.estimate_evidence, em.forecast):
+    compared = partial(compare, {"em": em})
+    for ask in (em.step, em.steps, em.estimate_evidence, em.forecast, compared):
         with pytest.raises(UsageError, match="Chunks were given"):
             ask(chunks)
     with pytest.raises(UsageError, match="q was given together with Chunks"):
