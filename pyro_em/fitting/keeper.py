@@ -45,12 +45,14 @@ class ExactKeeper:
     begin: float
     _current: Run | None = None
     _between: Between | None = None
+    _at: tuple[Run | None, int] = (None, 0)
     _is_interrupted: bool = False
+    _is_lost: bool = False
 
     def after_step(self, em: Guarded, run: Run) -> None:
         """See `pyro_em.fitting.run.Keeper.after_step`."""
         if em.program.may_draw or em.state.optimizers:
-            self._between = Between.of(em)
+            self._between, self._at = Between.of(em), (run, run.num_steps)
         if self.file.is_due():
             self._keep(em, run, self._between)
             self._write(em)
@@ -62,6 +64,11 @@ class ExactKeeper:
         if self.search.is_short and run.status is not EMStatus.INTERRUPTED:
             return
         is_broken = run.status in (EMStatus.INTERRUPTED, EMStatus.DEGENERATE, EMStatus.FELL)
+        if run.status is EMStatus.INTERRUPTED and (em.program.may_draw or em.state.optimizers):
+            # Of what steps change in their midst, only that at the last noted step is known.
+            self._is_lost = self._at[0] is not run or self._at[1] != run.num_steps
+            if self._is_lost:
+                return
         self._is_interrupted |= run.status is EMStatus.INTERRUPTED
         self._keep(em, run, self._between if is_broken else None)
 
@@ -77,7 +84,7 @@ class ExactKeeper:
 
     def finish(self, em: Guarded) -> None:
         """Write where the fit ended, unless that is in the file."""
-        if self.file.is_behind or self._is_interrupted:
+        if not self._is_lost and (self.file.is_behind or self._is_interrupted):
             self._write(em)
 
     def _write(self, em: Guarded) -> None:
