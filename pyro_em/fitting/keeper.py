@@ -65,10 +65,14 @@ class ExactKeeper:
             return
         is_broken = run.status in (EMStatus.INTERRUPTED, EMStatus.DEGENERATE, EMStatus.FELL)
         if run.status is EMStatus.INTERRUPTED and (em.program.may_draw or em.state.optimizers):
-            # Of what steps change in their midst, only that at the last noted step is known.
-            self._is_lost = self._at[0] is not run or self._at[1] != run.num_steps
+            known = self._at[1] if self._at[0] is run else 0
+            # What a step changes in its midst is known of the last noted one, and of one that is done.
+            is_done = run.num_steps > known
+            self._is_lost = not is_done and self._at[0] is not run
             if self._is_lost:
                 return
+            if is_done:
+                self._between = None
         self._is_interrupted |= run.status is EMStatus.INTERRUPTED
         self._keep(em, run, self._between if is_broken else None)
 
