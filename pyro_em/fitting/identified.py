@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_em.graph.factors import Group
+from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.state_moments import moments_of_first
 from pyro_em.posteriors.state_steps import ChainSums, ChainTheta
+from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.parameters import TracedParameter, moved
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of, tril_rows
@@ -60,17 +62,56 @@ class Undetermined:
         )
 
 
-@torch.no_grad()
-def undetermined(program: Program) -> list[Undetermined]:
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """How the moments of a block move with the parameters.
+
+    Attributes:
+        gram: JᵀJ of their Jacobian J, in unconstrained coordinates; it adds up over parts. # (p, p)
+        of_values: Gives the Jacobian of the parameters themselves. # (numbers, p)
+        names: The parameters.
+        sizes: How many coordinates each has.
+    """
+
+    gram: Tensor
+    of_values: Callable[[], Tensor]
+    names: Sequence[str]
+    sizes: Sequence[int]
+
+
+def undetermined(program: Program, over: Reduction[Part] | None = None) -> list[Undetermined]:
     """What each block of Gaussian latents leaves undetermined.
 
     Args:
-        program: The model with its data.
+        program: The model with its data, or with one part of them.
+        over: All parts, where there are several: what one leaves undetermined another may not.
     """
+    if not any(isinstance(g.nested, GaussianBlock) for g in program.graph.groups):
+        return []
+    own = _slopes(program)
+    grams = {g: slopes.gram for g, slopes in own.items()}
+    if over is not None:
+
+        def of_part(part: Part) -> dict[str, tuple[Tensor, int]]:
+            found = _slopes(part.program)
+            none = torch.zeros(1, dtype=torch.float64)
+            return {
+                g: (found[g].gram if g in found else none.expand_as(gram), int(g in found))
+                for g, gram in grams.items()
+            }
+
+        grams = {g: gram for g, (gram, seen) in over.sum(of_part).items() if seen}
+    out = (_left(grams[g], slopes) for g, slopes in own.items() if g in grams)
+    return [found for found in out if found.count]
+
+
+@torch.no_grad()
+def _slopes(program: Program) -> dict[str, _Slopes]:
+    """By the number of its group, the slopes of each block that can be looked at."""
     groups = program.graph.groups
     kernel = program.kernel.block
     theta = kernel.theta if isinstance(kernel, ChainSums) else None
-    out = []
+    out = {}
     for g, group in enumerate(groups):
         block = group.nested
         if not isinstance(block, GaussianBlock):
@@ -88,8 +129,8 @@ def undetermined(program: Program) -> list[Undetermined]:
             found = _of_chain(theta, g, names, program.graph.parameters)
         if found is None:
             found = _of_block(block.representative, names, program.graph.parameters)
-        if found is not None and found.count:
-            out.append(found)
+        if found is not None:
+            out[str(g)] = found
     return out
 
 
@@ -99,8 +140,8 @@ def _reaching(group: Group) -> Collection[str]:
 
 def _of_block(
     block: GaussianBlock, names: Sequence[str], parameters: Mapping[str, TracedParameter]
-) -> Undetermined | None:
-    """The kernel of the Jacobian of a block's moments; None where it is too large to look at."""
+) -> _Slopes | None:
+    """The slopes of a block's moments; None where it is too large to look at."""
     unconstrained = moved(parameters, seed=51)
     others = {n: p.value().double() for n, p in parameters.items() if n not in names}
     sizes = [unconstrained[n].numel() for n in names]
@@ -134,12 +175,17 @@ def _of_block(
         inside = [_inside(parameters[n], unconstrained[n]) for n in names]
         flat = torch.cat([x.double().reshape(-1) for x in inside])
         jacobian = _jacobian(moments, flat)
-    return _left(jacobian, lambda: _jacobian(lambda u: _all_of(constrained(u)), flat), names, sizes)
+    return _Slopes(
+        jacobian.mT @ jacobian,
+        lambda: _jacobian(lambda u: _all_of(constrained(u)), flat),
+        names,
+        sizes,
+    )
 
 
 def _of_chain(
     theta: ChainTheta, g: int, names: Sequence[str], parameters: Mapping[str, TracedParameter]
-) -> Undetermined | None:
+) -> _Slopes | None:
     """The same from the matrices of a chain whose steps are alike; None where these do not serve."""
     unconstrained = moved(parameters, seed=51)
     if not names or sum(unconstrained[n].numel() for n in names) > _MOST:
@@ -170,31 +216,31 @@ def _of_chain(
         return None
     of_values = torch.block_diag(*slopes)
     sizes = [unconstrained[n].numel() for n in names]
-    return _left(torch.from_numpy(found) @ of_values, lambda: of_values, names, sizes)
+    jacobian = torch.from_numpy(found) @ of_values
+    return _Slopes(jacobian.mT @ jacobian, lambda: of_values, names, sizes)
 
 
-def _left(
-    jacobian: Tensor, of_values: Callable[[], Tensor], names: Sequence[str], sizes: Sequence[int]
-) -> Undetermined:
+@torch.no_grad()
+def _left(gram: Tensor, slopes: _Slopes) -> Undetermined:
     """The directions along which no moment moves, less those along which no parameter does.
 
     Args:
-        jacobian: Of the moments, in unconstrained coordinates. # (moments, p)
-        of_values: Gives that of the parameters. # (numbers, p)
-        names: The parameters.
-        sizes: How many coordinates each has.
+        gram: JᵀJ of the moments of all parts. # (p, p)
+        slopes: Of one of them.
     """
-    norms = jacobian.norm(dim=0)
+    norms = gram.diagonal().sqrt()
     read = norms > 0
-    kernel = _kernel(jacobian[:, read] / norms[read])
+    own = norms[read]
+    kernel = _kernel(gram[read][:, read] / (own.unsqueeze(-1) * own))
     if not kernel.shape[1]:
         return Undetermined(0, ())
     # What the parameters' own constraints leave free: a matrix may have fewer than its numbers.
-    bound = _kernel(of_values()[:, read])
+    of_values = slopes.of_values()[:, read]
+    bound = _kernel(of_values.mT @ of_values)
     moves = torch.zeros(len(norms), dtype=torch.bool, device=norms.device)
     moves[read] = (kernel.abs() > 1e-4).any(1)
-    parts = zip(names, moves.split(list(sizes)), strict=True)
-    shown = [n for n, own in parts if bool(own.any())]
+    parts = zip(slopes.names, moves.split(list(slopes.sizes)), strict=True)
+    shown = [n for n, each in parts if bool(each.any())]
     return Undetermined(max(kernel.shape[1] - bound.shape[1], 0), tuple(shown))
 
 
@@ -214,9 +260,9 @@ def _jacobian(f: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
     return out
 
 
-def _kernel(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of the directions that a matrix maps to nothing. # (columns, directions)"""
-    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
+def _kernel(gram: Tensor) -> Tensor:
+    """An orthonormal basis of what a matrix maps to nothing, from its Gram matrix. # (columns, k)"""
+    values, vectors = torch.linalg.eigh(gram)
     return vectors[:, values < _RELATIVE * values[-1:]]
 
 

@@ -113,7 +113,7 @@ def build_result(
     else:
         start = run.name
     local = estimated_locally(program)
-    apart = over_all(lambda: undetermined(program))
+    apart = undetermined(program, None if data is None or data.is_known else data.over)
     now = log_evidence if data is None else None
     notes = over_all(lambda: boundary_notes(program, now))
     read = None if data is None else read_anywhere(data, run.initial_values)

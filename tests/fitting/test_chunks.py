@@ -267,6 +267,30 @@ def test_an_iterable_of_chunks_of_unequal_sizes() -> None:
     _agree(_fit("mixture", Chunks(items)), _fit("mixture", _X))
 
 
+def factors_on_covariates(x: Tensor, c: Tensor) -> None:
+    loadings, b = pyro.param("l", torch.tensor([1.0, 0.5])), pyro.param("b", torch.zeros(4, 2))
+    s = _positive("s", 1.0, 1.0)
+    with pyro.plate("rows", len(x)):
+        h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        loc = c @ b + h.unsqueeze(-1) * loadings
+        pyro.sample("x", dist.Normal(loc, s).to_event(1), obs=x)
+
+
+def test_what_one_chunk_leaves_undetermined_others_may_not() -> None:
+    # Three rows do not determine the coefficients of four covariates.
+    pyro.clear_param_store()
+    found = ExactPosteriorEM(factors_on_covariates).fit(
+        Chunks(_Y, _SERIES, rows=3), max_steps=2, tol=0.0, progress=False
+    )
+    pyro.clear_param_store()
+    whole = ExactPosteriorEM(factors_on_covariates).fit(
+        _Y, _SERIES, max_steps=2, tol=0.0, progress=False
+    )
+    assert found.plan.notes[1:] == whole.plan.notes
+    assert found.num_free_parameters == whole.num_free_parameters
+    assert found.bic == pytest.approx(whole.bic, rel=1e-11)
+
+
 def test_factors_know_all_sums_after_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     read = Chunks.read

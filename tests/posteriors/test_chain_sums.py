@@ -178,8 +178,9 @@ def test_what_data_determine_is_that_of_one_dense_block(case: str) -> None:
     program = ExactPosteriorEM(CASES[case])._session.look((), {})
     (group,), parameters = program.graph.groups, program.graph.parameters
     names = list(group.params)
-    found = identified._of_chain(program.kernel.block.theta, 0, names, parameters)
-    expected = identified._of_block(group.nested.representative, names, parameters)
+    of_chain = identified._of_chain(program.kernel.block.theta, 0, names, parameters)
+    of_block = identified._of_block(group.nested.representative, names, parameters)
+    found, expected = (identified._left(s.gram, s) for s in (of_chain, of_block))
     assert found == expected and (found.count > 0) == (case in ("own matrices", "covariances"))
 
 
