@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
-from pyro_em.families.forms import Kind
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.posteriors.state_arguments import Numbers, Picked, Places, Unlike
@@ -119,16 +118,16 @@ class Spreads:
             leaf = graph.parameters[name].leaf
             part = slice(begins[name], begins[name] + leaf.numel())
             large = data_magnitude(update, own, leaf).detach().cpu().double().numpy()
-            if update.kind is Kind.SCALE:
+            if update.kind is None or not update.kind.is_spread:
+                raise Unlike(f"'{name}' is no spread and no coefficient")
+            if update.kind.event_dim == 0:
                 interval = bounds(graph.parameters[name].constraint)
                 if interval is not None:
                     low[part], high[part] = interval
                 magnitude[part] = large.reshape(-1)
                 scalars.append(part)
-            elif update.kind is Kind.COVARIANCE:
-                matrices.append(_matrix_of(name, sites, begins[name], leaf.shape, large))
             else:
-                raise Unlike(f"'{name}' is no spread and no coefficient")
+                matrices.append(_matrix_of(name, sites, begins[name], leaf.shape, large))
         is_scalar = np.zeros(size, np.bool_)
         for part in scalars:
             is_scalar[part] = True

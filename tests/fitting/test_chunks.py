@@ -17,23 +17,24 @@ from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.errors import ModelError, UsageError
 from pyro_em.fitting.result import EMResult
 
-torch.set_default_dtype(torch.float64)
 _N = 24
 _generator = torch.Generator().manual_seed(0)
 
 
 def _randn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=_generator)
+    return torch.randn(*shape, generator=_generator, dtype=torch.float64)
 
 
 _X = torch.cat([_randn(_N // 2) - 2, _randn(_N // 2) + 2])[torch.randperm(_N, generator=_generator)]
 _Y = _randn(_N, 2) + 3.0 * (_X > 0).unsqueeze(-1)
-_HOLES = torch.where(torch.rand(_N, 2, generator=_generator) < 0.2, torch.nan, _Y)
+_HOLES = torch.where(
+    torch.rand(_N, 2, generator=_generator, dtype=torch.float64) < 0.2, torch.nan, _Y
+)
 _HOLES[:3] = _Y[:3]  # the first chunk may be complete
 _COVARIATE = _randn(_N)
 _LINE = 1 + 2 * _COVARIATE + 0.3 * _randn(_N)
-_COUNTS = torch.poisson(3.0 + 4.0 * (_X > 0), generator=_generator)
-_WEIGHTS = 0.5 + torch.rand(_N, generator=_generator)
+_COUNTS = torch.poisson(3.0 + 4.0 * (_X > 0).double(), generator=_generator)
+_WEIGHTS = 0.5 + torch.rand(_N, generator=_generator, dtype=torch.float64)
 _WIDE = _randn(_N, 26)
 _SERIES = _randn(_N, 4)
 _GROUP = torch.arange(_N) // 9  # the data are sorted by it: a chunk sees one or two groups

@@ -12,8 +12,8 @@ from torch.distributions import constraints
 from pyro_em import ExactPosteriorEM
 from pyro_em.errors import ModelError
 
-_X = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2.0
-_SHIFT = 0.1 * torch.arange(40.0)
+_X = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2.0
+_SHIFT = 0.1 * torch.arange(40.0, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_em import DataError, ExactPosteriorEM, Posterior
-from pyro_em.posteriors import posterior as posterior_module
+from pyro_em.posteriors import discrete_faces
 from pyro_em.posteriors.enumeration import contraction_of, run_contraction
 from pyro_em.posteriors.steps import best_path, step_cells, steps_of
 from pyro_em.posteriors.viterbi import viterbi
@@ -130,7 +130,7 @@ def by_contraction(q: Posterior) -> tuple[float, list[Tensor], dict[str, Tensor]
     """Evidence, cells and mode, one latent after the other."""
     e_step = run_contraction(q.graph, contraction_of(q.graph), q.tables)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(posterior_module, "best_path", lambda *_: None)
+        patch.setattr(discrete_faces, "best_path", lambda *_: None)
         mode = q.mode()
     return float(e_step.log_evidence), e_step.cells, mode
 
