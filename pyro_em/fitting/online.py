@@ -222,15 +222,15 @@ def online_run(
             return 0.0
         values = theta.values(place.at)
         at = theta.enter(values)  # as the part does
-        own = part.expectation(values)
-        with torch.inference_mode():
-            entering = own.log_evidence * total / part.rows + theta.log_prior(at)
-            stands_for_all = sums.with_chunk(own, at, place.number, part.rows)
-            try:
+        try:
+            own = part.expectation(values)
+            with torch.inference_mode():
+                entering = own.log_evidence * total / part.rows + theta.log_prior(at)
+                stands_for_all = sums.with_chunk(own, at, place.number, part.rows)
                 place.at, gain = theta.m_step(at, stands_for_all)
-            except (Handover, torch.linalg.LinAlgError):
-                run.status, run.message = EMStatus.DEGENERATE, NO_STEP
-                return 0.0
+        except (Handover, torch.linalg.LinAlgError):
+            run.status, run.message = EMStatus.DEGENERATE, NO_STEP
+            return 0.0
         run.entering.append(entering)
         run.after.append(entering + gain)
         place.number += 1

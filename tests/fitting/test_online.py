@@ -15,7 +15,15 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import Chunks, DegenerateError, ExactPosteriorEM, MonteCarlo, StepSize, UsageError
+from pyro_em import (
+    Chunks,
+    DataError,
+    DegenerateError,
+    ExactPosteriorEM,
+    MonteCarlo,
+    StepSize,
+    UsageError,
+)
 from tests.data_sets import faithful
 
 _random = np.random.default_rng(5)
@@ -245,6 +253,22 @@ def test_a_step_without_a_solution_is_said() -> None:
     with pytest.raises(DegenerateError, match="has no solution"):
         ExactPosteriorEM(far_away).fit(chunks, online=StepSize(), progress=False)
     assert pyro.param("m").tolist() == [0.0, 1e4]
+
+
+def test_a_symbol_that_earlier_chunks_lack_is_named_with_its_row() -> None:
+    def symbols(x: Tensor) -> None:
+        p = pyro.param("p", torch.ones(2, 3) / 3, constraint=constraints.simplex)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(0.4)).long()
+            pyro.sample("x", dist.Categorical(p[z]), obs=x)
+
+    pyro.clear_param_store()
+    chunks = Chunks(torch.tensor([0, 1, 1, 0, 1, 0, 0, 2, 1]), rows=3)
+    with (
+        pytest.warns(match="has no solution"),
+        pytest.raises(DataError, match=r"impossible.*row 7 of all data"),
+    ):
+        ExactPosteriorEM(symbols).fit(chunks, online=StepSize(), progress=False)
 
 
 def test_chains_are_rows_too() -> None:
