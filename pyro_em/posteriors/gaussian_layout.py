@@ -176,6 +176,7 @@ class BlockLayout:
             ValueError: If a site reads what is no latent before it, or an element that is not there.
 
         Example:
+            >>> from pyro_em.posteriors.site_forms import Term
             >>> group = SiteForm("group", rows=2, width=1, is_latent=True)
             >>> read = Term(0, torch.tensor([0, 0, 1]))
             >>> data = SiteForm("data", rows=3, width=1, is_latent=False, terms=(read,))

@@ -413,7 +413,7 @@ def solve(layout: BlockLayout, numbers: Sequence[SiteNumbers]) -> GaussianSoluti
         ValueError: If the numbers of a site do not fit its form.
 
     Example:
-        >>> from pyro_em.posteriors.gaussian_layout import SiteForm, Term
+        >>> from pyro_em.posteriors.site_forms import SiteForm, Term
         >>> term = Term(0, torch.zeros(2, dtype=torch.long))
         >>> sites = SiteForm("mean", 1, 1, is_latent=True), SiteForm("x", 2, 1, False, (term,))
         >>> one = torch.ones(1, 1, 1)

@@ -86,7 +86,7 @@ def state_form(sites: Sequence[SiteForm]) -> StateForm | None:
         sites: In topological order.
 
     Example:
-        >>> from pyro_em.posteriors.gaussian_layout import Term
+        >>> from pyro_em.posteriors.site_forms import Term
         >>> one = torch.zeros(1, dtype=torch.long)
         >>> sites = []
         >>> for t in range(10):
