@@ -139,7 +139,7 @@ def errors_of_shards() -> dict[str, Any]:
 def errors(name: str, x: Tensor, **how: Any) -> dict[str, Tensor]:
     pyro.clear_param_store()
     em = ExactPosteriorEM(EXACT[name], GUIDES.get(name))
-    result = em.fit(x, max_steps=20, progress=False, **how)
+    result = em.fit(x, max_steps=8, progress=False, **how)
     return dict(result.standard_errors())
 
 
