@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 from collections.abc import Iterator
 
 # One thread for every library, and for the processes that tests start: two workers with two
@@ -21,7 +22,11 @@ gc.disable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load Hypothesis and its settings, where tests are run and not only handed out."""
+    """Load Hypothesis and its settings, where tests are run and not only handed out.
+
+    A process that was started in the background ignores interrupts, and tests raise some.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         from hypothesis import settings
 
