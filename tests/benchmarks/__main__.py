@@ -17,7 +17,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from tests.benchmarks import calls, chunks, growth, network
+from tests.benchmarks import calls, chunks, growth, network, processes
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.timing import Case, Row, measure
 
@@ -155,6 +155,7 @@ def main() -> None:
         lines += planning()
         lines += memory()
         lines += chunks.table()
+        lines += processes.table()
         lines += ["", "![Time and memory as the work grows](growth.png)"]
     text = "\n".join(
         [
