@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from pyro_em.errors import PyroEMError, UsageError, message, of_rows
 from pyro_em.fitting.preconditions import refuse_a_guide
@@ -12,9 +16,12 @@ from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
 from pyro_em.fitting.session import Session
 from pyro_em.plan.over_all import require_partable
 from pyro_em.plan.part import Part
+from pyro_em.plan.program import Program
 from pyro_em.sources.chunks import Chunks
 
 HOW = "in chunks"
+
+_FEW = 4  # chunks of a single row that are looked at together
 
 T = TypeVar("T")
 
@@ -40,8 +47,34 @@ def parts_of(
             program = refuse_a_guide(found, method, _OF_CHUNKS)
             require_partable(program, HOW)
             if not chunk.begin:
-                refuse_rows_that_see_others(session.planner, program, HOW, len(chunk.args))
+                beside = with_rows_beside(session, program, chunks, rest, kwargs)
+                refuse_rows_that_see_others(session.planner, beside, HOW, len(chunk.args))
         yield Part(program, not chunk.begin, chunk.begin)
+
+
+def with_rows_beside(
+    session: Session, program: Program, chunks: Chunks, rest: tuple, kwargs: dict[str, Any]
+) -> Program:
+    """A program with rows to compare: that of the first chunks together where one has a single row.
+
+    Args:
+        session: Reads the model.
+        program: The model with the first chunk.
+        chunks: The data.
+        rest: The model's other positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    first = program.args[: len(program.args) - len(rest)]
+    if not all(isinstance(a, Tensor) and len(a) == 1 for a in first):
+        return program
+    few = [chunk.args for chunk in islice(chunks.read(), _FEW)]
+    together = tuple(torch.cat(rows) for rows in zip(*few, strict=True))
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            found = session.planner.look((*together, *rest), kwargs, look_only=True)
+        except PyroEMError:  # what is wrong with a later chunk is said when it is read
+            return program
+    return found if isinstance(found, Program) else program
 
 
 def answers(ask: Callable[[tuple], T], chunks: Chunks, rest: tuple) -> Generator[T, None, None]:

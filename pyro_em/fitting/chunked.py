@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.chunk_by_chunk import HOW, at_rows
+from pyro_em.fitting.chunk_by_chunk import HOW, at_rows, with_rows_beside
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.progress import bar_of_rows
 from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
@@ -64,7 +64,8 @@ def chunked(
     """
     passes = Passes(session, chunks, rest, kwargs, progress=progress)
     require_partable(lead, HOW)
-    refuse_rows_that_see_others(session.planner, lead, HOW, len(lead.args) - len(rest))
+    beside = with_rows_beside(session, lead, chunks, rest, kwargs)
+    refuse_rows_that_see_others(session.planner, beside, HOW, len(lead.args) - len(rest))
     data = Parted.of(OverParts(passes), Part(noted(lead)), HOW)
     if data.is_quick:
         passes.all_data = data.all_data

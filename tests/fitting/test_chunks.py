@@ -416,6 +416,16 @@ def test_models_that_see_which_rows_are_together_are_refused(model: Any) -> None
     em.fit(_X, max_steps=1, tol=0.0, progress=False)
 
 
+@pytest.mark.parametrize("model", [centred, weighed_by_number])
+def test_chunks_of_one_row_are_looked_at_together(model: Any) -> None:
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(model)
+    with pytest.raises(UsageError, match=r"depends on the rows beside"):
+        em.fit(Chunks(_X, rows=1), max_steps=1, progress=False)
+    with pytest.raises(UsageError, match=r"depends on the rows beside"):
+        em.score(Chunks(_X, rows=1))
+
+
 def test_a_budget_does_not_part_what_sees_all_rows() -> None:
     x = torch.cat([_X.repeat(100) - 3, _X.repeat(100) + 3])
     for model, serves in ((mixture, True), (centred, False)):
