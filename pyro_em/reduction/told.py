@@ -76,7 +76,7 @@ def answering(call: str) -> Iterator[None]:
                 [
                     "look at what the other processes printed: one of them ended first",
                     "start all again: with a checkpoint the fit goes on where it was, and "
-                    "torchrun --max-restarts=3 does so by itself",
+                    "torchrun --max-restarts=3 may do so by itself",
                     "allow more time, if one process has more to do: "
                     "init_process_group(..., timeout=timedelta(hours=1))",
                 ],
