@@ -13,7 +13,7 @@ from pyro_em.fitting.em_map import write
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, Point, SumsPoint, Values
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.plan.part import Before, Summary
+from pyro_em.plan.part import Made, Summary
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.seen_as import SeenAs
@@ -50,7 +50,7 @@ class ByParts:
         """See `pyro_em.fitting.em_map.EMMap.m_step`; the values are in the param store."""
         assert isinstance(point, PartsPoint)
         self._updated(point)
-        found = self.data.over.sum(lambda part: part.summary(point.before.index, point.before))
+        found = self.data.over.sum(lambda part: part.summary(point.made.index, point.made))
         return values_of(self.program.graph.parameters), found.after_m_step
 
     def step(
@@ -64,7 +64,7 @@ class ByParts:
             report = self._updated(point)
             if confirm is not None:
                 confirm()
-            found = self.data.over.sum(lambda part: part.summary(index + 1, point.before))
+            found = self.data.over.sum(lambda part: part.summary(index + 1, point.made))
         except BaseException:
             restore(parameters, origin)
             raise
@@ -96,11 +96,11 @@ class ByParts:
 
     def _point(self, found: Summary, index: int) -> PartsPoint:
         parameters = self.program.graph.parameters
-        before = Before(snapshot(parameters), index)
-        return PartsPoint(values_of(parameters), before, found, self.data.how)
+        made = Made(snapshot(parameters), index)
+        return PartsPoint(values_of(parameters), made, found, self.data.how)
 
     def _updated(self, point: PartsPoint) -> MStepReport:
-        parts = SeenAs(self.data.over, lambda part: part.data_sums(point.before, self.state))
+        parts = SeenAs(self.data.over, lambda part: part.data_sums(point.made, self.state))
         graph = for_updates(self.program.graph)
         with self.program.searching():
             report = m_step_over(lambda: parts, graph, self.program.updates, self.state)

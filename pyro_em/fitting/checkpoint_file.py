@@ -19,7 +19,7 @@ import torch
 
 from pyro_em.errors import FileError, UsageError, message, warn
 from pyro_em.reduction.reduction import Reduction, Whole
-from pyro_em.tracing.checkpoint import checksum, damage_of
+from pyro_em.tracing.checkpoint import checksum, content_of, damage_of
 from pyro_em.tracing.files import check_writable, read_whole, write_whole
 
 FORMAT = "pyro_em checkpoint 1"
@@ -125,16 +125,7 @@ class CheckpointFile:
         """All of a file, read back from memory once."""
         whole = {"format": FORMAT, "versions": versions(), **state}
         whole["checksum"] = checksum(whole)
-        content = io.BytesIO()
-        problem = ""
-        try:
-            torch.save(whole, content)
-            if not self._has_read_back:
-                content.seek(0)
-                back = torch.load(content, map_location="cpu", weights_only=True)
-                problem = "" if checksum(back) == whole["checksum"] else "it reads back otherwise"
-        except Exception as error:  # whatever the objects of an optimiser say
-            problem = str(error).partition("\n")[0]
+        content, problem = content_of(whole, reads_back=not self._has_read_back)
         if problem:
             raise UsageError(
                 message(
@@ -145,7 +136,7 @@ class CheckpointFile:
                 )
             )
         self._has_read_back = True
-        return content.getvalue()
+        return content
 
     def read(self) -> dict[str, Any] | None:
         """What was written, on all processes; None if there is no file.

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import message, warn
-from pyro_em.fitting.point import Made, PartsPoint, Point, SumsPoint, TracedPoint, Values
+from pyro_em.fitting.point import PartsPoint, Point, SumsPoint, TracedPoint, Values
 from pyro_em.plan.evaluation import Evaluation
+from pyro_em.plan.part import Made
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot, values_of, write_unconstrained
 from pyro_em.tracing.randomness import random_state

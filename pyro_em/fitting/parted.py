@@ -36,11 +36,10 @@ class Parted:
 
     Attributes:
         over: The parts.
-        lead: The program of the part at hand, which knows what is known of all data.
+        part: The part at hand, which knows what is known of all data.
         all_data: What is known of all.
         how: How the data are parted, in words: ``in chunks``.
         is_quick: Whether steps on sums serve.
-        lead_part: The part at hand.
         is_at_hand: Whether each process has one part, which it keeps.
         is_known: Whether the part at hand knows all sums that these steps need, so that no other is
             visited.
@@ -48,14 +47,18 @@ class Parted:
     """
 
     over: Reduction[Part]
-    lead: Program
+    part: Part
     all_data: AllData
     how: str
     is_quick: bool
-    lead_part: Part
     is_at_hand: bool = False
     is_known: bool = False
     has_others: bool = False
+
+    @property
+    def lead(self) -> Program:
+        """The program of the part at hand."""
+        return self.part.program
 
     @classmethod
     def of(cls, over: Reduction[Part], lead: Part, how: str, is_at_hand: bool = False) -> Parted:
@@ -85,7 +88,7 @@ class Parted:
         quick = all(able for able, _, _ in each) and len({own for _, own, _ in each}) == 1
         known = all(own for _, _, own in each)
         others = len(each) > 1
-        return cls(parts, program, all_data, how, quick or known, lead, is_at_hand, known, others)
+        return cls(parts, lead, all_data, how, quick or known, is_at_hand, known, others)
 
     def begin(self, write: Callable[[], None], generator: torch.Generator) -> None:
         """Let the first process write the parameters of a start, and give them to all.
@@ -115,7 +118,7 @@ class Parted:
         graph = for_updates(evaluation.graph)
 
         def parts() -> Reduction[DataSums]:
-            sums = cache(lambda: self.lead_part.given_sums(counts, evaluation, state))
+            sums = cache(lambda: self.part.given_sums(counts, evaluation, state))
             return SeenAs(self.over, lambda part: sums())
 
         m_step_over(parts, graph, self.lead.updates, state, expand=False)
@@ -127,13 +130,12 @@ class Parted:
 
     def distrusted(self, off: Disagreement) -> Parted:
         """The same with programs that run the model at each step."""
-        lead = distrusted(self.lead, off)
 
         def to(part: Part) -> Part:
             return replace(part, program=distrusted(part.program, off), is_kept=False)
 
         parts = SeenAs(self.over, to)
-        return replace(self, over=parts, lead=lead, is_quick=False)
+        return replace(self, over=parts, part=to(self.part), is_quick=False)
 
     def refuse_changes(self) -> None:
         """Data that are parted are read once.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.plan.part import Before, Summary
+from pyro_em.plan.part import Made, Summary
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.quick import QuickSteps
@@ -39,21 +38,6 @@ class Point:
     objective: float
     log_evidence: float | None
     noise: float = 0.0
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What an E-step through tables was made from, so that it can be made again to the last bit.
-
-    Attributes:
-        unconstrained: The parameters in the param store.
-        index: The number of the step.
-        random: The random states, where the E-step may draw.
-    """
-
-    unconstrained: Mapping[str, Tensor]
-    index: int
-    random: Any = None
 
 
 class TracedPoint(Point):
@@ -151,16 +135,15 @@ class PartsPoint(Point):
 
     Args:
         values: Constrained parameter values by name.
-        before: The parameters as they are in the param store, for another look at a part.
+        made: What the E-step was made from, for another look at a part.
         summary: What the E-step says.
         how: How the data are parted, in words.
     """
 
-    def __init__(self, values: Values, before: Before, summary: Summary, how: str) -> None:
-        self.values, self.before, self.how = values, before, how
+    def __init__(self, values: Values, made: Made, summary: Summary, how: str) -> None:
+        self.values, self.made, self.how = values, made, how
         self.objective, self.log_evidence = summary.bound, summary.log_evidence
         self.log_prior = summary.bound - summary.log_evidence
-        self.made = Made(before.unconstrained, before.index)
         self.massless = {}
 
     @property

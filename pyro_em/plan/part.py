@@ -51,16 +51,18 @@ class Summary:
 
 
 @dataclass(frozen=True, eq=False)
-class Before:
-    """Where an E-step was made.
+class Made:
+    """What an E-step through tables was made from, so that it can be made again to the last bit.
 
     Attributes:
-        unconstrained: Parameter values by name.
+        unconstrained: The parameters in the param store.
         index: The number of the step.
+        random: The random states, where the E-step may draw.
     """
 
     unconstrained: Unconstrained
     index: int
+    random: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,7 @@ class Part:
         other = [g for g in self.left_out(evaluation.graph) if groups[g].role is not Role.POINT]
         return q.log_evidence - sum(float(dot(q.counts[g], evaluation.tables[g])) for g in other)
 
-    def summary(self, index: int, before: Before | None = None) -> Summary:
+    def summary(self, index: int, before: Made | None = None) -> Summary:
         """The E-step through tables at the parameters in the param store.
 
         Args:
@@ -165,7 +167,7 @@ class Part:
             evidence -= 0.0 if evaluation.graph.groups[g].role is Role.POINT else own
         return Summary(bound, evidence, after)
 
-    def data_sums(self, at: Before, state: MStepState) -> DataSums:
+    def data_sums(self, at: Made, state: MStepState) -> DataSums:
         """What an M-step asks of this part.
 
         Args:
@@ -190,7 +192,7 @@ class Part:
         """
         return self.program.data_sums(self._counted(evaluation.graph, counts), evaluation, state)
 
-    def _e_step_at(self, at: Before) -> tuple[Evaluation, Posterior]:
+    def _e_step_at(self, at: Made) -> tuple[Evaluation, Posterior]:
         known = self._remembered.get("E-step")
         if known is not None and known[0] is at:
             return known[1], known[2]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pyro_em.reduction.reduction import Reduction
+from pyro_em.reduction.reduction import OneProcess
 from pyro_em.reduction.trees import added, larger
 
 P = TypeVar("P", covariant=True)
@@ -15,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class OverParts(Reduction[P]):
+class OverParts(OneProcess[P]):
     """Goes through parts that are made one after the other, and anew in each pass.
 
     Attributes:
@@ -45,22 +44,6 @@ class OverParts(Reduction[P]):
     def any(self, of: Callable[[P], bool]) -> bool:
         """See `Reduction.any`."""
         return sum(of(part) for part in self.parts()) > 0
-
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """See `Reduction.from_first`."""
-        return make()
-
-    def alike(self, value: T) -> T:
-        """See `Reduction.alike`."""
-        return value
-
-    def gathered(self, make: Callable[[], Any]) -> list[Any]:
-        """See `Reduction.gathered`."""
-        return [make()]
-
-    def together(self) -> AbstractContextManager[None]:
-        """See `Reduction.together`."""
-        return nullcontext()
 
     def _folded(self, of: Callable[[P], T], both: Callable[[T, T], T]) -> T:
         total: T | None = None

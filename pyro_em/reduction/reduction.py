@@ -59,8 +59,28 @@ class Reduction(Protocol[P]):
         ...
 
 
+class OneProcess(Reduction[P]):
+    """What a reduction of one process says of all processes."""
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """See `Reduction.from_first`."""
+        return make()
+
+    def alike(self, value: T) -> T:
+        """See `Reduction.alike`."""
+        return value
+
+    def gathered(self, make: Callable[[], Any]) -> list[Any]:
+        """See `Reduction.gathered`."""
+        return [make()]
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Reduction.together`."""
+        return nullcontext()
+
+
 @dataclass(frozen=True, eq=False)
-class Whole(Reduction[P]):
+class Whole(OneProcess[P]):
     """All data in one part, at hand.
 
     Attributes:
@@ -85,19 +105,3 @@ class Whole(Reduction[P]):
     def any(self, of: Callable[[P], bool]) -> bool:
         """See `Reduction.any`."""
         return of(self.part)
-
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """See `Reduction.from_first`."""
-        return make()
-
-    def alike(self, value: T) -> T:
-        """See `Reduction.alike`."""
-        return value
-
-    def gathered(self, make: Callable[[], Any]) -> list[Any]:
-        """See `Reduction.gathered`."""
-        return [make()]
-
-    def together(self) -> AbstractContextManager[None]:
-        """See `Reduction.together`."""
-        return nullcontext()

@@ -78,14 +78,7 @@ def write(path: str | Path, state: Mapping[str, Any]) -> None:
         UsageError: If the state of an optimiser holds what no file of tensors can hold.
         FileError: If the file cannot be written.
     """
-    content = io.BytesIO()
-    try:
-        torch.save(dict(state), content)
-        content.seek(0)
-        back = torch.load(content, map_location="cpu", weights_only=True)
-        problem = "" if checksum(back) == state["checksum"] else "it reads back as something else"
-    except Exception as error:  # whatever the objects of an optimiser say
-        problem = str(error).partition("\n")[0]
+    content, problem = content_of(state)
     if problem:
         raise UsageError(
             message(
@@ -96,7 +89,27 @@ def write(path: str | Path, state: Mapping[str, Any]) -> None:
                 ["use an optimiser and schedulers of torch or Pyro whose state is such"],
             )
         )
-    write_whole(path, content.getvalue())
+    write_whole(path, content)
+
+
+def content_of(state: Mapping[str, Any], *, reads_back: bool = True) -> tuple[bytes, str]:
+    """The bytes of a file, and why they cannot serve, in words, or nothing.
+
+    Args:
+        state: What the file holds, with its checksum.
+        reads_back: Whether the bytes are read once and compared.
+    """
+    content = io.BytesIO()
+    try:
+        torch.save(dict(state), content)
+        if reads_back:
+            content.seek(0)
+            back = torch.load(content, map_location="cpu", weights_only=True)
+            if checksum(back) != state["checksum"]:
+                return b"", "it reads back as something else"
+    except Exception as error:  # whatever the objects of an optimiser say
+        return b"", str(error).partition("\n")[0]
+    return content.getvalue(), ""
 
 
 def checksum(state: Mapping[str, Any]) -> str:
