@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.errors import ModelError, UsageError
-from pyro_em.fitting.result import EMResult
+from pyro_em.fitting.result import EMResult, EMStatus
 
 _N = 24
 _generator = torch.Generator().manual_seed(0)
@@ -324,6 +324,26 @@ def test_magnitudes_and_centres_are_those_of_all_data() -> None:
     far = torch.cat([1e3 + _X[:4], _X[4:] * 1e-3])
     a = _fit("mixture", Chunks(far, rows=4), steps=2)
     _agree(a, _fit("mixture", far, steps=2), after_m_step=False)
+
+
+@pytest.mark.filterwarnings("ignore::pyro_em.PyroEMWarning")
+def test_a_spread_collapses_beside_the_size_of_all_data() -> None:
+    # A deviation of 1e-10 is clear beside the first chunk, and rounding beside data of a million.
+    data = torch.cat([1e-10 * _X[:8].sign(), 1e6 * (1 + 0.1 * _X[8:])])
+
+    def model(x: Tensor) -> None:
+        m = pyro.param("m", torch.tensor([0.0, 1e6]))
+        s = _positive("s", 10.0, 1e5)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.Normal(m[z], s[z]), obs=x)
+
+    ends = []
+    for given in (data, Chunks(data, rows=8)):
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(model).fit(given, max_steps=3, tol=0.0, progress=False)
+        ends.append((result.status, result.message))
+    assert ends[0] == ends[1] and ends[0][0] is EMStatus.DEGENERATE
 
 
 def test_a_callback_sees_parameters_and_the_bound() -> None:
