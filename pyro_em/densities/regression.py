@@ -22,7 +22,7 @@ from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import Binding, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.least_squares import designs_of
+from pyro_em.updates.designs import designs_of
 from pyro_em.updates.pseudo_inverse import pseudo_solve
 from pyro_em.updates.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate

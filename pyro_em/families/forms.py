@@ -243,6 +243,7 @@ class MeanVector(Form):
 
     event_dim = 1
     is_location = True
+    is_regressed = True
     is_average = True
 
     def solve(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,8 @@ def scatter(weights: Tensor, d: Tensor, keep: tuple[bool, ...]) -> Statistics:
     return {"deviation": first, "square": second.reshape(*shape, *second.shape[-2:])}
 
 
-def _precision_matrix(arguments: Arguments) -> Tensor:
+def precision_matrix(arguments: Arguments) -> Tensor:
+    """Λ, whichever spread is given. # (*batch, D, D)"""
     if "precision_matrix" in arguments:
         return arguments["precision_matrix"]
     if "scale_tril" in arguments:
@@ -91,7 +92,7 @@ def _precision_matrix(arguments: Arguments) -> Tensor:
 
 def mean_vector(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
     """Λ Σ w x and Λ Σ w: the rule of a mean vector."""
-    precision = _precision_matrix(arguments)
+    precision = precision_matrix(arguments)
     weight = stats["weight"].unsqueeze(-1)
     total = stats["deviation"] + weight * stats["reference:loc"]
     return (precision @ total.unsqueeze(-1)).squeeze(-1), precision * weight.unsqueeze(-1)

@@ -389,7 +389,7 @@ class FactorLayout:
 
 def may_be_affine(family: Family, argument: str) -> bool:
     """Whether an argument that is affine in parameters has an update: least squares."""
-    return argument == "loc" and family.name in ("Normal", "LogNormal")
+    return argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal")
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

@@ -25,6 +25,12 @@ from pyro_em.updates.least_squares import Equations, equations_of, least_squares
 from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
 from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
+from pyro_em.updates.vector_lines import (
+    is_vector,
+    residual_statistics,
+    scatter_statistics,
+    zero_location,
+)
 
 Evaluate = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
@@ -141,10 +147,15 @@ class DataSums:
         needed = groups_reached(graph, exact)
         self.needed = [g for g in needed if graph.groups[g].family is not None]
         # Those of sites that read Gaussian latents change with each update: taken when needed.
-        plain = [g for g in self.needed if graph.groups[g].belief is None]
+        lined = [g for g in self.needed if self._is_lined(g)]
+        plain = [g for g in self.needed if graph.groups[g].belief is None and g not in lined]
         collected = expected_statistics(graph, counts, arguments, plain)
         self._statistics: dict[int, Statistics] = {g: collected.of(g) for g in plain}
-        self.stale = set(self.needed) - set(plain)
+        # Of vectors about a line no squares are kept for every row: they follow the line.
+        for g in lined:
+            self._statistics[g] = residual_statistics(graph.groups[g], counts[g], arguments[g])
+        self.lined = frozenset(lined)
+        self.stale = set(self.needed) - set(plain) - self.lined
         self._followed = 0
 
     # ------------------------------------------------------------------ following
@@ -187,18 +198,31 @@ class DataSums:
 
     # ------------------------------------------------------------------ asking
 
+    def _is_lined(self, g: int) -> bool:
+        """Whether the means of a group are vectors that least squares solves for."""
+        group = self.graph.groups[g]
+        if not is_vector(group):
+            return False
+        return any(isinstance(self.updates[p].update, LeastSquares) for p in group.mean_params)
+
+    def _of_uses(
+        self, update: ParameterUpdate
+    ) -> tuple[dict[int, Statistics], list[dict[str, Tensor]]]:
+        """Statistics of the groups that a closed form reads, and the arguments that belong to them."""
+        groups = {u.group for u in update.uses}
+        statistics, arguments = dict(self._taken(groups)), list(self.arguments)
+        for g in groups & self.lined:
+            own = self.arguments[g]
+            statistics[g] = scatter_statistics(self.graph.groups[g], self.counts[g], own)
+            arguments[g] = {**own, "loc": zero_location(own)}
+        return statistics, arguments
+
     def solved(self, name: str, blend: Blend | None = None) -> tuple[Tensor, list[int]]:
         """The maximiser in one parameter, where this part is all of the data; see `closed_form`."""
         update = self.updates[name]
-        return closed_form(
-            update,
-            self.graph,
-            self._taken(u.group for u in update.uses),
-            self.arguments,
-            self.counts,
-            self.values[name],
-            blend,
-        )
+        statistics, arguments = self._of_uses(update)
+        value = self.values[name]
+        return closed_form(update, self.graph, statistics, arguments, self.counts, value, blend)
 
     def regressed(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
         """The maximisers of a block, where this part is all of the data; see `least_squares`."""
@@ -215,8 +239,8 @@ class DataSums:
     def closed(self, name: str) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of one closed form, on the parameter's events."""
         update, value = self.updates[name], self.values[name]
-        statistics = self._taken(u.group for u in update.uses)
-        return solver_of(update, self.graph, value).sums(statistics, self.arguments, value)
+        statistics, arguments = self._of_uses(update)
+        return solver_of(update, self.graph, value).sums(statistics, arguments, value)
 
     def equations(self, block: Sequence[str], expansions: Sequence[Expansion]) -> Equations:
         """The normal equations of a block of coefficients."""

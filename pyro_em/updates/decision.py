@@ -80,9 +80,22 @@ def decide_updates(
     return decided
 
 
-def _is_line(binding: Binding) -> bool:
-    """Whether a selection is linear in its parameters: no map changes them."""
-    return not any(s.maps for s in binding.selections)
+def _is_regressed(graph: FactorGraph, g: int, argument: str, binding: Binding, name: str) -> bool:
+    """Whether a parameter is a coefficient in an argument, for least squares.
+
+    A selection is linear where no map changes its parameters. It is solved for as a coefficient where
+    it is one part of a mean among others, or no closed form fits its elements.
+    """
+    group = graph.groups[g]
+    if binding.how == "affine":
+        return True
+    if any(s.maps for s in binding.selections):
+        return False
+    rule = None if group.family is None else group.family.rules.get(argument)
+    is_vector = rule is not None and rule.kind.event_dim == 1 and rule.kind.form.is_regressed
+    return argument in group.lines or (
+        is_vector and _as_use(graph, g, argument, binding, name)[0] is None
+    )
 
 
 def _is_plain_mean(update: ParameterUpdate) -> bool:
@@ -142,7 +155,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
             elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
-            elif binding.how == "affine" or (argument in group.lines and _is_line(binding)):
+            elif _is_regressed(graph, g, argument, binding, name):
                 affine = True
                 if not is_real(constraint):
                     weakest = weakest or f"its constraint {constraint} bounds {where}"

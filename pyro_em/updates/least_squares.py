@@ -2,7 +2,8 @@
 
     δ = (Σ_cells w/σ² J Jᵀ)⁺ Σ_cells (w/σ²) J (x̄ − loc),    θ ← θ + δ,
 
-for all parameters of one argument at once. The pseudo-inverse leaves directions that the data do
+for all parameters of one argument at once; of a multivariate Normal (`vector_lines`) with its precision
+matrix in place of 1/σ². The pseudo-inverse leaves directions that the data do
 not identify where they are.
 """
 
@@ -10,22 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from pyro_em.families.family import Statistics
-from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.designs import designs_of
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_lines import normal_equations
 from pyro_em.updates.pseudo_inverse import pseudo_solve
 from pyro_em.updates.scatter import sum_to
 from pyro_em.updates.separate_lines import separate_step
 from pyro_em.updates.update import ParameterUpdate
-
-_MANY_CELLS = 256
+from pyro_em.updates.vector_lines import is_vector, vector_equations
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +105,13 @@ def equations_of(
             continue
         binding = group.bindings["loc"]
         stats = statistics[g]
+        if is_vector(group):
+            own_gram, own_moment = vector_equations(
+                binding, block, stats, arguments[g], values, 1 + group.n_plates
+            )
+            gram = own_gram if gram is None else gram + own_gram
+            moment = own_moment if moment is None else moment + own_moment
+            continue
         scale = arguments[g]["scale"].detach()
         loc = arguments[g]["loc"].detach()
         precision = scale**-2
@@ -198,58 +204,3 @@ class LineSolver:
         """
         new = least_squares(self.block, self.graph, statistics, arguments, values, self.updates)
         return {name: value.to(values[name].dtype) for name, value in new.items()}
-
-
-Designs = list[tuple[Tensor, Tensor]]
-
-
-_known: WeakKeyDictionary[Binding, tuple[tuple[str, ...], Designs]] = WeakKeyDictionary()
-
-
-def designs_of(
-    binding: Binding, block: Sequence[str], values: Mapping[str, Tensor], lead: int
-) -> Designs:
-    """∂loc/∂θ for each cell behind the rows (a component, a feature): its columns that are not zero.
-
-    A component's line does not depend on another's slope: most of the whole matrix would be zeros.
-    It is the same at every step, and so computed once for each binding.
-
-    Args:
-        binding: An affine binding, or selections.
-        block: Parameters whose elements are the columns.
-        values: Their values, for sizes.
-        lead: How many dimensions are rows: members and plates.
-
-    Returns:
-        Per cell the columns, and the matrix. # (columns,), (rows, columns)
-    """
-    known = _known.get(binding)
-    if known is not None and known[0] == tuple(block):
-        return known[1]
-    whole = torch.cat([_design(binding, p, values[p]) for p in block], -1)
-    rows = whole.shape[:lead].numel()
-    whole = whole.reshape(rows, -1, whole.shape[-1])
-    if whole.shape[1] > _MANY_CELLS:
-        every = torch.arange(whole.shape[-1], device=whole.device)
-        out = [(every, whole[:, k]) for k in range(whole.shape[1])]
-    else:
-        out = []
-        for k in range(whole.shape[1]):
-            columns = (whole[:, k] != 0).any(0).nonzero().reshape(-1)
-            out.append((columns, whole[:, k, columns].contiguous()))
-    _known[binding] = (tuple(block), out)
-    return out
-
-
-def _design(binding: Binding, name: str, value: Tensor) -> Tensor:
-    """∂loc/∂θ. # (*cells, parameter.numel())"""
-    if binding.jacobians is not None and name in binding.jacobians:
-        return binding.jacobians[name]
-    for part in binding.selections:
-        if part.param == name:
-            eye = torch.eye(
-                value.numel() + 1, value.numel(), dtype=value.dtype, device=value.device
-            )
-            rows = eye[torch.where(part.index >= 0, part.index, value.numel())]
-            return rows if part.factor is None else rows * part.factor.unsqueeze(-1)
-    return value.new_zeros(*binding.constant.shape, value.numel())
