@@ -6,7 +6,7 @@ copies become one, and expected counts are summed over the steps before anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,9 +40,34 @@ def collapsed_updates(
         uses = []
         for use in update.uses:
             parts = graph.groups[use.group].bindings[use.argument].selections
-            (selection,) = [s for s in parts if s.param == name]
-            uses.append(replace(use, selection=selection))
+            # Of a group that was taken apart some members may read other parameters.
+            uses += [replace(use, selection=s) for s in parts if s.param == name]
         out[name] = replace(update, uses=tuple(uses))
+    return out
+
+
+def placed(
+    updates: Mapping[str, ParameterUpdate], places: Mapping[int, Sequence[int]]
+) -> dict[str, ParameterUpdate]:
+    """Updates whose uses and priors have other numbers of groups, some of them several.
+
+    Args:
+        updates: As decided for a graph.
+        places: For each of its groups the numbers of those that are made of it.
+    """
+    out = {}
+    for name, update in updates.items():
+        uses = [replace(u, group=g) for u in update.uses for g in places.get(u.group, ())]
+        priors = [replace(p, group=g) for p in update.priors for g in places.get(p.group, ())]
+        out[name] = replace(update, uses=tuple(uses), priors=tuple(priors))
+    return out
+
+
+def places_of(origin: Sequence[int]) -> dict[int, list[int]]:
+    """For each group the numbers of those that were made of it, from what each was made of."""
+    out: dict[int, list[int]] = {}
+    for k, g in enumerate(origin):
+        out.setdefault(g, []).append(k)
     return out
 
 

@@ -66,7 +66,7 @@ class Parting:
             members.setdefault(g, []).append(i)
         groups = [self.graph.groups[g] for g in members]
         taken = [
-            group if len(own) == len(group.members) else _of_members(group, own)
+            group if len(own) == len(group.members) else of_members(group, own)
             for group, own in zip(groups, members.values(), strict=True)
         ]
         kept = {name: self.graph.latents[name] for name in latents}
@@ -74,7 +74,7 @@ class Parting:
         return GraphPart(graph, tuple(members))
 
 
-def _of_members(group: Group, members: Sequence[int]) -> Group:
+def of_members(group: Group, members: Sequence[int]) -> Group:
     """A group without some of its members; what is the same for all of them is held once."""
     index = torch.tensor(members, device=group.value.device)
 
@@ -91,9 +91,9 @@ def _of_members(group: Group, members: Sequence[int]) -> Group:
         jacobians = binding.jacobians
         if jacobians is not None:
             jacobians = {name: cut(j) for name, j in jacobians.items()}
-        return replace(
-            binding, constant=cut(binding.constant), selections=selections, jacobians=jacobians
-        )
+        constant = cut(binding.constant)
+        cut_one = replace(binding, constant=constant, selections=selections, jacobians=jacobians)
+        return _without_others(cut_one)
 
     value = group.value_binding
     return replace(
@@ -108,4 +108,23 @@ def _of_members(group: Group, members: Sequence[int]) -> Group:
         raw=maybe(group.raw),
         value_binding=None if value is None else bound(value),
         elements=maybe(group.elements),
+    )
+
+
+def _without_others(binding: Binding) -> Binding:
+    """A binding without the parameters that reach other members alone."""
+    if binding.how not in ("selection", "affine") or len(binding.params) < 2:
+        return binding
+    jacobians = dict(binding.jacobians or {})
+    jacobians = {name: j for name, j in jacobians.items() if bool((j != 0).any())}
+    selections = tuple(s for s in binding.selections if bool((s.index >= 0).any()))
+    reached = {*jacobians, *(s.param for s in selections)}
+    params = tuple(p for p in binding.params if p in reached)
+    if not params or len(params) == len(binding.params):
+        return binding
+    return replace(
+        binding,
+        params=params,
+        selections=selections,
+        jacobians=None if binding.jacobians is None else jacobians,
     )

@@ -27,13 +27,14 @@ from pyro_em.posteriors.collapsed import collapsed_rows
 from pyro_em.posteriors.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
+from pyro_em.posteriors.product_rows import ProductRows
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
-BLOCKS: tuple[type[Mixture] | type[Chain], ...] = (Mixture, Chain)
+BLOCKS: tuple[type[Mixture] | type[Chain], ...] = (Mixture, Chain, ProductRows)
 
 CONTRACTION = "contraction"
 
@@ -198,7 +199,8 @@ def _reason(graph: FactorGraph, latents: Sequence[str], said: Sequence[Finding])
     # A chain says more of many latents than a mixture does, and less of one or two.
     if len(said) > 1 and len(latents) > 2 and len(latents) > _most_per_row(graph, latents):
         return said[1].what
-    return said[0].what
+    # Of several latents of a row their product says more than a mixture does.
+    return (said[-1] if len(latents) > 1 else said[0]).what
 
 
 def _most_per_row(graph: FactorGraph, latents: Sequence[str]) -> int:

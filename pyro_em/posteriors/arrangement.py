@@ -13,7 +13,7 @@ from typing import TypeVar
 from pyro_em.densities.density import NormalRows
 from pyro_em.densities.layout import Layout, layout_of
 from pyro_em.densities.theta import At
-from pyro_em.densities.tying import collapsed, collapsed_updates
+from pyro_em.densities.tying import collapsed, collapsed_updates, placed, places_of
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.parting import GraphPart, Parting
@@ -163,17 +163,17 @@ def _tried(
     origins = [*(claim.origin for claim in claims), left.origin, priors.origin]
     firsts = [sum(len(g.groups) for g in graphs[:i]) for i in range(len(graphs))]
     whole = replace(graph, groups=tuple(group for g in graphs for group in g.groups))
-    places: dict[int, list[int]] = {}
-    for first, origin in zip(firsts, origins, strict=True):
-        for k, g in enumerate(origin):
-            places.setdefault(g, []).append(first + k)
-    updates = collapsed_updates(_placed(component.updates, places), whole)
+    places = places_of([g for origin in origins for g in origin])
+    updates = collapsed_updates(placed(component.updates, places), whole)
     eligible: list[int] = []
     sizes: dict[int, int] = {}
     for claim, first in zip(claims, firsts, strict=False):
         eligible += [first + g for g in claim.outline.eligible]
-        own = next(iter(claim.outline.graph.latents.values())).size
-        sizes |= {first + g: own for g in range(len(claim.outline.graph.groups))}
+        own = claim.outline.sizes
+        if own is None:
+            size = next(iter(claim.outline.graph.latents.values())).size
+            own = dict.fromkeys(range(len(claim.outline.graph.groups)), size)
+        sizes |= {first + g: size for g, size in own.items()}
     layout = layout_of(whole, updates, values, eligible, sizes)
     parts: list[Part] = []
     for claim, first in zip(claims, firsts, strict=False):
@@ -234,13 +234,15 @@ def _claim(
     outline = candidate.left[0].outline(own)
     if isinstance(outline, Finding):
         return outline
-    return _Claim(candidate, own, outline, part.origin, with_known)
+    origin = part.origin
+    if outline.origin is not None:
+        origin = tuple(origin[g] for g in outline.origin)
+    return _Claim(candidate, own, outline, origin, with_known)
 
 
 def _component(component: Component, part: GraphPart) -> Component:
     """A part of the graph as a component; what was stacked with others may collapse now."""
-    places = {g: [k] for k, g in enumerate(part.origin)}
-    updates = _placed(component.updates, places)
+    updates = placed(component.updates, places_of(part.origin))
     graph = collapsed(part.graph)
     return Component(graph, updates, component.values, tuple(graph.latents))
 
@@ -251,13 +253,3 @@ def _contracted(rest: Component, first: int) -> Part | None:
     block = Contraction.match(rest)
     assert isinstance(block, Contraction)
     return Part(block, first, len(rest.graph.groups))
-
-
-def _placed(updates: Updates, places: Mapping[int, Sequence[int]]) -> dict[str, ParameterUpdate]:
-    """Updates whose uses and priors have other numbers of groups, some of them several."""
-    out = {}
-    for name, update in updates.items():
-        uses = [replace(u, group=g) for u in update.uses for g in places.get(u.group, ())]
-        priors = [replace(p, group=g) for p in update.priors for g in places.get(p.group, ())]
-        out[name] = replace(update, uses=tuple(uses), priors=tuple(priors))
-    return out

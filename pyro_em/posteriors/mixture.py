@@ -9,7 +9,8 @@ sample weight (``poutine.scale``) counts in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import ClassVar, Self
@@ -24,15 +25,15 @@ from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.densities.with_missing import as_incomplete
 from pyro_em.errors import Finding
-from pyro_em.families.family import Statistics
-from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.per_row import PerRow
+from pyro_em.posteriors.product_states import added, summed
 from pyro_em.posteriors.quick import Outline, QuickBlock
+from pyro_em.posteriors.row_factors import Collected, RowFactors
 from pyro_em.posteriors.rows import (
     Shape,
     distinct,
-    restricted,
     row_weights,
     shape_of_rows,
     varies,
@@ -53,25 +54,20 @@ class Mixture(QuickBlock):
 
     Attributes:
         graph: The collapsed graph; values may hold distinct rows only.
+        shape: Its groups, by what they read.
         N: Rows that are held.
-        K: Components.
-        linear: All linear groups that read rows, as one; None where there are none.
-        normals: Normal groups that are evaluated by matrix products.
-        others: Groups that are evaluated chunk by chunk by their family.
-        cells: Linear groups that read the component but no row.
-        tables: Other groups that read the component but no row.
-        known: Linear groups that read no component.
-        free: Other groups that read no component.
+        factors: The groups that read rows, those that read the same latents together.
+        cells: Linear groups that read latents but no row.
+        tables: Other groups that read latents but no row.
+        known: Linear groups that read no latent.
+        free: Other groups that read no latent.
         repeats: How often each row occurs, or its weight; None where each counts once. # (N,)
-        counted: Which rows of a Normal group count, where some are masked. # (N,)
     """
 
     graph: FactorGraph
+    shape: Shape
     N: int
-    K: int
-    linear: Counted | None
-    normals: Mapping[int, NormalRows]
-    others: tuple[int, ...]
+    factors: tuple[RowFactors, ...]
     cells: Mapping[int, Cells]
     tables: tuple[int, ...]
     known: Mapping[int, Known]
@@ -83,7 +79,7 @@ class Mixture(QuickBlock):
     columns: Tensor = field(init=False)
     base: float = field(init=False)
     total: float = field(init=False)
-    counted: Mapping[int, Tensor] = field(init=False)
+    normals: Mapping[int, NormalRows] = field(init=False)
 
     name: ClassVar[str] = "mixture"
     words: ClassVar[str] = "mixture kernel, in chunks of rows"
@@ -97,13 +93,10 @@ class Mixture(QuickBlock):
     def outline(cls, component: Component) -> Outline[Self] | Finding:
         """See `pyro_em.posteriors.quick.QuickBlock.outline`."""
         graph = component.graph
-        shape = shape_of_rows(graph)
-        if isinstance(shape, Finding):
-            return shape
-        weight = row_weights(graph, shape)
-        if isinstance(weight, Finding):
-            return weight
-        graph, repeats = distinct(graph, shape, weight)
+        found = why_no_rows(graph.latents) or outline_of_rows(graph)
+        if isinstance(found, Finding):
+            return found
+        graph, shape, repeats = found
         return Outline(graph, shape.eligible(graph), partial(cls.of, graph, shape, repeats))
 
     @classmethod
@@ -118,43 +111,22 @@ class Mixture(QuickBlock):
             repeats: How often each row occurs, or its weight.
             layout: How its groups are evaluated.
         """
-        K, groups = shape.size, graph.groups
-        linears, lines = layout.linears, layout.lines
+        groups, linears = graph.groups, layout.linears
         N = graph.dim_size(shape.plate) if repeats is None else len(repeats)
-        parts: list[Counted] = []
-        normals: dict[int, NormalRows] = {}
-        others: list[int] = []
+        together: dict[tuple[int, ...], list[int]] = {}
         for g in shape.rowwise:
-            if g in linears:
-                part = counted(groups[g], *linears[g], K, members_are_rows=False)
-                if part is None:
-                    return why_not_constant(groups[g])
-                parts.append(part)
-                continue
-            mask = groups[g].mask
-            single = len(groups[g].members) == 1 and (mask is None or mask.shape[2] == 1)
-            if g in lines and single and mask is None:
-                normals[g] = lines[g]
-                continue
-            if varies(groups[g]):
-                return why_not_constant(groups[g])
-            rule = (
-                as_gaussian(groups[g], K, graph.all_data)
-                or as_incomplete(groups[g], K, graph.all_data)
-                if single
-                else None
-            )
-            if rule is None:
-                others.append(g)
-            else:
-                normals[g] = rule
+            together.setdefault(shape.reads[g], []).append(g)
+        factors = []
+        for reads, own in together.items():
+            found = _factors(graph, shape, layout, N, reads, own)
+            if isinstance(found, Finding):
+                return found
+            factors.append(found)
         return cls(
             graph,
+            shape,
             N,
-            K,
-            merged(parts) if parts else None,
-            normals,
-            tuple(others),
+            tuple(factors),
             {g: cells(groups[g], *linears[g]) for g in shape.tables if g in linears},
             tuple(g for g in shape.tables if g not in linears),
             {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
@@ -163,28 +135,32 @@ class Mixture(QuickBlock):
         )
 
     def __post_init__(self) -> None:
-        width = self.K * (2 + sum(len(self.graph.groups[g].members) for g in self.others))
-        width += sum(g.width for g in self.normals.values())
-        single = self.linear is None and self.normals and self._is_single()
-        self.chunk = max(1024, min(16384, _CHUNK_BYTES // ((4 if single else 8) * width)))
+        self.normals = {g: rule for f in self.factors for g, rule in f.normals.items()}
+        width = sum(f.width(self.graph) for f in self.factors)
+        if len(self.factors[0].reads) < len(self.shape.sizes):
+            width += 2 * self.K
+        single = all(f.linear is None for f in self.factors) and self.normals and self._is_single()
+        rows = _CHUNK_BYTES // ((4 if single else 8) * width)
+        self.chunk = max(min(1024, 2**20 // self.K), min(16384, rows))
         parts = [c.columns for c in self.cells.values()]
         parts += [k.columns for k in self.known.values()]
         self.base = sum(k.base for k in self.known.values())
         self.total = float(self.N)
-        if self.linear is not None:
-            parts.append(self.linear.columns.reshape(-1))
-            rows = self.linear.base if self.repeats is None else self.linear.base * self.repeats
-            self.base += float(rows.sum())
+        for f in self.factors:
+            if f.linear is not None:
+                parts.append(f.linear.columns.reshape(-1))
+                rows = f.linear.base if self.repeats is None else f.linear.base * self.repeats
+                self.base += float(rows.sum())
         if self.repeats is not None:
             self.total = float(self.repeats.sum())
         device = self.graph.groups[0].value.device
         none = torch.empty(0, dtype=torch.long, device=device)
         self.columns = torch.cat([none, *parts])
-        self.counted = {
-            g: mask.reshape(-1).expand(self.N)
-            for g in self.normals
-            if (mask := self.graph.groups[g].mask) is not None
-        }
+
+    @property
+    def K(self) -> int:
+        """How many values the latents of a row have together."""
+        return self.shape.size
 
     def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.
@@ -193,33 +169,23 @@ class Mixture(QuickBlock):
             Handover: If a row is impossible, a density is not a number, or mass was lost.
         """
         eta = None if at.natural is None else at.natural.eta
+        sizes = self.shape.sizes
         constant = self._constant(at, eta)
         # In float32 the exponential of numbers far below −87 is slow; a weight of e⁻⁸⁰ counts nothing.
         # A weight of exactly zero has to stay.
-        may_clamp = self.linear is None and not self.others and self._is_single()
-        may_clamp = may_clamp and bool((constant > _IMPOSSIBLE).all())
-        theta = None
-        if self.linear is not None:
-            assert eta is not None
-            theta = eta.take(self.linear.columns)
-        sums = _Collected()
+        may_clamp = all(f.linear is None and not f.others for f in self.factors)
+        may_clamp = may_clamp and self._is_single() and bool((constant > _IMPOSSIBLE).all())
+        thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
+        sums = Collected()
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
+            here = [f.at(self.graph, at, rows) for f in self.factors]
             joint = constant
-            if self.linear is not None:
-                assert theta is not None
-                joint = torch.addmm(joint, theta, self.linear.phi[:, rows])
-            features = {g: rule.features(rows, at.prepared[g]) for g, rule in self.normals.items()}
-            for g, rule in self.normals.items():
-                if g not in self.counted:
-                    joint = rule.log_density(at.prepared[g], features[g], joint)
-                    continue
-                table = rule.log_density(at.prepared[g], features[g])
-                joint = joint + torch.where(self.counted[g][rows], table, 0.0)
-            parts = {g: restricted(self.graph.groups[g], rows) for g in self.others}
-            for g, part in parts.items():
-                table = part.log_density(at.arguments[g])
-                joint = joint + table.reshape(len(part.members), -1, self.K).sum(0).T
+            for f, theta, own in zip(self.factors, thetas, here, strict=True):
+                if len(f.reads) == len(sizes):
+                    joint = f.log_density(at, theta, own, joint)
+                else:
+                    joint = added(joint, f.log_density(at, theta, own, None), sizes, f.reads)
             top = joint.amax(0)
             weights = joint.sub_(top)
             if may_clamp:
@@ -235,21 +201,12 @@ class Mixture(QuickBlock):
                 weights.div_(mass)
                 sums.add("evidence", log_p.sum())
             else:
-                own = self.repeats[rows]
-                weights.mul_(own / mass)
-                sums.add("evidence", torch.dot(log_p, own))
+                often = self.repeats[rows]
+                weights.mul_(often / mass)
+                sums.add("evidence", torch.dot(log_p, often))
             sums.add("mass", weights.sum(1, dtype=torch.float64))
-            if self.linear is not None:
-                wide = weights if weights.dtype == torch.float64 else weights.double()
-                sums.add("linear", wide @ self.linear.phi[:, rows].T)
-            for g, rule in self.normals.items():
-                own = weights
-                if g in self.counted:
-                    own = weights * self.counted[g][rows]
-                    sums.add(f"mass of {g}", own.sum(1, dtype=torch.float64))
-                sums.add(g, rule.moments(at.prepared[g], own, features[g]))
-            for g, part in parts.items():
-                sums.add_statistics(g, self._counted(part, weights, at.arguments[g]))
+            for i, (f, own) in enumerate(zip(self.factors, here, strict=True)):
+                f.collect(at, summed(weights, sizes, f.reads), own, sums, i)
         return self._summed(at, eta, sums)
 
     @cached_property
@@ -285,45 +242,59 @@ class Mixture(QuickBlock):
 
     def _constant(self, at: At, eta: Tensor | None) -> Tensor:
         """Log densities that no row reaches. # (K, 1)"""
-        out: Tensor | None = None
-        for table in self.cells.values():
+        parts: dict[int, Tensor] = {}
+        for g, table in self.cells.items():
             assert eta is not None
-            part = table.table(eta)
-            out = part if out is None else out + part
+            parts[g] = table.table(eta)
         for g in self.tables:
             group = self.graph.groups[g]
             assert group.family is not None
             log_p = group.family.log_prob(group.value, at.arguments[g])
-            part = log_p.reshape(self.K).to(torch.float64)
-            out = part if out is None else out + part
+            size = self.shape.size_of(g)
+            parts[g] = log_p.reshape(-1).expand(size).to(torch.float64)
+        out: Tensor | None = None
+        for g, part in parts.items():
+            reads = self.shape.reads[g]
+            if out is None and len(reads) == len(self.shape.sizes):
+                out = part
+                continue
+            if out is None:
+                out = part.new_zeros(self.K)
+            out = added(out, part, self.shape.sizes, reads)
         if out is None:
             device = self.graph.groups[0].value.device
             out = torch.zeros(self.K, dtype=torch.float64, device=device)
         return out.unsqueeze(-1)
 
-    def _counted(self, part: Group, weights: Tensor, arguments: Mapping[str, Tensor]) -> Statistics:
-        counts = weights.T.reshape(1, *part.sizes).expand(len(part.members), *part.sizes)
-        return group_sums(part, counts, arguments)
-
-    def _summed(self, at: At, eta: Tensor | None, sums: _Collected) -> Expectation:
+    def _summed(self, at: At, eta: Tensor | None, sums: Collected) -> Expectation:
         """What was collected over the chunks, and what no row reaches."""
         groups, mass, evidence = self.graph.groups, sums["mass"], sums["evidence"]
+        masses = {
+            reads: summed(mass, self.shape.sizes, reads)
+            for reads in dict.fromkeys(r for r in self.shape.reads if r)
+        }
         out = dict(sums.statistics)
         for g in self.free:
             table = groups[g].log_density(at.arguments[g]).to(torch.float64)
             evidence = evidence + table.sum()
             out[g] = group_sums(groups[g], torch.ones_like(table), at.arguments[g])
         for g in self.tables:
-            counts = mass.reshape(*(1,) * (1 + groups[g].n_plates), self.K)
+            counts = masses[self.shape.reads[g]]
+            counts = counts.reshape(*(1,) * (1 + groups[g].n_plates), len(counts))
             out[g] = group_sums(groups[g], counts, at.arguments[g])
-        entries = [t.counts(mass) for t in self.cells.values()]
+        entries = [t.counts(masses[self.shape.reads[g]]) for g, t in self.cells.items()]
         for k in self.known.values():
             assert eta is not None
             evidence = evidence + torch.dot(k.f, eta.take(k.columns))
             entries.append(k.f)
-        if self.linear is not None:
-            entries.append(sums["linear"].reshape(-1))
-        counted = {g: sums[f"mass of {g}"] if g in self.counted else mass for g in self.normals}
+        for i, f in enumerate(self.factors):
+            if f.linear is not None:
+                entries.append(sums[f"linear {i}"].reshape(-1))
+        counted = {
+            g: sums[f"mass of {g}"] if g in f.counted else masses[f.reads]
+            for f in self.factors
+            for g in f.normals
+        }
         for g, rule in self.normals.items():
             evidence = evidence + rule.correction(at.prepared[g], sums[g], counted[g])
         log_evidence = checked(evidence, mass, self.total) + self.base
@@ -338,21 +309,60 @@ class Mixture(QuickBlock):
         return Expectation(log_evidence, out, noise=noise)
 
 
-class _Collected(dict[int | str, Tensor]):
-    """Sums over chunks."""
+def outline_of_rows(graph: FactorGraph) -> tuple[FactorGraph, Shape, Tensor | None] | Finding:
+    """The distinct rows of a graph, their shape and how often each occurs, or why there are none."""
+    shape = shape_of_rows(graph)
+    if isinstance(shape, Finding):
+        return shape
+    weight = row_weights(graph, shape)
+    if isinstance(weight, Finding):
+        return weight
+    rows, repeats = distinct(graph, shape, weight)
+    return rows, shape, repeats
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.statistics: dict[int | str, Statistics] = {}
 
-    def add(self, key: int | str, part: Tensor) -> None:
-        """Add a part."""
-        self[key] = self[key] + part if key in self else part
+def _theta(eta: Tensor | None, linear: Counted) -> Tensor:
+    assert eta is not None
+    return eta.take(linear.columns)
 
-    def add_statistics(self, g: int, part: Statistics) -> None:
-        """Add the statistics of a group's rows."""
-        part = {name: s.to(torch.float64) for name, s in part.items()}
-        before = self.statistics.get(g)
-        self.statistics[g] = (
-            part if before is None else {name: before[name] + s for name, s in part.items()}
-        )
+
+def _factors(
+    graph: FactorGraph,
+    shape: Shape,
+    layout: Layout,
+    N: int,
+    reads: tuple[int, ...],
+    groups: Sequence[int],
+) -> RowFactors | Finding:
+    """Groups that read the same latents and rows, or why no kernel serves them."""
+    K, linears, lines = math.prod(shape.sizes[i] for i in reads), layout.linears, layout.lines
+    parts: list[Counted] = []
+    normals: dict[int, NormalRows] = {}
+    others: list[int] = []
+    masks: dict[int, Tensor] = {}
+    for g in groups:
+        group = graph.groups[g]
+        if g in linears:
+            part = counted(group, *linears[g], K, members_are_rows=False)
+            if part is None:
+                return why_not_constant(group)
+            parts.append(part)
+            continue
+        mask = group.mask
+        single = len(group.members) == 1 and (mask is None or mask.shape[2] == 1)
+        rule: NormalRows | None = None
+        if g in lines and single and mask is None:
+            rule = lines[g]
+        elif varies(group):
+            return why_not_constant(group)
+        elif single:
+            all_data = graph.all_data
+            rule = as_gaussian(group, K, all_data) or as_incomplete(group, K, all_data)
+        if rule is None:
+            others.append(g)
+            continue
+        normals[g] = rule
+        if mask is not None:
+            masks[g] = mask.reshape(-1).expand(N)
+    linear = merged(parts) if parts else None
+    return RowFactors(reads, K, linear, normals, tuple(others), masks)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_em.densities.density import NormalRows
 from pyro_em.densities.layout import Layout, layout_of
 from pyro_em.densities.theta import At, Theta, theta_of
-from pyro_em.densities.tying import collapsed_updates
+from pyro_em.densities.tying import collapsed_updates, placed, places_of
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component, Values
@@ -31,11 +31,17 @@ class Outline(Generic[B]):
         graph: The collapsed graph, possibly of distinct rows.
         eligible: Groups whose linear form the block can use.
         finish: Makes the block, or says why there is none after all.
+        origin: For each of its groups that of the component which it was taken from; None where they
+            are the same.
+        sizes: For each of its groups how many values the latents have that it reads; None where all
+            latents have as many.
     """
 
     graph: FactorGraph
     eligible: Sequence[int]
     finish: Callable[[Layout], B | Finding]
+    origin: tuple[int, ...] | None = None
+    sizes: Mapping[int, int] | None = None
 
 
 class QuickSteps(Protocol):
@@ -145,8 +151,11 @@ class QuickBlock(SumsBlock):
         if isinstance(outline, Finding):
             return outline
         graph, values = outline.graph, component.values
-        updates = collapsed_updates(component.updates, graph)
-        layout = layout_of(graph, updates, values, outline.eligible)
+        updates = component.updates
+        if outline.origin is not None:
+            updates = placed(updates, places_of(outline.origin))
+        updates = collapsed_updates(updates, graph)
+        layout = layout_of(graph, updates, values, outline.eligible, outline.sizes)
         block = outline.finish(layout)
         if isinstance(block, Finding):
             return block

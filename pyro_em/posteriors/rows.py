@@ -1,7 +1,8 @@
-"""One latent per row of a plate: whether a graph is that, what a row counts, and its distinct rows."""
+"""Latents of the rows of a plate: whether a graph is that, what a row counts, and its distinct rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from pyro_em.graph.factors import FactorGraph, Group, Latent, is_incomplete
 from pyro_em.graph.latent_series import kinds_of, names_of
 from pyro_em.posteriors.equal_rows import equal_rows
 from pyro_em.tracing.sites import Role
+
+MOST_VALUES = 2**10  # of all latents of a row together, beyond which the contraction is quicker
 
 
 def restricted(group: Group, rows: slice | Tensor) -> Group:
@@ -33,13 +36,32 @@ def restricted(group: Group, rows: slice | Tensor) -> Group:
 
 @dataclass(frozen=True)
 class Shape:
-    """The groups of a mixture over rows, by what they read."""
+    """The groups of a mixture over rows, by what they read.
+
+    Attributes:
+        plate: The plate of the rows.
+        sizes: How many values each latent of a row has.
+        reads: For each group the latents that it reads, by number; empty where it reads none.
+        rowwise: Groups that read latents and rows.
+        tables: Groups that read latents and no row.
+        free: Groups that read no latent.
+    """
 
     plate: str
-    size: int
+    sizes: tuple[int, ...]
+    reads: tuple[tuple[int, ...], ...]
     rowwise: tuple[int, ...]
     tables: tuple[int, ...]
     free: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many values all latents of a row have together."""
+        return math.prod(self.sizes)
+
+    def size_of(self, g: int) -> int:
+        """How many values the latents that a group reads have together."""
+        return math.prod(self.sizes[i] for i in self.reads[g])
 
     def eligible(self, graph: FactorGraph) -> list[int]:
         """Groups whose linear form the kernel can use: not a latent's own that rows mask."""
@@ -48,9 +70,11 @@ class Shape:
 
 
 def why_no_rows(latents: Mapping[str, Latent]) -> Finding | None:
-    """Why latents that share factors are not one per row of a plate, whatever the factors."""
+    """Why a latent is not one per row of a plate, whatever its factors."""
     if len(latents) != 1:
-        return _several(latents)
+        return why_no_product(latents) or Finding(
+            sites_in_words(names_of(latents)), f"{_counted(latents)} latents per row: no kernel"
+        )
     ((name, latent),) = latents.items()
     where = f"site '{name}'"
     if len(latent.plates) != 1:
@@ -59,16 +83,43 @@ def why_no_rows(latents: Mapping[str, Latent]) -> Finding | None:
     return Finding(where, f"'{name}' has one value") if latent.size < 2 else None
 
 
+def why_no_product(latents: Mapping[str, Latent]) -> Finding | None:
+    """Why several latents that share factors are no product state of a row, whatever the factors."""
+    names, plates = names_of(latents), {v.plates for v in kinds_of(latents)}
+    if not names:
+        return Finding("model", "no latent is summed")
+    words, where = _counted(latents), sites_in_words(names)
+    if len(plates) != 1 or len(next(iter(plates))) != 1:
+        return Finding(where, f"{words} latents that share factors: no kernel")
+    if min(v.size for v in kinds_of(latents)) < 2 or len(names) > MOST_VALUES.bit_length():
+        return Finding(where, f"{words} latents per row: no kernel")
+    size = math.prod(v.size for v in latents.values())
+    if size > MOST_VALUES:
+        return Finding(where, f"{words} latents per row have {size:,} values together: no kernel")
+    return None
+
+
+def _counted(latents: Mapping[str, Latent]) -> str:
+    return {2: "two", 3: "three", 4: "four"}.get(len(latents), str(len(latents)))
+
+
 def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
-    """The groups of one latent per row of a plate, or why a collapsed graph is none; by looking."""
-    finding = why_no_rows(graph.latents)
+    """The groups of latents of the rows of a plate, or why a graph is none; by looking.
+
+    Args:
+        graph: A collapsed graph, the members of a group all of the same latents; see
+            `pyro_em.posteriors.product_states`.
+    """
+    several = len(graph.latents) > 1
+    finding = why_no_product(graph.latents) if several else why_no_rows(graph.latents)
     if finding is not None:
         return finding
-    ((name, latent),) = graph.latents.items()
-    (plate,) = latent.plates
+    names = tuple(graph.latents)
+    (plate,) = graph.latents[names[0]].plates
     rowwise: list[int] = []
     tables: list[int] = []
     free: list[int] = []
+    reads = [tuple(i for i, name in enumerate(names) if name in g.dims[0]) for g in graph.groups]
     for g, group in enumerate(graph.groups):
         dims = group.dims[0]
         if group.role is Role.POINT:
@@ -76,29 +127,19 @@ def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
         site = group.members[0]
         if group.family is None:
             return Finding(f"site '{site}'", f"'{site}' ({group.distribution}) has no sums")
-        if name not in dims:
+        if not reads[g]:
             free.append(g)
             continue
-        if dims != (plate, name):
-            return Finding(f"site '{site}'", f"'{site}' has plates of its own under '{name}'")
+        if dims != (plate, *(names[i] for i in reads[g])):
+            read = next(name for name in names if name in dims)
+            return Finding(f"site '{site}'", f"'{site}' has plates of its own under '{read}'")
         fixed = group.value.shape[1] == 1 and len(group.members) == 1 and group.mask is None
         fixed = fixed and not varies(group)
         (tables if fixed and not group.observed else rowwise).append(g)
     if not rowwise:
-        return Finding(f"site '{name}'", f"no data read '{name}'")
-    return Shape(plate, latent.size, tuple(rowwise), tuple(tables), tuple(free))
-
-
-def _several(latents: Mapping[str, Latent]) -> Finding:
-    """Why no latent, or more than one, is no mixture over rows."""
-    names, plates = names_of(latents), {v.plates for v in kinds_of(latents)}
-    if not names:
-        return Finding("model", "no latent is summed")
-    words = {2: "two", 3: "three", 4: "four"}.get(len(names), str(len(names)))
-    where = sites_in_words(names)
-    if len(plates) == 1 and plates != {()}:
-        return Finding(where, f"{words} latents per row: no kernel")
-    return Finding(where, f"{words} latents that share factors: no kernel")
+        return Finding(f"site '{names[0]}'", f"no data read '{names[0]}'")
+    sizes = tuple(latent.size for latent in graph.latents.values())
+    return Shape(plate, sizes, tuple(reads), tuple(rowwise), tuple(tables), tuple(free))
 
 
 def varies(group: Group) -> bool:

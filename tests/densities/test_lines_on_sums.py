@@ -92,7 +92,7 @@ CASES: dict[str, tuple[Callable[..., None], set[str]]] = {
     "a mixture": (shifted, {"mixture"}),
     "priors": (ridge, {"mixture"}),
     "two chains": (lambda: chains("z", "u"), {"chain"}),
-    "additive means": (additive, {"mixture", "contraction"}),
+    "additive means": (additive, {"mixture"}),
 }
 
 

@@ -101,10 +101,11 @@ CASES: dict[str, tuple[Callable[[], None], str, str | None]] = {
         "contraction",
         "poutine.scale is not one weight per row: no kernel",
     ),
-    "two per row": (
-        lambda: rows(normal, latents=2),
+    "two per row": (lambda: rows(normal, latents=2), "mixture", None),
+    "many per row": (
+        lambda: rows(normal, latents=11),
         "contraction",
-        "two latents per row: no kernel",
+        "11 latents per row have 2,048 values together: no kernel",
     ),
     "nested": (nested, "contraction", "two latents that share factors: no kernel"),
     "a family without closed forms": (
@@ -129,7 +130,7 @@ CASES: dict[str, tuple[Callable[[], None], str, str | None]] = {
         "contraction",
         "5 latents that are no first-order chain: no kernel",
     ),
-    "tree": (tree, "contraction", "4 latents that are no first-order chain: no kernel"),
+    "tree": (tree, "mixture", None),
     "two chains": (two_chains, "contraction", "'x0' reads two latents: no kernel"),
     "weighted chain": (lambda: chain(4, scale=2.0), "contraction", "weights on a chain: no kernel"),
     "covariates of transitions": (
@@ -170,9 +171,11 @@ def sets_of_all_kinds() -> None:
     for t in range(4):
         h = pyro.sample(f"h{t}", dist.Categorical(w if h is None else A[h]))
         pyro.sample(f"v{t}", dist.Normal(mu[h], 1.0), obs=X[t])
+    a = pyro.sample("a", dist.Categorical(w))
     with pyro.plate("pairs", len(X)):
-        a, b = (pyro.sample(name, dist.Categorical(w)) for name in "ab")
+        b, c = (pyro.sample(name, dist.Categorical(w)) for name in "bc")
         pyro.sample("y2", dist.Normal(A[a, b], 1.0), obs=X)
+        pyro.sample("y3", dist.Normal(A[a, c], 1.0), obs=X)
 
 
 def test_sets_of_all_kinds() -> None:
@@ -182,15 +185,15 @@ def test_sets_of_all_kinds() -> None:
         ("z",): "mixture",
         ("u",): "mixture",
         chain: "chain",
-        ("a", "b"): "contraction",
+        ("a", "b", "c"): "contraction",
     }
-    why = "two latents per row: no kernel"
-    assert plan.kernel_reason == {("z",): None, ("u",): None, chain: None, ("a", "b"): why}
+    why = "latents of different plates or sizes: no kernel"
+    assert plan.kernel_reason == {("z",): None, ("u",): None, chain: None, ("a", "b", "c"): why}
     (line,) = [line for line in str(plan).splitlines() if line.startswith("Iterations")]
     assert line == (
         "Iterations: mixture kernel, in chunks of rows, for z and u; "
         "chain kernel, by forward and backward messages, for h0 … h3; "
-        f"contraction ({why}), for a, b"
+        f"contraction ({why}), for a, b, c"
     )
 
 

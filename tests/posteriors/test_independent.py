@@ -116,14 +116,26 @@ def tied_rows() -> None:
 
 
 def kernel_beside_none() -> None:
-    """A mixture beside two latents per row, with one spread for both."""
+    """A mixture beside a latent above the latents of rows, with one spread for both."""
     w, sigma = simplex("w", 0.3, 0.7), positive("sigma", 0.9)
     rows("a", X, w, real("mu", -1.0, 1.0), sigma.expand(2))
     nu = real("nu", [-1.0, 0.0], [0.5, 2.0])
+    c = pyro.sample("c", dist.Categorical(simplex("v", 0.6, 0.4)))
     with pyro.plate("pairs", 2):
         b = pyro.sample("b", dist.Categorical(w))
-        c = pyro.sample("c", dist.Categorical(simplex("v", 0.6, 0.4)))
         pyro.sample("y", dist.Normal(nu[b, c], sigma), obs=Y[:2])
+
+
+def pairs_of_latents() -> None:
+    """A mixture beside two latents per row, all of equal form, with parameters that both read."""
+    w, sigma, mu = simplex("w", 0.3, 0.7), positive("sigma", 0.9), real("mu", -1.0, 1.0)
+    rows("a", X[:3], w, mu, sigma.expand(2))
+    nu = real("nu", -0.5, 2.0)
+    with pyro.plate("pairs", 3):
+        b = pyro.sample("b", dist.Categorical(w))
+        c = pyro.sample("c", dist.Categorical(simplex("v", [0.6, 0.4], [0.3, 0.7])[b]))
+        pyro.sample("y", dist.Normal(mu[b], sigma), obs=Y[:3])
+        pyro.sample("u", dist.Normal(nu[c], sigma), obs=X[:3])
 
 
 def single_latents() -> None:
@@ -188,6 +200,7 @@ CASES: dict[str, tuple[Callable[..., None], set[str]]] = {
     "a mixture beside a chain": (mixture_beside_chain, {"mixture", "chain"}),
     "tied rows": (tied_rows, {"chain"}),
     "a kernel beside none": (kernel_beside_none, {"mixture", "contraction"}),
+    "pairs of latents": (pairs_of_latents, {"mixture"}),
     "single latents": (single_latents, {"chain", "contraction"}),
     "known sites": (known_sites, {"mixture"}),
     "masked": (masked, {"mixture", "chain"}),
@@ -215,7 +228,7 @@ def test_marginals_are_joined() -> None:
     block = SideBySide.match(component)
     assert not isinstance(block, Finding)
     marginals, joint = block.marginals(values), joint_table(found)  # type: ignore[arg-type]
-    assert tuple(marginals) == ("a", "b", "c")
+    assert tuple(marginals) == ("a", "c", "b")
     for name, p in marginals.items():
         own, i = graph.group_of(name)
         torch.testing.assert_close(p, joint.cells[list(graph.groups).index(own)][i])
