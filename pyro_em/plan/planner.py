@@ -18,6 +18,7 @@ from pyro_em.errors import (
     raise_findings,
 )
 from pyro_em.graph.examination import examine
+from pyro_em.graph.mixtures import mixtures_in, with_components
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import build_program
@@ -29,7 +30,14 @@ from pyro_em.plan.notes import unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
-from pyro_em.plan.routes import Route, decide_routes, matching, reduced, routes_with_guide
+from pyro_em.plan.routes import (
+    Route,
+    decide_routes,
+    matching,
+    reduced,
+    routes_of,
+    routes_with_guide,
+)
 from pyro_em.plan.task import Task
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
 from pyro_em.portable import StaysHere
@@ -45,7 +53,7 @@ from pyro_em.variational.guide import (
     look_at_guide,
     needs_building,
 )
-from pyro_em.variational.pair import Routing, WithSubsamples
+from pyro_em.variational.pair import Pair, Routing, WithSubsamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +66,8 @@ class Known(StaysHere):
         guide_parameters: Names of the parameters that the guide reads.
         name: That of a guide that was built here, and that of its class.
         leaving: What there is to say of Gaussian latents that left the guide.
+        components: The model with the components of its observed mixtures as latents, where it has
+            any; see `pyro_em.graph.mixtures`.
         bent: Per skeleton, by the names of its sites, Gaussian latents in which runs have shown the
             model not to be linear, each with the reason.
     """
@@ -67,6 +77,7 @@ class Known(StaysHere):
     guide_parameters: tuple[str, ...] = ()
     name: tuple[str, str] = ("", "")
     leaving: tuple[str, ...] = ()
+    components: Model | None = None
     bent: Mapping[tuple[str, ...], Mapping[str, Finding]] = field(default_factory=dict)
 
 
@@ -134,6 +145,7 @@ class Planner(StaysHere):
         program = self._program(pair, args, kwargs, False, look_only, routes)
         if isinstance(program, Unrouted):
             return program
+        routes = _with_component_rows(routes, program.structure)
         program = replace(
             program, routes=_with_gaussian_rows(routes, program.routes, routing.unused)
         )
@@ -396,7 +408,7 @@ class Planner(StaysHere):
         updates: Mapping[str, Update] | None = None,
     ) -> Program | Unrouted:
         task = Task(
-            model,
+            model if self.known.components is None else _on(model, self.known.components),
             args,
             kwargs,
             requested=self.request.updates if updates is None else updates,
@@ -412,9 +424,44 @@ class Planner(StaysHere):
             if known is not None:
                 return known
         program = build_program(task, first_look=first)
+        if self.known.components is None:
+            task, program = self._with_components(task, program)
         if isinstance(program, Program) and (self.request.guide is None or not program.lines):
             self.readings.keep(task, program)
         return program
+
+    def _with_components(
+        self, task: Task, program: Program | Unrouted
+    ) -> tuple[Task, Program | Unrouted]:
+        """A program whose observed mixtures have their components as latents, where that serves."""
+        if not isinstance(program, Program) or task.strategy is not None:
+            return task, program
+        names = mixtures_in(program.structure)
+        if not names:
+            return task, program
+        model = with_components(self.request.model)
+        own = replace(task, model=_on(task.model, model))
+        try:
+            found = build_program(own, first_look=False)
+        except PyroEMError:  # a name that the model has, a way in which it runs
+            return task, program
+        if isinstance(found, Unrouted) or set(names) <= set(mixtures_in(found.structure)):
+            return task, program
+        self.known = replace(self.known, components=model)
+        return own, found
+
+
+def _on(model: Model, users_model: Model) -> Model:
+    """A model, or its pair with a guide, on another form of the user's model."""
+    return replace(model, model=users_model) if isinstance(model, Pair) else users_model
+
+
+def _with_component_rows(routes: tuple[Route, ...], structure: Structure) -> tuple[Route, ...]:
+    """The rows of a plan, and those of latents that are components of observed mixtures."""
+    known = {r.site for r in routes}
+    rows = routes_of(structure, True) if set(structure.latents) - known else ()
+    own = [r for r in rows if r.site not in known and r.site in structure.latents]
+    return (*routes, *own)
 
 
 def _with_gaussian_rows(

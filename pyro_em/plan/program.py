@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_em.errors import Finding, ModelError, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
+from pyro_em.graph.mixtures import has_components
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.read_lines import differing_lines, parts_at
 from pyro_em.graph.stretches import LaterTuple
@@ -61,7 +62,7 @@ from pyro_em.posteriors.strategies import (
 )
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.dependences import Dependences, changed_since
-from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
@@ -421,7 +422,8 @@ class Program(StaysHere):
         users = {f"{name}_unobserved": name for name in structure.masked_pairs}
         routes = self.routes
         if not isinstance(routes, LaterTuple) and not routes:
-            routes = LaterTuple(lambda: routes_of(structure))
+            own = has_components(without_values(self.model))
+            routes = LaterTuple(lambda: routes_of(structure, own))
         return Plan(
             routes,
             self.updates,

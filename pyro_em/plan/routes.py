@@ -19,6 +19,7 @@ from typing import Any
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, ModelError
 from pyro_em.globs import is_match
+from pyro_em.graph.mixtures import is_component
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.posteriors.elimination import ContractionPlan
@@ -372,11 +373,18 @@ class Observation:
     plates: tuple[str, ...]
 
 
-def routes_of(structure: Structure) -> tuple[Route, ...]:
-    """The route of every unobserved site."""
+def routes_of(structure: Structure, with_components: bool = False) -> tuple[Route, ...]:
+    """The route of every unobserved site.
+
+    Args:
+        structure: The skeleton of a model.
+        with_components: Whether its observed mixtures have their components as latents.
+    """
     routes = []
     for name in structure.latents:
         info = structure.sites[name]
+        own = with_components and is_component(name)
+        which = "the component of an observed mixture; " if own else ""
         routes.append(
             Route(
                 name,
@@ -384,7 +392,7 @@ def routes_of(structure: Structure) -> tuple[Route, ...]:
                 "enumerate",
                 info.support_size,
                 info.plates,
-                "finite support, exact sum",
+                which + "finite support, exact sum",
             )
         )
     for name, distribution in structure.barren.items():

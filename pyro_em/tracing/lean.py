@@ -6,7 +6,8 @@ nothing: a ``Counter`` per site, a context manager per call, methods looked up b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -150,6 +151,30 @@ class EnumTrace(LeanTrace, EnumMessenger):
         self._value_dims[msg["name"]] = {
             dim: i for dim, i in ids.items() if n >= -dim and shape[dim] > 1
         }
+
+
+@contextmanager
+def in_front_of(msg: Any, name: str) -> Iterator[None]:
+    """A site that a handler samples in front of the one that it handles, which may read it.
+
+    A ``pyro.markov`` context inside the handler knows the site at hand already: it must not be in the
+    scope of the one in front, but the other way about.
+
+    Args:
+        msg: The message of the site at hand.
+        name: The name of the site in front of it.
+    """
+    contexts = [h for h in _PYRO_STACK if isinstance(h, MarkovMessenger)]
+    holding = [h for h in contexts if h._stack and msg["name"] in h._stack[h._pos]]
+    for h in holding:
+        h._stack[h._pos].discard(msg["name"])
+    try:
+        yield
+    finally:
+        for h in holding:
+            h._stack[h._pos].add(msg["name"])
+    if holding:
+        msg["infer"]["_markov_scope"][name] = msg["infer"]["_markov_depth"]
 
 
 # Without the block that silences warnings of torch.jit, which traces nothing here.

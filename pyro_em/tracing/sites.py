@@ -90,7 +90,9 @@ def subsamples_in(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, An
 
 def users(model: Any) -> Any:
     """The user's own function or module, without what this library put around it."""
-    return getattr(model, "users_model", model)
+    while hasattr(model, "users_model"):
+        model = model.users_model
+    return model
 
 
 def signature_of(model: Any) -> list[inspect.Parameter]:

@@ -26,6 +26,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_em.arguments import whole
+from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.loops import (
     EARLIER,
@@ -192,7 +193,7 @@ class _Inside(Messenger):
         frame = CondIndepStackFrame(loop.name, loop.dim, loop.rest, 0)
         msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
         BroadcastMessenger._pyro_sample(msg)  # type: ignore[arg-type]
-        if self.series.is_known and loop.shift < loop.history and not is_latent(msg):
+        if self.series.is_known and loop.shift < loop.history and not _has_latents(msg):
             msg["stop"] = True  # its value is carried on, and nothing else of it is of use
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
@@ -220,6 +221,11 @@ class _Inside(Messenger):
         self.series.by_numbers |= loop.rest > 1 and loop.rest in sizes
         for frame in frames:
             loop.plates[frame.dim] = frame.size
+
+
+def _has_latents(msg: Any) -> bool:
+    """Whether a site is a latent, or a mixture, of which a component may be made one."""
+    return is_latent(msg) or type(unwrap(msg["fn"])[0]).__name__ == "MixtureSameFamily"
 
 
 def _token(loop: Loop) -> str:
