@@ -13,11 +13,11 @@ from pyro_em.fitting.beginnings import Beginning, name_of_start
 from pyro_em.fitting.em_map import values_at, write
 from pyro_em.fitting.em_on_sums import tells_apart
 from pyro_em.fitting.guarded import Fell, Guarded, Step, warn_disagreement
-from pyro_em.fitting.point import LeftPoint, Point, SumsPoint
+from pyro_em.fitting.point import LeftPoint, Point, SumsPoint, Values
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.squarem import PLAIN_STEPS, accelerate
-from pyro_em.fitting.stopping import should_stop
+from pyro_em.fitting.stopping import crawls, should_stop
 from pyro_em.plan.hyperparameters import run_away
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
@@ -65,7 +65,17 @@ def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
         if status is not None and em.program.may_stop(run.num_steps):
             run.status = status
             return True
+        if crawls(path, settings.tol) and _has_run_away(em, run, values_at(run.last)):
+            return True
     return run.num_steps >= settings.max_steps
+
+
+def _has_run_away(em: Guarded, run: Run, values: Values) -> bool:
+    """Whether there is no maximum, by where the parameters have come; the run says so then."""
+    away = run_away(em.program.graph, run.initial_values, values)
+    if away:
+        run.status, run.message = EMStatus.UNBOUNDED, away
+    return bool(away)
 
 
 def advance(
@@ -317,9 +327,7 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             run.record(em.program, at)
             iterate(em, settings, run, r)
     if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
-        away = run_away(em.program.graph, run.initial_values)
-        if away:
-            run.status, run.message = EMStatus.UNBOUNDED, away
+        _has_run_away(em, run, values_of(em.program.graph.parameters))
     if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:
         return
     # A prior, a constraint, a constant or a fixed parameter of one component may have parted them.

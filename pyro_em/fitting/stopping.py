@@ -48,6 +48,16 @@ def should_stop(
     return EMStatus.CONVERGED if last[-1] < tol and remaining < tol else None
 
 
+def crawls(path: Sequence[float], tol: float) -> bool:
+    """Whether six steps in succession have gained less than the tolerance each, whatever follows.
+
+    Such a run may still have far to go, or creep on for ever within the rounding of an objective that
+    has no maximum: it is then worth a look at where its parameters are.
+    """
+    gains = [abs(b - a) for a, b in pairwise(path[-7:])]
+    return len(gains) == 6 and max(gains) < tol
+
+
 def rate_of_convergence(path: Sequence[float]) -> float | None:
     """The last ratio of successive gains that is clear of rounding; None where there is none."""
     gains = [b - a for a, b in pairwise(path)]

@@ -99,17 +99,20 @@ def unbounded_joints(graph: FactorGraph, fixed: Collection[str]) -> list[str]:
     return notes
 
 
-def run_away(graph: FactorGraph, initial: Mapping[str, Tensor]) -> str:
+def run_away(
+    graph: FactorGraph, initial: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> str:
     """What to say of a hyperparameter that has run towards a limit of numbers; empty for none.
 
     Args:
-        graph: The graph, with the parameters as they are now.
-        initial: Their constrained values at the start.
+        graph: The graph.
+        initial: Constrained values at the start.
+        values: Those now.
     """
     for h in free_hyperparameters(graph):
         parameter = graph.parameters[h.parameter]
-        before, now = initial.get(h.parameter), parameter.value().detach()
-        if before is None or before.shape != now.shape:
+        before, now = initial.get(h.parameter), values.get(h.parameter)
+        if before is None or now is None or before.shape != now.shape:
             continue
         real = is_real(parameter.constraint)
         if not _has_run(before, now, real=real):
