@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from pyro_em.families.family import Family, Link, Rule
     from pyro_em.families.forms import Kind
     from pyro_em.families.registry import register_family
-    from pyro_em.fitting.online import StepSize
+    from pyro_em.fitting.online_sums import StepSize
     from pyro_em.fitting.result import EMResult, EMStatus, EMStep, History
     from pyro_em.fitting.standard_errors import StandardErrors
     from pyro_em.loss import TraceExact_ELBO
@@ -140,7 +140,7 @@ _HOMES = {
     "PyroEMWarning": "pyro_em.errors",
     "Rule": "pyro_em.families.family",
     "StandardErrors": "pyro_em.fitting.standard_errors",
-    "StepSize": "pyro_em.fitting.online",
+    "StepSize": "pyro_em.fitting.online_sums",
     "TraceExact_ELBO": "pyro_em.loss",
     "UsageError": "pyro_em.errors",
     "compare": "pyro_em.comparison.compare",

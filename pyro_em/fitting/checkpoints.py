@@ -9,6 +9,7 @@ from typing import Any
 
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.checkpoint_file import CheckpointFile
+from pyro_em.fitting.chunked import chunks_in
 from pyro_em.fitting.fingerprints import (
     Fingerprint,
     first_difference,
@@ -23,6 +24,7 @@ from pyro_em.fitting.fingerprints import (
     of_wishes,
 )
 from pyro_em.fitting.origins import Origin
+from pyro_em.fitting.places import same_order
 from pyro_em.fitting.session import Session
 from pyro_em.plan.fit_wishes import FitWishes
 from pyro_em.plan.program import Program
@@ -81,8 +83,12 @@ class Checkpoint:
         args, kwargs = self.call
 
         def own() -> Fingerprint:
-            seen = {} if program is None else of_data_seen(program.graph)
-            return {**of_arguments(args, kwargs), **seen}
+            # Which rows a program holds is up to the order of a pass where that is drawn.
+            chunks = chunks_in(args)
+            is_one = chunks is None or chunks.is_ordered
+            seen = of_data_seen(program.graph) if program is not None and is_one else {}
+            with same_order(None if chunks is None else chunks.source):
+                return {**of_arguments(args, kwargs), **seen}
 
         return of_ranks(self.file.over.gathered(own)) if self.file.is_shared else own()
 

@@ -48,6 +48,7 @@ def chunked(
     rest: tuple,
     kwargs: dict[str, Any],
     progress: bool | None,
+    keeps: bool = True,
 ) -> Parted:
     """The parts of a fit to chunks.
 
@@ -58,11 +59,12 @@ def chunked(
         rest: The model's other positional arguments.
         kwargs: Its keyword arguments.
         progress: Whether a bar of each pass is shown.
+        keeps: Whether few data are read once.
 
     Raises:
         PyroEMError: If a chunk cannot be used.
     """
-    passes = Passes(session, chunks, rest, kwargs, progress=progress)
+    passes = Passes(session, chunks, rest, kwargs, progress=progress, keeps=keeps)
     require_partable(lead, HOW)
     beside = with_rows_beside(session, lead, chunks, rest, kwargs)
     refuse_rows_that_see_others(session.planner, beside, HOW, len(lead.args) - len(rest))
@@ -91,6 +93,7 @@ class Passes:
         is_first: Whether what is outside the rows counts with the first chunk.
         begin: The number of the first row of the chunks among all.
         progress: Whether a bar of each pass is shown, where that reads.
+        keeps: Whether few data are read once.
 
     Attributes:
         all_data: What is known of all data, where steps are on sums: the thread that reads then makes
@@ -106,7 +109,9 @@ class Passes:
         is_first: bool = True,
         begin: int = 0,
         progress: bool | None = False,
+        keeps: bool = True,
     ) -> None:
+        self._keeps = keeps
         self._is_first, self._begin, self._progress = is_first, begin, progress
         self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
         self._kept: list[Part] | None = None
@@ -130,7 +135,7 @@ class Passes:
             bar.close()
 
     def _read(self) -> Iterator[Part]:
-        kept: list[Part] | None = []
+        kept: list[Part] | None = [] if self._keeps else None
         size = 0
         for number, (chunk, ahead) in enumerate(self._chunks.made_ahead(self._ahead)):
             size += sum(a.nbytes for a in chunk.args if isinstance(a, Tensor))

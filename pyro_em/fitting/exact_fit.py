@@ -41,10 +41,10 @@ def fit_exactly(call: Call, program: Program) -> EMResult:
         data = joined.parted(shards, call.session, program, call.args, call.kwargs)
         call = replace(call, wishes=joined.watched(call.wishes))
     kept = None
-    if call.checkpoint is not None:
+    if call.checkpoint is not None and call.wishes.online is None:
         kept = Kept.of(call.checkpoint, program, call.session, call.wishes, call.origin, call.begin)
     # What is resumed has the random state of the first process.
-    is_resumed = kept is not None and kept.saved is not None
+    is_resumed = call.checkpoint is not None and call.checkpoint.saved is not None
     with same_random_state(call.together is not None and is_resumed):
         return _fit(call, program, data, kept)
 
@@ -77,13 +77,15 @@ def _fit(call: Call, program: Program, data: Parted | None, kept: Kept | None) -
     chunks = chunks_in(call.args)
     if chunks is not None and data is None:
         rest = call.args[1:]
-        data = chunked(session, program, chunks, rest, call.kwargs, wishes.progress)
+        # Where the order of batches matters, it is the source's in each pass.
+        keeps = wishes.online is None or chunks.is_ordered
+        data = chunked(session, program, chunks, rest, call.kwargs, wishes.progress, keeps)
     lead = program if data is None else data.lead
     em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
     if kept is not None:
         kept.take_up(em)
     if wishes.online is not None:
-        return fit_online(call, em, settings)
+        return fit_online(call, em, settings, program)
     search = Search.seeded(wishes.seed) if keeper is None else keeper.search
     runs = run_starts(em, settings, wishes.init, wishes.num_restarts, search)
     if keeper is not None:

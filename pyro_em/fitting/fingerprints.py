@@ -124,6 +124,8 @@ def of_request(request: Request, num_particles: int) -> Fingerprint:
 def of_wishes(wishes: FitWishes) -> Fingerprint:
     """The keywords of a fit that determine its path."""
     out: Fingerprint = {name: described(getattr(wishes, name)) for name in _SETTINGS}
+    if wishes.online is not None:
+        out["online"] = described(wishes.online)
     return out | dict(_of_data("validation", wishes.validation))
 
 

@@ -70,6 +70,7 @@ class Joined:
             if getattr(w, name) is None or isinstance(getattr(w, name), (int, float, str))
         }
         same["init"] = str(sorted(w.init) if isinstance(w.init, Mapping) else w.init)
+        same["online"] = repr(w.online)
         same["checkpoint"] = "none" if w.checkpoint is None else "one"
         self.over.agree(
             {f"fit(..., {n}=)": v for n, v in same.items()},
@@ -166,7 +167,8 @@ class Joined:
             part = Part(program, is_first, shared.begin, is_kept=True)
             over = self.over.with_parts(Whole(part), is_empty=shared.is_empty, first=shared.first)
             return Parted.of(over, part, HOW, is_at_hand=True)
-        passes = Passes(session, chunks, args[1:], kwargs, is_first, shared.begin)
+        keeps = self.wishes.online is None or chunks.is_ordered
+        passes = Passes(session, chunks, args[1:], kwargs, is_first, shared.begin, keeps=keeps)
         over = self.over.with_parts(OverParts(passes), first=shared.first)
         lead = Part(noted(program), is_first, shared.begin)
         data = Parted.of(over, lead, f"{HOW} in chunks")

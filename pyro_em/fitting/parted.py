@@ -90,6 +90,15 @@ class Parted:
         others = len(each) > 1
         return cls(parts, lead, all_data, how, quick or known, is_at_hand, known, others)
 
+    def knowing(self, all_data: AllData) -> Parted:
+        """The same where something else is known of all data: numbers that differ by rounding."""
+
+        def told(part: Part) -> Part:
+            return part.told(all_data)
+
+        over = SeenAs(self.over, told)
+        return replace(self, over=over, part=told(self.part), all_data=all_data)
+
     def begin(self, write: Callable[[], None], generator: torch.Generator) -> None:
         """Let the first process write the parameters of a start, and give them to all.
 

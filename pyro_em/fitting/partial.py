@@ -13,20 +13,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_em.errors import DegenerateError, Handover, UsageError, message
-from pyro_em.fitting.em_map import write
-from pyro_em.fitting.online import NO_STEP, StepSize, moved, refuse_what_is_no_average
+from pyro_em.fitting.online import NO_STEP
+from pyro_em.fitting.online_steps import steps_of
+from pyro_em.fitting.online_sums import StepSize
 from pyro_em.fitting.preconditions import refuse_a_guide
+from pyro_em.fitting.resuming import own_copy
 from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
+from pyro_em.reduction.flat import form
 from pyro_em.reduction.reduction import Whole
-from pyro_em.tracing.parameters import values_of
+from pyro_em.reduction.trees import leaves
+from pyro_em.tracing.encoding import decoded, encoded
+from pyro_em.tracing.missing import has_missing
+from pyro_em.tracing.parameters import restore, snapshot
 from pyro_em.updates.m_step import apply_floors
-from pyro_em.updates.statistics import Expectation, Key
 
 
 def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, Any]) -> float:
@@ -42,7 +46,7 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
         The log evidence of the batch at the parameters entering the step, in nats.
 
     Raises:
-        UsageError: If the sums of this model cannot be averaged.
+        UsageError: If no sums of one size hold what the rows say.
         DegenerateError: If the step has no solution; parameters and sums are as before.
     """
     if not isinstance(online, StepSize):
@@ -60,30 +64,31 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
     part = Part(program)
     all_data = _joined(kept.get("data"), all_data_of(Whole(part), program))
     part = part.told(all_data)
-    block: Any = part.program.kernel.block
-    refuse_what_is_no_average(part.program, block, has_others=part.has_data_outside)
-    parameters, theta = program.graph.parameters, block.theta
+    parameters = program.graph.parameters
+    # A batch in which nothing is missing has sums of the form of those in which something is.
+    block = None if has_missing(session.request.model) else part.program.kernel.block
+    steps = steps_of(part, block, session.m_step_state)
+    origin = snapshot(parameters)
     if not kept:
         apply_floors(program.graph, program.updates)
-    values = values_of(parameters)
-    at = theta.enter(values)
+        steps = steps_of(part, block, session.m_step_state)
     try:
-        own = part.expectation(values)
-        with torch.inference_mode():
-            sums = (1.0 / part.rows) * own
-            if kept:
-                size = online.at(kept["steps"])
-                before = moved(block, _expectation(kept["sums"]), theta.enter(kept["values"]), at)
-                _refuse_others(before, sums)
-                sums = (1 - size) * before + size * sums
-            after, _ = theta.m_step(at, float(all_data.rows) * sums)
-    except (Handover, torch.linalg.LinAlgError) as error:
-        raise DegenerateError(NO_STEP) from error
-    write(program, theta.values(after))
+        rows, evidence, own = steps.e_step(Whole(part))
+        sums = (1.0 / rows) * own
+        if kept:
+            size, before = online.at(kept["steps"]), decoded(kept["sums"])
+            _refuse_others(before, sums)
+            sums = (1 - size) * steps.here(before) + size * sums
+        steps.m_step(float(all_data.rows) * sums)
+    except BaseException as error:
+        restore(parameters, origin)
+        if isinstance(error, (Handover, torch.linalg.LinAlgError)):
+            raise DegenerateError(NO_STEP) from error
+        raise
+    steps.publish()
     session.running = {
         "steps": kept.get("steps", 0) + 1,
-        "sums": _plain(sums),
-        "values": {n: v.detach().clone() for n, v in values.items()},
+        "sums": own_copy(encoded(sums)),
         "data": {
             "rows": all_data.rows,
             "centres": {
@@ -95,7 +100,7 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
         },
     }
     session.total_steps += 1
-    return own.log_evidence
+    return evidence
 
 
 def _joined(kept: Mapping[str, Any] | None, new: AllData) -> AllData:
@@ -112,29 +117,9 @@ def _joined(kept: Mapping[str, Any] | None, new: AllData) -> AllData:
     return AllData(kept["rows"] + new.rows, centres, magnitudes, read)
 
 
-def _plain(sums: Expectation) -> dict[str, dict[str, Tensor]]:
-    """Sums as a file can hold them."""
-    return {
-        f"{type(key).__name__} {key}": {n: t.clone() for n, t in named.items()}
-        for key, named in sums.sums.items()
-    }
-
-
-def _expectation(plain: Mapping[str, Mapping[str, Tensor]]) -> Expectation:
-    sums: dict[Key, dict[str, Tensor]] = {}
-    for key, named in plain.items():
-        kind, _, name = key.partition(" ")
-        sums[int(name) if kind == "int" else name] = dict(named)
-    return Expectation(0.0, sums)
-
-
-def _refuse_others(before: Expectation, now: Expectation) -> None:
+def _refuse_others(before: Any, now: Any) -> None:
     """Refuse a batch whose sums are those of another model."""
-    forms = [
-        {(k, n): t.shape for k, named in e.sums.items() for n, t in named.items()}
-        for e in (before, now)
-    ]
-    if forms[0] != forms[1]:
+    if type(before) is not type(now) or form(leaves(before)) != form(leaves(now)):
         raise UsageError(
             message(
                 "partial_fit",

@@ -7,12 +7,15 @@ midst of one, it is drawn again, and what has been used of it is passed over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
+from pyro_em.sources.source import Source
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.variational.batches import Batch, Batches
@@ -81,12 +84,39 @@ class Place:
 
 def generators(batches: Batches) -> list[torch.Generator]:
     """The generators that the order of batches is drawn from, beside the global random state."""
-    loader = batches.loader
-    held: list[Any] = [batches.generator]
+    return _generators([batches.generator], batches.loader)
+
+
+def generators_of(source: Source) -> list[torch.Generator]:
+    """The same of chunks that a loader gives."""
+    return _generators([], getattr(source, "items", None))
+
+
+@contextmanager
+def same_order(source: Source | None) -> Iterator[None]:
+    """A block that may read a source whose order is drawn; the passes after it are as without it."""
+    if source is None or source.is_ordered:
+        yield
+        return
+    drawn, states = random_state(), [(g, g.get_state()) for g in generators_of(source)]
+    try:
+        yield
+    finally:
+        set_random_state(drawn)
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def order_is_drawn(source: Source) -> bool:
+    """Whether chunks are those of a loader that is known to shuffle."""
+    return isinstance(getattr(getattr(source, "items", None), "sampler", None), RandomSampler)
+
+
+def _generators(held: list[Any], loader: Any) -> list[torch.Generator]:
     if loader is not None:
         order = getattr(loader, "batch_sampler", None)
         owners = (loader, getattr(loader, "sampler", None), order, getattr(order, "sampler", None))
-        held += [getattr(owner, "generator", None) for owner in owners]
+        held = held + [getattr(owner, "generator", None) for owner in owners]
     found: list[torch.Generator] = []
     for one in held:
         if isinstance(one, torch.Generator) and all(one is not other for other in found):

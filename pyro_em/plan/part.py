@@ -136,7 +136,7 @@ class Part:
     def log_evidence(self) -> float:
         """log p(x; θ) of the part at the parameters in the param store, in nats."""
         evaluation = self.program.evaluate()
-        with self._naming_rows():
+        with self.naming_rows():
             q = self.program.posterior(evaluation)
         assert q.log_evidence is not None
         groups = evaluation.graph.groups
@@ -157,7 +157,7 @@ class Part:
             counts = self._counted(earlier.graph, q.counts)
             pairs = zip(counts, evaluation.tables, strict=True)
             after = sum(float(dot(c, t)) for c, t in pairs) + q.entropy_value
-        with self._naming_rows():
+        with self.naming_rows():
             q = self.program.e_step(evaluation, index)
         assert q.bound is not None and q.log_evidence is not None
         bound, evidence = q.bound, q.log_evidence
@@ -204,7 +204,7 @@ class Part:
         return evaluation, q
 
     @contextmanager
-    def _naming_rows(self) -> Iterator[None]:
+    def naming_rows(self) -> Iterator[None]:
         """A block whose errors about a row say which one of all data it is."""
         try:
             yield

@@ -66,7 +66,7 @@ from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.parameters import values_of, versions_of
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.data_sums import DataSums
+from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
 from pyro_em.updates.update import Gradient, ParameterUpdate
 
@@ -327,11 +327,21 @@ class Program(StaysHere):
         if not evaluation.solved:
             return DataSums(graph, self.updates, counts, arguments, densities, values)
         own, weights, arguments = in_m_step(graph, counts, arguments, evaluation.solved)
-
-        def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
-            return expected_densities(own, values, groups, densities, self._trace)
-
+        expected = self.expected_on(own, densities)
         return DataSums(own, self.updates, weights, arguments, expected, values)
+
+    def expected_on(self, graph: FactorGraph, densities: Evaluate) -> Evaluate:
+        """Log densities of groups at parameter values, expected ones where something is believed.
+
+        Args:
+            graph: That of an M-step.
+            densities: Gives those of groups without a belief.
+        """
+
+        def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> Mapping[int, Tensor]:
+            return expected_densities(graph, values, groups, densities, self._trace)
+
+        return expected
 
     def searching(self) -> AbstractContextManager[None]:
         """An M-step, which may run the model at many trial points."""

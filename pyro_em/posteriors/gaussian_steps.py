@@ -19,7 +19,7 @@ from pyro_em.posteriors.integrated import Integrated
 Solved = Mapping[int, Integrated]
 
 
-Densities = Callable[[Mapping[str, Tensor], Sequence[int]], dict[int, Tensor]]
+Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
 
 
 def for_updates(graph: FactorGraph) -> FactorGraph:
@@ -112,7 +112,7 @@ def expected_densities(
         trace: Runs the model at given values, for arguments that no binding gives.
     """
     ordinary = [g for g in groups if graph.groups[g].belief is None]
-    out = densities(values, ordinary) if ordinary else {}
+    out = dict(densities(values, ordinary)) if ordinary else {}
     fresh: FactorGraph | None = None
     for g in groups:
         site = graph.groups[g]

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_em.errors import PyroEMError, UsageError, message, of_rows
+from pyro_em.errors import GroupError, PyroEMError, UsageError, message, of_rows
 from pyro_em.reduction.exchange import END, Counts, Exchange
 from pyro_em.reduction.flat import flat, form, unflat
-from pyro_em.reduction.reduction import Reduction
+from pyro_em.reduction.reduction import OneProcess, Reduction
 from pyro_em.reduction.told import Form
 from pyro_em.reduction.trees import leaves, mapped
 
@@ -130,6 +130,35 @@ class OverGroup(Reduction[P]):
         except BaseException as raised:
             error = self._with_row(raised)
         return bool(self._one("a question", float(holds), error) > 0)
+
+    @property
+    def number(self) -> int | None:
+        """See `Reduction.number`."""
+        return 0 if self._is_empty or self._inner is None else self._inner.number
+
+    def each(self) -> Iterator[Reduction[P]]:
+        """See `Reduction.each`: the first parts of all processes, the second ones, …
+
+        A process that has fewer parts than another has none in the last ones. How many there are is
+        exchanged once in each pass.
+
+        Raises:
+            GroupError: If a process has not gone through its parts before.
+        """
+        numbers = self.gathered(lambda: self.number)
+        if None in numbers:
+            raise self.refusal(GroupError(message("group", "nobody has counted the parts yet.")))
+        own = iter(()) if self._is_empty or self._inner is None else self._inner.each()
+        for _ in range(max(numbers)):
+            one: Reduction[P] | None
+            try:
+                one = next(own, None)
+            except BaseException as raised:  # to be raised on all ranks, in the call that follows
+                one = Failing(raised)
+            yield self.with_parts(one, is_empty=one is None, first=self._first)
+            del one
+        # The thread that reads, and what counts parts, see the end of the pass.
+        next(own, None)
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """See `Reduction.from_first`; anything that can be pickled."""
@@ -280,6 +309,43 @@ class OverGroup(Reduction[P]):
             map_location=lambda stored, at: stored if at == "cpu" else stored.to(device),
             weights_only=False,
         )
+
+
+class Failing(OneProcess[Any]):
+    """Parts that could not be made: whoever asks for them meets the exception.
+
+    Args:
+        error: The exception.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    @property
+    def is_whole(self) -> bool:
+        """See `Reduction.is_whole`."""
+        return False
+
+    @property
+    def number(self) -> int:
+        """See `Reduction.number`."""
+        raise self.error
+
+    def each(self) -> Iterator[Reduction[Any]]:
+        """See `Reduction.each`."""
+        raise self.error
+
+    def sum(self, of: Callable[[Any], T]) -> T:
+        """See `Reduction.sum`."""
+        raise self.error
+
+    def max(self, of: Callable[[Any], T]) -> T:
+        """See `Reduction.max`."""
+        raise self.error
+
+    def any(self, of: Callable[[Any], bool]) -> bool:
+        """See `Reduction.any`."""
+        raise self.error
 
 
 def _emptied(leaf: Any) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from pyro_em.reduction.reduction import OneProcess
+from pyro_em.reduction.reduction import OneProcess, Reduction, Whole
 from pyro_em.reduction.trees import added, larger
 
 P = TypeVar("P", covariant=True)
@@ -27,6 +27,7 @@ class OverParts(OneProcess[P]):
     """
 
     parts: Callable[[], Iterable[P]]
+    _counted: list[int] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -43,11 +44,30 @@ class OverParts(OneProcess[P]):
 
     def any(self, of: Callable[[P], bool]) -> bool:
         """See `Reduction.any`."""
-        return sum(of(part) for part in self.parts()) > 0
+        return sum(of(part) for part in self._pass()) > 0
+
+    def each(self) -> Iterator[Reduction[P]]:
+        """See `Reduction.each`."""
+        for part in self._pass():
+            yield Whole(part)
+            del part
+
+    @property
+    def number(self) -> int | None:
+        """See `Reduction.number`."""
+        return self._counted[-1] if self._counted else None
+
+    def _pass(self) -> Iterator[P]:
+        number = 0
+        for part in self.parts():
+            number += 1
+            yield part
+            del part
+        self._counted[:] = [number]
 
     def _folded(self, of: Callable[[P], T], both: Callable[[T, T], T]) -> T:
         total: T | None = None
-        for part in self.parts():
+        for part in self._pass():
             own = of(part)
             total = own if total is None else both(total, own)
         assert total is not None

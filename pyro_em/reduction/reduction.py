@@ -9,7 +9,7 @@ of processes has a part in each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -40,6 +40,15 @@ class Reduction(Protocol[P]):
 
     def any(self, of: Callable[[P], bool]) -> bool:
         """Whether it holds of any part; all parts are asked."""
+        ...
+
+    def each(self) -> Iterator[Reduction[P]]:
+        """The parts one after the other, each as if it were all; of several processes side by side."""
+        ...
+
+    @property
+    def number(self) -> int | None:
+        """How many parts this process has, where it has gone through all of them before."""
         ...
 
     def from_first(self, make: Callable[[], Any]) -> Any:
@@ -105,3 +114,12 @@ class Whole(OneProcess[P]):
     def any(self, of: Callable[[P], bool]) -> bool:
         """See `Reduction.any`."""
         return of(self.part)
+
+    def each(self) -> Iterator[Reduction[P]]:
+        """See `Reduction.each`."""
+        yield self
+
+    @property
+    def number(self) -> int:
+        """See `Reduction.number`."""
+        return 1

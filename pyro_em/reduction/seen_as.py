@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -46,6 +46,17 @@ class SeenAs(Reduction[Q]):
     def any(self, of: Callable[[Q], bool]) -> bool:
         """See `Reduction.any`."""
         return self.over.any(lambda part: of(self.to(part)))
+
+    def each(self) -> Iterator[Reduction[Q]]:
+        """See `Reduction.each`."""
+        for one in self.over.each():
+            yield SeenAs(one, self.to)
+            del one
+
+    @property
+    def number(self) -> int | None:
+        """See `Reduction.number`."""
+        return self.over.number
 
     def from_first(self, make: Callable[[], Any]) -> Any:
         """See `Reduction.from_first`."""

@@ -110,6 +110,11 @@ class Chunks:
         return self._source.total if self._counted is None else self._counted
 
     @property
+    def source(self) -> Source:
+        """What they are read from."""
+        return self._source
+
+    @property
     def is_ordered(self) -> bool:
         """Whether every pass has the rows in the same order, as far as that is known."""
         return self._source.is_ordered

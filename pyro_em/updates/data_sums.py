@@ -192,6 +192,15 @@ class DataSums:
             self.stale.discard(g)
         return self._statistics
 
+    def statistics_of(self, group: int) -> Statistics:
+        """The expected statistics of a group without a belief, about its arguments at the E-step."""
+        known = self._statistics.get(group)
+        if known is None:
+            return group_statistics(
+                self.graph.groups[group], self.counts[group], self.arguments[group]
+            )
+        return {n: t for n, t in known.items() if not n.startswith("reference:")}
+
     def _plain(self) -> list[int]:
         """Groups whose statistics do not follow from moments of Gaussian latents."""
         return [g for g in self.needed if self.graph.groups[g].belief is None]

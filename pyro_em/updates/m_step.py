@@ -342,7 +342,7 @@ def _gradient_blocks(now: _MStep, state: MStepState) -> None:
             by_update.append((u.update, [u.name]))
     if not by_update:
         return
-    weight = max([1.0, *now.sum(DataSums.masses)])
+    weight = max([1.0, *now.sum(lambda part: part.masses())])
     for update, names in by_update:
         reached = groups_reached(graph, set(names))
         if reached:

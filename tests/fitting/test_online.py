@@ -217,8 +217,6 @@ def test_what_cannot_be_online_is_refused() -> None:
     for data, options, says in (
         (x, {}, "the data are no Chunks"),
         (chunks, {"acceleration": "squarem"}, "acceleration was given together"),
-        (chunks, {"num_restarts": 2}, "num_restarts was given together"),
-        (chunks, {"init": "kmeans"}, "init was given together"),
         (chunks, {"online": 0.6}, "online=0.6 is not understood"),
         (chunks, {"batch_size": 3}, "batch_size"),
     ):
@@ -228,16 +226,6 @@ def test_what_cannot_be_online_is_refused() -> None:
     for exponent in (0.5, 1.1, "a"):
         with pytest.raises(UsageError, match="exponent"):
             StepSize(exponent)  # type: ignore[arg-type]
-
-    def logistic(c: Tensor, y: Tensor) -> None:
-        a = pyro.param("a", torch.tensor([0.0, 1.0]))
-        with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Bernoulli(0.5)).long()
-            pyro.sample("y", dist.Bernoulli(logits=a[z] * c), obs=y)
-
-    both = Chunks(x, (x > 0).to(x), rows=20)
-    with pytest.raises(UsageError, match="are made by tables"):
-        ExactPosteriorEM(logistic).fit(both, online=StepSize(), progress=False)
 
 
 def test_a_step_without_a_solution_is_said() -> None:
@@ -372,15 +360,5 @@ def test_a_batch_that_cannot_be_learnt_from_changes_nothing() -> None:
     first = maximum(sums_of(X, W, M, S))
     np.testing.assert_allclose(pyro.param("m").detach().numpy(), first[1], rtol=1e-9)
 
-    def outside(x: Tensor) -> None:
-        m = pyro.param("m", torch.tensor(M))
-        pyro.sample("o", dist.Normal(m[0], 1.0), obs=torch.tensor(0.0))
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Bernoulli(0.5)).long()
-            pyro.sample("x", dist.Normal(m[z], 1.0), obs=x)
-
-    pyro.clear_param_store()
-    with pytest.raises(UsageError, match="they hold more than rows"):
-        ExactPosteriorEM(outside).partial_fit(x, online=StepSize())
     with pytest.raises(UsageError, match="Chunks were given"):
         ExactPosteriorEM(mixture).partial_fit(Chunks(x), online=StepSize())

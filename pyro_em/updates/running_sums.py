@@ -1,0 +1,332 @@
+"""Sums of a model's groups over rows, which are kept from batch to batch, and their M-step.
+
+What an M-step asks of the data are functions of sums whose number does not grow with the rows:
+
+    S_g = Σ_rows E_q[T_g],    E_q[log p] = Σ_g ℓ_g(S_g, θ),
+
+of a Normal whose mean is a line those of `LineSums`, of another family its sufficient statistics. Both
+are taken about a point, and are brought to another one exactly. Groups outside the plate of rows are
+no sums over rows: they are read as they are, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Finding
+from pyro_em.families.family import (
+    Arguments,
+    Statistics,
+    expected_log_density,
+    main_rule,
+)
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.reduction.trees import SAME, added, mapped
+from pyro_em.updates.data_sums import DataSums, Evaluate
+from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.line_sums import LineSite, LineSums
+from pyro_em.updates.update import Fixed, LeastSquares, ParameterUpdate, at_other_rows
+
+
+@dataclass(frozen=True, eq=False)
+class PlainSums:
+    """Sufficient statistics of a group, summed.
+
+    Attributes:
+        sums: By name. # (members, *sizes or 1s, *event)
+        references: The arguments about which deviations were taken.
+    """
+
+    sums: Statistics
+    references: Arguments = field(metadata=SAME)
+
+    def about(self, references: Arguments) -> PlainSums:
+        """The same sums, deviations taken about other arguments.
+
+        Example:
+            >>> zero, two = torch.zeros(1), torch.full((1,), 2.0)
+            >>> s = PlainSums({"deviation": zero, "square": two, "weight": two}, {"loc": zero})
+            >>> s.about({"loc": torch.ones(1)}).sums["square"].item()  # x = ±1, about 1
+            4.0
+        """
+        s = self.sums
+        if "deviation" not in s:
+            return PlainSums(s, references)
+        step = references["loc"] - self.references["loc"]
+        first, second, weight = s["deviation"], s["square"], s["weight"]
+        if second.dim() > first.dim():
+            each = weight[..., None, None]
+            cross = first.unsqueeze(-1) * step.unsqueeze(-2)
+            outer = step.unsqueeze(-1) * step.unsqueeze(-2)
+            moved = second - cross - cross.mT + each * outer
+            weight = weight.unsqueeze(-1)
+        else:
+            moved = second - 2 * step * first + weight * step**2
+        return PlainSums({**s, "deviation": first - weight * step, "square": moved}, references)
+
+    def named(self) -> Statistics:
+        """The statistics together with their references, as rules read them."""
+        return {**self.sums, **{f"reference:{n}": a for n, a in self.references.items()}}
+
+
+GroupSums = PlainSums | LineSums
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSums:
+    """The sums of all groups that an M-step reads, over rows.
+
+    Attributes:
+        groups: By the number of the group.
+        masses: Total expected counts, likewise.
+    """
+
+    groups: Mapping[int, GroupSums]
+    masses: Mapping[int, float]
+
+    def __add__(self, other: ModelSums) -> ModelSums:
+        return added(self, other)
+
+    def __mul__(self, factor: float) -> ModelSums:
+        return mapped(self, lambda leaf: factor * leaf)
+
+    __rmul__ = __mul__
+
+    def about_those_of(self, other: ModelSums) -> ModelSums:
+        """The same, each taken about the point of the other's."""
+        moved: dict[int, GroupSums] = {}
+        for g, own in self.groups.items():
+            there = other.groups[g]
+            if isinstance(own, PlainSums):
+                assert isinstance(there, PlainSums)
+                moved[g] = own.about(there.references)
+            else:
+                assert isinstance(there, LineSums)
+                moved[g] = own.about(there.coefficients)
+        return ModelSums(moved, self.masses)
+
+
+@dataclass(frozen=True, eq=False)
+class SummedDensity:
+    """The expected log density of a group from its sums, in place of data; a `Belief`.
+
+    Attributes:
+        sums: The sums.
+    """
+
+    sums: PlainSums
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """E_q[log p] of all cells together, up to a term free of the arguments, in nats. # ()"""
+        assert group.family is not None
+        wide = {n: _wide(a) for n, a in arguments.items()}
+        return expected_log_density(group.family, self.sums.named(), wide)
+
+    def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> Statistics:
+        """The sums themselves."""
+        return self.sums.named()
+
+
+class RunningSums(DataSums):
+    """What an M-step asks, answered from sums.
+
+    Args:
+        graph: Few rows stand for all in its groups.
+        updates: What was decided per parameter, for these groups.
+        counts: Expected counts per group.
+        arguments: Arguments per group at the E-step.
+        evaluate: From constrained values and group numbers to those groups' log densities.
+        values: The parameters at the E-step.
+        masses: Total expected counts per group.
+    """
+
+    def __init__(
+        self,
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        counts: Sequence[Tensor],
+        arguments: Sequence[Mapping[str, Tensor]],
+        evaluate: Evaluate,
+        values: Mapping[str, Tensor],
+        masses: Sequence[float],
+    ) -> None:
+        super().__init__(graph, updates, counts, arguments, evaluate, values)
+        self._masses = list(masses)
+
+    def masses(self) -> list[float]:
+        """See `DataSums.masses`."""
+        return self._masses
+
+    def _taken(self, groups: Iterable[int]) -> dict[int, Statistics]:
+        groups = list(groups)
+        for g in self.stale.intersection(groups):
+            belief = self.graph.groups[g].belief
+            if isinstance(belief, SummedDensity):
+                self._statistics[g] = belief.sums.named()
+                self.stale.discard(g)
+        return super()._taken(groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Summable:
+    """Which groups of a graph are added up over rows, and how.
+
+    Attributes:
+        graph: That of an M-step, with moments of Gaussian latents where it is one of some rows.
+        updates: What was decided per parameter.
+        plain: Groups whose sufficient statistics are added.
+        lines: Normal sites whose mean is a line, by the numbers of their groups.
+        touched: All groups whose density an update changes.
+    """
+
+    graph: FactorGraph
+    updates: Mapping[str, ParameterUpdate]
+    plain: tuple[int, ...]
+    lines: Mapping[int, LineSite]
+    touched: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        graph: FactorGraph,
+        updates: Mapping[str, ParameterUpdate],
+        plate: str,
+        outside: Collection[int],
+        values: Mapping[str, Tensor],
+        may_lack: bool = False,
+    ) -> Summable | Finding:
+        """How a graph's rows are added up, or why sums of one size do not hold what they say.
+
+        Args:
+            graph: That of an M-step.
+            updates: What was decided per parameter.
+            plate: The plate of rows.
+            outside: Numbers of groups outside it.
+            values: The parameters, for their sizes.
+            may_lack: Whether other rows may lack entries that all of these have.
+        """
+        moved = {n for n, u in updates.items() if not isinstance(u.update, Fixed)}
+        regressed = {n for n, u in updates.items() if isinstance(u.update, LeastSquares)}
+        touched = tuple(groups_reached(graph, moved))
+        plain, lines = [], {}
+        for g in touched:
+            if g in outside:
+                continue
+            group = graph.groups[g]
+            found = _obstacle(group, moved)
+            if found is not None:
+                return found
+            if _is_line(group, plate, regressed):
+                site = LineSite.of(group, plate, values, may_lack)
+                if isinstance(site, Finding):
+                    return site
+                if site.sizes and any(
+                    u.group == g and u.argument == "loc" for p in updates.values() for u in p.uses
+                ):
+                    return _no_sums(group, "loc")
+                lines[g] = site
+                continue
+            varying = _varying(group, plate)
+            if varying is not None:
+                return _no_sums(group, varying)
+            plain.append(g)
+        return cls(graph, updates, tuple(plain), lines, touched)
+
+    def sums(self, data: DataSums) -> ModelSums:
+        """The sums of the rows at hand.
+
+        Args:
+            data: What the rows say after an E-step.
+        """
+        groups: dict[int, GroupSums] = {}
+        for g in self.plain:
+            references = {n: _wide(a.detach()) for n, a in data.arguments[g].items()}
+            groups[g] = PlainSums(_of_one_form(data.statistics_of(g)), references)
+        for g, site in self.lines.items():
+            groups[g] = site.sums(data.arguments[g], data.counts[g], data.values)
+        masses = {g: float(data.counts[g].sum()) for g in groups}
+        return ModelSums(groups, masses)
+
+    def standing_for(self, sums: ModelSums, data: DataSums) -> tuple[FactorGraph, RunningSums]:
+        """What takes the place of the rows in an M-step.
+
+        Args:
+            sums: The sums of all rows.
+            data: What some rows say, for what is outside of all of them.
+        """
+        groups, counts = list(self.graph.groups), list(data.counts)
+        arguments = [dict(a) for a in data.arguments]
+        masses = [0.0] * len(groups)
+        for g in self.touched:
+            masses[g] = sums.masses.get(g, 0.0) if g in sums.groups else float(counts[g].sum())
+        for g, own in sums.groups.items():
+            if isinstance(own, PlainSums):
+                groups[g] = replace(groups[g], belief=SummedDensity(own))
+                counts[g] = torch.ones((), dtype=torch.float64, device=counts[g].device)
+            else:
+                groups[g], counts[g] = self.lines[g].standing_for(own)
+                arguments[g] = groups[g].evaluate_arguments(data.values)
+        graph = replace(self.graph, groups=tuple(groups))
+        updates = at_other_rows(self.updates, graph)
+        return graph, RunningSums(
+            graph, updates, counts, arguments, data.evaluate, data.values, masses
+        )
+
+
+def _obstacle(group: Group, moved: set[str]) -> Finding | None:
+    """Why a group has no sums of one size, whatever its rows are; None where nothing is in the way."""
+    site, family = group.members[0], group.family
+    where = f"site '{site}'"
+    if family is None:
+        return Finding(where, f"the density of '{site}' ({group.distribution}) has no known sums")
+    if group.value_binding is not None:
+        return Finding(where, f"the value of '{site}' depends on a parameter")
+    for argument, binding in group.bindings.items():
+        if moved.intersection(binding.params) and (
+            argument not in family.rules and argument not in group.lines
+        ):
+            return _no_sums(group, argument)
+    if main_rule(family, group.arguments) is None:
+        return Finding(
+            where, f"what the rows say of '{site}' ({group.distribution}) is no single sum"
+        )
+    return None
+
+
+def _is_line(group: Group, plate: str, regressed: set[str]) -> bool:
+    """Whether a group's sums are those of a line rather than of its sufficient statistics."""
+    assert group.family is not None
+    if group.lines or regressed.intersection(group.mean_params):
+        return True
+    return group.family.name == "Normal" and _varying(group, plate) is not None
+
+
+def _varying(group: Group, plate: str) -> str | None:
+    """An argument that differs between rows; None where all rows share them."""
+    outer = 1 + group.dims[0].index(plate)
+    return next((n for n, a in group.arguments.items() if a.shape[outer] > 1), None)
+
+
+def _no_sums(group: Group, argument: str) -> Finding:
+    site = group.members[0]
+    return Finding(
+        f"site '{site}'",
+        f"what the rows say of {argument} of '{site}' ({group.distribution}) is no sum of one size: "
+        "it needs the rows themselves",
+    )
+
+
+def _of_one_form(sums: Statistics) -> Statistics:
+    """Sums in float64 with a weight for each entry, whether or not the entries of these rows differ."""
+    wide = {n: _wide(t) for n, t in sums.items()}
+    weight = wide["weight"]
+    alike = [t.shape for t in wide.values() if t.dim() == weight.dim()]
+    return {**wide, "weight": weight.expand(torch.broadcast_shapes(*alike))}
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.float64) if t.is_floating_point() else t
