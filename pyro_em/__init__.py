@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
     from pyro_em.sources.chunks import Chunks
     from pyro_em.tracing.vectorized import vectorized_markov
-    from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares
+    from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares, Newton
     from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
     from pyro_em.variational.drawn import DrawnPosterior
     from pyro_em.variational.trainer import Alternating
@@ -87,6 +87,7 @@ __all__ = [
     "Link",
     "ModelError",
     "MonteCarlo",
+    "Newton",
     "Plan",
     "Posterior",
     "PyroEMError",
@@ -131,6 +132,7 @@ _HOMES = {
     "History": "pyro_em.fitting.result",
     "Kind": "pyro_em.families.forms",
     "LeastSquares": "pyro_em.updates.update",
+    "Newton": "pyro_em.updates.update",
     "Link": "pyro_em.families.family",
     "ModelError": "pyro_em.errors",
     "MonteCarlo": "pyro_em.posteriors.strategies",

@@ -103,6 +103,18 @@ class Rule:
     link: Link = IDENTITY
 
 
+def link_of(family: Family, argument: str) -> str | None:
+    """What makes an argument of a linear predictor in which the log density is concave, by its name.
+
+    Returns:
+        Empty where the argument itself is the predictor; None where no such update is known.
+    """
+    rule = family.rules.get(argument)
+    if rule is None or not rule.kind.form.inverse_link:
+        return None
+    return rule.kind.form.inverse_link if rule.link is IDENTITY else ""
+
+
 def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
     """Sum ``weights * statistic`` over the batch dimensions that are not kept.
 

@@ -8,11 +8,28 @@ whoever solves M-steps asks it, and never which form it is.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An expected log density at predictors η.
+
+    Attributes:
+        value: Of each cell, up to a term free of η, in nats. # (*cells)
+        slope: Its derivative in η. # (*cells, *event)
+        curvature: Minus the second derivative. Of a row it is diag(c) − c cᵀ / Σ c for these numbers
+            c. # (*cells, *event)
+    """
+
+    value: Tensor
+    slope: Tensor
+    curvature: Tensor
 
 
 class Form:
@@ -35,6 +52,8 @@ class Form:
             the form `has_complement`, and in −a where it `has_rate`; see `features`.
         has_complement: See ``is_log_linear``.
         has_rate: See ``is_log_linear``.
+        inverse_link: What makes a natural value of a predictor η in which the expected log density is
+            concave (see `of_predictor`): ``"exp"``, ``"sigmoid"`` or ``"softmax"``; empty for none.
     """
 
     event_dim: ClassVar[int] = 0
@@ -50,6 +69,7 @@ class Form:
     is_log_linear: ClassVar[bool] = False
     has_complement: ClassVar[bool] = False
     has_rate: ClassVar[bool] = False
+    inverse_link: ClassVar[str] = ""
 
     def solve(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The maximiser, and which events had no mass. # (events, *event), (events,)
@@ -147,6 +167,16 @@ class Form:
         if self.has_rate:
             terms.append(-a)
         return tuple(terms)
+
+    def of_predictor(self, n: Tensor, d: Tensor, eta: Tensor) -> Curve:
+        """The expected log density in a predictor, with its derivatives.
+
+        Args:
+            n: Numerators. # (*cells, *event)
+            d: Denominators. # (*cells, *event or 1s)
+            eta: Predictors. # (*cells, *event)
+        """
+        raise NotImplementedError(f"the form of {type(self).__name__} has no predictor")
 
     def inside(self, like: Tensor, which: int) -> Tensor:
         """One of two natural values inside the domain of a log-linear form.

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.distributions import bounds
-from pyro_em.families.form import Form, Spread
+from pyro_em.families.form import Curve, Form, Spread
 
 
 class Mean(Form):
@@ -144,6 +144,14 @@ class Probability(Form):
     interval = (0.0, 1.0)
     is_log_linear = True
     has_complement = True
+    inverse_link = "sigmoid"
+
+    def of_predictor(self, n: Tensor, d: Tensor, eta: Tensor) -> Curve:
+        """See `Form.of_predictor`: n η − d log(1 + exp η)."""
+        p = torch.sigmoid(eta)
+        mean = d * p
+        value = n * eta - d * torch.nn.functional.softplus(eta)
+        return Curve(value, n - mean, mean * torch.sigmoid(-eta))
 
     def _maximiser(self, ratio: Tensor) -> Tensor:
         return ratio.clamp(0, 1)
@@ -169,6 +177,12 @@ class Rate(Form):
     interval = (0.0, math.inf)
     is_log_linear = True
     has_rate = True
+    inverse_link = "exp"
+
+    def of_predictor(self, n: Tensor, d: Tensor, eta: Tensor) -> Curve:
+        """See `Form.of_predictor`: n η − d exp η."""
+        mean = d * eta.exp()
+        return Curve(n * eta - mean, n - mean, mean)
 
     def massless(self, n: Tensor, d: Tensor) -> Tensor:
         """See `Form.massless`.
@@ -208,6 +222,13 @@ class Simplex(Form):
     interval = (0.0, 1.0)
     is_row = True
     is_log_linear = True
+    inverse_link = "softmax"
+
+    def of_predictor(self, n: Tensor, d: Tensor, eta: Tensor) -> Curve:
+        """See `Form.of_predictor`: Σ_k n_k log softmax(η)_k."""
+        log_p = eta.log_softmax(-1)
+        mean = n.sum(-1, keepdim=True) * log_p.exp()
+        return Curve((n * log_p).sum(-1), n - mean, mean)
 
     def solve(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.solve`."""

@@ -13,7 +13,7 @@ from pyro_em.plan.program import Program
 from pyro_em.sources.chunks import Chunks
 from pyro_em.tracing.runs import is_being_traced
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.update import LeastSquares, Update
+from pyro_em.updates.update import LeastSquares, Newton, Update
 from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
 from pyro_em.variational.batches import Batches, is_loader, rows_in_batches
 from pyro_em.variational.bound import Variational
@@ -96,11 +96,11 @@ def refuse_untrainable(variational: Variational, updates: Mapping[str, Update]) 
             )
         )
     for name, update in updates.items():
-        if isinstance(update, LeastSquares):
+        if isinstance(update, (LeastSquares, Newton)):
             raise UsageError(
                 message(
                     f"updates['{name}']",
-                    "least squares needs an exact fit; here the guide draws latents.",
+                    f"{type(update).__name__} needs an exact fit; here the guide draws latents.",
                     fixes=["leave it out, or use ClosedForm(step_size=...)"],
                 )
             )

@@ -8,7 +8,8 @@ Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
 * an invertible elementwise map f of a selection has one nonzero per row of J: (J t) / (J 1) is the
   index map, and a = f(θ[index]); the estimate passes through f⁻¹ (invariance of the MLE);
 * a known factor c in a = c f(θ[index]) is an exposure;
-* a is *affine* if every node is linear in θ: a = J θ + offset;
+* a is *affine* if every node is linear in θ: a = J θ + offset, or a known function of such a predictor
+  (`pyro_em.graph.affine`);
 * ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
   are normalised already this is the identity, and the graph is cut there.
 
@@ -19,87 +20,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
+from pyro_em.graph.affine import as_affine
 from pyro_em.graph.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
-from pyro_em.tracing.without_sympy import pull_back
-
-_VIEWS = frozenset(
-    f"{name}Backward{i}"
-    for name in (
-        "Alias",
-        "AsStrided",
-        "Cat",
-        "Clone",
-        "Diagonal",
-        "Expand",
-        "Flip",
-        "Gather",
-        "Index",
-        "IndexSelect",
-        "MovedimIntList",
-        "Permute",
-        "Repeat",
-        "RepeatInterleave",
-        "ReshapeAlias",
-        "Roll",
-        "Select",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Stack",
-        "T",
-        "Take",
-        "TakeAlongDim",
-        "ToCopy",
-        "Transpose",
-        "Unbind",
-        "UnsafeView",
-        "Unsqueeze",
-        "View",
-    )
-    for i in range(4)
+from pyro_em.graph.nodes import (
+    VIEWS,
+    Point,
+    base_name,
+    below_expansion,
+    below_normalisation,
+    forward_maps,
+    inputs_of,
+    is_leaf,
+    nodes_below,
 )
-
-
-_LINEAR = frozenset(
-    f"{name}Backward{i}"
-    for name in (
-        "Add",
-        "Sub",
-        "Rsub",
-        "Neg",
-        "Sum",
-        "Mean",
-        "Mul",
-        "Div",
-        "Mm",
-        "Mv",
-        "Bmm",
-        "Dot",
-        "Addmm",
-        "Addmv",
-        "Baddbmm",
-        "Cumsum",
-    )
-    for i in range(4)
-)
-
-
-_BILINEAR = ("Mul", "Div", "Mm", "Mv", "Bmm", "Dot", "Addmm", "Addmv", "Baddbmm")
-
-
-@dataclass(frozen=True, eq=False)
-class _Point:
-    """A place in an autograd graph: what is differentiated, its node, its shape."""
-
-    edge: Tensor | GradientEdge
-    node: Node
-    shape: tuple[int, ...]
 
 
 def bind(
@@ -109,6 +47,7 @@ def bind(
     layout: Callable[[Tensor], Tensor] = lambda t: t,
     normalised: str = "",
     allow_affine: bool = False,
+    link: str = "",
     max_cells: int = 2**27,
 ) -> Binding:
     """Read off an argument's autograd graph how parameters reach it.
@@ -121,6 +60,7 @@ def bind(
         normalised: ``"probs"`` or ``"logits"`` where the distribution normalises this argument's
             rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
+        link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
         max_cells: The largest Jacobian to form.
 
     Returns:
@@ -138,34 +78,18 @@ def bind(
         )
     if not names:
         return Binding("constant", (), constant)
-    point = _below_expansion(_Point(argument, start.node, tuple(argument.shape)))
+    point = below_expansion(Point(argument, start.node, tuple(argument.shape)))
     index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
     top = layout(index.expand(argument.shape))
     selection = _as_selection(point, top, constant, names, leaves, normalised)
     if isinstance(selection, Binding):
         return selection
     if allow_affine:
-        affine = _as_affine(point, top, constant, names, leaves, max_cells)
+        affine = as_affine(point, top, constant, names, leaves, normalised, link, max_cells)
         if isinstance(affine, Binding):
             return affine
         return Binding("opaque", names, constant, reason=affine)
     return Binding("opaque", names, constant, reason=selection)
-
-
-def _below_expansion(point: _Point) -> _Point:
-    """Step below Expand nodes: above them a derivative would have N × K × D × D cells."""
-    while point.node.name() == "ExpandBackward0":
-        shape = tuple(point.node._saved_self_sym_sizes)  # type: ignore[attr-defined]
-        parent, output = point.node.next_functions[0]
-        assert parent is not None
-        point = _point_at(parent, output, shape)
-    return point
-
-
-def _point_at(node: Node, output: int, shape: tuple[int, ...]) -> _Point:
-    if _is_leaf(node):
-        return _Point(node.variable, node, shape)  # type: ignore[attr-defined]
-    return _Point(GradientEdge(node, output), node, shape)
 
 
 def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...] | None:
@@ -193,34 +117,11 @@ def leaves_below(tensors: Iterable[Tensor]) -> set[int]:
         if tensor.grad_fn is None:
             found.add(id(tensor))
             continue
-        for node in _nodes_below(tensor.grad_fn):
-            if node not in seen and _is_leaf(node):
+        for node in nodes_below(tensor.grad_fn):
+            if node not in seen and is_leaf(node):
                 found.add(id(node.variable))  # type: ignore[attr-defined]
             seen.add(node)
     return found
-
-
-def _base_name(node: Node) -> str:
-    return node.name().split("::")[-1].split("Backward")[0]
-
-
-def _is_leaf(node: Node) -> bool:
-    return node.name().endswith("AccumulateGrad")
-
-
-def _parents(node: Node) -> list[tuple[Node, int]]:
-    return [(n, i) for n, i in node.next_functions if n is not None]
-
-
-def _nodes_below(node: Node) -> list[Node]:
-    seen: dict[Node, None] = {}
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if n not in seen:
-            seen[n] = None
-            stack.extend(m for m, _ in _parents(n))
-    return list(seen)
 
 
 def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, ...], bool]:
@@ -228,48 +129,14 @@ def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, 
     names = {id(leaf): name for name, leaf in leaves.items()}
     found = {
         names.get(id(n.variable))  # type: ignore[attr-defined]
-        for n in _nodes_below(node)
-        if _is_leaf(n)
+        for n in nodes_below(node)
+        if is_leaf(n)
     }
     return tuple(name for name in leaves if name in found), None not in found
 
 
-def _normalisation(node: Node) -> tuple[Node, int] | None:
-    """The input x of a node x / x.sum(−1) or x − x.logsumexp(−1), if it is one."""
-    parents = _parents(node)
-    if len(parents) != 2 or _base_name(node) not in ("Div", "Sub"):
-        return None
-    (x, i), (total, _) = parents
-    if _base_name(total) not in ("Sum", "Logsumexp"):
-        return None
-    below = _parents(total)
-    return (x, i) if len(below) == 1 and below[0] == (x, i) else None
-
-
-def _forward_maps(
-    output: Tensor | GradientEdge, shape: Sequence[int], source: Tensor | GradientEdge, like: Tensor
-) -> Callable[[Tensor | None], Tensor]:
-    """t ↦ J t for the map from ``source`` to ``output``; None stands for t = 0, 1, 2, …"""
-    v = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device, requires_grad=True)
-    g = pull_back(output, source, v, create_graph=True)
-    assert g is not None
-
-    def forward(t: Tensor | None) -> Tensor:
-        if t is None:
-            t = torch.arange(g.numel(), dtype=g.dtype, device=g.device)
-        else:
-            t = t.expand(g.shape)
-        if not g.requires_grad:
-            return torch.zeros_like(v)
-        out = pull_back(g, v, t.reshape(g.shape), allow_unused=True)
-        return torch.zeros_like(v) if out is None else out
-
-    forward.source_shape = g.shape  # type: ignore[attr-defined]
-    return forward
-
-
 def _as_selection(
-    point: _Point,
+    point: Point,
     top: Tensor,
     constant: Tensor,
     names: Sequence[str],
@@ -277,20 +144,7 @@ def _as_selection(
     normalised: str,
 ) -> Binding | str:
     """A selection binding, or the reason why there is none."""
-    how = ""
-    while normalised:
-        walk = point.node
-        while not _is_leaf(walk) and walk.name() in _VIEWS and len(_parents(walk)) == 1:
-            walk = _parents(walk)[0][0]
-        cut = _normalisation(walk)
-        if cut is None:
-            break
-        shape = point.shape
-        if walk is not point.node:
-            forward = _forward_maps(point.edge, shape, GradientEdge(walk, 0), constant)
-            top = forward(None).round().long().reshape(-1)[top]
-            shape = forward.source_shape  # type: ignore[attr-defined]
-        point, how = _point_at(cut[0], cut[1], tuple(shape)), normalised
+    point, top, how = below_normalisation(point, top, constant, normalised)
     edge, node, shape = point.edge, point.node, point.shape
     maps, has_factor, problem = _read_maps(node)
     if problem:
@@ -303,7 +157,7 @@ def _as_selection(
             index = torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
             used = torch.ones_like(index, dtype=torch.bool)
         else:
-            forward = _forward_maps(edge, shape, leaf, constant)
+            forward = forward_maps(edge, shape, leaf, constant)
             slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
             used = slope != 0
             ratio = forward(None) / torch.where(used, slope, 1.0)
@@ -360,9 +214,9 @@ def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
     """
     maps: list[ElementwiseMap] = []
     has_factor = False
-    while not _is_leaf(node):
-        parents, base = _parents(node), _base_name(node)
-        if node.name() in _VIEWS:
+    while not is_leaf(node):
+        parents, base = inputs_of(node), base_name(node)
+        if node.name() in VIEWS:
             if len(parents) > 1:
                 break
         elif base in MAPS and len(parents) == 1:
@@ -382,53 +236,11 @@ def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
         else:
             return (), False, f"an operation that is no selection reaches it ({base.lower()})"
         node = parents[0][0]
-    for n in _nodes_below(node):
-        if not _is_leaf(n) and n.name() not in _VIEWS:
+    for n in nodes_below(node):
+        if not is_leaf(n) and n.name() not in VIEWS:
             return (
                 (),
                 False,
-                f"an operation that is no selection reaches it ({_base_name(n).lower()})",
+                f"an operation that is no selection reaches it ({base_name(n).lower()})",
             )
     return tuple(reversed(maps)), has_factor, ""
-
-
-def _as_affine(
-    point: _Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    max_cells: int,
-) -> Binding | str:
-    """An affine binding with its Jacobians, or the reason why there is none."""
-    for node in _nodes_below(point.node):
-        if _is_leaf(node) or node.name() in _VIEWS:
-            continue
-        base = _base_name(node)
-        if node.name() not in _LINEAR:
-            return f"an operation that is not linear reaches it ({base.lower()})"
-        parents = _parents(node)
-        if base == "Div" and (len(parents) > 1 or node.next_functions[0][0] is None):
-            return "a division by a parameter reaches it"
-        if base.startswith("Addm") or base == "Baddbmm":
-            product = [n for n, _ in node.next_functions[1:] if n is not None]
-            if len(product) > 1:
-                return "a product of parameters reaches it"
-        elif base in _BILINEAR and len(parents) > 1:
-            return "a product of parameters reaches it"
-    size = sum(leaves[name].numel() for name in names)
-    if size * constant.numel() > max_cells:
-        return f"its Jacobian would have {size * constant.numel():,} cells"
-    offset = constant
-    jacobians = {}
-    for name in names:
-        leaf = leaves[name]
-        forward = _forward_maps(point.edge, point.shape, leaf, constant)
-        columns = []
-        for j in range(leaf.numel()):
-            unit = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
-            unit[j] = 1
-            columns.append(forward(unit.reshape(leaf.shape)).reshape(-1)[top])
-        jacobians[name] = torch.stack(columns, -1)
-        offset = offset - jacobians[name] @ leaf.detach().reshape(-1).to(jacobians[name].dtype)
-    return Binding("affine", tuple(names), offset, jacobians=jacobians)

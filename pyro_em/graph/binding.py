@@ -140,6 +140,7 @@ class Binding:
         jacobians: ∂a/∂θ of an affine map, per parameter. # (*argument, parameter.numel())
         reason: Why it is no stronger, in words.
         normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
+        link: Of an affine binding what makes the argument of the predictor, by its name in `LINKS`.
     """
 
     how: str
@@ -149,6 +150,7 @@ class Binding:
     jacobians: Mapping[str, Tensor] | None = None
     reason: str = ""
     normalise: str = ""
+    link: str = ""
 
     @cached_property
     def is_static(self) -> bool:
@@ -190,6 +192,15 @@ class Binding:
     def __getstate__(self) -> dict[str, Any]:
         return {name: v for name, v in vars(self).items() if name != "_thin"}
 
+    def predictor(self, values: Mapping[str, Tensor]) -> Tensor:
+        """J θ + offset of an affine binding; differentiable in ``values``."""
+        assert self.jacobians is not None
+        out = self.constant
+        for name, jacobian in self.jacobians.items():
+            # A parameter may be coarser than the data.
+            out = out + jacobian @ values[name].reshape(-1).to(jacobian.dtype)
+        return out
+
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
         """The argument at parameter ``values``; differentiable in them."""
         if self.how == "constant":
@@ -198,12 +209,7 @@ class Binding:
             one = self.thin().evaluate(values)
             return one.expand(len(self.constant), *one.shape[1:])
         if self.how == "affine":
-            assert self.jacobians is not None
-            out = self.constant
-            for name, jacobian in self.jacobians.items():
-                # A parameter may be coarser than the data.
-                out = out + jacobian @ values[name].reshape(-1).to(jacobian.dtype)
-            return out
+            return normalised(LINKS[self.link].forward(self.predictor(values)), self.normalise)
         if self.how == "opaque":
             raise ValueError("an opaque binding cannot be evaluated without its model")
         out = self.constant
@@ -212,6 +218,27 @@ class Binding:
             plain = part.is_whole and found.dtype == out.dtype
             out = found if plain else torch.where(part.index >= 0, found, out)
         return normalised(out, self.normalise)
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a linear predictor becomes an argument, and back.
+
+    Attributes:
+        forward: From the predictor.
+        inverse: Back; of rows up to a shift.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+LINKS = {
+    "": Link(lambda a: a, lambda a: a),
+    "exp": Link(torch.exp, torch.log),
+    "sigmoid": Link(torch.sigmoid, torch.logit),
+    "softmax": Link(lambda a: a.softmax(-1), torch.log),
+}
 
 
 def normalised(rows: Tensor, how: str) -> Tensor:

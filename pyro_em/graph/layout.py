@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.family import Family
+from pyro_em.families.family import Family, link_of
 from pyro_em.families.registry import (
     family_of,
     given_arguments,
@@ -271,6 +271,7 @@ class FactorLayout:
                     (event, tuple(dims), reinterpreted),
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=may_be_affine(family, arg),
+                    link=link_of(family, arg) or "",
                 )
         return Factor(
             info if scope == info.scope else replace(info, scope=scope),
@@ -388,8 +389,10 @@ class FactorLayout:
 
 
 def may_be_affine(family: Family, argument: str) -> bool:
-    """Whether an argument that is affine in parameters has an update: least squares."""
-    return argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal")
+    """Whether an argument that is affine in parameters has an update: least squares, or Newton's."""
+    if argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal"):
+        return True
+    return link_of(family, argument) is not None
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

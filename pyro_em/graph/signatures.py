@@ -111,6 +111,7 @@ class Recurring:
         *,
         normalised: str = "",
         allow_affine: bool = False,
+        link: str = "",
     ) -> Binding:
         """As `pyro_em.graph.autograd.bind`.
 
@@ -120,10 +121,11 @@ class Recurring:
             form: What determines ``layout``, next to the argument's own shape and strides.
             normalised: As there.
             allow_affine: As there.
+            link: As there.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        key = (graph, form, *kind, normalised, allow_affine)
+        key = (graph, form, *kind, normalised, allow_affine, link)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
@@ -139,6 +141,7 @@ class Recurring:
             layout=layout,
             normalised=normalised,
             allow_affine=allow_affine,
+            link=link,
         )
         if graph is not None and argument.numel() <= _SMALL:
             self.known[key] = argument.detach(), binding

@@ -65,7 +65,7 @@ def form_of_binding(binding: Binding) -> tuple[Any, ...]:
     parts = tuple(
         (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in binding.selections
     )
-    return (binding.how, binding.normalise, binding.params, parts)
+    return (binding.how, binding.normalise, binding.link, binding.params, parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +250,7 @@ def _joined(bindings: Sequence[Binding], join: Callable[[Sequence[Tensor]], Tens
         jacobians,
         first.reason,
         first.normalise,
+        first.link,
     )
 
 

@@ -31,7 +31,7 @@ from pyro_em.posteriors.product_rows import ProductRows
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
+from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, Newton, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
 BLOCKS: tuple[type[Mixture] | type[Chain], ...] = (Mixture, Chain, ProductRows)
@@ -217,6 +217,9 @@ def needs_more_than_sums(
     """Why the M-step of a graph is not one of closed forms on sums; None where it is."""
     exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm | LeastSquares)}
     for name, u in updates.items():
+        if isinstance(u.update, Newton):
+            what = f"Newton's method for '{name}' goes through all rows"
+            return Finding(f"parameter '{name}'", what)
         if name not in exact and not isinstance(u.update, Fixed):
             return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
         if u.kind is not None and u.needs_data:

@@ -18,6 +18,7 @@ from pyro_em.updates.update import (
     Fixed,
     Gradient,
     LeastSquares,
+    Newton,
     NoUpdate,
     ParameterUpdate,
     Update,
@@ -225,6 +226,9 @@ def _update_name(update: ParameterUpdate) -> str:
         case LeastSquares():
             others = [p for p in update.block if p != update.name]
             return "least squares" + (f" with {', '.join(others)}" if others else "")
+        case Newton():
+            others = [p for p in update.block if p != update.name]
+            return "Newton" + (f" with {', '.join(others)}" if others else "")
         case Gradient(optimizer=None):
             return "gradient (L-BFGS)"
         case Gradient(steps=1):

@@ -102,7 +102,9 @@ def check_constructor(
                     f"updates['{name}']",
                     f"{shown(update)} is no update.",
                     "an unknown word would leave the parameter alone in silence",
-                    ["use an instance: Fixed(), ClosedForm(), LeastSquares() or Gradient()"],
+                    [
+                        "use an instance: Fixed(), ClosedForm(), LeastSquares(), Newton() or Gradient()"
+                    ],
                 )
             )
 

@@ -22,9 +22,10 @@ from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.least_squares import Equations, equations_of, least_squares
+from pyro_em.updates.predictors import Curved, Predictor, predictors_of
 from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
-from pyro_em.updates.update import ClosedForm, LeastSquares, ParameterUpdate
+from pyro_em.updates.update import EXACT, LeastSquares, ParameterUpdate
 from pyro_em.updates.vector_lines import (
     is_vector,
     residual_statistics,
@@ -113,6 +114,9 @@ class Derivatives:
     hessian: Tensor | None
 
 
+_Cells = tuple[tuple[tuple[str, ...], int], list[tuple[Predictor, tuple[Tensor, Tensor]]]]
+
+
 class DataSums:
     """One part of the data in an M-step.
 
@@ -143,7 +147,7 @@ class DataSums:
         self.evaluate = evaluate
         self.values = values_of(graph.parameters) if values is None else dict(values)
         self.arguments = [dict(a) for a in arguments]
-        exact = {n for n, u in updates.items() if isinstance(u.update, (ClosedForm, LeastSquares))}
+        exact = {n for n, u in updates.items() if isinstance(u.update, EXACT)}
         needed = groups_reached(graph, exact)
         self.needed = [g for g in needed if graph.groups[g].family is not None]
         # Those of sites that read Gaussian latents change with each update: taken when needed.
@@ -157,6 +161,7 @@ class DataSums:
         self.lined = frozenset(lined)
         self.stale = set(self.needed) - set(plain) - self.lined
         self._followed = 0
+        self._cells: _Cells | None = None
 
     # ------------------------------------------------------------------ following
 
@@ -255,6 +260,25 @@ class DataSums:
         """The normal equations of a block of coefficients."""
         statistics = self._taken(self._plain())
         return equations_of(block, self.graph, statistics, self.arguments, self.values, expansions)
+
+    def curved(self, block: Sequence[str], values: Mapping[str, Tensor]) -> Curved:
+        """The expected log joint in the coefficients of linear predictors, with its derivatives."""
+        parts = [p.curved(sums, block, values) for p, sums in self._predicted(block)]
+        return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+
+    def furthest(self, block: Sequence[str], step: Tensor) -> float:
+        """By how much a step of coefficients moves the predictor of any cell that has data."""
+        found = [p.furthest(s, block, self.values, step) for p, s in self._predicted(block)]
+        return max(found)
+
+    def _predicted(self, block: Sequence[str]) -> list[tuple[Predictor, tuple[Tensor, Tensor]]]:
+        """The predictors that a block reaches, with the sums of their cells as arguments are now."""
+        if self._cells is None or self._cells[0] != (tuple(block), self._followed):
+            found = predictors_of(self.graph, block)
+            statistics = self._taken(p.group for p in found)
+            each = [(p, p.cells(statistics[p.group], self.arguments[p.group])) for p in found]
+            self._cells = (tuple(block), self._followed), each
+        return self._cells[1]
 
     def mean_sums(self, shift: Shift) -> tuple[Tensor, Tensor]:
         """Of a latent the sum of its means and of its weights; see `shift.mean_sums`."""

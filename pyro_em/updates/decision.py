@@ -16,11 +16,14 @@ from pyro_em.families.form import Form
 from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.predictors import predictor_binding, predictors_of
 from pyro_em.updates.update import (
+    EXACT,
     ClosedForm,
     Fixed,
     Gradient,
     LeastSquares,
+    Newton,
     NoUpdate,
     ParameterUpdate,
     Prior,
@@ -77,7 +80,29 @@ def decide_updates(
                 else ("a mean in one argument with regression coefficients")
             )
             decided[p] = ParameterUpdate(p, LeastSquares(), reason, (), block, decided[p].priors)
+    curved = {n for n, u in decided.items() if isinstance(u.update, Newton)}
+    read = [set(predictor.binding.params) for predictor in predictors_of(graph, [*curved])]
+    for together in _joined(read, curved):
+        for p in together:
+            decided[p] = replace(decided[p], block=_in_order(graph, together))
     return decided
+
+
+def _is_predicted(graph: FactorGraph, g: int, argument: str, name: str) -> bool:
+    """Whether a parameter is a coefficient of a linear predictor that Newton's method solves for.
+
+    A selection has a closed form, unless a factor multiplies what stands in the predictor.
+    """
+    group = graph.groups[g]
+    if predictor_binding(group, argument, graph.parameters) is None:
+        return False
+    binding = group.bindings[argument]
+    return binding.how == "affine" or _as_use(graph, g, argument, binding, name)[0] is None
+
+
+def _has_predictor(graph: FactorGraph, use: Use) -> bool:
+    group = graph.groups[use.group]
+    return predictor_binding(group, use.argument, graph.parameters) is not None
 
 
 def _is_regressed(graph: FactorGraph, g: int, argument: str, binding: Binding, name: str) -> bool:
@@ -108,9 +133,9 @@ def _is_plain_mean(update: ParameterUpdate) -> bool:
 def _granted(strongest: ParameterUpdate, wish: Update) -> ParameterUpdate:
     if isinstance(wish, ClosedForm) and isinstance(strongest.update, ClosedForm):
         return replace(strongest, update=wish)
-    if isinstance(wish, LeastSquares) and isinstance(strongest.update, LeastSquares):
+    if isinstance(wish, (LeastSquares, Newton)) and isinstance(strongest.update, type(wish)):
         return strongest
-    if isinstance(wish, (ClosedForm, LeastSquares)):
+    if isinstance(wish, EXACT):
         return replace(
             strongest, reason=f"{type(wish).__name__} was asked for, but {strongest.reason}"
         )
@@ -120,7 +145,8 @@ def _granted(strongest: ParameterUpdate, wish: Update) -> ParameterUpdate:
 def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     uses: list[Use] = []
     priors: list[Prior] = []
-    affine = False
+    predicted: list[str] = []
+    affine = curved = False
     weakest = ""
     is_used = False
     constraint = graph.parameters[name].constraint
@@ -155,6 +181,11 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
             elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
+            elif _is_predicted(graph, g, argument, name):
+                curved = True
+                predicted.append(f"{group.distribution}.{argument}")
+                if not is_real(constraint):
+                    weakest = weakest or f"its constraint {constraint} bounds {where}"
             elif _is_regressed(graph, g, argument, binding, name):
                 affine = True
                 if not is_real(constraint):
@@ -169,6 +200,17 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
+    if curved:
+        if affine or not all(_has_predictor(graph, u) for u in uses):
+            reason = "it is a coefficient of a predictor and something else besides"
+            return ParameterUpdate(name, Gradient(), reason)
+        if not all(_is_normal(graph.groups[p.group]) for p in priors):
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal")
+        what = " and ".join(dict.fromkeys(predicted)) + " is linear in it"
+        if not all(p.endswith("logits") for p in predicted):
+            what = " and ".join(dict.fromkeys(predicted)) + " has a predictor that is linear in it"
+        reason = what + (", with a Normal prior" if priors else "")
+        return ParameterUpdate(name, Newton(), reason, priors=tuple(priors))
     if affine:
         plain = all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses)
         if plain and all(_is_normal(graph.groups[p.group]) for p in priors):
@@ -319,17 +361,26 @@ def _outside(use: Use, constraint: constraints.Constraint) -> str:
 
 
 def _blocks(graph: FactorGraph, names: set[str]) -> list[tuple[str, ...]]:
-    """Sets of parameters that share an affine argument, directly or through others."""
+    """Sets of parameters that share an affine mean, directly or through others."""
+    blocks = _joined([set(group.mean_params) for group in graph.groups], names)
+    return [_in_order(graph, block) for block in blocks]
+
+
+def _joined(together: Sequence[set[str]], names: set[str]) -> list[set[str]]:
+    """Sets of names that are together in one of some sets, directly or through others."""
     blocks: list[set[str]] = []
-    for group in graph.groups:
-        here = names.intersection(group.mean_params)
+    for own in together:
+        here = names & own
         if not here:
             continue
         touching = [b for b in blocks if b & here]
         merged = here.union(*touching)
         blocks = [b for b in blocks if not b & here] + [merged]
-    order = {n: i for i, n in enumerate(graph.parameters)}
-    return [tuple(sorted(b, key=order.__getitem__)) for b in blocks]
+    return blocks
+
+
+def _in_order(graph: FactorGraph, names: set[str]) -> tuple[str, ...]:
+    return tuple(name for name in graph.parameters if name in names)
 
 
 def groups_reached(graph: FactorGraph, names: set[str]) -> list[int]:

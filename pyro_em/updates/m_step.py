@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, message
+from pyro_em.errors import DegenerateError, message, warn
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.parameters import (
@@ -25,6 +25,7 @@ from pyro_em.tracing.parameters import (
     write_unconstrained,
 )
 from pyro_em.updates.closed_form import Blend, apply_floor, floor_of, solver_of
+from pyro_em.updates.coefficients import coefficients, separated
 from pyro_em.updates.data_sums import (
     DataSums,
     Derivatives,
@@ -39,8 +40,16 @@ from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import Runaway, maximise
 from pyro_em.updates.least_squares import solved
 from pyro_em.updates.parted_objective import parted
+from pyro_em.updates.predictors import Curved
 from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
-from pyro_em.updates.update import ClosedForm, Gradient, LeastSquares, ParameterUpdate
+from pyro_em.updates.update import (
+    EXACT,
+    ClosedForm,
+    Gradient,
+    LeastSquares,
+    Newton,
+    ParameterUpdate,
+)
 
 T = TypeVar("T")
 
@@ -220,6 +229,22 @@ class _MStep:
             self.moves.append(Expanded(e, self.working[e.latent]))
         return new
 
+    def climb(self, block: Sequence[str], told: list[str]) -> dict[str, Tensor]:
+        """Newton's method for the coefficients of linear predictors; separated data are said once."""
+
+        def ask(values: Mapping[str, Tensor]) -> Curved:
+            at = {**self.values, **values}
+            return self.sum(lambda part: part.curved(block, at))
+
+        found = coefficients(ask, block, self.graph, self.values, self.updates)
+        if not found.is_settled:
+            far = self.over.max(lambda part: part.following(self.moves).furthest(block, found.last))
+            said = separated(block, self.graph, self.values, found.last, far)
+            if said and said not in told:
+                told.append(said)
+                warn(said)
+        return found.values
+
     def shift(self) -> list[Mapping[str, Tensor]]:
         """Working means of latents: spreads are estimated about them, coefficients take them in."""
         gains: list[Mapping[str, Tensor]] = []
@@ -259,7 +284,7 @@ def _m_step(
     now: _MStep, state: MStepState, expand: bool, unexpanded: Collection[str]
 ) -> MStepReport:
     graph, updates = now.graph, now.updates
-    exact = [u for u in updates.values() if isinstance(u.update, (ClosedForm, LeastSquares))]
+    exact = [u for u in updates.values() if isinstance(u.update, EXACT)]
     exact = sorted(exact, key=_order)
     with torch.no_grad():
         found = expansions_of(graph, updates) if expand else ()
@@ -273,6 +298,8 @@ def _m_step(
             if _order(update) == 0 and update.name not in done:
                 if isinstance(update.update, LeastSquares):
                     new = now.regress(update.block, with_block.get(update.block, ()))
+                elif isinstance(update.update, Newton):
+                    new = now.climb(update.block, state.told)
                 else:
                     new = {update.name: now.updated(update)}
                 now.write(new)
@@ -290,7 +317,7 @@ def _with_blocks(
     graph: FactorGraph, exact: Sequence[ParameterUpdate], expansions: Sequence[Expansion]
 ) -> dict[tuple[str, ...], list[Expansion]]:
     """The expansions that are solved with each block of coefficients, () for those alone."""
-    blocks = dict.fromkeys(u.block for u in exact if u.block)
+    blocks = dict.fromkeys(u.block for u in exact if isinstance(u.update, LeastSquares))
     out: dict[tuple[str, ...], list[Expansion]] = {}
     for e in expansions:
         met = (b for b in blocks if e.is_read_by(groups_reached(graph, set(b))))
@@ -311,7 +338,7 @@ def apply_floors(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> 
 
 
 def _order(update: ParameterUpdate) -> int:
-    if isinstance(update.update, LeastSquares):
+    if isinstance(update.update, (LeastSquares, Newton)):
         return 0
     return 0 if update.kind is not None and update.kind.is_location else 1
 

@@ -54,6 +54,15 @@ class LeastSquares:
 
 
 @dataclass(frozen=True)
+class Newton:
+    """Newton's method with the exact Hessian, jointly for all parameters of one linear predictor.
+
+    Of Bernoulli, Binomial and Categorical logits, of logarithms of rates: iteratively reweighted least
+    squares, to the maximum of the expected log joint.
+    """
+
+
+@dataclass(frozen=True)
 class Gradient:
     """A gradient step on the expected log joint in the unconstrained space.
 
@@ -95,7 +104,9 @@ class NoUpdate:
     """No M-step: a latent of the model has no route. It occurs in plans; nobody asks for it."""
 
 
-Update = ClosedForm | LeastSquares | Gradient | Fixed
+Update = ClosedForm | LeastSquares | Newton | Gradient | Fixed
+
+EXACT = (ClosedForm, LeastSquares, Newton)  # these go to a maximum, from sums over the data
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +148,7 @@ class ParameterUpdate:
         update: The update.
         reason: Why, in words.
         uses: The places of a closed form.
-        block: Parameters solved for together (least squares).
+        block: Parameters solved for together (least squares, Newton's method).
         priors: Conjugate priors that a closed form takes in.
     """
 

@@ -1,0 +1,219 @@
+"""Autograd graphs as they are read: their nodes by name, and derivatives between two places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from pyro_em.tracing.without_sympy import pull_back
+
+VIEWS = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Alias",
+        "AsStrided",
+        "Cat",
+        "Clone",
+        "Diagonal",
+        "Expand",
+        "Flip",
+        "Gather",
+        "Index",
+        "IndexSelect",
+        "MovedimIntList",
+        "Permute",
+        "Repeat",
+        "RepeatInterleave",
+        "ReshapeAlias",
+        "Roll",
+        "Select",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Stack",
+        "T",
+        "Take",
+        "TakeAlongDim",
+        "ToCopy",
+        "Transpose",
+        "Unbind",
+        "UnsafeView",
+        "Unsqueeze",
+        "View",
+    )
+    for i in range(4)
+)
+
+
+LINEAR = frozenset(
+    f"{name}Backward{i}"
+    for name in (
+        "Add",
+        "Sub",
+        "Rsub",
+        "Neg",
+        "Sum",
+        "Mean",
+        "Mul",
+        "Div",
+        "Mm",
+        "Mv",
+        "Bmm",
+        "Dot",
+        "Addmm",
+        "Addmv",
+        "Baddbmm",
+        "ConstantPadNd",
+        "Cumsum",
+    )
+    for i in range(4)
+)
+
+
+BILINEAR = ("Mul", "Div", "Mm", "Mv", "Bmm", "Dot", "Addmm", "Addmv", "Baddbmm")
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A place in an autograd graph: what is differentiated, its node, its shape."""
+
+    edge: Tensor | GradientEdge
+    node: Node
+    shape: tuple[int, ...]
+
+
+def below_expansion(point: Point) -> Point:
+    """Step below Expand nodes: above them a derivative would have N × K × D × D cells."""
+    while point.node.name() == "ExpandBackward0":
+        shape = tuple(point.node._saved_self_sym_sizes)  # type: ignore[attr-defined]
+        parent, output = point.node.next_functions[0]
+        assert parent is not None
+        point = point_at(parent, output, shape)
+    return point
+
+
+def point_at(node: Node, output: int, shape: tuple[int, ...]) -> Point:
+    """The place of one output of a node."""
+    if is_leaf(node):
+        return Point(node.variable, node, shape)  # type: ignore[attr-defined]
+    return Point(GradientEdge(node, output), node, shape)
+
+
+def base_name(node: Node) -> str:
+    """A node's operation, as autograd names it."""
+    return node.name().split("::")[-1].split("Backward")[0]
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether a node is a leaf tensor."""
+    return node.name().endswith("AccumulateGrad")
+
+
+def inputs_of(node: Node) -> list[tuple[Node, int]]:
+    """The nodes that a node reads, with the number of the output of each."""
+    return [(n, i) for n, i in node.next_functions if n is not None]
+
+
+def nodes_below(node: Node) -> list[Node]:
+    """A node and all that it is computed from."""
+    seen: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in seen:
+            seen[n] = None
+            stack.extend(m for m, _ in inputs_of(n))
+    return list(seen)
+
+
+def normalisation(node: Node) -> tuple[Node, int] | None:
+    """The input x of a node x / x.sum(−1) or x − x.logsumexp(−1), if it is one."""
+    parents = inputs_of(node)
+    if len(parents) != 2 or base_name(node) not in ("Div", "Sub"):
+        return None
+    (x, i), (total, _) = parents
+    if base_name(total) not in ("Sum", "Logsumexp"):
+        return None
+    below = inputs_of(total)
+    return (x, i) if len(below) == 1 and below[0] == (x, i) else None
+
+
+def forward_maps(
+    output: Tensor | GradientEdge, shape: Sequence[int], source: Tensor | GradientEdge, like: Tensor
+) -> Callable[[Tensor | None], Tensor]:
+    """t ↦ J t for the map from ``source`` to ``output``; None stands for t = 0, 1, 2, …"""
+    v = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device, requires_grad=True)
+    g = pull_back(output, source, v, create_graph=True)
+    assert g is not None
+
+    def forward(t: Tensor | None) -> Tensor:
+        if t is None:
+            t = torch.arange(g.numel(), dtype=g.dtype, device=g.device)
+        else:
+            t = t.expand(g.shape)
+        if not g.requires_grad:
+            return torch.zeros_like(v)
+        out = pull_back(g, v, t.reshape(g.shape), allow_unused=True)
+        return torch.zeros_like(v) if out is None else out
+
+    forward.source_shape = g.shape  # type: ignore[attr-defined]
+    return forward
+
+
+def through_views(node: Node) -> Node:
+    """The first node below views of a single tensor that is no view itself."""
+    while not is_leaf(node) and node.name() in VIEWS and len(inputs_of(node)) == 1:
+        node = inputs_of(node)[0][0]
+    return node
+
+
+def moved_below(
+    point: Point, node: Node, edge: tuple[Node, int], top: Tensor, like: Tensor
+) -> tuple[Point, Tensor]:
+    """The place of an input of a node with as many elements, reached from another through views.
+
+    Args:
+        point: Where one is.
+        node: The node below its views.
+        edge: The input of that node.
+        top: Which element of ``point`` each cell of the argument is.
+        like: For dtype and device.
+
+    Returns:
+        The input's place, and which of its elements each cell is.
+    """
+    shape = point.shape
+    if node is not point.node:
+        forward = forward_maps(point.edge, shape, GradientEdge(node, 0), like)
+        top = forward(None).round().long().reshape(-1)[top]
+        shape = forward.source_shape  # type: ignore[attr-defined]
+    return point_at(*edge, tuple(shape)), top
+
+
+def below_normalisation(
+    point: Point, top: Tensor, constant: Tensor, normalised: str
+) -> tuple[Point, Tensor, str]:
+    """The rows as they were before a distribution normalised them.
+
+    Args:
+        point: Where the argument is.
+        top: Which element of it each cell of the compact layout is.
+        constant: The argument's value.
+        normalised: How the distribution normalises its rows; empty where it does not.
+
+    Returns:
+        Their place, which element each cell is, and ``normalised`` where they were.
+    """
+    how = ""
+    while normalised:
+        walk = through_views(point.node)
+        cut = normalisation(walk)
+        if cut is None:
+            break
+        point, top = moved_below(point, walk, cut, top, constant)
+        how = normalised
+    return point, top, how

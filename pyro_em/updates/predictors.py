@@ -1,0 +1,218 @@
+"""Linear predictors in an M-step: expected log densities with derivatives in their coefficients.
+
+Of a generalised linear argument, with η = J θ + offset of each cell and expected sums n and d there,
+
+    Q(θ) = Σ_cells f(n, d, η),     ∇Q = Σ Jᵀ f′(η),     −∇²Q = Σ Jᵀ (−f″(η)) J,
+
+where f is the functional form of the argument (`pyro_em.families.form.Form.of_predictor`). Nothing is
+differentiated by autograd, and the model is not run: J is read once, off the binding.
+
+Source: McCullagh and Nelder (1989), section 2.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Arguments, Rule, Statistics, link_of
+from pyro_em.graph.binding import LINKS, Binding
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.updates.designs import designs_of
+from pyro_em.updates.scatter import sum_to
+
+
+@dataclass(frozen=True, eq=False)
+class Curved:
+    """A function of some parameters at a place, with its derivatives.
+
+    Attributes:
+        value: In nats. # ()
+        gradient: # (P,)
+        curvature: Minus the matrix of second derivatives. # (P, P)
+    """
+
+    value: Tensor
+    gradient: Tensor
+    curvature: Tensor
+
+    def __add__(self, other: Curved) -> Curved:
+        return Curved(
+            self.value + other.value,
+            self.gradient + other.gradient,
+            self.curvature + other.curvature,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """An argument of a group whose predictor is affine in parameters.
+
+    Attributes:
+        group: The number of the group.
+        argument: The argument's name.
+        rule: The family's rule for it.
+        binding: The predictor's: affine, without a link.
+        lead: How many dimensions are rows: members and plates.
+    """
+
+    group: int
+    argument: str
+    rule: Rule
+    binding: Binding
+    lead: int
+
+    @property
+    def event(self) -> int:
+        """Dimensions of one value of the predictor: one of a row of logits."""
+        return self.rule.kind.event_dim
+
+    def cells(self, statistics: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator of each cell in which the predictor may differ.
+
+        # (*cells, *event), (*cells, *event or 1s)
+        """
+        n, d = self.rule.contribution(statistics, {k: a.detach() for k, a in arguments.items()})
+        shape = self.binding.constant.shape
+        batch = shape[: len(shape) - self.event]
+        both = torch.broadcast_shapes(n.shape[: len(batch)], d.shape[: len(batch)])
+        n, d = (t.expand(*both, *t.shape[len(batch) :]) for t in (n, d))
+        return tuple(sum_to(t, batch, self.event).to(torch.float64) for t in (n, d))  # type: ignore[return-value]
+
+    def curved(
+        self, sums: tuple[Tensor, Tensor], block: Sequence[str], values: Mapping[str, Tensor]
+    ) -> Curved:
+        """The expected log density in the parameters of a block.
+
+        Args:
+            sums: As `cells` returns.
+            block: Parameter names.
+            values: Of all parameters that reach the predictor.
+        """
+        eta = self.binding.predictor(values).to(torch.float64)
+        curve = self.rule.kind.form.of_predictor(*sums, eta)
+        parts = designs_of(self.binding, block, values, self.lead, self.event)
+        row = eta.shape[eta.dim() - self.event :]
+        slope = curve.slope.reshape(-1, len(parts), *row)
+        weight = curve.curvature.reshape(-1, len(parts), *row)
+        total = sum(values[name].numel() for name in block)
+        gradient, curvature = eta.new_zeros(total), eta.new_zeros(total, total)
+        for k, (columns, narrow) in enumerate(parts):
+            J, w = narrow.to(torch.float64), weight[:, k]
+            flat = J.reshape(-1, J.shape[-1])
+            weighted = w.reshape(-1, 1) * flat
+            own = flat.mT @ weighted
+            if self.event:
+                size = w.sum(-1, keepdim=True)
+                mean = weighted.reshape(J.shape).sum(-2)
+                own = own - mean.mT @ (mean / torch.where(size > 0, size, 1.0))
+            place = columns.unsqueeze(-1), columns.unsqueeze(-2)
+            curvature[place] = curvature[place] + own
+            gradient[columns] += flat.mT @ slope[:, k].reshape(-1)
+        return Curved(curve.value.sum(), gradient, curvature)
+
+    def furthest(
+        self,
+        sums: tuple[Tensor, Tensor],
+        block: Sequence[str],
+        values: Mapping[str, Tensor],
+        step: Tensor,
+    ) -> float:
+        """By how much a step moves the predictor of any cell that has data; of a row its differences.
+
+        Args:
+            sums: As `cells` returns.
+            block: Parameter names.
+            values: For the sizes of the parameters.
+            step: Of all parameters of the block. # (P,)
+        """
+        n, d = sums
+        there = (n.sum(-1) if self.event else d) > 0
+        out = 0.0
+        parts = designs_of(self.binding, block, values, self.lead, self.event)
+        for k, (columns, narrow) in enumerate(parts):
+            moved = narrow.to(torch.float64) @ step[columns]
+            if self.event:
+                moved = moved.amax(-1) - moved.amin(-1)
+            own = there.reshape(-1, len(parts))[:, k]
+            out = max(out, float(torch.where(own, moved.abs(), 0.0).amax()))
+        return out
+
+
+def predictors_of(graph: FactorGraph, names: Sequence[str]) -> list[Predictor]:
+    """All predictors that some parameters reach."""
+    out = []
+    for g, group in enumerate(graph.groups):
+        for argument, binding in group.bindings.items():
+            if not set(names).intersection(binding.params):
+                continue
+            linear = predictor_binding(group, argument, graph.parameters)
+            if linear is not None:
+                assert group.family is not None
+                rule = group.family.rules[argument]
+                out.append(Predictor(g, argument, rule, linear, 1 + group.n_plates))
+    return out
+
+
+_known: WeakKeyDictionary[Binding, Binding] = WeakKeyDictionary()
+
+
+def predictor_binding(
+    group: Group, argument: str, parameters: Mapping[str, TracedParameter]
+) -> Binding | None:
+    """How parameters reach the predictor of an argument, as an affine binding; None where it has none.
+
+    A selection without a map is its own predictor where the argument is one (logits); where the
+    argument is a link of it, the selection has the link for its only map.
+
+    Args:
+        group: The stacked factors.
+        argument: The argument's name.
+        parameters: All parameters, for their sizes.
+    """
+    if group.family is None or group.belief is not None or argument not in group.bindings:
+        return None
+    link, binding = link_of(group.family, argument), group.bindings[argument]
+    if link is None or binding.how not in ("affine", "selection"):
+        return None
+    if binding in _known:
+        return _known[binding]
+    found: Binding | None = None
+    sizes = {name: parameters[name].leaf.numel() for name in binding.params}
+    if binding.how == "affine":
+        found = _bare(binding) if binding.link == link else None
+    elif binding.normalise in ("", "logits") and all(
+        [m.name for m in s.maps] == ([link] if link else []) for s in binding.selections
+    ):
+        found = _selected(binding, link, sizes)
+    if found is not None:
+        _known[binding] = found
+    return found
+
+
+def _bare(binding: Binding) -> Binding:
+    """The predictor of an affine binding, without its link."""
+    if not binding.link and not binding.normalise:
+        return binding
+    return Binding("affine", binding.params, binding.constant, jacobians=binding.jacobians)
+
+
+def _selected(binding: Binding, link: str, sizes: Mapping[str, int]) -> Binding:
+    """A selection as a predictor: each element is one element of a parameter, or known."""
+    used = torch.stack([s.index >= 0 for s in binding.selections]).any(0)
+    offset = torch.where(used, 0.0, LINKS[link].inverse(binding.constant))
+    jacobians = {}
+    for s in binding.selections:
+        columns = torch.arange(sizes[s.param], device=s.index.device)
+        chosen = (s.index.unsqueeze(-1) == columns).to(offset.dtype)
+        if s.factor is not None and link:  # a factor on exp η
+            offset = offset + torch.where(s.index >= 0, s.factor.log(), 0.0)
+        elif s.factor is not None:
+            chosen = chosen * s.factor.unsqueeze(-1)
+        jacobians[s.param] = chosen
+    return Binding("affine", binding.params, offset, jacobians=jacobians)
