@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_em.densities.natural import Linears, Naturals, naturals
 from pyro_em.densities.regression import Lines, as_lines
+from pyro_em.densities.vector_regression import VectorLines, as_vector_lines
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.update import ParameterUpdate
 
@@ -20,12 +21,12 @@ class Layout:
     Attributes:
         naturals: Simplex rows, probabilities and rates as one vector; None where there are none.
         linears: Features of the groups that are linear in that vector.
-        lines: Normal groups whose mean is affine in covariates.
+        lines: Normal groups, of numbers or of vectors, whose mean is affine in covariates.
     """
 
     naturals: Naturals | None
     linears: Linears
-    lines: Mapping[int, Lines]
+    lines: Mapping[int, Lines | VectorLines]
 
 
 def layout_of(
@@ -49,9 +50,10 @@ def layout_of(
     vector, linears = found if found is not None else (None, {})
     if sizes is None:
         sizes = dict.fromkeys(range(len(graph.groups)), next(iter(graph.latents.values())).size)
-    lines = {
-        g: line
-        for g, K in sizes.items()
-        if (line := as_lines(g, graph, updates, values, K)) is not None
-    }
+    lines: dict[int, Lines | VectorLines] = {}
+    for g, K in sizes.items():
+        where = (g, graph, updates, values, K)
+        line = as_lines(*where) or as_vector_lines(*where)
+        if line is not None:
+            lines[g] = line
     return Layout(vector, linears, lines)

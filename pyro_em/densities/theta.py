@@ -24,6 +24,7 @@ from pyro_em.densities.natural import Naturals, State
 from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
 from pyro_em.densities.regression import Lines
 from pyro_em.densities.tying import Arguments, arguments_of
+from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import DegenerateError, Finding, Handover
 from pyro_em.families.family import expected_log_density
 from pyro_em.graph.factors import FactorGraph
@@ -247,7 +248,7 @@ def theta_of(
     components: dict[int, NormalSolver] = {}
     for g, rule in normals.items():
         solver: NormalSolver | None = None
-        if isinstance(rule, Lines):
+        if isinstance(rule, (Lines, VectorLines)):
             solver = rule
         elif type(rule) is Gaussian:
             solver = owned(g, rule, graph, updates, values)

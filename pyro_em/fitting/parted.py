@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_em.densities.density import NormalRows
 from pyro_em.densities.regression import Lines
+from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.all_data import AllData
 from pyro_em.plan.evaluation import Disagreement, Evaluation
@@ -172,4 +173,6 @@ def _form_of_sums(program: Program) -> Any:
 
 def _form_of_rule(rule: NormalRows) -> tuple[str, list[list[int]]]:
     """What its sums are of; of lines which coefficients their covariates multiply."""
-    return type(rule).__name__, rule.columns.tolist() if isinstance(rule, Lines) else []
+    return type(rule).__name__, rule.columns.tolist() if isinstance(
+        rule, (Lines, VectorLines)
+    ) else []
