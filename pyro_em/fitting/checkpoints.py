@@ -104,6 +104,8 @@ class Checkpoint:
         # What changes by itself while the fit goes on is no part of what the fit is.
         now = self.numbers()
         self._names = {n: v for n, v in self._names.items() if now.get(n) == v}
+        # Chunks are read from where no callback has them at hand.
+        looks_again = looks_again and chunks_in(self.call[0]) is None
         if program is not None or looks_again:
             data = self._data(program)
             self.has_changed |= bool(first_difference(self.data, data))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.errors import UsageError, message
 from pyro_em.fitting.chunk_by_chunk import HOW, at_rows, with_rows_beside
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.progress import bar_of_rows
@@ -174,19 +173,3 @@ class Passes:
             found = self._session.planner.look(args, kwargs)
         assert isinstance(found, Program)
         return found
-
-
-def refuse_chunks_of_a_guide() -> None:
-    """A guide that draws takes batches in random order.
-
-    Raises:
-        UsageError: Always.
-    """
-    raise UsageError(
-        message(
-            "fit",
-            "Chunks were given, and a guide draws latents.",
-            "a stochastic step takes a random batch, chunks are for exact steps on all data",
-            ["pass a DataLoader: em.fit(DataLoader(dataset, batch_size, shuffle=True), ...)"],
-        )
-    )

@@ -230,7 +230,14 @@ class Joined:
                 )
             )
         steps: int | None = None
-        if args and is_loader(args[0]):
+        chunks = chunks_in(args)
+        if chunks is not None:
+            numbers = self.over.gathered(lambda: sum(1 for _ in chunks.read()))
+            self.over.agree(
+                {"the number of chunks": str(numbers[self.over.rank])},
+                ("give all processes as many chunks: each is a batch",),
+            )
+        elif args and is_loader(args[0]):
             self.over.agree(
                 {"the number of batches of the DataLoader": str(length_of(args[0]))},
                 ("give all processes as many batches: DistributedSampler with one batch_size",),

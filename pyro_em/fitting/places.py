@@ -18,7 +18,7 @@ from torch.utils.data import RandomSampler
 from pyro_em.sources.source import Source
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.variational.batches import Batch, Batches
+from pyro_em.variational.batches import Batch, Batches, ChunkLoader
 
 
 @dataclass(eq=False)
@@ -84,7 +84,10 @@ class Place:
 
 def generators(batches: Batches) -> list[torch.Generator]:
     """The generators that the order of batches is drawn from, beside the global random state."""
-    return _generators([batches.generator], batches.loader)
+    loader = batches.loader
+    if isinstance(loader, ChunkLoader):
+        return generators_of(loader.source)
+    return _generators([batches.generator], loader)
 
 
 def generators_of(source: Source) -> list[torch.Generator]:

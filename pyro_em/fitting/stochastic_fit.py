@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from pyro_em.fitting import epochs
 from pyro_em.fitting.call import Call
-from pyro_em.fitting.chunked import chunks_in, refuse_chunks_of_a_guide
 from pyro_em.fitting.kept_training import KeptTraining
 from pyro_em.fitting.places import Place
 from pyro_em.fitting.preconditions import refuse_rows_of_a_guide
@@ -42,8 +41,6 @@ def fit_stochastically(call: Call, trainer: Trainer) -> EMResult:
 def _fit(call: Call, trainer: Trainer, per_epoch: int | None) -> EMResult:
     session, wishes = call.session, call.wishes
     refuse_exact_keywords(wishes.init, wishes.num_restarts, wishes.acceleration)
-    if chunks_in(call.args) is not None:
-        refuse_chunks_of_a_guide()
     batches, held_out = epochs.data_of(wishes, call.args, call.kwargs, per_epoch)
     refuse_rows_of_a_guide(trainer.variational, batches, held_out)
     if held_out is not None:

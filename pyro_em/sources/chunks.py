@@ -101,6 +101,7 @@ class Chunks:
     def _begin(self, source: Source) -> None:
         self._source = source
         self._counted: int | None = None
+        self._number: int | None = None
         if source.total == 0:
             raise _empty()
 
@@ -108,6 +109,11 @@ class Chunks:
     def total(self) -> int | None:
         """The number of all rows; None where it takes a pass to know it, until there was one."""
         return self._source.total if self._counted is None else self._counted
+
+    @property
+    def number(self) -> int | None:
+        """How many chunks there are; None where it takes a pass to know it, until there was one."""
+        return self._number
 
     @property
     def source(self) -> Source:
@@ -119,8 +125,11 @@ class Chunks:
         """Whether every pass has the rows in the same order, as far as that is known."""
         return self._source.is_ordered
 
-    def read(self) -> Iterator[Chunk]:
-        """One pass over the data, one chunk ahead of who asks.
+    def read(self, ahead: bool = True) -> Iterator[Chunk]:
+        """One pass over the data.
+
+        Args:
+            ahead: Whether a thread is one chunk ahead of who asks.
 
         Yields:
             Chunks, of one row at least.
@@ -130,7 +139,7 @@ class Chunks:
                 rows, or not as many as in the last pass.
             FileError: If the operating system says so.
         """
-        return self.made_ahead(lambda chunk: chunk)
+        return self.made_ahead(_itself) if ahead else self._pass(_itself)
 
     def made_ahead(self, make: Callable[[Chunk], T]) -> Iterator[T]:
         """One pass over the data, of what the thread that reads makes of each chunk.
@@ -165,7 +174,7 @@ class Chunks:
         return f"Chunks({self._source}: {known}{f', {rows:,} in a chunk' if rows else ''})"
 
     def _pass(self, make: Callable[[Chunk], T]) -> Iterator[T]:
-        begin, number, first = 0, 0, ""
+        begin, number, count, first = 0, 0, 0, ""
         pieces = self._source.pieces()
         while True:
             number += 1
@@ -188,14 +197,18 @@ class Chunks:
                 raise _other_form(number, form, first)
             made = make(Chunk(args, begin, rows))
             del args
-            begin += rows
+            begin, count = begin + rows, count + 1
             yield made
             del made
         if not begin:
             raise _empty()
         if self._counted not in (None, begin):
             raise _other_number(begin, self._counted)
-        self._counted = begin
+        self._counted, self._number = begin, count
+
+
+def _itself(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def _form_of(args: Arguments) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from pyro_em.errors import DataError, UsageError, message
 from pyro_em.graph.structure import Structure
+from pyro_em.sources.chunks import Chunks
 from pyro_em.sources.loaders import is_loader, length_of, rows_of_loader
+from pyro_em.sources.source import Source
 from pyro_em.tracing.sites import Role
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -38,11 +40,44 @@ class Batch:
     total: int | None = None
 
 
+class ChunkLoader:
+    """Chunks as a loader gives batches: each chunk is one, in the order of their source.
+
+    Args:
+        chunks: The chunks.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+
+    @property
+    def source(self) -> Source:
+        """What they are read from."""
+        return self.chunks.source
+
+    @property
+    def rows(self) -> int:
+        """The number of all rows; where nobody knows it, a pass counts them."""
+        total = self.chunks.total
+        return sum(chunk.rows for chunk in self.chunks.read()) if total is None else total
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        # Where a source draws, its numbers come between those of steps in one order.
+        for chunk in self.chunks.read(ahead=self.chunks.is_ordered):
+            yield chunk.args
+
+    def __len__(self) -> int:
+        number = self.chunks.number
+        if number is None:
+            raise TypeError("the chunks have not been counted yet")
+        return number
+
+
 class Batches:
     """All batches of the data, epoch after epoch.
 
     Args:
-        args: The model's positional arguments, or one ``DataLoader``.
+        args: The model's positional arguments, or one ``DataLoader`` or `Chunks` of them.
         kwargs: Its keyword arguments.
         batch_size: Rows per batch; all at once where None.
         num_data: Rows of all data, where a loader does not know.
@@ -61,22 +96,18 @@ class Batches:
     ) -> None:
         self.args, self.kwargs, self.generator = args, kwargs, generator
         self._per_epoch = per_epoch
-        self.loader = args[0] if args and is_loader(args[0]) else None
+        self.loader: Any = args[0] if args and is_loader(args[0]) else None
+        if args and isinstance(args[0], Chunks):
+            self.loader = ChunkLoader(args[0])
         self.batch_size = batch_size
         self.total = num_data
         self.rows: int | None = None
         rows_known: int | None = None
         if self.loader is not None:
             if batch_size is not None:
-                raise UsageError(
-                    message(
-                        "fit",
-                        f"batch_size={batch_size} was given together with a DataLoader.",
-                        "the loader makes the batches",
-                        ["set batch_size in the DataLoader", "pass the arrays themselves"],
-                    )
-                )
-            rows_known = rows_of_loader(self.loader)
+                raise UsageError(_makes_batches(self.loader, batch_size))
+            is_chunks = isinstance(self.loader, ChunkLoader)
+            rows_known = self.loader.rows if is_chunks else rows_of_loader(self.loader)
             self.total = rows_known if num_data is None else num_data
         elif batch_size is not None:
             rows = {len(a) for a in self._arrays()}
@@ -158,6 +189,23 @@ class Batches:
     @staticmethod
     def _rows(a: Any, chosen: Tensor) -> Any:
         return a[chosen.to(a.device)] if isinstance(a, Tensor) and a.dim() else a
+
+
+def _makes_batches(loader: Any, batch_size: int) -> str:
+    """The sentence on a size of batches that somebody else makes."""
+    if isinstance(loader, ChunkLoader):
+        return message(
+            "fit",
+            f"batch_size={batch_size} was given together with Chunks.",
+            "each chunk is a batch",
+            [f"set the rows of a chunk: Chunks(..., rows={batch_size})"],
+        )
+    return message(
+        "fit",
+        f"batch_size={batch_size} was given together with a DataLoader.",
+        "the loader makes the batches",
+        ["set batch_size in the DataLoader", "pass the arrays themselves"],
+    )
 
 
 def _rows_in(value: Any) -> int | None:
