@@ -596,7 +596,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
                 fewer steps where EM is slow, and no monotone path; the best evidence seen is kept.
             batch_size: Stochastic fits: rows per batch, drawn anew in each epoch; the rows of a
                 batch count N / batch_size times, what is outside the data's plate once.
-            num_epochs: Stochastic fits: passes over the data.
+            num_epochs: Stochastic fits, and ``online``: passes over the data. Each chunk of `Chunks` is
+                a batch, in the order of their source.
             num_data: Stochastic fits: N, where a ``DataLoader`` does not know it.
             validation: Stochastic fits: arguments (a tensor, a tuple or a ``DataLoader``) whose
                 bound is taken after each epoch, into ``history.validation``; callbacks see the latest
@@ -626,6 +627,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
                 ``num_epochs`` passes are made (10 by default); with ``validation``, other data, the
                 parameters are those with the best log evidence of these after a pass. Each entry of
                 ``history`` is the evidence of a chunk, scaled to all rows; ``plan.exact`` is False.
+                Any update serves whose expected log joint is a function of sums of one size; an
+                argument that differs from row to row has none, but for the mean of a Normal that is
+                linear in parameters. ``init`` and ``num_restarts`` look at the first chunk, and with
+                ``process_group`` the chunks of one number of all processes are one batch.
             **kwargs: The model's keyword arguments.
 
         Returns:
@@ -675,7 +680,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             The log evidence of the batch at the parameters entering the step, in nats.
 
         Raises:
-            UsageError: If the sums of this model cannot be averaged.
+            UsageError: If no sums of one size hold what the rows say.
             DegenerateError: If the step has no solution; nothing was changed.
 
         Source: Cappé and Moulines (2009).
