@@ -23,6 +23,7 @@ from pyro_em.families.family import Arguments, Rule, Statistics, link_of
 from pyro_em.graph.binding import LINKS, Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.scatter import sum_to
 
@@ -175,7 +176,8 @@ def predictor_binding(
         argument: The argument's name.
         parameters: All parameters, for their sizes.
     """
-    if group.family is None or group.belief is not None or argument not in group.bindings:
+    reads_latents = isinstance(group.belief, Moments)
+    if group.family is None or reads_latents or argument not in group.bindings:
         return None
     link, binding = link_of(group.family, argument), group.bindings[argument]
     if link is None or binding.how not in ("affine", "selection"):
