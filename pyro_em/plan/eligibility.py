@@ -30,11 +30,17 @@ from pyro_em.posteriors.mixture import Mixture
 from pyro_em.posteriors.product_rows import ProductRows
 from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.posteriors.state_steps import chain_sums
+from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, Newton, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
-BLOCKS: tuple[type[Mixture] | type[Chain], ...] = (Mixture, Chain, ProductRows)
+BLOCKS: tuple[type[Mixture] | type[Chain] | type[StepChain], ...] = (
+    Mixture,
+    Chain,
+    StepChain,
+    ProductRows,
+)
 
 CONTRACTION = "contraction"
 
@@ -197,8 +203,8 @@ def _kernel_beside(found: Arrangement, latents: tuple[str, ...]) -> Kernel:
 def _reason(graph: FactorGraph, latents: Sequence[str], said: Sequence[Finding]) -> str:
     """Of what the blocks said the finding that tells most."""
     # A chain says more of many latents than a mixture does, and less of one or two.
-    if len(said) > 1 and len(latents) > 2 and len(latents) > _most_per_row(graph, latents):
-        return said[1].what
+    if len(said) > 2 and len(latents) > 2 and len(latents) > _most_per_row(graph, latents):
+        return said[2].what
     # Of several latents of a row their product says more than a mixture does.
     return (said[-1] if len(latents) > 1 else said[0]).what
 

@@ -56,8 +56,21 @@ def wants_lanes(B: int, K: int, device: torch.device) -> bool:
     return B >= 8
 
 
+def compiles(steps: int, device: torch.device) -> bool:
+    """Whether compiled loops are there and worth their start.
+
+    Args:
+        steps: Of all sequences.
+        device: Where they are.
+    """
+    return _HAS_NUMBA and steps > _FEW and torch.device(device).type == "cpu"
+
+
 def smooth(
-    likelihood: Tensor, transition: Tensor, weight: Tensor | None = None
+    likelihood: Tensor,
+    transition: Tensor,
+    weight: Tensor | None = None,
+    often: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Posterior marginals, expected transitions and the log evidence of all sequences.
 
@@ -67,6 +80,7 @@ def smooth(
             (K, T, B) if `wants_lanes`, are quickest. # (B, T, K)
         transition: A, rows from the former state; any non-negative numbers. # (K, K)
         weight: How much each transition counts; one where left out. # (B or 1, T - 1 or 1)
+        often: How often the log evidence of each sequence counts; once where left out. # (B,)
 
     Returns:
         γ, in the layout of the likelihood # (B, T, K), ξ summed over sequences and steps # (K, K),
@@ -80,16 +94,16 @@ def smooth(
         (tensor([[0.8182, 0.0000],
                 [0.1818, 0.0000]], dtype=torch.float64), tensor(0.5500, dtype=torch.float64))
     """
-    few = likelihood.shape[0] * likelihood.shape[1] <= _FEW
-    if _HAS_NUMBA and not few and likelihood.device.type == "cpu":
-        return _by_numba(likelihood, transition, weight)
+    if compiles(likelihood.shape[0] * likelihood.shape[1], likelihood.device):
+        return _by_numba(likelihood, transition, weight, often)
     # Rows of A that sum to at most one keep messages from growing.
     largest = transition.sum(-1).amax()
     A = transition / largest
     B, T, _ = likelihood.shape
     messages = _messages(likelihood.permute(1, 2, 0), A)
     gamma, xi = messages.smoothed(likelihood, A, weight)
-    return gamma, xi, messages.log_evidence() + (B * (T - 1)) * largest.log()
+    total = B if often is None else often.sum()
+    return gamma, xi, messages.log_evidence(often) + (total * (T - 1)) * largest.log()
 
 
 def neighbours(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -138,7 +152,7 @@ def _messages(steps: Tensor, A: Tensor) -> _Messages:
 
 
 def _by_numba(
-    likelihood: Tensor, transition: Tensor, weight: Tensor | None
+    likelihood: Tensor, transition: Tensor, weight: Tensor | None, often: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pyro_em.posteriors.numba_chain import ONE, smooth_lanes, smooth_rows
 
@@ -146,17 +160,18 @@ def _by_numba(
     xi = torch.empty_like(transition)
     A, counts = transition.numpy(), xi.numpy()
     B, T, K = likelihood.shape
+    each = np.ones(B) if often is None else often.contiguous().numpy()
     if B >= 8 and likelihood.stride() == (1, B, T * B):
         gamma = likelihood.new_empty(K, T, B)
         of = ONE if weight is None else weight.T.contiguous().numpy()
         lanes = likelihood.permute(2, 1, 0).numpy()
-        log_evidence = smooth_lanes(lanes, A, of, gamma.numpy(), counts)
+        log_evidence = smooth_lanes(lanes, A, of, each, gamma.numpy(), counts)
         gamma = gamma.permute(2, 1, 0)
     else:
         likelihood = likelihood.contiguous()
         gamma = torch.empty_like(likelihood)
         of = ONE if weight is None else weight.contiguous().numpy()
-        log_evidence = smooth_rows(likelihood.numpy(), A, of, gamma.numpy(), counts)
+        log_evidence = smooth_rows(likelihood.numpy(), A, of, each, gamma.numpy(), counts)
     return gamma, xi, torch.tensor(log_evidence, dtype=torch.float64)
 
 
@@ -180,9 +195,10 @@ class _Messages:
         """Whether nothing that may matter can have underflowed between two normalisations."""
         return self.least >= _LEAST
 
-    def log_evidence(self) -> Tensor:
+    def log_evidence(self, often: Tensor | None = None) -> Tensor:
         """Σ log c_t, NaN where a step's mass nearly underflows."""
-        return torch.where(self.norm > 1e-150, self.norm, torch.nan).log().sum()
+        each = torch.where(self.norm > 1e-150, self.norm, torch.nan).log()
+        return each.sum() if often is None else torch.dot(each.sum(0), often)
 
     def smoothed(
         self, likelihood: Tensor, A: Tensor, weight: Tensor | None

@@ -97,7 +97,12 @@ def _product(
 
 @_compiled
 def smooth_rows(
-    likelihood: np.ndarray, A: np.ndarray, weight: np.ndarray, gamma: np.ndarray, xi: np.ndarray
+    likelihood: np.ndarray,
+    A: np.ndarray,
+    weight: np.ndarray,
+    often: np.ndarray,
+    gamma: np.ndarray,
+    xi: np.ndarray,
 ) -> float:
     """Fill gamma and xi; return the log evidence, NaN where a step's mass nearly underflows.
 
@@ -105,6 +110,7 @@ def smooth_rows(
         likelihood: # (B, T, K)
         A: # (K, K)
         weight: Of each transition; one number stands for all. # (B or 1, T - 1 or 1)
+        often: Of each sequence, in the log evidence. # (B,)
         gamma: Where the posterior marginals go. # (B, T, K)
         xi: Where the expected transitions go. # (K, K)
     """
@@ -139,9 +145,9 @@ def smooth_rows(
             scale[t] = s
             mass *= total
             if not 1e-150 < mass < 1e150:
-                log_evidence += np.log(mass)
+                log_evidence += often[b] * np.log(mass)
                 mass = 1.0
-        log_evidence += np.log(mass)
+        log_evidence += often[b] * np.log(mass)
         for j in range(K):
             beta[j] = 1.0
         for t in range(T - 1, 0, -1):
@@ -171,7 +177,12 @@ def smooth_rows(
 
 @_compiled
 def smooth_lanes(
-    likelihood: np.ndarray, A: np.ndarray, weight: np.ndarray, gamma: np.ndarray, xi: np.ndarray
+    likelihood: np.ndarray,
+    A: np.ndarray,
+    weight: np.ndarray,
+    often: np.ndarray,
+    gamma: np.ndarray,
+    xi: np.ndarray,
 ) -> float:
     """The same for many sequences with few states: the inner loops run over sequences.
 
@@ -179,6 +190,7 @@ def smooth_lanes(
         likelihood: # (K, T, B)
         A: # (K, K)
         weight: Of each transition; one number stands for all. # (T - 1 or 1, B or 1)
+        often: Of each sequence, in the log evidence. # (B,)
         gamma: Where the posterior marginals go. # (K, T, B)
         xi: Where the expected transitions go. # (K, K)
     """
@@ -223,11 +235,11 @@ def smooth_lanes(
         low, high = low * least, high * most
         if low < 1e-150 or high > 1e150:
             for b in range(B):
-                log_evidence += np.log(mass[b])
+                log_evidence += often[b] * np.log(mass[b])
                 mass[b] = 1.0
             low, high = 1.0, 1.0
     for b in range(B):
-        log_evidence += np.log(mass[b])
+        log_evidence += often[b] * np.log(mass[b])
     for t in range(T - 1, 0, -1):
         s = scale[t]
         for j in range(K):
@@ -268,3 +280,63 @@ def smooth_lanes(
         for j in range(K):
             xi[i, j] = counts[i, j] * A[i, j]
     return log_evidence
+
+
+@_compiled
+def smooth_each(
+    likelihood: np.ndarray, A: np.ndarray, gamma: np.ndarray, xi: np.ndarray, log_p: np.ndarray
+) -> None:
+    """Fill all of them, where each step has transitions of its own.
+
+    Args:
+        likelihood: # (T, B, K)
+        A: # (T - 1, B or 1, K, K)
+        gamma: Where the posterior marginals go. # (T, B, K)
+        xi: Where those of neighbours go. # (T - 1, B, K, K)
+        log_p: Where the log evidence of each sequence goes; NaN where a step's mass nearly
+            underflows. # (B,)
+    """
+    T, B, K = likelihood.shape
+    moved, beta, to, scale = np.zeros(K), np.zeros(K), np.zeros(K), np.empty(T)
+    for b in range(B):
+        own, total, log_evidence, mass = b % A.shape[1], 0.0, 0.0, 1.0
+        for t in range(T):
+            if t > 0:
+                for j in range(K):
+                    moved[j] = 0.0
+                for i in range(K):
+                    a = gamma[t - 1, b, i] * scale[t - 1]
+                    for j in range(K):
+                        moved[j] += a * A[t - 1, own, i, j]
+            total = 0.0
+            for j in range(K):
+                a = likelihood[t, b, j] * (moved[j] if t > 0 else 1.0)
+                gamma[t, b, j] = a
+                total += a
+            if not total > 1e-100:  # a state that underflowed may have been the likely one
+                mass = np.nan
+                break
+            scale[t] = 1.0 / total
+            mass *= total
+            if not 1e-150 < mass < 1e150:
+                log_evidence += np.log(mass)
+                mass = 1.0
+        log_p[b] = log_evidence + np.log(mass)
+        if not mass > 0.0:
+            continue
+        for j in range(K):
+            beta[j] = 1.0
+        for t in range(T - 1, -1, -1):
+            for j in range(K):
+                each = beta[j] * scale[t]
+                to[j] = likelihood[t, b, j] * each
+                gamma[t, b, j] *= each
+            if t == 0:
+                break
+            for i in range(K):
+                a, total = gamma[t - 1, b, i] * scale[t - 1], 0.0
+                for j in range(K):
+                    p = A[t - 1, own, i, j] * to[j]
+                    xi[t - 1, b, i, j] = a * p
+                    total += p
+                beta[i] = total

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_em.posteriors.forward_backward import compiles
+
 _LEAST = 1e-100  # of a step's mass: what is lost below 1e-308 cannot matter then
 
 _SHORT = 64  # steps that are taken one by one
@@ -46,6 +48,9 @@ def varying_neighbours(
         >>> gamma[0], log_evidence.exp()
         (tensor([[0.8182, 0.1818]], dtype=torch.float64), tensor([0.5500], dtype=torch.float64))
     """
+    T, B = likelihood.shape[:2]
+    if compiles(T * B, likelihood.device):
+        return _compiled(likelihood, transitions)
     steps = transitions * likelihood[1:].unsqueeze(-2)
     forward = _messages(steps, likelihood[0])
     backward = _messages(steps.transpose(-2, -1).flip(0), torch.ones_like(likelihood[0]))
@@ -60,6 +65,18 @@ def varying_neighbours(
     if not bool(torch.isfinite(gamma).all() & torch.isfinite(xi).all()):
         return None
     return gamma, xi, mass.log().sum(0)
+
+
+def _compiled(likelihood: Tensor, transitions: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same by compiled loops."""
+    from pyro_em.posteriors.numba_chain import smooth_each
+
+    T, B, K = likelihood.shape
+    gamma, log_p = torch.empty_like(likelihood.contiguous()), likelihood.new_empty(B)
+    xi = likelihood.new_empty(T - 1, B, K, K)
+    arrays = (likelihood.contiguous(), transitions.contiguous(), gamma, xi, log_p)
+    smooth_each(*(t.numpy() for t in arrays))
+    return (gamma, xi, log_p) if bool(torch.isfinite(log_p).all()) else None
 
 
 def _messages(matrices: Tensor, first: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -592,7 +592,7 @@ def test_a_parameter_that_a_watcher_changes_counts(how: str) -> None:
     [
         pytest.param(lambda x: _own_covariates(x), id="own covariates"),
         pytest.param(lambda x: _tempered(x), id="a weight of the data alone"),
-        pytest.param(lambda x: _scaled_chain(x), id="a scaled chain"),
+        pytest.param(lambda x: _tempered_chain(x), id="a weight of a chain's data alone"),
         pytest.param(
             lambda x: weighted(2.0, mixed, points(), symbols(200), 3), id="scaled sites of no component"
         ),
@@ -619,9 +619,13 @@ def _tempered(x: Tensor) -> None:
             pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
 
 
-def _scaled_chain(x: Tensor) -> None:
-    with pyro.poutine.scale(scale=2.0):
-        chain(symbols(5, 11), 2, "Categorical")
+def _tempered_chain(x: Tensor) -> None:
+    A = pyro.param("A", torch.full((2, 2), 0.5), constraint=C.simplex)
+    z = 0
+    for t in pyro.markov(range(5)):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+        with pyro.poutine.scale(scale=2.0):
+            pyro.sample(f"x_{t}", dist.Normal(torch.tensor([-1.0, 1.0])[z], 1.0), obs=x[t])
 
 
 # ---------------------------------------------------------------- where kernels could go wrong

@@ -37,7 +37,9 @@ def rows(
             pyro.sample("x", observe(*z), obs=X)
 
 
-def chain(T: int, order: int = 1, scale: float = 1.0, covariate: bool = False) -> None:
+def chain(
+    T: int, order: int = 1, scale: float = 1.0, covariate: bool = False, data: float = 1.0
+) -> None:
     w, mu = weights(), means()
     A = pyro.param("A", torch.full((2,) * (order + 1), 0.5), constraint=C.simplex)
     past: list[Tensor] = []
@@ -48,7 +50,8 @@ def chain(T: int, order: int = 1, scale: float = 1.0, covariate: bool = False) -
             if covariate and past:
                 fn = dist.Categorical(logits=means()[past[-1]].unsqueeze(-1) * X[t])
             past.append(pyro.sample(f"z{t}", fn))
-            pyro.sample(f"x{t}", dist.Normal(mu[past[-1]], 1.0), obs=X[t])
+            with pyro.poutine.scale(scale=data):
+                pyro.sample(f"x{t}", dist.Normal(mu[past[-1]], 1.0), obs=X[t])
 
 
 def two_chains() -> None:
@@ -125,18 +128,24 @@ CASES: dict[str, tuple[Callable[[], None], str, str | None]] = {
     ),
     "chain": (lambda: chain(5), "chain", None),
     "two steps": (lambda: chain(2), "contraction", "two latents that share factors: no kernel"),
-    "second order": (
-        lambda: chain(5, order=2),
+    "second order": (lambda: chain(5, order=2), "chain", None),
+    "second order of a few steps": (
+        lambda: chain(4, order=2),
         "contraction",
-        "5 latents that are no first-order chain: no kernel",
+        "4 latents that are no chain: no kernel",
     ),
     "tree": (tree, "mixture", None),
-    "two chains": (two_chains, "contraction", "'x0' reads two latents: no kernel"),
-    "weighted chain": (lambda: chain(4, scale=2.0), "contraction", "weights on a chain: no kernel"),
+    "two chains": (two_chains, "chain", None),
+    "weighted chain": (lambda: chain(4, scale=2.0), "chain", None),
+    "weighted steps": (
+        lambda: chain(4, data=2.0),
+        "contraction",
+        "'x0' has a weight (poutine.scale) of its own: no kernel",
+    ),
     "covariates of transitions": (
         lambda: chain(4, covariate=True),
         "contraction",
-        "logits of 'z1' is no selection of parameters",  # affine, which is of use for a loc alone
+        "the update of 'mu' is a gradient",  # a mean and a coefficient of logits
     ),
 }
 
@@ -187,7 +196,7 @@ def test_sets_of_all_kinds() -> None:
         chain: "chain",
         ("a", "b", "c"): "contraction",
     }
-    why = "latents of different plates or sizes: no kernel"
+    why = "latents of different plates: no kernel"
     assert plan.kernel_reason == {("z",): None, ("u",): None, chain: None, ("a", "b", "c"): why}
     (line,) = [line for line in str(plan).splitlines() if line.startswith("Iterations")]
     assert line == (

@@ -72,7 +72,8 @@ def in_lanes(likelihood: Tensor, A: Tensor, weight: Tensor | None = None) -> Fou
 
     gamma, xi = torch.empty_like(lanes(likelihood).permute(2, 1, 0)), torch.empty_like(A)
     weight = torch.ones(1, 1) if weight is None else weight.T.contiguous()
-    arrays = (lanes(likelihood).permute(2, 1, 0), A, weight, gamma, xi)
+    often = torch.ones(len(likelihood), dtype=A.dtype)
+    arrays = (lanes(likelihood).permute(2, 1, 0), A, weight, often, gamma, xi)
     evidence = smooth_lanes(*(t.numpy() for t in arrays))
     return gamma.permute(2, 1, 0), xi, torch.tensor(evidence)
 
