@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from pyro_em.errors import DegenerateError, Finding, Handover
 from pyro_em.families.family import expected_log_density
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_form import Solver, solvers_of
+from pyro_em.updates.curves import CurveSolver
 from pyro_em.updates.least_squares import LineSolver
 from pyro_em.updates.statistics import NATURAL, Expectation
-from pyro_em.updates.update import LeastSquares, ParameterUpdate
+from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
 
 Values = Mapping[str, Tensor]
 
@@ -83,11 +85,16 @@ class Theta:
     normals: Mapping[int, NormalRows]
     naturals: Naturals | None
     owned: Mapping[int, NormalSolver]
-    solvers: Sequence[Solver | LineSolver]
+    solvers: Sequence[Solver | LineSolver | CurveSolver]
     evaluators: Sequence[Mapping[str, Arguments]]
     others: tuple[int, ...]
     reached: tuple[int, ...]
     prior: LogPrior
+
+    @cached_property
+    def adds(self) -> bool:
+        """Whether sums of parts of the data add up."""
+        return all(s.adds for s in self.solvers if isinstance(s, CurveSolver))
 
     @torch.no_grad()
     def enter(self, values: Values) -> At:
@@ -199,7 +206,7 @@ class Theta:
             statistics[g] = {**{n: _wide(t) for n, t in sums.items()}, **references}
         values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
-            if isinstance(solver, LineSolver):
+            if isinstance(solver, LineSolver | CurveSolver):
                 new = solver.solve(statistics, current, values)
                 if not all(bool(torch.isfinite(v).all()) for v in new.values()):
                     raise Handover
@@ -268,12 +275,17 @@ def theta_of(
     if prior is None:
         return Finding("priors", "a prior adds no constant to the sums")
     for name, u in updates.items():
-        if not (isinstance(u.update, LeastSquares) or may_have_priors(u, graph, name in natural)):
+        if not (
+            isinstance(u.update, LeastSquares | Newton)
+            or may_have_priors(u, graph, name in natural)
+        ):
             return Finding(f"parameter '{name}'", f"'{name}' has a prior and an upper bound")
     blocks = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, LeastSquares))
-    lines = [LineSolver(block, graph, updates) for block in blocks]
+    curved = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, Newton))
+    lines: list[LineSolver | CurveSolver] = [LineSolver(block, graph, updates) for block in blocks]
+    lines += [CurveSolver(block, graph, updates) for block in curved]
     closed = solvers_of(rest, graph, values)
-    solvers: list[Solver | LineSolver] = [*lines, *closed]
+    solvers: list[Solver | LineSolver | CurveSolver] = [*lines, *closed]
     solved = {name for line in lines for name in line.block} | {s.update.name for s in closed}
     reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
     evaluators = [arguments_of(group, values) for group in graph.groups]

@@ -60,7 +60,7 @@ def fit_online(call: Call, em: Guarded, settings: Settings, first: Program) -> E
     saved = None if call.checkpoint is None else call.checkpoint.saved
     if saved is not None and not chunks.is_ordered:  # sums in another order round otherwise
         data = data.knowing(decoded(saved["all_data"]))
-    block = em.quick.block if em.quick is not None and not data.is_known else None
+    block = None if data.is_known or em.quick is None else em.program.kernel.adding
     program = em.program
     parameters = program.graph.parameters
     steps_of(data.part, block, em.state)  # refuses before anything is written

@@ -165,7 +165,7 @@ class Parted:
 
 def _form_of_sums(program: Program) -> Any:
     """What the sums of parts have to agree in to be added; None where no kernel makes them."""
-    block = program.kernel.block
+    block = program.kernel.adding
     if not isinstance(block, QuickBlock):
         return None
     return block.name, {g: _form_of_rule(rule) for g, rule in block.normals.items()}

@@ -66,7 +66,7 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
     part = part.told(all_data)
     parameters = program.graph.parameters
     # A batch in which nothing is missing has sums of the form of those in which something is.
-    block = None if has_missing(session.request.model) else part.program.kernel.block
+    block = None if has_missing(session.request.model) else part.program.kernel.adding
     steps = steps_of(part, block, session.m_step_state)
     origin = snapshot(parameters)
     if not kept:

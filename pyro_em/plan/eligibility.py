@@ -28,11 +28,12 @@ from pyro_em.posteriors.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.posteriors.product_rows import ProductRows
-from pyro_em.posteriors.quick import QuickSteps
+from pyro_em.posteriors.quick import QuickSteps, SumsBlock
 from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, Newton, ParameterUpdate
+from pyro_em.updates.predictors import predictor_binding
+from pyro_em.updates.update import EXACT, Fixed, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
 BLOCKS: tuple[type[Mixture] | type[Chain] | type[StepChain], ...] = (
@@ -65,6 +66,13 @@ class Kernel:
     latents: tuple[Sequence[str], ...] = ()
     own: tuple[Kernel, ...] = ()
     words: str = ""
+
+    @property
+    def adding(self) -> QuickSteps | None:
+        """The block, where the sums of parts of the data add up."""
+        if isinstance(self.block, SumsBlock) and not self.block.theta.adds:
+            return None
+        return self.block
 
     @property
     def names(self) -> str | dict[tuple[str, ...], str]:
@@ -221,11 +229,8 @@ def needs_more_than_sums(
     graph: FactorGraph, updates: Mapping[str, ParameterUpdate]
 ) -> Finding | None:
     """Why the M-step of a graph is not one of closed forms on sums; None where it is."""
-    exact = {n: u for n, u in updates.items() if isinstance(u.update, ClosedForm | LeastSquares)}
+    exact = {n: u for n, u in updates.items() if isinstance(u.update, EXACT)}
     for name, u in updates.items():
-        if isinstance(u.update, Newton):
-            what = f"Newton's method for '{name}' goes through all rows"
-            return Finding(f"parameter '{name}'", what)
         if name not in exact and not isinstance(u.update, Fixed):
             return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
         if u.kind is not None and u.needs_data:
@@ -258,6 +263,7 @@ def _no_sums(
         return f"'{site}' ({kind}) has no sums"
     for argument, binding in group.bindings.items():
         is_line = binding.how == "affine" and argument == "loc"
+        is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
         if not is_line and binding.how not in ("constant", "selection"):
             return f"{argument} of '{site}' ({kind}) is {binding.how} in its parameters"
     touched = set(exact).intersection(group.params)

@@ -124,7 +124,7 @@ class Part:
         Raises:
             Handover: If an E-step through tables has to look.
         """
-        block = self.program.kernel.block
+        block = self.program.kernel.adding
         if block is None:
             raise Handover
         with torch.inference_mode():

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_em import ExactPosteriorEM
+from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
 from pyro_em.posteriors import forward_backward
@@ -273,3 +273,43 @@ def test_what_is_no_such_chain_says_why() -> None:
         assert plan.kernel == "contraction"
         said.append(plan.kernel_reason)
     assert "different plates" in said[0] and "no steps of a chain" in said[1]
+
+
+def gated(loop: Loop, x: Tensor, u: Tensor) -> None:
+    """Transitions by logits that are linear in a covariate; each sequence has its own."""
+    b, W, mu = real("b", 2, 2), real("W", 2, 2, seed=6), real("mu", 2)
+    z = None
+    with pyro.plate("rows", x.shape[1]):
+        for t in loop("time", len(x)):
+            logits = b[0] if z is None else b[z] + W[z] * u[t].unsqueeze(-1)
+            z = pyro.sample(f"z_{t}", dist.Categorical(logits=logits))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0), obs=x[t])
+
+
+@pytest.mark.parametrize("loop", LOOPS.values())
+def test_coefficients_of_transitions_from_sums_of_each_step(loop: Loop) -> None:
+    x, u = data(12, 2, seed=11), data(12, 2, seed=12)
+    evidence, got, log_evidence, expected = of_block(StepChain, gated, loop, x, u)
+    assert evidence == pytest.approx(log_evidence, rel=1e-12)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9)
+
+
+def test_sums_of_each_step_are_not_those_of_a_part() -> None:
+    """Sequences in chunks: predictors differ from row to row, so that tables take the steps."""
+    x, u = data(7, 4, seed=11), data(7, 4, seed=12)
+
+    def model(x: Tensor, u: Tensor) -> None:
+        gated(LOOPS["loop"], x.T, u.T)
+
+    found = []
+    for args in ((x.T.contiguous(), u.T.contiguous()), None):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        if args is None:
+            args = (Chunks(x.T.contiguous(), u.T.contiguous(), rows=3),)
+        found.append(em.fit(*args, max_steps=3, tol=0))
+    assert found[0].log_evidence == pytest.approx(found[1].log_evidence, rel=1e-9)
+    for name in "bW":  # of each row of logits its differences count
+        one, other = (fit.params[name][:, 1] - fit.params[name][:, 0] for fit in found)
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
