@@ -21,7 +21,7 @@ from pyro_em.densities.gaussian import Gaussian, Prepared
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.families.family import Family, expected_log_density
-from pyro_em.graph.binding import whole_parameter
+from pyro_em.graph.binding import PRODUCT, whole_matrices, whole_parameter
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
@@ -59,6 +59,7 @@ class Owned:
         dtypes: Dtypes of the two.
         shared: Whether all components have one spread.
         least: The smallest clear variance. # (K or 1, D) or (D,)
+        is_factor: Whether the spread's parameter is a factor A of covariances A Aᵀ.
     """
 
     rule: Gaussian
@@ -69,6 +70,7 @@ class Owned:
     dtypes: tuple[torch.dtype, torch.dtype]
     shared: bool
     least: Tensor
+    is_factor: bool = False
 
     @property
     def params(self) -> tuple[str, str]:
@@ -80,6 +82,8 @@ class Owned:
         D = self.rule.x.shape[0]
         mu = values[self.loc].reshape(-1, D).to(torch.float64) - self.rule.centre
         value = values[self.spread].to(torch.float64)
+        if self.is_factor:
+            value = PRODUCT.forward(value)
         if self.rule.diagonal:
             root = spread = value.reshape(-1, D)
         else:
@@ -91,10 +95,8 @@ class Owned:
     def values(self, components: Components) -> dict[str, Tensor]:
         """The parameters at components."""
         mean = (components.mu + self.rule.centre).reshape(self.shapes[0]).to(self.dtypes[0])
-        return {
-            self.loc: mean,
-            self.spread: components.spread.reshape(self.shapes[1]).to(self.dtypes[1]),
-        }
+        spread = components.root if self.is_factor else components.spread
+        return {self.loc: mean, self.spread: spread.reshape(self.shapes[1]).to(self.dtypes[1])}
 
     def m_step(
         self, components: Components, moments: Tensor, mass: Tensor
@@ -195,8 +197,9 @@ def owned(
     """
     group = graph.groups[g]
     names = []
-    for argument in ("loc", rule.spread):
-        name = whole_parameter(group.bindings[argument], values)
+    spread_of, is_factor = whole_matrices(group.bindings[rule.spread], values)
+    is_factor = is_factor and rule.spread == "covariance_matrix"
+    for name in (whole_parameter(group.bindings["loc"], values), spread_of):
         if name is None or sum(name in other.params for other in graph.groups) > 1:
             return None
         names.append(name)
@@ -233,4 +236,5 @@ def owned(
         (values[loc].dtype, values[spread].dtype),
         spreads[0] == 1,
         least.clamp(min=update.floor),
+        is_factor,
     )

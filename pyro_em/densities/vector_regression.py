@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_em.densities.gaussian import products, unfolding
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
-from pyro_em.graph.binding import whole_parameter
+from pyro_em.graph.binding import PRODUCT, whole_matrices
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.pseudo_inverse import pseudo_solve, solve_each
@@ -78,6 +78,7 @@ class VectorLines:
         known: Spreads, where they are known. # (K, D, D) or (K, D)
         least: The smallest clear variance. # (K or 1, D)
         is_shared: Whether all components have one spread.
+        is_factor: Whether the spread's parameter is a factor A of covariances A Aᵀ.
         is_apart: Whether each coefficient stands in one place only.
         full: The places of `unfolding`. # (d * d,)
         squares: Products of the covariates, where these are few; else None. # (P, N)
@@ -92,6 +93,7 @@ class VectorLines:
     known: Tensor
     least: Tensor
     is_shared: bool
+    is_factor: bool = False
     is_apart: bool = field(init=False)
     full: Tensor = field(init=False)
     squares: Tensor | None = field(init=False)
@@ -125,6 +127,7 @@ class VectorLines:
         spread = self.known
         if self.scale is not None:
             own = values[self.scale[0]].to(torch.float64)
+            own = PRODUCT.forward(own) if self.is_factor else own
             spread = own.reshape(-1, *self.known.shape[1:]).expand(self.known.shape)
         return self._fit(beta, spread)
 
@@ -148,7 +151,8 @@ class VectorLines:
             begin = end
         if self.scale is not None:
             name, shape, dtype = self.scale
-            spread = fit.spread[:1] if self.is_shared else fit.spread
+            spread = fit.root if self.is_factor else fit.spread
+            spread = spread[:1] if self.is_shared else spread
             out[name] = spread.reshape(shape).to(dtype)
         return out
 
@@ -334,6 +338,7 @@ def as_vector_lines(
         known,
         least,
         scale is not None and math.prod(scale[1]) == known[0].numel(),
+        scale is not None and whole_matrices(group.bindings[argument], values)[1],
     )
 
 
@@ -405,7 +410,9 @@ def _spread_of(
     binding = group.bindings[argument]
     if binding.how == "constant":
         return argument, None, known
-    name = whole_parameter(binding, values)
+    name, is_factor = whole_matrices(binding, values)
+    if is_factor and argument != "covariance_matrix":
+        return argument, None, None
     if name is None or not isinstance(updates[name].update, ClosedForm) or updates[name].priors:
         return argument, None, None
     if given.shape[given.dim() - tail :] != square:

@@ -10,6 +10,8 @@ Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
 * a known factor c in a = c f(θ[index]) is an exposure;
 * a is *affine* if every node is linear in θ: a = J θ + offset, or a known function of such a predictor
   (`pyro_em.graph.affine`);
+* a product of a matrix with its own transpose, Π = A Aᵀ, of matrices A that are selected, is a map of
+  these: both factors are read, and have to select the same elements, one of them transposed;
 * ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
   are normalised already this is the identity, and the graph is cut there.
 
@@ -23,10 +25,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 
 from pyro_em.graph.affine import as_affine
-from pyro_em.graph.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
+from pyro_em.graph.binding import MAPS, PRODUCT, Binding, ElementwiseMap, Selection, power_map
 from pyro_em.graph.nodes import (
     VIEWS,
     Point,
@@ -37,6 +39,8 @@ from pyro_em.graph.nodes import (
     inputs_of,
     is_leaf,
     nodes_below,
+    point_at,
+    through_views,
 )
 
 
@@ -48,6 +52,7 @@ def bind(
     normalised: str = "",
     allow_affine: bool = False,
     link: str = "",
+    allow_product: bool = False,
     max_cells: int = 2**27,
 ) -> Binding:
     """Read off an argument's autograd graph how parameters reach it.
@@ -61,6 +66,7 @@ def bind(
             rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
         link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
+        allow_product: Whether matrices A Aᵀ are of use.
         max_cells: The largest Jacobian to form.
 
     Returns:
@@ -81,6 +87,9 @@ def bind(
     point = below_expansion(Point(argument, start.node, tuple(argument.shape)))
     index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
     top = layout(index.expand(argument.shape))
+    product = _as_product(point, top, constant, names, leaves) if allow_product else None
+    if product is not None:
+        return product
     selection = _as_selection(point, top, constant, names, leaves, normalised)
     if isinstance(selection, Binding):
         return selection
@@ -189,6 +198,53 @@ def _as_selection(
     if not is_right(binding, leaves):
         return "its elements are not those of the parameter"
     return binding
+
+
+def _as_product(
+    point: Point,
+    top: Tensor,
+    constant: Tensor,
+    names: Sequence[str],
+    leaves: Mapping[str, Tensor],
+) -> Binding | None:
+    """A selection of whole matrices A Aᵀ, or None; what is none may still be a plain selection."""
+    node = through_views(point.node)
+    if is_leaf(node) or base_name(node) not in ("Mm", "Bmm") or len(inputs_of(node)) != 2:
+        return None
+    factors = [getattr(node, f"_saved_{name}").detach() for name in ("self", "mat2")]
+    A, D = factors[0], constant.shape[-1]
+    if A.shape[-2:] != (D, D) or constant.shape[-2:] != (D, D):
+        return None
+    place = top
+    if node is not point.node:
+        forward = forward_maps(point.edge, point.shape, GradientEdge(node, 0), constant)
+        place = forward(None).round().long().reshape(-1)[top]
+    cells = place.reshape(-1, D, D)
+    each = torch.arange(D * D, device=place.device).reshape(D, D)
+    offset = cells - cells[:, :1, :1]
+    if bool((cells[:, 0, 0] % (D * D) != 0).any()):
+        return None
+    if not bool((offset == each).all()) and not bool((offset == each.mT).all()):
+        return None
+    read = []
+    for (parent, output), factor in zip(inputs_of(node), factors, strict=True):
+        own = torch.arange(factor.numel(), device=factor.device).reshape(factor.shape)
+        at = point_at(parent, output, tuple(factor.shape))
+        read.append(_as_selection(at, own, factor, names, leaves, ""))
+    left, right = read
+    if not isinstance(left, Binding) or not isinstance(right, Binding):
+        return None
+    parts = []
+    for a, b in zip(left.selections, right.selections, strict=True):
+        alike = [m.name for m in a.maps] == [m.name for m in b.maps]
+        alike = alike and a.factor is None and b.factor is None
+        if not alike or not torch.equal(a.index, b.index.mT):
+            return None
+        matrices = a.index.reshape(-1, D * D)[cells[:, 0, 0] // (D * D)]
+        parts.append(Selection(a.param, matrices.reshape(place.shape), (*a.maps, PRODUCT)))
+    whole = torch.stack([part.index >= 0 for part in parts]).any(0)
+    binding = Binding("selection", tuple(names), constant, tuple(parts))
+    return binding if bool(whole.all()) and is_right(binding, leaves) else None
 
 
 def is_right(selection: Binding, leaves: Mapping[str, Tensor]) -> bool:

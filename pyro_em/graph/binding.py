@@ -41,6 +41,11 @@ class ElementwiseMap:
         return self.name in ("reciprocal", "rsqrt") or self.name.startswith("power -")
 
 
+@dataclass(frozen=True)
+class MatrixMap(ElementwiseMap):
+    """A map of square matrices, the last two dimensions, with a right inverse."""
+
+
 def _positive(a: Tensor) -> Tensor:
     """Zero raised to the smallest number, so that an estimate on the boundary stays finite."""
     return a.clamp(min=torch.finfo(a.dtype).tiny)
@@ -65,11 +70,15 @@ MAPS = {
 }
 
 
+# Any factor of a covariance is a maximiser where one is: the lower one is taken.
+PRODUCT = MatrixMap("A Aᵀ", lambda a: a @ a.mT, torch.linalg.cholesky)
+
+
 def _map_named(name: str, exponent: float | None) -> ElementwiseMap:
     """The map of a name, in place of functions, which do not pickle."""
     if exponent is not None:
         return power_map(exponent)
-    return next(m for m in MAPS.values() if m.name == name)
+    return next(m for m in (*MAPS.values(), PRODUCT) if m.name == name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +89,8 @@ class Selection:
         param: The parameter's name.
         index: For each element of the argument the flat index into the parameter, −1 where the
             element comes from elsewhere. # argument's shape
-        maps: Elementwise maps between the selected element and the argument, innermost first.
+        maps: Maps between the selected element and the argument, innermost first; a map of matrices
+            may be the last one, where whole matrices are selected.
         factor: A known positive factor, or None. # argument's shape
     """
 
@@ -93,6 +103,11 @@ class Selection:
     def is_whole(self) -> bool:
         """Whether every element of the argument comes from the parameter."""
         return not self.index.numel() or int(self.index.min()) >= 0
+
+    @cached_property
+    def of_matrices(self) -> bool:
+        """Whether elements of the argument are made of more than one element each."""
+        return any(isinstance(m, MatrixMap) for m in self.maps)
 
     @cached_property
     def is_in_order(self) -> bool:
@@ -262,6 +277,15 @@ def is_in_order(index: Tensor) -> bool:
     """Whether an index map is 0, 1, 2, …"""
     flat = index.reshape(-1)
     return bool((flat == torch.arange(len(flat), device=flat.device)).all())
+
+
+def whole_matrices(binding: Binding, values: Mapping[str, Tensor]) -> tuple[str | None, bool]:
+    """The parameter whose matrices are the argument's, in order, and whether as factors A of A Aᵀ."""
+    parts = binding.selections
+    is_product = len(parts) == 1 and [m.name for m in parts[0].maps] == [PRODUCT.name]
+    if is_product:
+        binding = replace(binding, selections=(replace(parts[0], maps=()),))
+    return whole_parameter(binding, values), is_product
 
 
 def whole_parameter(binding: Binding, values: Mapping[str, Tensor]) -> str | None:

@@ -113,6 +113,8 @@ class Group:
         reads: The latent of each of these coefficients, in their order.
         belief: What is known of these latents, in an M-step.
         nested: The latents that the group integrates, where it stands for all their sites.
+        matrix: Of a multivariate Normal that is read as independent ones the argument that it was
+            given; else empty.
     """
 
     members: Sequence[str]
@@ -139,6 +141,7 @@ class Group:
     reads: tuple[str, ...] = ()
     belief: Belief | None = None
     nested: Nested | None = None
+    matrix: str = ""
 
     @cached_property
     def is_static(self) -> bool:

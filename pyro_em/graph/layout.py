@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.family import Family, link_of
+from pyro_em.families.family import CHOLESKY, Family, link_of
+from pyro_em.families.forms import Kind
 from pyro_em.families.registry import (
     family_of,
     given_arguments,
@@ -272,6 +273,7 @@ class FactorLayout:
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=may_be_affine(family, arg),
                     link=link_of(family, arg) or "",
+                    allow_product=may_be_product(family, arg),
                 )
         return Factor(
             info if scope == info.scope else replace(info, scope=scope),
@@ -393,6 +395,12 @@ def may_be_affine(family: Family, argument: str) -> bool:
     if argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal"):
         return True
     return link_of(family, argument) is not None
+
+
+def may_be_product(family: Family, argument: str) -> bool:
+    """Whether matrices A Aᵀ in an argument have an update: factors of a covariance, or its inverse."""
+    rule = family.rules.get(argument)
+    return rule is not None and rule.kind is Kind.COVARIANCE and rule.link.name != CHOLESKY.name
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

@@ -18,6 +18,7 @@ VIEWS = frozenset(
         "AsStrided",
         "Cat",
         "Clone",
+        "DiagEmbed",
         "Diagonal",
         "Expand",
         "Flip",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.graph.diagonals import as_given
 from pyro_em.graph.factors import FactorGraph, Group
 
 _PART = 2**17  # cells that are compared at once
@@ -28,10 +29,10 @@ def disagreements(
     for group in graph.groups:
         still = _unmoved(group) if exactly else frozenset[str]()
         thin = group.thin()
-        arguments = thin.evaluate_arguments(values)
+        arguments = as_given(thin, thin.evaluate_arguments(values))
         if _agrees(thin, arguments, thin.evaluate_value(values), fresh, still):
             continue
-        arguments = group.evaluate_arguments(values)
+        arguments = as_given(group, group.evaluate_arguments(values))
         at = group.evaluate_value(values)
         for i, site in enumerate(group.members):
             traced = dict(_static_parts(*fresh.group_of(site)))
@@ -72,10 +73,11 @@ def _agrees(
     scales = (*group.scales, *other.scales)
     if any(isinstance(s, Tensor) for s in scales) or group.scale != other.scale[own]:
         return False
-    if set(group.arguments) != set(other.arguments) or not group.is_static:
+    traced = as_given(other, other.arguments)
+    if set(arguments) != set(traced) or not group.is_static:
         return False
     pairs = [(_VALUE, value, other.value)]
-    pairs += [(n, arguments[n], other.arguments[n]) for n in arguments]
+    pairs += [(n, arguments[n], traced[n]) for n in arguments]
     for name, mask, now in (
         (_MASK, group.mask, other.mask),
         (_ELEMENTS, group.elements, other.elements),
@@ -102,7 +104,8 @@ def _static_parts(
     arguments: Mapping[str, Tensor] | None = None,
     value: Tensor | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (group.arguments if arguments is None else arguments).items():
+    held = as_given(group, group.arguments) if arguments is None else arguments
+    for name, tensor in held.items():
         yield name, tensor[i]
     yield _VALUE, (group.value if value is None else value)[i]
     if group.mask is not None:

@@ -112,6 +112,7 @@ class Recurring:
         normalised: str = "",
         allow_affine: bool = False,
         link: str = "",
+        allow_product: bool = False,
     ) -> Binding:
         """As `pyro_em.graph.autograd.bind`.
 
@@ -122,10 +123,11 @@ class Recurring:
             normalised: As there.
             allow_affine: As there.
             link: As there.
+            allow_product: As there.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        key = (graph, form, *kind, normalised, allow_affine, link)
+        key = (graph, form, *kind, normalised, allow_affine, link, allow_product)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
@@ -142,6 +144,7 @@ class Recurring:
             normalised=normalised,
             allow_affine=allow_affine,
             link=link,
+            allow_product=allow_product,
         )
         if graph is not None and argument.numel() <= _SMALL:
             self.known[key] = argument.detach(), binding

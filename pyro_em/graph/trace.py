@@ -14,6 +14,7 @@ from pyro_em.distributions import is_outside
 from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
 from pyro_em.graph.agreement import differing, disagreements, other_model
 from pyro_em.graph.compact import Stray
+from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
 from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failures import changing_sites
@@ -100,7 +101,7 @@ def trace_graph(
                 )
             factors = [p for p in pieces if isinstance(p, Factor)]
             graph = unrolled_graph(structure, factors, latents, run.parameters)
-            return replace(graph, missing=missing_of(run.sites))
+            return with_diagonals(replace(graph, missing=missing_of(run.sites)))
         except (NotVectorized, PyroEMError):
             if looked is not None:  # at the first look, which then is made at the loop itself
                 raise
@@ -112,7 +113,8 @@ def trace_graph(
     factors = _count_where_needed([p for p in pieces if isinstance(p, Factor)], structure)
     order = {name: i for i, name in enumerate(structure.sites)}
     groups = tuple(stacked([*batches, *factors], order))
-    return FactorGraph(structure, latents, groups, run.parameters, missing_of(run.sites))
+    graph = FactorGraph(structure, latents, groups, run.parameters, missing_of(run.sites))
+    return with_diagonals(graph)
 
 
 @torch.enable_grad()

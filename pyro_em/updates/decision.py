@@ -12,8 +12,10 @@ from torch.distributions import constraints
 
 from pyro_em.distributions import bounds, is_real
 from pyro_em.families.conjugacy import conjugate
+from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, Rule
 from pyro_em.families.form import Form
-from pyro_em.graph.binding import Binding, Selection
+from pyro_em.families.forms import Kind
+from pyro_em.graph.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.predictors import predictor_binding, predictors_of
@@ -230,19 +232,33 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     problem = _outside(uses[0], constraint)
     if problem:
         return ParameterUpdate(name, Gradient(), problem)
-    groups = [graph.groups[u.group] for u in uses]
-    places = ", ".join(
-        dict.fromkeys(f"{g.distribution}.{u.argument}" for g, u in zip(groups, uses, strict=True))
-    )
+    places = _places(graph, uses)
     kinds = {graph.groups[p.group].distribution for p in priors}
     with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
     return ParameterUpdate(
         name,
         ClosedForm(),
-        f"{places} selects it ({uses[0].rule.kind.value}){with_prior}",
+        f"{places} ({uses[0].rule.kind.value}){with_prior}",
         tuple(uses),
         priors=tuple(priors),
     )
+
+
+def _places(graph: FactorGraph, uses: Sequence[Use]) -> str:
+    """How a parameter is used, in a plan's words."""
+    selected: dict[str, None] = {}
+    out: dict[str, None] = {}
+    for use in uses:
+        group = graph.groups[use.group]
+        where = f"{group.distribution}.{use.argument}"
+        if use.selection.of_matrices:
+            out[f"{where} is its product with its transpose"] = None
+        elif group.matrix and use.argument != "loc":
+            out[f"{group.distribution}.{group.matrix} has it on its diagonal"] = None
+        else:
+            selected[where] = None
+    first = [", ".join(selected) + " selects it"] if selected else []
+    return "; ".join([*first, *out])
 
 
 def _as_prior(graph: FactorGraph, g: int, name: str) -> Prior | None:
@@ -297,12 +313,32 @@ def _as_use(
         return None, "its map has a pole, and a location may lie beyond it"
     event = rule.kind.event_dim
     if event:
-        if selection.maps:
-            return None, "an elementwise map of whole rows"
+        problem = _map_of_events(selection, rule)
+        if problem:
+            return None, problem
         problem = _whole_events(selection, graph.parameters[name].leaf, rule.kind.form)
         if problem:
             return None, problem
     return Use(g, argument, selection, rule), ""
+
+
+def _map_of_events(selection: Selection, rule: Rule) -> str:
+    """Why the maps between rows or matrices and the argument have no closed form, or nothing."""
+    maps = [m.name for m in selection.maps]
+    if not maps or (maps == ["log"] and rule.link is LOG_SIMPLEX):
+        return ""
+    if maps == [PRODUCT.name] and rule.kind is Kind.COVARIANCE and rule.link is not CHOLESKY:
+        return ""
+    if selection.of_matrices:
+        return "a product of mapped matrices"
+    return "an elementwise map of whole rows"
+
+
+def _link(use: Use) -> str:
+    """The link from the natural value of rows or matrices to the parameter, by name."""
+    if use.selection.of_matrices:
+        return CHOLESKY.name
+    return IDENTITY.name if use.selection.maps else use.rule.link.name
 
 
 def _whole_events(selection: Selection, parameter: Tensor, form: Form) -> str:
@@ -355,7 +391,7 @@ def _outside(use: Use, constraint: constraints.Constraint) -> str:
         return ""
     if use.rule.kind.event_dim == 0:
         return "" if bounds(constraint) else f"its constraint {constraint} is no interval"
-    if use.rule.kind.form.stays_in(constraint, use.rule.link.name):
+    if use.rule.kind.form.stays_in(constraint, _link(use)):
         return ""
     return f"its constraint {constraint} may exclude the solution"
 
