@@ -6,7 +6,9 @@ noise of one observed coordinate may vanish (a Heywood case), which EM approache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
+from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
-from pyro_em.posteriors.exact import log_evidence_of
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import is_matrix
@@ -38,25 +41,124 @@ def loadings_at_zero(program: Program) -> str:
 
 
 @torch.no_grad()
-def boundary_notes(program: Program, log_evidence: float | None) -> list[str]:
+def boundary_notes(over: Reduction[Part], lead: Program, log_evidence: float) -> list[str]:
     """Notes on variances and noises at the parameters where a fit ended.
 
     Args:
-        program: The model with its data.
-        log_evidence: At these parameters, in nats; None where the program has not all data, and
-            nothing is tried.
+        over: The data, or their parts.
+        lead: The model with all of the data, or with the part at hand.
+        log_evidence: Of all data at these parameters, in nats.
     """
-    values = values_of(program.graph.parameters)
-    out: dict[str, None] = {}
-    tried: set[tuple[str, int]] = set()
+    values = values_of(lead.graph.parameters)
+    trials, noises = over.from_first(lambda: (_trials(lead, values), _noises(lead)))
+    seen = _Seen(torch.zeros(0, dtype=torch.float64), {})
+    if trials or noises:
+        seen = over.sum(lambda part: _seen(part, values, trials, noises))
+    least = log_evidence - 1e-10 * max(1.0, abs(log_evidence))
+    high = {t for t, there in zip(trials, seen.evidence.tolist(), strict=True) if there >= least}
+
+    def told() -> list[str]:
+        out: dict[str, None] = {}
+        for block in _blocks(lead):
+            for site in block.groups:
+                name = site.members[0]
+                if site.role is Role.GAUSSIAN:
+                    found = _variances_at_zero(site, values, [t for t in high if t.latent == name])
+                else:
+                    found = _noises_at_zero(site, values, seen.spreads.get(name))
+                out |= dict.fromkeys(found)
+        return list(out)
+
+    notes: list[str] = over.from_first(told)
+    return notes
+
+
+@dataclass(frozen=True, order=True)
+class Trial:
+    """An element of a parameter that a latent's variance is, to be tried at zero.
+
+    Attributes:
+        parameter: The parameter.
+        element: Its flat index.
+        latent: The latent.
+    """
+
+    parameter: str
+    element: int
+    latent: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a part of the data says; it adds up.
+
+    Attributes:
+        evidence: Its log evidence at each trial, in nats. # (trials,)
+        spreads: By site the rows, Σ (x − c) and Σ (x − c)² of each coordinate. # (D,) each
+    """
+
+    evidence: Tensor
+    spreads: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def _seen(
+    part: Part, values: Mapping[str, Tensor], trials: Sequence[Trial], noises: Sequence[str]
+) -> _Seen:
+    found = [_evidence_at(part, values, t) for t in trials]
+    sites = [s for block in _blocks(part.program) for s in block.groups if s.members[0] in noises]
+    spreads = {s.members[0]: _spread(part.program, s) for s in sites}
+    return _Seen(torch.tensor(found, dtype=torch.float64), spreads)
+
+
+def _evidence_at(part: Part, values: Mapping[str, Tensor], trial: Trial) -> float:
+    """The log evidence of a part where a variance is zero, in nats; −∞ where there is none."""
+    at = values[trial.parameter].clone()
+    at.view(-1)[trial.element] = 0
+    try:
+        return part.log_evidence_at({**values, trial.parameter: at})
+    except DegenerateError:  # no noise below it, or a prior that excludes the boundary
+        return -math.inf
+
+
+def _spread(program: Program, site: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """The number of rows, Σ (x − c) and Σ (x − c)² of each coordinate of a site. # (D,) each"""
+    rows = site.value.double().flatten(0, -2)
+    all_data = program.graph.all_data
+    known = None if all_data is None else all_data.centres.get(site.members[0])
+    centred = rows - (rows.mean(0) if known is None else known.mean)
+    return torch.full_like(centred[0], len(rows)), centred.sum(0), centred.square().sum(0)
+
+
+def _noises(program: Program) -> list[str]:
+    """Sites whose coordinates have noises of their own."""
+    return [
+        site.members[0]
+        for block in _blocks(program)
+        for site in block.groups
+        if site.role is not Role.GAUSSIAN and _has_noises(site)
+    ]
+
+
+def _has_noises(site: Group) -> bool:
+    if is_matrix(site) or site.event_dims != 1:
+        return False
+    return bool(site.bindings["scale"].params)
+
+
+def _trials(program: Program, values: Mapping[str, Tensor]) -> list[Trial]:
+    """The variances that are tried at zero, each once."""
+    out: dict[tuple[str, int], Trial] = {}
     for block in _blocks(program):
         for site in block.groups:
-            if site.role is Role.GAUSSIAN:
-                found = _variances_at_zero(program, site, values, log_evidence, tried)
-                out |= dict.fromkeys(found)
-            else:
-                out |= dict.fromkeys(_noises_at_zero(site, values))
-    return list(out)
+            if site.role is not Role.GAUSSIAN or is_matrix(site):
+                continue
+            for argument, binding in site.bindings.items():
+                if argument in site.lines:
+                    continue
+                for parameter, elements in _read(binding):
+                    for i in elements[:_FEW]:
+                        out.setdefault((parameter, i), Trial(parameter, i, site.members[0]))
+    return list(out.values())
 
 
 def _blocks(program: Program) -> Iterator[GaussianBlock]:
@@ -89,54 +191,29 @@ def _loadings_at_zero(block: GaussianBlock, values: Mapping[str, Tensor]) -> Ite
 
 
 def _variances_at_zero(
-    program: Program,
-    site: Group,
-    values: Mapping[str, Tensor],
-    now: float | None,
-    tried: set[tuple[str, int]],
+    site: Group, values: Mapping[str, Tensor], high: Sequence[Trial]
 ) -> Iterator[str]:
-    """Elements of parameters that a latent's variance is, and that may as well be zero; each once."""
+    """Elements of parameters that a latent's variance is, and that may as well be zero."""
     name = site.members[0]
     for argument, binding in site.bindings.items():
-        if argument in site.lines or not binding.params:
+        if argument in site.lines or not binding.params or not is_matrix(site):
             continue
-        if is_matrix(site):
-            matrix = binding.evaluate(values).double()
-            if argument == "scale_tril":
-                matrix = matrix @ matrix.mT
-            eigenvalues = torch.linalg.eigvalsh(matrix)
-            if bool((eigenvalues[..., 0] < _SINGULAR * eigenvalues[..., -1]).any()):
-                shown = " and ".join(f"'{p}'" for p in binding.params)
-                yield (
-                    f"{shown}: the covariance of '{name}' is singular, at the boundary of what it may "
-                    "be: some combination of its coordinates has no variance."
-                )
-            continue
-        if now is None:
-            continue
-        for parameter, elements in _read(binding):
-            value = values[parameter]
-            for i in elements[:_FEW]:
-                if (parameter, i) in tried:
-                    continue
-                tried.add((parameter, i))
-                trial = value.clone()
-                trial.view(-1)[i] = 0
-                if bool(_is_as_high(program, {**values, parameter: trial}, now)):
-                    place = f"[{i}]" if value.numel() > 1 else ""
-                    yield (
-                        f"'{parameter}'{place}: the evidence is as high where the variance of '{name}' "
-                        "is zero, its boundary: the data show no spread of it."
-                    )
-
-
-def _is_as_high(program: Program, values: Mapping[str, Tensor], now: float) -> bool:
-    try:
-        at = program.evaluate(values)
-        there = log_evidence_of(at.graph, program.contraction, at.tables)
-    except DegenerateError:  # no noise below it, or a prior that excludes the boundary
-        return False
-    return there >= now - 1e-10 * max(1.0, abs(now))
+        matrix = binding.evaluate(values).double()
+        if argument == "scale_tril":
+            matrix = matrix @ matrix.mT
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        if bool((eigenvalues[..., 0] < _SINGULAR * eigenvalues[..., -1]).any()):
+            shown = " and ".join(f"'{p}'" for p in binding.params)
+            yield (
+                f"{shown}: the covariance of '{name}' is singular, at the boundary of what it may "
+                "be: some combination of its coordinates has no variance."
+            )
+    for trial in sorted(high):
+        place = f"[{trial.element}]" if values[trial.parameter].numel() > 1 else ""
+        yield (
+            f"'{trial.parameter}'{place}: the evidence is as high where the variance of '{name}' "
+            "is zero, its boundary: the data show no spread of it."
+        )
 
 
 def _read(binding: Binding) -> Iterator[tuple[str, list[int]]]:
@@ -146,13 +223,14 @@ def _read(binding: Binding) -> Iterator[tuple[str, list[int]]]:
             yield part.param, part.index[part.index >= 0].unique().tolist()
 
 
-def _noises_at_zero(site: Group, values: Mapping[str, Tensor]) -> Iterator[str]:
+def _noises_at_zero(
+    site: Group, values: Mapping[str, Tensor], spread: tuple[Tensor, Tensor, Tensor] | None
+) -> Iterator[str]:
     """Noises of single coordinates that are next to nothing of their variance."""
-    if is_matrix(site) or site.event_dims != 1 or site.value.shape[:-1].numel() < 3:
+    if spread is None or not _has_noises(site) or float(spread[0].amax()) < 3:
         return
     binding = site.bindings["scale"]
-    rows = site.value.double().flatten(0, -2)
-    variance = (rows - rows.mean(0)).square().mean(0)  # a tenth of the time of torch.var
+    variance = spread[2] / spread[0] - (spread[1] / spread[0]).square()
     for part in binding.selections:
         index = part.index.expand(*part.index.shape[:-1], len(variance)).reshape(-1, len(variance))
         value = values[part.param]

@@ -46,6 +46,7 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import with_unobserved
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.strategies import Hard
+from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.tracing.turns import alone
@@ -114,8 +115,8 @@ def build_result(
         start = run.name
     local = estimated_locally(program)
     apart = undetermined(program, None if data is None or data.is_known else data.over)
-    now = log_evidence if data is None else None
-    notes = over_all(lambda: boundary_notes(program, now))
+    parts = Whole(Part(program)) if data is None else data.over
+    notes = boundary_notes(parts, program, log_evidence)
     read = None if data is None else read_anywhere(data, run.initial_values)
     values = Params(values_of(parameters), _point_sites(program))
     unconstrained = snapshot(parameters)

@@ -24,6 +24,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.exact import log_evidence_of
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import parameters_at, values_of
@@ -142,6 +143,11 @@ class Part:
         groups = evaluation.graph.groups
         other = [g for g in self.left_out(evaluation.graph) if groups[g].role is not Role.POINT]
         return q.log_evidence - sum(float(dot(q.counts[g], evaluation.tables[g])) for g in other)
+
+    def log_evidence_at(self, values: Mapping[str, Tensor]) -> float:
+        """log p(x; θ) of the part at other parameters, through the bindings, in nats."""
+        at = self.program.evaluate(values)
+        return log_evidence_of(at.graph, self.program.contraction, self.counted_tables(at.tables))
 
     def summary(self, index: int, before: Made | None = None) -> Summary:
         """The E-step through tables at the parameters in the param store.

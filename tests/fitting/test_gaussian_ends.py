@@ -14,7 +14,7 @@ from sklearn.datasets import load_iris, load_wine
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ClosedForm, EMStatus, ExactPosteriorEM, PyroEMWarning
+from pyro_em import Chunks, ClosedForm, EMStatus, ExactPosteriorEM, PyroEMWarning
 
 IRIS = torch.tensor(load_iris().data)
 WINE = torch.tensor(load_wine().data)
@@ -159,6 +159,37 @@ def test_a_heywood_case_is_noted_and_a_floor_ends_it() -> None:
     result = floored.fit(IRIS, start, max_steps=30)
     assert result.params["s"].min() >= 0.2
     assert not any("Heywood" in note for note in result.plan.notes)
+
+
+def test_what_all_parts_say_is_noted() -> None:
+    """Batches of the first chunk that differ, and those of all others that do not."""
+
+    def model(y: Tensor) -> None:
+        s = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+        u = pyro.param("u", torch.tensor(0.5), constraint=constraints.positive)
+        with pyro.plate("batches", len(y), dim=-2):
+            h = pyro.sample("h", dist.Normal(0.0, u))
+            with pyro.plate("times", y.shape[1], dim=-1):
+                pyro.sample("y", dist.Normal(h, s), obs=y)
+
+    noise = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    alike = noise - noise.mean(1, keepdim=True)
+    apart = torch.cat([alike[:3] + torch.tensor([[-2.0], [0.0], [2.0]]), alike[3:]])
+    for y, is_noted in ((alike, True), (apart, False)):
+        pyro.clear_param_store()
+        chunks = Chunks(y, rows=3)
+        result = ExactPosteriorEM(model).fit(chunks, max_steps=5, progress=False)
+        assert any("'u'" in note and "boundary" in note for note in result.plan.notes) == is_noted
+    # The noise of the third coordinate is nothing beside the variance of all rows.
+    start = loadings(4, 1)
+    order = IRIS[:, 2].argsort()
+    pyro.clear_param_store()
+    whole = ExactPosteriorEM(analysis).fit(IRIS, start, max_steps=60, acceleration="squarem")
+    pyro.clear_param_store()
+    chunks = Chunks(IRIS[order], rows=50)
+    parted = ExactPosteriorEM(analysis).fit(chunks, start, max_steps=60, acceleration="squarem")
+    noted = [[n for n in r.plan.notes if "Heywood" in n] for r in (whole, parted)]
+    assert noted[0] == noted[1] and len(noted[0]) == 1
 
 
 @pytest.mark.parametrize(
