@@ -79,6 +79,11 @@ def all_data_of(over: Reduction[Part], lead: Program) -> AllData:
     for site, (total, seen) in sums.totals.items():
         mean = torch.where(seen > 0, total / seen.clamp(min=1), 0.0)
         centres[site] = Centre(mean, -bounds.low[site], bounds.high[site])
+    # A kernel may take the sites of a group one by one: all have the centre of their group.
+    for group in for_updates(lead.graph).groups:
+        centre = centres.get(group.members[0])
+        if centre is not None:
+            centres |= dict.fromkeys(group.members, centre)
     read = {name: count > 0 for name, count in sums.read.items()}
     vectors = _vectors(over, lead)
     return AllData(sums.rows, centres, bounds.magnitudes, read, vectors)
