@@ -592,8 +592,13 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             seed: Seed of random starts.
             progress: Whether to show a bar; by default where the output is a terminal.
             callbacks: Called with each `EMStep`; one that returns True stops the fit.
-            acceleration: ``"squarem"`` extrapolates along EM steps (Varadhan and Roland 2008): far
-                fewer steps where EM is slow, and no monotone path; the best evidence seen is kept.
+            acceleration: Far fewer steps where EM is slow, on a path that may fall; the best evidence
+                seen is kept, every E-step is counted, and the last steps are plain ones:
+
+                * ``"quasi-newton"``: Newton steps for θ = EM(θ) with a derivative from the last
+                  differences (Zhou, Alexander and Lange 2011);
+                * ``"squarem"``: extrapolation along two EM steps (Varadhan and Roland 2008);
+                * ``"auto"``: plain steps where they are quick, else ``"quasi-newton"``.
             batch_size: Stochastic fits: rows per batch, drawn anew in each epoch; the rows of a
                 batch count N / batch_size times, what is outside the data's plate once.
             num_epochs: Stochastic fits, and ``online``: passes over the data. Each chunk of `Chunks` is

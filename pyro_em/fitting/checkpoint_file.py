@@ -22,7 +22,7 @@ from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.checkpoint import checksum, content_of, damage_of
 from pyro_em.tracing.files import check_writable, read_whole, write_whole
 
-FORMAT = "pyro_em checkpoint 1"
+FORMAT = "pyro_em checkpoint 2"
 
 
 _SHARE = 0.01  # of the time of a fit that writing may take where the user named no number of steps

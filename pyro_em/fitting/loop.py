@@ -10,14 +10,15 @@ from typing import Any
 
 from pyro_em.errors import DataError, DegenerateError, FileError, message, sites_in_words, warn
 from pyro_em.fitting.beginnings import Beginning, name_of_start
+from pyro_em.fitting.cycles import PLAIN_STEPS, accelerate
 from pyro_em.fitting.em_map import values_at, write
 from pyro_em.fitting.em_on_sums import tells_apart
 from pyro_em.fitting.guarded import Fell, Guarded, Step, warn_disagreement
 from pyro_em.fitting.point import LeftPoint, Point, SumsPoint, Values
 from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run, Settings
-from pyro_em.fitting.squarem import PLAIN_STEPS, accelerate
-from pyro_em.fitting.stopping import crawls, should_stop
+from pyro_em.fitting.schemes import AUTO, SCHEMES
+from pyro_em.fitting.stopping import crawls, is_quick, should_stop
 from pyro_em.plan.hyperparameters import run_away
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
@@ -339,7 +340,14 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
 
 
 def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
-    """A few plain steps, cycles of SQUAREM until they promise little, plain steps that may stop."""
+    """A few plain steps, accelerated ones until they promise little, plain steps that may stop.
+
+    With ``"auto"`` plain steps go on for as long as they are quick.
+    """
+    name = settings.acceleration
+    assert name is not None
+    is_auto = name == "auto"
+    scheme = SCHEMES[AUTO if is_auto else name]
     while True:
         if run.cycle is None:
             run.stretch = run.num_steps if run.stretch is None else run.stretch
@@ -347,9 +355,13 @@ def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             iterate(em, replace(settings, max_steps=few), run, r)
             if run.status is not EMStatus.MAX_STEPS or run.num_steps >= settings.max_steps:
                 return
+            assert run.last is not None
+            if is_auto and is_quick([*run.plain_path(), run.last.objective]):
+                run.stretch = None
+                continue
         run.stretch, run.is_resumed = None, False
         stopped = accelerate(
-            em, settings, run, r, lambda step: _calls_stop(em, settings, run, step)
+            em, settings, run, r, scheme, lambda step: _calls_stop(em, settings, run, step)
         )
         if stopped is not None and settings.keeper is not None:
             run.status = stopped

@@ -188,7 +188,7 @@ def _with_advice(plan: Plan, settings: Settings, steps: int, rate: float | None)
     if not plan.is_monotone or plan.gives_up:
         return plan
     note = (
-        f"each step kept {rate:.1%} of the gain of the one before: fit(..., acceleration='squarem') "
+        f"each step kept {rate:.1%} of the gain of the one before: fit(..., acceleration='auto') "
         "needs fewer steps."
     )
     return _noting(plan, [note])

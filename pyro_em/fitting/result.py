@@ -63,7 +63,8 @@ class History(Sequence[float]):
 
     Attributes:
         entering: In nats, one per step.
-        after_m_step: ELBO(q, θ_new) after the M-step of each, in nats; empty in a stochastic fit.
+        after_m_step: ELBO(q, θ_new) after the M-step of each, in nats; empty in a stochastic fit. An
+            extrapolated point that was not kept has no M-step, and its bound again.
         validation: Steps with the bound of the validation data, in nats.
 
     Example:

@@ -285,6 +285,7 @@ def _of_cycle(cycle: Cycle | None) -> dict[str, Any] | None:
         "start": _of_point(cycle.start),
         "best": _of_point(cycle.best),
         "first": _of_point(cycle.first),
+        "secants": encoded(cycle.secants),
         **{name: getattr(cycle, name) for name in _OF_CYCLE},
     }
 
@@ -295,4 +296,5 @@ def _cycle_of(em: Guarded, state: Mapping[str, Any] | None) -> Cycle | None:
     start, best = _point_of(em, state["start"]), _point_of(em, state["best"])
     assert start is not None and best is not None
     first = _point_of(em, state["first"])
-    return Cycle(start=start, best=best, first=first, **{name: state[name] for name in _OF_CYCLE})
+    numbers = {name: state[name] for name in _OF_CYCLE}
+    return Cycle(start=start, best=best, first=first, secants=decoded(state["secants"]), **numbers)

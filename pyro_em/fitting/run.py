@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_em.fitting.point import LeftPoint, Point
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.result import EMStatus, EMStep
+from pyro_em.fitting.schemes import Secant
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot
 
@@ -47,7 +48,7 @@ class Settings:
         callbacks: Called with each step; one that returns True stops the run.
         bar: The progress bar.
         begin: When the fit began, for the steps' seconds.
-        acceleration: None or ``"squarem"``.
+        acceleration: None, ``"auto"`` or the name of a scheme (`pyro_em.fitting.schemes`).
         verify: Whether a fresh trace of the model confirms the first step of a run.
         keeper: Keeps where runs stand; None where nobody asked for it.
     """
@@ -69,11 +70,12 @@ class Cycle:
     Attributes:
         start: Where the present cycle began.
         best: The best point seen.
-        longest: The longest extrapolation that is tried.
+        longest: The longest extrapolation that is tried, in steps of EM.
         num_steps: Complete steps of the run.
         first: The point after the first step of the cycle; None before.
         gain: What the cycle before gained or promises of the next ones, in nats.
         rounding: Gains that are rounding, in nats.
+        secants: Of the cycles before, the newest first, as many as the scheme looks at.
         is_over: Whether plain steps are due.
     """
 
@@ -84,6 +86,7 @@ class Cycle:
     first: Point | None = None
     gain: float = math.inf
     rounding: float = 0.0
+    secants: tuple[Secant, ...] = ()
     is_over: bool = False
 
 

@@ -67,3 +67,22 @@ def rate_of_convergence(path: Sequence[float]) -> float | None:
         return None
     rate = clear[-1] / clear[-2]
     return rate if rate < 1 else None
+
+
+# Plain steps are quick where each keeps less than this of the gain before: ten leave a ten-thousandth.
+QUICK = 0.4
+
+
+def is_quick(path: Sequence[float]) -> bool:
+    """Whether plain EM steps are so quick that extrapolating would save little.
+
+    The rate is the geometric mean of the last four ratios of successive gains; where they are not all
+    gains, nothing is known of it, and the steps count as quick.
+
+    Args:
+        path: Objectives of successive plain steps, the latest last.
+    """
+    gains = [b - a for a, b in pairwise(path)][-5:]
+    if len(gains) < 5 or min(gains) <= 0:
+        return True
+    return (gains[-1] / gains[0]) ** (1 / 4) < QUICK

@@ -51,6 +51,9 @@ class FitWishes:
         return [n for n in _STOCHASTIC if n not in own and getattr(self, n) is not None]
 
 
+ACCELERATIONS = ("auto", "quasi-newton", "squarem")
+
+
 _STOCHASTIC = ("batch_size", "num_epochs", "num_data", "validation", "schedule")
 
 
@@ -173,12 +176,12 @@ def check_fit(
     num_epochs: int | None,
 ) -> None:
     """Refuse numbers that mean nothing."""
-    if acceleration not in (None, "squarem"):
+    if acceleration is not None and acceleration not in ACCELERATIONS:
         raise UsageError(
             message(
                 "fit",
                 f"acceleration={acceleration!r} is not available.",
-                fixes=["use 'squarem', or leave it out"],
+                fixes=["use 'auto', 'quasi-newton' or 'squarem', or leave it out"],
             )
         )
     if max_steps < 0 or tol < 0 or num_restarts < 1 or math.isnan(tol):

@@ -17,7 +17,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from tests.benchmarks import calls, chunks, growth, network, processes
+from tests.benchmarks import calls, chunks, growth, network, processes, steps
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.timing import Case, Row, measure
 
@@ -156,6 +156,7 @@ def main() -> None:
         lines += memory()
         lines += chunks.table()
         lines += processes.table()
+        lines += steps.table()
         lines += ["", "![Time and memory as the work grows](growth.png)"]
     text = "\n".join(
         [

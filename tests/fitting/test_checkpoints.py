@@ -109,11 +109,12 @@ KINDS = {
     "Gaussian chain": (state_space, SERIES, {}, {}),
     "MAP": (with_priors, X, {"guide": "map"}, {}),
     "SQUAREM on sums": (mixture, X, {}, {"acceleration": "squarem"}),
-    "SQUAREM through tables": (
+    "quasi-Newton on sums": (mixture, X, {}, {"acceleration": "quasi-newton", "max_steps": 50}),
+    "quasi-Newton through tables": (
         mixture,
         X,
         {},
-        {"acceleration": "squarem", "callbacks": lambda step: None},
+        {"acceleration": "quasi-newton", "callbacks": lambda step: None},
     ),
     "Monte Carlo": (mixture, X[::3], {"strategy": MonteCarlo(3)}, {"max_steps": 12}),
     "annealed": (mixture, X, {"strategy": Annealed([0.3, 0.7])}, {"max_steps": 12}),
@@ -192,7 +193,7 @@ def test_writing_changes_no_digit_and_what_is_done_is_not_done_again(kind, tmp_p
     assert_same(whole, fit(kind, checkpoint=tmp_path / "seldom.pt"))
     assert_same(whole, fit(kind, checkpoint=tmp_path / "run.pt", checkpoint_every=4))
     monkeypatch.setattr("pyro_em.fitting.loop.advance", None)  # no step can be taken
-    monkeypatch.setattr("pyro_em.fitting.squarem._half", None)
+    monkeypatch.setattr("pyro_em.fitting.cycles._Cycles.half", None)
     assert_same(whole, fit(kind, checkpoint=tmp_path / "run.pt"))
     assert_same(whole, fit(kind, checkpoint=tmp_path / "seldom.pt"))
 

@@ -307,8 +307,8 @@ def test_factors_know_all_sums_after_one_pass(monkeypatch: pytest.MonkeyPatch) -
 
 def test_extrapolated_steps() -> None:
     chunks = Chunks(_X, rows=7)
-    a = _fit("mixture", chunks, steps=30, acceleration="squarem")
-    _agree(a, _fit("mixture", _X, steps=30, acceleration="squarem"))
+    a = _fit("mixture", chunks, steps=30, acceleration="quasi-newton")
+    _agree(a, _fit("mixture", _X, steps=30, acceleration="quasi-newton"))
 
 
 def test_a_fit_stops_where_one_on_all_data_does() -> None:

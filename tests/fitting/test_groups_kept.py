@@ -15,7 +15,7 @@ from tests.fitting.test_groups import caught, fit
 from tests.ranks import on_ranks
 
 _CASES: dict[str, dict[str, Any]] = {
-    "mixture": {"acceleration": "squarem", "max_steps": 14, "tol": 1e-9},  # on sums
+    "mixture": {"acceleration": "quasi-newton", "max_steps": 14, "tol": 1e-9},  # on sums
     "slopes": {"max_steps": 6},  # through tables
     "lines": {"max_steps": 6, "init": "random", "seed": 1},
 }
