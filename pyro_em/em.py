@@ -90,7 +90,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             Gaussian latents ``{"u": "exact"}`` integrates u under draws of v, and with ``guide="map"``
             at the point estimates of all others.
         updates: What to do with parameters, by name or glob: `ClosedForm`, `LeastSquares`,
-            `Gradient`, `Fixed`.
+            `Newton`, `Gradient`, `Fixed`.
         num_particles: Draws from the guide per step and per bound.
         max_plate_nesting: Number of plate dimensions; found by looking where left out.
         max_enumeration: Cells of the largest tensor that an enumeration may need. Where a table of all

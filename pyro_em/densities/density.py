@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Handover
+from pyro_em.families.family import Statistics
 
 IMPOSSIBLE = 1e25  # logarithms of zero are large finite numbers in products
 
@@ -39,6 +40,20 @@ class NormalRows(Protocol):
 
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""
+        ...
+
+
+class PreparedRows(NormalRows, Protocol):
+    """Rows whose parameters are not their own: coefficients follow from arguments."""
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Any:
+        """What rows are evaluated with."""
+        ...
+
+    def statistics(
+        self, p: Any, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics from moments and their mass."""
         ...
 
 

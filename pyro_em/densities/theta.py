@@ -12,13 +12,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pyro_em.densities.components import owned
-from pyro_em.densities.density import IMPOSSIBLE, NormalRows, NormalSolver
+from pyro_em.densities.density import IMPOSSIBLE, NormalRows, NormalSolver, PreparedRows
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.natural import Naturals, State
@@ -27,13 +27,14 @@ from pyro_em.densities.regression import Lines
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import DegenerateError, Finding, Handover
-from pyro_em.families.family import expected_log_density
+from pyro_em.families.family import Statistics, expected_log_density
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_form import Solver, solvers_of
 from pyro_em.updates.curves import CurveSolver
 from pyro_em.updates.least_squares import LineSolver
+from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
 from pyro_em.updates.statistics import NATURAL, Expectation
-from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
+from pyro_em.updates.update import LeastSquares, Newton, NewtonOnSums, ParameterUpdate
 
 Values = Mapping[str, Tensor]
 
@@ -85,7 +86,7 @@ class Theta:
     normals: Mapping[int, NormalRows]
     naturals: Naturals | None
     owned: Mapping[int, NormalSolver]
-    solvers: Sequence[Solver | LineSolver | CurveSolver]
+    solvers: Sequence[Solver | LineSolver | CurveSolver | NewtonSolver]
     evaluators: Sequence[Mapping[str, Arguments]]
     others: tuple[int, ...]
     reached: tuple[int, ...]
@@ -122,8 +123,8 @@ class Theta:
         }
         prepared = {g: c.prepared for g, c in components.items()}
         for g, rule in self.normals.items():
-            if g not in prepared and isinstance(rule, Gaussian):
-                prepared[g] = rule.prepare(arguments[g])
+            if g not in prepared:
+                prepared[g] = cast(PreparedRows, rule).prepare(arguments[g])
         return At(natural, components, rest, arguments, prepared, self.prior.of_rest(rest))
 
     @torch.no_grad()
@@ -198,16 +199,19 @@ class Theta:
         statistics = {}
         for g in self.reached:
             rule, sums = self.normals.get(g), expectation.sums[g]
-            if isinstance(rule, Gaussian):
-                sums = rule.statistics(
+            if rule is not None:
+                sums = cast(PreparedRows, rule).statistics(
                     at.prepared[g], sums["moments"], sums["mass"], at.arguments[g]
                 )
             references = {f"reference:{n}": a for n, a in before[g].items()}
             statistics[g] = {**{n: _wide(t) for n, t in sums.items()}, **references}
         values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
-            if isinstance(solver, LineSolver | CurveSolver):
-                new = solver.solve(statistics, current, values)
+            if isinstance(solver, LineSolver | CurveSolver | NewtonSolver):
+                if isinstance(solver, NewtonSolver):
+                    new = self._newton(solver, statistics, current, values)
+                else:
+                    new = solver.solve(statistics, current, values)
                 if not all(bool(torch.isfinite(v).all()) for v in new.values()):
                     raise Handover
             else:
@@ -228,6 +232,21 @@ class Theta:
             gains.append(expected_log_density(family, statistics[g], current[g]))
             gains.append(-expected_log_density(family, statistics[g], before[g]))
         return values, torch.stack([gain.to(torch.float64) for gain in gains]).sum()
+
+    def _newton(
+        self,
+        solver: NewtonSolver,
+        statistics: Mapping[int, Statistics],
+        arguments: Mapping[int, Mapping[str, Tensor]],
+        values: Values,
+    ) -> dict[str, Tensor]:
+        try:
+            new, empty = solver.solve(statistics, arguments, values)
+        except AtEdge as error:
+            raise Handover from error  # the M-step through tables names the row
+        if any(empty.values()):
+            raise Handover  # and an empty component
+        return new
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -285,8 +304,11 @@ def theta_of(
     lines: list[LineSolver | CurveSolver] = [LineSolver(block, graph, updates) for block in blocks]
     lines += [CurveSolver(block, graph, updates) for block in curved]
     closed = solvers_of(rest, graph, values)
-    solvers: list[Solver | LineSolver | CurveSolver] = [*lines, *closed]
+    joint = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, NewtonOnSums))
+    newton = [NewtonSolver(block, graph) for block in joint]
+    solvers: list[Solver | LineSolver | CurveSolver | NewtonSolver] = [*lines, *closed, *newton]
     solved = {name for line in lines for name in line.block} | {s.update.name for s in closed}
+    solved |= {name for block in joint for name in block}
     reached = tuple(g for g in others if solved.intersection(graph.groups[g].params))
     evaluators = [arguments_of(group, values) for group in graph.groups]
     return Theta(graph, normals, vector, components, solvers, evaluators, others, reached, prior)

@@ -39,20 +39,7 @@ def _no_statistics(value: Tensor, arguments: Arguments) -> Statistics:
     return {}
 
 
-FAMILIES = (
-    Family(
-        dist.Dirichlet,
-        _no_statistics,
-        {},
-        constants=("concentration",),
-        event_dim=1,
-        event_dims={"concentration": 1},
-    ),
-    Family(dist.Beta, _no_statistics, {}, constants=("concentration1", "concentration0")),
-    Family(dist.Gamma, _no_statistics, {}, constants=("concentration", "rate")),
-    Family(dist.InverseGamma, _no_statistics, {}, constants=("concentration", "rate")),
-    Family(dist.Uniform, _no_statistics, {}, constants=("low", "high")),
-)
+FAMILIES = (Family(dist.Uniform, _no_statistics, {}, constants=("low", "high")),)
 
 
 def _dirichlet(a: Arguments) -> tuple[Tensor, Tensor]:

@@ -115,6 +115,44 @@ def link_of(family: Family, argument: str) -> str | None:
     return rule.kind.form.inverse_link if rule.link is IDENTITY else ""
 
 
+@dataclass(frozen=True)
+class NaturalForm:
+    """A log density that is linear in statistics of the data alone, jointly in several arguments.
+
+        log p(x | a) = Σ_p T_p(x) η_p(a) − A(a) + h(x)
+
+    The family's only statistic is then ``feature``, T(x) of shape ``(*batch, P)``. Counts may have as
+    many as the largest of them, T_p(x) = 1 where x > p and else 0.
+
+    Attributes:
+        arguments: The arguments a.
+        coefficients: From arguments and P to η_1(a), …, η_P(a), −A(a). # (*batch, P + 1)
+        derivatives: From sums and arguments to the first and second derivatives of `expected` in all
+            numbers of the arguments, one argument after the other; by autograd where None.
+            # (*cells, A), (*cells, A, A)
+        of_counts: Whether T(x) says which numbers a count is above.
+        base: h of data, where it is not zero. # (*batch)
+    """
+
+    arguments: tuple[str, ...]
+    coefficients: Callable[[Arguments, int], Tensor]
+    derivatives: Callable[[Statistics, Arguments], tuple[Tensor, Tensor]] | None = None
+    of_counts: bool = False
+    base: Callable[[Tensor], Tensor] | None = None
+
+    def expected(self, statistics: Statistics, arguments: Arguments) -> Tensor:
+        """E_q[log p] of each cell from its sums, up to Σ h, in nats. # (*cells)
+
+        Args:
+            statistics: ``feature`` and ``weight``, summed. # (*cells, P), (*cells)
+            arguments: Where to take it.
+        """
+        features = statistics["feature"]
+        coefficients = self.coefficients(arguments, features.shape[-1])
+        linear = (features * coefficients[..., :-1]).sum(-1)
+        return linear + statistics["weight"] * coefficients[..., -1]
+
+
 def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
     """Sum ``weights * statistic`` over the batch dimensions that are not kept.
 
@@ -195,6 +233,8 @@ class Family:
         additive: Whether statistics can be summed over parts of the data.
         magnitude: The size of data on the scale of the location, against which a spread is called
             collapsed; the absolute value by default.
+        natural: The linear form of the density, where arguments have no rules but a joint maximiser
+            from sums.
 
     Example:
         >>> from pyro_em.families import family_of
@@ -213,6 +253,7 @@ class Family:
     event_dims: Mapping[str, int] = field(default_factory=dict)
     additive: bool = True
     magnitude: Callable[[Tensor], Tensor] = torch.abs
+    natural: NaturalForm | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A record of this library goes by its distribution: most functions have no name."""
@@ -240,6 +281,8 @@ class Family:
     @property
     def has_reference(self) -> bool:
         """Whether T(x) is taken about a location, and so changes with the arguments."""
+        if self.natural is not None:
+            return False
         return self.accumulate is not None or any(r.kind.is_location for r in self.rules.values())
 
     def expected_statistics(
@@ -320,16 +363,28 @@ def main_rule(family: Family, given: Mapping[str, Tensor]) -> tuple[str, Rule] |
     return forms[0]
 
 
+def has_sums(family: Family, given: Mapping[str, Tensor]) -> bool:
+    """Whether sums over the data give the expected log density at any arguments.
+
+    Args:
+        family: The record.
+        given: The site's arguments.
+    """
+    return family.natural is not None or main_rule(family, given) is not None
+
+
 def expected_log_density(
     family: Family, statistics: Statistics, arguments: Mapping[str, Tensor]
 ) -> Tensor:
     """E_q[log p(x | arguments)] of a group, up to a term free of the arguments, in nats.
 
     Args:
-        family: A family that has a `main_rule` for these arguments.
+        family: A family that `has_sums` for these arguments.
         statistics: Expected statistics with their references.
         arguments: Where to take it.
     """
+    if family.natural is not None:
+        return family.natural.expected(statistics, arguments).sum()
     argument_and_rule = main_rule(family, arguments)
     assert argument_and_rule is not None
     name, rule = argument_and_rule

@@ -15,12 +15,12 @@ import torch
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
-from pyro_em.families import conjugacy, discrete, missing, normal, rates
+from pyro_em.families import conjugacy, discrete, exponential, missing, normal, overdispersed, rates
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
 REGISTRY: dict[type, Family] = {
     family.distribution: family
-    for module in (discrete, rates, normal, missing, conjugacy)
+    for module in (discrete, rates, exponential, overdispersed, normal, missing, conjugacy)
     for family in module.FAMILIES
 }
 
@@ -97,7 +97,8 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
 
     ``Bernoulli(probs=p)`` may hold lazily derived logits as well; only ``probs`` is returned.
     """
-    names = list(family.rules) + list(family.constants)
+    natural = () if family.natural is None else family.natural.arguments
+    names = [*family.rules, *natural, *family.constants]
     if hasattr(fn, "_categorical"):  # OneHotCategorical and Multinomial wrap a Categorical
         inner = given_arguments(fn._categorical, REGISTRY[dist.Categorical])
         extra = {n: torch.as_tensor(getattr(fn, n)) for n in family.constants}

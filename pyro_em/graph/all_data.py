@@ -58,6 +58,7 @@ class AllData:
         centres: By the first site of a group.
         magnitudes: By parameter; see `pyro_em.updates.scatter.data_magnitude`.
         read: By parameter which of its events any factor reads. # (events,)
+        largest: The largest count of a site, by the first of a group.
         vectors: Of all rows, where they are alike and Gaussian latents are integrated; else None.
     """
 
@@ -66,3 +67,4 @@ class AllData:
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     read: Mapping[str, Tensor] = field(default_factory=dict)
     vectors: Vectors | None = None
+    largest: Mapping[str, int] = field(default_factory=dict)

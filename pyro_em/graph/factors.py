@@ -311,6 +311,17 @@ def seen_entries(group: Group) -> Tensor | None:
     return out
 
 
+def largest_counts(graph: FactorGraph) -> dict[str, int]:
+    """The largest count of sites whose sums go by counts, by the first site of a group."""
+    return {
+        group.members[0]: int(group.value.max()) if group.value.numel() else 0
+        for group in graph.groups
+        if group.family is not None
+        and group.family.natural is not None
+        and group.family.natural.of_counts
+    }
+
+
 def is_incomplete(group: Group) -> bool:
     """Whether NaN in the value of a group stands for coordinates that are integrated out."""
     family = group.family

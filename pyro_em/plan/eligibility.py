@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em.densities.priors import is_plain_prior
 from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
-from pyro_em.families.family import main_rule
+from pyro_em.families.family import has_sums
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.layout import may_be_affine
 from pyro_em.graph.stretches import LaterTuple
@@ -267,7 +267,7 @@ def _no_sums(
         if not is_line and binding.how not in ("constant", "selection"):
             return f"{argument} of '{site}' ({kind}) is {binding.how} in its parameters"
     touched = set(exact).intersection(group.params)
-    if touched and main_rule(group.family, group.arguments) is None:
+    if touched and not has_sums(group.family, group.arguments):
         return f"'{site}' ({kind}) has no single form of sums"
     return None
 

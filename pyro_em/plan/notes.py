@@ -13,7 +13,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
 from pyro_em.tracing.missing import Missing
 from pyro_em.tracing.sites import Role
-from pyro_em.updates.m_step import edge_fixes
+from pyro_em.updates.unbounded import edge_fixes
 from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, message
 from pyro_em.graph.all_data import AllData, Centre, Vectors
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, largest_counts
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.collapsed import form_of_rows, own_vectors
@@ -50,11 +50,13 @@ class _Bounds:
         high: The largest of each feature, by site. # (D,)
         low: The smallest with the other sign. # (D,)
         magnitudes: By parameter; see `pyro_em.updates.scatter.data_magnitude`.
+        largest: Counts, by site.
     """
 
     high: Mapping[str, Tensor]
     low: Mapping[str, Tensor]
     magnitudes: Mapping[str, Tensor]
+    largest: Mapping[str, int]
 
 
 def all_data_of(over: Reduction[Part], lead: Program) -> AllData:
@@ -86,7 +88,7 @@ def all_data_of(over: Reduction[Part], lead: Program) -> AllData:
             centres |= dict.fromkeys(group.members, centre)
     read = {name: count > 0 for name, count in sums.read.items()}
     vectors = _vectors(over, lead)
-    return AllData(sums.rows, centres, bounds.magnitudes, read, vectors)
+    return AllData(sums.rows, centres, bounds.magnitudes, read, vectors, bounds.largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +168,7 @@ def _bounds(part: Part) -> _Bounds:
         for name, update in _closed(part.program.updates).items()
         if update.kind is not None and update.kind.is_spread
     }
-    return _Bounds(high, low, magnitudes)
+    return _Bounds(high, low, magnitudes, largest_counts(graph))
 
 
 def _closed(updates: Mapping[str, ParameterUpdate]) -> dict[str, ParameterUpdate]:

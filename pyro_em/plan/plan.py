@@ -19,6 +19,7 @@ from pyro_em.updates.update import (
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnSums,
     NoUpdate,
     ParameterUpdate,
     Update,
@@ -226,6 +227,9 @@ def _update_name(update: ParameterUpdate) -> str:
         case LeastSquares():
             others = [p for p in update.block if p != update.name]
             return "least squares" + (f" with {', '.join(others)}" if others else "")
+        case NewtonOnSums():
+            others = [p for p in update.block if p != update.name]
+            return "Newton on sums" + (f" with {', '.join(others)}" if others else "")
         case Newton():
             others = [p for p in update.block if p != update.name]
             return "Newton" + (f" with {', '.join(others)}" if others else "")

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
-from pyro_em.densities.gaussian import Gaussian, as_gaussian
+from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
+from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
-from pyro_em.densities.with_missing import as_incomplete
 from pyro_em.errors import Finding
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component, Values
@@ -356,8 +356,7 @@ def _factors(
         elif varies(group):
             return why_not_constant(group)
         elif single:
-            all_data = graph.all_data
-            rule = as_gaussian(group, K, all_data) or as_incomplete(group, K, all_data)
+            rule = rule_of(group, K, graph.all_data)
         if rule is None:
             others.append(g)
             continue

@@ -25,10 +25,10 @@ from pyro_em.densities.features import (
     counted,
     known,
 )
-from pyro_em.densities.gaussian import Gaussian, as_gaussian
+from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
+from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At
-from pyro_em.densities.with_missing import as_incomplete
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import is_in_order
@@ -116,10 +116,7 @@ class StepGroups:
                 linear[g] = part
             elif g in layout.lines:
                 normals[g] = layout.lines[g]
-            elif (
-                rule := as_gaussian(groups[g], K, graph.all_data)
-                or as_incomplete(groups[g], K, graph.all_data)
-            ) is not None:
+            elif (rule := rule_of(groups[g], K, graph.all_data)) is not None:
                 normals[g] = rule
             else:
                 others.append(g)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -10,13 +10,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints, transform_to
+from torch.nn.functional import pad
 
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
 from pyro_em.families.family import Family
 from pyro_em.families.registry import REGISTRY
 from pyro_em.tracing.turns import alone
-from pyro_em.updates.update import ClosedForm
+from pyro_em.updates.update import ClosedForm, NewtonOnSums
 
 
 @alone("check_family")
@@ -30,7 +31,8 @@ def check_family(
 ) -> None:
     """Test a closed-form family record as users will meet it: in a mixture.
 
-    Each argument that has a rule is made a parameter in turn, the others are held. Checked are: the
+    Each argument that has a rule is made a parameter in turn, the others are held; those of a linear
+    form are parameters together. Checked are: the
     density against the distribution's own; the gradient of the expected log joint, which vanishes
     at the solution; statistics, which add over splits of the data (additive records only);
     weights, which equal replication; float32 and float64; a component of zero weight.
@@ -75,11 +77,16 @@ def check_family(
         case.check_density()
         if family.additive:
             case.check_additive()
-        for name in family.rules:
-            if name in typed:
-                case.check_stationary(name)
-                case.check_weights(name)
-                case.check_empty_component(name)
+        if family.natural is not None:
+            case.check_linear_form()
+        jointly = () if family.natural is None else family.natural.arguments
+        each = [(name,) for name in family.rules] + [jointly] * bool(jointly)
+        for together in each:
+            names = tuple(name for name in together if name in typed)
+            if names:
+                case.check_stationary(names)
+                case.check_weights(names)
+                case.check_empty_component(names)
 
 
 class _FamilyCase:
@@ -138,15 +145,57 @@ class _FamilyCase:
             for s in (slice(None, half), slice(half, None))
         ]
         for name, value in whole.items():
-            total = parts[0][name] + parts[1][name]
+            first, second = (part[name] for part in parts)
+            if self.family.natural is not None and self.family.natural.of_counts:
+                # A part whose counts are lower has none above the others.
+                first, second = (
+                    pad(t, (0, value.shape[-1] - t.shape[-1])) for t in (first, second)
+                )
+            total = first + second
             assert torch.allclose(value, total, rtol=self.rtol, atol=self.rtol), (
                 f"{self.where}: statistic '{name}' does not add over a split of the data"
             )
 
-    def model(self, name: str, x: Tensor, weights: Tensor | None = None) -> None:
-        """A mixture in which one argument is a parameter and the others are constants."""
-        constraint = self.family.distribution.arg_constraints[name]  # type: ignore[attr-defined]
-        parameter = pyro.param(name, self.arguments[name].clone(), constraint=_of(constraint))
+    def check_linear_form(self) -> None:
+        """log p is linear in the statistics, with the derivatives that autograd finds."""
+        form = self.family.natural
+        assert form is not None
+        rows = {n: a[self.labels].to(torch.float64) for n, a in self.arguments.items()}
+        moved = {n: a.flip(0)[self.labels].to(torch.float64) for n, a in self.arguments.items()}
+        x = self.x.to(torch.float64)
+        statistics = {
+            "feature": self.family.statistics(x, rows)["feature"],
+            "weight": torch.ones(len(x), dtype=torch.float64),
+        }
+        linear = form.expected(statistics, rows) - form.expected(statistics, moved)
+        exact = self.family.log_prob(x, rows) - self.family.log_prob(x, moved)
+        assert torch.allclose(linear, exact, rtol=1e-7, atol=1e-7), (
+            f"{self.where}: log p is not linear in its statistics; off by up to "
+            f"{float((linear - exact).abs().max()):.3g}"
+        )
+        if form.derivatives is None:
+            return
+        names = [n for n in form.arguments if n in rows]
+        leaves = [rows[n].clone().requires_grad_() for n in names]
+        first, second = form.derivatives(statistics, dict(zip(names, leaves, strict=True)))
+        value = form.expected(statistics, dict(zip(names, leaves, strict=True))).sum()
+        slopes = torch.autograd.grad(value, leaves, create_graph=True)
+        flat = torch.cat([g.reshape(len(x), -1) for g in slopes], -1)
+        curved = [torch.autograd.grad(c.sum(), leaves, retain_graph=True) for c in flat.unbind(-1)]
+        square = [torch.cat([g.reshape(len(x), -1) for g in row], -1) for row in curved]
+        for ours, exact in ((first, flat), (second, torch.stack(square, -2))):
+            assert torch.allclose(ours, exact, rtol=1e-6, atol=1e-6), (
+                f"{self.where}: derivatives differ from autograd by up to "
+                f"{float((ours - exact).abs().max()):.3g}"
+            )
+
+    def model(self, names: Sequence[str], x: Tensor, weights: Tensor | None = None) -> None:
+        """A mixture in which some arguments are parameters and the others are constants."""
+        parameters = {}
+        for name in names:
+            constraint = _of(self.family.distribution.arg_constraints[name])  # type: ignore[attr-defined]
+            start = self.arguments[name].clone()
+            parameters[name] = pyro.param(name, start, constraint=constraint)
         scale = 1.0 if weights is None else weights
         with pyro.plate("data", len(x)), pyro.poutine.scale(scale=scale):
             prior = torch.ones(self.K, dtype=self.dtype) / self.K
@@ -155,83 +204,95 @@ class _FamilyCase:
             for n, a in self.arguments.items():
                 constant = n in self.family.constants and bool((a == a.reshape(-1)[0]).all())
                 given[n] = int(a.reshape(-1)[0]) if constant else a[z]
-            given[name] = parameter[z]
+            given |= {name: parameter[z] for name, parameter in parameters.items()}
             pyro.sample("x", self.family.distribution(**given), obs=x)
 
     def solution(
-        self, name: str, x: Tensor, q: Tensor, weights: Tensor | None = None
-    ) -> tuple[Tensor, ExactPosteriorEM]:
+        self, names: Sequence[str], x: Tensor, q: Tensor, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The M-step of some arguments together."""
         with pyro.get_param_store().scope():
-            em = ExactPosteriorEM(lambda *args: self.model(name, *args))
+            em = ExactPosteriorEM(lambda *args: self.model(names, *args))
             args = (x,) if weights is None else (x, weights)
-            update = em.plan(*args).updates[name]
-            assert isinstance(update.update, ClosedForm), (
-                f"{self.where}: argument '{name}' has a rule but takes "
-                f"{type(update.update).__name__}: {update.reason}"
-            )
+            for name, update in em.plan(*args).updates.items():
+                assert isinstance(update.update, ClosedForm | NewtonOnSums), (
+                    f"{self.where}: argument '{name}' has a rule but takes "
+                    f"{type(update.update).__name__}: {update.reason}"
+                )
             em.m_step({"z": q.to(x.device)}, *args)
-            return pyro.param(name).detach().clone(), em
+            return {name: pyro.param(name).detach().clone() for name in names}
 
-    def objective(self, name: str, value: Tensor) -> Tensor:
-        """E_q[log p(x | z)], by the distribution itself."""
+    def objective(self, values: Mapping[str, Tensor]) -> Tensor:
+        """E_q[log p(x | z)], by the distribution itself or by a density that was checked."""
         components = []
         for k in range(self.K):
             rows: dict[str, Any] = {
                 n: self._rows(n, a[k].expand(a.shape)) for n, a in self.arguments.items()
             }
             rows = {n: r if isinstance(r, int) else self.arguments[n][k] for n, r in rows.items()}
-            rows[name] = value[k]
+            rows |= {name: value[k] for name, value in values.items()}
+            if self.family.natural is not None:
+                components.append(self.family.log_prob(self.x, rows))
+                continue
             components.append(
                 self.family.distribution(**rows, validate_args=False).log_prob(self.x)
             )
         return (self.q.to(self.dtype) * torch.stack(components, -1)).sum()
 
-    def check_stationary(self, name: str) -> None:
+    def check_stationary(self, names: Sequence[str]) -> None:
         """The gradient in unconstrained coordinates is zero, and no neighbour is better."""
-        value, _ = self.solution(name, self.x, self.q)
-        if self.family.rules[name].kind.form.needs_data:
-            best = float(self.objective(name, value))
+        values = self.solution(names, self.x, self.q)
+        rule = self.family.rules.get(names[0])
+        if rule is not None and rule.kind.form.needs_data:
+            best = float(self.objective(values))
             for step in (1e-3, -1e-3):
-                assert float(self.objective(name, value + step)) <= best + 1e-6 * abs(best), (
-                    f"{self.where}: '{name}' is no maximiser"
+                moved = {name: value + step for name, value in values.items()}
+                assert float(self.objective(moved)) <= best + 1e-6 * abs(best), (
+                    f"{self.where}: '{names[0]}' is no maximiser"
                 )
             return
-        constraint = self.family.distribution.arg_constraints[name]  # type: ignore[attr-defined]
-        transform = transform_to(_of(constraint))
-        u = transform.inv(value).detach().requires_grad_()
-        start = transform.inv(self.arguments[name]).detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.objective(name, transform(u)), u)
-        (before,) = torch.autograd.grad(self.objective(name, transform(start)), start)
-        size = float(before.abs().max()) + float(len(self.x)) ** 0.5
-        assert float(gradient.abs().max()) <= 10 * self.rtol * size, (
-            f"{self.where}: the gradient of the expected log joint in '{name}' is "
-            f"{float(gradient.abs().max()):.3g} at the solution, not zero"
-        )
+        declared = self.family.distribution.arg_constraints  # type: ignore[attr-defined]
+        transforms = {name: transform_to(_of(declared[name])) for name in names}
 
-    def check_weights(self, name: str) -> None:
+        def slopes(at: Mapping[str, Tensor]) -> list[Tensor]:
+            u = {n: transforms[n].inv(at[n]).detach().requires_grad_() for n in names}
+            objective = self.objective({n: transforms[n](u[n]) for n in names})
+            return list(torch.autograd.grad(objective, list(u.values())))
+
+        for name, gradient, before in zip(
+            names, slopes(values), slopes(self.arguments), strict=True
+        ):
+            size = float(before.abs().max()) + float(len(self.x)) ** 0.5
+            assert float(gradient.abs().max()) <= 10 * self.rtol * size, (
+                f"{self.where}: the gradient of the expected log joint in '{name}' is "
+                f"{float(gradient.abs().max()):.3g} at the solution, not zero"
+            )
+
+    def check_weights(self, names: Sequence[str]) -> None:
         """Integer weights give what replicated rows give."""
         counts = torch.arange(len(self.x)) % 3 + 1
         repeated = self.x.repeat_interleave(counts, 0)
         q = self.q.repeat_interleave(counts, 0)
-        long, _ = self.solution(name, repeated, q)
-        short, _ = self.solution(name, self.x, self.q, counts.to(self.dtype))
-        assert torch.allclose(long, short, rtol=self.rtol, atol=self.rtol), (
-            f"{self.where}: weighted rows give another '{name}' than replicated rows"
-        )
+        long = self.solution(names, repeated, q)
+        short = self.solution(names, self.x, self.q, counts.to(self.dtype))
+        for name in names:
+            assert torch.allclose(long[name], short[name], rtol=self.rtol, atol=self.rtol), (
+                f"{self.where}: weighted rows give another '{name}' than replicated rows"
+            )
 
-    def check_empty_component(self, name: str) -> None:
-        """A component without mass keeps its value and leaves the others right."""
+    def check_empty_component(self, names: Sequence[str]) -> None:
+        """A component without mass keeps its values and leaves the others right."""
         q = self.q.clone()
         q[:, -1] = 0
         q = q / q.sum(-1, keepdim=True)
-        value, _ = self.solution(name, self.x, q)
-        assert bool(torch.isfinite(value).all()), (
-            f"{self.where}: a component of zero weight makes '{name}' non-finite"
-        )
-        before = self.arguments[name][-1]
-        assert torch.allclose(value[-1], before, rtol=self.rtol, atol=self.rtol), (
-            f"{self.where}: a component of zero weight does not keep its '{name}'"
-        )
+        for name, value in self.solution(names, self.x, q).items():
+            assert bool(torch.isfinite(value).all()), (
+                f"{self.where}: a component of zero weight makes '{name}' non-finite"
+            )
+            before = self.arguments[name][-1]
+            assert torch.allclose(value[-1], before, rtol=self.rtol, atol=self.rtol), (
+                f"{self.where}: a component of zero weight does not keep its '{name}'"
+            )
 
 
 def _of(constraint: constraints.Constraint) -> constraints.Constraint:

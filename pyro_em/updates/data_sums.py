@@ -19,6 +19,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.updates.closed_form import Blend, closed_form, solver_of
 from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.edges import refuse_edge
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.least_squares import Equations, equations_of, least_squares
@@ -255,6 +256,25 @@ class DataSums:
         update, value = self.updates[name], self.values[name]
         statistics, arguments = self._of_uses(update)
         return solver_of(update, self.graph, value).sums(statistics, arguments, value)
+
+    def feature_sums(self, groups: Sequence[int]) -> dict[int, Statistics]:
+        """Σ T(x) and the weight of groups in linear form."""
+        statistics, out = self._taken(groups), {}
+        for g in groups:
+            feature, group = statistics[g]["feature"], self.graph.groups[g]
+            family, all_data = group.family, self.graph.all_data
+            assert family is not None and family.natural is not None
+            if family.natural.of_counts and all_data is not None:
+                more = all_data.largest[group.members[0]] - feature.shape[-1]
+                feature = torch.nn.functional.pad(feature, (0, more))
+            out[g] = {"feature": feature, "weight": statistics[g]["weight"]}
+        return out
+
+    def refuse_edges(self, groups: Sequence[int]) -> bool:
+        """Name a datum of some groups that lies at the end of a support; see `refuse_edge`."""
+        for g in groups:
+            refuse_edge(self.graph.groups[g], self.counts[g], self.arguments[g])
+        return False
 
     def equations(self, block: Sequence[str], expansions: Sequence[Expansion]) -> Equations:
         """The normal equations of a block of coefficients."""

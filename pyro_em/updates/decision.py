@@ -15,6 +15,7 @@ from pyro_em.families.conjugacy import conjugate
 from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, Rule
 from pyro_em.families.form import Form
 from pyro_em.families.forms import Kind
+from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
@@ -26,6 +27,7 @@ from pyro_em.updates.update import (
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnSums,
     NoUpdate,
     ParameterUpdate,
     Prior,
@@ -87,7 +89,58 @@ def decide_updates(
     for together in _joined(read, curved):
         for p in together:
             decided[p] = replace(decided[p], block=_in_order(graph, together))
-    return decided
+    return _with_newton(graph, decided, default)
+
+
+def _with_newton(
+    graph: FactorGraph, decided: Mapping[str, ParameterUpdate], default: Gradient | None
+) -> dict[str, ParameterUpdate]:
+    """Blocks of Newton steps: all parameters of a density, or none where one has another update."""
+    out = dict(decided)
+    changed = True
+    while changed:
+        changed = False
+        for group in graph.groups:
+            own = [n for n in group.params if isinstance(out[n].update, NewtonOnSums)]
+            why = _no_joint_steps(group, out) if own else ""
+            if not why:
+                continue
+            for name in own:
+                out[name] = ParameterUpdate(name, default or Gradient(), why)
+            changed = True
+    free = {n for n, u in out.items() if isinstance(u.update, NewtonOnSums)}
+    for together in _joined([set(group.params) for group in graph.groups], free):
+        for name in together:
+            out[name] = replace(out[name], block=_in_order(graph, together))
+    return out
+
+
+def _no_joint_steps(group: Group, decided: Mapping[str, ParameterUpdate]) -> str:
+    """Why the parameters of a density in linear form are not solved for together, or nothing."""
+    where = f"{group.distribution} at '{group.members[0]}'"
+    assert group.family is not None and group.family.natural is not None
+    if group.family.natural.of_counts and bool((group.value > MANY).any()):
+        return f"counts above {MANY:,} are no table in {where}"
+    for name in group.params:
+        if not isinstance(decided[name].update, NewtonOnSums | Fixed):
+            return f"'{name}' has another update in {where}"
+    for argument, binding in group.bindings.items():
+        if not binding.is_static:
+            return f"{argument} is opaque in {where}"
+        known = [s.factor for s in binding.selections if s.factor is not None]
+        if not any(s.is_whole for s in binding.selections):
+            known.append(binding.constant)
+        if any(_differs_by_row(t, group) for t in known):
+            return f"{argument} differs from row to row in {where}"
+    return ""
+
+
+def _differs_by_row(known: Tensor, group: Group) -> bool:
+    """Whether known numbers of an argument differ along a plate."""
+    return any(
+        known.shape[d] > 1 and not bool((known == known.narrow(d, 0, 1)).all())
+        for d in range(1, 1 + group.n_plates)
+    )
 
 
 def _is_predicted(graph: FactorGraph, g: int, argument: str, name: str) -> bool:
@@ -137,6 +190,8 @@ def _granted(strongest: ParameterUpdate, wish: Update) -> ParameterUpdate:
         return replace(strongest, update=wish)
     if isinstance(wish, (LeastSquares, Newton)) and isinstance(strongest.update, type(wish)):
         return strongest
+    if isinstance(wish, Newton) and isinstance(strongest.update, NewtonOnSums):
+        return strongest
     if isinstance(wish, EXACT):
         return replace(
             strongest, reason=f"{type(wish).__name__} was asked for, but {strongest.reason}"
@@ -149,6 +204,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     priors: list[Prior] = []
     predicted: list[str] = []
     affine = curved = False
+    joint: list[str] = []
     weakest = ""
     is_used = False
     constraint = graph.parameters[name].constraint
@@ -188,6 +244,10 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 predicted.append(f"{group.distribution}.{argument}")
                 if not is_real(constraint):
                     weakest = weakest or f"its constraint {constraint} bounds {where}"
+            elif group.family.natural is not None:
+                joint.append(f"{group.distribution}.{argument}")
+                if binding.how != "selection":
+                    weakest = weakest or f"{where} is {binding.how} in it"
             elif _is_regressed(graph, g, argument, binding, name):
                 affine = True
                 if not is_real(constraint):
@@ -202,6 +262,8 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
+    if joint:
+        return _jointly(name, joint, constraint, has_others=bool(uses or affine or priors))
     if curved:
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"
@@ -259,6 +321,18 @@ def _places(graph: FactorGraph, uses: Sequence[Use]) -> str:
             selected[where] = None
     first = [", ".join(selected) + " selects it"] if selected else []
     return "; ".join([*first, *out])
+
+
+def _jointly(
+    name: str, places: Sequence[str], constraint: constraints.Constraint, *, has_others: bool
+) -> ParameterUpdate:
+    """The update of a parameter in densities whose sums give the joint maximiser of all arguments."""
+    if has_others:
+        return ParameterUpdate(name, Gradient(), "it has a prior, or is something else besides")
+    if bounds(constraint) is None:
+        return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
+    shown = ", ".join(dict.fromkeys(places))
+    return ParameterUpdate(name, NewtonOnSums(), f"{shown} selects it; sums over the data suffice")
 
 
 def _as_prior(graph: FactorGraph, g: int, name: str) -> Prior | None:

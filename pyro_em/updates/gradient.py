@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from pyro.distributions.transforms import SoftplusLowerCholeskyTransform, SoftplusTransform
@@ -24,6 +23,7 @@ from pyro_em.updates.kept_loss import KeptLoss
 from pyro_em.updates.lbfgs import minimise
 from pyro_em.updates.optimizers import of_update
 from pyro_em.updates.saturated import leave_bounds
+from pyro_em.updates.unbounded import Runaway
 from pyro_em.updates.update import Gradient
 
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
@@ -42,21 +42,6 @@ _CLIMBS = 4  # each after the first begins where coordinates have left a bound
 
 
 _CLIFF = 0.02  # how much further a coordinate is moved to see whether the model breaks there
-
-
-@dataclass(frozen=True)
-class Runaway:
-    """A coordinate along which the objective rises without end.
-
-    Attributes:
-        parameter: Its name.
-        element: Its flat index in the unconstrained value.
-        gain: What the objective still gains there, in nats per unit of the unconstrained value.
-    """
-
-    parameter: str
-    element: int
-    gain: float
 
 
 def maximise(

@@ -1,7 +1,8 @@
 """The M-step: θ ← argmax E_q[log p(x, z; θ)], block after block, each exact given the others.
 
-Locations come first, then spreads and everything else in closed form, then gradient steps; each
-block sees the new values of those before it (Meng and Rubin, 1993), so that the bound never falls.
+Locations come first, then spreads and everything else in closed form, then Newton steps on sums, then
+gradient steps; each block sees the new values of those before it (Meng and Rubin, 1993), so that the
+bound never falls.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ from pyro_em.updates.data_sums import (
 )
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
-from pyro_em.updates.gradient import Runaway, maximise
+from pyro_em.updates.gradient import maximise
 from pyro_em.updates.least_squares import solved
+from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
 from pyro_em.updates.parted_objective import parted
 from pyro_em.updates.predictors import Curved
 from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
+from pyro_em.updates.unbounded import unbounded_in_words
 from pyro_em.updates.update import (
     EXACT,
     ClosedForm,
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnSums,
     ParameterUpdate,
 )
 
@@ -245,6 +249,19 @@ class _MStep:
                 warn(said)
         return found.values
 
+    def newton(self, block: tuple[str, ...]) -> dict[str, Tensor]:
+        """The joint maximiser of the parameters of densities in linear form; see `NewtonSolver`."""
+        solver = NewtonSolver(block, self.graph)
+        statistics = self.sum(lambda part: part.feature_sums(solver.groups))
+        arguments = {g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups}
+        try:
+            new, empty = solver.solve(statistics, arguments, self.values)
+        except AtEdge:
+            self.over.any(lambda part: part.refuse_edges(solver.groups))
+            raise
+        self.massless |= {name: tuple(events) for name, events in empty.items() if events}
+        return new
+
     def shift(self) -> list[Mapping[str, Tensor]]:
         """Working means of latents: spreads are estimated about them, coefficients take them in."""
         gains: list[Mapping[str, Tensor]] = []
@@ -284,7 +301,8 @@ def _m_step(
     now: _MStep, state: MStepState, expand: bool, unexpanded: Collection[str]
 ) -> MStepReport:
     graph, updates = now.graph, now.updates
-    exact = [u for u in updates.values() if isinstance(u.update, EXACT)]
+    on_sums = [u for u in updates.values() if isinstance(u.update, NewtonOnSums)]
+    exact = [u for u in updates.values() if isinstance(u.update, EXACT) and u not in on_sums]
     exact = sorted(exact, key=_order)
     with torch.no_grad():
         found = expansions_of(graph, updates) if expand else ()
@@ -308,6 +326,8 @@ def _m_step(
         for update in exact:
             if update.name not in done:
                 now.write({update.name: now.updated(update)})
+        for block in dict.fromkeys(u.block for u in on_sums):
+            now.write(now.newton(block))
         now.return_to_model(expansions, gains)
     _gradient_blocks(now, state)
     return MStepReport(now.massless)
@@ -377,7 +397,7 @@ def _gradient_blocks(now: _MStep, state: MStepState) -> None:
             objective = _objective(now, moved, reached)
             runaway = maximise(moved, objective, update, state.optimizers, weight)
             if runaway is not None:
-                raise DegenerateError(_unbounded(graph, runaway))
+                raise DegenerateError(unbounded_in_words(graph, runaway))
             for n in names:
                 _require_finite(n, graph.parameters[n].value())
 
@@ -401,49 +421,3 @@ def _objective(
         return now.sum(lambda part: part.derivatives(values, moved, reached, order))
 
     return lambda values: parted(ask, values, names)
-
-
-def edge_fixes(name: str) -> list[str]:
-    """What to try for a parameter at which a support ends."""
-    return [
-        f"set it to the smallest or largest row, and hold it: updates={{'{name}': Fixed()}}",
-        "use a distribution whose support does not depend on it: a Normal, or a Beta on a known "
-        "interval",
-    ]
-
-
-def _unbounded(graph: FactorGraph, runaway: Runaway) -> str:
-    """The sentence on an objective that has no maximiser."""
-    name = runaway.parameter
-    parameter = graph.parameters[name]
-    value = parameter.value()
-    shape = parameter.unconstrained.shape
-    index = torch.unravel_index(torch.tensor(runaway.element), shape) if shape else ()
-    place = tuple(int(i) for i in index)
-    which = f"component {place[0] if len(place) == 1 else place}" if place else "its only component"
-    shown = f" (now {float(value[place]):.3g})" if value.shape == shape else ""
-    gain = f"{runaway.gain:.3g} nats per unit" if isfinite(runaway.gain) else "with each unit"
-    members = [graph.groups[g].members[0] for g in groups_reached(graph, {name})]
-    sites = ", ".join(f"site '{n}'" for n in dict.fromkeys(members))
-    if any(name in g.edges for g in graph.groups):
-        return message(
-            f"parameter '{name}', {which}",
-            f"the expected log joint rises up to a jump to −inf along it{shown}. The update was rolled "
-            "back.",
-            f"the support of {sites} ends at it: the maximum is at the outermost row that the "
-            "component may have produced, and a gradient does not see it",
-            edge_fixes(name),
-        )
-    return message(
-        f"parameter '{name}', {which}",
-        f"the expected log joint rises without end along it{shown}: where numbers end it still gains "
-        f"{gain} of its unconstrained value. The update was rolled back.",
-        "a density without bound: a spread that collapses on equal data or on a single point, or a "
-        f"parameter that the data do not hold back; it is read by {sites}",
-        [
-            "keep it away from its limits: constraint=constraints.interval(low, high), or "
-            "greater_than(low)",
-            "give it a prior that is zero at the limit (InverseGamma for a scale) and guide='map'",
-            "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
-        ],
-    )

@@ -94,6 +94,8 @@ def group_statistics(
         for d in range(batch)
     ]
     weights = counts.to(group.value.dtype if group.value.is_floating_point() else _dtype(arguments))
+    if family.natural is not None:  # Newton steps need more digits than a ratio of sums
+        weights = weights.to(torch.float64)
     weights = weights.reshape(weights.shape + (1,) * group.event_dims)
     if group.belief is not None:
         known = group.belief.statistics(group, arguments)

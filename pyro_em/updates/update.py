@@ -63,6 +63,11 @@ class Newton:
 
 
 @dataclass(frozen=True)
+class NewtonOnSums:
+    """Newton's method for all parameters of a density together, on sums over the data."""
+
+
+@dataclass(frozen=True)
 class Gradient:
     """A gradient step on the expected log joint in the unconstrained space.
 
@@ -104,9 +109,14 @@ class NoUpdate:
     """No M-step: a latent of the model has no route. It occurs in plans; nobody asks for it."""
 
 
-Update = ClosedForm | LeastSquares | Newton | Gradient | Fixed
+Update = ClosedForm | LeastSquares | Newton | NewtonOnSums | Gradient | Fixed
 
-EXACT = (ClosedForm, LeastSquares, Newton)  # these go to a maximum, from sums over the data
+EXACT = (
+    ClosedForm,
+    LeastSquares,
+    Newton,
+    NewtonOnSums,
+)  # these go to a maximum, from sums over the data
 
 
 @dataclass(frozen=True, eq=False)

@@ -204,7 +204,13 @@ def cases(draw: Any, name: str) -> Case:
 
 @pytest.mark.filterwarnings("ignore:.*no observation had any weight")
 @pytest.mark.parametrize("name", KINDS)
-def test_evidence_and_step_are_those_of_plain_pyro(name: str) -> None:
+def test_evidence_and_step_are_those_of_plain_pyro(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "VonMises":  # plain Pyro's own Bessel function has seven digits
+        bessel = "torch.distributions.von_mises._log_modified_bessel_fn"
+        monkeypatch.setattr(bessel, lambda x, order=0: torch.special.i0e(x).log() + x)
+
     @settings(max_examples=5, deadline=None, database=None, phases=[Phase.generate])
     @given(cases(name))
     def check(case: Case) -> None:

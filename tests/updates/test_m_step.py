@@ -17,6 +17,7 @@ from torch.distributions import constraints, transform_to
 from torch.nn.functional import one_hot, softplus
 
 from pyro_em import ClosedForm, ExactPosteriorEM, Fixed, Gradient, LeastSquares, UsageError
+from pyro_em.updates.update import NewtonOnSums
 
 C = constraints
 T = partial(torch.tensor, dtype=torch.float64)
@@ -75,7 +76,7 @@ class Case:
         return P.w.log() + (log_p if self.mask is None else log_p * self.mask[:, None])
 
 
-LETTERS = {"C": ClosedForm, "L": LeastSquares, "G": Gradient}
+LETTERS = {"C": ClosedForm, "L": LeastSquares, "N": NewtonOnSums, "G": Gradient}
 CASES = {}
 
 
@@ -244,18 +245,19 @@ case(
     mu=ODDS,
     S=(SPD, C.positive_definite),
 )
-# The rest has no closed form, or only looks as if it had.
-case("gamma", POSITIVE, lambda P, z: dist.Gamma(P.a[z], P.b[z]), "G", a=STD, b=STD)
-case("beta", UNIT, lambda P, z: dist.Beta(P.a[z], P.b[z]), "G", a=STD, b=STD)
-case("dirichlet", SHARES, lambda P, z: dist.Dirichlet(P.a[z]), "G", a=positive(1 + ROWS))
+case("gamma", POSITIVE, lambda P, z: dist.Gamma(P.a[z], P.b[z]), "N", a=STD, b=STD)
+case("beta", UNIT, lambda P, z: dist.Beta(P.a[z], P.b[z]), "N", a=STD, b=STD)
+case("dirichlet", SHARES, lambda P, z: dist.Dirichlet(P.a[z]), "N", a=positive(1 + ROWS))
+case("both places", POSITIVE, lambda P, z: dist.Gamma(P.r[z], 1 / P.r[1 - z]), "N", r=STD)
 case(
     "negative binomial",
     (COUNTS**1.5).round(),
     lambda P, z: dist.NegativeBinomial(P.r[z], logits=P.p[z]),
-    "G",
+    "N",
     r=STD,
     p=MU,
 )
+# The rest has no closed form, or only looks as if it had.
 case("student", REAL, lambda P, z: dist.StudentT(4.0, P.mu[z], P.s[z]), "G", mu=MU, s=STD)
 case(
     "logistic regressions",
@@ -266,7 +268,6 @@ case(
 )
 case("neural", LINE, lambda P, z: Normal(P.mu[z] + (H * P.h).tanh(), 0.5), "G", h=real(0.3), mu=MU)
 case("mean equals scale", POSITIVE, lambda P, z: Normal(P.s[z], P.s[z]), "G", s=STD)
-case("both places", POSITIVE, lambda P, z: dist.Gamma(P.r[z], 1 / P.r[1 - z]), "G", r=STD)
 case("squared, of both signs", COUNTS, lambda P, z: Poisson(P.mu[z] ** 2), "G", mu=MU)
 case("simplex slice", WORDS % 2, lambda P, z: dist.Categorical(P.p[z][..., :2]), "G", p=TABLE)
 case(

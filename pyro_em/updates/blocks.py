@@ -1,0 +1,362 @@
+"""Sums of groups in linear form as many small problems: which elements meet, and their derivatives.
+
+A cell of a group is one value of all its arguments. Q is a sum over cells, each a function of the few
+elements that its arguments read; with u the coordinates of these elements and a = f(u),
+
+    ∂Q/∂u_i = Q_i f_i',      ∂²Q/∂u_i ∂u_j = Q_ij f_i' f_j' + δ_ij Q_i f_i'',
+
+summed onto blocks of elements that share cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import NaturalForm, Statistics
+from pyro_em.graph.binding import Selection
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.updates.coordinates import Coordinates
+from pyro_em.updates.scatter import sum_to
+
+_EPS = 8 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True, eq=False)
+class There:
+    """The expected log joint of each block at some coordinates.
+
+    Attributes:
+        value: In nats. # (B,)
+        rounding: What two equal values may differ by. # (B,)
+        slope: In the coordinates of a block. # (B, m)
+        curvature: Of −Q; the identity where a block has fewer coordinates. # (B, m, m)
+    """
+
+    value: Tensor
+    rounding: Tensor
+    slope: Tensor
+    curvature: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Argument:
+    """How one argument follows from coordinates.
+
+    Attributes:
+        elements: Which each of its numbers reads, −1 for none. # (*cells, *event)
+        selections: The parts that come from parameters of the block.
+        name: The only parameter, where it is read as it stands.
+    """
+
+    elements: Tensor
+    selections: tuple[Selection, ...]
+    name: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The cells of one group.
+
+    Attributes:
+        group: Its number.
+        form: Its linear form.
+        shape: Of its cells: all arguments together, and ``to_event`` dimensions.
+        arguments: In the order of the form.
+        rows: The elements that meet in each cell. # (cells, A)
+        block: The block of each cell; one past the last where no element is read. # (cells,)
+        slope: Where a cell's slope goes among those of all blocks. # (cells * A,)
+        curvature: Where its curvature goes. # (cells * A * A,)
+    """
+
+    group: int
+    form: NaturalForm
+    shape: tuple[int, ...]
+    arguments: Mapping[str, _Argument]
+    rows: Tensor
+    block: Tensor
+    slope: Tensor
+    curvature: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where the elements of a block of parameters are read, decided once.
+
+    Attributes:
+        coordinates: The elements.
+        cells: Per group.
+        owner: The small problem that each element belongs to. # (elements,)
+        slot: Its place there. # (elements,)
+        counts: How many problems there are, and coordinates of the largest.
+        unused: One where a problem has fewer coordinates. # (B, m, m)
+    """
+
+    coordinates: Coordinates
+    cells: tuple[_Cells, ...]
+    owner: Tensor
+    slot: Tensor
+    counts: tuple[int, int]
+    unused: Tensor
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The groups whose sums are needed."""
+        return tuple(c.group for c in self.cells)
+
+    def at(
+        self,
+        statistics: Mapping[int, Statistics],
+        arguments: Mapping[int, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+    ) -> Problem:
+        """The problem that sums pose.
+
+        Args:
+            statistics: Expected statistics per group.
+            arguments: The current arguments per group, for what is known of them.
+        """
+        sums, known = [], []
+        for c in self.cells:
+            given = statistics[c.group]
+            wide = {n: given[n].detach().to("cpu", torch.float64) for n in ("feature", "weight")}
+            sums.append(
+                {
+                    "feature": sum_to(wide["feature"], c.shape, 1).clone(),
+                    "weight": sum_to(wide["weight"], c.shape).clone(),
+                }
+            )
+            known.append(
+                {
+                    n: arguments[c.group][n].detach().to("cpu", torch.float64).clone()
+                    for n, a in c.arguments.items()
+                    if a.name is None
+                }
+            )
+        return Problem(self, tuple(sums), tuple(known))
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Q as a function of coordinates.
+
+    Attributes:
+        places: Where elements are read.
+        sums: Per group in their order. # (*cells, P), (*cells)
+        known: Arguments that have constant parts.
+    """
+
+    places: Places
+    sums: tuple[Statistics, ...]
+    known: tuple[Mapping[str, Tensor], ...]
+
+    def spread(self, of_blocks: Tensor) -> Tensor:
+        """What belongs to slots, element by element. # (B, m) to (elements,)"""
+        return of_blocks[self.places.owner, self.places.slot]
+
+    def spread_one(self, of_blocks: Tensor) -> Tensor:
+        """What belongs to blocks, element by element. # (B,) to (elements,)"""
+        return of_blocks[self.places.owner]
+
+    def block_masses(self) -> Tensor:
+        """The weight behind each block. # (B,)"""
+        out = torch.zeros(self.places.counts[0] + 1, dtype=torch.float64)
+        for c, s in zip(self.places.cells, self.sums, strict=True):
+            out.index_add_(0, c.block, s["weight"].reshape(-1))
+        return out[:-1]
+
+    def masses(self) -> Tensor:
+        """The weight behind each element; −1 where none reads it. # (elements,)"""
+        size = self.places.coordinates.size
+        mass, often = torch.zeros(2, size + 1, dtype=torch.float64)
+        for c, s in zip(self.places.cells, self.sums, strict=True):
+            at = torch.where(c.rows >= 0, c.rows, size)
+            weight = s["weight"].reshape(-1, 1).expand(at.shape)
+            mass.index_add_(0, at.reshape(-1), weight.reshape(-1))
+            often.index_fill_(0, at.reshape(-1), 1.0)
+        return torch.where(often > 0, mass, -1.0)[:-1]
+
+    def derivatives(self, u: Tensor) -> There:
+        """Q with its derivatives."""
+        B, m = self.places.counts
+        # One row and one column more take what belongs to no element.
+        value, rounding = torch.zeros(2, B + 1, dtype=torch.float64)
+        slope = torch.zeros((B + 1) * (m + 1), dtype=torch.float64)
+        curvature = torch.zeros((B + 1) * (m + 1) ** 2, dtype=torch.float64)
+        for c, s, known in zip(self.places.cells, self.sums, self.known, strict=True):
+            moves = {n: self._moved(a, u, known.get(n)) for n, a in c.arguments.items()}
+            at = {n: found[0] for n, found in moves.items()}
+            terms, g, H = _of_cells(c, s, at)
+            first, second = (
+                torch.cat([found[i].reshape(len(c.rows), -1) for found in moves.values()], -1)
+                for i in (1, 2)
+            )
+            H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
+            H.diagonal(dim1=-2, dim2=-1).addcmul_(g, second)
+            value.index_add_(0, c.block, terms.sum(-1).reshape(-1))
+            rounding.index_add_(0, c.block, terms.abs().sum(-1).reshape(-1), alpha=_EPS)
+            slope.index_add_(0, c.slope, (g * first).reshape(-1))
+            curvature.index_add_(0, c.curvature, H.reshape(-1), alpha=-1.0)
+        slope = slope.reshape(B + 1, m + 1)[:B, :m]
+        curvature = curvature.reshape(B + 1, m + 1, m + 1)[:B, :m, :m]
+        return There(value[:B], rounding[:B], slope, curvature + self.places.unused)
+
+    def _moved(
+        self, a: _Argument, u: Tensor, known: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """An argument at coordinates with its first and second derivatives. # (*cells, *event)"""
+        coordinates = self.places.coordinates
+        if a.name is not None:
+            own = u[a.elements]
+            if coordinates.intervals[a.name] == (0.0, math.inf):
+                out = own.exp()
+                return out, out, out
+            if coordinates.intervals[a.name] == (-math.inf, math.inf):
+                return own, torch.ones_like(own), torch.zeros_like(own)
+        assert known is not None or a.name is not None
+        if not a.selections:
+            assert known is not None
+            nothing = torch.zeros(a.elements.shape, dtype=torch.float64)
+            return known.expand(a.elements.shape), nothing, nothing
+        with torch.enable_grad():
+            own = u[a.elements.clamp(min=0)].requires_grad_()
+            out = own.new_zeros(()) if known is None else known
+            for s in a.selections:
+                found = coordinates.forward(s.param, own)
+                for each in s.maps:
+                    found = each.forward(found)
+                found = found if s.factor is None else found * s.factor
+                out = found if s.is_whole else torch.where(s.index >= 0, found, out)
+            (first,) = torch.autograd.grad(out.sum(), own, create_graph=True)
+            second = torch.zeros_like(first)
+            if first.requires_grad:
+                (second,) = torch.autograd.grad(first.sum(), own)
+        return out.detach(), first.detach(), second.detach()
+
+
+def _of_cells(c: _Cells, s: Statistics, at: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms of Q of each cell, and its derivatives. # (*cells, P + 1), (cells, A), (cells, A, A)"""
+    together = torch.cat([s["feature"], s["weight"].unsqueeze(-1)], -1)
+    (rows, A), P = c.rows.shape, s["feature"].shape[-1]
+    if c.form.derivatives is not None:
+        g, H = c.form.derivatives(s, at)
+        # A cell without data has no value, whatever its density is.
+        terms = torch.where(together == 0, 0.0, together * c.form.coefficients(at, P))
+        return terms, g.reshape(rows, A), H.reshape(rows, A, A)
+    with torch.enable_grad():
+        leaves = [a.detach().clone().requires_grad_() for a in at.values()]
+        coefficients = c.form.coefficients(dict(zip(at, leaves, strict=True)), P)
+        terms = torch.where(together == 0, 0.0, together * coefficients)
+        first = torch.autograd.grad(terms.sum(), leaves, create_graph=True, allow_unused=True)
+        g = _columns(first, leaves, rows)
+        columns = []
+        for column in g.unbind(-1):
+            if not column.requires_grad:
+                columns.append(torch.zeros_like(g))
+                continue
+            second = torch.autograd.grad(column.sum(), leaves, retain_graph=True, allow_unused=True)
+            columns.append(_columns(second, leaves, rows))
+    return terms.detach(), g.detach(), torch.stack(columns, -2).detach()
+
+
+def _columns(parts: Sequence[Tensor | None], like: Sequence[Tensor], rows: int) -> Tensor:
+    """Derivatives in all numbers of the arguments, cell by cell. # (cells, A)"""
+    pairs = zip(parts, like, strict=True)
+    return torch.cat(
+        [(torch.zeros_like(t) if g is None else g).reshape(rows, -1) for g, t in pairs], -1
+    )
+
+
+def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
+    """Where the elements of some parameters are read.
+
+    Args:
+        coordinates: The elements.
+        graph: The graph.
+    """
+    found = {
+        g: _arguments(group, coordinates)
+        for g, group in enumerate(graph.groups)
+        if any(s.param in coordinates.slices for b in group.bindings.values() for s in b.selections)
+    }
+    rows = {}
+    for g, (shape, arguments) in found.items():
+        cells = math.prod(shape)
+        rows[g] = torch.cat([a.elements.reshape(cells, -1) for a in arguments.values()], -1)
+    owner, slot = _problems(list(rows.values()), coordinates.size)
+    B, m = int(owner.max()) + 1, int(slot.max()) + 1
+    cells_of = []
+    for g, (shape, arguments) in found.items():
+        family, own = graph.groups[g].family, rows[g]
+        assert family is not None and family.natural is not None
+        first = own.amax(-1)
+        block = torch.where(first >= 0, owner[first], B)
+        at = torch.where(own >= 0, slot[own], m)
+        slope = block.unsqueeze(-1) * (m + 1) + at
+        curvature = slope.unsqueeze(-1) * (m + 1) + at.unsqueeze(-2)
+        each = (slope.reshape(-1), curvature.reshape(-1))
+        cells_of.append(_Cells(g, family.natural, shape, arguments, own, block, *each))
+    unused = torch.ones(B, m, dtype=torch.float64)
+    unused[owner, slot] = 0.0
+    return Places(coordinates, tuple(cells_of), owner, slot, (B, m), torch.diag_embed(unused))
+
+
+def _arguments(
+    group: Group, coordinates: Coordinates
+) -> tuple[tuple[int, ...], dict[str, _Argument]]:
+    """The shape of a group's cells, and how each argument follows from coordinates."""
+    family = group.family
+    assert family is not None and family.natural is not None
+    names = [n for n in family.natural.arguments if n in group.bindings]
+    events = {n: family.argument_event_dim(n) for n in names}
+    shapes = {n: group.bindings[n].constant.shape for n in names}
+    cells = torch.broadcast_shapes(*(s[: len(s) - events[n]] for n, s in shapes.items()))
+    out = {}
+    for name in names:
+        event = shapes[name][len(shapes[name]) - events[name] :]
+        elements = torch.full(shapes[name], -1)
+        own = []
+        for s in group.bindings[name].selections:
+            if s.param not in coordinates.slices:
+                continue
+            factor = None if s.factor is None else s.factor.to("cpu", torch.float64)
+            s = replace(s, index=s.index.cpu(), factor=factor)
+            elements = torch.where(
+                s.index >= 0, s.index + coordinates.slices[s.param].start, elements
+            )
+            own.append(s)
+        plain = len(own) == 1 and own[0].is_whole and not own[0].maps and own[0].factor is None
+        out[name] = _Argument(
+            elements.expand(*cells, *event).contiguous(),
+            tuple(own),
+            own[0].param if plain else None,
+        )
+    return tuple(cells), out
+
+
+def _problems(rows: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
+    """The small problem that each element belongs to, and its place there. # (size,) each
+
+    Args:
+        rows: Per group the elements that meet in each cell, −1 for none. # (cells, A)
+        size: How many elements there are.
+    """
+    owner = torch.arange(size + 1)
+    while True:
+        before = owner
+        for cells in rows:
+            at = torch.where(cells >= 0, cells, size)
+            least = owner[at].amin(-1, keepdim=True).expand(at.shape)
+            owner = owner.scatter_reduce(0, at.reshape(-1), least.reshape(-1), "amin")
+            owner[size] = size
+        if torch.equal(owner, before):
+            break
+    _, owner = torch.unique(owner[:-1], return_inverse=True)
+    order, counts = owner.argsort(stable=True), torch.bincount(owner)
+    first = counts.cumsum(0) - counts
+    slot = torch.empty_like(owner)
+    slot[order] = torch.arange(size) - first[owner[order]]
+    return owner, slot

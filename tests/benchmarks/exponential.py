@@ -1,0 +1,176 @@
+"""Mixtures of Gammas and of negative binomials in numpy: all rows at once, all components at once.
+
+Tables are components before rows, so that sums over components run along rows of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from scipy.special import digamma, gammaln, polygamma
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from tests.benchmarks.models import iterations
+from tests.benchmarks.timing import Steps
+
+Array = NDArray[np.float64]
+
+
+def responsibilities(log_joint: Array) -> float:
+    """Normalise a table of log joint densities in place; the log evidence. # (K, N)"""
+    top = log_joint.max(0)
+    log_joint -= top
+    np.exp(log_joint, out=log_joint)
+    mass = log_joint.sum(0)
+    log_joint /= mass
+    return float(np.log(mass).sum() + top.sum())
+
+
+def gamma_shape(off: Array) -> Array:
+    """The root of log α − ψ(α) = off, by Minka's generalised Newton steps. # (K,)"""
+    shape = (3 - off + np.sqrt((off - 3) ** 2 + 24 * off)) / (12 * off)
+    for _ in range(50):
+        slope = np.log(shape) - digamma(shape) - off
+        new = 1 / (1 / shape + slope / (shape**2 * (1 / shape - polygamma(1, shape))))
+        done = bool(np.all(np.abs(new - shape) <= 1e-12 * shape))
+        shape = new
+        if done:
+            break
+    return shape
+
+
+def gamma_steps(
+    x: Array, start: Mapping[str, Array], steps: int
+) -> tuple[list[float], dict[str, Array]]:
+    """EM of a mixture of Gammas: the evidence entering each step, and the values after the last."""
+    features = np.stack([np.log(x), x])
+    w, a, b = start["w"], start["a"], start["b"]
+    evidence = []
+    for _ in range(steps):
+        table = np.stack([a - 1, -b], 1) @ features
+        table += (np.log(w) + a * np.log(b) - gammaln(a))[:, None]
+        evidence.append(responsibilities(table))
+        mass, sums = table.sum(1), table @ features.T
+        mean_log, mean = sums.T / mass
+        w, a = mass / len(x), gamma_shape(np.log(mean) - mean_log)
+        b = a / mean
+    return evidence, {"w": w, "a": a, "b": b}
+
+
+def negative_binomial_shape(x: Array, weight: Array, shape: Array) -> Array:
+    """The root of Σ w (ψ(x + r) − ψ(r)) + Σ w log(r / (r + x̄)) = 0, by Newton steps in log r. # (K,)
+
+    Args:
+        x: # (N,)
+        weight: # (K, N)
+        shape: Where to begin. # (K,)
+    """
+    mass = weight.sum(1)
+    mean = weight @ x / mass
+    for _ in range(100):
+        r = shape[:, None]
+        slope = (weight * digamma(x + r)).sum(1) / mass - digamma(shape)
+        slope += np.log(shape / (shape + mean))
+        curved = (weight * polygamma(1, x + r)).sum(1) / mass - polygamma(1, shape)
+        curved += mean / (shape * (shape + mean))
+        second = shape * slope + shape**2 * curved
+        step = np.where(second < 0, -shape * slope / np.where(second < 0, second, -1.0), 1.0)
+        step = np.clip(step, -1, 1)
+        shape = shape * np.exp(step)
+        if bool(np.all(np.abs(step) <= 1e-10)):
+            break
+    return shape
+
+
+def negative_binomial_steps(
+    x: Array, start: Mapping[str, Array], steps: int
+) -> tuple[list[float], dict[str, Array]]:
+    """EM of a mixture of negative binomials; see `gamma_steps`."""
+    base = -gammaln(x + 1)
+    w, r, p = start["w"], start["r"], start["p"]
+    evidence = []
+    for _ in range(steps):
+        table = gammaln(x + r[:, None])
+        table += np.log(p)[:, None] * x
+        table += base
+        table += (np.log(w) - gammaln(r) + r * np.log1p(-p))[:, None]
+        evidence.append(responsibilities(table))
+        mass = table.sum(1)
+        w, r = mass / len(x), negative_binomial_shape(x, table, r)
+        mean = table @ x / mass
+        p = mean / (r + mean)
+    return evidence, {"w": w, "r": r, "p": p}
+
+
+def gamma_data(N: int, K: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Draws of overlapping components, and where to start."""
+    torch.manual_seed(0)
+    z = torch.randint(K, (N,))
+    shape, rate = torch.linspace(2, 20, K).double(), torch.linspace(3, 1, K).double()
+    start = {
+        "w": torch.full((K,), 1 / K, dtype=torch.float64),
+        "a": torch.linspace(1, 9, K).double(),
+        "b": torch.linspace(2, 1, K).double(),
+    }
+    return dist.Gamma(shape[z], rate[z]).sample(), start
+
+
+def gammas(x: Tensor, start: Mapping[str, Tensor]) -> None:
+    """A mixture of Gammas."""
+    w = pyro.param("w", start["w"].clone(), constraint=C.simplex)
+    a = pyro.param("a", start["a"].clone(), constraint=C.positive)
+    b = pyro.param("b", start["b"].clone(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Gamma(a[z], b[z]), obs=x)
+
+
+def gamma_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
+    """Against numpy, which keeps all rows."""
+
+    def make() -> tuple[Steps, Steps]:
+        x, start = gamma_data(N, K)
+        arrays = {n: t.numpy() for n, t in start.items()}
+        return iterations(gammas, x, start), lambda n: void(gamma_steps(x.numpy(), arrays, n))
+
+    return make
+
+
+def negative_binomials(x: Tensor, start: Mapping[str, Tensor]) -> None:
+    """A mixture of negative binomials."""
+    w = pyro.param("w", start["w"].clone(), constraint=C.simplex)
+    r = pyro.param("r", start["r"].clone(), constraint=C.positive)
+    p = pyro.param("p", start["p"].clone(), constraint=C.unit_interval)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.NegativeBinomial(r[z], p[z]), obs=x)
+
+
+def negative_binomial_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
+    """Against numpy, which keeps all rows."""
+
+    def make() -> tuple[Steps, Steps]:
+        torch.manual_seed(0)
+        z = torch.randint(K, (N,))
+        shape, p = torch.linspace(2, 20, K).double(), torch.linspace(0.5, 0.8, K).double()
+        x = dist.NegativeBinomial(shape[z], p[z]).sample()
+        start = {
+            "w": torch.full((K,), 1 / K, dtype=torch.float64),
+            "r": torch.linspace(1, 9, K).double(),
+            "p": torch.linspace(0.4, 0.8, K).double(),
+        }
+        arrays = {n: t.numpy() for n, t in start.items()}
+        ours = iterations(negative_binomials, x, start)
+        return ours, lambda n: void(negative_binomial_steps(x.numpy(), arrays, n))
+
+    return make
+
+
+def void(_: object) -> None:
+    """Nothing of what was computed."""
