@@ -179,7 +179,9 @@ class _Runs:
         kinds, inner = [], []
         for stage in moves.stages:
             along = stage.after[-1]
-            is_last = along not in stage.before or along == stage.before[-1]
+            is_last = all(
+                along not in own or along == own[-1] for own in (stage.before, stage.table)
+            )
             outer = list(in_order({*stage.before, *stage.table}))
             if is_last:  # else runs of length one
                 outer.remove(along)

@@ -86,6 +86,9 @@ class StepChain(QuickBlock):
         of_steps: Groups that read one state or none.
         couples: Groups that read two.
         often: How often each sequence counts; once where None. # (B,)
+        locals: Latents that are local to a step, those together that share factors.
+        absent: Labels of the state that have no value at some steps, and these steps.
+        apart: For each stage whether its groups count at different moves.
     """
 
     graph: FactorGraph
@@ -98,6 +101,7 @@ class StepChain(QuickBlock):
     columns: Tensor = field(init=False)
     locals: tuple[_Locals, ...] = field(init=False)
     absent: tuple[tuple[Label, Tensor], ...] = field(init=False)
+    apart: tuple[bool, ...] = field(init=False)
 
     name: ClassVar[str] = "chain"
     words: ClassVar[str] = "chain kernel, by forward and backward messages of product states"
@@ -164,11 +168,11 @@ class StepChain(QuickBlock):
                 table = cells(group, *layout.linears[g])
             fixed = None if table is not None else known_statistics(group)
             couples.append(_Couple(g, stages[g], table, fixed, varies, None if is_whole else moves))
-        for s in range(len(shape.moves.stages)):
-            masks = [graph.groups[c.group].mask for c in couples if c.stage == s]
-            finding = _unlike(masks, [graph.groups[c.group] for c in couples if c.stage == s])
-            if finding is not None:
-                return finding
+            if group.mask is not None and any(
+                n != 1 for n in group.mask.shape[1 + group.n_plates :]
+            ):
+                what = f"the mask of '{group.members[0]}' reads a latent: no kernel"
+                return Finding(f"site '{group.members[0]}'", what)
         return cls(graph, shape, of_steps, tuple(couples), often)
 
     def __post_init__(self) -> None:
@@ -185,6 +189,8 @@ class StepChain(QuickBlock):
             if not bool(there.all()):
                 absent.append(((c, lag), (~there).nonzero().squeeze(-1).to(device)))
         self.absent = tuple(absent)
+        own = [[c for c in self.couples if c.stage == s] for s in range(len(shape.moves.stages))]
+        self.apart = tuple(_count_apart([self.graph.groups[c.group] for c in each]) for each in own)
 
     @property
     def normals(self) -> Mapping[int, NormalRows]:  # type: ignore[override]
@@ -336,13 +342,13 @@ class StepChain(QuickBlock):
         shape, stage = self.shape, self.shape.moves.stages[s]
         parts = [c for c in self.couples if c.stage == s]
         T, labels = shape.T, stage.table
-        weight = self._weight(parts)
+        weight = self._weight([] if self.apart[s] else parts)
         full = shape.moves.shape(labels)
         if not parts:
             ones = torch.ones(1, 1, *full, dtype=torch.float64, device=self.columns.device)
             return Table(ones, None, weight)
         logs = [self._couple_table(c, at, labels) for c in parts]
-        if not any(c.varies for c in parts):
+        if not any(c.varies for c in parts) and not self.apart[s]:
             return _few_tables(parts, logs, T, full, weight)
         total: Tensor | None = None
         for couple, log in zip(parts, logs, strict=True):
@@ -353,7 +359,8 @@ class StepChain(QuickBlock):
                 )
             total = log if total is None else total + log
         assert total is not None
-        return Table(total.exp().expand(T - 1, -1, *full).contiguous(), None, weight)
+        sequences = self.B if self.apart[s] else -1
+        return Table(total.exp().expand(T - 1, sequences, *full).contiguous(), None, weight)
 
     def _couple_table(self, couple: _Couple, at: At, labels: Sequence[Label]) -> Tensor:
         """Log densities of a group, over the labels of its stage.
@@ -423,6 +430,9 @@ class StepChain(QuickBlock):
             used = torch.unique(table.which[couple.steps])
             counts = counts[used].sum(0, keepdim=True)
         group = self.graph.groups[couple.group]
+        if self.apart[couple.stage] and group.mask is not None:
+            mask = mask_of(group).to(counts)
+            counts = counts * mask.reshape(*mask.shape, *(1,) * (counts.dim() - 2))
         if not couple.varies:
             counts = counts.sum((0, 1), keepdim=True)
         elif group.n_plates == 0:
@@ -491,16 +501,10 @@ def _varies(group: Group) -> bool:
     return any(n != 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
 
 
-def _unlike(masks: Sequence[Tensor | None], groups: Sequence[Group]) -> Finding | None:
-    """Why the groups of one stage do not count together, if they do not."""
-    for mask, group in zip(masks, groups, strict=True):
-        site = group.members[0]
-        where = f"site '{site}'"
-        if mask is not None and any(n != 1 for n in mask.shape[1 + group.n_plates :]):
-            return Finding(where, f"the mask of '{site}' reads a latent: no kernel")
-        first = masks[0]
-        if (mask is None) != (first is None):
-            return Finding(where, f"'{site}' is masked beside sites that are not: no kernel")
-        if mask is not None and first is not None and not torch.equal(mask, first):
-            return Finding(where, f"the mask of '{site}' is not that of its neighbours: no kernel")
-    return None
+def _count_apart(groups: Sequence[Group]) -> bool:
+    """Whether groups are masked at different moves."""
+    masks = [group.mask for group in groups]
+    first = masks[0] if masks else None
+    if first is None:
+        return any(mask is not None for mask in masks)
+    return any(mask is None or not torch.equal(mask, first) for mask in masks)

@@ -83,7 +83,8 @@ class StepShape:
             lead = 1 + group.n_plates
             return all(n == 1 for a in group.arguments.values() for n in a.shape[:lead])
 
-        reading = [g for g in (*self.couples, *self.unary) if is_same(graph.groups[g])]
+        moving = [g for g in self.couples if not graph.groups[g].observed]
+        reading = [g for g in (*moving, *self.unary) if is_same(graph.groups[g])]
         return sorted([*self.free, *reading])
 
 

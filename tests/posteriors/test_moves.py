@@ -20,6 +20,7 @@ LABELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[set[Label]]]] = {
     "coupled": ((2, 2), (1, 1), [{(0, 1), (1, 1), (0, 0)}, {(0, 1), (1, 1), (1, 0)}]),
     "read by the other": ((2, 2), (1, 1), [{(0, 1), (0, 0)}, {(0, 1), (1, 1), (1, 0)}]),
     "begun anew": ((2, 2), (1, 1), [{(0, 1), (0, 0)}]),
+    "three": ((2, 2, 2), (1, 1, 1), [{(0, 1), (0, 0)}, {(0, 1), (1, 1), (2, 1), (1, 0)}]),
     "histories": ((2, 2), (2, 1), [{(0, 2), (0, 1), (0, 0)}, {(1, 1), (0, 1), (1, 0)}]),
 }
 WAYS: dict[str, Callable[..., Smoothed | None]] = {
@@ -101,7 +102,7 @@ def test_every_way_is_the_sum_over_paths(name: str) -> None:
     m = Moves.of(*LABELS[name])
     generator = torch.Generator().manual_seed(0)
     T, B = (4, 2) if m.P <= 3 else (3, 2)
-    for kind in ("equal", "each", "some"):
+    for kind in ("equal", "each", "some") if m.P < 8 else ("each",):
         likelihood = torch.rand(B, T, m.P, generator=generator, dtype=torch.float64)
         tables = tables_of(m, T, B, kind, generator)
         often = None if kind == "each" else torch.tensor([2.0, 0.5], dtype=torch.float64)

@@ -24,6 +24,7 @@ from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.testing import check_block
 from pyro_em.tracing.parameters import parameters_at, values_of
 from tests.graph.vectorized_models import LOOPS, Loop, data, real, simplex
+from tests.posteriors.random_step_chains import RandomSteps
 
 X, XS = data(5, seed=4), data(4, 2, seed=5)
 U, US = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([[0, 1], [1, 1], [0, 0], [1, 0]])
@@ -198,6 +199,16 @@ def test_against_tables_where_steps_do_not_all_count(loop: Loop) -> None:
         assert evidence == pytest.approx(log_evidence, rel=1e-12)
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [4, 8, 49, 183, 191])
+def test_random_chains_against_tables(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds with masks of one site alone, weights, three latents, inputs, a longer history."""
+    monkeypatch.setattr(forward_backward, "_FEW", 0)
+    evidence, got, log_evidence, expected = of_block(StepChain, RandomSteps(seed), LOOPS["loop"])
+    assert evidence == pytest.approx(log_evidence, rel=1e-12)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-10)
 
 
 def test_a_weight_is_so_many_sequences() -> None:
