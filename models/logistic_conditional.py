@@ -3,7 +3,7 @@
     p(y = 1 | x1, …, xM) = σ(w0 + Σ_i w_i x_i),     p(x) = Π_i p(x_i)  or  p(x1) Π_i p(x_i | x_{i−1})
 
 Some inputs are missing, more often where the label is 1 and x5 = 1. The E-step sums over the missing
-inputs under p(x | everything seen); the M-step has closed forms for p(x) and climbs in w by gradient.
+inputs under p(x | everything seen); the M-step has closed forms for p(x) and Newton's method for w.
 A reader learns what a parametric conditional saves (M + 1 numbers instead of 2^M), what a model of
 the inputs is for, and why dropping incomplete rows is not harmless: here it moves the weight of x5
 by many standard errors. Run it: ``python -m models.logistic_conditional``.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import EMResult, ExactPosteriorEM, Gradient
+from pyro_em import EMResult, ExactPosteriorEM
 
 M = 5
 TRUE_W = (-1.0, 1.5, -1.0, 0.5, 1.0, 1.5)  # w0, w1, …, w5
@@ -89,9 +89,7 @@ def fit(
 ) -> EMResult:
     """A fit of its own, whatever was fitted before."""
     pyro.clear_param_store()
-    updates = {"w": Gradient(steps=5)}  # of L-BFGS: an M-step need not go to the very top
-    em = ExactPosteriorEM(model, updates=updates if conditional == "logistic" else None)
-    return em.fit(x, y, conditional, inputs, tol=tol)
+    return ExactPosteriorEM(model).fit(x, y, conditional, inputs, tol=tol)
 
 
 def count(conditional: str, inputs: str, M: int = M) -> int:

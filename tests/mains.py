@@ -18,6 +18,7 @@ ROUTES = {
 UPDATES = {
     "closed form": "closed form",
     "least squares": "least squares",
+    "Newton": "Newton",
     "gradient (L-BFGS)": "L-BFGS",
     "gradient (optimiser)": "optimiser",
 }

@@ -57,6 +57,13 @@ class PreparedRows(NormalRows, Protocol):
         ...
 
 
+class KeepsRows:
+    """Marks rows whose M-step needs the responsibilities themselves, which no sums stand for.
+
+    Their ``moments`` are these; they are put side by side, not added.
+    """
+
+
 class NormalSolver(Protocol):
     """The M-step of a Normal group with parameters of its own."""
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_em.densities.natural import Linears, Naturals, naturals
+from pyro_em.densities.predicted import Predicted, as_predicted
 from pyro_em.densities.regression import Lines, as_lines
 from pyro_em.densities.vector_regression import VectorLines, as_vector_lines
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.update import ParameterUpdate
+
+Regression = Lines | VectorLines | Predicted
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,12 +24,12 @@ class Layout:
     Attributes:
         naturals: Simplex rows, probabilities and rates as one vector; None where there are none.
         linears: Features of the groups that are linear in that vector.
-        lines: Normal groups, of numbers or of vectors, whose mean is affine in covariates.
+        lines: Groups whose mean or predictor is affine in covariates.
     """
 
     naturals: Naturals | None
     linears: Linears
-    lines: Mapping[int, Lines | VectorLines]
+    lines: Mapping[int, Regression]
 
 
 def layout_of(
@@ -50,10 +53,10 @@ def layout_of(
     vector, linears = found if found is not None else (None, {})
     if sizes is None:
         sizes = dict.fromkeys(range(len(graph.groups)), next(iter(graph.latents.values())).size)
-    lines: dict[int, Lines | VectorLines] = {}
+    lines: dict[int, Regression] = {}
     for g, K in sizes.items():
         where = (g, graph, updates, values, K)
-        line = as_lines(*where) or as_vector_lines(*where)
+        line = as_lines(*where) or as_vector_lines(*where) or as_predicted(*where)
         if line is not None:
             lines[g] = line
     return Layout(vector, linears, lines)

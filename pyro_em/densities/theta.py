@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.components import owned
-from pyro_em.densities.density import IMPOSSIBLE, NormalRows, NormalSolver, PreparedRows
+from pyro_em.densities.density import IMPOSSIBLE, KeepsRows, NormalRows, NormalSolver, PreparedRows
 from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.natural import Naturals, State
+from pyro_em.densities.predicted import Predicted
 from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
 from pyro_em.densities.regression import Lines
 from pyro_em.densities.tying import Arguments, arguments_of
@@ -95,7 +96,16 @@ class Theta:
     @cached_property
     def adds(self) -> bool:
         """Whether sums of parts of the data add up."""
-        return all(s.adds for s in self.solvers if isinstance(s, CurveSolver))
+        if any(isinstance(rule, KeepsRows) for rule in self.normals.values()):
+            return False
+        lines = {n for s in self.solvers if isinstance(s, LineSolver) for n in s.block}
+        reached = [g for g in self.reached if lines.intersection(self.graph.groups[g].mean_params)]
+        by_row = any(
+            size != 1
+            for g in reached
+            for size in self.evaluators[g]["loc"].shape[: 1 + self.graph.groups[g].n_plates]
+        )
+        return not by_row and all(s.adds for s in self.solvers if isinstance(s, CurveSolver))
 
     @torch.no_grad()
     def enter(self, values: Values) -> At:
@@ -274,7 +284,7 @@ def theta_of(
     components: dict[int, NormalSolver] = {}
     for g, rule in normals.items():
         solver: NormalSolver | None = None
-        if isinstance(rule, (Lines, VectorLines)):
+        if isinstance(rule, (Lines, VectorLines, Predicted)):
             solver = rule
         elif type(rule) is Gaussian:
             solver = owned(g, rule, graph, updates, values)

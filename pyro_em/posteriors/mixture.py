@@ -176,7 +176,7 @@ class Mixture(QuickBlock):
         may_clamp = all(f.linear is None and not f.others for f in self.factors)
         may_clamp = may_clamp and self._is_single() and bool((constant > _IMPOSSIBLE).all())
         thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
-        sums = Collected()
+        sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
             rows = slice(begin, min(begin + self.chunk, self.N))
             here = [f.at(self.graph, at, rows) for f in self.factors]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.densities.density import NormalRows
+from pyro_em.densities.density import KeepsRows, NormalRows
 from pyro_em.densities.features import Counted
 from pyro_em.densities.theta import At
 from pyro_em.families.family import Statistics
@@ -24,15 +24,26 @@ from pyro_em.updates.statistics import group_sums
 
 
 class Collected(dict[int | str, Tensor]):
-    """Sums over chunks."""
+    """Sums over chunks, and what is kept of every row.
 
-    def __init__(self) -> None:
+    Args:
+        N: How many rows there are.
+    """
+
+    def __init__(self, N: int) -> None:
         super().__init__()
+        self.N = N
         self.statistics: dict[int | str, Statistics] = {}
 
     def add(self, key: int | str, part: Tensor) -> None:
         """Add a part."""
         self[key] = self[key] + part if key in self else part
+
+    def keep(self, key: int | str, part: Tensor, rows: slice) -> None:
+        """Put numbers of some rows where they belong. # (K, rows)"""
+        if key not in self:
+            self[key] = part.new_empty(len(part), self.N)
+        self[key][:, rows] = part
 
     def add_statistics(self, g: int, part: Statistics) -> None:
         """Add the statistics of a group's rows."""
@@ -136,7 +147,11 @@ class RowFactors:
             if g in self.counted:
                 own = weights * self.counted[g][here.rows]
                 sums.add(f"mass of {g}", own.sum(1, dtype=torch.float64))
-            sums.add(g, rule.moments(at.prepared[g], own, here.features[g]))
+            moments = rule.moments(at.prepared[g], own, here.features[g])
+            if isinstance(rule, KeepsRows):
+                sums.keep(g, moments, here.rows)
+            else:
+                sums.add(g, moments)
         for g, part in here.parts.items():
             counts = weights.T.reshape(1, *part.sizes).expand(len(part.members), *part.sizes)
             sums.add_statistics(g, group_sums(part, counts, at.arguments[g]))

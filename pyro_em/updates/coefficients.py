@@ -24,7 +24,7 @@ from pyro_em.updates.update import ParameterUpdate
 
 Ask = Callable[[Mapping[str, Tensor]], Curved]
 
-_FAR = 0.5  # of a unit of the predictor, by which it still moves where next to nothing is gained
+FAR = 0.5  # of a unit of the predictor, by which it still moves where next to nothing is gained
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def separated(
         step: The last step of all parameters of the block. # (P,)
         far: By how much it moves the predictor of a cell.
     """
-    if far < _FAR:
+    if far < FAR:
         return ""
     flat = int(step.abs().argmax())
     name = block[-1]

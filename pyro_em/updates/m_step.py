@@ -244,8 +244,9 @@ class _MStep:
         if not found.is_settled:
             far = self.over.max(lambda part: part.following(self.moves).furthest(block, found.last))
             said = separated(block, self.graph, self.values, found.last, far)
-            if said and said not in told:
-                told.append(said)
+            key = f"{', '.join(block)} runs off"
+            if said and key not in told:
+                told.append(key)
                 warn(said)
         return found.values
 

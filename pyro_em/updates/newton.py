@@ -25,6 +25,12 @@ _HALVINGS = 40
 
 _GAIN = 1e-10  # nats
 
+_LEFT = 1e-22  # nats, after steps that shrink by a constant factor
+
+_SHRINKS = (
+    0.02  # of one step's gain is the next one's, where second derivatives may stay as they are
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Climb:
@@ -43,39 +49,52 @@ class Climb:
     is_settled: bool
 
 
-def climb(of: Callable[[Tensor], Curved], start: Tensor) -> Climb:
+def climb(
+    of: Callable[[Tensor], Curved],
+    start: Tensor,
+    slope_of: Callable[[Tensor], Curved] | None = None,
+) -> Climb:
     """The maximiser of a concave function; see the module's text.
 
     Args:
         of: From a place to the function with its derivatives.
         start: Where to begin. # (P,)
+        slope_of: The same where second derivatives are not looked at, if that is much cheaper: those of
+            an earlier place serve as long as steps shrink quickly.
     """
     here, begin = start, of(start)
     now, last = begin, torch.zeros_like(start)
-    gain = torch.zeros_like(begin.value)
+    nothing = torch.zeros_like(begin.value)
+    curvature, is_fresh, before = begin.curvature, True, 0.0
     for _ in range(_STEPS):
-        if not (_is_finite(now.gradient) and _is_finite(now.curvature)):
-            return Climb(start, torch.zeros_like(gain), last, True)
-        step = pseudo_solve(now.curvature, now.gradient)
+        if not (_is_finite(now.gradient) and _is_finite(curvature)):
+            return Climb(start, nothing, last, True)
+        step = pseudo_solve(curvature, now.gradient, still=True)
         rise = torch.dot(now.gradient, step)
-        last = step
-        if float(rise) <= _GAIN:
-            size = float(step.abs().amax()) if len(step) else 0.0
-            settled = size <= 1e-3 * float(here.abs().amax()) if len(step) else True
-            if settled or float(rise) <= 0:
+        gain, last = float(rise), step
+        left = gain * (1.0 if before <= 0 else gain / before)  # by that of another step
+        if gain <= 0 or (gain <= _GAIN if is_fresh else left <= _LEFT):
+            furthest = float(step.abs().max()) if len(step) else 0.0
+            if gain <= 0 or furthest <= 1e-3 * float(here.abs().max()):
                 return Climb(here + step, now.value - begin.value + rise / 2, last, True)
             return Climb(here, now.value - begin.value, last, False)
+        if not is_fresh and gain > _SHRINKS * before:
+            now, is_fresh, before = of(here), True, 0.0
+            curvature = now.curvature
+            continue
         rounding = 8 * torch.finfo(now.value.dtype).eps * now.value.abs().clamp(min=1.0)
-        size = 1.0
+        size, looks = 1.0, of if slope_of is None else slope_of
         for _ in range(_HALVINGS):
             there = here + size * step
-            new = of(there)
+            new = looks(there)
             if bool(new.value >= now.value + 1e-4 * size * rise - rounding):
                 break
             size /= 2
         else:
             break
-        here, now = there, new
+        here, now, before, is_fresh = there, new, gain, slope_of is None
+        if is_fresh:
+            curvature, before = now.curvature, 0.0
     return Climb(here, now.value - begin.value, last, True)
 
 

@@ -6,15 +6,22 @@ import torch
 from torch import Tensor
 
 
-def pseudo_solve(gram: Tensor, moment: Tensor) -> Tensor:
+def pseudo_solve(gram: Tensor, moment: Tensor, *, still: bool = False) -> Tensor:
     """Pseudo-inverse solution with columns scaled to unit length.
 
     Columns that share no equation with others are solved apart: those of each row of loadings.
+
+    Args:
+        gram: # (columns, columns)
+        moment: # (columns,)
+        still: Whether the solution has no part along any direction that is not determined, whatever the
+            units of the columns; else the scaled solution has none.
     """
     out = torch.zeros_like(moment)
     for columns in _apart(gram):
         blocks = gram[columns.unsqueeze(-1), columns.unsqueeze(-2)]
-        out[columns.reshape(-1)] = solve_each(blocks, moment[columns]).reshape(-1)
+        own = solve_each(blocks, moment[columns], still=still)
+        out[columns.reshape(-1)] = own.reshape(-1)
     return out
 
 
@@ -39,12 +46,13 @@ def _apart(gram: Tensor) -> list[Tensor]:
     return [torch.stack(columns) for columns in by_size.values()]
 
 
-def solve_each(gram: Tensor, moment: Tensor) -> Tensor:
+def solve_each(gram: Tensor, moment: Tensor, *, still: bool = False) -> Tensor:
     """`pseudo_solve` for each of some systems.
 
     Args:
         gram: # (systems, columns, columns)
         moment: # (systems, columns)
+        still: See `pseudo_solve`.
 
     Returns:
         # (systems, columns)
@@ -56,4 +64,10 @@ def solve_each(gram: Tensor, moment: Tensor) -> Tensor:
     limit = eigenvalues[..., -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps
     inverse = torch.where(eigenvalues > limit, 1 / eigenvalues.clamp(min=limit), 0.0)
     inner = vectors.mT @ (scale * moment).unsqueeze(-1)
-    return scale * (vectors @ (inverse.unsqueeze(-1) * inner)).squeeze(-1)
+    out = scale * (vectors @ (inverse.unsqueeze(-1) * inner)).squeeze(-1)
+    if not still:
+        return out
+    for i in (inverse == 0).any(-1).nonzero().reshape(-1).tolist():
+        free = torch.linalg.qr(scale[i].unsqueeze(-1) * vectors[i][:, inverse[i] == 0]).Q
+        out[i] -= free @ (free.mT @ out[i])
+    return out

@@ -16,7 +16,7 @@ from scipy.special import logsumexp
 from torch.distributions import constraints, transform_to
 from torch.nn.functional import one_hot, softplus
 
-from pyro_em import ClosedForm, ExactPosteriorEM, Fixed, Gradient, LeastSquares, UsageError
+from pyro_em import ClosedForm, ExactPosteriorEM, Fixed, Gradient, LeastSquares, Newton, UsageError
 from pyro_em.updates.update import NewtonOnSums
 
 C = constraints
@@ -76,7 +76,7 @@ class Case:
         return P.w.log() + (log_p if self.mask is None else log_p * self.mask[:, None])
 
 
-LETTERS = {"C": ClosedForm, "L": LeastSquares, "N": NewtonOnSums, "G": Gradient}
+LETTERS = {"C": ClosedForm, "L": LeastSquares, "N": NewtonOnSums, "P": Newton, "G": Gradient}
 CASES = {}
 
 
@@ -263,7 +263,7 @@ case(
     "logistic regressions",
     BITS[:, 0],
     lambda P, z: dist.Bernoulli(logits=(P.B[z] * X2).sum(-1)),
-    "G",
+    "P",
     B=real([[0.5, 0.3], [-0.5, 0.1]]),
 )
 case("neural", LINE, lambda P, z: Normal(P.mu[z] + (H * P.h).tanh(), 0.5), "G", h=real(0.3), mu=MU)
@@ -274,7 +274,7 @@ case(
     "reference class",
     WORDS,
     lambda P, z: dist.Categorical(logits=torch.cat([torch.zeros(2, 1), P.p], -1)[z]),
-    "G",
+    "P",
     p=real([[0.1, 0.3], [0.5, -0.2]]),
 )
 case(

@@ -1,0 +1,442 @@
+"""Rows whose log density is concave in a linear predictor: mixtures of generalised linear models.
+
+    ℓ_k(y | x) = n η − d A(η) + h,     η = β_kᵀ x + offset,     A(η) = log(1 + exp η) or exp η
+
+with n and d the sufficient statistics of a row (successes and trials, events and exposure). The M-step
+maximises Σ_n r_nk ℓ_k(y_n | x_n) by Newton's method; each of its passes makes Σ r ℓ, Σ r ℓ′ x and
+Σ r (−ℓ″) x xᵀ in chunks of rows. Responsibilities are kept from the E-step to the M-step: one number
+for each row and component, and nothing else of that size.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.density import KeepsRows
+from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.distributions import bounds
+from pyro_em.errors import Handover
+from pyro_em.families.family import link_of
+from pyro_em.graph.binding import LINKS
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.coefficients import FAR
+from pyro_em.updates.designs import designs_of
+from pyro_em.updates.newton import climb
+from pyro_em.updates.predictors import Curved, Predictor, predictors_of
+from pyro_em.updates.update import Newton, ParameterUpdate
+
+Values = Mapping[str, Tensor]
+
+Coefficients = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+_CELLS = 2**18  # of a chunk of an M-step: fewer cost calls, more leave the processor's cache
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedFit:
+    """Coefficients at some parameter values.
+
+    Attributes:
+        beta: All of them, one after the other. # (C,)
+        size: No term is expanded.
+    """
+
+    beta: Tensor
+    size: float = 0.0
+
+    @property
+    def prepared(self) -> PredictedFit:
+        """What the E-step reads: nothing is left to prepare."""
+        return self
+
+
+@dataclass(eq=False)
+class Predicted(KeepsRows):
+    """A group with a linear predictor, with its M-step.
+
+    Attributes:
+        x: Covariates, the same for all components. # (d, N)
+        columns: Which coefficients they multiply. # (K, d), or (cells, classes, d)
+        block: The parameters that the coefficients are, with their shapes and dtypes.
+    """
+
+    x: Tensor
+    columns: Tensor
+    block: Coefficients
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that are held."""
+        return tuple(name for name, _, _ in self.block)
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        return 3 * self.columns[..., 0].numel()
+
+    def enter(self, values: Values) -> PredictedFit:
+        """The coefficients at parameter values."""
+        parts = [values[name].reshape(-1).to(torch.float64) for name in self.params]
+        return PredictedFit(torch.cat(parts))
+
+    def values(self, fit: PredictedFit) -> dict[str, Tensor]:
+        """The parameters at coefficients."""
+        parts = fit.beta.split([math.prod(shape) for _, shape, _ in self.block])
+        return {
+            name: part.reshape(shape).to(dtype)
+            for (name, shape, dtype), part in zip(self.block, parts, strict=True)
+        }
+
+    def features(self, rows: slice, fit: PredictedFit) -> slice:
+        """The rows themselves."""
+        return rows
+
+    @abstractmethod
+    def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, added to what is there. # (K, rows)"""
+
+    def moments(self, fit: PredictedFit, weights: Tensor, features: slice) -> Tensor:
+        """The responsibilities, which the M-step needs row by row. # (K, rows)"""
+        return weights.to(torch.float64)
+
+    def over_rows(self, fit: PredictedFit, moments: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        return moments
+
+    def correction(self, fit: PredictedFit, moments: Tensor, mass: Tensor) -> float:
+        """Nothing is rounded."""
+        return 0.0
+
+    def m_step(
+        self, fit: PredictedFit, moments: Tensor, mass: Tensor
+    ) -> tuple[PredictedFit, Tensor]:
+        """The maximiser, and by how much it raises the expected log joint, in nats.
+
+        Args:
+            fit: At the E-step.
+            moments: Responsibilities. # (K, N)
+            mass: Σ r. # (K,)
+
+        Raises:
+            Handover: If the predictor separates the data, which the M-step through tables names.
+        """
+        found = climb(
+            lambda beta: self.curved(beta, moments),
+            fit.beta,
+            lambda beta: self.curved(beta, moments, bent=False),
+        )
+        runs_off = not found.is_settled and self._furthest(found.last) >= FAR
+        if runs_off or not bool(torch.isfinite(found.place).all()):
+            raise Handover
+        beta = found.place
+        rounded = torch.cat(
+            [v.reshape(-1).double() for v in self.values(PredictedFit(beta)).values()]
+        )
+        return PredictedFit(rounded), found.gain
+
+    def _furthest(self, step: Tensor) -> float:
+        """By how much a step moves the predictor of any row."""
+        slopes = step[self.columns].reshape(-1, self.columns.shape[-1])
+        parts = (slopes @ self.x[:, i : i + _CELLS] for i in range(0, self.x.shape[1], _CELLS))
+        return max(float(part.abs().max()) for part in parts)
+
+    @abstractmethod
+    def curved(self, beta: Tensor, weights: Tensor, bent: bool = True) -> Curved:
+        """The expected log density of all rows in the coefficients.
+
+        Args:
+            beta: # (C,)
+            weights: Responsibilities. # (K, N)
+            bent: Whether second derivatives are wanted; they are zero otherwise.
+        """
+
+    def _scattered(self, slope: Tensor, curve: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Derivatives in the coefficients from those of each cell's.
+
+        Args:
+            slope: # (cells, m)
+            curve: # (cells, m, m)
+            size: The number of coefficients.
+        """
+        columns = self.columns.reshape(slope.shape)
+        gradient = slope.new_zeros(size).index_add_(0, columns.reshape(-1), slope.reshape(-1))
+        place = columns.unsqueeze(2) * size + columns.unsqueeze(1)
+        flat = slope.new_zeros(size * size).index_add_(0, place.reshape(-1), curve.reshape(-1))
+        return gradient, flat.reshape(size, size)
+
+
+@dataclass(eq=False)
+class Numbers(Predicted):
+    """Rows with one predictor for each component.
+
+    Attributes:
+        n: The numerator of a row. # (N,)
+        d: Its denominator; None where all are one. # (N,)
+        base: h of each row; None where all are zero. # (N,)
+        offset: What is known of the predictor; None where nothing is. # (K or 1, N)
+        link: ``"sigmoid"`` or ``"exp"``.
+    """
+
+    n: Tensor
+    d: Tensor | None
+    base: Tensor | None
+    offset: Tensor | None
+    link: str
+
+    def _eta(self, beta: Tensor, rows: slice) -> Tensor:
+        x = self.x[:, rows]
+        if self.offset is None:
+            return beta[self.columns] @ x
+        return torch.addmm(self.offset[:, rows], beta[self.columns], x)
+
+    def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
+        """See `Predicted.log_density`."""
+        eta = self._eta(fit.beta, features)
+        total = torch.nn.functional.softplus(eta) if self.link == "sigmoid" else eta.exp()
+        if self.d is not None:
+            total.mul_(self.d[features])
+        out = eta.mul_(self.n[features]).sub_(total)
+        if self.base is not None:
+            out.add_(self.base[features])
+        return out if onto is None else out.add_(onto)
+
+    def curved(self, beta: Tensor, weights: Tensor, bent: bool = True) -> Curved:
+        """See `Predicted.curved`."""
+        K, d = self.columns.shape
+        N = self.x.shape[1]
+        step = max(256, _CELLS // (K * (d + 4)))
+        value = beta.new_zeros(())
+        slope, curve = beta.new_zeros(K, d), beta.new_zeros(K * d, d)
+        for begin in range(0, N, step):
+            rows = slice(begin, min(begin + step, N))
+            x, r, eta = self.x[:, rows], weights[:, rows], self._eta(beta, rows)
+            trials = r if self.d is None else r * self.d[rows]
+            if self.link == "sigmoid":
+                p = torch.sigmoid(eta)
+                mean = trials * p
+                weight = p.neg_().add_(1).mul_(mean) if bent else mean
+                log_sum = torch.nn.functional.softplus(eta)
+            else:
+                log_sum = eta.exp()
+                mean = weight = trials * log_sum
+            wins = r * self.n[rows]
+            value += torch.dot(wins.reshape(-1), eta.reshape(-1))
+            value -= torch.dot(trials.reshape(-1), log_sum.reshape(-1))
+            slope.addmm_(wins.sub_(mean), x.T)
+            if bent:
+                curve.addmm_((weight.unsqueeze(1) * x).reshape(K * d, -1), x.T)
+        return Curved(value, *self._scattered(slope, curve.reshape(K, d, d), len(beta)))
+
+
+@dataclass(eq=False)
+class Classes(Predicted):
+    """Rows of logits: a latent's own, a gate, or counts of classes that a row observes.
+
+    Attributes:
+        counts: What is observed of each class; None for a latent's own site. # (classes, N)
+        base: h of each row; None where all are zero. # (N,)
+        offset: What is known of the logits; None where nothing is. # (cells or 1, classes, N)
+    """
+
+    counts: Tensor | None
+    base: Tensor | None
+    offset: Tensor | None
+
+    def _log_p(self, beta: Tensor, rows: slice) -> Tensor:
+        """Log probabilities of classes. # (cells, classes, rows)"""
+        cells, classes, d = self.columns.shape
+        slopes = beta[self.columns].reshape(cells * classes, d)
+        eta = (slopes @ self.x[:, rows]).reshape(cells, classes, -1)
+        if self.offset is not None:
+            eta = eta + self.offset[..., rows]
+        return eta.sub_(eta.amax(1, keepdim=True)).sub_(eta.exp().sum(1, keepdim=True).log_())
+
+    def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
+        """See `Predicted.log_density`."""
+        log_p = self._log_p(fit.beta, features)
+        if self.counts is None:
+            out = log_p[0]
+        else:
+            out = log_p.mul_(self.counts[:, features]).sum(1)
+        if self.base is not None:
+            out = out + self.base[features]
+        return out if onto is None else out + onto
+
+    def curved(self, beta: Tensor, weights: Tensor, bent: bool = True) -> Curved:
+        """See `Predicted.curved`."""
+        cells, classes, d = self.columns.shape
+        N, P = self.x.shape[1], d * (d + 1) // 2
+        first, second = torch.triu_indices(classes, classes, device=beta.device)
+        step = max(256, _CELLS // (len(first) * cells + P + d))
+        value = beta.new_zeros(())
+        slope = beta.new_zeros(cells * classes, d)
+        curve = beta.new_zeros(cells * len(first), P)
+        for begin in range(0, N, step):
+            rows = slice(begin, min(begin + step, N))
+            x, r, log_p = self.x[:, rows], weights[:, rows], self._log_p(beta, rows)
+            n = r.unsqueeze(0) if self.counts is None else r.unsqueeze(1) * self.counts[:, rows]
+            total = n.sum(1, keepdim=True)
+            value += torch.dot(n.reshape(-1), log_p.reshape(-1))
+            p = log_p.exp_()
+            slope.addmm_((n - total * p).reshape(cells * classes, -1), x.T)
+            if not bent:
+                continue
+            both = p[:, first].neg_().mul_(p[:, second])
+            both[:, first == second] += p
+            both.mul_(total)
+            curve.addmm_(both.reshape(cells * len(first), -1), products(x).T)
+        whole = curve[:, unfolding(d, beta.device)].reshape(cells, len(first), d, d)
+        places = unfolding(classes, beta.device).reshape(classes, classes)
+        square = whole[:, places].permute(0, 1, 3, 2, 4).reshape(cells, classes * d, classes * d)
+        return Curved(value, *self._scattered(slope.reshape(cells, classes * d), square, len(beta)))
+
+
+def as_predicted(
+    g: int, graph: FactorGraph, updates: Mapping[str, ParameterUpdate], values: Values, K: int
+) -> Predicted | None:
+    """The predictor of a group, with all of its parameters, or None.
+
+    Args:
+        g: A group whose members and plates are the rows.
+        graph: The collapsed graph.
+        updates: What was decided.
+        values: Parameter values, for their shapes.
+        K: Number of components.
+    """
+    group = graph.groups[g]
+    names = [p for b in group.bindings.values() for p in b.params]
+    newton = [p for p in names if isinstance(updates[p].update, Newton)]
+    if not newton or group.event_dims or group.elements is not None:
+        return None
+    found = [p for p in predictors_of(graph, names) if p.group == g]
+    if len(found) != 1 or not _is_own(g, found[0], graph, updates, values):
+        return None
+    (predictor,) = found
+    lead, event = predictor.lead, predictor.event
+    rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
+    block = updates[names[0]].block
+    parts = designs_of(predictor.binding, block, values, lead, event)
+    constant = predictor.binding.constant
+    sizes, row = constant.shape[:lead], constant.shape[constant.dim() - event :]
+    read = _covariates(parts, event)
+    if read is None or len(parts) not in (1, K) or constant[..., 0].numel() == 0:
+        return None
+    x, columns = read
+    if len(x) != sizes.numel():
+        return None
+
+    def by_row(t: Tensor) -> Tensor:
+        return (
+            t.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1).flatten(0, -2).T.contiguous()
+        )
+
+    held: Coefficients = tuple((p, tuple(values[p].shape), values[p].dtype) for p in block)
+    known = by_row(constant)
+    offset = None if not bool(known.any()) else known.reshape(len(parts), *row, -1)
+    statistics = _of_rows(predictor, graph, rows, K)
+    if statistics is None:
+        return None
+    n, d, base = statistics
+    if not event:
+        link = predictor.rule.kind.form.inverse_link
+        columns = columns.reshape(len(parts), -1).expand(K, -1).contiguous()
+        return Numbers(by_row(x), columns, held, n, d, base, offset, link)
+    columns = columns.reshape(len(parts), row.numel(), -1)
+    own = not group.observed
+    if own and (len(parts) != 1 or row.numel() != K):
+        return None
+    if not own and len(parts) == 1:  # the same of all components
+        columns = columns.expand(K, -1, -1).contiguous()
+    return Classes(by_row(x), columns, held, None if own else n, base, offset)
+
+
+def _is_own(
+    g: int,
+    predictor: Predictor,
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+) -> bool:
+    """Whether the coefficients of a group are found from this group alone."""
+    names = set(predictor.binding.params)
+    elsewhere = any(names & set(o.params) for h, o in enumerate(graph.groups) if h != g)
+    others = {a for a, b in graph.groups[g].bindings.items() if b.params} - {predictor.argument}
+    return (
+        not elsewhere
+        and not others
+        and len({values[p].dtype for p in names}) == 1
+        and all(
+            isinstance(updates[p].update, Newton)
+            and set(updates[p].block) == names
+            and not updates[p].priors
+            and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
+            for p in names
+        )
+    )
+
+
+def _covariates(parts: list[tuple[Tensor, Tensor]], event: int) -> tuple[Tensor, Tensor] | None:
+    """The covariates that all predictors share, and which coefficients they multiply.
+
+    Returns:
+        # (rows, d), (predictors, d); None where some have covariates of their own
+    """
+    x: Tensor | None = None
+    columns = []
+    for which, narrow in parts:
+        each = narrow.unbind(1) if event else (narrow,)
+        for own in each:
+            read = (own != 0).any(0)
+            own, place = own[:, read], which[read]
+            x = own if x is None else x
+            if own.shape != x.shape or not torch.equal(own, x):
+                return None
+            columns.append(place)
+    return None if x is None else (x, torch.stack(columns))
+
+
+def _of_rows(
+    predictor: Predictor, graph: FactorGraph, rows: torch.Size, K: int
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Sufficient statistics of each row, and the part of its log density that no predictor enters.
+
+    Returns:
+        # (N,) or (classes, N), (N,), (N,); a denominator of ones and a base of zeros are None. None
+        where something differs between components.
+    """
+    group = graph.groups[predictor.group]
+    family, lead = group.family, predictor.lead
+    assert family is not None
+    if not group.observed:
+        return torch.empty(0), None, None
+    arguments = {a: t.detach() for a, t in group.arguments.items()}
+    rest = [t for a, t in arguments.items() if a != predictor.argument]
+    batch = 1 + len(group.sizes)
+    if any(s != 1 for t in (group.value, *rest) for s in t.shape[lead:batch]):
+        return None
+    statistics = dict(family.statistics(group.value, arguments))
+    like = next(iter(statistics.values()))
+    one = torch.ones(like.shape[:batch], dtype=like.dtype, device=like.device)
+    n, d = predictor.rule.contribution({**statistics, "weight": one}, arguments)
+    eta = predictor.binding.constant[(slice(None),) * lead + (slice(0, 1),) * (batch - lead)]
+    eta = torch.zeros_like(eta).to(torch.float64)
+    value = predictor.rule.kind.form.of_predictor(n.double(), d.double(), eta).value
+    at = LINKS[link_of(family, predictor.argument) or ""].forward(eta)
+    log_p = family.log_prob(group.value, {**arguments, predictor.argument: at})
+
+    def by_row(t: Tensor, tail: int) -> Tensor:
+        own = t.to(torch.float64).expand(*rows, *t.shape[lead:])
+        return own.reshape(rows.numel(), *t.shape[t.dim() - tail :]).movedim(0, -1).contiguous()
+
+    base = by_row(log_p - value, 0)
+    base = torch.where(base.abs() < 1e-14, 0.0, base)
+    n = by_row(n, predictor.event)
+    d = None if predictor.event else by_row(d, 0)
+    ones = d is None or bool((d == 1).all())
+    return n, None if ones else d, None if not bool(base.any()) else base

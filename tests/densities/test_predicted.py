@@ -1,0 +1,160 @@
+"""Generalised linear models on the kernels: every step is that through tables, and that of numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from pyro_em import ExactPosteriorEM, PyroEMWarning, vectorized_markov
+from pyro_em.densities import predicted
+from pyro_em.plan import program as programs
+from pyro_em.plan.eligibility import Kernel
+from pyro_em.posteriors.mixture import Mixture
+from pyro_em.testing import check_block
+
+N = 36
+RNG = np.random.default_rng(4)
+X = torch.tensor(np.column_stack([np.ones(N), RNG.normal(size=(N, 2))]))
+SIGN = np.where(np.arange(N) % 2, 1.2, -1.0)
+BITS = torch.tensor((RNG.random(N) < 1 / (1 + np.exp(-SIGN * X[:, 1].numpy()))).astype(float))
+TRIALS = torch.tensor(RNG.integers(3, 9, N).astype(float))
+WINS = torch.tensor(RNG.binomial(TRIALS.numpy().astype(int), 0.4).astype(float))
+EVENTS = torch.tensor(RNG.poisson(np.exp(0.3 + 0.5 * SIGN * X[:, 1].numpy())).astype(float))
+WAITS = torch.tensor(RNG.exponential(size=N))
+WORDS = torch.tensor(RNG.integers(0, 3, N))
+REAL = torch.tensor(SIGN + 0.6 * RNG.normal(size=N))
+W = torch.tensor(RNG.normal(size=(2, 3)) * 0.3)
+V = torch.tensor(RNG.normal(size=(2, 3, 3)) * 0.3)
+MASK = torch.arange(N) % 5 != 0
+
+
+def line(w: Tensor, x: Tensor) -> Tensor:
+    return (x * w).sum(-1)
+
+
+Emission = Callable[[Any, Tensor, slice], Any]
+
+
+def bernoulli(z: Any, x: Tensor, own: Any) -> Any:
+    return dist.Bernoulli(logits=line(pyro.param("w", W)[z], x))
+
+
+def tied(z: Any, x: Tensor, own: Any) -> Any:
+    """One slope for all components, an offset, and a number of trials for each row."""
+    b, w = pyro.param("b", W[:, 0]), pyro.param("w", W[0, :2])
+    probs = torch.sigmoid(b[z] + line(w, x[..., 1:]) + 0.3 * x[..., 2])
+    return dist.Binomial(TRIALS[own], probs=probs)
+
+
+def poisson(z: Any, x: Tensor, own: Any) -> Any:
+    return dist.Poisson(TRIALS[own] * line(pyro.param("w", W)[z], x).exp())
+
+
+def waits(z: Any, x: Tensor, own: Any) -> Any:
+    return dist.Exponential(line(pyro.param("w", W)[z], x).exp())
+
+
+def words(z: Any, x: Tensor, own: Any) -> Any:
+    V0 = pyro.param("V", V)[z]
+    return dist.Categorical(logits=(V0 * x.unsqueeze(-2)).sum(-1))
+
+
+def reference(z: Any, x: Tensor, own: Any) -> Any:
+    eta = x @ pyro.param("V", V[0, :, :2])
+    return dist.Categorical(logits=torch.cat([eta, torch.zeros_like(eta[..., :1])], -1))
+
+
+CASES: dict[str, tuple[Emission, Tensor]] = {
+    "bernoulli": (bernoulli, BITS),
+    "tied": (tied, WINS),
+    "poisson": (poisson, EVENTS),
+    "waits": (waits, WAITS),
+    "words": (words, WORDS),
+    "reference": (reference, WORDS),
+}
+
+
+def rows(name: str, n: int = N, dtype: torch.dtype = torch.float64) -> None:
+    emission, y = CASES[name]
+    own = slice(0, n)
+    p = pyro.param("p", torch.tensor([0.4, 0.6], dtype=dtype), constraint=C.simplex)
+    with pyro.plate("n", n):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample(
+            "r", dist.Normal(pyro.param("m", torch.tensor([-1.0, 1.0]))[z], 0.8), obs=REAL[own]
+        )
+        pyro.sample("y", emission(z, X[own], own), obs=y[own])
+
+
+def chain(name: str) -> None:
+    """Emissions of a hidden Markov model, some of them masked."""
+    emission, y = CASES[name]
+    A = pyro.param("A", torch.tensor([[0.6, 0.4], [0.3, 0.7]]).double(), constraint=C.simplex)
+    z: Any = None
+    for t in vectorized_markov("t", N, dim=-1):
+        z = pyro.sample(f"z_{t}", dist.Categorical(A[0] if z is None else A[z]))
+        with pyro.poutine.mask(mask=MASK[t]):
+            pyro.sample(f"y_{t}", emission(z, X[t], t), obs=y[t])
+
+
+def experts() -> None:
+    """A gate that reads covariates, beside regressions; sample weights."""
+    V0, w = pyro.param("V", V[0, :, :2]), pyro.param("w", W)
+    s = pyro.param("s", torch.tensor([0.8, 1.1]).double(), constraint=C.positive)
+    with pyro.plate("n", N), pyro.poutine.scale(scale=TRIALS):
+        z = pyro.sample("z", dist.Categorical(logits=X @ V0))
+        pyro.sample("y", dist.Normal(line(w[z], X), s[z]), obs=REAL)
+
+
+def fit(model: Callable[[], None], monkeypatch: pytest.MonkeyPatch, quick: bool) -> Any:
+    with monkeypatch.context() as patch, pyro.get_param_store().scope():
+        if not quick:
+            patch.setattr(programs, "kernel_of", lambda *a: Kernel("contraction"))
+        return ExactPosteriorEM(model).fit(max_steps=4, tol=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [
+        *((partial(rows, name), "mixture") for name in CASES),
+        *((partial(chain, name), "chain") for name in ("bernoulli", "poisson", "words")),
+        (experts, "mixture"),
+    ],
+)
+def test_every_step_is_that_through_tables(
+    model: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predicted, "_CELLS", 2**8)  # several chunks of rows
+    a, b = fit(model, monkeypatch, True), fit(model, monkeypatch, False)
+    assert a.plan.kernel == kernel
+    assert list(a.history) == pytest.approx(list(b.history), rel=1e-10)
+    assert list(a.history.after_m_step) == pytest.approx(list(b.history.after_m_step), rel=1e-10)
+    for name, value in b.params.items():
+        torch.testing.assert_close(a.params[name], value, rtol=1e-7, atol=1e-8)
+
+
+def test_data_that_separate_are_said_by_the_kernel_too() -> None:
+    def model() -> None:
+        w = pyro.param("w", 0.1 * W[:, :2])
+        with pyro.plate("n", N):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5]).double()))
+            pyro.sample(
+                "y", dist.Bernoulli(logits=line(w[z], X[:, :2])), obs=(X[:, 1] > 0.1).double()
+            )
+
+    with pytest.warns(PyroEMWarning, match="parameter 'w'.*runs off") as told:
+        result = ExactPosteriorEM(model).fit(max_steps=4, tol=0)
+    assert len(told) == 1 and float(result.log_evidence) > -1e-6
+
+
+def test_against_the_joint_table() -> None:
+    check_block(Mixture, partial(rows, "poisson", n=6))
