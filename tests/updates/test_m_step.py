@@ -281,7 +281,7 @@ case(
     "scale_tril of diag_embed",
     VECTORS,
     lambda P, z: dist.MultivariateNormal(P.mu[z], scale_tril=torch.diag_embed(P.s)[z]),
-    "CG",
+    "C",
     mu=ODDS,
     s=DIAGONAL,
 )
