@@ -62,7 +62,7 @@ class CountRows:
     def prepare(self, arguments: Mapping[str, Tensor]) -> Tables:
         """The tables at some arguments."""
         form = self.family.natural
-        assert form is not None and form.base is not None
+        assert form is not None and form.coefficients is not None and form.base is not None
         wide = {name: a.to(torch.float64) for name, a in arguments.items()}
         found = form.coefficients(wide, self.largest)
         found = found.reshape(found.shape[self.lead :])

@@ -72,9 +72,10 @@ class Exponential:
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Coefficients:
         """Coefficients at some arguments."""
-        assert self.family.natural is not None
+        form = self.family.natural
+        assert form is not None and form.coefficients is not None
         wide = {name: a.to(torch.float64) for name, a in arguments.items()}
-        found = self.family.natural.coefficients(wide, self.parts)
+        found = form.coefficients(wide, self.parts)
         found = found.reshape(found.shape[self.lead :]).expand(self.K, *self.shape, self.parts + 1)
         if self.elements is not None:
             return Coefficients(found.reshape(self.K, -1), found.new_zeros(self.K, 1))
@@ -134,7 +135,7 @@ def as_exponential(group: Group, K: int) -> Exponential | None:
     """
     if group.family is None or group.family.natural is None or not group.observed:
         return None
-    if group.family.natural.of_counts:
+    if group.family.natural.of_counts or group.family.natural.is_augmented:
         return None
     lead = 1 + group.n_plates
     value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))

@@ -132,25 +132,36 @@ class NaturalForm:
             # (*cells, A), (*cells, A, A)
         of_counts: Whether T(x) says which numbers a count is above.
         base: h of data, where it is not zero. # (*batch)
+        references: Arguments of the E-step about which T(x) is taken.
+        is_augmented: Whether the E-step takes in more than the model's latents: T(x) holds expectations
+            under a posterior at the arguments of the E-step, and `terms` is a lower bound up to terms
+            free of the arguments.
     """
 
     arguments: tuple[str, ...]
-    coefficients: Callable[[Arguments, int], Tensor]
+    coefficients: Callable[[Arguments, int], Tensor] | None = None
     derivatives: Callable[[Statistics, Arguments], tuple[Tensor, Tensor]] | None = None
     of_counts: bool = False
     base: Callable[[Tensor], Tensor] | None = None
+    references: tuple[str, ...] = ()
+    is_augmented: bool = False
 
-    def expected(self, statistics: Statistics, arguments: Arguments) -> Tensor:
-        """E_q[log p] of each cell from its sums, up to Σ h, in nats. # (*cells)
+    def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
+        """What E_q[log p] of each cell is a sum of, up to Σ h, in nats. # (*cells, terms)
 
         Args:
             statistics: ``feature`` and ``weight``, summed. # (*cells, P), (*cells)
             arguments: Where to take it.
         """
-        features = statistics["feature"]
-        coefficients = self.coefficients(arguments, features.shape[-1])
-        linear = (features * coefficients[..., :-1]).sum(-1)
-        return linear + statistics["weight"] * coefficients[..., -1]
+        assert self.coefficients is not None
+        sums = torch.cat([statistics["feature"], statistics["weight"].unsqueeze(-1)], -1)
+        found = sums * self.coefficients(arguments, sums.shape[-1] - 1)
+        # A cell without data has no value, whatever its density is.
+        return torch.where(sums == 0, 0.0, found)
+
+    def expected(self, statistics: Statistics, arguments: Arguments) -> Tensor:
+        """E_q[log p] of each cell from its sums; see `terms`. # (*cells)"""
+        return self.terms(statistics, arguments).sum(-1)
 
 
 def weigh(weights: Tensor, statistic: Tensor, keep: tuple[bool, ...]) -> Tensor:
@@ -282,7 +293,7 @@ class Family:
     def has_reference(self) -> bool:
         """Whether T(x) is taken about a location, and so changes with the arguments."""
         if self.natural is not None:
-            return False
+            return self.natural.is_augmented
         return self.accumulate is not None or any(r.kind.is_location for r in self.rules.values())
 
     def expected_statistics(

@@ -125,7 +125,7 @@ def _base(x: Tensor) -> Tensor:
     return -(x + 1).lgamma()
 
 
-def _log_rising(r: Tensor, x: Tensor) -> Tensor:
+def log_rising(r: Tensor, x: Tensor) -> Tensor:
     """log Γ(r + x) − log Γ(r), by Stirling's series where the difference would cancel."""
     inverse = (r + x).reciprocal()
     rest = (inverse - inverse**3 / 30 - r.reciprocal() + r**-3 / 30) / 12
@@ -137,7 +137,7 @@ def _log_density(name: str) -> Callable[[Tensor, Arguments], Tensor]:
     def density(x: Tensor, a: Arguments) -> Tensor:
         log_p, log_q = _log_odds(a)
         events = torch.where(x == 0, 0.0, x * log_p)
-        return _log_rising(a[name], x) + events + a[name] * log_q + _base(x)
+        return log_rising(a[name], x) + events + a[name] * log_q + _base(x)
 
     return density
 

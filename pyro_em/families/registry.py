@@ -15,12 +15,21 @@ import torch
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
-from pyro_em.families import conjugacy, discrete, exponential, missing, normal, overdispersed, rates
+from pyro_em.families import (
+    conjugacy,
+    discrete,
+    exponential,
+    missing,
+    normal,
+    overdispersed,
+    rates,
+    student,
+)
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
 REGISTRY: dict[type, Family] = {
     family.distribution: family
-    for module in (discrete, rates, exponential, overdispersed, normal, missing, conjugacy)
+    for module in (discrete, rates, exponential, overdispersed, student, normal, missing, conjugacy)
     for family in module.FAMILIES
 }
 

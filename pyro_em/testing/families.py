@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
-from pyro_em.families.family import Family
+from pyro_em.families.family import Family, NaturalForm
 from pyro_em.families.registry import REGISTRY
 from pyro_em.tracing.turns import alone
 from pyro_em.updates.update import ClosedForm, NewtonOnSums
@@ -157,9 +157,11 @@ class _FamilyCase:
             )
 
     def check_linear_form(self) -> None:
-        """log p is linear in the statistics, with the derivatives that autograd finds."""
+        """log p is linear in the statistics; its derivatives are those that autograd finds."""
         form = self.family.natural
         assert form is not None
+        if form.is_augmented:
+            return self._check_derivatives(form)
         rows = {n: a[self.labels].to(torch.float64) for n, a in self.arguments.items()}
         moved = {n: a.flip(0)[self.labels].to(torch.float64) for n, a in self.arguments.items()}
         x = self.x.to(torch.float64)
@@ -173,10 +175,21 @@ class _FamilyCase:
             f"{self.where}: log p is not linear in its statistics; off by up to "
             f"{float((linear - exact).abs().max()):.3g}"
         )
+        self._check_derivatives(form)
+
+    def _check_derivatives(self, form: NaturalForm) -> None:
+        """Those of sums about the arguments, at others."""
+        rows = {n: a[self.labels].to(torch.float64) for n, a in self.arguments.items()}
+        x = self.x.to(torch.float64)
+        statistics = {
+            "feature": self.family.statistics(x, rows)["feature"],
+            "weight": torch.ones(len(x), dtype=torch.float64),
+            **{f"reference:{n}": rows[n] for n in form.references},
+        }
         if form.derivatives is None:
             return
         names = [n for n in form.arguments if n in rows]
-        leaves = [rows[n].clone().requires_grad_() for n in names]
+        leaves = [(1.1 * rows[n]).clone().requires_grad_() for n in names]
         first, second = form.derivatives(statistics, dict(zip(names, leaves, strict=True)))
         value = form.expected(statistics, dict(zip(names, leaves, strict=True))).sum()
         slopes = torch.autograd.grad(value, leaves, create_graph=True)
@@ -242,6 +255,10 @@ class _FamilyCase:
     def check_stationary(self, names: Sequence[str]) -> None:
         """The gradient in unconstrained coordinates is zero, and no neighbour is better."""
         values = self.solution(names, self.x, self.q)
+        if self.family.natural is not None and self.family.natural.is_augmented:
+            before, after = self.objective(self.arguments), self.objective(values)
+            assert float(after) > float(before), f"{self.where}: the M-step raises nothing"
+            return
         rule = self.family.rules.get(names[0])
         if rule is not None and rule.kind.form.needs_data:
             best = float(self.objective(values))

@@ -123,12 +123,14 @@ class Places:
         for c in self.cells:
             given = statistics[c.group]
             wide = {n: given[n].detach().to("cpu", torch.float64) for n in ("feature", "weight")}
-            sums.append(
-                {
-                    "feature": sum_to(wide["feature"], c.shape, 1).clone(),
-                    "weight": sum_to(wide["weight"], c.shape).clone(),
-                }
-            )
+            own = {
+                "feature": sum_to(wide["feature"], c.shape, 1).clone(),
+                "weight": sum_to(wide["weight"], c.shape).clone(),
+            }
+            for name in c.form.references:
+                reference = arguments[c.group][name].detach().to("cpu", torch.float64)
+                own[f"reference:{name}"] = reference.clone()
+            sums.append(own)
             known.append(
                 {
                     n: arguments[c.group][n].detach().to("cpu", torch.float64).clone()
@@ -238,18 +240,14 @@ class Problem:
 
 
 def _of_cells(c: _Cells, s: Statistics, at: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Terms of Q of each cell, and its derivatives. # (*cells, P + 1), (cells, A), (cells, A, A)"""
-    together = torch.cat([s["feature"], s["weight"].unsqueeze(-1)], -1)
-    (rows, A), P = c.rows.shape, s["feature"].shape[-1]
+    """Terms of Q of each cell, and its derivatives. # (*cells, ·), (cells, A), (cells, A, A)"""
+    rows, A = c.rows.shape
     if c.form.derivatives is not None:
         g, H = c.form.derivatives(s, at)
-        # A cell without data has no value, whatever its density is.
-        terms = torch.where(together == 0, 0.0, together * c.form.coefficients(at, P))
-        return terms, g.reshape(rows, A), H.reshape(rows, A, A)
+        return c.form.terms(s, at), g.reshape(rows, A), H.reshape(rows, A, A)
     with torch.enable_grad():
         leaves = [a.detach().clone().requires_grad_() for a in at.values()]
-        coefficients = c.form.coefficients(dict(zip(at, leaves, strict=True)), P)
-        terms = torch.where(together == 0, 0.0, together * coefficients)
+        terms = c.form.terms(s, dict(zip(at, leaves, strict=True)))
         first = torch.autograd.grad(terms.sum(), leaves, create_graph=True, allow_unused=True)
         g = _columns(first, leaves, rows)
         columns = []

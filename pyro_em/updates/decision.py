@@ -135,6 +135,11 @@ def _no_joint_steps(group: Group, decided: Mapping[str, ParameterUpdate]) -> str
     return ""
 
 
+def _reads_a_latent(graph: FactorGraph, group: Group) -> bool:
+    """Whether a group is one of the components of a mixture: else one climb finds its maximum."""
+    return any(d in graph.latents for dims in group.dims for d in dims)
+
+
 def _differs_by_row(known: Tensor, group: Group) -> bool:
     """Whether known numbers of an argument differ along a plate."""
     return any(
@@ -246,6 +251,8 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                     weakest = weakest or f"its constraint {constraint} bounds {where}"
             elif group.family.natural is not None:
                 joint.append(f"{group.distribution}.{argument}")
+                if group.family.natural.is_augmented and not _reads_a_latent(graph, group):
+                    weakest = weakest or f"no closed form is known for it in {where}"
                 if binding.how != "selection":
                     weakest = weakest or f"{where} is {binding.how} in it"
             elif _is_regressed(graph, g, argument, binding, name):

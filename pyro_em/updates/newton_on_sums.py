@@ -42,7 +42,7 @@ _STEPS = 200
 _TRIALS = 30
 
 
-_LAST = 1e-7  # a step after which the next is lost in rounding: convergence is quadratic
+_LAST = 3e-6  # a step after which the next is lost in rounding: convergence is quadratic
 
 
 _UNFINISHED = 1e-6  # nats per datum that a maximum cannot still promise
@@ -125,7 +125,7 @@ class NewtonSolver:
             AtEdge: If data at the end of a support decide.
             DegenerateError: If a block has none.
         """
-        here, last = problem.derivatives(u), None
+        here, last, begin = problem.derivatives(u), None, u
         if not bool((here.slope.abs() < _EDGE).all()):
             raise AtEdge
         for _ in range(_STEPS):
@@ -142,7 +142,7 @@ class NewtonSolver:
                 break
             u, here = self._searched(problem, u, step, here)
             last = length
-        self._require_maximum(problem, u, here)
+        self._require_maximum(problem, begin, u, here)
         return u
 
     def _searched(
@@ -164,7 +164,7 @@ class NewtonSolver:
             t = torch.where(fine, t, torch.where(t > 1e-6, t / 4, 0.0))
         return u, here
 
-    def _require_maximum(self, problem: Problem, u: Tensor, here: There) -> None:
+    def _require_maximum(self, problem: Problem, begin: Tensor, u: Tensor, here: There) -> None:
         """Name the parameter that runs off, where one does."""
         _, promise = _direction(here)
         mass = 1 + problem.block_masses()
@@ -172,11 +172,11 @@ class NewtonSolver:
         finished &= here.rounding <= _BLURRED * mass
         if bool(finished.all()):
             return
-        gain = problem.spread(here.slope.abs()) * problem.spread_one(1.0 * ~finished)
-        at = int(gain.nan_to_num(math.inf).argmax())
+        way = (u - begin).abs() * problem.spread_one(1.0 * ~finished)
+        at = int(way.nan_to_num(math.inf).argmax())
         name, element = self.coordinates.name_of(at)
         now = float(self.coordinates.values(u)[name][element])
-        runaway = Runaway(name, element, float(gain[at]))
+        runaway = Runaway(name, element, float(problem.spread(here.slope.abs())[at]))
         raise DegenerateError(unbounded_in_words(self.graph, runaway, now))
 
 

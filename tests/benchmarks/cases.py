@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_em.tracing.missing import WithMissing
 from tests.benchmarks import models
-from tests.benchmarks.exponential import gamma_mixture, negative_binomial_mixture
+from tests.benchmarks.exponential import gamma_mixture, negative_binomial_mixture, student_mixture
 from tests.benchmarks.timing import Case, Steps
 
 Pair = tuple[Steps, Steps]
@@ -360,6 +360,9 @@ CASES = (
     Case(
         "negative binomial mixture, N=200k K=4", "numpy by hand", 3.3,
         negative_binomial_mixture(200_000, 4), 2, 22, 4, 3,
+    ),
+    Case(
+        "Student mixture, N=200k K=4", "numpy by hand", 1.4, student_mixture(200_000, 4), 2, 22, 22, 5
     ),
     Case("factor analysis, digits q=10", "scikit-learn", 40.0, factors(digits, 10), 5, 1005, 55, 5),
     Case(

@@ -1,6 +1,7 @@
-"""Mixtures of Gammas and of negative binomials in numpy: all rows at once, all components at once.
+"""Mixtures of Gammas, negative binomials and Student distributions in numpy.
 
-Tables are components before rows, so that sums over components run along rows of memory.
+All rows and all components at once. Tables are components before rows, so that sums over components
+run along rows of memory.
 """
 
 from __future__ import annotations
@@ -108,6 +109,53 @@ def negative_binomial_steps(
     return evidence, {"w": w, "r": r, "p": p}
 
 
+def degrees_of_freedom(off: Array, df: Array) -> Array:
+    """The root of log(ν/2) − ψ(ν/2) + 1 + off = 0, by Newton steps in log ν. # (K,)
+
+    Args:
+        off: The mean of E[log u] − E[u]. # (K,)
+        df: Where to begin. # (K,)
+    """
+    for _ in range(100):
+        half = df / 2
+        slope = np.log(half) - digamma(half) + 1 + off
+        step = slope / (half * polygamma(1, half) - 1)
+        df = df * np.exp(np.clip(step, -2, 2))
+        if bool(np.all(np.abs(step) <= 1e-10)):
+            break
+    return df
+
+
+def student_steps(
+    x: Array, start: Mapping[str, Array], steps: int
+) -> tuple[list[float], dict[str, Array]]:
+    """EM of a mixture of Student distributions whose precisions are latents; see `gamma_steps`."""
+    w, df, mu, s = (start[n] for n in ("w", "df", "mu", "s"))
+    evidence = []
+    for _ in range(steps):
+        wide = s * np.sqrt(df)
+        z = (x - mu[:, None]) / wide[:, None]
+        t = z * z
+        log = np.log1p(t)
+        constant = gammaln((df + 1) / 2) - gammaln(df / 2) - 0.5 * np.log(np.pi) - np.log(wide)
+        table = (-0.5 * (df + 1))[:, None] * log
+        table += (np.log(w) + constant)[:, None]
+        evidence.append(responsibilities(table))
+        mass, most = table.sum(1), 1 + 1 / df
+        mean_log = np.einsum("kn,kn->k", table, log) / mass
+        t += 1
+        table /= t
+        first, second = (np.einsum("kn,kn->k", table, part) for part in (z, z * z))
+        zeroth = table.sum(1)
+        shift = first / zeroth
+        w, mu = mass / len(x), mu + wide * shift
+        half = (df + 1) / 2
+        off = np.log(most) - mean_log + digamma(half) - np.log(half) - most * zeroth / mass
+        s = wide * np.sqrt(most * (second - first * shift) / mass)
+        df = degrees_of_freedom(off, df)
+    return evidence, {"w": w, "df": df, "mu": mu, "s": s}
+
+
 def gamma_data(N: int, K: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Draws of overlapping components, and where to start."""
     torch.manual_seed(0)
@@ -168,6 +216,38 @@ def negative_binomial_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps
         arrays = {n: t.numpy() for n, t in start.items()}
         ours = iterations(negative_binomials, x, start)
         return ours, lambda n: void(negative_binomial_steps(x.numpy(), arrays, n))
+
+    return make
+
+
+def students(x: Tensor, start: Mapping[str, Tensor]) -> None:
+    """A mixture of Student distributions."""
+    w = pyro.param("w", start["w"].clone(), constraint=C.simplex)
+    mu = pyro.param("mu", start["mu"].clone())
+    df = pyro.param("df", start["df"].clone(), constraint=C.positive)
+    s = pyro.param("s", start["s"].clone(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.StudentT(df[z], mu[z], s[z]), obs=x)
+
+
+def student_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
+    """Against numpy, which keeps all rows."""
+
+    def make() -> tuple[Steps, Steps]:
+        torch.manual_seed(0)
+        z = torch.randint(K, (N,))
+        places = torch.linspace(-6, 6, K).double()
+        x = dist.StudentT(torch.linspace(3, 8, K).double()[z], places[z], 1.5).sample()
+        start = {
+            "w": torch.full((K,), 1 / K, dtype=torch.float64),
+            "mu": places / 2,
+            "df": torch.full((K,), 10.0).double(),
+            "s": torch.ones(K).double(),
+        }
+        arrays = {n: t.numpy() for n, t in start.items()}
+        ours = iterations(students, x, start)
+        return ours, lambda n: void(student_steps(x.numpy(), arrays, n))
 
     return make
 

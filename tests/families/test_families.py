@@ -67,6 +67,10 @@ CASES = {
         dist.GammaPoisson,
         {"concentration": torch.tensor([0.8, 9.0]), "rate": H},
     ),
+    "StudentT": (
+        dist.StudentT,
+        {"df": torch.tensor([1.5, 9.0]), "loc": torch.tensor([0.0, 5.0]), "scale": H},
+    ),
     "Laplace": (dist.Laplace, {"loc": torch.tensor([0.0, 5.0]), "scale": H}),
     "MultivariateNormal": (dist.MultivariateNormal, {"loc": LOC, "covariance_matrix": COV}),
     "MultivariateNormal tril": (

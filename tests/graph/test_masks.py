@@ -65,7 +65,7 @@ KINDS = {
         lambda loc: dist.MultivariateNormal(loc, torch.tensor([[1.0, 0.4], [0.4, 0.8]])),
     ),
     # No closed form is known of these.
-    "StudentT": Kind({"loc": REAL}, lambda loc: dist.StudentT(4.0, loc, 1.0), slope=1e-4),
+    "StudentT": Kind({"loc": REAL}, lambda loc: dist.StudentT(4.0, loc, 1.0), endless=True),
     "Beta": Kind({"a": POSITIVE}, lambda a: dist.Beta(a, 2.0), slope=1e-4),
     "VonMises": Kind({"loc": REAL}, lambda loc: dist.VonMises(loc, 2.0), slope=1e-4),
     # Its concentrations may rise without end.

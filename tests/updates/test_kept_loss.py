@@ -25,7 +25,7 @@ def test_no_point_is_visited_twice_in_a_row() -> None:
         seen.append(tuple(loc.tolist()))
         with pyro.plate("n", len(X)):
             z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
-            pyro.sample("x", dist.StudentT(4.0, loc[z], 1.0), obs=X)
+            pyro.sample("x", dist.StudentT(4.0, loc.sinh().asinh()[z], 1.0), obs=X)
 
     em = ExactPosteriorEM(model, updates={"loc": Gradient(steps=20)})
     q = em.posterior()

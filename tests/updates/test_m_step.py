@@ -258,7 +258,6 @@ case(
     p=MU,
 )
 # The rest has no closed form, or only looks as if it had.
-case("student", REAL, lambda P, z: dist.StudentT(4.0, P.mu[z], P.s[z]), "G", mu=MU, s=STD)
 case(
     "logistic regressions",
     BITS[:, 0],

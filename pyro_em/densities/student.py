@@ -1,0 +1,177 @@
+"""Rows of Student distributions: log densities, and expected precisions beside responsibilities.
+
+With t = z² / ν, z = (x − μ) / σ, one logarithm of 1 + t serves both halves of the E-step:
+
+    ℓ_k(x) = c_k − ½ (ν + 1) log(1 + t),      E[u] = (1 + 1/ν) / (1 + t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Statistics
+from pyro_em.families.student import expected_logarithm, log_normaliser
+from pyro_em.graph.factors import Group
+
+_MOMENTS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Students:
+    """Components at some arguments; each has a number for each of an event. # (numbers, K, 1)
+
+    Attributes:
+        df: ν.
+        loc: μ.
+        width: σ √ν.
+        constant: The logarithm of the largest density.
+        size: No term is expanded.
+    """
+
+    df: Tensor
+    loc: Tensor
+    width: Tensor
+    constant: Tensor
+    size: float = 0.0
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """Some rows, and what both halves of an E-step need of them.
+
+    Attributes:
+        x: # (numbers, rows)
+        seen: Which numbers count; None where all do. # (numbers, rows)
+        kept: z / √ν, t and log(1 + t) of each number. # (K, rows) each
+    """
+
+    x: Tensor
+    seen: Tensor | None
+    kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class StudentRows:
+    """The rows of a group of Student sites with component-wise arguments.
+
+    Attributes:
+        value: The data. # (rows, numbers)
+        elements: Which of them count, where some are masked. # (rows or 1, numbers)
+        K: Components.
+        lead: Dimensions of the group before the component's: members and plates.
+        shape: The ``to_event`` dimensions of a datum.
+    """
+
+    value: Tensor
+    elements: Tensor | None
+    K: int
+    lead: int
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Numbers per row that a chunk holds."""
+        return self.value.shape[1] * (1 + 3 * self.K)
+
+    def prepare(self, arguments: Mapping[str, Tensor]) -> Students:
+        """The components at some arguments."""
+
+        def each(name: str) -> Tensor:
+            t = arguments[name].to(torch.float64)
+            t = t.reshape(t.shape[self.lead :]).expand(self.K, *self.shape)
+            return t.reshape(self.K, -1).T.unsqueeze(-1)
+
+        df, loc, scale = each("df"), each("loc"), each("scale")
+        return Students(df, loc, scale * df.sqrt(), log_normaliser(df, scale))
+
+    def features(self, rows: slice, p: Students | None = None) -> _Chunk:
+        """Some rows."""
+        seen = self.elements
+        if seen is not None:
+            seen = (seen[rows] if len(seen) > 1 else seen).T
+        return _Chunk(self.value[rows].to(torch.float64).T.contiguous(), seen)
+
+    def log_density(self, p: Students, features: _Chunk, onto: Tensor | None = None) -> Tensor:
+        """Log densities of some rows, added to what is there. # (K, rows)"""
+        out = p.constant.sum(0) if features.seen is None else p.constant.new_zeros(self.K, 1)
+        out = out if onto is None else out + onto.to(torch.float64)
+        for i, x in enumerate(features.x):
+            z = (x - p.loc[i]).div_(p.width[i])
+            t = z * z
+            log = t.log1p()
+            features.kept.append((z, t, log))
+            half = -0.5 * (p.df[i] + 1)
+            if features.seen is None:
+                out = torch.addcmul(out, log, half)
+            else:
+                out = out + torch.where(features.seen[i], half * log + p.constant[i], 0.0)
+        return out
+
+    def moments(self, p: Students, weights: Tensor, features: _Chunk) -> Tensor:
+        """Σ r, Σ q, Σ q z, Σ q z² and Σ r log(1 + t), q = r / (1 + t), z over √ν. # (K, numbers * 5)"""
+        out, wide = [], weights.to(torch.float64)
+        for i, (z, t, log) in enumerate(features.kept):
+            r = wide if features.seen is None else wide * features.seen[i]
+            q = r / (t + 1)
+            parts = (r.sum(-1), q.sum(-1), _dot(q, z), _dot(q, t), _dot(r, log))
+            out.append(torch.stack(parts, -1))
+        return torch.cat(out, -1)
+
+    def over_rows(self, p: Students, moments: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        return moments
+
+    def correction(self, p: Students, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """Nothing: all is computed in float64."""
+        return 0.0
+
+    def statistics(
+        self, p: Students, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
+    ) -> Statistics:
+        """The family's statistics."""
+        found = moments.reshape(self.K, -1, _MOMENTS)
+        df, width = (t.squeeze(-1).T for t in (p.df, p.width))
+        weight, zeroth, first, second, logs = found.unbind(-1)
+        most = 1 + 1 / df  # E[u] where t is zero
+        zeroth = most * zeroth
+        # log E[u] = log(1 + 1/ν) − log(1 + t)
+        rest = weight * (most.log() + expected_logarithm(df) + 1) - logs - zeroth
+        feature = torch.stack([zeroth, most * width * first, most * width**2 * second, rest], -1)
+        lead = (1,) * self.lead
+        return {
+            "feature": feature.reshape(*lead, self.K, *self.shape, 4),
+            "weight": weight.reshape(*lead, self.K, *self.shape),
+        }
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a b of each row. # (K,)"""
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).reshape(-1)
+
+
+def as_student(group: Group, K: int) -> StudentRows | None:
+    """The rule of Student sites whose arguments differ between components only, or None.
+
+    Args:
+        group: A collapsed group; its members and plates are the rows, members first.
+        K: Number of components.
+    """
+    if group.family is None or group.family.name != "StudentT" or not group.observed:
+        return None
+    lead = 1 + group.n_plates
+    value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
+    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
+        return None
+    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+        return None
+    shape, elements = tuple(value.shape[lead + 1 :]), group.elements
+    if elements is not None:
+        if elements.shape[lead] != 1:
+            return None
+        elements = elements.expand(value.shape).reshape(rows, -1)
+    return StudentRows(value.reshape(rows, -1), elements, K, lead, shape)
