@@ -1,4 +1,4 @@
-"""Smoothing of chains of any moves as one compiled loop: see `pyro_em.posteriors.moves`.
+"""Smoothing of chains of any moves as one compiled loop: see `pyro_em.posteriors.smooth_moves`.
 
 A stage of a move multiplies a message by a table and sums. It is a list of short runs, each over the
 last dimension of what comes out, ``out[o + i] += x[·] a[·]``; in a run either the table goes along

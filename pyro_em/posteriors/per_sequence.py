@@ -17,6 +17,7 @@ from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.block import Values
 from pyro_em.posteriors.contracted import onto
+from pyro_em.posteriors.product_steps import product_steps
 from pyro_em.posteriors.steps import StepCells, step_cells, steps_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation, Key, group_sums
@@ -40,7 +41,8 @@ class PerSequence:
         # Priors of point estimates are no part of the log evidence.
         numbers = [g for g, group in enumerate(graph.groups) if group.role is not Role.POINT]
         counted = replace(graph, groups=tuple(graph.groups[g] for g in numbers))
-        return None if steps_of(counted) is None else cls(counted, tuple(numbers))
+        is_chain = steps_of(counted) is not None or product_steps(counted) is not None
+        return cls(counted, tuple(numbers)) if is_chain else None
 
     @cached_property
     def dims(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value
 from pyro_em.posteriors.gaussian_site import covariance
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
 from pyro_em.posteriors.normal_mixtures import NormalRows
+from pyro_em.posteriors.product_steps import product_steps
 from pyro_em.posteriors.site_runs import covariances_of_pairs, runs_of
 from pyro_em.posteriors.so_far import given_steps
 from pyro_em.posteriors.stacks import batch_shape
@@ -184,8 +185,10 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
     """The forward messages of a chain, where its factors come as its data do. # (T, *plates, K)"""
     graph = q.graph
     steps, latents = steps_of(graph), list(graph.latents)
-    if steps is None or any(n not in graph.latents for n in names):
+    if any(n not in graph.latents for n in names):
         return None
+    if steps is None:
+        return _forward_of_products(q, names)
     chain = _series(names[0], latents)
     if chain != latents:
         return None
@@ -199,6 +202,26 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
     assert table is not None
     rows = table[[chain.index(n) for n in names]]
     latent = latent_of(graph, names[0])
+    return rows.reshape(len(names), *batch_shape(graph, latent), latent.size).to(graph.dtype)
+
+
+def _forward_of_products(q: Posterior, names: Sequence[str]) -> Tensor | None:
+    """The same of several latents per step, or of a longer history. # (T, *plates, K)"""
+    graph = q.graph
+    products = product_steps(graph)
+    if products is None:
+        return None
+    chain = _series(names[0], list(graph.latents))
+    places = [products.of.names(name) for name in chain]
+    if any(place is None or place[1] != t for t, place in enumerate(places)):
+        return None
+    comes = products.comes()
+    for (g, _), at in _data_steps(q, chain).of_rows.items():
+        if any(comes.get((g, i), t) != t for i, t in enumerate(at.tolist())):
+            return None
+    found = products.forward(q.tables)
+    latent = latent_of(graph, names[0])
+    rows = torch.stack([found[name] for name in names])
     return rows.reshape(len(names), *batch_shape(graph, latent), latent.size).to(graph.dtype)
 
 

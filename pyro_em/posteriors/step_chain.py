@@ -31,12 +31,20 @@ from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.chain_weights import sequence_weights
 from pyro_em.posteriors.contraction import log_sum_exp
-from pyro_em.posteriors.moves import Label, Smoothed, Stage, Table, in_order, smooth_moves
+from pyro_em.posteriors.moves import Label, Stage
 from pyro_em.posteriors.per_sequence import PerSequence
 from pyro_em.posteriors.product_states import flattened
 from pyro_em.posteriors.quick import Outline, QuickBlock
+from pyro_em.posteriors.smooth_moves import Smoothed, Table, smooth_moves
 from pyro_em.posteriors.step_groups import StepGroups, mask_of
-from pyro_em.posteriors.step_shape import StepShape, labels_of, step_graph, why_no_steps
+from pyro_em.posteriors.step_shape import (
+    Locals,
+    StepShape,
+    absent_from,
+    locals_of,
+    step_graph,
+    why_no_steps,
+)
 from pyro_em.updates.statistics import NATURAL, Expectation, Key, group_sums, known_statistics
 
 
@@ -59,21 +67,6 @@ class _Couple:
     fixed: Statistics | None
     varies: bool
     steps: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Locals:
-    """Latents that are local to a step and share factors.
-
-    Attributes:
-        reads: Labels of the state that their factors read.
-        own: Their own labels.
-        groups: The groups that read them.
-    """
-
-    reads: tuple[Label, ...]
-    own: tuple[Label, ...]
-    groups: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -99,7 +92,7 @@ class StepChain(QuickBlock):
     component: Component = field(init=False)
     theta: Theta = field(init=False)
     columns: Tensor = field(init=False)
-    locals: tuple[_Locals, ...] = field(init=False)
+    locals: tuple[Locals, ...] = field(init=False)
     absent: tuple[tuple[Label, Tensor], ...] = field(init=False)
     apart: tuple[bool, ...] = field(init=False)
 
@@ -181,14 +174,8 @@ class StepChain(QuickBlock):
         parts += [c.cells.columns for c in self.couples if c.cells is not None]
         device = self.graph.groups[0].value.device
         self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
-        self.locals = _locals(shape)
-        absent = []
-        for c, lag in labels_of(shape):
-            there = torch.zeros(shape.T, dtype=torch.bool)
-            there[lag:] = shape.present[c, : shape.T - lag]
-            if not bool(there.all()):
-                absent.append(((c, lag), (~there).nonzero().squeeze(-1).to(device)))
-        self.absent = tuple(absent)
+        self.locals = locals_of(shape)
+        self.absent = tuple((label, steps.to(device)) for label, steps in absent_from(shape))
         own = [[c for c in self.couples if c.stage == s] for s in range(len(shape.moves.stages))]
         self.apart = tuple(_count_apart([self.graph.groups[c.group] for c in each]) for each in own)
 
@@ -313,7 +300,7 @@ class StepChain(QuickBlock):
                 rest.index_fill_(-2, steps, -math.inf)
         return table
 
-    def _local_table(self, own: _Locals, tables: Mapping[int, Tensor]) -> Tensor:
+    def _local_table(self, own: Locals, tables: Mapping[int, Tensor]) -> Tensor:
         """Log densities of the groups that read local latents. # (*reads, *own, T, B)"""
         shape, total = self.shape, None
         target = (*own.reads, *own.own)
@@ -326,7 +313,7 @@ class StepChain(QuickBlock):
         total = total.expand(full).clone() if total.shape != full else total.clone()
         return self._without_absent(total, target)
 
-    def _local_mass(self, own: _Locals, mass: Tensor, table: Tensor) -> Tensor:
+    def _local_mass(self, own: Locals, mass: Tensor, table: Tensor) -> Tensor:
         """Posterior masses of local latents and what they read. # (*reads, *own, T, B)"""
         n, m = len(own.reads), len(own.own)
         flat = table.flatten(n, n + m - 1) if m > 1 else table
@@ -477,22 +464,6 @@ def _marginal(table: Tensor, labels: Sequence[Label], wanted: Sequence[Label]) -
     n = len(kept)
     table = table.permute(*(kept.index(label) for label in wanted), n, n + 1)
     return table.reshape(-1, *table.shape[-2:])
-
-
-def _locals(shape: StepShape) -> tuple[_Locals, ...]:
-    """Latents that are local to a step, those together that share factors."""
-    sets: list[tuple[set[Label], set[Label], list[int]]] = []
-    own = set(shape.locals)
-    for g, reader in shape.unary.items():
-        read = set(reader.labels)
-        if not read & own:
-            continue
-        new = (read & own, read - own, [g])
-        for other in [s for s in sets if s[0] & new[0]]:
-            sets.remove(other)
-            new = (new[0] | other[0], new[1] | other[1], [*other[2], *new[2]])
-        sets.append(new)
-    return tuple(_Locals(in_order(reads), in_order(local), tuple(g)) for local, reads, g in sets)
 
 
 def _varies(group: Group) -> bool:

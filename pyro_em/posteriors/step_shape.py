@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,6 +162,34 @@ def why_no_steps(latents: Mapping[str, Latent]) -> Finding | None:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """Members of a group that read alike.
+
+    Attributes:
+        group: The number of the group.
+        members: Theirs; None where it is all of them.
+    """
+
+    group: int
+    members: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """A graph as a chain: its groups in parts, numbered by their order, and what each part reads.
+
+    Attributes:
+        shape: The chain; its groups are these parts.
+        parts: All parts.
+        names: For each latent which of a step's it is, and the step.
+    """
+
+    shape: StepShape
+    parts: tuple[Part, ...]
+    names: Callable[[str], Label | None]
+
+
+@dataclass(frozen=True, eq=False)
 class StepGraph:
     """A graph whose groups read the steps of a chain, all members of a group alike.
 
@@ -178,43 +206,63 @@ class StepGraph:
 
 def step_graph(graph: FactorGraph) -> StepGraph | Finding:
     """The chain of product states that a collapsed graph is, or why it is none; by looking only."""
+    for group in graph.groups:
+        if group.role is not Role.POINT and group.family is None:
+            site = group.members[0]
+            what = f"'{site}' ({group.distribution}) has no sums: no kernel"
+            return Finding(f"site '{site}'", what)
+    found = step_parts(graph, False)
+    if isinstance(found, Finding):
+        return found
+    groups = [
+        graph.groups[part.group]
+        if part.members is None
+        else of_members(graph.groups[part.group], part.members)
+        for part in found.parts
+    ]
+    if len(groups) > len(graph.groups):
+        graph = collapsed(replace(graph, groups=tuple(groups)))
+    return StepGraph(graph, tuple(part.group for part in found.parts), found.shape)
+
+
+def step_parts(graph: FactorGraph, beyond: bool) -> Parts | Finding:
+    """The chain of product states that a graph is, or why it is none.
+
+    Args:
+        graph: The graph.
+        beyond: Whether groups may be in further plates, over which they are summed, and have to be
+            in those of the latents.
+    """
     finding = why_no_steps(graph.latents)
     if finding is not None:
         return finding
     where = sites_in_words(names_of(graph.latents))
     places = _places(graph.latents)
     if places is None:
-        return Finding(
-            where, f"{len(graph.latents)} latents that are no steps of a chain: no kernel"
-        )
+        what = f"{len(graph.latents)} latents that are no steps of a chain: no kernel"
+        return Finding(where, what)
     plates = places.kinds[0].plates
-    groups: list[Group] = []
-    origin: list[int] = []
+    parts: list[Part] = []
     readers: dict[int, Reader] = {}
     free: list[int] = []
     for g, group in enumerate(graph.groups):
-        found = [([0], None)] if group.role is Role.POINT else places.readers(group)
-        site = group.members[0]
+        if group.role is Role.POINT:
+            parts.append(Part(g, None))
+            continue
+        found, site = places.readers(group), group.members[0]
         if found is None:
-            return Finding(
-                f"site '{site}'", f"'{site}' reads more than steps of a chain: no kernel"
-            )
+            what = f"'{site}' reads more than steps of a chain: no kernel"
+            return Finding(f"site '{site}'", what)
         for members, reader in found:
-            if reader is not None and not reader.labels:
-                free.append(len(groups))
-            elif reader is not None:
-                if (
-                    group.dims[members[0]][: group.n_plates] not in ((), plates)
-                    or group.family is None
-                ):
-                    why = "has no sums" if group.family is None else "has plates of its own"
-                    what = f"'{site}' ({group.distribution}) {why}: no kernel"
-                    return Finding(f"site '{site}'", what)
-                readers[len(groups)] = reader
-            groups.append(group if len(found) == 1 else of_members(group, members))
-            origin.append(g)
-    if len(groups) > len(graph.groups):
-        graph = collapsed(replace(graph, groups=tuple(groups)))
+            own = group.dims[members[0]][: group.n_plates]
+            if not reader.labels:
+                free.append(len(parts))
+            elif not (set(plates) <= set(own) if beyond else own in ((), plates)):
+                what = f"'{site}' ({group.distribution}) has plates of its own: no kernel"
+                return Finding(f"site '{site}'", what)
+            else:
+                readers[len(parts)] = reader
+            parts.append(Part(g, None if len(found) == 1 else tuple(members)))
     sizes = tuple(kind.size for kind in places.kinds)
     histories = _histories(len(sizes), readers)
     couples = {
@@ -227,15 +275,14 @@ def step_graph(graph: FactorGraph) -> StepGraph | Finding:
         return Finding(where, f"a state of {states:,} values is too large for a kernel")
     moves = Moves.of(sizes, histories, [set(r.labels) for r in couples.values()])
     if moves.cells > _MOST_PRODUCTS:
-        return Finding(
-            where, f"{moves.cells:,} products from step to step are too many for a kernel"
-        )
+        what = f"{moves.cells:,} products from step to step are too many for a kernel"
+        return Finding(where, what)
     unary = {g: r for g, r in readers.items() if g not in couples}
+    T = places.present.shape[1]
     shape = StepShape(
-        places.present.shape[1], sizes, plates, histories, places.present, unary, couples,
-        tuple(free), moves,
-    )  # fmt: skip
-    return StepGraph(graph, tuple(origin), shape)
+        T, sizes, plates, histories, places.present, unary, couples, tuple(free), moves
+    )
+    return Parts(shape, tuple(parts), places.of)
 
 
 def _histories(count: int, readers: Mapping[int, Reader]) -> tuple[int, ...]:
@@ -307,3 +354,45 @@ def _by_name(latents: Mapping[str, Latent]) -> _Places | None:
 def labels_of(shape: StepShape) -> tuple[Label, ...]:
     """The labels of the state, then those of local latents."""
     return (*shape.moves.state, *in_order(shape.locals))
+
+
+@dataclass(frozen=True, eq=False)
+class Locals:
+    """Latents that are local to a step and share factors.
+
+    Attributes:
+        reads: Labels of the state that their factors read.
+        own: Their own labels.
+        groups: The groups that read them.
+    """
+
+    reads: tuple[Label, ...]
+    own: tuple[Label, ...]
+    groups: tuple[int, ...]
+
+
+def locals_of(shape: StepShape) -> tuple[Locals, ...]:
+    """Latents that are local to a step, those together that share factors."""
+    sets: list[tuple[set[Label], set[Label], list[int]]] = []
+    own = set(shape.locals)
+    for g, reader in shape.unary.items():
+        read = set(reader.labels)
+        if not read & own:
+            continue
+        new = (read & own, read - own, [g])
+        for other in [s for s in sets if s[0] & new[0]]:
+            sets.remove(other)
+            new = (new[0] | other[0], new[1] | other[1], [*other[2], *new[2]])
+        sets.append(new)
+    return tuple(Locals(in_order(reads), in_order(local), tuple(g)) for local, reads, g in sets)
+
+
+def absent_from(shape: StepShape) -> tuple[tuple[Label, Tensor], ...]:
+    """Labels that have no value at some steps, and these steps: the state holds the first one there."""
+    absent = []
+    for c, lag in labels_of(shape):
+        there = torch.zeros(shape.T, dtype=torch.bool)
+        there[lag:] = shape.present[c, : shape.T - lag]
+        if not bool(there.all()):
+            absent.append(((c, lag), (~there).nonzero().squeeze(-1)))
+    return tuple(absent)

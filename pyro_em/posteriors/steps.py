@@ -5,8 +5,10 @@ with the cells of every factor as its result; transitions may be the same at all
 
     γ_t ∝ α_t β_t,     ξ_t(i, j) ∝ α_{t−1}(i) A(i, j) ℓ_t(j) β_t(j)
 
-Where messages lose what may matter (prior and likelihood in worse conflict than floats can hold) there
-is no result, and the contraction, which works with logarithms, has to serve.
+Chains of several latents per step or of a longer history are those of
+`pyro_em.posteriors.product_steps`. Where messages lose what may matter (prior and likelihood in worse
+conflict than floats can hold) there is no result, and the contraction, which works with logarithms, has
+to serve.
 
 Source: Rabiner (1989), "A tutorial on hidden Markov models"; Viterbi (1967) for the path.
 """
@@ -22,6 +24,7 @@ from torch import Tensor
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.latent_series import ChainForm, chain_form, kinds_of, plates_of
 from pyro_em.posteriors.forward_backward import neighbours
+from pyro_em.posteriors.product_steps import product_steps
 from pyro_em.posteriors.varying import varying_neighbours
 from pyro_em.posteriors.viterbi import viterbi
 from pyro_em.tracing.sites import Role
@@ -179,7 +182,9 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
     """
     steps = steps_of(graph)
     if steps is None:
-        return None
+        products = product_steps(graph)
+        found = None if products is None else products.cells(tables)
+        return None if found is None else StepCells(found.log_evidence, found.terms, found.cells)
     log_l = _single(graph, steps, tables)
     top = log_l.amax(-1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
@@ -249,11 +254,12 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
         tables: Log densities per group. # (members, *sizes)
 
     Returns:
-        Positions in the latents' supports. # (T, *plates)
+        Positions in the latents' supports. # (latents, *plates)
     """
     steps = steps_of(graph)
     if steps is None:
-        return None
+        products = product_steps(graph)
+        return None if products is None else products.path(tables)
     log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
     pairs = _pairs(graph, steps, tables)
     return viterbi(log_l, pairs).reshape(steps.T, *steps.sizes)

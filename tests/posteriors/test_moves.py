@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors import forward_backward, moves
-from pyro_em.posteriors.moves import Label, Moves, Smoothed, Table, smooth_moves
+from pyro_em.posteriors import forward_backward
+from pyro_em.posteriors import smooth_moves as ways
+from pyro_em.posteriors.moves import Label, Moves
+from pyro_em.posteriors.smooth_moves import Smoothed, Table, smooth_moves
 
 LABELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[set[Label]]]] = {
     "one latent": ((3,), (1,), [{(0, 1), (0, 0)}]),
@@ -25,11 +27,11 @@ LABELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[set[Label]]]] = {
 }
 WAYS: dict[str, Callable[..., Smoothed | None]] = {
     "as chosen": smooth_moves,
-    "matrices": moves._of_matrices,
-    "step by step": moves._step_by_step,
+    "matrices": ways._of_matrices,
+    "step by step": ways._step_by_step,
 }
 if forward_backward._HAS_NUMBA:
-    WAYS["numba"] = moves._by_numba
+    WAYS["numba"] = ways._by_numba
 
 
 def by_paths(m: Moves, likelihood: Tensor, tables: list[Table], often: Tensor | None) -> Smoothed:
