@@ -22,21 +22,21 @@ import torch
 from torch import Tensor
 
 from pyro_em.densities.density import NormalRows, checked, scattered
-from pyro_em.densities.features import Cells, cells
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
-from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.chain_weights import sequence_weights
 from pyro_em.posteriors.contraction import log_sum_exp
-from pyro_em.posteriors.moves import Label, Stage
+from pyro_em.posteriors.moves import Label
 from pyro_em.posteriors.per_sequence import PerSequence
 from pyro_em.posteriors.product_states import flattened
 from pyro_em.posteriors.quick import Outline, QuickBlock
-from pyro_em.posteriors.smooth_moves import Smoothed, Table, smooth_moves
-from pyro_em.posteriors.step_groups import StepGroups, mask_of
+from pyro_em.posteriors.smooth_moves import smooth_moves
+from pyro_em.posteriors.step_couples import StageGroups, stage_groups
+from pyro_em.posteriors.step_groups import StepGroups
 from pyro_em.posteriors.step_shape import (
     Locals,
     StepShape,
@@ -45,28 +45,7 @@ from pyro_em.posteriors.step_shape import (
     step_graph,
     why_no_steps,
 )
-from pyro_em.updates.statistics import NATURAL, Expectation, Key, group_sums, known_statistics
-
-
-@dataclass(frozen=True, eq=False)
-class _Couple:
-    """A group that reads two states.
-
-    Attributes:
-        group: Its number.
-        stage: The stage of a move that it is a factor of.
-        cells: Its table, where it is linear and the same everywhere.
-        fixed: T(x), where no argument changes it and it is not linear.
-        varies: Whether its table changes from step to step or from sequence to sequence.
-        steps: The move of each member; None for 0, 1, 2, … to the last.
-    """
-
-    group: int
-    stage: int
-    cells: Cells | None
-    fixed: Statistics | None
-    varies: bool
-    steps: Tensor | None
+from pyro_em.updates.statistics import NATURAL, Expectation, Key
 
 
 @dataclass(eq=False)
@@ -77,24 +56,22 @@ class StepChain(QuickBlock):
         graph: The collapsed graph; groups that read one state have one dimension for it.
         shape: What its groups read.
         of_steps: Groups that read one state or none.
-        couples: Groups that read two.
+        stages: Groups that read two, for each stage of a move.
         often: How often each sequence counts; once where None. # (B,)
         locals: Latents that are local to a step, those together that share factors.
         absent: Labels of the state that have no value at some steps, and these steps.
-        apart: For each stage whether its groups count at different moves.
     """
 
     graph: FactorGraph
     shape: StepShape
     of_steps: StepGroups
-    couples: tuple[_Couple, ...]
+    stages: tuple[StageGroups, ...]
     often: Tensor | None
     component: Component = field(init=False)
     theta: Theta = field(init=False)
     columns: Tensor = field(init=False)
     locals: tuple[Locals, ...] = field(init=False)
     absent: tuple[tuple[Label, Tensor], ...] = field(init=False)
-    apart: tuple[bool, ...] = field(init=False)
 
     name: ClassVar[str] = "chain"
     words: ClassVar[str] = "chain kernel, by forward and backward messages of product states"
@@ -142,42 +119,22 @@ class StepChain(QuickBlock):
             layout: How groups are evaluated.
         """
         unary = {g: reader.steps for g, reader in shape.unary.items()}
-        T = shape.T
-        of_steps = StepGroups.of(graph, unary, shape.free, sizes, layout, T, False)
+        of_steps = StepGroups.of(graph, unary, shape.free, sizes, layout, shape.T, False)
         if isinstance(of_steps, Finding):
             return of_steps
-        stages = {
-            list(shape.couples)[f]: s for s, st in enumerate(shape.moves.stages) for f in st.factors
-        }
-        couples = []
-        for g, reader in shape.couples.items():
-            group, moves = graph.groups[g], (reader.steps - 1).to(graph.groups[g].value.device)
-            is_whole = len(moves) == T - 1 and bool(
-                (moves == torch.arange(T - 1, device=moves.device)).all()
-            )
-            varies = group.observed or _varies(group)
-            table = None
-            if g in layout.linears and not varies:
-                table = cells(group, *layout.linears[g])
-            fixed = None if table is not None else known_statistics(group)
-            couples.append(_Couple(g, stages[g], table, fixed, varies, None if is_whole else moves))
-            if group.mask is not None and any(
-                n != 1 for n in group.mask.shape[1 + group.n_plates :]
-            ):
-                what = f"the mask of '{group.members[0]}' reads a latent: no kernel"
-                return Finding(f"site '{group.members[0]}'", what)
-        return cls(graph, shape, of_steps, tuple(couples), often)
+        stages = stage_groups(graph, shape, layout, often)
+        if isinstance(stages, Finding):
+            return stages
+        return cls(graph, shape, of_steps, stages, often)
 
     def __post_init__(self) -> None:
         shape = self.shape
         parts = self.of_steps.columns
-        parts += [c.cells.columns for c in self.couples if c.cells is not None]
+        parts += [columns for own in self.stages for columns in own.columns]
         device = self.graph.groups[0].value.device
         self.columns = torch.cat([torch.empty(0, dtype=torch.long, device=device), *parts])
         self.locals = locals_of(shape)
         self.absent = tuple((label, steps.to(device)) for label, steps in absent_from(shape))
-        own = [[c for c in self.couples if c.stage == s] for s in range(len(shape.moves.stages))]
-        self.apart = tuple(_count_apart([self.graph.groups[c.group] for c in each]) for each in own)
 
     @property
     def normals(self) -> Mapping[int, NormalRows]:  # type: ignore[override]
@@ -225,7 +182,7 @@ class StepChain(QuickBlock):
         tops = log_l.amax(0)
         top = tops.sum() if often is None else (tops * often).sum()
         likelihood = log_l.sub_(tops).exp_().permute(2, 1, 0)  # (B, T, P)
-        rows = [self._stage_table(s, at) for s in range(len(moves.stages))]
+        rows = [own.table(at) for own in self.stages]
         smoothed = smooth_moves(moves, likelihood, rows, often)
         mass = smoothed.gamma.permute(2, 1, 0)  # (P, T, B)
         mass = mass if often is None else mass * often
@@ -244,15 +201,14 @@ class StepChain(QuickBlock):
 
         sums: dict[Key, Statistics] = {}
         entries, gain = self.of_steps.sums(at, features, masses, sums)
-        entries += self._couple_sums(at, rows, smoothed, sums)
+        for stage, table, counts in zip(self.stages, rows, smoothed.counts, strict=True):
+            entries += stage.sums(at, table, counts, sums)
         log_evidence = smoothed.log_evidence.to(top) + top + gain
         total = float(self.B * shape.T)
         evidence = checked(log_evidence, smoothed.gamma, total) + self.of_steps.base
         if entries:
             sums[NATURAL] = {"features": scattered(at.eta, self.columns, entries)}
         return Expectation(evidence, sums)
-
-    # ------------------------------------------------------------------ one state
 
     def _log_likelihood(self, tables: Mapping[int, Tensor], given: Sequence[Tensor]) -> Tensor:
         """Log densities that read one state, summed per step. # (P, T, B)"""
@@ -322,139 +278,6 @@ class StepChain(QuickBlock):
         state = state.reshape(*self.shape.moves.shape(own.reads), 1, *mass.shape[-2:])
         return (state * given).reshape(table.shape)
 
-    # ------------------------------------------------------------------ two states
-
-    def _stage_table(self, s: int, at: At) -> Table:
-        """The numbers of a stage."""
-        shape, stage = self.shape, self.shape.moves.stages[s]
-        parts = [c for c in self.couples if c.stage == s]
-        T, labels = shape.T, stage.table
-        weight = self._weight([] if self.apart[s] else parts)
-        full = shape.moves.shape(labels)
-        if not parts:
-            ones = torch.ones(1, 1, *full, dtype=torch.float64, device=self.columns.device)
-            return Table(ones, None, weight)
-        logs = [self._couple_table(c, at, labels) for c in parts]
-        if not any(c.varies for c in parts) and not self.apart[s]:
-            return _few_tables(parts, logs, T, full, weight)
-        total: Tensor | None = None
-        for couple, log in zip(parts, logs, strict=True):
-            if couple.steps is not None:
-                spread = log.new_zeros(T - 1, *log.shape[1:])
-                log = spread.index_copy_(
-                    0, couple.steps, log.expand(len(couple.steps), *log.shape[1:])
-                )
-            total = log if total is None else total + log
-        assert total is not None
-        sequences = self.B if self.apart[s] else -1
-        return Table(total.exp().expand(T - 1, sequences, *full).contiguous(), None, weight)
-
-    def _couple_table(self, couple: _Couple, at: At, labels: Sequence[Label]) -> Tensor:
-        """Log densities of a group, over the labels of its stage.
-
-        Returns:
-            # (moves or 1, B or 1, *labels or 1s)
-        """
-        group, own = self.graph.groups[couple.group], self.shape.couples[couple.group].labels
-        if couple.cells is not None:
-            log_p = couple.cells.table(at.eta)
-            rows, sequences = 1, 1
-        elif group.observed or group.event_dims:
-            log_p = group.log_density(at.arguments[couple.group])
-            rows, sequences = len(group.members), self.B if group.n_plates else 1
-        else:
-            assert group.family is not None
-            log_p = group.family.log_prob(group.value, at.arguments[couple.group])
-            rows = log_p.shape[0]
-            sequences = math.prod(log_p.shape[1 : 1 + group.n_plates])
-            if sequences not in (1, self.B):
-                log_p, sequences = log_p.expand(rows, *group.sizes), self.B
-        table = log_p.to(torch.float64).reshape(rows, sequences, *self.shape.moves.shape(own))
-        present = [label for label in labels if label in own]
-        table = table.permute(0, 1, *(2 + own.index(label) for label in present))
-        sizes = dict(zip(present, table.shape[2:], strict=True))
-        return table.reshape(rows, sequences, *(sizes.get(label, 1) for label in labels))
-
-    def _weight(self, parts: Sequence[_Couple]) -> Tensor | None:
-        """How much each move counts: masked ones do not. # (B or 1, T - 1 or 1)"""
-        weight = None if self.often is None else self.often.unsqueeze(1)
-        for couple in parts[:1]:
-            group = self.graph.groups[couple.group]
-            if group.mask is None:
-                continue
-            mask = mask_of(group).T.to(torch.float64)  # (B or 1, members or 1)
-            if couple.steps is not None and mask.shape[1] > 1:
-                spread = mask.new_zeros(mask.shape[0], self.shape.T - 1)
-                mask = spread.index_copy_(1, couple.steps, mask)
-            weight = mask if weight is None else mask * weight
-        return weight
-
-    def _couple_sums(
-        self, at: At, rows: Sequence[Table], smoothed: Smoothed, sums: dict[Key, Statistics]
-    ) -> list[Tensor]:
-        """Sums of the groups that read two states; the counts of those that are linear."""
-        entries = []
-        for couple in self.couples:
-            group, table = self.graph.groups[couple.group], rows[couple.stage]
-            stage = self.shape.moves.stages[couple.stage]
-            counts = self._counts_of(couple, stage, table, smoothed.counts[couple.stage])
-            if couple.cells is not None:
-                entries.append(couple.cells.counts(counts.sum((0, 1)).reshape(-1)))
-                continue
-            plates = self.of_steps.plates if counts.shape[1] > 1 else (1,) * group.n_plates
-            plates = plates if group.n_plates else ()
-            counts = counts.reshape(len(counts), *plates, *counts.shape[2:])
-            arguments = at.arguments[couple.group]
-            sums[couple.group] = group_sums(group, counts, arguments, couple.fixed, masked=True)
-        return entries
-
-    def _counts_of(self, couple: _Couple, stage: Stage, table: Table, counts: Tensor) -> Tensor:
-        """Expected counts of what a group reads. # (members or 1, B or 1, *its labels)"""
-        own = self.shape.couples[couple.group].labels
-        if table.which is None and len(table.rows) > 1:
-            counts = counts if couple.steps is None else counts[couple.steps]
-        elif table.which is not None and couple.steps is not None:
-            used = torch.unique(table.which[couple.steps])
-            counts = counts[used].sum(0, keepdim=True)
-        group = self.graph.groups[couple.group]
-        if self.apart[couple.stage] and group.mask is not None:
-            mask = mask_of(group).to(counts)
-            counts = counts * mask.reshape(*mask.shape, *(1,) * (counts.dim() - 2))
-        if not couple.varies:
-            counts = counts.sum((0, 1), keepdim=True)
-        elif group.n_plates == 0:
-            counts = counts.sum(1, keepdim=True)
-        axes = [2 + d for d, label in enumerate(stage.table) if label not in own]
-        counts = counts.sum(axes) if axes else counts
-        present = [label for label in stage.table if label in own]
-        return counts.permute(0, 1, *(2 + present.index(label) for label in own))
-
-
-def _few_tables(
-    parts: Sequence[_Couple],
-    logs: Sequence[Tensor],
-    T: int,
-    full: tuple[int, ...],
-    weight: Tensor | None,
-) -> Table:
-    """The table of groups each of which has one table for all the moves that it is in."""
-    if all(c.steps is None for c in parts):
-        total = torch.stack(torch.broadcast_tensors(*logs)).sum(0) if len(logs) > 1 else logs[0]
-        return Table(total.exp().expand(1, 1, *full).contiguous(), None, weight)
-    there = torch.ones(len(parts), T - 1, dtype=torch.bool, device=logs[0].device)
-    for own, couple in zip(there, parts, strict=True):
-        if couple.steps is not None:
-            own.fill_(False)
-            own[couple.steps] = True
-    kinds, which = torch.unique(there, dim=1, return_inverse=True)
-    rows = []
-    for kind in kinds.T.tolist():
-        total = logs[0].new_zeros(1, 1, *full)
-        for log, counts in zip(logs, kind, strict=True):
-            total = total + log if counts else total
-        rows.append(total)
-    return Table(torch.cat(rows).exp(), which, weight)
-
 
 def _marginal(table: Tensor, labels: Sequence[Label], wanted: Sequence[Label]) -> Tensor:
     """Masses of some labels, as one dimension in their order. # (K, T, B)"""
@@ -464,18 +287,3 @@ def _marginal(table: Tensor, labels: Sequence[Label], wanted: Sequence[Label]) -
     n = len(kept)
     table = table.permute(*(kept.index(label) for label in wanted), n, n + 1)
     return table.reshape(-1, *table.shape[-2:])
-
-
-def _varies(group: Group) -> bool:
-    """Whether a table changes from step to step or from sequence to sequence."""
-    tensors = [group.value, *group.arguments.values()]
-    return any(n != 1 for t in tensors for n in t.shape[: 1 + group.n_plates])
-
-
-def _count_apart(groups: Sequence[Group]) -> bool:
-    """Whether groups are masked at different moves."""
-    masks = [group.mask for group in groups]
-    first = masks[0] if masks else None
-    if first is None:
-        return any(mask is not None for mask in masks)
-    return any(mask is None or not torch.equal(mask, first) for mask in masks)
