@@ -24,6 +24,7 @@ from pyro_em.plan.program import Program
 from pyro_em.posteriors.data_steps import ObservedSite, observed_sites
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.predicted_sites import Draws, OtherSite, PredictedSite, predicted_site
 from pyro_em.posteriors.sampling import AT_ONCE, codes_of
@@ -116,7 +117,7 @@ def forecast(
         return _summary(names, {}, {}, every, level)
     evaluation = found.evaluate()
     posterior = found.posterior(evaluation)
-    faces = GaussianFaces(posterior.graph, posterior.solved, posterior.cells)
+    faces = GaussianFaces(posterior.graph, gaussians_in(posterior.solved), posterior.cells)
     known: dict[str, PredictedSite] = {}
     sites: dict[str, ObservedSite] = {}
     enumerated = _enumerated(posterior)
@@ -125,7 +126,8 @@ def forecast(
             arguments = evaluation.arguments[site.group]
             if site.number is not None:
                 block = posterior.graph.groups[site.group].nested
-                assert isinstance(block, GaussianBlock)
+                if not isinstance(block, GaussianBlock):
+                    continue  # draws answer
                 arguments = block.of_site(site.number, arguments)
             found_site = predicted_site(faces, site, arguments)
             if found_site is not None:
@@ -188,12 +190,13 @@ def _discrete_draws(q: Posterior, n: int) -> tuple[dict[str, Tensor], dict[str, 
 
 def _portions(q: Posterior, n: int, codes: Mapping[str, Tensor]) -> Iterator[Draws]:
     """Draws of all latents, as many at once as memory should hold."""
-    size = max((s.cells * s.layout.vector_size for s in q.solved.values()), default=1)
+    solved = gaussians_in(q.solved)
+    size = max((s.cells * s.layout.vector_size for s in solved.values()), default=1)
     portion = max(1, AT_ONCE // max(size, 1))
     for begin in range(0, n, portion):
         end = min(begin + portion, n)
         own = {z: c[begin:end] for z, c in codes.items()}
-        yield Draws(end - begin, own, {g: s.sample(end - begin) for g, s in q.solved.items()})
+        yield Draws(end - begin, own, {g: s.sample(end - begin) for g, s in solved.items()})
 
 
 def _laid_out(graph: FactorGraph, site: ObservedSite, rows: Tensor) -> Tensor:

@@ -23,9 +23,11 @@ from pyro_em.plan.given_q import given_solutions
 from pyro_em.plan.program import Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
+from pyro_em.posteriors.conjugate import ConjugateSolution
 from pyro_em.posteriors.gaussian_product import drawn_from_prior
+from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.integrated import Integrated, Solution
-from pyro_em.posteriors.names import gaussian_names
+from pyro_em.posteriors.names import integrated_names
 from pyro_em.posteriors.vectors import Rows, rows_of
 
 # Shares of every row that all clusters get: none; against exact zeros of the model that clusters
@@ -106,7 +108,7 @@ class Beginning:
             self._cluster(init)
             return
         if isinstance(init, str) and init in ("random", "random hard"):
-            if not program.graph.latents and not evaluation.solved:
+            if not program.graph.latents and not gaussians_in(evaluation.solved):
                 return
             counts = random_counts(
                 evaluation.graph,
@@ -117,7 +119,7 @@ class Beginning:
             )
             evaluation = _with_prior_draws(evaluation, self.generator)
         elif isinstance(init, Mapping):
-            names = gaussian_names(evaluation.graph)
+            names = integrated_names(evaluation.graph)
             rest = {n: v for n, v in init.items() if n not in names}
             counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, rest)
             evaluation = _with_values(evaluation, {n: init[n] for n in names if n in init})
@@ -179,8 +181,8 @@ class Beginning:
 
 def _with_prior_draws(evaluation: Evaluation, generator: torch.Generator) -> Evaluation:
     """The factors with Gaussian latents at draws from their prior."""
-    drawn: dict[int, Integrated] = {}
-    for g, solution in evaluation.solved.items():
+    drawn: dict[int, Integrated | ConjugateSolution] = dict(evaluation.solved)
+    for g, solution in gaussians_in(evaluation.solved).items():
         assert isinstance(solution, Solution)
         drawn[g] = drawn_from_prior(solution, generator)
     return replace(evaluation, solved=drawn)

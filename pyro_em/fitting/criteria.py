@@ -25,7 +25,6 @@ from pyro_em.graph.latent_series import plates_of
 from pyro_em.graph.stretches import Members
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
-from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.update import Fixed
@@ -76,9 +75,9 @@ def num_rows(program: Program) -> float:
 
 
 def _sites(program: Program) -> Iterator[tuple[int, Group]]:
-    """All groups with their numbers, the sites of a Gaussian block one by one."""
+    """All groups with their numbers, the sites of a block one by one."""
     for g, group in enumerate(program.graph.groups):
-        if isinstance(group.nested, GaussianBlock):
+        if group.nested is not None:
             yield from ((g, site) for site in group.nested.groups)
         else:
             yield g, group

@@ -80,7 +80,7 @@ def breaks_of(
         return
     names = {id(leaf): name for name, leaf in leaves.items()}
     reach: dict[Node, frozenset[str]] = {}
-    for node in _parents_first(tensor.grad_fn):
+    for node in parents_first(tensor.grad_fn):
         variable = getattr(node, "variable", None)
         if variable is not None:
             name = names.get(id(variable))
@@ -97,7 +97,7 @@ def breaks_of(
 
 def _break(node: Node, sides: list[frozenset[str]], noun: str) -> Break | None:
     """Why one operation is not linear in the leaves that reach it; None where it is."""
-    name, every = _operation(node), frozenset().union(*sides)
+    name, every = operation_of(node), frozenset().union(*sides)
     if _SUMS.fullmatch(name):
         return None
     if name == "Div" and not any(sides[1:]):
@@ -119,11 +119,12 @@ def _break(node: Node, sides: list[frozenset[str]], noun: str) -> Break | None:
     return Break(f"it is not linear in {shown} ({how})", every)
 
 
-def _operation(node: Node) -> str:
+def operation_of(node: Node) -> str:
+    """A node's operation, as autograd names it."""
     return node.name().split("::")[-1].split("Backward")[0]
 
 
-def _parents_first(top: Node) -> Iterator[Node]:
+def parents_first(top: Node) -> Iterator[Node]:
     """All nodes below one, each after those that it reads."""
     done: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(top, False)]
@@ -153,8 +154,10 @@ class Breaks(TorchFunctionMode):
         self._alive: list[Tensor] = list(leaves.values())  # so that no identity is used again
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = [self._of[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._of]
         name = getattr(func, "__name__", str(func))
+        # Of what gives its dtype alone no number is read.
+        given = args[:1] if name == "type_as" else (args, kwargs)
+        read = [self._of[id(t)] for t in _tensors(given) if id(t) in self._of]
         if read and _NUMBERS.fullmatch(name):
             self._note(frozenset().union(*read), name)
             args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)

@@ -16,6 +16,8 @@ from pyro_em.errors import (
     message,
     raise_findings,
 )
+from pyro_em.families.conjugate_pairs import PriorKernel
+from pyro_em.graph.conjugate_reads import NotConjugate
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.folded import Folded
@@ -25,6 +27,7 @@ from pyro_em.graph.read_lines import parts_at, read_lines
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import unregistered_notes
+from pyro_em.plan.conjugates import Conjugates, at_units, conjugate_routes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
 from pyro_em.plan.gaussians import explained, gaussian_routes, with_values
 from pyro_em.plan.hyperparameters import unbounded_joints
@@ -41,7 +44,7 @@ from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.tracing.dependences import Dependences, names_of
 from pyro_em.tracing.garbage import fewer_collections
-from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.given import GivenConjugates, GivenGaussians
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import versions_of
@@ -75,9 +78,9 @@ def build_program(
     structure = _examined(task, first_look, refused or {}, stepwise)
     if isinstance(structure, Unrouted):
         if structure.structure.series is None:
-            return _with_gaussians(task, structure)
+            return _with_continuous(task, structure)
         try:
-            found = _with_gaussians(task, structure)
+            found = _with_continuous(task, structure)
         except NotVectorized as error:
             # However indices are read, their latents follow each other in the same way.
             refused = dict.fromkeys((ALIGNED, EVENTS, PLAIN), trouble(error))
@@ -118,6 +121,74 @@ def _without_sites(structure: Structure) -> Structure:
     return replace(structure, looked=None, unobserved={})
 
 
+def _with_continuous(task: Task, unrouted: Unrouted) -> Program | Unrouted:
+    """A program whose continuous latents are integrated; what stands in the way of one."""
+    try:
+        found = at_units(task.model, unrouted.structure)
+    except NotConjugate as error:  # what is in its way is no matter of its children
+        return explained(unrouted, error.finding, linear=True)
+    if found is None or unrouted.structure.random_plates:
+        return _with_gaussians(task, unrouted)
+    try:
+        program = _conjugating(task, *found, unrouted.structure)
+    except NotConjugate as error:
+        return explained(unrouted, error.finding)
+    except NotSeparate as error:
+        return explained(unrouted, error.finding, linear=True)
+    if program is None:
+        return unrouted
+    return program if task.look_only else verified(program)
+
+
+def _conjugating(
+    task: Task, model: GivenConjugates, kernels: Mapping[str, PriorKernel], bare: Structure
+) -> Program | None:
+    """A program that integrates conjugate latents; None where others have no route.
+
+    Args:
+        task: The user's model, and what is wanted of it.
+        model: The same with these latents at their units.
+        kernels: The kernel of each one's prior.
+        bare: The skeleton of the user's model.
+
+    Raises:
+        NotConjugate: If a latent has a child that is not conjugate to it.
+        NotSeparate: If discrete latents connect elements of a latent.
+    """
+    _refuse_sums(task, next(iter(model.values)), "conjugate")
+    given = replace(task, model=model)
+    structure = _examined(given, False, {}, stepwise=True)
+    if isinstance(structure, Unrouted):
+        return None
+    found = Conjugates.of(model, kernels, task.args, task.kwargs, structure)
+    looked = _folded(structure.looked)
+    notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
+    structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
+    log = task.log(names_of(task.model, task.args, task.kwargs))
+    graph = found.integrated(traced(given, structure, log, looked), task.max_enumeration)
+    bare = _without_sites(bare)
+    return replace(
+        decided(given, structure, graph, log),
+        conjugates=found,
+        bare=bare,
+        routes=LaterTuple(lambda: conjugate_routes(bare, structure, found)),
+        rebuild=partial(build_program, task, first_look=False),
+    )
+
+
+def _refuse_sums(task: Task, latent: str, kind: str) -> None:
+    """Refuse an E-step of sums where a latent is integrated."""
+    if task.strategy is not None:
+        raise UsageError(
+            message(
+                f"strategy={task.strategy!r}",
+                f"'{latent}' is a {kind} latent, and this E-step is one of sums.",
+                "it works on the cells of discrete latents",
+                ["use strategy='exact'", "give a guide for the continuous latents"],
+            )
+        )
+
+
 def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     """A program whose Gaussian latents are integrated; what stands in the way of one."""
     try:
@@ -147,15 +218,7 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
         NotLinear: If a latent has a child that is not linear in it and Gaussian.
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
     """
-    if task.strategy is not None:
-        raise UsageError(
-            message(
-                f"strategy={task.strategy!r}",
-                f"'{next(iter(model.values))}' is a Gaussian latent, and this E-step is one of sums.",
-                "it works on the cells of discrete latents",
-                ["use strategy='exact'", "give a guide for the continuous latents"],
-            )
-        )
+    _refuse_sums(task, next(iter(model.values)), "Gaussian")
     given = replace(task, model=model)
     structure = _examined(given, False, {}, bare=bare)
     if isinstance(structure, Unrouted):

@@ -13,11 +13,13 @@ from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.plan.evaluation import Evaluation
+from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.conjugate_given import conjugate_given
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
-from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.gaussian_steps import Solved, conjugates_in, gaussians_in
 from pyro_em.posteriors.integrated import Integrated, Solution
-from pyro_em.posteriors.names import gaussian_names
+from pyro_em.posteriors.names import integrated_names
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.product import product_posterior
 from pyro_em.posteriors.regrouped import regrouped
@@ -57,9 +59,15 @@ def given_solutions(evaluation: Evaluation, given: Mapping[str, Any], where: str
     Raises:
         UsageError: If some of a component are given only, or a distribution does not fit.
     """
-    out: dict[int, Integrated] = dict(evaluation.solved)
-    faces = GaussianFaces(evaluation.graph, evaluation.solved, ())
-    for g, solution in evaluation.solved.items():
+    out: dict[int, Integrated | ConjugateSolution] = dict(evaluation.solved)
+    for g, known in conjugates_in(evaluation.solved).items():
+        block = evaluation.graph.groups[g].nested
+        assert isinstance(block, ConjugateBlock)
+        if block.latent in given:
+            out[g] = conjugate_given(block, known, given[block.latent], where)
+    gaussian = gaussians_in(evaluation.solved)
+    faces = GaussianFaces(evaluation.graph, gaussian, ())
+    for g, solution in gaussian.items():
         names = {n: i for n, (at, i) in faces.places.items() if at == g}
         missing = [n for n in names if n not in given]
         if len(missing) == len(names):
@@ -95,7 +103,7 @@ def as_posterior(q: Posterior | Mapping[str, Any], evaluation: Evaluation) -> Po
         UsageError: If it does not fit the model or its data.
     """
     if not isinstance(q, Posterior):
-        gaussian = {n: q[n] for n in gaussian_names(evaluation.graph) if n in q}
+        gaussian = {n: q[n] for n in integrated_names(evaluation.graph) if n in q}
         rest = {n: p for n, p in q.items() if n not in gaussian}
         product = product_posterior(evaluation.graph, rest, evaluation.tables)
         return replace(product, solved=given_solutions(evaluation, gaussian))

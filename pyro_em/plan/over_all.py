@@ -22,7 +22,7 @@ from pyro_em.posteriors.collapsed import form_of_rows, own_vectors
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.checkpoint import checksum
-from pyro_em.tracing.sites import Role
+from pyro_em.tracing.sites import INTEGRATED, Role
 from pyro_em.updates.scatter import data_magnitude, used_events
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
 
@@ -283,7 +283,7 @@ def _obstacle(lead: Program) -> Finding | None:
     latents = {name: latent.plates for name, latent in graph.latents.items()}
     for group in graph.groups:
         for site in group.nested.groups if group.nested is not None else ():
-            if site.role is Role.GAUSSIAN:
+            if site.role in INTEGRATED:
                 latents |= dict(zip(site.members, site.dims, strict=True))
     for name, plates in latents.items():
         if plate not in plates:

@@ -25,7 +25,6 @@ from pyro_em.graph.structure import Structure
 from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.exact import log_evidence_of
-from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.tracing.sites import Role
@@ -262,6 +261,6 @@ def is_outside(group: Group, plate: str) -> bool:
         group: The group.
         plate: The name of the plate.
     """
-    if isinstance(group.nested, GaussianBlock):
+    if group.nested is not None:
         return any(is_outside(site, plate) for site in group.nested.groups)
     return any(plate not in dims for dims in group.dims)

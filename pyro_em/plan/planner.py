@@ -426,7 +426,11 @@ class Planner(StaysHere):
         program = build_program(task, first_look=first)
         if self.known.components is None:
             task, program = self._with_components(task, program)
-        if isinstance(program, Program) and (self.request.guide is None or not program.lines):
+        if (
+            isinstance(program, Program)
+            and program.conjugates is None
+            and (self.request.guide is None or not program.lines)
+        ):
             self.readings.keep(task, program)
         return program
 

@@ -28,6 +28,7 @@ from pyro_em.graph.read_lines import differing_lines, parts_at
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
+from pyro_em.plan.conjugates import Conjugates
 from pyro_em.plan.eligibility import (
     CONTRACTION,
     Kernel,
@@ -68,7 +69,7 @@ from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
-from pyro_em.updates.update import Gradient, ParameterUpdate
+from pyro_em.updates.update import Gradient, ParameterUpdate, at_other_rows
 
 
 def later_kernel(
@@ -102,7 +103,8 @@ class Program(StaysHere):
         operations: What the run did from which the graph is.
         rebuild: Reads the model anew.
         lines: What the means of sites read of Gaussian latents, which are at zero in ``model``.
-        bare: The skeleton of the user's model, where Gaussian latents are integrated.
+        bare: The skeleton of the user's model, where continuous latents are integrated.
+        conjugates: Latents that are integrated by their conjugate pairs, at their units in ``model``.
     """
 
     model: Model
@@ -125,12 +127,13 @@ class Program(StaysHere):
     rebuild: Callable[[], Program | Unrouted] | None = None
     lines: Mapping[str, Line] = field(default_factory=dict)
     bare: Structure | None = None
+    conjugates: Conjugates | None = None
 
     @property
     def kernel(self) -> Kernel:
         """What iterates the program, and why nothing quicker does."""
         finding = self._off_the_sums()
-        if finding is not None and self.lines:
+        if finding is not None and (self.lines or self.conjugates):
             return gaussian_kernel(self.graph, finding.what)
         if finding is not None:
             again = "" if self.compiled else ", the model is run again at each"
@@ -177,6 +180,7 @@ class Program(StaysHere):
             dependences=fresh.dependences,
             lines=fresh.lines,
             bare=fresh.bare,
+            conjugates=fresh.conjugates,
         )
 
     def noting(self, *notes: str) -> Program:
@@ -328,7 +332,9 @@ class Program(StaysHere):
             return DataSums(graph, self.updates, counts, arguments, densities, values)
         own, weights, arguments = in_m_step(graph, counts, arguments, evaluation.solved)
         expected = self.expected_on(own, densities)
-        return DataSums(own, self.updates, weights, arguments, expected, values)
+        # A latent at its mean is a factor, of which the updates were told that there is one.
+        updates = at_other_rows(self.updates, own) if self.conjugates else self.updates
+        return DataSums(own, updates, weights, arguments, expected, values)
 
     def expected_on(self, graph: FactorGraph, densities: Evaluate) -> Evaluate:
         """Log densities of groups at parameter values, expected ones where something is believed.
@@ -339,7 +345,8 @@ class Program(StaysHere):
         """
 
         def expected(values: Mapping[str, Tensor], groups: Sequence[int]) -> Mapping[int, Tensor]:
-            return expected_densities(graph, values, groups, densities, self._trace)
+            own = len(self.graph.groups)
+            return expected_densities(graph, values, groups, densities, self._trace, own)
 
         return expected
 
@@ -373,7 +380,10 @@ class Program(StaysHere):
         with_bindings: bool = True,
         only: Collection[str] | None = None,
     ) -> FactorGraph:
-        graph = self._traced(values, random_seed, with_bindings, only=None if self.lines else only)
+        whole = self.lines or self.conjugates
+        graph = self._traced(values, random_seed, with_bindings, only=None if whole else only)
+        if self.conjugates is not None:
+            graph = self.conjugates.integrated(graph)
         if not self.lines:
             return graph
         assert isinstance(self.model, GivenGaussians)
@@ -424,6 +434,8 @@ class Program(StaysHere):
             once = values is None
             found = differing_lines(self.lines, *run, predicted_at, values, once=once)
             off += [(s, "loc") for s in found]
+        if self.conjugates is not None and values is not None:
+            off += self.conjugates.differing(self.args, self.kwargs, self.structure, values)
         return Disagreement(tuple(off))
 
     def plan(self) -> Plan:

@@ -345,8 +345,9 @@ class Route:
     Attributes:
         site: The site's name.
         distribution: Its distribution.
-        route: ``"enumerate"``, ``"Gaussian"``, ``"integrates to one"``, ``"point estimate"``,
-            ``"guide"``, or ``"none"`` where there is none; everything but a plan then raises.
+        route: ``"enumerate"``, ``"Gaussian"``, ``"conjugate"``, ``"integrates to one"``,
+            ``"point estimate"``, ``"guide"``, or ``"none"`` where there is none; everything but a
+            plan then raises.
         size: Number of values summed over, or None.
         plates: Its plates.
         reason: Why, in words.

@@ -21,6 +21,7 @@ from pyro_em.plan.task import Task
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
+from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.dependences import Dependences, Reading, changed_since
@@ -95,7 +96,7 @@ class _Unobserved(StaysHere):
                     q = self._with_values(bare, sites).posterior()
                 except (NotLinear, NotSeparate) as error:
                     raise UsageError(_unknown(error.finding, sites)) from error
-        return GaussianFaces(q.graph, q.solved, q.cells)
+        return GaussianFaces(q.graph, gaussians_in(q.solved), q.cells)
 
     def _with_values(self, bare: Structure, sites: Collection[str]) -> Program:
         program, model = self.program, without_values(self.program.model)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.globs import stacked_answers
-from pyro_em.graph.factors import FactorGraph, Group, Latent
+from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.graph.latent_series import kinds_of
 from pyro_em.posteriors.crossed import across_plates, are_connected
 from pyro_em.posteriors.enumeration import (
@@ -68,9 +68,9 @@ class DiscreteFaces:
         if own_name(self.graph, site) != site:
             return with_observed(self.graph, site, self.probs(own_name(self.graph, site)))
         latent = latent_of(self.graph, site)
-        group, i = self.graph.group_of(site)
-        cells = self._cells(group)[i]
-        dims = group.dims[i]
+        (place,) = places_of(self.graph, [latent])
+        cells = self.cells[place.group][place.member]
+        dims = self.graph.groups[place.group].dims[place.member]
         keep = [d for d in dims if d in latent.plates] + [site]
         table = marginal(cells, dims, keep)
         return self._shaped(table / table.sum(-1, keepdim=True), latent)
@@ -209,9 +209,6 @@ class DiscreteFaces:
             return self._normalised(stack_of(self.cells, parts), 2)
         each = {", ".join(pair): pair for pair in pairs}
         return stacked_answers("joint", list(each), lambda words: self.joint(*each[words]))
-
-    def _cells(self, group: Group) -> Tensor:
-        return self.cells[self.graph.groups.index(group)]
 
     def _product(self, first: Latent, second: Latent, plates: list[str]) -> Tensor:
         a, b = (self._over(latent.name, latent, plates) for latent in (first, second))

@@ -188,8 +188,8 @@ class GaussianBlock:
     def element_of_row(self, i: int) -> Tensor:
         """For each row of a site the element of the table's plates to which it belongs. # (rows,)"""
         group = self.groups[i]
-        if _is_within(group, self.plates):
-            return _elements(group, self.plates)
+        if is_within(group, self.plates):
+            return elements_in(group, self.plates)
         return self._element_of_block[self.layout.block_of_row[i]]
 
     def log_evidence(self, arguments: Arguments) -> Tensor:
@@ -258,7 +258,7 @@ def counts_once(group: Group) -> bool:
     return group.mask is None and group.elements is None and group.is_unscaled
 
 
-def _elements(group: Group, plates: Sequence[str]) -> Tensor:
+def elements_in(group: Group, plates: Sequence[str]) -> Tensor:
     """For each row of a site its element of some plates, as a flat number. # (rows,)"""
     names, sizes = group.dims[0][: group.n_plates], group.sizes[: group.n_plates]
     out = torch.zeros((1,) * len(sizes), dtype=torch.long)
@@ -269,7 +269,8 @@ def _elements(group: Group, plates: Sequence[str]) -> Tensor:
     return out.expand((len(group.members), *sizes)).reshape(-1)
 
 
-def _is_within(group: Group, plates: Sequence[str]) -> bool:
+def is_within(group: Group, plates: Sequence[str]) -> bool:
+    """Whether a site is in all of some plates."""
     return set(plates) <= set(group.dims[0][: group.n_plates])
 
 
@@ -284,8 +285,8 @@ def elements_of_blocks(block: GaussianBlock, plates: Sequence[str]) -> tuple[Ten
     high = torch.full((layout.blocks,), -1, device=device)
     for i, group in enumerate(block.groups):
         at = layout.block_of_row[i].to(device)
-        if _is_within(group, plates):
-            index, reading = _elements(group, plates).to(device), at >= 0
+        if is_within(group, plates):
+            index, reading = elements_in(group, plates).to(device), at >= 0
             low = low.scatter_reduce(0, at[reading], index[reading], "amin")
             high = high.scatter_reduce(0, at[reading], index[reading], "amax")
         elif bool((at < 0).any()):

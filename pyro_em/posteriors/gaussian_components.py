@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, Nested
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks, piece
 from pyro_em.posteriors.gaussian_sites import dense_block, taken
@@ -76,7 +77,7 @@ def integrated(
             rest.append(group)
         elif members:
             rest.append(taken(group, members))
-    return replace(graph, groups=(*rest, *map(_group, blocks)))
+    return replace(graph, groups=(*rest, *map(group_of_block, blocks)))
 
 
 def components_of_lines(
@@ -193,7 +194,31 @@ def _too_dear(block: GaussianBlock, limit: int) -> Finding:
     )
 
 
-def _group(block: GaussianBlock) -> Group:
+class Tabled(Nested, Protocol):
+    """A block with a table of log evidence over plates and discrete latents."""
+
+    @property
+    def plates(self) -> tuple[str, ...]:
+        """Plates of the table."""
+        ...
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Their sizes."""
+        ...
+
+    @property
+    def scope(self) -> tuple[str, ...]:
+        """Discrete latents of the table."""
+        ...
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """How many values each has."""
+        ...
+
+
+def group_of_block(block: Tabled) -> Group:
     """The group that stands for a block: its density is the evidence."""
     first = next((g for g in block.groups if g.role is Role.DATA), block.groups[0])
     names = [g.members[0] for g in block.groups]

@@ -20,7 +20,6 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_site import GaussianSite
 from pyro_em.posteriors.gaussian_sites import taken
-from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.names import gaussian_names, names_of, observed_steps
 from pyro_em.posteriors.refusals import discrete
@@ -41,7 +40,7 @@ class GaussianFaces:
     """
 
     graph: FactorGraph
-    solved: Solved
+    solved: Mapping[int, Integrated]
     cells: Sequence[Tensor]
     others: tuple[str, ...] = ()
 
@@ -203,27 +202,6 @@ class GaussianFaces:
             shape = [s if p in own else 1 for p, s in zip(block.plates, block.sizes, strict=True)]
             place = place * states + codes[z].reshape(n, *shape)
         return place.reshape(n, -1)[:, block.element_of_row(i).to(device)]
-
-
-def regrouped_solutions(
-    graph: FactorGraph, solved: Solved, other: FactorGraph
-) -> dict[int, Integrated] | None:
-    """The solutions of a graph by the numbers of the groups of another; None where these differ.
-
-    Args:
-        graph: That of the solutions.
-        solved: By its groups.
-        other: One of the same model.
-    """
-    by_latents = {tuple(_block(graph, g).latents): s for g, s in solved.items()}
-    out = {}
-    for g, group in enumerate(other.groups):
-        if group.nested is not None:
-            solution = by_latents.pop(tuple(_block(other, g).latents), None)
-            if solution is None:
-                return None
-            out[g] = solution
-    return None if by_latents else out
 
 
 def _block(graph: FactorGraph, g: int) -> GaussianBlock:

@@ -18,7 +18,7 @@ from pyro_em.arguments import shown
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.integrated import Blocks, Integrated, Solution
+from pyro_em.posteriors.integrated import Blocks, Solution
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments
 
@@ -53,7 +53,7 @@ class GaussianProduct:
         """(C, b), of which the mean of a site is made. # (cells|1, rows|1, D, Q + 1)"""
         return self.at.coefficients(site)
 
-    def is_of(self, other: Integrated) -> bool:
+    def is_of(self, other: object) -> bool:
         """Whether it is the posterior that another one is."""
         return self is other
 

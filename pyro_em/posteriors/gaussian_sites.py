@@ -81,41 +81,60 @@ def site_over(
         values: Constrained parameters by name.
         read: Parts that no binding gives.
     """
-    n = group.n_plates
-    own = group.dims[0][n:]
-
-    def widened(t: Tensor) -> Tensor:
-        if own == scope:
-            return t
-        there = dict(zip(own, t.shape[1 + n :], strict=False))
-        return t.reshape(
-            *t.shape[: 1 + n], *(there.get(z, 1) for z in scope), *t.shape[1 + n + len(own) :]
-        )
-
-    bindings = {**group.bindings, **parts}
-    if own != scope:
-        bindings = {a: with_tensors(b, widened) for a, b in bindings.items()}
+    n, own = group.n_plates, group.dims[0][group.n_plates :]
     dtype = group.arguments["loc"].dtype
+    bound = over_scope(replace(group, bindings={**group.bindings, **parts}), scope, states)
     with torch.no_grad():
-        held = {a: bindings[a].evaluate(values) for a in parts if bindings[a].is_static}
-    held = {a: (held[a] if a in held else widened(read[a])).to(dtype) for a in parts}
+        held = {a: bound.bindings[a].evaluate(values) for a in parts if bound.bindings[a].is_static}
+    known = {a: t if own == scope else widened(t, own, scope, n) for a, t in read.items()}
+    held = {a: (held[a] if a in held else known[a]).to(dtype) for a in parts}
+    return replace(bound, arguments={**bound.arguments, **held}, lines=tuple(parts), reads=reads)
+
+
+def widened(t: Tensor, own: tuple[str, ...], scope: tuple[str, ...], plates: int) -> Tensor:
+    """A tensor over plates and some discrete latents, over a wider scope.
+
+    Args:
+        t: # (members, *plates, *own, ...)
+        own: Its discrete latents.
+        scope: The wider scope.
+        plates: How many plates there are.
+    """
+    there = dict(zip(own, t.shape[1 + plates :], strict=False))
+    sizes = (there.get(z, 1) for z in scope)
+    return t.reshape(*t.shape[: 1 + plates], *sizes, *t.shape[1 + plates + len(own) :])
+
+
+def over_scope(group: Group, scope: tuple[str, ...], states: tuple[int, ...]) -> Group:
+    """A group over its plates and a whole scope, of which it may not read all.
+
+    Args:
+        group: As traced.
+        scope: Discrete latents.
+        states: How many values each has.
+    """
+    n, own = group.n_plates, group.dims[0][group.n_plates :]
+
+    def wide(t: Tensor) -> Tensor:
+        return t if own == scope else widened(t, own, scope, n)
+
+    bindings = dict(group.bindings)
+    if own != scope:
+        bindings = {a: with_tensors(b, wide) for a, b in bindings.items()}
     return replace(
         group,
         dims=_over(group.dims, n, scope),
         sizes=(*group.sizes[:n], *states),
-        arguments={**{a: widened(t) for a, t in group.arguments.items()}, **held},
+        arguments={a: wide(t) for a, t in group.arguments.items()},
         bindings=bindings,
-        value=widened(group.value),
-        mask=None if group.mask is None else widened(group.mask),
+        value=wide(group.value),
+        mask=None if group.mask is None else wide(group.mask),
         scale=group.scale
         if not any(isinstance(x, Tensor) for x in group.scales)
         else tuple(
-            widened(x.unsqueeze(0))[0] if isinstance(x, Tensor) and x.dim() else x
-            for x in group.scale
+            wide(x.unsqueeze(0))[0] if isinstance(x, Tensor) and x.dim() else x for x in group.scale
         ),
-        elements=None if group.elements is None else widened(group.elements),
-        lines=tuple(parts),
-        reads=reads,
+        elements=None if group.elements is None else wide(group.elements),
     )
 
 

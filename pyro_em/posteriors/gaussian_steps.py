@@ -12,14 +12,27 @@ from dataclasses import replace
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
 from pyro_em.posteriors.integrated import Integrated
 
 # The posterior of the latents that each group of some number integrates.
-Solved = Mapping[int, Integrated]
+Solved = Mapping[int, Integrated | ConjugateSolution]
+
+BLOCKS = (GaussianBlock, ConjugateBlock)
 
 
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
+
+
+def gaussians_in(solved: Solved) -> dict[int, Integrated]:
+    """The posteriors of Gaussian latents among all that groups integrate."""
+    return {g: s for g, s in solved.items() if not isinstance(s, ConjugateSolution)}
+
+
+def conjugates_in(solved: Solved) -> dict[int, ConjugateSolution]:
+    """The posteriors of conjugate latents among all that groups integrate."""
+    return {g: s for g, s in solved.items() if isinstance(s, ConjugateSolution)}
 
 
 def for_updates(graph: FactorGraph) -> FactorGraph:
@@ -59,8 +72,13 @@ def in_m_step(
     all_counts, all_arguments = list(counts), [dict(a) for a in arguments]
     for g, solution in solved.items():
         block = graph.groups[g].nested
-        assert isinstance(block, GaussianBlock)
-        for site, weights in block.believed(solution, arguments[g], counts[g], complete):
+        if isinstance(block, ConjugateBlock):
+            assert isinstance(solution, ConjugateSolution)
+            sites = block.believed(solution, arguments[g], counts[g], complete)
+        else:
+            assert isinstance(block, GaussianBlock) and not isinstance(solution, ConjugateSolution)
+            sites = block.believed(solution, arguments[g], counts[g], complete)
+        for site, weights in sites:
             groups.append(site)
             all_counts.append(weights)
             all_arguments.append(dict(site.arguments))
@@ -71,7 +89,7 @@ def at_zero(graph: FactorGraph) -> FactorGraph:
     """The graph as a run with all Gaussian latents at zero shows it."""
     groups: list[Group] = []
     for group in graph.groups:
-        groups += group.nested.traced if isinstance(group.nested, GaussianBlock) else (group,)
+        groups += group.nested.traced if isinstance(group.nested, BLOCKS) else (group,)
     return replace(graph, groups=tuple(groups))
 
 
@@ -85,11 +103,17 @@ def tables_of(
         arguments: Per group.
         values: Per group.
     """
-    tables, solved = [], {}
+    tables: list[Tensor] = []
+    solved: dict[int, Integrated | ConjugateSolution] = {}
     for g, (group, own, value) in enumerate(zip(graph.groups, arguments, values, strict=True)):
         if isinstance(group.nested, GaussianBlock):
-            solved[g] = group.nested.solve(own)
-            tables.append(group.nested.table(solved[g]))
+            found = group.nested.solve(own)
+            solved[g] = found
+            tables.append(group.nested.table(found))
+        elif isinstance(group.nested, ConjugateBlock):
+            known = group.nested.solve(own)
+            solved[g] = known
+            tables.append(group.nested.table(known))
         else:
             tables.append(group.log_density(own, value))
     return tables, solved
@@ -101,22 +125,24 @@ def expected_densities(
     groups: Sequence[int],
     densities: Densities,
     trace: Callable[..., FactorGraph],
+    own: int,
 ) -> dict[int, Tensor]:
-    """Log densities of groups at parameter values, expected ones where there is a belief.
+    """Log densities of groups at parameter values, expected ones of the sites of blocks.
 
     Args:
         graph: That of an M-step.
         values: Constrained values by name.
         groups: Their numbers.
-        densities: Gives those of groups without a belief.
+        densities: Gives those of groups of the E-step's graph.
         trace: Runs the model at given values, for arguments that no binding gives.
+        own: How many groups the E-step's graph has; those of blocks' sites follow.
     """
-    ordinary = [g for g in groups if graph.groups[g].belief is None]
+    ordinary = [g for g in groups if g < own and graph.groups[g].belief is None]
     out = dict(densities(values, ordinary)) if ordinary else {}
     fresh: FactorGraph | None = None
     for g in groups:
         site = graph.groups[g]
-        if site.belief is None:
+        if g in ordinary:
             continue
         arguments = site.evaluate_arguments(values)
         if not all(b.is_static for b in site.bindings.values()):

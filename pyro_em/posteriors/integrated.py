@@ -93,7 +93,7 @@ class Integrated(Protocol):
         """In nats. # (cells, blocks)"""
         ...
 
-    def is_of(self, other: Integrated) -> bool:
+    def is_of(self, other: object) -> bool:
         """Whether it is the posterior that another one is."""
         ...
 

@@ -39,7 +39,6 @@ from pyro_em.posteriors.block_factors import (
 )
 from pyro_em.posteriors.flat_reads import added, pairs_at, read_at, read_centres
 from pyro_em.posteriors.gaussian_layout import BlockLayout, Reading
-from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.site_rows import (
     LOG_TWO_PI,
     SiteNumbers,
@@ -208,7 +207,7 @@ class GaussianSolution:
             blocks.append(torch.cat(row, -1))
         return torch.cat(blocks, -2) if blocks else self._delta.new_zeros(form.rows, 0, 0)
 
-    def is_of(self, other: Integrated) -> bool:
+    def is_of(self, other: object) -> bool:
         """Whether it is the posterior of the very numbers of another one, site by site."""
         if self is other or not isinstance(other, GaussianSolution):
             return self is other

@@ -13,7 +13,7 @@ from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import is_glob, listed, matching, refuse_gaps, unknown
 from pyro_em.graph.factors import FactorGraph, Latent
-from pyro_em.tracing.sites import Role
+from pyro_em.tracing.sites import INTEGRATED, Role
 
 _DIGITS = "0123456789"
 
@@ -39,6 +39,19 @@ def gaussian_names(graph: FactorGraph) -> tuple[str, ...]:
         if group.nested is not None
         for g in group.nested.groups
         if g.role is Role.GAUSSIAN
+        for name in g.members
+    }
+    return tuple(name for name in graph.structure.sites if name in found)
+
+
+def integrated_names(graph: FactorGraph) -> tuple[str, ...]:
+    """All continuous latents that groups integrate, in model order."""
+    found = {
+        name
+        for group in graph.groups
+        if group.nested is not None
+        for g in group.nested.groups
+        if g.role in INTEGRATED
         for name in g.members
     }
     return tuple(name for name in graph.structure.sites if name in found)

@@ -15,9 +15,15 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import Values, meant
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.portable import Portable
+from pyro_em.posteriors.conjugate_faces import (
+    ConjugateFaces,
+    ConjugateSite,
+    one_marginal,
+    stacked_or_alone,
+)
 from pyro_em.posteriors.discrete_faces import DiscreteFaces
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.gaussian_steps import Solved, conjugates_in, gaussians_in
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.observed_in_part import under_user_names
 from pyro_em.posteriors.refusals import refuse_gaussian
@@ -32,8 +38,9 @@ from pyro_em.tracing.without_sympy import PlainShapes
 class Posterior(Portable, NamesFromElsewhere):
     """q(z): the exact posterior over all summed latents, or a product that a user gave.
 
-    Gaussian latents that enter the model linearly are part of it: q(z, h) = q(z) N(h | m(z), S(z)).
-    Of these ``mean``, ``covariance`` and ``marginal`` answer, of discrete ones ``probs`` and ``joint``.
+    Gaussian latents that enter the model linearly are part of it: q(z, h) = q(z) N(h | m(z), S(z)); so
+    are conjugate ones (rates, probabilities, simplexes), each with a density of its prior's form. Of
+    these ``mean``, ``covariance`` and ``marginal`` answer, of discrete ones ``probs`` and ``joint``.
 
     Where a method takes a site it takes a glob as well (``"z_*"``, as in `fnmatch`; a name that exists
     is no glob) and stacks its answers along a new first dimension, in order of time: ``z_2`` comes
@@ -89,10 +96,15 @@ class Posterior(Portable, NamesFromElsewhere):
             for n, v in list(self.graph.latents.items())[:4]
         ]
         faces = self._gaussian
+        for name in list(self._conjugate.places)[: 4 - len(shown)]:
+            own = self._conjugate.site(name)
+            kind = own.solution.kernel.distribution.__name__
+            shown.append(f"{name} {(*own.batch, *own.event)} {kind}")
         for name in list(faces.places)[: 4 - len(shown)]:
             site = faces.site("repr", name)
             shown.append(f"{name} {(*site.batch, *site.event)} Gaussian")
-        more = [", …"] if len(self.graph.latents) + len(faces.places) > len(shown) else [""]
+        count = len(self.graph.latents) + len(faces.places) + len(self._conjugate.places)
+        more = [", …"] if count > len(shown) else [""]
         about = f"exact={self.exact}, log_evidence={self.log_evidence}"
         return f"Posterior({', '.join([about, *shown])}{more[0]})"
 
@@ -112,10 +124,12 @@ class Posterior(Portable, NamesFromElsewhere):
             >>> round(q.entropy(), 4)  # log(2 π e / 2) / 2
             1.0724
         """
-        return self.entropy_value + (self._gaussian.entropy() if self.solved else 0.0)
+        if not self.solved:
+            return self.entropy_value
+        return self.entropy_value + self._gaussian.entropy() + self._conjugate.entropy()
 
     def mean(self, site: str) -> Tensor:
-        """The posterior mean of a Gaussian latent, or of all steps of a chain.
+        """The posterior mean of a Gaussian or conjugate latent, or of all steps of a chain.
 
         Args:
             site: Its name, or a glob.
@@ -138,6 +152,9 @@ class Posterior(Portable, NamesFromElsewhere):
             tensor([1., 2.])
         """
         site_name("mean", "site", site)
+        conjugate = self._conjugate_sites(site)
+        if conjugate is not None:
+            return stacked_or_alone(site, [s.mean() for s in conjugate])
         faces = self._faces_of(site)
         names = faces.names("mean", site)
         if names is None:
@@ -177,17 +194,21 @@ class Posterior(Portable, NamesFromElsewhere):
         site_name("covariance", "a", a)
         if b is not None:
             site_name("covariance", "b", b)
+        alone = self._conjugate_sites(a) if b is None and lag is None else None
+        if alone is not None:
+            return stacked_or_alone(a, [s.covariance() for s in alone])
         return covariances(self._faces_of(*([a] if b is None else [a, b])), a, b, lag)
 
     def marginal(self, site: str) -> Any:
-        """The posterior distribution of a Gaussian latent, for each element of its plates by itself.
+        """The posterior distribution of a continuous latent, for each element of its plates by itself.
 
         Args:
             site: Its name, or a glob.
 
         Returns:
             A Pyro distribution over the site's plates: a Normal of numbers, a MultivariateNormal
-            of vectors (of events of more dimensions flattened to one); below discrete latents a
+            of vectors (of events of more dimensions flattened to one); of a conjugate latent one of
+            the class of its prior (a Gamma, for an Exponential); below discrete latents a
             MixtureSameFamily of these. Variances may be zero. Of a glob one over # (T, *plates)
 
         Raises:
@@ -201,8 +222,17 @@ class Posterior(Portable, NamesFromElsewhere):
             ...     pyro.sample("x", dist.Normal(h, 1.0), obs=x)
             >>> ExactPosteriorEM(model).posterior(torch.tensor(2.0)).marginal("h")
             Normal(loc: 1.0, scale: 0.7071067690849304)
+            >>> def waiting(x):
+            ...     rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("x", dist.Exponential(rate), obs=x)
+            >>> ExactPosteriorEM(waiting).posterior(torch.tensor([1.0, 3.0])).marginal("rate")
+            Gamma(concentration: 4.0, rate: 5.0)
         """
         site_name("marginal", "site", site)
+        conjugate = self._conjugate_sites(site)
+        if conjugate is not None:
+            return one_marginal(site, conjugate)
         faces = self._faces_of(site)
         names = faces.names("marginal", site)
         if names is None:
@@ -286,9 +316,19 @@ class Posterior(Portable, NamesFromElsewhere):
             return self.later.faces(unread)
         return replace(self._gaussian, others=names)
 
+    def _conjugate_sites(self, site: str) -> list[ConjugateSite] | None:
+        """The conjugate latents that a name or a glob means; None where there are none."""
+        faces = self._conjugate
+        names = meant(site, tuple(faces.places)) if faces.places else ()
+        return [faces.site(n) for n in names] or None
+
     @property
     def _gaussian(self) -> GaussianFaces:
-        return GaussianFaces(self.graph, self.solved, self.cells)
+        return GaussianFaces(self.graph, gaussians_in(self.solved), self.cells)
+
+    @property
+    def _conjugate(self) -> ConjugateFaces:
+        return ConjugateFaces(self.graph, conjugates_in(self.solved), self.cells)
 
     @property
     def _discrete(self) -> DiscreteFaces:
@@ -361,8 +401,9 @@ class Posterior(Portable, NamesFromElsewhere):
     def mode(self) -> Values:
         """A jointly most probable assignment of the discrete latents; Gaussian ones at their means.
 
-        The discrete latents are most probable with the Gaussian ones integrated out (on chains the
-        path of Viterbi); each Gaussian latent is at its mean given these, which is its mode.
+        The discrete latents are most probable with the others integrated out (on chains the path of
+        Viterbi). Each Gaussian latent is at its mean given these, which is its mode; so is each
+        conjugate one, whose density may have no mode.
 
         Returns:
             For each latent its values, a discrete one's from its support # (*plates, *event); a glob
@@ -370,12 +411,14 @@ class Posterior(Portable, NamesFromElsewhere):
         """
         best = self._discrete.best()
         if self.solved:
-            best |= self._gaussian.mode(self._codes(best))
+            codes = self._codes(best)
+            best |= self._gaussian.mode(codes)
+            best |= self._conjugate.mode(codes)
         return under_user_names(self.graph, best)
 
     def _codes(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The places of values in the supports of the discrete latents. # (*leading, *plates)"""
-        if all(s.cells == 1 for s in self.solved.values()):
+        if all(not self.graph.groups[g].dims[0] for g in self.solved):
             return {}
         return codes_of(self.graph, values)
 
@@ -409,5 +452,7 @@ class Posterior(Portable, NamesFromElsewhere):
                 out[name][done : done + size] = values
             done += size
         if self.solved:
-            out |= self._gaussian.sample(n, generator, self._codes(out))
+            codes = self._codes(out)
+            out |= self._gaussian.sample(n, generator, codes)
+            out |= self._conjugate.sample(n, generator, codes)
         return under_user_names(self.graph, out)

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import torch
 
-from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.gaussian_faces import regrouped_solutions
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.conjugate import ConjugateSolution
+from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.tracing.sites import INTEGRATED
 
 
 def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
@@ -33,3 +36,28 @@ def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
         cells.append(torch.stack([by_site[name][2] for name in group.members]))
         counts.append(torch.stack([by_site[name][3] for name in group.members]))
     return replace(q, graph=graph, cells=cells, counts=counts, solved=solved)
+
+
+def regrouped_solutions(graph: FactorGraph, solved: Solved, other: FactorGraph) -> Solved | None:
+    """The solutions of a graph by the numbers of the groups of another; None where these differ.
+
+    Args:
+        graph: That of the solutions.
+        solved: By its groups.
+        other: One of the same model.
+    """
+    by_latents = {_latents(graph.groups[g]): s for g, s in solved.items()}
+    out: dict[int, Integrated | ConjugateSolution] = {}
+    for g, group in enumerate(other.groups):
+        if group.nested is not None:
+            solution = by_latents.pop(_latents(group), None)
+            if solution is None:
+                return None
+            out[g] = solution
+    return None if by_latents else out
+
+
+def _latents(group: Group) -> tuple[str, ...]:
+    """The latents that a group integrates."""
+    assert group.nested is not None
+    return tuple(n for g in group.nested.groups if g.role in INTEGRATED for n in g.members)

@@ -213,5 +213,5 @@ def codes_of(graph: FactorGraph, values: Mapping[str, Tensor]) -> dict[str, Tens
         same = same.flatten(same.dim() - event).all(-1) if event else same
         sizes = [graph.dim_size(p) for p in z.plates]
         lead = same.shape[: same.dim() - 1 - len(z.batch_dims)]
-        out[name] = same.long().argmax(-1).reshape(*lead, *sizes)
+        out[name] = same.long().argmax(-1).reshape((*lead, *sizes))
     return out

@@ -32,6 +32,7 @@ from pyro_em.posteriors.data_steps import (
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value_rows
 from pyro_em.posteriors.gaussian_site import covariance
+from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
 from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.posteriors.product_steps import product_steps
@@ -284,7 +285,7 @@ def _refuse_later_data(where: str, name: str, data: DataSteps, step: int) -> Non
 
 
 def _gaussian(q: Posterior) -> GaussianFaces:
-    return GaussianFaces(q.graph, q.solved, q.cells)
+    return GaussianFaces(q.graph, gaussians_in(q.solved), q.cells)
 
 
 def _series(name: str, names: Sequence[str]) -> list[str]:
@@ -337,11 +338,12 @@ class _Errors:
         return self._known[key][site.rows]
 
     def _of_group(self, g: int, i: int, group: Group) -> Tensor:
-        value, noise = value_rows(group), known_data(self.q.solved[g]).noise(i)
+        solved = gaussians_in(self.q.solved)
+        value, noise = value_rows(group), known_data(solved[g]).noise(i)
         steps = {j: at for (h, j), at in self.data.of_rows.items() if h == g and j is not None}
-        own = predicted_solution(self.q.solved[g], steps)
+        own = predicted_solution(solved[g], steps)
         if own is not None:
-            faces = replace(_gaussian(self.q), solved={**self.q.solved, g: own})
+            faces = replace(_gaussian(self.q), solved={**solved, g: own})
             return _standardised(value, predicted(faces, g, i, noise))
         out = value.clone()
         for step in sorted(set(steps[i].tolist())):

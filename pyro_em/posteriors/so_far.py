@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.conjugate import ConjugateSolution
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.enumeration import contraction_of, e_step
 from pyro_em.posteriors.gaussian import GaussianBlock
@@ -57,6 +59,9 @@ def given_steps(
     own_tables, own_solved = list(tables), dict(solved)
     for g, solution in solved.items():
         block = graph.groups[g].nested
+        if isinstance(solution, ConjugateSolution):
+            own_tables[g] = _seen_table(steps, g, tables[g], last)
+            continue
         assert isinstance(block, GaussianBlock)
         seen = {i: at <= last for (h, i), at in steps.of_rows.items() if h == g and i is not None}
         kept = {i: rows for i, rows in seen.items() if not bool(rows.all())}
@@ -78,3 +83,25 @@ def given_steps(
             axes = tuple(range(1 + group.n_plates, table.dim()))
             own_cells.append(table / table.sum(axes, keepdim=True) if axes else table)
     return Part(own_tables, own_cells, own_solved)
+
+
+def _seen_table(steps: DataSteps, g: int, table: Tensor, last: int) -> Tensor:
+    """The evidence of a conjugate latent's data so far: all of them, or none.
+
+    Raises:
+        UsageError: If it has data at several steps, of which some come later.
+    """
+    own = [at for (h, _), at in steps.of_rows.items() if h == g]
+    seen = [bool((at <= last).all()) for at in own]
+    if all(seen):
+        return table
+    if any(bool((at <= last).any()) for at in own):
+        raise UsageError(
+            message(
+                "filtered",
+                "a conjugate latent has data at several steps of the series.",
+                "what is known of it at a step would need the sums of the data so far",
+                ["ask for the posterior of a shorter series"],
+            )
+        )
+    return torch.zeros_like(table)

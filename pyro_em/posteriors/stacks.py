@@ -199,12 +199,17 @@ def _parts_of_joints(
 def places_of(graph: FactorGraph, latents: Iterable[Latent]) -> list[Place]:
     """Where the tables of latents lie, over their plates and their values."""
     numbers = {id(group): g for g, group in enumerate(graph.groups)}
+    nested = {id(s): g for g, o in enumerate(graph.groups) if o.nested for s in o.nested.groups}
     places = []
     for latent in latents:
         group, i = graph.group_of(latent.name)
-        dims = group.dims[i]
+        if id(group) in nested:  # the block's own group has its table
+            g, i = nested[id(group)], 0
+        else:
+            g = numbers[id(group)]
+        dims = graph.groups[g].dims[i]
         axes = [d for d, dim in enumerate(dims) if dim in latent.plates]
-        places.append(Place(numbers[id(group)], i, (*axes, dims.index(latent.name))))
+        places.append(Place(g, i, (*axes, dims.index(latent.name))))
     return places
 
 

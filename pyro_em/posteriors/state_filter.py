@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.kalman import filtered
 from pyro_em.posteriors.site_runs import members_of
@@ -25,7 +24,7 @@ from pyro_em.posteriors.state_space import Filtered, StateSpace
 
 def filtered_solutions(
     faces: GaussianFaces, data: DataSteps, names: Sequence[str]
-) -> Solved | None:
+) -> dict[int, Integrated] | None:
     """Solutions in which some latents have their moments given the data up to their own step.
 
     Args:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.kalman import disturbances, lagged_covariance, sampled, smoothed
 from pyro_em.posteriors.state_layout import StateLayout
 from pyro_em.posteriors.state_numbers import StackNumbers, StateNumbers, numbers_of
@@ -286,7 +285,7 @@ class StateSolution:
             found = found * (there.unsqueeze(-1) * there.unsqueeze(-2))
         return found[0].flatten(0, 1)
 
-    def is_of(self, other: Integrated) -> bool:
+    def is_of(self, other: object) -> bool:
         """Whether it is the posterior of the very numbers of another one, stack by stack."""
         if self is other or not isinstance(other, StateSolution):
             return self is other

@@ -14,8 +14,10 @@ from pyro_em.tracing.sites import Role
 
 
 def without_values(model: Model) -> Model:
-    """The model that draws its Gaussian latents, where it is one in which these have values."""
-    return model.model if isinstance(model, GivenGaussians) else model
+    """The model that draws its latents, where it is one in which some have values."""
+    while isinstance(model, (GivenGaussians, GivenConjugates)):
+        model = model.model
+    return model
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,28 @@ class GivenGaussians:
             return self.model(*args, **kwargs)
 
     def at(self, values: Mapping[str, Tensor]) -> GivenGaussians:
+        """The same model with other values of its latents."""
+        return replace(self, values=values)
+
+
+@dataclass(frozen=True, eq=False)
+class GivenConjugates:
+    """A model whose conjugate latents are at given values, wherever it is run.
+
+    Attributes:
+        model: The user's model.
+        values: Per latent its value. # (*batch, *event)
+    """
+
+    model: Model
+    values: Mapping[str, Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        with GiveValues(self.values, dict.fromkeys(self.values, Role.CONJUGATE), {}):
+            return self.model(*args, **kwargs)
+
+    def at(self, values: Mapping[str, Tensor]) -> GivenConjugates:
         """The same model with other values of its latents."""
         return replace(self, values=values)
 

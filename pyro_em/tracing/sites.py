@@ -27,7 +27,13 @@ class Role(Enum):
     SAMPLED = "sampled"  # a latent of the model at a value that the guide drew
     GUIDE = "guide"  # a site of the guide whose value was drawn
     GAUSSIAN = "gaussian"  # a latent of the model that is integrated: its value here is zero
+    CONJUGATE = (
+        "conjugate"  # the same of a rate, a probability, a simplex: its value here is a unit
+    )
 
+
+# Latents of the model that are integrated by blocks.
+INTEGRATED = frozenset({Role.GAUSSIAN, Role.CONJUGATE})
 
 ROLE = "_pyro_em_role"
 

@@ -193,7 +193,7 @@ class DataSums:
         for g in self.stale.intersection(groups):
             group = self.graph.groups[g]
             self._statistics[g] = group_statistics(group, self.counts[g], self.arguments[g])
-            if group.belief is not None:
+            if group.belief is not None and "loc" in self.arguments[g]:
                 self._statistics[g]["reference:loc"] = self.arguments[g]["loc"]
             self.stale.discard(g)
         return self._statistics

@@ -1,0 +1,344 @@
+"""How conjugate latents enter the sites below them, from runs of the model.
+
+The model runs with its latents at random values. An argument that reads one is its element to some
+power times a known positive factor (`pyro_em.graph.powers`), or a whole probability or simplex as it
+stands; its Jacobian tells which element. Another run, at other values, must show what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import unwrap
+from pyro_em.errors import Finding, ModelError
+from pyro_em.families.conjugate_pairs import (
+    KERNELS,
+    Pair,
+    PriorKernel,
+    children_of,
+    pair_of,
+)
+from pyro_em.families.registry import family_of, given_arguments
+from pyro_em.graph.autograd import bind, known_below
+from pyro_em.graph.compact import compact
+from pyro_em.graph.enumerated import run_enumerated
+from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.linearity import Breaks
+from pyro_em.graph.powers import power_of
+from pyro_em.graph.signatures import Recurring
+from pyro_em.graph.sparse_lines import forward_of, numbers_read, random_like
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.given import GivenConjugates
+from pyro_em.tracing.parameters import at_moved
+from pyro_em.tracing.runs import Run
+from pyro_em.tracing.sites import mask_tensor, tensors_of
+
+
+@dataclass(frozen=True, eq=False)
+class ConjugateRead:
+    """One argument of a site that reads a conjugate latent.
+
+    Attributes:
+        site: The site.
+        latent: The latent.
+        pair: What the site adds to the latent's kernel.
+        power: Of the latent in the argument.
+        elements: For each cell of the argument the flat number of the latent's element, −1 where the
+            cell does not read it. # (*plates or 1s, *scope or 1s, *to_event or 1s)
+    """
+
+    site: str
+    latent: str
+    pair: Pair
+    power: float
+    elements: Tensor
+
+
+class NotConjugate(Exception):
+    """A latent whose posterior is not of its prior's form; holds the finding."""
+
+    def __init__(self, finding: Finding) -> None:
+        super().__init__(finding.what)
+        self.finding = finding
+
+
+def kernel_of_prior(fn: Any) -> PriorKernel | None:
+    """The kernel of a latent's prior, with any number of ``to_event``; None where there is none."""
+    return KERNELS.get(type(unwrap(fn)[0]))
+
+
+def refused(latent: str, where: str, what: str, kernel: PriorKernel | None = None) -> NotConjugate:
+    """Why a latent has no posterior of its prior's form."""
+    serve = "" if kernel is None else f": {children_of(kernel)}"
+    return NotConjugate(
+        Finding(
+            where,
+            what,
+            f"'{latent}' is integrated where all that reads it is conjugate to its prior{serve}",
+            (
+                "give a guide: ExactPosteriorEM(model, AutoNormal)",
+                "take a point estimate under its prior: ExactPosteriorEM(model, guide='map')",
+            ),
+            latents=(latent,),
+        )
+    )
+
+
+def values_inside(
+    model: GivenConjugates, kernels: Mapping[str, PriorKernel], seed: int
+) -> dict[str, Tensor]:
+    """Random values in the supports of all latents."""
+    return {
+        name: kernels[name].inside(random_like(like, seed + i))
+        for i, (name, like) in enumerate(model.values.items())
+    }
+
+
+def read_conjugates(
+    model: GivenConjugates,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    kernels: Mapping[str, PriorKernel],
+) -> dict[str, ConjugateRead]:
+    """What every site reads of conjugate latents.
+
+    Args:
+        model: The model with its conjugate latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+        kernels: The kernel of each latent's prior.
+
+    Raises:
+        NotConjugate: If a latent has a child that is not conjugate to it.
+    """
+    values = {n: v.requires_grad_() for n, v in values_inside(model, kernels, 31).items()}
+    others = values_inside(model, kernels, 47)
+    with at_moved(structure.parameters, seed=31):
+        try:
+            with Breaks(values) as breaks:
+                run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
+            again = run_enumerated(model.at(others), args, kwargs, structure, limit=None)
+        except ModelError as error:
+            what = "it does not run at other values of its latents."
+            raise refused(next(iter(values)), "model", what) from error
+        for latent, how in breaks.found.items():
+            what = f"it changes with '{latent}' outside autograd ({how})."
+            raise refused(latent, "model", what)
+        layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
+        out = {}
+        for name in structure.as_run.sites:
+            found = _read_of(name, run, values, kernels, layout)
+            _require_as_predicted(name, found, (run, again), (values, others), layout, kernels)
+            if found is not None:
+                out[name] = found
+    return out
+
+
+def differing_reads(
+    reads: Mapping[str, ConjugateRead],
+    model: GivenConjugates,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    kernels: Mapping[str, PriorKernel],
+    at: Mapping[str, Tensor] | None = None,
+) -> list[tuple[str, str]]:
+    """Sites that, at other parameters, do not read latents in the way that was found.
+
+    Args:
+        reads: What was found.
+        model: The model with its conjugate latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+        kernels: The kernel of each latent's prior.
+        at: Parameters at which to look; the current ones where None.
+
+    Returns:
+        Pairs of a site and an argument.
+    """
+    pairs = values_inside(model, kernels, 53), values_inside(model, kernels, 59)
+    how: dict[str, Any] = {"limit": None, "values": at}
+    with torch.no_grad():
+        one, two = (run_enumerated(model.at(v), args, kwargs, structure, **how) for v in pairs)
+        layout = FactorLayout(one.sites, structure.as_run, Recurring({}))
+        off = []
+        for name in structure.as_run.sites:
+            read = reads.get(name)
+            try:
+                _require_as_predicted(name, read, (one, two), pairs, layout, kernels)
+            except NotConjugate:
+                off.append((name, "" if read is None else read.pair.argument))
+    return off
+
+
+def _read_of(
+    name: str,
+    run: Run,
+    values: Mapping[str, Tensor],
+    kernels: Mapping[str, PriorKernel],
+    layout: FactorLayout,
+) -> ConjugateRead | None:
+    """What a site reads; None where it reads nothing."""
+    site = run.sites[name]
+    fn, where = site["fn"], f"site '{name}'"
+    reached = {n for t in tensors_of(fn) if t.requires_grad for n in known_below(t, values)}
+    outside = [t for t in (site["scale"], mask_tensor(site)) if isinstance(t, Tensor)]
+    if site["is_observed"] and name not in values:
+        outside.append(site["value"])
+    for latent in (n for t in outside for n in known_below(t, values)):
+        raise refused(latent, where, f"its value, mask or scale depends on '{latent}'.")
+    if not reached:
+        return None
+    latent = next(n for n in values if n in reached)
+    kernel = kernels[latent]
+    if name in values:
+        what = f"the prior of '{name}' depends on '{latent}', which is integrated too."
+        raise refused(latent, where, what)
+    if len(reached) > 1:
+        both = " and ".join(f"'{n}'" for n in values if n in reached)
+        raise refused(latent, where, f"it reads {both}, which are not conjugate together.")
+    base, reinterpreted, _ = unwrap(fn)
+    kind, family = type(base).__name__, family_of(fn)
+    given = {} if family is None else given_arguments(base, family)
+    reading = [a for a, t in given.items() if t.requires_grad and known_below(t, values)]
+    if family is None or len(reading) != 1:
+        what = f"{kind} of '{latent}' has no posterior of its prior's form."
+        raise refused(latent, where, what, kernel)
+    (argument,) = reading
+    tensor = given[argument]
+    event = reinterpreted + family.argument_event_dim(argument)
+    dims = layout.place(name)[1]
+    brought = partial(compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor)
+    if kernel.support == "positive":
+        power = power_of(tensor, values[latent])
+        elements = _elements(brought(tensor), values[latent])
+    else:
+        normalised = argument if kernel.event_dim else ""
+        own = {latent: values[latent]}
+        binding = bind(tensor, own, layout=brought, normalised=normalised)
+        plain = binding.how == "selection" and all(
+            not s.maps and s.factor is None for s in binding.selections
+        )
+        power = 1.0 if plain else binding.reason or "it is no selection of its elements"
+        elements = binding.selections[0].index if plain else torch.empty(0)
+    what = f"{kind}.{argument} of '{latent}'"
+    if isinstance(power, str):
+        raise refused(latent, where, f"{what} is not the latent itself: {power}.", kernel)
+    pair = pair_of(kernel, type(base), argument, power)
+    if pair is None:
+        shown = "" if power == 1 else f", its power {power:g},"
+        raise refused(latent, where, f"{what}{shown} has no posterior of its prior's form.", kernel)
+    if kernel.event_dim:
+        elements = _whole_rows(elements, values[latent].shape[-1], latent, where, what, kernel)
+    return ConjugateRead(name, latent, pair, power, elements)
+
+
+def _elements(tensor: Tensor, leaf: Tensor) -> Tensor:
+    """Which element of a latent each cell of an argument reads, −1 where none."""
+    if tensor is leaf:
+        return torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
+    forward = forward_of(tensor, leaf)
+    slope = forward(torch.ones_like(leaf)).detach()
+    return numbers_read(forward, slope, leaf.shape, leaf.numel())
+
+
+def _whole_rows(
+    index: Tensor, size: int, latent: str, where: str, what: str, kernel: PriorKernel
+) -> Tensor:
+    """Which row each cell reads, where it reads whole rows in order."""
+    rows = index[..., 0].div(size, rounding_mode="floor")
+    expected = rows.unsqueeze(-1) * size + torch.arange(size, device=index.device)
+    whole = index.shape[-1] == size and bool((index == expected).all())
+    if not whole:
+        none = bool((index < 0).any())
+        why = "a part of it is constant" if none else "its elements are cut or in another order"
+        raise refused(latent, where, f"{what} is not the latent itself: {why}.", kernel)
+    return rows
+
+
+def _require_as_predicted(
+    name: str,
+    read: ConjugateRead | None,
+    runs: tuple[Run, Run],
+    values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    layout: FactorLayout,
+    kernels: Mapping[str, PriorKernel],
+) -> None:
+    """Hold the numbers of a site in two runs against what it reads.
+
+    Raises:
+        NotConjugate: If they differ otherwise.
+    """
+    here, there = (run.sites[name] for run in runs)
+    is_latent = name in values[0]
+    fixed = _numbers_of(here, read, is_latent), _numbers_of(there, read, is_latent)
+    alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
+    if alike and read is not None:
+        alike = _is_as_read(name, read, (here, there), values, layout, kernels[read.latent])
+    if not alike:
+        latent = next(iter(values[0])) if read is None else read.latent
+        what = f"it changes with '{latent}' in a way that autograd does not show."
+        raise refused(latent, f"site '{name}'", what)
+
+
+def _is_as_read(
+    name: str,
+    read: ConjugateRead,
+    sites: tuple[Mapping[str, Any], Mapping[str, Any]],
+    values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    layout: FactorLayout,
+    kernel: PriorKernel,
+) -> bool:
+    """Whether an argument in two runs follows from the values of its latent."""
+    found = []
+    for site, own in zip(sites, values, strict=True):
+        base, reinterpreted, _ = unwrap(site["fn"])
+        family = family_of(site["fn"])
+        assert family is not None
+        tensor = given_arguments(base, family)[read.pair.argument]
+        event = reinterpreted + family.argument_event_dim(read.pair.argument)
+        dims = layout.place(name)[1]
+        a = compact(tensor.detach(), event, dims, reinterpreted, tensor)
+        value = own[read.latent].detach()
+        value = value.reshape(-1, value.shape[-1]) if kernel.event_dim else value.reshape(-1)
+        reads = read.elements >= 0
+        chosen = value[read.elements.clamp(min=0)].to(a)
+        if kernel.event_dim:
+            found.append((a - chosen, torch.zeros_like(a)))
+        else:
+            found.append((torch.where(reads, a / chosen**read.power, a), a))
+    (one, _), (two, _) = found
+    if one.shape != two.shape:
+        return False
+    positive = kernel.event_dim > 0 or bool((one[(read.elements >= 0).expand_as(one)] > 0).all())
+    eps = 1e3 * torch.finfo(one.dtype).eps
+    return positive and bool(torch.isclose(one, two, rtol=eps, atol=eps * kernel.event_dim).all())
+
+
+def _numbers_of(
+    site: Mapping[str, Any], read: ConjugateRead | None, is_latent: bool
+) -> list[Tensor]:
+    """The numbers in the density of a site, without the argument that reads a latent."""
+    fn = site["fn"]
+    family = family_of(fn)
+    if read is not None and family is not None:
+        arguments = given_arguments(unwrap(fn)[0], family)
+        out = [t for a, t in arguments.items() if a != read.pair.argument]
+    else:
+        out = tensors_of(fn)
+    value = site["value"] if site["is_observed"] and not is_latent else None
+    rest = (value, site["scale"], mask_tensor(site))
+    return [t for t in (*out, *rest) if isinstance(t, Tensor)]
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -1,0 +1,136 @@
+"""Models with conjugate latents: what a look at them needs besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import has_finite_support
+from pyro_em.families.conjugate_pairs import PriorKernel
+from pyro_em.graph.conjugate_reads import (
+    ConjugateRead,
+    differing_reads,
+    kernel_of_prior,
+    read_conjugates,
+    refused,
+)
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.structure import Structure
+from pyro_em.plan.routes import Route, routes_of
+from pyro_em.posteriors.conjugate_components import conjugated
+from pyro_em.tracing.given import GivenConjugates
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import mask_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conjugates:
+    """The conjugate latents of a model.
+
+    Attributes:
+        model: The model with these latents given.
+        kernels: The kernel of each one's prior.
+        reads: What sites read of them, by site.
+    """
+
+    model: GivenConjugates
+    kernels: Mapping[str, PriorKernel]
+    reads: Mapping[str, ConjugateRead]
+
+    @classmethod
+    def of(
+        cls,
+        model: GivenConjugates,
+        kernels: Mapping[str, PriorKernel],
+        args: tuple,
+        kwargs: dict[str, Any],
+        structure: Structure,
+    ) -> Conjugates:
+        """Those of a model.
+
+        Args:
+            model: The model with these latents given.
+            kernels: The kernel of each one's prior.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            structure: What `examine` found of it.
+
+        Raises:
+            NotConjugate: If a latent has a child that is not conjugate to it.
+        """
+        reads = read_conjugates(model, args, kwargs, structure, kernels)
+        return cls(model, kernels, reads)
+
+    def integrated(self, graph: FactorGraph, limit: int | None = None) -> FactorGraph:
+        """A graph, traced with the latents at their units, in which they are integrated.
+
+        Raises:
+            NotSeparate: If discrete latents connect elements of a latent.
+        """
+        return conjugated(graph, self.reads, self.kernels, limit)
+
+    def differing(
+        self,
+        args: tuple,
+        kwargs: dict[str, Any],
+        structure: Structure,
+        values: Mapping[str, Tensor],
+    ) -> list[tuple[str, str]]:
+        """Sites that read the latents otherwise at other parameters, each with the argument."""
+        run = self.model, args, kwargs, structure
+        return differing_reads(self.reads, *run, self.kernels, values)
+
+    def children(self, latent: str) -> str:
+        """Who reads a latent, and through what, in words."""
+        own = [r for r in self.reads.values() if r.latent == latent]
+        shown = ", ".join(f"'{r.site}'" for r in own[:3])
+        arguments = dict.fromkeys(r.pair.argument for r in own)
+        return f"{' and '.join(arguments)} of {shown}"
+
+
+def at_units(
+    model: Model, structure: Structure
+) -> tuple[GivenConjugates, dict[str, PriorKernel]] | None:
+    """The model with its conjugate latents at their units; None where it has none.
+
+    Args:
+        model: The user's model.
+        structure: Its skeleton.
+
+    Raises:
+        NotConjugate: If a latent with a conjugate family's prior is masked or weighed.
+    """
+    run = structure.as_run
+    values, kernels = {}, {}
+    for name in run.latents:
+        site = run.unobserved[name]
+        kernel = kernel_of_prior(site["fn"])
+        if has_finite_support(site["fn"]) or kernel is None:
+            continue
+        if mask_tensor(site) is not None:
+            what = "a mask covers it: put poutine.mask around its observations alone."
+            raise refused(name, f"site '{name}'", what)
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1:
+            what = "poutine.scale weighs it: put that around its observations alone."
+            raise refused(name, f"site '{name}'", what)
+        kernels[name] = kernel
+        values[name] = kernel.unit(torch.empty_like(site["value"]).contiguous())
+    return (GivenConjugates(model, values), kernels) if values else None
+
+
+def conjugate_routes(bare: Structure, inner: Structure, found: Conjugates) -> tuple[Route, ...]:
+    """The rows of the plan, conjugate latents in the place that they have in the model."""
+    rows = {r.site: r for r in routes_of(inner)}
+    out = []
+    for name in (*bare.latents, *bare.barren):
+        if name in rows:
+            out.append(rows[name])
+            continue
+        info = bare.sites[name]
+        reason = f"conjugate to {found.children(name)}"
+        out.append(Route(name, info.distribution, "conjugate", None, info.plates, reason))
+    return tuple(out)

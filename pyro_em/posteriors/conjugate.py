@@ -1,0 +1,355 @@
+"""The conjugate block: a latent rate, probability or simplex, with all sites that read it.
+
+Its log evidence at parameters takes the place of the sites' factors: one group of the graph, whose
+arguments are those of all sites at the latent's unit, each bound to the parameters as ever. In the
+M-step the sites stand for themselves, with expected statistics.
+
+    χ' = χ + Σ Δχ,     log evidence = A(χ') − A(χ) + Σ log base        (`families.conjugate_pairs`)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.families.conjugate_pairs import PriorKernel
+from pyro_em.graph.conjugate_reads import ConjugateRead
+from pyro_em.graph.factors import Group
+from pyro_em.posteriors.conjugate_cells import Reading, in_cells, rows_of
+from pyro_em.posteriors.gaussian import counts_once, elements_in, is_within, piece
+from pyro_em.updates.conjugate_beliefs import (
+    ChildBelief,
+    PriorBelief,
+    as_wide,
+    wide,
+    with_factor,
+)
+
+Arguments = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class ConjugateSolution:
+    """The posterior of a conjugate latent at parameters, for each state of the discrete latents.
+
+    Attributes:
+        kernel: The form of prior and posterior.
+        prior: χ of the prior. # (elements or 1, cells or 1, P)
+        chi: χ of the posterior. # (elements, cells or 1, P)
+        constants: Σ log base of each site, over the table. # (1, *sizes or 1s, *states or 1s) each
+    """
+
+    kernel: PriorKernel
+    prior: Tensor
+    chi: Tensor
+    constants: tuple[Tensor, ...]
+
+    @cached_property
+    def log_evidence(self) -> Tensor:
+        """A(χ') − A(χ) in nats. # (elements, cells or 1)"""
+        return self.kernel.normaliser(self.chi) - self.kernel.normaliser(self.prior)
+
+    @cached_property
+    def t(self) -> Tensor:
+        """E[t] under the posterior. # (elements, cells or 1, P)"""
+        return self.kernel.expected(self.chi)
+
+    @cached_property
+    def distribution(self) -> dist.Distribution:
+        """The posterior of each element in each cell. # batch shape (elements, cells or 1)"""
+        return self.kernel.of(self.chi)
+
+    def entropy(self) -> Tensor:
+        """In nats. # (elements, cells or 1)"""
+        return (
+            self.kernel.normaliser(self.chi)
+            - (self.chi * self.t).sum(-1)
+            - self.kernel.base(self.t)
+        )
+
+    def is_of(self, other: object) -> bool:
+        """Whether it is the posterior that another one is."""
+        return isinstance(other, ConjugateSolution) and (
+            self is other
+            or (self.chi.shape == other.chi.shape and bool((self.chi == other.chi).all()))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ConjugateBlock:
+    """A conjugate latent and the sites that read it.
+
+    Attributes:
+        groups: The latent's site, then those that read it, one group each, over plates and the whole
+            scope; arguments are as the latent's unit shows them.
+        reads: What each of the latter reads, over plates and the whole scope.
+        kernel: The form of prior and posterior.
+        scope: Discrete latents that any of the sites depends on.
+        states: How many values each of these has.
+        plates: Plates of the table.
+        sizes: Their sizes.
+        traced: The sites as a run with the latent at its unit shows them.
+    """
+
+    groups: tuple[Group, ...]
+    reads: tuple[ConjugateRead, ...]
+    kernel: PriorKernel
+    scope: tuple[str, ...] = ()
+    states: tuple[int, ...] = ()
+    plates: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    traced: tuple[Group, ...] = ()
+    _sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def latent(self) -> str:
+        """The latent's name."""
+        return self.groups[0].members[0]
+
+    @property
+    def words(self) -> str:
+        """See `pyro_em.graph.factors.Nested`."""
+        return "conjugate latents"
+
+    @cached_property
+    def count(self) -> int:
+        """How many elements the latent has."""
+        group = self.groups[0]
+        return group.value.numel() // (group.value.shape[-1] if self.kernel.event_dim else 1)
+
+    @cached_property
+    def readings(self) -> tuple[Reading, ...]:
+        """Which element each row of a site below the latent reads."""
+        out = []
+        for group, read in zip(self.groups[1:], self.reads, strict=True):
+            rows = math.prod(rows_of(group.value.new_zeros(()), group, full=True).shape[:1])
+            full = read.elements.numel() > 1
+            out.append(Reading.of(rows_of(read.elements, group, full=full), rows, self.count))
+        return tuple(out)
+
+    def of_site(self, i: int, arguments: Arguments) -> dict[str, Tensor]:
+        """The arguments of one site among those of all."""
+        group = self.groups[i]
+        return {a: arguments[piece(group.members[0], a)] for a in group.arguments}
+
+    # ------------------------------------------------------------------ the E-step
+
+    def solve(self, arguments: Arguments) -> ConjugateSolution:
+        """The posterior of the latent, for each state of the scope."""
+        own = self.of_site(0, arguments)
+        group = self.groups[0]
+        prior = rows_of(self.kernel.chi(wide(own)), group, 1)
+        chi = prior.expand(self.count, *prior.shape[1:])
+        constants = []
+        for i in range(1, len(self.groups)):
+            delta, constant = self._sums_of(i, arguments)
+            chi = chi + delta
+            constants.append(constant)
+        return ConjugateSolution(self.kernel, prior, chi, tuple(constants))
+
+    def _sums_of(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        """Σ Δχ onto the elements of the latent, Σ log base onto the table."""
+        if i in self._sums:
+            return self._sums[i]
+        out = self._summed(i, self.of_site(i, arguments))
+        group = self.groups[i]
+        if group.is_static and all(b.how == "constant" for b in group.bindings.values()):
+            self._sums[i] = out
+        return out
+
+    def _summed(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        group, read, reading = self.groups[i], self.reads[i - 1], self.readings[i - 1]
+        own, value = wide(arguments), as_wide(group.value)
+        delta, constant = read.pair.delta(value, own), read.pair.log_base(value, own)
+        if not reading.whole:
+            assert group.family is not None
+            reads = read.elements >= 0
+            delta = torch.where(reads.unsqueeze(-1), delta, 0.0)
+            constant = torch.where(reads, constant, group.family.log_prob(value, own))
+        if not counts_once(group):
+            weight = as_wide(group.weights())
+            lead = 1 + len(group.sizes) + group.event_dims
+            weight = weight.reshape(weight.shape + (1,) * (lead - weight.dim()))
+            delta = torch.where(weight.unsqueeze(-1) == 0, 0.0, weight.unsqueeze(-1) * delta)
+            constant = torch.where(weight == 0, 0.0, weight * constant)
+        delta = reading.summed(rows_of(delta, group, 1, full=True))
+        return delta, self._onto_table(i, rows_of(constant, group, full=True))
+
+    def _onto_table(self, i: int, rows: Tensor) -> Tensor:
+        """Numbers of a site's rows summed onto the plates of the table. # (elements, cells or 1)"""
+        return _summed(rows, self.element_of_row(i, events=True), math.prod(self.sizes))
+
+    def element_of_row(self, i: int, *, events: bool = False) -> Tensor:
+        """For each row of a site the element of the table's plates to which it belongs.
+
+        Args:
+            i: The site's number.
+            events: Whether elements of its event are rows of their own.
+
+        Returns:
+            # (rows,)
+        """
+        return self._elements[i][int(events)]
+
+    @cached_property
+    def _elements(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        return tuple(self._elements_of(i) for i in range(len(self.groups)))
+
+    def _elements_of(self, i: int) -> tuple[Tensor, Tensor]:
+        group = self.groups[i]
+        rows = math.prod(group.sizes[: group.n_plates])
+        width = self.rows_of_site(i) // max(rows, 1)
+        device = group.value.device
+        if is_within(group, self.plates):
+            own = elements_in(group, self.plates).to(device)
+        elif i == 0:
+            own = elements_of_latent(self, self.plates)[0]
+            return own[::width], own
+        else:
+            of_latent, at = self._elements[0][1], self.readings[i - 1].elements
+            own = of_latent[at.amax(-1).clamp(min=0)].expand(rows * width)[::width]
+        return own, own.repeat_interleave(width) if width > 1 else own
+
+    def rows_of_site(self, i: int) -> int:
+        """How many rows a site has, elements of its event included."""
+        if i == 0:
+            return self.count
+        return rows_of(self.groups[i].value.new_zeros(()), self.groups[i], full=True).shape[0]
+
+    def table(self, solution: ConjugateSolution) -> Tensor:
+        """The log evidence in nats, per element of the plates and state of the scope.
+
+        Returns:
+            # (1, *sizes, *states)
+        """
+        count, cells = math.prod(self.sizes), math.prod(self.states)
+        out = _summed(solution.log_evidence, self.element_of_row(0, events=True), count)
+        for constant in solution.constants:
+            out = out + constant
+        return out.expand(count, cells).reshape(1, *self.sizes, *self.states)
+
+    def log_evidence(self, arguments: Arguments) -> Tensor:
+        """See `pyro_em.graph.factors.Nested`."""
+        return self.table(self.solve(arguments))
+
+    # ------------------------------------------------------------------ the M-step
+
+    def believed(
+        self,
+        solution: ConjugateSolution,
+        arguments: Arguments,
+        counts: Tensor,
+        complete: bool = True,
+    ) -> list[tuple[Group, Tensor]]:
+        """The sites with what is known of the latent, and how often each cell counts.
+
+        Args:
+            solution: The posterior of the latent.
+            arguments: At which it was computed.
+            counts: The posterior of the scope. # (1, *sizes, *states)
+            complete: Whether sites are as an M-step wants them; otherwise as a bound does.
+        """
+        out = []
+        for i, group in enumerate(self.groups):
+            own = self.of_site(i, arguments)
+            of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i)]
+            full = len(group.members), *group.sizes
+            cells = of_rows.reshape(full).to(torch.float64)
+            site = replace(group, arguments=own)
+            if i == 0:
+                t = in_cells(solution.t, group)
+                site = replace(site, belief=PriorBelief(self.kernel, t))
+            elif group.params or not complete:
+                site = self._child(i, site, solution, complete)
+            weight = replace(group, elements=None).weights().detach()
+            out.append((site, (cells * weight).expand(full)))
+        return out
+
+    def _child(self, i: int, group: Group, solution: ConjugateSolution, complete: bool) -> Group:
+        read, reading = self.reads[i - 1], self.readings[i - 1]
+        t = reading.taken(solution.t)
+        if complete and is_plugged(group, read, self.kernel):
+            at = (-t[..., 1]) ** (read.power * self.kernel.power)
+            factor = in_cells(at, group)
+            if not reading.whole:
+                factor = torch.where(read.elements >= 0, factor, 1.0)
+            name = read.pair.argument
+            binding = with_factor(group.bindings[name], factor)
+            assert binding is not None
+            own = group.arguments[name]
+            return replace(
+                group,
+                arguments={**group.arguments, name: (own * factor.to(own))},
+                bindings={**group.bindings, name: binding},
+            )
+        reads = None if reading.whole else read.elements >= 0
+        return replace(group, belief=ChildBelief(read.pair, in_cells(t, group), reads))
+
+
+def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
+    """Whether, in what parameters of a site maximise, the latent's mean stands for its posterior.
+
+    It does where the latent is a factor: E[log p(x | f g)] = log p(x | f E[g]) + const, as long as the
+    number of events is no matter of parameters.
+    """
+    family, pair = group.family, read.pair
+    if family is None or kernel.kind != "gamma" or pair.argument not in family.rules:
+        return False
+    if any(group.bindings[a].params for a in pair.counts if a in group.bindings):
+        return False
+    return with_factor(group.bindings[pair.argument], torch.ones(())) is not None
+
+
+def elements_of_latent(block: ConjugateBlock, plates: tuple[str, ...]) -> tuple[Tensor, bool]:
+    """For each element of the latent that of some plates to which it belongs, and whether it crosses.
+
+    An element outside the plates belongs where those who read it are.
+
+    Returns:
+        # (elements,)
+    """
+    first = block.groups[0]
+    device = first.value.device
+    crossing = torch.zeros((), dtype=torch.bool, device=device)
+    if is_within(first, plates):
+        own = elements_in(first, plates).to(device)
+        low = own.repeat_interleave(block.count // max(len(own), 1))
+        high = low
+    else:
+        low = torch.full((block.count,), torch.iinfo(torch.long).max, device=device)
+        high = torch.full((block.count,), -1, device=device)
+    for group, reading in zip(block.groups[1:], block.readings, strict=True):
+        if not is_within(group, plates):
+            if not is_within(first, plates):
+                return low.clamp(max=0), True
+            continue
+        rows = rows_of(group.value.new_zeros(()), group, full=True).shape[0]
+        own = elements_in(group, plates).to(device)
+        own = own.repeat_interleave(rows // max(len(own), 1))
+        for at in reading.elements.unbind(-1):
+            at = at.expand(rows)
+            some = at >= 0
+            low = low.scatter_reduce(0, at[some], own[some], "amin")
+            high = high.scatter_reduce(0, at[some], own[some], "amax")
+    low = torch.where(high < 0, 0, low)
+    crossing = (high >= 0) & (low != high)
+    return low, bool(crossing.any())
+
+
+def _summed(rows: Tensor, elements: Tensor, count: int) -> Tensor:
+    """# (rows, cells) summed onto (count, cells)"""
+    if count == 1:
+        return rows.sum(0, keepdim=True)
+    if len(rows) == count and len(elements) == count and _in_order(elements):
+        return rows
+    return rows.new_zeros(count, *rows.shape[1:]).index_add(0, elements, rows)
+
+
+def _in_order(elements: Tensor) -> bool:
+    return bool((elements == torch.arange(len(elements), device=elements.device)).all())

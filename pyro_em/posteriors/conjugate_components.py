@@ -1,0 +1,145 @@
+"""From a traced graph to one whose conjugate latents are integrated, each with the sites that read it.
+
+The discrete scope is summed after the latent, which is exact where no element of the latent is read
+by several elements of the plates in which the scope lives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import Finding
+from pyro_em.families.conjugate_pairs import PriorKernel
+from pyro_em.graph.conjugate_reads import ConjugateRead
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.posteriors.conjugate import ConjugateBlock, elements_of_latent, is_plugged
+from pyro_em.posteriors.gaussian_components import NotSeparate, group_of_block
+from pyro_em.posteriors.gaussian_sites import over_scope, taken
+from pyro_em.updates.conjugate_beliefs import with_factor
+
+
+def conjugated(
+    graph: FactorGraph,
+    reads: Mapping[str, ConjugateRead],
+    kernels: Mapping[str, PriorKernel],
+    limit: int | None = None,
+) -> FactorGraph:
+    """The graph in which groups stand for conjugate latents with the sites that read them.
+
+    Args:
+        graph: As traced with these latents at their units.
+        reads: What sites read, by site.
+        kernels: The kernel of each latent's prior.
+        limit: How many cells a table may have.
+
+    Raises:
+        NotSeparate: If discrete latents connect elements of a latent.
+    """
+    blocks = []
+    for latent, kernel in kernels.items():
+        own = tuple(r for r in reads.values() if r.latent == latent)
+        blocks.append(_block(graph, latent, own, kernel, limit))
+    inside = {name for block in blocks for group in block.groups for name in group.members}
+    rest: list[Group] = []
+    for group in graph.groups:
+        members = [i for i, name in enumerate(group.members) if name not in inside]
+        if len(members) == len(group.members):
+            rest.append(group)
+        elif members:
+            rest.append(taken(group, members))
+    return replace(graph, groups=(*rest, *map(group_of_block, blocks)))
+
+
+def _block(
+    graph: FactorGraph,
+    latent: str,
+    reads: tuple[ConjugateRead, ...],
+    kernel: PriorKernel,
+    limit: int | None,
+) -> ConjugateBlock:
+    traced = []
+    for name in (latent, *(r.site for r in reads)):
+        group, i = graph.group_of(name)
+        traced.append(taken(group, [i]))
+    in_scope = {z for g in traced for z in g.dims[0][g.n_plates :]}
+    scope = tuple(z for z in graph.latents if z in in_scope)
+    states = tuple(graph.latents[z].size for z in scope)
+    groups = [over_scope(g, scope, states) for g in traced]
+    wide = tuple(
+        replace(r, elements=_over(r.elements, old, new, scope))
+        for r, old, new in zip(reads, traced[1:], groups[1:], strict=True)
+    )
+    pairs = zip(groups[1:], wide, strict=True)
+    children = tuple(_prepared(g, r, kernel) for g, r in pairs)
+    block = ConjugateBlock(
+        (groups[0], *children), wide, kernel, scope, states, traced=tuple(traced)
+    )
+    cells = math.prod(states) * block.count
+    if limit is not None and cells > limit:
+        what = (
+            f"it has {cells:,} cells, for all states of what it depends on; the budget is "
+            f"max_enumeration={limit:,}."
+        )
+        raise NotSeparate(_finding(latent, f"site '{latent}'", what))
+    return _with_plates(block, graph)
+
+
+def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
+    """A site with what its updates have to know: a factor, or that only a gradient serves."""
+    if not group.params:
+        return group
+    if not is_plugged(group, read, kernel):
+        return replace(group, raw_params=group.params)
+    name = read.pair.argument
+    one = torch.ones((), dtype=group.arguments[name].dtype, device=group.value.device)
+    binding = with_factor(group.bindings[name], one)
+    assert binding is not None
+    return replace(group, bindings={**group.bindings, name: binding})
+
+
+def _over(elements: Tensor, old: Group, new: Group, scope: tuple[str, ...]) -> Tensor:
+    """Elements over plates and a wider scope. # (1, *plates or 1s, *states or 1s, *to_event or 1s)"""
+    n, own = old.n_plates, old.dims[0][old.n_plates :]
+    shape = elements.shape
+    there = dict(zip(own, shape[n : n + len(own)], strict=True))
+    wide = (1, *shape[:n], *(there.get(z, 1) for z in scope), *shape[n + len(own) :])
+    return elements.reshape(wide)
+
+
+def _with_plates(block: ConjugateBlock, graph: FactorGraph) -> ConjugateBlock:
+    """The block with the plates of its table: those of the scope, and the data's if they can."""
+    order = sorted(graph.structure.plates.values(), key=lambda p: p.dim)
+    needed = {p for z in block.scope for p in graph.latents[z].plates}
+    data = graph.structure.data_plate
+    outermost = set() if data is None else {data}
+    for wanted in (needed | outermost, needed):
+        plates = tuple(p.name for p in order if p.name in wanted)
+        if not elements_of_latent(block, plates)[1]:
+            sizes = tuple(graph.structure.plates[p].size for p in plates)
+            return replace(block, plates=plates, sizes=sizes)
+    inner = next(z for z in block.scope if graph.latents[z].plates)
+    own = ", ".join(f"'{p}'" for p in graph.latents[inner].plates)
+    what = (
+        f"it lives in plate {own}, and '{block.latent}' connects elements of that plate: a mixture of "
+        f"{block.states[block.scope.index(inner)]} to the power of the plate's size posteriors."
+    )
+    raise NotSeparate(_finding(block.latent, f"site '{inner}'", what))
+
+
+def _finding(latent: str, where: str, what: str) -> Finding:
+    return Finding(
+        where,
+        what,
+        "a conjugate latent is integrated for each state of the discrete latents that touch it",
+        (
+            "give a guide: ExactPosteriorEM(model, AutoNormal)",
+            f"take a point estimate of '{latent}' under its prior: guide='map'",
+            "make it a parameter: pyro.param instead of pyro.sample",
+        ),
+        latents=(latent,),
+    )

@@ -1,0 +1,138 @@
+"""What an M-step knows of conjugate latents: their expected statistics, in place of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.families.conjugate_pairs import Pair, PriorKernel
+from pyro_em.families.family import Statistics
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import Group
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBelief:
+    """The expected statistics of a latent, at its own site.
+
+    Attributes:
+        kernel: Its prior's.
+        t: E_q[t] given the discrete latents. # (1, *plates or 1s, *states or 1s, *to_event or 1s, P)
+    """
+
+    kernel: PriorKernel
+    t: Tensor
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """See `pyro_em.graph.factors.Belief`."""
+        return cells_of(group, self.kernel.log_density(self.t, wide(arguments)))
+
+    def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> Statistics:
+        """See `pyro_em.graph.factors.Belief`."""
+        return self.kernel.statistics(self.t)
+
+
+@dataclass(frozen=True, eq=False)
+class ChildBelief:
+    """The expected statistics of the latent that each cell of a site reads.
+
+    Attributes:
+        pair: What the site adds to the latent's kernel.
+        t: E_q[t]. # (1, *plates or 1s, *states or 1s, *to_event or 1s, P)
+        reads: Where a cell reads the latent; None where all do.
+    """
+
+    pair: Pair
+    t: Tensor
+    reads: Tensor | None
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """See `pyro_em.graph.factors.Belief`."""
+        own, value = wide(arguments), as_wide(group.value)
+        log_p = (self.pair.delta(value, own) * self.t).sum(-1) + self.pair.log_base(value, own)
+        if self.reads is not None:
+            assert group.family is not None
+            log_p = torch.where(self.reads, log_p, group.family.log_prob(value, own))
+        return cells_of(group, log_p)
+
+    def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> Statistics:
+        """Such a site is updated by a gradient alone."""
+        raise NotImplementedError
+
+
+def as_wide(t: Tensor) -> Tensor:
+    """In double precision."""
+    return t.to(torch.float64)
+
+
+def wide(arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Arguments in double precision."""
+    return {n: as_wide(a) for n, a in arguments.items()}
+
+
+def cells_of(group: Group, log_p: Tensor) -> Tensor:
+    """Log densities of cells: summed over events, zero where they do not count. # (1, *sizes)"""
+    log_p = log_p.reshape(
+        log_p.shape + (1,) * (1 + len(group.sizes) + group.event_dims - log_p.dim())
+    )
+    if group.elements is not None:
+        log_p = torch.where(group.elements, log_p, 0.0)
+    elif group.mask is not None:
+        mask = group.mask.reshape(group.mask.shape + (1,) * group.event_dims)
+        log_p = torch.where(mask, log_p, 0.0)
+    if group.event_dims:
+        elements = element_sizes(group)
+        log_p = (
+            log_p.expand(*log_p.shape[: -group.event_dims], *elements)
+            .flatten(-group.event_dims)
+            .sum(-1)
+        )
+    return log_p.expand(len(group.members), *group.sizes)
+
+
+def element_sizes(group: Group) -> tuple[int, ...]:
+    """The sizes of the dimensions of ``to_event``."""
+    family = group.family
+    assert family is not None
+    lead = 1 + len(group.sizes)
+    shapes = [group.value.shape[lead : lead + group.event_dims]]
+    for name, a in group.arguments.items():
+        own = a.dim() - family.argument_event_dim(name)
+        shapes.append(a.shape[lead : min(own, lead + group.event_dims)])
+    return tuple(torch.broadcast_shapes(*shapes))
+
+
+def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
+    """A binding whose argument is multiplied by known factors; None where it cannot be.
+
+    Args:
+        binding: How parameters reach the argument.
+        factor: # (1, *argument or 1s)
+    """
+    constant = binding.constant * factor.to(binding.constant)
+    if binding.how == "constant":
+        return replace(binding, constant=constant)
+    if binding.how == "selection" and not binding.normalise:
+        selections = tuple(
+            replace(
+                s,
+                index=s.index.expand(constant.shape),
+                factor=factor.expand(constant.shape)
+                if s.factor is None
+                else s.factor * factor.to(s.factor),
+            )
+            for s in binding.selections
+        )
+        return replace(binding, constant=constant, selections=selections)
+    if binding.how == "affine" and not binding.normalise and binding.jacobians is not None:
+        slopes = binding.jacobians
+        if binding.link == "":
+            scaled = {n: j * factor.unsqueeze(-1).to(j) for n, j in slopes.items()}
+            return replace(binding, constant=constant, jacobians=scaled)
+        if binding.link == "exp":
+            moved = binding.constant + factor.log().to(binding.constant)
+            return replace(binding, constant=moved)
+    return None

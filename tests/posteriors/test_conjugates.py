@@ -1,0 +1,459 @@
+"""Conjugate latents, against compound distributions of torch and scipy, quadrature, and a numpy EM."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats as st
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_em import ExactPosteriorEM, ModelError, UsageError
+
+
+def tensor(values: Any) -> Tensor:
+    out = torch.as_tensor(np.asarray(values))
+    return out.to(torch.float64) if out.is_floating_point() else out
+
+
+A, B = tensor(1.5), tensor(0.7)
+COUNTS = tensor([0.0, 2.0, 5.0, 1.0, 3.0])
+UNITS = tensor([1.0, 2.0, 0.5, 3.0, 1.0])
+REALS = tensor([0.3, -1.2, 2.5, 0.1, 0.8])
+
+
+def negative_binomial(x: Tensor, a: Any, b: Any, units: Any = 1.0) -> Tensor:
+    """log ∫ Poisson(x | units λ) Gamma(λ | a, b) dλ, by torch."""
+    return torch.distributions.NegativeBinomial(a, probs=units / (units + b)).log_prob(x)
+
+
+def per_row(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(A, B))
+        pyro.sample("x", dist.Poisson(UNITS * rate), obs=x)
+
+
+def in_part(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(A, B).expand([2]).to_event(1))
+        seen = torch.stack([x != 5, x != 0], -1)
+        pyro.sample("x", dist.Poisson(rate).mask(seen).to_event(1), obs=torch.stack([x, x + 1], -1))
+
+
+def in_loops(x: Tensor) -> None:
+    for i in range(3):
+        rate = pyro.sample(f"rate_{i}", dist.Gamma(A, B))
+        pyro.sample(f"x_{i}", dist.Poisson(2 * rate), obs=x[i])
+
+
+def litters(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        p = pyro.sample("p", dist.Beta(A, B))
+        pyro.sample("x", dist.Binomial(10.0, p), obs=x)
+
+
+def robust(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        w = pyro.sample("w", dist.Gamma(2.0, 2.0))
+        pyro.sample("x", dist.Normal(0.5, 1.5 / w.sqrt()), obs=x)
+
+
+def inflated(x: Tensor) -> None:
+    """A rate that one value of a discrete latent reads, and the other one does not."""
+    with pyro.plate("rows", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(A, B))
+        z = pyro.sample("z", dist.Bernoulli(tensor(0.3)))
+        pyro.sample("x", dist.Poisson(torch.where(z > 0, rate, 0.1)), obs=x)
+
+
+SHAPES, RATES, SHARES = tensor([1.0, 4.0]), tensor([1.0, 0.5]), tensor([0.4, 0.6])
+
+
+def mixture(x: Tensor) -> None:
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(SHARES))
+        rate = pyro.sample("rate", dist.Gamma(SHAPES[z], RATES[z]))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+MOVES = tensor([[0.9, 0.1], [0.3, 0.7]])
+
+
+def chain(x: Tensor) -> None:
+    z: Any = 0
+    for t in pyro.markov(range(len(x))):
+        z = pyro.sample(f"z_{t}", dist.Categorical(MOVES[z]))
+        rate = pyro.sample(f"rate_{t}", dist.Gamma(SHAPES[z], RATES[z]))
+        pyro.sample(f"x_{t}", dist.Poisson(rate), obs=x[t])
+
+
+def probabilities(x: Tensor) -> None:
+    """A summed latent below a simplex of its own."""
+    with pyro.plate("rows", len(x)):
+        p = pyro.sample("p", dist.Dirichlet(tensor([1.0, 2.0, 3.0])))
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("x", dist.Poisson(tensor([1.0, 3.0, 6.0])[z]), obs=x)
+
+
+def forward(x: Tensor) -> Tensor:
+    alpha = MOVES[0] * negative_binomial(x[0], SHAPES, RATES).exp()
+    for t in range(1, len(x)):
+        alpha = (alpha @ MOVES) * negative_binomial(x[t], SHAPES, RATES).exp()
+    return alpha.sum().log()
+
+
+def _mixed(log_p: Tensor, shares: Tensor) -> float:
+    return float((log_p + shares.log()).logsumexp(-1).sum())
+
+
+def _poisson(x: Tensor, rates: Tensor) -> Tensor:
+    return torch.distributions.Poisson(rates).log_prob(x.unsqueeze(-1))
+
+
+def _in_part(x: Tensor) -> float:
+    every = negative_binomial(torch.stack([x, x + 1], -1), A, B)
+    return float(every[torch.stack([x != 5, x != 0], -1)].sum())
+
+
+COMPOUND: dict[str, tuple[Callable[[Tensor], None], Tensor, Callable[[Tensor], Any]]] = {
+    "rate per row": (per_row, COUNTS, lambda x: negative_binomial(x, A, B, UNITS).sum()),
+    "events seen in part": (in_part, COUNTS, _in_part),
+    "loops": (in_loops, COUNTS, lambda x: negative_binomial(x[:3], A, B, 2.0).sum()),
+    "beta-binomial": (litters, COUNTS, lambda x: st.betabinom.logpmf(x, 10, 1.5, 0.7).sum()),
+    "Student's t": (robust, REALS, lambda x: st.t.logpdf(x, 4, 0.5, 1.5).sum()),
+    "read by one state": (
+        inflated,
+        COUNTS,
+        lambda x: _mixed(
+            torch.stack([negative_binomial(x, A, B), _poisson(x, tensor([0.1]))[:, 0]], -1),
+            tensor([0.3, 0.7]),
+        ),
+    ),
+    "mixture": (
+        mixture,
+        COUNTS,
+        lambda x: _mixed(negative_binomial(x.unsqueeze(-1), SHAPES, RATES), SHARES),
+    ),
+    "chain": (chain, COUNTS, forward),
+    "Dirichlet above a summed latent": (
+        probabilities,
+        COUNTS,
+        lambda x: _mixed(_poisson(x, tensor([1.0, 3.0, 6.0])), tensor([1.0, 2.0, 3.0]) / 6),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPOUND)
+def test_evidence_is_that_of_the_compound_distribution(case: str) -> None:
+    model, x, expected = COMPOUND[case]
+    em = ExactPosteriorEM(model)
+    q = em.posterior(x)
+    assert q.log_evidence == pytest.approx(float(expected(x)), abs=1e-11)
+    terms = em.elbo(x, q=pickle.loads(pickle.dumps(q)))
+    assert terms.value == pytest.approx(q.log_evidence, abs=1e-10)
+
+
+# One global latent, and the log density of its prior and of its children, at values (n, 1).
+def _global_rate() -> None:
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5), pyro.poutine.scale(scale=UNITS):
+        pyro.sample("x", dist.Poisson(UNITS * rate), obs=COUNTS)
+    with pyro.plate("others", 3):
+        pyro.sample("w", dist.Exponential(2 * rate), obs=tensor([0.2, 0.9, 1.4]))
+        pyro.sample("g", dist.Gamma(3.0, rate / 2), obs=tensor([2.0, 0.9, 1.1]))
+        pyro.sample("y", dist.Normal(0.2, (3 * rate) ** -0.5), obs=tensor([0.4, 0.1, -1.0]))
+        pyro.sample("l", dist.Laplace(0.2, 2 / rate), obs=tensor([0.4, 0.1, -1.0]))
+        pyro.sample("i", dist.InverseGamma(1.2, rate), obs=tensor([0.4, 0.7, 1.0]))
+
+
+def _of_rate(v: Any) -> Any:
+    y, units = [0.4, 0.1, -1.0], UNITS.numpy()
+    total = (units * st.poisson.logpmf(COUNTS.numpy(), units * v)).sum(-1)
+    total += st.expon.logpdf([0.2, 0.9, 1.4], scale=1 / (2 * v)).sum(-1)
+    total += st.gamma.logpdf([2.0, 0.9, 1.1], 3, scale=2 / v).sum(-1)
+    total += st.norm.logpdf(y, 0.2, (3 * v) ** -0.5).sum(-1)
+    total += st.laplace.logpdf(y, 0.2, 2 / v).sum(-1)
+    total += st.invgamma.logpdf([0.4, 0.7, 1.0], 1.2, scale=v).sum(-1)
+    return total + st.gamma.logpdf(v, 1.5, scale=1 / 0.7)[..., 0]
+
+
+def _global_probability() -> None:
+    p = pyro.sample("v", dist.Beta(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Bernoulli(p), obs=(COUNTS > 1).to(COUNTS))
+        pyro.sample("g", dist.Geometric(p), obs=COUNTS)
+        pyro.sample("n", dist.NegativeBinomial(2.5, p), obs=COUNTS)
+
+
+def _of_probability(v: Any) -> Any:
+    x = COUNTS.numpy()
+    total = st.bernoulli.logpmf((x > 1).astype(int), v) + st.geom.logpmf(x + 1, v)
+    total = (total + st.nbinom.logpmf(x, 2.5, 1 - v)).sum(-1)
+    return total + st.beta.logpdf(v, 1.5, 0.7)[..., 0]
+
+
+def _global_variance() -> None:
+    v = pyro.sample("v", dist.InverseGamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Normal(0.1, v.sqrt()), obs=REALS)
+        pyro.sample("p", dist.Exponential(1 / v), obs=COUNTS + 1)
+
+
+def _of_variance(v: Any) -> Any:
+    normal = st.norm.logpdf(REALS.numpy(), 0.1, v**0.5).sum(-1)
+    waiting = st.expon.logpdf(COUNTS.numpy() + 1, scale=v).sum(-1)
+    return normal + waiting + st.invgamma.logpdf(v, 1.5, scale=0.7)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "log_joint", "end"),
+    [
+        (_global_rate, _of_rate, 30.0),
+        (_global_probability, _of_probability, 1.0),
+        (_global_variance, _of_variance, 60.0),
+    ],
+    ids=["rate", "probability", "variance"],
+)
+def test_several_children_against_quadrature(
+    model: Callable[[], None], log_joint: Callable[[Any], Any], end: float
+) -> None:
+    q = ExactPosteriorEM(model).posterior()
+    nodes, weights = np.polynomial.legendre.leggauss(800)
+    v, w = end * ((nodes + 1) / 2) ** 2, weights * end * (nodes + 1) / 2
+    joint = np.exp(log_joint(v[:, None]))
+    evidence = float(w @ joint)
+    assert q.log_evidence == pytest.approx(math.log(evidence), abs=1e-8)
+    assert float(q.mean("v")) == pytest.approx(float(w @ (v * joint)) / evidence, abs=1e-8)
+    own = q.marginal("v").log_prob(tensor(v[300])).exp()
+    assert float(own) == pytest.approx(joint[300] / evidence, rel=1e-8)
+
+
+def test_rates_that_are_read_by_index_and_in_nested_plates() -> None:
+    group = tensor([0, 0, 1, 2, 2])
+
+    def model() -> None:
+        with pyro.plate("groups", 3):
+            rate = pyro.sample("rate", dist.Gamma(A, B))
+        with pyro.plate("rows", 5):
+            pyro.sample("x", dist.Poisson(UNITS * rate[group]), obs=COUNTS)
+        with pyro.plate("outer", 2, dim=-2):
+            theta = pyro.sample("theta", dist.Dirichlet(tensor([1.0, 2.0, 0.5])))
+            with pyro.plate("inner", 4, dim=-1):
+                pyro.sample("z", dist.Categorical(theta), obs=words)
+
+    words = tensor([[0, 1, 2, 1], [2, 2, 0, 2]])
+    q = ExactPosteriorEM(model).posterior()
+    expected = (COUNTS * UNITS.log() - (COUNTS + 1).lgamma()).sum()
+    for g in range(3):
+        own = group == g
+        a, b = A + COUNTS[own].sum(), B + UNITS[own].sum()
+        expected += a.lgamma() - a * b.log() - A.lgamma() + A * B.log()
+        assert float(q.mean("rate")[g]) == pytest.approx(float(a / b), abs=1e-12)
+    for row in words.numpy():
+        counts = np.bincount(row, minlength=3)
+        term = st.dirichlet_multinomial.logpmf(counts, [1.0, 2.0, 0.5], 4)
+        expected += (
+            term
+            - st.multinomial.logpmf(counts, 4, counts / 4)
+            + (counts[counts > 0] * np.log(counts[counts > 0] / 4)).sum()
+        )
+    assert q.log_evidence == pytest.approx(float(expected), abs=1e-11)
+    assert q.marginal("theta").batch_shape == (2, 1)
+
+
+def over_dispersed(x: Tensor, a: float = 1.0, b: float = 1.0) -> None:
+    a = pyro.param("a", tensor(a), constraint=constraints.positive)
+    b = pyro.param("b", tensor(b), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(a, b))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+def test_hyperparameters_take_the_published_path() -> None:
+    """Accidents of 647 workers (Greenwood and Yule 1920)."""
+    x = torch.repeat_interleave(torch.arange(6.0), tensor([447, 132, 42, 21, 3, 2]))
+    em = ExactPosteriorEM(over_dispersed)
+    path = [-657.1035271708, -614.6249015555, -601.0622736451]
+    assert list(em.fit(x, tol=0.0, max_steps=3).history)[:3] == pytest.approx(path, abs=1e-9)
+    pyro.clear_param_store()
+    result = em.fit(x, 0.8651158199, 1.8595678920, tol=0.0, max_steps=2)
+    assert result.log_evidence == pytest.approx(-592.2670972304, abs=1e-6)
+    at = torch.stack([result.params["a"], result.params["b"]])
+
+    def loss(at: Tensor) -> Tensor:
+        return -negative_binomial(x, at[0], at[1]).sum()
+
+    hessian = torch.autograd.functional.hessian(loss, at)
+    errors = result.standard_errors()
+    expected = torch.linalg.inv(hessian).diagonal().sqrt()
+    assert torch.allclose(torch.stack([errors["a"], errors["b"]]), expected, rtol=1e-6)
+    assert result.bic == pytest.approx(-2 * result.log_evidence + 2 * math.log(647))
+    other = em.posterior(x[:9])  # other data, other sizes
+    assert other.log_evidence == pytest.approx(float(negative_binomial(x[:9], *at).sum()))
+    given = em.elbo(x, q={"rate": dist.Gamma(at[0] + x, at[1] + 1)})
+    assert given.gap == pytest.approx(0.0, abs=1e-9)
+    assert em.elbo(x, q={"rate": dist.Gamma(1 + x, 2.0)}).gap > 1
+    with pytest.raises(UsageError, match="no Gamma"):
+        em.elbo(x, q={"rate": dist.LogNormal(x, 1.0)})
+
+
+def test_robust_regression_takes_the_steps_of_em() -> None:
+    """Student's t as a scale mixture, against iterations written in numpy."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 2))
+    y = x @ [1.0, -2.0] + 0.3 * rng.normal(size=12)
+    y[0] += 5
+
+    def model(x: Tensor, y: Tensor) -> None:
+        b = pyro.param("b", torch.zeros(2))
+        s = pyro.param("s", tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            w = pyro.sample("w", dist.Gamma(2.0, 2.0))
+            pyro.sample("y", dist.Normal(x @ b, s * w.rsqrt()), obs=y)
+
+    result = ExactPosteriorEM(model).fit(tensor(x), tensor(y), max_steps=5, tol=0.0)
+    b, s, path = np.zeros(2), 1.0, []
+    for _ in range(5):
+        r = (y - x @ b) / s
+        path.append(st.t.logpdf(r, 4).sum() - 12 * math.log(s))
+        w = 2.5 / (2 + r**2 / 2)
+        b = np.linalg.solve(x.T @ (w[:, None] * x), x.T @ (w * y))
+        s = math.sqrt((w * (y - x @ b) ** 2).mean())
+    assert list(result.history)[:5] == pytest.approx(path, abs=1e-9)
+    assert np.allclose(result.params["b"].numpy(), b, atol=1e-10)
+    assert float(result.params["s"]) == pytest.approx(s, abs=1e-10)
+
+
+def test_a_mixture_of_counts_climbs_and_answers() -> None:
+    x = torch.cat([COUNTS, COUNTS + 7])
+
+    def model(x: Tensor) -> None:
+        shares = pyro.param("shares", SHARES, constraint=constraints.simplex)
+        a = pyro.param("a", SHAPES.clone(), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(shares))
+            rate = pyro.sample("rate", dist.Gamma(a[z], RATES[z]))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    em = ExactPosteriorEM(model)
+    result = em.fit(x, max_steps=25)
+    assert min(np.diff(result.history)) > -1e-9
+    a, shares = result.params["a"], result.params["shares"]
+    joint = negative_binomial(x.unsqueeze(-1), a, RATES) + shares.log()
+    assert result.log_evidence == pytest.approx(float(joint.logsumexp(-1).sum()), abs=1e-9)
+    q = result.posterior
+    means = ((a + x.unsqueeze(-1)) / (RATES + 1) * joint.softmax(-1)).sum(-1)
+    assert torch.allclose(q.mean("rate"), means)
+    assert torch.allclose(q.marginal("rate").mean, means)
+    draws = q.sample(4000, seed=0)["rate"]
+    assert torch.allclose(draws.mean(0), means, rtol=0.1)
+    assert q.entropy() == pytest.approx(q.entropy_value + _conditional_entropy(q, a, x), abs=1e-9)
+
+
+def _conditional_entropy(q: Any, a: Tensor, x: Tensor) -> float:
+    each = dist.Gamma(a + x.unsqueeze(-1), RATES + 1).entropy()
+    return float((q.probs("z") * each).sum())
+
+
+def test_what_is_known_so_far_of_a_chain_of_counts() -> None:
+    q = ExactPosteriorEM(chain).posterior(COUNTS)
+    alpha = MOVES[0] * negative_binomial(COUNTS[0], SHAPES, RATES).exp()
+    assert torch.allclose(q.filtered("z_*")[0], alpha / alpha.sum())
+    assert q.mean("rate_*").shape == (5,)
+    assert q.marginal("rate_*").batch_shape == (5,)
+    assert q.sample(3, seed=0)["rate_*"].shape == (5, 3)
+
+
+def _two_powers() -> None:
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson(rate), obs=COUNTS)
+        pyro.sample("y", dist.Poisson(rate.sqrt()), obs=COUNTS)
+
+
+def _mirrored() -> None:
+    p = pyro.sample("v", dist.Beta(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Geometric(p), obs=COUNTS)
+        pyro.sample("y", dist.Geometric(1 - p), obs=COUNTS)
+
+
+def _product() -> None:
+    a = pyro.sample("v", dist.Gamma(A, B))
+    b = pyro.sample("u", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson(a * b), obs=COUNTS)
+
+
+def _shifted() -> None:
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson(rate + 1.0), obs=COUNTS)
+
+
+def _turned() -> None:
+    p = pyro.sample("v", dist.Dirichlet(torch.ones(6)))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Categorical(p), obs=COUNTS.long())
+        pyro.sample("y", dist.Categorical(p.flip(-1)), obs=COUNTS.long())
+
+
+def _branched() -> None:
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    factor = 2.0 if rate > 1 else 1.0
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson(rate * factor), obs=COUNTS)
+
+
+def _detached() -> None:
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson(rate * rate.detach()), obs=COUNTS)
+
+
+def _two_levels() -> None:
+    above = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        rate = pyro.sample("rate", dist.Gamma(A, above))
+        pyro.sample("x", dist.Poisson(rate), obs=COUNTS)
+
+
+def _by_class() -> None:
+    with pyro.plate("classes", 2):
+        rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        z = pyro.sample("z", dist.Categorical(SHARES))
+        pyro.sample("x", dist.Poisson(rate[z]), obs=COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (_two_powers, "Poisson.rate of 'v', its power 0.5"),
+        (_mirrored, r"Geometric.probs of 'v' is not the latent itself"),
+        (_product, "it reads 'v' and 'u'"),
+        (_shifted, r"an operation that is no product reaches it \(add\)"),
+        (_turned, "its elements are cut or in another order"),
+        (_branched, r"outside autograd \(gt\)"),
+        (_detached, r"outside autograd \(detach\)"),
+        (_two_levels, "the prior of 'rate' depends on 'v'"),
+        (_by_class, "a mixture of 2 to the power of the plate's size"),
+    ],
+)
+def test_near_misses_are_refused_by_name(model: Callable[[], None], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        ExactPosteriorEM(model).posterior()
+
+
+def test_the_plan_says_how() -> None:
+    plan = str(ExactPosteriorEM(over_dispersed).plan(COUNTS))
+    assert "conjugate  conjugate to rate of 'x'" in plan
+    assert "Iterations: conjugate latents" in plan
