@@ -10,6 +10,7 @@ data are separated no maximum exists: the predictor goes on by one with each ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,11 +26,9 @@ _HALVINGS = 40
 
 _GAIN = 1e-10  # nats
 
-_LEFT = 1e-22  # nats, after steps that shrink by a constant factor
+_SMALL = 1e-5  # nats: where Newton's steps are trusted to converge quadratically
 
-_SHRINKS = (
-    0.02  # of one step's gain is the next one's, where second derivatives may stay as they are
-)
+_LEFT = 1e-20  # nats, of further steps that need not be made
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,31 +58,35 @@ def climb(
     Args:
         of: From a place to the function with its derivatives.
         start: Where to begin. # (P,)
-        slope_of: The same where second derivatives are not looked at, if that is much cheaper: those of
-            an earlier place serve as long as steps shrink quickly.
+        slope_of: The same where second derivatives are not looked at, if that is cheaper: those of the
+            place before serve where the last step is one of many digits.
     """
     here, begin = start, of(start)
     now, last = begin, torch.zeros_like(start)
     nothing = torch.zeros_like(begin.value)
-    curvature, is_fresh, before = begin.curvature, True, 0.0
+    curvature, is_fresh, before, expected = begin.curvature, True, 0.0, 0.0
     for _ in range(_STEPS):
         if not (_is_finite(now.gradient) and _is_finite(curvature)):
             return Climb(start, nothing, last, True)
         step = pseudo_solve(curvature, now.gradient, still=True)
         rise = torch.dot(now.gradient, step)
         gain, last = float(rise), step
-        left = gain * (1.0 if before <= 0 else gain / before)  # by that of another step
-        if gain <= 0 or (gain <= _GAIN if is_fresh else left <= _LEFT):
+        if not is_fresh and gain > 100 * expected + _GAIN:  # the place is not as was expected
+            now, is_fresh = of(here), True
+            curvature = now.curvature
+            continue
+        # Newton's steps converge quadratically: what the next two would gain.
+        bend = gain / before**2 if before > 0 else math.inf
+        following = bend * gain**2
+        if not is_fresh or gain <= _GAIN or (gain <= _SMALL and following <= _LEFT):
             furthest = float(step.abs().max()) if len(step) else 0.0
             if gain <= 0 or furthest <= 1e-3 * float(here.abs().max()):
                 return Climb(here + step, now.value - begin.value + rise / 2, last, True)
             return Climb(here, now.value - begin.value, last, False)
-        if not is_fresh and gain > _SHRINKS * before:
-            now, is_fresh, before = of(here), True, 0.0
-            curvature = now.curvature
-            continue
+        is_last = slope_of is not None and following * bend * gain <= _LEFT
+        looks = slope_of if slope_of is not None and is_last else of
         rounding = 8 * torch.finfo(now.value.dtype).eps * now.value.abs().clamp(min=1.0)
-        size, looks = 1.0, of if slope_of is None else slope_of
+        size = 1.0
         for _ in range(_HALVINGS):
             there = here + size * step
             new = looks(there)
@@ -92,9 +95,9 @@ def climb(
             size /= 2
         else:
             break
-        here, now, before, is_fresh = there, new, gain, slope_of is None
+        here, now, is_fresh, expected = there, new, not is_last, following
         if is_fresh:
-            curvature, before = now.curvature, 0.0
+            curvature, before = now.curvature, gain if size == 1.0 else 0.0
     return Climb(here, now.value - begin.value, last, True)
 
 

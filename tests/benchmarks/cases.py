@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_em.tracing.missing import WithMissing
 from tests.benchmarks import models
 from tests.benchmarks.exponential import gamma_mixture, negative_binomial_mixture, student_mixture
+from tests.benchmarks.regressions import logistic_mixture
 from tests.benchmarks.timing import Case, Steps
 
 Pair = tuple[Steps, Steps]
@@ -356,6 +357,10 @@ CASES = (
     Case("latent class, N=10k J=10 K=3", "StepMix", 15.0, binary_items(10_000, 10, 3), 5, 405, 105, 9),
     Case("hidden-node network, N=2000", "pgmpy", 100.0, hidden_node(2000), 2, 52, 4, 3),
     Case("mixture of regressions, N=100k", "numpy by hand", 1.0, lines(100_000, 3, 3), 1, 7, 7, 3),
+    Case(
+        "mixture of logistic regressions, N=100k", "numpy by hand", 1.0,
+        logistic_mixture(100_000, 8, 3), 2, 7, 7, 3,
+    ),
     Case("Gamma mixture, N=200k K=4", "numpy by hand", 1.0, gamma_mixture(200_000, 4), 2, 22, 22, 5),
     Case(
         "negative binomial mixture, N=200k K=4", "numpy by hand", 3.3,
