@@ -100,14 +100,14 @@ def _has_one(binding: Binding) -> bool:
 
 
 def _collapsed_binding(binding: Binding) -> Binding:
-    tensors = [binding.constant] if binding.how == "constant" else []
+    tensors = [binding.constant] if binding.how in ("constant", "sum") else []
     for s in binding.selections:
         tensors += [s.index, *([s.factor] if s.factor is not None else [])]
     # The constant counts only where no parameter reaches an element.
     rest = [s.index >= 0 for s in binding.selections]
     if binding.how == "selection" and not bool(torch.stack(rest).any(0).all()):
         tensors.append(binding.constant)
-    if binding.how not in ("constant", "selection") or not all(_is_same(t) for t in tensors):
+    if binding.how not in ("constant", "selection", "sum") or not all(_is_same(t) for t in tensors):
         return binding
     selections = tuple(
         Selection(s.param, s.index[:1], s.maps, None if s.factor is None else s.factor[:1])

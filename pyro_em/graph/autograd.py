@@ -21,27 +21,17 @@ Anything else is *opaque* and goes to a gradient step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from pyro_em.graph.affine import as_affine
-from pyro_em.graph.binding import MAPS, PRODUCT, Binding, ElementwiseMap, Selection, power_map
-from pyro_em.graph.nodes import (
-    VIEWS,
-    Point,
-    base_name,
-    below_expansion,
-    below_normalisation,
-    forward_maps,
-    inputs_of,
-    is_leaf,
-    nodes_below,
-    point_at,
-    through_views,
-)
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.nodes import Point, below_expansion, is_leaf, nodes_below
+from pyro_em.graph.products import as_product, as_sum
+from pyro_em.graph.selections import as_selection
 
 
 def bind(
@@ -66,7 +56,7 @@ def bind(
             rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
         link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
-        allow_product: Whether matrices A Aᵀ are of use.
+        allow_product: Whether matrices A Aᵀ and their sums are of use.
         max_cells: The largest Jacobian to form.
 
     Returns:
@@ -87,12 +77,15 @@ def bind(
     point = below_expansion(Point(argument, start.node, tuple(argument.shape)))
     index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
     top = layout(index.expand(argument.shape))
-    product = _as_product(point, top, constant, names, leaves) if allow_product else None
+    product = as_product(point, top, constant, names, leaves) if allow_product else None
     if product is not None:
         return product
-    selection = _as_selection(point, top, constant, names, leaves, normalised)
+    selection = as_selection(point, top, constant, names, leaves, normalised)
     if isinstance(selection, Binding):
         return selection
+    summed = as_sum(point, top, constant, names, leaves) if allow_product else None
+    if summed is not None:
+        return summed
     if allow_affine:
         affine = as_affine(point, top, constant, names, leaves, normalised, link, max_cells)
         if isinstance(affine, Binding):
@@ -142,161 +135,3 @@ def _leaves_below(node: Node, leaves: Mapping[str, Tensor]) -> tuple[tuple[str, 
         if is_leaf(n)
     }
     return tuple(name for name in leaves if name in found), None not in found
-
-
-def _as_selection(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    normalised: str,
-) -> Binding | str:
-    """A selection binding, or the reason why there is none."""
-    point, top, how = below_normalisation(point, top, constant, normalised)
-    edge, node, shape = point.edge, point.node, point.shape
-    maps, has_factor, problem = _read_maps(node)
-    if problem:
-        return problem
-    parts = []
-    covered = torch.zeros(shape, dtype=torch.bool, device=constant.device)
-    for name in names:
-        leaf = leaves[name]
-        if edge is leaf:
-            index = torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
-            used = torch.ones_like(index, dtype=torch.bool)
-        else:
-            forward = forward_maps(edge, shape, leaf, constant)
-            slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
-            used = slope != 0
-            ratio = forward(None) / torch.where(used, slope, 1.0)
-            index = torch.where(used, ratio.round(), -1).long()
-            if not bool(torch.isfinite(slope).all()):
-                return "its derivative is not finite at the present parameters"
-        if bool((used & covered).any()):
-            return "several parameters meet in one element"
-        covered |= used
-        parts.append(Selection(name, index.reshape(-1)[top], maps))
-    checked = []
-    for part in parts:
-        used = part.index >= 0
-        if has_factor:
-            if how:
-                return "a factor multiplies rows that are normalised"
-            factor = torch.where(used, constant / part.forward(leaves[part.param].detach()), 1.0)
-            if not bool((torch.isfinite(factor) & (factor > 0)).all()):
-                return "its known factor is not positive"
-            part = Selection(part.param, part.index, maps, factor)
-        if maps and not how:
-            selected = leaves[part.param].detach().reshape(-1)[part.index.clamp(min=0)]
-            back = part.inverse(constant if part.factor is None else constant / part.factor)
-            same = torch.isclose(back, selected, rtol=1e-3, atol=1e-5) | ~torch.isfinite(back)
-            if not bool((same | ~used).all()):
-                return "its elementwise map cannot be inverted at the present parameters"
-        checked.append(part)
-    binding = Binding("selection", tuple(names), constant, tuple(checked), normalise=how)
-    if not is_right(binding, leaves):
-        return "its elements are not those of the parameter"
-    return binding
-
-
-def _as_product(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-) -> Binding | None:
-    """A selection of whole matrices A Aᵀ, or None; what is none may still be a plain selection."""
-    node = through_views(point.node)
-    if is_leaf(node) or base_name(node) not in ("Mm", "Bmm") or len(inputs_of(node)) != 2:
-        return None
-    factors = [getattr(node, f"_saved_{name}").detach() for name in ("self", "mat2")]
-    A, D = factors[0], constant.shape[-1]
-    if A.shape[-2:] != (D, D) or constant.shape[-2:] != (D, D):
-        return None
-    place = top
-    if node is not point.node:
-        forward = forward_maps(point.edge, point.shape, GradientEdge(node, 0), constant)
-        place = forward(None).round().long().reshape(-1)[top]
-    cells = place.reshape(-1, D, D)
-    each = torch.arange(D * D, device=place.device).reshape(D, D)
-    offset = cells - cells[:, :1, :1]
-    if bool((cells[:, 0, 0] % (D * D) != 0).any()):
-        return None
-    if not bool((offset == each).all()) and not bool((offset == each.mT).all()):
-        return None
-    read = []
-    for (parent, output), factor in zip(inputs_of(node), factors, strict=True):
-        own = torch.arange(factor.numel(), device=factor.device).reshape(factor.shape)
-        at = point_at(parent, output, tuple(factor.shape))
-        read.append(_as_selection(at, own, factor, names, leaves, ""))
-    left, right = read
-    if not isinstance(left, Binding) or not isinstance(right, Binding):
-        return None
-    parts = []
-    for a, b in zip(left.selections, right.selections, strict=True):
-        alike = [m.name for m in a.maps] == [m.name for m in b.maps]
-        alike = alike and a.factor is None and b.factor is None
-        if not alike or not torch.equal(a.index, b.index.mT):
-            return None
-        matrices = a.index.reshape(-1, D * D)[cells[:, 0, 0] // (D * D)]
-        parts.append(Selection(a.param, matrices.reshape(place.shape), (*a.maps, PRODUCT)))
-    whole = torch.stack([part.index >= 0 for part in parts]).any(0)
-    binding = Binding("selection", tuple(names), constant, tuple(parts))
-    return binding if bool(whole.all()) and is_right(binding, leaves) else None
-
-
-def is_right(selection: Binding, leaves: Mapping[str, Tensor]) -> bool:
-    """Whether what a selection selects from the leaves is the argument that it holds as constant.
-
-    To the bit, unless a map, a factor or a normalisation computes with it.
-    """
-    constant = selection.constant
-    predicted = selection.evaluate({name: leaves[name].detach() for name in selection.params})
-    if selection.normalise or any(s.maps or s.factor is not None for s in selection.selections):
-        near = torch.isclose(predicted, constant, rtol=1e-5, atol=1e-7, equal_nan=True)
-    else:
-        near = predicted == constant
-    return bool(near.all())
-
-
-def _read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
-    """Elementwise maps and a known factor between a node and its leaves.
-
-    Returns:
-        The maps (innermost first), whether there is a constant factor outside them, and a reason
-        why the graph is no selection (empty when it is).
-    """
-    maps: list[ElementwiseMap] = []
-    has_factor = False
-    while not is_leaf(node):
-        parents, base = inputs_of(node), base_name(node)
-        if node.name() in VIEWS:
-            if len(parents) > 1:
-                break
-        elif base in MAPS and len(parents) == 1:
-            if base == "Softplus" and getattr(node, "_saved_beta", 1) != 1:
-                return (), False, "softplus with a beta other than one"
-            maps.append(MAPS[base])
-        elif base == "Pow" and len(parents) == 1:
-            exponent = float(getattr(node, "_saved_exponent", math.nan))
-            if not math.isfinite(exponent) or exponent == 0:
-                return (), False, "a power whose exponent is not a known number"
-            maps.append(power_map(exponent))
-        elif base in ("Mul", "Div") and len(parents) == 1 and not maps:
-            # A division *by* the parameter shows the same node; the check below refuses it.
-            if base == "Div" and node.next_functions[0][0] is None:
-                return (), False, "a division by the parameter"
-            has_factor = True
-        else:
-            return (), False, f"an operation that is no selection reaches it ({base.lower()})"
-        node = parents[0][0]
-    for n in nodes_below(node):
-        if not is_leaf(n) and n.name() not in VIEWS:
-            return (
-                (),
-                False,
-                f"an operation that is no selection reaches it ({base_name(n).lower()})",
-            )
-    return tuple(reversed(maps)), has_factor, ""

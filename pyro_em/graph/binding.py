@@ -148,9 +148,10 @@ class Binding:
     """Which parameters reach one argument, and how.
 
     Attributes:
-        how: ``"constant"``, ``"selection"``, ``"affine"`` or ``"opaque"``.
+        how: ``"constant"``, ``"selection"``, ``"affine"``, ``"sum"`` (of selections, and a constant) or
+            ``"opaque"``.
         params: Names of the parameters that reach it.
-        constant: The argument where no parameter reaches it, or the offset of an affine map.
+        constant: The argument where no parameter reaches it, or the offset of an affine map or a sum.
         selections: One part per parameter.
         jacobians: ∂a/∂θ of an affine map, per parameter. # (*argument, parameter.numel())
         reason: Why it is no stronger, in words.
@@ -225,6 +226,11 @@ class Binding:
             return one.expand(len(self.constant), *one.shape[1:])
         if self.how == "affine":
             return normalised(LINKS[self.link].forward(self.predictor(values)), self.normalise)
+        if self.how == "sum":
+            terms = ((part, part.forward(values[part.param])) for part in self.selections)
+            none = torch.zeros((), dtype=self.constant.dtype, device=self.constant.device)
+            kept = (t if p.of_matrices else torch.where(p.index >= 0, t, none) for p, t in terms)
+            return sum(kept, self.constant)
         if self.how == "opaque":
             raise ValueError("an opaque binding cannot be evaluated without its model")
         out = self.constant

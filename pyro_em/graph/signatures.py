@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from pyro_em.graph.autograd import bind, is_right
+from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.selections import is_right
 
 # Nodes of which the Jacobian depends on nothing but what they show: saved fields and output shapes.
 # Not Cat, for instance, which hides the sizes of inputs without a gradient.

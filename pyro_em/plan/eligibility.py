@@ -265,7 +265,8 @@ def _no_sums(
         is_line = binding.how == "affine" and argument == "loc"
         is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
         if not is_line and binding.how not in ("constant", "selection"):
-            return f"{argument} of '{site}' ({kind}) is {binding.how} in its parameters"
+            how = "a sum" if binding.how == "sum" else binding.how
+            return f"{argument} of '{site}' ({kind}) is {how} in its parameters"
     touched = set(exact).intersection(group.params)
     if touched and not has_sums(group.family, group.arguments):
         return f"'{site}' ({kind}) has no single form of sums"

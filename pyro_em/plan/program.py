@@ -329,7 +329,8 @@ class Program(StaysHere):
 
         graph, arguments = evaluation.graph, evaluation.arguments
         if not evaluation.solved:
-            return DataSums(graph, self.updates, counts, arguments, densities, values)
+            compiled = self.compiled
+            return DataSums(graph, self.updates, counts, arguments, densities, values, compiled)
         own, weights, arguments = in_m_step(graph, counts, arguments, evaluation.solved)
         expected = self.expected_on(own, densities)
         # A latent at its mean is a factor, of which the updates were told that there is one.

@@ -187,7 +187,7 @@ def spread_of(group: Group, stack: Stack, begins: Mapping[str, int]) -> Spread:
     binding = group.bindings[argument]
     if not binding.is_static or binding.normalise:
         raise Unlike(f"{argument} of '{site}' is {binding.how} in its parameters")
-    if any(s.of_matrices for s in binding.selections):
+    if binding.how == "sum" or any(s.of_matrices for s in binding.selections):
         raise Unlike(f"{argument} of '{site}' is a product of parameters")
     laid = _Laid(group, stack, 1 if argument != "scale" else 0)
     constant, parts = _read(binding, laid, begins)

@@ -26,6 +26,7 @@ from pyro_em.updates.least_squares import Equations, equations_of, least_squares
 from pyro_em.updates.predictors import Curved, Predictor, predictors_of
 from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
+from pyro_em.updates.summed_objective import SummedGroup
 from pyro_em.updates.update import EXACT, LeastSquares, ParameterUpdate
 from pyro_em.updates.vector_lines import (
     is_vector,
@@ -128,6 +129,7 @@ class DataSums:
         arguments: Arguments per group at the E-step.
         evaluate: From constrained values and group numbers to those groups' log densities.
         values: Constrained parameter values at the E-step; those in the param store where None.
+        compiled: Whether bindings are known to be what the model does.
 
     Attributes:
         arguments: Per group, as they are now.
@@ -143,7 +145,10 @@ class DataSums:
         arguments: Sequence[Mapping[str, Tensor]],
         evaluate: Evaluate,
         values: Mapping[str, Tensor] | None = None,
+        compiled: bool = False,
     ) -> None:
+        self.compiled = compiled
+        self._summed: dict[int, SummedGroup | None] = {}
         self.graph, self.updates, self.counts = graph, updates, counts
         self.evaluate = evaluate
         self.values = values_of(graph.parameters) if values is None else dict(values)
@@ -328,8 +333,20 @@ class DataSums:
 
     def expected_log_joint(self, values: Mapping[str, Tensor], groups: Sequence[int]) -> Tensor:
         """E_q[log p] of some groups at given values, in nats; differentiable. # ()"""
-        tables = self.evaluate(values, groups)
-        return torch.stack([dot(self.counts[g], tables[g]) for g in groups]).sum()
+        summed = {g: found for g in groups if (found := self._by_sums(g)) is not None}
+        rest = [g for g in groups if g not in summed]
+        tables = self.evaluate(values, rest) if rest else {}
+        parts = [found.at(values) for found in summed.values()]
+        return torch.stack([*parts, *(dot(self.counts[g], tables[g]) for g in rest)]).sum()
+
+    def _by_sums(self, g: int) -> SummedGroup | None:
+        """A group whose expected log density follows from sums, which are taken once."""
+        if not self.compiled:
+            return None
+        if g not in self._summed:
+            group, counts = self.graph.groups[g], self.counts[g]
+            self._summed[g] = SummedGroup.of(group, counts, self.arguments[g])
+        return self._summed[g]
 
     def derivatives(
         self,

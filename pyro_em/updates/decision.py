@@ -244,6 +244,8 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
                 weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
             elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
+            elif binding.how == "sum":
+                weakest = weakest or f"{where} is a sum of it and others"
             elif _is_predicted(graph, g, argument, name):
                 curved = True
                 predicted.append(f"{group.distribution}.{argument}")
