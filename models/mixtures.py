@@ -5,8 +5,8 @@
 
 Run it: ``python -m models.mixtures``. A reader learns that EM is one algorithm whatever the
 component is: only the M-step differs, and it is found from the distribution that the model names. It
-is in closed form for counts, answers and durations, least squares for lines, gradients for Student's
-t, whose heavy tails keep a few wild points from moving the centres.
+is in closed form for counts, answers and durations, least squares for lines, Newton's method on sums
+for Student's t, whose heavy tails keep a few wild points from moving the centres.
 
 Data: deaths of women over 80 per day in the London Times, 1910-1912 (Titterington, Smith and Makov
 1985); 118 slides judged by 7 pathologists for carcinoma of the cervix (Agresti 2002); 216 answers to
@@ -30,8 +30,14 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ClosedForm, EMResult, ExactPosteriorEM, Gradient, LeastSquares
+from pyro_em.updates.update import NewtonOnSums
 
-WORDS = {ClosedForm: "closed form", LeastSquares: "least squares", Gradient: "gradient"}
+WORDS = {
+    ClosedForm: "closed form",
+    LeastSquares: "least squares",
+    NewtonOnSums: "Newton on sums",
+    Gradient: "gradient",
+}
 
 LONDON = (162, 267, 271, 185, 111, 61, 27, 8, 3, 1)  # days with 0, 1, …, 9 deaths
 CARCINOMA = (

@@ -19,6 +19,7 @@ UPDATES = {
     "closed form": "closed form",
     "least squares": "least squares",
     "Newton": "Newton",
+    "Newton on sums": "Newton on sums",
     "gradient (L-BFGS)": "L-BFGS",
     "gradient (optimiser)": "optimiser",
 }

@@ -43,11 +43,16 @@ class ScaleMixture(NaturalForm):
         return torch.stack(torch.broadcast_tensors(*parts), -1)
 
 
+def about(feature: Tensor, step: Tensor) -> Tensor:
+    """A Student distribution's sums about a location that is further on by a step."""
+    zeroth, first, second, rest = feature.unbind(-1)
+    moved = (zeroth, first - step * zeroth, second - step * (2 * first - step * zeroth), rest)
+    return torch.stack(torch.broadcast_tensors(*moved), -1)
+
+
 def _residual(s: Statistics, a: Arguments) -> Tensor:
     """Σ E[u] (x − μ)²."""
-    zeroth, first, second = s["feature"][..., :3].unbind(-1)
-    shift = a["loc"] - s["reference:loc"]
-    return second - shift * (2 * first - shift * zeroth)
+    return about(s["feature"], a["loc"] - s["reference:loc"])[..., 2]
 
 
 def _derivatives(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,9 @@ _CHUNK_BYTES = 2**21
 _IMPOSSIBLE = -1e29
 
 
+_LOG2_E = math.log2(math.e)
+
+
 @dataclass(eq=False)
 class Mixture(QuickBlock):
     """A mixture over the rows of one plate.
@@ -190,19 +193,20 @@ class Mixture(QuickBlock):
             weights = joint.sub_(top)
             if may_clamp:
                 weights.clamp_(min=-80.0)
-            weights.exp_()
+            if weights.dtype == torch.float64:  # of two it takes half the time
+                weights.mul_(_LOG2_E).exp2_()
+            else:
+                weights.exp_()
             if may_clamp:
                 torch.threshold_(weights, 2e-35, 0.0)
             mass = weights.sum(0)
-            log_p = (
-                mass.log().add_(top) if top.dtype == torch.float64 else top.double() + mass.log()
-            )
             if self.repeats is None:
                 weights.div_(mass)
-                sums.add("evidence", log_p.sum())
+                sums.add("evidence", top.sum(dtype=torch.float64) + _sum_of_logs(mass))
             else:
                 often = self.repeats[rows]
                 weights.mul_(often / mass)
+                log_p = mass.log().to(torch.float64).add_(top)
                 sums.add("evidence", torch.dot(log_p, often))
             sums.add("mass", weights.sum(1, dtype=torch.float64))
             for i, (f, own) in enumerate(zip(self.factors, here, strict=True)):
@@ -365,3 +369,19 @@ def _factors(
             masks[g] = mask.reshape(-1).expand(N)
     linear = merged(parts) if parts else None
     return RowFactors(reads, K, linear, normals, tuple(others), masks)
+
+
+def _sum_of_logs(mass: Tensor) -> Tensor:
+    """Σ log of numbers between one and that of components: eight of them share a logarithm. # ()"""
+    out = mass.to(torch.float64)
+    for _ in range(3):
+        half = len(out) // 2
+        if half < 64:
+            break
+        rest = out[2 * half :]
+        out = (
+            torch.cat([out[:half] * out[half : 2 * half], rest])
+            if len(rest)
+            else (out[:half] * out[half:])
+        )
+    return out.log().sum()

@@ -94,6 +94,7 @@ class Places:
         slot: Its place there. # (elements,)
         counts: How many problems there are, and coordinates of the largest.
         unused: One where a problem has fewer coordinates. # (B, m, m)
+        is_read: Whether every element is read.
     """
 
     coordinates: Coordinates
@@ -102,6 +103,7 @@ class Places:
     slot: Tensor
     counts: tuple[int, int]
     unused: Tensor
+    is_read: bool
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -169,6 +171,10 @@ class Problem:
         for c, s in zip(self.places.cells, self.sums, strict=True):
             out.index_add_(0, c.block, s["weight"].reshape(-1))
         return out[:-1]
+
+    def may_lack_data(self) -> bool:
+        """Whether there may be elements that no datum reads."""
+        return not self.places.is_read or any(bool((s["weight"] <= 0).any()) for s in self.sums)
 
     def masses(self) -> Tensor:
         """The weight behind each element; −1 where none reads it. # (elements,)"""
@@ -299,7 +305,10 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
         cells_of.append(_Cells(g, family.natural, shape, arguments, own, block, *each))
     unused = torch.ones(B, m, dtype=torch.float64)
     unused[owner, slot] = 0.0
-    return Places(coordinates, tuple(cells_of), owner, slot, (B, m), torch.diag_embed(unused))
+    seen = torch.unique(torch.cat([own.reshape(-1) for own in rows.values()]))
+    is_read = int((seen >= 0).sum()) == coordinates.size
+    unused = torch.diag_embed(unused)
+    return Places(coordinates, tuple(cells_of), owner, slot, (B, m), unused, is_read)
 
 
 def _arguments(

@@ -107,11 +107,12 @@ class NewtonSolver:
             before = {n: values[n].detach().to("cpu", torch.float64, copy=True) for n in self.block}
             problem = self.places.at(statistics, arguments)
             u = self._climb(problem, self.coordinates.enter(before))
-            mass, new, empty = problem.masses(), {}, {}
+            new, empty = {}, {}
+            mass = problem.masses() if problem.may_lack_data() else None
             for name, value in self.coordinates.values(u).items():
-                own = mass[self.coordinates.slices[name]]
-                without = own <= 0
-                if bool(without.any()):
+                own = None if mass is None else mass[self.coordinates.slices[name]]
+                without = None if own is None else own <= 0
+                if own is not None and without is not None and bool(without.any()):
                     value = torch.where(without, before[name].reshape(-1), value)
                     read = without & (own > -1)
                     empty[name] = [int(i) for i in read.nonzero().reshape(-1)]
@@ -142,7 +143,12 @@ class NewtonSolver:
                 break
             u, here = self._searched(problem, u, step, here)
             last = length
-        self._require_maximum(problem, begin, u, here)
+        else:
+            promise = _direction(here)[1]
+        mass = 1 + problem.block_masses()
+        ends = (promise <= _UNFINISHED * mass + here.rounding) & (here.rounding <= _BLURRED * mass)
+        if not bool(ends.all()):
+            self._refuse(problem, begin, u, here, ~ends)
         return u
 
     def _searched(
@@ -164,15 +170,11 @@ class NewtonSolver:
             t = torch.where(fine, t, torch.where(t > 1e-6, t / 4, 0.0))
         return u, here
 
-    def _require_maximum(self, problem: Problem, begin: Tensor, u: Tensor, here: There) -> None:
-        """Name the parameter that runs off, where one does."""
-        _, promise = _direction(here)
-        mass = 1 + problem.block_masses()
-        finished = promise <= _UNFINISHED * mass + here.rounding
-        finished &= here.rounding <= _BLURRED * mass
-        if bool(finished.all()):
-            return
-        way = (u - begin).abs() * problem.spread_one(1.0 * ~finished)
+    def _refuse(
+        self, problem: Problem, begin: Tensor, u: Tensor, here: There, without_end: Tensor
+    ) -> None:
+        """Name the parameter that runs off."""
+        way = (u - begin).abs() * problem.spread_one(1.0 * without_end)
         at = int(way.nan_to_num(math.inf).argmax())
         name, element = self.coordinates.name_of(at)
         now = float(self.coordinates.values(u)[name][element])

@@ -22,8 +22,9 @@ from pyro_em.families.family import (
     Arguments,
     Statistics,
     expected_log_density,
-    main_rule,
+    has_sums,
 )
+from pyro_em.families.student import about
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.reduction.trees import SAME, added, mapped
 from pyro_em.updates.data_sums import DataSums, Evaluate
@@ -54,6 +55,9 @@ class PlainSums:
             4.0
         """
         s = self.sums
+        if "feature" in s and s["feature"].shape[-1] == 4 and "loc" in self.references:
+            feature = about(s["feature"], references["loc"] - self.references["loc"])
+            return PlainSums({**s, "feature": feature}, references)
         if "deviation" not in s:
             return PlainSums(s, references)
         step = references["loc"] - self.references["loc"]
@@ -286,11 +290,13 @@ def _obstacle(group: Group, moved: set[str]) -> Finding | None:
     if group.value_binding is not None:
         return Finding(where, f"the value of '{site}' depends on a parameter")
     for argument, binding in group.bindings.items():
-        if moved.intersection(binding.params) and (
-            argument not in family.rules and argument not in group.lines
-        ):
+        natural = () if family.natural is None else family.natural.arguments
+        known = (*family.rules, *natural, *group.lines)
+        if moved.intersection(binding.params) and argument not in known:
             return _no_sums(group, argument)
-    if main_rule(family, group.arguments) is None:
+        if family.natural is not None and family.natural.of_counts:
+            return _no_sums(group, argument)  # how many there are follows from the largest count
+    if not has_sums(family, group.arguments):
         return Finding(
             where, f"what the rows say of '{site}' ({group.distribution}) is no single sum"
         )

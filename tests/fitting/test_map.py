@@ -341,7 +341,7 @@ CASES = {
         tensor(-1.0, 1.0),
         X,
         Gradient,
-        "StudentT at 'theta' has no record",
+        "its StudentT prior is not conjugate to a mean",
     ),
     "lognormal scale": Case(
         lambda: dist.LogNormal(tensor(0.0), 1.0),

@@ -162,3 +162,12 @@ def test_equal_rows_and_no_rows() -> None:
     q[:] = torch.tensor([1.0, 0.0])
     em.m_step({"z": q}, x)
     assert pyro.param("a")[1] == 2.0 and pyro.param("b")[1] == 0.5 and pyro.param("a")[0] != 1.0
+
+
+def test_steps_after_each_batch() -> None:
+    x = two_gammas()[torch.randperm(120, generator=torch.Generator().manual_seed(0))]
+    best = ExactPosteriorEM(gammas).fit(x, max_steps=60, tol=1e-3).log_evidence
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(gammas)
+    em.fit(Chunks(x, rows=40), online="incremental", num_epochs=20)
+    assert em.score(x) == pytest.approx(best, abs=0.05)
