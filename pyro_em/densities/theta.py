@@ -95,7 +95,10 @@ class Theta:
 
     @cached_property
     def adds(self) -> bool:
-        """Whether sums of parts of the data add up."""
+        """Whether sums of parts of the data add up.
+
+        Where arguments differ from row to row the sums of a group are kept row by row.
+        """
         if any(isinstance(rule, KeepsRows) for rule in self.normals.values()):
             return False
         lines = {n for s in self.solvers if isinstance(s, LineSolver) for n in s.block}
@@ -105,7 +108,14 @@ class Theta:
             for g in reached
             for size in self.evaluators[g]["loc"].shape[: 1 + self.graph.groups[g].n_plates]
         )
-        return not by_row and all(s.adds for s in self.solvers if isinstance(s, CurveSolver))
+        apart = [g for g in self.reached if g not in self.normals and self._differs(g)]
+        solvers = [s for s in self.solvers if isinstance(s, CurveSolver)]
+        return not by_row and not apart and all(s.adds for s in solvers)
+
+    def _differs(self, g: int) -> bool:
+        """Whether an argument of a group differs between elements of its plates."""
+        end = 1 + self.graph.groups[g].n_plates
+        return any(n != 1 for a in self.evaluators[g].values() for n in a.shape[1:end])
 
     @torch.no_grad()
     def enter(self, values: Values) -> At:

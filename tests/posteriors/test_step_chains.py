@@ -306,21 +306,21 @@ def test_coefficients_of_transitions_from_sums_of_each_step(loop: Loop) -> None:
         torch.testing.assert_close(got[name], value, rtol=1e-9, atol=1e-9)
 
 
-def test_sums_of_each_step_are_not_those_of_a_part() -> None:
-    """Sequences in chunks: predictors differ from row to row, so that tables take the steps."""
-    x, u = data(7, 4, seed=11), data(7, 4, seed=12)
+@pytest.mark.parametrize("steps_of", [gated, in_a_plate])
+def test_sums_of_each_row_are_not_those_of_a_part(steps_of: Callable[..., None]) -> None:
+    """Sequences in chunks, whose arguments differ from row to row: tables take the steps."""
+    x, u = data(7, 4, seed=11).T.contiguous(), torch.arange(28).reshape(4, 7) % 3 % 2
 
     def model(x: Tensor, u: Tensor) -> None:
-        gated(LOOPS["loop"], x.T, u.T)
+        steps_of(LOOPS["loop"], x.T, u.T)
 
     found = []
-    for args in ((x.T.contiguous(), u.T.contiguous()), None):
+    for args in ((x, u), (Chunks(x, u, rows=2),)):
         pyro.clear_param_store()
-        em = ExactPosteriorEM(model)
-        if args is None:
-            args = (Chunks(x.T.contiguous(), u.T.contiguous(), rows=3),)
-        found.append(em.fit(*args, max_steps=3, tol=0))
+        found.append(ExactPosteriorEM(model).fit(*args, max_steps=3, tol=0))
     assert found[0].log_evidence == pytest.approx(found[1].log_evidence, rel=1e-9)
-    for name in "bW":  # of each row of logits its differences count
-        one, other = (fit.params[name][:, 1] - fit.params[name][:, 0] for fit in found)
+    for name, value in found[0].params.items():
+        one, other = value, found[1].params[name]
+        if name in "bW":  # of each row of logits its differences count
+            one, other = one[:, 1] - one[:, 0], other[:, 1] - other[:, 0]
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
