@@ -12,6 +12,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 ROUTES = {
     "enumerate": "sum",
     "Gaussian": "Gaussian",
+    "conjugate": "conjugate",
     "guide": "guide",
     "point estimate": "point estimate",
 }
