@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -159,7 +159,7 @@ def _conjugating(
     given = replace(task, model=model)
     structure = _examined(given, False, {}, stepwise=True)
     if isinstance(structure, Unrouted):
-        return None
+        return _beside_gaussians(given, model, kernels, structure.structure, bare, task)
     found = Conjugates.of(model, kernels, task.args, task.kwargs, structure)
     looked = _folded(structure.looked)
     notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
@@ -174,6 +174,41 @@ def _conjugating(
         routes=LaterTuple(lambda: conjugate_routes(bare, structure, found)),
         rebuild=partial(build_program, task, first_look=False),
     )
+
+
+def _beside_gaussians(
+    given: Task,
+    model: GivenConjugates,
+    kernels: Mapping[str, PriorKernel],
+    structure: Structure,
+    bare: Structure,
+    task: Task,
+) -> Program | None:
+    """The same where Gaussian latents have to be integrated as well; None where others have no route.
+
+    Args:
+        given: The model with its conjugate latents given.
+        model: The same.
+        kernels: The kernel of each one's prior.
+        structure: Its skeleton.
+        bare: That of the user's model.
+        task: The user's model, and what is wanted of it.
+    """
+    gaussians = with_values(model, structure)
+    if gaussians is None:
+        return None
+
+    def conjugates(inner: Structure, lines: Mapping[str, Line]) -> Conjugates:
+        at_zero = GivenConjugates(GivenGaussians(model.model, gaussians.values), model.values)
+        found = Conjugates.of(at_zero, kernels, task.args, task.kwargs, inner)
+        found.require_apart(lines)
+        return found
+
+    program = integrating(given, gaussians, structure, conjugates)
+    if program is None:
+        return None
+    again = partial(build_program, task, first_look=False)
+    return with_routes(replace(program, bare=_without_sites(bare), rebuild=again))
 
 
 def _refuse_sums(task: Task, latent: str, kind: str) -> None:
@@ -206,13 +241,19 @@ def _with_gaussians(task: Task, unrouted: Unrouted) -> Program | Unrouted:
     return program if task.look_only else verified(program)
 
 
-def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program | None:
+def integrating(
+    task: Task,
+    model: GivenGaussians,
+    bare: Structure,
+    conjugates: Callable[[Structure, Mapping[str, Line]], Conjugates] | None = None,
+) -> Program | None:
     """A program that integrates Gaussian latents, not verified yet; None where others have no route.
 
     Args:
         task: The user's model, and what is wanted of it.
         model: The same with values for these latents.
         bare: The skeleton of the user's model.
+        conjugates: Reads the conjugate latents beside them, where there are any.
 
     Raises:
         NotLinear: If a latent has a child that is not linear in it and Gaussian.
@@ -231,7 +272,11 @@ def integrating(task: Task, model: GivenGaussians, bare: Structure) -> Program |
     structure = _knowing(structure, lines)
     log = task.log(names_of(task.model, task.args, task.kwargs))
     graph = with_lines(given, structure, lines, traced(given, structure, log, looked))
-    return on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))
+    found = None if conjugates is None else conjugates(structure, lines)
+    if found is not None:
+        graph = found.integrated(graph, task.max_enumeration)
+    program = on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))
+    return replace(program, conjugates=found)
 
 
 def _knowing(structure: Structure, lines: Mapping[str, Line]) -> Structure:
@@ -282,7 +327,8 @@ def with_routes(program: Program) -> Program:
     """A program with the rows of its plan, where Gaussian latents are integrated."""
     assert program.bare is not None
     found = program.bare, program.structure, program.lines, program.graph
-    return replace(program, routes=LaterTuple(lambda: gaussian_routes(*found)))
+    own = {} if program.conjugates is None else program.conjugates.rows(program.bare)
+    return replace(program, routes=LaterTuple(lambda: gaussian_routes(*found, own)))
 
 
 def _examined(

@@ -19,6 +19,7 @@ from pyro_em.graph.conjugate_reads import (
     refused,
 )
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.lines import Line
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.posteriors.conjugate_components import conjugated
@@ -84,6 +85,27 @@ class Conjugates:
         run = self.model, args, kwargs, structure
         return differing_reads(self.reads, *run, self.kernels, values)
 
+    def require_apart(self, lines: Mapping[str, Line]) -> None:
+        """Refuse sites that read Gaussian latents as well.
+
+        Raises:
+            NotConjugate: If there is one.
+        """
+        for site, read in self.reads.items():
+            if site in lines:
+                gaussian = lines[site].reads[0].latent
+                what = f"it reads Gaussian '{gaussian}' and '{read.latent}'."
+                raise refused(read.latent, f"site '{site}'", what)
+
+    def rows(self, bare: Structure) -> dict[str, Route]:
+        """The latents' rows of the plan."""
+        out = {}
+        for name in self.kernels:
+            info = bare.sites[name]
+            reason = f"conjugate to {self.children(name)}"
+            out[name] = Route(name, info.distribution, "conjugate", None, info.plates, reason)
+        return out
+
     def children(self, latent: str) -> str:
         """Who reads a latent, and through what, in words."""
         own = [r for r in self.reads.values() if r.latent == latent]
@@ -124,13 +146,5 @@ def at_units(
 
 def conjugate_routes(bare: Structure, inner: Structure, found: Conjugates) -> tuple[Route, ...]:
     """The rows of the plan, conjugate latents in the place that they have in the model."""
-    rows = {r.site: r for r in routes_of(inner)}
-    out = []
-    for name in (*bare.latents, *bare.barren):
-        if name in rows:
-            out.append(rows[name])
-            continue
-        info = bare.sites[name]
-        reason = f"conjugate to {found.children(name)}"
-        out.append(Route(name, info.distribution, "conjugate", None, info.plates, reason))
-    return tuple(out)
+    rows = {r.site: r for r in routes_of(inner)} | found.rows(bare)
+    return tuple(rows[name] for name in (*bare.latents, *bare.barren))

@@ -115,10 +115,22 @@ def _children(structure: Structure, lines: Mapping[str, Line]) -> dict[str, list
 
 
 def gaussian_routes(
-    bare: Structure, inner: Structure, lines: Mapping[str, Line], graph: FactorGraph
+    bare: Structure,
+    inner: Structure,
+    lines: Mapping[str, Line],
+    graph: FactorGraph,
+    others: Mapping[str, Route],
 ) -> tuple[Route, ...]:
-    """The rows of the plan: Gaussian latents in the place that they have in the model."""
-    rows = {r.site: r for r in routes_of(inner)}
+    """The rows of the plan: Gaussian latents in the place that they have in the model.
+
+    Args:
+        bare: The skeleton of the user's model.
+        inner: That of the model with its Gaussian latents given.
+        lines: How these enter means.
+        graph: The factor graph.
+        others: Rows of latents that are integrated otherwise.
+    """
+    rows = {r.site: r for r in routes_of(inner)} | dict(others)
     children = _children(inner, lines)
     blocks = {
         n: g.nested

@@ -269,6 +269,31 @@ def test_rates_that_are_read_by_index_and_in_nested_plates() -> None:
     assert q.marginal("theta").batch_shape == (2, 1)
 
 
+def test_gaussian_latents_beside_conjugate_ones() -> None:
+    group = tensor([0, 0, 1, 2, 2])
+
+    def model() -> None:
+        with pyro.plate("groups", 3):
+            level = pyro.sample("level", dist.Normal(0.0, 0.8))
+            rate = pyro.sample("rate", dist.Gamma(A, B))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(level[group], 1.0), obs=REALS)
+            pyro.sample("x", dist.Poisson(rate[group]), obs=COUNTS)
+
+    em = ExactPosteriorEM(model)
+    q = em.posterior()
+    member = torch.eye(3)[group]
+    joint = dist.MultivariateNormal(torch.zeros(5), 0.64 * member @ member.T + torch.eye(5))
+    expected = joint.log_prob(REALS) - (COUNTS + 1).lgamma().sum()
+    for g in range(3):
+        a, b = A + COUNTS[group == g].sum(), B + (group == g).sum()
+        expected += a.lgamma() - a * b.log() - A.lgamma() + A * B.log()
+    assert q.log_evidence == pytest.approx(float(expected), abs=1e-11)
+    assert set(q.sample(2, seed=0)) == {"level", "rate"}
+    assert em.elbo(q=q).gap == pytest.approx(0.0, abs=1e-10)
+    assert [r.route for r in em.plan().routes] == ["Gaussian", "conjugate"]
+
+
 def over_dispersed(x: Tensor, a: float = 1.0, b: float = 1.0) -> None:
     a = pyro.param("a", tensor(a), constraint=constraints.positive)
     b = pyro.param("b", tensor(b), constraint=constraints.positive)
@@ -426,6 +451,13 @@ def _two_levels() -> None:
         pyro.sample("x", dist.Poisson(rate), obs=COUNTS)
 
 
+def _both_arguments() -> None:
+    level = pyro.sample("u", dist.Normal(0.0, 1.0))
+    precision = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Normal(level, precision.rsqrt()), obs=REALS)
+
+
 def _by_class() -> None:
     with pyro.plate("classes", 2):
         rate = pyro.sample("v", dist.Gamma(A, B))
@@ -445,6 +477,7 @@ def _by_class() -> None:
         (_branched, r"outside autograd \(gt\)"),
         (_detached, r"outside autograd \(detach\)"),
         (_two_levels, "the prior of 'rate' depends on 'v'"),
+        (_both_arguments, "it reads Gaussian 'u' and 'v'"),
         (_by_class, "a mixture of 2 to the power of the plate's size"),
     ],
 )
