@@ -131,7 +131,7 @@ class Leaving(StaysHere):
         """Latents that may leave as far as the skeleton and the guide say; why others may not."""
         wanted: set[str] = set()
         kept: dict[str, Finding] = {}
-        jointly = _drawn_jointly(self.guide, self.look)
+        jointly = drawn_jointly(self.guide, self.look)
         parts = [p.name for p in self.bare.plates.values() if p.size < p.full_size]
         for name in self.bare.latents:
             site = self.bare.unobserved[name]
@@ -229,7 +229,7 @@ def look_for_exact(strategy: Any, name: str) -> bool:
     return bool(hits) and bool(hits[0] == "exact")
 
 
-def _drawn_jointly(guide: Any, look: GuideLook) -> dict[str, str]:
+def drawn_jointly(guide: Any, look: GuideLook) -> dict[str, str]:
     """Latents whose guide density is no factor of its own, each with the reason."""
     out: dict[str, str] = {}
     for part in guide.modules() if isinstance(guide, torch.nn.Module) else ():

@@ -17,6 +17,7 @@ from pyro_em.errors import (
     message,
     raise_findings,
 )
+from pyro_em.graph.conjugate_reads import kernel_of_prior
 from pyro_em.graph.examination import examine
 from pyro_em.graph.mixtures import mixtures_in, with_components
 from pyro_em.graph.structure import Structure
@@ -25,7 +26,7 @@ from pyro_em.plan.building import build_program
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.kept import Readings
-from pyro_em.plan.leaving import Leaving, look_for_exact
+from pyro_em.plan.leaving import Leaving, drawn_jointly, look_for_exact
 from pyro_em.plan.notes import unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
@@ -131,6 +132,9 @@ class Planner(StaysHere):
             return routing
         self.request.check_strategies((*bare.latents, *bare.barren), routing.solved)
         self.known = replace(self.known, leaving=notes_on_leaving(routing))
+        conjugate = self._without_draws(bare, look, routing, args, kwargs, look_only)
+        if conjugate is not None:
+            return conjugate
         if routing.is_stochastic:
             return Variational.of(
                 self.request.model,
@@ -154,6 +158,52 @@ class Planner(StaysHere):
         if not (routing.points or self.known.leaving):
             program = program.noting("the guide is not used: every latent has an exact posterior.")
         return self._noting_unused_optimiser(program)
+
+    def _without_draws(
+        self,
+        bare: Structure,
+        look: GuideLook,
+        routing: Routing,
+        args: tuple,
+        kwargs: dict[str, Any],
+        look_only: bool,
+    ) -> Program | None:
+        """The program without draws, where the guide would draw nothing but conjugate latents."""
+        leaving = self._conjugate(bare, look, routing)
+        if not leaving:
+            return None
+        found = replace(routing, drawn=(), enumerated=(), unused=(*routing.unused, *leaving))
+        pair = found.pair(self.request.model, self.known.guide)
+        try:
+            program = self._program(pair, args, kwargs, False, look_only, ())
+        except ModelError:  # it does not run with these latents at their units
+            return None
+        if not isinstance(program, Program) or program.conjugates is None:
+            return None
+        rows = {r.site: r for r in program.routes}
+        unused = "; its guide site is not used"
+        routes = tuple(
+            replace(rows[r.site], reason=rows[r.site].reason + unused) if r.site in leaving else r
+            for r in routes_with_guide(bare, found)
+        )
+        program = replace(program, routes=routes).noting(*unbounded_priors(program))
+        if not found.points:
+            program = program.noting("the guide is not used: every latent has an exact posterior.")
+        return self._noting_unused_optimiser(_without_unused_strategy(program))
+
+    def _conjugate(self, bare: Structure, look: GuideLook, routing: Routing) -> tuple[str, ...]:
+        """All that the guide draws, if these are latents that may have conjugate posteriors."""
+        if self.request.e_step is not None or routing.gaussian or bare.random_plates:
+            return ()
+        if any(p.size < p.full_size for p in bare.plates.values()):
+            return ()
+        jointly = drawn_jointly(self.known.guide, look)
+        for name in routing.drawn:
+            if not is_conjugate(name, bare) or name in jointly:
+                return ()
+            if matching(self.request.strategy, name) == "guide":
+                return ()
+        return routing.drawn
 
     @property
     def guide_now(self) -> Any:
@@ -256,7 +306,7 @@ class Planner(StaysHere):
         bare, routing = variational.bare, variational.routing
         latents = set(bare.latents) - set(routing.points)
         may = set() if summed_only else latents
-        gaussian = {n for n in may if self._may_be_integrated(n, bare)}
+        gaussian = {n for n in may if self._may_be_integrated(n, bare) or is_conjugate(n, bare)}
         summed = latents - gaussian
         if any(bare.sites[n].support_size is None for n in summed if n in bare.sites):
             return None
@@ -453,6 +503,12 @@ class Planner(StaysHere):
             return task, program
         self.known = replace(self.known, components=model)
         return own, found
+
+
+def is_conjugate(name: str, bare: Structure) -> bool:
+    """Whether a latent's prior is one of those that have conjugate children."""
+    site = bare.unobserved.get(name)
+    return site is not None and kernel_of_prior(site["fn"]) is not None
 
 
 def _on(model: Model, users_model: Model) -> Model:
