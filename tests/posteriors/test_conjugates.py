@@ -13,6 +13,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats as st
 import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -484,6 +485,30 @@ def _by_class() -> None:
 def test_near_misses_are_refused_by_name(model: Callable[[], None], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         ExactPosteriorEM(model).posterior()
+
+
+def test_a_guide_keeps_no_conjugate_latent_of_its_own_factor() -> None:
+    def guide(x: Tensor) -> None:
+        shape = pyro.param("shape", torch.ones(5), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            pyro.sample("rate", dist.Gamma(shape, 2.0))
+
+    expected = float(negative_binomial(COUNTS, 1.0, 1.0).sum())
+
+    def routed(guide: Any, **how: Any) -> tuple[str, Any]:
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(over_dispersed, guide, **how)
+        return em.plan(COUNTS).routes[0].route, em.elbo(COUNTS)
+
+    for own in (guide, AutoNormal):
+        route, terms = routed(own)
+        assert route == "conjugate"
+        assert terms.value == pytest.approx(expected, abs=1e-11)
+    for own, how in ((AutoMultivariateNormal, {}), (guide, {"strategy": "guide"})):
+        route, terms = routed(own, **how)
+        assert route == "guide"
+        assert terms.log_evidence == pytest.approx(expected, abs=1e-11)
+    assert routed("map")[0] == "point estimate"
 
 
 def test_the_plan_says_how() -> None:
