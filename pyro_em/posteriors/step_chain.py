@@ -74,7 +74,7 @@ class StepChain(QuickBlock):
     absent: tuple[tuple[Label, Tensor], ...] = field(init=False)
 
     name: ClassVar[str] = "chain"
-    words: ClassVar[str] = "chain kernel, by forward and backward messages of product states"
+    words: ClassVar[str] = "chain kernel, by forward and backward messages in stages"
 
     @classmethod
     def glance(cls, latents: Mapping[str, Latent]) -> Finding | None:
