@@ -118,7 +118,8 @@ class StudentRows:
         for i, (z, t, log) in enumerate(features.kept):
             r = wide if features.seen is None else wide * features.seen[i]
             q = r / (t + 1)
-            parts = (r.sum(-1), q.sum(-1), _dot(q, z), _dot(q, t), _dot(r, log))
+            dots = (torch.linalg.vecdot(*pair) for pair in ((q, z), (q, t), (r, log)))
+            parts = (r.sum(-1), q.sum(-1), *dots)
             out.append(torch.stack(parts, -1))
         return torch.cat(out, -1)
 
@@ -147,11 +148,6 @@ class StudentRows:
             "feature": feature.reshape(*lead, self.K, *self.shape, 4),
             "weight": weight.reshape(*lead, self.K, *self.shape),
         }
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b of each row. # (K,)"""
-    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).reshape(-1)
 
 
 def as_student(group: Group, K: int) -> StudentRows | None:

@@ -52,7 +52,8 @@ def about(feature: Tensor, step: Tensor) -> Tensor:
 
 def _residual(s: Statistics, a: Arguments) -> Tensor:
     """Σ E[u] (x − μ)²."""
-    return about(s["feature"], a["loc"] - s["reference:loc"])[..., 2]
+    feature, shift = s["feature"], a["loc"] - s["reference:loc"]
+    return feature[..., 2] - shift * (2 * feature[..., 1] - shift * feature[..., 0])
 
 
 def _derivatives(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:

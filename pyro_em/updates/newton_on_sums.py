@@ -42,7 +42,7 @@ _STEPS = 200
 _TRIALS = 30
 
 
-_LAST = 3e-6  # a step after which the next is lost in rounding: convergence is quadratic
+_LAST = 1e-5  # a step after which the next is lost in rounding: convergence is quadratic
 
 
 _UNFINISHED = 1e-6  # nats per datum that a maximum cannot still promise
@@ -184,9 +184,8 @@ class NewtonSolver:
 
 def _direction(at: There) -> tuple[Tensor, Tensor]:
     """A modified Newton step of each block, and what it promises, in nats. # (B, m), (B,)"""
-    factor, info = torch.linalg.cholesky_ex(at.curvature)
-    if not bool(info.any()):
-        step = torch.cholesky_solve(at.slope.unsqueeze(-1), factor).squeeze(-1)
+    if not bool(torch.linalg.cholesky_ex(at.curvature)[1].any()):
+        step = torch.linalg.solve_ex(at.curvature, at.slope)[0]
     else:
         values, vectors = torch.linalg.eigh(at.curvature)
         values = values.abs()
