@@ -12,11 +12,16 @@ prior's numerator and denominator are added to the expected ones.
 | Normal(m, s), MultivariateNormal(m, S) | mean, mean vector | m / s², S⁻¹ m | s⁻², S⁻¹ |
 | InverseGamma(a, b) on a variance | scale, through the square root | 2 b | 2 (a + 1) |
 | Gamma(a, b) on a precision | scale, through 1/√ | 2 b | 2 (a − 1) |
+| Wishart(ν, V) on a precision matrix | covariance, through its inverse | V⁻¹ | ν − D − 1 |
 | InverseGamma(a, b) | absolute scale | b | a + 1 |
 | Uniform | any of one number | 0 | 0, clipped to its interval |
 
 A numerator below zero (Dirichlet(0.5) on a component without data) has no maximiser: the density is
 unbounded at the boundary.
+
+A Normal prior on a mean whose scale is that of the data times a known factor (a Normal–inverse-gamma
+or a Normal–Wishart) adds to both: to the mean as above at the present spread, and to the spread as one
+more datum does (`pyro_em.updates.priors`).
 
 Source: Gelman et al., "Bayesian Data Analysis" (3rd ed. 2013), sections 2.4, 2.6 and 3.2.
 """
@@ -29,7 +34,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Arguments, Family, Statistics
+from pyro_em.families.family import PRECISION, Arguments, Family, Statistics
 from pyro_em.families.forms import Kind
 
 Contribution = Callable[[Arguments], tuple[Tensor, Tensor]]
@@ -39,7 +44,20 @@ def _no_statistics(value: Tensor, arguments: Arguments) -> Statistics:
     return {}
 
 
-FAMILIES = (Family(dist.Uniform, _no_statistics, {}, constants=("low", "high")),)
+_MATRICES = ("covariance_matrix", "precision_matrix", "scale_tril")
+
+
+FAMILIES = (
+    Family(dist.Uniform, _no_statistics, {}, constants=("low", "high")),
+    Family(
+        dist.Wishart,
+        _no_statistics,
+        {},
+        constants=("df", *_MATRICES),
+        event_dim=2,
+        event_dims=dict.fromkeys(_MATRICES, 2),
+    ),
+)
 
 
 def _dirichlet(a: Arguments) -> tuple[Tensor, Tensor]:
@@ -89,6 +107,18 @@ def _gamma_precision(a: Arguments) -> tuple[Tensor, Tensor]:
     return 2 * a["rate"], 2 * (a["concentration"] - 1)
 
 
+def _wishart_precision(a: Arguments) -> tuple[Tensor, Tensor]:
+    if "precision_matrix" in a:
+        n = a["precision_matrix"]
+    else:
+        factor = a.get("scale_tril")
+        if factor is None:
+            factor = torch.linalg.cholesky(a["covariance_matrix"])
+        n = torch.cholesky_inverse(factor)
+    # A number for a matrix comes expanded to its elements.
+    return n, a["df"][..., :1, :1] - n.shape[-1] - 1
+
+
 def _inverse_gamma_scale(a: Arguments) -> tuple[Tensor, Tensor]:
     return a["rate"], a["concentration"] + 1
 
@@ -123,13 +153,22 @@ _RULES: Mapping[tuple[type, Kind, tuple[str, ...]], Contribution] = {
 }
 
 
-def conjugate(distribution: type, kind: Kind, maps: tuple[str, ...]) -> Contribution | None:
+# Priors on an argument that is the inverse of the natural value.
+_OF_PRECISION: Mapping[tuple[type, Kind, tuple[str, ...]], Contribution] = {
+    (dist.Wishart, Kind.COVARIANCE, ()): _wishart_precision,
+}
+
+
+def conjugate(
+    distribution: type, kind: Kind, maps: tuple[str, ...], link: str = "identity"
+) -> Contribution | None:
     """What a prior adds to numerator and denominator, or None where it has another form.
 
     Args:
         distribution: The prior's exact class.
         kind: The form of the expected log joint in the argument.
         maps: Names of the elementwise maps from the latent to the argument, innermost first.
+        link: Name of the link from the natural value to the argument.
 
     Example:
         >>> n, d = conjugate(dist.Beta, Kind.PROBABILITY, ())(
@@ -137,4 +176,6 @@ def conjugate(distribution: type, kind: Kind, maps: tuple[str, ...]) -> Contribu
         >>> float(n), float(d)
         (2.0, 3.0)
     """
-    return _RULES.get((distribution, kind, maps))
+    if link == PRECISION.name:
+        return _OF_PRECISION.get((distribution, kind, maps))
+    return _RULES.get((distribution, kind, maps)) if link == "identity" else None

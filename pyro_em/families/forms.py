@@ -87,6 +87,10 @@ class Covariance(Spread):
         trace = (torch.cholesky_inverse(tril) * n).sum((-2, -1))
         return (-0.5 * d.squeeze(-1).squeeze(-1) * log_det - 0.5 * trace).sum()
 
+    def exposed(self, n: Tensor, d: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Form.exposed`; the factor is one number for a matrix, given at all its elements."""
+        return n / factor, d
+
     def floored(self, a: Tensor, floor: float) -> tuple[Tensor, Tensor]:
         """See `Form.floored`; eigenvalues are raised."""
         eigenvalues, vectors = torch.linalg.eigh(a)

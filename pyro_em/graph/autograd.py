@@ -7,7 +7,7 @@ Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
   then the index map, and θ[index] must equal a to the bit;
 * an invertible elementwise map f of a selection has one nonzero per row of J: (J t) / (J 1) is the
   index map, and a = f(θ[index]); the estimate passes through f⁻¹ (invariance of the MLE);
-* a known factor c in a = c f(θ[index]) is an exposure;
+* a known factor c in a = c f(θ[index]) is an exposure, also in f(c θ[index]) where f is a power;
 * a is *affine* if every node is linear in θ: a = J θ + offset, or a known function of such a predictor
   (`pyro_em.graph.affine`);
 * a product of a matrix with its own transpose, Π = A Aᵀ, of matrices A that are selected, is a map of

@@ -36,6 +36,12 @@ class ElementwiseMap:
         return _map_named, (self.name, self.exponent)
 
     @property
+    def is_power(self) -> bool:
+        """Whether it is x ↦ x^e for some e."""
+        named = ("sqrt", "rsqrt", "reciprocal")
+        return self.name in named or self.exponent is not None
+
+    @property
     def has_pole(self) -> bool:
         """Whether a value outside the range has no nearest value inside."""
         return self.name in ("reciprocal", "rsqrt") or self.name.startswith("power -")

@@ -41,13 +41,14 @@ def as_selection(
     maps, has_factor, problem = read_maps(node)
     if problem:
         return problem
-    parts = []
+    parts, slopes = [], []
     covered = torch.zeros(shape, dtype=torch.bool, device=constant.device)
     for name in names:
         leaf = leaves[name]
         if edge is leaf:
             index = torch.arange(leaf.numel(), device=leaf.device).reshape(leaf.shape)
             used = torch.ones_like(index, dtype=torch.bool)
+            slope = torch.ones_like(used, dtype=constant.dtype)
         else:
             forward = forward_maps(edge, shape, leaf, constant)
             slope = forward(torch.ones((), dtype=constant.dtype, device=constant.device))
@@ -60,13 +61,18 @@ def as_selection(
             return "several parameters meet in one element"
         covered |= used
         parts.append(Selection(name, index.reshape(-1)[top], maps))
+        slopes.append(slope.reshape(-1)[top])
     checked = []
-    for part in parts:
+    for part, slope in zip(parts, slopes, strict=True):
         used = part.index >= 0
         if has_factor:
             if how:
                 return "a factor multiplies rows that are normalised"
-            factor = torch.where(used, constant / part.forward(leaves[part.param].detach()), 1.0)
+            there = part.forward(leaves[part.param].detach())
+            if maps:
+                factor = torch.where(used, constant / there, 1.0)
+            else:  # zeros, such as those beside a diagonal, say nothing of it
+                factor = torch.where(used, torch.where(there == 0, slope, constant / there), 1.0)
             if not bool((torch.isfinite(factor) & (factor > 0)).all()):
                 return "its known factor is not positive"
             part = Selection(part.param, part.index, maps, factor)
@@ -120,7 +126,8 @@ def read_maps(node: Node) -> tuple[tuple[ElementwiseMap, ...], bool, str]:
             if not math.isfinite(exponent) or exponent == 0:
                 return (), False, "a power whose exponent is not a known number"
             maps.append(power_map(exponent))
-        elif base in ("Mul", "Div") and len(parents) == 1 and not maps:
+        elif base in ("Mul", "Div") and len(parents) == 1 and all(m.is_power for m in maps):
+            # A power of c θ is a power of θ times one of c.
             # A division *by* the parameter shows the same node; the check below refuses it.
             if base == "Div" and node.next_functions[0][0] is None:
                 return (), False, "a division by the parameter"

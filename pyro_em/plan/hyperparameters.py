@@ -48,8 +48,10 @@ def free_hyperparameters(graph: FactorGraph) -> Iterator[Hyperparameter]:
     """The hyperparameters along which the joint density has no bound.
 
     A concentration that is a point estimate itself has a prior, which may hold it back; the scale of
-    a hierarchical prior seldom has one that does.
+    a hierarchical prior seldom has one that does. A spread that the data have too (a
+    Normal–inverse-gamma prior) is held back by them.
     """
+    held = set(_spreads_of_data(graph))
     estimated = {
         name
         for g in graph.groups
@@ -60,8 +62,21 @@ def free_hyperparameters(graph: FactorGraph) -> Iterator[Hyperparameter]:
         if group.role is not Role.POINT:
             continue
         for argument, name in group.hyperparameters:
+            if name in held:
+                continue
             if argument == "scale" or name not in estimated:
                 yield Hyperparameter(group.members[0], group.distribution, argument, name)
+
+
+def _spreads_of_data(graph: FactorGraph) -> Iterator[str]:
+    """The parameters that are, or set, a spread of what is observed."""
+    for group in graph.groups:
+        if group.role is not Role.DATA or group.family is None or not group.observed:
+            continue
+        for argument, binding in group.bindings.items():
+            rule = group.family.rules.get(argument)
+            if rule is not None and rule.kind.is_spread:
+                yield from binding.params
 
 
 def unbounded_joints(graph: FactorGraph, fixed: Collection[str]) -> list[str]:

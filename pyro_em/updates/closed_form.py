@@ -220,13 +220,19 @@ class Solver:
         )
 
 
-def solver_of(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Solver:
+def solver_of(
+    update: ParameterUpdate,
+    graph: FactorGraph,
+    value: Tensor,
+    values: Mapping[str, Tensor] | None = None,
+) -> Solver:
     """The solver of a closed form.
 
     Args:
         update: A closed form that is solved from sums.
         graph: The graph that its uses refer to.
         value: The parameter's value, for its shape.
+        values: All parameters as they are now, for priors that depend on them.
     """
     kind = update.kind
     assert kind is not None and isinstance(update.update, ClosedForm)
@@ -256,7 +262,7 @@ def solver_of(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Sol
         bounds(graph.parameters[update.name].constraint) if event == 0 else None,
         update.update.floor,
         tuple(index.shape[: index.dim() - event]),
-        contributions(update, graph, value) if update.priors else None,
+        contributions(update, graph, value, values) if update.priors else None,
     )
 
 
@@ -266,7 +272,7 @@ def closed_form(
     statistics: Mapping[int, Statistics],
     arguments: Sequence[Mapping[str, Tensor]],
     counts: Sequence[Tensor],
-    value: Tensor,
+    values: Mapping[str, Tensor],
     blend: Blend | None = None,
 ) -> tuple[Tensor, list[int]]:
     """The maximiser of the expected log joint in one parameter; see `Solver.solve`.
@@ -277,12 +283,13 @@ def closed_form(
         statistics: Expected statistics per group.
         arguments: The current arguments per group.
         counts: Expected counts per group (for order statistics).
-        value: The parameter's current value.
+        values: All parameters as they are now.
         blend: From a parameter's name, numerator and denominator to running averages of them.
     """
+    value = values[update.name]
     if update.needs_data:
         return from_data(update, graph, arguments, counts, value)
-    return solver_of(update, graph, value).solve(statistics, arguments, value, blend)
+    return solver_of(update, graph, value, values).solve(statistics, arguments, value, blend)
 
 
 def floor_of(update: ParameterUpdate) -> float:

@@ -241,8 +241,9 @@ class DataSums:
         """The maximiser in one parameter, where this part is all of the data; see `closed_form`."""
         update = self.updates[name]
         statistics, arguments = self._of_uses(update)
-        value = self.values[name]
-        return closed_form(update, self.graph, statistics, arguments, self.counts, value, blend)
+        return closed_form(
+            update, self.graph, statistics, arguments, self.counts, self.values, blend
+        )
 
     def regressed(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
         """The maximisers of a block, where this part is all of the data; see `least_squares`."""

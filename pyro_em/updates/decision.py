@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from pyro_em.distributions import bounds, is_real
 from pyro_em.families.conjugacy import conjugate
-from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, Rule
+from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, PRECISION, Rule
 from pyro_em.families.form import Form
 from pyro_em.families.forms import Kind
 from pyro_em.families.overdispersed import MANY
@@ -187,6 +187,8 @@ def _is_plain_mean(update: ParameterUpdate) -> bool:
     """Whether least squares solves for it as for an intercept: a mean as it stands."""
     if update.kind is None or not update.kind.form.is_regressed:
         return False
+    if not all(p.is_constant for p in update.priors):
+        return False
     return all(u.selection.factor is None and not u.selection.maps for u in update.uses)
 
 
@@ -241,7 +243,11 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
             is_used = True
             where = f"{group.distribution}.{argument} at '{group.members[0]}'"
             if group.role is Role.POINT:
-                weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
+                prior = _as_spread_of_prior(graph, g, argument, name)
+                if prior is None:
+                    weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
+                else:
+                    priors.append(prior)
             elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
             elif binding.how == "sum":
@@ -277,8 +283,8 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"
             return ParameterUpdate(name, Gradient(), reason)
-        if not all(_is_normal(graph.groups[p.group]) for p in priors):
-            return ParameterUpdate(name, Gradient(), "its prior is not Normal")
+        if not all(_is_normal(graph, p) for p in priors):
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
         what = " and ".join(dict.fromkeys(predicted)) + " is linear in it"
         if not all(p.endswith("logits") for p in predicted):
             what = " and ".join(dict.fromkeys(predicted)) + " has a predictor that is linear in it"
@@ -286,14 +292,16 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         return ParameterUpdate(name, Newton(), reason, priors=tuple(priors))
     if affine:
         plain = all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses)
-        if plain and all(_is_normal(graph.groups[p.group]) for p in priors):
+        if plain and all(_is_normal(graph, p) for p in priors):
             reason = "loc is affine in it" + (", with a Normal prior" if priors else "")
             return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
         if plain:
-            return ParameterUpdate(name, Gradient(), "its prior is not Normal")
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
         return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
     if not uses:
-        return ParameterUpdate(name, Gradient(), "only priors depend on it")
+        of = next((graph.groups[p.group].members[0] for p in priors if p.argument), "")
+        reason = f"it is a hyperparameter of '{of}'" if of else "only priors depend on it"
+        return ParameterUpdate(name, Gradient(), reason)
     problem = _not_conjugate(graph, uses[0], priors)
     if problem:
         return ParameterUpdate(name, Gradient(), problem)
@@ -355,12 +363,73 @@ def _as_prior(graph: FactorGraph, g: int, name: str) -> Prior | None:
     alone = len(binding.selections) == 1 and not any(
         d in graph.latents for dims in group.dims for d in dims
     )
-    constant = all(not b.params for b in group.bindings.values())
-    return Prior(g, selection) if selection is not None and plain and alone and constant else None
+    if selection is None or not plain or not alone:
+        return None
+    depends = {argument for argument, b in group.bindings.items() if b.params}
+    if not depends:
+        return Prior(g, selection)
+    spreads = all(_as_spread_of_prior(graph, g, a, n) for a in depends for n in _params(group, a))
+    return Prior(g, selection, is_constant=False) if spreads else None
 
 
-def _is_normal(group: Group) -> bool:
-    return group.family is not None and group.family.name == "Normal"
+def _params(group: Group, argument: str) -> tuple[str, ...]:
+    return group.bindings[argument].params
+
+
+def _as_spread_of_prior(graph: FactorGraph, g: int, argument: str, name: str) -> Prior | None:
+    """What the prior of a point estimate says of a parameter that is its spread; None for no such.
+
+    The other arguments are known numbers, and the point estimate is another parameter as it stands.
+    """
+    group = graph.groups[g]
+    binding, value = group.bindings[argument], group.value_binding
+    rule = None if group.family is None else group.family.rules.get(argument)
+    if (
+        rule is None
+        or rule.kind not in (Kind.SCALE, Kind.COVARIANCE)
+        or binding.how != "selection"
+        or value is None
+    ):
+        return None
+    if value.how != "selection" or len(value.selections) != 1 or len(binding.selections) != 1:
+        return None
+    (own,), (selection,) = value.selections, binding.selections
+    others = [b for a, b in group.bindings.items() if a != argument]
+    if own.maps or own.factor is not None or own.param == name or any(b.params for b in others):
+        return None
+    is_plain = group.elements is None and binding.normalise == ""
+    if not is_plain or any(d in graph.latents for dims in group.dims for d in dims):
+        return None
+    if selection.factor is not None:
+        factor = _natural_factor(selection.factor, rule)
+        if factor is None:
+            return None
+        selection = replace(selection, factor=factor)
+    if rule.kind.event_dim:
+        leaf = graph.parameters[name].leaf
+        if _map_of_events(selection, rule) or _whole_events(selection, leaf, rule.kind.form):
+            return None
+    return Prior(g, selection, argument, is_constant=False)
+
+
+def _natural_factor(factor: Tensor, rule: Rule) -> Tensor | None:
+    """By what a spread is multiplied where its argument is multiplied by a known factor.
+
+    None where a matrix is not multiplied as a whole.
+    """
+    if rule.kind.event_dim:
+        first = factor[..., :1, :1].expand(factor.shape)
+        if not torch.allclose(factor, first, rtol=1e-9, atol=0.0):
+            return None
+        factor = first
+    powers = {IDENTITY.name: 1, CHOLESKY.name: 2, PRECISION.name: -1}
+    power = powers.get(rule.link.name)
+    return None if power is None else factor**power
+
+
+def _is_normal(graph: FactorGraph, prior: Prior) -> bool:
+    family = graph.groups[prior.group].family
+    return family is not None and family.name == "Normal" and prior.is_constant
 
 
 def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str:
@@ -369,8 +438,14 @@ def _not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str
     for prior in priors:
         group = graph.groups[prior.group]
         assert group.family is not None
-        known = conjugate(group.family.distribution, use.rule.kind, maps)
-        if known is None or use.rule.link.name != "identity":
+        if prior.argument:
+            rule = group.family.rules[prior.argument]
+            own = tuple(m.name for m in prior.selection.maps)
+            if (rule.kind, rule.link.name, own) != (use.rule.kind, use.rule.link.name, maps):
+                return f"it is the spread of '{group.members[0]}' in another form"
+            continue
+        known = conjugate(group.family.distribution, use.rule.kind, maps, use.rule.link.name)
+        if known is None:
             return f"its {group.distribution} prior is not conjugate to a {use.rule.kind.value}"
         event = use.rule.kind.event_dim
         parameter = graph.parameters[prior.selection.param].leaf

@@ -214,7 +214,7 @@ class _MStep:
             if name not in self._known:
                 names = [u.name for u in self._pending if u.name not in self._known]
                 self._known |= self.sum(lambda part: {n: part.closed(n) for n in names})
-            solver = solver_of(update, self.graph, self.values[name])
+            solver = solver_of(update, self.graph, self.values[name], self.values)
             value, empty = solver.maximiser(*self._known.pop(name), self.values[name])
             self._pending = [u for u in self._pending if u.name != name]
         if empty:

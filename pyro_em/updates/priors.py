@@ -3,31 +3,46 @@
 With n₀ and d₀ of the prior (`pyro_em.families.conjugacy`), the M-step of MAP solves the same form for
 
     n + n₀   and   d + d₀.
+
+Where the spread of a mean's prior is the spread of the data times a known factor, the mean is one more
+datum for that spread: with Normal(μ | m, c σ), n₀ = (μ − m)² / c² and d₀ = 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, message
 from pyro_em.families.conjugacy import conjugate
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.scatter import component_in_words, onto_events
+from pyro_em.updates.statistics import group_statistics
 from pyro_em.updates.update import ParameterUpdate, Prior
 
 
 def prior_contribution(
-    update: ParameterUpdate, prior: Prior, graph: FactorGraph, value: Tensor, event: int
+    update: ParameterUpdate,
+    prior: Prior,
+    graph: FactorGraph,
+    value: Tensor,
+    event: int,
+    values: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What a conjugate prior adds, on the parameter's events."""
+    """What a conjugate prior adds, on the parameter's events; see `contributions`."""
     group = graph.groups[prior.group]
+    if prior.argument:
+        return _spread_contribution(update, prior, group, value, event, values)
     assert group.family is not None and update.kind is not None
     maps = tuple(m.name for m in update.uses[0].selection.maps)
-    rule = conjugate(group.family.distribution, update.kind, maps)
+    link = update.uses[0].rule.link.name
+    rule = conjugate(group.family.distribution, update.kind, maps, link)
     assert rule is not None
     batch = prior.selection.index.dim() - event
-    arguments = {name: a.detach() for name, a in group.arguments.items()}
+    arguments = _arguments(group, None if prior.is_constant else values)
     if event:  # a scalar prior of a vector is kept below its expansion, an event is not
         last = prior.selection.index.shape[batch:]
         arguments = {
@@ -42,6 +57,31 @@ def prior_contribution(
     batch = weight.dim()
     n = n * weight.reshape(weight.shape + (1,) * (n.dim() - batch))
     d = d * weight.reshape(weight.shape + (1,) * (d.dim() - batch))
+    return onto_events(update.kind, prior.selection, n, d, value, event)
+
+
+def _arguments(group: Group, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The arguments of a prior at parameter values; as traced where None."""
+    found = group.arguments if values is None else group.evaluate_arguments(values)
+    return {name: a.detach() for name, a in found.items()}
+
+
+def _spread_contribution(
+    update: ParameterUpdate,
+    prior: Prior,
+    group: Group,
+    value: Tensor,
+    event: int,
+    values: Mapping[str, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """What the prior of a mean adds to the spread that it has in common with the data."""
+    assert group.family is not None and update.kind is not None
+    rule = group.family.rules[prior.argument]
+    arguments = _arguments(group, values)
+    present = replace(group, value=group.evaluate_value(values).detach())
+    weight = group.weights().expand(len(group.members), *group.sizes)
+    statistics = group_statistics(present, weight, arguments)
+    n, d = rule.contribution({**statistics, "reference:loc": arguments["loc"]}, arguments)
     return onto_events(update.kind, prior.selection, n, d, value, event)
 
 
@@ -87,7 +127,10 @@ def refuse_boundary_mode(
 
 
 def contributions(
-    update: ParameterUpdate, graph: FactorGraph, value: Tensor
+    update: ParameterUpdate,
+    graph: FactorGraph,
+    value: Tensor,
+    values: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """n₀ and d₀ of all priors of a parameter, on its events, in float64.
 
@@ -95,11 +138,13 @@ def contributions(
         update: A closed form with priors.
         graph: The collapsed graph.
         value: The parameter's value, for its shape.
+        values: All parameters as they are now, for priors that depend on them; as traced where None.
     """
     assert update.kind is not None
     wide = value.to(torch.float64)
     parts = [
-        prior_contribution(update, p, graph, wide, update.kind.event_dim) for p in update.priors
+        prior_contribution(update, p, graph, wide, update.kind.event_dim, values)
+        for p in update.priors
     ]
     n, d = (torch.stack([p[i].to(torch.float64) for p in parts]).sum(0) for i in (0, 1))
     return n, d

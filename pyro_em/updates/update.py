@@ -138,15 +138,22 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """A prior on a parameter: the group of the point-estimated site whose value it is.
+    """A prior that says something of a parameter: the group of a point-estimated site.
 
     Attributes:
         group: The number of that group.
-        selection: Which of the parameter's elements are where in the site's value.
+        selection: Which of the parameter's elements are where in the site's value, or in an argument;
+            its factor is that of the natural value.
+        argument: Where the site's spread is that of the data times a known factor (a Normal prior on a
+            mean, of a Normal–inverse-gamma or a Normal–Wishart): the name of that argument. Empty
+            where the parameter is the site's value.
+        is_constant: Whether no argument of the prior depends on parameters.
     """
 
     group: int
     selection: Selection
+    argument: str = ""
+    is_constant: bool = True
 
 
 @dataclass(frozen=True, eq=False)
