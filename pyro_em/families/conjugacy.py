@@ -48,7 +48,6 @@ _MATRICES = ("covariance_matrix", "precision_matrix", "scale_tril")
 
 
 FAMILIES = (
-    Family(dist.Uniform, _no_statistics, {}, constants=("low", "high")),
     Family(
         dist.Wishart,
         _no_statistics,

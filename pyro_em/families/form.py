@@ -48,6 +48,8 @@ class Form:
         is_average: Whether the solution is the weighted mean of the data where every cell has a value
             of its own, whatever the family's spread.
         needs_data: Whether the maximiser needs the data themselves, not only sums over them.
+        end: −1 or 1 where the maximiser is the smallest or the largest datum that has weight: an end of
+            the support. Zero for all others.
         is_log_linear: Whether the expected log density is linear in log a, and in log(1 − a) where
             the form `has_complement`, and in −a where it `has_rate`; see `features`.
         has_complement: See ``is_log_linear``.
@@ -66,6 +68,7 @@ class Form:
     is_regressed: ClassVar[bool] = False
     is_average: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
+    end: ClassVar[int] = 0
     is_log_linear: ClassVar[bool] = False
     has_complement: ClassVar[bool] = False
     has_rate: ClassVar[bool] = False

@@ -11,6 +11,8 @@ Given the numerator n and the denominator d that a rule makes of sums over the d
     mean vector     −½ aᵀ d a + nᵀ a                       d⁻¹ n
     covariance      −½ d log det a − ½ tr(a⁻¹ n)           n / d
     median          −Σ_i w_i abs(x_i − a)                  from the data, not from sums
+    lower end       0 where a ≤ x_i for all w_i > 0, else −∞, less what grows as a falls: min x_i
+    upper end       0 where a > x_i for all w_i > 0, else −∞, less what grows as a rises: max x_i
 
 To add a form, add a class with the methods of `Form` and a member to `Kind`: nothing else asks
 which form it is, only what the form says of itself.
@@ -297,6 +299,22 @@ class Median(Form):
         return x[order][min(middle, len(x) - 1)]
 
 
+class LowerEnd(Form):
+    """Where the support of the data begins; from the smallest datum with weight, over all parts."""
+
+    needs_data = True
+    scales = True
+    end = -1
+
+
+class UpperEnd(Form):
+    """Where the support of the data ends; just above the largest datum with weight."""
+
+    needs_data = True
+    scales = True
+    end = 1
+
+
 class Kind(Enum):
     """The functional form of the expected log joint in one argument (see the module's table).
 
@@ -317,6 +335,8 @@ class Kind(Enum):
     MEAN_VECTOR = "mean vector", MeanVector()
     COVARIANCE = "covariance", Covariance()
     MEDIAN = "median", Median()
+    LOWER_END = "smallest value", LowerEnd()
+    UPPER_END = "largest value", UpperEnd()
 
     form: Form
     event_dim: int

@@ -24,12 +24,23 @@ from pyro_em.families import (
     overdispersed,
     rates,
     student,
+    uniform,
 )
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
 REGISTRY: dict[type, Family] = {
     family.distribution: family
-    for module in (discrete, rates, exponential, overdispersed, student, normal, missing, conjugacy)
+    for module in (
+        discrete,
+        rates,
+        exponential,
+        overdispersed,
+        student,
+        normal,
+        missing,
+        uniform,
+        conjugacy,
+    )
     for family in module.FAMILIES
 }
 

@@ -56,11 +56,20 @@ def evidence_of(part: Part) -> Evidence:
 
 
 def free_parameters_of(program: Program) -> list[TracedParameter]:
-    """The parameters that a fit moves."""
-    updates = program.updates
-    return [
-        p for n, p in program.graph.parameters.items() if not isinstance(updates[n].update, Fixed)
-    ]
+    """The parameters that a fit moves, and that information tells something of.
+
+    An end of a support is no stationary point: its error falls like 1/N and is not Normal, and all
+    others have the errors that they have where it is known.
+    """
+    without = without_information(program)
+    return [p for n, p in program.graph.parameters.items() if n not in without]
+
+
+def without_information(program: Program) -> frozenset[str]:
+    """Names of parameters that are fixed, or an end of a support."""
+    return frozenset(
+        n for n, u in program.updates.items() if isinstance(u.update, Fixed) or u.is_end
+    )
 
 
 def standard_errors_of_parts(data: Parted, unconstrained: Mapping[str, Tensor]) -> StandardErrors:

@@ -32,6 +32,7 @@ from pyro_em.fitting.over_parts import (
     free_parameters_of,
     read_anywhere,
     standard_errors_of_parts,
+    without_information,
 )
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, SumsPoint
@@ -50,7 +51,6 @@ from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.tracing.turns import alone
-from pyro_em.updates.update import Fixed
 from pyro_em.variational.batches import Batches
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.drawn import DrawnPosterior, dependences_of
@@ -170,9 +170,9 @@ def _information_of(
     """What gives standard errors without the model, where there is such a thing."""
     if not program.compiled:
         return None
-    fixed = frozenset(n for n, u in program.updates.items() if isinstance(u.update, Fixed))
+    without = without_information(program)
     return StaticInformation(
-        program.graph, program.contraction, unconstrained, fixed, program.dependences
+        program.graph, program.contraction, unconstrained, without, program.dependences
     )
 
 

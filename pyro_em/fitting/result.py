@@ -291,7 +291,8 @@ class EMResult(Portable, NamesFromElsewhere):
 
         Returns:
             A mapping from parameter to standard errors of its shape, with ``covariance`` and
-            ``notes``; nan on boundaries and where the data do not identify a parameter.
+            ``notes``; nan on boundaries and where the data do not identify a parameter. Bounds of a
+            Uniform have none, and are taken as known for all others.
         """
         return self._standard_errors()
 

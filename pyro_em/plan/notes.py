@@ -71,7 +71,18 @@ def support_edges(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) ->
     for group in graph.groups:
         for name in group.edges:
             where.setdefault(name, group)
-    return [
+    inwards = [
+        message(
+            f"parameter '{name}'",
+            f"the support of components of '{g.members[0]}' ({g.distribution}) ends at it.",
+            "a component has weight only for rows within its bounds: EM moves them inwards, to the "
+            "outermost of these rows, and never outwards, so that starts decide",
+            ["begin with wide intervals that differ, or compare several starts"],
+        )
+        for name, g in where.items()
+        if updates[name].is_end and len(g.sizes) > g.n_plates
+    ]
+    return inwards + [
         message(
             f"parameter '{name}'",
             f"the support of site '{g.members[0]}' ({g.distribution}) ends at it.",

@@ -295,7 +295,7 @@ def _obstacle(lead: Program) -> Finding | None:
                 f"site '{name}'", f"its elements in plate '{plate}' read each other", straddling
             )
     for name, update in lead.updates.items():
-        if update.kind is not None and update.needs_data:
+        if update.kind is not None and update.needs_data and not update.is_end:
             return Finding(
                 f"parameter '{name}'",
                 f"its update is a {update.kind.value}",

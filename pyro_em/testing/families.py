@@ -120,6 +120,11 @@ class _FamilyCase:
             return int(argument.reshape(-1)[0])
         return argument[self.labels]
 
+    def _constraint(self, name: str) -> constraints.Constraint:
+        """What the distribution says of an argument; real where that depends on another argument."""
+        declared = self.family.distribution.arg_constraints  # type: ignore[attr-defined]
+        return declared[name] if isinstance(declared, Mapping) else constraints.real
+
     def check_density(self) -> None:
         """log p as the record computes it, against the distribution's own."""
         rows = {n: a[self.labels] for n, a in self.arguments.items()}
@@ -206,7 +211,7 @@ class _FamilyCase:
         """A mixture in which some arguments are parameters and the others are constants."""
         parameters = {}
         for name in names:
-            constraint = _of(self.family.distribution.arg_constraints[name])  # type: ignore[attr-defined]
+            constraint = _of(self._constraint(name))
             start = self.arguments[name].clone()
             parameters[name] = pyro.param(name, start, constraint=constraint)
         scale = 1.0 if weights is None else weights
@@ -268,8 +273,7 @@ class _FamilyCase:
                     f"{self.where}: '{names[0]}' is no maximiser"
                 )
             return
-        declared = self.family.distribution.arg_constraints  # type: ignore[attr-defined]
-        transforms = {name: transform_to(_of(declared[name])) for name in names}
+        transforms = {name: transform_to(_of(self._constraint(name))) for name in names}
 
         def slopes(at: Mapping[str, Tensor]) -> list[Tensor]:
             u = {n: transforms[n].inv(at[n]).detach().requires_grad_() for n in names}

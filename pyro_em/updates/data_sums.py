@@ -20,6 +20,7 @@ from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.updates.closed_form import Blend, closed_form, solver_of
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.edges import refuse_edge
+from pyro_em.updates.ends import outermost
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.least_squares import Equations, equations_of, least_squares
@@ -256,6 +257,10 @@ class DataSums:
             self.updates,
             expansions,
         )
+
+    def outermost(self, name: str) -> Tensor:
+        """Of a parameter at which a support ends the outermost data; see `ends.outermost`."""
+        return outermost(self.updates[name], self.graph, self.counts, self.values[name])
 
     def closed(self, name: str) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of one closed form, on the parameter's events."""

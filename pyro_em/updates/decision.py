@@ -218,7 +218,7 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     if not graph.parameters[name].unconstrained.is_floating_point():
         return ParameterUpdate(name, Fixed(), "it holds integers")
     for g, group in enumerate(graph.groups):
-        if name in group.edges:
+        if name in group.edges and not _is_end(graph, g, name):
             weakest = weakest or (
                 f"the support of {group.distribution} at '{group.members[0]}' ends at it: the maximum "
                 "is a jump, which no gradient sees"
@@ -321,6 +321,19 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
         tuple(uses),
         priors=tuple(priors),
     )
+
+
+def _is_end(graph: FactorGraph, g: int, name: str) -> bool:
+    """Whether a parameter at which a support ends has a closed form: the outermost data."""
+    group = graph.groups[g]
+    read = [(a, b) for a, b in group.bindings.items() if name in b.params]
+    for argument, binding in read:
+        if binding.how != "selection":
+            return False
+        use, _ = _as_use(graph, g, argument, binding, name)
+        if use is None or use.rule.kind.form.end == 0:
+            return False
+    return bool(read)
 
 
 def _places(graph: FactorGraph, uses: Sequence[Use]) -> str:

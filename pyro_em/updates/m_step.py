@@ -37,6 +37,7 @@ from pyro_em.updates.data_sums import (
     Written,
 )
 from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.ends import end_at
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import maximise
 from pyro_em.updates.least_squares import solved
@@ -203,12 +204,15 @@ class _MStep:
 
     def closed_forms(self, updates: Sequence[ParameterUpdate]) -> None:
         """Say which closed forms are due: parts that are dear to visit answer all at once."""
-        self._pending = list(updates)
+        self._pending = [u for u in updates if not u.is_end]
 
     def updated(self, update: ParameterUpdate) -> Tensor:
         """The maximiser in a parameter in closed form; events without mass are noted."""
         name, blend = update.name, self.blend
-        if self.over.is_whole:
+        if update.is_end:
+            found = self.over.max(lambda part: part.following(self.moves).outermost(name))
+            value, empty = end_at(update, self.graph, found, self.values)
+        elif self.over.is_whole:
             value, empty = self.sum(lambda part: part.solved(name, blend))
         else:
             if name not in self._known:

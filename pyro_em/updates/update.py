@@ -187,6 +187,11 @@ class ParameterUpdate:
         return self.kind is not None and self.kind.form.needs_data
 
     @property
+    def is_end(self) -> bool:
+        """Whether a support ends at it: it is found from the outermost data."""
+        return self.kind is not None and self.kind.form.end != 0
+
+    @property
     def is_row(self) -> bool:
         """Whether it is solved for by rows of probabilities, which may well go without data."""
         return self.kind is not None and self.kind.form.is_row

@@ -72,6 +72,7 @@ CASES = {
         {"df": torch.tensor([1.5, 9.0]), "loc": torch.tensor([0.0, 5.0]), "scale": H},
     ),
     "Laplace": (dist.Laplace, {"loc": torch.tensor([0.0, 5.0]), "scale": H}),
+    "Uniform": (dist.Uniform, {"low": torch.zeros(2), "high": torch.full((2,), 1.5)}),
     "MultivariateNormal": (dist.MultivariateNormal, {"loc": LOC, "covariance_matrix": COV}),
     "MultivariateNormal tril": (
         dist.MultivariateNormal,

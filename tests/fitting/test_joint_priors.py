@@ -80,6 +80,23 @@ def test_normal_wishart_is_its_closed_form(argument: str) -> None:
     assert updates_of(result) == {ClosedForm}
 
 
+@pytest.mark.parametrize("form", ["precision_matrix", "covariance_matrix"])
+def test_a_wishart_prior_is_one_on_precisions(form: str) -> None:
+    def model(y: Tensor) -> None:
+        P = pyro.sample("P", dist.Wishart(torch.tensor(DF).double(), V))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.MultivariateNormal(V[0], **{form: P}), obs=y)
+
+    result = ExactPosteriorEM(model, "map").fit(Y, max_steps=1, progress=False)
+    if form == "covariance_matrix":
+        reason = result.plan.updates["AutoDelta.P"].reason
+        assert reason == "its Wishart prior is not conjugate to a covariance"
+        return
+    expected = ((Y - V[0]).T @ (Y - V[0]) + V.inverse()) / (len(Y) + DF - 3)
+    torch.testing.assert_close(result.params["AutoDelta.P"], expected.inverse())
+    assert updates_of(result) == {ClosedForm}
+
+
 def mixture(x: Tensor) -> None:
     """Components of a mixture, each with a Normal–inverse-gamma prior."""
     v = pyro.sample("v", dist.InverseGamma(torch.full((2,), A).double(), B).to_event(1))

@@ -196,26 +196,6 @@ CASES = {
         VECTORS[:2],
         VECTORS,
     ),
-    "wishart precision": Case(
-        lambda: dist.Wishart(tensor(4.5), COV),
-        lambda t, z: dist.MultivariateNormal(tensor(0.3, 0.1), precision_matrix=t[z]),
-        torch.stack([COV.inverse(), 2 * COV]),
-        VECTORS,
-    ),
-    "wishart tril precision": Case(
-        lambda: dist.Wishart(tensor(3.5), scale_tril=torch.linalg.cholesky(COV)),
-        lambda t, z: dist.MultivariateNormal(tensor(0.3, 0.1), precision_matrix=t[z]),
-        torch.stack([COV.inverse(), 2 * COV]),
-        VECTORS,
-    ),
-    "wishart on a covariance": Case(
-        lambda: dist.Wishart(tensor(4.5), COV),
-        lambda t, z: dist.MultivariateNormal(tensor(0.3, 0.1), t[z]),
-        torch.stack([COV.inverse(), 2 * COV]),
-        VECTORS,
-        Gradient,
-        "Wishart prior is not conjugate to a covariance",
-    ),
     "mvn normal": Case(
         lambda: dist.MultivariateNormal(tensor(1.0, 0.0), COV),
         lambda t, z: dist.Normal(t[z], 0.7).to_event(1),
