@@ -389,6 +389,9 @@ def _params(group: Group, argument: str) -> tuple[str, ...]:
     return group.bindings[argument].params
 
 
+_LOCATED = ("Normal", "MultivariateNormal")
+
+
 def _as_spread_of_prior(graph: FactorGraph, g: int, argument: str, name: str) -> Prior | None:
     """What the prior of a point estimate says of a parameter that is its spread; None for no such.
 
@@ -397,12 +400,9 @@ def _as_spread_of_prior(graph: FactorGraph, g: int, argument: str, name: str) ->
     group = graph.groups[g]
     binding, value = group.bindings[argument], group.value_binding
     rule = None if group.family is None else group.family.rules.get(argument)
-    if (
-        rule is None
-        or rule.kind not in (Kind.SCALE, Kind.COVARIANCE)
-        or binding.how != "selection"
-        or value is None
-    ):
+    if rule is None or not rule.kind.is_spread or group.distribution not in _LOCATED:
+        return None
+    if binding.how != "selection" or value is None:
         return None
     if value.how != "selection" or len(value.selections) != 1 or len(binding.selections) != 1:
         return None

@@ -232,7 +232,11 @@ def test_a_log_linear_form_is_its_features_times_its_natural_parameters(kind: Ki
 
 def test_kinds_are_found_by_their_words() -> None:
     assert Kind("mean vector") is Kind.MEAN_VECTOR
-    assert [kind.value for kind in Kind if kind.form.needs_data] == ["median"]
+    assert [kind.value for kind in Kind if kind.form.needs_data] == [
+        "median",
+        "smallest value",
+        "largest value",
+    ]
 
 
 def test_no_wing_asks_for_a_form_by_its_name() -> None:
