@@ -38,6 +38,17 @@ class NormalRows(Protocol):
         """Sums over all rows at hand, in a form that other rows add to. # (K, P')"""
         ...
 
+    def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
+        """Sums over rows of one E-step as if residuals had been taken at another. # (K, P')
+
+        Args:
+            before: What the rows were evaluated with.
+            now: What those of the other E-step are evaluated with.
+            moments: As `over_rows` returns.
+            mass: Σ r. # (K,)
+        """
+        ...
+
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""
         ...

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -271,6 +272,21 @@ class Gaussian:
     def over_rows(self, p: Prepared, moments: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
+
+    def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        D, step = self.x.shape[0], self._point(now) - self._point(before)
+        first, second, each = moments[:, :D], moments[:, D:], mass.unsqueeze(-1)
+        i, j = (range(D), range(D)) if self.diagonal else self.upper
+        cross = step[:, i] * first[:, j] + first[:, i] * step[:, j]
+        moved = second - cross + each * step[:, i] * step[:, j]
+        return torch.cat([first - each * step, moved], 1)
+
+    def _point(self, p: Prepared) -> Tensor:
+        """What moments are taken about, of x'. # (K, D)"""
+        if p.mean is None:
+            return self.centre.new_zeros(self.K, self.x.shape[0])
+        return p.mean.to(torch.float64)
 
     def correction(self, p: Prepared, moments: Tensor, mass: Tensor) -> Tensor | float:
         """What rounded coefficients cost the log evidence, to first order, in nats."""

@@ -283,6 +283,15 @@ class Incomplete(Gaussian):
         first, second = self._completed(p, moments)
         return torch.cat([first, second.flatten(1)], 1)
 
+    def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`; what is missing stays as it was completed."""
+        D, step = self.x.shape[0], now.mean - before.mean
+        first, second = moments[:, :D], moments[:, D:].unflatten(-1, (D, D))
+        cross = step.unsqueeze(-1) * first.unsqueeze(-2)
+        each = mass[:, None, None] * step.unsqueeze(-1) * step.unsqueeze(-2)
+        moved = second - cross - cross.mT + each
+        return torch.cat([first - mass.unsqueeze(-1) * step, moved.flatten(1)], 1)
+
     def _completed(self, p: AtPatterns, moments: Tensor) -> tuple[Tensor, Tensor]:
         """Σ r E[d] and Σ r E[d dᵀ] from the sums of features over the rows of each pattern."""
         assert p.linear is not None and p.complete is not None and p.left is not None

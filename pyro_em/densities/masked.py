@@ -111,6 +111,18 @@ class Masked(Gaussian):
             out.append(torch.cat([t.sum(-1) for t in each]))
         return torch.stack(out)
 
+    def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`; each entry counts where it was seen."""
+        weight, first, second = moments.chunk(3, -1)
+        step = self._point(now) - self._point(before)
+        moved = second - 2 * step * first + weight * step**2
+        return torch.cat([weight, first - weight * step, moved], 1)
+
+    def _point(self, p: Any) -> Tensor:
+        """What moments are taken about, of x'. # (K, D)"""
+        mean: Tensor = p.mean
+        return mean if p.linear is None else torch.zeros_like(mean)
+
     def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""
         return 0.0

@@ -146,6 +146,17 @@ class Lines:
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
 
+    def about(self, before: Fit, now: Fit, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        K, d = self.columns.shape
+        P = d * (d + 1) // 2
+        G = moments[:, :P][:, self.full].reshape(K, d, d)
+        m, q = moments[:, P:-1], moments[:, -1:]
+        delta = now.slopes - before.slopes
+        along = (G @ delta.unsqueeze(-1)).squeeze(-1)
+        moved = q + (delta * (along - 2 * m)).sum(1, keepdim=True)
+        return torch.cat([moments[:, :P], m - along, moved], 1)
+
     def correction(self, fit: Fit, moments: Tensor, mass: Tensor) -> float:
         """Nothing is rounded."""
         return 0.0

@@ -186,6 +186,22 @@ class VectorLines:
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
 
+    def about(self, before: VectorFit, now: VectorFit, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        K, D, d = self.columns.shape
+        P = d * (d + 1) // 2
+        G = moments[:, :P][:, self.full].reshape(K, d, d)
+        m = moments[:, P : P + D * d].reshape(K, D, d)
+        q = moments[:, P + D * d :].reshape(before.root.shape)
+        delta = now.slopes - before.slopes
+        along = delta @ G
+        if self.diagonal:
+            moved = q + (delta * (along - 2 * m)).sum(-1)
+        else:
+            cross = delta @ m.mT
+            moved = q - cross - cross.mT + along @ delta.mT
+        return torch.cat([moments[:, :P], (m - along).flatten(1), moved.flatten(1)], 1)
+
     def correction(self, fit: VectorFit, moments: Tensor, mass: Tensor) -> float:
         """Nothing is rounded."""
         return 0.0

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyro_em.densities.gaussian import Gaussian
 from pyro_em.densities.theta import At
 from pyro_em.errors import Finding, Handover, UsageError, message
 from pyro_em.fitting.em_map import write
@@ -272,7 +271,7 @@ def refusal(found: Finding) -> str:
 def keeps_its_meaning(block: Any) -> bool:
     """Whether the sums of a kernel can be used at the parameters of another E-step."""
     normals: Mapping[int, Any] | None = getattr(block, "normals", None)
-    if normals is None or any(type(rule) is not Gaussian for rule in normals.values()):
+    if normals is None:
         return False
     for g, group in enumerate(block.theta.graph.groups):
         family = group.family
@@ -293,20 +292,6 @@ def moved(block: Any, sums: Expectation, before: At, now: At) -> Expectation:
     """
     out = dict(sums.sums)
     for g, rule in block.normals.items():
-        old, new = before.prepared[g].mean, now.prepared[g].mean
-        if old is None and new is None:
-            continue
-        zero = torch.zeros_like(new if old is None else old)
-        step = ((zero if new is None else new) - (zero if old is None else old)).to(torch.float64)
-        own = out[g]
-        out[g] = {**own, "moments": _about(rule, own["moments"], own["mass"], step)}
+        own, both = out[g], (before.prepared[g], now.prepared[g])
+        out[g] = {**own, "moments": rule.about(*both, own["moments"], own["mass"])}
     return replace(sums, sums=out)
-
-
-def _about(rule: Gaussian, moments: Tensor, mass: Tensor, step: Tensor) -> Tensor:
-    """Moments about points that are moved. # (K, P), (K,), (K, D) -> (K, P)"""
-    D = step.shape[1]
-    first, second, each = moments[:, :D], moments[:, D:], mass.unsqueeze(-1)
-    i, j = (range(D), range(D)) if rule.diagonal else rule.upper
-    cross = step[:, i] * first[:, j] + first[:, i] * step[:, j]
-    return torch.cat([first - each * step, second - cross + each * step[:, i] * step[:, j]], 1)
