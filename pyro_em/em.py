@@ -632,10 +632,10 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
                 ``num_epochs`` passes are made (10 by default); with ``validation``, other data, the
                 parameters are those with the best log evidence of these after a pass. Each entry of
                 ``history`` is the evidence of a chunk, scaled to all rows; ``plan.exact`` is False.
-                Any update serves whose expected log joint is a function of sums of one size; an
-                argument that differs from row to row has none, but for the mean of a Normal that is
-                linear in parameters. ``init`` and ``num_restarts`` look at the first chunk, and with
-                ``process_group`` the chunks of one number of all processes are one batch.
+                Any update serves whose expected log joint is a function of sums of one size: all
+                closed forms, least squares, and gradients in arguments that rows share. ``init``
+                and ``num_restarts`` look at the first chunk. With ``process_group`` the chunks of
+                one number of all processes are one batch.
             **kwargs: The model's keyword arguments.
 
         Returns:

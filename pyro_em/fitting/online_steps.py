@@ -7,7 +7,7 @@ sums of one size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,14 +19,14 @@ from pyro_em.errors import Finding, Handover, UsageError, message
 from pyro_em.fitting.em_map import write
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
-from pyro_em.plan.summed import Beside, RowSums, not_summable, rows_summed
+from pyro_em.plan.summed import Beside, RowSums, rows_summed, summable
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.reduction.trees import SAME
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.m_step import MStepState
-from pyro_em.updates.running_sums import ModelSums
+from pyro_em.updates.running_sums import ModelSums, Summable
 from pyro_em.updates.statistics import Expectation
 
 
@@ -176,11 +176,12 @@ class OnTables:
 
     Args:
         part: Some rows, for what is the same for all.
+        like: How rows are added up.
         state: What lasts from one M-step to the next.
     """
 
-    def __init__(self, part: Part, state: MStepState) -> None:
-        self.part, self.state_of_steps = part, state
+    def __init__(self, part: Part, like: Summable, state: MStepState) -> None:
+        self.part, self.like, self.state_of_steps = part, like, state
         self.parameters = part.program.graph.parameters
         self._beside: Beside | None = None
         self._sums: ModelSums | None = None
@@ -191,14 +192,17 @@ class OnTables:
         self._beside = None
 
         def of(part: Part) -> RowSums:
-            found, self._beside = rows_summed(part, self._index, self.state_of_steps)
+            found, self._beside = self._summed(part)
             return found
 
         found = batch.sum(of)
         if self._beside is None:  # this process has no rows in the batch
-            self._beside = rows_summed(self.part, self._index, self.state_of_steps)[1]
+            self._beside = self._summed(self.part)[1]
         self._index, self._sums = self._index + 1, found.sums
         return found.rows, found.log_evidence, found.sums
+
+    def _summed(self, part: Part) -> tuple[RowSums, Beside]:
+        return rows_summed(part, self._index, self.state_of_steps, self.like)
 
     def beside(self) -> float:
         """See `Steps.beside`."""
@@ -236,23 +240,24 @@ class OnTables:
         restore(self.parameters, decoded(state["parameters"]))
 
 
-def steps_of(part: Part, block: Any, state: MStepState) -> Steps:
+def steps_of(part: Part, block: Any, state: MStepState, several: Callable[[], Program]) -> Steps:
     """How the steps of a model are made.
 
     Args:
         part: Some rows, which know what is known of all.
         block: The kernel that serves all of them; None where none does.
         state: What lasts from one M-step to the next.
+        several: The model with more rows than one.
 
     Raises:
         UsageError: If no sums of one size hold what the rows say.
     """
     if block is not None and not part.has_data_outside and keeps_its_meaning(block):
         return OnKernel(part.program, block)
-    found = not_summable(part)
-    if found is not None:
+    found = summable(part if part.rows > 1 else replace(part, program=several()))
+    if isinstance(found, Finding):
         raise UsageError(refusal(found))
-    return OnTables(part, state)
+    return OnTables(part, found, state)
 
 
 def refusal(found: Finding) -> str:

@@ -20,10 +20,12 @@ from pyro_em.fitting.online_steps import steps_of
 from pyro_em.fitting.online_sums import StepSize
 from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.resuming import own_copy
+from pyro_em.fitting.rows_alone import doubled
 from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
+from pyro_em.plan.program import Program
 from pyro_em.reduction.flat import form
 from pyro_em.reduction.reduction import Whole
 from pyro_em.reduction.trees import leaves
@@ -67,11 +69,15 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
     parameters = program.graph.parameters
     # A batch in which nothing is missing has sums of the form of those in which something is.
     block = None if has_missing(session.request.model) else part.program.kernel.adding
-    steps = steps_of(part, block, session.m_step_state)
+
+    def several() -> Program:
+        return doubled(session.planner, program)
+
+    steps = steps_of(part, block, session.m_step_state, several)
     origin = snapshot(parameters)
     if not kept:
         apply_floors(program.graph, program.updates)
-        steps = steps_of(part, block, session.m_step_state)
+        steps = steps_of(part, block, session.m_step_state, several)
     try:
         rows, evidence, own = steps.e_step(Whole(part))
         sums = (1.0 / rows) * own

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyro_em.errors import Finding
-from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.part import Part, is_outside
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian_steps import for_updates
@@ -69,21 +68,23 @@ class Beside:
         graph, running = self.summable.standing_for(sums, self.data)
         program, touched = self.program, self.summable.touched
         running.evaluate = program.expected_on(graph, self.data.evaluate)
-        before = float(running.expected_log_joint(running.values, touched).detach())
+        before = running.expected_by(running.values, touched)
         updates, parameters = running.updates, graph.parameters
         with program.searching():
             m_step_over(lambda: Whole(running), graph, updates, state, expand=False)
-        after = running.expected_log_joint(values_of(parameters), touched)
-        return float(after.detach()) - before
+        return running.expected_by(values_of(parameters), touched) - before
 
 
-def rows_summed(part: Part, index: int, state: MStepState) -> tuple[RowSums, Beside]:
+def rows_summed(
+    part: Part, index: int, state: MStepState, like: Summable
+) -> tuple[RowSums, Beside]:
     """The E-step of a part through tables at the parameters in the param store.
 
     Args:
         part: The part.
         index: The number of the step.
         state: What lasts from one M-step to the next.
+        like: How rows are added up.
     """
     program = part.program
     evaluation = program.evaluate()
@@ -94,19 +95,18 @@ def rows_summed(part: Part, index: int, state: MStepState) -> tuple[RowSums, Bes
     outside = [g for g, group in enumerate(groups) if is_outside(group, part.plate)]
     beside = sum(float(dot(q.counts[g], evaluation.tables[g])) for g in outside)
     data = program.data_sums(q.counts, evaluation, state, values_of(program.graph.parameters))
-    summable = _summable(data.graph, program, part.plate)
-    assert isinstance(summable, Summable)
+    summable = like.on(data.graph, program.updates)
     found = RowSums(part.rows, q.bound - beside, summable.sums(data))
     return found, Beside(program, data, summable, beside)
 
 
-def not_summable(part: Part) -> Finding | None:
-    """Why sums of one size do not hold what the rows of a part say; None where they do."""
-    found = _summable(for_updates(part.program.graph), part.program, part.plate)
-    return found if isinstance(found, Finding) else None
+def summable(part: Part) -> Summable | Finding:
+    """How rows are added up, or why sums of one size do not hold what they say.
 
-
-def _summable(graph: FactorGraph, program: Program, plate: str) -> Summable | Finding:
+    Args:
+        part: Some rows, more than one: of a single one it cannot be seen what it shares with others.
+    """
+    graph, program, plate = for_updates(part.program.graph), part.program, part.plate
     outside = {g for g, group in enumerate(graph.groups) if is_outside(group, plate)}
     values = values_of(graph.parameters)
     may_lack = has_missing(program.model)

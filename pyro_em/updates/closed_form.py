@@ -195,7 +195,7 @@ class Solver:
             raised, _ = form.floored(a, self.floor)
             return torch.where(keep.reshape(-1, *(1,) * form.event_dim), a, raised)
         mass = d.reshape(len(a), -1).amax(-1)
-        before = _natural(self.update, value.reshape(a.shape).to(a.dtype))
+        before = natural_values(self.update, value.reshape(a.shape).to(a.dtype))
         bad, spread = form.collapsed(a, before, mass, self.magnitude)
         bad = bad & ~keep
         if bool(bad.any()):
@@ -307,7 +307,7 @@ def apply_floor(update: ParameterUpdate, value: Tensor) -> Tensor:
     if kind is None or floor <= 0:
         return value
     rows = value.reshape(-1, *value.shape[value.dim() - kind.event_dim :])
-    natural, low = kind.form.floored(_natural(update, rows), floor)
+    natural, low = kind.form.floored(natural_values(update, rows), floor)
     raised = update.uses[0].selection.inverse(update.uses[0].rule.link.forward(natural))
     return torch.where(low.reshape(-1, *(1,) * kind.event_dim), raised, rows).reshape(value.shape)
 
@@ -317,7 +317,7 @@ def _sites(update: ParameterUpdate, graph: FactorGraph) -> str:
     return "it is estimated from site " + ", ".join(f"'{n}'" for n in dict.fromkeys(names))
 
 
-def _natural(update: ParameterUpdate, rows: Tensor) -> Tensor:
+def natural_values(update: ParameterUpdate, rows: Tensor) -> Tensor:
     """Parameter events as natural values of the kind."""
     out = rows
     for m in update.uses[0].selection.maps:

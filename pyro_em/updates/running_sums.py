@@ -11,12 +11,14 @@ no sums over rows: they are read as they are, once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from pyro_em.distributions import bounds
 from pyro_em.errors import Finding
 from pyro_em.families.family import (
     Arguments,
@@ -27,10 +29,17 @@ from pyro_em.families.family import (
 from pyro_em.families.student import about
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.reduction.trees import SAME, added, mapped
+from pyro_em.updates.closed_form import Blend, natural_values, solver_of
 from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.line_sums import LineSite, LineSums
-from pyro_em.updates.update import Fixed, LeastSquares, ParameterUpdate, at_other_rows
+from pyro_em.updates.update import (
+    ClosedForm,
+    Fixed,
+    LeastSquares,
+    ParameterUpdate,
+    at_other_rows,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +96,13 @@ class ModelSums:
     Attributes:
         groups: By the number of the group.
         masses: Total expected counts, likewise.
+        parameters: Of parameters whose arguments differ between rows, numerators and denominators of
+            their closed forms, on their events.
     """
 
     groups: Mapping[int, GroupSums]
     masses: Mapping[int, float]
+    parameters: Mapping[str, tuple[Tensor, Tensor]]
 
     def __add__(self, other: ModelSums) -> ModelSums:
         return added(self, other)
@@ -111,7 +123,7 @@ class ModelSums:
             else:
                 assert isinstance(there, LineSums)
                 moved[g] = own.about(there.coefficients)
-        return ModelSums(moved, self.masses)
+        return ModelSums(moved, self.masses, self.parameters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +158,7 @@ class RunningSums(DataSums):
         evaluate: From constrained values and group numbers to those groups' log densities.
         values: The parameters at the E-step.
         masses: Total expected counts per group.
+        closed_forms: Numerators and denominators of closed forms, where these are kept.
     """
 
     def __init__(
@@ -157,13 +170,32 @@ class RunningSums(DataSums):
         evaluate: Evaluate,
         values: Mapping[str, Tensor],
         masses: Sequence[float],
+        closed_forms: Mapping[str, tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__(graph, updates, counts, arguments, evaluate, values)
-        self._masses = list(masses)
+        self._masses, self._closed_forms = list(masses), closed_forms
 
     def masses(self) -> list[float]:
         """See `DataSums.masses`."""
         return self._masses
+
+    def solved(self, name: str, blend: Blend | None = None) -> tuple[Tensor, list[int]]:
+        """See `DataSums.solved`."""
+        if name not in self._closed_forms:
+            return super().solved(name, blend)
+        value = self.values[name]
+        solver = solver_of(self.updates[name], self.graph, value)
+        return solver.maximiser(*self._closed_forms[name], value)
+
+    def expected_by(self, values: Mapping[str, Tensor], groups: Sequence[int]) -> float:
+        """E_q[log p] of some groups, and of closed forms that are kept, in nats."""
+        total = float(self.expected_log_joint(values, groups).detach()) if groups else 0.0
+        for name, (n, d) in self._closed_forms.items():
+            update = self.updates[name]
+            assert update.kind is not None
+            rows = values[name].detach().to(torch.float64).reshape(len(n), *n.shape[1:])
+            total += float(update.kind.form.expected(n, d, natural_values(update, rows)))
+        return total
 
     def _taken(self, groups: Iterable[int]) -> dict[int, Statistics]:
         groups = list(groups)
@@ -184,7 +216,8 @@ class Summable:
         updates: What was decided per parameter.
         plain: Groups whose sufficient statistics are added.
         lines: Normal sites whose mean is a line, by the numbers of their groups.
-        touched: All groups whose density an update changes.
+        touched: All groups whose density an update changes, those apart that `solved` alone reach.
+        solved: Parameters whose arguments differ between rows, and whose closed forms are sums still.
     """
 
     graph: FactorGraph
@@ -192,6 +225,7 @@ class Summable:
     plain: tuple[int, ...]
     lines: Mapping[int, LineSite]
     touched: tuple[int, ...]
+    solved: tuple[str, ...]
 
     @classmethod
     def of(
@@ -215,12 +249,20 @@ class Summable:
         """
         moved = {n for n, u in updates.items() if not isinstance(u.update, Fixed)}
         regressed = {n for n, u in updates.items() if isinstance(u.update, LeastSquares)}
-        touched = tuple(groups_reached(graph, moved))
-        plain, lines = [], {}
+        touched = groups_reached(graph, moved)
+        plain, lines, alone = [], {}, dict[int, str]()
         for g in touched:
             if g in outside:
                 continue
             group = graph.groups[g]
+            varying = _varying(group, plate)
+            if _has_one_form(group, moved):
+                argument = next(a for a, b in group.bindings.items() if moved & set(b.params))
+                if varying is not None:
+                    alone[g] = argument
+                else:
+                    plain.append(g)
+                continue
             found = _obstacle(group, moved)
             if found is not None:
                 return found
@@ -228,17 +270,45 @@ class Summable:
                 site = LineSite.of(group, plate, values, may_lack)
                 if isinstance(site, Finding):
                     return site
-                if site.sizes and any(
-                    u.group == g and u.argument == "loc" for p in updates.values() for u in p.uses
-                ):
-                    return _no_sums(group, "loc")
                 lines[g] = site
-                continue
-            varying = _varying(group, plate)
-            if varying is not None:
+            elif varying is not None:
                 return _no_sums(group, varying)
-            plain.append(g)
-        return cls(graph, updates, tuple(plain), lines, touched)
+            else:
+                plain.append(g)
+        solved = _reaching(graph, alone) & moved
+        for name in solved:  # all that reads them goes with them
+            alone |= {u.group: u.argument for u in updates[name].uses if u.group in plain}
+        solved = _reaching(graph, alone) & moved
+        for g, argument in alone.items():
+            for name in moved.intersection(graph.groups[g].bindings[argument].params):
+                uses = updates[name].uses
+                is_closed = isinstance(updates[name].update, ClosedForm)
+                if not is_closed or any(u.group not in alone for u in uses):
+                    return _no_sums(graph.groups[g], argument)
+        plain = [g for g in plain if g not in alone]
+        regressed_now = dict(updates)
+        for g, site in lines.items():
+            for name in site.sizes if site.sizes else ():
+                update = updates[name]
+                if not update.uses:
+                    continue
+                others = [u for u in update.uses if u.group not in lines or u.argument != "loc"]
+                if others or bounds(graph.parameters[name].constraint) != (-math.inf, math.inf):
+                    return _no_sums(graph.groups[g], "loc")
+                regressed_now[name] = replace(update, update=LeastSquares(), uses=(), block=(name,))
+        rest = tuple(g for g in touched if g not in alone)
+        return cls(graph, regressed_now, tuple(plain), lines, rest, tuple(sorted(solved)))
+
+    def on(self, graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -> Summable:
+        """The same for other rows: what is added up how does not depend on how many they are.
+
+        Args:
+            graph: Theirs, in an M-step.
+            updates: What was decided per parameter, for that graph.
+        """
+        lines = {g: replace(site, group=graph.groups[g]) for g, site in self.lines.items()}
+        regressed = {n: u for n, u in self.updates.items() if isinstance(u.update, LeastSquares)}
+        return replace(self, graph=graph, updates={**updates, **regressed}, lines=lines)
 
     def sums(self, data: DataSums) -> ModelSums:
         """The sums of the rows at hand.
@@ -253,7 +323,11 @@ class Summable:
         for g, site in self.lines.items():
             groups[g] = site.sums(data.arguments[g], data.counts[g], data.values)
         masses = {g: float(data.counts[g].sum()) for g in groups}
-        return ModelSums(groups, masses)
+        parameters = {}
+        for name in self.solved:
+            n, d = data.closed(name)
+            parameters[name] = _wide(n), _wide(d)
+        return ModelSums(groups, masses, parameters)
 
     def standing_for(self, sums: ModelSums, data: DataSums) -> tuple[FactorGraph, RunningSums]:
         """What takes the place of the rows in an M-step.
@@ -277,7 +351,14 @@ class Summable:
         graph = replace(self.graph, groups=tuple(groups))
         updates = at_other_rows(self.updates, graph)
         return graph, RunningSums(
-            graph, updates, counts, arguments, data.evaluate, data.values, masses
+            graph,
+            updates,
+            counts,
+            arguments,
+            data.evaluate,
+            data.values,
+            masses,
+            sums.parameters,
         )
 
 
@@ -301,6 +382,23 @@ def _obstacle(group: Group, moved: set[str]) -> Finding | None:
             where, f"what the rows say of '{site}' ({group.distribution}) is no single sum"
         )
     return None
+
+
+def _reaching(graph: FactorGraph, arguments: Mapping[int, str]) -> set[str]:
+    """The parameters that reach one argument of some groups."""
+    return {n for g, a in arguments.items() for n in graph.groups[g].bindings[a].params}
+
+
+def _has_one_form(group: Group, moved: set[str]) -> bool:
+    """Whether a closed form of one argument is all that updates change of a group, whatever it is."""
+    family = group.family
+    if family is None or group.value_binding is not None or group.lines:
+        return False
+    reached = [a for a, b in group.bindings.items() if moved.intersection(b.params)]
+    if len(reached) != 1 or reached[0] not in family.rules:
+        return False
+    kind = family.rules[reached[0]].kind
+    return kind.is_whole and not kind.is_spread and group.bindings[reached[0]].is_static
 
 
 def _is_line(group: Group, plate: str, regressed: set[str]) -> bool:
