@@ -21,7 +21,6 @@ from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.report import build_result
 from pyro_em.fitting.restarts import run_starts
 from pyro_em.fitting.result import EMResult
-from pyro_em.fitting.rows_alone import doubled
 from pyro_em.fitting.run import Run, Settings, best_of
 from pyro_em.fitting.search import Search
 from pyro_em.plan.program import Program
@@ -64,21 +63,18 @@ def fit_online(call: Call, em: Guarded, settings: Settings, first: Program) -> E
     block = None if data.is_known or em.quick is None else em.program.kernel.adding
     program = em.program
     parameters = program.graph.parameters
-    items = len(first.args) - len(call.args) + 1
-
-    def several() -> Program:
-        return doubled(session.planner, first, items)
-
-    steps_of(data.part, block, em.state, several)  # refuses before anything is written
+    # Refused before anything is written.
+    steps = steps_of(data.part, block, em.state, data.over, data.all_data.rows)
     origin = snapshot(parameters)
     name = "values in the model"
     if saved is None:
         name = _begin(call, em, first)
         apply_floors(program.graph, program.updates)
+    steps.begin()
     run = Run(snapshot(parameters), name=name)
     run.initial_values = values_of(parameters)
     fit = OnlineRun(
-        steps_of(data.part, block, em.state, several),
+        steps,
         data,
         run,
         Standing(sums_of(online, data.all_data.rows)),

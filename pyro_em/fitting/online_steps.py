@@ -7,7 +7,7 @@ sums of one size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,9 +19,16 @@ from pyro_em.errors import Finding, Handover, UsageError, message
 from pyro_em.fitting.em_map import write
 from pyro_em.plan.part import Part
 from pyro_em.plan.program import Program
-from pyro_em.plan.summed import Beside, RowSums, rows_summed, summable
+from pyro_em.plan.summed import (
+    Beside,
+    RowSums,
+    differing_in,
+    marks,
+    rows_summed,
+    summable,
+)
 from pyro_em.reduction.reduction import Reduction
-from pyro_em.reduction.trees import SAME
+from pyro_em.reduction.trees import SAME, larger, mapped
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.tracing.sites import Role
@@ -39,6 +46,10 @@ class Steps(Protocol):
         Raises:
             Handover: If an E-step through tables has to look.
         """
+        ...
+
+    def begin(self) -> None:
+        """Take the parameters that are in the param store."""
         ...
 
     def beside(self) -> float:
@@ -114,7 +125,12 @@ class OnKernel:
     def __init__(self, program: Program, block: Any) -> None:
         self.program, self.block = program, block
         self.theta = block.theta
-        self.at: Any = self.theta.enter(values_of(program.graph.parameters))
+        self.at: Any = None
+        self.begin()
+
+    def begin(self) -> None:
+        """See `Steps.begin`."""
+        self.at = self.theta.enter(values_of(self.program.graph.parameters))
 
     def e_step(self, batch: Reduction[Part]) -> tuple[int, float, KernelSums]:
         """See `Steps.e_step`."""
@@ -178,14 +194,18 @@ class OnTables:
         part: Some rows, for what is the same for all.
         like: How rows are added up.
         state: What lasts from one M-step to the next.
+        marks: What is known of the arguments that rows share.
     """
 
-    def __init__(self, part: Part, like: Summable, state: MStepState) -> None:
-        self.part, self.like, self.state_of_steps = part, like, state
+    def __init__(self, part: Part, like: Summable, state: MStepState, marks: Marks) -> None:
+        self.part, self.like, self.state_of_steps, self.marks = part, like, state, marks
         self.parameters = part.program.graph.parameters
         self._beside: Beside | None = None
         self._sums: ModelSums | None = None
         self._index = 0
+
+    def begin(self) -> None:
+        """See `Steps.begin`: they are where they belong."""
 
     def e_step(self, batch: Reduction[Part]) -> tuple[int, float, ModelSums]:
         """See `Steps.e_step`."""
@@ -240,24 +260,61 @@ class OnTables:
         restore(self.parameters, decoded(state["parameters"]))
 
 
-def steps_of(part: Part, block: Any, state: MStepState, several: Callable[[], Program]) -> Steps:
+def steps_of(
+    part: Part,
+    block: Any,
+    state: MStepState,
+    over: Reduction[Part],
+    rows: int,
+    known: Marks | None = None,
+) -> Steps:
     """How the steps of a model are made.
 
     Args:
         part: Some rows, which know what is known of all.
         block: The kernel that serves all of them; None where none does.
         state: What lasts from one M-step to the next.
-        several: The model with more rows than one.
+        over: All rows that are known.
+        rows: Their number.
+        known: What was known of rows before them.
 
     Raises:
         UsageError: If no sums of one size hold what the rows say.
     """
     if block is not None and not part.has_data_outside and keeps_its_meaning(block):
         return OnKernel(part.program, block)
-    found = summable(part if part.rows > 1 else replace(part, program=several()))
+    high, low = over.max(marks), mapped(over.max(lambda p: mapped(marks(p), _negative)), _negative)
+    if known is not None:
+        high, low = (
+            larger(high, known.high),
+            mapped(larger(mapped(low, _negative), mapped(known.low, _negative)), _negative),
+        )
+    differing = differing_in(high, low, part, rows)
+    found = summable(part, differing)
     if isinstance(found, Finding):
         raise UsageError(refusal(found))
-    return OnTables(part, found, state)
+    return OnTables(
+        part, found, state, Marks(high, low, {g: sorted(d) for g, d in differing.items()})
+    )
+
+
+def _negative(t: Any) -> Any:
+    return -t
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """What is known of the arguments that rows share.
+
+    Attributes:
+        high: The largest of what `pyro_em.plan.summed.marks` says.
+        low: The smallest.
+        differing: The arguments that differ between rows, by group.
+    """
+
+    high: Any
+    low: Any
+    differing: dict[int, list[str]]
 
 
 def refusal(found: Finding) -> str:

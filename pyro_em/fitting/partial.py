@@ -16,16 +16,15 @@ import torch
 
 from pyro_em.errors import DegenerateError, Handover, UsageError, message
 from pyro_em.fitting.online import NO_STEP
-from pyro_em.fitting.online_steps import steps_of
+from pyro_em.fitting.online_steps import Marks, OnTables, steps_of
 from pyro_em.fitting.online_sums import StepSize
 from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.resuming import own_copy
-from pyro_em.fitting.rows_alone import doubled
 from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
-from pyro_em.plan.program import Program
+from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.flat import form
 from pyro_em.reduction.reduction import Whole
 from pyro_em.reduction.trees import leaves
@@ -69,15 +68,15 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
     parameters = program.graph.parameters
     # A batch in which nothing is missing has sums of the form of those in which something is.
     block = None if has_missing(session.request.model) else part.program.kernel.adding
-
-    def several() -> Program:
-        return doubled(session.planner, program)
-
-    steps = steps_of(part, block, session.m_step_state, several)
+    known = decoded(kept["marks"]) if kept.get("marks") is not None else None
+    steps = steps_of(part, block, session.m_step_state, Whole(part), part.rows, known)
+    now = steps.marks if isinstance(steps, OnTables) else None
+    if known is not None and now is not None and known.differing != now.differing:
+        _refuse_other_rows(known, now, part)
     origin = snapshot(parameters)
     if not kept:
         apply_floors(program.graph, program.updates)
-        steps = steps_of(part, block, session.m_step_state, several)
+        steps.begin()
     try:
         rows, evidence, own = steps.e_step(Whole(part))
         sums = (1.0 / rows) * own
@@ -95,6 +94,7 @@ def partial_fit(session: Session, online: Any, args: tuple, kwargs: dict[str, An
     session.running = {
         "steps": kept.get("steps", 0) + 1,
         "sums": own_copy(encoded(sums)),
+        "marks": None if now is None else encoded(now),
         "data": {
             "rows": all_data.rows,
             "centres": {
@@ -121,6 +121,24 @@ def _joined(kept: Mapping[str, Any] | None, new: AllData) -> AllData:
     magnitudes = {n: torch.maximum(m, kept["magnitudes"][n]) for n, m in new.magnitudes.items()}
     read = {n: r | kept["read"][n] for n, r in new.read.items()}
     return AllData(kept["rows"] + new.rows, centres, magnitudes, read)
+
+
+def _refuse_other_rows(known: Marks, now: Marks, part: Part) -> None:
+    """Refuse a batch that shows that rows differ in what those before it had in common."""
+    g, names = next((g, d) for g, d in now.differing.items() if d != known.differing[g])
+    site = for_updates(part.program.graph).groups[g].members[0]
+    name = next(n for n in names if n not in known.differing[g])
+    raise UsageError(
+        message(
+            f"partial_fit, site '{site}'",
+            f"{name} differs between rows, which those of earlier batches had in common.",
+            "sums that were kept do not hold what it says of them",
+            [
+                "let the first batch hold rows that differ",
+                "forget what came before: em.reset()",
+            ],
+        )
+    )
 
 
 def _refuse_others(before: Any, now: Any) -> None:

@@ -30,29 +30,6 @@ logger = logging.getLogger("pyro_em")
 _MOST = 8  # rows of each of the two parts
 
 
-def doubled(planner: Planner, program: Program, in_chunks: int | None = None) -> Program:
-    """The model with each row twice, which shows what rows share; as it is where that cannot be read.
-
-    Args:
-        planner: Reads the model.
-        program: The model with one row.
-        in_chunks: As of `refuse_rows_that_see_others`.
-    """
-
-    def of(value: Any, may: bool) -> Any:
-        return _taken(value, [0, 0]) if may and _length(value) == 1 else value
-
-    args = tuple(of(a, in_chunks is None or i < in_chunks) for i, a in enumerate(program.args))
-    kwargs = {name: of(a, in_chunks is None) for name, a in program.kwargs.items()}
-    with same_random_state(), torch.inference_mode(False), torch.enable_grad():
-        try:
-            found = planner.look(args, kwargs)
-        except PyroEMError as error:
-            logger.info("a row could not be read twice: %s", error)
-            return program
-    return found if isinstance(found, Program) else program
-
-
 def refuse_rows_that_see_others(
     planner: Planner, program: Program, how: str, in_chunks: int | None = None
 ) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from pyro_em.errors import Finding
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.part import Part, is_outside
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian_steps import for_updates
@@ -17,7 +20,13 @@ from pyro_em.tracing.missing import has_missing
 from pyro_em.tracing.parameters import values_of
 from pyro_em.updates.data_sums import DataSums
 from pyro_em.updates.m_step import MStepState, m_step_over
-from pyro_em.updates.running_sums import ModelSums, Summable
+from pyro_em.updates.running_sums import (
+    Differing,
+    ModelSums,
+    Summable,
+    differing_arguments,
+    marks_of,
+)
 from pyro_em.updates.statistics import dot
 
 
@@ -100,14 +109,31 @@ def rows_summed(
     return found, Beside(program, data, summable, beside)
 
 
-def summable(part: Part) -> Summable | Finding:
+def summable(part: Part, differing: Differing) -> Summable | Finding:
     """How rows are added up, or why sums of one size do not hold what they say.
 
     Args:
-        part: Some rows, more than one: of a single one it cannot be seen what it shares with others.
+        part: Some rows.
+        differing: By the number of a group its arguments that differ between rows.
     """
-    graph, program, plate = for_updates(part.program.graph), part.program, part.plate
-    outside = {g for g, group in enumerate(graph.groups) if is_outside(group, plate)}
+    graph, program = for_updates(part.program.graph), part.program
     values = values_of(graph.parameters)
-    may_lack = has_missing(program.model)
-    return Summable.of(graph, program.updates, plate, outside, values, may_lack)
+    outside, may_lack = _outside(part, graph), has_missing(program.model)
+    return Summable.of(graph, program.updates, part.plate, outside, values, differing, may_lack)
+
+
+def marks(part: Part) -> dict[int, dict[str, Tensor]]:
+    """What tells whether rows of several parts share an argument; see `marks_of`."""
+    graph = for_updates(part.program.graph)
+    return marks_of(graph, part.plate, _outside(part, graph))
+
+
+def differing_in(
+    high: dict[int, dict[str, Tensor]], low: dict[int, dict[str, Tensor]], part: Part, rows: int
+) -> Differing:
+    """The arguments that differ between rows; see `differing_arguments`."""
+    return differing_arguments(high, low, for_updates(part.program.graph), rows)
+
+
+def _outside(part: Part, graph: FactorGraph) -> set[int]:
+    return {g for g, group in enumerate(graph.groups) if is_outside(group, part.plate)}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -97,7 +98,12 @@ class LineSite:
 
     @classmethod
     def of(
-        cls, group: Group, plate: str, values: Mapping[str, Tensor], may_lack: bool = False
+        cls,
+        group: Group,
+        plate: str,
+        values: Mapping[str, Tensor],
+        differing: AbstractSet[str],
+        may_lack: bool = False,
     ) -> LineSite | Finding:
         """How a Normal site's rows are added up, or why they are not.
 
@@ -105,6 +111,7 @@ class LineSite:
             group: The group, in an M-step.
             plate: The plate of rows.
             values: The parameters, for their sizes.
+            differing: The arguments that differ between rows.
             may_lack: Whether other rows may lack entries that all of these have.
         """
         site, arguments = f"site '{group.members[0]}'", group.arguments
@@ -115,11 +122,11 @@ class LineSite:
             what = f"{opaque[0]} of '{group.members[0]}' is neither a selection nor linear"
             return Finding(site, f"{what} in parameters")
         spreads, matrix = [a for a in arguments if a not in mean], is_matrix(group)
-        precise = any(_varies(arguments[a], outer) for a in spreads)
+        precise = bool(differing & set(spreads))
         if precise and (matrix or any(group.bindings[a].how != "constant" for a in spreads)):
             what = f"{spreads[0]} of '{group.members[0]}' has parameters and differs between rows"
             return Finding(site, what)
-        in_parameters = any(_varies(arguments[a], outer) for a in mean)
+        in_parameters = bool(differing & set(mean))
         if in_parameters and matrix:
             what = f"covariates of each row enter the mean of '{group.members[0]}'"
             return Finding(site, f"{what}, a MultivariateNormal")
@@ -135,7 +142,9 @@ class LineSite:
         out = cls(group, outer, kept, is_split, {n: values[n].numel() for n in names}, precise)
         cells = math.prod(group.sizes[group.n_plates :]) * math.prod(out._rows)
         if (1 + sum(out.sizes.values())) ** 2 * cells > _MANY:
-            what = f"covariates of '{group.members[0]}' have too many coefficients for products"
+            what = (
+                f"covariates of '{group.members[0]}' have too many coefficients for their products"
+            )
             return Finding(site, what)
         return out
 

@@ -27,6 +27,7 @@ from pyro_em.families.family import (
     has_sums,
 )
 from pyro_em.families.student import about
+from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.reduction.trees import SAME, added, mapped
 from pyro_em.updates.closed_form import Blend, natural_values, solver_of
@@ -87,6 +88,7 @@ class PlainSums:
 
 
 GroupSums = PlainSums | LineSums
+Differing = Mapping[int, frozenset[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +237,7 @@ class Summable:
         plate: str,
         outside: Collection[int],
         values: Mapping[str, Tensor],
+        differing: Differing,
         may_lack: bool = False,
     ) -> Summable | Finding:
         """How a graph's rows are added up, or why sums of one size do not hold what they say.
@@ -245,6 +248,7 @@ class Summable:
             plate: The plate of rows.
             outside: Numbers of groups outside it.
             values: The parameters, for their sizes.
+            differing: By the number of a group its arguments that differ between rows.
             may_lack: Whether other rows may lack entries that all of these have.
         """
         moved = {n for n, u in updates.items() if not isinstance(u.update, Fixed)}
@@ -255,7 +259,8 @@ class Summable:
             if g in outside:
                 continue
             group = graph.groups[g]
-            varying = _varying(group, plate)
+            own = differing.get(g, frozenset())
+            varying = next((a for a in group.arguments if a in own), None)
             if _has_one_form(group, moved):
                 argument = next(a for a, b in group.bindings.items() if moved & set(b.params))
                 if varying is not None:
@@ -266,8 +271,8 @@ class Summable:
             found = _obstacle(group, moved)
             if found is not None:
                 return found
-            if _is_line(group, plate, regressed):
-                site = LineSite.of(group, plate, values, may_lack)
+            if _is_line(group, bool(own), regressed):
+                site = LineSite.of(group, plate, values, own, may_lack)
                 if isinstance(site, Finding):
                     return site
                 lines[g] = site
@@ -401,18 +406,88 @@ def _has_one_form(group: Group, moved: set[str]) -> bool:
     return kind.is_whole and not kind.is_spread and group.bindings[reached[0]].is_static
 
 
-def _is_line(group: Group, plate: str, regressed: set[str]) -> bool:
+def _is_line(group: Group, differs: bool, regressed: set[str]) -> bool:
     """Whether a group's sums are those of a line rather than of its sufficient statistics."""
     assert group.family is not None
     if group.lines or regressed.intersection(group.mean_params):
         return True
-    return group.family.name == "Normal" and _varying(group, plate) is not None
+    return group.family.name == "Normal" and differs
 
 
-def _varying(group: Group, plate: str) -> str | None:
-    """An argument that differs between rows; None where all rows share them."""
-    outer = 1 + group.dims[0].index(plate)
-    return next((n for n, a in group.arguments.items() if a.shape[outer] > 1), None)
+def marks_of(
+    graph: FactorGraph, plate: str, outside: Collection[int]
+) -> dict[int, dict[str, Tensor]]:
+    """What tells whether rows share an argument: larger in another part, smaller, or the same there.
+
+    Args:
+        graph: That of an M-step.
+        plate: The plate of rows.
+        outside: Numbers of groups outside it.
+
+    Returns:
+        By group and argument whether it differs between the rows at hand, and a number that is the
+        same for equal arguments. # (2,)
+    """
+    out: dict[int, dict[str, Tensor]] = {}
+    for g, group in enumerate(graph.groups):
+        if g in outside or group.family is None or plate not in group.dims[0]:
+            continue
+        outer = 1 + group.dims[0].index(plate)
+        out[g] = {
+            name: torch.tensor(
+                [float(argument.shape[outer] > 1), _number(group.bindings[name], argument)],
+                dtype=torch.float64,
+            )
+            for name, argument in group.arguments.items()
+        }
+    return out
+
+
+def _number(binding: Binding, argument: Tensor) -> float:
+    """A number of all that an argument is made of, which is another one for another argument."""
+    constant = binding.constant
+    for s in binding.selections:  # what is selected may stand in it, as it was when it was read
+        constant = torch.where(s.index >= 0, torch.zeros_like(constant), constant)
+    tensors = [constant, *(s.index for s in binding.selections)]
+    tensors += [s.factor for s in binding.selections if s.factor is not None]
+    tensors += list((binding.jacobians or {}).values())
+    if not binding.is_static:
+        tensors = [argument]
+    total = 0.0
+    for i, t in enumerate(tensors, start=1):
+        flat = t.detach().reshape(-1).to("cpu", torch.float64)
+        total += float(torch.dot(flat, torch.cos(i + torch.arange(len(flat)).double())))
+    return total
+
+
+def differing_arguments(
+    high: Mapping[int, Mapping[str, Tensor]],
+    low: Mapping[int, Mapping[str, Tensor]],
+    graph: FactorGraph,
+    rows: int,
+) -> Differing:
+    """The arguments that differ between rows.
+
+    Args:
+        high: The largest of what `marks_of` says of each part.
+        low: The smallest.
+        graph: That of one part.
+        rows: Of how many rows the marks are; a single one may be another than all that follow.
+    """
+    out = {}
+    for g, own in high.items():
+        bindings = graph.groups[g].bindings
+        names = set()
+        for name, mark in own.items():
+            first, last = float(mark[1]), float(low[g][name][1])
+            other = abs(first - last) > 1e-9 * max(1.0, abs(first), abs(last))
+            single = rows == 1 and bindings[name].how in ("affine", "opaque")
+            if float(mark[0]) > 0 or other or single:
+                names.add(name)
+        if names.intersection(graph.groups[g].lines):  # a mean differs as a whole
+            names.update(graph.groups[g].lines)
+        out[g] = frozenset(names)
+    return out
 
 
 def _no_sums(group: Group, argument: str) -> Finding:

@@ -231,6 +231,20 @@ def test_steps_are_those_of_the_algorithm(name: str) -> None:
     assert_agrees(result.params, expected, names)
 
 
+def test_one_group_at_a_time() -> None:
+    """Which alone shows no difference between groups."""
+    model, data, e_step, m_step, start, names = CASES["slopes"]
+    parts = parted(*(a[:4] for a in data), rows=1)
+    expected = written_out(parts, e_step, m_step, start, StepSize(0.7), 1)
+    chunks = Chunks(*(torch.as_tensor(a[:4]) for a in data), rows=1)
+    assert_agrees(fit(model, chunks, StepSize(0.7), 1).params, expected, names)
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(model)
+    for part in parts:
+        em.partial_fit(*map(torch.as_tensor, part), online=StepSize(0.7))
+    assert_agrees({n: pyro.param(n).detach() for n in names.split()}, expected, names)
+
+
 def test_batches_one_after_the_other_are_completed() -> None:
     model, data, e_step, m_step, start, names = CASES["clusters"]
     parts = parted(*data, rows=10)
@@ -329,6 +343,21 @@ def test_one_batch_is_em_on_all_data(model: Any) -> None:
     after = list(one.history.after_m_step)
     assert after == pytest.approx(list(whole.history.after_m_step), rel=1e-11)
     torch.testing.assert_close(dict(one.params), dict(whole.params), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+def test_covariates_that_all_rows_of_a_chunk_share(rows: int) -> None:
+    """Rows in the order of a covariate, or one at a time: no chunk shows that it differs."""
+    c, y = torch.arange(4.0).repeat_interleave(rows).double(), torch.tensor(Y[: 4 * rows])
+
+    def model(c: Tensor, y: Tensor) -> None:
+        a, b, s = param("a", np.array(0.0)), param("b", np.array(0.0)), np.array(1.0)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(a + b * c, torch.tensor(s)), obs=y)
+
+    best = np.polyfit(c.numpy(), y.numpy(), 1)
+    params = fit(model, Chunks(c, y, rows=rows), "incremental", 1).params
+    assert_agrees(params, best, "b a")
 
 
 @pytest.mark.parametrize("name", ["lines", "clusters"])
