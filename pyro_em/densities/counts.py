@@ -97,6 +97,10 @@ class CountRows:
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
 
+    def about(self, before: Tables, now: Tables, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`: they are of the data alone."""
+        return moments
+
     def correction(self, p: Tables, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""
         return 0.0

@@ -111,6 +111,12 @@ class Exponential:
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
 
+    def about(
+        self, before: Coefficients, now: Coefficients, moments: Tensor, mass: Tensor
+    ) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`: they are of the data alone."""
+        return moments
+
     def correction(self, p: Coefficients, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""
         return 0.0

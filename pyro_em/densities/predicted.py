@@ -109,6 +109,12 @@ class Predicted(KeepsRows):
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
 
+    def about(
+        self, before: PredictedFit, now: PredictedFit, moments: Tensor, mass: Tensor
+    ) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`: nothing is taken about a point."""
+        return moments
+
     def correction(self, fit: PredictedFit, moments: Tensor, mass: Tensor) -> float:
         """Nothing is rounded."""
         return 0.0

@@ -127,6 +127,30 @@ class StudentRows:
         """See `pyro_em.densities.density.NormalRows`."""
         return moments
 
+    def about(self, before: Students, now: Students, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`; expected precisions stay as they were."""
+        weight, zeroth, first, second, rest = self._plain(before, moments)
+        step = (now.loc - before.loc).squeeze(-1).T
+        second = second - 2 * step * first + step**2 * zeroth
+        first = first - step * zeroth
+        df, width = (t.squeeze(-1).T for t in (now.df, now.width))
+        most = 1 + 1 / df
+        logs = weight * (most.log() + expected_logarithm(df) + 1) - zeroth - rest
+        scale = most * width
+        parts = (weight, zeroth / most, first / scale, second / (scale * width), logs)
+        return torch.stack(parts, -1).reshape(self.K, -1)
+
+    def _plain(self, p: Students, moments: Tensor) -> tuple[Tensor, ...]:
+        """Σ r, Σ r E[u], Σ r E[u] d, Σ r E[u] d² and Σ r (E[log u] − E[u] + 1). # (K, numbers) each"""
+        found = moments.reshape(self.K, -1, _MOMENTS)
+        df, width = (t.squeeze(-1).T for t in (p.df, p.width))
+        weight, zeroth, first, second, logs = found.unbind(-1)
+        most = 1 + 1 / df  # E[u] where t is zero
+        zeroth = most * zeroth
+        # log E[u] = log(1 + 1/ν) − log(1 + t)
+        rest = weight * (most.log() + expected_logarithm(df) + 1) - logs - zeroth
+        return weight, zeroth, most * width * first, most * width**2 * second, rest
+
     def correction(self, p: Students, moments: Tensor, mass: Tensor) -> Tensor | float:
         """Nothing: all is computed in float64."""
         return 0.0
@@ -135,14 +159,8 @@ class StudentRows:
         self, p: Students, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
     ) -> Statistics:
         """The family's statistics."""
-        found = moments.reshape(self.K, -1, _MOMENTS)
-        df, width = (t.squeeze(-1).T for t in (p.df, p.width))
-        weight, zeroth, first, second, logs = found.unbind(-1)
-        most = 1 + 1 / df  # E[u] where t is zero
-        zeroth = most * zeroth
-        # log E[u] = log(1 + 1/ν) − log(1 + t)
-        rest = weight * (most.log() + expected_logarithm(df) + 1) - logs - zeroth
-        feature = torch.stack([zeroth, most * width * first, most * width**2 * second, rest], -1)
+        weight, zeroth, first, second, rest = self._plain(p, moments)
+        feature = torch.stack([zeroth, first, second, rest], -1)
         lead = (1,) * self.lead
         return {
             "feature": feature.reshape(*lead, self.K, *self.shape, 4),

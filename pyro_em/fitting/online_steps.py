@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_em.densities.density import KeepsRows
 from pyro_em.densities.theta import At
 from pyro_em.errors import Finding, Handover, UsageError, message
 from pyro_em.fitting.em_map import write
@@ -333,7 +334,7 @@ def refusal(found: Finding) -> str:
 def keeps_its_meaning(block: Any) -> bool:
     """Whether the sums of a kernel can be used at the parameters of another E-step."""
     normals: Mapping[int, Any] | None = getattr(block, "normals", None)
-    if normals is None:
+    if normals is None or any(isinstance(rule, KeepsRows) for rule in normals.values()):
         return False
     for g, group in enumerate(block.theta.graph.groups):
         family = group.family

@@ -189,6 +189,10 @@ class RunningSums(DataSums):
         solver = solver_of(self.updates[name], self.graph, value)
         return solver.maximiser(*self._closed_forms[name], value)
 
+    def refuse_edges(self, groups: Sequence[int]) -> bool:
+        """See `DataSums.refuse_edges`: data of sums are not at hand any more."""
+        return super().refuse_edges([g for g in groups if self.graph.groups[g].belief is None])
+
     def expected_by(self, values: Mapping[str, Tensor], groups: Sequence[int]) -> float:
         """E_q[log p] of some groups, and of closed forms that are kept, in nats."""
         total = float(self.expected_log_joint(values, groups).detach()) if groups else 0.0
@@ -398,6 +402,8 @@ def _has_one_form(group: Group, moved: set[str]) -> bool:
     """Whether a closed form of one argument is all that updates change of a group, whatever it is."""
     family = group.family
     if family is None or group.value_binding is not None or group.lines:
+        return False
+    if family.natural is not None:
         return False
     reached = [a for a, b in group.bindings.items() if moved.intersection(b.params)]
     if len(reached) != 1 or reached[0] not in family.rules:
