@@ -53,8 +53,8 @@ def each_on_shards(path: str) -> dict[str, Any]:
     with pytest.raises(ValueError, match="killed"):
         fit(name, chunks, StepSize(0.6), callbacks=[kill], **kept)
     out["resumed"] = fit(name, chunks, StepSize(0.6), callbacks=[lambda step: None], **kept)
-    started = {"init": "kmeans", "seed": 1}
-    out["started"] = fit(name, chunks, StepSize(0.6), **started, **together)
+    started = {"init": "random", "seed": 1}
+    out["started"] = fit("chain", chunks, StepSize(0.6), **started, **together)
     return out
 
 
