@@ -274,6 +274,17 @@ def _columns(parts: Sequence[Tensor | None], like: Sequence[Tensor], rows: int) 
     )
 
 
+def size_of(coordinates: Coordinates, graph: FactorGraph) -> int:
+    """How many second derivatives the problems of some parameters have together, with what fills them.
+
+    Args:
+        coordinates: The elements.
+        graph: The graph.
+    """
+    owner, slot = _problems(list(_rows(_read(coordinates, graph)).values()), coordinates.size)
+    return (int(owner.max()) + 1) * (int(slot.max()) + 1) ** 2
+
+
 def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
     """Where the elements of some parameters are read.
 
@@ -281,15 +292,8 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
         coordinates: The elements.
         graph: The graph.
     """
-    found = {
-        g: _arguments(group, coordinates)
-        for g, group in enumerate(graph.groups)
-        if any(s.param in coordinates.slices for b in group.bindings.values() for s in b.selections)
-    }
-    rows = {}
-    for g, (shape, arguments) in found.items():
-        cells = math.prod(shape)
-        rows[g] = torch.cat([a.elements.reshape(cells, -1) for a in arguments.values()], -1)
+    found = _read(coordinates, graph)
+    rows = _rows(found)
     owner, slot = _problems(list(rows.values()), coordinates.size)
     B, m = int(owner.max()) + 1, int(slot.max()) + 1
     cells_of = []
@@ -309,6 +313,26 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
     is_read = int((seen >= 0).sum()) == coordinates.size
     unused = torch.diag_embed(unused)
     return Places(coordinates, tuple(cells_of), owner, slot, (B, m), unused, is_read)
+
+
+_Read = dict[int, tuple[tuple[int, ...], dict[str, _Argument]]]
+
+
+def _read(coordinates: Coordinates, graph: FactorGraph) -> _Read:
+    """The groups that read some parameters: the shape of their cells, and their arguments."""
+    return {
+        g: _arguments(group, coordinates)
+        for g, group in enumerate(graph.groups)
+        if any(s.param in coordinates.slices for b in group.bindings.values() for s in b.selections)
+    }
+
+
+def _rows(read: _Read) -> dict[int, Tensor]:
+    """The elements that meet in each cell of each group. # (cells, A) each"""
+    return {
+        g: torch.cat([a.elements.reshape(math.prod(shape), -1) for a in arguments.values()], -1)
+        for g, (shape, arguments) in read.items()
+    }
 
 
 def _arguments(

@@ -19,6 +19,8 @@ from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.blocks import size_of
+from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.predictors import predictor_binding, predictors_of
 from pyro_em.updates.update import (
     EXACT,
@@ -34,6 +36,11 @@ from pyro_em.updates.update import (
     Update,
     Use,
 )
+
+_FEW = 2**8  # elements whose second derivatives are few in any case
+
+
+_LARGEST = 2**24  # second derivatives of one block of Newton's method on sums
 
 
 def forgets(updates: Mapping[str, ParameterUpdate]) -> bool:
@@ -110,8 +117,13 @@ def _with_newton(
             changed = True
     free = {n for n, u in out.items() if isinstance(u.update, NewtonOnSums)}
     for together in _joined([set(group.params) for group in graph.groups], free):
-        for name in together:
-            out[name] = replace(out[name], block=_in_order(graph, together))
+        block = _in_order(graph, together)
+        coordinates = Coordinates.of([graph.parameters[name] for name in block])
+        if coordinates.size > _FEW and size_of(coordinates, graph) > _LARGEST:
+            why = f"{coordinates.size:,} numbers share cells: too many for second derivatives"
+            out |= {name: ParameterUpdate(name, default or Gradient(), why) for name in block}
+            continue
+        out |= {name: replace(out[name], block=block) for name in block}
     return out
 
 

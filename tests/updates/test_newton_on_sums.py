@@ -171,3 +171,15 @@ def test_steps_after_each_batch() -> None:
     em = ExactPosteriorEM(gammas)
     em.fit(Chunks(x, rows=40), online="incremental", num_epochs=20)
     assert em.score(x) == pytest.approx(best, abs=0.05)
+
+
+def test_a_block_of_too_many_numbers_climbs_by_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model(x: Tensor, tied: bool) -> None:
+        b = positive("b", 1.0)[0] if tied else positive("b", *[1.0] * 300)
+        mixture(x, lambda z: dist.Gamma(positive("a", *[1.0] * 300)[z], b if tied else b[z]), 300)
+
+    monkeypatch.setattr("pyro_em.updates.decision._LARGEST", 2**12)
+    for tied, update in ((False, NewtonOnSums), (True, Gradient)):
+        pyro.clear_param_store()
+        plan = ExactPosteriorEM(model).plan(two_gammas(2), tied)
+        assert isinstance(plan.updates["a"].update, update)
