@@ -22,7 +22,7 @@ from pyro_em.densities.density import KeepsRows
 from pyro_em.densities.gaussian import products, unfolding
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
-from pyro_em.families.family import link_of
+from pyro_em.families.family import Rule, link_of
 from pyro_em.graph.binding import LINKS
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.coefficients import FAR
@@ -429,6 +429,8 @@ def _of_rows(
     statistics = dict(family.statistics(group.value, arguments))
     like = next(iter(statistics.values()))
     one = torch.ones(like.shape[:batch], dtype=like.dtype, device=like.device)
+    if not isinstance(predictor.rule, Rule):
+        return None
     n, d = predictor.rule.contribution({**statistics, "weight": one}, arguments)
     eta = predictor.binding.constant[(slice(None),) * lead + (slice(0, 1),) * (batch - lead)]
     eta = torch.zeros_like(eta).to(torch.float64)

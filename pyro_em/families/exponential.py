@@ -20,7 +20,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
+from pyro_em.families.family import Arguments, Family, NaturalForm, PredictorRule, Statistics
+from pyro_em.families.forms import Kind
 
 FAR = 1e30
 """In place of an infinite statistic at the edge of a support: times a weight of zero it is zero."""
@@ -165,6 +166,9 @@ FAMILIES = (
         _gamma_statistics,
         {},
         natural=NaturalForm(_SHAPE_AND_RATE, _gamma_coefficients, _gamma_derivatives),
+        predictors={
+            "rate": PredictorRule(Kind.RATE, "exp", lambda x, a: (a["concentration"], x)),
+        },
     ),
     Family(
         dist.InverseGamma,

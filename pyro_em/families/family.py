@@ -103,12 +103,29 @@ class Rule:
     link: Link = IDENTITY
 
 
+@dataclass(frozen=True)
+class PredictorRule:
+    """An argument in whose predictor the log density has a known form, the other arguments given.
+
+    Attributes:
+        kind: The functional form.
+        inverse_link: What makes the argument of the predictor; empty where it is the predictor.
+        terms: Numerator and denominator of one datum, from its value and the arguments.
+    """
+
+    kind: Kind
+    inverse_link: str
+    terms: Callable[[Tensor, Arguments], tuple[Tensor, Tensor]]
+
+
 def link_of(family: Family, argument: str) -> str | None:
     """What makes an argument of a linear predictor in which the log density is concave, by its name.
 
     Returns:
         Empty where the argument itself is the predictor; None where no such update is known.
     """
+    if argument in family.predictors:
+        return family.predictors[argument].inverse_link
     rule = family.rules.get(argument)
     if rule is None or not rule.kind.form.inverse_link:
         return None
@@ -246,6 +263,7 @@ class Family:
             collapsed; the absolute value by default.
         natural: The linear form of the density, where arguments have no rules but a joint maximiser
             from sums.
+        predictors: Arguments without a rule of which a link is a linear predictor, given the others.
 
     Example:
         >>> from pyro_em.families import family_of
@@ -265,6 +283,7 @@ class Family:
     additive: bool = True
     magnitude: Callable[[Tensor], Tensor] = torch.abs
     natural: NaturalForm | None = None
+    predictors: Mapping[str, PredictorRule] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A record of this library goes by its distribution: most functions have no name."""

@@ -16,7 +16,7 @@ distributions", Biometrika 37, for the likelihood by numbers above.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
 
 import pyro.distributions as dist
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
+from pyro_em.families.family import Arguments, Family, NaturalForm, PredictorRule, Statistics
+from pyro_em.families.forms import Kind
 
 MANY = 2**14
 """Counts above this one are no table."""
@@ -142,7 +143,19 @@ def _log_density(name: str) -> Callable[[Tensor, Arguments], Tensor]:
     return density
 
 
-def _family(distribution: type, shape: str, *others: str) -> Family:
+def _successes(x: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
+    """Of a negative binomial: x successes among x + r."""
+    return x, x + a["total_count"]
+
+
+def _shares(x: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
+    """Of a Gamma-Poisson with η = log β: α log σ(η) + x log σ(−η)."""
+    return a["concentration"], x + a["concentration"]
+
+
+def _family(
+    distribution: type, predictors: Mapping[str, PredictorRule], shape: str, *others: str
+) -> Family:
     return Family(
         distribution,
         _statistics,
@@ -156,10 +169,22 @@ def _family(distribution: type, shape: str, *others: str) -> Family:
             of_counts=True,
             base=_base,
         ),
+        predictors=predictors,
     )
 
 
+_BINOMIAL = {
+    "probs": PredictorRule(Kind.PROBABILITY, "sigmoid", _successes),
+    "logits": PredictorRule(Kind.PROBABILITY, "", _successes),
+}
+
+
 FAMILIES = (
-    _family(dist.NegativeBinomial, "total_count", "probs", "logits"),
-    _family(dist.GammaPoisson, "concentration", "rate"),
+    _family(dist.NegativeBinomial, _BINOMIAL, "total_count", "probs", "logits"),
+    _family(
+        dist.GammaPoisson,
+        {"rate": PredictorRule(Kind.PROBABILITY, "exp", _shares)},
+        "concentration",
+        "rate",
+    ),
 )

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Statistics
+from pyro_em.families.family import Rule, Statistics
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.updates.closed_form import Blend, closed_form, solver_of
@@ -28,7 +28,7 @@ from pyro_em.updates.predictors import Curved, Predictor, predictors_of
 from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
 from pyro_em.updates.summed_objective import SummedGroup
-from pyro_em.updates.update import EXACT, LeastSquares, ParameterUpdate
+from pyro_em.updates.update import EXACT, LeastSquares, Newton, ParameterUpdate
 from pyro_em.updates.vector_lines import (
     is_vector,
     residual_statistics,
@@ -159,7 +159,8 @@ class DataSums:
         self.needed = [g for g in needed if graph.groups[g].family is not None]
         # Those of sites that read Gaussian latents change with each update: taken when needed.
         lined = [g for g in self.needed if self._is_lined(g)]
-        plain = [g for g in self.needed if graph.groups[g].belief is None and g not in lined]
+        apart = [*lined, *(g for g in self.needed if self._is_predicted(g))]
+        plain = [g for g in self.needed if graph.groups[g].belief is None and g not in apart]
         collected = expected_statistics(graph, counts, arguments, plain)
         self._statistics: dict[int, Statistics] = {g: collected.of(g) for g in plain}
         # Of vectors about a line no squares are kept for every row: they follow the line.
@@ -225,6 +226,13 @@ class DataSums:
         if not is_vector(group):
             return False
         return any(isinstance(self.updates[p].update, LeastSquares) for p in group.mean_params)
+
+    def _is_predicted(self, g: int) -> bool:
+        """Whether a group is read from its data: coefficients of a predictor without statistics."""
+        group = self.graph.groups[g]
+        if group.family is None or not group.family.predictors or group.belief is not None:
+            return False
+        return any(isinstance(self.updates[p].update, Newton) for p in group.params)
 
     def _of_uses(
         self, update: ParameterUpdate
@@ -306,8 +314,16 @@ class DataSums:
         """The predictors that a block reaches, with the sums of their cells as arguments are now."""
         if self._cells is None or self._cells[0] != (tuple(block), self._followed):
             found = predictors_of(self.graph, block)
-            statistics = self._taken(p.group for p in found)
-            each = [(p, p.cells(statistics[p.group], self.arguments[p.group])) for p in found]
+            plain = [p for p in found if isinstance(p.rule, Rule)]
+            statistics = self._taken(p.group for p in plain)
+            each = []
+            for p in found:
+                own = self.arguments[p.group]
+                if isinstance(p.rule, Rule):
+                    each.append((p, p.cells(statistics[p.group], own)))
+                else:
+                    group = self.graph.groups[p.group]
+                    each.append((p, p.cells_of(group, self.counts[p.group], own)))
             self._cells = (tuple(block), self._followed), each
         return self._cells[1]
 

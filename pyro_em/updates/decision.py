@@ -169,6 +169,9 @@ def _is_predicted(graph: FactorGraph, g: int, argument: str, name: str) -> bool:
     if predictor_binding(group, argument, graph.parameters) is None:
         return False
     binding = group.bindings[argument]
+    assert group.family is not None
+    if group.family.natural is not None:
+        return binding.how == "affine"
     return binding.how == "affine" or _as_use(graph, g, argument, binding, name)[0] is None
 
 
@@ -290,7 +293,9 @@ def _strongest(graph: FactorGraph, name: str) -> ParameterUpdate:
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
     if joint:
-        return _jointly(name, joint, constraint, has_others=bool(uses or affine or priors))
+        return _jointly(
+            name, joint, constraint, has_others=bool(uses or affine or curved or priors)
+        )
     if curved:
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Arguments, Rule, Statistics, link_of
+from pyro_em.families.family import Arguments, PredictorRule, Rule, Statistics, link_of
 from pyro_em.graph.binding import LINKS, Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.parameters import TracedParameter
@@ -64,7 +64,7 @@ class Predictor:
 
     group: int
     argument: str
-    rule: Rule
+    rule: Rule | PredictorRule
     binding: Binding
     lead: int
 
@@ -78,7 +78,28 @@ class Predictor:
 
         # (*cells, *event), (*cells, *event or 1s)
         """
-        n, d = self.rule.contribution(statistics, {k: a.detach() for k, a in arguments.items()})
+        detached = {k: a.detach() for k, a in arguments.items()}
+        assert isinstance(self.rule, Rule)
+        return self._laid_out(*self.rule.contribution(statistics, detached))
+
+    def cells_of(self, group: Group, counts: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        """As `cells`, from the data: the family has no statistics for this argument.
+
+        Args:
+            group: The predictor's group.
+            counts: Expected counts. # (members, *sizes)
+            arguments: As they are now.
+        """
+        assert isinstance(self.rule, PredictorRule)
+        weights = counts.reshape(counts.shape + (1,) * group.event_dims)
+        if group.elements is not None:
+            weights = weights * group.elements
+        detached = {k: a.detach() for k, a in arguments.items()}
+        n, d = self.rule.terms(group.value, detached)
+        return self._laid_out(weights * n, weights * d)
+
+    def _laid_out(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums on the cells of the predictor, in float64."""
         shape = self.binding.constant.shape
         batch = shape[: len(shape) - self.event]
         both = torch.broadcast_shapes(n.shape[: len(batch)], d.shape[: len(batch)])
@@ -155,7 +176,7 @@ def predictors_of(graph: FactorGraph, names: Sequence[str]) -> list[Predictor]:
             linear = predictor_binding(group, argument, graph.parameters)
             if linear is not None:
                 assert group.family is not None
-                rule = group.family.rules[argument]
+                rule = group.family.predictors.get(argument) or group.family.rules[argument]
                 out.append(Predictor(g, argument, rule, linear, 1 + group.n_plates))
     return out
 

@@ -82,6 +82,17 @@ CASES: dict[str, tuple[Tensor, Emission, dict[str, Any]]] = {
         {"b": W[:, 0], "w": W[0, :2]},
     ),
     "waits": (WAITS, lambda P, z: dist.Exponential(line(P.w[z]).exp()), {"w": W}),
+    "gamma": (WAITS, lambda P, z: dist.Gamma(1.5, rate=line(P.w[z]).exp()), {"w": W}),
+    "overdispersed": (
+        EVENTS,
+        lambda P, z: dist.NegativeBinomial(1.0 + z, logits=line(P.w[z])),
+        {"w": W},
+    ),
+    "gamma poisson": (
+        EVENTS,
+        lambda P, z: dist.GammaPoisson(2.0, EXPOSURE * line(P.w[z]).exp()),
+        {"w": W},
+    ),
     "geometric": (EVENTS, lambda P, z: dist.Geometric(logits=line(P.w[z])), {"w": W}),
     "words": (WORDS, lambda P, z: dist.Categorical(logits=rows(P.V[z])), {"V": V}),
     "reference": (
