@@ -35,7 +35,7 @@ def test_a_killed_fit_is_started_again_by_torchrun(tmp_path: Path) -> None:
     codes = []
     for _ in range(2):
         ended = subprocess.run(
-            command, env={**os.environ, **paths}, capture_output=True, timeout=60, check=False
+            command, env={**os.environ, **paths}, capture_output=True, timeout=300, check=False
         )
         codes.append(ended.returncode)
     assert codes[0] and not codes[1]
