@@ -81,6 +81,15 @@ class PriorKernel:
             return (0.5 * real).exp()
         return real.softmax(-1) if self.support == "simplex" else real.sigmoid()
 
+    def statistics_at(self, value: Tensor) -> Tensor:
+        """t(λ). # (*batch, P)"""
+        if self.support == "positive":
+            g = value**self.power
+            return torch.stack([g.log(), -g], -1)
+        return (
+            value.log() if self.support == "simplex" else _together(value.log(), (-value).log1p())
+        )
+
     def log_density(self, t: Tensor, arguments: Arguments) -> Tensor:
         """E[log p(λ | χ)] where E[t] is known, in nats. # (*batch,)"""
         chi = self.chi(arguments)

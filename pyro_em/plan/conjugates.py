@@ -124,7 +124,7 @@ def at_units(
         structure: Its skeleton.
 
     Raises:
-        NotConjugate: If a latent with a conjugate family's prior is masked or weighed.
+        NotConjugate: If a latent with a conjugate family's prior is masked.
     """
     run = structure.as_run
     values, kernels = {}, {}
@@ -135,9 +135,6 @@ def at_units(
             continue
         if mask_tensor(site) is not None:
             what = "a mask covers it: put poutine.mask around its observations alone."
-            raise refused(name, f"site '{name}'", what)
-        if isinstance(site["scale"], Tensor) or site["scale"] != 1:
-            what = "poutine.scale weighs it: put that around its observations alone."
             raise refused(name, f"site '{name}'", what)
         kernels[name] = kernel
         values[name] = kernel.unit(torch.empty_like(site["value"]).contiguous())

@@ -95,6 +95,8 @@ class ConjugateBlock:
         plates: Plates of the table.
         sizes: Their sizes.
         traced: The sites as a run with the latent at its unit shows them.
+        weight: How often each element of the plates counts; None where it counts once.
+            # (*sizes or 1s)
     """
 
     groups: tuple[Group, ...]
@@ -105,6 +107,7 @@ class ConjugateBlock:
     plates: tuple[str, ...] = ()
     sizes: tuple[int, ...] = ()
     traced: tuple[Group, ...] = ()
+    weight: Tensor | None = None
     _sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -132,6 +135,11 @@ class ConjugateBlock:
             full = read.elements.numel() > 1
             out.append(Reading.of(rows_of(read.elements, group, full=full), rows, self.count))
         return tuple(out)
+
+    def counted(self, i: int) -> Group:
+        """A site as it counts in one of the rows that a weight stands for."""
+        group = self.groups[i]
+        return group if self.weight is None else replace(group, scale=(1.0,))
 
     def of_site(self, i: int, arguments: Arguments) -> dict[str, Tensor]:
         """The arguments of one site among those of all."""
@@ -164,7 +172,7 @@ class ConjugateBlock:
         return out
 
     def _summed(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
-        group, read, reading = self.groups[i], self.reads[i - 1], self.readings[i - 1]
+        group, read, reading = self.counted(i), self.reads[i - 1], self.readings[i - 1]
         own, value = wide(arguments), as_wide(group.value)
         delta, constant = read.pair.delta(value, own), read.pair.log_base(value, own)
         if not reading.whole:
@@ -256,8 +264,8 @@ class ConjugateBlock:
             complete: Whether sites are as an M-step wants them; otherwise as a bound does.
         """
         out = []
-        for i, group in enumerate(self.groups):
-            own = self.of_site(i, arguments)
+        for i in range(len(self.groups)):
+            group, own = self.counted(i), self.of_site(i, arguments)
             of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i)]
             full = len(group.members), *group.sizes
             cells = of_rows.reshape(full).to(torch.float64)

@@ -52,7 +52,17 @@ def conjugated(
             rest.append(group)
         elif members:
             rest.append(taken(group, members))
-    return replace(graph, groups=(*rest, *map(group_of_block, blocks)))
+    return replace(graph, groups=(*rest, *map(_group, blocks)))
+
+
+def _group(block: ConjugateBlock) -> Group:
+    """The group that stands for a block, with the weights of its rows."""
+    group = group_of_block(block)
+    if block.weight is None:
+        return group
+    shape = block.weight.shape + (1,) * len(block.states)
+    weight = block.weight.reshape(shape)
+    return replace(group, scale=(float(weight) if not block.weight.dim() else weight,))
 
 
 def _block(
@@ -74,6 +84,7 @@ def _block(
         replace(r, elements=_over(r.elements, old, new, scope))
         for r, old, new in zip(reads, traced[1:], groups[1:], strict=True)
     )
+    weight = _weight(latent, groups)
     pairs = zip(groups[1:], wide, strict=True)
     children = tuple(_prepared(g, r, kernel) for g, r in pairs)
     block = ConjugateBlock(
@@ -86,7 +97,7 @@ def _block(
             f"max_enumeration={limit:,}."
         )
         raise NotSeparate(_finding(latent, f"site '{latent}'", what))
-    return _with_plates(block, graph)
+    return _with_plates(block, graph, weight)
 
 
 def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
@@ -111,24 +122,77 @@ def _over(elements: Tensor, old: Group, new: Group, scope: tuple[str, ...]) -> T
     return elements.reshape(wide)
 
 
-def _with_plates(block: ConjugateBlock, graph: FactorGraph) -> ConjugateBlock:
+def _weight(latent: str, groups: list[Group]) -> Tensor | None:
+    """The weight of a latent's rows, which its sites share: as if each row were there so often.
+
+    Returns:
+        # (*plates of the latent or 1s); None where they count once
+
+    Raises:
+        NotSeparate: If sites below the latent have other weights.
+    """
+    first = groups[0]
+    if first.is_unscaled:
+        return None
+    weight = replace(first, mask=None, elements=None).weights()[0].detach()
+    weight = weight.reshape(weight.shape + (1,) * (len(first.sizes) - weight.dim()))
+    if weight.shape[first.n_plates :].numel() > 1:
+        raise NotSeparate(_weighed(latent, first))
+    own = first.dims[0][: first.n_plates]
+    weight = weight.reshape(weight.shape[: first.n_plates])
+    for group in groups[1:]:
+        plates = group.dims[0][: group.n_plates]
+        sizes = dict(zip(own, weight.shape, strict=True))
+        laid = weight.reshape(
+            [sizes.get(p, 1) for p in plates] + [1] * (len(group.sizes) - len(plates))
+        )
+        there = replace(group, mask=None, elements=None).weights()[0].detach()
+        if not set(own) <= set(plates) or not bool((there == laid).all()):
+            raise NotSeparate(_weighed(latent, group))
+    return weight
+
+
+def _weighed(latent: str, group: Group) -> Finding:
+    what = f"poutine.scale weighs it otherwise than '{latent}'."
+    if group.members[0] == latent:
+        what = "its weight depends on a discrete latent."
+    return _finding(latent, f"site '{group.members[0]}'", what)
+
+
+def _with_plates(
+    block: ConjugateBlock, graph: FactorGraph, weight: Tensor | None
+) -> ConjugateBlock:
     """The block with the plates of its table: those of the scope, and the data's if they can."""
     order = sorted(graph.structure.plates.values(), key=lambda p: p.dim)
     needed = {p for z in block.scope for p in graph.latents[z].plates}
+    first = block.groups[0]
+    own = first.dims[0][: first.n_plates]
+    if weight is not None:
+        needed |= {p for p, size in zip(own, weight.shape, strict=True) if size > 1}
     data = graph.structure.data_plate
     outermost = set() if data is None else {data}
     for wanted in (needed | outermost, needed):
         plates = tuple(p.name for p in order if p.name in wanted)
         if not elements_of_latent(block, plates)[1]:
             sizes = tuple(graph.structure.plates[p].size for p in plates)
-            return replace(block, plates=plates, sizes=sizes)
+            return replace(block, plates=plates, sizes=sizes, weight=_laid(weight, own, plates))
+    if not block.scope:
+        raise NotSeparate(_weighed(block.latent, block.groups[1]))
     inner = next(z for z in block.scope if graph.latents[z].plates)
-    own = ", ".join(f"'{p}'" for p in graph.latents[inner].plates)
+    shown = ", ".join(f"'{p}'" for p in graph.latents[inner].plates)
     what = (
-        f"it lives in plate {own}, and '{block.latent}' connects elements of that plate: a mixture of "
-        f"{block.states[block.scope.index(inner)]} to the power of the plate's size posteriors."
+        f"it lives in plate {shown}, and '{block.latent}' connects elements of that plate: a mixture "
+        f"of {block.states[block.scope.index(inner)]} to the power of the plate's size posteriors."
     )
     raise NotSeparate(_finding(block.latent, f"site '{inner}'", what))
+
+
+def _laid(weight: Tensor | None, own: tuple[str, ...], plates: tuple[str, ...]) -> Tensor | None:
+    """A weight over some plates, over those of a table. # (*plates or 1s)"""
+    if weight is None:
+        return None
+    sizes = dict(zip(own, weight.shape, strict=True))
+    return weight.reshape([sizes.get(p, 1) for p in plates])
 
 
 def _finding(latent: str, where: str, what: str) -> Finding:

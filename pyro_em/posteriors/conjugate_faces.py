@@ -176,6 +176,10 @@ class ConjugateFaces:
             site = self.site(name)
             entropy = site.solution.entropy()
             weights = torch.ones_like(entropy) if site.weights is None else site.weights
+            often = site.block.weight
+            if often is not None:
+                each = often.expand(site.block.sizes).reshape(-1, 1)
+                weights = weights * each[site.block.element_of_row(0, events=True)]
             total += float((weights * entropy).sum())
         return total
 

@@ -30,6 +30,8 @@ def conjugate_given(
     kernel, group = block.kernel, block.groups[0]
     wanted = kernel.arguments(solution.chi)[0]
     base = unwrap(given)[0] if isinstance(given, torch.distributions.Distribution) else given
+    if isinstance(base, torch.distributions.Distribution) and type(base).__name__ == "Delta":
+        return _at_values(block, solution, base, where, wanted)
     if type(base) is not wanted:
         raise UsageError(_unfit(block, where, f"it is no {wanted.__name__}", wanted))
     names = kernel.arguments(solution.chi)[1]
@@ -45,6 +47,26 @@ def conjugate_given(
         what = f"its batch shape is {tuple(given.batch_shape)}"
         raise UsageError(_unfit(block, where, what, wanted)) from error
     return replace(solution, chi=rows)
+
+
+def _at_values(
+    block: ConjugateBlock, solution: ConjugateSolution, base: Any, where: str, wanted: type
+) -> ConjugateSolution:
+    """What stands for a latent that has values: their statistics, and no spread."""
+    group, value = block.groups[0], base.v.to(torch.float64)
+    shape = (*group.value.shape[1 : 1 + group.n_plates], *group.value.shape[1 + len(group.sizes) :])
+    try:
+        rows = value.expand(shape) if value.numel() < group.value.numel() else value.reshape(shape)
+    except RuntimeError as error:
+        raise UsageError(
+            _unfit(block, where, f"its shape is {tuple(value.shape)}", wanted)
+        ) from error
+    t = block.kernel.statistics_at(rows)
+    if not bool(torch.isfinite(t).all()):
+        raise UsageError(_unfit(block, where, "a value is at the end of its support", wanted))
+    out = replace(solution)
+    vars(out)["t"] = t.reshape(block.count, 1, -1)
+    return out
 
 
 def _of_gamma(a: Arguments) -> torch.Tensor:

@@ -314,7 +314,7 @@ class Posterior(Portable, NamesFromElsewhere):
         unread = {n for s in sites for n in meant(s, names)}
         if unread and self.later is not None:
             return self.later.faces(unread)
-        return replace(self._gaussian, others=names)
+        return replace(self._gaussian, others=(*names, *self._conjugate.places))
 
     def _conjugate_sites(self, site: str) -> list[ConjugateSite] | None:
         """The conjugate latents that a name or a glob means; None where there are none."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed, matching, meant
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.names import gaussian_names, names_of, own_name
+from pyro_em.posteriors.names import gaussian_names, integrated_names, names_of, own_name
 
 
 def refuse_gaussian(graph: FactorGraph, where: str, site: str | None) -> None:
-    """Refuse to make a table of probabilities of a Gaussian latent.
+    """Refuse to make a table of probabilities of a Gaussian or conjugate latent.
 
     Args:
         graph: The factor graph.
@@ -17,18 +17,20 @@ def refuse_gaussian(graph: FactorGraph, where: str, site: str | None) -> None:
         site: What was asked for: a name, or a glob.
 
     Raises:
-        UsageError: If it means Gaussian latents.
+        UsageError: If it means such latents.
     """
-    names = gaussian_names(graph)
+    names = integrated_names(graph)
     if site is None or not names or own_name(graph, site) in graph.latents:
         return
     found = meant(site, names)
     if not found or matching(site, names_of(graph)):
         return
+    kind = "Gaussian" if set(found) <= set(gaussian_names(graph)) else "conjugate"
+    what = f"is a {kind} latent" if len(found) == 1 else f"are {kind} latents"
     raise UsageError(
         message(
             f"{where}('{site}')",
-            f"{listed(found)} {'is a Gaussian latent' if len(found) == 1 else 'are Gaussian latents'}.",
+            f"{listed(found)} {what}.",
             "the posterior is a density, which no table of probabilities holds",
             [
                 f"ask for moments: mean('{site}'), covariance('{site}')",

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, ModelError, UsageError
+from pyro_em import Chunks, ExactPosteriorEM, ModelError, UsageError
 
 
 def tensor(values: Any) -> Tensor:
@@ -485,6 +485,58 @@ def _by_class() -> None:
 def test_near_misses_are_refused_by_name(model: Callable[[], None], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         ExactPosteriorEM(model).posterior()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_weighted_rows_are_rows_that_are_there_so_often(beside: bool) -> None:
+    def model(x: Tensor, weight: Tensor) -> None:
+        a = pyro.param("a", tensor([1.0, 2.0]), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)), pyro.poutine.scale(scale=weight):
+            z = pyro.sample("z", dist.Categorical(SHARES)) if beside else 0
+            rate = pyro.sample("rate", dist.Gamma(a[z], 1.0))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    weight = tensor([1.0, 2.0, 3.0, 1.0, 2.0])
+    often = torch.repeat_interleave(COUNTS, weight.long())
+    found = []
+    for data in ((COUNTS, weight), (often, torch.ones(9))):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        q, result = em.posterior(*data), em.fit(*data, max_steps=3, tol=0.0)
+        terms = em.elbo(*data, q=q)
+        found.append([q.entropy(), terms.expected_log_joint, result.log_evidence, result.bic])
+    assert found[0] == pytest.approx(found[1], abs=1e-10)
+
+
+def test_other_weights_than_those_of_the_latent_are_refused() -> None:
+    def model() -> None:
+        with pyro.plate("rows", 5):
+            with pyro.poutine.scale(scale=UNITS):
+                rate = pyro.sample("rate", dist.Gamma(A, B))
+            pyro.sample("x", dist.Poisson(rate), obs=COUNTS)
+
+    with pytest.raises(ModelError, match="weighs it otherwise than 'rate'"):
+        ExactPosteriorEM(model).posterior()
+
+
+def test_chunks_add_up_and_values_are_a_start() -> None:
+    path = ExactPosteriorEM(over_dispersed).fit(COUNTS, max_steps=3, tol=0.0).history
+    pyro.clear_param_store()
+    parts = ExactPosteriorEM(over_dispersed).fit(Chunks(COUNTS, rows=2), max_steps=3, tol=0.0)
+    assert list(parts.history) == pytest.approx(list(path), abs=1e-10)
+    pyro.clear_param_store()
+    rates = tensor([0.5, 1.5, 3.0, 1.0, 2.0])
+    result = ExactPosteriorEM(over_dispersed).fit(
+        COUNTS, init={"rate": rates}, max_steps=1, tol=0.0
+    )
+    shape, _, scale = st.gamma.fit(rates.numpy(), floc=0)
+    start = float(negative_binomial(COUNTS, shape, 1 / scale).sum())
+    assert result.history[0] == pytest.approx(start, abs=1e-6)
+    q = ExactPosteriorEM(over_dispersed).posterior(COUNTS)
+    with pytest.raises(UsageError, match="'rate' is a conjugate latent"):
+        q.probs("rate")
+    with pytest.raises(UsageError, match="those are: 'rate'"):
+        q.mean("other")
 
 
 def test_a_guide_keeps_no_conjugate_latent_of_its_own_factor() -> None:
