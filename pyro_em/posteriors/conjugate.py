@@ -10,18 +10,17 @@ M-step the sites stand for themselves, with expected statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyro_em.families.conjugate_pairs import PriorKernel
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.conjugate_cells import Reading, in_cells, rows_of
+from pyro_em.posteriors.conjugate_cells import Reading, alike_rows, in_cells, rows_of
 from pyro_em.posteriors.gaussian import counts_once, elements_in, is_within, piece
 from pyro_em.updates.conjugate_beliefs import (
     ChildBelief,
@@ -33,6 +32,8 @@ from pyro_em.updates.conjugate_beliefs import (
 
 Arguments = Mapping[str, Tensor]
 
+_MANY = 1024  # elements from which on it is looked whether some are alike
+
 
 @dataclass(frozen=True, eq=False)
 class ConjugateSolution:
@@ -41,44 +42,47 @@ class ConjugateSolution:
     Attributes:
         kernel: The form of prior and posterior.
         prior: χ of the prior. # (elements or 1, cells or 1, P)
-        chi: χ of the posterior. # (elements, cells or 1, P)
+        distinct: χ of the posterior, of elements that are alike once. # (distinct, cells or 1, P)
         constants: Σ log base of each site, over the table. # (1, *sizes or 1s, *states or 1s) each
+        place: Which of the distinct ones each element has; None where all are distinct. # (elements,)
     """
 
     kernel: PriorKernel
     prior: Tensor
-    chi: Tensor
+    distinct: Tensor
     constants: tuple[Tensor, ...]
+    place: Tensor | None = None
+
+    def of_elements(self, distinct: Tensor) -> Tensor:
+        """What was computed for distinct elements, for all. # (elements, ...)"""
+        return distinct if self.place is None else distinct[self.place]
+
+    @cached_property
+    def chi(self) -> Tensor:
+        """χ of the posterior. # (elements, cells or 1, P)"""
+        return self.of_elements(self.distinct)
 
     @cached_property
     def log_evidence(self) -> Tensor:
         """A(χ') − A(χ) in nats. # (elements, cells or 1)"""
-        return self.kernel.normaliser(self.chi) - self.kernel.normaliser(self.prior)
+        own = self.kernel.normaliser(self.distinct) - self.kernel.normaliser(self.prior)
+        return self.of_elements(own)
 
     @cached_property
     def t(self) -> Tensor:
         """E[t] under the posterior. # (elements, cells or 1, P)"""
-        return self.kernel.expected(self.chi)
-
-    @cached_property
-    def distribution(self) -> dist.Distribution:
-        """The posterior of each element in each cell. # batch shape (elements, cells or 1)"""
-        return self.kernel.of(self.chi)
+        return self.of_elements(self.kernel.expected(self.distinct))
 
     def entropy(self) -> Tensor:
         """In nats. # (elements, cells or 1)"""
-        return (
-            self.kernel.normaliser(self.chi)
-            - (self.chi * self.t).sum(-1)
-            - self.kernel.base(self.t)
-        )
+        chi, t = self.chi, self.t
+        return self.kernel.normaliser(chi) - (chi * t).sum(-1) - self.kernel.base(t)
 
     def is_of(self, other: object) -> bool:
         """Whether it is the posterior that another one is."""
-        return isinstance(other, ConjugateSolution) and (
-            self is other
-            or (self.chi.shape == other.chi.shape and bool((self.chi == other.chi).all()))
-        )
+        if self is other or not isinstance(other, ConjugateSolution):
+            return self is other
+        return self.chi.shape == other.chi.shape and bool((self.chi == other.chi).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,15 +155,32 @@ class ConjugateBlock:
     def solve(self, arguments: Arguments) -> ConjugateSolution:
         """The posterior of the latent, for each state of the scope."""
         own = self.of_site(0, arguments)
-        group = self.groups[0]
-        prior = rows_of(self.kernel.chi(wide(own)), group, 1)
-        chi = prior.expand(self.count, *prior.shape[1:])
-        constants = []
+        prior = rows_of(self.kernel.chi(wide(own)), self.groups[0], 1)
+        deltas, constants = [], []
         for i in range(1, len(self.groups)):
             delta, constant = self._sums_of(i, arguments)
-            chi = chi + delta
+            deltas.append(delta)
             constants.append(constant)
-        return ConjugateSolution(self.kernel, prior, chi, tuple(constants))
+        fixed = all(i in self._sums for i in range(1, len(self.groups)))
+        if fixed and prior.shape[0] == 1 and self.count > _MANY:
+            few, place = self._alike(deltas)
+        else:
+            few, place = sum(deltas[1:], deltas[0]), None
+        return ConjugateSolution(self.kernel, prior, prior + few, tuple(constants), place)
+
+    def _alike(self, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Σ Δχ of elements that are alike once, and which of these each element has."""
+        if 0 not in self._sums:
+            total = sum(deltas[1:], deltas[0])
+            place = None if total.shape[1] > 1 else alike_rows(total[:, 0], len(total) // 4)
+            if place is None:
+                self._sums[0] = total, total.new_empty(0)
+            else:
+                first = place.new_zeros(int(place.max()) + 1)
+                first[place] = torch.arange(len(place), device=place.device)
+                self._sums[0] = total[first], place
+        few, found = self._sums[0]
+        return few, found if len(found) else None
 
     def _sums_of(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Σ Δχ onto the elements of the latent, Σ log base onto the table."""

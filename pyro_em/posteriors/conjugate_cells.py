@@ -150,3 +150,24 @@ class Reading:
         if values.shape[1] == 1:
             return values[:, 0][at]
         return values[at, torch.arange(values.shape[1], device=at.device)]
+
+
+def alike_rows(rows: Tensor, most: int) -> Tensor | None:
+    """For each row the number of those that equal it; None if there are too many different ones.
+
+    Args:
+        rows: # (rows, P)
+        most: How many different rows there may be.
+
+    Returns:
+        # (rows,)
+    """
+    out = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for column in rows.unbind(-1):
+        values, place = torch.unique(column, return_inverse=True)
+        if len(values) > most:
+            return None
+        known, out = torch.unique(out * len(values) + place, return_inverse=True)
+        if len(known) > most:
+            return None
+    return out

@@ -46,7 +46,7 @@ def conjugate_given(
     except RuntimeError as error:
         what = f"its batch shape is {tuple(given.batch_shape)}"
         raise UsageError(_unfit(block, where, what, wanted)) from error
-    return replace(solution, chi=rows)
+    return replace(solution, distinct=rows, place=None)
 
 
 def _at_values(

@@ -539,6 +539,26 @@ def test_chunks_add_up_and_values_are_a_start() -> None:
         q.mean("other")
 
 
+def test_elements_that_are_alike_are_computed_once() -> None:
+    x = torch.arange(3000.0) % 5
+    units = 1 + torch.arange(3000.0) % 2
+
+    def model() -> None:
+        a = pyro.param("a", A.clone(), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(a, B))
+            pyro.sample("x", dist.Poisson(units * rate), obs=x)
+
+    result = ExactPosteriorEM(model).fit(max_steps=2, tol=0.0)
+    a, q = result.params["a"], result.posterior
+    for at, value in ((A, result.history[0]), (a, result.log_evidence)):
+        expected = float(negative_binomial(x, at, B, units).sum())
+        assert value == pytest.approx(expected, rel=1e-12)
+    assert torch.allclose(q.mean("rate"), (a + x) / (B + units), rtol=1e-12)
+    (solution,) = q.solved.values()
+    assert len(solution.distinct) == 10
+
+
 def test_a_guide_keeps_no_conjugate_latent_of_its_own_factor() -> None:
     def guide(x: Tensor) -> None:
         shape = pyro.param("shape", torch.ones(5), constraint=constraints.positive)
