@@ -228,9 +228,11 @@ class ConjugateBlock:
 
     @cached_property
     def _elements(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        return tuple(self._elements_of(i) for i in range(len(self.groups)))
+        out = [self._elements_of(0, None)]
+        out += [self._elements_of(i, out[0][1]) for i in range(1, len(self.groups))]
+        return tuple(out)
 
-    def _elements_of(self, i: int) -> tuple[Tensor, Tensor]:
+    def _elements_of(self, i: int, of_latent: Tensor | None) -> tuple[Tensor, Tensor]:
         group = self.groups[i]
         rows = math.prod(group.sizes[: group.n_plates])
         width = self.rows_of_site(i) // max(rows, 1)
@@ -241,7 +243,8 @@ class ConjugateBlock:
             own = elements_of_latent(self, self.plates)[0]
             return own[::width], own
         else:
-            of_latent, at = self._elements[0][1], self.readings[i - 1].elements
+            assert of_latent is not None
+            at = self.readings[i - 1].elements
             own = of_latent[at.amax(-1).clamp(min=0)].expand(rows * width)[::width]
         return own, own.repeat_interleave(width) if width > 1 else own
 

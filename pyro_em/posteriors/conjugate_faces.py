@@ -63,19 +63,27 @@ class ConjugateSite:
 
     def covariance(self) -> Tensor:
         """Variances of numbers, covariances of events. # (*batch,) or (*batch, D, D)"""
-        kernel, chi = self.solution.kernel, self._chi
-        mean = self.means()
+        kernel, chi, mean = self.solution.kernel, self._chi, self.means()
         if kernel.event_dim:
-            total = chi.sum(-1, keepdim=True).unsqueeze(-1)
             each = torch.diag_embed(mean) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            each = each / (total + 1)
-            off = mean - self._mixed(mean).unsqueeze(1)
-            out = self._mixed(each + off.unsqueeze(-1) * off.unsqueeze(-2))
-            return out.reshape((*self.batch, *out.shape[1:])).to(self.dtype)
-        off = mean - self._mixed(mean).unsqueeze(1)
-        own = kernel.of(chi).variance + off.square()
-        variance = self._mixed(own).reshape((*self.batch, *self.event)).to(self.dtype)
-        return torch.diag_embed(variance.flatten(len(self.batch))) if self.event else variance
+            each = each / (chi.sum(-1) + 1)[..., None, None]
+        else:
+            each, mean = kernel.of(chi).variance[..., None, None], mean.unsqueeze(-1)
+        rows, cells, size = torch.Size(self.batch).numel(), chi.shape[1], mean.shape[-1]
+        # What is one event lies together, and is independent given the discrete latents.
+        own = len(chi) // max(rows, 1)
+        mean = mean.reshape(rows, own, cells, size).transpose(1, 2).reshape(rows, cells, -1)
+        each = each.reshape(rows, own, cells, size, size).permute(0, 2, 3, 4, 1)
+        each = torch.diag_embed(each).permute(0, 1, 4, 2, 5, 3)
+        each = each.reshape(rows, cells, own * size, own * size)
+        weights = mean.new_ones(rows, 1)
+        if self.weights is not None:
+            weights = self.weights.reshape(rows, own, cells)[:, 0]
+        off = mean - (weights.unsqueeze(-1) * mean).sum(1, keepdim=True)
+        each = each + off.unsqueeze(-1) * off.unsqueeze(-2)
+        out = (weights[..., None, None] * each).sum(1)
+        shape = out.shape[1:] if self.event else ()
+        return out.reshape((*self.batch, *shape)).to(self.dtype)
 
     def _mixed(self, x: Tensor) -> Tensor:
         if self.weights is None:

@@ -559,6 +559,68 @@ def test_elements_that_are_alike_are_computed_once() -> None:
     assert len(solution.distinct) == 10
 
 
+def test_a_class_of_each_group_whose_rows_read_it_by_index() -> None:
+    group = tensor([0, 0, 1, 2, 1])
+
+    def model() -> None:
+        with pyro.plate("groups", 3):
+            z = pyro.sample("z", dist.Categorical(SHARES))
+            rate = pyro.sample("rate", dist.Gamma(SHAPES[z], RATES[z]))
+        with pyro.plate("rows", 5):
+            # Enumerated dimensions of a rate, if any, are on the left of its groups.
+            pyro.sample("x", dist.Poisson(rate[..., group]), obs=COUNTS)
+
+    q = ExactPosteriorEM(model).posterior()
+    own = torch.eye(3)[group]
+    a, b = SHAPES + (own.T @ COUNTS).unsqueeze(-1), RATES + own.sum(0).unsqueeze(-1)
+    each = a.lgamma() - a * b.log() - SHAPES.lgamma() + SHAPES * RATES.log() + SHARES.log()
+    expected = each.logsumexp(-1).sum() - (COUNTS + 1).lgamma().sum()
+    assert q.log_evidence == pytest.approx(float(expected), abs=1e-11)
+    assert torch.allclose(q.probs("z"), each.softmax(-1))
+    assert torch.allclose(q.mean("rate"), (each.softmax(-1) * a / b).sum(-1))
+
+
+def test_covariances_of_simplexes_that_are_one_event() -> None:
+    def model(z: Tensor) -> None:
+        pick = pyro.sample("pick", dist.Bernoulli(tensor(0.3)))
+        alpha = torch.where(
+            pick.unsqueeze(-1).unsqueeze(-1) > 0, tensor([1.0, 2.0]), tensor([5.0, 1.0])
+        )
+        theta = pyro.sample(
+            "theta", dist.Dirichlet(alpha.expand(*alpha.shape[:-2], 2, 2)).to_event(1)
+        )
+        with pyro.plate("rows", len(z)):
+            pyro.sample("z", dist.Categorical(theta[..., 1, :]), obs=z)
+
+    q = ExactPosteriorEM(model).posterior(tensor([0, 1, 1]))
+    draws = q.sample(40_000, seed=0)["theta"].flatten(1)
+    assert torch.allclose(q.covariance("theta"), draws.T.cov(), atol=3e-3)
+    assert q.mean("theta").shape == (2, 2)
+
+
+def test_negative_binomial_regression_stays_at_the_optimum_of_statsmodels() -> None:
+    import statsmodels.api as sm
+
+    rng = np.random.default_rng(0)
+    X = np.stack([np.ones(80), rng.normal(size=80)], 1)
+    y = rng.poisson(np.exp(X @ [0.5, 0.7]) * rng.gamma(2.0, 0.5, size=80))
+    theirs = sm.NegativeBinomial(y, X).fit(disp=0)
+
+    def model(X: Tensor, y: Tensor) -> None:
+        b = pyro.param("b", tensor(theirs.params[:2]))
+        k = pyro.param("k", tensor(1 / theirs.params[2]), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)):
+            u = pyro.sample("u", dist.Gamma(k, k))
+            pyro.sample("y", dist.Poisson((X @ b).exp() * u), obs=y)
+
+    result = ExactPosteriorEM(model).fit(tensor(X), tensor(y).double(), max_steps=2, tol=0.0)
+    assert result.history[0] == pytest.approx(theirs.llf, abs=1e-8)
+    assert result.params["b"].tolist() == pytest.approx(theirs.params[:2].tolist(), abs=1e-4)
+    errors = result.standard_errors()["b"].tolist()
+    assert errors == pytest.approx(theirs.bse[:2].tolist(), rel=1e-3)
+    assert "Newton" in str(result.plan)
+
+
 def test_a_guide_keeps_no_conjugate_latent_of_its_own_factor() -> None:
     def guide(x: Tensor) -> None:
         shape = pyro.param("shape", torch.ones(5), constraint=constraints.positive)
