@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoDelta, init_to_value
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -457,18 +457,6 @@ def test_a_budget_does_not_part_what_sees_all_rows() -> None:
         for ask in (em.score, lambda x, em=em: em.fit(x, max_steps=1, tol=0.0, progress=False)):
             with pytest.raises(ModelError, match="max_enumeration"):
                 ask(x)
-
-
-def test_a_guide_that_draws_takes_batches() -> None:
-    def model(x: Tensor) -> None:
-        m = pyro.param("m", torch.tensor(0.0))
-        with pyro.plate("rows", len(x)):
-            h = pyro.sample("h", dist.Normal(m, 1.0))
-            pyro.sample("x", dist.Poisson(h.exp()), obs=x)
-
-    pyro.clear_param_store()
-    with pytest.raises(UsageError, match="Chunks were given, and a guide draws"):
-        ExactPosteriorEM(model, AutoNormal).fit(Chunks(_COUNTS, rows=_N), progress=False)
 
 
 def test_a_chunk_that_reads_as_another_model_is_refused() -> None:
