@@ -1,25 +1,15 @@
-"""Latents whose posterior has the form of their prior: kernels of priors, and what children add.
+"""Conjugate pairs: what a child adds to the kernel of the latent that it reads.
 
-A prior kernel has statistics t and hyperparameters χ,
-
-    log p(λ | χ) = χ·t(λ) − A(χ) + h·t(λ),
-
-and the log density of a conjugate child is linear in the same statistics,
+The log density of a conjugate child is linear in the statistics of its latent's prior
+(`pyro_em.families.conjugate_kernels`),
 
     log p(x | λ) = Δχ(x)·t(λ) + log base(x),
 
-so that the posterior is the kernel at χ + Σ Δχ, and the log evidence A(χ + Σ Δχ) − A(χ) + Σ log base.
-
-| prior | t | A(χ) |
-|---|---|---|
-| Gamma(a, b), Exponential(b), InverseGamma(a, b) on g = 1/λ | log g, −g | log Γ(a) − a log b |
-| Beta(a, b) | log p, log(1 − p) | log B(a, b) |
-| Dirichlet(α) | log p | log B(α) |
-
-A child reads its latent through one argument, f λ^e with a known positive factor f. A new pair is a
+so that the posterior is the kernel at χ + Σ Δχ, and the log evidence A(χ + Σ Δχ) − A(χ) + Σ log base. A
+child reads its latent through one argument, f λ^e with a known positive factor f. A new pair is a
 function, or two, and an entry of `PAIRS`.
 
-Source: Gelman et al., "Bayesian Data Analysis" (3rd ed. 2013), chapter 2 and appendix A.
+Source: Gelman et al., "Bayesian Data Analysis" (3rd ed. 2013), chapter 2.
 """
 
 from __future__ import annotations
@@ -32,73 +22,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Arguments, Statistics
-
-
-@dataclass(frozen=True)
-class PriorKernel:
-    """The form that a prior and its posterior share.
-
-    Attributes:
-        distribution: The prior's exact class.
-        kind: Which column of `PAIRS` serves it.
-        support: ``"positive"``, ``"unit"`` or ``"simplex"``.
-        power: What a power of the latent is a power of g to: 1, or −1 where g = 1/λ.
-        chi: χ of a prior's arguments. # (*batch, P)
-        normaliser: A(χ) in nats. # (*batch,)
-        expected: E[t] at χ. # (*batch, P)
-        base: h·t, the part of the log density free of χ. # (*batch,)
-        arguments: The distribution's class and its arguments at χ.
-        statistics: The family's statistics of the latent, in terms of E[t].
-    """
-
-    distribution: type
-    kind: str
-    support: str
-    power: float
-    chi: Callable[[Arguments], Tensor]
-    normaliser: Callable[[Tensor], Tensor]
-    expected: Callable[[Tensor], Tensor]
-    base: Callable[[Tensor], Tensor]
-    arguments: Callable[[Tensor], tuple[type, dict[str, Tensor]]]
-    statistics: Callable[[Tensor], Statistics]
-
-    @property
-    def event_dim(self) -> int:
-        """Dimensions of one latent's value."""
-        return 1 if self.support == "simplex" else 0
-
-    def unit(self, like: Tensor) -> Tensor:
-        """The value at which an argument of a child is its known factor."""
-        if self.support == "positive":
-            return torch.ones_like(like)
-        share = 1 / like.shape[-1] if self.support == "simplex" else 0.5
-        return torch.full_like(like, share)
-
-    def inside(self, real: Tensor) -> Tensor:
-        """Values in the support, from any numbers."""
-        if self.support == "positive":
-            return (0.5 * real).exp()
-        return real.softmax(-1) if self.support == "simplex" else real.sigmoid()
-
-    def statistics_at(self, value: Tensor) -> Tensor:
-        """t(λ). # (*batch, P)"""
-        if self.support == "positive":
-            g = value**self.power
-            return torch.stack([g.log(), -g], -1)
-        return (
-            value.log() if self.support == "simplex" else _together(value.log(), (-value).log1p())
-        )
-
-    def log_density(self, t: Tensor, arguments: Arguments) -> Tensor:
-        """E[log p(λ | χ)] where E[t] is known, in nats. # (*batch,)"""
-        chi = self.chi(arguments)
-        return (chi * t).sum(-1) - self.normaliser(chi) + self.base(t)
-
-    def of(self, chi: Tensor) -> dist.Distribution:
-        """The distribution at χ, with its own argument names."""
-        distribution, arguments = self.arguments(chi)
-        return distribution(**arguments)
+from pyro_em.families.conjugate_kernels import PriorKernel, together
+from pyro_em.families.family import Arguments
 
 
 @dataclass(frozen=True)
@@ -121,10 +46,6 @@ class Pair:
     takes_factor: bool = False
 
 
-def _together(*parts: Tensor) -> Tensor:
-    return torch.stack(torch.broadcast_tensors(*parts), -1)
-
-
 def _no_base(x: Tensor, a: Arguments) -> Tensor:
     return torch.zeros((), dtype=torch.float64, device=x.device)
 
@@ -132,54 +53,8 @@ def _no_base(x: Tensor, a: Arguments) -> Tensor:
 # ---------------------------------------------------------------------------- g under a Gamma
 
 
-def _gamma_chi(a: Arguments) -> Tensor:
-    return _together(a["concentration"], a["rate"])
-
-
-def _exponential_chi(a: Arguments) -> Tensor:
-    return _together(torch.ones_like(a["rate"]), a["rate"])
-
-
-def _gamma_normaliser(chi: Tensor) -> Tensor:
-    shape, rate = chi.unbind(-1)
-    return shape.lgamma() - shape * rate.log()
-
-
-def _gamma_expected(chi: Tensor) -> Tensor:
-    shape, rate = chi.unbind(-1)
-    return torch.stack([shape.digamma() - rate.log(), -shape / rate], -1)
-
-
-def _less_log(t: Tensor) -> Tensor:
-    return -t[..., 0]
-
-
-def _log(t: Tensor) -> Tensor:
-    return t[..., 0]
-
-
-def _gamma_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
-    return dist.Gamma, {"concentration": chi[..., 0], "rate": chi[..., 1]}
-
-
-def _inverse_gamma_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
-    return dist.InverseGamma, {"concentration": chi[..., 0], "rate": chi[..., 1]}
-
-
-def _gamma_features(t: Tensor) -> Statistics:
-    return {"feature": torch.stack([t[..., 0], -t[..., 1]], -1)}
-
-
-def _inverse_gamma_features(t: Tensor) -> Statistics:
-    return {"feature": -t}
-
-
-def _exponential_statistics(t: Tensor) -> Statistics:
-    return {"event": torch.ones_like(t[..., 0]), "exposure": -t[..., 1]}
-
-
 def _poisson(x: Tensor, a: Arguments) -> Tensor:
-    return _together(x.to(a["rate"]), a["rate"])
+    return together(x.to(a["rate"]), a["rate"])
 
 
 def _poisson_base(x: Tensor, a: Arguments) -> Tensor:
@@ -190,7 +65,7 @@ def _poisson_base(x: Tensor, a: Arguments) -> Tensor:
 
 
 def _exponential(x: Tensor, a: Arguments) -> Tensor:
-    return _together(torch.ones_like(x), a["rate"] * x)
+    return together(torch.ones_like(x), a["rate"] * x)
 
 
 def _exponential_base(x: Tensor, a: Arguments) -> Tensor:
@@ -198,7 +73,7 @@ def _exponential_base(x: Tensor, a: Arguments) -> Tensor:
 
 
 def _gamma_rate(x: Tensor, a: Arguments) -> Tensor:
-    return _together(a["concentration"], a["rate"] * x)
+    return together(a["concentration"], a["rate"] * x)
 
 
 def _gamma_rate_base(x: Tensor, a: Arguments) -> Tensor:
@@ -207,7 +82,7 @@ def _gamma_rate_base(x: Tensor, a: Arguments) -> Tensor:
 
 
 def _inverse_gamma_rate(x: Tensor, a: Arguments) -> Tensor:
-    return _together(a["concentration"], a["rate"] / x)
+    return together(a["concentration"], a["rate"] / x)
 
 
 def _inverse_gamma_rate_base(x: Tensor, a: Arguments) -> Tensor:
@@ -217,7 +92,7 @@ def _inverse_gamma_rate_base(x: Tensor, a: Arguments) -> Tensor:
 
 def _half_square(x: Tensor, a: Arguments) -> Tensor:
     half = ((x - a["loc"]) / a["scale"]).square() / 2
-    return _together(torch.full_like(half, 0.5), half)
+    return together(torch.full_like(half, 0.5), half)
 
 
 def _normal_base(x: Tensor, a: Arguments) -> Tensor:
@@ -234,7 +109,7 @@ def _log_normal_base(x: Tensor, a: Arguments) -> Tensor:
 
 def _deviation(x: Tensor, a: Arguments) -> Tensor:
     size = (x - a["loc"]).abs() / a["scale"]
-    return _together(torch.ones_like(size), size)
+    return together(torch.ones_like(size), size)
 
 
 def _laplace_base(x: Tensor, a: Arguments) -> Tensor:
@@ -244,44 +119,12 @@ def _laplace_base(x: Tensor, a: Arguments) -> Tensor:
 # ---------------------------------------------------------------------------- probabilities
 
 
-def _beta_chi(a: Arguments) -> Tensor:
-    return _together(a["concentration1"], a["concentration0"])
-
-
-def _dirichlet_chi(a: Arguments) -> Tensor:
-    return a["concentration"]
-
-
-def _simplex_normaliser(chi: Tensor) -> Tensor:
-    return chi.lgamma().sum(-1) - chi.sum(-1).lgamma()
-
-
-def _simplex_expected(chi: Tensor) -> Tensor:
-    return chi.digamma() - chi.sum(-1, keepdim=True).digamma()
-
-
-def _less_sum(t: Tensor) -> Tensor:
-    return -t.sum(-1)
-
-
-def _beta_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
-    return dist.Beta, {"concentration1": chi[..., 0], "concentration0": chi[..., 1]}
-
-
-def _dirichlet_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
-    return dist.Dirichlet, {"concentration": chi}
-
-
-def _features(t: Tensor) -> Statistics:
-    return {"feature": t}
-
-
 def _bernoulli(x: Tensor, a: Arguments) -> Tensor:
-    return _together(x, 1 - x)
+    return together(x, 1 - x)
 
 
 def _binomial(x: Tensor, a: Arguments) -> Tensor:
-    return _together(x, a["total_count"] - x)
+    return together(x, a["total_count"] - x)
 
 
 def _binomial_base(x: Tensor, a: Arguments) -> Tensor:
@@ -290,11 +133,11 @@ def _binomial_base(x: Tensor, a: Arguments) -> Tensor:
 
 
 def _geometric(x: Tensor, a: Arguments) -> Tensor:
-    return _together(torch.ones_like(x), x)
+    return together(torch.ones_like(x), x)
 
 
 def _negative_binomial(x: Tensor, a: Arguments) -> Tensor:
-    return _together(x, a["total_count"].to(x))
+    return together(x, a["total_count"].to(x))
 
 
 def _negative_binomial_base(x: Tensor, a: Arguments) -> Tensor:
@@ -315,59 +158,6 @@ def _counts(x: Tensor, a: Arguments) -> Tensor:
 def _multinomial_base(x: Tensor, a: Arguments) -> Tensor:
     return (x.sum(-1) + 1).lgamma() - (x + 1).lgamma().sum(-1)
 
-
-_OF_GAMMA = (_gamma_normaliser, _gamma_expected)
-_OF_SIMPLEX = (_simplex_normaliser, _simplex_expected, _less_sum)
-
-KERNELS: Mapping[type, PriorKernel] = {
-    kernel.distribution: kernel
-    for kernel in (
-        PriorKernel(
-            dist.Gamma,
-            "gamma",
-            "positive",
-            1.0,
-            _gamma_chi,
-            *_OF_GAMMA,
-            _less_log,
-            _gamma_at,
-            _gamma_features,
-        ),
-        PriorKernel(
-            dist.Exponential,
-            "gamma",
-            "positive",
-            1.0,
-            _exponential_chi,
-            *_OF_GAMMA,
-            _less_log,
-            _gamma_at,
-            _exponential_statistics,
-        ),
-        PriorKernel(
-            dist.InverseGamma,
-            "gamma",
-            "positive",
-            -1.0,
-            _gamma_chi,
-            *_OF_GAMMA,
-            _log,
-            _inverse_gamma_at,
-            _inverse_gamma_features,
-        ),
-        PriorKernel(dist.Beta, "beta", "unit", 1.0, _beta_chi, *_OF_SIMPLEX, _beta_at, _features),
-        PriorKernel(
-            dist.Dirichlet,
-            "dirichlet",
-            "simplex",
-            1.0,
-            _dirichlet_chi,
-            *_OF_SIMPLEX,
-            _dirichlet_at,
-            _features,
-        ),
-    )
-}
 
 _BY_COUNT = ("concentration",)
 
@@ -410,6 +200,7 @@ def pair_of(kernel: PriorKernel, child: type, argument: str, power: float) -> Pa
         power: The power of the latent in it.
 
     Example:
+        >>> from pyro_em.families.conjugate_kernels import KERNELS
         >>> rate = KERNELS[dist.Gamma]
         >>> pair = pair_of(rate, dist.Poisson, "rate", 1.0)
         >>> pair.delta(torch.tensor(3.0), {"rate": torch.tensor(2.0)})  # three events in two units

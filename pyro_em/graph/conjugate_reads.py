@@ -17,13 +17,8 @@ from torch import Tensor
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, ModelError
-from pyro_em.families.conjugate_pairs import (
-    KERNELS,
-    Pair,
-    PriorKernel,
-    children_of,
-    pair_of,
-)
+from pyro_em.families.conjugate_kernels import KERNELS, PriorKernel
+from pyro_em.families.conjugate_pairs import Pair, children_of, pair_of
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.autograd import bind, known_below
 from pyro_em.graph.compact import compact

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import has_finite_support
-from pyro_em.families.conjugate_pairs import PriorKernel
+from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_reads import (
     ConjugateRead,
     differing_reads,

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_em.families.conjugate_pairs import PriorKernel
+from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate_cells import Reading, alike_rows, in_cells, rows_of

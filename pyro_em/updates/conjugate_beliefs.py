@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.families.conjugate_pairs import Pair, PriorKernel
+from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.families.conjugate_pairs import Pair
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group

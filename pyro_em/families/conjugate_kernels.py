@@ -1,0 +1,226 @@
+"""Priors whose posterior has their own form: the kernels that a conjugate latent may have.
+
+A kernel has statistics t and hyperparameters χ,
+
+    log p(λ | χ) = χ·t(λ) − A(χ) + h·t(λ).
+
+| prior | t | A(χ) |
+|---|---|---|
+| Gamma(a, b), Exponential(b), InverseGamma(a, b) on g = 1/λ | log g, −g | log Γ(a) − a log b |
+| Beta(a, b) | log p, log(1 − p) | log B(a, b) |
+| Dirichlet(α) | log p | log B(α) |
+
+Source: Gelman et al., "Bayesian Data Analysis" (3rd ed. 2013), appendix A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_em.families.family import Arguments, Statistics
+
+
+@dataclass(frozen=True)
+class PriorKernel:
+    """The form that a prior and its posterior share.
+
+    Attributes:
+        distribution: The prior's exact class.
+        kind: Which column of `conjugate_pairs.PAIRS` serves it.
+        support: ``"positive"``, ``"unit"`` or ``"simplex"``.
+        power: What a power of the latent is a power of g to: 1, or −1 where g = 1/λ.
+        chi: χ of a prior's arguments. # (*batch, P)
+        normaliser: A(χ) in nats. # (*batch,)
+        expected: E[t] at χ. # (*batch, P)
+        base: h·t, the part of the log density free of χ. # (*batch,)
+        arguments: The distribution's class and its arguments at χ.
+        statistics: The family's statistics of the latent, in terms of E[t].
+    """
+
+    distribution: type
+    kind: str
+    support: str
+    power: float
+    chi: Callable[[Arguments], Tensor]
+    normaliser: Callable[[Tensor], Tensor]
+    expected: Callable[[Tensor], Tensor]
+    base: Callable[[Tensor], Tensor]
+    arguments: Callable[[Tensor], tuple[type, dict[str, Tensor]]]
+    statistics: Callable[[Tensor], Statistics]
+
+    @property
+    def event_dim(self) -> int:
+        """Dimensions of one latent's value."""
+        return 1 if self.support == "simplex" else 0
+
+    def unit(self, like: Tensor) -> Tensor:
+        """The value at which an argument of a child is its known factor."""
+        if self.support == "positive":
+            return torch.ones_like(like)
+        share = 1 / like.shape[-1] if self.support == "simplex" else 0.5
+        return torch.full_like(like, share)
+
+    def inside(self, real: Tensor) -> Tensor:
+        """Values in the support, from any numbers."""
+        if self.support == "positive":
+            return (0.5 * real).exp()
+        return real.softmax(-1) if self.support == "simplex" else real.sigmoid()
+
+    def statistics_at(self, value: Tensor) -> Tensor:
+        """t(λ). # (*batch, P)"""
+        if self.support == "positive":
+            g = value**self.power
+            return torch.stack([g.log(), -g], -1)
+        return value.log() if self.support == "simplex" else together(value.log(), (-value).log1p())
+
+    def log_density(self, t: Tensor, arguments: Arguments) -> Tensor:
+        """E[log p(λ | χ)] where E[t] is known, in nats. # (*batch,)"""
+        chi = self.chi(arguments)
+        return (chi * t).sum(-1) - self.normaliser(chi) + self.base(t)
+
+    def of(self, chi: Tensor) -> dist.Distribution:
+        """The distribution at χ, with its own argument names."""
+        distribution, arguments = self.arguments(chi)
+        return distribution(**arguments)
+
+
+def together(*parts: Tensor) -> Tensor:
+    """Numbers of one cell behind each other. # (*batch, parts)"""
+    return torch.stack(torch.broadcast_tensors(*parts), -1)
+
+
+def _gamma_chi(a: Arguments) -> Tensor:
+    return together(a["concentration"], a["rate"])
+
+
+def _exponential_chi(a: Arguments) -> Tensor:
+    return together(torch.ones_like(a["rate"]), a["rate"])
+
+
+def _gamma_normaliser(chi: Tensor) -> Tensor:
+    shape, rate = chi.unbind(-1)
+    return shape.lgamma() - shape * rate.log()
+
+
+def _gamma_expected(chi: Tensor) -> Tensor:
+    shape, rate = chi.unbind(-1)
+    return torch.stack([shape.digamma() - rate.log(), -shape / rate], -1)
+
+
+def _less_log(t: Tensor) -> Tensor:
+    return -t[..., 0]
+
+
+def _log(t: Tensor) -> Tensor:
+    return t[..., 0]
+
+
+def _gamma_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
+    return dist.Gamma, {"concentration": chi[..., 0], "rate": chi[..., 1]}
+
+
+def _inverse_gamma_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
+    return dist.InverseGamma, {"concentration": chi[..., 0], "rate": chi[..., 1]}
+
+
+def _gamma_features(t: Tensor) -> Statistics:
+    return {"feature": torch.stack([t[..., 0], -t[..., 1]], -1)}
+
+
+def _inverse_gamma_features(t: Tensor) -> Statistics:
+    return {"feature": -t}
+
+
+def _exponential_statistics(t: Tensor) -> Statistics:
+    return {"event": torch.ones_like(t[..., 0]), "exposure": -t[..., 1]}
+
+
+def _beta_chi(a: Arguments) -> Tensor:
+    return together(a["concentration1"], a["concentration0"])
+
+
+def _dirichlet_chi(a: Arguments) -> Tensor:
+    return a["concentration"]
+
+
+def _simplex_normaliser(chi: Tensor) -> Tensor:
+    return chi.lgamma().sum(-1) - chi.sum(-1).lgamma()
+
+
+def _simplex_expected(chi: Tensor) -> Tensor:
+    return chi.digamma() - chi.sum(-1, keepdim=True).digamma()
+
+
+def _less_sum(t: Tensor) -> Tensor:
+    return -t.sum(-1)
+
+
+def _beta_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
+    return dist.Beta, {"concentration1": chi[..., 0], "concentration0": chi[..., 1]}
+
+
+def _dirichlet_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
+    return dist.Dirichlet, {"concentration": chi}
+
+
+def _features(t: Tensor) -> Statistics:
+    return {"feature": t}
+
+
+_OF_GAMMA = (_gamma_normaliser, _gamma_expected)
+_OF_SIMPLEX = (_simplex_normaliser, _simplex_expected, _less_sum)
+
+KERNELS: Mapping[type, PriorKernel] = {
+    kernel.distribution: kernel
+    for kernel in (
+        PriorKernel(
+            dist.Gamma,
+            "gamma",
+            "positive",
+            1.0,
+            _gamma_chi,
+            *_OF_GAMMA,
+            _less_log,
+            _gamma_at,
+            _gamma_features,
+        ),
+        PriorKernel(
+            dist.Exponential,
+            "gamma",
+            "positive",
+            1.0,
+            _exponential_chi,
+            *_OF_GAMMA,
+            _less_log,
+            _gamma_at,
+            _exponential_statistics,
+        ),
+        PriorKernel(
+            dist.InverseGamma,
+            "gamma",
+            "positive",
+            -1.0,
+            _gamma_chi,
+            *_OF_GAMMA,
+            _log,
+            _inverse_gamma_at,
+            _inverse_gamma_features,
+        ),
+        PriorKernel(dist.Beta, "beta", "unit", 1.0, _beta_chi, *_OF_SIMPLEX, _beta_at, _features),
+        PriorKernel(
+            dist.Dirichlet,
+            "dirichlet",
+            "simplex",
+            1.0,
+            _dirichlet_chi,
+            *_OF_SIMPLEX,
+            _dirichlet_at,
+            _features,
+        ),
+    )
+}
