@@ -36,14 +36,12 @@ class Pair:
         log_base: log base in nats. # (*batch,)
         counts: Arguments beside the latent's that decide how many events a value stands for: where
             parameters reach them, the latent at its mean does not stand for its posterior.
-        takes_factor: Whether a known factor may multiply the latent.
     """
 
     argument: str
     delta: Callable[[Tensor, Arguments], Tensor]
     log_base: Callable[[Tensor, Arguments], Tensor]
     counts: tuple[str, ...] = ()
-    takes_factor: bool = False
 
 
 def _no_base(x: Tensor, a: Arguments) -> Tensor:
@@ -163,21 +161,15 @@ _BY_COUNT = ("concentration",)
 
 # By the kernel's kind, the child's class, its argument, and the power of g in it.
 PAIRS: Mapping[tuple[str, type, str, float], Pair] = {
-    ("gamma", dist.Poisson, "rate", 1.0): Pair("rate", _poisson, _poisson_base, (), True),
-    ("gamma", dist.Exponential, "rate", 1.0): Pair(
-        "rate", _exponential, _exponential_base, (), True
-    ),
-    ("gamma", dist.Gamma, "rate", 1.0): Pair(
-        "rate", _gamma_rate, _gamma_rate_base, _BY_COUNT, True
-    ),
+    ("gamma", dist.Poisson, "rate", 1.0): Pair("rate", _poisson, _poisson_base),
+    ("gamma", dist.Exponential, "rate", 1.0): Pair("rate", _exponential, _exponential_base),
+    ("gamma", dist.Gamma, "rate", 1.0): Pair("rate", _gamma_rate, _gamma_rate_base, _BY_COUNT),
     ("gamma", dist.InverseGamma, "rate", 1.0): Pair(
-        "rate", _inverse_gamma_rate, _inverse_gamma_rate_base, _BY_COUNT, True
+        "rate", _inverse_gamma_rate, _inverse_gamma_rate_base, _BY_COUNT
     ),
-    ("gamma", dist.Normal, "scale", -0.5): Pair("scale", _half_square, _normal_base, (), True),
-    ("gamma", dist.LogNormal, "scale", -0.5): Pair(
-        "scale", _log_normal, _log_normal_base, (), True
-    ),
-    ("gamma", dist.Laplace, "scale", -1.0): Pair("scale", _deviation, _laplace_base, (), True),
+    ("gamma", dist.Normal, "scale", -0.5): Pair("scale", _half_square, _normal_base),
+    ("gamma", dist.LogNormal, "scale", -0.5): Pair("scale", _log_normal, _log_normal_base),
+    ("gamma", dist.Laplace, "scale", -1.0): Pair("scale", _deviation, _laplace_base),
     ("beta", dist.Bernoulli, "probs", 1.0): Pair("probs", _bernoulli, _no_base),
     ("beta", dist.Binomial, "probs", 1.0): Pair("probs", _binomial, _binomial_base),
     ("beta", dist.Geometric, "probs", 1.0): Pair("probs", _geometric, _no_base),
