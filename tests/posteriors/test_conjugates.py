@@ -173,6 +173,7 @@ def _global_rate() -> None:
         pyro.sample("y", dist.Normal(0.2, (3 * rate) ** -0.5), obs=tensor([0.4, 0.1, -1.0]))
         pyro.sample("l", dist.Laplace(0.2, 2 / rate), obs=tensor([0.4, 0.1, -1.0]))
         pyro.sample("i", dist.InverseGamma(1.2, rate), obs=tensor([0.4, 0.7, 1.0]))
+        pyro.sample("m", dist.LogNormal(0.1, rate.rsqrt()), obs=tensor([0.4, 0.7, 1.6]))
 
 
 def _of_rate(v: Any) -> Any:
@@ -183,6 +184,7 @@ def _of_rate(v: Any) -> Any:
     total += st.norm.logpdf(y, 0.2, (3 * v) ** -0.5).sum(-1)
     total += st.laplace.logpdf(y, 0.2, 2 / v).sum(-1)
     total += st.invgamma.logpdf([0.4, 0.7, 1.0], 1.2, scale=v).sum(-1)
+    total += st.lognorm.logpdf([0.4, 0.7, 1.6], v**-0.5, scale=math.exp(0.1)).sum(-1)
     return total + st.gamma.logpdf(v, 1.5, scale=1 / 0.7)[..., 0]
 
 
@@ -293,6 +295,24 @@ def test_gaussian_latents_beside_conjugate_ones() -> None:
     assert set(q.sample(2, seed=0)) == {"level", "rate"}
     assert em.elbo(q=q).gap == pytest.approx(0.0, abs=1e-10)
     assert [r.route for r in em.plan().routes] == ["Gaussian", "conjugate"]
+
+
+def test_counts_and_choices_below_one_simplex() -> None:
+    alpha, counts = tensor([1.0, 2.0, 0.5]), tensor([[2.0, 1.0, 1.0], [0.0, 3.0, 1.0]])
+
+    def model() -> None:
+        theta = pyro.sample("theta", dist.Dirichlet(alpha))
+        with pyro.plate("rows", 2):
+            pyro.sample("x", dist.Multinomial(4, theta), obs=counts)
+            pyro.sample("y", dist.OneHotCategorical(theta), obs=torch.eye(3)[[2, 0]])
+
+    q = ExactPosteriorEM(model).posterior()
+    total = counts.sum(0) + tensor([1.0, 0.0, 1.0])
+    expected = (alpha + total).lgamma().sum() - (alpha + total).sum().lgamma()
+    expected += alpha.sum().lgamma() - alpha.lgamma().sum()
+    expected += ((counts.sum(-1) + 1).lgamma() - (counts + 1).lgamma().sum(-1)).sum()
+    assert q.log_evidence == pytest.approx(float(expected), abs=1e-11)
+    assert torch.allclose(q.marginal("theta").concentration, alpha + total)
 
 
 def over_dispersed(x: Tensor, a: float = 1.0, b: float = 1.0) -> None:
