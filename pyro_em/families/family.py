@@ -102,6 +102,11 @@ class Rule:
     contribution: Callable[[Statistics, Arguments], tuple[Tensor, Tensor]]
     link: Link = IDENTITY
 
+    @property
+    def takes_products(self) -> bool:
+        """Whether a product A Aᵀ of a parameter has an update: a covariance, or its inverse."""
+        return self.kind.form.is_gram and self.link is not CHOLESKY
+
 
 @dataclass(frozen=True)
 class PredictorRule:

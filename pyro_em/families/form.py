@@ -45,6 +45,7 @@ class Form:
         is_row: Whether one solution is a row of probabilities: its elements sum to one, may stand in
             any order in the parameter, and need no data.
         is_regressed: Whether coefficients of an affine argument are solved for by least squares.
+        is_gram: Whether a solution may be written as A Aᵀ, with a parameter A that is any factor of it.
         is_average: Whether the solution is the weighted mean of the data where every cell has a value
             of its own, whatever the family's spread.
         needs_data: Whether the maximiser needs the data themselves, not only sums over them.
@@ -66,6 +67,7 @@ class Form:
     interval: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     is_row: ClassVar[bool] = False
     is_regressed: ClassVar[bool] = False
+    is_gram: ClassVar[bool] = False
     is_average: ClassVar[bool] = False
     needs_data: ClassVar[bool] = False
     end: ClassVar[int] = 0

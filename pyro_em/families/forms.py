@@ -77,6 +77,7 @@ class Covariance(Spread):
 
     event_dim = 2
     is_whole = True
+    is_gram = True
     words = "its covariance collapses: smallest eigenvalue"
 
     def _maximiser(self, ratio: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.family import CHOLESKY, Family, link_of
-from pyro_em.families.forms import Kind
+from pyro_em.families.family import Family, link_of
 from pyro_em.families.registry import (
     family_of,
     given_arguments,
@@ -400,7 +399,7 @@ def may_be_affine(family: Family, argument: str) -> bool:
 def may_be_product(family: Family, argument: str) -> bool:
     """Whether matrices A Aᵀ in an argument have an update: factors of a covariance, or its inverse."""
     rule = family.rules.get(argument)
-    return rule is not None and rule.kind is Kind.COVARIANCE and rule.link.name != CHOLESKY.name
+    return rule is not None and rule.takes_products
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

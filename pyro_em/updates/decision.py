@@ -14,7 +14,6 @@ from pyro_em.distributions import bounds, is_real
 from pyro_em.families.conjugacy import conjugate
 from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, PRECISION, Rule
 from pyro_em.families.form import Form
-from pyro_em.families.forms import Kind
 from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
@@ -515,7 +514,7 @@ def _map_of_events(selection: Selection, rule: Rule) -> str:
     maps = [m.name for m in selection.maps]
     if not maps or (maps == ["log"] and rule.link is LOG_SIMPLEX):
         return ""
-    if maps == [PRODUCT.name] and rule.kind is Kind.COVARIANCE and rule.link is not CHOLESKY:
+    if maps == [PRODUCT.name] and rule.takes_products:
         return ""
     if selection.of_matrices:
         return "a product of mapped matrices"
