@@ -178,7 +178,7 @@ def test_a_block_of_too_many_numbers_climbs_by_gradients(monkeypatch: pytest.Mon
         b = positive("b", 1.0)[0] if tied else positive("b", *[1.0] * 300)
         mixture(x, lambda z: dist.Gamma(positive("a", *[1.0] * 300)[z], b if tied else b[z]), 300)
 
-    monkeypatch.setattr("pyro_em.updates.decision._LARGEST", 2**12)
+    monkeypatch.setattr("pyro_em.updates.together._LARGEST", 2**12)
     for tied, update in ((False, NewtonOnSums), (True, Gradient)):
         pyro.clear_param_store()
         plan = ExactPosteriorEM(model).plan(two_gammas(2), tied)

@@ -1,0 +1,201 @@
+"""The strongest update that is exact for one parameter, from every place where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.distributions import constraints
+
+from pyro_em.distributions import bounds, is_real
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.tracing.sites import Role
+from pyro_em.updates.predictors import predictor_binding
+from pyro_em.updates.read_priors import as_prior, as_spread_of_prior, is_normal, why_not_conjugate
+from pyro_em.updates.read_uses import as_use, disagreement, is_end, shown_places, why_outside
+from pyro_em.updates.update import (
+    ClosedForm,
+    Fixed,
+    Gradient,
+    LeastSquares,
+    Newton,
+    NewtonOnSums,
+    ParameterUpdate,
+    Prior,
+    Use,
+)
+
+
+def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
+    """The strongest update of a parameter, with the reason; nothing is evaluated."""
+    uses: list[Use] = []
+    priors: list[Prior] = []
+    predicted: list[str] = []
+    affine = curved = False
+    joint: list[str] = []
+    weakest = ""
+    is_used = False
+    constraint = graph.parameters[name].constraint
+    if not graph.parameters[name].unconstrained.is_floating_point():
+        return ParameterUpdate(name, Fixed(), "it holds integers")
+    for g, group in enumerate(graph.groups):
+        if name in group.edges and not is_end(graph, g, name):
+            weakest = weakest or (
+                f"the support of {group.distribution} at '{group.members[0]}' ends at it: the maximum "
+                "is a jump, which no gradient sees"
+            )
+        if group.family is None:
+            if group.raw_params is None or name in group.raw_params:
+                weakest = weakest or f"{group.distribution} at '{group.members[0]}' has no record"
+                is_used = True
+            continue
+        if group.raw_params is None or name in group.raw_params:
+            prior = as_prior(graph, g, name)
+            if prior is None:
+                weakest = weakest or f"the value of '{group.members[0]}' depends on it"
+            else:
+                priors.append(prior)
+            is_used = True
+        for argument, binding in group.bindings.items():
+            if binding.how == "opaque" and not binding.params:
+                continue
+            if name not in binding.params:
+                continue
+            is_used = True
+            where = f"{group.distribution}.{argument} at '{group.members[0]}'"
+            if group.role is Role.POINT:
+                prior = as_spread_of_prior(graph, g, argument, name)
+                if prior is None:
+                    weakest = weakest or f"it is a hyperparameter of '{group.members[0]}'"
+                else:
+                    priors.append(prior)
+            elif binding.how == "opaque":
+                weakest = weakest or f"{binding.reason} in {where}"
+            elif binding.how == "sum":
+                weakest = weakest or f"{where} is a sum of it and others"
+            elif _is_predicted(graph, g, argument, name):
+                curved = True
+                predicted.append(f"{group.distribution}.{argument}")
+                if not is_real(constraint):
+                    weakest = weakest or f"its constraint {constraint} bounds {where}"
+            elif group.family.natural is not None:
+                joint.append(f"{group.distribution}.{argument}")
+                if group.family.natural.is_augmented and not _reads_a_latent(graph, group):
+                    weakest = weakest or f"no closed form is known for it in {where}"
+                if binding.how != "selection":
+                    weakest = weakest or f"{where} is {binding.how} in it"
+            elif _is_regressed(graph, g, argument, binding, name):
+                affine = True
+                if not is_real(constraint):
+                    weakest = weakest or f"its constraint {constraint} bounds {where}"
+            else:
+                use, problem = as_use(graph, g, argument, binding, name)
+                if use is None:
+                    weakest = weakest or f"{problem} in {where}"
+                else:
+                    uses.append(use)
+    if not is_used:
+        return ParameterUpdate(name, Fixed(), "no factor depends on it")
+    if weakest:
+        return ParameterUpdate(name, Gradient(), weakest)
+    if joint:
+        return _jointly(
+            name, joint, constraint, has_others=bool(uses or affine or curved or priors)
+        )
+    if curved:
+        if affine or not all(_has_predictor(graph, u) for u in uses):
+            reason = "it is a coefficient of a predictor and something else besides"
+            return ParameterUpdate(name, Gradient(), reason)
+        if not all(is_normal(graph, p) for p in priors):
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
+        what = " and ".join(dict.fromkeys(predicted)) + " is linear in it"
+        if not all(p.endswith("logits") for p in predicted):
+            what = " and ".join(dict.fromkeys(predicted)) + " has a predictor that is linear in it"
+        reason = what + (", with a Normal prior" if priors else "")
+        return ParameterUpdate(name, Newton(), reason, priors=tuple(priors))
+    if affine:
+        plain = all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses)
+        if plain and all(is_normal(graph, p) for p in priors):
+            reason = "loc is affine in it" + (", with a Normal prior" if priors else "")
+            return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
+        if plain:
+            return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
+        return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
+    if not uses:
+        of = next((graph.groups[p.group].members[0] for p in priors if p.argument), "")
+        reason = f"it is a hyperparameter of '{of}'" if of else "only priors depend on it"
+        return ParameterUpdate(name, Gradient(), reason)
+    problem = why_not_conjugate(graph, uses[0], priors)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    problem = disagreement(uses)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    problem = why_outside(uses[0], constraint)
+    if problem:
+        return ParameterUpdate(name, Gradient(), problem)
+    places = shown_places(graph, uses)
+    kinds = {graph.groups[p.group].distribution for p in priors}
+    with_prior = ", with a prior: " + ", ".join(sorted(kinds)) if kinds else ""
+    return ParameterUpdate(
+        name,
+        ClosedForm(),
+        f"{places} ({uses[0].rule.kind.value}){with_prior}",
+        tuple(uses),
+        priors=tuple(priors),
+    )
+
+
+def _jointly(
+    name: str, places: Sequence[str], constraint: constraints.Constraint, *, has_others: bool
+) -> ParameterUpdate:
+    """The update of a parameter in densities whose sums give the joint maximiser of all arguments."""
+    if has_others:
+        return ParameterUpdate(name, Gradient(), "it has a prior, or is something else besides")
+    if bounds(constraint) is None:
+        return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
+    shown = ", ".join(dict.fromkeys(places))
+    return ParameterUpdate(name, NewtonOnSums(), f"{shown} selects it; sums over the data suffice")
+
+
+def _reads_a_latent(graph: FactorGraph, group: Group) -> bool:
+    """Whether a group is one of the components of a mixture: else one climb finds its maximum."""
+    return any(d in graph.latents for dims in group.dims for d in dims)
+
+
+def _is_predicted(graph: FactorGraph, g: int, argument: str, name: str) -> bool:
+    """Whether a parameter is a coefficient of a linear predictor that Newton's method solves for.
+
+    A selection has a closed form, unless a factor multiplies what stands in the predictor.
+    """
+    group = graph.groups[g]
+    if predictor_binding(group, argument, graph.parameters) is None:
+        return False
+    binding = group.bindings[argument]
+    assert group.family is not None
+    if group.family.natural is not None:
+        return binding.how == "affine"
+    return binding.how == "affine" or as_use(graph, g, argument, binding, name)[0] is None
+
+
+def _has_predictor(graph: FactorGraph, use: Use) -> bool:
+    group = graph.groups[use.group]
+    return predictor_binding(group, use.argument, graph.parameters) is not None
+
+
+def _is_regressed(graph: FactorGraph, g: int, argument: str, binding: Binding, name: str) -> bool:
+    """Whether a parameter is a coefficient in an argument, for least squares.
+
+    A selection is linear where no map changes its parameters. It is solved for as a coefficient where
+    it is one part of a mean among others, or no closed form fits its elements.
+    """
+    group = graph.groups[g]
+    if binding.how == "affine":
+        return True
+    if any(s.maps for s in binding.selections):
+        return False
+    rule = None if group.family is None else group.family.rules.get(argument)
+    is_vector = rule is not None and rule.kind.event_dim == 1 and rule.kind.form.is_regressed
+    return argument in group.lines or (
+        is_vector and as_use(graph, g, argument, binding, name)[0] is None
+    )
