@@ -144,7 +144,8 @@ class Mixture(QuickBlock):
             width += 2 * self.K
         single = all(f.linear is None for f in self.factors) and self.normals and self._is_single()
         rows = _CHUNK_BYTES // ((4 if single else 8) * width)
-        self.chunk = max(min(1024, 2**20 // self.K), min(16384, rows))
+        # In multiples of 64, so that logarithms are shared without a rest.
+        self.chunk = max(min(1024, 2**20 // self.K), min(32768, rows // 64 * 64))
         parts = [c.columns for c in self.cells.values()]
         parts += [k.columns for k in self.known.values()]
         self.base = sum(k.base for k in self.known.values())

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_em.families.family import NaturalForm, Statistics
 from pyro_em.graph.binding import Selection
-from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.scatter import sum_to
 
@@ -44,7 +43,7 @@ class There:
 
 
 @dataclass(frozen=True, eq=False)
-class _Argument:
+class Argument:
     """How one argument follows from coordinates.
 
     Attributes:
@@ -59,7 +58,7 @@ class _Argument:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cells:
+class Cells:
     """The cells of one group.
 
     Attributes:
@@ -76,7 +75,7 @@ class _Cells:
     group: int
     form: NaturalForm
     shape: tuple[int, ...]
-    arguments: Mapping[str, _Argument]
+    arguments: Mapping[str, Argument]
     rows: Tensor
     block: Tensor
     slope: Tensor
@@ -95,15 +94,18 @@ class Places:
         counts: How many problems there are, and coordinates of the largest.
         unused: One where a problem has fewer coordinates. # (B, m, m)
         is_read: Whether every element is read.
+        alone: Which columns are positive, where each cell of the only group is a problem of its own and
+            each argument a parameter as it stands; else None. # (m,)
     """
 
     coordinates: Coordinates
-    cells: tuple[_Cells, ...]
+    cells: tuple[Cells, ...]
     owner: Tensor
     slot: Tensor
     counts: tuple[int, int]
     unused: Tensor
     is_read: bool
+    alone: Tensor | None
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -189,6 +191,8 @@ class Problem:
 
     def derivatives(self, u: Tensor) -> There:
         """Q with its derivatives."""
+        if self.places.alone is not None:
+            return self._of_cells_alone(u, self.places.alone)
         B, m = self.places.counts
         # One row and one column more take what belongs to no element.
         value, rounding = torch.zeros(2, B + 1, dtype=torch.float64)
@@ -212,9 +216,27 @@ class Problem:
         curvature = curvature.reshape(B + 1, m + 1, m + 1)[:B, :m, :m]
         return There(value[:B], rounding[:B], slope, curvature + self.places.unused)
 
-    def _moved(
-        self, a: _Argument, u: Tensor, known: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _of_cells_alone(self, u: Tensor, is_positive: Tensor) -> There:
+        """Q with its derivatives where cells share nothing: nothing is scattered."""
+        c, s = self.places.cells[0], self.sums[0]
+        first = second = out = u[c.rows]
+        if bool(is_positive.any()):
+            first = second = out = torch.where(is_positive, out.exp(), out)
+        if not bool(is_positive.all()):
+            first = torch.where(is_positive, out, 1.0)
+            second = torch.where(is_positive, out, 0.0)
+        widths = [a.elements.numel() // len(c.rows) for a in c.arguments.values()]
+        at = {
+            name: part.reshape(a.elements.shape)
+            for (name, a), part in zip(c.arguments.items(), out.split(widths, -1), strict=True)
+        }
+        terms, g, H = _of_cells(c, s, at)
+        H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
+        H.diagonal(dim1=-2, dim2=-1).addcmul_(g, second)
+        terms = terms.reshape(len(c.rows), -1)
+        return There(terms.sum(-1), _EPS * terms.abs().sum(-1), g * first, H.neg_())
+
+    def _moved(self, a: Argument, u: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """An argument at coordinates with its first and second derivatives. # (*cells, *event)"""
         coordinates = self.places.coordinates
         if a.name is not None:
@@ -245,7 +267,7 @@ class Problem:
         return out.detach(), first.detach(), second.detach()
 
 
-def _of_cells(c: _Cells, s: Statistics, at: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _of_cells(c: Cells, s: Statistics, at: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Terms of Q of each cell, and its derivatives. # (*cells, ·), (cells, A), (cells, A, A)"""
     rows, A = c.rows.shape
     if c.form.derivatives is not None:
@@ -272,122 +294,3 @@ def _columns(parts: Sequence[Tensor | None], like: Sequence[Tensor], rows: int) 
     return torch.cat(
         [(torch.zeros_like(t) if g is None else g).reshape(rows, -1) for g, t in pairs], -1
     )
-
-
-def size_of(coordinates: Coordinates, graph: FactorGraph) -> int:
-    """How many second derivatives the problems of some parameters have together, with what fills them.
-
-    Args:
-        coordinates: The elements.
-        graph: The graph.
-    """
-    owner, slot = _problems(list(_rows(_read(coordinates, graph)).values()), coordinates.size)
-    return (int(owner.max()) + 1) * (int(slot.max()) + 1) ** 2
-
-
-def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
-    """Where the elements of some parameters are read.
-
-    Args:
-        coordinates: The elements.
-        graph: The graph.
-    """
-    found = _read(coordinates, graph)
-    rows = _rows(found)
-    owner, slot = _problems(list(rows.values()), coordinates.size)
-    B, m = int(owner.max()) + 1, int(slot.max()) + 1
-    cells_of = []
-    for g, (shape, arguments) in found.items():
-        family, own = graph.groups[g].family, rows[g]
-        assert family is not None and family.natural is not None
-        first = own.amax(-1)
-        block = torch.where(first >= 0, owner[first], B)
-        at = torch.where(own >= 0, slot[own], m)
-        slope = block.unsqueeze(-1) * (m + 1) + at
-        curvature = slope.unsqueeze(-1) * (m + 1) + at.unsqueeze(-2)
-        each = (slope.reshape(-1), curvature.reshape(-1))
-        cells_of.append(_Cells(g, family.natural, shape, arguments, own, block, *each))
-    unused = torch.ones(B, m, dtype=torch.float64)
-    unused[owner, slot] = 0.0
-    seen = torch.unique(torch.cat([own.reshape(-1) for own in rows.values()]))
-    is_read = int((seen >= 0).sum()) == coordinates.size
-    unused = torch.diag_embed(unused)
-    return Places(coordinates, tuple(cells_of), owner, slot, (B, m), unused, is_read)
-
-
-_Read = dict[int, tuple[tuple[int, ...], dict[str, _Argument]]]
-
-
-def _read(coordinates: Coordinates, graph: FactorGraph) -> _Read:
-    """The groups that read some parameters: the shape of their cells, and their arguments."""
-    return {
-        g: _arguments(group, coordinates)
-        for g, group in enumerate(graph.groups)
-        if any(s.param in coordinates.slices for b in group.bindings.values() for s in b.selections)
-    }
-
-
-def _rows(read: _Read) -> dict[int, Tensor]:
-    """The elements that meet in each cell of each group. # (cells, A) each"""
-    return {
-        g: torch.cat([a.elements.reshape(math.prod(shape), -1) for a in arguments.values()], -1)
-        for g, (shape, arguments) in read.items()
-    }
-
-
-def _arguments(
-    group: Group, coordinates: Coordinates
-) -> tuple[tuple[int, ...], dict[str, _Argument]]:
-    """The shape of a group's cells, and how each argument follows from coordinates."""
-    family = group.family
-    assert family is not None and family.natural is not None
-    names = [n for n in family.natural.arguments if n in group.bindings]
-    events = {n: family.argument_event_dim(n) for n in names}
-    shapes = {n: group.bindings[n].constant.shape for n in names}
-    cells = torch.broadcast_shapes(*(s[: len(s) - events[n]] for n, s in shapes.items()))
-    out = {}
-    for name in names:
-        event = shapes[name][len(shapes[name]) - events[name] :]
-        elements = torch.full(shapes[name], -1)
-        own = []
-        for s in group.bindings[name].selections:
-            if s.param not in coordinates.slices:
-                continue
-            factor = None if s.factor is None else s.factor.to("cpu", torch.float64)
-            s = replace(s, index=s.index.cpu(), factor=factor)
-            elements = torch.where(
-                s.index >= 0, s.index + coordinates.slices[s.param].start, elements
-            )
-            own.append(s)
-        plain = len(own) == 1 and own[0].is_whole and not own[0].maps and own[0].factor is None
-        out[name] = _Argument(
-            elements.expand(*cells, *event).contiguous(),
-            tuple(own),
-            own[0].param if plain else None,
-        )
-    return tuple(cells), out
-
-
-def _problems(rows: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
-    """The small problem that each element belongs to, and its place there. # (size,) each
-
-    Args:
-        rows: Per group the elements that meet in each cell, −1 for none. # (cells, A)
-        size: How many elements there are.
-    """
-    owner = torch.arange(size + 1)
-    while True:
-        before = owner
-        for cells in rows:
-            at = torch.where(cells >= 0, cells, size)
-            least = owner[at].amin(-1, keepdim=True).expand(at.shape)
-            owner = owner.scatter_reduce(0, at.reshape(-1), least.reshape(-1), "amin")
-            owner[size] = size
-        if torch.equal(owner, before):
-            break
-    _, owner = torch.unique(owner[:-1], return_inverse=True)
-    order, counts = owner.argsort(stable=True), torch.bincount(owner)
-    first = counts.cumsum(0) - counts
-    slot = torch.empty_like(owner)
-    slot[order] = torch.arange(size) - first[owner[order]]
-    return owner, slot

@@ -29,8 +29,9 @@ from pyro_em.errors import DegenerateError
 from pyro_em.families.exponential import FAR
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.blocks import Places, Problem, There, places_of
+from pyro_em.updates.blocks import Places, Problem, There
 from pyro_em.updates.coordinates import Coordinates
+from pyro_em.updates.placed import places_of
 from pyro_em.updates.unbounded import Runaway, unbounded_in_words
 
 _LONGEST = 3.0  # of a coordinate in one step
@@ -161,9 +162,8 @@ class NewtonSolver:
             moved = u + (along if t is None else problem.spread_one(t) * along)
             there = problem.derivatives(moved)
             fine = there.value >= here.value - here.rounding - there.rounding
-            fine &= torch.isfinite(there.slope).all(-1) & torch.isfinite(there.curvature).all(
-                (-2, -1)
-            )
+            # A sum is finite where all of it is.
+            fine &= torch.isfinite(there.slope.sum(-1) + there.curvature.sum((-2, -1)))
             if bool(fine.all()):
                 return moved, there
             t = torch.ones_like(here.value) if t is None else t
@@ -184,8 +184,9 @@ class NewtonSolver:
 
 def _direction(at: There) -> tuple[Tensor, Tensor]:
     """A modified Newton step of each block, and what it promises, in nats. # (B, m), (B,)"""
-    if not bool(torch.linalg.cholesky_ex(at.curvature)[1].any()):
-        step = torch.linalg.solve_ex(at.curvature, at.slope)[0]
+    factor, failed = torch.linalg.cholesky_ex(at.curvature)
+    if not bool(failed.any()):
+        step = torch.cholesky_solve(at.slope.unsqueeze(-1), factor).squeeze(-1)
     else:
         values, vectors = torch.linalg.eigh(at.curvature)
         values = values.abs()

@@ -10,8 +10,8 @@ from torch import Tensor
 from pyro_em.distributions import is_real
 from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.blocks import size_of
 from pyro_em.updates.coordinates import Coordinates
+from pyro_em.updates.placed import size_of
 from pyro_em.updates.predictors import predictors_of
 from pyro_em.updates.update import (
     Fixed,

@@ -1,0 +1,159 @@
+"""Which elements of parameters meet in the cells of groups in linear form: how blocks are laid out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.updates.blocks import Argument, Cells, Places
+from pyro_em.updates.coordinates import Coordinates
+
+
+def size_of(coordinates: Coordinates, graph: FactorGraph) -> int:
+    """How many second derivatives the problems of some parameters have together, with what fills them.
+
+    Args:
+        coordinates: The elements.
+        graph: The graph.
+    """
+    owner, slot = _problems(list(_rows(_read(coordinates, graph)).values()), coordinates.size)
+    return (int(owner.max()) + 1) * (int(slot.max()) + 1) ** 2
+
+
+def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
+    """Where the elements of some parameters are read.
+
+    Args:
+        coordinates: The elements.
+        graph: The graph.
+    """
+    found = _read(coordinates, graph)
+    rows = _rows(found)
+    alone = _alone(found, rows, coordinates)
+    if alone is None:
+        owner, slot = _problems(list(rows.values()), coordinates.size)
+    else:
+        owner, slot = _in_cells(*rows.values())
+    B, m = int(owner.max()) + 1, int(slot.max()) + 1
+    cells_of = []
+    for g, (shape, arguments) in found.items():
+        family, own = graph.groups[g].family, rows[g]
+        assert family is not None and family.natural is not None
+        first = own.amax(-1)
+        block = torch.where(first >= 0, owner[first], B)
+        at = torch.where(own >= 0, slot[own], m)
+        slope = block.unsqueeze(-1) * (m + 1) + at
+        curvature = slope.unsqueeze(-1) * (m + 1) + at.unsqueeze(-2)
+        each = (slope.reshape(-1), curvature.reshape(-1))
+        cells_of.append(Cells(g, family.natural, shape, arguments, own, block, *each))
+    unused = torch.ones(B, m, dtype=torch.float64)
+    unused[owner, slot] = 0.0
+    seen = torch.unique(torch.cat([own.reshape(-1) for own in rows.values()]))
+    is_read = int((seen >= 0).sum()) == coordinates.size
+    unused = torch.diag_embed(unused)
+    return Places(coordinates, tuple(cells_of), owner, slot, (B, m), unused, is_read, alone)
+
+
+def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) -> Tensor | None:
+    """See `Places.alone`."""
+    if len(read) > 1:
+        return None
+    ((_, arguments),), (own,) = read.values(), rows.values()
+    if own.numel() != coordinates.size or len(torch.unique(own)) != own.numel():
+        return None
+    positive = []
+    for a in arguments.values():
+        interval = None if a.name is None else coordinates.intervals[a.name]
+        if interval not in ((0.0, math.inf), (-math.inf, math.inf)):
+            return None
+        positive += [interval == (0.0, math.inf)] * (a.elements.numel() // len(own))
+    return torch.tensor(positive)
+
+
+def _in_cells(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`_problems` where each cell is one, in its order. # (size,) each"""
+    order = rows.reshape(-1).argsort()
+    return order // rows.shape[1], order % rows.shape[1]
+
+
+_Read = dict[int, tuple[tuple[int, ...], dict[str, Argument]]]
+
+
+def _read(coordinates: Coordinates, graph: FactorGraph) -> _Read:
+    """The groups that read some parameters: the shape of their cells, and their arguments."""
+    return {
+        g: _arguments(group, coordinates)
+        for g, group in enumerate(graph.groups)
+        if any(s.param in coordinates.slices for b in group.bindings.values() for s in b.selections)
+    }
+
+
+def _rows(read: _Read) -> dict[int, Tensor]:
+    """The elements that meet in each cell of each group. # (cells, A) each"""
+    return {
+        g: torch.cat([a.elements.reshape(math.prod(shape), -1) for a in arguments.values()], -1)
+        for g, (shape, arguments) in read.items()
+    }
+
+
+def _arguments(
+    group: Group, coordinates: Coordinates
+) -> tuple[tuple[int, ...], dict[str, Argument]]:
+    """The shape of a group's cells, and how each argument follows from coordinates."""
+    family = group.family
+    assert family is not None and family.natural is not None
+    names = [n for n in family.natural.arguments if n in group.bindings]
+    events = {n: family.argument_event_dim(n) for n in names}
+    shapes = {n: group.bindings[n].constant.shape for n in names}
+    cells = torch.broadcast_shapes(*(s[: len(s) - events[n]] for n, s in shapes.items()))
+    out = {}
+    for name in names:
+        event = shapes[name][len(shapes[name]) - events[name] :]
+        elements = torch.full(shapes[name], -1)
+        own = []
+        for s in group.bindings[name].selections:
+            if s.param not in coordinates.slices:
+                continue
+            factor = None if s.factor is None else s.factor.to("cpu", torch.float64)
+            s = replace(s, index=s.index.cpu(), factor=factor)
+            elements = torch.where(
+                s.index >= 0, s.index + coordinates.slices[s.param].start, elements
+            )
+            own.append(s)
+        plain = len(own) == 1 and own[0].is_whole and not own[0].maps and own[0].factor is None
+        out[name] = Argument(
+            elements.expand(*cells, *event).contiguous(),
+            tuple(own),
+            own[0].param if plain else None,
+        )
+    return tuple(cells), out
+
+
+def _problems(rows: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:
+    """The small problem that each element belongs to, and its place there. # (size,) each
+
+    Args:
+        rows: Per group the elements that meet in each cell, −1 for none. # (cells, A)
+        size: How many elements there are.
+    """
+    owner = torch.arange(size + 1)
+    while True:
+        before = owner
+        for cells in rows:
+            at = torch.where(cells >= 0, cells, size)
+            least = owner[at].amin(-1, keepdim=True).expand(at.shape)
+            owner = owner.scatter_reduce(0, at.reshape(-1), least.reshape(-1), "amin")
+            owner[size] = size
+        if torch.equal(owner, before):
+            break
+    _, owner = torch.unique(owner[:-1], return_inverse=True)
+    order, counts = owner.argsort(stable=True), torch.bincount(owner)
+    first = counts.cumsum(0) - counts
+    slot = torch.empty_like(owner)
+    slot[order] = torch.arange(size) - first[owner[order]]
+    return owner, slot
