@@ -68,6 +68,22 @@ class PreparedRows(NormalRows, Protocol):
         ...
 
 
+class PlainRows:
+    """What kinds of rows share whose moments are taken as they are, with nothing rounded."""
+
+    def over_rows(self, p: Any, moments: Tensor) -> Tensor:
+        """See `NormalRows`."""
+        return moments
+
+    def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
+        """See `NormalRows`: they are of the data alone, and taken about no point."""
+        return moments
+
+    def correction(self, p: Any, moments: Tensor, mass: Tensor) -> Tensor | float:
+        """Nothing: all is computed in float64."""
+        return 0.0
+
+
 class KeepsRows:
     """Marks rows whose M-step needs the responsibilities themselves, which no sums stand for.
 

@@ -10,7 +10,6 @@ for each row and component, and nothing else of that size.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +17,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.densities.density import KeepsRows
+from pyro_em.densities.affine_rows import (
+    AtCoefficients,
+    Held,
+    are_found_alone,
+    as_coefficients,
+    as_parameters,
+    by_row,
+    common_covariates,
+    held,
+)
+from pyro_em.densities.density import KeepsRows, PlainRows
 from pyro_em.densities.gaussian import products, unfolding
-from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.families.family import Rule, link_of
 from pyro_em.graph.binding import LINKS
@@ -33,31 +41,22 @@ from pyro_em.updates.update import Newton, ParameterUpdate
 
 Values = Mapping[str, Tensor]
 
-Coefficients = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-
 _CELLS = 2**18  # of a chunk of an M-step: fewer cost calls, more leave the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
-class PredictedFit:
+class PredictedFit(AtCoefficients):
     """Coefficients at some parameter values.
 
     Attributes:
         beta: All of them, one after the other. # (C,)
-        size: No term is expanded.
     """
 
     beta: Tensor
-    size: float = 0.0
-
-    @property
-    def prepared(self) -> PredictedFit:
-        """What the E-step reads: nothing is left to prepare."""
-        return self
 
 
 @dataclass(eq=False)
-class Predicted(KeepsRows):
+class Predicted(PlainRows, KeepsRows):
     """A group with a linear predictor, with its M-step.
 
     Attributes:
@@ -68,7 +67,7 @@ class Predicted(KeepsRows):
 
     x: Tensor
     columns: Tensor
-    block: Coefficients
+    block: tuple[Held, ...]
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -82,16 +81,11 @@ class Predicted(KeepsRows):
 
     def enter(self, values: Values) -> PredictedFit:
         """The coefficients at parameter values."""
-        parts = [values[name].reshape(-1).to(torch.float64) for name in self.params]
-        return PredictedFit(torch.cat(parts))
+        return PredictedFit(as_coefficients(self.block, values))
 
     def values(self, fit: PredictedFit) -> dict[str, Tensor]:
         """The parameters at coefficients."""
-        parts = fit.beta.split([math.prod(shape) for _, shape, _ in self.block])
-        return {
-            name: part.reshape(shape).to(dtype)
-            for (name, shape, dtype), part in zip(self.block, parts, strict=True)
-        }
+        return as_parameters(self.block, fit.beta)
 
     def features(self, rows: slice, fit: PredictedFit) -> slice:
         """The rows themselves."""
@@ -104,20 +98,6 @@ class Predicted(KeepsRows):
     def moments(self, fit: PredictedFit, weights: Tensor, features: slice) -> Tensor:
         """The responsibilities, which the M-step needs row by row. # (K, rows)"""
         return weights.to(torch.float64)
-
-    def over_rows(self, fit: PredictedFit, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
-
-    def about(
-        self, before: PredictedFit, now: PredictedFit, moments: Tensor, mass: Tensor
-    ) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`: nothing is taken about a point."""
-        return moments
-
-    def correction(self, fit: PredictedFit, moments: Tensor, mass: Tensor) -> float:
-        """Nothing is rounded."""
-        return 0.0
 
     def m_step(
         self, fit: PredictedFit, moments: Tensor, mass: Tensor
@@ -140,11 +120,8 @@ class Predicted(KeepsRows):
         runs_off = not found.is_settled and self._furthest(found.last) >= FAR
         if runs_off or not bool(torch.isfinite(found.place).all()):
             raise Handover
-        beta = found.place
-        rounded = torch.cat(
-            [v.reshape(-1).double() for v in self.values(PredictedFit(beta)).values()]
-        )
-        return PredictedFit(rounded), found.gain
+        rounded = as_parameters(self.block, found.place)
+        return PredictedFit(as_coefficients(self.block, rounded)), found.gain
 
     def _furthest(self, step: Tensor) -> float:
         """By how much a step moves the predictor of any row."""
@@ -330,20 +307,15 @@ def as_predicted(
     parts = designs_of(predictor.binding, block, values, lead, event)
     constant = predictor.binding.constant
     sizes, row = constant.shape[:lead], constant.shape[constant.dim() - event :]
-    read = _covariates(parts, event)
+    read = common_covariates(parts, event)
     if read is None or len(parts) not in (1, K) or constant[..., 0].numel() == 0:
         return None
     x, columns = read
     if len(x) != sizes.numel():
         return None
-
-    def by_row(t: Tensor) -> Tensor:
-        return (
-            t.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1).flatten(0, -2).T.contiguous()
-        )
-
-    held: Coefficients = tuple((p, tuple(values[p].shape), values[p].dtype) for p in block)
-    known = by_row(constant)
+    x = by_row(x, sizes, rows)
+    parameters = tuple(held(p, values) for p in block)
+    known = by_row(constant, sizes, rows)
     offset = None if not bool(known.any()) else known.reshape(len(parts), *row, -1)
     statistics = _of_rows(predictor, graph, rows, K)
     if statistics is None:
@@ -352,14 +324,14 @@ def as_predicted(
     if not event:
         link = predictor.rule.kind.form.inverse_link
         columns = columns.reshape(len(parts), -1).expand(K, -1).contiguous()
-        return Numbers(by_row(x), columns, held, n, d, base, offset, link)
+        return Numbers(x, columns, parameters, n, d, base, offset, link)
     columns = columns.reshape(len(parts), row.numel(), -1)
     own = not group.observed
     if own and (len(parts) != 1 or row.numel() != K):
         return None
     if not own and len(parts) == 1:  # the same of all components
         columns = columns.expand(K, -1, -1).contiguous()
-    return Classes(by_row(x), columns, held, None if own else n, base, offset)
+    return Classes(x, columns, parameters, None if own else n, base, offset)
 
 
 def _is_own(
@@ -370,41 +342,10 @@ def _is_own(
     values: Values,
 ) -> bool:
     """Whether the coefficients of a group are found from this group alone."""
-    names = set(predictor.binding.params)
-    elsewhere = any(names & set(o.params) for h, o in enumerate(graph.groups) if h != g)
-    others = {a for a, b in graph.groups[g].bindings.items() if b.params} - {predictor.argument}
-    return (
-        not elsewhere
-        and not others
-        and len({values[p].dtype for p in names}) == 1
-        and all(
-            isinstance(updates[p].update, Newton)
-            and set(updates[p].block) == names
-            and not updates[p].priors
-            and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
-            for p in names
-        )
-    )
-
-
-def _covariates(parts: list[tuple[Tensor, Tensor]], event: int) -> tuple[Tensor, Tensor] | None:
-    """The covariates that all predictors share, and which coefficients they multiply.
-
-    Returns:
-        # (rows, d), (predictors, d); None where some have covariates of their own
-    """
-    x: Tensor | None = None
-    columns = []
-    for which, narrow in parts:
-        each = narrow.unbind(1) if event else (narrow,)
-        for own in each:
-            read = (own != 0).any(0)
-            own, place = own[:, read], which[read]
-            x = own if x is None else x
-            if own.shape != x.shape or not torch.equal(own, x):
-                return None
-            columns.append(place)
-    return None if x is None else (x, torch.stack(columns))
+    names, argument = predictor.binding.params, predictor.argument
+    if any(b.params for a, b in graph.groups[g].bindings.items() if a != argument):
+        return False
+    return are_found_alone(names, Newton, g, argument, graph, updates, values)
 
 
 def _of_rows(

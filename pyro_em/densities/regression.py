@@ -17,6 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.densities.affine_rows import (
+    AtCoefficients,
+    Held,
+    are_found_alone,
+    as_coefficients,
+    as_parameters,
+    by_row,
+    held,
+)
+from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
@@ -31,29 +41,22 @@ Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Fit:
+class Fit(AtCoefficients):
     """Lines at some parameter values.
 
     Attributes:
         beta: All coefficients, one after the other. # (C,)
         slopes: Those of each component. # (K, d)
         sigma: Standard deviations. # (K, 1)
-        size: No term is expanded.
     """
 
     beta: Tensor
     slopes: Tensor
     sigma: Tensor
-    size: float = 0.0
-
-    @property
-    def prepared(self) -> Fit:
-        """What the E-step reads: nothing is left to prepare."""
-        return self
 
 
 @dataclass(eq=False)
-class Lines:
+class Lines(PlainRows):
     """A Normal group with an affine mean, with its M-step.
 
     Attributes:
@@ -72,8 +75,8 @@ class Lines:
     x: Tensor
     y: Tensor
     columns: Tensor
-    block: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-    scale: tuple[str, tuple[int, ...], torch.dtype] | None
+    block: tuple[Held, ...]
+    scale: Held | None
     sigma: Tensor
     least: Tensor
     is_shared: bool
@@ -100,7 +103,7 @@ class Lines:
 
     def enter(self, values: Values) -> Fit:
         """The lines at parameter values."""
-        beta = torch.cat([values[name].reshape(-1).to(torch.float64) for name, _, _ in self.block])
+        beta = as_coefficients(self.block, values)
         sigma = self.sigma
         if self.scale is not None:
             sigma = values[self.scale[0]].reshape(-1, 1).to(torch.float64).expand(self.sigma.shape)
@@ -108,11 +111,7 @@ class Lines:
 
     def values(self, fit: Fit) -> dict[str, Tensor]:
         """The parameters of the lines."""
-        out, begin = {}, 0
-        for name, shape, dtype in self.block:
-            end = begin + math.prod(shape)
-            out[name] = fit.beta[begin:end].reshape(shape).to(dtype)
-            begin = end
+        out = as_parameters(self.block, fit.beta)
         if self.scale is not None:
             name, shape, dtype = self.scale
             sigma = fit.sigma[:1] if self.is_shared else fit.sigma
@@ -142,10 +141,6 @@ class Lines:
         rest = (weighted * e).sum(1, keepdim=True)
         return torch.cat([r @ squares.T, weighted @ x.T, rest], 1)
 
-    def over_rows(self, fit: Fit, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
-
     def about(self, before: Fit, now: Fit, moments: Tensor, mass: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`."""
         K, d = self.columns.shape
@@ -156,10 +151,6 @@ class Lines:
         along = (G @ delta.unsqueeze(-1)).squeeze(-1)
         moved = q + (delta * (along - 2 * m)).sum(1, keepdim=True)
         return torch.cat([moments[:, :P], m - along, moved], 1)
-
-    def correction(self, fit: Fit, moments: Tensor, mass: Tensor) -> float:
-        """Nothing is rounded."""
-        return 0.0
 
     def m_step(self, fit: Fit, moments: Tensor, mass: Tensor) -> tuple[Fit, Tensor]:
         """The maximiser, and by how much it raises the expected log joint, in nats.
@@ -183,9 +174,7 @@ class Lines:
         )
         moment = G.new_zeros(C).index_add_(0, self.columns.reshape(-1), (m * precision).reshape(-1))
         beta = fit.beta + pseudo_solve(gram.reshape(C, C), moment)
-        dtype = self.block[0][2]
-        if dtype != torch.float64:
-            beta = beta.to(dtype).to(torch.float64)
+        beta = beta.to(self.block[0][2]).to(torch.float64)
         slopes = beta[self.columns]
         delta = (slopes - fit.slopes).unsqueeze(-1)
         curve = (delta.mT @ G @ delta).squeeze(-1)
@@ -229,18 +218,7 @@ def as_lines(
         return None
     lead = 1 + group.n_plates
     rows = (len(group.members), *group.sizes[: group.n_plates])
-    least_squares = all(
-        isinstance(updates[p].update, LeastSquares)
-        and set(updates[p].block) == set(loc.params)
-        and not updates[p].priors
-        and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
-        for p in loc.params
-    )
-    elsewhere = any(
-        set(loc.params) & set(other.params) for h, other in enumerate(graph.groups) if h != g
-    )
-    dtypes = {values[p].dtype for p in loc.params}
-    if not least_squares or elsewhere or set(loc.params) & set(spread.params) or len(dtypes) > 1:
+    if not are_found_alone(loc.params, LeastSquares, g, "loc", graph, updates, values):
         return None
     block = updates[loc.params[0]].block
     offset = loc.constant
@@ -267,10 +245,10 @@ def as_lines(
     noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
     y = y[:1] if bool(((y - y[:1]).abs() <= noise).all()) else y.contiguous()
     return Lines(
-        x.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1).flatten(0, -2).T.contiguous(),
+        by_row(x, sizes, rows),
         y,
         which,
-        tuple((p, tuple(values[p].shape), values[p].dtype) for p in block),
+        tuple(held(p, values) for p in block),
         scale,
         sigma,
         least,
@@ -285,7 +263,7 @@ def _spread(
     updates: Mapping[str, ParameterUpdate],
     values: Values,
     K: int,
-) -> tuple[tuple[str, tuple[int, ...], torch.dtype] | None, Tensor | None]:
+) -> tuple[Held | None, Tensor | None]:
     """The parameter of the standard deviation, or what is known of it."""
     argument = group.arguments["scale"].detach()
     lead = 1 + group.n_plates
@@ -301,4 +279,4 @@ def _spread(
     alone = sum(name in other.params for other in graph.groups) == 1
     if not alone or interval is None or interval[0] > 0 or interval[1] < math.inf:
         return None, None
-    return (name, tuple(values[name].shape), values[name].dtype), sigma
+    return held(name, values), sigma

@@ -20,6 +20,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.densities.affine_rows import (
+    AtCoefficients,
+    Held,
+    are_found_alone,
+    as_coefficients,
+    as_parameters,
+    by_row,
+    common_covariates,
+    held,
+)
+from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
@@ -36,7 +47,7 @@ Features = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class VectorFit:
+class VectorFit(AtCoefficients):
     """Lines at some parameter values.
 
     Attributes:
@@ -47,7 +58,6 @@ class VectorFit:
         root: Cholesky factors, or standard deviations. # (K, D, D) or (K, D)
         whitener: Their inverses. # like root
         log_det: log |L|. # (K, 1)
-        size: No term is expanded.
     """
 
     beta: Tensor
@@ -56,16 +66,10 @@ class VectorFit:
     root: Tensor
     whitener: Tensor
     log_det: Tensor
-    size: float = 0.0
-
-    @property
-    def prepared(self) -> VectorFit:
-        """What the E-step reads: nothing is left to prepare."""
-        return self
 
 
 @dataclass(eq=False)
-class VectorLines:
+class VectorLines(PlainRows):
     """A group of vectors with an affine mean, with its M-step.
 
     Attributes:
@@ -87,9 +91,9 @@ class VectorLines:
     x: Tensor
     y: Tensor
     columns: Tensor
-    block: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    block: tuple[Held, ...]
     argument: str
-    scale: tuple[str, tuple[int, ...], torch.dtype] | None
+    scale: Held | None
     known: Tensor
     least: Tensor
     is_shared: bool
@@ -123,7 +127,7 @@ class VectorLines:
 
     def enter(self, values: Values) -> VectorFit:
         """The lines at parameter values."""
-        beta = torch.cat([values[name].reshape(-1).to(torch.float64) for name, _, _ in self.block])
+        beta = as_coefficients(self.block, values)
         spread = self.known
         if self.scale is not None:
             own = values[self.scale[0]].to(torch.float64)
@@ -144,11 +148,7 @@ class VectorLines:
 
     def values(self, fit: VectorFit) -> dict[str, Tensor]:
         """The parameters of the lines."""
-        out, begin = {}, 0
-        for name, shape, dtype in self.block:
-            end = begin + math.prod(shape)
-            out[name] = fit.beta[begin:end].reshape(shape).to(dtype)
-            begin = end
+        out = as_parameters(self.block, fit.beta)
         if self.scale is not None:
             name, shape, dtype = self.scale
             spread = fit.root if self.is_factor else fit.spread
@@ -182,17 +182,9 @@ class VectorLines:
         second = (weighted * e).sum(-1) if self.diagonal else weighted @ e.mT
         return torch.cat([r @ squares.T, cross.reshape(K, -1), second.reshape(K, -1)], 1)
 
-    def over_rows(self, fit: VectorFit, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
-
     def about(self, before: VectorFit, now: VectorFit, moments: Tensor, mass: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`."""
-        K, D, d = self.columns.shape
-        P = d * (d + 1) // 2
-        G = moments[:, :P][:, self.full].reshape(K, d, d)
-        m = moments[:, P : P + D * d].reshape(K, D, d)
-        q = moments[:, P + D * d :].reshape(before.root.shape)
+        G, m, q = self._parted(moments)
         delta = now.slopes - before.slopes
         along = delta @ G
         if self.diagonal:
@@ -200,11 +192,9 @@ class VectorLines:
         else:
             cross = delta @ m.mT
             moved = q - cross - cross.mT + along @ delta.mT
-        return torch.cat([moments[:, :P], (m - along).flatten(1), moved.flatten(1)], 1)
-
-    def correction(self, fit: VectorFit, moments: Tensor, mass: Tensor) -> float:
-        """Nothing is rounded."""
-        return 0.0
+        d = self.columns.shape[-1]
+        squares = moments[:, : d * (d + 1) // 2]
+        return torch.cat([squares, (m - along).flatten(1), moved.flatten(1)], 1)
 
     def m_step(self, fit: VectorFit, moments: Tensor, mass: Tensor) -> tuple[VectorFit, Tensor]:
         """The maximiser, and by how much it raises the expected log joint, in nats.
@@ -217,15 +207,9 @@ class VectorLines:
         Raises:
             Handover: If a component has too little mass or fits its data exactly.
         """
-        K, D, d = self.columns.shape
-        P = d * (d + 1) // 2
-        G = moments[:, :P][:, self.full].reshape(K, d, d)
-        m = moments[:, P : P + D * d].reshape(K, D, d)
-        q = moments[:, P + D * d :].reshape(fit.root.shape)
+        G, m, q = self._parted(moments)
         beta = fit.beta + self._step(fit, G, m)
-        dtype = self.block[0][2]
-        if dtype != torch.float64:
-            beta = beta.to(dtype).to(torch.float64)
+        beta = beta.to(self.block[0][2]).to(torch.float64)
         if not bool(torch.isfinite(beta).all()):
             raise Handover
         delta = beta[self.columns] - fit.slopes
@@ -239,6 +223,14 @@ class VectorLines:
         after = self._fit(beta, spread)
         gain = -mass @ (after.log_det - fit.log_det).squeeze(-1)
         return after, gain - 0.5 * (_traces(after, rest) - _traces(fit, q)).sum()
+
+    def _parted(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """G, m and q of each component. # (K, d, d), (K, D, d), (K, D, D) or (K, D)"""
+        K, D, d = self.columns.shape
+        P = d * (d + 1) // 2
+        G = moments[:, :P][:, self.full].reshape(K, d, d)
+        m = moments[:, P : P + D * d].reshape(K, D, d)
+        return G, m, moments[:, P + D * d :].reshape(self.known.shape)
 
     def _step(self, fit: VectorFit, G: Tensor, m: Tensor) -> Tensor:
         """By how much all coefficients move. # (C,)"""
@@ -309,7 +301,9 @@ def as_vector_lines(
     if (group.family.name, group.event_dims) not in (("MultivariateNormal", 0), ("Normal", 1)):
         return None
     loc = group.bindings["loc"]
-    if loc.how != "affine" or not _is_free(g, graph, updates, values):
+    if loc.how != "affine":
+        return None
+    if not are_found_alone(loc.params, LeastSquares, g, "loc", graph, updates, values):
         return None
     lead = 1 + group.n_plates
     rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
@@ -318,7 +312,7 @@ def as_vector_lines(
     design = parts[0][1]
     offset = loc.constant
     D, sizes = offset.shape[-1], offset.shape[:lead]
-    found = _coefficients(parts, D)
+    found = common_covariates(parts, 1)
     if found is None or len(parts) not in (1, K) or offset.shape[lead:-1].numel() != len(parts):
         return None
     if (
@@ -345,10 +339,10 @@ def as_vector_lines(
         return None  # what is known of a mean differs between components
     x, columns = found
     return VectorLines(
-        x.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1).flatten(0, -2).T.contiguous(),
+        by_row(x, sizes, rows),
         y[0].T.contiguous(),
-        columns.expand(K, -1, -1).contiguous(),
-        tuple((p, tuple(values[p].shape), values[p].dtype) for p in block),
+        columns.reshape(len(parts), D, -1).expand(K, -1, -1).contiguous(),
+        tuple(held(p, values) for p in block),
         argument,
         scale,
         known,
@@ -358,57 +352,13 @@ def as_vector_lines(
     )
 
 
-def _is_free(
-    g: int, graph: FactorGraph, updates: Mapping[str, ParameterUpdate], values: Values
-) -> bool:
-    """Whether the coefficients of a group are found by least squares from this group alone."""
-    group = graph.groups[g]
-    names = set(group.bindings["loc"].params)
-    elsewhere = any(names & set(o.params) for h, o in enumerate(graph.groups) if h != g)
-    spreads = {p for a, b in group.bindings.items() if a != "loc" for p in b.params}
-    alone = not elsewhere and not names & spreads and len({values[p].dtype for p in names}) == 1
-    return alone and all(
-        isinstance(updates[p].update, LeastSquares)
-        and set(updates[p].block) == names
-        and not updates[p].priors
-        and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
-        for p in names
-    )
-
-
-def _coefficients(parts: list[tuple[Tensor, Tensor]], D: int) -> tuple[Tensor, Tensor] | None:
-    """The covariates that all entries of all components share, and which coefficients they multiply.
-
-    Args:
-        parts: Of each component the columns that are not zero, and the design. # (rows, D, columns)
-        D: Entries of a vector.
-
-    Returns:
-        # (rows, d), (components, D, d); None where entries have covariates of their own
-    """
-    x: Tensor | None = None
-    columns = []
-    for which, narrow in parts:
-        for e in range(D):
-            own = narrow[:, e]
-            read = (own != 0).any(0)
-            own, place = own[:, read], which[read]
-            if x is None:
-                x = own
-            if own.shape != x.shape or not torch.equal(own, x):
-                return None
-            columns.append(place)
-    assert x is not None
-    return x, torch.stack(columns).reshape(len(parts), D, -1)
-
-
 def _spread_of(
     g: int,
     graph: FactorGraph,
     updates: Mapping[str, ParameterUpdate],
     values: Values,
     K: int,
-) -> tuple[str, tuple[str, tuple[int, ...], torch.dtype] | None, Tensor | None]:
+) -> tuple[str, Held | None, Tensor | None]:
     """The argument of the spread, its parameter if it has one, and its values; None if none serve."""
     group: Group = graph.groups[g]
     argument = next(n for n in group.arguments if n != "loc")
@@ -438,4 +388,4 @@ def _spread_of(
     interval = bounds(graph.parameters[name].constraint)
     if tail == 1 and (interval is None or interval[0] > 0 or interval[1] < math.inf):
         return argument, None, None
-    return argument, (name, tuple(values[name].shape), values[name].dtype), known
+    return argument, held(name, values), known

@@ -1,0 +1,125 @@
+"""What rows share whose argument is a line in known covariates.
+
+Their coefficients, one after the other, are elements of parameters that nothing else reads; all cells
+(components, entries of a vector, classes) have the same covariates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyro_em.distributions import bounds
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.designs import Designs
+from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
+
+Held = tuple[str, tuple[int, ...], torch.dtype]  # a parameter, its shape and its dtype
+
+
+class AtCoefficients:
+    """Lines at some coefficients: rows are evaluated with these as they stand.
+
+    Attributes:
+        size: No term is expanded.
+    """
+
+    size: ClassVar[float] = 0.0
+
+    @property
+    def prepared(self) -> Self:
+        """What the E-step reads: nothing is left to prepare."""
+        return self
+
+
+def held(name: str, values: Mapping[str, Tensor]) -> Held:
+    """A parameter that is held, by its value."""
+    return name, tuple(values[name].shape), values[name].dtype
+
+
+def as_coefficients(block: Sequence[Held], values: Mapping[str, Tensor]) -> Tensor:
+    """The elements of parameters, one after the other, in float64. # (C,)"""
+    return torch.cat([values[name].reshape(-1).to(torch.float64) for name, _, _ in block])
+
+
+def as_parameters(block: Sequence[Held], beta: Tensor) -> dict[str, Tensor]:
+    """The parameters whose elements coefficients are, in their own dtypes."""
+    parts = beta.split([math.prod(shape) for _, shape, _ in block])
+    return {
+        name: part.reshape(shape).to(dtype)
+        for (name, shape, dtype), part in zip(block, parts, strict=True)
+    }
+
+
+def are_found_alone(
+    names: Collection[str],
+    by: type[LeastSquares | Newton],
+    g: int,
+    argument: str,
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Mapping[str, Tensor],
+) -> bool:
+    """Whether the coefficients in one argument of a group are found from this argument alone.
+
+    Args:
+        names: The parameters that the argument reads.
+        by: The update that finds them.
+        g: The group.
+        argument: The argument.
+        graph: The collapsed graph.
+        updates: What was decided.
+        values: Parameter values, for their dtypes.
+    """
+    own = set(names)
+    elsewhere = any(own & set(o.params) for h, o in enumerate(graph.groups) if h != g)
+    others = {p for a, b in graph.groups[g].bindings.items() if a != argument for p in b.params}
+    if elsewhere or own & others or len({values[p].dtype for p in own}) != 1:
+        return False
+    return all(
+        isinstance(updates[p].update, by)
+        and set(updates[p].block) == own
+        and not updates[p].priors
+        and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
+        for p in own
+    )
+
+
+def common_covariates(parts: Designs, event: int) -> tuple[Tensor, Tensor] | None:
+    """The covariates that all cells share, and which coefficients they multiply.
+
+    Args:
+        parts: Of each component the columns that are not zero, and the design.
+            # (columns,), (rows, *event, columns)
+        event: How many dimensions a cell of the design has, 0 or 1.
+
+    Returns:
+        # (rows, d), (cells, d); None where some have covariates of their own
+    """
+    x: Tensor | None = None
+    columns = []
+    for which, narrow in parts:
+        for own in narrow.unbind(1) if event else (narrow,):
+            read = (own != 0).any(0)
+            own, place = own[:, read], which[read]
+            x = own if x is None else x
+            if own.shape != x.shape or not torch.equal(own, x):
+                return None
+            columns.append(place)
+    return None if x is None else (x, torch.stack(columns))
+
+
+def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:
+    """Known numbers of each row, in float64; they may be the same along some dimensions. # (d, N)
+
+    Args:
+        known: # (sizes.numel(), d) or (*sizes, *d)
+        sizes: Members and plates, or ones. # (*sizes,)
+        rows: Members and plates.
+    """
+    wide = known.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1)
+    return wide.flatten(0, -2).T.contiguous()
