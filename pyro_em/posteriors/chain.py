@@ -14,31 +14,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from pyro_em.densities.density import NormalRows, checked, scattered
+from pyro_em.densities.density import checked, scattered
 from pyro_em.densities.features import Cells, Lookup, cells
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph, Latent
-from pyro_em.posteriors.block import Component, Values
+from pyro_em.posteriors.block import Component
 from pyro_em.posteriors.chain_shape import Shape, shape_of_chain, why_no_chain
 from pyro_em.posteriors.chain_weights import sequence_weights
 from pyro_em.posteriors.forward_backward import smooth, wants_lanes
-from pyro_em.posteriors.per_sequence import PerSequence
-from pyro_em.posteriors.quick import Outline, QuickBlock
+from pyro_em.posteriors.quick import Outline
+from pyro_em.posteriors.sequence_block import SequenceBlock
 from pyro_em.posteriors.step_groups import StepGroups, mask_of
 from pyro_em.updates.statistics import NATURAL, Expectation, Key, group_sums, known_statistics
 
 
 @dataclass(eq=False)
-class Chain(QuickBlock):
+class Chain(SequenceBlock):
     """The chain that a graph is.
 
     Attributes:
@@ -131,38 +131,6 @@ class Chain(QuickBlock):
             g in own.cells and own.first[g] and self.graph.groups[g].mask is None for g in rest
         )
         return own.lookups[whole[0]] if plain else None
-
-    @property
-    def normals(self) -> Mapping[int, NormalRows]:  # type: ignore[override]
-        """Normal groups that are evaluated by matrix products."""
-        return self.of_steps.normals
-
-    @property
-    def B(self) -> int:
-        """Sequences."""
-        return self.of_steps.B
-
-    @cached_property
-    def per_sequence(self) -> PerSequence | None:
-        """The same sequence by sequence; None where the contraction has to serve."""
-        return PerSequence.of(self.component.graph)
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """The plates of the sequences in which everything lies."""
-        return super().dims if self.per_sequence is None else self.per_sequence.dims
-
-    def table(self, values: Values) -> Tensor:
-        """The log evidence per sequence, in nats. # (*plates,)"""
-        found = None if self.per_sequence is None else self.per_sequence.table(values)
-        return super().table(values) if found is None else found
-
-    def expect(self, values: Values, weights: Tensor | None = None) -> Expectation:
-        """Evidence and sums at parameter values; see `pyro_em.posteriors.block.Block`."""
-        found = None
-        if weights is not None and self.per_sequence is not None:
-            found = self.per_sequence.expect(values, weights)
-        return super().expect(values, weights) if found is None else found
 
     def e_step(self, at: At) -> Expectation:
         """Evidence and sums at some parameters.
