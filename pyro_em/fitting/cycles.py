@@ -10,7 +10,8 @@ plain ones, and only they can stop it; the best point seen is where they begin.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -119,8 +120,9 @@ class _Cycles:
             if are_few or cycle.gain <= max(settings.tol, cycle.rounding):
                 _end(em, settings, run)
                 return None
-            values, bound = _m_step(self.step_of, cycle.start)
-            first = _e_step(self.step_of, values)
+            with _handing_over():
+                values, bound = self.step_of.m_step(cycle.start)
+                first = self.step_of.e_step(values)
             stops = self.note(cycle.start, bound, first)
             run.cycle = replace(cycle, first=first, num_steps=run.num_steps)
         else:
@@ -136,7 +138,8 @@ class _Cycles:
     def _second(self, cycle: Cycle, first: Point) -> bool:
         """The second EM map and what is proposed beyond; whether a callback asked to stop."""
         run, start = self.run, cycle.start
-        second, bound = _m_step(self.step_of, first)
+        with _handing_over():
+            second, bound = self.step_of.m_step(first)
         best = _better(cycle.best, first)
         run.cycle = replace(cycle, best=best)
         theta = Unconstrained(self.em.program, second)
@@ -201,7 +204,8 @@ class _Cycles:
                     return there, stops, rejected
                 before, bound = there, there.objective  # no M-step follows
             rejected = True
-        there = _e_step(self.step_of, second)
+        with _handing_over():
+            there = self.step_of.e_step(second)
         return there, self.note(before, bound, there), rejected
 
     def _tried(self, values: Values) -> Point | None:
@@ -209,8 +213,8 @@ class _Cycles:
         if not all(bool(torch.isfinite(v).all()) for v in values.values()):
             return None
         try:
-            there = _e_step(self.step_of, values)
-        except Handover:
+            there = self.step_of.e_step(values)
+        except (Handover, *_UNUSABLE):
             return None
         return there if math.isfinite(there.objective) else None
 
@@ -239,26 +243,15 @@ def _map_of(em: Guarded, settings: Settings, last: Point) -> tuple[EMMap, Point]
     return em.sound, last
 
 
-def _e_step(em: EMMap, values: Values) -> Point:
-    """The E-step at some values.
+@contextmanager
+def _handing_over() -> Iterator[None]:
+    """A step of which plain steps are the judge where there is nothing usable.
 
     Raises:
-        Handover: If there is no usable one.
+        Handover: In place of an error of a point, or of an M-step from it.
     """
     try:
-        return em.e_step(values)
-    except _UNUSABLE as error:
-        raise Handover from error
-
-
-def _m_step(em: EMMap, point: Point) -> tuple[Values, float]:
-    """The values after the M-step from a point, and the bound there.
-
-    Raises:
-        Handover: If there is no usable one.
-    """
-    try:
-        return em.m_step(point)
+        yield
     except _UNUSABLE as error:
         raise Handover from error
 
