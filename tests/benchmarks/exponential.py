@@ -156,6 +156,21 @@ def student_steps(
     return evidence, {"w": w, "df": df, "mu": mu, "s": s}
 
 
+def beside(
+    model: Callable[..., None],
+    steps: Callable[[Array, Mapping[str, Array], int], object],
+    x: Tensor,
+    start: Mapping[str, Tensor],
+) -> tuple[Steps, Steps]:
+    """Steps of ours and of numpy's, on the same data from the same start."""
+    arrays = {n: t.numpy() for n, t in start.items()}
+
+    def theirs(n: int) -> None:
+        steps(x.numpy(), arrays, n)
+
+    return iterations(model, x, start), theirs
+
+
 def gamma_data(N: int, K: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Draws of overlapping components, and where to start."""
     torch.manual_seed(0)
@@ -184,8 +199,7 @@ def gamma_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
 
     def make() -> tuple[Steps, Steps]:
         x, start = gamma_data(N, K)
-        arrays = {n: t.numpy() for n, t in start.items()}
-        return iterations(gammas, x, start), lambda n: void(gamma_steps(x.numpy(), arrays, n))
+        return beside(gammas, gamma_steps, x, start)
 
     return make
 
@@ -213,9 +227,7 @@ def negative_binomial_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps
             "r": torch.linspace(1, 9, K).double(),
             "p": torch.linspace(0.4, 0.8, K).double(),
         }
-        arrays = {n: t.numpy() for n, t in start.items()}
-        ours = iterations(negative_binomials, x, start)
-        return ours, lambda n: void(negative_binomial_steps(x.numpy(), arrays, n))
+        return beside(negative_binomials, negative_binomial_steps, x, start)
 
     return make
 
@@ -245,12 +257,6 @@ def student_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
             "df": torch.full((K,), 10.0).double(),
             "s": torch.ones(K).double(),
         }
-        arrays = {n: t.numpy() for n, t in start.items()}
-        ours = iterations(students, x, start)
-        return ours, lambda n: void(student_steps(x.numpy(), arrays, n))
+        return beside(students, student_steps, x, start)
 
     return make
-
-
-def void(_: object) -> None:
-    """Nothing of what was computed."""
