@@ -12,9 +12,7 @@ from pyro_em.errors import (
     Finding,
     ModelError,
     PyroEMError,
-    UsageError,
     as_error,
-    message,
     raise_findings,
 )
 from pyro_em.graph.conjugate_reads import kernel_of_prior
@@ -41,11 +39,12 @@ from pyro_em.plan.routes import (
 )
 from pyro_em.plan.task import Task
 from pyro_em.plan.unrouted import Unrouted, are_of_routes, without_route
+from pyro_em.plan.unused import noting_unused_optimiser, without_unused_strategy
+from pyro_em.plan.weighted import draws_to_weight
 from pyro_em.portable import StaysHere
-from pyro_em.posteriors.strategies import MonteCarlo
 from pyro_em.tracing.missing import has_missing, missing_in
 from pyro_em.tracing.runs import Model
-from pyro_em.updates.update import Gradient, Update
+from pyro_em.updates.update import Update
 from pyro_em.variational.bound import Variational, notes_on_leaving
 from pyro_em.variational.guide import (
     GuideLook,
@@ -125,7 +124,7 @@ class Planner(StaysHere):
             if isinstance(program, Unrouted):
                 return program
             self.request.check_strategies(program.structure.latents, program.structure.latents)
-            return self._noting_unused_optimiser(_without_unused_strategy(program))
+            return noting_unused_optimiser(without_unused_strategy(program), self.request.optim)
         bare, look = self._look_at_both(args, kwargs, first)
         routing = self._route(bare, look, args, kwargs)
         if isinstance(routing, Unrouted):
@@ -142,7 +141,7 @@ class Planner(StaysHere):
                 routing,
                 bare,
                 self.request.max_plate_nesting,
-                self._weighted(routing),
+                draws_to_weight(self.request.e_step, routing),
             )
         pair = routing.pair(self.request.model, self.known.guide)
         routes = routes_with_guide(bare, routing)
@@ -153,11 +152,11 @@ class Planner(StaysHere):
         program = replace(
             program, routes=_with_gaussian_rows(routes, program.routes, routing.unused)
         )
-        program = _without_unused_strategy(program.noting(*unbounded_priors(program)))
+        program = without_unused_strategy(program.noting(*unbounded_priors(program)))
         program = program.noting(*self.known.leaving)
         if not (routing.points or self.known.leaving):
             program = program.noting("the guide is not used: every latent has an exact posterior.")
-        return self._noting_unused_optimiser(program)
+        return noting_unused_optimiser(program, self.request.optim)
 
     def _without_draws(
         self,
@@ -189,7 +188,7 @@ class Planner(StaysHere):
         program = replace(program, routes=routes).noting(*unbounded_priors(program))
         if not found.points:
             program = program.noting("the guide is not used: every latent has an exact posterior.")
-        return self._noting_unused_optimiser(_without_unused_strategy(program))
+        return noting_unused_optimiser(without_unused_strategy(program), self.request.optim)
 
     def _conjugate(self, bare: Structure, look: GuideLook, routing: Routing) -> tuple[str, ...]:
         """All that the guide draws, if these are latents that may have conjugate posteriors."""
@@ -227,17 +226,6 @@ class Planner(StaysHere):
             return found.plan(self.request.updates_for(dict.fromkeys(found.parameters)))
         return plan_of(
             found, self.request.updates_for(found.parameters), self.request.optim is not None
-        )
-
-    def _noting_unused_optimiser(self, program: Program) -> Program:
-        """The program; it says so where an optimiser was given and moves no parameter."""
-        if self.request.optim is None or not program.updates:
-            return program
-        if any(isinstance(u.update, Gradient) for u in program.updates.values()):
-            return program
-        return program.noting(
-            "optim is not used: no parameter needs a gradient (updates={name: Gradient(optim)} "
-            "would move one by it).",
         )
 
     def _look_at_both(
@@ -418,35 +406,6 @@ class Planner(StaysHere):
             raise_findings(problems)
         return routing
 
-    def _weighted(self, routing: Routing) -> int | None:
-        """Draws per step of Monte Carlo EM by importance; None for the ELBO."""
-        e_step = self.request.e_step
-        if e_step is None:
-            return None
-        names = ", ".join(f"'{n}'" for n in routing.drawn)
-        if not isinstance(e_step, MonteCarlo):
-            raise UsageError(
-                message(
-                    f"strategy={e_step!r}",
-                    f"the guide draws {names}, and this E-step is one of sums.",
-                    "it has a meaning only where every latent is summed or a point estimate",
-                    ["use strategy='exact' or MonteCarlo(n)", "use guide='map' for these latents"],
-                )
-            )
-        look = routing.guide
-        assert look is not None
-        rough = [n for n in routing.shown if not getattr(look.sites[n]["fn"], "has_rsample", False)]
-        if rough:
-            raise UsageError(
-                message(
-                    f"strategy={e_step!r}",
-                    f"the guide's draw of '{rough[0]}' cannot be reparameterised.",
-                    "weights of such draws have no gradient in the guide",
-                    ["use strategy='exact' or 'guide'"],
-                )
-            )
-        return e_step.num_samples
-
     def _program(
         self,
         model: Model,
@@ -538,11 +497,3 @@ def _with_gaussian_rows(
         else r
         for r in routes
     )
-
-
-def _without_unused_strategy(program: Program) -> Program:
-    """The program without an E-step that has no meaning because no latent is summed; it says so."""
-    if program.strategy is None or program.graph.latents:
-        return program
-    note = f"strategy={program.strategy!r} is not used: no latent is summed."
-    return replace(program.noting(note), strategy=None)
