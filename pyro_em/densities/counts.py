@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.densities.density import PlainRows
 from pyro_em.families.family import Family, Statistics
 from pyro_em.families.overdispersed import above, histogram
 from pyro_em.graph.all_data import AllData
@@ -35,7 +36,7 @@ class Tables:
 
 
 @dataclass(eq=False)
-class CountRows:
+class CountRows(PlainRows):
     """The rows of a group of counts, with component-wise arguments.
 
     Attributes:
@@ -92,18 +93,6 @@ class CountRows:
         columns = weights.to(torch.float64).T.contiguous()
         size = self.largest + 2
         return torch.cat([histogram(columns, index, size) for index in features], -1)
-
-    def over_rows(self, p: Tables, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
-
-    def about(self, before: Tables, now: Tables, moments: Tensor, mass: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`: they are of the data alone."""
-        return moments
-
-    def correction(self, p: Tables, moments: Tensor, mass: Tensor) -> Tensor | float:
-        """Nothing: all is computed in float64."""
-        return 0.0
 
     def statistics(
         self, p: Tables, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.densities.density import PlainRows
 from pyro_em.families.family import Family, Statistics
 from pyro_em.graph.factors import Group
 
@@ -37,7 +38,7 @@ class Coefficients:
 
 
 @dataclass(eq=False)
-class Exponential:
+class Exponential(PlainRows):
     """The rows of a group in linear form, with component-wise arguments.
 
     Attributes:
@@ -106,20 +107,6 @@ class Exponential:
     def moments(self, p: Coefficients, weights: Tensor, features: Tensor) -> Tensor:
         """Σ r T(x) of some rows. # (K, P)"""
         return weights.to(torch.float64) @ features.T
-
-    def over_rows(self, p: Coefficients, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
-
-    def about(
-        self, before: Coefficients, now: Coefficients, moments: Tensor, mass: Tensor
-    ) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`: they are of the data alone."""
-        return moments
-
-    def correction(self, p: Coefficients, moments: Tensor, mass: Tensor) -> Tensor | float:
-        """Nothing: all is computed in float64."""
-        return 0.0
 
     def statistics(
         self, p: Coefficients, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
