@@ -9,12 +9,14 @@ A kernel has statistics t and hyperparameters χ,
 | Gamma(a, b), Exponential(b), InverseGamma(a, b) on g = 1/λ | log g, −g | log Γ(a) − a log b |
 | Beta(a, b) | log p, log(1 − p) | log B(a, b) |
 | Dirichlet(α) | log p | log B(α) |
+| Wishart(ν, V) | ½ log det Λ, −½ Λ | ½ ν D log 2 + log Γ_D(ν/2) + ½ ν log det V |
 
 Source: Gelman et al., "Bayesian Data Analysis" (3rd ed. 2013), appendix A.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.family import Arguments, Statistics
+from pyro_em.families.forms import eye
+from pyro_em.families.normal import precision_matrix
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class PriorKernel:
     Attributes:
         distribution: The prior's exact class.
         kind: Which column of `conjugate_pairs.PAIRS` serves it.
-        support: ``"positive"``, ``"unit"`` or ``"simplex"``.
+        support: ``"positive"``, ``"unit"``, ``"simplex"`` or ``"matrix"`` (positive definite).
         power: What a power of the latent is a power of g to: 1, or −1 where g = 1/λ.
         chi: χ of a prior's arguments. # (*batch, P)
         normaliser: A(χ) in nats. # (*batch,)
@@ -56,12 +60,15 @@ class PriorKernel:
     @property
     def event_dim(self) -> int:
         """Dimensions of one latent's value."""
-        return 1 if self.support == "simplex" else 0
+        return {"simplex": 1, "matrix": 2}.get(self.support, 0)
 
     def unit(self, like: Tensor) -> Tensor:
         """The value at which an argument of a child is its known factor."""
         if self.support == "positive":
             return torch.ones_like(like)
+        if self.support == "matrix":
+            # No diagonal matrix: multiples of one by a parameter are read as independent Normals.
+            return (eye(like) + 1) / 2
         share = 1 / like.shape[-1] if self.support == "simplex" else 0.5
         return torch.full_like(like, share)
 
@@ -69,6 +76,8 @@ class PriorKernel:
         """Values in the support, from any numbers."""
         if self.support == "positive":
             return (0.5 * real).exp()
+        if self.support == "matrix":
+            return real @ real.mT / real.shape[-1] + eye(real)
         return real.softmax(-1) if self.support == "simplex" else real.sigmoid()
 
     def statistics_at(self, value: Tensor) -> Tensor:
@@ -76,6 +85,8 @@ class PriorKernel:
         if self.support == "positive":
             g = value**self.power
             return torch.stack([g.log(), -g], -1)
+        if self.support == "matrix":
+            return together_with(value.logdet() / 2, -value / 2)
         return value.log() if self.support == "simplex" else together(value.log(), (-value).log1p())
 
     def log_density(self, t: Tensor, arguments: Arguments) -> Tensor:
@@ -92,6 +103,19 @@ class PriorKernel:
 def together(*parts: Tensor) -> Tensor:
     """Numbers of one cell behind each other. # (*batch, parts)"""
     return torch.stack(torch.broadcast_tensors(*parts), -1)
+
+
+def together_with(number: Tensor, matrix: Tensor) -> Tensor:
+    """A number and the elements of a matrix behind each other. # (*batch, 1 + D²)"""
+    batch = torch.broadcast_shapes(number.shape, matrix.shape[:-2])
+    elements = matrix.flatten(-2).expand(*batch, matrix.shape[-1] ** 2)
+    return torch.cat([number.expand(batch).unsqueeze(-1), elements], -1)
+
+
+def matrix_of(together: Tensor) -> Tensor:
+    """The matrix that stands behind a number. # (*batch, D, D)"""
+    size = math.isqrt(together.shape[-1])
+    return together[..., 1:].unflatten(-1, (size, size))
 
 
 def _gamma_chi(a: Arguments) -> Tensor:
@@ -172,6 +196,40 @@ def _features(t: Tensor) -> Statistics:
     return {"feature": t}
 
 
+def _wishart_chi(a: Arguments) -> Tensor:
+    return together_with(a["df"], precision_matrix(a))
+
+
+def _wishart_normaliser(chi: Tensor) -> Tensor:
+    df, inverse = chi[..., 0], matrix_of(chi)
+    size = inverse.shape[-1]
+    return (df / 2).mvlgamma(size) + df / 2 * (size * math.log(2) - inverse.logdet())
+
+
+def _wishart_expected(chi: Tensor) -> Tensor:
+    df, inverse = chi[..., 0], matrix_of(chi)
+    size = inverse.shape[-1]
+    halves = (df.unsqueeze(-1) - torch.arange(size, device=chi.device)) / 2
+    log_det = halves.digamma().sum(-1) + size * math.log(2) - inverse.logdet()
+    return together_with(log_det / 2, -df[..., None, None] * _inverse(inverse) / 2)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+
+
+def _wishart_base(t: Tensor) -> Tensor:
+    return -t[..., 0] * (math.isqrt(t.shape[-1]) + 1)
+
+
+def _wishart_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
+    return dist.Wishart, {"df": chi[..., 0], "covariance_matrix": _inverse(matrix_of(chi))}
+
+
+def _wishart_statistics(t: Tensor) -> Statistics:
+    return {"log_det": 2 * t[..., 0], "matrix": -2 * matrix_of(t)}
+
+
 _OF_GAMMA = (_gamma_normaliser, _gamma_expected)
 _OF_SIMPLEX = (_simplex_normaliser, _simplex_expected, _less_sum)
 
@@ -221,6 +279,18 @@ KERNELS: Mapping[type, PriorKernel] = {
             *_OF_SIMPLEX,
             _dirichlet_at,
             _features,
+        ),
+        PriorKernel(
+            dist.Wishart,
+            "wishart",
+            "matrix",
+            1.0,
+            _wishart_chi,
+            _wishart_normaliser,
+            _wishart_expected,
+            _wishart_base,
+            _wishart_at,
+            _wishart_statistics,
         ),
     )
 }

@@ -22,7 +22,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.conjugate_kernels import PriorKernel, together
+from pyro_em.families.conjugate_kernels import PriorKernel, together, together_with
 from pyro_em.families.family import Arguments
 
 
@@ -157,6 +157,23 @@ def _multinomial_base(x: Tensor, a: Arguments) -> Tensor:
     return (x.sum(-1) + 1).lgamma() - (x + 1).lgamma().sum(-1)
 
 
+# ---------------------------------------------------------------------------- precision matrices
+
+
+def _factor(a: Arguments) -> Tensor:
+    """The number that multiplies the latent, whose unit has ones on its diagonal."""
+    return a["precision_matrix"][..., 0, 0]
+
+
+def _outer_square(x: Tensor, a: Arguments) -> Tensor:
+    d = (x - a["loc"]) * _factor(a).sqrt().unsqueeze(-1)
+    return together_with(torch.ones_like(d[..., 0]), d.unsqueeze(-1) * d.unsqueeze(-2))
+
+
+def _multivariate_normal_base(x: Tensor, a: Arguments) -> Tensor:
+    return 0.5 * x.shape[-1] * (_factor(a) / (2 * math.pi)).log()
+
+
 _BY_COUNT = ("concentration",)
 
 # By the kernel's kind, the child's class, its argument, and the power of g in it.
@@ -179,6 +196,9 @@ PAIRS: Mapping[tuple[str, type, str, float], Pair] = {
     ("dirichlet", dist.Categorical, "probs", 1.0): Pair("probs", _categorical, _no_base),
     ("dirichlet", dist.OneHotCategorical, "probs", 1.0): Pair("probs", _counts, _no_base),
     ("dirichlet", dist.Multinomial, "probs", 1.0): Pair("probs", _counts, _multinomial_base),
+    ("wishart", dist.MultivariateNormal, "precision_matrix", 1.0): Pair(
+        "precision_matrix", _outer_square, _multivariate_normal_base
+    ),
 }
 
 

@@ -213,7 +213,7 @@ def _read_of(
     event = reinterpreted + family.argument_event_dim(argument)
     dims = layout.place(name)[1]
     brought = partial(compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor)
-    if kernel.support == "positive":
+    if kernel.support in ("positive", "matrix"):
         power = power_of(tensor, values[latent])
         elements = _elements(brought(tensor), values[latent])
     else:
@@ -233,7 +233,12 @@ def _read_of(
         shown = "" if power == 1 else f", its power {power:g},"
         raise refused(latent, where, f"{what}{shown} has no posterior of its prior's form.", kernel)
     if kernel.event_dim:
-        elements = _whole_rows(elements, values[latent].shape[-1], latent, where, what, kernel)
+        elements = _whole(elements, values[latent], latent, where, what, kernel)
+        if kernel.support == "matrix" and not _is_multiple(
+            brought(tensor), values[latent], elements
+        ):
+            what = f"{what} is not a multiple of the latent: its elements have different factors."
+            raise refused(latent, where, what, kernel)
     return ConjugateRead(name, latent, pair, power, elements)
 
 
@@ -246,13 +251,25 @@ def _elements(tensor: Tensor, leaf: Tensor) -> Tensor:
     return numbers_read(forward, slope, leaf.shape, leaf.numel())
 
 
-def _whole_rows(
-    index: Tensor, size: int, latent: str, where: str, what: str, kernel: PriorKernel
+def _is_multiple(tensor: Tensor, leaf: Tensor, elements: Tensor) -> bool:
+    """Whether matrices are those that they read of a latent, each times one number."""
+    a, size = tensor.detach(), leaf.shape[-1]
+    factors = a / leaf.detach().reshape(-1, size, size)[elements].to(a)
+    eps = 1e3 * torch.finfo(a.dtype).eps
+    return bool(torch.isclose(factors, factors[..., :1, :1], rtol=eps, atol=0.0).all())
+
+
+def _whole(
+    index: Tensor, value: Tensor, latent: str, where: str, what: str, kernel: PriorKernel
 ) -> Tensor:
-    """Which row each cell reads, where it reads whole rows in order."""
+    """Which row or matrix each cell reads, where it reads whole ones in order."""
+    event = value.shape[-kernel.event_dim :]
+    size = event.numel()
+    alike = index.shape[-kernel.event_dim :] == event
+    index = index.flatten(-kernel.event_dim)
     rows = index[..., 0].div(size, rounding_mode="floor")
-    expected = rows.unsqueeze(-1) * size + torch.arange(size, device=index.device)
-    whole = index.shape[-1] == size and bool((index == expected).all())
+    expected = rows.unsqueeze(-1) * size + torch.arange(index.shape[-1], device=index.device)
+    whole = alike and bool((index == expected).all())
     if not whole:
         none = bool((index < 0).any())
         why = "a part of it is constant" if none else "its elements are cut or in another order"
@@ -304,10 +321,14 @@ def _is_as_read(
         dims = layout.place(name)[1]
         a = compact(tensor.detach(), event, dims, reinterpreted, tensor)
         value = own[read.latent].detach()
-        value = value.reshape(-1, value.shape[-1]) if kernel.event_dim else value.reshape(-1)
+        value = value.reshape(-1, *value.shape[value.dim() - kernel.event_dim :])
         reads = read.elements >= 0
         chosen = value[read.elements.clamp(min=0)].to(a)
-        if kernel.event_dim:
+        if kernel.support == "matrix":
+            factor = a[..., :1, :1] / chosen[..., :1, :1]
+            rest = a - factor * chosen
+            found.append((torch.stack([rest, factor.expand_as(rest)]), a))
+        elif kernel.event_dim:
             found.append((a - chosen, torch.zeros_like(a)))
         else:
             found.append((torch.where(reads, a / chosen**read.power, a), a))

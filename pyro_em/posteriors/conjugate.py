@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.families.conjugate_kernels import PriorKernel, matrix_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate_cells import Reading, alike_rows, in_cells, rows_of
@@ -28,6 +28,7 @@ from pyro_em.updates.conjugate_beliefs import (
     as_wide,
     wide,
     with_factor,
+    with_precision,
 )
 
 Arguments = Mapping[str, Tensor]
@@ -127,8 +128,8 @@ class ConjugateBlock:
     @cached_property
     def count(self) -> int:
         """How many elements the latent has."""
-        group = self.groups[0]
-        return group.value.numel() // (group.value.shape[-1] if self.kernel.event_dim else 1)
+        value = self.groups[0].value
+        return value.numel() // value.shape[value.dim() - self.kernel.event_dim :].numel()
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
@@ -307,6 +308,8 @@ class ConjugateBlock:
         read, reading = self.reads[i - 1], self.readings[i - 1]
         t = reading.taken(solution.t)
         if complete and is_plugged(group, read, self.kernel):
+            if self.kernel.kind == "wishart":
+                return with_precision(group, read.pair.argument, in_cells(-2 * matrix_of(t), group))
             at = (-t[..., 1]) ** (read.power * self.kernel.power)
             factor = in_cells(at, group)
             if not reading.whole:
@@ -328,9 +331,12 @@ def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
     """Whether, in what parameters of a site maximise, the latent's mean stands for its posterior.
 
     It does where the latent is a factor: E[log p(x | f g)] = log p(x | f E[g]) + const, as long as the
-    number of events is no matter of parameters.
+    number of events is no matter of parameters. So does E[Λ] for a precision matrix, in a mean vector.
     """
     family, pair = group.family, read.pair
+    if kernel.kind == "wishart":
+        binding = group.bindings.get(pair.argument)
+        return binding is not None and binding.how == "constant"
     if family is None or kernel.kind != "gamma" or pair.argument not in family.rules:
         return False
     if any(group.bindings[a].params for a in pair.counts if a in group.bindings):

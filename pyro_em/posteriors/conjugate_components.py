@@ -106,6 +106,8 @@ def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
         return group
     if not is_plugged(group, read, kernel):
         return replace(group, raw_params=group.params)
+    if kernel.kind == "wishart":
+        return group
     name = read.pair.argument
     one = torch.ones((), dtype=group.arguments[name].dtype, device=group.value.device)
     binding = with_factor(group.bindings[name], one)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
+from pyro_em.families.conjugate_kernels import matrix_of
 from pyro_em.globs import is_glob
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
@@ -62,9 +63,15 @@ class ConjugateSite:
         return self._mixed(self.means()).reshape((*self.batch, *self.event)).to(self.dtype)
 
     def covariance(self) -> Tensor:
-        """Variances of numbers, covariances of events. # (*batch,) or (*batch, D, D)"""
+        """Variances of numbers, covariances of events. # (*batch,) or (*batch, D, D)
+
+        Of matrices those of their elements, row by row. # (*batch, D², D²)
+        """
         kernel, chi, mean = self.solution.kernel, self._chi, self.means()
-        if kernel.event_dim:
+        if kernel.support == "matrix":
+            each = _covariance_of_elements(chi[..., 0, None, None], mean)
+            mean = mean.flatten(-2)
+        elif kernel.event_dim:
             each = torch.diag_embed(mean) - mean.unsqueeze(-1) * mean.unsqueeze(-2)
             each = each / (chi.sum(-1) + 1)[..., None, None]
         else:
@@ -134,10 +141,35 @@ class ConjugateSite:
         if kernel.kind == "gamma":
             out = torch._standard_gamma(chi[..., 0].contiguous(), generator) / chi[..., 1]
             out = out if kernel.power > 0 else out.reciprocal()
+        elif kernel.support == "matrix":
+            out = _drawn_matrices(chi, generator)
         else:
             out = torch._sample_dirichlet(chi, generator)
             out = out if kernel.event_dim else out[..., 0]
         return out.reshape(n, *self.batch, *self.event).to(self.dtype)
+
+
+def _covariance_of_elements(df: Tensor, mean: Tensor) -> Tensor:
+    """Cov(Λ_ij, Λ_kl) = (E_ik E_jl + E_il E_jk) / ν of a Wishart with mean E. # (..., D², D²)"""
+    straight = torch.einsum("...ik,...jl->...ijkl", mean, mean)
+    crossed = torch.einsum("...il,...jk->...ijkl", mean, mean)
+    return (straight + crossed).flatten(-4, -3).flatten(-2) / df
+
+
+def _drawn_matrices(chi: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draws of Wisharts: L A Aᵀ Lᵀ, with A triangular (Bartlett, 1933). # (..., D, D)"""
+    inverse = matrix_of(chi)
+    size = inverse.shape[-1]
+    halves = (chi[..., :1] - torch.arange(size, device=chi.device)) / 2
+    diagonal = (2 * torch._standard_gamma(halves.contiguous(), generator)).sqrt()
+    noise = torch.randn(
+        inverse.shape, generator=generator, dtype=inverse.dtype, device=inverse.device
+    )
+    # V = U⁻ᵀ U⁻¹ where V⁻¹ = U Uᵀ: any square root of V will do.
+    factor = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(inverse).mT, noise.tril(-1) + torch.diag_embed(diagonal), upper=True
+    )
+    return factor @ factor.mT
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,7 @@ def conjugate_given(
     chi = kernel.chi(arguments) if wanted is kernel.distribution else _of_gamma(arguments)
     # One draw of all discrete latents stands before none: the given q knows no cells.
     shape = (*group.value.shape[1 : 1 + group.n_plates], *group.value.shape[1 + len(group.sizes) :])
-    shape = shape[:-1] if kernel.event_dim else shape
+    shape = shape[: len(shape) - kernel.event_dim]
     try:
         rows = chi.squeeze().expand(*shape, chi.shape[-1]) if chi.dim() == 1 else chi
         rows = rows.reshape(block.count, 1, chi.shape[-1])

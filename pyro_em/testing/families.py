@@ -121,9 +121,12 @@ class _FamilyCase:
         return argument[self.labels]
 
     def _constraint(self, name: str) -> constraints.Constraint:
-        """What the distribution says of an argument; real where that depends on another argument."""
+        """What the distribution says of an argument; real for a number bounded by another argument."""
         declared = self.family.distribution.arg_constraints  # type: ignore[attr-defined]
-        return declared[name] if isinstance(declared, Mapping) else constraints.real
+        if not isinstance(declared, Mapping):
+            found = self.family.distribution(**self.arguments).arg_constraints[name]
+            return found if found.event_dim else constraints.real
+        return declared[name]
 
     def check_density(self) -> None:
         """log p as the record computes it, against the distribution's own."""

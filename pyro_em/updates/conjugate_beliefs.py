@@ -137,3 +137,20 @@ def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
             moved = binding.constant + factor.log().to(binding.constant)
             return replace(binding, constant=moved)
     return None
+
+
+def with_precision(group: Group, name: str, mean: Tensor) -> Group:
+    """A site whose precision matrix, a known multiple of a latent, is that of the latent's mean.
+
+    Args:
+        group: With the latent at its unit, whose diagonal is one.
+        name: The argument.
+        mean: E[Λ]. # (1, *plates or 1s, *states or 1s, *to_event or 1s, D, D)
+    """
+    own, binding = group.arguments[name], group.bindings[name]
+    constant = binding.constant[..., :1, :1] * mean.to(binding.constant)
+    return replace(
+        group,
+        arguments={**group.arguments, name: own[..., :1, :1] * mean.to(own)},
+        bindings={**group.bindings, name: replace(binding, constant=constant)},
+    )

@@ -21,7 +21,6 @@ P = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
 H = torch.tensor([0.3, 0.8])
 LOC = torch.tensor([[0.0, 1.0], [3.0, -1.0]])
 COV = torch.tensor([[[1.0, 0.3], [0.3, 0.5]], [[2.0, -0.4], [-0.4, 1.0]]])
-
 CASES = {
     "Categorical": (dist.Categorical, {"probs": P}),
     "Categorical logits": (dist.Categorical, {"logits": P.log()}),
@@ -82,6 +81,7 @@ CASES = {
         dist.MultivariateNormal,
         {"loc": LOC, "precision_matrix": torch.linalg.inv(COV)},
     ),
+    "Wishart": (dist.Wishart, {"df": torch.tensor([4.0, 7.0]), "covariance_matrix": COV}),
 }
 
 
