@@ -1,6 +1,6 @@
 """Distribution families with closed-form updates, looked up by exact type.
 
-A density is inherited by subclasses, a maximum-likelihood rule is not: ``Chi2`` is not ``Gamma``. The
+A density is inherited by subclasses, a maximum-likelihood rule is not. The
 record is `family.Family`, the functional forms that its rules can have are in `forms` (what each
 answers: `form`), the table of all records in `registry`.
 

@@ -266,8 +266,8 @@ class Family:
         additive: Whether statistics can be summed over parts of the data.
         magnitude: The size of data on the scale of the location, against which a spread is called
             collapsed; the absolute value by default.
-        natural: The linear form of the density, where arguments have no rules but a joint maximiser
-            from sums.
+        natural: The linear form of the density; arguments without rules have a joint maximiser from its
+            sums.
         predictors: Arguments without a rule of which a link is a linear predictor, given the others.
 
     Example:

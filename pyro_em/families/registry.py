@@ -1,6 +1,6 @@
 """Distribution families with closed-form updates, looked up by exact type.
 
-A density is inherited by subclasses, a maximum-likelihood rule is not: ``Chi2`` is not ``Gamma``.
+A density is inherited by subclasses, a maximum-likelihood rule is not.
 To add a family, copy a neighbour in one of the files beside this one, add it to that file's
 ``FAMILIES`` and let `pyro_em.testing.check_family` judge it; or call `register_family`.
 """
@@ -21,6 +21,7 @@ from pyro_em.families import (
     exponential,
     missing,
     normal,
+    one_sided,
     overdispersed,
     rates,
     student,
@@ -36,6 +37,7 @@ REGISTRY: dict[type, Family] = {
         exponential,
         overdispersed,
         student,
+        one_sided,
         normal,
         missing,
         uniform,
@@ -64,12 +66,12 @@ def register_family(family: Family, *, replace: bool = False) -> Family:
     Example:
         >>> import pyro.distributions as dist
         >>> from pyro_em import Family, Kind, Rule, register_family
-        >>> rayleigh_like = Family(
+        >>> half_normal = Family(
         ...     dist.HalfNormal,
         ...     statistics=lambda x, a: {"square": x * x},
         ...     rules={"scale": Rule(Kind.SCALE, lambda s, a: (s["square"], s["weight"]))},
         ... )
-        >>> register_family(rayleigh_like, replace=True).name
+        >>> register_family(half_normal, replace=True).name
         'HalfNormal'
     """
     if not isinstance(family, Family):
@@ -125,6 +127,9 @@ def given_arguments(fn: Any, family: Family) -> dict[str, torch.Tensor]:
         return {**inner, **extra}
     if isinstance(fn, torch.distributions.LogNormal):
         return {"loc": fn.base_dist.loc, "scale": fn.base_dist.scale}
+    if isinstance(fn, torch.distributions.Chi2):  # its own ``df`` would be made for every row
+        each = tuple(slice(0, 1) if s == 0 else slice(None) for s in fn.concentration.stride())
+        return {"df": (2 * fn.concentration[each]).expand(fn.concentration.shape)}
     attributes = vars(fn)
     if "_param" in attributes:
         chosen = "probs" if attributes["_param"] is attributes.get("probs") else "logits"

@@ -79,7 +79,8 @@ def check_family(
             case.check_additive()
         if family.natural is not None:
             case.check_linear_form()
-        jointly = () if family.natural is None else family.natural.arguments
+        natural = () if family.natural is None else family.natural.arguments
+        jointly = tuple(name for name in natural if name not in family.rules)
         each = [(name,) for name in family.rules] + [jointly] * bool(jointly)
         for together in each:
             names = tuple(name for name in together if name in typed)

@@ -78,7 +78,7 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
                 predicted.append(f"{group.distribution}.{argument}")
                 if not is_real(constraint):
                     weakest = weakest or f"its constraint {constraint} bounds {where}"
-            elif group.family.natural is not None:
+            elif group.family.natural is not None and argument not in group.family.rules:
                 joint.append(f"{group.distribution}.{argument}")
                 if group.family.natural.is_augmented and not _reads_a_latent(graph, group):
                     weakest = weakest or f"no closed form is known for it in {where}"

@@ -84,6 +84,8 @@ def _is_told_by_sums(group: Group, arguments: Arguments) -> bool:
         return False
     if group.value_binding is not None or not group.is_static or is_incomplete(group):
         return False
+    if any(n in group.bindings and group.bindings[n].params for n in family.constants):
+        return False  # sums were taken where it was
     if family.natural is not None or any(a.dtype != torch.float64 for a in arguments.values()):
         return False
     found = main_rule(family, arguments)
