@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.densities.density import PlainRows
 from pyro_em.families.family import Statistics
 from pyro_em.families.student import expected_logarithm, log_normaliser
 from pyro_em.graph.factors import Group
@@ -56,7 +57,7 @@ class _Chunk:
 
 
 @dataclass(eq=False)
-class StudentRows:
+class StudentRows(PlainRows):
     """The rows of a group of Student sites with component-wise arguments.
 
     Attributes:
@@ -125,10 +126,6 @@ class StudentRows:
             out.append(torch.stack(parts, -1))
         return torch.cat(out, -1)
 
-    def over_rows(self, p: Students, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
-
     def about(self, before: Students, now: Students, moments: Tensor, mass: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`; expected precisions stay as they were."""
         weight, zeroth, first, second, rest = self._plain(before, moments)
@@ -152,10 +149,6 @@ class StudentRows:
         # log E[u] = log(1 + 1/ν) − log(1 + t)
         rest = weight * (most.log() + expected_logarithm(df) + 1) - logs - zeroth
         return weight, zeroth, most * width * first, most * width**2 * second, rest
-
-    def correction(self, p: Students, moments: Tensor, mass: Tensor) -> Tensor | float:
-        """Nothing: all is computed in float64."""
-        return 0.0
 
     def statistics(
         self, p: Students, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]
