@@ -159,16 +159,16 @@ def elbo_terms(evaluation: Evaluation, q: Posterior, at: Posterior) -> ELBOTerms
     parts = [float(dot(w, t)) for w, t in zip(q.counts, evaluation.tables, strict=True)]
     entropy = q.entropy()
     value = sum(parts) + q.entropy_value
+    joint = value - entropy
     data = [g.role is Role.DATA and g.nested is None for g in graph.groups]
     reconstruction = sum(p for is_data, p in zip(data, parts, strict=True) if is_data)
     if q.solved:
         integrated = gaussian_terms(evaluation, q)
         reconstruction += integrated.reconstruction
         if integrated.joint is not None:
-            value += integrated.joint + entropy - q.entropy_value
-            value -= sum(parts[g] for g in q.solved)
+            joint = sum(parts) - sum(parts[g] for g in q.solved) + integrated.joint
+            value = joint + entropy  # minus infinity at values, whose entropy is
             value = -math.inf if math.isnan(value) else value
-    joint = value - entropy
     unnormalised = any(g.distribution == "Unit" for g in graph.groups)
     assert at.log_evidence is not None
     return ELBOTerms(

@@ -46,6 +46,7 @@ class ConjugateSolution:
         distinct: χ of the posterior, of elements that are alike once. # (distinct, cells or 1, P)
         constants: Σ log base of each site, over the table. # (1, *sizes or 1s, *states or 1s) each
         place: Which of the distinct ones each element has; None where all are distinct. # (elements,)
+        values: t(λ) where the latent has values, in place of a distribution. # (elements, 1, P)
     """
 
     kernel: PriorKernel
@@ -53,6 +54,7 @@ class ConjugateSolution:
     distinct: Tensor
     constants: tuple[Tensor, ...]
     place: Tensor | None = None
+    values: Tensor | None = None
 
     def of_elements(self, distinct: Tensor) -> Tensor:
         """What was computed for distinct elements, for all. # (elements, ...)"""
@@ -72,16 +74,20 @@ class ConjugateSolution:
     @cached_property
     def t(self) -> Tensor:
         """E[t] under the posterior. # (elements, cells or 1, P)"""
+        if self.values is not None:
+            return self.values
         return self.of_elements(self.kernel.expected(self.distinct))
 
     def entropy(self) -> Tensor:
-        """In nats. # (elements, cells or 1)"""
+        """In nats, −inf of values. # (elements, cells or 1)"""
         chi, t = self.chi, self.t
+        if self.values is not None:
+            return torch.full_like(t[..., 0], -math.inf)
         return self.kernel.normaliser(chi) - (chi * t).sum(-1) - self.kernel.base(t)
 
     def is_of(self, other: object) -> bool:
         """Whether it is the posterior that another one is."""
-        if self is other or not isinstance(other, ConjugateSolution):
+        if self is other or not isinstance(other, ConjugateSolution) or self.values is not None:
             return self is other
         return self.chi.shape == other.chi.shape and bool((self.chi == other.chi).all())
 

@@ -64,9 +64,7 @@ def _at_values(
     t = block.kernel.statistics_at(rows)
     if not bool(torch.isfinite(t).all()):
         raise UsageError(_unfit(block, where, "a value is at the end of its support", wanted))
-    out = replace(solution)
-    vars(out)["t"] = t.reshape(block.count, 1, -1)
-    return out
+    return replace(solution, values=t.reshape(block.count, 1, -1))
 
 
 def _of_gamma(a: Arguments) -> torch.Tensor:

@@ -347,6 +347,10 @@ def test_hyperparameters_take_the_published_path() -> None:
     given = em.elbo(x, q={"rate": dist.Gamma(at[0] + x, at[1] + 1)})
     assert given.gap == pytest.approx(0.0, abs=1e-9)
     assert em.elbo(x, q={"rate": dist.Gamma(1 + x, 2.0)}).gap > 1
+    point = em.elbo(x, q={"rate": dist.Delta(1 + x)})
+    log_joint = dist.Gamma(*at).log_prob(1 + x) + dist.Poisson(1 + x).log_prob(x)
+    assert point.expected_log_joint == pytest.approx(float(log_joint.sum()), abs=1e-9)
+    assert point.gap == math.inf
     with pytest.raises(UsageError, match="no Gamma"):
         em.elbo(x, q={"rate": dist.LogNormal(x, 1.0)})
 
