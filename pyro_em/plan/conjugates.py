@@ -86,15 +86,17 @@ class Conjugates:
         return differing_reads(self.reads, *run, self.kernels, values)
 
     def require_apart(self, lines: Mapping[str, Line]) -> None:
-        """Refuse sites that read Gaussian latents as well.
+        """Refuse sites that read Gaussian latents as well, or are such latents themselves.
 
         Raises:
             NotConjugate: If there is one.
         """
         for site, read in self.reads.items():
             if site in lines:
-                gaussian = lines[site].reads[0].latent
-                what = f"it reads Gaussian '{gaussian}' and '{read.latent}'."
+                own = lines[site].reads
+                what = f"'{site}' is a Gaussian latent, and its spread reads '{read.latent}'."
+                if own:
+                    what = f"it reads Gaussian '{own[0].latent}' and '{read.latent}'."
                 raise refused(read.latent, f"site '{site}'", what)
 
     def rows(self, bare: Structure) -> dict[str, Route]:
