@@ -302,6 +302,9 @@ def as_predicted(
         return None
     (predictor,) = found
     lead, event = predictor.lead, predictor.event
+    own = not group.observed
+    if own and not event:  # a latent of two values has no row of logits, one for each
+        return None
     rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
     block = updates[names[0]].block
     parts = designs_of(predictor.binding, block, values, lead, event)
@@ -326,7 +329,6 @@ def as_predicted(
         columns = columns.reshape(len(parts), -1).expand(K, -1).contiguous()
         return Numbers(x, columns, parameters, n, d, base, offset, link)
     columns = columns.reshape(len(parts), row.numel(), -1)
-    own = not group.observed
     if own and (len(parts) != 1 or row.numel() != K):
         return None
     if not own and len(parts) == 1:  # the same of all components

@@ -158,3 +158,25 @@ def test_data_that_separate_are_said_by_the_kernel_too() -> None:
 
 def test_against_the_joint_table() -> None:
     check_block(Mixture, partial(rows, "poisson", n=6))
+
+
+def test_a_gate_of_two_values_is_that_of_two_logits() -> None:
+    """A Bernoulli latent has one predictor where a Categorical one has a row of logits."""
+
+    def model(x: Tensor, two: bool) -> None:
+        w = pyro.param("w", W[0])
+        m = pyro.param("m", torch.tensor([-1.0, 1.0]))
+        with pyro.plate("n", N):
+            eta = x @ w
+            if two:
+                z = pyro.sample("z", dist.Categorical(logits=torch.stack([0 * eta, eta], -1)))
+            else:
+                z = pyro.sample("z", dist.Bernoulli(logits=eta)).long()
+            pyro.sample("y", dist.Normal(m[z], 1.0), obs=REAL)
+
+    paths = []
+    for two in (False, True):
+        pyro.clear_param_store()
+        paths.append(ExactPosteriorEM(model).fit(X, two, max_steps=4, tol=0, progress=False))
+    np.testing.assert_allclose(paths[0].history, paths[1].history, rtol=1e-12)
+    torch.testing.assert_close(paths[0].params["w"], paths[1].params["w"], rtol=1e-8, atol=1e-8)
