@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def separated(
             break
         flat -= values[p].numel()
     shape = values[name].shape
-    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), shape)) if shape else ()
+    place = tuple(int(i) for i in np.unravel_index(flat, shape)) if shape else ()
     which = f", element {place[0] if len(place) == 1 else place}" if place else ""
     reached = predictors_of(graph, [name])
     sites = dict.fromkeys(graph.groups[p.group].members[0] for p in reached)

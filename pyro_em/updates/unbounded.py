@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import isfinite
 
-import torch
+import numpy as np
 
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph
@@ -48,8 +48,7 @@ def unbounded_in_words(graph: FactorGraph, runaway: Runaway, now: float | None =
     parameter = graph.parameters[name]
     value = parameter.value()
     shape = parameter.unconstrained.shape if now is None else value.shape
-    index = torch.unravel_index(torch.tensor(runaway.element), shape) if shape else ()
-    place = tuple(int(i) for i in index)
+    place = tuple(int(i) for i in np.unravel_index(runaway.element, shape)) if shape else ()
     which = f"component {place[0] if len(place) == 1 else place}" if place else "its only component"
     if now is None and value.shape == shape:
         now = float(value[place])
