@@ -116,7 +116,10 @@ def as_counts(group: Group, K: int, all_data: AllData | None = None) -> CountRow
         return None
     lead = 1 + group.n_plates
     value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
+    if value.shape[lead] != 1 or math.prod(value.shape[:lead]) != rows:
+        return None
+    # A row of many has the levels of all: sums of parts are of one size.
+    if rows == 1 and (all_data is None or all_data.rows == 1):
         return None
     if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
         return None

@@ -12,7 +12,10 @@ from torch import Tensor
 from pyro_em.fitting.chunk_by_chunk import HOW, at_rows, with_rows_beside
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.progress import bar_of_rows
-from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
+from pyro_em.fitting.rows_alone import (
+    refuse_rows_that_differ_where_alone,
+    refuse_rows_that_see_others,
+)
 from pyro_em.fitting.session import Session
 from pyro_em.graph.all_data import AllData
 from pyro_em.plan.other_rows import OtherRows
@@ -48,6 +51,7 @@ def chunked(
     kwargs: dict[str, Any],
     progress: bool | None,
     keeps: bool = True,
+    is_online: bool = False,
 ) -> Parted:
     """The parts of a fit to chunks.
 
@@ -59,6 +63,7 @@ def chunked(
         kwargs: Its keyword arguments.
         progress: Whether a bar of each pass is shown.
         keeps: Whether few data are read once.
+        is_online: Whether a step is made of a chunk, which sees by itself what rows share.
 
     Raises:
         PyroEMError: If a chunk cannot be used.
@@ -67,6 +72,8 @@ def chunked(
     require_partable(lead, HOW)
     beside = with_rows_beside(session, lead, chunks, rest, kwargs)
     refuse_rows_that_see_others(session.planner, beside, HOW, len(lead.args) - len(rest))
+    if not is_online:
+        refuse_rows_that_differ_where_alone(lead, beside)
     data = Parted.of(OverParts(passes), Part(noted(lead)), HOW)
     if data.is_quick:
         passes.all_data = data.all_data

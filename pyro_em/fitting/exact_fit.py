@@ -79,7 +79,10 @@ def _fit(call: Call, program: Program, data: Parted | None, kept: Kept | None) -
         rest = call.args[1:]
         # Where the order of batches matters, it is the source's in each pass.
         keeps = wishes.online is None or chunks.is_ordered
-        data = chunked(session, program, chunks, rest, call.kwargs, wishes.progress, keeps)
+        is_online = wishes.online is not None
+        data = chunked(
+            session, program, chunks, rest, call.kwargs, wishes.progress, keeps, is_online
+        )
     lead = program if data is None else data.lead
     em = Guarded(lead, session.m_step_state, data, remembers=kept is not None)
     if kept is not None:

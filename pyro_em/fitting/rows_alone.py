@@ -23,6 +23,7 @@ from pyro_em.errors import PyroEMError, UsageError, message
 from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.tracing.randomness import same_random_state
 
 logger = logging.getLogger("pyro_em")
@@ -95,6 +96,49 @@ def refuse_rows_that_see_others(
                     ],
                 )
             )
+
+
+def refuse_rows_that_differ_where_alone(lead: Program, beside: Program) -> None:
+    """Refuse chunks of a single row where rows differ in what a single one seems to share.
+
+    A row's own exposure is a number like any other where no second row is beside it, and sums over
+    such rows would be those of another model.
+
+    Args:
+        lead: The model with the first chunk.
+        beside: The model with several rows; the same where the first chunk has several.
+
+    Raises:
+        UsageError: If an argument of a site has a value for each row.
+    """
+    if beside is lead:
+        return
+    # What reads integrated latents has sums of its own, of one row as of many.
+    nested = [g.nested for g in lead.graph.groups if g.nested is not None]
+    integrated = {site for latents in nested for g in latents.groups for site in g.members}
+    single = {g.members: g for g in for_updates(lead.graph).groups}
+    for group in for_updates(beside.graph).groups:
+        alone = single.get(group.members)
+        if alone is None or group.members[0] in integrated:
+            continue
+        for name, argument in group.arguments.items():
+            own = alone.arguments.get(name)
+            # Predictors of data, and what no form is known of, are a row's own in one row as in many.
+            binding = alone.bindings.get(name)
+            is_own = binding is not None and binding.how in ("affine", "opaque")
+            if is_own and group.observed:
+                continue
+            plates = slice(1, 1 + group.n_plates)
+            if own is not None and own.shape[plates] != argument.shape[plates]:
+                raise UsageError(
+                    message(
+                        f"site '{group.members[0]}'",
+                        f"its {name} has a value for each row, and the data are given in chunks of a "
+                        "single row.",
+                        "beside no other row that value looks like one that all rows share",
+                        ["give two rows at least to each chunk: Chunks(..., rows=1000)"],
+                    )
+                )
 
 
 def _numbers(program: Program) -> Iterator[Tensor]:

@@ -212,13 +212,18 @@ def require_alike(part: Part, lead: Program) -> None:
     program = part.program
     found = _difference(program, lead)
     if found is not None:
+        fixes = ["let the model depend on the parameters and on each row's data alone"]
+        if part.rows == 1:  # what differs between rows looks shared where there is one
+            fixes.insert(
+                0, "choose parts in which no row is alone: another number of rows per part"
+            )
         raise ModelError(
             message(
                 f"{found.where}, rows from {part.begin}",
                 found.what,
                 "every part of the data has to read as the same model, so that sums over parts are "
                 "sums over all data",
-                ["let the model depend on the parameters and on each row's data alone"],
+                fixes,
             )
         )
 

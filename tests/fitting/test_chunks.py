@@ -446,6 +446,48 @@ def test_chunks_of_one_row_are_looked_at_together(model: Any) -> None:
         em.score(Chunks(_X, rows=1))
 
 
+def exposed(x: Tensor, exposure: Tensor) -> None:
+    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=constraints.simplex)
+    rate = pyro.param("rate", torch.tensor([0.5, 3.0]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Poisson(rate[z] * exposure), obs=x)
+
+
+def overdispersed(x: Tensor) -> None:
+    w = pyro.param("w", torch.tensor([0.5, 0.5]), constraint=constraints.simplex)
+    shape = pyro.param("shape", torch.tensor([1.0, 3.0]), constraint=constraints.positive)
+    rate = pyro.param("rate", torch.tensor([1.0, 0.5]), constraint=constraints.positive)
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.GammaPoisson(shape[z], rate[z]), obs=x)
+
+
+_FEW_COUNTS = torch.tensor([0.0, 3.0, 1.0, 7.0, 2.0])
+
+
+def test_rows_that_differ_are_not_read_one_by_one() -> None:
+    exposure = torch.linspace(0.5, 2.0, len(_FEW_COUNTS))
+    pyro.clear_param_store()
+    with pytest.raises(UsageError, match=r"its rate has a value for each row.*a single row"):
+        ExactPosteriorEM(exposed).fit(Chunks(_FEW_COUNTS, exposure, rows=1), progress=False)
+    paths = []
+    for args in ((_FEW_COUNTS, exposure), (Chunks(_FEW_COUNTS, exposure, rows=2),)):
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(exposed).fit(*args, max_steps=2, tol=0.0, progress=False)
+        paths.append(result.log_evidence)
+    assert paths[1] == pytest.approx(paths[0], rel=1e-12)  # the last chunk has a single row
+
+
+def test_counts_of_a_single_row_are_among_the_levels_of_all() -> None:
+    paths = []
+    for data in (_FEW_COUNTS, Chunks(_FEW_COUNTS, rows=1)):
+        pyro.clear_param_store()
+        fit = ExactPosteriorEM(overdispersed).fit(data, max_steps=2, tol=0.0, progress=False)
+        paths.append(fit.log_evidence)
+    assert paths[1] == pytest.approx(paths[0], rel=1e-10)
+
+
 def test_a_budget_does_not_part_what_sees_all_rows() -> None:
     x = torch.cat([_X.repeat(100) - 3, _X.repeat(100) + 3])
     for model, serves in ((mixture, True), (centred, False)):
