@@ -158,6 +158,8 @@ class NaturalForm:
         is_augmented: Whether the E-step takes in more than the model's latents: T(x) holds expectations
             under a posterior at the arguments of the E-step, and `terms` is a lower bound up to terms
             free of the arguments.
+        spread: A spread, and the location that it is about, where the density has no bound as the
+            spread goes to zero on equal data.
     """
 
     arguments: tuple[str, ...]
@@ -167,6 +169,7 @@ class NaturalForm:
     base: Callable[[Tensor], Tensor] | None = None
     references: tuple[str, ...] = ()
     is_augmented: bool = False
+    spread: tuple[str, str] | None = None
 
     def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
         """What E_q[log p] of each cell is a sum of, up to Σ h, in nats. # (*cells, terms)

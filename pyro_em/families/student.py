@@ -112,6 +112,7 @@ FAMILIES = (
             derivatives=_derivatives,
             references=("loc",),
             is_augmented=True,
+            spread=("scale", "loc"),
         ),
     ),
 )

@@ -30,6 +30,7 @@ from pyro_em.families.exponential import FAR
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.blocks import Places, Problem, There
+from pyro_em.updates.collapses import refuse_collapse
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.placed import places_of
 from pyro_em.updates.unbounded import Runaway, unbounded_in_words
@@ -101,7 +102,7 @@ class NewtonSolver:
 
         Raises:
             AtEdge: If data at the end of a support decide.
-            DegenerateError: If the expected log joint rises without end.
+            DegenerateError: If the expected log joint rises without end, or a spread collapses.
         """
         # An M-step on sums runs in inference mode, which knows no derivatives.
         with torch.inference_mode(False):
@@ -118,6 +119,7 @@ class NewtonSolver:
                     read = without & (own > -1)
                     empty[name] = [int(i) for i in read.nonzero().reshape(-1)]
                 new[name] = value.reshape(before[name].shape).to(values[name])
+        refuse_collapse(self.graph, self.groups, self.block, {**values, **new})
         return new, empty
 
     def _climb(self, problem: Problem, u: Tensor) -> Tensor:

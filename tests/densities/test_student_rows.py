@@ -13,7 +13,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from torch.distributions import constraints as C
 
-from pyro_em import Chunks, ExactPosteriorEM
+from pyro_em import Chunks, EMStatus, ExactPosteriorEM
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.testing import check_block
@@ -105,3 +105,18 @@ def test_the_fixed_point_is_the_maximum_of_the_evidence() -> None:
     best = minimize(negative, here + 0.05, method="BFGS", options={"gtol": 1e-7})
     assert best.fun == pytest.approx(negative(here), abs=1e-7)
     assert best.x == pytest.approx(here, abs=1e-3)
+
+
+def test_a_scale_that_collapses_on_equal_data_is_named() -> None:
+    def model(x: Tensor) -> None:
+        m = pyro.param("m", torch.tensor([0.9, -1.0]))
+        a = pyro.param("a", torch.tensor([1.0, 3.0]), constraint=C.positive)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("x", dist.StudentT(3.0, m[z], a[z]), obs=x)
+
+    x = torch.tensor([1.0, 1.0, 1.0, 1.0, 5.0, -3.0, 2.0])
+    with pytest.warns(UserWarning, match=r"parameter 'a', component 0: its spread collapses"):
+        result = ExactPosteriorEM(model).fit(x, progress=False)
+    assert result.status is EMStatus.DEGENERATE
+    assert 1e-15 < float(result.params["a"][0]) < 1e-3  # before it was rounding

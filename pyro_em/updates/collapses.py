@@ -1,0 +1,61 @@
+"""Spreads that have shrunk to the rounding of what they spread about: a density without bound."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_em.errors import DegenerateError, message
+from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.scatter import component_in_words
+
+_ROUNDINGS = 4.0  # of the largest location: a spread below it is the rounding of equal data
+
+
+def refuse_collapse(
+    graph: FactorGraph, groups: Sequence[int], block: Collection[str], values: Mapping[str, Tensor]
+) -> None:
+    """Name a parameter of a spread that collapses on equal data or on a single point.
+
+    Args:
+        graph: The factor graph.
+        groups: Groups whose densities are in linear form.
+        block: The parameters that were solved for.
+        values: The parameters after the update.
+
+    Raises:
+        DegenerateError: If there is one.
+    """
+    for g in groups:
+        group = graph.groups[g]
+        natural = group.family.natural if group.family is not None else None
+        if natural is None or natural.spread is None:
+            continue
+        spread, about = natural.spread
+        names = [n for n in group.bindings[spread].params if n in block]
+        if not names:
+            continue
+        arguments = group.evaluate_arguments(values)
+        rounding = torch.finfo(arguments[spread].dtype).eps * arguments[about].abs().amax()
+        if not bool((arguments[spread] <= _ROUNDINGS * rounding).any()):
+            continue
+        name = names[0]
+        value = values[name]
+        at = component_in_words(value, 0, int(value.abs().argmin()))
+        raise DegenerateError(
+            message(
+                f"parameter '{name}', {at}",
+                f"its spread collapses: {spread} would become {float(arguments[spread].min()):.3g}. "
+                "The update was rolled back.",
+                "a component that holds a single point, or equal data, has unbounded likelihood; it is "
+                f"estimated from site '{group.members[0]}'",
+                [
+                    "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+                    f"keep it away from zero: pyro.param('{name}', ..., "
+                    "constraint=constraints.greater_than(1e-3))",
+                    "use fewer components, or share the spread between them",
+                ],
+            )
+        )
