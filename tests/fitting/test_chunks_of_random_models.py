@@ -15,7 +15,14 @@ from hypothesis import settings as hypothesis_settings
 from torch import Tensor
 
 from pyro_em import Chunks, DegenerateError, ExactPosteriorEM, UsageError
-from tests.posteriors.random_models import RANK, Builder, RandomModel, seeds, short_gradients
+from tests.posteriors.random_models import (
+    RANK,
+    Builder,
+    RandomModel,
+    determined,
+    seeds,
+    short_gradients,
+)
 
 
 class OfRows(Builder):
@@ -43,7 +50,7 @@ def of_rows(model: RandomModel) -> tuple[Callable[..., Any], list[Tensor]]:
 
 
 @pytest.mark.filterwarnings("ignore::pyro_em.PyroEMWarning")
-@hypothesis_settings(max_examples=5)
+@hypothesis_settings(max_examples=4)
 @given(seed=seeds)
 def test_chunks_give_the_sums_of_all_rows(seed: int) -> None:
     model = OfRows(seed).build()
@@ -51,10 +58,11 @@ def test_chunks_give_the_sums_of_all_rows(seed: int) -> None:
     run, data = of_rows(model)
     rows = len(data[0])
     results = []
-    for chunks in (None, 1, 3, 7):
+    for chunks in (None, 3, 7):
         with pyro.get_param_store().scope():
             em = ExactPosteriorEM(run)
-            short = short_gradients(em.plan(*data).updates)
+            updates = em.plan(*data).updates
+            short = short_gradients(updates)
             # At kinks rounding decides where a search ends that is cut short.
             assume(not short or "Laplace" not in repr(model))
             if short:
@@ -66,14 +74,20 @@ def test_chunks_give_the_sums_of_all_rows(seed: int) -> None:
                 assume(False)
             except UsageError as error:
                 assume("median" not in str(error))  # of all rows at once
+                if "chunks of a single row" in str(error):  # what differs between rows is not seen
+                    continue
                 raise
-            results.append((result, set(short)))
-    (whole, searched), *others = results
-    for found, _ in others:
-        after = pytest.approx(list(whole.history.after_m_step), rel=1e-6 if searched else 1e-11)
+            results.append((result, set(short), determined(updates, result.params)))
+    (whole, searched, known), *others = results
+    for found, _, _ in others:
+        exact = (
+            1e-11 if known.keys() == whole.params.keys() else 1e-9
+        )  # what Newton's method leaves
+        tolerance = 1e-6 if searched else exact
+        after = pytest.approx(list(whole.history.after_m_step), rel=tolerance)
         assert list(found.history) == pytest.approx(list(whole.history), rel=1e-11), model
         assert list(found.history.after_m_step) == after, model
-        for name in whole.params.keys() - searched:
+        for name in known.keys() - searched:
             torch.testing.assert_close(
                 found.params[name],
                 whole.params[name],

@@ -286,7 +286,8 @@ def test_memory_does_not_grow_with_rows_and_no_thread_keeps_a_process(tmp_path: 
     command = [sys.executable, "-c", _FRESH_PROCESS, *paths]
     said = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
     peaks = [int(n) for n in said.split()]
-    assert len(peaks) == 2 and max(peaks) < 6e6, peaks
+    # Where the allocator is busy a few chunks more are resident; all rows would be 38 MB.
+    assert len(peaks) == 2 and max(peaks) < 12e6, peaks
 
 
 def test_files_of_columns_need_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
