@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -15,53 +15,45 @@ from pyro_em.tracing.sites import Role
 
 def without_values(model: Model) -> Model:
     """The model that draws its latents, where it is one in which some have values."""
-    while isinstance(model, (GivenGaussians, GivenConjugates)):
+    while isinstance(model, Given):
         model = model.model
     return model
 
 
 @dataclass(frozen=True, eq=False)
-class GivenGaussians:
-    """A model whose Gaussian latents are at given values, wherever it is run.
+class Given:
+    """A model some of whose latents are at given values, wherever it is run.
 
     Attributes:
         model: The user's model.
         values: Per latent its value. # (*batch, *event)
+        role: What these latents are.
     """
 
     model: Model
     values: Mapping[str, Tensor]
+    role: ClassVar[Role]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        with GiveValues(self.values, dict.fromkeys(self.values, Role.GAUSSIAN), {}):
+        with GiveValues(self.values, dict.fromkeys(self.values, self.role), {}):
             return self.model(*args, **kwargs)
 
-    def at(self, values: Mapping[str, Tensor]) -> GivenGaussians:
+    def at(self, values: Mapping[str, Tensor]) -> Self:
         """The same model with other values of its latents."""
         return replace(self, values=values)
 
 
-@dataclass(frozen=True, eq=False)
-class GivenConjugates:
-    """A model whose conjugate latents are at given values, wherever it is run.
+class GivenGaussians(Given):
+    """A model whose Gaussian latents are at given values."""
 
-    Attributes:
-        model: The user's model.
-        values: Per latent its value. # (*batch, *event)
-    """
+    role = Role.GAUSSIAN
 
-    model: Model
-    values: Mapping[str, Tensor]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        with GiveValues(self.values, dict.fromkeys(self.values, Role.CONJUGATE), {}):
-            return self.model(*args, **kwargs)
+class GivenConjugates(Given):
+    """A model whose conjugate latents are at given values."""
 
-    def at(self, values: Mapping[str, Tensor]) -> GivenConjugates:
-        """The same model with other values of its latents."""
-        return replace(self, values=values)
+    role = Role.CONJUGATE
 
 
 @dataclass(frozen=True, eq=False)
