@@ -57,11 +57,43 @@ def fits() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             z = pyro.sample("z", dist.Categorical(logits=X @ G.T))
             pyro.sample("y", dist.Normal((B[z] * X).sum(-1), 1.0), obs=y)
 
+    def bent(X, y):
+        B = pyro.param("B", lambda: 0.1 * torch.randn(2, 2))
+        with pyro.plate("n", len(X)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            rate = torch.nn.functional.softplus((B[z] * X).sum(-1))
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    def two_chains(x):
+        A = pyro.param("A", lambda: torch.tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=C.simplex)
+        mu = pyro.param("mu", lambda: torch.randn(2, 2))
+        z = u = torch.tensor(0)
+        for t in pyro.markov(range(len(x))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            u = pyro.sample(f"u_{t}", dist.Categorical(A[u]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z, u], 1.0), obs=x[t])
+
+    def gammas(y):
+        a = pyro.param("a", torch.tensor([1.0, 3.0]), constraint=C.positive)
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2))
+            pyro.sample("y", dist.Gamma(a[z], 1.0), obs=y)
+
+    def own_rates(y):
+        a = pyro.param("a", torch.tensor(2.0), constraint=C.positive)
+        with pyro.plate("n", len(y)):
+            rate = pyro.sample("rate", dist.Gamma(a, 1.0))
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
     return {
         "mixture": (mixture, (x,)),
         "chain": (chain, (symbols,)),
-        "rates by L-BFGS": (rates, (X, counts)),
+        "rates by Newton's method": (rates, (X, counts)),
+        "rates by L-BFGS": (bent, (X, counts)),
         "experts": (experts, (X, y)),
+        "two chains": (two_chains, (y[:12],)),
+        "Newton on sums": (gammas, (y.abs(),)),
+        "conjugate": (own_rates, (counts,)),
     }
 
 

@@ -125,11 +125,12 @@ class Moves:
         labels = in_order(
             {*self.stages[0].before, *self.state}.union(*(s.table for s in self.stages))
         )
-        numbers = torch.arange(math.prod(self.shape(labels))).reshape(self.shape(labels))
-        index = dict(zip(labels, torch.unravel_index(numbers, self.shape(labels)), strict=True))
+        # `torch.unravel_index` would import sympy.
+        values = [torch.arange(size) for size in self.shape(labels)]
+        index = dict(zip(labels, torch.meshgrid(*values, indexing="ij"), strict=True))
 
         def flat(own: Sequence[Label]) -> Tensor:
-            out = torch.zeros_like(numbers)
+            out = torch.zeros(self.shape(labels), dtype=torch.long)
             for label in own:
                 out = out * self.sizes[label[0]] + index[label]
             return out.reshape(-1)
