@@ -70,7 +70,7 @@ def draw(failures: Tensor, hours: Tensor, result: EMResult, path: Path) -> None:
     axes.axhline(population, color="#888888", linewidth=0.8, label="population")
     axes.set_xlabel("pump")
     axes.set_ylabel("failures in a thousand hours")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
