@@ -44,6 +44,7 @@ from pyro_em.tracing.handlers import (
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
+from pyro_em.tracing.not_distributions import RequireDistributions
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
 from pyro_em.tracing.provenance import scopes_of, watched_mixing
 from pyro_em.tracing.randomness import (
@@ -217,7 +218,7 @@ def _plain_run(
     with LeftWhole(), ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(validated))
-        for messenger in (tracer, *more):
+        for messenger in (tracer, *more, RequireDistributions()):
             stack.enter_context(messenger)
         try:
             model(*args, **kwargs)

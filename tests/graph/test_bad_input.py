@@ -247,6 +247,13 @@ def many_problems(x: Tensor, y: Tensor) -> None:
         pyro.sample("x", dist.Normal(mu[0] + a + b, 1.0), obs=y)
 
 
+def given(x: Tensor, observed: Any = None, latent: Any = None) -> None:
+    """Sites with whatever is passed in place of their distributions."""
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", latent or dist.Bernoulli(0.5))
+        pyro.sample("x", observed or dist.Normal(0.0, 1.0), obs=x + 0 * z.mean())
+
+
 # ------------------------------------------------------------------ refusals
 
 NAN2 = "site 'x' | 2 of 5 observed values are NaN | first at index (2,) | obs_mask"
@@ -254,6 +261,8 @@ SUPPORT = "site 'x' | 1 of 2 | support | index (1,)"
 OUTSIDE = "outside every plate | pyro.plate | .to_event"
 IF = "'z' | if z | torch.where"
 LABELS = {"z": [0, 2, 0, 1, 1]}
+D = " | import pyro.distributions as dist, and write dist.Normal(...)"
+TORCHS = torch.distributions.Normal(0.0, 1.0)
 
 drawn: Any = lambda mu: mu[0] + pyro.sample("z", dist.Normal(0.0, 1.0))  # noqa: E731
 bent: Any = lambda mu: mu[0] + pyro.sample("z", dist.Normal(0.0, 1.0)).exp()  # noqa: E731
@@ -285,6 +294,21 @@ REFUSED: dict[str, tuple[type[PyroEMError], Callable[[], Any], str]] = {
     "category": (DataError, lambda: fit(emissions, tensor([0, 3])), SUPPORT),
     "impossible": (DataError, lambda: fit(emissions, tensor([0, 2])), "'x' | imposs | rows = 1"),
     "impossible chain": (DataError, lambda: fit(left_to_right, tensor([0, 1, 0])), "'x_2' | impos"),
+    # no distributions of Pyro's
+    "torch's": (ModelError, lambda: fit(given, X, TORCHS), "'x' | torch.distributions.Normal" + D),
+    "of a guide": (
+        ModelError,
+        lambda: EM(gmm, lambda *_: pyro.sample("h", TORCHS)).fit(X),
+        "'h' | torch.distributions.Normal" + D,
+    ),
+    "torch's z": (
+        ModelError,
+        lambda: fit(given, X, latent=torch.distributions.Categorical(torch.ones(2))),
+        "'z' | torch.distributions.Categorical | write dist.Categorical(...)",
+    ),
+    "a class": (ModelError, lambda: fit(given, X, dist.Normal), "'x' | class Normal | arguments"),
+    "a function": (ModelError, lambda: fit(given, X, latent=torch.zeros_like), "'z' | object"),
+    "a number": (ModelError, lambda: fit(given, X, 1.0), "'x' | type float | dist.Normal(loc"),
     # latents and enumeration
     "continuous": (ModelError, lambda: fit(rows, X, bent), "'z' | continuous | Normal | guide"),
     "guide lacks it": (ModelError, lambda: EM(rows, empty).fit(X, bent), "'z' | guide lacks it"),
