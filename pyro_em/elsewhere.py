@@ -48,8 +48,8 @@ _FITTED = (
 OF_EM = table(
     (
         "predict labels_ decode viterbi fit_predict assign classify map",
-        "fit the model with em.fit(x); em.posterior(x).mode() gives the most probable values of the "
-        "latents together, em.posterior(x).probs('z').argmax(-1) those of each row by itself",
+        "fit the model with em.fit(x); em.posterior(x).assignments('z') gives the most probable value "
+        "of each row by itself, em.posterior(x).mode() those of all latents together",
     ),
     (
         "predict_proba predict_log_proba transform fit_transform responsibilities resp_ probs "
@@ -61,7 +61,10 @@ OF_EM = table(
         "log_likelihood loglik log_prob log_evidence marginal_log_prob logpdf score_",
         "em.score(x) is the log evidence of data x in nats (em.elbo(x).value the bound)",
     ),
-    ("score_samples pointwise", "em.elbo(x).pointwise is the log evidence of each row in nats"),
+    (
+        "score_samples pointwise evidence_per_row",
+        "em.posterior(x).evidence_per_row is the log evidence of each row in nats",
+    ),
     (
         "get_forecast predict_ahead forecast_ahead",
         "em.forecast(longer) predicts the steps of a longer series that are NaN",
@@ -95,8 +98,8 @@ OF_EM = table(
 OF_RESULT = table(
     (
         "predict labels_ labels mode decode viterbi assignments z",
-        "result.posterior.mode() gives the most probable values of the latents; for new data "
-        "em.posterior(x).mode()",
+        "result.posterior.assignments('z') gives the most probable value of each row by itself, "
+        "result.posterior.mode() those of all latents together; for new data em.posterior(x)",
     ),
     (
         "predict_proba predict_log_proba transform responsibilities resp_ probs probabilities",
@@ -111,7 +114,10 @@ OF_RESULT = table(
         "result.log_evidence is the log-likelihood of the observed data in nats",
     ),
     ("lower_bound_ lower_bound bound ELBO", "result.elbo is the bound in nats"),
-    ("score_samples pointwise", "em.elbo(x).pointwise is the log evidence of each row in nats"),
+    (
+        "score_samples pointwise evidence_per_row",
+        "result.posterior.evidence_per_row is the log evidence of each row in nats",
+    ),
     (
         "loss losses loss_",
         "result.history holds the bound of every step (the loss is its negative)",
@@ -134,9 +140,9 @@ OF_RESULT = table(
 
 OF_POSTERIOR = table(
     (
-        "predict labels_ labels argmax map assignments viterbi decode most_probable",
-        "q.mode() gives the most probable values of all latents together, q.probs('z').argmax(-1) "
-        "those of each row by itself",
+        "predict labels_ labels argmax map viterbi decode most_probable",
+        "q.assignments('z') gives the most probable value of each row by itself, q.mode() those of all "
+        "latents together",
     ),
     (
         "predict_proba responsibilities resp_ probabilities proba marginals gamma weights "
@@ -149,7 +155,10 @@ OF_POSTERIOR = table(
     ),
     ("samples draw rsample", "q.sample(n) draws all latents together"),
     ("log_prob logp log_probs", "q.probs('z').log() are the log probabilities of a latent"),
-    ("evidence loglik log_likelihood score", "q.log_evidence is the log evidence in nats"),
+    (
+        "evidence loglik log_likelihood score score_samples",
+        "q.log_evidence is the log evidence in nats, q.evidence_per_row that of each row",
+    ),
     ("elbo ELBO loss", "q.bound is the ELBO in nats; em.elbo(x, q=q) has its terms"),
     ("kl", "em.elbo(x, q=q).kl is the divergence from the prior, .gap that from the posterior"),
 )
@@ -191,5 +200,8 @@ OF_DRAWN = OF_POSTERIOR | table(
         "a Gaussian latent that is integrated under each draw",
     ),
     ("joint", "q.sample(1000) draws all latents together"),
-    ("bound pointwise", "em.elbo(x, num_particles=100) estimates the bound, with .pointwise"),
+    (
+        "bound pointwise evidence_per_row",
+        "em.elbo(x, num_particles=100) estimates the bound, with .pointwise",
+    ),
 )

@@ -277,7 +277,8 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
 
             log p(x; θ) = log Σ_z p(x, z; θ)
 
-        It is the total over all rows, not their mean; ``em.elbo(x).pointwise`` is that of each row.
+        It is the total over all rows, not their mean; ``em.posterior(x).evidence_per_row`` is that of
+        each row.
 
         Args:
             *args: The model's arguments; data of any size.

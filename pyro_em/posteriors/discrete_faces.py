@@ -86,6 +86,18 @@ class DiscreteFaces:
         shape = (len(names), *batch_shape(self.graph, first), first.size)
         return table.reshape(shape).to(self.graph.dtype)
 
+    def assignments(self, site: str) -> Tensor:
+        """The most probable values by the marginals; see `Posterior.assignments`."""
+        refuse_gaussian(self.graph, "assignments", site)
+        names = by_glob(self.graph, site)
+        codes = self.probs(site).argmax(-1)
+        if names is None:
+            return latent_of(self.graph, own_name(self.graph, site)).support[codes]
+        supports = [self.graph.latents[own_name(self.graph, n)].support for n in names]
+        if all(s is supports[0] or torch.equal(s, supports[0]) for s in supports):
+            return supports[0][codes]
+        return torch.stack([s[c] for s, c in zip(supports, codes, strict=True)])
+
     def joint(self, a: str, b: str | None = None) -> Tensor:
         """The joint probabilities of two latents, or of pairs; see `Posterior.joint`."""
         for name in (a, b):

@@ -26,7 +26,7 @@ from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved, conjugates_in, gaussians_in
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.observed_in_part import under_user_names
-from pyro_em.posteriors.refusals import refuse_gaussian
+from pyro_em.posteriors.refusals import refuse_gaussian, without_rows
 from pyro_em.posteriors.sampling import codes_of, draw_codes
 from pyro_em.posteriors.series_faces import covariances, filtered, marginals, prediction_errors
 from pyro_em.posteriors.site_runs import means
@@ -360,6 +360,64 @@ class Posterior(Portable, NamesFromElsewhere):
         """
         site_name("probs", "site", site)
         return self._discrete.probs(site)
+
+    def assignments(self, site: str) -> Tensor:
+        """The most probable value of each row of a latent by itself: the mode of its marginal.
+
+            ẑ_n = argmax_k q(z_n = k)
+
+        Each is right as often as can be (of a chain, the expected number of right steps is largest);
+        together they may be impossible, as a path with a forbidden transition: ``mode`` is the most
+        probable assignment of all latents together. Of equal probabilities the first value is taken.
+
+        Args:
+            site: Its name; for a site with ``obs_mask`` the name in the model, which is as observed
+                where it was observed. Or a glob.
+
+        Returns:
+            Values of its support. # (*plates, *event), of a glob (T, *plates, *event)
+
+        Raises:
+            UsageError: If no such latent was summed, or those of a glob differ in shape.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         z = pyro.sample("z", dist.Bernoulli(0.5))
+            ...         pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+            >>> ExactPosteriorEM(model).posterior(torch.tensor([0.3, 1.8])).assignments("z")
+            tensor([0., 1.])
+        """
+        site_name("assignments", "site", site)
+        return self._discrete.assignments(site)
+
+    @property
+    def evidence_per_row(self) -> Tensor:
+        """log p(x_n; θ) of each row, or sequence, by itself: how well the model fits it, in nats.
+
+        The latents are summed and integrated. A row is an element of the outermost plate of the data.
+
+        Returns:
+            They add up to ``log_evidence``. # (N,)
+
+        Raises:
+            UsageError: If the data have no plate, or rows share a latent: their evidence is one number.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         z = pyro.sample("z", dist.Bernoulli(0.5))
+            ...         pyro.sample("x", dist.Bernoulli(0.2 + 0.6 * z), obs=x)
+            >>> ExactPosteriorEM(model).posterior(torch.tensor([1.0, 0.0])).evidence_per_row.float()
+            tensor([-0.6931, -0.6931])
+        """
+        if self.pointwise is None:
+            raise UsageError(without_rows(self.graph.structure.data_plate))
+        return self.pointwise
 
     def stacked(self, sites: Sequence[str]) -> Tensor:
         """The posterior marginals of several latents, in this order.

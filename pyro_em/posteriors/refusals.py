@@ -40,6 +40,19 @@ def refuse_gaussian(graph: FactorGraph, where: str, site: str | None) -> None:
     )
 
 
+def without_rows(plate: str | None) -> str:
+    """What somebody is told who asks for the evidence of each row where there is only one of all."""
+    why = (
+        "the data are in no plate: they are one series, or one row"
+        if plate is None
+        else f"the rows of plate '{plate}' share a latent, so that no row has an evidence of its own"
+    )
+    fixes = ["log_evidence is that of all data together"]
+    if plate is None:
+        fixes.append("the terms of one series: prediction_errors('y_*') for Gaussian chains")
+    return message("evidence_per_row", "it is not known of each row.", why, fixes)
+
+
 def discrete(where: str, site: str) -> str:
     """What somebody is told who asks for the moments of a discrete latent."""
     return message(

@@ -142,6 +142,37 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         of_kind = self._summed_probs if summed else self._guides_probs
         return of_kind([site], num_particles)[site]
 
+    @alone("assignments")
+    def assignments(self, site: str, *, num_particles: int = 10) -> Tensor:
+        """The most probable value of each row of a discrete latent by itself: see `probs`.
+
+        Args:
+            site: Its name, or a glob that takes all steps of a chain.
+            num_particles: Draws of the guide to average over.
+
+        Returns:
+            Values of its support. # (*plates, *event), of a glob (T, *plates, *event)
+
+        Raises:
+            UsageError: If the site is no discrete latent, or those of a glob differ in shape.
+        """
+        site_name("assignments", "site", site)
+        names = self._by_glob(site)
+        codes = self.probs(site, num_particles=num_particles).argmax(-1)
+        if names is None:
+            return self._support(site)[codes]
+        each = [self._support(n)[c] for n, c in zip(names, codes, strict=True)]
+        return torch.stack(each)
+
+    def _support(self, site: str) -> Tensor:
+        """The values of a discrete latent. # (K, *event)"""
+        if site in self.variational.routing.exact:
+            with torch.no_grad():
+                return self._latents()[site].support
+        fn = self._guide_site(site)["fn"]
+        values: Tensor = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
+        return values
+
     @alone("probs")
     def stacked(self, sites: Sequence[str], *, num_particles: int = 10) -> Tensor:
         """Posterior marginals of several discrete latents, in this order, from the same draws.
@@ -293,16 +324,12 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         routing = self.variational.routing
         out: dict[str, Tensor] = {}
         if routing.exact:
-            with torch.no_grad():
-                support = {n: z.support for n, z in self._latents().items()}
             probs = self._summed_probs(routing.exact, 10)
-            out = {n: support[n][p.argmax(-1)] for n, p in probs.items()}
+            out = {n: self._support(n)[p.argmax(-1)] for n, p in probs.items()}
         for name in (*routing.drawn, *routing.points):
             fn = self._guide_site(name)["fn"]
             if has_finite_support(fn):
-                out[name] = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)[
-                    self.probs(name).argmax(-1)
-                ]
+                out[name] = self.assignments(name)
             else:
                 mean = self.mean(name)
                 out[name] = mean.round() if is_discrete(fn) else mean

@@ -205,7 +205,7 @@ NAMES: dict[str, tuple[Callable[[], Any], tuple[str, ...], str]] = {
     "em samples": (em, ("sample",), "em.predictive(x"),
     "em params": (em, ("means_", "weights_", "transmat_", "coef_"), "em.fit(x).params['mu']"),
     "em score": (em, ("loglik",), "em.score(x)"),
-    "em rows": (em, ("score_samples",), "em.elbo(x).pointwise"),
+    "em rows": (em, ("score_samples",), "em.posterior(x).evidence_per_row"),
     "em ends": (em, ("n_iter_", "converged_", "bic"), "result.num_steps"),
     "result": (fit, ("labels_", "predict", "mode"), "result.posterior.mode()"),
     "result probs": (fit, ("predict_proba", "responsibilities"), "result.posterior.probs('z')"),

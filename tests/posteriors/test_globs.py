@@ -113,6 +113,7 @@ def test_a_glob_is_its_names_in_order_of_time(name: str) -> None:
         torch.testing.assert_close(pairs.sum(-1), each[:-1])
     mode, draws = q.mode(), q.sample(5, seed=1)
     assert torch.equal(mode["z_*"], torch.stack([mode[n] for n in steps]))
+    assert torch.equal(q.assignments("z_*"), each.argmax(-1))
     assert torch.equal(draws["z_*"], torch.stack([draws[n] for n in steps]))
     assert mode["z_*"].shape == each.shape[:-1]
     assert draws["z_*"].shape == (len(steps), 5, *each.shape[1:-1])
@@ -132,6 +133,34 @@ def test_marginals_and_path_are_those_of_hmmlearn() -> None:
     x = X.numpy()[:, None]
     np.testing.assert_allclose(q.probs("z_*"), peer.predict_proba(x), rtol=0, atol=1e-10)
     np.testing.assert_array_equal(q.mode()["z_*"], peer.predict(x))
+    np.testing.assert_array_equal(q.assignments("z_*"), peer.decode(x, algorithm="map")[1])
+    with pytest.raises(UsageError, match="they are one series, or one row"):
+        _ = q.evidence_per_row
+
+
+def test_the_evidence_of_each_sequence_is_that_of_hmmlearn() -> None:
+    hmm = pytest.importorskip("hmmlearn.hmm")
+    peer = hmm.GaussianHMM(3, "spherical")
+    peer.startprob_, peer.transmat_ = PI.numpy(), A.numpy()
+    peer.means_, peer.covars_ = MU.numpy()[:, None], np.full(3, 0.64)
+    q = ExactPosteriorEM(many).posterior(XS)
+    scores = [peer.score(x[:n, None].numpy()) for x, n in zip(XS, (T, T - 1, 5, 2), strict=True)]
+    np.testing.assert_allclose(q.evidence_per_row, scores, rtol=1e-10)
+    assert float(q.evidence_per_row.sum()) == pytest.approx(q.log_evidence)
+
+
+def test_assignments_differ_from_a_mode_that_must_be_possible() -> None:
+    """Each of the first two states is likely by itself; together they are impossible."""
+    table = torch.tensor([[0.0, 0.35, 0.05], [0.3, 0.0, 0.0], [0.3, 0.0, 0.0]])
+
+    def model() -> None:
+        a = pyro.sample("a", dist.Categorical(table.sum(1)))
+        b = pyro.sample("b", dist.Categorical(table[a] / table[a].sum()))
+        pyro.sample("x", dist.Normal(0.0 * (a + b), 1.0), obs=torch.tensor(0.0))
+
+    q = ExactPosteriorEM(model).posterior()
+    assert (q.assignments("a"), q.assignments("b")) == (0, 0)
+    assert (q.mode()["a"], q.mode()["b"]) == (0, 1)
 
 
 def test_joint_of_neighbours_is_a_sum_over_all_paths() -> None:
@@ -385,6 +414,7 @@ def test_a_guide_that_draws_states_takes_globs() -> None:
         each.append(expected)
         expected = expected @ A
     torch.testing.assert_close(probs, torch.stack(each), rtol=0, atol=0.06)
+    assert q.assignments("z_*", num_particles=50).tolist() == torch.stack(each).argmax(-1).tolist()
 
 
 def in_steps(loop: Callable[..., Iterable], x: Tensor, rows: int) -> None:
