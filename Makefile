@@ -1,5 +1,6 @@
 # Two commands matter: `make demo` fits a mixture to Old Faithful, `make test` runs the suite.
-# Both create a virtual environment in .venv first. `make docs` builds the reference, `make tutorials`
+# Both create a virtual environment in .venv first. `make test-slow` runs the tests that the suite
+# leaves out: those that start processes, run tutorials or train networks. `make docs` builds the reference, `make tutorials`
 # runs the notebooks and keeps their outputs, `make bench`
 # measures an EM iteration beside its peers.
 
@@ -8,13 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test check docs tutorials bench clean
+.PHONY: demo test test-slow check docs tutorials bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m models.gmm
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -q --dist worksteal
+	$(BIN)/python -m pytest -n 2 -q --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 -q --dist worksteal -m slow tests
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ from tests.fitting.group_models import (
 )
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 ROWS = [7, 5]
 
 

@@ -18,6 +18,8 @@ from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.fitting import chunked
 from tests.fitting.test_chunks import _CASES, _fit, mixture
 
+pytestmark = pytest.mark.slow
+
 # Two forms of chunks: several of five rows, and one of four.
 ROWS = 5
 

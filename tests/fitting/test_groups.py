@@ -24,6 +24,8 @@ from tests.fitting.group_models import (
 )
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def fit(name: str, x: Any, **how: Any) -> dict[str, Any]:
     pyro.clear_param_store()

@@ -7,12 +7,15 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch.distributed as torch_dist
 
 from pyro_em import Chunks
 from tests.fitting.group_models import are_equal, shard_of, table
 from tests.fitting.test_groups import caught, fit
 from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.slow
 
 _CASES: dict[str, dict[str, Any]] = {
     "mixture": {"acceleration": "quasi-newton", "max_steps": 14, "tol": 1e-9},  # on sums

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as torch_dist
 
 from tests.fitting.group_models import are_equal, shard_of, table
 from tests.fitting.test_groups import fit
 from tests.ranks import on_ranks
+
+pytestmark = pytest.mark.slow
 
 _ROOT = Path(__file__).parents[2]
 

@@ -27,6 +27,8 @@ from tests.fitting.group_models import (
 )
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 NOISE = torch.tensor(0.5, dtype=torch.float64)
 
 

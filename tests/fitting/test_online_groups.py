@@ -22,6 +22,8 @@ from tests.fitting.group_models import (
 )
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 SIZES, ROWS = [9, 15], 5  # two batches of both, one of the second process alone
 FITS: list[tuple[str, Any]] = [
     ("mixture", StepSize(0.6)),

@@ -19,6 +19,8 @@ from models import nonlinear_ica as nica
 from pyro_em import ExactPosteriorEM
 from tests.mains import run_main
 
+pytestmark = pytest.mark.slow
+
 
 def forward(s: np.ndarray, store: dict[str, np.ndarray]) -> float:
     """Log p(s) of all sequences by the forward recursion in NumPy. # s: (N, T, 2)"""

@@ -16,6 +16,8 @@ from models import gmm, gmvae, vae
 from pyro_em import ExactPosteriorEM
 from tests.mains import run_main
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--epochs", "1", "--hidden", "8"]
 
 

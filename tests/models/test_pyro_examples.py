@@ -33,6 +33,8 @@ from pyro_em import (
     UsageError,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def adam(lr=0.1):
     return pyro.optim.Adam({"lr": lr})

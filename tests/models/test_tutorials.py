@@ -70,6 +70,7 @@ def kernel() -> Iterator[KernelManager]:
     manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name: str, kernel: KernelManager) -> None:
     """All cells, the assertions among them, at the small setting; what they write is dropped.

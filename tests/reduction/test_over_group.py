@@ -20,6 +20,8 @@ from pyro_em.reduction.reduction import Whole
 from pyro_em.reduction.trees import SAME
 from tests.ranks import on_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Sums:
