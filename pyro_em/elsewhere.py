@@ -70,9 +70,10 @@ OF_EM = table(
         "em.forecast(longer) predicts the steps of a longer series that are NaN",
     ),
     (
-        "sample generate simulate posterior_predictive",
-        "em.predictive(x, num_samples=100) draws what the model observes, em.posterior(x).sample(100) "
-        "its latents",
+        "sample simulate rvs posterior_predictive",
+        "em.generate(100, x) draws 100 new rows from the model; given these data, "
+        "em.predictive(x, num_samples=100) draws what it observes, em.posterior(x).sample(100) its "
+        "latents",
     ),
     (
         _FITTED + " params get_params param",
@@ -106,7 +107,11 @@ OF_RESULT = table(
         "result.posterior.probs('z') gives the probabilities of a latent; for new data "
         "em.posterior(x).probs('z')",
     ),
-    ("sample", "result.posterior.sample(100) draws latents, em.predictive(x) observations"),
+    (
+        "sample",
+        "em.generate(100, x) draws 100 new rows; given these data, result.posterior.sample(100) draws "
+        "latents, em.predictive(x) observations",
+    ),
     ("entropy", "result.posterior.entropy() is the entropy of the latents in nats"),
     (
         "loglik log_likelihood loglikelihood logLik llf score evidence marginal_log_likelihood "

@@ -6,9 +6,11 @@ given and hands it to the wing that does the work. Most lines are docstrings.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -18,12 +20,13 @@ from torch import Tensor
 from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
 from pyro_em.analysis.forecast import Forecast, forecast
+from pyro_em.analysis.generate import Generated, generated, no_points, points_of
 from pyro_em.analysis.of_parts import bound_of_parts, elbo_of_parts, log_evidence_of_parts
 from pyro_em.analysis.ordering import a_key, sort_components
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import a_level, by_name, seed_of, site_name, truth, whole
 from pyro_em.elsewhere import OF_EM, NamesFromElsewhere
-from pyro_em.errors import ModelError, UsageError, message
+from pyro_em.errors import ModelError, PyroEMError, UsageError, message
 from pyro_em.fitting import stepping
 from pyro_em.fitting.chunk_by_chunk import answers, parts_of, refuse_q_of_chunks
 from pyro_em.fitting.chunked import chunks_in, first_arguments
@@ -44,13 +47,20 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request, Strategy
 from pyro_em.plan.unobserved import unobserved, with_unobserved
 from pyro_em.plan.unrouted import Unrouted
-from pyro_em.plan.wishes import check_collisions, check_constructor, check_draws, updates_by_name
+from pyro_em.plan.wishes import (
+    check_call,
+    check_collisions,
+    check_constructor,
+    check_draws,
+    updates_by_name,
+)
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import snapshot
 from pyro_em.tracing.randomness import seeds_from
+from pyro_em.tracing.scopes import own_store, store_state
 from pyro_em.tracing.turns import AloneAtEachStep, alone
 from pyro_em.updates.optimizers import Optimizer
 from pyro_em.updates.update import Update
@@ -418,6 +428,71 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             q = DrawnPosterior(found, args, kwargs)
         model = without_values(found.model)
         return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
+
+    @alone("generate")
+    def generate(self, n: int, /, *args: Any, seed: int | None = None, **kwargs: Any) -> Values:
+        """Draw new data from the model at its parameters, latents included.
+
+            z ~ p(z; θ),    x ~ p(x | z; θ)
+
+        Nothing is conditioned on: the arguments only say what the model is called with. Arguments that
+        it observes, or that do no more than give a plate its size, are brought to ``n`` rows; what
+        else has a value for each row (covariates, indices of groups, masks, lengths) is the user's to
+        give, with ``n`` rows. Where ``n`` is the number of rows at hand, all stays as it is.
+
+        Args:
+            n: Elements of the outermost plate that all observations share: rows of a table, sequences
+                of as many steps as those given. Steps, where the data are one series without a plate.
+            *args: The model's arguments; the data may be those of the fit, or None where the model
+                takes that.
+            seed: Seed of the draws; torch's global state otherwise.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            Per site its values # (*plates, *event); a glob takes all steps, ``["x_*"]``
+            # (T, *plates, *event). What is masked or missing in the data is drawn too. Latents with
+            point estimates outside the plate are at these, those inside are drawn anew; all others
+            are drawn from their prior, whatever the guide says of them.
+
+        Raises:
+            UsageError: If an argument has other rows than ``n`` and is read; if observations are read
+                before they are drawn; if the model's data are not among its arguments.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         z = pyro.sample("z", dist.Bernoulli(0.5))
+            ...         pyro.sample("x", dist.Normal(10 * z, 1.0), obs=x)
+            >>> new = ExactPosteriorEM(model).generate(1000, torch.zeros(3), seed=0)
+            >>> new["x"].shape, bool(((new["x"] > 5) == (new["z"] == 1)).all())
+            (torch.Size([1000]), True)
+        """
+        check_collisions(self.model, args, ("seed",), "generate")
+        n, seed = whole("generate", "n", n), seed_of("generate", seed)
+        return self._generated(n, first_arguments(args), kwargs, seed, "generate").values
+
+    def _generated(
+        self, n: int | None, args: tuple, kwargs: dict[str, Any], seed: int | None, where: str
+    ) -> Generated:
+        """New data, with the arguments that hold them; as many rows as there are where n is None."""
+        session = self._session
+        check_call(self.model, args, kwargs, where)
+        if session.request.guide is None and session.pending is None:
+            session.check_arguments(args, kwargs)
+            with own_store(store_state()), session.buffers_kept():
+                return generated(self.model, n, args, kwargs, no_points, seed, where)
+        with session.buffers_kept():
+            points = partial(self._points, where=where)
+            return generated(self.model, n, args, kwargs, points, seed, where)
+
+    def _points(self, *ways: tuple[tuple, dict[str, Any]], where: str) -> dict[str, Tensor]:
+        """Values of latents at point estimates, with the first arguments on which the model is read."""
+        for args, kwargs in ways[:-1]:
+            with contextlib.suppress(PyroEMError):
+                return points_of(self._look(args, kwargs, look_only=True), args, kwargs)
+        args, kwargs = ways[-1]
+        return points_of(self._look(args, kwargs, look_only=True), args, kwargs)
 
     @alone("forecast")
     def forecast(

@@ -53,7 +53,7 @@ def predictive_draws(
         for i in range(num_samples):
             given = _for_model({n: v[i] for n, v in latents.items()}, q)
             sites = predicted_run(model, args, kwargs, given, keep_observed)
-            draws.append(_under_user_names(sites))
+            draws.append(under_user_names(sites))
     shared = [n for n in draws[0] if all(n in d for d in draws)]
     return Values({n: torch.stack([d[n] for d in draws]) for n in shared})
 
@@ -64,7 +64,7 @@ def _for_model(values: Mapping[str, Tensor], q: AnyPosterior) -> dict[str, Tenso
     return {f"{n}_unobserved" if n in pairs else n: v for n, v in values.items()}
 
 
-def _under_user_names(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def under_user_names(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """Values by site; an ``obs_mask`` site appears once, under its own name."""
     out: dict[str, Tensor] = {}
     for name, site in sites.items():

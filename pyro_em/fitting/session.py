@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,14 @@ class Session:
         Raises:
             PyroEMError: If a latent has no route, or the model or data cannot be used.
         """
-        self._check_arguments(args, kwargs)
+        self.check_arguments(args, kwargs)
         return self._noted(self.planner.look(args, kwargs, look_only=look_only))
 
     def look_at_routes(
         self, args: tuple, kwargs: dict[str, Any]
     ) -> Program | Variational | Unrouted:
         """As ``look``; where a latent has no route it is a finding, not an exception."""
-        self._check_arguments(args, kwargs)
+        self.check_arguments(args, kwargs)
         found = self.planner.look_at_routes(args, kwargs)
         return found if isinstance(found, Unrouted) else self._noted(found)
 
@@ -113,7 +114,7 @@ class Session:
         """
         if has_missing(self.request.model):
             return self.look(args, kwargs, look_only=True)
-        self._check_arguments(args, kwargs)
+        self.check_arguments(args, kwargs)
         planner = Planner(replace(self.request, model=WithMissing(self.request.model)))
         planner.known = self.planner.known
         found = planner.look(args, kwargs, look_only=True)
@@ -139,7 +140,8 @@ class Session:
             warn(note)
         return found
 
-    def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Refuse what no method can use, before the model is run."""
         refuse_a_loader(args, kwargs)
         check_model_keywords(self.request.model, kwargs)
         refuse_inside_a_model()
@@ -276,6 +278,15 @@ class Session:
     def roots(self) -> tuple[Any, Any]:
         """The user's model and the guide, whose modules have buffers."""
         return users(self.request.model), self.planner.guide_now
+
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """A block of runs after which statistics that modules keep of their data are as before."""
+        kept = checkpoint.copied_buffers(self.roots())
+        try:
+            yield
+        finally:
+            checkpoint.restore_buffers({"buffers": kept}, self.roots())
 
     def _by_saved_name(self) -> dict[str, TracedParameter]:
         return {self.planner.saved_name(n): p for n, p in self.parameters.items()}

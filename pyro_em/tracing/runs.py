@@ -321,7 +321,7 @@ def provenance_run(
         torch.no_grad(),
         pyro.validation_enabled(False),
         TagSites({n: s["value"] for n, s in latents.items()}),
-        _looking_at(mixing),
+        looking_at(mixing),
         LeanTrace(capture) as tracer,  # innermost: it records values with their tags
     ):
         model(*args, **kwargs)
@@ -337,7 +337,7 @@ def provenance_run(
 
 
 @contextmanager
-def _looking_at(mixing: Mixing) -> Iterator[None]:
+def looking_at(mixing: Mixing) -> Iterator[None]:
     """Let every operation on tagged tensors be seen."""
     token = watched_mixing.set(mixing)
     try:

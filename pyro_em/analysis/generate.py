@@ -1,0 +1,410 @@
+"""New data from a model at its parameters: p(z, x; θ), latents and observations drawn in order.
+
+    z ~ p(z; θ),    x ~ p(x | z; θ)
+
+What a model observes is drawn where it observes it, and written into the argument that it came from:
+a loop that reads the value before (an autoregression) reads what was drawn. Of a model that reads its
+observations before it draws them this would be wrong, which a second run shows: its densities at the
+new data have to be those that were drawn from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_em.analysis.predictive import under_user_names
+from pyro_em.analysis.rows import (
+    Rows,
+    Sites,
+    named,
+    plates_of_rows,
+    rows_of,
+    run,
+    try_run,
+)
+from pyro_em.analysis.uses import Uses, uses_of
+from pyro_em.distributions import unwrap
+from pyro_em.errors import Finding, UsageError, raise_findings
+from pyro_em.globs import Values
+from pyro_em.plan.program import Program
+from pyro_em.tracing.draws import drawn_run
+from pyro_em.tracing.handlers import GiveValues, KeepValues, SampleMessenger
+from pyro_em.tracing.leaves import Path, leaves_of, replaced
+from pyro_em.tracing.randomness import same_random_state, seeded
+from pyro_em.tracing.runs import Model
+from pyro_em.tracing.sites import Role, is_factor, role_of, signature_of
+from pyro_em.tracing.whole import LeftWhole
+from pyro_em.variational.bound import Variational
+
+Call: TypeAlias = tuple[tuple, dict[str, Any]]
+
+Points: TypeAlias = Callable[[Call, Call], Mapping[str, Tensor]]
+"""Values of latents at point estimates, from the arguments as given and as they are used."""
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """New data.
+
+    Attributes:
+        values: Per site what was drawn; deterministic sites too. # (*plates, *event)
+        args: The model's positional arguments with the new data in place of what it observes.
+        kwargs: Its keyword arguments.
+        unwritten: Observed sites whose values are in no argument.
+    """
+
+    values: Values
+    args: tuple
+    kwargs: dict[str, Any]
+    unwritten: tuple[str, ...]
+
+
+def generated(
+    model: Model,
+    n: int | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+    points: Points,
+    seed: int | None,
+    where: str = "generate",
+) -> Generated:
+    """New data of ``n`` rows; see `ExactPosteriorEM.generate`.
+
+    Args:
+        model: The user's model; its parameters have been initialised.
+        n: How many rows; as many as there are where None.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+        points: Gives, for arguments, the values of latents that have point estimates.
+        seed: Seed of the draws.
+        where: The public method, for messages.
+    """
+    _refuse_arrays(model, args, kwargs, where)
+    kwargs = {**_default_counts(model, args), **kwargs}
+    sites, rows, given = None, None, (args, kwargs)
+    if n is not None:
+        sites, rows, args, kwargs = _resized(model, n, args, kwargs, where)
+    if sites is None:
+        sites = run(model, args, kwargs)
+    uses = uses_of(model, args, kwargs, sites)
+    plate = rows.plate if rows is not None else next((p for p, _ in plates_of_rows(sites)), None)
+    at = points(given, (args, kwargs))
+    fixed = {k: v for k, v in at.items() if not _is_inside(sites.get(k), plate)}
+    leaves = leaves_of(args, kwargs)
+    again = {
+        p
+        for p, leaf in leaves.items()
+        if isinstance(leaf, Tensor)
+        if uses is None or (p in uses.observed and p in uses.read)
+    }
+    return _drawn(model, args, kwargs, fixed, again, rows, seed, where)
+
+
+def _default_counts(model: Model, args: tuple) -> dict[str, Any]:
+    """Whole numbers that arguments have by default: one of them may be the number of rows."""
+    return {
+        p.name: p.default
+        for p in signature_of(model)[len(args) :]
+        if isinstance(p.default, int) and not isinstance(p.default, bool)
+    }
+
+
+def _refuse_arrays(model: Model, args: tuple, kwargs: dict[str, Any], where: str) -> None:
+    """Refuse what carries no tag, so that nobody sees whether densities read it."""
+    arrays = [p for p, v in leaves_of(args, kwargs).items() if isinstance(v, np.ndarray)]
+    if arrays:
+        raise_findings(
+            [
+                Finding(
+                    where,
+                    f"{named(model, arrays)}: an array of numpy.",
+                    "what a model does with an array cannot be followed",
+                    ("pass a tensor: torch.as_tensor(x)",),
+                    UsageError,
+                )
+            ]
+        )
+
+
+def _is_inside(site: Mapping[str, Any] | None, plate: str | None) -> bool:
+    return site is None or any(f.name == plate for f in site["cond_indep_stack"])
+
+
+def no_points(*_: Call) -> dict[str, Tensor]:
+    """The points of a model without a guide."""
+    return {}
+
+
+def points_of(
+    found: Program | Variational, args: tuple, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Values of latents at point estimates.
+
+    Args:
+        found: The model with its guide.
+        args: The model's positional arguments.
+        kwargs: Its keyword arguments.
+    """
+    model = found.pair if isinstance(found, Variational) else found.model
+    with same_random_state():
+        sites = drawn_run(model, args, kwargs)
+    return {
+        name: sites.sites[name]["value"].detach()
+        for name, role in sites.roles.items()
+        if role is Role.POINT
+    }
+
+
+# ---------------------------------------------------------------------- sizes
+
+
+def _resized(
+    model: Model, n: int, args: tuple, kwargs: dict[str, Any], where: str
+) -> tuple[Sites, Rows | None, tuple, dict[str, Any]]:
+    """Arguments of ``n`` rows, with a run on them; rows of what is observed are given ones in turn."""
+    try:
+        sites = run(model, args, kwargs)
+    except Exception as error:  # arguments of two sizes: some have n rows already
+        return _brought_together(model, n, args, kwargs, where, error)
+    if any(size == n for _, size in plates_of_rows(sites)):
+        return sites, None, args, kwargs
+    rows = rows_of(model, args, kwargs, where, sites)
+    uses = uses_of(model, args, kwargs, sites)
+    _refuse_read(model, n, rows, uses, where)
+    args, kwargs = rows.taken(args, kwargs, torch.arange(n + rows.lag) % (rows.size + rows.lag))
+    return run(model, args, kwargs), rows, args, kwargs
+
+
+def _brought_together(
+    model: Model, n: int, args: tuple, kwargs: dict[str, Any], where: str, error: Exception
+) -> tuple[Sites, Rows, tuple, dict[str, Any]]:
+    """As `_resized`, where covariates have the new number of rows and the data the old one."""
+    shapes = {
+        p: tuple(v.shape) for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor)
+    }
+    for size in dict.fromkeys(d for shape in shapes.values() for d in shape if d != n):
+        dims = {p: shape.index(size) for p, shape in shapes.items() if size in shape}
+        guess = Rows(None, size, dims)
+        some = guess.taken(args, kwargs, torch.arange(n) % size)
+        sites = try_run(model, *some)
+        plates = () if sites is None else plates_of_rows(sites)
+        plate = next((name for name, found in plates if found == n), "")
+        if sites is None or plate == "":
+            continue
+        rows = Rows(plate, size, dims)
+        _refuse_read(model, n, rows, uses_of(model, *some, sites), where)
+        return sites, rows, *some
+    raise UsageError(
+        str(
+            Finding(
+                where,
+                f"the model cannot be run on these arguments: {error}",
+                "",
+                (f"pass arguments of one number of rows, or covariates for all {n} new rows",),
+            )
+        )
+    ) from error
+
+
+def _refuse_read(model: Model, n: int, rows: Rows, uses: Uses | None, where: str) -> None:
+    """Refuse to make up rows of what the model does not draw."""
+    of_rows = [p for p, dim in rows.dims.items() if dim >= 0]
+    if uses is None:
+        asked, how = of_rows, "how the model reads them cannot be seen"
+    else:
+        asked = [p for p in of_rows if not uses.draws(p) and uses.reader(p) is not None]
+        how = f"{uses.reader(asked[0]) if asked else ''}, and nothing of the model draws it"
+    if not asked:
+        return
+    of = "steps" if rows.plate is None else f"elements of plate '{rows.plate}'"
+    names = named(model, asked)
+    raise_findings(
+        [
+            Finding(
+                where,
+                f"{names} {'has' if len(asked) == 1 else 'have'} a value for each of the {rows.size} "
+                f"{of}, and {n} are asked for.",
+                how,
+                (
+                    f"pass {names} with {n} values, the data as they are",
+                    f"ask for {rows.size}",
+                ),
+                UsageError,
+            )
+        ]
+    )
+
+
+# ---------------------------------------------------------------------- drawing
+
+
+class _DrawInto(SampleMessenger):
+    """Draw what the model observes, and write it to where the observed value came from.
+
+    Args:
+        buffers: Tensors of our own among the arguments.
+        weigh: Whether log densities of what was drawn are kept.
+
+    Attributes:
+        log_probs: Of what was drawn, before it was written.
+        written: Per buffer where something was written.
+        unwritten: Observed sites whose values are in no buffer.
+    """
+
+    def __init__(self, buffers: Mapping[Path, Tensor], weigh: bool) -> None:
+        super().__init__()
+        self.weigh = weigh
+        self.log_probs: dict[str, Tensor] = {}
+        self.written = {p: torch.zeros_like(b, dtype=torch.bool) for p, b in buffers.items()}
+        self.unwritten: list[str] = []
+        self._buffers = {b.untyped_storage().data_ptr(): p for p, b in buffers.items()}
+        self._given: dict[str, Any] = {}
+
+    @property
+    def drawn(self) -> Collection[str]:
+        """The observed sites."""
+        return self._given.keys()
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if is_drawn(msg):
+            self._given[msg["name"]] = msg["value"]
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        name, value = msg["name"], msg["value"]
+        if self.weigh and is_factor(msg):
+            self.log_probs[name] = unwrap(msg["fn"])[0].log_prob(value)
+        if name not in self._given:
+            return
+        given = self._given[name]
+        path = None
+        if isinstance(given, Tensor) and given.shape == value.shape:
+            path = self._buffers.get(given.untyped_storage().data_ptr())
+        if path is None:
+            self.unwritten.append(name)
+            return
+        there = self.written[path].as_strided(given.shape, given.stride(), given.storage_offset())
+        given.copy_(value)
+        there.fill_(True)
+
+
+def is_drawn(site: Mapping[str, Any]) -> bool:
+    """Whether a site holds data, of which new ones can be drawn."""
+    return (
+        is_factor(site)
+        and role_of(site) is Role.DATA
+        and type(unwrap(site["fn"])[0]).__name__ != "Unit"
+    )
+
+
+def _drawn(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    fixed: Mapping[str, Tensor],
+    again: Collection[Path],
+    rows: Rows | None,
+    seed: int | None,
+    where: str,
+) -> Generated:
+    """One run that draws everything, into copies of the arguments; ``again``: observed and read."""
+    leaves = {p: v for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor)}
+    buffers = {
+        p: v.detach().clone(memory_format=torch.contiguous_format) for p, v in leaves.items()
+    }
+    args, kwargs = replaced(args, kwargs, buffers)
+    into = _DrawInto(buffers, weigh=bool(again))
+    with (
+        LeftWhole(),
+        seeded(seed),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        poutine.trace() as tracer,
+        into,
+        GiveValues(fixed, dict.fromkeys(fixed, Role.POINT), {}),
+    ):
+        model(*args, **kwargs)
+    sites = {
+        n: s
+        for n, s in tracer.trace.nodes.items()
+        if s["type"] == "sample"
+        and not site_is_subsample(s)
+        and type(unwrap(s["fn"])[0]).__name__ != "Unit"
+    }
+    if again:
+        _check_again(model, args, kwargs, sites, into, again, where)
+        _refuse_made_up(model, rows, {p: into.written[p] for p in again}, where)
+    values = Values(under_user_names(sites))
+    return Generated(values, args, kwargs, tuple(into.unwritten))
+
+
+def _check_again(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    drawn: Sites,
+    into: _DrawInto,
+    again: Collection[Path],
+    where: str,
+) -> None:
+    """Refuse a model that reads its observations otherwise than in the order in which they are drawn.
+
+    Its densities on the new data have to be those from which these were drawn.
+    """
+    latents = {n: s["value"] for n, s in drawn.items() if n not in into.drawn}
+    sites = run(model, args, kwargs, KeepValues(latents))
+    for name, before in into.log_probs.items():
+        value = drawn[name]["value"]
+        now = unwrap(sites[name]["fn"])[0].log_prob(value) if name in sites else None
+        same = now is not None and torch.allclose(now, before, rtol=1e-4, atol=1e-6, equal_nan=True)
+        if same and (name in into.unwritten or sites[name]["value"].equal(value)):
+            continue
+        raise_findings(
+            [
+                Finding(
+                    where,
+                    f"site '{name}' has another density at the new data than where they were drawn.",
+                    f"{named(model, again)} is observed, and densities read it before it is drawn, or "
+                    "through a copy",
+                    (
+                        "observe step by step in a loop, each a part of the argument: obs=x[t]",
+                        "read what pyro.sample returns instead of the argument",
+                        "compute what is fixed of the data before, and pass it as an argument",
+                    ),
+                    UsageError,
+                )
+            ]
+        )
+
+
+def _refuse_made_up(
+    model: Model, rows: Rows | None, written: Mapping[Path, Tensor], where: str
+) -> None:
+    """Refuse new rows that read values which nothing draws, as the first ones of an autoregression."""
+    for path, there in written.items():
+        dim = None if rows is None else rows.dims.get(path)
+        if rows is None or dim is None or there.shape[dim] <= rows.size + rows.lag:
+            continue
+        given = rows.size + rows.lag
+        if not bool(there.narrow(dim, given, there.shape[dim] - given).all()):
+            name = named(model, [path])
+            raise_findings(
+                [
+                    Finding(
+                        where,
+                        f"{name} is read where nothing of it is observed, and has {given} rows.",
+                        "what new rows begin with is not drawn by the model",
+                        (f"pass {name} with {there.shape[dim]} rows, of which that is read",),
+                        UsageError,
+                    )
+                ]
+            )
