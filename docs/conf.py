@@ -1,11 +1,14 @@
 """How the reference is built: ``make docs``."""
 
+import logging
+import os
 import re
 import shutil
 from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 
 project = "pyro_em"
 author = "the pyro_em team"
@@ -24,12 +27,25 @@ autodoc_typehints = "none"  # the signature would be longer than its text
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-nb_execution_mode = "off"  # outputs are committed
+nb_execution_mode = "force"  # pages with cells run whenever they are built
+nb_execution_excludepatterns = ["tutorials/*"]  # their outputs are committed
+nb_execution_raise_on_error = True
+nb_execution_timeout = 60
+nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"pyro_em {release}"
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+
+
+# Cells find this checkout's library and ``models``, and one thread is enough for them.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+).rstrip(os.pathsep)
+logging.getLogger("traitlets").setLevel(logging.WARNING)  # one line for each page that runs
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # of tqdm, without ipywidgets
 
 
 def shapes_as_code(app, what, name, obj, options, lines: list[str]) -> None:
@@ -47,5 +63,5 @@ def setup(app) -> None:
     target = HERE / "tutorials"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
+    for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
         shutil.copy(notebook, target)

@@ -1,4 +1,4 @@
-"""Run a model file as a user does, and hold the plans that it prints against its row in README."""
+"""Run a model file as a user does, and hold its plans against its row of ``docs/models.md``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+MODELS = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 
 ROUTES = {
     "enumerate": "sum",
@@ -32,9 +32,9 @@ def run_main(
     capsys,
     tmp_path: Path,
     *options: str,
-    as_in_readme: bool = True,
+    as_in_table: bool = True,
 ) -> str:
-    """Call ``main``; its figure must be there, and its plans must be what README says of it.
+    """Call ``main``; its figure must be there, and its plans must be what its row says of it.
 
     Args:
         module: The model file.
@@ -42,7 +42,7 @@ def run_main(
         capsys: pytest's.
         tmp_path: Where the figure goes.
         *options: Of the command line.
-        as_in_readme: False for options that change routes or updates.
+        as_in_table: False for options that change routes or updates.
 
     Returns:
         What it printed.
@@ -62,16 +62,16 @@ def run_main(
     module.main()
     assert figure.stat().st_size > 10_000
     out = capsys.readouterr().out
-    if as_in_readme:
+    if as_in_table:
         name = module.__name__.removeprefix("models.")
         assert planned(out) == row_of(name)
     return out
 
 
 def row_of(name: str) -> tuple[set[str], set[str]]:
-    """Routes and updates in a model's row of README."""
-    row = re.search(rf"^\| `{name}` \|(.*)\|$", README, re.M)
-    assert row, f"README has no row for {name}"
+    """Routes and updates in a model's row."""
+    row = re.search(rf"^\| \[`{name}`\]\(\.\./models/{name}\.py\) \|(.*)\|$", MODELS, re.M)
+    assert row, f"docs/models.md has no row for {name}"
     _, routes, updates, _ = (cell.strip() for cell in row.group(1).split("|"))
     known = set(ROUTES.values())
     return {r for r in routes.split(", ") if r in known}, set(updates.split(", ")) - {"none"}

@@ -54,10 +54,10 @@ def short(ratio: float) -> str:
     return f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
-def into_readme(rows: list[Row]) -> None:
-    """Replace the table of ratios between its marks in README."""
-    readme = HERE.parent.parent / "README.md"
-    text = readme.read_text()
+def into_site(rows: list[Row]) -> None:
+    """Replace the table of ratios between its marks in ``docs/speed.md``."""
+    page = HERE.parent.parent / "docs" / "speed.md"
+    text = page.read_text()
     begin, end = "<!-- ratios -->", "<!-- end of ratios -->"
     table = ["| one EM iteration | against | times faster | asked for |", "|---" * 4 + "|"]
     for row in rows:
@@ -65,7 +65,7 @@ def into_readme(rows: list[Row]) -> None:
         table.append(f"| {row.case.name} | {row.case.peer} | {shown} | {short(row.case.target)} |")
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
-    readme.write_text("\n".join([head + begin, "", *table, "", end + tail]))
+    page.write_text("\n".join([head + begin, "", *table, "", end + tail]))
 
 
 def versions() -> str:
@@ -177,7 +177,7 @@ def main() -> None:
     print(text)
     if options.write:
         (HERE / "RESULTS.md").write_text(text)
-        into_readme(rows)
+        into_site(rows)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def test_main_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    as_in_readme = not {"--guide", "--closed-form"} & set(options)
-    out = run_main(module, monkeypatch, capsys, tmp_path, *options, as_in_readme=as_in_readme)
+    as_in_table = not {"--guide", "--closed-form"} & set(options)
+    out = run_main(module, monkeypatch, capsys, tmp_path, *options, as_in_table=as_in_table)
     assert expected in out
 
 
