@@ -79,7 +79,7 @@ def _collect(
             for i in range(len(group.members)):
                 for d, latent in enumerate(group.dims[i]):
                     if latent in graph.latents:
-                        axis = _axis_of_jacobian(jacobian[i], d, tuple(shape))
+                        axis = _axis_of_jacobian(jacobian.dense[i], d, tuple(shape))
                         if axis is not None:
                             _note(latent, axis, param, together, axes)
 

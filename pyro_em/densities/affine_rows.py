@@ -89,28 +89,30 @@ def are_found_alone(
     )
 
 
-def common_covariates(parts: Designs, event: int) -> tuple[Tensor, Tensor] | None:
+def common_covariates(parts: Designs) -> tuple[Tensor, Tensor] | None:
     """The covariates that all cells share, and which coefficients they multiply.
 
     Args:
-        parts: Of each component the columns that are not zero, and the design.
-            # (columns,), (rows, *event, columns)
-        event: How many dimensions a cell of the design has, 0 or 1.
+        parts: Of each cell, one of its event too, the columns that are not zero, and the design.
+            # (columns,), (rows, columns)
 
     Returns:
         # (rows, d), (cells, d); None where some have covariates of their own
     """
-    x: Tensor | None = None
+    if not parts:
+        return None
+    first = parts[0][1]
+    read = (first != 0).any(0)
+    x = first if bool(read.all()) else first[:, read]
     columns = []
-    for which, narrow in parts:
-        for own in narrow.unbind(1) if event else (narrow,):
+    for which, own in parts:
+        if own is not first:
             read = (own != 0).any(0)
-            own, place = own[:, read], which[read]
-            x = own if x is None else x
+            own = own[:, read]
             if own.shape != x.shape or not torch.equal(own, x):
                 return None
-            columns.append(place)
-    return None if x is None else (x, torch.stack(columns))
+        columns.append(which[read])
+    return x, torch.stack(columns)
 
 
 def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:

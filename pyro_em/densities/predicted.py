@@ -307,11 +307,12 @@ def as_predicted(
         return None
     rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
     block = updates[names[0]].block
-    parts = designs_of(predictor.binding, block, values, lead, event)
+    parts = designs_of(predictor.binding, block, values, lead)
     constant = predictor.binding.constant
     sizes, row = constant.shape[:lead], constant.shape[constant.dim() - event :]
-    read = common_covariates(parts, event)
-    if read is None or len(parts) not in (1, K) or constant[..., 0].numel() == 0:
+    read = common_covariates(parts)
+    cells = len(parts) // max(row.numel(), 1)
+    if read is None or cells not in (1, K) or constant[..., 0].numel() == 0:
         return None
     x, columns = read
     if len(x) != sizes.numel():
@@ -319,19 +320,19 @@ def as_predicted(
     x = by_row(x, sizes, rows)
     parameters = tuple(held(p, values) for p in block)
     known = by_row(constant, sizes, rows)
-    offset = None if not bool(known.any()) else known.reshape(len(parts), *row, -1)
+    offset = None if not bool(known.any()) else known.reshape(cells, *row, -1)
     statistics = _of_rows(predictor, graph, rows, K)
     if statistics is None:
         return None
     n, d, base = statistics
     if not event:
         link = predictor.rule.kind.form.inverse_link
-        columns = columns.reshape(len(parts), -1).expand(K, -1).contiguous()
+        columns = columns.reshape(cells, -1).expand(K, -1).contiguous()
         return Numbers(x, columns, parameters, n, d, base, offset, link)
-    columns = columns.reshape(len(parts), row.numel(), -1)
-    if own and (len(parts) != 1 or row.numel() != K):
+    columns = columns.reshape(cells, row.numel(), -1)
+    if own and (cells != 1 or row.numel() != K):
         return None
-    if not own and len(parts) == 1:  # the same of all components
+    if not own and cells == 1:  # the same of all components
         columns = columns.expand(K, -1, -1).contiguous()
     return Classes(x, columns, parameters, None if own else n, base, offset)
 

@@ -225,7 +225,7 @@ def as_lines(
     parts = designs_of(loc, block, values, lead)
     x = parts[0][1]
     same = len(parts) in (1, K) and all(
-        design.shape == x.shape and torch.equal(design, x) for _, design in parts
+        design is x or (design.shape == x.shape and torch.equal(design, x)) for _, design in parts
     )
     sizes = offset.shape[:lead]  # a covariate may be the same for all sequences, or at all steps
     if not same or tuple(group.value.shape[:lead]) != rows or len(x) != sizes.numel():

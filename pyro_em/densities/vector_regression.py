@@ -308,23 +308,19 @@ def as_vector_lines(
     lead = 1 + group.n_plates
     rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
     block = updates[loc.params[0]].block
-    parts = designs_of(loc, block, values, lead, 1)
-    design = parts[0][1]
+    parts = designs_of(loc, block, values, lead)
     offset = loc.constant
     D, sizes = offset.shape[-1], offset.shape[:lead]
-    found = common_covariates(parts, 1)
-    if found is None or len(parts) not in (1, K) or offset.shape[lead:-1].numel() != len(parts):
+    found, cells = common_covariates(parts), len(parts) // D
+    if found is None or cells not in (1, K):
         return None
-    if (
-        group.value.shape[:lead] != rows
-        or group.value.shape[-1] != D
-        or len(design) != sizes.numel()
-    ):
+    x, columns = found
+    if group.value.shape[:lead] != rows or group.value.shape[-1] != D or len(x) != sizes.numel():
         return None
     argument, scale, known = _spread_of(g, graph, updates, values, K)
     if known is None:
         return None
-    least = torch.zeros(1, D, dtype=torch.float64, device=design.device)
+    least = torch.zeros(1, D, dtype=torch.float64, device=x.device)
     if scale is not None:
         magnitude = data_magnitude(updates[scale[0]], graph, values[scale[0]]).to(torch.float64)
         update = updates[scale[0]].update
@@ -337,11 +333,10 @@ def as_vector_lines(
     noise = 8 * torch.finfo(offset.dtype).eps * float(y.abs().max())
     if not bool(((y - y[:1]).abs() <= noise).all()):
         return None  # what is known of a mean differs between components
-    x, columns = found
     return VectorLines(
         by_row(x, sizes, rows),
         y[0].T.contiguous(),
-        columns.reshape(len(parts), D, -1).expand(K, -1, -1).contiguous(),
+        columns.reshape(cells, D, -1).expand(K, -1, -1).contiguous(),
         tuple(held(p, values) for p in block),
         argument,
         scale,

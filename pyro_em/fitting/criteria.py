@@ -286,11 +286,8 @@ def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -
         elements[index[there]] = True
         out = elements if out is None else out | elements
     if binding.jacobians is not None and name in binding.jacobians:
-        jacobian = binding.jacobians[name]
-        used = jacobian != 0
-        if alive is not None:
-            used = used & _shaped(alive, jacobian[..., 0]).unsqueeze(-1)
-        elements = used.reshape(-1, size).any(0)
+        there = None if alive is None else _shaped(alive, binding.constant)
+        elements = binding.jacobians[name].reached(there)
         out = elements if out is None else out | elements
     return out if binding.how in ("selection", "affine") else None
 

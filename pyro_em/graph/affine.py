@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from pyro_em.graph.binding import LINKS, Binding
+from pyro_em.graph.factored import factored, once
+from pyro_em.graph.jacobian import Jacobian
 from pyro_em.graph.nodes import (
     BILINEAR,
     LINEAR,
@@ -30,6 +32,8 @@ from pyro_em.graph.nodes import (
     through_views,
 )
 
+_FEW = 2**18  # numbers of a Jacobian that is held as it stands
+
 _NODES = {"exp": ("Exp",), "sigmoid": ("Sigmoid",), "softmax": ("Softmax",)}
 
 
@@ -41,6 +45,7 @@ def as_affine(
     leaves: Mapping[str, Tensor],
     normalised: str,
     link: str,
+    plates: int,
     max_cells: int,
 ) -> Binding | str:
     """An affine binding with its Jacobians, or the reason why there is none.
@@ -53,7 +58,8 @@ def as_affine(
         leaves: The leaf tensor of each.
         normalised: How the distribution normalises its rows, if it does.
         link: What makes the argument of the predictor; empty where it is the predictor.
-        max_cells: The largest Jacobian to form.
+        plates: How many of the first dimensions are plates.
+        max_cells: The most numbers of a Jacobian to hold.
     """
     point, top, how = below_normalisation(point, top, constant, normalised)
     if link:
@@ -70,21 +76,17 @@ def as_affine(
     problem = _why_not_linear(point.node)
     if problem:
         return problem
-    size = sum(leaves[name].numel() for name in names)
-    if size * constant.numel() > max_cells:
-        return f"its Jacobian would have {size * constant.numel():,} cells"
     predictor = LINKS[link].inverse(constant)
     offset = predictor
-    jacobians = {}
+    jacobians: dict[str, Jacobian] = {}
     for name in names:
-        leaf = leaves[name]
-        forward = forward_maps(point.edge, point.shape, leaf, constant)
-        columns = []
-        for j in range(leaf.numel()):
-            unit = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
-            unit[j] = 1
-            columns.append(forward(unit.reshape(leaf.shape)).reshape(-1)[top])
-        jacobians[name] = torch.stack(columns, -1)
+        leaf, own = leaves[name], None
+        cells = leaf.numel() * constant.numel()
+        if cells > _FEW:
+            own = factored(point, top, leaf, constant, plates, max_cells)
+        if own is None and cells > max_cells:
+            return f"its Jacobian would have {cells:,} cells"
+        jacobians[name] = own or _whole(point, top, leaf, constant)
         offset = offset - jacobians[name] @ leaf.detach().reshape(-1).to(jacobians[name].dtype)
     if not link and not how:
         return Binding("affine", tuple(names), offset, jacobians=jacobians)
@@ -92,6 +94,18 @@ def as_affine(
     if isinstance(found, str):
         return found
     return Binding("affine", tuple(names), found, jacobians=jacobians, normalise=how, link=link)
+
+
+def _whole(point: Point, top: Tensor, leaf: Tensor, like: Tensor) -> Jacobian:
+    """The Jacobian as it stands, column by column."""
+    forward = forward_maps(point.edge, point.shape, leaf, like)
+    columns = []
+    for j in range(leaf.numel()):
+        unit = torch.zeros(leaf.numel(), dtype=leaf.dtype, device=leaf.device)
+        unit[j] = 1
+        columns.append(once(forward(unit.reshape(leaf.shape)).reshape(-1)[top]))
+    value = torch.stack(torch.broadcast_tensors(*columns), -1)
+    return Jacobian.of(value.expand(*top.shape, leaf.numel()))
 
 
 def _below_link(
@@ -154,7 +168,7 @@ def _without_rounding(offset: Tensor, predictor: Tensor, link: str, is_row: bool
         size = size + predictor.abs().exp()
     noise = 64 * torch.finfo(offset.dtype).eps * size.amax(-1, keepdim=True)
     if bool((offset.abs() <= noise).all()):
-        return torch.zeros_like(offset)
+        return offset.new_zeros(()).expand(offset.shape)
     # An offset that is known to fewer digits than the estimates would have is none.
     if float(noise.max()) > max(1e-9, 1e5 * torch.finfo(offset.dtype).eps):
         return f"its {link or 'predictor'} is near an end of its range at the present parameters"

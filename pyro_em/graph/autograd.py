@@ -43,6 +43,7 @@ def bind(
     allow_affine: bool = False,
     link: str = "",
     allow_product: bool = False,
+    plates: int = 0,
     max_cells: int = 2**27,
 ) -> Binding:
     """Read off an argument's autograd graph how parameters reach it.
@@ -57,7 +58,8 @@ def bind(
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
         link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
         allow_product: Whether matrices A Aᵀ and their sums are of use.
-        max_cells: The largest Jacobian to form.
+        plates: How many of the first dimensions of the layout are plates.
+        max_cells: The most numbers of a Jacobian to hold.
 
     Returns:
         The strongest binding that holds.
@@ -87,7 +89,7 @@ def bind(
     if summed is not None:
         return summed
     if allow_affine:
-        affine = as_affine(point, top, constant, names, leaves, normalised, link, max_cells)
+        affine = as_affine(point, top, constant, names, leaves, normalised, link, plates, max_cells)
         if isinstance(affine, Binding):
             return affine
         return Binding("opaque", names, constant, reason=affine)

@@ -7,13 +7,16 @@ neither, and only a gradient serves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_em.graph.jacobian import Jacobian
+from pyro_em.graph.jacobian import joined as joined_jacobians
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ class Binding:
         params: Names of the parameters that reach it.
         constant: The argument where no parameter reaches it, or the offset of an affine map or a sum.
         selections: One part per parameter.
-        jacobians: ∂a/∂θ of an affine map, per parameter. # (*argument, parameter.numel())
+        jacobians: ∂a/∂θ of an affine map, per parameter.
         reason: Why it is no stronger, in words.
         normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
         link: Of an affine binding what makes the argument of the predictor, by its name in `LINKS`.
@@ -169,7 +172,7 @@ class Binding:
     params: tuple[str, ...]
     constant: Tensor
     selections: tuple[Selection, ...] = ()
-    jacobians: Mapping[str, Tensor] | None = None
+    jacobians: Mapping[str, Jacobian] | None = None
     reason: str = ""
     normalise: str = ""
     link: str = ""
@@ -189,10 +192,36 @@ class Binding:
         """Whether all of it is expanded along the first dimension."""
         if self.constant.shape[0] == 1:
             return False
+        return not any(t.stride(0) for t in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, over the cells of the argument."""
         tensors = [self.constant, *(s.index for s in self.selections)]
         tensors += [s.factor for s in self.selections if s.factor is not None]
-        tensors += [] if self.jacobians is None else list(self.jacobians.values())
-        return not any(t.stride(0) for t in tensors)
+        return tensors + [t for j in (self.jacobians or {}).values() for t in j.tensors]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Binding:
+        """The same with the dimensions of its argument laid out anew."""
+        jacobians = self.jacobians
+        return Binding(
+            self.how,
+            self.params,
+            change(self.constant),
+            tuple(
+                Selection(
+                    s.param,
+                    change(s.index),
+                    s.maps,
+                    None if s.factor is None else change(s.factor),
+                )
+                for s in self.selections
+            ),
+            None if jacobians is None else {n: j.mapped(change) for n, j in jacobians.items()},
+            self.reason,
+            self.normalise,
+            self.link,
+        )
 
     def thin(self) -> Binding:
         """The same, held once where all of it is expanded along the first dimension."""
@@ -200,16 +229,7 @@ class Binding:
 
     @cached_property
     def _thin(self) -> Binding:
-        jacobians = self.jacobians
-        return replace(
-            self,
-            constant=self.constant[:1],
-            selections=tuple(
-                replace(s, index=s.index[:1], factor=None if s.factor is None else s.factor[:1])
-                for s in self.selections
-            ),
-            jacobians=None if jacobians is None else {n: j[:1] for n, j in jacobians.items()},
-        )
+        return self.mapped(lambda t: t[:1])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: v for name, v in vars(self).items() if name != "_thin"}
@@ -245,6 +265,31 @@ class Binding:
             plain = part.is_whole and found.dtype == out.dtype
             out = found if plain else torch.where(part.index >= 0, found, out)
         return normalised(out, self.normalise)
+
+
+def joined(bindings: Sequence[Binding], join: Callable[[list[Tensor]], Tensor]) -> Binding:
+    """Bindings of one form as one, their tensors joined along the cells."""
+    first = bindings[0]
+    selections = []
+    for i, part in enumerate(first.selections):
+        same = [b.selections[i] for b in bindings]
+        factors = [s.factor for s in same if s.factor is not None]
+        factor = join(factors) if factors else None
+        selections.append(Selection(part.param, join([s.index for s in same]), part.maps, factor))
+    jacobians = None
+    if first.jacobians is not None:
+        each = [b.jacobians for b in bindings if b.jacobians is not None]
+        jacobians = {n: joined_jacobians([own[n] for own in each], join) for n in first.jacobians}
+    return Binding(
+        first.how,
+        first.params,
+        join([b.constant for b in bindings]),
+        tuple(selections),
+        jacobians,
+        first.reason,
+        first.normalise,
+        first.link,
+    )
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ class FactorLayout:
                     allow_affine=may_be_affine(family, arg),
                     link=link_of(family, arg) or "",
                     allow_product=may_be_product(family, arg),
+                    plates=len(info.plates),
                 )
         return Factor(
             info if scope == info.scope else replace(info, scope=scope),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 
@@ -85,15 +85,7 @@ def of_members(group: Group, members: Sequence[int]) -> Group:
         return None if t is None else cut(t)
 
     def bound(binding: Binding) -> Binding:
-        selections = tuple(
-            Selection(s.param, cut(s.index), s.maps, maybe(s.factor)) for s in binding.selections
-        )
-        jacobians = binding.jacobians
-        if jacobians is not None:
-            jacobians = {name: cut(j) for name, j in jacobians.items()}
-        constant = cut(binding.constant)
-        cut_one = replace(binding, constant=constant, selections=selections, jacobians=jacobians)
-        return _without_others(cut_one)
+        return _without_others(binding.mapped(cut))
 
     value = group.value_binding
     return replace(
@@ -116,7 +108,7 @@ def _without_others(binding: Binding) -> Binding:
     if binding.how not in ("selection", "affine") or len(binding.params) < 2:
         return binding
     jacobians = dict(binding.jacobians or {})
-    jacobians = {name: j for name, j in jacobians.items() if bool((j != 0).any())}
+    jacobians = {name: j for name, j in jacobians.items() if bool(j.reached().any())}
     selections = tuple(s for s in binding.selections if bool((s.index >= 0).any()))
     reached = {*jacobians, *(s.param for s in selections)}
     params = tuple(p for p in binding.params if p in reached)

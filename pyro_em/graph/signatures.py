@@ -114,6 +114,7 @@ class Recurring:
         allow_affine: bool = False,
         link: str = "",
         allow_product: bool = False,
+        plates: int = 0,
     ) -> Binding:
         """As `pyro_em.graph.autograd.bind`.
 
@@ -125,10 +126,11 @@ class Recurring:
             allow_affine: As there.
             link: As there.
             allow_product: As there.
+            plates: As there.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        key = (graph, form, *kind, normalised, allow_affine, link, allow_product)
+        key = (graph, form, *kind, normalised, allow_affine, link, allow_product, plates)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
@@ -146,6 +148,7 @@ class Recurring:
             allow_affine=allow_affine,
             link=link,
             allow_product=allow_product,
+            plates=plates,
         )
         if graph is not None and argument.numel() <= _SMALL:
             self.known[key] = argument.detach(), binding

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_em.graph.autograd import bind, known_below
 from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.jacobian import Jacobian
 from pyro_em.graph.linearity import why_not_linear
 from pyro_em.tracing.without_sympy import pull_back, pull_back_all
 
@@ -147,12 +148,12 @@ def bind_line(
     reason = why_not_linear(narrow, own, "parameters")
     if reason:
         return Binding("opaque", tuple(own), constant, reason=reason)
-    jacobians: dict[str, Tensor] = {}
+    jacobians: dict[str, Jacobian] = {}
     for name in own:
         jacobian = _jacobian(narrow, leaves[name], slopes[name])
         if jacobian is None:
             return Binding("opaque", names, constant, reason=f"too many elements of '{name}' meet")
-        jacobians[name] = jacobian
+        jacobians[name] = Jacobian.of(jacobian)
     if not jacobians:
         return Binding("constant", (), constant)
     offset = constant

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.family import Family
-from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.binding import joined as joined_bindings
 from pyro_em.graph.factors import Group
 from pyro_em.graph.structure import SiteInfo
 
@@ -130,7 +131,7 @@ def _of_batches(pieces: Sequence[Factor | Batch], order: Mapping[str, int]) -> G
     def joined(parts: Sequence[Tensor]) -> Tensor:
         return _joined_in_order(parts, into)
 
-    bindings = {a: _joined([g.bindings[a] for g in groups], joined) for a in first.bindings}
+    bindings = {a: joined_bindings([g.bindings[a] for g in groups], joined) for a in first.bindings}
     return replace(
         first,
         members=tuple(names[i] for i in place),
@@ -223,37 +224,9 @@ def _stack_bindings(bindings: Sequence[Binding]) -> Binding:
         (one,) = bindings
         alone = tuple(s.alone for s in one.selections)
         return replace(one, constant=one.constant.unsqueeze(0), selections=alone)
-    return _joined(bindings, _stack_tensors)
-
-
-def _joined(bindings: Sequence[Binding], join: Callable[[Sequence[Tensor]], Tensor]) -> Binding:
-    """Bindings of one form as one, their tensors joined along the members."""
-    first = bindings[0]
-    selections = []
-    for i, part in enumerate(first.selections):
-        same = [b.selections[i] for b in bindings]
-        factor = None
-        if part.factor is not None:
-            factor = join([s.factor for s in same if s.factor is not None])
-        selections.append(Selection(part.param, join([s.index for s in same]), part.maps, factor))
-    jacobians = None
-    if first.jacobians is not None:
-        jacobians = {
-            name: join([b.jacobians[name] for b in bindings if b.jacobians is not None])
-            for name in first.jacobians
-        }
-    return Binding(
-        first.how,
-        first.params,
-        join([b.constant for b in bindings]),
-        tuple(selections),
-        jacobians,
-        first.reason,
-        first.normalise,
-        first.link,
-    )
+    return joined_bindings(bindings, _stack_tensors)
 
 
 def repeated(binding: Binding, n: int) -> Binding:
     """One binding for several members, whose tensors are kept once."""
-    return _joined([binding], lambda ts: _repeated(ts[0].unsqueeze(0), n))
+    return binding.mapped(lambda t: _repeated(t.unsqueeze(0), n))

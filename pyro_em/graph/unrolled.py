@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.binding import joined as joined_bindings
 from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.graph.latent_series import LatentSeries
 from pyro_em.graph.series import Unrolling
@@ -175,26 +176,12 @@ def _mapped(f: Factor, lead: Lead) -> Factor:
     return _with(
         f,
         arguments={n: lead(a) for n, a in f.arguments.items()},
-        bindings={n: _mapped_binding(b, lead) for n, b in f.bindings.items()},
+        bindings={n: b.mapped(lead) for n, b in f.bindings.items()},
         value=lead(f.value),
         mask=of(f.mask),
         raw=of(f.raw),
-        value_binding=None if value is None else _mapped_binding(value, lead),
+        value_binding=None if value is None else value.mapped(lead),
         elements=of(f.elements),
-    )
-
-
-def _mapped_binding(b: Binding, lead: Lead) -> Binding:
-    if not b.selections and b.jacobians is None:
-        return _with(b, constant=lead(b.constant))
-    return _with(
-        b,
-        constant=lead(b.constant),
-        selections=tuple(
-            _with(s, index=lead(s.index), factor=None if s.factor is None else lead(s.factor))
-            for s in b.selections
-        ),
-        jacobians=None if b.jacobians is None else {n: lead(j) for n, j in b.jacobians.items()},
     )
 
 
@@ -219,7 +206,7 @@ def _merged(blocks: Sequence[_Block]) -> Group:
         return joined(held) if held else None
 
     def bound(bindings: Sequence[Binding]) -> Binding:
-        return _joined_bindings(bindings, joined)
+        return joined_bindings(bindings, joined)
 
     values = [w.value_binding for w in whole if w.value_binding is not None]
     bindings = {a: bound([w.bindings[a] for w in whole]) for a in first.bindings}
@@ -273,29 +260,6 @@ def _joined(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     return a is b or (not a.requires_grad and a.shape == b.shape and bool((a == b).all()))
-
-
-def _joined_bindings(bindings: Sequence[Binding], joined: Callable[..., Tensor]) -> Binding:
-    first = bindings[0]
-    selections = []
-    for i, part in enumerate(first.selections):
-        same = [b.selections[i] for b in bindings]
-        factor = None
-        if part.factor is not None:
-            factor = joined([s.factor for s in same])
-        selections.append(replace(part, index=joined([s.index for s in same]), factor=factor))
-    jacobians = None
-    if first.jacobians is not None:
-        jacobians = {
-            name: joined([b.jacobians[name] for b in bindings if b.jacobians is not None])
-            for name in first.jacobians
-        }
-    return replace(
-        first,
-        constant=joined([b.constant for b in bindings]),
-        selections=tuple(selections),
-        jacobians=jacobians,
-    )
 
 
 # ---------------------------------------------------------------- masked latents

@@ -412,7 +412,7 @@ def _index(binding: Binding) -> Tensor | None:
         return part.index if plain and bool((part.index >= 0).all()) else None
     if binding.jacobians is None or len(binding.jacobians) != 1:
         return None
-    (jacobian,) = binding.jacobians.values()
+    jacobian = next(iter(binding.jacobians.values())).dense
     ones = jacobian == 1
     single = bool((ones.sum(-1) == 1).all()) and bool(((jacobian == 0) | ones).all())
     if not single or bool((binding.constant != 0).any()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -120,7 +120,7 @@ def over_scope(group: Group, scope: tuple[str, ...], states: tuple[int, ...]) ->
 
     bindings = dict(group.bindings)
     if own != scope:
-        bindings = {a: with_tensors(b, wide) for a, b in bindings.items()}
+        bindings = {a: b.mapped(wide) for a, b in bindings.items()}
     return replace(
         group,
         dims=_over(group.dims, n, scope),
@@ -147,19 +147,6 @@ def _over(
     return tuple((*d[:plates], *scope) for d in dims)
 
 
-def with_tensors(b: Binding, change: Callable[[Tensor], Tensor]) -> Binding:
-    """A binding whose tensors, over an argument's cells, are laid out anew."""
-    return replace(
-        b,
-        constant=change(b.constant),
-        selections=tuple(
-            replace(s, index=change(s.index), factor=None if s.factor is None else change(s.factor))
-            for s in b.selections
-        ),
-        jacobians=None if b.jacobians is None else {n: change(j) for n, j in b.jacobians.items()},
-    )
-
-
 def taken(group: Group, members: Sequence[int]) -> Group:
     """A group with some of its members."""
     if len(members) == len(group.members):
@@ -179,13 +166,11 @@ def taken(group: Group, members: Sequence[int]) -> Group:
         members=_those(group.members, at),
         dims=_those(group.dims, at),
         arguments={a: rows(t) for a, t in group.arguments.items()},
-        bindings={a: with_tensors(b, rows) for a, b in group.bindings.items()},
+        bindings={a: b.mapped(rows) for a, b in group.bindings.items()},
         value=rows(group.value),
         mask=None if group.mask is None else rows(group.mask),
         scale=_scales(group.scale, members),
-        value_binding=None
-        if group.value_binding is None
-        else with_tensors(group.value_binding, rows),
+        value_binding=None if group.value_binding is None else group.value_binding.mapped(rows),
         elements=None if group.elements is None else rows(group.elements),
     )
 

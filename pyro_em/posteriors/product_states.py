@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from pyro_em.densities.tying import collapsed
-from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.parting import of_members
 
@@ -67,29 +66,18 @@ def _flat_group(group: Group) -> Group:
     def maybe(t: Tensor | None) -> Tensor | None:
         return None if t is None else flat(t)
 
-    def bound(binding: Binding) -> Binding:
-        selections = tuple(
-            Selection(s.param, flat(s.index), s.maps, maybe(s.factor)) for s in binding.selections
-        )
-        jacobians = binding.jacobians
-        if jacobians is not None:
-            jacobians = {name: flat(j) for name, j in jacobians.items()}
-        return replace(
-            binding, constant=flat(binding.constant), selections=selections, jacobians=jacobians
-        )
-
     return replace(
         group,
         sizes=(*group.sizes[: group.n_plates], math.prod(sizes)),
         arguments={name: flat(a) for name, a in group.arguments.items()},
-        bindings={name: bound(b) for name, b in group.bindings.items()},
+        bindings={name: b.mapped(flat) for name, b in group.bindings.items()},
         value=flat(group.value),
         mask=maybe(group.mask),
         scale=tuple(
             _flat(s, group.n_plates, sizes) if isinstance(s, Tensor) else s for s in group.scale
         ),
         raw=maybe(group.raw),
-        value_binding=None if group.value_binding is None else bound(group.value_binding),
+        value_binding=None if group.value_binding is None else group.value_binding.mapped(flat),
         elements=maybe(group.elements),
     )
 

@@ -275,7 +275,7 @@ def _read(
     if binding.how == "affine":
         assert binding.jacobians is not None
         parts = [
-            _Part(none, np.empty(0), laid.numbers(j, 1).astype(np.float64), begins[name])
+            _Part(none, np.empty(0), laid.numbers(j.dense, 1).astype(np.float64), begins[name])
             for name, j in binding.jacobians.items()
         ]
         return constant, parts

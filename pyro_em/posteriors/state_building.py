@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pyro_em.graph.binding import Binding
+from pyro_em.graph.binding import Binding, joined
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
 from pyro_em.graph.stretches import Later
@@ -119,7 +118,7 @@ def _stacked_parts(lines: Sequence[Line]) -> dict[str, Binding]:
     """What the means of alike sites are made of, one binding for each part."""
     parts = [tuple(line.parts.values()) for line in lines]
     names = ("loc", *(f"loc per latent {j}" for j in range(1, len(parts[0]))))
-    return {name: _stacked([own[j] for own in parts]) for j, name in enumerate(names)}
+    return {name: joined([own[j] for own in parts], _cat) for j, name in enumerate(names)}
 
 
 def _stacked_tensors(
@@ -134,29 +133,6 @@ def _stacked_tensors(
             own = [read[line.site][list(line.parts)[j]] for line in lines]
             out[name] = _cat(own)
     return out
-
-
-def _stacked(bindings: Sequence[Binding]) -> Binding:
-    """One binding for many members."""
-    first = bindings[0]
-    selections = tuple(
-        replace(
-            s,
-            index=_cat([b.selections[k].index for b in bindings]),
-            factor=None
-            if s.factor is None
-            else _cat([f for b in bindings if (f := b.selections[k].factor) is not None]),
-        )
-        for k, s in enumerate(first.selections)
-    )
-    jacobians = None
-    if first.jacobians is not None:
-        jacobians = {
-            n: _cat([b.jacobians[n] for b in bindings if b.jacobians is not None])
-            for n in first.jacobians
-        }
-    constant = _cat([b.constant for b in bindings])
-    return replace(first, constant=constant, selections=selections, jacobians=jacobians)
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,6 @@ from pyro_em.posteriors.gaussian_sites import (
     site_over,
     taken,
     with_offset,
-    with_tensors,
 )
 from pyro_em.posteriors.site_forms import SiteForm, Term
 from pyro_em.posteriors.state_form import Placed, state_form
@@ -191,7 +190,7 @@ class _Steps:
 
     def stacked(self, name: str, binding: Binding) -> Binding:
         """A binding with a row for each step."""
-        return with_tensors(binding, lambda t: self.in_front(name, t))
+        return binding.mapped(lambda t: self.in_front(name, t))
 
     def in_front(self, name: str, t: Tensor) -> Tensor:
         """What a site's cells hold, with its steps in front. # (1, *sizes, …) to (steps, …)"""
@@ -218,13 +217,13 @@ class _Steps:
             Read(
                 self.name(r.latent, t),
                 self._elements(name, r, i),
-                with_tensors(r.coefficient, here),
+                r.coefficient.mapped(here),
                 r.only,
             )
             for r in line.reads
         )
         sizes = line.sizes if axis is None else line.sizes[:axis] + line.sizes[axis + 1 :]
-        offset = with_tensors(line.offset, here)
+        offset = line.offset.mapped(here)
         return [(own, Line(own, sizes, line.scope, line.event, offset, reads))]
 
     def read_at(self, short: Mapping[str, Line], read: Parts) -> dict[str, dict[str, Tensor]]:

@@ -131,7 +131,7 @@ def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
     if binding.how == "affine" and not binding.normalise and binding.jacobians is not None:
         slopes = binding.jacobians
         if binding.link == "":
-            scaled = {n: j * factor.unsqueeze(-1).to(j) for n, j in slopes.items()}
+            scaled = {n: j.times(factor) for n, j in slopes.items()}
             return replace(binding, constant=constant, jacobians=scaled)
         if binding.link == "exp":
             moved = binding.constant + factor.log().to(binding.constant)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.jacobian import Jacobian
 
 _MANY_CELLS = 256
 
@@ -41,6 +43,11 @@ def designs_of(
     known = _known.get(binding)
     if known is not None and known[0] == (tuple(block), event):
         return known[1]
+    slopes = binding.jacobians or {}
+    if any(slopes[p].index is not None for p in block if p in slopes):
+        found = _cell_by_cell(binding, block, values, lead, event)
+        _known[binding] = ((tuple(block), event), found)
+        return found
     whole = torch.cat([design(binding, p, values[p]) for p in block], -1)
     rows, own = whole.shape[:lead].numel(), whole.shape[whole.dim() - 1 - event : -1]
     whole = whole.reshape(rows, -1, *own, whole.shape[-1])
@@ -57,10 +64,41 @@ def designs_of(
     return out
 
 
+def _cell_by_cell(
+    binding: Binding, block: Sequence[str], values: Mapping[str, Tensor], lead: int, event: int
+) -> Designs:
+    """As `designs_of`, of what is held without zeros; cells of equal covariates share one tensor."""
+    slopes, begins, begin = [], [], 0
+    for name in block:
+        held = (binding.jacobians or {}).get(name)
+        slopes.append(Jacobian.of(design(binding, name, values[name])) if held is None else held)
+        begins.append(begin)
+        begin += values[name].numel()
+    shape = binding.constant.shape
+    rest = range(lead, len(shape) - event)
+    is_shared = all(j.value.stride(d) == 0 for j in slopes for d in rest if shape[d] > 1)
+    out: Designs = []
+    narrow, used = torch.empty(0), torch.empty(0)
+    for cell in product(*(range(shape[d]) for d in rest)):
+        place = (slice(None),) * lead + cell
+        own = [j.mapped(lambda t: t[place]) for j in slopes]  # noqa: B023
+        each = [j.columns for j in own]
+        read = [c + b for c, b in zip(each, begins, strict=True) if c is not None]
+        is_alike = len(read) == len(own)
+        columns = torch.cat(read) if is_alike else torch.arange(begin, device=own[0].value.device)
+        if not (out and is_shared and is_alike):
+            whole = torch.cat([j.value if is_alike else j.dense for j in own], -1)
+            used = (whole != 0).flatten(0, -2).any(0)
+            whole = whole if bool(used.all()) else whole[..., used]
+            narrow = whole.reshape(-1, *shape[len(shape) - event :], whole.shape[-1])
+        out.append((columns[used], narrow))
+    return out
+
+
 def design(binding: Binding, name: str, value: Tensor) -> Tensor:
     """∂a/∂θ. # (*cells, parameter.numel())"""
     if binding.jacobians is not None and name in binding.jacobians:
-        return binding.jacobians[name]
+        return binding.jacobians[name].dense
     for part in binding.selections:
         if part.param == name:
             eye = torch.eye(

@@ -162,7 +162,7 @@ def coefficient_rows(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
 def design_of(group: Group, binding: Binding, name: str, value: Tensor, tail: int) -> Tensor:
     """∂a/∂θ of one argument. # (cells or 1, rows or 1, D, *tail, θ.numel())"""
     if binding.jacobians is not None and name in binding.jacobians:
-        return rows_of(group, binding.jacobians[name], tail + 1).to(torch.float64)
+        return rows_of(group, binding.jacobians[name].dense, tail + 1).to(torch.float64)
     for part in binding.selections:
         if part.param == name:
             columns = torch.arange(value.numel(), device=part.index.device)

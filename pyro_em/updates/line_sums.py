@@ -329,23 +329,7 @@ class LineSite:
         left_out = (group.lines or ("loc",)) if self.sizes else ()
         names = [a for a in group.bindings if a not in left_out]
         arguments = {a: self._one_member(group.arguments[a]) for a in names}
-        bindings = {}
-        for a in names:
-            b = group.bindings[a]
-            jacobians = b.jacobians or {}
-            bindings[a] = replace(
-                b,
-                constant=self._one_member(b.constant),
-                selections=tuple(
-                    replace(
-                        s,
-                        index=self._one_member(s.index),
-                        factor=None if s.factor is None else self._one_member(s.factor),
-                    )
-                    for s in b.selections
-                ),
-                jacobians={n: self._one_member(j) for n, j in jacobians.items()} or None,
-            )
+        bindings = {a: group.bindings[a].mapped(self._one_member) for a in names}
         if self.precise:
             arguments["scale"] = torch.ones_like(arguments["scale"].narrow(self.outer, 0, 1))
             bindings["scale"] = Binding("constant", (), arguments["scale"])

@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_em.families.family import Arguments, PredictorRule, Rule, Statistics, link_of
 from pyro_em.graph.binding import LINKS, Binding
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.jacobian import Jacobian
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.designs import designs_of
@@ -237,5 +238,5 @@ def _selected(binding: Binding, link: str, sizes: Mapping[str, int]) -> Binding:
             offset = offset + torch.where(s.index >= 0, s.factor.log(), 0.0)
         elif s.factor is not None:
             chosen = chosen * s.factor.unsqueeze(-1)
-        jacobians[s.param] = chosen
+        jacobians[s.param] = Jacobian.of(chosen)
     return Binding("affine", binding.params, offset, jacobians=jacobians)

@@ -456,7 +456,7 @@ def _number(binding: Binding, argument: Tensor) -> float:
         constant = torch.where(s.index >= 0, torch.zeros_like(constant), constant)
     tensors = [constant, *(s.index for s in binding.selections)]
     tensors += [s.factor for s in binding.selections if s.factor is not None]
-    tensors += list((binding.jacobians or {}).values())
+    tensors += [j.dense for j in (binding.jacobians or {}).values()]
     if not binding.is_static:
         tensors = [argument]
     total = 0.0
