@@ -19,10 +19,12 @@ from torch.distributions import constraints, transform_to
 from pyro_em.distributions import unexpanded
 from pyro_em.errors import PyroEMError
 from pyro_em.fitting.identified import Undetermined
+from pyro_em.fitting.information_criteria import ONE, STEPS
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.latent_series import plates_of
 from pyro_em.graph.stretches import Members
+from pyro_em.graph.structure import Structure
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
 from pyro_em.tracing.parameters import TracedParameter
@@ -83,11 +85,25 @@ def _sites(program: Program) -> Iterator[tuple[int, Group]]:
             yield g, group
 
 
+def counted(structure: Structure, rows: float) -> str:
+    """What `num_rows` counts, in words.
+
+    Args:
+        structure: The model's.
+        rows: What it counted.
+    """
+    sketch = structure.sketch
+    nested = [i.nested for i in sketch.sites.values() if i.role is Role.DATA and i.nested]
+    if not nested:
+        return STEPS if rows > 1 else ONE
+    return f"elements of plate '{(*sketch.data_plates, *nested[0])[0]}'"
+
+
 def _observed_steps(program: Program) -> float:
-    """Steps of a chain of Gaussian latents without plates that have any observed value; 1 elsewhere."""
+    """Steps of one series without plates that have any observed value; 1 where there is no loop."""
     steps: dict[str, int] = {}
     for _, group in _sites(program):
-        if group.belief is not None or not group.lines or group.role is not Role.DATA:
+        if group.belief is not None or group.role is not Role.DATA:
             continue
         seen = None if group.mask is None else group.mask.reshape(len(group.mask), -1).any(1)
         if seen is not None and len(seen) == 1:

@@ -17,6 +17,7 @@ from pyro_em.errors import DegenerateError, UsageError, message, warn
 from pyro_em.fitting.boundaries import boundary_notes, loadings_at_zero
 from pyro_em.fitting.criteria import (
     count_free,
+    counted,
     estimated_locally,
     free_parameters,
     local_estimates,
@@ -141,6 +142,7 @@ def build_result(
         starts=tuple(r.objective for r in runs if not r.is_replaced),
         ends=tuple(_end(r) for r in runs),
         num_rows=rows,
+        counted=counted(program.structure, rows),
         num_free_parameters=free_parameters(
             program, run.initial_values, without=local, apart=apart, read=read
         ),
@@ -262,6 +264,7 @@ def build_stochastic_result(
         rate=None,
         starts=(bound,),
         num_rows=float(batches.total or _rows_of(variational)),
+        counted=counted(variational.bare, batches.total or _rows_of(variational)),
         num_free_parameters=count_free(parameters, plan.updates, {}, {}),
         start="values in the model",
         seed=seed,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,12 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em.arguments import number
 from pyro_em.elsewhere import OF_RESULT, NamesFromElsewhere
-from pyro_em.errors import message
+from pyro_em.errors import UsageError, message
 from pyro_em.fitting.ends import End, ends_in_words
 from pyro_em.fitting.information import StaticInformation
+from pyro_em.fitting.information_criteria import WHY, Criteria
 from pyro_em.fitting.standard_errors import StandardErrors
 from pyro_em.globs import listed, matching, stacked_answers
 from pyro_em.plan.plan import Plan
@@ -185,7 +186,8 @@ class EMResult(Portable, NamesFromElsewhere):
         ends: Per run to the end, how it began and where it ended (`End`), in the order of ``starts``;
             one that collapsed comes before the run that took its place.
         num_rows: N of the BIC: elements of the outermost data plate in which anything was observed,
-            weighted by scale.
+            weighted by scale; of one series without a plate its steps.
+        counted: What ``num_rows`` counts, in words.
         num_free_parameters: p of the BIC, through constraints; not counted are fixed ones, structural
             zeros, and elements that no factor reads. Point estimates of latents outside every plate
             that the data share count as parameters, those of latents inside do not: they are no
@@ -222,6 +224,7 @@ class EMResult(Portable, NamesFromElsewhere):
     dtype: torch.dtype
     _standard_errors: Callable[[], StandardErrors] = field(repr=False)
     _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
+    counted: str = "rows"
     log_prior: float = 0.0
     num_local_estimates: int = 0
     bound_name: str = "ELBO"
@@ -260,31 +263,70 @@ class EMResult(Portable, NamesFromElsewhere):
         """The E-step at ``params``; after steps on sums it is computed when first asked for."""
         return self._posterior()
 
+    def criteria(self, n: float | None = None) -> Criteria:
+        """BIC, AIC, ICL and the entropy of the latents, at a stated N.
+
+        Args:
+            n: N of BIC and ICL. By default ``num_rows``: the rows in which anything was observed,
+                weighted by scale; of one series without a plate its steps.
+
+        Raises:
+            UsageError: If the log evidence is not known, or ``n`` is no positive number.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("x", dist.Normal(pyro.param("mu", torch.tensor(0.0)), 1.0), obs=x)
+            >>> found = ExactPosteriorEM(model).fit(torch.tensor([0.0, 1.0])).criteria(n=100)
+            >>> found.n, round(found.bic - found.aic, 4)  # log 100 − 2
+            (100, 2.6052)
+            >>> pyro.clear_param_store()
+        """
+        if self.log_evidence is None:
+            raise UsageError(
+                message(
+                    "criteria",
+                    "the log evidence of this model is not known: a guide draws latents.",
+                    "BIC, AIC and ICL are made of it",
+                    ["compare models by em.estimate_evidence(x), or by the bound of held-out data"],
+                )
+            )
+        if n is not None and not number("criteria", "n", n) > 0:
+            raise UsageError(message("criteria", f"n={n} is no number of rows.", "it is positive"))
+        p, entropy = self.num_free_parameters, self._entropy()
+        own = self.num_rows if n is None else n
+        words = self.counted if n is None else "as was asked"
+        return Criteria(self.log_evidence, p, own, words, entropy)
+
+    def _entropy(self) -> float | None:
+        if self.is_parted:
+            return None
+        q = self.posterior
+        return q.entropy_value if isinstance(q, Posterior) else q.entropy()
+
     @property
     def bic(self) -> float | None:
-        """−2 log evidence + p log N; lower is better; None without an evidence."""
+        """BIC at ``num_rows``, lower is better (`criteria`); None without an evidence."""
         if self.log_evidence is None:
             return None
-        return -2 * self.log_evidence + self.num_free_parameters * math.log(max(self.num_rows, 1))
+        return Criteria(self.log_evidence, self.num_free_parameters, self.num_rows, "").bic
 
     @property
     def aic(self) -> float | None:
-        """−2 log evidence + 2 p; lower is better; None without an evidence."""
+        """AIC, lower is better (`criteria`); None without an evidence."""
         if self.log_evidence is None:
             return None
-        return -2 * self.log_evidence + 2 * self.num_free_parameters
+        return Criteria(self.log_evidence, self.num_free_parameters, self.num_rows, "").aic
 
     @property
     def icl(self) -> float | None:
-        """BIC + 2 H(q) (McLachlan and Peel 2000, section 6.10.3); lower is better.
+        """ICL = BIC + 2 H(q), lower is better (`criteria`).
 
-        H(q) is the entropy of the discrete latents: how clearly rows belong to their components. None
-        without an evidence, and where the data came in parts.
+        None without an evidence, and where the data came in parts.
         """
-        if self.bic is None or self.is_parted:
-            return None
-        q = self.posterior
-        return self.bic + 2 * (q.entropy_value if isinstance(q, Posterior) else q.entropy())
+        return None if self.log_evidence is None else self.criteria().icl
 
     def standard_errors(self) -> StandardErrors:
         """Standard errors at ``params``, from the Hessian of the exact log evidence.
@@ -361,7 +403,6 @@ class EMResult(Portable, NamesFromElsewhere):
                 f"{self.bound_name} {self.elbo:.6f} after {self.num_steps} steps"
                 f" ({self.seconds:.2f} s)\n{self.message}"
             )
-        single = self.num_rows == 1
         icl = "" if self.icl is None else f"  ICL {self.icl:.3f}"
         prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"
         return (
@@ -370,7 +411,7 @@ class EMResult(Portable, NamesFromElsewhere):
             f"BIC {self.bic:.3f}  AIC {self.aic:.3f}{icl}"
             f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
             + self._uncounted()
-            + ("\nN = 1: all data are one sequence, and BIC's penalty is zero" * single)
+            + (f"\n{WHY[self.counted]}" if self.counted in WHY else "")
             + (f"\n{ends_in_words(self.ends)}" if len(self.ends) > 1 else "")
         )
 

@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM
+from pyro_em import ExactPosteriorEM, UsageError, vectorized_markov
 
 X = torch.tensor([0.1, 0.2, 3.0, 3.3, -0.4, 2.7, 2.9, 0.0])
 SEEN = torch.tensor([True, True, True, True, False, True, False, True])
@@ -178,3 +178,27 @@ def test_a_network_counts_whole() -> None:
 
     result = ExactPosteriorEM(Network()).fit(X.double(), X.double() + 1, max_steps=1, tol=0)
     assert result.num_free_parameters == 10
+
+
+@pytest.mark.parametrize("loop", ["loop", "over indices"])
+def test_steps_of_one_series_are_counted(loop: str) -> None:
+    """One series of states: N counts its observed steps, and any other N can be stated."""
+    seen = torch.tensor([True] * 5 + [False] + [True] * 2)
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        A, z = torch.tensor([[0.8, 0.2], [0.3, 0.7]]), 0
+        steps = vectorized_markov("t", 8) if loop == "over indices" else pyro.markov(range(8))
+        for t in steps:
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            pyro.sample(f"x_{t}", dist.Normal(mu[z], 1.0).mask(seen[t]), obs=x[t])
+
+    result = ExactPosteriorEM(model).fit(X, max_steps=2, tol=0)
+    found, stated = result.criteria(), result.criteria(n=100)
+    assert result.num_rows == found.n == 7 and "N counts the steps of one series" in str(result)
+    assert found.bic == result.bic == pytest.approx(found.aic + 2 * (math.log(7) - 2))
+    assert stated.bic == pytest.approx(stated.aic + 2 * (math.log(100) - 2))
+    assert found.entropy == pytest.approx(result.posterior.entropy())
+    assert found.icl == result.icl == pytest.approx(found.bic + 2 * found.entropy)
+    with pytest.raises(UsageError, match="n=0 is no number of rows"):
+        result.criteria(n=0)
