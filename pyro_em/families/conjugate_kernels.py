@@ -89,6 +89,35 @@ class PriorKernel:
             return together_with(value.logdet() / 2, -value / 2)
         return value.log() if self.support == "simplex" else together(value.log(), (-value).log1p())
 
+    def at_mean(self, t: Tensor) -> Tensor:
+        """t at the mean of what a precision is a multiple of, where E[t] is known. # (*batch, P)"""
+        if self.support == "matrix":
+            mean = -2 * matrix_of(t)
+            return together_with(mean.logdet() / 2, -mean / 2)
+        return torch.stack([(-t[..., 1]).log(), t[..., 1]], -1)
+
+    def tails(self, chi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What Normals become whose precisions are multiples of the latent.
+
+        With S the covariance at the latent's mean they are Student distributions of ν degrees of
+        freedom and scale matrix c S, and of covariance k S.
+
+        Args:
+            chi: Of a positive number or a matrix. # (*batch, P)
+
+        Returns:
+            ν, c and k, which is infinite up to ν = 2. # (*batch,) each
+        """
+        if self.support == "matrix":
+            df, size = chi[..., 0], math.isqrt(chi.shape[-1])
+            degrees = df - size + 1
+            factor = df / degrees
+        else:
+            degrees = 2 * chi[..., 0]
+            factor = torch.ones_like(degrees)
+        spread = torch.where(degrees > 2, factor * degrees / (degrees - 2), math.inf)
+        return degrees, factor, spread
+
     def log_density(self, t: Tensor, arguments: Arguments) -> Tensor:
         """E[log p(λ | χ)] where E[t] is known, in nats. # (*batch,)"""
         chi = self.chi(arguments)

@@ -114,6 +114,34 @@ def _laplace_base(x: Tensor, a: Arguments) -> Tensor:
     return -(2 * a["scale"]).log()
 
 
+def _half_distance(x: Tensor, a: Arguments) -> Tensor:
+    """Of vectors whose covariance is a multiple of the variance."""
+    tril = _tril_of(a)
+    off = (x - a["loc"]).unsqueeze(-1)
+    white = torch.linalg.solve_triangular(
+        tril.expand(*torch.broadcast_shapes(tril.shape[:-2], off.shape[:-2]), *tril.shape[-2:]),
+        off,
+        upper=False,
+    )
+    half = white.square().sum((-2, -1)) / 2
+    return together(torch.full_like(half, 0.5 * x.shape[-1]), half)
+
+
+def _vector_base(x: Tensor, a: Arguments) -> Tensor:
+    log_det = _tril_of(a).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -log_det - 0.5 * x.shape[-1] * math.log(2 * math.pi)
+
+
+def _tril_of(a: Arguments) -> Tensor:
+    if "scale_tril" in a:
+        return a["scale_tril"]
+    if "covariance_matrix" in a:
+        return torch.linalg.cholesky(a["covariance_matrix"])
+    return torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(a["precision_matrix"]))
+    )
+
+
 # ---------------------------------------------------------------------------- probabilities
 
 
@@ -186,6 +214,16 @@ PAIRS: Mapping[tuple[str, type, str, float], Pair] = {
     ),
     ("gamma", dist.Normal, "scale", -0.5): Pair("scale", _half_square, _normal_base),
     ("gamma", dist.LogNormal, "scale", -0.5): Pair("scale", _log_normal, _log_normal_base),
+    **{
+        ("gamma", dist.MultivariateNormal, argument, power): Pair(
+            argument, _half_distance, _vector_base
+        )
+        for argument, power in (
+            ("covariance_matrix", -1.0),
+            ("precision_matrix", 1.0),
+            ("scale_tril", -0.5),
+        )
+    },
     ("gamma", dist.Laplace, "scale", -1.0): Pair("scale", _deviation, _laplace_base),
     ("beta", dist.Bernoulli, "probs", 1.0): Pair("probs", _bernoulli, _no_base),
     ("beta", dist.Binomial, "probs", 1.0): Pair("probs", _binomial, _binomial_base),

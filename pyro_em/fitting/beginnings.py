@@ -28,6 +28,8 @@ from pyro_em.posteriors.gaussian_product import drawn_from_prior
 from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.integrated import Integrated, Solution
 from pyro_em.posteriors.names import integrated_names
+from pyro_em.posteriors.scaled import ScaledSolution
+from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
 from pyro_em.posteriors.vectors import Rows, rows_of
 
 # Shares of every row that all clusters get: none; against exact zeros of the model that clusters
@@ -181,10 +183,15 @@ class Beginning:
 
 def _with_prior_draws(evaluation: Evaluation, generator: torch.Generator) -> Evaluation:
     """The factors with Gaussian latents at draws from their prior."""
-    drawn: dict[int, Integrated | ConjugateSolution] = dict(evaluation.solved)
-    for g, solution in gaussians_in(evaluation.solved).items():
-        assert isinstance(solution, Solution)
-        drawn[g] = drawn_from_prior(solution, generator)
+    drawn: dict[int, Integrated | ConjugateSolution | ScaledSolution] = dict(evaluation.solved)
+    for g, solution in evaluation.solved.items():
+        if isinstance(solution, ScaledSolution):
+            assert isinstance(solution.gaussian, ScaledGaussian)
+            values = drawn_from_prior(solution.gaussian.at, generator)
+            drawn[g] = replace(solution, gaussian=values)
+        elif not isinstance(solution, ConjugateSolution):
+            assert isinstance(solution, Solution)
+            drawn[g] = drawn_from_prior(solution, generator)
     return replace(evaluation, solved=drawn)
 
 

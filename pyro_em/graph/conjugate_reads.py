@@ -216,6 +216,8 @@ def _read_of(
     if kernel.support in ("positive", "matrix"):
         power = power_of(tensor, values[latent])
         elements = _elements(brought(tensor), values[latent])
+        if kernel.support == "positive" and family.argument_event_dim(argument):
+            elements = _of_matrices(elements, latent, where, f"{kind}.{argument}")
     else:
         normalised = argument if kernel.event_dim else ""
         own = {latent: values[latent]}
@@ -249,6 +251,16 @@ def _elements(tensor: Tensor, leaf: Tensor) -> Tensor:
     forward = forward_of(tensor, leaf)
     slope = forward(torch.ones_like(leaf)).detach()
     return numbers_read(forward, slope, leaf.shape, leaf.numel())
+
+
+def _of_matrices(elements: Tensor, latent: str, where: str, what: str) -> Tensor:
+    """Which element each matrix reads, whose entries that are not zero read one alike."""
+    most = elements.amax((-2, -1))
+    if bool(((elements >= 0) & (elements != most[..., None, None])).any()):
+        raise refused(
+            latent, where, f"the entries of {what} read different elements of '{latent}'."
+        )
+    return most
 
 
 def _is_multiple(tensor: Tensor, leaf: Tensor, elements: Tensor) -> bool:
@@ -331,11 +343,16 @@ def _is_as_read(
         elif kernel.event_dim:
             found.append((a - chosen, torch.zeros_like(a)))
         else:
+            deep = a.dim() - reads.dim()  # the entries of a matrix read one element
+            if deep:
+                reads, chosen = (t.reshape(*t.shape, *(1,) * deep) for t in (reads, chosen))
             found.append((torch.where(reads, a / chosen**read.power, a), a))
     (one, _), (two, _) = found
     if one.shape != two.shape:
         return False
-    positive = kernel.event_dim > 0 or bool((one[(read.elements >= 0).expand_as(one)] > 0).all())
+    # What is a covariance times a positive number is one at every number.
+    sure = kernel.event_dim > 0 or one.dim() > read.elements.dim()
+    positive = sure or bool((one[(read.elements >= 0).expand_as(one)] > 0).all())
     eps = 1e3 * torch.finfo(one.dtype).eps
     return positive and bool(torch.isclose(one, two, rtol=eps, atol=eps * kernel.event_dim).all())
 

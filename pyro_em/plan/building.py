@@ -198,11 +198,9 @@ def _beside_gaussians(
     if gaussians is None:
         return None
 
-    def conjugates(inner: Structure, lines: Mapping[str, Line]) -> Conjugates:
+    def conjugates(inner: Structure) -> Conjugates:
         at_zero = GivenConjugates(GivenGaussians(model.model, gaussians.values), model.values)
-        found = Conjugates.of(at_zero, kernels, task.args, task.kwargs, inner)
-        found.require_apart(lines)
-        return found
+        return Conjugates.of(at_zero, kernels, task.args, task.kwargs, inner)
 
     program = integrating(given, gaussians, structure, conjugates)
     if program is None:
@@ -245,7 +243,7 @@ def integrating(
     task: Task,
     model: GivenGaussians,
     bare: Structure,
-    conjugates: Callable[[Structure, Mapping[str, Line]], Conjugates] | None = None,
+    conjugates: Callable[[Structure], Conjugates] | None = None,
 ) -> Program | None:
     """A program that integrates Gaussian latents, not verified yet; None where others have no route.
 
@@ -271,8 +269,9 @@ def integrating(
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
     structure = _knowing(structure, lines)
     log = task.log(names_of(task.model, task.args, task.kwargs))
-    graph = with_lines(given, structure, lines, traced(given, structure, log, looked))
-    found = None if conjugates is None else conjugates(structure, lines)
+    found = None if conjugates is None else conjugates(structure)
+    alike = () if found is None else found.alike(lines)
+    graph = with_lines(given, structure, lines, traced(given, structure, log, looked), alike)
     if found is not None:
         graph = found.integrated(graph, task.max_enumeration)
     program = on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))
@@ -288,7 +287,11 @@ def _knowing(structure: Structure, lines: Mapping[str, Line]) -> Structure:
 
 
 def with_lines(
-    given: Task, structure: Structure, lines: Mapping[str, Line], graph: FactorGraph
+    given: Task,
+    structure: Structure,
+    lines: Mapping[str, Line],
+    graph: FactorGraph,
+    alike: Sequence[tuple[str, str]] = (),
 ) -> FactorGraph:
     """The graph of a model, traced with its Gaussian latents at zero, in which these are integrated.
 
@@ -297,13 +300,14 @@ def with_lines(
         structure: Its skeleton.
         lines: How the latents enter each site.
         graph: As it was traced.
+        alike: Pairs of sites whose spreads are multiples of one latent.
 
     Raises:
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
     """
     assert isinstance(given.model, GivenGaussians)
     read = parts_at(lines, given.model, given.args, given.kwargs, structure)
-    return integrated(graph, lines, given.max_enumeration, read)
+    return integrated(graph, lines, given.max_enumeration, read, alike=alike)
 
 
 def on_lines(task: Task, program: Program, lines: Mapping[str, Line], bare: Structure) -> Program:

@@ -85,19 +85,11 @@ class Conjugates:
         run = self.model, args, kwargs, structure
         return differing_reads(self.reads, *run, self.kernels, values)
 
-    def require_apart(self, lines: Mapping[str, Line]) -> None:
-        """Refuse sites that read Gaussian latents as well, or are such latents themselves.
-
-        Raises:
-            NotConjugate: If there is one.
-        """
-        for site, read in self.reads.items():
-            if site in lines:
-                own = lines[site].reads
-                what = f"'{site}' is a Gaussian latent, and its spread reads '{read.latent}'."
-                if own:
-                    what = f"it reads Gaussian '{own[0].latent}' and '{read.latent}'."
-                raise refused(read.latent, f"site '{site}'", what)
+    def alike(self, lines: Mapping[str, Line]) -> tuple[tuple[str, str], ...]:
+        """Pairs of Normal sites in whose spreads one latent is, where Gaussian ones reach them."""
+        first: dict[str, str] = {}
+        reads = [(n, self.reads[n].latent) for n in lines if n in self.reads]
+        return tuple((first.setdefault(latent, name), name) for name, latent in reads)
 
     def rows(self, bare: Structure) -> dict[str, Route]:
         """The latents' rows of the plan."""

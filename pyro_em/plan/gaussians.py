@@ -16,6 +16,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.plan.unrouted import Unrouted, without_route
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.scaled import ScaledBlock
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import mask_tensor
@@ -132,12 +133,9 @@ def gaussian_routes(
     """
     rows = {r.site: r for r in routes_of(inner)} | dict(others)
     children = _children(inner, lines)
-    blocks = {
-        n: g.nested
-        for g in graph.groups
-        if isinstance(g.nested, GaussianBlock)
-        for n in g.nested.latents
-    }
+    nested = (g.nested for g in graph.groups)
+    found = (b.gaussian if isinstance(b, ScaledBlock) else b for b in nested)
+    blocks = {n: b for b in found if isinstance(b, GaussianBlock) for n in b.latents}
     out = []
     for name in (*bare.latents, *bare.barren):
         if name in rows:

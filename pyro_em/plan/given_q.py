@@ -23,6 +23,8 @@ from pyro_em.posteriors.names import integrated_names
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.product import product_posterior
 from pyro_em.posteriors.regrouped import regrouped
+from pyro_em.posteriors.scaled import ScaledBlock, ScaledSolution
+from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
 from pyro_em.variational.drawn import DrawnPosterior
 
 
@@ -59,13 +61,21 @@ def given_solutions(evaluation: Evaluation, given: Mapping[str, Any], where: str
     Raises:
         UsageError: If some of a component are given only, or a distribution does not fit.
     """
-    out: dict[int, Integrated | ConjugateSolution] = dict(evaluation.solved)
+    out: dict[int, Integrated | ConjugateSolution | ScaledSolution] = dict(evaluation.solved)
     for g, known in conjugates_in(evaluation.solved).items():
-        block = evaluation.graph.groups[g].nested
+        nested = evaluation.graph.groups[g].nested
+        block = nested.conjugate if isinstance(nested, ScaledBlock) else nested
         assert isinstance(block, ConjugateBlock)
-        if block.latent in given:
-            out[g] = conjugate_given(block, known, given[block.latent], where)
-    gaussian = gaussians_in(evaluation.solved)
+        if block.latent not in given:
+            continue
+        found = conjugate_given(block, known, given[block.latent], where)
+        both = evaluation.solved[g]
+        if isinstance(nested, ScaledBlock) and isinstance(both, ScaledSolution):
+            own = nested.given_scale(found, evaluation.arguments[g])
+            out[g] = replace(both, conjugate=found, gaussian=own)
+        else:
+            out[g] = found
+    gaussian = gaussians_in(out)
     faces = GaussianFaces(evaluation.graph, gaussian, ())
     for g, solution in gaussian.items():
         names = {n: i for n, (at, i) in faces.places.items() if at == g}
@@ -81,18 +91,21 @@ def given_solutions(evaluation: Evaluation, given: Mapping[str, Any], where: str
                     [f"give distributions for: {listed(names)}", "leave all of them out"],
                 )
             )
-        assert isinstance(solution, Solution)
+        at = solution.at if isinstance(solution, ScaledGaussian) else solution
+        assert isinstance(at, Solution)
         means: dict[int, list[Tensor]] = {}
         covariances: dict[int, list[Tensor]] = {}
         for n, i in names.items():  # members of one site follow each other
             mean, covariance = moments_given(faces.group(n), faces.batch(n), given[n], where)
             means.setdefault(i, []).append(mean)
             covariances.setdefault(i, []).append(covariance)
-        out[g] = GaussianProduct(
-            solution,
+        product = GaussianProduct(
+            at,
             {i: torch.cat(m) for i, m in means.items()},
             {i: torch.cat(c) for i, c in covariances.items()},
         )
+        both = out[g]
+        out[g] = replace(both, gaussian=product) if isinstance(both, ScaledSolution) else product
     return out
 
 

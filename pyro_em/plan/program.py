@@ -383,15 +383,14 @@ class Program(StaysHere):
     ) -> FactorGraph:
         whole = self.lines or self.conjugates
         graph = self._traced(values, random_seed, with_bindings, only=None if whole else only)
-        if self.conjugates is not None:
-            graph = self.conjugates.integrated(graph)
-        if not self.lines:
-            return graph
-        assert isinstance(self.model, GivenGaussians)
-        with self.dependences.own_run():
-            run = (self.model, self.args, self.kwargs, self.structure)
-            read = parts_at(self.lines, *run, values)
-        return integrated(graph, self.lines, read=read)
+        if self.lines:
+            assert isinstance(self.model, GivenGaussians)
+            with self.dependences.own_run():
+                run = (self.model, self.args, self.kwargs, self.structure)
+                read = parts_at(self.lines, *run, values)
+            alike = () if self.conjugates is None else self.conjugates.alike(self.lines)
+            graph = integrated(graph, self.lines, read=read, alike=alike)
+        return graph if self.conjugates is None else self.conjugates.integrated(graph)
 
     def _traced(
         self,

@@ -28,8 +28,8 @@ from pyro_em.updates.conjugate_beliefs import (
     as_wide,
     wide,
     with_factor,
-    with_precision,
 )
+from pyro_em.updates.gaussian_rows import is_matrix
 
 Arguments = Mapping[str, Tensor]
 
@@ -108,6 +108,7 @@ class ConjugateBlock:
         traced: The sites as a run with the latent at its unit shows them.
         weight: How often each element of the plates counts; None where it counts once.
             # (*sizes or 1s)
+        apart: How many of the sites, the first below the latent, others sum up.
     """
 
     groups: tuple[Group, ...]
@@ -119,6 +120,7 @@ class ConjugateBlock:
     sizes: tuple[int, ...] = ()
     traced: tuple[Group, ...] = ()
     weight: Tensor | None = None
+    apart: int = 0
     _sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -159,16 +161,27 @@ class ConjugateBlock:
 
     # ------------------------------------------------------------------ the E-step
 
-    def solve(self, arguments: Arguments) -> ConjugateSolution:
-        """The posterior of the latent, for each state of the scope."""
+    @property
+    def summed(self) -> range:
+        """The numbers of the sites below the latent that the block sums up itself."""
+        return range(1 + self.apart, len(self.groups))
+
+    def solve(self, arguments: Arguments, given: Tensor | None = None) -> ConjugateSolution:
+        """The posterior of the latent, for each state of the scope.
+
+        Args:
+            arguments: Those of all sites.
+            given: Σ Δχ of the sites that others sum up. # (elements, cells or 1, P)
+        """
         own = self.of_site(0, arguments)
         prior = rows_of(self.kernel.chi(wide(own)), self.groups[0], 1)
-        deltas, constants = [], []
-        for i in range(1, len(self.groups)):
+        deltas = [] if given is None else [given]
+        constants = []
+        for i in self.summed:
             delta, constant = self._sums_of(i, arguments)
             deltas.append(delta)
             constants.append(constant)
-        fixed = all(i in self._sums for i in range(1, len(self.groups)))
+        fixed = given is None and all(i in self._sums for i in self.summed)
         if fixed and prior.shape[0] == 1 and self.count > _MANY:
             few, place = self._alike(deltas)
         else:
@@ -208,16 +221,27 @@ class ConjugateBlock:
             reads = read.elements >= 0
             delta = torch.where(reads.unsqueeze(-1), delta, 0.0)
             constant = torch.where(reads, constant, group.family.log_prob(value, own))
-        if not counts_once(group):
-            weight = as_wide(group.weights())
-            lead = 1 + len(group.sizes) + group.event_dims
-            weight = weight.reshape(weight.shape + (1,) * (lead - weight.dim()))
+        weight = self.weights_of_cells(i)
+        if weight is not None:
             delta = torch.where(weight.unsqueeze(-1) == 0, 0.0, weight.unsqueeze(-1) * delta)
             constant = torch.where(weight == 0, 0.0, weight * constant)
         delta = reading.summed(rows_of(delta, group, 1, full=True))
-        return delta, self._onto_table(i, rows_of(constant, group, full=True))
+        return delta, self.onto_table(i, rows_of(constant, group, full=True))
 
-    def _onto_table(self, i: int, rows: Tensor) -> Tensor:
+    def weights_of_cells(self, i: int) -> Tensor | None:
+        """How much each number of a site counts; None where all count once.
+
+        Returns:
+            # (1, *plates or 1s, *states or 1s, *to_event or 1s)
+        """
+        group = self.counted(i)
+        if counts_once(group):
+            return None
+        weight = as_wide(group.weights())
+        lead = 1 + len(group.sizes) + group.event_dims
+        return weight.reshape(weight.shape + (1,) * (lead - weight.dim()))
+
+    def onto_table(self, i: int, rows: Tensor) -> Tensor:
         """Numbers of a site's rows summed onto the plates of the table. # (elements, cells or 1)"""
         return _summed(rows, self.element_of_row(i, events=True), math.prod(self.sizes))
 
@@ -294,43 +318,64 @@ class ConjugateBlock:
             counts: The posterior of the scope. # (1, *sizes, *states)
             complete: Whether sites are as an M-step wants them; otherwise as a bound does.
         """
-        out = []
-        for i in range(len(self.groups)):
-            group, own = self.counted(i), self.of_site(i, arguments)
-            of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i)]
-            full = len(group.members), *group.sizes
-            cells = of_rows.reshape(full).to(torch.float64)
-            site = replace(group, arguments=own)
-            if i == 0:
-                t = in_cells(solution.t, group)
-                site = replace(site, belief=PriorBelief(self.kernel, t))
-            elif group.params or not complete:
-                site = self._child(i, site, solution, complete)
-            weight = replace(group, elements=None).weights().detach()
-            out.append((site, (cells * weight).expand(full)))
-        return out
+        own = (0, *self.summed)
+        return [self._believed(i, solution, arguments, counts, complete) for i in own]
+
+    def _believed(
+        self,
+        i: int,
+        solution: ConjugateSolution,
+        arguments: Arguments,
+        counts: Tensor,
+        complete: bool,
+    ) -> tuple[Group, Tensor]:
+        group, own = self.counted(i), self.of_site(i, arguments)
+        of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i)]
+        full = len(group.members), *group.sizes
+        cells = of_rows.reshape(full).to(torch.float64)
+        site = replace(group, arguments=own)
+        if i == 0:
+            t = in_cells(solution.t, group)
+            site = replace(site, belief=PriorBelief(self.kernel, t))
+        elif group.params or not complete:
+            site = self._child(i, site, solution, complete)
+        weight = replace(group, elements=None).weights().detach()
+        return site, (cells * weight).expand(full)
 
     def _child(self, i: int, group: Group, solution: ConjugateSolution, complete: bool) -> Group:
         read, reading = self.reads[i - 1], self.readings[i - 1]
         t = reading.taken(solution.t)
         if complete and is_plugged(group, read, self.kernel):
-            if self.kernel.kind == "wishart":
-                return with_precision(group, read.pair.argument, in_cells(-2 * matrix_of(t), group))
-            at = (-t[..., 1]) ** (read.power * self.kernel.power)
-            factor = in_cells(at, group)
-            if not reading.whole:
-                factor = torch.where(read.elements >= 0, factor, 1.0)
-            name = read.pair.argument
-            binding = with_factor(group.bindings[name], factor)
-            assert binding is not None
-            own = group.arguments[name]
-            return replace(
-                group,
-                arguments={**group.arguments, name: (own * factor.to(own))},
-                bindings={**group.bindings, name: binding},
-            )
+            return self.at_mean(i, group, t)
         reads = None if reading.whole else read.elements >= 0
         return replace(group, belief=ChildBelief(read.pair, in_cells(t, group), reads))
+
+    def at_mean(self, i: int, group: Group, t: Tensor) -> Group:
+        """A site with the mean of the latent in its argument, and in the binding where that is known.
+
+        Args:
+            i: Its number.
+            group: The site, the latent at its unit.
+            t: E[t] of what each row reads. # (rows or 1, cells or 1, P)
+        """
+        read, own = self.reads[i - 1], self.groups[i]
+        name = read.pair.argument
+        if self.kernel.kind == "wishart":
+            # Of what the unit has, which no element of is zero.
+            mean = in_cells(-2 * matrix_of(t), own)
+            factor = mean / self.kernel.unit(mean)
+        else:
+            factor = in_cells((-t[..., 1]) ** (read.power * self.kernel.power), own)
+            if not self.readings[i - 1].whole:
+                factor = torch.where(read.elements >= 0, factor, 1.0)
+            if is_matrix(group):
+                factor = factor[..., None, None]
+        binding, argument = with_factor(group.bindings[name], factor), group.arguments[name]
+        return replace(
+            group,
+            arguments={**group.arguments, name: argument * factor.to(argument)},
+            bindings=group.bindings if binding is None else {**group.bindings, name: binding},
+        )
 
 
 def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
@@ -340,10 +385,12 @@ def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
     number of events is no matter of parameters. So does E[Λ] for a precision matrix, in a mean vector.
     """
     family, pair = group.family, read.pair
-    if kernel.kind == "wishart":
+    if family is None or pair.argument not in family.rules:
+        return False
+    if is_matrix(group):
         binding = group.bindings.get(pair.argument)
         return binding is not None and binding.how == "constant"
-    if family is None or kernel.kind != "gamma" or pair.argument not in family.rules:
+    if kernel.kind != "gamma":
         return False
     if any(group.bindings[a].params for a in pair.counts if a in group.bindings):
         return False

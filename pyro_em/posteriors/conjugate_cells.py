@@ -66,7 +66,7 @@ def in_cells(rows: Tensor, group: Group) -> Tensor:
         sizes, events = (1,) * n, (1,) * len(events)
     if rows.shape[1] == 1:
         states = (1,) * scope
-    t = rows.reshape(*sizes, *events, *states, *tail)
+    t = rows.reshape((*sizes, *events, *states, *tail))
     e = len(events)
     order = [
         *range(n),

@@ -18,9 +18,13 @@ from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.conjugate import ConjugateBlock, elements_of_latent, is_plugged
+from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks
 from pyro_em.posteriors.gaussian_components import NotSeparate, group_of_block
 from pyro_em.posteriors.gaussian_sites import over_scope, taken
+from pyro_em.posteriors.scaled import ScaledBlock
+from pyro_em.posteriors.scaled_components import block_of_scale, with_scale
 from pyro_em.updates.conjugate_beliefs import with_factor
+from pyro_em.updates.gaussian_rows import is_matrix
 
 
 def conjugated(
@@ -39,11 +43,13 @@ def conjugated(
 
     Raises:
         NotSeparate: If discrete latents connect elements of a latent.
+        NotConjugate: If the spread of Gaussian latents is not that of all sites that they connect.
     """
-    blocks = []
+    blocks: list[ConjugateBlock | ScaledBlock] = []
     for latent, kernel in kernels.items():
         own = tuple(r for r in reads.values() if r.latent == latent)
-        blocks.append(_block(graph, latent, own, kernel, limit))
+        gaussian = block_of_scale(graph, latent, reads)
+        blocks.append(_block(graph, latent, own, kernel, limit, gaussian))
     inside = {name for block in blocks for group in block.groups for name in group.members}
     rest: list[Group] = []
     for group in graph.groups:
@@ -55,14 +61,14 @@ def conjugated(
     return replace(graph, groups=(*rest, *map(_group, blocks)))
 
 
-def _group(block: ConjugateBlock) -> Group:
+def _group(block: ConjugateBlock | ScaledBlock) -> Group:
     """The group that stands for a block, with the weights of its rows."""
     group = group_of_block(block)
-    if block.weight is None:
+    often = block.conjugate.weight if isinstance(block, ScaledBlock) else block.weight
+    if often is None:
         return group
-    shape = block.weight.shape + (1,) * len(block.states)
-    weight = block.weight.reshape(shape)
-    return replace(group, scale=(float(weight) if not block.weight.dim() else weight,))
+    weight = often.reshape(often.shape + (1,) * len(block.states))
+    return replace(group, scale=(float(weight) if not often.dim() else weight,))
 
 
 def _block(
@@ -71,9 +77,16 @@ def _block(
     reads: tuple[ConjugateRead, ...],
     kernel: PriorKernel,
     limit: int | None,
-) -> ConjugateBlock:
+    gaussian: GaussianBlock | None,
+) -> ConjugateBlock | ScaledBlock:
+    inside = {} if gaussian is None else gaussian.numbers_of_sites
+    by_site = {r.site: r for r in reads}
+    reads = (*(by_site[n] for n in inside), *(r for r in reads if r.site not in inside))
     traced = []
     for name in (latent, *(r.site for r in reads)):
+        if gaussian is not None and name in inside:
+            traced.append(gaussian.traced[inside[name]])
+            continue
         group, i = graph.group_of(name)
         traced.append(taken(group, [i]))
     in_scope = {z for g in traced for z in g.dims[0][g.n_plates :]}
@@ -86,9 +99,15 @@ def _block(
     )
     weight = _weight(latent, groups)
     pairs = zip(groups[1:], wide, strict=True)
-    children = tuple(_prepared(g, r, kernel) for g, r in pairs)
+    children = tuple(g if r.site in inside else _prepared(g, r, kernel) for g, r in pairs)
     block = ConjugateBlock(
-        (groups[0], *children), wide, kernel, scope, states, traced=tuple(traced)
+        (groups[0], *children),
+        wide,
+        kernel,
+        scope,
+        states,
+        traced=tuple(traced),
+        apart=len(inside),
     )
     cells = math.prod(states) * block.count
     if limit is not None and cells > limit:
@@ -97,7 +116,11 @@ def _block(
             f"max_enumeration={limit:,}."
         )
         raise NotSeparate(_finding(latent, f"site '{latent}'", what))
-    return _with_plates(block, graph, weight)
+    if gaussian is None:
+        return _with_plates(block, graph, weight)
+    gaussian = with_scale(gaussian, block, weight is not None)
+    block = _with_plates(block, graph, weight, gaussian)
+    return ScaledBlock(gaussian.over(block.plates, block.sizes), block)
 
 
 def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
@@ -106,7 +129,7 @@ def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
         return group
     if not is_plugged(group, read, kernel):
         return replace(group, raw_params=group.params)
-    if kernel.kind == "wishart":
+    if is_matrix(group):
         return group
     name = read.pair.argument
     one = torch.ones((), dtype=group.arguments[name].dtype, device=group.value.device)
@@ -162,9 +185,18 @@ def _weighed(latent: str, group: Group) -> Finding:
 
 
 def _with_plates(
-    block: ConjugateBlock, graph: FactorGraph, weight: Tensor | None
+    block: ConjugateBlock,
+    graph: FactorGraph,
+    weight: Tensor | None,
+    gaussian: GaussianBlock | None = None,
 ) -> ConjugateBlock:
     """The block with the plates of its table: those of the scope, and the data's if they can."""
+
+    def crosses(plates: tuple[str, ...]) -> bool:
+        if elements_of_latent(block, plates)[1]:
+            return True
+        return gaussian is not None and bool(elements_of_blocks(gaussian, plates)[1])
+
     order = sorted(graph.structure.plates.values(), key=lambda p: p.dim)
     needed = {p for z in block.scope for p in graph.latents[z].plates}
     first = block.groups[0]
@@ -175,7 +207,7 @@ def _with_plates(
     outermost = set() if data is None else {data}
     for wanted in (needed | outermost, needed):
         plates = tuple(p.name for p in order if p.name in wanted)
-        if not elements_of_latent(block, plates)[1]:
+        if not crosses(plates):
             sizes = tuple(graph.structure.plates[p].size for p in plates)
             return replace(block, plates=plates, sizes=sizes, weight=_laid(weight, own, plates))
     if not block.scope:

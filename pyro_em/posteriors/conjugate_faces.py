@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message
-from pyro_em.families.conjugate_kernels import matrix_of
+from pyro_em.families.conjugate_draws import drawn
 from pyro_em.globs import is_glob
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.scaled import ScaledBlock
 
 Codes = Mapping[str, Tensor]
 
@@ -137,15 +138,7 @@ class ConjugateSite:
         """Draws, given the discrete latents. # (n, *batch, *event)"""
         chi = self.chosen(self._chi, cells)
         chi = chi.expand(n, *chi.shape[1:]).contiguous()
-        kernel = self.solution.kernel
-        if kernel.kind == "gamma":
-            out = torch._standard_gamma(chi[..., 0].contiguous(), generator) / chi[..., 1]
-            out = out if kernel.power > 0 else out.reciprocal()
-        elif kernel.support == "matrix":
-            out = _drawn_matrices(chi, generator)
-        else:
-            out = torch._sample_dirichlet(chi, generator)
-            out = out if kernel.event_dim else out[..., 0]
+        out = drawn(self.solution.kernel, chi, generator)
         return out.reshape(n, *self.batch, *self.event).to(self.dtype)
 
 
@@ -154,22 +147,6 @@ def _covariance_of_elements(df: Tensor, mean: Tensor) -> Tensor:
     straight = torch.einsum("...ik,...jl->...ijkl", mean, mean)
     crossed = torch.einsum("...il,...jk->...ijkl", mean, mean)
     return (straight + crossed).flatten(-4, -3).flatten(-2) / df
-
-
-def _drawn_matrices(chi: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws of Wisharts: L A Aᵀ Lᵀ, with A triangular (Bartlett, 1933). # (..., D, D)"""
-    inverse = matrix_of(chi)
-    size = inverse.shape[-1]
-    halves = (chi[..., :1] - torch.arange(size, device=chi.device)) / 2
-    diagonal = (2 * torch._standard_gamma(halves.contiguous(), generator)).sqrt()
-    noise = torch.randn(
-        inverse.shape, generator=generator, dtype=inverse.dtype, device=inverse.device
-    )
-    # V = U⁻ᵀ U⁻¹ where V⁻¹ = U Uᵀ: any square root of V will do.
-    factor = torch.linalg.solve_triangular(
-        torch.linalg.cholesky(inverse).mT, noise.tril(-1) + torch.diag_embed(diagonal), upper=True
-    )
-    return factor @ factor.mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +225,19 @@ class ConjugateFaces:
             for name in self.places
         }
 
+    def by_group(self, drawn: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Draws of all latents, their elements in order. # (n, elements, *event of one) by group
+
+        Args:
+            drawn: # (n, *batch, *event) each
+        """
+        out = {}
+        for name, g in self.places.items():
+            values, count = drawn[name], self._block(g).count
+            event = values.shape[values.dim() - self.solved[g].kernel.event_dim :]
+            out[g] = values.reshape(len(values), count, *event)
+        return out
+
     def _cells(self, name: str, codes: Codes, n: int) -> Tensor | None:
         """The combination of discrete values of each element. # (n, elements)"""
         block = self._block(self.places[name])
@@ -263,6 +253,7 @@ class ConjugateFaces:
 
     def _block(self, g: int) -> ConjugateBlock:
         block = self.graph.groups[g].nested
+        block = block.conjugate if isinstance(block, ScaledBlock) else block
         assert isinstance(block, ConjugateBlock)
         return block
 

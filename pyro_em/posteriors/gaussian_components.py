@@ -38,6 +38,7 @@ def integrated(
     limit: int | None = None,
     read: Mapping[str, Mapping[str, Tensor]] | None = None,
     kept: frozenset[str] = frozenset(),
+    alike: Sequence[tuple[str, str]] = (),
 ) -> FactorGraph:
     """The graph in which groups stand for all sites that Gaussian latents connect.
 
@@ -48,6 +49,7 @@ def integrated(
         read: Per site what its mean is made of, where no binding gives it.
         kept: Plates that a block's table has where all sites are in them and nothing connects their
             elements.
+        alike: Pairs of sites whose spreads are multiples of one latent, which is integrated next.
 
     Raises:
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
@@ -58,9 +60,10 @@ def integrated(
     blocks = []
     series = graph.structure.series
     pairs = [] if series is None else aliases(lines, series)
-    for names in components_of_lines(lines, pairs):
+    scaled = {name for pair in alike for name in pair}
+    for names in components_of_lines(lines, [*pairs, *alike]):
         own = {n: lines[n] for n in names}
-        block = _block(graph, own, values, read or {}, kept)
+        block = _block(graph, own, values, read or {}, kept, not scaled.isdisjoint(names))
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
@@ -113,6 +116,7 @@ def _block(
     values: Mapping[str, Tensor],
     read: Mapping[str, Mapping[str, Tensor]],
     kept: frozenset[str],
+    dense: bool,
 ) -> GaussianBlock:
     """The block of connected sites."""
     in_scope = {z for line in lines.values() for z in line.scope}
@@ -126,7 +130,7 @@ def _block(
     if series is not None and any(n in series.places for n in lines):
         block = series_chain(*given)
     else:
-        block = chain_block(*given) or dense_block(*given)
+        block = (None if dense else chain_block(*given)) or dense_block(*given)
     for group in block.groups:
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
             what = f"its mask depends on '{scope[0]}'."

@@ -24,6 +24,8 @@ from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.names import gaussian_names, names_of, observed_steps
 from pyro_em.posteriors.refusals import discrete
 from pyro_em.posteriors.sampling import AT_ONCE
+from pyro_em.posteriors.scaled import ScaledBlock
+from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
 
 Codes = Mapping[str, Tensor]
 
@@ -142,13 +144,21 @@ class GaussianFaces:
             out[name] = site.chosen(site.means().unsqueeze(0), cells)[0].clone()
         return out
 
-    def sample(self, n: int, generator: torch.Generator | None, codes: Codes) -> dict[str, Tensor]:
+    def sample(
+        self,
+        n: int,
+        generator: torch.Generator | None,
+        codes: Codes,
+        scales: Mapping[int, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Joint draws of all latents, given those of the discrete ones. # (n, *batch, *event) each
 
         Args:
             n: Number of draws.
             generator: Source of randomness; torch's global state if None.
             codes: The places of the discrete latents' drawn values. # (n, *plates)
+            scales: Draws of the scale that the latents of a group share, by its number.
+                # (n, elements, *event)
         """
         sites = {name: self.site("sample", name) for name in self.places}
         out = {name: s.group.value.new_empty((n, *s.batch, *s.event)) for name, s in sites.items()}
@@ -159,7 +169,11 @@ class GaussianFaces:
             portion = max(1, AT_ONCE // size)
             for begin in range(0, n, portion):
                 end = min(begin + portion, n)
-                drawn = solution.sample(end - begin, generator)
+                if isinstance(solution, ScaledGaussian) and scales is not None:
+                    own_scales = scales[g][begin:end]
+                    drawn = solution.sample_given(end - begin, generator, own_scales)
+                else:
+                    drawn = solution.sample(end - begin, generator)
                 for site in own:
                     values = drawn[order[site.number]][:, :, site.own]
                     part = {z: c[begin:end] for z, c in codes.items()}
@@ -206,5 +220,6 @@ class GaussianFaces:
 
 def _block(graph: FactorGraph, g: int) -> GaussianBlock:
     block = graph.groups[g].nested
+    block = block.gaussian if isinstance(block, ScaledBlock) else block
     assert isinstance(block, GaussianBlock)
     return block

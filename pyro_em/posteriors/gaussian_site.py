@@ -20,6 +20,7 @@ from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.integrated import Integrated
+from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
 from pyro_em.updates.gaussian_rows import event_shape
 
 
@@ -99,6 +100,11 @@ class GaussianSite:
     def marginal(self) -> Any:
         """A distribution over the batch; see `Posterior.marginal`."""
         mean = self.means().transpose(0, 1)  # (elements, cells, D)
+        own = self.solution
+        tails = own.tails(self.number) if isinstance(own, ScaledGaussian) else None
+        if tails is not None:
+            student = self._student(*tails)
+            return student if self.weights is None else self._mixture(student)
         covariance = self.covariances().transpose(0, 1)
         if self.weights is None:
             mean, covariance = mean[:, 0], covariance[:, 0]
@@ -116,12 +122,46 @@ class GaussianSite:
             deviation = covariance[..., 0, 0].clamp(min=0).sqrt().reshape(lead)
             loc = mean.reshape(lead).to(self.dtype)
             part = dist.Normal(loc, deviation.to(self.dtype), validate_args=False)
-        if self.weights is None:
-            return part
+        return part if self.weights is None else self._mixture(part)
+
+    def _mixture(self, part: Any) -> Any:
+        """A distribution over the batch and the discrete values, of whatever value."""
+        assert self.weights is not None
         shape = (*self.batch, self.solution.cells)
         weights = self.weights.T.reshape(shape)
         chosen = dist.Categorical(probs=weights.to(self.dtype))
         return dist.MixtureSameFamily(chosen, part, validate_args=False)
+
+    def _student(self, degrees: Tensor, factor: Tensor) -> Any:
+        """The same where the precision is itself unknown.
+
+        Args:
+            degrees: Of freedom. # (cells or 1, elements of the site, D or 1)
+            factor: Of the covariance where the precision is at its mean. # the same
+        """
+        solution = self.solution
+        assert isinstance(solution, ScaledGaussian)
+        each = self.elements.reshape(-1)
+        spread = solution.spread_of(self.number, each, self.number, each)
+        mean, cells, width = self.means(), solution.cells, self.width
+        number = self.weights is None
+        lead = self.batch if number else (*self.batch, cells)
+
+        def laid(t: Tensor, *tail: int) -> Tensor:
+            t = t.expand(cells, *t.shape[1:]).transpose(0, 1)
+            t = t[:, 0] if number else t
+            return t.reshape((*lead, *tail)).to(self.dtype)
+
+        degrees, factor = degrees[:, each], factor[:, each]
+        if self.event and degrees.shape[-1] == 1 and width > 1:
+            tril = factors_of(spread * factor.unsqueeze(-1))
+            scale = laid(tril, width, width)
+            return dist.MultivariateStudentT(laid(degrees), laid(mean, width), scale)
+        deviation = (factor * spread.diagonal(dim1=-2, dim2=-1)).clamp(min=0).sqrt()
+        tail = (width,) if self.event else ()
+        degrees = degrees.expand(*degrees.shape[:2], width)
+        out = dist.StudentT(laid(degrees, *tail), laid(mean, *tail), laid(deviation, *tail))
+        return out.to_event(1) if self.event else out
 
     def chosen(self, by_cell: Tensor, cells: Tensor | None) -> Tensor:
         """What belongs to the discrete values of each element. # (n, *batch, *event)

@@ -15,11 +15,12 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
 from pyro_em.posteriors.integrated import Integrated
+from pyro_em.posteriors.scaled import ScaledBlock, ScaledSolution
 
 # The posterior of the latents that each group of some number integrates.
-Solved = Mapping[int, Integrated | ConjugateSolution]
+Solved = Mapping[int, Integrated | ConjugateSolution | ScaledSolution]
 
-BLOCKS = (GaussianBlock, ConjugateBlock)
+BLOCKS = (GaussianBlock, ConjugateBlock, ScaledBlock)
 
 
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
@@ -27,12 +28,14 @@ Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]
 
 def gaussians_in(solved: Solved) -> dict[int, Integrated]:
     """The posteriors of Gaussian latents among all that groups integrate."""
-    return {g: s for g, s in solved.items() if not isinstance(s, ConjugateSolution)}
+    found = {g: s.gaussian if isinstance(s, ScaledSolution) else s for g, s in solved.items()}
+    return {g: s for g, s in found.items() if not isinstance(s, ConjugateSolution)}
 
 
 def conjugates_in(solved: Solved) -> dict[int, ConjugateSolution]:
     """The posteriors of conjugate latents among all that groups integrate."""
-    return {g: s for g, s in solved.items() if isinstance(s, ConjugateSolution)}
+    found = {g: s.conjugate if isinstance(s, ScaledSolution) else s for g, s in solved.items()}
+    return {g: s for g, s in found.items() if isinstance(s, ConjugateSolution)}
 
 
 def for_updates(graph: FactorGraph) -> FactorGraph:
@@ -72,12 +75,16 @@ def in_m_step(
     all_counts, all_arguments = list(counts), [dict(a) for a in arguments]
     for g, solution in solved.items():
         block = graph.groups[g].nested
-        if isinstance(block, ConjugateBlock):
-            assert isinstance(solution, ConjugateSolution)
-            sites = block.believed(solution, arguments[g], counts[g], complete)
+        given = arguments[g], counts[g], complete
+        if isinstance(solution, ConjugateSolution):
+            assert isinstance(block, ConjugateBlock)
+            sites = block.believed(solution, *given)
+        elif isinstance(solution, ScaledSolution):
+            assert isinstance(block, ScaledBlock)
+            sites = block.believed(solution, *given)
         else:
-            assert isinstance(block, GaussianBlock) and not isinstance(solution, ConjugateSolution)
-            sites = block.believed(solution, arguments[g], counts[g], complete)
+            assert isinstance(block, GaussianBlock)
+            sites = block.believed(solution, *given)
         for site, weights in sites:
             groups.append(site)
             all_counts.append(weights)
@@ -104,7 +111,7 @@ def tables_of(
         values: Per group.
     """
     tables: list[Tensor] = []
-    solved: dict[int, Integrated | ConjugateSolution] = {}
+    solved: dict[int, Integrated | ConjugateSolution | ScaledSolution] = {}
     for g, (group, own, value) in enumerate(zip(graph.groups, arguments, values, strict=True)):
         if isinstance(group.nested, GaussianBlock):
             found = group.nested.solve(own)
@@ -114,6 +121,10 @@ def tables_of(
             known = group.nested.solve(own)
             solved[g] = known
             tables.append(group.nested.table(known))
+        elif isinstance(group.nested, ScaledBlock):
+            both = group.nested.solve(own)
+            solved[g] = both
+            tables.append(group.nested.table(both))
         else:
             tables.append(group.log_density(own, value))
     return tables, solved

@@ -213,6 +213,22 @@ class GaussianSolution:
             return self is other
         return len(self._rows) == len(other._rows) and all(map(are_equal, self._rows, other._rows))
 
+    def residuals(self, site: int) -> Tensor:
+        """y − offset − Σ C h at the posterior mean, of a latent L ε; zero at weight zero.
+
+        Args:
+            site: The number of the site.
+
+        Returns:
+            # (cells, rows, D)
+        """
+        rows, own, residual = self._rows[site], self.layout.own[site], self._residuals[site]
+        if residual is not None:
+            return residual
+        assert own is not None
+        L = rows.spread if rows.is_matrix else rows.spread.diag_embed()
+        return applied(L, self._epsilon[:, own.vector])
+
     def residual_moments(self, site: int, diagonal: bool = False) -> tuple[Tensor, Tensor]:
         """Moments of the residuals y − offset − Σ C h; zero at observed entries of weight zero.
 
@@ -228,7 +244,7 @@ class GaussianSolution:
         if residual is None:  # the residuals of a latent are its own noises, L ε
             assert own is not None
             L = rows.spread if rows.is_matrix else rows.spread.diag_embed()
-            mean = applied(L, self._epsilon[:, own.vector])
+            mean = self.residuals(site)
             covariance = L @ pairs_at(self._noise, own, own) @ L.mT
         else:
             reading = self.layout.reads[site]

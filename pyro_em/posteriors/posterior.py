@@ -511,6 +511,8 @@ class Posterior(Portable, NamesFromElsewhere):
             done += size
         if self.solved:
             codes = self._codes(out)
-            out |= self._gaussian.sample(n, generator, codes)
-            out |= self._conjugate.sample(n, generator, codes)
+            conjugate = self._conjugate
+            drawn = conjugate.sample(n, generator, codes)
+            out |= self._gaussian.sample(n, generator, codes, conjugate.by_group(drawn))
+            out |= drawn
         return under_user_names(self.graph, out)

@@ -11,6 +11,7 @@ from pyro_em.posteriors.conjugate import ConjugateSolution
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.scaled import ScaledSolution
 from pyro_em.tracing.sites import INTEGRATED
 
 
@@ -47,7 +48,7 @@ def regrouped_solutions(graph: FactorGraph, solved: Solved, other: FactorGraph) 
         other: One of the same model.
     """
     by_latents = {_latents(graph.groups[g]): s for g, s in solved.items()}
-    out: dict[int, Integrated | ConjugateSolution] = {}
+    out: dict[int, Integrated | ConjugateSolution | ScaledSolution] = {}
     for g, group in enumerate(other.groups):
         if group.nested is not None:
             solution = by_latents.pop(_latents(group), None)

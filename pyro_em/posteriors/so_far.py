@@ -20,6 +20,7 @@ from pyro_em.posteriors.enumeration import contraction_of, e_step
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_predictions import known_data
 from pyro_em.posteriors.gaussian_steps import Solved
+from pyro_em.posteriors.scaled import ScaledSolution
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ def given_steps(
     own_tables, own_solved = list(tables), dict(solved)
     for g, solution in solved.items():
         block = graph.groups[g].nested
-        if isinstance(solution, ConjugateSolution):
+        if isinstance(solution, (ConjugateSolution, ScaledSolution)):
             own_tables[g] = _seen_table(steps, g, tables[g], last)
             continue
         assert isinstance(block, GaussianBlock)

@@ -35,7 +35,7 @@ class Moments:
         coefficients: (C, b) at the E-step. # (cells or 1, rows or 1, D, Q + 1)
         weights: How much each row, or each entry, counts: posterior probabilities of the states
             included. # (cells or 1, rows) or (cells or 1, rows, D)
-        constant: Nats that the log density of each row has besides. # (rows,)
+        constant: Nats that the log density of each row has besides. # (rows,) or (cells or 1, rows)
     """
 
     moments: LinearMoments
@@ -74,7 +74,10 @@ class Moments:
         log_p = -0.5 * (second / scale.square() + math.log(2 * math.pi)) - scale.log()
         if group.elements is not None:
             log_p = torch.where(weights_of(group) > 0, log_p, 0.0)
-        return log_p.sum(-1).transpose(0, 1).reshape(len(group.members), *group.sizes)
+        log_p = log_p.sum(-1)
+        if self.constant is not None:
+            log_p = log_p + self.constant
+        return log_p.transpose(0, 1).reshape(len(group.members), *group.sizes)
 
     def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `pyro_em.graph.factors.Belief`."""

@@ -13,6 +13,7 @@ from pyro_em.families.conjugate_pairs import Pair
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
+from pyro_em.updates.beliefs import Moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,32 @@ class ChildBelief:
     def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> Statistics:
         """Such a site is updated by a gradient alone."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledMoments(Moments):
+    """The moments of a site whose spread reads a latent, which no binding of its spread knows.
+
+    Attributes:
+        argument: The spread.
+        factor: By what it is multiplied where the latent is at its mean. # (1, *argument or 1s)
+    """
+
+    argument: str = ""
+    factor: Tensor | None = None
+
+    @classmethod
+    def of(cls, moments: Moments, argument: str, at_mean: Tensor, at_unit: Tensor) -> ScaledMoments:
+        """Those of a site whose spread is known where the latent is at its mean, and at its unit."""
+        own = moments.moments, moments.coefficients, moments.weights, moments.constant
+        factor = torch.where(at_unit == 0, 1.0, at_mean / at_unit)
+        return cls(*own, argument, factor.detach())
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """See `pyro_em.graph.factors.Belief`."""
+        assert self.factor is not None
+        scaled = arguments[self.argument] * self.factor.to(arguments[self.argument])
+        return super().expected_log_density(group, {**arguments, self.argument: scaled})
 
 
 def as_wide(t: Tensor) -> Tensor:
@@ -137,20 +164,3 @@ def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
             moved = binding.constant + factor.log().to(binding.constant)
             return replace(binding, constant=moved)
     return None
-
-
-def with_precision(group: Group, name: str, mean: Tensor) -> Group:
-    """A site whose precision matrix, a known multiple of a latent, is that of the latent's mean.
-
-    Args:
-        group: With the latent at its unit, whose diagonal is one.
-        name: The argument.
-        mean: E[Λ]. # (1, *plates or 1s, *states or 1s, *to_event or 1s, D, D)
-    """
-    own, binding = group.arguments[name], group.bindings[name]
-    constant = binding.constant[..., :1, :1] * mean.to(binding.constant)
-    return replace(
-        group,
-        arguments={**group.arguments, name: own[..., :1, :1] * mean.to(own)},
-        bindings={**group.bindings, name: replace(binding, constant=constant)},
-    )

@@ -50,3 +50,5 @@ def test_the_models_of_the_page_on_conjugate_latents() -> None:
     data = torch.tensor([3.0, 1.0, 7.0]), torch.ones(3), torch.tensor([0, 1, 2])
     plan = str(ExactPosteriorEM(space["rates"]).plan(*data))
     assert "conjugate to rate of 'x'" in plan
+    plan = str(ExactPosteriorEM(space["by_batch"]).plan(data[0], data[2]))
+    assert "conjugate to scale of 'mu', 'y'" in plan

@@ -198,23 +198,3 @@ def test_what_is_no_multiple_of_the_latent_is_refused(argument: Callable[[Tensor
 
     with pytest.raises(ModelError, match=r"MultivariateNormal.*'L'"):
         ExactPosteriorEM(model).posterior()
-
-
-def normal_gamma() -> None:
-    tau = pyro.sample("L", dist.Gamma(tensor(2.0), tensor(1.0)))
-    mu = pyro.sample("mu", dist.Normal(tensor(0.0), (0.5 * tau).rsqrt()))
-    with pyro.plate("rows", 5):
-        pyro.sample("x", dist.Normal(mu, tau.rsqrt()), obs=X[:, 0])
-
-
-def normal_wishart() -> None:
-    precision = pyro.sample("L", dist.Wishart(tensor(4.0), covariance_matrix=V))
-    mu = pyro.sample("mu", dist.MultivariateNormal(M, precision_matrix=0.5 * precision))
-    with pyro.plate("rows", 5):
-        pyro.sample("x", dist.MultivariateNormal(mu, precision_matrix=precision), obs=X)
-
-
-@pytest.mark.parametrize("model", [normal_gamma, normal_wishart])
-def test_a_gaussian_latent_below_a_precision_is_refused_by_name(model: Callable[[], None]) -> None:
-    with pytest.raises(ModelError, match="'mu' is a Gaussian latent, and its spread reads 'L'"):
-        ExactPosteriorEM(model).posterior()
