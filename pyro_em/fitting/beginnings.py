@@ -23,7 +23,7 @@ from pyro_em.plan.given_q import given_solutions
 from pyro_em.plan.program import Program
 from pyro_em.posteriors import clusters
 from pyro_em.posteriors.assignments import Cluster, clustered_counts, given_counts, random_counts
-from pyro_em.posteriors.conjugate import ConjugateSolution
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian_product import drawn_from_prior
 from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.integrated import Integrated, Solution

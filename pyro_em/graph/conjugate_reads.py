@@ -1,8 +1,9 @@
 """How conjugate latents enter the sites below them, from runs of the model.
 
 The model runs with its latents at random values. An argument that reads one is its element to some
-power times a known positive factor (`pyro_em.graph.powers`), or a whole probability or simplex as it
-stands; its Jacobian tells which element. Another run, at other values, must show what follows.
+power times a known positive factor (`pyro_em.graph.powers`), a probability or one minus it
+(`pyro_em.graph.shares`), or a whole simplex in any order; its Jacobian tells which element. A run at
+other values must show what follows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
 from pyro_em.graph.powers import power_of
+from pyro_em.graph.shares import share_of
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import forward_of, numbers_read, random_like
 from pyro_em.graph.structure import Structure
@@ -46,6 +48,8 @@ class ConjugateRead:
         power: Of the latent in the argument.
         elements: For each cell of the argument the flat number of the latent's element, −1 where the
             cell does not read it. # (*plates or 1s, *scope or 1s, *to_event or 1s)
+        order: Of probabilities and simplexes, which statistic of the latent's prior stands where each
+            of a value's is; None where all are in their places. # the same, and (P,)
     """
 
     site: str
@@ -53,6 +57,7 @@ class ConjugateRead:
     pair: Pair
     power: float
     elements: Tensor
+    order: Tensor | None = None
 
 
 class NotConjugate(Exception):
@@ -213,15 +218,23 @@ def _read_of(
     event = reinterpreted + family.argument_event_dim(argument)
     dims = layout.place(name)[1]
     brought = partial(compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor)
+    power: float | str
+    elements, order = torch.empty(0), None
     if kernel.support in ("positive", "matrix"):
         power = power_of(tensor, values[latent])
         elements = _elements(brought(tensor), values[latent])
         if kernel.support == "positive" and family.argument_event_dim(argument):
             elements = _of_matrices(elements, latent, where, f"{kind}.{argument}")
+    elif kernel.support == "unit":
+        share = share_of(brought(tensor), values[latent], latent)
+        power = share if isinstance(share, str) else 1.0
+        if not isinstance(share, str):
+            elements = share.elements
+            if bool(share.turned.any()):
+                order = torch.stack([share.turned.long(), 1 - share.turned.long()], -1)
     else:
-        normalised = argument if kernel.event_dim else ""
         own = {latent: values[latent]}
-        binding = bind(tensor, own, layout=brought, normalised=normalised)
+        binding = bind(tensor, own, layout=brought, normalised=argument)
         plain = binding.how == "selection" and all(
             not s.maps and s.factor is None for s in binding.selections
         )
@@ -235,13 +248,13 @@ def _read_of(
         shown = "" if power == 1 else f", its power {power:g},"
         raise refused(latent, where, f"{what}{shown} has no posterior of its prior's form.", kernel)
     if kernel.event_dim:
-        elements = _whole(elements, values[latent], latent, where, what, kernel)
+        elements, order = _whole(elements, values[latent], latent, where, what, kernel)
         if kernel.support == "matrix" and not _is_multiple(
             brought(tensor), values[latent], elements
         ):
             what = f"{what} is not a multiple of the latent: its elements have different factors."
             raise refused(latent, where, what, kernel)
-    return ConjugateRead(name, latent, pair, power, elements)
+    return ConjugateRead(name, latent, pair, power, elements, order)
 
 
 def _elements(tensor: Tensor, leaf: Tensor) -> Tensor:
@@ -273,20 +286,22 @@ def _is_multiple(tensor: Tensor, leaf: Tensor, elements: Tensor) -> bool:
 
 def _whole(
     index: Tensor, value: Tensor, latent: str, where: str, what: str, kernel: PriorKernel
-) -> Tensor:
-    """Which row or matrix each cell reads, where it reads whole ones in order."""
+) -> tuple[Tensor, Tensor | None]:
+    """Which row or matrix each cell reads, where it reads whole ones; of rows in which order."""
     event = value.shape[-kernel.event_dim :]
     size = event.numel()
     alike = index.shape[-kernel.event_dim :] == event
     index = index.flatten(-kernel.event_dim)
     rows = index[..., 0].div(size, rounding_mode="floor")
-    expected = rows.unsqueeze(-1) * size + torch.arange(index.shape[-1], device=index.device)
-    whole = alike and bool((index == expected).all())
-    if not whole:
-        none = bool((index < 0).any())
-        why = "a part of it is constant" if none else "its elements are cut or in another order"
-        raise refused(latent, where, f"{what} is not the latent itself: {why}.", kernel)
-    return rows
+    within = index - rows.unsqueeze(-1) * size
+    places = torch.arange(index.shape[-1], device=index.device)
+    if alike and bool((within == places).all()):
+        return rows, None
+    if alike and kernel.event_dim == 1 and bool((within.sort(-1).values == places).all()):
+        return rows, within
+    none = bool((index < 0).any())
+    why = "a part of it is constant" if none else "its elements are cut, or in another order"
+    raise refused(latent, where, f"{what} is not the latent itself: {why}.", kernel)
 
 
 def _require_as_predicted(
@@ -341,8 +356,12 @@ def _is_as_read(
             rest = a - factor * chosen
             found.append((torch.stack([rest, factor.expand_as(rest)]), a))
         elif kernel.event_dim:
+            if read.order is not None:
+                chosen = chosen.gather(-1, read.order.expand(chosen.shape))
             found.append((a - chosen, torch.zeros_like(a)))
         else:
+            if read.order is not None:
+                chosen = torch.where(read.order[..., 0] > 0, 1 - chosen, chosen)
             deep = a.dim() - reads.dim()  # the entries of a matrix read one element
             if deep:
                 reads, chosen = (t.reshape(*t.shape, *(1,) * deep) for t in (reads, chosen))

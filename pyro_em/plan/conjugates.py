@@ -129,6 +129,8 @@ def at_units(
             continue
         if mask_tensor(site) is not None:
             what = "a mask covers it: put poutine.mask around its observations alone."
+            if name.removesuffix("_unobserved") in structure.masked_pairs:
+                what = "it is observed in part (obs_mask): give what is known a site of its own."
             raise refused(name, f"site '{name}'", what)
         kernels[name] = kernel
         values[name] = kernel.unit(torch.empty_like(site["value"]).contiguous())

@@ -13,8 +13,9 @@ from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_given import conjugate_given
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_product import GaussianProduct, moments_given
 from pyro_em.posteriors.gaussian_steps import Solved, conjugates_in, gaussians_in

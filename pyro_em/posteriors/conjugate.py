@@ -21,6 +21,7 @@ from pyro_em.families.conjugate_kernels import PriorKernel, matrix_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate_cells import Reading, alike_rows, in_cells, rows_of
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import counts_once, elements_in, is_within, piece
 from pyro_em.updates.conjugate_beliefs import (
     ChildBelief,
@@ -34,62 +35,6 @@ from pyro_em.updates.gaussian_rows import is_matrix
 Arguments = Mapping[str, Tensor]
 
 _MANY = 1024  # elements from which on it is looked whether some are alike
-
-
-@dataclass(frozen=True, eq=False)
-class ConjugateSolution:
-    """The posterior of a conjugate latent at parameters, for each state of the discrete latents.
-
-    Attributes:
-        kernel: The form of prior and posterior.
-        prior: χ of the prior. # (elements or 1, cells or 1, P)
-        distinct: χ of the posterior, of elements that are alike once. # (distinct, cells or 1, P)
-        constants: Σ log base of each site, over the table. # (1, *sizes or 1s, *states or 1s) each
-        place: Which of the distinct ones each element has; None where all are distinct. # (elements,)
-        values: t(λ) where the latent has values, in place of a distribution. # (elements, 1, P)
-    """
-
-    kernel: PriorKernel
-    prior: Tensor
-    distinct: Tensor
-    constants: tuple[Tensor, ...]
-    place: Tensor | None = None
-    values: Tensor | None = None
-
-    def of_elements(self, distinct: Tensor) -> Tensor:
-        """What was computed for distinct elements, for all. # (elements, ...)"""
-        return distinct if self.place is None else distinct[self.place]
-
-    @cached_property
-    def chi(self) -> Tensor:
-        """χ of the posterior. # (elements, cells or 1, P)"""
-        return self.of_elements(self.distinct)
-
-    @cached_property
-    def log_evidence(self) -> Tensor:
-        """A(χ') − A(χ) in nats. # (elements, cells or 1)"""
-        own = self.kernel.normaliser(self.distinct) - self.kernel.normaliser(self.prior)
-        return self.of_elements(own)
-
-    @cached_property
-    def t(self) -> Tensor:
-        """E[t] under the posterior. # (elements, cells or 1, P)"""
-        if self.values is not None:
-            return self.values
-        return self.of_elements(self.kernel.expected(self.distinct))
-
-    def entropy(self) -> Tensor:
-        """In nats, −inf of values. # (elements, cells or 1)"""
-        chi, t = self.chi, self.t
-        if self.values is not None:
-            return torch.full_like(t[..., 0], -math.inf)
-        return self.kernel.normaliser(chi) - (chi * t).sum(-1) - self.kernel.base(t)
-
-    def is_of(self, other: object) -> bool:
-        """Whether it is the posterior that another one is."""
-        if self is other or not isinstance(other, ConjugateSolution) or self.values is not None:
-            return self is other
-        return self.chi.shape == other.chi.shape and bool((self.chi == other.chi).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +161,10 @@ class ConjugateBlock:
         group, read, reading = self.counted(i), self.reads[i - 1], self.readings[i - 1]
         own, value = wide(arguments), as_wide(group.value)
         delta, constant = read.pair.delta(value, own), read.pair.log_base(value, own)
+        if read.order is not None:
+            shape = torch.broadcast_shapes(delta.shape, read.order.shape)
+            order = read.order.expand(shape)
+            delta = delta.new_zeros(shape).scatter(-1, order, delta.expand(shape))
         if not reading.whole:
             assert group.family is not None
             reads = read.elements >= 0
@@ -347,8 +296,11 @@ class ConjugateBlock:
         t = reading.taken(solution.t)
         if complete and is_plugged(group, read, self.kernel):
             return self.at_mean(i, group, t)
-        reads = None if reading.whole else read.elements >= 0
-        return replace(group, belief=ChildBelief(read.pair, in_cells(t, group), reads))
+        reads, cells = None if reading.whole else read.elements >= 0, in_cells(t, group)
+        if read.order is not None:
+            shape = torch.broadcast_shapes(cells.shape, read.order.shape)
+            cells = cells.expand(shape).gather(-1, read.order.expand(shape))
+        return replace(group, belief=ChildBelief(read.pair, cells, reads))
 
     def at_mean(self, i: int, group: Group, t: Tensor) -> Group:
         """A site with the mean of the latent in its argument, and in the binding where that is known.

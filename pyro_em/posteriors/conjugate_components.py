@@ -94,8 +94,12 @@ def _block(
     states = tuple(graph.latents[z].size for z in scope)
     groups = [over_scope(g, scope, states) for g in traced]
     wide = tuple(
-        replace(r, elements=_over(r.elements, old, new, scope))
-        for r, old, new in zip(reads, traced[1:], groups[1:], strict=True)
+        replace(
+            r,
+            elements=_over(r.elements, old, scope),
+            order=None if r.order is None else _over(r.order, old, scope),
+        )
+        for r, old in zip(reads, traced[1:], strict=True)
     )
     weight = _weight(latent, groups)
     pairs = zip(groups[1:], wide, strict=True)
@@ -138,8 +142,8 @@ def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
     return replace(group, bindings={**group.bindings, name: binding})
 
 
-def _over(elements: Tensor, old: Group, new: Group, scope: tuple[str, ...]) -> Tensor:
-    """Elements over plates and a wider scope. # (1, *plates or 1s, *states or 1s, *to_event or 1s)"""
+def _over(elements: Tensor, old: Group, scope: tuple[str, ...]) -> Tensor:
+    """Numbers of cells over plates and a wider scope. # (1, *plates or 1s, *states or 1s, …)"""
     n, own = old.n_plates, old.dims[0][old.n_plates :]
     shape = elements.shape
     there = dict(zip(own, shape[n : n + len(own)], strict=True))

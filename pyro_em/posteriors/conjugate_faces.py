@@ -18,7 +18,8 @@ from pyro_em.errors import UsageError, message
 from pyro_em.families.conjugate_draws import drawn
 from pyro_em.globs import is_glob
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.conjugate import ConjugateBlock
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.scaled import ScaledBlock
 
 Codes = Mapping[str, Tensor]

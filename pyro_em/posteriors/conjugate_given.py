@@ -10,7 +10,8 @@ import torch
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.families.family import Arguments
-from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.conjugate import ConjugateBlock
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 
 
 def conjugate_given(

@@ -12,7 +12,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.conjugate import ConjugateBlock
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.scaled import ScaledBlock, ScaledSolution

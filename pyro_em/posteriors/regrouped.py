@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.conjugate import ConjugateSolution
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian_steps import Solved
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.posterior import Posterior

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.conjugate import ConjugateBlock, ConjugateSolution
+from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_cells import rows_of
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import GaussianBlock, piece
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.linear_gaussian import GaussianSolution

@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.families.conjugate_draws import drawn
 from pyro_em.families.conjugate_kernels import matrix_of
-from pyro_em.posteriors.conjugate import ConjugateSolution
 from pyro_em.posteriors.conjugate_cells import Reading
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian_layout import BlockLayout
 from pyro_em.posteriors.linear_gaussian import GaussianSolution
 from pyro_em.updates.linear_moments import LinearMoments

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.posteriors.conjugate import ConjugateSolution
+from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.data_steps import DataSteps
 from pyro_em.posteriors.enumeration import contraction_of, e_step
 from pyro_em.posteriors.gaussian import GaussianBlock

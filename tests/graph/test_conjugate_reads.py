@@ -27,8 +27,8 @@ def _two_powers() -> None:
 def _mirrored() -> None:
     p = pyro.sample("v", dist.Beta(A, B))
     with pyro.plate("rows", 5):
-        pyro.sample("x", dist.Geometric(p), obs=COUNTS)
-        pyro.sample("y", dist.Geometric(1 - p), obs=COUNTS)
+        pyro.sample("x", dist.Geometric(1 - p), obs=COUNTS)
+        pyro.sample("y", dist.Geometric(1 - p / 2), obs=COUNTS)
 
 
 def _product() -> None:
@@ -44,11 +44,23 @@ def _shifted() -> None:
         pyro.sample("x", dist.Poisson(rate + 1.0), obs=COUNTS)
 
 
-def _turned() -> None:
+def _cut() -> None:
+    p = pyro.sample("v", dist.Dirichlet(torch.ones(7)))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Categorical(p.flip(-1)), obs=COUNTS.long())
+        pyro.sample("y", dist.Categorical(p[:6]), obs=COUNTS.long())
+
+
+def _twice() -> None:
     p = pyro.sample("v", dist.Dirichlet(torch.ones(6)))
     with pyro.plate("rows", 5):
-        pyro.sample("x", dist.Categorical(p), obs=COUNTS.long())
-        pyro.sample("y", dist.Categorical(p.flip(-1)), obs=COUNTS.long())
+        pyro.sample("x", dist.Categorical(p[[0, 1, 2, 3, 4, 4]]), obs=COUNTS.long())
+
+
+def _in_part() -> None:
+    with pyro.plate("rows", 5):
+        rate = pyro.sample("v", dist.Gamma(A, B), obs=COUNTS + 1, obs_mask=COUNTS > 2)
+        pyro.sample("x", dist.Poisson(rate), obs=COUNTS)
 
 
 def _branched() -> None:
@@ -90,10 +102,12 @@ def _by_class() -> None:
     ("model", "words"),
     [
         (_two_powers, "Poisson.rate of 'v', its power 0.5"),
-        (_mirrored, r"Geometric.probs of 'v' is not the latent itself"),
+        (_mirrored, r"Geometric.probs of 'v' is not the latent itself: it is neither an element"),
         (_product, "it reads 'v' and 'u'"),
         (_shifted, r"an operation that is no product reaches it \(add\)"),
-        (_turned, "its elements are cut or in another order"),
+        (_cut, "its elements are cut, or in another order"),
+        (_twice, "its elements are cut, or in another order"),
+        (_in_part, r"it is observed in part \(obs_mask\)"),
         (_branched, r"outside autograd \(gt\)"),
         (_detached, r"outside autograd \(detach\)"),
         (_two_levels, "the prior of 'rate' depends on 'v'"),

@@ -11,6 +11,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special as sp
 import scipy.stats as st
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -585,3 +586,39 @@ def test_the_plan_says_how() -> None:
     plan = str(ExactPosteriorEM(over_dispersed).plan(COUNTS))
     assert "conjugate  conjugate to rate of 'x'" in plan
     assert "Iterations: conjugate latents" in plan
+
+
+def test_probabilities_read_the_other_way_round_and_simplexes_in_another_order() -> None:
+    """Counts of what each statistic stands for, and the divergence of two posteriors."""
+    order, chosen = torch.tensor([[2, 0, 1], [1, 2, 0]]), torch.tensor([[0, 1], [2, 2], [1, 0]])
+
+    def model(a: float, alpha: float) -> None:
+        p = pyro.sample("p", dist.Beta(tensor(a), B))
+        theta = pyro.sample("theta", dist.Dirichlet(tensor([1.0, alpha, 0.5])))
+        with pyro.plate("rows", 5):
+            pyro.sample(
+                "x", dist.Bernoulli(torch.where(COUNTS > 2, 1 - p, p)), obs=COUNTS.clamp(max=1)
+            )
+            pyro.sample("g", dist.Geometric(1 - p), obs=COUNTS)
+        with pyro.plate("two", 2, dim=-1), pyro.plate("draws", 3, dim=-2):
+            pyro.sample("z", dist.Categorical(theta[order]), obs=chosen)
+
+    counts = np.bincount(order.gather(1, chosen.mT).reshape(-1), minlength=3)
+    em = ExactPosteriorEM(model)
+    before, q = em.posterior(2.0, 0.7), em.posterior(1.5, 2.0)
+    chis = [np.array([a + 2 + 11, 0.7 + 3 + 5]) for a in (2.0, 1.5)]
+    alphas = [np.array([1.0, alpha, 0.5]) + counts for alpha in (0.7, 2.0)]
+    expected = _log_beta(chis[1]) - _log_beta(np.array([1.5, 0.7]))
+    expected += _log_beta(alphas[1]) - _log_beta(np.array([1.0, 2.0, 0.5]))
+    assert q.log_evidence == pytest.approx(expected, abs=1e-11)
+    gap = _divergence(*chis) + _divergence(*alphas)
+    assert em.elbo(1.5, 2.0, q=before).gap == pytest.approx(gap, abs=1e-10)
+
+
+def _log_beta(chi: Any) -> float:
+    return float(sp.gammaln(chi).sum() - sp.gammaln(chi.sum()))
+
+
+def _divergence(chi: Any, other: Any) -> float:
+    logs = sp.digamma(chi) - sp.digamma(chi.sum())
+    return _log_beta(other) - _log_beta(chi) + float(((chi - other) * logs).sum())
