@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_em.arguments import as_tensor
 from pyro_em.errors import UsageError, message
-from pyro_em.graph.binding import Selection
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.axes import Over, axes_along
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.names import by_glob, latent_of, own_name
 from pyro_em.tracing.parameters import restore, snapshot, write_unconstrained
@@ -36,11 +36,11 @@ def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
     names = by_glob(graph, site, as_rows=False) or (site,)
     first = latent_of(graph, own_name(graph, names[0])).name
     together, axes = {first}, dict[str, set[int]]()
+    found = [f for f in axes_along(graph) if f.over in (Over.VALUES, Over.OWN)]
     while True:
         before = (len(together), sum(map(len, axes.values())))
-        for outer in graph.groups:
-            for group in outer.nested.groups if outer.nested is not None else (outer,):
-                _collect(graph, group, together, axes)
+        for f in found:
+            _note(f.name, f.axis, f.param, together, axes)
         if (len(together), sum(map(len, axes.values()))) == before:
             break
     apart = next((n for n in names if own_name(graph, n) not in together), None)
@@ -56,34 +56,6 @@ def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
     return {p: tuple(sorted(a)) for p, a in axes.items()}
 
 
-def _collect(
-    graph: FactorGraph, group: Group, together: set[str], axes: dict[str, set[int]]
-) -> None:
-    for argument, binding in group.bindings.items():
-        rule = None if group.family is None else group.family.rules.get(argument)
-        is_row = rule is not None and rule.kind.form.is_row
-        for selection in binding.selections:
-            shape = graph.parameters[selection.param].leaf.shape
-            for i, name in enumerate(group.members):
-                own = name if is_row and name in graph.latents else None
-                if own is not None and len(shape):
-                    _note(own, len(shape) - 1, selection.param, together, axes)
-                for d, latent in enumerate(group.dims[i]):
-                    if latent not in graph.latents:
-                        continue
-                    axis = _axis_along(selection, i, d, tuple(shape), graph.latents[latent].size)
-                    if axis is not None:
-                        _note(latent, axis, selection.param, together, axes)
-        for param, jacobian in (binding.jacobians or {}).items():
-            shape = graph.parameters[param].leaf.shape
-            for i in range(len(group.members)):
-                for d, latent in enumerate(group.dims[i]):
-                    if latent in graph.latents:
-                        axis = _axis_of_jacobian(jacobian.dense[i], d, tuple(shape))
-                        if axis is not None:
-                            _note(latent, axis, param, together, axes)
-
-
 def _note(
     latent: str, axis: int, param: str, together: set[str], axes: dict[str, set[int]]
 ) -> None:
@@ -92,42 +64,6 @@ def _note(
         axes.setdefault(param, set()).add(axis)
     elif axis in axes.get(param, ()):
         together.add(latent)
-
-
-def _axis_along(
-    selection: Selection, member: int, dim: int, shape: tuple[int, ...], size: int
-) -> int | None:
-    """The parameter's axis that a dimension of the argument runs along."""
-    index = selection.index[member]
-    if index.shape[dim] < 2:
-        return None
-    step = index.select(dim, 1) - index.select(dim, 0)
-    used = (index.select(dim, 1) >= 0) & (index.select(dim, 0) >= 0)
-    if not bool(used.any()):
-        return None
-    stride = int(step[used].reshape(-1)[0])
-    at = 1
-    for axis in range(len(shape) - 1, -1, -1):
-        if at == stride and shape[axis] == size:
-            return axis
-        at *= shape[axis]
-    return None
-
-
-def _axis_of_jacobian(jacobian: Tensor, dim: int, shape: tuple[int, ...]) -> int | None:
-    """The parameter's axis whose elements each reach one place along a dimension, in order."""
-    size = jacobian.shape[dim]
-    if size < 2 or size not in shape:
-        return None
-    reached = (jacobian != 0).movedim(dim, 0).reshape(size, -1, jacobian.shape[-1]).any(1)
-    reached = reached.reshape(size, *shape)
-    same = torch.eye(size, dtype=torch.bool, device=reached.device)
-    for axis in range(len(shape)):
-        if shape[axis] == size:
-            along = reached.movedim(axis + 1, 1).reshape(size, size, -1).any(-1)
-            if torch.equal(along, same):
-                return axis
-    return None
 
 
 def a_key(site: str, by: str | Tensor | None) -> str | Tensor:
