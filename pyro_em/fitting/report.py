@@ -28,6 +28,7 @@ from pyro_em.fitting.epochs import bound_of
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.identified import undetermined
 from pyro_em.fitting.information import StaticInformation, loadings_of
+from pyro_em.fitting.labels import forms_in, forms_of
 from pyro_em.fitting.over_parts import (
     evidence_of,
     free_parameters_of,
@@ -157,6 +158,7 @@ def build_result(
         ),
         log_prior=log_prior,
         _posterior=posterior,
+        _forms=cache(lambda: forms_in(program.graph)),
         is_parted=data is not None,
         _information=None if data else _information_of(program, unconstrained),
     )
@@ -271,6 +273,7 @@ def build_stochastic_result(
         dtype=torch.get_default_dtype(),
         _standard_errors=_no_standard_errors,
         _posterior=lambda: drawn,
+        _forms=lambda: forms_of(parameters),
         bound_name=variational.bound_name,
     )
 

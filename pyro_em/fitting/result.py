@@ -14,19 +14,23 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_em.arguments import number
+from pyro_em.arguments import a_level, number, truth
 from pyro_em.elsewhere import OF_RESULT, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.ends import End, ends_in_words
 from pyro_em.fitting.information import StaticInformation
 from pyro_em.fitting.information_criteria import WHY, Criteria
+from pyro_em.fitting.labels import ParameterForm, labels_of
 from pyro_em.fitting.standard_errors import StandardErrors
+from pyro_em.fitting.summary import as_frame, parameter_table, wide_table
 from pyro_em.globs import listed, matching, stacked_answers
 from pyro_em.plan.plan import Plan
 from pyro_em.portable import Copied, Portable, Refused, answered
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.dependences import changed_since
 from pyro_em.variational.drawn import DrawnPosterior
+
+_QUICK, _STEP = 3e6, 500  # standard errors that take some seconds; a site costs as much as 500 rows
 
 
 class EMStatus(Enum):
@@ -200,6 +204,7 @@ class EMResult(Portable, NamesFromElsewhere):
         dtype: Of the densities.
         bound_name: Which bound ``elbo`` and ``history`` hold, in words.
         is_parted: Whether the data came in parts, so that there is no posterior of all rows at once.
+        columns: The names of the columns of each DataFrame that was passed, by argument.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = OF_RESULT
@@ -230,6 +235,8 @@ class EMResult(Portable, NamesFromElsewhere):
     bound_name: str = "ELBO"
     is_parted: bool = False
     ends: tuple[End, ...] = ()
+    columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    _forms: Callable[[], Mapping[str, ParameterForm]] = field(default=dict, repr=False)
     _information: StaticInformation | None = field(default=None, repr=False)
 
     def _travelling(self) -> dict[str, Any]:
@@ -246,6 +253,7 @@ class EMResult(Portable, NamesFromElsewhere):
         return {
             **vars(self),
             "_posterior": answered(self._posterior),
+            "_forms": answered(self._forms),
             "_standard_errors": errors,
             "_information": None if isinstance(errors, Refused) else information,
         }
@@ -255,6 +263,7 @@ class EMResult(Portable, NamesFromElsewhere):
         return {
             **vars(self),
             "_posterior": Copied(self._posterior),
+            "_forms": Copied(self._forms),
             "_information": None if changed else self._information,
         }
 
@@ -338,16 +347,85 @@ class EMResult(Portable, NamesFromElsewhere):
         """
         return self._standard_errors()
 
-    def summary(self) -> Any:
-        """A table of the fit: a pandas DataFrame where pandas is installed, else a `Table`."""
-        rows = self._rows()
-        try:
-            import pandas
-        except ImportError:
-            return Table(tuple(rows))
-        return pandas.DataFrame(rows, columns=["quantity", "value"]).set_index("quantity")
+    def summary(
+        self,
+        level: float = 0.95,
+        *,
+        labels: Mapping[str, Any] | None = None,
+        wide: bool = False,
+        standard_errors: bool | None = None,
+    ) -> Any:
+        """The estimates as a table, one row per element of a parameter, with the fit described above.
 
-    def _rows(self) -> list[tuple[str, Any]]:
+        Intervals stay within the constraint of a parameter: of values with one bound they are symmetric
+        in the logarithm, of values with two (probabilities) in the logit, of others in the value.
+        Parameters of more than a thousand elements, and those of networks, have one row.
+
+        Args:
+            level: The probability that an interval holds.
+            labels: Of the places on an axis, ``{"component": ["short", "long"]}``, or on an axis of a
+                parameter, ``{"mu": {"feature": ["eruption", "wait"]}}``; see `labels_of`. By default
+                features have the names of the columns of a DataFrame that was fitted, all else numbers
+                from zero.
+            wide: Whether to give the estimates alone, with a column for each component.
+            standard_errors: Whether to compute them. By default they are where that is quick; else, and
+                where there are none, the table says so above.
+
+        Returns:
+            A pandas DataFrame where pandas is installed, else a `Table` that prints the same. Its
+            columns are estimate, standard_error, z, lower, upper and note (fixed, boundary, not
+            identified); its index is the parameter, and what its axes run over: component, from and to,
+            feature, category, factor, covariate, a plate. What describes the fit is in ``attrs``.
+
+        Raises:
+            UsageError: If labels do not fit.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     mu = pyro.param("mu", torch.tensor([1.0, -1.0]))
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Bernoulli(0.5)).long()
+            ...         pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+            >>> pyro.clear_param_store()
+            >>> result = ExactPosteriorEM(model).fit(torch.tensor([-2.0, -1.0, 2.0, 4.0]))
+            >>> table = result.summary(labels={"component": ["high", "low"]})
+            >>> table.loc[("mu", "high"), ["estimate", "lower", "upper"]].round(2).tolist()
+            [3.0, 1.61, 4.39]
+            >>> table.attrs["steps"] == result.num_steps
+            True
+            >>> pyro.clear_param_store()
+        """
+        level = a_level("summary", level)
+        truth("summary", "wide", wide)
+        forms = self._forms()
+        shapes = {n: v.shape for n, v in self.params.items()}
+        named = labels_of(labels, forms, shapes, self.columns.values())
+        about = dict(self._about())
+        if wide:
+            return as_frame(wide_table(self.params, forms, named, about))
+        errors, why = self._errors_for_a_table(standard_errors)
+        if why:
+            about["standard errors"] = why
+        updates = self.plan.updates
+        return as_frame(parameter_table(self.params, forms, updates, errors, named, level, about))
+
+    def _errors_for_a_table(self, wanted: bool | None) -> tuple[StandardErrors | None, str]:
+        """Standard errors where they are wanted, or quick to have, and why there are none."""
+        if wanted is not None:
+            truth("summary", "standard_errors", wanted)
+        work = self.num_free_parameters * len(self.plan.observed) * (self.num_rows + _STEP)
+        if wanted is False or (wanted is None and work > _QUICK):
+            return None, "not computed; summary(standard_errors=True) does" * (wanted is None)
+        try:
+            return self.standard_errors(), ""
+        except UsageError as error:
+            if wanted:
+                raise
+            return None, str(error).split("\n")[0].removeprefix("standard_errors: ")
+
+    def _about(self) -> list[tuple[str, Any]]:
         rows: list[tuple[str, Any]] = [
             ("log evidence (nats)", self.log_evidence),
             (f"{self.bound_name} (nats)", self.elbo),
@@ -367,21 +445,6 @@ class EMResult(Portable, NamesFromElsewhere):
             ("BIC (lower is better)", self.bic),
             ("AIC (lower is better)", self.aic),
             ("ICL (lower is better)", self.icl),
-        ]
-        for name, value in self.params.items():
-            flat = value.reshape(-1).tolist()
-            if value.dim() == 0:
-                rows.append((name, flat[0]))
-            elif len(flat) <= 64:
-                index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape))
-                index = index.reshape(len(flat), -1).tolist()
-                rows.extend(
-                    (f"{name}[{', '.join(map(str, i))}]", v)
-                    for i, v in zip(index, flat, strict=True)
-                )
-            else:
-                rows.append((name, f"tensor of shape {tuple(value.shape)}"))
-        rows += [
             ("start", self.start),
             *([("starts", ends_in_words(self.ends))] if len(self.ends) > 1 else []),
             ("seed", self.seed),
@@ -435,16 +498,3 @@ _NO_MODEL = message(
         "fit here, from the values in params",
     ],
 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of a quantity and its value, printed in two columns."""
-
-    rows: tuple[tuple[str, Any], ...]
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in self.rows)
-
-    __repr__ = __str__

@@ -54,11 +54,17 @@ class StandardErrors(Portable, Mapping[str, Tensor]):
         covariance: Of all free parameters, flattened in the order of ``values_by_name``; nan in the
             rows and columns of those without a standard error.
         notes: Sentences about boundaries and what is not identified.
+        at_boundary: Per parameter the elements that are held on the boundary of its constraint.
+        not_identified: Per parameter the elements along which the evidence is flat.
+        no_maximum: Per parameter the elements along which the evidence curves upwards.
     """
 
     values_by_name: dict[str, Tensor]
     covariance: Tensor
     notes: tuple[str, ...] = field(default=())
+    at_boundary: Mapping[str, Tensor] = field(default_factory=dict)
+    not_identified: Mapping[str, Tensor] = field(default_factory=dict)
+    no_maximum: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values_by_name[name]
@@ -211,10 +217,10 @@ def standard_errors_over(
     half = jacobian @ basis * scale @ vectors
     covariance = (half * inverse) @ half.mT
     variance = covariance.diagonal().clone()
-    lost = half[:, null | negative].abs().amax(-1) if bool((null | negative).any()) else None
-    if lost is not None:
-        # Row by row: every element has its own unit.
-        unidentified = lost > 1e-6 * half.abs().amax(-1)
+    # Row by row: every element has its own unit.
+    flat, upwards = (_moved_by(half, which) for which in (null, negative))
+    unidentified = flat | upwards
+    if bool((null | negative).any()):
         variance[unidentified] = torch.nan
         if bool(null.any()):
             names = _names(parameters, values, unidentified)
@@ -232,14 +238,28 @@ def standard_errors_over(
     variance[stuck] = torch.nan
     covariance[torch.isnan(variance), :] = torch.nan
     covariance[:, torch.isnan(variance)] = torch.nan
-    errors, begin = {}, 0
-    for p in parameters:
-        size = values[p.name].numel()
-        errors[p.name] = (
-            variance[begin : begin + size].sqrt().reshape(values[p.name].shape).detach()
-        )
-        begin += size
-    return StandardErrors(errors, covariance.detach(), tuple(notes))
+    shapes = {p.name: values[p.name].shape for p in parameters}
+    return StandardErrors(
+        _by_name(variance.sqrt().detach(), shapes),
+        covariance.detach(),
+        tuple(notes),
+        _by_name(stuck, shapes),
+        _by_name(flat & ~upwards, shapes),
+        _by_name(upwards, shapes),
+    )
+
+
+def _by_name(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """What all parameters have one after the other, in their shapes."""
+    parts = flat.split([s.numel() for s in shapes.values()])
+    return {n: part.reshape(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
+
+
+def _moved_by(half: Tensor, directions: Tensor) -> Tensor:
+    """Which elements some directions move, each measured in its own unit. # (elements,)"""
+    if not bool(directions.any()):
+        return half.new_zeros(len(half), dtype=torch.bool)
+    return half[:, directions].abs().amax(-1) > 1e-6 * half.abs().amax(-1)
 
 
 def _unseen(scores: Tensor, directions: Tensor) -> Tensor:

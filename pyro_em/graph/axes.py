@@ -122,9 +122,7 @@ def _axes_at(
         yield from _axes_of_jacobian(jacobian, member, dim, shape)
 
 
-def _is_along(
-    selection: Selection, member: int, dim: int, axis: int, shape: Sequence[int]
-) -> bool:
+def _is_along(selection: Selection, member: int, dim: int, axis: int, shape: Sequence[int]) -> bool:
     """Whether the element at place i of a dimension has index i on an axis, wherever it is read."""
     index = selection.index[min(member, len(selection.index) - 1)]
     size = index.shape[dim]
@@ -198,9 +196,7 @@ def axis_names(graph: FactorGraph) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _name_of(
-    own: Sequence[Along], axis: int, classes: Mapping[tuple[str, int], str]
-) -> str | None:
+def _name_of(own: Sequence[Along], axis: int, classes: Mapping[tuple[str, int], str]) -> str | None:
     """Of an axis the latent whose values it runs over; else the first plate or event it runs along."""
     here = [f for f in own if f.axis == axis]
     for over in ((Over.VALUES, Over.OWN), (Over.PLATE,), (Over.EVENT,)):

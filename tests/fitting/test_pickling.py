@@ -211,7 +211,8 @@ def check_copy(result: Any, name: str, way: str) -> None:
             errors, again = result.standard_errors(), copied.standard_errors()
             same(dict(errors), dict(again))
             same(errors.covariance, again.covariance)
-    assert str(result.summary()) == str(copied.summary())
+    shown, again = (str(r.summary(standard_errors=False)) for r in (result, copied))
+    assert shown == again
 
 
 def test_a_shallow_copy_is_the_same_but_another_object() -> None:

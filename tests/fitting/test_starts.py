@@ -331,7 +331,7 @@ def test_restarts_find_what_random_assignments_do_not() -> None:
     assert result.start.split(": ")[1] in restarts_module.MIX
     assert result.ends[0].start == "values in the model"
     assert "10 runs: " in str(result) and "ended at -180.185 (" in str(result)
-    assert "starts" in result.summary().index
+    assert "starts" in result.summary().attrs
 
 
 def test_restarts_are_reproducible_and_leave_the_best_in_the_store() -> None:
