@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow check docs tutorials bench clean
+.PHONY: demo test test-slow check wheel docs tutorials bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m models.gmm
@@ -24,6 +24,9 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+wheel: $(VENV)/.installed-test
+	$(BIN)/python .ci/wheel.py
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/html
@@ -61,4 +64,4 @@ $(VENV)/.installed-bench: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) figures build *.egg-info
+	rm -rf $(VENV) figures build dist *.egg-info

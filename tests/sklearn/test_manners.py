@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -167,6 +169,14 @@ def test_a_newcomers_mistakes_get_a_sentence(estimator, X, words: str) -> None:
     assert not type(caught.value).__name__.startswith("_")
     with pytest.raises(NotFittedError):
         estimator.predict(ROWS)
+
+
+def test_without_scikit_learn_it_says_what_to_install(monkeypatch) -> None:
+    for name in [m for m in sys.modules if m.startswith("pyro_em.sklearn")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"pip install 'pyro-em\[sklearn\]'"):
+        importlib.import_module("pyro_em.sklearn")
 
 
 def test_lengths_are_checked() -> None:
