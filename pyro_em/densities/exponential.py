@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pyro_em.densities.compiled import Loop, Numbers, as_numbers
 from pyro_em.densities.density import PlainRows
 from pyro_em.families.family import Family, Statistics
 from pyro_em.graph.factors import Group
+
+_MANY = 512  # coefficients from which on products of matrices are quicker than a compiled loop
 
 _KEPT = 2**20  # numbers of statistics that are made once for all steps
 
@@ -107,6 +110,26 @@ class Exponential(PlainRows):
     def moments(self, p: Coefficients, weights: Tensor, features: Tensor) -> Tensor:
         """Σ r T(x) of some rows. # (K, P)"""
         return weights.to(torch.float64) @ features.T
+
+    def loop(self, p: Coefficients, constant: Tensor) -> tuple[Loop, int] | None:
+        """See `pyro_em.densities.compiled.CompiledRows`."""
+        if p.linear.numel() > _MANY:
+            return None
+        from pyro_em.densities.numba_rows import ONE, exponentials
+
+        at = as_numbers((constant + p.constant).squeeze(-1)), as_numbers(p.linear)
+        stored = None if self.stored is None else as_numbers(self.stored)
+
+        def loop(rows: slice, often: Numbers | None, mass: Numbers, moments: Numbers) -> float:
+            features, counts = stored, ONE if often is None else often
+            if features is None:
+                features = as_numbers(self._features_of(rows))
+                counts = counts if often is None else counts[rows]
+                rows = slice(0, features.shape[1])
+            found: float = exponentials(features, counts, rows.start, rows.stop, *at, mass, moments)
+            return found
+
+        return loop, p.linear.shape[1]
 
     def statistics(
         self, p: Coefficients, moments: Tensor, mass: Tensor, arguments: Mapping[str, Tensor]

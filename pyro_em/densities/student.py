@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.densities.compiled import Loop, Numbers, as_numbers
 from pyro_em.densities.density import PlainRows
 from pyro_em.families.family import Statistics
 from pyro_em.families.student import expected_logarithm, log_normaliser
@@ -125,6 +127,32 @@ class StudentRows(PlainRows):
             parts = (r.sum(-1), zeroth, first, torch.linalg.vecdot(q, z), rest)
             out.append(torch.stack(parts, -1))
         return torch.cat(out, -1)
+
+    def loop(self, p: Students, constant: Tensor) -> tuple[Loop, int] | None:
+        """See `pyro_em.densities.compiled.CompiledRows`."""
+        if self.elements is not None:
+            return None
+        from pyro_em.densities.numba_rows import ONE, students
+
+        x = np.ascontiguousarray(self.value.numpy())
+        at = [
+            as_numbers(t)
+            for t in (
+                (constant + p.constant.sum(0)).squeeze(-1),
+                0.5 * (p.df.squeeze(-1) + 1),
+                p.loc.squeeze(-1),
+                p.width.squeeze(-1).reciprocal(),
+            )
+        ]
+        numbers = self.value.shape[1]
+
+        def loop(rows: slice, often: Numbers | None, mass: Numbers, moments: Numbers) -> float:
+            sums = moments.reshape(self.K, numbers, _MOMENTS)
+            counts = ONE if often is None else often
+            found: float = students(x, counts, rows.start, rows.stop, *at, mass, sums)
+            return found
+
+        return loop, numbers * _MOMENTS
 
     def about(self, before: Students, now: Students, moments: Tensor, mass: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`; expected precisions stay as they were."""

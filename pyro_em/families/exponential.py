@@ -20,6 +20,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_em.families import maxima
 from pyro_em.families.family import Arguments, Family, NaturalForm, PredictorRule, Statistics
 from pyro_em.families.forms import Kind
 
@@ -106,6 +107,10 @@ def _beta_derivatives(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
     return _of_concentrations(s, _together(a["concentration1"], a["concentration0"]))
 
 
+def _beta_maximum(s: Statistics, a: Arguments) -> Tensor | None:
+    return maxima.dirichlet(s, _together(a["concentration1"], a["concentration0"]))
+
+
 def _dirichlet_derivatives(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
     return _of_concentrations(s, a["concentration"])
 
@@ -165,7 +170,9 @@ FAMILIES = (
         dist.Gamma,
         _gamma_statistics,
         {},
-        natural=NaturalForm(_SHAPE_AND_RATE, _gamma_coefficients, _gamma_derivatives),
+        natural=NaturalForm(
+            _SHAPE_AND_RATE, _gamma_coefficients, _gamma_derivatives, maximum=maxima.gamma
+        ),
         predictors={
             "rate": PredictorRule(Kind.RATE, "exp", lambda x, a: (a["concentration"], x)),
         },
@@ -175,7 +182,10 @@ FAMILIES = (
         _inverse_gamma_statistics,
         {},
         natural=NaturalForm(
-            _SHAPE_AND_RATE, _inverse_gamma_coefficients, _inverse_gamma_derivatives
+            _SHAPE_AND_RATE,
+            _inverse_gamma_coefficients,
+            _inverse_gamma_derivatives,
+            maximum=maxima.inverse_gamma,
         ),
     ),
     Family(
@@ -183,14 +193,22 @@ FAMILIES = (
         _beta_statistics,
         {},
         natural=NaturalForm(
-            ("concentration1", "concentration0"), _beta_coefficients, _beta_derivatives
+            ("concentration1", "concentration0"),
+            _beta_coefficients,
+            _beta_derivatives,
+            maximum=_beta_maximum,
         ),
     ),
     Family(
         dist.Dirichlet,
         _dirichlet_statistics,
         {},
-        natural=NaturalForm(("concentration",), _dirichlet_coefficients, _dirichlet_derivatives),
+        natural=NaturalForm(
+            ("concentration",),
+            _dirichlet_coefficients,
+            _dirichlet_derivatives,
+            maximum=lambda s, a: maxima.dirichlet(s, a["concentration"]),
+        ),
         event_dim=1,
         event_dims={"concentration": 1},
     ),

@@ -160,6 +160,9 @@ class NaturalForm:
             free of the arguments.
         spread: A spread, and the location that it is about, where the density has no bound as the
             spread goes to zero on equal data.
+        maximum: From sums and arguments to the numbers of all arguments at which `expected` is largest,
+            one argument after the other, where nothing else is asked of them; None where it is to be
+            searched for. # (*cells, A)
     """
 
     arguments: tuple[str, ...]
@@ -170,6 +173,7 @@ class NaturalForm:
     references: tuple[str, ...] = ()
     is_augmented: bool = False
     spread: tuple[str, str] | None = None
+    maximum: Callable[[Statistics, Arguments], Tensor | None] | None = None
 
     def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
         """What E_q[log p] of each cell is a sum of, up to Σ h, in nats. # (*cells, terms)

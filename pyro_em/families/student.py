@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
+from pyro_em.families.maxima import student
 from pyro_em.families.overdispersed import log_rising
 
 
@@ -113,6 +114,7 @@ FAMILIES = (
             references=("loc",),
             is_augmented=True,
             spread=("scale", "loc"),
+            maximum=student,
         ),
     ),
 )

@@ -18,6 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyro_em.densities.compiled import CompiledRows, serves, swept
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
 from pyro_em.densities.gaussian import Gaussian
@@ -179,6 +180,10 @@ class Mixture(QuickBlock):
         # A weight of exactly zero has to stay.
         may_clamp = all(f.linear is None and not f.others for f in self.factors)
         may_clamp = may_clamp and self._is_single() and bool((constant > _IMPOSSIBLE).all())
+        if self._sole is not None:
+            found = self._swept(at, constant, *self._sole)
+            if found is not None:
+                return self._summed(at, eta, found)
         thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
         sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
@@ -213,6 +218,30 @@ class Mixture(QuickBlock):
             for i, (f, own) in enumerate(zip(self.factors, here, strict=True)):
                 f.collect(at, summed(weights, sizes, f.reads), own, sums, i)
         return self._summed(at, eta, sums)
+
+    @cached_property
+    def _sole(self) -> tuple[int, CompiledRows] | None:
+        """The only group that reads rows, where a compiled loop may add them up."""
+        if len(self.factors) > 1 or self.factors[0].linear is not None:
+            return None
+        (f,) = self.factors
+        rules = list(f.normals.items())
+        if len(rules) != 1 or f.others or f.counted or len(f.reads) < len(self.shape.sizes):
+            return None
+        g, rule = rules[0]
+        if not serves(self.N, self.K, self.graph.groups[g].value.device):
+            return None
+        return (g, rule) if isinstance(rule, CompiledRows) else None
+
+    def _swept(self, at: At, constant: Tensor, g: int, rule: CompiledRows) -> Collected | None:
+        """Evidence and sums by a compiled loop; None where it does not serve."""
+        found = rule.loop(at.prepared[g], constant)
+        if found is None:
+            return None
+        loop, moments = found
+        sums = Collected(self.N)
+        sums["evidence"], sums["mass"], sums[g] = swept(loop, self.N, self.repeats, self.K, moments)
+        return sums
 
     @cached_property
     def per_row(self) -> PerRow:

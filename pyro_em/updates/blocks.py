@@ -17,10 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.families.exponential import FAR
 from pyro_em.families.family import NaturalForm, Statistics
 from pyro_em.graph.binding import Selection
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.scatter import sum_to
+
+EDGE = 1e-6 * FAR
+"""Nats that only a datum at the end of a support has."""
 
 _EPS = 8 * torch.finfo(torch.float64).eps
 
@@ -216,20 +220,50 @@ class Problem:
         curvature = curvature.reshape(B + 1, m + 1, m + 1)[:B, :m, :m]
         return There(value[:B], rounding[:B], slope, curvature + self.places.unused)
 
-    def _of_cells_alone(self, u: Tensor, is_positive: Tensor) -> There:
-        """Q with its derivatives where cells share nothing: nothing is scattered."""
+    def maximum(self, u: Tensor) -> Tensor | None:
+        """Where Q is largest, where the family says so; None where it is to be searched for.
+
+        Args:
+            u: Where parameters are.
+        """
+        is_positive = self.places.alone
+        if is_positive is None:
+            return None
         c, s = self.places.cells[0], self.sums[0]
-        first = second = out = u[c.rows]
+        if c.form.maximum is None or not bool((s["weight"] > 0).all()):
+            return None
+        if not bool((s["feature"].abs() < EDGE).all()):
+            return None
+        moved, at = self._alone(u, is_positive)
+        found = c.form.maximum(s, at)
+        if found is None:
+            return None
+        found = found.reshape(moved.shape)
+        found = torch.where(is_positive, found.log(), found)
+        out = torch.empty_like(u)
+        out[c.rows.reshape(-1)] = found.reshape(-1)
+        return out if bool(torch.isfinite(out).all()) else None
+
+    def _alone(self, u: Tensor, is_positive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The numbers of the only group's cells, and its arguments. # (cells, A), (*cells, *event)"""
+        c = self.places.cells[0]
+        out = u[c.rows]
         if bool(is_positive.any()):
-            first = second = out = torch.where(is_positive, out.exp(), out)
-        if not bool(is_positive.all()):
-            first = torch.where(is_positive, out, 1.0)
-            second = torch.where(is_positive, out, 0.0)
+            out = torch.where(is_positive, out.exp(), out)
         widths = [a.elements.numel() // len(c.rows) for a in c.arguments.values()]
-        at = {
+        return out, {
             name: part.reshape(a.elements.shape)
             for (name, a), part in zip(c.arguments.items(), out.split(widths, -1), strict=True)
         }
+
+    def _of_cells_alone(self, u: Tensor, is_positive: Tensor) -> There:
+        """Q with its derivatives where cells share nothing: nothing is scattered."""
+        c, s = self.places.cells[0], self.sums[0]
+        out, at = self._alone(u, is_positive)
+        first = second = out
+        if not bool(is_positive.all()):
+            first = torch.where(is_positive, out, 1.0)
+            second = torch.where(is_positive, out, 0.0)
         terms, g, H = _of_cells(c, s, at)
         H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
         H.diagonal(dim1=-2, dim2=-1).addcmul_(g, second)

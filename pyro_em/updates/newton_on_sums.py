@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError
-from pyro_em.families.exponential import FAR
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.blocks import Places, Problem, There
+from pyro_em.updates.blocks import EDGE, Places, Problem, There
 from pyro_em.updates.collapses import refuse_collapse
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.placed import places_of
@@ -54,9 +53,6 @@ _BLURRED = 1e-3  # nats per datum of rounding: what grew so large has no maximum
 
 
 _TINY = 1e-290
-
-
-_EDGE = 1e-6 * FAR  # nats that only a datum at the end of a support has
 
 
 class AtEdge(Exception):
@@ -108,7 +104,9 @@ class NewtonSolver:
         with torch.inference_mode(False):
             before = {n: values[n].detach().to("cpu", torch.float64, copy=True) for n in self.block}
             problem = self.places.at(statistics, arguments)
-            u = self._climb(problem, self.coordinates.enter(before))
+            u = problem.maximum(self.coordinates.enter(before))
+            if u is None:
+                u = self._climb(problem, self.coordinates.enter(before))
             new, empty = {}, {}
             mass = problem.masses() if problem.may_lack_data() else None
             for name, value in self.coordinates.values(u).items():
@@ -130,7 +128,7 @@ class NewtonSolver:
             DegenerateError: If a block has none.
         """
         here, last, begin = problem.derivatives(u), None, u
-        if not bool((here.slope.abs() < _EDGE).all()):
+        if not bool((here.slope.abs() < EDGE).all()):
             raise AtEdge
         for _ in range(_STEPS):
             step, promise = _direction(here)

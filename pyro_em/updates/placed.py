@@ -117,7 +117,8 @@ def _arguments(
         elements = torch.full(shapes[name], -1)
         own = []
         for s in group.bindings[name].selections:
-            if s.param not in coordinates.slices:
+            # A Beta holds both of its arguments as one tensor, which both parameters reach.
+            if s.param not in coordinates.slices or not bool((s.index >= 0).any()):
                 continue
             factor = None if s.factor is None else s.factor.to("cpu", torch.float64)
             s = replace(s, index=s.index.cpu(), factor=factor)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import Chunks, DegenerateError, ExactPosteriorEM, Gradient, Newton, PyroEMError
+from pyro_em.updates.blocks import Problem
 from pyro_em.updates.update import NewtonOnSums
 
 Emission = Callable[[Tensor], dist.TorchDistribution]
@@ -183,3 +184,41 @@ def test_a_block_of_too_many_numbers_climbs_by_gradients(monkeypatch: pytest.Mon
         pyro.clear_param_store()
         plan = ExactPosteriorEM(model).plan(two_gammas(2), tied)
         assert isinstance(plan.updates["a"].update, update)
+
+
+CONCENTRATIONS = ((1.0, 2.0, 0.5), (4.0, 1.0, 3.0))
+
+MAXIMA: dict[str, Emission] = {
+    "Gamma": lambda z: dist.Gamma(positive("a", 1.0, 2.0)[z], positive("b", 1.0, 0.5)[z]),
+    "InverseGamma": lambda z: dist.InverseGamma(
+        positive("a", 1.0, 2.0)[z], positive("b", 1.0, 0.5)[z]
+    ),
+    "Beta": lambda z: dist.Beta(positive("a", 1.0, 2.0)[z], positive("b", 1.0, 0.5)[z]),
+    "Dirichlet": lambda z: dist.Dirichlet(positive("a", *CONCENTRATIONS)[z]),
+    "StudentT": lambda z: dist.StudentT(
+        positive("a", 3.0, 9.0)[z], positive("b", 1.0, 2.5)[z], positive("s", 1.0, 0.5)[z]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_a_maximum_without_a_search_is_the_one_that_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pyro.get_param_store().scope(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        x = MAXIMA[name](torch.arange(200) % 2).sample().detach()
+    found, told = [], []
+    at_once = Problem.maximum
+
+    def noted(self: Problem, u: Tensor) -> Tensor | None:
+        told.append(at_once(self, u))
+        return told[-1]
+
+    for way in (noted, lambda self, u: None):
+        monkeypatch.setattr(Problem, "maximum", way)
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(mixture).fit(x, MAXIMA[name], max_steps=3, tol=0)
+        found.append(torch.cat([v.reshape(-1) for _, v in sorted(result.params.items())]))
+    assert told and all(t is not None for t in told)
+    assert torch.allclose(found[0], found[1], rtol=1e-8)
