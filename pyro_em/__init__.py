@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from pyro_em.plan.plan import Plan
     from pyro_em.posteriors.posterior import Posterior
     from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
+    from pyro_em.resampling.bootstrap import Bootstrap
     from pyro_em.sources.chunks import Chunks
     from pyro_em.tracing.vectorized import vectorized_markov
     from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares, Newton
@@ -62,6 +63,7 @@ __all__ = [
     "Annealed",
     "AutoAmortizedCategorical",
     "AutoAmortizedNormal",
+    "Bootstrap",
     "Chunks",
     "ClosedForm",
     "Comparison",
@@ -110,6 +112,7 @@ _HOMES = {
     "Annealed": "pyro_em.posteriors.strategies",
     "AutoAmortizedCategorical": "pyro_em.variational.amortized",
     "AutoAmortizedNormal": "pyro_em.variational.amortized",
+    "Bootstrap": "pyro_em.resampling.bootstrap",
     "Chunks": "pyro_em.sources.chunks",
     "ClosedForm": "pyro_em.updates.update",
     "Comparison": "pyro_em.comparison.table",

@@ -136,7 +136,8 @@ OF_RESULT = table(
     ),
     (
         "bse se std_errors standard_error cov_params stderr covariance",
-        "result.standard_errors() gives them by parameter, and their .covariance",
+        "result.standard_errors() gives them by parameter, and their .covariance; "
+        "result.bootstrap() those of refits",
     ),
     ("plot", "pyro_em.plotting has the pictures; result.history can be drawn as it is"),
     ("save", "em.save(path) writes the parameters to a file"),

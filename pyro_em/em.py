@@ -56,6 +56,8 @@ from pyro_em.plan.wishes import (
 )
 from pyro_em.posteriors.assignments import Start
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.resampling.bootstrap import bootstrap
+from pyro_em.resampling.refits import Again
 from pyro_em.tracing.given import without_values
 from pyro_em.tracing.missing import WithMissing
 from pyro_em.tracing.parameters import snapshot
@@ -742,7 +744,9 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
             on_checkpoint_error=on_checkpoint_error,
             online=online,
         )
-        return fit(self._session, wishes, args, kwargs)
+        result = fit(self._session, wishes, args, kwargs)
+        again = Again(self._session.request, self.num_particles, args, kwargs, wishes)
+        return replace(result, _bootstrap=partial(bootstrap, again))
 
     @alone("partial_fit")
     def partial_fit(self, *args: Any, online: Any = None, **kwargs: Any) -> float:

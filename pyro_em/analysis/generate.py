@@ -11,7 +11,7 @@ new data have to be those that were drawn from.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,15 +22,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_em.analysis.predictive import under_user_names
-from pyro_em.analysis.rows import (
-    Rows,
-    Sites,
-    named,
-    plates_of_rows,
-    rows_of,
-    run,
-    try_run,
-)
+from pyro_em.analysis.resized import resized
+from pyro_em.analysis.rows import Rows, Sites, named, plates_of_rows, run
 from pyro_em.analysis.uses import Uses, uses_of
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, UsageError, raise_findings
@@ -76,6 +69,8 @@ def generated(
     points: Points,
     seed: int | None,
     where: str = "generate",
+    *,
+    whole: bool = False,
 ) -> Generated:
     """New data of ``n`` rows; see `ExactPosteriorEM.generate`.
 
@@ -87,12 +82,13 @@ def generated(
         points: Gives, for arguments, the values of latents that have point estimates.
         seed: Seed of the draws.
         where: The public method, for messages.
+        whole: Whether the arguments with the new data are wanted, not the values alone.
     """
     _refuse_arrays(model, args, kwargs, where)
     kwargs = {**_default_counts(model, args), **kwargs}
     sites, rows, given = None, None, (args, kwargs)
     if n is not None:
-        sites, rows, args, kwargs = _resized(model, n, args, kwargs, where)
+        sites, rows, args, kwargs = resized(model, n, args, kwargs, where)
     if sites is None:
         sites = run(model, args, kwargs)
     uses = uses_of(model, args, kwargs, sites)
@@ -106,7 +102,8 @@ def generated(
         if isinstance(leaf, Tensor)
         if uses is None or (p in uses.observed and p in uses.read)
     }
-    return _drawn(model, args, kwargs, fixed, again, rows, seed, where)
+    new = _drawn(model, args, kwargs, fixed, again, rows, seed, where)
+    return put_back(model, new, uses) if whole and uses is not None else new
 
 
 def _default_counts(model: Model, args: tuple) -> dict[str, Any]:
@@ -162,86 +159,6 @@ def points_of(
         for name, role in sites.roles.items()
         if role is Role.POINT
     }
-
-
-# ---------------------------------------------------------------------- sizes
-
-
-def _resized(
-    model: Model, n: int, args: tuple, kwargs: dict[str, Any], where: str
-) -> tuple[Sites, Rows | None, tuple, dict[str, Any]]:
-    """Arguments of ``n`` rows, with a run on them; rows of what is observed are given ones in turn."""
-    try:
-        sites = run(model, args, kwargs)
-    except Exception as error:  # arguments of two sizes: some have n rows already
-        return _brought_together(model, n, args, kwargs, where, error)
-    if any(size == n for _, size in plates_of_rows(sites)):
-        return sites, None, args, kwargs
-    rows = rows_of(model, args, kwargs, where, sites)
-    uses = uses_of(model, args, kwargs, sites)
-    _refuse_read(model, n, rows, uses, where)
-    args, kwargs = rows.taken(args, kwargs, torch.arange(n + rows.lag) % (rows.size + rows.lag))
-    return run(model, args, kwargs), rows, args, kwargs
-
-
-def _brought_together(
-    model: Model, n: int, args: tuple, kwargs: dict[str, Any], where: str, error: Exception
-) -> tuple[Sites, Rows, tuple, dict[str, Any]]:
-    """As `_resized`, where covariates have the new number of rows and the data the old one."""
-    shapes = {
-        p: tuple(v.shape) for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor)
-    }
-    for size in dict.fromkeys(d for shape in shapes.values() for d in shape if d != n):
-        dims = {p: shape.index(size) for p, shape in shapes.items() if size in shape}
-        guess = Rows(None, size, dims)
-        some = guess.taken(args, kwargs, torch.arange(n) % size)
-        sites = try_run(model, *some)
-        plates = () if sites is None else plates_of_rows(sites)
-        plate = next((name for name, found in plates if found == n), "")
-        if sites is None or plate == "":
-            continue
-        rows = Rows(plate, size, dims)
-        _refuse_read(model, n, rows, uses_of(model, *some, sites), where)
-        return sites, rows, *some
-    raise UsageError(
-        str(
-            Finding(
-                where,
-                f"the model cannot be run on these arguments: {error}",
-                "",
-                (f"pass arguments of one number of rows, or covariates for all {n} new rows",),
-            )
-        )
-    ) from error
-
-
-def _refuse_read(model: Model, n: int, rows: Rows, uses: Uses | None, where: str) -> None:
-    """Refuse to make up rows of what the model does not draw."""
-    of_rows = [p for p, dim in rows.dims.items() if dim >= 0]
-    if uses is None:
-        asked, how = of_rows, "how the model reads them cannot be seen"
-    else:
-        asked = [p for p in of_rows if not uses.draws(p) and uses.reader(p) is not None]
-        how = f"{uses.reader(asked[0]) if asked else ''}, and nothing of the model draws it"
-    if not asked:
-        return
-    of = "steps" if rows.plate is None else f"elements of plate '{rows.plate}'"
-    names = named(model, asked)
-    raise_findings(
-        [
-            Finding(
-                where,
-                f"{names} {'has' if len(asked) == 1 else 'have'} a value for each of the {rows.size} "
-                f"{of}, and {n} are asked for.",
-                how,
-                (
-                    f"pass {names} with {n} values, the data as they are",
-                    f"ask for {rows.size}",
-                ),
-                UsageError,
-            )
-        ]
-    )
 
 
 # ---------------------------------------------------------------------- drawing
@@ -408,3 +325,29 @@ def _refuse_made_up(
                     )
                 ]
             )
+
+
+def put_back(model: Model, new: Generated, uses: Uses) -> Generated:
+    """The same with values in the arguments that are observed in another dtype (``obs=x.float()``).
+
+    Args:
+        model: The user's model.
+        new: New data, some of which are in no argument.
+        uses: What the model does with its arguments.
+    """
+    leaves = leaves_of(new.args, new.kwargs)
+    back: dict[Path, Tensor] = {}
+    for name in new.unwritten:
+        value, paths = new.values.get(name), uses.observed_by.get(name, frozenset())
+        path = next(iter(paths), None)
+        if path is None or len(paths) > 1 or path in back or not isinstance(value, Tensor):
+            continue
+        if leaves[path].shape == value.shape:
+            back[path] = value.to(leaves[path].dtype)
+    if not back:
+        return new
+    args, kwargs = replaced(new.args, new.kwargs, back)
+    latents = {n: v for n, v in new.values.items() if n not in uses.observed_by}
+    sites = run(model, args, kwargs, KeepValues(latents))
+    left = [n for n in new.unwritten if not sites[n]["value"].equal(new.values[n])]
+    return replace(new, args=args, kwargs=kwargs, unwritten=tuple(left))

@@ -35,14 +35,7 @@ def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
     """
     names = by_glob(graph, site, as_rows=False) or (site,)
     first = latent_of(graph, own_name(graph, names[0])).name
-    together, axes = {first}, dict[str, set[int]]()
-    found = [f for f in axes_along(graph) if f.over in (Over.VALUES, Over.OWN)]
-    while True:
-        before = (len(together), sum(map(len, axes.values())))
-        for f in found:
-            _note(f.name, f.axis, f.param, together, axes)
-        if (len(together), sum(map(len, axes.values()))) == before:
-            break
+    together, axes = components_of(graph, first)
     apart = next((n for n in names if own_name(graph, n) not in together), None)
     if apart is not None:
         raise UsageError(
@@ -53,7 +46,25 @@ def component_axes(graph: FactorGraph, site: str) -> dict[str, tuple[int, ...]]:
                 ["sort the components of one after the other"],
             )
         )
-    return {p: tuple(sorted(a)) for p, a in axes.items()}
+    return axes
+
+
+def components_of(graph: FactorGraph, latent: str) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+    """The latents that share their components with one, and the dimensions of parameters along them.
+
+    Args:
+        graph: A factor graph with bindings.
+        latent: The latent.
+    """
+    together, axes = {latent}, dict[str, set[int]]()
+    found = [f for f in axes_along(graph) if f.over in (Over.VALUES, Over.OWN)]
+    while True:
+        before = (len(together), sum(map(len, axes.values())))
+        for f in found:
+            _note(f.name, f.axis, f.param, together, axes)
+        if (len(together), sum(map(len, axes.values()))) == before:
+            break
+    return together, {p: tuple(sorted(a)) for p, a in axes.items()}
 
 
 def _note(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -23,16 +24,21 @@ class Uses:
     """What a model does with the leaves of its arguments.
 
     Attributes:
-        observed: Leaves that reach an observed value.
+        observed_by: Per observed site the leaves that reach its value.
         read: Leaves that reach what a site is drawn from, each with the site's name.
         masks: Leaves that reach a mask or a scale, each with the site's name.
         seen: Leaves of which all this is known: tensors.
     """
 
-    observed: frozenset[Path]
+    observed_by: Mapping[str, frozenset[Path]]
     read: Mapping[Path, str]
     masks: Mapping[Path, str]
     seen: frozenset[Path]
+
+    @cached_property
+    def observed(self) -> frozenset[Path]:
+        """Leaves that reach an observed value."""
+        return frozenset().union(*self.observed_by.values())
 
     def draws(self, path: Path) -> bool:
         """Whether a leaf, or something in it, is observed."""
@@ -68,7 +74,7 @@ def uses_of(model: Model, args: tuple, kwargs: dict[str, Any], sites: Sites) -> 
             seen = run(model, *replaced(args, kwargs, tagged), KeepValues(latents))
     except Exception:  # some operations take no tagged tensor
         return None
-    observed: set[Path] = set()
+    observed: dict[str, frozenset[Path]] = {}
     read: dict[Path, str] = {}
     masks: dict[Path, str] = {}
     for name, site in seen.items():
@@ -76,13 +82,14 @@ def uses_of(model: Model, args: tuple, kwargs: dict[str, Any], sites: Sites) -> 
         for tag in frozenset().union(*map(tags_of, tensors_of(base))):
             read.setdefault(tags[tag], name)
         if site["is_observed"]:
-            observed |= {tags[tag] for tag in tags_of(site["value"])}
+            observed[name] = frozenset(tags[tag] for tag in tags_of(site["value"]))
         if name.endswith(("_observed", "_unobserved")):
             continue  # obs_mask says what is kept of the data given; all is drawn anew
         for held in (site["mask"], site["scale"], *(mask for mask, _ in wrapped)):
             for tag in tags_of(held):
                 masks.setdefault(tags[tag], name)
+    drawn = frozenset().union(*observed.values())
     for tag in watch.read:
-        if tags[tag] not in observed:
+        if tags[tag] not in drawn:
             read.setdefault(tags[tag], next(iter(seen)))
-    return Uses(frozenset(observed), read, masks, frozenset(leaves))
+    return Uses(observed, read, masks, frozenset(leaves))

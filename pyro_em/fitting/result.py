@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyro
 import torch
@@ -31,6 +31,9 @@ from pyro_em.tracing.dependences import changed_since
 from pyro_em.variational.drawn import DrawnPosterior
 
 _QUICK, _STEP = 3e6, 500  # standard errors that take some seconds; a site costs as much as 500 rows
+
+if TYPE_CHECKING:
+    from pyro_em.resampling.bootstrap import Bootstrap
 
 
 class EMStatus(Enum):
@@ -238,6 +241,7 @@ class EMResult(Portable, NamesFromElsewhere):
     columns: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     _forms: Callable[[], Mapping[str, ParameterForm]] = field(default=dict, repr=False)
     _information: StaticInformation | None = field(default=None, repr=False)
+    _bootstrap: Callable[..., Any] | None = field(default=None, repr=False)
 
     def _travelling(self) -> dict[str, Any]:
         """A copy keeps the posterior, and what gives standard errors where no model is needed."""
@@ -256,6 +260,7 @@ class EMResult(Portable, NamesFromElsewhere):
             "_forms": answered(self._forms),
             "_standard_errors": errors,
             "_information": None if isinstance(errors, Refused) else information,
+            "_bootstrap": None,
         }
 
     def _staying(self) -> dict[str, Any]:
@@ -346,6 +351,63 @@ class EMResult(Portable, NamesFromElsewhere):
             Uniform have none, and are taken as known for all others.
         """
         return self._standard_errors()
+
+    def bootstrap(
+        self,
+        n: int = 200,
+        *,
+        parametric: bool = True,
+        num_restarts: int = 1,
+        level: float = 0.95,
+        processes: int | None = None,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> Bootstrap:
+        """Standard errors and intervals from fits to ``n`` other data sets of the same size.
+
+            θ*_b = fit(x*_b),    x*_b ~ p(x; θ̂),    b = 1, …, n
+
+        Each fit begins at the parameters of this one, in a param scope of its own; the components of
+        each are put into the order of this one's before spreads are taken. Gaussian latents without
+        names of their own (loadings up to a rotation) are not matched.
+
+        Args:
+            n: Number of data sets.
+            parametric: Whether data are drawn from the model at its parameters, with its covariates,
+                masks and what is missing as they are; otherwise rows (sequences) are drawn from the
+                data with replacement, with all arguments that have a value for each row.
+            num_restarts: Starts of each fit, of which the first is at the parameters of this one.
+            level: The probability that intervals hold.
+            processes: How many processes, forked from this one; None for this one alone. The numbers
+                are the same to the bit. Each fit uses one thread.
+            seed: Seed of data and starts.
+            progress: Whether to show a bar; by default where the output is a terminal.
+
+        Returns:
+            The refits, with standard errors, intervals and biases; failed fits are counted.
+
+        Raises:
+            UsageError: If the data cannot be drawn: rows that are not independent, what is observed
+                is in no argument, a guide draws latents, data came in chunks.
+
+        Source: Efron and Tibshirani (1993); for mixtures O'Hagan, Murphy, Scrucca and Gormley (2019).
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from pyro_em import ExactPosteriorEM
+            >>> def model(x):
+            ...     with pyro.plate("rows", len(x)):
+            ...         pyro.sample("x", dist.Normal(pyro.param("mu", torch.tensor(0.0)), 1.0), obs=x)
+            >>> result = ExactPosteriorEM(model).fit(torch.zeros(25))
+            >>> result.bootstrap(8).draws["mu"].shape
+            torch.Size([8])
+            >>> pyro.clear_param_store()
+        """
+        if self._bootstrap is None:
+            raise UsageError(_NO_REFITS)
+        return self._bootstrap(  # type: ignore[no-any-return]
+            self, n, parametric, num_restarts, level, processes, seed, progress
+        )
 
     def summary(
         self,
@@ -487,6 +549,14 @@ class EMResult(Portable, NamesFromElsewhere):
             "plates; the evidence takes them as known, so that BIC and AIC compare only models with "
             "the same ones"
         )
+
+
+_NO_REFITS = message(
+    "bootstrap",
+    "this is a pickled copy of a result, without its model.",
+    "each data set takes a fit of the model",
+    ["call bootstrap() in the process that fitted, and send what it returns"],
+)
 
 
 _NO_MODEL = message(
