@@ -10,7 +10,8 @@ reach a density) holds for the other.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ _STRIDED = torch.strided
 
 _OF_TRANSFORMS = ("_inv", "_cached_x_y")  # what a transform remembers of its use
 
-_MADE, _HELD = "made of numbers", "held by the model"
+_MADE, _HELD, _PARAMETER = "made of numbers", "held by the model", "value of a parameter"
 
 _OPTIONS = (torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
@@ -78,12 +79,15 @@ class OperationLog:
         self._origin: dict[int, Any] = {}
         self._end: int | None = None
         self._distinct: dict[Any, Any] = {}
+        self._is_aside = False
         for name, tensor in given:
             if tensor.layout is torch.strided and not tensor.is_meta:
                 self._origin.setdefault(tensor.untyped_storage().data_ptr(), name)
 
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and note it."""
+        if self._is_aside:
+            return operation(*args, **kwargs)
         is_fresh = operation is _FRESH  # torch.tensor(numbers): memory that nobody has noted
         noted: list[Any] = [getattr(operation, "_name", operation)]  # the hash of a name is kept
         for a in args:
@@ -103,6 +107,19 @@ class OperationLog:
             noted.append(self._other(out))
         self.entries.append(self._shared(tuple(noted)))
         return out
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A block whose operations are none of the model's."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
+
+    def know(self, tensor: Tensor, parameter: str) -> None:
+        """Note that a tensor, made aside, is the value of a parameter."""
+        self._origin[_storage(tensor)] = (_PARAMETER, parameter)
 
     def _shared(self, note: tuple[Any, ...]) -> tuple[Any, ...]:
         """A note, or the earlier one that it equals: the steps of a long run are alike.
@@ -128,7 +145,7 @@ class OperationLog:
         else:
             if known is None:
                 known = self._origin[at] = (_HELD, checksum(tensor))
-            if self.reading is not None and known[0] is not _MADE:
+            if self.reading is not None and known[0] not in (_MADE, _PARAMETER):
                 self.reading.note(tensor)
         laid = self._shared((tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad))
         return self._shared((known, offset, laid))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+from weakref import ref
 
 import pyro
 import torch
@@ -17,9 +18,9 @@ from torch.distributions import Transform, constraints, transform_to
 from pyro_em.arguments import as_tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import UsageError, message
+from pyro_em.tracing.constrained import constrained
 from pyro_em.tracing.memory import own_start
-
-_FEW = 2**16  # elements of a parameter whose latest value is kept
+from pyro_em.tracing.operations import OperationLog
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,52 +56,16 @@ class TracedParameter:
         Args:
             unconstrained: Another unconstrained value than the current one.
         """
-        u = self.unconstrained if unconstrained is None else unconstrained
-        known = self._latest.get(u)
-        if known is not None:
-            return known
-        with torch.no_grad():
-            out = self.transform(u).detach()
-            if out.data_ptr() == u.data_ptr():
-                return out.clone()
-            self._latest.keep(u, out)
-            return out
+        return constrained(self.unconstrained, self.constraint, unconstrained)
 
     @cached_property
     def transform(self) -> Transform:
         """From unconstrained values to constrained ones."""
         return transform_to(self.constraint)
 
-    @cached_property
-    def _latest(self) -> _Latest:
-        """What was transformed last: between two steps the same value is asked for many times."""
-        return _Latest()
-
     def __getstate__(self) -> dict[str, Any]:
         """The attributes of a copy: what it needs to be quick it finds by itself."""
-        return {name: v for name, v in vars(self).items() if name not in ("transform", "_latest")}
-
-
-class _Latest:
-    """The unconstrained value that was transformed last, and what became of it."""
-
-    def __init__(self) -> None:
-        self.pair: tuple[Tensor, Tensor] | None = None
-
-    def get(self, u: Tensor) -> Tensor | None:
-        """A copy of the constrained value of ``u``, if that is the one that is kept."""
-        if self.pair is None:
-            return None
-        before, value = self.pair
-        # Numbers are compared, not counts of writes, which ``.data`` and numpy go past.
-        if before.dtype != u.dtype or before.device != u.device or not torch.equal(before, u):
-            return None
-        return value.clone()
-
-    def keep(self, u: Tensor, value: Tensor) -> None:
-        """Keep copies of both, where they are small."""
-        if u.numel() <= _FEW and value.numel() <= _FEW:
-            self.pair = u.detach().clone(), value.clone()
+        return {name: v for name, v in vars(self).items() if name != "transform"}
 
 
 class NoTensor(Exception):
@@ -123,6 +88,7 @@ class ParameterCapture(Messenger):
         values: Constrained values to hand out instead, possibly attached to an autograd graph.
         look_at_initial_shape: Whether to evaluate lazy initial values for their shape.
         hand_out: Whether leaves are handed out at all; parameters are only recorded otherwise.
+        log: Where the run is noted. What becomes of a parameter before the model has it is not.
     """
 
     def __init__(
@@ -130,14 +96,17 @@ class ParameterCapture(Messenger):
         values: Mapping[str, torch.Tensor] | None = None,
         look_at_initial_shape: bool = False,
         hand_out: bool = True,
+        log: OperationLog | None = None,
     ) -> None:
         super().__init__()
         self.values = values
         self.hand_out = hand_out
+        self.log = log
         self.look_at_initial_shape = look_at_initial_shape
         self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
         self._starts: dict[str, torch.Tensor] = {}
+        self._read_here: dict[str, torch.Tensor] = {}
         self._constraints: dict[str, constraints.Constraint] = {}
 
     def _process_message(self, msg: Any) -> None:
@@ -151,6 +120,32 @@ class ParameterCapture(Messenger):
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         self._note_start(msg)
         _start_apart(msg)
+        if self.hand_out and not msg["done"] and msg["value"] is None:
+            with nullcontext() if self.log is None else self.log.aside():
+                self._read(msg)
+
+    def _read(self, msg: dict[str, Any]) -> None:
+        """Give a message the value of a parameter that the param store holds under a constraint.
+
+        Pyro would transform it anew, with a graph that nobody follows.
+        """
+        name = msg["name"]
+        store = pyro.get_param_store()
+        own, constraint = store._params.get(name), store._constraints.get(name)
+        if own is None or constraint is None or constraint is constraints.real:
+            return
+        known = self.parameters.get(name)
+        if known is not None:
+            value = known.leaf
+        elif self.values is not None and name in self.values:
+            value = self.values[name]
+        else:
+            value = constrained(own, constraint).requires_grad_(own.is_floating_point())
+            if self.log is not None:
+                self.log.know(value, name)
+        value.unconstrained = ref(own)  # type: ignore[attr-defined]
+        self._read_here[name] = value
+        msg["value"], msg["done"] = value, True
 
     def _note_start(self, msg: dict[str, Any]) -> None:
         """Note the initial value of a parameter that this run initialises."""
@@ -203,6 +198,8 @@ class ParameterCapture(Messenger):
                 leaf = value
             elif self.values is not None and name in self.values:
                 leaf = self.values[name]
+            elif value is self._read_here.get(name):
+                leaf = value
             else:
                 leaf = value.detach().clone().requires_grad_(value.is_floating_point())
             start = self._given(msg)

@@ -45,6 +45,7 @@ from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.not_distributions import RequireDistributions
+from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import ParameterCapture, TracedParameter, alive
 from pyro_em.tracing.provenance import scopes_of, watched_mixing
 from pyro_em.tracing.randomness import (
@@ -413,7 +414,8 @@ def enumerated_run(
         validated: Whether distributions check their arguments.
         reading: Runs each operation, to note what it reads; with a limit only.
     """
-    capture = ParameterCapture(values, hand_out=not attached)
+    log = reading if isinstance(reading, OperationLog) else None
+    capture = ParameterCapture(values, hand_out=not attached, log=log)
     with (
         LeftWhole(),
         same_random_state(keep_random_state),
