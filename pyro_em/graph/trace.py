@@ -20,6 +20,7 @@ from pyro_em.graph.factors import FIXED_SIZE, FactorGraph, Latent
 from pyro_em.graph.failures import changing_sites
 from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout
+from pyro_em.graph.side_effects import refuse_clearing
 from pyro_em.graph.signatures import KeptSelections, Recurring
 from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
@@ -30,7 +31,7 @@ from pyro_em.tracing.loops import NotVectorized, vectorizing
 from pyro_em.tracing.missing import missing_of
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.randomness import seeded
-from pyro_em.tracing.runs import Model, Run, held_run
+from pyro_em.tracing.runs import Begin, Model, Run, held_run
 from pyro_em.tracing.sites import Role, factors_in, frames_of, mask_tensor, role_of
 
 
@@ -53,6 +54,7 @@ def trace_graph(
     only: Collection[str] | None = None,
     runs: list[Run] | None = None,
     kept: KeptSelections | None = None,
+    begin: Begin | None = None,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -74,6 +76,7 @@ def trace_graph(
         only: Sites whose factors are asked for; others may be left out. All by default.
         runs: Where the run itself is noted, of a model that is run as it is.
         kept: How earlier runs read off which elements of parameters arguments are.
+        begin: How parameters get their first values in the run; None where they have values.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -91,6 +94,7 @@ def trace_graph(
         "log": log,
         "detached": detached,
         "kept": kept,
+        "begin": begin,
     }
     steps = structure.series
     if steps is not None:
@@ -134,6 +138,7 @@ def _traced(
     log: OperationLog | None,
     detached: bool,
     kept: KeptSelections | None,
+    begin: Begin | None,
     few: float,
     parts: Mapping[int, tuple[int, Tensor]] | None = None,
     only: Collection[str] | None = None,
@@ -153,7 +158,9 @@ def _traced(
         keep_random_state=keep_random_state,
         attached=attached,
         reading=log,
+        begin=begin,
     )
+    refuse_clearing(run, "model")
     if log is not None:
         note_sites(log, run)
     sites = {n: s for n, s in run.sites.items() if n in structure.sites}

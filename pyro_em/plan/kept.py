@@ -27,7 +27,7 @@ import torch
 
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.initial import forget_bad_starts, tell_of_starts
+from pyro_em.graph.initial import tell_of_starts
 from pyro_em.graph.kept_lines import are_as_read, offsets_are_as_read, without_data
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible, finds_all
@@ -37,9 +37,14 @@ from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
-from pyro_em.graph.value_checks import parameter_problems
 from pyro_em.plan.building import decided, on_lines, with_lines, with_routes
-from pyro_em.plan.loops import needs_all_steps
+from pyro_em.plan.first_values import (
+    NotBegun,
+    begun,
+    may_begin_enumerated,
+    undone_on_failure,
+    with_first_values,
+)
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, traced
 from pyro_em.plan.verification import verified
@@ -47,14 +52,12 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_steps import at_zero
-from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.dependences import names_of, numbers_in
 from pyro_em.tracing.given import GivenGaussians, without_values
-from pyro_em.tracing.loops import NotVectorized, Series, vectorizing
+from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
-from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import RunFailed, first_run_again, is_stored
+from pyro_em.tracing.runs import Begin, is_stored
 
 _MOST = 8  # forms of data that are remembered of one model
 
@@ -184,11 +187,16 @@ class Readings(StaysHere):
         try:
             refuse_inference_mode(task.args, task.kwargs)
             if first_look or not is_stored(kept.structure.parameters):
-                begun = _begun(task, kept, first_look)
+                program = self._begun_enumerated(task, kept, names, first_look)
+                if program is not None:
+                    return program
+                begun = with_first_values(
+                    task, kept.structure, first_look=first_look, is_held=kept.is_held
+                )
                 if begun is None:
                     return None
-                kept, latest = begun, None
-                self._of(task.model)[_form(task)] = begun
+                kept, latest = replace(kept, structure=begun), None
+                self._of(task.model)[_form(task)] = kept
             if latest is not None and _is_on_the_same_data(latest, kept, task):
                 # What is read is known: only the graph is wanted, without its bindings.
                 again = replace(task, look_only=True)
@@ -197,11 +205,35 @@ class Readings(StaysHere):
             program = _on_other_data(task, kept, task.log(names))
         except (PyroEMError, NotVectorized, NotLinear, NotSeparate):
             return None  # reading it anew says what is wrong
-        if program is not None and not task.look_only:
-            bindings = _bindings_of(program.graph) if program.compiled else None
-            self._of(task.model)[_form(task)] = replace(kept, bindings=bindings)
-            self._keep_program(program)
+        if program is not None:
+            self._note(task, kept, program)
         return program
+
+    def _begun_enumerated(
+        self, task: Task, kept: Kept, names: Mapping[str, Any], first_look: bool
+    ) -> Program | None:
+        """The program from the one run in which parameters get their first values; None otherwise."""
+        if not kept.is_held or kept.bare is not None or not may_begin_enumerated(kept.structure):
+            return None
+        try:
+            with undone_on_failure():
+                begin = Begin(keep_random_state=not first_look)
+                program = _on_other_data(task, kept, task.log(names), begin)
+                if program is None:
+                    raise NotBegun
+        except (PyroEMError, NotBegun):
+            return None  # a plain run says what is wrong, or begins otherwise
+        tell_of_starts(program.graph.parameters)
+        self._note(task, replace(kept, structure=program.structure), program)
+        return program
+
+    def _note(self, task: Task, kept: Kept, program: Program) -> None:
+        """Remember what a later run has found, and the program."""
+        if not task.look_only:
+            bindings = _bindings_of(program.graph) if program.compiled else None
+            kept = replace(kept, bindings=bindings)
+        self._of(task.model)[_form(task)] = kept
+        self._keep_program(program)
 
     def _keep_program(self, program: Program) -> None:
         if not program.look_only:
@@ -212,43 +244,6 @@ def _form(task: Task) -> Hashable:
     parts, keywords = form_of(task.args, task.kwargs)
     budgets = (task.max_plate_nesting, task.max_enumeration)
     return parts, keywords, budgets, torch.get_default_dtype()
-
-
-def _begun(task: Task, kept: Kept, first_look: bool) -> Kept | None:
-    """A reading on parameters that a plain run has given their values; None if they are others."""
-    known, unrolling = kept.structure.parameters, kept.structure.series
-    if unrolling is not None and needs_all_steps(unrolling.template):
-        return None
-    series = None if unrolling is None else Series(unrolling.way, few=True)
-    begin = random_state()
-    try:
-        with vectorizing(series):
-            plain = first_run_again(
-                task.model,
-                task.args,
-                task.kwargs,
-                keep_random_state=not first_look,
-                shadowed=kept.structure.unchecked,
-                validated=not kept.is_held,
-                begin=begin,
-            )
-    except (RunFailed, NumbersNeeded, NotVectorized):
-        return None
-    tell_of_starts(plain.parameters)
-    if parameter_problems(plain) or plain.cleared or plain.changed_masks:
-        forget_bad_starts(plain.parameters)
-        set_random_state(begin)
-        return None
-    same = plain.parameters.keys() == known.keys() and all(
-        p.leaf.shape == known[n].leaf.shape
-        and p.leaf.dtype == known[n].leaf.dtype
-        and p.leaf.device == known[n].leaf.device
-        and repr(p.constraint) == repr(known[n].constraint)
-        for n, p in plain.parameters.items()
-    )
-    if not same:
-        return None
-    return replace(kept, structure=replace(kept.structure, parameters=plain.parameters))
 
 
 def _is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
@@ -284,13 +279,30 @@ def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
     return not differing_lines(program.lines, *run, values, once=True)
 
 
-def _on_other_data(task: Task, kept: Kept, log: OperationLog) -> Program | None:
-    """A program from one run of the model on other data, or on data that were changed."""
+def _on_other_data(
+    task: Task, kept: Kept, log: OperationLog, begin: Begin | None = None
+) -> Program | None:
+    """A program from one run of the model on other data, or on data that were changed.
+
+    Args:
+        task: What is wanted.
+        kept: What is known of the model.
+        log: Where the run is noted.
+        begin: How parameters get their first values in it; None where they have values.
+
+    Raises:
+        NotBegun: If these values are none to begin with.
+    """
     structure, given = kept.structure, kept.task(task)
     if structure.as_run.masked_pairs or structure.random_plates:
         return None
-    graph = traced(given, structure, log, kept=kept.selections)
-    if log.finished() != kept.operations or not _are_sound(graph.parameters, structure):
+    graph = traced(given, structure, log, kept=kept.selections, begin=begin)
+    if log.finished() != kept.operations:
+        return None
+    if begin is not None:
+        structure = begun(structure, graph.parameters)
+        graph = replace(graph, structure=structure)
+    if not _are_sound(graph.parameters, structure):
         return None
     if not are_possible(log.sites, structure, log.forms):
         return None

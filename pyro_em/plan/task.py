@@ -17,7 +17,7 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Reading, tensors_in
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.runs import Model
+from pyro_em.tracing.runs import Begin, Model
 from pyro_em.updates.update import Gradient, Update
 
 
@@ -72,6 +72,7 @@ def traced(
     log: OperationLog,
     looked: Mapping[str, Mapping[str, Any]] | None = None,
     kept: KeptSelections | None = None,
+    begin: Begin | None = None,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are noted and held to the budget.
 
@@ -81,6 +82,7 @@ def traced(
         log: Where the run is noted.
         looked: The sites of a plain run, which this one has to agree with.
         kept: How earlier runs read off which elements of parameters arguments are.
+        begin: How parameters get their first values in the run; None where they have values.
     """
     return trace_graph(
         task.model,
@@ -92,4 +94,5 @@ def traced(
         looked=looked,
         log=log,
         kept=kept,
+        begin=begin,
     )

@@ -6,8 +6,8 @@ nothing: a ``Counter`` per site, a context manager per call, methods looked up b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -108,7 +108,12 @@ class EnumTrace(LeanTrace, EnumMessenger):
             marks.
         kept: Values of unobserved sites that are not enumerated.
         capture: A handler of parameters alone.
+
+    Attributes:
+        draws: A block in which each latent is drawn before it is enumerated; None for no draws.
     """
+
+    draws: Callable[[], AbstractContextManager[None]] | None = None
 
     def __init__(
         self,
@@ -131,6 +136,9 @@ class EnumTrace(LeanTrace, EnumMessenger):
             msg["value"] = self.kept[name]
         if self.latents is not None:
             if name in self.latents and not msg["is_observed"]:
+                if self.draws is not None and not msg["done"] and msg["value"] is None:
+                    with self.draws():
+                        msg["fn"](*msg["args"], **msg["kwargs"])
                 infer["enumerate"] = "parallel"
                 infer.pop("num_samples", None)
             else:

@@ -80,9 +80,8 @@ class OperationLog:
         self._end: int | None = None
         self._distinct: dict[Any, Any] = {}
         self._is_aside = False
-        for name, tensor in given:
-            if tensor.layout is torch.strided and not tensor.is_meta:
-                self._origin.setdefault(tensor.untyped_storage().data_ptr(), name)
+        for name, tensor in reversed(list(given)):
+            self.give(tensor, name)
 
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and note it."""
@@ -116,6 +115,11 @@ class OperationLog:
             yield
         finally:
             self._is_aside = False
+
+    def give(self, tensor: Tensor, name: str) -> None:
+        """Note the name of a tensor that no operation of the run makes."""
+        if tensor.layout is torch.strided and not tensor.is_meta:
+            self._origin[tensor.untyped_storage().data_ptr()] = name
 
     def know(self, tensor: Tensor, parameter: str) -> None:
         """Note that a tensor, made aside, is the value of a parameter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from pyro_em.arguments import as_tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.constrained import constrained
-from pyro_em.tracing.memory import own_start
+from pyro_em.tracing.memory import own_start, settle
 from pyro_em.tracing.operations import OperationLog
 
 
@@ -89,6 +89,8 @@ class ParameterCapture(Messenger):
         look_at_initial_shape: Whether to evaluate lazy initial values for their shape.
         hand_out: Whether leaves are handed out at all; parameters are only recorded otherwise.
         log: Where the run is noted. What becomes of a parameter before the model has it is not.
+        begins: Whether parameters get their first values on the side: the model does the same as in
+            later runs.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class ParameterCapture(Messenger):
         look_at_initial_shape: bool = False,
         hand_out: bool = True,
         log: OperationLog | None = None,
+        begins: bool = False,
     ) -> None:
         super().__init__()
         self.values = values
         self.hand_out = hand_out
-        self.log = log
+        self.log, self.begins = log, begins
         self.look_at_initial_shape = look_at_initial_shape
         self.given: dict[str, Any] = {}
         self.parameters: dict[str, TracedParameter] = {}
@@ -118,11 +121,26 @@ class ParameterCapture(Messenger):
             self._pyro_post_param(msg)
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
-        self._note_start(msg)
-        _start_apart(msg)
-        if self.hand_out and not msg["done"] and msg["value"] is None:
-            with nullcontext() if self.log is None else self.log.aside():
+        with self.quietly():
+            self._note_start(msg)
+            _start_apart(msg)
+            if self.hand_out and not msg["done"] and msg["value"] is None:
+                if self.begins and msg["name"] not in pyro.get_param_store():
+                    self._begin(msg)
                 self._read(msg)
+
+    def _begin(self, msg: dict[str, Any]) -> None:
+        """Give a parameter its first value."""
+        name = msg["name"]
+        msg["fn"](*msg["args"], **msg["kwargs"])
+        own = pyro.get_param_store()._params[name]
+        settle([own])  # what is noted of it is noted by its memory
+        if self.log is not None:
+            self.log.give(own, name)
+
+    def quietly(self) -> AbstractContextManager[None]:
+        """A block whose operations are none of the model's."""
+        return nullcontext() if self.log is None else self.log.aside()
 
     def _read(self, msg: dict[str, Any]) -> None:
         """Give a message the value of a parameter that the param store holds under a constraint.

@@ -104,6 +104,19 @@ class Run:
     cleared: bool = False
 
 
+@dataclass(frozen=True)
+class Begin:
+    """An enumerated run in which parameters get their first values, as in Pyro's first run.
+
+    Latents are drawn before they are enumerated, so that the random state goes on as it would there.
+
+    Attributes:
+        keep_random_state: Whether the random state is restored after the run.
+    """
+
+    keep_random_state: bool
+
+
 def is_being_traced() -> bool:
     """Whether a handler around this call records every sample site: a model is being run."""
     for handler in reversed(_PYRO_STACK):
@@ -396,6 +409,7 @@ def enumerated_run(
     attached: bool = False,
     validated: bool = False,
     reading: Callable[..., Any] | None = None,
+    begin: Begin | None = None,
 ) -> Run:
     """Run a model with ``latents`` enumerated to the left of ``max_plate_nesting`` dimensions.
 
@@ -413,16 +427,22 @@ def enumerated_run(
         attached: Whether parameters stay attached to their unconstrained leaves.
         validated: Whether distributions check their arguments.
         reading: Runs each operation, to note what it reads; with a limit only.
+        begin: How parameters get their first values in it; None where they have values.
     """
     log = reading if isinstance(reading, OperationLog) else None
-    capture = ParameterCapture(values, hand_out=not attached, log=log)
+    begins = begin is not None
+    capture = ParameterCapture(values, begins, hand_out=not attached, log=log, begins=begins)
+    tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture)
+    if begin is not None:
+        tracer.draws, keep_random_state = capture.quietly, begin.keep_random_state
+    before = _store_as_it_is() if begins else None
     with (
         LeftWhole(),
         same_random_state(keep_random_state),
         torch.enable_grad(),
         pyro.validation_enabled(False),
         dist.validation_enabled(validated),
-        EnumTrace(-1 - max_plate_nesting, latents, kept, capture) as tracer,
+        tracer,
     ):
         if random_seed is not None:
             seed_generators(random_seed)
@@ -432,7 +452,8 @@ def enumerated_run(
             with size_guard(limit, reading):
                 model(*args, **kwargs)
     settle([p.unconstrained for p in capture.parameters.values()])
-    return Run(dict(tracer.trace.nodes), capture.parameters)
+    cleared = before is not None and _was_cleared(before)
+    return Run(dict(tracer.trace.nodes), capture.parameters, cleared=cleared)
 
 
 def is_of_validation(error: Exception) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch.distributions import constraints
 
 from pyro_em import DataError, ExactPosteriorEM, Hard, PyroEMError, vectorized_markov
-from pyro_em.plan import kept
+from pyro_em.plan import first_values, kept
 from pyro_em.tracing import runs
 
 X = torch.tensor([0.3, -1.2, 4.1, 3.7, 0.1, 2.2])
@@ -225,6 +225,46 @@ def test_the_random_state_stays_as_it_is():
     expected = torch.get_rng_state()
     em.score(X), em.score(OTHER), em.plan(X), em.plan(X)
     assert torch.equal(torch.get_rng_state(), expected)
+
+
+def random_starts(x):
+    first = pyro.param("first", lambda: torch.randn(2))
+    rows = pyro.plate("rows", len(x))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+    scale = pyro.param("scale", torch.rand(2) + 1.0, constraint=constraints.positive)
+    with rows:
+        y = pyro.sample("y", dist.Bernoulli(torch.tensor(0.3)))
+        pyro.sample("x", dist.Normal(first[z] + y, scale[z]), obs=x)
+
+
+def reads_a_latent(x):
+    first = pyro.param("first", lambda: torch.randn(2))
+    rows = pyro.plate("rows", len(x))
+    with rows:
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+        y = pyro.sample("y", dist.Bernoulli(torch.tensor([0.3, 0.9])[z]))
+    scale = pyro.param("scale", torch.rand(2) + 1.0, constraint=constraints.positive)
+    with rows:
+        pyro.sample("x", dist.Normal(first[z] + y, scale[z]), obs=x)
+
+
+@pytest.mark.parametrize("model", [random_starts, reads_a_latent])
+def test_random_starts_do_not_tell_whether_a_model_was_read_before(model, monkeypatch):
+    plain = []
+    run = first_values.first_run_again
+    monkeypatch.setattr(
+        first_values, "first_run_again", lambda *a, **k: plain.append(1) or run(*a, **k)
+    )
+    found = []
+    for data in (X, X, OTHER, X):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        ExactPosteriorEM(model).plan(data)
+        found.append((pyro.param("first"), pyro.param("scale"), torch.rand(1)))
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    assert len(plain) == (0 if model is random_starts else 3)
 
 
 class _Config:
