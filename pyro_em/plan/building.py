@@ -50,7 +50,7 @@ from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import versions_of
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.expansion import expansions_of
-from pyro_em.updates.update import Fixed
+from pyro_em.updates.update import Fixed, ParameterUpdate, Update
 
 
 @fewer_collections()
@@ -407,15 +407,11 @@ def decided(
         plates = ", ".join(f"'{p}'" for p in structure.random_plates)
         notes += (f"plate {plates} draws a random subsample: an exact fit will refuse it.",)
     notes += unregistered_notes(structure.unregistered, graph.parameters, "model")
-    apart = for_updates(graph)
-    updates = decide_updates(apart, matched(task.requested, graph.parameters), task.gradient)
-    for e in expansions_of(apart, updates):
-        reason = f"{updates[e.parameter].reason}, with parameter expansion"
-        updates[e.parameter] = replace(updates[e.parameter], reason=reason)
-    fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
-    notes += tuple(unbounded_joints(apart, fixed))
-    notes += tuple(unconstrained_simplexes(apart, updates))
-    notes += tuple(support_edges(apart, updates))
+    requested = matched(task.requested, graph.parameters)
+    updates: dict[str, ParameterUpdate] = {}
+    if not task.look_only:  # else no binding is known, and no M-step follows
+        updates, of_updates = _updates(task, requested, graph)
+        notes += of_updates
     notes += tuple(sites_without_data(graph, structure))
     leaves = [p.unconstrained for p in graph.parameters.values()]
     return Program(
@@ -438,6 +434,20 @@ def decided(
         operations=log.finished(),
         rebuild=None if task.look_only else partial(build_program, task, first_look=False),
     )
+
+
+def _updates(
+    task: Task, requested: Mapping[str, Update], graph: FactorGraph
+) -> tuple[dict[str, ParameterUpdate], tuple[str, ...]]:
+    """What an M-step does with each parameter, and what there is to say of that."""
+    apart = for_updates(graph)
+    updates = decide_updates(apart, requested, task.gradient)
+    for e in expansions_of(apart, updates):
+        reason = f"{updates[e.parameter].reason}, with parameter expansion"
+        updates[e.parameter] = replace(updates[e.parameter], reason=reason)
+    fixed = {n for n, u in updates.items() if isinstance(u.update, Fixed)}
+    notes = [*unbounded_joints(apart, fixed), *unconstrained_simplexes(apart, updates)]
+    return updates, (*notes, *support_edges(apart, updates))
 
 
 def _contraction(structure: Structure, graph: FactorGraph) -> ContractionPlan:
