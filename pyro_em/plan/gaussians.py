@@ -90,7 +90,10 @@ def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> 
         if set(problem.latents) & set(finding.latents):
             reason = f"{finding.where}: {finding.what.rstrip('.')}"
             wrong = ("integrate it out", "its posterior is a")
-            fixes = tuple(f for f in problem.fixes if linear or not f.startswith(wrong))
+            kept = tuple(f for f in problem.fixes if linear or not f.startswith(wrong))
+            told = tuple(f for f in finding.fixes if not f.startswith("give a guide: "))
+            guided = any(f.startswith("give a guide for") for f in told)
+            fixes = (*told, *(f for f in kept if not guided or not f.startswith("give a guide: ")))
             why = f"{problem.why}; {reason}" if problem.why else reason
             problem = replace(problem, why=why, fixes=fixes)
         problems.append(problem)

@@ -23,6 +23,12 @@ from pyro_em.posteriors.state_building import chain_block
 from pyro_em.posteriors.state_series import aliases, series_chain
 from pyro_em.tracing.sites import Role
 
+_COMBINATIONS = 2**20  # of values of discrete latents for which Gaussian ones are integrated
+
+_QUICK = 2**16  # combinations that take seconds
+
+_BECAUSE = "Gaussian latents are integrated for each combination of the discrete ones that touch them"
+
 
 class NotSeparate(Exception):
     """Gaussian latents that cannot be integrated before the discrete ones; holds the finding."""
@@ -122,7 +128,7 @@ def _block(
     in_scope = {z for line in lines.values() for z in line.scope}
     scope = tuple(z for z in graph.latents if z in in_scope)
     states = tuple(graph.latents[z].size for z in scope)
-    if math.prod(states) > 2**20:
+    if math.prod(states) > _COMBINATIONS:
         raise NotSeparate(_too_many(tuple(lines), scope, states))
     series = graph.structure.series
     given = graph, lines, scope, states, values, read
@@ -170,7 +176,7 @@ def _finding(block: GaussianBlock, where: str, what: str) -> Finding:
     return Finding(
         where,
         what,
-        "Gaussian latents are integrated for each state of the discrete latents that touch them",
+        _BECAUSE,
         ("give a guide: ExactPosteriorEM(model, AutoNormal)",),
         latents=tuple(block.latents),
     )
@@ -178,23 +184,41 @@ def _finding(block: GaussianBlock, where: str, what: str) -> Finding:
 
 def _too_many(sites: tuple[str, ...], scope: tuple[str, ...], states: tuple[int, ...]) -> Finding:
     shown = f"'{scope[0]} … {scope[-1]}'" if len(scope) > 2 else " and ".join(map(repr, scope))
-    cells = math.prod(states)
-    size = f"{cells:,}" if cells < 10**12 else f"{cells:.3g}"
+    fewer = int(math.log(_QUICK, max(states)) + 1e-9)
     return Finding(
         f"site '{sites[0]}'",
-        f"discrete {shown} and Gaussian latents form one component of {size} cells.",
-        "Gaussian latents are integrated for each state of the discrete latents that touch them",
-        ("use a shorter series", "give a guide: ExactPosteriorEM(model, AutoNormal)"),
+        f"its distribution depends on discrete {shown}, and Gaussian latents connect them: a "
+        f"mixture of {_combinations(states)} Gaussians, of which {_COMBINATIONS:,} at most are "
+        "summed.",
+        _BECAUSE,
+        (
+            f"use a shorter series: {fewer} discrete latents of {max(states)} values take seconds",
+            "let one discrete latent decide for many steps: a class of each series, or a regime "
+            "of a stretch of steps",
+            "give a guide for the Gaussian latents: ExactPosteriorEM(model, AutoNormal); the "
+            "discrete ones are summed under each draw",
+        ),
         latents=sites,
     )
 
 
+def _combinations(states: tuple[int, ...]) -> str:
+    """How many combinations there are of the values of some discrete latents, in words."""
+    cells = math.prod(states)
+    size = f"{cells:,}" if cells < 10**12 else f"{cells:.3g}"
+    return f"{states[0]}^{len(states)} = {size}" if len(set(states)) == 1 else size
+
+
 def _too_dear(block: GaussianBlock, limit: int) -> Finding:
+    matrices = f"its E-step has matrices of {block.cost:,} numbers"
+    if block.scope:
+        shown = _combinations(block.states)
+        matrices += f", for each of {shown} combinations of discrete latents"
     return _finding(
         block,
         f"site '{next(iter(block.latents))}'",
-        f"its E-step has matrices of {block.cost:,} numbers, the largest of {block.layout.largest} "
-        f"unknowns; the budget is max_enumeration={limit:,}.",
+        f"{matrices}, the largest of {block.layout.largest} unknowns; the budget is "
+        f"max_enumeration={limit:,}.",
     )
 
 

@@ -177,7 +177,7 @@ def crossing(y: Tensor, g: Tensor) -> None:
     ("model", "args", "words"),
     [
         (crossing, (numbers(9), torch.arange(9) % 4), "a mixture of 2 to the power of the plate's"),
-        (switching, (numbers(30),), "one component of 1,073,741,824 cells"),
+        (switching, (numbers(30),), "a mixture of 2^30 = 1,073,741,824 Gaussians"),
     ],
 )
 def test_what_couples_too_many_cases_is_refused_with_the_number(
