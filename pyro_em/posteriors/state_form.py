@@ -174,16 +174,42 @@ def _levels(sites: Sequence[SiteForm]) -> list[int]:
         if not sites[i].is_latent:
             continue
         name = _series(sites[i])
-        if not sites[
-            i
-        ].terms:  # it waits for the first who reads it, but not for the next of its own
+        if not sites[i].terms:
+            # It waits for the first who reads it, but not for the next of its own.
             late = _needed(sites, out, i, readers.get(i, ()))
             out[i] = max(out[i], min(late, after.get(name, late + 1) - 1))
         after[name] = out[i]
+    out = _spread_at_first(sites, out)
     for i, site in enumerate(sites):
         if not site.is_latent and site.terms:
             out[i] = max(out[t.latent] for t in site.terms)
     return out
+
+
+def _spread_at_first(sites: Sequence[SiteForm], levels: Sequence[int]) -> list[int]:
+    """Latents that a series begins with, one after the other as the later ones are.
+
+    An autoregression of order p may begin with p latents that read nothing, a season with as many as it
+    has: at one level each of them would be a part of the state of its own.
+    """
+    series: dict[str, list[int]] = {}
+    for i, site in enumerate(sites):
+        if site.is_latent:
+            series.setdefault(_series(site), []).append(i)
+    out = list(levels)
+    for own in series.values():
+        begin = min(levels[i] for i in own)
+        first = [i for i in own if levels[i] == begin]
+        later: dict[int, int] = {}
+        for i in own:
+            if levels[i] > begin:
+                later[levels[i]] = later.get(levels[i], 0) + 1
+        each = max(later.values(), default=len(first))
+        if len(first) > each and not any(sites[i].terms for i in first):
+            for k, i in enumerate(reversed(first)):
+                out[i] = begin - k // each
+    earliest = min(out, default=0)
+    return [level - earliest for level in out] if earliest < 0 else out
 
 
 def _series(site: SiteForm) -> str:

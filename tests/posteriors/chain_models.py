@@ -224,6 +224,25 @@ def decay() -> Case:
     return model, (noise(8, seed=12),)
 
 
+def seasonal() -> Case:
+    """A level with a season that begins with as many latents as it has, before any datum; a gap."""
+
+    def model(y: Tensor, ok: Tensor) -> None:
+        level = pyro.sample("level_0", dist.Normal(0.0, 3.0))
+        season = [pyro.sample(f"s_{k}", dist.Normal(0.0, 1.0)) for k in range(3)]
+        for t in range(len(y)):
+            if t:
+                level = pyro.sample(f"level_{t}", dist.Normal(level, positive("a", 0.4)))
+                mean = -sum(season[-3:], torch.zeros(()).double())
+                season.append(pyro.sample(f"s_{t + 2}", dist.Normal(mean, positive("w", 0.3))))
+            seen = dist.Normal(level + season[-1], positive("r", 0.7)).mask(ok[t])
+            pyro.sample(f"y_{t}", seen, obs=y[t])
+
+    ok = torch.ones(12, dtype=torch.bool)
+    ok[4] = False
+    return model, (noise(12, seed=14), ok)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
@@ -238,5 +257,6 @@ CASES: dict[str, Callable[[], Case]] = {
         weighted,
         late,
         decay,
+        seasonal,
     )
 }
