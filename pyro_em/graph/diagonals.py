@@ -49,11 +49,14 @@ def _independent(group: Group, graph: FactorGraph) -> Group | None:
     family = group.family
     if family is None or family.distribution is not dist.MultivariateNormal:
         return None
-    if group.role is not Role.DATA or group.lines or group.reads or not group.observed:
+    is_latent = group.role is Role.GAUSSIAN
+    if not is_latent and (group.role is not Role.DATA or not group.observed):
+        return None
+    if group.lines or group.reads:
         return None
     name = next(n for n in _EXPONENT if n in group.arguments)
     binding = group.bindings[name]
-    if binding.how != "selection" or not _is_diagonal(binding):
+    if binding.how != "selection" or not _is_diagonal(binding, is_latent and name == "scale_tril"):
         return None
     scale = _scale(binding, _EXPONENT[name], graph)
     return replace(
@@ -66,8 +69,13 @@ def _independent(group: Group, graph: FactorGraph) -> Group | None:
     )
 
 
-def _is_diagonal(binding: Binding) -> bool:
-    """Whether parameters are on the diagonal, and constant zeros beside it."""
+def _is_diagonal(binding: Binding, may_be_zero: bool) -> bool:
+    """Whether parameters are on the diagonal, and constant zeros beside it.
+
+    Args:
+        binding: Of the matrix.
+        may_be_zero: Whether a constant on the diagonal may be zero: a latent without noise.
+    """
     D = binding.constant.shape[-1]
     if D < 2 or any(s.of_matrices for s in binding.selections):
         return False
@@ -76,7 +84,8 @@ def _is_diagonal(binding: Binding) -> bool:
     if bool((read & beside).any()) or bool((binding.constant != 0)[..., beside].any()):
         return False
     along = read.diagonal(dim1=-2, dim2=-1)
-    return bool((along | (binding.constant.diagonal(dim1=-2, dim2=-1) > 0)).all())
+    constant = binding.constant.diagonal(dim1=-2, dim2=-1)
+    return bool((along | (constant > 0) | (may_be_zero & (constant == 0))).all())
 
 
 def _scale(binding: Binding, exponent: float, graph: FactorGraph) -> Binding:

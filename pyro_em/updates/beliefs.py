@@ -24,6 +24,7 @@ from pyro_em.updates.gaussian_rows import (
     weights_of,
 )
 from pyro_em.updates.linear_moments import LinearMoments, shifted
+from pyro_em.updates.noiseless import precision_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class Moments:
         _, second = self.residuals(group, arguments)
         if is_matrix(group):
             tril = tril_rows(group, arguments)
-            precision = torch.cholesky_inverse(tril)
+            precision = precision_of(group, arguments)
             distance = (precision * second).sum((-2, -1))
             log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             constant = tril.shape[-1] * math.log(2 * math.pi)

@@ -18,8 +18,9 @@ from torch import Tensor
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.expansion import Expansion
-from pyro_em.updates.gaussian_rows import design_of, is_matrix, rows_of, tril_rows
+from pyro_em.updates.gaussian_rows import design_of, is_matrix, rows_of
 from pyro_em.updates.linear_moments import summed
+from pyro_em.updates.noiseless import precision_of
 
 _MANY = 2**24  # numbers of a design that are held at once
 
@@ -75,7 +76,7 @@ def _of_cell(t: Tensor, cell: int) -> Tensor:
 def _precisions(group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
     """P, or its diagonal. # (cells or 1, rows or 1, D, D) or (cells or 1, rows or 1, D)"""
     if is_matrix(group):
-        return torch.cholesky_inverse(tril_rows(group, arguments))
+        return precision_of(group, arguments)
     return rows_of(group, arguments["scale"]).to(torch.float64) ** -2
 
 

@@ -42,6 +42,7 @@ from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import maximise
 from pyro_em.updates.least_squares import solved
 from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
+from pyro_em.updates.noiseless import noiseless_in_words
 from pyro_em.updates.parted_objective import parted
 from pyro_em.updates.predictors import Curved
 from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
@@ -195,7 +196,7 @@ class _MStep:
             write_unconstrained(self.graph.parameters[name], value)
             # Continue with what the store holds: a transform may round.
             written[name] = self.values[name] = self.graph.parameters[name].value()
-            _require_finite(name, self.values[name])
+            _require_finite(name, self.graph, self.values)
         self.moves.append(Written(written))
         reached = set(groups_reached(self.graph, set(new)))
         for update in self._pending:
@@ -368,10 +369,11 @@ def _order(update: ParameterUpdate) -> int:
     return 0 if update.kind is not None and update.kind.is_location else 1
 
 
-def _require_finite(name: str, value: Tensor) -> None:
-    if not bool(torch.isfinite(value).all()):
+def _require_finite(name: str, graph: FactorGraph, values: Mapping[str, Tensor]) -> None:
+    if not bool(torch.isfinite(values[name]).all()):
         raise DegenerateError(
-            message(
+            noiseless_in_words(graph, name, values)
+            or message(
                 f"parameter '{name}'",
                 "its update is not finite; nothing was changed.",
                 "the data do not determine it, or a component is empty",
@@ -404,7 +406,7 @@ def _gradient_blocks(now: _MStep, state: MStepState) -> None:
             if runaway is not None:
                 raise DegenerateError(unbounded_in_words(graph, runaway))
             for n in names:
-                _require_finite(n, graph.parameters[n].value())
+                _require_finite(n, graph, values_of(graph.parameters))
 
 
 def _objective(

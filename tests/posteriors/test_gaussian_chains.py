@@ -13,9 +13,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_em import EMResult, ExactPosteriorEM, Posterior
+from pyro_em import EMResult, EMStatus, ExactPosteriorEM, Posterior, PyroEMWarning
 from pyro_em.posteriors import state_form
-from tests.posteriors.chain_models import CASES, noise, positive
+from tests.posteriors.chain_models import CASES, noise, number, positive
 from tests.posteriors.gaussian_models import DenseJoint, Values, dense_joint
 from tests.posteriors.random_chains import random_chain
 
@@ -201,3 +201,58 @@ def test_random_chains_are_their_joints(seed: int) -> None:
     result = fitted(model, (), 1)
     assert result.history[0] <= result.log_evidence + 1e-9
     require_joint(result.posterior, joint_of(model, ()))
+
+
+def second_order_with_a_state(y: Tensor, spread: str, shifted: bool = False) -> None:
+    """The second number of its state has no noise; with ``shifted`` a coefficient stands there."""
+    phi, s = number("phi", [0.8, -0.2]), positive("s", 1.2)
+    zero, one = torch.zeros(()).double(), torch.ones(()).double()
+    rows = [[phi[0], one], [phi[1], zero]] if shifted else [[phi[0], phi[1]], [one, zero]]
+    A, scale = torch.stack([torch.stack(row) for row in rows]), torch.stack([s, zero])
+    tril = torch.diag(scale) if spread == "diagonal" else torch.stack([scale, 0 * scale.flip(0)])
+    h = pyro.sample("h_0", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+    for t in pyro.markov(range(len(y))):
+        if t:
+            noisy = dist.Normal(A @ h, scale, validate_args=False).to_event(1)
+            if spread != "scale":
+                noisy = dist.MultivariateNormal(A @ h, scale_tril=tril, validate_args=False)
+            h = pyro.sample(f"h_{t}", noisy)
+        pyro.sample(f"y_{t}", dist.Normal(h[0], positive("r", 0.6)), obs=y[t])
+
+
+def second_order_with_two_lags(y: Tensor) -> None:
+    """The same, with a latent for the step before the first."""
+    phi, s = number("phi", [0.8, -0.2]), positive("s", 1.2)
+    h = [pyro.sample(f"h_{k}", dist.Normal(0.0, 1.0)) for k in range(2)]
+    for t in range(len(y)):
+        if t:
+            h.append(pyro.sample(f"h_{t + 1}", dist.Normal(phi[0] * h[-1] + phi[1] * h[-2], s)))
+        pyro.sample(f"y_{t}", dist.Normal(h[-1], positive("r", 0.6)), obs=y[t])
+
+
+def test_a_state_with_a_number_without_noise_is_a_longer_history() -> None:
+    y = noise(10, seed=22)
+    lags = fitted(second_order_with_two_lags, (y,), 4)
+    assert {r.reason for r in lags.plan.routes} >= {
+        "linear in 'h_2'; chain: Kalman filter and smoother, 2 states"
+    }
+    for spread in ("scale", "diagonal"):
+        one = fitted(second_order_with_a_state, (y, spread), 4)
+        assert one.history == pytest.approx(lags.history, abs=1e-10)
+        for name, value in one.params.items():
+            torch.testing.assert_close(value, lags.params[name], rtol=1e-9, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("spread", "shifted", "words"),
+    [
+        ("scale", True, "parameter 'phi': it enters the mean of 'h_1', which has coordinates"),
+        ("matrix", False, "site 'h_1': its covariance is singular"),
+    ],
+)
+def test_what_has_no_noise_to_be_moved_in_is_named(spread: str, shifted: bool, words: str) -> None:
+    with pytest.warns(PyroEMWarning, match=words):
+        result = ExactPosteriorEM(second_order_with_a_state).fit(
+            noise(10, seed=22), spread, shifted, max_steps=3, tol=0
+        )
+    assert result.status is EMStatus.DEGENERATE and result.params["phi"].tolist() == [0.8, -0.2]
