@@ -26,7 +26,8 @@ from pyro_em.plan.program import Program
 from pyro_em.plan.request import Request
 from pyro_em.sources.chunks import Chunks
 from pyro_em.tracing.checkpoint import buffers_of
-from pyro_em.tracing.dependences import flat_bytes, names_of, numbers_in, tensors_in
+from pyro_em.tracing.dependences import flat_bytes
+from pyro_em.tracing.names import names_of, numbers_in, tensors_in
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.sites import users
 from pyro_em.variational.batches import is_loader

@@ -42,10 +42,11 @@ from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
 from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
 from pyro_em.posteriors.gaussian_steps import for_updates
-from pyro_em.tracing.dependences import Dependences, names_of
+from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.given import GivenConjugates, GivenGaussians
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
+from pyro_em.tracing.names import names_of
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import versions_of
 from pyro_em.updates.decision import decide_updates

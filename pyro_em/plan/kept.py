@@ -52,9 +52,9 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_steps import at_zero
-from pyro_em.tracing.dependences import names_of, numbers_in
 from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.loops import NotVectorized
+from pyro_em.tracing.names import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.tracing.runs import Begin, is_stored

@@ -15,7 +15,8 @@ from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.routes import Route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
-from pyro_em.tracing.dependences import Reading, tensors_in
+from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.names import tensors_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.runs import Begin, Model
 from pyro_em.updates.update import Gradient, Update

@@ -13,9 +13,7 @@ neither list.
 
 from __future__ import annotations
 
-import dis
 import functools
-import types
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from pyro_em.errors import message
 from pyro_em.portable import StaysHere
+from pyro_em.tracing.names import NUMBERS, Trail, names_of, tensors_within
 
 _WHOLE = 2**24  # bytes of one tensor that are all in its checksum
 
@@ -39,12 +38,6 @@ _BLOCK = 2**16  # bytes of the blocks, spread over a larger one, that are in its
 
 
 _MANY_VIEWS = 32  # of one piece of memory that are kept each by itself
-
-
-_DEPTH = 3  # functions that call functions, containers that hold containers
-
-
-_MANY = 256  # entries of a container
 
 
 _COMMON = (torch.float64, torch.float32, torch.int64, torch.int32, torch.bool)
@@ -82,12 +75,14 @@ class Dependences(StaysHere):
         memory: What was read.
         look: Gives what the model's names stand for.
         names: What they stood for.
+        trail: Where they were found.
         names_held: Whether a block of runs is under way before and after which they are compared.
     """
 
     memory: list[Memory] = field(default_factory=list)
     look: Callable[[], dict[str, Any]] = dict
     names: dict[str, Any] = field(default_factory=dict)
+    trail: Trail = field(default_factory=lambda: Trail())
     names_held: bool = False
 
     def is_written(self) -> bool:
@@ -99,6 +94,8 @@ class Dependences(StaysHere):
         return self.is_written() or bool(self._renamed())
 
     def _renamed(self) -> list[str]:
+        if self.trail.is_unchanged():
+            return []
         now = self.look()
         return [n for n, v in self.names.items() if n not in now or not _is_same(v, now[n])]
 
@@ -144,7 +141,7 @@ class Reading:
         self._look = functools.partial(names_of, model, args, kwargs)
         self._names = self._look()
         for value in (args, kwargs, *self._names.values()):
-            for tensor in _tensors(value):
+            for tensor in tensors_within(value):
                 self.note(tensor)
 
     def note(self, tensor: Tensor) -> None:
@@ -164,9 +161,10 @@ class Reading:
         own = {p.untyped_storage().data_ptr() for p in parameters if _is_plain(p)}
         memory = [m for at, held in self.read.items() if at not in own for m in held]
         memory = [m for m in memory if not m.is_seen_to_change()]
-        now = self._look()
+        trail = Trail()
+        now = self._look(trail=trail)
         names = {n: v for n, v in self._names.items() if n in now and _is_same(v, now[n])}
-        return Dependences(memory, self._look, names)
+        return Dependences(memory, self._look, names, trail)
 
 
 def changed_since(what: str) -> str:
@@ -246,7 +244,7 @@ def _sums(t: Tensor) -> Hashable:
 
 def contents_of(value: Any) -> tuple[Hashable, ...]:
     """Shapes and checksums of the data in a value and in the containers in it; numbers are none."""
-    return tuple((tuple(t.shape), checksum(t)) for t in _tensors(value) if t.dim())
+    return tuple((tuple(t.shape), checksum(t)) for t in tensors_within(value) if t.dim())
 
 
 def _is_plain(t: Tensor) -> bool:
@@ -273,136 +271,7 @@ def _span(t: Tensor) -> tuple[int, int]:
     return begin, begin + (reach + 1) * t.element_size()
 
 
-def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
-    """Tensors and arrays (as tensors) in a value and in the containers in it."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, np.ndarray):
-        try:
-            yield torch.from_numpy(value)
-        except (TypeError, ValueError):  # of strings or objects, or with negative strides
-            return
-    elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part, depth - 1)
-
-
-def tensors_in(names: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors and arrays that names stand for; those deep in containers have no name."""
-    for name, value in names.items():
-        if isinstance(value, (Tensor, np.ndarray)):
-            for tensor in _tensors(value):
-                yield name, tensor
-
-
-def numbers_in(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The names that stand for a number, a text or nothing."""
-    return {n: (type(v), v) for n, v in names.items() if isinstance(v, _NUMBERS)}
-
-
-def names_of(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a model's arguments, closure, globals and attributes stand for."""
-    out: dict[str, Any] = {}
-    seen: set[int] = set()
-    _add(out, "argument", [*args, *kwargs.values()], _DEPTH)
-    objects = [a for a in (*args, *kwargs.values()) if not _may_be_watched(a) and _is_users(a)]
-    for one in (model, *objects):
-        for name, value in _held(one, _DEPTH, seen):
-            _add(out, name, value, _DEPTH)
-    return out
-
-
-def _add(out: dict[str, Any], name: str, value: Any, depth: int) -> None:
-    """A value under a name, and what a container holds under names of their own."""
-    if depth and isinstance(value, (list, tuple, dict)) and len(value) <= _MANY:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        out[f"{name}:"] = len(value)
-        for key, part in items:
-            _add(out, f"{name}[{key!r}]", part, depth - 1)
-        return
-    out[name] = value
-
-
-def _held(one: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    """Names and values that a function reads, or that an object has."""
-    if not depth or id(one) in seen:
-        return
-    seen.add(id(one))
-    if isinstance(one, functools.partial):
-        yield "partial", [*one.args, *one.keywords.values()]
-        yield from _held(one.func, depth, seen)
-    elif isinstance(one, types.MethodType):
-        yield from _held(one.__func__, depth, seen)
-        yield from _held(one.__self__, depth, seen)
-    elif isinstance(one, types.FunctionType):
-        yield from _of_function(one, depth, seen)
-    elif isinstance(one, torch.nn.Module):
-        for path, module in one.named_modules():
-            for name, value in (*vars(module).items(), *module._buffers.items()):
-                if not name.startswith("_") and _may_be_watched(value):
-                    yield f"{path}.{name}", value
-        yield from _held(getattr(type(one), "forward", None), depth, seen)
-    elif hasattr(one, "__dict__") and not isinstance(one, (type, types.ModuleType)):
-        for name, value in vars(one).items():
-            if _may_be_watched(value):
-                yield f"{type(one).__name__} {len(seen)}.{name}", value
-            else:
-                yield from _held(value, depth - 1, seen)
-        if callable(one):
-            yield from _held(type(one).__call__, depth, seen)
-
-
-def _of_function(f: types.FunctionType, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-    held = dict(zip(f.__code__.co_freevars, map(_content, f.__closure__ or ()), strict=True))
-    held |= {n: f.__globals__[n] for n in _globals_of(f.__code__) if n in f.__globals__}
-    for i, value in enumerate(f.__defaults__ or ()):
-        held[f"default {i}"] = value
-    for name, value in held.items():
-        if _may_be_watched(value):
-            yield f"{f.__qualname__}.{name}", value
-        elif isinstance(value, types.FunctionType):
-            if value.__module__ == f.__module__:
-                yield from _held(value, depth - 1, seen)
-        elif isinstance(value, torch.nn.Module) or _is_users(value):
-            yield from _held(value, depth - 1, seen)
-
-
-@functools.lru_cache(maxsize=1024)
-def _globals_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names of the globals that a function's code reads, functions inside it included."""
-    names = {i.argval: None for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
-    for part in code.co_consts:
-        if isinstance(part, types.CodeType):
-            names |= dict.fromkeys(_globals_of(part))
-    return tuple(names)
-
-
-def _is_users(value: Any) -> bool:
-    """Whether an object is none of a library whose objects keep things for themselves."""
-    return type(value).__module__.split(".")[0] not in _LIBRARIES
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
-_LIBRARIES = ("torch", "pyro", "pyro_em", "numpy", "pandas", "logging", "tqdm", "matplotlib")
-
-
-_NUMBERS = (bool, int, float, complex, str, bytes, type(None))
-
-_WATCHED = (*_NUMBERS, Tensor, np.ndarray, np.generic, list, tuple, dict)
-
-
-def _may_be_watched(value: Any) -> bool:
-    """Numbers, data and containers; functions and modules are looked into instead."""
-    return isinstance(value, _WATCHED)
-
-
 def _is_same(a: Any, b: Any) -> bool:
-    if isinstance(a, (_NUMBERS, np.generic)):
+    if isinstance(a, (NUMBERS, np.generic)):
         return type(a) is type(b) and (a == b or (a != a and b != b))
     return a is b

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pyro_em.distributions import Mask, element_mask, unwrap
 from pyro_em.incomplete import IncompleteMultivariateNormal, may_hold_nan
-from pyro_em.tracing.dependences import names_of, tensors_in
 from pyro_em.tracing.feasible import from_data, without_masked_nonsense
 from pyro_em.tracing.handlers import MISSING, SampleMessenger
+from pyro_em.tracing.names import names_of, tensors_in
 from pyro_em.tracing.provenance import Tagged, tags_of
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.sites import is_factor
