@@ -25,7 +25,8 @@ def unbounded_priors(program: Program) -> list[str]:
     found = []
     for group in program.graph.groups:
         below = [v for n, v in group.arguments.items() if n.startswith("concentration")]
-        climbs = any(isinstance(program.updates[n].update, Gradient) for n in group.params)
+        updates = [program.updates.get(n) for n in group.params]  # none where no M-step follows
+        climbs = any(u is None or isinstance(u.update, Gradient) for u in updates)
         kind = group.distribution
         if group.role is not Role.POINT or kind not in ("Beta", "Dirichlet", "Gamma") or not climbs:
             continue
