@@ -17,6 +17,7 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message, raise_findings, warn
+from pyro_em.graph.conjugate_reads import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.structure import form_of
@@ -28,7 +29,7 @@ from pyro_em.plan.wishes import check_draws, check_limits
 from pyro_em.posteriors.contraction import contract, evidence
 from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
 from pyro_em.posteriors.gaussian_components import NotSeparate
-from pyro_em.tracing.given import GaussiansAtZero, GivenGaussians, without_values
+from pyro_em.tracing.given import AtReferences, references_in, without_values
 from pyro_em.tracing.randomness import random_state
 from pyro_em.tracing.runs import Run, is_stored
 from pyro_em.tracing.sites import Role
@@ -177,12 +178,16 @@ def _step_by_step(program: Program, args: tuple, kwargs: dict[str, Any]) -> Prog
         return program
     sites = program.structure.sites.values()
     names = frozenset(i.name for i in sites if i.role is Role.GAUSSIAN)
-    at_zero = GaussiansAtZero(without_values(program.model), names)
+    kernels = {} if program.conjugates is None else program.conjugates.kernels
+    units = {n: k.unit for n, k in kernels.items()}
+    model = without_values(program.model)
+    at = AtReferences(model, names, units)
     nesting = program.structure.max_plate_nesting
-    structure, problems = look_at_given(at_zero, args, kwargs, nesting)
+    structure, problems = look_at_given(at, args, kwargs, nesting)
     if problems:
         raise_findings(problems)
-    return replace(program, model=at_zero.given, structure=replace(structure, looked=None))
+    given = at.references.on(model)
+    return replace(program, model=given, structure=replace(structure, looked=None))
 
 
 def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> FactorGraph:
@@ -199,11 +204,12 @@ def _attached_graph(program: Program, args: tuple, kwargs: dict[str, Any]) -> Fa
         keep_random_state=False,  # the next step draws another batch
         runs=runs,
     )
-    if not program.lines:
+    if not program.lines and program.conjugates is None:
         return graph
-    assert isinstance(program.model, GivenGaussians)
-    run = AttachedRun(runs[-1], program.model, structure, args, kwargs, state)
+    model, references = without_values(program.model), references_in(program.model)
+    kernels = {} if program.conjugates is None else program.conjugates.kernels
+    run = AttachedRun(runs[-1], model, references, structure, args, kwargs, state, (), kernels)
     try:
         return integrated_run(graph, run)
-    except (NotLinear, NotSeparate) as error:
+    except (NotLinear, NotSeparate, NotConjugate) as error:
         raise not_here(error, "on these data and at these parameters") from error

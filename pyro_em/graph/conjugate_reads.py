@@ -9,6 +9,7 @@ other values must show what follows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,6 +107,7 @@ def read_conjugates(
     kwargs: dict[str, Any],
     structure: Structure,
     kernels: Mapping[str, PriorKernel],
+    at: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ConjugateRead]:
     """What every site reads of conjugate latents.
 
@@ -115,17 +117,19 @@ def read_conjugates(
         kwargs: Its keyword arguments.
         structure: What `examine` found of it.
         kernels: The kernel of each latent's prior.
+        at: Parameters at which to look, in general position; they are moved where None.
 
     Raises:
         NotConjugate: If a latent has a child that is not conjugate to it.
     """
     values = {n: v.requires_grad_() for n, v in values_inside(model, kernels, 31).items()}
     others = values_inside(model, kernels, 47)
-    with at_moved(structure.parameters, seed=31):
+    how: dict[str, Any] = {"limit": None, "values": at}
+    with at_moved(structure.parameters, seed=31) if at is None else nullcontext():
         try:
             with Breaks(values) as breaks:
-                run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
-            again = run_enumerated(model.at(others), args, kwargs, structure, limit=None)
+                run = run_enumerated(model.at(values), args, kwargs, structure, **how)
+            again = run_enumerated(model.at(others), args, kwargs, structure, **how)
         except ModelError as error:
             what = "it does not run at other values of its latents."
             raise refused(next(iter(values)), "model", what) from error

@@ -132,7 +132,7 @@ def _with_continuous(task: Task, unrouted: Unrouted) -> Program | Unrouted:
         return _with_gaussians(task, unrouted)
     try:
         program = _conjugating(task, *found, unrouted.structure)
-    except NotConjugate as error:
+    except (NotConjugate, NotLinear) as error:
         return explained(unrouted, error.finding)
     except NotSeparate as error:
         return explained(unrouted, error.finding, linear=True)

@@ -23,6 +23,7 @@ from pyro_em.graph.lines import Line
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.posteriors.conjugate_components import conjugated
+from pyro_em.posteriors.scaled_components import pairs_alike
 from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import mask_tensor
@@ -87,9 +88,7 @@ class Conjugates:
 
     def alike(self, lines: Mapping[str, Line]) -> tuple[tuple[str, str], ...]:
         """Pairs of Normal sites in whose spreads one latent is, where Gaussian ones reach them."""
-        first: dict[str, str] = {}
-        reads = [(n, self.reads[n].latent) for n in lines if n in self.reads]
-        return tuple((first.setdefault(latent, name), name) for name, latent in reads)
+        return pairs_alike(lines, self.reads)
 
     def rows(self, bare: Structure) -> dict[str, Route]:
         """The latents' rows of the plan."""

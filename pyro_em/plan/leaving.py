@@ -1,6 +1,6 @@
-"""Which Gaussian latents leave a guide, and why the others stay.
+"""Which Gaussian and conjugate latents leave a guide, and why the others stay.
 
-A Normal or MultivariateNormal latent h leaves the guide where its posterior is Gaussian for every
+A latent h leaves the guide where its posterior is Gaussian, or of the form of its prior, for every
 value of what is drawn, no guide site that is used reads it, and its guide density is a factor of its
 own:
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from pyro.infer.autoguide import AutoContinuous, AutoStructured
 
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, PyroEMError, UsageError, message
+from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.globs import is_match
+from pyro_em.graph.conjugate_reads import NotConjugate, kernel_of_prior, read_conjugates
 from pyro_em.graph.culprits import culprits
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.lines import Line, NotLinear, is_gaussian
@@ -30,14 +33,16 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.gaussians import why_not_integrable
 from pyro_em.portable import StaysHere
+from pyro_em.posteriors.conjugate_components import conjugated
 from pyro_em.posteriors.gaussian_components import NotSeparate, components_of_lines, integrated
-from pyro_em.tracing.given import GaussiansAtZero, GivenGaussians
+from pyro_em.posteriors.scaled_components import pairs_alike
+from pyro_em.tracing.given import GivenGaussians, References
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.runs import Model
-from pyro_em.tracing.sites import Role, is_auxiliary
+from pyro_em.tracing.sites import Role, is_auxiliary, mask_tensor
 from pyro_em.variational.drawing import drawn_graph
 from pyro_em.variational.guide import GuideLook
-from pyro_em.variational.laying import look_at_given
+from pyro_em.variational.laying import at_references, look_at_given
 from pyro_em.variational.pair import Laid, Pair, Routing
 
 # From Gaussian latents that are to be integrated, and reasons why others are not, to all routes.
@@ -46,6 +51,11 @@ Decide = Callable[[frozenset[str], Mapping[str, Finding]], tuple[Routing, list[F
 _WHY = (
     "a Gaussian latent is integrated exactly where all that reads it is a Normal or "
     "MultivariateNormal whose loc is linear in it, whatever is drawn"
+)
+
+_WHY_CONJUGATE = (
+    "a latent of another prior is integrated exactly where all that reads it is conjugate to it, "
+    "whatever is drawn"
 )
 
 
@@ -106,7 +116,8 @@ class Leaving(StaysHere):
         not_linear = frozenset(bent)
         while True:
             routing, problems = decide(frozenset(wanted), kept)
-            routing = replace(routing, not_linear=not_linear, bent=bent)
+            own = {n: k for n, k in self._kernels.items() if n in routing.gaussian}
+            routing = replace(routing, not_linear=not_linear, bent=bent, kernels=own)
             # A guide site that is used may read some of them, which then stay.
             wanted = set(routing.gaussian)
             if problems:  # what it is exact with has no route
@@ -125,6 +136,12 @@ class Leaving(StaysHere):
         """The routes, with the latents whose exact route was asked for in vain."""
         return replace(routing, wished=tuple(n for n in routing.kept if n in self.chosen))
 
+    @cached_property
+    def _kernels(self) -> dict[str, PriorKernel]:
+        """The kernels of latents whose priors have conjugate children."""
+        found = {n: kernel_of_prior(s["fn"]) for n, s in self.bare.unobserved.items()}
+        return {n: k for n, k in found.items() if k is not None}
+
     # ------------------------------------------------------------------ before any run
 
     def _candidates(self) -> tuple[set[str], dict[str, Finding]]:
@@ -135,20 +152,23 @@ class Leaving(StaysHere):
         parts = [p.name for p in self.bare.plates.values() if p.size < p.full_size]
         for name in self.bare.latents:
             site = self.bare.unobserved[name]
-            if not is_gaussian(site["fn"]):
+            conjugate = name in self._kernels and mask_tensor(site) is None
+            if not is_gaussian(site["fn"]) and not conjugate:
                 continue
             if name in self.look.points and name not in self.chosen:
                 continue  # a point estimate is what the user asked for
-            problem = why_not_integrable(site)
+            problem = "" if conjugate else why_not_integrable(site)
+            why = _WHY_CONJUGATE if conjugate else _WHY
             if name in self.kept:
                 kept[name] = Finding("", self.kept[name], latents=(name,))
             elif name in jointly:
-                kept[name] = _finding("", jointly[name], (name,))
+                kept[name] = _finding("", jointly[name], (name,), why)
             elif parts or self.bare.random_plates:
                 shown = next(iter((*parts, *self.bare.random_plates)))
-                kept[name] = _finding(f"plate '{shown}'", "it holds a part of its rows", (name,))
+                what = "it holds a part of its rows"
+                kept[name] = _finding(f"plate '{shown}'", what, (name,), why)
             elif problem:
-                kept[name] = _finding("", problem, (name,))
+                kept[name] = _finding("", problem, (name,), why)
             elif name in self.known:
                 kept[name] = self.known[name]
             else:
@@ -160,16 +180,17 @@ class Leaving(StaysHere):
     def _against(self, routing: Routing) -> _Against:
         """Latents that cannot be integrated in these routes."""
         names = routing.gaussian
-        at_zero = GaussiansAtZero(routing.pair(self.model, self.guide), frozenset(names))
+        pair = routing.pair(self.model, self.guide)
+        at = at_references(pair, routing)
         try:
             with same_random_state():
                 structure, problems = look_at_given(
-                    at_zero, self.args, self.kwargs, self.nesting, self.limit
+                    at, self.args, self.kwargs, self.nesting, self.limit
                 )
                 if problems:
                     return _Against(_all_of(names, problems[0]))
-                return self._from_runs(at_zero.given, structure, names)
-        except (NotSeparate, NotLinear) as error:
+                return self._from_runs(pair, at.references, structure, names)
+        except (NotSeparate, NotLinear, NotConjugate) as error:
             return _Against(_named(names, error.finding))
         except UsageError:
             raise
@@ -178,26 +199,38 @@ class Leaving(StaysHere):
             return _Against(_all_of(names, next(iter(error.problems), Finding("", what))))
 
     def _from_runs(
-        self, given: GivenGaussians, structure: Structure, names: tuple[str, ...]
+        self, pair: Model, at: References, structure: Structure, names: tuple[str, ...]
     ) -> _Against:
+        given = at.for_lines(pair)
         run = (given, self.args, self.kwargs, structure)
         try:
-            lines = read_lines(*run, bound=False)
+            lines = read_lines(*run, bound=False) if at.zeros else {}
         except NotLinear as error:
             against = self._blamed(given, structure)
             return against if against.reasons else _Against(_named(names, error.finding))
         points = _reached_points(lines, structure)
         if points:
             return _Against(points)
+        kernels = {n: self._kernels[n] for n in at.units}
         looked, structure = structure.looked, replace(structure, looked=None)
-        if isinstance(given.model, Pair) and Role.SAMPLED in given.model.roles.values():
-            laid = Laid(structure, given.model, given)
+        if isinstance(pair, Pair) and Role.SAMPLED in pair.roles.values():
+            laid = Laid(structure, pair, at, kernels)
             drawn_graph(laid, self.args, self.kwargs, limit=self.limit)
             return _Against({})
+        whole = at.on(pair)
         graph = trace_graph(
-            given, self.args, self.kwargs, structure, with_bindings=False, looked=looked
+            whole, self.args, self.kwargs, structure, with_bindings=False, looked=looked
         )
-        integrated(graph, lines, self.limit, parts_at(lines, *run))
+        reads = {}
+        if kernels:
+            own = at.for_reads(pair), self.args, self.kwargs, structure
+            reads = read_conjugates(*own, kernels)
+        if lines:
+            parts = parts_at(lines, *run)
+            alike = pairs_alike(lines, reads)
+            graph = integrated(graph, lines, self.limit, parts, alike=alike)
+        if kernels:
+            conjugated(graph, reads, kernels, self.limit)
         return _Against({})
 
     def _blamed(self, given: GivenGaussians, structure: Structure) -> _Against:
@@ -268,8 +301,8 @@ def _reached_points(lines: Mapping[str, Line], structure: Structure) -> dict[str
     return out
 
 
-def _finding(where: str, what: str, latents: tuple[str, ...]) -> Finding:
-    return Finding(where, what, _WHY, (), latents=latents)
+def _finding(where: str, what: str, latents: tuple[str, ...], why: str) -> Finding:
+    return Finding(where, what, why, (), latents=latents)
 
 
 def _all_of(names: Any, finding: Finding) -> dict[str, Finding]:

@@ -24,7 +24,7 @@ from pyro_em.plan.building import build_program
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.kept import Readings
-from pyro_em.plan.leaving import Leaving, drawn_jointly, look_for_exact
+from pyro_em.plan.leaving import Leaving, look_for_exact
 from pyro_em.plan.notes import unbounded_priors
 from pyro_em.plan.plan import Plan, plan_of
 from pyro_em.plan.program import Program
@@ -131,9 +131,6 @@ class Planner(StaysHere):
             return routing
         self.request.check_strategies((*bare.latents, *bare.barren), routing.solved)
         self.known = replace(self.known, leaving=notes_on_leaving(routing))
-        conjugate = self._without_draws(bare, look, routing, args, kwargs, look_only)
-        if conjugate is not None:
-            return conjugate
         if routing.is_stochastic:
             return Variational.of(
                 self.request.model,
@@ -157,52 +154,6 @@ class Planner(StaysHere):
         if not (routing.points or self.known.leaving):
             program = program.noting("the guide is not used: every latent has an exact posterior.")
         return noting_unused_optimiser(program, self.request.optim)
-
-    def _without_draws(
-        self,
-        bare: Structure,
-        look: GuideLook,
-        routing: Routing,
-        args: tuple,
-        kwargs: dict[str, Any],
-        look_only: bool,
-    ) -> Program | None:
-        """The program without draws, where the guide would draw nothing but conjugate latents."""
-        leaving = self._conjugate(bare, look, routing)
-        if not leaving:
-            return None
-        found = replace(routing, drawn=(), enumerated=(), unused=(*routing.unused, *leaving))
-        pair = found.pair(self.request.model, self.known.guide)
-        try:
-            program = self._program(pair, args, kwargs, False, look_only, ())
-        except ModelError:  # it does not run with these latents at their units
-            return None
-        if not isinstance(program, Program) or program.conjugates is None:
-            return None
-        rows = {r.site: r for r in program.routes}
-        unused = "; its guide site is not used"
-        routes = tuple(
-            replace(rows[r.site], reason=rows[r.site].reason + unused) if r.site in leaving else r
-            for r in routes_with_guide(bare, found)
-        )
-        program = replace(program, routes=routes).noting(*unbounded_priors(program))
-        if not found.points:
-            program = program.noting("the guide is not used: every latent has an exact posterior.")
-        return noting_unused_optimiser(without_unused_strategy(program), self.request.optim)
-
-    def _conjugate(self, bare: Structure, look: GuideLook, routing: Routing) -> tuple[str, ...]:
-        """All that the guide draws, if these are latents that may have conjugate posteriors."""
-        if self.request.e_step is not None or routing.gaussian or bare.random_plates:
-            return ()
-        if any(p.size < p.full_size for p in bare.plates.values()):
-            return ()
-        jointly = drawn_jointly(self.known.guide, look)
-        for name in routing.drawn:
-            if not is_conjugate(name, bare) or name in jointly:
-                return ()
-            if matching(self.request.strategy, name) == "guide":
-                return ()
-        return routing.drawn
 
     @property
     def guide_now(self) -> Any:
@@ -487,13 +438,14 @@ def _with_gaussian_rows(
     routes: Sequence[Route], read: Sequence[Route], unused: Collection[str]
 ) -> tuple[Route, ...]:
     """The rows of a plan, those of integrated latents with what the program says of them."""
-    found = {r.site: r for r in read if r.route == "Gaussian"}
+    routed = ("Gaussian", "conjugate")
+    found = {r.site: r for r in read if r.route in routed}
     return tuple(
         replace(
             r,
             reason=found[r.site].reason + "; its guide site is not used" * (r.site in unused),
         )
-        if r.route == "Gaussian" and r.site in found
+        if r.route in routed and r.site in found
         else r
         for r in routes
     )

@@ -304,8 +304,11 @@ def routes_with_guide(bare: Structure, routing: Routing) -> tuple[Route, ...]:
             routes.append(replace(route, route=words[name], reason=why, not_exact=kept))
         elif name in routing.gaussian:
             unused = "; its guide site is not used" if name in routing.unused else ""
-            reason = f"linear in {_children(bare, name)} given what is drawn{unused}"
-            routes.append(replace(route, route="Gaussian", reason=reason))
+            word, how = "Gaussian", "linear in"
+            if name in routing.kernels:
+                word, how = "conjugate", "conjugate to"
+            reason = f"{how} {_children(bare, name)} given what is drawn{unused}"
+            routes.append(replace(route, route=word, reason=reason))
         elif name in routing.reasons:
             routes.append(replace(route, reason=routing.reasons[name]))
         elif name in routing.unused:

@@ -15,11 +15,21 @@ from torch import Tensor
 
 from pyro_em.graph.conjugate_reads import ConjugateRead, NotConjugate, refused
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.lines import Line
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_sites import over_scope
 from pyro_em.updates.conjugate_beliefs import with_factor
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of
+
+
+def pairs_alike(
+    lines: Mapping[str, Line], reads: Mapping[str, ConjugateRead]
+) -> tuple[tuple[str, str], ...]:
+    """Pairs of Normal sites in whose spreads one latent is, where Gaussian ones reach them."""
+    first: dict[str, str] = {}
+    own = [(n, reads[n].latent) for n in lines if n in reads]
+    return tuple((first.setdefault(latent, name), name) for name, latent in own)
 
 
 def block_of_scale(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from pyro_em.tracing.handlers import GiveValues, GiveZeros
+from pyro_em.tracing.handlers import GiveReferences, GiveValues
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
@@ -57,25 +58,71 @@ class GivenConjugates(Given):
 
 
 @dataclass(frozen=True, eq=False)
-class GaussiansAtZero:
-    """A model whose Gaussian latents are at zero in their own shapes, which its first run shows.
+class References:
+    """Values at which a model is run whose continuous latents are integrated.
+
+    Attributes:
+        zeros: Of Gaussian latents. # (*batch, *event)
+        units: Of conjugate ones. # (*batch, *event)
+    """
+
+    zeros: Mapping[str, Tensor]
+    units: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def on(self, model: Model) -> Model:
+        """A model with all its latents given."""
+        return self.for_reads(model) if self.units else self.for_lines(model)
+
+    def for_lines(self, model: Model) -> GivenGaussians:
+        """The same, to give other values to Gaussian latents."""
+        return GivenGaussians(
+            GivenConjugates(model, self.units) if self.units else model, self.zeros
+        )
+
+    def for_reads(self, model: Model) -> GivenConjugates:
+        """The same, to give other values to conjugate latents."""
+        return GivenConjugates(
+            GivenGaussians(model, self.zeros) if self.zeros else model, self.units
+        )
+
+
+def references_in(model: Model) -> References:
+    """The values that a model's latents have, where it is one in which some have."""
+    found: dict[Role, dict[str, Tensor]] = {Role.GAUSSIAN: {}, Role.CONJUGATE: {}}
+    while isinstance(model, Given):
+        found[model.role].update(model.values)
+        model = model.model
+    return References(found[Role.GAUSSIAN], found[Role.CONJUGATE])
+
+
+@dataclass(frozen=True, eq=False)
+class AtReferences:
+    """A model whose continuous latents are at values of reference, in shapes that its first run shows.
 
     Attributes:
         model: The user's model.
-        names: The latents.
-        zeros: Their values in the runs so far. # (*batch, *event)
+        gaussian: Gaussian latents, which are at zero.
+        units: Per conjugate latent what makes its unit of a tensor of its shape.
+        found: Their values in the runs so far.
     """
 
     model: Model
-    names: frozenset[str]
-    zeros: dict[str, Tensor] = field(default_factory=dict)
+    gaussian: frozenset[str]
+    units: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    found: References = field(default_factory=lambda: References({}, {}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
-        with GiveZeros(self.names, Role.GAUSSIAN, self.zeros):
+        zeros, units = self.found.zeros, self.found.units
+        assert isinstance(zeros, dict) and isinstance(units, dict)
+        makers = dict.fromkeys(self.gaussian, torch.zeros_like)
+        with (
+            GiveReferences(makers, Role.GAUSSIAN, zeros),
+            GiveReferences(self.units, Role.CONJUGATE, units),
+        ):
             return self.model(*args, **kwargs)
 
     @property
-    def given(self) -> GivenGaussians:
-        """The same model at these values from now on."""
-        return GivenGaussians(self.model, dict(self.zeros))
+    def references(self) -> References:
+        """These values, from now on."""
+        return References(dict(self.found.zeros), dict(self.found.units))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -261,28 +261,34 @@ class GiveValues(SampleMessenger):
             msg["infer"] = {**msg["infer"], ROLE: self.roles[name].value}
 
 
-class GiveZeros(SampleMessenger):
-    """Run a model with some latents at zero, whatever their shapes are.
+class GiveReferences(SampleMessenger):
+    """Run a model with some latents at values of reference, whatever their shapes are.
 
     Args:
-        names: The latents.
+        makers: Per latent what makes such a value of a tensor of its shape.
         role: What their values are.
-        zeros: Values that earlier runs gave; what they lack is added.
+        values: Values that earlier runs gave; what they lack is added.
     """
 
     _postprocess_message = nothing
 
-    def __init__(self, names: frozenset[str], role: Role, zeros: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        makers: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+        role: Role,
+        values: dict[str, torch.Tensor],
+    ) -> None:
         super().__init__()
-        self.names, self.role, self.zeros = names, role, zeros
+        self.makers, self.role, self.values = makers, role, values
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         name = msg["name"]
-        if name not in self.names or msg["is_observed"]:
+        if name not in self.makers or msg["is_observed"]:
             return
-        if name not in self.zeros:
-            self.zeros[name] = torch.zeros_like(msg["fn"].mean.detach())
-        msg["value"], msg["is_observed"] = self.zeros[name], True
+        if name not in self.values:
+            mean = msg["fn"].mean.detach()
+            self.values[name] = self.makers[name](torch.zeros_like(mean).contiguous())
+        msg["value"], msg["is_observed"] = self.values[name], True
         msg["infer"] = {**msg["infer"], ROLE: self.role.value}
 
 

@@ -175,8 +175,9 @@ class Variational(StaysHere):
         if key not in self._laid:
             laid = laid_out(self.pair, self.routing, args, kwargs, self.max_plate_nesting)
             looked, structure = laid.structure.looked, replace(laid.structure, looked=None)
-            model = laid.pair if laid.gaussians is None else laid.gaussians
-            trace_graph(model, args, kwargs, structure, with_bindings=False, looked=looked)
+            trace_graph(
+                laid.on(laid.pair), args, kwargs, structure, with_bindings=False, looked=looked
+            )
             if len(self._laid) >= _MOST_STRUCTURES:
                 self._laid.pop(next(iter(self._laid)))
             self._laid[key] = replace(laid, structure=structure)
@@ -366,7 +367,7 @@ def notes_on_leaving(routing: Routing) -> tuple[str, ...]:
         message(
             sites_in_words(left),
             f"{it} integrated exactly, and {its} not used{rest}.",
-            "Gaussian, and linear given what the guide is used for: the bound is tighter so",
+            "their posterior is known given what the guide is used for: the bound is tighter so",
             ["strategy='guide' keeps the guide for all that it covers"],
         )
     )

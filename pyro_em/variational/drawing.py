@@ -22,6 +22,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_em.graph.conjugate_reads import NotConjugate
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.trace import trace_graph
@@ -110,7 +111,7 @@ def summed_draw(
     """
     try:
         graph, drawn = drawn_graph(laid, args, kwargs, chosen=chosen, factors=factors)
-    except (NotLinear, NotSeparate) as error:
+    except (NotLinear, NotSeparate, NotConjugate) as error:
         raise not_here(error, "at this draw of the guide") from error
     weight = Weight(tuple(_weight_of(drawn.held[n]) for n in chosen))
     plan = contraction_of(graph)
@@ -152,7 +153,7 @@ def drawn_graph(
     limit: int | None = None,
     bindings: bool = False,
 ) -> tuple[FactorGraph, GuideSites]:
-    """The factor graph at one draw of the guide, its Gaussian latents integrated.
+    """The factor graph at one draw of the guide, its Gaussian and conjugate latents integrated.
 
     Args:
         laid: Guide and model for these arguments.
@@ -168,6 +169,7 @@ def drawn_graph(
 
     Raises:
         NotLinear: If the model is not linear in a Gaussian latent at this draw.
+        NotConjugate: If a latent has a child that is not conjugate to it at this draw.
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
         UsageError: If a batch stands for all data, and a Gaussian latent is outside its plate.
     """
@@ -175,7 +177,7 @@ def drawn_graph(
     runs: list[Run] = []
     recording = replace(laid.pair, record=record, chosen=chosen or {})
     graph = trace_graph(
-        recording if laid.gaussians is None else replace(laid.gaussians, model=recording),
+        laid.on(recording),
         args,
         kwargs,
         laid.structure,
@@ -185,11 +187,11 @@ def drawn_graph(
         runs=runs,
     )
     drawn = record[-1]
-    if laid.gaussians is None:
+    if laid.references is None:
         return graph, drawn
     at_draw = AtDraw(laid.pair.model, laid.pair.roles, drawn)
-    given, values = replace(laid.gaussians, model=at_draw), tuple(drawn.values.values())
-    run = AttachedRun(runs[-1], given, laid.structure, args, kwargs, drawn.state, values)
+    what = runs[-1], at_draw, laid.references, laid.structure, args, kwargs, drawn.state
+    run = AttachedRun(*what, tuple(drawn.values.values()), laid.kernels)
     return integrated_run(graph, run, factors, limit), drawn
 
 

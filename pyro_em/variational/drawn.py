@@ -290,7 +290,8 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
             if site not in self.variational.routing.gaussian:
                 raise UsageError(self._unknown(site))
         qs = self._inner_posteriors(num_particles)
-        within = torch.stack([q.covariance(a, b) for q in qs]).mean(0)
+        other = None if a == b else b
+        within = torch.stack([q.covariance(a, other) for q in qs]).mean(0)
         u, v = self._deviations(a, qs), self._deviations(b, qs)
         has_events = [self._event_dim(n) > 0 for n in (a, b)]
         if has_events[1]:

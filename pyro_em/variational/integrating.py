@@ -1,18 +1,19 @@
-"""Gaussian latents that are integrated under each draw of a guide.
+"""Gaussian and conjugate latents that are integrated under each draw of a guide.
 
 With u drawn and h Gaussian and linear given u, the bound holds the marginal likelihood of h,
 
     log p(x, u) = log ∫ p(x, h, u) dh,
 
-whose gradient reaches u through coefficients, offsets and variances. A batch that stands for all data
-counts its rows several times: the plate's factor multiplies the logarithm of each row's integral. A
-latent outside that plate would see the rows of one batch alone, and is refused.
+whose gradient reaches u through coefficients, offsets and variances; so for latents that are conjugate
+to their children at each u. A batch that stands for all data counts its rows several times: the plate's
+factor multiplies the logarithm of each row's integral. A latent outside that plate would see the rows
+of one batch alone, and is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,53 +21,62 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from pyro_em.errors import ModelError, UsageError, message
+from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.graph.conjugate_reads import ConjugateRead, NotConjugate, read_conjugates
 from pyro_em.graph.drawn_lines import DrawnLines, drawn_lines
 from pyro_em.graph.enumerated import run_enumerated
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.factors import FactorGraph, Group, Nested
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.sparse_lines import random_like
 from pyro_em.graph.structure import Structure
-from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.conjugate_components import conjugated
 from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
-from pyro_em.tracing.given import GivenGaussians
+from pyro_em.posteriors.gaussian_steps import BLOCKS
+from pyro_em.posteriors.scaled_components import pairs_alike
+from pyro_em.tracing.given import References
 from pyro_em.tracing.parameters import moved
 from pyro_em.tracing.randomness import same_random_state, set_random_state
-from pyro_em.tracing.runs import Run
+from pyro_em.tracing.runs import Model, Run
+from pyro_em.tracing.sites import INTEGRATED, Role
 
 
 @dataclass(frozen=True, eq=False)
 class AttachedRun:
-    """A run of a model with its Gaussian latents at zero, and what a second one like it needs.
+    """A run of a model with its latents at values of reference, and what a second one like it needs.
 
     Attributes:
         at_zero: The run, attached to parameters and draws.
-        model: Gives the same run again, or at other values of the latents.
+        model: The model without these values, which gives the same run again.
+        references: The values.
         structure: The skeleton.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
         state: The random state in which ``model`` begins.
         drawn: What the guide drew.
+        kernels: The kernel of the prior of each conjugate latent.
     """
 
     at_zero: Run
-    model: GivenGaussians
+    model: Model
+    references: References
     structure: Structure
     args: tuple
     kwargs: dict[str, Any]
     state: Any
     drawn: tuple[Tensor, ...] = ()
+    kernels: Mapping[str, PriorKernel] = field(default_factory=dict)
 
     def at(
         self, values: Mapping[str, Tensor], parameters: Mapping[str, Tensor] | None = None
     ) -> Run:
-        """The run at other values of the latents, detached where parameters are given.
+        """The run at other values of Gaussian latents, detached where parameters are given.
 
         Raises:
             ModelError: If it fails.
         """
         attached = parameters is None
         how: dict[str, Any] = {"limit": None, "attached": attached, "values": parameters}
-        model = self.model.at(values)
+        model = self.references.for_lines(self.model).at(values)
         try:
             with same_random_state():
                 set_random_state(self.state)
@@ -90,21 +100,40 @@ class AttachedRun:
         """
         values = {
             name: random_like(zero, 31 + i).requires_grad_()
-            for i, (name, zero) in enumerate(self.model.values.items())
+            for i, (name, zero) in enumerate(self.references.zeros.items())
         }
 
         def moved_run() -> Run:
-            places = self.at_zero.parameters
-            with torch.no_grad():
-                at = {
-                    n: transform_to(places[n].constraint)(u)
-                    for n, u in moved(places, seed=31).items()
-                    if places[n].leaf is not places[n].unconstrained
-                }
-            return self.at(values, at)
+            return self.at(values, self.moved())
 
         runs = self.at(values), self.at_zero
         return drawn_lines(runs, values, self.structure, self.sources, moved_run)
+
+    @torch.no_grad()
+    def moved(self) -> dict[str, Tensor]:
+        """Parameters in general position; leaves, of which gradients are taken, stay as they are."""
+        places = self.at_zero.parameters
+        return {
+            n: transform_to(places[n].constraint)(u)
+            for n, u in moved(places, seed=31).items()
+            if places[n].leaf is not places[n].unconstrained
+        }
+
+    def reads(self) -> dict[str, ConjugateRead]:
+        """What sites read of conjugate latents.
+
+        Raises:
+            NotConjugate: If a latent has a child that is not conjugate to it here.
+        """
+        structure = self.structure
+        # The draw stands for the guide: its own sites are in the run that drew.
+        sites = {n: i for n, i in structure.sites.items() if i.role is not Role.GUIDE}
+        structure = replace(structure, sites=sites)
+        model = self.references.for_reads(self.model)
+        with same_random_state():
+            set_random_state(self.state)
+            run = model, self.args, self.kwargs, structure
+            return read_conjugates(*run, self.kernels, self.moved())
 
 
 def integrated_run(
@@ -113,26 +142,32 @@ def integrated_run(
     factors: Mapping[str, float] | None = None,
     limit: int | None = None,
 ) -> FactorGraph:
-    """The graph of an attached run, with its Gaussian latents integrated.
+    """The graph of an attached run, with its Gaussian and conjugate latents integrated.
 
     Args:
-        graph: As traced with these latents at zero.
+        graph: As traced with these latents at values of reference.
         run: The run that was traced.
         factors: Per plate what multiplies its sites in this run.
         limit: How many numbers the matrices of one E-step may have.
 
     Raises:
         NotLinear: If the model is not linear in the latents here.
+        NotConjugate: If a latent has a child that is not conjugate to it here.
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
         UsageError: If a batch stands for all data and a latent is outside its plate.
     """
-    factors, found = factors or {}, run.lines()
-    once = _unscaled(graph, found, factors)
-    out = integrated(once, found.lines, limit, found.parts, frozenset(factors))
+    factors = factors or {}
+    found = run.lines() if run.references.zeros else DrawnLines({}, {})
+    reads = run.reads() if run.kernels else {}
+    out = _unscaled(graph, {*found.lines, *reads, *run.kernels}, factors)
+    kept, alike = frozenset(factors), pairs_alike(found.lines, reads)
+    out = integrated(out, found.lines, limit, found.parts, kept, alike)
+    if run.kernels:
+        out = conjugated(out, reads, run.kernels, limit)
     return replace(out, groups=tuple(_scaled(g, factors) for g in out.groups))
 
 
-_WHY = "it was integrated exactly, as the model was linear in it when it was first looked at"
+_WHY = "it was integrated exactly, as it could be when the model was first looked at"
 
 
 def _fails(latents: tuple[str, ...], text: str) -> str:
@@ -140,22 +175,24 @@ def _fails(latents: tuple[str, ...], text: str) -> str:
     return message(
         "model",
         f"it does not run at other values of {shown}: {text.splitlines()[0]}",
-        "a Gaussian latent is integrated under each draw of the guide",
+        "it is integrated under each draw of the guide",
         ["give it to the guide: strategy='guide'"],
     )
 
 
-def _unscaled(graph: FactorGraph, found: DrawnLines, factors: Mapping[str, float]) -> FactorGraph:
+def _unscaled(
+    graph: FactorGraph, names: Collection[str], factors: Mapping[str, float]
+) -> FactorGraph:
     """The graph without the factors of a batch in sites that latents connect."""
     if not factors:
         return graph
     groups = []
     for group in graph.groups:
-        if not any(n in found.lines for n in group.members):
+        if not any(n in names for n in group.members):
             groups.append(group)
             continue
         scale = tuple(
-            s / _factor(dims, factors) if name in found.lines else s
+            s / _factor(dims, factors) if name in names else s
             for name, dims, s in zip(group.members, group.dims, group.scale, strict=True)
         )
         groups.append(replace(group, scale=scale))
@@ -172,7 +209,7 @@ def _factor(dims: tuple[str, ...], factors: Mapping[str, float]) -> float:
 def _scaled(group: Group, factors: Mapping[str, float]) -> Group:
     """A block whose evidence counts as often as each of its sites."""
     block = group.nested
-    if not factors or not isinstance(block, GaussianBlock):
+    if not factors or not isinstance(block, BLOCKS):
         return group
     own = set(block.plates) & factors.keys()
     for site in block.groups:
@@ -181,23 +218,24 @@ def _scaled(group: Group, factors: Mapping[str, float]) -> Group:
     return replace(group, scale=(_factor(block.plates, factors),))
 
 
-def _outside_the_batch(block: GaussianBlock, site: Group, factors: Mapping[str, float]) -> str:
-    latents = ", ".join(f"'{n}'" for n in block.latents)
+def _outside_the_batch(block: Nested, site: Group, factors: Mapping[str, float]) -> str:
+    names = [n for g in block.groups if g.role in INTEGRATED for n in g.members]
+    latents = ", ".join(f"'{n}'" for n in names)
     plates = ", ".join(f"'{p}'" for p in factors)
     return message(
-        f"site '{next(iter(block.latents))}'",
-        f"Gaussian {latents} connect rows of plate {plates}, of which a batch holds a part.",
+        f"site '{names[0]}'",
+        f"{latents} connect rows of plate {plates}, of which a batch holds a part.",
         "they are integrated exactly, and the rows of one batch do not show their posterior",
         [
             "give them to the guide: strategy={"
-            + ", ".join(f"'{n}': 'guide'" for n in block.latents)
+            + ", ".join(f"'{n}': 'guide'" for n in names)
             + "}",
             "use all data at every step: leave batch_size and num_data out",
         ],
     )
 
 
-def not_here(error: NotLinear | NotSeparate, at: str) -> ModelError:
+def not_here(error: NotLinear | NotSeparate | NotConjugate, at: str) -> ModelError:
     """What is raised where a run shows that latents cannot be integrated at it.
 
     Args:

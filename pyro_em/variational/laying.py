@@ -8,7 +8,7 @@ from typing import Any
 from pyro_em.errors import Finding, raise_findings
 from pyro_em.graph.examination import examine
 from pyro_em.graph.structure import Structure
-from pyro_em.tracing.given import GaussiansAtZero
+from pyro_em.tracing.given import AtReferences
 from pyro_em.tracing.runs import Model
 from pyro_em.variational.broken_bounds import in_users_names
 from pyro_em.variational.pair import Laid, Pair, Routing
@@ -30,31 +30,37 @@ def laid_out(
         PyroEMError: If the pair cannot be used.
     """
     assert isinstance(pair, Pair)
-    at_zero = GaussiansAtZero(pair, frozenset(routing.gaussian))
-    structure, problems = look_at_given(at_zero, args, kwargs, nesting)
+    at = at_references(pair, routing)
+    structure, problems = look_at_given(at, args, kwargs, nesting)
     if problems:
         raise_findings([in_users_names(p) for p in problems])
-    return Laid(structure, pair, at_zero.given if routing.gaussian else None)
+    return Laid(structure, pair, at.references if routing.gaussian else None, routing.kernels)
+
+
+def at_references(model: Model, routing: Routing) -> AtReferences:
+    """A model whose latents that are integrated have values."""
+    units = {n: routing.kernels[n].unit for n in routing.gaussian if n in routing.kernels}
+    return AtReferences(model, frozenset(n for n in routing.gaussian if n not in units), units)
 
 
 def look_at_given(
-    at_zero: GaussiansAtZero,
+    at: AtReferences,
     args: tuple,
     kwargs: dict[str, Any],
     nesting: int | None,
     max_enumeration: int = 2**27,
 ) -> tuple[Structure, list[Finding]]:
-    """The skeleton of a pair with values for some Gaussian latents, and all findings.
+    """The skeleton of a pair with values for some continuous latents, and all findings.
 
     Args:
-        at_zero: The pair; its values are noted in it.
+        at: The pair; its values are noted in it.
         args: The model's positional arguments.
         kwargs: Its keyword arguments.
         nesting: Number of plate dimensions, as the user gave it.
         max_enumeration: The budget in cells.
     """
     structure, problems = examine(
-        at_zero if at_zero.names else at_zero.model,
+        at if at.gaussian or at.units else at.model,
         args,
         kwargs,
         max_plate_nesting=nesting,
@@ -62,5 +68,5 @@ def look_at_given(
         guide_given=True,
         max_enumeration=max_enumeration,
     )
-    reading = {child for parent, child in structure.edges if parent in at_zero.names}
-    return replace(structure, lines=at_zero.names | reading), problems
+    reading = {child for parent, child in structure.edges if parent in at.gaussian}
+    return replace(structure, lines=at.gaussian | reading), problems

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from pyro_em.errors import Finding
+from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.structure import Structure
-from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.given import References
 from pyro_em.tracing.handlers import (
     GiveValues,
     GuideSites,
@@ -62,12 +63,18 @@ class Laid:
     Attributes:
         structure: The skeleton.
         pair: Guide and model.
-        gaussians: The same with values for Gaussian latents that are integrated; None without such.
+        references: Values of the latents that are integrated; None without such.
+        kernels: The kernel of the prior of each that is conjugate.
     """
 
     structure: Structure
     pair: Pair
-    gaussians: GivenGaussians | None = None
+    references: References | None = None
+    kernels: Mapping[str, PriorKernel] = field(default_factory=dict)
+
+    def on(self, model: Model) -> Model:
+        """A model with values of the latents that are integrated."""
+        return model if self.references is None else self.references.on(model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +109,8 @@ class Routing:
         reasons: Per latent, why, in words.
         guide: What runs of the guide showed, or None.
         unused: Guide sites that are left unused.
-        gaussian: Gaussian latents that are integrated.
+        gaussian: Gaussian and conjugate latents that are integrated.
+        kernels: The kernel of the prior of each of these that is conjugate.
         kept: Per Gaussian latent that stays with the guide, why it is not integrated.
         not_linear: Those of them that runs of the model show not to have an exact posterior.
         bent: Those of them in which the model is not linear, whatever its data and other latents are.
@@ -121,6 +129,7 @@ class Routing:
     not_linear: frozenset[str] = frozenset()
     bent: Mapping[str, Finding] = field(default_factory=dict)
     wished: tuple[str, ...] = ()
+    kernels: Mapping[str, PriorKernel] = field(default_factory=dict)
 
     @property
     def solved(self) -> tuple[str, ...]:

@@ -125,13 +125,15 @@ def _refuse_means(laid: Laid, names: Collection[str], args: tuple, kwargs: dict[
     Raises:
         UsageError: With the parameter and the site.
     """
-    if laid.gaussians is None:
+    if laid.references is None:
         return
     with torch.enable_grad(), same_random_state():
         graph, _ = drawn_graph(laid, args, kwargs)
     places = {n: p.unconstrained for n, p in graph.parameters.items() if n in names}
     for site in (s for g in graph.groups if g.nested is not None for s in g.nested.groups):
-        for found in (known_below(site.arguments[a], places) for a in site.lines):
+        # Of what reads a Gaussian latent the mean alone; of what is integrated with another all.
+        own = site.lines if site.lines and not laid.kernels else tuple(site.arguments)
+        for found in (known_below(site.arguments[a], places) for a in own):
             if found:
                 raise UsageError(
                     message(

@@ -808,8 +808,10 @@ def test_the_toy_mixture_of_a_hidden_link() -> None:
     prior = {"A": torch.tensor([1.0, 10.0]), "B": rows, "C": rows}
     a = torch.bernoulli(torch.full((30,), 0.3), generator=g)
     obs = {"A": a, "C": torch.bernoulli(0.1 + 0.8 * a, generator=g)}
-    em = ExactPosteriorEM(config_enumerate(hidden_link), hidden_link_guide, adam(0.05))
+    pair = config_enumerate(hidden_link), hidden_link_guide, adam(0.05)
     found = dict.fromkeys(("p_A", "p_B", "p_C"), "guide") | {"B": "enumerate"}
+    assert routes(ExactPosteriorEM(*pair), prior, obs, 30) == found | {"p_A": "conjugate"}
+    em = ExactPosteriorEM(*pair, strategy={"p_A": "guide"})
     assert routes(em, prior, obs, 30) == found
     assert_learns(em.fit(prior, obs, 30, max_steps=50, seed=0))
     assert_same_bound(em, prior, obs, 30, nesting=1, particles=50)
