@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from pyro_em.posteriors.posterior import Posterior
     from pyro_em.posteriors.strategies import Annealed, Hard, MonteCarlo
     from pyro_em.resampling.bootstrap import Bootstrap
+    from pyro_em.selection.ratio import Ratio
+    from pyro_em.selection.select import select
+    from pyro_em.selection.selection import Selection
     from pyro_em.sources.chunks import Chunks
     from pyro_em.tracing.vectorized import vectorized_markov
     from pyro_em.updates.update import ClosedForm, Fixed, Gradient, LeastSquares, Newton
@@ -94,7 +97,9 @@ __all__ = [
     "Posterior",
     "PyroEMError",
     "PyroEMWarning",
+    "Ratio",
     "Rule",
+    "Selection",
     "StandardErrors",
     "StepSize",
     "TraceExact_ELBO",
@@ -102,6 +107,7 @@ __all__ = [
     "compare",
     "log_partition",
     "register_family",
+    "select",
     "standard_contenders",
     "vectorized_markov",
 ]
@@ -143,7 +149,9 @@ _HOMES = {
     "Posterior": "pyro_em.posteriors.posterior",
     "PyroEMError": "pyro_em.errors",
     "PyroEMWarning": "pyro_em.errors",
+    "Ratio": "pyro_em.selection.ratio",
     "Rule": "pyro_em.families.family",
+    "Selection": "pyro_em.selection.selection",
     "StandardErrors": "pyro_em.fitting.standard_errors",
     "StepSize": "pyro_em.fitting.online_sums",
     "TraceExact_ELBO": "pyro_em.loss",
@@ -151,6 +159,7 @@ _HOMES = {
     "compare": "pyro_em.comparison.compare",
     "log_partition": "pyro_em.analysis.partition",
     "register_family": "pyro_em.families.registry",
+    "select": "pyro_em.selection.select",
     "standard_contenders": "pyro_em.comparison.contenders",
     "vectorized_markov": "pyro_em.tracing.vectorized",
 }

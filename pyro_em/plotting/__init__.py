@@ -10,11 +10,13 @@ shows them.
 * `caterpillar` and `loadings`: random effects with their intervals, the weights of factors;
 * `path`, `forecast` and `prediction_errors`: a series of Gaussian latents with its band, the fan of a
   forecast, and standardised one-step errors;
+* `selection`: a criterion of the candidates of `pyro_em.select`;
 * `comparison`: how fast the contenders of `pyro_em.compare` close the gap;
 * `graph`: the model as a directed graph.
 """
 
 from pyro_em.plotting.axes import PALETTE
+from pyro_em.plotting.choice import selection
 from pyro_em.plotting.contenders import comparison
 from pyro_em.plotting.effects import caterpillar, loadings
 from pyro_em.plotting.fits import evidence
@@ -35,6 +37,7 @@ __all__ = [
     "path",
     "prediction_errors",
     "responsibilities",
+    "selection",
     "state_probs",
     "state_sequence",
 ]

@@ -25,7 +25,7 @@ from pyro_em.plan.request import Request
 from pyro_em.portable import StaysHere
 from pyro_em.tracing.leaves import leaves_of, replaced
 from pyro_em.tracing.parameters import restore, snapshot, write_unconstrained
-from pyro_em.tracing.scopes import Keeper, own_store, store_state
+from pyro_em.tracing.scopes import Keeper, StoreState, own_store, store_state
 from pyro_em.tracing.sites import latents_in, users
 
 EMPTY: Mapping[str, Mapping[str, Any]] = {"params": {}, "constraints": {}}
@@ -75,7 +75,7 @@ class Again(StaysHere):
                     write_unconstrained(parameter, params[name])
                 found = session.look(self.args, self.kwargs)
                 assert isinstance(found, Program)
-                yield Fitted(self, session, found)
+                yield Fitted(self, session, found, store_state())
         finally:
             keeper.restore()
 
@@ -88,11 +88,13 @@ class Fitted:
         again: What the fit was.
         session: Reads the model.
         program: The model with the data of the fit.
+        store: The param store with the fitted values.
     """
 
     again: Again
     session: Session
     program: Program
+    store: StoreState
 
     def fit(self, data: Data, num_restarts: int, seed: int) -> EMResult:
         """A fit to other data, which begins at the fitted parameters and leaves them as they are.
@@ -118,7 +120,7 @@ class Fitted:
         own.planner = self._planner()
         before = snapshot(self.session.parameters)
         try:
-            with own_store(store_state()), warnings.catch_warnings():
+            with own_store(self.store), warnings.catch_warnings():
                 warnings.simplefilter("ignore", PyroEMWarning)  # a failed fit is counted
                 result = fit(own, wishes, *data)
         finally:
@@ -174,10 +176,11 @@ class Fitted:
         return points_of(self.program, self.again.args, self.again.kwargs)
 
     def _generated(self, seed: int, where: str) -> Generated:
-        again, points = self.again, self.points
-        model = users(again.request.model)
-        data = (again.args, again.kwargs)
-        return generated(model, None, *data, lambda *_: points, seed, where, whole=True)
+        again = self.again
+        model, data = users(again.request.model), (again.args, again.kwargs)
+        with own_store(self.store):
+            points = self.points
+            return generated(model, None, *data, lambda *_: points, seed, where, whole=True)
 
     def resampling(self, where: str) -> Callable[[int], Data]:
         """Gives, for a seed, rows of the data drawn with replacement.
