@@ -29,7 +29,7 @@ wheel: $(VENV)/.installed-test
 	$(BIN)/python .ci/wheel.py
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/html
+	$(BIN)/sphinx-build -q -W --keep-going -j auto -b html docs build/html
 	@echo "open build/html/index.html"
 
 tutorials: $(VENV)/.installed-test

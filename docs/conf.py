@@ -1,4 +1,4 @@
-"""How the reference is built: ``make docs``."""
+"""How the site is built: ``make docs``."""
 
 import logging
 import os
@@ -12,6 +12,7 @@ ROOT = HERE.parent
 
 project = "pyro_em"
 author = "the pyro_em team"
+copyright = author
 release = metadata.version("pyro-em")
 
 extensions = [
@@ -35,6 +36,8 @@ nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = f"pyro_em {release}"
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 
@@ -64,4 +67,5 @@ def setup(app) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
-        shutil.copy(notebook, target)
+        text = notebook.read_text().replace("](../docs/", "](../")  # as seen from the site
+        (target / notebook.name).write_text(text)

@@ -58,7 +58,8 @@ def execute(path: Path, kernel: KernelManager | None = None) -> nbformat.Noteboo
     )
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"
-        cell.metadata = nbformat.from_dict({})
+        tags = cell.metadata.get("tags")  # "hide-input": a cell that a reader may skip
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
     return notebook
 
 

@@ -28,6 +28,9 @@ NAMES = (
     "08_discrete_and_continuous",
     "09_your_own_model",
     "10_time_series",
+    "11_factors_and_random_effects",
+    "12_conjugate_latents",
+    "13_speed_and_scale",
 )
 
 
