@@ -31,6 +31,7 @@ from pyro_em.fitting import stepping
 from pyro_em.fitting.chunk_by_chunk import answers, parts_of, refuse_q_of_chunks
 from pyro_em.fitting.chunked import chunks_in, first_arguments
 from pyro_em.fitting.fit import fit
+from pyro_em.fitting.from_arrays import from_arrays
 from pyro_em.fitting.keeping import Keeping
 from pyro_em.fitting.partial import partial_fit
 from pyro_em.fitting.preconditions import refuse_a_guide
@@ -84,6 +85,11 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         ELBO = E_{q(h | x)}[log Σ_z p(x, z, h; θ) − log q(h | x)]
 
     is raised by stochastic gradients.
+
+    Every method takes a model's arguments as the model does. Arrays of numpy, DataFrames and Series of
+    pandas among them are read as tensors, which the plan and the log say: copies of the same kind of
+    numbers (float64 stays float64), categories as their codes. An argument that the model annotates
+    with ``numpy.ndarray`` or ``pandas.DataFrame`` stays as it is.
 
     Args:
         model: A Pyro model: a function with ``pyro.param``, or a ``PyroModule``. It needs no
@@ -190,6 +196,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
     # ------------------------------------------------------------------ looking
 
     @alone("plan")
+    @from_arrays
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Say how every latent and every parameter would be treated, and why, and the cost.
 
@@ -211,6 +218,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return self._session.planner.plan_on(found, args, kwargs)
 
     @alone("posterior")
+    @from_arrays
     def posterior(self, *args: Any, **kwargs: Any) -> Any:
         """The E-step at the current parameters, for these data; changes nothing.
 
@@ -244,6 +252,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         )
 
     @alone("elbo")
+    @from_arrays
     def elbo(
         self,
         *args: Any,
@@ -284,6 +293,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return elbo_at(planner, found, args, kwargs, q, params, n, self._session.total_steps)
 
     @alone("score")
+    @from_arrays
     def score(self, *args: Any, **kwargs: Any) -> float:
         """The log evidence of these data at the current parameters: of new data, how well they fit.
 
@@ -319,6 +329,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return refuse_a_guide(found, "score", _SCORES).log_evidence()
 
     @alone("evaluate_loss")
+    @from_arrays
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """−ELBO at the current parameters, in nats, as ``SVI.evaluate_loss``.
 
@@ -336,6 +347,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return loss_of(found.e_step(found.evaluate(), self._session.total_steps))
 
     @alone("estimate_evidence")
+    @from_arrays
     def estimate_evidence(
         self,
         *args: Any,
@@ -368,6 +380,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         )
 
     @alone("predictive")
+    @from_arrays
     def predictive(
         self,
         *args: Any,
@@ -432,6 +445,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
 
     @alone("generate")
+    @from_arrays
     def generate(self, n: int, /, *args: Any, seed: int | None = None, **kwargs: Any) -> Values:
         """Draw new data from the model at its parameters, latents included.
 
@@ -497,6 +511,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return points_of(self._look(args, kwargs, look_only=True), args, kwargs)
 
     @alone("forecast")
+    @from_arrays
     def forecast(
         self,
         *args: Any,
@@ -558,6 +573,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
     # ------------------------------------------------------------------ stepping
 
     @alone("step")
+    @from_arrays
     def step(self, *args: Any, **kwargs: Any) -> float:
         """One E-step and one M-step; one stochastic step on this batch where a guide draws.
 
@@ -576,6 +592,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return stepping.step(self._session, args, kwargs)
 
     @alone("m_step")
+    @from_arrays
     def m_step(self, q: Posterior | Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
         """The M-step for a given q; parameters are written in place.
 
@@ -598,6 +615,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         program.m_step(given.counts, evaluation, self._session.m_step_state, expand=False)
 
     @alone("steps")
+    @from_arrays
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[EMStep]:
         """EM without an end: yields each step after its M-step; the caller breaks.
 
@@ -612,6 +630,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return AloneAtEachStep("steps", stepping.steps(self._session, args, kwargs))
 
     @alone("fit")
+    @from_arrays
     def fit(
         self,
         *args: Any,
@@ -749,6 +768,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return replace(result, _bootstrap=partial(bootstrap, again))
 
     @alone("partial_fit")
+    @from_arrays
     def partial_fit(self, *args: Any, online: Any = None, **kwargs: Any) -> float:
         """One step of stepwise EM on a batch, with what was learnt from the batches before.
 
@@ -774,6 +794,7 @@ class ExactPosteriorEM(Keeping, NamesFromElsewhere):
         return partial_fit(self._session, online, args, kwargs)
 
     @alone("sort_components")
+    @from_arrays
     def sort_components(
         self,
         site: str,

@@ -37,8 +37,10 @@ from pyro_em.comparison.sweep import Sweep, best_rate, run_sweep
 from pyro_em.comparison.table import Comparison, Row
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
+from pyro_em.fitting.from_arrays import read_for
 from pyro_em.fitting.preconditions import refuse_a_loader
 from pyro_em.plan.wishes import check_call, check_collisions
+from pyro_em.sources.given import Given
 from pyro_em.tracing.scopes import Keeper, common_start, store_state
 from pyro_em.tracing.turns import alone
 
@@ -140,6 +142,7 @@ def compare(
     refuse_a_loader(args, kwargs)
     _check_numbers(limits, tolerance, rates, seeds)
     models = models_of(contenders)
+    args, kwargs = read_for(Given(), next(iter(models.values())), args, kwargs)
     for model in models.values():
         check_collisions(model, args, KEYWORDS, "compare")
         check_call(model, args, kwargs, "compare")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pyro_em.arguments import check_path
+from pyro_em.fitting.from_arrays import from_arrays
 from pyro_em.fitting.session import Session
 from pyro_em.portable import deep_copied, require_picklable
 from pyro_em.tracing.turns import alone
@@ -60,6 +61,7 @@ class Keeping:
         return copied
 
     @alone("load")
+    @from_arrays
     def load(self, path: str | Path, *args: Any, **kwargs: Any) -> None:
         """Load parameters that ``save`` wrote, with this version of the library or an earlier one.
 

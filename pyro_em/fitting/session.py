@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from pyro_em.errors import UsageError, message, warn
 from pyro_em.fitting.forgetting import LastData
 from pyro_em.fitting.origins import FirstSeen, Origin
@@ -56,6 +58,7 @@ class Session:
         pending: What was read from a file before the model had been run.
         first: Parameters as they were first seen.
         last_data: The data that were learnt from last.
+        tensors_given: What arrays and tables of the last calls were read as, by argument.
         running: The sums of `pyro_em.fitting.partial`, as a file holds them.
     """
 
@@ -64,6 +67,7 @@ class Session:
         self.planner = Planner(request)
         self.num_particles = num_particles
         self.first = FirstSeen()
+        self.tensors_given: dict[str, Tensor] = {}
         self._begin()
 
     def _begin(self) -> None:

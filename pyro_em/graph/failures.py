@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import DataError, Finding, sites_in_words
-from pyro_em.graph.blame import place_of
+from pyro_em.graph.blame import Place, place_of
 from pyro_em.graph.failing_index import of_index
 from pyro_em.graph.failing_values import of_branch, of_number, of_scale, of_validation
 from pyro_em.graph.failing_words import (
@@ -69,6 +69,8 @@ def on_failure(
     )
     if found is not None:
         return found
+    if any(words in text for words in ("the same dtype", "expected scalar type")):
+        return of_dtypes(text, place, known)
     if needs_more_dimensions(error):
         return too_many_dimensions(list(latents))
     if text.startswith("Expected scale > 0"):
@@ -114,6 +116,21 @@ def on_failure(
         f"running it plainly fails with {type(error).__name__}: {text}{at}",
         "the model itself raises, inside this library as outside",
         _remedies(text),
+    )
+
+
+def of_dtypes(text: str, place: Place | None, values: Mapping[str, Tensor]) -> Finding:
+    """A product of float32 with float64, say: parameters of one kind, data of the other."""
+    own = [f"{where} is {str(t.dtype).removeprefix('torch.')}" for where, t in values.items()]
+    return Finding(
+        "model",
+        f"tensors of two kinds of numbers are multiplied: {text}{place_in_words(place)}",
+        "torch multiplies matrices of one dtype; data and parameters have to have the same"
+        + (f": {', '.join(own[:6])}" if own else ""),
+        (
+            "make the parameters as the data are, in the model: pyro.param('b', x.new_zeros(2))",
+            "pass data as the parameters are: x.float() of a tensor, x.astype('float32') of an array",
+        ),
     )
 
 

@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[type[PyroEMError], Callable[[], Any], str]] = {
     "plate": (DataError, lambda: fit(sized, torch.zeros(4)), "'x' | (4,) | (5,) | plate"),
     "matrix": (DataError, lambda: fit(gmm, torch.zeros(4, 3)), "'x' | (4, 3) | (4,) | broadcast"),
     "column": (DataError, lambda: fit(gmm, torch.zeros(5, 1)), "'x' | (5, 1) | (5,)"),
-    "array": (DataError, lambda: fit(gmm, X.numpy()), "site 'x' | ndarray | torch.as_tensor"),
+    "nested list": (DataError, lambda: fit(gmm, X.tolist()), "site 'x' | list | torch.as_tensor"),
     "empty plate": (DataError, lambda: fit(gmm, torch.zeros(0)), "plate 'n' | empty"),
     "negative": (DataError, lambda: fit(poisson, tensor([1.0, -2.0])), SUPPORT),
     "fraction": (DataError, lambda: fit(poisson, tensor([1.0, 2.5])), SUPPORT),
