@@ -59,6 +59,7 @@ class Owned:
         dtypes: Dtypes of the two.
         shared: Whether all components have one spread.
         least: The smallest clear variance. # (K or 1, D) or (D,)
+        floor: The smallest eigenvalue of a matrix that the user asked for; 0 for none.
         is_factor: Whether the spread's parameter is a factor A of covariances A Aᵀ.
     """
 
@@ -70,6 +71,7 @@ class Owned:
     dtypes: tuple[torch.dtype, torch.dtype]
     shared: bool
     least: Tensor
+    floor: float = 0.0
     is_factor: bool = False
 
     @property
@@ -137,6 +139,8 @@ class Owned:
             variances = spread.diagonal(dim1=-2, dim2=-1)
             clear = (torch.addcmul(-self.least, pivots, pivots) - 1e-7 * variances).amin()
             few = D + 1.1
+            if self.floor > 0 and not _is_above(root, self.floor):
+                raise Handover
             if self.rule.spread == "scale_tril":
                 spread = root = self._rounded(root)
         if not (float(clear) > 0 and float(mass.sum() if self.shared else mass.amin()) > few):
@@ -177,6 +181,25 @@ class Owned:
             "loc": loc.reshape(*lead, *loc.shape),
             self.rule.spread: spread.reshape(*lead, *spread.shape),
         }
+
+
+def _is_above(root: Tensor, floor: float) -> bool:
+    """Whether all eigenvalues of A Aᵀ are above a floor: cheaply where they clearly are.
+
+    The smallest one is not below 1 / tr (A Aᵀ)⁻¹.
+
+    Args:
+        root: Cholesky factors. # (K, D, D)
+        floor: The floor.
+
+    Example:
+        >>> _is_above(torch.eye(2), 0.9), _is_above(torch.eye(2), 0.4), _is_above(torch.eye(2), 1.1)
+        (True, True, False)
+    """
+    trace = torch.cholesky_inverse(root).diagonal(dim1=-2, dim2=-1).sum(-1)
+    if float(trace.amax()) * floor < 1:
+        return True
+    return float(torch.linalg.eigvalsh(root @ root.mT).amin()) > floor
 
 
 def owned(
@@ -224,8 +247,6 @@ def owned(
     if rule.diagonal:
         least = (1e-6 * magnitude).square().reshape(spreads[0], D)
     else:
-        if update.floor > 0:
-            return None
         least = 1e-12 * magnitude.square()
     return Owned(
         rule,
@@ -236,5 +257,6 @@ def owned(
         (values[loc].dtype, values[spread].dtype),
         spreads[0] == 1,
         least.clamp(min=update.floor),
+        0.0 if rule.diagonal else update.floor,
         is_factor,
     )

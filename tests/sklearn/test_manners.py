@@ -202,3 +202,13 @@ def test_covariances_stay_above_their_bound() -> None:
     assert np.linalg.eigvalsh(flat.covariances_)[:, 0] == pytest.approx([1e-4, 1e-4])
     plain = GaussianMixture(2, reg_covar=0, random_state=0).fit(ROWS)
     np.testing.assert_allclose(flat.covariances_[:, :2, :2], plain.covariances_, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "tied"])
+def test_the_bound_is_the_constrained_maximum(kind: str) -> None:
+    """Of one component: the eigenvalues of the sample's covariance, raised to the bound."""
+    values, vectors = np.linalg.eigh(np.cov(ROWS.T, bias=True))
+    least = 2.0 * values[0]
+    fitted = GaussianMixture(1, covariance_type=kind, reg_covar=least).fit(ROWS)
+    expected = vectors @ np.diag(values.clip(least)) @ vectors.T
+    np.testing.assert_allclose(fitted.covariances_.reshape(2, 2), expected, rtol=1e-9)
