@@ -271,6 +271,10 @@ class HMM(EMEstimator):
         """The same as ``predict_proba``. # (N, D) -> (N, K)"""
         return self.predict_proba(X, lengths)
 
+    def fit_transform(self, X: Any, y: Any = None, *, lengths: Any = None) -> np.ndarray:
+        """Fit, and the probabilities of the states at the rows of the fit. # (N, D) -> (N, K)"""
+        return self.fit(X, y, lengths=lengths).transform(X, lengths)
+
     def score_samples(self, X: Any, lengths: Any = None) -> np.ndarray:
         """The log density of each row given those before it in its sequence, in nats.
 
