@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_em import plotting
+from pyro_em import html, plotting
 from pyro_em.comparison.curves import Curve
 from pyro_em.comparison.sweep import Sweep
 from pyro_em.portable import Portable
@@ -82,6 +82,24 @@ class Comparison(Portable):
         return f"Comparison:\n{self}"
 
     def __str__(self) -> str:
+        lines = self._cells()
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        out = []
+        for line in lines:
+            cells = [line[0].ljust(widths[0])]
+            cells += [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
+            out.append("  ".join(cells).rstrip())
+        return "\n".join([*out, *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        header, *rows = self._cells()
+        numbers = range(1, len(header))
+        return html.whole(
+            html.table(header, rows, numbers), *(html.line(r) for r in self._remarks())
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The names of the columns, and a row for each contender."""
         within = f"{self.tolerance:g}"
         head = (
             "contender",
@@ -96,7 +114,7 @@ class Comparison(Portable):
             "seeds",
             "seconds with sweep",
         )
-        lines = [head]
+        lines: list[tuple[str, ...]] = [head]
         for r in self.table:
             lines.append(
                 (
@@ -113,18 +131,16 @@ class Comparison(Portable):
                     f"{r.total_seconds:.3f}",
                 )
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        out = []
-        for line in lines:
-            cells = [line[0].ljust(widths[0])]
-            cells += [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
-            out.append("  ".join(cells).rstrip())
-        out.append(
+        return lines
+
+    def _remarks(self) -> list[str]:
+        """What the best is, and what a reader has to know of single runs."""
+        within = f"{self.tolerance:g}"
+        best = (
             f"Best {self.measure} {self.best:.6f} nats, N = {self.num_rows:g};"
             f" 'to {within}': within {within} nats per datum of it. Medians over seeds."
         )
-        out += [f"{r.contender}: {r.note}" for r in self.table if r.note]
-        return "\n".join(out)
+        return [best, *(f"{r.contender}: {r.note}" for r in self.table if r.note)]
 
     def plot(self, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
         """Draw the gap to the best per datum against steps and against seconds.

@@ -14,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_em import html
 from pyro_em.arguments import a_level, number, truth
 from pyro_em.elsewhere import OF_RESULT, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
@@ -22,7 +23,7 @@ from pyro_em.fitting.information import StaticInformation
 from pyro_em.fitting.information_criteria import WHY, Criteria
 from pyro_em.fitting.labels import ParameterForm, labels_of
 from pyro_em.fitting.standard_errors import StandardErrors
-from pyro_em.fitting.summary import as_frame, parameter_table, wide_table
+from pyro_em.fitting.summary import as_frame, estimates, parameter_table, wide_table
 from pyro_em.globs import listed, matching, stacked_answers
 from pyro_em.plan.plan import Plan
 from pyro_em.portable import Copied, Portable, Refused, answered
@@ -520,6 +521,13 @@ class EMResult(Portable, NamesFromElsewhere):
 
     def __repr__(self) -> str:
         return f"EMResult: {self}"
+
+    def _repr_html_(self) -> str:
+        forms = self._forms()
+        shapes = {n: v.shape for n, v in self.params.items()}
+        named = labels_of(None, forms, shapes, self.columns.values())
+        table = estimates(self.params, forms, named)
+        return html.whole(html.heading("EMResult"), html.line(str(self)), table._repr_html_())
 
     def __str__(self) -> str:
         rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"

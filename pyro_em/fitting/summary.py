@@ -68,6 +68,21 @@ def parameter_table(
     return Table(("parameter", *axes), tuple(index), COLUMNS, tuple(rows), attrs)
 
 
+def estimates(
+    params: Mapping[str, Tensor], forms: Mapping[str, ParameterForm], labels: Labels
+) -> Table:
+    """The values alone, one row per element.
+
+    Args:
+        params: Constrained values.
+        forms: What they are.
+        labels: Of their elements.
+    """
+    table = parameter_table(params, forms, {}, None, labels, 0.95, {})
+    rows = tuple((row[0] if row[0] == row[0] else row[-1],) for row in table.rows)
+    return Table(table.names, table.index, COLUMNS[:1], rows)
+
+
 def wide_table(
     params: Mapping[str, Tensor],
     forms: Mapping[str, ParameterForm],

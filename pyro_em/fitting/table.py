@@ -8,6 +8,8 @@ from typing import Any
 
 from pyro_em import html
 
+_MOST = 100  # rows that a notebook shows
+
 
 @dataclass(frozen=True, repr=False)
 class Table:
@@ -55,11 +57,15 @@ class Table:
         header = (*self.names, *self.columns)
         rows = [
             tuple(map(_shown, (*labels, *cells)))
-            for labels, cells in zip(self.index, self.rows, strict=True)
+            for labels, cells in zip(self.index[:_MOST], self.rows[:_MOST], strict=True)
         ]
         left = {*range(len(self.names)), *self._words()}
         numbers = [i for i in range(len(header)) if i not in left]
-        return html.whole(above_in_html(self.attrs), html.table(header, rows, numbers))
+        parts = [above_in_html(self.attrs)] if self.attrs else []
+        parts.append(html.table(header, rows, numbers))
+        if len(self) > _MOST:
+            parts.append(html.line(f"… {len(self) - _MOST:,} rows more"))
+        return html.whole(*parts)
 
     def _words(self) -> list[int]:
         """The columns that hold words."""

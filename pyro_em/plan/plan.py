@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pyro_em import html
 from pyro_em.plan.cost import contraction_from_structure
 from pyro_em.plan.routes import Observation, Route, observations_of, reduced, routes_with_guide
 from pyro_em.portable import Portable
@@ -107,6 +108,18 @@ class Plan(Portable):
         return name
 
     def __str__(self) -> str:
+        return "\n".join(str(part) for part in self._parts())
+
+    def _repr_html_(self) -> str:
+        return html.whole(
+            *(
+                part.html() if isinstance(part, _Section) else html.line(part)
+                for part in self._parts()
+            )
+        )
+
+    def _parts(self) -> list[str | _Section]:
+        """What is shown, in order: tables and lines."""
         users = self._users_names()
         routes = tuple(
             r
@@ -114,9 +127,9 @@ class Plan(Portable):
             else replace(r, site=users[r.site], reason=f"where missing: {r.reason}")
             for r in self.routes
         )
-        parts = [
-            "Latents",
-            _table(
+        parts: list[str | _Section] = [
+            _Section(
+                "Latents",
                 ("site", "distribution", "plates", "route", "reason"),
                 [
                     (
@@ -129,8 +142,8 @@ class Plan(Portable):
                     for name, r in _folded(routes)
                 ],
             ),
-            "Parameters",
-            _table(
+            _Section(
+                "Parameters",
                 ("parameter", "update", "reason"),
                 [
                     (name, _update_name(u), u.reason)
@@ -160,15 +173,31 @@ class Plan(Portable):
         if self.gives_up:
             parts.append(f"Strategy: {self.gives_up}")
         if self.missing:
-            rows = _missing_in_words(self.missing)
-            parts += ["Missing entries", _table(("site", "missing", "entries", "treatment"), rows)]
+            header = ("site", "missing", "entries", "treatment")
+            parts.append(_Section("Missing entries", header, _missing_in_words(self.missing)))
         parts.extend(f"Note: {n}" for n in self.notes)
-        return "\n".join(parts)
+        return parts
 
     __repr__ = __str__
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
+
+
+@dataclass(frozen=True)
+class _Section:
+    """A table of a plan, with its name."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def __str__(self) -> str:
+        return f"{self.title}\n{_table(self.header, self.rows)}"
+
+    def html(self) -> str:
+        shown = html.table(self.header, self.rows) if self.rows else html.line("none")
+        return html.heading(self.title) + shown
 
 
 def _folded(routes: tuple[Route, ...]) -> list[tuple[str, Route]]:

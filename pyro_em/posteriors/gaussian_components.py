@@ -27,7 +27,9 @@ _COMBINATIONS = 2**20  # of values of discrete latents for which Gaussian ones a
 
 _QUICK = 2**16  # combinations that take seconds
 
-_BECAUSE = "Gaussian latents are integrated for each combination of the discrete ones that touch them"
+_BECAUSE = (
+    "Gaussian latents are integrated for each combination of the discrete ones that touch them"
+)
 
 
 class NotSeparate(Exception):

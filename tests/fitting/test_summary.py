@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 import sys
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pyro
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import EMResult, ExactPosteriorEM, Fixed, UsageError
+from pyro_em import Comparison, EMResult, ExactPosteriorEM, Fixed, UsageError
+from pyro_em.comparison.table import Row
 from pyro_em.fitting.table import Table
 from pyro_em.graph.axes import axis_names
 
@@ -193,3 +196,20 @@ def mixture_of_one(x: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         z = pyro.sample("z", dist.Categorical(w))
         pyro.sample("x", dist.Normal(mu[z], 1.0).to_event(1), obs=x)
+
+
+def test_plan_result_and_comparison_are_tables_in_a_notebook(fitted: EMResult) -> None:
+    row = Row("<script>alert(1)</script>", -1.5, -1.5, -1.5, 3, 0.1, 3, 0.1, None, 1, 0.1, "a & b")
+    shown = {
+        "plan": replace(fitted.plan, notes=("<b>bold</b>",)),
+        "result": replace(fitted, message="<i>done</i>"),
+        "comparison": Comparison((row,), {}, {}, -1.5, "evidence", 4.0, 0.01),
+    }
+    for name, value in shown.items():
+        text = value._repr_html_()
+        words = [" ".join(t.split()) for t in ElementTree.fromstring(text).itertext()]
+        tags = {element.tag for element in ElementTree.fromstring(text).iter()}
+        assert tags <= {"div", "table", "thead", "tbody", "tr", "th", "td"}, name
+        assert "color:" not in text.replace("background: none", "")
+        plain = set(str(value).replace("\n", " ").split())
+        assert plain - set(" ".join(words).split()) <= {"Comparison:"}, name
