@@ -13,7 +13,7 @@ from pyro_em.arguments import shown
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.posteriors.conjugate import ConjugateBlock
+from pyro_em.posteriors.conjugate_faces import block_of, latents_in
 from pyro_em.posteriors.conjugate_given import conjugate_given
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
@@ -26,6 +26,7 @@ from pyro_em.posteriors.product import product_posterior
 from pyro_em.posteriors.regrouped import regrouped
 from pyro_em.posteriors.scaled import ScaledBlock, ScaledSolution
 from pyro_em.posteriors.scaled_gaussian import ScaledGaussian
+from pyro_em.posteriors.stacked_conjugates import StackedConjugates
 from pyro_em.variational.drawn import DrawnPosterior
 
 
@@ -64,18 +65,21 @@ def given_solutions(evaluation: Evaluation, given: Mapping[str, Any], where: str
     """
     out: dict[int, Integrated | ConjugateSolution | ScaledSolution] = dict(evaluation.solved)
     for g, known in conjugates_in(evaluation.solved).items():
-        nested = evaluation.graph.groups[g].nested
-        block = nested.conjugate if isinstance(nested, ScaledBlock) else nested
-        assert isinstance(block, ConjugateBlock)
-        if block.latent not in given:
-            continue
-        found = conjugate_given(block, known, given[block.latent], where)
-        both = evaluation.solved[g]
-        if isinstance(nested, ScaledBlock) and isinstance(both, ScaledSolution):
-            own = nested.given_scale(found, evaluation.arguments[g])
-            out[g] = replace(both, conjugate=found, gaussian=own)
-        else:
-            out[g] = found
+        group = evaluation.graph.groups[g]
+        for name in (n for n in latents_in(group) if n in given):
+            block, before = block_of(group, name), out[g]
+            if isinstance(group.nested, StackedConjugates):
+                assert isinstance(before, ConjugateSolution)
+                one = group.nested.solution_of(before, name)
+                found = conjugate_given(block, one, given[name], where)
+                out[g] = group.nested.with_one(before, name, found)
+                continue
+            found = conjugate_given(block, known, given[name], where)
+            if isinstance(group.nested, ScaledBlock) and isinstance(before, ScaledSolution):
+                own = group.nested.given_scale(found, evaluation.arguments[g])
+                out[g] = replace(before, conjugate=found, gaussian=own)
+            else:
+                out[g] = found
     gaussian = gaussians_in(out)
     faces = GaussianFaces(evaluation.graph, gaussian, ())
     for g, solution in gaussian.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ from pyro_em.posteriors.gaussian_components import NotSeparate, group_of_block
 from pyro_em.posteriors.gaussian_sites import over_scope, taken
 from pyro_em.posteriors.scaled import ScaledBlock
 from pyro_em.posteriors.scaled_components import block_of_scale, with_scale
+from pyro_em.posteriors.stacked_conjugates import StackedConjugates, group_of_stack, stacked
 from pyro_em.updates.conjugate_beliefs import with_factor
 from pyro_em.updates.gaussian_rows import is_matrix
+
+Block = ConjugateBlock | StackedConjugates | ScaledBlock
 
 
 def conjugated(
@@ -45,11 +49,25 @@ def conjugated(
         NotSeparate: If discrete latents connect elements of a latent.
         NotConjugate: If the spread of Gaussian latents is not that of all sites that they connect.
     """
-    blocks: list[ConjugateBlock | ScaledBlock] = []
-    for latent, kernel in kernels.items():
-        own = tuple(r for r in reads.values() if r.latent == latent)
-        gaussian = block_of_scale(graph, latent, reads)
-        blocks.append(_block(graph, latent, own, kernel, limit, gaussian))
+    by_latent: dict[str, list[ConjugateRead]] = {latent: [] for latent in kernels}
+    for read in reads.values():
+        by_latent[read.latent].append(read)
+    scaled = {n: block_of_scale(graph, n, reads) for n in kernels}
+    blocks: list[Block] = []
+    for names in _alike(graph, kernels, by_latent, scaled):
+        first = names[0]
+        own, kernel = tuple(by_latent[first]), kernels[first]
+        block = _block(graph, first, own, kernel, limit, scaled[first])
+        stack = None
+        if len(names) > 1 and isinstance(block, ConjugateBlock):
+            stack = _stack(graph, names, by_latent, block)
+        if stack is not None:
+            blocks.append(stack)
+            continue
+        blocks.append(block)
+        for latent in names[1:]:
+            own = tuple(by_latent[latent])
+            blocks.append(_block(graph, latent, own, kernel, limit, scaled[latent]))
     inside = {name for block in blocks for group in block.groups for name in group.members}
     rest: list[Group] = []
     for group in graph.groups:
@@ -61,8 +79,57 @@ def conjugated(
     return replace(graph, groups=(*rest, *map(_group, blocks)))
 
 
-def _group(block: ConjugateBlock | ScaledBlock) -> Group:
+def _alike(
+    graph: FactorGraph,
+    kernels: Mapping[str, PriorKernel],
+    reads: Mapping[str, list[ConjugateRead]],
+    scaled: Mapping[str, GaussianBlock | None],
+) -> list[list[str]]:
+    """Latents whose sites are members of the same groups and read them alike, in model order."""
+    numbers = {id(group): g for g, group in enumerate(graph.groups)}
+    found: dict[Any, list[str]] = {}
+    for latent, kernel in kernels.items():
+        key: Any = latent
+        if scaled[latent] is None:
+            places = [graph.group_of(n)[0] for n in (latent, *(r.site for r in reads[latent]))]
+            if all(g.is_unscaled and id(g) in numbers for g in places):
+                how = [(id(r.pair), r.power, tuple(r.elements.shape)) for r in reads[latent]]
+                key = id(kernel), tuple(numbers[id(g)] for g in places), tuple(how)
+        found.setdefault(key, []).append(latent)
+    out = []
+    for names in found.values():
+        first = reads[names[0]]
+        same = all(
+            torch.equal(a.elements, b.elements) and a.order is None and b.order is None
+            for n in names[1:]
+            for a, b in zip(first, reads[n], strict=True)
+        )
+        out += [names] if same else [[n] for n in names]
+    return out
+
+
+def _stack(
+    graph: FactorGraph,
+    names: list[str],
+    reads: Mapping[str, list[ConjugateRead]],
+    first: ConjugateBlock,
+) -> StackedConjugates | None:
+    """Latents that are alike as one block; None where their discrete latents stand otherwise."""
+    traced = []
+    for sites in zip(*((n, *(r.site for r in reads[n])) for n in names), strict=True):
+        group = graph.group_of(sites[0])[0]
+        places = {name: i for i, name in enumerate(group.members)}
+        traced.append(taken(group, [places[n] for n in sites]))
+    wide = [over_scope(g, first.scope, first.states) for g in traced]
+    pairs = zip(wide[1:], first.reads, strict=True)
+    prepared = [_prepared(g, r, first.kernel) for g, r in pairs]
+    return stacked(first, (wide[0], *prepared), traced)
+
+
+def _group(block: Block) -> Group:
     """The group that stands for a block, with the weights of its rows."""
+    if isinstance(block, StackedConjugates):
+        return group_of_stack(block)
     group = group_of_block(block)
     often = block.conjugate.weight if isinstance(block, ScaledBlock) else block.weight
     if often is None:

@@ -5,7 +5,7 @@ Given the discrete latents each element is by itself of the form of its prior: a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,11 @@ from torch import Tensor
 from pyro_em.errors import UsageError, message
 from pyro_em.families.conjugate_draws import drawn
 from pyro_em.globs import is_glob
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.scaled import ScaledBlock
+from pyro_em.posteriors.stacked_conjugates import StackedConjugates
 
 Codes = Mapping[str, Tensor]
 
@@ -167,13 +168,13 @@ class ConjugateFaces:
     @cached_property
     def places(self) -> dict[str, int]:
         """For each latent the number of its group, in model order."""
-        found = {self._block(g).latent: g for g in self.solved}
+        found = {n: g for g in self.solved for n in latents_in(self.graph.groups[g])}
         return {n: found[n] for n in self.graph.structure.sites if n in found}
 
     def site(self, name: str) -> ConjugateSite:
         """A latent by its name."""
         g = self.places[name]
-        block, solution = self._block(g), self.solved[g]
+        block, solution = self._block(name), self._solution(name)
         info, structure = self.graph.structure.sites[name], self.graph.structure
         own = {structure.plates[p].dim: p for p in info.plates}
         plates = (own.get(d) for d in range(-info.batch_dim, 0))
@@ -183,7 +184,12 @@ class ConjugateFaces:
         weights = None
         if block.scope:
             states = torch.Size(block.states).numel()
-            weights = self.cells[g].reshape(-1, states)[block.element_of_row(0, events=True)]
+            cells = self.cells[g]
+            if len(cells) > 1:  # a member for each latent
+                nested = self.graph.groups[g].nested
+                assert isinstance(nested, StackedConjugates)
+                cells = cells[nested.place[name]]
+            weights = cells.reshape(-1, states)[block.element_of_row(0, events=True)]
         return ConjugateSite(block, solution, batch, event, weights)
 
     @torch.no_grad()
@@ -234,14 +240,14 @@ class ConjugateFaces:
         """
         out = {}
         for name, g in self.places.items():
-            values, count = drawn[name], self._block(g).count
+            values, count = drawn[name], self._block(name).count
             event = values.shape[values.dim() - self.solved[g].kernel.event_dim :]
             out[g] = values.reshape(len(values), count, *event)
         return out
 
     def _cells(self, name: str, codes: Codes, n: int) -> Tensor | None:
         """The combination of discrete values of each element. # (n, elements)"""
-        block = self._block(self.places[name])
+        block = self._block(name)
         if not block.scope:
             return None
         device = block.groups[0].value.device
@@ -252,11 +258,34 @@ class ConjugateFaces:
             place = place * states + codes[z].reshape(n, *shape)
         return place.reshape(n, -1)[:, block.element_of_row(0, events=True)]
 
-    def _block(self, g: int) -> ConjugateBlock:
+    def _block(self, name: str) -> ConjugateBlock:
+        return block_of(self.graph.groups[self.places[name]], name)
+
+    def _solution(self, name: str) -> ConjugateSolution:
+        g = self.places[name]
         block = self.graph.groups[g].nested
-        block = block.conjugate if isinstance(block, ScaledBlock) else block
-        assert isinstance(block, ConjugateBlock)
-        return block
+        if isinstance(block, StackedConjugates):
+            return block.solution_of(self.solved[g], name)
+        return self.solved[g]
+
+
+def latents_in(group: Group) -> Sequence[str]:
+    """The conjugate latents that a group integrates."""
+    block = group.nested
+    if isinstance(block, StackedConjugates):
+        return block.latents
+    block = block.conjugate if isinstance(block, ScaledBlock) else block
+    return (block.latent,) if isinstance(block, ConjugateBlock) else ()
+
+
+def block_of(group: Group, name: str) -> ConjugateBlock:
+    """The block of one of these."""
+    block = group.nested
+    if isinstance(block, StackedConjugates):
+        return block.one(name)
+    block = block.conjugate if isinstance(block, ScaledBlock) else block
+    assert isinstance(block, ConjugateBlock)
+    return block
 
 
 def stacked_or_alone(site: str, answers: list[Tensor]) -> Tensor:

@@ -17,11 +17,12 @@ from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import Arguments, GaussianBlock
 from pyro_em.posteriors.integrated import Integrated
 from pyro_em.posteriors.scaled import ScaledBlock, ScaledSolution
+from pyro_em.posteriors.stacked_conjugates import StackedConjugates
 
 # The posterior of the latents that each group of some number integrates.
 Solved = Mapping[int, Integrated | ConjugateSolution | ScaledSolution]
 
-BLOCKS = (GaussianBlock, ConjugateBlock, ScaledBlock)
+BLOCKS = (GaussianBlock, ConjugateBlock, StackedConjugates, ScaledBlock)
 
 
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
@@ -78,7 +79,7 @@ def in_m_step(
         block = graph.groups[g].nested
         given = arguments[g], counts[g], complete
         if isinstance(solution, ConjugateSolution):
-            assert isinstance(block, ConjugateBlock)
+            assert isinstance(block, (ConjugateBlock, StackedConjugates))
             sites = block.believed(solution, *given)
         elif isinstance(solution, ScaledSolution):
             assert isinstance(block, ScaledBlock)
@@ -118,7 +119,7 @@ def tables_of(
             found = group.nested.solve(own)
             solved[g] = found
             tables.append(group.nested.table(found))
-        elif isinstance(group.nested, ConjugateBlock):
+        elif isinstance(group.nested, (ConjugateBlock, StackedConjugates)):
             known = group.nested.solve(own)
             solved[g] = known
             tables.append(group.nested.table(known))

@@ -87,16 +87,15 @@ def given_steps(
 
 
 def _seen_table(steps: DataSteps, g: int, table: Tensor, last: int) -> Tensor:
-    """The evidence of a conjugate latent's data so far: all of them, or none.
+    """The evidence of each conjugate latent's data so far: all of them, or none.
 
     Raises:
         UsageError: If it has data at several steps, of which some come later.
     """
-    own = [at for (h, _), at in steps.of_rows.items() if h == g]
-    seen = [bool((at <= last).all()) for at in own]
-    if all(seen):
-        return table
-    if any(bool((at <= last).any()) for at in own):
+    own = [at.reshape(len(table), -1) for (h, _), at in steps.of_rows.items() if h == g]
+    seen = torch.cat([at <= last for at in own], 1).to(table.device)
+    all_of, any_of = seen.all(1), seen.any(1)
+    if bool((any_of & ~all_of).any()):
         raise UsageError(
             message(
                 "filtered",
@@ -105,4 +104,4 @@ def _seen_table(steps: DataSteps, g: int, table: Tensor, last: int) -> Tensor:
                 ["ask for the posterior of a shorter series"],
             )
         )
-    return torch.zeros_like(table)
+    return table * all_of.reshape(-1, *(1,) * (table.dim() - 1))

@@ -204,7 +204,8 @@ def places_of(graph: FactorGraph, latents: Iterable[Latent]) -> list[Place]:
     for latent in latents:
         group, i = graph.group_of(latent.name)
         if id(group) in nested:  # the block's own group has its table
-            g, i = nested[id(group)], 0
+            g = nested[id(group)]
+            i = i if len(graph.groups[g].members) > 1 else 0
         else:
             g = numbers[id(group)]
         dims = graph.groups[g].dims[i]

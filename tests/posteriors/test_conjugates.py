@@ -414,6 +414,26 @@ def _conditional_entropy(q: Any, a: Tensor, x: Tensor) -> float:
     return float((q.probs("z") * each).sum())
 
 
+def test_rates_of_the_steps_of_a_loop_are_one_block_and_each_can_be_given() -> None:
+    em = ExactPosteriorEM(in_loops)
+    q = em.posterior(COUNTS)
+    assert [len(g.members) for g in q.graph.groups] == [3]
+    assert torch.allclose(q.mean("rate_*"), (A + COUNTS[:3]) / (B + 2))
+    shape, rate = A + COUNTS[1], B + 2
+    given = em.elbo(COUNTS, q={"rate_1": dist.Gamma(shape, 2 * rate)})
+    # KL of two Gammas of one shape.
+    assert given.gap == pytest.approx(float(shape * (math.log(2) - 0.5)), abs=1e-10)
+    point = em.elbo(COUNTS, q={"rate_1": dist.Delta(tensor(0.8))})
+    rest = em.elbo(COUNTS, q=q)
+    own = dist.Gamma(A, B).log_prob(tensor(0.8)) + dist.Poisson(1.6).log_prob(COUNTS[1])
+    t = shape.digamma() - rate.log(), shape / rate
+    mean = A * B.log() - A.lgamma() + (A - 1) * t[0] - B * t[1] - 2 * t[1]
+    mean += COUNTS[1] * (math.log(2) + t[0]) - (COUNTS[1] + 1).lgamma()
+    difference = point.expected_log_joint - rest.expected_log_joint
+    assert difference == pytest.approx(float(own - mean), abs=1e-10)
+    assert point.entropy == -math.inf
+
+
 def test_what_is_known_so_far_of_a_chain_of_counts() -> None:
     q = ExactPosteriorEM(chain).posterior(COUNTS)
     alpha = MOVES[0] * negative_binomial(COUNTS[0], SHAPES, RATES).exp()
