@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pyro_em.errors import Finding
+from pyro_em.graph.jacobians import Place, refusal
 from pyro_em.graph.linearity import breaks_of
 from pyro_em.graph.lines import is_gaussian
-from pyro_em.graph.means import Place, reaching, refusal, refusals
+from pyro_em.graph.means import reaching, refusals
 from pyro_em.tracing.runs import Run
 
 

@@ -22,13 +22,10 @@ from torch import Tensor
 
 from pyro_em.errors import ModelError, message, sites_in_words
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.jacobians import Jacobian
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, NotLinear, Read
-from pyro_em.graph.means import (
-    Jacobian,
-    Mean,
-    means_of,
-)
+from pyro_em.graph.means import Mean, means_of
 from pyro_em.graph.read_lines import hidden
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import is_close, random_like

@@ -115,6 +115,8 @@ class Group:
         nested: The latents that the group integrates, where it stands for all their sites.
         matrix: Of a multivariate Normal that is read as independent ones the argument that it was
             given; else empty.
+        by_steps: Whether the elements of its first plate are the steps of a chain, which reads them one
+            by one as it does the members of other groups.
     """
 
     members: Sequence[str]
@@ -142,6 +144,7 @@ class Group:
     belief: Belief | None = None
     nested: Nested | None = None
     matrix: str = ""
+    by_steps: bool = False
 
     @cached_property
     def is_static(self) -> bool:

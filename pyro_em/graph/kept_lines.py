@@ -18,9 +18,9 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.jacobians import Jacobian, Place
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, Read, mean_at
-from pyro_em.graph.means import Jacobian, Place
 from pyro_em.graph.read_lines import random_values
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import is_close

@@ -19,16 +19,14 @@ from torch import Tensor
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, ModelError
 from pyro_em.families.registry import family_of, given_arguments
+from pyro_em.graph.binding import Binding
+from pyro_em.graph.collected import jacobian_of_all
 from pyro_em.graph.enumerated import run_enumerated
+from pyro_em.graph.jacobians import Jacobian, Place, refusal
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
 from pyro_em.graph.lines import Line, NotLinear, Read, means_at
-from pyro_em.graph.means import (
-    Jacobian,
-    Place,
-    means_of,
-    refusal,
-)
+from pyro_em.graph.means import means_of
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import (
     bind_line,
@@ -106,11 +104,14 @@ def _lines_of(
     leaves_at_zero = {n: p.leaf for n, p in at_zero.parameters.items()}
     layout = FactorLayout(run.sites, structure.as_run, Recurring(leaves))
     out = {}
-    for mean in means_of((run, at_zero), values, layout):
+    for mean in means_of((run, at_zero), values, layout, jointly=True):
         place, plates = mean.place, len(mean.place.sizes)
+        known: dict[int, Binding] = {}  # coefficients of the latents of a series are one tensor
+        for _, c in mean.reads:
+            if id(c.values) not in known:
+                known[id(c.values)] = bind_line(c.values, leaves, plates, bound=bound)
         reads = tuple(
-            Read(latent, c.elements, bind_line(c.values, leaves, plates, bound=bound), c.only)
-            for latent, c in mean.reads
+            Read(latent, c.elements, known[id(c.values)], c.only) for latent, c in mean.reads
         )
         own = bind_line(mean.offset, leaves_at_zero, plates, bound=bound)
         out[mean.site] = Line(mean.site, place.sizes, place.scope, place.event, own, reads)
@@ -200,11 +201,22 @@ def parts_at(
     for name, line in lines.items():
         place = Place.of(name, layout)
         loc = place.loc(run.sites[name])
+        series: dict[int, list[str]] = {}
+        for r in line.reads:
+            series.setdefault(id(r.coefficient), []).append(r.latent)
+        joint: dict[int, Tensor] = {}
         for read, (part, binding) in zip((None, *line.reads), line.parts.items(), strict=True):
             if binding.is_static:
                 continue
             if read is None:
                 found = place.compact(place.loc(at_zero.sites[name]))
+            elif len(own := series[id(read.coefficient)]) > 1 and read.only is None:
+                key = id(read.coefficient)
+                if key not in joint:
+                    event = run.sites[own[0]]["fn"].event_dim
+                    along = jacobian_of_all(place, loc, [values[n] for n in own], event)
+                    joint[key] = along.coefficient()
+                found = joint[key]
             else:
                 along = Jacobian.of(place, loc, values[read.latent], run.sites[read.latent])
                 found = along.coefficient(read.only)

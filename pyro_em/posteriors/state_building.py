@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from pyro_em.posteriors.gaussian_sites import dense_block, site_over, taken, wit
 from pyro_em.posteriors.site_forms import SiteForm, Term
 from pyro_em.posteriors.state_form import StateForm, state_form
 from pyro_em.posteriors.state_layout import Stack, StateLayout
+from pyro_em.posteriors.steps_of_plates import Piece, by_steps, first_steps
 from pyro_em.tracing.sites import Role
 
 _FIRST = 12  # levels that stand for all where a look at a few steps is enough
@@ -40,58 +42,66 @@ def chain_block(
         values: Constrained parameters by name.
         read: Per site what its mean is made of, where no binding gives it.
     """
-    numbers = {name: i for i, name in enumerate(lines)}
-    members = [graph.group_of(name) for name in lines]
+    pieces = [piece for line in lines.values() for piece in by_steps(line, graph)]
+    numbers = {piece.line.site: i for i, piece in enumerate(pieces)}
+    members = [graph.group_of(piece.line.site) for piece in pieces]
     forms = [
         SiteForm(
-            line.site,
-            torch.Size(line.sizes).numel(),
+            piece.line.site,
+            torch.Size(piece.line.sizes).numel(),
             group.value.shape[1 + len(group.sizes) :].numel(),
             group.role is Role.GAUSSIAN,
-            tuple(Term(numbers[r.latent], r.elements) for r in line.reads),
+            tuple(Term(numbers[r.latent], r.elements) for r in piece.line.reads),
         )
-        for line, (group, _) in zip(lines.values(), members, strict=True)
+        for piece, (group, _) in zip(pieces, members, strict=True)
     ]
     form = state_form(forms)
     if form is None:
         return None
     alike: dict[Hashable, list[int]] = {}
-    for i, (line, (group, member)) in enumerate(zip(lines.values(), members, strict=True)):
+    for i, (piece, (group, member)) in enumerate(zip(pieces, members, strict=True)):
         placed = form.sites[i]
         start = placed.start if forms[i].is_latent else None
         own = group.dims[member][group.n_plates :]
-        kinds = tuple(_kind(b) for b in line.parts.values())
+        kinds = tuple(_kind(b) for b in piece.line.parts.values())
         alike.setdefault((id(group), start, own, placed.key, kinds), []).append(i)
     if 3 * len(alike) > len(forms):  # steps that are all of different kinds
         return None
+    if any(pieces[i].whole and len(s) < pieces[i].steps for s in alike.values() for i in s):
+        return None  # steps of one site that are not alike
 
-    every = list(lines.values())
-    traced, groups, stacks = [], [], []
+    traced, groups, firsts, stacks = [], [], [], []
     for chosen in alike.values():
-        group = taken(members[chosen[0]][0], [members[i][1] for i in chosen])
-        parts = _stacked_parts([every[i] for i in chosen])
+        whole, group = pieces[chosen[0]].whole, members[chosen[0]][0]
+        if whole is not None:
+            group, those = replace(group, by_steps=True), [whole]
+        else:
+            group = taken(group, [members[i][1] for i in chosen])
+            those = [pieces[i].line for i in chosen]
+        parts = _stacked_parts(those)
         group = with_offset(group, parts["loc"], values)
         traced.append(group)
         # Its coefficients are of several latents, one for each member.
         reads = ("",) * (len(parts) - 1)
-        known = _stacked_tensors([every[i] for i in chosen], parts, read)
+        known = _stacked_tensors(those, parts, read)
         groups.append(site_over(group, parts, reads, scope, states, values, known))
+        firsts.append(those[0])
         placed_here = [form.sites[i] for i in chosen]
         stacks.append(Stack.of(forms[chosen[0]], placed_here, form.chains))
     return GaussianChain(
         tuple(groups),
-        tuple(every[chosen[0]] for chosen in alike.values()),
+        tuple(firsts),
         scope,
         states,
         traced=tuple(traced),
         chains=StateLayout(form, tuple(stacks)),
-        beginning=Later(lambda: _beginning(graph, lines, form, scope, states, values, read)),
+        beginning=Later(lambda: _beginning(graph, pieces, form, scope, states, values, read)),
     )
 
 
 def _beginning(
     graph: FactorGraph,
-    lines: Mapping[str, Line],
+    pieces: Sequence[Piece],
     form: StateForm,
     scope: tuple[str, ...],
     states: tuple[int, ...],
@@ -100,9 +110,9 @@ def _beginning(
 ) -> GaussianBlock:
     """The first few steps as one dense block."""
     last = max(_FIRST, 2 * form.size + 2)
-    levels = (placed.level for placed in form.sites)
-    first = {n: line for (n, line), t in zip(lines.items(), levels, strict=True) if t < last}
-    return dense_block(graph, first, scope, states, values, read)
+    first = [p for p, at in zip(pieces, form.sites, strict=True) if at.level < last]
+    graph, lines, read = first_steps(first, graph, read)
+    return dense_block(graph, lines, scope, states, values, read)
 
 
 def _kind(b: Binding) -> Hashable:

@@ -57,7 +57,10 @@ def apart_rows(group: Group, t: Tensor, tail: int = 0, *, own_event: bool = Fals
     event, n = event_shape(group), group.n_plates
     t = once(t)
     rest = t.shape[t.dim() - tail :] if tail else torch.Size()
-    rows = _flat(_flat(t, 1, group.sizes[:n]), 2, group.sizes[n:]).movedim(2, 0)
+    plates = group.sizes[:n]
+    if group.by_steps:
+        t, plates = once(t[0]), plates[1:]
+    rows = _flat(_flat(t, 1, plates), 2, group.sizes[n:]).movedim(2, 0)
     own = rows.shape[3 : rows.dim() - tail]
     if own_event and own.numel() == 1:
         return rows.reshape(*rows.shape[:3], 1, *rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -256,3 +257,49 @@ def test_what_has_no_noise_to_be_moved_in_is_named(spread: str, shifted: bool, w
             noise(10, seed=22), spread, shifted, max_steps=3, tol=0
         )
     assert result.status is EMStatus.DEGENERATE and result.params["phi"].tolist() == [0.8, -0.2]
+
+
+def stacked_or_not(y: Tensor, kind: str, at_once: bool) -> None:
+    """What is observed of each step in the loop, or of all steps in a plate after it."""
+    A, W = number("A", [[0.8, 0.1], [-0.2, 0.7]]), number("W", [[1.0, 0.2], [0.3, -0.7]])
+    people = pyro.plate("people", 2, dim=-1) if kind == "panel" else nullcontext()
+    inputs = noise(len(y), seed=23)
+
+    def emitted(t: Any, h: Tensor) -> Any:
+        if kind == "vectors":
+            return dist.Normal(h @ W.mT, positive("r", 0.5)).to_event(1)
+        mean = h + A[0, 0] if kind == "panel" else W[0, 0].exp() * inputs[t] * h  # no linear one
+        return dist.Normal(mean, positive("r", 0.5))
+
+    h, states = torch.zeros(2 if kind == "vectors" else ()).double(), list[Tensor]()
+    for t in range(len(y)):
+        with people:
+            step = dist.Normal(A @ h, 1.0).to_event(1) if kind == "vectors" else None
+            h = pyro.sample(f"h_{t}", step or dist.Normal(0.9 * h, 1.0))
+            states.append(h)
+            if not at_once:
+                pyro.sample(f"y_{t}", emitted(t, h), obs=y[t])
+    if at_once:
+        with pyro.plate("steps", len(y), dim=-2 if kind == "panel" else -1), people:
+            pyro.sample("y", emitted(torch.arange(len(y)), torch.stack(states)), obs=y)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "panel", "opaque"])
+def test_what_is_observed_of_all_steps_at_once_is_a_chain(kind: str) -> None:
+    y = noise(9, 2, seed=24) if kind != "opaque" else noise(9, seed=24)
+    y[3, ...] = torch.nan
+    found = []
+    for at_once in (False, True):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(stacked_or_not, missing="nan")
+        result = em.fit(y, kind, at_once, max_steps=2, tol=0)
+        assert "chain: Kalman" in result.plan.routes[0].reason
+        q, name = result.posterior, "y" if at_once else "y_*"
+        errors = q.prediction_errors(name)
+        ahead = em.forecast(y, kind, at_once, seed=0).means
+        gap = ahead["y"][3] if at_once else ahead["y_3"]
+        numbers = (q.mean("h_*"), q.filtered("h_*").mean, errors, gap, *result.params.values())
+        found.append(([*result.history, result.log_evidence], numbers))
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-11)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(other, one, rtol=0.0, atol=1e-11, equal_nan=True)
