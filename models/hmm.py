@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
+from functools import partial
 from pathlib import Path
 
 import pyro
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import EMResult, ExactPosteriorEM
+from pyro_em import ExactPosteriorEM, Selection, select
 
 HERE = Path(__file__).parent
 FIRST_YEAR = 1900
@@ -79,20 +79,10 @@ def load_data(dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor([float(row["earthquakes"]) for row in csv.DictReader(file)]).to(dtype)
 
 
-def bic(result: EMResult, T: int) -> float:
-    """-2 log evidence + p log T, where every year counts as one row; lower is better."""
-    assert result.log_evidence is not None
-    return -2 * result.log_evidence + result.num_free_parameters * math.log(T)
-
-
-def fit_all(x: Tensor, largest: int) -> dict[int, EMResult]:
-    """Fits of 1, 2, ... states; their parameters leave the param store. # x: (T,)"""
-    results = {}
-    for K in range(1, largest + 1):
-        pyro.clear_param_store()
-        results[K] = ExactPosteriorEM(model).fit(x, K, tol=1e-8)
-    pyro.clear_param_store()
-    return results
+def numbers_of_states(x: Tensor, largest: int) -> Selection:
+    """Fits of 1, 2, ... states, each from its own start; every year counts in BIC. # x: (T,)"""
+    states = range(1, largest + 1)
+    return select(lambda K: partial(model, K=K), x, K=states, num_restarts=1, tol=1e-8)
 
 
 def filtered(x: Tensor, K: int = 2) -> Tensor:
@@ -191,11 +181,7 @@ def main() -> None:
     options = parser.parse_args()
 
     x, K = load_data(), options.K
-    for k, each in fit_all(x, options.largest).items():
-        print(
-            f"{k} states: log evidence {each.log_evidence:.6f}, AIC {each.aic:.2f}, "
-            f"BIC {bic(each, len(x)):.2f} ({each.num_free_parameters} parameters; lower is better)"
-        )
+    print(numbers_of_states(x, options.largest))
     em = ExactPosteriorEM(model)
     print(f"\n{em.plan(x, K)}\n")
     result = em.fit(x, K, tol=1e-11, seed=options.seed, progress=True)
