@@ -8,12 +8,14 @@ from typing import Any
 from pyro_em.arguments import by_name, seed_of
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.chunked import chunks_in
+from pyro_em.fitting.from_arrays import read_for
 from pyro_em.plan.fit_wishes import FIT_KEYWORDS, fit_wishes
 from pyro_em.resampling.tasks import run_all
-from pyro_em.selection.candidates import Grid
+from pyro_em.selection.candidates import Grid, Key
 from pyro_em.selection.criteria import criterion_of
 from pyro_em.selection.fits import Fits, Outcome, folded, total
 from pyro_em.selection.selection import Selection, row_of
+from pyro_em.sources.given import Given, holds_arrays
 from pyro_em.tracing.turns import alone
 
 
@@ -95,8 +97,8 @@ def select(
                 ],
             )
         )
-    fits = Fits(made, data, wishes, num_restarts, own_seed)
     keys = made.keys
+    fits = Fits(made, _as_tensors(made, keys, data), wishes, num_restarts, own_seed)
     if folds is not None:
         fits = folded(fits, folds, keys)
     parts: list[int | None] = [None, *range(len(fits.folds))]
@@ -106,6 +108,17 @@ def select(
     )
     by_key = {key: outcomes[i * len(parts) : (i + 1) * len(parts)] for i, key in enumerate(keys)}
     return _selection(fits, by_key, criterion)
+
+
+def _as_tensors(grid: Grid, keys: list[Key], data: tuple) -> tuple:
+    """The data with arrays and tables as tensors, for the first candidate that can be made."""
+    for key in keys if any(map(holds_arrays, data)) else ():
+        try:
+            model = grid.made(key).model
+        except Exception:  # a row of the table says so
+            continue
+        return read_for(Given(), model, data, {})[0]
+    return data
 
 
 def _wishes(fit: Any, max_steps: Any, tol: Any) -> dict[str, Any]:

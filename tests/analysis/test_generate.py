@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -54,7 +55,7 @@ def test_mixture() -> None:
     assert abs(float(new["z"].double().mean()) - 0.75) < 5 * (0.1875 / 4000) ** 0.5
     assert abs(float(own.mean())) < 5 * 2 / 4000**0.5
     assert abs(float(own.var()) - 4) < 5 * 4 * (2 / 4000) ** 0.5
-    assert em.generate(4000, x, seed=3)["x"].equal(new["x"])
+    assert em.generate(4000, x.numpy(), seed=3)["x"].equal(new["x"])
 
 
 def test_autoregression() -> None:
@@ -141,6 +142,10 @@ def reads_its_mean(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(m, 1.0), obs=x)
 
 
+def of_arrays(x: np.ndarray) -> None:
+    mixture(torch.as_tensor(x))
+
+
 def of_its_own() -> None:
     with pyro.plate("rows", 4):
         pyro.sample("x", dist.Normal(0.0, 1.0), obs=torch.zeros(4))
@@ -152,7 +157,7 @@ def of_its_own() -> None:
         (reads_at_once, (torch.zeros(6),), "another density at the new data"),
         (reads_its_mean, (torch.zeros(6),), "site 'm' has another density"),
         (of_its_own, (), "no argument has a value for each of the 4 elements of plate 'rows'"),
-        (mixture, (torch.zeros(4).numpy(),), "'x': an array of numpy"),
+        (of_arrays, (torch.zeros(4).numpy(),), "'x': an array of numpy"),
         (mixture, (), "missing a required argument: 'x'"),
     ],
 )

@@ -57,7 +57,7 @@ def selected() -> Selection:
     mu = pyro.param("b", torch.zeros(7))
     found = select(
         polynomial,
-        Y,
+        Y.numpy(),
         U,
         degree=[1, 2, 9],
         folds=3,
