@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 from pyro_em.tracing.operations import is_view
 
@@ -103,6 +103,20 @@ def size_guard(limit: int, by: Callable[..., Any] | None = None) -> TorchDispatc
 def watching(by: Callable[..., Any]) -> TorchDispatchMode:
     """A block whose operations are run by ``by``, given each and its arguments."""
     return _watching(by)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """A block whose operations are of no interest: what watches them costs more than they do.
+
+    Blocks of others that watch too stay as they are.
+    """
+    depth = torch._C._len_torch_dispatch_stack()
+    if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Watching):
+        with _pop_mode_temporarily():
+            yield
+    else:
+        yield
 
 
 def spending_at_most(limit: int) -> TorchDispatchMode:

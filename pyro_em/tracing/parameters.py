@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch.distributions import Transform, constraints, transform_to
 from pyro_em.arguments import as_tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import UsageError, message
+from pyro_em.tracing.allocation import unwatched
 from pyro_em.tracing.constrained import constrained
 from pyro_em.tracing.memory import own_start, settle
 from pyro_em.tracing.operations import OperationLog
@@ -138,9 +139,14 @@ class ParameterCapture(Messenger):
         if self.log is not None:
             self.log.give(own, name)
 
-    def quietly(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
         """A block whose operations are none of the model's."""
-        return nullcontext() if self.log is None else self.log.aside()
+        if self.log is None:
+            yield
+            return
+        with self.log.aside(), unwatched():
+            yield
 
     def _read(self, msg: dict[str, Any]) -> None:
         """Give a message the value of a parameter that the param store holds under a constraint.

@@ -4,8 +4,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions.transforms import AffineTransform, ExpTransform
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em.tracing.allocation import size_guard
+from pyro_em.tracing.allocation import size_guard, unwatched, watching
 from pyro_em.tracing.operations import OperationLog
 
 X = torch.tensor([1.0, -2.0, 3.0])
@@ -144,3 +145,29 @@ def test_steps_that_are_alike_share_their_notes():
     assert (
         len({id(part) for entry in own for part in entry[2:]}) <= 4
     )  # the first step's, the others'
+
+
+def test_nobody_watches_what_is_of_no_interest_and_others_go_on_watching():
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append("other")
+            return func(*args, **(kwargs or {}))
+
+    def noted(func, args, kwargs):
+        seen.append("own")
+        return func(*args, **kwargs)
+
+    seen, x = [], torch.ones(2)
+    with watching(noted):
+        with pytest.raises(ZeroDivisionError), unwatched():
+            x + x
+            raise ZeroDivisionError
+        assert not seen
+        x + x
+        assert seen == ["own"]
+        with Other(), unwatched():
+            x + x
+        assert seen == ["own", "other", "own"]
+    with unwatched():
+        x + x
+    assert len(seen) == 3
