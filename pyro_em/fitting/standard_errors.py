@@ -27,15 +27,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints, transform_to
+from torch.distributions import transform_to
 
 from pyro_em.errors import UsageError, message
+from pyro_em.fitting.derivatives import DRAWS, hessian, jacobian_of, random_scores, without_slope
+from pyro_em.fitting.free_directions import basis_of
 from pyro_em.portable import Portable
 from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.parameters import TracedParameter
-
-_DRAWS = 8  # of random signs; a mean square of so many is right within a small factor
-
 
 _SLIGHT = 1e-3  # curvature, relative to that of each coordinate, that a slope may leave
 
@@ -123,16 +122,16 @@ class Curved:
         """How many log densities there are."""
         return sum(t.numel() for t in self.tables)
 
-    def scores(self, n: int = _DRAWS) -> Tensor:
+    def scores(self, n: int = DRAWS) -> Tensor:
         """Draws whose mean square is F. # (n, all u)"""
         with torch.enable_grad():
-            return _random_scores(self.tables, self.total, self.variables, n, self.number)
+            return random_scores(self.tables, self.total, self.variables, n, self.number)
 
     def information(self) -> Tensor:
         """−∂² log p / ∂u². # (all u, all u)"""
         with torch.enable_grad():
-            total = _without_slope(self.total, self.parameters, self.values)
-            return -_hessian(total, self.variables)
+            total = without_slope(self.total, self.parameters, self.values)
+            return -hessian(total, self.variables)
 
 
 def standard_errors(
@@ -179,9 +178,9 @@ def standard_errors_over(
     scores, information, cells = over.sum(lambda c: (c.scores(), c.information(), c.cells))
     at = Curved(parameters)
     values, variables = at.values, at.variables
-    jacobian = _jacobian([values[p.name] for p in parameters], variables)
+    jacobian = jacobian_of([values[p.name] for p in parameters], variables)
     notes: list[str] = []
-    basis = _basis(parameters, variables, values, jacobian, notes)
+    basis = basis_of(parameters, variables, values, jacobian, notes)
     if information.dtype in (torch.float16, torch.bfloat16):  # these have no linear algebra
         information, basis = information.float(), basis.float()
         jacobian, scores = jacobian.float(), scores.float()
@@ -198,7 +197,7 @@ def standard_errors_over(
     eigenvalues, vectors = torch.linalg.eigh(scaled)
     unseen = _unseen(scores @ basis * scale, vectors) & (eigenvalues.abs() <= _SLIGHT)
     if loadings or bool(unseen.any()):
-        many = basis.shape[1] + _DRAWS
+        many = basis.shape[1] + DRAWS
         draws = over.sum(lambda c: c.scores(many)).to(basis)
         # Fewer densities than directions leave some unseen that all of them together show.
         few = cells < basis.shape[1]
@@ -308,168 +307,3 @@ def _names(
             names.append(f"'{p.name}'")
         begin += size
     return ", ".join(names)
-
-
-def _hessian(total: Tensor, variables: Sequence[Tensor]) -> Tensor:
-    gradients = torch.autograd.grad(total, variables, create_graph=True, allow_unused=True)
-    flat = torch.cat(
-        [
-            torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
-            for v, g in zip(variables, gradients, strict=True)
-        ]
-    )
-    return _jacobian([flat], variables)
-
-
-def _without_slope(
-    total: Tensor, parameters: Sequence[TracedParameter], values: Mapping[str, Tensor]
-) -> Tensor:
-    """The evidence less its linear part in θ, so that the map from u to θ adds no curvature.
-
-    A fit stops where the slope is small, not where it is zero. Times the curvature of a softmax it
-    would give a flat direction some information. Correlation matrices and the like are left as they
-    are: no straight line stays among them.
-    """
-    straight = [p.name for p in parameters if _is_flat(p.constraint)]
-    attached = [values[n] for n in straight if values[n].requires_grad]
-    if not attached or not total.requires_grad:
-        return total
-    slopes = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
-    for theta, slope in zip(attached, slopes, strict=True):
-        if slope is not None:
-            total = total - (torch.nan_to_num(slope.detach(), 0.0, 0.0, 0.0) * theta).sum()
-    return total
-
-
-def _is_flat(constraint: constraints.Constraint) -> bool:
-    """Whether between two values of a constraint there is a straight line of values."""
-    base = constraint
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    shape = type(base).__name__.lstrip("_")
-    cones = (
-        "LowerCholesky",
-        "SoftplusLowerCholesky",
-        "PositiveDefinite",
-        "SoftplusPositiveDefinite",
-    )
-    return base is constraints.simplex or base.event_dim == 0 or shape in cones
-
-
-def _random_scores(
-    tables: Sequence[Tensor],
-    total: Tensor,
-    variables: Sequence[Tensor],
-    n: int = _DRAWS,
-    seed: int = 0,
-) -> Tensor:
-    """Draws whose mean square is F: scores of all cells under random signs. # (n, all u)"""
-    attached = [t for t in tables if t.requires_grad]
-    if not attached or not total.requires_grad:
-        return torch.zeros(n, sum(v.numel() for v in variables), dtype=total.dtype)
-    counts = torch.autograd.grad(total, attached, retain_graph=True, allow_unused=True)
-    generator = torch.Generator().manual_seed(seed)
-    draws = []
-    for _ in range(n):
-        parts = []
-        for table, count in zip(attached, counts, strict=True):
-            if count is None:
-                continue
-            signs = torch.randint(0, 2, table.shape, generator=generator).to(table) * 2 - 1
-            weight = count.detach().clamp(min=0).to(table).sqrt() * signs
-            parts.append((weight * torch.where(weight == 0, 0.0, table)).sum())
-        gradients = torch.autograd.grad(sum(parts), variables, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
-        draws.append(
-            torch.cat(
-                [
-                    torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
-                    for v, g in zip(variables, gradients, strict=True)
-                ]
-            )
-        )
-    return torch.nan_to_num(torch.stack(draws).detach(), posinf=0.0, neginf=0.0)
-
-
-def _jacobian(outputs: Sequence[Tensor], variables: Sequence[Tensor]) -> Tensor:
-    rows = []
-    for out in outputs:
-        for element in out.reshape(-1):
-            if not element.requires_grad:
-                rows.append(torch.cat([torch.zeros_like(v).reshape(-1) for v in variables]))
-                continue
-            parts = torch.autograd.grad(element, variables, retain_graph=True, allow_unused=True)
-            rows.append(
-                torch.cat(
-                    [
-                        torch.zeros_like(v).reshape(-1) if g is None else g.reshape(-1)
-                        for v, g in zip(variables, parts, strict=True)
-                    ]
-                )
-            )
-    return torch.nan_to_num(torch.stack(rows).detach())
-
-
-def _basis(
-    parameters: Sequence[TracedParameter],
-    variables: Sequence[Tensor],
-    values: Mapping[str, Tensor],
-    jacobian: Tensor,
-    notes: list[str],
-) -> Tensor:
-    """Orthonormal directions in u along which θ moves. # (all u, free directions)"""
-    total = jacobian.shape[1]
-    columns: list[Tensor] = []
-    begin = 0
-    for p, v in zip(parameters, variables, strict=True):
-        size = v.numel()
-        boundary = _on_boundary(p, values[p.name].detach()).reshape(-1)
-        if bool(boundary.any()):
-            notes.append(
-                f"parameter '{p.name}' has {int(boundary.sum())} value(s) on the boundary of its "
-                "constraint; they are held there and have no standard error."
-            )
-        if _is_simplex(p.constraint):
-            k = v.shape[-1]
-            for row in range(size // k):
-                inner = [j for j in range(k) if not bool(boundary[row * k + j])]
-                # Helmert contrasts: orthonormal and orthogonal to the softmax's null direction.
-                for m in range(1, len(inner)):
-                    c = jacobian.new_zeros(total)
-                    for j in inner[:m]:
-                        c[begin + row * k + j] = 1.0
-                    c[begin + row * k + inner[m]] = -float(m)
-                    columns.append(c / c.norm())
-        else:
-            for j in range(size):
-                moves = bool(jacobian[:, begin + j].abs().max() > 0)
-                if moves and not (boundary.numel() == size and bool(boundary[j])):
-                    c = jacobian.new_zeros(total)
-                    c[begin + j] = 1.0
-                    columns.append(c)
-        begin += size
-    return torch.stack(columns, -1) if columns else jacobian.new_zeros(total, 0)
-
-
-def _is_simplex(constraint: constraints.Constraint) -> bool:
-    base = constraint
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    return base is constraints.simplex
-
-
-def _on_boundary(p: TracedParameter, value: Tensor) -> Tensor:
-    base = p.constraint
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    near = 1e-7
-    if base is constraints.simplex:
-        return value < near
-    out = torch.zeros_like(value, dtype=torch.bool)
-    both = hasattr(base, "lower_bound") and hasattr(base, "upper_bound")
-    for name, sign in (("lower_bound", 1), ("upper_bound", -1)):
-        bound = getattr(base, name, None)
-        if bound is not None and both:
-            out |= sign * (value - bound) < near * (1 + abs(float(bound)))
-        elif bound is not None:
-            out |= value == bound
-    return out
