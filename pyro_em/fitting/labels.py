@@ -70,6 +70,7 @@ def labels_of(
     forms: Mapping[str, ParameterForm],
     shapes: Mapping[str, Sequence[int]],
     columns: Iterable[Sequence[Any]] = (),
+    plates: Mapping[str, int] | None = None,
 ) -> Labels:
     """The labels of all elements: the user's, names of columns, else numbers from zero.
 
@@ -80,11 +81,12 @@ def labels_of(
         shapes: Theirs.
         columns: The columns of tables that were passed as data: they are the labels of features and
             covariates of the same number, where one table alone has so many.
+        plates: The sizes of plates that may have labels too.
 
     Raises:
         UsageError: If labels are for nothing, or not as many as there are places.
     """
-    by_axis, by_parameter = _checked(given, forms, shapes)
+    by_axis, by_parameter = _checked(given, forms, shapes, plates or {})
     tables = list(dict.fromkeys(tuple(c) for c in columns))
     found: dict[str, tuple[tuple[Any, ...], ...]] = {}
     for name, shape in shapes.items():
@@ -120,7 +122,10 @@ def _also(axis: str) -> list[str]:
 
 
 def _checked(
-    given: Any, forms: Mapping[str, ParameterForm], shapes: Mapping[str, Sequence[int]]
+    given: Any,
+    forms: Mapping[str, ParameterForm],
+    shapes: Mapping[str, Sequence[int]],
+    plates: Mapping[str, int],
 ) -> tuple[dict[str, tuple[Any, ...]], dict[str, dict[str, tuple[Any, ...]]]]:
     """What the user gave, by axis and by parameter."""
     if given is None:
@@ -130,6 +135,7 @@ def _checked(
     by_axis: dict[str, tuple[Any, ...]] = {}
     by_parameter: dict[str, dict[str, tuple[Any, ...]]] = {}
     everywhere = {n: list(zip(forms[n].axes, s, strict=True)) for n, s in shapes.items()}
+    among = {**everywhere, "plates": list(plates.items())} if plates else everywhere
     for key, value in given.items():
         if isinstance(value, Mapping):
             if key not in shapes:
@@ -139,7 +145,7 @@ def _checked(
                 for axis, some in value.items()
             }
         else:
-            by_axis[key] = _fitting(f"labels[{key!r}]", key, value, everywhere)
+            by_axis[key] = _fitting(f"labels[{key!r}]", key, value, among)
     return by_axis, by_parameter
 
 

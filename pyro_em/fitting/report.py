@@ -48,6 +48,7 @@ from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import with_unobserved
 from pyro_em.posteriors.later_faces import LaterFaces
+from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.strategies import Hard
 from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.parameters import parameters_at, snapshot, values_of
@@ -159,6 +160,7 @@ def build_result(
         log_prior=log_prior,
         _posterior=posterior,
         _forms=cache(lambda: forms_in(program.graph)),
+        _posterior_at=None if data is not None else (lambda at: _posterior_at(program, at)),
         is_parted=data is not None,
         _information=None if data else _information_of(program, unconstrained),
     )
@@ -325,6 +327,14 @@ def _observed_information(program: Program, unconstrained: Mapping[str, Tensor])
         return standard_errors(
             free_parameters_of(program), evidence_of(Part(program)), loadings_of(program.graph)
         )
+
+
+@alone("posterior_at")
+def _posterior_at(program: Program, params: Mapping[str, Tensor]) -> Posterior:
+    """The exact E-step at other parameters than those of a finished fit."""
+    program.require_unchanged("posterior_at")
+    with parameters_at(program.graph.parameters, params):
+        return program.posterior()
 
 
 @alone("standard_errors")

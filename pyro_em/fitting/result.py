@@ -19,6 +19,7 @@ from pyro_em.arguments import a_level, number, truth
 from pyro_em.elsewhere import OF_RESULT, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.ends import End, ends_in_words
+from pyro_em.fitting.inference_data import as_inference_data, inference_groups
 from pyro_em.fitting.information import StaticInformation
 from pyro_em.fitting.information_criteria import WHY, Criteria
 from pyro_em.fitting.labels import ParameterForm, labels_of
@@ -243,6 +244,9 @@ class EMResult(Portable, NamesFromElsewhere):
     _forms: Callable[[], Mapping[str, ParameterForm]] = field(default=dict, repr=False)
     _information: StaticInformation | None = field(default=None, repr=False)
     _bootstrap: Callable[..., Any] | None = field(default=None, repr=False)
+    _posterior_at: Callable[[Mapping[str, Tensor]], Posterior] | None = field(
+        default=None, repr=False
+    )
 
     def _travelling(self) -> dict[str, Any]:
         """A copy keeps the posterior, and what gives standard errors where no model is needed."""
@@ -270,6 +274,7 @@ class EMResult(Portable, NamesFromElsewhere):
             **vars(self),
             "_posterior": Copied(self._posterior),
             "_forms": Copied(self._forms),
+            "_posterior_at": None,
             "_information": None if changed else self._information,
         }
 
@@ -462,7 +467,7 @@ class EMResult(Portable, NamesFromElsewhere):
         """
         level = a_level("summary", level)
         truth("summary", "wide", wide)
-        forms = self._forms()
+        forms = self.forms
         shapes = {n: v.shape for n, v in self.params.items()}
         named = labels_of(labels, forms, shapes, self.columns.values())
         about = dict(self._about())
@@ -473,6 +478,59 @@ class EMResult(Portable, NamesFromElsewhere):
             about["standard errors"] = why
         updates = self.plan.updates
         return as_frame(parameter_table(self.params, forms, updates, errors, named, level, about))
+
+    def to_inference_data(
+        self,
+        num_samples: int = 1000,
+        *,
+        parameters: str = "estimates",
+        seed: int | None = None,
+        labels: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The fit for ArviZ: draws of latents, the log likelihood of each row, observed data.
+
+        The log likelihood of a row is its log evidence in nats: its latents are summed and integrated
+        out. At the estimates it is the same in every draw; with ``parameters="draws"`` it is that of
+        each draw, so that ``arviz.loo`` and ``arviz.waic`` are those of the model with its parameters'
+        normal approximation. Steps of a chain (``z_0``, ``z_1``, …) become one variable ``z``.
+
+        Args:
+            num_samples: Number of draws.
+            parameters: ``"estimates"``: they are constant, in ``constant_data``. ``"draws"``: they are
+                drawn from the normal distribution that they have when data are many, in unconstrained
+                coordinates, and each draw of latents is given one of them; one E-step for each.
+            seed: Seed of the draws; torch's global state otherwise.
+            labels: Of axes and plates, as for ``summary``.
+
+        Returns:
+            An ``InferenceData`` of ArviZ 0.x, a ``DataTree`` from ArviZ 1 on. Dimensions are plates and
+            the axes of parameters.
+
+        Raises:
+            UsageError: If ArviZ is not installed, the data came in parts, or parameters cannot be
+                drawn.
+        """
+        groups = inference_groups(self, num_samples, parameters, seed, labels)
+        return as_inference_data(groups)
+
+    @property
+    def forms(self) -> Mapping[str, ParameterForm]:
+        """Of each parameter the names of its axes and its constraint."""
+        return self._forms()
+
+    def posterior_at(self, params: Mapping[str, Tensor]) -> Posterior:
+        """The exact E-step for the data of the fit at other parameters; changes nothing.
+
+        Args:
+            params: Constrained values.
+
+        Raises:
+            UsageError: If the data have changed since, came in parts, or a guide draws latents; in a
+                pickled copy, which has no model.
+        """
+        if self._posterior_at is None:
+            raise UsageError(_NO_OTHER_POSTERIOR)
+        return self._posterior_at(params)
 
     def _errors_for_a_table(self, wanted: bool | None) -> tuple[StandardErrors | None, str]:
         """Standard errors where they are wanted, or quick to have, and why there are none."""
@@ -523,7 +581,7 @@ class EMResult(Portable, NamesFromElsewhere):
         return f"EMResult: {self}"
 
     def _repr_html_(self) -> str:
-        forms = self._forms()
+        forms = self.forms
         shapes = {n: v.shape for n, v in self.params.items()}
         named = labels_of(None, forms, shapes, self.columns.values())
         table = estimates(self.params, forms, named)
@@ -564,6 +622,14 @@ _NO_REFITS = message(
     "this is a pickled copy of a result, without its model.",
     "each data set takes a fit of the model",
     ["call bootstrap() in the process that fitted, and send what it returns"],
+)
+
+
+_NO_OTHER_POSTERIOR = message(
+    "posterior_at",
+    "this result has no model that could be asked at other parameters.",
+    "it is a copy, its data came in parts, or a guide draws latents",
+    ["ask the result of an exact fit, in the process that fitted"],
 )
 
 
