@@ -7,7 +7,7 @@ of a row. The names are those of hmmlearn's attributes without their underscore.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em.errors import DataError, message
-from pyro_em.sklearn.gaussians import as_matrices, components, covariances_of, weighted
+from pyro_em.sklearn.gaussians import (
+    as_matrices,
+    component,
+    covariances_of,
+    parameters,
+    weighted,
+)
 
-Component = Callable[[Tensor], Any]
+Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,32 @@ class Emission(ABC):
         """
 
     @abstractmethod
-    def component(self, start: Mapping[str, Tensor]) -> Component:
-        """The parameters, and the distribution that a state selects."""
+    def parameters(self, start: Mapping[str, Tensor]) -> Values:
+        """The parameters of a Pyro model, where they start."""
+
+    @abstractmethod
+    def component(self, values: Values, z: Tensor) -> Any:
+        """The distribution that a state selects."""
 
     @abstractmethod
     def shown(self, params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Attributes of a fitted estimator, by name."""
 
+    def check(self, rows: Tensor) -> None:  # noqa: B027
+        """Refuse rows that no state can emit.
+
+        Raises:
+            DataError: If there are any.
+        """
+
     def observed(self, rows: Tensor) -> Tensor:
         """Rows as the distribution takes them. # (N, D) -> (N, *event)"""
         return rows
+
+    def log_density(self, values: Values, rows: Tensor) -> Tensor:
+        """Log densities of rows in each state. # (N, D) -> (N, K)"""
+        every = self.component(values, torch.arange(self.K))
+        return every.log_prob(self.observed(rows).unsqueeze(1))
 
     def _clusters(self, rows: Tensor, rng: np.random.RandomState) -> Tensor:
         """One-hot labels by k-means. # (N, K)"""
@@ -78,9 +100,13 @@ class Gaussian(Emission):
         _, means, covariances = weighted(rows, r, self.covariance_type, self.least)
         return {"means": means, "covars": covariances}
 
-    def component(self, start: Mapping[str, Tensor]) -> Component:
+    def parameters(self, start: Mapping[str, Tensor]) -> Values:
+        """See `Emission.parameters`."""
+        return parameters(start["means"], start["covars"], self.covariance_type)
+
+    def component(self, values: Values, z: Tensor) -> Any:
         """See `Emission.component`."""
-        return components(start["means"], start["covars"], self.covariance_type)
+        return component(values, self.covariance_type, z)
 
     def shown(self, params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """See `Emission.shown`; ``covars_`` are matrices, as hmmlearn shows them."""
@@ -95,16 +121,23 @@ class Poisson(Emission):
 
     def start(self, rows: Tensor, rng: np.random.RandomState) -> dict[str, Tensor]:
         """See `Emission.start`."""
-        if bool((rows < 0).any()) or bool((rows != rows.round()).any()):
-            raise _not_whole("poisson", "counts", rows)
         r = self._clusters(rows, rng)
         means = r.T @ rows / r.sum(0).clamp(min=1).unsqueeze(-1)
         return {"lambdas": means + 0.01 * rows.mean(0) + 1e-3}  # no rate starts at zero
 
-    def component(self, start: Mapping[str, Tensor]) -> Component:
-        """See `Emission.component`."""
+    def check(self, rows: Tensor) -> None:
+        """See `Emission.check`."""
+        if bool((rows < 0).any()) or bool((rows != rows.round()).any()):
+            raise _not_whole("poisson", "counts", rows)
+
+    def parameters(self, start: Mapping[str, Tensor]) -> Values:
+        """See `Emission.parameters`."""
         rate = pyro.param("lambdas", start["lambdas"].clone(), constraint=constraints.positive)
-        return lambda z: dist.Poisson(rate[z]).to_event(1)
+        return {"lambdas": rate}
+
+    def component(self, values: Values, z: Tensor) -> Any:
+        """See `Emission.component`."""
+        return dist.Poisson(values["lambdas"][z]).to_event(1)
 
     def shown(self, params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """See `Emission.shown`."""
@@ -116,17 +149,36 @@ class Categorical(Emission):
 
     def start(self, rows: Tensor, rng: np.random.RandomState) -> dict[str, Tensor]:
         """See `Emission.start`."""
-        if rows.shape[1] != 1 or bool((rows < 0).any()) or bool((rows != rows.round()).any()):
-            raise _not_whole("categorical", "symbols 0, 1, … in one column", rows)
         probs = rng.dirichlet(np.ones(int(rows.max()) + 1), size=self.K)
         return {"emissionprob": torch.as_tensor(probs).to(rows)}
 
-    def component(self, start: Mapping[str, Tensor]) -> Component:
+    def check(self, rows: Tensor) -> None:
+        """See `Emission.check`."""
+        if rows.shape[1] != 1 or bool((rows < 0).any()) or bool((rows != rows.round()).any()):
+            raise _not_whole("categorical", "symbols 0, 1, … in one column", rows)
+
+    def parameters(self, start: Mapping[str, Tensor]) -> Values:
+        """See `Emission.parameters`."""
+        given, simplex = start["emissionprob"].clone(), constraints.simplex
+        return {"emissionprob": pyro.param("emissionprob", given, constraint=simplex)}
+
+    def component(self, values: Values, z: Tensor) -> Any:
         """See `Emission.component`."""
-        probs = pyro.param(
-            "emissionprob", start["emissionprob"].clone(), constraint=constraints.simplex
-        )
-        return lambda z: dist.Categorical(probs[z])
+        return dist.Categorical(values["emissionprob"][z])
+
+    def log_density(self, values: Values, rows: Tensor) -> Tensor:
+        """See `Emission.log_density`; a probability of zero is one, not the smallest number."""
+        symbols, known = self.observed(rows), values["emissionprob"].shape[1]
+        if bool((symbols >= known).any()):
+            raise DataError(
+                message(
+                    "X",
+                    f"symbol {int(symbols.max())} is new to the model, which knows 0, …, {known - 1}.",
+                    "no state emits what the fit has not seen",
+                    ["give the fit room: init={'emissionprob': …} with a column for each symbol"],
+                )
+            )
+        return values["emissionprob"].log().T[symbols]
 
     def observed(self, rows: Tensor) -> Tensor:
         """See `Emission.observed`."""

@@ -22,9 +22,10 @@ from pyro_em.fitting.result import EMResult
 from pyro_em.sklearn.gaussians import (
     check_kind,
     check_least,
-    components,
+    component,
     covariances,
     covariances_of,
+    parameters,
     shape_of,
     weighted,
 )
@@ -53,10 +54,10 @@ class Mixture:
     def __call__(self, x: Tensor) -> None:
         """A row is of component z with probability w, and normal there. # x: (N, D)"""
         w = pyro.param("weights", self.weights.clone(), constraint=constraints.simplex)
-        component = components(self.means, self.covariances, self.kind)
+        values = parameters(self.means, self.covariances, self.kind)
         with pyro.plate("rows", len(x)):
             z = pyro.sample("z", dist.Categorical(w))
-            pyro.sample("x", component(z), obs=x)
+            pyro.sample("x", component(values, self.kind, z), obs=x)
 
 
 class GaussianMixture(LatentModel):

@@ -7,7 +7,7 @@ Full and tied ones are kept as their Cholesky factors, the others as standard de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -92,8 +92,8 @@ def covariances(name: str, given: Tensor, kind: str, *, is_inverse: bool) -> Ten
     return torch.linalg.inv(given) if kind in ("full", "tied") else 1 / given
 
 
-def components(means: Tensor, covariances: Tensor, kind: str) -> Callable[[Tensor], Any]:
-    """Parameters "means" and "scales", and the component that an index selects.
+def parameters(means: Tensor, covariances: Tensor, kind: str) -> dict[str, Tensor]:
+    """Parameters "means" and "scales" of a Pyro model.
 
     Args:
         means: Where they start. # (K, D)
@@ -103,17 +103,25 @@ def components(means: Tensor, covariances: Tensor, kind: str) -> Callable[[Tenso
     mu = pyro.param("means", means.clone())
     if kind in ("full", "tied"):
         factors = torch.linalg.cholesky(covariances)
-        L = pyro.param("scales", factors, constraint=constraints.lower_cholesky)
-        if kind == "tied":
-            return lambda z: dist.MultivariateNormal(mu[z], scale_tril=L)
-        return lambda z: dist.MultivariateNormal(mu[z], scale_tril=L[z])
-    start = covariances.sqrt().reshape(len(means), -1)  # (K, D) or (K, 1)
-    sigma = pyro.param("scales", start, constraint=constraints.positive)
-    return lambda z: dist.Normal(mu[z], sigma[z]).to_event(1)
+        scales = pyro.param("scales", factors, constraint=constraints.lower_cholesky)
+    else:
+        start = covariances.sqrt().reshape(len(means), -1)  # (K, D) or (K, 1)
+        scales = pyro.param("scales", start, constraint=constraints.positive)
+    return {"means": mu, "scales": scales}
+
+
+def component(values: Mapping[str, Tensor], kind: str, z: Tensor) -> Any:
+    """The component that an index selects, of what `parameters` gives."""
+    mu, scales = values["means"], values["scales"]
+    if kind == "full":
+        return dist.MultivariateNormal(mu[z], scale_tril=scales[z])
+    if kind == "tied":
+        return dist.MultivariateNormal(mu[z], scale_tril=scales)
+    return dist.Normal(mu[z], scales[z]).to_event(1)
 
 
 def covariances_of(scales: Tensor, kind: str) -> Tensor:
-    """Covariances from what `components` keeps. # `shape_of`"""
+    """Covariances from the "scales" of `parameters`. # `shape_of`"""
     if kind in ("full", "tied"):
         return scales @ scales.mT
     return scales[:, 0] ** 2 if kind == "spherical" else scales**2

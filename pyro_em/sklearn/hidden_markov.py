@@ -21,6 +21,7 @@ from pyro_em.arguments import shown, whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import DataError, UsageError, message
 from pyro_em.fitting.result import EMResult
+from pyro_em.sklearn.chains import best_paths, one_step_ahead, smoothed
 from pyro_em.sklearn.emissions import EMISSIONS, Emission
 from pyro_em.sklearn.estimator import EMEstimator
 from pyro_em.sklearn.gaussians import check_kind, check_least, covariances
@@ -51,14 +52,14 @@ class Chain:
         simplex = constraints.simplex
         pi = pyro.param("startprob", self.start["startprob"].clone(), constraint=simplex)
         A = pyro.param("transmat", self.start["transmat"].clone(), constraint=simplex)
-        component = self.emission.component(self.start)
+        values = self.emission.parameters(self.start)
         z = None
         with pyro.plate("sequences", len(x)):
             for t in vectorized_markov("time", x.shape[1]):
                 mask = True if lengths is None else t < lengths
                 with pyro.poutine.mask(mask=mask):
                     z = pyro.sample(f"z_{t}", dist.Categorical(pi if z is None else A[z]))
-                    pyro.sample(f"x_{t}", component(z), obs=x[:, t])
+                    pyro.sample(f"x_{t}", self.emission.component(values, z), obs=x[:, t])
 
 
 class HMM(EMEstimator):
@@ -149,6 +150,7 @@ class HMM(EMEstimator):
 
     def _starts(self, rows: Tensor, rng: Any) -> Iterator[ExactPosteriorEM]:
         emission = self._emission()
+        emission.check(rows)
         K = emission.K
         if len(rows) < K:
             raise DataError(
@@ -252,8 +254,8 @@ class HMM(EMEstimator):
         Returns:
             A state per row. # (N,)
         """
-        path = self._of_rows(X, lengths, lambda q: q.mode()["z_*"])
-        return path.astype(np.int64)
+        sequences, chain = self._chain(self._rows(X), lengths)
+        return sequences.rows(best_paths(*chain, sequences.inside)).numpy()
 
     def predict_proba(self, X: Any, lengths: Any = None) -> np.ndarray:
         """The probabilities of the states at each row, given its whole sequence (smoothing).
@@ -265,7 +267,14 @@ class HMM(EMEstimator):
         Returns:
             They sum to one. # (N, K)
         """
-        return self._of_rows(X, lengths, lambda q: q.probs("z_*"))
+        rows = self._rows(X)
+        sequences, chain = self._chain(rows, lengths)
+        gamma, log_evidence = smoothed(*chain)
+        if not np.isfinite(log_evidence):  # near an underflow, or impossible, which is told by name
+            given = self._arguments(rows, lengths)
+            steps = self._ask(rows, lambda: self.em_.posterior(*given).probs("z_*"))
+            gamma = steps.detach().transpose(0, 1)
+        return sequences.rows(gamma).to(rows).numpy()
 
     def transform(self, X: Any, lengths: Any = None) -> np.ndarray:
         """The same as ``predict_proba``. # (N, D) -> (N, K)"""
@@ -288,18 +297,8 @@ class HMM(EMEstimator):
             One number per row. # (N,)
         """
         rows = self._rows(X)
-        sequences = Sequences.of(len(rows), lengths)
-        chain = self.em_.model
-        assert isinstance(chain, Chain)
-
-        def predicted() -> Tensor:
-            emitted = chain.emission.component(chain.start)(torch.arange(len(self.startprob_)))
-            observed = sequences.padded(chain.emission.observed(rows)).unsqueeze(2)
-            log_density = emitted.log_prob(observed).detach()  # (B, T, K)
-            log_pi, log_A = (torch.as_tensor(p).log() for p in (self.startprob_, self.transmat_))
-            return sequences.rows(_one_step_ahead(log_density, log_pi, log_A))
-
-        return self._ask(rows, predicted).numpy()
+        sequences, chain = self._chain(rows, lengths)
+        return sequences.rows(one_step_ahead(*chain)).to(rows).numpy()
 
     def score(self, X: Any, y: Any = None, *, lengths: Any = None) -> float:
         """The log evidence per row in nats; hmmlearn's is this times the number of rows.
@@ -310,8 +309,11 @@ class HMM(EMEstimator):
             lengths: Rows of each sequence.
         """
         rows = _unlabelled(self._rows(X), y)
-        given = self._arguments(rows, lengths)
-        return self._ask(rows, lambda: self._evidence(given)) / len(rows)
+        log_evidence = smoothed(*self._chain(rows, lengths)[1])[1]
+        if not np.isfinite(log_evidence):  # near an underflow, or impossible, which is told by name
+            given = self._arguments(rows, lengths)
+            log_evidence = self._ask(rows, lambda: self._evidence(given))
+        return log_evidence / len(rows)
 
     def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """One new sequence from the fitted model, with its states.
@@ -338,22 +340,15 @@ class HMM(EMEstimator):
         """AIC of rows: −2 log evidence + 2 p; lower is better. # X: (N, D)"""
         return self._criterion(self.score(X, lengths=lengths), len(X), 2.0)
 
-    def _of_rows(self, X: Any, lengths: Any, answer: Any) -> np.ndarray:
-        rows = self._rows(X)
-        sequences, given = Sequences.of(len(rows), lengths), self._arguments(rows, lengths)
-        steps = self._ask(rows, lambda: answer(self.em_.posterior(*given)))
-        return sequences.rows(steps.detach().cpu()).numpy()
-
-
-def _one_step_ahead(log_density: Tensor, log_pi: Tensor, log_A: Tensor) -> Tensor:
-    """log p(x_t | x_1, …, x_{t-1}) by the forward recursion. # (B, T, K) -> (T, B)"""
-    ahead, out = log_pi.expand(len(log_density), -1), []
-    for now in log_density.unbind(1):
-        joint = ahead + now
-        total = joint.logsumexp(-1, keepdim=True)
-        out.append(total.squeeze(-1))
-        ahead = ((joint - total).unsqueeze(-1) + log_A).logsumexp(1)
-    return torch.stack(out)
+    def _chain(self, rows: Tensor, lengths: Any) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor]]:
+        """The sequences; log densities of their steps, of first states and of transitions."""
+        sequences, emission = Sequences.of(len(rows), lengths), self._emission()
+        emission.check(rows)
+        values = {name: torch.from_numpy(value) for name, value in self.params_.items()}
+        log_density = sequences.padded(emission.log_density(values, rows).double())
+        log_density[~sequences.inside] = 0.0
+        first, then = (values[name].double().log() for name in ("startprob", "transmat"))
+        return sequences, (log_density, first, then)
 
 
 def _unlabelled(rows: Tensor, y: Any) -> Tensor:

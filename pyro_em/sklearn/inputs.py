@@ -123,5 +123,5 @@ class Sequences:
         return rows[(ends - self.lengths).unsqueeze(-1) + steps]
 
     def rows(self, steps: Tensor) -> Tensor:
-        """One answer per row, in the order of the rows. # (T, B, *rest) -> (N, *rest)"""
-        return steps.transpose(0, 1)[self.inside]
+        """One answer per row, in the order of the rows. # (B, T, *rest) -> (N, *rest)"""
+        return steps[self.inside]

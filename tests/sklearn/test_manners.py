@@ -212,3 +212,29 @@ def test_the_bound_is_the_constrained_maximum(kind: str) -> None:
     fitted = GaussianMixture(1, covariance_type=kind, reg_covar=least).fit(ROWS)
     expected = vectors @ np.diag(values.clip(least)) @ vectors.T
     np.testing.assert_allclose(fitted.covariances_.reshape(2, 2), expected, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_chains_that_nearly_underflow_are_summed_all_the_same() -> None:
+    """A state that cannot be left has to explain a row that only the other one would."""
+    start = {
+        "startprob": [1, 0],
+        "transmat": np.eye(2),
+        "means": [[0], [100]],
+        "covars": [[1], [1]],
+    }
+    estimator = HMM(2, init=start).fit(ROWS[:, :1] - ROWS[:, :1].mean())
+    x, s = np.array([[0.0], [90.0]]), estimator.covariances_[0, 0]
+    each = -0.5 * (x[:, 0] - estimator.means_[0, 0]) ** 2 / s - 0.5 * np.log(2 * np.pi * s)
+    np.testing.assert_allclose(estimator.score_samples(x), each, rtol=1e-12)
+    assert estimator.score(x) == pytest.approx(each.mean(), rel=1e-12)
+    assert estimator.predict_proba(x).tolist() == [[1.0, 0.0]] * 2
+    assert estimator.predict(x).tolist() == [0, 0]
+
+
+def test_symbols_that_are_new_are_told() -> None:
+    estimator = HMM(2, "categorical", random_state=0).fit([[0], [1], [1], [0], [2]])
+    with pytest.raises(ValueError, match="symbol 3 is new"):
+        estimator.predict([[3]])
+    with pytest.raises(ValueError, match="-1 is none"):
+        estimator.predict([[-1]])
