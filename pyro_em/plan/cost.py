@@ -8,16 +8,20 @@ from pyro_em.posteriors.elimination import ContractionPlan, plan_contraction
 
 
 def contraction_from_structure(structure: Structure) -> ContractionPlan:
-    """The elimination order and its cost, before anything is enumerated."""
+    """The elimination order and its cost, before anything is enumerated.
+
+    Latents without a table (continuous ones) take no part: a site may read thousands of them.
+    """
     infos = list(structure.sites.values())
     latents = {name: structure.sites[name] for name in structure.latents}
+    latents = {name: info for name, info in latents.items() if info.support_size is not None}
     sizes = {p: plate.size for p, plate in structure.plates.items()}
     sizes.update({name: info.support_size or 1 for name, info in latents.items()})
     return plan_contraction(
-        [info.plates + info.scope for info in infos],
+        [info.plates + tuple(z for z in info.scope if z in latents) for info in infos],
         {name: info.plates for name, info in latents.items()},
         sizes,
-        own_latent=[None if i.observed else i.name for i in infos],
+        own_latent=[i.name if i.name in latents and not i.observed else None for i in infos],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -19,12 +20,14 @@ class Evaluation:
         arguments: Per group.
         tables: Log densities per group.
         solved: The posterior of the latents that a group integrates.
+        values: The parameters; None where they are those of the graph's trace.
     """
 
     graph: FactorGraph
     arguments: list[dict[str, Tensor]]
     tables: list[Tensor]
     solved: Solved = field(default_factory=dict)
+    values: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class Program(StaysHere):
                 arguments = [dict(g.arguments) for g in graph.groups]
                 at = [g.value for g in graph.groups]
             tables, solved = tables_of(graph, arguments, at)
-        return Evaluation(graph, arguments, [t.detach() for t in tables], solved)
+        return Evaluation(graph, arguments, [t.detach() for t in tables], solved, values)
 
     def following(self, evaluation: Evaluation) -> Program:
         """The program at the trace of an evaluation.
@@ -233,7 +233,7 @@ class Program(StaysHere):
         """The exact E-step."""
         evaluation = evaluation or self.evaluate()
         q = exact_posterior(evaluation.graph, self.contraction, evaluation.tables)
-        return replace(q, solved=evaluation.solved) if evaluation.solved else q
+        return replace(q, solved=evaluation.solved, parameters=evaluation.values)
 
     def log_evidence(self) -> float:
         """log p(x; θ) at the current parameters, in nats."""

@@ -26,9 +26,10 @@ from pyro_em.posteriors.gaussian_faces import GaussianFaces
 from pyro_em.posteriors.gaussian_steps import Solved, conjugates_in, gaussians_in
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.observed_in_part import under_user_names
+from pyro_em.posteriors.prediction_errors import prediction_errors
 from pyro_em.posteriors.refusals import refuse_gaussian, without_rows
 from pyro_em.posteriors.sampling import codes_of, draw_codes
-from pyro_em.posteriors.series_faces import covariances, filtered, marginals, prediction_errors
+from pyro_em.posteriors.series_faces import covariances, filtered, marginals
 from pyro_em.posteriors.site_runs import means
 from pyro_em.posteriors.stacks import batch_shape
 from pyro_em.tracing.without_sympy import PlainShapes
@@ -73,6 +74,7 @@ class Posterior(Portable, NamesFromElsewhere):
         pointwise: The evidence per element of the outermost data plate, where there is one.
         solved: For groups that integrate Gaussian latents, by their number, the posterior of these.
         later: Answers for Gaussian latents that no observation depends on; None where there are none.
+        parameters: Constrained values by name; None where they are those of the graph's trace.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = OF_SUMMED
@@ -89,6 +91,7 @@ class Posterior(Portable, NamesFromElsewhere):
     bound: float | None = None
     solved: Solved = field(default_factory=dict)
     later: LaterFaces | None = None
+    parameters: Mapping[str, Tensor] | None = None
 
     def __repr__(self) -> str:
         shown = [
@@ -274,12 +277,14 @@ class Posterior(Portable, NamesFromElsewhere):
             return filtered(self, site, self._faces_of(site))
 
     def prediction_errors(self, site: str) -> Tensor:
-        """Standardised one-step prediction errors of data that read Gaussian latents, for diagnostics.
+        """Standardised one-step prediction errors of a series, for diagnostics.
 
             e_t = (y_t − E[y_t | y_1, …, y_{t−1}]) / sd(y_t | y_1, …, y_{t−1})
 
-        Under the model they are independent and standard normal along a series of numbers. Entries of a
-        vector are standardised each by itself. Other data of the same step are not used.
+        Under the model they are uncorrelated, of mean zero and variance one along a series, and
+        independent and standard normal where all latents are Gaussian. What discrete latents are at a
+        step is summed given the data before it. Entries of a vector are standardised each by itself.
+        Other data of the same step are not used.
 
         Args:
             site: An observed site, or a glob of the steps of a series.
@@ -288,7 +293,7 @@ class Posterior(Portable, NamesFromElsewhere):
             NaN where nothing was observed. # (*plates, *event), of a glob (T, *plates, *event)
 
         Raises:
-            UsageError: If no such data read Gaussian latents.
+            UsageError: If the data have no mean or variance, as categories.
 
         Source: Durbin and Koopman (2012), "Time Series Analysis by State Space Methods", section 2.12.
 

@@ -36,7 +36,7 @@ def regrouped(q: Posterior, graph: FactorGraph) -> Posterior | None:
                 return None
         cells.append(torch.stack([by_site[name][2] for name in group.members]))
         counts.append(torch.stack([by_site[name][3] for name in group.members]))
-    return replace(q, graph=graph, cells=cells, counts=counts, solved=solved)
+    return replace(q, graph=graph, cells=cells, counts=counts, solved=solved, parameters=None)
 
 
 def regrouped_solutions(graph: FactorGraph, solved: Solved, other: FactorGraph) -> Solved | None:

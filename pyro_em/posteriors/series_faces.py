@@ -9,7 +9,7 @@ and the errors of its predictions are those of p(y_t | y_1, …, y_{t−1}).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,29 +19,23 @@ from torch import Tensor
 
 from pyro_em.arguments import whole
 from pyro_em.errors import UsageError, message
-from pyro_em.globs import listed, meant, natural, require_alike, unknown
-from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.globs import listed, meant, natural, require_alike
+from pyro_em.graph.factors import FactorGraph
 from pyro_em.posteriors.data_steps import (
     DataSteps,
-    ObservedSite,
-    number_of,
-    observed_sites,
     stem_of,
     steps_of_data,
 )
 from pyro_em.posteriors.gaussian_faces import GaussianFaces
-from pyro_em.posteriors.gaussian_predictions import known_data, predicted, value_rows
 from pyro_em.posteriors.gaussian_site import covariance
 from pyro_em.posteriors.gaussian_steps import gaussians_in
 from pyro_em.posteriors.names import by_glob, latent_of, matched_pairs, names_of, own_name
-from pyro_em.posteriors.normal_mixtures import NormalRows
 from pyro_em.posteriors.product_steps import product_steps
 from pyro_em.posteriors.site_runs import covariances_of_pairs, runs_of
 from pyro_em.posteriors.so_far import given_steps
 from pyro_em.posteriors.stacks import batch_shape
-from pyro_em.posteriors.state_filter import filtered_solutions, predicted_solution
+from pyro_em.posteriors.state_filter import filtered_solutions
 from pyro_em.posteriors.steps import forward_cells, steps_of
-from pyro_em.updates.gaussian_rows import event_shape
 
 if TYPE_CHECKING:
     from pyro_em.posteriors.posterior import Posterior
@@ -190,10 +184,10 @@ def _forward(q: Posterior, names: Sequence[str]) -> Tensor | None:
         return None
     if steps is None:
         return _forward_of_products(q, names)
-    chain = _series(names[0], latents)
+    chain = series_of(names[0], latents)
     if chain != latents:
         return None
-    data = _data_steps(q, chain)
+    data = data_steps(q, chain)
     comes = dict(steps.single)
     comes |= {c.group: tuple(t + 1 for t in c.steps) for c in steps.couples}
     for (g, _), at in data.of_rows.items():
@@ -212,12 +206,12 @@ def _forward_of_products(q: Posterior, names: Sequence[str]) -> Tensor | None:
     products = product_steps(graph)
     if products is None:
         return None
-    chain = _series(names[0], list(graph.latents))
+    chain = series_of(names[0], list(graph.latents))
     places = [products.of.names(name) for name in chain]
     if any(place is None or place[1] != t for t, place in enumerate(places)):
         return None
     comes = products.comes()
-    for (g, _), at in _data_steps(q, chain).of_rows.items():
+    for (g, _), at in data_steps(q, chain).of_rows.items():
         if any(comes.get((g, i), t) != t for i, t in enumerate(at.tolist())):
             return None
     found = products.forward(q.tables)
@@ -228,11 +222,11 @@ def _forward_of_products(q: Posterior, names: Sequence[str]) -> Tensor | None:
 
 def _by_filter(q: Posterior, names: Sequence[str]) -> GaussianFaces | None:
     """Faces with the moments of the filter of a chain; None where it does not have them."""
-    faces = _gaussian(q)
-    chain = _series(names[0], [*names_of(q.graph), *faces.places])
+    faces = gaussian_faces(q)
+    chain = series_of(names[0], [*names_of(q.graph), *faces.places])
     if any(n not in chain for n in names):
         return None
-    solved = filtered_solutions(faces, _data_steps(q, chain), names)
+    solved = filtered_solutions(faces, data_steps(q, chain), names)
     if solved is None:
         return None
     return replace(faces, solved=solved)
@@ -243,15 +237,15 @@ def _by_steps(
 ) -> list[Any]:
     """What each of some latents is, given the data up to and including its step."""
     unread = () if q.later is None else q.later.names
-    everyone = [*names_of(q.graph), *_gaussian(q).places, *unread]
+    everyone = [*names_of(q.graph), *gaussian_faces(q).places, *unread]
     known: dict[tuple[str, int], Posterior] = {}
     clocks: dict[str, tuple[list[str], DataSteps]] = {}
     out = []
     for name in names:
         stem = stem_of(name)
         if stem not in clocks:
-            chain = _series(name, everyone)
-            clocks[stem] = chain, _data_steps(q, chain)
+            chain = series_of(name, everyone)
+            clocks[stem] = chain, data_steps(q, chain)
         chain, data = clocks[stem]
         step = chain.index(name)
         if name in unread:
@@ -259,12 +253,12 @@ def _by_steps(
             out.append(answer(q, name))
             continue
         if (stem, step) not in known:
-            known[stem, step] = _until(q, data, step)
+            known[stem, step] = until(q, data, step)
         out.append(answer(known[stem, step], name))
     return out
 
 
-def _until(q: Posterior, data: DataSteps, last: int) -> Posterior:
+def until(q: Posterior, data: DataSteps, last: int) -> Posterior:
     """The posterior given the data up to and including a step."""
     if last >= data.last:
         return q
@@ -284,106 +278,25 @@ def _refuse_later_data(where: str, name: str, data: DataSteps, step: int) -> Non
         )
 
 
-def _gaussian(q: Posterior) -> GaussianFaces:
+def gaussian_faces(q: Posterior) -> GaussianFaces:
+    """The Gaussian latents of a posterior."""
     return GaussianFaces(q.graph, gaussians_in(q.solved), q.cells)
 
 
-def _series(name: str, names: Sequence[str]) -> list[str]:
+def series_of(name: str, names: Sequence[str]) -> list[str]:
     """All steps of the series that a latent belongs to, in order of time."""
     stem = stem_of(name)
     return sorted({n for n in names if stem_of(n) == stem}, key=natural)
 
 
-def _data_steps(q: Posterior, chain: Sequence[str]) -> DataSteps:
+def data_steps(q: Posterior, chain: Sequence[str]) -> DataSteps:
+    """When data come, along a series of these names."""
     known = q.graph.remembered
     key = "data steps", tuple(chain)
     if key not in known:
-        known[key] = steps_of_data(q.graph, _gaussian(q), chain)
+        known[key] = steps_of_data(q.graph, gaussian_faces(q), chain)
     steps: DataSteps = known[key]
     return steps
-
-
-@torch.no_grad()
-def prediction_errors(q: Posterior, site: str) -> Tensor:
-    """See `Posterior.prediction_errors`."""
-    every = {s.name: s for s in observed_sites(q.graph)}
-    names = _observed(site, every)
-    data = _data_steps(q, _clock_of(q, [every[n] for n in names], list(every)))
-    rows = _Errors(q, data)
-    out = []
-    for name in names:
-        own = every[name]
-        shape = (*batch_of(q.graph, own.own), *event_shape(own.of))
-        out.append(rows.of_site(own).reshape(shape).to(own.of.value.dtype))
-    if names == [site]:
-        return out[0]
-    require_alike("prediction_errors", [(n, e.shape) for n, e in zip(names, out, strict=True)])
-    return torch.stack(out)
-
-
-class _Errors:
-    """Standardised errors, those of all sites of a group together."""
-
-    def __init__(self, q: Posterior, data: DataSteps) -> None:
-        self.q, self.data = q, data
-        self._until: dict[int, Posterior] = {}
-        self._known: dict[tuple[int, int], Tensor] = {}
-
-    def of_site(self, site: ObservedSite) -> Tensor:
-        """# (rows, D)"""
-        assert site.number is not None
-        key = site.group, site.number
-        if key not in self._known:
-            self._known[key] = self._of_group(*key, site.of)
-        return self._known[key][site.rows]
-
-    def _of_group(self, g: int, i: int, group: Group) -> Tensor:
-        solved = gaussians_in(self.q.solved)
-        value, noise = value_rows(group), known_data(solved[g]).noise(i)
-        steps = {j: at for (h, j), at in self.data.of_rows.items() if h == g and j is not None}
-        own = predicted_solution(solved[g], steps)
-        if own is not None:
-            faces = replace(_gaussian(self.q), solved={**solved, g: own})
-            return _standardised(value, predicted(faces, g, i, noise))
-        out = value.clone()
-        for step in sorted(set(steps[i].tolist())):
-            if step not in self._until:
-                self._until[step] = _until(self.q, self.data, step - 1)
-            here = (steps[i] == step).to(value.device)
-            rows = predicted(_gaussian(self._until[step]), g, i, noise)
-            out[here] = _standardised(value, rows)[here]
-        return out
-
-
-def _standardised(value: Tensor, rows: NormalRows) -> Tensor:
-    mean, variance = rows.moments()
-    return (value - mean) / variance.sqrt()
-
-
-def _observed(site: str, every: Mapping[str, ObservedSite]) -> list[str]:
-    """The observed sites below Gaussian latents that a name or a glob means."""
-    below = [name for name, s in every.items() if s.number is not None]
-    names = meant(site, below)
-    if names:
-        return names
-    if meant(site, every):
-        raise UsageError(
-            message(
-                f"prediction_errors('{site}')",
-                "no Gaussian latent enters the mean of these data.",
-                "errors over their standard deviation are those of Gaussian predictions",
-                ["compare the data with em.forecast(x), of a series whose later steps are NaN"],
-            )
-        )
-    raise unknown(site, below, "observed sites that read Gaussian latents")
-
-
-def _clock_of(q: Posterior, sites: Sequence[ObservedSite], observed: Sequence[str]) -> list[str]:
-    """The longest series of latents, or the data themselves where no latents are one."""
-    chains = {stem_of(n): n for n in _gaussian(q).places if number_of(n) is not None}
-    series = [_series(n, list(_gaussian(q).places)) for n in chains.values()]
-    longest = max(series, key=len, default=[])
-    return longest if len(longest) > 1 else _series(sites[0].name, observed)
 
 
 def batch_of(graph: FactorGraph, site: str) -> tuple[int, ...]:

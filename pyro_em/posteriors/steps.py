@@ -15,7 +15,7 @@ Source: Rabiner (1989), "A tutorial on hidden Markov models"; Viterbi (1967) for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -242,6 +242,37 @@ def forward_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None
         alpha = torch.logsumexp(alpha.unsqueeze(-1) + pair, -2) + likelihood
         alpha = alpha.log_softmax(-1)
         found.append(alpha)
+    return torch.stack(found).exp().reshape(steps.T, *steps.sizes, steps.K)
+
+
+@torch.no_grad()
+def predicted_cells(
+    graph: FactorGraph, tables: Sequence[Tensor], data: Collection[int]
+) -> Tensor | None:
+    """p(z_t | all factors before the data of step t) of a graph that is a chain.
+
+    Args:
+        graph: The factors.
+        tables: Log densities per group. # (members, *sizes)
+        data: The groups that hold data; each reads one latent, or none.
+
+    Returns:
+        Probabilities. # (T, *plates, K); None where the graph is no chain.
+    """
+    steps = steps_of(graph)
+    if steps is None:
+        return None
+    unseen = [torch.zeros_like(t) if g in data else t for g, t in enumerate(tables)]
+    log_l, prior = (
+        _single(graph, steps, t).reshape(steps.T, -1, steps.K) for t in (tables, unseen)
+    )
+    pairs = _pairs(graph, steps, tables)
+    found = [prior[0].log_softmax(-1)]
+    alpha = log_l[0]
+    for own, without, pair in zip(log_l[1:], prior[1:], pairs, strict=True):
+        moved = torch.logsumexp(alpha.log_softmax(-1).unsqueeze(-1) + pair, -2)
+        found.append((moved + without).log_softmax(-1))
+        alpha = moved + own
     return torch.stack(found).exp().reshape(steps.T, *steps.sizes, steps.K)
 
 

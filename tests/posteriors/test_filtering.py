@@ -14,8 +14,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions.constraints import positive, simplex
 
-from pyro_em import ExactPosteriorEM, Hard, UsageError
+from pyro_em import ExactPosteriorEM, Hard, UsageError, vectorized_markov
 from pyro_em.errors import UnknownNameError
 
 T = 6
@@ -300,23 +301,51 @@ def test_states_are_filtered_as_by_a_sum_over_paths(order: int, apart: bool) -> 
     y = series(4, 2)
     y[2, 0] = math.nan
     em = ExactPosteriorEM(hmm, missing="nan")
-    found = em.posterior(y, order, apart).filtered("z_*")
-    assert found.shape == (4, 2, 2)
+    q = em.posterior(y, order, apart)
+    found, errors = q.filtered("z_*"), q.prediction_errors("y_*")
+    assert found.shape == (4, 2, 2) and errors.shape == (4, 2)
+    locs = np.array([-1.0, 1.0])
     A = np.array([[[0.9, 0.1], [0.3, 0.7]], [[0.5, 0.5], [0.2, 0.8]]])
     for b, t in itertools.product(range(2), range(4)):
 
-        def log_p(path, b=b) -> float:
+        def log_p(path, b=b, seen=4) -> float:
             total, z, before = 0.0, 0, 0
             for s, k in enumerate(path):
                 total += math.log(A[before if order == 2 else 0, z, k])
                 value = float(y[s, b])
-                if not math.isnan(value):
-                    total -= 0.5 * (value - (-1.0, 1.0)[k]) ** 2
+                if not math.isnan(value) and s < seen:
+                    total -= 0.5 * (value - locs[k]) ** 2
                 before, z = z, k
             return total
 
         assert found[t, b].numpy() == pytest.approx(paths(log_p, 2, t + 1)[0], abs=1e-12)
+        known = paths(lambda path, b=b, t=t: log_p(path, b, seen=t), 2, t + 1)[0]
+        mean = known @ locs
+        error = (float(y[t, b]) - mean) / math.sqrt(1 + known @ (locs - mean) ** 2)
+        assert errors[t, b].item() == pytest.approx(error, abs=1e-12, nan_ok=True)
     assert torch.equal(em.posterior(y, order, apart).filtered("z_2"), found[2])
+
+
+def test_errors_of_counts_are_those_of_mixtures_at_the_fitted_parameters() -> None:
+    counts = torch.tensor([0.0, 1.0, 7.0, 9.0, 8.0, 1.0])
+
+    def model(x: Tensor, letters: bool = False) -> None:
+        A = pyro.param("A", torch.tensor([[0.8, 0.2], [0.3, 0.7]]), constraint=simplex)
+        rate = pyro.param("rate", torch.tensor([1.0, 6.0]), constraint=positive)
+        z = torch.tensor(0)
+        for t in vectorized_markov("time", len(x)):
+            z = pyro.sample(f"z_{t}", dist.Categorical(A[z]))
+            emitted = dist.Categorical(A[z]) if letters else dist.Poisson(rate[z])
+            pyro.sample(f"x_{t}", emitted, obs=x[t])
+
+    q = (result := ExactPosteriorEM(model).fit(counts, max_steps=3, tol=0)).posterior
+    A, rate = result.params["A"], result.params["rate"]
+    known = torch.cat([A[:1], q.filtered("z_*")[:-1] @ A])
+    mean = known @ rate
+    spread = (known * (rate + (rate - mean.unsqueeze(-1)) ** 2)).sum(-1).sqrt()
+    torch.testing.assert_close(q.prediction_errors("x_*"), (counts - mean) / spread)
+    with pytest.raises(UsageError, match="Categorical has no mean and variance"):
+        ExactPosteriorEM(model).posterior(counts.clamp(max=1), True).prediction_errors("x_*")
 
 
 def test_observed_states_count_from_their_step_on() -> None:
@@ -388,8 +417,6 @@ def test_what_is_filtered_must_be_the_posterior_of_data() -> None:
     y = series(4, 2)
     with pytest.raises(UsageError, match="not the posterior of the data"):
         ExactPosteriorEM(hmm, strategy=Hard()).posterior(y).filtered("z_*")
-    with pytest.raises(UsageError, match="no Gaussian latent enters the mean"):
-        ExactPosteriorEM(hmm).posterior(y).prediction_errors("y_*")
 
 
 def test_latents_after_the_last_datum_are_predicted() -> None:
