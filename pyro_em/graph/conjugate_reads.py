@@ -154,6 +154,7 @@ def differing_reads(
     structure: Structure,
     kernels: Mapping[str, PriorKernel],
     at: Mapping[str, Tensor] | None = None,
+    seen: Run | None = None,
 ) -> list[tuple[str, str]]:
     """Sites that, at other parameters, do not read latents in the way that was found.
 
@@ -165,14 +166,18 @@ def differing_reads(
         structure: What `examine` found of it.
         kernels: The kernel of each latent's prior.
         at: Parameters at which to look; the current ones where None.
+        seen: A run there with the latents at the values that the model gives them, which stands for
+            one of two runs; None to make both.
 
     Returns:
         Pairs of a site and an argument.
     """
-    pairs = values_inside(model, kernels, 53), values_inside(model, kernels, 59)
+    random = values_inside(model, kernels, 59)
+    pairs = (values_inside(model, kernels, 53) if seen is None else dict(model.values)), random
     how: dict[str, Any] = {"limit": None, "values": at}
     with torch.no_grad():
-        one, two = (run_enumerated(model.at(v), args, kwargs, structure, **how) for v in pairs)
+        one = seen or run_enumerated(model.at(pairs[0]), args, kwargs, structure, **how)
+        two = run_enumerated(model.at(random), args, kwargs, structure, **how)
         layout = FactorLayout(one.sites, structure.as_run, Recurring({}))
         off = []
         for name in structure.as_run.sites:

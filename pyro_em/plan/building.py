@@ -44,7 +44,7 @@ from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.garbage import fewer_collections
-from pyro_em.tracing.given import GivenConjugates, GivenGaussians
+from pyro_em.tracing.given import GivenConjugates, GivenGaussians, without_values
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized
 from pyro_em.tracing.names import names_of
 from pyro_em.tracing.operations import OperationLog
@@ -167,9 +167,21 @@ def _conjugating(
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
     log = task.log(names_of(task.model, task.args, task.kwargs))
     graph = found.integrated(traced(given, structure, log, looked), task.max_enumeration)
-    bare = _without_sites(bare)
+    return on_conjugates(task, decided(given, structure, graph, log), found, _without_sites(bare))
+
+
+def on_conjugates(task: Task, program: Program, found: Conjugates, bare: Structure) -> Program:
+    """A program that knows its conjugate latents, and the user's model without them.
+
+    Args:
+        task: The user's model, and what is wanted of it.
+        program: Of the model with these latents given.
+        found: The latents.
+        bare: The skeleton of the user's model.
+    """
+    structure = program.structure
     return replace(
-        decided(given, structure, graph, log),
+        program,
         conjugates=found,
         bare=bare,
         routes=LaterTuple(lambda: conjugate_routes(bare, structure, found)),
@@ -269,7 +281,7 @@ def integrating(
     notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
     structure = _knowing(structure, lines)
-    log = task.log(names_of(task.model, task.args, task.kwargs))
+    log = task.log(names_of(without_values(task.model), task.args, task.kwargs))
     found = None if conjugates is None else conjugates(structure)
     alike = () if found is None else found.alike(lines)
     graph = with_lines(given, structure, lines, traced(given, structure, log, looked), alike)

@@ -25,7 +25,7 @@ from pyro_em.plan.routes import Route, routes_of
 from pyro_em.posteriors.conjugate_components import conjugated
 from pyro_em.posteriors.scaled_components import pairs_alike
 from pyro_em.tracing.given import GivenConjugates
-from pyro_em.tracing.runs import Model
+from pyro_em.tracing.runs import Model, Run
 from pyro_em.tracing.sites import mask_tensor
 
 
@@ -80,11 +80,20 @@ class Conjugates:
         args: tuple,
         kwargs: dict[str, Any],
         structure: Structure,
-        values: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None,
+        seen: Run | None = None,
     ) -> list[tuple[str, str]]:
-        """Sites that read the latents otherwise at other parameters, each with the argument."""
+        """Sites that read the latents otherwise at other parameters, each with the argument.
+
+        Args:
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            structure: Its skeleton.
+            values: Parameters at which to look; the current ones where None.
+            seen: A run there with the latents at their units, where there was one.
+        """
         run = self.model, args, kwargs, structure
-        return differing_reads(self.reads, *run, self.kernels, values)
+        return differing_reads(self.reads, *run, self.kernels, values, seen)
 
     def alike(self, lines: Mapping[str, Line]) -> tuple[tuple[str, str], ...]:
         """Pairs of Normal sites in whose spreads one latent is, where Gaussian ones reach them."""

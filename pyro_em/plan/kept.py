@@ -7,9 +7,9 @@ operation: if it did the same as when it was read, on parameters and data that a
 found out still holds. Anything else is read anew, from the beginning. Where parameters have no values
 yet, a plain run gives them theirs before.
 
-A model whose Gaussian latents are integrated is run with these at zero. On the same data a run at other
-values confirms how they enter means. Where the data are others, that is read again, unless it holds no
-number of the data.
+A model whose Gaussian or conjugate latents are integrated is run with these at values of reference. On
+the same data a run at other values confirms how they enter. Where the data are others, that is read
+again, unless it holds no number of the data.
 
 Readings belong to the model and are shared by all objects that were given the same one. The latest
 program belongs to one object, since it holds the data: asked again on the very same ones, it serves as
@@ -24,8 +24,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_em.errors import PyroEMError
+from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.graph.conjugate_reads import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.initial import tell_of_starts
 from pyro_em.graph.kept_lines import are_as_read, offsets_are_as_read, without_data
@@ -37,7 +40,8 @@ from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
-from pyro_em.plan.building import decided, on_lines, with_lines, with_routes
+from pyro_em.plan.building import decided, on_conjugates, on_lines, with_lines, with_routes
+from pyro_em.plan.conjugates import Conjugates
 from pyro_em.plan.first_values import (
     NotBegun,
     begun,
@@ -52,14 +56,16 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_steps import at_zero
-from pyro_em.tracing.given import GivenGaussians, without_values
+from pyro_em.tracing.given import GivenGaussians, References, references_in, without_values
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.names import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
-from pyro_em.tracing.runs import Begin, is_stored
+from pyro_em.tracing.runs import Begin, Run, is_stored
 
 _MOST = 8  # forms of data that are remembered of one model
+
+_FormOfValue = tuple[torch.Size, torch.dtype, torch.device]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +80,11 @@ class Kept:
         contraction: The order of its sums; None where that is made when it is asked for.
         members: The order of the factors that it is of.
         is_held: Whether a look at the numbers of its enumerated run finds all that validation finds.
-        bare: The skeleton of the user's model where Gaussian latents are integrated: the other one is
-            that of the model with these given.
-        gaussians: Shape, dtype and device of the values of these.
+        bare: The skeleton of the user's model where Gaussian or conjugate latents are integrated: the
+            other one is that of the model with these given.
+        gaussians: Shape, dtype and device of the values of Gaussian ones.
+        units: The same of conjugate ones.
+        kernels: The kernel of the prior of each of the latter.
         lines: How they enter means, where that holds no number of the data.
         selections: How its runs showed which elements of parameters arguments are.
     """
@@ -89,21 +97,25 @@ class Kept:
     members: tuple[tuple[str, ...], ...]
     is_held: bool
     bare: Structure | None = None
-    gaussians: Mapping[str, tuple[torch.Size, torch.dtype, torch.device]] = field(
-        default_factory=dict
-    )
+    gaussians: Mapping[str, _FormOfValue] = field(default_factory=dict)
+    units: Mapping[str, _FormOfValue] = field(default_factory=dict)
+    kernels: Mapping[str, PriorKernel] = field(default_factory=dict)
     lines: Mapping[str, Line] = field(default_factory=dict)
     selections: KeptSelections = field(default_factory=KeptSelections)
 
     def task(self, task: Task) -> Task:
-        """A task with the model that is run, whose Gaussian latents are given."""
+        """A task with the model that is run, whose integrated latents are given."""
         if self.bare is None:
             return task
-        zeros = {
-            name: torch.zeros(shape, dtype=dtype, device=device)
-            for name, (shape, dtype, device) in self.gaussians.items()
-        }
-        return replace(task, model=GivenGaussians(task.model, zeros))
+        at = self.references
+        model = at.for_lines(task.model) if at.zeros else at.for_reads(task.model)
+        return replace(task, model=model)
+
+    @property
+    def references(self) -> References:
+        """The values of the latents that are integrated."""
+        units = {n: self.kernels[n].unit(_zeros(form)) for n, form in self.units.items()}
+        return References({n: _zeros(form) for n, form in self.gaussians.items()}, units)
 
 
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -150,7 +162,8 @@ class Readings(StaysHere):
         if program.structure.series is None:
             order, members = program.contraction, _members_of(program.graph)
         is_held = finds_all(at_zero(program.graph), program.structure)
-        given = program.model.values if isinstance(program.model, GivenGaussians) else {}
+        at = references_in(program.model)
+        kernels = {} if program.conjugates is None else program.conjugates.kernels
         readings[form] = Kept(
             program.structure,
             program.operations,
@@ -160,7 +173,9 @@ class Readings(StaysHere):
             members,
             is_held,
             program.bare,
-            {n: (v.shape, v.dtype, v.device) for n, v in given.items()},
+            {n: (v.shape, v.dtype, v.device) for n, v in at.zeros.items()},
+            {n: (v.shape, v.dtype, v.device) for n, v in at.units.items()},
+            kernels,
             lines,
         )
         while len(readings) > _MOST:
@@ -203,7 +218,7 @@ class Readings(StaysHere):
                 same = _does_the_same(kept.task(again), kept, latest, again.log(names))
                 return latest if same else None
             program = _on_other_data(task, kept, task.log(names))
-        except (PyroEMError, NotVectorized, NotLinear, NotSeparate):
+        except (PyroEMError, NotVectorized, NotLinear, NotSeparate, NotConjugate):
             return None  # reading it anew says what is wrong
         if program is not None:
             self._note(task, kept, program)
@@ -240,6 +255,10 @@ class Readings(StaysHere):
             self.latest = program
 
 
+def _zeros(form: _FormOfValue) -> Tensor:
+    return torch.zeros(form[0], dtype=form[1], device=form[2])
+
+
 def _form(task: Task) -> Hashable:
     parts, keywords = form_of(task.args, task.kwargs)
     budgets = (task.max_plate_nesting, task.max_enumeration)
@@ -267,16 +286,20 @@ def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
     Its numbers are compared too: they may come from where no operation shows them, as what numpy
     wrote into a tensor, what a distribution keeps for itself, a draw that was the same by chance.
     """
-    graph = traced(task, kept.structure, log)
+    runs: list[Run] = []
+    graph = traced(task, kept.structure, log, runs=runs)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, kept.structure):
         return False
     values = values_of(graph.parameters)
     if disagreements(at_zero(program.graph), graph, values, exactly=True):
         return False
+    run = task.args, task.kwargs, kept.structure
+    found = program.conjugates
+    if found is not None and found.differing(*run, None, runs[0]):
+        return False
     if not isinstance(task.model, GivenGaussians):
         return True
-    run = task.model, task.args, task.kwargs, kept.structure
-    return not differing_lines(program.lines, *run, values, once=True)
+    return not differing_lines(program.lines, task.model, *run, values, once=True)
 
 
 def _on_other_data(
@@ -307,15 +330,25 @@ def _on_other_data(
     if not are_possible(log.sites, structure, log.forms):
         return None
     lines: Mapping[str, Line] = {}
+    found = None
+    if kept.kernels:
+        model = kept.references.for_reads(task.model)
+        found = Conjugates.of(model, kept.kernels, task.args, task.kwargs, structure)
     if isinstance(given.model, GivenGaussians):
         lines = _lines(given, kept, graph)
-        graph = with_lines(given, structure, lines, graph)
+        alike = () if found is None else found.alike(lines)
+        graph = with_lines(given, structure, lines, graph, alike)
+    if found is not None:
+        graph = found.integrated(graph, task.max_enumeration)
     order = None
     if kept.contraction is not None and kept.members == _members_of(graph):
         order = kept.contraction  # factors without bindings are grouped, and follow, differently
     program = decided(given, structure, graph, log, order)
-    if kept.bare is not None:
-        program = with_routes(on_lines(task, program, lines, kept.bare))
+    if kept.bare is not None and lines:
+        own = on_lines(task, program, lines, kept.bare)
+        program = with_routes(replace(own, conjugates=found))
+    elif kept.bare is not None and found is not None:
+        program = on_conjugates(task, program, found, kept.bare)
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):

@@ -386,12 +386,10 @@ class Planner(StaysHere):
         program = build_program(task, first_look=first)
         if self.known.components is None:
             task, program = self._with_components(task, program)
-        if (
-            isinstance(program, Program)
-            and program.conjugates is None
-            and (self.request.guide is None or not program.lines)
-        ):
-            self.readings.keep(task, program)
+        if isinstance(program, Program):
+            integrates = bool(program.lines) or program.conjugates is not None
+            if self.request.guide is None or not integrates:
+                self.readings.keep(task, program)
         return program
 
     def _with_components(

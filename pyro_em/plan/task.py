@@ -18,7 +18,7 @@ from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.dependences import Reading
 from pyro_em.tracing.names import tensors_in
 from pyro_em.tracing.operations import OperationLog
-from pyro_em.tracing.runs import Begin, Model
+from pyro_em.tracing.runs import Begin, Model, Run
 from pyro_em.updates.update import Gradient, Update
 
 
@@ -74,6 +74,7 @@ def traced(
     looked: Mapping[str, Mapping[str, Any]] | None = None,
     kept: KeptSelections | None = None,
     begin: Begin | None = None,
+    runs: list[Run] | None = None,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are noted and held to the budget.
 
@@ -84,6 +85,7 @@ def traced(
         looked: The sites of a plain run, which this one has to agree with.
         kept: How earlier runs read off which elements of parameters arguments are.
         begin: How parameters get their first values in the run; None where they have values.
+        runs: Where the run itself is noted.
     """
     return trace_graph(
         task.model,
@@ -96,4 +98,5 @@ def traced(
         log=log,
         kept=kept,
         begin=begin,
+        runs=runs,
     )

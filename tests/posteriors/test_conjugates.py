@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -412,6 +413,45 @@ def test_a_mixture_of_counts_climbs_and_answers() -> None:
 def _conditional_entropy(q: Any, a: Tensor, x: Tensor) -> float:
     each = dist.Gamma(a + x.unsqueeze(-1), RATES + 1).entropy()
     return float((q.probs("z") * each).sum())
+
+
+def test_a_reading_is_kept_and_an_index_that_the_model_finds_elsewhere_is_seen() -> None:
+    """Asked again, the model is run three times; with another index it is read anew."""
+    groups, runs = [tensor([0, 0, 1, 2, 2])], itertools.count()
+
+    def model(x: Tensor) -> None:
+        next(runs)
+        a = pyro.param("a", A.clone(), constraint=constraints.positive)
+        with pyro.plate("groups", 3):
+            rate = pyro.sample("rate", dist.Gamma(a, B))
+            mean = pyro.sample("mean", dist.Normal(0.0, rate.rsqrt()))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Poisson(rate[groups[0]]), obs=x)
+            pyro.sample("y", dist.Normal(mean[groups[0]], rate[groups[0]].rsqrt()), obs=x)
+
+    em = ExactPosteriorEM(model)
+    em.fit(COUNTS, max_steps=1)
+    shape = float(pyro.param("a").detach())
+
+    def expected(x: Tensor) -> Tensor:
+        out = []
+        for g in range(3):
+            own = x[groups[0] == g]
+            n, total = len(own), own.sum()
+            rest = own.square().sum() - total**2 / (n + 1)
+            out.append((shape + total + n / 2) / (B + n + rest / 2))
+        return torch.stack(out)
+
+    before = next(runs)
+    assert torch.allclose(em.posterior(COUNTS).mean("rate"), expected(COUNTS))
+    assert next(runs) - before <= 4
+    before, other = next(runs), COUNTS + 1
+    assert torch.allclose(em.posterior(other).mean("rate"), expected(other))
+    assert next(runs) - before <= 7
+    groups[0] = tensor([0, 1, 1, 2, 1])
+    assert torch.allclose(em.posterior(COUNTS).mean("rate"), expected(COUNTS))
+    groups[0] = tensor([2, 1, 1, 0, 1])
+    assert torch.allclose(em.posterior(other).mean("rate"), expected(other))
 
 
 def test_rates_of_the_steps_of_a_loop_are_one_block_and_each_can_be_given() -> None:
