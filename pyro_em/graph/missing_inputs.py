@@ -18,6 +18,7 @@ from pyro_em.distributions import element_mask, unwrap
 from pyro_em.errors import DataError, Finding
 from pyro_em.tracing.handlers import SampleMessenger
 from pyro_em.tracing.lean import nothing
+from pyro_em.tracing.missing import LAGGED
 from pyro_em.tracing.randomness import same_random_state
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import is_factor
@@ -54,6 +55,7 @@ def input_problems(site: Mapping[str, Any]) -> list[Finding]:
                 "never filled",
                 (
                     "give what is missing a distribution: pyro.sample('covariate', ..., obs=x)",
+                    *((LAGGED,) if what == "argument 'loc'" else ()),
                     "impute it before, or drop the rows that hold it",
                 ),
                 DataError,

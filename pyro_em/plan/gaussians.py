@@ -18,6 +18,7 @@ from pyro_em.plan.unrouted import Unrouted, without_route
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.scaled import ScaledBlock
 from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.missing import LAGGED
 from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import mask_tensor
 
@@ -42,8 +43,16 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     for name, site in continuous.items():
         problem = why_not_integrable(site)
         if problem:
-            raise NotLinear(Finding(f"site '{name}'", problem, latents=(name,)))
+            fixes: tuple[str, ...] = ()
+            if name in _unobserved_parts(structure):
+                problem, fixes = "it is missing, and other sites read it.", (LAGGED,)
+            raise NotLinear(Finding(f"site '{name}'", problem, "", fixes, latents=(name,)))
     return GivenGaussians(model, {n: _zeros(n, s, structure) for n, s in continuous.items()})
+
+
+def _unobserved_parts(structure: Structure) -> set[str]:
+    """What ``obs_mask`` makes latents of."""
+    return {f"{name}_unobserved" for name in structure.masked_pairs}
 
 
 def _zeros(name: str, site: Mapping[str, Any], structure: Structure) -> torch.Tensor:

@@ -79,6 +79,13 @@ def has_missing(model: Any) -> bool:
     """Whether NaN in the observed values of a model, or of its pair with a guide, means missing."""
     return isinstance(model, WithMissing) or isinstance(getattr(model, "model", None), WithMissing)
 
+# What to write where values of earlier steps are missing and later steps read them.
+LAGGED = (
+    "an autoregression whose values may be missing: let them be latents that are seen as they are, "
+    "h = pyro.sample(f'h_{t}', Normal(c + phi * h, s)); pyro.sample(f'y_{t}', Normal(h, 1e-6), "
+    "obs=y[t]), with missing='nan'; a Kalman filter integrates over the gaps"
+)
+
 
 class MissingEntries(SampleMessenger):
     """Integrate NaN in observed values out; see the module's text.

@@ -235,3 +235,30 @@ def test_one_function_says_which_entries_are_seen() -> None:
     assert torch.equal(seen["x"][0], ~x.isnan() & keep.unsqueeze(-1))
     assert torch.equal(seen["y"][0], ~x.flip(0).isnan())
     assert seen["whole"] is None
+
+
+def autoregression(y, how):
+    """Of values themselves, or of latents that are seen as they are."""
+    phi, s = pyro.param("phi", Y.new_tensor(0.6)), pyro.param("s", Y.new_tensor(0.8))
+    h = Y.new_tensor(0.0)
+    for t in range(len(y)):
+        fn = dist.Normal(0.1 + phi * h, s)
+        if how == "latents":
+            h = pyro.sample(f"h_{t}", fn)
+            pyro.sample(f"y_{t}", dist.Normal(h, 1e-6), obs=y[t])
+        elif how == "obs_mask":
+            h = pyro.sample(f"y_{t}", fn, obs=y[t].nan_to_num(), obs_mask=~y[t].isnan())
+        else:
+            h = pyro.sample(f"y_{t}", fn, obs=y[t])
+
+
+def test_an_autoregression_with_gaps_is_told_to_be_one_of_latents_which_has_the_exact_evidence():
+    words = "an autoregression whose values may be missing: let them be latents that are seen"
+    for how in ("nan", "obs_mask"):
+        with pytest.raises(PyroEMError, match=words):
+            ExactPosteriorEM(autoregression, missing="nan").posterior(Y, how)
+    rows = [(Y[0], 0.1, 0.8), (Y[2], 0.1 + 0.6 * (0.1 + 0.6 * Y[0]), 0.8 * (1 + 0.6**2) ** 0.5)]
+    rows += [(Y[3], 0.1 + 0.6 * Y[2], 0.8)]
+    expected = sum(float(dist.Normal(mean, scale).log_prob(y)) for y, mean, scale in rows)
+    q = ExactPosteriorEM(autoregression, missing="nan").posterior(Y, "latents")
+    assert q.log_evidence == pytest.approx(expected, abs=1e-9)
