@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from pyro_em.analysis.generate import Generated
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.fitting.result import EMResult, EMStatus
 from pyro_em.sklearn.inputs import as_rows
-from pyro_em.sklearn.kept_store import AsFitted, kept_store
+from pyro_em.sklearn.kept_store import AsFitted, in_store, kept_store
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,6 @@ class EMEstimator(
     precision are left as they are. Numbers are computed in the precision of X, float32 or float64.
 
     Attributes:
-        em_: The `ExactPosteriorEM` behind it, whose parameters are in the estimator's own store.
         result_: The `EMResult` of the last fit, with its plan, its history and standard errors. A
             pickle of the estimator is without it.
         params_: The parameters by name, as arrays.
@@ -66,7 +66,7 @@ class EMEstimator(
 
     random_state: Any
     warm_start: Any
-    em_: ExactPosteriorEM
+    _em: ExactPosteriorEM
     _store: dict[str, Any]
 
     # ------------------------------------------------------------------ what a subclass says
@@ -105,16 +105,17 @@ class EMEstimator(
         given = arguments(rows)
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(2**31 - 1)) if self._draws_numbers() else 0
-        goes_on = bool(self.warm_start) and hasattr(self, "em_")
+        goes_on = bool(self.warm_start) and hasattr(self, "_em")
         best: _Fitted | None = None
-        for em in [self.em_] if goes_on else self._starts(rows, rng):
+        for em in [self._em] if goes_on else self._starts(rows, rng):
             store = self._store if goes_on else {"params": {}, "constraints": {}}
             with kept_store(store, seed, rows.dtype):
                 fitted = _Fitted(em, store, self._run(em, given, seed, goes_on))
             best = fitted if best is None or fitted.is_better_than(best) else best
         assert best is not None
-        result = self.result_ = best.result
-        self.em_, self._store, self._seed = best.em, best.store, seed
+        result = best.result
+        self.result_ = in_store(result, best.store, seed, rows.dtype)
+        self._em, self._store, self._seed = best.em, best.store, seed
         self.params_ = {n: v.detach().cpu().numpy().copy() for n, v in result.params.items()}
         self.converged_, self.n_iter_ = result.converged, result.num_steps
         self._is_exact = result.log_evidence is not None
@@ -152,6 +153,22 @@ class EMEstimator(
 
     # ------------------------------------------------------------------ asking
 
+    @contextmanager
+    def em(self) -> Iterator[ExactPosteriorEM]:
+        """The `ExactPosteriorEM` behind a fitted estimator, with its parameters, for as long as asked.
+
+            with estimator.em() as em:
+                em.predictive(x, num_samples=100)
+
+        Tensors are to be of the precision of the fit's X.
+
+        Yields:
+            It, while Pyro's param store is the estimator's own.
+        """
+        check_is_fitted(self)
+        with kept_store(self._store, self._seed, self._example.dtype), AsFitted():
+            yield self._em
+
     def _ask(self, rows: Tensor, question: Callable[[], Any]) -> Any:
         """An answer of the fitted model, computed inside its own store."""
         with kept_store(self._store, self._seed, rows.dtype), AsFitted():
@@ -161,21 +178,21 @@ class EMEstimator(
         """New data in place of what the arguments hold, as many rows. # rows: (n, D)"""
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         given = arguments, self._model_keywords()
-        return self._ask(rows, lambda: self.em_._generated(None, *given, seed, "sample"))
+        return self._ask(rows, lambda: self._em._generated(None, *given, seed, "sample"))
 
     def _evidence(self, arguments: tuple) -> float:
         """The log evidence of all rows; where a guide draws, its bound."""
         keywords = self._model_keywords()
         if self._is_exact:
-            return self.em_.score(*arguments, **keywords)
-        terms = self.em_.elbo(*arguments, **keywords)
+            return self._em.score(*arguments, **keywords)
+        terms = self._em.elbo(*arguments, **keywords)
         return terms.value - terms.log_prior
 
     def _criterion(self, evidence_per_row: float, N: int, price: float) -> float:
         return -2 * evidence_per_row * N + self.n_parameters_ * price
 
     def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "em_")
+        return hasattr(self, "_em")
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())

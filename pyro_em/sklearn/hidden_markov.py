@@ -82,6 +82,8 @@ class HMM(EMEstimator):
         tol: Estimated remaining gain of the log evidence of all rows, in nats, at which to stop.
         reg_covar: The smallest eigenvalue that a covariance may have, in squared units of X.
         max_iter: Steps at most.
+        acceleration: None for EM's own steps; ``"auto"`` for far fewer where they are slow, as in
+            `ExactPosteriorEM.fit`.
         random_state: An int, a ``RandomState``, or None for numpy's global one.
         warm_start: Whether a second ``fit`` begins at the parameters of the first.
 
@@ -116,6 +118,7 @@ class HMM(EMEstimator):
         tol: float = 1e-3,
         reg_covar: float = 1e-6,
         max_iter: int = 1000,
+        acceleration: str | None = None,
         random_state: Any = None,
         warm_start: bool = False,
     ) -> None:
@@ -127,6 +130,7 @@ class HMM(EMEstimator):
         self.tol = tol
         self.reg_covar = reg_covar
         self.max_iter = max_iter
+        self.acceleration = acceleration
         self.random_state = random_state
         self.warm_start = warm_start
 
@@ -175,6 +179,7 @@ class HMM(EMEstimator):
             num_restarts=1 if goes_on else self.n_init,
             tol=self.tol,
             max_steps=self.max_iter,
+            acceleration=self.acceleration,
             seed=seed,
             progress=False,
         )
@@ -272,7 +277,7 @@ class HMM(EMEstimator):
         gamma, log_evidence = smoothed(*chain)
         if not np.isfinite(log_evidence):  # near an underflow, or impossible, which is told by name
             given = self._arguments(rows, lengths)
-            steps = self._ask(rows, lambda: self.em_.posterior(*given).probs("z_*"))
+            steps = self._ask(rows, lambda: self._em.posterior(*given).probs("z_*"))
             gamma = steps.detach().transpose(0, 1)
         return sequences.rows(gamma).to(rows).numpy()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.arguments import as_tensor
+from pyro_em.arguments import as_tensor, shown
 from pyro_em.errors import DataError, UsageError, message
 
 
 def as_rows(X: np.ndarray) -> Tensor:
     """The rows as a tensor of their precision; memory is shared where it may be written. # (N, D)"""
     return torch.from_numpy(X if X.flags.writeable and X.flags.aligned else X.copy())
+
+
+def as_dict(name: str, value: Any, example: str) -> dict[str, Any]:
+    """Keywords by name, none where None.
+
+    Raises:
+        UsageError: If it is no mapping.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise UsageError(
+            message(
+                "LatentModel",
+                f"{name}={shown(value)} is no dict.",
+                "they are keyword arguments by name",
+                [f"pass {name}=dict({example})"],
+            )
+        )
+    return dict(value or {})
 
 
 def given(name: str, value: Any, otherwise: Tensor, shape: tuple[int, ...]) -> Tensor:

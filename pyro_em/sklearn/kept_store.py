@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 
+from pyro_em.fitting.result import EMResult
+from pyro_em.portable import Refused
 from pyro_em.tracing.randomness import same_random_state, seed_generators
 
 # Pyro's param store belongs to the process: estimators in several threads take turns.
 _turns = threading.RLock()
+
+
+_LAZY = ("_standard_errors", "_posterior", "_forms", "_bootstrap")
+
+
+def in_store(result: EMResult, store: dict[str, Any], seed: int, dtype: torch.dtype) -> EMResult:
+    """A result whose late answers run the model where its parameters are, if they run it.
+
+    Args:
+        result: Of a fit in that store.
+        store: As in `kept_store`.
+        seed: As there.
+        dtype: As there.
+    """
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with kept_store(store, seed, dtype):
+                return function(*args, **kwargs)
+
+        return run
+
+    lazy = {name: getattr(result, name) for name in _LAZY}
+    own: dict[str, Any] = {
+        name: inside(function)
+        for name, function in lazy.items()
+        if function is not None and not isinstance(function, Refused)
+    }
+    return replace(result, **own)
 
 
 class AsFitted(Messenger):

@@ -11,11 +11,12 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from pyro_em.arguments import shown, whole
+from pyro_em.arguments import whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UsageError, message
 from pyro_em.fitting.result import EMResult
 from pyro_em.sklearn.estimator import EMEstimator
+from pyro_em.sklearn.inputs import as_dict
 from pyro_em.sklearn.latents import Latents
 
 
@@ -137,28 +138,28 @@ class LatentModel(EMEstimator):
         yield ExactPosteriorEM(model, self.guide, self.optim, missing=self.missing)
 
     def _run(self, em: ExactPosteriorEM, arguments: tuple, seed: int, goes_on: bool) -> EMResult:
-        return em.fit(
-            *arguments,
-            init=None if goes_on else self.init,
-            num_restarts=1 if goes_on else self.n_init,
-            tol=self.tol,
-            max_steps=self.max_iter,
-            seed=seed,
-            progress=False,
-            **{**(self.fit_options or {}), **self._model_keywords()},
-        )
+        own = {
+            "init": None if goes_on else self.init,
+            "num_restarts": 1 if goes_on else self.n_init,
+            "tol": self.tol,
+            "max_steps": self.max_iter,
+            "seed": seed,
+        }
+        options = as_dict("fit_options", self.fit_options, "acceleration='auto'")
+        for name in own:
+            if name in options or name in self._model_keywords():
+                raise UsageError(
+                    message(
+                        "LatentModel",
+                        f"'{name}' is given twice.",
+                        "init, n_init, tol, max_iter and random_state of the estimator say it",
+                        ["leave it out of fit_options", "give the model's keyword another name"],
+                    )
+                )
+        return em.fit(*arguments, **{"progress": False, **own, **options, **self._model_keywords()})
 
     def _model_keywords(self) -> dict[str, Any]:
-        if self.keywords is not None and not isinstance(self.keywords, Mapping):
-            raise UsageError(
-                message(
-                    "LatentModel",
-                    f"keywords={shown(self.keywords)} is no dict.",
-                    "they are the model's keyword arguments by name",
-                    ["pass keywords={'K': 3}"],
-                )
-            )
-        return dict(self.keywords or {})
+        return as_dict("keywords", self.keywords, "K=3")
 
     def _note_fit(self, result: EMResult) -> None:
         self._latents = Latents.of(result.plan, self.latent)
@@ -200,7 +201,7 @@ class LatentModel(EMEstimator):
             ValueError: If the model's rows depend on each other, so that no row has one of its own.
         """
         rows = self._rows(X)
-        terms = self._ask(rows, lambda: self.em_.elbo(rows, **self._model_keywords()))
+        terms = self._ask(rows, lambda: self._em.elbo(rows, **self._model_keywords()))
         if terms.pointwise is None:
             raise UsageError(
                 message(
@@ -255,4 +256,4 @@ class LatentModel(EMEstimator):
         return self._ask(rows, lambda: self._latents.features(self._posterior(rows)))
 
     def _posterior(self, rows: Tensor) -> Any:
-        return self.em_.posterior(rows, **self._model_keywords())
+        return self._em.posterior(rows, **self._model_keywords())

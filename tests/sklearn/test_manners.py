@@ -26,6 +26,14 @@ from pyro_em.sklearn import HMM, GaussianMixture, LatentModel
 from tests.data_sets import faithful
 from tests.sklearn.test_estimator_checks import mixture
 
+
+def bent(x: Tensor) -> None:
+    a = pyro.param("a", lambda: x[:2].clone())
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+        pyro.sample("x", dist.Normal(a[z] + 0.01 * a[z].sin(), 5.0).to_event(1), obs=x)
+
+
 FRAME = pd.DataFrame(faithful().double().numpy()[:80], columns=["eruption", "waiting"])
 ROWS = FRAME.to_numpy()
 
@@ -44,7 +52,10 @@ def test_nothing_of_the_users_changes() -> None:
         estimator.fit(ROWS)
         assert estimator.predict_proba(ROWS).dtype == np.float64
         estimator.score(ROWS), estimator.sample(3)
-    estimators[0].result_.standard_errors()
+    opaque = LatentModel(bent, tol=0.1, random_state=0).fit(ROWS)
+    assert opaque.result_.standard_errors()["a"].isfinite().all()  # it runs the model
+    with opaque.em() as em:
+        assert float(em.score(torch.tensor(ROWS))) / len(ROWS) == pytest.approx(opaque.score(ROWS))
     assert {k: v.item() for k, v in pyro.get_param_store().items()} == {"means": 3.0}
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
@@ -160,6 +171,7 @@ HOLES = np.where(ROWS > 80, np.nan, ROWS)
         (HMM(2, emission="categorical"), ROWS.round(), "2 columns"),
         (HMM(2, init={"mean": ROWS[:2]}), ROWS, "'mean' is no parameter"),
         (LatentModel(mixture, keywords=["K"]), ROWS, "pass keywords="),
+        (LatentModel(mixture, fit_options={"tol": 1.0}), ROWS, "'tol' is given twice"),
         (LatentModel(mixture, keywords={"L": 3}), ROWS, "L"),
     ],
 )
@@ -192,8 +204,12 @@ def test_lengths_are_checked() -> None:
 
 
 def test_a_fit_that_is_cut_short_says_so() -> None:
+    mixture = GaussianMixture(3, random_state=0, max_iter=60)
     with pytest.warns(ConvergenceWarning, match="GaussianMixture did not converge"):
-        GaussianMixture(3, random_state=0, max_iter=2).fit(ROWS)
+        mixture.fit(ROWS)
+    short = mixture.lower_bound_
+    assert mixture.set_params(acceleration="auto").fit(ROWS).converged_
+    assert mixture.lower_bound_ > short
 
 
 def test_covariances_stay_above_their_bound() -> None:
