@@ -319,8 +319,10 @@ def as_predicted(
         return None
     x = by_row(x, sizes, rows)
     parameters = tuple(held(p, values) for p in block)
-    known = by_row(constant, sizes, rows)
-    offset = None if not bool(known.any()) else known.reshape(cells, *row, -1)
+    offset = None
+    if not predictor.binding.is_without_constant:
+        known = by_row(constant, sizes, rows)
+        offset = None if not bool(known.any()) else known.reshape(cells, *row, -1)
     statistics = _of_rows(predictor, graph, rows, K)
     if statistics is None:
         return None

@@ -9,6 +9,7 @@ may all be shifted by a number, and are: only their differences are read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -89,11 +90,28 @@ def as_affine(
         jacobians[name] = own or _whole(point, top, leaf, constant)
         offset = offset - jacobians[name] @ leaf.detach().reshape(-1).to(jacobians[name].dtype)
     if not link and not how:
+        offset = _without_noise(offset, predictor, jacobians, leaves)
         return Binding("affine", tuple(names), offset, jacobians=jacobians)
     found = _without_rounding(offset, predictor, link, bool(how) or link == "softmax")
     if isinstance(found, str):
         return found
     return Binding("affine", tuple(names), found, jacobians=jacobians, normalise=how, link=link)
+
+
+def _without_noise(
+    offset: Tensor,
+    predictor: Tensor,
+    jacobians: Mapping[str, Jacobian],
+    leaves: Mapping[str, Tensor],
+) -> Tensor:
+    """An offset, zero where it is no larger than the rounding of the sum that was taken from it."""
+    size = predictor.abs()
+    for name, jacobian in jacobians.items():
+        theta = leaves[name].detach().reshape(-1).to(jacobian.dtype).abs()
+        size = size + replace(jacobian, value=jacobian.value.abs()) @ theta
+    if bool((offset.abs() <= 64 * torch.finfo(offset.dtype).eps * size).all()):
+        return offset.new_zeros(()).expand(offset.shape)
+    return offset
 
 
 def _whole(point: Point, top: Tensor, leaf: Tensor, like: Tensor) -> Jacobian:

@@ -237,11 +237,18 @@ class Binding:
     def predictor(self, values: Mapping[str, Tensor]) -> Tensor:
         """J θ + offset of an affine binding; differentiable in ``values``."""
         assert self.jacobians is not None
-        out = self.constant
+        out = None if self.is_without_constant else self.constant
         for name, jacobian in self.jacobians.items():
             # A parameter may be coarser than the data.
-            out = out + jacobian @ values[name].reshape(-1).to(jacobian.dtype)
-        return out
+            term = jacobian @ values[name].reshape(-1).to(jacobian.dtype)
+            out = term if out is None else out + term
+        return self.constant if out is None else out
+
+    @cached_property
+    def is_without_constant(self) -> bool:
+        """Whether the constant is zero at every cell, and held once."""
+        held = self.constant.untyped_storage().nbytes() == self.constant.element_size()
+        return held and not bool(self.constant.any())
 
     def evaluate(self, values: Mapping[str, Tensor]) -> Tensor:
         """The argument at parameter ``values``; differentiable in them."""

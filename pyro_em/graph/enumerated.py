@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pyro_em.errors import Finding, ModelError, as_error, message
+from pyro_em.errors import Finding, ModelError, PyroEMError, as_error, message
 from pyro_em.graph.blame import given_tensors
 from pyro_em.graph.failures import needs_more_dimensions, on_failure, too_many_dimensions
+from pyro_em.graph.slices import Slices
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.allocation import OutputTooLarge, is_shadow
 from pyro_em.tracing.loops import vectorizing
@@ -16,7 +17,13 @@ from pyro_em.tracing.sites import tensors_of
 
 
 def check_arguments(
-    model: Model, args: tuple, kwargs: dict[str, Any], structure: Structure, limit: int
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    limit: int,
+    *,
+    may_part: bool = True,
 ) -> None:
     """Let every distribution check its arguments, for all values of the latents.
 
@@ -29,10 +36,20 @@ def check_arguments(
         kwargs: Its keyword arguments.
         structure: What `examine` found, ``unchecked``.
         limit: Stop when an operation inside the model makes more cells.
+        may_part: Whether large data may be looked at some rows at a time.
 
     Raises:
         ModelError: If an argument is outside its constraint, or the model cannot be enumerated.
     """
+    slices = Slices.of(args, kwargs, structure) if may_part else None
+    if slices is not None:
+        try:
+            for rows in slices:
+                own, part = slices.at(rows)
+                check_arguments(model, own, kwargs, part, limit, may_part=False)
+            return
+        except (PyroEMError, RuntimeError, ValueError, IndexError):
+            pass  # what is wrong is said of all rows
     try:
         run = run_enumerated(model, args, kwargs, structure, limit=limit, validated=True)
         sites = [run.sites[n] for n in structure.as_run.sites if n in run.sites]

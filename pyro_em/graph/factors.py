@@ -346,6 +346,7 @@ class FactorGraph:
         parameters: All parameters.
         missing: What is missing.
         all_data: What is known of all data, where the graph holds a part of them.
+        parted: The plate whose rows were read some at a time, as each stands by itself; else empty.
     """
 
     structure: Structure
@@ -354,6 +355,7 @@ class FactorGraph:
     parameters: Mapping[str, TracedParameter]
     missing: tuple[Missing, ...] = ()
     all_data: AllData | None = None
+    parted: str = ""
 
     @property
     def is_static(self) -> bool:

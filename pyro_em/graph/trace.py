@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_em.distributions import is_outside
 from pyro_em.errors import DegenerateError, Finding, ModelError, PyroEMError, raise_findings
 from pyro_em.graph.agreement import differing, disagreements, other_model
+from pyro_em.graph.by_rows import Sites, by_rows
 from pyro_em.graph.compact import Stray
 from pyro_em.graph.diagonals import with_diagonals
 from pyro_em.graph.enumerated import more_than_torch_has, run_enumerated
@@ -22,6 +23,7 @@ from pyro_em.graph.forms import FEW, forms_of, in_forms
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.side_effects import refuse_clearing
 from pyro_em.graph.signatures import KeptSelections, Recurring
+from pyro_em.graph.slices import Slices
 from pyro_em.graph.stacking import Batch, Factor, stacked
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unrecorded import outside_support
@@ -55,6 +57,7 @@ def trace_graph(
     runs: list[Run] | None = None,
     kept: KeptSelections | None = None,
     begin: Begin | None = None,
+    may_part: bool = True,
 ) -> FactorGraph:
     """Run the model with its latents enumerated and bring every factor into the compact layout.
 
@@ -77,6 +80,7 @@ def trace_graph(
         runs: Where the run itself is noted, of a model that is run as it is.
         kept: How earlier runs read off which elements of parameters arguments are.
         begin: How parameters get their first values in the run; None where they have values.
+        may_part: Whether large data may be read some rows at a time.
 
     Raises:
         ModelError: If the model cannot run with its latents enumerated, reads a latent outside its
@@ -110,6 +114,12 @@ def trace_graph(
             if looked is not None:  # at the first look, which then is made at the loop itself
                 raise
             structure = replace(structure, series=None)
+    # Where parameters get their values is a run on all rows.
+    may_part = may_part and not attached and only is None and runs is None and begin is None
+    if may_part and (with_bindings or detached):
+        sliced = _in_slices(model, args, kwargs, structure, how)
+        if sliced is not None:
+            return sliced
     pieces, latents, run = _traced(model, args, kwargs, structure, few=FEW, only=only, **how)
     if runs is not None:
         runs.append(run)
@@ -119,6 +129,29 @@ def trace_graph(
     groups = tuple(stacked([*batches, *factors], order))
     graph = FactorGraph(structure, latents, groups, run.parameters, missing_of(run.sites))
     return with_diagonals(graph)
+
+
+def _in_slices(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    how: Mapping[str, Any],
+) -> FactorGraph | None:
+    """The graph of large data, read some rows at a time; None where the model is run on all rows."""
+    slices = Slices.of(args, kwargs, structure)
+    if slices is None:
+        return None
+    silent = {**how, "log": None}
+
+    def read(own: tuple, part: Structure, plain: Sites | None) -> FactorGraph:
+        return trace_graph(model, own, kwargs, part, may_part=False, **{**silent, "looked": plain})
+
+    graph = by_rows(model, kwargs, slices, how["looked"], read, bound=how["with_bindings"])
+    if graph is not None and how["log"] is not None:
+        own, part = slices.at(next(iter(slices)))
+        trace_graph(model, own, kwargs, part, may_part=False, **{**how, "looked": None})
+    return graph
 
 
 @torch.enable_grad()

@@ -286,8 +286,9 @@ def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
     Its numbers are compared too: they may come from where no operation shows them, as what numpy
     wrote into a tensor, what a distribution keeps for itself, a draw that was the same by chance.
     """
-    runs: list[Run] = []
-    graph = traced(task, kept.structure, log, runs=runs)
+    # The run itself is wanted of conjugate latents alone.
+    runs: list[Run] | None = None if program.conjugates is None else []
+    graph = traced(task, kept.structure, log, runs=runs, detached=runs is None)
     if log.finished() != kept.operations or not _are_sound(graph.parameters, kept.structure):
         return False
     values = values_of(graph.parameters)
@@ -295,7 +296,7 @@ def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
         return False
     run = task.args, task.kwargs, kept.structure
     found = program.conjugates
-    if found is not None and found.differing(*run, None, runs[0]):
+    if found is not None and runs and found.differing(*run, None, runs[0]):
         return False
     if not isinstance(task.model, GivenGaussians):
         return True

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, warn
+from pyro_em.graph.by_rows import some_rows
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
 from pyro_em.graph.mixtures import has_components
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.read_lines import differing_lines, parts_at
+from pyro_em.graph.slices import Slices
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
@@ -70,6 +72,8 @@ from pyro_em.tracing.sites import Role
 from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
 from pyro_em.updates.update import Gradient, ParameterUpdate, at_other_rows
+
+_FEW = 4096  # rows of a graph that was read by rows with which a fresh trace is compared
 
 
 def later_kernel(
@@ -399,14 +403,16 @@ class Program(StaysHere):
         with_bindings: bool,
         detached: bool = False,
         only: Collection[str] | None = None,
+        given: tuple[tuple, Structure] | None = None,
     ) -> FactorGraph:
         """A trace of the model, its Gaussian latents at zero."""
+        args, structure = given or (self.args, self.structure)
         with self.dependences.own_run():
             return trace_graph(
                 self.model,
-                self.args,
+                args,
                 self.kwargs,
-                self.structure,
+                structure,
                 values=values,
                 random_seed=random_seed,
                 with_bindings=with_bindings,
@@ -420,13 +426,19 @@ class Program(StaysHere):
         """Where a fresh trace differs from what the bindings predict."""
         current = values_of(self.graph.parameters)
         predicted_at = {**current, **(values or {})}
+        graph, given = at_zero(self.graph), (self.args, self.structure)
+        if graph.parted:  # a few rows say of all what the model does
+            slices = Slices.of(self.args, self.kwargs, self.structure)
+            assert slices is not None
+            rows = slices.spread(_FEW)
+            graph, given = some_rows(graph, graph.parted, rows), slices.at(rows)
         try:
-            fresh = self._traced(values, random_seed, with_bindings=False, detached=True)
+            fresh = self._traced(values, random_seed, False, detached=True, given=given)
         except Resized as error:
             return Disagreement((("model", "the size of a plate or a support"),), str(error))
         except ModelError:
             return Disagreement((("model", "its sites"),))
-        off = disagreements(at_zero(self.graph), fresh, predicted_at)
+        off = disagreements(graph, fresh, predicted_at)
         if self.lines:
             assert isinstance(self.model, GivenGaussians)
             run = (self.model, self.args, self.kwargs, self.structure)

@@ -75,6 +75,7 @@ def traced(
     kept: KeptSelections | None = None,
     begin: Begin | None = None,
     runs: list[Run] | None = None,
+    detached: bool = False,
 ) -> FactorGraph:
     """The graph of an enumerated run, whose operations are noted and held to the budget.
 
@@ -86,6 +87,7 @@ def traced(
         kept: How earlier runs read off which elements of parameters arguments are.
         begin: How parameters get their first values in the run; None where they have values.
         runs: Where the run itself is noted.
+        detached: Whether only the numbers of arguments and densities are of interest.
     """
     return trace_graph(
         task.model,
@@ -99,4 +101,5 @@ def traced(
         kept=kept,
         begin=begin,
         runs=runs,
+        detached=detached,
     )

@@ -1,0 +1,94 @@
+"""Slices of a model's rows, where an enumerated run on all of them would make much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_em.graph.structure import Structure
+from pyro_em.tracing.sites import Role
+
+_MANY = 2**21  # cells of all rows from which on slices are worth it
+
+_CELLS = 2**18  # of a slice
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """How a model's arguments are cut into slices of rows.
+
+    Attributes:
+        args: The positional arguments.
+        parted: How many of them, the first ones, hold rows.
+        structure: The skeleton of the model with all of them.
+        plate: The plate whose elements they are.
+        rows: How many there are.
+        most: How many a slice has.
+    """
+
+    args: tuple
+    parted: int
+    structure: Structure
+    plate: str
+    rows: int
+    most: int
+
+    @classmethod
+    def of(cls, args: tuple, kwargs: Mapping[str, Any], structure: Structure) -> Slices | None:
+        """The slices of large data; None where the model is run on all of them."""
+        plate = structure.data_plate
+        if plate is None or structure.series is not None or structure.random_plates:
+            return None
+        if structure.kept_values or structure.masked_pairs or structure.lines or structure.coupled:
+            return None
+        rows = structure.plates[plate].size
+        cells = max(_cells_of_row(structure, name) for name in structure.sites)
+        given = [i.role for i in structure.sites.values() if i.observed]
+        if cells * rows < _MANY or any(role is not Role.DATA for role in given):
+            return None
+        parted = 0
+        while parted < len(args) and _rows(args[parted]) == rows:
+            parted += 1
+        others = (*args[parted:], *kwargs.values())
+        if not parted or any(_rows(a) == rows for a in others):
+            return None
+        # A slice of one row would not show along which dimension it has rows.
+        return cls(args, parted, structure, plate, rows, max(2, _CELLS // cells))
+
+    def __iter__(self) -> Iterator[slice]:
+        """Slices of about equal length."""
+        ends = np.linspace(0, self.rows, math.ceil(self.rows / self.most) + 1).astype(int).tolist()
+        return (slice(a, b) for a, b in pairwise(ends))
+
+    def spread(self, most: int) -> Tensor:
+        """Some rows that lie far apart, in order. # (most or fewer,)"""
+        return (
+            torch.linspace(0, self.rows - 1, min(most, self.rows), dtype=torch.float64)
+            .long()
+            .unique()
+        )
+
+    def at(self, rows: slice | Tensor) -> tuple[tuple, Structure]:
+        """The arguments and the skeleton of a model with some of the rows."""
+        args = (*(a[rows] for a in self.args[: self.parted]), *self.args[self.parted :])
+        size = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        own = replace(self.structure.plates[self.plate], size=size, full_size=size)
+        plates = {**self.structure.plates, self.plate: own}
+        return args, replace(self.structure, plates=plates, looked=None)
+
+
+def _cells_of_row(structure: Structure, name: str) -> int:
+    """Values of the latents that a site reads, together."""
+    sizes = (structure.sites[z].support_size or 1 for z in structure.sites[name].scope)
+    return math.prod(sizes) if structure.sites[name].plates else 1
+
+
+def _rows(value: Any) -> int | None:
+    return len(value) if isinstance(value, Tensor) and value.dim() else None

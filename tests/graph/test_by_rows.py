@@ -1,0 +1,116 @@
+"""Models that are read some rows at a time: the graph and the fit of all rows at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints as C
+
+from pyro_em import ExactPosteriorEM
+from pyro_em.graph import slices
+from pyro_em.plan.program import Program
+
+N, K, D = 301, 3, 4
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(N, D, generator=GENERATOR, dtype=torch.float64)
+Y = (torch.rand(N, generator=GENERATOR) < 0.4).double()
+W = torch.randn(K, D, generator=GENERATOR, dtype=torch.float64)
+
+Model = Callable[[Tensor, Tensor], None]
+
+
+def experts(x: Tensor, y: Tensor) -> None:
+    """A gate and the experts that it chooses from read covariates; weights differ by row."""
+    w, v = pyro.param("w", W.clone()), pyro.param("v", 0.5 * W.flip(0))
+    known = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
+    with pyro.plate("n", len(x)), pyro.poutine.scale(scale=1.0 + y):
+        z = pyro.sample("z", dist.Categorical(logits=x @ v.T))
+        logits = (x * w[z]).sum(-1) + known.mean()
+        pyro.sample("y", dist.Bernoulli(logits=logits).mask(x[:, 0] < 1.5), obs=y)
+
+
+def centred(x: Tensor, y: Tensor) -> None:
+    """What is said of a row depends on those beside it."""
+    experts(x - x.mean(0), y)
+
+
+def lines(x: Tensor, y: Tensor) -> None:
+    w, a = pyro.param("w", W.clone()), pyro.param("a", W[:, 0].clone())
+    s = pyro.param("s", W[:, 1].exp(), constraint=C.positive)
+    p = pyro.param("p", torch.full((K,), 1 / K, dtype=torch.float64), constraint=C.simplex)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(p))
+        pyro.sample("y", dist.Normal(a[z] + (x * w[z]).sum(-1), s[z]), obs=y)
+
+
+def plain(x: Tensor, y: Tensor) -> None:
+    """No argument differs from row to row."""
+    p = pyro.param("p", W[:, 0].sigmoid(), constraint=C.unit_interval)
+    q = pyro.param("q", torch.full((K,), 1 / K, dtype=torch.float64), constraint=C.simplex)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(q))
+        pyro.sample("y", dist.Bernoulli(p[z]), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "parted"), [(experts, "n"), (lines, "n"), (centred, ""), (plain, "")]
+)
+def test_a_fit_is_that_of_all_rows(
+    model: Model, parted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for many, expected in ((2**60, ""), (1, parted)):
+        monkeypatch.setattr(slices, "_MANY", many)
+        monkeypatch.setattr(slices, "_CELLS", 300)
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        plan = em.plan(X, Y)
+        result = em.fit(X, Y, max_steps=3, tol=0)
+        program = em._ready((X, Y), {})
+        assert isinstance(program, Program)
+        assert program.graph.parted == expected
+        posterior = em.posterior(X, Y).probs("z")
+        found.append((plan, list(result.history), result.params, posterior, str(plan.kernel)))
+    whole, sliced = found
+    assert whole[1] == pytest.approx(sliced[1], rel=1e-12)
+    assert whole[4] == sliced[4]
+    assert torch.allclose(whole[3], sliced[3], atol=1e-9)
+    for name, value in whole[2].items():
+        assert torch.allclose(value, sliced[2][name], rtol=1e-7, atol=1e-9)
+
+
+def test_the_budget_is_of_the_cells_that_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One operation on all rows would make N x K x D numbers, more than the budget of N x K."""
+    big = torch.randn(2**17, 9, generator=GENERATOR)
+    y = (torch.rand(len(big), generator=GENERATOR) < 0.4).float()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.param("w", torch.randn(2, 9, generator=torch.Generator().manual_seed(0)))
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.5, 0.5])))
+            pyro.sample("y", dist.Bernoulli(logits=(x * w[z]).sum(-1)), obs=y)
+
+    monkeypatch.setattr(slices, "_MANY", 2**18)
+    monkeypatch.setattr(slices, "_CELLS", 2**15)
+    pyro.clear_param_store()
+    em = ExactPosteriorEM(model, max_enumeration=2**18)
+    result = em.fit(big, y, max_steps=1, tol=0)
+    assert result.plan.kernel == "mixture"
+
+
+def test_data_that_change_are_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "_MANY", 1)
+    monkeypatch.setattr(slices, "_CELLS", 300)
+    pyro.clear_param_store()
+    em, x = ExactPosteriorEM(lines), X.clone()
+    em.fit(x, Y, max_steps=1, tol=0)
+    x[5:9] += 1.0
+    pyro.clear_param_store()
+    changed = em.fit(x, Y, max_steps=1, tol=0).history[0]
+    pyro.clear_param_store()
+    assert changed == ExactPosteriorEM(lines).fit(x, Y, max_steps=1, tol=0).history[0]
