@@ -427,9 +427,8 @@ class Program(StaysHere):
         current = values_of(self.graph.parameters)
         predicted_at = {**current, **(values or {})}
         graph, given = at_zero(self.graph), (self.args, self.structure)
-        if graph.parted:  # a few rows say of all what the model does
-            slices = Slices.of(self.args, self.kwargs, self.structure)
-            assert slices is not None
+        slices = Slices.of(self.args, self.kwargs, self.structure) if graph.parted else None
+        if slices is not None:  # a few rows say of all what the model does
             rows = slices.spread(_FEW)
             graph, given = some_rows(graph, graph.parted, rows), slices.at(rows)
         try:
