@@ -60,7 +60,9 @@ def by_steps(line: Line, graph: FactorGraph) -> list[Piece]:
         if found is None:
             return [Piece(line)]
         for t, (k, elements) in enumerate(found):
-            each[t].append(replace(own[k], elements=elements, coefficient=_at(own[k].coefficient, t)))
+            each[t].append(
+                replace(own[k], elements=elements, coefficient=_at(own[k].coefficient, t))
+            )
     whole = replace(line, reads=tuple(own[0] for own in series.values()))
     out = []
     for t, reads in enumerate(each):

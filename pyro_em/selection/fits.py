@@ -23,6 +23,7 @@ from pyro_em.selection.candidates import Grid, Key
 from pyro_em.tracing.randomness import seeded
 from pyro_em.tracing.scopes import Keeper, own_store
 from pyro_em.tracing.sites import users
+from pyro_em.variational.bound import Variational
 
 _NO_MODEL = message(
     "posterior",
@@ -31,7 +32,7 @@ _NO_MODEL = message(
     ["ask the original, in the process that selected: selection.best.posterior"],
 )
 
-STARTS = 10  # of a fit whose posterior is exact
+STARTS = 10  # of a fit with latents that have an exact posterior
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Fits(StaysHere):
         grid: The candidates.
         data: The model's positional arguments.
         wishes: Keywords of ``fit``, those of starts excepted.
-        num_restarts: Starts of each fit; None for ten where the posterior is exact, else one.
+        num_restarts: Starts of each fit; None for ten where latents have an exact posterior, else one.
         seed: Of all starts.
         folds: Per fold the rows that are held out; none where there are no folds.
         rows: The rows of the data; None without folds.
@@ -120,8 +121,7 @@ class Fits(StaysHere):
         """The fit of one model, with the starts of all."""
         starts = self.num_restarts
         if starts is None:
-            found = em._session.look(data, {})
-            starts = STARTS if isinstance(found, Program) else 1
+            starts = STARTS if _has_latents(em._session.look(data, {})) else 1
         return em.fit(*data, num_restarts=starts, seed=self.seed, progress=False, **self.wishes)
 
 
@@ -162,6 +162,14 @@ def folded(fits: Fits, folds: Any, keys: list[Key]) -> Fits:
     generator = torch.Generator().manual_seed(fits.seed)
     order = torch.randperm(rows.size, generator=generator)
     return replace(fits, folds=tuple(order.tensor_split(folds)), rows=rows)
+
+
+def _has_latents(found: Program | Variational) -> bool:
+    """Whether a model has latents with an exact posterior: other starts are made of them."""
+    if not isinstance(found, Program):
+        return False
+    integrated = any(group.nested is not None for group in found.graph.groups)
+    return integrated or bool(found.structure.latents)
 
 
 def _rows(fits: Fits, keys: list[Key]) -> Rows:

@@ -21,7 +21,7 @@ from pyro_em.resampling.bootstrap import bootstrap
 from pyro_em.resampling.refits import BROKEN, EMPTY, Again
 from pyro_em.selection.candidates import Key
 from pyro_em.selection.criteria import criterion_of
-from pyro_em.selection.fits import Fits
+from pyro_em.selection.fits import STARTS, Fits
 from pyro_em.selection.ratio import Ratio, ratio_of
 from pyro_em.tracing.scopes import own_store
 from pyro_em.tracing.turns import alone
@@ -195,7 +195,7 @@ class Selection(Portable):
         larger: Any = None,
         *,
         n: int = 99,
-        num_restarts: int = 3,
+        num_restarts: int | None = None,
         processes: int | None = None,
         seed: int = 0,
         progress: bool | None = None,
@@ -212,7 +212,9 @@ class Selection(Portable):
             key: The candidate that is taken as true: ``3``, or ``(3, "full")``.
             larger: The one against it; by default the next value of the first keyword.
             n: Number of data sets B; 99 for a p-value of a hundredth at least.
-            num_restarts: Starts of each fit, of which the first is at the fitted parameters.
+            num_restarts: Starts of each fit, of which the first is at the fitted parameters; by default
+                as many as in the selection. With fewer the ratios of the data sets are too small
+                where the larger model has many maxima, and so is the p-value.
             processes: How many processes, forked from this one; None for this one alone. The numbers
                 are the same to the bit.
             seed: Seed of data and starts.
@@ -248,6 +250,8 @@ class Selection(Portable):
             return _in_words(self.names, k), again, self._results[k]
 
         pair = fitted(key), fitted(larger)
+        num_restarts = self._fits.num_restarts if num_restarts is None else num_restarts
+        num_restarts = STARTS if num_restarts is None else num_restarts
         return ratio_of(*pair, n, num_restarts, processes, seed, progress)
 
     def plot(self, criterion: str | None = None, ax: Axes | None = None) -> Axes:
