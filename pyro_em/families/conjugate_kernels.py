@@ -155,14 +155,44 @@ def _exponential_chi(a: Arguments) -> Tensor:
     return together(torch.ones_like(a["rate"]), a["rate"])
 
 
-def _gamma_normaliser(chi: Tensor) -> Tensor:
-    shape, rate = chi.unbind(-1)
-    return shape.lgamma() - shape * rate.log()
+@dataclass(frozen=True, eq=False)
+class Few:
+    """Numbers of which many are equal, so that a costly function is taken of each once.
+
+    Attributes:
+        first: Where each different one stands first. # (few,)
+        place: Which of these each number is. # (n,)
+    """
+
+    first: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, place: Tensor) -> Few:
+        """That of the number of each one among the different ones."""
+        first = place.new_zeros(int(place.max()) + 1)
+        first[place] = torch.arange(len(place), device=place.device)
+        return cls(first, place)
+
+    def map(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """A function of the numbers. # (n, ...)"""
+        return function(x[self.first])[self.place]
 
 
-def _gamma_expected(chi: Tensor) -> Tensor:
+def _mapped(function: Callable[[Tensor], Tensor], x: Tensor, few: Few | None) -> Tensor:
+    return function(x) if few is None else few.map(function, x)
+
+
+def gamma_normaliser(chi: Tensor, few: Few | None = None) -> Tensor:
+    """A(χ) of Gammas, of whose shapes many may be equal. # (*batch,)"""
     shape, rate = chi.unbind(-1)
-    return torch.stack([shape.digamma() - rate.log(), -shape / rate], -1)
+    return _mapped(torch.lgamma, shape, few) - shape * rate.log()
+
+
+def gamma_expected(chi: Tensor, few: Few | None = None) -> Tensor:
+    """E[t] of Gammas, of whose shapes many may be equal. # (*batch, 2)"""
+    shape, rate = chi.unbind(-1)
+    return torch.stack([_mapped(torch.digamma, shape, few) - rate.log(), -shape / rate], -1)
 
 
 def _less_log(t: Tensor) -> Tensor:
@@ -259,7 +289,7 @@ def _wishart_statistics(t: Tensor) -> Statistics:
     return {"log_det": 2 * t[..., 0], "matrix": -2 * matrix_of(t)}
 
 
-_OF_GAMMA = (_gamma_normaliser, _gamma_expected)
+_OF_GAMMA = (gamma_normaliser, gamma_expected)
 _OF_SIMPLEX = (_simplex_normaliser, _simplex_expected, _less_sum)
 
 KERNELS: Mapping[type, PriorKernel] = {

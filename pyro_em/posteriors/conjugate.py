@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_em.families.conjugate_kernels import PriorKernel, matrix_of
+from pyro_em.families.conjugate_kernels import Few, PriorKernel, matrix_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate_cells import Reading, alike_rows, in_cells, rows_of
@@ -27,6 +27,7 @@ from pyro_em.updates.conjugate_beliefs import (
     ChildBelief,
     PriorBelief,
     as_wide,
+    is_plugged,
     wide,
     with_factor,
 )
@@ -67,6 +68,7 @@ class ConjugateBlock:
     weight: Tensor | None = None
     apart: int = 0
     _sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _equal: list[tuple[Tensor, Tensor | None, Few | None]] = field(default_factory=list)
 
     @property
     def latent(self) -> str:
@@ -128,24 +130,26 @@ class ConjugateBlock:
             constants.append(constant)
         fixed = given is None and all(i in self._sums for i in self.summed)
         if fixed and prior.shape[0] == 1 and self.count > _MANY:
-            few, place = self._alike(deltas)
+            total, place, few = self._alike(deltas)
         else:
-            few, place = sum(deltas[1:], deltas[0]), None
-        return ConjugateSolution(self.kernel, prior, prior + few, tuple(constants), place)
+            total, place, few = sum(deltas[1:], deltas[0]), None, None
+        found = self.kernel, prior, prior + total, tuple(constants), place, None
+        return ConjugateSolution(*found, few)
 
-    def _alike(self, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Σ Δχ of elements that are alike once, and which of these each element has."""
-        if 0 not in self._sums:
+    def _alike(self, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Few | None]:
+        """Σ Δχ of elements that are alike once, which of these each has; else which shapes it has."""
+        if not self._equal:
             total = sum(deltas[1:], deltas[0])
-            place = None if total.shape[1] > 1 else alike_rows(total[:, 0], len(total) // 4)
-            if place is None:
-                self._sums[0] = total, total.new_empty(0)
-            else:
-                first = place.new_zeros(int(place.max()) + 1)
-                first[place] = torch.arange(len(place), device=place.device)
-                self._sums[0] = total[first], place
-        few, found = self._sums[0]
-        return few, found if len(found) else None
+            most, single = len(total) // 4, total.shape[1] == 1
+            place = alike_rows(total[:, 0], most) if single else None
+            few = None
+            if place is not None:
+                total = total[Few.of(place).first]
+            elif single and self.kernel.kind == "gamma":
+                shapes = alike_rows(total[:, 0, :1], most)
+                few = None if shapes is None else Few.of(shapes)
+            self._equal.append((total, place, few))
+        return self._equal[0]
 
     def _sums_of(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Σ Δχ onto the elements of the latent, Σ log base onto the table."""
@@ -192,7 +196,17 @@ class ConjugateBlock:
 
     def onto_table(self, i: int, rows: Tensor) -> Tensor:
         """Numbers of a site's rows summed onto the plates of the table. # (elements, cells or 1)"""
-        return _summed(rows, self.element_of_row(i, events=True), math.prod(self.sizes))
+        return self._summed_onto(i, rows)
+
+    def _summed_onto(self, i: int, rows: Tensor) -> Tensor:
+        """# (rows, cells) summed onto (elements of the table, cells)"""
+        count = math.prod(self.sizes)
+        if count == 1:
+            return rows.sum(0, keepdim=True)
+        if self._are_elements[i][1] and len(rows) == count:
+            return rows
+        out = rows.new_zeros(count, *rows.shape[1:])
+        return out.index_add(0, self.element_of_row(i, events=True), rows)
 
     def element_of_row(self, i: int, *, events: bool = False) -> Tensor:
         """For each row of a site the element of the table's plates to which it belongs.
@@ -205,6 +219,14 @@ class ConjugateBlock:
             # (rows,)
         """
         return self._elements[i][int(events)]
+
+    @cached_property
+    def _are_elements(self) -> tuple[tuple[bool, bool], ...]:
+        """For each site whether its rows are the elements of the table in order; so its numbers."""
+        count = math.prod(self.sizes)
+        return tuple(
+            (_in_order(rows, count), _in_order(numbers, count)) for rows, numbers in self._elements
+        )
 
     @cached_property
     def _elements(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -241,7 +263,7 @@ class ConjugateBlock:
             # (1, *sizes, *states)
         """
         count, cells = math.prod(self.sizes), math.prod(self.states)
-        out = _summed(solution.log_evidence, self.element_of_row(0, events=True), count)
+        out = self._summed_onto(0, solution.log_evidence)
         for constant in solution.constants:
             out = out + constant
         return out.expand(count, cells).reshape(1, *self.sizes, *self.states)
@@ -279,8 +301,9 @@ class ConjugateBlock:
         complete: bool,
     ) -> tuple[Group, Tensor]:
         group, own = self.counted(i), self.of_site(i, arguments)
-        of_rows = counts.reshape(-1, *self.states)[self.element_of_row(i)]
-        full = len(group.members), *group.sizes
+        full, of_rows = (len(group.members), *group.sizes), counts.reshape(-1, *self.states)
+        if not self._are_elements[i][0]:
+            of_rows = of_rows[self.element_of_row(i)]
         cells = of_rows.reshape(full).to(torch.float64)
         site = replace(group, arguments=own)
         if i == 0:
@@ -288,6 +311,8 @@ class ConjugateBlock:
             site = replace(site, belief=PriorBelief(self.kernel, t))
         elif group.params or not complete:
             site = self._child(i, site, solution, complete)
+        if group.is_unscaled and group.mask is None:
+            return site, cells
         weight = replace(group, elements=None).weights().detach()
         return site, (cells * weight).expand(full)
 
@@ -330,25 +355,6 @@ class ConjugateBlock:
         )
 
 
-def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
-    """Whether, in what parameters of a site maximise, the latent's mean stands for its posterior.
-
-    It does where the latent is a factor: E[log p(x | f g)] = log p(x | f E[g]) + const, as long as the
-    number of events is no matter of parameters. So does E[Λ] for a precision matrix, in a mean vector.
-    """
-    family, pair = group.family, read.pair
-    if family is None or pair.argument not in family.rules:
-        return False
-    if is_matrix(group):
-        binding = group.bindings.get(pair.argument)
-        return binding is not None and binding.how == "constant"
-    if kernel.kind != "gamma":
-        return False
-    if any(group.bindings[a].params for a in pair.counts if a in group.bindings):
-        return False
-    return with_factor(group.bindings[pair.argument], torch.ones(())) is not None
-
-
 def elements_of_latent(block: ConjugateBlock, plates: tuple[str, ...]) -> tuple[Tensor, bool]:
     """For each element of the latent that of some plates to which it belongs, and whether it crosses.
 
@@ -385,14 +391,6 @@ def elements_of_latent(block: ConjugateBlock, plates: tuple[str, ...]) -> tuple[
     return low, bool(crossing.any())
 
 
-def _summed(rows: Tensor, elements: Tensor, count: int) -> Tensor:
-    """# (rows, cells) summed onto (count, cells)"""
-    if count == 1:
-        return rows.sum(0, keepdim=True)
-    if len(rows) == count and len(elements) == count and _in_order(elements):
-        return rows
-    return rows.new_zeros(count, *rows.shape[1:]).index_add(0, elements, rows)
-
-
-def _in_order(elements: Tensor) -> bool:
-    return bool((elements == torch.arange(len(elements), device=elements.device)).all())
+def _in_order(elements: Tensor, count: int) -> bool:
+    own = torch.arange(count, device=elements.device)
+    return len(elements) == count and bool((elements == own).all())

@@ -18,14 +18,14 @@ from pyro_em.errors import Finding
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.conjugate import ConjugateBlock, elements_of_latent, is_plugged
+from pyro_em.posteriors.conjugate import ConjugateBlock, elements_of_latent
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks
 from pyro_em.posteriors.gaussian_components import NotSeparate, group_of_block
 from pyro_em.posteriors.gaussian_sites import over_scope, taken
 from pyro_em.posteriors.scaled import ScaledBlock
 from pyro_em.posteriors.scaled_components import block_of_scale, with_scale
 from pyro_em.posteriors.stacked_conjugates import StackedConjugates, group_of_stack, stacked
-from pyro_em.updates.conjugate_beliefs import with_factor
+from pyro_em.updates.conjugate_beliefs import is_plugged, with_factor
 from pyro_em.updates.gaussian_rows import is_matrix
 
 Block = ConjugateBlock | StackedConjugates | ScaledBlock

@@ -9,7 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.families.conjugate_kernels import (
+    Few,
+    PriorKernel,
+    gamma_expected,
+    gamma_normaliser,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +27,7 @@ class ConjugateSolution:
         distinct: χ of the posterior, of elements that are alike once. # (distinct, cells or 1, P)
         constants: Σ log base of each site, over the table. # (1, *sizes or 1s, *states or 1s) each
         place: Which of the distinct ones each element has; None where all are distinct. # (elements,)
+        few: Of Gammas of which many have one shape which these are; None where that is not known.
         values: t(λ) where the latent has values, in place of a distribution. # (elements, 1, P)
     """
 
@@ -31,6 +37,7 @@ class ConjugateSolution:
     constants: tuple[Tensor, ...]
     place: Tensor | None = None
     values: Tensor | None = None
+    few: Few | None = None
 
     def of_elements(self, distinct: Tensor) -> Tensor:
         """What was computed for distinct elements, for all. # (elements, ...)"""
@@ -44,14 +51,19 @@ class ConjugateSolution:
     @cached_property
     def log_evidence(self) -> Tensor:
         """A(χ') − A(χ) in nats. # (elements, cells or 1)"""
-        own = self.kernel.normaliser(self.distinct) - self.kernel.normaliser(self.prior)
-        return self.of_elements(own)
+        if self.few is None:
+            after = self.kernel.normaliser(self.distinct)
+        else:
+            after = gamma_normaliser(self.distinct, self.few)
+        return self.of_elements(after - self.kernel.normaliser(self.prior))
 
     @cached_property
     def t(self) -> Tensor:
         """E[t] under the posterior. # (elements, cells or 1, P)"""
         if self.values is not None:
             return self.values
+        if self.few is not None:
+            return gamma_expected(self.distinct, self.few)
         return self.of_elements(self.kernel.expected(self.distinct))
 
     def entropy(self) -> Tensor:

@@ -93,6 +93,7 @@ class StackedConjugates:
             sizes=(count, *self.sizes),
             traced=(),
             _sums={},
+            _equal=[],
         )
 
     def _laid(self, arguments: Arguments) -> dict[str, Tensor]:
@@ -131,7 +132,9 @@ class StackedConjugates:
         t = self.place[latent]
         first = self.first
         own = replace(first.groups[0], members=(latent,))
-        return replace(first, groups=(own, *first.groups[1:]), scope=self.scopes[t], _sums={})
+        return replace(
+            first, groups=(own, *first.groups[1:]), scope=self.scopes[t], _sums={}, _equal=[]
+        )
 
     def solution_of(self, solution: ConjugateSolution, latent: str) -> ConjugateSolution:
         """The posterior of one latent."""
@@ -152,7 +155,7 @@ class StackedConjugates:
         if given.values is not None:
             values = (solution.t if values is None else values).clone()
             values[own] = given.values
-        return replace(solution, distinct=chi, place=None, values=values)
+        return replace(solution, distinct=chi, place=None, few=None, values=values)
 
 
 def stacked(

@@ -12,8 +12,10 @@ from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.families.conjugate_pairs import Pair
 from pyro_em.families.family import Statistics
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
+from pyro_em.updates.gaussian_rows import is_matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,3 +166,22 @@ def with_factor(binding: Binding, factor: Tensor) -> Binding | None:
             moved = binding.constant + factor.log().to(binding.constant)
             return replace(binding, constant=moved)
     return None
+
+
+def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
+    """Whether, in what parameters of a site maximise, the latent's mean stands for its posterior.
+
+    It does where the latent is a factor: E[log p(x | f g)] = log p(x | f E[g]) + const, as long as the
+    number of events is no matter of parameters. So does E[Λ] for a precision matrix, in a mean vector.
+    """
+    family, pair = group.family, read.pair
+    if family is None or pair.argument not in family.rules:
+        return False
+    if is_matrix(group):
+        binding = group.bindings.get(pair.argument)
+        return binding is not None and binding.how == "constant"
+    if kernel.kind != "gamma":
+        return False
+    if any(group.bindings[a].params for a in pair.counts if a in group.bindings):
+        return False
+    return with_factor(group.bindings[pair.argument], torch.ones(())) is not None

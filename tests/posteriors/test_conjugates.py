@@ -535,9 +535,11 @@ def test_chunks_add_up_and_values_are_a_start() -> None:
         q.mean("other")
 
 
-def test_elements_that_are_alike_are_computed_once() -> None:
+@pytest.mark.parametrize("of_its_own", [False, True])
+def test_elements_that_are_alike_are_computed_once(of_its_own: bool) -> None:
+    """Whole posteriors, or shapes alone where each row has an exposure of its own."""
     x = torch.arange(3000.0) % 5
-    units = 1 + torch.arange(3000.0) % 2
+    units = 1 + (torch.arange(3000.0) / 999 if of_its_own else torch.arange(3000.0) % 2)
 
     def model() -> None:
         a = pyro.param("a", A.clone(), constraint=constraints.positive)
@@ -552,7 +554,8 @@ def test_elements_that_are_alike_are_computed_once() -> None:
         assert value == pytest.approx(expected, rel=1e-12)
     assert torch.allclose(q.mean("rate"), (a + x) / (B + units), rtol=1e-12)
     (solution,) = q.solved.values()
-    assert len(solution.distinct) == 10
+    assert len(solution.distinct) == (3000 if of_its_own else 10)
+    assert (len(solution.few.first) == 5) if of_its_own else solution.few is None
 
 
 def test_a_class_of_each_group_whose_rows_read_it_by_index() -> None:
