@@ -162,14 +162,20 @@ def _fitting(
             message(where, f"{shown(value)} is no list of labels.", "an axis has several", _HOW)
         )
     labels = tuple(value.tolist() if hasattr(value, "tolist") else value)
-    sizes = {s: n for n, axes in among.items() for a, s in axes if axis in _also(a)}
+    sizes: dict[int, str] = {}
+    for name, axes in among.items():
+        for _, size in (found for found in axes if axis in _also(found[0])):
+            sizes.setdefault(size, name)
+    if not sizes and axis in among:
+        own = among[axis][0][0] if among[axis] else ""
+        fixes = [f"name its axis: labels={{{axis!r}: {{{own!r}: [...]}}}}"] if own else []
+        raise UsageError(message(where, f"'{axis}' is a parameter.", "labels are for axes", fixes))
     if not sizes:
         raise _unknown(where, "no parameter has such an axis", among)
     if len(labels) not in sizes:
-        of = ", ".join(f"{s} in '{n}'" for s, n in sizes.items())
-        raise UsageError(
-            message(where, f"{len(labels)} labels were given.", f"the axis has {of} places")
-        )
+        of = ", ".join(f"{s} places in '{n}'" for s, n in sizes.items())
+        count = "1 label was" if len(labels) == 1 else f"{len(labels)} labels were"
+        raise UsageError(message(where, f"{count} given.", f"the axis has {of}"))
     try:
         once = set(labels)
     except TypeError as error:

@@ -112,7 +112,10 @@ def wide_table(
                 "summary(wide=True)",
                 f"no parameter has an axis 'component'; the axes are: {listed(list(axes))}.",
                 "a wide table has a column for each component of one latent",
-                ["call summary(), and unstack what you like: summary()['estimate'].unstack('z')"],
+                [
+                    f"unstack what you like: summary()['estimate'].unstack('{name}')"
+                    for name in list(axes)[:1]
+                ],
             )
         )
     rest = {n: tuple(a for i, a in enumerate(forms[n].axes) if i != across[n]) for n in shown}

@@ -79,6 +79,7 @@ def has_missing(model: Any) -> bool:
     """Whether NaN in the observed values of a model, or of its pair with a guide, means missing."""
     return isinstance(model, WithMissing) or isinstance(getattr(model, "model", None), WithMissing)
 
+
 # What to write where values of earlier steps are missing and later steps read them.
 LAGGED = (
     "an autoregression whose values may be missing: let them be latents that are seen as they are, "

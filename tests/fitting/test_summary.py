@@ -77,6 +77,7 @@ def test_labels_are_the_users_and_serve_a_wide_table(fitted: EMResult) -> None:
         ({"component": ["a", "b", "c"]}, "3 labels were given"),
         ({"colour": ["a", "b"]}, "no parameter has such an axis. The axes are: 'w': 'component'"),
         ({"nu": {"feature": ["a"]}}, "no parameter has this name"),
+        ({"mu": ["a", "b"]}, "'mu' is a parameter"),
         ({"component": "ab"}, "'ab' is no list of labels"),
         ({"component": ["a", "a"]}, "two labels are the same"),
         (["a", "b"], "is no dict of labels"),
