@@ -136,8 +136,10 @@ class _Group:
         """Whether each step has the same matrices as the one before. # (T,)"""
         out = np.zeros(len(self.dynamics), np.bool_)
         u, v = self.dynamics[1:], self.measurement[1:]
-        out[2:] = (u[1:] == u[:-1]) & (v[1:] == v[:-1])
-        out[2:] &= (self.seen[2:] == self.seen[1:-1]).all(-1)
+        np.equal(u[1:], u[:-1], out=out[2:])
+        out[2:] &= v[1:] == v[:-1]
+        if not self.is_complete:
+            out[2:] &= (self.seen[2:] == self.seen[1:-1]).all(-1)
         return out
 
     @property
