@@ -89,25 +89,31 @@ def are_found_alone(
     )
 
 
-def common_covariates(parts: Designs) -> tuple[Tensor, Tensor] | None:
+def common_covariates(parts: Designs, without: int | None = None) -> tuple[Tensor, Tensor] | None:
     """The covariates that all cells share, and which coefficients they multiply.
 
     Args:
         parts: Of each cell, one of its event too, the columns that are not zero, and the design.
             # (columns,), (rows, columns)
+        without: What stands for the coefficients of a cell that has none, a class that others are held
+            against; None where every cell must have some.
 
     Returns:
         # (rows, d), (cells, d); None where some have covariates of their own
     """
     if not parts:
         return None
-    first = parts[0][1]
-    read = (first != 0).any(0)
+    reads = {id(own): (own != 0).any(0) for _, own in parts}
+    first = next((own for _, own in parts if bool(reads[id(own)].any())), parts[0][1])
+    read = reads[id(first)]
     x = first if bool(read.all()) else first[:, read]
     columns = []
     for which, own in parts:
+        read = reads[id(own)]
+        if without is not None and not bool(read.any()):
+            columns.append(torch.full((x.shape[1],), without, device=x.device))
+            continue
         if own is not first:
-            read = (own != 0).any(0)
             own = own[:, read]
             if own.shape != x.shape or not torch.equal(own, x):
                 return None

@@ -61,7 +61,8 @@ class Predicted(PlainRows, KeepsRows):
 
     Attributes:
         x: Covariates, the same for all components. # (d, N)
-        columns: Which coefficients they multiply. # (K, d), or (cells, classes, d)
+        columns: Which coefficients they multiply; one past the last of a class without any, whose logit
+            is known. # (K, d), or (cells, classes, d)
         block: The parameters that the coefficients are, with their shapes and dtypes.
     """
 
@@ -123,9 +124,13 @@ class Predicted(PlainRows, KeepsRows):
         rounded = as_parameters(self.block, found.place)
         return PredictedFit(as_coefficients(self.block, rounded)), found.gain
 
+    def _slopes(self, beta: Tensor) -> Tensor:
+        """The coefficients of each cell, zero where it has none. # like ``columns``"""
+        return torch.nn.functional.pad(beta, (0, 1))[self.columns]
+
     def _furthest(self, step: Tensor) -> float:
         """By how much a step moves the predictor of any row."""
-        slopes = step[self.columns].reshape(-1, self.columns.shape[-1])
+        slopes = self._slopes(step).reshape(-1, self.columns.shape[-1])
         parts = (slopes @ self.x[:, i : i + _CELLS] for i in range(0, self.x.shape[1], _CELLS))
         return max(float(part.abs().max()) for part in parts)
 
@@ -148,10 +153,11 @@ class Predicted(PlainRows, KeepsRows):
             size: The number of coefficients.
         """
         columns = self.columns.reshape(slope.shape)
-        gradient = slope.new_zeros(size).index_add_(0, columns.reshape(-1), slope.reshape(-1))
-        place = columns.unsqueeze(2) * size + columns.unsqueeze(1)
-        flat = slope.new_zeros(size * size).index_add_(0, place.reshape(-1), curve.reshape(-1))
-        return gradient, flat.reshape(size, size)
+        more = size + 1  # what belongs to no coefficient goes to the last
+        gradient = slope.new_zeros(more).index_add_(0, columns.reshape(-1), slope.reshape(-1))
+        place = columns.unsqueeze(2) * more + columns.unsqueeze(1)
+        flat = slope.new_zeros(more * more).index_add_(0, place.reshape(-1), curve.reshape(-1))
+        return gradient[:size], flat.reshape(more, more)[:size, :size]
 
 
 @dataclass(eq=False)
@@ -175,8 +181,8 @@ class Numbers(Predicted):
     def _eta(self, beta: Tensor, rows: slice) -> Tensor:
         x = self.x[:, rows]
         if self.offset is None:
-            return beta[self.columns] @ x
-        return torch.addmm(self.offset[:, rows], beta[self.columns], x)
+            return self._slopes(beta) @ x
+        return torch.addmm(self.offset[:, rows], self._slopes(beta), x)
 
     def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
         """See `Predicted.log_density`."""
@@ -234,7 +240,7 @@ class Classes(Predicted):
     def _log_p(self, beta: Tensor, rows: slice) -> Tensor:
         """Log probabilities of classes. # (cells, classes, rows)"""
         cells, classes, d = self.columns.shape
-        slopes = beta[self.columns].reshape(cells * classes, d)
+        slopes = self._slopes(beta).reshape(cells * classes, d)
         eta = (slopes @ self.x[:, rows]).reshape(cells, classes, -1)
         if self.offset is not None:
             eta = eta + self.offset[..., rows]
@@ -303,14 +309,16 @@ def as_predicted(
     (predictor,) = found
     lead, event = predictor.lead, predictor.event
     own = not group.observed
-    if own and not event:  # a latent of two values has no row of logits, one for each
+    is_gate = own and not event
+    if is_gate and (group.family is None or group.family.name != "Bernoulli" or K != 2):
         return None
     rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
     block = updates[names[0]].block
     parts = designs_of(predictor.binding, block, values, lead)
     constant = predictor.binding.constant
     sizes, row = constant.shape[:lead], constant.shape[constant.dim() - event :]
-    read = common_covariates(parts)
+    total = sum(values[name].numel() for name in block)
+    read = common_covariates(parts, total if event else None)
     cells = len(parts) // max(row.numel(), 1)
     if read is None or cells not in (1, K) or constant[..., 0].numel() == 0:
         return None
@@ -327,6 +335,13 @@ def as_predicted(
     if statistics is None:
         return None
     n, d, base = statistics
+    if is_gate:  # of its two logits the first is zero
+        if cells != 1:
+            return None
+        columns = torch.stack([torch.full_like(columns, total), columns], 1)
+        if offset is not None:
+            offset = torch.stack([torch.zeros_like(offset), offset], 1)
+        return Classes(x, columns, parameters, None, None, offset)
     if not event:
         link = predictor.rule.kind.form.inverse_link
         columns = columns.reshape(cells, -1).expand(K, -1).contiguous()

@@ -160,23 +160,34 @@ def test_against_the_joint_table() -> None:
     check_block(Mixture, partial(rows, "poisson", n=6))
 
 
-def test_a_gate_of_two_values_is_that_of_two_logits() -> None:
-    """A Bernoulli latent has one predictor where a Categorical one has a row of logits."""
+@pytest.mark.parametrize("known", [False, True])
+def test_a_gate_of_two_values_is_that_of_two_logits(known: bool) -> None:
+    """A Bernoulli latent has one predictor where a Categorical one has a row, with one that is zero."""
 
-    def model(x: Tensor, two: bool) -> None:
+    def model(x: Tensor, how: str) -> None:
         w = pyro.param("w", W[0])
         m = pyro.param("m", torch.tensor([-1.0, 1.0]))
         with pyro.plate("n", N):
-            eta = x @ w
-            if two:
-                z = pyro.sample("z", dist.Categorical(logits=torch.stack([0 * eta, eta], -1)))
+            eta = x @ w + (x[:, 0] if known else 0.0)
+            if how == "two":
+                z = pyro.sample("z", dist.Categorical(logits=torch.stack([0 * x[:, 0], eta], -1)))
+            elif how == "probs":
+                z = pyro.sample("z", dist.Bernoulli(probs=eta.sigmoid())).long()
             else:
                 z = pyro.sample("z", dist.Bernoulli(logits=eta)).long()
             pyro.sample("y", dist.Normal(m[z], 1.0), obs=REAL)
 
     paths = []
-    for two in (False, True):
+    for how in ("tables", "one", "two", "probs"):
         pyro.clear_param_store()
-        paths.append(ExactPosteriorEM(model).fit(X, two, max_steps=4, tol=0, progress=False))
-    np.testing.assert_allclose(paths[0].history, paths[1].history, rtol=1e-12)
-    torch.testing.assert_close(paths[0].params["w"], paths[1].params["w"], rtol=1e-8, atol=1e-8)
+        em = ExactPosteriorEM(model)
+        if how == "tables":
+            history = [-em.step(X, "one") for _ in range(4)]
+            paths.append((history, pyro.param("w").detach().clone()))
+            continue
+        result = em.fit(X, how, max_steps=4, tol=0, progress=False)
+        assert result.plan.kernel == "mixture"
+        paths.append((list(result.history)[:4], result.params["w"]))
+    for history, w in paths[1:]:
+        np.testing.assert_allclose(history, paths[0][0], rtol=1e-10)
+        torch.testing.assert_close(w, paths[0][1], rtol=1e-6, atol=1e-7)
