@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from sklearn.base import (
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_em.analysis.generate import Generated
 from pyro_em.em import ExactPosteriorEM
+from pyro_em.errors import UsageError, message
 from pyro_em.fitting.result import EMResult, EMStatus
 from pyro_em.sklearn.inputs import as_rows
 from pyro_em.sklearn.kept_store import AsFitted, in_store, kept_store
@@ -100,12 +101,39 @@ class EMEstimator(
 
     # ------------------------------------------------------------------ fitting
 
+    _of_the_model: ClassVar[tuple[str, ...]] = ()
+    """Parameters with which a fit cannot go on from another one's."""
+
+    def _goes_on(self) -> bool:
+        """Whether a fit begins at the parameters of the last one.
+
+        Raises:
+            UsageError: If it should, and the model is another one now.
+        """
+        if not self.warm_start or not hasattr(self, "_em"):
+            return False
+        changed = [n for n in self._of_the_model if getattr(self, n) != self._fitted_with[n]]
+        if changed:
+            raise UsageError(
+                message(
+                    f"{type(self).__name__}: warm_start",
+                    f"{changed[0]} was {self._fitted_with[changed[0]]!r} in the last fit.",
+                    "a fit cannot go on with the parameters of another model",
+                    ["pass warm_start=False", "fit a clone: sklearn.base.clone(estimator)"],
+                )
+            )
+        return True
+
+    def fit_predict(self, X: Any, y: Any = None, **options: Any) -> np.ndarray:
+        """Fit, and ``predict`` for the same rows; options go to both (``lengths`` of an `HMM`)."""
+        return self.fit(X, y, **options).predict(X, **options)
+
     def _fit(self, X: Any, arguments: Callable[[Tensor], tuple]) -> Self:
         rows = self._rows(X, reset=True)
         given = arguments(rows)
         rng = check_random_state(self.random_state)
         seed = int(rng.randint(2**31 - 1)) if self._draws_numbers() else 0
-        goes_on = bool(self.warm_start) and hasattr(self, "_em")
+        goes_on = self._goes_on()
         best: _Fitted | None = None
         for em in [self._em] if goes_on else self._starts(rows, rng):
             store = self._store if goes_on else {"params": {}, "constraints": {}}
@@ -121,6 +149,7 @@ class EMEstimator(
         self._is_exact = result.log_evidence is not None
         self.lower_bound_ = best.bound / len(rows)
         self.n_parameters_ = result.num_free_parameters
+        self._fitted_with = {name: getattr(self, name) for name in self._of_the_model}
         self._example = rows[:1].clone()
         self._note_fit(result)
         if result.converged is False:

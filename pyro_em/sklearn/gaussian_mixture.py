@@ -103,6 +103,7 @@ class GaussianMixture(LatentModel):
     """
 
     latent = "z"
+    _of_the_model = ("n_components", "covariance_type")
 
     def __init__(
         self,

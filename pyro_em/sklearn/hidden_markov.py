@@ -107,6 +107,8 @@ class HMM(EMEstimator):
         array([0.  , 4.97])
     """
 
+    _of_the_model = ("n_components", "emission", "covariance_type")
+
     def __init__(
         self,
         n_components: int = 1,
@@ -150,7 +152,8 @@ class HMM(EMEstimator):
         Raises:
             ValueError: If X or the lengths cannot be used.
         """
-        return self._fit(X, lambda rows: self._arguments(_unlabelled(rows, y), lengths))
+        emission = self._emission()
+        return self._fit(X, lambda rows: _arguments(_unlabelled(rows, y), lengths, emission))
 
     def _starts(self, rows: Tensor, rng: Any) -> Iterator[ExactPosteriorEM]:
         emission = self._emission()
@@ -232,15 +235,16 @@ class HMM(EMEstimator):
                 out[name] = probabilities(where, out[name])
         return out
 
-    def _arguments(self, rows: Tensor, lengths: Any) -> tuple:
-        sequences = Sequences.of(len(rows), lengths)
-        padded = sequences.padded(self._emission().observed(rows))
-        return (padded,) if sequences.are_equal else (padded, sequences.lengths)
+    @property
+    def _fitted_emission(self) -> Emission:
+        chain = self._em.model
+        assert isinstance(chain, Chain)
+        return chain.emission
 
     def _note_fit(self, result: EMResult) -> None:
         self.startprob_, self.transmat_ = self.params_["startprob"], self.params_["transmat"]
         values = {name: value.detach() for name, value in result.params.items()}
-        for name, value in self._emission().shown(values).items():
+        for name, value in self._fitted_emission.shown(values).items():
             setattr(self, name, value)
 
     @property
@@ -276,7 +280,7 @@ class HMM(EMEstimator):
         sequences, chain = self._chain(rows, lengths)
         gamma, log_evidence = smoothed(*chain)
         if not np.isfinite(log_evidence):  # near an underflow, or impossible, which is told by name
-            given = self._arguments(rows, lengths)
+            given = _arguments(rows, lengths, self._fitted_emission)
             steps = self._ask(rows, lambda: self._em.posterior(*given).probs("z_*"))
             gamma = steps.detach().transpose(0, 1)
         return sequences.rows(gamma).to(rows).numpy()
@@ -316,7 +320,7 @@ class HMM(EMEstimator):
         rows = _unlabelled(self._rows(X), y)
         log_evidence = smoothed(*self._chain(rows, lengths)[1])[1]
         if not np.isfinite(log_evidence):  # near an underflow, or impossible, which is told by name
-            given = self._arguments(rows, lengths)
+            given = _arguments(rows, lengths, self._fitted_emission)
             log_evidence = self._ask(rows, lambda: self._evidence(given))
         return log_evidence / len(rows)
 
@@ -332,7 +336,7 @@ class HMM(EMEstimator):
         """
         check_is_fitted(self)
         rows = self._example.expand(whole("sample", "n_samples", n_samples), -1).clone()
-        drawn = self._drawn(rows, self._arguments(rows, None))
+        drawn = self._drawn(rows, _arguments(rows, None, self._fitted_emission))
         states = drawn.values["z_*"][:, 0].numpy().astype(np.int64)
         return drawn.args[0][0].to(rows).reshape(len(rows), -1).numpy(), states
 
@@ -347,13 +351,20 @@ class HMM(EMEstimator):
 
     def _chain(self, rows: Tensor, lengths: Any) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor]]:
         """The sequences; log densities of their steps, of first states and of transitions."""
-        sequences, emission = Sequences.of(len(rows), lengths), self._emission()
+        sequences, emission = Sequences.of(len(rows), lengths), self._fitted_emission
         emission.check(rows)
         values = {name: torch.from_numpy(value) for name, value in self.params_.items()}
         log_density = sequences.padded(emission.log_density(values, rows).double())
         log_density[~sequences.inside] = 0.0
         first, then = (values[name].double().log() for name in ("startprob", "transmat"))
         return sequences, (log_density, first, then)
+
+
+def _arguments(rows: Tensor, lengths: Any, emission: Emission) -> tuple:
+    """The arguments of `Chain`: padded sequences, and their lengths where they differ."""
+    sequences = Sequences.of(len(rows), lengths)
+    padded = sequences.padded(emission.observed(rows))
+    return (padded,) if sequences.are_equal else (padded, sequences.lengths)
 
 
 def _unlabelled(rows: Tensor, y: Any) -> Tensor:

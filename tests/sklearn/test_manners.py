@@ -254,3 +254,18 @@ def test_symbols_that_are_new_are_told() -> None:
         estimator.predict([[3]])
     with pytest.raises(ValueError, match="-1 is none"):
         estimator.predict([[-1]])
+
+
+def test_answers_are_those_of_the_model_that_was_fitted() -> None:
+    """Parameters that are set afterwards are for the next fit, which does not go on from another."""
+    fitted = HMM(2, random_state=0, warm_start=True).fit(ROWS, lengths=[30, 50])
+    before = fitted.predict_proba(ROWS), fitted.score(ROWS)
+    fitted.set_params(n_components=3, covariance_type="full", emission="poisson")
+    np.testing.assert_array_equal(fitted.predict_proba(ROWS), before[0])
+    assert fitted.score(ROWS) == before[1]
+    with pytest.raises(ValueError, match="n_components was 2"):
+        fitted.fit(ROWS)
+    counts = ROWS.round()
+    again = fitted.set_params(warm_start=False, n_components=2, tol=1.0)
+    labels = again.fit_predict(counts, lengths=[30, 50])
+    assert (labels == again.predict(counts, [30, 50])).all() and again.lambdas_.shape == (2, 2)
