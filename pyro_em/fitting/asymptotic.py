@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import transform_to
 
+from pyro_em.fitting.derivatives import jacobian_of
 from pyro_em.fitting.labels import ParameterForm
 from pyro_em.fitting.standard_errors import StandardErrors
 
@@ -53,11 +54,10 @@ def asymptotic_draws(
     for name in free:
         transform = transform_to(forms[name].constraint)
         theta = params[name].detach().double().cpu()
-        u = transform.inv(theta).detach()
+        u = transform.inv(theta).detach().requires_grad_()
         with torch.enable_grad():
-            jacobian = torch.autograd.functional.jacobian(transform, u)
-        inverses.append(torch.linalg.pinv(jacobian.reshape(theta.numel(), u.numel())))
-        centres.append(u)
+            inverses.append(torch.linalg.pinv(jacobian_of([transform(u)], [u])))
+        centres.append(u.detach())
     chosen = torch.tensor([i for name in free for i in places[name]])
     covariance = errors.covariance.double().cpu()[chosen][:, chosen]
     back = torch.block_diag(*inverses)
