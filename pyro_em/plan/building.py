@@ -29,7 +29,12 @@ from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import unregistered_notes
 from pyro_em.plan.conjugates import Conjugates, at_units, conjugate_routes
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
-from pyro_em.plan.gaussians import explained, gaussian_routes, with_values
+from pyro_em.plan.gaussians import (
+    explained,
+    gaussian_routes,
+    require_unweighed,
+    with_values,
+)
 from pyro_em.plan.hyperparameters import unbounded_joints
 from pyro_em.plan.loops import examine_with_loops, examined_in_loops, trouble
 from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
@@ -207,7 +212,7 @@ def _beside_gaussians(
         bare: That of the user's model.
         task: The user's model, and what is wanted of it.
     """
-    gaussians = with_values(model, structure)
+    gaussians = with_values(model, structure, weighed=True)
     if gaussians is None:
         return None
 
@@ -287,6 +292,7 @@ def integrating(
     graph = with_lines(given, structure, lines, traced(given, structure, log, looked), alike)
     if found is not None:
         graph = found.integrated(graph, task.max_enumeration)
+        require_unweighed(graph)
     program = on_lines(task, decided(given, structure, graph, log), lines, _without_sites(bare))
     return replace(program, conjugates=found)
 

@@ -20,15 +20,20 @@ from pyro_em.posteriors.scaled import ScaledBlock
 from pyro_em.tracing.given import GivenGaussians
 from pyro_em.tracing.missing import LAGGED
 from pyro_em.tracing.runs import Model
-from pyro_em.tracing.sites import mask_tensor
+from pyro_em.tracing.sites import Role, mask_tensor
+
+WEIGHED = "poutine.scale weighs it: put that around its observations alone"
 
 
-def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
+def with_values(
+    model: Model, structure: Structure, *, weighed: bool = False
+) -> GivenGaussians | None:
     """The model with its continuous latents at zero; None where one of them is no Gaussian.
 
     Args:
         model: The user's model.
         structure: Its skeleton.
+        weighed: Whether latents may be weighed, as rows are whose scale is a latent itself.
 
     Raises:
         NotLinear: If a Gaussian latent is masked, weighted, or a matrix of correlated rows.
@@ -41,7 +46,7 @@ def with_values(model: Model, structure: Structure) -> GivenGaussians | None:
     if not all(is_gaussian(s["fn"]) for s in continuous.values()):
         return None
     for name, site in continuous.items():
-        problem = why_not_integrable(site)
+        problem = why_not_separate(site) if weighed else why_not_integrable(site)
         if problem:
             fixes: tuple[str, ...] = ()
             if name in _unobserved_parts(structure):
@@ -77,13 +82,31 @@ def why_not_integrable(site: Mapping[str, Any]) -> str:
     Args:
         site: As it was traced.
     """
+    problem = why_not_separate(site)
+    is_weighed = isinstance(site["scale"], torch.Tensor) or site["scale"] != 1
+    return problem or (WEIGHED if is_weighed else "")
+
+
+def why_not_separate(site: Mapping[str, Any]) -> str:
+    """The same where weights are no matter."""
     if mask_tensor(site) is not None:
         return "a mask covers it: put poutine.mask around its observations alone"
     if is_matrix_of_rows(site["fn"]):
         return "it is a MultivariateNormal under to_event: put its rows in a plate"
-    if isinstance(site["scale"], torch.Tensor) or site["scale"] != 1:
-        return "poutine.scale weighs it: put that around its observations alone"
     return ""
+
+
+def require_unweighed(graph: FactorGraph) -> None:
+    """Refuse weights of Gaussian latents but of rows that a conjugate scale weighs as a whole.
+
+    Raises:
+        NotLinear: If there are such weights.
+    """
+    for block in (g.nested for g in graph.groups if isinstance(g.nested, GaussianBlock)):
+        for site in block.groups:
+            if site.role is Role.GAUSSIAN and not site.is_unscaled:
+                name = site.members[0]
+                raise NotLinear(Finding(f"site '{name}'", WEIGHED, "", (), latents=(name,)))
 
 
 def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> Unrouted:

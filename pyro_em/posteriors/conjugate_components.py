@@ -25,6 +25,7 @@ from pyro_em.posteriors.gaussian_sites import over_scope, taken
 from pyro_em.posteriors.scaled import ScaledBlock
 from pyro_em.posteriors.scaled_components import block_of_scale, with_scale
 from pyro_em.posteriors.stacked_conjugates import StackedConjugates, group_of_stack, stacked
+from pyro_em.tracing.sites import Role
 from pyro_em.updates.conjugate_beliefs import is_plugged, with_factor
 from pyro_em.updates.gaussian_rows import is_matrix
 
@@ -189,7 +190,7 @@ def _block(
         raise NotSeparate(_finding(latent, f"site '{latent}'", what))
     if gaussian is None:
         return _with_plates(block, graph, weight)
-    gaussian = with_scale(gaussian, block, weight is not None)
+    gaussian = with_scale(gaussian, block)
     block = _with_plates(block, graph, weight, gaussian)
     return ScaledBlock(gaussian.over(block.plates, block.sizes), block)
 
@@ -229,6 +230,9 @@ def _weight(latent: str, groups: list[Group]) -> Tensor | None:
     """
     first = groups[0]
     if first.is_unscaled:
+        for group in groups[1:]:
+            if group.role is Role.GAUSSIAN and not group.is_unscaled:
+                raise NotSeparate(_weighed(latent, group))
         return None
     weight = replace(first, mask=None, elements=None).weights()[0].detach()
     weight = weight.reshape(weight.shape + (1,) * (len(first.sizes) - weight.dim()))

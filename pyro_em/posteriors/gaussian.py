@@ -174,7 +174,7 @@ class GaussianBlock:
         """
         evidence = solution.log_evidence
         out = evidence.new_zeros(len(evidence), math.prod(self.sizes))
-        out = out.index_add(1, self._element_of_block.to(out.device), evidence)
+        out = out.index_add(1, self.element_of_block.to(out.device), evidence)
         for i, group in enumerate(self.groups):
             if group.role is not Role.GAUSSIAN:
                 rows = solution.constant_rows(i)
@@ -182,7 +182,8 @@ class GaussianBlock:
         return out.transpose(0, 1).reshape(1, *self.sizes, *self.states)
 
     @cached_property
-    def _element_of_block(self) -> Tensor:
+    def element_of_block(self) -> Tensor:
+        """For each block of unknowns the element of the table's plates to which it belongs."""
         return elements_of_blocks(self, self.plates)[0]
 
     def element_of_row(self, i: int) -> Tensor:
@@ -190,7 +191,7 @@ class GaussianBlock:
         group = self.groups[i]
         if is_within(group, self.plates):
             return elements_in(group, self.plates)
-        return self._element_of_block[self.layout.block_of_row[i]]
+        return self.element_of_block[self.layout.block_of_row[i]]
 
     def log_evidence(self, arguments: Arguments) -> Tensor:
         """See `pyro_em.graph.factors.Nested`."""

@@ -117,7 +117,7 @@ class GaussianFaces:
         """The expected entropy in nats given the discrete latents; −inf at a variance of zero."""
         total = 0.0
         for g, solution in self.solved.items():
-            entropy = solution.entropy()  # (cells, blocks)
+            entropy = solution.entropy() * self._often(g)  # (cells, blocks)
             if solution.cells == 1:
                 total += float(entropy.sum())
                 continue
@@ -130,6 +130,14 @@ class GaussianFaces:
                 weights[:, at] = each.to(weights)
             total += float(torch.where(weights == 0, 0.0, weights * entropy).sum())
         return total
+
+    def _often(self, g: int) -> Tensor | float:
+        """How often each block of a group counts. # (blocks,)"""
+        block = self.graph.groups[g].nested
+        if not isinstance(block, ScaledBlock) or block.conjugate.weight is None:
+            return 1.0
+        each = block.conjugate.weight.expand(block.sizes).reshape(-1)
+        return each[block.gaussian.element_of_block.to(each.device)]
 
     def mode(self, codes: Codes) -> dict[str, Tensor]:
         """The mean of each latent given the discrete ones.

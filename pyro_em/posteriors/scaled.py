@@ -113,6 +113,14 @@ class ScaledBlock:
         """See `pyro_em.graph.factors.Nested`."""
         return "Gaussian blocks with a conjugate scale"
 
+    @cached_property
+    def counted(self) -> GaussianBlock:
+        """The Gaussian sites as they count in one of the rows that a weight stands for."""
+        if self.conjugate.weight is None:
+            return self.gaussian
+        groups = tuple(replace(g, scale=(1.0,)) for g in self.gaussian.groups)
+        return replace(self.gaussian, groups=groups).over(self.plates, self.sizes)
+
     # ------------------------------------------------------------------ the E-step
 
     def solve(self, arguments: Arguments) -> ScaledSolution:
@@ -121,13 +129,13 @@ class ScaledBlock:
         Raises:
             DegenerateError: If an observation has no noise.
         """
-        unit = _solved(self.gaussian, arguments)
+        unit = _solved(self.counted, arguments)
         deltas = self._deltas(unit, arguments)
         own = self.conjugate
         given = [own.readings[i].summed(d) for i, d in enumerate(deltas)]
         scale = own.solve(arguments, sum(given[1:], given[0]))
         at, _ = self._at_mean(scale, arguments)
-        table = self.gaussian.table(at)
+        table = self.counted.table(at)
         t = own.kernel.at_mean(scale.t.detach())
         for i, delta in enumerate(deltas):
             there = (delta * own.readings[i].taken(t)).sum(-1)
@@ -184,14 +192,14 @@ class ScaledBlock:
             DegenerateError: If an observation has no noise.
         """
         groups, own = [], dict(arguments)
-        for i, group in enumerate(self.gaussian.groups):
+        for i, group in enumerate(self.counted.groups):
             site = replace(group, arguments=self.gaussian.of_site(i, arguments))
             t = self.conjugate.readings[i].taken(scale.t.detach())
             site = self.conjugate.at_mean(i + 1, site, t)
             groups.append(site)
             name = self.conjugate.reads[i].pair.argument
             own[piece(group.members[0], name)] = site.arguments[name]
-        return _solved(self.gaussian, own), tuple(groups)
+        return _solved(self.counted, own), tuple(groups)
 
     def table(self, solution: ScaledSolution) -> Tensor:
         """The log evidence in nats, per element of the plates and state of the scope.
@@ -224,7 +232,7 @@ class ScaledBlock:
         """
         scale = solution.conjugate
         groups = self._at_mean(scale, arguments)[1]
-        block = replace(self.gaussian, groups=groups).over(self.plates, self.sizes)
+        block = replace(self.counted, groups=groups).over(self.plates, self.sizes)
         own = {piece(g.members[0], a): t for g in groups for a, t in g.arguments.items()}
         out = []
         for i, (site, weight) in enumerate(

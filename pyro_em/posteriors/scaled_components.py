@@ -76,13 +76,12 @@ def _unshared(latent: str, own: str, other: str, block: GaussianBlock) -> NotCon
     return refused(latent, f"site '{own}'", what + f"which the spread of '{other}' does not.")
 
 
-def with_scale(block: GaussianBlock, scale: ConjugateBlock, weighted: bool) -> GaussianBlock:
+def with_scale(block: GaussianBlock, scale: ConjugateBlock) -> GaussianBlock:
     """A Gaussian block over the whole scope of its scale, with what its updates have to know.
 
     Args:
         block: The sites that the Gaussian latents connect.
         scale: The scale's block, these sites among its own.
-        weighted: Whether a weight stands for rows, so that sites count once.
 
     Raises:
         NotConjugate: If numbers that a coefficient connects have different scales.
@@ -90,7 +89,6 @@ def with_scale(block: GaussianBlock, scale: ConjugateBlock, weighted: bool) -> G
     groups = []
     for i, group in enumerate(block.groups):
         wide = over_scope(group, scale.scope, scale.states)
-        wide = replace(wide, scale=(1.0,)) if weighted else wide
         groups.append(_prepared(wide, scale.reads[i].pair.argument))
     out = replace(block, groups=tuple(groups), scope=scale.scope, states=scale.states)
     for i in range(len(groups)):

@@ -307,6 +307,33 @@ def test_the_gap_of_another_posterior_is_its_divergence() -> None:
     assert given.gap == pytest.approx(float(own.sum()), abs=1e-10)
 
 
+def test_weighted_rows_are_rows_that_are_there_so_often() -> None:
+    def model(y: Tensor, weight: Tensor) -> None:
+        k = pyro.param("k", a_tensor(1.0), constraint=constraints.positive)
+        with pyro.plate("rows", len(y)), pyro.poutine.scale(scale=weight):
+            tau = pyro.sample("tau", dist.Gamma(a_tensor(A), B))
+            mu = pyro.sample("mu", dist.Normal(M, (k * tau).rsqrt()))
+            pyro.sample("y", dist.Normal(mu, tau.rsqrt()), obs=y)
+
+    weight = tensor([1.0, 2.0, 3.0, 1.0])
+    often, found = torch.repeat_interleave(Y[:4], weight.long()), []
+    for data in ((Y[:4], weight), (often, torch.ones(7))):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        q, result = em.posterior(*data), em.fit(*data, max_steps=2, tol=0.0)
+        terms = em.elbo(*data, q=q)
+        found.append([q.entropy(), terms.expected_log_joint, result.log_evidence, result.bic])
+    assert found[0] == pytest.approx(found[1], abs=1e-10)
+
+
+def _weighed() -> None:
+    with pyro.plate("rows", 9):
+        tau = pyro.sample("tau", dist.Gamma(a_tensor(A), B))
+        with pyro.poutine.scale(scale=2.0):
+            mu = pyro.sample("mu", dist.Normal(M, tau.rsqrt()))
+        pyro.sample("y", dist.Normal(mu, tau.rsqrt()), obs=Y)
+
+
 def _after(y: np.ndarray, m: float, k: float) -> tuple[float, float, float, float]:
     n = len(y)
     c = (k * m + y.sum()) / (k + n)
@@ -359,6 +386,7 @@ def _of_components() -> None:
         (_other_element, "its elements of 'tau' are others than those of 'mu', which it reads"),
         (_in_the_mean, "Normal of 'tau' has no posterior of its prior's form"),
         (_turned, "its mean is no known multiple of 'mu'"),
+        (_weighed, "poutine.scale weighs it otherwise than 'tau'"),
         (_of_components, "connects elements of that plate: a mixture of 2 to the power"),
     ],
 )
