@@ -23,6 +23,7 @@ from pyro_em.posteriors.block_search import columns_of, components
 from pyro_em.posteriors.site_forms import SiteForm
 
 _SHORTEST = 8  # levels of a chain; what is shorter is one block
+_LASTING = 2  # levels after its own at which a single latent is still read: it stays where it is
 
 _Ints = NDArray[np.int64]
 
@@ -66,7 +67,8 @@ class StateForm:
         fresh: How many numbers of a state are new at its step; they come first.
         size: n, the numbers of a state.
         width: D, the most numbers that are observed at one step.
-        carried: Pairs of places: where a state holds what the one before held elsewhere. # (c, 2)
+        carried: Pairs of places: where a state holds what the one before held elsewhere; at the same
+            place what of a latent that many steps read. # (c, 2)
         sites: For each site its place.
     """
 
@@ -113,6 +115,8 @@ def state_form(sites: Sequence[SiteForm]) -> StateForm | None:
     placed = [r for r in rows if r is not None]
     slots = _slots(sites, levels, placed)
     depths = _depths(sites, levels, slots)
+    lasting = [d >= _LASTING and n == 1 for d, n in zip(depths, slots.counts, strict=True)]
+    depths = [0 if lasts else d for d, lasts in zip(depths, lasting, strict=True)]
     widths = slots.widths
     fresh, unknowns = (
         sum(widths),
@@ -122,7 +126,7 @@ def state_form(sites: Sequence[SiteForm]) -> StateForm | None:
     if 4 * steps * size**3 > unknowns**3:
         return None
 
-    starts, carried = _state_places(widths, depths)
+    starts, carried = _state_places(widths, depths, lasting)
     filled = [0] * steps
     out = []
     for i, site in enumerate(sites):
@@ -131,8 +135,9 @@ def state_form(sites: Sequence[SiteForm]) -> StateForm | None:
         reads, present = [], []
         for term, column in zip(site.terms, columns[i], strict=False):
             parent = sites[term.latent]
-            lag = levels[i] - levels[term.latent] - back
-            begin = starts[slots.of[term.latent]][lag]
+            slot = slots.of[term.latent]
+            lag = 0 if lasting[slot] else levels[i] - levels[term.latent] - back
+            begin = starts[slot][lag]
             element = np.maximum(column - first[term.latent], 0)
             at = begin + placed[term.latent].rank[element] * parent.width
             present.append(column >= 0)
@@ -277,6 +282,14 @@ class _Slots:
     widths: tuple[int, ...]
     of: dict[int, int]
 
+    @property
+    def counts(self) -> list[int]:
+        """How many latents each part holds in turn."""
+        out = [0] * len(self.widths)
+        for slot in self.of.values():
+            out[slot] += 1
+        return out
+
 
 def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Rows]) -> _Slots:
     """Latents of one name but for numbers share a part of the state; one of another name joins them."""
@@ -288,13 +301,15 @@ def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Row
             here = (*kind, levels[i])
             met[here] = met.get(here, -1) + 1
             kinds.setdefault((*kind, met[here]), []).append(i)
+    reach = _reach(sites, levels)
     widths: list[int] = []
     held: list[set[int]] = []
     of: dict[int, int] = {}
     for (_, width, _), own in sorted(kinds.items(), key=lambda k: -len(k[1])):
         at = {levels[i] for i in own}
-        # A first latent goes where later ones of its series are.
-        joins = [s for s, w in enumerate(widths) if w == width and not at & held[s]]
+        # A first latent goes where later ones of its series are, unless it is read for long.
+        alone = len(own) == 1 and reach[own[0]] >= _LASTING
+        joins = [s for s, w in enumerate(widths) if w == width and not at & held[s] and not alone]
         if len(own) > 1 or not joins:
             joins = [len(widths)]
             widths.append(width)
@@ -304,19 +319,33 @@ def _slots(sites: Sequence[SiteForm], levels: Sequence[int], rows: Sequence[_Row
     return _Slots(tuple(widths), of)
 
 
-def _depths(sites: Sequence[SiteForm], levels: Sequence[int], slots: _Slots) -> list[int]:
-    """For each part of a state how many levels it is kept after its own."""
-    out = [0] * len(slots.widths)
+def _reach(sites: Sequence[SiteForm], levels: Sequence[int]) -> list[int]:
+    """For each latent for how many levels after its own it is read from the state."""
+    out = [0] * len(sites)
     for i, site in enumerate(sites):
         for term in site.terms:
             lag = levels[i] - levels[term.latent] - (1 if site.is_latent else 0)
-            slot = slots.of[term.latent]
-            out[slot] = max(out[slot], lag)
+            out[term.latent] = max(out[term.latent], lag)
     return out
 
 
-def _state_places(widths: Sequence[int], depths: Sequence[int]) -> tuple[list[list[int]], _Ints]:
-    """Where each part begins, lag by lag, and which places are copies of the state before."""
+def _depths(sites: Sequence[SiteForm], levels: Sequence[int], slots: _Slots) -> list[int]:
+    """For each part of a state how many levels it is kept after its own."""
+    out = [0] * len(slots.widths)
+    for i, lag in enumerate(_reach(sites, levels)):
+        if sites[i].is_latent:
+            out[slots.of[i]] = max(out[slots.of[i]], lag)
+    return out
+
+
+def _state_places(
+    widths: Sequence[int], depths: Sequence[int], lasting: Sequence[bool]
+) -> tuple[list[list[int]], _Ints]:
+    """Where each part begins, lag by lag, and which places are copies of the state before.
+
+    A coefficient with a distribution, or an unknown drift, is one latent that all steps read: its place
+    is a copy of itself.
+    """
     starts: list[list[int]] = [[] for _ in widths]
     carried = []
     at = 0
@@ -327,6 +356,8 @@ def _state_places(widths: Sequence[int], depths: Sequence[int]) -> tuple[list[li
             if lag:
                 before = starts[slot][lag - 1]
                 carried += [(at + k, before + k) for k in range(width)]
+            elif lasting[slot]:
+                carried += [(at + k, at + k) for k in range(width)]
             starts[slot].append(at)
             at += width
     return starts, np.asarray(carried, dtype=np.int64).reshape(-1, 2)

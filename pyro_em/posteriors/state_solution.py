@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -258,7 +259,10 @@ class StateSolution:
             level, chain, own = self._places(i, torch.arange(value.shape[1]))
             path[:, chain.unsqueeze(-1), level.unsqueeze(-1), own] = value.to(path)
         for here, before in form.carried.tolist():
-            path[:, :, 1:, here] = path[:, :, :-1, before]
+            if here == before:  # it was new at one level, and is there ever since
+                path[..., here] = path[..., here].cumsum(-1)
+            else:
+                path[:, :, 1:, here] = path[:, :, :-1, before]
         found = self._gathered(path, self._read_levels(site), stack.chain, stack.reads)
         if stack.present is not None:
             found = found * stack.present.to(found)
@@ -274,9 +278,12 @@ class StateSolution:
             at = chain[:, None, None], level[:, None, None], own.unsqueeze(-1), own.unsqueeze(-2)
             path[at] = value
         copies = dict(form.carried.tolist())
-        for here, before in copies.items():
-            for other, its in copies.items():
-                path[:, 1:, here, other] = path[:, :-1, before, its]
+        lasting = [here for here, before in copies.items() if here == before]
+        for here, other in product(lasting, lasting):
+            path[..., here, other] = path[..., here, other].cumsum(-1)
+        moved = [pair for pair in copies.items() if pair[0] not in lasting]
+        for (here, before), (other, its) in product(moved, moved):
+            path[:, 1:, here, other] = path[:, :-1, before, its]
         stack = self.layout.stacks[site]
         level = self._read_levels(site)
         found = self._pairs(path.unsqueeze(0), level, stack.chain, stack.reads, stack.reads)

@@ -243,6 +243,21 @@ def seasonal() -> Case:
     return model, (noise(12, seed=14), ok)
 
 
+def lasting() -> Case:
+    """A drift and two coefficients with distributions, which all steps read, each at its turn."""
+
+    def model(y: Tensor, x: Tensor) -> None:
+        drift = pyro.sample("drift", dist.Normal(number("m", 0.2), positive("d", 0.5)))
+        b = pyro.sample("b", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        h = torch.zeros(()).double()
+        for t in range(len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(h + drift, positive("q", 0.5)))
+            mean = h + number("c", 0.7) * (x[t] * b).sum()
+            pyro.sample(f"y_{t}", dist.Normal(mean, positive("r", 1.0)), obs=y[t])
+
+    return model, (noise(13, seed=21), noise(13, 2, seed=15))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     f.__name__: f
     for f in (
@@ -258,5 +273,6 @@ CASES: dict[str, Callable[[], Case]] = {
         late,
         decay,
         seasonal,
+        lasting,
     )
 }
