@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_em.analysis.elbo import ELBOTerms, elbo_at
 from pyro_em.analysis.evidence import EvidenceEstimate, estimate_evidence
 from pyro_em.analysis.forecast import Forecast, forecast
-from pyro_em.analysis.generate import Generated, generated, no_points, points_of
+from pyro_em.analysis.generate import Generated, Source, no_points, points_of
 from pyro_em.analysis.of_parts import bound_of_parts, elbo_of_parts, log_evidence_of_parts
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import a_level, by_name, seed_of, truth, whole
@@ -341,10 +341,10 @@ class Questions:
         if session.request.guide is None and session.pending is None:
             session.check_arguments(args, kwargs)
             with own_store(store_state()), session.buffers_kept():
-                return generated(self.model, n, args, kwargs, no_points, seed, where)
+                return Source.of(self.model, n, args, kwargs, no_points, where).drawn(seed)
         with session.buffers_kept():
             points = partial(self._points, where=where)
-            return generated(self.model, n, args, kwargs, points, seed, where)
+            return Source.of(self.model, n, args, kwargs, points, where).drawn(seed)
 
     def _points(self, *ways: tuple[tuple, dict[str, Any]], where: str) -> dict[str, Tensor]:
         """Values of latents at point estimates, with the first arguments on which the model is read."""

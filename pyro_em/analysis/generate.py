@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pyro
@@ -61,49 +61,79 @@ class Generated:
     unwritten: tuple[str, ...]
 
 
-def generated(
-    model: Model,
-    n: int | None,
-    args: tuple,
-    kwargs: dict[str, Any],
-    points: Points,
-    seed: int | None,
-    where: str = "generate",
-    *,
-    whole: bool = False,
-) -> Generated:
-    """New data of ``n`` rows; see `ExactPosteriorEM.generate`.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A model with arguments of the right size, from which data are drawn as often as wanted.
 
-    Args:
-        model: The user's model; its parameters have been initialised.
-        n: How many rows; as many as there are where None.
-        args: The model's positional arguments.
+    Attributes:
+        model: The user's model.
+        args: Its positional arguments.
         kwargs: Its keyword arguments.
-        points: Gives, for arguments, the values of latents that have point estimates.
-        seed: Seed of the draws.
+        fixed: Latents that stay at point estimates.
+        again: Leaves of the arguments that are observed and also read.
+        rows: Which arguments were brought to another size; None where none was.
+        uses: What the model does with its arguments, where that can be seen.
         where: The public method, for messages.
-        whole: Whether the arguments with the new data are wanted, not the values alone.
     """
-    _refuse_arrays(model, args, kwargs, where)
-    kwargs = {**_default_counts(model, args), **kwargs}
-    sites, rows, given = None, None, (args, kwargs)
-    if n is not None:
-        sites, rows, args, kwargs = resized(model, n, args, kwargs, where)
-    if sites is None:
-        sites = run(model, args, kwargs)
-    uses = uses_of(model, args, kwargs, sites)
-    plate = rows.plate if rows is not None else next((p for p, _ in plates_of_rows(sites)), None)
-    at = points(given, (args, kwargs))
-    fixed = {k: v for k, v in at.items() if not _is_inside(sites.get(k), plate)}
-    leaves = leaves_of(args, kwargs)
-    again = {
-        p
-        for p, leaf in leaves.items()
-        if isinstance(leaf, Tensor)
-        if uses is None or (p in uses.observed and p in uses.read)
-    }
-    new = _drawn(model, args, kwargs, fixed, again, rows, seed, where)
-    return put_back(model, new, uses) if whole and uses is not None else new
+
+    model: Model
+    args: tuple
+    kwargs: dict[str, Any]
+    fixed: Mapping[str, Tensor]
+    again: frozenset[Path]
+    rows: Rows | None
+    uses: Uses | None
+    where: str
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        n: int | None,
+        args: tuple,
+        kwargs: dict[str, Any],
+        points: Points,
+        where: str,
+    ) -> Self:
+        """The source of data of ``n`` rows; see `ExactPosteriorEM.generate`.
+
+        Args:
+            model: The user's model; its parameters have been initialised.
+            n: How many rows; as many as there are where None.
+            args: The model's positional arguments.
+            kwargs: Its keyword arguments.
+            points: Gives, for arguments, the values of latents that have point estimates.
+            where: The public method, for messages.
+        """
+        _refuse_arrays(model, args, kwargs, where)
+        kwargs = {**_default_counts(model, args), **kwargs}
+        sites, rows, given = None, None, (args, kwargs)
+        if n is not None:
+            sites, rows, args, kwargs = resized(model, n, args, kwargs, where)
+        if sites is None:
+            sites = run(model, args, kwargs)
+        uses = uses_of(model, args, kwargs, sites)
+        outermost = next((p for p, _ in plates_of_rows(sites)), None)
+        plate = outermost if rows is None else rows.plate
+        at = points(given, (args, kwargs))
+        fixed = {k: v for k, v in at.items() if not _is_inside(sites.get(k), plate)}
+        tensors = {p for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor)}
+        again = tensors if uses is None else tensors & uses.observed & uses.read.keys()
+        return cls(model, args, kwargs, fixed, frozenset(again), rows, uses, where)
+
+    def drawn(self, seed: int | None) -> Generated:
+        """New data.
+
+        Args:
+            seed: Seed of the draws; torch's global state where None.
+        """
+        data = (self.args, self.kwargs)
+        return _drawn(self.model, *data, self.fixed, self.again, self.rows, seed, self.where)
+
+    def drawn_whole(self, seed: int) -> Generated:
+        """The same with all that can be put back into the arguments there."""
+        new = self.drawn(seed)
+        return new if self.uses is None else put_back(self.model, new, self.uses)
 
 
 def _default_counts(model: Model, args: tuple) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def rows_of(
     for lag, (plate, size) in itertools.product(range(_MOST_LAGS + 1), candidates):
         for dims in _choices(args, kwargs, size + lag):
             rows = Rows(plate, size, dims, lag)
-            more = torch.tensor([*range(size + lag), 0])
+            more = torch.cat([torch.arange(size + lag), torch.zeros(1, dtype=torch.long)])
             if size_in(try_run(model, *rows.taken(args, kwargs, more)), plate) == size + 1:
                 return rows
     raise_findings([_no_rows(where, candidates)])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.analysis.generate import Generated, generated, points_of
+from pyro_em.analysis.generate import Source, points_of
 from pyro_em.analysis.rows import rows_of, run
 from pyro_em.errors import PyroEMError, PyroEMWarning, UsageError, message
 from pyro_em.fitting.fit import fit
@@ -146,7 +146,8 @@ class Fitted:
         Raises:
             UsageError: If the model does not say all of its data.
         """
-        new = self._generated(seed, where)
+        with own_store(self.store):
+            new = self._source.drawn_whole(seed)
         if new.unwritten:
             shown = ", ".join(f"'{n}'" for n in new.unwritten[:3])
             raise UsageError(
@@ -175,12 +176,11 @@ class Fitted:
             return {}
         return points_of(self.program, self.again.args, self.again.kwargs)
 
-    def _generated(self, seed: int, where: str) -> Generated:
-        again = self.again
-        model, data = users(again.request.model), (again.args, again.kwargs)
-        with own_store(self.store):
-            points = self.points
-            return generated(model, None, *data, lambda *_: points, seed, where, whole=True)
+    @cached_property
+    def _source(self) -> Source:
+        model, points = users(self.again.request.model), self.points
+        data = (self.again.args, self.again.kwargs)
+        return Source.of(model, None, *data, lambda *_: points, "bootstrap")
 
     def resampling(self, where: str) -> Callable[[int], Data]:
         """Gives, for a seed, rows of the data drawn with replacement.
