@@ -33,6 +33,9 @@ Rerun = Callable[[Mapping[str, Tensor]], Sites]
 _GAUSSIAN = ("Normal", "MultivariateNormal")
 
 
+_NO_GAP = "parameters of its own has no gap"
+
+
 # (latent, child): the argument that has to be the latent's value, and the child's marginal.
 _SAME: dict[tuple[str, str], tuple[str, str]] = {
     ("Beta", "Binomial"): (
@@ -148,6 +151,20 @@ def marginal_fixes(
         Sentences, most likely first; none where no marginal is known.
     """
     children = [n for n, scope in scopes.items() if name in scope and n != name]
+    fixes = _fixes(name, children, sites, scopes, rerun)
+    if {n for c in children for n in scopes[c]} - {name, *children}:
+        return tuple(f for f in fixes if _NO_GAP not in f)  # it is so given the others only
+    return fixes
+
+
+def _fixes(
+    name: str,
+    children: list[str],
+    sites: Sites,
+    scopes: Mapping[str, frozenset[str]],
+    rerun: Rerun,
+) -> tuple[str, ...]:
+    """As `marginal_fixes`, where no other latent reaches the children."""
     kind, value = _kind(sites[name]), sites[name]["value"].detach()
     kinds = {_kind(sites[c]) for c in children}
     if kind in _GAUSSIAN and kinds and kinds <= set(_GAUSSIAN):
@@ -190,7 +207,7 @@ def _same_family(kind: str) -> tuple[str, ...]:
     article = "a" if own == "Gamma" else article
     return (
         f"its posterior is {article} {own}: a guide that draws it from {article} {own} with "
-        "parameters of its own has no gap",
+        f"{_NO_GAP}",
     )
 
 

@@ -280,7 +280,7 @@ def test_what_has_no_marginal_gets_no_such_advice() -> None:
         (lambda: dist.Gamma(A, B), lambda h: dist.Normal(0.0, h), REALS),
         (lambda: dist.Gamma(A, B), lambda h: dist.Poisson(h**2), COUNTS),
         (lambda: dist.Gamma(A, B), lambda h: dist.Normal(h, h.rsqrt()), REALS),
-        (lambda: dist.Beta(A, B), lambda h: dist.Bernoulli(1 - h), (COUNTS > 1).double()),
+        (lambda: dist.Beta(A, B), lambda h: dist.Bernoulli(h**2), (COUNTS > 1).double()),
         (lambda: dist.Normal(0.0, 1.0), lambda h: dist.Normal(h, h.exp()), REALS),
         (lambda: dist.LogNormal(0.0, 1.0), dist.Poisson, COUNTS),
     ]
@@ -302,3 +302,24 @@ def test_a_hierarchy_has_its_evidence() -> None:
     covariance = 0.49 + (same == same[:, None]).float() + torch.eye(6)
     by_hand = dist.MultivariateNormal(torch.zeros(6), covariance).log_prob(x.reshape(-1))
     assert got == pytest.approx(float(by_hand), rel=1e-6)
+
+
+def test_no_family_is_promised_where_another_latent_reaches_the_same_values() -> None:
+    def spread(x: Tensor) -> None:
+        tau = pyro.sample("tau", dist.Gamma(2.0, 1.0))
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("n", len(x)):
+            pyro.sample("x", dist.Normal(mu, tau.rsqrt()), obs=x)
+
+    text = refusal(spread, torch.randn(5))
+    assert "integrate it out: one dist.LowRankMultivariateNormal" in text
+    assert "has no gap" not in text
+    assert "has no gap" in refusal(shared, torch.ones(5), gamma_prior, poisson_exposed)
+
+
+def gamma_prior() -> Any:
+    return dist.Gamma(2.0, 1.0)
+
+
+def poisson_exposed(h: Tensor) -> Any:
+    return dist.Poisson(3.0 * h)
