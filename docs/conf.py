@@ -5,7 +5,11 @@ import os
 import re
 import shutil
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
+
+from docutils import nodes
+from sphinx.ext.mathjax import MATHJAX_URL
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -31,7 +35,7 @@ napoleon_use_ivar = True
 nb_execution_mode = "force"  # pages with cells run whenever they are built
 nb_execution_excludepatterns = ["tutorials/*"]  # their outputs are committed
 nb_execution_raise_on_error = True
-nb_execution_timeout = 60
+nb_execution_timeout = 600  # a few seconds each, on a machine that has nothing else to do
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
@@ -60,8 +64,26 @@ def shapes_as_code(app, what, name, obj, options, lines: list[str]) -> None:
     ]
 
 
+def as_mathml(translator, node) -> None:
+    """A formula that browsers draw by themselves, and MathJax more finely where there is a network."""
+    from latex2mathml.converter import convert
+
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    text = node.astext().replace("{aligned}", "{align*}")  # the one that the converter knows
+    formula = convert(text, display=display)
+    space = '<mspace width="0.17em"/>'
+    translator.body.append(formula.replace("<mi>log</mi>", f"<mi>log</mi>{space}"))
+    raise nodes.SkipNode
+
+
+if find_spec("latex2mathml"):
+    html_math_renderer = "mathml"
+    html_js_files = [(MATHJAX_URL, {"async": "async"})]
+
+
 def setup(app) -> None:
     """Hook in; and copy the notebooks, because Sphinx reads only below its own folder."""
+    app.add_html_math_renderer("mathml", (as_mathml, None), (as_mathml, None))
     app.connect("autodoc-process-docstring", shapes_as_code, priority=400)
     target = HERE / "tutorials"
     shutil.rmtree(target, ignore_errors=True)
