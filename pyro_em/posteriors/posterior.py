@@ -402,7 +402,8 @@ class Posterior(Portable, NamesFromElsewhere):
     def evidence_per_row(self) -> Tensor:
         """log p(x_n; θ) of each row, or sequence, by itself: how well the model fits it, in nats.
 
-        The latents are summed and integrated. A row is an element of the outermost plate of the data.
+        The latents are summed and integrated. A row is an element of the outermost plate of the data;
+        one with a sample weight counts so often.
 
         Returns:
             They add up to ``log_evidence``. # (N,)
