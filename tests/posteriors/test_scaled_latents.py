@@ -192,7 +192,7 @@ def test_the_posterior_is_a_student_distribution_and_draws_are_joint() -> None:
         st.t.logpdf(1.0, 2 * a, m, scale), abs=1e-10
     )
     assert float(q.covariance("mu")) == pytest.approx(b / (a - 1) / k, rel=1e-12)
-    draws = q.sample(20_000, seed=0)
+    draws = q.sample(5_000, seed=0)
     off = (draws["mu"] - q.mean("mu")).square()
     assert float((draws["tau"] * off).mean()) == pytest.approx(1 / k, rel=0.05)
     assert float((draws["tau"].square() * off).mean()) == pytest.approx(a / b / k, rel=0.05)
@@ -224,10 +224,10 @@ def test_numbers_of_one_event_are_of_one_distribution_where_they_share_a_scale()
 
 def test_vectors_below_a_matrix_are_drawn_with_it() -> None:
     q = ExactPosteriorEM(normal_wishart).posterior()
-    draws, mean = q.sample(20_000, seed=0), q.mean("mu")
+    draws, mean = q.sample(5_000, seed=0), q.mean("mu")
     off = draws["mu"] - mean
     inner = torch.einsum("nij,nj->ni", draws["tau"], off)
-    assert torch.allclose(inner.mT @ off / 20_000, torch.eye(2).double() / (K + 9), atol=4e-3)
+    assert torch.allclose(inner.mT @ off / 5_000, torch.eye(2).double() / (K + 9), atol=6e-3)
     assert float(q.marginal("mu").df) == NU + 9 - 1
     assert torch.allclose(q.marginal("mu").variance, q.covariance("mu").diagonal())
 
