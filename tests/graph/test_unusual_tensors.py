@@ -130,3 +130,21 @@ def test_nested_tensors() -> None:
     x = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     with pytest.raises(DataError, match=r"argument 'x': it is a nested tensor(.|\n)*pad"):
         ExactPosteriorEM(mixture).fit(x)
+
+
+def test_a_number_in_double_precision_times_data_in_single_precision() -> None:
+    """A tensor without dimensions takes the precision of what it multiplies."""
+    w = torch.linspace(0.5, 1.5, 18)
+
+    def scaled(x: Tensor, dtype: torch.dtype) -> None:
+        r = pyro.param("r", tensor(0.8, dtype=dtype), constraint=constraints.positive)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(tensor([0.3, 0.7])))
+            pyro.sample("x", dist.Normal(tensor([0.0, 3.0])[z], r * w), obs=x)
+
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(scaled).fit(X, dtype, max_steps=3, tol=0)
+        found.append([*result.history, float(result.params["r"])])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
