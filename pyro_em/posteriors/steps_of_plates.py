@@ -19,6 +19,8 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line, Read
 from pyro_em.tracing.sites import Role
 
+_MOST = 16  # latents beside the chain's that all steps read
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -49,13 +51,23 @@ def by_steps(line: Line, graph: FactorGraph) -> list[Piece]:
     for read in line.reads:
         series.setdefault(id(read.coefficient), []).append(read)
     steps = line.sizes[0] if line.sizes else 1
-    if steps < 2 or any(len(own) < steps for own in series.values()) or not series:
+    counts = [len(own) for own in series.values()]
+    of_all = counts.count(1)
+    if steps < 2 or max(counts, default=0) < steps or of_all > _MOST:
+        return [Piece(line)]
+    if any(1 < count < steps for count in counts):
         return [Piece(line)]
     group, _ = graph.group_of(line.site)
     if group.role is not Role.DATA or len(group.members) > 1:
         return [Piece(line)]
     each: list[list[Read]] = [[] for _ in range(steps)]
     for own in series.values():
+        if len(own) == 1:
+            rows = own[0].elements.reshape(steps, -1)
+            for t in range(steps):
+                coefficient = _at(own[0].coefficient, t)
+                each[t].append(replace(own[0], elements=rows[t], coefficient=coefficient))
+            continue
         found = _steps_of(own, steps)
         if found is None:
             return [Piece(line)]

@@ -245,11 +245,13 @@ def stacked_or_not(y: Tensor, kind: str, at_once: bool) -> None:
     """What is observed of each step in the loop, or of all steps in a plate after it."""
     A, W = number("A", [[0.8, 0.1], [-0.2, 0.7]]), number("W", [[1.0, 0.2], [0.3, -0.7]])
     inputs = noise(len(y), seed=23)
+    b = 0.0 if kind == "vectors" else pyro.sample("b", dist.Normal(0.0, 1.0))
 
     def emitted(t: Any, h: Tensor) -> Any:
         if kind == "vectors":
             return dist.Normal(h @ W.mT, positive("r", 0.5)).to_event(1)
-        return dist.Normal(W[0, 0].exp() * inputs[t] * h, positive("r", 0.5))  # no linear one
+        mean = W[0, 0].exp() * inputs[t] * h + inputs[t] * b  # not linear in the parameter
+        return dist.Normal(mean, positive("r", 0.5))
 
     h, states = torch.zeros(2 if kind == "vectors" else ()).double(), list[Tensor]()
     for t in range(len(y)):
@@ -265,7 +267,7 @@ def stacked_or_not(y: Tensor, kind: str, at_once: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["vectors", "opaque"])
 def test_what_is_observed_of_all_steps_at_once_is_a_chain(kind: str) -> None:
-    y = noise(9, 2, seed=24) if kind != "opaque" else noise(9, seed=24)
+    y = noise(12, 2, seed=24) if kind != "opaque" else noise(12, seed=24)
     y[3, ...] = torch.nan
     found = []
     for at_once in (False, True):
