@@ -68,8 +68,9 @@ class ExactPosteriorEM(Questions, Keeping, NamesFromElsewhere):
 
     Every method takes a model's arguments as the model does. Arrays of numpy, DataFrames and Series of
     pandas among them are read as tensors, which the plan and the log say: copies of the same kind of
-    numbers (float64 stays float64), categories as their codes. An argument that the model annotates
-    with ``numpy.ndarray`` or ``pandas.DataFrame`` stays as it is.
+    numbers (float64 stays float64), categories as their codes. What the model annotates with
+    ``numpy.ndarray`` or ``pandas.DataFrame`` stays as it is, and so does all where the model fails on
+    tensors and not on arrays.
 
     Args:
         model: A Pyro model: a function with ``pyro.param``, or a ``PyroModule``. It needs no

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
-from pyro_em.errors import Finding, PyroEMError, as_error
+from pyro_em.errors import DataError, Finding, PyroEMError, as_error
 from pyro_em.fitting.result import EMResult
 from pyro_em.plan.plan import Plan
 from pyro_em.sources.given import Given, arguments_read, holds_arrays, reads_as_it_is
@@ -28,7 +28,8 @@ def from_arrays(method: Callable[P, T]) -> Callable[P, T]:
     """A method of `pyro_em.ExactPosteriorEM` whose model gets tensors, whatever its caller passes.
 
     An argument that the model annotates with ``numpy.ndarray``, ``pandas.DataFrame`` or
-    ``pandas.Series`` stays as it is.
+    ``pandas.Series`` stays as it is. So do all where the model fails with tensors, and does not with
+    what its caller passes: it makes tensors by itself.
     """
     parameters = list(inspect.signature(method).parameters.values())
     lead = sum(p.kind in _ORDERED for p in parameters)
@@ -49,7 +50,9 @@ def from_arrays(method: Callable[P, T]) -> Callable[P, T]:
         try:
             out: Any = method(*args[:lead], *rest, **{**kwargs, **read})  # type: ignore[arg-type]
         except PyroEMError as error:
-            raise _with_hint(error, given) from error.__cause__
+            if not _is_by_the_model(error):
+                raise
+            return _as_they_are(method, args, kwargs, _with_hint(error, given))
         return _noted(out, given)
 
     return inside
@@ -81,19 +84,32 @@ def _noted(out: Any, given: Given) -> Any:
     return out
 
 
+def _is_by_the_model(error: PyroEMError) -> bool:
+    """Whether the model itself raised, as one does that expects arrays."""
+    kinds = (AttributeError, TypeError, IndexError, KeyError, ValueError)
+    return bool(error.problems) and isinstance(error.__cause__, kinds)
+
+
+def _as_they_are(method: Callable[P, T], args: Any, kwargs: Any, error: PyroEMError) -> T:
+    """What a method returns for arguments as its caller passes them; else an error with tensors."""
+    try:
+        return method(*args, **kwargs)
+    except PyroEMError as other:
+        if isinstance(other, DataError) or _is_by_the_model(other):
+            raise error from error.__cause__  # it fails on arrays too
+        raise
+
+
 def _with_hint(error: PyroEMError, given: Given) -> PyroEMError:
     """The error of a model that expects arrays, with what it was handed."""
-    raised = error.__cause__
-    if not error.problems or not isinstance(
-        raised, (AttributeError, TypeError, IndexError, KeyError, ValueError)
-    ):
-        return error
     fixes = tuple(
         f"{note}; annotate the argument (x: numpy.ndarray, x: pandas.DataFrame) for a model that "
         "reads it by itself"
         for note in given.notes
     )
-    return as_error([_also(problem, fixes) for problem in error.problems])
+    hinted = as_error([_also(problem, fixes) for problem in error.problems])
+    hinted.__cause__ = error.__cause__
+    return hinted
 
 
 def _also(problem: Finding, fixes: tuple[str, ...]) -> Finding:

@@ -177,7 +177,7 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "NaN": (located, (X, tensor([0.0, torch.nan])), "'m' | 1 of 2 numbers is NaN"),
     "number": (located, (X, 7.0), "'m' | of type float, not a tensor | as_tensor"),
     "list": (located, (X, [7.0, 8.0]), "'m' | of type list, not a tensor"),
-    "array": (located, (X, numpy.ones(2)), "'m' | of type ndarray, not a tensor"),
+    "array": (lambda x: located(x, numpy.ones(2)), (X,), "'m' | of type ndarray, not a tensor"),
     "function": (located, (X, lambda: 7.0), "'m' | of type float, not a tensor"),
     "integers": (located, (X, tensor([0, 1])), "floating point"),
 }

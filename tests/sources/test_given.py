@@ -96,17 +96,20 @@ def test_every_public_method_takes_them_as_it_takes_a_tensor(data, caplog) -> No
     assert not np.shares_memory(np.asarray(data), result.posterior.graph.groups[1].value.numpy())
 
 
-def test_a_model_that_reads_tables_says_so() -> None:
+def test_a_model_that_reads_tables_says_so_or_gets_them_where_tensors_fail() -> None:
     def plain(data):
-        model(torch.from_numpy(data.to_numpy()))
+        model(torch.from_numpy(data[["width", "height"]].to_numpy().copy()))
+
+    def neither(data):
+        model(data.no_such_thing)
 
     def annotated(data: pd.DataFrame):
         model(torch.from_numpy(data[["width", "height"]].to_numpy().copy()))
 
     with pytest.raises(ModelError, match=r"data is a DataFrame: .* annotate the argument"):
-        ExactPosteriorEM(plain).plan(TABLE)
-    em = ExactPosteriorEM(annotated)
-    assert em.score(TABLE) == ExactPosteriorEM(model).score(ROWS)
+        ExactPosteriorEM(neither).plan(TABLE)
+    for reads in (plain, annotated):
+        assert ExactPosteriorEM(reads).score(TABLE) == ExactPosteriorEM(model).score(ROWS)
 
 
 def test_parameters_and_data_of_two_kinds_of_floats_are_named() -> None:
