@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_em.analysis.predictive import under_user_names
 from pyro_em.analysis.resized import resized
 from pyro_em.analysis.rows import Rows, Sites, named, plates_of_rows, run
-from pyro_em.analysis.uses import Uses, uses_of
+from pyro_em.analysis.uses import Uses, is_unit, refuse_weights, uses_of
 from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, UsageError, raise_findings
 from pyro_em.globs import Values
@@ -117,6 +117,7 @@ class Source:
         plate = outermost if rows is None else rows.plate
         at = points(given, (args, kwargs))
         fixed = {k: v for k, v in at.items() if not _is_inside(sites.get(k), plate)}
+        refuse_weights(model, args, kwargs, sites, fixed, where)
         tensors = {p for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor)}
         again = tensors if uses is None else tensors & uses.observed & uses.read.keys()
         return cls(model, args, kwargs, fixed, frozenset(again), rows, uses, where)
@@ -228,7 +229,7 @@ class _DrawInto(SampleMessenger):
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         name, value = msg["name"], msg["value"]
-        if self.weigh and is_factor(msg):
+        if self.weigh and is_factor(msg) and not is_unit(msg):
             self.log_probs[name] = unwrap(msg["fn"])[0].log_prob(value)
         if name not in self._given:
             return
@@ -246,11 +247,7 @@ class _DrawInto(SampleMessenger):
 
 def is_drawn(site: Mapping[str, Any]) -> bool:
     """Whether a site holds data, of which new ones can be drawn."""
-    return (
-        is_factor(site)
-        and role_of(site) is Role.DATA
-        and type(unwrap(site["fn"])[0]).__name__ != "Unit"
-    )
+    return is_factor(site) and role_of(site) is Role.DATA and not is_unit(site)
 
 
 def _drawn(
@@ -283,9 +280,7 @@ def _drawn(
     sites = {
         n: s
         for n, s in tracer.trace.nodes.items()
-        if s["type"] == "sample"
-        and not site_is_subsample(s)
-        and type(unwrap(s["fn"])[0]).__name__ != "Unit"
+        if s["type"] == "sample" and not site_is_subsample(s) and not is_unit(s)
     }
     if again:
         _check_again(model, args, kwargs, sites, into, again, where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_em.analysis.rows import Sites, run
 from pyro_em.distributions import unwrap
+from pyro_em.errors import UsageError, message
 from pyro_em.tracing.handlers import KeepValues
-from pyro_em.tracing.leaves import Path, leaves_of, replaced
+from pyro_em.tracing.leaves import Path, leaves_of, name_of, replaced
 from pyro_em.tracing.mixing import Mixing
 from pyro_em.tracing.provenance import Tagged, tags_of
 from pyro_em.tracing.runs import Model, looking_at
@@ -93,3 +94,75 @@ def uses_of(model: Model, args: tuple, kwargs: dict[str, Any], sites: Sites) -> 
         if tags[tag] not in drawn:
             read.setdefault(tags[tag], next(iter(seen)))
     return Uses(observed, read, masks, frozenset(leaves))
+
+
+def refuse_weights(
+    model: Model,
+    args: tuple,
+    kwargs: dict[str, Any],
+    sites: Sites,
+    fixed: Container[str],
+    where: str,
+) -> None:
+    """Refuse a model of which a part is no distribution: draws would leave that part out.
+
+    Args:
+        model: The user's model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        sites: A run on them.
+        fixed: Latents that are not drawn.
+        where: The public method, for messages.
+
+    Raises:
+        UsageError: If a ``pyro.factor`` reads a latent, or values of the data.
+    """
+    found = _weighed_by(model, args, kwargs, sites, fixed)
+    if found is None:
+        return
+    raise UsageError(
+        message(
+            where,
+            f"the factor '{found[0]}' reads {found[1]}.",
+            "pyro.factor adds a number to the log joint and is no distribution: what is drawn from the "
+            "sites of the model leaves it out",
+            ["write it as a site: pyro.sample(name, distribution), with obs= where it is of data"],
+        )
+    )
+
+
+def _weighed_by(
+    model: Model, args: tuple, kwargs: dict[str, Any], sites: Sites, fixed: Container[str]
+) -> tuple[str, str] | None:
+    """The first ``pyro.factor`` that weighs what is drawn, and what it reads, in words.
+
+    One that reads parameters alone is a penalty: it has no part in a draw at given parameters. A number
+    among the arguments (the weight of a penalty) is no data.
+    """
+    factors = [n for n, s in sites.items() if is_unit(s)]
+    if not factors:
+        return None
+    latents = {k: s["value"] for k, s in sites.items() if not s["is_observed"]}
+    leaves = {
+        p: v for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor) and v.numel() > 1
+    }
+    words = {f"the latent '{n}'" for n in latents if n not in fixed}
+    given = {n: Tagged(v, frozenset({f"the latent '{n}'"})) for n, v in latents.items()}
+    tagged = {p: Tagged(v, frozenset({f"'{name_of(model, p)}'"})) for p, v in leaves.items()}
+    words |= {f"'{name_of(model, p)}'" for p in leaves}
+    try:
+        with looking_at(Mixing({})):
+            seen = run(model, *replaced(args, kwargs, tagged), KeepValues(given))
+    except Exception:  # some operations take no tagged tensor
+        return factors[0], "what cannot be seen"
+    for name in factors:
+        base = unwrap(seen[name]["fn"])[0] if name in seen else None
+        tags = frozenset().union(*map(tags_of, tensors_of(base))) & words
+        if tags:
+            return name, min(tags, key=lambda t: (not t.startswith("the latent"), t))
+    return None
+
+
+def is_unit(site: Mapping[str, Any]) -> bool:
+    """Whether a site is a ``pyro.factor``."""
+    return type(unwrap(site["fn"])[0]).__name__ == "Unit"

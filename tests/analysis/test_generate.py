@@ -165,3 +165,37 @@ def test_refused(model: Callable[..., None], args: tuple, words: str) -> None:
     """What cannot be drawn in order, or has no size that an argument gives, is refused in words."""
     with pytest.raises(UsageError, match=words):
         ExactPosteriorEM(model).generate(5, *args)
+
+
+def test_factors() -> None:
+    """A factor that weighs latents or data is no distribution; a penalty on parameters is no matter."""
+
+    def weighted(x: Tensor, by: Tensor | None = None) -> None:
+        m = pyro.param("m", torch.tensor([0.0, 3.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            pyro.factor(
+                "tilt", torch.tensor([0.0, -3.0])[z] if by is None else -by * m.square().sum()
+            )
+            pyro.sample("x", dist.Normal(m[z], 1.0), obs=x)
+
+    def penalised(y: Tensor) -> None:
+        b = pyro.param("b", torch.tensor(0.5))
+        pyro.factor("penalty", -b.square())
+        for t in pyro.markov(range(1, len(y))):
+            pyro.sample(f"y_{t}", dist.Normal(b * y[t - 1], 1.0), obs=y[t])
+
+    def by_hand(x: Tensor) -> None:
+        m = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("rows", len(x)):
+            pyro.factor("x", -0.5 * (x - m) ** 2)
+
+    pyro.clear_param_store()
+    with pytest.raises(UsageError, match="factor 'tilt' reads the latent 'z'"):
+        ExactPosteriorEM(weighted).generate(4, torch.zeros(4))
+    assert "x" in ExactPosteriorEM(weighted).generate(4, torch.zeros(4), torch.tensor(0.1))
+    assert len(ExactPosteriorEM(penalised).generate(4, torch.zeros(5))) == 4
+    pyro.clear_param_store()
+    found = ExactPosteriorEM(by_hand).fit(torch.arange(3.0), progress=False)
+    with pytest.raises(UsageError, match="factor 'x' reads 'x'"):
+        found.bootstrap(2)
