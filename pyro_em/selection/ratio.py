@@ -28,6 +28,7 @@ class Ratio:
         ratio: 2 (log p(x; θ̂_larger) − log p(x; θ̂_smaller)).
         draws: The same of data from the smaller model. # (B,)
         failures: Why fits failed, one sentence each; their data sets do not count.
+        note: What else there is to say of the two models.
 
     Example:
         >>> found = Ratio("K=1", "K=2", 9.0, torch.tensor([1.0, 2.0, 10.0]))
@@ -40,6 +41,7 @@ class Ratio:
     ratio: float
     draws: Tensor
     failures: tuple[str, ...] = ()
+    note: str = ""
 
     @property
     def p_value(self) -> float:
@@ -55,7 +57,7 @@ class Ratio:
         )
         if self.failures:
             words += f"\n{len(self.failures)} more failed, the first: {self.failures[0]}"
-        return words
+        return f"{words}\n{self.note}" if self.note else words
 
     __repr__ = __str__
 
@@ -83,6 +85,7 @@ def ratio_of(
     n, num_restarts = whole(_WHERE, "n", n), whole(_WHERE, "num_restarts", num_restarts)
     seeds = [s for _, s in zip(range(n), seeds_from(seed_of(_WHERE, seed) or 0), strict=False)]
     (few, few_again, few_found), (many, many_again, many_found) = smaller, larger
+    _check_order(few, few_found, many, many_found)
     observed = _difference(few_found, many_found)
     with (
         few_again.at(few_found.params, _WHERE) as null,
@@ -106,6 +109,19 @@ def ratio_of(
     if not len(draws):
         raise UsageError(message(_WHERE, f"all of {n} fits failed: {failures[0]}"))
     return Ratio(few, many, observed, draws, failures)
+
+
+def _check_order(few: str, few_found: EMResult, many: str, many_found: EMResult) -> None:
+    """Refuse a model against itself, or against one with fewer parameters: no ratio has a meaning."""
+    p, larger = few_found.num_free_parameters, many_found.num_free_parameters
+    if few == many:
+        what = f"{few} is given as both models."
+    elif p is not None and larger is not None and larger < p:
+        what = f"the larger model, {many}, has {larger} free parameters, and {few} has {p}."
+    else:
+        return
+    why = "the first model is taken as true, the second one has more to fit the same data with"
+    raise UsageError(message(_WHERE, what, why, ["name the smaller model first"]))
 
 
 def _difference(smaller: EMResult, larger: EMResult) -> float:

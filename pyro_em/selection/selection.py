@@ -14,6 +14,7 @@ from pyro_em.fitting.ends import ends_in_words
 from pyro_em.fitting.result import EMResult
 from pyro_em.fitting.summary import as_frame
 from pyro_em.fitting.table import Table
+from pyro_em.globs import listed
 from pyro_em.plan.fit_wishes import fit_wishes
 from pyro_em.portable import Absent, Portable
 from pyro_em.posteriors.posterior import Posterior
@@ -181,12 +182,20 @@ class Selection(Portable):
         shown = _in_words(self.names, key) if len(key) == len(self.names) else repr(key)
         if row is None:
             known = ", ".join(repr(r.key[0] if len(r.key) == 1 else r.key) for r in self.rows)
-            raise UnknownNameError(
-                message("selection", f"{shown} is no candidate; these are: {known}.")
-            )
+            what, first = f"{shown} is no candidate; these are: {known}.", self.rows[0].key
+            fixes = [f"name one by the values of {listed(self.names)}: {first!r}"]
+            raise UnknownNameError(message("selection", what, "", fixes if len(first) > 1 else []))
         if key not in self._results:
             raise UsageError(message("selection", f"{shown} has no fit.", row.note))
         return key
+
+    def _completed(self, key: Any) -> tuple[Key, str]:
+        """A candidate of which the first keyword alone may be given, and what was added, in words."""
+        if isinstance(key, tuple) or len(self.names) == 1:
+            return self._key(key), ""
+        others = self.best_row.key[1:]
+        added = _in_words(self.names[1:], others)
+        return self._key((key, *others)), f"{added}: as in the best candidate by {self.criterion}."
 
     @alone("bootstrap_ratio")
     def bootstrap_ratio(
@@ -209,7 +218,8 @@ class Selection(Portable):
         some parameters of the larger model are not identified.
 
         Args:
-            key: The candidate that is taken as true: ``3``, or ``(3, "full")``.
+            key: The candidate that is taken as true: ``3``, or ``(3, "full")``. Of several keywords
+                ``3`` is the first one's value; the others have those of the best candidate.
             larger: The one against it; by default the next value of the first keyword.
             n: Number of data sets B; 99 for a p-value of a hundredth at least.
             num_restarts: Starts of each fit, of which the first is at the fitted parameters; by default
@@ -229,7 +239,7 @@ class Selection(Portable):
         Source: McLachlan (1987), "On bootstrapping the likelihood ratio test statistic for the number
         of components in a normal mixture".
         """
-        key = self._key(key)
+        key, note = self._completed(key)
         if larger is None:
             values = self._fits.grid.values[0]
             after = values.index(key[0]) + 1
@@ -243,6 +253,8 @@ class Selection(Portable):
                     )
                 )
             larger = (values[after], *key[1:])
+        elif not isinstance(larger, tuple):
+            larger = (larger, *key[1:])
         larger = self._key(larger)
 
         def fitted(k: Key) -> tuple[str, Again, EMResult]:
@@ -252,7 +264,8 @@ class Selection(Portable):
         pair = fitted(key), fitted(larger)
         num_restarts = self._fits.num_restarts if num_restarts is None else num_restarts
         num_restarts = STARTS if num_restarts is None else num_restarts
-        return ratio_of(*pair, n, num_restarts, processes, seed, progress)
+        found = ratio_of(*pair, n, num_restarts, processes, seed, progress)
+        return replace(found, note=note)
 
     def plot(self, criterion: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw a criterion against the first keyword that is a number, a line for each of the others.

@@ -83,11 +83,11 @@ def _per_row(answers: Tensor) -> Tensor:
 def _only(names: tuple[str, ...], what: str) -> str:
     if len(names) == 1:
         return names[0]
-    found = f"several: {', '.join(names)}" if names else "none"
+    found = f"no single {what}, but several: {', '.join(names)}" if names else f"no {what}"
     raise UsageError(
         message(
             "latent",
-            f"the rows of the model have no single {what}, but {found}.",
+            f"the rows of the model have {found}.",
             "predict, predict_proba and transform answer for one",
             [f"pass latent='{names[0]}'"] if names else ["call score(X) or score_samples(X)"],
         )

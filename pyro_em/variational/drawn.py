@@ -415,9 +415,11 @@ class DrawnPosterior(Portable, NamesFromElsewhere):
         return found
 
     def _unknown(self, site: str) -> str:
+        names = [n for n in self._names() if n != site]
+        others = f"; other latents are: {listed(names)}" if names else ""
         return message(
             f"site '{site}'",
-            f"it is no latent of this kind; the latents are: {listed(self._names())}.",
+            f"it is no latent of this kind{others}.",
             "probabilities belong to discrete latents, means to continuous ones, covariances to "
             "Gaussian ones with an exact posterior given the draws",
             ["ask for another site", "use .sample(n) and count"],

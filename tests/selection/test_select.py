@@ -154,6 +154,20 @@ def test_entropy_and_collapse() -> None:
     assert broken.best_row.key == (1,) and "variance collapses" in broken.rows[1].note
 
 
+def test_ratio_of_several_keywords() -> None:
+    """A number of components alone is that of the best candidate's row; models in order."""
+    found = select(
+        mixture, Y, K=[1, 2], spread=["own", "b"], num_restarts=1, max_steps=3, progress=False
+    )
+    ratio = found.bootstrap_ratio(1, n=2, num_restarts=1, progress=False)
+    assert (ratio.smaller, ratio.larger) == ("K=1, spread=own", "K=2, spread=own")
+    assert "spread=own: as in the best candidate by bic" in str(ratio)
+    with pytest.raises(UsageError, match=r"name one by the values of 'K', 'spread': \(1, 'own'\)"):
+        found.bootstrap_ratio(7)
+    with pytest.raises(UsageError, match="has 2 free parameters, and K=2, spread=b has 5"):
+        found.bootstrap_ratio((2, "b"), 1)
+
+
 def series(K: int) -> Callable[[Tensor], None]:
     def model(x: Tensor) -> None:
         z, mu = 0, pyro.param("mu", torch.linspace(0, 3, K))

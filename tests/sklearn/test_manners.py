@@ -118,7 +118,7 @@ def test_scores_of_factors_are_posterior_means() -> None:
     W, mu, psi = (estimator.params_[n] for n in ("W", "mu", "s"))
     precision = np.linalg.inv(W @ W.T + np.diag(np.exp(2 * psi)))
     np.testing.assert_allclose(estimator.transform(ROWS), (ROWS - mu) @ precision @ W, atol=1e-10)
-    with pytest.raises(ValueError, match="no single discrete latent"):
+    with pytest.raises(ValueError, match="have no discrete latent"):
         estimator.predict(ROWS)
 
 
