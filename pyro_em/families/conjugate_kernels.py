@@ -131,7 +131,12 @@ class PriorKernel:
 
 def together(*parts: Tensor) -> Tensor:
     """Numbers of one cell behind each other. # (*batch, parts)"""
-    return torch.stack(torch.broadcast_tensors(*parts), -1)
+    return _behind(*torch.broadcast_tensors(*parts))
+
+
+def _behind(*parts: Tensor) -> Tensor:
+    """Numbers of one shape behind each other, in memory apart: each is read as it lies."""
+    return torch.stack(parts).movedim(0, -1)
 
 
 def together_with(number: Tensor, matrix: Tensor) -> Tensor:
@@ -174,25 +179,18 @@ class Few:
         first[place] = torch.arange(len(place), device=place.device)
         return cls(first, place)
 
-    def map(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A function of the numbers. # (n, ...)"""
-        return function(x[self.first])[self.place]
 
-
-def _mapped(function: Callable[[Tensor], Tensor], x: Tensor, few: Few | None) -> Tensor:
-    return function(x) if few is None else few.map(function, x)
-
-
-def gamma_normaliser(chi: Tensor, few: Few | None = None) -> Tensor:
-    """A(χ) of Gammas, of whose shapes many may be equal. # (*batch,)"""
+def gamma_normaliser(chi: Tensor, lgamma: Tensor | None = None) -> Tensor:
+    """A(χ) of Gammas, log Γ of whose shapes may be known. # (*batch,)"""
     shape, rate = chi.unbind(-1)
-    return _mapped(torch.lgamma, shape, few) - shape * rate.log()
+    return (shape.lgamma() if lgamma is None else lgamma) - shape * rate.log()
 
 
-def gamma_expected(chi: Tensor, few: Few | None = None) -> Tensor:
-    """E[t] of Gammas, of whose shapes many may be equal. # (*batch, 2)"""
+def gamma_expected(chi: Tensor, digamma: Tensor | None = None) -> Tensor:
+    """E[t] of Gammas, whose shapes' ψ may be known. # (*batch, 2)"""
     shape, rate = chi.unbind(-1)
-    return torch.stack([_mapped(torch.digamma, shape, few) - rate.log(), -shape / rate], -1)
+    first = shape.digamma() if digamma is None else digamma
+    return _behind(first - rate.log(), -shape / rate)
 
 
 def _less_log(t: Tensor) -> Tensor:
@@ -212,7 +210,7 @@ def _inverse_gamma_at(chi: Tensor) -> tuple[type, dict[str, Tensor]]:
 
 
 def _gamma_features(t: Tensor) -> Statistics:
-    return {"feature": torch.stack([t[..., 0], -t[..., 1]], -1)}
+    return {"feature": _behind(t[..., 0], -t[..., 1])}
 
 
 def _inverse_gamma_features(t: Tensor) -> Statistics:

@@ -37,6 +37,8 @@ from pyro_em.tracing.parameters import at_moved
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import mask_tensor, tensors_of
 
+_MANY = 1 << 16  # numbers that are compared at a time
+
 
 @dataclass(frozen=True, eq=False)
 class ConjugateRead:
@@ -374,7 +376,9 @@ def _is_as_read(
             deep = a.dim() - reads.dim()  # the entries of a matrix read one element
             if deep:
                 reads, chosen = (t.reshape(*t.shape, *(1,) * deep) for t in (reads, chosen))
-            found.append((torch.where(reads, a / chosen**read.power, a), a))
+            chosen = chosen**read.power
+            found.append((torch.where(reads, a / chosen, a), a))
+        del chosen
     (one, _), (two, _) = found
     if one.shape != two.shape:
         return False
@@ -382,7 +386,9 @@ def _is_as_read(
     sure = kernel.event_dim > 0 or one.dim() > read.elements.dim()
     positive = sure or bool((one[(read.elements >= 0).expand_as(one)] > 0).all())
     eps = 1e3 * torch.finfo(one.dtype).eps
-    return positive and bool(torch.isclose(one, two, rtol=eps, atol=eps * kernel.event_dim).all())
+    how = {"rtol": eps, "atol": eps * kernel.event_dim}
+    pairs = zip(one.reshape(-1).split(_MANY), two.reshape(-1).split(_MANY), strict=True)
+    return positive and all(bool(torch.isclose(u, v, **how).all()) for u, v in pairs)
 
 
 def _numbers_of(

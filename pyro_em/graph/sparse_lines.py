@@ -61,14 +61,14 @@ def numbers_read(forward: Forward, slope: Tensor, shape: torch.Size, count: int)
     """
     used = slope != 0
     safe = torch.where(used, slope, 1.0)
-    arange = torch.arange(count, device=slope.device)
     out = torch.zeros_like(slope, dtype=torch.long)
     base = 1
     while base == 1 or base < count:
-        digits = (arange // base % _DIGIT).to(slope.dtype).reshape(shape)
-        out = out + (forward(digits).detach() / safe).round().long() * base
+        digits = torch.arange(count, device=slope.device).div_(base, rounding_mode="floor")
+        digits = digits.remainder_(_DIGIT).to(slope.dtype).reshape(shape)
+        out += (forward(digits).detach() / safe).round_().long().mul_(base)
         base *= _DIGIT
-    return torch.where(used, out.clamp(0, count - 1), -1)
+    return out.clamp_(0, count - 1).masked_fill_(~used, -1)
 
 
 def random_like(t: Tensor, seed: int = 37) -> Tensor:

@@ -10,7 +10,7 @@ M-step the sites stand for themselves, with expected statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from pyro_em.families.conjugate_kernels import Few, PriorKernel, matrix_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.conjugate_cells import Reading, alike_rows, in_cells, rows_of
+from pyro_em.posteriors.conjugate_cells import Reading, alike, in_cells, in_order, plus, rows_of
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import counts_once, elements_in, is_within, piece
 from pyro_em.updates.conjugate_beliefs import (
+    MANY_ROWS,
     ChildBelief,
     PriorBelief,
+    PriorInRows,
     as_wide,
     is_plugged,
     wide,
@@ -34,6 +36,9 @@ from pyro_em.updates.conjugate_beliefs import (
 from pyro_em.updates.gaussian_rows import is_matrix
 
 Arguments = Mapping[str, Tensor]
+
+# Σ Δχ and Σ log base of sites that no parameter reaches, and which elements are alike.
+Known = tuple[Tensor, tuple[Tensor, ...], Tensor | None, Few | None]
 
 _MANY = 1024  # elements from which on it is looked whether some are alike
 
@@ -68,7 +73,7 @@ class ConjugateBlock:
     weight: Tensor | None = None
     apart: int = 0
     _sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _equal: list[tuple[Tensor, Tensor | None, Few | None]] = field(default_factory=list)
+    _equal: list[Known] = field(default_factory=list)
 
     @property
     def latent(self) -> str:
@@ -122,34 +127,25 @@ class ConjugateBlock:
         """
         own = self.of_site(0, arguments)
         prior = rows_of(self.kernel.chi(wide(own)), self.groups[0], 1)
+        known = self._equal[0] if self._equal else None
+        if known is not None and given is None and prior.shape[0] == 1:
+            total, constants, place, few = known
+            return ConjugateSolution(self.kernel, prior, total, constants, place, few)
         deltas = [] if given is None else [given]
-        constants = []
+        parts = []
         for i in self.summed:
             delta, constant = self._sums_of(i, arguments)
             deltas.append(delta)
-            constants.append(constant)
+            parts.append(constant)
+        total, constants = sum(deltas[1:], deltas[0]), tuple(parts)
         fixed = given is None and all(i in self._sums for i in self.summed)
         if fixed and prior.shape[0] == 1 and self.count > _MANY:
-            total, place, few = self._alike(deltas)
-        else:
-            total, place, few = sum(deltas[1:], deltas[0]), None, None
-        found = self.kernel, prior, prior + total, tuple(constants), place, None
-        return ConjugateSolution(*found, few)
-
-    def _alike(self, deltas: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Few | None]:
-        """Σ Δχ of elements that are alike once, which of these each has; else which shapes it has."""
-        if not self._equal:
-            total = sum(deltas[1:], deltas[0])
-            most, single = len(total) // 4, total.shape[1] == 1
-            place = alike_rows(total[:, 0], most) if single else None
-            few = None
-            if place is not None:
-                total = total[Few.of(place).first]
-            elif single and self.kernel.kind == "gamma":
-                shapes = alike_rows(total[:, 0, :1], most)
-                few = None if shapes is None else Few.of(shapes)
-            self._equal.append((total, place, few))
-        return self._equal[0]
+            self._sums.clear()
+            del deltas, delta, parts
+            total, place, few = alike(total, self.kernel.kind == "gamma")
+            self._equal.append((total, constants, place, few))
+            return ConjugateSolution(self.kernel, prior, total, constants, place, few)
+        return ConjugateSolution(self.kernel, prior, total, constants)
 
     def _sums_of(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Σ Δχ onto the elements of the latent, Σ log base onto the table."""
@@ -224,9 +220,15 @@ class ConjugateBlock:
     def _are_elements(self) -> tuple[tuple[bool, bool], ...]:
         """For each site whether its rows are the elements of the table in order; so its numbers."""
         count = math.prod(self.sizes)
-        return tuple(
-            (_in_order(rows, count), _in_order(numbers, count)) for rows, numbers in self._elements
-        )
+        out = []
+        for i, group in enumerate(self.groups):
+            n = group.n_plates
+            if (group.dims[0][:n], group.sizes[:n]) == (self.plates, self.sizes):
+                out.append((True, self.rows_of_site(i) == count))
+            else:
+                rows, numbers = self._elements[i]
+                out.append((in_order(rows, count), in_order(numbers, count)))
+        return tuple(out)
 
     @cached_property
     def _elements(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -265,7 +267,7 @@ class ConjugateBlock:
         count, cells = math.prod(self.sizes), math.prod(self.states)
         out = self._summed_onto(0, solution.log_evidence)
         for constant in solution.constants:
-            out = out + constant
+            out = plus(out, constant)
         return out.expand(count, cells).reshape(1, *self.sizes, *self.states)
 
     def log_evidence(self, arguments: Arguments) -> Tensor:
@@ -307,14 +309,21 @@ class ConjugateBlock:
         cells = of_rows.reshape(full).to(torch.float64)
         site = replace(group, arguments=own)
         if i == 0:
-            t = in_cells(solution.t, group)
-            site = replace(site, belief=PriorBelief(self.kernel, t))
+            site = replace(site, belief=self._of_prior(solution))
         elif group.params or not complete:
             site = self._child(i, site, solution, complete)
         if group.is_unscaled and group.mask is None:
             return site, cells
         weight = replace(group, elements=None).weights().detach()
         return site, (cells * weight).expand(full)
+
+    def _of_prior(self, solution: ConjugateSolution) -> PriorBelief | PriorInRows:
+        group = self.groups[0]
+        alone = not self.states and not group.event_dims
+        if self.count > MANY_ROWS and alone and group.elements is None:
+            known = solution.expected(), lambda: in_cells(solution.t, group), solution.place
+            return PriorInRows(self.kernel, *known)
+        return PriorBelief(self.kernel, in_cells(solution.t, group))
 
     def _child(self, i: int, group: Group, solution: ConjugateSolution, complete: bool) -> Group:
         read, reading = self.reads[i - 1], self.readings[i - 1]
@@ -389,8 +398,3 @@ def elements_of_latent(block: ConjugateBlock, plates: tuple[str, ...]) -> tuple[
     low = torch.where(high < 0, 0, low)
     crossing = (high >= 0) & (low != high)
     return low, bool(crossing.any())
-
-
-def _in_order(elements: Tensor, count: int) -> bool:
-    own = torch.arange(count, device=elements.device)
-    return len(elements) == count and bool((elements == own).all())

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyro_em.families.conjugate_kernels import Few
 from pyro_em.graph.factors import Group
-from pyro_em.updates.conjugate_beliefs import element_sizes
+from pyro_em.updates.conjugate_beliefs import element_sizes, slices_of
 
 
 def rows_of(t: Tensor, group: Group, tail: int = 0, *, full: bool = False) -> Tensor:
@@ -152,22 +153,66 @@ class Reading:
         return values[at, torch.arange(values.shape[1], device=at.device)]
 
 
-def alike_rows(rows: Tensor, most: int) -> Tensor | None:
-    """For each row the number of those that equal it; None if there are too many different ones.
+def in_order(elements: Tensor, count: int) -> bool:
+    """Whether numbers are those from zero on."""
+    own = torch.arange(count, device=elements.device)
+    return len(elements) == count and bool((elements == own).all())
+
+
+def plus(sums: Tensor, constant: Tensor) -> Tensor:
+    """Sums that nobody else holds plus something, in their place where they have the room."""
+    wide = torch.broadcast_shapes(sums.shape, constant.shape) != sums.shape
+    if wide or sums.requires_grad or constant.requires_grad or sums.dtype != constant.dtype:
+        return sums + constant
+    return sums.add_(constant)
+
+
+def alike(total: Tensor, by_shape: bool) -> tuple[Tensor, Tensor | None, Few | None]:
+    """Σ Δχ of elements that are alike once, and which of these each has; else which first numbers.
+
+    Args:
+        total: # (elements, cells or 1, P)
+        by_shape: Whether it is of use which first numbers are alike.
+    """
+    if total.shape[1] != 1:
+        return total, None, None
+    place, shapes = alike_rows(total[:, 0], len(total) // 4)
+    if place is not None:
+        return total[Few.of(place).first], place, None
+    return total, None, Few.of(shapes) if by_shape and shapes is not None else None
+
+
+def alike_rows(rows: Tensor, most: int) -> tuple[Tensor | None, Tensor | None]:
+    """For each row the number of those that equal it; the same of its first element.
 
     Args:
         rows: # (rows, P)
-        most: How many different rows there may be.
+        most: How many different ones there may be.
 
     Returns:
-        # (rows,)
+        # (rows,) each; None where there are too many different ones
     """
-    out = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-    for column in rows.unbind(-1):
-        values, place = torch.unique(column, return_inverse=True)
+    first = _numbered(rows[:, 0], most)
+    out, known = first
+    for column in rows.unbind(-1)[1:]:
+        place, n = _numbered(column, most) if known else (None, 0)
+        if out is None or place is None:
+            return None, first[0]
+        out, known = _numbered(out * n + place, most)
+    return out, first[0]
+
+
+def _numbered(numbers: Tensor, most: int) -> tuple[Tensor | None, int]:
+    """For each number which of the different ones it is, and how many there are; some at a time."""
+    parts = slices_of(len(numbers))
+    values, waiting = numbers[:0], [numbers[:0]]
+    for rows in parts:
+        waiting.append(numbers[rows].unique())
+        if rows is parts[-1] or sum(map(len, waiting)) > len(values):
+            values, waiting = torch.cat([values, *waiting]).unique(), []
         if len(values) > most:
-            return None
-        known, out = torch.unique(out * len(values) + place, return_inverse=True)
-        if len(known) > most:
-            return None
-    return out
+            return None, 0
+    out = numbers.new_empty(len(numbers), dtype=torch.long)
+    for rows in parts:
+        out[rows] = torch.searchsorted(values, numbers[rows].contiguous())
+    return out.clamp_(max=len(values) - 1), len(values)

@@ -312,7 +312,7 @@ def one_marginal(site: str, sites: list[ConjugateSite]) -> Any:
     weights = None
     if first.weights is not None:
         weights = torch.cat([s.weights for s in sites if s.weights is not None])
-    solution = replace(first.solution, distinct=chi, place=None, few=None)
+    solution = replace(first.solution, given=chi, place=None, few=None)
     return replace(
         first, solution=solution, batch=(len(sites), *first.batch), weights=weights
     ).marginal()

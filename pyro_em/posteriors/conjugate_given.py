@@ -47,7 +47,7 @@ def conjugate_given(
     except RuntimeError as error:
         what = f"its batch shape is {tuple(given.batch_shape)}"
         raise UsageError(_unfit(block, where, what, wanted)) from error
-    return replace(solution, distinct=rows, place=None, few=None)
+    return replace(solution, given=rows, place=None, few=None)
 
 
 def _at_values(

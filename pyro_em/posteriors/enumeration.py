@@ -134,7 +134,12 @@ def forward(
     """
     leaves = [t.detach().to(torch.float64).requires_grad_() for t in (*tables, *extra)]
     n = len(tables)
-    flat = [part for leaf in leaves[:n] for part in leaf.unbind(0)] + leaves[n:]
+    # The gradient of a view needs no memory of its own, where all cells count alike.
+    flat = [
+        part
+        for leaf in leaves[:n]
+        for part in (leaf.unbind(0) if len(leaf) != 1 else (leaf.reshape(leaf.shape[1:]),))
+    ] + leaves[n:]
     scales = scales_of(graph)
     if scales is not None:
         scales = [*scales, *(1.0 for _ in extra)]

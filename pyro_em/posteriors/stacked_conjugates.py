@@ -18,7 +18,7 @@ from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import piece
-from pyro_em.updates.conjugate_beliefs import ChildBelief, PriorBelief
+from pyro_em.updates.conjugate_beliefs import ChildBelief, PriorBelief, PriorInRows
 
 Arguments = Mapping[str, Tensor]
 
@@ -142,7 +142,8 @@ class StackedConjugates:
         own = slice(t * n, (t + 1) * n)
         prior = solution.prior if solution.prior.shape[0] == 1 else solution.prior[own]
         values = None if solution.values is None else solution.values[own]
-        return ConjugateSolution(solution.kernel, prior, solution.chi[own], (), None, values)
+        alone = {"given": solution.chi[own], "place": None, "few": None}
+        return replace(solution, prior=prior, constants=(), values=values, **alone)
 
     def with_one(
         self, solution: ConjugateSolution, latent: str, given: ConjugateSolution
@@ -155,7 +156,7 @@ class StackedConjugates:
         if given.values is not None:
             values = (solution.t if values is None else values).clone()
             values[own] = given.values
-        return replace(solution, distinct=chi, place=None, few=None, values=values)
+        return replace(solution, given=chi, place=None, few=None, values=values)
 
 
 def stacked(
@@ -251,6 +252,9 @@ def _as_members(site: Group, like: Group) -> Group:
     belief: Any = site.belief
     if isinstance(belief, PriorBelief):
         belief = replace(belief, t=narrow(belief.t))
+    elif isinstance(belief, PriorInRows):
+        all_of = belief.whole
+        belief = replace(belief, whole=lambda: narrow(all_of()))
     elif isinstance(belief, ChildBelief):
         reads = None if belief.reads is None else narrow(belief.reads)
         belief = replace(belief, t=narrow(belief.t), reads=reads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.families.conjugate_pairs import Pair
-from pyro_em.families.family import Statistics
+from pyro_em.families.family import Family, Statistics
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import is_matrix
+
+MANY_ROWS = 1 << 16  # rows that are computed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,54 @@ class PriorBelief:
     def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> Statistics:
         """See `pyro_em.graph.factors.Belief`."""
         return self.kernel.statistics(self.t)
+
+
+@dataclass(frozen=True, eq=False)
+class PriorInRows:
+    """The expected statistics of many elements of a latent, computed when they are summed.
+
+    Attributes:
+        kernel: Its prior's.
+        rows: Gives E_q[t] of some elements, those that are alike once. # (rows, 1, P)
+        whole: Gives those of all, as `PriorBelief` holds them.
+        place: Which of these each element has; None where all are distinct. # (elements,)
+    """
+
+    kernel: PriorKernel
+    rows: Callable[[slice], Tensor]
+    whole: Callable[[], Tensor]
+    place: Tensor | None = None
+
+    def expected_log_density(self, group: Group, arguments: Mapping[str, Tensor]) -> Tensor:
+        """See `pyro_em.graph.factors.Belief`."""
+        return PriorBelief(self.kernel, self.whole()).expected_log_density(group, arguments)
+
+    def statistics(self, group: Group, arguments: Mapping[str, Tensor]) -> Statistics:
+        """See `pyro_em.graph.factors.Belief`."""
+        return self.kernel.statistics(self.whole())
+
+    def summed(self, family: Family, weights: Tensor) -> Statistics:
+        """Σ w T over all elements, some rows at a time.
+
+        Args:
+            family: The prior's.
+            weights: One of each element. # (members, *sizes)
+
+        Returns:
+            # (1, *1s, *event)
+        """
+        flat, out = weights.reshape(1, -1), dict[str, Tensor]()
+        if self.place is not None:
+            distinct = as_wide(weights.new_zeros(1, int(self.place.max()) + 1))
+            flat = distinct.index_add_(1, self.place, as_wide(flat))
+        for rows in slices_of(flat.shape[1]):
+            own, t = as_wide(flat[:, rows]), self.rows(rows)[:, 0].unsqueeze(0)
+            value = own.new_zeros(()).expand(own.shape)
+            known = self.kernel.statistics(t)
+            part = family.expected_statistics(own, value, {}, (False, False), known)
+            out = {n: s + out[n] if out else s for n, s in part.items()}
+        ones = (1,) * weights.dim()
+        return {n: s.reshape(*ones, *s.shape[2:]) for n, s in out.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +141,11 @@ class ScaledMoments(Moments):
         assert self.factor is not None
         scaled = arguments[self.argument] * self.factor.to(arguments[self.argument])
         return super().expected_log_density(group, {**arguments, self.argument: scaled})
+
+
+def slices_of(count: int) -> list[slice]:
+    """Rows, so many at a time that what is computed of them stays in the cache."""
+    return [slice(begin, begin + MANY_ROWS) for begin in range(0, count, MANY_ROWS)]
 
 
 def as_wide(t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_em.families.family import Arguments, Statistics
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.reduction.trees import SAME
+from pyro_em.updates.conjugate_beliefs import PriorInRows
 
 Key = int | str
 
@@ -93,6 +94,8 @@ def group_statistics(
         )
         for d in range(batch)
     ]
+    if isinstance(group.belief, PriorInRows) and not any(varying):
+        return group.belief.summed(family, counts)
     weights = counts.to(group.value.dtype if group.value.is_floating_point() else _dtype(arguments))
     if family.natural is not None:  # Newton steps need more digits than a ratio of sums
         weights = weights.to(torch.float64)
@@ -178,4 +181,9 @@ def expected_log_joint(counts: Sequence[Tensor], log_densities: Sequence[Tensor]
 def dot(weight: Tensor, table: Tensor) -> Tensor:
     """Σ w log p with 0 · −inf = 0, in float64."""
     table = table.to(torch.float64)
+    if weight.shape == table.shape and not any(
+        step for step, n in zip(weight.stride(), weight.shape, strict=True) if n > 1
+    ):  # one number for all
+        own = weight.flatten()[:1].squeeze()
+        return torch.where(own == 0, 0.0, own * table.sum())
     return torch.where(weight == 0, 0.0, weight * table).sum()

@@ -554,7 +554,7 @@ def test_elements_that_are_alike_are_computed_once(of_its_own: bool) -> None:
         assert value == pytest.approx(expected, rel=1e-12)
     assert torch.allclose(q.mean("rate"), (a + x) / (B + units), rtol=1e-12)
     (solution,) = q.solved.values()
-    assert len(solution.distinct) == (3000 if of_its_own else 10)
+    assert len(solution.added) == (3000 if of_its_own else 10)
     assert (len(solution.few.first) == 5) if of_its_own else solution.few is None
 
 
