@@ -48,10 +48,18 @@ def forms_in(graph: FactorGraph) -> dict[str, ParameterForm]:
 def forms_of(parameters: Mapping[str, TracedParameter]) -> dict[str, ParameterForm]:
     """The forms of parameters of which it is not known how they reach their sites."""
     return {
-        n: ParameterForm(tuple(f"index_{i + 1}" if i else "index" for i in range(p.leaf.dim())), c)
-        for n, p in parameters.items()
-        for c in (p.constraint,)
+        n: ParameterForm(unknown_axes(p.leaf.dim()), p.constraint) for n, p in parameters.items()
     }
+
+
+def unknown_axes(count: int) -> tuple[str, ...]:
+    """Names of axes of which nothing is known.
+
+    Example:
+        >>> unknown_axes(2)
+        ('index', 'index_2')
+    """
+    return tuple(f"index_{i + 1}" if i else "index" for i in range(count))
 
 
 def stem(axis: str) -> str:

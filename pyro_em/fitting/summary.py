@@ -68,6 +68,24 @@ def parameter_table(
     return Table(("parameter", *axes), tuple(index), COLUMNS, tuple(rows), attrs)
 
 
+def elements(
+    axes: Mapping[str, Sequence[str]], labels: Labels
+) -> tuple[tuple[str, ...], dict[str, list[tuple[Any, ...]]]]:
+    """The names of an index's levels, and per parameter where each of its elements is on them.
+
+    Args:
+        axes: The names of each parameter's axes.
+        labels: Of their places.
+
+    Example:
+        >>> elements({"w": ("component",)}, {"w": (("low", "high"),)})
+        (('parameter', 'component'), {'w': [('w', 'low'), ('w', 'high')]})
+    """
+    levels = _levels(axes.values())
+    places = {n: [(n, *at) for at in _places(own, labels[n], levels)] for n, own in axes.items()}
+    return ("parameter", *levels), places
+
+
 def estimates(
     params: Mapping[str, Tensor], forms: Mapping[str, ParameterForm], labels: Labels
 ) -> Table:

@@ -9,10 +9,10 @@ variance) is no obstacle, as it is to the curvature of the evidence.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,9 @@ from torch import Tensor
 from pyro_em.arguments import a_level, seed_of, truth, whole
 from pyro_em.errors import PyroEMError, UsageError, message
 from pyro_em.fitting.chunked import chunks_in
+from pyro_em.fitting.labels import Labels, labels_of, unknown_axes
+from pyro_em.fitting.summary import as_frame, elements
+from pyro_em.fitting.table import Table
 from pyro_em.globs import listed
 from pyro_em.portable import Portable
 from pyro_em.resampling.matching import components_in, matched
@@ -32,6 +35,7 @@ from pyro_em.variational.batches import is_loader
 if TYPE_CHECKING:
     from pyro_em.fitting.result import EMResult
 
+_COLUMNS = ("estimate", "standard_error", "lower", "upper")
 _SHOWN = 64  # elements of a parameter that are printed
 
 
@@ -46,6 +50,8 @@ class Bootstrap(Portable):
         failures: Why refits failed, one sentence each; they are in no spread.
         parametric: Whether data were drawn from the model, or rows from the data.
         level: The probability that the printed intervals hold.
+        axes: Per parameter the names of its axes; see `pyro_em.graph.axes.axis_names`.
+        labels: Per parameter and axis a label for each place.
 
     Example:
         >>> draws = {"mu": torch.tensor([1.0, 2.0, 3.0])}
@@ -60,6 +66,8 @@ class Bootstrap(Portable):
     failures: tuple[str, ...]
     parametric: bool
     level: float = 0.95
+    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: Labels = field(default_factory=dict)
 
     @property
     def standard_errors(self) -> dict[str, Tensor]:
@@ -87,42 +95,35 @@ class Bootstrap(Portable):
             for name, d in self.draws.items()
         }
 
-    def rows(self) -> list[tuple[str, float, float, float, float]]:
-        """Per element its name, estimate, standard error, and both ends of its interval."""
-        errors, intervals = self.standard_errors, self.interval()
-        out = []
-        for name, value in self.estimates.items():
-            if value.numel() > _SHOWN:
-                continue
-            columns = (value, errors[name], *intervals[name])
-            names = _element_names(name, tuple(value.shape))
-            numbers = zip(*(c.reshape(-1).tolist() for c in columns), strict=True)
-            out += [(n, *row) for n, row in zip(names, numbers, strict=True)]
-        return out
-
     @property
     def table(self) -> Any:
-        """A table per element: a pandas DataFrame where pandas is installed, else a tuple of rows."""
-        rows = self.rows()
-        try:
-            import pandas
-        except ImportError:
-            return tuple(rows)
-        head = ["parameter", "estimate", "standard_error", "lower", "upper"]
-        return pandas.DataFrame(rows, columns=head).set_index("parameter")
+        """A row per element, named as in ``summary()``: a DataFrame, or a `Table` without pandas."""
+        how = "of the model" if self.parametric else "of rows drawn with replacement"
+        attrs = {"fits": len(self.log_evidence), "to data": how, "intervals hold": self.level}
+        return as_frame(replace(self._table(), attrs=attrs))
+
+    def _table(self) -> Table:
+        shown = {n: v for n, v in self.estimates.items() if v.numel() <= _SHOWN}
+        axes = {n: self.axes.get(n) or unknown_axes(v.dim()) for n, v in shown.items()}
+        labels = {
+            n: self.labels.get(n) or tuple(tuple(range(s)) for s in v.shape)
+            for n, v in shown.items()
+        }
+        names, places = elements(axes, labels)
+        errors, intervals = self.standard_errors, self.interval()
+        index: list[tuple[Any, ...]] = []
+        rows: list[tuple[float, ...]] = []
+        for name, value in shown.items():
+            columns = (value, errors[name], *intervals[name])
+            index += places[name]
+            rows += zip(*(c.reshape(-1).tolist() for c in columns), strict=True)
+        return Table(names, tuple(index), _COLUMNS, tuple(rows))
 
     def __repr__(self) -> str:
         return f"Bootstrap:\n{self}"
 
     def __str__(self) -> str:
-        head = ("parameter", "estimate", "standard error", "lower", "upper")
-        lines = [head, *((n, *(f"{v:.6g}" for v in row)) for n, *row in self.rows())]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        out = []
-        for first, *rest in lines:
-            cells = [c.rjust(w) for c, w in zip(rest, widths[1:], strict=True)]
-            out.append("  ".join([first.ljust(widths[0]), *cells]))
-        return "\n".join([*out, self._about()])
+        return f"{str(self._table()).lstrip()}\n{self._about()}"
 
     def _about(self) -> str:
         what = "new data from the model" if self.parametric else "rows drawn with replacement"
@@ -136,9 +137,7 @@ class Bootstrap(Portable):
         return words
 
     def _repr_html_(self) -> str:
-        table = self.table
-        html = table.to_html() if hasattr(table, "to_html") else f"<pre>{self}</pre>"
-        return f"{html}<p>{self._about()}</p>"
+        return f"{self._table()._repr_html_()}<p>{escape(self._about())}</p>"
 
 
 def bootstrap(
@@ -208,11 +207,8 @@ def bootstrap(
         )
     draws = {name: torch.stack([p[name] for p, _ in sound]) for name in result.params}
     evidence = torch.tensor([e for _, e in sound], dtype=torch.float64)
-    return Bootstrap(dict(result.params), draws, evidence, failures, parametric, level)
-
-
-def _element_names(name: str, shape: tuple[int, ...]) -> list[str]:
-    if not shape:
-        return [name]
-    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(math.prod(shape), -1)
-    return [f"{name}[{', '.join(map(str, i))}]" for i in index.tolist()]
+    axes = {name: form.axes for name, form in result.forms.items()}
+    shapes = {name: value.shape for name, value in result.params.items()}
+    labels = labels_of(None, result.forms, shapes, result.columns.values())
+    params = dict(result.params)
+    return Bootstrap(params, draws, evidence, failures, parametric, level, axes, labels)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import ExactPosteriorEM, UsageError, vectorized_markov
+from pyro_em import Bootstrap, ExactPosteriorEM, UsageError, vectorized_markov
 from pyro_em.analysis.ordering import permuted
 from pyro_em.resampling.matching import assignment, components_in, matched
 from pyro_em.resampling.refits import Again
@@ -146,3 +147,27 @@ def test_refused_and_converted() -> None:
     with result._bootstrap.args[0].at(result.params, "bootstrap") as fitted:
         (new_x, new_y), _ = fitted.parametric(3, "bootstrap")
     assert new_x.dtype == torch.int64 and new_y.isnan().equal(y.isnan()) and new_y[4] != 1
+
+
+def test_rows_are_named_as_in_the_summary() -> None:
+    """By component and by the columns of the data; in numbers where nothing is known."""
+    x = pandas.DataFrame({"height": [0.0, 1.0, 9.0, 8.0], "weight": [1.0, 2.0, 7.0, 9.0]})
+
+    def mixture(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([[0.0, 1.0], [8.0, 8.0]]).double())
+        s = pyro.param("s", torch.tensor(1.0).double(), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2)))
+            pyro.sample("x", dist.Normal(mu[z], s).to_event(1), obs=x)
+
+    result = ExactPosteriorEM(mixture).fit(x, max_steps=2, progress=False)
+    found = result.bootstrap(2, progress=False)
+    table, summary = found.table, result.summary(standard_errors=False)
+    assert table.index.equals(summary.index) and ("mu", 1, "weight") in table.index
+    assert table["estimate"].equals(summary["estimate"])
+    assert table.loc[("mu", 1, "weight"), "standard_error"] == float(
+        found.standard_errors["mu"][1, 1]
+    )
+    assert "weight" in str(found) and "weight" in found._repr_html_()
+    plain = Bootstrap({"b": torch.zeros(2)}, {"b": torch.eye(2)}, torch.zeros(2), (), True)
+    assert list(plain.table.index) == [("b", 0), ("b", 1)]
