@@ -315,7 +315,8 @@ class Questions:
 
         Raises:
             UsageError: If an argument has other rows than ``n`` and is read; if observations are read
-                before they are drawn; if the model's data are not among its arguments.
+                before they are drawn; if the model's data are not among its arguments; if a
+                ``pyro.factor`` reads a latent or data, which draws would leave out.
 
         Example:
             >>> import pyro, pyro.distributions as dist

@@ -394,7 +394,8 @@ class EMResult(Portable, NamesFromElsewhere):
 
         Raises:
             UsageError: If the data cannot be drawn: rows that are not independent, what is observed
-                is in no argument, a guide draws latents, data came in chunks.
+                is in no argument, a ``pyro.factor`` reads latents or data, a guide draws latents, data
+                came in chunks.
 
         Source: Efron and Tibshirani (1993); for mixtures O'Hagan, Murphy, Scrucca and Gormley (2019).
 
