@@ -32,7 +32,9 @@ _NO_MODEL = message(
     ["ask the original, in the process that selected: selection.best.posterior"],
 )
 
-STARTS = 10  # of a fit with latents that have an exact posterior
+STARTS = 10  # of a fit with discrete latents that are summed
+
+FEW_STARTS = 2  # of a fit whose latents are integrated: factors, random effects, conjugate latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class Fits(StaysHere):
         grid: The candidates.
         data: The model's positional arguments.
         wishes: Keywords of ``fit``, those of starts excepted.
-        num_restarts: Starts of each fit; None for ten where latents have an exact posterior, else one.
+        num_restarts: Starts of each fit; None for what the latents ask for.
         seed: Of all starts.
         folds: Per fold the rows that are held out; none where there are no folds.
         rows: The rows of the data; None without folds.
@@ -119,10 +121,14 @@ class Fits(StaysHere):
 
     def fit(self, em: ExactPosteriorEM, data: tuple) -> EMResult:
         """The fit of one model, with the starts of all."""
-        starts = self.num_restarts
-        if starts is None:
-            starts = STARTS if _has_latents(em._session.look(data, {})) else 1
+        starts = self.starts(em, data)
         return em.fit(*data, num_restarts=starts, seed=self.seed, progress=False, **self.wishes)
+
+    def starts(self, em: ExactPosteriorEM, data: tuple) -> int:
+        """How many starts the fit of one model has."""
+        if self.num_restarts is not None:
+            return self.num_restarts
+        return _starts(em._session.look(data, {}))
 
 
 def folded(fits: Fits, folds: Any, keys: list[Key]) -> Fits:
@@ -164,12 +170,14 @@ def folded(fits: Fits, folds: Any, keys: list[Key]) -> Fits:
     return replace(fits, folds=tuple(order.tensor_split(folds)), rows=rows)
 
 
-def _has_latents(found: Program | Variational) -> bool:
-    """Whether a model has latents with an exact posterior: other starts are made of them."""
+def _starts(found: Program | Variational) -> int:
+    """How many starts a model gets: many maxima are those of discrete latents, mostly."""
     if not isinstance(found, Program):
-        return False
+        return 1
+    if found.structure.latents:
+        return STARTS
     integrated = any(group.nested is not None for group in found.graph.groups)
-    return integrated or bool(found.structure.latents)
+    return FEW_STARTS if integrated else 1
 
 
 def _rows(fits: Fits, keys: list[Key]) -> Rows:

@@ -22,7 +22,7 @@ from pyro_em.resampling.bootstrap import bootstrap
 from pyro_em.resampling.refits import BROKEN, EMPTY, Again
 from pyro_em.selection.candidates import Key
 from pyro_em.selection.criteria import criterion_of
-from pyro_em.selection.fits import STARTS, Fits
+from pyro_em.selection.fits import Fits
 from pyro_em.selection.ratio import Ratio, ratio_of
 from pyro_em.tracing.scopes import own_store
 from pyro_em.tracing.turns import alone
@@ -262,8 +262,9 @@ class Selection(Portable):
             return _in_words(self.names, k), again, self._results[k]
 
         pair = fitted(key), fitted(larger)
-        num_restarts = self._fits.num_restarts if num_restarts is None else num_restarts
-        num_restarts = STARTS if num_restarts is None else num_restarts
+        if num_restarts is None:
+            with own_store(EMPTY):
+                num_restarts = self._fits.starts(self._fits.grid.made(larger), self._fits.data)
         found = ratio_of(*pair, n, num_restarts, processes, seed, progress)
         return replace(found, note=note)
 

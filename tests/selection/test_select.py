@@ -202,3 +202,17 @@ def test_mistakes(build: Any, keywords: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
         select(build, Y, progress=False, **keywords)
     assert words in str(caught.value)
+
+
+def test_models_whose_latents_are_integrated_have_few_starts() -> None:
+    def build(shared: bool) -> Any:
+        def model(x: Tensor) -> None:
+            s = pyro.param("s", torch.tensor(1.0), constraint=constraints.positive)
+            with pyro.plate("rows", len(x)):
+                b = pyro.sample("b", dist.Normal(0.0, s if shared else 1.0))
+                pyro.sample("x", dist.Normal(b, s), obs=x)
+
+        return model
+
+    found = select(build, torch.randn(12), shared=[True, False], progress=False)
+    assert [row.ends.split(" ")[0] for row in found.rows] == ["2", "2"]
