@@ -126,9 +126,9 @@ class Fits(StaysHere):
 
     def starts(self, em: ExactPosteriorEM, data: tuple) -> int:
         """How many starts the fit of one model has."""
-        if self.num_restarts is not None:
-            return self.num_restarts
-        return _starts(em._session.look(data, {}))
+        if self.num_restarts == 1:
+            return 1
+        return _starts(em._session.look(data, {}), self.num_restarts)
 
 
 def folded(fits: Fits, folds: Any, keys: list[Key]) -> Fits:
@@ -170,13 +170,18 @@ def folded(fits: Fits, folds: Any, keys: list[Key]) -> Fits:
     return replace(fits, folds=tuple(order.tensor_split(folds)), rows=rows)
 
 
-def _starts(found: Program | Variational) -> int:
+def _starts(found: Program | Variational, wanted: int | None) -> int:
     """How many starts a model gets: many maxima are those of discrete latents, mostly."""
     if not isinstance(found, Program):
-        return 1
-    if found.structure.latents:
-        return STARTS
+        return 1 if wanted is None else wanted
     integrated = any(group.nested is not None for group in found.graph.groups)
+    sizes = [latent.size for latent in found.graph.latents.values()]
+    if sizes and max(sizes) == 1 and not integrated:
+        return 1  # a mixture of one component: whatever assigns rows to it begins alike
+    if wanted is not None:
+        return wanted
+    if sizes:
+        return STARTS
     return FEW_STARTS if integrated else 1
 
 

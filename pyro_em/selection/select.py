@@ -49,7 +49,8 @@ def select(
             every candidate is also fitted to all rows outside each part, and the log evidence of the
             part is added up. Every argument that has a value for each row is parted.
         num_restarts: Starts of each fit, as in ``em.fit``; by default 10 where discrete latents are
-            summed, 2 where latents are integrated, and one where a guide draws or there are none.
+            summed, 2 where latents are integrated, and one where a guide draws or there are none. A
+            mixture of one component is fitted once: its starts are all alike.
         max_steps: Steps of each start at most.
         tol: Estimated remaining gain in nats at which to stop.
         fit: Other keywords of ``em.fit``: ``{"init": "kmeans"}``, ``{"num_epochs": 20}``.
