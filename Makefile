@@ -1,8 +1,8 @@
 # Two commands matter: `make demo` fits a mixture to Old Faithful, `make test` runs the suite.
 # Both create a virtual environment in .venv first. `make test-slow` runs the tests that the suite
-# leaves out: those that start processes, run tutorials or train networks. `make docs` builds the reference, `make tutorials`
-# runs the notebooks and keeps their outputs, `make bench`
-# measures an EM iteration beside its peers.
+# leaves out: those that start or stop processes, run tutorials, train guides or networks, or fit the
+# examples of others. `make docs` builds the site, `make tutorials` runs the notebooks and keeps their
+# outputs, `make bench` measures an EM iteration beside its peers.
 
 PYTHON ?= python3
 VENV := .venv

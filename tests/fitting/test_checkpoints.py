@@ -19,6 +19,8 @@ from pyro_em.fitting import checkpoint_file
 from pyro_em.fitting.checkpoint_file import CheckpointFile
 from pyro_em.tracing import files
 
+pytestmark = pytest.mark.slow
+
 
 class Killed(BaseException):
     """Stands for a process that ends at once."""

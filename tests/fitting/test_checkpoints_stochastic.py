@@ -20,6 +20,8 @@ from pyro_em.errors import UsageError
 from pyro_em.fitting.checkpoint_file import CheckpointFile
 from pyro_em.variational.bound import Variational
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

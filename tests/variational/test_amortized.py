@@ -19,6 +19,8 @@ from torch.distributions import constraints
 from pyro_em.errors import DataError, ModelError, UsageError
 from pyro_em.variational.amortized import AutoAmortizedCategorical, AutoAmortizedNormal
 
+pytestmark = pytest.mark.slow
+
 W = torch.tensor([[1.0, 0.5, -0.3, 0.8], [-0.2, 1.2, 0.7, 0.1]], dtype=torch.float64)
 NOISE = 0.7
 

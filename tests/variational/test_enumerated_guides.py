@@ -18,6 +18,8 @@ from pyro_em import ExactPosteriorEM
 
 from .test_variational import T, assert_mean, gradients, hierarchy_guide, leaf, variational
 
+pytestmark = pytest.mark.slow
+
 GIVEN = {"strategy": {"[abcy]": "guide"}}  # the rest is summed exactly
 
 

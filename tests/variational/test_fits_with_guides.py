@@ -31,6 +31,8 @@ from pyro_em import (
 )
 from pyro_em.variational.batches import Batch, factors_of
 
+pytestmark = pytest.mark.slow
+
 
 def sgd(lr: float) -> Any:
     return lambda p: torch.optim.SGD(p, lr=lr)

@@ -28,6 +28,8 @@ from pyro_em.variational.particle import LogWeights
 from tests.data_sets import iris
 from tests.even_draws import even_draws
 
+pytestmark = pytest.mark.slow
+
 T = torch.tensor
 
 
