@@ -66,7 +66,7 @@ def ratio_of(
     smaller: tuple[str, Again, EMResult],
     larger: tuple[str, Again, EMResult],
     n: Any,
-    num_restarts: Any,
+    num_restarts: tuple[int, int],
     processes: int | None,
     seed: Any,
     progress: bool | None,
@@ -77,12 +77,12 @@ def ratio_of(
         smaller: Its name, what its fit was, and what that found.
         larger: The same of the larger one.
         n: Number of data sets.
-        num_restarts: Starts of each fit.
+        num_restarts: Starts of each fit of the one and of the other.
         processes: How many processes; None for this one alone.
         seed: Seed of data and starts.
         progress: Whether to show a bar.
     """
-    n, num_restarts = whole(_WHERE, "n", n), whole(_WHERE, "num_restarts", num_restarts)
+    n = whole(_WHERE, "n", n)
     seeds = [s for _, s in zip(range(n), seeds_from(seed_of(_WHERE, seed) or 0), strict=False)]
     (few, few_again, few_found), (many, many_again, many_found) = smaller, larger
     _check_order(few, few_found, many, many_found)
@@ -98,7 +98,8 @@ def ratio_of(
             assert own is not None
             try:
                 data = null.parametric(own, _WHERE)
-                fits = [f.fit(data, num_restarts, own) for f in (null, other)]
+                both = zip((null, other), num_restarts, strict=True)
+                fits = [model.fit(data, count, own) for model, count in both]
             except PyroEMError as error:
                 return str(error).partition("\n")[0]
             return _difference(*fits)

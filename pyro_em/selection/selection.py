@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyro_em import html, plotting
+from pyro_em.arguments import whole
 from pyro_em.em import ExactPosteriorEM
 from pyro_em.errors import UnknownNameError, UsageError, message
 from pyro_em.fitting.ends import ends_in_words
@@ -263,9 +264,10 @@ class Selection(Portable):
 
         pair = fitted(key), fitted(larger)
         if num_restarts is None:
-            with own_store(EMPTY):
-                num_restarts = self._fits.starts(self._fits.grid.made(larger), self._fits.data)
-        found = ratio_of(*pair, n, num_restarts, processes, seed, progress)
+            few, many = (len(self._results[k].starts) for k in (key, larger))
+        else:
+            few = many = whole("bootstrap_ratio", "num_restarts", num_restarts)
+        found = ratio_of(*pair, n, (few, many), processes, seed, progress)
         return replace(found, note=note)
 
     def plot(self, criterion: str | None = None, ax: Axes | None = None) -> Axes:

@@ -214,5 +214,23 @@ def test_models_whose_latents_are_integrated_have_few_starts() -> None:
 
         return model
 
-    found = select(build, torch.randn(12), shared=[True, False], progress=False)
+    found = select(build, torch.randn(12), shared=[True, False], max_steps=2, progress=False)
     assert [row.ends.split(" ")[0] for row in found.rows] == ["2", "2"]
+
+
+def test_a_mixture_of_one_component_is_fitted_once() -> None:
+    x = torch.tensor([-2.1, -1.9, -2.3, -1.6, 1.7, 2.2, 2.1, 1.9])
+
+    def build(K: int) -> Any:
+        def model(x: Tensor) -> None:
+            mu = pyro.param("mu", x[:K].clone())
+            with pyro.plate("rows", len(x)):
+                z = pyro.sample("z", dist.Categorical(torch.ones(K) / K))
+                pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+        return model
+
+    found = select(build, x, K=[1, 2], num_restarts=2, progress=False)
+    assert [len(found[K].starts) for K in (1, 2)] == [1, 2]
+    ratio = found.bootstrap_ratio(1, n=2, progress=False)
+    assert ratio.ratio == pytest.approx(2 * (found[2].log_evidence - found[1].log_evidence))
