@@ -98,14 +98,18 @@ def _normal_mean_vector(a: Arguments) -> tuple[Tensor, Tensor]:
     return n, torch.diag_embed(d.expand(n.shape))
 
 
-def _mvn_mean_vector(a: Arguments) -> tuple[Tensor, Tensor]:
+def _inverse_matrix(a: Arguments) -> Tensor:
+    """The inverse of a matrix argument, in whichever form it was given. # (..., D, D)"""
     if "precision_matrix" in a:
-        precision = a["precision_matrix"]
-    else:
-        factor = a.get("scale_tril")
-        if factor is None:
-            factor = torch.linalg.cholesky(a["covariance_matrix"])
-        precision = torch.cholesky_inverse(factor)
+        return a["precision_matrix"]
+    factor = a.get("scale_tril")
+    if factor is None:
+        factor = torch.linalg.cholesky(a["covariance_matrix"])
+    return torch.cholesky_inverse(factor)
+
+
+def _mvn_mean_vector(a: Arguments) -> tuple[Tensor, Tensor]:
+    precision = _inverse_matrix(a)
     return (precision @ a["loc"].unsqueeze(-1)).squeeze(-1), precision
 
 
@@ -118,13 +122,7 @@ def _gamma_precision(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _wishart_precision(a: Arguments) -> tuple[Tensor, Tensor]:
-    if "precision_matrix" in a:
-        n = a["precision_matrix"]
-    else:
-        factor = a.get("scale_tril")
-        if factor is None:
-            factor = torch.linalg.cholesky(a["covariance_matrix"])
-        n = torch.cholesky_inverse(factor)
+    n = _inverse_matrix(a)
     # A number for a matrix comes expanded to its elements.
     return n, a["df"][..., :1, :1] - n.shape[-1] - 1
 
