@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from pyro_em.families.family import Family, Link, Rule
     from pyro_em.families.forms import Kind
     from pyro_em.families.registry import register_family
+    from pyro_em.fitting.history import EMStatus, EMStep, History
     from pyro_em.fitting.online_sums import StepSize
-    from pyro_em.fitting.result import EMResult, EMStatus, EMStep, History
+    from pyro_em.fitting.result import EMResult
     from pyro_em.fitting.standard_errors import StandardErrors
     from pyro_em.loss import TraceExact_ELBO
     from pyro_em.plan.plan import Plan
@@ -128,8 +129,8 @@ _HOMES = {
     "DrawnPosterior": "pyro_em.variational.drawn",
     "ELBOTerms": "pyro_em.analysis.elbo",
     "EMResult": "pyro_em.fitting.result",
-    "EMStatus": "pyro_em.fitting.result",
-    "EMStep": "pyro_em.fitting.result",
+    "EMStatus": "pyro_em.fitting.history",
+    "EMStep": "pyro_em.fitting.history",
     "EvidenceEstimate": "pyro_em.analysis.evidence",
     "ExactPosteriorEM": "pyro_em.em",
     "Family": "pyro_em.families.family",
@@ -138,7 +139,7 @@ _HOMES = {
     "Forecast": "pyro_em.analysis.forecast",
     "Gradient": "pyro_em.updates.update",
     "Hard": "pyro_em.posteriors.strategies",
-    "History": "pyro_em.fitting.result",
+    "History": "pyro_em.fitting.history",
     "Kind": "pyro_em.families.forms",
     "LeastSquares": "pyro_em.updates.update",
     "Newton": "pyro_em.updates.update",

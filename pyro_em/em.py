@@ -23,10 +23,11 @@ from pyro_em.fitting import stepping
 from pyro_em.fitting.chunked import first_arguments
 from pyro_em.fitting.fit import fit
 from pyro_em.fitting.from_arrays import from_arrays
+from pyro_em.fitting.history import EMStep
 from pyro_em.fitting.keeping import Keeping
 from pyro_em.fitting.partial import partial_fit
 from pyro_em.fitting.preconditions import refuse_a_guide
-from pyro_em.fitting.result import EMResult, EMStep
+from pyro_em.fitting.result import EMResult
 from pyro_em.fitting.session import Session
 from pyro_em.fitting.within_budget import within_budget
 from pyro_em.plan.fit_wishes import fit_wishes

@@ -20,8 +20,8 @@ from pyro_em.errors import DataError, DegenerateError, Handover
 from pyro_em.fitting.coordinates import Unconstrained
 from pyro_em.fitting.em_map import EMMap, values_at
 from pyro_em.fitting.guarded import Guarded, Step
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.point import Point, SumsPoint, Values
-from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.run import Cycle, Run, Settings
 from pyro_em.fitting.schemes import Proposals, Scheme, Secant, Triple
 

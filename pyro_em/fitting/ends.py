@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyro_em.fitting.result import EMStatus
+    from pyro_em.fitting.history import EMStatus
 
 
 _SAME = 1e-2  # nats within which two ends count as one

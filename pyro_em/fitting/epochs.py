@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_em.errors import DegenerateError, PyroEMError, UsageError, message, warn
+from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.fitting.places import Place
-from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.stochastic_keeper import StochasticKeeper
 from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.graph.structure import Structure

@@ -12,7 +12,7 @@ import torch
 from pyro_em.fitting.checkpoint_file import CheckpointFile
 from pyro_em.fitting.fingerprints import Fingerprint
 from pyro_em.fitting.guarded import Guarded
-from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.resuming import Between, ended_run, ended_state, standing_state
 from pyro_em.fitting.run import Run
 from pyro_em.fitting.search import Search

@@ -14,8 +14,8 @@ from pyro_em.fitting.cycles import PLAIN_STEPS, accelerate
 from pyro_em.fitting.em_map import values_at, write
 from pyro_em.fitting.em_on_sums import tells_apart
 from pyro_em.fitting.guarded import Fell, Guarded, Step, warn_disagreement
+from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.fitting.point import LeftPoint, Point, SumsPoint, Values
-from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.schemes import AUTO, SCHEMES
 from pyro_em.fitting.stopping import crawls, is_quick, should_stop

@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from pyro_em.errors import DataError, DegenerateError, Handover, message, warn
+from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.fitting.online_steps import Steps
 from pyro_em.fitting.online_sums import Averaged, Replaced
 from pyro_em.fitting.parted import Parted
-from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.run import Run
 from pyro_em.plan.part import Part
 from pyro_em.portable import Given

@@ -13,10 +13,10 @@ import torch
 from pyro_em.fitting.checkpoint_file import CheckpointFile
 from pyro_em.fitting.fingerprints import Fingerprint
 from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.online import OnlineRun, Watcher
 from pyro_em.fitting.online_sums import Averaged
 from pyro_em.fitting.places import generators_of
-from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.resuming import optimizers_state, restore_optimizers
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.parameters import snapshot

@@ -26,6 +26,7 @@ from pyro_em.fitting.criteria import (
 from pyro_em.fitting.ends import End
 from pyro_em.fitting.epochs import bound_of
 from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.history import EMStatus, History, Params
 from pyro_em.fitting.identified import undetermined
 from pyro_em.fitting.information import StaticInformation, loadings_of
 from pyro_em.fitting.labels import forms_in, forms_of
@@ -38,7 +39,7 @@ from pyro_em.fitting.over_parts import (
 )
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, SumsPoint
-from pyro_em.fitting.result import EMResult, EMStatus, History, Params
+from pyro_em.fitting.result import EMResult
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
 from pyro_em.fitting.stochastic_run import StochasticRun

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_em.fitting.beginnings import Beginning
 from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.loop import (
     continue_run,
     iterate,
@@ -23,7 +24,6 @@ from pyro_em.fitting.loop import (
     run_start,
     short_run,
 )
-from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.resuming import ended_run, is_ended, resumed
 from pyro_em.fitting.run import Run, Settings, best_of
 from pyro_em.fitting.search import Search

@@ -1,16 +1,11 @@
-"""What a fit returns: `EMResult`, its status, its history, its table."""
+"""What a fit returns: `EMResult`, with its criteria, its table and its posterior."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from functools import cached_property
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -18,14 +13,15 @@ from pyro_em import html
 from pyro_em.arguments import a_level, number, truth
 from pyro_em.elsewhere import OF_RESULT, NamesFromElsewhere
 from pyro_em.errors import UsageError, message
-from pyro_em.fitting.ends import End, ends_in_words
+from pyro_em.fitting.ends import End
+from pyro_em.fitting.history import EMStatus, History
 from pyro_em.fitting.inference_data import as_inference_data, inference_groups
 from pyro_em.fitting.information import StaticInformation
-from pyro_em.fitting.information_criteria import WHY, Criteria
+from pyro_em.fitting.information_criteria import Criteria
 from pyro_em.fitting.labels import ParameterForm, labels_of
+from pyro_em.fitting.result_in_words import above_the_table, in_words
 from pyro_em.fitting.standard_errors import StandardErrors
 from pyro_em.fitting.summary import as_frame, estimates, parameter_table, wide_table
-from pyro_em.globs import listed, matching, stacked_answers
 from pyro_em.plan.plan import Plan
 from pyro_em.portable import Copied, Portable, Refused, answered
 from pyro_em.posteriors.posterior import Posterior
@@ -36,139 +32,6 @@ _QUICK, _STEP = 3e6, 500  # standard errors that take some seconds; a site costs
 
 if TYPE_CHECKING:
     from pyro_em.resampling.bootstrap import Bootstrap
-
-
-class EMStatus(Enum):
-    """Why a fit ended; each value is the sentence that a user reads."""
-
-    CONVERGED = "The estimated remaining gain is below tol."
-    ROUNDING = (
-        "Two successive gains are within rounding of the objective: nothing more is gained from "
-        "here (a maximum, or a saddle)."
-    )
-    MAX_STEPS = "The given number of steps was run."
-    INTERRUPTED = "The fit was interrupted; the parameters are those of the last complete step."
-    STOPPED = "A callback asked to stop."
-    DEGENERATE = (
-        "An update was degenerate and was rolled back; the parameters are good ones from before it."
-    )
-    UNBOUNDED = (
-        "The objective rises without end along a parameter: there is no maximum, and its value is no "
-        "estimate."
-    )
-    SYMMETRIC = (
-        "The components are exchangeable at this point and cannot separate: "
-        "start elsewhere (init='random')."
-    )
-    STEPS_DONE = "All steps of the stochastic fit were done; no rule of convergence was given."
-    FELL = "The objective fell by more than rounding; the parameters before the fall were kept."
-
-
-@dataclass(frozen=True)
-class History(Sequence[float]):
-    """The bound at the parameters *entering* each step; ``after_m_step`` holds the other half.
-
-    In a stochastic fit it is the bound of each step's batch, scaled to all data; ``validation``
-    holds (step, bound) after each epoch.
-
-    Attributes:
-        entering: In nats, one per step.
-        after_m_step: ELBO(q, θ_new) after the M-step of each, in nats; empty in a stochastic fit. An
-            extrapolated point that was not kept has no M-step, and its bound again.
-        validation: Steps with the bound of the validation data, in nats.
-
-    Example:
-        >>> h = History((-10.0, -9.0), (-9.5, -8.9))
-        >>> h[0], h.after_m_step[0], len(h)
-        (-10.0, -9.5, 2)
-    """
-
-    entering: tuple[float, ...]
-    after_m_step: tuple[float, ...] = ()
-    validation: tuple[tuple[int, float], ...] = ()
-
-    def __repr__(self) -> str:
-        if not self.entering:
-            return "History(no steps)"
-        first, last = self.entering[0], self.entering[-1]
-        return f"History({len(self.entering)} steps, from {first:.6f} to {last:.6f})"
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.entering[i]
-
-    def __len__(self) -> int:
-        return len(self.entering)
-
-    def __iter__(self) -> Iterator[float]:
-        return iter(self.entering)
-
-
-class Params(dict[str, Tensor]):
-    """Constrained values by parameter name; a point-estimated site's own name works too.
-
-    A glob stacks several of one shape along a new first dimension, in natural order.
-
-    Example:
-        >>> Params({"AutoDelta.rate": torch.tensor(2.0)}, {"rate": "AutoDelta.rate"})["rate"]
-        tensor(2.)
-    """
-
-    def __init__(self, values: Mapping[str, Tensor], sites: Mapping[str, str] | None = None):
-        super().__init__(values)
-        self.sites = dict(sites or {})
-
-    def __missing__(self, name: str) -> Tensor:
-        if name in self.sites:
-            return self[self.sites[name]]
-        names = (*self, *self.sites)
-        found = matching(name, names) if isinstance(name, str) else []
-        if found:
-            return stacked_answers(f"'{name}'", found, self.__getitem__)
-        raise KeyError(f"no parameter is called {name!r}; the model has: {listed(names)}")
-
-
-@dataclass(frozen=True, eq=False)
-class EMStep(Portable):
-    """One step of EM, as ``steps`` yields it and callbacks receive it.
-
-    Attributes:
-        index: 0 for the first.
-        elbo: The bound at the parameters entering the step, after its E-step.
-        log_evidence: log p(x; θ) where the E-step computed it.
-        after_m_step: The bound ELBO(q, θ_new) after the M-step; None in a stochastic step.
-        made_params: Gives the constrained parameters after the M-step.
-        seconds: Since the loop began.
-        e_step: Gives the q of this step's E-step; None in a stochastic step.
-        validation: (step, bound) of the held-out data when it was last taken: after that many steps,
-            at the end of an epoch; None before.
-    """
-
-    index: int
-    elbo: float
-    log_evidence: float | None
-    after_m_step: float | None
-    made_params: Callable[[], Mapping[str, Tensor]] = field(repr=False)
-    seconds: float
-    e_step: Callable[[], Posterior] | None = field(default=None, repr=False)
-    validation: tuple[int, float] | None = None
-
-    def _travelling(self) -> dict[str, Any]:
-        e_step = None if self.e_step is None else answered(self.e_step)
-        return {**vars(self), "e_step": e_step, "made_params": answered(self.made_params)}
-
-    def _staying(self) -> dict[str, Any]:
-        e_step = None if self.e_step is None else Copied(self.e_step)
-        return {**vars(self), "e_step": e_step, "made_params": Copied(self.made_params)}
-
-    @cached_property
-    def params(self) -> Mapping[str, Tensor]:
-        """Constrained parameters after the M-step, by name."""
-        return self.made_params()
-
-    @property
-    def posterior(self) -> Posterior | None:
-        """The q of this step's E-step, made when it is asked for; None in a stochastic step."""
-        return None if self.e_step is None else self.e_step()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -471,7 +334,7 @@ class EMResult(Portable, NamesFromElsewhere):
         forms = self.forms
         shapes = {n: v.shape for n, v in self.params.items()}
         named = labels_of(labels, forms, shapes, self.columns.values())
-        about = dict(self._about())
+        about = dict(above_the_table(self))
         if wide:
             return as_frame(wide_table(self.params, forms, named, about))
         errors, why = self._errors_for_a_table(standard_errors)
@@ -547,37 +410,6 @@ class EMResult(Portable, NamesFromElsewhere):
                 raise
             return None, str(error).split("\n")[0].removeprefix("standard_errors: ")
 
-    def _about(self) -> list[tuple[str, Any]]:
-        rows: list[tuple[str, Any]] = [
-            ("log evidence (nats)", self.log_evidence),
-            (f"{self.bound_name} (nats)", self.elbo),
-            ("log prior (nats)", self.log_prior),
-            ("status", self.status.value),
-            ("converged", self.converged),
-            ("steps", self.num_steps),
-            ("rate of convergence", self.rate),
-            ("seconds", round(self.seconds, 3)),
-            ("free parameters p", self.num_free_parameters),
-            *(
-                [("point estimates not counted in p", self.num_local_estimates)]
-                if self.num_local_estimates
-                else []
-            ),
-            ("rows N", self.num_rows),
-            ("BIC (lower is better)", self.bic),
-            ("AIC (lower is better)", self.aic),
-            ("ICL (lower is better)", self.icl),
-            ("start", self.start),
-            *([("starts", ends_in_words(self.ends))] if len(self.ends) > 1 else []),
-            ("seed", self.seed),
-            ("dtype", str(self.dtype).removeprefix("torch.")),
-            ("pyro_em", version("pyro-em")),
-            ("pyro", pyro.__version__),
-            ("torch", torch.__version__),
-            ("python", platform.python_version()),
-        ]
-        return rows
-
     def __repr__(self) -> str:
         return f"EMResult: {self}"
 
@@ -589,33 +421,7 @@ class EMResult(Portable, NamesFromElsewhere):
         return html.whole(html.heading("EMResult"), html.line(str(self)), table._repr_html_())
 
     def __str__(self) -> str:
-        rate = "" if self.rate is None else f", rate of convergence {self.rate:.3f}"
-        if self.log_evidence is None:
-            return (
-                f"{self.bound_name} {self.elbo:.6f} after {self.num_steps} steps"
-                f" ({self.seconds:.2f} s)\n{self.message}"
-            )
-        icl = "" if self.icl is None else f"  ICL {self.icl:.3f}"
-        prior = "" if self.log_prior == 0 else f" + log prior {self.log_prior:.6f}"
-        return (
-            f"log evidence {self.log_evidence:.6f}{prior} after {self.num_steps} steps"
-            f" ({self.seconds:.2f} s{rate})\n{self.message}\n"
-            f"BIC {self.bic:.3f}  AIC {self.aic:.3f}{icl}"
-            f"  (p = {self.num_free_parameters}, N = {self.num_rows:g}; lower is better)"
-            + self._uncounted()
-            + (f"\n{WHY[self.counted]}" if self.counted in WHY else "")
-            + (f"\n{ends_in_words(self.ends)}" if len(self.ends) > 1 else "")
-        )
-
-    def _uncounted(self) -> str:
-        """What p leaves out, in words."""
-        if not self.num_local_estimates:
-            return ""
-        return (
-            f"\np does not count {self.num_local_estimates} point estimates of latents in the data's "
-            "plates; the evidence takes them as known, so that BIC and AIC compare only models with "
-            "the same ones"
-        )
+        return in_words(self)
 
 
 _NO_REFITS = message(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.point import LeftPoint, PartsPoint, Point, SumsPoint, TracedPoint
-from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.run import Cycle, Run, Seen
 from pyro_em.plan.part import Made
 from pyro_em.tracing.encoding import NotPlain, decoded, encoded

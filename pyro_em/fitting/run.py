@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.fitting.point import LeftPoint, Point
 from pyro_em.fitting.progress import Bar
-from pyro_em.fitting.result import EMStatus, EMStep
 from pyro_em.fitting.schemes import Secant
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import restore, snapshot

@@ -8,8 +8,8 @@ from typing import Any
 from pyro_em.errors import PyroEMError, UsageError, message
 from pyro_em.fitting import epochs
 from pyro_em.fitting.guarded import Guarded
+from pyro_em.fitting.history import EMStep
 from pyro_em.fitting.loop import endless_steps
-from pyro_em.fitting.result import EMStep
 from pyro_em.fitting.session import Session
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior

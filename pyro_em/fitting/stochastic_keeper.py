@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pyro_em.fitting.checkpoint_file import CheckpointFile
 from pyro_em.fitting.fingerprints import Fingerprint
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.places import Place
-from pyro_em.fitting.result import EMStatus
 from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.parameters import restore, snapshot

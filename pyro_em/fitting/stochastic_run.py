@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.history import EMStatus
 
 
 @dataclass(eq=False)

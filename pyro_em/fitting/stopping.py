@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.history import EMStatus
 
 
 def should_stop(

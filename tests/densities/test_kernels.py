@@ -28,7 +28,7 @@ from pyro_em.families.registry import REGISTRY
 from pyro_em.fitting import em_map
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
-from pyro_em.fitting.result import EMStatus, EMStep
+from pyro_em.fitting.history import EMStatus, EMStep
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program

@@ -19,7 +19,7 @@ from pyro_em import ExactPosteriorEM, Gradient, Hard, UsageError
 from pyro_em.fitting import cycles
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import OnSums
-from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.history import EMStatus
 from tests.data_sets import LONDON_COUNTS, faithful
 
 OPTIMUM = -1989.945859883

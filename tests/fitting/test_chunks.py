@@ -15,7 +15,8 @@ from torch.distributions import constraints
 
 from pyro_em import Chunks, ExactPosteriorEM
 from pyro_em.errors import ModelError, UsageError
-from pyro_em.fitting.result import EMResult, EMStatus
+from pyro_em.fitting.history import EMStatus
+from pyro_em.fitting.result import EMResult
 
 _N = 24
 _generator = torch.Generator().manual_seed(0)

@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import pytest
 
-from pyro_em.fitting.result import EMStatus
+from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.stopping import crawls, should_stop
 
 EPS = 2.2e-16
