@@ -17,7 +17,7 @@ from pyro.infer.elbo import ELBO
 from torch import Tensor
 
 from pyro_em.errors import UsageError, message, raise_findings, warn
-from pyro_em.graph.conjugate_reads import NotConjugate
+from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.structure import form_of

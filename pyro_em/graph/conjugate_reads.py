@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,14 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import unwrap
-from pyro_em.errors import Finding, ModelError
+from pyro_em.errors import ModelError
 from pyro_em.families.conjugate_kernels import KERNELS, PriorKernel
-from pyro_em.families.conjugate_pairs import Pair, children_of, pair_of
+from pyro_em.families.conjugate_pairs import pair_of
 from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.autograd import bind, known_below
 from pyro_em.graph.compact import compact
+from pyro_em.graph.conjugate_checks import require_as_predicted
+from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate, refused
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
@@ -37,60 +38,10 @@ from pyro_em.tracing.parameters import at_moved
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import mask_tensor, tensors_of
 
-_MANY = 1 << 16  # numbers that are compared at a time
-
-
-@dataclass(frozen=True, eq=False)
-class ConjugateRead:
-    """One argument of a site that reads a conjugate latent.
-
-    Attributes:
-        site: The site.
-        latent: The latent.
-        pair: What the site adds to the latent's kernel.
-        power: Of the latent in the argument.
-        elements: For each cell of the argument the flat number of the latent's element, −1 where the
-            cell does not read it. # (*plates or 1s, *scope or 1s, *to_event or 1s)
-        order: Of probabilities and simplexes, which statistic of the latent's prior stands where each
-            of a value's is; None where all are in their places. # the same, and (P,)
-    """
-
-    site: str
-    latent: str
-    pair: Pair
-    power: float
-    elements: Tensor
-    order: Tensor | None = None
-
-
-class NotConjugate(Exception):
-    """A latent whose posterior is not of its prior's form; holds the finding."""
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.what)
-        self.finding = finding
-
 
 def kernel_of_prior(fn: Any) -> PriorKernel | None:
     """The kernel of a latent's prior, with any number of ``to_event``; None where there is none."""
     return KERNELS.get(type(unwrap(fn)[0]))
-
-
-def refused(latent: str, where: str, what: str, kernel: PriorKernel | None = None) -> NotConjugate:
-    """Why a latent has no posterior of its prior's form."""
-    serve = "" if kernel is None else f": {children_of(kernel)}"
-    return NotConjugate(
-        Finding(
-            where,
-            what,
-            f"'{latent}' is integrated where all that reads it is conjugate to its prior{serve}",
-            (
-                "give a guide: ExactPosteriorEM(model, AutoNormal)",
-                "take a point estimate under its prior: ExactPosteriorEM(model, guide='map')",
-            ),
-            latents=(latent,),
-        )
-    )
 
 
 def values_inside(
@@ -142,7 +93,7 @@ def read_conjugates(
         out = {}
         for name in structure.as_run.sites:
             found = _read_of(name, run, values, kernels, layout)
-            _require_as_predicted(name, found, (run, again), (values, others), layout, kernels)
+            require_as_predicted(name, found, (run, again), (values, others), layout, kernels)
             if found is not None:
                 out[name] = found
     return out
@@ -185,7 +136,7 @@ def differing_reads(
         for name in structure.as_run.sites:
             read = reads.get(name)
             try:
-                _require_as_predicted(name, read, (one, two), pairs, layout, kernels)
+                require_as_predicted(name, read, (one, two), pairs, layout, kernels)
             except NotConjugate:
                 off.append((name, "" if read is None else read.pair.argument))
     return off
@@ -313,99 +264,3 @@ def _whole(
     none = bool((index < 0).any())
     why = "a part of it is constant" if none else "its elements are cut, or in another order"
     raise refused(latent, where, f"{what} is not the latent itself: {why}.", kernel)
-
-
-def _require_as_predicted(
-    name: str,
-    read: ConjugateRead | None,
-    runs: tuple[Run, Run],
-    values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-    layout: FactorLayout,
-    kernels: Mapping[str, PriorKernel],
-) -> None:
-    """Hold the numbers of a site in two runs against what it reads.
-
-    Raises:
-        NotConjugate: If they differ otherwise.
-    """
-    here, there = (run.sites[name] for run in runs)
-    is_latent = name in values[0]
-    fixed = _numbers_of(here, read, is_latent), _numbers_of(there, read, is_latent)
-    alike = len(fixed[0]) == len(fixed[1]) and all(map(_is_equal, *fixed))
-    if alike and read is not None:
-        alike = _is_as_read(name, read, (here, there), values, layout, kernels[read.latent])
-    if not alike:
-        latent = next(iter(values[0])) if read is None else read.latent
-        what = f"it changes with '{latent}' in a way that autograd does not show."
-        raise refused(latent, f"site '{name}'", what)
-
-
-def _is_as_read(
-    name: str,
-    read: ConjugateRead,
-    sites: tuple[Mapping[str, Any], Mapping[str, Any]],
-    values: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-    layout: FactorLayout,
-    kernel: PriorKernel,
-) -> bool:
-    """Whether an argument in two runs follows from the values of its latent."""
-    found = []
-    for site, own in zip(sites, values, strict=True):
-        base, reinterpreted, _ = unwrap(site["fn"])
-        family = family_of(site["fn"])
-        assert family is not None
-        tensor = given_arguments(base, family)[read.pair.argument]
-        event = reinterpreted + family.argument_event_dim(read.pair.argument)
-        dims = layout.place(name)[1]
-        a = compact(tensor.detach(), event, dims, reinterpreted, tensor)
-        value = own[read.latent].detach()
-        value = value.reshape(-1, *value.shape[value.dim() - kernel.event_dim :])
-        reads = read.elements >= 0
-        chosen = value[read.elements.clamp(min=0)].to(a)
-        if kernel.support == "matrix":
-            factor = a[..., :1, :1] / chosen[..., :1, :1]
-            rest = a - factor * chosen
-            found.append((torch.stack([rest, factor.expand_as(rest)]), a))
-        elif kernel.event_dim:
-            if read.order is not None:
-                chosen = chosen.gather(-1, read.order.expand(chosen.shape))
-            found.append((a - chosen, torch.zeros_like(a)))
-        else:
-            if read.order is not None:
-                chosen = torch.where(read.order[..., 0] > 0, 1 - chosen, chosen)
-            deep = a.dim() - reads.dim()  # the entries of a matrix read one element
-            if deep:
-                reads, chosen = (t.reshape(*t.shape, *(1,) * deep) for t in (reads, chosen))
-            chosen = chosen**read.power
-            found.append((torch.where(reads, a / chosen, a), a))
-        del chosen
-    (one, _), (two, _) = found
-    if one.shape != two.shape:
-        return False
-    # What is a covariance times a positive number is one at every number.
-    sure = kernel.event_dim > 0 or one.dim() > read.elements.dim()
-    positive = sure or bool((one[(read.elements >= 0).expand_as(one)] > 0).all())
-    eps = 1e3 * torch.finfo(one.dtype).eps
-    how = {"rtol": eps, "atol": eps * kernel.event_dim}
-    pairs = zip(one.reshape(-1).split(_MANY), two.reshape(-1).split(_MANY), strict=True)
-    return positive and all(bool(torch.isclose(u, v, **how).all()) for u, v in pairs)
-
-
-def _numbers_of(
-    site: Mapping[str, Any], read: ConjugateRead | None, is_latent: bool
-) -> list[Tensor]:
-    """The numbers in the density of a site, without the argument that reads a latent."""
-    fn = site["fn"]
-    family = family_of(fn)
-    if read is not None and family is not None:
-        arguments = given_arguments(unwrap(fn)[0], family)
-        out = [t for a, t in arguments.items() if a != read.pair.argument]
-    else:
-        out = tensors_of(fn)
-    value = site["value"] if site["is_observed"] and not is_latent else None
-    rest = (value, site["scale"], mask_tensor(site))
-    return [t for t in (*out, *rest) if isinstance(t, Tensor)]
-
-
-def _is_equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -17,7 +17,7 @@ from pyro_em.errors import (
     raise_findings,
 )
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_reads import NotConjugate
+from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.folded import Folded

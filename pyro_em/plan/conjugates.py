@@ -11,13 +11,8 @@ from torch import Tensor
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_reads import (
-    ConjugateRead,
-    differing_reads,
-    kernel_of_prior,
-    read_conjugates,
-    refused,
-)
+from pyro_em.graph.conjugate_reads import differing_reads, kernel_of_prior, read_conjugates
+from pyro_em.graph.conjugate_record import ConjugateRead, refused
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
 from pyro_em.graph.structure import Structure

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pyro_em.errors import PyroEMError
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_reads import NotConjugate
+from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.initial import tell_of_starts
 from pyro_em.graph.kept_lines import are_as_read, offsets_are_as_read, without_data

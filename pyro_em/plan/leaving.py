@@ -24,7 +24,8 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, PyroEMError, UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.globs import is_match
-from pyro_em.graph.conjugate_reads import NotConjugate, kernel_of_prior, read_conjugates
+from pyro_em.graph.conjugate_reads import kernel_of_prior, read_conjugates
+from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.culprits import culprits
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.lines import Line, NotLinear, is_gaussian

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.conjugate_kernels import Few, PriorKernel, matrix_of
-from pyro_em.graph.conjugate_reads import ConjugateRead
+from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate_cells import Reading, alike, in_cells, in_order, plus, rows_of
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution

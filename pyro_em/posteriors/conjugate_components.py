@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.errors import Finding
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_reads import ConjugateRead
+from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.conjugate import ConjugateBlock, elements_of_latent
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pyro_em.graph.conjugate_reads import ConjugateRead, NotConjugate, refused
+from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate, refused
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.conjugate import ConjugateBlock

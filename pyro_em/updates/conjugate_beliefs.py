@@ -12,7 +12,7 @@ from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.families.conjugate_pairs import Pair
 from pyro_em.families.family import Family, Statistics
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.conjugate_reads import ConjugateRead
+from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.gaussian_rows import is_matrix

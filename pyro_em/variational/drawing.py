@@ -22,7 +22,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_em.graph.conjugate_reads import NotConjugate
+from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.trace import trace_graph

@@ -22,7 +22,8 @@ from torch.distributions import transform_to
 
 from pyro_em.errors import ModelError, UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
-from pyro_em.graph.conjugate_reads import ConjugateRead, NotConjugate, read_conjugates
+from pyro_em.graph.conjugate_reads import read_conjugates
+from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate
 from pyro_em.graph.drawn_lines import DrawnLines, drawn_lines
 from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.factors import FactorGraph, Group, Nested
