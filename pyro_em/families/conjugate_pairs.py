@@ -172,8 +172,8 @@ def _negative_binomial_base(x: Tensor, a: Arguments) -> Tensor:
 
 
 def _categorical(x: Tensor, a: Arguments) -> Tensor:
-    size = a["probs"].shape[-1]
-    out = a["probs"].new_zeros(*x.shape, size)
+    given = a["probs"] if "probs" in a else a["logits"]
+    out = given.new_zeros(*x.shape, given.shape[-1])
     return out.scatter_(-1, x.long().unsqueeze(-1), 1.0)
 
 
@@ -225,15 +225,25 @@ PAIRS: Mapping[tuple[str, type, str, float], Pair] = {
         )
     },
     ("gamma", dist.Laplace, "scale", -1.0): Pair("scale", _deviation, _laplace_base),
-    ("beta", dist.Bernoulli, "probs", 1.0): Pair("probs", _bernoulli, _no_base),
-    ("beta", dist.Binomial, "probs", 1.0): Pair("probs", _binomial, _binomial_base),
-    ("beta", dist.Geometric, "probs", 1.0): Pair("probs", _geometric, _no_base),
-    ("beta", dist.NegativeBinomial, "probs", 1.0): Pair(
-        "probs", _negative_binomial, _negative_binomial_base, ("total_count",)
-    ),
-    ("dirichlet", dist.Categorical, "probs", 1.0): Pair("probs", _categorical, _no_base),
-    ("dirichlet", dist.OneHotCategorical, "probs", 1.0): Pair("probs", _counts, _no_base),
-    ("dirichlet", dist.Multinomial, "probs", 1.0): Pair("probs", _counts, _multinomial_base),
+    **{
+        (kind, child, argument, 1.0): Pair(argument, *rest)
+        for argument in ("probs", "logits")
+        for kind, child, *rest in (
+            ("beta", dist.Bernoulli, _bernoulli, _no_base),
+            ("beta", dist.Binomial, _binomial, _binomial_base),
+            ("beta", dist.Geometric, _geometric, _no_base),
+            (
+                "beta",
+                dist.NegativeBinomial,
+                _negative_binomial,
+                _negative_binomial_base,
+                ("total_count",),
+            ),
+            ("dirichlet", dist.Categorical, _categorical, _no_base),
+            ("dirichlet", dist.OneHotCategorical, _counts, _no_base),
+            ("dirichlet", dist.Multinomial, _counts, _multinomial_base),
+        )
+    },
     ("wishart", dist.MultivariateNormal, "precision_matrix", 1.0): Pair(
         "precision_matrix", _outer_square, _multivariate_normal_base
     ),

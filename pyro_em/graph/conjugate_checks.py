@@ -63,6 +63,8 @@ def _is_as_read(
         event = reinterpreted + family.argument_event_dim(read.pair.argument)
         dims = layout.place(name)[1]
         a = compact(tensor.detach(), event, dims, reinterpreted, tensor)
+        if read.pair.argument == "logits":
+            a = a.sigmoid() if kernel.support == "unit" else a.softmax(-1)
         value = own[read.latent].detach()
         value = value.reshape(-1, *value.shape[value.dim() - kernel.event_dim :])
         reads = read.elements >= 0

@@ -29,7 +29,7 @@ from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
 from pyro_em.graph.powers import power_of
-from pyro_em.graph.shares import share_of
+from pyro_em.graph.shares import share_of, share_of_log_odds
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import forward_of, numbers_read, random_like
 from pyro_em.graph.structure import Structure
@@ -188,7 +188,8 @@ def _read_of(
         if kernel.support == "positive" and family.argument_event_dim(argument):
             elements = _of_matrices(elements, latent, where, f"{kind}.{argument}")
     elif kernel.support == "unit":
-        share = share_of(brought(tensor), values[latent], latent)
+        read = share_of_log_odds if argument == "logits" else share_of
+        share = read(brought(tensor), values[latent], latent)
         power = share if isinstance(share, str) else 1.0
         if not isinstance(share, str):
             elements = share.elements
@@ -197,8 +198,9 @@ def _read_of(
     else:
         own = {latent: values[latent]}
         binding = bind(tensor, own, layout=brought, normalised=argument)
+        maps = ["log"] if argument == "logits" else []
         plain = binding.how == "selection" and all(
-            not s.maps and s.factor is None for s in binding.selections
+            [m.name for m in s.maps] == maps and s.factor is None for s in binding.selections
         )
         power = 1.0 if plain else binding.reason or "it is no selection of its elements"
         elements = binding.selections[0].index if plain else torch.empty(0)

@@ -98,9 +98,45 @@ def _by_class() -> None:
         pyro.sample("x", dist.Poisson(rate[z]), obs=COUNTS)
 
 
+def _twice_the_log_odds() -> None:
+    p = pyro.sample("v", dist.Beta(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Geometric(logits=2 * torch.logit(p)), obs=COUNTS)
+
+
+def _clamped_log_odds() -> None:
+    p = pyro.sample("v", dist.Beta(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Geometric(logits=torch.logit(p, eps=1e-3)), obs=COUNTS)
+
+
+def _tempered() -> None:
+    p = pyro.sample("v", dist.Dirichlet(torch.ones(6)))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Categorical(logits=p.log() / 2), obs=COUNTS.long())
+
+
+def _of_two_logarithms() -> None:
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson((rate.log() + rate.log()).exp()), obs=COUNTS)
+
+
+def _to_a_learned_power() -> None:
+    power = pyro.param("power", torch.tensor(1.0))
+    rate = pyro.sample("v", dist.Gamma(A, B))
+    with pyro.plate("rows", 5):
+        pyro.sample("x", dist.Poisson((power * rate.log()).exp()), obs=COUNTS)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (_twice_the_log_odds, "Geometric.logits of 'v' is not the latent itself: it is neither"),
+        (_clamped_log_odds, r"an operation that makes no log odds reaches it \(logit\)"),
+        (_tempered, "Categorical.logits of 'v' is not the latent itself: a factor"),
+        (_of_two_logarithms, r"no product reaches it \(add\)"),
+        (_to_a_learned_power, r"no product reaches it \(mul\)"),
         (_two_powers, "Poisson.rate of 'v', its power 0.5"),
         (_mirrored, r"Geometric.probs of 'v' is not the latent itself: it is neither an element"),
         (_product, "it reads 'v' and 'u'"),
