@@ -30,13 +30,14 @@ from pyro_em.densities.affine_rows import (
 from pyro_em.densities.density import KeepsRows, PlainRows
 from pyro_em.densities.gaussian import products, unfolding
 from pyro_em.errors import Handover
-from pyro_em.families.family import Rule, link_of
+from pyro_em.families.family import link_of
 from pyro_em.graph.binding import LINKS
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.coefficients import FAR
+from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.newton import climb
-from pyro_em.updates.predictors import Curved, Predictor, predictors_of
+from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.update import Newton, ParameterUpdate
 
 Values = Mapping[str, Tensor]
@@ -304,9 +305,11 @@ def as_predicted(
     if not newton or group.event_dims or group.elements is not None:
         return None
     found = [p for p in predictors_of(graph, names) if p.group == g]
-    if len(found) != 1 or not _is_own(g, found[0], graph, updates, values):
+    if len(found) != 1:
         return None
     (predictor,) = found
+    if not isinstance(predictor, Predictor) or not _is_own(g, predictor, graph, updates, values):
+        return None
     lead, event = predictor.lead, predictor.event
     own = not group.observed
     is_gate = own and not event
@@ -390,8 +393,6 @@ def _of_rows(
     statistics = dict(family.statistics(group.value, arguments))
     like = next(iter(statistics.values()))
     one = torch.ones(like.shape[:batch], dtype=like.dtype, device=like.device)
-    if not isinstance(predictor.rule, Rule):
-        return None
     n, d = predictor.rule.contribution({**statistics, "weight": one}, arguments)
     eta = predictor.binding.constant[(slice(None),) * lead + (slice(0, 1),) * (batch - lead)]
     eta = torch.zeros_like(eta).to(torch.float64)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.families import maxima
-from pyro_em.families.family import Arguments, Family, NaturalForm, PredictorRule, Statistics
-from pyro_em.families.forms import Kind
+from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
+from pyro_em.families.predicted import GAMMA
 
 FAR = 1e30
 """In place of an infinite statistic at the edge of a support: times a weight of zero it is zero."""
@@ -173,9 +173,7 @@ FAMILIES = (
         natural=NaturalForm(
             _SHAPE_AND_RATE, _gamma_coefficients, _gamma_derivatives, maximum=maxima.gamma
         ),
-        predictors={
-            "rate": PredictorRule(Kind.RATE, "exp", lambda x, a: (a["concentration"], x)),
-        },
+        predicted=GAMMA,
     ),
     Family(
         dist.InverseGamma,

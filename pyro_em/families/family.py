@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.families.forms import Kind
+from pyro_em.families.predicted import PredictedForm
 
 Arguments = Mapping[str, Tensor]
 
@@ -108,29 +109,14 @@ class Rule:
         return self.kind.form.is_gram and self.link is not CHOLESKY
 
 
-@dataclass(frozen=True)
-class PredictorRule:
-    """An argument in whose predictor the log density has a known form, the other arguments given.
-
-    Attributes:
-        kind: The functional form.
-        inverse_link: What makes the argument of the predictor; empty where it is the predictor.
-        terms: Numerator and denominator of one datum, from its value and the arguments.
-    """
-
-    kind: Kind
-    inverse_link: str
-    terms: Callable[[Tensor, Arguments], tuple[Tensor, Tensor]]
-
-
 def link_of(family: Family, argument: str) -> str | None:
     """What makes an argument of a linear predictor in which the log density is concave, by its name.
 
     Returns:
         Empty where the argument itself is the predictor; None where no such update is known.
     """
-    if argument in family.predictors:
-        return family.predictors[argument].inverse_link
+    if family.predicted is not None and argument in family.predicted.links:
+        return family.predicted.links[argument]
     rule = family.rules.get(argument)
     if rule is None or not rule.kind.form.inverse_link:
         return None
@@ -275,7 +261,7 @@ class Family:
             collapsed; the absolute value by default.
         natural: The linear form of the density; arguments without rules have a joint maximiser from its
             sums.
-        predictors: Arguments without a rule of which a link is a linear predictor, given the others.
+        predicted: The density in predictors of its arguments, of which none has a rule.
 
     Example:
         >>> from pyro_em.families import family_of
@@ -295,7 +281,7 @@ class Family:
     additive: bool = True
     magnitude: Callable[[Tensor], Tensor] = torch.abs
     natural: NaturalForm | None = None
-    predictors: Mapping[str, PredictorRule] = field(default_factory=dict)
+    predicted: PredictedForm | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A record of this library goes by its distribution: most functions have no name."""

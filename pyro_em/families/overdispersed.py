@@ -16,7 +16,7 @@ distributions", Biometrika 37, for the likelihood by numbers above.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import product
 
 import pyro.distributions as dist
@@ -24,8 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_em.families.family import Arguments, Family, NaturalForm, PredictorRule, Statistics
-from pyro_em.families.forms import Kind
+from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
+from pyro_em.families.predicted import (
+    GAMMA_POISSON,
+    NEGATIVE_BINOMIAL,
+    PredictedForm,
+    log_rising,
+)
 
 MANY = 2**14
 """Counts above this one are no table."""
@@ -126,14 +131,6 @@ def _base(x: Tensor) -> Tensor:
     return -(x + 1).lgamma()
 
 
-def log_rising(r: Tensor, x: Tensor) -> Tensor:
-    """log Γ(r + x) − log Γ(r), by Stirling's series where the difference would cancel."""
-    inverse = (r + x).reciprocal()
-    rest = (inverse - inverse**3 / 30 - r.reciprocal() + r**-3 / 30) / 12
-    far = x * (r + x).log() + (r - 0.5) * (x / r).log1p() - x + rest
-    return torch.where(r > 1e3, far, (r + x).lgamma() - r.lgamma())
-
-
 def _log_density(name: str) -> Callable[[Tensor, Arguments], Tensor]:
     def density(x: Tensor, a: Arguments) -> Tensor:
         log_p, log_q = _log_odds(a)
@@ -143,19 +140,7 @@ def _log_density(name: str) -> Callable[[Tensor, Arguments], Tensor]:
     return density
 
 
-def _successes(x: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-    """Of a negative binomial: x successes among x + r."""
-    return x, x + a["total_count"]
-
-
-def _shares(x: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
-    """Of a Gamma-Poisson with η = log β: α log σ(η) + x log σ(−η)."""
-    return a["concentration"], x + a["concentration"]
-
-
-def _family(
-    distribution: type, predictors: Mapping[str, PredictorRule], shape: str, *others: str
-) -> Family:
+def _family(distribution: type, predicted: PredictedForm, shape: str, *others: str) -> Family:
     return Family(
         distribution,
         _statistics,
@@ -169,22 +154,11 @@ def _family(
             of_counts=True,
             base=_base,
         ),
-        predictors=predictors,
+        predicted=predicted,
     )
 
 
-_BINOMIAL = {
-    "probs": PredictorRule(Kind.PROBABILITY, "sigmoid", _successes),
-    "logits": PredictorRule(Kind.PROBABILITY, "", _successes),
-}
-
-
 FAMILIES = (
-    _family(dist.NegativeBinomial, _BINOMIAL, "total_count", "probs", "logits"),
-    _family(
-        dist.GammaPoisson,
-        {"rate": PredictorRule(Kind.PROBABILITY, "exp", _shares)},
-        "concentration",
-        "rate",
-    ),
+    _family(dist.NegativeBinomial, NEGATIVE_BINOMIAL, "total_count", "probs", "logits"),
+    _family(dist.GammaPoisson, GAMMA_POISSON, "concentration", "rate"),
 )

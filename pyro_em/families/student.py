@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_em.families.family import Arguments, Family, NaturalForm, Statistics
 from pyro_em.families.maxima import student
-from pyro_em.families.overdispersed import log_rising
+from pyro_em.families.predicted import log_rising
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
 * a known factor c in a = c f(θ[index]) is an exposure, also in f(c θ[index]) where f is a power;
 * a is *affine* if every node is linear in θ: a = J θ + offset, or a known function of such a predictor
   (`pyro_em.graph.affine`);
+* a product a·exp(x·w), or logits x·w − log a, is affine in w and in the logarithm of a
+  (`pyro_em.graph.log_affine`);
 * a product of a matrix with its own transpose, Π = A Aᵀ, of matrices A that are selected, is a map of
   these: both factors are read, and have to select the same elements, one of them transposed;
 * ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
@@ -29,6 +31,7 @@ from torch.autograd.graph import Node
 
 from pyro_em.graph.affine import as_affine
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.log_affine import as_log_affine
 from pyro_em.graph.nodes import Point, below_expansion, is_leaf, nodes_below
 from pyro_em.graph.products import as_product, as_sum
 from pyro_em.graph.selections import as_selection
@@ -42,6 +45,7 @@ def bind(
     normalised: str = "",
     allow_affine: bool = False,
     link: str = "",
+    allow_logs: bool = False,
     allow_product: bool = False,
     plates: int = 0,
     max_cells: int = 2**27,
@@ -57,6 +61,7 @@ def bind(
             rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
         link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
+        allow_logs: Whether a predictor that is affine in logarithms of parameters is of use.
         allow_product: Whether matrices A Aᵀ and their sums are of use.
         plates: How many of the first dimensions of the layout are plates.
         max_cells: The most numbers of a Jacobian to hold.
@@ -92,6 +97,10 @@ def bind(
         affine = as_affine(point, top, constant, names, leaves, normalised, link, plates, max_cells)
         if isinstance(affine, Binding):
             return affine
+        if allow_logs:
+            found = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
+            if found is not None:
+                return found
         return Binding("opaque", names, constant, reason=affine)
     return Binding("opaque", names, constant, reason=selection)
 

@@ -166,6 +166,7 @@ class Binding:
         reason: Why it is no stronger, in words.
         normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
         link: Of an affine binding what makes the argument of the predictor, by its name in `LINKS`.
+        logs: Parameters in whose logarithms the predictor is affine, with derivatives in these.
     """
 
     how: str
@@ -176,6 +177,7 @@ class Binding:
     reason: str = ""
     normalise: str = ""
     link: str = ""
+    logs: tuple[str, ...] = ()
 
     @cached_property
     def is_static(self) -> bool:
@@ -221,6 +223,7 @@ class Binding:
             self.reason,
             self.normalise,
             self.link,
+            self.logs,
         )
 
     def thin(self) -> Binding:
@@ -240,7 +243,8 @@ class Binding:
         out = None if self.is_without_constant else self.constant
         for name, jacobian in self.jacobians.items():
             # A parameter may be coarser than the data.
-            term = jacobian @ values[name].reshape(-1).to(jacobian.dtype)
+            theta = values[name].reshape(-1).to(jacobian.dtype)
+            term = jacobian @ (theta.log() if name in self.logs else theta)
             out = term if out is None else out + term
         return self.constant if out is None else out
 
@@ -296,6 +300,7 @@ def joined(bindings: Sequence[Binding], join: Callable[[list[Tensor]], Tensor]) 
         first.reason,
         first.normalise,
         first.link,
+        first.logs,
     )
 
 

@@ -272,6 +272,7 @@ class FactorLayout:
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=may_be_affine(family, arg),
                     link=link_of(family, arg) or "",
+                    allow_logs=family.predicted is not None,
                     allow_product=may_be_product(family, arg),
                     plates=len(info.plates),
                 )

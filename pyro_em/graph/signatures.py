@@ -113,6 +113,7 @@ class Recurring:
         normalised: str = "",
         allow_affine: bool = False,
         link: str = "",
+        allow_logs: bool = False,
         allow_product: bool = False,
         plates: int = 0,
     ) -> Binding:
@@ -125,12 +126,14 @@ class Recurring:
             normalised: As there.
             allow_affine: As there.
             link: As there.
+            allow_logs: As there.
             allow_product: As there.
             plates: As there.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        key = (graph, form, *kind, normalised, allow_affine, link, allow_product, plates)
+        allowed = (allow_affine, link, allow_logs, allow_product)
+        key = (graph, form, *kind, normalised, *allowed, plates)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
@@ -147,6 +150,7 @@ class Recurring:
             normalised=normalised,
             allow_affine=allow_affine,
             link=link,
+            allow_logs=allow_logs,
             allow_product=allow_product,
             plates=plates,
         )

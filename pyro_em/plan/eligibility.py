@@ -263,8 +263,7 @@ def _no_sums(
         return f"'{site}' ({kind}) has no sums"
     for argument, binding in group.bindings.items():
         is_line = binding.how == "affine" and argument == "loc"
-        if argument not in group.family.predictors:
-            is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
+        is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
         if not is_line and binding.how not in ("constant", "selection"):
             how = "a sum" if binding.how == "sum" else binding.how
             return f"{argument} of '{site}' ({kind}) is {how} in its parameters"

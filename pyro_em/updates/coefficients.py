@@ -2,9 +2,9 @@
 
     Q(θ) = Σ_cells f(η) − ½ Σ_j (θ_j − μ_j)² / σ_j²
 
-What the data hold on both sides has a maximum. Where some covariate tells outcomes apart without an
-error the likelihood rises towards infinite coefficients: they are left where predictions are certain to
-ten digits, and it is said.
+A dispersion is found with them, by its logarithm. What the data hold on both sides has a maximum. Where
+some covariate tells outcomes apart without an error the likelihood rises towards infinite coefficients:
+they are left where predictions are certain to ten digits, and it is said.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_em.distributions import is_real
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.curved import Curved
+from pyro_em.updates.dispersed import Dispersed, positive
 from pyro_em.updates.least_squares import normal_priors
 from pyro_em.updates.newton import climb
-from pyro_em.updates.predictors import Curved, predictors_of
+from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.update import ParameterUpdate
 
 Ask = Callable[[Mapping[str, Tensor]], Curved]
@@ -61,24 +64,35 @@ def coefficients(
         values: The current parameters.
         updates: What was decided per parameter, for Normal priors.
     """
-    start = torch.cat([values[name].detach().reshape(-1).to(torch.float64) for name in block])
+    bounded = {name for name in block if not is_real(graph.parameters[name].constraint)}
+    start = torch.cat([_coordinate(values[n].detach(), n in bounded).reshape(-1) for n in block])
+    is_concave = all(isinstance(p, Predictor) for p in predictors_of(graph, block))
     precision, pull = normal_priors(block, graph, values, updates, start)
 
     def split(flat: Tensor) -> dict[str, Tensor]:
         parts = flat.split([values[name].numel() for name in block])
-        return {n: p.reshape(values[n].shape) for n, p in zip(block, parts, strict=True)}
+        return {
+            n: (p.exp() if n in bounded else p).reshape(values[n].shape)
+            for n, p in zip(block, parts, strict=True)
+        }
 
     def of(place: Tensor) -> Curved:
         found = ask(split(place))
-        if precision is None:
-            return found
-        away = place - start
-        value = torch.dot(pull, away) - 0.5 * torch.dot(precision, away * away)
-        return found + Curved(value, pull - precision * away, torch.diag(precision))
+        if precision is not None:
+            away = place - start
+            value = torch.dot(pull, away) - 0.5 * torch.dot(precision, away * away)
+            found = found + Curved(value, pull - precision * away, torch.diag(precision))
+        return found if is_concave else positive(found)
 
     found = climb(of, start)
     new = {n: v.to(values[n].dtype) for n, v in split(found.place).items()}
     return Coefficients(new, found.gain, found.last, found.is_settled)
+
+
+def _coordinate(value: Tensor, is_positive: bool) -> Tensor:
+    """What Newton's method moves: a coefficient, or the logarithm of a positive parameter."""
+    wide = value.to(torch.float64)
+    return wide.log() if is_positive else wide
 
 
 def separated(
@@ -88,7 +102,7 @@ def separated(
     step: Tensor,
     far: float,
 ) -> str:
-    """The sentence on coefficients that run off; empty where they do not.
+    """The sentence on coefficients, or a dispersion, that run off; empty where they do not.
 
     Args:
         block: Parameter names.
@@ -97,9 +111,13 @@ def separated(
         step: The last step of all parameters of the block. # (P,)
         far: By how much it moves the predictor of a cell.
     """
-    if far < FAR:
+    bounded = [not is_real(graph.parameters[p].constraint) for p in block]
+    spread = [values[p].numel() * [b] for p, b in zip(block, bounded, strict=True)]
+    is_log = torch.tensor([b for own in spread for b in own], device=step.device)
+    is_dispersion = bool((step[is_log].abs() >= FAR).any())
+    if far < FAR and not is_dispersion:
         return ""
-    flat = int(step.abs().argmax())
+    flat = int((torch.where(is_log, step, 0.0) if is_dispersion else step).abs().argmax())
     name = block[-1]
     for p in block:
         if flat < values[p].numel():
@@ -112,6 +130,20 @@ def separated(
     reached = predictors_of(graph, [name])
     sites = dict.fromkeys(graph.groups[p.group].members[0] for p in reached)
     shown = ", ".join(f"'{site}'" for site in sites)
+    if is_dispersion:
+        limits = [p.form.limit for p in reached if isinstance(p, Dispersed)]
+        return message(
+            f"parameter '{name}'{which}",
+            f"it runs off: site {shown} goes to {limits[0]}.",
+            "the data vary no more than they do in that limit, which the likelihood only approaches; "
+            "it is kept where less than 1e-10 nats are left",
+            [
+                "use the distribution of the limit, for this component or for all",
+                f"give it a prior: {name} = pyro.sample('{name}', dist.Gamma(2., 0.1)…) and "
+                "guide='map'",
+                "use fewer components",
+            ],
+        )
     return message(
         f"parameter '{name}'{which}",
         f"it runs off: the linear predictor of site {shown} separates the data without an error.",

@@ -15,7 +15,8 @@ from pyro_em.errors import Handover
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.coefficients import coefficients, separated
-from pyro_em.updates.predictors import Curved, predictors_of
+from pyro_em.updates.curved import Curved
+from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.update import ParameterUpdate
 
 
@@ -36,7 +37,7 @@ class CurveSolver:
     @property
     def adds(self) -> bool:
         """Whether sums of parts of the data add up: no predictor differs from row to row."""
-        found = predictors_of(self.graph, self.block)
+        found = self._predictors()
         return all(n == 1 for p in found for n in p.binding.constant.shape[: p.lead])
 
     def solve(
@@ -55,7 +56,7 @@ class CurveSolver:
         Raises:
             Handover: If the coefficients run off: an M-step through tables says so.
         """
-        found = predictors_of(self.graph, self.block)
+        found = self._predictors()
         cells = [p.cells(statistics[p.group], arguments[p.group]) for p in found]
 
         def ask(new: Mapping[str, Tensor]) -> Curved:
@@ -70,3 +71,8 @@ class CurveSolver:
             if separated(self.block, self.graph, values, reached.last, far):
                 raise Handover
         return reached.values
+
+    def _predictors(self) -> list[Predictor]:
+        """Those whose sums suffice; a dispersion needs rows, which its own density has."""
+        found = predictors_of(self.graph, self.block)
+        return [p for p in found if isinstance(p, Predictor)]

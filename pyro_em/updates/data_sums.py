@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Rule, Statistics
+from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.tracing.parameters import TracedParameter, values_of
 from pyro_em.updates.closed_form import Blend, closed_form, solver_of
+from pyro_em.updates.curved import Curved
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.edges import refuse_edge
 from pyro_em.updates.ends import outermost
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.least_squares import Equations, equations_of, least_squares
-from pyro_em.updates.predictors import Curved, Predictor, predictors_of
+from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
 from pyro_em.updates.summed_objective import SummedGroup
@@ -117,7 +119,9 @@ class Derivatives:
     hessian: Tensor | None
 
 
-_Cells = tuple[tuple[tuple[str, ...], int], list[tuple[Predictor, tuple[Tensor, Tensor]]]]
+_Ask = Callable[[Sequence[str], Mapping[str, Tensor]], Curved]
+_Move = Callable[[Sequence[str], Mapping[str, Tensor], Tensor], float]
+_Cells = tuple[tuple[tuple[str, ...], int], list[tuple[_Ask, _Move]]]
 
 
 class DataSums:
@@ -230,7 +234,7 @@ class DataSums:
     def _is_predicted(self, g: int) -> bool:
         """Whether a group is read from its data: coefficients of a predictor without statistics."""
         group = self.graph.groups[g]
-        if group.family is None or not group.family.predictors or group.belief is not None:
+        if group.family is None or group.family.predicted is None or group.belief is not None:
             return False
         return any(isinstance(self.updates[p].update, Newton) for p in group.params)
 
@@ -302,28 +306,27 @@ class DataSums:
 
     def curved(self, block: Sequence[str], values: Mapping[str, Tensor]) -> Curved:
         """The expected log joint in the coefficients of linear predictors, with its derivatives."""
-        parts = [p.curved(sums, block, values) for p, sums in self._predicted(block)]
+        parts = [curved(block, values) for curved, _ in self._predicted(block)]
         return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
 
     def furthest(self, block: Sequence[str], step: Tensor) -> float:
         """By how much a step of coefficients moves the predictor of any cell that has data."""
-        found = [p.furthest(s, block, self.values, step) for p, s in self._predicted(block)]
-        return max(found)
+        return max(far(block, self.values, step) for _, far in self._predicted(block))
 
-    def _predicted(self, block: Sequence[str]) -> list[tuple[Predictor, tuple[Tensor, Tensor]]]:
+    def _predicted(self, block: Sequence[str]) -> list[tuple[_Ask, _Move]]:
         """The predictors that a block reaches, with the sums of their cells as arguments are now."""
         if self._cells is None or self._cells[0] != (tuple(block), self._followed):
             found = predictors_of(self.graph, block)
-            plain = [p for p in found if isinstance(p.rule, Rule)]
-            statistics = self._taken(p.group for p in plain)
-            each = []
+            statistics = self._taken(p.group for p in found if isinstance(p, Predictor))
+            each: list[tuple[_Ask, _Move]] = []
             for p in found:
                 own = self.arguments[p.group]
-                if isinstance(p.rule, Rule):
-                    each.append((p, p.cells(statistics[p.group], own)))
+                if isinstance(p, Predictor):
+                    sums = p.cells(statistics[p.group], own)
+                    each.append((partial(p.curved, sums), partial(p.furthest, sums)))
                 else:
-                    group = self.graph.groups[p.group]
-                    each.append((p, p.cells_of(group, self.counts[p.group], own)))
+                    cells = p.cells_of(self.counts[p.group], own)
+                    each.append((partial(p.curved, cells), partial(p.furthest, cells)))
             self._cells = (tuple(block), self._followed), each
         return self._cells[1]
 

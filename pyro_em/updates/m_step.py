@@ -27,6 +27,7 @@ from pyro_em.tracing.parameters import (
 )
 from pyro_em.updates.closed_form import Blend, apply_floor, floor_of, solver_of
 from pyro_em.updates.coefficients import coefficients, separated
+from pyro_em.updates.curved import Curved
 from pyro_em.updates.data_sums import (
     DataSums,
     Derivatives,
@@ -44,7 +45,6 @@ from pyro_em.updates.least_squares import solved
 from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
 from pyro_em.updates.noiseless import noiseless_in_words
 from pyro_em.updates.parted_objective import parted
-from pyro_em.updates.predictors import Curved
 from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
 from pyro_em.updates.unbounded import unbounded_in_words
 from pyro_em.updates.update import (

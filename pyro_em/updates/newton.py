@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_em.updates.predictors import Curved
+from pyro_em.updates.curved import Curved
 from pyro_em.updates.pseudo_inverse import pseudo_solve
 
 _STEPS = 200

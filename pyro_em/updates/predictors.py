@@ -19,36 +19,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Arguments, PredictorRule, Rule, Statistics, link_of
+from pyro_em.families.family import Arguments, Rule, Statistics, link_of
 from pyro_em.graph.binding import LINKS, Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.jacobian import Jacobian
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.updates.beliefs import Moments
+from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
+from pyro_em.updates.dispersed import Dispersed, dispersed_at
 from pyro_em.updates.scatter import sum_to
-
-
-@dataclass(frozen=True, eq=False)
-class Curved:
-    """A function of some parameters at a place, with its derivatives.
-
-    Attributes:
-        value: In nats. # ()
-        gradient: # (P,)
-        curvature: Minus the matrix of second derivatives. # (P, P)
-    """
-
-    value: Tensor
-    gradient: Tensor
-    curvature: Tensor
-
-    def __add__(self, other: Curved) -> Curved:
-        return Curved(
-            self.value + other.value,
-            self.gradient + other.gradient,
-            self.curvature + other.curvature,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +45,14 @@ class Predictor:
 
     group: int
     argument: str
-    rule: Rule | PredictorRule
+    rule: Rule
     binding: Binding
     lead: int
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The parameters that reach it."""
+        return self.binding.params
 
     @property
     def event(self) -> int:
@@ -80,24 +65,7 @@ class Predictor:
         # (*cells, *event), (*cells, *event or 1s)
         """
         detached = {k: a.detach() for k, a in arguments.items()}
-        assert isinstance(self.rule, Rule)
         return self._laid_out(*self.rule.contribution(statistics, detached))
-
-    def cells_of(self, group: Group, counts: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
-        """As `cells`, from the data: the family has no statistics for this argument.
-
-        Args:
-            group: The predictor's group.
-            counts: Expected counts. # (members, *sizes)
-            arguments: As they are now.
-        """
-        assert isinstance(self.rule, PredictorRule)
-        weights = counts.reshape(counts.shape + (1,) * group.event_dims)
-        if group.elements is not None:
-            weights = weights * group.elements
-        detached = {k: a.detach() for k, a in arguments.items()}
-        n, d = self.rule.terms(group.value, detached)
-        return self._laid_out(weights * n, weights * d)
 
     def _laid_out(self, n: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """Sums on the cells of the predictor, in float64."""
@@ -167,17 +135,24 @@ class Predictor:
         return out
 
 
-def predictors_of(graph: FactorGraph, names: Sequence[str]) -> list[Predictor]:
-    """All predictors that some parameters reach."""
-    out = []
+def predictors_of(graph: FactorGraph, names: Sequence[str]) -> list[Predictor | Dispersed]:
+    """All predictors that some parameters reach; those of a group with a dispersion together."""
+    out: list[Predictor | Dispersed] = []
     for g, group in enumerate(graph.groups):
+        if not set(names).intersection(group.params):
+            continue
+        dispersed = dispersed_at(g, group, graph.parameters)
+        if dispersed is not None:
+            if set(names).intersection(dispersed.params):
+                out.append(dispersed)
+            continue
         for argument, binding in group.bindings.items():
             if not set(names).intersection(binding.params):
                 continue
             linear = predictor_binding(group, argument, graph.parameters)
             if linear is not None:
                 assert group.family is not None
-                rule = group.family.predictors.get(argument) or group.family.rules[argument]
+                rule = group.family.rules[argument]
                 out.append(Predictor(g, argument, rule, linear, 1 + group.n_plates))
     return out
 
@@ -202,7 +177,11 @@ def predictor_binding(
     if group.family is None or reads_latents or argument not in group.bindings:
         return None
     link, binding = link_of(group.family, argument), group.bindings[argument]
-    if link is None or binding.how not in ("affine", "selection"):
+    if (
+        link is None
+        or argument not in group.family.rules
+        or binding.how not in ("affine", "selection")
+    ):
         return None
     if binding in _known:
         return _known[binding]

@@ -10,6 +10,7 @@ from pyro_em.distributions import bounds, is_real
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.dispersed import dispersed_at
 from pyro_em.updates.predictors import predictor_binding
 from pyro_em.updates.read_priors import as_prior, as_spread_of_prior, is_normal, why_not_conjugate
 from pyro_em.updates.read_uses import as_use, disagreement, is_end, shown_places, why_outside
@@ -56,6 +57,11 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
             else:
                 priors.append(prior)
             is_used = True
+        dispersed = dispersed_at(g, group, graph.parameters)
+        if dispersed is not None and name in dispersed.params:
+            curved = is_used = True
+            predicted += dispersed.places(name)
+            continue
         for argument, binding in group.bindings.items():
             if binding.how == "opaque" and not binding.params:
                 continue
@@ -108,9 +114,14 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
             return ParameterUpdate(name, Gradient(), reason)
         if not all(is_normal(graph, p) for p in priors):
             return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
-        what = " and ".join(dict.fromkeys(predicted)) + " is linear in it"
-        if not all(p.endswith("logits") for p in predicted):
-            what = " and ".join(dict.fromkeys(predicted)) + " has a predictor that is linear in it"
+        named = tuple(dict.fromkeys(predicted))
+        what, has = " and ".join(named), "has" if len(named) == 1 else "have"
+        if not is_real(constraint):
+            what += f" {has} a predictor with its logarithm"
+        elif all(p.endswith("logits") for p in named):
+            what += f" {'is' if len(named) == 1 else 'are'} linear in it"
+        else:
+            what += f" {has} a predictor that is linear in it"
         reason = what + (", with a Normal prior" if priors else "")
         return ParameterUpdate(name, Newton(), reason, priors=tuple(priors))
     if affine:

@@ -62,7 +62,7 @@ def with_newton(
     """Blocks of Newton's method on data: coefficients that share a linear predictor."""
     decided = dict(before)
     curved = {n for n, u in decided.items() if isinstance(u.update, Newton)}
-    read = [set(predictor.binding.params) for predictor in predictors_of(graph, [*curved])]
+    read = [set(predictor.params) for predictor in predictors_of(graph, [*curved])]
     for together in _joined(read, curved):
         for p in together:
             decided[p] = replace(decided[p], block=_in_order(graph, together))
