@@ -128,7 +128,7 @@ def some_rows(graph: FactorGraph, plate: str, rows: Tensor) -> FactorGraph:
             return one.expand(shape)
 
         sizes = (*group.sizes[: at - 1], len(rows), *group.sizes[at:])
-        groups.append(replace(_mapped(group, cut), sizes=sizes))
+        groups.append(replace(mapped_group(group, cut), sizes=sizes))
     return replace(graph, groups=tuple(groups))
 
 
@@ -198,7 +198,7 @@ class _Whole:
                 return (one if filled is None else filled).expand(shape)
 
             sizes = tuple(self.slices.rows if at == 1 + d else n for d, n in enumerate(group.sizes))
-            groups.append(replace(_mapped(group, whole), sizes=sizes))
+            groups.append(replace(mapped_group(group, whole), sizes=sizes))
         structure, plate = self.slices.structure, self.slices.plate
         return replace(self.first, structure=structure, groups=tuple(groups), parted=plate)
 
@@ -237,18 +237,28 @@ def _once(t: Tensor) -> Tensor:
 
 
 def _tensors(group: Group) -> Iterator[Tensor]:
-    """All tensors of a group, in the order in which `_mapped` changes them."""
+    """All tensors of a group, in the order in which `mapped_group` changes them."""
     found: list[Tensor] = []
 
     def note(t: Tensor) -> Tensor:
         found.append(t)
         return t
 
-    _mapped(group, note)
+    mapped_group(group, note)
     return iter(found)
 
 
-def _mapped(group: Group, change: Callable[[Tensor], Tensor]) -> Group:
+def slice_of(group: Group, rows: slice) -> Group:
+    """A group with some elements of its first plate, in memory that it shares."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t[:, rows] if t.shape[1] > 1 else t
+
+    size = rows.stop - rows.start
+    return replace(mapped_group(group, cut), sizes=(size, *group.sizes[1:]))
+
+
+def mapped_group(group: Group, change: Callable[[Tensor], Tensor]) -> Group:
     """A group with other tensors; what no binding says is not held twice."""
 
     def maybe(t: Tensor | None) -> Tensor | None:

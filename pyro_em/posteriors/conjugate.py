@@ -158,24 +158,39 @@ class ConjugateBlock:
         return out
 
     def _summed(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
+        return self.added(i, arguments), self.onto_table(i, self.bases(i, arguments))
+
+    def added(self, i: int, arguments: Arguments) -> Tensor:
+        """Σ Δχ of a site's rows onto the elements of the latent. # (elements, cells or 1, P)"""
         group, read, reading = self.counted(i), self.reads[i - 1], self.readings[i - 1]
-        own, value = wide(arguments), as_wide(group.value)
-        delta, constant = read.pair.delta(value, own), read.pair.log_base(value, own)
+        delta = read.pair.delta(as_wide(group.value), wide(arguments))
         if read.order is not None:
             shape = torch.broadcast_shapes(delta.shape, read.order.shape)
             order = read.order.expand(shape)
             delta = delta.new_zeros(shape).scatter(-1, order, delta.expand(shape))
         if not reading.whole:
-            assert group.family is not None
-            reads = read.elements >= 0
-            delta = torch.where(reads.unsqueeze(-1), delta, 0.0)
-            constant = torch.where(reads, constant, group.family.log_prob(value, own))
+            delta = torch.where((read.elements >= 0).unsqueeze(-1), delta, 0.0)
         weight = self.weights_of_cells(i)
         if weight is not None:
             delta = torch.where(weight.unsqueeze(-1) == 0, 0.0, weight.unsqueeze(-1) * delta)
+        return reading.summed(rows_of(delta, group, 1, full=True))
+
+    def bases(self, i: int, arguments: Arguments) -> Tensor:
+        """log base of a site's rows, and the log densities of those that read no latent.
+
+        Returns:
+            In nats. # (rows, cells or 1)
+        """
+        group, read = self.counted(i), self.reads[i - 1]
+        own, value = wide(arguments), as_wide(group.value)
+        constant = read.pair.log_base(value, own)
+        if not self.readings[i - 1].whole:
+            assert group.family is not None
+            constant = torch.where(read.elements >= 0, constant, group.family.log_prob(value, own))
+        weight = self.weights_of_cells(i)
+        if weight is not None:
             constant = torch.where(weight == 0, 0.0, weight * constant)
-        delta = reading.summed(rows_of(delta, group, 1, full=True))
-        return delta, self.onto_table(i, rows_of(constant, group, full=True))
+        return rows_of(constant, group, full=True)
 
     def weights_of_cells(self, i: int) -> Tensor | None:
         """How much each number of a site counts; None where all count once.
