@@ -24,6 +24,7 @@ from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain
 from pyro_em.posteriors.collapsed import collapsed_rows
+from pyro_em.posteriors.conjugate_rows import conjugate_rows
 from pyro_em.posteriors.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
@@ -168,7 +169,8 @@ def kernel_of(
         chains = chain_sums(graph, updates, values)
         if isinstance(chains, Finding):
             return gaussian_kernel(graph, chains.what)
-        rows = chains or factor_rows(graph, updates, values) or collapsed_rows(graph, updates)
+        rows: QuickSteps | None = chains or factor_rows(graph, updates, values)
+        rows = rows or collapsed_rows(graph, updates) or conjugate_rows(graph, updates, values)
         return gaussian_kernel(graph, block=rows)
     parts = components_of(graph)
     finding = needs_more_than_sums(graph, updates)

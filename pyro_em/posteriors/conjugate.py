@@ -21,6 +21,7 @@ from pyro_em.families.conjugate_kernels import Few, PriorKernel, matrix_of
 from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.posteriors.conjugate_cells import Reading, alike, in_cells, in_order, plus, rows_of
+from pyro_em.posteriors.conjugate_elements import elements_of_latent
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import counts_once, elements_in, is_within, piece
 from pyro_em.updates.conjugate_beliefs import (
@@ -259,7 +260,7 @@ class ConjugateBlock:
         if is_within(group, self.plates):
             own = elements_in(group, self.plates).to(device)
         elif i == 0:
-            own = elements_of_latent(self, self.plates)[0]
+            own = elements_of_latent(self.groups, self.readings, self.count, self.plates)[0]
             return own[::width], own
         else:
             assert of_latent is not None
@@ -377,39 +378,3 @@ class ConjugateBlock:
             arguments={**group.arguments, name: argument * factor.to(argument)},
             bindings=group.bindings if binding is None else {**group.bindings, name: binding},
         )
-
-
-def elements_of_latent(block: ConjugateBlock, plates: tuple[str, ...]) -> tuple[Tensor, bool]:
-    """For each element of the latent that of some plates to which it belongs, and whether it crosses.
-
-    An element outside the plates belongs where those who read it are.
-
-    Returns:
-        # (elements,)
-    """
-    first = block.groups[0]
-    device = first.value.device
-    crossing = torch.zeros((), dtype=torch.bool, device=device)
-    if is_within(first, plates):
-        own = elements_in(first, plates).to(device)
-        low = own.repeat_interleave(block.count // max(len(own), 1))
-        high = low
-    else:
-        low = torch.full((block.count,), torch.iinfo(torch.long).max, device=device)
-        high = torch.full((block.count,), -1, device=device)
-    for group, reading in zip(block.groups[1:], block.readings, strict=True):
-        if not is_within(group, plates):
-            if not is_within(first, plates):
-                return low.clamp(max=0), True
-            continue
-        rows = rows_of(group.value.new_zeros(()), group, full=True).shape[0]
-        own = elements_in(group, plates).to(device)
-        own = own.repeat_interleave(rows // max(len(own), 1))
-        for at in reading.elements.unbind(-1):
-            at = at.expand(rows)
-            some = at >= 0
-            low = low.scatter_reduce(0, at[some], own[some], "amin")
-            high = high.scatter_reduce(0, at[some], own[some], "amax")
-    low = torch.where(high < 0, 0, low)
-    crossing = (high >= 0) & (low != high)
-    return low, bool(crossing.any())

@@ -18,7 +18,8 @@ from pyro_em.errors import Finding
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.posteriors.conjugate import ConjugateBlock, elements_of_latent
+from pyro_em.posteriors.conjugate import ConjugateBlock
+from pyro_em.posteriors.conjugate_elements import elements_of_latent
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks
 from pyro_em.posteriors.gaussian_components import NotSeparate, group_of_block
 from pyro_em.posteriors.gaussian_sites import over_scope, taken
@@ -268,7 +269,7 @@ def _with_plates(
     """The block with the plates of its table: those of the scope, and the data's if they can."""
 
     def crosses(plates: tuple[str, ...]) -> bool:
-        if elements_of_latent(block, plates)[1]:
+        if elements_of_latent(block.groups, block.readings, block.count, plates)[1]:
             return True
         return gaussian is not None and bool(elements_of_blocks(gaussian, plates)[1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from pyro_em.graph.by_rows import slice_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_totals import Rows
-from pyro_em.posteriors.gaussian import piece
 from pyro_em.updates.conjugate_beliefs import MANY_ROWS
 
 _WIDTH = 4  # numbers of a row up to which `MANY_ROWS` rows stay in the cache
@@ -75,10 +75,7 @@ class RowSlices:
 
     def _part(self, rows: slice) -> ConjugateBlock:
         block, size = self.block, rows.stop - rows.start
-        reads = [
-            self._read(i, read, rows)
-            for i, read in enumerate(block.reads)
-        ]
+        reads = [self._read(i, read, rows) for i, read in enumerate(block.reads)]
         weight = block.weight
         if weight is not None and weight.dim() and weight.shape[0] > 1:
             weight = weight[rows]
@@ -107,11 +104,23 @@ class RowSlices:
             self._elements[i, size] = read.elements[:, :size].clone()
         return replace(read, elements=self._elements[i, size], order=order)
 
+    def constants(self, block: ConjugateBlock) -> Tensor:
+        """Σ w log base of all sites below the latent, in nats. # ()"""
+        return torch.stack([self._constants(part) for part in self.parts()]).sum()
+
+    def _constants(self, part: ConjugateBlock) -> Tensor:
+        parts = []
+        for i in part.summed:
+            own = part.bases(i, part.groups[i].arguments)
+            if part.weight is not None:
+                own = _weight_of_cells(part).dot(part.onto_table(i, own)[:, 0])
+            parts.append(own.sum())
+        return torch.stack(parts).sum()
+
     def __call__(self) -> Iterator[Rows]:
         """What the data add, and the weights of elements; see `conjugate_totals.Source`."""
         for part in self.parts():
-            arguments = _traced(part)
-            added = [part.added(i, arguments) for i in part.summed]
+            added = [part.added(i, part.groups[i].arguments) for i in part.summed]
             yield sum(added[1:], added[0]).expand(part.count, 1, -1)[:, 0], weights_of(part)
 
 
@@ -132,10 +141,19 @@ class Collected:
             return None
         total: Tensor | None = None
         for i in block.summed:
-            for part, i_of_part in _children(block, i):
-                own = part.added(i_of_part, _traced(part))[:, 0]
+            for part in _children(block, i):
+                own = part.added(1, part.groups[1].arguments)[:, 0]
                 total = own if total is None else total.add_(own)
         return None if total is None else cls(total.expand(block.count, -1))
+
+    def constants(self, block: ConjugateBlock) -> Tensor:
+        """Σ log base of all sites below the latent, in nats. # ()"""
+        parts = [
+            part.bases(1, part.groups[1].arguments).sum()
+            for i in block.summed
+            for part in _children(block, i)
+        ]
+        return torch.stack(parts).sum()
 
     def __call__(self) -> Iterator[Rows]:
         """See `conjugate_totals.Source`."""
@@ -143,46 +161,27 @@ class Collected:
             yield self.added[rows], None
 
 
-def constants_of(block: ConjugateBlock) -> Tensor:
-    """Σ w log base of all sites below a latent, in nats. # ()"""
-    slices = RowSlices.of(block)
-    if slices is not None:
-        return torch.stack([_constants(part) for part in slices.parts()]).sum()
-    parts = [
-        part.bases(i, _traced(part)).sum() for n in block.summed for part, i in _children(block, n)
-    ]
-    return torch.stack(parts).sum()
-
-
-def _constants(part: ConjugateBlock) -> Tensor:
-    arguments, total = _traced(part), torch.zeros((), dtype=torch.float64)
-    for i in part.summed:
-        own = part.bases(i, arguments)
-        if part.weight is None:
-            total = total + own.sum()
-        else:
-            weight = part.weight.to(torch.float64).expand(part.sizes).reshape(-1)
-            total = total + weight.dot(part.onto_table(i, own)[:, 0])
-    return total
-
-
 def weights_of(part: ConjugateBlock) -> Tensor | None:
     """How often each element of a latent counts; None where each counts once. # (elements,)"""
     if part.weight is None:
         return None
-    weight = part.weight.to(torch.float64).expand(part.sizes).reshape(-1)
-    first = part.groups[0]
+    weight, first = _weight_of_cells(part), part.groups[0]
     if first.dims[0][: first.n_plates] != part.plates or len(weight) != part.count:
         weight = weight[part.element_of_row(0, events=True)]
     return weight
 
 
-def _children(block: ConjugateBlock, i: int) -> Iterator[tuple[ConjugateBlock, int]]:
-    """Blocks of one site below the latent, some of its rows each, and its number in them."""
+def _weight_of_cells(part: ConjugateBlock) -> Tensor:
+    assert part.weight is not None
+    return part.weight.to(torch.float64).expand(part.sizes).reshape(-1)
+
+
+def _children(block: ConjugateBlock, i: int) -> Iterator[ConjugateBlock]:
+    """Blocks of the latent and one site below it, some rows of that site each."""
     group, read = block.groups[i], block.reads[i - 1]
-    alone = {"apart": 0, "traced": (), "_sums": {}, "_equal": []}
     if not group.n_plates:
-        yield replace(block, groups=(block.groups[0], group), reads=(read,), **alone), 1
+        groups = block.groups[0], group
+        yield replace(block, groups=groups, reads=(read,), apart=0, traced=(), _sums={}, _equal=[])
         return
     width = max(1, group.value.numel() // max(group.sizes[0], 1))
     for rows in even_slices(group.sizes[0], max(1, MANY_ROWS * _WIDTH // max(width, _WIDTH))):
@@ -190,20 +189,12 @@ def _children(block: ConjugateBlock, i: int) -> Iterator[tuple[ConjugateBlock, i
         at = at[:, rows] if at.shape[1] > 1 else at
         order = order[:, rows] if order is not None and order.shape[1] > 1 else order
         own = replace(read, elements=at, order=order)
-        few = {**alone, "_sums": {}, "_equal": []}
-        yield replace(block, groups=(block.groups[0], slice_of(group, rows)), reads=(own,), **few), 1
-
-
-def _traced(block: ConjugateBlock) -> dict[str, Tensor]:
-    return {
-        piece(group.members[0], a): t
-        for group in block.groups[1:]
-        for a, t in group.arguments.items()
-    }
+        groups = block.groups[0], slice_of(group, rows)
+        yield replace(block, groups=groups, reads=(own,), apart=0, traced=(), _sums={}, _equal=[])
 
 
 def even_slices(count: int, most: int) -> list[slice]:
     """Slices of about equal length, of a number of rows each at the most."""
     parts = max(1, -(-count // most))
     ends = [count * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]

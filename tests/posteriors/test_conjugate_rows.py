@@ -1,0 +1,162 @@
+"""Conjugate latents on sums over rows, against the steps through tables of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+import pyro_em.plan.eligibility as eligibility
+import pyro_em.posteriors.conjugate_slices as conjugate_slices
+from pyro_em import ExactPosteriorEM
+
+N = 90
+
+Model = Callable[[], None]
+
+
+def positive(name: str, *value: float) -> Tensor:
+    start = torch.tensor(value if len(value) > 1 else value[0], dtype=torch.float64)
+    return pyro.param(name, start, constraint=constraints.positive)
+
+
+def rate(shape: float = 1.2) -> Tensor:
+    return pyro.sample("rate", dist.Gamma(positive("a", shape), positive("b", 0.7)))
+
+
+@pytest.fixture(scope="module")
+def x() -> Tensor:
+    return torch.poisson(3 * torch.rand(N, generator=(g := torch.Generator().manual_seed(0))), g)
+
+
+@pytest.fixture(scope="module")
+def y() -> Tensor:
+    return torch.randn(N, 2, generator=torch.Generator().manual_seed(1)).double()
+
+
+def counts(x: Tensor, y: Tensor) -> Model:
+    def model() -> None:
+        with pyro.plate("rows", N):
+            pyro.sample("x", dist.Poisson(rate()), obs=x)
+
+    return model
+
+
+def weighed_and_masked(x: Tensor, y: Tensor) -> Model:
+    units, seen = y[:, 0].exp(), y[:, 1] < 1
+    weights = 1 + torch.arange(N) % 3
+
+    def model() -> None:
+        with pyro.plate("rows", N), poutine.scale(scale=weights.double()):
+            here = rate()
+            with poutine.mask(mask=seen):
+                pyro.sample("x", dist.Poisson(here * units), obs=x.double())
+            pyro.sample("wait", dist.Exponential(here), obs=units)
+
+    return model
+
+
+def of_groups(x: Tensor, y: Tensor) -> Model:
+    group = torch.arange(N).flip(0) * 7 % 10
+
+    def model() -> None:
+        with pyro.plate("groups", 10):
+            here = rate()
+        with pyro.plate("rows", N):
+            pyro.sample("x", dist.Poisson(here[group]), obs=x)
+
+    return model
+
+
+def in_plates(x: Tensor, y: Tensor) -> Model:
+    times = x.reshape(N // 3, 3)
+
+    def model() -> None:
+        with pyro.plate("litters", N // 3, dim=-2):
+            alpha = positive("a", 1.5), positive("b", 2.0)
+            p = pyro.sample("p", dist.Beta(*alpha))
+            with pyro.plate("each", 3, dim=-1):
+                pyro.sample("x", dist.Binomial(6.0, p), obs=times)
+
+    return model
+
+
+def precisions(x: Tensor, y: Tensor) -> Model:
+    def model() -> None:
+        with pyro.plate("rows", N):
+            variance = pyro.sample("v", dist.InverseGamma(positive("a", 3.0), positive("b", 2.0)))
+            pyro.sample("y", dist.Normal(0.5, variance.sqrt()), obs=y[:, 0])
+
+    return model
+
+
+def simplexes(x: Tensor, y: Tensor) -> Model:
+    shares = torch.stack([x, x.flip(0), x.roll(1)], -1).double()
+    value = torch.where(shares.sum(-1, keepdim=True) > 0, shares, torch.ones(3).double())
+
+    def model() -> None:
+        with pyro.plate("rows", N):
+            theta = pyro.sample("theta", dist.Dirichlet(positive("a", 1.0, 2.0, 3.0)))
+            pyro.sample("x", dist.Multinomial(50, theta, validate_args=False), obs=value)
+
+    return model
+
+
+def halves(x: Tensor, y: Tensor) -> Model:
+    """Numbers of events that are not whole, of which each row has its own."""
+    parts = 0.3 + y[:, 0].abs()
+
+    def model() -> None:
+        with pyro.plate("rows", N):
+            pyro.sample("x", dist.Gamma(parts, rate()), obs=1 + x.double())
+
+    return model
+
+
+def matrices(x: Tensor, y: Tensor) -> Model:
+    def model() -> None:
+        V = pyro.param("V", torch.eye(2).double(), constraint=constraints.positive_definite)
+        with pyro.plate("rows", N):
+            L = pyro.sample("L", dist.Wishart(torch.tensor(4.0).double(), V))
+            pyro.sample("y", dist.MultivariateNormal(y.new_zeros(2), precision_matrix=L), obs=y)
+
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Singular sample detected")
+@pytest.mark.parametrize(
+    "make",
+    [counts, weighed_and_masked, of_groups, in_plates, precisions, simplexes, halves, matrices],
+)
+def test_steps_on_sums_over_rows_are_those_through_tables(
+    make: Callable[[Tensor, Tensor], Model],
+    x: Tensor,
+    y: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conjugate_slices, "MANY_ROWS", 32)  # several slices, not all of one length
+    model, found = make(x, y), []
+    for kernel in ("conjugate", "Gaussian"):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(model)
+        assert em.plan().kernel == kernel
+        result = em.fit(max_steps=2, tol=0.0)
+        values = [v.detach().double().reshape(-1) for _, v in pyro.get_param_store().items()]
+        found.append(torch.cat([torch.tensor([*result.history, result.log_evidence]), *values]))
+        monkeypatch.setattr(eligibility, "conjugate_rows", lambda *_: None)
+    assert len(found[0]) > 3
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
+
+
+def test_the_posterior_of_a_fit_on_sums_is_that_of_each_row(x: Tensor, y: Tensor) -> None:
+    em = ExactPosteriorEM(counts(x, y))
+    result = em.fit(max_steps=2, tol=0.0)
+    a, b = (pyro.param(n).detach() for n in "ab")
+    torch.testing.assert_close(result.posterior.mean("rate"), (a + x.double()) / (b + 1))
+    torch.testing.assert_close(em.posterior().mean("rate"), (a + x.double()) / (b + 1))
