@@ -4,6 +4,9 @@ Where each coefficient is one element of a parameter, and each offset too, or ze
 number of the data. A program that did the same operations then has another line only if the data
 multiplied something by zero or one, or added zero. A run at moved parameters and random values of the
 latents shows that: its derivative along a random direction, and its mean.
+
+Coefficients may hold zeros and ones beside, as a random walk has them. They may be the data's: the
+derivative has to be the same to the bit then.
 """
 
 from __future__ import annotations
@@ -33,12 +36,22 @@ _MOST = 2**20  # numbers that are kept of one model
 
 def without_data(lines: Mapping[str, Line]) -> bool:
     """Whether lines hold no number of the data, and are small enough to be kept."""
-    size = sum(r.elements.numel() + r.coefficient.constant.numel() for r in _reads(lines))
-    if size > _MOST:
+    return _are_kept(lines) and all(_is_of_parameters(r.coefficient) for r in _reads(lines))
+
+
+def may_be_kept(lines: Mapping[str, Line]) -> bool:
+    """Whether `are_as_read` can tell that lines are those of other data, too."""
+    if not _are_kept(lines):
         return False
-    return all(_is_of_parameters(r.coefficient) and r.only is None for r in _reads(lines)) and all(
-        _is_of_parameters(line.offset) or _is_zero(line.offset) for line in lines.values()
-    )
+    return all(_is_of_parameters(r.coefficient) or _has_units(r.coefficient) for r in _reads(lines))
+
+
+def _are_kept(lines: Mapping[str, Line]) -> bool:
+    """Whether lines are small, rows read one element of a latent, and offsets are no data's."""
+    size = sum(r.elements.numel() + r.coefficient.constant.numel() for r in _reads(lines))
+    if size > _MOST or any(r.only is not None for r in _reads(lines)):
+        return False
+    return all(_is_of_parameters(x.offset) or _is_zero(x.offset) for x in lines.values())
 
 
 def _reads(lines: Mapping[str, Line]) -> list[Read]:
@@ -47,12 +60,28 @@ def _reads(lines: Mapping[str, Line]) -> list[Read]:
 
 def _is_of_parameters(binding: Binding) -> bool:
     """Whether each element is one of a parameter as it stands."""
+    used = _elements_of_parameters(binding)
+    return used is not None and bool(used.all())
+
+
+def _has_units(binding: Binding) -> bool:
+    """Whether each element is one of a parameter as it stands, zero, one or minus one."""
+    used = _elements_of_parameters(binding)
+    if used is None:
+        return False
+    size = binding.constant.abs()
+    return bool((used | (size == 0) | (size == 1)).all())
+
+
+def _elements_of_parameters(binding: Binding) -> Tensor | None:
+    """Which elements are those of parameters as they stand; None where they are not that simple."""
+    if binding.how == "constant":
+        return torch.zeros_like(binding.constant, dtype=torch.bool)
     if binding.how != "selection" or any(
         s.maps or s.factor is not None for s in binding.selections
     ):
-        return False
-    used = [s.index >= 0 for s in binding.selections]
-    return bool(torch.stack(used).any(0).all())
+        return None
+    return torch.stack([s.index >= 0 for s in binding.selections]).any(0)
 
 
 def _is_zero(binding: Binding) -> bool:
@@ -60,18 +89,30 @@ def _is_zero(binding: Binding) -> bool:
 
 
 def offsets_are_as_read(
-    lines: Mapping[str, Line], graph: FactorGraph, parameters: Mapping[str, Tensor]
+    lines: Mapping[str, Line],
+    graph: FactorGraph,
+    sites: Mapping[str, Mapping[str, Any]],
+    parameters: Mapping[str, Tensor],
 ) -> bool:
     """Whether means in a run with all latents at zero are the offsets, to the bit.
 
     Args:
         lines: As they were read on other data.
         graph: As the run shows it.
+        sites: As the run traced them; of a loop over indices they are those of its template.
         parameters: Constrained values in that run.
     """
+    layout = None
+    if graph.structure.series is not None:
+        own = {name: dict(sites[name]) for name in graph.structure.as_run.sites}
+        layout = FactorLayout(own, graph.structure.as_run, Recurring({}))
     for name, line in lines.items():
-        group, i = graph.group_of(name)
-        found = group.arguments["loc"][i].detach()
+        if layout is not None:
+            place = Place.of(name, layout)
+            found = place.compact(place.loc(sites[name])).detach()
+        else:
+            group, i = graph.group_of(name)
+            found = group.arguments["loc"][i].detach()
         expected = line.offset.evaluate(parameters)[0].detach().to(found.dtype)
         try:
             if not torch.equal(*torch.broadcast_tensors(found, expected)):
@@ -101,7 +142,7 @@ def are_as_read(
     with at_moved(structure.parameters, seed=31):
         run = run_enumerated(model.at(values), args, kwargs, structure, limit=None)
         parameters = values_of(run.parameters)
-        layout = FactorLayout(run.sites, structure, Recurring({}))
+        layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
         for name, line in lines.items():
             place = Place.of(name, layout)
             loc = place.loc(run.sites[name])
@@ -115,7 +156,9 @@ def are_as_read(
                 nothing = Binding("constant", (), torch.zeros_like(line.offset.constant))
                 alone = replace(line, offset=nothing, reads=(read,))
                 expected = mean_at(alone, parameters, values)
-                if not is_close(*torch.broadcast_tensors(there, expected.to(there.dtype))):
+                pair = torch.broadcast_tensors(there, expected.to(there.dtype))
+                same = is_close if _is_of_parameters(read.coefficient) else torch.equal
+                if not same(*pair):
                     return False
                 total = total + expected
             found = place.compact(loc).detach().unsqueeze(0)

@@ -31,7 +31,7 @@ from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.initial import tell_of_starts
-from pyro_em.graph.kept_lines import are_as_read, offsets_are_as_read, without_data
+from pyro_em.graph.kept_lines import are_as_read, may_be_kept, offsets_are_as_read
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible, finds_all
 from pyro_em.graph.prediction import disagreements
@@ -56,6 +56,7 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.posteriors.gaussian_steps import at_zero
+from pyro_em.posteriors.kept_layouts import forget_layouts
 from pyro_em.tracing.given import GivenGaussians, References, references_in, without_values
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.names import names_of, numbers_in
@@ -85,7 +86,7 @@ class Kept:
         gaussians: Shape, dtype and device of the values of Gaussian ones.
         units: The same of conjugate ones.
         kernels: The kernel of the prior of each of the latter.
-        lines: How they enter means, where that holds no number of the data.
+        lines: How they enter means, where a run on other data can tell that it is the same there.
         selections: How its runs showed which elements of parameters arguments are.
     """
 
@@ -124,6 +125,7 @@ _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary
 def forget_readings() -> None:
     """Forget what is known of all models, and let go of what was kept for it."""
     _by_model.clear()
+    forget_layouts()
 
 
 class Readings(StaysHere):
@@ -153,9 +155,7 @@ class Readings(StaysHere):
         numbers = numbers_in(names_of(task.model, task.args, task.kwargs))
         before = readings.pop(form, None)
         bindings = _bindings_of(program.graph) if program.compiled else None
-        # Lines of a loop over indices name sites of its template, which no graph of the loop has.
-        is_template = program.structure.series is not None
-        lines = program.lines if not is_template and without_data(program.lines) else {}
+        lines = program.lines if may_be_kept(program.lines) else {}
         if program.look_only and before is not None and before.operations == program.operations:
             bindings, lines = before.bindings, before.lines
         order, members = None, tuple[tuple[str, ...], ...]()
@@ -336,7 +336,7 @@ def _on_other_data(
         model = kept.references.for_reads(task.model)
         found = Conjugates.of(model, kept.kernels, task.args, task.kwargs, structure)
     if isinstance(given.model, GivenGaussians):
-        lines = _lines(given, kept, graph)
+        lines = _lines(given, kept, graph, log.sites)
         alike = () if found is None else found.alike(lines)
         graph = with_lines(given, structure, lines, graph, alike)
     if found is not None:
@@ -357,13 +357,16 @@ def _on_other_data(
     return verified(program)
 
 
-def _lines(given: Task, kept: Kept, graph: FactorGraph) -> Mapping[str, Line]:
+def _lines(
+    given: Task, kept: Kept, graph: FactorGraph, sites: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Line]:
     """How the Gaussian latents of a model enter means, on the data at hand.
 
     Args:
         given: The model with these latents given.
         kept: What is known of it.
         graph: As a run with all of them at zero shows it.
+        sites: As that run traced them.
 
     Raises:
         NotLinear: If a latent has a child that is not linear in it and Gaussian.
@@ -371,7 +374,7 @@ def _lines(given: Task, kept: Kept, graph: FactorGraph) -> Mapping[str, Line]:
     assert isinstance(given.model, GivenGaussians)
     run = given.model, given.args, given.kwargs, kept.structure
     values = values_of(graph.parameters)
-    is_known = kept.lines and offsets_are_as_read(kept.lines, graph, values)
+    is_known = kept.lines and offsets_are_as_read(kept.lines, graph, sites, values)
     if is_known and are_as_read(kept.lines, *run):
         return kept.lines
     return read_lines(*run, bound=not given.look_only)

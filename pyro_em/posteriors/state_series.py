@@ -6,7 +6,7 @@ everything else stays. No step is laid out by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line, Read
 from pyro_em.graph.series import Unrolling
 from pyro_em.graph.stretches import Later
+from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_sites import (
     dense_block,
@@ -24,6 +25,7 @@ from pyro_em.posteriors.gaussian_sites import (
     taken,
     with_offset,
 )
+from pyro_em.posteriors.kept_layouts import remembered
 from pyro_em.posteriors.site_forms import SiteForm, Term
 from pyro_em.posteriors.state_form import Placed, state_form
 from pyro_em.posteriors.state_layout import Stack, StateLayout
@@ -31,6 +33,8 @@ from pyro_em.tracing.loops import Loop, NotVectorized
 from pyro_em.tracing.sites import Role
 
 _SHOWN = 12  # steps beyond the history that show how levels go on
+
+_MOST = 2**18  # elements that lines read, of layouts that are kept
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
@@ -57,17 +61,9 @@ def series_chain(
         NotVectorized: If they make up none: a look step by step says more.
     """
     loop = _Steps.of(graph, lines)
-    few = loop.few
-    short = {own: line for name, t in few.order() for own, line in loop.lines_at(name, t)}
-    numbers = {name: i for i, name in enumerate(short)}
-    forms = [_form(graph, line, numbers) for line in short.values()]
-    form = state_form(forms)
-    if form is None:
-        raise NotVectorized("Gaussian latents of all steps are read at one step")
-    traced, groups, stacks = [], [], []
+    layout = loop.layout()
+    traced, groups = [], []
     for name, line in lines.items():
-        members = [numbers[own] for n, t in few.order() if n == name for own in (loop.name(n, t),)]
-        placed = [form.sites[i] for i in members]
         group = loop.group_of(name)
         parts = {own: loop.stacked(name, b) for own, b in _parts(line).items()}
         group = with_offset(group, parts["loc"], values)
@@ -80,18 +76,19 @@ def series_chain(
         }
         reads = ("",) * len(line.reads)
         groups.append(site_over(group, parts, reads, scope, states, values, known))
-        stacks.append(_stack(forms[members[0]], placed, len(group.members), form.chains))
-    steps = 1 + max(int(s.levels.max()) for s in stacks)
+
+    def beginning() -> GaussianBlock:
+        short = loop.short()
+        return dense_block(graph, short, scope, states, values, loop.read_at(short, read))
+
     return GaussianChain(
         tuple(groups),
         tuple(lines.values()),
         scope,
         states,
         traced=tuple(traced),
-        chains=StateLayout(replace(form, steps=steps, sites=()), tuple(stacks)),
-        beginning=Later(
-            lambda: dense_block(graph, short, scope, states, values, loop.read_at(short, read))
-        ),
+        chains=layout,
+        beginning=Later(beginning),
     )
 
 
@@ -99,20 +96,6 @@ def _parts(line: Line) -> dict[str, Binding]:
     """What a mean is made of, by names that do not hold a latent's."""
     names = ("loc", *(f"loc per latent {j + 1}" for j in range(len(line.reads))))
     return dict(zip(names, line.parts.values(), strict=True))
-
-
-def _form(graph: FactorGraph, line: Line, numbers: Mapping[str, int]) -> SiteForm:
-    group, _ = graph.group_of(line.site)
-    unknown = [r.latent for r in line.reads if r.latent not in numbers]
-    if unknown:
-        raise NotVectorized(f"'{unknown[0]}' is no latent of every step")
-    return SiteForm(
-        line.site,
-        torch.Size(line.sizes).numel(),
-        group.value.shape[1 + len(group.sizes) :].numel(),
-        group.role is Role.GAUSSIAN,
-        tuple(Term(numbers[r.latent], r.elements) for r in line.reads),
-    )
 
 
 def _stack(form: SiteForm, placed: Sequence[Placed], members: int, chains: int) -> Stack:
@@ -129,6 +112,18 @@ def _stack(form: SiteForm, placed: Sequence[Placed], members: int, chains: int) 
         levels=one.level + rise * torch.arange(members),
         starts=torch.full((members,), one.start),
     )
+
+
+def _width(group: Group) -> tuple[int, bool]:
+    """How many numbers a row of a site has, and whether they are those of a latent."""
+    width = group.value.shape[1 + len(group.sizes) :].numel()
+    return width, group.role is Role.GAUSSIAN
+
+
+def _bytes(t: Tensor) -> bytes:
+    """Whole numbers as a key."""
+    out: bytes = t.detach().cpu().to(torch.int64).numpy().tobytes()
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +162,58 @@ class _Steps:
             self.unrolling,
             template=replace(template, sites=sites),
             loops={self.loop.name: replace(self.loop, size=size)},
+        )
+
+    def short(self) -> dict[str, Line]:
+        """The line of each site at a few steps."""
+        return {own: line for n, t in self.few.order() for own, line in self.lines_at(n, t)}
+
+    def layout(self) -> StateLayout:
+        """Where the numbers of all steps lie."""
+        return remembered(self._decides(), self._layout)
+
+    def _decides(self) -> Hashable | None:
+        """All that the layout follows from; None where that is too much to be kept."""
+        reads = [r for line in self.lines.values() for r in line.reads]
+        if sum(r.elements.numel() for r in reads) > _MOST:
+            return None
+        places, template = self.unrolling.places, self.unrolling.template
+
+        def of_line(name: str, line: Line) -> Hashable:
+            own = [(r.latent, places.get(r.latent), _bytes(r.elements)) for r in line.reads]
+            plates = template.sites[name].plates
+            group = self.group_of(name)
+            members = len(group.members)
+            return name, places[name], plates, line.sizes, members, *_width(group), *own
+
+        loop = self.loop.name, self.loop.size, self.loop.history
+        order = tuple(n for n in template.sites if n in self.lines)
+        return loop, order, tuple(of_line(n, line) for n, line in self.lines.items())
+
+    def _layout(self) -> StateLayout:
+        short, few = self.short(), self.few
+        numbers = {name: i for i, name in enumerate(short)}
+        forms = [self._form(line, numbers) for line in short.values()]
+        form = state_form(forms)
+        if form is None:
+            raise NotVectorized("Gaussian latents of all steps are read at one step")
+        stacks = []
+        for name in self.lines:
+            members = [numbers[self.name(n, t)] for n, t in few.order() if n == name]
+            placed, count = [form.sites[i] for i in members], len(self.group_of(name).members)
+            stacks.append(_stack(forms[members[0]], placed, count, form.chains))
+        steps = 1 + max(int(s.levels.max()) for s in stacks)
+        return StateLayout(replace(form, steps=steps, sites=()), tuple(stacks))
+
+    def _form(self, line: Line, numbers: Mapping[str, int]) -> SiteForm:
+        unknown = [r.latent for r in line.reads if r.latent not in numbers]
+        if unknown:
+            raise NotVectorized(f"'{unknown[0]}' is no latent of every step")
+        return SiteForm(
+            line.site,
+            torch.Size(line.sizes).numel(),
+            *_width(self.graph.group_of(line.site)[0]),
+            tuple(Term(numbers[r.latent], r.elements) for r in line.reads),
         )
 
     def name(self, name: str, t: int | None) -> str:

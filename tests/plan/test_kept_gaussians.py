@@ -27,6 +27,7 @@ from pyro_em import (
     ModelError,
     PyroEMError,
     UsageError,
+    vectorized_markov,
 )
 from pyro_em.plan import kept
 
@@ -266,6 +267,40 @@ def test_zeros_and_ones_of_the_data_may_be_other_numbers(how: str) -> None:
     assert str(again.plan) == str(anew.plan)
     for name, value in anew.params.items():
         torch.testing.assert_close(again.params[name], value, rtol=1e-9, atol=1e-9)
+
+
+OF_STEPS = {
+    "a small factor": (1 + 1e-9, 0.0, (0, 1, 2)),
+    "a small offset": (1.0, 1e-9, (0, 1, 2)),
+    "other elements": (1.0, 0.0, (1, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("how", list(OF_STEPS))
+def test_what_a_chain_without_a_loop_reads_may_be_otherwise_in_other_data(how: str) -> None:
+    """Its coefficients are ones, and where its numbers lie is remembered."""
+
+    def model(y: Tensor, k: Tensor, order: Tensor) -> None:
+        q = pyro.param("q", lambda: torch.tensor(0.8), constraint=constraints.positive)
+        h = None
+        with pyro.plate("series", 3):
+            for t in vectorized_markov("time", 10):
+                mean = 0.0 if h is None else k[0] * h + k[1]
+                h = pyro.sample(f"h_{t}", dist.Normal(mean, q))
+                pyro.sample(f"y_{t}", dist.Normal(h[..., order], 1.0), obs=y[t])
+
+    factor, offset, order = OF_STEPS[how]
+    before = torch.tensor([1.0, 0.0]), torch.arange(3)
+    now = torch.tensor([factor, offset]), torch.tensor(order)
+    ExactPosteriorEM(model).fit(numbers(5, 10, 3), *before, max_steps=1, tol=0)
+    (known,) = kept._by_model[model].values()
+    assert known.lines
+    y = numbers(6, 10, 3)
+    again = _from_the_start(model, y, *now)
+    kept.forget_readings()
+    anew = _from_the_start(unread(model), y, *now)
+    assert list(again.history) == list(anew.history)
+    assert torch.equal(again.posterior.mean("h_*"), anew.posterior.mean("h_*"))
 
 
 def test_parameters_of_another_form_are_read_anew(count: dict[str, int]) -> None:
