@@ -5,7 +5,7 @@ record is `family.Family`, the functional forms that its rules can have are in `
 answers: `form`), the table of all records in `registry`.
 
 May import: `pyro_em.errors`, `pyro_em.distributions`. To add a family, copy a neighbour in `discrete`,
-`rates`, `normal` or `conjugacy`, add it to that file's ``FAMILIES`` and let
+`rates`, `normal` or `wishart`, add it to that file's ``FAMILIES`` and let
 `pyro_em.testing.check_family` judge it; or call `register_family`.
 """
 

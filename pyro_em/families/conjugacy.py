@@ -34,40 +34,10 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import CHOLESKY, PRECISION, Arguments, Family, Rule, Statistics
+from pyro_em.families.family import PRECISION, Arguments
 from pyro_em.families.forms import Kind
 
 Contribution = Callable[[Arguments], tuple[Tensor, Tensor]]
-
-
-def _matrix(value: Tensor, arguments: Arguments) -> Statistics:
-    return {"matrix": value, "log_det": value.logdet()}
-
-
-def _root_of_diagonal(value: Tensor) -> Tensor:
-    """The size of a matrix as a covariance has it. # (*batch, D)"""
-    return value.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-
-
-def _scale_matrix(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """−½ ν Σ w log det V − ½ tr(V⁻¹ Σ w Λ): the form of a covariance, the degrees of freedom given."""
-    return stats["matrix"], (stats["weight"] * arguments["df"])[..., None, None]
-
-
-FAMILIES = (
-    Family(
-        dist.Wishart,
-        _matrix,
-        {
-            "covariance_matrix": Rule(Kind.COVARIANCE, _scale_matrix),
-            "scale_tril": Rule(Kind.COVARIANCE, _scale_matrix, CHOLESKY),
-            "precision_matrix": Rule(Kind.COVARIANCE, _scale_matrix, PRECISION),
-        },
-        constants=("df",),
-        event_dim=2,
-        magnitude=_root_of_diagonal,
-    ),
-)
 
 
 def _dirichlet(a: Arguments) -> tuple[Tensor, Tensor]:

@@ -262,6 +262,9 @@ class Family:
         natural: The linear form of the density; arguments without rules have a joint maximiser from its
             sums.
         predicted: The density in predictors of its arguments, of which none has a rule.
+        multiples: Of arguments that are matrices, the rules of a number that multiplies a known matrix:
+            numerator and denominator are those at a = 1, where the matrix is as it stands.
+        degrees: The argument that is the degrees of freedom of a Wishart; empty for none.
 
     Example:
         >>> from pyro_em.families import family_of
@@ -282,6 +285,8 @@ class Family:
     magnitude: Callable[[Tensor], Tensor] = torch.abs
     natural: NaturalForm | None = None
     predicted: PredictedForm | None = None
+    multiples: Mapping[str, Rule] = field(default_factory=dict)
+    degrees: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A record of this library goes by its distribution: most functions have no name."""

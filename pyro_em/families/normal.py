@@ -107,6 +107,34 @@ def _covariance(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor
     return total, weight
 
 
+def _squared_distance(stats: Statistics, arguments: Arguments) -> Tensor:
+    """Σ w (x − loc)ᵀ Λ (x − loc). # (*cells)"""
+    total, _ = _covariance(stats, arguments)
+    return (precision_matrix(arguments) * total).sum((-2, -1))
+
+
+def _multiple_of_variance(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """−½ D Σ w log a − ½ q / a, with q the squared distance where the covariance has a = 1."""
+    distance = _squared_distance(stats, arguments)
+    return distance / 2, _half_count(stats, arguments)
+
+
+def _multiple_of_scale(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """−D Σ w log a − ½ q / a²."""
+    return _squared_distance(stats, arguments), 2 * _half_count(stats, arguments)
+
+
+def _multiple_of_precision(stats: Statistics, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """½ D Σ w log a − ½ q a."""
+    distance = _squared_distance(stats, arguments)
+    return _half_count(stats, arguments), distance / 2
+
+
+def _half_count(stats: Statistics, arguments: Arguments) -> Tensor:
+    """Half of how many numbers there are. # (*cells)"""
+    return stats["weight"] * (arguments["loc"].shape[-1] / 2)
+
+
 def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Tensor:
     if "scale_tril" in arguments:
         tril = arguments["scale_tril"]
@@ -184,6 +212,11 @@ FAMILIES = (
         log_density=_multivariate_normal_log_density,
         accumulate=_scatter,
         event_dim=1,
+        multiples={
+            "covariance_matrix": Rule(Kind.ABSOLUTE_SCALE, _multiple_of_variance),
+            "scale_tril": Rule(Kind.SCALE, _multiple_of_scale),
+            "precision_matrix": Rule(Kind.RATE, _multiple_of_precision),
+        },
     ),
     Family(
         dist.Laplace,

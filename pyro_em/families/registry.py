@@ -16,7 +16,6 @@ import torch
 from pyro_em.distributions import unwrap
 from pyro_em.errors import UsageError, message
 from pyro_em.families import (
-    conjugacy,
     discrete,
     exponential,
     missing,
@@ -26,6 +25,7 @@ from pyro_em.families import (
     rates,
     student,
     uniform,
+    wishart,
 )
 from pyro_em.families.family import BUILT_IN, Family, Rule
 
@@ -41,7 +41,7 @@ REGISTRY: dict[type, Family] = {
         normal,
         missing,
         uniform,
-        conjugacy,
+        wishart,
     )
     for family in module.FAMILIES
 }

@@ -34,7 +34,7 @@ from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.predictors import predictor_binding
-from pyro_em.updates.update import EXACT, Fixed, ParameterUpdate
+from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
 BLOCKS: tuple[type[Mixture] | type[Chain] | type[StepChain], ...] = (
@@ -235,6 +235,8 @@ def needs_more_than_sums(
     for name, u in updates.items():
         if name not in exact and not isinstance(u.update, Fixed):
             return Finding(f"parameter '{name}'", f"the update of '{name}' is a gradient")
+        if isinstance(u.update, NewtonOnProfile):
+            return Finding(f"parameter '{name}'", f"'{name}' is solved for with scale matrices")
         if u.kind is not None and u.needs_data:
             return Finding(f"parameter '{name}'", f"'{name}' is a {u.kind.value}, which is no sum")
     if not exact:

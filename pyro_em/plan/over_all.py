@@ -151,7 +151,7 @@ def _sums(part: Part) -> _Sums:
         kind = update.kind
         assert kind is not None
         value = graph.parameters[name].leaf
-        events = used_events([u.selection for u in update.uses], value, kind.event_dim)
+        events = used_events([u.natural for u in update.uses], value, kind.event_dim)
         read[name] = events.to(torch.long)
     return _Sums(part.rows, totals, read)
 

@@ -20,6 +20,7 @@ from pyro_em.updates.update import (
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnProfile,
     NewtonOnSums,
     NoUpdate,
     ParameterUpdate,
@@ -256,6 +257,8 @@ def _update_name(update: ParameterUpdate) -> str:
         case LeastSquares():
             others = [p for p in update.block if p != update.name]
             return "least squares" + (f" with {', '.join(others)}" if others else "")
+        case NewtonOnProfile():
+            return "Newton on sums"
         case NewtonOnSums():
             others = [p for p in update.block if p != update.name]
             return "Newton on sums" + (f" with {', '.join(others)}" if others else "")

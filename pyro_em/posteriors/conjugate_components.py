@@ -28,7 +28,6 @@ from pyro_em.posteriors.scaled_components import block_of_scale, with_scale
 from pyro_em.posteriors.stacked_conjugates import StackedConjugates, group_of_stack, stacked
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.conjugate_beliefs import is_plugged, with_factor
-from pyro_em.updates.gaussian_rows import is_matrix
 
 Block = ConjugateBlock | StackedConjugates | ScaledBlock
 
@@ -202,8 +201,6 @@ def _prepared(group: Group, read: ConjugateRead, kernel: PriorKernel) -> Group:
         return group
     if not is_plugged(group, read, kernel):
         return replace(group, raw_params=group.params)
-    if is_matrix(group):
-        return group
     name = read.pair.argument
     one = torch.ones((), dtype=group.arguments[name].dtype, device=group.value.device)
     binding = with_factor(group.bindings[name], one)

@@ -172,7 +172,7 @@ class Solver:
                 n = sum_to(n, self.cells, n.dim() - batch)
                 d = sum_to(d, self.cells, d.dim() - batch)
                 return n.reshape(-1, *n.shape[batch:]), d.reshape(-1, *d.shape[batch:])
-            n, d = onto_events(self.kind, use.selection, n, d, value, event)
+            n, d = onto_events(self.kind, use.at(value), n, d, value, event)
             numerator = n if numerator is None else numerator + n
             denominator = d if denominator is None else denominator + d
         assert numerator is not None and denominator is not None
@@ -237,7 +237,7 @@ def solver_of(
     kind = update.kind
     assert kind is not None and isinstance(update.update, ClosedForm)
     event = kind.event_dim
-    selections = [u.selection for u in update.uses]
+    selections = [u.natural for u in update.uses]
     read = None if graph.all_data is None else graph.all_data.read.get(update.name)
     if read is None:
         read = used_events(selections, value, event)
@@ -247,6 +247,7 @@ def solver_of(
     index = selections[0].index
     direct = (
         len(selections) == 1
+        and not update.uses[0].is_multiple
         and index.numel() == value.numel()
         and selections[0].factor is None
         and is_in_order(index)

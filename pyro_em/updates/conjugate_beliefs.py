@@ -15,7 +15,6 @@ from pyro_em.graph.binding import Binding
 from pyro_em.graph.conjugate_record import ConjugateRead
 from pyro_em.graph.factors import Group
 from pyro_em.updates.beliefs import Moments
-from pyro_em.updates.gaussian_rows import is_matrix
 
 MANY_ROWS = 1 << 16  # rows that are computed at a time
 
@@ -232,9 +231,9 @@ def is_plugged(group: Group, read: ConjugateRead, kernel: PriorKernel) -> bool:
     family, pair = group.family, read.pair
     if family is None or pair.argument not in family.rules:
         return False
-    if is_matrix(group):
+    if kernel.kind == "wishart":  # a known matrix, or a number that multiplies it
         binding = group.bindings.get(pair.argument)
-        return binding is not None and binding.how == "constant"
+        return binding is not None and binding.how in ("constant", "selection")
     if kernel.kind != "gamma":
         return False
     if any(group.bindings[a].params for a in pair.counts if a in group.bindings):

@@ -293,6 +293,11 @@ class DataSums:
             out[g] = {"feature": feature, "weight": statistics[g]["weight"]}
         return out
 
+    def sums_of(self, groups: Sequence[int]) -> dict[int, Statistics]:
+        """The expected statistics of groups that have no reference."""
+        statistics = self._taken(groups)
+        return {g: dict(statistics[g]) for g in groups}
+
     def refuse_edges(self, groups: Sequence[int]) -> bool:
         """Name a datum of some groups that lies at the end of a support; see `refuse_edge`."""
         for g in groups:

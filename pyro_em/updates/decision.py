@@ -15,6 +15,7 @@ from pyro_em.updates.update import (
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnProfile,
     NewtonOnSums,
     NoUpdate,
     ParameterUpdate,
@@ -58,7 +59,7 @@ def _granted(strongest: ParameterUpdate, wish: Update) -> ParameterUpdate:
         return replace(strongest, update=wish)
     if isinstance(wish, (LeastSquares, Newton)) and isinstance(strongest.update, type(wish)):
         return strongest
-    if isinstance(wish, Newton) and isinstance(strongest.update, NewtonOnSums):
+    if isinstance(wish, Newton) and isinstance(strongest.update, NewtonOnSums | NewtonOnProfile):
         return strongest
     if isinstance(wish, EXACT):
         return replace(

@@ -38,6 +38,7 @@ from pyro_em.updates.data_sums import (
     Written,
 )
 from pyro_em.updates.decision import groups_reached
+from pyro_em.updates.degrees import DegreesSolver
 from pyro_em.updates.ends import end_at
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import maximise
@@ -53,6 +54,7 @@ from pyro_em.updates.update import (
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnProfile,
     NewtonOnSums,
     ParameterUpdate,
 )
@@ -268,6 +270,13 @@ class _MStep:
         self.massless |= {name: tuple(events) for name, events in empty.items() if events}
         return new
 
+    def degrees(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Degrees of freedom, with scale matrices where they will be; see `DegreesSolver`."""
+        solver = DegreesSolver(tuple(names), self.graph, self.updates)
+        statistics = self.sum(lambda part: part.sums_of(solver.groups))
+        arguments = {g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups}
+        return solver.solve(statistics, arguments, self.values)
+
     def shift(self) -> list[Mapping[str, Tensor]]:
         """Working means of latents: spreads are estimated about them, coefficients take them in."""
         gains: list[Mapping[str, Tensor]] = []
@@ -308,12 +317,20 @@ def _m_step(
 ) -> MStepReport:
     graph, updates = now.graph, now.updates
     on_sums = [u for u in updates.values() if isinstance(u.update, NewtonOnSums)]
-    exact = [u for u in updates.values() if isinstance(u.update, EXACT) and u not in on_sums]
+    degrees = [n for n, u in updates.items() if isinstance(u.update, NewtonOnProfile)]
+    apart = NewtonOnSums | NewtonOnProfile
+    exact = [
+        u
+        for u in updates.values()
+        if isinstance(u.update, EXACT) and not isinstance(u.update, apart)
+    ]
     exact = sorted(exact, key=_order)
     with torch.no_grad():
         found = expansions_of(graph, updates) if expand else ()
         expansions = [e for e in found if e.latent not in unexpanded]
         with_block = _with_blocks(graph, exact, expansions)
+        if degrees:
+            now.write(now.degrees(degrees))
         if () in with_block:
             now.regress((), with_block[()])
         now.closed_forms([u for u in exact if isinstance(u.update, ClosedForm)])

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from pyro_em.families.conjugacy import conjugate
-from pyro_em.families.family import CHOLESKY, IDENTITY, PRECISION, Rule
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.read_uses import map_of_events, whole_events
-from pyro_em.updates.update import Prior, Use
+from pyro_em.updates.update import Prior, Use, natural_factor
 
 _LOCATED = ("Normal", "MultivariateNormal")
 
@@ -60,7 +56,7 @@ def as_spread_of_prior(graph: FactorGraph, g: int, argument: str, name: str) -> 
     if not is_plain or any(d in graph.latents for dims in group.dims for d in dims):
         return None
     if selection.factor is not None:
-        factor = _natural_factor(selection.factor, rule)
+        factor = natural_factor(selection.factor, rule)
         if factor is None:
             return None
         selection = replace(selection, factor=factor)
@@ -73,21 +69,6 @@ def as_spread_of_prior(graph: FactorGraph, g: int, argument: str, name: str) -> 
 
 def _params(group: Group, argument: str) -> tuple[str, ...]:
     return group.bindings[argument].params
-
-
-def _natural_factor(factor: Tensor, rule: Rule) -> Tensor | None:
-    """By what a spread is multiplied where its argument is multiplied by a known factor.
-
-    None where a matrix is not multiplied as a whole.
-    """
-    if rule.kind.event_dim:
-        first = factor[..., :1, :1].expand(factor.shape)
-        if not torch.allclose(factor, first, rtol=1e-9, atol=0.0):
-            return None
-        factor = first
-    powers = {IDENTITY.name: 1, CHOLESKY.name: 2, PRECISION.name: -1}
-    power = powers.get(rule.link.name)
-    return None if power is None else factor**power
 
 
 def is_normal(graph: FactorGraph, prior: Prior) -> bool:

@@ -14,7 +14,7 @@ from pyro_em.families.family import CHOLESKY, IDENTITY, LOG_SIMPLEX, Rule
 from pyro_em.families.form import Form
 from pyro_em.graph.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.updates.update import Use
+from pyro_em.updates.update import Use, natural_factor
 
 
 def as_use(
@@ -27,8 +27,13 @@ def as_use(
     if rule is None:
         return None, "no closed form is known for this argument"
     selection = next(s for s in binding.selections if s.param == name)
+    multiple = group.family.multiples.get(argument)
+    if multiple is not None and _is_multiple(binding):
+        return Use(g, argument, selection, multiple, is_multiple=True), ""
     if selection.factor is not None:
         scalable = rule.kind.form.scales and rule.link.name == "identity"
+        if rule.kind.form.is_gram:
+            scalable = natural_factor(selection.factor, rule) is not None
         if not scalable:
             return None, "a factor multiplies it"
     if rule.kind.is_location and any(m.has_pole for m in selection.maps):
@@ -42,6 +47,19 @@ def as_use(
         if problem:
             return None, problem
     return Use(g, argument, selection, rule), ""
+
+
+def _is_multiple(binding: Binding) -> bool:
+    """Whether matrices are one number of a parameter each, times known matrices."""
+    if len(binding.selections) != 1 or binding.selections[0].factor is None:
+        return False
+    (selection,) = binding.selections
+    if selection.of_matrices or selection.index.dim() < 2:
+        return False
+    number = selection.index.amax((-2, -1), keepdim=True)
+    others = (selection.index < 0) & (number >= 0)
+    is_one = bool((others | (selection.index == number)).all())
+    return is_one and not bool((binding.constant[others] != 0).any())
 
 
 def is_end(graph: FactorGraph, g: int, name: str) -> bool:
@@ -139,7 +157,9 @@ def shown_places(graph: FactorGraph, uses: Sequence[Use]) -> str:
     for use in uses:
         group = graph.groups[use.group]
         where = f"{group.distribution}.{use.argument}"
-        if use.selection.of_matrices:
+        if use.is_multiple:
+            out[f"{where} is a known matrix times it"] = None
+        elif use.selection.of_matrices:
             out[f"{where} is its product with its transpose"] = None
         elif group.matrix and use.argument != "loc":
             out[f"{group.distribution}.{group.matrix} has it on its diagonal"] = None

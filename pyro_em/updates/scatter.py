@@ -99,7 +99,9 @@ def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -
         group = graph.groups[use.group]
         assert group.family is not None
         x = group.family.magnitude(group.value.detach())
-        index = use.selection.index
+        index = use.natural.index
+        if use.is_multiple:  # the unit of a multiple is no matter of the data
+            x = torch.zeros_like(x).sum(-1)
         first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
         features = x.shape[first.dim() :]
         axes = [i for i, n in enumerate(first.shape) if n == 1 and x.shape[i] > 1]

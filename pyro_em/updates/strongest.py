@@ -20,6 +20,7 @@ from pyro_em.updates.update import (
     Gradient,
     LeastSquares,
     Newton,
+    NewtonOnProfile,
     NewtonOnSums,
     ParameterUpdate,
     Prior,
@@ -34,6 +35,7 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
     predicted: list[str] = []
     affine = curved = False
     joint: list[str] = []
+    degrees: list[str] = []
     weakest = ""
     is_used = False
     constraint = graph.parameters[name].constraint
@@ -90,6 +92,9 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
                     weakest = weakest or f"no closed form is known for it in {where}"
                 if binding.how != "selection":
                     weakest = weakest or f"{where} is {binding.how} in it"
+            elif argument == group.family.degrees:
+                degrees.append(f"{group.distribution}.{argument}")
+                weakest = weakest or _why_not_plain(binding, name, where)
             elif _is_regressed(graph, g, argument, binding, name):
                 affine = True
                 if not is_real(constraint):
@@ -108,6 +113,13 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
         return _jointly(
             name, joint, constraint, has_others=bool(uses or affine or curved or priors)
         )
+    if degrees:
+        if uses or affine or curved or priors:
+            return ParameterUpdate(name, Gradient(), "it is something else besides, or has a prior")
+        if bounds(constraint) is None:
+            return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
+        reason = f"{', '.join(dict.fromkeys(degrees))} selects it; sums over the data suffice"
+        return ParameterUpdate(name, NewtonOnProfile(), reason)
     if curved:
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"
@@ -167,6 +179,14 @@ def _jointly(
         return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
     shown = ", ".join(dict.fromkeys(places))
     return ParameterUpdate(name, NewtonOnSums(), f"{shown} selects it; sums over the data suffice")
+
+
+def _why_not_plain(binding: Binding, name: str, where: str) -> str:
+    """Why an argument is no selection of a parameter as it stands, or nothing."""
+    if binding.how != "selection":
+        return f"{where} is {binding.how} in it"
+    selection = next(s for s in binding.selections if s.param == name)
+    return f"{where} is a function of it" if selection.maps or selection.factor is not None else ""
 
 
 def _reads_a_latent(graph: FactorGraph, group: Group) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pyro_em.arguments import number, shown, whole
 from pyro_em.errors import UsageError, message
-from pyro_em.families.family import Rule
+from pyro_em.families.family import CHOLESKY, IDENTITY, PRECISION, Rule
 from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import Selection
 from pyro_em.graph.factors import FactorGraph
@@ -68,6 +69,11 @@ class NewtonOnSums:
 
 
 @dataclass(frozen=True)
+class NewtonOnProfile:
+    """Newton's method for degrees of freedom on sums, with scale matrices at their maximisers."""
+
+
+@dataclass(frozen=True)
 class Gradient:
     """A gradient step on the expected log joint in the unconstrained space.
 
@@ -109,13 +115,14 @@ class NoUpdate:
     """No M-step: a latent of the model has no route. It occurs in plans; nobody asks for it."""
 
 
-Update = ClosedForm | LeastSquares | Newton | NewtonOnSums | Gradient | Fixed
+Update = ClosedForm | LeastSquares | Newton | NewtonOnSums | NewtonOnProfile | Gradient | Fixed
 
 EXACT = (
     ClosedForm,
     LeastSquares,
     Newton,
     NewtonOnSums,
+    NewtonOnProfile,
 )  # these go to a maximum, from sums over the data
 
 
@@ -128,12 +135,44 @@ class Use:
         argument: The argument's name.
         selection: Which of the parameter's elements are where in the argument.
         rule: The family's rule for the argument.
+        is_multiple: Whether a number of the parameter multiplies a whole known matrix.
     """
 
     group: int
     argument: str
     selection: Selection
     rule: Rule
+    is_multiple: bool = False
+
+    @cached_property
+    def natural(self) -> Selection:
+        """The same of natural values: with what multiplies these, and one number for a multiple."""
+        s = self.selection
+        if self.is_multiple:
+            return replace(s, index=s.index.amax((-2, -1)), factor=None)
+        if s.factor is None or not self.rule.kind.event_dim:
+            return s
+        return replace(s, factor=natural_factor(s.factor, self.rule))
+
+    def at(self, value: Tensor) -> Selection:
+        """The natural selection at a value of the parameter, of which a multiple takes its unit."""
+        found = self.natural
+        return replace(found, factor=1 / found.forward(value)) if self.is_multiple else found
+
+
+def natural_factor(factor: Tensor, rule: Rule) -> Tensor | None:
+    """By what a natural value is multiplied where its argument is multiplied by a known factor.
+
+    None where a matrix is not multiplied as a whole.
+    """
+    if rule.kind.event_dim:
+        first = factor[..., :1, :1].expand(factor.shape)
+        if not torch.allclose(factor, first, rtol=1e-9, atol=0.0):
+            return None
+        factor = first
+    powers = {IDENTITY.name: 1, CHOLESKY.name: 2, PRECISION.name: -1}
+    power = powers.get(rule.link.name)
+    return None if power is None else factor**power
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,13 +162,16 @@ def test_hyperparameters_and_a_mean_take_the_steps_of_em() -> None:
         m = np.linalg.solve(4 * mean.sum(0), (mean @ x.reshape(10, 4, 2).sum(1)[..., None]).sum(0))[
             :, 0
         ]
+        # Both at their joint maximum: V = E[L] / ν at the ν of the profile.
+        rest = 2 * math.log(2) + np.linalg.slogdet(mean.mean(0))[1] - log_det.mean()
+        df = scipy.optimize.brentq(
+            lambda n, rest=rest: _digamma(n) - 2 * math.log(n) + rest, 1.01, 1e3, xtol=1e-13
+        )
         scale = mean.mean(0) / df
-        rest = 2 * math.log(2) + np.linalg.slogdet(scale)[1] - log_det.mean()
-        df = scipy.optimize.brentq(lambda n: _digamma(n) + rest, 1.01, 100, xtol=1e-13)
-    assert list(result.history)[:3] == pytest.approx(path, abs=1e-6)
-    assert np.allclose(result.params["m"].numpy(), m, atol=1e-6)
-    assert np.allclose(result.params["V"].numpy(), scale, atol=1e-6)
-    assert float(result.params["df"]) == pytest.approx(df, abs=1e-5)
+    assert list(result.history)[:3] == pytest.approx(path, abs=1e-9)
+    assert np.allclose(result.params["m"].numpy(), m, atol=1e-10)
+    assert np.allclose(result.params["V"].numpy(), scale, atol=1e-10)
+    assert float(result.params["df"]) == pytest.approx(df, abs=1e-9)
 
 
 def _log_gamma(df: float) -> float:
