@@ -292,7 +292,11 @@ def best_path(graph: FactorGraph, tables: Sequence[Tensor]) -> Tensor | None:
         products = product_steps(graph)
         return None if products is None else products.path(tables)
     log_l = _single(graph, steps, tables).reshape(steps.T, -1, steps.K)
-    pairs = _pairs(graph, steps, tables)
+    alike = _transition(graph, steps, tables)
+    if alike is not None:
+        pairs = alike.expand(steps.T - 1, 1, steps.K, steps.K)
+    else:
+        pairs = _pairs(graph, steps, tables)
     return viterbi(log_l, pairs).reshape(steps.T, *steps.sizes)
 
 

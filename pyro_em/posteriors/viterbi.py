@@ -2,16 +2,22 @@
 
     δ_t(j) = max_i [δ_{t−1}(i) + log A_t(i, j)] + log ℓ_t(j),
 
-with the maximising i remembered, and the path read off backwards.
+with the maximising i, the first of equals, found again or remembered, and the path read off backwards:
+by compiled loops (numba, the ``fast`` extra), or by numpy.
 
 Source: Viterbi (1967); Rabiner (1989), "A tutorial on hidden Markov models", section III.B.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from pyro_em.posteriors.forward_backward import compiles
 
 
 def viterbi(likelihood: Tensor, transition: Tensor) -> Tensor:
@@ -30,8 +36,35 @@ def viterbi(likelihood: Tensor, transition: Tensor) -> Tensor:
         >>> viterbi(l.unsqueeze(1), A.expand(2, 1, 2, 2)).squeeze(1)
         tensor([0, 0, 0])
     """
-    log_l = likelihood.detach().cpu().numpy()
-    log_A = transition.detach().cpu().numpy()
+    # Transitions that are those of all steps are looked at once.
+    alike = len(transition) > 1 and transition.stride(0) == 0
+    log_l, log_A = (
+        likelihood.detach().cpu(),
+        (transition[:1] if alike else transition).detach().cpu(),
+    )
+    T, B, _ = log_l.shape
+    if T == 1:
+        path = log_l.argmax(-1)
+    elif compiles(T * B, log_l.device):
+        dtype = torch.promote_types(log_l.dtype, log_A.dtype)
+        path = _compiled(log_l.to(dtype).contiguous(), log_A.to(dtype).contiguous())
+    else:
+        path = torch.from_numpy(_by_steps(log_l.numpy(), log_A.expand(T - 1, -1, -1, -1).numpy()))
+    return path.to(likelihood.device)
+
+
+def _compiled(log_l: Tensor, log_A: Tensor) -> Tensor:
+    from pyro_em.posteriors.numba_paths import best_paths
+
+    path = torch.empty(log_l.shape[:2], dtype=torch.long)
+    best_paths(log_l.numpy(), log_A.numpy(), path.numpy())
+    return path
+
+
+def _by_steps(
+    log_l: NDArray[np.floating[Any]], log_A: NDArray[np.floating[Any]]
+) -> NDArray[np.int64]:
+    """The same by numpy, step after step."""
     T, B, K = log_l.shape
     came_from = np.empty((T - 1, B, K), dtype=np.int64)
     best = log_l[0]
@@ -44,4 +77,4 @@ def viterbi(likelihood: Tensor, transition: Tensor) -> Tensor:
     path[-1] = best.argmax(-1)
     for t in range(T - 1, 0, -1):
         path[t - 1] = came_from[t - 1][rows, path[t]]
-    return torch.from_numpy(path).to(likelihood.device)
+    return path

@@ -175,6 +175,33 @@ def test_the_path_is_the_best_of_all() -> None:
         assert tuple(path[:, b].tolist()) == max(scores, key=scores.__getitem__)
 
 
+@pytest.mark.parametrize("way", ["compiled", "by steps"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_of_equal_paths_the_first_state_is_taken_from_the_end_on(
+    way: str, alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole numbers, so that many paths are equally good; each state is chosen by plain loops."""
+    if way == "by steps":
+        monkeypatch.setattr("pyro_em.posteriors.viterbi.compiles", lambda *_: False)
+    T, B, K, generator = 90, 2, 3, torch.Generator().manual_seed(0)
+    log_l = torch.randint(-2, 1, (T, B, K), generator=generator).to(A.dtype)
+    log_l[torch.rand(log_l.shape, generator=generator) < 0.2] = -torch.inf
+    log_A = torch.randint(-1, 1, (1 if alike else T - 1, 1, K, K), generator=generator).to(A.dtype)
+    log_A = log_A.expand(T - 1, 1, K, K)
+    found = viterbi(log_l, log_A).tolist()
+    for b in range(B):
+        best = [log_l[0, b].tolist()]
+        for own, rows in zip(log_l[1:, b].tolist(), log_A[:, 0].tolist(), strict=True):
+            ends = [max(best[-1][i] + rows[i][j] for i in range(K)) for j in range(K)]
+            best.append([e + x for e, x in zip(ends, own, strict=True)])
+        state = best[-1].index(max(best[-1]))
+        for t in range(T - 1, 0, -1):
+            assert found[t][b] == state
+            scores = [best[t - 1][i] + float(log_A[t - 1, 0, i, state]) for i in range(K)]
+            state = scores.index(max(scores))
+        assert found[0][b] == state
+
+
 def test_what_floats_cannot_hold_goes_through_logarithms() -> None:
     """States that exclude each other for 900 nats, and a step that only the unlikely one explains."""
 
