@@ -123,6 +123,11 @@ def link_of(family: Family, argument: str) -> str | None:
     return rule.kind.form.inverse_link if rule.link is IDENTITY else ""
 
 
+def feature_of(statistics: Statistics) -> Tensor:
+    """The statistics of a density in linear form, as one tensor. # (*cells, P)"""
+    return statistics["feature"]
+
+
 @dataclass(frozen=True)
 class NaturalForm:
     """A log density that is linear in statistics of the data alone, jointly in several arguments.
@@ -149,6 +154,7 @@ class NaturalForm:
         maximum: From sums and arguments to the numbers of all arguments at which `expected` is largest,
             one argument after the other, where nothing else is asked of them; None where it is to be
             searched for. # (*cells, A)
+        gathered: T(x) from the statistics of a family that names them otherwise.
     """
 
     arguments: tuple[str, ...]
@@ -160,6 +166,7 @@ class NaturalForm:
     is_augmented: bool = False
     spread: tuple[str, str] | None = None
     maximum: Callable[[Statistics, Arguments], Tensor | None] | None = None
+    gathered: Callable[[Statistics], Tensor] = feature_of
 
     def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
         """What E_q[log p] of each cell is a sum of, up to Σ h, in nats. # (*cells, terms)
@@ -265,6 +272,8 @@ class Family:
         multiples: Of arguments that are matrices, the rules of a number that multiplies a known matrix:
             numerator and denominator are those at a = 1, where the matrix is as it stands.
         degrees: The argument that is the degrees of freedom of a Wishart; empty for none.
+        together: Of a family whose arguments have rules the linear form in which parameters that reach
+            several of its arguments are solved for.
 
     Example:
         >>> from pyro_em.families import family_of
@@ -287,6 +296,7 @@ class Family:
     predicted: PredictedForm | None = None
     multiples: Mapping[str, Rule] = field(default_factory=dict)
     degrees: str = ""
+    together: NaturalForm | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A record of this library goes by its distribution: most functions have no name."""
@@ -298,6 +308,11 @@ class Family:
     def name(self) -> str:
         """The distribution's name, for plans and messages."""
         return self.distribution.__name__
+
+    @property
+    def joint_form(self) -> NaturalForm | None:
+        """The linear form in which sums tell all arguments together, if there is one."""
+        return self.natural if self.together is None else self.together
 
     def argument_event_dim(self, name: str) -> int:
         """Rightmost dimensions of one value of an argument."""

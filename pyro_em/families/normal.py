@@ -12,12 +12,22 @@ about which the squares were taken.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import CHOLESKY, PRECISION, Arguments, Family, Rule, Statistics, weigh
+from pyro_em.families.family import (
+    CHOLESKY,
+    PRECISION,
+    Arguments,
+    Family,
+    NaturalForm,
+    Rule,
+    Statistics,
+    weigh,
+)
 from pyro_em.families.forms import Kind
 
 
@@ -171,6 +181,49 @@ def _multivariate_normal_log_density(value: Tensor, arguments: Arguments) -> Ten
     return -0.5 * (distance + tril.shape[-1] * math.log(2 * math.pi)) - log_det
 
 
+@dataclass(frozen=True)
+class LocationAndScale(NaturalForm):
+    """What sums say of location and scale together: Σ d and Σ d² about ``reference:loc``."""
+
+    def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
+        """See `NaturalForm.terms`."""
+        scale, w = arguments["scale"], statistics["weight"]
+        spread = -0.5 * _residual(statistics, arguments) / scale**2
+        parts = torch.broadcast_tensors(-w * scale.log(), spread)
+        return torch.where(w.unsqueeze(-1) == 0, 0.0, torch.stack(parts, -1))
+
+
+def _residual(s: Statistics, a: Arguments) -> Tensor:
+    """Σ (x − μ)²."""
+    (first, second), shift = s["feature"].unbind(-1), a["loc"] - s["reference:loc"]
+    return second - shift * (2 * first - shift * s["weight"])
+
+
+def _location_and_scale(s: Statistics, a: Arguments) -> tuple[Tensor, Tensor]:
+    """Derivatives of −w log σ − Σ (x − μ)² / (2 σ²)."""
+    scale, w, shift = a["scale"], s["weight"], a["loc"] - s["reference:loc"]
+    precision = scale**-2
+    pull = (s["feature"][..., 0] - shift * w) * precision
+    residual = _residual(s, a) * precision
+    slope = torch.stack(torch.broadcast_tensors(pull, (residual - w) / scale), -1)
+    mixed = -2 * pull / scale
+    rows = (-w * precision, mixed, mixed, (w - 3 * residual) * precision)
+    return slope, torch.stack(torch.broadcast_tensors(*rows), -1).unflatten(-1, (2, 2))
+
+
+def _deviation_and_square(s: Statistics) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(s["deviation"], s["square"]), -1)
+
+
+LOCATION_AND_SCALE = LocationAndScale(
+    ("loc", "scale"),
+    derivatives=_location_and_scale,
+    references=("loc",),
+    spread=("scale", "loc"),
+    gathered=_deviation_and_square,
+)
+
+
 def _laplace_statistics(value: Tensor, arguments: Arguments) -> Statistics:
     return {"absolute": (value - arguments["loc"]).abs()}
 
@@ -197,6 +250,7 @@ FAMILIES = (
         _deviations,
         {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
         log_density=_normal_log_density,
+        together=LOCATION_AND_SCALE,
     ),
     Family(
         dist.LogNormal,
@@ -204,6 +258,7 @@ FAMILIES = (
         {"loc": Rule(Kind.MEAN, _mean), "scale": Rule(Kind.SCALE, _variance)},
         log_density=_log_normal_log_density,
         magnitude=lambda x: x.log().abs(),
+        together=LOCATION_AND_SCALE,
     ),
     Family(
         dist.MultivariateNormal,

@@ -12,6 +12,8 @@ Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
   (`pyro_em.graph.affine`);
 * a product a·exp(x·w), or logits x·w − log a, is affine in w and in the logarithm of a
   (`pyro_em.graph.log_affine`);
+* an elementwise function of elements of several parameters is an expression of selections
+  (`pyro_em.graph.composites`);
 * a product of a matrix with its own transpose, Π = A Aᵀ, of matrices A that are selected, is a map of
   these: both factors are read, and have to select the same elements, one of them transposed;
 * ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
@@ -31,6 +33,7 @@ from torch.autograd.graph import Node
 
 from pyro_em.graph.affine import as_affine
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.composites import as_composite
 from pyro_em.graph.log_affine import as_log_affine
 from pyro_em.graph.nodes import Point, below_expansion, is_leaf, nodes_below
 from pyro_em.graph.products import as_product, as_sum
@@ -47,6 +50,7 @@ def bind(
     link: str = "",
     allow_logs: bool = False,
     allow_product: bool = False,
+    allow_composite: bool = False,
     plates: int = 0,
     max_cells: int = 2**27,
 ) -> Binding:
@@ -63,6 +67,7 @@ def bind(
         link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
         allow_logs: Whether a predictor that is affine in logarithms of parameters is of use.
         allow_product: Whether matrices A Aᵀ and their sums are of use.
+        allow_composite: Whether elementwise functions of several parameters are of use.
         plates: How many of the first dimensions of the layout are plates.
         max_cells: The most numbers of a Jacobian to hold.
 
@@ -97,12 +102,16 @@ def bind(
         affine = as_affine(point, top, constant, names, leaves, normalised, link, plates, max_cells)
         if isinstance(affine, Binding):
             return affine
-        if allow_logs:
-            found = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
-            if found is not None:
-                return found
-        return Binding("opaque", names, constant, reason=affine)
-    return Binding("opaque", names, constant, reason=selection)
+        selection = affine
+    is_one_row = all(size == 1 for size in top.shape[:plates])
+    composite = None
+    if allow_composite and is_one_row:
+        composite = as_composite(point, top, constant, names, leaves)
+    if composite is None and allow_affine and allow_logs:
+        composite = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
+    if composite is None and allow_composite and not is_one_row:
+        composite = as_composite(point, top, constant, names, leaves)
+    return composite or Binding("opaque", names, constant, reason=selection)
 
 
 def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...] | None:

@@ -1,8 +1,8 @@
 """Bindings: how parameters reach an argument of a distribution.
 
 A *selection* takes every element of the argument from one element of a parameter, possibly through
-elementwise maps and a known factor; *affine* arguments are linear in parameters; *opaque* ones are
-neither, and only a gradient serves.
+elementwise maps and a known factor; *affine* arguments are linear in parameters; in *composite* ones
+several parameters meet, number by number; *opaque* ones are none of these, and only a gradient serves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.graph.expression import Expression
 from pyro_em.graph.jacobian import Jacobian
 from pyro_em.graph.jacobian import joined as joined_jacobians
 
@@ -157,8 +158,8 @@ class Binding:
     """Which parameters reach one argument, and how.
 
     Attributes:
-        how: ``"constant"``, ``"selection"``, ``"affine"``, ``"sum"`` (of selections, and a constant) or
-            ``"opaque"``.
+        how: ``"constant"``, ``"selection"``, ``"affine"``, ``"sum"`` (of selections, and a constant),
+            ``"composite"`` (an expression of selections) or ``"opaque"``.
         params: Names of the parameters that reach it.
         constant: The argument where no parameter reaches it, or the offset of an affine map or a sum.
         selections: One part per parameter.
@@ -167,6 +168,8 @@ class Binding:
         normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
         link: Of an affine binding what makes the argument of the predictor, by its name in `LINKS`.
         logs: Parameters in whose logarithms the predictor is affine, with derivatives in these.
+        expression: Of a composite binding what is made of its selections.
+        known: The tensors that the expression knows. # argument's shape
     """
 
     how: str
@@ -178,6 +181,8 @@ class Binding:
     normalise: str = ""
     link: str = ""
     logs: tuple[str, ...] = ()
+    expression: Expression | None = None
+    known: tuple[Tensor, ...] = ()
 
     @cached_property
     def is_static(self) -> bool:
@@ -199,7 +204,7 @@ class Binding:
     @property
     def tensors(self) -> list[Tensor]:
         """All that it is made of, over the cells of the argument."""
-        tensors = [self.constant, *(s.index for s in self.selections)]
+        tensors = [self.constant, *(s.index for s in self.selections), *self.known]
         tensors += [s.factor for s in self.selections if s.factor is not None]
         return tensors + [t for j in (self.jacobians or {}).values() for t in j.tensors]
 
@@ -224,6 +229,8 @@ class Binding:
             self.normalise,
             self.link,
             self.logs,
+            self.expression,
+            tuple(change(t) for t in self.known),
         )
 
     def thin(self) -> Binding:
@@ -268,6 +275,12 @@ class Binding:
             none = torch.zeros((), dtype=self.constant.dtype, device=self.constant.device)
             kept = (t if p.of_matrices else torch.where(p.index >= 0, t, none) for p, t in terms)
             return sum(kept, self.constant)
+        if self.how == "composite":
+            assert self.expression is not None
+            leaves = [s.forward(values[s.param]) for s in self.selections]
+            made = self.expression.evaluate(leaves, self.known)
+            assert isinstance(made, Tensor)
+            return made
         if self.how == "opaque":
             raise ValueError("an opaque binding cannot be evaluated without its model")
         out = self.constant
@@ -301,6 +314,8 @@ def joined(bindings: Sequence[Binding], join: Callable[[list[Tensor]], Tensor]) 
         first.normalise,
         first.link,
         first.logs,
+        first.expression,
+        tuple(join([b.known[i] for b in bindings]) for i in range(len(first.known))),
     )
 
 

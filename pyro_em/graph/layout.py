@@ -247,6 +247,7 @@ class FactorLayout:
                 raw_params = parameters_below(raw, leaves)
         else:
             given = given_arguments(base, family)
+            may_meet = info.role is Role.DATA and name not in self.structure.lines
             compact_value = _typed(compact_value, given, family)
             for arg, tensor in given.items():
                 tensor = tensor.detach() if self.detached else tensor
@@ -274,6 +275,7 @@ class FactorLayout:
                     link=link_of(family, arg) or "",
                     allow_logs=family.predicted is not None,
                     allow_product=may_be_product(family, arg),
+                    allow_composite=may_meet and family.joint_form is not None,
                     plates=len(info.plates),
                 )
         return Factor(

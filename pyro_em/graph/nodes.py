@@ -104,6 +104,13 @@ def point_at(node: Node, output: int, shape: tuple[int, ...]) -> Point:
     return Point(GradientEdge(node, output), node, shape)
 
 
+def output_shape(node: Node, output: int = 0) -> tuple[int, ...]:
+    """The shape of an output of a node."""
+    if is_leaf(node):
+        return tuple(node.variable.shape)  # type: ignore[attr-defined]
+    return tuple(node._input_metadata[output].shape)  # type: ignore[attr-defined]
+
+
 def base_name(node: Node) -> str:
     """A node's operation, as autograd names it."""
     return node.name().split("::")[-1].split("Backward")[0]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from pyro_em.graph.binding import PRODUCT, Binding, Selection
 from pyro_em.graph.nodes import (
@@ -25,6 +25,7 @@ from pyro_em.graph.nodes import (
     inputs_of,
     is_leaf,
     nodes_below,
+    output_shape,
     point_at,
     through_views,
 )
@@ -81,21 +82,14 @@ def _terms(point: Point, top: Tensor, like: Tensor) -> Iterator[tuple[Point, Ten
     if is_leaf(node) or base_name(node) != "Add" or getattr(node, "_saved_alpha", 1) != 1:
         yield point, top
         return
-    whole = _output_shape(node)
+    whole = output_shape(node)
     if node is not point.node:
         forward = forward_maps(point.edge, point.shape, GradientEdge(node, 0), like)
         top = forward(None).round().long().reshape(-1)[top]
     for parent, output in inputs_of(node):
-        shape = _output_shape(parent, output)
+        shape = output_shape(parent, output)
         own = torch.arange(math.prod(shape), device=top.device).reshape(shape)
         yield from _terms(point_at(parent, output, shape), own.expand(whole).reshape(-1)[top], like)
-
-
-def _output_shape(node: Node, output: int = 0) -> tuple[int, ...]:
-    """The shape of an output of a node."""
-    if is_leaf(node):
-        return tuple(node.variable.shape)  # type: ignore[attr-defined]
-    return tuple(node._input_metadata[output].shape)  # type: ignore[attr-defined]
 
 
 def _product(

@@ -115,6 +115,7 @@ class Recurring:
         link: str = "",
         allow_logs: bool = False,
         allow_product: bool = False,
+        allow_composite: bool = False,
         plates: int = 0,
     ) -> Binding:
         """As `pyro_em.graph.autograd.bind`.
@@ -128,11 +129,12 @@ class Recurring:
             link: As there.
             allow_logs: As there.
             allow_product: As there.
+            allow_composite: As there.
             plates: As there.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        allowed = (allow_affine, link, allow_logs, allow_product)
+        allowed = (allow_affine, link, allow_logs, allow_product, allow_composite)
         key = (graph, form, *kind, normalised, *allowed, plates)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
@@ -152,6 +154,7 @@ class Recurring:
             link=link,
             allow_logs=allow_logs,
             allow_product=allow_product,
+            allow_composite=allow_composite,
             plates=plates,
         )
         if graph is not None and argument.numel() <= _SMALL:

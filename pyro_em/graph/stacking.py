@@ -66,7 +66,8 @@ def form_of_binding(binding: Binding) -> tuple[Any, ...]:
     parts = tuple(
         (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in binding.selections
     )
-    return (binding.how, binding.normalise, binding.link, binding.logs, binding.params, parts)
+    kind = (binding.how, binding.normalise, binding.link, binding.logs, binding.expression)
+    return (*kind, binding.params, parts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.predictors import predictor_binding
+from pyro_em.updates.strongest import is_joint
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
@@ -268,7 +269,7 @@ def _no_sums(
     for argument, binding in group.bindings.items():
         is_line = binding.how == "affine" and argument == "loc"
         is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
-        if not is_line and binding.how not in ("constant", "selection"):
+        if not is_line and not is_joint(group) and binding.how not in ("constant", "selection"):
             how = "a sum" if binding.how == "sum" else binding.how
             return f"{argument} of '{site}' ({kind}) is {how} in its parameters"
     touched = set(exact).intersection(group.params)

@@ -5,7 +5,8 @@ elements that its arguments read; with u the coordinates of these elements and a
 
     ∂Q/∂u_i = Q_i f_i',      ∂²Q/∂u_i ∂u_j = Q_ij f_i' f_j' + δ_ij Q_i f_i'',
 
-summed onto blocks of elements that share cells.
+summed onto blocks of elements that share cells. Where an argument is made of several elements, as α / m
+is, it has as many derivatives, and f'' is a matrix.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from pyro_em.families.exponential import FAR
 from pyro_em.families.family import NaturalForm, Statistics
 from pyro_em.graph.binding import Selection
+from pyro_em.graph.expression import Expression, Jet
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.scatter import sum_to
 
@@ -51,14 +53,24 @@ class Argument:
     """How one argument follows from coordinates.
 
     Attributes:
-        elements: Which each of its numbers reads, −1 for none. # (*cells, *event)
-        selections: The parts that come from parameters of the block.
+        elements: Which each of its numbers reads, −1 for none. # (*cells, *event), and (…, L) where an
+            expression has L leaves
+        selections: The parts that come from parameters of the block; of an expression all its leaves.
         name: The only parameter, where it is read as it stands.
+        expression: What is made of its leaves, where parameters meet in it.
+        known: The tensors that the expression knows. # (*cells, *event)
     """
 
     elements: Tensor
     selections: tuple[Selection, ...]
     name: str | None
+    expression: Expression | None = None
+    known: tuple[Tensor, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many elements each of its numbers reads."""
+        return 1 if self.expression is None else len(self.selections)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +82,12 @@ class Cells:
         form: Its linear form.
         shape: Of its cells: all arguments together, and ``to_event`` dimensions.
         arguments: In the order of the form.
-        rows: The elements that meet in each cell. # (cells, A)
+        rows: The elements that meet in each cell, number by number. # (cells, R)
         block: The block of each cell; one past the last where no element is read. # (cells,)
-        slope: Where a cell's slope goes among those of all blocks. # (cells * A,)
-        curvature: Where its curvature goes. # (cells * A * A,)
+        slope: Where a cell's slope goes among those of all blocks. # (cells * R,)
+        curvature: Where its curvature goes. # (cells * R * R,)
+        numbers: Which number of the arguments reads each of a cell's elements; None where each reads
+            its own. # (R,)
     """
 
     group: int
@@ -84,6 +98,13 @@ class Cells:
     block: Tensor
     slope: Tensor
     curvature: Tensor
+    numbers: Tensor | None = None
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """How many cells there are, and how many numbers their arguments have."""
+        rows, R = self.rows.shape
+        return rows, R if self.numbers is None else int(self.numbers[-1]) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,20 +141,25 @@ class Places:
         self,
         statistics: Mapping[int, Statistics],
         arguments: Mapping[int, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+        values: Mapping[str, Tensor],
     ) -> Problem:
         """The problem that sums pose.
 
         Args:
             statistics: Expected statistics per group.
             arguments: The current arguments per group, for what is known of them.
+            values: The current parameters, of which some are fixed.
         """
         sums, known = [], []
         for c in self.cells:
             given = statistics[c.group]
-            wide = {n: given[n].detach().to("cpu", torch.float64) for n in ("feature", "weight")}
+            feature = given["feature"] if "feature" in given else c.form.gathered(given)
+            feature, weight = (
+                t.detach().to("cpu", torch.float64) for t in (feature, given["weight"])
+            )
             own = {
-                "feature": sum_to(wide["feature"], c.shape, 1).clone(),
-                "weight": sum_to(wide["weight"], c.shape).clone(),
+                "feature": sum_to(feature, c.shape, 1).clone(),
+                "weight": sum_to(weight, c.shape).clone(),
             }
             for name in c.form.references:
                 reference = arguments[c.group][name].detach().to("cpu", torch.float64)
@@ -146,7 +172,14 @@ class Places:
                     if a.name is None
                 }
             )
-        return Problem(self, tuple(sums), tuple(known))
+        fixed = {
+            s.param: values[s.param].detach().to("cpu", torch.float64).reshape(-1)
+            for c in self.cells
+            for a in c.arguments.values()
+            for s in a.selections
+            if s.param not in self.coordinates.slices
+        }
+        return Problem(self, tuple(sums), tuple(known), fixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +190,13 @@ class Problem:
         places: Where elements are read.
         sums: Per group in their order. # (*cells, P), (*cells)
         known: Arguments that have constant parts.
+        fixed: Parameters outside the block that meet those of the block.
     """
 
     places: Places
     sums: tuple[Statistics, ...]
     known: tuple[Mapping[str, Tensor], ...]
+    fixed: Mapping[str, Tensor]
 
     def spread(self, of_blocks: Tensor) -> Tensor:
         """What belongs to slots, element by element. # (B, m) to (elements,)"""
@@ -206,12 +241,15 @@ class Problem:
             moves = {n: self._moved(a, u, known.get(n)) for n, a in c.arguments.items()}
             at = {n: found[0] for n, found in moves.items()}
             terms, g, H = _of_cells(c, s, at)
-            first, second = (
-                torch.cat([found[i].reshape(len(c.rows), -1) for found in moves.values()], -1)
-                for i in (1, 2)
-            )
-            H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
-            H.diagonal(dim1=-2, dim2=-1).addcmul_(g, second)
+            first = torch.cat([m[1].reshape(len(c.rows), -1) for m in moves.values()], -1)
+            if c.numbers is None:
+                second = torch.cat([m[2].reshape(len(c.rows), -1) for m in moves.values()], -1)
+                H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
+                H.diagonal(dim1=-2, dim2=-1).addcmul_(g, second)
+            else:
+                g, H = g[:, c.numbers], H[:, c.numbers][:, :, c.numbers]
+                H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
+                H.addcmul_(g.unsqueeze(-1), _bends(c, [m[2] for m in moves.values()]))
             value.index_add_(0, c.block, terms.sum(-1).reshape(-1))
             rounding.index_add_(0, c.block, terms.abs().sum(-1).reshape(-1), alpha=_EPS)
             slope.index_add_(0, c.slope, (g * first).reshape(-1))
@@ -271,8 +309,22 @@ class Problem:
         return There(terms.sum(-1), _EPS * terms.abs().sum(-1), g * first, H.neg_())
 
     def _moved(self, a: Argument, u: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """An argument at coordinates with its first and second derivatives. # (*cells, *event)"""
+        """An argument at coordinates with its first and second derivatives.
+
+        Returns:
+            # (*cells, *event) each; of an expression (…), (…, L) and (…, L, L)
+        """
         coordinates = self.places.coordinates
+        if a.expression is not None:
+            leaves = []
+            for i, s in enumerate(a.selections):
+                if s.param in self.fixed:
+                    leaves.append(Jet(self.fixed[s.param][s.index]))
+                    continue
+                value, first, second = coordinates.jet(s.param, u[a.elements[..., i]])
+                leaves.append(Jet(value, {i: first}, {(i, i): second}))
+            found = a.expression.jet(leaves, a.known)
+            return found.dense(a.width, u.new_zeros(a.elements.shape[:-1]))
         if a.name is not None:
             own = u[a.elements]
             if coordinates.intervals[a.name] == (0.0, math.inf):
@@ -301,9 +353,23 @@ class Problem:
         return out.detach(), first.detach(), second.detach()
 
 
+def _bends(c: Cells, each: Sequence[Tensor]) -> Tensor:
+    """Second derivatives of each number of the arguments, on the diagonal. # (cells, R, R)"""
+    rows, R = c.rows.shape
+    out = torch.zeros(rows, R, R, dtype=torch.float64)
+    begin = 0
+    for a, second in zip(c.arguments.values(), each, strict=True):
+        own = second.reshape(rows, -1, a.width, a.width)
+        for i in range(own.shape[1]):
+            end = begin + a.width
+            out[:, begin:end, begin:end] = own[:, i]
+            begin = end
+    return out
+
+
 def _of_cells(c: Cells, s: Statistics, at: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Terms of Q of each cell, and its derivatives. # (*cells, ·), (cells, A), (cells, A, A)"""
-    rows, A = c.rows.shape
+    rows, A = c.width
     if c.form.derivatives is not None:
         g, H = c.form.derivatives(s, at)
         return c.form.terms(s, at), g.reshape(rows, A), H.reshape(rows, A, A)

@@ -30,7 +30,7 @@ def refuse_collapse(
     """
     for g in groups:
         group = graph.groups[g]
-        natural = group.family.natural if group.family is not None else None
+        natural = group.family.joint_form if group.family is not None else None
         if natural is None or natural.spread is None:
             continue
         spread, about = natural.spread

@@ -68,6 +68,21 @@ class Coordinates:
             return low + u.exp()
         return high - (-u).exp() if high < math.inf else u
 
+    def jet(self, name: str, u: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+        """Elements of a parameter with their first and second derivatives in their coordinates."""
+        low, high = self.intervals[name]
+        if low > -math.inf and high < math.inf:
+            share = u.sigmoid()
+            slope = (high - low) * share * (1 - share)
+            return low + (high - low) * share, slope, slope * (1 - 2 * share)
+        if low > -math.inf:
+            e = u.exp()
+            return low + e, e, e
+        if high < math.inf:
+            e = (-u).exp()
+            return high - e, e, -e
+        return u, 1.0, 0.0
+
     def values(self, u: Tensor) -> dict[str, Tensor]:
         """All elements of each parameter. # (numel,) each"""
         return {name: self.forward(name, u[own]) for name, own in self.slices.items()}

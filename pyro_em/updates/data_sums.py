@@ -284,10 +284,10 @@ class DataSums:
         """Σ T(x) and the weight of groups in linear form."""
         statistics, out = self._taken(groups), {}
         for g in groups:
-            feature, group = statistics[g]["feature"], self.graph.groups[g]
-            family, all_data = group.family, self.graph.all_data
-            assert family is not None and family.natural is not None
-            if family.natural.of_counts and all_data is not None:
+            family, all_data = self.graph.groups[g].family, self.graph.all_data
+            assert family is not None and family.joint_form is not None
+            feature, group = family.joint_form.gathered(statistics[g]), self.graph.groups[g]
+            if family.joint_form.of_counts and all_data is not None:
                 more = all_data.largest[group.members[0]] - feature.shape[-1]
                 feature = torch.nn.functional.pad(feature, (0, more))
             out[g] = {"feature": feature, "weight": statistics[g]["weight"]}

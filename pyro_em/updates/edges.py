@@ -25,6 +25,8 @@ def refuse_edge(group: Group, counts: Tensor, arguments: Mapping[str, Tensor]) -
         DegenerateError: If there is one.
     """
     assert group.family is not None
+    if group.family.natural is None:
+        return
     found = group.family.statistics(group.value, arguments)["feature"]
     at_edge = ~(found.abs() < _FAR)
     at_edge = at_edge.flatten(1 + len(group.sizes)).any(-1)

@@ -103,7 +103,7 @@ class NewtonSolver:
         # An M-step on sums runs in inference mode, which knows no derivatives.
         with torch.inference_mode(False):
             before = {n: values[n].detach().to("cpu", torch.float64, copy=True) for n in self.block}
-            problem = self.places.at(statistics, arguments)
+            problem = self.places.at(statistics, arguments, values)
             u = problem.maximum(self.coordinates.enter(before))
             if u is None:
                 u = self._climb(problem, self.coordinates.enter(before))

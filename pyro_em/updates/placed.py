@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.blocks import Argument, Cells, Places
 from pyro_em.updates.coordinates import Coordinates
@@ -43,14 +44,14 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
     cells_of = []
     for g, (shape, arguments) in found.items():
         family, own = graph.groups[g].family, rows[g]
-        assert family is not None and family.natural is not None
+        assert family is not None and family.joint_form is not None
         first = own.amax(-1)
         block = torch.where(first >= 0, owner[first], B)
         at = torch.where(own >= 0, slot[own], m)
         slope = block.unsqueeze(-1) * (m + 1) + at
         curvature = slope.unsqueeze(-1) * (m + 1) + at.unsqueeze(-2)
-        each = (slope.reshape(-1), curvature.reshape(-1))
-        cells_of.append(Cells(g, family.natural, shape, arguments, own, block, *each))
+        each = (slope.reshape(-1), curvature.reshape(-1), _numbers(arguments, math.prod(shape)))
+        cells_of.append(Cells(g, family.joint_form, shape, arguments, own, block, *each))
     unused = torch.ones(B, m, dtype=torch.float64)
     unused[owner, slot] = 0.0
     seen = torch.unique(torch.cat([own.reshape(-1) for own in rows.values()]))
@@ -64,6 +65,8 @@ def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) ->
     if len(read) > 1:
         return None
     ((_, arguments),), (own,) = read.values(), rows.values()
+    if any(a.expression is not None for a in arguments.values()):
+        return None
     if own.numel() != coordinates.size or len(torch.unique(own)) != own.numel():
         return None
     positive = []
@@ -73,6 +76,18 @@ def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) ->
             return None
         positive += [interval == (0.0, math.inf)] * (a.elements.numel() // len(own))
     return torch.tensor(positive)
+
+
+def _numbers(arguments: Mapping[str, Argument], cells: int) -> Tensor | None:
+    """See `Cells.numbers`."""
+    if all(a.expression is None for a in arguments.values()):
+        return None
+    out: list[int] = []
+    for a in arguments.values():
+        first = 0 if not out else out[-1] + 1
+        for i in range(a.elements.numel() // (cells * a.width)):
+            out += [first + i] * a.width
+    return torch.tensor(out)
 
 
 def _in_cells(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,14 +121,17 @@ def _arguments(
 ) -> tuple[tuple[int, ...], dict[str, Argument]]:
     """The shape of a group's cells, and how each argument follows from coordinates."""
     family = group.family
-    assert family is not None and family.natural is not None
-    names = [n for n in family.natural.arguments if n in group.bindings]
+    assert family is not None and family.joint_form is not None
+    names = [n for n in family.joint_form.arguments if n in group.bindings]
     events = {n: family.argument_event_dim(n) for n in names}
     shapes = {n: group.bindings[n].constant.shape for n in names}
     cells = torch.broadcast_shapes(*(s[: len(s) - events[n]] for n, s in shapes.items()))
     out = {}
     for name in names:
         event = shapes[name][len(shapes[name]) - events[name] :]
+        if group.bindings[name].how == "composite":
+            out[name] = _met(group.bindings[name], coordinates, (*cells, *event))
+            continue
         elements = torch.full(shapes[name], -1)
         own = []
         for s in group.bindings[name].selections:
@@ -133,6 +151,21 @@ def _arguments(
             own[0].param if plain else None,
         )
     return tuple(cells), out
+
+
+def _met(binding: Binding, coordinates: Coordinates, shape: tuple[int, ...]) -> Argument:
+    """An argument in which parameters meet. # elements: (*shape, leaves)"""
+    selections = tuple(Selection(s.param, s.index.cpu().expand(shape)) for s in binding.selections)
+    elements = [
+        s.index + coordinates.slices[s.param].start
+        if s.param in coordinates.slices
+        else torch.full(shape, -1)
+        for s in selections
+    ]
+    known = tuple(t.to("cpu", torch.float64).expand(shape) for t in binding.known)
+    return Argument(
+        torch.stack(elements, -1).contiguous(), selections, None, binding.expression, known
+    )
 
 
 def _problems(rows: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:

@@ -28,15 +28,24 @@ from pyro_em.updates.update import (
 )
 
 
-def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
-    """The strongest update of a parameter, with the reason; nothing is evaluated."""
+def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) -> ParameterUpdate:
+    """The strongest update of a parameter, with the reason; nothing is evaluated.
+
+    Args:
+        graph: The factor graph.
+        name: The parameter.
+        together: Whether arguments in which several parameters meet may be solved for with all others
+            of their density.
+    """
     uses: list[Use] = []
     priors: list[Prior] = []
     predicted: list[str] = []
     affine = curved = False
     joint: list[str] = []
     degrees: list[str] = []
+    meeting: list[str] = []
     weakest = ""
+    beside: list[tuple[str, Use]] = []
     is_used = False
     constraint = graph.parameters[name].constraint
     if not graph.parameters[name].unconstrained.is_floating_point():
@@ -79,6 +88,20 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
                     priors.append(prior)
             elif binding.how == "opaque":
                 weakest = weakest or f"{binding.reason} in {where}"
+            elif together and is_joint(group):
+                form = group.family.joint_form
+                if form is not None and form.is_augmented and not _reads_a_latent(graph, group):
+                    weakest = weakest or f"no closed form is known for it in {where}"
+                use = None
+                if binding.how == "selection" and argument in group.family.rules:
+                    use = as_use(graph, g, argument, binding, name)[0]
+                if use is None:
+                    own = meeting if binding.how == "composite" else joint
+                    own.append(f"{group.distribution}.{argument}")
+                else:
+                    beside.append((f"{group.distribution}.{argument}", use))
+            elif binding.how == "composite":
+                weakest = weakest or f"a function of it is {where}, whose sums do not tell it"
             elif binding.how == "sum":
                 weakest = weakest or f"{where} is a sum of it and others"
             elif _is_predicted(graph, g, argument, name):
@@ -109,17 +132,18 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
         return ParameterUpdate(name, Fixed(), "no factor depends on it")
     if weakest:
         return ParameterUpdate(name, Gradient(), weakest)
-    if joint:
-        return _jointly(
-            name, joint, constraint, has_others=bool(uses or affine or curved or priors)
-        )
+    others = bool(uses or affine or curved or priors)
+    if joint or meeting or (beside and not others):
+        selected = [*joint, *(place for place, _ in beside)]
+        return _jointly(name, selected, meeting, constraint, has_others=others)
     if degrees:
-        if uses or affine or curved or priors:
+        if others:
             return ParameterUpdate(name, Gradient(), "it is something else besides, or has a prior")
         if bounds(constraint) is None:
             return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
         reason = f"{', '.join(dict.fromkeys(degrees))} selects it; sums over the data suffice"
         return ParameterUpdate(name, NewtonOnProfile(), reason)
+    uses += [use for _, use in beside]
     if curved:
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"
@@ -170,15 +194,32 @@ def strongest_update(graph: FactorGraph, name: str) -> ParameterUpdate:
 
 
 def _jointly(
-    name: str, places: Sequence[str], constraint: constraints.Constraint, *, has_others: bool
+    name: str,
+    selected: Sequence[str],
+    meeting: Sequence[str],
+    constraint: constraints.Constraint,
+    *,
+    has_others: bool,
 ) -> ParameterUpdate:
     """The update of a parameter in densities whose sums give the joint maximiser of all arguments."""
     if has_others:
         return ParameterUpdate(name, Gradient(), "it has a prior, or is something else besides")
     if bounds(constraint) is None:
         return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
-    shown = ", ".join(dict.fromkeys(places))
-    return ParameterUpdate(name, NewtonOnSums(), f"{shown} selects it; sums over the data suffice")
+    shown = list(dict.fromkeys(meeting or selected))
+    how = "selects it"
+    if meeting:
+        how = "is a function of it" if len(shown) == 1 else "are functions of it"
+    reason = f"{', '.join(shown)} {how}; sums over the data suffice"
+    return ParameterUpdate(name, NewtonOnSums(), reason)
+
+
+def is_joint(group: Group) -> bool:
+    """Whether parameters meet in an argument of a density whose sums tell all arguments together."""
+    if group.family is None or group.family.joint_form is None or group.lines:
+        return False
+    hows = {b.how for b in group.bindings.values()}
+    return "composite" in hows and hows <= {"constant", "selection", "composite"}
 
 
 def _why_not_plain(binding: Binding, name: str, where: str) -> str:

@@ -13,7 +13,9 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.coordinates import Coordinates
 from pyro_em.updates.placed import size_of
 from pyro_em.updates.predictors import predictors_of
+from pyro_em.updates.strongest import is_joint, strongest_update
 from pyro_em.updates.update import (
+    ClosedForm,
     Fixed,
     Gradient,
     LeastSquares,
@@ -87,6 +89,9 @@ def with_newton_on_sums(
                 continue
             for name in own:
                 out[name] = ParameterUpdate(name, default or Gradient(), why)
+                alone = strongest_update(graph, name, together=False)
+                if is_joint(group) and isinstance(alone.update, ClosedForm):
+                    out[name] = alone
             changed = True
     free = {n for n, u in out.items() if isinstance(u.update, NewtonOnSums)}
     for together in _joined([set(group.params) for group in graph.groups], free):
@@ -103,8 +108,8 @@ def with_newton_on_sums(
 def _no_joint_steps(group: Group, decided: Mapping[str, ParameterUpdate]) -> str:
     """Why the parameters of a density in linear form are not solved for together, or nothing."""
     where = f"{group.distribution} at '{group.members[0]}'"
-    assert group.family is not None and group.family.natural is not None
-    if group.family.natural.of_counts and bool((group.value > MANY).any()):
+    assert group.family is not None and group.family.joint_form is not None
+    if group.family.joint_form.of_counts and bool((group.value > MANY).any()):
         return f"counts above {MANY:,} are no table in {where}"
     for name in group.params:
         if not isinstance(decided[name].update, NewtonOnSums | Fixed):
@@ -113,6 +118,9 @@ def _no_joint_steps(group: Group, decided: Mapping[str, ParameterUpdate]) -> str
         if not binding.is_static:
             return f"{argument} is opaque in {where}"
         known = [s.factor for s in binding.selections if s.factor is not None]
+        known += binding.known
+        if is_joint(group) and not all(s.is_whole for s in binding.selections):
+            return f"some numbers of {argument} are known in {where}"
         if not any(s.is_whole for s in binding.selections):
             known.append(binding.constant)
         if any(_differs_by_row(t, group) for t in known):
