@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyro_em.densities.dispersed import as_dispersed
 from pyro_em.densities.natural import Linears, Naturals, naturals
 from pyro_em.densities.predicted import Predicted, as_predicted
 from pyro_em.densities.regression import Lines, as_lines
@@ -56,7 +57,12 @@ def layout_of(
     lines: dict[int, Regression] = {}
     for g, K in sizes.items():
         where = (g, graph, updates, values, K)
-        line = as_lines(*where) or as_vector_lines(*where) or as_predicted(*where)
+        line = (
+            as_lines(*where)
+            or as_vector_lines(*where)
+            or as_predicted(*where)
+            or as_dispersed(*where)
+        )
         if line is not None:
             lines[g] = line
     return Layout(vector, linears, lines)

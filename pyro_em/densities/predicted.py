@@ -42,7 +42,7 @@ from pyro_em.updates.update import Newton, ParameterUpdate
 
 Values = Mapping[str, Tensor]
 
-_CELLS = 2**18  # of a chunk of an M-step: fewer cost calls, more leave the processor's cache
+CELLS = 2**18  # of a chunk of an M-step: fewer cost calls, more leave the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class Predicted(PlainRows, KeepsRows):
     def _furthest(self, step: Tensor) -> float:
         """By how much a step moves the predictor of any row."""
         slopes = self._slopes(step).reshape(-1, self.columns.shape[-1])
-        parts = (slopes @ self.x[:, i : i + _CELLS] for i in range(0, self.x.shape[1], _CELLS))
+        parts = (slopes @ self.x[:, i : i + CELLS] for i in range(0, self.x.shape[1], CELLS))
         return max(float(part.abs().max()) for part in parts)
 
     @abstractmethod
@@ -200,7 +200,7 @@ class Numbers(Predicted):
         """See `Predicted.curved`."""
         K, d = self.columns.shape
         N = self.x.shape[1]
-        step = max(256, _CELLS // (K * (d + 4)))
+        step = max(256, CELLS // (K * (d + 4)))
         value = beta.new_zeros(())
         slope, curve = beta.new_zeros(K, d), beta.new_zeros(K * d, d)
         for begin in range(0, N, step):
@@ -263,7 +263,7 @@ class Classes(Predicted):
         cells, classes, d = self.columns.shape
         N, P = self.x.shape[1], d * (d + 1) // 2
         first, second = torch.triu_indices(classes, classes, device=beta.device)
-        step = max(256, _CELLS // (len(first) * cells + P + d))
+        step = max(256, CELLS // (len(first) * cells + P + d))
         value = beta.new_zeros(())
         slope = beta.new_zeros(cells * classes, d)
         curve = beta.new_zeros(cells * len(first), P)

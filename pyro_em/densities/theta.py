@@ -34,6 +34,7 @@ from pyro_em.updates.closed_form import Solver, solvers_of
 from pyro_em.updates.curves import CurveSolver
 from pyro_em.updates.least_squares import LineSolver
 from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
+from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.statistics import NATURAL, Expectation
 from pyro_em.updates.update import LeastSquares, Newton, NewtonOnSums, ParameterUpdate
 
@@ -321,6 +322,10 @@ def theta_of(
             return Finding(f"parameter '{name}'", f"'{name}' has a prior and an upper bound")
     blocks = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, LeastSquares))
     curved = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, Newton))
+    for block in curved:
+        if not all(isinstance(p, Predictor) for p in predictors_of(graph, block)):
+            what = f"'{block[0]}' is found with a dispersion, from more than the rows of one site"
+            return Finding(f"parameter '{block[0]}'", f"{what}: no kernel")
     lines: list[LineSolver | CurveSolver] = [LineSolver(block, graph, updates) for block in blocks]
     lines += [CurveSolver(block, graph, updates) for block in curved]
     closed = solvers_of(rest, graph, values)

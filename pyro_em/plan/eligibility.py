@@ -33,6 +33,7 @@ from pyro_em.posteriors.quick import QuickSteps, SumsBlock
 from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.dispersed import dispersed_at
 from pyro_em.updates.predictors import predictor_binding
 from pyro_em.updates.strongest import is_joint
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
@@ -266,8 +267,10 @@ def _no_sums(
         return f"the value of '{site}' depends on a parameter"
     if group.family is None:
         return f"'{site}' ({kind}) has no sums"
+    dispersed = dispersed_at(g, group, graph.parameters)
     for argument, binding in group.bindings.items():
         is_line = binding.how == "affine" and argument == "loc"
+        is_line = is_line or (dispersed is not None and argument in dispersed.bindings)
         is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
         if not is_line and not is_joint(group) and binding.how not in ("constant", "selection"):
             how = "a sum" if binding.how == "sum" else binding.how

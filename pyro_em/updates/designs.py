@@ -106,4 +106,4 @@ def design(binding: Binding, name: str, value: Tensor) -> Tensor:
             )
             rows = eye[torch.where(part.index >= 0, part.index, value.numel())]
             return rows if part.factor is None else rows * part.factor.unsqueeze(-1)
-    return value.new_zeros(*binding.constant.shape, value.numel())
+    return value.new_zeros(()).expand(*binding.constant.shape, value.numel())

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM, PyroEMWarning, vectorized_markov
-from pyro_em.densities import predicted
+from pyro_em.densities import dispersed, predicted
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.posteriors.mixture import Mixture
@@ -35,6 +35,7 @@ REAL = torch.tensor(SIGN + 0.6 * RNG.normal(size=N))
 W = torch.tensor(RNG.normal(size=(2, 3)) * 0.3)
 V = torch.tensor(RNG.normal(size=(2, 3, 3)) * 0.3)
 MASK = torch.arange(N) % 5 != 0
+SPREAD = torch.tensor(RNG.poisson(RNG.gamma(0.8, np.exp(1 + 0.5 * SIGN))).astype(float))
 
 
 def line(w: Tensor, x: Tensor) -> Tensor:
@@ -73,6 +74,30 @@ def reference(z: Any, x: Tensor, own: Any) -> Any:
     return dist.Categorical(logits=torch.cat([eta, torch.zeros_like(eta[..., :1])], -1))
 
 
+def shapes() -> Tensor:
+    return pyro.param("a", torch.tensor([2.0, 1.0]).double(), constraint=C.positive)
+
+
+def gamma(z: Any, x: Tensor, own: Any) -> Any:
+    a = shapes()[z]
+    return dist.Gamma(a, a * (-line(pyro.param("w", W)[z], x)).exp())
+
+
+def counted(z: Any, x: Tensor, own: Any) -> Any:
+    a = shapes()
+    eta = line(pyro.param("w", W)[z], x) + 0.1 * TRIALS[own]
+    return dist.NegativeBinomial(a[z], logits=eta - a.log()[z])
+
+
+def mixed_rates(z: Any, x: Tensor, own: Any) -> Any:
+    a = pyro.param("a", torch.tensor(1.5).double(), constraint=C.positive)  # one for all
+    return dist.GammaPoisson(a, a / line(pyro.param("w", W)[z], x).exp())
+
+
+def known_shape(z: Any, x: Tensor, own: Any) -> Any:
+    return dist.NegativeBinomial(2.5, logits=line(pyro.param("w", W)[z], x))
+
+
 CASES: dict[str, tuple[Emission, Tensor]] = {
     "bernoulli": (bernoulli, BITS),
     "tied": (tied, WINS),
@@ -80,6 +105,10 @@ CASES: dict[str, tuple[Emission, Tensor]] = {
     "waits": (waits, WAITS),
     "words": (words, WORDS),
     "reference": (reference, WORDS),
+    "gamma": (gamma, WAITS),
+    "counted": (counted, SPREAD),
+    "mixed rates": (mixed_rates, SPREAD),
+    "known shape": (known_shape, EVENTS),
 }
 
 
@@ -126,14 +155,15 @@ def fit(model: Callable[[], None], monkeypatch: pytest.MonkeyPatch, quick: bool)
     ("model", "kernel"),
     [
         *((partial(rows, name), "mixture") for name in CASES),
-        *((partial(chain, name), "chain") for name in ("bernoulli", "poisson", "words")),
+        *((partial(chain, name), "chain") for name in ("bernoulli", "poisson", "words", "gamma")),
         (experts, "mixture"),
     ],
 )
 def test_every_step_is_that_through_tables(
     model: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predicted, "_CELLS", 2**8)  # several chunks of rows
+    for module in (predicted, dispersed):
+        monkeypatch.setattr(module, "CELLS", 2**8)  # several chunks of rows
     a, b = fit(model, monkeypatch, True), fit(model, monkeypatch, False)
     assert a.plan.kernel == kernel
     assert list(a.history) == pytest.approx(list(b.history), rel=1e-10)
@@ -158,6 +188,7 @@ def test_data_that_separate_are_said_by_the_kernel_too() -> None:
 
 def test_against_the_joint_table() -> None:
     check_block(Mixture, partial(rows, "poisson", n=6))
+    check_block(Mixture, partial(rows, "gamma", n=8))
 
 
 @pytest.mark.parametrize("known", [False, True])

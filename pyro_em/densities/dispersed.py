@@ -1,0 +1,356 @@
+"""Rows with a linear predictor and a dispersion: mixtures of Gamma and negative binomial regressions.
+
+With ζ = β_kᵀ x + offset and s_k = exp u_k, of which both are found together,
+
+    Gamma               ℓ = s ζ − y exp ζ + (s − 1) log y − log Γ(s)
+    negative binomial   ℓ = log Γ(y + s) − log Γ(s) − log y! + y ζ − (y + s) log(1 + exp ζ)
+
+A mean in place of a rate has log s_k among the terms of ζ. What depends on s and a count alone is taken
+once for each count that occurs, weighed by how often: no gamma function is evaluated row by row.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_em.densities.affine_rows import (
+    as_coefficients,
+    as_parameters,
+    by_row,
+    common_covariates,
+    held,
+)
+from pyro_em.densities.predicted import CELLS, Predicted, PredictedFit, Values
+from pyro_em.errors import Handover
+from pyro_em.families.predicted import digamma_rise, log_rising, trigamma_rise
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.updates.coefficients import FAR
+from pyro_em.updates.curved import Curved
+from pyro_em.updates.designs import designs_of
+from pyro_em.updates.dispersed import Dispersed, dispersed_at, positive
+from pyro_em.updates.newton import climb
+from pyro_em.updates.update import Newton, ParameterUpdate
+
+
+@dataclass(frozen=True, eq=False)
+class DispersedFit(PredictedFit):
+    """Coordinates, and what rows need of the dispersions there.
+
+    Attributes:
+        shape: s. # (K,)
+        table: What depends on s and a count, for each count that occurs; for Gammas − log Γ(s).
+            # (K, counts) or (K, 1)
+    """
+
+    shape: Tensor
+    table: Tensor
+
+
+Weighed = tuple[Tensor, ...]
+OfRows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""What goes to the value, what to log s, r ℓ′, −r ℓ″, and minus r times the mixed derivative where it
+differs from row to row. # (K,), (K,), (K, rows) each"""
+
+OfShapes = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Values, slopes and curvatures in log s, and mixed curvatures with what is the same for all rows.
+# (K,) each, (K or 1, d or 1)"""
+
+
+@dataclass(eq=False)
+class DispersedRows(Predicted):
+    """Rows with one predictor and one dispersion for each component.
+
+    The last of a component's ``columns`` is that of its log s; one past the last where s is known.
+
+    Attributes:
+        y: Data. # (N,)
+        offset: What is known of the predictor; None where nothing is. # (K or 1, N)
+        known: What is known of log s. # (K,)
+        logs: Which coordinates are logarithms of parameters. # (C,)
+    """
+
+    y: Tensor
+    offset: Tensor | None
+    known: Tensor
+    logs: Tensor
+
+    def enter(self, values: Values) -> DispersedFit:
+        """The coordinates at parameter values."""
+        theta = as_coefficients(self.block, values)
+        return self._at(torch.where(self.logs, theta.log(), theta))
+
+    def values(self, fit: PredictedFit) -> dict[str, Tensor]:
+        """The parameters at coordinates."""
+        return as_parameters(self.block, torch.where(self.logs, fit.beta.exp(), fit.beta))
+
+    def m_step(
+        self, fit: PredictedFit, moments: Tensor, mass: Tensor
+    ) -> tuple[DispersedFit, Tensor]:
+        """See `Predicted.m_step`; a dispersion that runs off is named by the M-step through tables."""
+        weighed = self._weighed(moments)
+        found = climb(lambda beta: positive(self._climbed(beta, moments, weighed)), fit.beta)
+        off = torch.where(self.logs, found.last, 0.0).abs().amax()
+        runs_off = not found.is_settled and (
+            float(off) >= FAR or self._furthest(torch.where(self.logs, 0.0, found.last)) >= FAR
+        )
+        if runs_off or not bool(torch.isfinite(found.place).all()):
+            raise Handover
+        return self.enter(self.values(PredictedFit(found.place))), found.gain
+
+    def curved(self, beta: Tensor, weights: Tensor, bent: bool = True) -> Curved:
+        """See `Predicted.curved`."""
+        return self._climbed(beta, weights, self._weighed(weights))
+
+    def _furthest(self, step: Tensor) -> float:
+        slopes = self._slopes(step)[:, :-1]
+        parts = (slopes @ self.x[:, i : i + CELLS] for i in range(0, self.x.shape[1], CELLS))
+        return max(float(part.abs().max()) for part in parts)
+
+    def _shape(self, slopes: Tensor) -> Tensor:
+        return (slopes[:, -1] + self.known).exp()
+
+    def _eta(self, slopes: Tensor, rows: slice) -> Tensor:
+        x = self.x[:, rows]
+        if self.offset is None:
+            return slopes[:, :-1] @ x
+        return torch.addmm(self.offset[:, rows], slopes[:, :-1], x)
+
+    def _climbed(self, beta: Tensor, weights: Tensor, weighed: Weighed) -> Curved:
+        """The expected log density of all rows, with its derivatives, in coordinates."""
+        slopes = self._slopes(beta)
+        (K, more), N = slopes.shape, self.x.shape[1]
+        d, s = more - 1, self._shape(slopes)
+        step = max(256, CELLS // (K * (d + 4)))
+        plain, level = beta.new_zeros(2, K)
+        slope, curve = beta.new_zeros(K, more), beta.new_zeros(K, more, more)
+        within, across = beta.new_zeros(K * d, d), beta.new_zeros(K, d)
+        for begin in range(0, N, step):
+            rows = slice(begin, min(begin + step, N))
+            x, r = self.x[:, rows], weights[:, rows]
+            own = self._of_rows(self._eta(slopes, rows), r, s.unsqueeze(-1), rows)
+            plain += own[0]
+            level += own[1]
+            slope[:, :d] += own[2] @ x.T
+            within.addmm_((own[3].unsqueeze(1) * x).reshape(K * d, -1), x.T)
+            if own[4] is not None:
+                across.addmm_(own[4], x.T)
+        value, slope[:, d], curve[:, d, d], more_across = self._of_shapes(s, plain, level, weighed)
+        curve[:, :d, :d] = within.reshape(K, d, d)
+        curve[:, d, :d] = curve[:, :d, d] = across + more_across
+        return Curved(value.sum(), *self._scattered(slope, curve, len(beta)))
+
+    @abstractmethod
+    def _at(self, beta: Tensor) -> DispersedFit:
+        """What rows are evaluated with at coordinates."""
+
+    @abstractmethod
+    def _weighed(self, weights: Tensor) -> Weighed:
+        """Sums over rows that do not depend on coordinates."""
+
+    @abstractmethod
+    def _of_rows(self, eta: Tensor, r: Tensor, s: Tensor, rows: slice) -> OfRows:
+        """What a pass makes of some rows.
+
+        Args:
+            eta: ζ, which may be written. # (K, rows)
+            r: Responsibilities. # (K, rows)
+            s: # (K, 1)
+            rows: Which rows.
+        """
+
+    @abstractmethod
+    def _of_shapes(self, s: Tensor, plain: Tensor, level: Tensor, weighed: Weighed) -> OfShapes:
+        """What depends on s alone, with the sums of a pass.
+
+        Args:
+            s: # (K,)
+            plain: Σ of what `_of_rows` gives first. # (K,)
+            level: Σ of what it gives second. # (K,)
+            weighed: As `_weighed` returns.
+        """
+
+
+@dataclass(eq=False)
+class GammaRows(DispersedRows):
+    """Gammas: ζ is the logarithm of the rate.
+
+    Attributes:
+        log_y: Logarithms of the data. # (N,)
+    """
+
+    log_y: Tensor
+
+    def _at(self, beta: Tensor) -> DispersedFit:
+        s = self._shape(self._slopes(beta))
+        return DispersedFit(beta, s, -s.lgamma().unsqueeze(-1))
+
+    def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
+        """See `Predicted.log_density`."""
+        assert isinstance(fit, DispersedFit)
+        eta, s = self._eta(self._slopes(fit.beta), features), fit.shape.unsqueeze(-1)
+        mean = eta.exp().mul_(self.y[features])
+        out = eta.mul_(s).sub_(mean).addcmul_(s - 1, self.log_y[features]).add_(fit.table)
+        return out if onto is None else out.add_(onto)
+
+    def _weighed(self, weights: Tensor) -> Weighed:
+        return weights.sum(-1), weights @ self.log_y, weights @ self.x.T
+
+    def _of_rows(self, eta: Tensor, r: Tensor, s: Tensor, rows: slice) -> OfRows:
+        mean = eta.exp().mul_(self.y[rows]).mul_(r)
+        level = eta.mul_(r).sum(-1)
+        return -mean.sum(-1), level, (r * s).sub_(mean), mean, None
+
+    def _of_shapes(self, s: Tensor, plain: Tensor, level: Tensor, weighed: Weighed) -> OfShapes:
+        mass, logs, sums = weighed
+        total = s * (level + logs)
+        lead = total - s * mass * s.digamma()
+        curve = s * s * torch.special.polygamma(1, s) * mass - lead
+        return total + plain - mass * s.lgamma(), lead, curve, -s.unsqueeze(-1) * sums
+
+
+@dataclass(eq=False)
+class CountRows(DispersedRows):
+    """Negative binomials: ζ is the logit of a success.
+
+    Attributes:
+        counts: Those that occur. # (counts,)
+        which: The place of each row's. # (N,)
+    """
+
+    counts: Tensor
+    which: Tensor
+
+    def _at(self, beta: Tensor) -> DispersedFit:
+        s = self._shape(self._slopes(beta))
+        table = log_rising(s.unsqueeze(-1), self.counts) - (self.counts + 1).lgamma()
+        return DispersedFit(beta, s, table)
+
+    def log_density(self, fit: PredictedFit, features: slice, onto: Tensor | None = None) -> Tensor:
+        """See `Predicted.log_density`."""
+        assert isinstance(fit, DispersedFit)
+        eta, y = self._eta(self._slopes(fit.beta), features), self.y[features]
+        out = fit.table.index_select(1, self.which[features])
+        out.sub_((y + fit.shape.unsqueeze(-1)).mul_(torch.nn.functional.softplus(eta)))
+        out.add_(eta.mul_(y))
+        return out if onto is None else out.add_(onto)
+
+    def _weighed(self, weights: Tensor) -> Weighed:
+        found = weights.new_zeros(len(weights), len(self.counts))
+        return (found.index_add_(1, self.which, weights),)
+
+    def _of_rows(self, eta: Tensor, r: Tensor, s: Tensor, rows: slice) -> OfRows:
+        y, p = self.y[rows], torch.sigmoid(eta)
+        log_q = torch.nn.functional.softplus(eta).mul_(r)
+        trials = (y + s).mul_(r)
+        wins = r * y
+        plain = eta.mul_(wins).sum(-1) - (log_q @ y) - s.squeeze(-1) * (level := log_q.sum(-1))
+        both = trials.mul_(p)
+        return plain, -level, wins.sub_(both), both * (1 - p), p.mul_(r).mul_(s)
+
+    def _of_shapes(self, s: Tensor, plain: Tensor, level: Tensor, weighed: Weighed) -> OfShapes:
+        (often,) = weighed
+        wide = s.unsqueeze(-1)
+        value = plain + (often * log_rising(wide, self.counts)).sum(-1)
+        lead = s * ((often * digamma_rise(wide, self.counts)).sum(-1) + level)
+        curve = -lead - s * s * (often * trigamma_rise(wide, self.counts)).sum(-1)
+        return value, lead, curve, s.new_zeros(1, 1)
+
+
+def as_dispersed(
+    g: int, graph: FactorGraph, updates: Mapping[str, ParameterUpdate], values: Values, K: int
+) -> DispersedRows | None:
+    """A group with a predictor and a dispersion, with all of its parameters, or None.
+
+    Args:
+        g: A group whose members and plates are the rows.
+        graph: The collapsed graph.
+        updates: What was decided.
+        values: Parameter values, for their shapes.
+        K: Number of components.
+    """
+    group = graph.groups[g]
+    found = dispersed_at(g, group, graph.parameters)
+    if found is None or not group.observed or group.event_dims or group.elements is not None:
+        return None
+    names = found.params
+    if set(names) != set(group.params) or not _are_found_here(g, names, graph, updates, values):
+        return None
+    lead, block = 1 + group.n_plates, updates[names[0]].block
+    rates = [a for a in found.bindings if a != found.form.shape]
+    if len(rates) != 1 or group.value.numel() != group.value.shape[:lead].numel():
+        return None
+    rate = found.bindings[rates[0]]
+    parts = designs_of(rate, block, values, lead)
+    read = common_covariates(parts)
+    rows = torch.Size((len(group.members), *group.sizes[: group.n_plates]))
+    sizes = rate.constant.shape[:lead]
+    if read is None or len(parts) not in (1, K) or len(read[0]) != sizes.numel():
+        return None
+    total = sum(values[name].numel() for name in block)
+    shape = _shapes(found, group, block, values, K, total)
+    if shape is None:
+        return None
+    x, columns = read
+    sign = -1.0 if group.distribution == "GammaPoisson" else 1.0
+    x = by_row(sign * x, sizes, rows)
+    offset = None
+    if not rate.is_without_constant:
+        known = sign * by_row(rate.constant, sizes, rows)
+        offset = known if bool(known.any()) else None
+    columns = torch.cat([columns.expand(K, -1), shape[0].unsqueeze(-1)], 1)
+    logs = {name for b in found.bindings.values() for name in b.logs}
+    is_log = [torch.full((values[n].numel(),), n in logs, device=x.device) for n in block]
+    y = by_row(group.value, group.value.shape[:lead], rows).reshape(-1)
+    parameters = tuple(held(p, values) for p in block)
+    own = (x, columns, parameters, y, offset, shape[1], torch.cat(is_log))
+    if group.distribution == "Gamma":
+        return GammaRows(*own, y.clamp(min=torch.finfo(y.dtype).tiny).log())
+    return CountRows(*own, *torch.unique(y, return_inverse=True))
+
+
+def _are_found_here(
+    g: int,
+    names: Sequence[str],
+    graph: FactorGraph,
+    updates: Mapping[str, ParameterUpdate],
+    values: Values,
+) -> bool:
+    """Whether some parameters are found from this group alone, all of them together."""
+    own = set(names)
+    if any(own & set(o.params) for h, o in enumerate(graph.groups) if h != g):
+        return False
+    return len({values[p].dtype for p in own}) == 1 and all(
+        isinstance(updates[p].update, Newton)
+        and set(updates[p].block) == own
+        and not updates[p].priors
+        for p in own
+    )
+
+
+def _shapes(
+    found: Dispersed, group: Group, block: Sequence[str], values: Values, K: int, total: int
+) -> tuple[Tensor, Tensor] | None:
+    """The coordinate of each component's log s, and what is known of it; None where rows differ.
+
+    # (K,), (K,)
+    """
+    lead, name = 1 + group.n_plates, found.form.shape
+    binding = found.bindings.get(name)
+    known = group.arguments[name].detach().log() if binding is None else binding.constant
+    known = known.to(torch.float64)
+    if known.shape[:lead].numel() != 1 or known.numel() not in (1, K):
+        return None
+    known = known.reshape(-1).expand(K).contiguous()
+    if binding is None:
+        return torch.full((K,), total, device=known.device), known
+    columns = []
+    for which, J in designs_of(binding, block, values, lead):
+        if J.shape != (1, 1) or float(J) != 1.0:
+            return None
+        columns.append(which)
+    return torch.cat(columns).expand(K), known
