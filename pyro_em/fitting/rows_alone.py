@@ -125,7 +125,7 @@ def refuse_rows_that_differ_where_alone(lead: Program, beside: Program) -> None:
             own = alone.arguments.get(name)
             # Predictors of data, and what no form is known of, are a row's own in one row as in many.
             binding = alone.bindings.get(name)
-            is_own = binding is not None and binding.how in ("affine", "opaque")
+            is_own = binding is not None and binding.how in ("affine", "bilinear", "opaque")
             if is_own and group.observed:
                 continue
             plates = slice(1, 1 + group.n_plates)

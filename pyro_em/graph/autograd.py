@@ -14,6 +14,8 @@ Jᵀv (one backward pass) and J t (differentiating Jᵀv in v) are cheap, so
   (`pyro_em.graph.log_affine`);
 * an elementwise function of elements of several parameters is an expression of selections
   (`pyro_em.graph.composites`);
+* a is *bilinear* if no product of it has more than two parameters, and none twice: least squares solves
+  for each parameter while the others have values (`pyro_em.graph.bilinear`);
 * a product of a matrix with its own transpose, Π = A Aᵀ, of matrices A that are selected, is a map of
   these: both factors are read, and have to select the same elements, one of them transposed;
 * ``Categorical`` divides its rows by their own sums (or subtracts their logsumexp): on rows that
@@ -32,6 +34,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from pyro_em.graph.affine import as_affine
+from pyro_em.graph.bilinear import as_bilinear
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.composites import as_composite
 from pyro_em.graph.log_affine import as_log_affine
@@ -47,6 +50,7 @@ def bind(
     layout: Callable[[Tensor], Tensor] = lambda t: t,
     normalised: str = "",
     allow_affine: bool = False,
+    allow_bilinear: bool = False,
     link: str = "",
     allow_logs: bool = False,
     allow_product: bool = False,
@@ -64,6 +68,7 @@ def bind(
         normalised: ``"probs"`` or ``"logits"`` where the distribution normalises this argument's
             rows, else empty.
         allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
+        allow_bilinear: Whether one that is affine in some parameters given others is.
         link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
         allow_logs: Whether a predictor that is affine in logarithms of parameters is of use.
         allow_product: Whether matrices A Aᵀ and their sums are of use.
@@ -104,14 +109,16 @@ def bind(
             return affine
         selection = affine
     is_one_row = all(size == 1 for size in top.shape[:plates])
-    composite = None
-    if allow_composite and is_one_row:
-        composite = as_composite(point, top, constant, names, leaves)
-    if composite is None and allow_affine and allow_logs:
-        composite = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
-    if composite is None and allow_composite and not is_one_row:
-        composite = as_composite(point, top, constant, names, leaves)
-    return composite or Binding("opaque", names, constant, reason=selection)
+    found = None
+    if allow_bilinear:
+        found = as_bilinear(point, top, constant, names, leaves, max_cells, normalised=normalised)
+    if found is None and allow_composite and is_one_row:
+        found = as_composite(point, top, constant, names, leaves)
+    if found is None and allow_affine and allow_logs:
+        found = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
+    if found is None and allow_composite and not is_one_row:
+        found = as_composite(point, top, constant, names, leaves)
+    return found or Binding("opaque", names, constant, reason=selection)
 
 
 def parameters_below(tensor: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...] | None:

@@ -271,6 +271,7 @@ def _affine_params(graph: FactorGraph) -> set[str]:
             for binding in group.bindings.values():
                 jacobians = binding.jacobians or {}
                 out.update(n for n, j in jacobians.items() if not _is_indicator(j))
+                out.update(n for pair in binding.pairs or () for n in pair)
     return out
 
 

@@ -1,8 +1,9 @@
 """Bindings: how parameters reach an argument of a distribution.
 
 A *selection* takes every element of the argument from one element of a parameter, possibly through
-elementwise maps and a known factor; *affine* arguments are linear in parameters; in *composite* ones
-several parameters meet, number by number; *opaque* ones are none of these, and only a gradient serves.
+elementwise maps and a known factor; *affine* arguments are linear in parameters, *bilinear* ones in
+each of them while the others have values; in *composite* ones several parameters meet, number by
+number; *opaque* ones are none of these, and only a gradient serves.
 """
 
 from __future__ import annotations
@@ -158,18 +159,20 @@ class Binding:
     """Which parameters reach one argument, and how.
 
     Attributes:
-        how: ``"constant"``, ``"selection"``, ``"affine"``, ``"sum"`` (of selections, and a constant),
-            ``"composite"`` (an expression of selections) or ``"opaque"``.
+        how: ``"constant"``, ``"selection"``, ``"affine"``, ``"bilinear"``, ``"sum"`` (of selections,
+            and a constant), ``"composite"`` (an expression of selections) or ``"opaque"``.
         params: Names of the parameters that reach it.
-        constant: The argument where no parameter reaches it, or the offset of an affine map or a sum.
+        constant: The argument where no parameter reaches it, or the offset of an affine or bilinear map
+            or a sum.
         selections: One part per parameter.
-        jacobians: ∂a/∂θ of an affine map, per parameter.
+        jacobians: ∂a/∂θ of an affine map, per parameter; of a bilinear one where all others are zero.
         reason: Why it is no stronger, in words.
         normalise: ``"probs"`` or ``"logits"`` where the distribution normalises the rows.
         link: Of an affine binding what makes the argument of the predictor, by its name in `LINKS`.
         logs: Parameters in whose logarithms the predictor is affine, with derivatives in these.
         expression: Of a composite binding what is made of its selections.
         known: The tensors that the expression knows. # argument's shape
+        pairs: Of a bilinear one ∂a/∂(θ_p ⊗ θ_q), per two parameters that are multiplied.
     """
 
     how: str
@@ -183,6 +186,7 @@ class Binding:
     logs: tuple[str, ...] = ()
     expression: Expression | None = None
     known: tuple[Tensor, ...] = ()
+    pairs: Mapping[tuple[str, str], Jacobian] | None = None
 
     @cached_property
     def is_static(self) -> bool:
@@ -206,7 +210,12 @@ class Binding:
         """All that it is made of, over the cells of the argument."""
         tensors = [self.constant, *(s.index for s in self.selections), *self.known]
         tensors += [s.factor for s in self.selections if s.factor is not None]
-        return tensors + [t for j in (self.jacobians or {}).values() for t in j.tensors]
+        return tensors + [t for j in self.slopes for t in j.tensors]
+
+    @property
+    def slopes(self) -> list[Jacobian]:
+        """The derivatives in all parameters and in their products."""
+        return [*(self.jacobians or {}).values(), *(self.pairs or {}).values()]
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Binding:
         """The same with the dimensions of its argument laid out anew."""
@@ -231,6 +240,7 @@ class Binding:
             self.logs,
             self.expression,
             tuple(change(t) for t in self.known),
+            None if self.pairs is None else {n: j.mapped(change) for n, j in self.pairs.items()},
         )
 
     def thin(self) -> Binding:
@@ -245,7 +255,7 @@ class Binding:
         return {name: v for name, v in vars(self).items() if name != "_thin"}
 
     def predictor(self, values: Mapping[str, Tensor]) -> Tensor:
-        """J θ + offset of an affine binding; differentiable in ``values``."""
+        """J θ + offset of an affine or bilinear binding; differentiable in ``values``."""
         assert self.jacobians is not None
         out = None if self.is_without_constant else self.constant
         for name, jacobian in self.jacobians.items():
@@ -253,7 +263,31 @@ class Binding:
             theta = values[name].reshape(-1).to(jacobian.dtype)
             term = jacobian @ (theta.log() if name in self.logs else theta)
             out = term if out is None else out + term
+        for pair, jacobian in (self.pairs or {}).items():
+            term = jacobian @ outer(values, pair).to(jacobian.dtype)
+            out = term if out is None else out + term
         return self.constant if out is None else out
+
+    def linear_in(self, block: Sequence[str], values: Mapping[str, Tensor]) -> Binding:
+        """The affine binding of a bilinear one in parameters of which no two are multiplied.
+
+        Args:
+            block: These parameters.
+            values: The others keep theirs.
+        """
+        if not self.pairs:
+            return self
+        jacobians = {n: j.dense for n, j in (self.jacobians or {}).items() if n in block}
+        for (p, q), mixed in self.pairs.items():
+            table = mixed.dense.unflatten(-1, (values[p].numel(), values[q].numel()))
+            if p in block:
+                jacobians[p] = jacobians[p] + table @ values[q].reshape(-1).to(table.dtype)
+            if q in block:
+                jacobians[q] = jacobians[q] + table.mT @ values[p].reshape(-1).to(table.dtype)
+        alone = {n: torch.zeros_like(v) if n in block else v for n, v in values.items()}
+        offset = self.predictor(alone)
+        slopes = {n: Jacobian.of(j) for n, j in jacobians.items()}
+        return Binding("affine", tuple(slopes), offset, jacobians=slopes)
 
     @cached_property
     def is_without_constant(self) -> bool:
@@ -268,6 +302,8 @@ class Binding:
         if self.is_one_for_all:
             one = self.thin().evaluate(values)
             return one.expand(len(self.constant), *one.shape[1:])
+        if self.how == "bilinear":
+            return self.predictor(values)
         if self.how == "affine":
             return normalised(LINKS[self.link].forward(self.predictor(values)), self.normalise)
         if self.how == "sum":
@@ -304,6 +340,10 @@ def joined(bindings: Sequence[Binding], join: Callable[[list[Tensor]], Tensor]) 
     if first.jacobians is not None:
         each = [b.jacobians for b in bindings if b.jacobians is not None]
         jacobians = {n: joined_jacobians([own[n] for own in each], join) for n in first.jacobians}
+    pairs = None
+    if first.pairs is not None:
+        mixed = [b.pairs for b in bindings if b.pairs is not None]
+        pairs = {n: joined_jacobians([own[n] for own in mixed], join) for n in first.pairs}
     return Binding(
         first.how,
         first.params,
@@ -316,7 +356,14 @@ def joined(bindings: Sequence[Binding], join: Callable[[list[Tensor]], Tensor]) 
         first.logs,
         first.expression,
         tuple(join([b.known[i] for b in bindings]) for i in range(len(first.known))),
+        pairs,
     )
+
+
+def outer(values: Mapping[str, Tensor], pair: tuple[str, str]) -> Tensor:
+    """θ_p ⊗ θ_q, row by row. # (θ_p.numel() * θ_q.numel(),)"""
+    p, q = (values[name].reshape(-1) for name in pair)
+    return (p.unsqueeze(-1) * q).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,18 @@ class Group:
         parts = [self.bindings[a] for a in self.lines or ("loc",) if a in self.bindings]
         return tuple(dict.fromkeys(p for b in parts for p in b.params))
 
+    def linear_in(self, block: Sequence[str], values: Mapping[str, Tensor]) -> Group:
+        """The group as parameters that are not multiplied with each other see it.
+
+        Args:
+            block: These parameters.
+            values: The others keep theirs.
+        """
+        if not any(b.pairs for b in self.bindings.values()):
+            return self
+        own = {name: b.linear_in(block, values) for name, b in self.bindings.items()}
+        return replace(self, bindings=own)
+
     def evaluate_arguments(self, values: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The arguments at parameter values, or as traced where ``values`` is None."""
         if values is None:
@@ -383,10 +395,15 @@ class FactorGraph:
 
     def group_of(self, site: str) -> tuple[Group, int]:
         """The group that holds a site, and the site's place in it."""
-        for group in self.groups:
+        for group in self._whole:
             if isinstance(group.members, Members) and site in group.members:
                 return group, group.members.index(site)
         return self._places[site]
+
+    @property
+    def _whole(self) -> list[Group]:
+        """The groups of single sites, those that blocks integrate among them."""
+        return [n for g in self.groups for n in (g.nested.groups if g.nested else (g,))]
 
     @cached_property
     def remembered(self) -> dict[Any, Any]:
@@ -398,10 +415,9 @@ class FactorGraph:
 
     @cached_property
     def _places(self) -> dict[str, tuple[Group, int]]:
-        groups = [n for g in self.groups for n in (g.nested.groups if g.nested else (g,))]
         return {
             name: (g, i)
-            for g in groups
+            for g in self._whole
             if not isinstance(g.members, Members)
             for i, name in enumerate(g.members)
         }

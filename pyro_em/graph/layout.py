@@ -272,6 +272,7 @@ class FactorLayout:
                     (event, tuple(dims), reinterpreted),
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=may_be_affine(family, arg),
+                    allow_bilinear=_is_regressed(family, arg),
                     link=link_of(family, arg) or "",
                     allow_logs=family.predicted is not None,
                     allow_product=may_be_product(family, arg),
@@ -395,9 +396,11 @@ class FactorLayout:
 
 def may_be_affine(family: Family, argument: str) -> bool:
     """Whether an argument that is affine in parameters has an update: least squares, or Newton's."""
-    if argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal"):
-        return True
-    return link_of(family, argument) is not None
+    return _is_regressed(family, argument) or link_of(family, argument) is not None
+
+
+def _is_regressed(family: Family, argument: str) -> bool:
+    return argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal")
 
 
 def may_be_product(family: Family, argument: str) -> bool:

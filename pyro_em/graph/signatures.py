@@ -112,6 +112,7 @@ class Recurring:
         *,
         normalised: str = "",
         allow_affine: bool = False,
+        allow_bilinear: bool = False,
         link: str = "",
         allow_logs: bool = False,
         allow_product: bool = False,
@@ -126,6 +127,7 @@ class Recurring:
             form: What determines ``layout``, next to the argument's own shape and strides.
             normalised: As there.
             allow_affine: As there.
+            allow_bilinear: As there.
             link: As there.
             allow_logs: As there.
             allow_product: As there.
@@ -134,7 +136,7 @@ class Recurring:
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        allowed = (allow_affine, link, allow_logs, allow_product, allow_composite)
+        allowed = (allow_affine, allow_bilinear, link, allow_logs, allow_product, allow_composite)
         key = (graph, form, *kind, normalised, *allowed, plates)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
@@ -151,6 +153,7 @@ class Recurring:
             layout=layout,
             normalised=normalised,
             allow_affine=allow_affine,
+            allow_bilinear=allow_bilinear,
             link=link,
             allow_logs=allow_logs,
             allow_product=allow_product,

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.autograd import bind, known_below
+from pyro_em.graph.bilinear import as_bilinear
 from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.jacobian import Jacobian
 from pyro_em.graph.linearity import why_not_linear
+from pyro_em.graph.nodes import Point
 from pyro_em.tracing.without_sympy import pull_back, pull_back_all
 
 _DIGIT = 1024  # element numbers are read in digits that single precision holds
@@ -147,7 +149,11 @@ def bind_line(
     own = {n: leaves[n] for n in slopes}
     reason = why_not_linear(narrow, own, "parameters")
     if reason:
-        return Binding("opaque", tuple(own), constant, reason=reason)
+        assert narrow.grad_fn is not None
+        point = Point(narrow, narrow.grad_fn, tuple(narrow.shape))
+        every = torch.arange(narrow.numel(), device=narrow.device).reshape(narrow.shape)
+        product = as_bilinear(point, every, constant, tuple(own), own, _CELLS)
+        return product or Binding("opaque", tuple(own), constant, reason=reason)
     jacobians: dict[str, Jacobian] = {}
     for name in own:
         jacobian = _jacobian(narrow, leaves[name], slopes[name])

@@ -67,7 +67,7 @@ def form_of_binding(binding: Binding) -> tuple[Any, ...]:
         (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in binding.selections
     )
     kind = (binding.how, binding.normalise, binding.link, binding.logs, binding.expression)
-    return (*kind, binding.params, parts)
+    return (*kind, binding.params, parts, tuple(binding.pairs or ()))
 
 
 @dataclass(frozen=True, eq=False)

@@ -239,6 +239,7 @@ def form_of_rows(graph: FactorGraph) -> dict[str, Any]:
                 (s.param, [m.name for m in s.maps], s.index, s.factor) for s in binding.selections
             ],
             "slopes": {n: j.dense for n, j in (binding.jacobians or {}).items()},
+            "products": {n: j.dense for n, j in (binding.pairs or {}).items()},
         }
         for group in block.groups
         for argument, binding in group.bindings.items()

@@ -159,6 +159,8 @@ def linear_of(
     binding = group.bindings[argument]
     if not binding.is_static or binding.normalise or any(s.maps for s in binding.selections):
         raise Unlike(f"{argument} of '{group.members[0]}' is {binding.how} in its parameters")
+    if binding.pairs:
+        raise Unlike(f"{argument} of '{group.members[0]}' is {binding.how} in its parameters")
     laid = _Laid(group, stack, tail)
     constant, parts = _read(binding, laid, begins)
     found = _joined(constant, parts)

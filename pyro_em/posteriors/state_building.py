@@ -121,7 +121,8 @@ def _kind(b: Binding) -> Hashable:
         (s.param, tuple(m.name for m in s.maps), s.factor is None) for s in b.selections
     )
     tail = b.constant.shape[-1:] if b.constant.dim() else ()
-    return b.how, b.params, selections, tuple(b.jacobians or ()), b.normalise, tail
+    slopes = (*(b.jacobians or ()), *(b.pairs or ()))
+    return b.how, b.params, selections, slopes, b.normalise, tail
 
 
 def _stacked_parts(lines: Sequence[Line]) -> dict[str, Binding]:

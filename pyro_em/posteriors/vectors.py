@@ -106,7 +106,7 @@ def _kinds(graph: FactorGraph, readers: _Readers) -> list[tuple[str, ...]]:
 def _forms(group: Group) -> list[int]:
     """A number per member; equal where parameters reach the members in the same way."""
     parts = [s.index for b in group.bindings.values() for s in b.selections]
-    slopes = [j for b in group.bindings.values() for j in (b.jacobians or {}).values()]
+    slopes = [j for b in group.bindings.values() for j in b.slopes]
     parts += [j.dense for j in slopes]
     if not parts:
         return [0 if group.params else i for i in range(len(group.members))]
@@ -288,7 +288,7 @@ def _is_shared_along(group: Group, i: int, dim: int) -> bool:
     parts = []
     for name, binding in group.bindings.items():
         parts += [s.index for s in binding.selections]
-        parts += [j.dense for j in (binding.jacobians or {}).values()]
+        parts += [j.dense for j in binding.slopes]
         parts.append(binding.constant if binding.is_static else group.arguments[name])
     for part in parts:
         own = part[i]

@@ -46,7 +46,7 @@ def normal_equations(
     Returns:
         Gram matrix and right-hand side. # (p, p), (p,)
     """
-    belief = group.belief
+    belief, group = group.belief, group.linear_in(block, values)
     assert isinstance(belief, Moments)
     design = _designs(number, group, block, arguments, values, expansions)
     delta = belief.change(group, arguments)

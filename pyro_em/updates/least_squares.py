@@ -103,7 +103,7 @@ def equations_of(
             gram = own_gram if gram is None else gram + own_gram
             moment = own_moment if moment is None else moment + own_moment
             continue
-        binding = group.bindings["loc"]
+        binding = group.bindings["loc"].linear_in(block, values)
         stats = statistics[g]
         if is_vector(group):
             own_gram, own_moment = vector_equations(

@@ -117,7 +117,7 @@ class LineSite:
         site, arguments = f"site '{group.members[0]}'", group.arguments
         outer = 1 + group.dims[0].index(plate)
         mean = group.lines or ("loc",)
-        opaque = [a for a, b in group.bindings.items() if not b.is_static]
+        opaque = [a for a, b in group.bindings.items() if not b.is_static or b.pairs]
         if opaque:
             what = f"{opaque[0]} of '{group.members[0]}' is neither a selection nor linear"
             return Finding(site, f"{what} in parameters")

@@ -456,7 +456,7 @@ def _number(binding: Binding, argument: Tensor) -> float:
         constant = torch.where(s.index >= 0, torch.zeros_like(constant), constant)
     tensors = [constant, *(s.index for s in binding.selections)]
     tensors += [s.factor for s in binding.selections if s.factor is not None]
-    tensors += [j.dense for j in (binding.jacobians or {}).values()]
+    tensors += [j.dense for j in binding.slopes]
     if not binding.is_static:
         tensors = [argument]
     total = 0.0
@@ -487,7 +487,7 @@ def differing_arguments(
         for name, mark in own.items():
             first, last = float(mark[1]), float(low[g][name][1])
             other = abs(first - last) > 1e-9 * max(1.0, abs(first), abs(last))
-            single = rows == 1 and bindings[name].how in ("affine", "opaque")
+            single = rows == 1 and bindings[name].how in ("affine", "bilinear", "opaque")
             if float(mark[0]) > 0 or other or single:
                 names.add(name)
         if names.intersection(graph.groups[g].lines):  # a mean differs as a whole

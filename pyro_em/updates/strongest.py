@@ -163,7 +163,8 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
     if affine:
         plain = all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses)
         if plain and all(is_normal(graph, p) for p in priors):
-            reason = "loc is affine in it" + (", with a Normal prior" if priors else "")
+            reason = f"loc is affine in it{_while(graph, name)}"
+            reason += ", with a Normal prior" if priors else ""
             return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
         if plain:
             return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
@@ -255,6 +256,16 @@ def _has_predictor(graph: FactorGraph, use: Use) -> bool:
     return predictor_binding(group, use.argument, graph.parameters) is not None
 
 
+def _while(graph: FactorGraph, name: str) -> str:
+    """Which parameters multiply a coefficient, and so keep their values while it is solved for."""
+    bindings = [b for g in graph.groups for b in g.bindings.values() if b.pairs]
+    products = [pair for b in bindings for pair in b.pairs or () if name in pair]
+    others = dict.fromkeys(f"'{n}'" for pair in products for n in pair if n != name)
+    if not others:
+        return ""
+    return f" while {' and '.join(others)} {'has its value' if len(others) == 1 else 'have theirs'}"
+
+
 def _is_regressed(graph: FactorGraph, g: int, argument: str, binding: Binding, name: str) -> bool:
     """Whether a parameter is a coefficient in an argument, for least squares.
 
@@ -262,7 +273,7 @@ def _is_regressed(graph: FactorGraph, g: int, argument: str, binding: Binding, n
     it is one part of a mean among others, or no closed form fits its elements.
     """
     group = graph.groups[g]
-    if binding.how == "affine":
+    if binding.how in ("affine", "bilinear"):
         return True
     if any(s.maps for s in binding.selections):
         return False

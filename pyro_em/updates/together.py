@@ -148,7 +148,22 @@ def _is_plain_mean(update: ParameterUpdate) -> bool:
 def _blocks(graph: FactorGraph, names: set[str]) -> list[tuple[str, ...]]:
     """Sets of parameters that share an affine mean, directly or through others."""
     blocks = _joined([set(group.mean_params) for group in graph.groups], names)
-    return [_in_order(graph, block) for block in blocks]
+    return [part for block in blocks for part in _linear_parts(graph, _in_order(graph, block))]
+
+
+def _linear_parts(graph: FactorGraph, block: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """A block in parts of which no two parameters are multiplied; each is solved given the others."""
+    bindings = [b for group in graph.groups for b in group.bindings.values()]
+    products = {frozenset(pair) for b in bindings for pair in b.pairs or ()}
+    parts: list[list[str]] = []
+    for name in block:
+        free = (p for p in parts if not any(frozenset((name, other)) in products for other in p))
+        part = next(free, None)
+        if part is None:
+            parts.append([name])
+        else:
+            part.append(name)
+    return [tuple(part) for part in parts]
 
 
 def _joined(together: Sequence[set[str]], names: set[str]) -> list[set[str]]:
