@@ -68,7 +68,7 @@ def _normal_mean_vector(a: Arguments) -> tuple[Tensor, Tensor]:
     return n, torch.diag_embed(d.expand(n.shape))
 
 
-def _inverse_matrix(a: Arguments) -> Tensor:
+def inverse_matrix(a: Arguments) -> Tensor:
     """The inverse of a matrix argument, in whichever form it was given. # (..., D, D)"""
     if "precision_matrix" in a:
         return a["precision_matrix"]
@@ -79,7 +79,7 @@ def _inverse_matrix(a: Arguments) -> Tensor:
 
 
 def _mvn_mean_vector(a: Arguments) -> tuple[Tensor, Tensor]:
-    precision = _inverse_matrix(a)
+    precision = inverse_matrix(a)
     return (precision @ a["loc"].unsqueeze(-1)).squeeze(-1), precision
 
 
@@ -92,7 +92,7 @@ def _gamma_precision(a: Arguments) -> tuple[Tensor, Tensor]:
 
 
 def _wishart_precision(a: Arguments) -> tuple[Tensor, Tensor]:
-    n = _inverse_matrix(a)
+    n = inverse_matrix(a)
     # A number for a matrix comes expanded to its elements.
     return n, a["df"][..., :1, :1] - n.shape[-1] - 1
 

@@ -1,6 +1,6 @@
 """Coefficients of linear predictors: their M-step by Newton's method, with Normal priors.
 
-    Q(θ) = Σ_cells f(η) − ½ Σ_j (θ_j − μ_j)² / σ_j²
+    Q(θ) = Σ_cells f(η) − ½ (θ − μ)ᵀ Λ (θ − μ)
 
 A dispersion is found with them, by its logarithm. What the data hold on both sides has a maximum. Where
 some covariate tells outcomes apart without an error the likelihood rises towards infinite coefficients:
@@ -19,9 +19,9 @@ from torch import Tensor
 from pyro_em.distributions import is_real
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.coefficient_priors import dispersion_priors, normal_priors
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.dispersed import Dispersed, positive
-from pyro_em.updates.least_squares import normal_priors
 from pyro_em.updates.newton import climb
 from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.update import ParameterUpdate
@@ -80,8 +80,12 @@ def coefficients(
         found = ask(split(place))
         if precision is not None:
             away = place - start
-            value = torch.dot(pull, away) - 0.5 * torch.dot(precision, away * away)
-            found = found + Curved(value, pull - precision * away, torch.diag(precision))
+            back = precision @ away
+            value = torch.dot(pull, away) - 0.5 * torch.dot(back, away)
+            found = found + Curved(value, pull - back, precision)
+        of_dispersions = dispersion_priors(block, graph, {**values, **split(place)}, updates)
+        if of_dispersions is not None:
+            found = found + of_dispersions
         return found if is_concave else positive(found)
 
     found = climb(of, start)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyro_em.families.family import Statistics
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.updates.coefficient_priors import normal_priors
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_lines import normal_equations
@@ -148,9 +149,9 @@ def solved(
     gram, moment = equations.gram, equations.moment
     precision, pull = normal_priors(block, graph, values, updates, gram)
     if precision is not None:
-        more = len(moment) - len(precision)  # working coefficients have no prior
-        gram = gram + torch.diag(torch.cat([precision, precision.new_zeros(more)]))
-        moment = moment + torch.cat([pull, pull.new_zeros(more)])
+        more = len(moment) - len(pull)  # working coefficients have no prior
+        gram = gram + torch.nn.functional.pad(precision, (0, more, 0, more))
+        moment = moment + torch.nn.functional.pad(pull, (0, more))
     step = pseudo_solve(gram, moment)
     new, begin = {}, 0
     for p in block:
@@ -161,48 +162,6 @@ def solved(
         new[e.latent] = e.one(step) + step[begin : begin + e.size]
         begin += e.size
     return new
-
-
-def normal_priors(
-    block: Sequence[str],
-    graph: FactorGraph,
-    values: Mapping[str, Tensor],
-    updates: Mapping[str, ParameterUpdate],
-    like: Tensor,
-) -> tuple[Tensor, Tensor] | tuple[None, Tensor]:
-    """Normal priors on the elements of a block: their precisions, and how they pull at present values.
-
-    Args:
-        block: Parameter names.
-        graph: The factor graph.
-        values: The current parameters.
-        updates: What was decided per parameter.
-        like: For dtype and device.
-
-    Returns:
-        1/σ² and (μ − θ)/σ², summed over the priors of an element; None for no priors. # (P,), (P,)
-    """
-    total = sum(values[p].numel() for p in block)
-    precisions, pull = like.new_zeros(total), like.new_zeros(total)
-    begin, found = 0, False
-    for p in block:
-        for prior in updates[p].priors:
-            found = True
-            group = graph.groups[prior.group]
-            loc, scale = (group.arguments[a].detach() for a in ("loc", "scale"))
-            weight = group.weights()
-            weight = weight.reshape(
-                weight.shape + (1,) * (prior.selection.index.dim() - weight.dim())
-            )
-            index = prior.selection.index
-            precision = (weight * scale**-2).expand(index.shape).reshape(-1).to(like.dtype)
-            target = loc.expand(index.shape).reshape(-1)
-            column = begin + index.reshape(-1)
-            away = target - values[p].reshape(-1)[index.reshape(-1)]
-            precisions = precisions.index_add(0, column, precision)
-            pull = pull.index_add(0, column, (precision * away).to(like.dtype))
-        begin += values[p].numel()
-    return (precisions, pull) if found else (None, pull)
 
 
 @dataclass(frozen=True, eq=False)

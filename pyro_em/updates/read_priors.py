@@ -71,12 +71,6 @@ def _params(group: Group, argument: str) -> tuple[str, ...]:
     return group.bindings[argument].params
 
 
-def is_normal(graph: FactorGraph, prior: Prior) -> bool:
-    """Whether a prior is Normal with known numbers."""
-    family = graph.groups[prior.group].family
-    return family is not None and family.name == "Normal" and prior.is_constant
-
-
 def why_not_conjugate(graph: FactorGraph, use: Use, priors: Sequence[Prior]) -> str:
     """Why a prior does not keep the form of a closed update, or nothing."""
     maps = tuple(m.name for m in use.selection.maps)

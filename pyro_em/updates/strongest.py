@@ -10,9 +10,10 @@ from pyro_em.distributions import bounds, is_real
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.coefficient_priors import is_quadratic, is_smooth
 from pyro_em.updates.dispersed import dispersed_at
 from pyro_em.updates.predictors import predictor_binding
-from pyro_em.updates.read_priors import as_prior, as_spread_of_prior, is_normal, why_not_conjugate
+from pyro_em.updates.read_priors import as_prior, as_spread_of_prior, why_not_conjugate
 from pyro_em.updates.read_uses import as_use, disagreement, is_end, shown_places, why_outside
 from pyro_em.updates.update import (
     ClosedForm,
@@ -26,6 +27,8 @@ from pyro_em.updates.update import (
     Prior,
     Use,
 )
+
+_NO_PRIOR = "its prior is not Normal with known numbers"
 
 
 def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) -> ParameterUpdate:
@@ -148,8 +151,9 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"
             return ParameterUpdate(name, Gradient(), reason)
-        if not all(is_normal(graph, p) for p in priors):
-            return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
+        fits = is_quadratic if is_real(constraint) else is_smooth
+        if not all(fits(graph, p) for p in priors):
+            return ParameterUpdate(name, Gradient(), _NO_PRIOR)
         named = tuple(dict.fromkeys(predicted))
         what, has = " and ".join(named), "has" if len(named) == 1 else "have"
         if not is_real(constraint):
@@ -158,16 +162,15 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
             what += f" {'is' if len(named) == 1 else 'are'} linear in it"
         else:
             what += f" {has} a predictor that is linear in it"
-        reason = what + (", with a Normal prior" if priors else "")
+        reason = what + _with(graph, priors)
         return ParameterUpdate(name, Newton(), reason, priors=tuple(priors))
     if affine:
         plain = all(u.rule.kind.form.is_regressed and not u.selection.maps for u in uses)
-        if plain and all(is_normal(graph, p) for p in priors):
-            reason = f"loc is affine in it{_while(graph, name)}"
-            reason += ", with a Normal prior" if priors else ""
+        if plain and all(is_quadratic(graph, p) for p in priors):
+            reason = f"loc is affine in it{_while(graph, name)}" + _with(graph, priors)
             return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
         if plain:
-            return ParameterUpdate(name, Gradient(), "its prior is not Normal with known numbers")
+            return ParameterUpdate(name, Gradient(), _NO_PRIOR)
         return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
     if not uses:
         of = next((graph.groups[p.group].members[0] for p in priors if p.argument), "")
@@ -192,6 +195,13 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
         tuple(uses),
         priors=tuple(priors),
     )
+
+
+def _with(graph: FactorGraph, priors: Sequence[Prior]) -> str:
+    """What the plan says of priors of coefficients."""
+    names = dict.fromkeys(graph.groups[p.group].distribution for p in priors)
+    named = ["multivariate Normal" if n == "MultivariateNormal" else n for n in names]
+    return f", with a {' and a '.join(named)} prior" if named else ""
 
 
 def _jointly(
