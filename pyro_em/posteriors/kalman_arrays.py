@@ -21,6 +21,10 @@ from pyro_em.posteriors.state_space import StateSpace
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# Data beyond so many standard deviations of their noise lose digits that count, if states are measured
+# from zero: then from what is found so, once more.
+FAR = 1e4
+
 _RUN = 24  # steps with the same matrices that are worth a loop of their own
 
 

@@ -14,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_em.posteriors.kalman_arrays import FAR
 from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
 _Bools = NDArray[np.bool_]
 _Which = NDArray[np.int32]
+
+_NOWHERE = np.empty((0, 0, 0))  # states measured from zero
 
 
 def filtered(space: StateSpace) -> Filtered:
@@ -33,9 +36,7 @@ def filtered(space: StateSpace) -> Filtered:
     before, after, size = np.empty((B, T, n, n)), np.empty((B, T, n, n)), np.empty((B, T))
     parts = []
     for b, group in enumerate(groups.each()):
-        found = _forward(group, (before[b], after[b]))
-        parts.append((found.evidence, found.predicted, found.mean))
-        size[b] = found.determinant
+        parts.append(_forward(group, (before[b], after[b], size[b])))
     evidence, predicted, mean = groups.together(parts)
     return Filtered(
         evidence,
@@ -62,10 +63,10 @@ def smoothed(space: StateSpace) -> Smoothed:
     which, place = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
     first, count = T, 0
     for b, group in enumerate(groups.each()):
-        sizes = group.sizes
-        found = _forward(group)
-        told = _backward(group, found, place[b], (transition[b], noise[b]))
-        states, disturbance, squares = _follow(group, found, told, told.shift, fresh=False)
+        sizes, near = group.sizes, _NOWHERE
+        for _ in range(2 if group.is_far else 1):
+            told = _backward(group, near, place[b], (transition[b], noise[b]))
+            near, disturbance, squares = _follow(group, near, told, told.shift)
         found_here = onward(
             group.A,
             group.G,
@@ -77,12 +78,12 @@ def smoothed(space: StateSpace) -> Smoothed:
             which[b],
             transition[b],
             noise[b],
-            _work((n, k), (n, n), (n, n)),
+            _work((n, k), (n, n), (n, n), (n, n)),
         )
         first, count = min(first, int(told.place[0])), max(count, found_here)
         size[b] = told.determinant
         evidence = -0.5 * (squares + told.determinant) - sizes
-        parts.append((evidence, states, disturbance))
+        parts.append((evidence, near, disturbance))
     evidences, means, disturbances = groups.together(parts)
     return Smoothed(
         evidences,
@@ -106,12 +107,15 @@ def sampled(space: StateSpace, normal: Tensor) -> Tensor:
     """
     draws = np.empty((*normal.shape[:3], space.size))
     for group in _Groups.of_space(space).each():
-        found = _forward(group)
-        told = _backward(group, found)
+        near = _NOWHERE
+        told = _backward(group, near)
+        if group.is_far:
+            near = _follow(group, near, told, told.shift)[0]
+            told = _backward(group, near)
         factor = told.factor[told.place]
         for i, eta in enumerate(normal.numpy()[:, group.chains]):
             shift = told.shift + (factor @ eta[..., None])[..., 0]
-            draws[i, group.chains] = _follow(group, found, told, shift, fresh=True)[0]
+            draws[i, group.chains] = _follow(group, near, told, shift)[0]
     return torch.from_numpy(draws)
 
 
@@ -141,6 +145,14 @@ class _Group:
         if not self.is_complete:
             out[2:] &= (self.seen[2:] == self.seen[1:-1]).all(-1)
         return out
+
+    @property
+    def is_far(self) -> bool:
+        """Whether the data are so far from zero that states are measured from what is found first."""
+        size = np.fmax.reduce(np.abs(self.value), None, initial=0.0)  # NaN where missing
+        if len(self.drift):
+            size += np.abs(self.H).max() * np.abs(self.drift).max()
+        return not size <= FAR * self.s.min()
 
     @property
     def sizes(self) -> float:
@@ -190,6 +202,8 @@ class _Groups:
         ]
         which = [x.contiguous().numpy() for x in (space.dynamics, space.measurement)]
         value, drift = (x.detach().contiguous().numpy() for x in (space.value, space.drift))
+        if not drift.any():
+            drift = drift[:0]
         for b in range(self.count):
             chains = np.arange(space.chains) if self.of is None else np.flatnonzero(self.of == b)
             first = int(chains[0])
@@ -205,7 +219,7 @@ class _Groups:
                 measurement,
                 np.ascontiguousarray(self.seen[first % len(self.seen)]),
                 value if self.of is None else value[chains],
-                drift if len(drift) == 1 else drift[chains],
+                drift if len(drift) <= 1 else drift[chains],
                 space.seen is None,
             )
 
@@ -222,14 +236,6 @@ class _Groups:
 
 
 @dataclass(frozen=True, eq=False)
-class _Forward:
-    predicted: _Floats
-    mean: _Floats
-    evidence: _Floats
-    determinant: _Floats
-
-
-@dataclass(frozen=True, eq=False)
 class _Backward:
     pull: _Floats
     factor: _Floats
@@ -238,16 +244,21 @@ class _Backward:
     determinant: float
 
 
-def _forward(group: _Group, covariances: tuple[_Floats, _Floats] | None = None) -> _Forward:
-    """The filter; covariances go where they are wanted, else nothing but means is kept."""
+def _forward(
+    group: _Group, covariances: tuple[_Floats, _Floats, _Floats]
+) -> tuple[_Floats, _Floats, _Floats]:
+    """The filter: nats, predicted and filtered means.
+
+    Args:
+        group: The chains.
+        covariances: Where covariances and log determinants go. # (T, n, n), (T, n, n), (T,)
+    """
     from pyro_em.posteriors.numba_kalman import forward
 
     M, T, D = group.value.shape
     n, k = group.G.shape[1:]
-    kept = 1 if covariances else 0
-    none = np.empty((0, n, n))
-    nats, size = np.empty((kept * M, T)), np.empty(kept * T)
-    out = _Forward(np.empty((M, T, n)), np.empty((M, T, n)), nats, size)
+    before, after, size = covariances
+    nats, predicted, mean = np.empty((M, T)), np.empty((M, T, n)), np.empty((M, T, n))
     forward(
         group.A,
         group.G,
@@ -258,20 +269,21 @@ def _forward(group: _Group, covariances: tuple[_Floats, _Floats] | None = None) 
         group.seen,
         group.same,
         group.value,
-        group.drift,
-        out.predicted,
-        out.mean,
-        out.evidence,
-        out.determinant,
-        *(covariances or (none, none)),
+        group.drift if len(group.drift) else np.zeros((1, T, n)),
+        predicted,
+        mean,
+        nats,
+        size,
+        before,
+        after,
         _work((n, n + k), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))),
     )
-    return out
+    return nats, predicted, mean
 
 
 def _backward(
     group: _Group,
-    found: _Forward,
+    near: _Floats,
     place: _Which | None = None,
     room: tuple[_Floats, _Floats] | None = None,
 ) -> _Backward:
@@ -279,7 +291,7 @@ def _backward(
 
     Args:
         group: The chains.
-        found: The filter's results.
+        near: What states are measured from; empty if that is zero. # (M, T, n)
         place: Where it goes which matrices a step has. # (T,)
         room: Where there is memory until the steps are gone through in their order. # (T, n, n) each
     """
@@ -303,37 +315,34 @@ def _backward(
         group.seen,
         group.same,
         group.value,
-        found.predicted,
-        found.mean,
+        group.drift,
+        near,
         pull,
         factor,
         shift,
         place,
-        _work((wide + told, told + k), (n, n), (n, n), (M, told), (wide, told), (M, n)),
+        _work((wide + told, told + k), (n, n), (n, n), (M, told), (wide, told), (M, n), (2, n)),
     )
     return _Backward(pull, factor, shift, place, determinant)
 
 
 def _follow(
-    group: _Group, found: _Forward, told: _Backward, shift: _Floats, fresh: bool
+    group: _Group, near: _Floats, told: _Backward, shift: _Floats
 ) -> tuple[_Floats, _Floats, _Floats]:
     """States # (M, T, n), G ε # (M, T, n) and the squares of all noises # (M,).
 
     Args:
         group: The chains.
-        found: The filter's results.
+        near: What states are measured from, as for `_backward`.
         told: The noises of each step given the state before.
-        shift: Their means, or draws of them. # (M, T, k)
-        fresh: Whether the filter's results are needed afterwards; else their memory is used.
+        shift: Their means, or draws of them; its memory may be used for G ε. # (M, T, k)
     """
     from pyro_em.posteriors.numba_kalman import follow
 
     n, k = group.G.shape[1:]
-    if fresh:
-        both = np.empty_like(found.predicted), np.empty_like(found.mean)
-    else:
-        both = found.predicted, found.mean
-    squares = np.zeros(len(found.mean))
+    states = np.empty((*shift.shape[:2], n))
+    disturbance = shift if k == n else np.empty_like(states)
+    squares = np.zeros(len(shift))
     follow(
         group.A,
         group.G,
@@ -343,16 +352,17 @@ def _follow(
         group.measurement,
         group.seen,
         group.value,
-        found.predicted,
-        found.mean,
+        group.drift,
+        near,
         told.pull,
         told.place,
         shift,
-        *both,
+        states,
+        disturbance,
         squares,
-        _work((len(shift), n), (3, max(n, k))),
+        _work((len(shift), n), (4, max(n, k))),
     )
-    return *both, squares
+    return states, disturbance, squares
 
 
 def _work(*shapes: tuple[int, int]) -> tuple[_Floats, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 
-SAME, NEAR = 1e-14, 1e-3  # see `pyro_em.posteriors.kalman_steps`
+SAME = 1e-14  # see `pyro_em.posteriors.kalman_steps`
 
 Work = tuple[np.ndarray, ...]  # what loops write over; Numba's own arrays take a second to compile
 
@@ -86,6 +86,16 @@ def _settle(new: np.ndarray, old: np.ndarray, n: int, within: float) -> bool:
                 same = False
             old[i, j] = new[i, j]
     return same
+
+
+@_compiled
+def _next_look(count: int) -> int:
+    """After how many like steps to compare again, next.
+
+    With what was found a sixteenth of all steps ago, not a step ago: what converges slowly changes little
+    from a step to the next, and is far from its end.
+    """
+    return count + 1 + count // 16
 
 
 @_compiled
@@ -177,7 +187,7 @@ def forward(
         drift: # (M|1, T, n)
         predicted: Where predicted means go. # (M, T, n)
         mean: Where filtered means go. # (M, T, n)
-        evidence: Where nats go; nothing but means is kept if it is empty. # (M, T)
+        evidence: Where nats go. # (M, T)
         determinant: Where the steps' log determinants go. # (T,)
         before: Where predicted covariances go. # (T, n, n)
         after: Where filtered covariances go. # (T, n, n)
@@ -188,14 +198,13 @@ def forward(
     X, S, last, gain, m, both = work
     f, moved = both[0], both[1]
     size, ratio = 0.0, 0.0
-    steady, known, keep = False, False, len(evidence) > 0
+    steady, known, count, look = False, False, 0, 0
     for t in range(T):
         u, v = dynamics[t], measurement[t]
         known = steady and same[t]
         if not known:
             _predict(X, S, A[u], G[u])
-            if keep:
-                _square(S, before[t])
+            _square(S, before[t])
             size, ratio = 0.0, 0.0
             for d in range(D):
                 if seen[t, d]:
@@ -203,14 +212,15 @@ def forward(
                     f[d] = 1.0 / variance
                     size += np.log(2.0 * np.pi * variance)
                     ratio += np.log(variance / (s[v, d] * s[v, d]))
-            if keep:
-                _square(S, after[t])
-            steady = _settle(S, last, n, SAME if keep else NEAR) and same[t]
-        elif keep:
+            _square(S, after[t])
+            count = count + 1 if same[t] else 0
+            if count == 0 or count == look:
+                steady = _settle(S, last, n, SAME) and same[t]
+                look = _next_look(count)
+        else:
             _copy(before[t - 1], before[t])
             _copy(after[t - 1], after[t])
-        if keep:
-            determinant[t] = ratio
+        determinant[t] = ratio
         for j in range(M):
             x, a = m[j], drift[j % len(drift), t]
             for i in range(n):
@@ -232,8 +242,7 @@ def forward(
             for i in range(n):
                 x[i] = moved[i]
                 mean[j, t, i] = moved[i]
-            if keep:
-                evidence[j, t] = -0.5 * (squares + size)
+            evidence[j, t] = -0.5 * (squares + size)
 
 
 @_compiled
@@ -270,6 +279,38 @@ def _rows(
 
 
 @_compiled
+def _expect(
+    A: np.ndarray,
+    drift: np.ndarray,
+    near: np.ndarray,
+    j: int,
+    t: int,
+    mean: np.ndarray,
+    gained: np.ndarray,
+) -> None:
+    """What is expected of a step after the one before, and how far from it states are measured.
+
+    Args:
+        A: # (n, n)
+        drift: As for `backward`.
+        near: As for `backward`.
+        j: The chain.
+        t: The step.
+        mean: Where A m + a goes. # (n,)
+        gained: Where m − (A m before + a) goes. # (n,)
+    """
+    for i in range(len(mean)):
+        mean[i] = drift[j % len(drift), t, i] if len(drift) > 0 else 0.0
+        if len(near) > 0:
+            if t > 0:
+                for l in range(len(mean)):
+                    mean[i] += A[i, l] * near[j, t - 1, l]
+            gained[i] = near[j, t, i] - mean[i]
+        else:
+            gained[i] = -mean[i]
+
+
+@_compiled
 def _solve(X: np.ndarray, k: int, column: np.ndarray) -> None:
     """U⁻¹ times a column, in place; U are the first columns of X."""
     for i in range(k - 1, -1, -1):
@@ -290,8 +331,8 @@ def backward(
     seen: np.ndarray,
     same: np.ndarray,
     value: np.ndarray,
-    predicted: np.ndarray,
-    mean: np.ndarray,
+    drift: np.ndarray,
+    near: np.ndarray,
     pull: np.ndarray,
     factor: np.ndarray,
     shift: np.ndarray,
@@ -310,21 +351,24 @@ def backward(
         seen: # (T, D)
         same: From `alike`. # (T,)
         value: # (M, T, D)
-        predicted: From `forward`. # (M, T, n)
-        mean: From `forward`. # (M, T, n)
+        drift: Empty if it is zero. # (M|1, T, n)
+        near: What states are measured from; empty if that is zero. # (M, T, n)
         pull: Where E goes, those that differ one before the other. # (T, k or more, n)
         factor: Where W goes, likewise. # (T, k or more, k or more)
         shift: Where g goes. # (M, T, k)
         place: Where it goes which E and W a step has. # (T,)
-        work: Zeros. # (k + D + 2 n, D + n + k), (n, n), (n, n), (M, D + n), (k + n, D + n), (M, n)
+        work: Zeros. # (k + D + 2 n, D + n + k), (n, n), (n, n), (M, D + n), (k + n, D + n), (M, n),
+            (2, n)
     """
     M, T, D = value.shape
     n, k = G.shape[1:]
     tall, told, wide = D + n + k, D + n, k + n
     # The data go along as columns if they are few, else the matrix that turns them is kept.
     few = told > M
-    X, R, last, data, turn, zeta = work
+    X, R, last, data, turn, zeta, both = work
+    plain = len(drift) == 0 and len(near) == 0
     steady, kept, last_place, size, sizes = False, False, T, 0.0, 0.0
+    count, look = 0, 0
     for t in range(T - 1, -1, -1):
         u, v = dynamics[t], measurement[t]
         h, scale = H[v], s[v]
@@ -335,7 +379,15 @@ def backward(
             last_place -= 1
         place[t] = last_place
         for j in range(M):
-            y, m, x, row, z = value[j, t], predicted[j, t], mean[j, t], data[j], zeta[j]
+            y, row, z = value[j, t], data[j], zeta[j]
+            if plain:
+                for d in range(D):
+                    row[d] = y[d] / scale[d] if here[d] else 0.0
+                for i in range(n):
+                    row[D + i] = z[i]
+                continue
+            m, gained = both[0], both[1]
+            _expect(A[u], drift, near, j, t, m, gained)
             for d in range(D):
                 row[d] = 0.0
                 if here[d]:
@@ -346,7 +398,7 @@ def backward(
             for i in range(n):
                 total = z[i]
                 for l in range(i, n):
-                    total += R[i, l] * (x[l] - m[l])
+                    total += R[i, l] * gained[l]
                 row[D + i] = total
         if not known:
             E, W = pull[last_place], factor[last_place]
@@ -385,7 +437,10 @@ def backward(
             for i in range(n):
                 for c in range(n):
                     R[i, c] = X[k + c, k + i] if c >= i else 0.0
-            steady = _settle(R, last, n, SAME) and alike
+            count = count + 1 if alike else 0
+            if count == 0 or count == look:
+                steady = _settle(R, last, n, SAME) and alike
+                look = _next_look(count)
             if kept:
                 for i in range(wide):
                     for c in range(told):
@@ -438,11 +493,11 @@ def onward(
         which: Where it goes which P a step has. # (T,)
         transition: Where Φ goes, at the places of E; zero at first. # (T, n, n)
         noise: Where C goes, at the places of W. # (T, n, n)
-        work: Zeros. # (n, k), (n, n), (n, n)
+        work: Zeros. # (n, k), (n, n), (n, n), (n, n)
     """
     T, n, k = len(place), G.shape[1], G.shape[2]
-    J, half, last = work
-    steady, count = False, 0
+    J, half, last, before = work
+    steady, count, alikes, look = False, 0, 0, 0
     for t in range(T):
         alike = t > 1 and place[t] == place[t - 1]
         if alike and steady:
@@ -476,7 +531,7 @@ def onward(
             for j in range(n):
                 total = 0.0
                 for l in range(n):
-                    total += F[i, l] * last[l, j]
+                    total += F[i, l] * before[l, j]
                 half[i, j] = total
         for i in range(n):
             for j in range(i + 1):
@@ -485,7 +540,11 @@ def onward(
                     total += half[i, l] * F[j, l]
                 P[i, j] = total + C[i, j]
                 P[j, i] = P[i, j]
-        steady = _settle(P, last, n, SAME) and alike
+        _copy(P, before)
+        alikes = alikes + 1 if alike else 0
+        if alikes == 0 or alikes == look:
+            steady = _settle(P, last, n, SAME) and alike
+            look = _next_look(alikes)
     return count
 
 
@@ -499,8 +558,8 @@ def follow(
     measurement: np.ndarray,
     seen: np.ndarray,
     value: np.ndarray,
-    predicted: np.ndarray,
-    mean: np.ndarray,
+    drift: np.ndarray,
+    near: np.ndarray,
     pull: np.ndarray,
     place: np.ndarray,
     shift: np.ndarray,
@@ -520,25 +579,26 @@ def follow(
         measurement: # (T,)
         seen: # (T, D)
         value: # (M, T, D)
-        predicted: From `forward`. # (M, T, n)
-        mean: From `forward`. # (M, T, n)
+        drift: Empty if it is zero. # (M|1, T, n)
+        near: What states are measured from, as for `backward`. # (M, T, n)
         pull: From `backward`. # (T, k or more, n)
         place: From `backward`. # (T,)
         shift: From `backward`, with or without noise. # (M, T, k)
-        states: Where they go; it may be the memory of `predicted`. # (M, T, n)
-        disturbance: Where G ε goes; it may be the memory of `mean`. # (M, T, n)
+        states: Where they go. # (M, T, n)
+        disturbance: Where G ε goes; it may be the memory of `shift`. # (M, T, n)
         squares: Where squares of all noises go. # (M,)
-        work: Zeros. # (M, n), (3, max(n, k))
+        work: Zeros. # (M, n), (4, max(n, k))
     """
     M, T, D = value.shape
     n, k = G.shape[1:]
     delta, both = work
-    epsilon, moved, own_noise = both[0], both[1], both[2]
+    epsilon, moved, m, gained = both[0], both[1], both[2], both[3]
+    plain = len(drift) == 0 and len(near) == 0
     for t in range(T):
         u, v = dynamics[t], measurement[t]
         a, g, h, E = A[u], G[u], H[v], pull[place[t]]
         for j in range(M):
-            x, m, total = delta[j], predicted[j, t], 0.0
+            x, state, own, total = delta[j], states[j, t], disturbance[j, t], 0.0
             for i in range(k):
                 e = shift[j, t, i]
                 for l in range(n):
@@ -546,24 +606,32 @@ def follow(
                 epsilon[i] = e
                 total += e * e
             for i in range(n):
-                own, other = 0.0, 0.0
+                noise, other = 0.0, 0.0
                 for l in range(k):
-                    own += g[i, l] * epsilon[l]
+                    noise += g[i, l] * epsilon[l]
                 for l in range(n):
                     other += a[i, l] * x[l]
-                moved[i] = own + other
-                own_noise[i] = own
-            for i in range(n):
-                x[i] = moved[i] - (mean[j, t, i] - m[i])
+                own[i] = noise
+                moved[i] = noise + other
+            if plain:
+                for i in range(n):
+                    x[i] = moved[i]
+                    state[i] = moved[i]
+            else:
+                _expect(a, drift, near, j, t, m, gained)
+                for i in range(n):
+                    x[i] = moved[i] - gained[i]
+                    state[i] = m[i] + moved[i]
             for d in range(D):
                 if seen[t, d]:
                     e, then = value[j, t, d], 0.0
-                    for i in range(n):
-                        e -= h[d, i] * m[i]
-                        then += h[d, i] * moved[i]
+                    if plain:
+                        for i in range(n):
+                            e -= h[d, i] * moved[i]
+                    else:
+                        for i in range(n):
+                            e -= h[d, i] * m[i]
+                            then += h[d, i] * moved[i]
                     e = (e - then) / s[v, d]
                     total += e * e
             squares[j] += total
-            for i in range(n):
-                states[j, t, i] = m[i] + moved[i]
-                disturbance[j, t, i] = own_noise[i]
