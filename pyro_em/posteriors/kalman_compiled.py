@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ _Bools = NDArray[np.bool_]
 _Which = NDArray[np.int32]
 
 _NOWHERE = np.empty((0, 0, 0))  # states measured from zero
+_LONG = 256  # steps of which most are supposed to repeat
 
 
 def filtered(space: StateSpace) -> Filtered:
@@ -54,48 +56,110 @@ def smoothed(space: StateSpace) -> Smoothed:
     Args:
         space: The chains, on the CPU.
     """
-    from pyro_em.posteriors.numba_kalman import onward
-
     groups = _Groups.of_space(space)
-    B, T, n, k = groups.count, space.steps, space.size, space.noise.shape[-1]
-    covariance, transition, noise = (np.empty((B, T, n, n)) for _ in range(3))
-    size, parts = np.empty(B), []
-    which, place = np.empty((B, T), np.int32), np.empty((B, T), np.int32)
-    first, count = T, 0
-    for b, group in enumerate(groups.each()):
-        sizes, near = group.sizes, _NOWHERE
-        for _ in range(2 if group.is_far else 1):
-            told = _backward(group, near, place[b], (transition[b], noise[b]))
-            near, disturbance, squares = _follow(group, near, told, told.shift)
-        found_here = onward(
-            group.A,
-            group.G,
-            group.dynamics,
-            told.pull,
-            told.factor,
-            told.place,
-            covariance[b],
-            which[b],
-            transition[b],
-            noise[b],
-            _work((n, k), (n, n), (n, n), (n, n)),
+    found = [_smoothed(group) for group in groups.each()]
+    evidences, means, disturbances = groups.together([x.of_chains for x in found])
+    if groups.of is None:
+        (only,) = found
+        size = np.array([only.determinant])
+        covariances, transitions, noises, which, place = (x[None] for x in only.of_group)
+    else:
+        size = np.array([x.determinant for x in found])
+        covariances, transitions, noises, which, place = (
+            _stacked(x) for x in zip(*(x.of_group for x in found), strict=True)
         )
-        first, count = min(first, int(told.place[0])), max(count, found_here)
-        size[b] = told.determinant
-        evidence = -0.5 * (squares + told.determinant) - sizes
-        parts.append((evidence, near, disturbance))
-    evidences, means, disturbances = groups.together(parts)
     return Smoothed(
         evidences,
         groups.of_chains(size),
         means,
         disturbances,
-        groups.of_chains(covariance[:, :count]),
+        groups.of_chains(covariances),
         groups.of_chains(which),
-        groups.of_chains(transition[:, first:]),
-        groups.of_chains(noise[:, first:]),
-        groups.of_chains(np.subtract(place, first, out=place)),
+        groups.of_chains(transitions),
+        groups.of_chains(noises),
+        groups.of_chains(place),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The E-step of a group.
+
+    Attributes:
+        determinant: 2 Σ log|U|.
+        of_chains: Evidence # (M,), means # (M, T, n), disturbances # (M, T, n).
+        of_group: Covariances # (P, n, n), transitions # (Q, n, n), noises # (Q, n, n), and which of them
+            each step has # (T,), (T,).
+    """
+
+    determinant: float
+    of_chains: tuple[_Floats, ...]
+    of_group: tuple[Any, ...]
+
+
+def _smoothed(group: _Group) -> _Found:
+    """The E-step of a group; memory for as many different matrices as most chains have."""
+    T = len(group.dynamics)
+    found = _smoothed_in(group, T // 4) if T > _LONG else None
+    return found or cast(_Found, _smoothed_in(group, T))
+
+
+def _smoothed_in(group: _Group, room: int) -> _Found | None:
+    """The same.
+
+    Args:
+        group: The chains.
+        room: How many different matrices there is memory for.
+
+    Returns:
+        None if it is too small.
+    """
+    from pyro_em.posteriors.numba_kalman import onward
+
+    T, (n, k) = len(group.dynamics), group.G.shape[1:]
+    transition, noise = np.empty((room, n, n)), np.empty((room, n, n))
+    sizes, near = group.sizes, _NOWHERE
+    for _ in range(2 if group.is_far else 1):
+        told = _backward(group, near, room, (transition, noise))
+        if told is None:
+            return None
+        near, disturbance, squares = _follow(group, near, told, told.shift)
+    first, which = int(told.place[0]), np.empty(T, np.int32)
+    # Covariances converge from both ends.
+    covariance = np.empty((T if room == T else min(T, 3 * (room - first)), n, n))
+    count = onward(
+        group.A,
+        group.G,
+        group.dynamics,
+        told.pull,
+        told.factor,
+        told.place,
+        covariance,
+        which,
+        transition,
+        noise,
+        _work((n, k), (n, n), (n, n), (n, n)),
+    )
+    if count < 0:
+        return None
+    evidence = -0.5 * (squares + told.determinant) - sizes
+    of_group = (
+        covariance[:count],
+        transition[first:],
+        noise[first:],
+        which,
+        np.subtract(told.place, first, out=told.place),
+    )
+    return _Found(told.determinant, (evidence, near, disturbance), of_group)
+
+
+def _stacked(arrays: Sequence[Any]) -> Any:
+    """Arrays of groups side by side; after the last of shorter ones anything follows."""
+    most = max(len(x) for x in arrays)
+    out = np.empty((len(arrays), most, *arrays[0].shape[1:]), arrays[0].dtype)
+    for own, x in zip(out, arrays, strict=True):
+        own[: len(x)] = x
+    return out
 
 
 def sampled(space: StateSpace, normal: Tensor) -> Tensor:
@@ -108,10 +172,10 @@ def sampled(space: StateSpace, normal: Tensor) -> Tensor:
     draws = np.empty((*normal.shape[:3], space.size))
     for group in _Groups.of_space(space).each():
         near = _NOWHERE
-        told = _backward(group, near)
+        told = cast(_Backward, _backward(group, near, space.steps))
         if group.is_far:
             near = _follow(group, near, told, told.shift)[0]
-            told = _backward(group, near)
+            told = cast(_Backward, _backward(group, near, space.steps))
         factor = told.factor[told.place]
         for i, eta in enumerate(normal.numpy()[:, group.chains]):
             shift = told.shift + (factor @ eta[..., None])[..., 0]
@@ -284,27 +348,29 @@ def _forward(
 def _backward(
     group: _Group,
     near: _Floats,
-    place: _Which | None = None,
-    room: tuple[_Floats, _Floats] | None = None,
-) -> _Backward:
+    room: int,
+    memory: tuple[_Floats, _Floats] | None = None,
+) -> _Backward | None:
     """The noises of each step given the state before and all data.
 
     Args:
         group: The chains.
         near: What states are measured from; empty if that is zero. # (M, T, n)
-        place: Where it goes which matrices a step has. # (T,)
-        room: Where there is memory until the steps are gone through in their order. # (T, n, n) each
+        room: How many different matrices there is memory for.
+        memory: Some that is free until the steps are gone through in their order. # (room, n, n) each
+
+    Returns:
+        None if there are more.
     """
     from pyro_em.posteriors.numba_kalman import backward
 
     M, T, D = group.value.shape
     n, k = group.G.shape[1:]
     told, wide = D + n, k + n
-    if room is None or k > n:
-        room = np.empty((T, k, n)), np.empty((T, k, k))
-    pull, factor = room
-    shift = np.empty((M, T, k))
-    place = np.empty(T, np.int32) if place is None else place
+    if memory is None or k > n:
+        memory = np.empty((room, k, n)), np.empty((room, k, k))
+    pull, factor = memory
+    shift, place = np.empty((M, T, k)), np.empty(T, np.int32)
     determinant = backward(
         group.A,
         group.G,
@@ -323,6 +389,8 @@ def _backward(
         place,
         _work((wide + told, told + k), (n, n), (n, n), (M, told), (wide, told), (M, n), (2, n)),
     )
+    if place[0] < 0:
+        return None
     return _Backward(pull, factor, shift, place, determinant)
 
 

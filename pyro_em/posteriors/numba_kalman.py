@@ -353,10 +353,10 @@ def backward(
         value: # (M, T, D)
         drift: Empty if it is zero. # (M|1, T, n)
         near: What states are measured from; empty if that is zero. # (M, T, n)
-        pull: Where E goes, those that differ one before the other. # (T, k or more, n)
-        factor: Where W goes, likewise. # (T, k or more, k or more)
+        pull: Where E goes, those that differ one before the other. # (room, k or more, n)
+        factor: Where W goes, likewise. # (room, k or more, k or more)
         shift: Where g goes. # (M, T, k)
-        place: Where it goes which E and W a step has. # (T,)
+        place: Where it goes which E and W a step has; the first is -1 if they are too many. # (T,)
         work: Zeros. # (k + D + 2 n, D + n + k), (n, n), (n, n), (M, D + n), (k + n, D + n), (M, n),
             (2, n)
     """
@@ -367,7 +367,7 @@ def backward(
     few = told > M
     X, R, last, data, turn, zeta, both = work
     plain = len(drift) == 0 and len(near) == 0
-    steady, kept, last_place, size, sizes = False, False, T, 0.0, 0.0
+    steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
     count, look = 0, 0
     for t in range(T - 1, -1, -1):
         u, v = dynamics[t], measurement[t]
@@ -377,6 +377,9 @@ def backward(
         known = steady and kept and alike
         if not known:
             last_place -= 1
+            if last_place < 0:
+                place[0] = -1
+                return 0.0
         place[t] = last_place
         for j in range(M):
             y, row, z = value[j, t], data[j], zeta[j]
@@ -480,19 +483,19 @@ def onward(
     noise: np.ndarray,
     work: Work,
 ) -> int:
-    """Covariances of the states given all data; return how many differ.
+    """Covariances of the states given all data; return how many differ, -1 if too many.
 
     Args:
         A: # (U, n, n)
         G: # (U, n, k)
         dynamics: # (T,)
-        pull: From `backward`; it may be the memory of `transition`. # (T, k or more, n)
-        factor: From `backward`; it may be the memory of `noise`. # (T, k or more, k or more)
+        pull: From `backward`; it may be the memory of `transition`. # (room, k or more, n)
+        factor: From `backward`; it may be the memory of `noise`. # (room, k or more, k or more)
         place: From `backward`. # (T,)
-        covariance: Where P goes, those that differ one after the other. # (T, n, n)
+        covariance: Where P goes, those that differ one after the other. # (room, n, n)
         which: Where it goes which P a step has. # (T,)
-        transition: Where Φ goes, at the places of E; zero at first. # (T, n, n)
-        noise: Where C goes, at the places of W. # (T, n, n)
+        transition: Where Φ goes, at the places of E; zero at first. # (room, n, n)
+        noise: Where C goes, at the places of W. # (room, n, n)
         work: Zeros. # (n, k), (n, n), (n, n), (n, n)
     """
     T, n, k = len(place), G.shape[1], G.shape[2]
@@ -503,6 +506,8 @@ def onward(
         if alike and steady:
             which[t] = count - 1
             continue
+        if count == len(covariance):
+            return -1
         which[t] = count
         P, F, C = covariance[count], transition[place[t]], noise[place[t]]
         count += 1
@@ -581,7 +586,7 @@ def follow(
         value: # (M, T, D)
         drift: Empty if it is zero. # (M|1, T, n)
         near: What states are measured from, as for `backward`. # (M, T, n)
-        pull: From `backward`. # (T, k or more, n)
+        pull: From `backward`. # (room, k or more, n)
         place: From `backward`. # (T,)
         shift: From `backward`, with or without noise. # (M, T, k)
         states: Where they go. # (M, T, n)
