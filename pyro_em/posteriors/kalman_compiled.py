@@ -88,8 +88,8 @@ class _Found:
     Attributes:
         determinant: 2 Σ log|U|.
         of_chains: Evidence # (M,), means # (M, T, n), disturbances # (M, T, n).
-        of_group: Covariances # (P, n, n), transitions # (Q, n, n), noises # (Q, n, n), and which of them
-            each step has # (T,), (T,).
+        of_group: Covariances # (P, n, n), transitions # (Q, n, n), noises # (Q, n, n), and which of
+            them each step has # (T,), (T,).
     """
 
     determinant: float
@@ -118,12 +118,14 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
 
     T, (n, k) = len(group.dynamics), group.G.shape[1:]
     transition, noise = np.empty((room, n, n)), np.empty((room, n, n))
-    sizes, near = group.sizes, _NOWHERE
-    for _ in range(2 if group.is_far else 1):
-        told = _backward(group, near, room, (transition, noise))
-        if told is None:
-            return None
-        near, disturbance, squares = _follow(group, near, told, told.shift)
+    sizes, memory = group.sizes, (transition, noise)
+    told = _backward(group, _NOWHERE, room, memory)
+    if told is None:
+        return None
+    states, disturbance, squares = _follow(group, _NOWHERE, told, told.shift)
+    if group.is_far:
+        told = cast(_Backward, _backward(group, states, room, memory))
+        states, disturbance, squares = _follow(group, states, told, told.shift)
     first, which = int(told.place[0]), np.empty(T, np.int32)
     # Covariances converge from both ends.
     covariance = np.empty((T if room == T else min(T, 3 * (room - first)), n, n))
@@ -150,7 +152,7 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
         which,
         np.subtract(told.place, first, out=told.place),
     )
-    return _Found(told.determinant, (evidence, near, disturbance), of_group)
+    return _Found(told.determinant, (evidence, states, disturbance), of_group)
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:

@@ -92,8 +92,8 @@ def _settle(new: np.ndarray, old: np.ndarray, n: int, within: float) -> bool:
 def _next_look(count: int) -> int:
     """After how many like steps to compare again, next.
 
-    With what was found a sixteenth of all steps ago, not a step ago: what converges slowly changes little
-    from a step to the next, and is far from its end.
+    With what was found a sixteenth of all steps ago, not a step ago: what converges slowly changes
+    little from a step to the next, and is far from its end.
     """
     return count + 1 + count // 16
 
@@ -366,14 +366,17 @@ def backward(
     # The data go along as columns if they are few, else the matrix that turns them is kept.
     few = told > M
     X, R, last, data, turn, zeta, both = work
+    m, gained = both[0], both[1]
     plain = len(drift) == 0 and len(near) == 0
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
     count, look = 0, 0
+    u, v = dynamics[T - 1], measurement[T - 1]
+    a, g, h, scale = A[u], G[u], H[v], s[v]  # each look at a part of an array takes time
     for t in range(T - 1, -1, -1):
-        u, v = dynamics[t], measurement[t]
-        h, scale = H[v], s[v]
-        here = seen[t]
         alike = t + 1 < T and same[t + 1] and t > 0
+        if not alike:
+            u, v = dynamics[t], measurement[t]
+            a, g, h, scale = A[u], G[u], H[v], s[v]
         known = steady and kept and alike
         if not known:
             last_place -= 1
@@ -382,30 +385,25 @@ def backward(
                 return 0.0
         place[t] = last_place
         for j in range(M):
-            y, row, z = value[j, t], data[j], zeta[j]
-            if plain:
-                for d in range(D):
-                    row[d] = y[d] / scale[d] if here[d] else 0.0
-                for i in range(n):
-                    row[D + i] = z[i]
-                continue
-            m, gained = both[0], both[1]
-            _expect(A[u], drift, near, j, t, m, gained)
+            if not plain:
+                _expect(a, drift, near, j, t, m, gained)
             for d in range(D):
-                row[d] = 0.0
-                if here[d]:
-                    e = y[d]
-                    for i in range(n):
-                        e -= h[d, i] * m[i]
-                    row[d] = e / scale[d]
+                e = 0.0
+                if seen[t, d]:
+                    e = value[j, t, d]
+                    if not plain:
+                        for i in range(n):
+                            e -= h[d, i] * m[i]
+                data[j, d] = e / scale[d]
             for i in range(n):
-                total = z[i]
-                for l in range(i, n):
-                    total += R[i, l] * gained[l]
-                row[D + i] = total
+                total = zeta[j, i]
+                if not plain:
+                    for l in range(i, n):
+                        total += R[i, l] * gained[l]
+                data[j, D + i] = total
         if not known:
             E, W = pull[last_place], factor[last_place]
-            _rows(X, R, A[u], G[u], h, scale, here, t > 0)
+            _rows(X, R, a, g, h, scale, seen[t], t > 0)
             carry = few and not (steady and alike)
             more = M if carry else told
             for c in range(more):
@@ -457,11 +455,10 @@ def backward(
         sizes += size
         if kept:
             for j in range(M):
-                row = data[j]
                 for i in range(wide):
                     total = 0.0
                     for c in range(told):
-                        total += turn[i, c] * row[c]
+                        total += turn[i, c] * data[j, c]
                     if i < k:
                         shift[j, t, i] = total
                     else:
@@ -599,15 +596,18 @@ def follow(
     delta, both = work
     epsilon, moved, m, gained = both[0], both[1], both[2], both[3]
     plain = len(drift) == 0 and len(near) == 0
+    u, v, p = dynamics[0], measurement[0], place[0]
+    a, g, h, E = A[u], G[u], H[v], pull[p]  # each look at a part of an array takes time
     for t in range(T):
-        u, v = dynamics[t], measurement[t]
-        a, g, h, E = A[u], G[u], H[v], pull[place[t]]
+        if dynamics[t] != u or measurement[t] != v or place[t] != p:
+            u, v, p = dynamics[t], measurement[t], place[t]
+            a, g, h, E = A[u], G[u], H[v], pull[p]
         for j in range(M):
-            x, state, own, total = delta[j], states[j, t], disturbance[j, t], 0.0
+            total = 0.0
             for i in range(k):
                 e = shift[j, t, i]
                 for l in range(n):
-                    e -= E[i, l] * x[l]
+                    e -= E[i, l] * delta[j, l]
                 epsilon[i] = e
                 total += e * e
             for i in range(n):
@@ -615,28 +615,26 @@ def follow(
                 for l in range(k):
                     noise += g[i, l] * epsilon[l]
                 for l in range(n):
-                    other += a[i, l] * x[l]
-                own[i] = noise
+                    other += a[i, l] * delta[j, l]
+                disturbance[j, t, i] = noise
                 moved[i] = noise + other
             if plain:
                 for i in range(n):
-                    x[i] = moved[i]
-                    state[i] = moved[i]
+                    delta[j, i] = moved[i]
+                    states[j, t, i] = moved[i]
             else:
                 _expect(a, drift, near, j, t, m, gained)
                 for i in range(n):
-                    x[i] = moved[i] - gained[i]
-                    state[i] = m[i] + moved[i]
+                    delta[j, i] = moved[i] - gained[i]
+                    states[j, t, i] = m[i] + moved[i]
             for d in range(D):
                 if seen[t, d]:
                     e, then = value[j, t, d], 0.0
-                    if plain:
-                        for i in range(n):
-                            e -= h[d, i] * moved[i]
-                    else:
+                    if not plain:
                         for i in range(n):
                             e -= h[d, i] * m[i]
-                            then += h[d, i] * moved[i]
+                    for i in range(n):
+                        then += h[d, i] * moved[i]
                     e = (e - then) / s[v, d]
                     total += e * e
             squares[j] += total
