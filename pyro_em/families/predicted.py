@@ -38,21 +38,29 @@ class Bend:
     curvature: Mapping[tuple[str, str], Tensor]
 
 
+Data = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class PredictedForm:
     """A log density as a function of one predictor for each of its arguments.
 
     Attributes:
+        data: What it reads of values.
         links: What makes each argument of its predictor, by its name in `pyro_em.graph.binding.LINKS`.
-        at: From data and predictors to the density with its derivatives.
+        at: From these and predictors to the density with its derivatives.
         shape: The argument that is a dispersion.
         limit: What the density becomes as that grows without end, for a message.
+        of_features: What it reads of expected features of the family's linear form, where that is all
+            it needs: of latents that are integrated. # (*cells, P) to the same as ``data``
     """
 
+    data: Callable[[Tensor], Data]
     links: Mapping[str, str]
-    at: Callable[[Tensor, Mapping[str, Tensor]], Bend]
+    at: Callable[[Data, Mapping[str, Tensor]], Bend]
     shape: str
     limit: str
+    of_features: Callable[[Tensor], Data] | None = None
 
 
 def digamma_rise(r: Tensor, x: Tensor) -> Tensor:
@@ -84,10 +92,14 @@ def log_rising(r: Tensor, x: Tensor) -> Tensor:
     return torch.where(r > _LARGE, far, (r + x).lgamma() - r.lgamma())
 
 
-def gamma(x: Tensor, at: Mapping[str, Tensor]) -> Bend:
+def _with_logarithms(x: Tensor) -> Data:
+    return x, x.clamp(min=torch.finfo(x.dtype).tiny).log()
+
+
+def gamma(data: Data, at: Mapping[str, Tensor]) -> Bend:
     """Of a Gamma; the predictors are log α and log β."""
     zeta, shape = at["rate"], at["concentration"].exp()
-    log_x = x.clamp(min=torch.finfo(x.dtype).tiny).log()
+    x, log_x = data
     mean, level = x * zeta.exp(), zeta + log_x
     lead = shape * (level - shape.digamma())
     return Bend(
@@ -117,26 +129,32 @@ def _counts(x: Tensor, u: Tensor, zeta: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _negative_binomial(x: Tensor, at: Mapping[str, Tensor]) -> Bend:
-    shape = "total_count"
+def _negative_binomial(data: Data, at: Mapping[str, Tensor]) -> Bend:
+    (x,), shape = data, "total_count"
     name = next(n for n in at if n != shape)
     value, lead, slope, curved, mixed, own = _counts(x, at[shape], at[name])
     curvature = {(shape, shape): curved, (shape, name): mixed, (name, name): own}
     return Bend(value, {shape: lead, name: slope}, curvature)
 
 
-def _gamma_poisson(x: Tensor, at: Mapping[str, Tensor]) -> Bend:
-    shape, rate = "concentration", "rate"
+def _gamma_poisson(data: Data, at: Mapping[str, Tensor]) -> Bend:
+    (x,), shape, rate = data, "concentration", "rate"
     value, lead, slope, curved, mixed, own = _counts(x, at[shape], -at[rate])
     curvature = {(shape, shape): curved, (shape, rate): -mixed, (rate, rate): own}
     return Bend(value, {shape: lead, rate: -slope}, curvature)
 
 
 GAMMA = PredictedForm(
-    {"concentration": "exp", "rate": "exp"}, gamma, "concentration", "data without noise"
+    _with_logarithms,
+    {"concentration": "exp", "rate": "exp"},
+    gamma,
+    "concentration",
+    "data without noise",
+    lambda feature: (feature[..., 1], feature[..., 0]),
 )
 
 NEGATIVE_BINOMIAL = PredictedForm(
+    lambda x: (x,),
     {"total_count": "exp", "logits": "", "probs": "sigmoid"},
     _negative_binomial,
     "total_count",
@@ -144,5 +162,9 @@ NEGATIVE_BINOMIAL = PredictedForm(
 )
 
 GAMMA_POISSON = PredictedForm(
-    {"concentration": "exp", "rate": "exp"}, _gamma_poisson, "concentration", "Poisson counts"
+    lambda x: (x,),
+    {"concentration": "exp", "rate": "exp"},
+    _gamma_poisson,
+    "concentration",
+    "Poisson counts",
 )

@@ -23,16 +23,17 @@ from torch import Tensor
 
 from pyro_em.distributions import bounds
 from pyro_em.families.family import Arguments
-from pyro_em.families.predicted import PredictedForm
+from pyro_em.families.predicted import Data, PredictedForm
 from pyro_em.graph.binding import LINKS, Binding
 from pyro_em.graph.factors import Group
 from pyro_em.graph.jacobian import Jacobian
 from pyro_em.tracing.parameters import TracedParameter
+from pyro_em.tracing.sites import INTEGRATED
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
 
-Sums = tuple[Tensor, Mapping[str, Tensor]]
+Sums = tuple[Tensor, Data, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Dispersed:
         ]
 
     def cells_of(self, counts: Tensor, arguments: Arguments) -> Sums:
-        """Weights of all cells, and the predictors that no parameter of an update reaches.
+        """Weights of all cells, what is read of data, and predictors that no parameter reaches.
 
         Args:
             counts: Expected counts. # (members, *sizes)
@@ -77,15 +78,23 @@ class Dispersed:
             for a, t in arguments.items()
             if a not in self.bindings
         }
-        return weights.to(torch.float64), known
+        if self.stack.belief is None:
+            return (
+                weights.to(torch.float64),
+                self.form.data(self.stack.value.to(torch.float64)),
+                known,
+            )
+        assert self.form.of_features is not None  # a latent: its prior is linear in features
+        feature = self.stack.belief.statistics(self.stack, arguments)["feature"]
+        return weights.to(torch.float64), self.form.of_features(feature.to(torch.float64)), known
 
     def curved(self, sums: Sums, block: Sequence[str], values: Mapping[str, Tensor]) -> Curved:
         """The expected log density in the coordinates of a block; see `Predictor.curved`."""
-        weights, known = sums
+        weights, data, known = sums
         at = dict(known)
         for argument, binding in self.bindings.items():
             at[argument] = binding.predictor(values).to(torch.float64)
-        bend = self.form.at(self.stack.value.to(torch.float64), at)
+        bend = self.form.at(data, at)
         lead = 1 + self.stack.n_plates
         shape = torch.broadcast_shapes(weights.shape, bend.value.shape)
 
@@ -185,6 +194,8 @@ def dispersed_at(
     """
     form = None if group.family is None else group.family.predicted
     if form is None or isinstance(group.belief, Moments) or group.nested is not None:
+        return None
+    if group.role in INTEGRATED and form.of_features is None:
         return None
     if not any(b.how == "affine" for b in group.bindings.values()):
         return None

@@ -206,10 +206,10 @@ def test_derivatives_in_predictors_are_those_of_the_density(name: str, shape: fl
 
     def value(at: Tensor) -> Tensor:
         own: Mapping[str, Tensor] = {first: at[0], second: at[1]}
-        return form.at(data, own).value
+        return form.at(form.data(data), own).value
 
     at = tensor(np.array([shape, -0.4]))
-    bend = form.at(data, {first: at[0], second: at[1]})
+    bend = form.at(form.data(data), {first: at[0], second: at[1]})
     slope = torch.autograd.functional.jacobian(value, at)
     bent = torch.autograd.functional.hessian(value, at)
     size = float(bent.abs().max())
@@ -229,3 +229,20 @@ def test_derivatives_in_predictors_are_those_of_the_density(name: str, shape: fl
         exact = family(**{n: tensor(np.array(v)) for n, v in args.items()}).log_prob(data)
         gaps.append(float(exact - value(tensor(np.array(other)))))
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-9 * size)
+
+
+@pytest.mark.parametrize("name", ["by the mean", "by the rate"])
+def test_rates_that_are_latent_have_the_same_regression_as_their_counts(name: str) -> None:
+    """A Gamma latent of each row: EM goes to the negative binomial's maximum, statsmodels' number."""
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.param("w", torch.zeros(3, dtype=torch.float64))
+        a = pyro.param("a", torch.tensor(2.0, dtype=torch.float64), constraint=C.positive)
+        with pyro.plate("n", len(x)):
+            rate = pyro.sample("rate", GAMMAS[name](x @ w, a))
+            pyro.sample("y", dist.Poisson(rate), obs=y)
+
+    pyro.clear_param_store()
+    result = ExactPosteriorEM(model).fit(tensor(X), tensor(COUNTS), max_steps=60, tol=0)
+    assert "Newton with" in str(result.plan) and min(np.diff(result.history)) > -1e-9
+    assert result.log_evidence == pytest.approx(-100.6653992946175, abs=1e-3)
