@@ -308,7 +308,11 @@ def as_predicted(
     if len(found) != 1:
         return None
     (predictor,) = found
-    if not isinstance(predictor, Predictor) or not _is_own(g, predictor, graph, updates, values):
+    if (
+        not isinstance(predictor, Predictor)
+        or predictor.binding.pairs
+        or not _is_own(g, predictor, graph, updates, values)
+    ):
         return None
     lead, event = predictor.lead, predictor.event
     own = not group.observed

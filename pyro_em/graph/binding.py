@@ -271,6 +271,8 @@ class Binding:
     def linear_in(self, block: Sequence[str], values: Mapping[str, Tensor]) -> Binding:
         """The affine binding of a bilinear one in parameters of which no two are multiplied.
 
+        Of parameters that are multiplied it has the derivatives at their values, and so is tangent.
+
         Args:
             block: These parameters.
             values: The others keep theirs.

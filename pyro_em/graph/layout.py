@@ -272,7 +272,7 @@ class FactorLayout:
                     (event, tuple(dims), reinterpreted),
                     normalised=arg if family.argument_event_dim(arg) == 1 else "",
                     allow_affine=may_be_affine(family, arg),
-                    allow_bilinear=_is_regressed(family, arg),
+                    allow_bilinear=may_be_bilinear(family, arg),
                     link=link_of(family, arg) or "",
                     allow_logs=family.predicted is not None,
                     allow_product=may_be_product(family, arg),
@@ -397,6 +397,12 @@ class FactorLayout:
 def may_be_affine(family: Family, argument: str) -> bool:
     """Whether an argument that is affine in parameters has an update: least squares, or Newton's."""
     return _is_regressed(family, argument) or link_of(family, argument) is not None
+
+
+def may_be_bilinear(family: Family, argument: str) -> bool:
+    """Whether an argument that is affine in one parameter given another has an update."""
+    is_number = family.argument_event_dim(argument) == 0
+    return _is_regressed(family, argument) or (is_number and link_of(family, argument) == "")
 
 
 def _is_regressed(family: Family, argument: str) -> bool:

@@ -269,7 +269,7 @@ def _no_sums(
         return f"'{site}' ({kind}) has no sums"
     dispersed = dispersed_at(g, group, graph.parameters)
     for argument, binding in group.bindings.items():
-        is_line = binding.how == "affine" and argument == "loc"
+        is_line = binding.how in ("affine", "bilinear") and argument == "loc"
         is_line = is_line or (dispersed is not None and argument in dispersed.bindings)
         is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
         if not is_line and not is_joint(group) and binding.how not in ("constant", "selection"):

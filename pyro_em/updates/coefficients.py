@@ -66,7 +66,9 @@ def coefficients(
     """
     bounded = {name for name in block if not is_real(graph.parameters[name].constraint)}
     start = torch.cat([_coordinate(values[n].detach(), n in bounded).reshape(-1) for n in block])
-    is_concave = all(isinstance(p, Predictor) for p in predictors_of(graph, block))
+    is_concave = all(
+        isinstance(p, Predictor) and not p.binding.pairs for p in predictors_of(graph, block)
+    )
     precision, pull = normal_priors(block, graph, values, updates, start)
 
     def split(flat: Tensor) -> dict[str, Tensor]:

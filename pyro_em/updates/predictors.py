@@ -4,8 +4,9 @@ Of a generalised linear argument, with η = J θ + offset of each cell and expec
 
     Q(θ) = Σ_cells f(n, d, η),     ∇Q = Σ Jᵀ f′(η),     −∇²Q = Σ Jᵀ (−f″(η)) J,
 
-where f is the functional form of the argument (`pyro_em.families.form.Form.of_predictor`). Nothing is
-differentiated by autograd, and the model is not run: J is read once, off the binding.
+where f is the functional form of the argument (`pyro_em.families.form.Form.of_predictor`). Of a
+predictor in which parameters are multiplied J is ∂η/∂θ at their values, and −∇²Q has −Σ f′(η) ∂²η
+besides. Nothing is differentiated by autograd, and the model is not run: J is read off the binding.
 
 Source: McCullagh and Nelder (1989), section 2.5.
 """
@@ -33,13 +34,13 @@ from pyro_em.updates.scatter import sum_to
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """An argument of a group whose predictor is affine in parameters.
+    """An argument of a group whose predictor is affine in parameters, or bilinear.
 
     Attributes:
         group: The number of the group.
         argument: The argument's name.
         rule: The family's rule for it.
-        binding: The predictor's: affine, without a link.
+        binding: The predictor's: affine or bilinear, without a link.
         lead: How many dimensions are rows: members and plates.
     """
 
@@ -87,13 +88,16 @@ class Predictor:
         """
         eta = self.binding.predictor(values).to(torch.float64)
         curve = self.rule.kind.form.of_predictor(*sums, eta)
-        parts = designs_of(self.binding, block, values, self.lead, self.event)
+        linear = self.binding.linear_in(block, values)
+        parts = designs_of(linear, block, values, self.lead, self.event)
         row = eta.shape[eta.dim() - self.event :]
         slope = curve.slope.reshape(-1, len(parts), *row)
         weight = curve.curvature.reshape(-1, len(parts), *row)
         total = sum(values[name].numel() for name in block)
         gradient, curvature = eta.new_zeros(total), eta.new_zeros(total, total)
         for k, (columns, narrow) in enumerate(parts):
+            if not columns.numel():  # all that its coefficients multiply is zero
+                continue
             J, w = narrow.to(torch.float64), weight[:, k]
             flat = J.reshape(-1, J.shape[-1])
             weighted = w.reshape(-1, 1) * flat
@@ -105,6 +109,13 @@ class Predictor:
             place = columns.unsqueeze(-1), columns.unsqueeze(-2)
             curvature[place] = curvature[place] + own
             gradient[columns] += flat.mT @ slope[:, k].reshape(-1)
+        for (p, q), mixed in (self.binding.pairs or {}).items():
+            if p in block and q in block:  # −Σ f′(η) ∂²η/∂p∂q
+                own = -torch.einsum("...,...m->m", curve.slope, mixed.dense.to(torch.float64))
+                rows, columns = (_places(name, block, values, gradient) for name in (p, q))
+                own = own.reshape(len(rows), len(columns))
+                curvature[rows.unsqueeze(-1), columns] += own
+                curvature[columns.unsqueeze(-1), rows] += own.mT
         return Curved(curve.value.sum(), gradient, curvature)
 
     def furthest(
@@ -119,13 +130,14 @@ class Predictor:
         Args:
             sums: As `cells` returns.
             block: Parameter names.
-            values: For the sizes of the parameters.
+            values: Of all parameters that reach the predictor.
             step: Of all parameters of the block. # (P,)
         """
         n, d = sums
         there = (n.sum(-1) if self.event else d) > 0
         out = 0.0
-        parts = designs_of(self.binding, block, values, self.lead, self.event)
+        linear = self.binding.linear_in(block, values)
+        parts = designs_of(linear, block, values, self.lead, self.event)
         for k, (columns, narrow) in enumerate(parts):
             moved = narrow.to(torch.float64) @ step[columns]
             if self.event:
@@ -133,6 +145,12 @@ class Predictor:
             own = there.reshape(-1, len(parts))[:, k]
             out = max(out, float(torch.where(own, moved.abs(), 0.0).amax()))
         return out
+
+
+def _places(name: str, block: Sequence[str], values: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """Where the elements of a parameter stand among those of a block. # (θ.numel(),)"""
+    begin = sum(values[n].numel() for n in block[: list(block).index(name)])
+    return torch.arange(begin, begin + values[name].numel(), device=like.device)
 
 
 def predictors_of(graph: FactorGraph, names: Sequence[str]) -> list[Predictor | Dispersed]:
@@ -163,7 +181,9 @@ _known: WeakKeyDictionary[Binding, Binding] = WeakKeyDictionary()
 def predictor_binding(
     group: Group, argument: str, parameters: Mapping[str, TracedParameter]
 ) -> Binding | None:
-    """How parameters reach the predictor of an argument, as an affine binding; None where it has none.
+    """How parameters reach the predictor of an argument; None where it has none.
+
+    The binding is affine, or bilinear.
 
     A selection without a map is its own predictor where the argument is one (logits); where the
     argument is a link of it, the selection has the link for its only map.
@@ -180,14 +200,16 @@ def predictor_binding(
     if (
         link is None
         or argument not in group.family.rules
-        or binding.how not in ("affine", "selection")
+        or binding.how not in ("affine", "bilinear", "selection")
     ):
         return None
     if binding in _known:
         return _known[binding]
     found: Binding | None = None
     sizes = {name: parameters[name].leaf.numel() for name in binding.params}
-    if binding.how == "affine":
+    if binding.how == "bilinear":
+        found = binding
+    elif binding.how == "affine":
         found = _bare(binding) if binding.link == link else None
     elif binding.normalise in ("", "logits") and all(
         [m.name for m in s.maps] == ([link] if link else []) for s in binding.selections

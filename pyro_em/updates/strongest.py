@@ -159,7 +159,7 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
         if not is_real(constraint):
             what += f" {has} a predictor with its logarithm"
         elif all(p.endswith("logits") for p in named):
-            what += f" {'is' if len(named) == 1 else 'are'} linear in it"
+            what += f" {'is' if len(named) == 1 else 'are'} linear in it{_while(graph, name)}"
         else:
             what += f" {has} a predictor that is linear in it"
         reason = what + _with(graph, priors)
@@ -258,7 +258,8 @@ def _is_predicted(graph: FactorGraph, g: int, argument: str, name: str) -> bool:
     assert group.family is not None
     if group.family.natural is not None:
         return binding.how == "affine"
-    return binding.how == "affine" or as_use(graph, g, argument, binding, name)[0] is None
+    is_line = binding.how in ("affine", "bilinear")
+    return is_line or as_use(graph, g, argument, binding, name)[0] is None
 
 
 def _has_predictor(graph: FactorGraph, use: Use) -> bool:

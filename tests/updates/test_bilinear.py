@@ -9,10 +9,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 from torch.distributions import constraints
 
-from pyro_em import Chunks, ExactPosteriorEM, Gradient, LeastSquares, vectorized_markov
+from pyro_em import Chunks, ExactPosteriorEM, Gradient, LeastSquares, Newton, vectorized_markov
 from pyro_em.graph.autograd import bind
 
 SERIES = torch.tensor(
@@ -196,11 +196,70 @@ def test_a_chain_over_indices_with_a_mean_that_is_not_linear_is_that_of_the_loop
     assert ends[1].log_evidence == pytest.approx(ends[0].log_evidence, abs=1e-7)
 
 
-def test_a_product_in_a_predictor_is_climbed() -> None:
+NODES = torch.linspace(-3, 3, 7, dtype=torch.float64)
+PRIOR = torch.softmax(-(NODES**2) / 2, 0)
+
+
+def items(x: torch.Tensor) -> None:
+    """The two-parameter logistic model of responses (Bock and Aitkin, 1981), abilities on a grid."""
+    slope = pyro.param("slope", torch.ones(3, dtype=torch.float64))
+    place = pyro.param("place", torch.zeros(3, dtype=torch.float64))
+    with pyro.plate("persons", len(x)):
+        z = pyro.sample("z", dist.Categorical(PRIOR))
+        logits = slope * (NODES[z].unsqueeze(-1) - place)
+        pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+def test_slopes_and_places_of_items_are_found_together_by_newton() -> None:
+    # About what slopes 1.5, 1, 2 and places -0.5, 0, 0.5 make of three hundred persons.
+    counts = [62, 9, 31, 9, 51, 28, 48, 62]
+    patterns = [[k >> 2 & 1, k >> 1 & 1, k & 1] for k in range(8)]
+    x = torch.tensor([p for p, n in zip(patterns, counts, strict=True) for _ in range(n)]).double()
+    em = ExactPosteriorEM(items)
+    plan = em.plan(x)
+    assert plan.kernel == "mixture"
+    assert isinstance(plan.updates["slope"].update, Newton)
+    assert "linear in it while 'place' has its value" in plan.updates["slope"].reason
+    result = em.fit(x, tol=1e-8, max_steps=400)
+
+    def minus(theta: np.ndarray) -> float:
+        eta = theta[:3] * (NODES.numpy()[:, None] - theta[3:])
+        right, wrong = -np.logaddexp(0, -eta), -np.logaddexp(0, eta)
+        total = 0.0
+        for p, n in zip(np.array(patterns), counts, strict=True):
+            total += n * np.log(PRIOR.numpy() @ np.exp((p * right + (1 - p) * wrong).sum(1)))
+        return -total
+
+    at = np.concatenate([result.params["slope"].numpy(), result.params["place"].numpy()])
+    assert -minus(at) == pytest.approx(result.log_evidence, abs=1e-9)
+    best = minimize(minus, [1, 1, 1, 0, 0, 0], method="BFGS", options={"gtol": 1e-7})
+    assert result.log_evidence == pytest.approx(-best.fun, abs=1e-6)
+    assert at == pytest.approx(best.x, abs=1e-2)
+
+
+def test_a_component_whose_covariate_is_zero_takes_no_part_in_its_coefficient() -> None:
+    def model(y: torch.Tensor) -> None:
+        w = pyro.param("w", torch.tensor(0.3).double())
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(2).double() / 2))
+            pyro.sample("y", dist.Binomial(5, logits=w * z), obs=y)
+
+    y = torch.tensor([1.0, 2, 3, 4, 5, 5, 4, 3, 2]).double()
+    result = ExactPosteriorEM(model).fit(y, tol=1e-10)
+
+    def minus(w: float) -> float:
+        b = torch.distributions.Binomial(5, logits=torch.tensor([0.0, w]).double())
+        return -float((b.log_prob(y.unsqueeze(-1)).exp().mean(-1)).log().sum())
+
+    best = minimize_scalar(minus, bounds=(0, 4), method="bounded", options={"xatol": 1e-8})
+    assert float(result.params["w"]) == pytest.approx(best.x, abs=1e-4)
+
+
+def test_a_product_behind_a_link_is_climbed() -> None:
     def model(x: torch.Tensor, y: torch.Tensor) -> None:
         gain, slope = pyro.param("gain", torch.tensor(1.0)), pyro.param("slope", torch.tensor(0.5))
         with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Bernoulli(logits=gain * (slope * x + 1)), obs=y)
+            pyro.sample("y", dist.Poisson((gain * (slope * x + 1)).exp()), obs=y)
 
     plan = ExactPosteriorEM(model).plan(torch.randn(6), torch.tensor([0.0, 1, 1, 0, 1, 0]))
     assert isinstance(plan.updates["gain"].update, Gradient)
