@@ -72,6 +72,11 @@ class PriorKernel:
         share = 1 / like.shape[-1] if self.support == "simplex" else 0.5
         return torch.full_like(like, share)
 
+    def units(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """The unit of many latents, in the memory of one. # (*batch, *event)"""
+        batch = len(shape) - self.event_dim
+        return self.unit(like.new_empty((*(1,) * batch, *shape[batch:]))).expand(shape)
+
     def inside(self, real: Tensor) -> Tensor:
         """Values in the support, from any numbers."""
         if self.support == "positive":

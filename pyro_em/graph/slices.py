@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -41,8 +41,25 @@ class Slices:
     most: int
 
     @classmethod
-    def of(cls, args: tuple, kwargs: Mapping[str, Any], structure: Structure) -> Slices | None:
-        """The slices of large data; None where the model is run on all of them."""
+    def of(
+        cls,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        structure: Structure,
+        roles: Collection[Role] = (Role.DATA,),
+        many: int = _MANY,
+        most: int = _CELLS,
+    ) -> Slices | None:
+        """The slices of large data; None where the model is run on all of them.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments.
+            structure: The skeleton of the model with them.
+            roles: What the sites that have a value may be.
+            many: How many cells all rows have at least.
+            most: How many a slice has.
+        """
         plate = structure.data_plate
         if plate is None or structure.series is not None or structure.random_plates:
             return None
@@ -51,7 +68,7 @@ class Slices:
         rows = structure.plates[plate].size
         cells = max(_cells_of_row(structure, name) for name in structure.sites)
         given = [i.role for i in structure.sites.values() if i.observed]
-        if cells * rows < _MANY or any(role is not Role.DATA for role in given):
+        if cells * rows < many or any(role not in roles for role in given):
             return None
         parted = 0
         while parted < len(args) and _rows(args[parted]) == rows:
@@ -60,7 +77,7 @@ class Slices:
         if not parted or any(_rows(a) == rows for a in others):
             return None
         # A slice of one row would not show along which dimension it has rows.
-        return cls(args, parted, structure, plate, rows, max(2, _CELLS // cells))
+        return cls(args, parted, structure, plate, rows, max(2, most // cells))
 
     def __iter__(self) -> Iterator[slice]:
         """Slices of about equal length."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from pyro_em.errors import (
     Finding,
     ModelError,
@@ -84,6 +86,7 @@ def build_program(
     structure = _examined(task, first_look, refused or {}, stepwise)
     if isinstance(structure, Unrouted):
         if structure.structure.series is None:
+            structure = replace(structure, structure=_without_draws(structure.structure))
             return _with_continuous(task, structure)
         try:
             found = _with_continuous(task, structure)
@@ -125,6 +128,17 @@ def _without_sites(structure: Structure) -> Structure:
     if structure.series is not None:
         return replace(structure, looked=None)
     return replace(structure, looked=None, unobserved={})
+
+
+def _without_draws(structure: Structure) -> Structure:
+    """A structure whose unobserved sites have shapes in place of draws, which take memory."""
+    sites = {
+        name: {**site, "value": site["value"].new_zeros(()).expand(site["value"].shape)}
+        if isinstance(site["value"], torch.Tensor)
+        else site
+        for name, site in structure.unobserved.items()
+    }
+    return replace(structure, looked=None, unobserved=sites)
 
 
 def _with_continuous(task: Task, unrouted: Unrouted) -> Program | Unrouted:
@@ -171,7 +185,9 @@ def _conjugating(
     notes = tuple(dict.fromkeys((*bare.notes, *structure.notes)))
     structure = replace(structure, looked=None, edges=bare.edges, notes=notes)
     log = task.log(names_of(task.model, task.args, task.kwargs))
-    graph = found.integrated(traced(given, structure, log, looked), task.max_enumeration)
+    graph = traced(given, structure, log, looked)
+    looked, log.sites = None, {}
+    graph = found.integrated(graph, task.max_enumeration)
     return on_conjugates(task, decided(given, structure, graph, log), found, _without_sites(bare))
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_reads import differing_reads, kernel_of_prior, read_conjugates
 from pyro_em.graph.conjugate_record import ConjugateRead, refused
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.conjugates_by_rows import differing_by_rows, read_by_rows
+from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
@@ -32,11 +32,13 @@ class Conjugates:
         model: The model with these latents given.
         kernels: The kernel of each one's prior.
         reads: What sites read of them, by site.
+        by_rows: Whether that was read some rows at a time, as each stands by itself.
     """
 
     model: GivenConjugates
     kernels: Mapping[str, PriorKernel]
     reads: Mapping[str, ConjugateRead]
+    by_rows: bool = False
 
     @classmethod
     def of(
@@ -59,8 +61,11 @@ class Conjugates:
         Raises:
             NotConjugate: If a latent has a child that is not conjugate to it.
         """
-        reads = read_conjugates(model, args, kwargs, structure, kernels)
-        return cls(model, kernels, reads)
+        run = model, args, kwargs, structure, kernels
+        reads = read_by_rows(*run)
+        if reads is not None:
+            return cls(model, kernels, reads, by_rows=True)
+        return cls(model, kernels, read_conjugates(*run))
 
     def integrated(self, graph: FactorGraph, limit: int | None = None) -> FactorGraph:
         """A graph, traced with the latents at their units, in which they are integrated.
@@ -68,7 +73,21 @@ class Conjugates:
         Raises:
             NotSeparate: If discrete latents connect elements of a latent.
         """
-        return conjugated(graph, self.reads, self.kernels, limit)
+        groups = tuple(self._with_all_elements(g) for g in graph.groups)
+        return conjugated(replace(graph, groups=groups), self.reads, self.kernels, limit)
+
+    def _with_all_elements(self, group: Group) -> Group:
+        """A latent's site with a value for each element: as all are at the unit, one was held."""
+        value = self.model.values.get(group.members[0])
+        if value is None:
+            return group
+        own = value.shape[
+            value.dim() - group.event_dims - self.kernels[group.members[0]].event_dim :
+        ]
+        states = (1,) * (len(group.sizes) - group.n_plates)
+        plates = group.sizes[: group.n_plates]
+        shape = (len(group.members), *plates, *states, *own)
+        return replace(group, value=group.value.expand(shape))
 
     def differing(
         self,
@@ -87,8 +106,9 @@ class Conjugates:
             values: Parameters at which to look; the current ones where None.
             seen: A run there with the latents at their units, where there was one.
         """
-        run = self.model, args, kwargs, structure
-        return differing_reads(self.reads, *run, self.kernels, values, seen)
+        run = self.reads, self.model, args, kwargs, structure, self.kernels, values
+        found = differing_by_rows(*run) if self.by_rows else None
+        return differing_reads(*run, seen) if found is None else found
 
     def alike(self, lines: Mapping[str, Line]) -> tuple[tuple[str, str], ...]:
         """Pairs of Normal sites in whose spreads one latent is, where Gaussian ones reach them."""
@@ -136,7 +156,7 @@ def at_units(
                 what = "it is observed in part (obs_mask): give what is known a site of its own."
             raise refused(name, f"site '{name}'", what)
         kernels[name] = kernel
-        values[name] = kernel.unit(torch.empty_like(site["value"]).contiguous())
+        values[name] = kernel.units(site["value"].shape, site["value"].detach())
     return (GivenConjugates(model, values), kernels) if values else None
 
 

@@ -115,7 +115,10 @@ class Kept:
     @property
     def references(self) -> References:
         """The values of the latents that are integrated."""
-        units = {n: self.kernels[n].unit(_zeros(form)) for n, form in self.units.items()}
+        units = {
+            name: self.kernels[name].units(shape, torch.empty(0, dtype=dtype, device=device))
+            for name, (shape, dtype, device) in self.units.items()
+        }
         return References({n: _zeros(form) for n, form in self.gaussians.items()}, units)
 
 
