@@ -93,18 +93,20 @@ class Folded(Mapping[str, Mapping[str, Any]]):
 
 
 def without_graphs(sites: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The same sites with detached distributions, where they are many.
+    """The same sites with detached distributions, where they are many or large, and draws.
 
     What a distribution of the user's own class holds is left as it is.
     """
     out = dict(sites)
-    if len(sites) < _MANY:
-        return out
     for name, site in factors_in(sites).items():
-        fn = site["fn"]
+        fn, value = site["fn"], site["value"]
+        if len(sites) < _MANY and not (isinstance(value, Tensor) and value.numel() > _SMALL):
+            continue
         if _is_known(fn):
             own = {id(t): t.detach() for t in _tensors(fn) if t.grad_fn is not None}
             out[name] = {**site, "fn": _with_tensors(fn, own)} if own else site
+        if not site["is_observed"] and isinstance(value, Tensor) and value.grad_fn is not None:
+            out[name] = {**out[name], "value": value.detach()}
     return out
 
 

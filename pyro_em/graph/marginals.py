@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.distributions import unwrap
+from pyro_em.families.conjugate_kernels import KERNELS
 from pyro_em.tracing.runs import Model, Run, held_run
 from pyro_em.tracing.sites import is_latent, latents_in
 
@@ -28,6 +29,9 @@ Sites = Mapping[str, Mapping[str, Any]]
 
 
 Rerun = Callable[[Mapping[str, Tensor]], Sites]
+
+
+_LARGE = 1 << 17  # elements of a latent from which on a run is dear
 
 
 _GAUSSIAN = ("Normal", "MultivariateNormal")
@@ -124,8 +128,15 @@ def marginals_of(
     def rerun(values: Mapping[str, Tensor]) -> Sites:
         return held_run(model, args, kwargs, {**drawn, **values})
 
+    def is_large(name: str) -> bool:
+        """Whether a run to see how to leave it out is dear: most often it is integrated as it is."""
+        fn, value = unwrap(plain.sites[name]["fn"])[0], drawn.get(name)
+        return type(fn) in KERNELS and value is not None and value.numel() > _LARGE
+
     def marginals(name: str) -> tuple[str, ...]:
         stem = _stem(name)
+        if is_large(name):
+            return ()
         if wanted and stem not in known and plain.shadows is None:
             try:
                 known[stem] = marginal_fixes(name, plain.sites, scopes, rerun)

@@ -47,8 +47,8 @@ class Slices:
         kwargs: Mapping[str, Any],
         structure: Structure,
         roles: Collection[Role] = (Role.DATA,),
-        many: int = _MANY,
-        most: int = _CELLS,
+        many: int | None = None,
+        most: int | None = None,
     ) -> Slices | None:
         """The slices of large data; None where the model is run on all of them.
 
@@ -68,7 +68,7 @@ class Slices:
         rows = structure.plates[plate].size
         cells = max(_cells_of_row(structure, name) for name in structure.sites)
         given = [i.role for i in structure.sites.values() if i.observed]
-        if cells * rows < many or any(role not in roles for role in given):
+        if cells * rows < (many or _MANY) or any(role not in roles for role in given):
             return None
         parted = 0
         while parted < len(args) and _rows(args[parted]) == rows:
@@ -77,7 +77,7 @@ class Slices:
         if not parted or any(_rows(a) == rows for a in others):
             return None
         # A slice of one row would not show along which dimension it has rows.
-        return cls(args, parted, structure, plate, rows, max(2, most // cells))
+        return cls(args, parted, structure, plate, rows, max(2, (most or _CELLS) // cells))
 
     def __iter__(self) -> Iterator[slice]:
         """Slices of about equal length."""

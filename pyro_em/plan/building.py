@@ -86,7 +86,6 @@ def build_program(
     structure = _examined(task, first_look, refused or {}, stepwise)
     if isinstance(structure, Unrouted):
         if structure.structure.series is None:
-            structure = replace(structure, structure=_without_draws(structure.structure))
             return _with_continuous(task, structure)
         try:
             found = _with_continuous(task, structure)
@@ -401,6 +400,8 @@ def _examined(
         found = [] if problems else list(error.problems)
     problems[n_latent:n_latent] = found
     if are_of_routes(problems):
+        if structure.series is None:
+            structure = _without_draws(structure)
         return without_route(structure, as_error(problems), routes=task.routes, cost=too_dear)
     if problems:
         raise_findings(_without_gaussians(task, structure, problems))
