@@ -40,7 +40,7 @@ def inner(x: Tensor, units: Tensor, b: Tensor) -> None:
 def turned(x: Tensor, units: Tensor, b: Tensor) -> None:
     with pyro.plate("rows", len(x)):
         p = pyro.sample("p", dist.Beta(A, b))
-        q = torch.where(units > 1.5, p, 1 - p)
+        q = torch.where(x[:, 2] > 1, p, 1 - p)
         pyro.sample("x", dist.Bernoulli(q), obs=(x[:, 0] > 1).float())
 
 

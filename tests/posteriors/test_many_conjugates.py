@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_em import ExactPosteriorEM
+from pyro_em.fitting.em_on_sums import keep_freed_memory
+from pyro_em.graph import conjugates_by_rows
+from pyro_em.posteriors import conjugate_slices
 
 N = 200_000
 
@@ -52,25 +55,32 @@ def _storage(t: Tensor) -> int:
 
 @pytest.mark.parametrize("exposed", [False, True])
 def test_steps_on_many_rows_hold_a_few_vectors_and_are_those_of_numpy(
-    exposed: bool,
+    exposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for module, name in ((conjugates_by_rows, "_SLICE"), (conjugate_slices, "MANY_ROWS")):
+        monkeypatch.setattr(module, name, 1 << 12)  # as a slice is to a million rows
+    keep_freed_memory()
     generator = np.random.default_rng(2)
     units = generator.uniform(0.5, 1.5, N) if exposed else np.ones(N)
     x = generator.poisson(units * generator.gamma(2.0, 2.0, N)).astype(float)
-    data, exposures = torch.as_tensor(x), torch.as_tensor(units) if exposed else 1.0
+    given = (torch.as_tensor(x), torch.as_tensor(units)) if exposed else (torch.as_tensor(x),)
 
-    def model() -> None:
+    def model(data: Tensor, exposures: Tensor | float = 1.0) -> None:
         a = pyro.param("a", torch.tensor(1.0).double(), constraint=constraints.positive)
         b = pyro.param("b", torch.tensor(1.0).double(), constraint=constraints.positive)
-        with pyro.plate("rows", N):
+        with pyro.plate("rows", len(data)):
             rate = pyro.sample("rate", dist.Gamma(a, b))
             pyro.sample("x", dist.Poisson(rate * exposures), obs=data)
 
+    with Held() as floor:
+        pyro.poutine.trace(model).get_trace(*given)
     em = ExactPosteriorEM(model)
-    em.plan()
+    with Held() as plan:
+        assert em.plan(*given).kernel == "conjugate"
     with Held() as held:
-        result = em.fit(max_steps=3, tol=0.0)
-    assert held.most < 11 * 8 * N
+        result = em.fit(*given, max_steps=3, tol=0.0)
+    assert plan.most < floor.most + 3 * 8 * N
+    assert held.most < floor.most + 8 * N
 
     def step(a: float, b: float) -> tuple[float, float]:
         """EM in numpy: digamma(a) − log a = mean log λ − log mean λ."""
