@@ -323,9 +323,13 @@ def theta_of(
     blocks = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, LeastSquares))
     curved = dict.fromkeys(u.block for u in rest.values() if isinstance(u.update, Newton))
     for block in curved:
-        if not all(isinstance(p, Predictor) for p in predictors_of(graph, block)):
-            what = f"'{block[0]}' is found with a dispersion, from more than the rows of one site"
-            return Finding(f"parameter '{block[0]}'", f"{what}: no kernel")
+        what = ""
+        if updates[block[0]].is_mixed:
+            what = f"sites of different kinds read '{block[0]}': no kernel"
+        elif not all(isinstance(p, Predictor) for p in predictors_of(graph, block)):
+            what = f"'{block[0]}' and a dispersion need more than rows of one site: no kernel"
+        if what:
+            return Finding(f"parameter '{block[0]}'", what)
     lines: list[LineSolver | CurveSolver] = [LineSolver(block, graph, updates) for block in blocks]
     lines += [CurveSolver(block, graph, updates) for block in curved]
     closed = solvers_of(rest, graph, values)

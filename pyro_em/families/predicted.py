@@ -49,8 +49,10 @@ class PredictedForm:
         data: What it reads of values.
         links: What makes each argument of its predictor, by its name in `pyro_em.graph.binding.LINKS`.
         at: From these and predictors to the density with its derivatives.
-        shape: The argument that is a dispersion.
-        limit: What the density becomes as that grows without end, for a message.
+        shape: The argument that is a dispersion; empty for none.
+        limit: What the density becomes as that runs off, for a message.
+        spread: A spread, and the location that it is about, where the density has no bound as the
+            spread goes to zero on equal data.
         of_features: What it reads of expected features of the family's linear form, where that is all
             it needs: of latents that are integrated. # (*cells, P) to the same as ``data``
     """
@@ -58,8 +60,9 @@ class PredictedForm:
     data: Callable[[Tensor], Data]
     links: Mapping[str, str]
     at: Callable[[Data, Mapping[str, Tensor]], Bend]
-    shape: str
-    limit: str
+    shape: str = ""
+    limit: str = ""
+    spread: tuple[str, str] | None = None
     of_features: Callable[[Tensor], Data] | None = None
 
 
@@ -150,7 +153,7 @@ GAMMA = PredictedForm(
     gamma,
     "concentration",
     "data without noise",
-    lambda feature: (feature[..., 1], feature[..., 0]),
+    of_features=lambda feature: (feature[..., 1], feature[..., 0]),
 )
 
 NEGATIVE_BINOMIAL = PredictedForm(

@@ -20,6 +20,7 @@ from pyro_em.distributions import is_real
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.coefficient_priors import dispersion_priors, normal_priors
+from pyro_em.updates.collapses import refuse_collapse
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.dispersed import Dispersed, positive
 from pyro_em.updates.newton import climb
@@ -63,12 +64,14 @@ def coefficients(
         graph: The factor graph.
         values: The current parameters.
         updates: What was decided per parameter, for Normal priors.
+
+    Raises:
+        DegenerateError: If a spread collapses.
     """
     bounded = {name for name in block if not is_real(graph.parameters[name].constraint)}
     start = torch.cat([_coordinate(values[n].detach(), n in bounded).reshape(-1) for n in block])
-    is_concave = all(
-        isinstance(p, Predictor) and not p.binding.pairs for p in predictors_of(graph, block)
-    )
+    reached = predictors_of(graph, block, mixed=updates[block[0]].is_mixed)
+    is_concave = all(isinstance(p, Predictor) and not p.binding.pairs for p in reached)
     precision, pull = normal_priors(block, graph, values, updates, start)
 
     def split(flat: Tensor) -> dict[str, Tensor]:
@@ -92,6 +95,9 @@ def coefficients(
 
     found = climb(of, start)
     new = {n: v.to(values[n].dtype) for n, v in split(found.place).items()}
+    forms = {p.group: p.form for p in reached if isinstance(p, Dispersed)}
+    spreads = {g: form.spread for g, form in forms.items() if form.spread is not None}
+    refuse_collapse(graph, spreads, block, {**values, **new})
     return Coefficients(new, found.gain, found.last, found.is_settled)
 
 
@@ -133,14 +139,14 @@ def separated(
     shape = values[name].shape
     place = tuple(int(i) for i in np.unravel_index(flat, shape)) if shape else ()
     which = f", element {place[0] if len(place) == 1 else place}" if place else ""
-    reached = predictors_of(graph, [name])
+    reached = predictors_of(graph, [name]) or predictors_of(graph, [name], mixed=True)
     sites = dict.fromkeys(graph.groups[p.group].members[0] for p in reached)
     shown = ", ".join(f"'{site}'" for site in sites)
     if is_dispersion:
-        limits = [p.form.limit for p in reached if isinstance(p, Dispersed)]
+        limits = [p.form.limit for p in reached if isinstance(p, Dispersed) and p.form.limit]
         return message(
             f"parameter '{name}'{which}",
-            f"it runs off: site {shown} goes to {limits[0]}.",
+            f"it runs off: site {shown} goes to {next(iter(limits), 'an end of its range')}.",
             "the data vary no more than they do in that limit, which the likelihood only approaches; "
             "it is kept where less than 1e-10 nats are left",
             [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -15,25 +15,24 @@ _ROUNDINGS = 4.0  # of the largest location: a spread below it is the rounding o
 
 
 def refuse_collapse(
-    graph: FactorGraph, groups: Sequence[int], block: Collection[str], values: Mapping[str, Tensor]
+    graph: FactorGraph,
+    spreads: Mapping[int, tuple[str, str]],
+    block: Collection[str],
+    values: Mapping[str, Tensor],
 ) -> None:
     """Name a parameter of a spread that collapses on equal data or on a single point.
 
     Args:
         graph: The factor graph.
-        groups: Groups whose densities are in linear form.
+        spreads: Of each group the argument that is a spread, and the one that it is about.
         block: The parameters that were solved for.
         values: The parameters after the update.
 
     Raises:
         DegenerateError: If there is one.
     """
-    for g in groups:
+    for g, (spread, about) in spreads.items():
         group = graph.groups[g]
-        natural = group.family.joint_form if group.family is not None else None
-        if natural is None or natural.spread is None:
-            continue
-        spread, about = natural.spread
         names = [n for n in group.bindings[spread].params if n in block]
         if not names:
             continue

@@ -321,7 +321,8 @@ class DataSums:
     def _predicted(self, block: Sequence[str]) -> list[tuple[_Ask, _Move]]:
         """The predictors that a block reaches, with the sums of their cells as arguments are now."""
         if self._cells is None or self._cells[0] != (tuple(block), self._followed):
-            found = predictors_of(self.graph, block)
+            mixed = self.updates[block[0]].is_mixed
+            found = predictors_of(self.graph, block, mixed=mixed)
             statistics = self._taken(p.group for p in found if isinstance(p, Predictor))
             each: list[tuple[_Ask, _Move]] = []
             for p in found:

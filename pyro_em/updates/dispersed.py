@@ -24,11 +24,12 @@ from torch import Tensor
 from pyro_em.distributions import bounds
 from pyro_em.families.family import Arguments
 from pyro_em.families.predicted import Data, PredictedForm
-from pyro_em.graph.binding import LINKS, Binding
-from pyro_em.graph.factors import Group
+from pyro_em.families.predictor_forms import predicted_form_of
+from pyro_em.graph.binding import LINKS, Binding, ElementwiseMap
+from pyro_em.graph.factors import Group, is_incomplete
 from pyro_em.graph.jacobian import Jacobian
 from pyro_em.tracing.parameters import TracedParameter
-from pyro_em.tracing.sites import INTEGRATED
+from pyro_em.tracing.sites import INTEGRATED, Role
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
@@ -74,7 +75,7 @@ class Dispersed:
         if self.stack.elements is not None:
             weights = weights * self.stack.elements
         known = {
-            a: LINKS[self.form.links[a]].inverse(t.detach().to(torch.float64))
+            a: LINKS[self.form.links.get(a, "")].inverse(t.detach().to(torch.float64))
             for a, t in arguments.items()
             if a not in self.bindings
         }
@@ -193,25 +194,58 @@ def dispersed_at(
         parameters: All parameters.
     """
     form = None if group.family is None else group.family.predicted
-    if form is None or isinstance(group.belief, Moments) or group.nested is not None:
-        return None
-    if group.role in INTEGRATED and form.of_features is None:
+    if form is None or not _is_read(group, form):
         return None
     if not any(b.how == "affine" for b in group.bindings.values()):
         return None
+    found = _predictors(group, form, parameters)
+    if not any(group.bindings[a].how == "affine" for a in found):
+        return None
+    return Dispersed(g, group, form, found)
+
+
+def wholly_at(g: int, group: Group, parameters: Mapping[str, TracedParameter]) -> Dispersed | None:
+    """A group as a function of predictors of all its parameters; None where it is none.
+
+    Args:
+        g: The number of the group.
+        group: The group.
+        parameters: All parameters.
+    """
+    form = None if group.family is None else predicted_form_of(group.family)
+    if form is None or not _is_read(group, form) or group.lines:
+        return None
+    found = _predictors(group, form, parameters)
+    if {p for b in found.values() for p in b.params} != set(group.params):
+        return None
+    return Dispersed(g, group, form, found)
+
+
+def _is_read(group: Group, form: PredictedForm) -> bool:
+    """Whether the values of a group are data, or expected features that its form needs."""
+    if isinstance(group.belief, Moments) or group.nested is not None or is_incomplete(group):
+        return False
+    if group.role is Role.POINT or group.raw_params != ():  # its value moves with parameters
+        return False
+    return group.role not in INTEGRATED or form.of_features is not None
+
+
+def _predictors(
+    group: Group, form: PredictedForm, parameters: Mapping[str, TracedParameter]
+) -> dict[str, Binding]:
+    """The predictors of a group by argument, those left out whose parameters are read otherwise too."""
     found = {
         a: linear
         for a, b in group.bindings.items()
-        if b.params and (linear := _predictor(b, form.links[a], parameters)) is not None
+        if b.params
+        and a in form.links
+        and (linear := _predictor(b, form.links[a], parameters)) is not None
     }
     left = {p for a, b in group.bindings.items() if a not in found for p in b.params}
     straight = {p for b in found.values() for p in b.params if p not in b.logs}
     by_logs = {p for b in found.values() for p in b.logs}
     mixed = (straight & by_logs) | left
-    found = {a: b for a, b in found.items() if not mixed.intersection(b.params)}
-    if not any(group.bindings[a].how == "affine" for a in found):
-        return None
-    return Dispersed(g, group, form, found)
+    return {a: b for a, b in found.items() if not mixed.intersection(b.params)}
 
 
 _known: WeakKeyDictionary[Binding, dict[str, Binding | None]] = WeakKeyDictionary()
@@ -225,7 +259,7 @@ def _predictor(
     if link in known:
         return known[link]
     found: Binding | None = None
-    if binding.how == "affine" and binding.link == link:
+    if binding.how == "affine" and binding.link == link and not binding.pairs:
         found = Binding(
             "affine",
             binding.params,
@@ -254,12 +288,14 @@ def _selected(
     jacobians, logs = {}, []
     for s in binding.selections:
         maps = [m.name for m in s.maps]
-        if link == "exp" and not maps:
+        power = 1.0
+        if link == "exp" and all(m.is_power for m in s.maps):
             logs.append(s.param)
+            power = math.prod(_exponent(m) for m in s.maps)
         elif maps != ([link] if link else []):
             return None
         there = s.index >= 0
-        slope = there.to(offset.dtype)
+        slope = there.to(offset.dtype) * power
         if s.factor is not None and link == "exp":
             offset = offset + torch.where(there, s.factor.log(), 0.0)
         elif s.factor is not None and not link:
@@ -272,6 +308,12 @@ def _selected(
             parameters[s.param].leaf.numel(),
         )
     return Binding("affine", binding.params, offset, jacobians=jacobians, logs=tuple(logs))
+
+
+def _exponent(power: ElementwiseMap) -> float:
+    """The exponent of a power."""
+    named = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
+    return named[power.name] if power.exponent is None else power.exponent
 
 
 def positive(found: Curved) -> Curved:

@@ -117,7 +117,10 @@ class NewtonSolver:
                     read = without & (own > -1)
                     empty[name] = [int(i) for i in read.nonzero().reshape(-1)]
                 new[name] = value.reshape(before[name].shape).to(values[name])
-        refuse_collapse(self.graph, self.groups, self.block, {**values, **new})
+        families = {g: self.graph.groups[g].family for g in self.groups}
+        forms = {g: f.joint_form for g, f in families.items() if f is not None}
+        spreads = {g: f.spread for g, f in forms.items() if f is not None and f.spread is not None}
+        refuse_collapse(self.graph, spreads, self.block, {**values, **new})
         return new, empty
 
     def _climb(self, problem: Problem, u: Tensor) -> Tensor:

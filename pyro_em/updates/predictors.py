@@ -28,7 +28,7 @@ from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
-from pyro_em.updates.dispersed import Dispersed, dispersed_at
+from pyro_em.updates.dispersed import Dispersed, dispersed_at, wholly_at
 from pyro_em.updates.scatter import sum_to
 
 
@@ -153,9 +153,21 @@ def _places(name: str, block: Sequence[str], values: Mapping[str, Tensor], like:
     return torch.arange(begin, begin + values[name].numel(), device=like.device)
 
 
-def predictors_of(graph: FactorGraph, names: Sequence[str]) -> list[Predictor | Dispersed]:
-    """All predictors that some parameters reach; those of a group with a dispersion together."""
+def predictors_of(
+    graph: FactorGraph, names: Sequence[str], *, mixed: bool = False
+) -> list[Predictor | Dispersed]:
+    """All predictors that some parameters reach; those of a group with a dispersion together.
+
+    Args:
+        graph: The factor graph.
+        names: The parameters.
+        mixed: Whether sites of different kinds read them: each group is then a whole.
+    """
     out: list[Predictor | Dispersed] = []
+    if mixed:
+        reached = [(g, o) for g, o in enumerate(graph.groups) if set(names).intersection(o.params)]
+        whole = (wholly_at(g, group, graph.parameters) for g, group in reached)
+        return [site for site in whole if site is not None]
     for g, group in enumerate(graph.groups):
         if not set(names).intersection(group.params):
             continue

@@ -150,7 +150,7 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
     if curved:
         if affine or not all(_has_predictor(graph, u) for u in uses):
             reason = "it is a coefficient of a predictor and something else besides"
-            return ParameterUpdate(name, Gradient(), reason)
+            return ParameterUpdate(name, Gradient(), reason, priors=tuple(priors), is_mixed=True)
         fits = is_quadratic if is_real(constraint) else is_smooth
         if not all(fits(graph, p) for p in priors):
             return ParameterUpdate(name, Gradient(), _NO_PRIOR)
@@ -171,7 +171,8 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
             return ParameterUpdate(name, LeastSquares(), reason, priors=tuple(priors))
         if plain:
             return ParameterUpdate(name, Gradient(), _NO_PRIOR)
-        return ParameterUpdate(name, Gradient(), "it is a coefficient and something else besides")
+        reason = "it is a coefficient and something else besides"
+        return ParameterUpdate(name, Gradient(), reason, priors=tuple(priors), is_mixed=True)
     if not uses:
         of = next((graph.groups[p.group].members[0] for p in priors if p.argument), "")
         reason = f"it is a hyperparameter of '{of}'" if of else "only priors depend on it"
@@ -181,7 +182,7 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
         return ParameterUpdate(name, Gradient(), problem)
     problem = disagreement(uses)
     if problem:
-        return ParameterUpdate(name, Gradient(), problem)
+        return ParameterUpdate(name, Gradient(), problem, priors=tuple(priors), is_mixed=True)
     problem = why_outside(uses[0], constraint)
     if problem:
         return ParameterUpdate(name, Gradient(), problem)

@@ -63,7 +63,7 @@ def with_newton(
 ) -> dict[str, ParameterUpdate]:
     """Blocks of Newton's method on data: coefficients that share a linear predictor."""
     decided = dict(before)
-    curved = {n for n, u in decided.items() if isinstance(u.update, Newton)}
+    curved = {n for n, u in decided.items() if isinstance(u.update, Newton) and not u.is_mixed}
     read = [set(predictor.params) for predictor in predictors_of(graph, [*curved])]
     for together in _joined(read, curved):
         for p in together:

@@ -206,6 +206,7 @@ class ParameterUpdate:
         uses: The places of a closed form.
         block: Parameters solved for together (least squares, Newton's method).
         priors: Conjugate priors that a closed form takes in.
+        is_mixed: Whether sites of different kinds read it, so that no update of one kind serves.
     """
 
     name: str
@@ -214,6 +215,7 @@ class ParameterUpdate:
     uses: tuple[Use, ...] = ()
     block: tuple[str, ...] = ()
     priors: tuple[Prior, ...] = ()
+    is_mixed: bool = False
 
     @property
     def kind(self) -> Kind | None:
