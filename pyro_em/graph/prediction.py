@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,18 @@ from torch import Tensor
 
 from pyro_em.graph.diagonals import as_given
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.tracing.sites import Role
 
 _PART = 2**17  # cells that are compared at once
 
 
 def disagreements(
-    graph: FactorGraph, fresh: FactorGraph, values: Mapping[str, Tensor], *, exactly: bool = False
+    graph: FactorGraph,
+    fresh: FactorGraph,
+    values: Mapping[str, Tensor],
+    *,
+    exactly: bool = False,
+    moved: Collection[int] = (),
 ) -> list[tuple[str, str]]:
     """Sites and arguments of a fresh trace that differ from what the bindings of a graph predict.
 
@@ -24,13 +30,16 @@ def disagreements(
         fresh: The fresh trace.
         values: Constrained parameter values at which it was made.
         exactly: Whether what no parameter reaches has to be the same number; else up to rounding.
+        moved: Groups that read Gaussian latents, or are some, which had other values when the trace
+            was made: their means, and the latents' values, are not compared.
     """
     found = []
-    for group in graph.groups:
+    for g, group in enumerate(graph.groups):
+        apart = _moved(group) if g in moved else frozenset[str]()
         still = _unmoved(group) if exactly else frozenset[str]()
         thin = group.thin()
         arguments = as_given(thin, thin.evaluate_arguments(values))
-        if _agrees(thin, arguments, thin.evaluate_value(values), fresh, still):
+        if _agrees(thin, arguments, thin.evaluate_value(values), fresh, still, apart):
             continue
         arguments = as_given(group, group.evaluate_arguments(values))
         at = group.evaluate_value(values)
@@ -40,7 +49,7 @@ def disagreements(
             found += [(site, name) for name in traced if name not in parts]
             for name, tensor in parts.items():
                 binding = group.bindings.get(name)
-                if binding is not None and not binding.is_static:
+                if name in apart or (binding is not None and not binding.is_static):
                     continue
                 same = _is_equal if name in still else _same
                 if name not in traced or not same(tensor, traced[name]):
@@ -57,12 +66,18 @@ def _unmoved(group: Group) -> frozenset[str]:
     return frozenset(names)
 
 
+def _moved(group: Group) -> frozenset[str]:
+    """The parts of a group that follow the values of Gaussian latents."""
+    return frozenset({"loc", _VALUE} if group.role is Role.GAUSSIAN else {"loc"})
+
+
 def _agrees(
     group: Group,
     arguments: Mapping[str, Tensor],
     value: Tensor,
     fresh: FactorGraph,
     exact: frozenset[str],
+    apart: frozenset[str],
 ) -> bool:
     """Whether all members are traced as predicted; False where it takes a look at each of them."""
     other, first = fresh.group_of(group.members[0])
@@ -87,6 +102,7 @@ def _agrees(
         elif mask is not now:
             return False
     n = len(group.members)
+    pairs = [pair for pair in pairs if pair[0] not in apart]
     rows = [(m, _rows(a, n), _rows(b, len(other.members))[own]) for m, a, b in pairs]
     return all(
         a.shape == b.shape and (_is_equal if m in exact else _same)(a, b) for m, a, b in rows

@@ -50,6 +50,11 @@ def random_values(model: GivenGaussians, seed: int, scale: float = 1.0) -> dict[
     }
 
 
+def other_values(model: GivenGaussians) -> dict[str, Tensor]:
+    """Values of all latents that are none of those at which lines were read."""
+    return random_values(model, 31, -1.0)
+
+
 def read_lines(
     model: GivenGaussians,
     args: tuple,
@@ -237,6 +242,7 @@ def differing_lines(
     at: Mapping[str, Tensor] | None = None,
     *,
     once: bool = False,
+    seen: Run | None = None,
 ) -> list[str]:
     """Sites whose mean, in runs at other values of the latents, is not what the lines predict.
 
@@ -249,14 +255,18 @@ def differing_lines(
         parameters: Constrained values at which to predict.
         at: What to hand to the runs; the current parameters where None.
         once: Whether one run is enough, because the program did the same when others were made.
+        seen: The run at `other_values`, if there was one.
     """
     off: dict[str, None] = {}
     # Thresholds are passed by signs, and by values beyond most of them.
-    some, others = random_values(model, 31, -1.0), {} if once else random_values(model, 41, 1e4)
+    some, others = other_values(model), {} if once else random_values(model, 41, 1e4)
     opposite = {name: -value for name, value in others.items()}
     for values in (some,) if once else (some, others, opposite):
         with torch.no_grad():
-            run = run_enumerated(model.at(values), args, kwargs, structure, limit=None, values=at)
+            run = seen if values is some else None
+            if run is None:
+                given = model.at(values)
+                run = run_enumerated(given, args, kwargs, structure, limit=None, values=at)
             layout = FactorLayout(run.sites, structure.as_run, Recurring({}))
             for name, line in lines.items():
                 if line.is_static and not _is_as_predicted(line, layout, parameters, values):

@@ -77,7 +77,7 @@ def trace_graph(
         log: Notes what the run does, and what it reads beside the parameters; needs a limit.
         detached: Whether only the numbers of arguments and densities are of interest.
         only: Sites whose factors are asked for; others may be left out. All by default.
-        runs: Where the run itself is noted, of a model that is run as it is.
+        runs: Where the run itself is noted; of loops over indices it is that of their template.
         kept: How earlier runs read off which elements of parameters arguments are.
         begin: How parameters get their first values in the run; None where they have values.
         may_part: Whether large data may be read some rows at a time.
@@ -107,6 +107,8 @@ def trace_graph(
                 pieces, latents, run = _traced(
                     model, args, kwargs, steps.template, few=inf, parts=steps.seen, **how
                 )
+            if runs is not None:
+                runs.append(run)
             factors = [p for p in pieces if isinstance(p, Factor)]
             graph = unrolled_graph(structure, factors, latents, run.parameters)
             return with_diagonals(replace(graph, missing=missing_of(run.sites)))

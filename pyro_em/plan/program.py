@@ -25,7 +25,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line
 from pyro_em.graph.mixtures import has_components
 from pyro_em.graph.prediction import disagreements
-from pyro_em.graph.read_lines import differing_lines, parts_at
+from pyro_em.graph.read_lines import differing_lines, other_values, parts_at
 from pyro_em.graph.slices import Slices
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
@@ -52,6 +52,7 @@ from pyro_em.posteriors.gaussian_steps import (
     expected_densities,
     for_updates,
     in_m_step,
+    of_lines,
     tables_of,
 )
 from pyro_em.posteriors.posterior import Posterior
@@ -67,7 +68,7 @@ from pyro_em.reduction.reduction import Whole
 from pyro_em.tracing.dependences import Dependences, changed_since
 from pyro_em.tracing.given import GivenGaussians, without_values
 from pyro_em.tracing.parameters import values_of, versions_of
-from pyro_em.tracing.runs import Model
+from pyro_em.tracing.runs import Model, Run
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
@@ -404,12 +405,16 @@ class Program(StaysHere):
         detached: bool = False,
         only: Collection[str] | None = None,
         given: tuple[tuple, Structure] | None = None,
+        runs: list[Run] | None = None,
     ) -> FactorGraph:
-        """A trace of the model, its Gaussian latents at zero."""
+        """A trace of the model, its Gaussian latents at zero; at others where the run is noted."""
         args, structure = given or (self.args, self.structure)
+        model = self.model
+        if runs is not None and isinstance(model, GivenGaussians):
+            model = model.at(other_values(model))
         with self.dependences.own_run():
             return trace_graph(
-                self.model,
+                model,
                 args,
                 self.kwargs,
                 structure,
@@ -418,6 +423,7 @@ class Program(StaysHere):
                 with_bindings=with_bindings,
                 detached=detached,
                 only=only,
+                runs=runs,
             )
 
     def disagreements(
@@ -431,19 +437,32 @@ class Program(StaysHere):
         if slices is not None:  # a few rows say of all what the model does
             rows = slices.spread(_FEW)
             graph, given = some_rows(graph, graph.parted, rows), slices.at(rows)
+        # One run shows both: at other values of Gaussian latents all but means is as it was.
+        at_others = bool(self.lines) and slices is None and self.conjugates is None
+        runs: list[Run] = []
         try:
-            fresh = self._traced(values, random_seed, False, detached=True, given=given)
+            fresh = self._traced(
+                values,
+                random_seed,
+                False,
+                detached=True,
+                given=given,
+                runs=runs if at_others else None,
+            )
         except Resized as error:
             return Disagreement((("model", "the size of a plate or a support"),), str(error))
         except ModelError:
             return Disagreement((("model", "its sites"),))
-        off = disagreements(graph, fresh, predicted_at)
+        moved = of_lines(self.graph) if at_others else ()
+        off = disagreements(graph, fresh, predicted_at, moved=moved)
         if self.lines:
             assert isinstance(self.model, GivenGaussians)
             run = (self.model, self.args, self.kwargs, self.structure)
             # Where parameters were moved, thresholds were looked for.
-            once = values is None
-            found = differing_lines(self.lines, *run, predicted_at, values, once=once)
+            seen = runs[0] if runs else None
+            found = differing_lines(
+                self.lines, *run, predicted_at, values, once=values is None, seen=seen
+            )
             off += [(s, "loc") for s in found]
         if self.conjugates is not None and values is not None:
             off += self.conjugates.differing(self.args, self.kwargs, self.structure, values)

@@ -102,6 +102,17 @@ def at_zero(graph: FactorGraph) -> FactorGraph:
     return replace(graph, groups=tuple(groups))
 
 
+def of_lines(graph: FactorGraph) -> frozenset[int]:
+    """Which groups of `at_zero` are Gaussian latents or read some, where none are conjugate."""
+    out, places = set[int](), 0
+    for group in graph.groups:
+        own = len(group.nested.traced) if isinstance(group.nested, BLOCKS) else 1
+        if isinstance(group.nested, GaussianBlock):
+            out.update(range(places, places + own))
+        places += own
+    return frozenset(out)
+
+
 def tables_of(
     graph: FactorGraph, arguments: Sequence[Arguments], values: Sequence[Tensor]
 ) -> tuple[list[Tensor], Solved]:
