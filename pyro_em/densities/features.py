@@ -18,7 +18,7 @@ class Counted:
     """Groups that every row reads: ℓ = Θ Φ with Θ = η[columns], and back N = R Φᵀ.
 
     Attributes:
-        phi: Features of the rows, in float64. # (P, rows)
+        phi: Features of the rows, in float64; in any layout of `counted`. # (P, rows)
         columns: The elements of η. # (K, P)
         base: Σ h over all rows, once each. # (rows,)
     """
@@ -87,7 +87,7 @@ def counted(
     """
     lead = 1 + group.n_plates
     sizes = [len(group.members), *group.sizes[: group.n_plates]]
-    weight = _weights(group, base)
+    weight = _weights(group)
     if base.shape[lead] != 1:
         return None
     h = _where_counted(base, weight).squeeze(lead).expand(sizes)
@@ -107,13 +107,14 @@ def counted(
             f = f.sum(axes, keepdim=True)
         phis.append(f.reshape(math.prod(sizes), -1).T)
         columns.append(c.reshape(c.shape[lead], -1).expand(K, -1))
-    return Counted(torch.cat(phis).contiguous(), torch.cat(columns, 1), h.reshape(-1))
+    phi = phis[0] if len(phis) == 1 else torch.cat(phis)
+    return Counted(phi, torch.cat(columns, 1), h.reshape(-1))
 
 
 def merged(parts: Sequence[Counted]) -> Counted:
     """Groups over the same rows as one."""
     return Counted(
-        torch.cat([p.phi for p in parts]),
+        torch.cat([p.phi for p in parts]).contiguous(),
         torch.cat([p.columns for p in parts], 1),
         torch.stack([p.base for p in parts]).sum(0),
     )
@@ -144,7 +145,7 @@ def cells(group: Group, features: Sequence[Feature], base: Tensor) -> Cells:
 def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
     """The sums of a group that reads no latent."""
     sizes = (len(group.members), *group.sizes)
-    weight = _weights(group, base)
+    weight = _weights(group)
     columns, fs = [], []
     for part in features:
         f = _weighted(part.f, weight)
@@ -159,19 +160,19 @@ def known(group: Group, features: Sequence[Feature], base: Tensor) -> Known:
     )
 
 
-def _weights(group: Group, base: Tensor) -> Tensor:
-    """Where a group counts. # (members or 1, *sizes or 1s)"""
-    if group.mask is None:
-        return torch.ones((1,) * base.dim(), dtype=torch.float64, device=base.device)
-    return group.mask.to(torch.float64)
+def _weights(group: Group) -> Tensor | None:
+    """Where a group counts; None where all of it does. # (members or 1, *sizes or 1s)"""
+    return None if group.mask is None else group.mask.to(torch.float64)
 
 
-def _where_counted(base: Tensor, weight: Tensor) -> Tensor:
+def _where_counted(base: Tensor, weight: Tensor | None) -> Tensor:
     """h where a datum counts; the value that stands for a masked one may be impossible."""
-    return torch.where(weight > 0, base * weight, 0.0)
+    return base if weight is None else torch.where(weight > 0, base * weight, 0.0)
 
 
-def _weighted(f: Tensor, weight: Tensor) -> Tensor:
+def _weighted(f: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return f
     return f * weight.reshape(weight.shape + (1,) * (f.dim() - weight.dim()))
 
 
@@ -209,12 +210,15 @@ class Lookup:
 
 def as_lookup(part: Counted) -> Lookup | None:
     """The lookup that rows are, or None where a row has other features than one that is one."""
-    each = part.phi.sum(0)
-    if not bool(((part.phi == 0) | (part.phi == 1)).all()) or not bool((each <= 1).all()):
+    rows = part.phi.T
+    if not rows.numel():
         return None
     S = len(part.phi)
-    places = torch.arange(S).to(part.phi) @ part.phi
-    index = torch.where(each == 1, places.long(), S)
-    size = S + int(bool((each == 0).any()))
-    often = torch.bincount(index, minlength=size).to(torch.float64)
+    index = (rows @ torch.arange(S).to(rows)).long().clamp_(0, S - 1)
+    is_one = rows.gather(1, index.unsqueeze(1)).squeeze(1) == 1
+    if int(rows.count_nonzero()) != int(is_one.sum()):
+        return None
+    is_whole = bool(is_one.all())
+    index = index if is_whole else torch.where(is_one, index, S)
+    often = torch.bincount(index, minlength=S if is_whole else S + 1).to(torch.float64)
     return Lookup(index, often, part.columns.T.contiguous())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -143,6 +143,10 @@ class StepGroups:
         }
         found = {} if self.lanes else {g: as_lookup(part) for g, part in self.linear.items()}
         self.lookups = {g: lookup for g, lookup in found.items() if lookup is not None}
+        self.linear = {
+            g: part if g in self.lookups else replace(part, phi=part.phi.contiguous())
+            for g, part in self.linear.items()
+        }
         self.base = sum(k.base for k in self.known.values())
         self.base += sum(float(c.base.sum()) for c in self.linear.values())
 
