@@ -22,7 +22,7 @@ from pyro_em.analysis.of_parts import bound_of_parts, elbo_of_parts, log_evidenc
 from pyro_em.analysis.predictive import predictive_draws
 from pyro_em.arguments import a_level, by_name, seed_of, truth, whole
 from pyro_em.errors import ModelError, PyroEMError, UsageError, message
-from pyro_em.fitting.chunk_by_chunk import answers, parts_of, refuse_q_of_chunks
+from pyro_em.fitting.chunk_by_chunk import SharedByChunks, answers, parts_of, refuse_q_of_chunks
 from pyro_em.fitting.chunked import chunks_in, first_arguments
 from pyro_em.fitting.from_arrays import from_arrays
 from pyro_em.fitting.preconditions import refuse_a_guide
@@ -72,21 +72,26 @@ class Questions:
             A `Posterior`: q(z) = p(z | x; θ) with its log evidence; a `DrawnPosterior`, draws of the
             guide, where a latent has no exact one. It answers for the moments of Gaussian sites without
             observations too, a forecast or a network of which nothing is observed. Of `Chunks` an
-            iterator over the posterior of each, at the parameters when it is asked for.
+            iterator over the posterior of each, at the parameters when it is asked for; conjugate
+            latents outside the rows have the posterior that all rows give them.
 
         Raises:
             PyroEMError: If a latent has no route, or the data are impossible.
         """
         chunks = chunks_in(args)
         if chunks is not None:
-            each = answers(lambda own: self._posterior(own, kwargs), chunks, args[1:])
+            outside = SharedByChunks(self._session, chunks, args[1:], kwargs)
+            each = answers(lambda own: self._posterior(own, kwargs, outside), chunks, args[1:])
             return AloneAtEachStep("posterior", each)
         return self._posterior(args, kwargs)
 
-    def _posterior(self, args: tuple, kwargs: dict[str, Any]) -> Posterior | DrawnPosterior:
+    def _posterior(
+        self, args: tuple, kwargs: dict[str, Any], outside: SharedByChunks | None = None
+    ) -> Posterior | DrawnPosterior:
         found = self._look(args, kwargs, look_only=True)
         if isinstance(found, Program):
-            q = found.e_step(found.evaluate(), self._session.total_steps)
+            shared = None if outside is None else outside.of_next(found)
+            q = found.e_step(found.evaluate(outside=shared), self._session.total_steps)
             return with_unobserved(q, unobserved(found, self._session.request.max_enumeration))
         at = snapshot(found.parameters)
         return DrawnPosterior(
@@ -168,7 +173,7 @@ class Questions:
         """
         args, found = self._within_budget(args, kwargs)
         if found is None:
-            return log_evidence_of_parts(self._parts("score", args, kwargs))
+            return log_evidence_of_parts(lambda: self._parts("score", args, kwargs))
         return refuse_a_guide(found, "score", _SCORES).log_evidence()
 
     @alone("evaluate_loss")

@@ -8,7 +8,7 @@ Factors outside the rows, priors among them, count once: with the first part.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pyro_em.analysis.elbo import ELBOTerms, elbo_terms
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.plan.part import Part
+from pyro_em.plan.part import Part, Totals
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.reduction.trees import added
 from pyro_em.tracing.parameters import parameters_at
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import dot
@@ -96,13 +97,25 @@ def _sum(a: ELBOTerms, b: ELBOTerms) -> ELBOTerms:
     return replace(a, **{name: both(name) for name in _ADDED})
 
 
-def log_evidence_of_parts(parts: Iterable[Part]) -> float:
+def log_evidence_of_parts(passes: Callable[[], Iterable[Part]]) -> float:
     """log p(x; θ) of all rows at the current parameters, in nats.
 
+    Latents outside the rows are found in a pass before.
+
     Args:
-        parts: The parts, of which one at a time is held.
+        passes: Makes the parts of one pass, of which one at a time is held.
     """
-    return math.fsum(part.log_evidence() for part in parts)
+    totals: Totals = {}
+    evidence = []
+    for part in passes():
+        own = part.naturals()
+        if own:
+            totals = added(totals, own) if totals else own
+        else:
+            evidence.append(part.log_evidence())
+    if not totals:
+        return math.fsum(evidence)
+    return math.fsum(part.log_evidence(totals) for part in passes())
 
 
 def bound_of_parts(parts: Iterable[Part], index: int) -> float:

@@ -16,9 +16,10 @@ from torch import Tensor
 from pyro_em.errors import DegenerateError
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
-from pyro_em.plan.part import Part
+from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.shared_conjugates import shared_blocks
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
@@ -51,6 +52,9 @@ def boundary_notes(over: Reduction[Part], lead: Program, log_evidence: float) ->
     """
     values = values_of(lead.graph.parameters)
     trials, noises = over.from_first(lambda: (_trials(lead, values), _noises(lead)))
+    plate = plate_of_rows(lead.structure)
+    if not over.is_whole and plate is not None and shared_blocks(lead.graph, plate):
+        trials = []  # their evidence is no sum over parts
     seen = _Seen(torch.zeros(0, dtype=torch.float64), {})
     if trials or noises:
         seen = over.sum(lambda part: _seen(part, values, trials, noises))

@@ -13,7 +13,7 @@ from pyro_em.fitting.em_map import write
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import PartsPoint, Point, SumsPoint, Values
 from pyro_em.plan.evaluation import Evaluation
-from pyro_em.plan.part import Made, Summary
+from pyro_em.plan.part import Made, Summary, Totals
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.seen_as import SeenAs
@@ -44,13 +44,16 @@ class ByParts:
         """See `pyro_em.fitting.em_map.EMMap.e_step`; the values are written into the param store."""
         if values is not None:
             write(self.program, values)
-        return self._point(self.data.over.sum(lambda part: part.summary(index)), index)
+        totals = self._totals()
+        found = self.data.over.sum(lambda part: part.summary(index, None, totals))
+        return self._point(found, index, totals)
 
     def m_step(self, point: Point) -> tuple[Values, float]:
         """See `pyro_em.fitting.em_map.EMMap.m_step`; the values are in the param store."""
         assert isinstance(point, PartsPoint)
         self._updated(point)
-        found = self.data.over.sum(lambda part: part.summary(point.made.index, point.made))
+        made, totals = point.made, self._totals()
+        found = self.data.over.sum(lambda part: part.summary(made.index, made, totals))
         return values_of(self.program.graph.parameters), found.after_m_step
 
     def step(
@@ -64,11 +67,12 @@ class ByParts:
             report = self._updated(point)
             if confirm is not None:
                 confirm()
-            found = self.data.over.sum(lambda part: part.summary(index + 1, point.made))
+            totals = self._totals()
+            found = self.data.over.sum(lambda part: part.summary(index + 1, point.made, totals))
         except BaseException:
             restore(parameters, origin)
             raise
-        reached = self._point(found, index + 1)
+        reached = self._point(found, index + 1, totals)
         reached.massless = report.massless
         return reached, found.after_m_step
 
@@ -94,9 +98,15 @@ class ByParts:
         )
         return True
 
-    def _point(self, found: Summary, index: int) -> PartsPoint:
+    def _totals(self) -> Totals:
+        """What the parts say together of latents outside their rows, at the parameters."""
+        if not self.data.has_shared:
+            return {}
+        return self.data.over.sum(lambda part: part.naturals())
+
+    def _point(self, found: Summary, index: int, totals: Totals) -> PartsPoint:
         parameters = self.program.graph.parameters
-        made = Made(snapshot(parameters), index)
+        made = Made(snapshot(parameters), index, totals=totals)
         return PartsPoint(values_of(parameters), made, found, self.data.how)
 
     def _updated(self, point: PartsPoint) -> MStepReport:

@@ -15,8 +15,10 @@ from pyro_em.fitting.preconditions import refuse_a_guide
 from pyro_em.fitting.rows_alone import refuse_rows_that_see_others
 from pyro_em.fitting.session import Session
 from pyro_em.plan.over_all import require_partable
-from pyro_em.plan.part import Part
+from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
+from pyro_em.posteriors.shared_conjugates import OutsideRows, shared_blocks
+from pyro_em.reduction.trees import added
 from pyro_em.sources.chunks import Chunks
 
 HOW = "in chunks"
@@ -45,11 +47,48 @@ def parts_of(
         with at_rows(chunk.begin):
             found = session.look((*chunk.args, *rest), kwargs, look_only=True)
             program = refuse_a_guide(found, method, _OF_CHUNKS)
-            require_partable(program, HOW)
+            require_partable(program, HOW, adds=method == "score")
             if not chunk.begin:
                 beside = with_rows_beside(session, program, chunks, rest, kwargs)
                 refuse_rows_that_see_others(session.planner, beside, HOW, len(chunk.args))
         yield Part(program, not chunk.begin, chunk.begin)
+
+
+class SharedByChunks:
+    """What all chunks say of conjugate latents outside the rows, for questions chunk by chunk.
+
+    Args:
+        session: Reads the model.
+        chunks: The data.
+        rest: The model's other positional arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(
+        self, session: Session, chunks: Chunks, rest: tuple, kwargs: dict[str, Any]
+    ) -> None:
+        self._session, self._chunks, self._rest, self._kwargs = session, chunks, rest, kwargs
+        self._is_first, self._totals = True, dict[str, Tensor]()
+
+    def of_next(self, program: Program) -> OutsideRows | None:
+        """What the next chunk is told; None where no such latent is.
+
+        Args:
+            program: The model with that chunk.
+        """
+        plate, is_first = plate_of_rows(program.structure), self._is_first
+        self._is_first = False
+        if plate is None or not shared_blocks(program.graph, plate):
+            return None
+        if is_first:
+            for chunk in self._chunks.read():
+                with at_rows(chunk.begin):
+                    args = (*chunk.args, *self._rest)
+                    found = self._session.look(args, self._kwargs, look_only=True)
+                    assert isinstance(found, Program)
+                    own = found.naturals(plate, not chunk.begin)
+                self._totals = added(self._totals, own) if self._totals else own
+        return OutsideRows(plate, is_first, self._totals)
 
 
 def with_rows_beside(

@@ -69,7 +69,7 @@ def chunked(
         PyroEMError: If a chunk cannot be used.
     """
     passes = Passes(session, chunks, rest, kwargs, progress=progress, keeps=keeps)
-    require_partable(lead, HOW)
+    require_partable(lead, HOW, adds=not is_online)
     beside = with_rows_beside(session, lead, chunks, rest, kwargs)
     refuse_rows_that_see_others(session.planner, beside, HOW, len(lead.args) - len(rest))
     if not is_online:

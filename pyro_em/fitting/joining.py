@@ -160,7 +160,7 @@ class Joined:
         """
         is_first, chunks = self.over.rank == shared.first, chunks_in(args)
         over: OverGroup[Part]
-        require_partable(program, HOW)
+        require_partable(program, HOW, adds=self.wishes.online is None)
         items = None if chunks is None else len(program.args) - len(args) + 1
         refuse_rows_that_see_others(session.planner, program, HOW, items)
         if chunks is None:

@@ -24,6 +24,7 @@ from pyro_em.posteriors.collapsed import Collapsed
 from pyro_em.posteriors.factor_rows import FactorRows
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.posteriors.quick import QuickBlock
+from pyro_em.posteriors.shared_conjugates import shared_blocks
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.reduction.seen_as import SeenAs
 from pyro_em.tracing.parameters import restore, snapshot
@@ -57,6 +58,11 @@ class Parted:
     has_others: bool = False
 
     @property
+    def has_shared(self) -> bool:
+        """Whether latents outside the rows are found from what all parts say."""
+        return bool(shared_blocks(self.lead.graph, self.part.plate))
+
+    @property
     def lead(self) -> Program:
         """The program of the part at hand."""
         return self.part.program
@@ -74,7 +80,7 @@ class Parted:
         Raises:
             PyroEMError: If the model's rows are not independent, or a part cannot be used.
         """
-        require_partable(lead.program, how)
+        require_partable(lead.program, how, adds=True)
         all_data = all_data_of(over, lead.program)
         lead = lead.told(all_data)
         program = lead.program

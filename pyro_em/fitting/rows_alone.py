@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 import numpy
@@ -24,6 +25,7 @@ from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.planner import Planner
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.reduction.trees import added
 from pyro_em.tracing.randomness import same_random_state
 
 logger = logging.getLogger("pyro_em")
@@ -58,7 +60,7 @@ def refuse_rows_that_see_others(
         return
     head, tail = [*range(half)], [*range(rows - half, rows)]
 
-    def said_of(chosen: list[int], is_first: bool) -> tuple[float, float]:
+    def part_of(chosen: list[int], is_first: bool) -> Part:
         def of(value: Any, may: bool) -> Any:
             return _taken(value, chosen) if may and _length(value) == rows else value
 
@@ -66,14 +68,20 @@ def refuse_rows_that_see_others(
         kwargs = {name: of(a, in_chunks is None) for name, a in program.kwargs.items()}
         found = planner.look(args, kwargs, look_only=True)
         assert isinstance(found, Program)
-        summary = Part(found, is_first).summary(0)
-        return summary.bound, summary.log_evidence
+        return Part(found, is_first)
+
+    def said_by(*parts: Part) -> list[tuple[float, float]]:
+        each = [part.naturals() for part in parts]
+        totals = reduce(added, each) if each[0] else None
+        found = [part.summary(0, None, totals) for part in parts]
+        return [(s.bound, s.log_evidence) for s in found]
 
     with same_random_state(), torch.inference_mode(False), torch.enable_grad():
         try:
-            together = said_of([*head, *tail], True)
-            once, again = (said_of(head, True) for _ in range(2))
-            rest = said_of(tail, False)
+            (together,) = said_by(part_of([*head, *tail], True))
+            rest_part = part_of(tail, False)
+            once, rest = said_by(part_of(head, True), rest_part)
+            again, _ = said_by(part_of(head, True), rest_part)
         except (PyroEMError, AssertionError) as error:
             # Of so few rows a model may have nothing to say.
             logger.info("a few rows could not be read by themselves: %s", error)

@@ -73,12 +73,14 @@ class Known:
         )
         return cls(bare, groups, places or {})
 
-    def confirmed(self, program: Program) -> Known:
-        """What is known once other rows were read.
+    def confirmed(self, program: Program) -> Known | None:
+        """What is known once other rows were read; None where they read other elements of a latent.
 
         Args:
             program: The program on them.
         """
+        if not _same(_read(self.program), _read(program)):
+            return None
         if self.groups is None:
             return self
         places = _places(program)
@@ -191,6 +193,11 @@ def _places(program: Program) -> dict[int, tuple[int, torch.Size]] | None:
             return None
         out[g] = (leaf, group.value.shape)
     return out
+
+
+def _read(program: Program) -> Mapping[str, Any]:
+    """Which elements of conjugate latents each site reads, and how."""
+    return {} if program.conjugates is None else program.conjugates.reads
 
 
 def _is_view(value: Tensor, leaf: Tensor) -> bool:

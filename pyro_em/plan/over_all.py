@@ -20,6 +20,7 @@ from pyro_em.plan.part import Part, plate_of_rows
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.collapsed import form_of_rows, own_vectors
 from pyro_em.posteriors.gaussian_steps import for_updates
+from pyro_em.posteriors.shared_conjugates import shared_blocks
 from pyro_em.reduction.reduction import Reduction
 from pyro_em.tracing.checkpoint import checksum
 from pyro_em.tracing.sites import INTEGRATED, Role
@@ -252,17 +253,18 @@ def _difference(program: Program, lead: Program) -> Finding | None:
     return None
 
 
-def require_partable(lead: Program, what: str) -> None:
+def require_partable(lead: Program, what: str, *, adds: bool = False) -> None:
     """Refuse a model whose rows are not independent, or whose updates need all data at once.
 
     Args:
         lead: The program of one part.
         what: How the data are parted, in words.
+        adds: Whether what parts say of conjugate latents outside the rows is added up.
 
     Raises:
         UsageError: With what stands in the way.
     """
-    found = _obstacle(lead)
+    found = _obstacle(lead, adds)
     if found is not None:
         raise UsageError(
             message(
@@ -274,7 +276,7 @@ def require_partable(lead: Program, what: str) -> None:
         )
 
 
-def _obstacle(lead: Program) -> Finding | None:
+def _obstacle(lead: Program, adds: bool) -> Finding | None:
     structure, graph = lead.structure, lead.graph
     plate = plate_of_rows(structure)
     if plate is None:
@@ -286,7 +288,10 @@ def _obstacle(lead: Program) -> Finding | None:
         )
     straddling = "what one row says of it depends on rows of other parts"
     latents = {name: latent.plates for name, latent in graph.latents.items()}
-    for group in graph.groups:
+    shared = shared_blocks(graph, plate) if adds else {}
+    for g, group in enumerate(graph.groups):
+        if g in shared:
+            continue
         for site in group.nested.groups if group.nested is not None else ():
             if site.role in INTEGRATED:
                 latents |= dict(zip(site.members, site.dims, strict=True))

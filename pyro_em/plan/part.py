@@ -26,6 +26,7 @@ from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.exact import log_evidence_of
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.shared_conjugates import OutsideRows, shared_blocks
 from pyro_em.posteriors.state_steps import ChainSums
 from pyro_em.tracing.parameters import parameters_at, values_of
 from pyro_em.tracing.sites import Role
@@ -34,6 +35,8 @@ from pyro_em.updates.m_step import MStepState
 from pyro_em.updates.statistics import Expectation, dot
 
 Unconstrained = Mapping[str, Tensor]
+
+Totals = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +62,13 @@ class Made:
         unconstrained: The parameters in the param store.
         index: The number of the step.
         random: The random states, where the E-step may draw.
+        totals: What all parts of the data say of latents outside their rows, there.
     """
 
     unconstrained: Unconstrained
     index: int
     random: Any = None
+    totals: Totals = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +110,30 @@ class Part:
         """Groups that do not count with this part."""
         if self.is_first:
             return ()
-        return tuple(g for g, group in enumerate(graph.groups) if is_outside(group, self.plate))
+        # What is shared of latents outside the rows counts as its block says.
+        shared = shared_blocks(graph, self.plate)
+        groups = [(g, group) for g, group in enumerate(graph.groups) if g not in shared]
+        return tuple(g for g, group in groups if is_outside(group, self.plate))
+
+    def naturals(self) -> dict[str, Tensor]:
+        """What the part adds to latents outside its rows at the parameters in the param store."""
+        return self.program.naturals(self.plate, self.is_first)
+
+    def evaluate(self, totals: Totals) -> Evaluation:
+        """The factors at the parameters in the param store.
+
+        Args:
+            totals: What all parts say of latents outside their rows, there.
+        """
+        return self.program.evaluate(outside=self.outside(totals))
+
+    def outside(self, totals: Totals) -> OutsideRows | None:
+        """How this part takes part in latents outside its rows; None where there are none.
+
+        Args:
+            totals: What all parts say of them.
+        """
+        return OutsideRows(self.plate, self.is_first, totals) if totals else None
 
     def counted_tables(self, tables: Sequence[Tensor]) -> list[Tensor]:
         """Log densities per group, zero for what counts with another part."""
@@ -134,9 +162,13 @@ class Part:
             except torch.linalg.LinAlgError as error:
                 raise Handover from error
 
-    def log_evidence(self) -> float:
-        """log p(x; θ) of the part at the parameters in the param store, in nats."""
-        evaluation = self.program.evaluate()
+    def log_evidence(self, totals: Totals | None = None) -> float:
+        """log p(x; θ) of the part at the parameters in the param store, in nats.
+
+        Args:
+            totals: What all parts say of latents outside their rows, there.
+        """
+        evaluation = self.evaluate(totals or {})
         with self.naming_rows():
             q = self.program.posterior(evaluation)
         assert q.log_evidence is not None
@@ -154,15 +186,18 @@ class Part:
         at = self.program.evaluate(values)
         return log_evidence_of(at.graph, self.program.contraction, self.counted_tables(at.tables))
 
-    def summary(self, index: int, before: Made | None = None) -> Summary:
+    def summary(
+        self, index: int, before: Made | None = None, totals: Totals | None = None
+    ) -> Summary:
         """The E-step through tables at the parameters in the param store.
 
         Args:
             index: The number of the step that it begins.
             before: Where the E-step was made that an M-step has followed.
+            totals: What all parts say of latents outside their rows, at the parameters.
         """
         after = 0.0
-        evaluation = self.program.evaluate()
+        evaluation = self.evaluate(totals or {})
         if before is not None:
             earlier, q = self._e_step_at(before)
             counts = self._counted(earlier.graph, q.counts)
@@ -208,7 +243,7 @@ class Part:
         if known is not None and known[0] is at:
             return known[1], known[2]
         with self._parameters_at(at.unconstrained):
-            evaluation = self.program.evaluate()
+            evaluation = self.evaluate(at.totals)
             q = self.program.e_step(evaluation, at.index)
         if self.is_kept:
             self._remembered["E-step"] = at, evaluation, q

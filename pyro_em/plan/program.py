@@ -56,6 +56,7 @@ from pyro_em.posteriors.gaussian_steps import (
     tables_of,
 )
 from pyro_em.posteriors.posterior import Posterior
+from pyro_em.posteriors.shared_conjugates import OutsideRows, naturals, shared_blocks
 from pyro_em.posteriors.strategies import (
     Annealed,
     EStepStrategy,
@@ -207,21 +208,50 @@ class Program(StaysHere):
         if read.is_written() if self.compiled else read.is_changed():
             raise UsageError(changed_since(what))
 
-    def evaluate(self, values: Mapping[str, Tensor] | None = None) -> Evaluation:
-        """The factors at the current parameters, or, through the bindings, at other values."""
-        graph = self.graph
+    def evaluate(
+        self, values: Mapping[str, Tensor] | None = None, outside: OutsideRows | None = None
+    ) -> Evaluation:
+        """The factors at the current parameters, or, through the bindings, at other values.
+
+        Args:
+            values: Constrained values of all parameters; the current ones where None.
+            outside: What all parts of the data say of latents outside their rows.
+        """
         with torch.no_grad():
-            if self.compiled or values is not None:
-                values = values or values_of(graph.parameters)
-                arguments = [g.evaluate_arguments(values) for g in graph.groups]
+            graph, arguments, values = self._at(values)
+            if outside is not None:
+                graph = outside.on(graph)
+            if values is not None:
                 at = [g.evaluate_value(values) for g in graph.groups]
             else:
-                if versions_of(graph.parameters) != self.traced_at:
-                    graph = self._trace(with_bindings=not self.look_only)
-                arguments = [dict(g.arguments) for g in graph.groups]
                 at = [g.value for g in graph.groups]
             tables, solved = tables_of(graph, arguments, at)
         return Evaluation(graph, arguments, [t.detach() for t in tables], solved, values)
+
+    def naturals(self, plate: str, is_first: bool) -> dict[str, Tensor]:
+        """What this part of the data adds to latents outside its rows; see `shared_conjugates`.
+
+        Args:
+            plate: The plate of the rows.
+            is_first: Whether what is outside the rows counts with this part.
+        """
+        if not shared_blocks(self.graph, plate):
+            return {}
+        with torch.no_grad():
+            graph, arguments, _ = self._at(None)
+            return naturals(graph, arguments, plate, is_first)
+
+    def _at(
+        self, values: Mapping[str, Tensor] | None
+    ) -> tuple[FactorGraph, list[dict[str, Tensor]], Mapping[str, Tensor] | None]:
+        """Graph and arguments there, and the values where they follow from bindings."""
+        graph = self.graph
+        if self.compiled or values is not None:
+            values = values or values_of(graph.parameters)
+            return graph, [g.evaluate_arguments(values) for g in graph.groups], values
+        if versions_of(graph.parameters) != self.traced_at:
+            graph = self._trace(with_bindings=not self.look_only)
+        return graph, [dict(g.arguments) for g in graph.groups], None
 
     def following(self, evaluation: Evaluation) -> Program:
         """The program at the trace of an evaluation.
@@ -362,13 +392,24 @@ class Program(StaysHere):
         return self.dependences.own_names() if runs and not self.compiled else nullcontext()
 
     def log_densities_at(
-        self, values: Mapping[str, Tensor], groups: Sequence[int]
+        self,
+        values: Mapping[str, Tensor],
+        groups: Sequence[int],
+        outside: OutsideRows | None = None,
     ) -> dict[int, Tensor]:
-        """Differentiable log densities of some groups at constrained values."""
+        """Differentiable log densities of some groups at constrained values.
+
+        Args:
+            values: By name.
+            groups: Their numbers.
+            outside: What all parts of the data say of latents outside their rows.
+        """
         if self.compiled:
-            return {g: self.graph.groups[g].thin().log_density_at(values) for g in groups}
+            known = self.graph if outside is None else outside.on(self.graph)
+            return {g: known.groups[g].thin().log_density_at(values) for g in groups}
         wanted = {name for g in groups for name in self.graph.groups[g].members}
         graph = self._trace(values=values, with_bindings=False, only=wanted)
+        graph = graph if outside is None else outside.on(graph)
         by_site = {
             name: table
             for group in graph.groups

@@ -10,7 +10,7 @@ M-step the sites stand for themselves, with expected statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -45,6 +45,21 @@ _MANY = 1024  # elements from which on it is looked whether some are alike
 
 
 @dataclass(frozen=True, eq=False)
+class Shared:
+    """What all parts of the data say of a latent outside their rows (`shared_conjugates`).
+
+    Attributes:
+        total: Σ Δχ of all parts. # (elements, 1, P)
+        is_first: Whether the log evidence A(χ') − A(χ) counts with this part.
+        counts: Which of the sites count with this part.
+    """
+
+    total: Tensor
+    is_first: bool
+    counts: tuple[bool, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class ConjugateBlock:
     """A conjugate latent and the sites that read it.
 
@@ -61,6 +76,7 @@ class ConjugateBlock:
         weight: How often each element of the plates counts; None where it counts once.
             # (*sizes or 1s)
         apart: How many of the sites, the first below the latent, others sum up.
+        shared: What all parts of the data say, where this is one and the latent is outside its rows.
     """
 
     groups: tuple[Group, ...]
@@ -73,6 +89,7 @@ class ConjugateBlock:
     traced: tuple[Group, ...] = ()
     weight: Tensor | None = None
     apart: int = 0
+    shared: Shared | None = None
     _sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _equal: list[Known] = field(default_factory=list)
 
@@ -128,6 +145,10 @@ class ConjugateBlock:
         """
         own = self.of_site(0, arguments)
         prior = rows_of(self.kernel.chi(wide(own)), self.groups[0], 1)
+        if self.shared is not None:
+            here = [i for i in self.summed if self.shared.counts[i]]
+            constants = tuple(self._sums_of(i, arguments)[1] for i in here)
+            return ConjugateSolution(self.kernel, prior, self.shared.total, constants)
         known = self._equal[0] if self._equal else None
         if known is not None and given is None and prior.shape[0] == 1:
             total, constants, place, few = known
@@ -147,6 +168,25 @@ class ConjugateBlock:
             self._equal.append((total, constants, place, few))
             return ConjugateSolution(self.kernel, prior, total, constants, place, few)
         return ConjugateSolution(self.kernel, prior, total, constants)
+
+    def naturals(self, arguments: Arguments, counts: Sequence[bool]) -> Tensor:
+        """Σ Δχ of the sites that count. # (elements, 1, P)
+
+        Args:
+            arguments: Those of all sites.
+            counts: Which of the sites count.
+        """
+        own = self.of_site(0, arguments)
+        chi = rows_of(self.kernel.chi(wide(own)), self.groups[0], 1)
+        out = chi.new_zeros(self.count, 1, chi.shape[-1])
+        for i in self.summed:
+            if counts[i]:
+                out = out + self._sums_of(i, arguments)[0]
+        return out
+
+    def sharing(self, shared: Shared) -> ConjugateBlock:
+        """The same in a part of the data, with what all parts say; what it knows of itself is kept."""
+        return replace(self, shared=shared)
 
     def _sums_of(self, i: int, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Σ Δχ onto the elements of the latent, Σ log base onto the table."""
@@ -282,6 +322,8 @@ class ConjugateBlock:
         """
         count, cells = math.prod(self.sizes), math.prod(self.states)
         out = self._summed_onto(0, solution.log_evidence)
+        if self.shared is not None and not self.shared.is_first:
+            out = 0.0 * out  # which parameters reach all the same
         for constant in solution.constants:
             out = plus(out, constant)
         return out.expand(count, cells).reshape(1, *self.sizes, *self.states)
@@ -323,6 +365,8 @@ class ConjugateBlock:
         if not self._are_elements[i][0]:
             of_rows = of_rows[self.element_of_row(i)]
         cells = of_rows.reshape(full).to(torch.float64)
+        if self.shared is not None and not self.shared.counts[i]:
+            cells = torch.zeros_like(cells)
         site = replace(group, arguments=own)
         if i == 0:
             site = replace(site, belief=self._of_prior(solution))

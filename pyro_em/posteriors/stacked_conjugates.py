@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.factors import Group
-from pyro_em.posteriors.conjugate import ConjugateBlock
+from pyro_em.posteriors.conjugate import ConjugateBlock, Shared
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
 from pyro_em.posteriors.gaussian import piece
 from pyro_em.updates.conjugate_beliefs import ChildBelief, PriorBelief, PriorInRows
@@ -100,6 +100,14 @@ class StackedConjugates:
         """Arguments of the sites, members as a plate."""
         names = {piece(g.members[0], a) for g in self.groups for a in g.arguments}
         return {n: arguments[n].unsqueeze(0) for n in names}
+
+    def naturals(self, arguments: Arguments, counts: Sequence[bool]) -> Tensor:
+        """As `ConjugateBlock.naturals`, of all latents. # (members * elements, 1, P)"""
+        return self.whole.naturals(self._laid(arguments), counts)
+
+    def sharing(self, shared: Shared) -> StackedConjugates:
+        """As `ConjugateBlock.sharing`, of all latents."""
+        return replace(self, first=replace(self.first, shared=shared))
 
     def solve(self, arguments: Arguments) -> ConjugateSolution:
         """The posterior of all latents, for each state of their scopes."""

@@ -174,11 +174,23 @@ def levels(x: Tensor) -> None:
         pyro.sample("y", dist.Normal(m[level] + b[z] * x[:, 0], 1.0), obs=x[:, 1])
 
 
+def shared(x: Tensor) -> None:
+    """Precisions of two groups, of which all processes have rows."""
+    a = pyro.param("a", torch.tensor(2.0), constraint=constraints.positive)
+    b = pyro.param("b", torch.tensor(1.0), constraint=constraints.positive)
+    with pyro.plate("groups", 2):
+        precision = pyro.sample("precision", dist.Gamma(a, b))
+    with pyro.plate("rows", len(x)):
+        scale = precision[(x[:, 0] > 1).long()].rsqrt()
+        pyro.sample("y", dist.Normal(0.5, scale), obs=x[:, 1])
+
+
 def centred(x: Tensor) -> None:
     """Each process would take away another mean."""
     lines(x - x.mean(0))
 
 
-EXACT = {f.__name__: f for f in (mixture, chain, lines, shapes, slopes, factors, outside, levels)}
+_ALL = (mixture, chain, lines, shapes, slopes, factors, outside, levels, shared)
+EXACT = {f.__name__: f for f in _ALL}
 REFUSED = {"centred": centred}
 GUIDES = {"outside": guide_of_outside}
