@@ -18,6 +18,8 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.designs import Designs
 from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
 
+_MANY = 2**22  # numbers from which on the model's own are read where they lie
+
 Held = tuple[str, tuple[int, ...], torch.dtype]  # a parameter, its shape and its dtype
 
 
@@ -121,8 +123,16 @@ def common_covariates(parts: Designs, without: int | None = None) -> tuple[Tenso
     return x, torch.stack(columns)
 
 
+def of_rows(known: Tensor, rows: slice) -> Tensor:
+    """What is known of some rows, laid out row after row along memory. # (d, N) to (d, rows)"""
+    part = known[:, rows]
+    return part if known.stride(1) == 1 else part.contiguous()
+
+
 def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:
     """Known numbers of each row, in float64; they may be the same along some dimensions. # (d, N)
+
+    Many are no copy: `of_rows` reads some of them.
 
     Args:
         known: # (sizes.numel(), d) or (*sizes, *d)
@@ -130,4 +140,5 @@ def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:
         rows: Members and plates.
     """
     wide = known.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1)
-    return wide.flatten(0, -2).T.contiguous()
+    flat = wide.flatten(0, -2).T
+    return flat if flat.numel() > _MANY else flat.contiguous()

@@ -121,7 +121,7 @@ def as_counts(group: Group, K: int, all_data: AllData | None = None) -> CountRow
     # A row of many has the levels of all: sums of parts are of one size.
     if rows == 1 and (all_data is None or all_data.rows == 1):
         return None
-    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
         return None
     shape = tuple(value.shape[lead + 1 :])
     levels = value.long()

@@ -337,7 +337,7 @@ def as_gaussian(group: Group, K: int, all_data: AllData | None = None) -> Gaussi
     value = group.value
     if value.shape[lead] != 1 or math.prod(value.shape[:lead]) == 1:
         return None
-    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
         return None
     rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
     if math.prod(value.shape[:lead]) != rows:

@@ -5,7 +5,7 @@
 with n and d the sufficient statistics of a row (successes and trials, events and exposure). The M-step
 maximises Σ_n r_nk ℓ_k(y_n | x_n) by Newton's method; each of its passes makes Σ r ℓ, Σ r ℓ′ x and
 Σ r (−ℓ″) x xᵀ in chunks of rows. Responsibilities are kept from the E-step to the M-step: one number
-for each row and component, and nothing else of that size.
+for each row and component, and nothing else of that size (`pyro_em.posteriors.row_factors.Collected`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pyro_em.densities.affine_rows import (
     by_row,
     common_covariates,
     held,
+    of_rows,
 )
 from pyro_em.densities.density import KeepsRows, PlainRows
 from pyro_em.densities.gaussian import products, unfolding
@@ -99,7 +100,7 @@ class Predicted(PlainRows, KeepsRows):
 
     def moments(self, fit: PredictedFit, weights: Tensor, features: slice) -> Tensor:
         """The responsibilities, which the M-step needs row by row. # (K, rows)"""
-        return weights.to(torch.float64)
+        return weights
 
     def m_step(
         self, fit: PredictedFit, moments: Tensor, mass: Tensor
@@ -180,7 +181,7 @@ class Numbers(Predicted):
     link: str
 
     def _eta(self, beta: Tensor, rows: slice) -> Tensor:
-        x = self.x[:, rows]
+        x = of_rows(self.x, rows)
         if self.offset is None:
             return self._slopes(beta) @ x
         return torch.addmm(self.offset[:, rows], self._slopes(beta), x)
@@ -205,7 +206,8 @@ class Numbers(Predicted):
         slope, curve = beta.new_zeros(K, d), beta.new_zeros(K * d, d)
         for begin in range(0, N, step):
             rows = slice(begin, min(begin + step, N))
-            x, r, eta = self.x[:, rows], weights[:, rows], self._eta(beta, rows)
+            x, r = of_rows(self.x, rows), weights[:, rows].to(torch.float64)
+            eta = self._eta(beta, rows)
             trials = r if self.d is None else r * self.d[rows]
             if self.link == "sigmoid":
                 p = torch.sigmoid(eta)
@@ -242,7 +244,7 @@ class Classes(Predicted):
         """Log probabilities of classes. # (cells, classes, rows)"""
         cells, classes, d = self.columns.shape
         slopes = self._slopes(beta).reshape(cells * classes, d)
-        eta = (slopes @ self.x[:, rows]).reshape(cells, classes, -1)
+        eta = (slopes @ of_rows(self.x, rows)).reshape(cells, classes, -1)
         if self.offset is not None:
             eta = eta + self.offset[..., rows]
         return eta.sub_(eta.amax(1, keepdim=True)).sub_(eta.exp().sum(1, keepdim=True).log_())
@@ -269,7 +271,8 @@ class Classes(Predicted):
         curve = beta.new_zeros(cells * len(first), P)
         for begin in range(0, N, step):
             rows = slice(begin, min(begin + step, N))
-            x, r, log_p = self.x[:, rows], weights[:, rows], self._log_p(beta, rows)
+            x, r = of_rows(self.x, rows), weights[:, rows].to(torch.float64)
+            log_p = self._log_p(beta, rows)
             n = r.unsqueeze(0) if self.counts is None else r.unsqueeze(1) * self.counts[:, rows]
             total = n.sum(1, keepdim=True)
             value += torch.dot(n.reshape(-1), log_p.reshape(-1))
@@ -389,7 +392,9 @@ def _of_rows(
     assert family is not None
     if not group.observed:
         return torch.empty(0), None, None
-    arguments = {a: t.detach() for a, t in group.arguments.items()}
+    # Nothing of what is asked depends on the numbers of the predictor's own argument.
+    own, given = predictor.argument, group.outlines
+    arguments = {a: (given if a == own else group.arguments)[a].detach() for a in given}
     rest = [t for a, t in arguments.items() if a != predictor.argument]
     batch = 1 + len(group.sizes)
     if any(s != 1 for t in (group.value, *rest) for s in t.shape[lead:batch]):

@@ -25,6 +25,7 @@ from pyro_em.densities.affine_rows import (
     as_parameters,
     by_row,
     held,
+    of_rows,
 )
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
@@ -32,6 +33,7 @@ from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import Binding, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.given_rows import once_each
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.pseudo_inverse import pseudo_solve
 from pyro_em.updates.scatter import data_magnitude
@@ -120,7 +122,7 @@ class Lines(PlainRows):
 
     def features(self, rows: slice, fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
         """Covariates, their products and residuals. # (d, rows), (P, rows), (K, rows)"""
-        x = self.x[:, rows]
+        x = of_rows(self.x, rows)
         squares = products(x) if self.squares is None else self.squares[:, rows]
         return x, squares, torch.addmm(self.y[:, rows], fit.slopes, x, alpha=-1)
 
@@ -241,7 +243,8 @@ def as_lines(
         assert isinstance(update, ClosedForm)
         least = least.clamp(min=update.floor)
     which = torch.stack([c for c, _ in parts]).expand(K, -1)
-    y = (group.value - offset).to(torch.float64).movedim(lead, 0).reshape(offset.shape[lead], -1)
+    y = (group.value - once_each(offset)).to(torch.float64).movedim(lead, 0)
+    y = y.reshape(len(y), -1)
     noise = 8 * torch.finfo(loc.constant.dtype).eps * float(y.abs().max())
     y = y[:1] if bool(((y - y[:1]).abs() <= noise).all()) else y.contiguous()
     return Lines(

@@ -204,7 +204,7 @@ def as_student(group: Group, K: int) -> StudentRows | None:
     value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
     if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
         return None
-    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
         return None
     shape, elements = tuple(value.shape[lead + 1 :]), group.elements
     if elements is not None:

@@ -158,7 +158,7 @@ def arguments_of(group: Group, values: Mapping[str, Tensor]) -> dict[str, Argume
     """
     out = {}
     for name, binding in group.bindings.items():
-        argument = group.arguments[name]
+        argument = group.outlines[name]
         param = whole_parameter(binding, values)
         out[name] = Arguments(binding, param, tuple(argument.shape), argument.dtype)
     return out

@@ -29,6 +29,7 @@ from pyro_em.densities.affine_rows import (
     by_row,
     common_covariates,
     held,
+    of_rows,
 )
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
@@ -36,6 +37,7 @@ from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import PRODUCT, whole_matrices
 from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.given_rows import once_each
 from pyro_em.updates.designs import designs_of
 from pyro_em.updates.pseudo_inverse import pseudo_solve, solve_each
 from pyro_em.updates.scatter import data_magnitude
@@ -158,7 +160,7 @@ class VectorLines(PlainRows):
 
     def features(self, rows: slice, fit: VectorFit) -> Features:
         """Covariates, their products and residuals. # (d, rows), (P, rows), (K, D, rows)"""
-        x = self.x[:, rows]
+        x = of_rows(self.x, rows)
         squares = products(x) if self.squares is None else self.squares[:, rows]
         K, D, d = self.columns.shape
         fitted = (fit.slopes.reshape(K * D, d) @ x).reshape(K, D, -1)
@@ -328,7 +330,7 @@ def as_vector_lines(
         least = (1e-6 * magnitude).square().reshape(-1, D).clamp(min=update.floor)
         if update.floor > 0 and argument != "scale":
             return None
-    y = (group.value - offset).to(torch.float64).flatten(lead, -2).movedim(-2, 0)
+    y = (group.value - once_each(offset)).to(torch.float64).flatten(lead, -2).movedim(-2, 0)
     y = y.reshape(len(y), -1, D)
     noise = 8 * torch.finfo(offset.dtype).eps * float(y.abs().max())
     if not bool(((y - y[:1]).abs() <= noise).all()):

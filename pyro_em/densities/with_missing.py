@@ -12,6 +12,8 @@ from pyro_em.densities.masked import Masked
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 
+_ROWS = 2**16  # that are looked at together
+
 
 def as_incomplete(
     group: Group, K: int, all_data: AllData | None = None
@@ -24,7 +26,7 @@ def as_incomplete(
     rows = math.prod((len(group.members), *group.sizes[: group.n_plates]))
     if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
         return None
-    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
+    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
         return None
     event, seen = value.shape[lead + 1 :], seen_entries(group)
     if seen is None or len(event) != 1 or seen.shape[lead] != 1:
@@ -37,13 +39,17 @@ def as_incomplete(
     else:
         return None
     known = None if all_data is None else all_data.centres.get(group.members[0])
-    x, centre = _centred(torch.where(seen, value, torch.nan).reshape(rows, -1), known)
+    seen = seen.expand(torch.broadcast_shapes(seen.shape, value.shape)).reshape(rows, -1)
+    x, centre = _centred(value.reshape(rows, -1), seen, known)
     reach2 = None if known is None else known.reach2
     return kind(x, centre, kind is Masked, spread, K, False, lead, reach2)
 
 
-def _centred(x: Tensor, known: Centre | None) -> tuple[Tensor, Tensor]:
-    """The data about the mean of what is seen, and that. # (D, N), (D,)"""
-    wide = x.to(torch.float64)
-    centre = wide.nanmean(0).nan_to_num(0.0) if known is None else known.mean
-    return (wide - centre).T.contiguous(), centre
+def _centred(value: Tensor, seen: Tensor, known: Centre | None) -> tuple[Tensor, Tensor]:
+    """The data about the mean of what is seen, NaN where nothing is, and that. # (D, N), (D,)"""
+    x = value.new_empty(value.shape[1], len(value), dtype=torch.float64)
+    for begin in range(0, len(value), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        x[:, rows] = torch.where(seen[rows], value[rows], torch.nan).T
+    centre = x.nanmean(1).nan_to_num(0.0) if known is None else known.mean
+    return x.sub_(centre.unsqueeze(-1)), centre

@@ -6,12 +6,15 @@ the ordinary raises `Handover`: `pyro_em.fitting.guarded` then takes a step thro
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_em.densities.tying import Arguments
 from pyro_em.errors import Handover
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import Point, SumsPoint, Values
@@ -20,6 +23,8 @@ from pyro_em.posteriors.quick import QuickSteps
 from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.statistics import Expectation
+
+_CELLS = 2**20  # of an argument that are looked at together
 
 
 class OnSums:
@@ -84,6 +89,7 @@ class OnSums:
         try:
             with torch.inference_mode():
                 after, gain = self.block.theta.m_step(at.at, at.expectation)
+                at.forget_rows()
         except torch.linalg.LinAlgError as error:
             raise Handover from error
         # Outside, since tensors that are made in inference mode must not reach anybody.
@@ -101,6 +107,7 @@ class OnSums:
         theta = self.block.theta
         try:
             after, gain = theta.m_step(at.at, at.expectation)
+            at.forget_rows()
             after = self._alike(after)
             expectation = self.expectation(after)
         except torch.linalg.LinAlgError as error:
@@ -126,14 +133,39 @@ def tells_apart(at: SumsPoint) -> bool:
     """Whether the components differ in an argument of what is observed."""
     theta = at.block.theta
     return any(
-        _differs(a.evaluate(at.values), 1 + group.n_plates, 1 + len(group.sizes))
+        _differs(part, 1 + group.n_plates, 1 + len(group.sizes))
         for group, evaluators in zip(theta.graph.groups, theta.evaluators, strict=True)
         if group.observed
         and group.role is not Role.POINT
         and (group.mask is None or bool(group.mask.any()))
         for a in evaluators.values()
         if a.dtype.is_floating_point
+        for part in _parts(a, 1 + group.n_plates, at.values)
     )
+
+
+def _parts(a: Arguments, lead: int, values: Values) -> Iterator[Tensor]:
+    """An argument at parameter values, some rows at a time where it has many numbers.
+
+    Args:
+        a: How it is computed.
+        lead: How many dimensions are members and plates.
+        values: The parameters.
+    """
+    along = max(range(lead), key=lambda d: a.shape[d])
+    rows = a.shape[along]
+    step = rows * _CELLS // max(math.prod(a.shape), 1)
+    if a.param is not None or step >= rows:
+        yield a.evaluate(values)
+        return
+    step = max(step, 1)
+    for begin in range(0, rows, step):
+        size = min(step, rows - begin)
+
+        def some(t: Tensor, begin: int = begin, size: int = size) -> Tensor:
+            return t.narrow(along, begin, size) if t.shape[along] > 1 else t
+
+        yield a.binding.mapped(some).evaluate(values)
 
 
 def _differs(argument: Tensor, first: int, dims: int) -> bool:

@@ -92,13 +92,30 @@ class SumsPoint(Point):
         how: str | None = None,
     ) -> None:
         self.program, self.block, self.at, self.how = program, block, at, how
-        self.expectation, self.log_prior = expectation, log_prior
+        self._expectation: Expectation | None = expectation
+        self.log_prior = log_prior
         self.log_evidence = expectation.log_evidence  # E-steps on sums are exact
         self.objective = expectation.log_evidence + log_prior
         self.massless = {}
         self.noise = expectation.noise
         if values is not None:
             self.values = dict(values)
+
+    @property
+    def expectation(self) -> Expectation:
+        """The E-step; it is made again where it has been let go."""
+        if self._expectation is None:
+            with torch.inference_mode():
+                self._expectation = self.block.e_step(self.at)
+        return self._expectation
+
+    def forget_rows(self) -> None:
+        """Let go of an E-step that holds numbers of each row, once an M-step has read them.
+
+        The next E-step has as many, and nobody is likely to ask for these again.
+        """
+        if self._expectation is not None and self._expectation.holds_many:
+            self._expectation = None
 
     @cached_property
     def values(self) -> dict[str, Tensor]:

@@ -6,12 +6,13 @@ of them is little: the covariates, and which coefficient multiplies them. So the
 of its data, and what their graphs say is put side by side.
 
 That is the graph of all rows only if the model says of a row the same whichever rows are beside it. A
-few rows, far apart, are read by themselves to see that.
+few rows, far apart, are read by themselves to see that. Where all that they show stands in the model's
+arguments, no other row need be read (`pyro_em.graph.given_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -21,9 +22,20 @@ from torch import Tensor
 
 from pyro_em.errors import PyroEMError
 from pyro_em.graph.factors import FactorGraph, Group, seen_entries
+from pyro_em.graph.given_rows import (
+    Later,
+    Numbers,
+    is_of_all,
+    mapped_group,
+    of_given_rows,
+    once_each,
+    some_rows,
+    tensors_of,
+)
 from pyro_em.graph.slices import Slices
 from pyro_em.graph.sparse_lines import is_close
 from pyro_em.graph.structure import Structure
+from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.runs import Model, held_run
 
 Sites = Mapping[str, Mapping[str, Any]]
@@ -38,6 +50,7 @@ def by_rows(
     slices: Slices,
     looked: Sites | None,
     read: Read,
+    numbers: Numbers,
     *,
     bound: bool,
 ) -> FactorGraph | None:
@@ -50,6 +63,7 @@ def by_rows(
         looked: The sites of a plain run on all rows, with which what is read has to agree.
         read: The graph of a model with some rows, given its arguments, its skeleton and the sites of a
             plain run with these.
+        numbers: The same at given parameters, without bindings.
         bound: Whether it is asked how parameters reach arguments.
     """
     few = slices.spread(_FEW)
@@ -59,6 +73,9 @@ def by_rows(
         alone = read(args, structure, plain)
         if not _depends_on_rows(alone, slices.plate, bound):
             return None
+        given = of_given_rows(alone, few, slices) if bound else None
+        if given is not None and is_of_all(given, slices, numbers):
+            return given
         whole: _Whole | None = None
         for rows in slices:
             graph = read(*slices.at(rows), None)
@@ -110,28 +127,6 @@ def _depends_on_rows(graph: FactorGraph, plate: str, bound: bool) -> bool:
     return found and not graph.missing
 
 
-def some_rows(graph: FactorGraph, plate: str, rows: Tensor) -> FactorGraph:
-    """A graph with some of its rows."""
-    groups = []
-    for group in graph.groups:
-        if plate not in group.dims[0]:
-            groups.append(group)
-            continue
-        at = 1 + group.dims[0].index(plate)
-
-        def cut(t: Tensor, at: int = at) -> Tensor:
-            one, shape = _once(t), list(t.shape)
-            if one.shape[at] > 1:
-                one = one.index_select(at, rows.to(t.device))
-            if shape[at] > 1:
-                shape[at] = len(rows)
-            return one.expand(shape)
-
-        sizes = (*group.sizes[: at - 1], len(rows), *group.sizes[at:])
-        groups.append(replace(mapped_group(group, cut), sizes=sizes))
-    return replace(graph, groups=tuple(groups))
-
-
 class _Whole:
     """Groups of all rows, filled slice by slice.
 
@@ -142,6 +137,7 @@ class _Whole:
 
     def __init__(self, first: FactorGraph, slices: Slices) -> None:
         self.first, self.slices = first, slices
+        self.values = values_of(first.parameters)
         self.filled: dict[tuple[int, int], Tensor] = {}
 
     def take(self, graph: FactorGraph, rows: slice) -> bool:
@@ -151,10 +147,11 @@ class _Whole:
         for g, (own, first) in enumerate(zip(graph.groups, self.first.groups, strict=True)):
             if own.members != first.members or own.dims != first.dims:
                 return False
-            at = self._along(first)
-            mine, theirs = list(_tensors(own)), list(_tensors(first))
+            later = self._later(first)
+            mine, theirs = list(tensors_of(own, later)), list(tensors_of(first, later))
             if len(mine) != len(theirs):
                 return False
+            at = self._along(first)
             for i, (t, like) in enumerate(zip(mine, theirs, strict=True)):
                 if not self._put((g, i), t.detach(), like.detach(), at, rows):
                     return False
@@ -165,10 +162,15 @@ class _Whole:
         dims = group.dims[0]
         return 1 + dims.index(self.slices.plate) if self.slices.plate in dims else None
 
+    def _later(self, group: Group) -> Later | None:
+        """Where rows are, and at which parameters: what follows from these is computed later."""
+        at = self._along(group)
+        return None if at is None else (at, self.values)
+
     def _put(
         self, key: tuple[int, int], t: Tensor, like: Tensor, at: int | None, rows: slice
     ) -> bool:
-        t, like = _once(t), _once(like)
+        t, like = once_each(t), once_each(like)
         if at is None or t.shape[at] == 1:
             return t.shape == like.shape and torch.equal(t, like)
         shape = list(t.shape)
@@ -190,7 +192,7 @@ class _Whole:
             at, number = self._along(group), count()
 
             def whole(t: Tensor, at: int | None = at, g: int = g, number: Any = number) -> Tensor:
-                i, one = next(number), _once(t.detach())
+                i, one = next(number), once_each(t.detach())
                 filled = self.filled.get((g, i))
                 shape = list(t.shape)
                 if at is not None and shape[at] > 1:
@@ -198,14 +200,14 @@ class _Whole:
                 return (one if filled is None else filled).expand(shape)
 
             sizes = tuple(self.slices.rows if at == 1 + d else n for d, n in enumerate(group.sizes))
-            groups.append(replace(mapped_group(group, whole), sizes=sizes))
+            groups.append(replace(mapped_group(group, whole, self._later(group)), sizes=sizes))
         structure, plate = self.slices.structure, self.slices.plate
         return replace(self.first, structure=structure, groups=tuple(groups), parted=plate)
 
     def is_at(self, graph: FactorGraph, rows: Tensor, alone: FactorGraph) -> bool:
         """Whether a graph says of some rows what they say by themselves."""
-        for own, other in zip(graph.groups, alone.groups, strict=True):
-            at = self._along(own)
+        part = some_rows(graph, self.slices.plate, rows)
+        for own, other in zip(part.groups, alone.groups, strict=True):
             pairs = [(_seen(own), _seen(other))]
             pairs += [(t, other.arguments[name]) for name, t in own.arguments.items()]
             pairs += [
@@ -214,8 +216,6 @@ class _Whole:
                 if a is not None and b is not None
             ]
             for a, b in pairs:
-                if at is not None and a.shape[at] > 1:
-                    a = a.index_select(at, rows.to(a.device))
                 same = is_close if a.is_floating_point() else torch.equal
                 if a.shape != b.shape or not same(a, b.detach()):
                     return False
@@ -226,56 +226,3 @@ def _seen(group: Group) -> Tensor:
     """The value of a group, zero where it is hidden: there stands what is feasible."""
     seen = seen_entries(group)
     return group.value if seen is None else torch.where(seen, group.value, 0)
-
-
-def _once(t: Tensor) -> Tensor:
-    """What is expanded, held once."""
-    for d in range(t.dim()):
-        if t.shape[d] > 1 and t.stride(d) == 0:
-            t = t.narrow(d, 0, 1)
-    return t
-
-
-def _tensors(group: Group) -> Iterator[Tensor]:
-    """All tensors of a group, in the order in which `mapped_group` changes them."""
-    found: list[Tensor] = []
-
-    def note(t: Tensor) -> Tensor:
-        found.append(t)
-        return t
-
-    mapped_group(group, note)
-    return iter(found)
-
-
-def slice_of(group: Group, rows: slice) -> Group:
-    """A group with some elements of its first plate, in memory that it shares."""
-
-    def cut(t: Tensor) -> Tensor:
-        return t[:, rows] if t.shape[1] > 1 else t
-
-    size = rows.stop - rows.start
-    return replace(mapped_group(group, cut), sizes=(size, *group.sizes[1:]))
-
-
-def mapped_group(group: Group, change: Callable[[Tensor], Tensor]) -> Group:
-    """A group with other tensors; what no binding says is not held twice."""
-
-    def maybe(t: Tensor | None) -> Tensor | None:
-        return None if t is None else change(t)
-
-    arguments = {name: change(t) for name, t in group.arguments.items()}
-    return replace(
-        group,
-        arguments=arguments,
-        bindings={
-            name: b.mapped(change) if b.is_static else replace(b, constant=arguments[name])
-            for name, b in group.bindings.items()
-        },
-        value=change(group.value),
-        mask=maybe(group.mask),
-        scale=tuple(
-            change(s.unsqueeze(0)).squeeze(0) if isinstance(s, Tensor) else s for s in group.scale
-        ),
-        elements=maybe(group.elements),
-    )

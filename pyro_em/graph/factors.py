@@ -20,6 +20,7 @@ from pyro_em.families.chunks import log_density
 from pyro_em.families.family import Family
 from pyro_em.graph.all_data import AllData
 from pyro_em.graph.binding import Binding
+from pyro_em.graph.later_arguments import LaterArguments
 from pyro_em.graph.stretches import Members, Repeated
 from pyro_em.graph.structure import Structure
 from pyro_em.incomplete import IncompleteMultivariateNormal
@@ -176,6 +177,12 @@ class Group:
         """Whether every member counts once."""
         return all(not isinstance(s, Tensor) and s == 1.0 for s in self.scales)
 
+    @property
+    def outlines(self) -> Mapping[str, Tensor]:
+        """Tensors of the shapes and dtypes of the arguments, where nobody asks for their numbers."""
+        own = self.arguments
+        return own.outlines if isinstance(own, LaterArguments) else own
+
     def thin(self) -> Group:
         """The same group; what was expanded over its members is held once. # (members or 1, …)"""
         if len(self.members) == 1 or self.family is None:
@@ -234,7 +241,7 @@ class Group:
             return dict(self.arguments)
         return {
             # Parameters may be coarser than the data.
-            name: b.evaluate(values).to(self.arguments[name].dtype)
+            name: b.evaluate(values).to(self.outlines[name].dtype)
             if b.is_static
             else self.arguments[name]
             for name, b in self.bindings.items()
@@ -380,7 +387,7 @@ class FactorGraph:
         dtypes = [
             t.dtype
             for g in self.groups
-            for t in (*g.arguments.values(), g.value, *((g.raw,) if g.raw is not None else ()))
+            for t in (*g.outlines.values(), g.value, *((g.raw,) if g.raw is not None else ()))
             if t.is_floating_point()
         ]
         return max(dtypes, key=lambda d: torch.finfo(d).bits, default=torch.get_default_dtype())
@@ -389,7 +396,7 @@ class FactorGraph:
     def eps(self) -> float:
         """The rounding of the coarsest floating tensor: densities, data or parameters."""
         parameters = [p.unconstrained for p in self.parameters.values()]
-        tensors = [t for g in self.groups for t in (*g.arguments.values(), g.value)]
+        tensors = [t for g in self.groups for t in (*g.outlines.values(), g.value)]
         floating = [t.dtype for t in (*parameters, *tensors) if t.is_floating_point()]
         return max((torch.finfo(d).eps for d in floating), default=torch.finfo(self.dtype).eps)
 

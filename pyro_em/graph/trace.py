@@ -149,7 +149,13 @@ def _in_slices(
     def read(own: tuple, part: Structure, plain: Sites | None) -> FactorGraph:
         return trace_graph(model, own, kwargs, part, may_part=False, **{**silent, "looked": plain})
 
-    graph = by_rows(model, kwargs, slices, how["looked"], read, bound=how["with_bindings"])
+    def numbers(own: tuple, part: Structure, values: Mapping[str, Tensor]) -> FactorGraph:
+        elsewhere = {"values": values, "random_seed": 19, "with_bindings": False, "detached": True}
+        again = {**silent, "looked": None, "kept": None, **elsewhere}
+        return trace_graph(model, own, kwargs, part, may_part=False, **again)
+
+    looked, bound = how["looked"], how["with_bindings"]
+    graph = by_rows(model, kwargs, slices, looked, read, numbers, bound=bound)
     if graph is not None and how["log"] is not None:
         own, part = slices.at(next(iter(slices)))
         trace_graph(model, own, kwargs, part, may_part=False, **{**how, "looked": None})

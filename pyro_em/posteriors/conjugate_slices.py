@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyro_em.graph.by_rows import slice_of
+from pyro_em.graph.given_rows import slice_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_totals import Rows

@@ -31,7 +31,7 @@ def equal_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _coded(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """The same by one number per row, which is many times quicker; None where rows have none."""
-    if not len(rows) or not rows.shape[1] or bool((rows != rows.round()).any()):
+    if not len(rows) or not rows.shape[1] or not _are_whole(rows):
         return None
     low = rows.amin(0)
     widths = (rows.amax(0) - low + 1).tolist()
@@ -47,6 +47,11 @@ def _coded(rows: Tensor) -> tuple[Tensor, Tensor] | None:
         code = code * width + (rows[:, d] - low[d]).long()
         size *= width
     return _numbered(code, size)
+
+
+def _are_whole(rows: Tensor) -> bool:
+    """Whether all numbers are whole."""
+    return not any(bool((part != part.round()).any()) for part in rows.split(2**16))
 
 
 def _numbered(code: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -87,6 +87,12 @@ def _flat(t: Tensor, first: int, sizes: Sequence[int]) -> Tensor:
     own = t.shape[first : first + len(sizes)]
     if own.numel() == 1:
         return t.flatten(first, first + len(sizes) - 1)
+    if all(n == 1 or t.stride(first + i) == 0 for i, n in enumerate(own)):
+        one = t
+        for d in range(first, first + len(sizes)):
+            one = one.narrow(d, 0, 1)
+        one = one.flatten(first, first + len(sizes) - 1)
+        return one.expand(*one.shape[:first], math.prod(sizes), *one.shape[first + 1 :])
     full = (*t.shape[:first], *sizes, *t.shape[first + len(sizes) :])
     return t.expand(full).flatten(first, first + len(sizes) - 1)
 

@@ -144,7 +144,7 @@ def shape_of_rows(graph: FactorGraph) -> Shape | Finding:
 
 def varies(group: Group) -> bool:
     """Whether an argument differs between rows."""
-    return any(a.shape[1] != 1 for a in group.arguments.values())
+    return any(a.shape[1] != 1 for a in group.outlines.values())
 
 
 def why_not_constant(group: Group) -> Finding:
@@ -213,7 +213,8 @@ def distinct(graph: FactorGraph, shape: Shape, weight: Tensor) -> tuple[FactorGr
     few = [c[:: max(1, N // 64)] for c in wide]
     if not columns or any(bool((c != c.round()).any()) for c in few):
         return graph, own
-    rows = torch.cat([c.to(torch.float64) for c in columns], 1)
+    columns = [c.to(torch.float64) for c in columns]
+    rows = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
     inverse, counts = equal_rows(rows)
     if 2 * len(counts) > N:
         return graph, own

@@ -194,7 +194,7 @@ class DataSums:
                 continue
             for argument, binding in group.bindings.items():
                 if binding.is_static and names.intersection(binding.params):
-                    dtype = group.arguments[argument].dtype
+                    dtype = group.outlines[argument].dtype
                     self.arguments[g][argument] = binding.evaluate(self.values).to(dtype)
             if g in self.needed and not (group.family.additive and group.belief is None):
                 self.stale.add(g)

@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_em.families.family import Family
 from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import Selection
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.update import ParameterUpdate
+
+_MANY = 2**20  # numbers whose magnitudes are held together
 
 
 def _prod(shape: Sequence[int]) -> int:
@@ -82,6 +85,27 @@ def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:
     return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])
 
 
+def _largest(family: Family, value: Tensor, like: Tensor) -> Tensor:
+    """The magnitudes of data, the largest along dimensions in which an index has one element.
+
+    Args:
+        family: The record of their density.
+        value: The data. # (*cells, *event)
+        like: The index. # (*cells)
+    """
+
+    def largest(part: Tensor) -> Tensor:
+        x = family.magnitude(part)
+        axes = [i for i, n in enumerate(like.shape) if n == 1 and x.shape[i] > 1]
+        return x.amax(axes, keepdim=True) if axes else x
+
+    along = max(range(like.dim()), key=lambda i: value.shape[i], default=0)
+    if value.numel() <= _MANY or not like.dim() or like.shape[along] != 1:
+        return largest(value)
+    step = max(1, _MANY * value.shape[along] // value.numel())
+    return torch.stack([largest(part) for part in value.split(step, along)]).amax(0)
+
+
 def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
     """The largest value among the data of each spread: what its rounding is relative to.
 
@@ -98,14 +122,12 @@ def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -
     for use in update.uses:
         group = graph.groups[use.group]
         assert group.family is not None
-        x = group.family.magnitude(group.value.detach())
         index = use.natural.index
         if use.is_multiple:  # the unit of a multiple is no matter of the data
             x = torch.zeros_like(x).sum(-1)
         first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+        x = _largest(group.family, group.value.detach(), first)
         features = x.shape[first.dim() :]
-        axes = [i for i, n in enumerate(first.shape) if n == 1 and x.shape[i] > 1]
-        x = x.amax(axes, keepdim=True) if axes else x
         batch = torch.broadcast_shapes(first.shape, x.shape[: first.dim()])
         row = torch.where(first >= 0, first // size, n_events).expand(batch).reshape(-1)
         x = x.expand(*batch, *features).reshape(len(row), *features)

@@ -63,6 +63,11 @@ class Expectation:
 
     __rmul__ = __mul__
 
+    @property
+    def holds_many(self) -> bool:
+        """Whether it holds numbers of each of many rows."""
+        return any(t.numel() > 2**20 for named in self.sums.values() for t in named.values())
+
     def of(self, group: int) -> Statistics:
         """The statistics of a group together with their references."""
         named = {f"reference:{n}": a for n, a in self.references.get(group, {}).items()}
