@@ -330,11 +330,13 @@ def as_vector_lines(
         least = (1e-6 * magnitude).square().reshape(-1, D).clamp(min=update.floor)
         if update.floor > 0 and argument != "scale":
             return None
-    y = (group.value - once_each(offset)).to(torch.float64).flatten(lead, -2).movedim(-2, 0)
+    y = group.value if loc.is_without_constant else group.value - once_each(offset)
+    y = y.to(torch.float64).flatten(lead, -2).movedim(-2, 0)
     y = y.reshape(len(y), -1, D)
-    noise = 8 * torch.finfo(offset.dtype).eps * float(y.abs().max())
-    if not bool(((y - y[:1]).abs() <= noise).all()):
-        return None  # what is known of a mean differs between components
+    if len(y) > 1:
+        noise = 8 * torch.finfo(offset.dtype).eps * float(y.abs().max())
+        if not bool(((y - y[:1]).abs() <= noise).all()):
+            return None  # what is known of a mean differs between components
     return VectorLines(
         by_row(x, sizes, rows),
         y[0].T.contiguous(),

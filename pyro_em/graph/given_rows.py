@@ -1,10 +1,10 @@
 """The graph of large data whose rows are those of the model's arguments.
 
-Most models read the columns of their arguments as they stand: what multiplies the coefficients of a row
-are its covariates. A few rows by themselves show which columns these are. Then the graph of all rows is
-that of the few with the columns in place of theirs, and one run of the model, at other parameters and in
-slices of its data, says whether that is so of each row: an argument that is affine in parameters and
-agrees with another one where parameters are in general position is the same everywhere.
+Most models read the columns of their arguments as they stand: what multiplies the coefficients of a
+row are its covariates. A few rows by themselves show which columns these are. Then the graph of all
+rows is that of the few with the columns in place of theirs, and one run of the model, at other
+parameters and in slices of its data, says whether that is so of each row: an argument that is affine in
+parameters and agrees with another one where parameters are in general position is the same everywhere.
 """
 
 from __future__ import annotations
@@ -72,15 +72,18 @@ class Given:
                 return whole.reshape(len(whole), *rest)
         if flat.shape[1] > _MANY:
             raise NotGiven
-        try:
-            found = [self.places[flat.dtype, _as_bytes(c)] for c in flat.unbind(1)]
-        except KeyError:
-            raise NotGiven from None
-        first, begin = found[0]
+        found = [self.places.get((flat.dtype, _as_bytes(c))) for c in flat.unbind(1)]
+        if any(f is None and bool((c != c[0]).any()) for f, c in zip(found, flat.T, strict=True)):
+            raise NotGiven
+        first, begin = found[0] or (0, 0)
         if found == [(first, begin + i) for i in range(len(found))]:
             out = self.whole[first][:, begin : begin + len(found)]
         else:
-            out = torch.stack([self.whole[i][:, c] for i, c in found], 1)
+            columns = [
+                c[:1].expand(len(self.whole[0])) if f is None else self.whole[f[0]][:, f[1]]
+                for f, c in zip(found, flat.T, strict=True)
+            ]
+            out = torch.stack(columns, 1)
         return out.reshape(len(out), *rest)
 
 
@@ -101,13 +104,13 @@ def of_given_rows(alone: FactorGraph, rows: Tensor, slices: Slices) -> FactorGra
     return replace(alone, structure=slices.structure, groups=groups, parted=slices.plate)
 
 
-def _of_all(
-    group: Group, given: Given, slices: Slices, values: Mapping[str, Tensor]
-) -> Group:
+def _of_all(group: Group, given: Given, slices: Slices, values: Mapping[str, Tensor]) -> Group:
     """A group of all rows."""
     if slices.plate not in group.dims[0]:
         return group
     at = 1 + group.dims[0].index(slices.plate)
+    lead = 1 + group.n_plates
+    group = replace(group, bindings={n: _without_zeros(b, lead) for n, b in group.bindings.items()})
 
     def whole(t: Tensor) -> Tensor:
         one, shape = once_each(t.detach()), list(t.shape)
@@ -119,6 +122,14 @@ def _of_all(
 
     sizes = tuple(slices.rows if at == 1 + d else n for d, n in enumerate(group.sizes))
     return replace(mapped_group(group, whole, later=(at, values)), sizes=sizes)
+
+
+def _without_zeros(binding: Binding, lead: int) -> Binding:
+    """A binding whose Jacobians do not hold what a cell never reads, as those of many rows do not."""
+    if binding.jacobians is None:
+        return binding
+    jacobians = {n: j.without_zeros(lead) for n, j in binding.jacobians.items()}
+    return replace(binding, jacobians=jacobians)
 
 
 def is_of_all(graph: FactorGraph, slices: Slices, numbers: Numbers) -> bool:
@@ -211,7 +222,7 @@ def mapped_group(
         group: The group.
         change: What each tensor becomes.
         later: The dimension of the rows, and the parameters at the trace: what differs from row to
-            row and follows from these is computed when somebody asks. What is computed already stays so.
+            row and follows from these is computed when somebody asks. What is so already stays so.
     """
 
     def maybe(t: Tensor | None) -> Tensor | None:

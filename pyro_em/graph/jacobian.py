@@ -95,6 +95,27 @@ class Jacobian:
         index = None if self.index is None else change(self.index)
         return replace(self, value=change(self.value), index=index)
 
+    def without_zeros(self, lead: int) -> Jacobian:
+        """The same without elements that a cell reads in no row, where that holds less.
+
+        Args:
+            lead: How many of the first dimensions are rows: members and plates.
+        """
+        if self.index is not None or not self.value.numel():
+            return self
+        used = (self.value != 0).flatten(0, lead - 1).any(0)
+        width = max(int(used.sum(-1).max()), 1)
+        if 2 * width > self.size:
+            return self
+        index = (~used).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width]
+        index = index.reshape((1,) * lead + index.shape)
+        value = self.value.gather(-1, index.expand(*self.value.shape[:-1], width))
+        shape = value.shape
+        for d in range(lead, value.dim() - 1):
+            if value.shape[d] > 1 and bool((value.narrow(d, 0, 1) == value).all()):
+                value = value.narrow(d, 0, 1)
+        return Jacobian(value.expand(shape), index.expand(shape), self.size)
+
     def reached(self, where: Tensor | None = None) -> Tensor:
         """Which elements of the parameter reach any cell, or any of some. # (parameter.numel(),)
 

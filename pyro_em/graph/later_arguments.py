@@ -1,8 +1,8 @@
 """Arguments that differ from row to row and component to component, computed when somebody asks.
 
-An argument x_n · w_k has as many numbers as there are rows and components together; what it is computed
-from has those of the covariates and of the coefficients. Kernels compute it some rows at a time, so that
-nobody need hold all of it.
+An argument x_n · w_k has as many numbers as there are rows and components together; what it is
+computed from has those of the covariates and of the coefficients. Kernels compute it some rows at a
+time, so that nobody need hold all of it.
 """
 
 from __future__ import annotations

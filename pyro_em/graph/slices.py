@@ -17,7 +17,7 @@ from pyro_em.tracing.sites import Role
 
 _MANY = 2**21  # cells of all rows from which on slices are worth it
 
-_CELLS = 2**18  # of a slice
+_CELLS = 2**16  # of a slice, of which a model makes numbers for each covariate
 
 
 @dataclass(frozen=True, eq=False)

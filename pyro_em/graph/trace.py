@@ -157,7 +157,7 @@ def _in_slices(
     looked, bound = how["looked"], how["with_bindings"]
     graph = by_rows(model, kwargs, slices, looked, read, numbers, bound=bound)
     if graph is not None and how["log"] is not None:
-        own, part = slices.at(next(iter(slices)))
+        own, part = slices.at(slice(0, min(slices.most, 64)))
         trace_graph(model, own, kwargs, part, may_part=False, **{**how, "looked": None})
     return graph
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding, ModelError, UsageError, warn
-from pyro_em.graph.given_rows import some_rows
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.given_rows import some_rows
 from pyro_em.graph.lines import Line
 from pyro_em.graph.mixtures import has_components
 from pyro_em.graph.prediction import disagreements

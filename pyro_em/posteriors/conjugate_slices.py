@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyro_em.graph.given_rows import slice_of
 from pyro_em.graph.conjugate_reads import ConjugateRead
+from pyro_em.graph.given_rows import slice_of
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_totals import Rows
 from pyro_em.updates.conjugate_beliefs import MANY_ROWS

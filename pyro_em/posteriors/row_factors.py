@@ -22,7 +22,6 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.rows import restricted
 from pyro_em.updates.statistics import group_sums
 
-
 _MANY = 2**22  # probabilities that are kept from which on they are kept in single precision
 
 

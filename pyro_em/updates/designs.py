@@ -87,7 +87,8 @@ def _cell_by_cell(
         is_alike = len(read) == len(own)
         columns = torch.cat(read) if is_alike else torch.arange(begin, device=own[0].value.device)
         if not (out and is_shared and is_alike):
-            whole = torch.cat([j.value if is_alike else j.dense for j in own], -1)
+            each_whole = [j.value if is_alike else j.dense for j in own]
+            whole = each_whole[0] if len(own) == 1 else torch.cat(each_whole, -1)
             used = (whole != 0).flatten(0, -2).any(0)
             whole = whole if bool(used.all()) else whole[..., used]
             narrow = whole.reshape(-1, *shape[len(shape) - event :], whole.shape[-1])

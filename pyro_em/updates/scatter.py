@@ -7,12 +7,11 @@ A parameter's event e (a number, a row or a matrix of it) may be read by many ce
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_em.families.family import Family
 from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import Selection
 from pyro_em.graph.factors import FactorGraph
@@ -85,17 +84,22 @@ def sum_to(tensor: Tensor, cells: Sequence[int], event: int = 0) -> Tensor:
     return tensor.expand(*cells, *tensor.shape[tensor.dim() - event :])
 
 
-def _largest(family: Family, value: Tensor, like: Tensor) -> Tensor:
+def _none(value: Tensor) -> Tensor:
+    """No magnitude, whatever the data are."""
+    return torch.zeros_like(value[..., 0])
+
+
+def _largest(magnitude: Callable[[Tensor], Tensor], value: Tensor, like: Tensor) -> Tensor:
     """The magnitudes of data, the largest along dimensions in which an index has one element.
 
     Args:
-        family: The record of their density.
+        magnitude: That of some data.
         value: The data. # (*cells, *event)
         like: The index. # (*cells)
     """
 
     def largest(part: Tensor) -> Tensor:
-        x = family.magnitude(part)
+        x = magnitude(part)
         axes = [i for i, n in enumerate(like.shape) if n == 1 and x.shape[i] > 1]
         return x.amax(axes, keepdim=True) if axes else x
 
@@ -123,10 +127,10 @@ def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -
         group = graph.groups[use.group]
         assert group.family is not None
         index = use.natural.index
-        if use.is_multiple:  # the unit of a multiple is no matter of the data
-            x = torch.zeros_like(x).sum(-1)
         first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
-        x = _largest(group.family, group.value.detach(), first)
+        # The unit of a multiple is no matter of the data.
+        magnitude = _none if use.is_multiple else group.family.magnitude
+        x = _largest(magnitude, group.value.detach(), first)
         features = x.shape[first.dim() :]
         batch = torch.broadcast_shapes(first.shape, x.shape[: first.dim()])
         row = torch.where(first >= 0, first // size, n_events).expand(batch).reshape(-1)

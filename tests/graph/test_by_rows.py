@@ -13,6 +13,8 @@ from torch.distributions import constraints as C
 
 from pyro_em import ExactPosteriorEM
 from pyro_em.graph import slices
+from pyro_em.graph.later_arguments import LaterArguments
+from pyro_em.plan import program
 from pyro_em.plan.program import Program
 
 N, K, D = 301, 3, 4
@@ -71,9 +73,9 @@ def test_a_fit_is_that_of_all_rows(
         em = ExactPosteriorEM(model)
         plan = em.plan(X, Y)
         result = em.fit(X, Y, max_steps=3, tol=0)
-        program = em._ready((X, Y), {})
-        assert isinstance(program, Program)
-        assert program.graph.parted == expected
+        read = em._ready((X, Y), {})
+        assert isinstance(read, Program)
+        assert read.graph.parted == expected
         posterior = em.posterior(X, Y).probs("z")
         found.append((plan, list(result.history), result.params, posterior, str(plan.kernel)))
     whole, sliced = found
@@ -82,6 +84,47 @@ def test_a_fit_is_that_of_all_rows(
     assert torch.allclose(whole[3], sliced[3], atol=1e-9)
     for name, value in whole[2].items():
         assert torch.allclose(value, sliced[2][name], rtol=1e-7, atol=1e-9)
+
+
+def test_rows_that_differ_from_the_arguments_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows by themselves show the columns of the arguments; another shows that they err."""
+    x = X.clamp(-2.5, 2.5)
+    x[17, 2] = 3.0
+    evidence = []
+    monkeypatch.setattr(program, "_FEW", 64)  # which a fresh trace is held against
+    for many in (2**60, 1):
+        monkeypatch.setattr(slices, "_MANY", many)
+        monkeypatch.setattr(slices, "_CELLS", 300)
+        pyro.clear_param_store()
+
+        def bent(x: Tensor, y: Tensor) -> None:
+            lines(x.clamp(max=2.5), y)
+
+        evidence.append(ExactPosteriorEM(bent).fit(x, Y, max_steps=2, tol=0).log_evidence)
+    assert evidence[0] == pytest.approx(evidence[1], rel=1e-12)
+
+
+def test_what_an_argument_is_made_of_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Covariates lie where the user's do; no number is held for each row and component."""
+    monkeypatch.setattr(slices, "_MANY", 1)
+    monkeypatch.setattr(slices, "_CELLS", 300)
+    pyro.clear_param_store()
+    runs = []
+
+    def counted(x: Tensor, y: Tensor) -> None:
+        runs.append(len(x))
+        lines(x, y)
+
+    read = ExactPosteriorEM(counted)._ready((X, Y), {})
+    assert isinstance(read, Program)
+    (group,) = (g for g in read.graph.groups if g.observed)
+    own = group.bindings["loc"].jacobians
+    assert own is not None and own["w"].value.data_ptr() == X.data_ptr()
+    assert isinstance(group.arguments, LaterArguments)
+    with torch.no_grad():
+        told = pyro.param("a") + X @ pyro.param("w").T
+    assert torch.allclose(group.arguments["loc"].squeeze(0), told, rtol=1e-13)
+    assert sum(runs) < 4 * N + 500  # two plain runs, one in slices, and those of a few rows
 
 
 def test_the_budget_is_of_the_cells_that_are_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
