@@ -213,6 +213,11 @@ class GammaRows(DispersedRows):
         return total + plain - mass * s.lgamma(), lead, curve, -s.unsqueeze(-1) * sums
 
 
+def _below(eta: Tensor) -> Tensor:
+    """log(1 + exp −|ζ|): what log σ(ζ) and log σ(−ζ) have in common, with the sign changed."""
+    return eta.abs().neg_().exp_().log1p_()
+
+
 @dataclass(eq=False)
 class CountRows(DispersedRows):
     """Negative binomials: ζ is the logit of a success.
@@ -234,9 +239,10 @@ class CountRows(DispersedRows):
         """See `Predicted.log_density`."""
         assert isinstance(fit, DispersedFit)
         eta, y = self._eta(self._slopes(fit.beta), features), self.y[features]
-        out = fit.table.index_select(1, self.which[features])
-        out.sub_((y + fit.shape.unsqueeze(-1)).mul_(torch.nn.functional.softplus(eta)))
-        out.add_(eta.mul_(y))
+        s, out = fit.shape.unsqueeze(-1), fit.table.index_select(1, self.which[features])
+        # y log σ(ζ) + s log σ(−ζ): of large counts two large terms would cancel in another form.
+        out.sub_((y + s).mul_(_below(eta))).sub_(eta.clamp(min=0).mul_(s))
+        out.add_(eta.clamp_(max=0).mul_(y))
         return out if onto is None else out.add_(onto)
 
     def _weighed(self, weights: Tensor) -> Weighed:
@@ -245,12 +251,11 @@ class CountRows(DispersedRows):
 
     def _of_rows(self, eta: Tensor, r: Tensor, s: Tensor, rows: slice) -> OfRows:
         y, p = self.y[rows], torch.sigmoid(eta)
-        log_q = torch.nn.functional.softplus(eta).mul_(r)
-        trials = (y + s).mul_(r)
-        wins = r * y
-        plain = eta.mul_(wins).sum(-1) - (log_q @ y) - s.squeeze(-1) * (level := log_q.sum(-1))
-        both = trials.mul_(p)
-        return plain, -level, wins.sub_(both), both * (1 - p), p.mul_(r).mul_(s)
+        log_p, wins = _below(eta).mul_(r), r * y
+        level = log_p.sum(-1) + (eta.clamp(min=0) * r).sum(-1)
+        plain = (eta.clamp(max=0) * wins).sum(-1) - log_p @ y - s.squeeze(-1) * level
+        both = (y + s).mul_(r).mul_(p)
+        return plain, -level, wins.sub_(both), both * torch.sigmoid(-eta), p.mul_(r).mul_(s)
 
     def _of_shapes(self, s: Tensor, plain: Tensor, level: Tensor, weighed: Weighed) -> OfShapes:
         (often,) = weighed
@@ -309,7 +314,9 @@ def as_dispersed(
     parameters = tuple(held(p, values) for p in block)
     own = (x, columns, parameters, y, offset, shape[1], torch.cat(is_log))
     if group.distribution == "Gamma":
-        return GammaRows(*own, y.clamp(min=torch.finfo(y.dtype).tiny).log())
+        if not bool((y > 0).all()):  # an end of the support: the step through tables names the row
+            return None
+        return GammaRows(*own, y.log())
     return CountRows(*own, *torch.unique(y, return_inverse=True))
 
 

@@ -2,9 +2,10 @@
 
     a · exp(−x·w)    has the logarithm    log a − x·w,
 
-and logits x·w − log r are of the same form. A product is read factor by factor: an exponential of a
-linear predictor, a parameter as it stands, a known number. A parameter enters either as it is or by its
-logarithm, and by the latter as one of its elements, with a known power.
+and logits x·w − log r are of the same form, as are those of m / (m + r) with m = exp(x·w). A product is
+read factor by factor: an exponential of a linear predictor, a parameter as it stands, a known number. A
+parameter enters either as it is or by its logarithm, and by the latter as one of its elements, with a
+known power.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def as_log_affine(
         constant: The argument in that layout.
         names: The parameters that reach it.
         leaves: The leaf tensor of each.
-        link: What makes the argument of the predictor: ``"exp"``, or nothing.
+        link: What makes the argument of the predictor: ``"exp"``, ``"sigmoid"``, or nothing.
         plates: How many of the first dimensions are plates.
         max_cells: The most numbers of a Jacobian to hold.
     """
@@ -81,6 +82,8 @@ def as_log_affine(
     try:
         if link == "exp":
             _factors(point, top, constant, 1.0, terms)
+        elif link == "sigmoid":
+            _odds(point, top, constant, terms)
         elif link == "":
             _linear(point, top, constant, 1.0, terms)
         else:
@@ -116,8 +119,8 @@ def _bound(
                 raise _NotRead("no positive parameter has a logarithm here")
             jacobians[name] = _selected(term, leaf, constant)
             logs.append(name)
-    if not logs or set(jacobians) != set(names):
-        raise _NotRead("it is affine without logarithms")
+    if set(jacobians) != set(names):
+        raise _NotRead("a parameter is in no term")
     predictor = LINKS[link].inverse(constant)
     offset, size = predictor, predictor.abs()
     for name, jacobian in jacobians.items():
@@ -158,14 +161,30 @@ def _factors(point: Point, top: Tensor, like: Tensor, power: float, terms: list[
         raise _NotRead(f"no product ({base.lower()})")
 
 
+def _odds(point: Point, top: Tensor, like: Tensor, terms: list[_Term]) -> None:
+    """The terms of the logit of p / (p + q), which is log p − log q."""
+    node = through_views(point.node)
+    sides = inputs_of(node)
+    if base_name(node) != "Div" or len(sides) != 2 or base_name(sides[1][0]) != "Add":
+        raise _NotRead("no share of a sum")
+    share, total = sides
+    parts = inputs_of(total[0])
+    if len(parts) != 2 or share not in parts or parts[0] == parts[1]:
+        raise _NotRead("no share of a sum")
+    other = parts[1] if parts[0] == share else parts[0]
+    alpha = getattr(total[0], "_saved_alpha", 1)
+    if alpha != 1:
+        raise _NotRead("a share of another sum")
+    _factors(*_operand(point, node, share, top, like), like, 1.0, terms)
+    whole, own = _operand(point, node, total, top, like)
+    _factors(*_operand(whole, total[0], other, own, like), like, -1.0, terms)
+
+
 def _linear(point: Point, top: Tensor, like: Tensor, power: float, terms: list[_Term]) -> None:
     """A linear predictor, and the logarithms of parameters that stand in it."""
     terms.append(_Term(point, top, power, False))
     for log in _logs_below(point.node):
         below = inputs_of(log)[0]
-        leaf = through_views(below[0])
-        if not is_leaf(leaf):
-            raise _NotRead("a logarithm of no parameter")
         forward = forward_maps(point.edge, point.shape, GradientEdge(log, 0), like)
         ones = torch.ones((), dtype=like.dtype, device=like.device)
         slope = forward(ones).reshape(-1)[top]
@@ -182,7 +201,7 @@ def _linear(point: Point, top: Tensor, like: Tensor, power: float, terms: list[_
             forward(probe.reshape(shape)).reshape(-1)[top], factor * probe[place]
         ):
             raise _NotRead("several logarithms reach a cell")
-        terms.append(_Term(point_at(*below, shape), place, power * factor, True))
+        _factors(point_at(*below, shape), place, like, power * factor, terms)
 
 
 def _operand(

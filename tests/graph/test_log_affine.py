@@ -28,6 +28,19 @@ LOGITS: dict[str, Expression] = {
     "difference": lambda w, a, b: (X * w[Z]).sum(-1) - a[Z].log(),
     "half": lambda w, a, b: (X * w[Z]).sum(-1) + 0.5 * a.log()[Z] - b.log(),
     "offset": lambda w, a, b: EXPOSURE.log() + (X * w[Z]).sum(-1) - b.log(),
+    "of a mean": lambda w, a, b: (X * w[Z]).sum(-1).exp().log() - a[Z].log(),
+    "of a ratio": lambda w, a, b: ((X * w[Z]).sum(-1).exp() / a[Z]).log(),
+    "of an inverse": lambda w, a, b: (X * w[Z]).sum(-1) - (1 / a[Z]).log(),
+}
+
+
+def _share(m: Tensor, r: Tensor) -> Tensor:
+    return m / (m + r)
+
+
+SHARES: dict[str, Expression] = {
+    "of means": lambda w, a, b: _share((X * w[Z]).sum(-1).exp(), a[Z]),
+    "of one shape": lambda w, a, b: _share(b * (X @ w[0]).exp(), a[:1]),
 }
 OTHERS: dict[str, Expression] = {
     "a sum": lambda w, a, b: a[Z] + (X * w[Z]).sum(-1).exp(),
@@ -54,15 +67,18 @@ def _bound(expression: Expression, link: str):
     return bind(argument, leaves, allow_affine=True, link=link, allow_logs=True, plates=1)
 
 
-@pytest.mark.parametrize("name, link", [*((n, "exp") for n in RATES), *((n, "") for n in LOGITS)])
+LINKS = {"exp": RATES, "": LOGITS, "sigmoid": SHARES}
+
+
+@pytest.mark.parametrize("name, link", [(n, link) for link in LINKS for n in LINKS[link]])
 def test_a_binding_gives_the_argument_at_other_values_and_its_derivatives(name, link):
-    expression = (RATES if link else LOGITS)[name]
+    expression = LINKS[link][name]
     binding = _bound(expression, link)
     assert binding.how == "affine" and binding.logs
     other = _leaves(1)
     expected = expression(*other.values()).expand(N, K)
     torch.testing.assert_close(binding.evaluate(other), expected, rtol=1e-13, atol=1e-13)
-    predictor = expected.log() if link else expected
+    predictor = {"exp": torch.log, "sigmoid": torch.logit}.get(link, torch.clone)(expected)
     for p in binding.params:
         (slope,) = torch.autograd.grad(predictor.sum(), other[p], retain_graph=True)
         slope = slope * other[p] if p in binding.logs else slope
@@ -73,6 +89,18 @@ def test_a_binding_gives_the_argument_at_other_values_and_its_derivatives(name, 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_of_another_form_is_opaque(name):
     assert _bound(OTHERS[name], "exp").how == "opaque"
+
+
+def test_a_share_of_another_sum_is_opaque():
+    def expression(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return a[Z] / (a[Z] + 2 * (X * w[Z]).sum(-1).exp() + b)
+
+    assert _bound(expression, "sigmoid").how == "opaque"
+
+
+def test_a_product_of_exponentials_has_no_logarithms():
+    binding = _bound(lambda w, a, b: a[Z].exp() * (X * w[Z]).sum(-1).exp(), "exp")
+    assert binding.how == "affine" and not binding.logs
 
 
 def test_covariates_are_held_once_for_all_components():

@@ -246,3 +246,11 @@ def test_rates_that_are_latent_have_the_same_regression_as_their_counts(name: st
     result = ExactPosteriorEM(model).fit(tensor(X), tensor(COUNTS), max_steps=60, tol=0)
     assert "Newton with" in str(result.plan) and min(np.diff(result.history)) > -1e-9
     assert result.log_evidence == pytest.approx(-100.6653992946175, abs=1e-3)
+
+
+def test_a_zero_among_gammas_is_named_by_its_row() -> None:
+    y = WAITS.copy()
+    y[3] = 0.0
+    pyro.clear_param_store()
+    with pytest.warns(PyroEMWarning, match="site 'y'.*n = 3"):
+        ExactPosteriorEM(mixture(GAMMAS["by the mean"])).fit(tensor(X), tensor(y), max_steps=2)
