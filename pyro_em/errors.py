@@ -220,3 +220,7 @@ def sites_in_words(names: Sequence[str]) -> str:
 
 class Handover(Exception):
     """A step on sums over data met something that a step through tables has to judge."""
+
+
+class TooFar(Handover):
+    """A step on sums goes further than sums tell: the next one through tables, which takes more."""

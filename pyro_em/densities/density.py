@@ -69,7 +69,13 @@ class PreparedRows(NormalRows, Protocol):
 
 
 class PlainRows:
-    """What kinds of rows share whose moments are taken as they are, with nothing rounded."""
+    """What kinds of rows share whose moments are taken as they are, with nothing rounded.
+
+    Attributes:
+        is_local: Whether moments say nothing at arguments far from those at which they were taken.
+    """
+
+    is_local = False
 
     def over_rows(self, p: Any, moments: Tensor) -> Tensor:
         """See `NormalRows`."""

@@ -151,7 +151,8 @@ def as_exponential(group: Group, K: int) -> Exponential | None:
     """
     if group.family is None or group.family.natural is None or not group.observed:
         return None
-    if group.family.natural.of_counts or group.family.natural.is_augmented:
+    form = group.family.natural
+    if form.of_counts or form.is_augmented or form.is_local:
         return None
     lead = 1 + group.n_plates
     value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))

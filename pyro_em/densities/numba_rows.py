@@ -262,6 +262,87 @@ def students(
 
 
 @_adding
+def weibulls(
+    logarithm: np.ndarray,
+    often: np.ndarray,
+    begin: int,
+    end: int,
+    constant: np.ndarray,
+    shape: np.ndarray,
+    shift: np.ndarray,
+    mass: np.ndarray,
+    moments: np.ndarray,
+) -> float:
+    """The E-step on some rows of Weibull distributions; see `pyro_em.densities.weibull`.
+
+    Args:
+        logarithm: log x. # (N, numbers)
+        often: How often each row counts, or `ONE`. # (N,)
+        begin: The first of the rows.
+        end: One past the last.
+        constant: Log weights and the logarithms of shapes. # (K,)
+        shape: k. # (numbers, K)
+        shift: −k log λ. # (numbers, K)
+        mass: Where Σ r is added. # (K,)
+        moments: Where Σ r, Σ r t and Σ r exp(t) t^j / j! are added. # (K, numbers, ·)
+
+    Returns:
+        The log evidence, in nats.
+    """
+    M, K = shape.shape
+    last = moments.shape[2] - 3
+    B = _block(K * (1 + 2 * M) + 1)
+    joint, top, total = np.empty((K, B)), np.empty(B), np.empty(B)
+    held = np.empty((2, M, K, B))
+    own = np.empty(B)
+    evidence = 0.0
+    for first in range(begin, end, B):
+        n = min(B, end - first)
+        for k in range(K):
+            for j in range(n):
+                joint[k, j] = constant[k]
+        for i in range(M):
+            for j in range(n):
+                own[j] = logarithm[first + j, i]
+            for k in range(K):
+                a, b = shape[i, k], shift[i, k]
+                for j in range(n):
+                    t = a * own[j] + b
+                    u = -t if t > 0.0 else t
+                    u = -600.0 if u < -600.0 else u
+                    v = _exp2(u * _LOG2_E)
+                    e = 1.0 / v if t > 0.0 else v
+                    held[0, i, k, j] = t
+                    held[1, i, k, j] = e
+                    joint[k, j] += t - e - own[j]
+        evidence += _normalised(joint, often, first, n, top, total, mass)
+        for i in range(M):
+            for k in range(K):
+                s0 = s1 = s2 = 0.0
+                for j in range(n):
+                    r, t = joint[k, j], held[0, i, k, j]
+                    e = r * held[1, i, k, j]
+                    s0 += r
+                    s1 += r * t
+                    s2 += e
+                    held[0, i, k, j] = -600.0 if t < -600.0 else 600.0 if t > 600.0 else t
+                    held[1, i, k, j] = e
+                moments[k, i, 0] += s0
+                moments[k, i, 1] += s1
+                moments[k, i, 2] += s2
+                scale = 1.0
+                for m in range(1, last + 1):
+                    s0 = 0.0
+                    for j in range(n):
+                        e = held[1, i, k, j] * held[0, i, k, j]
+                        held[1, i, k, j] = e
+                        s0 += e
+                    scale /= m
+                    moments[k, i, m + 2] += s0 * scale
+    return evidence
+
+
+@_adding
 def exponentials(
     features: np.ndarray,
     often: np.ndarray,

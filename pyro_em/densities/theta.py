@@ -27,13 +27,13 @@ from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point
 from pyro_em.densities.regression import Lines
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.densities.vector_regression import VectorLines
-from pyro_em.errors import DegenerateError, Finding, Handover
+from pyro_em.errors import DegenerateError, Finding, Handover, TooFar
 from pyro_em.families.family import Statistics, expected_log_density
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.closed_form import Solver, solvers_of
 from pyro_em.updates.curves import CurveSolver
 from pyro_em.updates.least_squares import LineSolver
-from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
+from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.statistics import NATURAL, Expectation
 from pyro_em.updates.update import LeastSquares, Newton, NewtonOnSums, ParameterUpdate
@@ -265,6 +265,8 @@ class Theta:
             new, empty = solver.solve(statistics, arguments, values)
         except AtEdge as error:
             raise Handover from error  # the M-step through tables names the row
+        except Further as error:
+            raise TooFar from error  # it goes through the data as often as it takes
         if any(empty.values()):
             raise Handover  # and an empty component
         return new

@@ -150,11 +150,13 @@ class NaturalForm:
             under a posterior at the arguments of the E-step, and `terms` is a lower bound up to terms
             free of the arguments.
         spread: A spread, and the location that it is about, where the density has no bound as the
-            spread goes to zero on equal data.
+            spread goes to zero on equal data; of an inverse spread, which rises then, no location.
         maximum: From sums and arguments to the numbers of all arguments at which `expected` is largest,
             one argument after the other, where nothing else is asked of them; None where it is to be
             searched for. # (*cells, A)
         gathered: T(x) from the statistics of a family that names them otherwise.
+        reaches: Where sums hold near the references alone: whether they still tell the density at some
+            arguments. # (*cells)
     """
 
     arguments: tuple[str, ...]
@@ -167,6 +169,12 @@ class NaturalForm:
     spread: tuple[str, str] | None = None
     maximum: Callable[[Statistics, Arguments], Tensor | None] | None = None
     gathered: Callable[[Statistics], Tensor] = feature_of
+    reaches: Callable[[Statistics, Arguments], Tensor] | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether sums tell the density near the arguments at which they were taken only."""
+        return self.reaches is not None
 
     def terms(self, statistics: Statistics, arguments: Arguments) -> Tensor:
         """What E_q[log p] of each cell is a sum of, up to Σ h, in nats. # (*cells, terms)
@@ -310,6 +318,11 @@ class Family:
         return self.distribution.__name__
 
     @property
+    def is_local(self) -> bool:
+        """Whether its sums are to be taken anew where arguments have moved far."""
+        return self.natural is not None and self.natural.is_local
+
+    @property
     def joint_form(self) -> NaturalForm | None:
         """The linear form in which sums tell all arguments together, if there is one."""
         return self.natural if self.together is None else self.together
@@ -330,7 +343,7 @@ class Family:
     def has_reference(self) -> bool:
         """Whether T(x) is taken about a location, and so changes with the arguments."""
         if self.natural is not None:
-            return self.natural.is_augmented
+            return self.natural.is_augmented or self.natural.is_local
         return self.accumulate is not None or any(r.kind.is_location for r in self.rules.values())
 
     def expected_statistics(

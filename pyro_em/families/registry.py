@@ -25,6 +25,7 @@ from pyro_em.families import (
     rates,
     student,
     uniform,
+    weibull,
     wishart,
 )
 from pyro_em.families.family import BUILT_IN, Family, Rule
@@ -41,6 +42,7 @@ REGISTRY: dict[type, Family] = {
         normal,
         missing,
         uniform,
+        weibull,
         wishart,
     )
     for family in module.FAMILIES

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyro_em.errors import Handover, message, warn
+from pyro_em.errors import Handover, TooFar, message, warn
 from pyro_em.fitting.by_parts import ByParts
 from pyro_em.fitting.em_map import ByTracing, after_m_step, allowed_fall, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
@@ -30,6 +30,8 @@ from pyro_em.tracing.parameters import restore, snapshot
 from pyro_em.updates.m_step import MStepState
 
 _MANY_HANDOVERS = 3
+
+_FAR = 1e-2  # of a handover: a step that only went too far is no reason to doubt those after it
 
 
 class Fell(Exception):
@@ -73,7 +75,8 @@ class Guarded:
     Attributes:
         sound: The map through tables, which holds the program as it is known now.
         quick: The map on sums, where it may be used.
-        handovers: How many quick steps were left to ``sound``.
+        handovers: How many quick steps were left to ``sound``; of one too far a hundredth.
+        far: Whether the last quick step went further than its sums tell.
         doubts: What has shown that the program's bindings are not what the model does.
     """
 
@@ -106,7 +109,8 @@ class Guarded:
     def start_over(self) -> None:
         """Take quick steps, whatever happened to earlier ones."""
         self.quick: OnSums | None = on_sums(self.program, self.data)
-        self.handovers = 0
+        self.handovers = 0.0
+        self.far: TooFar | None = None
 
     def reread(self) -> None:
         """Read the model on the data as they are now."""
@@ -166,7 +170,7 @@ class Guarded:
             found = self._last_quick_step(at) if last else self._quick_step(at, verify)
             if found is not None:
                 return found
-            self.handovers += 1
+            self.handovers += 1.0 if self.far is None else _FAR
         return self._sound_step(at, index, verify, touched)
 
     def _again(self, at: Point) -> Point:
@@ -183,9 +187,11 @@ class Guarded:
         """A step on sums; None where one through tables is due, and then nothing was changed."""
         if self.quick is None or not isinstance(at, SumsPoint):
             return None
+        self.far = None
         try:
             after, bound = self.quick.step(at)
-        except Handover:
+        except Handover as handover:
+            self.far = handover if isinstance(handover, TooFar) else None
             return None
         if self._has_fallen(at, after):
             return None
@@ -197,12 +203,14 @@ class Guarded:
         """As `_quick_step`, with the parameters in the param store, where a transform may round."""
         if self.quick is None or not isinstance(at, SumsPoint):
             return None
+        self.far = None
         origin = snapshot(self.program.graph.parameters)
         try:
             values, bound = self.quick.m_step(at)
             write(self.program, values)
             after = self.quick.e_step()
-        except Handover:
+        except Handover as handover:
+            self.far = handover if isinstance(handover, TooFar) else None
             restore(self.program.graph.parameters, origin)
             return None
         if self._has_fallen(at, after):

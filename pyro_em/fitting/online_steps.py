@@ -334,7 +334,8 @@ def refusal(found: Finding) -> str:
 def keeps_its_meaning(block: Any) -> bool:
     """Whether the sums of a kernel can be used at the parameters of another E-step."""
     normals: Mapping[int, Any] | None = getattr(block, "normals", None)
-    if normals is None or any(isinstance(rule, KeepsRows) for rule in normals.values()):
+    rules = () if normals is None else normals.values()
+    if normals is None or any(isinstance(r, KeepsRows) or getattr(r, "is_local", 0) for r in rules):
         return False
     for g, group in enumerate(block.theta.graph.groups):
         family = group.family

@@ -173,10 +173,13 @@ class _FamilyCase:
             return self._check_derivatives(form)
         rows = {n: a[self.labels].to(torch.float64) for n, a in self.arguments.items()}
         moved = {n: a.flip(0)[self.labels].to(torch.float64) for n, a in self.arguments.items()}
+        if form.is_local:
+            moved = {n: 1.1 * a for n, a in rows.items()}
         x = self.x.to(torch.float64)
         statistics = {
             "feature": self.family.statistics(x, rows)["feature"],
             "weight": torch.ones(len(x), dtype=torch.float64),
+            **{f"reference:{n}": rows[n] for n in form.references},
         }
         linear = form.expected(statistics, rows) - form.expected(statistics, moved)
         exact = self.family.log_prob(x, rows) - self.family.log_prob(x, moved)

@@ -250,7 +250,7 @@ class Problem:
                 g, H = g[:, c.numbers], H[:, c.numbers][:, :, c.numbers]
                 H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
                 H.addcmul_(g.unsqueeze(-1), _bends(c, [m[2] for m in moves.values()]))
-            value.index_add_(0, c.block, terms.sum(-1).reshape(-1))
+            value.index_add_(0, c.block, _told(c, s, at, terms.sum(-1)).reshape(-1))
             rounding.index_add_(0, c.block, terms.abs().sum(-1).reshape(-1), alpha=_EPS)
             slope.index_add_(0, c.slope, (g * first).reshape(-1))
             curvature.index_add_(0, c.curvature, H.reshape(-1), alpha=-1.0)
@@ -305,8 +305,9 @@ class Problem:
         terms, g, H = _of_cells(c, s, at)
         H = H * (first.unsqueeze(-1) * first.unsqueeze(-2))
         H.diagonal(dim1=-2, dim2=-1).addcmul_(g, second)
+        total = _told(c, s, at, terms.sum(-1)).reshape(len(c.rows), -1).sum(-1)
         terms = terms.reshape(len(c.rows), -1)
-        return There(terms.sum(-1), _EPS * terms.abs().sum(-1), g * first, H.neg_())
+        return There(total, _EPS * terms.abs().sum(-1), g * first, H.neg_())
 
     def _moved(self, a: Argument, u: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """An argument at coordinates with its first and second derivatives.
@@ -351,6 +352,13 @@ class Problem:
             if first.requires_grad:
                 (second,) = torch.autograd.grad(first.sum(), own)
         return out.detach(), first.detach(), second.detach()
+
+
+def _told(c: Cells, s: Statistics, at: Mapping[str, Tensor], values: Tensor) -> Tensor:
+    """Values of cells, minus infinity where sums do not tell them. # (*cells)"""
+    if c.form.reaches is None:
+        return values
+    return torch.where(c.form.reaches(s, at), values, -math.inf)
 
 
 def _bends(c: Cells, each: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,9 @@ from pyro_em.errors import DegenerateError, message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.scatter import component_in_words
 
+_SHARPEST = 1e-6 / torch.finfo(torch.float64).eps
+"""Of a shape: logarithms of data times it are numbers to six digits."""
+
 _ROUNDINGS = 4.0  # of the largest location: a spread below it is the rounding of equal data
 
 
@@ -24,7 +27,8 @@ def refuse_collapse(
 
     Args:
         graph: The factor graph.
-        spreads: Of each group the argument that is a spread, and the one that it is about.
+        spreads: Of each group the argument that is a spread, and the one that it is about; of an
+            inverse spread, which rises as it collapses, none.
         block: The parameters that were solved for.
         values: The parameters after the update.
 
@@ -37,23 +41,33 @@ def refuse_collapse(
         if not names:
             continue
         arguments = group.evaluate_arguments(values)
-        rounding = torch.finfo(arguments[spread].dtype).eps * arguments[about].abs().amax()
-        if not bool((arguments[spread] <= _ROUNDINGS * rounding).any()):
+        if not about:
+            has_collapsed = arguments[spread] >= _SHARPEST
+        else:
+            largest = arguments[about].abs().amax()
+            rounding = torch.finfo(arguments[spread].dtype).eps * largest
+            has_collapsed = arguments[spread] <= _ROUNDINGS * rounding
+        if not bool(has_collapsed.any()):
             continue
-        name = names[0]
-        value = values[name]
-        at = component_in_words(value, 0, int(value.abs().argmin()))
+        name, worst = names[0], arguments[spread].reshape(-1)
+        value, worst = values[name], worst.amax() if not about else worst.amin()
+        size = value.abs()
+        place = size.argmax() if not about else size.argmin()
+        at = component_in_words(value, 0, int(place))
+        end, inside = "zero", "greater_than(1e-3)"
+        if not about:
+            end, inside = "infinity", "interval(0.0, 1e3)"
         raise DegenerateError(
             message(
                 f"parameter '{name}', {at}",
-                f"its spread collapses: {spread} would become {float(arguments[spread].min()):.3g}. "
+                f"its spread collapses: {spread} would become {float(worst):.3g}. "
                 "The update was rolled back.",
                 "a component that holds a single point, or equal data, has unbounded likelihood; it is "
                 f"estimated from site '{group.members[0]}'",
                 [
                     "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
-                    f"keep it away from zero: pyro.param('{name}', ..., "
-                    "constraint=constraints.greater_than(1e-3))",
+                    f"keep it away from {end}: pyro.param('{name}', ..., "
+                    f"constraint=constraints.{inside})",
                     "use fewer components, or share the spread between them",
                 ],
             )

@@ -196,7 +196,8 @@ class DataSums:
                 if binding.is_static and names.intersection(binding.params):
                     dtype = group.outlines[argument].dtype
                     self.arguments[g][argument] = binding.evaluate(self.values).to(dtype)
-            if g in self.needed and not (group.family.additive and group.belief is None):
+            moves_with = group.belief is not None or group.family.is_local
+            if g in self.needed and (moves_with or not group.family.additive):
                 self.stale.add(g)
 
     def _taken(self, groups: Iterable[int]) -> dict[int, Statistics]:

@@ -43,7 +43,7 @@ from pyro_em.updates.ends import end_at
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import maximise
 from pyro_em.updates.least_squares import solved
-from pyro_em.updates.newton_on_sums import AtEdge, NewtonSolver
+from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.noiseless import noiseless_in_words
 from pyro_em.updates.parted_objective import parted
 from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
@@ -60,6 +60,8 @@ from pyro_em.updates.update import (
 )
 
 T = TypeVar("T")
+
+_PASSES = 100  # over the data, where sums tell what is near only
 
 
 @dataclass
@@ -260,13 +262,20 @@ class _MStep:
     def newton(self, block: tuple[str, ...]) -> dict[str, Tensor]:
         """The joint maximiser of the parameters of densities in linear form; see `NewtonSolver`."""
         solver = NewtonSolver(block, self.graph)
-        statistics = self.sum(lambda part: part.feature_sums(solver.groups))
-        arguments = {g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups}
-        try:
-            new, empty = solver.solve(statistics, arguments, self.values)
-        except AtEdge:
-            self.over.any(lambda part: part.refuse_edges(solver.groups))
-            raise
+        for _ in range(_PASSES):
+            statistics = self.sum(lambda part: part.feature_sums(solver.groups))
+            arguments = {
+                g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups
+            }
+            try:
+                new, empty = solver.solve(statistics, arguments, self.values)
+                break
+            except Further as further:
+                new, empty = further.values, further.empty
+                self.write(new)  # sums are taken anew there
+            except AtEdge:
+                self.over.any(lambda part: part.refuse_edges(solver.groups))
+                raise
         self.massless |= {name: tuple(events) for name, events in empty.items() if events}
         return new
 

@@ -43,6 +43,9 @@ _STEPS = 200
 _TRIALS = 30
 
 
+_CUTS = 3  # steps in a row that end where sums no longer tell, before these are taken anew
+
+
 _LAST = 1e-5  # a step after which the next is lost in rounding: convergence is quadratic
 
 
@@ -57,6 +60,19 @@ _TINY = 1e-290
 
 class AtEdge(Exception):
     """Data at the end of a support, where a density is zero or infinite, have weight."""
+
+
+class Further(Exception):
+    """A maximum is further away than sums tell; they are to be taken anew at a better place.
+
+    Args:
+        values: The parameters there.
+        empty: The flat indices of elements without data.
+    """
+
+    def __init__(self, values: dict[str, Tensor], empty: dict[str, list[int]]) -> None:
+        super().__init__("the maximum is further away than sums tell")
+        self.values, self.empty = values, empty
 
 
 class NewtonSolver:
@@ -98,15 +114,16 @@ class NewtonSolver:
 
         Raises:
             AtEdge: If data at the end of a support decide.
+            Further: If the maximum is further away than the sums tell.
             DegenerateError: If the expected log joint rises without end, or a spread collapses.
         """
         # An M-step on sums runs in inference mode, which knows no derivatives.
         with torch.inference_mode(False):
             before = {n: values[n].detach().to("cpu", torch.float64, copy=True) for n in self.block}
             problem = self.places.at(statistics, arguments, values)
-            u = problem.maximum(self.coordinates.enter(before))
+            u, is_told = problem.maximum(self.coordinates.enter(before)), True
             if u is None:
-                u = self._climb(problem, self.coordinates.enter(before))
+                u, is_told = self._climb(problem, self.coordinates.enter(before))
             new, empty = {}, {}
             mass = problem.masses() if problem.may_lack_data() else None
             for name, value in self.coordinates.values(u).items():
@@ -121,16 +138,21 @@ class NewtonSolver:
         forms = {g: f.joint_form for g, f in families.items() if f is not None}
         spreads = {g: f.spread for g, f in forms.items() if f is not None and f.spread is not None}
         refuse_collapse(self.graph, spreads, self.block, {**values, **new})
+        if not is_told:
+            raise Further(new, empty)
         return new, empty
 
-    def _climb(self, problem: Problem, u: Tensor) -> Tensor:
+    def _climb(self, problem: Problem, u: Tensor) -> tuple[Tensor, bool]:
         """The coordinates of the maximum, from where parameters are.
+
+        Returns:
+            The coordinates, and whether the maximum is there: else it is further away than sums tell.
 
         Raises:
             AtEdge: If data at the end of a support decide.
             DegenerateError: If a block has none.
         """
-        here, last, begin = problem.derivatives(u), None, u
+        here, last, begin, held_back = problem.derivatives(u), None, u, 0
         if not bool((here.slope.abs() < EDGE).all()):
             raise AtEdge
         for _ in range(_STEPS):
@@ -145,7 +167,10 @@ class NewtonSolver:
             if bool((is_noise | (length <= _LAST)).all()):
                 u = u + problem.spread(step)
                 break
-            u, here = self._searched(problem, u, step, here)
+            u, here, is_cut = self._searched(problem, u, step, here)
+            held_back = held_back + 1 if is_cut else 0
+            if held_back >= _CUTS:
+                return u, False
             last = length
         else:
             promise = _direction(here)[1]
@@ -153,12 +178,13 @@ class NewtonSolver:
         ends = (promise <= _UNFINISHED * mass + here.rounding) & (here.rounding <= _BLURRED * mass)
         if not bool(ends.all()):
             self._refuse(problem, begin, u, here, ~ends)
-        return u
+        return u, True
 
     def _searched(
         self, problem: Problem, u: Tensor, step: Tensor, here: There
-    ) -> tuple[Tensor, There]:
-        """As far along the step as Q does not fall, block by block."""
+    ) -> tuple[Tensor, There, bool]:
+        """As far along the step as Q does not fall, block by block; whether sums end before."""
+        is_cut = False
         along = problem.spread(step)
         t: Tensor | None = None
         for _ in range(_TRIALS):
@@ -167,11 +193,12 @@ class NewtonSolver:
             fine = there.value >= here.value - here.rounding - there.rounding
             # A sum is finite where all of it is.
             fine &= torch.isfinite(there.slope.sum(-1) + there.curvature.sum((-2, -1)))
+            is_cut |= bool((there.value == -math.inf).any())
             if bool(fine.all()):
-                return moved, there
+                return moved, there, is_cut
             t = torch.ones_like(here.value) if t is None else t
             t = torch.where(fine, t, torch.where(t > 1e-6, t / 4, 0.0))
-        return u, here
+        return u, here, is_cut
 
     def _refuse(
         self, problem: Problem, begin: Tensor, u: Tensor, here: There, without_end: Tensor

@@ -386,7 +386,7 @@ def _obstacle(group: Group, moved: set[str]) -> Finding | None:
             return _no_sums(group, argument)
         if family.natural is not None and family.natural.of_counts:
             return _no_sums(group, argument)  # how many there are follows from the largest count
-    if not has_sums(family, group.arguments):
+    if not has_sums(family, group.arguments) or family.is_local:
         return Finding(
             where, f"what the rows say of '{site}' ({group.distribution}) is no single sum"
         )

@@ -156,6 +156,32 @@ def student_steps(
     return evidence, {"w": w, "df": df, "mu": mu, "s": s}
 
 
+def weibull_steps(
+    x: Array, start: Mapping[str, Array], steps: int
+) -> tuple[list[float], dict[str, Array]]:
+    """EM of a mixture of Weibulls, shapes by Newton's method on all rows; see `gamma_steps`."""
+    y = np.log(x)
+    square = y * y
+    w, scale, k = start["w"], start["l"], start["k"]
+    evidence = []
+    for _ in range(steps):
+        t = k[:, None] * (y - np.log(scale)[:, None])
+        table = t - np.exp(t) - y
+        table += (np.log(w) + np.log(k))[:, None]
+        evidence.append(responsibilities(table))
+        mass, logs = table.sum(1), table @ y
+        while True:
+            power = table * np.exp(k[:, None] * y)
+            zeroth, first, second = power.sum(1), power @ y, power @ square
+            slope = mass / k + logs - mass * first / zeroth
+            step = slope / (mass / k**2 + mass * (second / zeroth - (first / zeroth) ** 2))
+            if np.all(np.abs(step) <= 1e-12 * k):
+                break
+            k = np.maximum(k + step, k / 4)
+        scale, w = (zeroth / mass) ** (1 / k), mass / len(x)
+    return evidence, {"w": w, "l": scale, "k": k}
+
+
 def beside(
     model: Callable[..., None],
     steps: Callable[[Array, Mapping[str, Array], int], object],

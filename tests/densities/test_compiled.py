@@ -45,8 +45,18 @@ def gammas(x: Tensor, often: Tensor | None) -> None:
         pyro.sample("x", dist.Gamma(a[z], b[z]), obs=x[:, 0].exp())
 
 
+def weibulls(x: Tensor, often: Tensor | None) -> None:
+    w = pyro.param("w", START.clone(), constraint=C.simplex)
+    scale, k = positive("l", torch.stack([2 * START, START], -1)), positive("k", 3 * START)
+    weighted = pyro.poutine.scale(scale=1.0 if often is None else often)
+    with pyro.plate("n", len(x)), weighted:
+        z = pyro.sample("z", dist.Categorical(w))
+        one = dist.Weibull(scale[z], k[z].unsqueeze(-1))
+        pyro.sample("x", one.to_event(1), obs=x.exp())
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("model", [students, gammas])
+@pytest.mark.parametrize("model", [students, gammas, weibulls])
 def test_a_fit_is_that_of_operations_on_tables(
     model: Callable[[Tensor, Tensor | None], None], weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,10 @@ CASES = {
         dist.StudentT,
         {"df": torch.tensor([1.5, 9.0]), "loc": torch.tensor([0.0, 5.0]), "scale": H},
     ),
+    "Weibull": (
+        dist.Weibull,
+        {"scale": torch.tensor([0.5, 20.0]), "concentration": torch.tensor([0.8, 6.0])},
+    ),
     "HalfNormal": (dist.HalfNormal, {"scale": torch.tensor([0.5, 3.0])}),
     "Chi2": (dist.Chi2, {"df": torch.tensor([1.5, 9.0])}),
     "Pareto": (
