@@ -1,9 +1,7 @@
 """Chains of Gaussian states as arrays, and products of each step's matrix with its columns.
 
 Series of equal matrices stand side by side as columns of one product. Steps with the same matrix are
-one product, too, and along them a recursion x_t = F x_{t−1} + b_t is solved in log T products,
-
-    x ← x + F x one step before,    F ← F².
+one product, too.
 """
 
 from __future__ import annotations
@@ -89,14 +87,20 @@ class Arrays:
         return len(self.dynamics)
 
     @cached_property
-    def alike(self) -> list[bool]:
-        """Whether each step has the same matrices as the one before."""
+    def alike(self) -> NDArray[np.bool_]:
+        """Whether each step has the same matrices as the one before. # (T,)"""
         u, v = self.dynamics, self.measurement
         out = np.zeros(len(u), np.bool_)
         out[2:] = (u[2:] == u[1:-1]) & (v[2:] == v[1:-1])
         if self.seen is not None:
             out[2:] &= (self.seen[:, 2:] == self.seen[:, 1:-1]).all((0, 2))
-        return out.tolist()
+        return out
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """First steps, and the steps after the last, of steps with the same matrices."""
+        starts = np.flatnonzero(~self.alike).tolist()
+        return list(zip(starts, [*starts[1:], self.steps], strict=True))
 
     @property
     def counted(self) -> Floats:
@@ -190,7 +194,7 @@ class Places:
             at = int(ends[i])
         return [*out, (at, len(self.of), False)] if at < len(self.of) else out
 
-    @property
+    @cached_property
     def reversed(self) -> Places:
         """From the last step to the first."""
         return Places(self.of[::-1], self.step)
@@ -216,37 +220,3 @@ def apply(matrices: Floats, places: Places, x: Floats) -> Floats:
             found = matrices[:, place[start:end]] @ piece.transpose(0, 2, 1, 3)
             out[:, :, start:end] = found.transpose(0, 2, 1, 3)
     return out
-
-
-def scanned(matrices: Floats, places: Places, x: Floats) -> Floats:
-    """x_t = F_t x_{t−1} + b_t, from nothing. # (B, n, T, M)
-
-    Args:
-        matrices: F. # (B, P, n, n)
-        places: Which of them each step has.
-        x: b; it is overwritten. # (B, n, T, M)
-    """
-    M, place = x.shape[-1], places.of
-    for start, end, same in places.runs:
-        F = matrices[:, place[start]]
-        if not same:
-            for t in range(max(start, 1), end):
-                x[:, :, t] += matrices[:, place[t]] @ x[:, :, t - 1]
-            continue
-        if start:
-            x[:, :, start] += F @ x[:, :, start - 1]
-        flat = x[:, :, start:end].reshape(*x.shape[:2], -1)
-        apart = 1
-        while apart < end - start:
-            flat[..., apart * M :] += F @ flat[..., : -apart * M]
-            F, apart = F @ F, 2 * apart
-            size = np.abs(F).max()
-            if size < 1e-20:
-                break
-            if size > 1e100:  # known states that grow: its square may be infinite, and they zero
-                for at in range(apart * M, flat.shape[-1], apart * M):
-                    piece = flat[..., at : at + apart * M]
-                    piece += F @ flat[..., at - apart * M : at][..., : piece.shape[-1]]
-                break
-        x[:, :, start:end] = flat.reshape(*x.shape[:2], -1, M)
-    return x

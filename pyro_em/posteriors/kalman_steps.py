@@ -17,8 +17,8 @@ given x_{t−1} and all data: the states are a Markov chain again, along which m
 sums. No matrix is inverted but U, whose UᵀU = I + … has the prior of ε in it, and no covariance is
 the difference of two others. The evidence is that of the mode, −½|ε|² − ½|e|² there, less log|U|.
 
-What depends on no data is computed until it repeats. Along steps whose matrices are the same, a
-recursion x_t = F x_{t−1} + b_t is solved in log T steps, x ← x + F x one step before, F ← F².
+What depends on no data is computed until it repeats. The smoother needs no filter: states are measured
+from zero, and where data are far from it from what is found so, once more.
 
 Source: Kailath, Sayed and Hassibi (2000), "Linear estimation", chapter 12, for the array of the filter;
 Bierman (1977), "Factorization methods for discrete sequential estimation", chapters VI and X, for the
@@ -35,23 +35,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_em.posteriors.kalman_arrays import (
-    Arrays,
-    Floats,
-    Ints,
-    Places,
-    apply,
-    columns,
+from pyro_em.posteriors.kalman_arrays import FAR, Arrays, Floats, Places, apply, columns
+from pyro_em.posteriors.kalman_recursions import (
+    covariances,
+    is_same,
+    rows_of_run,
     scanned,
 )
 from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
-
-_SAME = 1e-14  # how far a matrix may be from that of the step before, for it to repeat
-
-
-_NEAR = (
-    1e-3  # the same for a filter whose means are no results: a smoother's may start from any near
-)
 
 
 def filtered(space: StateSpace) -> Filtered:
@@ -61,7 +52,7 @@ def filtered(space: StateSpace) -> Filtered:
         space: The chains, on the CPU.
     """
     arrays = Arrays.of(space)
-    found = _forward(arrays, _SAME)
+    found = _forward(arrays)
     before = _predicted_covariances(arrays, found)
     errors = arrays.errors(found.predicted)
     white = apply(found.whiten, found.places, errors)
@@ -83,21 +74,20 @@ def smoothed(space: StateSpace) -> Smoothed:
         space: The chains, on the CPU.
     """
     arrays = Arrays.of(space)
-    found = _forward(arrays, _NEAR)
-    told = _backward(arrays, found)
-    epsilon, distance = _onward(arrays, found, told, told.shift)
-    left = (arrays.errors(found.predicted) - arrays.expected(distance)) / arrays.s[..., None]
-    nats = 0.5 * math.log(2 * math.pi) + arrays.log_deviation
-    squares = (epsilon**2).sum((1, 2)) + (left**2).sum((1, 2))
-    sizes = told.log_determinant + 2 * (nats * arrays.counted).sum((1, 2))
-    covariances, which = _covariances(told)
+    told = _backward(arrays)
+    near = _near(arrays, told)
+    delta, epsilon = _onward(arrays, told, near, _shift(arrays, told, near))
+    nats = math.log(2 * math.pi) + 2 * arrays.log_deviation
+    squares = _squares(epsilon) + _squares(near.left(delta))
+    sizes = told.log_determinant + (nats * arrays.counted).sum((1, 2))
+    found, which = covariances(told.transition, told.noise, told.places)
     B, place = arrays.batches, torch.from_numpy(told.places.of)
     return Smoothed(
         arrays.chains(-0.5 * (squares + sizes[:, None])),
         torch.from_numpy(told.log_determinant),
-        arrays.chains(found.predicted + distance),
+        arrays.chains(near.moved(delta)),
         arrays.chains(apply(arrays.G, arrays.of_dynamics, epsilon)),
-        torch.from_numpy(covariances),
+        torch.from_numpy(found),
         torch.from_numpy(which).expand(B, -1),
         torch.from_numpy(told.transition),
         torch.from_numpy(told.noise),
@@ -113,18 +103,18 @@ def sampled(space: StateSpace, normal: Tensor) -> Tensor:
         normal: Standard normal numbers. # (draws, chains, T, k)
     """
     arrays = Arrays.of(space)
-    found = _forward(arrays, _NEAR)
-    told = _backward(arrays, found)
+    told = _backward(arrays)
+    near = _near(arrays, told)
     # Draws are columns too, with the chains inside them.
     z, n = normal.numpy(), len(normal)
     if arrays.batches == 1:
         eta = columns(z.reshape(n * space.chains, *z.shape[2:]), 1)
     else:
         eta = np.ascontiguousarray(z.transpose(1, 3, 2, 0))
-    shift, mean, predicted = (np.tile(x, n) for x in (told.shift, found.mean, found.predicted))
-    shift += apply(told.factor, told.places, eta)
-    _, distance = _onward(arrays, replace(found, mean=mean, predicted=predicted), told, shift)
-    return arrays.chains(predicted + distance).unflatten(0, (n, space.chains))
+    shift = np.tile(_shift(arrays, told, near), n) + apply(told.factor, told.places, eta)
+    near = near.tiled(n)
+    delta, _ = _onward(arrays, told, near, shift)
+    return arrays.chains(near.moved(delta)).unflatten(0, (n, space.chains))
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,30 +144,78 @@ class _Backward:
 
     Attributes:
         places: Which of the matrices a step has.
+        before: R of what is later than a step. # (B, P, n, n)
+        turn: From the numbers of H/s and R to g and ζ. # (B, P, k + n, D + n)
         pull: E. # (B, P, k, n)
         factor: W. # (B, P, k, k)
         transition: Φ. # (B, P, n, n)
         noise: C. # (B, P, n, n)
-        shift: g. # (B, k, T, M)
         log_determinant: 2 Σ log|U|. # (B,)
     """
 
     places: Places
+    before: Floats
+    turn: Floats
     pull: Floats
     factor: Floats
     transition: Floats
     noise: Floats
-    shift: Floats
     log_determinant: Floats
 
 
-def _forward(arrays: Arrays, within: float) -> _Forward:
-    """The filter.
+@dataclass(frozen=True, eq=False)
+class _Near:
+    """What states are measured from.
 
-    Args:
+    Attributes:
         arrays: The chains.
-        within: When its gains are taken to repeat.
+        states: m; None for zero. # (B, n, T, M)
+        gained: m − (A m before + a); None for zero. # (B|1, n, T, M|1)
+        errors: (y − H (A m before + a)) / s. # (B, D, T, M)
     """
+
+    arrays: Arrays
+    states: Floats | None
+    gained: Floats | None
+    errors: Floats
+
+    @classmethod
+    def of(cls, arrays: Arrays, states: Floats | None) -> _Near:
+        """From the states, or zero."""
+        drift: Floats | None = arrays.drift if arrays.drift.any() else None
+        if states is None:
+            gained, errors = None if drift is None else -drift, arrays.value
+            if drift is not None:
+                errors = arrays.errors(drift)
+        else:
+            predicted = arrays.moved(states)
+            if drift is not None:
+                predicted += drift
+            gained, errors = states - predicted, arrays.errors(predicted)
+        return cls(arrays, states, gained, errors / arrays.s[..., None])
+
+    def moved(self, delta: Floats) -> Floats:
+        """States that are so far from m. # (B, n, T, M)"""
+        return delta if self.states is None else self.states + delta
+
+    def left(self, delta: Floats) -> Floats:
+        """(y − H x) / s of these states. # (B, D, T, M)"""
+        s = self.arrays.s[..., None]
+        if self.states is None or self.gained is None:
+            return self.arrays.errors(delta) / s
+        return self.errors - self.arrays.expected(delta + self.gained) / s
+
+    def tiled(self, n: int) -> _Near:
+        """The same for chains n times."""
+        states = None if self.states is None else np.tile(self.states, n)
+        gained = self.gained
+        if gained is not None and gained.shape[-1] > 1:
+            gained = np.tile(gained, n)
+        return replace(self, states=states, gained=gained)
+
+
+def _forward(arrays: Arrays) -> _Forward:
+    """The filter."""
     B, T = arrays.batches, arrays.steps
     n, D = arrays.H.shape[-1], arrays.H.shape[-2]
     k = arrays.G.shape[-1]
@@ -185,7 +223,7 @@ def _forward(arrays: Arrays, within: float) -> _Forward:
     array = np.zeros((B, n + k + D, D + n))
     upper = np.triu(np.ones((D + n, D + n)))
     place, steps, found = np.empty(T, np.int64), [], []
-    steady, alike = False, arrays.alike
+    steady, alike = False, arrays.alike.tolist()
     for t in range(T):
         if not (steady and alike[t]):
             if not alike[t]:
@@ -198,7 +236,7 @@ def _forward(arrays: Arrays, within: float) -> _Forward:
             triangle = _reflected(array)[:, : D + n] * upper
             triangle *= np.copysign(1.0, triangle.diagonal(axis1=-2, axis2=-1))[..., None]
             new = triangle[:, D:, D:]
-            steady = alike[t] and t % 2 == 0 and _settled(new, St, within)
+            steady = alike[t] and t % 2 == 0 and is_same(new, St)
             St = new
             found.append(triangle)
             steps.append(t)
@@ -226,92 +264,85 @@ def _predicted_covariances(arrays: Arrays, found: _Forward) -> Floats:
     return out
 
 
-def _backward(arrays: Arrays, found: _Forward) -> _Backward:
-    """The noises of each step given the state before and all data."""
+def _near(arrays: Arrays, told: _Backward) -> _Near:
+    """Zero; where data are far from it, what is found from there."""
+    zero = _Near.of(arrays, None)
+    if np.abs(zero.errors).max(initial=0.0) <= FAR:
+        return zero
+    delta, _ = _onward(arrays, told, zero, _shift(arrays, told, zero))
+    return _Near.of(arrays, delta)
+
+
+def _backward(arrays: Arrays) -> _Backward:
+    """The noises of each step given the state before and all data: what does not depend on data."""
     B, T = arrays.batches, arrays.steps
-    n, D = arrays.H.shape[-1], arrays.H.shape[-2]
-    k = arrays.G.shape[-1]
-    R = np.zeros((B, n, n))
-    # The last columns are turned by the reflections of the first.
-    array = np.zeros((B, D + n + k, k + n + D + n))
-    array[:, D + n :, :k] = np.eye(k)
-    array[:, : D + n, k + n :] = np.eye(D + n)
-    upper = np.triu(np.ones((k + n, k + n + D + n)))
-    upper[:, k + n :] = 1.0
-    place, steps, parts = np.empty(T, np.int64), [], []
-    steady, same = False, arrays.alike
-    for t in range(T - 1, -1, -1):
-        alike = 0 < t < T - 1 and same[t + 1]
-        if not (steady and alike):
-            if not alike:
-                u, v = arrays.dynamics[t], arrays.measurement[t]
-                A = arrays.A[:, u] if t else np.zeros_like(arrays.A[:, u])
-                shape = max(len(A), len(arrays.G)), n
-                both = np.empty((*shape, k + n))
-                both[..., :k], both[..., k:] = arrays.G[:, u], A
-                rows = arrays.loading(t) / arrays.deviation[:, v, :, None]
-                array[:, :D, : k + n] = rows @ both
-            array[:, D : D + n, : k + n] = R @ both
-            triangle = _reflected(array)[:, : k + n] * upper
-            triangle *= np.copysign(1.0, triangle.diagonal(axis1=-2, axis2=-1))[..., None]
-            new = triangle[:, k:, k : k + n]
-            parts.append((triangle, R))
-            steps.append(t)
-            steady = alike and t % 2 == 0 and _settled(new, R)
-            R = new
-        place[t] = len(parts) - 1
-    places = Places(place, np.asarray(steps))
-    triangles, before = (np.stack(x, 1) for x in zip(*parts, strict=True))
-    own = arrays.dynamics[places.step]
-    G, U = arrays.G[:, own], triangles[..., :k, :k]
+    n, k = arrays.G.shape[-2:]
+    place, steps, count = np.empty(T, np.int64), [], 0
+    rows, turned, R = list[Floats](), list[Floats](), np.zeros((B, n, n))
+    for start, end in reversed(arrays.stretches):
+        u, v = arrays.dynamics[start], arrays.measurement[start]
+        G, A = arrays.G[:, u], arrays.A[:, u]
+        both = np.zeros((max(len(G), len(A)), n, k + n))
+        both[..., :k] = G
+        if start:
+            both[..., k:] = A
+        H = arrays.loading(start) / arrays.deviation[:, v, :, None]
+        before, found, R = rows_of_run(both, k, H, R, end - start)
+        rows += before
+        turned += found
+        many, count = len(found), count + len(found)
+        place[end - many : end] = np.arange(count - 1, count - 1 - many, -1)
+        place[start : end - many] = count - 1
+        steps.append(np.arange(end - 1, end - 1 - many, -1))
+    places = Places(place, np.concatenate(steps))
+    every = _t(np.stack(turned, 1))[..., : k + n, :]
+    sign = np.copysign(1.0, every.diagonal(0, -2, -1))[..., None]
+    U, V = (
+        every[..., :k, :k] * sign[..., :k, :] * np.tri(k).T,
+        every[..., :k, k : k + n] * sign[..., :k, :],
+    )
+    turn = np.ascontiguousarray(every[..., k + n :]) * sign
     W = cast(Floats, np.linalg.inv(U))
-    E, J = W @ triangles[..., :k, k : k + n], G @ W
-    transition = np.where((places.step > 0)[:, None, None], arrays.A[:, own] - G @ E, 0.0)
-    size = 2 * np.log(U.diagonal(axis1=-2, axis2=-1)).sum(-1)[:, place].sum(1)
-    turn = triangles[..., k + n :]
-    # told = (v/s, ζ + R (E[x | y_{≤t}] − E[x | y_{<t}])); ζ comes from the step after.
-    told = np.empty((B, D + n, *arrays.value.shape[2:]))
-    told[:, :D] = arrays.errors(found.predicted) / arrays.s[..., None]
-    told[:, D:] = apply(before, places, found.mean - found.predicted)
-    ahead = turn[..., k:, :]
-    zeta = np.ascontiguousarray(apply(ahead, places, told)[:, :, ::-1])
-    zeta = scanned(ahead[..., D:], places.reversed, zeta)[:, :, ::-1]
-    told[:, D:, :-1] += zeta[:, :, 1:]
-    shift = apply(W @ turn[..., :k, :], places, told)
-    return _Backward(places, E, W, transition, J @ _t(J), shift, size)
+    turn[..., :k, :] = W @ turn[..., :k, :]
+    G, E = arrays.G[:, arrays.dynamics[places.step]], W @ V
+    A = arrays.A[:, arrays.dynamics[places.step]]
+    A[:, -1] = 0.0  # of the first step
+    J = G @ W
+    sizes = 2 * np.log(U.diagonal(0, -2, -1)).sum(-1)
+    size = (sizes * np.bincount(place, minlength=count)).sum(-1)
+    return _Backward(places, np.stack(rows, 1), turn, E, W, A - G @ E, J @ _t(J), size)
 
 
-def _onward(
-    arrays: Arrays, found: _Forward, told: _Backward, shift: Floats
-) -> tuple[Floats, Floats]:
-    """ε # (B, k, T, M), and the states' distances from their predictions # (B, n, T, M)."""
-    gained = found.mean - found.predicted
-    delta = apply(arrays.G, arrays.of_dynamics, shift) - gained
+def _shift(arrays: Arrays, told: _Backward, near: _Near) -> Floats:
+    """g of each step. # (B, k, T, M)"""
+    k, D = told.factor.shape[-1], near.errors.shape[1]
+    later = told.turn[..., D:]
+    both = apply(told.turn[..., :D], told.places, near.errors)
+    if near.gained is not None:
+        both += apply(later @ told.before, told.places, near.gained)
+    shift = both[:, :k]
+    zeta = np.ascontiguousarray(both[:, k:, ::-1])
+    zeta = scanned(later[..., k:, :], told.places.reversed, zeta)
+    after = np.zeros_like(zeta)
+    after[:, :, :-1] = zeta[:, :, -2::-1]
+    return shift + apply(later[..., :k, :], told.places, after)
+
+
+def _onward(arrays: Arrays, told: _Backward, near: _Near, shift: Floats) -> tuple[Floats, Floats]:
+    """The states' distances from m # (B, n, T, M), and ε # (B, k, T, M)."""
+    delta = apply(arrays.G, arrays.of_dynamics, shift)
+    if near.gained is not None:
+        delta -= near.gained
     delta = scanned(told.transition, told.places, delta)
     before = np.zeros_like(delta)
     before[:, :, 1:] = delta[:, :, :-1]
-    return shift - apply(told.pull, told.places, before), delta + gained
+    epsilon = shift - apply(told.pull, told.places, before)
+    return delta, epsilon
 
 
-def _covariances(told: _Backward) -> tuple[Floats, Ints]:
-    """The different ones of Cov(x_t | y), and which each step has. # (B, P, n, n), (T,)"""
-    P = np.zeros_like(told.noise[:, 0])
-    place = told.places.of
-    out: list[Floats] = []
-    which = np.empty(len(place), np.int64)
-    for start, end, same in told.places.runs:
-        for t in range(start, end):
-            F = told.transition[:, place[t]]
-            new = F @ P @ _t(F)
-            new = (new + _t(new)) / 2 + told.noise[:, place[t]]
-            steady = same and t % 2 == 0 and _settled(new, P)
-            which[t] = len(out)
-            out.append(new)
-            P = new
-            if steady:
-                which[t:end] = which[t]
-                break
-    return np.stack(out, 1), which
+def _squares(x: Floats) -> Floats:
+    """Sums over numbers and steps. # (B, M)"""
+    return np.einsum("bitm,bitm->bm", x, x)
 
 
 def _t(x: Floats) -> Floats:
@@ -326,10 +357,3 @@ def _reflected(x: Floats) -> Floats:
     """
     found, _ = np.linalg.qr(x, mode="raw")
     return _t(cast(Floats, found))
-
-
-def _settled(new: Floats, old: Floats, within: float = _SAME) -> bool:
-    """Whether a matrix is as before, row by row."""
-    size = np.abs(new)
-    limit = within * (size.max(-1, keepdims=True) + 1e-2 * size.max())
-    return bool((np.abs(new - old) <= limit).all())

@@ -460,6 +460,23 @@ def test_both_ways_are_the_same(case: str) -> None:
     close(kalman_compiled.sampled(space, normal), kalman_steps.sampled(space, normal), 1e-10)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_steps_that_repeat_only_after_many(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out of a slow convergence is the sum of many small changes, not the last of them."""
+    by(way, monkeypatch)
+    space = random(32, T=1000, n=1, D=1, chains=1)
+    space = replace(
+        space,
+        transition=torch.ones_like(space.transition),
+        noise=torch.tensor([1.0, 0.05]).double().reshape(1, 2, 1, 1),
+        loading=torch.ones_like(space.loading),
+        deviation=torch.ones_like(space.deviation),
+    )
+    found = smoothed(space)
+    assert found.transitions.shape[1] < 500
+    same(found, smoothed(with_no_two_alike(space)), 2e-14)
+
+
 def with_no_two_alike(space: StateSpace) -> StateSpace:
     """The same chain, each step with matrices of its own."""
     return replace(
