@@ -41,6 +41,7 @@ from pyro_em.plan.wishes import (
 )
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.given import without_values
+from pyro_em.tracing.long_format import as_written
 from pyro_em.tracing.parameters import snapshot
 from pyro_em.tracing.randomness import seeds_from
 from pyro_em.tracing.scopes import own_store, store_state
@@ -289,7 +290,7 @@ class Questions:
             q = found.posterior()
         else:
             q = DrawnPosterior(found, args, kwargs)
-        model = without_values(found.model)
+        model = as_written(without_values(found.model))
         return predictive_draws(model, q, args, kwargs, num_samples, seed, keep_observed)
 
     @alone("generate")

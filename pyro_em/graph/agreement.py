@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_em.distributions import bases_of, unwrap
 from pyro_em.errors import Finding
 from pyro_em.families.registry import family_of, given_arguments_of_all
-from pyro_em.graph.coupling import Sites, differs, parts_of
+from pyro_em.graph.coupling import Sites, counted_cells, differs, parts_of
 from pyro_em.graph.folded import Folded
 from pyro_em.graph.forms import FEW, forms_of, in_forms, in_parts, unrepeated
 from pyro_em.tracing.sites import tensors_of
@@ -57,9 +57,9 @@ def disagreements(
         if name in agreeing or name not in plain:
             continue
         other = plain[name]
-        visible = look.visible(site)
+        visible, counts = look.visible(site), counted_cells(other)
         for (what, e, event_dim), (_, p, _) in zip(parts_of(site), parts_of(other), strict=False):
-            if not look.same(e, _untagged(p), event_dim, visible):
+            if not look.same(e, _untagged(p), event_dim, visible, counts):
                 found.append((name, what))
                 break
     return found
@@ -104,8 +104,15 @@ class _Look:
         known = site["infer"].get("_dim_to_id", {})
         return {dim: self.names[i] for dim, i in known.items() if i in self.names}
 
-    def same(self, e: Tensor, p: Tensor, event_dim: int, visible: Mapping[int, str]) -> bool:
-        """Whether an enumerated tensor, gathered, is the plain one."""
+    def same(
+        self,
+        e: Tensor,
+        p: Tensor,
+        event_dim: int,
+        visible: Mapping[int, str],
+        counts: Tensor | None = None,
+    ) -> bool:
+        """Whether an enumerated tensor, gathered, is the plain one where it counts."""
         event_dim = min(event_dim, e.dim(), p.dim())
         index: list[Tensor] = []
         for d in range(event_dim - e.dim(), 0):
@@ -124,7 +131,10 @@ class _Look:
             part, cut = torch.broadcast_tensors(part.detach(), cut.detach())
         except RuntimeError:
             return False
-        return differs(part, cut.to(part.dtype), event_dim) is None
+        off = differs(part, cut.to(part.dtype), event_dim)
+        if off is None or counts is None:
+            return off is None
+        return not bool((off & self.cut(_untagged(counts), 0).to(off.device)).any())
 
     def elements(self, dim: int, size: int) -> Tensor:
         """The elements of a plate that are compared, along its dimension."""

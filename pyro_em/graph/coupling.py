@@ -245,12 +245,20 @@ def _moved_elsewhere(
             moved = differs(x, y, event_dim)
             if moved is None:
                 continue
+            counts = counted_cells(a)
+            moved = moved if counts is None else moved & counts.to(moved.device)
             if part is not None and moved.dim() >= -dims[0] and moved.shape[dims[0]] > 1:
                 others = (~part).nonzero().reshape(-1).to(moved.device)
                 moved = moved.index_select(dims[0], others)
             if bool(moved.any()):
                 yield name, what
                 break
+
+
+def counted_cells(site: Mapping[str, Any]) -> Tensor | None:
+    """Where an observed site counts: what is masked may be anything. None where all of it does."""
+    mask = mask_tensor(site)
+    return mask if site["is_observed"] and isinstance(mask, Tensor) else None
 
 
 def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:

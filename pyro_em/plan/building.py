@@ -38,6 +38,7 @@ from pyro_em.plan.gaussians import (
     with_values,
 )
 from pyro_em.plan.hyperparameters import unbounded_joints
+from pyro_em.plan.long_tables import in_long_format
 from pyro_em.plan.loops import examine_with_loops, examined_in_loops, trouble
 from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
 from pyro_em.plan.program import Program, later_kernel
@@ -85,6 +86,11 @@ def build_program(
     """
     structure = _examined(task, first_look, refused or {}, stepwise)
     if isinstance(structure, Unrouted):
+        long = in_long_format(task, structure.structure)
+        if long is not None:
+            found = build_program(replace(task, model=long), first_look=False)
+            if isinstance(found, Program):
+                return found
         if structure.structure.series is None:
             return _with_continuous(task, structure)
         try:
