@@ -28,6 +28,8 @@ from pyro_em.families.family import Arguments, Statistics
 from pyro_em.families.forms import eye
 from pyro_em.families.normal import precision_matrix
 
+_MANY = 1024  # numbers from which on it is looked whether all are the same
+
 
 @dataclass(frozen=True)
 class PriorKernel:
@@ -185,16 +187,25 @@ class Few:
         return cls(first, place)
 
 
+def _of_shapes(function: Callable[[Tensor], Tensor], shape: Tensor) -> Tensor:
+    """A costly function of shapes, taken once where many are the same."""
+    if shape.numel() > _MANY and not shape.requires_grad:
+        one = shape[(0,) * shape.dim()]
+        if bool((shape == one).all()):
+            return function(one).expand(shape.shape)
+    return function(shape)
+
+
 def gamma_normaliser(chi: Tensor, lgamma: Tensor | None = None) -> Tensor:
     """A(χ) of Gammas, log Γ of whose shapes may be known. # (*batch,)"""
     shape, rate = chi.unbind(-1)
-    return (shape.lgamma() if lgamma is None else lgamma) - shape * rate.log()
+    return (_of_shapes(torch.lgamma, shape) if lgamma is None else lgamma) - shape * rate.log()
 
 
 def gamma_expected(chi: Tensor, digamma: Tensor | None = None) -> Tensor:
     """E[t] of Gammas, whose shapes' ψ may be known. # (*batch, 2)"""
     shape, rate = chi.unbind(-1)
-    first = shape.digamma() if digamma is None else digamma
+    first = _of_shapes(torch.digamma, shape) if digamma is None else digamma
     return _behind(first - rate.log(), -shape / rate)
 
 

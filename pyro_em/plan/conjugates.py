@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.graph.alike_rows import with_alike_once
 from pyro_em.graph.conjugate_reads import differing_reads, kernel_of_prior, read_conjugates
 from pyro_em.graph.conjugate_record import ConjugateRead, refused
 from pyro_em.graph.conjugates_by_rows import differing_by_rows, read_by_rows
@@ -73,7 +74,7 @@ class Conjugates:
         Raises:
             NotSeparate: If discrete latents connect elements of a latent.
         """
-        groups = tuple(self._with_all_elements(g) for g in graph.groups)
+        groups = tuple(self._with_all_elements(with_alike_once(g)) for g in graph.groups)
         return conjugated(replace(graph, groups=groups), self.reads, self.kernels, limit)
 
     def _with_all_elements(self, group: Group) -> Group:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.errors import Finding
-from pyro_em.graph.binding import Binding, Selection
+from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import Group
 from pyro_em.reduction.trees import SAME
 from pyro_em.updates.beliefs import Moments
@@ -33,12 +33,18 @@ from pyro_em.updates.gaussian_rows import (
     rows_of,
     weights_of,
 )
+from pyro_em.updates.line_bindings import (
+    LINE,
+    factors_of,
+    has_factor,
+    in_parameters,
+    with_one_factor,
+)
 from pyro_em.updates.linear_moments import LinearMoments, linear_moments, shifted
 
 Arguments = Mapping[str, Tensor]
 
 _MANY = 2**24  # numbers of second moments that are kept
-_LINE = "coefficients"  # what all that a mean is made of is called where it is θ itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +57,8 @@ class LineSums:
         r_r: Σ w E[r rᵀ], or its diagonal. # (cells, rows, D, D) or (cells, rows, D)
         weight: Σ w. # (cells, rows)
         coefficients: C. # (cells or 1, rows or 1, D, P)
+        counts: How many rows there are, where the weights are not how often each counts: known factors
+            f of spreads are in them, Σ w f⁻². # (cells, rows)
     """
 
     phi_phi: Tensor
@@ -58,6 +66,7 @@ class LineSums:
     r_r: Tensor
     weight: Tensor
     coefficients: Tensor = field(metadata=SAME)
+    counts: Tensor | None = None
 
     def about(self, coefficients: Tensor) -> LineSums:
         """The same sums at other coefficients.
@@ -72,7 +81,7 @@ class LineSums:
         diagonal = self.r_r.dim() == self.r_phi.dim() - 1
         second = shifted(LinearMoments(self.phi_phi, self.r_phi, self.r_r, diagonal), delta)
         r_phi = self.r_phi - delta @ self.phi_phi
-        return LineSums(self.phi_phi, r_phi, second, self.weight, coefficients)
+        return LineSums(self.phi_phi, r_phi, second, self.weight, coefficients, self.counts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +96,7 @@ class LineSite:
         sizes: How many numbers the parameters have that are the coefficients; none where a row's own
             coefficients are those of all rows.
         precise: Whether known spreads differ between rows, and go into the weights.
+        scaled: Whether known factors of a spread differ between rows, and go into the weights.
     """
 
     group: Group
@@ -95,6 +105,7 @@ class LineSite:
     is_split: bool
     sizes: Mapping[str, int]
     precise: bool
+    scaled: bool = False
 
     @classmethod
     def of(
@@ -123,6 +134,8 @@ class LineSite:
             return Finding(site, f"{what} in parameters")
         spreads, matrix = [a for a in arguments if a not in mean], is_matrix(group)
         precise = bool(differing & set(spreads))
+        scaled = precise and not matrix and has_factor(group, group.bindings["scale"])
+        precise = precise and not scaled
         if precise and (matrix or any(group.bindings[a].how != "constant" for a in spreads)):
             what = f"{spreads[0]} of '{group.members[0]}' has parameters and differs between rows"
             return Finding(site, what)
@@ -139,7 +152,8 @@ class LineSite:
         several = several and event_shape(group).numel() > 1
         is_split = not matrix and (group.elements is not None or several)
         names = group.mean_params if in_parameters else ()
-        out = cls(group, outer, kept, is_split, {n: values[n].numel() for n in names}, precise)
+        sizes = {n: values[n].numel() for n in names}
+        out = cls(group, outer, kept, is_split, sizes, precise, scaled)
         cells = math.prod(group.sizes[group.n_plates :]) * math.prod(out._rows)
         if (1 + sum(out.sizes.values())) ** 2 * cells > _MANY:
             what = (
@@ -169,9 +183,13 @@ class LineSite:
             precision = rows_of(group, arguments["scale"]).to(torch.float64) ** -2
             weights = (weights.unsqueeze(-1) if weights.dim() == 2 else weights) * precision
             weights = weights if self.is_split else weights.squeeze(-1)
-        design = self._design(values)
+        design, counts = self._design(values), None
+        if self.scaled:
+            counts = self._arranged(weights.unsqueeze(-1)).sum(-2).squeeze(-1)
+            weights = weights * factors_of(group) ** -2
         if not self.is_split:
-            return LineSums(*self._of_entry(moments, weights, design, None), self.at(values))
+            sums = self._of_entry(moments, weights, design, None)
+            return LineSums(*sums, self.at(values), counts)
         weights = weights.unsqueeze(-1) if weights.dim() == 2 else weights
         entries = moments.r_phi.shape[-2]
         each = [
@@ -291,7 +309,9 @@ class LineSite:
             t / mass.reshape(*mass.shape, *(1,) * (t.dim() - 2))
             for t in (sums.phi_phi, sums.r_phi, sums.r_r)
         )
-        coefficients, weights, elements = sums.coefficients, weight, None
+        coefficients, elements = sums.coefficients, None
+        counts = weight if sums.counts is None else sums.counts
+        weights = counts
         entries = event.numel()
         coefficients = coefficients.expand(*coefficients.shape[:2], entries, -1)
         if self.is_split:
@@ -303,8 +323,12 @@ class LineSite:
             weights = weight.unsqueeze(-1) * hot
             elements = hot.reshape(*rows, *ones, *event) > 0
         arguments, bindings = self._narrowed()
+        if self.scaled:  # Σ w f⁻² of n rows is n f̄⁻²
+            factor = (counts / mass).sqrt().transpose(0, 1).reshape(rows[0], *sizes)
+            with_one_factor(arguments, bindings, factor, self.outer)
         if self.sizes:
-            self._in_parameters(arguments, bindings, (1,) * (1 + len(sizes)), event, weight)
+            one = (1,) * (1 + len(sizes))
+            in_parameters(arguments, bindings, self.sizes, (*one, *event), weight)
         diagonal = r_r.dim() == r_phi.dim() - 1
         few = replace(
             group,
@@ -317,11 +341,11 @@ class LineSite:
             mask=None,
             elements=elements,
             scale=(1.0,) * rows[0],
-            lines=("loc", _LINE) if self.sizes else group.lines or ("loc",),
-            reads=(_LINE,) if self.sizes else group.reads,
+            lines=("loc", LINE) if self.sizes else group.lines or ("loc",),
+            reads=(LINE,) if self.sizes else group.reads,
             belief=Moments(LinearMoments(phi_phi, r_phi, r_r, diagonal), coefficients, weights),
         )
-        return few, weight.transpose(0, 1).reshape(rows[0], *sizes)
+        return few, counts.transpose(0, 1).reshape(rows[0], *sizes)
 
     def _narrowed(self) -> tuple[dict[str, Tensor], dict[str, Binding]]:
         """Arguments and bindings of a group of few rows; of a line in parameters the spreads alone."""
@@ -338,26 +362,6 @@ class LineSite:
     def _one_member(self, t: Tensor) -> Tensor:
         """What is the same for all members is held once where these are summed."""
         return t if self.kept[0] else t[:1]
-
-    def _in_parameters(
-        self,
-        arguments: dict[str, Tensor],
-        bindings: dict[str, Binding],
-        ones: tuple[int, ...],
-        event: torch.Size,
-        like: Tensor,
-    ) -> None:
-        """The coefficients are θ: each parameter is a stretch of them."""
-        total, begin, selections = sum(self.sizes.values()), 0, []
-        for name, size in self.sizes.items():
-            index = torch.full((total,), -1, dtype=torch.long, device=like.device)
-            index[begin : begin + size] = torch.arange(size, device=like.device)
-            selections.append(Selection(name, index.expand(*ones, *event, total)))
-            begin += size
-        zero = like.new_zeros(*ones, *event, total)
-        bindings[_LINE] = Binding("selection", tuple(self.sizes), zero, tuple(selections))
-        bindings["loc"] = Binding("constant", (), zero[..., 0])
-        arguments |= {_LINE: zero, "loc": zero[..., 0]}
 
 
 def _varies(argument: Tensor, dim: int) -> bool:

@@ -131,10 +131,54 @@ def matrices(x: Tensor, y: Tensor) -> Model:
     return model
 
 
+def tails(x: Tensor, y: Tensor) -> Model:
+    """Student's t by its scales; two rows share one, some are masked, and rows have weights."""
+    seen, weights = x.reshape(N // 2, 2) < 3, 1 + torch.arange(N // 2) % 3
+
+    def model() -> None:
+        nu, s = positive("nu", 4.0), positive("s", 1.5)
+        m = pyro.param("m", torch.tensor(0.3).double())
+        with (
+            pyro.plate("rows", N // 2, dim=-2),
+            poutine.scale(scale=weights.double().unsqueeze(-1)),
+        ):
+            w = pyro.sample("w", dist.Gamma(nu / 2, nu / 2))
+            with pyro.plate("each", 2, dim=-1), poutine.mask(mask=seen):
+                value = y[:, 0].reshape(N // 2, 2)
+                pyro.sample("y", dist.Normal(m, s * w.rsqrt()), obs=value)
+
+    return model
+
+
+def robust_regression(x: Tensor, y: Tensor) -> Model:
+    """Covariates and known factors of the spread differ between rows; a second site is fixed."""
+    z, units = torch.stack([torch.ones(N), x], -1).double(), y[:, 1].exp()
+
+    def model() -> None:
+        beta = pyro.param("beta", torch.zeros(2).double())
+        with pyro.plate("rows", N):
+            v = pyro.sample("v", dist.InverseGamma(positive("a", 2.0), positive("b", 2.0)))
+            spread = positive("s", 0.8) * units * v.sqrt()
+            pyro.sample("y", dist.Normal(z @ beta, spread), obs=y[:, 0])
+
+    return model
+
+
 @pytest.mark.filterwarnings("ignore:Singular sample detected")
 @pytest.mark.parametrize(
     "make",
-    [counts, weighed_and_masked, of_groups, in_plates, precisions, simplexes, halves, matrices],
+    [
+        counts,
+        weighed_and_masked,
+        of_groups,
+        in_plates,
+        precisions,
+        simplexes,
+        halves,
+        matrices,
+        tails,
+        robust_regression,
+    ],
 )
 def test_steps_on_sums_over_rows_are_those_through_tables(
     make: Callable[[Tensor, Tensor], Model],
