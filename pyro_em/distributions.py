@@ -172,6 +172,14 @@ def bounds(constraint: constraints.Constraint) -> tuple[float, float] | None:
         return None
 
 
+def is_simplex(constraint: constraints.Constraint) -> bool:
+    """Whether each row of a parameter is a point of a simplex."""
+    base: Any = constraint
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    return base is constraints.simplex
+
+
 def support_size_of(fn: Any) -> int | None:
     """Number of values that Pyro can enumerate, or None."""
     if not has_finite_support(fn):

@@ -54,11 +54,12 @@ class Argument:
 
     Attributes:
         elements: Which each of its numbers reads, −1 for none. # (*cells, *event), and (…, L) where an
-            expression has L leaves
+            expression depends on L
         selections: The parts that come from parameters of the block; of an expression all its leaves.
         name: The only parameter, where it is read as it stands.
         expression: What is made of its leaves, where parameters meet in it.
         known: The tensors that the expression knows. # (*cells, *event)
+        widths: Of each of its leaves how many coordinates it depends on.
     """
 
     elements: Tensor
@@ -66,11 +67,12 @@ class Argument:
     name: str | None
     expression: Expression | None = None
     known: tuple[Tensor, ...] = ()
+    widths: tuple[int, ...] = (1,)
 
     @property
     def width(self) -> int:
-        """How many elements each of its numbers reads."""
-        return 1 if self.expression is None else len(self.selections)
+        """How many coordinates each of its numbers depends on."""
+        return sum(self.widths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,13 +319,17 @@ class Problem:
         """
         coordinates = self.places.coordinates
         if a.expression is not None:
-            leaves = []
-            for i, s in enumerate(a.selections):
+            leaves, i = [], 0
+            for s, width in zip(a.selections, a.widths, strict=True):
+                own = a.elements[..., i : i + width]
                 if s.param in self.fixed:
                     leaves.append(Jet(self.fixed[s.param][s.index]))
-                    continue
-                value, first, second = coordinates.jet(s.param, u[a.elements[..., i]])
-                leaves.append(Jet(value, {i: first}, {(i, i): second}))
+                elif s.param in coordinates.rows:
+                    leaves.append(_share(u[own], s.index % width, i))
+                else:
+                    value, first, second = coordinates.jet(s.param, u[own[..., 0]])
+                    leaves.append(Jet(value, {i: first}, {(i, i): second}))
+                i += width
             found = a.expression.jet(leaves, a.known)
             return found.dense(a.width, u.new_zeros(a.elements.shape[:-1]))
         if a.name is not None:
@@ -352,6 +358,27 @@ class Problem:
             if first.requires_grad:
                 (second,) = torch.autograd.grad(first.sum(), own)
         return out.detach(), first.detach(), second.detach()
+
+
+def _share(u: Tensor, at: Tensor, begin: int) -> Jet:
+    """An element of a softmax with its derivatives in the row that it is of.
+
+    Args:
+        u: The row. # (…, D)
+        at: The element. # (…)
+        begin: The number of the row's first coordinate.
+    """
+    shares = u.softmax(-1)
+    value = shares.gather(-1, at.unsqueeze(-1)).squeeze(-1)
+    columns = [begin + j for j in range(u.shape[-1])]
+    away = [(at == j).to(u) - shares[..., j] for j in range(u.shape[-1])]
+    first = {c: value * d for c, d in zip(columns, away, strict=True)}
+    second: dict[tuple[int, int], Tensor | float] = {}
+    for i, c in enumerate(columns):
+        for j in range(i, len(columns)):
+            own = shares[..., i] * (float(i == j) - shares[..., j])
+            second[c, columns[j]] = value * (away[i] * away[j] - own)
+    return Jet(value, first, second)
 
 
 def _told(c: Cells, s: Statistics, at: Mapping[str, Tensor], values: Tensor) -> Tensor:

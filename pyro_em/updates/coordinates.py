@@ -2,19 +2,20 @@
 
     θ = u,    low + eᵘ,    high − e⁻ᵘ,    low + (high − low) / (1 + e⁻ᵘ)
 
-as the constraint of a parameter has no bound, one below, one above, or both.
+as the constraint of a parameter has no bound, one below, one above, or both. A row of a simplex is the
+softmax of as many numbers, which a shift of all does not change.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import bounds
+from pyro_em.distributions import bounds, is_simplex
 from pyro_em.tracing.parameters import TracedParameter
 
 _TINY = 1e-290
@@ -28,24 +29,28 @@ class Coordinates:
         slices: Per parameter its elements.
         intervals: Per parameter where its elements lie.
         size: Of the vector.
+        rows: Of parameters on a simplex how many elements a row has.
     """
 
     slices: Mapping[str, slice]
     intervals: Mapping[str, tuple[float, float]]
     size: int
+    rows: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: Sequence[TracedParameter]) -> Coordinates:
-        """The coordinates of some parameters whose constraints are intervals."""
-        slices, intervals, begin = {}, {}, 0
+        """The coordinates of some parameters whose constraints are intervals, or simplexes."""
+        slices, intervals, rows, begin = {}, {}, {}, 0
         for p in parameters:
             end = begin + p.leaf.numel()
             slices[p.name] = slice(begin, end)
             interval = bounds(p.constraint)
-            assert interval is not None
+            if interval is None:
+                assert is_simplex(p.constraint)
+                interval, rows[p.name] = (0.0, 1.0), p.leaf.shape[-1]
             intervals[p.name] = interval
             begin = end
-        return cls(slices, intervals, begin)
+        return cls(slices, intervals, begin, rows)
 
     def enter(self, values: Mapping[str, Tensor]) -> Tensor:
         """u at parameter values. # (size,)"""
@@ -53,6 +58,8 @@ class Coordinates:
 
     def _inverse(self, name: str, value: Tensor) -> Tensor:
         low, high = self.intervals[name]
+        if name in self.rows:
+            return value.clamp(min=_TINY).log()
         if low > -math.inf and high < math.inf:
             return (value - low).clamp(min=_TINY).log() - (high - value).clamp(min=_TINY).log()
         if low > -math.inf:
@@ -60,8 +67,10 @@ class Coordinates:
         return -(high - value).clamp(min=_TINY).log() if high < math.inf else value
 
     def forward(self, name: str, u: Tensor) -> Tensor:
-        """Elements of a parameter at coordinates of their own."""
+        """Elements of a parameter at coordinates of their own; of a simplex whole rows."""
         low, high = self.intervals[name]
+        if name in self.rows:
+            return u.reshape(-1, self.rows[name]).softmax(-1).reshape(u.shape)
         if low > -math.inf and high < math.inf:
             return low + (high - low) * u.sigmoid()
         if low > -math.inf:

@@ -26,6 +26,18 @@ def size_of(coordinates: Coordinates, graph: FactorGraph) -> int:
     return (int(owner.max()) + 1) * (int(slot.max()) + 1) ** 2
 
 
+def cells_of(coordinates: Coordinates, graph: FactorGraph) -> int:
+    """How many second derivatives the cells have in which rows of simplexes meet other parameters.
+
+    Args:
+        coordinates: The elements.
+        graph: The graph.
+    """
+    if not coordinates.rows:
+        return 0
+    return sum(r.numel() * r.shape[-1] for r in _rows(_read(coordinates, graph)).values())
+
+
 def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
     """Where the elements of some parameters are read.
 
@@ -41,7 +53,7 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
     else:
         owner, slot = _in_cells(*rows.values())
     B, m = int(owner.max()) + 1, int(slot.max()) + 1
-    cells_of = []
+    found_cells = []
     for g, (shape, arguments) in found.items():
         family, own = graph.groups[g].family, rows[g]
         assert family is not None and family.joint_form is not None
@@ -51,13 +63,14 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
         slope = block.unsqueeze(-1) * (m + 1) + at
         curvature = slope.unsqueeze(-1) * (m + 1) + at.unsqueeze(-2)
         each = (slope.reshape(-1), curvature.reshape(-1), _numbers(arguments, math.prod(shape)))
-        cells_of.append(Cells(g, family.joint_form, shape, arguments, own, block, *each))
+        found_cells.append(Cells(g, family.joint_form, shape, arguments, own, block, *each))
     unused = torch.ones(B, m, dtype=torch.float64)
     unused[owner, slot] = 0.0
+    flat = _shifts(coordinates, owner, slot, m)
     seen = torch.unique(torch.cat([own.reshape(-1) for own in rows.values()]))
     is_read = int((seen >= 0).sum()) == coordinates.size
-    unused = torch.diag_embed(unused)
-    return Places(coordinates, tuple(cells_of), owner, slot, (B, m), unused, is_read, alone)
+    unused = torch.diag_embed(unused) + flat
+    return Places(coordinates, tuple(found_cells), owner, slot, (B, m), unused, is_read, alone)
 
 
 def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) -> Tensor | None:
@@ -76,6 +89,17 @@ def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) ->
             return None
         positive += [interval == (0.0, math.inf)] * (a.elements.numel() // len(own))
     return torch.tensor(positive)
+
+
+def _shifts(coordinates: Coordinates, owner: Tensor, slot: Tensor, m: int) -> Tensor:
+    """What a shift of all coordinates of a row of a simplex costs, which moves nothing. # (B, m, m)"""
+    out = torch.zeros(int(owner.max()) + 1, m, m, dtype=torch.float64)
+    for name, D in coordinates.rows.items():
+        own = coordinates.slices[name]
+        at, of = slot[own].reshape(-1, D), owner[own].reshape(-1, D)
+        same = of.unsqueeze(-1) == of.unsqueeze(-2)
+        out[of.unsqueeze(-1), at.unsqueeze(-1), at.unsqueeze(-2)] += same.to(out)
+    return out
 
 
 def _numbers(arguments: Mapping[str, Argument], cells: int) -> Tensor | None:
@@ -156,16 +180,26 @@ def _arguments(
 def _met(binding: Binding, coordinates: Coordinates, shape: tuple[int, ...]) -> Argument:
     """An argument in which parameters meet. # elements: (*shape, leaves)"""
     selections = tuple(Selection(s.param, s.index.cpu().expand(shape)) for s in binding.selections)
-    elements = [
-        s.index + coordinates.slices[s.param].start
-        if s.param in coordinates.slices
-        else torch.full(shape, -1)
-        for s in selections
-    ]
+    elements = [_read_by(s, coordinates, shape) for s in selections]
     known = tuple(t.to("cpu", torch.float64).expand(shape) for t in binding.known)
     return Argument(
-        torch.stack(elements, -1).contiguous(), selections, None, binding.expression, known
+        torch.cat(elements, -1).contiguous(),
+        selections,
+        None,
+        binding.expression,
+        known,
+        tuple(e.shape[-1] for e in elements),
     )
+
+
+def _read_by(s: Selection, coordinates: Coordinates, shape: tuple[int, ...]) -> Tensor:
+    """The coordinates that each number of a leaf depends on: its own, or its row. # (*shape, ·)"""
+    if s.param not in coordinates.slices:
+        return torch.full((*shape, 1), -1)
+    begin, D = coordinates.slices[s.param].start, coordinates.rows.get(s.param, 0)
+    if not D:
+        return s.index.unsqueeze(-1) + begin
+    return (s.index // D * D + begin).unsqueeze(-1) + torch.arange(D)
 
 
 def _problems(rows: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]:

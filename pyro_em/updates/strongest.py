@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.distributions import constraints
 
-from pyro_em.distributions import bounds, is_real
+from pyro_em.distributions import bounds, is_real, is_simplex
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
@@ -216,7 +216,7 @@ def _jointly(
     """The update of a parameter in densities whose sums give the joint maximiser of all arguments."""
     if has_others:
         return ParameterUpdate(name, Gradient(), "it has a prior, or is something else besides")
-    if bounds(constraint) is None:
+    if bounds(constraint) is None and (selected or not is_simplex(constraint)):
         return ParameterUpdate(name, Gradient(), f"its constraint {constraint} is no interval")
     shown = list(dict.fromkeys(meeting or selected))
     how = "selects it"

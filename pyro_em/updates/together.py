@@ -11,7 +11,7 @@ from pyro_em.distributions import is_real
 from pyro_em.families.overdispersed import MANY
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.coordinates import Coordinates
-from pyro_em.updates.placed import size_of
+from pyro_em.updates.placed import cells_of, size_of
 from pyro_em.updates.predictors import predictors_of
 from pyro_em.updates.strongest import is_joint, strongest_update
 from pyro_em.updates.update import (
@@ -25,6 +25,8 @@ from pyro_em.updates.update import (
 )
 
 _FEW = 2**8  # elements whose second derivatives are few in any case
+
+_WIDEST = 2**20  # second derivatives of all cells in which rows of simplexes meet others
 
 _LARGEST = 2**24  # second derivatives of one block of Newton's method on sums
 
@@ -97,7 +99,8 @@ def with_newton_on_sums(
     for together in _joined([set(group.params) for group in graph.groups], free):
         block = _in_order(graph, together)
         coordinates = Coordinates.of([graph.parameters[name] for name in block])
-        if coordinates.size > _FEW and size_of(coordinates, graph) > _LARGEST:
+        too_many = coordinates.size > _FEW and size_of(coordinates, graph) > _LARGEST
+        if too_many or cells_of(coordinates, graph) > _WIDEST:
             why = f"{coordinates.size:,} numbers share cells: too many for second derivatives"
             out |= {name: ParameterUpdate(name, default or Gradient(), why) for name in block}
             continue

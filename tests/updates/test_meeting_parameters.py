@@ -24,7 +24,7 @@ def positive(name: str, *values: float) -> Tensor:
     return pyro.param(name, torch.tensor(values, dtype=torch.float64), constraint=C.positive)
 
 
-def bounded(name: str, constraint: C.Constraint, *values: float) -> Tensor:
+def bounded(name: str, constraint: C.Constraint, *values: float | list[float]) -> Tensor:
     return pyro.param(name, torch.tensor(values, dtype=torch.float64), constraint=constraint)
 
 
@@ -68,6 +68,11 @@ def log_normal(z: Tensor) -> dist.TorchDistribution:
     return dist.LogNormal(positive("m", 1.0, 4.0)[z].log() - scale**2 / 2, scale)
 
 
+def direction(z: Tensor) -> dist.TorchDistribution:
+    share = bounded("t", C.simplex, [0.2, 0.3, 0.5], [0.5, 0.3, 0.2])
+    return dist.Dirichlet(positive("c", 5.0)[0] * share[z])
+
+
 def variation(z: Tensor) -> dist.TorchDistribution:
     mean = positive("m", 1.0, 4.0)[z]
     return dist.Normal(mean, positive("c", 0.5)[0] * mean)
@@ -82,6 +87,11 @@ def positive_data(n: int = 20) -> Tensor:
 def counts(n: int = 20) -> Tensor:
     torch.manual_seed(1)
     return dist.Poisson(positive_data(n)).sample()
+
+
+def shares_of_three() -> Tensor:
+    x = torch.stack([positive_data(10), counts(10) + 0.5, positive_data(10).flip(0)], -1)
+    return x / x.sum(-1, keepdim=True)
 
 
 def model(x: Tensor, emission: Emission, apart: bool = False) -> None:
@@ -158,6 +168,7 @@ WAYS: dict[str, tuple[Emission, Tensor, dict[str, Update], bool]] = {
     "one shape": (one_shape, positive_data(), {}, False),
     "one variation": (variation, positive_data(), {}, False),
     "weights and a mask": (beta, positive_data() / 20, {}, True),
+    "a point of a simplex": (direction, shares_of_three(), {}, False),
     "a fixed size": (shares, counts(), {"r": Fixed()}, True),
 }
 
