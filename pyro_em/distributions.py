@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pyro.distributions as dist
@@ -224,7 +224,49 @@ def are_inside(fn: Any) -> bool:
 
 
 def satisfies(constraint: constraints.Constraint, value: Tensor) -> bool:
-    """Whether all of a tensor satisfies a constraint that depends on nothing else."""
+    """Whether all of a tensor satisfies a constraint that depends on nothing else.
+
+    Example:
+        >>> satisfies(constraints.simplex, torch.tensor([0.5, 0.4]))
+        False
+        >>> satisfies(constraints.positive_definite, torch.eye(2).expand(3, 2, 2))
+        True
+    """
+    value = value.detach()
+    surely = _SURELY.get(type(constraint))
+    if surely is not None and value.numel() and surely(value):
+        return True
     if is_real(constraint) and not bool(torch.isnan(value).any()):
         return True
     return bool(constraint.check(value).all())
+
+
+def _are_rows_of_simplex(value: Tensor) -> bool:
+    off = float((value.sum(-1) - 1).abs_().amax())
+    return off < 1e-6 and float(value.amin()) >= 0
+
+
+def _are_positive_definite(value: Tensor) -> bool:
+    if value.shape[-1] != value.shape[-2] or not torch.equal(value, value.mT):
+        return False
+    return not bool(torch.linalg.cholesky_ex(value).info.any())
+
+
+# What shows in a few operations that nothing is amiss; otherwise torch's own check judges.
+_SURELY: Mapping[type, Callable[[Tensor], bool]] = {
+    type(constraints.simplex): _are_rows_of_simplex,
+    type(constraints.positive_definite): _are_positive_definite,
+}
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all of a tensor of real numbers is finite; of a large one the sum says so at once.
+
+    Example:
+        >>> is_finite(torch.ones(3)), is_finite(torch.tensor([1.0, float("inf"), -float("inf")]))
+        (True, False)
+        >>> is_finite(torch.full((3,), 3e38))
+        True
+    """
+    value = value.detach()
+    return math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())

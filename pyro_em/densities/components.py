@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -115,7 +116,8 @@ class Owned:
         """
         D = self.rule.x.shape[0]
         each = mass.unsqueeze(-1)
-        step = moments[:, :D] / each
+        means = moments / each
+        step = means[:, :D]
         mu = (
             step
             if components.prepared.mean is None
@@ -125,19 +127,20 @@ class Owned:
             rounded = (mu + self.rule.centre).to(self.dtypes[0])
             mu = rounded.to(torch.float64) - self.rule.centre
         if self.rule.diagonal:
-            variance = self._pooled(moments[:, D:] - each * step * step, each)
+            variance = self._pooled(torch.addcmul(means[:, D:], step, step, value=-1), each)
             root = spread = self._rounded(variance.clamp(min=0).sqrt())
             clear = (root * root - self.least).amin()
             few = 1.6
         else:
-            squares = moments[:, D:].index_select(1, self.rule.full).reshape(-1, D, D)
-            outer = (each * step).unsqueeze(-1) * step.unsqueeze(-2)
-            spread = self._rounded(self._pooled(squares - outer, each.unsqueeze(-1)))
+            squares = means[:, D:].index_select(1, self.rule.full).view(-1, D, D)
+            own = torch.addcmul(squares, step.unsqueeze(-1), step.unsqueeze(-2), value=-1)
+            spread = self._rounded(self._pooled(own, each.unsqueeze(-1)))
             root = torch.linalg.cholesky(spread)
             # A squared pivot over its variance is 1 − R² of a feature on those before it.
             pivots = root.diagonal(dim1=-2, dim2=-1)
             variances = spread.diagonal(dim1=-2, dim2=-1)
-            clear = (torch.addcmul(-self.least, pivots, pivots) - 1e-7 * variances).amin()
+            clear = torch.addcmul(self.minus_least, pivots, pivots)
+            clear = clear.sub_(variances, alpha=1e-7).amin()
             few = D + 1.1
             if self.floor > 0 and not _is_above(root, self.floor):
                 raise Handover
@@ -148,11 +151,16 @@ class Owned:
         after = Components(mu, root, spread, self.rule.prepare_at(mu, root))
         return after, self._gain(components, after, moments, mass)
 
-    def _pooled(self, scatter: Tensor, mass: Tensor) -> Tensor:
-        """Scatter over mass, per component or of all."""
+    @cached_property
+    def minus_least(self) -> Tensor:
+        """The negative of ``least``."""
+        return -self.least
+
+    def _pooled(self, spread: Tensor, mass: Tensor) -> Tensor:
+        """The spread per component, or the one of all: their mean, by mass."""
         if self.shared:
-            return scatter.sum(0, keepdim=True) / mass.sum(0, keepdim=True)
-        return scatter / mass
+            return (spread * mass).sum(0, keepdim=True) / mass.sum(0, keepdim=True)
+        return spread
 
     def _rounded(self, spread: Tensor) -> Tensor:
         dtype = self.dtypes[1]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ def unfolding(D: int, device: torch.device) -> Tensor:
     out = torch.zeros(D, D, dtype=torch.long, device=device)
     out[i, j] = out[j, i] = torch.arange(len(i), device=device)
     return out.reshape(-1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _places(D: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """What all rows of D features share: ``upper``, ``flat``, ``full`` and ``halved`` of `Gaussian`."""
+    i, j = upper_pairs(D, device)
+    halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
+    return (i, j), i * D + j, unfolding(D, device), halved
 
 
 def products(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -133,10 +143,7 @@ class Gaussian:
             self.reach2 = torch.maximum(high, -low).to(torch.float64).square()
         else:
             self.reach2 = self.given_reach2
-        i, j = self.upper = upper_pairs(D, self.x.device)
-        self.flat = i * D + j
-        self.full = unfolding(D, self.x.device)
-        self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
+        self.upper, self.flat, self.full, self.halved = _places(D, self.x.device)
         # Of few data they are made once; of many, per chunk is as fast and keeps memory small.
         if self.width * self.x.shape[1] <= FEW_CELLS:
             self.stored = self._features(self.x)
@@ -172,18 +179,18 @@ class Gaussian:
             root: Standard deviations, or Cholesky factors. # (K or 1, D) or (K or 1, D, D)
         """
         D, dtype = self.x.shape[0], self.x.dtype
-        log_2pi = D * math.log(2 * math.pi)
+        half_log_2pi = 0.5 * D * math.log(2 * math.pi)
         if self.diagonal:
             sigma = self._each(root)
             precision = sigma**-2
-            log_det = 2 * sigma.log().sum(-1)
+            log_det = sigma.log().sum(-1)
             size = D**0.5 * float((precision * self.reach2).max())
             if not size <= self.limit:
                 return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
             along = precision * mu
             squares = -0.5 * precision
         else:
-            log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            log_det = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             size = math.inf
             if D <= _MANY:
                 precision = torch.cholesky_inverse(root)
@@ -196,9 +203,12 @@ class Gaussian:
             along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
             pairs = precision.reshape(-1, D * D).index_select(1, self.flat)
             squares = self._each(pairs * self.halved)
-        constant = (-0.5 * ((along * mu).sum(-1) + log_det + log_2pi)).unsqueeze(-1)
+        constant = torch.add(log_det, (along * mu).sum(-1), alpha=0.5)
+        constant = constant.add_(half_log_2pi).neg_().unsqueeze(-1)
         linear = torch.cat([along, squares], -1)
         wide = (linear, constant)
+        if dtype == torch.float64:
+            return Prepared(linear, constant, wide=wide, size=size)
         return Prepared(linear.to(dtype), constant.to(dtype), wide=wide, size=size)
 
     def _shift(self, loc: Tensor) -> Tensor:
@@ -214,7 +224,7 @@ class Gaussian:
         D, dtype = self.x.shape[0], self.x.dtype
         W = self._each(whiten)
         shift = (W @ mu.unsqueeze(-1)).reshape(-1, 1)
-        constant = self._each(-0.5 * (log_det + D * math.log(2 * math.pi))).unsqueeze(-1)
+        constant = self._each(-(log_det + 0.5 * D * math.log(2 * math.pi))).unsqueeze(-1)
         return Prepared(
             None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype), mu.to(dtype)
         )

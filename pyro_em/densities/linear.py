@@ -44,6 +44,7 @@ class Linear:
         n: Numerators of each datum. # (members, *sizes or 1s, *to_event, *event)
         d: Denominators; of a simplex unused. # like n
         base: h. # (members, *sizes or 1s)
+        is_remembered: Whether later runs of the model meet the same object (`linear`).
     """
 
     argument: str
@@ -51,6 +52,7 @@ class Linear:
     n: Tensor
     d: Tensor
     base: Tensor
+    is_remembered: bool = False
 
 
 def main_argument(group: Group) -> tuple[str, Rule] | None:
@@ -95,6 +97,7 @@ def linear(group: Group) -> Linear | None:
     family, before, found = selections[0].remembered.get(asked, (None, None, None))
     if family is not group.family or not torch.equal(before, value):
         found = _linear(group, name, rule)
+        found = None if found is None else replace(found, is_remembered=True)
         selections[0].remembered[asked] = group.family, value.clone(), found
     return found  # type: ignore[no-any-return]
 

@@ -37,8 +37,9 @@ def loadings_at_zero(program: Program) -> str:
     Args:
         program: The model with its data, its parameters where a fit ended.
     """
-    values = values_of(program.graph.parameters)
-    return " ".join(n for block in _blocks(program) for n in _loadings_at_zero(block, values))
+    blocks = list(_blocks(program))
+    values = values_of(program.graph.parameters) if blocks else {}
+    return " ".join(n for block in blocks for n in _loadings_at_zero(block, values))
 
 
 @torch.no_grad()
@@ -50,7 +51,8 @@ def boundary_notes(over: Reduction[Part], lead: Program, log_evidence: float) ->
         lead: The model with all of the data, or with the part at hand.
         log_evidence: Of all data at these parameters, in nats.
     """
-    values = values_of(lead.graph.parameters)
+    has_blocks = next(_blocks(lead), None) is not None
+    values = values_of(lead.graph.parameters) if has_blocks else {}
     trials, noises = over.from_first(lambda: (_trials(lead, values), _noises(lead)))
     plate = plate_of_rows(lead.structure)
     if not over.is_whole and plate is not None and shared_blocks(lead.graph, plate):

@@ -47,8 +47,11 @@ class OnSums:
             Handover: If an E-step through tables has to look.
         """
         theta = self.block.theta
+        if values is None:
+            with torch.inference_mode(False):
+                values = values_of(self.program.graph.parameters)
         try:
-            at = theta.enter(values_of(self.program.graph.parameters) if values is None else values)
+            at = theta.enter(values)
             expectation = self.expectation(at)
         except torch.linalg.LinAlgError as error:
             raise Handover from error

@@ -25,6 +25,9 @@ from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.updates.m_step import apply_floors
 
+# Steps before the first look at a model that an earlier reading has confirmed elsewhere.
+LATER = 8
+
 # ---------------------------------------------------------------- the loop
 
 
@@ -88,23 +91,23 @@ def advance(
         em: The map.
         run: Where it stands.
         is_watched: Whether somebody looks at parameters and data between steps, and may write them.
-        verify: Whether the first step is held against a fresh trace of the model.
+        verify: Whether the step at which a run looks is held against a fresh trace of the model.
         is_last: Whether no other follows.
     """
     touched = is_watched and _look(em, run)
     assert run.last is not None
     index = run.num_steps
-    first = index == run.verify_at
-    last = is_last and not (is_watched or first)
-    step = em.step(run.last, index, verify=first and verify, touched=touched, last=last)
-    is_public = is_watched or first or last
+    looks = index == run.verify_at and not run.looks_later
+    last = is_last and not (is_watched or looks)
+    step = em.step(run.last, index, verify=looks and verify, touched=touched, last=last)
+    is_public = is_watched or looks or last
     if is_public:
         em.publish(step, was_public=is_watched and run.recorded is step.before)
     run.take(step.before.objective, step.bound, step.after)
     if is_public or not isinstance(step.after, SumsPoint):
         run.record(em.program, step.after)
-    if first:
-        run.verified = run.parameters
+    if looks:
+        run.note_verified()
     return step
 
 
@@ -125,7 +128,7 @@ def read_anew(em: Guarded, run: Run) -> None:
     at = em.e_step()
     run.record(em.program, at)
     run.plain_from = run.verify_at = run.num_steps
-    run.verified = None
+    run.verified, run.looks_later = None, False
 
 
 def settle(em: Guarded, run: Run, *, anew: bool = True) -> bool:
@@ -291,8 +294,18 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
         run.status = EMStatus.INTERRUPTED
         return run
     run.record(em.program, at)
+    if _may_look_later(em, settings):
+        run.looks_later = True
+        run.note_verified()
     run.began_symmetric = _is_symmetric(em, at)
     return run
+
+
+def _may_look_later(em: Guarded, settings: Settings) -> bool:
+    """Whether nobody sees a step before the end, and the bindings were confirmed when first read."""
+    if settings.callbacks or settings.keeper is not None or settings.acceleration is not None:
+        return False
+    return settings.verify and em.data is None and em.program.is_known
 
 
 def resume_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
@@ -305,7 +318,14 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
     try:
         if settings.acceleration is None:
-            iterate(em, settings, run, r)
+            if run.looks_later and settings.max_steps > LATER:
+                iterate(em, replace(settings, max_steps=LATER), run, r)
+                goes_on = run.status is EMStatus.MAX_STEPS
+                goes_on = goes_on and _is_confirmed(em, run, "it is not") is not None
+            else:
+                goes_on = True
+            if goes_on:
+                iterate(em, settings, run, r)
         else:
             _alternate(em, settings, run, r)
     except FileError:  # a checkpoint that cannot be written, and ends the fit
@@ -313,22 +333,13 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         raise
     if settings.callbacks and run.status is not EMStatus.INTERRUPTED and em.program.is_changed():
         read_anew(em, run)  # after the last step
-    program = em.program
-    if program.compiled and run.num_steps > run.verify_at + 1 and run.verified is not None:
-        try:
-            off = em.disagreements()
-        except KeyboardInterrupt:
-            run.status = EMStatus.INTERRUPTED
-            return
-        if off:
-            warn_disagreement(program.kernel, off, "at the end of the fit it was not")
-            em.distrust(off)
-            run.go_back(em.program)
-            at = em.sound.e_step(index=run.num_steps)
-            run.record(em.program, at)
-            iterate(em, settings, run, r)
+    is_right = _is_confirmed(em, run, "at the end of the fit it was not")
+    if is_right is None:
+        return
+    if not is_right:
+        iterate(em, settings, run, r)
     if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING, EMStatus.MAX_STEPS):
-        _has_run_away(em, run, values_of(em.program.graph.parameters))
+        _has_run_away(em, run, run.values(em.program))
     if not run.began_symmetric or run.last is None or run.status is EMStatus.INTERRUPTED:
         return
     # A prior, a constraint, a constant or a fixed parameter of one component may have parted them.
@@ -337,6 +348,36 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             _warn_symmetric(_at_hand(em, run.last))
         if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING):
             run.status = EMStatus.SYMMETRIC
+
+
+def _is_confirmed(em: Guarded, run: Run, when: str) -> bool | None:
+    """Hold a fresh trace against the steps since the last one; where it differs, take them back.
+
+    Args:
+        em: The map.
+        run: Where it stands; its parameters are in the store.
+        when: The beginning of what is said otherwise.
+
+    Returns:
+        Whether the steps stand; None where there was an interrupt.
+    """
+    program = em.program
+    if not program.compiled or run.verified is None or run.num_steps <= run.verified_at:
+        return True
+    try:
+        off = em.disagreements()
+    except KeyboardInterrupt:
+        run.status = EMStatus.INTERRUPTED
+        return None
+    if not off:
+        run.note_verified()
+        return True
+    warn_disagreement(program.kernel, off, when)
+    em.distrust(off)
+    run.go_back(em.program)
+    at = em.sound.e_step(index=run.num_steps)
+    run.record(em.program, at)
+    return False
 
 
 def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:

@@ -44,10 +44,12 @@ from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.standard_errors import StandardErrors, standard_errors
 from pyro_em.fitting.stochastic_run import StochasticRun
 from pyro_em.fitting.stopping import rate_of_convergence
+from pyro_em.graph.factors import is_incomplete
 from pyro_em.plan.part import Part
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.program import Program
 from pyro_em.plan.unobserved import with_unobserved
+from pyro_em.portable import Given
 from pyro_em.posteriors.later_faces import LaterFaces
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.posteriors.strategies import Hard
@@ -146,8 +148,11 @@ def build_result(
         ends=tuple(_end(r) for r in runs),
         num_rows=rows,
         counted=counted(program.structure, rows),
-        num_free_parameters=free_parameters(
-            program, run.initial_values, without=local, apart=apart, read=read
+        _free=_later_where_data_tell_nothing(
+            program,
+            lambda: free_parameters(
+                program, run.initial_values, without=local, apart=apart, read=read
+            ),
         ),
         num_local_estimates=local_estimates(program, run.initial_values, local),
         start=start,
@@ -165,6 +170,26 @@ def build_result(
         is_parted=data is not None,
         _information=None if data else _information_of(program, unconstrained),
     )
+
+
+def _later_where_data_tell_nothing(program: Program, count: Callable[[], int]) -> Callable[[], int]:
+    """A count of parameters: made when it is asked for, if data that are others by then do not matter.
+
+    Args:
+        program: The model with its data.
+        count: Counts.
+    """
+    may_wait = program.compiled and all(
+        group.family is not None
+        and group.nested is None
+        and group.mask is None
+        and group.elements is None
+        and group.value_binding is None
+        and not is_incomplete(group)
+        and all(b.how in ("constant", "selection") for b in group.bindings.values())
+        for group in program.graph.groups
+    )
+    return cache(count) if may_wait else Given(count())
 
 
 def _here(make: Callable[[], Any]) -> Any:
@@ -270,7 +295,7 @@ def build_stochastic_result(
         starts=(bound,),
         num_rows=float(batches.total or _rows_of(variational)),
         counted=counted(variational.bare, batches.total or _rows_of(variational)),
-        num_free_parameters=count_free(parameters, plan.updates, {}, {}),
+        _free=Given(count_free(parameters, plan.updates, {}, {})),
         start="values in the model",
         seed=seed,
         dtype=torch.get_default_dtype(),

@@ -60,12 +60,8 @@ class EMResult(Portable, NamesFromElsewhere):
         num_rows: N of the BIC: elements of the outermost data plate in which anything was observed,
             weighted by scale; of one series without a plate its steps.
         counted: What ``num_rows`` counts, in words.
-        num_free_parameters: p of the BIC, through constraints; not counted are fixed ones, structural
-            zeros, and elements that no factor reads. Point estimates of latents outside every plate
-            that the data share count as parameters, those of latents inside do not: they are no
-            parameters of the model.
-        num_local_estimates: Numbers of the point estimates that are not counted for that reason; the
-            log evidence takes them as known.
+        num_local_estimates: Numbers of the point estimates of latents inside the plates that the data
+            share, which are no parameters of the model; the log evidence takes them as known.
         start: Where the best run began, in words: "values in the model", "values in the param store"
             where those are others, or the ``init`` that was asked for.
         seed: The seed that was given.
@@ -91,12 +87,12 @@ class EMResult(Portable, NamesFromElsewhere):
     rate: float | None
     starts: tuple[float, ...]
     num_rows: float
-    num_free_parameters: int
     start: str
     seed: int | None
     dtype: torch.dtype
     _standard_errors: Callable[[], StandardErrors] = field(repr=False)
     _posterior: Callable[[], Posterior | DrawnPosterior] = field(repr=False)
+    _free: Callable[[], int] = field(repr=False)
     counted: str = "rows"
     log_prior: float = 0.0
     num_local_estimates: int = 0
@@ -125,6 +121,7 @@ class EMResult(Portable, NamesFromElsewhere):
         return {
             **vars(self),
             "_posterior": answered(self._posterior),
+            "_free": answered(self._free),
             "_forms": answered(self._forms),
             "_standard_errors": errors,
             "_information": None if isinstance(errors, Refused) else information,
@@ -136,6 +133,7 @@ class EMResult(Portable, NamesFromElsewhere):
         return {
             **vars(self),
             "_posterior": Copied(self._posterior),
+            "_free": Copied(self._free),
             "_forms": Copied(self._forms),
             "_posterior_at": None,
             "_information": None if changed else self._information,
@@ -145,6 +143,15 @@ class EMResult(Portable, NamesFromElsewhere):
     def posterior(self) -> Posterior | DrawnPosterior:
         """The E-step at ``params``; after steps on sums it is computed when first asked for."""
         return self._posterior()
+
+    @property
+    def num_free_parameters(self) -> int:
+        """p of the BIC, through constraints.
+
+        Not counted are fixed ones, structural zeros, and elements that no factor reads. Point estimates
+        of latents outside every plate that the data share count as parameters.
+        """
+        return self._free()
 
     def criteria(self, n: float | None = None) -> Criteria:
         """BIC, AIC, ICL and the entropy of the latents, at a stated N.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_em.fitting.history import EMStatus, EMStep
-from pyro_em.fitting.point import LeftPoint, Point
+from pyro_em.fitting.point import LeftPoint, PartsPoint, Point, SumsPoint, TracedPoint, Values
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.schemes import Secant
 from pyro_em.plan.program import Program
-from pyro_em.tracing.parameters import restore, snapshot
+from pyro_em.tracing.parameters import restore, snapshot, values_of
 
 if TYPE_CHECKING:
     from pyro_em.fitting.guarded import Guarded
@@ -119,8 +119,11 @@ class Run:
         entering: The objective entering each complete step, in nats.
         after: The bound after the M-step of each, in nats.
         initial_values: Constrained values where it began, whose zeros are structural.
-        verified: Unconstrained values after the first step on these data, which a fresh trace of the
-            model confirmed; None before.
+        verified: Unconstrained values that a fresh trace of the model confirmed last on these data:
+            after the first step, or where a run begins that looks later; None before.
+        verified_at: How many steps were complete there.
+        looks_later: Whether the first look at the model waits for some steps, and is one with that
+            at the end of a run that has no more (`pyro_em.fitting.loop.LATER`).
         plain_from: The first step since which all have been plain steps on the same data.
         seen: The recorded parameters, to notice where a caller has written others.
         recorded: The point whose parameters ``parameters`` holds.
@@ -144,6 +147,8 @@ class Run:
     after: list[float] = field(default_factory=list)
     initial_values: dict[str, Tensor] = field(default_factory=dict)
     verified: dict[str, Tensor] | None = None
+    verified_at: int = 0
+    looks_later: bool = False
     plain_from: int = 0
     seen: Seen | None = None
     recorded: Point | None = None
@@ -171,6 +176,13 @@ class Run:
     def objective(self) -> float:
         """The bound at the last complete step; nan if there is none."""
         return math.nan if self.last is None else self.last.objective
+
+    def values(self, program: Program) -> Values:
+        """The constrained values that the param store holds after the last step was recorded."""
+        at = self.last if self.last is self.recorded else None
+        if isinstance(at, (TracedPoint, SumsPoint, PartsPoint)):
+            return at.values
+        return values_of(program.graph.parameters)
 
     def take(self, entering: float, bound: float, point: Point) -> None:
         """Record a complete step: the objective entering it, the bound after its M-step, its end."""
@@ -207,11 +219,16 @@ class Run:
         if self.last is not None and not isinstance(self.last, LeftPoint):
             self.last = self.recorded = LeftPoint.of(self.last)
 
+    def note_verified(self) -> None:
+        """Remember that the recorded parameters are what a fresh trace confirms."""
+        self.verified, self.verified_at = self.parameters, self.num_steps
+
     def go_back(self, program: Program) -> None:
-        """Return to the last parameters that were verified, after a step on these data."""
+        """Return to the last parameters that were verified."""
         assert self.verified is not None
         restore(program.graph.parameters, self.verified)
-        self.truncate(self.verify_at + 1)
+        self.truncate(self.verified_at)
+        self.looks_later = False
         self.plain_from = self.verify_at
         self.message = ""
 

@@ -79,6 +79,8 @@ def _is_diagonal(binding: Binding, may_be_zero: bool) -> bool:
     D = binding.constant.shape[-1]
     if D < 2 or any(s.of_matrices for s in binding.selections):
         return False
+    if any(s.is_whole for s in binding.selections):
+        return False  # an element beside the diagonal is one of a parameter
     beside = ~torch.eye(D, dtype=torch.bool, device=binding.constant.device)
     read = torch.stack([s.index >= 0 for s in binding.selections]).any(0)
     if bool((read & beside).any()) or bool((binding.constant != 0)[..., beside].any()):

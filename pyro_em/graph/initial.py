@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_em.distributions import is_finite
 from pyro_em.errors import Finding, warn
 from pyro_em.tracing.parameters import TracedParameter
 
 # What three digits and single precision do not keep.
 _RELATIVE = 1e-3
+
+_ROUNDING = 1e-6  # of probabilities
 
 
 def start_problem(p: TracedParameter) -> Finding | None:
@@ -33,8 +36,8 @@ def start_problem(p: TracedParameter) -> Finding | None:
         )
     if given is None:
         return None
-    bad = ~torch.isfinite(given)
-    if bool(bad.any()):
+    if not is_finite(given):
+        bad = ~torch.isfinite(given)
         kind = "NaN" if bool(given[bad].isnan().all()) else "NaN or infinite"
         return Finding(
             where,
@@ -45,7 +48,7 @@ def start_problem(p: TracedParameter) -> Finding | None:
                 "give it a finite initial value",
             ),
         )
-    if bool(torch.isfinite(p.unconstrained.detach()).all()) or _is_inside(p.constraint, given):
+    if is_finite(p.unconstrained.detach()) or _is_inside(p.constraint, given):
         return None
     return Finding(
         where,
@@ -64,11 +67,11 @@ def start_note(p: TracedParameter) -> Finding | None:
     given = given.to(start.dtype)
     if torch.equal(start, given):
         return None
-    if start.shape != given.shape or not bool(torch.isfinite(start).all()):
+    if start.shape != given.shape or not is_finite(start):
         return None
-    if _base(p.constraint) is constraints.simplex:
-        return _simplex_note(where, given, start)
     off = (start - given).abs()
+    if _base(p.constraint) is constraints.simplex:
+        return None if float(off.amax()) < _ROUNDING else _simplex_note(where, given, start)
     if float(off.max()) <= _RELATIVE * max(float(given.abs().max()), float(start.abs().max())):
         return None
     at = tuple(int(i) for i in (off == off.max()).nonzero()[0])

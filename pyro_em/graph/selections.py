@@ -96,6 +96,8 @@ def is_right(selection: Binding, leaves: Mapping[str, Tensor]) -> bool:
     """
     constant = selection.constant
     predicted = selection.evaluate({name: leaves[name].detach() for name in selection.params})
+    if predicted.dtype == constant.dtype and torch.equal(predicted, constant):
+        return True
     if selection.normalise or any(s.maps or s.factor is not None for s in selection.selections):
         # A parameter without dimensions takes the precision of what it multiplies.
         near = torch.isclose(predicted.to(constant), constant, rtol=1e-5, atol=1e-7, equal_nan=True)

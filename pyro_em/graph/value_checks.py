@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.distributions import broadcast_shape, element_mask, unwrap
+from pyro_em.distributions import broadcast_shape, element_mask, is_finite, is_real, unwrap
 from pyro_em.errors import DataError, Finding
 from pyro_em.graph.blame import same_tensor
 from pyro_em.graph.failing_words import CONVERTED_NAN, NAN_CONVERTED, OF_COORDINATES
@@ -66,7 +66,7 @@ def parameter_problems(run: Run) -> list[Finding]:
         start = start_problem(p)
         if start is not None:
             problems.append(start)
-        elif not bool(torch.isfinite(value).all()):
+        elif not is_finite(value):
             problems.append(
                 Finding(
                     where,
@@ -173,7 +173,13 @@ def _has_nonfinite(value: Tensor) -> bool:
     """Whether a number is NaN or infinite, without a tensor of the value's size."""
     if not value.is_floating_point() or not value.numel():
         return False
-    return not all(math.isfinite(float(v)) for v in value.detach().aminmax())
+    return not all(map(math.isfinite, _ends(value)))
+
+
+def _ends(value: Tensor) -> tuple[float, float]:
+    """The smallest and the largest number of a value; both NaN where one is."""
+    low, high = value.detach().aminmax()
+    return float(low), float(high)
 
 
 def data_problems(
@@ -229,7 +235,9 @@ def data_problems(
             broadcast_shape(value.shape, shown.shape)
         except ValueError:
             return []
-    bad = torch.isfinite(value).logical_not_() & shown if _has_nonfinite(value) else None
+    low, high = _ends(value) if value.numel() and value.dtype != torch.bool else (0.0, 0.0)
+    has_ends = math.isfinite(low) and math.isfinite(high)
+    bad = None if has_ends else torch.isfinite(value).logical_not_() & shown
     if bad is not None and may_hold_nan(base):
         bad &= torch.isinf(value)
     if bad is not None and bool(bad.any()):
@@ -255,8 +263,8 @@ def data_problems(
                 row=_row_of(site, value, first),
             )
         ]
-    converted = _converted(value) & shown
-    if bool(converted.any()):
+    converted = None if low > CONVERTED_NAN[1] else _converted(value) & shown
+    if converted is not None and bool(converted.any()):
         first = tuple(int(i) for i in converted.nonzero()[0])
         count = int(converted.sum())
         return [
@@ -279,6 +287,8 @@ def data_problems(
     try:
         # Element by element, as masks are.
         support = fn.support if mask is None else base.support
+        if has_ends and is_real(support):
+            return []
         inside = support.check(value)
     except (NotImplementedError, AttributeError, RuntimeError):
         return []

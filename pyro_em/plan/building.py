@@ -38,6 +38,7 @@ from pyro_em.plan.gaussians import (
     with_values,
 )
 from pyro_em.plan.hyperparameters import unbounded_joints
+from pyro_em.plan.known_updates import known_updates
 from pyro_em.plan.long_tables import in_long_format
 from pyro_em.plan.loops import examine_with_loops, examined_in_loops, trouble
 from pyro_em.plan.notes import sites_without_data, support_edges, unconstrained_simplexes
@@ -59,7 +60,7 @@ from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import versions_of
 from pyro_em.updates.decision import decide_updates
 from pyro_em.updates.expansion import expansions_of
-from pyro_em.updates.update import Fixed, ParameterUpdate, Update
+from pyro_em.updates.update import Fixed, Gradient, ParameterUpdate, Update
 
 
 @fewer_collections()
@@ -483,7 +484,14 @@ def _updates(
 ) -> tuple[dict[str, ParameterUpdate], tuple[str, ...]]:
     """What an M-step does with each parameter, and what there is to say of that."""
     apart = for_updates(graph)
-    updates = decide_updates(apart, requested, task.gradient)
+    decide = partial(_decided_anew, apart, requested, task.gradient)
+    return known_updates(apart, requested, task.gradient, decide)
+
+
+def _decided_anew(
+    apart: FactorGraph, requested: Mapping[str, Update], gradient: Gradient | None
+) -> tuple[dict[str, ParameterUpdate], tuple[str, ...]]:
+    updates = decide_updates(apart, requested, gradient)
     for e in expansions_of(apart, updates):
         reason = f"{updates[e.parameter].reason}, with parameter expansion"
         updates[e.parameter] = replace(updates[e.parameter], reason=reason)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.distributions import is_finite
 from pyro_em.errors import PyroEMError
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_record import NotConjugate
@@ -219,8 +220,8 @@ class Readings(StaysHere):
                 # What is read is known: only the graph is wanted, without its bindings.
                 again = replace(task, look_only=True)
                 same = _does_the_same(kept.task(again), kept, latest, again.log(names))
-                return latest if same else None
-            program = _on_other_data(task, kept, task.log(names))
+                return replace(latest, is_known=True) if same else None
+            program = _on_other_data(task, kept, task.log(names, own=True))
         except (PyroEMError, NotVectorized, NotLinear, NotSeparate, NotConjugate):
             return None  # reading it anew says what is wrong
         if program is not None:
@@ -236,7 +237,7 @@ class Readings(StaysHere):
         try:
             with undone_on_failure():
                 begin = Begin(keep_random_state=not first_look)
-                program = _on_other_data(task, kept, task.log(names), begin)
+                program = _on_other_data(task, kept, task.log(names, own=True), begin)
                 if program is None:
                     raise NotBegun
         except (PyroEMError, NotBegun):
@@ -356,7 +357,7 @@ def _on_other_data(
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
-        return replace(program, compiled=graph.is_static)
+        return replace(program, compiled=graph.is_static, is_known=True)
     return verified(program)
 
 
@@ -404,6 +405,6 @@ def _are_sound(parameters: Mapping[str, TracedParameter], structure: Structure) 
         and len(p.declared) < 2
         and p.initial_shape in (None, p.leaf.shape)
         and type(p.constraint) is type(known[n].constraint)
-        and bool(torch.isfinite(p.leaf).all())
+        and is_finite(p.leaf.detach())
         for n, p in parameters.items()
     )

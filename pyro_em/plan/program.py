@@ -111,6 +111,8 @@ class Program(StaysHere):
         lines: What the means of sites read of Gaussian latents, which are at zero in ``model``.
         bare: The skeleton of the user's model, where continuous latents are integrated.
         conjugates: Latents that are integrated by their conjugate pairs, at their units in ``model``.
+        is_known: Whether an earlier reading had the same bindings, and a run at other parameters
+            confirmed them.
     """
 
     model: Model
@@ -134,6 +136,7 @@ class Program(StaysHere):
     lines: Mapping[str, Line] = field(default_factory=dict)
     bare: Structure | None = None
     conjugates: Conjugates | None = None
+    is_known: bool = False
 
     @property
     def kernel(self) -> Kernel:
@@ -187,6 +190,7 @@ class Program(StaysHere):
             lines=fresh.lines,
             bare=fresh.bare,
             conjugates=fresh.conjugates,
+            is_known=fresh.is_known,
         )
 
     def noting(self, *notes: str) -> Program:

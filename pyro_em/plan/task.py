@@ -55,14 +55,17 @@ class Task(StaysHere):
         """Cells that one operation of an enumerated run may make."""
         return max(self.max_enumeration, 2**20)
 
-    def log(self, names: Mapping[str, Any]) -> OperationLog:
+    def log(self, names: Mapping[str, Any], own: bool = False) -> OperationLog:
         """Notes for an enumerated run.
 
         Args:
             names: What the model's names stand for.
+            own: Whether these are all names of the model that is run, which then need no other look.
         """
         # Who wants an E-step only does not need a list of what was read.
-        reading = None if self.look_only else Reading(self.model, self.args, self.kwargs)
+        reading = None
+        if not self.look_only:
+            reading = Reading(self.model, self.args, self.kwargs, names if own else None)
         store = pyro.get_param_store()._params
         return OperationLog([*store.items(), *tensors_in(names)], reading)
 

@@ -26,7 +26,7 @@ from pyro_em.densities.layout import Layout
 from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
 from pyro_em.errors import Finding
-from pyro_em.graph.factors import FactorGraph, Latent
+from pyro_em.graph.factors import FactorGraph, Group, Latent
 from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.per_row import PerRow
 from pyro_em.posteriors.product_states import added, summed
@@ -131,7 +131,7 @@ class Mixture(QuickBlock):
             shape,
             N,
             tuple(factors),
-            {g: cells(groups[g], *linears[g]) for g in shape.tables if g in linears},
+            {g: _cells(groups[g], g, layout) for g in shape.tables if g in linears},
             tuple(g for g in shape.tables if g not in linears),
             {g: known(groups[g], *linears[g]) for g in shape.free if g in linears},
             tuple(g for g in shape.free if g not in linears),
@@ -355,6 +355,17 @@ def outline_of_rows(graph: FactorGraph) -> tuple[FactorGraph, Shape, Tensor | No
     return rows, shape, repeats
 
 
+def _cells(group: Group, g: int, layout: Layout) -> Cells:
+    """The table of a group of a layout, made once for the features of that."""
+    assert layout.naturals is not None
+    asked = (cells, g, group.n_plates, group.sizes[group.n_plates :])
+    known = layout.naturals.remembered
+    if asked not in known:
+        known[asked] = cells(group, *layout.linears[g])
+    found: Cells = known[asked]
+    return found
+
+
 def _theta(eta: Tensor | None, linear: Counted) -> Tensor:
     assert eta is not None
     return eta.take(linear.columns)
@@ -406,7 +417,7 @@ def _sum_of_logs(mass: Tensor) -> Tensor:
     out = mass.to(torch.float64)
     for _ in range(3):
         half = len(out) // 2
-        if half < 64:
+        if half < 256:
             break
         rest = out[2 * half :]
         out = (

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
-from pyro_em.tracing.operations import is_view
+from pyro_em.tracing.operations import OperationLog, is_view
 
 Operation = Callable[..., Any]
 
@@ -105,18 +105,32 @@ def watching(by: Callable[..., Any]) -> TorchDispatchMode:
     return _watching(by)
 
 
-@contextmanager
-def unwatched() -> Iterator[None]:
+class Unwatched:
     """A block whose operations are of no interest: what watches them costs more than they do.
 
     Blocks of others that watch too stay as they are.
+
+    Args:
+        log: What would note the operations of those blocks.
     """
-    depth = torch._C._len_torch_dispatch_stack()
-    if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Watching):
-        with _pop_mode_temporarily():
-            yield
-    else:
-        yield
+
+    def __init__(self, log: OperationLog | None = None) -> None:
+        self.log = log
+        self._mode: Any = None
+
+    def __enter__(self) -> None:
+        if self.log is not None:
+            self.log.is_aside = True
+        depth = torch._C._len_torch_dispatch_stack()
+        if depth and isinstance(torch._C._get_dispatch_stack_at(depth - 1), _Watching):
+            self._mode = _pop_mode()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._mode is not None:
+            _push_mode(self._mode)
+            self._mode = None
+        if self.log is not None:
+            self.log.is_aside = False
 
 
 def spending_at_most(limit: int) -> TorchDispatchMode:

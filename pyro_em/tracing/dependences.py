@@ -134,12 +134,20 @@ class Reading:
         model: What is run.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
+        names: What its names stand for now, where that has just been looked up.
     """
 
-    def __init__(self, model: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        names: Mapping[str, Any] | None = None,
+    ) -> None:
         self.read: dict[int, list[Memory]] = {}
+        self._seen: set[Hashable] = set()
         self._look = functools.partial(names_of, model, args, kwargs)
-        self._names = self._look()
+        self._names = self._look() if names is None else names
         for value in (args, kwargs, *self._names.values()):
             for tensor in tensors_within(value):
                 self.note(tensor)
@@ -148,6 +156,10 @@ class Reading:
         """A tensor was read."""
         if not _is_plain(tensor):
             return
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if where in self._seen:
+            return
+        self._seen.add(where)
         at = tensor.untyped_storage().data_ptr()
         known = self.read.setdefault(at, [])
         if any(_covers(m.tensor, tensor) for m in known):

@@ -10,8 +10,7 @@ reach a density) holds for the other.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ class OperationLog:
         entries: One for each operation, and one for each site.
         sites: The sites.
         forms: Of the sites, where these were laid out; None for those that are unlike all others.
+        is_aside: Whether operations are none of the model's for now.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class OperationLog:
         self._origin: dict[int, Any] = {}
         self._end: int | None = None
         self._distinct: dict[Any, Any] = {}
-        self._is_aside = False
+        self.is_aside = False
         for name, tensor in reversed(list(given)):
             self.give(tensor, name)
 
     def __call__(self, operation: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run an operation and note it."""
-        if self._is_aside:
+        if self.is_aside:
             return operation(*args, **kwargs)
         is_fresh = operation is _FRESH  # torch.tensor(numbers): memory that nobody has noted
         noted: list[Any] = [getattr(operation, "_name", operation)]  # the hash of a name is kept
@@ -94,27 +94,19 @@ class OperationLog:
         if kwargs:
             noted += [(k, self._other(v)) for k, v in kwargs.items()]
         out = operation(*args, **kwargs)
-        number = len(self.entries)
+        entries = self.entries
         if isinstance(out, Tensor):
             if not is_view(operation):
-                self._origin[_storage(out)] = number
+                self._origin[_storage(out)] = len(entries)
         elif isinstance(out, (list, tuple)):
             for part in out:
                 if isinstance(part, Tensor) and not is_view(operation):
-                    self._origin[_storage(part)] = number
+                    self._origin[_storage(part)] = len(entries)
         else:
             noted.append(self._other(out))
-        self.entries.append(self._shared(tuple(noted)))
+        note = tuple(noted)
+        entries.append(note if len(entries) < _NEAR else self._shared(note))
         return out
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """A block whose operations are none of the model's."""
-        self._is_aside = True
-        try:
-            yield
-        finally:
-            self._is_aside = False
 
     def give(self, tensor: Tensor, name: str) -> None:
         """Note the name of a tensor that no operation of the run makes."""
@@ -151,8 +143,10 @@ class OperationLog:
                 known = self._origin[at] = (_HELD, checksum(tensor))
             if self.reading is not None and known[0] not in (_MADE, _PARAMETER):
                 self.reading.note(tensor)
-        laid = self._shared((tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad))
-        return self._shared((known, offset, laid))
+        laid = (tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad)
+        if len(self.entries) < _NEAR:  # see `_shared`
+            return known, offset, laid
+        return self._shared((known, offset, self._shared(laid)))
 
     def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
         """Note all sites of the run, which is over: their distributions, plates and weights, and
@@ -220,8 +214,10 @@ class OperationLog:
 
     def _other(self, value: Any) -> Any:
         """A number, a list or an option; types are kept apart, since 1 == 1.0 == True."""
-        if type(value) in _NUMBERS:
-            return self._shared((type(value), value))
+        kind = type(value)
+        if kind in _NUMBERS:
+            note = (kind, value)
+            return note if len(self.entries) < _NEAR else self._shared(note)
         if isinstance(value, Tensor):
             return self.origin(value)
         if isinstance(value, (list, tuple)):

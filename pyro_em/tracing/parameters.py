@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch.distributions import Transform, constraints, transform_to
 from pyro_em.arguments import as_tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import UsageError, message
-from pyro_em.tracing.allocation import unwatched
+from pyro_em.tracing.allocation import Unwatched
 from pyro_em.tracing.constrained import constrained
 from pyro_em.tracing.memory import own_start, settle
 from pyro_em.tracing.operations import OperationLog
@@ -132,21 +132,21 @@ class ParameterCapture(Messenger):
 
     def _begin(self, msg: dict[str, Any]) -> None:
         """Give a parameter its first value."""
-        name = msg["name"]
-        msg["fn"](*msg["args"], **msg["kwargs"])
-        own = pyro.get_param_store()._params[name]
+        name, store = msg["name"], pyro.get_param_store()
+        if len(msg["args"]) < 2:
+            msg["fn"](*msg["args"], **msg["kwargs"])  # there is none: Pyro says so
+        initial = msg["args"][1]
+        # As Pyro does it, but for the constrained value, which is computed when it is read.
+        store._constraints[name] = msg["kwargs"].get("constraint") or constraints.real
+        store[name] = initial() if callable(initial) else initial
+        own = store._params[name]
         settle([own])  # what is noted of it is noted by its memory
         if self.log is not None:
             self.log.give(own, name)
 
-    @contextmanager
-    def quietly(self) -> Iterator[None]:
+    def quietly(self) -> AbstractContextManager[None]:
         """A block whose operations are none of the model's."""
-        if self.log is None:
-            yield
-            return
-        with self.log.aside(), unwatched():
-            yield
+        return nullcontext() if self.log is None else Unwatched(self.log)
 
     def _read(self, msg: dict[str, Any]) -> None:
         """Give a message the value of a parameter that the param store holds under a constraint.
@@ -156,7 +156,7 @@ class ParameterCapture(Messenger):
         name = msg["name"]
         store = pyro.get_param_store()
         own, constraint = store._params.get(name), store._constraints.get(name)
-        if own is None or constraint is None or constraint is constraints.real:
+        if own is None or constraint is None or isinstance(own, torch.nn.Parameter):
             return
         known = self.parameters.get(name)
         if known is not None:

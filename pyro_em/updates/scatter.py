@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyro_em.distributions import broadcast_shape
 from pyro_em.families.forms import Kind
 from pyro_em.graph.binding import Selection
 from pyro_em.graph.factors import FactorGraph
@@ -110,6 +111,12 @@ def _largest(magnitude: Callable[[Tensor], Tensor], value: Tensor, like: Tensor)
     return torch.stack([largest(part) for part in value.split(step, along)]).amax(0)
 
 
+def _events(index: Tensor, event: int, size: int, n_events: int) -> Tensor:
+    """Which event of a parameter each cell of an argument reads; ``n_events`` where none."""
+    first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+    return torch.where(first >= 0, first // size, n_events)
+
+
 def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -> Tensor:
     """The largest value among the data of each spread: what its rounding is relative to.
 
@@ -126,14 +133,16 @@ def data_magnitude(update: ParameterUpdate, graph: FactorGraph, value: Tensor) -
     for use in update.uses:
         group = graph.groups[use.group]
         assert group.family is not None
-        index = use.natural.index
-        first = index if event == 0 else index.flatten(index.dim() - event).min(-1).values
+        selection, asked = use.natural, (data_magnitude, event, size, n_events)
+        if asked not in selection.remembered:
+            selection.remembered[asked] = _events(selection.index, event, size, n_events)
+        first: Tensor = selection.remembered[asked]
         # The unit of a multiple is no matter of the data.
         magnitude = _none if use.is_multiple else group.family.magnitude
         x = _largest(magnitude, group.value.detach(), first)
         features = x.shape[first.dim() :]
-        batch = torch.broadcast_shapes(first.shape, x.shape[: first.dim()])
-        row = torch.where(first >= 0, first // size, n_events).expand(batch).reshape(-1)
+        batch = broadcast_shape(first.shape, x.shape[: first.dim()])
+        row = first.expand(batch).reshape(-1)
         x = x.expand(*batch, *features).reshape(len(row), *features)
         if out is None:
             out = x.new_zeros(n_events + 1, *features)

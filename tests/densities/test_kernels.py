@@ -25,7 +25,7 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import REGISTRY
-from pyro_em.fitting import em_map
+from pyro_em.fitting import em_map, loop
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.history import EMStatus, EMStep
@@ -824,6 +824,61 @@ def test_the_first_step_is_verified_at_once(how: str) -> None:
             found = result.log_evidence
     again = ExactPosteriorEM(model).elbo(x).log_evidence
     assert found == pytest.approx(again, rel=1e-10)
+
+
+def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The look after the first M-step waits for eight steps, or for the end, where nobody watches."""
+    calls = 0
+    original = Program.disagreements
+
+    def disagreements(self: Program, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(self, *args, **kwargs)
+
+    def looks(**how: Any) -> int:
+        nonlocal calls
+        calls = 0
+        pyro.clear_param_store()
+        ExactPosteriorEM(gaussian).fit(points(150), 2, "full", tol=0, progress=False, **how)
+        return calls
+
+    monkeypatch.setattr(Program, "disagreements", disagreements)
+    assert looks(max_steps=5) == 3  # while planning, after the first step, at the end
+    assert looks(max_steps=5) == 1 and looks(max_steps=8) == 1 and looks(max_steps=9) == 2
+    assert looks(max_steps=5, callbacks=[lambda step: None]) == 2
+
+
+@pytest.mark.parametrize("waits", [1, 8])
+def test_a_later_look_finds_what_the_first_step_crossed(
+    waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch is met in the second fit of a form: its steps on sums are taken back, all of them."""
+    monkeypatch.setattr(loop, "LATER", waits)
+
+    def model(x: Tensor) -> None:
+        mu = pyro.param("mu", torch.tensor([0.0, 1.0]))
+        loc = mu if float(mu.detach()[1]) < 5 else mu.flip(0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    def fit(x: Tensor, **how: Any) -> Any:
+        pyro.clear_param_store()
+        return ExactPosteriorEM(model).fit(x, max_steps=2, tol=0, progress=False, **how)
+
+    near = torch.cat([torch.randn(8), torch.randn(8) + 2])
+    far = torch.cat([near[:8], near[8:] + 18])
+    fit(near)
+    with pytest.warns(Warning, match=r"argument 'loc': (it is not|at the end of the fit)"):
+        later = fit(far)
+    evidence = ExactPosteriorEM(model).elbo(far).log_evidence
+    with pytest.warns(Warning, match="argument 'loc': it is not"):
+        at_once = fit(far, callbacks=[lambda step: None])
+    assert later.log_evidence == pytest.approx(evidence, rel=1e-6)
+    assert later.history == pytest.approx(at_once.history, rel=1e-6)
 
 
 @pytest.mark.parametrize("case", ["Gaussian, full", "chains, Gaussian"])

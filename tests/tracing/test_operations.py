@@ -6,7 +6,7 @@ import torch
 from torch.distributions.transforms import AffineTransform, ExpTransform
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_em.tracing.allocation import size_guard, unwatched, watching
+from pyro_em.tracing.allocation import Unwatched, size_guard, watching
 from pyro_em.tracing.operations import OperationLog
 
 X = torch.tensor([1.0, -2.0, 3.0])
@@ -159,15 +159,15 @@ def test_nobody_watches_what_is_of_no_interest_and_others_go_on_watching():
 
     seen, x = [], torch.ones(2)
     with watching(noted):
-        with pytest.raises(ZeroDivisionError), unwatched():
+        with pytest.raises(ZeroDivisionError), Unwatched():
             x + x
             raise ZeroDivisionError
         assert not seen
         x + x
         assert seen == ["own"]
-        with Other(), unwatched():
+        with Other(), Unwatched():
             x + x
         assert seen == ["own", "other", "own"]
-    with unwatched():
+    with Unwatched():
         x + x
     assert len(seen) == 3
