@@ -9,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_em.errors import DataError, DegenerateError, FileError, message, sites_in_words, warn
+from pyro_em.fitting import looks
 from pyro_em.fitting.beginnings import Beginning, name_of_start
 from pyro_em.fitting.cycles import PLAIN_STEPS, accelerate
 from pyro_em.fitting.em_map import values_at, write
 from pyro_em.fitting.em_on_sums import tells_apart
-from pyro_em.fitting.guarded import Fell, Guarded, Step, warn_disagreement
+from pyro_em.fitting.guarded import Fell, Guarded, Step
 from pyro_em.fitting.history import EMStatus, EMStep
+from pyro_em.fitting.looks import is_confirmed, may_look_later
 from pyro_em.fitting.point import LeftPoint, Point, SumsPoint, Values
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.schemes import AUTO, SCHEMES
@@ -24,9 +26,6 @@ from pyro_em.plan.program import Program
 from pyro_em.posteriors.posterior import Posterior
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.updates.m_step import apply_floors
-
-# Steps before the first look at a model that an earlier reading has confirmed elsewhere.
-LATER = 8
 
 # ---------------------------------------------------------------- the loop
 
@@ -43,8 +42,9 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             # Who keeps where runs stand has to see the last step as if others followed it.
             is_last = settings.max_steps - run.num_steps == 1 and keeper is None
             step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
-            settings.bar.update(r, step.after.objective)
-            if _calls_stop(em, settings, run, step):
+            if settings.bar.bar is not None:
+                settings.bar.update(r, step.after.objective)
+            if settings.callbacks and _calls_stop(em, settings, run, step):
                 run.status = EMStatus.STOPPED
             if keeper is not None:
                 keeper.after_step(em, run)
@@ -63,7 +63,7 @@ def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
     """Whether no step follows the last one; the run's status says why."""
     if run.status is EMStatus.STOPPED:
         return True
-    if run.judges and run.last is not None:
+    if settings.tol and run.judges and run.last is not None:
         path = [*run.plain_path(), run.last.objective]
         status = should_stop(path, settings.tol, em.program.graph.eps, run.last.noise)
         if status is not None and em.program.may_stop(run.num_steps):
@@ -294,18 +294,11 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
         run.status = EMStatus.INTERRUPTED
         return run
     run.record(em.program, at)
-    if _may_look_later(em, settings):
+    if may_look_later(em, settings):
         run.looks_later = True
         run.note_verified()
     run.began_symmetric = _is_symmetric(em, at)
     return run
-
-
-def _may_look_later(em: Guarded, settings: Settings) -> bool:
-    """Whether nobody sees a step before the end, and the bindings were confirmed when first read."""
-    if settings.callbacks or settings.keeper is not None or settings.acceleration is not None:
-        return False
-    return settings.verify and em.data is None and em.program.is_known
 
 
 def resume_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
@@ -318,10 +311,10 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
     try:
         if settings.acceleration is None:
-            if run.looks_later and settings.max_steps > LATER:
-                iterate(em, replace(settings, max_steps=LATER), run, r)
+            if run.looks_later and settings.max_steps > looks.LATER:
+                iterate(em, replace(settings, max_steps=looks.LATER), run, r)
                 goes_on = run.status is EMStatus.MAX_STEPS
-                goes_on = goes_on and _is_confirmed(em, run, "it is not") is not None
+                goes_on = goes_on and is_confirmed(em, run, "it is not") is not None
             else:
                 goes_on = True
             if goes_on:
@@ -333,7 +326,7 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         raise
     if settings.callbacks and run.status is not EMStatus.INTERRUPTED and em.program.is_changed():
         read_anew(em, run)  # after the last step
-    is_right = _is_confirmed(em, run, "at the end of the fit it was not")
+    is_right = is_confirmed(em, run, "at the end of the fit it was not")
     if is_right is None:
         return
     if not is_right:
@@ -348,36 +341,6 @@ def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
             _warn_symmetric(_at_hand(em, run.last))
         if run.status in (EMStatus.CONVERGED, EMStatus.ROUNDING):
             run.status = EMStatus.SYMMETRIC
-
-
-def _is_confirmed(em: Guarded, run: Run, when: str) -> bool | None:
-    """Hold a fresh trace against the steps since the last one; where it differs, take them back.
-
-    Args:
-        em: The map.
-        run: Where it stands; its parameters are in the store.
-        when: The beginning of what is said otherwise.
-
-    Returns:
-        Whether the steps stand; None where there was an interrupt.
-    """
-    program = em.program
-    if not program.compiled or run.verified is None or run.num_steps <= run.verified_at:
-        return True
-    try:
-        off = em.disagreements()
-    except KeyboardInterrupt:
-        run.status = EMStatus.INTERRUPTED
-        return None
-    if not off:
-        run.note_verified()
-        return True
-    warn_disagreement(program.kernel, off, when)
-    em.distrust(off)
-    run.go_back(em.program)
-    at = em.sound.e_step(index=run.num_steps)
-    run.record(em.program, at)
-    return False
 
 
 def _alternate(em: Guarded, settings: Settings, run: Run, r: int) -> None:

@@ -123,7 +123,7 @@ class Run:
             after the first step, or where a run begins that looks later; None before.
         verified_at: How many steps were complete there.
         looks_later: Whether the first look at the model waits for some steps, and is one with that
-            at the end of a run that has no more (`pyro_em.fitting.loop.LATER`).
+            at the end of a run that has no more (`pyro_em.fitting.looks`).
         plain_from: The first step since which all have been plain steps on the same data.
         seen: The recorded parameters, to notice where a caller has written others.
         recorded: The point whose parameters ``parameters`` holds.

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_em.densities.compiled import CompiledRows, serves, swept
 from pyro_em.densities.density import NormalRows, checked, scattered
 from pyro_em.densities.features import Cells, Counted, Known, cells, counted, known, merged
-from pyro_em.densities.gaussian import Gaussian
+from pyro_em.densities.gaussian import Gaussian, Prepared
 from pyro_em.densities.layout import Layout
 from pyro_em.densities.rules import rule_of
 from pyro_em.densities.theta import At, Theta
@@ -31,6 +31,7 @@ from pyro_em.posteriors.block import Component, Values
 from pyro_em.posteriors.per_row import PerRow
 from pyro_em.posteriors.product_states import added, summed
 from pyro_em.posteriors.quick import Outline, QuickBlock
+from pyro_em.posteriors.responsibilities import sum_of_logs, unnormalised
 from pyro_em.posteriors.row_factors import Collected, RowFactors
 from pyro_em.posteriors.rows import (
     Shape,
@@ -47,9 +48,6 @@ _CHUNK_BYTES = 2**21
 
 
 _IMPOSSIBLE = -1e29
-
-
-_LOG2_E = math.log2(math.e)
 
 
 @dataclass(eq=False)
@@ -184,6 +182,12 @@ class Mixture(QuickBlock):
             found = self._swept(at, constant, *self._sole)
             if found is not None:
                 return self._summed(at, eta, found)
+        if self._few is not None:
+            g, x = self._few
+            p: Prepared = at.prepared[g]
+            if p.linear is not None:
+                joint = torch.addmm(constant + p.constant, p.linear, x)
+                return self._summed(at, eta, self._at_once(joint, g, x))
         thetas = [None if f.linear is None else _theta(eta, f.linear) for f in self.factors]
         sums = Collected(self.N)
         for begin in range(0, self.N, self.chunk):
@@ -195,20 +199,10 @@ class Mixture(QuickBlock):
                     joint = f.log_density(at, theta, own, joint)
                 else:
                     joint = added(joint, f.log_density(at, theta, own, None), sizes, f.reads)
-            top = joint.amax(0)
-            weights = joint.sub_(top)
-            if may_clamp:
-                weights.clamp_(min=-80.0)
-            if weights.dtype == torch.float64:  # of two it takes half the time
-                weights.mul_(_LOG2_E).exp2_()
-            else:
-                weights.exp_()
-            if may_clamp:
-                torch.threshold_(weights, 2e-35, 0.0)
-            mass = weights.sum(0)
+            top, weights, mass = unnormalised(joint, may_clamp)
             if self.repeats is None:
                 weights.div_(mass)
-                sums.add("evidence", top.sum(dtype=torch.float64) + _sum_of_logs(mass))
+                sums.add("evidence", top.sum(dtype=torch.float64) + sum_of_logs(mass))
             else:
                 often = self.repeats[rows]
                 weights.mul_(often / mass)
@@ -232,6 +226,28 @@ class Mixture(QuickBlock):
         if not serves(self.N, self.K, self.graph.groups[g].value.device):
             return None
         return (g, rule) if isinstance(rule, CompiledRows) else None
+
+    @cached_property
+    def _few(self) -> tuple[int, Tensor] | None:
+        """The only group that reads rows and the features of these, where one product does for all."""
+        f, *others = self.factors
+        if others or f.linear is not None or f.others or f.counted or self.repeats is not None:
+            return None
+        if len(f.normals) != 1 or len(f.reads) < len(self.shape.sizes) or self.chunk < self.N:
+            return None
+        ((g, rule),) = f.normals.items()
+        if type(rule) is not Gaussian or rule.stored is None or rule.x.dtype != torch.float64:
+            return None
+        return g, rule.stored
+
+    def _at_once(self, joint: Tensor, g: int, features: Tensor) -> Collected:
+        """Evidence and sums of a few rows, from the log densities of their cells. # (K, N)"""
+        top, weights, mass = unnormalised(joint, False)
+        weights.div_(mass)
+        sums = Collected(self.N)
+        sums["evidence"] = top.sum() + sum_of_logs(mass)
+        sums["mass"], sums[g] = weights.sum(1), weights @ features.T
+        return sums
 
     def _swept(self, at: At, constant: Tensor, g: int, rule: CompiledRows) -> Collected | None:
         """Evidence and sums by a compiled loop; None where it does not serve."""
@@ -330,7 +346,8 @@ class Mixture(QuickBlock):
             for g in f.normals
         }
         for g, rule in self.normals.items():
-            evidence = evidence + rule.correction(at.prepared[g], sums[g], counted[g])
+            correction = rule.correction(at.prepared[g], sums[g], counted[g])
+            evidence = evidence + correction if isinstance(correction, Tensor) else evidence
         log_evidence = checked(evidence, mass, self.total) + self.base
         if entries:
             assert eta is not None
@@ -410,19 +427,3 @@ def _factors(
             masks[g] = mask.reshape(-1).expand(N)
     linear = merged(parts) if parts else None
     return RowFactors(reads, K, linear, normals, tuple(others), masks)
-
-
-def _sum_of_logs(mass: Tensor) -> Tensor:
-    """Σ log of numbers between one and that of components: eight of them share a logarithm. # ()"""
-    out = mass.to(torch.float64)
-    for _ in range(3):
-        half = len(out) // 2
-        if half < 256:
-            break
-        rest = out[2 * half :]
-        out = (
-            torch.cat([out[:half] * out[half : 2 * half], rest])
-            if len(rest)
-            else (out[:half] * out[half:])
-        )
-    return out.log().sum()

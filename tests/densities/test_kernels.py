@@ -25,7 +25,7 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import REGISTRY
-from pyro_em.fitting import em_map, loop
+from pyro_em.fitting import em_map, looks
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.history import EMStatus, EMStep
@@ -838,7 +838,7 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
         calls += 1
         return original(self, *args, **kwargs)
 
-    def looks(**how: Any) -> int:
+    def count(**how: Any) -> int:
         nonlocal calls
         calls = 0
         pyro.clear_param_store()
@@ -846,9 +846,9 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
         return calls
 
     monkeypatch.setattr(Program, "disagreements", disagreements)
-    assert looks(max_steps=5) == 3  # while planning, after the first step, at the end
-    assert looks(max_steps=5) == 1 and looks(max_steps=8) == 1 and looks(max_steps=9) == 2
-    assert looks(max_steps=5, callbacks=[lambda step: None]) == 2
+    assert count(max_steps=5) == 3  # while planning, after the first step, at the end
+    assert count(max_steps=5) == 1 and count(max_steps=8) == 1 and count(max_steps=9) == 2
+    assert count(max_steps=5, callbacks=[lambda step: None]) == 2
 
 
 @pytest.mark.parametrize("waits", [1, 8])
@@ -856,7 +856,7 @@ def test_a_later_look_finds_what_the_first_step_crossed(
     waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branch is met in the second fit of a form: its steps on sums are taken back, all of them."""
-    monkeypatch.setattr(loop, "LATER", waits)
+    monkeypatch.setattr(looks, "LATER", waits)
 
     def model(x: Tensor) -> None:
         mu = pyro.param("mu", torch.tensor([0.0, 1.0]))
