@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyro_em.densities.ridge import are_read_elsewhere, may_be_ridge
 from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.designs import Designs
@@ -78,14 +79,14 @@ def are_found_alone(
         values: Parameter values, for their dtypes.
     """
     own = set(names)
-    elsewhere = any(own & set(o.params) for h, o in enumerate(graph.groups) if h != g)
+    elsewhere = are_read_elsewhere(graph, own, g)
     others = {p for a, b in graph.groups[g].bindings.items() if a != argument for p in b.params}
     if elsewhere or own & others or len({values[p].dtype for p in own}) != 1:
         return False
     return all(
         isinstance(updates[p].update, by)
         and set(updates[p].block) == own
-        and not updates[p].priors
+        and may_be_ridge(graph, updates, p)
         and bounds(graph.parameters[p].constraint) == (-math.inf, math.inf)
         for p in own
     )

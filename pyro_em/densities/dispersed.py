@@ -26,6 +26,7 @@ from pyro_em.densities.affine_rows import (
     held,
 )
 from pyro_em.densities.predicted import CELLS, Predicted, PredictedFit, Values
+from pyro_em.densities.ridge import Ridge, are_read_elsewhere, may_be_ridge
 from pyro_em.errors import Handover
 from pyro_em.families.predicted import digamma_rise, log_rising, trigamma_rise
 from pyro_em.graph.factors import FactorGraph, Group
@@ -93,7 +94,12 @@ class DispersedRows(Predicted):
     ) -> tuple[DispersedFit, Tensor]:
         """See `Predicted.m_step`; a dispersion that runs off is named by the M-step through tables."""
         weighed = self._weighed(moments)
-        found = climb(lambda beta: positive(self._climbed(beta, moments, weighed)), fit.beta)
+
+        def of(beta: Tensor) -> Curved:
+            found = self.with_prior(self._climbed(beta, moments, weighed), beta)
+            return positive(found, self.logs)
+
+        found = climb(of, fit.beta)
         off = torch.where(self.logs, found.last, 0.0).abs().amax()
         runs_off = not found.is_settled and (
             float(off) >= FAR or self._furthest(torch.where(self.logs, 0.0, found.last)) >= FAR
@@ -313,11 +319,12 @@ def as_dispersed(
     y = by_row(group.value, group.value.shape[:lead], rows).reshape(-1)
     parameters = tuple(held(p, values) for p in block)
     own = (x, columns, parameters, y, offset, shape[1], torch.cat(is_log))
+    ridge = Ridge.of(block, graph, updates, values)
     if group.distribution == "Gamma":
         if not bool((y > 0).all()):  # an end of the support: the step through tables names the row
             return None
-        return GammaRows(*own, y.log())
-    return CountRows(*own, *torch.unique(y, return_inverse=True))
+        return GammaRows(*own, y.log(), ridge=ridge)
+    return CountRows(*own, *torch.unique(y, return_inverse=True), ridge=ridge)
 
 
 def _are_found_here(
@@ -329,12 +336,12 @@ def _are_found_here(
 ) -> bool:
     """Whether some parameters are found from this group alone, all of them together."""
     own = set(names)
-    if any(own & set(o.params) for h, o in enumerate(graph.groups) if h != g):
+    if are_read_elsewhere(graph, own, g):
         return False
     return len({values[p].dtype for p in own}) == 1 and all(
         isinstance(updates[p].update, Newton)
         and set(updates[p].block) == own
-        and not updates[p].priors
+        and may_be_ridge(graph, updates, p)
         for p in own
     )
 

@@ -30,6 +30,7 @@ from pyro_em.densities.affine_rows import (
 )
 from pyro_em.densities.density import KeepsRows, PlainRows
 from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.errors import Handover
 from pyro_em.families.family import link_of
 from pyro_em.graph.binding import LINKS
@@ -58,7 +59,7 @@ class PredictedFit(AtCoefficients):
 
 
 @dataclass(eq=False)
-class Predicted(PlainRows, KeepsRows):
+class Predicted(PlainRows, KeepsRows, WithRidge):
     """A group with a linear predictor, with its M-step.
 
     Attributes:
@@ -116,9 +117,9 @@ class Predicted(PlainRows, KeepsRows):
             Handover: If the predictor separates the data, which the M-step through tables names.
         """
         found = climb(
-            lambda beta: self.curved(beta, moments),
+            lambda beta: self.with_prior(self.curved(beta, moments), beta),
             fit.beta,
-            lambda beta: self.curved(beta, moments, bent=False),
+            lambda beta: self.with_prior(self.curved(beta, moments, bent=False), beta),
         )
         runs_off = not found.is_settled and self._furthest(found.last) >= FAR
         if runs_off or not bool(torch.isfinite(found.place).all()):
@@ -337,6 +338,7 @@ def as_predicted(
         return None
     x = by_row(x, sizes, rows)
     parameters = tuple(held(p, values) for p in block)
+    ridge = Ridge.of(block, graph, updates, values)
     offset = None
     if not predictor.binding.is_without_constant:
         known = by_row(constant, sizes, rows)
@@ -351,17 +353,17 @@ def as_predicted(
         columns = torch.stack([torch.full_like(columns, total), columns], 1)
         if offset is not None:
             offset = torch.stack([torch.zeros_like(offset), offset], 1)
-        return Classes(x, columns, parameters, None, None, offset)
+        return Classes(x, columns, parameters, None, None, offset, ridge=ridge)
     if not event:
         link = predictor.rule.kind.form.inverse_link
         columns = columns.reshape(cells, -1).expand(K, -1).contiguous()
-        return Numbers(x, columns, parameters, n, d, base, offset, link)
+        return Numbers(x, columns, parameters, n, d, base, offset, link, ridge=ridge)
     columns = columns.reshape(cells, row.numel(), -1)
     if own and (cells != 1 or row.numel() != K):
         return None
     if not own and cells == 1:  # the same of all components
         columns = columns.expand(K, -1, -1).contiguous()
-    return Classes(x, columns, parameters, None if own else n, base, offset)
+    return Classes(x, columns, parameters, None if own else n, base, offset, ridge=ridge)
 
 
 def _is_own(

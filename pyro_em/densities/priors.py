@@ -9,7 +9,7 @@ the log evidence plus the log prior.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,7 @@ def log_prior(
     updates: Mapping[str, ParameterUpdate],
     values: Values,
     layout: Naturals | None,
+    held: Collection[str] = (),
 ) -> LogPrior | None:
     """The priors of a collapsed graph; None where one turns out to have no linear form.
 
@@ -95,6 +96,7 @@ def log_prior(
         updates: Collapsed updates.
         values: Parameter values, for their shapes.
         layout: Where the natural parameters are.
+        held: Parameters whose priors are known where their rows are.
     """
     in_layout = frozenset() if layout is None else layout.params
     natural: list[Group] = []
@@ -102,6 +104,8 @@ def log_prior(
     for g in point_groups(graph):
         binding = graph.groups[g].value_binding
         assert binding is not None
+        if all(name in held for name in binding.params):
+            continue
         inside = [name in in_layout for name in binding.params]
         if any(inside) and not all(inside):
             return None

@@ -29,6 +29,7 @@ from pyro_em.densities.affine_rows import (
 )
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import Binding, whole_parameter
@@ -58,7 +59,7 @@ class Fit(AtCoefficients):
 
 
 @dataclass(eq=False)
-class Lines(PlainRows):
+class Lines(PlainRows, WithRidge):
     """A Normal group with an affine mean, with its M-step.
 
     Attributes:
@@ -175,7 +176,11 @@ class Lines(PlainRows):
             0, place.reshape(-1), (G * precision.unsqueeze(-1)).reshape(-1)
         )
         moment = G.new_zeros(C).index_add_(0, self.columns.reshape(-1), (m * precision).reshape(-1))
-        beta = fit.beta + pseudo_solve(gram.reshape(C, C), moment)
+        gram = gram.reshape(C, C)
+        prior = None if self.ridge is None else self.ridge.curved(fit.beta)
+        if prior is not None:
+            gram, moment = gram + prior.curvature, moment + prior.gradient
+        beta = fit.beta + pseudo_solve(gram, moment)
         beta = beta.to(self.block[0][2]).to(torch.float64)
         slopes = beta[self.columns]
         delta = (slopes - fit.slopes).unsqueeze(-1)
@@ -197,7 +202,10 @@ class Lines(PlainRows):
         if not bool(torch.isfinite(beta).all()):
             raise Handover
         gain = -each * (sigma / fit.sigma).log() - 0.5 * (rest * sigma**-2 - q * precision)
-        return Fit(beta, slopes, sigma), gain.sum()
+        total = gain.sum()
+        if self.ridge is not None and prior is not None:
+            total = total + self.ridge.curved(beta).value - prior.value
+        return Fit(beta, slopes, sigma), total
 
 
 def as_lines(
@@ -256,6 +264,7 @@ def as_lines(
         sigma,
         least,
         scale is not None and math.prod(scale[1]) == 1,
+        ridge=Ridge.of(block, graph, updates, values),
     )
 
 

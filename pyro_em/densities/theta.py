@@ -25,6 +25,7 @@ from pyro_em.densities.natural import Naturals, State
 from pyro_em.densities.predicted import Predicted
 from pyro_em.densities.priors import LogPrior, log_prior, may_have_priors, point_groups
 from pyro_em.densities.regression import Lines
+from pyro_em.densities.ridge import WithRidge
 from pyro_em.densities.tying import Arguments, arguments_of
 from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import DegenerateError, Finding, Handover, TooFar
@@ -168,6 +169,9 @@ class Theta:
         total = float(at.log_prior)
         if self.prior.counts is not None:
             total = float(at.log_prior + self.prior.of_natural(at.natural))
+        for g, density in self.owned.items():
+            if isinstance(density, WithRidge) and density.ridge is not None:
+                total += float(density.log_prior(at.components[g]))
         if not abs(total) < IMPOSSIBLE:
             raise Handover
         return total
@@ -308,12 +312,14 @@ def theta_of(
     natural = frozenset(() if vector is None else vector.params)
     owning = {name for c in components.values() for name in c.params}
     rest = {name: u for name, u in updates.items() if name not in natural | owning}
+    ridges = (c.ridge for c in components.values() if isinstance(c, WithRidge))
+    ridged = {name for ridge in ridges if ridge is not None for name in ridge.names}
     for name in owning:
-        if updates[name].priors:
+        if updates[name].priors and name not in ridged:
             return Finding(
                 f"parameter '{name}'", f"'{name}' has a prior, and covariates: no kernel"
             )
-    prior = log_prior(graph, updates, values, vector)
+    prior = log_prior(graph, updates, values, vector, ridged)
     if prior is None:
         return Finding("priors", "a prior adds no constant to the sums")
     for name, u in updates.items():

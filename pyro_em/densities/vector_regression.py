@@ -33,6 +33,7 @@ from pyro_em.densities.affine_rows import (
 )
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
 from pyro_em.graph.binding import PRODUCT, whole_matrices
@@ -71,7 +72,7 @@ class VectorFit(AtCoefficients):
 
 
 @dataclass(eq=False)
-class VectorLines(PlainRows):
+class VectorLines(PlainRows, WithRidge):
     """A group of vectors with an affine mean, with its M-step.
 
     Attributes:
@@ -108,7 +109,7 @@ class VectorLines(PlainRows):
         d = self.x.shape[0]
         self.full = unfolding(d, self.x.device)
         self.squares = products(self.x) if d <= 4 else None
-        self.is_apart = len(self.columns.unique()) == self.columns.numel()
+        self.is_apart = self.ridge is None and len(self.columns.unique()) == self.columns.numel()
 
     @property
     def diagonal(self) -> bool:
@@ -224,7 +225,8 @@ class VectorLines(PlainRows):
         spread = fit.spread if self.scale is None else self._spread(rest, mass)
         after = self._fit(beta, spread)
         gain = -mass @ (after.log_det - fit.log_det).squeeze(-1)
-        return after, gain - 0.5 * (_traces(after, rest) - _traces(fit, q)).sum()
+        gain = gain - 0.5 * (_traces(after, rest) - _traces(fit, q)).sum()
+        return after, gain + self.log_prior(after) - self.log_prior(fit)
 
     def _parted(self, moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """G, m and q of each component. # (K, d, d), (K, D, d), (K, D, D) or (K, D)"""
@@ -249,7 +251,11 @@ class VectorLines(PlainRows):
         place = wide.unsqueeze(2) * C + wide.unsqueeze(1)
         gram = G.new_zeros(C * C).index_add_(0, place.reshape(-1), both.reshape(-1))
         moment = G.new_zeros(C).index_add_(0, flat, (precision @ m).reshape(-1))
-        return pseudo_solve(gram.reshape(C, C), moment)
+        gram = gram.reshape(C, C)
+        if self.ridge is not None:
+            prior = self.ridge.curved(fit.beta)
+            gram, moment = gram + prior.curvature, moment + prior.gradient
+        return pseudo_solve(gram, moment)
 
     def _spread(self, rest: Tensor, mass: Tensor) -> Tensor:
         """The spreads of residuals, as the parameter has them. # (K, D, D) or (K, D)"""
@@ -348,6 +354,7 @@ def as_vector_lines(
         least,
         scale is not None and math.prod(scale[1]) == known[0].numel(),
         scale is not None and whole_matrices(group.bindings[argument], values)[1],
+        ridge=Ridge.of(block, graph, updates, values),
     )
 
 

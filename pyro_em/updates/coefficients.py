@@ -72,6 +72,8 @@ def coefficients(
     start = torch.cat([_coordinate(values[n].detach(), n in bounded).reshape(-1) for n in block])
     reached = predictors_of(graph, block, mixed=updates[block[0]].is_mixed)
     is_concave = all(isinstance(p, Predictor) and not p.binding.pairs for p in reached)
+    spread = [torch.full((values[n].numel(),), n in bounded, device=start.device) for n in block]
+    logs = torch.cat(spread)
     precision, pull = normal_priors(block, graph, values, updates, start)
 
     def split(flat: Tensor) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def coefficients(
         of_dispersions = dispersion_priors(block, graph, {**values, **split(place)}, updates)
         if of_dispersions is not None:
             found = found + of_dispersions
-        return found if is_concave else positive(found)
+        return found if is_concave else positive(found, logs)
 
     found = climb(of, start)
     new = {n: v.to(values[n].dtype) for n, v in split(found.place).items()}

@@ -34,6 +34,8 @@ from pyro_em.updates.beliefs import Moments
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
 
+_LONGEST = 3.0  # of a logarithm in one step
+
 Sums = tuple[Tensor, Data, Mapping[str, Tensor]]
 
 
@@ -316,23 +318,31 @@ def _exponent(power: ElementwiseMap) -> float:
     return named[power.name] if power.exponent is None else power.exponent
 
 
-def positive(found: Curved) -> Curved:
-    """The same with second derivatives under which a step goes up: eigenvalues by absolute value.
+def positive(found: Curved, logs: Tensor) -> Curved:
+    """The same with second derivatives under which a step goes up, and not far.
+
+    Eigenvalues are taken by their absolute values. A logarithm moves by about three at most, also where
+    nothing bends: its slope over three is added, which vanishes where Newton's steps converge.
+
+    Args:
+        found: A function with its derivatives.
+        logs: Which coordinates are logarithms. # (P,)
 
     Example:
         >>> saddle = Curved(torch.zeros(()), torch.ones(2), torch.diag(torch.tensor([4.0, -1.0])))
-        >>> positive(saddle).curvature.diagonal()
+        >>> positive(saddle, torch.tensor([False, False])).curvature.diagonal()
         tensor([4., 1.])
     """
     if not bool(torch.isfinite(found.curvature).all()):
         return found
+    more = torch.where(logs, found.gradient.abs() / _LONGEST, 0.0)
     if not bool(torch.linalg.cholesky_ex(found.curvature)[1]):
-        return found
+        return Curved(found.value, found.gradient, found.curvature + torch.diag(more))
     size = found.curvature.diagonal().abs()
     scale = torch.where(size > 0, size, 1.0).sqrt()
     values, vectors = torch.linalg.eigh(found.curvature / scale / scale.unsqueeze(-1))
     bent = (vectors * values.abs()) @ vectors.mT * scale * scale.unsqueeze(-1)
-    return Curved(found.value, found.gradient, (bent + bent.mT) / 2)
+    return Curved(found.value, found.gradient, (bent + bent.mT) / 2 + torch.diag(more))
 
 
 def _transposed_times(J: Tensor, w: Tensor) -> Tensor:

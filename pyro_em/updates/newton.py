@@ -62,12 +62,13 @@ def climb(
             place before serve where the last step is one of many digits.
     """
     here, begin = start, of(start)
+    finite, reached = start, begin.value  # where derivatives were finite last
     now, last = begin, torch.zeros_like(start)
-    nothing = torch.zeros_like(begin.value)
     curvature, is_fresh, before, expected = begin.curvature, True, 0.0, 0.0
     for _ in range(_STEPS):
         if not (_is_finite(now.gradient) and _is_finite(curvature)):
-            return Climb(start, nothing, last, True)
+            return Climb(finite, reached - begin.value, last, True)
+        finite, reached = here, now.value
         step = pseudo_solve(curvature, now.gradient, still=True)
         rise = torch.dot(now.gradient, step)
         gain, last = float(rise), step
