@@ -10,8 +10,10 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from torch.distributions import constraints
 
-from models import ar, dynamic_factor, local_level
+from models import ar, dynamic_factor, local_level, regimes
+from pyro_em import ExactPosteriorEM
 from tests.mains import run_main
 
 
@@ -22,11 +24,11 @@ def new_store():
 
 @pytest.fixture
 def results(monkeypatch):
-    """What a model's ``main`` fits; an autoregression to a hundredth of a nat."""
+    """What a model's ``main`` fits; slow ones to a hundredth of a nat."""
     found = []
-    for module in (ar, dynamic_factor, local_level):
+    for module in (ar, dynamic_factor, local_level, regimes):
 
-        def kept(data, fit=module.fit, own=(0.01,) if module is ar else ()):
+        def kept(data, fit=module.fit, own=(0.01,) if module in (ar, regimes) else ()):
             found.append(fit(data, *own))
             return found[-1]
 
@@ -103,3 +105,21 @@ def test_the_factor_of_shares_is_their_market(results, monkeypatch, capsys, tmp_
     theta = torch.cat([result.params[n].reshape(-1) for n in ("phi", "a", "w", "s")]).numpy()
     assert result.log_evidence == pytest.approx(objective(theta), abs=1e-7)
     assert_is_a_maximum(objective, theta, (0, 1, 1 + D, 1 + 2 * D))
+
+
+def test_regimes_of_gnp_have_the_published_log_likelihood_and_dates(
+    results, monkeypatch, capsys, tmp_path
+) -> None:
+    """Hamilton (1989): -181.263 at his estimates, and about the dates of the NBER."""
+    growth = regimes.load_data()
+    kinds = {"start": "simplex", "move": "simplex", "noise": "positive"}
+    for name, value in regimes.PUBLISHED.items():
+        constraint = getattr(constraints, kinds.get(name, "real"))
+        pyro.param(name, growth.new_tensor(value), constraint=constraint)
+    assert ExactPosteriorEM(regimes.model).score(growth) == pytest.approx(-181.2634, abs=1e-4)
+    pyro.clear_param_store()
+    out = run_main(regimes, monkeypatch, capsys, tmp_path)
+    (result,) = results
+    assert -181.28 < result.log_evidence < -181.252
+    for dates in ("1953 III to 1954 II", "1960 II to 1960 IV", "1981 II to 1982 IV"):
+        assert dates in out
