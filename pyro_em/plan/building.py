@@ -49,7 +49,7 @@ from pyro_em.plan.verification import verified
 from pyro_em.plan.wishes import matched
 from pyro_em.posteriors.elimination import ContractionPlan, LaterContraction
 from pyro_em.posteriors.enumeration import check_scales, contraction_of
-from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
+from pyro_em.posteriors.gaussian_components import Alike, NotSeparate, integrated
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.tracing.dependences import Dependences
 from pyro_em.tracing.garbage import fewer_collections
@@ -310,7 +310,7 @@ def integrating(
     structure = _knowing(structure, lines)
     log = task.log(names_of(without_values(task.model), task.args, task.kwargs))
     found = None if conjugates is None else conjugates(structure)
-    alike = () if found is None else found.alike(lines)
+    alike = Alike() if found is None else found.alike(lines)
     graph = with_lines(given, structure, lines, traced(given, structure, log, looked), alike)
     if found is not None:
         graph = found.integrated(graph, task.max_enumeration)
@@ -332,7 +332,7 @@ def with_lines(
     structure: Structure,
     lines: Mapping[str, Line],
     graph: FactorGraph,
-    alike: Sequence[tuple[str, str]] = (),
+    alike: Alike | None = None,
 ) -> FactorGraph:
     """The graph of a model, traced with its Gaussian latents at zero, in which these are integrated.
 
@@ -341,14 +341,14 @@ def with_lines(
         structure: Its skeleton.
         lines: How the latents enter each site.
         graph: As it was traced.
-        alike: Pairs of sites whose spreads are multiples of one latent.
+        alike: Sites whose spreads are multiples of one latent.
 
     Raises:
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
     """
     assert isinstance(given.model, GivenGaussians)
     read = parts_at(lines, given.model, given.args, given.kwargs, structure)
-    return integrated(graph, lines, given.max_enumeration, read, alike=alike)
+    return integrated(graph, lines, given.max_enumeration, read, alike=alike or Alike())
 
 
 def on_lines(task: Task, program: Program, lines: Mapping[str, Line], bare: Structure) -> Program:

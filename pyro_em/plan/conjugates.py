@@ -19,6 +19,7 @@ from pyro_em.graph.lines import Line
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.routes import Route, routes_of
 from pyro_em.posteriors.conjugate_components import conjugated
+from pyro_em.posteriors.gaussian_components import Alike
 from pyro_em.posteriors.scaled_components import pairs_alike
 from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.runs import Model, Run
@@ -111,9 +112,18 @@ class Conjugates:
         found = differing_by_rows(*run) if self.by_rows else None
         return differing_reads(*run, seen) if found is None else found
 
-    def alike(self, lines: Mapping[str, Line]) -> tuple[tuple[str, str], ...]:
-        """Pairs of Normal sites in whose spreads one latent is, where Gaussian ones reach them."""
-        return pairs_alike(lines, self.reads)
+    def alike(self, lines: Mapping[str, Line]) -> Alike:
+        """Normal sites in whose spreads one latent is, where Gaussian ones reach them."""
+        dense = {
+            n
+            for n in lines
+            if n in self.reads
+            and (
+                self.kernels[self.reads[n].latent].support != "positive"
+                or self.model.values[self.reads[n].latent].numel() > 1
+            )
+        }
+        return Alike(pairs_alike(lines, self.reads), frozenset(dense))
 
     def rows(self, bare: Structure) -> dict[str, Route]:
         """The latents' rows of the plan."""

@@ -55,7 +55,7 @@ from pyro_em.plan.task import Task, traced
 from pyro_em.plan.verification import verified
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
-from pyro_em.posteriors.gaussian_components import NotSeparate
+from pyro_em.posteriors.gaussian_components import Alike, NotSeparate
 from pyro_em.posteriors.gaussian_steps import at_zero
 from pyro_em.posteriors.kept_layouts import forget_layouts
 from pyro_em.tracing.given import GivenGaussians, References, references_in, without_values
@@ -341,7 +341,7 @@ def _on_other_data(
         found = Conjugates.of(model, kept.kernels, task.args, task.kwargs, structure)
     if isinstance(given.model, GivenGaussians):
         lines = _lines(given, kept, graph, log.sites)
-        alike = () if found is None else found.alike(lines)
+        alike = Alike() if found is None else found.alike(lines)
         graph = with_lines(given, structure, lines, graph, alike)
     if found is not None:
         graph = found.integrated(graph, task.max_enumeration)

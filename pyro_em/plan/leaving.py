@@ -35,7 +35,12 @@ from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.gaussians import why_not_integrable
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.conjugate_components import conjugated
-from pyro_em.posteriors.gaussian_components import NotSeparate, components_of_lines, integrated
+from pyro_em.posteriors.gaussian_components import (
+    Alike,
+    NotSeparate,
+    components_of_lines,
+    integrated,
+)
 from pyro_em.posteriors.scaled_components import pairs_alike
 from pyro_em.tracing.given import GivenGaussians, References
 from pyro_em.tracing.randomness import same_random_state
@@ -228,7 +233,7 @@ class Leaving(StaysHere):
             reads = read_conjugates(*own, kernels)
         if lines:
             parts = parts_at(lines, *run)
-            alike = pairs_alike(lines, reads)
+            alike = Alike(pairs_alike(lines, reads), frozenset(lines))
             graph = integrated(graph, lines, self.limit, parts, alike=alike)
         if kernels:
             conjugated(graph, reads, kernels, self.limit)

@@ -46,7 +46,7 @@ from pyro_em.portable import StaysHere
 from pyro_em.posteriors.block import components_of
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
-from pyro_em.posteriors.gaussian_components import integrated
+from pyro_em.posteriors.gaussian_components import Alike, integrated
 from pyro_em.posteriors.gaussian_steps import (
     at_zero,
     expected_densities,
@@ -438,7 +438,7 @@ class Program(StaysHere):
             with self.dependences.own_run():
                 run = (self.model, self.args, self.kwargs, self.structure)
                 read = parts_at(self.lines, *run, values)
-            alike = () if self.conjugates is None else self.conjugates.alike(self.lines)
+            alike = Alike() if self.conjugates is None else self.conjugates.alike(self.lines)
             graph = integrated(graph, self.lines, read=read, alike=alike)
         return graph if self.conjugates is None else self.conjugates.integrated(graph)
 

@@ -21,9 +21,11 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_elements import elements_of_latent
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks
+from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_components import NotSeparate, group_of_block
 from pyro_em.posteriors.gaussian_sites import over_scope, taken
 from pyro_em.posteriors.scaled import ScaledBlock
+from pyro_em.posteriors.scaled_chain import scaled_chain
 from pyro_em.posteriors.scaled_components import block_of_scale, with_scale
 from pyro_em.posteriors.stacked_conjugates import StackedConjugates, group_of_stack, stacked
 from pyro_em.tracing.sites import Role
@@ -147,6 +149,12 @@ def _block(
     limit: int | None,
     gaussian: GaussianBlock | None,
 ) -> ConjugateBlock | ScaledBlock:
+    if isinstance(gaussian, GaussianChain):
+        within = {name for g in gaussian.groups for name in g.members}
+        rest = tuple(r for r in reads if r.site not in within)
+        alone = _block(graph, latent, rest, kernel, limit, None)
+        assert isinstance(alone, ConjugateBlock)
+        return scaled_chain(gaussian, replace(alone, plates=(), sizes=()))
     inside = {} if gaussian is None else gaussian.numbers_of_sites
     by_site = {r.site: r for r in reads}
     reads = (*(by_site[n] for n in inside), *(r for r in reads if r.site not in inside))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from pyro_em.graph.factors import FactorGraph, Group, Nested
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.gaussian import GaussianBlock, elements_of_blocks, piece
 from pyro_em.posteriors.gaussian_sites import dense_block, taken
+from pyro_em.posteriors.scaled_chain import may_have_scale
 from pyro_em.posteriors.state_building import chain_block
 from pyro_em.posteriors.state_series import aliases, series_chain
 from pyro_em.tracing.sites import Role
@@ -30,6 +31,22 @@ _QUICK = 2**16  # combinations that take seconds
 _BECAUSE = (
     "Gaussian latents are integrated for each combination of the discrete ones that touch them"
 )
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Sites whose spreads are multiples of a conjugate latent, which is integrated next.
+
+    Attributes:
+        pairs: Pairs of sites that read one latent.
+        dense: Sites that are solved as one dense block: their latent is more than a number.
+    """
+
+    pairs: tuple[tuple[str, str], ...] = ()
+    dense: frozenset[str] = frozenset()
+
+
+_APART = Alike()  # sites that share no latent in their spreads
 
 
 class NotSeparate(Exception):
@@ -46,7 +63,7 @@ def integrated(
     limit: int | None = None,
     read: Mapping[str, Mapping[str, Tensor]] | None = None,
     kept: frozenset[str] = frozenset(),
-    alike: Sequence[tuple[str, str]] = (),
+    alike: Alike = _APART,
 ) -> FactorGraph:
     """The graph in which groups stand for all sites that Gaussian latents connect.
 
@@ -57,7 +74,7 @@ def integrated(
         read: Per site what its mean is made of, where no binding gives it.
         kept: Plates that a block's table has where all sites are in them and nothing connects their
             elements.
-        alike: Pairs of sites whose spreads are multiples of one latent, which is integrated next.
+        alike: Sites whose spreads are multiples of one latent.
 
     Raises:
         NotSeparate: If discrete latents connect rows of Gaussian ones, or matrices are too large.
@@ -68,10 +85,11 @@ def integrated(
     blocks = []
     series = graph.structure.series
     pairs = [] if series is None else aliases(lines, series)
-    scaled = {name for pair in alike for name in pair}
-    for names in components_of_lines(lines, [*pairs, *alike]):
+    scaled = {name for pair in alike.pairs for name in pair}
+    for names in components_of_lines(lines, [*pairs, *alike.pairs]):
         own = {n: lines[n] for n in names}
-        block = _block(graph, own, values, read or {}, kept, not scaled.isdisjoint(names))
+        may = None if scaled.isdisjoint(names) else alike.dense.isdisjoint(names)
+        block = _block(graph, own, values, read or {}, kept, may)
         if limit is not None and block.cost > limit:
             raise NotSeparate(_too_dear(block, limit))
         blocks.append(block)
@@ -124,9 +142,18 @@ def _block(
     values: Mapping[str, Tensor],
     read: Mapping[str, Mapping[str, Tensor]],
     kept: frozenset[str],
-    dense: bool,
+    with_scale: bool | None,
 ) -> GaussianBlock:
-    """The block of connected sites."""
+    """The block of connected sites.
+
+    Args:
+        graph: As traced with Gaussian latents at zero.
+        lines: What the mean of each site reads.
+        values: Constrained parameters by name.
+        read: Per site what its mean is made of, where no binding gives it.
+        kept: Plates that the table may have.
+        with_scale: Whether a chain may have the scale that all sites share; None where they share none.
+    """
     in_scope = {z for line in lines.values() for z in line.scope}
     scope = tuple(z for z in graph.latents if z in in_scope)
     states = tuple(graph.latents[z].size for z in scope)
@@ -138,7 +165,10 @@ def _block(
     if series is not None and any(n in series.places for n in lines):
         block = series_chain(*given)
     else:
-        block = (None if dense else chain_block(*given)) or dense_block(*given)
+        chain = None if with_scale is False else chain_block(*given)
+        if chain is not None and with_scale and not may_have_scale(chain):
+            chain = None
+        block = chain or dense_block(*given)
     for group in block.groups:
         if group.mask is not None and group.mask.shape[1 + group.n_plates :].numel() > 1:
             what = f"its mask depends on '{scope[0]}'."

@@ -231,7 +231,7 @@ class ScaledBlock:
             complete: Whether sites are as an M-step wants them; otherwise as a bound does.
         """
         scale = solution.conjugate
-        groups = self._at_mean(scale, arguments)[1]
+        groups = self._sites_at_mean(scale, arguments)
         block = replace(self.counted, groups=groups).over(self.plates, self.sizes)
         own = {piece(g.members[0], a): t for g in groups for a, t in g.arguments.items()}
         out = []
@@ -241,7 +241,7 @@ class ScaledBlock:
             moments = site.belief
             assert isinstance(moments, Moments)
             if site.raw_params and complete:  # the model is run at its unit
-                name = self.conjugate.reads[i].pair.argument
+                name = self._spread_of(i)
                 unit = self.gaussian.of_site(i, arguments)[name]
                 belief = ScaledMoments.of(moments, name, site.arguments[name], unit)
                 held = {**site.arguments, name: unit}
@@ -251,13 +251,21 @@ class ScaledBlock:
             out.append((site, weight))
         return out + self.conjugate.believed(scale, arguments, counts, complete)
 
+    def _sites_at_mean(self, scale: ConjugateSolution, arguments: Arguments) -> tuple[Group, ...]:
+        """The Gaussian sites where the scale is at its mean."""
+        return self._at_mean(scale, arguments)[1]
+
+    def _spread_of(self, i: int) -> str:
+        """The argument of a Gaussian site that reads the scale."""
+        return self.conjugate.reads[i].pair.argument
+
     def _constant(self, i: int, scale: ConjugateSolution) -> Tensor:
         """What E[log p] of each row has besides that where the scale is at its mean. # (cells, rows)"""
         kernel, group = self.conjugate.kernel, self.conjugate.groups[i + 1]
         off = (scale.t - kernel.at_mean(scale.t))[..., 0]
         rows = self.conjugate.readings[i].taken(off) * self._count
         if is_matrix(group):
-            return rows.T
+            return rows.T * (1 if kernel.support == "matrix" else group.value.shape[-1])
         each = rows.T.expand(-1, self.conjugate.rows_of_site(i + 1))
         each = each.reshape(len(each), math.prod(group.sizes[: group.n_plates]), -1)
         if group.elements is not None:

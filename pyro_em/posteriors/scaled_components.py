@@ -18,6 +18,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.gaussian import GaussianBlock
+from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_sites import over_scope
 from pyro_em.updates.conjugate_beliefs import with_factor
 from pyro_em.updates.gaussian_rows import event_shape, is_matrix, rows_of
@@ -57,6 +58,9 @@ def block_of_scale(
         other = next((n for n in sites if n not in own), None)
         if other is not None:
             raise _unshared(latent, own[0], other, block)
+        whole = all(bool((reads[n].elements >= 0).all()) for n in own)
+        if isinstance(block, GaussianChain) and graph.structure.series is None and whole:
+            return block
         several = any(len(g.members) > 1 for g in block.groups)
         if several or len(block.traced) != len(block.groups):
             what = "it belongs to a chain of Gaussian latents."

@@ -17,8 +17,7 @@ from pyro_em.families.conjugate_draws import drawn
 from pyro_em.families.conjugate_kernels import matrix_of
 from pyro_em.posteriors.conjugate_cells import Reading
 from pyro_em.posteriors.conjugate_solution import ConjugateSolution
-from pyro_em.posteriors.gaussian_layout import BlockLayout
-from pyro_em.posteriors.linear_gaussian import GaussianSolution
+from pyro_em.posteriors.integrated import Blocks, Solution
 from pyro_em.updates.linear_moments import LinearMoments
 
 
@@ -34,13 +33,13 @@ class ScaledGaussian:
         count: What the log density of one of these has of the scale's first statistic.
     """
 
-    at: GaussianSolution
+    at: Solution
     scale: ConjugateSolution
     readings: Mapping[int, Reading]
     count: float
 
     @property
-    def layout(self) -> BlockLayout:
+    def layout(self) -> Blocks:
         """Blocks and places."""
         return self.at.layout
 

@@ -153,6 +153,35 @@ class StateSolution:
             rows(mean), rows(covariance), rows(residual), rows(cross), rows(second), diagonal
         )
 
+    def whitened(self, site: int) -> Tensor:
+        """Residuals at the posterior mean over the spread, of a latent its noise; zero without spread.
+
+        Args:
+            site: The number of the stack.
+
+        Returns:
+            Zero at observed entries of weight zero. # (cells, members, rows, D)
+        """
+        stack, numbers = self.layout.stacks[site], self.numbers.stacks[site]
+        if stack.form.is_latent:
+            own = stack.starts[:, None, None] + stack.own
+            residual = self._gathered(self._disturbance, stack.levels, stack.chain, own)
+        else:
+            assert numbers.value is not None
+            mean = self._gathered(self._mean, self._read_levels(site), stack.chain, stack.reads)
+            if stack.present is not None:
+                mean = mean * stack.present.to(mean)
+            read = (numbers.coefficients @ mean.unsqueeze(-1)).squeeze(-1)
+            residual = numbers.value - numbers.offset - read
+            if numbers.weight is not None:
+                residual = torch.where(numbers.weight > 0, residual, torch.zeros_like(residual))
+        if numbers.is_matrix:
+            inverse = torch.linalg.pinv(numbers.root)
+            return (inverse @ residual.unsqueeze(-1)).squeeze(-1)
+        none = numbers.spread == 0
+        white = residual / torch.where(none, 1.0, numbers.spread)
+        return torch.where(none, torch.zeros_like(white), white)
+
     def moments(self, site: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance of what the rows of an observed stack read, terms beside each other.
 

@@ -31,7 +31,7 @@ from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.sparse_lines import random_like
 from pyro_em.graph.structure import Structure
 from pyro_em.posteriors.conjugate_components import conjugated
-from pyro_em.posteriors.gaussian_components import NotSeparate, integrated
+from pyro_em.posteriors.gaussian_components import Alike, NotSeparate, integrated
 from pyro_em.posteriors.gaussian_steps import BLOCKS
 from pyro_em.posteriors.scaled_components import pairs_alike
 from pyro_em.tracing.given import References
@@ -161,7 +161,8 @@ def integrated_run(
     found = run.lines() if run.references.zeros else DrawnLines({}, {})
     reads = run.reads() if run.kernels else {}
     out = _unscaled(graph, {*found.lines, *reads, *run.kernels}, factors)
-    kept, alike = frozenset(factors), pairs_alike(found.lines, reads)
+    kept = frozenset(factors)
+    alike = Alike(pairs_alike(found.lines, reads), frozenset(found.lines))
     out = integrated(out, found.lines, limit, found.parts, kept, alike)
     if run.kernels:
         out = conjugated(out, reads, run.kernels, limit)
