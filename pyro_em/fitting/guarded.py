@@ -283,9 +283,15 @@ class Guarded:
             restore(self.program.graph.parameters, origin)
             raise
 
-    def disagreements(self) -> Disagreement:
-        """Where a fresh trace differs from what the bindings predict."""
-        return self.program.disagreements() if self.data is None else self.data.disagreements()
+    def disagreements(self, current: Mapping[str, Tensor] | None = None) -> Disagreement:
+        """Where a fresh trace differs from what the bindings predict.
+
+        Args:
+            current: The parameters in the param store, where they are known.
+        """
+        if self.data is not None:
+            return self.data.disagreements()
+        return self.program.disagreements(current=current)
 
     def _confirm(self) -> None:
         """Hold a fresh trace against what steps compute from the parameters.

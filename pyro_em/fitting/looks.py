@@ -38,7 +38,7 @@ def is_confirmed(em: Guarded, run: Run, when: str) -> bool | None:
     if not program.compiled or run.verified is None or run.num_steps <= run.verified_at:
         return True
     try:
-        off = em.disagreements()
+        off = em.disagreements(run.values(program) if run.looks_later else None)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
         return None

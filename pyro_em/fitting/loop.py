@@ -276,7 +276,8 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     """The first parameters of a start and the E-step at them; without it, the status says why."""
     em.start_over()
     run = Run(snapshot(em.program.graph.parameters), name=name_of_start(init))
-    run.initial_values = values_of(em.program.graph.parameters)
+    if init is not None:
+        run.initial_values = values_of(em.program.graph.parameters)
     try:
         beginning.write_for_all(init)
         apply_floors(em.program.graph, em.program.updates)
@@ -294,6 +295,8 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
         run.status = EMStatus.INTERRUPTED
         return run
     run.record(em.program, at)
+    if init is None:
+        run.initial_values = dict(values_at(at))
     if may_look_later(em, settings):
         run.looks_later = True
         run.note_verified()

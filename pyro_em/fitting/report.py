@@ -124,7 +124,9 @@ def build_result(
     parts = Whole(Part(program)) if data is None else data.over
     notes = boundary_notes(parts, program, log_evidence)
     read = None if data is None else read_anywhere(data, run.initial_values)
-    values = Params(values_of(parameters), _point_sites(program))
+    values = Params(
+        {name: v.clone() for name, v in run.values(program).items()}, _point_sites(program)
+    )
     unconstrained = snapshot(parameters)
     rate = rate_of_convergence([*run.entering, bound])
     logger.info("fit: %s log evidence %.6f", run.status.name, log_evidence)

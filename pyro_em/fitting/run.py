@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.fitting.history import EMStatus, EMStep
-from pyro_em.fitting.point import LeftPoint, PartsPoint, Point, SumsPoint, TracedPoint, Values
+from pyro_em.fitting.point import LeftPoint, Point, SumsPoint, TracedPoint, Values
 from pyro_em.fitting.progress import Bar
 from pyro_em.fitting.schemes import Secant
 from pyro_em.plan.program import Program
@@ -179,8 +179,10 @@ class Run:
 
     def values(self, program: Program) -> Values:
         """The constrained values that the param store holds after the last step was recorded."""
-        at = self.last if self.last is self.recorded else None
-        if isinstance(at, (TracedPoint, SumsPoint, PartsPoint)):
+        at = self.last
+        # Where nobody sees steps, the last one has its E-step at what the store holds.
+        is_of_store = self.looks_later and at is self.recorded
+        if is_of_store and isinstance(at, (TracedPoint, SumsPoint)):
             return at.values
         return values_of(program.graph.parameters)
 

@@ -142,10 +142,12 @@ class Recurring:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
                 return binding
+        is_small = argument.numel() <= _SMALL
         if graph is not None and self.kept is not None:
             before = self.kept.find(key, layout(argument.detach()), self.leaves)
             if before is not None:
-                self.known[key] = argument.detach(), before
+                if is_small:
+                    self.known[key] = argument.detach(), before
                 return before
         binding = bind(
             argument,
@@ -160,10 +162,10 @@ class Recurring:
             allow_composite=allow_composite,
             plates=plates,
         )
-        if graph is not None and argument.numel() <= _SMALL:
+        if graph is not None and is_small:
             self.known[key] = argument.detach(), binding
-            if self.kept is not None:
-                self.kept.keep(key, binding)
+        if graph is not None and self.kept is not None:
+            self.kept.keep(key, binding)  # of what a plate repeats one row alone
         return binding
 
 

@@ -472,10 +472,19 @@ class Program(StaysHere):
             )
 
     def disagreements(
-        self, values: Mapping[str, Tensor] | None = None, random_seed: int | None = None
+        self,
+        values: Mapping[str, Tensor] | None = None,
+        random_seed: int | None = None,
+        current: Mapping[str, Tensor] | None = None,
     ) -> Disagreement:
-        """Where a fresh trace differs from what the bindings predict."""
-        current = values_of(self.graph.parameters)
+        """Where a fresh trace differs from what the bindings predict.
+
+        Args:
+            values: Constrained values to trace at; the current ones where None.
+            random_seed: Trace from another random state.
+            current: The current ones, where they are known.
+        """
+        current = values_of(self.graph.parameters) if current is None else current
         predicted_at = {**current, **(values or {})}
         graph, given = at_zero(self.graph), (self.args, self.structure)
         slices = Slices.of(self.args, self.kwargs, self.structure) if graph.parted else None

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_em import DataError, ExactPosteriorEM, Hard, PyroEMError, vectorized_markov
-from pyro_em.plan import first_values, kept
+from pyro_em import DataError, ExactPosteriorEM, Fixed, Hard, PyroEMError, vectorized_markov
+from pyro_em.graph import signatures
+from pyro_em.plan import building, first_values, kept
 from pyro_em.tracing import runs
 
 X = torch.tensor([0.3, -1.2, 4.1, 3.7, 0.1, 2.2])
@@ -1039,3 +1040,36 @@ def test_only_the_latest_forms_are_remembered():
     for n in range(1, 15):
         ExactPosteriorEM(model).score(torch.linspace(0, 1, n))
     assert len(kept._by_model[model]) == 8
+
+
+def test_bindings_and_decisions_of_many_rows_are_found_once(monkeypatch):
+    """The third fit of a form finds selections and updates where the second left them."""
+
+    def model(x):
+        w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0]))
+        scale = pyro.param("scale", torch.ones(2), constraint=constraints.positive)
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Normal(mu[z], scale[z]), obs=x)
+
+    def fit(x, **how):
+        pyro.clear_param_store()
+        return ExactPosteriorEM(model, **how).fit(x, max_steps=1, tol=0, progress=False)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("it is read again")
+
+    x = torch.linspace(-2, 5, 3000)
+    fit(x), fit(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(signatures, "bind", refuse)
+        patch.setattr(building, "decide_updates", refuse)
+        found = fit(x.square())
+        with pytest.raises(AssertionError):
+            fit(x, updates={"mu": Fixed()})
+    w, mu, scale = (found.params[n] for n in ("w", "mu", "scale"))
+    terms = dist.Normal(mu, scale).log_prob(x.square()[:, None]) + w.log()
+    assert found.log_evidence == pytest.approx(float(terms.logsumexp(-1).sum()), rel=1e-5)
+    fixed = fit(x, updates={"mu": Fixed()})
+    assert fixed.params["mu"].tolist() == [0.0, 3.0] and fit(x).params["mu"].tolist() != [0.0, 3.0]
