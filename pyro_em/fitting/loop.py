@@ -40,7 +40,7 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     try:
         while not _is_over(em, settings, run):
             # Who keeps where runs stand has to see the last step as if others followed it.
-            is_last = settings.max_steps - run.num_steps == 1 and keeper is None
+            is_last = settings.max_steps - len(run.entering) == 1 and keeper is None
             step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
             if settings.bar.bar is not None:
                 settings.bar.update(r, step.after.objective)
@@ -66,12 +66,12 @@ def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
     if settings.tol and run.judges and run.last is not None:
         path = [*run.plain_path(), run.last.objective]
         status = should_stop(path, settings.tol, em.program.graph.eps, run.last.noise)
-        if status is not None and em.program.may_stop(run.num_steps):
+        if status is not None and em.program.may_stop(len(run.entering)):
             run.status = status
             return True
         if crawls(path, settings.tol) and _has_run_away(em, run, values_at(run.last)):
             return True
-    return run.num_steps >= settings.max_steps
+    return len(run.entering) >= settings.max_steps
 
 
 def _has_run_away(em: Guarded, run: Run, values: Values) -> bool:
@@ -96,7 +96,7 @@ def advance(
     """
     touched = is_watched and _look(em, run)
     assert run.last is not None
-    index = run.num_steps
+    index = len(run.entering)
     looks = index == run.verify_at and not run.looks_later
     last = is_last and not (is_watched or looks)
     step = em.step(run.last, index, verify=looks and verify, touched=touched, last=last)

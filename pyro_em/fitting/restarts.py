@@ -65,7 +65,7 @@ def run_starts(
         that had been done. The best one has its E-step.
     """
     beginning = Beginning(em, search.generator)
-    origin = snapshot(em.program.graph.parameters)
+    origin = snapshot(em.program.graph.parameters) if num_restarts > 1 else {}
     runs = search.runs
     over: list[Run] = []
     try:

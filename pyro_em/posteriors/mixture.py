@@ -319,8 +319,9 @@ class Mixture(QuickBlock):
     def _summed(self, at: At, eta: Tensor | None, sums: Collected) -> Expectation:
         """What was collected over the chunks, and what no row reaches."""
         groups, mass, evidence = self.graph.groups, sums["mass"], sums["evidence"]
+        sizes = self.shape.sizes
         masses = {
-            reads: summed(mass, self.shape.sizes, reads)
+            reads: mass if len(reads) == len(sizes) else summed(mass, sizes, reads)
             for reads in dict.fromkeys(r for r in self.shape.reads if r)
         }
         out = dict(sums.statistics)
