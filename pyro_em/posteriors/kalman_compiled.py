@@ -216,7 +216,7 @@ class _Group:
     def is_far(self) -> bool:
         """Whether the data are so far from zero that states are measured from what is found first."""
         size = np.fmax.reduce(np.abs(self.value), None, initial=0.0)  # NaN where missing
-        if len(self.drift):
+        if self.drift.size:
             size += np.abs(self.H).max() * np.abs(self.drift).max()
         return not size <= FAR * self.s.min()
 
@@ -268,8 +268,8 @@ class _Groups:
         ]
         which = [x.contiguous().numpy() for x in (space.dynamics, space.measurement)]
         value, drift = (x.detach().contiguous().numpy() for x in (space.value, space.drift))
-        if not drift.any():
-            drift = drift[:0]
+        if not drift[:, 1:].any():
+            drift = np.ascontiguousarray(drift[:, : int(drift.any())])
         for b in range(self.count):
             chains = np.arange(space.chains) if self.of is None else np.flatnonzero(self.of == b)
             first = int(chains[0])
@@ -285,7 +285,7 @@ class _Groups:
                 measurement,
                 np.ascontiguousarray(self.seen[first % len(self.seen)]),
                 value if self.of is None else value[chains],
-                drift if len(drift) <= 1 else drift[chains],
+                drift if len(drift) == 1 else drift[chains],
                 space.seen is None,
             )
 
@@ -335,7 +335,7 @@ def _forward(
         group.seen,
         group.same,
         group.value,
-        group.drift if len(group.drift) else np.zeros((1, T, n)),
+        group.drift,
         predicted,
         mean,
         nats,

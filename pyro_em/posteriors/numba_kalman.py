@@ -184,7 +184,7 @@ def forward(
         seen: # (T, D)
         same: From `alike`. # (T,)
         value: # (M, T, D)
-        drift: # (M|1, T, n)
+        drift: Zero at all other steps. # (M|1, T or fewer, n)
         predicted: Where predicted means go. # (M, T, n)
         mean: Where filtered means go. # (M, T, n)
         evidence: Where nats go. # (M, T)
@@ -222,9 +222,9 @@ def forward(
             _copy(after[t - 1], after[t])
         determinant[t] = ratio
         for j in range(M):
-            x, a = m[j], drift[j % len(drift), t]
+            x = m[j]
             for i in range(n):
-                total = a[i]
+                total = drift[j % len(drift), t, i] if t < drift.shape[1] else 0.0
                 if t > 0:
                     for l in range(n):
                         total += A[u, i, l] * x[l]
@@ -300,7 +300,7 @@ def _expect(
         gained: Where m − (A m before + a) goes. # (n,)
     """
     for i in range(len(mean)):
-        mean[i] = drift[j % len(drift), t, i] if len(drift) > 0 else 0.0
+        mean[i] = drift[j % len(drift), t, i] if t < drift.shape[1] else 0.0
         if len(near) > 0:
             if t > 0:
                 for l in range(len(mean)):
@@ -351,7 +351,7 @@ def backward(
         seen: # (T, D)
         same: From `alike`. # (T,)
         value: # (M, T, D)
-        drift: Empty if it is zero. # (M|1, T, n)
+        drift: Zero at all other steps. # (M|1, T or fewer, n)
         near: What states are measured from; empty if that is zero. # (M, T, n)
         pull: Where E goes, those that differ one before the other. # (room, k or more, n)
         factor: Where W goes, likewise. # (room, k or more, k or more)
@@ -367,7 +367,7 @@ def backward(
     few = told > M
     X, R, last, data, turn, zeta, both = work
     m, gained = both[0], both[1]
-    plain = len(drift) == 0 and len(near) == 0
+    drifting = T if len(near) > 0 else drift.shape[1]
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
     count, look = 0, 0
     u, v = dynamics[T - 1], measurement[T - 1]
@@ -384,6 +384,7 @@ def backward(
                 place[0] = -1
                 return 0.0
         place[t] = last_place
+        plain = t >= drifting
         for j in range(M):
             if not plain:
                 _expect(a, drift, near, j, t, m, gained)
@@ -581,7 +582,7 @@ def follow(
         measurement: # (T,)
         seen: # (T, D)
         value: # (M, T, D)
-        drift: Empty if it is zero. # (M|1, T, n)
+        drift: Zero at all other steps. # (M|1, T or fewer, n)
         near: What states are measured from, as for `backward`. # (M, T, n)
         pull: From `backward`. # (room, k or more, n)
         place: From `backward`. # (T,)
@@ -595,13 +596,14 @@ def follow(
     n, k = G.shape[1:]
     delta, both = work
     epsilon, moved, m, gained = both[0], both[1], both[2], both[3]
-    plain = len(drift) == 0 and len(near) == 0
+    drifting = T if len(near) > 0 else drift.shape[1]
     u, v, p = dynamics[0], measurement[0], place[0]
     a, g, h, E = A[u], G[u], H[v], pull[p]  # each look at a part of an array takes time
     for t in range(T):
         if dynamics[t] != u or measurement[t] != v or place[t] != p:
             u, v, p = dynamics[t], measurement[t], place[t]
             a, g, h, E = A[u], G[u], H[v], pull[p]
+        plain = t >= drifting
         for j in range(M):
             total = 0.0
             for i in range(k):
