@@ -212,6 +212,11 @@ class _Group:
             out[2:] &= (self.seen[2:] == self.seen[1:-1]).all(-1)
         return out
 
+    @cached_property
+    def w(self) -> _Floats:
+        """1/s. # (V, D)"""
+        return 1.0 / self.s
+
     @property
     def is_far(self) -> bool:
         """Whether the data are so far from zero that states are measured from what is found first."""
@@ -262,12 +267,12 @@ class _Groups:
     def each(self) -> Iterator[_Group]:
         """One after the other."""
         space = self.space
-        arrays = [
-            x.detach().contiguous().numpy()
-            for x in (space.transition, space.noise, space.loading, space.deviation)
-        ]
-        which = [x.contiguous().numpy() for x in (space.dynamics, space.measurement)]
-        value, drift = (x.detach().contiguous().numpy() for x in (space.value, space.drift))
+        tensors = (space.transition, space.noise, space.loading, space.deviation)
+        arrays = [np.ascontiguousarray(x.detach().numpy()) for x in tensors]
+        which = [np.ascontiguousarray(x.numpy()) for x in (space.dynamics, space.measurement)]
+        value, drift = (
+            np.ascontiguousarray(x.detach().numpy()) for x in (space.value, space.drift)
+        )
         if not drift[:, 1:].any():
             drift = np.ascontiguousarray(drift[:, : int(drift.any())])
         for b in range(self.count):
@@ -377,7 +382,7 @@ def _backward(
         group.A,
         group.G,
         group.H,
-        group.s,
+        group.w,
         group.dynamics,
         group.measurement,
         group.seen,
@@ -417,7 +422,7 @@ def _follow(
         group.A,
         group.G,
         group.H,
-        group.s,
+        group.w,
         group.dynamics,
         group.measurement,
         group.seen,

@@ -252,7 +252,7 @@ def _rows(
     A: np.ndarray,
     G: np.ndarray,
     H: np.ndarray,
-    s: np.ndarray,
+    w: np.ndarray,
     seen: np.ndarray,
     moves: bool,
 ) -> None:
@@ -273,7 +273,7 @@ def _rows(
                 for i in range(l + 1):
                     column[D + i] += R[i, l] * by
         for d in range(D):
-            column[d] = column[d] / s[d] if seen[d] else 0.0
+            column[d] = column[d] * w[d] if seen[d] else 0.0
         if c < k:
             column[D + n + c] = 1.0
 
@@ -325,7 +325,7 @@ def backward(
     A: np.ndarray,
     G: np.ndarray,
     H: np.ndarray,
-    s: np.ndarray,
+    w: np.ndarray,
     dynamics: np.ndarray,
     measurement: np.ndarray,
     seen: np.ndarray,
@@ -345,7 +345,7 @@ def backward(
         A: # (U, n, n)
         G: # (U, n, k)
         H: # (V, D, n)
-        s: # (V, D)
+        w: 1/s. # (V, D)
         dynamics: # (T,)
         measurement: # (T,)
         seen: # (T, D)
@@ -371,12 +371,12 @@ def backward(
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
     count, look = 0, 0
     u, v = dynamics[T - 1], measurement[T - 1]
-    a, g, h, scale = A[u], G[u], H[v], s[v]  # each look at a part of an array takes time
+    a, g, h, scale = A[u], G[u], H[v], w[v]  # each look at a part of an array takes time
     for t in range(T - 1, -1, -1):
         alike = t + 1 < T and same[t + 1] and t > 0
         if not alike:
             u, v = dynamics[t], measurement[t]
-            a, g, h, scale = A[u], G[u], H[v], s[v]
+            a, g, h, scale = A[u], G[u], H[v], w[v]
         known = steady and kept and alike
         if not known:
             last_place -= 1
@@ -395,7 +395,7 @@ def backward(
                     if not plain:
                         for i in range(n):
                             e -= h[d, i] * m[i]
-                data[j, d] = e / scale[d]
+                data[j, d] = e * scale[d]
             for i in range(n):
                 total = zeta[j, i]
                 if not plain:
@@ -556,7 +556,7 @@ def follow(
     A: np.ndarray,
     G: np.ndarray,
     H: np.ndarray,
-    s: np.ndarray,
+    w: np.ndarray,
     dynamics: np.ndarray,
     measurement: np.ndarray,
     seen: np.ndarray,
@@ -577,7 +577,7 @@ def follow(
         A: # (U, n, n)
         G: # (U, n, k)
         H: # (V, D, n)
-        s: # (V, D)
+        w: 1/s. # (V, D)
         dynamics: # (T,)
         measurement: # (T,)
         seen: # (T, D)
@@ -637,6 +637,6 @@ def follow(
                             e -= h[d, i] * m[i]
                     for i in range(n):
                         then += h[d, i] * moved[i]
-                    e = (e - then) / s[v, d]
+                    e = (e - then) * w[v, d]
                     total += e * e
             squares[j] += total
