@@ -19,7 +19,7 @@ from pyro import poutine
 from pyro_em import ExactPosteriorEM
 from tests.benchmarks import models
 from tests.benchmarks.cases import blobs, chain_start, digits, factor_data
-from tests.benchmarks.series import e_step, local_level_fit
+from tests.benchmarks.series import by_numpy, e_step, local_level_fit
 
 Run = Callable[[], Any]
 
@@ -291,6 +291,8 @@ CALLS = (
     Call("chain without a loop, plan, T=100k", "itself at T=100", 1.5, planned(100_000, 100)),
     Call("local level, 20 steps, T=1,000", "statsmodels", 1.0, local_level_fit(1000, 20), 5),
     Call("Kalman E-step, T=1,000 n=4 D=4", "statsmodels", 0.05, e_step(1000, 4, 4), 10),
+    Call("the same without numba", "statsmodels", 0.2, by_numpy(e_step(1000, 4, 4)), 10),
+    Call("Kalman E-step, T=10,000 n=4 D=4", "statsmodels", 0.05, e_step(10_000, 4, 4), 5),
     Call("Kalman E-step, T=1,000 n=10 D=20", "statsmodels", 1 / 15, e_step(1000, 10, 20), 10),
-    Call("Kalman E-step, 1,000 series of 50", "statsmodels", 0.02, e_step(50, 2, 1, 1000), 3),
+    Call("Kalman E-step, 1,000 series of 50", "statsmodels", 0.02, e_step(50, 4, 4, 1000), 3),
 )

@@ -13,6 +13,7 @@ from pyro_em.tracing.missing import WithMissing
 from tests.benchmarks import models
 from tests.benchmarks.exponential import gamma_mixture, negative_binomial_mixture, student_mixture
 from tests.benchmarks.regressions import logistic_mixture
+from tests.benchmarks.series import system_steps
 from tests.benchmarks.timing import Case, Steps
 
 Pair = tuple[Steps, Steps]
@@ -369,6 +370,7 @@ CASES = (
     Case(
         "Student mixture, N=200k K=4", "numpy by hand", 1.4, student_mixture(200_000, 4), 2, 22, 22, 5
     ),
+    Case("linear dynamical system, T=1000 n=4 D=4", "dynamax", 20.0, system_steps(1000, 4, 4), 5, 105),
     Case("factor analysis, digits q=10", "scikit-learn", 40.0, factors(digits, 10), 5, 1005, 55, 5),
     Case(
         "factor analysis, 20k x 64 q=10", "scikit-learn", 500.0,
