@@ -173,15 +173,15 @@ def _way(space: StateSpace) -> _Way:
 
 def _on(x: _T, device: torch.device) -> _T:
     """The same numbers elsewhere."""
-    found = {f.name: getattr(x, f.name) for f in fields(x)}
-    if all(t is None or t.device == device for t in found.values()):
+    if all(t is None or t.device == device for t in vars(x).values()):
         return x
+    found = {f.name: getattr(x, f.name) for f in fields(x)}
     return replace(x, **{k: t if t is None else t.to(device) for k, t in found.items()})
 
 
 def _is_differentiated(space: StateSpace) -> bool:
     """Whether a derivative may be asked for."""
-    numbers = (getattr(space, f.name) for f in fields(space))
+    numbers = vars(space).values()
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in numbers)
 
 

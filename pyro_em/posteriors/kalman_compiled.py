@@ -118,12 +118,12 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
 
     T, (n, k) = len(group.dynamics), group.G.shape[1:]
     transition, noise = np.empty((room, n, n)), np.empty((room, n, n))
-    sizes, memory = group.sizes, (transition, noise)
+    memory = transition, noise
     told = _backward(group, _NOWHERE, room, memory)
     if told is None:
         return None
     states, disturbance, squares = _follow(group, _NOWHERE, told, told.shift)
-    if group.is_far:
+    if told.is_far:
         told = cast(_Backward, _backward(group, states, room, memory))
         states, disturbance, squares = _follow(group, states, told, told.shift)
     first, which = int(told.place[0]), np.empty(T, np.int32)
@@ -144,7 +144,8 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
     )
     if count < 0:
         return None
-    evidence = -0.5 * (squares + told.determinant) - sizes
+    determinant, nats, _ = told.totals
+    evidence = -0.5 * (squares + determinant) - nats
     of_group = (
         covariance[:count],
         transition[first:],
@@ -152,7 +153,7 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
         which,
         np.subtract(told.place, first, out=told.place),
     )
-    return _Found(told.determinant, (evidence, states, disturbance), of_group)
+    return _Found(float(determinant), (evidence, states, disturbance), of_group)
 
 
 def _stacked(arrays: Sequence[Any]) -> Any:
@@ -175,7 +176,7 @@ def sampled(space: StateSpace, normal: Tensor) -> Tensor:
     for group in _Groups.of_space(space).each():
         near = _NOWHERE
         told = cast(_Backward, _backward(group, near, space.steps))
-        if group.is_far:
+        if told.is_far:
             near = _follow(group, near, told, told.shift)[0]
             told = cast(_Backward, _backward(group, near, space.steps))
         factor = told.factor[told.place]
@@ -199,39 +200,11 @@ class _Group:
     seen: _Bools
     value: _Floats
     drift: _Floats
-    is_complete: bool
-
-    @cached_property
-    def same(self) -> _Bools:
-        """Whether each step has the same matrices as the one before. # (T,)"""
-        out = np.zeros(len(self.dynamics), np.bool_)
-        u, v = self.dynamics[1:], self.measurement[1:]
-        np.equal(u[1:], u[:-1], out=out[2:])
-        out[2:] &= v[1:] == v[:-1]
-        if not self.is_complete:
-            out[2:] &= (self.seen[2:] == self.seen[1:-1]).all(-1)
-        return out
 
     @cached_property
     def w(self) -> _Floats:
         """1/s. # (V, D)"""
         return 1.0 / self.s
-
-    @property
-    def is_far(self) -> bool:
-        """Whether the data are so far from zero that states are measured from what is found first."""
-        size = np.fmax.reduce(np.abs(self.value), None, initial=0.0)  # NaN where missing
-        if self.drift.size:
-            size += np.abs(self.H).max() * np.abs(self.drift).max()
-        return not size <= FAR * self.s.min()
-
-    @property
-    def sizes(self) -> float:
-        """Σ log(√2π s) of all that is seen."""
-        logs = np.log(np.sqrt(2 * np.pi) * self.s)
-        if self.is_complete and 4 * len(logs) < len(self.measurement):
-            return float(np.bincount(self.measurement, minlength=len(logs)) @ logs.sum(-1))
-        return float(logs[self.measurement][self.seen].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,8 +225,8 @@ class _Groups:
     @staticmethod
     def of_space(space: StateSpace) -> _Groups:
         """Those of a state-space model."""
-        T, D = space.value.shape[1:]
-        seen = np.ones((1, T, D), np.bool_) if space.seen is None else space.seen.numpy()
+        D = space.value.shape[-1]
+        seen = np.ones((1, 1, D), np.bool_) if space.seen is None else space.seen.numpy()
         own = (space.transition, space.noise, space.loading, space.deviation)
         if max(len(x) for x in own) > 1:
             return _Groups(space, space.chains, np.arange(space.chains), seen)
@@ -291,7 +264,6 @@ class _Groups:
                 np.ascontiguousarray(self.seen[first % len(self.seen)]),
                 value if self.of is None else value[chains],
                 drift if len(drift) == 1 else drift[chains],
-                space.seen is None,
             )
 
     def together(self, parts: Sequence[tuple[_Floats, ...]]) -> list[Tensor]:
@@ -312,7 +284,12 @@ class _Backward:
     factor: _Floats
     shift: _Floats
     place: _Which
-    determinant: float
+    totals: _Floats
+
+    @property
+    def is_far(self) -> bool:
+        """Whether data are so far from zero that states are measured from what is found first."""
+        return not self.totals[2] <= FAR
 
 
 def _forward(
@@ -338,7 +315,6 @@ def _forward(
         group.dynamics,
         group.measurement,
         group.seen,
-        group.same,
         group.value,
         group.drift,
         predicted,
@@ -378,7 +354,8 @@ def _backward(
         memory = np.empty((room, k, n)), np.empty((room, k, k))
     pull, factor = memory
     shift, place = np.empty((M, T, k)), np.empty(T, np.int32)
-    determinant = backward(
+    totals = np.empty(3)
+    backward(
         group.A,
         group.G,
         group.H,
@@ -386,7 +363,6 @@ def _backward(
         group.dynamics,
         group.measurement,
         group.seen,
-        group.same,
         group.value,
         group.drift,
         near,
@@ -394,11 +370,12 @@ def _backward(
         factor,
         shift,
         place,
+        totals,
         _work((wide + told, told + k), (n, n), (n, n), (M, told), (wide, told), (M, n), (2, n)),
     )
     if place[0] < 0:
         return None
-    return _Backward(pull, factor, shift, place, determinant)
+    return _Backward(pull, factor, shift, place, totals)
 
 
 def _follow(

@@ -20,7 +20,8 @@ from typing import Any
 import numba
 import numpy as np
 
-SAME = 1e-14  # see `pyro_em.posteriors.kalman_steps`
+SAME = 1e-14  # see `pyro_em.posteriors.kalman_recursions`
+HALF_LOG_TWO_PI = 0.5 * np.log(2.0 * np.pi)
 
 Work = tuple[np.ndarray, ...]  # what loops write over; Numba's own arrays take a second to compile
 
@@ -99,6 +100,18 @@ def _next_look(count: int) -> int:
 
 
 @_compiled
+def _is_like(dynamics: np.ndarray, measurement: np.ndarray, seen: np.ndarray, t: int) -> bool:
+    """Whether a step has the same matrices as the one before; the first two never have."""
+    if t < 2 or dynamics[t] != dynamics[t - 1] or measurement[t] != measurement[t - 1]:
+        return False
+    if len(seen) > 1:
+        for d in range(seen.shape[1]):
+            if seen[t, d] != seen[t - 1, d]:
+                return False
+    return True
+
+
+@_compiled
 def _predict(X: np.ndarray, S: np.ndarray, A: np.ndarray, G: np.ndarray) -> None:
     """S becomes the lower triangle of [A S, G]."""
     n, k = G.shape
@@ -161,7 +174,6 @@ def forward(
     dynamics: np.ndarray,
     measurement: np.ndarray,
     seen: np.ndarray,
-    same: np.ndarray,
     value: np.ndarray,
     drift: np.ndarray,
     predicted: np.ndarray,
@@ -181,8 +193,7 @@ def forward(
         s: # (V, D)
         dynamics: # (T,)
         measurement: # (T,)
-        seen: # (T, D)
-        same: From `alike`. # (T,)
+        seen: Of each step, or of all. # (T|1, D)
         value: # (M, T, D)
         drift: Zero at all other steps. # (M|1, T or fewer, n)
         predicted: Where predicted means go. # (M, T, n)
@@ -201,21 +212,23 @@ def forward(
     steady, known, count, look = False, False, 0, 0
     for t in range(T):
         u, v = dynamics[t], measurement[t]
-        known = steady and same[t]
+        here = t if len(seen) > 1 else 0
+        alike = _is_like(dynamics, measurement, seen, t)
+        known = steady and alike
         if not known:
             _predict(X, S, A[u], G[u])
             _square(S, before[t])
             size, ratio = 0.0, 0.0
             for d in range(D):
-                if seen[t, d]:
+                if seen[here, d]:
                     variance = _update(S, H[v, d], s[v, d], gain[d])
                     f[d] = 1.0 / variance
                     size += np.log(2.0 * np.pi * variance)
                     ratio += np.log(variance / (s[v, d] * s[v, d]))
             _square(S, after[t])
-            count = count + 1 if same[t] else 0
+            count = count + 1 if alike else 0
             if count == 0 or count == look:
-                steady = _settle(S, last, n, SAME) and same[t]
+                steady = _settle(S, last, n, SAME) and alike
                 look = _next_look(count)
         else:
             _copy(before[t - 1], before[t])
@@ -232,7 +245,7 @@ def forward(
                 predicted[j, t, i] = total
             squares = 0.0
             for d in range(D):
-                if seen[t, d]:
+                if seen[here, d]:
                     e = value[j, t, d]
                     for i in range(n):
                         e -= H[v, d, i] * moved[i]
@@ -329,7 +342,6 @@ def backward(
     dynamics: np.ndarray,
     measurement: np.ndarray,
     seen: np.ndarray,
-    same: np.ndarray,
     value: np.ndarray,
     drift: np.ndarray,
     near: np.ndarray,
@@ -337,9 +349,10 @@ def backward(
     factor: np.ndarray,
     shift: np.ndarray,
     place: np.ndarray,
+    totals: np.ndarray,
     work: Work,
-) -> float:
-    """The noises of each step given the state before and all data; return 2 Σ log|U|.
+) -> None:
+    """The noises of each step given the state before and all data.
 
     Args:
         A: # (U, n, n)
@@ -348,8 +361,7 @@ def backward(
         w: 1/s. # (V, D)
         dynamics: # (T,)
         measurement: # (T,)
-        seen: # (T, D)
-        same: From `alike`. # (T,)
+        seen: Of each step, or of all. # (T|1, D)
         value: # (M, T, D)
         drift: Zero at all other steps. # (M|1, T or fewer, n)
         near: What states are measured from; empty if that is zero. # (M, T, n)
@@ -357,6 +369,8 @@ def backward(
         factor: Where W goes, likewise. # (room, k or more, k or more)
         shift: Where g goes. # (M, T, k)
         place: Where it goes which E and W a step has; the first is -1 if they are too many. # (T,)
+        totals: Where 2 Σ log|U| goes, Σ log(√2π s) of all that is seen, and how large whitened data are
+            at most. # (3,)
         work: Zeros. # (k + D + 2 n, D + n + k), (n, n), (n, n), (M, D + n), (k + n, D + n), (M, n),
             (2, n)
     """
@@ -369,20 +383,27 @@ def backward(
     m, gained = both[0], both[1]
     drifting = T if len(near) > 0 else drift.shape[1]
     steady, kept, last_place, size, sizes = False, False, len(pull), 0.0, 0.0
+    own_nats, nats, far = 0.0, 0.0, 0.0
     count, look = 0, 0
     u, v = dynamics[T - 1], measurement[T - 1]
     a, g, h, scale = A[u], G[u], H[v], w[v]  # each look at a part of an array takes time
     for t in range(T - 1, -1, -1):
-        alike = t + 1 < T and same[t + 1] and t > 0
+        here = t if len(seen) > 1 else 0
+        alike = t > 0 and t + 1 < T and _is_like(dynamics, measurement, seen, t + 1)
         if not alike:
             u, v = dynamics[t], measurement[t]
             a, g, h, scale = A[u], G[u], H[v], w[v]
+            own_nats = 0.0
+            for d in range(D):
+                if seen[here, d]:
+                    own_nats += HALF_LOG_TWO_PI - np.log(scale[d])
+        nats += own_nats
         known = steady and kept and alike
         if not known:
             last_place -= 1
             if last_place < 0:
                 place[0] = -1
-                return 0.0
+                return
         place[t] = last_place
         plain = t >= drifting
         for j in range(M):
@@ -390,12 +411,13 @@ def backward(
                 _expect(a, drift, near, j, t, m, gained)
             for d in range(D):
                 e = 0.0
-                if seen[t, d]:
+                if seen[here, d]:
                     e = value[j, t, d]
                     if not plain:
                         for i in range(n):
                             e -= h[d, i] * m[i]
                 data[j, d] = e * scale[d]
+                far = max(far, abs(data[j, d]))
             for i in range(n):
                 total = zeta[j, i]
                 if not plain:
@@ -404,7 +426,7 @@ def backward(
                 data[j, D + i] = total
         if not known:
             E, W = pull[last_place], factor[last_place]
-            _rows(X, R, a, g, h, scale, seen[t], t > 0)
+            _rows(X, R, a, g, h, scale, seen[here], t > 0)
             carry = few and not (steady and alike)
             more = M if carry else told
             for c in range(more):
@@ -464,7 +486,7 @@ def backward(
                         shift[j, t, i] = total
                     else:
                         zeta[j, i - k] = total
-    return sizes
+    totals[0], totals[1], totals[2] = sizes, nats, far
 
 
 @_compiled
@@ -580,7 +602,7 @@ def follow(
         w: 1/s. # (V, D)
         dynamics: # (T,)
         measurement: # (T,)
-        seen: # (T, D)
+        seen: Of each step, or of all. # (T|1, D)
         value: # (M, T, D)
         drift: Zero at all other steps. # (M|1, T or fewer, n)
         near: What states are measured from, as for `backward`. # (M, T, n)
@@ -604,6 +626,7 @@ def follow(
             u, v, p = dynamics[t], measurement[t], place[t]
             a, g, h, E = A[u], G[u], H[v], pull[p]
         plain = t >= drifting
+        here = t if len(seen) > 1 else 0
         for j in range(M):
             total = 0.0
             for i in range(k):
@@ -630,7 +653,7 @@ def follow(
                     delta[j, i] = moved[i] - gained[i]
                     states[j, t, i] = m[i] + moved[i]
             for d in range(D):
-                if seen[t, d]:
+                if seen[here, d]:
                     e, then = value[j, t, d], 0.0
                     if not plain:
                         for i in range(n):
