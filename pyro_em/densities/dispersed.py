@@ -11,9 +11,11 @@ once for each count that occurs, weighed by how often: no gamma function is eval
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from pyro_em.densities.affine_rows import (
 from pyro_em.densities.predicted import CELLS, Predicted, PredictedFit, Values
 from pyro_em.densities.ridge import Ridge, are_read_elsewhere, may_be_ridge
 from pyro_em.errors import Handover
-from pyro_em.families.predicted import digamma_rise, log_rising, trigamma_rise
+from pyro_em.families.predicted import GAMMA, digamma_rise, log_rising, trigamma_rise
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.coefficients import FAR
 from pyro_em.updates.curved import Curved
@@ -73,7 +75,10 @@ class DispersedRows(Predicted):
         offset: What is known of the predictor; None where nothing is. # (K or 1, N)
         known: What is known of log s. # (K,)
         logs: Which coordinates are logarithms of parameters. # (C,)
+        largest: The shape beyond which data have no noise.
     """
+
+    largest: ClassVar[float] = math.inf
 
     y: Tensor
     offset: Tensor | None
@@ -106,7 +111,10 @@ class DispersedRows(Predicted):
         )
         if runs_off or not bool(torch.isfinite(found.place).all()):
             raise Handover
-        return self.enter(self.values(PredictedFit(found.place))), found.gain
+        after = self.enter(self.values(PredictedFit(found.place)))
+        if not bool((after.shape <= self.largest).all()):
+            raise Handover  # the M-step through tables names data without noise
+        return after, found.gain
 
     def curved(self, beta: Tensor, weights: Tensor, bent: bool = True) -> Curved:
         """See `Predicted.curved`."""
@@ -188,6 +196,8 @@ class GammaRows(DispersedRows):
     Attributes:
         log_y: Logarithms of the data. # (N,)
     """
+
+    largest: ClassVar[float] = GAMMA.largest
 
     log_y: Tensor
 

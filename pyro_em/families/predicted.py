@@ -13,6 +13,7 @@ Source: McCullagh and Nelder (1989), chapter 8; Hilbe (2011), "Negative Binomial
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ class PredictedForm:
         limit: What the density becomes as that runs off, for a message.
         spread: A spread, and the location that it is about, where the density has no bound as the
             spread goes to zero on equal data.
+        largest: The shape beyond which data have no noise but rounding, and the density no bound.
         of_features: What it reads of expected features of the family's linear form, where that is all
             it needs: of latents that are integrated. # (*cells, P) to the same as ``data``
     """
@@ -63,6 +65,7 @@ class PredictedForm:
     shape: str = ""
     limit: str = ""
     spread: tuple[str, str] | None = None
+    largest: float = math.inf
     of_features: Callable[[Tensor], Data] | None = None
 
 
@@ -153,6 +156,7 @@ GAMMA = PredictedForm(
     gamma,
     "concentration",
     "data without noise",
+    largest=1e13,
     of_features=lambda feature: (feature[..., 1], feature[..., 0]),
 )
 

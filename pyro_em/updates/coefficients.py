@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from pyro_em.distributions import is_real
 from pyro_em.errors import message
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.coefficient_priors import dispersion_priors, normal_priors
-from pyro_em.updates.collapses import refuse_collapse
+from pyro_em.updates.collapses import refuse_collapse, refuse_noiseless
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.dispersed import Dispersed, positive
 from pyro_em.updates.newton import climb
@@ -66,7 +67,7 @@ def coefficients(
         updates: What was decided per parameter, for Normal priors.
 
     Raises:
-        DegenerateError: If a spread collapses.
+        DegenerateError: If a spread collapses, or data have no noise.
     """
     bounded = {name for name in block if not is_real(graph.parameters[name].constraint)}
     start = torch.cat([_coordinate(values[n].detach(), n in bounded).reshape(-1) for n in block])
@@ -100,6 +101,8 @@ def coefficients(
     forms = {p.group: p.form for p in reached if isinstance(p, Dispersed)}
     spreads = {g: form.spread for g, form in forms.items() if form.spread is not None}
     refuse_collapse(graph, spreads, block, {**values, **new})
+    shapes = {g: (form.shape, form.largest) for g, form in forms.items() if form.largest < inf}
+    refuse_noiseless(graph, shapes, block, {**values, **new})
     return Coefficients(new, found.gain, found.last, found.is_settled)
 
 

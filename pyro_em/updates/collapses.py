@@ -17,6 +17,47 @@ _SHARPEST = 1e-6 / torch.finfo(torch.float64).eps
 _ROUNDINGS = 4.0  # of the largest location: a spread below it is the rounding of equal data
 
 
+def refuse_noiseless(
+    graph: FactorGraph,
+    largest: Mapping[int, tuple[str, float]],
+    block: Collection[str],
+    values: Mapping[str, Tensor],
+) -> None:
+    """Name a dispersion that has grown beyond what the digits of data tell.
+
+    Args:
+        graph: The factor graph.
+        largest: Of each group an argument, and the number beyond which data have no noise.
+        block: The parameters that were solved for.
+        values: The parameters after the update.
+
+    Raises:
+        DegenerateError: If there is one.
+    """
+    for g, (argument, most) in largest.items():
+        group = graph.groups[g]
+        names = [n for n in group.bindings[argument].params if n in block]
+        found = group.evaluate_arguments(values)[argument]
+        if not names or not bool((found > most).any()):
+            continue
+        value = values[names[0]]
+        at = component_in_words(value, 0, int(value.abs().argmax()))
+        raise DegenerateError(
+            message(
+                f"parameter '{names[0]}', {at}",
+                f"{argument} of site '{group.members[0]}' would become {float(found.max()):.3g}. The "
+                "update was rolled back.",
+                "data are predicted to their last digits: without noise the likelihood has no bound",
+                [
+                    "restart elsewhere: fit(..., init='random', num_restarts=10, seed=0)",
+                    f"give it a prior: {names[0]} = pyro.sample('{names[0]}', dist.Gamma(2., 0.1)…) "
+                    "and guide='map'",
+                    "use fewer components, or one dispersion for all",
+                ],
+            )
+        )
+
+
 def refuse_collapse(
     graph: FactorGraph,
     spreads: Mapping[int, tuple[str, str]],
