@@ -13,6 +13,8 @@ from pyro_em.posteriors.state_layout import StateLayout
 
 _MOST = 8  # layouts
 
+_NUMBERS = 2**18  # of the states and the data of one that is kept
+
 _layouts: dict[Hashable, StateLayout] = {}
 
 
@@ -20,12 +22,16 @@ def remembered(key: Hashable | None, make: Callable[[], StateLayout]) -> StateLa
     """The layout of a key, made where it is not known.
 
     Args:
-        key: All that the layout follows from; None where it is not to be kept.
+        key: All that the layout follows from; None where it is not to be kept. A large one is not kept
+            either: with it would be as many places of numbers.
         make: Makes it.
     """
     if key is None:
         return make()
     found = _layouts.pop(key, None) or make()
+    form = found.form
+    if form.chains * form.steps * (form.size + form.width) > _NUMBERS:
+        return found
     _layouts[key] = found  # the latest last
     while len(_layouts) > _MOST:
         del _layouts[next(iter(_layouts))]
