@@ -24,7 +24,7 @@ from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.jacobians import Jacobian, Place
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.lines import Line, Read, mean_at
-from pyro_em.graph.read_lines import random_values
+from pyro_em.graph.read_lines import random_values, read_lines
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import is_close
 from pyro_em.graph.structure import Structure
@@ -86,6 +86,39 @@ def _elements_of_parameters(binding: Binding) -> Tensor | None:
 
 def _is_zero(binding: Binding) -> bool:
     return binding.how == "constant" and not bool((binding.constant != 0).any())
+
+
+def lines_again(
+    known: Mapping[str, Line],
+    model: GivenGaussians,
+    args: tuple,
+    kwargs: dict[str, Any],
+    structure: Structure,
+    graph: FactorGraph,
+    sites: Mapping[str, Mapping[str, Any]],
+    *,
+    bound: bool,
+) -> Mapping[str, Line]:
+    """How the Gaussian latents of a model enter means, on the data at hand.
+
+    Args:
+        known: Lines that were read on other data; none where they are not kept.
+        model: The model with its Gaussian latents given.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        structure: What `examine` found of it.
+        graph: As a run with all of them at zero shows it.
+        sites: As that run traced them.
+        bound: Whether bindings are of use, because an M-step follows.
+
+    Raises:
+        NotLinear: If a latent has a child that is not linear in it and Gaussian.
+    """
+    run = model, args, kwargs, structure
+    is_known = known and offsets_are_as_read(known, graph, sites, values_of(graph.parameters))
+    if is_known and are_as_read(known, *run):
+        return known
+    return read_lines(*run, bound=bound)
 
 
 def offsets_are_as_read(

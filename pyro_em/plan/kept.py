@@ -32,11 +32,11 @@ from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.initial import tell_of_starts
-from pyro_em.graph.kept_lines import are_as_read, may_be_kept, offsets_are_as_read
+from pyro_em.graph.kept_lines import lines_again, may_be_kept
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible, finds_all
 from pyro_em.graph.prediction import disagreements
-from pyro_em.graph.read_lines import differing_lines, read_lines
+from pyro_em.graph.read_lines import differing_lines
 from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stacking import form_of_binding
@@ -340,7 +340,8 @@ def _on_other_data(
         model = kept.references.for_reads(task.model)
         found = Conjugates.of(model, kept.kernels, task.args, task.kwargs, structure)
     if isinstance(given.model, GivenGaussians):
-        lines = _lines(given, kept, graph, log.sites)
+        run = given.model, given.args, given.kwargs, kept.structure
+        lines = lines_again(kept.lines, *run, graph, log.sites, bound=not given.look_only)
         alike = Alike() if found is None else found.alike(lines)
         graph = with_lines(given, structure, lines, graph, alike)
     if found is not None:
@@ -359,29 +360,6 @@ def _on_other_data(
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
         return replace(program, compiled=graph.is_static, is_known=True)
     return verified(program)
-
-
-def _lines(
-    given: Task, kept: Kept, graph: FactorGraph, sites: Mapping[str, Mapping[str, Any]]
-) -> Mapping[str, Line]:
-    """How the Gaussian latents of a model enter means, on the data at hand.
-
-    Args:
-        given: The model with these latents given.
-        kept: What is known of it.
-        graph: As a run with all of them at zero shows it.
-        sites: As that run traced them.
-
-    Raises:
-        NotLinear: If a latent has a child that is not linear in it and Gaussian.
-    """
-    assert isinstance(given.model, GivenGaussians)
-    run = given.model, given.args, given.kwargs, kept.structure
-    values = values_of(graph.parameters)
-    is_known = kept.lines and offsets_are_as_read(kept.lines, graph, sites, values)
-    if is_known and are_as_read(kept.lines, *run):
-        return kept.lines
-    return read_lines(*run, bound=not given.look_only)
 
 
 def _members_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:
