@@ -327,6 +327,12 @@ class Family:
         """The linear form in which sums tell all arguments together, if there is one."""
         return self.natural if self.together is None else self.together
 
+    @property
+    def may_meet(self) -> bool:
+        """Whether parameters that meet in its arguments have an update."""
+        ends = [r.kind.form.end for r in self.rules.values()]
+        return self.joint_form is not None or (bool(ends) and all(ends))
+
     def argument_event_dim(self, name: str) -> int:
         """Rightmost dimensions of one value of an argument."""
         if name in self.rules:

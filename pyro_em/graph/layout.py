@@ -276,7 +276,7 @@ class FactorLayout:
                     link=link_of(family, arg) or "",
                     allow_logs=family.predicted is not None,
                     allow_product=may_be_product(family, arg),
-                    allow_composite=may_meet and family.joint_form is not None,
+                    allow_composite=may_meet and family.may_meet,
                     plates=len(info.plates),
                 )
         return Factor(

@@ -273,6 +273,8 @@ def _no_sums(
         is_line = is_line or (dispersed is not None and argument in dispersed.bindings)
         is_line = is_line or predictor_binding(group, argument, graph.parameters) is not None
         if not is_line and not is_joint(group) and binding.how not in ("constant", "selection"):
+            if binding.how == "composite":
+                return f"{argument} of '{site}' ({kind}) is made of several parameters"
             how = "a sum" if binding.how == "sum" else binding.how
             return f"{argument} of '{site}' ({kind}) is {how} in its parameters"
     touched = set(exact).intersection(group.params)

@@ -26,6 +26,7 @@ from pyro_em.updates.ends import outermost
 from pyro_em.updates.expansion import Expansion
 from pyro_em.updates.gaussian_rows import event_shape
 from pyro_em.updates.least_squares import Equations, equations_of, least_squares
+from pyro_em.updates.met_ends import outermost_of, pair_at
 from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.shift import ImageSums, Shift, image_of, image_sums, is_off, mean_sums
 from pyro_em.updates.statistics import dot, expected_statistics, group_statistics
@@ -274,6 +275,12 @@ class DataSums:
     def outermost(self, name: str) -> Tensor:
         """Of a parameter at which a support ends the outermost data; see `ends.outermost`."""
         return outermost(self.updates[name], self.graph, self.counts, self.values[name])
+
+    def outermost_of_pair(self, name: str) -> Tensor:
+        """Of two parameters that make both ends of a support the outermost data."""
+        pair = pair_at(self.graph, name)
+        assert pair is not None
+        return outermost_of(pair, self.graph, self.counts, self.values[name])
 
     def closed(self, name: str) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of one closed form, on the parameter's events."""

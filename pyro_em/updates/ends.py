@@ -17,11 +17,12 @@ from torch import Tensor
 
 from pyro_em.distributions import bounds
 from pyro_em.errors import DegenerateError, message
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.updates.scatter import component_in_words
 from pyro_em.updates.update import ParameterUpdate
 
-_MARGIN = 64  # units of rounding by which an end lies outside the data
+MARGIN = 64
+"""Units of rounding by which an end lies outside the data."""
 
 
 def outermost(
@@ -41,22 +42,50 @@ def outermost(
     assert update.kind is not None
     sign, out = update.kind.form.end, value.new_full((value.numel() + 1,), -math.inf)
     for use in update.uses:
-        group = graph.groups[use.group]
-        w = counts[use.group].to(value.dtype)
-        w = w.reshape(w.shape + (1,) * group.event_dims)
-        w = w if group.elements is None else w * group.elements
+        group, factor = graph.groups[use.group], use.selection.factor
         index = use.selection.index
-        shape = torch.broadcast_shapes(index.shape, w.shape, group.value.shape)
-        data, factor = group.value.detach(), use.selection.factor
-        data = data if factor is None else data / factor
-        x = data.to(value.dtype)
-        # In a coarser dtype a datum may come to lie outside.
-        x = sign * torch.where(sign * x >= sign * data, x, _outwards(x, sign))
-        x = torch.where((w > 0).expand(shape), x.expand(shape), -math.inf)
-        index = torch.where(index >= 0, index, value.numel()).expand(shape)
-        # Along dimensions in which the parameter does not vary, the largest is taken at once.
-        out = out.scatter_reduce(0, index.reshape(-1), x.reshape(-1), "amax")
+        found = outermost_data(group, counts[use.group], index, value.numel(), value, sign, factor)
+        out[:-1] = torch.maximum(out[:-1], found)
     return out[:-1]
+
+
+def outermost_data(
+    group: Group,
+    weights: Tensor,
+    index: Tensor,
+    size: int,
+    like: Tensor,
+    sign: int,
+    factor: Tensor | None = None,
+) -> Tensor:
+    """The outermost datum with weight of each of some places, times −1 for lower ends. # (size,)
+
+    Args:
+        group: Whose data.
+        weights: Expected counts. # (members, *sizes)
+        index: The place that each cell belongs to, −1 for none. # (*cells)
+        size: How many places there are.
+        like: A tensor of the dtype of the ends.
+        sign: −1 for lower ends, 1 for upper ones.
+        factor: What multiplies an end before it is one of the data. # (*cells)
+
+    Returns:
+        −inf for a place that no datum has weight for.
+    """
+    out = like.new_full((size + 1,), -math.inf)
+    w = weights.to(like.dtype)
+    w = w.reshape(w.shape + (1,) * group.event_dims)
+    w = w if group.elements is None else w * group.elements
+    shape = torch.broadcast_shapes(index.shape, w.shape, group.value.shape)
+    data = group.value.detach()
+    data = data if factor is None else data / factor
+    x = data.to(like.dtype)
+    # In a coarser dtype a datum may come to lie outside.
+    x = sign * torch.where(sign * x >= sign * data, x, _outwards(x, sign))
+    x = torch.where((w > 0).expand(shape), x.expand(shape), -math.inf)
+    index = torch.where(index >= 0, index, size).expand(shape)
+    # Along dimensions in which the parameter does not vary, the largest is taken at once.
+    return out.scatter_reduce(0, index.reshape(-1), x.reshape(-1), "amax")[:-1]
 
 
 def end_at(
@@ -91,7 +120,7 @@ def end_at(
 
 def _outwards(x: Tensor, sign: int) -> Tensor:
     info = torch.finfo(x.dtype)
-    return x + sign * (_MARGIN * info.eps * x.abs() + info.tiny)
+    return x + sign * (MARGIN * info.eps * x.abs() + info.tiny)
 
 
 def _refuse_no_width(
@@ -101,24 +130,29 @@ def _refuse_no_width(
         group = graph.groups[use.group]
         low, high = (group.bindings[a].evaluate(values) for a in ("low", "high"))
         size = torch.maximum(low.abs(), high.abs())
-        flat = (high - low) <= 4 * _MARGIN * torch.finfo(low.dtype).eps * size
+        flat = (high - low) <= 4 * MARGIN * torch.finfo(low.dtype).eps * size
         index = use.selection.index
         flat, index = torch.broadcast_tensors(flat, index)
         bad = index[flat & (index >= 0)]
         bad = bad[~empty[bad]]
         if len(bad):
-            which = component_in_words(values[update.name], 0, int(bad[0]))
-            raise DegenerateError(
-                message(
-                    f"parameter '{update.name}', {which}",
-                    "its interval collapses: all data that the component may have produced are "
-                    "equal. The update was rolled back.",
-                    "a density on an interval without width is unbounded; it is estimated from "
-                    f"site '{group.members[0]}'",
-                    [
-                        "begin with wider intervals, or elsewhere: num_restarts=10, seed=0",
-                        f"hold one end: updates={{'{update.name}': Fixed()}}",
-                        "use fewer components",
-                    ],
-                )
-            )
+            raise no_width(update.name, values[update.name], int(bad[0]), group)
+
+
+def no_width(name: str, value: Tensor, element: int, group: Group) -> DegenerateError:
+    """That an interval collapses, by the parameter and the flat index of its element."""
+    which = component_in_words(value, 0, element)
+    return DegenerateError(
+        message(
+            f"parameter '{name}', {which}",
+            "its interval collapses: all data that the component may have produced are equal. The "
+            "update was rolled back.",
+            "a density on an interval without width is unbounded; it is estimated from site "
+            f"'{group.members[0]}'",
+            [
+                "begin with wider intervals, or elsewhere: num_restarts=10, seed=0",
+                f"hold one end: updates={{'{name}': Fixed()}}",
+                "use fewer components",
+            ],
+        )
+    )

@@ -43,6 +43,7 @@ from pyro_em.updates.ends import end_at
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import maximise
 from pyro_em.updates.least_squares import solved
+from pyro_em.updates.met_ends import ends_at, pair_at
 from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.noiseless import noiseless_in_words
 from pyro_em.updates.parted_objective import parted
@@ -230,6 +231,15 @@ class _MStep:
             self.massless[name] = tuple(empty)
         return value
 
+    def ends(self, name: str) -> dict[str, Tensor]:
+        """Two parameters that both ends of a support are made of."""
+        pair = pair_at(self.graph, name)
+        assert pair is not None
+        found = self.over.max(lambda part: part.following(self.moves).outermost_of_pair(name))
+        new, empty = ends_at(pair, self.graph, found, self.values)
+        self.massless |= {n: tuple(events) for n, events in empty.items() if events}
+        return new
+
     def regress(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
         """Least squares; coefficients of expanded latents stay so until spreads are estimated."""
         if self.over.is_whole:
@@ -357,7 +367,10 @@ def _m_step(
         gains = now.shift() if expand else []
         for update in exact:
             if update.name not in done:
-                now.write({update.name: now.updated(update)})
+                is_pair = update.is_met_end
+                new = now.ends(update.name) if is_pair else {update.name: now.updated(update)}
+                now.write(new)
+                done.update(new)
         for block in dict.fromkeys(u.block for u in on_sums):
             now.write(now.newton(block))
         now.return_to_model(expansions, gains)

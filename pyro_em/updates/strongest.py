@@ -12,6 +12,7 @@ from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.coefficient_priors import is_quadratic, is_smooth
 from pyro_em.updates.dispersed import dispersed_at
+from pyro_em.updates.met_ends import pair_at
 from pyro_em.updates.predictors import predictor_binding
 from pyro_em.updates.read_priors import as_prior, as_spread_of_prior, why_not_conjugate
 from pyro_em.updates.read_uses import as_use, disagreement, is_end, shown_places, why_outside
@@ -53,6 +54,11 @@ def strongest_update(graph: FactorGraph, name: str, *, together: bool = True) ->
     constraint = graph.parameters[name].constraint
     if not graph.parameters[name].unconstrained.is_floating_point():
         return ParameterUpdate(name, Fixed(), "it holds integers")
+    pair = pair_at(graph, name) if any(name in group.edges for group in graph.groups) else None
+    if pair is not None:
+        made = " and ".join(pair.params)
+        names = f"Uniform.low and Uniform.high are made of {made} (smallest and largest value)"
+        return ParameterUpdate(name, ClosedForm(), names, block=pair.params, is_met_end=True)
     for g, group in enumerate(graph.groups):
         if name in group.edges and not is_end(graph, g, name):
             weakest = weakest or (

@@ -73,6 +73,19 @@ def with_newton(
     return decided
 
 
+def with_met_ends(
+    graph: FactorGraph, before: Mapping[str, ParameterUpdate], default: Gradient | None
+) -> dict[str, ParameterUpdate]:
+    """Pairs of parameters that both ends of a support are made of: both of them, or none."""
+    out = dict(before)
+    for name, update in before.items():
+        if update.is_met_end and not all(before[n].is_met_end for n in update.block):
+            other = next(n for n in update.block if n != name)
+            why = f"a support ends at it and at '{other}', which has another update"
+            out[name] = ParameterUpdate(name, default or Gradient(), why)
+    return out
+
+
 def with_newton_on_sums(
     graph: FactorGraph, decided: Mapping[str, ParameterUpdate], default: Gradient | None
 ) -> dict[str, ParameterUpdate]:

@@ -207,6 +207,7 @@ class ParameterUpdate:
         block: Parameters solved for together (least squares, Newton's method).
         priors: Conjugate priors that a closed form takes in.
         is_mixed: Whether sites of different kinds read it, so that no update of one kind serves.
+        is_met_end: Whether both ends of a support are made of it and another parameter.
     """
 
     name: str
@@ -216,6 +217,7 @@ class ParameterUpdate:
     block: tuple[str, ...] = ()
     priors: tuple[Prior, ...] = ()
     is_mixed: bool = False
+    is_met_end: bool = False
 
     @property
     def kind(self) -> Kind | None:
@@ -225,12 +227,12 @@ class ParameterUpdate:
     @property
     def needs_data(self) -> bool:
         """Whether its maximiser needs the data themselves, not only sums over them."""
-        return self.kind is not None and self.kind.form.needs_data
+        return self.is_met_end or (self.kind is not None and self.kind.form.needs_data)
 
     @property
     def is_end(self) -> bool:
         """Whether a support ends at it: it is found from the outermost data."""
-        return self.kind is not None and self.kind.form.end != 0
+        return self.is_met_end or (self.kind is not None and self.kind.form.end != 0)
 
     @property
     def is_row(self) -> bool:
