@@ -6,6 +6,7 @@ of their number, x ← x + F x one step before, F ← F²; so do covariances, P 
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import numpy as np
@@ -37,6 +38,8 @@ def rows_of_run(
         [I; 0] one after the other # (B, k + n + D + n, D + n + k); and R of the step before the first.
     """
     (B, n, _), D = R.shape, H.shape[-2]
+    if B == n == k == 1:
+        return _rows_of_numbers(both[0, 0], H[0, :, 0], float(R[0, 0, 0]), steps)
     wide, told = k + n, D + n
     # Columns are rows here. The last of them are turned by the reflections of the first.
     array = np.zeros((B, wide + told, told + k))
@@ -62,6 +65,39 @@ def rows_of_run(
                 # What converges slowly changes little from a step to the next, far from its end.
                 last, look = _t(later), look + 4 + look // 16
     return before, out, _t(later)
+
+
+def _rows_of_numbers(
+    both: Floats, h: Floats, r: float, steps: int
+) -> tuple[list[Floats], list[Floats], Floats]:
+    """The same of states that are one number each, in closed form.
+
+    With ρ² = |h|² + r² and u² = 1 + g²ρ², the row of the step before is |a| ρ / u.
+    """
+    (g, a), size = both.tolist(), float(np.sqrt(h @ h))
+    every, last, look = [r], r, 8
+    for count in range(1, steps + 1):
+        rho = math.hypot(size, r)
+        r = abs(a) * rho / math.hypot(1.0, g * rho)
+        if count == look:
+            if abs(r - last) <= SAME * r:
+                steps = count
+                break
+            last, look = r, look + 4 + look // 16
+        every.append(r)
+    rows = np.asarray(every[:steps])
+    of_data, D = np.empty((steps, len(h) + 1)), len(h)
+    of_data[:, :D], of_data[:, D] = h, rows
+    rho = np.hypot(size, rows)
+    u = np.hypot(1.0, g * rho)
+    found = np.zeros((steps, 1, D + 3, D + 2))
+    found[:, 0, 0, 0] = u
+    found[:, 0, 1, 0] = (g * rho) * (a * rho) / u
+    found[:, 0, 1, 1] = abs(a) * rho / u
+    found[:, 0, 2:, 0] = of_data * (g / u)[:, None]
+    share = np.divide(np.sign(a), rho * u, out=np.zeros(steps), where=rho > 0)
+    found[:, 0, 2:, 1] = of_data * share[:, None]
+    return list(rows[:, None, None, None]), list(found), np.full((1, 1, 1), r)
 
 
 def scanned(matrices: Floats, places: Places, x: Floats) -> Floats:

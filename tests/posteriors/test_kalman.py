@@ -138,6 +138,7 @@ CASES: dict[str, Callable[[], StateSpace]] = {
     "many numbers, missing in all": lambda: random(12, n=2, D=5, missing=0.4, own_seen=False),
     "many numbers, own": lambda: random(13, n=2, D=4, own=True, missing=0.2),
     "one state": lambda: random(14, n=1, D=1, chains=3),
+    "one state, missing": lambda: random(22, n=1, D=2, missing=0.4, own_seen=False),
     "own drift": lambda: replace(random(15), drift=random(15, own=True).drift),
     "own drift, missing": lambda: replace(
         random(16, missing=0.3), drift=random(16, own=True).drift
