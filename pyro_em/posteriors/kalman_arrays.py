@@ -214,8 +214,9 @@ def apply(matrices: Floats, places: Places, x: Floats) -> Floats:
     for start, end, same in places.runs:
         piece = x[:, :, start:end]
         if same:
-            flat = piece.reshape(*piece.shape[:2], -1)
-            out[:, :, start:end] = (matrices[:, place[start]] @ flat).reshape(B, -1, end - start, M)
+            flat = piece.reshape(*piece.shape[:2], (end - start) * M)
+            moved = matrices[:, place[start]] @ flat
+            out[:, :, start:end] = moved.reshape(B, out.shape[1], end - start, M)
         else:
             found = matrices[:, place[start:end]] @ piece.transpose(0, 2, 1, 3)
             out[:, :, start:end] = found.transpose(0, 2, 1, 3)

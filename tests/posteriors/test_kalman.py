@@ -8,6 +8,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pyro_em.posteriors import kalman, kalman_compiled, kalman_steps
@@ -476,6 +478,32 @@ def test_steps_that_repeat_only_after_many(way: str, monkeypatch: pytest.MonkeyP
     found = smoothed(space)
     assert found.transitions.shape[1] < 500
     same(found, smoothed(with_no_two_alike(space)), 2e-14)
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 3),
+    D=st.integers(1, 3),
+    k=st.integers(0, 3),
+    chains=st.integers(1, 2),
+    gap=st.sampled_from([0, 1, 5]),
+    known=st.booleans(),
+)
+def test_any_chain_by_each_way(
+    seed: int, n: int, D: int, k: int, chains: int, gap: int, known: bool
+) -> None:
+    space = random(seed, T=30, n=n, D=D, k=k, chains=chains)
+    if known:
+        space = replace(space, noise=space.noise * torch.tensor([0.0, 1.0]).reshape(2, 1, 1))
+    if gap:
+        seen = torch.ones(chains, 30, D, dtype=torch.bool)
+        seen[-1, 25 : 25 + gap] = False
+        space = replace(space, value=torch.where(seen, space.value, torch.nan), seen=seen)
+    expected = smoothed_by_moments(space)
+    ways = [kalman_steps, kalman_compiled] if kalman._HAS_NUMBA else [kalman_steps]
+    for way in ways:
+        same(way.smoothed(space), expected, 1e-9)
 
 
 def with_no_two_alike(space: StateSpace) -> StateSpace:
