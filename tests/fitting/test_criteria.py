@@ -202,3 +202,26 @@ def test_steps_of_one_series_are_counted(loop: str) -> None:
     assert found.icl == result.icl == pytest.approx(found.bic + 2 * found.entropy)
     with pytest.raises(UsageError, match="n=0 is no number of rows"):
         result.criteria(n=0)
+
+
+def test_what_is_counted_late_is_the_count_of_the_fit():
+    """p is counted when it is asked for: neither data nor parameters of then enter."""
+
+    def model(x):
+        w = pyro.param("w", torch.tensor([0.5, 0.5, 0.0]), constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor([0.0, 3.0, 6.0]))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            pyro.sample("x", dist.Normal(mu[z], 1.0), obs=x)
+
+    pyro.clear_param_store()
+    x = torch.linspace(-1, 4, 20)
+    fits = [ExactPosteriorEM(model).fit(x, max_steps=2, progress=False) for _ in range(2)]
+    early = fits[0].num_free_parameters
+    x.fill_(torch.nan)
+    with torch.no_grad():
+        pyro.get_param_store()._params["w"].fill_(0.0)
+        pyro.get_param_store()._params["mu"].fill_(torch.nan)
+    pyro.clear_param_store()
+    assert early == 3  # two weights that are free to sum to one, two means: the third is not read
+    assert fits[1].num_free_parameters == early
