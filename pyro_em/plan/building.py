@@ -26,6 +26,7 @@ from pyro_em.graph.folded import Folded
 from pyro_em.graph.lines import Line, NotLinear
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.read_lines import parts_at, read_lines
+from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.unregistered import unregistered_notes
@@ -109,7 +110,8 @@ def build_program(
     try:
         if structure.unchecked:
             check_arguments(task.model, task.args, task.kwargs, structure, task.limit)
-        graph = traced(task, structure, log, looked)
+        selections = KeptSelections()
+        graph = traced(task, structure, log, looked, selections)
         if structure.series is not None and not are_possible(log.sites, structure, log.forms):
             raise NotVectorized("some observed value, weight or argument cannot be used")
     except (NotVectorized, PyroEMError) as error:
@@ -120,7 +122,7 @@ def build_program(
             raise
         return without_route(structure, error, routes=task.routes)
     looked, log.sites = None, {}  # before the next run has sites of its own
-    program = decided(task, structure, graph, log)
+    program = replace(decided(task, structure, graph, log), selections=selections)
     return program if task.look_only else verified(program)
 
 

@@ -181,6 +181,7 @@ class Readings(StaysHere):
             {n: (v.shape, v.dtype, v.device) for n, v in at.units.items()},
             kernels,
             lines,
+            program.selections or KeptSelections(),
         )
         while len(readings) > _MOST:
             del readings[next(iter(readings))]

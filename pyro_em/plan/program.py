@@ -26,6 +26,7 @@ from pyro_em.graph.lines import Line
 from pyro_em.graph.mixtures import has_components
 from pyro_em.graph.prediction import disagreements
 from pyro_em.graph.read_lines import differing_lines, other_values, parts_at
+from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.slices import Slices
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
@@ -113,6 +114,7 @@ class Program(StaysHere):
         conjugates: Latents that are integrated by their conjugate pairs, at their units in ``model``.
         is_known: Whether an earlier reading had the same bindings, and a run at other parameters
             confirmed them.
+        selections: How its run showed which elements of parameters arguments are, for later readings.
     """
 
     model: Model
@@ -137,6 +139,7 @@ class Program(StaysHere):
     bare: Structure | None = None
     conjugates: Conjugates | None = None
     is_known: bool = False
+    selections: KeptSelections | None = None
 
     @property
     def kernel(self) -> Kernel:

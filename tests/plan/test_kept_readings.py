@@ -1043,7 +1043,7 @@ def test_only_the_latest_forms_are_remembered():
 
 
 def test_bindings_and_decisions_of_many_rows_are_found_once(monkeypatch):
-    """The third fit of a form finds selections and updates where the second left them."""
+    """The second fit of a form finds selections where the first left them, the third also updates."""
 
     def model(x):
         w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=constraints.simplex)
