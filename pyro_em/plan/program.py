@@ -337,7 +337,7 @@ class Program(StaysHere):
         graph = for_updates(evaluation.graph)
         with self.searching():
             return m_step_over(
-                lambda: Whole(self.data_sums(counts, evaluation, state)),
+                lambda: Whole(self.data_sums(counts, evaluation, state, whole=True)),
                 graph,
                 self.updates,
                 state,
@@ -350,6 +350,8 @@ class Program(StaysHere):
         evaluation: Evaluation,
         state: MStepState,
         values: Mapping[str, Tensor] | None = None,
+        *,
+        whole: bool = False,
     ) -> DataSums:
         """What an M-step asks of the data, as they are after an E-step.
 
@@ -358,11 +360,15 @@ class Program(StaysHere):
             evaluation: The factors at the E-step.
             state: What lasts from one M-step to the next.
             values: The parameters at the E-step; those in the param store where None.
+            whole: Whether the program has all data: what a run of it does is noted for the next.
         """
 
         def densities(values: Mapping[str, Tensor], groups: Sequence[int]) -> dict[int, Tensor]:
             try:
-                return self.log_densities_at(values, groups)
+                if not noted:
+                    return self.log_densities_at(values, groups)
+                run, places = self.log_densities_at, evaluation.graph.parameters
+                return state.replays.densities(values, groups, places, run)
             except Resized as error:  # a trial point: the search goes on without it
                 if str(error) not in (*self.notes, *state.told):
                     state.told.append(str(error))
@@ -370,6 +376,10 @@ class Program(StaysHere):
                 raise
 
         graph, arguments = evaluation.graph, evaluation.arguments
+        noted = whole and not self.compiled and not evaluation.solved
+        if noted:
+            now = values_of(graph.parameters) if values is None else values
+            state.replays.begin(self.args, now, evaluation.tables)
         if not evaluation.solved:
             compiled = self.compiled
             return DataSums(graph, self.updates, counts, arguments, densities, values, compiled)

@@ -47,6 +47,7 @@ from pyro_em.updates.met_ends import ends_at, pair_at
 from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.noiseless import noiseless_in_words
 from pyro_em.updates.parted_objective import parted
+from pyro_em.updates.replays import Replays
 from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
 from pyro_em.updates.unbounded import unbounded_in_words
 from pyro_em.updates.update import (
@@ -72,10 +73,12 @@ class MStepState:
     Attributes:
         optimizers: The torch optimisers of gradient updates, by their parameters' names.
         told: Warnings that have been given.
+        replays: What is known of how parameters reach densities, where the model has to be run.
     """
 
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     told: list[str] = field(default_factory=list)
+    replays: Replays = field(default_factory=Replays)
 
 
 @dataclass(frozen=True)
