@@ -155,8 +155,11 @@ def patterns_of(seen: Tensor) -> Patterns:
     if D > _BITS:
         distinct, of_row = torch.unique(seen.to(torch.uint8), dim=0, return_inverse=True)
         return Patterns(distinct.bool(), of_row)
+    codes = torch.zeros(len(seen), dtype=torch.long, device=seen.device)
+    for d in range(D):
+        codes += seen[:, d].long() << d
+    code, of_row = torch.unique(codes, return_inverse=True)
     bit = torch.arange(D, device=seen.device)
-    code, of_row = torch.unique((seen.long() << bit).sum(-1), return_inverse=True)
     return Patterns(((code.unsqueeze(-1) >> bit) & 1).bool(), of_row)
 
 

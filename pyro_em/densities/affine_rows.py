@@ -13,11 +13,14 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from pyro_em.densities.gaussian import products
 from pyro_em.densities.ridge import are_read_elsewhere, may_be_ridge
 from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.updates.designs import Designs
 from pyro_em.updates.update import LeastSquares, Newton, ParameterUpdate
+
+_FEW = 2**16  # numbers from which on the same of all rows is held once
 
 _MANY = 2**22  # numbers from which on the model's own are read where they lie
 
@@ -142,4 +145,12 @@ def by_row(known: Tensor, sizes: torch.Size, rows: Sequence[int]) -> Tensor:
     """
     wide = known.to(torch.float64).reshape(*sizes, -1).expand(*rows, -1)
     flat = wide.flatten(0, -2).T
-    return flat if flat.numel() > _MANY else flat.contiguous()
+    many = flat.numel() > (_FEW if sizes.numel() == 1 else _MANY)
+    return flat if many else flat.contiguous()
+
+
+def products_of(x: Tensor) -> Tensor:
+    """The products of covariates, once where these are the same of all rows. # (d, N) to (P, N)"""
+    if x.stride(1) == 0 and x.shape[1] > 1:
+        return products(x[:, :1]).expand(-1, x.shape[1])
+    return products(x)

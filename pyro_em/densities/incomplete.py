@@ -125,6 +125,8 @@ class _Features:
 class Incomplete(Gaussian):
     """The rows of a group of IncompleteMultivariateNormal sites with component-wise arguments.
 
+    Its ``x``, NaN where nothing is seen, is made its own: zero is written there.
+
     Attributes:
         patterns: Which entries of each row are seen.
     """
@@ -136,9 +138,13 @@ class Incomplete(Gaussian):
     def __post_init__(self) -> None:
         seen = ~torch.isnan(self.x)
         self.patterns, self._layouts = patterns_of(seen.T), {}
-        self.x = torch.where(seen, self.x, 0.0).to(torch.float64)
+        self.x = self.x.to(torch.float64).masked_fill_(~seen, 0.0)
         self._kept = {}
-        self.reach2 = self.x.square().amax(1) if self.given_reach2 is None else self.given_reach2
+        if self.given_reach2 is None:
+            low, high = self.x.aminmax(dim=1)
+            self.reach2 = torch.maximum(low.square(), high.square())
+        else:
+            self.reach2 = self.given_reach2
         i, j = self.upper = upper_pairs(len(self.x), self.x.device)
         self.full = unfolding(len(self.x), self.x.device)
         self.halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)

@@ -34,7 +34,8 @@ from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.errors import Handover
 from pyro_em.families.family import link_of
 from pyro_em.graph.binding import LINKS
-from pyro_em.graph.factors import FactorGraph
+from pyro_em.graph.factors import FactorGraph, Group
+from pyro_em.graph.given_rows import slice_of
 from pyro_em.updates.coefficients import FAR
 from pyro_em.updates.curved import Curved
 from pyro_em.updates.designs import designs_of
@@ -43,6 +44,8 @@ from pyro_em.updates.predictors import Predictor, predictors_of
 from pyro_em.updates.update import Newton, ParameterUpdate
 
 Values = Mapping[str, Tensor]
+
+_ROWS = 2**16  # whose statistics are made together
 
 CELLS = 2**18  # of a chunk of an M-step: fewer cost calls, more leave the processor's cache
 
@@ -390,10 +393,31 @@ def _of_rows(
         where something differs between components.
     """
     group = graph.groups[predictor.group]
-    family, lead = group.family, predictor.lead
-    assert family is not None
     if not group.observed:
         return torch.empty(0), None, None
+    N, parts = rows.numel(), [slice(0, rows.numel())]
+    if len(group.members) == 1 and group.n_plates == 1 and N > _ROWS:
+        parts = [slice(a, min(a + _ROWS, N)) for a in range(0, N, _ROWS)]
+    found = []
+    for part in parts:
+        own = group if len(parts) == 1 else slice_of(group, part)
+        size = rows if len(parts) == 1 else torch.Size((1, part.stop - part.start))
+        some = _of_some_rows(predictor, own, size)
+        if some is None:
+            return None
+        found.append(some)
+    joined = [e[0] if len(e) == 1 else torch.cat(e, -1) for e in zip(*found, strict=True)]
+    n, d, base = joined
+    ones = bool(predictor.event) or bool((d == 1).all())
+    return n, None if ones else d, None if not bool(base.any()) else base
+
+
+def _of_some_rows(
+    predictor: Predictor, group: Group, rows: torch.Size
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The same of some rows; a denominator that there is none of is empty."""
+    family, lead = group.family, predictor.lead
+    assert family is not None
     # Nothing of what is asked depends on the numbers of the predictor's own argument.
     own, given = predictor.argument, group.outlines
     arguments = {a: (given if a == own else group.arguments)[a].detach() for a in given}
@@ -405,8 +429,8 @@ def _of_rows(
     like = next(iter(statistics.values()))
     one = torch.ones(like.shape[:batch], dtype=like.dtype, device=like.device)
     n, d = predictor.rule.contribution({**statistics, "weight": one}, arguments)
-    eta = predictor.binding.constant[(slice(None),) * lead + (slice(0, 1),) * (batch - lead)]
-    eta = torch.zeros_like(eta).to(torch.float64)
+    like = predictor.binding.constant
+    eta = like.new_zeros((1,) * batch + like.shape[batch:], dtype=torch.float64)
     value = predictor.rule.kind.form.of_predictor(n.double(), d.double(), eta).value
     at = LINKS[link_of(family, predictor.argument) or ""].forward(eta)
     log_p = family.log_prob(group.value, {**arguments, predictor.argument: at})
@@ -418,6 +442,4 @@ def _of_rows(
     base = by_row(log_p - value, 0)
     base = torch.where(base.abs() < 1e-14, 0.0, base)
     n = by_row(n, predictor.event)
-    d = None if predictor.event else by_row(d, 0)
-    ones = d is None or bool((d == 1).all())
-    return n, None if ones else d, None if not bool(base.any()) else base
+    return n, base.new_empty(0) if predictor.event else by_row(d, 0), base

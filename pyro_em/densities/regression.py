@@ -26,6 +26,7 @@ from pyro_em.densities.affine_rows import (
     by_row,
     held,
     of_rows,
+    products_of,
 )
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
@@ -90,7 +91,7 @@ class Lines(PlainRows, WithRidge):
         d = self.x.shape[0]
         self.full = unfolding(d, self.x.device)
         # Only few products are stored, so that memory stays within three times the data.
-        self.squares = products(self.x) if d <= 4 else None
+        self.squares = products_of(self.x) if d <= 4 else None
 
     @property
     def width(self) -> int:

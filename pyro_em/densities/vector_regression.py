@@ -30,6 +30,7 @@ from pyro_em.densities.affine_rows import (
     common_covariates,
     held,
     of_rows,
+    products_of,
 )
 from pyro_em.densities.density import PlainRows
 from pyro_em.densities.gaussian import products, unfolding
@@ -108,7 +109,7 @@ class VectorLines(PlainRows, WithRidge):
     def __post_init__(self) -> None:
         d = self.x.shape[0]
         self.full = unfolding(d, self.x.device)
-        self.squares = products(self.x) if d <= 4 else None
+        self.squares = products_of(self.x) if d <= 4 else None
         self.is_apart = self.ridge is None and len(self.columns.unique()) == self.columns.numel()
 
     @property

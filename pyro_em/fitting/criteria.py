@@ -25,6 +25,7 @@ from pyro_em.graph.factors import Group, is_incomplete, seen_entries
 from pyro_em.graph.latent_series import plates_of
 from pyro_em.graph.stretches import Members
 from pyro_em.graph.structure import Structure
+from pyro_em.incomplete import patterns_of
 from pyro_em.plan.program import Program
 from pyro_em.posteriors.enumeration import run_contraction
 from pyro_em.tracing.parameters import TracedParameter
@@ -256,6 +257,8 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
         bindings = list(group.bindings.items())
         bindings += [] if group.value_binding is None else [("", group.value_binding)]
         seen = seen_entries(group) if is_incomplete(group) else None
+        if seen is not None:
+            seen, alive = _distinct(seen, alive, group)
         known: set[str] = set()
         for argument, binding in bindings:
             for name in binding.params:
@@ -283,6 +286,17 @@ def elements_read(program: Program, initial: Mapping[str, Tensor]) -> dict[str, 
     if unknown:
         _differentiate(program, unknown, possible, read)
     return {n: r.reshape(graph.parameters[n].leaf.shape) for n, r in read.items()}
+
+
+def _distinct(seen: Tensor, alive: Tensor | None, group: Group) -> tuple[Tensor, Tensor | None]:
+    """What is seen and counts, once for rows that have seen the same, where no argument has rows."""
+    lead = 1 + group.n_plates
+    arguments = [b.constant.shape[:lead].numel() for b in group.bindings.values()]
+    there = seen if alive is None else seen & alive.unsqueeze(-1)
+    if group.n_plates < 1 or max(arguments) > 1 or there.shape[lead:-1].numel() > 1:
+        return seen, alive
+    found = patterns_of(there.reshape(-1, there.shape[-1])).seen
+    return found.reshape(1, len(found), *(1,) * (there.dim() - 3), there.shape[-1]), None
 
 
 def _elements_of(binding: Binding, name: str, alive: Tensor | None, size: int) -> Tensor | None:
