@@ -134,7 +134,7 @@ class ScaledBlock:
         own = self.conjugate
         given = [own.readings[i].summed(d) for i, d in enumerate(deltas)]
         scale = own.solve(arguments, sum(given[1:], given[0]))
-        at, _ = self._at_mean(scale, arguments)
+        at = _solved(self.counted, self._at_mean(scale, arguments)[0])
         table = self.counted.table(at)
         t = own.kernel.at_mean(scale.t.detach())
         for i, delta in enumerate(deltas):
@@ -151,7 +151,7 @@ class ScaledBlock:
             scale: What stands for it.
             arguments: Those of all sites.
         """
-        return self._gaussian(scale, self._at_mean(scale, arguments)[0])
+        return self._gaussian(scale, _solved(self.counted, self._at_mean(scale, arguments)[0]))
 
     def _gaussian(self, scale: ConjugateSolution, at: GaussianSolution) -> ScaledGaussian:
         readings = {i: self.conjugate.readings[i] for i in set(self.gaussian.latents.values())}
@@ -185,12 +185,8 @@ class ScaledBlock:
 
     def _at_mean(
         self, scale: ConjugateSolution, arguments: Arguments
-    ) -> tuple[GaussianSolution, tuple[Group, ...]]:
-        """The Gaussian latents where the scale is at its mean, and their sites there.
-
-        Raises:
-            DegenerateError: If an observation has no noise.
-        """
+    ) -> tuple[dict[str, Tensor], tuple[Group, ...]]:
+        """Arguments of all sites where the scale is at its mean, and the Gaussian sites there."""
         groups, own = [], dict(arguments)
         for i, group in enumerate(self.counted.groups):
             site = replace(group, arguments=self.gaussian.of_site(i, arguments))
@@ -199,7 +195,7 @@ class ScaledBlock:
             groups.append(site)
             name = self.conjugate.reads[i].pair.argument
             own[piece(group.members[0], name)] = site.arguments[name]
-        return _solved(self.counted, own), tuple(groups)
+        return own, tuple(groups)
 
     def table(self, solution: ScaledSolution) -> Tensor:
         """The log evidence in nats, per element of the plates and state of the scope.
@@ -231,7 +227,7 @@ class ScaledBlock:
             complete: Whether sites are as an M-step wants them; otherwise as a bound does.
         """
         scale = solution.conjugate
-        groups = self._sites_at_mean(scale, arguments)
+        _, groups = self._at_mean(scale, arguments)
         block = replace(self.counted, groups=groups).over(self.plates, self.sizes)
         own = {piece(g.members[0], a): t for g in groups for a, t in g.arguments.items()}
         out = []
@@ -250,10 +246,6 @@ class ScaledBlock:
                 site = replace(site, belief=replace(moments, constant=self._constant(i, scale)))
             out.append((site, weight))
         return out + self.conjugate.believed(scale, arguments, counts, complete)
-
-    def _sites_at_mean(self, scale: ConjugateSolution, arguments: Arguments) -> tuple[Group, ...]:
-        """The Gaussian sites where the scale is at its mean."""
-        return self._at_mean(scale, arguments)[1]
 
     def _spread_of(self, i: int) -> str:
         """The argument of a Gaussian site that reads the scale."""

@@ -57,7 +57,7 @@ class ScaledChain(ScaledBlock):
         assert isinstance(unit, StateSolution)
         given = self._added(unit)
         scale = self.conjugate.solve(arguments, given)
-        at = self.gaussian.solve(self._at(scale, arguments)[0])
+        at = self.gaussian.solve(self._at_mean(scale, arguments)[0])
         t = self.conjugate.kernel.at_mean(scale.t.detach())
         table = self.gaussian.table(at) - (given * t).sum(-1).reshape(1)
         return ScaledSolution(scale, self._with(scale, at), table)
@@ -79,17 +79,17 @@ class ScaledChain(ScaledBlock):
 
     def given_scale(self, scale: ConjugateSolution, arguments: Arguments) -> Integrated:
         """See `ScaledBlock.given_scale`."""
-        return self._with(scale, self.gaussian.solve(self._at(scale, arguments)[0]))
+        return self._with(scale, self.gaussian.solve(self._at_mean(scale, arguments)[0]))
 
     def _with(self, scale: ConjugateSolution, at: Solution) -> ScaledGaussian:
         one = Reading.of(torch.zeros(1, 1, dtype=torch.long, device=scale.t.device), 1, 1)
         readings = dict.fromkeys(set(self.gaussian.latents.values()), one)
         return ScaledGaussian(at, scale, readings, self._count)
 
-    def _at(
+    def _at_mean(
         self, scale: ConjugateSolution, arguments: Arguments
     ) -> tuple[dict[str, Tensor], tuple[Group, ...]]:
-        """Arguments and sites where the scale is at its mean."""
+        """See `ScaledBlock._at_mean`."""
         mean, own, groups = -scale.t.detach()[0, 0, 1], dict(arguments), []
         for i, group in enumerate(self.gaussian.groups):
             name = spread_of(group)
@@ -101,9 +101,6 @@ class ScaledChain(ScaledBlock):
             bindings = group.bindings if binding is None else {**group.bindings, name: binding}
             groups.append(replace(group, arguments=at, bindings=bindings))
         return own, tuple(groups)
-
-    def _sites_at_mean(self, scale: ConjugateSolution, arguments: Arguments) -> tuple[Group, ...]:
-        return self._at(scale, arguments)[1]
 
     def _spread_of(self, i: int) -> str:
         return spread_of(self.gaussian.groups[i])
