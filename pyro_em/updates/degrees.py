@@ -9,8 +9,10 @@ What is left is concave in all degrees of freedom together,
 
     Σ_c [½ ν (ℓ − w D log 2) − w log Γ_D(½ ν)] − ½ Σ_v N_v (log det S_v − D log N_v + D),
 
-so that Newton steps, made shorter where they leave the constraint or lose, end at its maximum. Scale
-matrices that are known, or have another update, are as they stand.
+so that Newton steps, made shorter where they leave the constraint or lose, end at its maximum. Of
+V = s A with a known A the maximiser is s = tr(A⁻¹ S_v) / (D N_v), and D log(tr(A⁻¹ S_v) / D) +
+log det A stands in the place of log det S_v. Scale matrices that are known, or have another update,
+are as they stand.
 
 Source: Anderson (2003), "An Introduction to Multivariate Statistical Analysis", chapter 7.
 """
@@ -48,7 +50,9 @@ class _Cells:
         degrees: Which element the degrees of freedom are, −1 where they are known. # (cells,)
         known: The known degrees of freedom. # (cells,)
         scale: Which of the matrices that are at their maximisers the scale is, −1 for none. # (cells,)
-        log_scale: log det V as it stands. # (cells,)
+        log_scale: log det V as it stands; of multiples log det A. # (cells,)
+        trace: Of multiples tr(A⁻¹ S). # (cells,)
+        is_multiple: Whether the scale that is at its maximiser is a number times a known A. # (cells,)
     """
 
     size: int
@@ -59,6 +63,8 @@ class _Cells:
     known: Tensor
     scale: Tensor
     log_scale: Tensor
+    trace: Tensor
+    is_multiple: Tensor
 
     def degrees_at(self, nu: Tensor) -> Tensor:
         """# (cells,)"""
@@ -83,6 +89,7 @@ class DegreesSolver:
         self.block, self.graph = block, graph
         own = {g for g, group in enumerate(graph.groups) if set(block) & set(group.params)}
         self.scales = [n for n, u in updates.items() if _is_at_maximum(graph, u, own)]
+        self.multiples = {n for n in self.scales if updates[n].uses[0].is_multiple}
         with_scales = {u.group for n in self.scales for u in updates[n].uses}
         self.groups = tuple(sorted(own | with_scales))
 
@@ -100,7 +107,9 @@ class DegreesSolver:
             values: The current parameters.
         """
         begin, scales = _begins(self.block, values), self._scale_begins(values)
-        cells = [self._cells(g, statistics[g], arguments[g], begin, scales) for g in self.groups]
+        cells = [
+            self._cells(g, statistics[g], arguments[g], begin, scales, values) for g in self.groups
+        ]
         nu = torch.cat([values[n].detach().cpu().to(torch.float64).reshape(-1) for n in self.block])
         low, high = torch.full_like(nu, -math.inf), torch.full_like(nu, math.inf)
         for name in self.block:
@@ -124,7 +133,8 @@ class DegreesSolver:
         out, first = {}, 0
         for name in self.scales:
             out[name] = first
-            first += values[name].numel() // values[name].shape[-2:].numel()
+            size = 1 if name in self.multiples else values[name].shape[-2:].numel()
+            first += values[name].numel() // size
         return out
 
     def _cells(
@@ -134,6 +144,7 @@ class DegreesSolver:
         arguments: Mapping[str, Tensor],
         begin: Mapping[str, int],
         scales: Mapping[str, int],
+        values: Mapping[str, Tensor],
     ) -> _Cells:
         group = self.graph.groups[g]
         assert group.family is not None
@@ -142,17 +153,29 @@ class DegreesSolver:
         spread = next(a for a in group.family.rules if a in arguments)
         size = inverse.shape[-1]
         degrees = _numbers(group.bindings[given].selections, begin, arguments[given].shape)
-        scale = _numbers(
-            group.bindings[spread].selections, scales, arguments[spread].shape, event_dim=2
-        )
-        log_scale = -inverse.logdet()
-        parts = (arguments[given].detach(), degrees, log_scale, scale)
+        selections = group.bindings[spread].selections
+        whole = {n: first for n, first in scales.items() if n not in self.multiples}
+        scale = _numbers(selections, whole, arguments[spread].shape, event_dim=2)
+        log_scale, s_now = -inverse.logdet(), torch.ones_like(inverse[..., 0, 0])
+        is_multiple = torch.zeros(scale.shape, dtype=torch.bool)
+        for one in selections:
+            if one.param in self.multiples:
+                number = one.index.amax((-2, -1))
+                now = values[one.param].detach().reshape(-1)[number.clamp(min=0)].to(s_now)
+                now = 1 / now if spread == "precision_matrix" else now
+                s_now = torch.where(number >= 0, now, s_now)
+                number = number.cpu()
+                scale = torch.where(number >= 0, number + scales[one.param], scale)
+                is_multiple = is_multiple | (number >= 0)
+        log_scale = log_scale - size * s_now.log()
+        trace = s_now * (inverse * s["matrix"].to(inverse)).sum((-2, -1))
+        parts = (arguments[given].detach(), degrees, log_scale, scale, trace, is_multiple)
         shape = torch.broadcast_shapes(s["weight"].shape, *(t.shape for t in parts))
 
         def flat(t: Tensor) -> Tensor:
             return t.expand(shape).reshape(-1).cpu()
 
-        known, degrees, log_scale, scale = map(flat, parts)
+        known, degrees, log_scale, scale, trace, is_multiple = map(flat, parts)
         matrix = s["matrix"].expand(*shape, size, size).reshape(-1, size, size).cpu()
         return _Cells(
             size,
@@ -163,6 +186,8 @@ class DegreesSolver:
             known.to(torch.float64),
             scale,
             log_scale.to(torch.float64),
+            trace.to(torch.float64),
+            is_multiple,
         )
 
 
@@ -176,7 +201,9 @@ class _Profile:
         self.log_det = torch.zeros(self.count, dtype=torch.float64)
         self.size = torch.zeros(self.count, dtype=torch.float64)
         sums: dict[int, Tensor] = {}
+        traces = torch.zeros(self.count, dtype=torch.float64)
         for c in cells:
+            traces.index_add_(0, c.scale[c.is_multiple], c.trace[c.is_multiple])
             at = c.scale >= 0
             self.size[c.scale[at]] = float(c.size)
             own = sums.setdefault(c.size, torch.zeros(self.count, c.size, c.size).to(c.matrix))
@@ -184,6 +211,8 @@ class _Profile:
         for size, total in sums.items():
             here = self.size == size
             self.log_det[here] = total[here].logdet()
+        some = traces > 0
+        self.log_det[some] = self.size[some] * (traces[some] / self.size[some]).log()
 
     def at(self, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value, slope and second derivatives. # (), (E,), (E, E)"""
@@ -196,7 +225,8 @@ class _Profile:
             own = c.degrees_at(nu)
             free, at = c.degrees >= 0, c.scale >= 0
             linear = (c.log_det - c.weight * c.size * math.log(2)) / 2
-            linear = linear - torch.where(at, 0.0, c.weight * c.log_scale / 2)
+            held = ~at | c.is_multiple
+            linear = linear - torch.where(held, c.weight * c.log_scale / 2, 0.0)
             halves = (own.unsqueeze(-1) - torch.arange(c.size)) / 2
             value = value + (own * linear - c.weight * (own / 2).mvlgamma(c.size)).sum()
             each = linear - c.weight * halves.digamma().sum(-1) / 2
@@ -243,9 +273,9 @@ def _is_at_maximum(graph: FactorGraph, update: ParameterUpdate, groups: set[int]
     families = [graph.groups[u.group].family for u in update.uses]
     if not update.uses or not all(f is not None and f.degrees for f in families):
         return False
-    if any(
-        u.is_multiple or u.selection.maps or u.selection.factor is not None for u in update.uses
-    ):
+    if any(u.selection.maps for u in update.uses):
+        return False
+    if not update.uses[0].is_multiple and any(u.selection.factor is not None for u in update.uses):
         return False
     return any(u.group in groups for u in update.uses)
 

@@ -113,7 +113,12 @@ def test_the_matrix_of_a_multivariate_t_is_in_closed_form_under_latent_weights(
     assert list(history)[:5] == pytest.approx(path, abs=1e-10)
 
 
-@pytest.mark.parametrize("how", ["one scale", "one number", "a known scale", "each its own"])
+_NUMBERS = ("multiples", "of inverses")
+
+
+@pytest.mark.parametrize(
+    "how", ["one scale", "one number", "a known scale", "each its own", "multiples", "of inverses"]
+)
 def test_degrees_of_freedom_are_at_the_joint_maximum_after_one_step(how: str) -> None:
     """Observed Wisharts in two groups, against scipy's optimum of their log density."""
     rng = np.random.default_rng(1)
@@ -127,7 +132,10 @@ def test_degrees_of_freedom_are_at_the_joint_maximum_after_one_step(how: str) ->
     def model(w: Tensor) -> None:
         first = torch.full((() if shared_df else (2,)), 4.0).double()
         df = pyro.param("df", first, constraint=constraints.greater_than(1.0))
-        if how == "a known scale":
+        if how in _NUMBERS:
+            s = pyro.param("s", torch.ones(2).double(), constraint=constraints.positive)
+            scale = (s[group] * torch.tensor([1.0] * 8 + [2.0] * 6))[:, None, None] * known
+        elif how == "a known scale":
             scale = known
         else:
             eye = torch.eye(2).double().expand(*(() if shared_scale else (2,)), 2, 2).clone()
@@ -135,7 +143,8 @@ def test_degrees_of_freedom_are_at_the_joint_maximum_after_one_step(how: str) ->
             scale = scale if shared_scale else scale[group]
         with pyro.plate("rows", len(w)):
             own = df if shared_df else df[group]
-            pyro.sample("w", dist.Wishart(own, covariance_matrix=scale), obs=w)
+            name = "precision_matrix" if how == "of inverses" else "covariance_matrix"
+            pyro.sample("w", dist.Wishart(own, **{name: scale}), obs=w)
 
     em = ExactPosteriorEM(model)
     result = em.fit(torch.as_tensor(w), max_steps=1, tol=0.0)
@@ -143,21 +152,32 @@ def test_degrees_of_freedom_are_at_the_joint_maximum_after_one_step(how: str) ->
 
     def loss(at: np.ndarray) -> float:
         df = 1 + np.exp(at[: 1 if shared_df else 2])
-        roots = at[1 if shared_df else 2 :].reshape(-1, 3)
+        rest = at[1 if shared_df else 2 :]
+        roots = rest.reshape(-1, 3) if how not in _NUMBERS else rest
         total = 0.0
         for g in (0, 1):
+            own = group.numpy() == g
+            if how in _NUMBERS:
+                # Each with a number of its own: Λ / c is of the scale without it.
+                c = np.array([1.0] * 8 + [2.0] * 6)[own]
+                v = np.exp(at[2 + g]) * known.numpy()
+                if how == "of inverses":
+                    c, v = 1 / c, np.linalg.inv(v)
+                each = w[own].transpose(1, 2, 0) / c
+                total += st.wishart.logpdf(each, df[g], v).sum() - 3 * np.log(c).sum()
+                continue
             if how == "a known scale":
                 v = known.numpy()
             else:
                 a, b, c = roots[min(g, len(roots) - 1)]
                 root = np.array([[np.exp(a), 0.0], [b, np.exp(c)]])
                 v = root @ root.T
-            mine = w[group.numpy() == g].transpose(1, 2, 0)
+            mine = w[own].transpose(1, 2, 0)
             total += st.wishart.logpdf(mine, df[min(g, len(df) - 1)], v).sum()
         return -total
 
     scales = 0 if how == "a known scale" else 1 if shared_scale else 2
-    start = np.zeros((1 if shared_df else 2) + 3 * scales)
+    start = np.zeros(4 if how in _NUMBERS else (1 if shared_df else 2) + 3 * scales)
     best = scipy.optimize.minimize(loss, start, tol=1e-12)
     assert em.score(torch.as_tensor(w)) == pytest.approx(-best.fun, abs=1e-6)
     df = 1 + np.exp(best.x[: 1 if shared_df else 2])
