@@ -41,20 +41,15 @@ from pyro_em.graph.log_affine import as_log_affine
 from pyro_em.graph.nodes import Point, below_expansion, is_leaf, nodes_below
 from pyro_em.graph.products import as_product, as_sum
 from pyro_em.graph.selections import as_selection
+from pyro_em.graph.useful import SELECTIONS, Useful
 
 
 def bind(
     argument: Tensor,
     leaves: Mapping[str, Tensor],
+    useful: Useful = SELECTIONS,
     *,
     layout: Callable[[Tensor], Tensor] = lambda t: t,
-    normalised: str = "",
-    allow_affine: bool = False,
-    allow_bilinear: bool = False,
-    link: str = "",
-    allow_logs: bool = False,
-    allow_product: bool = False,
-    allow_composite: bool = False,
     plates: int = 0,
     max_cells: int = 2**27,
 ) -> Binding:
@@ -63,22 +58,16 @@ def bind(
     Args:
         argument: The value that a distribution holds, expanded as it may be.
         leaves: The leaf tensor of each parameter in this run.
+        useful: Which bindings beside selections are looked for.
         layout: Views that bring the argument into the compact layout; the binding is that of
             ``layout(argument)``.
-        normalised: ``"probs"`` or ``"logits"`` where the distribution normalises this argument's
-            rows, else empty.
-        allow_affine: Whether an affine binding is of use (its Jacobian is then computed).
-        allow_bilinear: Whether one that is affine in some parameters given others is.
-        link: What makes the argument of an affine predictor, by its name in ``binding.LINKS``.
-        allow_logs: Whether a predictor that is affine in logarithms of parameters is of use.
-        allow_product: Whether matrices A Aᵀ and their sums are of use.
-        allow_composite: Whether elementwise functions of several parameters are of use.
         plates: How many of the first dimensions of the layout are plates.
         max_cells: The most numbers of a Jacobian to hold.
 
     Returns:
         The strongest binding that holds.
     """
+    normalised, link = useful.normalised, useful.link
     constant = layout(argument.detach())
     if not argument.requires_grad:
         return Binding("constant", (), constant)
@@ -94,29 +83,29 @@ def bind(
     point = below_expansion(Point(argument, start.node, tuple(argument.shape)))
     index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
     top = layout(index.expand(argument.shape))
-    product = as_product(point, top, constant, names, leaves) if allow_product else None
+    product = as_product(point, top, constant, names, leaves) if useful.product else None
     if product is not None:
         return product
     selection = as_selection(point, top, constant, names, leaves, normalised)
     if isinstance(selection, Binding):
         return selection
-    summed = as_sum(point, top, constant, names, leaves) if allow_product else None
+    summed = as_sum(point, top, constant, names, leaves) if useful.product else None
     if summed is not None:
         return summed
-    if allow_affine:
+    if useful.affine:
         affine = as_affine(point, top, constant, names, leaves, normalised, link, plates, max_cells)
         if isinstance(affine, Binding):
             return affine
         selection = affine
     is_one_row = all(size == 1 for size in top.shape[:plates])
     found = None
-    if allow_bilinear:
+    if useful.bilinear:
         found = as_bilinear(point, top, constant, names, leaves, max_cells, normalised=normalised)
-    if found is None and allow_composite and is_one_row:
+    if found is None and useful.composite and is_one_row:
         found = as_composite(point, top, constant, names, leaves)
-    if found is None and allow_affine and allow_logs:
+    if found is None and useful.affine and useful.logs:
         found = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
-    if found is None and allow_composite and not is_one_row:
+    if found is None and useful.composite and not is_one_row:
         found = as_composite(point, top, constant, names, leaves)
     return found or Binding("opaque", names, constant, reason=selection)
 

@@ -33,6 +33,7 @@ from pyro_em.graph.shares import share_of, share_of_log_odds
 from pyro_em.graph.signatures import Recurring
 from pyro_em.graph.sparse_lines import forward_of, numbers_read, random_like
 from pyro_em.graph.structure import Structure
+from pyro_em.graph.useful import Useful
 from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.parameters import at_moved
 from pyro_em.tracing.runs import Run
@@ -197,7 +198,7 @@ def _read_of(
                 order = torch.stack([share.turned.long(), 1 - share.turned.long()], -1)
     else:
         own = {latent: values[latent]}
-        binding = bind(tensor, own, layout=brought, normalised=argument)
+        binding = bind(tensor, own, Useful(normalised=argument), layout=brought)
         maps = ["log"] if argument == "logits" else []
         plain = binding.how == "selection" and all(
             [m.name for m in s.maps] == maps and s.factor is None for s in binding.selections

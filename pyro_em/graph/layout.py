@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_em.distributions import bases_of, element_mask, split_mask, unexpanded, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.family import Family, link_of
+from pyro_em.families.family import Family
 from pyro_em.families.registry import (
     family_of,
     given_arguments,
@@ -29,6 +29,7 @@ from pyro_em.graph.signatures import Recurring, outline
 from pyro_em.graph.stacking import Batch, Factor, repeated
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.graph.unrecorded import log_density_of_site
+from pyro_em.graph.useful import useful_for
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor
 
@@ -270,13 +271,7 @@ class FactorLayout:
                     tensor,
                     layout,
                     (event, tuple(dims), reinterpreted),
-                    normalised=arg if family.argument_event_dim(arg) == 1 else "",
-                    allow_affine=may_be_affine(family, arg),
-                    allow_bilinear=may_be_bilinear(family, arg),
-                    link=link_of(family, arg) or "",
-                    allow_logs=family.predicted is not None,
-                    allow_product=may_be_product(family, arg),
-                    allow_composite=may_meet and family.may_meet,
+                    useful_for(family, arg, may_meet=may_meet),
                     plates=len(info.plates),
                 )
         return Factor(
@@ -392,27 +387,6 @@ class FactorLayout:
         if elements is not None:
             elements = compact(elements, unwrap(site["fn"])[1], dims)
         return mask, elements
-
-
-def may_be_affine(family: Family, argument: str) -> bool:
-    """Whether an argument that is affine in parameters has an update: least squares, or Newton's."""
-    return _is_regressed(family, argument) or link_of(family, argument) is not None
-
-
-def may_be_bilinear(family: Family, argument: str) -> bool:
-    """Whether an argument that is affine in one parameter given another has an update."""
-    is_number = family.argument_event_dim(argument) == 0
-    return _is_regressed(family, argument) or (is_number and link_of(family, argument) == "")
-
-
-def _is_regressed(family: Family, argument: str) -> bool:
-    return argument == "loc" and family.name in ("Normal", "LogNormal", "MultivariateNormal")
-
-
-def may_be_product(family: Family, argument: str) -> bool:
-    """Whether matrices A Aᵀ in an argument have an update: factors of a covariance, or its inverse."""
-    rule = family.rules.get(argument)
-    return rule is not None and rule.takes_products
 
 
 def _typed(value: Tensor, arguments: Mapping[str, Tensor], family: Family) -> Tensor:

@@ -22,6 +22,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.selections import is_right
+from pyro_em.graph.useful import SELECTIONS, Useful
 
 # Nodes of which the Jacobian depends on nothing but what they show: saved fields and output shapes.
 # Not Cat, for instance, which hides the sizes of inputs without a gradient.
@@ -109,14 +110,8 @@ class Recurring:
         argument: Tensor,
         layout: Callable[[Tensor], Tensor],
         form: Hashable,
+        useful: Useful = SELECTIONS,
         *,
-        normalised: str = "",
-        allow_affine: bool = False,
-        allow_bilinear: bool = False,
-        link: str = "",
-        allow_logs: bool = False,
-        allow_product: bool = False,
-        allow_composite: bool = False,
         plates: int = 0,
     ) -> Binding:
         """As `pyro_em.graph.autograd.bind`.
@@ -125,19 +120,12 @@ class Recurring:
             argument: The value that a distribution holds.
             layout: Views that bring the argument into the compact layout.
             form: What determines ``layout``, next to the argument's own shape and strides.
-            normalised: As there.
-            allow_affine: As there.
-            allow_bilinear: As there.
-            link: As there.
-            allow_logs: As there.
-            allow_product: As there.
-            allow_composite: As there.
+            useful: As there.
             plates: As there.
         """
         graph = signature(argument, self.names)
         kind = (argument.dtype, argument.device, argument.shape, argument.stride())
-        allowed = (allow_affine, allow_bilinear, link, allow_logs, allow_product, allow_composite)
-        key = (graph, form, *kind, normalised, *allowed, plates)
+        key = (graph, form, *kind, useful, plates)
         if graph is not None and key in self.known:
             same, binding = self.known[key]
             if _bits(same) == _bits(argument):
@@ -149,19 +137,7 @@ class Recurring:
                 if is_small:
                     self.known[key] = argument.detach(), before
                 return before
-        binding = bind(
-            argument,
-            self.leaves,
-            layout=layout,
-            normalised=normalised,
-            allow_affine=allow_affine,
-            allow_bilinear=allow_bilinear,
-            link=link,
-            allow_logs=allow_logs,
-            allow_product=allow_product,
-            allow_composite=allow_composite,
-            plates=plates,
-        )
+        binding = bind(argument, self.leaves, useful, layout=layout, plates=plates)
         if graph is not None and is_small:
             self.known[key] = argument.detach(), binding
         if graph is not None and self.kept is not None:

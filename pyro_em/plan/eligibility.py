@@ -18,8 +18,8 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Finding
 from pyro_em.families.family import has_sums
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.graph.layout import may_be_affine
 from pyro_em.graph.stretches import LaterTuple
+from pyro_em.graph.useful import may_be_affine
 from pyro_em.posteriors.arrangement import Arrangement, arranged
 from pyro_em.posteriors.block import Component, components_of
 from pyro_em.posteriors.chain import Chain

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import joined
 from pyro_em.graph.expression import UNARY, Expression, Jet, leaf, number
+from pyro_em.graph.useful import Useful
 
 Made = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +37,7 @@ def test_expressions_are_read(name: str) -> None:
         "a": torch.tensor([0.5, 1.5, 2.5], requires_grad=True),
         "m": torch.tensor([0.2, 0.7, 0.4], requires_grad=True),
     }
-    binding = bind(READ[name](*leaves.values()), leaves, allow_composite=True)
+    binding = bind(READ[name](*leaves.values()), leaves, Useful(composite=True))
     assert binding.how == "composite"
     moved = {n: t.detach() * 1.3 + 0.1 for n, t in leaves.items()}
     wanted = READ[name](*moved.values())
@@ -48,7 +49,7 @@ def test_expressions_are_read(name: str) -> None:
 def test_other_functions_are_not() -> None:
     a, m = (torch.rand(3, requires_grad=True) for _ in range(2))
     for made in (a / m.relu(), a @ m * a, a * m.cumsum(0), torch.stack([a * m, a])[:, 1:].flip(0)):
-        assert bind(made, {"a": a, "m": m}, allow_composite=True).how == "opaque"
+        assert bind(made, {"a": a, "m": m}, Useful(composite=True)).how == "opaque"
 
 
 @pytest.mark.parametrize("name", [*UNARY, "power"])

@@ -14,6 +14,7 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM
 from pyro_em.graph.autograd import bind
 from pyro_em.graph.jacobian import Jacobian
+from pyro_em.graph.useful import Useful
 from pyro_em.plan.program import Program
 from tests.benchmarks.regressions import logistic, logistic_data, logistic_steps
 
@@ -42,7 +43,7 @@ def test_jacobians_without_zeros_are_those_of_autograd(name: str) -> None:
     line, most = LINES[name]
     leaves = {"w": W.clone().requires_grad_(), "a": FREE.clone().requires_grad_()}
     eta = line(leaves).T  # rows first
-    found = bind(eta, leaves, allow_affine=True, plates=1)
+    found = bind(eta, leaves, Useful(affine=True), plates=1)
     assert found.jacobians is not None
     held = 0
     for param, own in found.jacobians.items():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_em.graph.autograd import bind
+from pyro_em.graph.useful import Useful
 
 N, K = 7, 3
 X = torch.arange(2.0 * N, dtype=torch.float64).reshape(N, 1, 2).sin()
@@ -64,7 +65,7 @@ def _leaves(seed: int) -> dict[str, Tensor]:
 def _bound(expression: Expression, link: str):
     leaves = _leaves(0)
     argument = expression(*leaves.values()).expand(N, K)
-    return bind(argument, leaves, allow_affine=True, link=link, allow_logs=True, plates=1)
+    return bind(argument, leaves, Useful(affine=True, link=link, logs=True), plates=1)
 
 
 LINKS = {"exp": RATES, "": LOGITS, "sigmoid": SHARES}

@@ -14,6 +14,7 @@ from pyro_em.graph.autograd import bind
 from pyro_em.graph.binding import Binding
 from pyro_em.graph.forms import equal_to_first
 from pyro_em.graph.signatures import KeptSelections, Recurring, outline, signature
+from pyro_em.graph.useful import Useful
 
 Argument = Callable[[Tensor], Tensor]
 
@@ -98,15 +99,14 @@ def test_what_is_computed_from_a_hidden_constant_is_compared() -> None:
 def test_another_function_with_the_same_values_is_read_anew(name: str, affine: bool) -> None:
     theta = torch.ones(4).requires_grad_()
     bindings = Recurring({"theta": theta})
-    normalised = "probs" if name == "normalised" else ""
+    useful = Useful(affine=affine, normalised="probs" if name == "normalised" else "")
 
     def fresh(argument: Tensor) -> Binding:
-        return bind(argument, {"theta": theta}, normalised=normalised, allow_affine=affine)
+        return bind(argument, {"theta": theta}, useful)
 
     for make in PAIRS[name] * 2:
         argument = make(theta)
-        how = {"normalised": normalised, "allow_affine": affine}
-        found = bindings.bind(argument, lambda t: t, (), **how)  # type: ignore[arg-type]
+        found = bindings.bind(argument, lambda t: t, (), useful)
         expected = fresh(argument)
         assert same(found, expected)
         if expected.jacobians is not None:
@@ -128,8 +128,8 @@ def test_what_an_earlier_run_selected_is_what_a_later_one_selects(name: str, val
         bindings = Recurring({"theta": theta}, kept)
         for make in PAIRS[name][:: -1 if run % 2 else 1]:
             argument = make(theta)
-            found = bindings.bind(argument, lambda t: t, (), normalised=normalised)
-            expected = bind(argument, {"theta": theta}, normalised=normalised)
+            found = bindings.bind(argument, lambda t: t, (), Useful(normalised=normalised))
+            expected = bind(argument, {"theta": theta}, Useful(normalised=normalised))
             assert same(found, expected)
             assert torch.equal(found.constant, argument.detach())
 
@@ -172,7 +172,9 @@ def test_a_recurring_form_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bindings = Recurring({"A": A})
     for _ in range(5):
         rows = A[torch.arange(4).reshape(4, 1)]
-        bindings.bind(rows / rows.sum(-1, keepdim=True), lambda t: t, (), normalised="probs")
+        bindings.bind(
+            rows / rows.sum(-1, keepdim=True), lambda t: t, (), Useful(normalised="probs")
+        )
     assert len(calls) == 1
 
 

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_em import Chunks, ExactPosteriorEM, Gradient, LeastSquares, Newton, vectorized_markov
 from pyro_em.graph.autograd import bind
+from pyro_em.graph.useful import Useful
 
 SERIES = torch.tensor(
     [0.3, 1.6, 1.1, 1.9, -0.8, -0.2, -0.9, 0.4, 1.4, 2.1, 1.0, 1.7, 0.9, -0.6, -1.1, 1.5, 1.2, 0.8],
@@ -34,7 +35,7 @@ def test_a_product_of_parameters_is_bound_and_evaluated_at_other_values() -> Non
         line = x @ a
         return torch.stack([c + b[0] * (line - 2), b[1] * c * 3 + b.sum() * x[:, 0] - line], -1) + 1
 
-    found = bind(mean(**leaves), leaves, allow_affine=True, allow_bilinear=True)
+    found = bind(mean(**leaves), leaves, Useful(affine=True, bilinear=True))
 
     assert found.how == "bilinear"
     assert set(found.pairs or ()) == {("a", "b"), ("b", "c")}
@@ -56,7 +57,7 @@ def test_a_product_of_parameters_is_bound_and_evaluated_at_other_values() -> Non
 )
 def test_no_other_product_is_bilinear(mean: object) -> None:
     leaves = {n: torch.rand(2, dtype=torch.float64, requires_grad=True) for n in ("a", "b", "c")}
-    assert bind(mean(**leaves), leaves, allow_affine=True, allow_bilinear=True).how == "opaque"  # type: ignore[operator]
+    assert bind(mean(**leaves), leaves, Useful(affine=True, bilinear=True)).how == "opaque"  # type: ignore[operator]
 
 
 def regimes(y: torch.Tensor) -> None:

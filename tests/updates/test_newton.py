@@ -29,6 +29,7 @@ from pyro_em import (
     vectorized_markov,
 )
 from pyro_em.graph.autograd import bind
+from pyro_em.graph.useful import Useful
 
 N = 40
 RNG = np.random.default_rng(8)
@@ -323,7 +324,9 @@ def test_a_softmax_across_rows_is_no_predictor() -> None:
     v.requires_grad_()
     for dim, how in ((-1, "affine"), (0, "opaque")):
         probs = dist.Categorical(probs=(X @ v).softmax(dim)).probs
-        how_found = bind(probs, {"v": v}, normalised="probs", allow_affine=True, link="softmax").how
+        how_found = bind(
+            probs, {"v": v}, Useful(affine=True, link="softmax", normalised="probs")
+        ).how
         logits = dist.Categorical(logits=(X @ v).log_softmax(dim)).logits
         assert how_found == how
-        assert bind(logits, {"v": v}, normalised="logits", allow_affine=True).how == how
+        assert bind(logits, {"v": v}, Useful(affine=True, normalised="logits")).how == how
