@@ -7,6 +7,7 @@ of their number, x ← x + F x one step before, F ← F²; so do covariances, P 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
@@ -21,50 +22,73 @@ _CHUNK = 64  # different matrices whose products are formed together
 _MANY = 256  # chains side by side for which a product each step is the quickest
 
 
-def rows_of_run(
-    both: Floats, k: int, H: Floats, R: Floats, steps: int
-) -> tuple[list[Floats], list[Floats], Floats]:
-    """What later data say of the states of like steps, from the last one on, until it repeats.
+class Reflections:
+    """Reflections of what steps and all later ones say, from the last step on.
 
     Args:
-        both: G beside A. # (B|1, n, k + n)
-        k: Columns of G.
-        H: Loadings over deviations. # (B|1, D, n)
-        R: What data after the last of the steps say of its state. # (B, n, n)
-        steps: How many steps there are.
-
-    Returns:
-        R of each different step # (B, n, n); its reflections, columns of [[H; R] [G A]; I 0] and of
-        [I; 0] one after the other # (B, k + n + D + n, D + n + k); and R of the step before the first.
+        B: How many chains there are with matrices of their own.
+        n: Numbers of a state.
+        k: Noises of a step.
+        D: Data of a step.
     """
-    (B, n, _), D = R.shape, H.shape[-2]
-    if B == n == k == 1:
-        return _rows_of_numbers(both[0, 0], H[0, :, 0], float(R[0, 0, 0]), steps)
-    wide, told = k + n, D + n
-    # Columns are rows here. The last of them are turned by the reflections of the first.
-    array = np.zeros((B, wide + told, told + k))
-    array[:, :wide, :D] = _t(H @ both)
-    array[:, :k, told:] = np.eye(k)
-    array[:, wide:, :told] = np.eye(told)
-    to, lower, turned = _t(both), np.tri(n), torch.from_numpy(array).mT
-    own, later, last, look = array[:, :wide, D:told], _t(R), R, 8
-    before, out = list[Floats](), list[Floats]()
-    while len(out) < steps:
-        room = np.empty((min(_ROOM, steps - len(out)), *array.shape))
-        tau = torch.empty(B, min(array.shape[1:]), dtype=torch.float64)
-        for found, slot in zip(room, torch.from_numpy(room).mT.unbind(0), strict=True):
-            np.matmul(to, later, out=own)
-            torch.geqrf(turned, out=(slot, tau))  # with less around it than numpy's
+
+    def __init__(self, B: int, n: int, k: int, D: int) -> None:
+        self._k, self._wide, told = k, k + n, D + n
+        # Columns are rows here. The last of them are turned by the reflections of the first.
+        array = np.zeros((B, self._wide + told, told + k))
+        array[:, :k, told:] = np.eye(k)
+        array[:, self._wide :, :told] = np.eye(told)
+        self._turned, self._lower = torch.from_numpy(array).mT, np.tri(n)
+        self._of_data, self._of_later = array[:, : self._wide, :D], array[:, : self._wide, D:told]
+        self._tau = torch.empty(B, min(array.shape[1:]), dtype=torch.float64)
+        self._room: Iterator[tuple[Floats, torch.Tensor]] = iter(())
+
+    def of_run(
+        self, both: Floats, H: Floats, R: Floats, steps: int
+    ) -> tuple[list[Floats], list[Floats], Floats]:
+        """What later data say of the states of like steps, from the last one on, until it repeats.
+
+        Args:
+            both: G beside A. # (B|1, n, k + n)
+            H: Loadings over deviations. # (B|1, D, n)
+            R: What data after the last of the steps say of its state. # (B, n, n)
+            steps: How many steps there are.
+
+        Returns:
+            R of each different step # (B, n, n); its reflections, columns of [[H; R] [G A]; I 0] and
+            of [I; 0] one after the other # (B, k + n + D + n, D + n + k); and R of the step before the
+            first.
+        """
+        k, wide = self._k, self._wide
+        if len(R) == k == wide - k == 1 and steps > 8:
+            return _rows_of_numbers(both[0, 0], H[0, :, 0], float(R[0, 0, 0]), steps)
+        self._of_data[:] = _t(H @ both)
+        to, later, last, look = _t(both), _t(R), R, 8
+        before, out = list[Floats](), list[Floats]()
+        while len(out) < steps:
+            found, slot = self._next()
+            np.matmul(to, later, out=self._of_later)
+            torch.geqrf(self._turned, out=(slot, self._tau))  # with less around it than numpy's
             before.append(_t(later))
             out.append(found)
             later = found[:, k:wide, k:wide]
-            later = later * np.copysign(lower, later.diagonal(0, 1, 2)[:, None])
+            later = later * np.copysign(self._lower, later.diagonal(0, 1, 2)[:, None])
             if len(out) == look:
                 if is_same(_t(later), last):
-                    return before, out, _t(later)
+                    break
                 # What converges slowly changes little from a step to the next, far from its end.
                 last, look = _t(later), look + 4 + look // 16
-    return before, out, _t(later)
+        return before, out, _t(later)
+
+    def _next(self) -> tuple[Floats, torch.Tensor]:
+        """Memory for the results of a step, twice the same."""
+        found = next(self._room, None)
+        if found is None:
+            B, rows, columns = self._turned.shape
+            room = np.empty((_ROOM, B, columns, rows))
+            self._room = zip(room, torch.from_numpy(room).mT.unbind(0), strict=True)
+            found = next(self._room)
+        return found
 
 
 def _rows_of_numbers(

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from pyro_em.posteriors.kalman_arrays import FAR, Arrays, Floats, Places, apply, columns
 from pyro_em.posteriors.kalman_recursions import (
+    Reflections,
     covariances,
     is_same,
-    rows_of_run,
     scanned,
 )
 from pyro_em.posteriors.state_space import Filtered, Smoothed, StateSpace
@@ -279,6 +279,7 @@ def _backward(arrays: Arrays) -> _Backward:
     n, k = arrays.G.shape[-2:]
     place, steps, count = np.empty(T, np.int64), [], 0
     rows, turned, R = list[Floats](), list[Floats](), np.zeros((B, n, n))
+    reflections = Reflections(B, n, k, arrays.H.shape[-2])
     for start, end in reversed(arrays.stretches):
         u, v = arrays.dynamics[start], arrays.measurement[start]
         G, A = arrays.G[:, u], arrays.A[:, u]
@@ -287,7 +288,7 @@ def _backward(arrays: Arrays) -> _Backward:
         if start:
             both[..., k:] = A
         H = arrays.loading(start) / arrays.deviation[:, v, :, None]
-        before, found, R = rows_of_run(both, k, H, R, end - start)
+        before, found, R = reflections.of_run(both, H, R, end - start)
         rows += before
         turned += found
         many, count = len(found), count + len(found)
