@@ -28,6 +28,12 @@ from pyro_em.updates.scatter import sum_to
 EDGE = 1e-6 * FAR
 """Nats that only a datum at the end of a support has."""
 
+_MOST = 20  # Newton steps from arguments back to elements
+
+_FARTHEST = 20.0  # of a coordinate in one of these
+
+_SETTLED = 1e-8  # a step after which the next is lost in rounding
+
 _EPS = 8 * torch.finfo(torch.float64).eps
 
 
@@ -123,6 +129,8 @@ class Places:
         is_read: Whether every element is read.
         alone: Which columns are positive, where each cell of the only group is a problem of its own and
             each argument a parameter as it stands; else None. # (m,)
+        is_square: Whether each cell of the only group is a problem of its own, of as many elements as
+            its arguments have numbers.
     """
 
     coordinates: Coordinates
@@ -133,6 +141,7 @@ class Places:
     unused: Tensor
     is_read: bool
     alone: Tensor | None
+    is_square: bool = False
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -267,13 +276,15 @@ class Problem:
             u: Where parameters are.
         """
         is_positive = self.places.alone
-        if is_positive is None:
+        if is_positive is None and not self.places.is_square:
             return None
         c, s = self.places.cells[0], self.sums[0]
         if c.form.maximum is None or not bool((s["weight"] > 0).all()):
             return None
         if not bool((s["feature"].abs() < EDGE).all()):
             return None
+        if is_positive is None:
+            return self._by_arguments(u)
         moved, at = self._alone(u, is_positive)
         found = c.form.maximum(s, at)
         if found is None:
@@ -283,6 +294,37 @@ class Problem:
         out = torch.empty_like(u)
         out[c.rows.reshape(-1)] = found.reshape(-1)
         return out if bool(torch.isfinite(out).all()) else None
+
+    def _by_arguments(self, u: Tensor) -> Tensor | None:
+        """Where the arguments are those at which Q is largest, by Newton's method for a(u) = a*.
+
+        As many elements meet as arguments have numbers; None where it finds none.
+        """
+        c, s = self.places.cells[0], self.sums[0]
+        assert c.numbers is not None and c.form.maximum is not None
+        rows, A = c.width
+        wanted: Tensor | None = None
+        place = (torch.arange(rows).unsqueeze(-1), c.numbers, self.places.slot[c.rows])
+        for _ in range(_MOST):
+            moves = {n: self._moved(a, u, None) for n, a in c.arguments.items()}
+            at = torch.cat([m[0].reshape(rows, -1) for m in moves.values()], -1)
+            if wanted is None:
+                wanted = c.form.maximum(s, {n: m[0] for n, m in moves.items()})
+                if wanted is None:
+                    return None
+                wanted = wanted.reshape(rows, A)
+            first = torch.cat([m[1].reshape(rows, -1) for m in moves.values()], -1)
+            jacobian = torch.zeros(rows, A, A, dtype=torch.float64)
+            jacobian.index_put_(place, first, accumulate=True)
+            step, failed = torch.linalg.solve_ex(jacobian, (wanted - at).unsqueeze(-1))
+            length = step.abs().amax()
+            if bool(failed.any()) or not float(length) <= _FARTHEST:
+                return None
+            u = u.clone()
+            u[c.rows] = u[c.rows] + step.squeeze(-1).gather(-1, self.places.slot[c.rows])
+            if float(length) <= _SETTLED:
+                return u
+        return None
 
     def _alone(self, u: Tensor, is_positive: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The numbers of the only group's cells, and its arguments. # (cells, A), (*cells, *event)"""

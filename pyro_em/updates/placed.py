@@ -70,7 +70,10 @@ def places_of(coordinates: Coordinates, graph: FactorGraph) -> Places:
     seen = torch.unique(torch.cat([own.reshape(-1) for own in rows.values()]))
     is_read = int((seen >= 0).sum()) == coordinates.size
     unused = torch.diag_embed(unused) + flat
-    return Places(coordinates, tuple(found_cells), owner, slot, (B, m), unused, is_read, alone)
+    found_places = Places(
+        coordinates, tuple(found_cells), owner, slot, (B, m), unused, is_read, alone
+    )
+    return replace(found_places, is_square=_is_square(coordinates, found_cells, owner, (B, m)))
 
 
 def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) -> Tensor | None:
@@ -89,6 +92,19 @@ def _alone(read: _Read, rows: Mapping[int, Tensor], coordinates: Coordinates) ->
             return None
         positive += [interval == (0.0, math.inf)] * (a.elements.numel() // len(own))
     return torch.tensor(positive)
+
+
+def _is_square(
+    coordinates: Coordinates, cells: Sequence[Cells], owner: Tensor, counts: tuple[int, int]
+) -> bool:
+    """See `Places.is_square`."""
+    if len(cells) != 1 or coordinates.rows or cells[0].numbers is None:
+        return False
+    (c,), (B, m) = cells, counts
+    known = any(a.expression is None and a.name is None for a in c.arguments.values())
+    full = torch.bincount(owner, minlength=B)
+    is_one = len(torch.unique(c.block)) == B and bool((c.rows >= 0).all()) and not known
+    return is_one and c.width == (B, m) and bool((full == m).all())
 
 
 def _shifts(coordinates: Coordinates, owner: Tensor, slot: Tensor, m: int) -> Tensor:

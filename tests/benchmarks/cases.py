@@ -11,7 +11,13 @@ from torch import Tensor
 
 from pyro_em.tracing.missing import WithMissing
 from tests.benchmarks import models
-from tests.benchmarks.exponential import gamma_mixture, negative_binomial_mixture, student_mixture
+from tests.benchmarks.exponential import (
+    gamma_mixture,
+    gamma_mixture_by_mean,
+    negative_binomial_mixture,
+    student_mixture,
+    weibull_mixture,
+)
 from tests.benchmarks.regressions import logistic_mixture
 from tests.benchmarks.series import system_steps
 from tests.benchmarks.timing import Case, Steps
@@ -363,6 +369,14 @@ CASES = (
         logistic_mixture(100_000, 8, 3), 2, 7, 7, 3,
     ),
     Case("Gamma mixture, N=200k K=4", "numpy by hand", 1.0, gamma_mixture(200_000, 4), 2, 22, 22, 5),
+    Case(
+        "Gamma mixture by its means, N=200k K=4", "numpy by hand", 1.0,
+        gamma_mixture_by_mean(200_000, 4), 2, 22, 22, 5,
+    ),
+    Case(
+        "Weibull mixture, N=200k K=4", "numpy by hand", 1.0,
+        weibull_mixture(200_000, 4), 2, 22, 12, 3,
+    ),
     Case(
         "negative binomial mixture, N=200k K=4", "numpy by hand", 3.3,
         negative_binomial_mixture(200_000, 4), 2, 22, 4, 3,

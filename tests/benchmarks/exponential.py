@@ -230,6 +230,53 @@ def gamma_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
     return make
 
 
+def gammas_by_mean(x: Tensor, start: Mapping[str, Tensor]) -> None:
+    """A mixture of Gammas by shape and mean."""
+    w = pyro.param("w", start["w"].clone(), constraint=C.simplex)
+    a = pyro.param("a", start["a"].clone(), constraint=C.positive)
+    m = pyro.param("m", start["a"] / start["b"], constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Gamma(a[z], a[z] / m[z]), obs=x)
+
+
+def gamma_mixture_by_mean(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
+    """Against numpy, which keeps all rows and has rates."""
+
+    def make() -> tuple[Steps, Steps]:
+        x, start = gamma_data(N, K)
+        return beside(gammas_by_mean, gamma_steps, x, start)
+
+    return make
+
+
+def weibulls(x: Tensor, start: Mapping[str, Tensor]) -> None:
+    """A mixture of Weibull distributions."""
+    w = pyro.param("w", start["w"].clone(), constraint=C.simplex)
+    scale = pyro.param("l", start["l"].clone(), constraint=C.positive)
+    k = pyro.param("k", start["k"].clone(), constraint=C.positive)
+    with pyro.plate("n", len(x)):
+        z = pyro.sample("z", dist.Categorical(w))
+        pyro.sample("x", dist.Weibull(scale[z], k[z]), obs=x)
+
+
+def weibull_mixture(N: int, K: int) -> Callable[[], tuple[Steps, Steps]]:
+    """Against numpy, which keeps all rows and goes through them for each Newton step."""
+
+    def make() -> tuple[Steps, Steps]:
+        torch.manual_seed(0)
+        z = torch.randint(K, (N,))
+        scale, shape = 3.0 ** torch.arange(K).double(), torch.linspace(1.5, 8, K).double()
+        start = {
+            "w": torch.full((K,), 1 / K, dtype=torch.float64),
+            "l": 0.8 * scale,
+            "k": 0.75 * shape,
+        }
+        return beside(weibulls, weibull_steps, dist.Weibull(scale[z], shape[z]).sample(), start)
+
+    return make
+
+
 def negative_binomials(x: Tensor, start: Mapping[str, Tensor]) -> None:
     """A mixture of negative binomials."""
     w = pyro.param("w", start["w"].clone(), constraint=C.simplex)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints as C
 
 from pyro_em import Chunks, ExactPosteriorEM, Fixed, Gradient
+from pyro_em.updates.blocks import Problem
 from pyro_em.updates.update import ClosedForm, NewtonOnSums, Update
 
 Emission = Callable[[Tensor], dist.TorchDistribution]
@@ -162,6 +163,26 @@ def test_the_maximum_is_that_of_the_own_parameters(name: str) -> None:
         tight = {"xatol": 1e-7, "fatol": 1e-11}
         best = optimize.minimize(loss, np.zeros(2), method="Nelder-Mead", options=tight)
         assert float(ours[k]) == pytest.approx(-best.fun, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["Gamma", "InverseGamma", "Beta"])
+def test_a_maximum_without_a_search_is_the_one_that_is_found(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, found, told = CASES[name], [], []
+    at_once = Problem.maximum
+
+    def noted(self: Problem, u: Tensor) -> Tensor | None:
+        told.append(at_once(self, u))
+        return told[-1]
+
+    for way in (noted, lambda self, u: None):
+        monkeypatch.setattr(Problem, "maximum", way)
+        pyro.clear_param_store()
+        result = ExactPosteriorEM(model).fit(case.x, case.emission, max_steps=3, tol=0)
+        found.append(torch.cat([v.reshape(-1) for _, v in sorted(result.params.items())]))
+    assert told[-1] is not None
+    assert torch.allclose(found[0], found[1], rtol=1e-8)
 
 
 WAYS: dict[str, tuple[Emission, Tensor, dict[str, Update], bool]] = {
