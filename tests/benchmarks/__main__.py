@@ -17,7 +17,7 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from tests.benchmarks import calls, chains, chunks, growth, network, processes, steps
+from tests.benchmarks import calls, chains, chunks, conjugates, growth, network, processes, steps
 from tests.benchmarks.cases import CASES
 from tests.benchmarks.timing import Case, Row, measure
 
@@ -155,6 +155,7 @@ def main() -> None:
         lines += planning()
         lines += memory()
         lines += chains.table()
+        lines += conjugates.table()
         lines += chunks.table()
         lines += processes.table()
         lines += steps.table()
