@@ -105,6 +105,14 @@ def compacted(tensor: Tensor, recipe: Recipe) -> Tensor:
     return tensor if tuple(tensor.shape) == recipe.shape else tensor.reshape(recipe.shape)
 
 
+def once_along_rows(tensor: Tensor, event_dim: int) -> Tensor:
+    """A tensor whose expanded batch dimensions have size one, so that what is made of it is small."""
+    for d in range(tensor.dim() - event_dim):
+        if tensor.shape[d] > 1 and tensor.stride(d) == 0:
+            tensor = tensor.narrow(d, 0, 1)
+    return tensor
+
+
 def compact_all(tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
     """Tensors of one form in the compact layout, along a leading dimension of their own."""
     if recipe.expanded:

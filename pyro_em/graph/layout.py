@@ -22,7 +22,7 @@ from pyro_em.families.registry import (
 )
 from pyro_em.graph.autograd import bind, known_below, parameters_below
 from pyro_em.graph.binding import Binding
-from pyro_em.graph.compact import compact, compact_all, recipe_for
+from pyro_em.graph.compact import compact, compact_all, once_along_rows, recipe_for
 from pyro_em.graph.factors import Latent
 from pyro_em.graph.forms import FEW, equal_to_first
 from pyro_em.graph.signatures import Recurring, outline
@@ -33,6 +33,7 @@ from pyro_em.graph.useful import useful_for
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.sites import Role, frames_of, mask_tensor
 
+_LARGE = 1 << 16  # numbers of an argument from which on it is read without its copies
 _KINDS = 8  # of bindings among sites of one form that are told apart together
 
 
@@ -253,6 +254,8 @@ class FactorLayout:
             for arg, tensor in given.items():
                 tensor = tensor.detach() if self.detached else tensor
                 event = reinterpreted + family.argument_event_dim(arg)
+                if tensor.numel() > _LARGE:
+                    tensor = once_along_rows(tensor, family.argument_event_dim(arg))
                 layout = partial(
                     compact, event_dim=event, dims=dims, collapse=reinterpreted, like=tensor
                 )
