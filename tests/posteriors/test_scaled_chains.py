@@ -70,7 +70,7 @@ def dense(monkeypatch: pytest.MonkeyPatch) -> None:
 def fitted(model: Callable[..., None]) -> tuple[ExactPosteriorEM, Any]:
     pyro.clear_param_store()
     em = ExactPosteriorEM(model)
-    return em, em.fit(Y, max_steps=3, tol=0.0, progress=False)
+    return em, em.fit(Y, max_steps=2, tol=0.0, progress=False)
 
 
 def test_a_level_is_a_multivariate_t() -> None:
@@ -97,7 +97,7 @@ def test_a_level_is_a_multivariate_t() -> None:
     assert type(q.marginal("x_3")) is dist.StudentT
 
 
-@pytest.mark.parametrize("model", [level, series, vectors])
+@pytest.mark.parametrize("model", [series, vectors])
 def test_steps_and_answers_are_those_of_a_dense_block(
     model: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +114,7 @@ def _answers(em: ExactPosteriorEM, result: Any) -> list[float]:
     numbers = [*result.history, result.bic, q.entropy(), em.elbo(Y, q=q).gap]
     for part in (*result.params.values(), q.mean("x_5"), q.covariance("x_5")):
         numbers += part.reshape(-1).tolist()
-    if "a" in result.params:
+    if "Q" not in result.params:
         numbers += [float(error) for error in result.standard_errors().values()]
     return [float(n) for n in numbers]
 
