@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_em.tracing.missing import WithMissing
 from tests.benchmarks import models
+from tests.benchmarks.dispersed import dispersed_mixture
 from tests.benchmarks.exponential import (
     gamma_mixture,
     gamma_mixture_by_mean,
@@ -367,6 +368,14 @@ CASES = (
     Case(
         "mixture of logistic regressions, N=100k", "numpy by hand", 1.0,
         logistic_mixture(100_000, 8, 3), 2, 7, 7, 3,
+    ),
+    Case(
+        "mixture of Gamma regressions, N=100k", "numpy by hand", 1.0,
+        dispersed_mixture(100_000, 4, 3, counts=False), 2, 7, 7, 3,
+    ),
+    Case(
+        "mixture of negative binomial regressions, N=100k", "numpy by hand", 0.7,
+        dispersed_mixture(100_000, 4, 3, counts=True), 2, 7, 7, 3,
     ),
     Case("Gamma mixture, N=200k K=4", "numpy by hand", 1.0, gamma_mixture(200_000, 4), 2, 22, 22, 5),
     Case(
