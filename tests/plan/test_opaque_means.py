@@ -70,11 +70,11 @@ def test_a_coefficient_through_a_map_is_bound() -> None:
     assert result.log_evidence == pytest.approx(float(dense.log_prob(y)), abs=1e-8)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2, 3])
 def test_networks_of_a_module_are_loadings(layers: int) -> None:
-    """A linear network is bound; two in a row multiply, and are read at each step."""
+    """A linear network is bound, and the product of two; three in a row are read at each step."""
     torch.manual_seed(0)
-    sizes = [(1, 2)] if layers == 1 else [(1, 3), (3, 2)]
+    sizes = {1: [(1, 2)], 2: [(1, 3), (3, 2)], 3: [(1, 3), (3, 3), (3, 2)]}[layers]
     network = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in sizes))
 
     def model(x: Tensor) -> None:
@@ -85,7 +85,7 @@ def test_networks_of_a_module_are_loadings(layers: int) -> None:
 
     x = torch.randn(12, 2)
     em = ExactPosteriorEM(model)
-    assert em.plan(x).compiled == (layers == 1)
+    assert em.plan(x).compiled == (layers < 3)
     result = em.fit(x, max_steps=3, tol=0)
     with torch.no_grad():
         mean = network(torch.zeros(1, 1))[0]
