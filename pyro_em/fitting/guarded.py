@@ -22,6 +22,7 @@ from pyro_em.fitting.em_map import ByTracing, after_m_step, allowed_fall, write
 from pyro_em.fitting.em_on_sums import OnSums, on_sums
 from pyro_em.fitting.parted import Parted
 from pyro_em.fitting.point import Point, SumsPoint
+from pyro_em.plan.agreement import disagreements_of
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
@@ -291,7 +292,7 @@ class Guarded:
         """
         if self.data is not None:
             return self.data.disagreements()
-        return self.program.disagreements(current=current)
+        return disagreements_of(self.program, current=current)
 
     def _confirm(self) -> None:
         """Hold a fresh trace against what steps compute from the parameters.

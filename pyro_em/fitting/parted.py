@@ -15,6 +15,7 @@ from pyro_em.densities.regression import Lines
 from pyro_em.densities.vector_regression import VectorLines
 from pyro_em.errors import UsageError, message
 from pyro_em.graph.all_data import AllData
+from pyro_em.plan.agreement import disagreements_of
 from pyro_em.plan.evaluation import Disagreement, Evaluation
 from pyro_em.plan.over_all import all_data_of, require_partable
 from pyro_em.plan.part import Part
@@ -141,7 +142,7 @@ class Parted:
 
     def disagreements(self) -> Disagreement:
         """Where a fresh trace of the part at hand differs from what the bindings predict."""
-        found = self.over.gathered(self.lead.disagreements)
+        found = self.over.gathered(lambda: disagreements_of(self.lead))
         return next((off for off in found if off), Disagreement())
 
     def distrusted(self, off: Disagreement) -> Parted:

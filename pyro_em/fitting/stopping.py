@@ -32,20 +32,19 @@ def should_stop(
     """
     if tol == 0:
         return None
-    gains = [b - a for a, b in pairwise(path)]
+    gains = [b - a for a, b in pairwise(path[-7:])]
     if len(gains) < 6:
         return None
     rounding = max(8 * eps * max(1.0, abs(path[-1])), noise)
     if all(abs(g) <= rounding for g in gains[-2:]):
         return EMStatus.ROUNDING
-    last = gains[-6:]
-    if min(last) <= 0:
+    if min(gains) <= 0:
         return None
-    ratio = max(b / a for a, b in pairwise(last))
+    ratio = max(b / a for a, b in pairwise(gains))
     if ratio >= 1:
         return None
-    remaining = last[-1] * ratio / (1 - ratio)
-    return EMStatus.CONVERGED if last[-1] < tol and remaining < tol else None
+    remaining = gains[-1] * ratio / (1 - ratio)
+    return EMStatus.CONVERGED if gains[-1] < tol and remaining < tol else None
 
 
 def crawls(path: Sequence[float], tol: float) -> bool:

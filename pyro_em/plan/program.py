@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.errors import Finding, ModelError, UsageError, warn
+from pyro_em.errors import Finding, UsageError, warn
 from pyro_em.graph.factors import FactorGraph
-from pyro_em.graph.given_rows import some_rows
 from pyro_em.graph.lines import Line
 from pyro_em.graph.mixtures import has_components
-from pyro_em.graph.prediction import disagreements
-from pyro_em.graph.read_lines import differing_lines, other_values, parts_at
+from pyro_em.graph.read_lines import other_values, parts_at
 from pyro_em.graph.signatures import KeptSelections
-from pyro_em.graph.slices import Slices
 from pyro_em.graph.stretches import LaterTuple
 from pyro_em.graph.structure import Structure
 from pyro_em.graph.trace import Resized, trace_graph
@@ -39,7 +36,7 @@ from pyro_em.plan.eligibility import (
     gaussian_kernel,
     kernel_of,
 )
-from pyro_em.plan.evaluation import Disagreement, Evaluation
+from pyro_em.plan.evaluation import Evaluation
 from pyro_em.plan.plan import Plan
 from pyro_em.plan.routes import Route, observations_of, routes_of
 from pyro_em.plan.unrouted import Unrouted
@@ -49,11 +46,9 @@ from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.exact import exact_posterior, log_evidence_of
 from pyro_em.posteriors.gaussian_components import Alike, integrated
 from pyro_em.posteriors.gaussian_steps import (
-    at_zero,
     expected_densities,
     for_updates,
     in_m_step,
-    of_lines,
     tables_of,
 )
 from pyro_em.posteriors.posterior import Posterior
@@ -75,8 +70,6 @@ from pyro_em.tracing.sites import Role
 from pyro_em.updates.data_sums import DataSums, Evaluate
 from pyro_em.updates.m_step import MStepReport, MStepState, m_step_over
 from pyro_em.updates.update import Gradient, ParameterUpdate, at_other_rows
-
-_FEW = 4096  # rows of a graph that was read by rows with which a fresh trace is compared
 
 
 def later_kernel(
@@ -445,7 +438,7 @@ class Program(StaysHere):
         only: Collection[str] | None = None,
     ) -> FactorGraph:
         whole = self.lines or self.conjugates
-        graph = self._traced(values, random_seed, with_bindings, only=None if whole else only)
+        graph = self.fresh_trace(values, random_seed, with_bindings, only=None if whole else only)
         if self.lines:
             assert isinstance(self.model, GivenGaussians)
             with self.dependences.own_run():
@@ -455,7 +448,7 @@ class Program(StaysHere):
             graph = integrated(graph, self.lines, read=read, alike=alike)
         return graph if self.conjugates is None else self.conjugates.integrated(graph)
 
-    def _traced(
+    def fresh_trace(
         self,
         values: Mapping[str, Tensor] | None,
         random_seed: int | None,
@@ -465,7 +458,17 @@ class Program(StaysHere):
         given: tuple[tuple, Structure] | None = None,
         runs: list[Run] | None = None,
     ) -> FactorGraph:
-        """A trace of the model, its Gaussian latents at zero; at others where the run is noted."""
+        """A trace of the model, its Gaussian latents at zero; at others where the run is noted.
+
+        Args:
+            values: Constrained values to trace at; the current ones where None.
+            random_seed: Trace from another random state.
+            with_bindings: Whether to read off how parameters reach the arguments.
+            detached: Whether only the numbers of arguments and densities are of interest.
+            only: Sites whose factors are asked for.
+            given: Other arguments, and the skeleton of the model there.
+            runs: Where the run itself is noted.
+        """
         args, structure = given or (self.args, self.structure)
         model = self.model
         if runs is not None and isinstance(model, GivenGaussians):
@@ -483,57 +486,6 @@ class Program(StaysHere):
                 only=only,
                 runs=runs,
             )
-
-    def disagreements(
-        self,
-        values: Mapping[str, Tensor] | None = None,
-        random_seed: int | None = None,
-        current: Mapping[str, Tensor] | None = None,
-    ) -> Disagreement:
-        """Where a fresh trace differs from what the bindings predict.
-
-        Args:
-            values: Constrained values to trace at; the current ones where None.
-            random_seed: Trace from another random state.
-            current: The current ones, where they are known.
-        """
-        current = values_of(self.graph.parameters) if current is None else current
-        predicted_at = {**current, **(values or {})}
-        graph, given = at_zero(self.graph), (self.args, self.structure)
-        slices = Slices.of(self.args, self.kwargs, self.structure) if graph.parted else None
-        if slices is not None:  # a few rows say of all what the model does
-            rows = slices.spread(_FEW)
-            graph, given = some_rows(graph, graph.parted, rows), slices.at(rows)
-        # One run shows both: at other values of Gaussian latents all but means is as it was.
-        at_others = bool(self.lines) and slices is None and self.conjugates is None
-        runs: list[Run] = []
-        try:
-            fresh = self._traced(
-                values,
-                random_seed,
-                False,
-                detached=True,
-                given=given,
-                runs=runs if at_others else None,
-            )
-        except Resized as error:
-            return Disagreement((("model", "the size of a plate or a support"),), str(error))
-        except ModelError:
-            return Disagreement((("model", "its sites"),))
-        moved = of_lines(self.graph) if at_others else ()
-        off = disagreements(graph, fresh, predicted_at, moved=moved)
-        if self.lines:
-            assert isinstance(self.model, GivenGaussians)
-            run = (self.model, self.args, self.kwargs, self.structure)
-            # Where parameters were moved, thresholds were looked for.
-            seen = runs[0] if runs else None
-            found = differing_lines(
-                self.lines, *run, predicted_at, values, once=values is None, seen=seen
-            )
-            off += [(s, "loc") for s in found]
-        if self.conjugates is not None and values is not None:
-            off += self.conjugates.differing(self.args, self.kwargs, self.structure, values)
-        return Disagreement(tuple(off))
 
     def plan(self) -> Plan:
         """The decisions, as a value that prints."""

@@ -8,6 +8,7 @@ import torch
 from torch.distributions import transform_to
 
 from pyro_em.errors import message
+from pyro_em.plan.agreement import disagreements_of
 from pyro_em.plan.evaluation import Disagreement
 from pyro_em.plan.program import Program
 from pyro_em.tracing.parameters import moved, parameters_at
@@ -23,7 +24,7 @@ def verified(program: Program) -> Program:
     if not off:
         return replace(program, compiled=program.graph.is_static)
     program = distrusted(program, off)
-    random = program.disagreements(random_seed=21)
+    random = disagreements_of(program, random_seed=21)
     program = program.noting(random.note)
     if not random or program.structure.random_plates:
         return program
@@ -66,4 +67,4 @@ def _disagreements_elsewhere(program: Program) -> Disagreement:
     with torch.no_grad():
         values = {n: transform_to(places[n].constraint)(u) for n, u in unconstrained.items()}
     with parameters_at({n: places[n] for n in direct}, direct, unconstrained=True):
-        return program.disagreements(values, random_seed=20)
+        return disagreements_of(program, values, random_seed=20)

@@ -545,7 +545,7 @@ def test_arguments_that_all_steps_share_are_held_once() -> None:
 
     program = ExactPosteriorEM(model)._ready((torch.linspace(0.0, 3.0, 50),), {})
     assert isinstance(program, Program)
-    for graph in (program.graph, program._traced(None, None, False, detached=True)):
+    for graph in (program.graph, program.fresh_trace(None, None, False, detached=True)):
         group, _ = graph.group_of("x_7")
         assert group.arguments["loc"].shape[0] == 50
         assert group.arguments["loc"].stride(0) == 0

@@ -1,0 +1,75 @@
+"""Whether a model still does what its bindings say: a fresh trace beside what they predict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from pyro_em.errors import ModelError
+from pyro_em.graph.given_rows import some_rows
+from pyro_em.graph.prediction import disagreements
+from pyro_em.graph.read_lines import differing_lines
+from pyro_em.graph.slices import Slices
+from pyro_em.graph.trace import Resized
+from pyro_em.plan.evaluation import Disagreement
+from pyro_em.plan.program import Program
+from pyro_em.posteriors.gaussian_steps import at_zero, of_lines
+from pyro_em.tracing.given import GivenGaussians
+from pyro_em.tracing.parameters import values_of
+from pyro_em.tracing.runs import Run
+
+_FEW = 4096  # rows of a graph that was read by rows with which a fresh trace is compared
+
+
+def disagreements_of(
+    program: Program,
+    values: Mapping[str, Tensor] | None = None,
+    random_seed: int | None = None,
+    current: Mapping[str, Tensor] | None = None,
+) -> Disagreement:
+    """Where a fresh trace differs from what the bindings predict.
+
+    Args:
+        program: A model with its data.
+        values: Constrained values to trace at; the current ones where None.
+        random_seed: Trace from another random state.
+        current: The current ones, where they are known.
+    """
+    current = values_of(program.graph.parameters) if current is None else current
+    predicted_at = {**current, **(values or {})}
+    graph, given = at_zero(program.graph), (program.args, program.structure)
+    slices = Slices.of(program.args, program.kwargs, program.structure) if graph.parted else None
+    if slices is not None:  # a few rows say of all what the model does
+        rows = slices.spread(_FEW)
+        graph, given = some_rows(graph, graph.parted, rows), slices.at(rows)
+    # One run shows both: at other values of Gaussian latents all but means is as it was.
+    at_others = bool(program.lines) and slices is None and program.conjugates is None
+    runs: list[Run] = []
+    try:
+        fresh = program.fresh_trace(
+            values,
+            random_seed,
+            False,
+            detached=True,
+            given=given,
+            runs=runs if at_others else None,
+        )
+    except Resized as error:
+        return Disagreement((("model", "the size of a plate or a support"),), str(error))
+    except ModelError:
+        return Disagreement((("model", "its sites"),))
+    moved = of_lines(program.graph) if at_others else ()
+    off = disagreements(graph, fresh, predicted_at, moved=moved)
+    if program.lines:
+        assert isinstance(program.model, GivenGaussians)
+        run = (program.model, program.args, program.kwargs, program.structure)
+        # Where parameters were moved, thresholds were looked for.
+        seen = runs[0] if runs else None
+        found = differing_lines(
+            program.lines, *run, predicted_at, values, once=values is None, seen=seen
+        )
+        off += [(s, "loc") for s in found]
+    if program.conjugates is not None and values is not None:
+        off += program.conjugates.differing(program.args, program.kwargs, program.structure, values)
+    return Disagreement(tuple(off))
