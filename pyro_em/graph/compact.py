@@ -106,7 +106,12 @@ def compacted(tensor: Tensor, recipe: Recipe) -> Tensor:
 
 
 def once_along_rows(tensor: Tensor, event_dim: int) -> Tensor:
-    """A tensor whose expanded batch dimensions have size one, so that what is made of it is small."""
+    """A tensor whose expanded batch dimensions have size one, so that what is made of it is small.
+
+    What is an expansion itself stays: its derivative is read below it, where it is small as well.
+    """
+    if tensor.grad_fn is not None and tensor.grad_fn.name().startswith("ExpandBackward"):
+        return tensor
     for d in range(tensor.dim() - event_dim):
         if tensor.shape[d] > 1 and tensor.stride(d) == 0:
             tensor = tensor.narrow(d, 0, 1)
