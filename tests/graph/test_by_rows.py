@@ -14,7 +14,7 @@ from torch.distributions import constraints as C
 from pyro_em import ExactPosteriorEM
 from pyro_em.graph import slices
 from pyro_em.graph.later_arguments import LaterArguments
-from pyro_em.plan import program
+from pyro_em.plan import agreement
 from pyro_em.plan.program import Program
 
 N, K, D = 301, 3, 4
@@ -91,7 +91,7 @@ def test_rows_that_differ_from_the_arguments_are_seen(monkeypatch: pytest.Monkey
     x = X.clamp(-2.5, 2.5)
     x[17, 2] = 3.0
     evidence = []
-    monkeypatch.setattr(program, "_FEW", 64)  # which a fresh trace is held against
+    monkeypatch.setattr(agreement, "_FEW", 64)  # which a fresh trace is held against
     for many in (2**60, 1):
         monkeypatch.setattr(slices, "_MANY", many)
         monkeypatch.setattr(slices, "_CELLS", 300)
