@@ -413,20 +413,22 @@ def _examined(
             structure = _without_draws(structure)
         return without_route(structure, as_error(problems), routes=task.routes, cost=too_dear)
     if problems:
-        raise_findings(_without_gaussians(task, structure, problems))
+        raise_findings(_without_integrable(task, structure, problems))
     return structure
 
 
-def _without_gaussians(
+def _without_integrable(
     task: Task, structure: Structure, problems: Sequence[Finding]
 ) -> Sequence[Finding]:
     """Findings without those on latents that may well be integrated once the others are mended."""
     try:
-        model = with_values(task.model, structure)
-    except NotLinear:
+        both = with_values(task.model, structure), at_units(task.model, structure)
+    except (NotLinear, NotConjugate):
         return problems
-    gaussians = set() if model is None else set(model.values)
-    return [p for p in problems if not (p.latents and set(p.latents) <= gaussians)] or problems
+    gaussian, conjugate = both
+    latents = set() if gaussian is None else set(gaussian.values)
+    latents |= set() if conjugate is None else set(conjugate[1])
+    return [p for p in problems if not (p.latents and set(p.latents) <= latents)] or problems
 
 
 def decided(

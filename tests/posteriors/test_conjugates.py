@@ -19,7 +19,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_em import Chunks, ExactPosteriorEM, ModelError, UsageError
+from pyro_em import Chunks, DataError, ExactPosteriorEM, ModelError, UsageError
 
 
 def tensor(values: Any) -> Tensor:
@@ -685,3 +685,15 @@ def _log_beta(chi: Any) -> float:
 def _divergence(chi: Any, other: Any) -> float:
     logs = sp.digamma(chi) - sp.digamma(chi.sum())
     return _log_beta(other) - _log_beta(chi) + float(((chi - other) * logs).sum())
+
+
+def test_data_that_no_child_can_have_are_named_alone() -> None:
+    """The latent would be integrated: nothing is said of it beside the number that is wrong."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            rate = pyro.sample("rate", dist.Gamma(A, B))
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    with pytest.raises(DataError, match=r"^site 'x': 1 of 5 observed values are outside"):
+        ExactPosteriorEM(model).fit(tensor([0.0, 2.0, -5.0, 1.0, 3.0]))
