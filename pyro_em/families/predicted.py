@@ -74,8 +74,8 @@ def digamma_rise(r: Tensor, x: Tensor) -> Tensor:
 
     Example:
         >>> r = torch.tensor([2.0, 1e9], dtype=torch.float64)
-        >>> digamma_rise(r, torch.tensor(1.0, dtype=torch.float64)) * r
-        tensor([1.0000, 1.0000], dtype=torch.float64)
+        >>> digamma_rise(r, torch.tensor(2.0, dtype=torch.float64)) * r
+        tensor([1.6667, 2.0000], dtype=torch.float64)
     """
     top = r + x
     far = (x / r).log1p() + 0.5 * x / (r * top) - (top**-2 - r**-2) / 12

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pyro_em.errors import (
+    DataError,
     Finding,
     ModelError,
     PyroEMError,
@@ -427,7 +428,9 @@ def _without_integrable(
         return problems
     gaussian, conjugate = both
     latents = set() if gaussian is None else set(gaussian.values)
-    latents |= set() if conjugate is None else set(conjugate[1])
+    # Of a conjugate prior alone it does not follow that the model has no other fault.
+    if conjugate is not None and all(p.latents or p.kind is DataError for p in problems):
+        latents |= set(conjugate[1])
     return [p for p in problems if not (p.latents and set(p.latents) <= latents)] or problems
 
 

@@ -25,10 +25,11 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import REGISTRY
-from pyro_em.fitting import em_map, looks
+from pyro_em.fitting import em_map, guarded, looks
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.history import EMStatus, EMStep
+from pyro_em.plan import agreement, verification
 from pyro_em.plan import program as programs
 from pyro_em.plan.eligibility import Kernel
 from pyro_em.plan.program import Program
@@ -788,16 +789,16 @@ def test_an_interrupt_at_any_write_leaves_one_whole_step(
 
 def test_an_interrupt_in_the_last_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    original = Program.disagreements
 
-    def disagreements(self: Program, *args: Any, **kwargs: Any) -> Any:
+    def disagreements(program: Program, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:  # while planning, after the first step, at the end
             raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
+        return agreement.disagreements_of(program, *args, **kwargs)
 
-    monkeypatch.setattr(Program, "disagreements", disagreements)
+    for module in (guarded, verification):
+        monkeypatch.setattr(module, "disagreements_of", disagreements)
     result = ExactPosteriorEM(gaussian).fit(points(), 2, "full", max_steps=5, progress=False)
     assert calls == 3 and result.status is EMStatus.INTERRUPTED and result.num_steps == 5
 
@@ -831,12 +832,11 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
 ) -> None:
     """The look after the first M-step waits for eight steps, or for the end, where nobody watches."""
     calls = 0
-    original = Program.disagreements
 
-    def disagreements(self: Program, *args: Any, **kwargs: Any) -> Any:
+    def disagreements(program: Program, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        return original(self, *args, **kwargs)
+        return agreement.disagreements_of(program, *args, **kwargs)
 
     def count(**how: Any) -> int:
         nonlocal calls
@@ -845,7 +845,8 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
         ExactPosteriorEM(gaussian).fit(points(150), 2, "full", tol=0, progress=False, **how)
         return calls
 
-    monkeypatch.setattr(Program, "disagreements", disagreements)
+    for module in (guarded, verification):
+        monkeypatch.setattr(module, "disagreements_of", disagreements)
     assert count(max_steps=5) == 3  # while planning, after the first step, at the end
     assert count(max_steps=5) == 1 and count(max_steps=8) == 1 and count(max_steps=9) == 2
     assert count(max_steps=5, callbacks=[lambda step: None]) == 2
