@@ -181,6 +181,7 @@ def fresh() -> subprocess.CompletedProcess[str]:
     return process()
 
 
+@pytest.mark.slow
 def test_an_exact_fit_imports_neither_compilers_nor_algebra(
     fresh: subprocess.CompletedProcess[str],
 ) -> None:
@@ -188,6 +189,7 @@ def test_an_exact_fit_imports_neither_compilers_nor_algebra(
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc")
+@pytest.mark.slow
 def test_steps_do_not_take_their_memory_anew(fresh: subprocess.CompletedProcess[str]) -> None:
     out = fresh
     for _ in range(6):  # in some processes what was imported keeps the memory already

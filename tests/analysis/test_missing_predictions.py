@@ -108,6 +108,7 @@ def test_files_pickles_and_other_data(tmp_path: Path) -> None:
     assert other.score(X) == pytest.approx(score)
 
 
+@pytest.mark.slow
 def test_a_drawn_bound_takes_the_marginal_of_what_is_seen() -> None:
     """A guide at one point: its bound is the log joint there, and the entropy of the guide."""
 

@@ -108,6 +108,7 @@ def test_map_guide() -> None:
     torch.testing.assert_close(draws["p"], torch.full((1000,), p), rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_autonormal_guide() -> None:
     """Draws over the guide: N(m, s² + 1) for a unit normal around a mean with q = N(m, s²)."""
 

@@ -28,6 +28,9 @@ from pyro_em.comparison.contenders import Direct, standard_contenders
 from pyro_em.comparison.table import Comparison
 from tests.data_sets import LONDON_COUNTS
 
+pytestmark = pytest.mark.slow  # contenders are trained
+
+
 _DRAW = torch.Generator().manual_seed(0)
 X = torch.cat(
     [

@@ -181,6 +181,7 @@ def test_a_mask_that_hides_nothing_is_no_symmetric_start() -> None:
         ExactPosteriorEM(model).fit(x, torch.ones(3, dtype=torch.bool), progress=False)
 
 
+@pytest.mark.slow
 def test_main_prints_what_it_claims(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def test_the_lynx_cycle_takes_ten_years(results, monkeypatch, capsys, tmp_path) 
     assert_is_a_maximum(objective, theta, range(3))
 
 
+@pytest.mark.slow
 def test_the_factor_of_shares_is_their_market(results, monkeypatch, capsys, tmp_path) -> None:
     out = run_main(dynamic_factor, monkeypatch, capsys, tmp_path, "--since", "2016")
     assert "correlation of the factor with the Nasdaq: 0.9" in out

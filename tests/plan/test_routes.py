@@ -228,6 +228,7 @@ GUIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(GUIDES))
 def test_autoguides_of_a_model_with_labels(name) -> None:
     em = ExactPosteriorEM(bayesian, GUIDES[name], lambda p: torch.optim.Adam(p, lr=0.02))

@@ -138,6 +138,7 @@ def test_figures_of_latents_take_a_posterior_and_a_glob() -> None:
         plotting.state_sequence(x, [1, 0])
 
 
+@pytest.mark.slow
 def test_comparison_is_what_its_plot_method_draws() -> None:
     result = compare(
         ExactPosteriorEM(mixture), data(), max_steps=20, svi_steps=6, seeds=(0,), progress=False

@@ -276,6 +276,7 @@ next(given_up)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_rows_and_no_thread_keeps_a_process(tmp_path: Path) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("memory is read from /proc")

@@ -114,6 +114,7 @@ print(large - small)
 """
 
 
+@pytest.mark.slow
 def test_one_large_row_group_is_read_in_parts(tmp_path: Path) -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("memory is read from /proc")
