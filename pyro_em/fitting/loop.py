@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,15 +31,28 @@ from pyro_em.updates.m_step import apply_floors
 # ---------------------------------------------------------------- the loop
 
 
-def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
-    """Steps from where a run stands until a rule stops it; then its parameters are in the store."""
+def iterate(
+    em: Guarded, settings: Settings, run: Run, r: int, until: float = math.inf
+) -> Point | None:
+    """Steps from where a run stands until a rule stops it; then its parameters are in the store.
+
+    Args:
+        em: The map.
+        settings: Those of the fit.
+        run: Where it stands.
+        r: The number of the start.
+        until: How many complete steps it pauses at.
+
+    Returns:
+        Where it pauses, as steps go on from there; None where a rule or an error has stopped it.
+    """
     keeper = settings.keeper
     if run.is_resumed:
         run.is_resumed = False
     else:
         run.status, run.judges, em.handovers = EMStatus.MAX_STEPS, False, 0
     try:
-        while not _is_over(em, settings, run):
+        while run.num_steps < until and not _is_over(em, settings, run):
             # Who keeps where runs stand has to see the last step as if others followed it.
             is_last = settings.max_steps - len(run.entering) == 1 and keeper is None
             step = advance(em, run, bool(settings.callbacks), settings.verify, is_last)
@@ -56,7 +70,10 @@ def iterate(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         run.status = EMStatus.INTERRUPTED
     if keeper is not None:
         keeper.at_rest(em, run)
+    pauses = run.num_steps >= until and run.status is EMStatus.MAX_STEPS
+    at = run.last if pauses else None
     settle(em, run)
+    return at
 
 
 def _is_over(em: Guarded, settings: Settings, run: Run) -> bool:
@@ -310,17 +327,28 @@ def resume_run(em: Guarded, settings: Settings, run: Run, r: int) -> None:
         _proceed(em, settings, run, r)
 
 
+def _goes_on(em: Guarded, settings: Settings, run: Run, r: int) -> bool:
+    """Take the steps before a later look, and the look; whether steps follow.
+
+    They follow from where the run paused, not from what the store has rounded: a fit is the same to the
+    bit, whenever the model was looked at.
+    """
+    if not run.looks_later or settings.max_steps <= looks.LATER:
+        return True
+    at = iterate(em, settings, run, r, looks.LATER)
+    if at is None:
+        return False
+    confirmed = is_confirmed(em, run, "it is not")
+    if confirmed:
+        run.record(em.program, at)
+    return confirmed is not None
+
+
 def _proceed(em: Guarded, settings: Settings, run: Run, r: int) -> None:
     """Steps to the end, which a fresh trace of the model confirms."""
     try:
         if settings.acceleration is None:
-            if run.looks_later and settings.max_steps > looks.LATER:
-                iterate(em, replace(settings, max_steps=looks.LATER), run, r)
-                goes_on = run.status is EMStatus.MAX_STEPS
-                goes_on = goes_on and is_confirmed(em, run, "it is not") is not None
-            else:
-                goes_on = True
-            if goes_on:
+            if _goes_on(em, settings, run, r):
                 iterate(em, settings, run, r)
         else:
             _alternate(em, settings, run, r)

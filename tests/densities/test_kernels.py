@@ -852,6 +852,19 @@ def test_a_form_that_was_seen_is_looked_at_once_by_a_short_fit(
     assert count(max_steps=5, callbacks=[lambda step: None]) == 2
 
 
+@pytest.mark.parametrize("steps", [5, 20])
+def test_a_form_that_was_seen_is_fitted_to_the_same_bits(steps: int) -> None:
+    """A later look interrupts nothing: steps go on from where they were, not from what it stored."""
+    ends = []
+    for _ in range(3):
+        pyro.clear_param_store()
+        em = ExactPosteriorEM(gaussian)
+        ends.append(em.fit(points(150), 3, "full", max_steps=steps, tol=0, progress=False))
+    for other in ends[1:]:
+        assert other.history == ends[0].history
+        assert all(torch.equal(v, ends[0].params[name]) for name, v in other.params.items())
+
+
 @pytest.mark.parametrize("waits", [1, 8])
 def test_a_later_look_finds_what_the_first_step_crossed(
     waits: int, monkeypatch: pytest.MonkeyPatch
