@@ -7,7 +7,6 @@ With t = z² / ν, z = (x − μ) / σ, one logarithm of 1 + t serves both halve
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from pyro_em.densities.compiled import Loop, Numbers, as_numbers
 from pyro_em.densities.density import PlainRows
+from pyro_em.densities.single_rows import single_rows
 from pyro_em.families.family import Statistics
 from pyro_em.families.student import expected_logarithm, log_normaliser
 from pyro_em.graph.factors import Group
@@ -198,17 +198,7 @@ def as_student(group: Group, K: int) -> StudentRows | None:
         group: A collapsed group; its members and plates are the rows, members first.
         K: Number of components.
     """
-    if group.family is None or group.family.name != "StudentT" or not group.observed:
+    found = single_rows(group, "StudentT")
+    if found is None:
         return None
-    lead = 1 + group.n_plates
-    value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
-        return None
-    if any(size != 1 for a in group.outlines.values() for size in a.shape[:lead]):
-        return None
-    shape, elements = tuple(value.shape[lead + 1 :]), group.elements
-    if elements is not None:
-        if elements.shape[lead] != 1:
-            return None
-        elements = elements.expand(value.shape).reshape(rows, -1)
-    return StudentRows(value.reshape(rows, -1), elements, K, lead, shape)
+    return StudentRows(found.value, found.elements, K, found.lead, found.shape)

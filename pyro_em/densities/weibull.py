@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_em.densities.compiled import Loop, Numbers, as_numbers
 from pyro_em.densities.density import PlainRows
+from pyro_em.densities.single_rows import single_rows
 from pyro_em.families.family import Statistics
 from pyro_em.families.weibull import FARTHEST, LAST
 from pyro_em.graph.factors import Group
@@ -162,18 +163,8 @@ def as_weibull(group: Group, K: int) -> WeibullRows | None:
         group: A collapsed group; its members and plates are the rows, members first.
         K: Number of components.
     """
-    if group.family is None or group.family.name != "Weibull" or not group.observed:
+    found = single_rows(group, "Weibull")
+    if found is None:
         return None
-    lead = 1 + group.n_plates
-    value, rows = group.value, math.prod((len(group.members), *group.sizes[: group.n_plates]))
-    if value.shape[lead] != 1 or rows == 1 or math.prod(value.shape[:lead]) != rows:
-        return None
-    if any(size != 1 for a in group.arguments.values() for size in a.shape[:lead]):
-        return None
-    shape, elements = tuple(value.shape[lead + 1 :]), group.elements
-    if elements is not None:
-        if elements.shape[lead] != 1:
-            return None
-        elements = elements.expand(value.shape).reshape(rows, -1)
-    logarithm = value.reshape(rows, -1).to(torch.float64).log()
-    return WeibullRows(logarithm, elements, K, lead, shape)
+    logarithm = found.value.to(torch.float64).log()
+    return WeibullRows(logarithm, found.elements, K, found.lead, found.shape)
