@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -91,9 +92,10 @@ def build_program(
     if isinstance(structure, Unrouted):
         long = in_long_format(task, structure.structure)
         if long is not None:
-            found = build_program(replace(task, model=long), first_look=False)
-            if isinstance(found, Program):
-                return found
+            with suppress(PyroEMError):  # what is wrong is said of the model as it is written
+                found = build_program(replace(task, model=long), first_look=False)
+                if isinstance(found, Program):
+                    return found
         if structure.structure.series is None:
             return _with_continuous(task, structure)
         try:
@@ -428,9 +430,11 @@ def _without_integrable(
         return problems
     gaussian, conjugate = both
     latents = set() if gaussian is None else set(gaussian.values)
-    # Of a conjugate prior alone it does not follow that the model has no other fault.
-    if conjugate is not None and all(p.latents or p.kind is DataError for p in problems):
-        latents |= set(conjugate[1])
+    # Neither a conjugate prior nor an index tells that the model has no other fault.
+    if all(p.latents or p.kind is DataError for p in problems):
+        long = in_long_format(task, structure)
+        latents |= set() if conjugate is None else set(conjugate[1])
+        latents |= set() if long is None else {z for r in long.reads.values() for z in r.latents}
     return [p for p in problems if not (p.latents and set(p.latents) <= latents)] or problems
 
 

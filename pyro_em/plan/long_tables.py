@@ -5,11 +5,10 @@ from __future__ import annotations
 from pyro_em.graph.structure import SiteInfo, Structure
 from pyro_em.plan.task import Task
 from pyro_em.tracing.long_format import LongFormat, Read
-from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role
 
 
-def in_long_format(task: Task, structure: Structure) -> Model | None:
+def in_long_format(task: Task, structure: Structure) -> LongFormat | None:
     """A model whose long tables lie under the plates of the latents that they read.
 
     Args:

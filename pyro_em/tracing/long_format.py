@@ -153,20 +153,19 @@ class LaidOut(SampleMessenger):
         if _size(index, outer.size) > _MOST * len(index) + _FEW:
             return
         layout = Layout.of(index, outer.size, self.model.depth)
+        fn = msg["fn"]
+        try:
+            msg["fn"] = layout.distribution(fn)
+        except NotLaidOut:
+            return  # the site stays as it is, and is refused
         own = CondIndepStackFrame(
             f"{rows.name} of {outer.name}", self.model.depth, len(layout.rows), 0
         )
         kept = [f for f in msg["cond_indep_stack"] if f.name != rows.name]
         msg["cond_indep_stack"] = (*kept, outer, own)
-        fn = msg["fn"]
-        try:
-            laid = layout.distribution(fn)
-        except NotLaidOut:
-            return
         msg["value"] = layout.gathered(
             msg["value"].expand(*fn.batch_shape[-1:], *fn.event_shape), fn.event_dim
         )
-        msg["fn"] = laid
         mask = msg["mask"]
         if isinstance(mask, Tensor):
             mask = layout.gathered(mask.expand(torch.broadcast_shapes(mask.shape, index.shape)), 0)
@@ -252,7 +251,10 @@ class Layout:
             arguments[name] = self.gathered(whole, reinterpreted + own)
         if not arguments:
             raise NotLaidOut(type(base).__name__)
-        found = type(base)(**arguments, validate_args=False)
+        try:
+            found = type(base)(**arguments, validate_args=False)
+        except (TypeError, ValueError) as error:  # it is made from something else
+            raise NotLaidOut(type(base).__name__) from error
         if any(inside != reinterpreted for _, inside in masks):
             raise NotLaidOut("a mask of rows")
         for mask, _ in masks:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ExactPosteriorEM, LeastSquares
-from pyro_em.errors import ModelError
+from pyro_em.errors import DataError, ModelError
 
 S, N = 5, 24
 DRAWN = torch.Generator().manual_seed(0)
@@ -147,7 +147,21 @@ def shifted(first: Tensor, second: Tensor) -> None:
         pyro.sample("y", dist.Normal(loc, 1.0), obs=Y)
 
 
-@pytest.mark.parametrize("model", [pairs, shifted])
-def test_rows_that_read_several_elements_are_refused(model: Callable[..., None]) -> None:
+def inflated(first: Tensor, second: Tensor) -> None:
+    """A distribution that is made of others, of which no rows can be taken."""
+    with pyro.plate("nodes", S):
+        z = pyro.sample("z", dist.Categorical(weights()))
+    with pyro.plate("rows", N):
+        fn = dist.ZeroInflatedPoisson(rate=slopes().exp()[z[first]], gate=torch.tensor(0.3))
+        pyro.sample("y", fn, obs=second.double())
+
+
+def test_numbers_that_no_row_can_have_are_named_alone() -> None:
+    with pytest.raises(DataError, match=rf"^site 'y': 1 of {N} observed values are NaN"):
+        ExactPosteriorEM(lines).fit(X, torch.where(torch.arange(N) == 3, torch.nan, Y), SUBJECT)
+
+
+@pytest.mark.parametrize("model", [pairs, shifted, inflated])
+def test_rows_that_cannot_be_laid_out_are_refused(model: Callable[..., None]) -> None:
     with pytest.raises(ModelError, match="from outside that plate"):
         ExactPosteriorEM(model).fit(SUBJECT, SUBJECT.flip(0))
