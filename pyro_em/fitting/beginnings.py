@@ -6,6 +6,7 @@ drawn far apart (`pyro_em.posteriors.clusters` names the sources).
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,10 +127,12 @@ class Beginning:
             counts = given_counts(evaluation.graph, program.contraction, evaluation.tables, rest)
             evaluation = _with_values(evaluation, {n: init[n] for n in names if n in init})
         else:
+            near = difflib.get_close_matches(str(init), [*RULES, "random", "random hard"], n=1)
             raise UsageError(
                 message(
                     "init",
-                    f"{init!r} is not understood.",
+                    f"{init!r} is not understood"
+                    + (f"; did you mean '{near[0]}'?" if near else "."),
                     fixes=[
                         "use None, 'random', 'random points', 'kmeans', or {site: labels or "
                         "probabilities}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from pyro_em.arguments import by_name, number, shown, whole
 from pyro_em.errors import UsageError, message
 from pyro_em.globs import listed, meant
 from pyro_em.plan.fit_wishes import FIT_KEYWORDS
+from pyro_em.plan.words_of_peers import likely
 from pyro_em.posteriors.strategies import EStepStrategy
 from pyro_em.tracing.sites import signature_of, users
 from pyro_em.updates.update import Update
@@ -263,11 +263,11 @@ def check_model_keywords(model: Callable[..., Any], kwargs: Mapping[str, Any]) -
     for name in kwargs:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, [*FIT_KEYWORDS, *known], n=1)
+        near = likely(name, known)
         if name in FIT_KEYWORDS:
             what = "it is a keyword of fit, which this method does not have."
-        elif near:
-            what = f"neither the method nor the model has it; did you mean '{near[0]}'?"
+        elif near is not None:
+            what = f"neither the method nor the model has it; did you mean '{near}'?"
         else:
             what = "neither the method nor the model has such an argument."
         raise UsageError(
