@@ -41,8 +41,10 @@ from pyro_em.graph.readable import refuse_inference_mode
 from pyro_em.graph.signatures import KeptSelections
 from pyro_em.graph.stacking import form_of_binding
 from pyro_em.graph.structure import Structure, form_of
-from pyro_em.plan.building import decided, on_conjugates, on_lines, with_lines, with_routes
+from pyro_em.plan.building import rebuildable
 from pyro_em.plan.conjugates import Conjugates
+from pyro_em.plan.continuous import on_conjugates, with_lines, with_routes
+from pyro_em.plan.decisions import decided
 from pyro_em.plan.first_values import (
     NotBegun,
     begun,
@@ -350,12 +352,12 @@ def _on_other_data(
     order = None
     if kept.contraction is not None and kept.members == _members_of(graph):
         order = kept.contraction  # factors without bindings are grouped, and follow, differently
-    program = decided(given, structure, graph, log, order)
+    program = rebuildable(task, decided(given, structure, graph, log, order))
     if kept.bare is not None and lines:
-        own = on_lines(task, program, lines, kept.bare)
-        program = with_routes(replace(own, conjugates=found))
+        program = replace(program, lines=lines, bare=kept.bare, conjugates=found)
+        program = with_routes(program)
     elif kept.bare is not None and found is not None:
-        program = on_conjugates(task, program, found, kept.bare)
+        program = on_conjugates(program, found, kept.bare)
     if task.look_only:
         return program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):

@@ -14,7 +14,7 @@ from pyro_em.globs import listed
 from pyro_em.graph.examination import examine
 from pyro_em.graph.lines import GAUSSIAN, NotLinear
 from pyro_em.graph.structure import Structure
-from pyro_em.plan.building import integrating
+from pyro_em.plan.continuous import integrating
 from pyro_em.plan.gaussians import is_integrable
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task

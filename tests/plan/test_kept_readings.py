@@ -20,7 +20,7 @@ from torch.distributions import constraints
 
 from pyro_em import DataError, ExactPosteriorEM, Fixed, Hard, PyroEMError, vectorized_markov
 from pyro_em.graph import signatures
-from pyro_em.plan import building, first_values, kept
+from pyro_em.plan import decisions, first_values, kept
 from pyro_em.tracing import runs
 
 X = torch.tensor([0.3, -1.2, 4.1, 3.7, 0.1, 2.2])
@@ -1064,7 +1064,7 @@ def test_bindings_and_decisions_of_many_rows_are_found_once(monkeypatch):
     fit(x), fit(x)
     with monkeypatch.context() as patch:
         patch.setattr(signatures, "bind", refuse)
-        patch.setattr(building, "decide_updates", refuse)
+        patch.setattr(decisions, "decide_updates", refuse)
         found = fit(x.square())
         with pytest.raises(AssertionError):
             fit(x, updates={"mu": Fixed()})
