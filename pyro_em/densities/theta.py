@@ -36,7 +36,7 @@ from pyro_em.updates.curves import CurveSolver
 from pyro_em.updates.least_squares import LineSolver
 from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
 from pyro_em.updates.predictors import Predictor, predictors_of
-from pyro_em.updates.statistics import NATURAL, Expectation
+from pyro_em.updates.statistics import NATURAL, Expectation, as_float64
 from pyro_em.updates.update import LeastSquares, Newton, NewtonOnSums, ParameterUpdate
 
 Values = Mapping[str, Tensor]
@@ -220,7 +220,7 @@ class Theta:
 
     def _solve(self, at: At, expectation: Expectation) -> tuple[dict[str, Tensor], Tensor]:
         """The parameters outside the vectors, one after the other, and their gain in nats."""
-        before = {g: {n: _wide(a) for n, a in at.arguments[g].items()} for g in self.others}
+        before = {g: {n: as_float64(a) for n, a in at.arguments[g].items()} for g in self.others}
         statistics = {}
         for g in self.reached:
             rule, sums = self.normals.get(g), expectation.sums[g]
@@ -229,7 +229,7 @@ class Theta:
                     at.prepared[g], sums["moments"], sums["mass"], at.arguments[g]
                 )
             references = {f"reference:{n}": a for n, a in before[g].items()}
-            statistics[g] = {**{n: _wide(t) for n, t in sums.items()}, **references}
+            statistics[g] = {**{n: as_float64(t) for n, t in sums.items()}, **references}
         values, current = dict(at.values), {g: dict(a) for g, a in before.items()}
         for solver in self.solvers:
             if isinstance(solver, LineSolver | CurveSolver | NewtonSolver):
@@ -249,7 +249,7 @@ class Theta:
             for g in self.reached:
                 for argument, evaluator in self.evaluators[g].items():
                     if new.keys() & set(evaluator.binding.params):
-                        current[g][argument] = _wide(evaluator.evaluate(values))
+                        current[g][argument] = as_float64(evaluator.evaluate(values))
         gains = []
         for g in self.reached:
             family = self.graph.groups[g].family
@@ -274,11 +274,6 @@ class Theta:
         if any(empty.values()):
             raise Handover  # and an empty component
         return new
-
-
-def _wide(t: Tensor) -> Tensor:
-    """Sums over many data are solved in float64, whatever the data are."""
-    return t.to(torch.float64) if t.is_floating_point() else t
 
 
 def theta_of(

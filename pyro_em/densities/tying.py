@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_em.graph.binding import Binding, Selection, normalised, whole_parameter
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.tracing.sites import Role
+from pyro_em.updates.statistics import as_float64
 from pyro_em.updates.update import ParameterUpdate
 
 
@@ -73,10 +74,7 @@ def places_of(origin: Sequence[int]) -> dict[int, list[int]]:
 
 def _collapsed_group(group: Group) -> Group:
     if group.role is Role.POINT:
-        wide = {
-            name: a.to(torch.float64) if a.is_floating_point() else a
-            for name, a in group.arguments.items()
-        }
+        wide = {name: as_float64(a) for name, a in group.arguments.items()}
         return replace(group, arguments=wide)
     if len(group.members) == 1 or group.family is None:
         return group

@@ -34,8 +34,9 @@ from pyro_em.tracing.encoding import decoded, encoded
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.m_step import MStepState
-from pyro_em.updates.running_sums import ModelSums, Summable
+from pyro_em.updates.model_sums import ModelSums
 from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.summable import Summable
 
 
 class Steps(Protocol):

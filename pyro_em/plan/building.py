@@ -7,10 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from pyro_em.errors import (
-    ModelError,
-    PyroEMError,
-)
+from pyro_em.errors import ModelError, PyroEMError
 from pyro_em.graph.enumerated import check_arguments
 from pyro_em.graph.possible import are_possible
 from pyro_em.graph.signatures import KeptSelections

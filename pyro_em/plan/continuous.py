@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from pyro_em.errors import (
-    UsageError,
-    message,
-)
+from pyro_em.errors import UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.factors import FactorGraph
@@ -23,12 +20,7 @@ from pyro_em.graph.structure import Structure
 from pyro_em.plan.conjugates import Conjugates, at_units, conjugate_routes
 from pyro_em.plan.decisions import decided
 from pyro_em.plan.examined import examined, folded, without_sites
-from pyro_em.plan.gaussians import (
-    explained,
-    gaussian_routes,
-    require_unweighed,
-    with_values,
-)
+from pyro_em.plan.gaussians import explained, gaussian_routes, require_unweighed, with_values
 from pyro_em.plan.program import Program
 from pyro_em.plan.task import Task, traced
 from pyro_em.plan.unrouted import Unrouted

@@ -12,22 +12,14 @@ from typing import Any
 
 import torch
 
-from pyro_em.errors import (
-    DataError,
-    Finding,
-    ModelError,
-    as_error,
-    raise_findings,
-)
+from pyro_em.errors import DataError, Finding, ModelError, as_error, raise_findings
 from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.folded import Folded
 from pyro_em.graph.lines import NotLinear
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.conjugates import at_units
 from pyro_em.plan.cost import budget_problems, contraction_from_structure
-from pyro_em.plan.gaussians import (
-    with_values,
-)
+from pyro_em.plan.gaussians import with_values
 from pyro_em.plan.long_tables import in_long_format
 from pyro_em.plan.loops import examine_with_loops, examined_in_loops
 from pyro_em.plan.task import Task

@@ -34,9 +34,10 @@ from pyro_em.updates.data_sums import DataSums
 from pyro_em.updates.decision import groups_reached
 from pyro_em.updates.line_sums import LineSite
 from pyro_em.updates.m_step import MStepState, m_step_over
+from pyro_em.updates.model_sums import GroupSums, ModelSums, PlainSums
 from pyro_em.updates.newton_on_sums import AtEdge
-from pyro_em.updates.running_sums import GroupSums, ModelSums, PlainSums, Summable
 from pyro_em.updates.statistics import Expectation
+from pyro_em.updates.summable import Summable
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, NewtonOnSums, ParameterUpdate
 
 Values = Mapping[str, Tensor]

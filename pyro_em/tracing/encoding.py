@@ -31,6 +31,10 @@ _PLAIN = (bool, int, float, str, bytes, type(None))
 _OWN = "pyro_em."
 
 
+# Where records are now that files of earlier versions name by another module.
+_MOVED: Mapping[str, str] = {"pyro_em.updates.running_sums": "pyro_em.updates.model_sums"}
+
+
 class NotPlain(TypeError):
     """A value that no file of tensors can hold."""
 
@@ -128,7 +132,9 @@ def _encoded_record(value: Any) -> dict[str, Any]:
 def _decoded_record(state: Mapping[str, Any]) -> Any:
     module, _, name = str(state[_RECORD]).partition(":")
     # Never imported for a file: what a fit computes with is there before it is read.
-    cls: Any = getattr(sys.modules.get(module), name, None) if module.startswith(_OWN) else None
+    places = [module, _MOVED.get(module, module)] if module.startswith(_OWN) else []
+    found = (getattr(sys.modules.get(place), name, None) for place in places)
+    cls: Any = next((c for c in found if c is not None), None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise NotPlain(f"a record of {state[_RECORD]}, which this version does not have")
     return cls(**{k: decoded(v) for k, v in state["fields"].items()})

@@ -183,6 +183,11 @@ def expected_log_joint(counts: Sequence[Tensor], log_densities: Sequence[Tensor]
     return total
 
 
+def as_float64(t: Tensor) -> Tensor:
+    """A tensor of sums in float64, whatever the data are; integers stay what they are."""
+    return t.to(torch.float64) if t.is_floating_point() else t
+
+
 def dot(weight: Tensor, table: Tensor) -> Tensor:
     """Σ w log p with 0 · −inf = 0, in float64."""
     table = table.to(torch.float64)
