@@ -5,7 +5,9 @@ largest ratio of the last successive gains as a, what is left to gain is
 
     Σ_{s > t} g_s ≈ g_t a / (1 − a)     (Aitken's extrapolation),
 
-and a run stops where this and the last gain are below the tolerance, or where gains are rounding.
+and a run stops where this and the last gain are below the tolerance, or where gains are rounding. Six
+gains in succession are not: the bound on rounding is that of its worst case, which float32 data reach
+long before an objective that is summed in float64 is lost in it.
 
 Source: Böhning, Dietz, Schaub, Schlattmann and Lindsay (1994), "The distribution of the likelihood
 ratio for mixtures of densities from the one-parameter exponential family", for Aitken's rule.
@@ -36,10 +38,9 @@ def should_stop(
     if len(gains) < 6:
         return None
     rounding = max(8 * eps * max(1.0, abs(path[-1])), noise)
-    if all(abs(g) <= rounding for g in gains[-2:]):
-        return EMStatus.ROUNDING
     if min(gains) <= 0:
-        return None
+        within = all(abs(g) <= rounding for g in gains[-2:])
+        return EMStatus.ROUNDING if within else None
     ratio = max(b / a for a, b in pairwise(gains))
     if ratio >= 1:
         return None
