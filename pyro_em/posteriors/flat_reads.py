@@ -6,7 +6,7 @@ gathered from them at the places of a `Reading`, and what rows say is added back
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,58 @@ def read_centres(layout: BlockLayout, site: int, centre: Sequence[Tensor | None]
     if reading.present is None:
         return read
     return torch.where(reading.present, read, torch.zeros_like(read))
+
+
+def read_values(
+    layout: BlockLayout, site: int, values: Mapping[int, Tensor], none: Tensor
+) -> Tensor:
+    """What the rows of a site read of values of all latents; zero where they read nothing.
+
+    Args:
+        layout: Blocks and places.
+        site: The number of the site.
+        values: Of each latent. # (..., n, q)
+        none: What rows read that read no latent. # (..., rows, 0)
+
+    Returns:
+        # (..., rows, Q)
+    """
+    parts = [none]
+    for term in layout.sites[site].terms:
+        part = values[term.latent][..., term.elements.clamp(min=0), :]
+        there = (term.elements >= 0).unsqueeze(-1)
+        parts.append(torch.where(there, part, torch.zeros_like(part)))
+    return torch.cat(parts, -1)
+
+
+def read_covariances(
+    layout: BlockLayout, site: int, covariances: Mapping[int, Tensor], like: Tensor
+) -> Tensor:
+    """The covariance of what the rows of a site read, where elements are independent.
+
+    Args:
+        layout: Blocks and places.
+        site: The number of the site.
+        covariances: Of each element of each latent. # (n, q, q) each
+        like: A tensor of the dtype and on the device of the result.
+
+    Returns:
+        # (rows, Q, Q)
+    """
+    form = layout.sites[site]
+    blocks = []
+    for a in form.terms:
+        row = []
+        for b in form.terms:
+            if a.latent == b.latent:
+                same = (a.elements == b.elements) & (a.elements >= 0)
+                part = covariances[a.latent][a.elements.clamp(min=0)]
+                row.append(torch.where(same[:, None, None], part, torch.zeros_like(part)))
+            else:
+                shape = covariances[a.latent].shape[-1], covariances[b.latent].shape[-1]
+                row.append(like.new_zeros(form.rows, *shape))
+        blocks.append(torch.cat(row, -1))
+    return torch.cat(blocks, -2) if blocks else like.new_zeros(form.rows, 0, 0)
 
 
 def added(target: Tensor, places: Tensor, x: Tensor) -> Tensor:

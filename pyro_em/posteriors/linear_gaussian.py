@@ -1,6 +1,8 @@
 """Evidence and posterior of the continuous latents of a linear-Gaussian component.
 
-For sites as in `gaussian_layout`, all unknowns h are written in their own noises ε ~ N(0, I):
+How a posterior is found and all that it answers are one subject here, since the posterior given some
+of the data is found again by the same numbers. For sites as in `gaussian_layout`, all unknowns h are
+written in their own noises ε ~ N(0, I):
 
     h = c + T ε,     Λ = I + Tᵀ M T,     M = Σ_rows Cᵀ P C,     P = (L Lᵀ)⁻¹ of observed rows,
 
@@ -13,8 +15,8 @@ A mode that is off by δ costs δᵀΛδ/2 there: sums of large squares, whose d
 answer, never meet. Where |Λ| itself would be lost to rounding, it is taken from the rows by a QR
 decomposition. All is done in float64, and can be differentiated twice.
 
-The matrices come about in `block_factors`, from the numbers of sites in `site_rows`. This file has one
-subject, the solution: how it is found, and all that it answers.
+The matrices come about in `block_factors`, from the numbers of sites in `site_rows`; what rows read of
+the unknowns is gathered in `flat_reads`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ from pyro_em.posteriors.block_factors import (
     substituted,
     without_cached,
 )
-from pyro_em.posteriors.flat_reads import added, pairs_at, read_at, read_centres
+from pyro_em.posteriors.flat_reads import (
+    added,
+    pairs_at,
+    read_at,
+    read_centres,
+    read_covariances,
+    read_values,
+)
 from pyro_em.posteriors.gaussian_layout import BlockLayout, Reading
 from pyro_em.posteriors.site_rows import (
     LOG_TWO_PI,
@@ -174,13 +183,8 @@ class GaussianSolution:
         Returns:
             # (rows, Q)
         """
-        form = self.layout.sites[site]
-        parts = [self._delta.new_zeros(form.rows, 0)]
-        for term in form.terms:
-            part = values[term.latent][term.elements.clamp(min=0)]
-            there = (term.elements >= 0).unsqueeze(-1)
-            parts.append(torch.where(there, part, torch.zeros_like(part)))
-        return torch.cat(parts, -1)
+        none = self._delta.new_zeros(self.layout.sites[site].rows, 0)
+        return read_values(self.layout, site, values, none)
 
     def read_covariance(self, site: int, covariances: Mapping[int, Tensor]) -> Tensor:
         """The covariance of what the rows of a site read, where elements are independent.
@@ -192,20 +196,7 @@ class GaussianSolution:
         Returns:
             # (rows, Q, Q)
         """
-        form = self.layout.sites[site]
-        blocks = []
-        for a in form.terms:
-            row = []
-            for b in form.terms:
-                if a.latent == b.latent:
-                    same = (a.elements == b.elements) & (a.elements >= 0)
-                    part = covariances[a.latent][a.elements.clamp(min=0)]
-                    row.append(torch.where(same[:, None, None], part, torch.zeros_like(part)))
-                else:
-                    shape = covariances[a.latent].shape[-1], covariances[b.latent].shape[-1]
-                    row.append(self._delta.new_zeros(form.rows, *shape))
-            blocks.append(torch.cat(row, -1))
-        return torch.cat(blocks, -2) if blocks else self._delta.new_zeros(form.rows, 0, 0)
+        return read_covariances(self.layout, site, covariances, self._delta)
 
     def is_of(self, other: object) -> bool:
         """Whether it is the posterior of the very numbers of another one, site by site."""
@@ -356,15 +347,9 @@ class GaussianSolution:
             # (n, cells, rows, Q)
         """
         latents = [s for s, form in enumerate(self.layout.sites) if form.is_latent]
-        of_latent = dict(zip(latents, drawn, strict=True))
-        form = self.layout.sites[site]
         n = drawn[0].shape[0] if drawn else 1
-        parts = [self._delta.new_zeros(n, self.cells, form.rows, 0)]
-        for term in form.terms:
-            read = of_latent[term.latent][:, :, term.elements.clamp(min=0)]
-            there = (term.elements >= 0).unsqueeze(-1)
-            parts.append(torch.where(there, read, torch.zeros_like(read)))
-        return torch.cat(parts, -1)
+        none = self._delta.new_zeros(n, self.cells, self.layout.sites[site].rows, 0)
+        return read_values(self.layout, site, dict(zip(latents, drawn, strict=True)), none)
 
     def entropy(self) -> Tensor:
         """Entropy of the posterior of each block, −inf at a variance of zero. # (cells, blocks)"""
