@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.factors import FactorGraph, Group
-from pyro_em.updates.blocks import Argument, Cells, Places
+from pyro_em.updates.blocks import Places
+from pyro_em.updates.cells import Argument, Cells
 from pyro_em.updates.coordinates import Coordinates
 
 
