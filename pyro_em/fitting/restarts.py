@@ -15,18 +15,18 @@ from torch import Tensor
 from pyro_em.fitting.beginnings import Beginning
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.loop import (
+from pyro_em.fitting.loop import iterate
+from pyro_em.fitting.resuming import ended_run, is_ended, resumed
+from pyro_em.fitting.run import Run, Settings, best_of
+from pyro_em.fitting.search import Search
+from pyro_em.fitting.starts import (
     continue_run,
-    iterate,
     lengthen_run,
     resume_run,
     revive,
     run_start,
     short_run,
 )
-from pyro_em.fitting.resuming import ended_run, is_ended, resumed
-from pyro_em.fitting.run import Run, Settings, best_of
-from pyro_em.fitting.search import Search
 from pyro_em.tracing.parameters import restore, snapshot
 
 # Per start after the first: how many candidates run for how many steps in all.

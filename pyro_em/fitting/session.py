@@ -32,8 +32,9 @@ from pyro_em.tracing import checkpoint
 from pyro_em.tracing.garbage import fewer_collections
 from pyro_em.tracing.missing import WithMissing, has_missing
 from pyro_em.tracing.parameters import TracedParameter
-from pyro_em.tracing.runs import is_stored, without_state
+from pyro_em.tracing.runs import without_state
 from pyro_em.tracing.sites import users
+from pyro_em.tracing.stored import is_stored
 from pyro_em.updates.m_step import MStepState
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.trainer import Trainer
