@@ -31,8 +31,9 @@ from pyro_em.posteriors.enumeration import contraction_of, e_step, scales_of
 from pyro_em.posteriors.gaussian_components import NotSeparate
 from pyro_em.tracing.given import AtReferences, references_in, without_values
 from pyro_em.tracing.randomness import random_state
-from pyro_em.tracing.runs import Run, is_stored
+from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import Role
+from pyro_em.tracing.stored import is_stored
 from pyro_em.tracing.turns import alone
 from pyro_em.variational.bound import Variational
 from pyro_em.variational.integrating import AttachedRun, integrated_run, not_here

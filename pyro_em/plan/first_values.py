@@ -23,7 +23,8 @@ from pyro_em.tracing.allocation import NumbersNeeded
 from pyro_em.tracing.loops import NotVectorized, Series, vectorizing
 from pyro_em.tracing.parameters import TracedParameter
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import Run, RunFailed, first_run_again, forget_all_but
+from pyro_em.tracing.runs import Run, RunFailed, first_run_again
+from pyro_em.tracing.stored import forget_all_but
 
 
 def with_first_values(

@@ -65,7 +65,8 @@ from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.names import names_of, numbers_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.parameters import TracedParameter, values_of
-from pyro_em.tracing.runs import Begin, Run, is_stored
+from pyro_em.tracing.runs import Begin, Run
+from pyro_em.tracing.stored import is_stored
 
 _MOST = 8  # forms of data that are remembered of one model
 

@@ -20,7 +20,8 @@ from pyro_em.graph.stepwise import unrolling_of
 from pyro_em.graph.structure import Structure
 from pyro_em.tracing.loops import ALIGNED, EVENTS, PLAIN, NotVectorized, Series, vectorizing
 from pyro_em.tracing.randomness import random_state, set_random_state
-from pyro_em.tracing.runs import Model, forget_all_but, held_run
+from pyro_em.tracing.runs import Model, held_run
+from pyro_em.tracing.stored import forget_all_but
 
 
 def examine_with_loops(

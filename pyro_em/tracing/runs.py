@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,19 +28,8 @@ from pyro.poutine.trace_messenger import TraceMessenger
 
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import PyroEMError
-from pyro_em.tracing.allocation import (
-    NumbersNeeded,
-    Overspent,
-    Shadows,
-    is_shadow,
-    size_guard,
-)
-from pyro_em.tracing.handlers import (
-    DrawNothing,
-    KeepValues,
-    SpendLittle,
-    TagSites,
-)
+from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
+from pyro_em.tracing.handlers import DrawNothing, KeepValues, SpendLittle, TagSites
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
 from pyro_em.tracing.mixing import Mixing
@@ -55,6 +44,13 @@ from pyro_em.tracing.randomness import (
     set_random_state,
 )
 from pyro_em.tracing.sites import factors_in, latents_in
+from pyro_em.tracing.stored import (
+    forget_all_but,
+    holds_shadows,
+    in_own_memory,
+    store_as_it_is,
+    was_cleared,
+)
 from pyro_em.tracing.whole import LeftWhole
 
 Model = Callable[..., Any]
@@ -215,7 +211,7 @@ def _run_with_shadows(model: Model, args: tuple, kwargs: dict[str, Any]) -> Run:
     try:
         with Shadows() as shadows:
             run = _plain_run(model, args, kwargs, DrawNothing(shadows))
-        if _holds_shadows():
+        if holds_shadows():
             raise NumbersNeeded
     except BaseException:
         forget_all_but(known)
@@ -228,7 +224,7 @@ def _plain_run(
 ) -> Run:
     capture = ParameterCapture(look_at_initial_shape=True)
     tracer = WatchingTrace(capture)
-    begun = _store_as_it_is()
+    begun = store_as_it_is()
     with LeftWhole(), ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(pyro.validation_enabled(validated))
@@ -242,69 +238,9 @@ def _plain_run(
             broken = capture.unfinished()
             run = Run(dict(tracer.trace.nodes), capture.parameters, unfinished=broken)
             raise RunFailed(error, run, tuple(tracer.empty)) from error
-    parameters = _apart(alive(capture.parameters), capture.given)
-    cleared = _was_cleared(begun)
+    parameters = in_own_memory(alive(capture.parameters), capture.given)
+    cleared = was_cleared(begun)
     return Run(dict(tracer.trace.nodes), parameters, {}, tracer.changed_masks(), cleared=cleared)
-
-
-def _store_as_it_is() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The param store's own dictionary, and a copy of it."""
-    held = pyro.get_param_store()._params
-    return held, dict(held)
-
-
-def _was_cleared(begun: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]) -> bool:
-    """Whether the param store has been cleared since, and not been restored (as a scope does)."""
-    held, before = begun
-    now = pyro.get_param_store()._params
-    return now is not held and any(now.get(name) is not p for name, p in before.items())
-
-
-def _holds_shadows() -> bool:
-    """Whether a parameter's initial value is a shadow."""
-    return any(is_shadow(p) for p in pyro.get_param_store()._params.values())
-
-
-def forget_all_but(known: Collection[str]) -> None:
-    """Delete the parameters that a run which is not used has initialised."""
-    store = pyro.get_param_store()
-    for name in [n for n in store._params if n not in known]:
-        del store[name]
-
-
-def is_stored(parameters: Mapping[str, TracedParameter]) -> bool:
-    """Whether the param store still holds what a look found; modules keep their own."""
-    store = pyro.get_param_store()
-    return all(
-        isinstance(p.unconstrained, torch.nn.Parameter)
-        or store._params.get(name) is p.unconstrained
-        for name, p in parameters.items()
-    )
-
-
-def _apart(
-    parameters: Mapping[str, TracedParameter], given: Mapping[str, Any]
-) -> dict[str, TracedParameter]:
-    """Parameters in memory of their own.
-
-    Where Pyro has run the model before, a parameter may be the very tensor that the model passes as
-    its initial value: that one goes back to whom it belongs.
-    """
-    store = pyro.get_param_store()
-    out = dict(parameters)
-    for name, p in parameters.items():
-        old = p.unconstrained
-        if given.get(name) is not old or isinstance(old, torch.nn.Parameter):
-            continue
-        if store._params.get(name) is not old:
-            continue
-        new = old.detach().clone().requires_grad_(old.requires_grad)
-        store._params[name] = new
-        store._param_to_name.pop(old, None)
-        store._param_to_name[new] = name
-        out[name] = replace(p, unconstrained=new)
-    settle([p.unconstrained for p in out.values()])
-    return out
 
 
 def provenance_run(
@@ -324,7 +260,7 @@ def provenance_run(
     """
     capture = ParameterCapture()
     latents = latents_in(plain.sites)
-    begun = _store_as_it_is()
+    begun = store_as_it_is()
     mixing = Mixing(
         {n: _plate_sizes(s) for n, s in latents.items() if drawn or not is_smooth(s["fn"])}
     )
@@ -346,7 +282,7 @@ def provenance_run(
         scopes_of(factors_in(sites)),
         suspects=frozenset(mixing.suspects),
         read=frozenset(mixing.read),
-        cleared=_was_cleared(begun),
+        cleared=was_cleared(begun),
     )
 
 
@@ -435,7 +371,7 @@ def enumerated_run(
     tracer = EnumTrace(-1 - max_plate_nesting, latents, kept, capture)
     if begin is not None:
         tracer.draws, keep_random_state = capture.quietly, begin.keep_random_state
-    before = _store_as_it_is() if begins else None
+    before = store_as_it_is() if begins else None
     with (
         LeftWhole(),
         same_random_state(keep_random_state),
@@ -452,7 +388,7 @@ def enumerated_run(
             with size_guard(limit, reading):
                 model(*args, **kwargs)
     settle([p.unconstrained for p in capture.parameters.values()])
-    cleared = before is not None and _was_cleared(before)
+    cleared = before is not None and was_cleared(before)
     return Run(dict(tracer.trace.nodes), capture.parameters, cleared=cleared)
 
 
