@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pyro_em.errors import DegenerateError, message, warn
+from pyro_em.errors import DegenerateError
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.reduction.reduction import Reduction, Whole
 from pyro_em.tracing.parameters import (
@@ -25,30 +23,14 @@ from pyro_em.tracing.parameters import (
     values_of,
     write_unconstrained,
 )
-from pyro_em.updates.closed_form import Blend, apply_floor, floor_of, solver_of
-from pyro_em.updates.coefficients import coefficients, separated
-from pyro_em.updates.curved import Curved
-from pyro_em.updates.data_sums import (
-    DataSums,
-    Derivatives,
-    Evaluate,
-    Expanded,
-    Move,
-    Shifted,
-    Written,
-)
+from pyro_em.updates.closed_form import Blend, apply_floor, floor_of
+from pyro_em.updates.data_sums import DataSums, Derivatives, Evaluate
 from pyro_em.updates.decision import groups_reached
-from pyro_em.updates.degrees import DegreesSolver
-from pyro_em.updates.ends import end_at
 from pyro_em.updates.expansion import Expansion, FlatSpread, expansions_of
 from pyro_em.updates.gradient import maximise
-from pyro_em.updates.least_squares import solved
-from pyro_em.updates.met_ends import ends_at, pair_at
-from pyro_em.updates.newton_on_sums import AtEdge, Further, NewtonSolver
-from pyro_em.updates.noiseless import noiseless_in_words
+from pyro_em.updates.in_progress import MStepInProgress, require_finite
 from pyro_em.updates.parted_objective import parted
 from pyro_em.updates.replays import Replays
-from pyro_em.updates.shift import Shift, gain_of, shifts_of, split
 from pyro_em.updates.unbounded import unbounded_in_words
 from pyro_em.updates.update import (
     EXACT,
@@ -60,10 +42,6 @@ from pyro_em.updates.update import (
     NewtonOnSums,
     ParameterUpdate,
 )
-
-T = TypeVar("T")
-
-_PASSES = 100  # over the data, where sums tell what is near only
 
 
 @dataclass
@@ -151,7 +129,7 @@ def m_step_over(
     unexpanded: list[str] = []
     while True:
         try:
-            now = _MStep(at_e_step(), graph, updates, blend)
+            now = MStepInProgress(at_e_step(), graph, updates, blend)
             return _m_step(now, state, expand, unexpanded)
         except FlatSpread as flat:
             # Steps without the expansion stay inside: they go towards a singular matrix slowly.
@@ -162,180 +140,8 @@ def m_step_over(
             raise
 
 
-class _MStep:
-    """Where an M-step stands: the values that it has found, and what it asks of the data.
-
-    Args:
-        over: The parts of the data.
-        graph: That of one part.
-        updates: What was decided per parameter.
-        blend: Running averages of sums, where there is one part.
-
-    Attributes:
-        values: Parameter values as they are now.
-        working: Working coefficients of expanded latents.
-        moves: What the parts have to follow.
-        massless: Events without mass, by parameter.
-    """
-
-    def __init__(
-        self,
-        over: Reduction[DataSums],
-        graph: FactorGraph,
-        updates: Mapping[str, ParameterUpdate],
-        blend: Blend | None,
-    ) -> None:
-        self.over, self.graph, self.updates, self.blend = over, graph, updates, blend
-        self.values = values_of(graph.parameters)
-        self.working: dict[str, Tensor] = {}
-        self.moves: list[Move] = []
-        self.massless: dict[str, tuple[int, ...]] = {}
-        self._pending: list[ParameterUpdate] = []
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def sum(self, of: Callable[[DataSums], T]) -> T:
-        """The sum over parts of what each says after all moves."""
-        return self.over.sum(lambda part: of(part.following(self.moves)))
-
-    def write(self, new: Mapping[str, Tensor]) -> None:
-        """Put new values into the param store."""
-        written = {}
-        for name, value in new.items():
-            write_unconstrained(self.graph.parameters[name], value)
-            # Continue with what the store holds: a transform may round.
-            written[name] = self.values[name] = self.graph.parameters[name].value()
-            _require_finite(name, self.graph, self.values)
-        self.moves.append(Written(written))
-        reached = set(groups_reached(self.graph, set(new)))
-        for update in self._pending:
-            if update.name in new or any(u.group in reached for u in update.uses):
-                self._known.pop(update.name, None)
-
-    def closed_forms(self, updates: Sequence[ParameterUpdate]) -> None:
-        """Say which closed forms are due: parts that are dear to visit answer all at once."""
-        self._pending = [u for u in updates if not u.is_end]
-
-    def updated(self, update: ParameterUpdate) -> Tensor:
-        """The maximiser in a parameter in closed form; events without mass are noted."""
-        name, blend = update.name, self.blend
-        if update.is_end:
-            found = self.over.max(lambda part: part.following(self.moves).outermost(name))
-            value, empty = end_at(update, self.graph, found, self.values)
-        elif self.over.is_whole:
-            value, empty = self.sum(lambda part: part.solved(name, blend))
-        else:
-            if name not in self._known:
-                names = [u.name for u in self._pending if u.name not in self._known]
-                self._known |= self.sum(lambda part: {n: part.closed(n) for n in names})
-            solver = solver_of(update, self.graph, self.values[name], self.values)
-            value, empty = solver.maximiser(*self._known.pop(name), self.values[name])
-            self._pending = [u for u in self._pending if u.name != name]
-        if empty:
-            self.massless[name] = tuple(empty)
-        return value
-
-    def ends(self, name: str) -> dict[str, Tensor]:
-        """Two parameters that both ends of a support are made of."""
-        pair = pair_at(self.graph, name)
-        assert pair is not None
-        found = self.over.max(lambda part: part.following(self.moves).outermost_of_pair(name))
-        new, empty = ends_at(pair, self.graph, found, self.values)
-        self.massless |= {n: tuple(events) for n, events in empty.items() if events}
-        return new
-
-    def regress(self, block: Sequence[str], expansions: Sequence[Expansion]) -> dict[str, Tensor]:
-        """Least squares; coefficients of expanded latents stay so until spreads are estimated."""
-        if self.over.is_whole:
-            new = self.sum(lambda part: part.regressed(block, expansions))
-        else:
-            equations = self.sum(lambda part: part.equations(block, expansions))
-            new = solved(equations, block, self.graph, self.values, self.updates, expansions)
-        for e in expansions:
-            self.working[e.latent] = new.pop(e.latent)
-            self.moves.append(Expanded(e, self.working[e.latent]))
-        return new
-
-    def climb(self, block: Sequence[str], told: list[str]) -> dict[str, Tensor]:
-        """Newton's method for the coefficients of linear predictors; separated data are said once."""
-
-        def ask(values: Mapping[str, Tensor]) -> Curved:
-            at = {**self.values, **values}
-            return self.sum(lambda part: part.curved(block, at))
-
-        found = coefficients(ask, block, self.graph, self.values, self.updates)
-        if not found.is_settled:
-            far = self.over.max(lambda part: part.following(self.moves).furthest(block, found.last))
-            said = separated(block, self.graph, self.values, found.last, far)
-            key = f"{', '.join(block)} runs off"
-            if said and key not in told:
-                told.append(key)
-                warn(said)
-        return found.values
-
-    def newton(self, block: tuple[str, ...]) -> dict[str, Tensor]:
-        """The joint maximiser of the parameters of densities in linear form; see `NewtonSolver`."""
-        solver = NewtonSolver(block, self.graph)
-        for _ in range(_PASSES):
-            statistics = self.sum(lambda part: part.feature_sums(solver.groups))
-            arguments = {
-                g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups
-            }
-            try:
-                new, empty = solver.solve(statistics, arguments, self.values)
-                break
-            except Further as further:
-                new, empty = further.values, further.empty
-                self.write(new)  # sums are taken anew there
-            except AtEdge:
-                self.over.any(lambda part: part.refuse_edges(solver.groups))
-                raise
-        self.massless |= {name: tuple(events) for name, events in empty.items() if events}
-        return new
-
-    def degrees(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Degrees of freedom, with scale matrices where they will be; see `DegreesSolver`."""
-        solver = DegreesSolver(tuple(names), self.graph, self.updates)
-        statistics = self.sum(lambda part: part.sums_of(solver.groups))
-        arguments = {g: self.graph.groups[g].evaluate_arguments(self.values) for g in solver.groups}
-        return solver.solve(statistics, arguments, self.values)
-
-    def shift(self) -> list[Mapping[str, Tensor]]:
-        """Working means of latents: spreads are estimated about them, coefficients take them in."""
-        gains: list[Mapping[str, Tensor]] = []
-        for shift in shifts_of(self.graph, self.updates):
-            total, weight = self.sum(lambda part, shift=shift: part.mean_sums(shift))  # type: ignore[misc]
-            gain = self._taken_in(shift, total / weight)
-            if gain is not None:
-                self.moves.append(Shifted(shift.group, total / weight))
-                gains.append(gain)
-        return gains
-
-    def _taken_in(self, shift: Shift, mean: Tensor) -> dict[str, Tensor] | None:
-        """What the coefficients gain for the mean of a latent; None where they cannot."""
-        sums = self.sum(lambda part: part.image_sums(shift, mean))
-        size = self.over.max(lambda part: part.following(self.moves).image_size(shift, mean))
-        if sums.left_out or not isfinite(size):
-            return None
-        gain = gain_of(sums)
-        if self.over.any(lambda part: part.following(self.moves).is_off(shift, mean, gain, size)):
-            return None
-        return split(shift, gain, self.values)
-
-    def return_to_model(
-        self, expansions: Sequence[Expansion], gains: Sequence[Mapping[str, Tensor]]
-    ) -> None:
-        """Let spreads and coefficients take in what was expanded."""
-        for e in expansions:
-            spread = e.returned(self.values[e.parameter], self.working[e.latent])
-            write_unconstrained(self.graph.parameters[e.parameter], spread)
-        for gain in gains:
-            for name, more in gain.items():
-                self.values[name] = self.values[name] + more.to(self.values[name])
-                write_unconstrained(self.graph.parameters[name], self.values[name])
-
-
 def _m_step(
-    now: _MStep, state: MStepState, expand: bool, unexpanded: Collection[str]
+    now: MStepInProgress, state: MStepState, expand: bool, unexpanded: Collection[str]
 ) -> MStepReport:
     graph, updates = now.graph, now.updates
     on_sums = [u for u in updates.values() if isinstance(u.update, NewtonOnSums)]
@@ -411,20 +217,7 @@ def _order(update: ParameterUpdate) -> int:
     return 0 if update.kind is not None and update.kind.is_location else 1
 
 
-def _require_finite(name: str, graph: FactorGraph, values: Mapping[str, Tensor]) -> None:
-    if not bool(torch.isfinite(values[name]).all()):
-        raise DegenerateError(
-            noiseless_in_words(graph, name, values)
-            or message(
-                f"parameter '{name}'",
-                "its update is not finite; nothing was changed.",
-                "the data do not determine it, or a component is empty",
-                ["start elsewhere (init='random', num_restarts)"],
-            )
-        )
-
-
-def _gradient_blocks(now: _MStep, state: MStepState) -> None:
+def _gradient_blocks(now: MStepInProgress, state: MStepState) -> None:
     graph = now.graph
     by_update: list[tuple[Gradient, list[str]]] = []
     for u in now.updates.values():
@@ -448,11 +241,11 @@ def _gradient_blocks(now: _MStep, state: MStepState) -> None:
             if runaway is not None:
                 raise DegenerateError(unbounded_in_words(graph, runaway))
             for n in names:
-                _require_finite(n, graph, values_of(graph.parameters))
+                require_finite(n, graph, values_of(graph.parameters))
 
 
 def _objective(
-    now: _MStep, moved: Sequence[TracedParameter], reached: Sequence[int]
+    now: MStepInProgress, moved: Sequence[TracedParameter], reached: Sequence[int]
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     """From values of some parameters to the expected log joint of the groups that they reach."""
     names = [p.name for p in moved]

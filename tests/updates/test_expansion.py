@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_em import ClosedForm, ExactPosteriorEM
-from pyro_em.updates import m_step
+from pyro_em.updates import in_progress, m_step
 from tests.dyestuff import BATCH, FIRST, SECOND
 
 
@@ -44,7 +44,7 @@ def test_the_published_path_of_em_without_it(monkeypatch: pytest.MonkeyPatch) ->
     assert expanded[0] == pytest.approx(plain[0], abs=1e-8)
     assert all(a > b + 0.1 for a, b in zip(list(expanded)[1:], plain[1:], strict=True))
     monkeypatch.setattr(m_step, "expansions_of", lambda *_: ())
-    monkeypatch.setattr(m_step, "shifts_of", lambda *_: ())
+    monkeypatch.setattr(in_progress, "shifts_of", lambda *_: ())
     pyro.clear_param_store()
     history = ExactPosteriorEM(batches).fit(FIRST, 1500.0, 50.0, max_steps=3, tol=0).history
     assert list(history) == pytest.approx(plain, abs=1e-8)
