@@ -12,7 +12,7 @@ from pyro_em.distributions import has_finite_support
 from pyro_em.errors import Finding, UsageError, message
 from pyro_em.globs import listed
 from pyro_em.graph.examination import examine
-from pyro_em.graph.lines import GAUSSIAN, NotLinear
+from pyro_em.graph.lines import GAUSSIAN, NotLinear, is_gaussian
 from pyro_em.graph.structure import Structure
 from pyro_em.plan.continuous import integrating
 from pyro_em.plan.gaussians import is_integrable
@@ -110,9 +110,10 @@ class _Unobserved(StaysHere):
             max_enumeration=self.limit,
             look_only=True,
         )
-        values = dict(program.model.values) if isinstance(program.model, GivenGaussians) else {}
-        for name in _with_ancestors(bare, sites):
-            values[name] = torch.zeros_like(bare.unobserved[name]["value"])
+        own = [n for n in bare.latents if is_gaussian(bare.unobserved[n]["fn"])]
+        names = own if isinstance(program.model, GivenGaussians) else []
+        names += _with_ancestors(bare, sites)  # of each step: this run is one over integers
+        values = {n: torch.zeros_like(bare.unobserved[n]["value"]) for n in names}
         found = integrating(task, GivenGaussians(model, values), bare)
         if found is None:
             what = "the model has other sites when its latents have values."
