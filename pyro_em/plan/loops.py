@@ -23,6 +23,8 @@ from pyro_em.tracing.randomness import random_state, set_random_state
 from pyro_em.tracing.runs import Model, held_run
 from pyro_em.tracing.stored import forget_all_but
 
+_WAYS = (ALIGNED, EVENTS, PLAIN)
+
 
 def examine_with_loops(
     model: Model,
@@ -51,7 +53,7 @@ def examine_with_loops(
     begin, known = random_state(), frozenset(pyro.get_param_store()._params)
     reasons = list(refused.values())
     findings: list[str] = []
-    for way in (w for w in (ALIGNED, EVENTS, PLAIN) if w not in refused):
+    for way in (w for w in _WAYS if w not in refused):
         series = Series(way, few=True)
         try:
             with vectorizing(series):
@@ -80,11 +82,14 @@ def examine_with_loops(
     if problems and not reasons:  # of the model, not of index tensors
         return structure, problems
     reason = [*reasons, *findings][0]
+    if not reason:
+        return structure, problems
+    is_the_body = len(refused) < len(_WAYS)  # else it is which latents are read where
     note = message(
         "vectorized_markov",
         "the loop is read step by step, like one of pyro.markov.",
         reason,
-        ["let the body do the same with an index tensor as with an integer"],
+        ["let the body do the same with an index tensor as with an integer"] if is_the_body else (),
     )
     return replace(structure, notes=(*structure.notes, note)), problems
 

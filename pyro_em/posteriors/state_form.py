@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_em.posteriors.block_search import columns_of, components
 from pyro_em.posteriors.site_forms import SiteForm
 
-_SHORTEST = 8  # levels of a chain; what is shorter is one block
+SHORTEST = 8  # levels of a chain; what is shorter is one block
 _LASTING = 2  # levels after its own at which a single latent is still read: it stays where it is
 
 _Ints = NDArray[np.int64]
@@ -101,7 +101,7 @@ def state_form(sites: Sequence[SiteForm]) -> StateForm | None:
     """
     levels = _levels(sites)
     steps = max((level for level in levels), default=-1) + 1
-    if steps < _SHORTEST:
+    if steps < SHORTEST:
         return None
     first = np.concatenate([[0], np.cumsum([s.rows if s.is_latent else 0 for s in sites])])
     columns = [columns_of(i, sites, first.astype(np.int64)) for i in range(len(sites))]

@@ -27,7 +27,7 @@ from pyro_em.posteriors.gaussian_sites import (
 )
 from pyro_em.posteriors.kept_layouts import remembered
 from pyro_em.posteriors.site_forms import SiteForm, Term
-from pyro_em.posteriors.state_form import Placed, state_form
+from pyro_em.posteriors.state_form import SHORTEST, Placed, state_form
 from pyro_em.posteriors.state_layout import Stack, StateLayout
 from pyro_em.tracing.loops import Loop, NotVectorized
 from pyro_em.tracing.sites import Role
@@ -196,7 +196,9 @@ class _Steps:
         forms = [self._form(line, numbers) for line in short.values()]
         form = state_form(forms)
         if form is None:
-            raise NotVectorized("Gaussian latents of all steps are read at one step")
+            is_short = self.loop.size < SHORTEST  # one block of numbers, whoever reads the loop
+            why = "" if is_short else "Gaussian latents of all steps are read at one step"
+            raise NotVectorized(why)
         stacks = []
         for name in self.lines:
             members = [numbers[self.name(n, t)] for n, t in few.order() if n == name]

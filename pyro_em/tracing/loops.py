@@ -26,7 +26,10 @@ current_series: ContextVar[Series | None] = ContextVar("series", default=None)
 
 
 class NotVectorized(BaseException):
-    """A body that no index tensor can serve; says why. No `Exception`: a model might catch those."""
+    """A body that no index tensor can serve; says why. No `Exception`: a model might catch those.
+
+    An empty reason is one that is no matter of the user's: a loop does as well.
+    """
 
 
 @dataclass(frozen=True)

@@ -169,10 +169,34 @@ def test_a_step_that_reads_all_others_is_read_step_by_step() -> None:
 
     y = noise(9, seed=8)
     em = ExactPosteriorEM(model)
-    assert "read step by step" in " ".join(em.plan(vectorized_markov, y).notes)
+    said = " ".join(em.plan(vectorized_markov, y).notes)
+    assert "read step by step" in said and "body" not in said, "no body reads it otherwise"
     q = em.posterior(vectorized_markov, y)
     other = ExactPosteriorEM(model).posterior(over_integers, y)
     assert q.log_evidence == pytest.approx(other.log_evidence, abs=1e-10)
+
+
+def test_a_short_loop_is_solved_as_one_block_without_a_word() -> None:
+    model, _ = local_level()
+    em = ExactPosteriorEM(model)
+    assert em.plan(vectorized_markov, noise(5)).notes == ()
+
+
+def test_latents_that_no_observation_depends_on_have_the_moments_of_their_prior() -> None:
+    """w_t | h_t ~ N(2 h_t + 1, s²) that nothing reads: mean 2 E[h_t] + 1, variance 4 V[h_t] + s²."""
+
+    def model(loop: Loop, y: Tensor) -> None:
+        h: Any = 0.0
+        for t in loop("time", len(y)):
+            h = pyro.sample(f"h_{t}", dist.Normal(h, positive("q", 0.7)))
+            pyro.sample(f"w_{t}", dist.Normal(2 * h + 1, positive("s", 0.4)))
+            pyro.sample(f"y_{t}", dist.Normal(h, positive("r", 0.9)), obs=y[t])
+
+    em = ExactPosteriorEM(model)
+    q = em.posterior(vectorized_markov, noise(9))
+    assert "step by step" not in str(em.plan(vectorized_markov, noise(9)))
+    torch.testing.assert_close(q.mean("w_*"), 2 * q.mean("h_*") + 1)
+    torch.testing.assert_close(q.covariance("w_*"), 4 * q.covariance("h_*") + 0.16)
 
 
 def test_what_is_not_linear_is_said_by_the_names_of_its_sites() -> None:
