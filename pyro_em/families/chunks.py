@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ def log_density(
     """log p(value | arguments) in nats, one number per cell.
 
     A family's temporaries have the size of all events, which may be many times that of the result.
-    Without gradients the longest dimension is taken in pieces, so that they stay small.
+    Without gradients the longest dimension is taken in pieces, so that they stay small. What all
+    members share (the transitions of a homogeneous chain) is evaluated once.
 
     Args:
         family: The record that evaluates.
@@ -46,14 +47,40 @@ def log_density(
         torch.Size([3, 2])
     """
 
+    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
+    batch = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
+    value, elements = _once(value, lead), None if elements is None else _once(elements, lead)
+    arguments = {name: _once(a, lead) for name, a in arguments.items()}
+    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
+    distinct = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
+    return _in_pieces(family, value, arguments, lead, event_dims, elements, distinct).expand(batch)
+
+
+def _once(t: Tensor, lead: int) -> Tensor:
+    """A tensor whose expanded dimensions among the first ``lead`` are of size one."""
+    for i in range(lead):
+        if t.shape[i] > 1 and t.stride(i) == 0:
+            t = t.narrow(i, 0, 1)
+    return t
+
+
+def _in_pieces(
+    family: Family,
+    value: Tensor,
+    arguments: Mapping[str, Tensor],
+    lead: int,
+    event_dims: int,
+    elements: Tensor | None,
+    batch: Sequence[int],
+) -> Tensor:
+    """`log_density` where nothing is said twice. The batch: # (*lead)"""
+
     def whole(value: Tensor, arguments: Mapping[str, Tensor], elements: Tensor | None) -> Tensor:
         log_p = family.log_prob(value, arguments)
         if elements is not None:
             log_p = torch.where(elements, log_p, 0.0)
         return log_p.sum(tuple(range(-event_dims, 0))) if event_dims else log_p
 
-    given = (value, *arguments.values(), *(() if elements is None else (elements,)))
-    batch = torch.broadcast_shapes(*(t.shape[:lead] for t in given))
     numbers = math.prod(batch) * math.prod(value.shape[lead:])
     if numbers <= 2 * _PIECE or torch.is_grad_enabled():
         return whole(value, arguments, elements)

@@ -138,7 +138,7 @@ def neighbours(likelihood: Tensor, transition: Tensor) -> tuple[Tensor, Tensor, 
     starts = (messages.alpha[:-1] / each).transpose(1, 2).unsqueeze(-1)
     ends = (likelihood[1:] * messages.beta[1:]).transpose(1, 2).unsqueeze(-2)
     log_evidence = messages.norm.log().sum(0) + (len(likelihood) - 1) * largest.log()
-    return gamma, starts * A * ends, log_evidence
+    return gamma, (starts * A).mul_(ends), log_evidence
 
 
 def _messages(steps: Tensor, A: Tensor) -> _Messages:

@@ -196,4 +196,13 @@ def dot(weight: Tensor, table: Tensor) -> Tensor:
     ):  # one number for all
         own = weight.flatten()[:1].squeeze()
         return torch.where(own == 0, 0.0, own * table.sum())
+    alike = [
+        i
+        for i, size in enumerate(table.shape)
+        if size > 1 and table.stride(i) == 0 and weight.dim() == table.dim()
+    ]
+    if alike:  # members that share their densities: their weights are summed first
+        weight = weight.expand(table.shape).sum(alike, keepdim=True)
+        for i in alike:
+            table = table.narrow(i, 0, 1)
     return torch.where(weight == 0, 0.0, weight * table).sum()
