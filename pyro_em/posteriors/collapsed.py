@@ -13,7 +13,7 @@ same whatever n is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,18 +23,21 @@ from pyro_em.errors import DegenerateError, Handover
 from pyro_em.graph.all_data import Vectors
 from pyro_em.graph.factors import FactorGraph, Group
 from pyro_em.graph.lines import Line
+from pyro_em.posteriors.at_values import (
+    AtValues,
+    ThetaByValues,
+    no_densities,
+    with_own_parameters,
+)
 from pyro_em.posteriors.gaussian import GaussianBlock
 from pyro_em.posteriors.gaussian_steps import in_m_step
 from pyro_em.posteriors.integrated import Solution
-from pyro_em.tracing.encoding import DERIVED
-from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
+from pyro_em.tracing.parameters import values_of
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.gaussian_rows import event_shape, rows_of
 from pyro_em.updates.m_step import MStepState, m_step
 from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, ParameterUpdate
-
-Values = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,51 +52,24 @@ class Solved(Expectation):
 
 
 @dataclass(frozen=True, eq=False)
-class AtValues:
-    """Parameter values, and the E-step there once it has been made.
-
-    Attributes:
-        values: Constrained values by name.
-        expectation: The E-step.
-    """
-
-    values: Values
-    expectation: list[Solved] = field(default_factory=list, metadata=DERIVED)
-
-
-@dataclass(frozen=True, eq=False)
-class CollapsedTheta:
+class CollapsedTheta(ThetaByValues[Solved]):
     """The parameters of a collapsed block and their M-step.
 
     Attributes:
-        graph: One group that integrates the rows that stand for all; parameters of its own.
+        graph: One group that integrates the rows that stand for all.
         updates: What was decided per parameter.
         weight: How often each row counts.
     """
 
-    graph: FactorGraph
     updates: Mapping[str, ParameterUpdate]
     weight: float
-    evaluators: tuple[()] = ()
 
     @property
     def group(self) -> Group:
         """The group that integrates the rows."""
         return self.graph.groups[0]
 
-    def enter(self, values: Values) -> AtValues:
-        """Parameter values in the form of the E-step."""
-        return AtValues(dict(values))
-
-    def values(self, at: AtValues) -> dict[str, Tensor]:
-        """The parameters by name, in memory of their own."""
-        return {name: value.clone() for name, value in at.values.items()}
-
-    def log_prior(self, at: AtValues) -> float:
-        """No parameter has a prior."""
-        return 0.0
-
-    def e_step(self, at: AtValues) -> Solved:
+    def e_step(self, at: AtValues[Solved]) -> Solved:
         """The evidence, and the posterior of the rows.
 
         Raises:
@@ -112,23 +88,22 @@ class CollapsedTheta:
             at.expectation.append(Solved(total, {}, solution=found))
         return at.expectation[0]
 
-    def m_step(self, at: AtValues, expectation: Solved) -> tuple[AtValues, float]:
+    def m_step(self, at: AtValues[Solved], expectation: Solved) -> tuple[AtValues[Solved], float]:
         """The maximiser, and the gain in nats.
 
         Raises:
             Handover: If the step through tables has to look.
         """
         assert expectation.solution is not None
-        for name, parameter in self.graph.parameters.items():
-            write_unconstrained(parameter, at.values[name])
+        self.write(at)
         arguments = [self.group.evaluate_arguments(at.values)]
         counts = [torch.full((1,), self.weight, dtype=torch.float64)]
         own = in_m_step(self.graph, counts, arguments, {0: expectation.solution})
         try:
-            m_step(own[0], self.updates, own[1], own[2], _no_densities, MStepState())
+            m_step(own[0], self.updates, own[1], own[2], no_densities, MStepState())
         except DegenerateError as error:
             raise Handover from error
-        after = AtValues(values_of(self.graph.parameters))
+        after = self.enter(values_of(self.graph.parameters))
         return after, self.e_step(after).log_evidence - expectation.log_evidence
 
 
@@ -148,7 +123,7 @@ class Collapsed:
     name: str = "Gaussian"
     words: str = "Gaussian blocks, on sums over rows"
 
-    def e_step(self, at: AtValues) -> Solved:
+    def e_step(self, at: AtValues[Solved]) -> Solved:
         """The E-step at some parameters."""
         return self.theta.e_step(at)
 
@@ -190,8 +165,7 @@ def collapsed_rows(graph: FactorGraph, updates: Mapping[str, ParameterUpdate]) -
         traced=(),
     )
     own = replace(group, dims=((),), n_plates=0, sizes=(), raw=torch.zeros(1), nested=narrow)
-    parameters = {n: _own(p) for n, p in graph.parameters.items()}
-    theta = CollapsedTheta(replace(graph, groups=(own,), parameters=parameters), updates, weight)
+    theta = CollapsedTheta(replace(with_own_parameters(graph), groups=(own,)), updates, weight)
     return Collapsed(theta, tuple(block.latents), rows)
 
 
@@ -308,12 +282,3 @@ def _narrow_line(line: Line, rows: int) -> Line:
     device = line.offset.constant.device
     reads = tuple(replace(r, elements=torch.arange(rows, device=device)) for r in line.reads)
     return replace(line, sizes=(rows,), reads=reads)
-
-
-def _own(parameter: TracedParameter) -> TracedParameter:
-    """The same parameter in memory that steps may write."""
-    return replace(parameter, unconstrained=parameter.unconstrained.detach().clone())
-
-
-def _no_densities(*_: object) -> dict[int, Tensor]:
-    raise Handover  # no parameter is updated by a gradient

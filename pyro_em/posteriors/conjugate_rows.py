@@ -12,13 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import DegenerateError, Handover
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.at_values import (
+    AtValues,
+    ThetaByValues,
+    Values,
+    no_densities,
+    with_own_parameters,
+)
 from pyro_em.posteriors.conjugate import ConjugateBlock
 from pyro_em.posteriors.conjugate_cells import rows_of
 from pyro_em.posteriors.conjugate_slices import Collected, RowSlices, weights_of
@@ -27,8 +34,7 @@ from pyro_em.posteriors.conjugate_totals import Totals, totals
 from pyro_em.posteriors.gaussian import piece
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.reduction.reduction import Whole
-from pyro_em.tracing.encoding import DERIVED
-from pyro_em.tracing.parameters import TracedParameter, values_of, write_unconstrained
+from pyro_em.tracing.parameters import values_of
 from pyro_em.updates.conjugate_beliefs import wide
 from pyro_em.updates.data_sums import DataSums
 from pyro_em.updates.decision import groups_reached
@@ -40,8 +46,6 @@ from pyro_em.updates.statistics import Expectation
 from pyro_em.updates.summable import Summable
 from pyro_em.updates.update import ClosedForm, Fixed, LeastSquares, NewtonOnSums, ParameterUpdate
 
-Values = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True, eq=False)
 class Summed(Expectation):
@@ -52,19 +56,6 @@ class Summed(Expectation):
     """
 
     model: ModelSums | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class AtValues:
-    """Parameter values, and the E-step there once it has been made.
-
-    Attributes:
-        values: Constrained values by name.
-        expectation: The E-step.
-    """
-
-    values: Values
-    expectation: list[Summed] = field(default_factory=list, metadata=DERIVED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +144,7 @@ class MovingLatent:
             groups[g], weights[g], known[g] = site, own, dict(site.arguments)
         graph = replace(self.graph, groups=tuple(groups))
         evidence = (counts * table).sum()
-        return evidence, DataSums(graph, {}, weights, known, _no_densities, values)
+        return evidence, DataSums(graph, {}, weights, known, no_densities, values)
 
     def with_sums(self, values: Values) -> MovingLatent | None:
         """The same that knows how its sites are added up; None where they are no sums of one size."""
@@ -172,35 +163,21 @@ class MovingLatent:
 
 
 @dataclass(frozen=True, eq=False)
-class ConjugateTheta:
+class ConjugateTheta(ThetaByValues[Summed]):
     """The parameters of conjugate latents and of the sites that read them, and their M-step.
 
     Attributes:
-        graph: That of an M-step; parameters of its own.
+        graph: That of an M-step.
         updates: What was decided per parameter.
         latents: The latents.
         summable: Says which sites are read.
     """
 
-    graph: FactorGraph
     updates: Mapping[str, ParameterUpdate]
     latents: tuple[Latent | MovingLatent, ...]
     summable: Summable
-    evaluators: tuple[()] = ()
 
-    def enter(self, values: Values) -> AtValues:
-        """Parameter values in the form of the E-step."""
-        return AtValues(dict(values))
-
-    def values(self, at: AtValues) -> dict[str, Tensor]:
-        """The parameters by name, in memory of their own."""
-        return {name: value.clone() for name, value in at.values.items()}
-
-    def log_prior(self, at: AtValues) -> float:
-        """No parameter has a prior."""
-        return 0.0
-
-    def e_step(self, at: AtValues) -> Summed:
+    def e_step(self, at: AtValues[Summed]) -> Summed:
         """The evidence, and the sums of all latents.
 
         Raises:
@@ -218,24 +195,23 @@ class ConjugateTheta:
             at.expectation.append(Summed(total, {}, model=ModelSums(groups, masses, {})))
         return at.expectation[0]
 
-    def m_step(self, at: AtValues, expectation: Summed) -> tuple[AtValues, float]:
+    def m_step(self, at: AtValues[Summed], expectation: Summed) -> tuple[AtValues[Summed], float]:
         """The maximiser, and the gain in nats.
 
         Raises:
             Handover: If the step through tables has to look.
         """
         assert expectation.model is not None
-        for name, parameter in self.graph.parameters.items():
-            write_unconstrained(parameter, at.values[name])
+        self.write(at)
         nothing = [torch.zeros(()) for _ in self.graph.groups]
         arguments = [dict(g.arguments) for g in self.graph.groups]
-        data = DataSums(self.graph, {}, nothing, arguments, _no_densities, at.values)
+        data = DataSums(self.graph, {}, nothing, arguments, no_densities, at.values)
         graph, running = self.summable.standing_for(expectation.model, data)
         try:
             m_step_over(lambda: Whole(running), graph, running.updates, MStepState(), expand=False)
         except (DegenerateError, AtEdge) as error:
             raise Handover from error
-        after = AtValues(values_of(graph.parameters))
+        after = self.enter(values_of(graph.parameters))
         return after, self.e_step(after).log_evidence - expectation.log_evidence
 
 
@@ -251,7 +227,7 @@ class ConjugateRows:
     name: str = "conjugate"
     words: str = "conjugate latents, on sums over rows"
 
-    def e_step(self, at: AtValues) -> Summed:
+    def e_step(self, at: AtValues[Summed]) -> Summed:
         """The E-step at some parameters."""
         return self.theta.e_step(at)
 
@@ -272,8 +248,7 @@ def conjugate_rows(
         return None
     if not all(isinstance(g.nested, ConjugateBlock) for g in graph.groups):
         return None
-    own = for_updates(graph)
-    own = replace(own, parameters={n: _own(p) for n, p in own.parameters.items()})
+    own = with_own_parameters(for_updates(graph))
     begin, latents = len(graph.groups), list[Latent | MovingLatent]()
     for group in graph.groups:
         block = group.nested
@@ -354,12 +329,3 @@ def _together(
         return None
     whole = replace(graph, groups=tuple(groups))
     return Summable(whole, regressed, tuple(plain), lines, tuple(touched), ())
-
-
-def _own(parameter: TracedParameter) -> TracedParameter:
-    """The same parameter in memory that steps may write."""
-    return replace(parameter, unconstrained=parameter.unconstrained.detach().clone())
-
-
-def _no_densities(*_: object) -> dict[int, Tensor]:
-    raise Handover  # no parameter is updated by a gradient

@@ -32,7 +32,11 @@ _OWN = "pyro_em."
 
 
 # Where records are now that files of earlier versions name by another module.
-_MOVED: Mapping[str, str] = {"pyro_em.updates.running_sums": "pyro_em.updates.model_sums"}
+_MOVED: Mapping[str, str] = {
+    "pyro_em.updates.running_sums": "pyro_em.updates.model_sums",
+    "pyro_em.posteriors.collapsed": "pyro_em.posteriors.at_values",
+    "pyro_em.posteriors.conjugate_rows": "pyro_em.posteriors.at_values",
+}
 
 
 class NotPlain(TypeError):
