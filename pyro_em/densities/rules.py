@@ -6,8 +6,8 @@ from pyro_em.densities.counts import as_counts
 from pyro_em.densities.density import PreparedRows
 from pyro_em.densities.exponential import as_exponential
 from pyro_em.densities.gaussian import as_gaussian
-from pyro_em.densities.student import as_student
-from pyro_em.densities.weibull import as_weibull
+from pyro_em.densities.student import StudentRows
+from pyro_em.densities.weibull import WeibullRows
 from pyro_em.densities.with_missing import as_incomplete
 from pyro_em.graph.all_data import AllData
 from pyro_em.graph.factors import Group
@@ -25,7 +25,7 @@ def rule_of(group: Group, K: int, all_data: AllData | None = None) -> PreparedRo
         as_gaussian(group, K, all_data)
         or as_incomplete(group, K, all_data)
         or as_counts(group, K, all_data)
-        or as_student(group, K)
-        or as_weibull(group, K)
+        or StudentRows.of(group, K)
+        or WeibullRows.of(group, K)
         or as_exponential(group, K)
     )

@@ -8,18 +8,16 @@ With t = z² / ν, z = (x − μ) / σ, one logarithm of 1 + t serves both halve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_em.densities.compiled import Loop, Numbers, as_numbers
-from pyro_em.densities.density import PlainRows
-from pyro_em.densities.single_rows import single_rows
+from pyro_em.densities.single_rows import Chunk, SingleRows
 from pyro_em.families.family import Statistics
 from pyro_em.families.student import expected_logarithm, log_normaliser
-from pyro_em.graph.factors import Group
 
 _MOMENTS = 5
 
@@ -44,37 +42,10 @@ class Students:
 
 
 @dataclass(eq=False)
-class _Chunk:
-    """Some rows, and what both halves of an E-step need of them.
+class StudentRows(SingleRows):
+    """The rows of a group of Student sites; of each number z / √ν and log(1 + t) are kept."""
 
-    Attributes:
-        x: # (numbers, rows)
-        seen: Which numbers count; None where all do. # (numbers, rows)
-        kept: z / √ν and log(1 + t) of each number. # (K, rows) each
-    """
-
-    x: Tensor
-    seen: Tensor | None
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class StudentRows(PlainRows):
-    """The rows of a group of Student sites with component-wise arguments.
-
-    Attributes:
-        value: The data. # (rows, numbers)
-        elements: Which of them count, where some are masked. # (rows or 1, numbers)
-        K: Components.
-        lead: Dimensions of the group before the component's: members and plates.
-        shape: The ``to_event`` dimensions of a datum.
-    """
-
-    value: Tensor
-    elements: Tensor | None
-    K: int
-    lead: int
-    shape: tuple[int, ...]
+    family = "StudentT"
 
     @property
     def width(self) -> int:
@@ -83,28 +54,15 @@ class StudentRows(PlainRows):
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Students:
         """The components at some arguments."""
-
-        def each(name: str) -> Tensor:
-            t = arguments[name].to(torch.float64)
-            t = t.reshape(t.shape[self.lead :]).expand(self.K, *self.shape)
-            return t.reshape(self.K, -1).T.unsqueeze(-1)
-
-        df, loc, scale = each("df"), each("loc"), each("scale")
+        df, loc, scale = (self.each(arguments, name) for name in ("df", "loc", "scale"))
         return Students(df, loc, scale * df.sqrt(), log_normaliser(df, scale))
 
-    def features(self, rows: slice, p: Students | None = None) -> _Chunk:
-        """Some rows."""
-        seen = self.elements
-        if seen is not None:
-            seen = (seen[rows] if len(seen) > 1 else seen).T
-        return _Chunk(self.value[rows].to(torch.float64).T.contiguous(), seen)
-
-    def log_density(self, p: Students, features: _Chunk, onto: Tensor | None = None) -> Tensor:
+    def log_density(self, p: Students, features: Chunk, onto: Tensor | None = None) -> Tensor:
         """Log densities of some rows, added to what is there. # (K, rows)"""
         out = p.constant.sum(0) if features.seen is None else p.constant.new_zeros(self.K, 1)
         out = out if onto is None else out + onto.to(torch.float64)
         inverse = p.width.reciprocal()  # a product takes a third of a quotient's time
-        for i, x in enumerate(features.x):
+        for i, x in enumerate(features.value):
             z = (x - p.loc[i]).mul_(inverse[i])
             log = z.square().log1p_()
             features.kept.append((z, log))
@@ -115,7 +73,7 @@ class StudentRows(PlainRows):
                 out = out + torch.where(features.seen[i], half * log + p.constant[i], 0.0)
         return out
 
-    def moments(self, p: Students, weights: Tensor, features: _Chunk) -> Tensor:
+    def moments(self, p: Students, weights: Tensor, features: Chunk) -> Tensor:
         """Σ r, Σ q, Σ q z, Σ q z² and Σ r log(1 + t), q = r / (1 + t), z over √ν. # (K, numbers * 5)"""
         out, wide = [], weights.to(torch.float64)
         one = wide.new_ones(())
@@ -184,21 +142,4 @@ class StudentRows(PlainRows):
         """The family's statistics."""
         weight, zeroth, first, second, rest = self._plain(p, moments)
         feature = torch.stack([zeroth, first, second, rest], -1)
-        lead = (1,) * self.lead
-        return {
-            "feature": feature.reshape(*lead, self.K, *self.shape, 4),
-            "weight": weight.reshape(*lead, self.K, *self.shape),
-        }
-
-
-def as_student(group: Group, K: int) -> StudentRows | None:
-    """The rule of Student sites whose arguments differ between components only, or None.
-
-    Args:
-        group: A collapsed group; its members and plates are the rows, members first.
-        K: Number of components.
-    """
-    found = single_rows(group, "StudentT")
-    if found is None:
-        return None
-    return StudentRows(found.value, found.elements, K, found.lead, found.shape)
+        return self.as_statistics(feature, weight)
