@@ -5,10 +5,10 @@ With x' = x − c centred once, log N(x | μ, Σ) is linear in the features (x'_
     ℓ_k(x) = h_k + (Λ_k μ'_k)ᵀ x' − ½ Σ_ij Λ_kij x'_i x'_j,     Λ = Σ⁻¹
 
 so that one product gives all log densities and one all moments. Many features cost more than they
-save: beyond 24 dimensions the data are whitened instead, ℓ_k = h_k − ½ ‖W_k (x' − μ'_k)‖².
+save: beyond 24 dimensions the data are whitened instead, see `pyro_em.densities.whitened`.
 
 The expanded square cancels like (|x'| / σ)². Where that would cost more than a few digits the whitened
-form is taken, and moments about each component's own mean, which do not cancel.
+form is taken too, which does not cancel.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.densities.whitened import Scaled, Whitened, block_size, is_near
 from pyro_em.families.family import Statistics
 from pyro_em.graph.all_data import AllData, Centre
 from pyro_em.graph.factors import Group
@@ -84,20 +85,21 @@ class Prepared:
     Attributes:
         linear: Coefficients of the features; None where the data are whitened. # (K, P)
         constant: h. # (K, 1)
-        whiten: W, stacked. # (K * D, D)
-        shift: W μ'. # (K * D, 1)
-        mean: μ', about which moments are taken where the data are whitened. # (K, D)
-        wide: The same two in float64. # (K, P), (K, 1)
+        white: How the data are whitened.
+        wide: The first two in float64. # (K, P), (K, 1)
         size: The largest term of the expanded square, times √D: what its rounding is relative to.
     """
 
     linear: Tensor | None
     constant: Tensor
-    whiten: Tensor | None = None
-    shift: Tensor | None = None
-    mean: Tensor | None = None
+    white: Whitened | Scaled | None = None
     wide: tuple[Tensor, Tensor] | None = None
     size: float = 0.0
+
+    @property
+    def mean(self) -> Tensor | None:
+        """What moments are taken about, of x'; None for zero. # (K, D)"""
+        return None if self.white is None else self.white.point
 
 
 @dataclass(eq=False)
@@ -159,7 +161,7 @@ class Gaussian:
         D = self.x.shape[0]
         if self.diagonal:
             return 2 * D
-        return D + D * (D + 1) // 2 if D <= _MANY else 2 * self.K * D
+        return D + D * (D + 1) // 2 if D <= _MANY else D + 2 * self.K * block_size(D)
 
     def prepare(self, arguments: Mapping[str, Tensor]) -> Prepared:
         """Coefficients at some arguments."""
@@ -186,7 +188,8 @@ class Gaussian:
             log_det = sigma.log().sum(-1)
             size = D**0.5 * float((precision * self.reach2).max())
             if not size <= self.limit:
-                return self._whitened(mu, torch.diag_embed(1 / sigma), log_det)
+                scaled = Scaled(sigma.to(dtype), mu.to(dtype))
+                return self._whitened(scaled, log_det)
             along = precision * mu
             squares = -0.5 * precision
         else:
@@ -198,8 +201,9 @@ class Gaussian:
                 size *= D**0.5
             if not size <= self.limit:
                 eye = torch.eye(D, dtype=torch.float64, device=root.device)
-                whiten = torch.linalg.solve_triangular(root, eye, upper=False)
-                return self._whitened(mu, whiten, log_det)
+                whiten = self._each(torch.linalg.solve_triangular(root, eye, upper=False))
+                near = dtype == torch.float64 and is_near(self.reach2, root.square().sum(-1))
+                return self._whitened(Whitened(whiten.to(dtype), mu.to(dtype), near), log_det)
             along = (precision @ mu.unsqueeze(-1)).squeeze(-1)
             pairs = precision.reshape(-1, D * D).index_select(1, self.flat)
             squares = self._each(pairs * self.halved)
@@ -220,29 +224,18 @@ class Gaussian:
         """Shared between components or not: one row per component."""
         return t if len(t) == self.K else t.expand(self.K, *t.shape[1:])
 
-    def _whitened(self, mu: Tensor, whiten: Tensor, log_det: Tensor) -> Prepared:
-        D, dtype = self.x.shape[0], self.x.dtype
-        W = self._each(whiten)
-        shift = (W @ mu.unsqueeze(-1)).reshape(-1, 1)
-        constant = self._each(-(log_det + 0.5 * D * math.log(2 * math.pi))).unsqueeze(-1)
-        return Prepared(
-            None, constant.to(dtype), W.reshape(-1, D).to(dtype), shift.to(dtype), mu.to(dtype)
-        )
+    def _whitened(self, white: Whitened | Scaled, log_det: Tensor) -> Prepared:
+        half_log_2pi = 0.5 * self.x.shape[0] * math.log(2 * math.pi)
+        constant = self._each(-(log_det + half_log_2pi)).unsqueeze(-1)
+        return Prepared(None, constant.to(self.x.dtype), white)
 
     def log_density(self, p: Prepared, features: Tensor, onto: Tensor | None = None) -> Tensor:
         """Log densities of some rows, from their features, added to what is there. # (K, rows)"""
         constant = p.constant if onto is None else p.constant + onto.to(p.constant.dtype)
         if p.linear is not None:
             return torch.addmm(constant, p.linear, features)
-        assert p.whiten is not None and p.shift is not None and p.mean is not None
-        D = self.x.shape[0]
-        if features.dtype == torch.float32:  # W x' − W μ' would cancel, x' − μ' does not
-            each = zip(p.whiten.reshape(-1, D, D), p.mean, strict=True)
-            white = torch.cat([W @ (features[:D] - mean.unsqueeze(-1)) for W, mean in each])
-        else:
-            white = torch.addmm(p.shift, p.whiten, features[:D], beta=-1)
-        squares = white.square_().reshape(self.K, D, -1).sum(1)
-        return squares.mul_(-0.5).add_(constant)
+        assert p.white is not None
+        return p.white.squares(features[: self.x.shape[0]]).mul_(-0.5).add_(constant)
 
     def features(self, rows: slice, p: Prepared | None = None) -> Tensor:
         """x' and its products; x' alone in many dimensions. # (P, rows)"""
@@ -262,26 +255,18 @@ class Gaussian:
         return out
 
     def moments(self, p: Prepared, weights: Tensor, features: Tensor) -> Tensor:
-        """Σ r d and Σ r d dᵀ of some rows, in float64; d is x' or, whitened, x' − μ'. # (K, P)"""
+        """Σ r d and Σ r d dᵀ of some rows, in float64, so that they can be added; see `over_rows`.
+
+        About zero, d = x', or about each component's mean; see `Prepared.mean`.
+        """
         weights = weights.to(features.dtype)  # another group may be finer or coarser
-        if p.mean is None:
+        if p.white is None:
             return (weights @ features.T).to(torch.float64)
-        D = self.x.shape[0]
-        x, out = features[:D], []
-        i, j = self.upper
-        for w, mean in zip(weights, p.mean, strict=True):
-            d = x - mean.unsqueeze(-1)
-            weighted = d * w
-            if self.diagonal:
-                second = (weighted * d).sum(-1)
-            else:
-                second = (weighted @ d.T)[i, j]
-            out.append(torch.cat([weighted.sum(-1), second]))
-        return torch.stack(out).to(torch.float64)
+        return p.white.moments(weights, features[: self.x.shape[0]])
 
     def over_rows(self, p: Prepared, moments: Tensor) -> Tensor:
-        """See `pyro_em.densities.density.NormalRows`."""
-        return moments
+        """See `pyro_em.densities.density.NormalRows`. # (K, P)"""
+        return moments if p.white is None else p.white.over_rows(moments, self.flat)
 
     def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`."""

@@ -111,6 +111,10 @@ class Masked(Gaussian):
             out.append(torch.cat([t.sum(-1) for t in each]))
         return torch.stack(out)
 
+    def over_rows(self, p: Any, moments: Tensor) -> Tensor:
+        """See `pyro_em.densities.density.NormalRows`."""
+        return moments
+
     def about(self, before: Any, now: Any, moments: Tensor, mass: Tensor) -> Tensor:
         """See `pyro_em.densities.density.NormalRows`; each entry counts where it was seen."""
         weight, first, second = moments.chunk(3, -1)
