@@ -1,4 +1,4 @@
-"""Kalman's filter and smoother by `pyro_em.posteriors.numba_kalman`: tensors in, tensors out.
+"""Kalman's filter and smoother by compiled loops (`numba_kalman_…`): tensors in, tensors out.
 
 Chains that share their matrices and miss the same data are a group, solved together.
 """
@@ -114,7 +114,7 @@ def _smoothed_in(group: _Group, room: int) -> _Found | None:
     Returns:
         None if it is too small.
     """
-    from pyro_em.posteriors.numba_kalman import onward
+    from pyro_em.posteriors.numba_kalman_onward import onward
 
     T, (n, k) = len(group.dynamics), group.G.shape[1:]
     transition, noise = np.empty((room, n, n)), np.empty((room, n, n))
@@ -188,7 +188,7 @@ def sampled(space: StateSpace, normal: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Chains that share their matrices and what is seen: see `pyro_em.posteriors.numba_kalman`."""
+    """Chains that share their matrices and what is seen: see `pyro_em.posteriors.state_space`."""
 
     chains: _Ints
     A: _Floats
@@ -301,7 +301,7 @@ def _forward(
         group: The chains.
         covariances: Where covariances and log determinants go. # (T, n, n), (T, n, n), (T,)
     """
-    from pyro_em.posteriors.numba_kalman import forward
+    from pyro_em.posteriors.numba_kalman_filter import forward
 
     M, T, D = group.value.shape
     n, k = group.G.shape[1:]
@@ -345,7 +345,7 @@ def _backward(
     Returns:
         None if there are more.
     """
-    from pyro_em.posteriors.numba_kalman import backward
+    from pyro_em.posteriors.numba_kalman_backward import backward
 
     M, T, D = group.value.shape
     n, k = group.G.shape[1:]
@@ -389,7 +389,7 @@ def _follow(
         told: The noises of each step given the state before.
         shift: Their means, or draws of them; its memory may be used for G ε. # (M, T, k)
     """
-    from pyro_em.posteriors.numba_kalman import follow
+    from pyro_em.posteriors.numba_kalman_onward import follow
 
     n, k = group.G.shape[1:]
     states = np.empty((*shift.shape[:2], n))

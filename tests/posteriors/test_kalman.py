@@ -5,6 +5,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -540,6 +541,27 @@ def test_data_are_not_changed() -> None:
     smoothed(space), filtered(space), sampled(space, 2)
     for x, y in zip(vars(space).values(), before, strict=True):
         assert x is y is None or torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+@pytest.mark.skipif(not kalman._HAS_NUMBA, reason="numba is not installed")
+def test_machine_code_is_not_kept_when_what_it_calls_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import numba
+
+    from pyro_em.posteriors.numba_kalman import keyed
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    hits = []
+    for key in ("one", "one", "other", "one"):
+        function = numba.njit("i8(i8)", cache=True)(keyed(_twice, key))
+        assert function(3) == 6
+        hits.append(sum(function.stats.cache_hits.values()))
+    assert hits == [0, 1, 0, 1]
+
+
+def _twice(x: int) -> int:
+    return 2 * x
 
 
 @pytest.mark.skipif(not kalman._HAS_NUMBA, reason="numba is not installed")
