@@ -8,7 +8,7 @@ those of the ordinary way through all sites (`pyro_em.posteriors.state_numbers`)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_em.posteriors.state_arguments import Numbers, Places, Unlike
+from pyro_em.posteriors.state_flat import Scatter, Vector
 from pyro_em.posteriors.state_layout import StateLayout
-from pyro_em.posteriors.state_sites import Site
+from pyro_em.posteriors.state_sites import Site, indices
 from pyro_em.posteriors.state_space import StateSpace
 from pyro_em.posteriors.state_sums import SiteNumbers
 
@@ -74,6 +75,7 @@ class ChainNumbers:
 
 
 TRANSITION, DRIFT, NOISE, LOADING, DEVIATION, DATA = range(6)
+_SMALL = (TRANSITION, NOISE, LOADING, DEVIATION)  # no larger with more steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +83,9 @@ class ChainMatrices:
     """From parameters to the matrices of chains.
 
     Attributes:
-        sites: The sites, in the order of stacks.
+        sites: The sites.
         kinds: For each site the kinds of its steps.
         bare: Transition, drift, noise, loading, deviation and data without what sites put there.
-        known: Those that no parameter reaches, complete; None in place of the others.
         where: For each site where its coefficients, its spreads, and its offsets or data go.
         dynamics: # (T,)
         measurement: # (T,)
@@ -94,7 +95,6 @@ class ChainMatrices:
     sites: tuple[Site, ...]
     kinds: tuple[Places, ...]
     bare: tuple[Numbers, ...]
-    known: tuple[Numbers | None, ...]
     where: tuple[tuple[Entry, Entry, Entry], ...]
     dynamics: Tensor
     measurement: Tensor
@@ -102,13 +102,17 @@ class ChainMatrices:
 
     @classmethod
     def of(
-        cls, layout: StateLayout, sites: tuple[Site, ...], space: StateSpace, theta: Numbers
+        cls,
+        layout: StateLayout,
+        joined: Sequence[tuple[Site, tuple[int, ...]]],
+        space: StateSpace,
+        theta: Numbers,
     ) -> ChainMatrices:
         """Those of some chains.
 
         Args:
             layout: Where the sites lie.
-            sites: The sites.
+            joined: The sites, each with the stacks that it stands for.
             space: The chains at some parameters, as an E-step through tables has them.
             theta: These parameters.
 
@@ -117,7 +121,8 @@ class ChainMatrices:
         """
         form = layout.form
         n, D, T, k = form.size, form.width, form.steps, form.fresh
-        alike = (False,) * len(sites)
+        sites = tuple(site for site, _ in joined)
+        alike = (False,) * len(layout.stacks)
         latents, data = layout.kinds(alike, True), layout.kinds(alike, False)
         own, its = (max(s.lead for s in sites if s.is_latent == x) for x in (True, False))
         moved = max(s.offset.constant.shape[1] for s in sites if s.is_latent)
@@ -132,16 +137,15 @@ class ChainMatrices:
             np.ones((its, data.count, D)),
             np.zeros((form.chains, T, D)),
         )
-        entries = [(latents if s.is_latent else data).entries[i] for i, s in enumerate(sites)]
-        where = [
-            _places(site, stack.levels.numpy(), entry, n, k, D)
-            for site, stack, entry in zip(sites, layout.stacks, entries, strict=True)
+        kinds = [
+            np.concatenate([(latents if s.is_latent else data).entries[i][0] for i in stacks])
+            for s, stacks in joined
         ]
+        where = [_places(s, own_kinds, n, k, D) for s, own_kinds in zip(sites, kinds, strict=True)]
         found = cls(
             sites,
-            tuple(e[0].numpy() for e in entries),
+            tuple(kinds),
             bare,
-            (None,) * 6,
             tuple(where),
             latents.of_level,
             data.of_level,
@@ -158,8 +162,7 @@ class ChainMatrices:
         )
         if not all(_is_same(x, y.numpy()) for x, y in zip(arrays, theirs, strict=True)):
             raise Unlike("its matrices are others than those of its sites")
-        known = [x if stays else None for x, stays in zip(arrays, _staying(sites), strict=True)]
-        return replace(found, known=tuple(known))
+        return found
 
     def at(self, theta: Numbers) -> ChainNumbers:
         """The chains at parameters.
@@ -174,35 +177,63 @@ class ChainMatrices:
 
     def arrays(self, theta: Numbers) -> tuple[list[Numbers], list[SiteNumbers], float]:
         """The matrices, the numbers of each site, and what the evidence has besides, in nats."""
-        known = self.known
-        out = [b.copy() if k is None else k for b, k in zip(self.bare, known, strict=True)]
+        vector = self.vector.at(theta)
+        drift, data = (x.copy() if moves else x for x, moves in self._stays)
         own, constant = [], 0.0
-        for site, where in zip(self.sites, self.where, strict=True):
-            C, spread = site.coefficients.at(theta)[0], site.spread.at(theta)
-            of_C, of_spread, of_last = where
+        for site, piece, where in zip(self.sites, self.vector.pieces, self.where, strict=True):
+            C, spread = piece.coefficients.of(vector), piece.spread.of(vector)
             if site.is_latent:
                 own.append(SiteNumbers(C, spread, None))
-                if known[TRANSITION] is None and C.size:
-                    of_C.into(out[TRANSITION], _flat(C))
-                if known[NOISE] is None:
-                    of_spread.into(out[NOISE], _flat(spread))
-                if known[DRIFT] is None:
-                    of_last.into(out[DRIFT], _by_step(site.offset.at(theta)))
+                if not site.offset.is_constant:
+                    where[2].into(drift, _by_step(site.offset.at(theta)))
                 continue
             residual = self._residual(site, theta)
             own.append(SiteNumbers(C, spread, residual))
-            if site.spread.is_matrix:
-                inverse: Numbers = np.linalg.inv(spread).astype(np.float64)
-                C, residual = inverse @ C, _by_rows(residual, inverse)
+            if piece.whitened is not None:
+                inverse: Numbers = np.linalg.inv(spread).astype(np.float64, copy=False)
+                np.matmul(inverse, C, out=piece.whitened.of(vector))
+                residual = _by_rows(residual, inverse)
                 logs = np.log(spread.diagonal(0, -2, -1)).sum(-1)
                 constant -= float((logs * site.count).sum())
-            elif known[DEVIATION] is None:
-                of_spread.into(out[DEVIATION], _flat(spread))
-            if known[LOADING] is None:
-                of_C.into(out[LOADING], _flat(C))
-            if known[DATA] is None:
-                of_last.into(out[DATA], residual.reshape(len(residual), site.steps, -1))
-        return out, own, constant
+            if piece.whitened is not None or not site.offset.is_constant:
+                where[2].into(data, residual.reshape(len(residual), site.steps, -1))
+        A, G, H, s = self._small.at(vector)
+        return [A, drift, G, H, s, data], own, constant
+
+    @cached_property
+    def vector(self) -> Vector:
+        """From parameters to the numbers of all sites."""
+        return Vector.of(self.sites)
+
+    @cached_property
+    def _small(self) -> Scatter:
+        """Where they go in all matrices but drift and data."""
+        entries = []
+        for site, own, where in zip(self.sites, self.vector.pieces, self.where, strict=True):
+            of_C, of_spread, _ = where
+            C, spread = (0, 1) if site.is_latent else (2, 3)
+            entries.append((C, of_C.place, own.whitened or own.coefficients))
+            if own.whitened is None:
+                entries.append((spread, of_spread.place, own.spread))
+        return Scatter.of([self.bare[i] for i in _SMALL], entries)
+
+    @cached_property
+    def _stays(self) -> tuple[tuple[Numbers, bool], tuple[Numbers, bool]]:
+        """Drift and data with what no parameter reaches, and whether one reaches any of them."""
+        drift, data = self.bare[DRIFT].copy(), self.bare[DATA].copy()
+        drifts = moves = False
+        for site, (_, _, of_last) in zip(self.sites, self.where, strict=True):
+            stays = site.offset.is_constant
+            if site.is_latent and stays:
+                of_last.into(drift, _by_step(site.offset.constant))
+            elif site.is_latent:
+                drifts = True
+            elif stays and not site.spread.is_matrix:
+                own = self._known_residuals[site.name]
+                of_last.into(data, own.reshape(len(own), site.steps, -1))
+            else:
+                moves = True
+        return (drift, drifts), (data, moves)
 
     def _residual(self, site: Site, theta: Numbers) -> Numbers:
         """The data less offsets, zero where missing. # (chains, N, K, D)"""
@@ -220,27 +251,9 @@ class ChainMatrices:
         }
 
 
-def _staying(sites: Sequence[Site]) -> tuple[bool, ...]:
-    """Which arrays no parameter reaches."""
-    out = [True] * 6
-    for site in sites:
-        C, b, spread = (x.is_constant for x in (site.coefficients, site.offset, site.spread))
-        if site.is_latent:
-            found = {TRANSITION: C, DRIFT: b, NOISE: spread}
-        elif site.spread.is_matrix:
-            found = {LOADING: C and spread, DATA: b and spread}
-        else:
-            found = {LOADING: C, DEVIATION: spread, DATA: b}
-        for i, stays in found.items():
-            out[i] = out[i] and stays
-    return tuple(out)
-
-
-def _places(
-    site: Site, levels: Places, entry: tuple[Tensor, Tensor, Tensor], n: int, k: int, D: int
-) -> tuple[Entry, Entry, Entry]:
+def _places(site: Site, kinds: Places, n: int, k: int, D: int) -> tuple[Entry, Entry, Entry]:
     """Where coefficients, spreads, and offsets or data of a site go."""
-    kind = entry[0].numpy()[:, None]
+    kind, levels = kinds[:, None], indices(site.levels)
     own, reads = site.own, site.reads
     rows, columns = (n, k) if site.is_latent else (D, 1)
     of_C = (own[:, :, None] * n + reads[:, None]).reshape(1, -1) + kind * (rows * n)
@@ -258,11 +271,6 @@ def _places(
 def _by_rows(x: Numbers, matrices: Numbers) -> Numbers:
     """Matrices of each chain and rank times the rows of all steps. # (chains, N, K, D)"""
     return (x.swapaxes(1, 2) @ matrices.swapaxes(-1, -2)).swapaxes(1, 2)
-
-
-def _flat(x: Numbers) -> Numbers:
-    """Numbers of each chain, for every kind of step. # (lead|1, 1, numbers)"""
-    return x.reshape(len(x), 1, -1)
 
 
 def _by_step(x: Numbers) -> Numbers:

@@ -204,6 +204,11 @@ def along(x: Places) -> Along:
     return x
 
 
+def indices(steps: Along) -> Places:
+    """The steps, one by one."""
+    return np.arange(steps.start, steps.stop, steps.step) if isinstance(steps, slice) else steps
+
+
 def _data(group: Group, stack: Stack, chains: int) -> tuple[Numbers, Numbers | None]:
     """The data, zero where missing, and what counts. # (chains, N, K, D) each"""
     name, D = group.members[0], event_shape(group).numel()

@@ -22,6 +22,7 @@ from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_steps import for_updates
 from pyro_em.posteriors.kalman import smoothed
 from pyro_em.posteriors.state_arguments import Numbers, Unlike
+from pyro_em.posteriors.state_joined import joined
 from pyro_em.posteriors.state_matrices import ChainMatrices, ChainNumbers
 from pyro_em.posteriors.state_regression import Regression
 from pyro_em.posteriors.state_sites import Site, site_of
@@ -243,13 +244,15 @@ def _chain_sums(
     chains, sites = [], list[Site]()
     for group, block in zip(graph.groups, blocks, strict=True):
         layout = block.chains
-        own = tuple(
-            site_of(g, stack, layout.form.chains, begins)
-            for g, stack in zip(block.groups, layout.stacks, strict=True)
+        own = joined(
+            [
+                site_of(g, stack, layout.form.chains, begins)
+                for g, stack in zip(block.groups, layout.stacks, strict=True)
+            ]
         )
         numbers = block.numbers(group.evaluate_arguments(values))
         chains.append(ChainMatrices.of(layout, own, numbers.space, theta))
-        sites += own
+        sites += [site for site, _ in own]
     free = [
         begins[n] + np.arange(values[n].numel())
         for n, u in updates.items()
