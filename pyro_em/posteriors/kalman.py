@@ -162,9 +162,14 @@ def disturbances(space: StateSpace, smoothed: Smoothed) -> tuple[Tensor, Tensor]
     return torch.cat([first, covariance], 1), torch.cat([torch.zeros_like(first), cross], 1)
 
 
+def is_compiled(space: StateSpace) -> bool:
+    """Whether loops over these steps are compiled."""
+    return _HAS_NUMBA and space.chains * space.steps > _FEW
+
+
 def _way(space: StateSpace) -> _Way:
     """Compiled loops, unless they are not there or few steps make their start the longest part."""
-    if not _HAS_NUMBA or space.chains * space.steps <= _FEW:
+    if not is_compiled(space):
         return cast(_Way, kalman_steps)
     from pyro_em.posteriors import kalman_compiled
 

@@ -24,7 +24,7 @@ _CLEAR = (
 
 
 @dataclass(frozen=True, eq=False)
-class _Line:
+class Line:
     """The normal equations of one site.
 
     Attributes:
@@ -56,7 +56,7 @@ class Regression:
     unknowns: Places
     systems: tuple[tuple[int, int], ...]
     room: int
-    lines: tuple[_Line | None, ...]
+    lines: tuple[Line | None, ...]
 
     @classmethod
     def of(cls, sites: Sequence[Site], free: Places, size: int) -> Regression:
@@ -85,7 +85,7 @@ class Regression:
         inside = np.append(np.arange(len(free)) - first[system], 0)
         width = np.append(sizes[system], 0)
         room = int(begin_of_system[-1])
-        lines: list[_Line | None] = []
+        lines: list[Line | None] = []
         for site, own in zip(sites, read, strict=True):
             if own is None:
                 lines.append(None)
@@ -99,7 +99,7 @@ class Regression:
             a, b = flat[..., :, None], flat[..., None, :]
             there = (a < len(free)) & (b < len(free))
             gram = np.where(there, base[a] + inside[a] * width[a] + inside[b], room)
-            lines.append(_Line(design, column, gram, cancels))
+            lines.append(Line(design, column, gram, cancels))
         counts: dict[int, int] = {}
         for n in sizes.tolist():
             counts[n] = counts.get(n, 0) + 1
@@ -113,29 +113,8 @@ class Regression:
         """
         p = len(self.unknowns)
         gram, right = np.zeros(self.room + 1), np.zeros(p + 1)
-        for line, own, s in zip(self.lines, numbers, sums, strict=True):
-            if line is None:
-                continue
-            J, flipped = line.design, line.design.swapaxes(-1, -2)
-            r_phi = s.r_phi
-            correlated = own.spread.ndim == 4
-            if correlated and not line.cancels:
-                inverse = np.linalg.inv(own.spread)
-                precision = inverse.swapaxes(-1, -2) @ inverse  # (lead|1, K, D, D)
-                lead, K, D, q, w = J.shape
-                wide = J.transpose(0, 1, 3, 2, 4).reshape(lead, K, q, D * w)
-                parts = wide.swapaxes(-1, -2) @ (s.phi_phi[:, :, 0] @ wide)
-                parts *= precision.repeat(w, -1).repeat(w, -2)
-                r_phi = precision @ r_phi
-            else:
-                parts = flipped @ (s.phi_phi @ J)
-                if not correlated:
-                    weight = own.spread**-2
-                    parts = parts * weight[..., None, None]
-                    r_phi = r_phi * weight[..., None]
-            gram += np.bincount(line.gram_place.reshape(-1), parts.reshape(-1), len(gram))
-            pulled = flipped @ r_phi[..., None]
-            right += np.bincount(line.column.reshape(-1), pulled.reshape(-1), len(right))
+        for i, (own, s) in enumerate(zip(numbers, sums, strict=True)):
+            self.add(i, own, s, gram, right)
         out = np.zeros(p + 1)
         at = column = 0
         for count, n in self.systems:
@@ -144,6 +123,40 @@ class Regression:
             out[column : column + count * n] = _solved(matrices, rights).reshape(-1)
             at, column = at + count * n * n, column + count * n
         return out
+
+    def add(self, i: int, own: SiteNumbers, s: SiteSums, gram: Numbers, right: Numbers) -> None:
+        """Add the normal equations of a site to those of all.
+
+        Args:
+            i: Its number.
+            own: Its arguments at the E-step.
+            s: Its sums.
+            gram: The matrices of all systems. # (room + 1,)
+            right: Their right-hand sides. # (p + 1,)
+        """
+        line = self.lines[i]
+        if line is None:
+            return
+        J, flipped = line.design, line.design.swapaxes(-1, -2)
+        r_phi = s.r_phi
+        correlated = own.spread.ndim == 4
+        if correlated and not line.cancels:
+            inverse = np.linalg.inv(own.spread)
+            precision = inverse.swapaxes(-1, -2) @ inverse  # (lead|1, K, D, D)
+            lead, K, D, q, w = J.shape
+            wide = J.transpose(0, 1, 3, 2, 4).reshape(lead, K, q, D * w)
+            parts = wide.swapaxes(-1, -2) @ (s.phi_phi[:, :, 0] @ wide)
+            parts *= precision.repeat(w, -1).repeat(w, -2)
+            r_phi = precision @ r_phi
+        else:
+            parts = flipped @ (s.phi_phi @ J)
+            if not correlated:
+                weight = own.spread**-2
+                parts = parts * weight[..., None, None]
+                r_phi = r_phi * weight[..., None]
+        gram += np.bincount(line.gram_place.reshape(-1), parts.reshape(-1), len(gram))
+        pulled = flipped @ r_phi[..., None]
+        right += np.bincount(line.column.reshape(-1), pulled.reshape(-1), len(right))
 
     def moved(self, i: int, s: SiteSums, step: Numbers) -> Numbers:
         """E[r rᵀ] of a site, or its diagonal, at the new coefficients: see `shifted`."""

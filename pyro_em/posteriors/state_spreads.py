@@ -24,7 +24,7 @@ from pyro_em.updates.scatter import data_magnitude
 from pyro_em.updates.update import ClosedForm, ParameterUpdate
 
 _ROUNDING = 1e-14  # of the size of data: a deviation that small may be none
-_LOST = 1e-7  # of the variance before: what little data leave of it
+LOST = 1e-7  # of the variance before: what little data leave of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,7 @@ class _Matrix:
         size: D.
         is_factor: Whether it holds the lower triangles.
         magnitude: What rounding is relative to. # (events, D)
+        count: How many data each has. # (events,)
     """
 
     uses: tuple[tuple[int, Places], ...]
@@ -65,6 +66,7 @@ class _Matrix:
     size: int
     is_factor: bool
     magnitude: Numbers
+    count: Numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,14 +160,11 @@ class Spreads:
             tuple(matrices),
         )
 
-    def solve(
-        self, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
-    ) -> tuple[Places, Numbers]:
+    def solve(self, theta: Numbers, second: Sequence[Numbers]) -> tuple[Places, Numbers]:
         """The maximisers, and which elements of θ they are.
 
         Args:
             theta: The parameters before.
-            sites: The sites.
             second: Σ E[r rᵀ] of each at the new coefficients, or its diagonal.
 
         Raises:
@@ -176,7 +175,7 @@ class Spreads:
             where.append(self.chosen)
             found.append(self._deviations(theta, second))
         for m in self.matrices:
-            values = _covariances(m, theta, sites, second)
+            values = _covariances(m, theta, second)
             where.append(m.begin + np.arange(values.size))
             found.append(values.reshape(-1))
         none = np.empty(0, dtype=np.int64)
@@ -192,17 +191,54 @@ class Spreads:
         if not bool(((count > 0) & (total > 0)).all()):
             raise Handover
         natural = np.sqrt(total / count)
-        low = natural <= _ROUNDING * self.magnitude
+        low = natural <= self.rounding
         if bool(self.few.any()):
-            low |= self.few & (total < _LOST * count * self._natural(theta) ** 2)
+            low |= self.few & (total < LOST * count * self._natural(theta) ** 2)
         if bool(low.any()):
             raise Handover
-        return np.clip(self._inverse(natural), self.low, self.high)
+        return self.limited(natural)
+
+    def limited(self, natural: Numbers) -> Numbers:
+        """Elements of parameters whose maps give some deviations, within their limits. # (p,)"""
+        out: Numbers = np.minimum(np.maximum(self._inverse(natural), self.low), self.high)
+        return out
+
+    @cached_property
+    def rounding(self) -> Numbers:
+        """What rounding may be of each deviation. # (p,)"""
+        return _ROUNDING * self.magnitude
+
+    def entries_of(self, i: int) -> tuple[Places, Places, Numbers]:
+        """Which numbers of r rᵀ of a site are summed for which elements of θ, and by what factor.
+
+        Args:
+            i: Its number.
+        """
+        rows, columns = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+        factors = [np.empty(0)]
+        for d in self.deviations:
+            if d.site == i:
+                rows.append(d.row)
+                columns.append(d.column)
+                factors.append(np.ones(len(d.row)) if d.weight is None else d.weight)
+        for m in self.matrices:
+            for site, event in m.uses:
+                if site == i:
+                    size = m.size**2
+                    to = m.begin + event[..., None] * size + np.arange(size)
+                    rows.append(np.arange(to.size))
+                    columns.append(to.reshape(-1))
+                    factors.append(np.ones(to.size))
+        return np.concatenate(rows), np.concatenate(columns), np.concatenate(factors)
 
     @cached_property
     def few(self) -> NDArray[np.bool_]:
         """Which have a single one. # (p,)"""
         return self.count < 2
+
+    def before(self, theta: Numbers) -> Numbers:
+        """The deviations before, where any has a single datum. # (p,)"""
+        return self._natural(theta) if bool(self.few.any()) else self.count
 
     def _natural(self, theta: Numbers) -> Numbers:
         """The deviations that elements of parameters are, but for known factors."""
@@ -255,23 +291,22 @@ def _matrix_of(
             argument = site.spread.argument
     if not uses:
         raise Unlike(f"'{name}' is no matrix of one site")
-    large = np.broadcast_to(magnitude.reshape(events, -1), (events, size))
-    return _Matrix(tuple(uses), begin, events, size, argument == "scale_tril", large)
+    large = np.broadcast_to(magnitude.reshape(events, -1), (events, size)).copy()
+    count: Numbers = np.zeros(events)
+    for i, event in uses:
+        np.add.at(count, event, sites[i].count)
+    return _Matrix(tuple(uses), begin, events, size, argument == "scale_tril", large, count)
 
 
-def _covariances(
-    m: _Matrix, theta: Numbers, sites: Sequence[Site], second: Sequence[Numbers]
-) -> Numbers:
+def _covariances(m: _Matrix, theta: Numbers, second: Sequence[Numbers]) -> Numbers:
     """The values of a parameter that holds covariances. # (events, D, D)"""
     total: Numbers = np.zeros((m.events, m.size, m.size))
-    count: Numbers = np.zeros(m.events)
+    count = m.count
     for i, event in m.uses:
         if m.events == 1:
             total = total + second[i].sum((0, 1))
-            count = count + sites[i].count.sum()
-            continue
-        np.add.at(total, event, second[i])
-        np.add.at(count, event, sites[i].count)
+        else:
+            np.add.at(total, event, second[i])
     if not bool((count > 0).all()):
         raise Handover
     found: Numbers = total / count[:, None, None]
@@ -282,7 +317,7 @@ def _covariances(
         if m.is_factor:
             before = before @ before.swapaxes(-1, -2)
         least, was = (np.linalg.eigvalsh(x)[:, 0] for x in (found[few], before))
-        if not bool((least > _LOST * was).all()):
+        if not bool((least > LOST * was).all()):
             raise Handover
     low: Numbers = np.asarray(np.linalg.cholesky(found), dtype=np.float64)
     variances, pivots = found.diagonal(0, -2, -1), low.diagonal(0, -2, -1)

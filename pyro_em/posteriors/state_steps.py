@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pyro_em.errors import Finding, Handover
 from pyro_em.graph.factors import FactorGraph
+from pyro_em.posteriors.compiled_m_step import CompiledMStep
 from pyro_em.posteriors.gaussian_chain import GaussianChain
 from pyro_em.posteriors.gaussian_steps import for_updates
-from pyro_em.posteriors.kalman import smoothed
+from pyro_em.posteriors.kalman import is_compiled, smoothed
 from pyro_em.posteriors.state_arguments import Numbers, Unlike
 from pyro_em.posteriors.state_joined import joined
 from pyro_em.posteriors.state_matrices import ChainMatrices, ChainNumbers
@@ -151,7 +152,18 @@ class ChainTheta:
         after = AtTheta(theta, at.others)
         return after, self.e_step(after).log_evidence - expectation.log_evidence
 
+    @cached_property
+    def _compiled(self) -> CompiledMStep | None:
+        return CompiledMStep.of(self.chains, self.regression, self.spreads)
+
     def _maximiser(self, theta: Numbers, e: Solved) -> Numbers:
+        if all(is_compiled(own.space) for own, _ in e.found) and self._compiled is not None:
+            found = self._compiled.maximiser(theta, e.found)
+            if found is not None:
+                return found
+        return self._by_numpy(theta, e)
+
+    def _by_numpy(self, theta: Numbers, e: Solved) -> Numbers:
         numbers, sums = [], []
         for matrices, (own, found) in zip(self.chains, e.found, strict=True):
             dynamics = matrices.dynamics.numpy()
@@ -163,7 +175,7 @@ class ChainTheta:
         second = [self.regression.moved(i, s, step) for i, s in enumerate(sums)]
         out = theta.copy()
         out[self.regression.unknowns] += step[:-1]
-        where, new = self.spreads.solve(theta, self.sites, second)
+        where, new = self.spreads.solve(theta, second)
         out[where] = new
         return out
 

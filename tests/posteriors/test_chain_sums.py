@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,6 +18,8 @@ from torch.distributions import constraints
 from pyro_em import EMResult, ExactPosteriorEM, Fixed, PyroEMWarning, vectorized_markov
 from pyro_em.fitting import identified
 from pyro_em.fitting.em_map import ByTracing
+from pyro_em.posteriors import kalman, numba_m_step
+from pyro_em.tracing.parameters import values_of
 from tests.posteriors.chain_models import noise, number, positive
 from tests.posteriors.random_chains import random_chain
 
@@ -161,10 +164,24 @@ def require_same(quick: EMResult, slow: EMResult) -> None:
         torch.testing.assert_close(quick.params[name], value, rtol=1e-9, atol=1e-9)
 
 
+def require_same_when_compiled(model: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled loops must take the step of numpy, and not leave it."""
+    with monkeypatch.context() as m:
+        m.setattr(kalman, "_FEW", 0)
+        program = ExactPosteriorEM(model)._session.look((), {})
+        theta = program.kernel.block.theta
+        at = theta.enter(values_of(program.graph.parameters))
+        found = theta.e_step(at)
+        step = theta._compiled.maximiser(at.theta, found.found)
+    assert step is not None and not np.array_equal(step, at.theta)
+    np.testing.assert_allclose(step, theta._by_numpy(at.theta, found), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_its_steps_are_those_through_all_sites(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = CASES[case]
     quick = fitted(model, monkeypatch)
+    require_same_when_compiled(model, monkeypatch)
     monkeypatch.setattr(SUMS, lambda *_: None)
     pyro.clear_param_store()
     slow = ExactPosteriorEM(model).fit(max_steps=4, tol=0)
@@ -262,6 +279,41 @@ def test_a_noise_that_vanishes_is_named() -> None:
 
     with pytest.warns(PyroEMWarning):
         ExactPosteriorEM(model).fit(max_steps=3, tol=0)
+
+
+def test_what_is_not_clear_is_left_by_compiled_loops() -> None:
+    """Regressors that are nearly the same, deviations near zero, matrices near a singular one."""
+
+    def solves(gap: float) -> bool:
+        gram = np.array([2.0, 1.0, 1.0 - gap, 1.0 - gap, 1.0, 0.0])
+        right, sizes, out = np.array([4.0, 1.0, 1.0, 0.0]), np.array([1, 2]), np.zeros(4)
+        clear = numba_m_step.solved(gram, right, sizes, out, np.zeros((3, 2, 2)), 1e8)
+        assert not clear or out == pytest.approx([2.0, 1 / (2 - gap), 1 / (2 - gap), 0.0])
+        return bool(clear)
+
+    def deviates(total: float, count: float, before: float) -> bool:
+        sums, out = np.array([total]), np.zeros(1)
+        one = np.ones(1)
+        least = 1e-14 * one
+        return bool(
+            numba_m_step.deviations(
+                sums, np.array([0]), count * one, least, before * one, 1e-7, out
+            )
+        )
+
+    def regular(variance: float, count: float, before: float = 1.0) -> bool:
+        total, size = np.array([4.0, 0.0, 0.0, variance]), np.ones((1, 2))
+        old, out = before * np.array([1.0, 0.0, 0.0, 1.0]), np.zeros(4)
+        work, counts = np.zeros((2, 2, 2)), np.array([count])
+        found = numba_m_step.matrices(total, 0, counts, size, False, old, 1e-7, out, work)
+        assert not found or out == pytest.approx(total / count)
+        return bool(found)
+
+    assert solves(0.5) and not solves(1e-9) and not solves(0.0)
+    assert deviates(1.0, 2.0, 1e9) and not deviates(0.0, 2.0, 1.0)
+    assert not deviates(1e-29, 2.0, 1.0) and not deviates(1e-8, 1.0, 1.0)
+    assert regular(1.0, 4.0) and not regular(1e-11, 4.0) and not regular(-1.0, 4.0)
+    assert regular(1.0, 1.0) and not regular(1.0, 1.0, before=1e8) and not regular(1.0, 0.0)
 
 
 def test_a_variance_of_latents_may_be_zero(monkeypatch: pytest.MonkeyPatch) -> None:
