@@ -26,20 +26,12 @@ from pyro_em.tracing.names import names_of
 
 
 @fewer_collections()
-def build_program(
-    task: Task,
-    *,
-    first_look: bool = True,
-    refused: Mapping[str, str] | None = None,
-    stepwise: bool = False,
-) -> Program | Unrouted:
+def build_program(task: Task, *, first_look: bool = True) -> Program | Unrouted:
     """Look at a model and its data, decide everything, pay nothing yet.
 
     Args:
         task: What is wanted.
         first_look: Whether the plain run may advance the random state.
-        refused: Ways of reading the indices of vectorised loops that do not serve, and why.
-        stepwise: Whether these loops are run over integers.
 
     Returns:
         The program; where a latent has no route, what there is to say of it.
@@ -47,7 +39,7 @@ def build_program(
     Raises:
         PyroEMError: If the model or its data cannot be used, with all findings.
     """
-    found = _built(task, first_look, refused or {}, stepwise)
+    found = _built(task, first_look, {})
     return found if isinstance(found, Unrouted) else rebuildable(task, found)
 
 
@@ -66,6 +58,7 @@ def rebuildable(task: Task, program: Program) -> Program:
 def _built(
     task: Task, first_look: bool, refused: Mapping[str, str], stepwise: bool = False
 ) -> Program | Unrouted:
+    """The program; vectorised loops are read in none of the ways that are refused, each with a reason."""
     structure = examined(task, first_look, refused, stepwise)
     if isinstance(structure, Unrouted):
         long = in_long_format(task, structure.structure)

@@ -1,4 +1,5 @@
-"""Program: a model with its data, ready for E-steps and M-steps.
+"""Program: a model with its data, ready for E-steps and M-steps; one subject, since both steps and the
+plan are read off the same factors, which follow from bindings or come from another run of the model.
 
 Every model can be evaluated by running it. Where every binding is a selection or affine, and a run with
 moved parameters and another random state confirms it, arguments flow from the parameters through the
@@ -433,12 +434,11 @@ class Program(StaysHere):
     def _trace(
         self,
         values: Mapping[str, Tensor] | None = None,
-        random_seed: int | None = None,
         with_bindings: bool = True,
         only: Collection[str] | None = None,
     ) -> FactorGraph:
         whole = self.lines or self.conjugates
-        graph = self.fresh_trace(values, random_seed, with_bindings, only=None if whole else only)
+        graph = self.fresh_trace(values, None, with_bindings, only=None if whole else only)
         if self.lines:
             assert isinstance(self.model, GivenGaussians)
             with self.dependences.own_run():

@@ -142,12 +142,6 @@ class BlockLayout:
         return max((bucket.size for bucket in self.buckets), default=0)
 
     @property
-    def largest_bucket(self) -> tuple[int, int]:
-        """Blocks and padded size (B, d) of the bucket whose matrices take the most numbers, B·d²."""
-        sizes = [(bucket.count, bucket.size) for bucket in self.buckets]
-        return max(sizes, key=lambda bucket: bucket[0] * bucket[1] ** 2, default=(0, 0))
-
-    @property
     def device(self) -> torch.device:
         """Where its places lie."""
         return self.block_sizes.device

@@ -1,4 +1,6 @@
-"""`Posterior`: q over all latents with an exact posterior, as users hold it."""
+"""`Posterior`: q over all latents with an exact posterior, as users hold it; one class, so that every
+kind of latent is asked in the same words, and mostly docstrings: the faces of each kind answer.
+"""
 
 from __future__ import annotations
 

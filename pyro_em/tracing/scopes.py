@@ -22,6 +22,8 @@ from pyro_em.tracing.parameters import parameters_read
 
 StoreState: TypeAlias = Mapping[str, Mapping[str, Any]]
 
+_DEPTH = 6  # objects inside each other that are followed
+
 
 def store_state() -> StoreState:
     """What the param store holds now: leaves and their constraints, not copied."""
@@ -131,13 +133,13 @@ class Keeper:
             parameter.grad = None if gradient is None else gradient.clone()
 
 
-def _reachable(roots: Collection[Any], depth: int = 6) -> tuple[list[nn.Module], list[Tensor]]:
+def _reachable(roots: Collection[Any]) -> tuple[list[nn.Module], list[Tensor]]:
     """Modules and module parameters that functions hold: bound, enclosed, global, as attributes."""
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}
     seen: set[int] = set()
     layer: list[Any] = list(roots)
-    for _ in range(depth):
+    for _ in range(_DEPTH):
         following: list[Any] = []
         for one in layer:
             if id(one) in seen or isinstance(one, (type, types.ModuleType, str, int, float)):

@@ -146,7 +146,6 @@ class Variational(StaysHere):
         kwargs: dict[str, Any],
         factors: Mapping[str, float] | None = None,
         *,
-        analytic: bool = True,
         report: bool = False,
     ) -> list[Particle]:
         """Particles whose bounds add up to one draw: one for each value that is enumerated here."""
@@ -158,7 +157,6 @@ class Variational(StaysHere):
                 args,
                 kwargs,
                 factors,
-                analytic=analytic,
                 report=report,
                 chosen=dict(zip(names, values, strict=True)),
             )
@@ -253,16 +251,14 @@ class Variational(StaysHere):
             return False
         return self.bare.are_local((*self.routing.drawn, *self.routing.solved))
 
-    def draws(
-        self, args: tuple, kwargs: dict[str, Any], n: int, *, analytic: bool = True
-    ) -> list[Tensor]:
+    def draws(self, args: tuple, kwargs: dict[str, Any], n: int) -> list[Tensor]:
         """Independent draws of the bound; where all is summed under the guide they are equal."""
         if self.is_pyros:
             elbo, pair = self.pyros_elbo(1), self.pyros_pair()
             with draw_errors_named():
                 return [torch.tensor(-elbo.loss(*pair, *args, **kwargs)) for _ in range(n)]
         with torch.no_grad():
-            drawn = (self.particles(args, kwargs, analytic=analytic) for _ in range(n))
+            drawn = (self.particles(args, kwargs) for _ in range(n))
             return [torch.stack([p.bound for p in particles]).sum() for particles in drawn]
 
     @property
