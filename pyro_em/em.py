@@ -1,9 +1,9 @@
 """ExactPosteriorEM: expectation-maximisation for any Pyro model with an exact posterior; one class, so
 that users find all methods in one place, and mostly their docstrings.
 
-What can be asked at the parameters comes from `pyro_em.questions`,
-what outlives a fit from `pyro_em.fitting.keeping`, and planning, fitting and its steps are here. Each
-checks what it was given and hands it to the wing that does the work.
+What can be asked at the parameters comes from `pyro_em.questions`, what outlives a fit from
+`pyro_em.fitting.keeping`, and planning, fitting and its steps are here. Each checks what it was given
+and hands it to the wing that does the work.
 """
 
 from __future__ import annotations

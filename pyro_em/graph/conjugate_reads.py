@@ -24,17 +24,15 @@ from pyro_em.families.registry import family_of, given_arguments
 from pyro_em.graph.autograd import bind, known_below
 from pyro_em.graph.compact import compact
 from pyro_em.graph.conjugate_checks import require_as_predicted
+from pyro_em.graph.conjugate_model import ConjugateModel
 from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate, refused
-from pyro_em.graph.enumerated import run_enumerated
 from pyro_em.graph.layout import FactorLayout
 from pyro_em.graph.linearity import Breaks
 from pyro_em.graph.powers import power_of
 from pyro_em.graph.shares import share_of, share_of_log_odds
 from pyro_em.graph.signatures import Recurring
-from pyro_em.graph.sparse_lines import forward_of, numbers_read, random_like
-from pyro_em.graph.structure import Structure
+from pyro_em.graph.sparse_lines import forward_of, numbers_read
 from pyro_em.graph.useful import Useful
-from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.parameters import at_moved
 from pyro_em.tracing.runs import Run
 from pyro_em.tracing.sites import mask_tensor, tensors_of
@@ -45,45 +43,26 @@ def kernel_of_prior(fn: Any) -> PriorKernel | None:
     return KERNELS.get(type(unwrap(fn)[0]))
 
 
-def values_inside(
-    model: GivenConjugates, kernels: Mapping[str, PriorKernel], seed: int
-) -> dict[str, Tensor]:
-    """Random values in the supports of all latents."""
-    return {
-        name: kernels[name].inside(random_like(like, seed + i))
-        for i, (name, like) in enumerate(model.values.items())
-    }
-
-
 def read_conjugates(
-    model: GivenConjugates,
-    args: tuple,
-    kwargs: dict[str, Any],
-    structure: Structure,
-    kernels: Mapping[str, PriorKernel],
-    at: Mapping[str, Tensor] | None = None,
+    given: ConjugateModel, at: Mapping[str, Tensor] | None = None
 ) -> dict[str, ConjugateRead]:
     """What every site reads of conjugate latents.
 
     Args:
-        model: The model with its conjugate latents given.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        structure: What `examine` found of it.
-        kernels: The kernel of each latent's prior.
+        given: The model with its conjugate latents given.
         at: Parameters at which to look, in general position; they are moved where None.
 
     Raises:
         NotConjugate: If a latent has a child that is not conjugate to it.
     """
-    values = {n: v.requires_grad_() for n, v in values_inside(model, kernels, 31).items()}
-    others = values_inside(model, kernels, 47)
-    how: dict[str, Any] = {"limit": None, "values": at}
+    structure, kernels = given.structure, given.kernels
+    values = {n: v.requires_grad_() for n, v in given.inside(31).items()}
+    others = given.inside(47)
     with at_moved(structure.parameters, seed=31) if at is None else nullcontext():
         try:
             with Breaks(values) as breaks:
-                run = run_enumerated(model.at(values), args, kwargs, structure, **how)
-            again = run_enumerated(model.at(others), args, kwargs, structure, **how)
+                run = given.run(values, at)
+            again = given.run(others, at)
         except ModelError as error:
             what = "it does not run at other values of its latents."
             raise refused(next(iter(values)), "model", what) from error
@@ -102,11 +81,7 @@ def read_conjugates(
 
 def differing_reads(
     reads: Mapping[str, ConjugateRead],
-    model: GivenConjugates,
-    args: tuple,
-    kwargs: dict[str, Any],
-    structure: Structure,
-    kernels: Mapping[str, PriorKernel],
+    given: ConjugateModel,
     at: Mapping[str, Tensor] | None = None,
     seen: Run | None = None,
 ) -> list[tuple[str, str]]:
@@ -114,11 +89,7 @@ def differing_reads(
 
     Args:
         reads: What was found.
-        model: The model with its conjugate latents given.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        structure: What `examine` found of it.
-        kernels: The kernel of each latent's prior.
+        given: The model with its conjugate latents given.
         at: Parameters at which to look; the current ones where None.
         seen: A run there with the latents at the values that the model gives them, which stands for
             one of two runs; None to make both.
@@ -126,12 +97,11 @@ def differing_reads(
     Returns:
         Pairs of a site and an argument.
     """
-    random = values_inside(model, kernels, 59)
-    pairs = (values_inside(model, kernels, 53) if seen is None else dict(model.values)), random
-    how: dict[str, Any] = {"limit": None, "values": at}
+    structure, kernels, random = given.structure, given.kernels, given.inside(59)
+    pairs = (given.inside(53) if seen is None else dict(given.model.values)), random
     with torch.no_grad():
-        one = seen or run_enumerated(model.at(pairs[0]), args, kwargs, structure, **how)
-        two = run_enumerated(model.at(random), args, kwargs, structure, **how)
+        one = seen or given.run(pairs[0], at)
+        two = given.run(random, at)
         layout = FactorLayout(one.sites, structure.as_run, Recurring({}))
         off = []
         for name in structure.as_run.sites:

@@ -12,18 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_em.errors import PyroEMError
-from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.graph.conjugate_model import ConjugateModel
 from pyro_em.graph.conjugate_reads import differing_reads, read_conjugates
 from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate
 from pyro_em.graph.slices import Slices
-from pyro_em.graph.structure import Structure
-from pyro_em.tracing.given import GivenConjugates
 from pyro_em.tracing.sites import Role
 
 Reads = dict[str, ConjugateRead]
@@ -39,52 +36,42 @@ class _Rows:
     """A model with conjugate latents, and its slices.
 
     Attributes:
-        model: The model with its conjugate latents given.
-        kwargs: Its keyword arguments.
+        given: The model with its conjugate latents given.
         slices: Of its positional arguments.
-        kernels: The kernel of each latent's prior.
     """
 
-    model: GivenConjugates
-    kwargs: dict[str, Any]
+    given: ConjugateModel
     slices: Slices
-    kernels: Mapping[str, PriorKernel]
 
     @classmethod
-    def of(
-        cls,
-        model: GivenConjugates,
-        args: tuple,
-        kwargs: dict[str, Any],
-        structure: Structure,
-        kernels: Mapping[str, PriorKernel],
-    ) -> _Rows | None:
+    def of(cls, given: ConjugateModel) -> _Rows | None:
         """That of large data; None where all rows are read at once."""
-        roles = Role.DATA, Role.CONJUGATE
-        slices = Slices.of(args, kwargs, structure, roles, _MANY, _SLICE)
-        return None if slices is None else cls(model, kwargs, slices, kernels)
+        run, roles = (given.args, given.kwargs, given.structure), (Role.DATA, Role.CONJUGATE)
+        slices = Slices.of(*run, roles, _MANY, _SLICE)
+        return None if slices is None else cls(given, slices)
 
     def axis(self, latent: str) -> int | None:
         """The dimension of the rows in a latent's value; None where it is outside of their plate."""
         structure, plate = self.slices.structure, self.slices.plate
         if plate not in structure.sites[latent].plates:
             return None
-        event = self.kernels[latent].event_dim
-        return self.model.values[latent].dim() - event + structure.plates[plate].dim
+        event = self.given.kernels[latent].event_dim
+        return self.given.model.values[latent].dim() - event + structure.plates[plate].dim
 
-    def at(self, rows: slice | Tensor) -> tuple[GivenConjugates, tuple, dict[str, Any], Structure]:
-        """The model with some rows, its arguments and its skeleton."""
+    def at(self, rows: slice | Tensor) -> ConjugateModel:
+        """The model with some rows."""
         args, structure = self.slices.at(rows)
         count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         values = {}
-        for name, value in self.model.values.items():
+        for name, value in self.given.model.values.items():
             axis = self.axis(name)
             values[name] = value if axis is None else value.narrow(axis, 0, count)
-        return self.model.at(values), args, self.kwargs, structure
+        model = self.given.model.at(values)
+        return replace(self.given, model=model, args=args, structure=structure)
 
     def read(self, rows: slice | Tensor) -> Reads:
         """What some rows read, by themselves."""
-        return read_conjugates(*self.at(rows), self.kernels)
+        return read_conjugates(self.at(rows))
 
     def dimension(self, read: ConjugateRead) -> int | None:
         """The dimension of the rows in what a site reads; None where all rows read the same."""
@@ -155,8 +142,10 @@ class _Rows:
         axis, (count, size) = self.axis(read.latent), rows
         if axis is None:
             return read.elements
-        value = self.model.values[read.latent]
-        inner = math.prod(value.shape[axis + 1 : value.dim() - self.kernels[read.latent].event_dim])
+        value = self.given.model.values[read.latent]
+        inner = math.prod(
+            value.shape[axis + 1 : value.dim() - self.given.kernels[read.latent].event_dim]
+        )
         at = read.elements.clamp(min=0)
         row = at // inner % count
         moved = row + to if isinstance(to, int) else to.to(at.device)[row]
@@ -164,23 +153,13 @@ class _Rows:
         return torch.where((read.elements >= 0) & (moved >= 0), out, -1)
 
 
-def read_by_rows(
-    model: GivenConjugates,
-    args: tuple,
-    kwargs: dict[str, Any],
-    structure: Structure,
-    kernels: Mapping[str, PriorKernel],
-) -> Reads | None:
+def read_by_rows(given: ConjugateModel) -> Reads | None:
     """What every site reads of conjugate latents; None where all rows have to be seen at once.
 
     Args:
-        model: The model with its conjugate latents given.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        structure: What `examine` found of it.
-        kernels: The kernel of each latent's prior.
+        given: The model with its conjugate latents given.
     """
-    rows = _Rows.of(model, args, kwargs, structure, kernels)
+    rows = _Rows.of(given)
     if rows is None:
         return None
     few, total = rows.slices.spread(_FEW), rows.slices.rows
@@ -206,25 +185,17 @@ def read_by_rows(
 
 def differing_by_rows(
     reads: Mapping[str, ConjugateRead],
-    model: GivenConjugates,
-    args: tuple,
-    kwargs: dict[str, Any],
-    structure: Structure,
-    kernels: Mapping[str, PriorKernel],
+    given: ConjugateModel,
     at: Mapping[str, Tensor] | None = None,
 ) -> list[tuple[str, str]] | None:
     """As `differing_reads`, of a few rows of large data; None where all rows have to be seen.
 
     Args:
         reads: What was found, some rows at a time.
-        model: The model with its conjugate latents given.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        structure: What `examine` found of it.
-        kernels: The kernel of each latent's prior.
+        given: The model with its conjugate latents given.
         at: Parameters at which to look; the current ones where None.
     """
-    rows = _Rows.of(model, args, kwargs, structure, kernels)
+    rows = _Rows.of(given)
     if rows is None:
         return None
     few, total = rows.slices.spread(_LATER), rows.slices.rows
@@ -237,4 +208,4 @@ def differing_by_rows(
         if not bool(((elements >= 0) == (some.elements >= 0)).all()):
             return None
         own[site] = replace(some, elements=elements)
-    return differing_reads(own, *rows.at(few), kernels, at)
+    return differing_reads(own, rows.at(few), at)

@@ -58,7 +58,7 @@ def rebuildable(task: Task, program: Program) -> Program:
 def _built(
     task: Task, first_look: bool, refused: Mapping[str, str], stepwise: bool = False
 ) -> Program | Unrouted:
-    """The program; vectorised loops are read in none of the ways that are refused, each with a reason."""
+    """The program; vectorised loops are read in none of the ways refused, each with a reason."""
     structure = examined(task, first_look, refused, stepwise)
     if isinstance(structure, Unrouted):
         long = in_long_format(task, structure.structure)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_em.distributions import has_finite_support
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.graph.alike_rows import with_alike_once
+from pyro_em.graph.conjugate_model import ConjugateModel
 from pyro_em.graph.conjugate_reads import differing_reads, kernel_of_prior, read_conjugates
 from pyro_em.graph.conjugate_record import ConjugateRead, refused
 from pyro_em.graph.conjugates_by_rows import differing_by_rows, read_by_rows
@@ -63,11 +64,11 @@ class Conjugates:
         Raises:
             NotConjugate: If a latent has a child that is not conjugate to it.
         """
-        run = model, args, kwargs, structure, kernels
-        reads = read_by_rows(*run)
+        given = ConjugateModel(model, args, kwargs, structure, kernels)
+        reads = read_by_rows(given)
         if reads is not None:
             return cls(model, kernels, reads, by_rows=True)
-        return cls(model, kernels, read_conjugates(*run))
+        return cls(model, kernels, read_conjugates(given))
 
     def integrated(self, graph: FactorGraph, limit: int | None = None) -> FactorGraph:
         """A graph, traced with the latents at their units, in which they are integrated.
@@ -108,9 +109,9 @@ class Conjugates:
             values: Parameters at which to look; the current ones where None.
             seen: A run there with the latents at their units, where there was one.
         """
-        run = self.reads, self.model, args, kwargs, structure, self.kernels, values
-        found = differing_by_rows(*run) if self.by_rows else None
-        return differing_reads(*run, seen) if found is None else found
+        given = ConjugateModel(self.model, args, kwargs, structure, self.kernels)
+        found = differing_by_rows(self.reads, given, values) if self.by_rows else None
+        return differing_reads(self.reads, given, values, seen) if found is None else found
 
     def alike(self, lines: Mapping[str, Line]) -> Alike:
         """Normal sites in whose spreads one latent is, where Gaussian ones reach them."""

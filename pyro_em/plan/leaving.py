@@ -24,6 +24,7 @@ from pyro_em.distributions import unwrap
 from pyro_em.errors import Finding, PyroEMError, UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
 from pyro_em.globs import is_match
+from pyro_em.graph.conjugate_model import ConjugateModel
 from pyro_em.graph.conjugate_reads import kernel_of_prior, read_conjugates
 from pyro_em.graph.conjugate_record import NotConjugate
 from pyro_em.graph.culprits import culprits
@@ -230,7 +231,7 @@ class Leaving(StaysHere):
         reads = {}
         if kernels:
             own = at.for_reads(pair), self.args, self.kwargs, structure
-            reads = read_conjugates(*own, kernels)
+            reads = read_conjugates(ConjugateModel(*own, kernels))
         if lines:
             parts = parts_at(lines, *run)
             alike = Alike(pairs_alike(lines, reads), frozenset(lines))

@@ -22,6 +22,7 @@ from torch.distributions import transform_to
 
 from pyro_em.errors import ModelError, UsageError, message
 from pyro_em.families.conjugate_kernels import PriorKernel
+from pyro_em.graph.conjugate_model import ConjugateModel
 from pyro_em.graph.conjugate_reads import read_conjugates
 from pyro_em.graph.conjugate_record import ConjugateRead, NotConjugate
 from pyro_em.graph.drawn_lines import DrawnLines, drawn_lines
@@ -134,7 +135,7 @@ class AttachedRun:
         with same_random_state():
             set_random_state(self.state)
             run = model, self.args, self.kwargs, structure
-            return read_conjugates(*run, self.kernels, self.moved())
+            return read_conjugates(ConjugateModel(*run, self.kernels), self.moved())
 
 
 def integrated_run(
