@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.structure import Structure
@@ -33,6 +34,7 @@ def decided(
     graph: FactorGraph,
     log: OperationLog,
     contraction: ContractionPlan | None = None,
+    operations: tuple[Any, ...] | None = None,
 ) -> Program:
     """A program from its graph: the order of its sums, its updates, its notes; not verified yet.
 
@@ -42,6 +44,7 @@ def decided(
         graph: The factor graph of an enumerated run.
         log: What that run did.
         contraction: The order of the sums, where it is known.
+        operations: Those of the run, where it is known to be one that was noted before.
     """
     if contraction is None:
         contraction = _contraction(structure, graph)
@@ -74,7 +77,7 @@ def decided(
         strategy=task.strategy,
         routes=task.routes,
         dependences=Dependences() if log.reading is None else log.reading.finished(leaves),
-        operations=log.finished(),
+        operations=log.finished() if operations is None else operations,
     )
 
 

@@ -2,10 +2,27 @@
 
 What a reading found out (the sites, what reads what, how parameters reach the densities, that no
 elements of a plate read each other, ...) follows from what the model does, not from the numbers that
-it is given. So a later call runs the model once, with its latents enumerated, and notes every
-operation: if it did the same as when it was read, on parameters and data that are sound, all that was
+it is given. So a later call runs the model once, with its latents enumerated, and notes what it
+does: if that is the same as when it was read, on parameters and data that are sound, all that was
 found out still holds. Anything else is read anew, from the beginning. Where parameters have no values
 yet, a plain run gives them theirs before.
+
+Numbers are always those of the call's own run. What may be stale is what the reading found out, and
+each way in which it can become so shows somewhere:
+
+* a number that a name of the model stands for: `numbers_in`; one in a distribution, a plate, a mask
+  or a scale: the notes of sites;
+* another parameter, constant, index or operation, a branch on the data or on what nobody can look up,
+  rows that come to read each other: the notes of what is done, in which a tensor is known by what made
+  it, by its name, or by its content, and numbers that leave torch are noted;
+* data outside a support, arguments outside a constraint, parameters that are others, not finite, or
+  declared otherwise: `are_possible`, `_are_sound`;
+* what no note shows, where a call wants to go on from the latest program: its numbers, to the bit.
+
+What is done is noted as the operations of torch (`OperationLog`) until a run of the same form has been
+noted both so and as the calls of torch's functions, and from then on as the latter alone, at a fifth
+of the cost (`pyro_em.tracing.calls` says when these tell as much). Where calls differ, operations
+decide.
 
 A model whose Gaussian or conjugate latents are integrated is run with these at values of reference. On
 the same data a run at other values confirms how they enter. Where the data are others, that is read
@@ -19,9 +36,9 @@ it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,13 +70,14 @@ from pyro_em.plan.first_values import (
     with_first_values,
 )
 from pyro_em.plan.program import Program
-from pyro_em.plan.task import Task, traced
+from pyro_em.plan.task import Noting, Task, traced
 from pyro_em.plan.verification import verified
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.elimination import ContractionPlan
 from pyro_em.posteriors.gaussian_components import Alike, NotSeparate
 from pyro_em.posteriors.gaussian_steps import at_zero
 from pyro_em.posteriors.kept_layouts import forget_layouts
+from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.given import GivenGaussians, References, references_in, without_values
 from pyro_em.tracing.loops import NotVectorized
 from pyro_em.tracing.names import names_of, numbers_in
@@ -69,6 +87,8 @@ from pyro_em.tracing.runs import Begin, Run
 from pyro_em.tracing.stored import is_stored
 
 _MOST = 8  # forms of data that are remembered of one model
+
+_Found = TypeVar("_Found")
 
 _FormOfValue = tuple[torch.Size, torch.dtype, torch.device]
 
@@ -92,6 +112,9 @@ class Kept:
         kernels: The kernel of the prior of each of the latter.
         lines: How they enter means, where a run on other data can tell that it is the same there.
         selections: How its runs showed which elements of parameters arguments are.
+        calls: What a later run that did the same operations asked of torch; None where no run has
+            been noted so.
+        has_calls: Whether runs of this form may be known by their calls.
     """
 
     structure: Structure
@@ -107,6 +130,32 @@ class Kept:
     kernels: Mapping[str, PriorKernel] = field(default_factory=dict)
     lines: Mapping[str, Line] = field(default_factory=dict)
     selections: KeptSelections = field(default_factory=KeptSelections)
+    calls: tuple[Any, ...] | None = None
+    has_calls: bool = True
+
+    @property
+    def noting(self) -> Noting:
+        """What is to be noted of the next run."""
+        if not self.has_calls:
+            return Noting.OPERATIONS
+        return Noting.BOTH if self.calls is None else Noting.CALLS
+
+    def shown_by(self, log: OperationLog) -> Kept | None:
+        """What is known after a run that did what is known; None after one that did not.
+
+        Raises:
+            NotShown: If its operations may be the same, for all that its calls tell.
+        """
+        if not isinstance(log, CallLog):
+            return self if log.finished() == self.operations else None
+        if log.beneath is None:
+            if not log.is_complete or log.finished() != self.calls:
+                raise NotShown
+            return self
+        if log.beneath.finished() != self.operations:
+            raise NotShown  # what is noted of calls keeps memory, by which operations are known, too
+        calls = log.finished() if log.is_complete else None
+        return replace(self, calls=calls, has_calls=log.is_complete)
 
     def task(self, task: Task) -> Task:
         """A task with the model that is run, whose integrated latents are given."""
@@ -124,6 +173,10 @@ class Kept:
             for name, (shape, dtype, device) in self.units.items()
         }
         return References({n: _zeros(form) for n, form in self.gaussians.items()}, units)
+
+
+class NotShown(Exception):
+    """The calls of a run are others than those of the run that is known."""
 
 
 _by_model: MutableMapping[Any, dict[Hashable, Kept]] = weakref.WeakKeyDictionary()
@@ -223,14 +276,20 @@ class Readings(StaysHere):
             if latest is not None and _is_on_the_same_data(latest, kept, task):
                 # What is read is known: only the graph is wanted, without its bindings.
                 again = replace(task, look_only=True)
-                same = _does_the_same(kept.task(again), kept, latest, again.log(names))
-                return replace(latest, is_known=True) if same else None
-            program = _on_other_data(task, kept, task.log(names, own=True))
+
+                def same(kept: Kept) -> Kept | None:
+                    log = again.log(names, noting=kept.noting)
+                    return _doing_the_same(kept.task(again), kept, latest, log)
+
+                known = _shown(kept, same)
+                if known is None:
+                    return None
+                self._of(task.model)[_form(task)] = known
+                return replace(latest, is_known=True)
+            found = _shown(kept, lambda k: _on_other_data(task, k, task.log(names, True, k.noting)))
         except (PyroEMError, NotVectorized, NotLinear, NotSeparate, NotConjugate):
             return None  # reading it anew says what is wrong
-        if program is not None:
-            self._note(task, kept, program)
-        return program
+        return None if found is None else self._noted(task, *found)
 
     def _begun_enumerated(
         self, task: Task, kept: Kept, names: Mapping[str, Any], first_look: bool
@@ -238,25 +297,30 @@ class Readings(StaysHere):
         """The program from the one run in which parameters get their first values; None otherwise."""
         if not kept.is_held or kept.bare is not None or not may_begin_enumerated(kept.structure):
             return None
-        try:
+        begin = Begin(keep_random_state=not first_look)
+
+        def begun(kept: Kept) -> tuple[Kept, Program]:
             with undone_on_failure():
-                begin = Begin(keep_random_state=not first_look)
-                program = _on_other_data(task, kept, task.log(names, own=True), begin)
-                if program is None:
+                found = _on_other_data(task, kept, task.log(names, True, kept.noting), begin)
+                if found is None:
                     raise NotBegun
+                return found
+
+        try:
+            kept, program = _shown(kept, begun)
         except (PyroEMError, NotBegun):
             return None  # a plain run says what is wrong, or begins otherwise
         tell_of_starts(program.graph.parameters)
-        self._note(task, replace(kept, structure=program.structure), program)
-        return program
+        return self._noted(task, replace(kept, structure=program.structure), program)
 
-    def _note(self, task: Task, kept: Kept, program: Program) -> None:
-        """Remember what a later run has found, and the program."""
+    def _noted(self, task: Task, kept: Kept, program: Program) -> Program:
+        """The program, after it and what a later run has found are remembered."""
         if not task.look_only:
             bindings = _bindings_of(program.graph) if program.compiled else None
             kept = replace(kept, bindings=bindings)
         self._of(task.model)[_form(task)] = kept
         self._keep_program(program)
+        return program
 
     def _keep_program(self, program: Program) -> None:
         if not program.look_only:
@@ -288,8 +352,16 @@ def _is_on_the_same_data(program: Program, kept: Kept, task: Task) -> bool:
     )
 
 
-def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) -> bool:
-    """Whether the model still does what it did, on parameters that are sound.
+def _shown(kept: Kept, look: Callable[[Kept], _Found]) -> _Found:
+    """What a look at a run finds; at its operations where its calls do not show what is done."""
+    try:
+        return look(kept)
+    except NotShown:
+        return look(replace(kept, calls=None, has_calls=False))
+
+
+def _doing_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) -> Kept | None:
+    """What is known, if the model still does what it did, on parameters that are sound.
 
     Its numbers are compared too: they may come from where no operation shows them, as what numpy
     wrote into a tensor, what a distribution keeps for itself, a draw that was the same by chance.
@@ -297,24 +369,28 @@ def _does_the_same(task: Task, kept: Kept, program: Program, log: OperationLog) 
     # The run itself is wanted of conjugate latents alone.
     runs: list[Run] | None = None if program.conjugates is None else []
     graph = traced(task, kept.structure, log, runs=runs, detached=runs is None)
-    if log.finished() != kept.operations or not _are_sound(graph.parameters, kept.structure):
-        return False
+    known = kept.shown_by(log)
+    if known is None or not _are_sound(graph.parameters, kept.structure):
+        return None
     values = values_of(graph.parameters)
     if disagreements(at_zero(program.graph), graph, values, exactly=True):
-        return False
+        return None
     run = task.args, task.kwargs, kept.structure
     found = program.conjugates
     if found is not None and runs and found.differing(*run, None, runs[0]):
-        return False
-    if not isinstance(task.model, GivenGaussians):
-        return True
-    return not differing_lines(program.lines, task.model, *run, values, once=True)
+        return None
+    if isinstance(task.model, GivenGaussians):
+        bent = differing_lines(program.lines, task.model, *run, values, once=True)
+        return None if bent else known
+    return known
 
 
 def _on_other_data(
     task: Task, kept: Kept, log: OperationLog, begin: Begin | None = None
-) -> Program | None:
+) -> tuple[Kept, Program] | None:
     """A program from one run of the model on other data, or on data that were changed.
+
+    With it comes what is known of the model then.
 
     Args:
         task: What is wanted.
@@ -324,12 +400,14 @@ def _on_other_data(
 
     Raises:
         NotBegun: If these values are none to begin with.
+        NotShown: If the run may do what is known, for all that its calls tell.
     """
     structure, given = kept.structure, kept.task(task)
     if structure.as_run.masked_pairs or structure.random_plates:
         return None
     graph = traced(given, structure, log, kept=kept.selections, begin=begin)
-    if log.finished() != kept.operations:
+    known = kept.shown_by(log)
+    if known is None:
         return None
     if begin is not None:
         structure = begun(structure, graph.parameters)
@@ -353,17 +431,17 @@ def _on_other_data(
     order = None
     if kept.contraction is not None and kept.members == _members_of(graph):
         order = kept.contraction  # factors without bindings are grouped, and follow, differently
-    program = rebuildable(task, decided(given, structure, graph, log, order))
+    program = rebuildable(task, decided(given, structure, graph, log, order, kept.operations))
     if kept.bare is not None and lines:
         program = replace(program, lines=lines, bare=kept.bare, conjugates=found)
         program = with_routes(program)
     elif kept.bare is not None and found is not None:
         program = on_conjugates(program, found, kept.bare)
     if task.look_only:
-        return program
+        return known, program
     if kept.bindings is not None and kept.bindings == _bindings_of(graph):
-        return replace(program, compiled=graph.is_static, is_known=True)
-    return verified(program)
+        return known, replace(program, compiled=graph.is_static, is_known=True)
+    return known, verified(program)
 
 
 def _members_of(graph: FactorGraph) -> tuple[tuple[str, ...], ...]:

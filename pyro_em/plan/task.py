@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import pyro
@@ -15,11 +16,20 @@ from pyro_em.graph.trace import trace_graph
 from pyro_em.plan.routes import Route
 from pyro_em.portable import StaysHere
 from pyro_em.posteriors.strategies import EStepStrategy
+from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.dependences import Reading
 from pyro_em.tracing.names import tensors_in
 from pyro_em.tracing.operations import OperationLog
 from pyro_em.tracing.runs import Begin, Model, Run
 from pyro_em.updates.update import Gradient, Update
+
+
+class Noting(Enum):
+    """What is noted of an enumerated run."""
+
+    OPERATIONS = "what torch does"
+    CALLS = "what the model asks of torch"
+    BOTH = "both"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +65,27 @@ class Task(StaysHere):
         """Cells that one operation of an enumerated run may make."""
         return max(self.max_enumeration, 2**20)
 
-    def log(self, names: Mapping[str, Any], own: bool = False) -> OperationLog:
+    def log(
+        self, names: Mapping[str, Any], own: bool = False, noting: Noting = Noting.OPERATIONS
+    ) -> OperationLog:
         """Notes for an enumerated run.
 
         Args:
             names: What the model's names stand for.
             own: Whether these are all names of the model that is run, which then need no other look.
+            noting: What is noted.
         """
         # Who wants an E-step only does not need a list of what was read.
         reading = None
         if not self.look_only:
             reading = Reading(self.model, self.args, self.kwargs, names if own else None)
         store = pyro.get_param_store()._params
-        return OperationLog([*store.items(), *tensors_in(names)], reading)
+        given = [*store.items(), *tensors_in(names)]
+        if noting is Noting.OPERATIONS:
+            return OperationLog(given, reading)
+        if noting is Noting.CALLS:
+            return CallLog(given, reading)
+        return CallLog(given, reading, OperationLog(given))
 
 
 def traced(

@@ -19,6 +19,7 @@ from pyro_em.arguments import as_tensor
 from pyro_em.distributions import bounds
 from pyro_em.errors import UsageError, message
 from pyro_em.tracing.allocation import Unwatched
+from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.constrained import constrained
 from pyro_em.tracing.memory import own_start, settle
 from pyro_em.tracing.operations import OperationLog
@@ -146,6 +147,8 @@ class ParameterCapture(Messenger):
 
     def quietly(self) -> AbstractContextManager[None]:
         """A block whose operations are none of the model's."""
+        if isinstance(self.log, CallLog):
+            return self.log.aside()
         return nullcontext() if self.log is None else Unwatched(self.log)
 
     def _read(self, msg: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro_em.distributions import has_finite_support
 from pyro_em.errors import PyroEMError
 from pyro_em.tracing.allocation import NumbersNeeded, Overspent, Shadows, size_guard
+from pyro_em.tracing.calls import CallLog
 from pyro_em.tracing.handlers import DrawNothing, KeepValues, SpendLittle, TagSites
 from pyro_em.tracing.lean import EnumTrace, LeanTrace, WatchingTrace
 from pyro_em.tracing.memory import settle
@@ -385,7 +386,8 @@ def enumerated_run(
         if limit is None:
             model(*args, **kwargs)
         else:
-            with size_guard(limit, reading):
+            calls = log if isinstance(log, CallLog) else None
+            with calls.noting(limit) if calls is not None else size_guard(limit, reading):
                 model(*args, **kwargs)
     settle([p.unconstrained for p in capture.parameters.values()])
     cleared = before is not None and was_cleared(before)

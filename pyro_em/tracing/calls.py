@@ -1,0 +1,328 @@
+"""The calls of torch's functions in a run, written down: a quicker look than one at its operations.
+
+A `CallLog` notes what a model asks of torch, where an `OperationLog` notes what torch does then: a
+call of ``torch.cov`` is one note here and twelve there, and is seen at a fifth of the cost. What a
+function of torch does follows from what it is given, so that two runs with equal notes do the same
+operations, as far as
+
+* every tensor is known by the call that made it, by its name, or by its content: all that has been
+  noted stays alive until the run is over, so that no memory is used again for something else;
+* nothing but torch's own functions has a part in it: what hands memory to others (``numpy()``),
+  exchanges it (``resize_``), or runs code of the user's where nobody sees it (a hook, ``backward``)
+  makes the notes incomplete, and with them nothing is shown.
+
+A log of operations is needed to tell that two runs are the same in the first place; where that has
+been shown, and calls were noted beside it, later runs are held against the calls alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import EllipsisType, FunctionType, MethodWrapperType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+
+from pyro_em.tracing.allocation import OutputTooLarge, Unwatched, size_guard
+from pyro_em.tracing.dependences import Reading
+from pyro_em.tracing.operations import OperationLog
+
+_MOST_CALLS = 4096  # of a run; what is longer is known by its operations
+
+
+_MOST_BYTES = 2**24  # that the tensors of a run may hold, which stay alive until it is over
+
+
+# What says nothing but the form of a tensor, which is noted where the tensor is used.
+_OF_THE_FORM = frozenset(
+    {
+        Tensor.size,
+        Tensor.dim,
+        Tensor.ndimension,
+        Tensor.numel,
+        Tensor.nelement,
+        Tensor.stride,
+        Tensor.storage_offset,
+        Tensor.element_size,
+        Tensor.is_contiguous,
+        Tensor.is_floating_point,
+        Tensor.is_complex,
+        Tensor.is_signed,
+        Tensor.__len__,
+        torch.is_floating_point,
+        torch.is_complex,
+        torch.is_tensor,
+        torch.numel,
+        torch.broadcast_shapes,
+        torch._C._set_grad_enabled,
+    }
+)
+
+
+# What exchanges memory, hands it to others, or runs code that nobody sees.
+_OPAQUE = frozenset(
+    {
+        Tensor.resize_,
+        Tensor.resize_as_,
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.data_ptr,
+        Tensor.untyped_storage,
+        Tensor.storage,
+        Tensor.apply_,
+        Tensor.map_,
+        Tensor.map2_,
+        Tensor.backward,
+        Tensor.share_memory_,
+        Tensor.register_hook,
+        torch.autograd.backward,
+        torch.autograd.grad,
+    }
+)
+
+
+_HANDING = frozenset({vars(Tensor)["__cuda_array_interface__"]})  # the memory of a tensor
+
+
+_OF_TORCH = (
+    type(torch.add),
+    type(Tensor.add),
+    type(Tensor.__getitem__),
+    MethodWrapperType,  # which sets an attribute
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+
+
+_ITERATOR = type(iter(()))  # of a tensor's parts
+
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
+_NAMES = (
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    type(None),
+    EllipsisType,
+)
+
+
+class CallLog(OperationLog):
+    """Notes the calls of torch's functions in one run.
+
+    Args:
+        given: Tensors that exist before the run, and their names.
+        reading: Notes what the run reads that was there before it; the log beneath does, if any.
+        beneath: Notes the operations of the same run.
+
+    Attributes:
+        is_complete: Whether equal notes show that two runs do the same.
+    """
+
+    def __init__(
+        self,
+        given: Iterable[tuple[str, Tensor]],
+        reading: Reading | None = None,
+        beneath: OperationLog | None = None,
+    ) -> None:
+        self._alive: list[torch.UntypedStorage] = []  # which outlives what a tensor is made to be
+        self._bytes = self._limit = 0
+        self._mode: _Calls | None = None
+        self.beneath: OperationLog | None = None
+        self.is_complete = True
+        super().__init__(given, reading)
+        self.beneath = beneath
+
+    @contextmanager
+    def noting(self, limit: int) -> Iterator[None]:
+        """A block whose calls are noted; an output of more cells than the limit is refused.
+
+        Raises:
+            OutputTooLarge: From the midst of the block.
+        """
+        self._limit, self._mode = limit, _Calls(self)
+        with ExitStack() as stack:
+            if self.beneath is not None:
+                stack.enter_context(size_guard(limit, self.beneath))
+            stack.enter_context(self._mode)
+            yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A block that does nothing of the model's."""
+        depth = torch._C._len_torch_function_stack()
+        mine = depth and torch._C._get_function_stack_at(depth - 1) is self._mode
+        if mine:
+            _pop_mode()
+        self.is_aside = True
+        try:
+            if self.beneath is None:
+                yield
+            else:
+                with Unwatched(self.beneath):
+                    yield
+        finally:
+            self.is_aside = False
+            if mine and self._mode is not None:
+                _push_mode(self._mode)
+
+    def call(self, function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Call a function of torch and note it."""
+        if self.is_aside or function in _OF_THE_FORM:
+            return function(*args, **kwargs)
+        if not self.is_complete:
+            return self._bounded(function(*args, **kwargs))
+        noted: list[Any] = [function]
+        for a in args:
+            noted.append(self.origin(a) if isinstance(a, Tensor) else self._other(a))
+        if kwargs:
+            noted += [(k, self._other(v)) for k, v in kwargs.items()]
+        if function in _OPAQUE or not _is_of_torch(function):
+            self.is_complete = False
+        out = function(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self._made(out)
+        else:
+            noted.append(self._parts(out))
+        self.entries.append(tuple(noted))
+        if len(self.entries) > _MOST_CALLS:
+            self._give_up()
+        return out
+
+    def _bounded(self, out: Any) -> Any:
+        if isinstance(out, Tensor) and out.numel() > self._limit:
+            stored = out.untyped_storage().nbytes() // out.element_size()
+            if stored > self._limit:
+                raise OutputTooLarge(stored)
+        return out
+
+    def _made(self, out: Tensor) -> None:
+        """Note whence a tensor comes that a call returned, if its memory is new: the known is alive."""
+        if out.layout is not torch.strided:
+            return
+        try:
+            memory = out.untyped_storage()
+        except NotImplementedError:  # one of many in a vmap
+            self._unknown()
+            return
+        at = memory.data_ptr()
+        if at not in self._origin:
+            self._origin[at] = len(self.entries)
+            self._hold(memory)
+            self._bounded(out)
+
+    def _hold(self, memory: torch.UntypedStorage) -> None:
+        self._alive.append(memory)
+        self._bytes += memory.nbytes()
+        if self._bytes > _MOST_BYTES:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.is_complete = False
+        self._alive.clear()
+
+    def _parts(self, out: Any) -> Any:
+        """What a call returned that is no tensor."""
+        if isinstance(out, Tensor):
+            self._made(out)
+            return Tensor
+        if isinstance(out, (list, tuple)):
+            return tuple(self._parts(p) for p in out)
+        return _ITERATOR if type(out) is _ITERATOR else self._other(out)
+
+    def give(self, tensor: Tensor, name: str) -> None:
+        """Note the name of a tensor that no call of the run makes."""
+        super().give(tensor, name)
+        if tensor.layout is torch.strided:
+            self._alive.append(tensor.untyped_storage())
+        if self.beneath is not None:
+            self.beneath.give(tensor, name)
+
+    def know(self, tensor: Tensor, parameter: str) -> None:
+        """Note that a tensor, made aside, is the value of a parameter."""
+        super().know(tensor, parameter)
+        self._alive.append(tensor.untyped_storage())
+        if self.beneath is not None:
+            self.beneath.know(tensor, parameter)
+
+    def origin(self, tensor: Tensor, is_fresh: bool = False) -> Hashable:
+        """Whence a tensor comes, and how it lies in its memory."""
+        try:
+            known = len(self._origin)
+            found = super().origin(tensor)
+        except (
+            RuntimeError,
+            NotImplementedError,
+        ):  # one of many in a vmap has no memory of its own
+            return self._unknown()
+        if len(self._origin) > known:
+            self._hold(tensor.untyped_storage())
+        if tensor.numel() == 1 and not (tensor.is_floating_point() or tensor.is_complex()):
+            return found, int(tensor)  # torch may read it as a size, a bound or a shift
+        return found
+
+    def add_sites(self, sites: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note all sites of the run, which is over."""
+        super().add_sites(sites)
+        if self.beneath is not None:
+            self.beneath.add_sites(sites)
+        self._alive.clear()
+
+    def _other(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _PLAIN:
+            return (kind, value)
+        if isinstance(value, Tensor):
+            return self.origin(value)
+        if isinstance(value, (list, tuple)):
+            return (kind is list, *(self._other(v) for v in value))
+        if isinstance(value, _NAMES):
+            return value
+        if kind is slice:
+            return (slice, *(self._other(v) for v in (value.start, value.stop, value.step)))
+        if kind is np.ndarray and value.dtype != object:
+            return (value.dtype, value.shape, zlib.crc32(value.tobytes()))
+        if isinstance(value, np.generic):
+            return (kind, value.item())
+        if isinstance(
+            value,
+            (torch.distributions.Distribution, torch.distributions.Transform, torch.Generator),
+        ):
+            return super()._other(value)
+        return self._unknown()
+
+    def _unknown(self) -> Any:
+        """What stands for something of which nothing is known: equal to nothing."""
+        self.is_complete = False
+        return object()
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether a function does what it does by its arguments alone, as far as its kind tells."""
+    if isinstance(function, _OF_TORCH):
+        return True
+    return isinstance(function, FunctionType) and function.__module__.partition(".")[0] == "torch"
+
+
+class _Calls(TorchFunctionMode):
+    """Every call of one of torch's functions inside goes through a log."""
+
+    def __init__(self, log: CallLog) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if type(func) is MethodWrapperType and func.__name__ == "__get__":
+            if func.__self__ in _HANDING:
+                self.log.is_complete = False
+            return func(*args)  # an attribute: the form of a tensor, or the tensor seen otherwise
+        return self.log.call(func, args, kwargs or {})
