@@ -8,6 +8,8 @@ To add a family, copy a neighbour in one of the files beside this one, add it to
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import pyro.distributions as dist
@@ -172,6 +174,44 @@ def spread_arguments(fn: Any) -> dict[str, torch.Tensor]:
         if isinstance(value, torch.Tensor):
             spread[name] = value
     return spread
+
+
+def stated_arguments(fn: Any) -> dict[str, tuple[torch.Tensor, int]] | None:
+    """All that an unwrapped distribution is made of, with how many dimensions of each are its event's.
+
+    They say whether two of one kind are the same more surely than their densities, which cancel where
+    a spread is next to nothing.
+
+    Args:
+        fn: A distribution that is no family.
+
+    Returns:
+        None of a distribution that is not torch's or Pyro's, or keeps something else.
+
+    Example:
+        >>> eye = torch.eye(2)
+        >>> found = stated_arguments(dist.LowRankMultivariateNormal(eye[0], eye, eye[0] + 1))
+        >>> {name: event_dim for name, (_, event_dim) in found.items()}
+        {'loc': 1, 'cov_factor': 2, 'cov_diag': 1}
+    """
+    kind = type(fn)
+    if not kind.__module__.startswith(("torch.distributions.", "pyro.distributions.")):
+        return None
+    names = _stated(kind)  # type: ignore[arg-type]
+    held = {n: vars(fn).get(n) for n in names}
+    tensors = {n: t for n, t in held.items() if isinstance(t, torch.Tensor)}
+    if not names or len(tensors) < len(names):
+        return None
+    return {n: (t, fn.arg_constraints[n].event_dim) for n, t in tensors.items()}
+
+
+@cache
+def _stated(kind: type) -> tuple[str, ...]:
+    """The arguments with which a kind of distribution is made, where all of them are tensors."""
+    made_with = signature(kind.__init__).parameters  # type: ignore[misc]
+    names = [n for n in made_with if n not in ("self", "validate_args")]
+    known = getattr(kind, "arg_constraints", None)
+    return tuple(names) if isinstance(known, dict) and set(names) <= set(known) else ()
 
 
 def _of_class(fn: Any, name: str) -> Any:

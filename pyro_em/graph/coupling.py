@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_em.distributions import element_mask, has_finite_support, is_outside, unwrap
 from pyro_em.errors import Finding
-from pyro_em.families.registry import family_of, given_arguments
+from pyro_em.families.registry import family_of, given_arguments, stated_arguments
 from pyro_em.graph.checks import read_from_outside
 from pyro_em.tracing.feasible import without_masked_nonsense
 from pyro_em.tracing.randomness import seeded
@@ -266,9 +266,13 @@ def parts_of(site: Mapping[str, Any]) -> Iterator[tuple[str, Tensor, int]]:
     fn, value = site["fn"], site["value"]
     base, reinterpreted, _ = unwrap(fn)
     family, mask = family_of(fn), element_mask(fn, site["mask"])
+    stated = None if family is not None else stated_arguments(base)
     if family is not None:
         for name, tensor in given_arguments(base, family).items():
             yield f"argument '{name}'", tensor, reinterpreted + family.argument_event_dim(name)
+    elif stated is not None:
+        for name, (tensor, event_dim) in stated.items():
+            yield f"argument '{name}'", tensor, reinterpreted + event_dim
     else:
         # What is masked need not be a value at all.
         shown = value

@@ -41,7 +41,7 @@ def without_masked_nonsense(
         tensor([[1., 3.],
                 [2., 3.]])
     """
-    if mask is None or mask is True:
+    if mask is None or mask is True or not value.numel():  # of pyro.factor there is no number
         return value
     base, reinterpreted, _ = unwrap(fn)
     kept = torch.as_tensor(mask, device=value.device)

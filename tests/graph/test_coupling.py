@@ -536,6 +536,26 @@ def test_models_that_are_fine_are_not_refused(model, n):
     ExactPosteriorEM(model).posterior(torch.randn(n))
 
 
+def test_a_density_that_cancels_is_no_other_model():
+    """Next to no variance beside the factors: quadratic forms of 1e9 cancel as shapes have it."""
+    generator = torch.Generator().manual_seed(0)
+    loc, factor = torch.randn(2, 3, generator=generator), torch.randn(2, 3, 1, generator=generator)
+    x = torch.randn(6, 3, generator=generator)
+
+    def model():
+        w = pyro.param("w", torch.tensor([0.4, 0.6]), constraint=C.simplex)
+        with pyro.plate("n", len(x)):
+            z = pyro.sample("z", dist.Categorical(w))
+            spread = torch.tensor([0.2, 0.1, 1e-10])
+            pyro.sample("x", dist.LowRankMultivariateNormal(loc[z], factor[z], spread), obs=x)
+
+    em = ExactPosteriorEM(model)
+    covariance = factor @ factor.mT + torch.tensor([0.2, 0.1, 1e-10]).diag_embed()
+    each = dist.MultivariateNormal(loc, covariance).log_prob(x[:, None])
+    expected = float((each + torch.tensor([0.4, 0.6]).log()).logsumexp(-1).sum())
+    assert em.posterior().log_evidence == pytest.approx(expected, rel=1e-5)
+
+
 def test_point_estimates_and_draws_are_not_refused():
     def model(x):
         with pyro.plate("k", 2):

@@ -577,3 +577,26 @@ def test_a_mask_of_rows_below_to_event_is_told_where_to_go() -> None:
     x, _, _ = _cells(6, 3)
     with pytest.raises(ModelError, match=r"mask does not fit[\s\S]*\.to_event\(1\)\.mask\(rows\)"):
         ExactPosteriorEM(_diagonal_mixture).posterior(x, torch.ones(6, dtype=torch.bool))
+
+
+def test_factors_are_masked_like_observations() -> None:
+    """Censored rows: log Σ_k w_k S((c − μ_k) / s), with S a normal's upper tail."""
+    y, censored = torch.tensor([0.2, 1.5, 0.9]).double(), torch.tensor([False, True, False])
+
+    def model() -> None:
+        w = pyro.param("w", torch.tensor([0.4, 0.6]).double(), constraint=constraints.simplex)
+        mu = pyro.param("mu", torch.tensor([-1.0, 1.0]).double())
+        with pyro.plate("n", 3):
+            z = pyro.sample("z", dist.Categorical(w))
+            with poutine.mask(mask=~censored):
+                pyro.sample("y", dist.Normal(mu[z], 1.0), obs=y)
+            with poutine.mask(mask=censored):
+                pyro.factor("tail", torch.special.log_ndtr(mu[z] - y))
+
+    w, mu = torch.tensor([0.4, 0.6]).double(), torch.tensor([-1.0, 1.0]).double()
+    seen = dist.Normal(mu, 1.0).log_prob(y[:, None])
+    each = torch.where(censored[:, None], torch.special.log_ndtr(mu - y[:, None]), seen)
+    em = ExactPosteriorEM(model)
+    expected = float((each + w.log()).logsumexp(-1).sum())
+    assert em.posterior().log_evidence == pytest.approx(expected, rel=1e-12)
+    assert em.fit(max_steps=2, tol=0).history.after_m_step[0] > expected
