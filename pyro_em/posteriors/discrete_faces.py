@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_em.globs import stacked_answers
 from pyro_em.graph.factors import FactorGraph, Latent
 from pyro_em.graph.latent_series import kinds_of
+from pyro_em.posteriors.chain_paths import paths_of
 from pyro_em.posteriors.crossed import across_plates, are_connected
 from pyro_em.posteriors.enumeration import (
     contraction_of,
@@ -27,7 +28,13 @@ from pyro_em.posteriors.enumeration import (
 from pyro_em.posteriors.names import by_glob, latent_of, own_name, pairs_by_glob
 from pyro_em.posteriors.observed_in_part import with_observed
 from pyro_em.posteriors.refusals import refuse_gaussian
-from pyro_em.posteriors.sampling import Conditional, conditionals, cumulative_rows
+from pyro_em.posteriors.sampling import (
+    Conditional,
+    Conditionals,
+    Draws,
+    conditionals,
+    cumulative_rows,
+)
 from pyro_em.posteriors.stacks import (
     are_alike,
     batch_shape,
@@ -150,14 +157,21 @@ class DiscreteFaces:
         result = largest_cells(self.graph, contraction_of(self.graph), self.tables)
         return self._assignment(result.cells)
 
-    def conditionals(self) -> list[Conditional]:
-        """What each latent is drawn from, given those drawn before it."""
-        if self.exact:
-            return conditionals(self.graph, contraction_of(self.graph), self.tables)
-        return [
-            Conditional(name, z.plates, (), cumulative_rows(self.probs(name).reshape(-1, z.size)))
-            for name, z in self.graph.latents.items()
-        ]
+    def draws(self) -> Draws:
+        """What joint draws of the discrete latents are made of."""
+        if not self.exact:
+            each = [
+                Conditional(
+                    name, z.plates, (), cumulative_rows(self.probs(name).reshape(-1, z.size))
+                )
+                for name, z in self.graph.latents.items()
+            ]
+            return Conditionals(self.graph, each)
+        paths = paths_of(self.graph, self.tables)
+        if paths is not None:
+            return paths
+        plan = contraction_of(self.graph)
+        return Conditionals(self.graph, conditionals(self.graph, plan, self.tables))
 
     def _assignment(self, marked: Sequence[Tensor]) -> dict[str, Tensor]:
         names = list(self.graph.latents)

@@ -511,8 +511,8 @@ class Posterior(Portable, NamesFromElsewhere):
             name: z.support.new_empty((n, *batch_shape(self.graph, z), *z.support.shape[1:]))
             for name, z in latents.items()
         }
-        done, found = 0, self._discrete.conditionals() if latents else []
-        for size, codes in draw_codes(self.graph, found, n, generator) if found else ():
+        done = 0
+        for size, codes in draw_codes(self._discrete.draws(), n, generator) if latents else ():
             for name, z in latents.items():
                 values = z.support[codes[name].reshape(size, *batch_shape(self.graph, z))]
                 out[name][done : done + size] = values

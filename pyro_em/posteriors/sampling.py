@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -120,29 +121,63 @@ def pick(cumulative: Tensor, rows: Tensor, generator: torch.Generator | None) ->
     return low
 
 
+class Draws(Protocol):
+    """What joint draws of all latents are made of."""
+
+    @property
+    def width(self) -> int:
+        """Numbers that one draw holds at a time."""
+        ...
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Codes:
+        """Positions in the latents' supports: per latent # (n, *plates)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Conditionals:
+    """Draws by the conditional of each latent.
+
+    Attributes:
+        graph: The factors.
+        found: In the order in which the latents are drawn.
+    """
+
+    graph: FactorGraph
+    found: Sequence[Conditional]
+
+    @property
+    def width(self) -> int:
+        """Cells of the largest latent."""
+        sizes = (math.prod(self.graph.dim_size(p) for p in c.plates) for c in self.found)
+        return max(sizes, default=1)
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Codes:
+        """Joint draws, one latent after the other."""
+        codes: dict[str, Tensor] = {}
+        for c in self.found:
+            rows = _cells(self.graph, c.plates, c.given, codes, n)
+            codes[c.latent] = pick(c.cumulative, rows, generator)
+        return codes
+
+
 def draw_codes(
-    graph: FactorGraph, found: Sequence[Conditional], n: int, generator: torch.Generator | None
+    draws: Draws, n: int, generator: torch.Generator | None
 ) -> Iterator[tuple[int, Codes]]:
     """Joint draws in portions of bounded size, as positions in the latents' supports.
 
     Args:
-        graph: The factors.
-        found: From `conditionals`.
+        draws: What they are made of.
         n: Number of draws.
         generator: Source of randomness.
 
     Yields:
         The number of draws in the portion, and per latent their positions. # (portion, *plates)
     """
-    largest = max((math.prod(graph.dim_size(p) for p in c.plates) for c in found), default=1)
-    portion = max(1, AT_ONCE // max(1, largest))
+    portion = max(1, AT_ONCE // max(1, draws.width))
     for start in range(0, n, portion):
         size = min(portion, n - start)
-        codes: dict[str, Tensor] = {}
-        for c in found:
-            rows = _cells(graph, c.plates, c.given, codes, size)
-            codes[c.latent] = pick(c.cumulative, rows, generator)
-        yield size, codes
+        yield size, draws.draw(size, generator)
 
 
 def _cells(
@@ -178,9 +213,9 @@ def draw_cells(
     Returns:
         Per group relative frequencies, times the factor's scale. # (members, *sizes)
     """
-    found = conditionals(graph, plan, log_densities)
+    draws = Conditionals(graph, conditionals(graph, plan, log_densities))
     totals = [torch.zeros_like(t, dtype=torch.float64) for t in log_densities]
-    for size, codes in draw_codes(graph, found, n, generator):
+    for size, codes in draw_codes(draws, n, generator):
         for group, total in zip(graph.groups, totals, strict=True):
             for dims, cells in zip(group.dims, total, strict=True):
                 plates, latents = dims[: group.n_plates], dims[group.n_plates :]

@@ -185,6 +185,53 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
         products = product_steps(graph)
         found = None if products is None else products.cells(tables)
         return None if found is None else StepCells(found.log_evidence, found.terms, found.cells)
+    smoothed = _smoothed(graph, steps, tables)
+    if smoothed is None:
+        return None
+    gamma, xi, per_sequence = smoothed
+    terms = [(steps.plates, per_sequence)]
+    cells: list[Tensor] = [per_sequence] * len(graph.groups)
+    for g, places in steps.single:
+        cells[g] = _laid_out(_at(gamma, places), graph.groups[g], steps)
+    for couple in steps.couples:
+        table = _at(xi, couple.steps)
+        table = table.mT if couple.is_turned else table
+        cells[couple.group] = _laid_out(table, graph.groups[couple.group], steps)
+    for g in steps.free:
+        table = tables[g].to(torch.float64)
+        cells[g] = torch.ones_like(table)
+        terms += list(zip(graph.groups[g].dims, table.unbind(0), strict=True))
+    total = torch.stack([t.sum() for _, t in terms]).sum()
+    return StepCells(total, terms, cells)
+
+
+@torch.no_grad()
+def smoothed_pairs(
+    graph: FactorGraph, tables: Sequence[Tensor]
+) -> tuple[tuple[int, ...], Tensor, Tensor] | None:
+    """Posterior marginals of all steps and of all pairs of neighbours of a first-order chain.
+
+    Args:
+        graph: The factors.
+        tables: Log densities per group. # (members, *sizes)
+
+    Returns:
+        The sizes of the plates, γ # (T, B, K) and ξ # (T - 1, B, K, K); None where the graph is no
+        such chain, or messages lose what may matter.
+    """
+    steps = steps_of(graph)
+    found = None if steps is None else _smoothed(graph, steps, tables)
+    if steps is None or found is None:
+        return None
+    gamma, xi, _ = found
+    K = steps.K
+    return steps.sizes, gamma.reshape(steps.T, -1, K), xi.reshape(steps.T - 1, -1, K, K)
+
+
+def _smoothed(
+    graph: FactorGraph, steps: Steps, tables: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """γ # (T, *plates, K), ξ # (T - 1, *plates, K, K) and the log evidence. # (*plates)"""
     log_l = _single(graph, steps, tables)
     top = log_l.amax(-1, keepdim=True)
     if not bool(torch.isfinite(top).all()):
@@ -202,20 +249,7 @@ def step_cells(graph: FactorGraph, tables: Sequence[Tensor]) -> StepCells | None
     per_sequence = log_c.reshape(steps.sizes) + top.squeeze(-1).sum(0)
     gamma = gamma.reshape(log_l.shape)
     xi = xi.reshape(steps.T - 1, *steps.sizes, steps.K, steps.K)
-    terms = [(steps.plates, per_sequence)]
-    cells: list[Tensor] = [per_sequence] * len(graph.groups)
-    for g, places in steps.single:
-        cells[g] = _laid_out(_at(gamma, places), graph.groups[g], steps)
-    for couple in steps.couples:
-        table = _at(xi, couple.steps)
-        table = table.mT if couple.is_turned else table
-        cells[couple.group] = _laid_out(table, graph.groups[couple.group], steps)
-    for g in steps.free:
-        table = tables[g].to(torch.float64)
-        cells[g] = torch.ones_like(table)
-        terms += list(zip(graph.groups[g].dims, table.unbind(0), strict=True))
-    total = torch.stack([t.sum() for _, t in terms]).sum()
-    return StepCells(total, terms, cells)
+    return gamma, xi, per_sequence
 
 
 @torch.no_grad()

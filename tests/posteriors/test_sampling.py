@@ -203,6 +203,29 @@ def test_whole_paths_of_a_chain(model, dtype: torch.dtype) -> None:
     agree(codes, truth)
 
 
+def test_few_draws_of_many_sequences_follow_the_joint_of_each() -> None:
+    """Two draws of 4,000 sequences make the rows that they meet; structural zeros are never met."""
+    x, start = torch.tensor([0.1, 1.5, 1.2]), torch.tensor([0.0, 0.4, 0.6])
+
+    def model(x: Tensor) -> None:
+        z = None
+        with pyro.plate("sequences", 4000):
+            for t in pyro.markov(range(3)):
+                probs = start if z is None else TRANSITION[z]
+                z = pyro.sample(f"z{t}", dist.Categorical(probs))
+                pyro.sample(f"x{t}", dist.Normal(z.double(), 1.0), obs=x[t].expand(4000))
+
+    likelihood = (-0.5 * (x[:, None] - torch.arange(3.0)) ** 2).exp()
+    first = start * likelihood[0]
+    both = first[:, None] * TRANSITION * likelihood[1]
+    truth = both[..., None] * TRANSITION * likelihood[2]
+    draws = ExactPosteriorEM(model).posterior(x).sample(2, seed=0)
+    assert draws["z0"].shape == (2, 4000)
+    codes = (draws["z0"] * 3 + draws["z1"]) * 3 + draws["z2"]
+    agree(codes.flatten(), (truth / truth.sum()).flatten().double())
+    assert not torch.equal(codes[0], codes[1])
+
+
 def test_many_draws_of_a_chain_take_no_time() -> None:
     q = ExactPosteriorEM(chain).posterior(torch.tensor([0.1, 1.5, 1.2, 2.2, 0.4]))
     before = time.process_time()
