@@ -1,15 +1,19 @@
 """Factors as rows: log densities of many data and their sums, as a few matrix products.
 
-A group of factors is evaluated in one of four ways, the first that fits:
+A group of factors is evaluated in one of these ways, the first that fits (`layout`, `rules`):
 
-    linear      simplex rows, probabilities and rates of all groups as one vector (`natural`)
-    Gaussian    components by products over features of the data (`gaussian`, `components`)
-    regression  a Normal whose mean is affine in covariates (`regression`)
-    others      the family's own density and statistics
+    linear       simplex rows, probabilities and rates of all groups as one vector (`natural`, `linear`)
+    regressions  arguments that are affine in covariates: Normals (`regression`, `vector_regression`),
+                 predictors of other families (`predicted`), those with a dispersion (`dispersed`)
+    components   arguments that differ between components only: `gaussian`, also with missing entries by
+                 their patterns (`incomplete`) or feature by feature (`masked`), `counts`, `student`,
+                 `weibull`, other exponential families (`exponential`)
+    others       the family's own density and statistics (`theta`)
 
-Gaussian rows with missing entries go by their patterns (`incomplete`), or feature by feature
-(`masked`). A conjugate prior on a point estimate is a constant that the sums gain (`priors`).
+`theta` holds the parameters of all of them, in the form in which an E-step reads them. A conjugate
+prior on a point estimate is a constant that the sums gain (`priors`). `compiled` and `numba_rows` are
+loops.
 
 May import: `pyro_em.updates` and what is below it. To add a way of evaluating rows, copy `regression`
-and keep the protocols of `density`.
+(an entry in `layout`) or `weibull` (an entry in `rules`), and keep the protocols of `density`.
 """

@@ -96,28 +96,28 @@ def advance(
         em: The map.
         run: Where it stands.
         is_watched: Whether somebody looks at parameters and data between steps, and may write them.
-        verify: Whether the step at which a run looks is held against a fresh trace of the model.
+        verify: Whether the step at which a run is verified is held against a fresh trace of the model.
         is_last: Whether no other follows.
     """
-    touched = is_watched and _look(em, run)
+    touched = is_watched and _is_touched(em, run)
     assert run.last is not None
     index = len(run.entering)
-    looks = index == run.verify_at and not run.looks_later
-    last = is_last and not (is_watched or looks)
-    step = em.step(run.last, index, verify=looks and verify, touched=touched, last=last)
-    is_public = is_watched or looks or last
+    is_due = index == run.verify_at and not run.verifies_later
+    last = is_last and not (is_watched or is_due)
+    step = em.step(run.last, index, verify=is_due and verify, touched=touched, last=last)
+    is_public = is_watched or is_due or last
     if is_public:
         em.publish(step, was_public=is_watched and run.recorded is step.before)
     run.take(step.before.objective, step.bound, step.after)
     if is_public or not isinstance(step.after, SumsPoint):
         run.record(em.program, step.after)
-    if looks:
+    if is_due:
         run.note_verified()
     return step
 
 
-def _look(em: Guarded, run: Run) -> bool:
-    """Go on with the data as they are; returns whether somebody has written parameters."""
+def _is_touched(em: Guarded, run: Run) -> bool:
+    """Whether somebody has written parameters; where data were written, the model is read anew."""
     if em.program.is_changed():
         read_anew(em, run)
         return False
@@ -133,7 +133,7 @@ def read_anew(em: Guarded, run: Run) -> None:
     at = em.e_step()
     run.record(em.program, at)
     run.plain_from = run.verify_at = run.num_steps
-    run.verified, run.looks_later = None, False
+    run.verified, run.verifies_later = None, False
 
 
 def settle(em: Guarded, run: Run, *, anew: bool = True) -> bool:

@@ -150,7 +150,7 @@ def _bare(state: Mapping[str, Any]) -> Run:
     run.initial_values, run.verified = decoded(state["initial_values"]), decoded(state["verified"])
     run.entering, run.after = state["entering"].tolist(), state["after"].tolist()
     run.plain_from, run.verify_at = state["plain_from"], state["verify_at"]
-    run.verified_at = run.verify_at + 1  # who keeps runs looks at once
+    run.verified_at = run.verify_at + 1  # where runs are kept, it is verified at once
     run.began_symmetric = state["began_symmetric"]
     return run
 

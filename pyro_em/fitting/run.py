@@ -120,10 +120,10 @@ class Run:
         after: The bound after the M-step of each, in nats.
         initial_values: Constrained values where it began, whose zeros are structural.
         verified: Unconstrained values that a fresh trace of the model confirmed last on these data:
-            after the first step, or where a run begins that looks later; None before.
+            after the first step, or where a run begins that is verified later; None before.
         verified_at: How many steps were complete there.
-        looks_later: Whether the first look at the model waits for some steps, and is one with that
-            at the end of a run that has no more (`pyro_em.fitting.looks`).
+        verifies_later: Whether the first verification waits for some steps, and is one with that at
+            the end of a run that has no more (`pyro_em.fitting.verified_steps`).
         plain_from: The first step since which all have been plain steps on the same data.
         seen: The recorded parameters, to notice where a caller has written others.
         recorded: The point whose parameters ``parameters`` holds.
@@ -148,7 +148,7 @@ class Run:
     initial_values: dict[str, Tensor] = field(default_factory=dict)
     verified: dict[str, Tensor] | None = None
     verified_at: int = 0
-    looks_later: bool = False
+    verifies_later: bool = False
     plain_from: int = 0
     seen: Seen | None = None
     recorded: Point | None = None
@@ -181,7 +181,7 @@ class Run:
         """The constrained values that the param store holds after the last step was recorded."""
         at = self.last
         # Where nobody sees steps, the last one has its E-step at what the store holds.
-        is_of_store = self.looks_later and at is self.recorded
+        is_of_store = self.verifies_later and at is self.recorded
         if is_of_store and isinstance(at, (TracedPoint, SumsPoint)):
             return at.values
         return values_of(program.graph.parameters)
@@ -230,7 +230,7 @@ class Run:
         assert self.verified is not None
         restore(program.graph.parameters, self.verified)
         self.truncate(self.verified_at)
-        self.looks_later = False
+        self.verifies_later = False
         self.plain_from = self.verify_at
         self.message = ""
 

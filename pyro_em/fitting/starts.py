@@ -1,4 +1,4 @@
-"""One start of a fit, from its first parameters to its end: steps, accelerated ones, and the last look.
+"""One start of a fit, from its first parameters to its end: steps, and the verification of the last.
 
 Many starts may be run a few steps each before the best ones go on; who runs them is `restarts`.
 """
@@ -9,19 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from pyro_em.errors import DataError, DegenerateError, FileError
-from pyro_em.fitting import looks
+from pyro_em.fitting import verified_steps
 from pyro_em.fitting.beginnings import Beginning, name_of_start
 from pyro_em.fitting.cycles import PLAIN_STEPS, accelerate
 from pyro_em.fitting.em_map import values_at
 from pyro_em.fitting.guarded import Guarded
 from pyro_em.fitting.history import EMStatus
-from pyro_em.fitting.looks import is_confirmed, may_look_later
 from pyro_em.fitting.loop import calls_stop, has_run_away, iterate, read_anew, settle
 from pyro_em.fitting.point import LeftPoint
 from pyro_em.fitting.run import Run, Settings
 from pyro_em.fitting.schemes import AUTO, SCHEMES
 from pyro_em.fitting.stopping import is_quick
 from pyro_em.fitting.symmetric import is_symmetric, warn_symmetric
+from pyro_em.fitting.verified_steps import is_confirmed, may_verify_later
 from pyro_em.tracing.parameters import restore, snapshot, values_of
 from pyro_em.updates.m_step import apply_floors
 
@@ -118,22 +118,22 @@ def _set_out(em: Guarded, settings: Settings, beginning: Beginning, init: Any, r
     run.record(em.program, at)
     if init is None:
         run.initial_values = dict(values_at(at))
-    if may_look_later(em, settings):
-        run.looks_later = True
+    if may_verify_later(em, settings):
+        run.verifies_later = True
         run.note_verified()
     run.began_symmetric = is_symmetric(em, at)
     return run
 
 
 def _goes_on(em: Guarded, settings: Settings, run: Run, r: int) -> bool:
-    """Take the steps before a later look, and the look; whether steps follow.
+    """Take the steps before a later verification, and verify them; whether steps follow.
 
     They follow from where the run paused, not from what the store has rounded: a fit is the same to the
-    bit, whenever the model was looked at.
+    bit, whenever it was verified.
     """
-    if not run.looks_later or settings.max_steps <= looks.LATER:
+    if not run.verifies_later or settings.max_steps <= verified_steps.LATER:
         return True
-    at = iterate(em, settings, run, r, looks.LATER)
+    at = iterate(em, settings, run, r, verified_steps.LATER)
     if at is None:
         return False
     confirmed = is_confirmed(em, run, "it is not")

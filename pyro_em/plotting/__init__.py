@@ -13,6 +13,9 @@ shows them.
 * `selection`: a criterion of the candidates of `pyro_em.select`;
 * `comparison`: how fast the contenders of `pyro_em.compare` close the gap;
 * `graph`: the model as a directed graph.
+
+May import: `pyro_em.em` and what is below it, and what is compared or selected as types alone. To add a
+figure, copy a function of `fits` and export it here.
 """
 
 from pyro_em.plotting.axes import PALETTE

@@ -4,5 +4,5 @@
 `bootstrap` summarises how far its parameters move, once components are `matching`.
 
 May import: `pyro_em.fitting`, `pyro_em.analysis` and what is below them. To add a way of making data,
-copy `refits.Parametric`.
+copy `refits.Fitted.parametric`.
 """

@@ -1,8 +1,15 @@
 """Running a model: everything that touches Pyro's or torch's internals lives here.
 
-A model is run plainly, with tagged latents, and with its latents enumerated (`runs`); handlers change
-what a run does (`handlers`), `parameters` hands out and writes parameter values, `checkpoint` keeps
-them in files.
+* A run: `runs` makes it, plainly, with tagged latents (`provenance`, `mixing`), or with latents
+  enumerated; `handlers` and `lean` change what a run does, `allocation` what it may spend, `stored` is
+  what it leaves in the param store, `sites` what was traced.
+* Parameters: `parameters` hands them out and writes them, `memory` is whose they are, `scopes` keep
+  those of several starts apart, `checkpoint`, `encoding` and `files` keep them in files.
+* What a run depends on: `names`, `dependences` (whether anything was changed since), `operations`
+  (whether another run does the same), `tape` (what is done to some tensors, done again at others).
+* Models made of the user's: `given` (some latents have values), `missing` (NaN is missing),
+  `long_format` (rows below the elements that they read), `vectorized` loops with `loops`, `per_step`,
+  `each_step` and `step_places`.
 
 May import: `pyro_em.errors`, `pyro_em.distributions`. To add a handler, copy a class in `handlers`;
 whatever private name of Pyro or torch it needs is tested in ``tests/tracing/test_pyro_internals.py``.

@@ -25,7 +25,7 @@ from pyro_em.densities.tying import collapsed
 from pyro_em.errors import Handover
 from pyro_em.families.forms import Kind
 from pyro_em.families.registry import REGISTRY
-from pyro_em.fitting import em_map, guarded, looks
+from pyro_em.fitting import em_map, guarded, verified_steps
 from pyro_em.fitting.em_map import ByTracing
 from pyro_em.fitting.em_on_sums import on_sums
 from pyro_em.fitting.history import EMStatus, EMStep
@@ -870,7 +870,7 @@ def test_a_later_look_finds_what_the_first_step_crossed(
     waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branch is met in the second fit of a form: its steps on sums are taken back, all of them."""
-    monkeypatch.setattr(looks, "LATER", waits)
+    monkeypatch.setattr(verified_steps, "LATER", waits)
 
     def model(x: Tensor) -> None:
         mu = pyro.param("mu", torch.tensor([0.0, 1.0]))

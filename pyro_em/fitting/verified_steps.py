@@ -1,9 +1,9 @@
-"""Looks at the model in a fit: whether a fresh trace confirms what the steps computed with.
+"""Verification in a fit: whether a fresh trace of the model confirms what the steps computed with.
 
-One look follows the first M-step on the data, one the last step. Where an earlier reading of the same
-form has confirmed the bindings, and nobody sees a step before the end, the first one waits for some
-steps: a fit that ends before needs but one run of the model, at the parameters that it returns. A look
-that finds a difference takes back all steps since the one before.
+One follows the first M-step on the data, one the last step. Where an earlier reading of the same form
+was confirmed, and nobody sees a step before the end, the first one waits for some steps: a fit that
+ends before needs but one run of the model, at the parameters that it returns. A verification that
+finds a difference takes back all steps since the one before.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pyro_em.fitting.guarded import Guarded, warn_disagreement
 from pyro_em.fitting.history import EMStatus
 from pyro_em.fitting.run import Run, Settings
 
-# Steps before the first look at a model that an earlier reading has confirmed elsewhere.
+# Steps before the first verification where an earlier reading of the model was confirmed.
 LATER = 8
 
 
-def may_look_later(em: Guarded, settings: Settings) -> bool:
+def may_verify_later(em: Guarded, settings: Settings) -> bool:
     """Whether nobody sees a step before the end, and the bindings were confirmed when first read."""
     if settings.callbacks or settings.keeper is not None or settings.acceleration is not None:
         return False
@@ -38,7 +38,7 @@ def is_confirmed(em: Guarded, run: Run, when: str) -> bool | None:
     if not program.compiled or run.verified is None or run.num_steps <= run.verified_at:
         return True
     try:
-        off = em.disagreements(run.values(program) if run.looks_later else None)
+        off = em.disagreements(run.values(program) if run.verifies_later else None)
     except KeyboardInterrupt:
         run.status = EMStatus.INTERRUPTED
         return None
