@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pyro_em.densities.gaussian import products
+from pyro_em.densities.pairs import products
 from pyro_em.densities.ridge import are_read_elsewhere, may_be_ridge
 from pyro_em.distributions import bounds
 from pyro_em.graph.factors import FactorGraph

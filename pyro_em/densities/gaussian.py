@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_em.densities.pairs import unfolding, upper_pairs, with_products
 from pyro_em.densities.whitened import Scaled, Whitened, block_size, is_near
 from pyro_em.families.family import Statistics
 from pyro_em.graph.all_data import AllData, Centre
@@ -39,20 +40,6 @@ _BLOCK = 2**13
 _LIMIT = {torch.float64: 1e4, torch.float32: 1e3}
 
 
-def upper_pairs(D: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The pairs i ≤ j, row by row. # (P,) each"""
-    pairs = torch.triu_indices(D, D, device=device)
-    return pairs[0], pairs[1]
-
-
-def unfolding(D: int, device: torch.device) -> Tensor:
-    """For each element of a symmetric matrix its place among the `upper_pairs`. # (D * D,)"""
-    i, j = upper_pairs(D, device)
-    out = torch.zeros(D, D, dtype=torch.long, device=device)
-    out[i, j] = out[j, i] = torch.arange(len(i), device=device)
-    return out.reshape(-1)
-
-
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _places(D: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
@@ -60,22 +47,6 @@ def _places(D: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], Tensor
     i, j = upper_pairs(D, device)
     halved = torch.where(i == j, -0.5, -1.0).to(torch.float64)
     return (i, j), i * D + j, unfolding(D, device), halved
-
-
-def products(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """x_i x_j of the `upper_pairs`, one row of products after the other. # (P, rows)
-
-    Args:
-        x: # (D, rows)
-        out: Where they go.
-    """
-    D = len(x)
-    out = x.new_empty(D * (D + 1) // 2, x.shape[1]) if out is None else out
-    begin = 0
-    for i in range(D):
-        torch.mul(x[i], x[i:], out=out[begin : begin + D - i])
-        begin += D - i
-    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,11 +219,7 @@ class Gaussian:
             return x
         if self.diagonal:
             return torch.cat([x, x * x])
-        D, P = x.shape[0], len(self.upper[0])
-        out = x.new_empty(D + P, x.shape[1])
-        out[:D] = x
-        products(x, out[D:])
-        return out
+        return with_products(x)
 
     def moments(self, p: Prepared, weights: Tensor, features: Tensor) -> Tensor:
         """Σ r d and Σ r d dᵀ of some rows, in float64, so that they can be added; see `over_rows`.

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_em.densities.gaussian import FEW_CELLS, Gaussian, products, unfolding, upper_pairs
+from pyro_em.densities.gaussian import FEW_CELLS, Gaussian
+from pyro_em.densities.pairs import unfolding, upper_pairs, with_products
 from pyro_em.families.family import Statistics
 from pyro_em.incomplete import Patterns, conditional, covariance_of, most_patterns, patterns_of
 
@@ -220,10 +221,7 @@ class Incomplete(Gaussian):
         D, out = self.x.shape[0], []
         x = torch.cat([self.x[:, begin:end], self.x.new_zeros(D, 1)], 1)
         for own, at in self._layout(begin, end, matrices):
-            values = x[:, at].flatten(1)
-            phi = x.new_empty(D + len(self.halved), values.shape[1])
-            phi[:D] = values
-            products(values, phi[D:])
+            phi = with_products(x[:, at].flatten(1))
             out.append((own, at, phi.unflatten(1, at.shape).transpose(0, 1).contiguous()))
         found = _Features(end - begin, out)
         if (D + len(self.halved)) * self.x.shape[1] <= FEW_CELLS:

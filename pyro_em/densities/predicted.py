@@ -29,7 +29,7 @@ from pyro_em.densities.affine_rows import (
     of_rows,
 )
 from pyro_em.densities.density import KeepsRows, PlainRows
-from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.densities.pairs import products, unfolding, upper_pairs
 from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.errors import Handover
 from pyro_em.families.family import link_of
@@ -268,7 +268,7 @@ class Classes(Predicted):
         """See `Predicted.curved`."""
         cells, classes, d = self.columns.shape
         N, P = self.x.shape[1], d * (d + 1) // 2
-        first, second = torch.triu_indices(classes, classes, device=beta.device)
+        first, second = upper_pairs(classes, beta.device)
         step = max(256, CELLS // (len(first) * cells + P + d))
         value = beta.new_zeros(())
         slope = beta.new_zeros(cells * classes, d)

@@ -33,7 +33,7 @@ from pyro_em.densities.affine_rows import (
     products_of,
 )
 from pyro_em.densities.density import PlainRows
-from pyro_em.densities.gaussian import products, unfolding
+from pyro_em.densities.pairs import products, unfolding
 from pyro_em.densities.ridge import Ridge, WithRidge
 from pyro_em.distributions import bounds
 from pyro_em.errors import Handover
