@@ -228,7 +228,7 @@ class _Groups:
         D = space.value.shape[-1]
         seen = np.ones((1, 1, D), np.bool_) if space.seen is None else space.seen.numpy()
         own = (space.transition, space.noise, space.loading, space.deviation)
-        if max(len(x) for x in own) > 1:
+        if any(x.shape[0] > 1 for x in own):
             return _Groups(space, space.chains, np.arange(space.chains), seen)
         if len(seen) == 1:
             return _Groups(space, 1, None, seen)
@@ -240,19 +240,15 @@ class _Groups:
     def each(self) -> Iterator[_Group]:
         """One after the other."""
         space = self.space
-        tensors = (space.transition, space.noise, space.loading, space.deviation)
-        arrays = [np.ascontiguousarray(x.detach().numpy()) for x in tensors]
-        which = [np.ascontiguousarray(x.numpy()) for x in (space.dynamics, space.measurement)]
-        value, drift = (
-            np.ascontiguousarray(x.detach().numpy()) for x in (space.value, space.drift)
-        )
+        own = [_array(x) for x in (space.transition, space.noise, space.loading, space.deviation)]
+        dynamics, measurement = _array(space.dynamics), _array(space.measurement)
+        value, drift = _array(space.value), _array(space.drift)
         if not drift[:, 1:].any():
-            drift = np.ascontiguousarray(drift[:, : int(drift.any())])
+            drift = np.ascontiguousarray(drift[:, : int(drift[:, 0].any())])
         for b in range(self.count):
             chains = np.arange(space.chains) if self.of is None else np.flatnonzero(self.of == b)
             first = int(chains[0])
-            A, G, H, s = (x[first % len(x)] for x in arrays)
-            dynamics, measurement = which
+            A, G, H, s = (x[first % len(x)] for x in own)
             yield _Group(
                 chains,
                 A,
@@ -323,7 +319,7 @@ def _forward(
         size,
         before,
         after,
-        _work((n, n + k), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))),
+        _work((n + k, n), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))),
     )
     return nats, predicted, mean
 
@@ -371,7 +367,11 @@ def _backward(
         shift,
         place,
         totals,
-        _work((wide + told, told + k), (n, n), (n, n), (M, told), (wide, told), (M, n), (2, n)),
+        (
+            *_work((told, n + told), (wide, wide + told), (n, n), (n, n), (M, told), (wide, told)),
+            np.zeros(((wide + 3) // 4, told, 4)),
+            *_work((M, n), (2, told + k + 3)),
+        ),
     )
     if place[0] < 0:
         return None
@@ -415,6 +415,11 @@ def _follow(
         _work((len(shift), n), (4, max(n, k))),
     )
     return states, disturbance, squares
+
+
+def _array(x: Tensor) -> Any:
+    """The numbers of a tensor on the CPU, in its own memory if they follow each other there."""
+    return np.ascontiguousarray((x.detach() if x.requires_grad else x).numpy())
 
 
 def _work(*shapes: tuple[int, int]) -> tuple[_Floats, ...]:

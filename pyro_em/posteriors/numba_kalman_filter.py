@@ -31,13 +31,13 @@ def _predict(X: np.ndarray, S: np.ndarray, A: np.ndarray, G: np.ndarray) -> None
             total = 0.0
             for l in range(j, n):
                 total += A[i, l] * S[l, j]
-            X[i, j] = total
+            X[j, i] = total
         for j in range(k):
-            X[i, n + j] = G[i, j]
-    reflect(X, n + k, n, n)
+            X[n + j, i] = G[i, j]
+    reflect(X, n + k, n + k, n, n)
     for i in range(n):
         for j in range(n):
-            S[i, j] = X[i, j] if j <= i else 0.0
+            S[i, j] = X[j, i] if j <= i else 0.0
 
 
 @compiled
@@ -113,7 +113,7 @@ def forward(
         determinant: Where the steps' log determinants go. # (T,)
         before: Where predicted covariances go. # (T, n, n)
         after: Where filtered covariances go. # (T, n, n)
-        work: Zeros. # (n, n + k), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))
+        work: Zeros. # (n + k, n), (n, n), (n, n), (D, n), (M, n), (2, max(n, D))
     """
     M, T, D = value.shape
     n = A.shape[-1]

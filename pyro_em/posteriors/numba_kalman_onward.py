@@ -10,6 +10,8 @@ import numpy as np
 from pyro_em.posteriors.kalman_recursions import SAME
 from pyro_em.posteriors.numba_kalman import Work, compiled, copy, expect, next_look, settle
 
+_TOGETHER = 8  # chains that are gone through step by step, so that the cache holds what is near
+
 
 @compiled
 def onward(
@@ -141,47 +143,48 @@ def follow(
     delta, both = work
     epsilon, moved, m, gained = both[0], both[1], both[2], both[3]
     drifting = T if len(near) > 0 else drift.shape[1]
-    u, v, p = dynamics[0], measurement[0], place[0]
-    a, g, h, E = A[u], G[u], H[v], pull[p]  # each look at a part of an array takes time
-    for t in range(T):
-        if dynamics[t] != u or measurement[t] != v or place[t] != p:
-            u, v, p = dynamics[t], measurement[t], place[t]
-            a, g, h, E = A[u], G[u], H[v], pull[p]
-        plain = t >= drifting
-        here = t if len(seen) > 1 else 0
-        for j in range(M):
-            total = 0.0
-            for i in range(k):
-                e = shift[j, t, i]
-                for l in range(n):
-                    e -= E[i, l] * delta[j, l]
-                epsilon[i] = e
-                total += e * e
-            for i in range(n):
-                noise, other = 0.0, 0.0
-                for l in range(k):
-                    noise += g[i, l] * epsilon[l]
-                for l in range(n):
-                    other += a[i, l] * delta[j, l]
-                disturbance[j, t, i] = noise
-                moved[i] = noise + other
-            if plain:
-                for i in range(n):
-                    delta[j, i] = moved[i]
-                    states[j, t, i] = moved[i]
-            else:
-                expect(a, drift, near, j, t, m, gained)
-                for i in range(n):
-                    delta[j, i] = moved[i] - gained[i]
-                    states[j, t, i] = m[i] + moved[i]
-            for d in range(D):
-                if seen[here, d]:
-                    e, then = value[j, t, d], 0.0
-                    if not plain:
-                        for i in range(n):
-                            e -= h[d, i] * m[i]
-                    for i in range(n):
-                        then += h[d, i] * moved[i]
-                    e = (e - then) * w[v, d]
+    for begin in range(0, M, _TOGETHER):
+        u, v, p = dynamics[0], measurement[0], place[0]
+        a, g, h, E = A[u], G[u], H[v], pull[p]  # each look at a part of an array takes time
+        for t in range(T):
+            if dynamics[t] != u or measurement[t] != v or place[t] != p:
+                u, v, p = dynamics[t], measurement[t], place[t]
+                a, g, h, E = A[u], G[u], H[v], pull[p]
+            plain = t >= drifting
+            here = t if len(seen) > 1 else 0
+            for j in range(begin, min(M, begin + _TOGETHER)):
+                total = 0.0
+                for i in range(k):
+                    e = shift[j, t, i]
+                    for l in range(n):
+                        e -= E[i, l] * delta[j, l]
+                    epsilon[i] = e
                     total += e * e
-            squares[j] += total
+                for i in range(n):
+                    noise, other = 0.0, 0.0
+                    for l in range(k):
+                        noise += g[i, l] * epsilon[l]
+                    for l in range(n):
+                        other += a[i, l] * delta[j, l]
+                    disturbance[j, t, i] = noise
+                    moved[i] = noise + other
+                if plain:
+                    for i in range(n):
+                        delta[j, i] = moved[i]
+                        states[j, t, i] = moved[i]
+                else:
+                    expect(a, drift, near, j, t, m, gained)
+                    for i in range(n):
+                        delta[j, i] = moved[i] - gained[i]
+                        states[j, t, i] = m[i] + moved[i]
+                for d in range(D):
+                    if seen[here, d]:
+                        e, then = value[j, t, d], 0.0
+                        if not plain:
+                            for i in range(n):
+                                e -= h[d, i] * m[i]
+                        for i in range(n):
+                            then += h[d, i] * moved[i]
+                        e = (e - then) * w[v, d]
+                        total += e * e
+                squares[j] += total
