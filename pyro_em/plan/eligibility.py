@@ -35,7 +35,7 @@ from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
 from pyro_em.updates.dispersed import dispersed_at
 from pyro_em.updates.predictors import predictor_binding
-from pyro_em.updates.strongest import is_joint
+from pyro_em.updates.standing import is_joint
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
