@@ -197,40 +197,19 @@ def data_problems(
     masked_by_user = name.endswith("_observed") and site["mask"] is not None
     where = f"site '{name.removesuffix('_observed') if masked_by_user else name}'"
     if not isinstance(value, Tensor):
-        kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
-        return [
-            Finding(
-                where,
-                f"the observed value is a {kind}, not a tensor.",
-                "Pyro's densities take torch tensors",
-                (
-                    "pass torch.as_tensor("
-                    + ("x.to_numpy()" if kind.startswith("pandas") else "x")
-                    + ", dtype=torch.get_default_dtype())",
-                ),
-                DataError,
-            )
-        ]
-    if type(unwrap(fn)[0]).__name__ == "Unit":
+        return [_no_tensor(where, value)]
+    base, reinterpreted, _ = unwrap(fn)
+    if type(base).__name__ == "Unit":
         return []
     if value.is_complex():
-        return [
-            Finding(
-                where,
-                "the observed values are complex.",
-                "no distribution here has a complex support",
-                ("observe x.real and x.imag",),
-                DataError,
-            )
-        ]
-    base, reinterpreted, _ = unwrap(fn)
-    event_dim = fn.event_dim
+        what, why = "the observed values are complex.", "no distribution here has a complex support"
+        return [Finding(where, what, why, ("observe x.real and x.imag",), DataError)]
     mask = element_mask(fn, site["mask"])
     if mask is False:
         return []
     shown = value.new_ones((), dtype=torch.bool)
     if isinstance(mask, Tensor):
-        shown = mask.reshape(mask.shape + (1,) * (event_dim - reinterpreted))
+        shown = mask.reshape(mask.shape + (1,) * (fn.event_dim - reinterpreted))
         try:
             broadcast_shape(value.shape, shown.shape)
         except ValueError:
@@ -241,47 +220,10 @@ def data_problems(
     if bad is not None and may_hold_nan(base):
         bad &= torch.isinf(value)
     if bad is not None and bool(bad.any()):
-        count, kind, first = _nonfinite(value, bad)
-        rows = ".all(-1)" if event_dim else ""
-        remedy = f"pyro.sample(..., obs=x, obs_mask=torch.isfinite(x){rows})"
-        if masked_by_user:
-            fixes: tuple[str, ...] = (
-                f"set obs_mask to False there: obs_mask = obs_mask & torch.isfinite(x){rows}",
-            )
-            kind += " where obs_mask is True"
-        else:
-            fixes = (f"mark them as missing: {remedy}", "drop the rows that hold them")
-            if kind == "NaN":
-                fixes = ("integrate them out: ExactPosteriorEM(model, missing='nan')", *fixes)
-        return [
-            Finding(
-                where,
-                f"{count} of {value.numel()} observed values are {kind}, the first at index {first}.",
-                "a density cannot be evaluated there",
-                fixes,
-                DataError,
-                row=_row_of(site, value, first),
-            )
-        ]
+        return [_not_finite(where, site, bad, masked_by_user)]
     converted = None if low > CONVERTED_NAN[1] else _converted(value) & shown
     if converted is not None and bool(converted.any()):
-        first = tuple(int(i) for i in converted.nonzero()[0])
-        count = int(converted.sum())
-        return [
-            Finding(
-                where,
-                f"{count} of {value.numel()} observed values {'is' if count == 1 else 'are'} "
-                f"{int(value.expand(converted.shape)[first])}, the first at index {first}.",
-                NAN_CONVERTED,
-                (
-                    "observe the floating tensor as it is, codes too: obs=x with "
-                    "ExactPosteriorEM(model, missing='nan')",
-                    "mark them as missing before: obs_mask=~x.isnan()",
-                ),
-                DataError,
-                row=_row_of(site, value, first),
-            )
-        ]
+        return [_converted_nan(where, site, converted)]
     if not check_support:
         return []
     try:
@@ -294,18 +236,76 @@ def data_problems(
         return []
     if isinstance(mask, Tensor):
         inside = inside | ~mask
-    if bool(inside.all()):
-        return []
-    first = tuple(int(i) for i in (~inside).nonzero()[0])
-    count = int((~inside).sum())
-    return [
-        Finding(
-            where,
-            f"{count} of {inside.numel()} observed values are outside the support of "
-            f"{type(base).__name__}, the first at index {first}.",
-            f"its support is {fn.support}",
-            ("check the data", "choose a distribution whose support holds them"),
-            DataError,
-            row=_row_of(site, value, first),
+    return [] if bool(inside.all()) else [_outside(where, site, ~inside)]
+
+
+def _no_tensor(where: str, value: object) -> Finding:
+    kind = f"{type(value).__module__.split('.')[0]}.{type(value).__name__}"
+    array = "x.to_numpy()" if kind.startswith("pandas") else "x"
+    return Finding(
+        where,
+        f"the observed value is a {kind}, not a tensor.",
+        "Pyro's densities take torch tensors",
+        (f"pass torch.as_tensor({array}, dtype=torch.get_default_dtype())",),
+        DataError,
+    )
+
+
+def _not_finite(where: str, site: Mapping[str, Any], bad: Tensor, masked_by_user: bool) -> Finding:
+    """Values that are NaN or infinite where they count."""
+    value = site["value"]
+    count, kind, first = _nonfinite(value, bad)
+    rows = ".all(-1)" if site["fn"].event_dim else ""
+    remedy = f"pyro.sample(..., obs=x, obs_mask=torch.isfinite(x){rows})"
+    if masked_by_user:
+        fixes: tuple[str, ...] = (
+            f"set obs_mask to False there: obs_mask = obs_mask & torch.isfinite(x){rows}",
         )
-    ]
+        kind += " where obs_mask is True"
+    else:
+        fixes = (f"mark them as missing: {remedy}", "drop the rows that hold them")
+        if kind == "NaN":
+            fixes = ("integrate them out: ExactPosteriorEM(model, missing='nan')", *fixes)
+    return Finding(
+        where,
+        f"{count} of {value.numel()} observed values are {kind}, the first at index {first}.",
+        "a density cannot be evaluated there",
+        fixes,
+        DataError,
+        row=_row_of(site, value, first),
+    )
+
+
+def _converted_nan(where: str, site: Mapping[str, Any], converted: Tensor) -> Finding:
+    """Integers that NaN became."""
+    value = site["value"]
+    first = tuple(int(i) for i in converted.nonzero()[0])
+    count = int(converted.sum())
+    return Finding(
+        where,
+        f"{count} of {value.numel()} observed values {'is' if count == 1 else 'are'} "
+        f"{int(value.expand(converted.shape)[first])}, the first at index {first}.",
+        NAN_CONVERTED,
+        (
+            "observe the floating tensor as it is, codes too: obs=x with "
+            "ExactPosteriorEM(model, missing='nan')",
+            "mark them as missing before: obs_mask=~x.isnan()",
+        ),
+        DataError,
+        row=_row_of(site, value, first),
+    )
+
+
+def _outside(where: str, site: Mapping[str, Any], outside: Tensor) -> Finding:
+    """Values that the distribution cannot produce."""
+    fn, value = site["fn"], site["value"]
+    first = tuple(int(i) for i in outside.nonzero()[0])
+    return Finding(
+        where,
+        f"{int(outside.sum())} of {outside.numel()} observed values are outside the support of "
+        f"{type(unwrap(fn)[0]).__name__}, the first at index {first}.",
+        f"its support is {fn.support}",
+        ("check the data", "choose a distribution whose support holds them"),
+        DataError,
+        row=_row_of(site, value, first),
+    )
