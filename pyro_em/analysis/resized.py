@@ -45,7 +45,7 @@ def resized(
 def _brought_together(
     model: Model, n: int, args: tuple, kwargs: dict[str, Any], where: str, error: Exception
 ) -> tuple[Sites, Rows, tuple, dict[str, Any]]:
-    """As `_resized`, where covariates have the new number of rows and the data the old one."""
+    """As `resized`, where covariates have the new number of rows and the data the old one."""
     shapes = {
         p: tuple(v.shape) for p, v in leaves_of(args, kwargs).items() if isinstance(v, Tensor)
     }
