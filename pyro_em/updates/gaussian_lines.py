@@ -165,9 +165,10 @@ def _by_rows(
         weights: # (rows,) or (rows, D)
     """
     rows, p = len(phi_phi), design.shape[-1]
-    read = (design != 0).any(-1).any(1).any(0).nonzero().reshape(-1).tolist()
+    moves = (design != 0).any(1).any(0)  # which unknowns of the M-step move which coefficient
+    columns = {a: moves[a].nonzero().reshape(-1) for a in range(len(moves)) if bool(moves[a].any())}
     gram, right = design.new_zeros(p, p), design.new_zeros(p)
-    step = max(1, _MANY // max(1, design.shape[1] * max(len(read), 1) * p))
+    step = max(1, _MANY // max(1, design.shape[1] * max(len(columns), 1) * p))
     for begin in range(0, rows, step):
         part = slice(begin, min(begin + step, rows))
 
@@ -178,13 +179,15 @@ def _by_rows(
         J, P, w = own(design), own(precision), weights[part]
         w = w.unsqueeze(-1) if w.dim() == 1 else w
         r = _weighed(P, r_phi[part] * w.unsqueeze(-1))
-        for a in read:
-            left = J[:, :, a].expand(n, *J[:, :, a].shape[1:])
-            right = right + (left * r[:, :, a].unsqueeze(-1)).sum((0, 1))
-            for b in read:
-                there = J[:, :, b].expand_as(left) * (
-                    w * phi_phi[part, a, b].unsqueeze(-1)
-                ).unsqueeze(-1)
-                there = _weighed(P, there)
-                gram = gram + left.reshape(-1, p).mT @ there.reshape(-1, p)
+        narrow = {a: J[:, :, a, c].expand(n, -1, -1) for a, c in columns.items()}
+        for a, left in narrow.items():
+            right.index_add_(0, columns[a], (left * r[:, :, a].unsqueeze(-1)).sum((0, 1)))
+            for b, there in narrow.items():
+                if b < a:  # the Gram matrix is symmetric
+                    continue
+                there = there * (w * phi_phi[part, a, b].unsqueeze(-1)).unsqueeze(-1)
+                block = left.flatten(0, 1).mT @ _weighed(P, there).flatten(0, 1)
+                gram[columns[a].unsqueeze(1), columns[b]] += block
+                if b > a:
+                    gram[columns[b].unsqueeze(1), columns[a]] += block.mT
     return gram, right
