@@ -32,37 +32,23 @@ from pyro_em.graph.nodes import (
     nodes_below,
     through_views,
 )
+from pyro_em.graph.reached import Reached
 
 _FEW = 2**18  # numbers of a Jacobian that is held as it stands
 
 _NODES = {"exp": ("Exp",), "sigmoid": ("Sigmoid",), "softmax": ("Softmax",)}
 
 
-def as_affine(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    normalised: str,
-    link: str,
-    plates: int,
-    max_cells: int,
-) -> Binding | str:
+def as_affine(reached: Reached, normalised: str, link: str) -> Binding | str:
     """An affine binding with its Jacobians, or the reason why there is none.
 
     Args:
-        point: Where the argument is in its autograd graph.
-        top: Which element of it each cell of the compact layout is.
-        constant: The argument in that layout.
-        names: The parameters that reach it.
-        leaves: The leaf tensor of each.
+        reached: The argument.
         normalised: How the distribution normalises its rows, if it does.
         link: What makes the argument of the predictor; empty where it is the predictor.
-        plates: How many of the first dimensions are plates.
-        max_cells: The most numbers of a Jacobian to hold.
     """
-    point, top, how = below_normalisation(point, top, constant, normalised)
+    constant, names, leaves = reached.constant, reached.names, reached.leaves
+    point, top, how = below_normalisation(reached.point, reached.top, constant, normalised)
     if link:
         below = _below_link(point, top, constant, link)
         if isinstance(below, str):
@@ -84,8 +70,8 @@ def as_affine(
         leaf, own = leaves[name], None
         cells = leaf.numel() * constant.numel()
         if cells > _FEW:
-            own = factored(point, top, leaf, constant, plates, max_cells)
-        if own is None and cells > max_cells:
+            own = factored(point, top, leaf, constant, reached.plates, reached.max_cells)
+        if own is None and cells > reached.max_cells:
             return f"its Jacobian would have {cells:,} cells"
         jacobians[name] = own or _whole(point, top, leaf, constant)
         offset = offset - jacobians[name] @ leaf.detach().reshape(-1).to(jacobians[name].dtype)

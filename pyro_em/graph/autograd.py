@@ -40,6 +40,7 @@ from pyro_em.graph.composites import as_composite
 from pyro_em.graph.log_affine import as_log_affine
 from pyro_em.graph.nodes import Point, below_expansion, is_leaf, nodes_below
 from pyro_em.graph.products import as_product, as_sum
+from pyro_em.graph.reached import Reached
 from pyro_em.graph.selections import as_selection
 from pyro_em.graph.useful import SELECTIONS, Useful
 
@@ -83,30 +84,31 @@ def bind(
     point = below_expansion(Point(argument, start.node, tuple(argument.shape)))
     index = torch.arange(math.prod(point.shape), device=argument.device).reshape(point.shape)
     top = layout(index.expand(argument.shape))
-    product = as_product(point, top, constant, names, leaves) if useful.product else None
+    reached = Reached(point, top, constant, names, leaves, plates, max_cells)
+    product = as_product(reached) if useful.product else None
     if product is not None:
         return product
-    selection = as_selection(point, top, constant, names, leaves, normalised)
+    selection = as_selection(reached, normalised)
     if isinstance(selection, Binding):
         return selection
-    summed = as_sum(point, top, constant, names, leaves) if useful.product else None
+    summed = as_sum(reached) if useful.product else None
     if summed is not None:
         return summed
     if useful.affine:
-        affine = as_affine(point, top, constant, names, leaves, normalised, link, plates, max_cells)
+        affine = as_affine(reached, normalised, link)
         if isinstance(affine, Binding):
             return affine
         selection = affine
     is_one_row = all(size == 1 for size in top.shape[:plates])
     found = None
     if useful.bilinear:
-        found = as_bilinear(point, top, constant, names, leaves, max_cells, normalised=normalised)
+        found = as_bilinear(reached, normalised=normalised)
     if found is None and useful.composite and is_one_row:
-        found = as_composite(point, top, constant, names, leaves)
+        found = as_composite(reached)
     if found is None and useful.affine and useful.logs:
-        found = as_log_affine(point, top, constant, names, leaves, link, plates, max_cells)
+        found = as_log_affine(reached, link)
     if found is None and useful.composite and not is_one_row:
-        found = as_composite(point, top, constant, names, leaves)
+        found = as_composite(reached)
     return found or Binding("opaque", names, constant, reason=selection)
 
 

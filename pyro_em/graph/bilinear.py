@@ -9,7 +9,7 @@ autograd graph upward. T_pq are second derivatives, which such an argument has a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
@@ -29,6 +29,7 @@ from pyro_em.graph.nodes import (
     forward_maps,
     is_leaf,
 )
+from pyro_em.graph.reached import Reached
 from pyro_em.tracing.without_sympy import pull_back
 
 _FEW = 2**10  # numbers that two parameters have together, each of which costs a pass
@@ -36,27 +37,15 @@ _FEW = 2**10  # numbers that two parameters have together, each of which costs a
 Term = frozenset[str]
 
 
-def as_bilinear(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    max_cells: int,
-    *,
-    normalised: str = "",
-) -> Binding | None:
+def as_bilinear(reached: Reached, *, normalised: str = "") -> Binding | None:
     """A binding that is linear in each parameter given the others; None where there is none.
 
     Args:
-        point: Where the argument is in its autograd graph.
-        top: Which element of it each cell of the compact layout is.
-        constant: The argument in that layout.
-        names: The parameters that reach it.
-        leaves: The leaf tensor of each.
-        max_cells: The most numbers of a Jacobian to hold.
+        reached: The argument.
         normalised: How the distribution normalises its rows, if it does.
     """
+    point, top, constant = reached.point, reached.top, reached.constant
+    names, leaves = reached.names, reached.leaves
     if below_normalisation(point, top, constant, normalised)[2]:
         return None
     terms = _terms(point.node, {id(leaves[n]): n for n in names})
@@ -64,7 +53,7 @@ def as_bilinear(
         return None
     products = [pair for pair in combinations(names, 2) if frozenset(pair) in terms]
     numbers = [leaves[p].numel() * leaves[q].numel() for p, q in products]
-    if max(numbers) > _FEW or sum(numbers) * constant.numel() > max_cells:
+    if max(numbers) > _FEW or sum(numbers) * constant.numel() > reached.max_cells:
         return None
     pairs = {(p, q): _mixed(point, top, leaves[p], leaves[q], constant) for p, q in products}
     values = {n: leaves[n].detach() for n in names}

@@ -10,7 +10,7 @@ are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from pyro_em.graph.nodes import (
     output_shape,
     point_at,
 )
+from pyro_em.graph.reached import Reached
 
 _MANY = 64  # nodes of an expression that is read
 
@@ -39,27 +40,19 @@ class _Unread(Exception):
     """A graph that is no elementwise function of elements of parameters, and why."""
 
 
-def as_composite(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-) -> Binding | None:
+def as_composite(reached: Reached) -> Binding | None:
     """An elementwise function of elements of several parameters, or None.
 
     Args:
-        point: Where the argument is.
-        top: Which of its elements each cell of the compact layout is.
-        constant: The argument's value.
-        names: The parameters that reach it.
-        leaves: The leaf tensor of each.
+        reached: The argument.
     """
+    point, constant = reached.point, reached.constant
+    names, leaves = reached.names, reached.leaves
     if len(names) < 2 or len(nodes_below(point.node)) > _MANY:
         return None
     reader = _Reader(constant, leaves)
     try:
-        expression = reader.read(point, top, constant)
+        expression = reader.read(point, reached.top, constant)
     except _Unread:
         return None
     if {s.param for s in reader.selections} != set(names):

@@ -10,7 +10,7 @@ known power.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +33,7 @@ from pyro_em.graph.nodes import (
     point_at,
     through_views,
 )
+from pyro_em.graph.reached import Reached
 
 
 class _NotRead(Exception):
@@ -56,28 +57,14 @@ class _Term:
     is_log: bool
 
 
-def as_log_affine(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    link: str,
-    plates: int,
-    max_cells: int,
-) -> Binding | None:
+def as_log_affine(reached: Reached, link: str) -> Binding | None:
     """An affine binding some of whose parameters enter by their logarithms; None where there is none.
 
     Args:
-        point: Where the argument is in its autograd graph.
-        top: Which element of it each cell of the compact layout is.
-        constant: The argument in that layout.
-        names: The parameters that reach it.
-        leaves: The leaf tensor of each.
+        reached: The argument.
         link: What makes the argument of the predictor: ``"exp"``, ``"sigmoid"``, or nothing.
-        plates: How many of the first dimensions are plates.
-        max_cells: The most numbers of a Jacobian to hold.
     """
+    point, top, constant = reached.point, reached.top, reached.constant
     terms: list[_Term] = []
     try:
         if link == "exp":
@@ -88,34 +75,27 @@ def as_log_affine(
             _linear(point, top, constant, 1.0, terms)
         else:
             return None
-        return _bound(terms, constant, names, leaves, link, plates, max_cells)
+        return _bound(terms, reached, link)
     except _NotRead:
         return None
 
 
-def _bound(
-    terms: Sequence[_Term],
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    link: str,
-    plates: int,
-    max_cells: int,
-) -> Binding:
+def _bound(terms: Sequence[_Term], reached: Reached, link: str) -> Binding:
     """The terms as one binding."""
+    constant, names, leaves = reached.constant, reached.names, reached.leaves
     name_of = {id(leaf): name for name, leaf in leaves.items()}
     jacobians: dict[str, Jacobian] = {}
     logs: list[str] = []
     for term in terms:
-        reached = [name_of[id(leaf)] for leaf in _leaves_of(term)]
-        for name in reached:
+        within = [name_of[id(leaf)] for leaf in _leaves_of(term)]
+        for name in within:
             if name in jacobians:
                 raise _NotRead(f"'{name}' is in two terms")
             leaf = leaves[name]
             if not term.is_log:
-                jacobians[name] = _slopes(term, leaf, constant, plates, max_cells)
+                jacobians[name] = _slopes(term, leaf, constant, reached.plates, reached.max_cells)
                 continue
-            if len(reached) > 1 or not bool((leaf > 0).all()):
+            if len(within) > 1 or not bool((leaf > 0).all()):
                 raise _NotRead("no positive parameter has a logarithm here")
             jacobians[name] = _selected(term, leaf, constant)
             logs.append(name)

@@ -11,7 +11,7 @@ parameters, as those of all bindings are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -29,24 +29,20 @@ from pyro_em.graph.nodes import (
     point_at,
     through_views,
 )
+from pyro_em.graph.reached import Reached
 from pyro_em.graph.selections import is_right, read_maps
 
 Leaves = Mapping[str, Tensor]
 
 
-def as_product(
-    point: Point, top: Tensor, constant: Tensor, names: Sequence[str], leaves: Leaves
-) -> Binding | None:
+def as_product(reached: Reached) -> Binding | None:
     """A selection of whole matrices A Aᵀ with as many rows as columns in A, or None.
 
     Args:
-        point: Where the argument is.
-        top: Which of its elements each cell of the compact layout is.
-        constant: The argument's value. # (*batch, D, D)
-        names: The parameters that reach it.
-        leaves: The leaf tensor of each.
+        reached: The argument, whose value has (*batch, D, D).
     """
-    parts = _product(point, top, constant, leaves)
+    constant, names, leaves = reached.constant, reached.names, reached.leaves
+    parts = _product(reached.point, reached.top, constant, leaves)
     if parts is None or any(p.index.shape != constant.shape for p in parts):
         return None
     binding = Binding("selection", tuple(names), constant, parts)
@@ -55,12 +51,11 @@ def as_product(
     return binding if same and bool(whole.all()) and is_right(binding, leaves) else None
 
 
-def as_sum(
-    point: Point, top: Tensor, constant: Tensor, names: Sequence[str], leaves: Leaves
-) -> Binding | None:
+def as_sum(reached: Reached) -> Binding | None:
     """A sum of products, selections and a constant, or None; see `as_product`."""
+    constant, names, leaves = reached.constant, reached.names, reached.leaves
     parts: list[Selection] = []
-    for at, where in _terms(point, top, constant):
+    for at, where in _terms(reached.point, reached.top, constant):
         found = _product(at, where, constant, leaves) or _selected(at, where, constant, leaves)
         if found is None:
             return None

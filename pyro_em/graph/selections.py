@@ -8,7 +8,7 @@ selection has one nonzero per row of J: (J t) / (J 1) is the index map, and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch.autograd.graph import Node
 from pyro_em.graph.binding import MAPS, Binding, ElementwiseMap, Selection, power_map
 from pyro_em.graph.nodes import (
     VIEWS,
-    Point,
     base_name,
     below_normalisation,
     forward_maps,
@@ -25,18 +24,18 @@ from pyro_em.graph.nodes import (
     is_leaf,
     nodes_below,
 )
+from pyro_em.graph.reached import Reached
 
 
-def as_selection(
-    point: Point,
-    top: Tensor,
-    constant: Tensor,
-    names: Sequence[str],
-    leaves: Mapping[str, Tensor],
-    normalised: str,
-) -> Binding | str:
-    """A selection binding, or the reason why there is none."""
-    point, top, how = below_normalisation(point, top, constant, normalised)
+def as_selection(reached: Reached, normalised: str) -> Binding | str:
+    """A selection binding, or the reason why there is none.
+
+    Args:
+        reached: The argument.
+        normalised: How the distribution normalises its rows, if it does.
+    """
+    constant, names, leaves = reached.constant, reached.names, reached.leaves
+    point, top, how = below_normalisation(reached.point, reached.top, constant, normalised)
     edge, node, shape = point.edge, point.node, point.shape
     maps, has_factor, problem = read_maps(node)
     if problem:

@@ -19,6 +19,7 @@ from pyro_em.graph.binding import Binding, Selection
 from pyro_em.graph.jacobian import Jacobian
 from pyro_em.graph.linearity import why_not_linear
 from pyro_em.graph.nodes import Point
+from pyro_em.graph.reached import Reached
 from pyro_em.tracing.without_sympy import pull_back, pull_back_all
 
 _DIGIT = 1024  # element numbers are read in digits that single precision holds
@@ -152,7 +153,7 @@ def bind_line(
         assert narrow.grad_fn is not None
         point = Point(narrow, narrow.grad_fn, tuple(narrow.shape))
         every = torch.arange(narrow.numel(), device=narrow.device).reshape(narrow.shape)
-        product = as_bilinear(point, every, constant, tuple(own), own, _CELLS)
+        product = as_bilinear(Reached(point, every, constant, tuple(own), own, 0, _CELLS))
         return product or Binding("opaque", tuple(own), constant, reason=reason)
     jacobians: dict[str, Jacobian] = {}
     for name in own:
