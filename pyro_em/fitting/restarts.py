@@ -113,13 +113,12 @@ def _others(
     search: Search,
 ) -> list[Run]:
     """The starts after the first; after an interrupt of short runs these, else none."""
-    kinds = _kinds(em, beginning)
     runs = search.runs
-    if (
-        not em.program.is_monotone
-    ):  # objectives of a few steps say little: each start goes to the end
+    if not em.program.is_monotone:
+        # Objectives of a few steps say little: each start goes to the end.
         search.begin_candidates((settings.max_steps,))
-        for r, kind in zip(range(1, count + 1), itertools.cycle(kinds), strict=False):
+        kinds = itertools.cycle(_kinds(em, beginning))
+        for r, kind in zip(range(1, count + 1), kinds, strict=False):
             run = _left(em, settings, search, r)
             if run is None:
                 search.drawn = search.generator.get_state()

@@ -163,9 +163,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
         a, b = torch.broadcast_tensors(a, b)
     except RuntimeError:
         return False
-    if a.dtype == b.dtype and torch.equal(
-        a, b
-    ):  # mostly: a look at rounding takes ten times as long
+    # Mostly they are equal: a look at rounding takes ten times as long.
+    if a.dtype == b.dtype and torch.equal(a, b):
         return True
     tolerance = (64 * torch.finfo(a.dtype).eps) ** 0.75
     return all(

@@ -68,9 +68,8 @@ def log_evidence_of(
             total = float(forward(graph, plan, log_densities, log_sum_exp)[2])
         if math.isfinite(total) and total < _SUSPECT:
             return total
-    posterior = exact_posterior(
-        graph, plan, log_densities
-    )  # says what is wrong, or sums the priors
+    # This says what is wrong, or sums the priors.
+    posterior = exact_posterior(graph, plan, log_densities)
     assert posterior.log_evidence is not None
     return posterior.log_evidence
 

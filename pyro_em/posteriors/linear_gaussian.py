@@ -88,9 +88,8 @@ class GaussianSolution:
     _centre: tuple[Tensor | None, ...]  # c of each latent. (·, n, q)
     _epsilon: Tensor  # the mode m, flat
     _delta: Tensor  # T m, flat
-    _residuals: tuple[
-        Tensor | None, ...
-    ]  # of observed sites at the posterior mean. (cells, rows, D)
+    # Of observed sites at the posterior mean. (cells, rows, D)
+    _residuals: tuple[Tensor | None, ...]
 
     def __getstate__(self) -> dict[str, Any]:
         return without_cached(self)

@@ -259,10 +259,8 @@ class CallLog(OperationLog):
         try:
             known = len(self._origin)
             found = super().origin(tensor)
-        except (
-            RuntimeError,
-            NotImplementedError,
-        ):  # one of many in a vmap has no memory of its own
+        except (RuntimeError, NotImplementedError):
+            # One of many in a vmap has no memory of its own.
             return self._unknown()
         if len(self._origin) > known:
             self._hold(tensor.untyped_storage())

@@ -193,9 +193,8 @@ def _is_of_all_steps(name: str, out: Any, loop: Loop) -> bool:
     if isinstance(out, (tuple, list)):
         return any(_is_of_all_steps(name, o, loop) for o in out)
     if isinstance(out, Tensor):
-        places = out.shape[
-            : max(0, out.dim() + loop.dim + 1)
-        ]  # further left by dimensions of events
+        # Further left by dimensions of events.
+        places = out.shape[: max(0, out.dim() + loop.dim + 1)]
         has_steps = any(n in (1, loop.rest) for n in places)
         return not (has_steps or name.startswith("_"))
     shows = name.startswith(("is_", "_is_")) and name != "is_nonzero"

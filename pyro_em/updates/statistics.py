@@ -191,9 +191,9 @@ def as_float64(t: Tensor) -> Tensor:
 def dot(weight: Tensor, table: Tensor) -> Tensor:
     """Σ w log p with 0 · −inf = 0, in float64."""
     table = table.to(torch.float64)
-    if weight.shape == table.shape and not any(
-        step for step, n in zip(weight.stride(), weight.shape, strict=True) if n > 1
-    ):  # one number for all
+    steps = zip(weight.stride(), weight.shape, strict=True)
+    if weight.shape == table.shape and not any(step for step, n in steps if n > 1):
+        # One number counts for all.
         own = weight.flatten()[:1].squeeze()
         return torch.where(own == 0, 0.0, own * table.sum())
     alike = [
