@@ -32,6 +32,12 @@ def latents_read(
     return latents
 
 
+_LOGARITHM = (
+    "observe the logarithm: dist.Normal(loc, scale) with obs=y.log(); the log evidence of y is that "
+    "of its logarithms, less their sum"
+)
+
+
 def reaching(name: str, site: Mapping[str, Any], values: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The latents on which the density of a site depends, in the order of their values."""
     parts = [t for t in tensors_of(site["fn"]) if t.requires_grad]
@@ -62,6 +68,11 @@ def refusals(
         return
     kind = type(unwrap(fn)[0]).__name__
     if not is_gaussian(fn):
+        if kind == "LogNormal" and site["is_observed"]:
+            what = f"LogNormal of Gaussian '{latents[0]}': only its logarithm is Normal."
+            found = refusal(latents, where, what)
+            yield replace(found, fixes=(_LOGARITHM, *found.fixes))
+            return
         what = f"{kind} of Gaussian '{latents[0]}' has no exact posterior."
         yield refusal(latents, where, what)
         return

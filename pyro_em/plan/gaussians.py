@@ -23,6 +23,11 @@ from pyro_em.tracing.runs import Model
 from pyro_em.tracing.sites import Role, mask_tensor
 
 WEIGHED = "poutine.scale weighs it: put that around its observations alone"
+MASKED = "a mask covers it"
+_UNMASKED = (
+    "put poutine.mask around its observations alone, as `with mask(...): pyro.sample(..., obs=y[t])`: "
+    "what nothing observes integrates to one, and the evidence is that of the steps that are there"
+)
 
 
 def with_values(
@@ -48,7 +53,7 @@ def with_values(
     for name, site in continuous.items():
         problem = why_not_separate(site) if weighed else why_not_integrable(site)
         if problem:
-            fixes: tuple[str, ...] = ()
+            fixes: tuple[str, ...] = (_UNMASKED,) if problem == MASKED else ()
             if name in _unobserved_parts(structure):
                 problem, fixes = "it is missing, and other sites read it.", (LAGGED,)
             raise NotLinear(Finding(f"site '{name}'", problem, "", fixes, latents=(name,)))
@@ -90,7 +95,7 @@ def why_not_integrable(site: Mapping[str, Any]) -> str:
 def why_not_separate(site: Mapping[str, Any]) -> str:
     """The same where weights are no matter."""
     if mask_tensor(site) is not None:
-        return "a mask covers it: put poutine.mask around its observations alone"
+        return MASKED
     if is_matrix_of_rows(site["fn"]):
         return "it is a MultivariateNormal under to_event: put its rows in a plate"
     return ""

@@ -124,6 +124,8 @@ def between(how: str) -> Callable[[], None]:
                 pyro.sample("y", dist.Poisson(h.exp()), obs=Y.abs().round())
             elif how == "Bernoulli":
                 pyro.sample("y", dist.Bernoulli(logits=h), obs=(Y > 0).double())
+            elif how == "LogNormal":
+                pyro.sample("y", dist.LogNormal(h, 1.0), obs=Y.exp())
             elif how == "StudentT":
                 pyro.sample("y", dist.StudentT(3.0, h, 1.0), obs=Y)
             elif how == "product":
@@ -267,12 +269,13 @@ NONLINEAR: dict[str, tuple[Callable[[], None], str]] = {
     "factor": (between("factor"), "site 'f'"),
     "Poisson": (between("Poisson"), "Poisson of Gaussian 'h' has no exact posterior"),
     "Bernoulli": (between("Bernoulli"), "Bernoulli of Gaussian 'h' has no exact posterior"),
+    "LogNormal": (between("LogNormal"), r"only its logarithm is Normal(.*\n)*.*obs=y\.log"),
     "StudentT": (between("StudentT"), "StudentT of Gaussian 'h' has no exact posterior"),
     "product": (between("product"), "a product of latents 'h' and 'u'"),
     "small product": (between("small product"), "a product of latents 'h' and 'u'"),
     "scale of a latent": (between("scale of a latent"), "its scale depends on 'h'"),
     "covariance": (between("covariance"), "its covariance_matrix depends on 'h'"),
-    "masked latent": (around("masked"), "a mask covers it"),
+    "masked latent": (around("masked"), r"a mask covers it(.*\n)*.*around its observations alone"),
     "weighted latent": (around("weighted"), "poutine.scale weighs it"),
     "latent rows": (around("rows"), "site 'h': it is a MultivariateNormal under to_event"),
     "rows": (around("data"), "site 'x': it is a MultivariateNormal under to_event"),
