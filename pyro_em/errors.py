@@ -163,14 +163,20 @@ def as_error(problems: Sequence[Finding]) -> PyroEMError:
     return error
 
 
+def remedy(problem: Finding) -> str:
+    """What findings at the steps of a chain have in common: all but their numbers and their reasons.
+
+    The last step has another reason than the others (no step after it) and the same remedies.
+    """
+    return re.sub(r"\d+", "#", " ".join((problem.where, problem.what, *problem.fixes)))
+
+
 def _folded(problems: Sequence[Finding]) -> list[str]:
     alike: dict[tuple[str, int], list[Finding]] = {}
     at_site: Counter[str] = Counter()
     for problem in problems:
-        # Two findings at one site are two, however much they look alike. The last step of a chain
-        # has another reason than the others (no step after it) and the same remedies.
-        text = " ".join((problem.where, problem.what, *problem.fixes))
-        key = re.sub(r"\d+", "#", text), at_site[problem.where]
+        # Two findings at one site are two, however much they look alike.
+        key = remedy(problem), at_site[problem.where]
         at_site[problem.where] += 1
         alike.setdefault(key, []).append(problem)
     texts = []

@@ -70,8 +70,8 @@ def refusals(
     if not is_gaussian(fn):
         if kind == "LogNormal" and site["is_observed"]:
             what = f"LogNormal of Gaussian '{latents[0]}': only its logarithm is Normal."
-            found = refusal(latents, where, what)
-            yield replace(found, fixes=(_LOGARITHM, *found.fixes))
+            told = refusal(latents, where, what)
+            yield replace(told, fixes=(_LOGARITHM, *told.fixes))
             return
         what = f"{kind} of Gaussian '{latents[0]}' has no exact posterior."
         yield refusal(latents, where, what)

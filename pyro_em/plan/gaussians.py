@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pyro_em.distributions import has_finite_support
-from pyro_em.errors import Finding, as_error
+from pyro_em.errors import Finding, as_error, remedy
 from pyro_em.graph.factors import FactorGraph
 from pyro_em.graph.lines import Line, NotLinear, is_gaussian, is_matrix_of_rows
 from pyro_em.graph.structure import Structure
@@ -122,7 +122,8 @@ def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> 
         finding: The reason.
         linear: Whether the latent enters means linearly, so that what is left without it is Gaussian.
     """
-    problems = []
+    problems: list[Finding] = []
+    told_of: dict[str, tuple[str, ...]] = {}
     for problem in unrouted.error.problems:
         if set(problem.latents) & set(finding.latents):
             reason = f"{finding.where}: {finding.what.rstrip('.')}"
@@ -132,9 +133,12 @@ def explained(unrouted: Unrouted, finding: Finding, *, linear: bool = False) -> 
             told = tuple(f for f in new if not f.startswith("give a guide: "))
             guided = any(f.startswith("give a guide for") for f in told)
             fixes = (*told, *(f for f in kept if not guided or not f.startswith("give a guide: ")))
+            told_of[remedy(problem)] = fixes
             why = f"{problem.why}; {reason}" if problem.why else reason
             problem = replace(problem, why=why, fixes=fixes)
         problems.append(problem)
+    # What helps one step of a chain helps its others.
+    problems = [replace(p, fixes=told_of.get(remedy(p), p.fixes)) for p in problems]
     return without_route(
         unrouted.structure, as_error(problems), routes=unrouted.routes, cost=unrouted.cost
     )

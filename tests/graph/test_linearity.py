@@ -306,3 +306,16 @@ def test_what_is_not_linear_is_refused_with_the_reason(how: str) -> None:
         ExactPosteriorEM(model).posterior()
     of_h = next(p for p in refused.value.problems if "'h'" in p.where)
     assert not any("integrate it out" in fix or "its posterior" in fix for fix in of_h.fixes)
+
+
+def test_what_helps_one_step_of_a_chain_is_said_once_for_all() -> None:
+    def model() -> None:
+        h = torch.zeros(())
+        for t in range(3):
+            h = pyro.sample(f"h_{t}", dist.Normal(h, 1.0))
+            pyro.sample(f"y_{t}", dist.LogNormal(h, 1.0), obs=Y[t].exp())
+
+    with pytest.raises(ModelError) as refused:
+        ExactPosteriorEM(model).posterior()
+    assert "(and 2 more alike, up to site 'h_2')" in str(refused.value)
+    assert str(refused.value).count("Why:") == 1
