@@ -29,7 +29,7 @@ from pyro_em.posteriors.factor_rows import factor_rows
 from pyro_em.posteriors.independent import Independent
 from pyro_em.posteriors.mixture import Mixture
 from pyro_em.posteriors.product_rows import ProductRows
-from pyro_em.posteriors.quick import QuickSteps, SumsBlock
+from pyro_em.posteriors.quick import QuickBlock, QuickSteps, SumsBlock
 from pyro_em.posteriors.state_steps import chain_sums
 from pyro_em.posteriors.step_chain import StepChain
 from pyro_em.tracing.sites import Role
@@ -39,12 +39,7 @@ from pyro_em.updates.standing import is_joint
 from pyro_em.updates.update import EXACT, Fixed, NewtonOnProfile, ParameterUpdate
 
 # To add a block, add its class here, the quicker ones first.
-BLOCKS: tuple[type[Mixture] | type[Chain] | type[StepChain], ...] = (
-    Mixture,
-    Chain,
-    StepChain,
-    ProductRows,
-)
+BLOCKS: tuple[type[QuickBlock], ...] = (Mixture, Chain, StepChain, ProductRows)
 
 CONTRACTION = "contraction"
 

@@ -22,7 +22,7 @@ from pyro_em.posteriors.stacked_conjugates import StackedConjugates
 # The posterior of the latents that each group of some number integrates.
 Solved = Mapping[int, Integrated | ConjugateSolution | ScaledSolution]
 
-BLOCKS = (GaussianBlock, ConjugateBlock, StackedConjugates, ScaledBlock)
+NESTED_BLOCKS = (GaussianBlock, ConjugateBlock, StackedConjugates, ScaledBlock)
 
 
 Densities = Callable[[Mapping[str, Tensor], Sequence[int]], Mapping[int, Tensor]]
@@ -98,7 +98,7 @@ def at_zero(graph: FactorGraph) -> FactorGraph:
     """The graph as a run with all Gaussian latents at zero shows it."""
     groups: list[Group] = []
     for group in graph.groups:
-        groups += group.nested.traced if isinstance(group.nested, BLOCKS) else (group,)
+        groups += group.nested.traced if isinstance(group.nested, NESTED_BLOCKS) else (group,)
     return replace(graph, groups=tuple(groups))
 
 
@@ -106,7 +106,7 @@ def of_lines(graph: FactorGraph) -> frozenset[int]:
     """Which groups of `at_zero` are Gaussian latents or read some, where none are conjugate."""
     out, places = set[int](), 0
     for group in graph.groups:
-        own = len(group.nested.traced) if isinstance(group.nested, BLOCKS) else 1
+        own = len(group.nested.traced) if isinstance(group.nested, NESTED_BLOCKS) else 1
         if isinstance(group.nested, GaussianBlock):
             out.update(range(places, places + own))
         places += own

@@ -33,7 +33,7 @@ from pyro_em.graph.sparse_lines import random_like
 from pyro_em.graph.structure import Structure
 from pyro_em.posteriors.conjugate_components import conjugated
 from pyro_em.posteriors.gaussian_components import Alike, NotSeparate, integrated
-from pyro_em.posteriors.gaussian_steps import BLOCKS
+from pyro_em.posteriors.gaussian_steps import NESTED_BLOCKS
 from pyro_em.posteriors.scaled_components import pairs_alike
 from pyro_em.tracing.given import References
 from pyro_em.tracing.parameters import moved
@@ -212,7 +212,7 @@ def _factor(dims: tuple[str, ...], factors: Mapping[str, float]) -> float:
 def _scaled(group: Group, factors: Mapping[str, float]) -> Group:
     """A block whose evidence counts as often as each of its sites."""
     block = group.nested
-    if not factors or not isinstance(block, BLOCKS):
+    if not factors or not isinstance(block, NESTED_BLOCKS):
         return group
     own = set(block.plates) & factors.keys()
     for site in block.groups:
